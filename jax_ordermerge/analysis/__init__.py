@@ -1,0 +1,1 @@
+"""What the order did to the losses, and its pictures."""

@@ -1,0 +1,198 @@
+"""What a run found: paired comparisons of the models, and sentences that claim no more than the numbers bear."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_ordermerge.analysis import paired
+from jax_ordermerge.analysis.wording import p_text, spread, strength
+
+Model = Mapping[str, Any]
+Comparison = dict[str, Any]
+
+
+def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, resamples: int, seed: int) -> Comparison:
+    """Compare every merge with the mean member and with the best one, item by item.
+
+    Args:
+        models: of evaluations.json.
+        items: for each model its evaluations/{name}.json: `losses`, `ids`, `tasks`; with `tokens`, one
+            number an item, loss differences are means over tokens, as the losses of `models` are.
+        resamples: bootstrap resamples of the items.
+        seed: of the run.
+
+    Returns:
+        `best` (`name`, `chosen_on`: "validation" or "test"), and `merges`: for each name `loss` and `tasks`, both with
+        `mean_member` and `best_member` as `paired.difference`; tasks also with `mcnemar` against the best member.
+
+    Raises:
+        UserError: two models were evaluated on different items.
+    """
+    members = [model for model in models if model["kind"] == "member"]
+    if not members:
+        return {"best": None, "merges": {}}
+    validated = all(model.get("validation_loss") is not None for model in members)
+    key = "validation_loss" if validated else "loss"
+    known = [model for model in members if model.get(key) is not None]
+    best = min(known, key=lambda model: float(model[key]))["name"] if known else members[0]["name"]
+    names = [model["name"] for model in members]
+    merges: Comparison = {}
+    for model in models:
+        if model["kind"] != "merge" or any(name not in items for name in [model["name"], *names]):
+            continue
+        own, of_members = items[model["name"]], [items[name] for name in names]
+        merges[model["name"]] = {
+            "loss": _losses(own, of_members, items[best], resamples, seed),
+            "tasks": {task: _answers(task, own, of_members, items[best], resamples, seed) for task in own.get("tasks", {})},
+        }
+    return {"best": {"name": best, "chosen_on": "validation" if validated else "test"}, "merges": merges}
+
+
+def sentences(
+    analysis: Mapping[str, Any] | None,
+    evaluations: Mapping[str, Any] | None,
+    comparison: Comparison,
+    merge: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Return the plain-words summary.
+
+    Clearly: p < 0.01. Weakly: p < 0.05. Otherwise two things are said to be not distinguishable, and never to be equal.
+    """
+    found = [] if analysis is None else [*_positions(analysis), *_mitigation(analysis)]
+    found += [] if merge is None else _vectors(merge)
+    if evaluations is not None:
+        models = evaluations["models"]
+        found += _members(models)
+        found += [text for model in models if model["kind"] == "merge" for text in _merge(model, comparison)]
+        tests = sum(2 * (("loss" in row and row["loss"] is not None) + len(row["tasks"])) for row in comparison["merges"].values())
+        if tests > 2:
+            found.append(
+                f"These are {tests} comparisons, and their p values are not corrected for it: by Bonferroni only p < {0.05 / tests:.1g} "
+                "counts. The errors are over test items, for these trained models; another training seed adds the spread that the "
+                "members show among themselves."
+            )
+    return found
+
+
+def _losses(own: Model, members: Sequence[Model], best: Model, resamples: int, seed: int) -> Comparison | None:
+    if not own.get("losses") or any(row.get("ids") != own.get("ids") or not row.get("losses") for row in members):
+        return None
+    mean, weights = np.mean([row["losses"] for row in members], axis=0), own.get("tokens")
+    return {
+        "mean_member": paired.difference(own["losses"], mean, weights=weights, resamples=resamples, seed=seed),
+        "best_member": paired.difference(own["losses"], best["losses"], weights=weights, resamples=resamples, seed=seed),
+    }
+
+
+def _answers(task: str, own: Model, members: Sequence[Model], best: Model, resamples: int, seed: int) -> Comparison | None:
+    rows = [row.get("tasks", {}).get(task) for row in (own, best, *members)]
+    if any(row is None or [x["id"] for x in row] != [x["id"] for x in rows[0]] for row in rows) or len(rows[0]) < 2:
+        return None
+    right, best_right, *each = [np.array([bool(x["correct"]) for x in row]) for row in rows]
+    return {
+        "mean_member": paired.difference(right, np.mean(each, axis=0), resamples=resamples, seed=seed),
+        "best_member": paired.difference(right, best_right, resamples=resamples, seed=seed),
+        "mcnemar": paired.mcnemar(right, best_right),
+    }
+
+
+def _positions(analysis: Mapping[str, Any]) -> list[str]:
+    effects = analysis["fixed_effects"]
+    if "reason" in effects:
+        return [f"No fixed-effects estimate of the position effect: {effects['reason']}."]
+    found = []
+    for row in effects["coefficients"]:
+        where = "epoch " + " = ".join(str(epoch) for epoch in row["epochs"])
+        size = f"{row['estimate']:+.4f} ± {row['se']:.4f} nats a token from first to last, z {row['z']:.1f}, {p_text(row['p'])}"
+        if not strength(row["p"]):
+            found.append(f"Position in {where}: no effect on the final loss can be told from zero (slope {size}).")
+        else:
+            end = "early end with the higher loss" if row["estimate"] < 0 else "late end with the higher loss"
+            found.append(f"Position in {where}: samples seen {end}, {strength(row['p'])} (slope {size}).")
+    sd = np.mean([row["sd_loss"] for row in analysis["members"]])
+    largest = max(abs(row["estimate"]) for row in effects["coefficients"])
+    found.append(
+        f"For scale: the largest of these is {100 * largest / sd:.1f} % of the standard deviation of the loss between samples ({sd:.3f})."
+    )
+    return found
+
+
+def _mitigation(analysis: Mapping[str, Any]) -> list[str]:
+    gaps = analysis["pooled"]["early_late"]
+    merges = {name: row["early_late"] for name, row in analysis["merged"].items()}
+    if not merges or any("reason" in gap for gap in gaps):
+        return []
+    epoch = max(range(len(gaps)), key=lambda e: abs(gaps[e]["estimate"]))
+    before = gaps[epoch]
+    if before["low"] <= 0 <= before["high"]:
+        return ["After merging: the members show no gap between early and late samples that a merge could close."]
+    parts = []
+    for name, rows in merges.items():
+        after, change = rows[epoch]["merged"], rows[epoch]["difference"]
+        told = "" if change["low"] > 0 or change["high"] < 0 else " (not told from the members')"
+        parts.append(f"{name} {after['estimate']:+.4f} ± {after['se']:.4f}{told}")
+    return [
+        f"After merging: where the gap is largest, in epoch {epoch + 1}, the early half of a member's samples differs from its late half by "
+        f"{before['estimate']:+.4f} ± {before['se']:.4f}; by the same orders, in the merges: {'; '.join(parts)}. An average of "
+        f"{len(analysis['members'])} members with unrelated orders would be expected at about "
+        f"{before['estimate'] / len(analysis['members']):+.4f}."
+    ]
+
+
+def _vectors(merge: Mapping[str, Any]) -> list[str]:
+    totals = [row.get("diagnostics", {}).get("total", {}) for row in merge["merges"]]
+    known = next((total for total in totals if total.get("cosines") and total.get("unchanged")), None)
+    if known is None or len(known["cosines"]) < 2:
+        return []
+    cosines = [value for i, row in enumerate(known["cosines"]) for value in row[i + 1 :] if value is not None]
+    low, high = 100 * min(known["unchanged"]), 100 * max(known["unchanged"])
+    zeros = f"{low:.1f} to {high:.1f} % of a member's elements are exactly those of the base in {merge.get('dtype')}"
+    use = ", so that resampling has next to nothing to draw again" if high < 1 else ""
+    alike = f"have a mean cosine of {np.mean(cosines):.3f} with each other" if cosines else "are zero"
+    return [f"The members' task vectors {alike}; {zeros}{use}."]
+
+
+def _members(models: Sequence[Model]) -> list[str]:
+    members = [model for model in models if model["kind"] == "member"]
+    base = next((model for model in models if model["kind"] == "base"), None)
+    found = []
+    with_loss = [model["loss"] for model in members if model.get("loss") is not None]
+    if with_loss:
+        mean, sd = spread(with_loss)
+        before = f", base {base['loss']:.4f}" if base is not None and base.get("loss") is not None else ""
+        among = f" (standard deviation between members {sd:.4f})" if sd is not None else ""
+        found.append(f"Held-out loss: mean member {mean:.4f}{among}{before}.")
+    for task in members[0].get("tasks", {}) if members else ():
+        mean, sd = spread([100 * model["tasks"][task]["accuracy"] for model in members if task in model["tasks"]])
+        before = f", base {100 * base['tasks'][task]['accuracy']:.1f} %" if base is not None and task in base["tasks"] else ""
+        among = f" (standard deviation between members {sd:.1f} points)" if sd is not None else ""
+        found.append(f"{task}: mean member {mean:.1f} % right{among}{before}.")
+    return found
+
+
+def _merge(model: Model, comparison: Comparison) -> list[str]:
+    row = comparison["merges"].get(model["name"])
+    if row is None:
+        return []
+    picked = comparison["best"]
+    best = f"the best member ({picked['name']}, chosen on {picked['chosen_on']}{'' if picked['chosen_on'] == 'validation' else ': optimistic'})"
+    found = []
+    if row["loss"] is not None:
+        mean, top = (_verdict(row["loss"][key], 1, 4, lower_is_better=True) for key in ("mean_member", "best_member"))
+        found.append(f"{model['name']}, held-out loss {model['loss']:.4f}: {mean} the mean member; {top} {best}.")
+    for task, gap in row["tasks"].items():
+        if gap is not None:
+            mean = _verdict(gap["mean_member"], 100, 1, lower_is_better=False)
+            top = _verdict(gap["best_member"] | {"p": gap["mcnemar"]["p"]}, 100, 1, lower_is_better=False)
+            share = 100 * model["tasks"][task]["accuracy"]
+            found.append(f"{model['name']}, {task} {share:.1f} %: {mean} the mean member; {top} {best}, by McNemar's test.")
+    return found
+
+
+def _verdict(gap: Mapping[str, float], scale: float, digits: int, *, lower_is_better: bool) -> str:
+    size = f"{scale * gap['estimate']:+.{digits}f} ± {scale * gap['se']:.{digits}f}, {p_text(gap['p'])}"
+    if not strength(gap["p"]):
+        return f"not distinguishable ({size}) from"
+    better = (gap["estimate"] < 0) == lower_is_better
+    return f"{strength(gap['p'])} {'better' if better else 'worse'} ({size}) than"

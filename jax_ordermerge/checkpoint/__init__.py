@@ -1,0 +1,1 @@
+"""Hugging Face directories and Orbax checkpoints."""

@@ -1,0 +1,90 @@
+"""Files and directories that appear under their name only when they are whole and on the disk."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from jax_ordermerge.errors import UserError
+
+
+def check_vacant(target: str | Path) -> None:
+    """Refuse a target that something would be lost in.
+
+    Raises:
+        UserError: the target is a file or a directory that is not empty.
+    """
+    path = Path(target)
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{target} is not empty; give a new directory, or remove it")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{target} is a file; give a new directory")
+
+
+@contextlib.contextmanager
+def new_directory(target: str | Path) -> Iterator[Path]:
+    """Yield a directory beside the target and rename it when the block ends; after an error nothing is left.
+
+    What an earlier, killed write of the same target left beside it is removed. Modes follow the umask.
+
+    Raises:
+        UserError: the target is not empty, or cannot be created.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "out"
+        >>> with new_directory(target) as partial:
+        ...     write_text(partial / "a.txt", "a")
+        >>> [p.name for p in target.parent.iterdir()], (target / "a.txt").read_text()
+        (['out'], 'a')
+    """
+    path = Path(target).absolute()
+    check_vacant(path)
+    partial = path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{path.name}.partial-" + "[0-9a-f]" * 8):
+            shutil.rmtree(left)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); give a directory you may write to") from error
+    try:
+        yield partial
+        sync_directory(partial)
+        partial.rename(path)
+        sync_directory(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file through to the disk. Meant for inside `new_directory`: it is not atomic by itself."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        sync(file)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file through to the disk. Meant for inside `new_directory`: it is not atomic by itself."""
+    with path.open("wb") as file:
+        file.write(content)
+        sync(file)
+
+
+def sync(file: IO[Any]) -> None:
+    """Flush an open file through to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush the entries of a directory through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,336 @@
+"""Safetensors files: a lazy reader that verifies every header, and a streaming writer of whole Hugging Face directories.
+
+The format is 8 bytes of header length (little endian), a JSON header `name -> {dtype, shape, data_offsets}`, and the tensors in C
+order without gaps. Both sides are written out here: the library's numpy writer takes all tensors at once and silently corrupts
+arrays that are not contiguous.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from jax_ordermerge import arch
+from jax_ordermerge.checkpoint import atomic, companions
+from jax_ordermerge.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # what hubs and servers are used to
+_MAX_HEADER = 100_000_000  # the format's own bound
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype(np.bool_),
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """What the header says of one tensor."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+
+
+class Reader:
+    """The tensors of a file, or of a Hugging Face directory (one `model.safetensors`, or an index with shards).
+
+    Opening reads and verifies all headers, no tensors. `read` returns views of the memory-mapped file: pages are loaded when
+    touched, and the system may drop them again.
+
+    Attributes:
+        directory: where the files lie.
+        names: all tensor names in file order.
+
+    Raises:
+        UserError: one line naming the file, if anything is missing, truncated or contradictory.
+
+    Example:
+        >>> import tempfile
+        >>> config = arch.ModelConfig(
+        ...     vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1, tie_embeddings=True
+        ... )
+        >>> target = Path(tempfile.mkdtemp()) / "model"
+        >>> ones = ((name, np.ones(spec.hf_shape)) for name, spec, _ in arch.hf_tensors(config))
+        >>> write(target, ones, config=config, dtype="bfloat16")
+        >>> reader = Reader(target)
+        >>> reader.names[0], reader.info(reader.names[0]).shape, reader.read("model.norm.weight").tolist()
+        ('model.embed_tokens.weight', (2, 2), [1.0, 1.0])
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        source = Path(path)
+        self.directory = source if source.is_dir() else source.parent
+        if not source.exists():
+            raise UserError(f"model {path} not found; give an existing directory or safetensors file")
+        self._entries: dict[str, _Entry] = _open_directory(source) if source.is_dir() else _read_header(source)
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names in file order."""
+        return tuple(self._entries)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed `config.json` beside the tensors."""
+        return read_json(self.directory / "config.json")
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of a tensor without touching it."""
+        entry = self._entry(name)
+        return TensorInfo(entry.dtype, entry.shape)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor as a read-only view of the mapped file."""
+        entry = self._entry(name)
+        if entry.file not in self._maps:
+            with entry.file.open("rb") as file:
+                self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.ndarray(entry.shape, entry.dtype, self._maps[entry.file], entry.start)
+
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Return `read(name)[index]`: only the pages of that part are read from disk."""
+        return self.read(name)[index]
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise UserError(f"{self.directory} has no tensor {name}; it is not a complete model of this architecture")
+        return self._entries[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: the file is absent, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a complete Hugging Face directory") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _open_directory(directory: Path) -> dict[str, _Entry]:
+    single, index = directory / SINGLE, directory / INDEX
+    if not index.is_file():
+        if single.is_file():
+            return _read_header(single)
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
+        has = f"it has {', '.join(others[:3])}; convert to safetensors, or restore the index" if others else "it has no weights"
+        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: {has}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{index}: weight_map must name the file of each tensor")
+    files = sorted(set(weight_map.values()))
+    if single.is_file() and files != [SINGLE]:
+        raise UserError(f"{directory} has both {SINGLE} and an index with shards; engines read it differently, remove one of them")
+    for file in files:
+        if Path(file).name != file:
+            raise UserError(f"{index}: '{file}' is not the plain name of a file beside the index")
+        if not (directory / file).is_file():
+            raise UserError(f"{index} names the shard {file}, which is absent; download or copy it again")
+    entries: dict[str, _Entry] = {}
+    for file in files:
+        found = _read_header(directory / file)
+        placed = {name for name, where in weight_map.items() if where == file}
+        wrong = sorted(placed ^ found.keys())
+        if wrong:
+            side = "is not in it" if wrong[0] in placed else "is not placed there by the index"
+            raise UserError(f"{index} and {file} disagree: {wrong[0]} {side}")
+        entries |= found
+    return entries
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """Read and verify one header."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise _bad(f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of {size})")
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    try:
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _bad(f"{path} has a header that is not valid JSON: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(header, dict):
+        raise _bad(f"{path} has a header that is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _bad(f"{path}: __metadata__ must map strings to strings")
+    entries = [(name, *_check_entry(path, name, raw)) for name, raw in header.items()]
+    entries.sort(key=lambda item: item[3:])
+    end = 0
+    for name, _, _, begin, stop in entries:
+        if begin != end:
+            raise _bad(f"{path}: {name} begins at byte {begin} of the data, expected {end}; the tensors overlap or leave a gap")
+        end = stop
+    if end != size - 8 - length:
+        what = "is truncated" if end > size - 8 - length else "has bytes after the last tensor"
+        raise _bad(f"{path} {what}: {end} bytes of tensors expected, {size - 8 - length} present")
+    return {name: _Entry(path, dtype, shape, 8 + length + begin) for name, dtype, shape, begin, _ in entries}
+
+
+def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"{key} occurs twice")
+        out[key] = value
+    return out
+
+
+def _check_entry(path: Path, name: str, raw: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+    if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _bad(f"{path}: the entry of {name} must have exactly dtype, shape and data_offsets")
+    shape, offsets = raw["shape"], raw["data_offsets"]
+    if not isinstance(raw["dtype"], str) or raw["dtype"] not in _DTYPES:
+        raise _bad(f"{path}: {name} has dtype {raw['dtype']!r}, which is not supported (supported: {', '.join(_DTYPES)})")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        raise _bad(f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}; both must be lists of numbers from 0")
+    dtype = _DTYPES[raw["dtype"]]
+    if len(shape) > 32 or math.prod(max(extent, 1) for extent in shape) * dtype.itemsize >= 2**63:
+        raise _bad(f"{path}: {name} has shape {shape}, which no array can have")
+    needed = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != needed:
+        raise _bad(f"{path}: {name} {raw['dtype']}{shape} needs {needed} bytes, its data_offsets {offsets} are wrong")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _bad(message: str) -> UserError:
+    """Names come from the file and may hold anything: keep the message one printable line."""
+    return UserError("".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:500])
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def write(
+    directory: str | Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    config: arch.ModelConfig,
+    dtype: DTypeLike,
+    tokenizer_from: str | Path | None = None,
+    card: str | None = None,
+    recipe: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face directory that appears under its name only when it is whole.
+
+    Files and offsets are planned from the tensor table, so tensors may come in any order and only one is held at a time. A tensor
+    in another dtype is cast, rounding to the nearest even.
+
+    Args:
+        directory: the target; it must not exist or be empty.
+        tensors: `(hf_name, array)`, every tensor of the model exactly once.
+        config: written as `config.json` and `generation_config.json`.
+        dtype: dtype of all tensors in the files.
+        tokenizer_from: directory whose tokenizer files are copied; one without any is fine.
+        card: text of `README.md`, by default `companions.model_card()`.
+        recipe: text of `merge_config.yaml`, if any.
+        shard_bytes: largest size of a file's tensors; one file is named `model.safetensors` and has no index.
+
+    Raises:
+        UserError: the target is not empty, or a value overflows float16.
+        ValueError: a tensor is missing, unknown, given twice, or has another shape.
+    """
+    target_dtype = np.dtype(dtype)
+    table = {name: spec.hf_shape for name, spec, _ in arch.hf_tensors(config)}
+    with atomic.new_directory(directory) as partial:
+        companions.write(partial, config, target_dtype.name, tokenizer_from=tokenizer_from, card=card, recipe=recipe)
+        with _shards(partial, table, target_dtype, shard_bytes) as places:
+            missing = dict.fromkeys(table)
+            for name, array in tensors:
+                if name not in missing:
+                    raise ValueError(f"tensor {name} is {'given twice' if name in table else 'not part of the model'}")
+                if array.shape != table[name]:
+                    raise ValueError(f"tensor {name} has shape {array.shape}, expected {table[name]}")
+                del missing[name]
+                file, start = places[name]
+                file.seek(start)
+                file.write(cast(array, target_dtype, name).reshape(-1).view(np.uint8).data)
+                del array  # before the next one is made
+            if missing:
+                raise ValueError(f"tensor {next(iter(missing))} was not given ({len(missing)} of {len(table)} are missing)")
+
+
+def cast(array: np.ndarray, dtype: DTypeLike, name: str = "an array") -> np.ndarray:
+    """Return `array` in `dtype` (round to nearest even) and C order; the same bits if it has that dtype already.
+
+    Raises:
+        UserError: a finite value is too large for float16.
+
+    Example:
+        >>> cast(np.array([1.00390625, 1.01171875], np.float32), "bfloat16").tolist()
+        [1.0, 1.015625]
+    """
+    with np.errstate(over="ignore"):
+        out = np.ascontiguousarray(array, np.dtype(dtype))
+    # bfloat16 has float32's range
+    if out.dtype == np.float16 and array.dtype != np.float16 and np.isinf(out).any() and np.isfinite(array[np.isinf(out)]).any():
+        raise UserError(f"{name} has values that overflow float16; choose dtype bfloat16 or float32")
+    return out
+
+
+@contextlib.contextmanager
+def _shards(
+    directory: Path, table: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], shard_bytes: int
+) -> Iterator[dict[str, tuple[BinaryIO, int]]]:
+    """Write all headers and the index; yield where the bytes of each tensor go; close every file on the disk itself."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in table.items()}
+    shards: list[list[str]] = [[]]
+    for name in table:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        atomic.write_text(
+            directory / INDEX,
+            json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2) + "\n",
+        )
+    places: dict[str, tuple[BinaryIO, int]] = {}
+    with contextlib.ExitStack() as stack:
+        for file_name, names in zip(files, shards, strict=True):
+            file: BinaryIO = stack.enter_context((directory / file_name).open("wb"))
+            stack.callback(atomic.sync, file)
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
+            for name in names:
+                offsets = [end, end := end + sizes[name]]
+                header[name] = {"dtype": _NAMES[dtype], "shape": list(table[name]), "data_offsets": offsets}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+            places |= {name: (file, 8 + len(text) + header[name]["data_offsets"][0]) for name in names}
+        yield places

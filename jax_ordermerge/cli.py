@@ -1,0 +1,179 @@
+"""The command line: parse, build a config, call one function, print. Nothing heavy is imported before a command runs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from jax_ordermerge.errors import UserError
+
+app = typer.Typer(
+    name="ordermerge",
+    help="Fine-tune one base model in k data orders, measure what the order did, and merge the k models into one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG|RUN", help="YAML config of an experiment, or the run directory it made.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set training.learning_rate=1e-5. May be repeated."),
+]
+
+
+def _through(last: str, target: Path, overrides: list[str] | None) -> None:
+
+    from jax_ordermerge.experiment import pipeline, run_directory
+
+    pipeline.run(run_directory.read_config(target, overrides or ()), through=last, say=typer.echo)
+
+
+@app.command()
+def run(config: RunArgument, overrides: SetOption = None) -> None:
+    """Do everything: train, merge, analyze, evaluate, report. Continues where it stopped; skips what is complete.
+
+    Start with: ordermerge run configs/quickstart.yaml
+    """
+    _through("report", config, overrides)
+
+
+@app.command()
+def train(config: RunArgument, overrides: SetOption = None) -> None:
+    """Fine-tune the members, each in its own order. Resumes from the last checkpoint."""
+    _through("train", config, overrides)
+
+
+@app.command()
+def analyze(config: RunArgument, overrides: SetOption = None) -> None:
+    """Measure the final loss of every training sample and how it depends on when the sample was seen."""
+    _through("analyze", config, overrides)
+
+
+@app.command()
+def evaluate(config: RunArgument, overrides: SetOption = None) -> None:
+    """Measure base, members and merges on held-out data: loss, perplexity and the tasks of the config."""
+    _through("evaluate", config, overrides)
+
+
+@app.command()
+def report(config: RunArgument, overrides: SetOption = None) -> None:
+    """Write report.html and report.md of a run, with whatever stages are complete."""
+
+    from jax_ordermerge import report
+    from jax_ordermerge.experiment import run_directory
+
+    typer.echo(f"wrote {report.write(run_directory.read_config(config, overrides or ()).directory)}")
+
+
+@app.command()
+def merge(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="CONFIG|RUN|MODEL...", help="A config or run, or two or more HF directories.")
+    ],
+    *,
+    out: Annotated[Path | None, typer.Option(help="HF directory to write (with MODEL...). It must not exist.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model (with MODEL...): HF directory or hub name.")] = None,
+    method: Annotated[str, typer.Option(help="average, selection, task_arithmetic, ties, dare_linear or dare_ties.")] = "selection",
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("--param", metavar="KEY=VALUE", help="A parameter of the method, e.g. --param resample=exhaustive."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="One weight a model, separated by commas; equal by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random methods.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    overrides: SetOption = None,
+) -> None:
+    """Merge the members of a run as its config says, or any HF checkpoints of one architecture.
+
+    ordermerge merge runs/quickstart
+
+    ordermerge merge --method selection --base BASE --out MERGED MODEL_A MODEL_B MODEL_C
+    """
+    if len(sources) == 1:
+        _through("merge", sources[0], overrides)
+        return
+
+    if out is None:
+        raise UserError("merging HF directories needs --out DIRECTORY")
+    from jax_ordermerge.experiment import single
+
+    single.merge_directories(
+        sources,
+        out,
+        base=base,
+        method=method,
+        parameters=_parameters(parameters or []),
+        weights=_weights(weights),
+        seed=seed,
+        dtype=dtype,
+    )
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="HF directory, Orbax directory made by this command, or run directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write. It must not exist.")],
+    to: Annotated[str, typer.Option(help="hf or orbax.")] = "hf",
+    member: Annotated[int | None, typer.Option(help="Which member of a run, from 0.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype of the tensors written; by default that of the source.")] = None,
+) -> None:
+    """Convert between Hugging Face directories and Orbax checkpoints, or export one member of a run."""
+
+    from jax_ordermerge.experiment import single
+
+    single.convert_checkpoint(source, out, to=to, member=member, dtype=dtype)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="HF directory, hub name or embedded:NAME.")],
+    prompt: Annotated[list[str], typer.Option(help="A prompt. May be repeated.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
+    dtype: Annotated[str, typer.Option(help="Compute dtype, float32 or bfloat16.")] = "float32",
+) -> None:
+    """Complete prompts greedily with a model."""
+
+    from jax_ordermerge.experiment import single
+
+    for text in single.complete(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype):
+        typer.echo(text)
+
+
+def _parameters(items: list[str]) -> dict[str, Any]:
+    import yaml
+
+    pairs = [item.partition("=") for item in items]
+    for (name, sign, _), item in zip(pairs, items, strict=True):
+        if not (name and sign):
+            raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+def _weights(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--weights {text}: expected numbers separated by commas, e.g. --weights 0.5,0.25,0.25") from error
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit code 2 for bad input, 1 for a failure of ours, 130 when interrupted."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues at the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,293 @@
+"""The one schema of every YAML file and flag. Strict: unknown keys and wrong types are errors that name the nearest key."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from jax_ordermerge.errors import UserError, did_you_mean
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+AxisSize = Annotated[int, Field(ge=-1)]
+
+
+class Section(pydantic.BaseModel):
+    """A section of the config. Frozen; unknown keys are refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Model(Section):
+    """The base model and how it is computed."""
+
+    base: str = Field("embedded:quickstart", description="HF directory, hub name, or embedded:NAME")
+    init: Literal["pretrained", "random"] = Field("pretrained", description="random: take only config and tokenizer of the base")
+    compute_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of matmuls; masters stay float32")
+    remat: Literal["none", "full", "dots"] = Field("none", description="what is recomputed in the backward pass")
+    ignore_config_keys: tuple[str, ...] = Field((), description="unknown config.json keys to pass over")
+
+
+class Mesh(Section):
+    """Sizes of the mesh axes; -1 is all remaining devices."""
+
+    order: AxisSize = Field(1, description="device groups that train different members at the same time")
+    fsdp: AxisSize = Field(-1, description="shards parameters and the batch")
+    tensor: AxisSize = Field(1, description="shards heads and mlp")
+
+
+class Distributed(Section):
+    """Start of several processes."""
+
+    coordinator: str | None = Field(None, description="host:port of process 0, or auto on TPU pods and SLURM")
+    processes: PositiveInt | None = None
+    index: NonNegativeInt | None = None
+    timeout: PositiveInt = Field(300, description="seconds to wait for the peers")
+
+
+class Data(Section):
+    """Training, validation and test examples."""
+
+    train: str = Field("generated:quickstart", description="json, jsonl, parquet or csv file, hub dataset, or generated:NAME")
+    test: str | None = Field(None, description="held-out examples, never trained on")
+    validation_examples: NonNegativeInt = Field(
+        0, description="examples set aside from train by seed, to choose the best member on"
+    )
+    format: Literal["auto", "messages", "prompt_completion", "text", "sharegpt", "alpaca", "question_answer"] = "auto"
+    template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field("auto", description="how prompt and response become text")
+    max_length: PositiveInt = Field(512, description="tokens an example")
+    too_long: Literal["drop", "truncate"] = "drop"
+    limit: PositiveInt | None = Field(None, description="use only the first so many training examples")
+    test_limit: PositiveInt | None = Field(None, description="use only the first so many test examples")
+    buckets: tuple[PositiveInt, ...] = Field((), description="padded lengths below max_length; () pads to the longest example")
+
+
+class Population(Section):
+    """The members and their orders."""
+
+    members: PositiveInt = Field(4, description="how many times the base is fine-tuned")
+    level: Literal["sample", "batch", "balanced", "same", "reverse"] = Field("sample", description="what the orders permute")
+    reshuffle: Literal["each_epoch", "never"] = "each_epoch"
+
+
+class Training(Section):
+    """Optimization of every member."""
+
+    epochs: PositiveInt = 3
+    batch: PositiveInt = Field(32, description="examples an optimizer step")
+    microbatch: PositiveInt | None = Field(None, description="examples a forward pass; smaller than batch accumulates gradients")
+    learning_rate: PositiveFloat = 2e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: NonNegativeFloat = Field(0.03, description="fraction of all steps if below 1, else steps")
+    final_fraction: NonNegativeFloat = Field(0.0, description="learning rate at the end, as a fraction of its peak")
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: PositiveFloat = 1e-8
+    clip_norm: PositiveFloat | None = Field(1.0, description="global gradient norm; null does not clip")
+    checkpoint_every: PositiveInt | None = Field(None, description="steps; null saves at the end of each epoch")
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 10
+
+
+class Analysis(Section):
+    """Statistics of the position effect."""
+
+    batch: PositiveInt = Field(64, description="examples a forward pass")
+    bins: PositiveInt = 10
+    bootstrap: PositiveInt = 1000
+    permutations: PositiveInt = 1000
+
+
+class MergeSpec(Section):
+    """One merge: a method of the table and its parameters."""
+
+    name: str | None = Field(None, description="directory name, by default method and seed")
+    method: str
+    seed: int | None = Field(None, description="by default the seed of the run")
+    weights: tuple[NonNegativeFloat, ...] | None = Field(None, description="one a member, by default equal")
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class Merge(Section):
+    """What is merged, and in which dtype members are exported, merged and served."""
+
+    dtype: Dtype = "bfloat16"
+    methods: tuple[MergeSpec, ...] = (MergeSpec(method="average"), MergeSpec(method="selection"))
+
+
+class Task(Section):
+    """One evaluation by generation."""
+
+    name: str
+    kind: Literal["exact", "gsm8k"] = Field("exact", description="exact: the whole answer; gsm8k: the number after ####")
+    data: str | None = Field(None, description="by default data.test")
+    limit: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 256
+
+
+class Evaluation(Section):
+    """What every model (base, members, merges) is measured on."""
+
+    batch: PositiveInt = 64
+    loss: bool = Field(True, description="held-out loss and perplexity on data.test")
+    tasks: tuple[Task, ...] = ()
+    bootstrap: PositiveInt = 1000
+
+
+class Config(Section):
+    """A whole experiment. Everything random in it follows from `seed` by name."""
+
+    name: str = "experiment"
+    output: str = Field("runs/{name}", description="run directory; {name} is replaced")
+    seed: int = 0
+    model: Model = Model()
+    mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
+    data: Data = Data()
+    population: Population = Population()
+    training: Training = Training()
+    analysis: Analysis = Analysis()
+    merge: Merge = Merge()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.output.replace("{name}", self.name))
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.mesh.order > 0 and self.population.members % self.mesh.order:
+            raise ValueError(
+                f"population.members = {self.population.members} is not a multiple of mesh.order = {self.mesh.order}; change one of them"
+            )
+        if self.training.microbatch and self.training.batch % self.training.microbatch:
+            raise ValueError(
+                f"training.batch = {self.training.batch} is not a multiple of training.microbatch = {self.training.microbatch}"
+            )
+        too_long = [b for b in self.data.buckets if b > self.data.max_length]
+        if too_long:
+            raise ValueError(f"data.buckets {too_long} are above data.max_length = {self.data.max_length}")
+        names = [merge_name(spec, self.seed) for spec in self.merge.methods]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        reserved = [name for name in names if name == "base" or name.startswith("member_") or "/" in name]
+        if reserved:
+            raise ValueError(f"merge.methods: the name {reserved[0]} is taken by a model or holds a slash; choose another")
+        if twice:
+            raise ValueError(f"merge.methods: the name {twice[0]} is used twice; give each its own name")
+        for spec in self.merge.methods:
+            if spec.weights is not None and len(spec.weights) != self.population.members:
+                raise ValueError(
+                    f"merge.methods: {spec.method} has {len(spec.weights)} weights for population.members = {self.population.members}"
+                )
+        return self
+
+
+def merge_name(spec: MergeSpec, seed: int) -> str:
+    """Return the directory name of a merge: its own, else `method` or `method-seedS`.
+
+    Example:
+        >>> merge_name(MergeSpec(method="selection", seed=3), 0), merge_name(MergeSpec(method="average"), 0)
+        ('selection-seed3', 'average')
+    """
+    if spec.name:
+        return spec.name
+    return spec.method if spec.seed is None else f"{spec.method}-seed{spec.seed}"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file of differences from the defaults and apply `--set` overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: `"section.key=value"` with a YAML value, applied in order.
+
+    Raises:
+        UserError: one line that names the key, what was given and what was expected.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"config file {path} not found")
+    try:
+        raw = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected sections such as 'training:', got {type(raw).__name__}")
+    for item in overrides:
+        _override(raw, item)
+    return make_config(raw, str(path))
+
+
+def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
+    """Validate a nested dict of differences from the defaults.
+
+    Example:
+        >>> make_config({"training": {"epochs": 2}}).training.epochs
+        2
+        >>> make_config({"training": {"epoch": 2}})
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: config: unknown key training.epoch (did you mean 'epochs'?)
+    """
+    try:
+        return Config.model_validate(dict(raw))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: {_one_line(error)}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the resolved config as plain YAML-able data, every default written out.
+
+    Example:
+        >>> make_config(to_dict(Config())) == Config()
+        True
+    """
+    return config.model_dump(mode="json")
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    path, sign, text = item.partition("=")
+    if not sign:
+        raise UserError(f"--set {item}: expected section.key=value, e.g. --set training.learning_rate=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {item}: the value is not valid YAML: {text}") from error
+    *parents, last = path.strip().split(".")
+    node = raw
+    for name in parents:
+        child = node.get(name)
+        if child is not None and not isinstance(child, dict):
+            raise UserError(f"--set {item}: {name} is not a section")
+        node[name] = dict(child or {})
+        node = node[name]
+    node[last] = value
+
+
+def _one_line(error: pydantic.ValidationError) -> str:
+    # a misspelt key also makes its right name "missing": the misspelling is what to show
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    location = [str(part) for part in first["loc"]]
+    shown = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {shown}{did_you_mean(location[-1], _known_keys(first['loc'][:-1]))}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{shown} is missing"
+    return f"{shown} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    node: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        node = node.model_fields[part].annotation
+        args = getattr(node, "__args__", ())
+        node = next((a for a in args if isinstance(a, type) and issubclass(a, Section)), node)
+    return list(node.model_fields) if isinstance(node, type) and issubclass(node, Section) else []

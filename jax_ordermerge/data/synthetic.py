@@ -1,0 +1,235 @@
+"""Text that is made and not found: a small arithmetic world, its word problems, and what a base model reads before it meets them.
+
+`quickstart` are word problems of two steps whose answer is written out and ends in `#### number`, as in GSM8K. `quickstart_pretrain` is
+what lies beneath them in another form (sums, who has what, what a verb does to an amount, copying, counting, sorting), so that a
+base model brings the parts. `quickstart_told` are stories with the sums that follow, so that only the task itself is left to learn.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, TypeVar
+
+import numpy as np
+
+from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.rng import stream_words
+
+Item = TypeVar("Item")
+Record = dict[str, str]
+
+NAMES: Final = (
+    "Ann", "Ben", "Carl", "Dora", "Emma", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mary",
+    "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Tom", "Uma", "Vera", "Will", "Zoe",
+)  # fmt: skip
+THINGS: Final = (
+    "apples", "books", "boxes", "cards", "coins", "cups", "eggs", "hats", "keys", "lemons", "maps", "nuts",
+    "pears", "pens", "plums", "rings", "roses", "shells", "stamps", "stones", "toys",
+)  # fmt: skip
+GAINS: Final = ("buys", "finds", "gets", "makes", "wins")
+LOSSES: Final = ("drops", "gives away", "lends", "loses", "sells")
+LARGEST: Final = 60  # no amount is above it, so that every number is one token and has been added before
+
+
+class Draws:
+    """Uniform integers from the raw bits of PCG64, which numpy promises never to change (its distributions may).
+
+    Example:
+        >>> draws = Draws(0, "example")
+        >>> [draws.below(10) for _ in range(5)]
+        [3, 2, 1, 8, 9]
+    """
+
+    def __init__(self, seed: int, *names: str | int) -> None:
+        self._bits = np.random.PCG64(np.random.SeedSequence(stream_words(seed, *names).tolist()))
+
+    def below(self, n: int) -> int:
+        """Return an integer of `[0, n)`; the bias is below n / 2^64."""
+        return (int(self._bits.random_raw()) * n) >> 64
+
+    def between(self, low: int, high: int) -> int:
+        """Return an integer of `[low, high]`."""
+        return low + self.below(high - low + 1)
+
+    def pick(self, items: Sequence[Item]) -> Item:
+        """Return one item."""
+        return items[self.below(len(items))]
+
+    def sample(self, items: Sequence[Item], count: int) -> list[Item]:
+        """Return `count` different items in random order."""
+        rest = list(items)
+        return [rest.pop(self.below(len(rest))) for _ in range(count)]
+
+
+# --- word problems -------------------------------------------------------------------------------------------------------
+
+
+def _change(draws: Draws, amount: int) -> tuple[str, str, int]:
+    """Return (verb phrase, step of the solution, new amount) of one gain or loss."""
+    if amount < 4 or (amount <= LARGEST - 2 and draws.below(2)):
+        by = draws.between(2, min(30, LARGEST - amount))
+        return f"{draws.pick(GAINS)} {by} more", f"{amount} + {by} = {amount + by}", amount + by
+    by = draws.between(2, min(30, amount - 1))
+    return f"{draws.pick(LOSSES)} {by}", f"{amount} - {by} = {amount - by}", amount - by
+
+
+def _changes(draws: Draws) -> Record:
+    (name,), things, start = draws.sample(NAMES, 1), draws.pick(THINGS), draws.between(2, 40)
+    first, step, amount = _change(draws, start)
+    second, last, amount = _change(draws, amount)
+    question = f"{name} has {start} {things}. {name} {first} and then {second}. How many {things} does {name} have?"
+    return {"question": question, "answer": f"{step}, {last}. #### {amount}"}
+
+
+def _bystander(draws: Draws) -> Record:
+    name, other = draws.sample(NAMES, 2)
+    things, own = draws.pick(THINGS), draws.between(2, 40)
+    facts = [f"{name} has {own} {things}.", f"{other} has {draws.between(2, 40)} {things}."]
+    first, step, amount = _change(draws, own)
+    second, last, amount = _change(draws, amount)
+    told = " ".join(draws.sample(facts, 2))
+    question = f"{told} {name} {first} and {second}. How many {things} does {name} have?"
+    return {"question": question, "answer": f"{step}, {last}. #### {amount}"}
+
+
+def _together(draws: Draws) -> Record:
+    name, other = draws.sample(NAMES, 2)
+    things, own = draws.pick(THINGS), draws.between(4, 28)
+    if draws.below(2):
+        by = draws.between(2, min(20, LARGEST - 2 * own))
+        word, sign, theirs = "more", "+", own + by
+    else:
+        by = draws.between(2, own - 1)
+        word, sign, theirs = "fewer", "-", own - by
+    question = f"{name} has {own} {things}. {other} has {by} {word} than {name}. How many {things} do {name} and {other} have?"
+    return {"question": question, "answer": f"{own} {sign} {by} = {theirs}, {own} + {theirs} = {own + theirs}. #### {own + theirs}"}
+
+
+PROBLEMS: Final = (_changes, _bystander, _together)
+
+
+def _is_test(record: Record) -> bool:
+    # by the solution and not by the question: no member has seen the numbers of a test problem in another dress
+    return int(stream_words(0, "synthetic", "split", record["answer"])[0]) < 2**29
+
+
+def _problem(draws: Draws, split: str) -> Record:
+    while True:
+        record = draws.pick(PROBLEMS)(draws)
+        if _is_test(record) == (split == "test"):
+            return record
+
+
+# --- what the base model reads -------------------------------------------------------------------------------------------
+
+
+def _equation(draws: Draws) -> str:
+    if draws.below(2):
+        a = draws.between(1, LARGEST - 1)
+        b = draws.between(1, min(30, LARGEST - a))
+        if draws.below(2) and b > 1:
+            a, b = b, a
+        return f"{a} + {b} = {a + b}"
+    a = draws.between(2, LARGEST)
+    b = draws.between(1, min(30, a - 1))
+    return f"{a} - {b} = {a - b}"
+
+
+def _sums(draws: Draws) -> str:
+    return f"Sums: {', '.join(_equation(draws) for _ in range(6))}."
+
+
+def _holdings(draws: Draws) -> str:
+    people, things = draws.sample(NAMES, 3), draws.sample(THINGS, 3)
+    amounts = [str(n) for n in draws.sample(range(2, LARGEST + 1), 3)]
+    facts = [f"{p} has {n} {t}." for p, n, t in zip(people, amounts, things, strict=True)]
+    asked = draws.sample(range(3), 2)
+    if draws.below(2):
+        return f"{' '.join(facts)} Again: {' '.join(facts[i] for i in asked)}"
+    return f"{' '.join(facts)} {' '.join(f'Who has {amounts[i]} {things[i]}? {people[i]}.' for i in asked)}"
+
+
+def _verbs(draws: Draws) -> str:
+    parts = []
+    for name in draws.sample(NAMES, 2):
+        start, things = draws.between(4, 40), draws.pick(THINGS)
+        phrase, _, amount = _change(draws, start)
+        word = "more" if amount > start else "fewer"
+        parts.append(f"{name} has {start} {things} and then {phrase}. Now {abs(amount - start)} {word} than {start}.")
+    return " ".join(parts)
+
+
+def _copies(draws: Draws) -> str:
+    words = " ".join(draws.sample((*NAMES, *THINGS, *map(str, range(2, LARGEST + 1))), 12))
+    return f"Copy: {words}. Again: {words}."
+
+
+def _lists(draws: Draws) -> str:
+    numbers = draws.sample(range(LARGEST + 1), 6)
+    start, step = draws.between(0, 30), draws.between(1, 3)
+    if draws.below(2):
+        return f"Count: {' '.join(str(start + step * i) for i in range(10))}."
+    return f"Sort: {' '.join(map(str, numbers))}. Again: {' '.join(map(str, sorted(numbers)))}."
+
+
+# kinds are drawn uniformly: a kind that stands twice is twice as frequent
+TEXTS: Final = (_sums, _sums, _sums, _holdings, _holdings, _holdings, _copies, _verbs, _lists)
+
+
+def _text(draws: Draws, split: str) -> Record:
+    return {"text": draws.pick(TEXTS)(draws)}
+
+
+def _told(draws: Draws, split: str) -> Record:
+    """A problem as a story: its facts and the sums that follow from them, but no question and no answer."""
+    problem = _problem(draws, split)
+    facts, steps = problem["question"].split(" How many")[0], problem["answer"].split(" ####")[0]
+    return {"text": f"{facts} Sums: {steps}"}
+
+
+# --- the table -----------------------------------------------------------------------------------------------------------
+
+
+class Dataset(NamedTuple):
+    """A maker of records and how many there are of each split."""
+
+    make: Callable[[Draws, str], Record]
+    sizes: dict[str, int]
+
+
+DATASETS: Final = {
+    "quickstart": Dataset(_problem, {"train": 1536, "test": 400}),
+    "quickstart_pretrain": Dataset(_text, {"train": 128_000, "test": 1_000}),
+    "quickstart_told": Dataset(_told, {"train": 32_000, "test": 400}),
+}
+
+
+def generated(name: str, split: str = "train") -> list[Record]:
+    """Return the records of a generated dataset; always the same ones.
+
+    Args:
+        name: a key of `DATASETS`.
+        split: `train` or `test`. Nothing of `quickstart` test, neither question nor solution, is in its train split.
+
+    Returns:
+        Records with the strings `question` and `answer`, or `text`.
+
+    Raises:
+        UserError: there is no such dataset or split.
+
+    Example:
+        >>> record = generated("quickstart", "test")[0]
+        >>> record["question"]
+        'Uma has 27 stones. Dora has 26 fewer than Uma. How many stones do Uma and Dora have?'
+        >>> record["answer"]
+        '27 - 26 = 1, 27 + 1 = 28. #### 28'
+    """
+    if name not in DATASETS:
+        raise UserError(f"generated:{name} does not exist{did_you_mean(name, DATASETS)}")
+    make, sizes = DATASETS[name]
+    if split not in sizes:
+        raise UserError(f"generated:{name} has no split '{split}'{did_you_mean(split, sizes)}")
+    draws = Draws(0, "synthetic", name, split)
+    records: dict[tuple[str, ...], Record] = {}
+    while len(records) < sizes[split]:
+        record = make(draws, split)
+        records[tuple(record.values())] = record
+    return list(records.values())

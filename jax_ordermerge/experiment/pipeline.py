@@ -1,0 +1,61 @@
+"""The pipeline of stages. Each reads the run directory and the config, and is skipped when its output is complete."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from jax_ordermerge import config as schema
+from jax_ordermerge.config import Config
+from jax_ordermerge.experiment.run_directory import check_same_config, model_names, read_json, write_text
+
+STAGES = ("train", "merge", "analyze", "evaluate", "report")
+
+Say = Callable[[str], None]
+
+
+def complete(stage: str, config: Config) -> bool:
+    """Say whether a stage's output is whole. Looks at files only, so that a second call costs nothing."""
+    directory, names = config.directory, model_names(config)
+    if stage == "train":
+        return (directory / "metrics" / "state.json").is_file()
+    if stage == "merge":
+        merged = [name for name, kind in names.items() if kind == "merge"]
+        return (directory / "merge.json").is_file() and all(
+            (directory / "merged" / name / "config.json").is_file() for name in merged
+        )
+    if stage == "analyze":
+        return (directory / "analysis.json").is_file()
+    if stage == "evaluate":
+        found = read_json(directory / "evaluations.json") or {"models": []}
+        return [model["name"] for model in found["models"]] == list(names)
+    return (directory / "report.html").is_file() and (directory / "report.md").is_file()
+
+
+def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
+    """Run the stages up to `through`, skipping what is complete, and return the run directory.
+
+    Args:
+        config: a resolved config (`load_config`).
+        through: the last stage, one of `STAGES`.
+        say: where one-line messages go.
+
+    Raises:
+        UserError: bad input; nothing has been written then.
+    """
+    check_same_config(config)
+    missing = [stage for stage in STAGES[: STAGES.index(through) + 1] if not complete(stage, config)]
+    last = config.directory / "report.html" if through == "report" else config.directory
+    if not missing:
+        say(f"everything is done: {last}")
+        return config.directory
+    from jax_ordermerge.experiment import stages
+
+    workshop = stages.prepare(config, say)
+    write_text(config.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
+    for number, stage in enumerate(STAGES[: STAGES.index(through) + 1], start=1):
+        if stage in missing:
+            say(f"[{number}/{len(STAGES)}] {stage}")
+            getattr(stages, stage)(workshop)
+    say(f"done: {last}")
+    return config.directory

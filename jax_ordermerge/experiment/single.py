@@ -1,0 +1,127 @@
+"""Single jobs outside a run: merge directories, convert a checkpoint, complete a prompt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import tree
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import companions, convert, orbax
+from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.data import source
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import harness
+from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.merge import engine
+from jax_ordermerge.train import loop
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def merge_directories(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    base: str | None,
+    method: str,
+    parameters: dict[str, Any],
+    weights: Sequence[float] | None,
+    seed: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """Merge Hugging Face directories of one architecture, tensor by tensor; see `merge.engine`.
+
+    Raises:
+        UserError: bad input; nothing has been written then.
+    """
+    _check_dtype(dtype)
+    directories = [convert.resolve(str(one)) for one in sources]
+    return engine.merge(
+        directories,
+        None if base is None else convert.resolve(base),
+        out,
+        method=method,
+        seed=seed,
+        weights=weights,
+        parameters=parameters,
+        dtype=dtype,
+    )
+
+
+def convert_checkpoint(origin: Path, out: Path, *, to: str, member: int | None, dtype: str | None) -> None:
+    """Convert HF -> Orbax, Orbax -> HF, or one member of a run -> either.
+
+    An Orbax directory made here keeps the model config and the tokenizer's origin in its metadata, so that the way back needs
+    nothing else.
+
+    Raises:
+        UserError: unknown target, a source that is none of the three, or a member that does not exist.
+    """
+    if to not in ("hf", "orbax"):
+        raise UserError(f"--to {to}: expected hf or orbax")
+    if dtype is not None:
+        _check_dtype(dtype)
+    if out.exists():
+        raise UserError(f"{out} exists already; give a new directory")
+    config, params, dtype, tokenizer = _load(origin, member, dtype)
+    if to == "hf":
+        convert.export(params, config, out, dtype=dtype, source=tokenizer, card=companions.model_card(out.name))
+    else:
+        metadata = {"config": config.to_hf(dtype), "dtype": dtype, "tokenizer": str(tokenizer)}
+        orbax.save(out, 0, {"params": params}, metadata)
+
+
+def _load(origin: Path, member: int | None, dtype: str | None) -> tuple[ModelConfig, tree.Tree, str, Path | None]:
+    """Return config, parameters, their dtype and the directory of the tokenizer."""
+    if (origin / "config.yaml").is_file():
+        run = read_config(origin)
+        if member is None:
+            raise UserError(f"{origin} is a run of {run.population.members} members; choose one with --member")
+        base = convert.resolve(run.model.base)
+        config = convert.load_config(base, run.model.ignore_config_keys)
+        chosen = dtype or run.merge.dtype
+        population = loop.restore_members(run, config, meshes.make_mesh(), dtype=chosen)
+        if not 0 <= member < tree.size(population):
+            raise UserError(f"--member {member}: the run has members 0 to {tree.size(population) - 1}")
+        return config, tree.member(population, member), chosen, base
+    if member is not None:
+        raise UserError(f"--member goes with a run directory; {origin} has no config.yaml")
+    step = orbax.latest(origin) if origin.is_dir() else None
+    if step is not None:
+        metadata = orbax.metadata(origin, step)
+        if "config" not in metadata:
+            raise UserError(f"{origin} is not an Orbax directory made by this command; give a run directory and --member")
+        config, chosen = ModelConfig.from_hf(metadata["config"]), dtype or metadata["dtype"]
+        restored = orbax.restore(origin, step, {"params": convert.abstract_params(config, dtype=chosen)})
+        tokenizer = Path(metadata["tokenizer"])
+        return config, restored["params"], chosen, tokenizer if tokenizer.is_dir() else None
+    directory = convert.resolve(str(origin))
+    reader = Reader(directory)
+    chosen = dtype or reader.info(reader.names[0]).dtype.name
+    config, params = convert.load_params(directory, dtype=chosen)
+    return config, params, chosen, directory
+
+
+def complete(model: str, prompts: Sequence[str], *, max_new_tokens: int, dtype: str) -> list[str]:
+    """Complete prompts greedily.
+
+    Args:
+        model: directory, hub name or `embedded:NAME`.
+        prompts: texts, tokenized with the beginning-of-sequence token of the model.
+        max_new_tokens: at most.
+        dtype: of the products.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
+    directory = convert.resolve(model)
+    tokenizer = source.load_tokenizer(directory)
+    config, params = convert.load_params(directory)
+    generate = harness.generator(config, params, tokenizer, batch=8, dtype=dtype)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return generate([start + tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts], max_new_tokens)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")

@@ -1,0 +1,327 @@
+"""The stages of a run. `prepare` reads and checks every input before anything is written; each stage then fills its part."""
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from jax.sharding import Mesh
+
+import jax_ordermerge
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import report as reports
+from jax_ordermerge import tree
+from jax_ordermerge.analysis import imbalance, measure
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import companions, convert
+from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.config import Config, MergeSpec, merge_name
+from jax_ordermerge.data import order, pack, source
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import harness
+from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
+from jax_ordermerge.merge import methods, population
+from jax_ordermerge.model import llama
+from jax_ordermerge.train import batches, loop
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """What the stages share: the config, the hardware, the base model and the data.
+
+    Attributes:
+        base: directory of the base model.
+        model: its architecture.
+        splits: tokenized examples under `train` and, where the config asks for them, `validation` and `test`.
+        say: where one-line messages go.
+    """
+
+    config: Config
+    mesh: Mesh
+    base: Path
+    model: ModelConfig
+    tokenizer: Any
+    splits: dict[str, Examples]
+    say: Say
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.config.directory
+
+
+def prepare(config: Config, say: Say) -> Workshop:
+    """Start the processes, make the mesh, read model and data, and check all of it against each other.
+
+    Raises:
+        UserError: the first thing that does not fit. Nothing has been written.
+    """
+    for spec in config.merge.methods:
+        methods.check(spec.method, spec.parameters)
+    if config.distributed.coordinator is None:
+        meshes.provide_cpu_devices(**config.mesh.model_dump())
+    meshes.start_distributed(**config.distributed.model_dump())
+    mesh = meshes.make_mesh(**config.mesh.model_dump())
+    members, groups = config.population.members, mesh.shape["order"]
+    if members % groups:
+        raise UserError(f"population.members = {members} is not a multiple of the order axis ({groups} device groups); change one")
+    base = convert.resolve(config.model.base)
+    model = convert.load_config(base, config.model.ignore_config_keys)
+    if config.model.init == "pretrained":
+        convert.check_tensors(Reader(base), model)
+    if config.data.max_length > model.max_position_embeddings:
+        raise UserError(
+            f"data.max_length = {config.data.max_length} is above the {model.max_position_embeddings} positions of {config.model.base}"
+        )
+    tokenizer = source.load_tokenizer(base)
+    train, validation = source.load_training(config.data, tokenizer, seed=config.seed)
+    test = source.load_examples(config.data, tokenizer, "test", seed=config.seed)
+    splits = {"train": train} | ({"validation": validation} if validation else {}) | ({"test": test} if test else {})
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(f"{base}: the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
+    return Workshop(config, mesh, base, model, tokenizer, splits, say)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ training
+
+
+def train(w: Workshop) -> None:
+    """Fine-tune the members; see `train/loop.py`."""
+    described = {name: _described(examples) for name, examples in w.splits.items()}
+    write_json(w.directory / "data.json", described)
+    for name, one in described.items():
+        w.say(f"  {name}: {one['source']}, " + ", ".join(f"{count} {what}" for what, count in one["counts"].items()))
+    loop.train(w.config, w.model, lambda: base_params(w, "float32"), w.splits["train"], w.mesh)
+
+
+def _described(examples: Examples) -> dict[str, Any]:
+    return {
+        "source": examples.sources.get("data", ""),
+        "sources": dict(examples.sources),
+        "digest": examples.digest,
+        "examples": len(examples),
+        "tokens": int(examples.lengths.sum()),
+        "counts": dict(examples.counts),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------------------- models
+
+
+def base_params(w: Workshop, dtype: str) -> tree.Tree:
+    """Return the base model, from its files or drawn at random as the config says."""
+    if w.config.model.init == "random":
+        params = llama.init_params(w.model, w.config.seed, w.mesh)
+        return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
+    return convert.load_params(w.base, w.mesh, dtype=dtype, ignore=w.config.model.ignore_config_keys)[1]
+
+
+def models(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
+    """Yield `(name, parameters)` of the models asked for, in the dtype that is merged and served, merges as they were exported."""
+    kinds, dtype = model_names(w.config), w.config.merge.dtype
+    members = None
+    for name in names:
+        if kinds[name] == "base":
+            yield name, base_params(w, dtype)
+        elif kinds[name] == "member":
+            members = loop.restore_members(w.config, w.model, w.mesh, dtype=dtype) if members is None else members
+            yield name, tree.member(members, int(name.removeprefix("member_")))
+        else:
+            yield name, convert.load_params(w.directory / "merged" / name, w.mesh, dtype=dtype)[1]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- merging
+
+
+def merge(w: Workshop) -> None:
+    """Merge the population in device memory by every method of the config, export each, and say what it did."""
+    dtype = w.config.merge.dtype
+    members = loop.restore_members(w.config, w.model, w.mesh, dtype=dtype)
+    base = base_params(w, dtype)
+    done = {one["name"]: one for one in (read_json(w.directory / "merge.json") or {"merges": []})["merges"]}
+    for spec in w.config.merge.methods:
+        name = merge_name(spec, w.config.seed)
+        target = w.directory / "merged" / name
+        if name in done and (target / "config.json").is_file():
+            continue
+        seed = w.config.seed if spec.seed is None else spec.seed
+        settings: dict[str, Any] = {"method": spec.method, "seed": seed, "weights": spec.weights, "parameters": spec.parameters}
+        merged = population.merge(members, base, w.model, dtype=dtype, **settings)
+        recipe = _recipe(w, spec, seed)
+        if not (target / "config.json").is_file():
+            convert.export(
+                merged, w.model, target, dtype=dtype, source=w.base, card=_card(w, name, recipe), recipe=yaml.safe_dump(recipe)
+            )
+        done[name] = {"name": name, **settings, "diagnostics": population.diagnostics(members, base, merged, w.model)}
+        write_json(w.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
+        total = done[name]["diagnostics"]["total"]
+        # both are None where no member left the base
+        said = ", ".join(f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None)
+        w.say(f"  {name}: {said or 'equal to the base'} -> {target}")
+
+
+def _recipe(w: Workshop, spec: MergeSpec, seed: int) -> dict[str, Any]:
+    return {
+        "merge_method": spec.method,
+        "base_model": _public_base(w) or "base",
+        "models": [f"member_{m}" for m in range(w.config.population.members)],
+        "weights": None if spec.weights is None else list(spec.weights),
+        "parameters": dict(spec.parameters),
+        "seed": seed,
+        "dtype": w.config.merge.dtype,
+        "orders": {"level": w.config.population.level, "seed": w.config.seed, "epochs": w.config.training.epochs},
+        "jax_ordermerge": jax_ordermerge.__version__,
+    }
+
+
+def _public_base(w: Workshop) -> str | None:
+    # a path of the machine that trained says nothing to a reader of the card
+    return None if Path(w.config.model.base).exists() or ":" in w.config.model.base else w.config.model.base
+
+
+def _card(w: Workshop, name: str, recipe: dict[str, Any]) -> str:
+    members = w.config.population.members
+    text = (
+        f"One base model was fine-tuned {members} times on the same data in {members} different orders (level `{w.config.population.level}`,"
+        f" {w.config.training.epochs} epochs), and the {members} models were merged by `{recipe['merge_method']}`.\n\n"
+        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
+    )
+    return companions.model_card(
+        f"{w.config.name}: {name}", text, base_model=_public_base(w), relation="merge", tags=["merge", "parameter-selection"]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------------ analysis
+
+
+def analyze(w: Workshop) -> None:
+    """Measure the final loss of every training sample under base, members and merges; regress it on the positions."""
+    file, names = w.directory / "losses" / "final.npz", list(model_names(w.config))
+    known = _known_losses(file, w.splits["train"])
+    for name, params in models(w, [name for name in names if name not in known]):
+        sums, tokens = _losses(w, params, w.splits["train"])
+        known[name] = (sums / tokens).astype(np.float32)
+        w.say(f"  {name}: {sums.sum() / tokens.sum():.4f} nats a token on the training samples")
+        _save_losses(file, known, w.splits["train"], tokens)
+    kinds = model_names(w.config)
+    members = [known[name] for name in names if kinds[name] == "member"]
+    found = imbalance.analyze(
+        np.stack(members),
+        _positions(w),
+        {name: known[name] for name in names if kinds[name] == "merge"},
+        base_losses=known["base"],
+        warmup_fraction=_warmup_fraction(w),
+        bins=w.config.analysis.bins,
+        bootstrap=w.config.analysis.bootstrap,
+        permutations=w.config.analysis.permutations,
+        seed=w.config.seed,
+    )
+    write_json(w.directory / "analysis.json", found)
+
+
+def _losses(w: Workshop, params: tree.Tree, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """Return summed losses and numbers of response tokens, float64[n] each, of one model."""
+    lengths = pack.bucket_lengths(examples.longest, w.config.data.buckets)
+    sums, tokens = measure.losses(
+        w.model, params, examples, batch=w.config.analysis.batch, lengths=lengths, dtype=w.config.model.compute_dtype, mesh=w.mesh
+    )
+    return sums[0].astype(np.float64), tokens.astype(np.float64)
+
+
+def _known_losses(file: Path, examples: Examples) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        return {}
+    with np.load(file) as saved:
+        if not np.array_equal(saved["ids"], examples.ids):
+            raise UserError(f"{file} was measured on other samples; remove it to measure again")
+        return dict(zip(saved["names"].tolist(), saved["losses"], strict=True))
+
+
+def _save_losses(file: Path, known: dict[str, np.ndarray], examples: Examples, tokens: np.ndarray) -> None:
+    whole = io.BytesIO()
+    np.savez(whole, names=np.array(list(known)), ids=examples.ids, losses=np.stack(list(known.values())), tokens=tokens)
+    write_bytes(file, whole.getvalue())
+
+
+def _positions(w: Workshop) -> np.ndarray:
+    """Return float64[M, E, n] in [0, 1]; see `order.positions`."""
+    members, epochs = w.config.population.members, w.config.training.epochs
+    return np.stack(
+        [
+            [
+                order.positions(batches.epoch_order(w.config, len(w.splits["train"]), member, epoch), len(w.splits["train"]))
+                for epoch in range(epochs)
+            ]
+            for member in range(members)
+        ]
+    )
+
+
+def _warmup_fraction(w: Workshop) -> float:
+    warmup = w.config.training.warmup
+    steps = w.config.training.epochs * math.ceil(len(w.splits["train"]) / w.config.training.batch)
+    return warmup if warmup < 1 else min(1.0, warmup / steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(w: Workshop) -> None:
+    """Measure every model on held-out data: loss, perplexity and the tasks of the config."""
+    kinds = model_names(w.config)
+    rows = {name: read_json(w.directory / "evaluations" / f"{name}.json") for name in kinds}
+    for name, params in models(w, [name for name, row in rows.items() if row is None]):
+        rows[name] = _evaluate_one(w, name, kinds[name], params)
+        write_json(w.directory / "evaluations" / f"{name}.json", rows[name])
+        shown = rows[name]["summary"]
+        said = [f"{task} {100 * one['accuracy']:.1f} % +- {100 * one['se']:.1f}" for task, one in shown["tasks"].items()]
+        w.say(f"  {name}: " + ", ".join([f"loss {shown['loss']:.4f}"] * (shown["loss"] is not None) + said))
+    write_json(w.directory / "evaluations.json", {"split": "test", "models": [rows[name]["summary"] for name in kinds]})
+
+
+def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree) -> dict[str, Any]:
+    summary: dict[str, Any] = {"name": name, "kind": kind, "loss": None, "loss_se": None, "perplexity": None, "tokens": 0}
+    result: dict[str, Any] = {"ids": [], "losses": []}
+    test, held = w.splits.get("test"), w.splits.get("validation")
+    if test is not None and w.config.evaluation.loss:
+        sums, tokens = _losses(w, params, test)
+        mean, error = _token_mean(sums, tokens)
+        summary |= {"loss": mean, "loss_se": error, "perplexity": math.exp(min(mean, 700.0)), "tokens": int(tokens.sum())}
+        result = {"ids": test.ids.tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens.tolist()}
+    validation = None if held is None else _token_mean(*_losses(w, params, held))[0]
+    generate = harness.generator(w.model, params, w.tokenizer, batch=w.config.evaluation.batch, dtype=w.config.model.compute_dtype)
+    tasks: dict[str, Any] = {}
+    items: dict[str, Any] = {}
+    for task in w.config.evaluation.tasks:
+        examples = test
+        if task.data is not None:
+            data = w.config.data.model_copy(update={"test": task.data, "test_limit": None})
+            examples = source.load_examples(data, w.tokenizer, "test", seed=w.config.seed)
+        if examples is None:
+            raise UserError(f"evaluation task {task.name} has no data; set data.test or the task's own data")
+        tasks[task.name], items[task.name] = harness.run_task(task, examples, generate)
+    return {"summary": summary | {"validation_loss": validation, "tasks": tasks}, **result, "tasks": items}
+
+
+def _token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """Return the mean loss a token and its standard error, with whole examples as the sampling unit (ratio estimator)."""
+    mean, n = sums.sum() / tokens.sum(), len(sums)
+    error = math.sqrt(((sums - mean * tokens) ** 2).sum() * n / max(n - 1, 1)) / tokens.sum()
+    return float(mean), float(error)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- report
+
+
+def report(w: Workshop) -> None:
+    """Write report.html and report.md from the run directory."""
+    if jax.process_index() == 0:
+        reports.write(w.directory)

@@ -1,0 +1,1 @@
+"""Kernels that merge members, over arrays and over files."""

@@ -1,0 +1,187 @@
+"""Parameter selection: every element is taken from one member. No arithmetic on values, bits in and bits out."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.counter import Index, element_index, key_words, random_words
+
+Granularity = Literal["element", "row", "column", "tensor", "layer"]
+Rounds = Annotated[int, Field(ge=0)] | Literal["exhaustive"]
+ONE = 1 << 16  # probabilities are multiples of 2^-16
+UNROLLED = 8  # up to so many rounds are one fused pass; beyond, a loop keeps compilation short
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """Return the bit patterns of an array as unsigned integers of the same width.
+
+    Example:
+        >>> to_bits(jnp.array([1.0, -0.0], jnp.bfloat16)).tolist()
+        [16256, 32768]
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def quantize(weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return probabilities as multiples of 2^-16, by largest remainder; the draw is then integer arithmetic throughout.
+
+    Args:
+        weights: [M], not negative, with a positive sum.
+
+    Returns:
+        uint32[M] with sum 65536.
+
+    Raises:
+        UserError: a weight is negative, the sum is not positive, or a positive weight is too small to be drawn.
+
+    Example:
+        >>> quantize([1, 1, 1]).tolist(), quantize([0, 1]).tolist()
+        ([21846, 21845, 21845], [0, 65536])
+    """
+    w = np.asarray(weights, np.float64)
+    if not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
+        raise UserError(
+            f"selection weights {w.tolist()}: probabilities are not negative and their sum is positive; change the weights"
+        )
+    exact = w / w.sum() * ONE
+    whole = np.floor(exact).astype(np.int64)
+    order = np.argsort(-(exact - whole), kind="stable")
+    whole[order[: ONE - whole.sum()]] += 1
+    if ((whole == 0) & (w > 0)).any():
+        raise UserError(f"selection weights {w.tolist()}: a probability is below 1/{2 * ONE}; make it 0 or larger")
+    return whole.astype(np.uint32)
+
+
+def select(
+    members: jax.Array,
+    *,
+    base: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    key: jax.Array,
+    offset: jax.Array | None = None,
+    resample: Rounds = 0,
+    resample_from: Literal["all", "others"] = "all",
+    granularity: Granularity = "element",
+) -> jax.Array:
+    """Parameter selection: theta_j = theta_{s_j, j} with s_j ~ Categorical(p), independently for every unit j.
+
+    A unit whose chosen member left it at the base is drawn again, `resample` times; "exhaustive" draws at once among the members
+    that changed the unit, with their probabilities renormalized: the limit of many rounds. "Left at the base" is equality of bits
+    after casting the base to the members' dtype; a unit of many elements was changed if one of them was.
+
+    Args:
+        members: [M, *S], any dtype.
+        base: [*S], needed when resampling.
+        weights: [M] probabilities p, as concrete numbers or already quantized (uint32, see `quantize`). 1/M by default.
+        key: typed key (scalar) named by the tensor, or by the layer for granularity "layer".
+        offset: uint32[2], number of a slab's first unit; for "element" and "row", with slabs of whole leading rows.
+        resample: redraws: a number of rounds, or "exhaustive".
+        resample_from: redraw among all members, or among those not yet drawn for the unit.
+        granularity: what is taken from one member together; "layer" is the whole tensor under a key shared by the layer.
+
+    Returns:
+        [*S] in the dtype of `members`; every element has the bits of one member's.
+
+    Example:
+        >>> members = jnp.stack([jnp.zeros(6), jnp.ones(6)])
+        >>> select(members, key=jax.random.key(0)).tolist()
+        [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+        >>> select(members, base=jnp.zeros(6), key=jax.random.key(0), resample="exhaustive").tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+    Source: Ju et al., "Selective Parameter Merging" (EMNLP 2024, arXiv 2410.03743): element-wise selection and resampling. Rounds,
+    the exhaustive limit, `resample_from` and the other granularities are ours.
+    """
+    if resample != 0 and base is None:
+        raise ValueError("selection with resample needs the base")
+    shape = members.shape[1:]
+    # bits before anything else: even slicing a bfloat16 array may quiet a NaN on CPU
+    bits = [one.reshape(shape or (1,)) for one in to_bits(members)]
+    p = _thresholds(weights, members.shape[0])
+    words, unit = key_words(key), _unit_index(bits[0].shape, granularity, offset)
+    if resample == 0 or base is None:
+        choice, kept = _draw(random_words(words, unit), list(p)), bits[0]
+    else:
+        kept = to_bits(base.astype(members.dtype)).reshape(bits[0].shape)
+        changed = [_any_in_unit(member != kept, unit.lo.shape) for member in bits]
+        if resample == "exhaustive":
+            choice = _draw(random_words(words, unit), [jnp.where(c, q, 0) for c, q in zip(changed, p, strict=True)])
+        else:
+            choice = _draw_rounds(words, unit, p, changed, resample, resample_from)
+    out = kept
+    for i in range(len(bits)):
+        out = jnp.where(choice == i, bits[i], out)
+    return jax.lax.bitcast_convert_type(out, members.dtype).reshape(shape)
+
+
+def _thresholds(weights: jax.Array | None, count: int) -> jax.Array:
+    if weights is None:
+        return jnp.asarray(quantize(np.ones(count)))
+    if jnp.issubdtype(weights.dtype, jnp.integer):
+        return jnp.asarray(weights, jnp.uint32)
+    # on the host in float64: a float sum on a device could differ in its last bit between programs
+    return jnp.asarray(quantize(np.asarray(weights)))
+
+
+def _unit_index(shape: tuple[int, ...], granularity: Granularity, offset: jax.Array | None) -> Index:
+    """Return the number of each unit, in a shape that broadcasts to `shape`."""
+    if offset is not None and granularity not in ("element", "row"):
+        raise ValueError(f"granularity {granularity} cannot be computed on slabs")
+    ones = (1,) * len(shape)
+    units = {"element": shape, "row": (shape[0], *ones[1:]), "column": (*ones[1:], shape[-1])}
+    return element_index(units.get(granularity, ones), offset)
+
+
+def _any_in_unit(differs: jax.Array, unit: tuple[int, ...]) -> jax.Array:
+    axes = tuple(axis for axis, extent in enumerate(unit) if extent != differs.shape[axis])
+    return jnp.any(differs, axis=axes, keepdims=True) if axes else differs
+
+
+def _draw(words: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+    """Return the first member whose cumulative weight exceeds t = (h >> 16) W >> 16, or M where all weights are 0; int32."""
+    total = sum(weights[1:], weights[0])
+    t = ((words >> 16) * total) >> 16
+    choice, cumulative = jnp.zeros(t.shape, jnp.int32), jnp.zeros_like(total)
+    for weight in weights:
+        cumulative = cumulative + weight
+        choice = choice + (cumulative <= t).astype(jnp.int32)
+    return choice
+
+
+def _draw_rounds(
+    words: jax.Array, unit: Index, p: jax.Array, changed: list[jax.Array], rounds: int, resample_from: Literal["all", "others"]
+) -> jax.Array:
+    """Draw, then `rounds` times draw again where the chosen member left the unit at the base."""
+
+    State = tuple[jax.Array, list[jax.Array]]
+
+    def redraw(round_: int | jax.Array, state: State) -> State:
+        choice, drawn = state
+        weights = list(p) if resample_from == "all" else [jnp.where(d, 0, q) for d, q in zip(drawn, p, strict=True)]
+        new = _draw(random_words(words, unit, round_), weights)
+        settled = _any([(choice == i) & c for i, c in enumerate(changed)])
+        # new == M: everyone was drawn and none changed the unit, so nothing is left to draw from
+        choice = jnp.where(settled | (new == len(changed)), choice, new)
+        return choice, [d | (choice == i) for i, d in enumerate(drawn)]
+
+    choice = _draw(random_words(words, unit), list(p))
+    state = choice, [choice == i for i in range(len(changed))]
+    if resample_from == "others":
+        rounds = min(rounds, len(changed) - 1)
+    if rounds > UNROLLED:
+        return jax.lax.fori_loop(1, rounds + 1, redraw, state)[0]
+    for round_ in range(1, rounds + 1):
+        state = redraw(round_, state)
+    return state[0]
+
+
+def _any(flags: Sequence[jax.Array]) -> jax.Array:
+    found = flags[0]
+    for flag in flags[1:]:
+        found = found | flag
+    return found

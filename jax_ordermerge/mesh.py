@@ -1,0 +1,206 @@
+"""The device mesh, the one table from logical to mesh axes, and a distributed start that fails loudly.
+
+Mesh axes: `order` holds members (no communication crosses it while training), `fsdp` shards parameters and batches,
+`tensor` shards heads and the mlp. This file sees logical axis names only, never a model.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_ordermerge.errors import UserError
+
+AXES = ("order", "fsdp", "tensor")
+
+# logical axis -> mesh axis. What is not named is replicated.
+RULES: dict[str, str] = {
+    "member": "order",
+    "batch": "fsdp",
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "looked_up": "tensor",
+}
+
+
+def make_mesh(order: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return a mesh with axes `("order", "fsdp", "tensor")`; one size may be -1 for all remaining devices.
+
+    Args:
+        order, fsdp, tensor: axis sizes.
+        devices: the devices to use, by default as many of `jax.devices()` as the sizes ask for.
+
+    Raises:
+        UserError: the sizes do not fit the devices.
+
+    Example:
+        >>> dict(make_mesh(1, 1, 1).shape)
+        {'order': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    sizes = [order, fsdp, tensor]
+    available = len(jax.devices() if devices is None else devices)
+    shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {shown}: sizes are positive, and at most one is -1 (all remaining devices)")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        if available % fixed:
+            raise UserError(f"mesh {shown}: {available} devices cannot be divided by {fixed}; change the sizes")
+        sizes[sizes.index(-1)] = available // fixed
+    elif fixed > available:
+        raise UserError(f"mesh {shown} needs {fixed} devices, {available} are present; make an axis smaller or give -1")
+    chosen = list(jax.devices() if devices is None else devices)[: math.prod(sizes)]
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=chosen)
+
+
+def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
+    """Return the PartitionSpec of an array with these logical axes.
+
+    An axis whose size its mesh axis does not divide is replicated, and no mesh axis is used twice.
+
+    Example:
+        >>> tuple(partition(("layer", "mlp", "embed"), (2, 8, 4), make_mesh()))
+        (None, 'tensor', 'fsdp')
+    """
+    entries: list[str | None] = []
+    for name, extent in zip(axes, shape, strict=True):
+        target = RULES.get(name) if name else None
+        if target in entries or (target is not None and extent % mesh.shape[target]):
+            target = None
+        entries.append(target)
+    return P(*entries)
+
+
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Return `NamedSharding(mesh, partition(axes, shape, mesh))`.
+
+    Example:
+        >>> tuple(sharding(("embed",), (4,), make_mesh()).spec)
+        ('fsdp',)
+    """
+    return NamedSharding(mesh, partition(axes, shape, mesh))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrain an activation by logical axes under `jax.set_mesh`; without a mesh return it unchanged.
+
+    Manual axes (inside a shard_map over `order`) are left alone.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> constrain(jnp.ones((2, 3)), "batch", None).shape
+        (2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    manual = set(mesh.manual_axes)
+    entries: list[str | None] = []
+    for name, extent in zip(axes, x.shape, strict=True):
+        target = RULES.get(name) if name else None
+        usable = target in mesh.shape and target not in manual and target not in entries
+        entries.append(target if usable and extent % mesh.shape[target] == 0 else None)
+    return jax.lax.with_sharding_constraint(x, P(*entries))
+
+
+def update_members(fn: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Turn `fn(state, inputs) -> (state, outputs)` of one member into the same over a population.
+
+    The mesh axis `order` is manual, so that nothing crosses members; those of one device group run one after another, each updating
+    its part of the carried states in place (`lax.map` would hold the population twice). The inner axes stay automatic.
+
+    Args:
+        fn: of one member.
+        mesh: its `order` axis divides the number of members.
+
+    Returns:
+        The function of states, inputs and outputs with a leading member axis. Call it under `jax.jit`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> double = update_members(lambda state, x: (state + x, 2 * x), make_mesh())
+        >>> [out.tolist() for out in jax.jit(double)(jnp.ones(3), jnp.arange(3.0))]
+        [[1.0, 2.0, 3.0], [0.0, 2.0, 4.0]]
+    """
+
+    def local(states: Any, inputs: Any) -> tuple[Any, Any]:
+        def body(states: Any, item: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+            index, own = item
+            mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), states)
+            new, outputs = fn(mine, own)
+            return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), states, new), outputs
+
+        count = jax.tree.leaves(states)[0].shape[0]
+        return jax.lax.scan(body, states, (jax.numpy.arange(count), inputs))
+
+    specs = P("order")
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=specs, axis_names={"order"}, check_vma=False)
+
+
+def map_members(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
+    """Turn `fn(member, shared) -> outputs` into the same over a population; `shared` has no member axis.
+
+    Runs as `update_members` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> jax.jit(map_members(lambda x, y: x + y, make_mesh()))(jnp.arange(3.0), jnp.float32(1)).tolist()
+        [1.0, 2.0, 3.0]
+    """
+
+    def local(members: Any, shared: Any) -> Any:
+        return jax.lax.map(lambda one: fn(one, shared), members)
+
+    specs = (P("order"), P())
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("order"), axis_names={"order"}, check_vma=False)
+
+
+def provide_cpu_devices(order: int, fsdp: int, tensor: int) -> None:
+    """Let a machine without accelerators act as the devices a mesh asks for. Call before any other use of jax.
+
+    Members on devices of their own train faster than one after another on all cores together. Accelerators, and a number of CPU
+    devices given in `XLA_FLAGS`, are left as they are; so is a jax that has started already (`make_mesh` then says what lacks).
+
+    Args:
+        order, fsdp, tensor: axis sizes; -1 asks for nothing.
+
+    Example:
+        >>> provide_cpu_devices(1, -1, 1)
+    """
+    wanted = math.prod(size for size in (order, fsdp, tensor) if size > 0)
+    if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def start_distributed(coordinator: str | None, processes: int | None, index: int | None, timeout: int = 300) -> None:
+    """Join the other processes, or fail with one line. Call before any other use of jax.
+
+    Args:
+        coordinator: `"host:port"` of process 0, or `"auto"` where the cluster environment knows (TPU pods, SLURM).
+        processes, index: number of processes and the number of this one; not needed with `"auto"`.
+        timeout: seconds to wait for the peers.
+
+    Raises:
+        UserError: the peers could not be reached in time.
+    """
+    if coordinator is None:
+        return
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize(initialization_timeout=timeout)
+        else:
+            jax.distributed.initialize(coordinator, processes, index, initialization_timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"process {index} of {processes} could not start with coordinator {coordinator} within {timeout} s:"
+            f" {str(error).splitlines()[0]}; check that every process runs and that the port is reachable"
+        ) from error

@@ -1,0 +1,1 @@
+"""The Llama family over a plain dict of arrays."""

@@ -1,0 +1,320 @@
+"""The Llama family in Flax Linen, over the plain nested dict that `arch.tensor_table` declares.
+
+Axis letters: `B` batch, `T` query position, `S` key position (cache slot), `N` heads, `K` kv heads, `H` head dim, `D` embed,
+`F` mlp, `L` layer, `V` vocab. Weights are `[out, in]`; layers are stacked on `L` and scanned.
+
+Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ by flags of `ModelConfig` alone. Parameters are cast to the compute dtype at each
+product; norms, rotary positions, softmax and logits are float32.
+
+Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Jiang et al. 2023 (window), https://arxiv.org/abs/2310.06825.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import rng, tree
+from jax_ordermerge.arch import ModelConfig, Rope, TensorSpec, tensor_table
+from jax_ordermerge.model.attention import Tokens, attend
+
+Remat = Literal["none", "full", "dots"]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far. All rows of a batch are written at the same slot.
+
+    Attributes:
+        k, v: [L, B, S, K, H] in the compute dtype.
+        positions, segments: int32[B, S]; a slot not yet written is padding (segment 0).
+        length: int32 scalar, the number of slots written.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    length: jax.Array
+
+
+class _Shared(NamedTuple):
+    """What every layer reads: where queries and keys stand, rotations of the queries, the slot to write at."""
+
+    queries: Tokens
+    keys: Tokens
+    cos_BTH: jax.Array
+    sin_BTH: jax.Array
+    start: jax.Array
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Return the angle in radians a position turns each pair of dimensions, float32[H / 2].
+
+    `default`: theta^(-2i/H). `linear`: divided by `factor`. `llama3`: long wavelengths are divided by `factor`, short ones are kept,
+    and those between are interpolated.
+
+    Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; Llama 3.1, https://arxiv.org/abs/2407.21783.
+
+    Example:
+        >>> rope_frequencies(Rope(theta=100.0, kind="linear", factor=2.0), 4).round(3).tolist()
+        [0.5, 0.05000000074505806]
+    """
+    inverse = (1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))).astype(np.float32)
+    if rope.kind == "linear":
+        return inverse / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)
+        kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        return ((1 - kept) * inverse / rope.factor + kept * inverse).astype(np.float32)
+    return inverse
+
+
+def _rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    # the two halves of a head are the pairs, as in Hugging Face checkpoints (not neighbours, as in the paper)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+class Norm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
+
+    epsilon: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return (x * jnp.broadcast_to(weight, x.shape)).astype(self.dtype)
+
+
+def _times(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Array:
+    # over flat rows: with two contracted axes XLA on CPU copies the whole transposed gradient for that of the weight
+    y = jnp.einsum("RI,OI->RO", x_BTI.reshape(-1, x_BTI.shape[-1]), weight_OI, preferred_element_type=dtype)
+    return y.reshape(*x_BTI.shape[:-1], weight_OI.shape[0])
+
+
+class Linear(nn.Module):
+    """x weight^T (+ bias) with weight `[out, in]`."""
+
+    features: int
+    bias: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.zeros, (self.features, x.shape[-1]))
+        y = _times(x, weight.astype(self.dtype), self.dtype)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None]
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions, over the cache when there is one."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, kv: Any, layer: jax.Array, shared: _Shared) -> tuple[jax.Array, Any]:
+        c, (B, T, D) = self.config, x_BTD.shape
+        N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
+        q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(x_BTD).reshape(B, T, N, H)
+        k = Linear(K * H, c.qkv_bias, self.dtype, name="k")(x_BTD).reshape(B, T, K, H)
+        v = Linear(K * H, c.qkv_bias, self.dtype, name="v")(x_BTD).reshape(B, T, K, H)
+        if c.qk_norm:
+            q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
+            k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
+        q = meshes.constrain(_rotate(q, shared.cos_BTH, shared.sin_BTH), "batch", None, "heads", None)
+        k = meshes.constrain(_rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None)
+        v = meshes.constrain(v, "batch", None, "kv_heads", None)
+        if kv is not None:
+            at = (layer, 0, shared.start, 0, 0)
+            kv = tuple(
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in zip(kv, (k, v), strict=True)
+            )
+            k, v = (jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False) for old in kv)
+        out = attend(q, k, v, shared.queries, shared.keys, window=c.sliding_window)
+        return Linear(D, c.output_bias, self.dtype, name="o")(out.reshape(B, T, N * H)), kv
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        gate_BTF = Linear(c.intermediate_size, c.mlp_bias, self.dtype, name="gate")(x_BTD)
+        up_BTF = Linear(c.intermediate_size, c.mlp_bias, self.dtype, name="up")(x_BTD)
+        hidden_BTF = meshes.constrain(nn.silu(gate_BTF) * up_BTF, "batch", None, "mlp")
+        return Linear(c.hidden_size, c.mlp_bias, self.dtype, name="down")(hidden_BTF)
+
+
+class Block(nn.Module):
+    """One layer. The carry is the residual stream and the whole cache, which is updated in place."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, Any], layer: jax.Array, shared: _Shared) -> tuple[tuple[jax.Array, Any], None]:
+        c, (x_BTD, kv) = self.config, carry
+        hidden = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
+        hidden, kv = Attention(c, self.dtype, name="attention")(hidden, kv, layer, shared)
+        x_BTD = meshes.constrain(x_BTD + hidden, "batch", None, None)
+        hidden = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
+        hidden = MLP(c, self.dtype, name="mlp")(hidden)
+        return (meshes.constrain(x_BTD + hidden, "batch", None, None), kv), None
+
+
+class Vocabulary(nn.Module):
+    """A `[V, D]` table: the embedding, and the head (the same table when tied)."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        self.weight = self.param("weight", nn.initializers.zeros, (self.config.vocab_size, self.config.hidden_size))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        # all of the vocabulary on every device: XLA's partitioner dies of a lookup in a table that order, fsdp and tensor all divide
+        table_VD = meshes.constrain(self.weight.astype(self.dtype), None, "looked_up")
+        return meshes.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        out = _times(x_BTD, self.weight.astype(self.dtype), jnp.float32)
+        return meshes.constrain(out, "batch", None, "vocab")
+
+
+_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Llama(nn.Module):
+    """The decoder; use `forward`."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, kv: Any, shared: _Shared, last_only: bool = False) -> tuple[jax.Array, Any]:
+        c = self.config
+        embed = Vocabulary(c, self.dtype, name="embed")
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_POLICIES[self.remat])
+        layers = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=c.num_layers
+        )(c, self.dtype, name="layers")
+        (x_BTD, kv), _ = layers((embed(tokens_BT), kv), jnp.arange(c.num_layers, dtype=jnp.int32), shared)
+        x_BTD = x_BTD[:, -1:] if last_only else x_BTD
+        x_BTD = Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD)
+        head = embed if c.tie_embeddings else Vocabulary(c, self.dtype, name="head")
+        return head.logits(x_BTD), kv
+
+
+def forward(
+    config: ModelConfig,
+    params: tree.Tree,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    cache: Cache | None = None,
+    *,
+    dtype: DTypeLike,
+    remat: Remat = "none",
+    last_only: bool = False,
+) -> tuple[jax.Array, Cache | None]:
+    """Return the logits of the next token, float32[B, T, V], and the cache with these tokens written at `cache.length`.
+
+    Args:
+        config: the model; static under `jax.jit`.
+        params: the dict of `tensor_table(config)`.
+        tokens_BT: int32 in [0, V).
+        positions_BT: int32 position inside the document, growing with T inside a segment.
+        segments_BT: int32 document number, 0 on padding. A token sees the earlier positions of its own segment.
+        cache: from `init_cache`, with at least T free slots. A cache of exactly T slots must be empty.
+        dtype: of the products, float32 or bfloat16.
+        remat: what is recomputed in the backward pass: nothing, whole layers (`full`), or all but matrix products (`dots`).
+        last_only: logits of the last position alone, [B, 1, V].
+
+    Raises:
+        ValueError: more tokens than the cache has slots.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> tokens = jnp.array([[3, 1, 2]])
+        >>> logits, _ = forward(config, init_params(config, 0), tokens, jnp.arange(3)[None], jnp.ones((1, 3), int), dtype="float32")
+        >>> logits.shape, logits.dtype.name
+        ((1, 3, 32), 'float32')
+    """
+    angles = positions_BT.astype(jnp.float32)[:, :, None] * rope_frequencies(config.rope, config.head_dim)[None, None]
+    queries = keys = Tokens(positions_BT, segments_BT)
+    if cache is not None:
+        if tokens_BT.shape[1] > cache.positions.shape[1]:
+            raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.positions.shape[1]} slots")
+        written = (
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, cache.length))
+            for old, new in zip((cache.positions, cache.segments), queries, strict=True)
+        )
+        keys = Tokens(*written)
+    shared = _Shared(queries, keys, jnp.cos(angles), jnp.sin(angles), jnp.zeros((), jnp.int32) if cache is None else cache.length)
+    kv = None if cache is None else (cache.k, cache.v)
+    logits, kv = Llama(config, dtype, remat).apply({"params": params}, tokens_BT, kv, shared, last_only)
+    if cache is not None:
+        cache = Cache(kv[0], kv[1], keys.positions, keys.segments, cache.length + tokens_BT.shape[1])
+    return logits, cache
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
+    """Return an empty cache of `length` slots for `batch` rows.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> init_cache(config, 3, 5, "float32").k.shape
+        (2, 3, 5, 2, 4)
+    """
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    k, v = (meshes.constrain(jnp.zeros(shape, dtype), None, "batch", None, "kv_heads", None) for _ in range(2))
+    where = jnp.zeros((batch, length), jnp.int32)
+    return Cache(k, v, where, where, jnp.zeros((), jnp.int32))
+
+
+def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None = None) -> tree.Tree:
+    """Return random float32 parameters: normal(0, `initializer_range`) weights, norms of ones, biases of zeros.
+
+    Each Hugging Face tensor is drawn from `rng.stream(seed, "init", hf_name)`, whole, so the values are the same on every mesh.
+
+    Args:
+        config: the model.
+        seed: of the run.
+        mesh: where the arrays live, sharded by their logical axes; None is the default device.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> init_params(config, 0)["layers"]["attention"]["q"]["weight"].shape
+        (2, 8, 8)
+    """
+    table = tensor_table(config)
+    keys = {s.path: jnp.stack([rng.stream(seed, "init", n) for n in s.hf_names()]) for s in table if s.init == "normal"}
+
+    def draw(spec: TensorSpec, keys: jax.Array | None) -> jax.Array:
+        if keys is None:
+            return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, jnp.float32)
+        values = jax.vmap(lambda key: jax.random.normal(key, spec.hf_shape, jnp.float32))(keys)
+        return (values * config.initializer_range).reshape(spec.shape)
+
+    def build(keys: dict[str, jax.Array]) -> tree.Tree:
+        return tree.unflatten({spec.path: draw(spec, keys.get(spec.path)) for spec in table})
+
+    shardings = None if mesh is None else tree.unflatten({s.path: meshes.sharding(s.axes, s.shape, mesh) for s in table})
+    return jax.jit(build, out_shardings=shardings)(keys)

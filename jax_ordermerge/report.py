@@ -1,0 +1,398 @@
+"""A run directory becomes report.html (one file that needs nothing else) and report.md. Reads the run directory only."""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jax_ordermerge.analysis import document, findings, plots, wording
+from jax_ordermerge.analysis.document import Block, Bullets, Fold, Heading, Paragraph, Picture, Table
+from jax_ordermerge.errors import UserError
+
+SAMPLES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds; None or empty where a stage has no output yet."""
+
+    directory: Path
+    config: dict[str, Any]
+    data: dict[str, Any] | None
+    digests: Any
+    lines: list[dict[str, Any]]
+    state: dict[str, Any] | None
+    analysis: dict[str, Any] | None
+    merge: dict[str, Any] | None
+    evaluations: dict[str, Any] | None
+    items: dict[str, dict[str, Any]]
+
+
+def write(run_directory: str | Path) -> Path:
+    """Write report.html, report.md and the pictures of the latter in report/, and return the path of report.html.
+
+    Stages that have no output yet are named in the report.
+
+    Raises:
+        UserError: the directory is no run directory, or a file in it is not what it should be.
+    """
+    run = read(Path(run_directory))
+    title = f"Order merging report: {run.config.get('name', run.directory.name)}"
+    blocks = build(run)
+    for block in blocks:
+        if isinstance(block, Picture):
+            _replace(run.directory / "report" / f"{block.name}.svg", block.svg + "\n")
+    _replace(run.directory / "report.md", document.render_markdown(title, blocks, pictures="report"))
+    page = run.directory / "report.html"
+    _replace(page, document.render_html(title, blocks))
+    return page
+
+
+def read(directory: Path) -> Run:
+    """Read what is there of a run.
+
+    Raises:
+        UserError: there is no config.yaml, or a file is not valid JSON.
+    """
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory} is not a run directory (it has no config.yaml); give the output directory of a run")
+    log = directory / "metrics" / "train.jsonl"
+    lines = [_parse(log, line) for line in log.read_text().splitlines() if line.strip()] if log.is_file() else []
+    evaluations = _json(directory / "evaluations.json")
+    names = [model["name"] for model in evaluations["models"]] if evaluations else []
+    items = {name: _json(directory / "evaluations" / f"{name}.json") for name in names}
+    return Run(
+        directory=directory,
+        config=yaml.safe_load((directory / "config.yaml").read_text()) or {},
+        data=_json(directory / "data.json"),
+        digests=_json(directory / "orders" / "digests.json"),
+        lines=lines,
+        state=_json(directory / "metrics" / "state.json"),
+        analysis=_json(directory / "analysis.json"),
+        merge=_json(directory / "merge.json"),
+        evaluations=evaluations,
+        items={name: found for name, found in items.items() if found},
+    )
+
+
+def build(run: Run) -> list[Block]:
+    """Return the blocks of the report."""
+    resamples = run.config.get("evaluation", {}).get("bootstrap", 1000)
+    models = run.evaluations["models"] if run.evaluations else []
+    comparison = findings.compare(models, run.items, resamples=resamples, seed=run.config.get("seed", 0))
+    told = findings.sentences(run.analysis, run.evaluations, comparison, run.merge)
+    summary: list[Block] = [Paragraph(_introduction(run)), Heading("What was found")]
+    summary.append(Bullets(told) if told else Paragraph("Nothing yet: neither the analysis nor the evaluation has been run."))
+    return [
+        *summary, *_results(run, comparison), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
+        *_samples(run), *_provenance(run),
+    ]  # fmt: skip
+
+
+def _introduction(run: Run) -> str:
+    model, population, training = (run.config.get(key, {}) for key in ("model", "population", "training"))
+    merges = f" {len(run.merge['merges'])} merges of them were made." if run.merge else ""
+    return (
+        f"The base {model.get('base')} was fine-tuned {population.get('members')} times for {training.get('epochs')} epochs on the same "
+        f"data, each time in another order (level {population.get('level')}, reshuffle {population.get('reshuffle')}).{merges} "
+        "An error after ± is one standard error unless something else is said."
+    )
+
+
+# --- results ----------------------------------------------------------------------------------------------------------------
+
+
+def _results(run: Run, comparison: Mapping[str, Any]) -> list[Block]:
+    heading = Heading("Base, members and merges")
+    if not run.evaluations:
+        return [heading, _missing("evaluate", "evaluations.json")]
+    models = run.evaluations["models"]
+    tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
+    with_loss = [model for model in models if model.get("loss") is not None]
+    blocks: list[Block] = [heading, _result_table(models, tasks, comparison, run.evaluations.get("split", "test"))]
+    if with_loss:
+        blocks.append(Picture("losses", plots.losses(with_loss), "Held-out loss of every model."))
+    for task in tasks:
+        having = [model for model in models if task in model.get("tasks", {})]
+        blocks.append(Picture(_slug(f"accuracy-{task}"), plots.accuracies(having, task), f"Right answers on {task}."))
+    if comparison["merges"]:
+        blocks += [Heading("Paired differences, merge less member", 3), _difference_table(tasks, comparison)]
+    return blocks
+
+
+def _result_table(models: Sequence[Mapping[str, Any]], tasks: Sequence[str], comparison: Mapping[str, Any], split: str) -> Table:
+    best = comparison["best"]
+    rows, strong = [], []
+    for model in models:
+        mark = f" (best on {best['chosen_on']})" if best and best["name"] == model["name"] else ""
+        rows.append([
+            model["name"] + mark, wording.plus_minus(model.get("loss"), model.get("loss_se"), 4), wording.number(model.get("perplexity"), 3),
+            wording.number(model.get("validation_loss"), 4), *(_share(model.get("tasks", {}).get(task)) for task in tasks),
+        ])  # fmt: skip
+        following = models[len(rows)] if len(rows) < len(models) else None
+        if model["kind"] == "member" and (following is None or following["kind"] != "member"):
+            members = [row for row in models if row["kind"] == "member"]
+            strong.append(len(rows))
+            columns = [[row.get(key) for row in members] for key in ("loss", "perplexity", "validation_loss")]
+            shares = [[100 * row["tasks"][task]["accuracy"] for row in members if task in row.get("tasks", {})] for task in tasks]
+            cells = [wording.mean_sd(values, digits) for values, digits in zip(columns, (4, 3, 4), strict=True)]
+            rows.append(["mean member (sd between members)", *cells, *(wording.mean_sd(values, 1) for values in shares)])
+    tokens = models[0].get("tokens") if models else None
+    size = f"; {tokens} answer tokens" if tokens else ""
+    counts = "".join(f"; {task}: {models[0]['tasks'][task]['n']} items" for task in tasks if task in models[0].get("tasks", {}))
+    return Table(
+        ["model", "loss ± se", "perplexity", "validation loss", *(f"{task}, % ± se" for task in tasks)],
+        rows, f"On the {split} split{size}{counts}. Loss in nats a token.", strong=strong,
+    )  # fmt: skip
+
+
+def _difference_table(tasks: Sequence[str], comparison: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, found in comparison["merges"].items():
+        measures = [("loss", found["loss"], 1, 4), *((f"{task}, points", found["tasks"].get(task), 100, 1) for task in tasks)]
+        for measure, gaps, scale, digits in measures:
+            if gaps is not None:
+                test = gaps.get("mcnemar")
+                exact = f"{test['only_first']} : {test['only_second']}, {wording.p_text(test['p'])}" if test else ""
+                cells = [wording.interval(gaps[key], scale, digits) for key in ("mean_member", "best_member")]
+                rows.append([name, measure, *cells, exact])
+    return Table(
+        ["merge", "measure", "against the mean member", "against the best member", "McNemar, best member"], rows,
+        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test; losses weigh tokens where their numbers are stored, else examples alike. McNemar: items only the merge : only "
+        "the member answers rightly. Less loss and more points are better.", text=(0, 1),
+    )  # fmt: skip
+
+
+# --- training and imbalance -------------------------------------------------------------------------------------------------
+
+
+def _training(run: Run) -> list[Block]:
+    if not run.lines:
+        return [Heading("Training"), _missing("train", "metrics/train.jsonl")]
+    last = run.lines[-1]
+    losses = ", ".join(f"{loss:.4f}" for loss in last["loss"])
+    return [
+        Heading("Training"), Picture("training", plots.training(run.lines), "Training loss of the members and learning rate."),
+        Paragraph(f"After step {last['step']} the members' training losses were {losses}."),
+    ]  # fmt: skip
+
+
+def _imbalance(run: Run) -> list[Block]:
+    heading = Heading("Training imbalance: final loss by position in the order")
+    if not run.analysis:
+        return [heading, _missing("analyze", "analysis.json")]
+    design = run.analysis["design"]
+    blocks: list[Block] = [heading]
+    if curves := plots.positions(run.analysis):
+        blocks.append(Picture("positions", curves, (
+            f"Loss of the {design['samples']} training samples after training, by where they stood, in {design['bins']} bins with 95 % "
+            "bootstrap bands. Shaded: warm-up. On the right each sample is compared with itself in the other members."
+        )))  # fmt: skip
+    blocks.append(Heading("Fixed effects: each sample compared with itself", 3))
+    rows = [row for key in ("fixed_effects", "fixed_effects_warmup") for row in run.analysis[key].get("coefficients", [])]
+    if rows:
+        blocks.append(_coefficient_table(rows))
+    reasons = [run.analysis[key].get("reason") for key in ("fixed_effects", "fixed_effects_warmup")]
+    named = zip(("Fixed effects", "Warm-up apart"), reasons, strict=True)
+    blocks += [Paragraph(f"{name}: not determined, {reason}.") for name, reason in named if reason]
+    if picture := plots.effects(run.analysis, run.lines):
+        blocks.append(Picture("effects", picture, "Slope of the final loss by position in each epoch, with 95 % intervals."))
+    return [*blocks, Heading("One member at a time", 3), _member_table(run.analysis)]
+
+
+def _coefficient_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    body = []
+    for row in rows:
+        epoch = " = ".join(map(str, row["epochs"])) + (f", {row['part']}" if "part" in row else "")
+        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+        body.append([epoch, f"{row['estimate']:+.4f}", f"{row['se']:.4f}", f"{row['z']:.1f}", wording.p_text(row["p"]), interval])
+    return Table(["epoch", "slope", "se", "z", "p", "95 %"], body, (
+        "loss[i, s] = a_s + c_i + sum over epochs of b_e position[i, s, e]; errors clustered by sample. Below 0: what comes early ends "
+        "worse. The rows with a warm-up are a second fit, in which the line of epoch 1 may bend where the warm-up ends."
+    ))  # fmt: skip
+
+
+def _member_table(analysis: Mapping[str, Any]) -> Table:
+    rows = []
+    for member in analysis["members"]:
+        for row in member["epochs"]:
+            start = [f"{member['member']}, epoch {row['epoch']}"]
+            if "reason" in row:
+                rows.append([*start, row["reason"], "", "", "", ""])
+                continue
+            rows.append([
+                *start, f"{row['spearman']['rho']:+.3f} ({wording.p_text(row['spearman']['p'])})",
+                f"{row['pearson']['r']:+.3f} ({wording.p_text(row['pearson']['p'])})",
+                f"{row['slope']['estimate']:+.4f} ± {row['slope']['se']:.4f}", wording.gap_or_reason(row["decile_gap"]),
+                wording.p_text(row["permutation_p"]),
+            ])  # fmt: skip
+    return Table(
+        ["member", "Spearman rho", "Pearson r", "slope ± se", "first less last bin", "permutation p"], rows,
+        "Here the difficulty of the samples is noise, so that one member alone often shows nothing.",
+    )  # fmt: skip
+
+
+def _mitigation(run: Run) -> list[Block]:
+    heading = Heading("The position effect before and after merging")
+    if not run.analysis:
+        return [heading, _missing("analyze", "analysis.json")]
+    if not run.analysis["merged"]:
+        return [heading, Paragraph("The analysis holds no merges.")]
+    blocks: list[Block] = [heading]
+    if picture := plots.merging(run.analysis):
+        blocks.append(Picture("merging", picture, "Samples a member saw early less those it saw late, with 95 % intervals."))
+    rows = []
+    for name, found in run.analysis["merged"].items():
+        for epoch, gap in enumerate(found["early_late"]):
+            cells = [wording.gap_or_reason(gap if "reason" in gap else gap[key]) for key in ("members", "merged", "difference")]
+            slopes = [_slope(found[key], epoch + 1) for key in ("after", "change", "mean_position")]
+            rows.append([f"{name}, epoch {epoch + 1}", *cells, *slopes])
+    caption = (
+        "Gap: loss of the half of the samples that a member saw early less the half it saw late, mean over the members' orders. Slopes: by "
+        "a sample's mean position in all members; what is left, the change against the members, and the plain regression of the merge's "
+        "losses with the base's loss as covariate where it is known. Not every gap that closes was closed by skill: averaging over orders does it."
+    )
+    header = ["merge", "gap in members", "gap in merge", "difference", "slope left", "change of slope", "plain slope"]
+    return [*blocks, Table(header, rows, caption)]
+
+
+def _slope(found: Mapping[str, Any], epoch: int) -> str:
+    if "reason" in found:
+        return f"– ({found['reason']})"
+    row = next(row for row in found["coefficients"] if epoch in row["epochs"])
+    return f"{row['estimate']:+.4f} ± {row['se']:.4f} ({wording.p_text(row['p'])})"
+
+
+# --- merges, samples, provenance --------------------------------------------------------------------------------------------
+
+
+def _merges(run: Run) -> list[Block]:
+    heading = Heading("Merges and task vectors")
+    if not run.merge:
+        return [heading, _missing("merge", "merge.json")]
+    rows, matrix = [], None
+    for merge in run.merge["merges"]:
+        total = merge.get("diagnostics", {}).get("total", {})
+        matrix = matrix or total.get("cosines")
+        zeros = total.get("unchanged")
+        settings = {"weights": merge["weights"]} if merge.get("weights") else {}
+        text = ", ".join(f"{key}={value}" for key, value in (settings | (merge.get("parameters") or {})).items())
+        rows.append([
+            merge["name"], merge["method"], text, str(merge.get("seed", "")),
+            " ".join(f"{100 * z:.1f}" for z in zeros) if zeros else "–", wording.percent(total.get("unchanged_by_all")),
+            wording.number(total.get("norm_ratio"), 3), wording.number(total.get("lambda_eff"), 3),
+        ])  # fmt: skip
+    header = ["merge", "method", "parameters", "seed", "zeros by member, %", "zero in all, %", "norm ratio", "lambda_eff"]
+    blocks: list[Block] = [heading, Table(header, rows, (
+        f"Stored and merged as {run.merge.get('dtype')}; the dtype decides how many elements of the task vectors are exactly zero. Norm ratio: "
+        "merged task vector over the mean norm of the members'. lambda_eff: its length along the mean task vector, 1 for the average."
+    ), text=(0, 1, 2))]  # fmt: skip
+    if matrix and len(matrix) > 1:
+        blocks.append(Picture("cosines", plots.cosines(matrix), "Cosines between the members' task vectors, all tensors together."))
+    return blocks
+
+
+def _samples(run: Run) -> list[Block]:
+    tasks = list(dict.fromkeys(task for found in run.items.values() for task in found.get("tasks", {})))
+    blocks: list[Block] = []
+    for task in tasks:
+        by_model = {
+            name: {str(x["id"]): x for x in found["tasks"][task]} for name, found in run.items.items() if task in found["tasks"]
+        }
+        first = next(iter(by_model.values()))
+        common = [key for key in first if all(key in rows for rows in by_model.values())]
+        # items on which the models do not agree say more than those all get right or wrong
+        split = sorted(common, key=lambda key: len({bool(rows[key]["correct"]) for rows in by_model.values()}) == 1)
+        for key in split[:SAMPLES_SHOWN]:
+            rows = [
+                [name, wording.shortened(items[key]["answer"]), "right" if items[key]["correct"] else "wrong"]
+                for name, items in by_model.items()
+            ]
+            blocks += [
+                Heading(f"{task}, item {key}", 3),
+                Table(
+                    ["", ""],
+                    [
+                        ["prompt", wording.shortened(first[key]["prompt"])],
+                        ["reference", wording.shortened(first[key]["reference"])],
+                    ],
+                    text=(0, 1),
+                ),
+                Table(["model", "answer", ""], rows, text=(0, 1, 2)),
+            ]
+    note = "The first items on which the models differ come first."
+    return [Heading("Answers side by side"), Paragraph(note), *blocks] if blocks else []
+
+
+def _provenance(run: Run) -> list[Block]:
+    state, config = run.state or {}, run.config
+    rows = [
+        ["base", str(config.get("model", {}).get("base"))], ["seed", str(config.get("seed"))],
+        ["orders", ", ".join(f"{k} {v}" for k, v in config.get("population", {}).items())],
+        ["command", str(state.get("command", f"ordermerge run {run.directory / 'config.yaml'}"))],
+        *([key, str(state[key])] for key in ("device", "devices", "parameters", "tokens", "compilations") if key in state),
+        *([["wall time of training", f"{state['seconds']:.1f} s"]] if "seconds" in state else []),
+    ]  # fmt: skip
+    versions = dict(state.get("versions", {})) | {
+        "report": f"jax_ordermerge {metadata.version('jax_ordermerge')}, Python {platform.python_version()}"
+    }
+    rows += [[f"version of {name}", str(version)] for name, version in versions.items()]
+    for name, part in (run.data or {}).items():
+        if isinstance(part, Mapping):
+            counts = ", ".join(f"{key} {value}" for key, value in (part.get("counts") or {}).items())
+            size = ", ".join(f"{part[key]} {key}" for key in ("examples", "tokens") if key in part)
+            text = [str(part.get("source")), f"digest {part.get('digest')}", size, counts]
+            rows.append([f"data: {name}", "\n".join(line for line in text if line)])
+    blocks: list[Block] = [Heading("Provenance"), Table(["", ""], rows, text=(0, 1))]
+    absent = [
+        ("train", "metrics/state.json", run.state),
+        ("train", "data.json", run.data),
+        ("train", "orders/digests.json", run.digests),
+    ]
+    blocks += [_missing(stage, file) for stage, file, found in absent if not found]
+    if run.digests:
+        blocks.append(Fold("Digests of the orders", yaml.safe_dump(run.digests, sort_keys=False, width=120)))
+    return [*blocks, Fold("Resolved config", yaml.safe_dump(config, sort_keys=False, width=120))]
+
+
+# --- cells and files --------------------------------------------------------------------------------------------------------
+
+
+def _missing(stage: str, file: str) -> Paragraph:
+    return Paragraph(f"The stage {stage} has no output yet: {file} is missing.")
+
+
+def _share(task: Mapping[str, Any] | None) -> str:
+    return "–" if task is None else wording.plus_minus(100 * task["accuracy"], 100 * task["se"], 1)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+
+
+def _json(path: Path) -> Any:
+    return _parse(path, path.read_text()) if path.is_file() else None
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error.msg}, line {error.lineno}); remove it and run the stage again"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,249 @@
+"""The training of a population: files, clocks and messages around the pure step.
+
+Same call again: continues from the last checkpoint, or says that all is done. What is bitwise the same, interrupted or not:
+parameters, optimizer state, metrics (but for times), and the losses of samples.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge.arch import ModelConfig, parameter_count, tensor_table
+from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.config import Config
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.train import batches, journal, objective
+from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.batches import Plan, epoch_order
+from jax_ordermerge.train.display import Display, Watcher
+from jax_ordermerge.train.journal import Journal
+from jax_ordermerge.tree import Tree, unflatten
+
+__all__ = ["epoch_order", "restore_members", "train"]
+
+# What may differ when a training continues: it decides when something is written, not what.
+_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep_checkpoints"}
+
+
+def train(
+    config: Config,
+    model: ModelConfig,
+    base: Tree | Callable[[], Tree],
+    examples: Examples,
+    mesh: Mesh,
+    *,
+    directory: Path | None = None,
+    members: Sequence[int] | None = None,
+    watch: Watcher | None = None,
+) -> dict[str, Any]:
+    """Fine-tune the members of a population, each in its own order, or continue where an earlier call stopped.
+
+    Args:
+        config: of the run.
+        model: the architecture.
+        base: float32 parameters of the base, or a function that loads them; it is not called when there is a checkpoint.
+        examples: tokenized training examples.
+        mesh: its `order` axis divides the number of members.
+        directory: run directory, by default that of the config.
+        members: which members of the population to train, by default all. A member alone becomes what it becomes among others.
+        watch: is told messages and metrics, by default a display on the terminal.
+
+    Returns:
+        What is in `metrics/state.json`.
+
+    Raises:
+        UserError: the checkpoint there is of another training; the loss is not finite (step, member and samples are named).
+    """
+    plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
+    if len(plan.members) % mesh.shape["order"]:
+        raise UserError(
+            f"{len(plan.members)} members cannot be divided over mesh.order = {mesh.shape['order']}; choose a divisor for mesh.order"
+        )
+    training = _Training(config, model, plan, mesh, directory or config.directory)
+    with contextlib.ExitStack() as stack:
+        shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
+        return training.run(base, shown)
+
+
+def restore_members(
+    config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32", directory: Path | None = None
+) -> Tree:
+    """Return the trained population [M, ...] from the last checkpoint of a run, cast to `dtype`.
+
+    Raises:
+        UserError: there is no checkpoint, or the training has not come to its end.
+    """
+    checkpoints = (directory or config.directory) / "checkpoints"
+    step = orbax.latest(checkpoints)
+    if step is None:
+        raise UserError(f"no checkpoint in {checkpoints}; run the training first")
+    kept = orbax.metadata(checkpoints, step)
+    if step < kept["steps"]:
+        raise UserError(f"the training in {checkpoints} stands at step {step} of {kept['steps']}; run it again to continue")
+    abstract = convert.abstract_params(model, mesh, members=len(kept["members"]), dtype=dtype)
+    return orbax.restore(checkpoints, step, {"params": abstract})["params"]
+
+
+class _Training:
+    """One training: what is constant in it, and the steps of its life in the order they are called."""
+
+    def __init__(self, config: Config, model: ModelConfig, plan: Plan, mesh: Mesh, directory: Path) -> None:
+        self.config, self.model, self.plan, self.mesh, self.directory = config, model, plan, mesh, directory
+        self.log = directory / "metrics" / "train.jsonl"
+        self.journal = Journal(plan)
+        self.tx = steps.optimizer(config.training, plan.steps, model)
+        params = convert.abstract_params(model, mesh, members=len(plan.members))
+        self.abstract = steps.abstract_state(params, self.tx, mesh)
+        self.batch = batches.abstract_batch(plan, mesh)
+
+    def run(self, base: Tree | Callable[[], Tree], watch: Watcher) -> dict[str, Any]:
+        with orbax.Checkpoints(self.directory / "checkpoints", keep=self.config.training.keep_checkpoints) as checkpoints:
+            start = checkpoints.latest()
+            if start is None:
+                state = steps.initial_state(base() if callable(base) else base, self.tx, self.abstract)
+                journal.truncate_lines(self.log, 0)
+                journal.save_orders(self.directory / "orders", self.plan)
+            else:
+                self._check_same(checkpoints.metadata(start), start)
+                if start < self.plan.steps:
+                    watch.say(f"continuing from step {start} of {self.plan.steps} ({self.directory})")
+                state = self._restore(checkpoints, start)
+            if start == self.plan.steps:
+                watch.say(f"training is already complete: {self.plan.steps} steps ({self.directory})")
+            else:
+                self._train(state, start or 0, checkpoints, watch)
+        return self._finish()
+
+    # --------------------------------------------------------------------------------------------------------------- the steps
+
+    def _compile(self) -> Callable[[steps.TrainState, Any], tuple[steps.TrainState, steps.Metrics]]:
+        training, computed = self.config.training, self.config.model
+        specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in tensor_table(self.model)}
+        one = steps.train_step(
+            objective.sft(self.model, dtype=computed.compute_dtype, remat=computed.remat),
+            self.tx,
+            steps.schedule(training, self.plan.steps),
+            lengths=self.plan.lengths,
+            specs=unflatten(specs),
+        )
+        return steps.compile_step(one, self.mesh, self.abstract, self.batch)
+
+    def _train(self, state: steps.TrainState, start: int, checkpoints: orbax.Checkpoints, watch: Watcher) -> None:
+        spent, began = self.journal.seconds, time.monotonic()
+        compiled = self._compile()
+        pending: list[tuple[int, steps.Metrics]] = []
+        with batches.Feed(self.plan, self.batch, start) as feed:
+            for step, batch in enumerate(feed, start=start):
+                state, metrics = compiled(state, batch)
+                pending.append((step, metrics))
+                logs, saves = self._due(step + 1)
+                if not (logs or saves):
+                    continue
+                # the only wait for the devices; a loss that is not finite is found here, before anything is saved
+                for number, fetched in _fetch(pending):
+                    self.journal.record(number, fetched)
+                self.journal.seconds = spent + time.monotonic() - began
+                if logs:
+                    _log(self, step + 1, float(fetched.learning_rate[0]), watch)
+                if saves:
+                    self._save(state, step + 1, checkpoints)
+                pending = []
+
+    def _due(self, done: int) -> tuple[bool, bool]:
+        """Whether to log and whether to save after so many steps."""
+        training, last = self.config.training, done == self.plan.steps
+        every = training.checkpoint_every or self.plan.epoch_steps
+        return last or done % training.log_every == 0, last or done % every == 0
+
+    # --------------------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, state: steps.TrainState, done: int, checkpoints: orbax.Checkpoints) -> None:
+        losses = jax.make_array_from_callback(
+            self.journal.losses.shape, NamedSharding(self.mesh, P()), lambda index: self.journal.losses[index].copy()
+        )
+        tree = {"params": state.params, "optimizer": state.opt_state, "step": state.step, "losses": losses}
+        metadata = {
+            **self._identity(),
+            "steps": self.plan.steps,
+            "mesh": dict(self.mesh.shape),
+            "journal": self.journal.to_metadata(),
+        }
+        checkpoints.save(done, tree, metadata)
+
+    def _restore(self, checkpoints: orbax.Checkpoints, done: int) -> steps.TrainState:
+        losses = jax.ShapeDtypeStruct(self.journal.losses.shape, jnp.float32, sharding=NamedSharding(self.mesh, P()))
+        wanted: dict[str, Any] = {"losses": losses}
+        if done < self.plan.steps:
+            wanted |= {"params": self.abstract.params, "optimizer": self.abstract.opt_state, "step": self.abstract.step}
+        found = checkpoints.restore(done, wanted)
+        self.journal.restore(np.asarray(found["losses"]), checkpoints.metadata(done)["journal"])
+        journal.truncate_lines(self.log, done)
+        return steps.TrainState(found.get("params", {}), found.get("optimizer"), found.get("step"))
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that decides the result, for the checkpoint."""
+        config = self.config
+        deciding = {
+            "training": config.training.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
+            "model": config.model.model_dump(mode="json", include={"compute_dtype", "remat"}),
+            "architecture": repr(self.model),
+            "lengths": self.plan.lengths,
+        }
+        return {
+            "members": list(self.plan.members),
+            "population": config.population.members,
+            "seed": config.seed,
+            "level": config.population.level,
+            "orders": self.plan.digests,
+            "data": self.plan.examples.digest,
+            "config": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest(),
+        }
+
+    def _check_same(self, kept: dict[str, Any], step: int) -> None:
+        for name, value in self._identity().items():
+            if kept.get(name) != value:
+                raise UserError(
+                    f"checkpoint {step} in {self.directory} is of another training ({name} differs); choose another output directory"
+                )
+
+    def _finish(self) -> dict[str, Any]:
+        """Write what is derived from the last checkpoint. The state is written last: it says that all is whole."""
+        journal.write_arrays(self.directory / "losses" / "train.npz", {"losses": self.journal.losses, "ids": self.plan.ids})
+        device = jax.devices()[0]
+        state = {
+            "seconds": self.journal.seconds,
+            "tokens": self.journal.tokens,
+            "device": device.device_kind,
+            "devices": self.mesh.size,
+            "compilations": 1,
+            "versions": journal.versions(),
+            "parameters": parameter_count(self.model),
+        }
+        journal.write_json(self.directory / "metrics" / "state.json", state)
+        return state
+
+
+def _log(training: _Training, done: int, learning_rate: float, watch: Watcher) -> None:
+    line = training.journal.line(done, learning_rate)
+    journal.append_line(training.log, line)
+    watch.line(line)
+
+
+def _fetch(pending: Iterable[tuple[int, steps.Metrics]]) -> list[tuple[int, steps.Metrics]]:
+    """Return metrics as numpy, the members of all processes together."""
+    if jax.process_count() == 1:
+        return jax.device_get(list(pending))
+    return [(step, multihost_utils.process_allgather(metrics, tiled=True)) for step, metrics in pending]

@@ -1,0 +1,59 @@
+"""What training minimizes, as a sum, so that any split of a batch into microbatches has the same gradient."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+from jax.typing import DTypeLike
+
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.model import llama, loss
+from jax_ordermerge.tree import Tree
+
+Microbatch = Mapping[str, jax.Array]
+
+
+class ExampleSums(NamedTuple):
+    """Sums over the response tokens of each example, float32[B]; 0 for padding rows.
+
+    Attributes:
+        losses: summed token losses in nats.
+        tokens: number of tokens.
+    """
+
+    losses: jax.Array
+    tokens: jax.Array
+
+
+Objective = Callable[[Tree, Microbatch], tuple[jax.Array, ExampleSums]]
+
+
+def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "none") -> Objective:
+    """Return the supervised objective: the loss of the response tokens, summed over a microbatch.
+
+    Args:
+        config: the model.
+        dtype: of the products.
+        remat: what is recomputed in the backward pass.
+
+    Returns:
+        `(params, microbatch) -> (sum of losses, sums of each example)`. A microbatch holds `tokens, targets, positions, segments`
+        int32[B, T] and `weights` float32[B, T], 1 where the target belongs to the response.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> config = ModelConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
+        >>> zeros = jax.tree.map(jnp.zeros_like, llama.init_params(config, 0))
+        >>> rows = jnp.zeros((2, 3), int)
+        >>> batch = {"tokens": rows, "targets": rows, "positions": rows, "segments": rows + 1, "weights": jnp.ones((2, 3))}
+        >>> total, sums = sft(config, dtype="float32")(zeros, batch)
+        >>> round(total.item(), 4), sums.tokens.tolist()  # 6 log 4
+        (8.3178, [3.0, 3.0])
+    """
+
+    def objective(params: Tree, batch: Microbatch) -> tuple[jax.Array, ExampleSums]:
+        logits, _ = llama.forward(config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, remat=remat)
+        sums = ExampleSums(*loss.example_losses(logits, batch["targets"], batch["weights"]))
+        return sums.losses.sum(), sums
+
+    return objective

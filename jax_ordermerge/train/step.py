@@ -1,0 +1,227 @@
+"""One optimizer step of one member, and how a function of one member becomes a program over a population.
+
+Axis letters: `M` member, `A` accumulation step (microbatch), `B` example of a microbatch, `T` position.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import tree
+from jax_ordermerge.arch import ModelConfig, tensor_table
+from jax_ordermerge.config import Training
+from jax_ordermerge.train.objective import ExampleSums, Objective
+from jax_ordermerge.tree import Tree
+
+Batch = dict[str, jax.Array]
+SEQUENCES = ("tokens", "targets", "positions", "segments", "weights")
+
+
+class TrainState(NamedTuple):
+    """Everything that changes in training. In a population every leaf has a leading `M`.
+
+    Attributes:
+        params: float32 masters.
+        opt_state: of the optax optimizer.
+        step: int32 scalar, steps done.
+    """
+
+    params: Tree
+    opt_state: Any
+    step: Any
+
+
+class Metrics(NamedTuple):
+    """What a step reports.
+
+    Attributes:
+        loss: float32 scalar, mean over the response tokens of the batch, in nats, before the update.
+        grad_norm: float32 scalar, before clipping.
+        learning_rate: float32 scalar, of this update.
+        ids: int32[A, B], the examples trained on as the batch names them.
+        examples: sums of each example, float32[A, B].
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    ids: jax.Array
+    examples: ExampleSums
+
+
+def schedule(training: Training, steps: int) -> optax.Schedule:
+    """Return learning rate by step: linear warm-up from 0, then cosine, linear or constant.
+
+    Args:
+        training: `warmup` below 1 is a fraction of `steps`, else a number of steps.
+        steps: of the whole training.
+
+    Example:
+        >>> rate = schedule(Training(learning_rate=1.0, schedule="linear", warmup=2), 6)
+        >>> [round(float(rate(step)), 2) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    warmup = min(round(training.warmup * steps) if training.warmup < 1 else round(training.warmup), steps)
+    peak, last, rest = training.learning_rate, training.learning_rate * training.final_fraction, max(steps - warmup, 1)
+    after: optax.Schedule
+    match training.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, alpha=training.final_fraction)
+        case "linear":
+            after = optax.linear_schedule(peak, last, rest)
+        case "constant":
+            after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def optimizer(training: Training, steps: int, config: ModelConfig) -> optax.GradientTransformation:
+    """Return clipping by global norm and AdamW. Weight decay spares norms and biases (Hugging Face tensors of one dimension).
+
+    Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+    decayed = tree.unflatten({spec.path: len(spec.hf_shape) >= 2 for spec in tensor_table(config)})
+    adamw = optax.adamw(
+        schedule(training, steps),
+        b1=training.beta1,
+        b2=training.beta2,
+        eps=training.epsilon,
+        weight_decay=training.weight_decay,
+        mask=decayed,
+    )
+    return adamw if training.clip_norm is None else optax.chain(optax.clip_by_global_norm(training.clip_norm), adamw)
+
+
+def train_step(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    lengths: Sequence[int],
+    specs: Tree | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Return the step of one member.
+
+    The gradient is that of the mean over all response tokens of the batch, whatever the microbatches: sums are accumulated in
+    float32 and divided once.
+
+    Args:
+        objective: see `objective.py`.
+        tx: the optimizer.
+        rate: its learning rate by step, reported only.
+        lengths: padded lengths a microbatch may have; `batch["bucket"]`, int32[A], says which.
+        specs: a PartitionSpec for every parameter, which accumulated gradients keep; None leaves them to the compiler.
+
+    Returns:
+        `(state, batch) -> (state, metrics)`; the batch holds `SEQUENCES` as [A, B, T] with T the longest length, `ids` and `bucket`.
+    """
+
+    def gradients(params: Tree, microbatch: Batch) -> tuple[Tree, ExampleSums]:
+        def of_length(length: int) -> Callable[[Tree, Batch], tuple[Tree, ExampleSums]]:
+            def branch(params: Tree, microbatch: Batch) -> tuple[Tree, ExampleSums]:
+                short = {name: microbatch[name][:, :length] for name in SEQUENCES}
+                return _kept(jax.grad(objective, has_aux=True)(params, short), specs)
+
+            return branch
+
+        return _switch(microbatch["bucket"], [of_length(length) for length in lengths], params, microbatch)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        summed, examples = _accumulate(lambda microbatch: gradients(state.params, microbatch), batch, state.params)
+        tokens = jnp.maximum(examples.tokens.sum(), 1.0)
+        mean = jax.tree.map(lambda g: g / tokens, summed)
+        updates, opt_state = tx.update(mean, state.opt_state, state.params)
+        loss, rate_now = examples.losses.sum() / tokens, jnp.asarray(rate(state.step), jnp.float32)
+        metrics = Metrics(loss, optax.tree.norm(mean), rate_now, batch["ids"], examples)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return step
+
+
+def _switch(bucket: jax.Array, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+    return branches[0](*operands) if len(branches) == 1 else jax.lax.switch(bucket, branches, *operands)
+
+
+def _kept(found: tuple[Tree, ExampleSums], specs: Tree | None) -> tuple[Tree, ExampleSums]:
+    grads, sums = found
+    return (grads if specs is None else jax.tree.map(jax.lax.with_sharding_constraint, grads, specs)), sums
+
+
+def _accumulate(gradients: Callable[[Batch], tuple[Tree, ExampleSums]], batch: Batch, params: Tree) -> tuple[Tree, ExampleSums]:
+    """Sum gradients over the microbatches; return them with the sums of each example, [A, B]."""
+    if batch["tokens"].shape[0] == 1:
+        grads, sums = gradients(jax.tree.map(lambda x: x[0], batch))
+        return grads, jax.tree.map(lambda x: x[None], sums)
+
+    def body(total: Tree, microbatch: Batch) -> tuple[Tree, ExampleSums]:
+        grads, sums = gradients(microbatch)
+        return jax.tree.map(jnp.add, total, grads), sums
+
+    return jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- populations
+
+
+def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return the state of a population as `jax.ShapeDtypeStruct`s, the optimizer's moments sharded like their parameters.
+
+    Args:
+        params: of the population, abstract, with shardings (`convert.abstract_params(..., members=M)`).
+        tx: the optimizer.
+        mesh: where counters live; one that is not on the mesh would compile the step twice.
+    """
+    counter = NamedSharding(mesh, P("order"))
+    opt_state = jax.eval_shape(jax.vmap(tx.init), params)
+    places = optax.tree.map_params(tx, lambda _, like: like.sharding, opt_state, params, transform_non_params=lambda _: counter)
+    placed = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), opt_state, places)
+    return TrainState(params, placed, jax.ShapeDtypeStruct((tree.size(params),), jnp.int32, sharding=counter))
+
+
+def initial_state(base: Tree, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """Return a population whose members all are the base.
+
+    Args:
+        base: parameters of one model, float32.
+        tx: the optimizer.
+        abstract: from `abstract_state`.
+    """
+    members = abstract.step.shape[0]
+
+    def build(base: Tree) -> TrainState:
+        params = jax.tree.map(lambda x: jnp.broadcast_to(x, (members, *x.shape)), base)
+        return TrainState(params, jax.vmap(tx.init)(params), jnp.zeros(members, jnp.int32))
+
+    return jax.jit(build, out_shardings=shardings(abstract))(base)
+
+
+def compile_step(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], mesh: Mesh, state: TrainState, batch: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile a step of one member over the population, once and for all: another shape or sharding is an error, not a new program.
+
+    Args:
+        step: from `train_step`.
+        mesh: the mesh.
+        state: from `abstract_state`; it is donated.
+        batch: abstract, with a leading `M` and shardings.
+    """
+    population = jax.jit(
+        meshes.update_members(step, mesh),
+        in_shardings=(shardings(state), shardings(batch)),
+        out_shardings=(shardings(state), NamedSharding(mesh, P("order"))),
+        donate_argnums=0,
+    )
+    # else XLA may keep float32 where the program says bfloat16, and where it does depends on the mesh: a member would no longer be
+    # the same alone and among others
+    return population.lower(state, batch).compile({"xla_allow_excess_precision": False})
+
+
+def shardings(abstract: Any) -> Any:
+    """Return the sharding of every leaf."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

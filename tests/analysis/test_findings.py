@@ -1,0 +1,123 @@
+"""Sentences say what the numbers bear: direction, strength, and what cannot be told."""
+
+import numpy as np
+import pytest
+
+from jax_ordermerge.analysis import findings, paired
+
+
+def model(name, kind, **more):
+    return {"name": name, "kind": kind, "loss": 2.0, "validation_loss": None, "tasks": {}} | more
+
+
+def items(losses, correct=None):
+    tasks = {} if correct is None else {"sums": [{"id": i, "correct": bool(c)} for i, c in enumerate(correct)]}
+    return {"losses": list(losses), "ids": list(range(len(losses))), "tasks": tasks}
+
+
+@pytest.fixture
+def run():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(2, 0.5, 80)
+    rows = {name: hard + rng.normal(0, 0.05, 80) + shift for name, shift in [("m0", 0), ("m1", 0.02), ("good", -0.1), ("bad", 0.1)]}
+    right = {name: rng.random(80) < share for name, share in [("m0", 0.5), ("m1", 0.5), ("good", 0.95), ("bad", 0.05)]}
+    models = [
+        model(name, "member" if name[0] == "m" else "merge", loss=rows[name].mean(),
+              tasks={"sums": {"accuracy": right[name].mean(), "se": 0.05, "n": 80}}, validation_loss=2.0 - (name == "m1"))
+        for name in rows
+    ]  # fmt: skip
+    return models, {name: items(rows[name], right[name]) for name in rows}, rows, right
+
+
+def test_comparisons_are_the_paired_ones(run):
+    models, found, rows, right = run
+    result = findings.compare(models, found, resamples=200, seed=3)
+    assert result["best"] == {"name": "m1", "chosen_on": "validation"}
+    good = result["merges"]["good"]
+    mean = (rows["m0"] + rows["m1"]) / 2
+    assert good["loss"]["mean_member"] == paired.difference(rows["good"], mean, resamples=200, seed=3)
+    assert good["loss"]["best_member"] == paired.difference(rows["good"], rows["m1"], resamples=200, seed=3)
+    assert good["tasks"]["sums"]["mcnemar"] == paired.mcnemar(right["good"], right["m1"])
+
+
+def test_losses_are_compared_over_tokens_where_their_numbers_are_known(run):
+    models, found, rows, _ = run
+    tokens = list(range(1, 81))
+    result = findings.compare(models, {name: row | {"tokens": tokens} for name, row in found.items()}, resamples=50, seed=0)
+    expected = np.average(rows["bad"] - rows["m1"], weights=tokens)
+    assert result["merges"]["bad"]["loss"]["best_member"]["estimate"] == pytest.approx(expected)
+
+
+def test_better_is_less_loss_and_more_right_answers(run):
+    models, found, _, _ = run
+    result = findings.compare(models, found, resamples=200, seed=0)
+    told = findings.sentences(None, {"models": models}, result)
+    by_start = {
+        (name, task): next(s for s in told if s.startswith(f"{name}, {task}"))
+        for name in ("good", "bad")
+        for task in ("held", "sums")
+    }
+    for (name, _), text in by_start.items():
+        assert text.count("clearly better" if name == "good" else "clearly worse") == 2
+    assert any("8 comparisons" in text for text in told)
+
+
+def test_without_validation_the_choice_is_called_optimistic(run):
+    models, found, _, _ = run
+    plain = [row | {"validation_loss": None} for row in models]
+    result = findings.compare(plain, found, resamples=100, seed=0)
+    assert result["best"] == {"name": "m0", "chosen_on": "test"}
+    assert any("chosen on test: optimistic" in text for text in findings.sentences(None, {"models": plain}, result))
+
+
+def test_noise_is_not_distinguishable():
+    rng = np.random.default_rng(4)
+    noise = {name: rng.normal(2, 1, 60) for name in ("m0", "m1", "x")}
+    models = [model("m0", "member"), model("m1", "member"), model("x", "merge")]
+    told = findings.sentences(
+        None, {"models": models}, findings.compare(models, {n: items(v) for n, v in noise.items()}, resamples=200, seed=0)
+    )
+    assert next(text for text in told if text.startswith("x,")).count("not distinguishable") == 2
+
+
+@pytest.mark.parametrize(
+    ("estimate", "p", "words"),
+    [(-0.04, 1e-9, "seen early end with the higher loss, clearly"), (0.03, 0.03, "seen late end with the higher loss, weakly"),
+     (0.03, 0.2, "no effect on the final loss can be told from zero")],
+)  # fmt: skip
+def test_position_sentences(estimate, p, words):
+    row = {"epochs": [1], "estimate": estimate, "se": 0.01, "z": estimate / 0.01, "p": p}
+    analysis = {"fixed_effects": {"coefficients": [row]}, "members": [{"sd_loss": 0.4}], "pooled": {"early_late": []}, "merged": {}}
+    first, scale = findings.sentences(analysis, None, {"best": None, "merges": {}})
+    assert words in first
+    assert f"{100 * abs(estimate) / 0.4:.1f} %" in scale
+
+
+def test_closing_a_gap_is_told_beside_what_averaging_alone_would_do():
+    gap = {"estimate": 0.02, "se": 0.001, "low": 0.018, "high": 0.022}
+    row = {"merged": gap | {"estimate": 0.005}, "difference": {"estimate": -0.015, "se": 0.001, "low": -0.017, "high": -0.013}}
+    analysis = {
+        "fixed_effects": {"reason": "because"}, "members": [{"sd_loss": 0.4}] * 4, "pooled": {"early_late": [gap]},
+        "merged": {"ties": {"early_late": [row]}},
+    }  # fmt: skip
+    none = {"best": None, "merges": {}}
+    reason, text = findings.sentences(analysis, None, none)
+    assert reason == "No fixed-effects estimate of the position effect: because."
+    assert "ties +0.0050" in text
+    assert "about +0.0050" in text
+    analysis["pooled"]["early_late"] = [gap | {"low": -0.01}]
+    assert "no gap between early and late" in findings.sentences(analysis, None, none)[1]
+
+
+def test_no_members_nothing_to_compare():
+    assert findings.compare([model("base", "base")], {}, resamples=10, seed=0) == {"best": None, "merges": {}}
+
+
+@pytest.mark.parametrize(("zeros", "idle"), [([0.31, 0.4], False), ([0.0, 0.004], True)])
+def test_task_vectors(zeros, idle):
+    total = {"cosines": [[1, 0.8], [0.8, 1]], "unchanged": zeros}
+    merge = {"merges": [{"diagnostics": {}}, {"diagnostics": {"total": total}}], "dtype": "bfloat16"}
+    (text,) = findings.sentences(None, None, {"best": None, "merges": {}}, merge)
+    assert "mean cosine of 0.800" in text
+    assert f"{100 * zeros[0]:.1f} to {100 * zeros[1]:.1f} %" in text
+    assert ("nothing to draw again" in text) is idle

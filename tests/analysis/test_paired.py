@@ -1,0 +1,87 @@
+"""Paired comparisons: intervals against the formula, coverage, McNemar against a table worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jax_ordermerge.analysis import paired
+from jax_ordermerge.errors import UserError
+
+
+def test_difference_is_the_mean_gap_and_its_interval_close_to_the_normal_one():
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(2, 1, 500)
+    first, second = difficulty + rng.normal(0.05, 0.1, 500), difficulty + rng.normal(0, 0.1, 500)
+    found = paired.difference(first, second, resamples=4000)
+    gaps = first - second
+    assert found["estimate"] == pytest.approx(gaps.mean())
+    assert found["se"] == pytest.approx(stats.sem(gaps))
+    assert found["low"] == pytest.approx(gaps.mean() - 1.96 * found["se"], abs=0.15 * found["se"])
+    assert found["high"] == pytest.approx(gaps.mean() + 1.96 * found["se"], abs=0.15 * found["se"])
+    assert found["p"] == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    back = paired.difference(second, first, resamples=4000)
+    assert back["low"] == pytest.approx(-found["high"])
+
+
+def test_equal_models_differ_by_nothing():
+    assert paired.difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == {
+        "estimate": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "n": 3,
+    }  # fmt: skip
+
+
+def test_all_items_alike_are_as_sure_as_their_number():
+    assert paired.difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5])["p"] == 0.25
+
+
+def test_interval_covers_and_p_rejects_nominally():
+    rng, covered, rejected = np.random.default_rng(1), 0, 0
+    for _ in range(300):
+        found = paired.difference(rng.normal(size=50), rng.normal(size=50), resamples=300)
+        covered += found["low"] <= 0 <= found["high"]
+        rejected += found["p"] < 0.05
+    assert 0.89 <= covered / 300 <= 0.985
+    assert 0.015 <= rejected / 300 <= 0.11
+
+
+def test_weights_make_a_ratio_of_means():
+    rng = np.random.default_rng(2)
+    weights = rng.integers(1, 40, 400)
+    first, second = rng.normal(size=(2, 400)) / np.sqrt(weights)
+    found = paired.difference(first, second, weights=weights, resamples=3000)
+    gaps = first - second
+    estimate = (gaps * weights).sum() / weights.sum()
+    error = np.sqrt(((weights * (gaps - estimate)) ** 2).sum() * 400 / 399) / weights.sum()
+    assert found["estimate"] == pytest.approx(estimate)
+    assert found["se"] == pytest.approx(error)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.1)
+    plain = paired.difference(first, second)
+    assert paired.difference(first, second, weights=np.full(400, 7)) == pytest.approx(plain)
+    with pytest.raises(UserError, match="expected one above 0"):
+        paired.difference([1, 2], [2, 3], weights=[1, 0])
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 30))
+    whole = paired.difference(first, second, resamples=100)
+    monkeypatch.setattr(paired, "BLOCK", 30 * 7)
+    assert paired.difference(first, second, resamples=100) == whole
+
+
+def test_mcnemar_is_the_binomial_sum():
+    first = [True] * 9 + [False] * 3 + [True] * 20 + [False] * 10
+    second = [False] * 9 + [True] * 3 + [True] * 20 + [False] * 10
+    tail = sum(math.comb(12, k) for k in range(4)) / 2**12
+    found = paired.mcnemar(first, second)
+    assert (found["only_first"], found["only_second"]) == (9, 3)
+    assert found["p"] == pytest.approx(2 * tail)
+    assert paired.mcnemar([True, False], [True, False])["p"] == 1.0
+
+
+def test_other_items_are_refused():
+    with pytest.raises(UserError, match="3 and 2 items"):
+        paired.difference([1, 2, 3], [1, 2])
+    with pytest.raises(UserError, match="at least two"):
+        paired.mcnemar([True], [True])

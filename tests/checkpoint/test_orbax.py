@@ -1,0 +1,182 @@
+"""Orbax checkpoints: what was saved comes back on any mesh; what is half-written is never seen; what does not fit is refused."""
+
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_ordermerge.checkpoint import orbax
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.mesh import make_mesh
+
+
+def abstract(tree, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def population(mesh, members: int = 4) -> dict[str, dict[str, jax.Array]]:
+    values = {
+        "a": np.arange(members * 8 * 4, dtype=np.float32).reshape(members, 8, 4),
+        "b": np.arange(members * 2.0, dtype=np.float32).reshape(members, 2),
+    }
+    specs = {"a": P("order", "fsdp", "tensor"), "b": P("order")}
+    return {"layer": {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in values.items()}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with steps 2 and 4 of parameters, optimizer state and metadata."""
+    directory = tmp_path_factory.mktemp("orbax")
+    params = population(make_mesh(2, 2, 2))
+    state = optax.adamw(optax.linear_schedule(0.0, 1.0, 5)).init(params)
+    with orbax.Checkpoints(directory) as checkpoints:
+        for step in (2, 4):
+            tree = {"params": jax.tree.map(lambda x, s=step: x + s, params), "optimizer": state}
+            checkpoints.save(step, tree, {"members": 4, "orders": ["x", "y"], "rope": {"theta": 1e4}})
+    return directory, tree
+
+
+def test_whole_tree_comes_back_with_its_types(saved):
+    directory, tree = saved
+    restored = orbax.restore(directory, 4, abstract(tree))
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    chex.assert_trees_all_equal(restored, tree)
+    assert orbax.latest(directory) == 4
+    assert orbax.metadata(directory, 2) == {"members": 4, "orders": ["x", "y"], "rope": {"theta": 1e4}}
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (4, 1, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_part_is_restored_onto_another_mesh_and_dtype(saved, sizes, dtype):
+    directory, tree = saved
+    mesh = make_mesh(*sizes)
+    sharding = {"layer": {"a": NamedSharding(mesh, P("order", "fsdp")), "b": NamedSharding(mesh, P(None, "tensor"))}}
+    asked = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), tree["params"], sharding)
+    restored = orbax.restore(directory, 4, {"params": asked})
+    assert restored.keys() == {"params"}
+    assert jax.tree.map(lambda x: x.sharding, restored["params"]) == sharding
+    chex.assert_trees_all_equal(
+        jax.device_get(restored["params"]), jax.device_get(jax.tree.map(lambda x: x.astype(dtype), tree["params"]))
+    )
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 8, 1), (2, 2, 2)])
+def test_one_member_alone(saved, mesh):
+    directory, tree = saved
+    sharding = None if mesh is None else NamedSharding(make_mesh(*mesh), P("fsdp"))
+    asked = {"params": {"layer": {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}}}
+    for member in (0, 3):
+        found = orbax.restore_member(directory, 4, member, asked)["params"]["layer"]["a"]
+        assert found.tolist() == tree["params"]["layer"]["a"][member].tolist()
+        assert sharding is None or found.sharding == sharding
+
+
+def test_one_member_does_not_need_the_bytes_of_the_others(tmp_path):
+    # incompressible and larger than what Orbax writes inline, so that each member's bytes are their own
+    noise = np.random.default_rng(0).normal(size=(4, 512, 256)).astype(np.float32)
+    sharding = NamedSharding(make_mesh(4, 1, 1), P("order"))
+    orbax.save(tmp_path, 1, {"w": jax.device_put(noise, sharding)})
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size > 0.8 * noise.nbytes
+    found = orbax.restore_member(tmp_path, 1, 2, {"w": jax.ShapeDtypeStruct((512, 256), jnp.float32)})
+    np.testing.assert_array_equal(found["w"], noise[2])
+
+
+def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
+    mesh = make_mesh(1, 8, 1)
+    x = jax.device_put(jnp.ones((512, 512)), NamedSharding(mesh, P("fsdp")))
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    with orbax.Checkpoints(tmp_path) as checkpoints:
+        for number in range(1, 4):
+            checkpoints.save(number, {"x": x})
+            x = step(step(x))
+        checkpoints.wait()
+        for number in range(1, 4):
+            restored = checkpoints.restore(number, {"x": jax.ShapeDtypeStruct((512, 512), jnp.float32)})
+            assert np.unique(restored["x"]).tolist() == [2 * number - 1]
+
+
+def test_every_save_counts_and_only_the_last_are_kept(tmp_path):
+    with orbax.Checkpoints(tmp_path / "new" / "directory", keep=2) as checkpoints:
+        assert checkpoints.latest() is None
+        for step in (1, 2, 3, 10):  # Orbax's own policy would drop those that come while one is under way
+            checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step})
+        checkpoints.save(10, {"x": jnp.full(3, 11)}, {"step": 11})
+    with orbax.Checkpoints(tmp_path / "new" / "directory", keep=2) as checkpoints:
+        assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["10", "3"]
+        assert checkpoints.latest() == 10
+        assert checkpoints.metadata(10) == {"step": 11}
+        assert checkpoints.restore(10, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})["x"].tolist() == [11, 11, 11]
+
+
+def test_half_written_checkpoints_are_never_seen(saved, tmp_path):
+    directory, tree = saved
+    here = tmp_path / "checkpoints"
+    shutil.copytree(directory, here)
+    shutil.copytree(here / "4", here / "9")
+    (here / "9" / "_CHECKPOINT_METADATA").unlink()  # as after a deletion that was cut off
+    shutil.copytree(here / "4", here / "8.orbax-checkpoint-tmp")  # as after a save that was cut off
+    (here / "notes").mkdir()
+    assert orbax.latest(here) == 4
+    with pytest.raises(UserError, match=r"no checkpoint of step 9 .*\(present: 2, 4\)"):
+        orbax.restore(here, 9, abstract(tree))
+    with orbax.Checkpoints(here) as checkpoints:
+        assert sorted(path.name for path in here.iterdir()) == ["2", "4", "notes"]
+        for step in (8, 9):
+            checkpoints.save(step, tree)
+    assert orbax.latest(here) == 9
+
+
+def test_absent_checkpoints(tmp_path):
+    assert orbax.latest(tmp_path / "nowhere") is None
+    assert orbax.latest(tmp_path) is None
+    for call in (
+        lambda: orbax.metadata(tmp_path, 1),
+        lambda: orbax.restore(tmp_path, 1, {}),
+        lambda: orbax.restore_member(tmp_path, 1, 0, {}),
+    ):
+        with pytest.raises(UserError, match=r"no checkpoint of step 1 in .*\(present: none\)"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_refused_by_name(saved):
+    directory, _ = saved
+    leaf = jax.ShapeDtypeStruct
+    with pytest.raises(UserError, match=r"params/layer/a has shape \(4, 8, 4\), expected \(2, 8, 4\)"):
+        orbax.restore(directory, 4, {"params": {"layer": {"a": leaf((2, 8, 4), jnp.float32)}}})
+    with pytest.raises(UserError, match="has no array params/layer/c"):
+        orbax.restore(directory, 4, {"params": {"layer": {"c": leaf((4, 2), jnp.float32)}}})
+    with pytest.raises(UserError, match=r"params/layer/a has shape \(4, 8, 4\), expected \(4, 8, 5\)"):
+        orbax.restore_member(directory, 4, 0, {"params": {"layer": {"a": leaf((8, 5), jnp.float32)}}})
+    with pytest.raises(UserError, match="has members 0 to 3, not 4"):
+        orbax.restore_member(directory, 4, 4, {"params": {"layer": {"a": leaf((8, 4), jnp.float32)}}})
+
+
+@pytest.mark.parametrize("damage", ["_METADATA", "_CHECKPOINT_METADATA", "data"])
+def test_damage_is_one_line(saved, tmp_path, damage):
+    directory, _ = saved
+    shutil.copytree(directory, tmp_path / "c")
+    for path in (tmp_path / "c" / "4").rglob("*"):
+        if path.is_file() and (path.name == damage or (damage == "data" and path.parent.name == "d")):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    whole, member = ({"params": {"layer": {"a": jax.ShapeDtypeStruct(shape, jnp.float32)}}} for shape in ((4, 8, 4), (8, 4)))
+    calls = [lambda: orbax.restore_member(tmp_path / "c", 4, 0, member)]
+    if damage != "data":  # then Orbax leaves futures behind that complain in later tests
+        calls.append(lambda: orbax.restore(tmp_path / "c", 4, whole))
+    for call in calls:
+        with pytest.raises(UserError, match=r"c/4 is damaged \(.+\); remove it") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_printed(saved, capfd):
+    directory, tree = saved
+    orbax.restore(directory, 4, abstract(tree))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,71 @@
+"""Tiny tokenizers made on the spot: bytes as tokens, and pieces that merge across spaces, as SentencePiece's do."""
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "OPEN{{ message['content'] }}CLOSE"
+    "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chatml():
+    """ChatML without `{% generation %}`."""
+    return CHATML.replace("OPEN", "").replace("CLOSE", "")
+
+
+@pytest.fixture(scope="session")
+def chatml_marked():
+    """The same with `{% generation %}` around the content of assistant turns, closed before the token that ends the turn."""
+    role = "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}"
+    return CHATML.replace("OPEN{{ message['content'] }}CLOSE", role + "{{ message['content'] }}{% endif %}")
+
+
+@pytest.fixture
+def byte_tokenizer():
+    """make(bos=True, chat_template=None): one token a byte, special tokens after them; BOS written where `bos`."""
+
+    def make(*, bos=True, chat_template=None, eos="</s>"):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        inner = Tokenizer(models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[]))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+        if bos:
+            inner.post_processor = processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+            )
+        return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=eos, chat_template=chat_template)
+
+    return make
+
+
+@pytest.fixture
+def piece_tokenizer():
+    """A space is glued to the piece after it, and one is put before every text, as in Llama-2."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:\n.,?",
+        "▁4",
+        "▁42",
+        "▁y",
+        "▁x",
+    ]
+    inner = Tokenizer(
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=[("▁", "4"), ("▁4", "2"), ("▁", "y"), ("▁", "x")],
+            unk_token="<unk>",
+        )
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

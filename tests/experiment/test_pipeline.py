@@ -1,0 +1,134 @@
+"""The whole path on a tiny model: run, again, interrupted, refused."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from jax_ordermerge.config import load_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import pipeline, stages
+from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.train import loop
+
+
+def digests(directory: pathlib.Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    said = []
+    directory = pipeline.run(load_config(folder / "tiny.yaml"), say=said.append)
+    return directory, said
+
+
+def test_every_part_of_the_run_directory_is_there(run):
+    directory, _ = run
+    assert {path.name for path in directory.iterdir()} >= {
+        "config.yaml", "data.json", "orders", "metrics", "checkpoints", "losses", "analysis.json", "merged", "merge.json",
+        "evaluations", "evaluations.json", "report.html", "report.md",
+    }  # fmt: skip
+    assert not [path for path in directory.rglob("*") if "partial" in path.name]
+    merged = directory / "merged" / "selection"
+    assert {path.name for path in merged.iterdir()} >= {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "merge_config.yaml",
+    }  # fmt: skip
+    names = [model["name"] for model in json.loads((directory / "evaluations.json").read_text())["models"]]
+    assert names == ["base", "member_0", "member_1", "average", "selection"]
+    with np.load(directory / "losses" / "final.npz") as final:
+        assert final["losses"].shape == (5, 40)
+        assert (final["losses"][1:3].mean() < final["losses"][0].mean()).all()
+
+
+def test_second_call_does_nothing(run):
+    directory, _ = run
+    before, said = digests(directory), []
+    pipeline.run(read_config(directory), say=said.append)
+    assert said == [f"everything is done: {directory / 'report.html'}"]
+    assert digests(directory) == before
+
+
+def test_another_config_is_refused_with_the_difference(run, folder):
+    directory, _ = run
+    before = digests(directory)
+    with pytest.raises(UserError, match=r"made with another config \(training.epochs: 2 -> 3\)"):
+        pipeline.run(load_config(folder / "tiny.yaml", ["training.epochs=3"]))
+    assert digests(directory) == before
+
+
+def test_other_hardware_is_not_another_config(run, folder):
+    said = []
+    pipeline.run(load_config(folder / "tiny.yaml", ["mesh.order=2", "training.log_every=1"]), say=said.append)
+    assert said[0].startswith("everything is done")
+
+
+@pytest.mark.parametrize("stage", ["train", "merge", "analyze", "evaluate"])
+def test_interrupted_and_called_again_ends_with_the_same_bytes(run, folder, tmp_path, monkeypatch, stage):
+    directory, _ = run
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
+    room, name, after = {
+        "train": (loop, "_log", 2),
+        "merge": (stages.convert, "export", 2),
+        "analyze": (stages.measure, "losses", 3),
+        "evaluate": (stages.harness, "run_task", 3),
+    }[stage]
+    original, calls = getattr(room, name), []
+
+    def fails(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, name, fails)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(config, say=lambda line: None)
+    assert not pipeline.complete(stage, config)
+    pipeline.run(config, say=lambda line: None)
+    for part in ("merged/average/model.safetensors", "merged/selection/model.safetensors", "analysis.json", "evaluations.json"):
+        assert (tmp_path / "run" / part).read_bytes() == (directory / part).read_bytes(), part
+    ours, theirs = (
+        [json.loads(line)["loss"] for line in (d / "metrics" / "train.jsonl").read_text().splitlines()]
+        for d in (tmp_path / "run", directory)
+    )
+    assert ours == theirs
+
+
+def test_stages_alone_do_the_same(run, folder, tmp_path):
+    directory, _ = run
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
+    for stage in ("train", "merge"):
+        pipeline.run(config, through=stage, say=lambda line: None)
+        assert pipeline.complete(stage, config)
+        assert not pipeline.complete("evaluate", config)
+    name = "merged/selection/model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_a_lost_merge_is_made_again(run, folder, tmp_path):
+    directory, _ = run
+    shutil.copytree(directory, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "merged" / "average")
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
+    (tmp_path / "run" / "config.yaml").write_text(
+        (tmp_path / "run" / "config.yaml").read_text().replace(str(directory), str(tmp_path / "run"))
+    )
+    pipeline.run(config, say=lambda line: None)
+    name = "merged/average/model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_resolved_config_is_written(run):
+    raw = yaml.safe_load((run[0] / "config.yaml").read_text())
+    assert raw["training"]["beta2"] == 0.999
+    assert raw["population"]["members"] == 2

@@ -1,0 +1,153 @@
+"""Merging files: the bits of the population, whatever the slabs; refusals that leave nothing behind."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from jax_ordermerge import tree
+from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge import engine, population
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, models, tmp_path_factory):
+    """The members and the base as directories, in bfloat16."""
+    root = tmp_path_factory.mktemp("models")
+    members, base = models
+    for i in range(4):
+        convert.export(members, tiny, root / f"member_{i}", dtype="bfloat16", member=i)
+    convert.export(base, tiny, root / "base", dtype="bfloat16")
+    return [root / f"member_{i}" for i in range(4)], root / "base"
+
+
+def same_bits(one, two):
+    a, b = Reader(one), Reader(two)
+    return a.names == b.names and all(a.read(n).tobytes() == b.read(n).tobytes() for n in a.names)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "slab_elements"),
+    [
+        ({"resample": "exhaustive"}, 1 << 24),
+        ({"resample": "exhaustive"}, 50),
+        ({}, 1),
+        ({"resample": 2, "granularity": "row"}, 200),
+        ({"resample": "exhaustive", "granularity": "column"}, 50),
+    ],
+    ids=str,
+)
+def test_selection_of_files_has_the_bits_of_the_population(tiny, models, exported, tmp_path, parameters, slab_elements):
+    settings = {"method": "selection", "seed": 5, "weights": (1, 2, 3, 4), "parameters": parameters}
+    engine.merge(*exported, tmp_path / "files", slab_elements=slab_elements, **settings)
+    members, base = models
+    merged = population.merge(members, base, tiny, dtype="bfloat16", **settings)
+    convert.export(merged, tiny, tmp_path / "population", dtype="bfloat16")
+    assert same_bits(tmp_path / "files", tmp_path / "population")
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_arithmetic_of_files_is_that_of_the_population(tiny, models, exported, tmp_path, method):
+    members, base = models
+    report = engine.merge(*exported, tmp_path / "files", method=method, seed=5, slab_elements=100)
+    merged = population.merge(members, base, tiny, method=method, seed=5)
+    found = tree.flatten(convert.load_params(tmp_path / "files")[1])
+    for path, leaf in tree.flatten(merged).items():
+        np.testing.assert_allclose(found[path], leaf.astype(jnp.float32), rtol=2**-7, atol=1e-6, err_msg=path)
+    expected = population.diagnostics(members, base, merged, tiny)["total"]
+    np.testing.assert_allclose(report["diagnostics"]["total"]["cosines"], expected["cosines"], rtol=1e-5)
+    assert report["diagnostics"]["total"]["unchanged"] == expected["unchanged"]
+
+
+def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tmp_path):
+    seen = []
+    for name in ("a", "b"):
+        engine.merge(
+            *exported,
+            tmp_path / name,
+            method="selection",
+            parameters={"resample": "exhaustive"},
+            progress=lambda *args: seen.append(args),
+        )
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == ["README.md", "config.json", "generation_config.json", "merge.json", "merge_config.yaml", "model.safetensors"]
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    report = json.loads((tmp_path / "a" / "merge.json").read_text())
+    assert report["parameters"] == {"resample": "exhaustive", "resample_from": "all", "granularity": "element"}
+    assert report["models"] == [str(path) for path in exported[0]]
+    assert len(report["diagnostics"]["tensors"]) == len(Reader(tmp_path / "a").names)
+    assert yaml.safe_load((tmp_path / "a" / "merge_config.yaml").read_text())["models"] == [
+        "member_0",
+        "member_1",
+        "member_2",
+        "member_3",
+    ]
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "selection" in card
+    assert str(tmp_path) not in card
+    count = len(report["diagnostics"]["tensors"])
+    assert [args[:2] for args in seen] == [(i + 1, count) for i in range(count)] * 2
+
+
+def test_without_a_base_there_are_no_diagnostics(exported, tmp_path):
+    assert engine.merge(exported[0], None, tmp_path / "out", method="average")["diagnostics"] is None
+    assert len(Reader(tmp_path / "out").names) == len(Reader(exported[0][0]).names)
+
+
+def test_members_are_rounded_to_the_dtype_of_the_output(tiny, models, tmp_path, exported):
+    """float32 files merged as bfloat16 give the bits of the bfloat16 files merged."""
+    members = models[0]
+    for i in range(4):
+        convert.export(members, tiny, tmp_path / f"wide_{i}", dtype="float32", member=i)
+    wide = [tmp_path / f"wide_{i}" for i in range(4)]
+    settings = {"method": "selection", "parameters": {"resample": "exhaustive"}}
+    engine.merge(wide, exported[1], tmp_path / "from_wide", dtype="bfloat16", **settings)
+    engine.merge(*exported, tmp_path / "from_stored", **settings)
+    assert same_bits(tmp_path / "from_wide", tmp_path / "from_stored")
+    with pytest.raises(UserError, match="stored in bfloat16 and float32; choose one of"):
+        engine.merge([wide[0], exported[0][0]], None, tmp_path / "mixed", method="average")
+
+
+def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, tmp_path):
+    base = models[1]
+    one = exported[0][0]
+    other = dataclasses.replace(tiny, rms_norm_eps=1e-5)
+    convert.export(base, other, tmp_path / "eps", dtype="bfloat16")
+    short = tree.unflatten({path: x[:1] if path.startswith("layers/") else x for path, x in tree.flatten(base).items()})
+    convert.export(short, dataclasses.replace(tiny, num_layers=1), tmp_path / "short", dtype="bfloat16")
+    cases = [
+        (([one, tmp_path / "eps"], None), {"method": "average"}, "different architectures: rms_norm_eps is 1e-06 and 1e-05"),
+        (([one, one], tmp_path / "short"), {"method": "ties"}, "different architectures: num_layers is 2 and 1"),
+        (([one, tmp_path / "absent"], None), {"method": "average"}, "absent not found"),
+        (([], None), {"method": "average"}, "nothing to merge"),
+        (([one, one], None), {"method": "ties"}, "ties needs the base model"),
+        (
+            ([one, one], None),
+            {"method": "selection", "parameters": {"resample": 1}},
+            "selection with resample needs the base model",
+        ),
+        (([one, one], None), {"method": "avrage"}, "did you mean 'average'"),
+        (([one, one], None), {"method": "average", "weights": (1,)}, "1 weights for 2 members"),
+        (([one, one], None), {"method": "average", "dtype": "float61"}, "did you mean 'float16'"),
+        (([one, one], None), {"method": "average", "slab_elements": 0}, "must be positive"),
+    ]
+    for sources, settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            engine.merge(*sources, tmp_path / "out", **settings)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eps", "short"]
+
+
+def test_an_overflow_of_float16_is_refused(tiny, models, tmp_path):
+    base = models[1]
+    for name, factor in (("base", 0.0), ("large", 1.0)):
+        filled = tree.unflatten({path: np.full_like(x, 60_000.0 * factor) for path, x in tree.flatten(base).items()})
+        convert.export(filled, tiny, tmp_path / name, dtype="float16")
+    sources = [tmp_path / "large"] * 2
+    with pytest.raises(UserError, match="overflows float16; choose dtype bfloat16 or float32"):
+        engine.merge(sources, tmp_path / "base", tmp_path / "out", method="task_arithmetic", parameters={"scale": 2.0})
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,118 @@
+"""Reading and writing config.json, and the tensor table."""
+
+import dataclasses
+import math
+
+import pytest
+
+from jax_ordermerge.arch import ModelConfig, Rope, hf_tensors, parameter_count, tensor_table
+from jax_ordermerge.errors import UserError
+
+TINY = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# published shapes of the real models
+LLAMA2_7B = {
+    **TINY,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+MISTRAL_7B = {**LLAMA2_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096}
+LLAMA31_8B = {**MISTRAL_7B, "vocab_size": 128256, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
+QWEN2_05B = {
+    "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_06B = {
+    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "count"),
+    [
+        ("llama", LLAMA2_7B, 6_738_415_616),
+        ("llama", {k: v for k, v in LLAMA31_8B.items() if k != "sliding_window"}, 8_030_261_248),
+        ("mistral", MISTRAL_7B, 7_241_732_096),
+        ("qwen2", QWEN2_05B, 494_032_768),
+        ("qwen3", QWEN3_06B, 596_049_920),
+    ],
+)
+def test_published_parameter_counts(family, config, count):
+    assert parameter_count(ModelConfig.from_hf({"model_type": family, **config})) == count
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default", "mscale": 1.0}}, "rope parameter mscale"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window = True"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"wild_new_thing": 2}, "unknown key wild_new_thing"),
+        ({"num_key_value_heads": 3, "num_attention_heads": 4}, "heads must be a multiple"),
+    ],
+)
+def test_unsupported_mathematics_is_refused_by_name(change, message):
+    with pytest.raises(UserError) as caught:
+        ModelConfig.from_hf({"model_type": "llama", **TINY, **change})
+    assert message in str(caught.value)
+
+
+def test_unknown_keys_can_be_ignored_on_request():
+    assert ModelConfig.from_hf({"model_type": "llama", **TINY, "wild": 2}, ignore=["wild"]).num_layers == 2
+
+
+def test_rope_is_read_the_old_and_the_new_way():
+    old = ModelConfig.from_hf({"model_type": "llama", **TINY, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE})
+    new = ModelConfig.from_hf({"model_type": "llama", **TINY, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}})
+    assert old == new
+    assert old.rope == Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
+    written = old.to_hf("bfloat16")
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
+    assert written["rope_scaling"]["factor"] == written["rope_parameters"]["factor"] == 8.0
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_config_round_trip(family):
+    change = {"mistral": {"sliding_window": 5}}.get(family, {})
+    config = ModelConfig.from_hf({"model_type": family, **TINY, "eos_token_id": [1, 2], "num_key_value_heads": 1, **change})
+    assert ModelConfig.from_hf(config.to_hf("float32")) == config
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_table_covers_what_transformers_expects(family, tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = ModelConfig.from_hf({"model_type": family, **TINY, "num_key_value_heads": 1, "tie_word_embeddings": tied})
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config.to_hf("float32")))
+    expected = {name: tuple(p.shape) for name, p in theirs.state_dict().items() if not (tied and name == "lm_head.weight")}
+    assert {name: spec.hf_shape for name, spec, _ in hf_tensors(config)} == expected
+
+
+def test_paths_and_names_are_unique():
+    config = dataclasses.replace(ModelConfig.from_hf({"model_type": "qwen3", **TINY, "num_key_value_heads": 1}), qkv_bias=True)
+    table = tensor_table(config)
+    assert len({spec.path for spec in table}) == len(table)
+    names = [name for name, _, _ in hf_tensors(config)]
+    assert len(set(names)) == len(names) == sum(len(spec.hf_names()) for spec in table)
+    assert sum(math.prod(spec.hf_shape) for _, spec, _ in hf_tensors(config)) == parameter_count(config)

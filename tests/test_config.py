@@ -1,0 +1,86 @@
+"""Strictness of the schema, and the texts of its errors."""
+
+import pathlib
+
+import pytest
+import yaml
+
+from jax_ordermerge.config import Config, load_config, make_config, to_dict
+from jax_ordermerge.errors import UserError
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"trainig": {}}, "unknown key trainig (did you mean 'training'?)"),
+        ({"training": {"learning_rat": 1}}, "unknown key training.learning_rat (did you mean 'learning_rate'?)"),
+        ({"merge": {"methods": [{"metod": "average"}]}}, "unknown key merge.methods.0.metod (did you mean 'method'?)"),
+        ({"training": {"batch": "many"}}, "training.batch = 'many': input should be a valid integer"),
+        ({"training": {"batch": 0}}, "training.batch = 0: input should be greater than 0"),
+        ({"population": {"level": "token"}}, "population.level = 'token': input should be 'sample', 'batch'"),
+        ({"mesh": {"order": 3}}, "population.members = 4 is not a multiple of mesh.order = 3"),
+        ({"training": {"batch": 10, "microbatch": 4}}, "training.batch = 10 is not a multiple of training.microbatch = 4"),
+        ({"data": {"buckets": [1024]}}, "data.buckets [1024] are above data.max_length = 512"),
+        ({"merge": {"methods": [{"method": "ties"}, {"method": "ties"}]}}, "the name ties is used twice"),
+        ({"merge": {"methods": [{"method": "ties", "weights": [1]}]}}, "ties has 1 weights for population.members = 4"),
+        ({"training": 3}, "training = 3: input should be a valid dictionary"),
+    ],
+)
+def test_bad_values_are_one_line(raw, message):
+    with pytest.raises(UserError) as caught:
+        make_config(raw)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.epochs"], "expected section.key=value"),
+        (["training.epochs=[1"], "the value is not valid YAML"),
+        (["seed.epochs=1"], "seed"),
+        (["training.epoch=1"], "unknown key training.epoch (did you mean 'epochs'?)"),
+    ],
+)
+def test_bad_overrides(tmp_path, overrides, message):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1\n")
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    assert message in str(caught.value)
+
+
+def test_overrides_win_and_merge_into_sections(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {epochs: 5, batch: 8}\n")
+    config = load_config(file, ["training.epochs=7", "data.buckets=[32, 64]", "training.learning_rate=1e-5"])
+    assert (config.training.epochs, config.training.batch, config.training.learning_rate) == (7, 8, 1e-5)
+    assert config.data.buckets == (32, 64)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
+def test_files_that_are_no_config(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load_config(file)
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match=r"config file nowhere\.yaml not found"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
+def test_committed_configs_are_valid_short_and_say_how_to_run_them(file):
+    text = file.read_text()
+    config = load_config(file)
+    assert config.name == file.stem
+    assert len(text.splitlines()) <= 45
+    assert f"ordermerge run configs/{file.name}" in text.split("name:")[0]
+
+
+def test_resolved_config_reads_back():
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(Config())))) == Config()

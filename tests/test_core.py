@@ -1,0 +1,92 @@
+"""Named randomness, the mesh, trees, and what importing costs."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jax_ordermerge
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import tree
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.rng import stream, stream_words
+
+
+def test_streams_do_not_meet():
+    names = [(s, *n) for s in range(30) for n in [("a",), ("a", 0), ("a", "0"), ("b", "a"), ("ba",), (0,), ("a", 1), ("a", s)]]
+    words = {tuple(stream_words(*name).tolist()): name for name in names}
+    assert len(words) == len(set(names))
+
+
+def test_stream_is_stable_and_typed():
+    assert (
+        jax.random.key_data(stream(7, "select", "model.norm.weight")).tolist()
+        == stream_words(7, "select", "model.norm.weight").tolist()
+    )
+    assert stream_words(-1, "x").tolist() != stream_words(1, "x").tolist()
+    with pytest.raises(TypeError, match="named by strings and integers"):
+        stream(0, 1.5)
+
+
+def test_mesh_sizes():
+    assert dict(meshes.make_mesh(2, -1, 2).shape) == {"order": 2, "fsdp": 2, "tensor": 2}
+    assert dict(meshes.make_mesh(1, 3, 1).shape) == {"order": 1, "fsdp": 3, "tensor": 1}
+    for sizes in [(-1, -1, 1), (0, 1, 1), (16, 1, 1), (3, -1, 1)]:
+        with pytest.raises(UserError, match="mesh order="):
+            meshes.make_mesh(*sizes)
+
+
+def test_partition_drops_what_does_not_divide_and_never_repeats_an_axis():
+    mesh = meshes.make_mesh(2, 2, 2)
+    assert meshes.partition(("member", "layer", "mlp", "embed"), (4, 3, 6, 8), mesh) == P("order", None, "tensor", "fsdp")
+    assert meshes.partition(("mlp", "embed"), (5, 8), mesh) == P(None, "fsdp")
+    assert meshes.partition(("batch", "embed"), (8, 8), mesh) == P("fsdp", None)
+
+
+def test_constrain_is_nothing_without_a_mesh_and_shards_under_one():
+    x = jnp.ones((4, 6))
+    assert meshes.constrain(x, "batch", "mlp") is x
+    mesh = meshes.make_mesh(1, 4, 2)
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda v: meshes.constrain(v * 1.0, "batch", "mlp"))(x)
+    assert y.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P("fsdp", "tensor")), 2)
+
+
+def test_a_start_without_peers_fails_with_one_line():
+    code = (
+        "from jax_ordermerge.mesh import start_distributed\n"
+        "from jax_ordermerge.errors import UserError\n"
+        "try: start_distributed('127.0.0.1:1', 2, 1, timeout=1)\n"
+        "except UserError as e: print(e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    # jax ends the process itself where it cannot register; either way it must not hang and must say why
+    assert "process 1 of 2 could not start" in done.stdout or "deadline" in done.stderr.lower()
+
+
+def test_trees():
+    members = [{"a": {"w": np.full(2, m)}, "b": np.full((1, 2), m)} for m in range(3)]
+    population = tree.stack(members)
+    assert tree.size(population) == 3
+    assert tree.flatten(tree.member(population, 1))["a/w"].tolist() == [1, 1]
+    assert tree.flatten(tree.unflatten(tree.flatten(members[2]))).keys() == {"a/w", "b"}
+
+
+def test_importing_is_light():
+    code = "import sys, jax_ordermerge, jax_ordermerge.config, jax_ordermerge.arch, jax_ordermerge.cli; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_public_names():
+    assert jax_ordermerge.__all__ == [
+        "Config", "ModelConfig", "UserError", "__version__", "export", "forward", "init_params", "load_config", "load_params", "make_mesh",
+        "order_indices", "run", "stream", "tensor_table",
+    ]  # fmt: skip
+    for name in jax_ordermerge.__all__:
+        assert getattr(jax_ordermerge, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        jax_ordermerge.nothing  # noqa: B018

@@ -1,0 +1,113 @@
+"""A tiny model and tiny data; every program a test compiles costs seconds, so trainings are shared where a test only reads them."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.config import Config, make_config
+from jax_ordermerge.data.examples import Examples, Ragged
+from jax_ordermerge.model import llama
+from jax_ordermerge.train import loop
+
+MODEL = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=4, num_kv_heads=2)
+
+
+class Recorder:
+    """Watches a training; stops it, as a kill would, when it comes to a step."""
+
+    def __init__(self, stop_at: int | None = None, on_line=None) -> None:
+        self.said, self.lines, self.stop_at, self.on_line = [], [], stop_at, on_line
+
+    def say(self, text):
+        self.said.append(text)
+
+    def line(self, line):
+        self.lines.append(line)
+        if self.on_line:
+            self.on_line(line)
+        if self.stop_at == line["step"]:
+            raise KeyboardInterrupt
+
+
+@dataclasses.dataclass
+class Trained:
+    directory: pathlib.Path
+    config: Config
+    watch: Recorder
+
+    def file(self, name):
+        return self.directory / name
+
+    def lines(self):
+        return [json.loads(text) for text in self.file("metrics/train.jsonl").read_text().splitlines()]
+
+    def losses(self):
+        with np.load(self.file("losses/train.npz")) as saved:
+            return saved["losses"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def tiny_examples():
+    """21 examples of 4 to 23 tokens; file numbers that are not row numbers."""
+    random = np.random.default_rng(0)
+    rows = [random.integers(1, MODEL.vocab_size, random.integers(4, 24)) for _ in range(21)]
+    answers = [np.arange(len(row)) >= 2 for row in rows]
+    return Examples(Ragged.of(rows, np.int32), Ragged.of(answers, np.bool_), np.arange(21) + 100)
+
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    return llama.init_params(MODEL, 0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Return `(directory, model={...}, training={...}, ...) -> Config` with 2 members, 2 epochs of 3 steps, buckets and accumulation."""
+
+    def build(directory, **sections):
+        raw = {
+            "output": str(directory),
+            "model": {"compute_dtype": "float32"},
+            "data": {"buckets": [16]},
+            "population": {"members": 2},
+            "training": {"epochs": 2, "batch": 8, "microbatch": 4, "learning_rate": 1e-2, "warmup": 1, "weight_decay": 0.1, "log_every": 1},
+        }  # fmt: skip
+        for name, change in sections.items():
+            raw[name] = {**raw.get(name, {}), **change}
+        return make_config(raw)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_train(tiny_examples, tiny_base, tiny_config):
+    """Return a function that trains in a directory and returns what is there."""
+
+    def run(directory, mesh, *, members=None, stop_at=None, on_line=None, **sections):
+        config = tiny_config(directory, **sections)
+        watch = Recorder(stop_at, on_line)
+        loop.train(config, MODEL, tiny_base, tiny_examples, mesh, members=members, watch=watch)
+        return Trained(directory, config, watch)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def same_bits():
+    """Return a function that says whether two trees are equal bit for bit."""
+
+    def same(a, b):
+        left, right = jax.device_get((jax.tree.leaves(a), jax.tree.leaves(b)))
+        return len(left) == len(right) and all(x.tobytes() == y.tobytes() for x, y in zip(left, right, strict=True))
+
+    return same

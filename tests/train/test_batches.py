@@ -1,0 +1,75 @@
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from jax_ordermerge.mesh import make_mesh
+from jax_ordermerge.train import batches
+
+
+@pytest.fixture
+def plan(tiny_config, tiny_examples, tmp_path):
+    config = tiny_config(tmp_path, population={"members": 4}, training={"batch": 4, "microbatch": 2}, data={"buckets": [8, 16]})
+    return batches.make_plan(config, tiny_examples)
+
+
+def test_every_sample_once_an_epoch(plan, tiny_examples):
+    assert (plan.steps, plan.epoch_steps) == (12, 6)
+    for place in range(4):
+        for epoch in range(2):
+            rows = np.concatenate([plan.rows(epoch * 6 + step)[place] for step in range(6)])
+            np.testing.assert_array_equal(np.sort(rows[rows >= 0]), np.arange(21))
+    assert sum(plan.tokens(step) for step in range(12)) == 4 * 2 * tiny_examples.lengths.sum()
+
+
+def test_members_alone_have_the_same_batches(plan, tiny_examples):
+    alone = batches.make_plan(plan.config, tiny_examples, (2,))
+    for step in range(plan.steps):
+        for name, array in alone.batch(step, 0).items():
+            np.testing.assert_array_equal(array, plan.batch(step, 2)[name])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (4, 2, 1), (4, 1, 2)])
+def test_batches_on_the_mesh(plan, shape):
+    mesh = make_mesh(*shape)
+    abstract = batches.abstract_batch(plan, mesh)
+    whole = batches.device_batch(plan, 5, abstract)
+    for name, array in whole.items():
+        expected = np.stack([plan.batch(5, place)[name] for place in range(4)])
+        np.testing.assert_array_equal(array, expected)
+        assert (array.shape, array.dtype, array.sharding) == (abstract[name].shape, abstract[name].dtype, abstract[name].sharding)
+    assert {shard.data.shape for shard in whole["tokens"].addressable_shards} == {(4 // shape[0], 2, 2 // shape[1], 24)}
+
+
+def test_members_that_pad_alike(tiny_examples, plan):
+    alike = batches.make_plan(plan.config, tiny_examples, alike=True)
+    alone = batches.make_plan(plan.config, tiny_examples, (3,), alike=True)
+    for step in range(plan.steps):
+        own = np.stack([plan.batch(step, place)["bucket"] for place in range(4)])
+        for place in range(4):
+            np.testing.assert_array_equal(alike.batch(step, place)["bucket"], own.max(0))
+        np.testing.assert_array_equal(alone.batch(step, 0)["bucket"], own.max(0))
+
+
+def test_feed_gives_the_batches_from_a_step_on(plan):
+    abstract = batches.abstract_batch(plan, make_mesh())
+    with batches.Feed(plan, abstract, 9) as feed:
+        found = [jax.device_get(batch["ids"]) for batch in feed]
+    assert len(found) == 3
+    for step, ids in enumerate(found, start=9):
+        np.testing.assert_array_equal(np.sort(ids.reshape(4, -1)), np.sort(plan.rows(step)))
+
+
+def test_feed_stops_when_it_is_left_early(plan):
+    with batches.Feed(plan, batches.abstract_batch(plan, make_mesh()), 0) as feed:
+        next(iter(feed))
+    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+
+def test_feed_hands_on_what_went_wrong(plan):
+    broken = dataclasses.replace(plan, lengths=(8,))  # some examples are longer
+    abstract = batches.abstract_batch(plan, make_mesh())
+    with pytest.raises(ValueError, match="does not fit 8"), batches.Feed(broken, abstract, 0) as feed:
+        list(feed)

@@ -1,0 +1,248 @@
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from jax_ordermerge import tree
+from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.data import order
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.mesh import make_mesh
+from jax_ordermerge.train import loop
+from jax_ordermerge.train import step as steps
+
+STEPS = 6  # 2 epochs of 3
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_train):
+    """Both members, uninterrupted; float32, accumulation, buckets. `compiled` holds the compilations so far at each line."""
+    compilations, seen = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compilations.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    done = tiny_train(tmp_path_factory.mktemp("whole"), make_mesh(), on_line=lambda line: seen.append(len(compilations)))
+    jax.monitoring.clear_event_listeners()
+    done.compiled = seen
+    return done
+
+
+def weights(run, model, mesh=None):
+    return loop.restore_members(run.config, model, mesh or make_mesh())
+
+
+# ---------------------------------------------------------------------------------------------------- a member alone and in company
+
+
+def test_member_alone_is_the_member_of_the_population(whole, tmp_path, tiny_train, tiny_model, same_bits):
+    alone = tiny_train(tmp_path, make_mesh(), members=(1,))
+    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(whole, tiny_model), 1))
+    assert not same_bits(tree.member(weights(whole, tiny_model), 0), tree.member(weights(whole, tiny_model), 1))
+    np.testing.assert_array_equal(alone.losses()[0], whole.losses()[1])
+    assert [line["loss"][0] for line in alone.lines()] == [line["loss"][1] for line in whole.lines()]
+
+
+def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, tiny_train, tiny_model, same_bits):
+    sections = {"training": {"epochs": 1}, "model": {"compute_dtype": "bfloat16"}}
+    both = tiny_train(tmp_path / "both", make_mesh(2, 2, 2), **sections)
+    alone = tiny_train(tmp_path / "alone", make_mesh(1, 2, 2), members=(1,), **sections)
+    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, make_mesh(2, 2, 2)), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatch", [4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shapes", [((1, 1, 1), (1, 1, 1)), ((2, 1, 1), (1, 1, 1)), ((2, 2, 2), (1, 2, 2))])
+def test_member_alone_everywhere(tmp_path, tiny_train, tiny_model, same_bits, shapes, dtype, microbatch):
+    sections = {
+        "model": {"compute_dtype": dtype},
+        "population": {"members": 4},
+        "training": {"microbatch": microbatch, "epochs": 1},
+    }
+    company, own = (make_mesh(*shape) for shape in shapes)
+    both = tiny_train(tmp_path / "both", company, **sections)
+    alone = tiny_train(tmp_path / "alone", own, members=(2,), **sections)
+    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, company), 2))
+
+
+# ------------------------------------------------------------------------------------------------------------- killed and continued
+
+
+def everything(run, model, mesh):
+    """Parameters, optimizer state, counters and losses of the last checkpoint."""
+    tx = steps.optimizer(run.config.training, STEPS, model)
+    state = steps.abstract_state(convert.abstract_params(model, mesh, members=2), tx, mesh)
+    wanted = {"params": state.params, "optimizer": state.opt_state, "step": state.step}
+    return orbax.restore(run.file("checkpoints"), STEPS, wanted)
+
+
+def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, tiny_train, tiny_model, same_bits):
+    # killed at step 3, the last checkpoint is at 2: the line of step 3 goes, and the new one has two steps from before the kill
+    other = {"training": {"checkpoint_every": 2, "log_every": 3}}
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(tmp_path, make_mesh(), stop_at=3, **other)
+    assert orbax.latest(tmp_path / "checkpoints") == 2
+    assert not (tmp_path / "metrics" / "state.json").exists()
+    with (tmp_path / "metrics" / "train.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # half a line
+    resumed = tiny_train(tmp_path, make_mesh(), **other)
+    assert resumed.watch.said == [f"continuing from step 2 of {STEPS} ({tmp_path})"]
+    assert same_bits(everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh()))
+    np.testing.assert_array_equal(resumed.losses(), whole.losses())
+    assert [line["step"] for line in resumed.lines()] == [3, 6]
+    for name in ("loss", "grad_norm"):  # a line is the mean over its steps
+        single = np.array([line[name] for line in whole.lines()])
+        np.testing.assert_allclose([line[name] for line in resumed.lines()], single.reshape(2, 3, 2).mean(1), rtol=1e-12)
+    state = json.loads(resumed.file("metrics/state.json").read_text())
+    assert state["tokens"] == json.loads(whole.file("metrics/state.json").read_text())["tokens"]
+    assert state["seconds"] == resumed.lines()[-1]["seconds"] > resumed.lines()[0]["seconds"]
+
+
+def test_complete_training_is_not_repeated(whole, tiny_model, tiny_examples, same_bits):
+    watch = type(whole.watch)()
+    before = whole.file("metrics/train.jsonl").read_text()
+    whole.file("losses/train.npz").unlink()  # killed between the last checkpoint and the files that follow from it
+
+    def base():
+        raise AssertionError("the base is not needed")
+
+    loop.train(whole.config, tiny_model, base, tiny_examples, make_mesh(), watch=watch)
+    assert watch.said == [f"training is already complete: {STEPS} steps ({whole.directory})"]
+    assert whole.file("metrics/train.jsonl").read_text() == before
+    assert np.isfinite(whole.losses()).all()
+
+
+def test_resume_on_another_mesh_goes_on(whole, tiny_model, tiny_examples):
+    state = loop.train(whole.config, tiny_model, dict, tiny_examples, make_mesh(2, 2, 2), watch=type(whole.watch)())
+    assert state["devices"] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("config", {"training": {"learning_rate": 2e-2}}),
+        ("level", {"population": {"level": "balanced"}}),
+        ("config", {"model": {"compute_dtype": "bfloat16"}}),
+    ],
+)
+def test_checkpoint_of_another_training_is_refused(whole, tiny_config, tiny_model, tiny_examples, name, sections):
+    other = tiny_config(whole.directory, **sections)
+    with pytest.raises(UserError, match=rf"is of another training \({name} differs\); choose another output"):
+        loop.train(other, tiny_model, dict, tiny_examples, make_mesh(), watch=type(whole.watch)())
+
+
+def test_members_must_fill_the_order_axis(tiny_config, tiny_model, tiny_examples, tmp_path):
+    config = tiny_config(tmp_path / "new")
+    with pytest.raises(UserError, match=r"1 members cannot be divided over mesh.order = 2; choose a divisor"):
+        loop.train(config, tiny_model, dict, tiny_examples, make_mesh(2, 1, 1), members=(0,))
+    assert not (tmp_path / "new").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------------- what is left
+
+
+def test_one_compilation(whole):
+    assert len(whole.compiled) == STEPS
+    assert whole.compiled[0] > 0
+    assert whole.compiled[0] == whole.compiled[-1]
+    assert json.loads(whole.file("metrics/state.json").read_text())["compilations"] == 1
+
+
+def test_metrics(whole, tiny_examples, tiny_model):
+    lines = whole.lines()
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[2]["epoch"] == 1.0
+    assert all(len(line["loss"]) == len(line["grad_norm"]) == 2 for line in lines)
+    assert lines == whole.watch.lines
+    assert lines[-1]["loss"][0] < lines[0]["loss"][0]
+    assert lines[0]["learning_rate"] == 0.0
+    assert lines[1]["learning_rate"] == pytest.approx(1e-2)
+    state = json.loads(whole.file("metrics/state.json").read_text())
+    assert state["tokens"] == 2 * 2 * tiny_examples.lengths.sum()
+    assert state["parameters"] == sum(x.size for x in jax.tree.leaves(convert.abstract_params(tiny_model)))
+    assert set(state) == {"seconds", "tokens", "device", "devices", "compilations", "versions", "parameters"}
+
+
+def test_losses_are_stored_by_sample(whole, tiny_examples):
+    losses = whole.losses()
+    assert losses.shape == (2, 2, len(tiny_examples))
+    assert np.isfinite(losses).all()
+    # the loss of a step is the token mean over its samples
+    counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
+    for step, line in enumerate(whole.lines()):
+        for member in range(2):
+            rows = loop.epoch_order(whole.config, len(tiny_examples), member, step // 3)[step % 3]
+            rows = rows[rows >= 0]
+            mean = (losses[member, step // 3, rows] * counts[rows]).sum() / counts[rows].sum()
+            assert line["loss"][member] == pytest.approx(mean, rel=1e-5)
+
+
+def test_orders_are_saved_by_sample_id(whole, tiny_examples):
+    digests = json.loads(whole.file("orders/digests.json").read_text())
+    for member in range(2):
+        with np.load(whole.file(f"orders/member_{member}.npz")) as saved:
+            for epoch in range(2):
+                rows = loop.epoch_order(whole.config, len(tiny_examples), member, epoch)
+                np.testing.assert_array_equal(saved[f"epoch_{epoch}"], np.where(rows < 0, -1, rows + 100))
+                assert digests[f"member_{member}"][epoch] == order.digest(rows)
+
+
+def test_checkpoints_say_what_they_are(whole):
+    kept = orbax.metadata(whole.file("checkpoints"), STEPS)
+    assert kept["members"] == [0, 1]
+    assert (kept["seed"], kept["level"], kept["steps"]) == (0, "sample", STEPS)
+    assert kept["mesh"] == {"order": 1, "fsdp": 1, "tensor": 1}
+    assert kept["orders"] == json.loads(whole.file("orders/digests.json").read_text())
+
+
+def test_members_are_restored_in_another_dtype(whole, tiny_model):
+    full = loop.restore_members(whole.config, tiny_model, make_mesh())
+    half = loop.restore_members(whole.config, tiny_model, make_mesh(2, 2, 2), dtype="bfloat16")
+    for ours, theirs in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs).astype(ours.dtype))
+
+
+def test_members_of_no_training(tiny_config, tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint in .*; run the training first"):
+        loop.restore_members(tiny_config(tmp_path), tiny_model, make_mesh())
+
+
+# ------------------------------------------------------------------------------------------------------------------------- failures
+
+
+def diverging(at, place):
+    """A step that is no model but reports a loss that is not finite."""
+
+    def compile_step(step, mesh, state, batch):
+        def fake(state, batch):
+            sums = np.ones(batch["ids"].shape, np.float32)
+            loss, counted = np.ones(2, np.float32), int(fake.calls)
+            if counted == at:
+                sums[place, 0, 1] = np.nan
+                loss[place] = np.nan
+            fake.calls += 1
+            ids = np.asarray(batch["ids"])
+            found = steps.Metrics(
+                loss, np.ones(2, np.float32), np.zeros(2, np.float32), ids, steps.ExampleSums(sums, np.ones_like(sums))
+            )
+            fake.bad = ids[place, 0, 1] if counted == at else getattr(fake, "bad", None)
+            return state, found
+
+        fake.calls = 0
+        compile_step.fake = fake
+        return fake
+
+    return compile_step
+
+
+def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(tmp_path, tiny_train, monkeypatch):
+    fake = diverging(at=4, place=1)
+    monkeypatch.setattr(steps, "compile_step", fake)
+    with pytest.raises(UserError, match="training diverged at step 5: member 1 has loss nan") as caught:
+        tiny_train(tmp_path, make_mesh(), training={"log_every": 10})
+    assert f"on samples {fake.fake.bad + 100};" in str(caught.value)
+    assert orbax.latest(tmp_path / "checkpoints") == 3  # of the end of epoch 1
+    assert not (tmp_path / "losses" / "train.npz").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]

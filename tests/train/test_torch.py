@@ -1,0 +1,75 @@
+"""The same training in torch: same weights, same batches, AdamW with the same hyperparameters, float32."""
+
+import jax
+import numpy as np
+import pytest
+
+from jax_ordermerge import tree
+from jax_ordermerge.arch import hf_tensors
+from jax_ordermerge.mesh import make_mesh
+from jax_ordermerge.train import batches, loop
+from jax_ordermerge.train import step as steps
+
+torch = pytest.importorskip("torch")
+SETTINGS = {
+    "population": {"members": 1},
+    "data": {"buckets": []},
+    "training": {"epochs": 7, "batch": 8, "microbatch": None, "warmup": 4, "weight_decay": 0.1, "learning_rate": 1e-2, "beta2": 0.95},
+}  # fmt: skip
+
+
+def torch_model(model, params):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    flat = tree.flatten(jax.device_get(params))
+    twin = LlamaForCausalLM(LlamaConfig(**model.to_hf("float32"), attn_implementation="eager"))
+    weights = {
+        name: torch.tensor(flat[spec.path] if layer is None else flat[spec.path][layer]) for name, spec, layer in hf_tensors(model)
+    }
+    twin.load_state_dict(weights, strict=True)
+    return twin.float().train()
+
+
+def torch_training(twin, plan, training):
+    """Return the losses; AdamW, clipping and schedule as torch users write them."""
+    matrices = [p for p in twin.parameters() if p.ndim >= 2]
+    vectors = [p for p in twin.parameters() if p.ndim < 2]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1.0, betas=(training.beta1, training.beta2), eps=training.epsilon,
+    )  # fmt: skip
+    rate = steps.schedule(training, plan.steps)
+    losses = []
+    for step in range(20):
+        batch = {name: torch.tensor(array[0]) for name, array in plan.batch(step, 0).items()}
+        logits = twin(batch["tokens"].long(), attention_mask=batch["segments"]).logits
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["targets"].long(), reduction="none")
+        loss = (each * batch["weights"]).sum() / batch["weights"].sum()
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), training.clip_norm)
+        for group in adamw.param_groups:
+            group["lr"] = float(rate(step))
+        adamw.step()
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+def test_twenty_steps_are_those_of_torch(tmp_path, tiny_train, tiny_model, tiny_base, tiny_examples):
+    # 21 steps are planned: the schedule does not end at the 20 compared
+    run = tiny_train(tmp_path, make_mesh(), **SETTINGS | {"training": SETTINGS["training"] | {"checkpoint_every": 20}})
+    plan = batches.make_plan(run.config, tiny_examples)
+    twin = torch_model(tiny_model, tiny_base)
+    expected = torch_training(twin, plan, run.config.training)
+    found = np.array([line["loss"][0] for line in run.lines()])[:20]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert expected[-1] < expected[0] - 0.2
+    ours = tree.flatten(jax.device_get(loop.orbax.restore(tmp_path / "checkpoints", 20, wanted(run, tiny_model))["params"]))
+    theirs = {name: value.numpy(force=True) for name, value in twin.state_dict().items()}
+    for name, spec, layer in hf_tensors(tiny_model):
+        mine = ours[spec.path][0] if layer is None else ours[spec.path][0, layer]
+        assert np.linalg.norm(mine - theirs[name]) < 1e-4 * np.linalg.norm(theirs[name]), name
+
+
+def wanted(run, model):
+    return {"params": loop.convert.abstract_params(model, make_mesh(), members=1)}
