@@ -26,7 +26,10 @@ class Model(Section):
     base: str = Field("embedded:quickstart", description="HF directory, hub name, or embedded:NAME")
     init: Literal["pretrained", "random"] = Field("pretrained", description="random: take only config and tokenizer of the base")
     compute_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of matmuls; masters stay float32")
-    remat: Literal["none", "full", "dots"] = Field("none", description="what is recomputed in the backward pass")
+    remat: Literal["none", "full", "dots"] = Field(
+        "dots",
+        description="recomputed in the backward pass: all but products (dots, often fastest), whole layers (full, least memory)",
+    )
     ignore_config_keys: tuple[str, ...] = Field((), description="unknown config.json keys to pass over")
 
 

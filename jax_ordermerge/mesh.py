@@ -111,6 +111,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*entries))
 
 
+def extent(axis: str) -> int:
+    """Return over how many devices a logical axis is divided under `jax.set_mesh`; 1 without a mesh.
+
+    Example:
+        >>> extent("batch")
+        1
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[RULES[axis]]
+
+
 def update_members(fn: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Turn `fn(state, inputs) -> (state, outputs)` of one member into the same over a population.
 

@@ -81,8 +81,9 @@ def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool) -> C
     """Return `(params, batch) -> (sums, counts)`, jitted and kept: jit keeps a program for each length."""
 
     def sums(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits, _ = llama.forward(config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype)
-        return loss.example_losses(logits, batch["targets"], batch["weights"])
+        x, _ = llama.hidden(config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype)
+        _, losses = loss.linear_losses(x, llama.head(config, params), batch["targets"], batch["weights"])
+        return losses, batch["weights"].sum(-1)
 
     if population:
         members = meshes.map_members(sums, mesh)

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
@@ -142,8 +143,8 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in zip(kv, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False) for old in kv)
-        out = attend(q, k, v, shared.queries, shared.keys, window=c.sliding_window)
-        return Linear(D, c.output_bias, self.dtype, name="o")(out.reshape(B, T, N * H)), kv
+        mixed = checkpoint_name(attend(q, k, v, shared.queries, shared.keys, window=c.sliding_window), _MIXED)
+        return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, T, N * H)), kv
 
 
 class MLP(nn.Module):
@@ -170,16 +171,16 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, Any], layer: jax.Array, shared: _Shared) -> tuple[tuple[jax.Array, Any], None]:
         c, (x_BTD, kv) = self.config, carry
-        hidden = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
-        hidden, kv = Attention(c, self.dtype, name="attention")(hidden, kv, layer, shared)
-        x_BTD = meshes.constrain(x_BTD + hidden, "batch", None, None)
-        hidden = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
-        hidden = MLP(c, self.dtype, name="mlp")(hidden)
-        return (meshes.constrain(x_BTD + hidden, "batch", None, None), kv), None
+        normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
+        change_BTD, kv = Attention(c, self.dtype, name="attention")(normed_BTD, kv, layer, shared)
+        x_BTD = meshes.constrain(x_BTD + change_BTD, "batch", None, None)
+        normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
+        change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
+        return (meshes.constrain(x_BTD + change_BTD, "batch", None, None), kv), None
 
 
-class Vocabulary(nn.Module):
-    """A `[V, D]` table: the embedding, and the head (the same table when tied)."""
+class Embedding(nn.Module):
+    """A `[V, D]` table."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -192,37 +193,47 @@ class Vocabulary(nn.Module):
         table_VD = meshes.constrain(self.weight.astype(self.dtype), None, "looked_up")
         return meshes.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        out = _times(x_BTD, self.weight.astype(self.dtype), jnp.float32)
-        return meshes.constrain(out, "batch", None, "vocab")
 
-
-_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+_MIXED = "mixed"  # what attention gives: kept with the products, or its scores would be computed a third time
+_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(_MIXED)
+    ),
+}
 
 
 class Llama(nn.Module):
-    """The decoder; use `forward`."""
+    """The decoder up to its last norm; use `forward` or `hidden`."""
 
     config: ModelConfig
     dtype: DTypeLike
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, kv: Any, shared: _Shared, last_only: bool = False) -> tuple[jax.Array, Any]:
+    def __call__(self, tokens_BT: jax.Array, kv: Any, shared: _Shared) -> tuple[jax.Array, Any]:
         c = self.config
-        embed = Vocabulary(c, self.dtype, name="embed")
+        embed = Embedding(c, self.dtype, name="embed")
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_POLICIES[self.remat])
         layers = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=c.num_layers
         )(c, self.dtype, name="layers")
         (x_BTD, kv), _ = layers((embed(tokens_BT), kv), jnp.arange(c.num_layers, dtype=jnp.int32), shared)
-        x_BTD = x_BTD[:, -1:] if last_only else x_BTD
-        x_BTD = Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD)
-        head = embed if c.tie_embeddings else Vocabulary(c, self.dtype, name="head")
-        return head.logits(x_BTD), kv
+        return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD), kv
 
 
-def forward(
+def head(config: ModelConfig, params: tree.Tree) -> jax.Array:
+    """Return the table that turns hidden states into logits, float32[V, D]: the embedding's own where it is tied.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> head(config, init_params(config, 0)).shape
+        (32, 8)
+    """
+    return params["embed" if config.tie_embeddings else "head"]["weight"]
+
+
+def hidden(
     config: ModelConfig,
     params: tree.Tree,
     tokens_BT: jax.Array,
@@ -232,9 +243,8 @@ def forward(
     *,
     dtype: DTypeLike,
     remat: Remat = "none",
-    last_only: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
-    """Return the logits of the next token, float32[B, T, V], and the cache with these tokens written at `cache.length`.
+    """Return the hidden states after the last norm, [B, T, D] in `dtype`, and the cache with these tokens at `cache.length`.
 
     Args:
         config: the model; static under `jax.jit`.
@@ -244,8 +254,8 @@ def forward(
         segments_BT: int32 document number, 0 on padding. A token sees the earlier positions of its own segment.
         cache: from `init_cache`, with at least T free slots. A cache of exactly T slots must be empty.
         dtype: of the products, float32 or bfloat16.
-        remat: what is recomputed in the backward pass: nothing, whole layers (`full`), or all but matrix products (`dots`).
-        last_only: logits of the last position alone, [B, 1, V].
+        remat: what is recomputed in the backward pass: nothing, whole layers (`full`), or all but the products with weights and
+            what attention gives (`dots`, which is also faster than nothing where memory is slow).
 
     Raises:
         ValueError: more tokens than the cache has slots.
@@ -253,9 +263,8 @@ def forward(
     Example:
         >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
         >>> tokens = jnp.array([[3, 1, 2]])
-        >>> logits, _ = forward(config, init_params(config, 0), tokens, jnp.arange(3)[None], jnp.ones((1, 3), int), dtype="float32")
-        >>> logits.shape, logits.dtype.name
-        ((1, 3, 32), 'float32')
+        >>> hidden(config, init_params(config, 0), tokens, jnp.arange(3)[None], jnp.ones((1, 3), int), dtype="float32")[0].shape
+        (1, 3, 8)
     """
     angles = positions_BT.astype(jnp.float32)[:, :, None] * rope_frequencies(config.rope, config.head_dim)[None, None]
     queries = keys = Tokens(positions_BT, segments_BT)
@@ -269,10 +278,42 @@ def forward(
         keys = Tokens(*written)
     shared = _Shared(queries, keys, jnp.cos(angles), jnp.sin(angles), jnp.zeros((), jnp.int32) if cache is None else cache.length)
     kv = None if cache is None else (cache.k, cache.v)
-    logits, kv = Llama(config, dtype, remat).apply({"params": params}, tokens_BT, kv, shared, last_only)
+    x_BTD, kv = Llama(config, dtype, remat).apply({"params": params}, tokens_BT, kv, shared)
     if cache is not None:
         cache = Cache(kv[0], kv[1], keys.positions, keys.segments, cache.length + tokens_BT.shape[1])
-    return logits, cache
+    return x_BTD, cache
+
+
+def forward(
+    config: ModelConfig,
+    params: tree.Tree,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    cache: Cache | None = None,
+    *,
+    dtype: DTypeLike,
+    last_only: bool = False,
+) -> tuple[jax.Array, Cache | None]:
+    """Return the logits of the next token, float32[B, T, V], and the cache with these tokens written at `cache.length`.
+
+    Arguments and errors are those of `hidden`. Training and the measuring of losses take `hidden` and `loss.linear_losses`
+    instead, which never hold the logits of all tokens.
+
+    Args:
+        config, params, tokens_BT, positions_BT, segments_BT, cache, dtype: see `hidden`.
+        last_only: logits of the last position alone, [B, 1, V].
+
+    Example:
+        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> tokens = jnp.array([[3, 1, 2]])
+        >>> logits, _ = forward(config, init_params(config, 0), tokens, jnp.arange(3)[None], jnp.ones((1, 3), int), dtype="float32")
+        >>> logits.shape, logits.dtype.name
+        ((1, 3, 32), 'float32')
+    """
+    x_BTD, cache = hidden(config, params, tokens_BT, positions_BT, segments_BT, cache, dtype=dtype)
+    logits = _times(x_BTD[:, -1:] if last_only else x_BTD, head(config, params).astype(dtype), jnp.float32)
+    return meshes.constrain(logits, "batch", None, "vocab"), cache
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:

@@ -28,7 +28,7 @@ class ExampleSums(NamedTuple):
 Objective = Callable[[Tree, Microbatch], tuple[jax.Array, ExampleSums]]
 
 
-def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "none") -> Objective:
+def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots") -> Objective:
     """Return the supervised objective: the loss of the response tokens, summed over a microbatch.
 
     Args:
@@ -52,8 +52,8 @@ def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "none") -
     """
 
     def objective(params: Tree, batch: Microbatch) -> tuple[jax.Array, ExampleSums]:
-        logits, _ = llama.forward(config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, remat=remat)
-        sums = ExampleSums(*loss.example_losses(logits, batch["targets"], batch["weights"]))
-        return sums.losses.sum(), sums
+        x, _ = llama.hidden(config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, remat=remat)
+        total, sums = loss.linear_losses(x, llama.head(config, params), batch["targets"], batch["weights"])
+        return total, ExampleSums(sums, batch["weights"].sum(-1))
 
     return objective

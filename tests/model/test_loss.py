@@ -3,44 +3,89 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_ordermerge import mesh as meshes
 from jax_ordermerge.model import loss
 
 
-def naive(logits, targets):
+def naive(x, head, targets, weights):
+    """Sums of each example, in float64."""
     out = np.zeros(targets.shape)
     for place in np.ndindex(targets.shape):
-        row = logits[place].astype(np.float64)
-        out[place] = np.log(np.exp(row - row.max()).sum()) + row.max() - row[targets[place]]
-    return out
+        row = head.astype(np.float64) @ x[place].astype(np.float64)
+        out[place] = weights[place] * (np.log(np.exp(row - row.max()).sum()) + row.max() - row[targets[place]])
+    return out.sum(-1)
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_token_losses(scale):
+def plain(x, head, targets, weights):
+    """The same by jax alone, to be differentiated."""
+    logits = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", x, head))
+    return -(jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] * weights).sum(-1)
+
+
+def inputs(B=3, T=5, D=4, V=17, scale=1.0):
     generator = np.random.default_rng(0)
-    logits = (generator.normal(size=(3, 5, 17)) * scale).astype(np.float32)
-    targets = generator.integers(0, 17, (3, 5)).astype(np.int32)
-    ours = loss.token_losses(logits, targets)
-    np.testing.assert_allclose(ours, naive(logits, targets), rtol=1e-5, atol=1e-6)
-    low = loss.token_losses(logits.astype(jnp.bfloat16), targets)
-    assert low.dtype == jnp.float32
-    np.testing.assert_allclose(low, naive(logits.astype(jnp.bfloat16).astype(np.float32), targets), rtol=1e-5, atol=1e-6)
+    x, head = (generator.normal(size=shape).astype(np.float32) for shape in ((B, T, D), (V, D)))
+    return (
+        x,
+        head * np.float32(scale),
+        generator.integers(0, V, (B, T)).astype(np.int32),
+        (generator.random((B, T)) < 0.7).astype("f4"),
+    )
 
 
-def test_gradient_is_softmax_less_target():
-    generator = np.random.default_rng(1)
-    logits = generator.normal(size=(2, 3, 7)).astype(np.float32)
-    targets = generator.integers(0, 7, (2, 3)).astype(np.int32)
-    gradient = jax.grad(lambda x: loss.token_losses(x, targets).sum())(logits)
-    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(7)[targets]
-    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+# rows at a time: all, one, and a number that does not divide the length (the last chunk is filled up)
+@pytest.mark.parametrize("rows", [512, 3, 6])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_losses_and_gradients(rows, scale, monkeypatch):
+    monkeypatch.setattr(loss, "_ROWS", rows)
+    given = inputs(scale=scale)
+    total, sums = loss.linear_losses(*given)
+    np.testing.assert_allclose(sums, naive(*given), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(total, sums.sum(), rtol=1e-6)
+    (again, same), ours = jax.value_and_grad(lambda x, w: loss.linear_losses(x, w, *given[2:]), (0, 1), has_aux=True)(*given[:2])
+    assert (again, same.tolist()) == (total, sums.tolist())
+    theirs = jax.grad(lambda x, w: plain(x, w, *given[2:]).sum(), (0, 1))(*given[:2])
+    for own, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5 * scale)
 
 
-def test_example_losses_ignore_what_has_no_weight():
-    generator = np.random.default_rng(2)
-    logits = generator.normal(size=(3, 4, 9)).astype(np.float32)
-    targets = generator.integers(0, 9, (3, 4)).astype(np.int32)
-    weights = np.array([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], np.float32)
-    sums, counts = loss.example_losses(logits, targets, weights)
-    np.testing.assert_allclose(sums, (naive(logits, targets) * weights).sum(-1), rtol=1e-5)
-    assert counts.tolist() == [2, 4, 0]
-    assert sums[2] == 0
+def test_gradient_is_scaled_and_nothing_flows_through_the_sums():
+    given = inputs()
+    once, thrice = (jax.grad(lambda x, k=k: k * loss.linear_losses(x, *given[1:])[0])(given[0]) for k in (1.0, 3.0))
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+    assert not jax.grad(lambda x: loss.linear_losses(x, *given[1:])[1].sum())(given[0]).any()
+
+
+def test_examples_without_weight_are_zero():
+    x, head, targets, weights = inputs()
+    weights[1] = 0
+    assert loss.linear_losses(x, head, targets, weights)[1][1] == 0
+
+
+def test_bfloat16_is_that_of_rounded_inputs():
+    x, head, targets, weights = inputs(D=8)
+    low, low_head = (a.astype(jnp.bfloat16).astype(np.float32) for a in (x, head))
+    sums = loss.linear_losses(x.astype(jnp.bfloat16), head, targets, weights)[1]
+    assert sums.dtype == jnp.float32
+    np.testing.assert_allclose(sums, naive(low, low_head, targets, weights), rtol=1e-5)
+    slope_x, slope_head = jax.grad(lambda x, w: loss.linear_losses(x, w, targets, weights)[0], (0, 1))(x.astype(jnp.bfloat16), head)
+    assert (slope_x.dtype, slope_head.dtype) == (jnp.bfloat16, jnp.float32)
+    expected = jax.grad(lambda x, w: plain(x, w, targets, weights).sum(), (0, 1))(low, low_head)
+    np.testing.assert_allclose(slope_x.astype("f4"), expected[0], atol=0.05)
+    np.testing.assert_allclose(slope_head, expected[1], atol=0.05)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (1, 2, 4), (2, 2, 2)])
+def test_sharded_is_the_same(sizes):
+    given = inputs(B=8, T=6, D=8, V=32)
+    mesh = meshes.make_mesh(*sizes)
+    axes = (("batch", None, None), ("vocab", "embed"), ("batch", None), ("batch", None))
+    placed = [jax.device_put(a, meshes.sharding(n, a.shape, mesh)) for a, n in zip(given, axes, strict=True)]
+    one = jax.value_and_grad(lambda x, w, t, m: loss.linear_losses(x, w, t, m), (0, 1), has_aux=True)
+    with jax.set_mesh(mesh):
+        (total, sums), grads = jax.jit(one)(*placed)
+        text = jax.jit(one).lower(*placed).compile().as_text()
+    (expected, expected_sums), expected_grads = one(*given)
+    for own, other in zip((total, sums, *grads), (expected, expected_sums, *expected_grads), strict=True):
+        np.testing.assert_allclose(own, other, rtol=2e-5, atol=1e-5)
+    assert "f32[8,6,32]" not in text
