@@ -1,21 +1,27 @@
-"""Training speed as ratios, measured side by side in one run.
+"""Training speed as ratios, measured side by side, each program in a process of its own.
 
-    python benchmarks/train.py            # about 6 minutes on two CPU cores; --rounds 3 for a look
+    python benchmarks/train.py            # about 4 minutes on two idle CPU cores; --rounds 3 for a look
 
-1. One member against transformers on torch: the same small Llama, the same batches, fp32, AdamW, interleaved steps, medians.
-2. Four members in one program against four runs one after another: steps alone, and with compilation.
+1. One member against transformers on torch: the same small Llama, batches of one shape, fp32, AdamW, medians of alternating steps.
+2. Four members in one program against four runs one after another: steps alone, and compilation.
 
-Appends the table to benchmarks/RESULTS.md. Needs torch for the first part and says so where it is absent.
+Only one worker computes at a time; in one process the thread pools of the two runtimes would disturb each other. Appends the table to
+benchmarks/RESULTS.md. Needs torch for the first part and says so where it is absent.
 """
 
 import argparse
+import contextlib
 import datetime as dt
+import importlib.util
+import multiprocessing
 import os
 import pathlib
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -28,38 +34,42 @@ from jax_ordermerge.model import llama
 from jax_ordermerge.train import objective
 from jax_ordermerge.train import step as steps
 
-SHAPE = {"vocab_size": 32000, "hidden_size": 288, "intermediate_size": 768, "num_layers": 6, "num_heads": 6}
+CONFIG = ModelConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_layers=6, num_heads=6)
 BATCH, LENGTH, MEMBERS = 16, 256, 4
 TRAINING = Training(learning_rate=1e-4, schedule="constant", warmup=0, batch=BATCH)
 
+# ---------------------------------------------------------------- in the workers
 
-def timed(call: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+
+class Program(Protocol):
+    """A program under comparison: facts for the table, and one training step at a time."""
+
+    facts: dict[str, Any]
+
+    def step(self) -> None:
+        """Do one step and wait for it."""
 
 
 class Ours:
     """A population of the project's trainer, its program compiled."""
 
     def __init__(self, members: int) -> None:
-        self.config, mesh = ModelConfig(**SHAPE), meshes.make_mesh()
-        tx = steps.optimizer(TRAINING, 1000, self.config)
-        abstract = steps.abstract_state(convert.abstract_params(self.config, mesh, members=members), tx, mesh)
-        one = steps.train_step(objective.sft(self.config, dtype="float32"), tx, steps.schedule(TRAINING, 1000), lengths=[LENGTH])
+        mesh = meshes.make_mesh()
+        tx = steps.optimizer(TRAINING, 1000, CONFIG)
+        abstract = steps.abstract_state(convert.abstract_params(CONFIG, mesh, members=members), tx, mesh)
+        one = steps.train_step(objective.sft(CONFIG, dtype="float32"), tx, steps.schedule(TRAINING, 1000), lengths=[LENGTH])
         batch = self.batch(members)
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("order"))
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
         self.inputs = {name: jax.device_put(x, place) for name, x in batch.items()}
         start = time.perf_counter()
         self.program = steps.compile_step(one, mesh, abstract, shapes)
-        self.compile_seconds = time.perf_counter() - start
-        self.state = steps.initial_state(llama.init_params(self.config, 0), tx, abstract)
+        self.facts = {"compilation": time.perf_counter() - start, "device": jax.devices()[0].device_kind}
+        self.state = steps.initial_state(llama.init_params(CONFIG, 0), tx, abstract)
 
     def batch(self, members: int) -> dict[str, np.ndarray]:
         """Return random tokens, full rows: [M, 1, B, T]."""
-        tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (members, 1, BATCH, LENGTH + 1)).astype(np.int32)
+        tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (members, 1, BATCH, LENGTH + 1)).astype(np.int32)
         rows = tokens[..., :-1]
         return {
             "tokens": np.ascontiguousarray(rows),
@@ -74,78 +84,109 @@ class Ours:
     def step(self) -> None:
         """Do one step of all members and wait for it."""
         self.state, metrics = self.program(self.state, self.inputs)
-        jax.block_until_ready(metrics)
+        jax.block_until_ready((self.state, metrics))
 
 
-def torch_step() -> Callable[[], None] | None:
-    """Return a step of transformers on torch, or None without torch."""
-    try:
+class Theirs:
+    """Transformers on torch."""
+
+    def __init__(self) -> None:
         import torch
-    except ImportError:
-        return None
-    import transformers
+        import transformers
 
-    config = transformers.LlamaConfig(**ModelConfig(**SHAPE).to_hf("float32"), attn_implementation="sdpa")
-    model = transformers.LlamaForCausalLM(config)
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (BATCH, LENGTH)))
+        self.facts = {"version": torch.__version__}
+        config = transformers.LlamaConfig(**CONFIG.to_hf("float32"), attn_implementation="sdpa")
+        self.model = transformers.LlamaForCausalLM(config)
+        self.adam = torch.optim.AdamW(self.model.parameters(), lr=TRAINING.learning_rate, weight_decay=TRAINING.weight_decay)
+        self.tokens = torch.from_numpy(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (BATCH, LENGTH)))
+        self.clip = torch.nn.utils.clip_grad_norm_
 
-    def step() -> None:
-        adam.zero_grad(set_to_none=True)
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
+    def step(self) -> None:
+        """Do one step."""
+        self.adam.zero_grad(set_to_none=True)
+        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+        self.clip(self.model.parameters(), 1.0)  # the default of Training
+        self.adam.step()
 
-    return step
+
+def serve(pipe: Connection, build: Callable[..., Program], *arguments: Any) -> None:
+    """Build a program, warm it up, then answer each True with the seconds of one step."""
+    program = build(*arguments)
+    program.step()
+    pipe.send(program.facts)
+    while pipe.recv():
+        start = time.perf_counter()
+        program.step()
+        pipe.send(time.perf_counter() - start)
 
 
-def against_torch(rounds: int) -> list[str]:
-    """Measure interleaved steps; return rows of the table."""
-    theirs, ours = torch_step(), Ours(1)
-    ours.step()
+# ---------------------------------------------------------------- in the parent
+
+
+class Worker:
+    """A program in a process of its own, which waits without computing until it is asked for a step."""
+
+    def __init__(self, build: Callable[..., Program], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far = context.Pipe()
+        self.process = context.Process(target=serve, args=(far, build, *arguments), daemon=True)
+        self.process.start()
+        far.close()  # so that a worker that died ends the waiting
+        self.facts = self.pipe.recv()
+
+    def step(self) -> float:
+        """Return the seconds of one step."""
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.send(False)
+        self.process.join()
+
+
+def against_torch(alone: Worker, rounds: int) -> str:
+    """Measure alternating steps of one member and of torch; return a row of the table."""
     tokens = BATCH * LENGTH
-    if theirs is None:
-        own = statistics.median(timed(ours.step) for _ in range(rounds))
-        return [f"| one member | {tokens / own:,.0f} tok/s | torch is not installed |"]
-    theirs()
-    pairs = [(timed(ours.step), timed(theirs)) for _ in range(rounds)]
+    if importlib.util.find_spec("torch") is None:
+        own = statistics.median(alone.step() for _ in range(rounds))
+        return f"| one member, tokens/s | {tokens / own:,.0f} | torch is not installed | |"
+    with contextlib.closing(Worker(Theirs)) as torch:
+        pairs = [(alone.step(), torch.step()) for _ in range(rounds)]
     own, other = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
-    return [
-        f"| one member, tokens/s | {tokens / own:,.0f} | transformers + torch {tokens / other:,.0f} | {ratio:.2f} times theirs |"
-    ]
+    against = f"transformers + torch {torch.facts['version']} {tokens / other:,.0f}"
+    return f"| one member, tokens/s | {tokens / own:,.0f} | {against} | {ratio:.2f} times theirs |"
 
 
-def population(rounds: int) -> list[str]:
+def population(alone: Worker, rounds: int) -> list[str]:
     """Measure four members in one program against four runs; return rows of the table."""
-    together, alone = Ours(MEMBERS), Ours(1)
-    together.step()
-    alone.step()
-    pairs = [(timed(together.step), sum(timed(alone.step) for _ in range(MEMBERS))) for _ in range(rounds)]
+    with contextlib.closing(Worker(Ours, MEMBERS)) as together:
+        pairs = [(together.step(), sum(alone.step() for _ in range(MEMBERS))) for _ in range(rounds)]
     one, four = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    compiled = f"{together.compile_seconds:.1f} s once"
+    once, each = together.facts["compilation"], alone.facts["compilation"]
     return [
         f"| {MEMBERS} members, seconds a step | {one:.2f} | {MEMBERS} runs one after another {four:.2f} | {ratio:.3f} of theirs |",
-        f"| compilation | {compiled} | {MEMBERS} times {alone.compile_seconds:.1f} s |"
-        f" {together.compile_seconds / (MEMBERS * alone.compile_seconds):.2f} of theirs |",
+        f"| compilation | {once:.1f} s once | {MEMBERS} times {each:.1f} s | {once / (MEMBERS * each):.2f} of theirs |",
     ]
 
 
 def main() -> None:
     """Measure and append to RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="repetitions (half as many for populations); medians are shown")
+    parser.add_argument("--rounds", type=int, default=7, help="repetitions; medians are shown")
     rounds = parser.parse_args().rounds
-    device = jax.devices()[0]
-    rows = against_torch(rounds) + population(max(rounds // 2, 2))
+    with contextlib.closing(Worker(Ours, 1)) as alone:
+        rows = [against_torch(alone, rounds), *population(alone, rounds)]
+    machine = f"{os.cpu_count()} x {platform.machine()} {alone.facts['device']}"
     text = "\n".join(
         [
-            f"\n## Training, {dt.date.today()}, {os.cpu_count()} x {platform.machine()} {device.device_kind}, jax {jax.__version__}",
+            f"\n## Training, {dt.date.today()}, {machine}, jax {jax.__version__}",
             "",
-            f"`python benchmarks/train.py --rounds {rounds}`: {parameter_count(ModelConfig(**SHAPE)) / 1e6:.1f} M parameters (hidden"
-            f" {SHAPE['hidden_size']}, {SHAPE['num_layers']} layers, vocabulary {SHAPE['vocab_size']}), batch {BATCH}, length {LENGTH},"
-            " fp32, AdamW; medians.",
+            f"`python benchmarks/train.py --rounds {rounds}`: {parameter_count(CONFIG) / 1e6:.1f} M parameters (hidden"
+            f" {CONFIG.hidden_size}, {CONFIG.num_layers} layers, vocabulary {CONFIG.vocab_size}), batch {BATCH}, length {LENGTH},"
+            " fp32, AdamW; medians; each program in a process of its own.",
             "",
             "| what | ours | against | ratio |",
             "|---|---|---|---|",

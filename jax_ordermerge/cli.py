@@ -74,46 +74,97 @@ def report(config: RunArgument, overrides: SetOption = None) -> None:
 @app.command()
 def merge(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="CONFIG|RUN|MODEL...", help="A config or run, or two or more HF directories.")
+        list[Path],
+        typer.Argument(
+            metavar="CONFIG|RUN|RECIPE|MODEL...", help="A config or run; a recipe and the directory to write; or models."
+        ),
     ],
     *,
     out: Annotated[Path | None, typer.Option(help="HF directory to write (with MODEL...). It must not exist.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model (with MODEL...): HF directory or hub name.")] = None,
-    method: Annotated[str, typer.Option(help="average, selection, task_arithmetic, ties, dare_linear or dare_ties.")] = "selection",
+    method: Annotated[str, typer.Option(help="A name of the table of methods, e.g. average, selection, ties.")] = "selection",
     parameters: Annotated[
         list[str] | None,
         typer.Option("--param", metavar="KEY=VALUE", help="A parameter of the method, e.g. --param resample=exhaustive."),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="One weight a model, separated by commas; equal by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random methods.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; that of the models by default.")] = None,
+    to: Annotated[str, typer.Option(help="What to write: hf or orbax.")] = "hf",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Threads; one a core by default.")] = None,
+    shard_gb: Annotated[float, typer.Option(help="Largest size of an output file, in 10^9 bytes.")] = 5.0,
     overrides: SetOption = None,
 ) -> None:
-    """Merge the members of a run as its config says, or any HF checkpoints of one architecture.
+    """Merge the members of a run as its config says, or any checkpoints of one architecture.
 
     ordermerge merge runs/quickstart
 
+    ordermerge merge recipe.yml MERGED
+
     ordermerge merge --method selection --base BASE --out MERGED MODEL_A MODEL_B MODEL_C
+
+    A recipe is YAML of ours or of mergekit. A MODEL is an HF directory, a hub name, MODEL+ADAPTER (a LoRA), or RUN/member_0.
     """
-    if len(sources) == 1:
+    from jax_ordermerge.experiment import merging
+
+    recipe = merging.is_recipe(sources[0])
+    if len(sources) == 1 and not recipe:
         _through("merge", sources[0], overrides)
         return
+    if recipe:
+        if len(sources) + (out is not None) != 2:
+            raise UserError(
+                f"{sources[0]} is a recipe: give it and one directory to write, as in ordermerge merge recipe.yml MERGED"
+            )
+        plan = merging.plan_recipe(sources[0])
+    else:
+        plan = merging.plan_models(
+            [str(one) for one in sources],
+            base=base,
+            method=method,
+            parameters=_parameters(parameters or []),
+            weights=_weights(weights),
+            seed=seed,
+            dtype=dtype,
+        )
+    target = sources[1] if recipe and out is None else out
+    for note in plan.notes:
+        typer.echo(f"note: {note}", err=True)
+    if dry_run:
+        typer.echo(merging.describe_plan(plan), nl=False)
+        return
+    if target is None:
+        raise UserError("merging models needs --out DIRECTORY")
+    merging.merge_models(plan, target, to=to, workers=workers, shard_bytes=int(shard_gb * 1e9))
+    typer.echo(f"wrote {target}")
 
-    if out is None:
-        raise UserError("merging HF directories needs --out DIRECTORY")
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="HF directory, hub name or embedded:NAME.")],
+    stats: Annotated[bool, typer.Option("--stats", help="Read the tensors too: range, mean, zeros, NaN.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the table of a checkpoint's tensors."""
     from jax_ordermerge.experiment import single
 
-    single.merge_directories(
-        sources,
-        out,
-        base=base,
-        method=method,
-        parameters=_parameters(parameters or []),
-        weights=_weights(weights),
-        seed=seed,
-        dtype=dtype,
-    )
-    typer.echo(f"wrote {out}")
+    typer.echo(single.inspect_model(model, stats=stats, as_json=as_json), nl=False)
+
+
+@app.command()
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="HF directory, hub name or embedded:NAME.")],
+    two: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    base: Annotated[str | None, typer.Option(help="Compare task vectors from this model too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor. Exit code 0 where all bytes are equal, 1 where not."""
+    from jax_ordermerge.experiment import single
+
+    text, equal = single.compare_models(one, two, base=base, as_json=as_json)
+    typer.echo(text, nl=False)
+    raise typer.Exit(0 if equal else 1)
 
 
 @app.command()

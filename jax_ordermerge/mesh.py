@@ -7,10 +7,11 @@ Mesh axes: `order` holds members (no communication crosses it while training), `
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -190,6 +191,51 @@ def provide_cpu_devices(order: int, fsdp: int, tensor: int) -> None:
     if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", wanted)
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Wait for all processes at the end of the block, and fail on all of them where one failed, lest the others wait forever.
+
+    Args:
+        what: is done in the block, for the message.
+
+    Raises:
+        UserError: another process failed; its own message says why.
+
+    Example:
+        >>> with together("create the output"):
+        ...     pass
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    failed: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    found = multihost_utils.process_allgather(np.int32(failed is not None))
+    if failed is not None:
+        raise failed
+    if found.any():
+        raise UserError(f"process {int(found.argmax())} could not {what}; see its message")
+
+
+def broadcast(flag: bool) -> bool:
+    """Return what process 0 says.
+
+    Example:
+        >>> broadcast(True)
+        True
+    """
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
 def start_distributed(coordinator: str | None, processes: int | None, index: int | None, timeout: int = 300) -> None:

@@ -1,6 +1,7 @@
 """Files and directories that appear under their name only when they are whole and on the disk."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -59,6 +60,76 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[Path, bool]]:
+    """Yield `(directory, resumed)`: a directory beside the target, renamed when the block ends, and kept when it is cut off.
+
+    What an earlier call with the same fingerprint left is handed back; of another fingerprint it is removed, as it is after a
+    `UserError`. A directory in use by another process is refused.
+
+    Args:
+        target: the final name; it must not exist or be empty.
+        fingerprint: text that is equal exactly where the earlier work may be gone on with.
+
+    Raises:
+        UserError: the target is not empty, cannot be created, or is being written by another process.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "out"
+        >>> for fail in (True, False):
+        ...     with contextlib.suppress(KeyboardInterrupt), resumable_directory(target, "a") as (partial, resumed):
+        ...         write_text(partial / "a.txt", "a")
+        ...         print(resumed)
+        ...         if fail:
+        ...             raise KeyboardInterrupt
+        False
+        True
+    """
+    path = Path(target).absolute()
+    check_vacant(path)
+    partial, mark = partial_of(target), "fingerprint"
+    with contextlib.ExitStack() as stack:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(partial))
+            same = (partial / mark).is_file() and (partial / mark).read_text() == fingerprint
+            if not same:
+                for left in partial.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                write_text(partial / mark, fingerprint)
+        except BlockingIOError as error:
+            raise UserError(f"{target} is being written by another process; wait for it, or give another directory") from error
+        except OSError as error:
+            raise UserError(f"{target} cannot be written ({error.strerror}); give a directory you may write to") from error
+        try:
+            yield partial, same
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (partial / mark).unlink()
+        sync_directory(partial)
+        partial.rename(path)
+        sync_directory(path.parent)
+
+
+def partial_of(target: str | Path) -> Path:
+    """Return where `resumable_directory` keeps what is not whole yet."""
+    path = Path(target).absolute()
+    return path.parent / f"{path.name}.partial"
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory, which ends with the process, however it ends."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

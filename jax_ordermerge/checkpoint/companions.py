@@ -82,6 +82,14 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
         atomic.write_bytes(directory / CHAT_TEMPLATE, inference_template(template).encode())
 
 
+def write_chat_template(directory: Path, template: str) -> None:
+    """Put a chat template in place of the one that the tokenizer files of a directory have, if any."""
+    atomic.write_bytes(directory / CHAT_TEMPLATE, inference_template(template).encode())
+    own = directory / TOKENIZER_CONFIG
+    if own.is_file():
+        _write_json(own, {**json.loads(own.read_bytes()), "chat_template": inference_template(template)})
+
+
 def inference_template(template: str) -> str:
     """Return a chat template without `{% generation %}`, which plain jinja2 refuses; the text it renders is unchanged.
 

@@ -168,7 +168,9 @@ def export(
     """
     flat = tree.flatten(params)
     _check_params(flat, config, member)
-    _together(lambda: atomic.check_vacant(directory))
+    with meshes.together(f"export to {directory}"):
+        if jax.process_index() == 0:
+            atomic.check_vacant(directory)
     tensors = _hf_tensors(flat, config, member)
     if jax.process_index() == 0:
         safetensors.write(
@@ -284,21 +286,6 @@ def _pick(array: jax.Array, layer: int | None, member: int | None, *, stacked: b
     if population:
         array = jax.lax.dynamic_index_in_dim(array, member, axis=0, keepdims=False)
     return array
-
-
-def _together(check: Any) -> None:
-    """Run a check on process 0 and fail on all processes, lest the others wait for it forever."""
-    problem: UserError | None = None
-    if jax.process_index() == 0:
-        try:
-            check()
-        except UserError as error:
-            problem = error
-    if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.int32(problem is not None))
-        problem = problem or (UserError("process 0 refused the target; see its message") if failed else None)
-    if problem is not None:
-        raise problem
 
 
 def _embedded(name: str) -> Path:

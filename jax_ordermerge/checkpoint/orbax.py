@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
-import tensorstore
-from orbax.checkpoint import v1 as ocp
+import numpy as np
 
 from jax_ordermerge.checkpoint import placement
 from jax_ordermerge.errors import UserError
@@ -23,6 +22,7 @@ from jax_ordermerge.errors import UserError
 T = TypeVar("T")
 _STATE, _COMPLETE = "state", "_CHECKPOINT_METADATA"
 _PARTIAL = ".orbax-checkpoint-tmp"
+_CACHE_BYTES = 100_000_000
 
 
 class Checkpoints:
@@ -52,6 +52,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         if jax.process_index() == 0:
             _sweep(self.directory)
+        ocp = _ocp()
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self.directory, preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep)
@@ -144,6 +145,7 @@ def restore(directory: str | Path, step: int, abstract_tree: T) -> T:
         lambda leaf: leaf if leaf.sharding is not None else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=local),
         abstract_tree,
     )
+    ocp = _ocp()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     path = _path(directory, step)
@@ -164,17 +166,64 @@ def restore_member(directory: str | Path, step: int, member: int, abstract_tree:
         UserError: as in `restore`, and if the member does not exist.
     """
     _match(directory, step, abstract_tree, member)
-    base = f"file://{_path(directory, step) / _STATE}/"
+    where = _path(directory, step)
 
     def load(path: Any, leaf: Any) -> jax.Array:
-        name = ".".join(_key(path))
-        store = tensorstore.open(
-            {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}, open=True, read=True
-        ).result()
+        store = _open_store(where, ".".join(_key(path)))
         return placement.place(leaf, lambda index: store[member][index].read().result())
 
-    with _damage(_path(directory, step)):
+    with _damage(where):
         return jax.tree_util.tree_map_with_path(load, abstract_tree)
+
+
+class MemberArray:
+    """One array of a checkpoint, or one member of it, to be read in parts."""
+
+    def __init__(self, store: Any, member: int | None, path: Path) -> None:
+        self._store, self._path = store, path
+        self._lead = () if member is None else (member,)
+        self.dtype = np.dtype(store.dtype.numpy_dtype)
+
+    def read(self, *index: int | slice) -> np.ndarray:
+        """Return the part of the (member's) array at this index."""
+        with _damage(self._path):
+            return np.asarray(self._store[(*self._lead, *index)].read().result())
+
+
+def open_member(
+    directory: str | Path, step: int, member: int | None, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, MemberArray]:
+    """Open arrays of one member of a population without reading them.
+
+    Args:
+        directory: of the checkpoints.
+        step: which one.
+        member: index along the leading axis `M`; None of arrays that have no such axis.
+        shapes: `{"branch/leaf": shape of one member}`.
+
+    Raises:
+        UserError: as in `restore_member`.
+    """
+    abstract: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        *parents, last = name.split("/")
+        node = abstract
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jax.ShapeDtypeStruct(shape, "float32")
+    _match(directory, step, abstract, member)
+    where = _path(directory, step)
+    with _damage(where):
+        return {name: MemberArray(_open_store(where, name.replace("/", ".")), member, where) for name in shapes}
+
+
+def _open_store(path: Path, name: str) -> Any:
+    import tensorstore
+
+    kvstore = {"driver": "ocdbt", "base": f"file://{path / _STATE}/", "path": f"{name}/"}
+    # the cache serves those who come back for the next rows of the same chunk
+    context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
+    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore, "context": context}, open=True, read=True).result()
 
 
 def _steps(directory: Path) -> list[int]:
@@ -197,7 +246,7 @@ def _stored(directory: str | Path, step: int) -> Any:
     with _damage(path):
         # Orbax only logs what it cannot read, and goes on without it
         json.loads((path / _COMPLETE).read_text())
-        found = ocp.metadata(path, checkpointable_name=_STATE)
+        found = _ocp().metadata(path, checkpointable_name=_STATE)
         if found.metadata is None:
             raise ValueError("its list of arrays cannot be read")
     return found
@@ -242,6 +291,13 @@ def _sweep(directory: Path) -> None:
         step, _, _ = path.name.partition(_PARTIAL)
         if step.isdecimal() and path.is_dir() and not (path.name == step and (path / _COMPLETE).is_file()):
             shutil.rmtree(path)
+
+
+def _ocp() -> Any:
+    """Return the library, imported when it is first needed: a merge of files never needs it, and it costs a third of a second."""
+    from orbax.checkpoint import v1
+
+    return v1
 
 
 def _quiet() -> None:

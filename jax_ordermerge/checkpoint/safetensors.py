@@ -1,37 +1,28 @@
 """Safetensors files: a lazy reader that verifies every header, and a streaming writer of whole Hugging Face directories.
 
-The format is 8 bytes of header length (little endian), a JSON header `name -> {dtype, shape, data_offsets}`, and the tensors in C
-order without gaps. Both sides are written out here: the library's numpy writer takes all tensors at once and silently corrupts
-arrays that are not contiguous.
+The format is described in `shards`. Both sides are written out here: the library's numpy writer takes all tensors at once and
+silently corrupts arrays that are not contiguous.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import atomic, companions
+from jax_ordermerge.checkpoint import atomic, companions, shards
+from jax_ordermerge.checkpoint.shards import DTYPES, INDEX, SHARD_BYTES, SINGLE
 from jax_ordermerge.errors import UserError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # what hubs and servers are used to
 _MAX_HEADER = 100_000_000  # the format's own bound
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype(np.bool_),
-    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorInfo(NamedTuple):
@@ -82,6 +73,8 @@ class Reader:
             raise UserError(f"model {path} not found; give an existing directory or safetensors file")
         self._entries: dict[str, _Entry] = _open_directory(source) if source.is_dir() else _read_header(source)
         self._maps: dict[Path, mmap.mmap] = {}
+        self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,6 +91,10 @@ class Reader:
         entry = self._entry(name)
         return TensorInfo(entry.dtype, entry.shape)
 
+    def file(self, name: str) -> Path:
+        """Return the file that a tensor lies in."""
+        return self._entry(name).file
+
     def read(self, name: str) -> np.ndarray:
         """Return a tensor as a read-only view of the mapped file."""
         entry = self._entry(name)
@@ -109,6 +106,33 @@ class Reader:
     def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Return `read(name)[index]`: only the pages of that part are read from disk."""
         return self.read(name)[index]
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Read consecutive elements of a tensor into an array, from any thread and without mapping the file.
+
+        Args:
+            name: of the tensor.
+            start: row-major number of the first element.
+            out: contiguous, of the tensor's dtype, any shape.
+
+        Raises:
+            UserError: the file ended early; it was changed since it was opened.
+        """
+        entry = self._entry(name)
+        with self._lock:
+            if entry.file not in self._handles:
+                self._handles[entry.file] = os.open(entry.file, os.O_RDONLY)
+        view = out.reshape(-1).view(np.uint8).data
+        position = entry.start + start * entry.dtype.itemsize
+        while len(view):
+            count = os.preadv(self._handles[entry.file], [view], position)
+            if not count:
+                raise UserError(f"{entry.file} ends within {name}; it was changed while it was read")
+            view, position = view[count:], position + count
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound here: at the end of the interpreter os may be gone
+        for handle in getattr(self, "_handles", {}).values():
+            close(handle)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -140,26 +164,28 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
             return _read_header(single)
         others = sorted(p.name for p in directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
         has = f"it has {', '.join(others[:3])}; convert to safetensors, or restore the index" if others else "it has no weights"
-        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: {has}")
+        raise _bad(f"{directory} has neither {SINGLE} nor {INDEX}: {has}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{index}: weight_map must name the file of each tensor")
-    files = sorted(set(weight_map.values()))
+    placed: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        placed.setdefault(file, set()).add(name)
+    files = sorted(placed)
     if single.is_file() and files != [SINGLE]:
         raise UserError(f"{directory} has both {SINGLE} and an index with shards; engines read it differently, remove one of them")
     for file in files:
         if Path(file).name != file:
-            raise UserError(f"{index}: '{file}' is not the plain name of a file beside the index")
-        if not (directory / file).is_file():
-            raise UserError(f"{index} names the shard {file}, which is absent; download or copy it again")
+            raise _bad(f"{index}: '{file}' is not the plain name of a file beside the index")
+        if not os.path.isfile(directory / file):  # unlike Path.is_file, false also of names that no file can have
+            raise _bad(f"{index} names the shard {file}, which is absent; download or copy it again")
     entries: dict[str, _Entry] = {}
     for file in files:
         found = _read_header(directory / file)
-        placed = {name for name, where in weight_map.items() if where == file}
-        wrong = sorted(placed ^ found.keys())
+        wrong = sorted(placed[file] ^ found.keys())
         if wrong:
-            side = "is not in it" if wrong[0] in placed else "is not placed there by the index"
-            raise UserError(f"{index} and {file} disagree: {wrong[0]} {side}")
+            side = "is not in it" if wrong[0] in placed[file] else "is not placed there by the index"
+            raise _bad(f"{index} and {file} disagree: {wrong[0]} {side}")
         entries |= found
     return entries
 
@@ -176,7 +202,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)  # not from bytes: those may be UTF-16 to json
     except (ValueError, RecursionError) as error:
         raise _bad(f"{path} has a header that is not valid JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(header, dict):
@@ -200,6 +226,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
 def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:
+        key.encode()  # a ValueError where escapes spell half a surrogate pair, which nothing can print
         if key in out:
             raise ValueError(f"{key} occurs twice")
         out[key] = value
@@ -210,11 +237,11 @@ def _check_entry(path: Path, name: str, raw: Any) -> tuple[np.dtype[Any], tuple[
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
         raise _bad(f"{path}: the entry of {name} must have exactly dtype, shape and data_offsets")
     shape, offsets = raw["shape"], raw["data_offsets"]
-    if not isinstance(raw["dtype"], str) or raw["dtype"] not in _DTYPES:
-        raise _bad(f"{path}: {name} has dtype {raw['dtype']!r}, which is not supported (supported: {', '.join(_DTYPES)})")
+    if not isinstance(raw["dtype"], str) or raw["dtype"] not in DTYPES:
+        raise _bad(f"{path}: {name} has dtype {raw['dtype']!r}, which is not supported (supported: {', '.join(DTYPES)})")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise _bad(f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}; both must be lists of numbers from 0")
-    dtype = _DTYPES[raw["dtype"]]
+    dtype = DTYPES[raw["dtype"]]
     if len(shape) > 32 or math.prod(max(extent, 1) for extent in shape) * dtype.itemsize >= 2**63:
         raise _bad(f"{path}: {name} has shape {shape}, which no array can have")
     needed = math.prod(shape) * dtype.itemsize
@@ -225,7 +252,8 @@ def _check_entry(path: Path, name: str, raw: Any) -> tuple[np.dtype[Any], tuple[
 
 def _bad(message: str) -> UserError:
     """Names come from the file and may hold anything: keep the message one printable line."""
-    return UserError("".join(c if c.isprintable() else "?" for c in " ".join(message.split()))[:500])
+    # cut first: a header may hold names of many megabytes
+    return UserError("".join(c if c.isprintable() else "?" for c in " ".join(message[:4000].split()))[:500])
 
 
 def _counts(value: Any) -> bool:
@@ -266,7 +294,8 @@ def write(
     table = {name: spec.hf_shape for name, spec, _ in arch.hf_tensors(config)}
     with atomic.new_directory(directory) as partial:
         companions.write(partial, config, target_dtype.name, tokenizer_from=tokenizer_from, card=card, recipe=recipe)
-        with _shards(partial, table, target_dtype, shard_bytes) as places:
+        with shards.ShardFiles(partial, table, target_dtype, shard_bytes) as files:
+            files.create()
             missing = dict.fromkeys(table)
             for name, array in tensors:
                 if name not in missing:
@@ -274,9 +303,7 @@ def write(
                 if array.shape != table[name]:
                     raise ValueError(f"tensor {name} has shape {array.shape}, expected {table[name]}")
                 del missing[name]
-                file, start = places[name]
-                file.seek(start)
-                file.write(cast(array, target_dtype, name).reshape(-1).view(np.uint8).data)
+                files.write(name, 0, cast(array, target_dtype, name))
                 del array  # before the next one is made
             if missing:
                 raise ValueError(f"tensor {next(iter(missing))} was not given ({len(missing)} of {len(table)} are missing)")
@@ -298,39 +325,3 @@ def cast(array: np.ndarray, dtype: DTypeLike, name: str = "an array") -> np.ndar
     if out.dtype == np.float16 and array.dtype != np.float16 and np.isinf(out).any() and np.isfinite(array[np.isinf(out)]).any():
         raise UserError(f"{name} has values that overflow float16; choose dtype bfloat16 or float32")
     return out
-
-
-@contextlib.contextmanager
-def _shards(
-    directory: Path, table: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], shard_bytes: int
-) -> Iterator[dict[str, tuple[BinaryIO, int]]]:
-    """Write all headers and the index; yield where the bytes of each tensor go; close every file on the disk itself."""
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in table.items()}
-    shards: list[list[str]] = [[]]
-    for name in table:
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        atomic.write_text(
-            directory / INDEX,
-            json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2) + "\n",
-        )
-    places: dict[str, tuple[BinaryIO, int]] = {}
-    with contextlib.ExitStack() as stack:
-        for file_name, names in zip(files, shards, strict=True):
-            file: BinaryIO = stack.enter_context((directory / file_name).open("wb"))
-            stack.callback(atomic.sync, file)
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name in names:
-                offsets = [end, end := end + sizes[name]]
-                header[name] = {"dtype": _NAMES[dtype], "shape": list(table[name]), "data_offsets": offsets}
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
-            places |= {name: (file, 8 + len(text) + header[name]["data_offsets"][0]) for name in names}
-        yield places

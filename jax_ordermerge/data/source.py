@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -155,6 +156,8 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
     Raises:
         UserError: the directory or its tokenizer is absent or cannot be read.
     """
+    # else its import warns where torch is absent, which no tokenizer needs
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # slow to import
 
     folder = Path(directory)

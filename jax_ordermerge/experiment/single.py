@@ -1,52 +1,25 @@
-"""Single jobs outside a run: merge directories, convert a checkpoint, complete a prompt."""
+"""Single jobs outside a run: convert, inspect and compare checkpoints, complete a prompt."""
 
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from rich.table import Table
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import companions, convert, orbax
+from jax_ordermerge.checkpoint import companions, compare, convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
+from jax_ordermerge.experiment import tables
 from jax_ordermerge.experiment.run_directory import read_config
-from jax_ordermerge.merge import engine
 from jax_ordermerge.train import loop
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def merge_directories(
-    sources: Sequence[Path],
-    out: Path,
-    *,
-    base: str | None,
-    method: str,
-    parameters: dict[str, Any],
-    weights: Sequence[float] | None,
-    seed: int,
-    dtype: str,
-) -> dict[str, Any]:
-    """Merge Hugging Face directories of one architecture, tensor by tensor; see `merge.engine`.
-
-    Raises:
-        UserError: bad input; nothing has been written then.
-    """
-    _check_dtype(dtype)
-    directories = [convert.resolve(str(one)) for one in sources]
-    return engine.merge(
-        directories,
-        None if base is None else convert.resolve(base),
-        out,
-        method=method,
-        seed=seed,
-        weights=weights,
-        parameters=parameters,
-        dtype=dtype,
-    )
 
 
 def convert_checkpoint(origin: Path, out: Path, *, to: str, member: int | None, dtype: str | None) -> None:
@@ -101,6 +74,26 @@ def _load(origin: Path, member: int | None, dtype: str | None) -> tuple[ModelCon
     chosen = dtype or reader.info(reader.names[0]).dtype.name
     config, params = convert.load_params(directory, dtype=chosen)
     return config, params, chosen, directory
+
+
+def inspect_model(model: str, *, stats: bool, as_json: bool) -> str:
+    """Return the table of a checkpoint's tensors as text or JSON; see `checkpoint.compare.inspect`."""
+    found = compare.inspect(convert.resolve(model), stats=stats)
+    return json.dumps(tables.inspect_json(found), indent=1) + "\n" if as_json else _shown(tables.inspect_table(found))
+
+
+def compare_models(one: str, two: str, *, base: str | None, as_json: bool) -> tuple[str, bool]:
+    """Return the differences of two checkpoints as text or JSON, and whether all bytes are equal."""
+    known = None if base is None else convert.resolve(base)
+    found = compare.difference(convert.resolve(one), convert.resolve(two), known)
+    text = json.dumps(tables.difference_json(found), indent=1) + "\n" if as_json else _shown(tables.difference_table(found))
+    return text, found.equal
+
+
+def _shown(table: Table) -> str:
+    text = io.StringIO()
+    tables.show(table, text)
+    return text.getvalue()
 
 
 def complete(model: str, prompts: Sequence[str], *, max_new_tokens: int, dtype: str) -> list[str]:

@@ -1,242 +1,397 @@
-"""Merging Hugging Face directories: read a tensor, call a kernel under jit, write. Knows no formula and no random number."""
+"""Carrying out a plan over files: read, call a method, write, with every core at work. Knows no formula and no random number.
 
-import dataclasses
+A tensor is the unit of work. Workers take tensors in file order; one that needs sums over a whole tensor holds it in memory, every
+other one goes through it in slabs. Each slab is written straight to its place in the output, so nothing waits for an order and no
+result depends on threads. What is done is noted in a journal beside the output, by which a merge that was cut off goes on.
+"""
+
+import contextlib
+import functools
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
-import yaml
 
 import jax_ordermerge
-from jax_ordermerge import arch
-from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import atomic, companions, convert, safetensors
-from jax_ordermerge.config import Dtype
-from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.merge import geometry, methods
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import rng
+from jax_ordermerge.checkpoint import atomic, safetensors
+from jax_ordermerge.checkpoint.shards import SHARD_BYTES, ShardFiles
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge import audit, geometry, methods, parts
+from jax_ordermerge.merge.audit import Done
+from jax_ordermerge.merge.plan import Output, Plan, View
 
-SLAB_ELEMENTS = 1 << 24  # of one member in memory at a time: 32 MB in bfloat16
-DTYPES: tuple[str, ...] = get_args(Dtype)
-# what a fine-tune may change without being another architecture
-_MAY_DIFFER = {"bos_token_id", "eos_token_ids", "pad_token_id", "initializer_range", "max_position_embeddings"}
+SLAB_ELEMENTS = 1 << 20  # of one member in memory at a time: 2 MB in bfloat16, which stays in a core's cache
+HELD_BYTES = 1 << 29  # of whole tensors in memory at a time, unless one alone is larger
+SAMPLED = 8  # diagnostics of a slab are made from its first eighth ...
+SAMPLED_ABOVE = 1 << 18  # ... if it has more elements than this
+_JOURNAL = "journal"
 
-_moments = jax.jit(geometry.moments)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """A merge with everything checked and resolved."""
-
-    config: ModelConfig
-    readers: tuple[safetensors.Reader, ...]
-    base: safetensors.Reader | None
-    method: str
-    parameters: dict[str, Any]
-    weights: np.ndarray | None
-    seed: int
-    dtype: np.dtype[Any]
-    slab_elements: int
+Progress = Callable[[int, int, str], None]
 
 
-def merge(
-    members: Sequence[str | Path],
-    base: str | Path | None,
+def merge_plan(
+    plan: Plan,
     out: str | Path,
     *,
-    method: str,
-    seed: int = 0,
-    weights: Sequence[float] | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
-    tokenizer_from: str | Path | None = None,
+    workers: int | None = None,
     slab_elements: int = SLAB_ELEMENTS,
-    shard_bytes: int = safetensors.SHARD_BYTES,
-    progress: Callable[[int, int, str], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    diagnostics: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merge model directories into a new one, one tensor at a time.
+    """Merge models into a new Hugging Face directory.
 
-    The result has the bits that `population.merge` gives for the same members, for selection whatever the slabs.
+    The result has the bits that `population.merge` gives for the same members, whatever the slabs and the workers.
 
     Args:
-        members: Hugging Face directories of one architecture, in the order that weights and random choices refer to.
-        base: directory of the base; may be None for methods that do not need it, and then no diagnostics are made.
-        out: the directory to write; it must not exist or be empty. Config and tokenizer are those of the first member.
-        method, seed, weights, parameters: as for `population.merge`.
-        dtype: members and base are rounded to it before merging, and the output is stored in it; None is that of the members.
-        tokenizer_from: directory of the tokenizer files, by default the first member.
-        slab_elements: the largest part of a member's tensor that is held at once, where the method allows slabs.
+        plan: what to do.
+        out: the directory to write; it must not exist or be empty. A merge that was cut off is gone on with.
+        workers: threads, by default one a core.
+        slab_elements: of one member that are held at once, where the method allows it.
         shard_bytes: largest size of an output file.
+        diagnostics: measure the task vectors where a base is known.
         progress: called as `progress(tensors done, tensors in all, name)`.
 
     Returns:
-        What `merge.json` in the output holds: method, parameters, weights, seed, dtype, members, base, diagnostics.
+        What `merge.json` in the output holds.
 
     Raises:
-        UserError: bad input; the architectures differ (the difference is named). Nothing is left behind.
+        UserError: bad input, or the disk is full. Nothing is left under `out`.
     """
-    job = _prepare(
-        members, base, method=method, seed=seed, weights=weights, parameters=parameters, dtype=dtype, slab_elements=slab_elements
-    )
-    given_weights = None if weights is None else [float(w) for w in weights]
-    recipe = {
-        "merge_method": method,
-        "models": [Path(one).name for one in members],
-        "base_model": None if base is None else Path(base).name,
-        "weights": given_weights,
-        "parameters": job.parameters,
-        "seed": seed,
-        "dtype": job.dtype.name,
-        "jax_ordermerge": jax_ordermerge.__version__,
-    }
-    found: list[tuple[str, geometry.Moments, int]] = []
-    with atomic.new_directory(out) as partial:
-        inner = partial / "model"
-        safetensors.write(
-            inner,
-            _merged_tensors(job, found, progress),
-            config=job.config,
-            dtype=job.dtype,
-            tokenizer_from=tokenizer_from or job.readers[0].directory,
-            recipe=yaml.safe_dump(recipe, sort_keys=False),
-            shard_bytes=shard_bytes,
-        )
-        for file in inner.iterdir():
-            file.rename(partial / file.name)
-        inner.rmdir()
-        diagnostics = geometry.report(found) if found else None
-        report = {
-            **recipe,
-            "models": [str(one) for one in members],
-            "base_model": None if base is None else str(base),
-            "diagnostics": diagnostics,
-        }
-        atomic.write_text(partial / "merge.json", json.dumps(report, indent=1) + "\n")
-        atomic.write_text(partial / "README.md", _card(recipe, diagnostics))
-    return report
-
-
-def _prepare(
-    members: Sequence[str | Path],
-    base: str | Path | None,
-    *,
-    method: str,
-    seed: int,
-    weights: Sequence[float] | None,
-    parameters: Mapping[str, Any] | None,
-    dtype: str | None,
-    slab_elements: int,
-) -> _Job:
-    checked = methods.check(method, parameters)
-    if not members:
-        raise UserError("nothing to merge: give the directories of the members")
-    if methods.METHODS[method].needs_base(checked) and base is None:
-        needs = "with resample " if method == "selection" else ""
-        raise UserError(f"merge method {method} {needs}needs the base model; give it with --base")
     if slab_elements < 1:
         raise UserError(f"slab_elements = {slab_elements} must be positive")
-    prepared = methods.check_weights(method, weights, len(members))
-    readers = tuple(safetensors.Reader(one) for one in (*members, *([] if base is None else [base])))
-    config = convert.load_config(members[0])
-    for reader in readers:
-        own = convert.load_config(reader.directory)
-        _check_same(config, own, readers[0].directory, reader.directory)
-        convert.check_tensors(reader, own)
-    stored = _resolve_dtype(dtype, readers[: len(members)], config)
-    base_reader = None if base is None else readers[-1]
-    return _Job(config, readers[: len(members)], base_reader, method, checked, prepared, seed, stored, slab_elements)
+    table = {one.name: one.shape for one in plan.outputs}
+    index, count = jax.process_index(), jax.process_count()
+    with _workspace(out, _fingerprint(plan, shard_bytes)) as (partial, resumed):
+        with ShardFiles(partial, table, plan.out_dtype, shard_bytes) as files:
+            left = _read_journals(partial, plan) if resumed else {}
+            with meshes.together(f"create {out}"):
+                if not left and index == 0:
+                    files.create()
+            job = _Job(plan, files, slab_elements, diagnostics, partial / f"{_JOURNAL}-{index}")
+            with meshes.together(f"merge {out}"):
+                # each process its share; the files are on storage that all of them see
+                job.run(plan.outputs[index::count], left, workers or len(os.sched_getaffinity(0)), progress)
+        with meshes.together(f"finish {out}"):
+            done = _read_journals(partial, plan)
+        if index == 0:
+            for journal in partial.glob(f"{_JOURNAL}-*"):
+                journal.unlink()
+            audit.write(partial, plan, [done[output.name] for output in plan.outputs])
+        return audit.report(plan, [done[output.name] for output in plan.outputs])
 
 
-def _check_same(config: ModelConfig, other: ModelConfig, first: Path, second: Path) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        a, b = getattr(config, field.name), getattr(other, field.name)
-        if field.name not in _MAY_DIFFER and a != b:
-            raise UserError(
-                f"{first} and {second} are of different architectures: {field.name} is {a!r} and {b!r}; only equal ones can be merged"
-            )
+@contextlib.contextmanager
+def _workspace(out: str | Path, fingerprint: str) -> Iterator[tuple[Path, bool]]:
+    """Yield `atomic.resumable_directory`, which process 0 makes and renames for all of them."""
+    with contextlib.ExitStack() as stack:
+        found = None
+        with meshes.together(f"open {out}"):
+            if jax.process_index() == 0:
+                found = stack.enter_context(atomic.resumable_directory(out, fingerprint))
+        resumed = meshes.broadcast(found is not None and found[1])
+        yield atomic.partial_of(out) if found is None else found[0], resumed
 
 
-def _resolve_dtype(dtype: str | None, readers: Sequence[safetensors.Reader], config: ModelConfig) -> np.dtype[Any]:
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise UserError(f"dtype '{dtype}' is not offered{did_you_mean(dtype, DTYPES)}")
-        return np.dtype(jax.numpy.dtype(dtype))
-    found = {reader.info(name).dtype for reader in readers for name, _, _ in arch.hf_tensors(config)}
-    names = sorted(one.name for one in found)
-    if len(found) > 1 or names[0] not in DTYPES:
-        raise UserError(f"the members are stored in {' and '.join(names)}; choose one of {', '.join(DTYPES)} with dtype")
-    return found.pop()
+def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
+    """Return about how many bytes of memory a merge takes, and how many seconds besides writing, from merging one of its tensors.
+
+    Nothing is written. The runtime itself is counted with what the process has now.
+    """
+    threads = workers or len(os.sched_getaffinity(0))
+    middle = sorted(plan.outputs, key=lambda one: math.prod(one.shape))[-len(plan.outputs) // 3]
+    job = _Job(plan, None, SLAB_ELEMENTS, True, Path(os.devnull))
+    job.merge(middle)  # compiles
+    start = time.perf_counter()
+    job.merge(middle)
+    seconds = (time.perf_counter() - start) / math.prod(middle.shape) * sum(math.prod(one.shape) for one in plan.outputs) / threads
+    models = len(middle.members) + 2
+    largest = max(math.prod(one.shape) for one in plan.outputs) * models * plan.dtype.itemsize if job.holds else 0
+    slabs = threads * models * SLAB_ELEMENTS * plan.dtype.itemsize
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + largest + slabs, seconds
 
 
-def _merged_tensors(
-    job: _Job, found: list[tuple[str, geometry.Moments, int]], progress: Callable[[int, int, str], None] | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    tensors = list(arch.hf_tensors(job.config))
-    for number, (name, spec, layer) in enumerate(tensors, 1):
-        words = methods.key_words(job.method, job.parameters, job.seed, name, layer)
-        merged = np.empty(spec.hf_shape, job.dtype)
-        moments = [_merge_slab(job, name, words, rows, merged) for rows in _slabs(job, spec.hf_shape)]
-        if job.base is not None:
-            summed = geometry.Moments(*(np.sum([one[i] for one in moments if one], axis=0) for i in (0, 1)))
-            found.append((name, summed, math.prod(spec.hf_shape)))
-        if progress is not None:
-            progress(number, len(tensors), name)
-        yield name, merged
-
-
-def _slabs(job: _Job, shape: tuple[int, ...]) -> list[slice]:
-    """Cut a tensor into runs of whole leading rows, if the method can be computed on them."""
-    whole = methods.METHODS[job.method].unit(job.parameters) == "tensor"
-    rows = shape[0] if whole else max(1, job.slab_elements // math.prod(shape[1:]))
-    return [slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
-
-
-def _merge_slab(job: _Job, name: str, words: np.ndarray, rows: slice, merged: np.ndarray) -> geometry.Moments | None:
-    """Write the merged rows; return their moments if there is a base."""
-    members = [_read(reader, name, rows, job.dtype) for reader in job.readers]
-    base = None if job.base is None else _read(job.base, name, rows, job.dtype)
-    unit = methods.METHODS[job.method].unit(job.parameters)
-    first = rows.start * (math.prod(merged.shape[1:]) if unit == "element" else 1)
-    offset = None if unit == "tensor" else np.array([first & 0xFFFFFFFF, first >> 32], np.uint32)
-    result = methods.run(
-        members, base, job.weights, words, offset, method=job.method, parameters=tuple(job.parameters.items()), dtype=job.dtype
-    )
-    moments = None if base is None else geometry.total(jax.device_get(_moments(members, base, result)))
-    merged[rows] = result
-    # bfloat16 has the range of float32
-    if job.dtype == np.float16 and np.isinf(merged[rows]).any() and not any(np.isinf(member).any() for member in members):
-        raise UserError(f"the merged {name} overflows float16; choose dtype bfloat16 or float32")
-    return moments
-
-
-def _read(reader: safetensors.Reader, name: str, rows: slice, dtype: np.dtype[Any]) -> np.ndarray:
-    return safetensors.cast(reader.read_slice(name, (rows,)), dtype, f"{reader.directory}: {name}")
-
-
-def _card(recipe: Mapping[str, Any], diagnostics: Mapping[str, Any] | None) -> str:
-    text = (
-        f"{len(recipe['models'])} models of one architecture were merged by `{recipe['merge_method']}`"
-        f" ({methods.METHODS[recipe['merge_method']].reference}).\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```"
-    )
-    if diagnostics is not None:
-        text += "\n\n" + _table(diagnostics["total"])
-    return companions.model_card(
-        f"Merge of {len(recipe['models'])} models by {recipe['merge_method']}", text, relation="merge", tags=["merge"]
-    )
-
-
-def _table(total: Mapping[str, Any]) -> str:
-    rows = [
-        (f"elements that member {i} left at the base", f"{100 * fraction:.2f} %") for i, fraction in enumerate(total["unchanged"])
+def _fingerprint(plan: Plan, shard_bytes: int) -> str:
+    sources = [[source.label, source.identity()] for source in plan.sources]
+    outputs = [
+        [one.name, one.method, dict(one.parameters), None if one.weights is None else one.weights.tolist()] for one in plan.outputs
     ]
-    rows.append(("elements that every member left at the base", f"{100 * total['unchanged_by_all']:.2f} %"))
-    between = [c for i, row in enumerate(total["cosines"]) for c in row[i + 1 :] if c is not None]
-    if between:
-        rows.append(("cosines between the members' task vectors", f"{min(between):.4f} to {max(between):.4f}"))
-    for label, name in (("norm of the merged task vector / mean norm", "norm_ratio"), ("lambda_eff", "lambda_eff")):
-        if total[name] is not None:
-            rows.append((label, f"{total[name]:.4f}"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])
+    content = [
+        jax_ordermerge.__version__,
+        dict(plan.recipe),
+        plan.stochastic,
+        plan.seed,
+        plan.out_dtype.name,
+        sources,
+        outputs,
+        shard_bytes,
+    ]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def _read_journals(partial: Path, plan: Plan) -> dict[str, Done]:
+    """Return the finished tensors that all processes noted; a line that was cut off is passed over."""
+    found, names = {}, {output.name for output in plan.outputs}
+    for line in [line for path in sorted(partial.glob(f"{_JOURNAL}-*")) for line in path.read_text().splitlines()]:
+        with contextlib.suppress(ValueError):
+            one = json.loads(line)
+            moments = None if one["moments"] is None else geometry.Moments(*map(np.array, one["moments"]))  # type: ignore[arg-type]
+            if one["name"] in names:
+                found[one["name"]] = Done(**{**one, "moments": moments})
+    return found
+
+
+class _Budget:
+    """Bytes of whole tensors that may be in memory at once; one larger than all of them waits until it is alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held, self._changed = limit, 0, threading.Condition()
+
+    def take(self, size: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._limit)
+            self._held += size
+
+    def give(self, size: int) -> None:
+        with self._changed:
+            self._held -= size
+            self._changed.notify_all()
+
+
+class _Job:
+    """One merge under way: what its workers share."""
+
+    def __init__(self, plan: Plan, files: ShardFiles | None, slab_elements: int, diagnostics: bool, journal: Path) -> None:
+        self.plan, self.files, self.diagnostics = plan, files, diagnostics
+        self.slab = -(-slab_elements // parts.BLOCK) * parts.BLOCK
+        self.budget = _Budget(HELD_BYTES)
+        self.holds = False  # whether some method asked for sums over a whole tensor
+        self._journal, self._lock, self._stop = journal, threading.Lock(), threading.Event()
+
+    def run(self, outputs: Sequence[Output], left: dict[str, Done], workers: int, progress: Progress | None) -> None:
+        """Merge the tensors that are not among those left from before, and note each in the journal."""
+        finished = 0
+
+        def work(output: Output) -> None:
+            nonlocal finished
+            if self._stop.is_set():
+                return
+            before = left.get(output.name)
+            # the bytes decide: what a journal says of a file that lost them is not believed
+            done = before if before and self._is_there(before) else self.merge(output)
+            with self._lock:
+                if done is not before:
+                    with self._journal.open("a") as file:
+                        file.write("\n" + json.dumps(_plain(done)))  # on a line of its own, whatever was cut off before it
+                finished += 1
+                if progress is not None:
+                    progress(finished, len(outputs), output.name)
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
+            futures = [pool.submit(work, output) for output in outputs]
+            try:
+                for future in wait(futures, return_when=FIRST_EXCEPTION)[0]:
+                    future.result()
+            finally:
+                self._stop.set()
+                for future in futures:
+                    future.cancel()
+
+    def merge(self, output: Output) -> Done:
+        """Merge one tensor and write it, if there are files."""
+        with _FileTensor(self, output) as tensor:
+            known, static = parts.split(methods.learn(tensor, output.method, output.parameters))
+            device_known = {name: jax.device_put(x) for name, x in known.items()}
+            needs_base = methods.METHODS[output.method].needs_base(output.parameters)
+            rounding = rng.stream_words(self.plan.seed, "round", output.name) if self.plan.stochastic else None
+            digest, moments, elements, checksums = hashlib.sha256(), [], 0, np.zeros(len(output.members) + needs_base, np.uint64)
+            for start, shape in tensor.slabs():
+                part = tensor.part(start, shape, needs_base)
+                result = methods.run(
+                    part,
+                    device_known,
+                    rounding,
+                    method=output.method,
+                    static=static,
+                    dtype=self.plan.dtype,
+                    out=self.plan.out_dtype,
+                )
+                checksums += np.asarray(_checksums((*part.members, *([] if part.base is None else [part.base])), part.offset))
+                if self.diagnostics and output.base is not None:
+                    one, count = self._moments(tensor, part, result, start)
+                    moments.append(one)
+                    elements += count
+                written = np.asarray(result)
+                self._refuse_overflow(output.name, written, part)
+                if self.files is not None:
+                    self.files.write(output.name, start * written.itemsize, written)
+                digest.update(written.reshape(-1).view(np.uint8).data)
+        base = [] if output.base is None or needs_base else [None]
+        total = geometry.Moments(*(np.sum([one[i] for one in moments], axis=0) for i in (0, 1))) if moments else None
+        return Done(output.name, digest.hexdigest(), [int(x) & 0xFFFFFFFF for x in checksums] + base, total, elements)
+
+    def _is_there(self, done: Done) -> bool:
+        return self.files is not None and self.files.digest(done.name) == done.sha256
+
+    def _moments(self, tensor: "_FileTensor", part: parts.Part, result: jax.Array, start: int) -> tuple[geometry.Moments, int]:
+        """Measure the task vectors on the first part of a slab."""
+        size = result.size
+        count = size if size <= SAMPLED_ABOVE else size // SAMPLED
+        base = tensor.read(tensor.base, start, count)
+        found = _sampled_moments(part.members, base, result, count=count)
+        return geometry.total(jax.device_get(found)), count
+
+    def _refuse_overflow(self, name: str, written: np.ndarray, part: parts.Part) -> None:
+        # bfloat16 has the range of float32
+        if written.dtype != np.float16 or not np.isinf(written).any():
+            return
+        if not any(np.isinf(np.asarray(member)).any() for member in part.members):
+            raise UserError(f"the merged {name} overflows float16; choose dtype bfloat16 or float32")
+
+
+class _FileTensor:
+    """One tensor of a plan, read from its sources, as a `parts.Tensor`; a context, within which it may be held in memory."""
+
+    def __init__(self, job: _Job, output: Output) -> None:
+        self._job, self._output = job, output
+        self.shape, self.count, self.weights = output.shape, len(output.members), output.weights
+        self.base = output.base
+        self._size = math.prod(output.shape)
+        self._unit = methods.METHODS[output.method].unit(output.parameters)
+        self._held: dict[View, np.ndarray] = {}
+        self._taken = 0
+        self._words = jax.device_put(methods.key_words(output.method, output.parameters, job.plan.seed, output.name, output.layer))
+
+    def __enter__(self) -> "_FileTensor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.clear()
+        self._job.budget.give(self._taken)
+
+    def total(self, function: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+        """See `parts.Tensor.total`: the tensor is held from the first call on, and gone through slab by slab."""
+        self._hold()
+        sums, chosen = parts.Sums(), tuple(static.items())
+        arrays = jax.tree.map(jax.device_put, arrays)
+        for start, shape in self._runs():
+            part = self.part(start, shape, self.base is not None)
+            sums.add(parts.measure(part, *arrays, function=function, static=chosen, dtype=self._job.plan.dtype))
+        return sums.result()
+
+    def _runs(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield parts whose sums add up to the same bits whatever the slab: multiples of 256 elements, in rows if the method asks so."""
+        width = math.prod(self.shape[1:])
+        if self._unit == "element" or len(self.shape) < 2:
+            step = self._job.slab if self._unit == "element" else self._size
+            for start in range(0, self._size, step):
+                yield start, (min(step, self._size - start),)
+            return
+        least = parts.BLOCK // math.gcd(width, parts.BLOCK)
+        rows = max(self._job.slab // width // least, 1) * least
+        for first in range(0, self.shape[0], rows):
+            yield first * width, (min(rows, self.shape[0] - first), *self.shape[1:])
+
+    def slabs(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield first element and shape of the parts in which the tensor is merged."""
+        unit, slab = self._unit, self._job.slab
+        if unit == "element":
+            for start in range(0, self._size, slab):
+                yield start, (min(slab, self._size - start),)
+        elif unit == "tensor" or len(self.shape) < 2:
+            yield 0, self.shape
+        else:
+            width = math.prod(self.shape[1:])
+            rows = max(1, slab // width)
+            for first in range(0, self.shape[0], rows):
+                yield first * width, (min(rows, self.shape[0] - first), *self.shape[1:])
+
+    def part(self, start: int, shape: Sequence[int], with_base: bool) -> parts.Part:
+        """Return a part; its arrays may lie in buffers that the next call of this thread uses again."""
+        size = math.prod(shape)
+        members = tuple(self.read(view, start, size, slot).reshape(shape) for slot, view in enumerate(self._output.members))
+        base = self.read(self.base, start, size, self.count).reshape(shape) if with_base and self.base is not None else None
+        members, base = jax.tree.map(functools.partial(jax.device_put, may_alias=True), (members, base))
+        if tuple(shape) == tuple(self.shape):
+            return parts.Part(members, base, self._words)
+        offset = np.array([start & 0xFFFFFFFF, start >> 32], np.uint32)
+        row = np.uint32(0 if len(self.shape) < 2 else start // math.prod(self.shape[1:]))
+        return parts.Part(members, base, self._words, *jax.device_put((offset, row)))
+
+    def read(self, view: View | None, start: int, size: int, slot: int | None = None) -> np.ndarray:
+        """Return consecutive elements in the dtype that is merged, from memory where the tensor is held."""
+        assert view is not None
+        if view in self._held:
+            return self._held[view][start : start + size]
+        return _read(self._job.plan, view, start, _buffer(size, self._job.plan.dtype, slot))
+
+    def _hold(self) -> None:
+        if self._held:
+            return
+        views = [*self._output.members, *([] if self.base is None else [self.base])]
+        dtype = self._job.plan.dtype
+        self._taken = len(views) * self._size * dtype.itemsize
+        self._job.holds = True
+        self._job.budget.take(self._taken)
+        self._held = {view: _read(self._job.plan, view, 0, _aligned(self._size, dtype)) for view in views}
+
+
+def _read(plan: Plan, view: View, start: int, out: np.ndarray) -> np.ndarray:
+    source = plan.sources[view.source]
+    stored = source.info(view.name).dtype
+    if stored == out.dtype:
+        source.read_into(view.name, start, out)
+        return out
+    raw = np.empty(out.size, stored)
+    source.read_into(view.name, start, raw)
+    out[:] = safetensors.cast(raw, out.dtype, f"{source.label}: {view.name}")
+    return out
+
+
+_buffers = threading.local()
+
+
+def _buffer(size: int, dtype: np.dtype[Any], slot: int | None) -> np.ndarray:
+    """Return an array of this thread, used again for the same slot: fresh memory costs more than reading into it."""
+    if slot is None:
+        return _aligned(size, dtype)
+    kept: dict[int, np.ndarray] = _buffers.__dict__.setdefault("kept", {})
+    if slot not in kept or kept[slot].nbytes < size * dtype.itemsize:
+        kept[slot] = _aligned(size * dtype.itemsize, np.dtype(np.uint8))
+    return kept[slot][: size * dtype.itemsize].view(dtype)
+
+
+def _aligned(size: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return memory that a CPU device takes as it is, without a copy."""
+    raw = np.empty(size * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size * dtype.itemsize].view(dtype)
+
+
+_checksums = jax.jit(geometry.checksums)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _sampled_moments(members: tuple[jax.Array, ...], base: jax.Array, result: jax.Array, *, count: int) -> geometry.Moments:
+    width = math.gcd(count, parts.BLOCK)
+    own = [x.reshape(-1)[:count].reshape(-1, width) for x in (*members, base, result)]
+    # compared in what is stored in the end
+    *taus, start, end = [parts.as_stored(x, result.dtype) for x in own]
+    return geometry.moments(taus, start, end)
+
+
+def _plain(done: Done) -> dict[str, Any]:
+    moments = None if done.moments is None else [x.tolist() for x in done.moments]
+    return {**done._asdict(), "moments": moments}

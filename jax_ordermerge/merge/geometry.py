@@ -1,13 +1,15 @@
 """Inner products of task vectors, and what follows from them: cosines, norms, the length of a merge."""
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ordermerge.merge.counter import element_index, mix
 from jax_ordermerge.merge.select import to_bits
 
 
@@ -23,7 +25,31 @@ class Moments(NamedTuple):
     unchanged: jax.Array
 
 
-def moments(members: jax.Array, base: jax.Array, merged: jax.Array) -> Moments:
+def checksums(models: Sequence[jax.Array], offset: jax.Array | None = None) -> jax.Array:
+    """Return sum_j a_j x_j mod 2^32 of the bit patterns of each model, with odd a_j made from the index: uint32[K].
+
+    Sums of parts add up to that of the tensor, in any order. One changed element always changes it, and chance changes leave it as it
+    was once in 2^32. It tells accidents and mistaken files apart; it is no protection against intent.
+
+    Args:
+        models: K arrays [*s] of elements of at most 4 bytes.
+        offset: uint32[2], number of the first element.
+
+    Example:
+        >>> one, two = jnp.arange(4.0), jnp.arange(4.0)[::-1]
+        >>> checksums([one, one, two]).tolist()
+        [3602907136, 3602907136, 4290772992]
+
+    Source: multilinear hashing, Carter and Wegman 1979, with the multipliers of `counter.mix`.
+    """
+    index = element_index(models[0].shape, offset)
+    factor = mix(index.lo ^ mix(index.hi)) | 1
+    terms = tuple(to_bits(x).astype(jnp.uint32) * factor for x in models)
+    add = functools.partial(jax.tree.map, jnp.add)
+    return jnp.stack(jax.lax.reduce(terms, tuple(jnp.uint32(0) for _ in terms), add, tuple(range(terms[0].ndim))))
+
+
+def moments(members: jax.Array | Sequence[jax.Array], base: jax.Array, merged: jax.Array) -> Moments:
     """Sum the products of task vectors and count unchanged elements in one pass.
 
     Row by row in float32; `summarize` adds the rows in float64. Unchanged is equality of bits.
@@ -110,15 +136,20 @@ def summarize(moment: Moments, elements: int) -> dict[str, Any]:
 def report(tensors: Iterable[tuple[str, Moments, int]]) -> dict[str, Any]:
     """Return `{"total": numbers, "tensors": {name: numbers}}` from (name, `total` moments, elements) of every tensor.
 
+    The total is None where the tensors have different numbers of members (slices of different models).
+
     Example:
         >>> m = total(moments(jnp.ones((2, 3)), jnp.zeros(3), jnp.ones(3)))
         >>> report([("a", m, 3), ("b", m, 3)])["total"]["elements"]
         6
     """
     found = list(tensors)
+    alone = {name: summarize(moment, elements) for name, moment, elements in found}
+    if len({len(moment.unchanged) for _, moment, _ in found}) != 1:
+        return {"total": None, "tensors": alone}
     products, unchanged = (np.sum([moment[i] for _, moment, _ in found], axis=0) for i in (0, 1))
     everything = summarize(Moments(products, unchanged), sum(elements for _, _, elements in found))
-    return {"total": everything, "tensors": {name: summarize(moment, elements) for name, moment, elements in found}}
+    return {"total": everything, "tensors": alone}
 
 
 def _ratio(a: float, b: float) -> float | None:

@@ -1,6 +1,6 @@
-"""The table of merge methods, the check of their parameters, and the one way a kernel is called.
+"""The table of merge methods, the check of their parameters, and the one way a tensor is merged.
 
-A method's parameters are the keyword-only arguments of its kernel: the signature is the schema.
+A method's parameters are the keyword-only arguments of its `known` function: the signature is the schema.
 """
 
 import functools
@@ -18,33 +18,13 @@ from jax.typing import DTypeLike
 
 from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.merge import average, select, sparsify
+from jax_ordermerge.merge import average, masks, select, sparsify, spherical
+from jax_ordermerge.merge.counter import random_words
+from jax_ordermerge.merge.parts import Part, Tensor, Whole, as_stored, split, stored
 
 Parameters = Mapping[str, Any]
 Unit = Literal["element", "row", "tensor"]
-_NOT_PARAMETERS = ("base", "weights", "key", "offset")
-
-
-@dataclass(frozen=True)
-class Method:
-    """One entry of the table.
-
-    Attributes:
-        function: the kernel `(members[M, *S], *, base, weights, key, **parameters) -> [*S]`.
-        needs_base: whether parameters ask for the base.
-        needs_key: whether the kernel draws; its key is named by the Hugging Face tensor, or by the layer where the parameter
-            granularity is "layer" (see `key_words`).
-        unit: the smallest part of a tensor that can be computed alone (slabs of elements, of rows, or the tensor only).
-        weights: "mean" are divided by their sum, "sum" are used as they are, "probabilities" are drawn from.
-        reference: where the equation stands.
-    """
-
-    function: Callable[..., jax.Array]
-    needs_base: Callable[[Parameters], bool]
-    needs_key: bool
-    unit: Callable[[Parameters], Unit]
-    weights: Literal["mean", "sum", "probabilities"]
-    reference: str
+Static = tuple[tuple[str, Any], ...]
 
 
 def _always(_: Parameters) -> bool:
@@ -59,8 +39,35 @@ def _element(_: Parameters) -> Unit:
     return "element"
 
 
-def _tensor(_: Parameters) -> Unit:
-    return "tensor"
+@dataclass(frozen=True)
+class Method:
+    """One entry of the table.
+
+    Attributes:
+        known: `(tensor, **parameters) -> dict`, on the host: what of the whole tensor its parts must know (see `parts`).
+        part: `(part, **known) -> [*s]`, pure, on the device.
+        reference: where the equation stands.
+        needs_base: whether parameters ask for the base.
+        draws: names the stream of its random numbers, "" for none.
+        unit: what a part may be: any run of elements, a run of whole rows, or the tensor only.
+        weights: "mean" are divided by their sum, "sum" are used as they are, "probabilities" are drawn from.
+        exact: the result is bits of the inputs and no arithmetic on them.
+        members: how many members it takes at least and at most.
+    """
+
+    known: Callable[..., dict[str, Any]]
+    part: Callable[..., jax.Array]
+    reference: str
+    needs_base: Callable[[Parameters], bool] = _always
+    draws: str = ""
+    unit: Callable[[Parameters], Unit] = _element
+    weights: Literal["mean", "sum", "probabilities"] = "sum"
+    exact: bool = False
+    members: tuple[int, float] = (1, math.inf)
+
+
+def _row(_: Parameters) -> Unit:
+    return "row"
 
 
 def _select_unit(parameters: Parameters) -> Unit:
@@ -72,18 +79,71 @@ def _resamples(parameters: Parameters) -> bool:
     return bool(parameters["resample"] != 0)
 
 
-def _dare_unit(parameters: Parameters) -> Unit:
-    return "tensor" if parameters["rescale"] == "norm" else "element"
+def _of_taus(parameters: Parameters) -> bool:
+    return bool(parameters["of"] == "taus")
+
+
+def _vector_unit(parameters: Parameters) -> Unit:
+    """A direction of the whole tensor is found in advance; rows are found in a part, and columns need all rows."""
+    unit: dict[str, Unit] = {"tensor": "element", "row": "row", "column": "tensor"}
+    return unit[parameters["granularity"]]
 
 
 METHODS: dict[str, Method] = {
-    "average": Method(average.average, _never, False, _element, "mean", "arXiv 2203.05482, uniform soup"),
-    "task_arithmetic": Method(average.task_arithmetic, _always, False, _element, "sum", "arXiv 2212.04089, section 2"),
-    "selection": Method(select.select, _resamples, True, _select_unit, "probabilities", "arXiv 2410.03743"),
-    "ties": Method(sparsify.ties, _always, False, _tensor, "sum", "arXiv 2306.01708, algorithm 1"),
-    "dare_linear": Method(sparsify.dare_linear, _always, True, _dare_unit, "sum", "arXiv 2311.03099, equations 1 to 3"),
-    "dare_ties": Method(sparsify.dare_ties, _always, True, _dare_unit, "sum", "arXiv 2311.03099 with 2306.01708"),
-}
+    "average": Method(
+        average.average, average.average_part, "arXiv 2203.05482, uniform soup", needs_base=_never, weights="mean"
+    ),
+    "task_arithmetic": Method(average.task_arithmetic, average.task_arithmetic_part, "arXiv 2212.04089, section 2"),
+    "norm_matched": Method(average.norm_matched, average.task_arithmetic_part, "the average at the members' length", weights="mean"),
+    "lambda_matched": Method(
+        average.lambda_matched,
+        average.task_arithmetic_part,
+        "the average at the length of a selection",
+        draws="select",
+        weights="probabilities",
+    ),
+    "slerp": Method(spherical.slerp, average.linear_part, "Shoemake, SIGGRAPH 1985", needs_base=_never, members=(2, 2)),
+    "nuslerp": Method(
+        spherical.nuslerp, spherical.nuslerp_part, "mergekit", needs_base=_of_taus, unit=_vector_unit, members=(2, 2)
+    ),
+    "multislerp": Method(spherical.multislerp, average.linear_part, "mergekit", needs_base=_of_taus, weights="mean"),
+    "karcher": Method(
+        spherical.karcher, average.linear_part, "Karcher, CPAM 30 (1977)", needs_base=_of_taus, weights="mean"
+    ),
+    "model_stock": Method(
+        spherical.model_stock,
+        spherical.model_stock_part,
+        "arXiv 2403.19522",
+        unit=_vector_unit,
+        members=(2, math.inf),
+    ),
+    "selection": Method(
+        select.selection,
+        select.selection_part,
+        "arXiv 2410.03743",
+        needs_base=_resamples,
+        draws="select",
+        unit=_select_unit,
+        weights="probabilities",
+        exact=True,
+    ),
+    "ties": Method(sparsify.ties, sparsify.generalized_part, "arXiv 2306.01708, algorithm 1"),
+    "dare_linear": Method(sparsify.dare_linear, sparsify.generalized_part, "arXiv 2311.03099, equations 1 to 3", draws="drop"),
+    "dare_ties": Method(sparsify.dare_ties, sparsify.generalized_part, "arXiv 2311.03099 with 2306.01708", draws="drop"),
+    "breadcrumbs": Method(sparsify.breadcrumbs, sparsify.generalized_part, "arXiv 2312.06795"),
+    "breadcrumbs_ties": Method(sparsify.breadcrumbs_ties, sparsify.generalized_part, "arXiv 2312.06795 with 2306.01708"),
+    "della": Method(sparsify.della, sparsify.generalized_part, "arXiv 2406.11617", draws="drop", unit=_row),
+    "della_linear": Method(
+        sparsify.della_linear, sparsify.generalized_part, "arXiv 2406.11617 without election", draws="drop", unit=_row
+    ),
+    "sce": Method(masks.sce, masks.sce_part, "arXiv 2408.07990"),
+    "ram": Method(masks.ram, masks.ram_part, "arXiv 2601.13572"),
+    "ramplus_tl": Method(masks.ramplus_tl, masks.ram_part, "arXiv 2601.13572"),
+    "consensus": Method(masks.consensus, masks.consensus_part, "arXiv 2405.07813"),
+    "nearswap": Method(masks.nearswap, masks.nearswap_part, "mergekit", members=(1, 1)),
+    "passthrough": Method(masks.passthrough, masks.passthrough_part, "mergekit", needs_base=_never, members=(1, 1)),
+    "arcee_fusion": Method(masks.arcee_fusion, masks.arcee_fusion_part, "mergekit", unit=_row, members=(1, 1)),
+}  # fmt: skip
 
 
 def check(name: str, parameters: Parameters | None = None) -> dict[str, Any]:
@@ -94,7 +154,7 @@ def check(name: str, parameters: Parameters | None = None) -> dict[str, Any]:
 
     Example:
         >>> check("ties", {"density": 0.5})
-        {'density': 0.5, 'scale': 1.0, 'normalize': True}
+        {'density': 0.5, 'scale': 1.0, 'normalize': True, 'rescale': 'none'}
         >>> check("ties", {"densty": 0.5})
         Traceback (most recent call last):
         ...
@@ -119,16 +179,25 @@ def check(name: str, parameters: Parameters | None = None) -> dict[str, Any]:
     return checked
 
 
-@functools.cache
-def _schema(name: str) -> type[pydantic.BaseModel]:
+def find(name: str) -> Method:
+    """Return the entry of a method.
+
+    Raises:
+        UserError: there is none of that name; the nearest is named.
+    """
     if name not in METHODS:
         raise UserError(f"unknown merge method '{name}'{did_you_mean(name, METHODS)}")
-    function = METHODS[name].function
+    return METHODS[name]
+
+
+@functools.cache
+def _schema(name: str) -> type[pydantic.BaseModel]:
+    function = find(name).known
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {
-        key: (hints[key], parameter.default)
+        key: (hints[key], ... if parameter.default is inspect.Parameter.empty else parameter.default)
         for key, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key not in _NOT_PARAMETERS
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     return pydantic.create_model(name, __config__=pydantic.ConfigDict(extra="forbid", strict=True), **fields)
 
@@ -137,32 +206,42 @@ def _expected(error: pydantic.ValidationError) -> str:
     problems = error.errors()
     first = problems[0]
     same = [item for item in problems if item["loc"][0] == first["loc"][0]]
+    if first["type"] == "missing":
+        return f"the parameter {first['loc'][0]} must be given"
     return f"{first['loc'][0]} = {first['input']!r}: {' or '.join(item['msg'][0].lower() + item['msg'][1:] for item in same)}"
 
 
-def check_weights(name: str, weights: Sequence[float] | None, members: int) -> np.ndarray | None:
-    """Return the weights as a kernel takes them: float32[M], quantized uint32[M] for selection, or None for the default.
+def check_weights(
+    name: str, weights: Sequence[float] | None, members: int, parameters: Parameters | None = None
+) -> np.ndarray | None:
+    """Return the weights as float64[M], or None for the default; `parameters` may say that they are not divided by their sum.
 
     Raises:
-        UserError: not one weight a member, a weight is not finite, or (mean, probabilities) the sum is not positive.
+        UserError: too few or too many members, not one weight a member, a weight is not finite, the sum is not positive (mean), or
+            they are no probabilities (probabilities).
 
     Example:
-        >>> check_weights("selection", (1, 3), 2).tolist(), check_weights("average", (1, 3), 2).tolist()
-        ([16384, 49152], [1.0, 3.0])
+        >>> check_weights("average", (1, 3), 2).tolist()
+        [1.0, 3.0]
     """
-    kind = METHODS[name].weights
+    method = find(name)
+    low, high = method.members
+    if not low <= members <= high:
+        wanted = f"{low}" if low == high else f"at least {low}" if high == math.inf else f"{low} to {int(high)}"
+        raise UserError(f"merge method {name} takes {wanted} models, {members} were given")
     if weights is None:
-        return select.quantize(np.ones(members)) if kind == "probabilities" else None
+        return None
     given = [float(w) for w in weights]
     if len(given) != members:
         raise UserError(f"merge method {name}: {len(given)} weights for {members} members; give one a member")
     if not all(math.isfinite(w) for w in given):
         raise UserError(f"merge method {name}: weights {given} must be finite numbers")
-    if kind == "probabilities":
-        return select.quantize(given)
-    if kind == "mean" and sum(given) <= 0:
+    if method.weights == "probabilities":
+        select.quantize(given)
+    divided = method.weights == "mean" and (parameters or {}).get("normalize", True)
+    if divided and sum(given) <= 0:
         raise UserError(f"merge method {name}: weights {given} must have a positive sum")
-    return np.asarray(given, np.float32)
+    return np.asarray(given, np.float64)
 
 
 def key_words(name: str, parameters: Parameters, seed: int, hf_name: str, layer: int | None) -> np.ndarray:
@@ -177,72 +256,104 @@ def key_words(name: str, parameters: Parameters, seed: int, hf_name: str, layer:
         >>> (first == second).all()
         np.True_
     """
-    if not METHODS[name].needs_key:
+    draws = METHODS[name].draws
+    if not draws:
         return np.zeros(2, np.uint32)
     if parameters.get("granularity") == "layer" and layer is not None:
-        return rng.stream_words(seed, "select", "layer", layer)
-    return rng.stream_words(seed, "select" if name == "selection" else "drop", hf_name)
+        return rng.stream_words(seed, draws, "layer", layer)
+    return rng.stream_words(seed, draws, hf_name)
 
 
 def apply(
-    members: jax.Array | Sequence[jax.Array],
-    base: jax.Array | None,
-    weights: jax.Array | None,
-    words: jax.Array,
-    offset: jax.Array | None = None,
+    part: Part,
+    known: Mapping[str, Any],
+    rounding: jax.Array | None = None,
     *,
     method: str,
-    parameters: tuple[tuple[str, Any], ...],
+    static: Static,
     dtype: DTypeLike,
+    out: DTypeLike | None = None,
 ) -> jax.Array:
-    """Merge one Hugging Face tensor, or a slab of it: cast to `dtype`, call the kernel, round once to `dtype`.
+    """Merge a part: round the models to `dtype`, compute, round once to `out`.
 
     Pure; `run` is the same under jit. Everything that merges (files, population) goes through here.
 
     Args:
-        members: [M, *S], or M arrays [*S].
-        base: [*S] if the method needs it.
-        weights: as `check_weights` returns them.
-        words: uint32[2], see `key_words`.
-        offset: uint32[2], number of the slab's first unit (element or row).
-        method, parameters, dtype: static; `parameters` are the items of what `check` returns.
+        part: of one Hugging Face tensor.
+        known: the arrays that the method's `known` returned, see `parts.split`.
+        rounding: uint32[2], the key of stochastic rounding to bfloat16; None rounds to nearest even.
+        method, static, dtype, out: select the program; `static` is the rest of what `known` returned, `out` is `dtype` by default.
+
+    Returns:
+        [*s] in `out`.
+    """
+    merged = METHODS[method].part(stored(part, dtype), **known, **dict(static))
+    if rounding is not None and merged.dtype == jnp.float32 and (out or dtype) == jnp.bfloat16:
+        return round_stochastically(merged, random_words(rounding, part.indices()))
+    return as_stored(merged, out or dtype)
+
+
+run = functools.partial(jax.jit, static_argnames=("method", "static", "dtype", "out"))(apply)
+
+
+def round_stochastically(x: jax.Array, random: jax.Array) -> jax.Array:
+    """Round float32 to one of the two nearest bfloat16, up with the probability of what is cut off; the expectation is x.
+
+    Args:
+        x: float32[*s]. NaN and infinities stay what they are.
+        random: uint32[*s].
+
+    Example:
+        >>> x = jnp.full(10000, 1 + 2.0**-9)
+        >>> up = round_stochastically(x, jax.random.bits(jax.random.key(0), x.shape)) > 1
+        >>> 0.22 < float(up.mean()) < 0.28
+        True
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # a carry out of the mantissa goes into the exponent, which is what rounding up means there
+    cut = (bits + (random >> 16)) >> 16
+    rounded = jax.lax.bitcast_convert_type(cut.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def merge_tensor(
+    name: str,
+    members: Sequence[jax.Array],
+    *,
+    base: jax.Array | None = None,
+    weights: Sequence[float] | None = None,
+    words: np.ndarray | None = None,
+    dtype: DTypeLike = jnp.float32,
+    **parameters: Any,
+) -> jax.Array:
+    """Merge one Hugging Face tensor that lies in memory.
+
+    Args:
+        name: of the method.
+        members: M arrays [*S], or one [M, *S].
+        base: [*S].
+        weights: one a member.
+        words: uint32[2], the key (see `key_words`).
+        dtype: models are rounded to it first, the result is stored in it.
+        parameters: of the method.
 
     Returns:
         [*S] in `dtype`.
 
     Example:
-        >>> apply([jnp.ones(2), jnp.zeros(2)], None, None, jnp.zeros(2), method="average", parameters=(), dtype="bfloat16").tolist()
-        [0.5, 0.5]
+        >>> merge_tensor("average", [jnp.array([1.0, 2.0]), jnp.array([3.0, 6.0])], weights=(3, 1)).tolist()
+        [1.5, 3.0]
+        >>> merge_tensor("ties", jnp.array([[1.0, 3.0], [2.0, -1.0]]), base=jnp.zeros(2), density=1.0).tolist()
+        [1.5, 3.0]
     """
-    entry, arguments = METHODS[method], dict(parameters)
-    stacked = members if isinstance(members, jax.Array) else _stack(members, entry.weights == "probabilities")
-    stacked = as_stored(stacked, dtype)
-    if entry.needs_key:
-        arguments["key"] = jax.random.wrap_key_data(words, impl="threefry2x32")
-        arguments["offset"] = offset
-    if base is not None and entry.needs_base(arguments):
-        arguments["base"] = as_stored(base, dtype)
-    return entry.function(stacked, weights=weights, **arguments).astype(dtype)
+    checked = check(name, parameters)
+    models = [as_stored(jnp.asarray(one), dtype) for one in members]
+    base = as_stored(jnp.asarray(base), dtype) if base is not None and METHODS[name].needs_base(checked) else None
+    tensor = Whole(models, base, weights=check_weights(name, weights, len(models), checked), words=words)
+    known, static = split(learn(tensor, name, checked))
+    return run(tensor.part, known, method=name, static=static, dtype=jnp.dtype(dtype))
 
 
-run = functools.partial(jax.jit, static_argnames=("method", "parameters", "dtype"))(apply)
-
-
-def _stack(members: Sequence[jax.Array], exact: bool) -> jax.Array:
-    if not exact:
-        return jnp.stack(members)
-    # as integers: even stacking bfloat16 may quiet a NaN on CPU, and XLA cancels the bitcasts against those of the selection
-    return jax.lax.bitcast_convert_type(jnp.stack([select.to_bits(one) for one in members]), members[0].dtype)
-
-
-def as_stored(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Round to the dtype that would be exported, for certain.
-
-    Example:
-        >>> as_stored(jnp.array([1.001]), "bfloat16").tolist()
-        [1.0]
-    """
-    if x.dtype == jnp.dtype(dtype):
-        return x
-    # without the barrier XLA may keep excess precision: it drops a cast to bfloat16 that is followed by one back to float32
-    return jax.lax.optimization_barrier(x.astype(dtype))
+def learn(tensor: Tensor, name: str, checked: Parameters) -> dict[str, Any]:
+    """Return what the method's parts must know of the whole tensor; `checked` is what `check` returned."""
+    return METHODS[name].known(tensor, **checked)

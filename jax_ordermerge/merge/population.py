@@ -1,9 +1,10 @@
 """Merging a population in device memory: the kernels over stacked, sharded parameter dicts. Pure."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import geometry, methods
+from jax_ordermerge.merge import geometry, methods, parts, select
 
 
 def merge(
@@ -32,7 +33,7 @@ def merge(
     """Merge the members of a population, Hugging Face tensor by Hugging Face tensor.
 
     Members and base are rounded to `dtype` first, as if they had been exported; the arithmetic is float32 with one rounding at the
-    end. So the result is that of merging the exported files (`engine.merge`): selection has the same bits, on any mesh.
+    end, in the same order everywhere. So the result has the bits of merging the exported files (`engine.merge`), on any mesh.
 
     Args:
         members: parameter dict with a leading axis `M`, on any mesh.
@@ -61,47 +62,167 @@ def merge(
     if methods.METHODS[method].needs_base(checked) and base is None:
         raise UserError(f"merge method {method} with {checked} needs the base; give it")
     flat, flat_base = tree.flatten(members), tree.flatten(base or {})
-    prepared = methods.check_weights(method, weights, tree.size(members))
-    run = functools.partial(_merge_leaf, method=method, parameters=tuple(checked.items()), dtype=jnp.dtype(dtype))
+    given = methods.check_weights(method, weights, tree.size(members), checked)
     merged = {}
     for spec in arch.tensor_table(config):
-        names = spec.hf_names()
+        leaf, names = flat[spec.path], spec.hf_names()
         layers = range(len(names)) if spec.stacked else (None,)
-        words = np.stack([methods.key_words(method, checked, seed, name, layer) for name, layer in zip(names, layers, strict=True)])
-        leaf = flat[spec.path]
-        merged[spec.path] = run(leaf, flat_base.get(spec.path), prepared, words, stacked=spec.stacked, out=_sharding_of_one(leaf))
+        words = [methods.key_words(method, checked, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
+        inner = _without_members(leaf)
+        together = _Leaf(leaf, flat_base.get(spec.path), spec.stacked, None if inner is None else inner[0])
+        learned = [
+            parts.split(methods.learn(_Tensor(together, i, words[i], given, jnp.dtype(dtype)), method, checked))
+            for i in range(len(names))
+        ]
+        known = {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]}
+        merged[spec.path] = _merge_leaf(
+            together.members,
+            together.base,
+            np.stack(words),
+            known,
+            method=method,
+            static=learned[0][1],
+            dtype=jnp.dtype(dtype),
+            stacked=spec.stacked,
+            spread=together.spread,
+            out=None if inner is None else inner[1],
+        )
     return tree.unflatten(merged)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "parameters", "dtype", "stacked", "out"))
+class _Leaf(NamedTuple):
+    """One entry of the tensor table: [M, (L), *S] and [(L), *S]. `spread` shards a member so that no axis holds members."""
+
+    members: jax.Array
+    base: jax.Array | None
+    stacked: bool
+    spread: NamedSharding | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One Hugging Face tensor of a leaf, as a `parts.Tensor`."""
+
+    leaf: _Leaf
+    layer: int
+    words: np.ndarray
+    weights: np.ndarray | None
+    dtype: np.dtype[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.leaf.members.shape[1 + self.leaf.stacked :])
+
+    @property
+    def count(self) -> int:
+        return int(self.leaf.members.shape[0])
+
+    def total(self, function: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+        """See `parts.Tensor.total`: the leaf in one piece, wherever it lies."""
+        sums = parts.Sums()
+        sums.add(
+            _measure_leaf(
+                self.leaf.members,
+                self.leaf.base,
+                self.words,
+                self.layer,
+                *arrays,
+                function=function,
+                static=tuple(static.items()),
+                dtype=self.dtype,
+                stacked=self.leaf.stacked,
+                spread=self.leaf.spread,
+            )
+        )
+        return sums.result()
+
+
+@functools.partial(jax.jit, static_argnames=("function", "static", "dtype", "stacked", "spread"))
+def _measure_leaf(
+    members: jax.Array,
+    base: jax.Array | None,
+    words: jax.Array,
+    layer: int,
+    *arrays: Any,
+    function: Callable[..., Any],
+    static: methods.Static,
+    dtype: DTypeLike,
+    stacked: bool,
+    spread: NamedSharding | None,
+) -> Any:
+    own, own_base = _apart(members, base, dtype, spread)
+    if stacked:
+        own = tuple(jax.lax.dynamic_index_in_dim(one, layer, keepdims=False) for one in own)
+        own_base = None if own_base is None else jax.lax.dynamic_index_in_dim(own_base, layer, keepdims=False)
+    found = function(parts.Part(own, own_base, words), *arrays, **dict(static))
+    # every process reads the sums, so they must lie on all devices
+    return found if spread is None else jax.lax.with_sharding_constraint(found, NamedSharding(spread.mesh, P()))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "static", "dtype", "stacked", "spread", "out"))
 def _merge_leaf(
     members: jax.Array,
     base: jax.Array | None,
-    weights: jax.Array | None,
     words: jax.Array,
+    known: dict[str, jax.Array],
     *,
     method: str,
-    parameters: tuple[tuple[str, Any], ...],
+    static: methods.Static,
     dtype: DTypeLike,
     stacked: bool,
+    spread: NamedSharding | None,
     out: NamedSharding | None,
 ) -> jax.Array:
-    members, base = methods.as_stored(members, dtype), None if base is None else methods.as_stored(base, dtype)
+    own, own_base = _apart(members, base, dtype, spread)
 
-    def one(members: jax.Array, base: jax.Array | None, words: jax.Array) -> jax.Array:
-        return methods.apply(members, base, weights, words, method=method, parameters=parameters, dtype=dtype)
+    def one(members: tuple[jax.Array, ...], base: jax.Array | None, words: jax.Array, known: dict[str, jax.Array]) -> jax.Array:
+        return methods.apply(parts.Part(members, base, words), known, method=method, static=static, dtype=dtype)
 
     if stacked:
-        merged = jax.vmap(one, in_axes=(1, 0, 0))(members, base, words)
+        merged = jax.vmap(one)(own, own_base, words, known)
     else:
-        merged = one(members, base, words[0])
+        merged = one(own, own_base, words[0], {name: x[0] for name, x in known.items()})
     return merged if out is None else jax.lax.with_sharding_constraint(merged, out)
 
 
-def _sharding_of_one(leaf: jax.Array) -> NamedSharding | None:
-    """Return the sharding of one member of a population's leaf; under an outer jit leave it to the compiler."""
+def _apart(
+    members: jax.Array, base: jax.Array | None, dtype: DTypeLike, spread: NamedSharding | None
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """Return the members as M arrays, and the base, rounded to `dtype` and with the order axis of the mesh over their elements.
+
+    Over the mesh this is one all-to-all, and the result comes back by one all-gather: together the traffic of one all-reduce. But
+    each device has all members of its elements, so the additions keep the order that they have everywhere else.
+    """
+    stored = parts.as_stored(members, dtype)
+    if spread is not None:
+        bits = select.to_bits(stored) if stored.dtype.itemsize < 4 else stored  # collectives of bfloat16 may quiet a NaN on CPU
+        bits = jax.lax.with_sharding_constraint(bits, NamedSharding(spread.mesh, P(None, *spread.spec)))
+        stored = jax.lax.bitcast_convert_type(bits, stored.dtype)
+    own = select.unstack(stored)
+    if base is None:
+        return own, None
+    own_base = parts.as_stored(base, dtype)
+    return own, own_base if spread is None else jax.lax.with_sharding_constraint(own_base, spread)
+
+
+def _without_members(leaf: jax.Array) -> tuple[NamedSharding, NamedSharding] | None:
+    """Return two shardings of one member of a leaf: with the order axis over its elements, and without it.
+
+    Under an outer jit both are left to the compiler.
+    """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    return NamedSharding(sharding.mesh, P(*sharding.spec[1:])) if isinstance(sharding, NamedSharding) else None
+    if not isinstance(sharding, NamedSharding):
+        return None
+    mesh, entries = sharding.mesh, list(sharding.spec) + [None] * (leaf.ndim - len(sharding.spec))
+    held, inner = entries[0], entries[1:]
+    out = NamedSharding(mesh, P(*inner))
+    if held is None or mesh.shape[held] == 1:
+        return out, out
+    for axis in reversed(range(len(inner))):
+        names = () if inner[axis] is None else inner[axis] if isinstance(inner[axis], tuple) else (inner[axis],)
+        if leaf.shape[1 + axis] % (math.prod(mesh.shape[name] for name in names) * mesh.shape[held]) == 0:
+            return NamedSharding(mesh, P(*inner[:axis], (*names, held), *inner[axis + 1 :])), out
+    return out, out
 
 
 def diagnostics(
@@ -130,4 +251,4 @@ def diagnostics(
 
 @jax.jit
 def _moments(members: jax.Array, base: jax.Array, merged: jax.Array) -> geometry.Moments:
-    return geometry.moments(methods.as_stored(members, merged.dtype), methods.as_stored(base, merged.dtype), merged)
+    return geometry.moments(parts.as_stored(members, merged.dtype), parts.as_stored(base, merged.dtype), merged)

@@ -1,7 +1,7 @@
 """Parameter selection: every element is taken from one member. No arithmetic on values, bits in and bits out."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,12 @@ from pydantic import Field
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.counter import Index, element_index, key_words, random_words
+from jax_ordermerge.merge.parts import Part, Tensor
 
 Granularity = Literal["element", "row", "column", "tensor", "layer"]
 Rounds = Annotated[int, Field(ge=0)] | Literal["exhaustive"]
 ONE = 1 << 16  # probabilities are multiples of 2^-16
+CHILDREN = 1 << 30  # the first round of the draws for children; those of resampling start at 0
 UNROLLED = 8  # up to so many rounds are one fused pass; beyond, a loop keeps compilation short
 
 
@@ -25,6 +27,16 @@ def to_bits(x: jax.Array) -> jax.Array:
         [16256, 32768]
     """
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def unstack(x: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the M arrays of a stack, bit by bit: even slicing a bfloat16 array may quiet a NaN on CPU.
+
+    Example:
+        >>> [one.tolist() for one in unstack(jnp.array([[1.0], [2.0]]))]
+        [[1.0], [2.0]]
+    """
+    return tuple(jax.lax.bitcast_convert_type(one, x.dtype) for one in to_bits(x))
 
 
 def quantize(weights: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -97,26 +109,113 @@ def select(
     Source: Ju et al., "Selective Parameter Merging" (EMNLP 2024, arXiv 2410.03743): element-wise selection and resampling. Rounds,
     the exhaustive limit, `resample_from` and the other granularities are ours.
     """
-    if resample != 0 and base is None:
+    # as integers before anything else: even slicing a bfloat16 array may quiet a NaN on CPU
+    bits = tuple(to_bits(members))
+    kept = None if base is None else to_bits(base.astype(members.dtype))
+    part = Part(bits, kept, key_words(key), offset, None if offset is None else offset[0])
+    p = _thresholds(weights, len(bits))
+    out = selection_part(part, weights=p, resample=resample, resample_from=resample_from, granularity=granularity)
+    return jax.lax.bitcast_convert_type(out, members.dtype)
+
+
+def selection(
+    tensor: Tensor,
+    *,
+    resample: Rounds = 0,
+    resample_from: Literal["all", "others"] = "all",
+    granularity: Granularity = "element",
+    child: Annotated[int, Field(ge=0)] | None = None,
+) -> dict[str, Any]:
+    """Parameter selection; see `select`.
+
+    Args:
+        tensor: its weights are the probabilities p. 1/M by default.
+        resample, resample_from, granularity: as for `select`.
+        child: number c = 0 .. M-1 of one of M merges that share the members out: unit j comes from member pi_j(c), with one random
+            permutation pi_j of the members a unit. So every member's value is in exactly one child, each child alone is a selection
+            with equal probabilities, and the mean of the M children is exactly the average. None draws without regard to others.
+
+    Raises:
+        UserError: there is no such child, or resampling or unequal weights are asked for with it: then no permutation fits.
+    """
+    p = quantize(np.ones(tensor.count) if tensor.weights is None else tensor.weights)
+    if child is not None and child >= tensor.count:
+        raise UserError(
+            f"merge method selection: child = {child}, but {tensor.count} members have the children 0 to {tensor.count - 1}"
+        )
+    if child is not None and (resample != 0 or np.ptp(p) > 1):
+        raise UserError(
+            "merge method selection: the children are permutations of the members, so child goes with resample: 0 and equal weights"
+        )
+    return {"weights": p, "resample": resample, "resample_from": resample_from, "granularity": granularity, "child": child}
+
+
+def selection_part(
+    p: Part,
+    *,
+    weights: jax.Array,
+    resample: int | str,
+    resample_from: Literal["all", "others"],
+    granularity: Granularity,
+    child: int | None = None,
+) -> jax.Array:
+    """Select within a part; `weights` are quantized."""
+    if resample != 0 and p.base is None:
         raise ValueError("selection with resample needs the base")
-    shape = members.shape[1:]
-    # bits before anything else: even slicing a bfloat16 array may quiet a NaN on CPU
-    bits = [one.reshape(shape or (1,)) for one in to_bits(members)]
-    p = _thresholds(weights, members.shape[0])
-    words, unit = key_words(key), _unit_index(bits[0].shape, granularity, offset)
-    if resample == 0 or base is None:
-        choice, kept = _draw(random_words(words, unit), list(p)), bits[0]
+    dtype, shape = p.members[0].dtype, p.members[0].shape
+    bits = [to_bits(member).reshape(shape or (1,)) for member in p.members]
+    unit, thresholds = _unit_index(bits[0].shape, granularity, p), list(weights)
+    if child is not None:
+        choice, kept = permuted(p.words, unit, len(bits), child), bits[0]
+    elif resample == 0 or p.base is None:
+        choice, kept = _draw(random_words(p.words, unit), thresholds), bits[0]
     else:
-        kept = to_bits(base.astype(members.dtype)).reshape(bits[0].shape)
+        kept = to_bits(p.base).reshape(bits[0].shape)
         changed = [_any_in_unit(member != kept, unit.lo.shape) for member in bits]
-        if resample == "exhaustive":
-            choice = _draw(random_words(words, unit), [jnp.where(c, q, 0) for c, q in zip(changed, p, strict=True)])
+        if isinstance(resample, str):
+            choice = _draw(random_words(p.words, unit), [jnp.where(c, q, 0) for c, q in zip(changed, thresholds, strict=True)])
         else:
-            choice = _draw_rounds(words, unit, p, changed, resample, resample_from)
+            choice = _draw_rounds(p.words, unit, weights, changed, resample, resample_from)
     out = kept
     for i in range(len(bits)):
         out = jnp.where(choice == i, bits[i], out)
-    return jax.lax.bitcast_convert_type(out, members.dtype).reshape(shape)
+    return jax.lax.bitcast_convert_type(out, dtype).reshape(shape)
+
+
+def permuted(words: jax.Array, unit: Index, count: int, child: int) -> jax.Array:
+    """Return pi_j(child), int32 of the shape of `unit`: a permutation of 0 .. count-1 for every unit j, all count! equally likely.
+
+    pi_j is named by digits d_0, d_1, ..., d_c uniform on 0 .. count-1-c: pi_j(c) is number d_c of those not among pi_j(0 .. c-1). The
+    digits are those of a hash as a fraction in mixed radix; a hash gives digits while the product of their ranges is at most 2^16, so
+    that each hash makes no permutation more likely than another by more than 2^-16 of it (docs/random_choice.md).
+
+    Args:
+        words: uint32[2], the key.
+        unit: number of each unit.
+        count: number of members M.
+        child: position in the permutation.
+
+    Example:
+        >>> unit = element_index((4,))
+        >>> [permuted(jnp.array([1, 2], jnp.uint32), unit, 3, child).tolist() for child in range(3)]
+        [[2, 0, 0, 1], [0, 2, 1, 0], [1, 1, 2, 2]]
+    """
+    digits: list[jax.Array] = []
+    number, product = 0, ONE + 1
+    for c in range(child + 1):
+        choices = count - c
+        product *= choices
+        if product > ONE:
+            fraction, number, product = random_words(words, unit, CHILDREN + number), number + 1, choices
+        # the integer part and the fraction of choices * fraction / 2^32
+        low = (fraction & 0xFFFF) * choices
+        high = (fraction >> 16) * choices + (low >> 16)
+        digits.append(high >> 16)
+        fraction = (high << 16) | (low & 0xFFFF)
+    member = digits.pop()
+    for digit in reversed(digits):
+        member = member + (member >= digit).astype(jnp.uint32)
+    return member.astype(jnp.int32)
 
 
 def _thresholds(weights: jax.Array | None, count: int) -> jax.Array:
@@ -128,13 +227,16 @@ def _thresholds(weights: jax.Array | None, count: int) -> jax.Array:
     return jnp.asarray(quantize(np.asarray(weights)))
 
 
-def _unit_index(shape: tuple[int, ...], granularity: Granularity, offset: jax.Array | None) -> Index:
+def _unit_index(shape: tuple[int, ...], granularity: Granularity, p: Part) -> Index:
     """Return the number of each unit, in a shape that broadcasts to `shape`."""
-    if offset is not None and granularity not in ("element", "row"):
-        raise ValueError(f"granularity {granularity} cannot be computed on slabs")
     ones = (1,) * len(shape)
-    units = {"element": shape, "row": (shape[0], *ones[1:]), "column": (*ones[1:], shape[-1])}
-    return element_index(units.get(granularity, ones), offset)
+    if granularity == "element":
+        return element_index(shape, p.offset)
+    if granularity == "row":
+        return element_index((shape[0], *ones[1:]), None if p.row is None else jnp.stack([p.row, jnp.zeros_like(p.row)]))
+    if p.offset is not None:
+        raise ValueError(f"granularity {granularity} cannot be computed on slabs")
+    return element_index((*ones[1:], shape[-1]) if granularity == "column" else ones)
 
 
 def _any_in_unit(differs: jax.Array, unit: tuple[int, ...]) -> jax.Array:

@@ -1,131 +1,219 @@
-"""Thinned task vectors: trim by magnitude, drop at random, rescale, elect a sign. TIES and DARE are composed of these."""
+"""Generalized task arithmetic: thin the task vectors, rescale, elect a sign, add. TIES, DARE, Breadcrumbs and DELLA are composed of these.
+
+theta = theta_0 + lambda sum_i keep_i w_i s_i m_i tau_i / (divisor), with masks m_i of the thinning, factors s_i of the rescaling and,
+with consensus, keep_i where w_i s_i m_i tau_i has the elected sign.
+"""
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field
 
-from jax_ordermerge.merge.average import Scale, combine, member_weights, task_vectors
-from jax_ordermerge.merge.counter import element_index, key_words, random_words
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.average import Scale, combine, equal_weights
+from jax_ordermerge.merge.counter import random_words
+from jax_ordermerge.merge.parts import Part, Tensor, block_sums
+from jax_ordermerge.merge.ranks import is_largest, largest, magnitudes, row_ranks, tie_ranks
 
 Density = Annotated[float, Field(gt=0, le=1)]
+Densities = Density | list[Density]  # one for all members, or one each
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Fractions = Fraction | list[Fraction]
+Count = Annotated[int, Field(ge=0)]
 Rescaling = Literal["density", "norm", "none"]
+SampleRescaling = Literal["probability", "norm", "none"]
+Known = dict[str, Any]
+Masks = Callable[..., list[jax.Array]]
 
 
-def trim(delta: jax.Array, density: float) -> jax.Array:
-    """Keep the max(1, floor(density n)) elements of largest magnitude, exactly, and zero the others.
+# ------------------------------------------------------------------------------------------------------------------------ thinning
 
-    The cut is found on the bits of |delta| (for floats that are not negative, integer order is float order), by counting only: no sort, and no gather when the tensor is sharded. Elements that tie at the cut are ranked by the hash of
-    their row-major index under the key (0, 0), smallest first: the choice is defined, the same everywhere, and favours no part of
-    the tensor. In bf16 such ties are many.
 
-    Args:
-        delta: float32[*S], fewer than 2^32 elements. NaN counts as largest.
-        density: fraction to keep, in (0, 1].
+def each_member(tensor: Tensor, name: str, value: float | list[float]) -> np.ndarray:
+    """Return a parameter as float64[M], one a member.
 
-    Returns:
-        float32[*S].
+    Raises:
+        UserError: a list has not one a member.
+    """
+    if isinstance(value, list) and len(value) != tensor.count:
+        raise UserError(f"{name} = {value}: give one number for all of the {tensor.count} members, or one a member")
+    return np.broadcast_to(np.asarray(value, np.float64), tensor.count)
 
-    Example:
-        >>> trim(jnp.array([0.1, -0.5, 0.3, 0.2]), 0.5).tolist()
-        [0.0, -0.5, 0.30000001192092896, 0.0]
+
+def trim(tensor: Tensor, density: Densities) -> Known:
+    """Keep the max(1, floor(density n)) elements of largest magnitude of each task vector, exactly.
 
     Source: Yadav et al., "TIES-Merging" (arXiv 2306.01708), section 4, step 1.
     """
-    keep = max(1, math.floor(density * delta.size))
-    if keep >= delta.size:
-        return delta
-    magnitude = jax.lax.bitcast_convert_type(jnp.abs(delta), jnp.uint32)
-    cut = _kth_largest(magnitude, jnp.uint32(keep), jnp.bool_(True))
-    above, at = magnitude > cut, magnitude == cut
-    rank = ~random_words(jnp.zeros(2, jnp.uint32), element_index(delta.shape))
-    last = _kth_largest(rank, keep - jnp.sum(above, dtype=jnp.uint32), at)
-    return jnp.where(above | (at & (rank >= last)), delta, 0.0)
+    size = math.prod(tensor.shape)
+    keep = [max(1, math.floor(one * size)) for one in each_member(tensor, "density", density).tolist()]
+    if min(keep) >= size:
+        return {"thinning": "none"}
+    return {"thinning": "trim", **largest(tensor, np.array(keep), magnitudes)}
 
 
-def _kth_largest(x: jax.Array, k: jax.Array, among: jax.Array) -> jax.Array:
-    """Return the k-th largest of the uint32 values where `among`, or another cut c with the same k values above or at it.
-
-    Two bits a pass, from the top. Three counts in one reduction cost no more than one: the pass is memory-bound.
-    """
-    zeros = (jnp.uint32(0),) * 3
-
-    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        _, shift, exact = state
-        return (shift >= 0) & ~exact
-
-    def next_digit(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        cut, shift, _ = state
-        cuts = [cut | (jnp.uint32(digit) << shift.astype(jnp.uint32)) for digit in (1, 2, 3)]
-        reached = tuple(((x >= one) & among).astype(jnp.uint32) for one in cuts)
-        counts = jnp.stack(jax.lax.reduce(reached, zeros, _add_each, tuple(range(x.ndim))))
-        digit = jnp.sum(counts >= k, dtype=jnp.uint32)
-        # an exact count ends the search early: with few ties after some log4(n) passes
-        exact = jnp.any(counts == k)
-        return cut | (digit << shift.astype(jnp.uint32)), shift - 2, exact
-
-    return jax.lax.while_loop(unfinished, next_digit, (jnp.uint32(0), jnp.int32(30), jnp.bool_(False)))[0]
+def trim_masks(p: Part, **known: Any) -> list[jax.Array]:
+    """Return which elements `trim` keeps, M arrays bool[*s]."""
+    rank = tie_ranks(p)
+    return [is_largest(value, rank, known, i) for i, value in enumerate(magnitudes(p))]
 
 
-def _add_each(xs: tuple[jax.Array, ...], ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(x + y for x, y in zip(xs, ys, strict=True))
+def drop(tensor: Tensor, density: Densities) -> Known:
+    """Keep each element with probability `density`, independently.
 
-
-def drop(delta: jax.Array, density: float, key: jax.Array, member: int, offset: jax.Array | None = None) -> jax.Array:
-    """Keep each element with probability `density`, independently, and zero the others.
-
-    Element j is kept where the hash of (key, j, round = member) lies below density 2^32 (docs/random_choice.md).
-
-    Args:
-        delta: float32[*S], the task vector of one member.
-        density: probability to keep, in (0, 1].
-        key: typed key (scalar) of this tensor, the same for all members.
-        member: position of the member.
-        offset: uint32[2], see `counter.element_index`.
-
-    Returns:
-        float32[*S].
-
-    Example:
-        >>> 0.2 < float(drop(jnp.ones(1000), 0.25, jax.random.key(0), 0).mean()) < 0.3
-        True
+    Element j of member i is kept where the hash of (key, j, round = i) lies below density 2^32 (docs/random_choice.md).
 
     Source: Yu et al., "Language Models are Super Mario" (DARE, arXiv 2311.03099), section 3.1.
     """
-    if density == 1:
-        return delta
-    limit = jnp.uint32(min(round(density * 2**32), 2**32 - 1))
-    return jnp.where(random_words(key_words(key), element_index(delta.shape, offset), member) < limit, delta, 0.0)
+    each = each_member(tensor, "density", density)
+    if (each == 1).all():
+        return {"thinning": "none"}
+    return {"thinning": "drop", "last": _last_kept(each).astype(np.uint32)}
 
 
-def rescale(sparse: jax.Array, delta: jax.Array, density: float, rule: Rescaling) -> jax.Array:
-    """Make up for what was dropped: divide by the density (the paper), match the L1 norm (mergekit), or nothing.
+def drop_masks(p: Part, *, last: jax.Array) -> list[jax.Array]:
+    """Return which elements `drop` keeps, M arrays bool[*s]."""
+    index = p.indices()
+    return [random_words(p.words, index, i) <= last[i] for i in range(len(p.members))]
+
+
+def _last_kept(probability: np.ndarray) -> np.ndarray:
+    """Return round(p 2^32) - 1 as int64: a hash up to it is kept. Above 0, p is at least 2^-32."""
+    return np.maximum(np.round(probability * 2.0**32), 1).astype(np.int64) - 1
+
+
+def band(tensor: Tensor, density: Densities, gamma: Fractions, at_least: int) -> Known:
+    """Keep, of each task vector, the floor(density n) elements of largest magnitude below the floor(gamma n) largest.
+
+    Where fewer are left below those, fewer of the largest are dropped; at least `at_least` elements are kept. So a tensor loses
+    everything only if `at_least` is 0 and it has fewer than 1 / density elements.
+
+    Source: Davari and Belilovsky, "Model Breadcrumbs" (arXiv 2312.06795), the masks of section 3.
+    """
+    size = math.prod(tensor.shape)
+    below, above = each_member(tensor, "density", density), each_member(tensor, "gamma", gamma)
+    keep = np.minimum(np.maximum(np.floor(below * size), at_least), size).astype(np.int64)
+    top = np.minimum(np.floor(above * size).astype(np.int64), size - keep)
+    if keep.min() >= size:
+        return {"thinning": "none"}
+    return {"thinning": "band", **largest(tensor, np.concatenate([top, top + keep]), _magnitudes_twice)}
+
+
+def _magnitudes_twice(p: Part) -> list[jax.Array]:
+    return 2 * magnitudes(p)
+
+
+def band_masks(p: Part, **known: Any) -> list[jax.Array]:
+    """Return which elements `band` keeps, M arrays bool[*s]."""
+    rank, count = tie_ranks(p), len(p.members)
+    return [is_largest(value, rank, known, count + i) & ~is_largest(value, rank, known, i) for i, value in enumerate(magnitudes(p))]
+
+
+def sample(tensor: Tensor, density: Densities, epsilon: Fractions, unbiased: bool) -> Known:
+    """Keep each element with a probability that grows with the rank r = 0 .. n-1 of its magnitude in its row of n.
+
+    p = density - epsilon + 2 epsilon r / (n - 1), in steps of 2^-32, and density where n = 1. Element j of member i is kept where the
+    hash of (key, j, round = i) lies below p 2^32. Where the density is 1, all is kept, whatever epsilon.
 
     Args:
-        sparse, delta: float32[*S], one member's task vector after and before dropping.
+        tensor: the tensor.
+        density, epsilon: one each, or one a member.
+        unbiased: divide what is kept by p.
 
-    Example:
-        >>> rescale(jnp.array([0.0, 3.0]), jnp.array([1.0, 3.0]), 0.5, "density").tolist()
-        [0.0, 6.0]
-        >>> rescale(jnp.array([0.0, 3.0]), jnp.array([3.0, 3.0]), 0.5, "norm").tolist()
-        [0.0, 6.0]
+    Raises:
+        UserError: a probability would not lie in (0, 1].
+
+    Source: Deep et al., "DELLA-Merging" (arXiv 2406.11617), MagPrune; the paper's drop rate is 1 - p.
     """
-    if rule == "none" or density == 1:
-        return sparse
+    middle, half = each_member(tensor, "density", density), each_member(tensor, "epsilon", epsilon)
+    half = np.where(middle == 1, 0, half)
+    for one, around in zip(middle.tolist(), half.tolist(), strict=True):
+        if one - around <= 0 or one + around > 1:
+            raise UserError(
+                f"density = {one} and epsilon = {around} give probabilities from {one - around:.4g} to {one + around:.4g};"
+                f" choose epsilon below {min(one, 1 - one):.4g}"
+            )
+    if (middle == 1).all():
+        return {"thinning": "none"}
+    width = math.prod(tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape)
+    half = half if width > 1 else 0 * half
+    low = _last_kept(middle - half)
+    step = (_last_kept(middle + half) - low) // max(width - 1, 1)
+    thinning = "sample_unbiased" if unbiased else "sample"
+    return {"thinning": thinning, "low": low.astype(np.uint32), "step": step.astype(np.uint32)}
+
+
+def _last_sampled(p: Part, low: jax.Array, step: jax.Array) -> list[jax.Array]:
+    return [low[i] + step[i] * row_ranks(value) for i, value in enumerate(magnitudes(p))]
+
+
+def sample_masks(p: Part, *, low: jax.Array, step: jax.Array) -> list[jax.Array]:
+    """Return which elements `sample` keeps, M arrays bool[*s]."""
+    index = p.indices()
+    return [random_words(p.words, index, i) <= last for i, last in enumerate(_last_sampled(p, low, step))]
+
+
+def _sampled_unbiased(p: Part, *, low: jax.Array, step: jax.Array) -> list[jax.Array]:
+    index, out = p.indices(), []
+    for i, (last, tau) in enumerate(zip(_last_sampled(p, low, step), p.taus(), strict=True)):
+        probability = (last.astype(jnp.float32) + 1) * jnp.float32(2.0**-32)
+        out.append(jnp.where(random_words(p.words, index, i) <= last, tau / probability, 0.0))
+    return out
+
+
+MASKS: dict[str, Masks] = {"trim": trim_masks, "drop": drop_masks, "band": band_masks, "sample": sample_masks}
+
+
+def masked(p: Part, thinning: str, known: Known) -> list[jax.Array]:
+    """Return the thinned task vectors m_i tau_i, M arrays float32[*s]."""
+    if thinning == "sample_unbiased":
+        return _sampled_unbiased(p, **known)
+    taus = p.taus()
+    if thinning == "none":
+        return taus
+    return [jnp.where(mask, tau, 0.0) for mask, tau in zip(MASKS[thinning](p, **known), taus, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- rescaling
+
+
+def rescaling(tensor: Tensor, thinned: Known, density: Densities, rule: Rescaling) -> np.ndarray:
+    """Return the factors s_i that make up for what was thinned, float32[M].
+
+    Args:
+        tensor: the tensor.
+        thinned: what the thinning returned.
+        density: of the thinning.
+        rule: divide by the density (the paper), match the L1 norm of the task vector (mergekit), or nothing.
+    """
+    each = each_member(tensor, "density", density)
+    if rule == "none" or thinned["thinning"] == "none":
+        return np.ones(tensor.count, np.float32)
     if rule == "density":
-        return sparse / density
-    before, after = jnp.sum(jnp.abs(delta)), jnp.sum(jnp.abs(sparse))
-    return jnp.where(after > 0, sparse * (before / jnp.where(after > 0, after, 1.0)), sparse)
+        return (1 / each).astype(np.float32)
+    arrays = {name: value for name, value in thinned.items() if name != "thinning"}
+    before, after = tensor.total(_norms, arrays, thinning=thinned["thinning"])
+    matched = (before > 0) & (after > 0) & (each < 1)
+    return np.where(matched, before / np.where(matched, after, 1), 1).astype(np.float32)
+
+
+def _norms(p: Part, known: Known, *, thinning: str) -> jax.Array:
+    """Return the L1 norms before and after, [2, M, blocks]."""
+    return jnp.stack([jnp.stack([block_sums(jnp.abs(x)) for x in xs]) for xs in (p.taus(), masked(p, thinning, known))])
+
+
+# ------------------------------------------------------------------------------------------------------------- election and adding
 
 
 def elect_sign(terms: Sequence[jax.Array]) -> jax.Array:
-    """Return gamma = +1 where sum_i x_i >= 0 and -1 elsewhere, float32[*S]: the sign with the larger total magnitude.
+    """Return gamma = +1 where sum_i x_i >= 0 and -1 elsewhere, float32[*s]: the sign with the larger total magnitude.
 
     Args:
-        terms: M weighted task vectors, float32[*S].
+        terms: M weighted task vectors, float32[*s].
 
     Example:
         >>> elect_sign(jnp.array([[1.0, -3.0, 0.0], [-2.0, 1.0, 0.0]])).tolist()
@@ -140,7 +228,7 @@ def disjoint_sum(deltas: Sequence[jax.Array], weights: jax.Array, normalize: boo
     """Add the weighted task vectors that have the elected sign; `normalize` divides by the weights of those that do.
 
     Args:
-        deltas: M task vectors, float32[*S]. An exact zero never has the elected sign.
+        deltas: M task vectors, float32[*s]. An exact zero never has the elected sign.
         weights: float32[M].
 
     Example:
@@ -159,111 +247,190 @@ def disjoint_sum(deltas: Sequence[jax.Array], weights: jax.Array, normalize: boo
     return total / jnp.where(divisor == 0, 1.0, divisor)
 
 
-def ties(
-    members: jax.Array,
+def generalized_part(
+    p: Part,
     *,
-    base: jax.Array,
-    weights: jax.Array | None = None,
-    key: jax.Array | None = None,
-    density: Density = 0.2,
-    scale: Scale = 1.0,
-    normalize: bool = True,
+    weights: jax.Array,
+    factors: jax.Array,
+    scale: jax.Array,
+    thinning: str,
+    consensus: bool,
+    normalize: bool,
+    **known: Any,
 ) -> jax.Array:
+    """Merge a part by the equation on top of this file."""
+    deltas = [factors[i] * delta for i, delta in enumerate(masked(p, thinning, known))]
+    if consensus:
+        merged = disjoint_sum(deltas, weights, normalize)
+    else:
+        merged = combine(deltas, weights)
+        if normalize:
+            total = combine([jnp.float32(1)] * len(deltas), weights)
+            merged = merged / jnp.where(jnp.abs(total) < 1e-8, 1.0, total)
+    return p.base_float() + scale * merged
+
+
+def generalized(tensor: Tensor, thinned: Known, factors: np.ndarray, *, scale: float, consensus: bool, normalize: bool) -> Known:
+    """Return what `generalized_part` must know."""
+    return {
+        **thinned,
+        "weights": np.float32(equal_weights(tensor)),
+        "factors": factors,
+        "scale": np.float32(scale),
+        "consensus": consensus,
+        "normalize": normalize,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------------- methods
+
+
+def ties(
+    tensor: Tensor, *, density: Densities = 0.2, scale: Scale = 1.0, normalize: bool = True, rescale: Rescaling = "none"
+) -> Known:
     """TIES: theta = theta_0 + lambda sum_{i in A} w_i trim(tau_i) / sum_{i in A} w_i, A the members of the elected sign.
 
-    The trim is by magnitude within each tensor (see `trim` for ties at the cut).
+    The trim is by magnitude within each tensor (see `tie_ranks` for ties at the cut).
 
     Args:
-        members: [M, *S], any floating dtype.
-        base: [*S], theta_0.
-        weights: [M], 1/M by default.
-        key: not used.
+        tensor: its weights are 1/M by default.
         density: fraction of each task vector that is kept.
         scale: lambda.
         normalize: divide by the weights of the members that agree (a weighted mean instead of a sum).
-
-    Returns:
-        float32[*S].
-
-    Example:
-        >>> ties(jnp.array([[1.0, 3.0], [2.0, -1.0]]), base=jnp.zeros(2), density=1.0).tolist()
-        [1.5, 3.0]
+        rescale: of the trimmed task vectors.
 
     Source: Yadav et al., "TIES-Merging" (arXiv 2306.01708), algorithm 1. Trimmed within each tensor like
     mergekit and unlike the paper, which ranks all parameters of the model together.
     """
-    # a loop over the members, so that the search for the cut is compiled once
-    deltas = jax.lax.map(lambda member: trim(task_vectors(member[None], base)[0], density), members)
-    return base.astype(jnp.float32) + scale * disjoint_sum(list(deltas), member_weights(members, weights), normalize)
-
-
-def _dare(
-    members: jax.Array, base: jax.Array, key: jax.Array, *, density: float, rule: Rescaling, offset: jax.Array | None
-) -> list[jax.Array]:
-    deltas = task_vectors(members, base)
-    return [rescale(drop(delta, density, key, i, offset), delta, density, rule) for i, delta in enumerate(deltas)]
+    thinned = trim(tensor, density)
+    factors = rescaling(tensor, thinned, density, rescale)
+    return generalized(tensor, thinned, factors, scale=scale, consensus=True, normalize=normalize)
 
 
 def dare_linear(
-    members: jax.Array,
-    *,
-    base: jax.Array,
-    weights: jax.Array | None = None,
-    key: jax.Array,
-    offset: jax.Array | None = None,
-    density: Density = 0.5,
-    scale: Scale = 1.0,
-    rescale: Rescaling = "density",
-) -> jax.Array:
+    tensor: Tensor, *, density: Densities = 0.5, scale: Scale = 1.0, rescale: Rescaling = "density", normalize: bool = False
+) -> Known:
     """DARE: theta = theta_0 + lambda sum_i w_i m_i tau_i / density, with masks m_ij ~ Bernoulli(density).
 
     Args:
-        members: [M, *S], any floating dtype.
-        base: [*S], theta_0.
-        weights: [M], used as they are. 1/M by default.
-        key: typed key (scalar) of this tensor.
-        offset: uint32[2], row-major index of a slab's first element.
-        density: probability to keep an element (1 - the paper's drop rate p); the default is ours
+        tensor: its weights are used as they are. 1/M by default.
+        density: probability to keep an element (1 - the paper's drop rate p); the default is ours.
         scale: lambda.
-        rescale: divide by the density (the paper), match the L1 norm (mergekit; needs the whole tensor), or none.
-
-    Returns:
-        float32[*S].
-
-    Example:
-        >>> dare_linear(jnp.array([[2.0], [4.0]]), base=jnp.array([1.0]), key=jax.random.key(0), density=1.0).tolist()
-        [3.0]
+        rescale: divide by the density (the paper), match the L1 norm (mergekit), or none.
+        normalize: divide by the sum of the weights.
 
     Source: Yu et al., "Language Models are Super Mario" (arXiv 2311.03099), equations 1 to 3.
     """
-    deltas = _dare(members, base, key, density=density, rule=rescale, offset=offset)
-    return base.astype(jnp.float32) + scale * combine(deltas, member_weights(members, weights))
+    thinned = drop(tensor, density)
+    factors = rescaling(tensor, thinned, density, rescale)
+    return generalized(tensor, thinned, factors, scale=scale, consensus=False, normalize=normalize)
 
 
 def dare_ties(
-    members: jax.Array,
-    *,
-    base: jax.Array,
-    weights: jax.Array | None = None,
-    key: jax.Array,
-    offset: jax.Array | None = None,
-    density: Density = 0.5,
-    scale: Scale = 1.0,
-    rescale: Rescaling = "density",
-    normalize: bool = False,
-) -> jax.Array:
+    tensor: Tensor, *, density: Densities = 0.5, scale: Scale = 1.0, rescale: Rescaling = "density", normalize: bool = False
+) -> Known:
     """DARE with sign election: as `dare_linear`, but only the terms w_i m_i tau_i of the elected sign are added.
 
     Arguments as `dare_linear`; `normalize` divides by the weights of the members that agree.
 
-    Returns:
-        float32[*S].
-
-    Example:
-        >>> dare_ties(jnp.array([[1.0], [-3.0]]), base=jnp.zeros(1), key=jax.random.key(0), density=1.0).tolist()
-        [-1.5]
-
     Source: DARE as above in place of the trim of TIES-Merging (arXiv 2306.01708); mergekit's `dare_ties`.
     """
-    deltas = _dare(members, base, key, density=density, rule=rescale, offset=offset)
-    return base.astype(jnp.float32) + scale * disjoint_sum(list(deltas), member_weights(members, weights), normalize)
+    thinned = drop(tensor, density)
+    factors = rescaling(tensor, thinned, density, rescale)
+    return generalized(tensor, thinned, factors, scale=scale, consensus=True, normalize=normalize)
+
+
+def breadcrumbs(
+    tensor: Tensor,
+    *,
+    density: Densities = 0.9,
+    gamma: Fractions = 0.01,
+    at_least: Count = 1,
+    scale: Scale = 1.0,
+    normalize: bool = False,
+    rescale: Rescaling = "none",
+) -> Known:
+    """Model Breadcrumbs: theta = theta_0 + lambda sum_i w_i m_i tau_i, m_i without the largest and the smallest magnitudes.
+
+    Args:
+        tensor: its weights are used as they are. 1/M by default.
+        density: fraction of each task vector that is kept; the default is ours.
+        gamma: fraction that is dropped above it, fewer where nothing is left to drop below; 1 - density - gamma is dropped below.
+        at_least: how many elements are kept at least. mergekit: 0, so that a tensor of fewer than 1 / density elements loses all.
+        scale: lambda.
+        normalize: divide by the sum of the weights.
+        rescale: of the thinned task vectors.
+
+    Source: Davari and Belilovsky, "Model Breadcrumbs" (arXiv 2312.06795): masks within each tensor. The parameters are mergekit's; the
+    paper's beta, the quantile below which all is dropped, is 1 - density - gamma.
+    """
+    thinned = band(tensor, density, gamma, at_least)
+    factors = rescaling(tensor, thinned, density, rescale)
+    return generalized(tensor, thinned, factors, scale=scale, consensus=False, normalize=normalize)
+
+
+def breadcrumbs_ties(
+    tensor: Tensor,
+    *,
+    density: Densities = 0.9,
+    gamma: Fractions = 0.01,
+    at_least: Count = 1,
+    scale: Scale = 1.0,
+    normalize: bool = False,
+    rescale: Rescaling = "none",
+) -> Known:
+    """Model Breadcrumbs with sign election: as `breadcrumbs`, but only the terms w_i m_i tau_i of the elected sign are added.
+
+    Arguments as `breadcrumbs`; `normalize` divides by the weights of the members that agree.
+
+    Source: the masks of Model Breadcrumbs in place of the trim of TIES-Merging (arXiv 2306.01708); mergekit's `breadcrumbs_ties`.
+    """
+    thinned = band(tensor, density, gamma, at_least)
+    factors = rescaling(tensor, thinned, density, rescale)
+    return generalized(tensor, thinned, factors, scale=scale, consensus=True, normalize=normalize)
+
+
+def della(
+    tensor: Tensor,
+    *,
+    density: Densities = 0.5,
+    epsilon: Fractions = 0.15,
+    scale: Scale = 1.0,
+    normalize: bool = True,
+    rescale: SampleRescaling = "probability",
+) -> Known:
+    """DELLA: theta = theta_0 + lambda sum_{i in A} w_i m_i tau_i / p_i (/ sum_{i in A} w_i), A the members of the elected sign.
+
+    m_ij ~ Bernoulli(p_ij), p_ij from density - epsilon for the smallest magnitude of a row to density + epsilon for the largest.
+
+    Args:
+        tensor: its weights are 1/M by default.
+        density: mean probability to keep an element (1 - the paper's drop rate); the default is ours.
+        epsilon: half the range of the probabilities.
+        scale: lambda.
+        normalize: divide by the weights of the members that agree (mergekit's default).
+        rescale: divide by each element's own probability (the paper), match the L1 norm of the task vector (mergekit), or none.
+
+    Source: Deep et al., "DELLA-Merging" (arXiv 2406.11617): drop (MagPrune), elect, fuse.
+    """
+    thinned = sample(tensor, density, epsilon, unbiased=rescale == "probability")
+    factors = rescaling(tensor, thinned, density, "norm" if rescale == "norm" else "none")
+    return generalized(tensor, thinned, factors, scale=scale, consensus=True, normalize=normalize)
+
+
+def della_linear(
+    tensor: Tensor,
+    *,
+    density: Densities = 0.5,
+    epsilon: Fractions = 0.15,
+    scale: Scale = 1.0,
+    normalize: bool = False,
+    rescale: SampleRescaling = "probability",
+) -> Known:
+    """DELLA without sign election: theta = theta_0 + lambda sum_i w_i m_i tau_i / p_i; arguments as `della`.
+
+    Source: as `della`, without the step "elect"; mergekit's `della_linear`.
+    """
+    thinned = sample(tensor, density, epsilon, unbiased=rescale == "probability")
+    factors = rescaling(tensor, thinned, density, "norm" if rescale == "norm" else "none")
+    return generalized(tensor, thinned, factors, scale=scale, consensus=False, normalize=normalize)

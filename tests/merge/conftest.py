@@ -1,5 +1,8 @@
 """Tiny models for the merge room."""
 
+import importlib.util
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -44,3 +47,12 @@ def bits():
         }
 
     return read
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoints():
+    """The module that makes the models which other libraries merged."""
+    spec = importlib.util.spec_from_file_location("checkpoints", pathlib.Path(__file__).parents[1] / "golden" / "checkpoints.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

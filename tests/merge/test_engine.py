@@ -12,7 +12,8 @@ from jax_ordermerge import tree
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import engine, population
+from jax_ordermerge.merge import engine, plan, population
+from jax_ordermerge.merge.sources import Directory
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,12 @@ def exported(tiny, models, tmp_path_factory):
         convert.export(members, tiny, root / f"member_{i}", dtype="bfloat16", member=i)
     convert.export(base, tiny, root / "base", dtype="bfloat16")
     return [root / f"member_{i}" for i in range(4)], root / "base"
+
+
+def merge(members, base, out, *, slab_elements=engine.SLAB_ELEMENTS, progress=None, **settings):
+    sources = [Directory(one) for one in members]
+    made = plan.uniform(sources, None if base is None else Directory(base), **settings)
+    return engine.merge_plan(made, out, slab_elements=slab_elements, progress=progress)
 
 
 def same_bits(one, two):
@@ -44,7 +51,7 @@ def same_bits(one, two):
 )
 def test_selection_of_files_has_the_bits_of_the_population(tiny, models, exported, tmp_path, parameters, slab_elements):
     settings = {"method": "selection", "seed": 5, "weights": (1, 2, 3, 4), "parameters": parameters}
-    engine.merge(*exported, tmp_path / "files", slab_elements=slab_elements, **settings)
+    merge(*exported, tmp_path / "files", slab_elements=slab_elements, **settings)
     members, base = models
     merged = population.merge(members, base, tiny, dtype="bfloat16", **settings)
     convert.export(merged, tiny, tmp_path / "population", dtype="bfloat16")
@@ -54,7 +61,7 @@ def test_selection_of_files_has_the_bits_of_the_population(tiny, models, exporte
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
 def test_arithmetic_of_files_is_that_of_the_population(tiny, models, exported, tmp_path, method):
     members, base = models
-    report = engine.merge(*exported, tmp_path / "files", method=method, seed=5, slab_elements=100)
+    report = merge(*exported, tmp_path / "files", method=method, seed=5, slab_elements=100)
     merged = population.merge(members, base, tiny, method=method, seed=5)
     found = tree.flatten(convert.load_params(tmp_path / "files")[1])
     for path, leaf in tree.flatten(merged).items():
@@ -67,7 +74,7 @@ def test_arithmetic_of_files_is_that_of_the_population(tiny, models, exported, t
 def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tmp_path):
     seen = []
     for name in ("a", "b"):
-        engine.merge(
+        merge(
             *exported,
             tmp_path / name,
             method="selection",
@@ -75,11 +82,20 @@ def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tm
             progress=lambda *args: seen.append(args),
         )
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == ["README.md", "config.json", "generation_config.json", "merge.json", "merge_config.yaml", "model.safetensors"]
+    assert files == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "merge.json",
+        "merge_config.yaml",
+        "model.safetensors",
+    ]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     report = json.loads((tmp_path / "a" / "merge.json").read_text())
-    assert report["parameters"] == {"resample": "exhaustive", "resample_from": "all", "granularity": "element"}
-    assert report["models"] == [str(path) for path in exported[0]]
+    assert report["recipe"]["parameters"] == {"resample": "exhaustive", "resample_from": "all", "granularity": "element"}
+    assert [one["label"] for one in report["models"]] == [str(path) for path in (*exported[0], exported[1])]
+    assert len({one["digest"] for one in report["models"]}) == 5
     assert len(report["diagnostics"]["tensors"]) == len(Reader(tmp_path / "a").names)
     assert yaml.safe_load((tmp_path / "a" / "merge_config.yaml").read_text())["models"] == [
         "member_0",
@@ -95,7 +111,7 @@ def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tm
 
 
 def test_without_a_base_there_are_no_diagnostics(exported, tmp_path):
-    assert engine.merge(exported[0], None, tmp_path / "out", method="average")["diagnostics"] is None
+    assert merge(exported[0], None, tmp_path / "out", method="average")["diagnostics"] is None
     assert len(Reader(tmp_path / "out").names) == len(Reader(exported[0][0]).names)
 
 
@@ -106,11 +122,11 @@ def test_members_are_rounded_to_the_dtype_of_the_output(tiny, models, tmp_path, 
         convert.export(members, tiny, tmp_path / f"wide_{i}", dtype="float32", member=i)
     wide = [tmp_path / f"wide_{i}" for i in range(4)]
     settings = {"method": "selection", "parameters": {"resample": "exhaustive"}}
-    engine.merge(wide, exported[1], tmp_path / "from_wide", dtype="bfloat16", **settings)
-    engine.merge(*exported, tmp_path / "from_stored", **settings)
+    merge(wide, exported[1], tmp_path / "from_wide", dtype="bfloat16", **settings)
+    merge(*exported, tmp_path / "from_stored", **settings)
     assert same_bits(tmp_path / "from_wide", tmp_path / "from_stored")
     with pytest.raises(UserError, match="stored in bfloat16 and float32; choose one of"):
-        engine.merge([wide[0], exported[0][0]], None, tmp_path / "mixed", method="average")
+        merge([wide[0], exported[0][0]], None, tmp_path / "mixed", method="average")
 
 
 def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, tmp_path):
@@ -138,7 +154,7 @@ def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, 
     ]
     for sources, settings, message in cases:
         with pytest.raises(UserError, match=message):
-            engine.merge(*sources, tmp_path / "out", **settings)
+            merge(*sources, tmp_path / "out", **settings)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eps", "short"]
 
 
@@ -149,5 +165,5 @@ def test_an_overflow_of_float16_is_refused(tiny, models, tmp_path):
         convert.export(filled, tiny, tmp_path / name, dtype="float16")
     sources = [tmp_path / "large"] * 2
     with pytest.raises(UserError, match="overflows float16; choose dtype bfloat16 or float32"):
-        engine.merge(sources, tmp_path / "base", tmp_path / "out", method="task_arithmetic", parameters={"scale": 2.0})
+        merge(sources, tmp_path / "base", tmp_path / "out", method="task_arithmetic", parameters={"scale": 2.0})
     assert not (tmp_path / "out").exists()

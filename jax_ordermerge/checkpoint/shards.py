@@ -1,0 +1,191 @@
+"""The layout of safetensors files on the disk, and writing into it at any place, from several threads or processes.
+
+A file is 8 bytes of header length (little endian), a JSON header `name -> {dtype, shape, data_offsets}`, and the tensors in C order
+without gaps. All headers are planned and written first, with the space of the tensors reserved; the tensors then come in any order.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # what hubs and servers are used to
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype(np.bool_),
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 1 << 22
+
+
+class _Place(NamedTuple):
+    file: str
+    start: int
+    size: int
+
+
+class ShardFiles:
+    """The files of a model, open for writing. Leaving the context flushes them through to the disk.
+
+    Example:
+        >>> import tempfile
+        >>> directory = Path(tempfile.mkdtemp())
+        >>> with ShardFiles(directory, {"w": (2,)}, "float32") as files:
+        ...     files.create()
+        ...     files.write("w", 4, np.ones(1, np.float32))
+        ...     files.write("w", 0, np.zeros(1, np.float32))
+        >>> np.frombuffer((directory / "model.safetensors").read_bytes()[-8:], np.float32).tolist()
+        [0.0, 1.0]
+    """
+
+    def __init__(
+        self, directory: Path, table: Mapping[str, tuple[int, ...]], dtype: DTypeLike, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Plan the files; nothing is touched yet.
+
+        Args:
+            directory: exists.
+            table: name -> shape, in the order of the files.
+            dtype: of all tensors.
+            shard_bytes: largest size of a file's tensors; a single file is named `model.safetensors` and has no index.
+        """
+        self._directory, self._dtype = directory, np.dtype(dtype)
+        self._table = dict(table)
+        sizes = {name: math.prod(shape) * self._dtype.itemsize for name, shape in table.items()}
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name, size in sizes.items():
+            if shards[-1] and filled + size > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size
+        count = len(shards)
+        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        self._shards = dict(zip(names, shards, strict=True))
+        self._headers: dict[str, bytes] = {}
+        self._places: dict[str, _Place] = {}
+        for file, members in self._shards.items():
+            header = self._headers[file] = self._header(members, sizes)
+            start = len(header)
+            for name in members:
+                self._places[name] = _Place(file, start, sizes[name])
+                start += sizes[name]
+        self.bytes = sum(sizes.values())
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def _header(self, members: list[str], sizes: Mapping[str, int]) -> bytes:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in members:
+            offsets = [end, end := end + sizes[name]]
+            header[name] = {"dtype": _NAMES[self._dtype], "shape": list(self._table[name]), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files, without the index."""
+        return tuple(self._shards)
+
+    def create(self) -> None:
+        """Write headers and index, and reserve the space of the tensors.
+
+        Raises:
+            UserError: the disk has not enough space.
+        """
+        for file, header in self._headers.items():
+            size = len(header) + sum(self._places[name].size for name in self._shards[file])
+            path = self._directory / file
+            with path.open("wb") as opened:
+                opened.write(header)
+                opened.flush()
+                _reserve(opened.fileno(), size, path)
+        if len(self._shards) > 1:
+            weight_map = {name: self._places[name].file for name in self._table}
+            text = json.dumps({"metadata": {"total_size": self.bytes}, "weight_map": weight_map}, indent=2) + "\n"
+            atomic.write_text(self._directory / INDEX, text)
+
+    def write(self, name: str, start: int, data: np.ndarray) -> None:
+        """Write part of a tensor, from any thread.
+
+        Args:
+            name: of the tensor.
+            start: first byte within the tensor.
+            data: contiguous, in the dtype of the files.
+        """
+        place = self._places[name]
+        view = data.reshape(-1).view(np.uint8).data
+        handle, position = self._handle(place.file), place.start + start
+        while len(view):
+            with no_space(self._directory / place.file):
+                written = os.pwrite(handle, view, position)
+            view, position = view[written:], position + written
+
+    def digest(self, name: str) -> str:
+        """Return the SHA-256 of a tensor's bytes as they are in the file now."""
+        place = self._places[name]
+        found, position, end = hashlib.sha256(), place.start, place.start + place.size
+        while position < end:
+            chunk = os.pread(self._handle(place.file), min(_CHUNK, end - position), position)
+            if not chunk:
+                break
+            found.update(chunk)
+            position += len(chunk)
+        return found.hexdigest()
+
+    def _handle(self, file: str) -> int:
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = os.open(self._directory / file, os.O_RDWR)
+            return self._open[file]
+
+    def __enter__(self) -> "ShardFiles":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._open.values():
+            if kind is None:
+                os.fsync(handle)
+            os.close(handle)
+        self._open.clear()
+
+
+def _reserve(handle: int, size: int, path: Path) -> None:
+    with no_space(path):
+        try:
+            os.posix_fallocate(handle, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            os.ftruncate(handle, size)  # a file system that cannot reserve
+
+
+@contextlib.contextmanager
+def no_space(path: Path) -> Iterator[None]:
+    """Turn a full disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path.parent}: the disk is full; free some space or give another directory") from error
+        raise

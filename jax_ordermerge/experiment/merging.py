@@ -1,0 +1,113 @@
+"""Merging models outside a run: from a recipe or from names on the command line, with a plan to look at first."""
+
+import io
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+
+from jax_ordermerge.checkpoint import atomic, shards
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import single
+from jax_ordermerge.merge import engine, plan, recipe, references
+
+
+def is_recipe(path: Path) -> bool:
+    """Return whether a file is a merge recipe and not the config of an experiment."""
+    return path.is_file() and path.suffix in (".yml", ".yaml") and recipe.is_recipe(path)
+
+
+def plan_recipe(path: Path) -> plan.Plan:
+    """Read a recipe; see `merge.recipe`.
+
+    Raises:
+        UserError: whatever in it cannot be done, by name.
+    """
+    return recipe.read(path)
+
+
+def plan_models(
+    models: Sequence[str],
+    *,
+    base: str | None,
+    method: str,
+    parameters: Mapping[str, Any],
+    weights: Sequence[float] | None,
+    seed: int,
+    dtype: str | None,
+) -> plan.Plan:
+    """Plan a merge of models of one architecture by one method.
+
+    Raises:
+        UserError: bad input.
+    """
+    members = [references.open_model(one) for one in models]
+    known = None if base is None else references.open_model(base)
+    return plan.uniform(members, known, method=method, seed=seed, weights=weights, parameters=parameters, dtype=dtype)
+
+
+def describe_plan(made: plan.Plan) -> str:
+    """Return a table of what a merge will do: models, tensors, bytes, memory and time, the last two from trying one tensor."""
+    memory, seconds = engine.estimate(made)
+    names = sorted({output.method for output in made.outputs})
+    table = rich.table.Table(show_header=False, box=None)
+    table.add_row("methods", ", ".join(names))
+    for source in made.sources:
+        table.add_row("model", source.label)
+    table.add_row("tensors", f"{len(made.outputs)}, {made.out_dtype.name}")
+    table.add_row("read at least", f"{made.input_bytes / 1e9:.3f} GB")
+    table.add_row("write", f"{made.output_bytes / 1e9:.3f} GB")
+    table.add_row("memory about", f"{memory / 1e9:.2f} GB")
+    table.add_row("time about", f"{seconds:.1f} s, and what the disk takes beyond that")
+    text = io.StringIO()
+    rich.console.Console(file=text, width=120).print(table)
+    return text.getvalue()
+
+
+def merge_models(
+    made: plan.Plan, out: Path, *, to: str = "hf", workers: int | None = None, shard_bytes: int = shards.SHARD_BYTES
+) -> dict[str, Any]:
+    """Carry out a plan, with progress on a terminal.
+
+    Args:
+        made: the plan.
+        out: directory to write; it must not exist or be empty.
+        to: "hf", or "orbax" for a checkpoint of the parameters, by way of an HF directory beside it.
+        workers: threads.
+        shard_bytes: largest size of a file.
+
+    Returns:
+        What `merge.json` holds.
+
+    Raises:
+        UserError: bad input; nothing has been left under `out` then.
+    """
+    if to not in ("hf", "orbax"):
+        raise UserError(f"--to {to}: expected hf or orbax")
+    with _progress() as progress:
+        if to == "hf":
+            return engine.merge_plan(made, out, workers=workers, shard_bytes=shard_bytes, progress=progress)
+        atomic.check_vacant(out)
+        between = out.with_name(f"{out.name}.hf")
+        report = engine.merge_plan(made, between, workers=workers, shard_bytes=shard_bytes, progress=progress)
+    single.convert_checkpoint(between, out, to="orbax", member=None, dtype=None)
+    shutil.rmtree(between)
+    return report
+
+
+@contextmanager
+def _progress() -> Iterator[engine.Progress | None]:
+    """Yield a progress bar, or None where nobody looks."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
+    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task("merging")
+        yield lambda done, count, name: bar.update(task, completed=done, total=count, description=name)

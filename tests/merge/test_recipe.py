@@ -1,0 +1,504 @@
+"""Recipes become plans: every scope, filter and gradient; and whatever cannot be done is refused in one line that names it."""
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+import yaml
+
+from jax_ordermerge import arch, tree
+from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge import engine, methods, plan, recipe, recipe_methods
+from jax_ordermerge.merge.recipe_schema import parse_setting
+from jax_ordermerge.merge.sources import Directory
+
+LAYERS = {"a": 4, "b": 4, "c": 4, "base": 4, "short": 2, "long": 6}
+CONFIG = {"vocab_size": 6, "hidden_size": 4, "intermediate_size": 4, "num_heads": 2}
+Q, UP, NORM, EMBED, HEAD = (
+    "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight",
+    "lm_head.weight",
+)  # fmt: skip
+
+
+def make(directory, layers, seed, *, dtype="float32", **change):
+    config = arch.ModelConfig(**{**CONFIG, "num_layers": layers, **change})
+    generator = np.random.default_rng(seed)
+    flat = {spec.path: generator.normal(size=spec.shape).astype(np.float32) for spec in arch.tensor_table(config)}
+    convert.export(tree.unflatten(flat), config, directory, dtype=dtype)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Models of one architecture in directories of these names."""
+    path = tmp_path_factory.mktemp("models")
+    for seed, (name, layers) in enumerate(LAYERS.items()):
+        make(path / name, layers, seed)
+    make(path / "half", 4, 10, dtype="bfloat16")
+    make(path / "tied", 4, 11, tie_embeddings=True)
+    make(path / "padded", 4, 12, vocab_size=7)
+    make(path / "wide", 4, 13, hidden_size=8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def read(root):
+    """A recipe, as text without the indentation of the test, against these models."""
+    return lambda text, **at: recipe.read(textwrap.dedent(text) + "\n", resolve=lambda name: root / name)
+
+
+def output(made, name):
+    return next(one for one in made.outputs if one.name == name)
+
+
+def weights(made, name):
+    return output(made, name).weights.tolist()
+
+
+# --------------------------------------------------------------------------------------------------------------------- parameters
+
+
+def test_the_nearest_scope_wins(read):
+    made = read("""
+        merge_method: dare_linear
+        base_model: base
+        slices:
+        - sources:
+          - {model: base, layer_range: [0, 2]}
+          - {model: a, layer_range: [0, 2], parameters: {weight: 1, density: [{filter: mlp, value: 0.1}]}}
+          - {model: b, layer_range: [0, 2]}
+          parameters: {weight: 2, density: [{filter: self_attn, value: 0.2}], lambda: 3}
+        - sources:
+          - {model: base, layer_range: [2, 4]}
+          - {model: a, layer_range: [2, 4]}
+          - {model: b, layer_range: [2, 4]}
+        parameters: {weight: 5, density: 0.5, lambda: 7, normalize: true}
+        """)
+    first, second = output(made, Q.format(1)), output(made, Q.format(2))
+    assert first.weights.tolist() == [1, 2]
+    assert second.weights.tolist() == [5, 5]
+    assert output(made, UP.format(0)).parameters["density"] == [0.1, 0.5]
+    assert first.parameters["density"] == [0.2, 0.2]  # falls through the model's filters to the slice's
+    assert first.parameters["scale"] == 3
+    assert second.parameters["scale"] == 7
+    assert first.parameters["normalize"] is True
+    assert output(made, EMBED).parameters["scale"] == 3
+    assert output(made, NORM).parameters["scale"] == output(made, HEAD).parameters["scale"] == 7
+
+
+def test_module_scope_lies_between_slice_and_recipe(read):
+    made = read("""
+        merge_method: task_arithmetic
+        base_model: base
+        modules:
+          default:
+            models: [{model: a}, {model: b, parameters: {weight: 3}}]
+            parameters: {weight: 2}
+        parameters: {weight: 1, lambda: 0.5}
+        """)
+    assert weights(made, NORM) == [2, 3]
+    assert output(made, NORM).parameters["scale"] == 0.5
+
+
+def test_gradients_run_over_the_layers_of_a_slice(read):
+    made = read("""
+        merge_method: linear
+        slices:
+        - sources: [{model: a, layer_range: [0, 4], parameters: {weight: [1, 2, 7]}}]
+        - sources: [{model: b, layer_range: [1, 2], parameters: {weight: [1, 2, 9]}}]
+        """)
+    found = [weights(made, Q.format(layer))[0] for layer in range(5)]
+    np.testing.assert_allclose(found, [1, 5 / 3, 11 / 3, 7, 9])  # one layer alone is the end
+    assert weights(made, EMBED) == [1]
+    assert weights(made, NORM) == weights(made, HEAD) == [1]  # beside the layers a gradient has its first value
+
+
+@pytest.mark.parametrize(
+    ("raw", "name", "position", "expected"),
+    [
+        (0.5, "x", 0.3, 0.5),
+        ([0, 1], "x", 0.25, 0.25),
+        ([0, 10, 20], "x", 0.75, 15),
+        ([0, 1, 2, 3, 4, 5, 6], "x", 5 / 6, 5),
+        ([1, 2, 3], "x", 1.0, 3),
+        (["1e-4", 1], "x", 0.0, 1e-4),
+        ([True, False], "x", 0.99, True),
+        ([True, False], "x", 1.0, False),
+        ([], "x", 0.5, None),
+        ([{"filter": "mlp", "value": 1}, {"filter": "up", "value": 2}], "mlp.up", 0, 1),
+        ([{"filter": "MLP", "value": 1}], "mlp.up", 0, None),
+        ([{"filter": "*", "value": [1, 3]}], "anything", 0.5, 2),
+        ({"value": 4}, "x", 0, 4),
+        ({"filter": "a.b", "value": 4}, "axb", 0, None),
+        ([{"filter": "x", "value": []}, {"value": 2}], "x", 0, None),
+    ],
+    ids=str,
+)
+def test_settings(raw, name, position, expected):
+    found = parse_setting(raw).at(name, position)
+    assert found == expected
+    assert type(found) is type(expected) or isinstance(expected, float)
+
+
+def test_filters_of_models_see_their_own_names_and_shared_ones_the_result(read):
+    made = read("""
+        merge_method: linear
+        slices:
+        - sources: [{model: a, layer_range: [0, 1], parameters: {weight: 1}}]
+        - sources:
+          - {model: b, layer_range: [3, 4], parameters: {weight: [{filter: layers.3., value: 2}, {value: 9}]}}
+        parameters: {normalize: [{filter: layers.1., value: false}, {value: true}]}
+        """)
+    one = output(made, Q.format(1))
+    assert [view.name for view in one.members] == [Q.format(3)]
+    assert one.weights.tolist() == [2]
+    assert one.parameters["normalize"] is False
+    assert output(made, NORM).parameters["normalize"] is True
+    assert weights(made, NORM) == [9]
+
+
+def test_the_base_in_the_list_is_the_base_and_its_parameters_are_noted(read):
+    made = read("""
+        merge_method: ties
+        base_model: base
+        models: [{model: a, parameters: {weight: 1}}, {model: base, parameters: {weight: 4}}, {model: b, parameters: {weight: 2}}]
+        """)
+    one = output(made, NORM)
+    labels = [made.sources[view.source].label for view in (*one.members, one.base)]
+    assert labels == ["a", "b", "base"]
+    assert one.weights.tolist() == [1, 2]
+    assert "weight of base is not used: it is the base" in made.notes
+
+
+def test_the_base_of_linear_is_a_model_only_where_it_has_a_weight(read):
+    models = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 2}}]"
+    aside = read(f"merge_method: linear\nbase_model: base\n{models}")
+    assert weights(aside, NORM) == [1, 2]
+    assert aside.sources[output(aside, NORM).base.source].label == "base"  # task vectors are measured from it
+    merged = read(f"merge_method: linear\nbase_model: base\n{models}\nparameters: {{weight: 0.5}}")
+    assert weights(merged, NORM) == [1, 2, 0.5]
+
+
+def test_slerp_goes_from_the_base_whatever_the_order(read):
+    for models in ("[{model: a}, {model: base}]", "[{model: base}, {model: a}]", "[{model: a}]"):
+        made = read(f"merge_method: slerp\nbase_model: base\nmodels: {models}\nparameters: {{t: 0.25}}")
+        assert [made.sources[view.source].label for view in output(made, NORM).members] == ["base", "a"]
+
+
+def test_parameters_of_ours_go_with_a_method_of_mergekit(read):
+    text = "merge_method: {}\nbase_model: base\nmodels: [{{model: a}}, {{model: b}}]\nparameters: {}"
+    made = read(text.format("model_stock", "{t_floor: 0}"))
+    assert output(made, NORM).parameters == methods.check("model_stock", {"norm_floor": 1e-6, "t_floor": 0})
+    made = read(text.format("dare_ties", "{weight: 1, density: 0.5, rescale: density}"))
+    assert output(made, NORM).parameters["rescale"] == "density"
+
+
+# ------------------------------------------------------------------------------------------------------------------- ours
+
+
+def test_parameter_selection(read, root, tmp_path):
+    made = read("""
+        merge_method: parameter_selection
+        base_model: base
+        models: [{model: a, parameters: {weight: 3}}, {model: b, parameters: {weight: 1}}]
+        parameters: {resample: [0, 1, 2, 3], resample_from: others, granularity: [{filter: mlp, value: row}, {value: element}]}
+        seed: 5
+        """)
+    assert made.seed == 5
+    assert weights(made, NORM) == [3, 1]
+    assert [output(made, Q.format(layer)).parameters["resample"] for layer in range(4)] == [0, 1, 2, 3]
+    assert output(made, UP.format(0)).parameters["granularity"] == "row"
+    made = read("""
+        merge_method: selection
+        base_model: base
+        models: [{model: a}, {model: b}]
+        parameters: {resample: exhaustive}
+        seed: 7
+        """)
+    engine.merge_plan(made, tmp_path / "recipe")
+    members, base = [Directory(root / name) for name in "ab"], Directory(root / "base")
+    same = plan.uniform(members, base, method="selection", parameters={"resample": "exhaustive"}, seed=7)
+    engine.merge_plan(same, tmp_path / "uniform")
+    one, two = Reader(tmp_path / "recipe"), Reader(tmp_path / "uniform")
+    assert all(one.read(name).tobytes() == two.read(name).tobytes() for name in one.names)
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS))
+def test_every_method_of_ours_can_be_named(read, method):
+    rule = recipe_methods.find(method)
+    most = methods.METHODS[method].members[1] - (rule.base == "first")
+    models = [{"model": name} for name in "abc"[: min(3, most)]]
+    needed = {name: 0.5 for name, one in {**rule.own, **rule.shared}.items() if one.required}
+    base = {} if method == "passthrough" else {"base_model": "base"}
+    made = read(json.dumps({"merge_method": method, **base, "models": models, "parameters": needed}))
+    assert {one.method for one in made.outputs} == {method}
+
+
+def test_thresholds_of_consensus_may_be_each_models_own(read):
+    made = read("""
+        merge_method: consensus
+        base_model: base
+        models: [{model: a, parameters: {threshold: 0.2}}, {model: b, parameters: {threshold: [0.3, 0.6]}}]
+        """)
+    assert output(made, Q.format(3)).parameters["threshold"] == [0.2, 0.6]
+    assert output(made, NORM).weights is None
+
+
+# -------------------------------------------------------------------------------------------------------------------- structure
+
+
+def test_stacked_slices_are_numbered_through(read, tmp_path, root):
+    made = read("""
+        merge_method: passthrough
+        slices:
+        - sources: [{model: long, layer_range: [4, 6]}]
+        - sources: [{model: short, layer_range: [0, 1]}]
+        """)
+    assert made.config.num_layers == 3
+    places = [(made.sources[one.members[0].source].label, one.members[0].name) for one in made.outputs]
+    assert places[0] == ("long", EMBED)
+    assert [place for place in places if "q_proj" in place[1]] == [
+        ("long", Q.format(4)),
+        ("long", Q.format(5)),
+        ("short", Q.format(0)),
+    ]
+    assert places[-2:] == [("short", NORM), ("short", HEAD)]
+    engine.merge_plan(made, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 3
+    assert Reader(tmp_path / "out").read(Q.format(1)).tobytes() == Reader(root / "long").read(Q.format(5)).tobytes()
+
+
+def test_a_slice_may_have_a_base_of_its_own(read, tmp_path):
+    made = read("""
+        merge_method: task_arithmetic
+        base_model: base
+        slices:
+        - sources: [{model: base, layer_range: [0, 2]}, {model: a, layer_range: [1, 3]}, {model: b, layer_range: [1, 3]}]
+        - sources: [{model: c, layer_range: [0, 1]}, {model: a, layer_range: [3, 4]}]
+          base_model: c
+        parameters: {weight: 0.5}
+        """)
+    assert made.sources[output(made, EMBED).base.source].label == "base"
+    assert made.sources[output(made, NORM).base.source].label == "c"
+    assert len(output(made, EMBED).members) == 2
+    engine.merge_plan(made, tmp_path / "out", diagnostics=False)
+    assert set(Reader(tmp_path / "out").names) == {one.name for one in made.outputs}
+
+
+def test_dtypes(read):
+    made = read("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ndtype: float16\nout_dtype: bfloat16")
+    assert (made.dtype.name, made.out_dtype.name) == ("float16", "bfloat16")
+    mixed = "merge_method: {}\nmodels: [{{model: a}}, {{model: half}}]\nparameters: {{weight: 1}}"
+    with pytest.raises(UserError, match="stored in bfloat16 and float32; choose one of"):
+        read(mixed.format("linear"))
+    assert read(mixed.format("linear") + "\ndtype: bfloat16").dtype.name == "bfloat16"
+    made = read("merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: half, parameters: {weight: 1}}]")
+    assert made.dtype.name == "bfloat16"
+    assert "a is stored in float32 and rounded to bfloat16" in made.notes
+
+
+def test_stochastic_rounding(read):
+    text = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\nrounding: stochastic"
+    assert read(f"{text}\nout_dtype: bfloat16").stochastic
+    with pytest.raises(UserError, match="rounding: stochastic is for bfloat16, the output is float32"):
+        read(text)
+
+
+def test_a_tied_and_an_untied_model_become_an_untied_one(read, tmp_path):
+    made = read("merge_method: linear\nmodels: [{model: tied}, {model: a}]\nparameters: {weight: 1}")
+    assert not made.config.tie_embeddings
+    assert "tied ties its output head to its embedding: the head is the embedding there" in made.notes
+    engine.merge_plan(made, tmp_path / "out")
+    merged, tied, other = Reader(tmp_path / "out"), made.sources[0], made.sources[1]
+    head = np.empty((6, 4), np.float32)
+    tied.read_into(EMBED, 0, head)
+    expected = head.copy()
+    other.read_into(HEAD, 0, head)
+    np.testing.assert_allclose(merged.read(HEAD), (expected + head) / 2, rtol=1e-6)
+
+
+def test_vocabularies_of_different_sizes(read, tmp_path):
+    text = "merge_method: linear\nmodels: [{model: a}, {model: padded}]\nparameters: {weight: 1}"
+    made = read(text)
+    assert made.config.vocab_size == 6
+    assert any(note.startswith("padded has row 6") for note in made.notes)
+    made = read(f"{text}\ntokenizer_source: padded")
+    assert made.config.vocab_size == 7
+    assert "a lacks row 6: taken from the first model that has it, the base first" in made.notes
+    engine.merge_plan(made, tmp_path / "out")
+    merged, own = Reader(tmp_path / "out").read(EMBED), np.empty((7, 4), np.float32)
+    made.sources[1].read_into(EMBED, 0, own)
+    assert merged[6].tobytes() == own[6].tobytes()
+    assert read(f"{text}\ntokenizer: {{source: base, pad_to_multiple_of: 4}}").config.vocab_size == 8
+
+
+def test_the_union_of_tokenizers_is_written(root, tmp_path):
+    def write(name, *added):
+        directory = make(tmp_path / name, 2, 1, vocab_size=3 + len(added))
+        vocabulary = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2}, "merges": []}}
+        vocabulary["added_tokens"] = [{"id": 3 + i, "content": one} for i, one in enumerate(added)]
+        (directory / "tokenizer.json").write_text(json.dumps(vocabulary))
+        return directory
+
+    one, two = write("one", "<x>"), write("two", "<y>")
+    made = recipe.read(
+        f"merge_method: linear\nmodels: [{{model: {one}}}, {{model: {two}}}]\nparameters: {{weight: 1}}\ntokenizer_source: union\n"
+    )
+    assert made.config.vocab_size == 5
+    engine.merge_plan(made, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert [one["content"] for one in written["added_tokens"]] == ["<x>", "<y>"]
+    assert yaml.safe_load((tmp_path / "out" / "merge_config.yaml").read_text())["models"] == [{"model": "one"}, {"model": "two"}]
+
+
+def test_chat_templates(root, tmp_path):
+    directories = [make(tmp_path / name, 2, 1) for name in "abc"]
+    for directory, template in zip(directories, ("{{ 1 }}", "{{ 2 }}", "{{ 2 }}"), strict=True):
+        (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (directories[2] / "tokenizer_config.json").unlink()
+    (directories[2] / "chat_template.jinja").write_text("{{ 2 }}")
+    models = ", ".join(f"{{model: {one}}}" for one in directories)
+    text = f"merge_method: linear\nmodels: [{models}]\nparameters: {{weight: 1}}\n"
+    assert recipe.read(text).chat_template is None
+    assert recipe.read(f"{text}chat_template: auto").chat_template == "{{ 2 }}"
+    assert recipe.read(f"{text}chat_template: '{{% if x %}}'").chat_template == "{% if x %}"
+    with pytest.raises(UserError, match="chat_template 'chatml' is not offered; give auto, or the text"):
+        recipe.read(f"{text}chat_template: chatml")
+    engine.merge_plan(recipe.read(f"{text}chat_template: auto"), tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 2 }}"
+
+
+def test_what_is_written_of_a_recipe_has_no_paths_of_this_machine(root):
+    made = recipe.read(
+        f"merge_method: task_arithmetic\nbase_model: {root}/base\n"
+        f"models: [{{model: {root}/a, parameters: {{weight: 1}}}}, {{model: {{model: {{path: {root}/b}}}}, parameters: {{weight: 2}}}}]\n"
+    )
+    assert str(root) not in json.dumps(made.recipe)
+    assert made.recipe == {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [
+            {"model": "a", "parameters": {"weight": 1}},
+            {"model": {"model": {"path": "b"}}, "parameters": {"weight": 2}},
+        ],
+        "seed": 0,
+        "dtype": "float32",
+        "out_dtype": "float32",
+    }
+
+
+def test_the_recipe_beside_a_merge_can_be_read_again(read, root, tmp_path):
+    made = read("merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {weight: [1, 2]}\nseed: 3")
+    engine.merge_plan(made, tmp_path / "out")
+    again = recipe.read(tmp_path / "out" / "merge_config.yaml", resolve=lambda name: root / name)
+    assert again.recipe.pop("jax_ordermerge")
+    assert again.recipe == made.recipe
+    assert [one.parameters for one in again.outputs] == [one.parameters for one in made.outputs]
+
+
+def test_a_recipe_is_told_from_a_config(tmp_path):
+    for name, text, expected in (
+        ("a.yml", "merge_method: linear\nmodels: []", True),
+        ("b.yml", "slices: []", True),
+        ("c.yml", "training: {epochs: 1}\nmerge: {dtype: float32}", False),
+        ("d.yml", "- 1", False),
+        ("e.yml", ": :\n-", False),
+    ):
+        (tmp_path / name).write_text(text)
+        assert recipe.is_recipe(tmp_path / name) is expected
+    assert not recipe.is_recipe(tmp_path / "absent.yml")
+
+
+# --------------------------------------------------------------------------------------------------------------------- refusals
+
+LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+TIES = "merge_method: ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+REFUSED = {
+    # keys
+    "merge_metod: linear\nmodels: [{model: a}]": "unknown key merge_metod (did you mean 'merge_method'?)",
+    LINEAR + "normalize: false": "normalize is a parameter; write it below parameters:",
+    "merge_method: linear\nmodels: [{model: a, weight: 1}]": "models[0].weight is a parameter; write it below parameters:",
+    LINEAR + "lambda: 2": "lambda is a parameter",
+    "merge_method: linear\nmodels: [{model: a, parmeters: {}}]": "unknown key models[0].parmeters (did you mean 'parameters'?)",
+    "merge_method: slerp\nslices:\n- sources: [{model: a, layer_rang: [0, 1]}]": "slices[0].sources[0].layer_rang (did you mean 'layer_range'?)",
+    "merge_method: slerp\nslices:\n- sources: [{model: a}]": "slices[0].sources[0].layer_range is missing",
+    "merge_method: slerp\nslices:\n- {sources: [{model: a, layer_range: [0, 1]}], residual_weight: 1}": "residual_weight is not offered: mergekit reads it",
+    LINEAR + "experts: []": "experts is not offered: mixtures of experts are not made here",
+    LINEAR + "trust_remote_code: true": "trust_remote_code is not offered: code that comes with a model is never run",
+    LINEAR + "random_seed: 1": "random_seed is not offered: it is called seed",
+    "merge_method: linear\nmodules: {encoder: {models: [{model: a}]}}": "modules: encoder: a decoder has one module, called default",
+    "merge_method: linear\nmodels: [{model: {model: {path: a, revision: main}}}]": "revision is not offered: download the revision",
+    "merge_method: linear\nmodels: [{model: {model: {path: a}, lra: b}}]": "unknown key lra (did you mean 'lora'?)",
+    "merge_method: linear\nmodels: [{model: a@main}]": "a revision (@) is not offered",
+    "merge_method: linear\nmodels: [{model: 3}]": "models[0].model: 3 is no model",
+    "merge_method: linear": "give one of models, slices, modules",
+    "merge_method: linear\nmodels: []": "models = []: list should have at least 1 item",
+    "models: [{model: a}]\ndtype: float32": "merge_method is missing",
+    LINEAR + "slices:\n- sources: [{model: a, layer_range: [0, 1]}]": "the recipe has models and slices; give one of",
+    LINEAR + "dtype: float3": "dtype = 'float3': input should be 'float32', 'bfloat16' or 'float16'",
+    LINEAR + "rounding: up": "rounding = 'up': input should be 'nearest' or 'stochastic'",
+    LINEAR + "tokenizer_source: base\ntokenizer: {source: base}": "tokenizer and tokenizer_source say the same",
+    LINEAR + "tokenizer_source: c": "the tokenizer's source is c, which is none of the models of the recipe (a, b)",
+    LINEAR + "tokenizer: {source: base, tokens: {x: {source: {kind: zero}}}}": "unknown key kind",
+    LINEAR + "merge_method: ties": "the key merge_method is given twice",
+    "merge_method: [": "is not valid YAML",
+    "- a\n- b": "expected keys such as merge_method and models, got list",
+    # parameters
+    "merge_method: tis\nmodels: [{model: a}]": "unknown merge_method 'tis' (did you mean 'ties'?)",
+    TIES + "parameters: {densty: 1}": "merge_method ties has no parameter 'densty' (did you mean 'density'?)",
+    TIES + "parameters: {t: 1}": "merge_method ties has no parameter 't'",
+    "merge_method: model_stock\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]": "merge_method model_stock has no parameter 'weight'; it takes none",
+    "merge_method: ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1, normalize: false}}]": "normalize below a: it is a parameter of the whole merge",
+    "merge_method: ties\nbase_model: base\nmodels: [{model: a}]": "needs the parameter weight of every model; model.embed_tokens.weight has none",
+    "merge_method: slerp\nbase_model: base\nmodels: [{model: a}]": "merge_method slerp needs the parameter t; model.embed_tokens.weight has none",
+    TIES + "parameters: {density: [{filter: mlp, valu: 1}]}": "parameters: density: unknown key valu (did you mean 'value'?)",
+    TIES + "parameters: {density: [{filter: mlp}]}": "has no value",
+    TIES + "parameters: {density: [1, {value: 2}]}": "a list holds numbers, or entries {filter, value}, not both",
+    TIES + "parameters: {density: null}": "density: None is no number",
+    TIES + "parameters: {density: .nan}": "nan is not finite",
+    TIES + "parameters: {density: half}": "density = 'half': expected a number",
+    TIES + "parameters: {density: 0}": "density 0 keeps nothing of a model; give a positive one, or weight: 0 (first for model.embed_tokens",
+    TIES + "parameters: {normalize: 0.5}": "normalize = 0.5: expected true or false",
+    TIES + "parameters: {rescale: some}": "rescale = 'some': input should be",
+    TIES + "parameters: [1]": "parameters are names with values",
+    "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {max_iter: 2.5}": "max_iter = 2.5: expected a whole number",
+    "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: [-1, 1]}}]": "must have a positive sum (first for model.embed_tokens.weight)",
+    "merge_method: selection\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]": "weight is given for some models and not for others",
+    "merge_method: selection\nmodels: [{model: a}, {model: b}]\nparameters: {resample: 1}": "merge_method selection needs base_model here",
+    "merge_method: selection\nmodels: [{model: a}, {model: b}]\nparameters: {granularity: elemnt}": "granularity = 'elemnt'",
+    # structure
+    "merge_method: ties\nmodels: [{model: a, parameters: {weight: 1}}]": "merge_method ties needs base_model",
+    "merge_method: linear\nmodels: [{model: a}, {model: a}]\nparameters: {weight: 1}": "model a is given twice; give each once",
+    "merge_method: slerp\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}": "slerp takes 2 models, 3 were given",
+    "merge_method: passthrough\nmodels: [{model: a}, {model: b}]": "passthrough takes 1 models, 2 were given",
+    "merge_method: model_stock\nbase_model: base\nmodels: [{model: a}]": "model_stock takes at least 2 models, 1 were given",
+    "merge_method: linear\nmodels: [{model: a}, {model: short}]\nparameters: {weight: 1}": "num_layers is 4 and 2",
+    "merge_method: linear\nmodels: [{model: a}, {model: wide}]\nparameters: {weight: 1}": "hidden_size is 4 and 8",
+    "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [2, 5]}]": "layer_range [2, 5] of a, which has the layers 0 to 4",
+    "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [2, 2]}]": "layer_range [2, 2]",
+    "merge_method: linear\nslices:\n- sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 1]}]": "b gives 1 layers and a 2",
+    "merge_method: passthrough\nbase_model: base\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]": "slices[0] lacks its base_model base among the sources",
+    "merge_method: linear\nmodels: [{model: ./nowhere}]": "nowhere not found",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED.items(), ids=range(len(REFUSED)))
+def test_refusals_name_what_is_wrong(root, text, message):
+    def resolve(name):
+        return root / name if (root / name).is_dir() else convert.resolve(name)
+
+    with pytest.raises(UserError) as error:
+        recipe.read(f"{text}\n", resolve=resolve)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_named_in_its_errors(tmp_path):
+    with pytest.raises(UserError, match=r"recipe .*absent\.yml not found"):
+        recipe.read(tmp_path / "absent.yml")
+    (tmp_path / "r.yml").write_text("merge_method: linear\nmodel: []")
+    with pytest.raises(UserError, match=r"r\.yml: unknown key model \(did you mean 'models'\?\)"):
+        recipe.read(str(tmp_path / "r.yml"))

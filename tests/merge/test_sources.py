@@ -1,0 +1,349 @@
+"""Every kind of source answers like a Hugging Face directory of the same model: members of runs, Orbax, LoRA, other vocabularies."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from jax_ordermerge import arch, tree
+from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import single
+from jax_ordermerge.merge import lora, recipe, sources, vocabulary
+from jax_ordermerge.merge.references import open_model
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+LORA = np.load(GOLDEN / "merge" / "lora.npz")
+
+
+def whole(source, name):
+    info = source.info(name)
+    out = np.empty(info.shape, info.dtype)
+    source.read_into(name, 0, out)
+    return out
+
+
+def assert_reads_in_any_run(source, name, generator):
+    """Any run of elements is that part of the whole, bit for bit."""
+    expected = whole(source, name).reshape(-1)
+    for _ in range(8):
+        start, end = sorted(generator.choice(expected.size + 1, 2, replace=False))
+        out = np.empty(end - start, expected.dtype)
+        source.read_into(name, int(start), out)
+        assert out.tobytes() == expected[start:end].tobytes()
+
+
+@pytest.fixture(scope="module")
+def run(tiny, models, tmp_path_factory):
+    """A run directory of four members, 7 of 7 steps done."""
+    root = tmp_path_factory.mktemp("runs")
+    members, base = models
+    convert.export(base, tiny, root / "base", dtype="float32")
+    directory = root / "run"
+    orbax.save(directory / "checkpoints", 7, {"params": tree.unflatten({k: jnp.asarray(v) for k, v in tree.flatten(members).items()})},
+               {"steps": 7, "members": [0, 1, 3, 2]})  # fmt: skip
+    (directory / "config.yaml").write_text(yaml.safe_dump({"model": {"base": str(root / "base")}}))
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------------------- runs and Orbax
+
+
+def test_a_member_of_a_run_is_found_by_its_number(run, tiny, models, tmp_path):
+    source = open_model(f"{run}/member_2")
+    convert.export(models[0], tiny, tmp_path / "m", dtype="float32", member=3)  # the last of the order in the checkpoint
+    exported = sources.Directory(tmp_path / "m")
+    for name, _, _ in arch.hf_tensors(tiny):
+        assert whole(source, name).tobytes() == whole(exported, name).tobytes()
+        assert_reads_in_any_run(source, name, np.random.default_rng(1))
+    assert source.directory == run.parent / "base"
+    assert source.label == f"{run}/member_2"
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "message"),
+    [
+        ("member_9", {"steps": 7, "members": [0, 1]}, "member_9 does not exist; the run has the members 0, 1"),
+        ("member_0", {"steps": 8, "members": [0, 1]}, "the training stands at step 7 of 8"),
+        ("member_0", {}, "is not that of a training"),
+        ("member_0", None, "run the training first"),
+        ("", {"steps": 7, "members": [0]}, "is a run; name one of its members"),
+    ],
+)
+def test_a_member_that_is_not_there_is_refused(run, tmp_path, name, metadata, message):
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    (tmp_path / "checkpoints").mkdir()
+    if metadata is not None:
+        orbax.save(tmp_path / "checkpoints", 7, {"params": jnp.zeros(2)}, metadata)
+    with pytest.raises(UserError, match=message):
+        open_model(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_orbax_directory_is_the_directory_it_was_made_from(tiny, models, tmp_path, dtype):
+    convert.export(models[1], tiny, tmp_path / "hf", dtype=dtype)
+    single.convert_checkpoint(tmp_path / "hf", tmp_path / "orbax", to="orbax", member=None, dtype=None)
+    source, directory = open_model(str(tmp_path / "orbax")), open_model(str(tmp_path / "hf"))
+    assert isinstance(source, sources.Orbax)
+    for name, _, _ in arch.hf_tensors(tiny):
+        assert source.info(name) == directory.info(name)
+        assert whole(source, name).tobytes() == whole(directory, name).tobytes()
+        assert_reads_in_any_run(source, name, np.random.default_rng(2))
+
+
+def test_a_strange_orbax_directory_is_refused(tmp_path):
+    orbax.save(tmp_path / "o", 0, {"params": jnp.zeros(2)}, {})
+    with pytest.raises(UserError, match="is not an Orbax directory made by"):
+        open_model(str(tmp_path / "o"))
+
+
+def test_names_that_stand_for_nothing(tmp_path, tiny, models):
+    with pytest.raises(UserError, match=r"a revision \(@\) is not offered"):
+        open_model("someone/model@main")
+    with pytest.raises(UserError, match="with one adapter"):
+        open_model("a+b+c")
+    with pytest.raises(UserError, match="not found"):
+        open_model("./nothing")
+    # a name that exists is taken as it is
+    convert.export(models[1], tiny, tmp_path / "a+b@c", dtype="float32")
+    assert open_model(str(tmp_path / "a+b@c")).config == tiny
+
+
+# -------------------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.fixture
+def checkpoints(golden_checkpoints, tmp_path):
+    """The base of the goldens as a directory, with its arrays."""
+    base = golden_checkpoints.models()["base"]
+    golden_checkpoints.write(tmp_path, {"base": base})
+    return tmp_path / "base", base
+
+
+def write_adapter(directory, case, **change):
+    """An adapter of the goldens, with other settings if given."""
+    directory.mkdir()
+    settings = json.loads(str(LORA[f"{case}/config"])) | change
+    (directory / lora.CONFIG).write_text(json.dumps(settings))
+    start = f"{case}/adapter/"
+    save_file({name.removeprefix(start): LORA[name] for name in LORA.files if name.startswith(start)}, directory / lora.WEIGHTS)
+    return directory
+
+
+@pytest.mark.parametrize("case", ["plain", "rslora", "patterns", "embedding"])
+def test_an_adapter_is_merged_as_peft_does(checkpoints, tmp_path, case):
+    directory, base = checkpoints
+    source = open_model(f"{directory}+{write_adapter(tmp_path / 'adapter', case)}")
+    for name, values in base.items():
+        expected = LORA[f"{case}/merged/{name}"] if f"{case}/merged/{name}" in LORA.files else values
+        np.testing.assert_allclose(whole(source, name), expected, rtol=0, atol=2e-7 * np.abs(expected).max(), err_msg=name)
+        assert_reads_in_any_run(source, name, np.random.default_rng(3))
+    assert source.directory == directory
+
+
+def test_a_recipe_names_an_adapter_in_two_ways(checkpoints, tmp_path):
+    directory, _ = checkpoints
+    adapter = write_adapter(tmp_path / "adapter", "plain")
+    text = "merge_method: linear\nmodels: [{{model: {}}}, {{model: {}}}]\nparameters: {{weight: 1}}\n"
+    one = recipe.read(text.format(f"{directory}+{adapter}", directory))
+    two = recipe.read(text.format(f"{{model: {{path: {directory}}}, lora: {{path: {adapter}}}}}", directory))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert whole(one.sources[0], name).tobytes() == whole(two.sources[0], name).tobytes() != whole(one.sources[1], name).tobytes()
+    assert one.recipe["models"][0] == {"model": "base+adapter"}
+
+
+def test_an_adapter_is_base_plus_scaled_product_rounded_once(tiny, tmp_path):
+    """Against float64 by hand, on a bfloat16 base of more rows than a block."""
+    config = arch.ModelConfig(vocab_size=300, hidden_size=8, intermediate_size=300, num_layers=1, num_heads=2, tie_embeddings=True)
+    generator = np.random.default_rng(0)
+    params = tree.unflatten({spec.path: generator.normal(size=spec.shape).astype(np.float32) for spec in arch.tensor_table(config)})
+    convert.export(params, config, tmp_path / "base", dtype="bfloat16")
+    name = "model.layers.0.mlp.up_proj.weight"
+    a, b = (generator.normal(size=shape).astype(np.float32) for shape in ((4, 8), (300, 4)))
+    (tmp_path / "adapter").mkdir()
+    start = "base_model.model.model.layers.0.mlp.up_proj"
+    save_file({f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b}, tmp_path / "adapter" / lora.WEIGHTS)
+    (tmp_path / "adapter" / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
+    source = open_model(f"{tmp_path}/base+{tmp_path}/adapter")
+    base = whole(open_model(f"{tmp_path}/base"), name)
+    expected = (base.astype(np.float64) + 1.5 * b.astype(np.float64) @ a.astype(np.float64)).astype(np.float32)
+    found = whole(source, name)
+    assert found.dtype == base.dtype
+    assert (found != expected.astype(found.dtype)).mean() < 0.001  # a tie in a million
+    assert_reads_in_any_run(source, name, generator)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("plain", {"use_dora": True}, r"use_dora = True is not supported \(supported: absent\)"),
+        ("plain", {"bias": "all"}, "bias = 'all' is not supported"),
+        ("plain", {"peft_type": "LOHA"}, r"peft_type = 'LOHA' is not supported \(supported: 'LORA'\)"),
+        ("plain", {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+        ("plain", {"layer_replication": [[0, 2]]}, "layer_replication"),
+        ("plain", {"brand_new": 3}, "brand_new = 3 is not supported"),
+        ("plain", {"r": 4}, "q_proj has rank 3, adapter_config.json says 4|down_proj has rank 3, adapter_config.json says 4"),
+        ("plain", {"lora_alpha": None}, "lora_alpha = None, expected a positive number"),
+    ],
+)
+def test_other_adapters_are_refused(checkpoints, tmp_path, case, change, message):
+    adapter = write_adapter(tmp_path / "adapter", case, **change)
+    with pytest.raises(UserError, match=message):
+        open_model(f"{checkpoints[0]}+{adapter}")
+
+
+def test_adapters_that_are_not_whole_are_refused(checkpoints, tmp_path):
+    directory, _ = checkpoints
+    adapter = write_adapter(tmp_path / "adapter", "plain")
+    with pytest.raises(UserError, match=r"is an adapter; give the model that it belongs to as well"):
+        open_model(str(adapter))
+    tensors = {name.removeprefix("plain/adapter/"): LORA[name] for name in LORA.files if name.startswith("plain/adapter/")}
+    first = next(iter(tensors))
+    save_file({name: one for name, one in tensors.items() if name != first}, adapter / lora.WEIGHTS)
+    with pytest.raises(UserError, match="only one of the two matrices"):
+        open_model(f"{directory}+{adapter}")
+    save_file(tensors | {first: tensors[first][:, 1:].copy()}, adapter / lora.WEIGHTS)
+    with pytest.raises(UserError, match="do not fit"):
+        open_model(f"{directory}+{adapter}")
+    save_file(
+        tensors | {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(16)}, adapter / lora.WEIGHTS
+    )
+    with pytest.raises(UserError, match="lora_magnitude_vector, which is no part of a LoRA"):
+        open_model(f"{directory}+{adapter}")
+    (adapter / lora.WEIGHTS).rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"has no adapter_model.safetensors but adapter_model.bin; convert it"):
+        open_model(f"{directory}+{adapter}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ vocabularies
+
+
+def tokenizer(*tokens, added=()):
+    entries = [{"id": len(tokens) + i, "content": token, "special": True} for i, token in enumerate(added)]
+    return {"model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": []}, "added_tokens": entries}
+
+
+def model(directory, rows, tokens=None, *, tied=False, dtype="float32", seed=0):
+    """A tiny model whose row r of the embedding is r + seed / 10 throughout, of the head minus that."""
+    config = arch.ModelConfig(vocab_size=rows, hidden_size=4, intermediate_size=4, num_layers=2, num_heads=2, tie_embeddings=tied)
+    generator = np.random.default_rng(seed)
+    flat = {spec.path: generator.normal(size=spec.shape).astype(np.float32) for spec in arch.tensor_table(config)}
+    number = np.arange(rows, dtype=np.float32)[:, None] + np.float32(seed / 8)
+    flat["embed/weight"] = np.broadcast_to(number, (rows, 4))
+    if not tied:
+        flat["head/weight"] = -flat["embed/weight"]
+    convert.export(tree.unflatten(flat), config, directory, dtype=dtype)
+    if tokens is not None:
+        (directory / "tokenizer.json").write_text(json.dumps(tokens))
+    return sources.Directory(directory, directory.name)
+
+
+def rows_of(source, name="model.embed_tokens.weight"):
+    values = whole(source, name)
+    assert (values == values[:, :1]).all()
+    assert_reads_in_any_run(source, name, np.random.default_rng(4))
+    return values[:, 0].astype(float).tolist()
+
+
+def test_the_vocabulary_is_that_of_the_donor_and_rows_go_by_token(tmp_path):
+    one = model(tmp_path / "one", 3, tokenizer("a", "b", "c"))
+    other = model(tmp_path / "other", 4, tokenizer("c", "a", "b", added=["[PAD]"]), seed=1)
+    aligned = vocabulary.align([one, other], first=0, donor=0)
+    assert aligned.sources[0] is one
+    assert rows_of(aligned.sources[1]) == [1.125, 2.125, 0.125]
+    assert rows_of(aligned.sources[1], "lm_head.weight") == [-1.125, -2.125, -0.125]
+    assert aligned.notes == ("other has '[PAD]', which the merged vocabulary has not: left out",)
+    assert not aligned.files
+
+
+def test_a_row_that_a_model_lacks_is_that_of_the_first_which_has_it(tmp_path):
+    base = model(tmp_path / "base", 2, tokenizer("a", "b"))
+    one = model(tmp_path / "one", 3, tokenizer("a", "b", added=["[PAD]"]), seed=1)
+    two = model(tmp_path / "two", 3, tokenizer("a", "b", added=["[PAD]"]), seed=2)
+    aligned = vocabulary.align([one, two, base], first=2, donor=1)
+    assert [rows_of(source) for source in aligned.sources] == [[0.125, 1.125, 2.125], [0.25, 1.25, 2.25], [0, 1, 2.125]]
+    assert "base lacks '[PAD]': taken from the first model that has it, the base first" in aligned.notes
+
+
+def test_the_union_appends_added_tokens_and_writes_them_into_the_tokenizer(tmp_path):
+    base = model(tmp_path / "base", 5, tokenizer("a", "b", added=["<s>"]))  # two rows of padding
+    one = model(tmp_path / "one", 4, tokenizer("a", "b", added=["<s>", "[PAD]"]), seed=1)
+    two = model(tmp_path / "two", 6, tokenizer("a", "b", added=["<s>", "<x>", "<y>", "[PAD]"]), seed=2)
+    aligned = vocabulary.align([base, one, two], first=0, donor=0, union=True)
+    # [PAD] and <x> take the padding, <y> is a new row
+    assert rows_of(aligned.sources[0]) == [0, 1, 2, 3.125, 3.25, 4.25]
+    assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125, 3.125, 3.25, 4.25]
+    assert rows_of(aligned.sources[2]) == [0.25, 1.25, 2.25, 5.25, 3.25, 4.25]
+    added = json.loads(aligned.files["tokenizer.json"])["added_tokens"]
+    assert [(one["content"], one["id"]) for one in added] == [("<s>", 2), ("[PAD]", 3), ("<x>", 4), ("<y>", 5)]
+
+
+def test_the_written_tokenizer_is_read_by_the_library(tmp_path):
+    base = open_model("embedded:quickstart").directory
+    content = json.loads((base / "tokenizer.json").read_text())
+    own = len(content["model"]["vocab"])
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "[NEW]", "id": own})
+    one = model(tmp_path / "one", own, json.loads((base / "tokenizer.json").read_text()))
+    two = model(tmp_path / "two", own + 1, content)
+    aligned = vocabulary.align([one, two], first=0, donor=0, union=True)
+    from tokenizers import Tokenizer
+
+    read = Tokenizer.from_str(aligned.files["tokenizer.json"])
+    assert read.token_to_id("[NEW]") == own == aligned.sources[0].config.vocab_size - 1
+
+
+def test_models_without_a_tokenizer_go_by_number(tmp_path):
+    one = model(tmp_path / "one", 3, tokenizer("a", "b", "c"))
+    other = model(tmp_path / "other", 5, seed=1)
+    aligned = vocabulary.align([one, other], first=0, donor=0)
+    assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125]
+    assert aligned.notes == (
+        "other has no tokenizer.json: its rows are matched by number",
+        "other has row 3, row 4, which the merged vocabulary has not: left out",
+    )
+    aligned = vocabulary.align([one, other], first=0, donor=1)
+    assert rows_of(aligned.sources[0]) == [0, 1, 2, 3.125, 4.125]
+
+
+def test_rows_of_a_wider_dtype_are_kept(tmp_path):
+    one = model(tmp_path / "one", 2, dtype="bfloat16")
+    other = model(tmp_path / "other", 3, seed=1)
+    aligned = vocabulary.align([one, other], first=0, donor=1).sources[0]
+    assert aligned.info("model.embed_tokens.weight").dtype == np.float32
+    assert aligned.info("model.norm.weight").dtype.name == "bfloat16"
+    assert rows_of(aligned) == [0, 1, 2.125]
+
+
+def test_rows_asked_for_and_padding(tmp_path):
+    one = model(tmp_path / "one", 2, tokenizer("a", "b"))
+    other = model(tmp_path / "other", 3, tokenizer("b", "a", added=["<x>"]), seed=1)
+    forced = {"a": vocabulary.Forced(1, True), "<x>": vocabulary.Forced(1, False)}
+    aligned = vocabulary.align([one, other], first=0, donor=1, forced=forced, multiple=4)
+    assert rows_of(aligned.sources[0]) == [1, 1.125, 2.125, 0]
+    assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125, 0]
+    assert "1 rows of the embedding are zero: no model has them" in aligned.notes
+    with pytest.raises(UserError, match="the merged vocabulary has no token 'q'"):
+        vocabulary.align([one, other], first=0, donor=1, forced={"q": vocabulary.Forced(1, False)})
+
+
+def test_trained_vocabularies_that_differ_have_no_union(tmp_path):
+    one, other = model(tmp_path / "one", 2, tokenizer("a", "b")), model(tmp_path / "other", 2, tokenizer("a", "z"))
+    with pytest.raises(UserError, match="other has the token 'z' in its trained vocabulary and one has not"):
+        vocabulary.align([one, other], first=0, donor=0, union=True)
+    with pytest.raises(UserError, match=r"three has no tokenizer\.json to extend"):
+        vocabulary.align([model(tmp_path / "three", 2), one], first=0, donor=0, union=True)
+    (tmp_path / "other" / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(UserError, match="has no vocabulary of tokens and numbers"):
+        vocabulary.align([one, other], first=0, donor=0)
+
+
+def test_a_tied_model_untied_has_its_embedding_for_a_head(tmp_path):
+    tied = model(tmp_path / "tied", 3, tied=True)
+    source = sources.Untied(tied)
+    assert not source.config.tie_embeddings
+    assert rows_of(source, "lm_head.weight") == rows_of(tied) == [0, 1, 2]
+    assert whole(source, "model.norm.weight").tobytes() == whole(tied, "model.norm.weight").tobytes()
