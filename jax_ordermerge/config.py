@@ -108,7 +108,7 @@ class MergeSpec(Section):
     """One merge: a method of the table and its parameters."""
 
     name: str | None = Field(None, description="directory name, by default method and seed")
-    method: str
+    method: str = Field(description="a name of the table of methods, or greedy_soup (needs data.validation_examples)")
     seed: int | None = Field(None, description="by default the seed of the run")
     weights: tuple[NonNegativeFloat, ...] | None = Field(None, description="one a member, by default equal")
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -118,6 +118,7 @@ class Merge(Section):
     """What is merged, and in which dtype members are exported, merged and served."""
 
     dtype: Dtype = "bfloat16"
+    fisher_examples: PositiveInt = Field(256, description="training examples from which method fisher estimates the information")
     methods: tuple[MergeSpec, ...] = (MergeSpec(method="average"), MergeSpec(method="selection"))
 
 

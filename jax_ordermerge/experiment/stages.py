@@ -26,11 +26,12 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
-from jax_ordermerge.merge import methods, population
+from jax_ordermerge.merge import methods, population, soup
 from jax_ordermerge.model import llama
-from jax_ordermerge.train import batches, loop
+from jax_ordermerge.train import batches, fisher, loop, objective
 
 Say = Callable[[str], None]
+GREEDY_SOUP = "greedy_soup"  # the one method that needs to see how good its candidates are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,12 @@ def prepare(config: Config, say: Say) -> Workshop:
         UserError: the first thing that does not fit. Nothing has been written.
     """
     for spec in config.merge.methods:
+        if spec.method == GREEDY_SOUP:
+            if not config.data.validation_examples:
+                raise UserError("merge method greedy_soup chooses on validation data: set data.validation_examples")
+            if spec.weights or spec.parameters:
+                raise UserError("merge method greedy_soup takes neither weights nor parameters")
+            continue
         methods.check(spec.method, spec.parameters)
     if config.distributed.coordinator is None:
         meshes.provide_cpu_devices(**config.mesh.model_dump())
@@ -154,7 +161,12 @@ def merge(w: Workshop) -> None:
             continue
         seed = w.config.seed if spec.seed is None else spec.seed
         settings: dict[str, Any] = {"method": spec.method, "seed": seed, "weights": spec.weights, "parameters": spec.parameters}
-        merged = population.merge(members, base, w.model, dtype=dtype, **settings)
+        if spec.method == GREEDY_SOUP:
+            merged, settings["parameters"] = _greedy_soup(w, members)
+        elif spec.method == "fisher":
+            merged = population.merge(_with_fishers(w), None, w.model, dtype=dtype, **_fisher_settings(w, settings))
+        else:
+            merged = population.merge(members, base, w.model, dtype=dtype, **settings)
         recipe = _recipe(w, spec, seed)
         if not (target / "config.json").is_file():
             convert.export(
@@ -166,6 +178,42 @@ def merge(w: Workshop) -> None:
         # both are None where no member left the base
         said = ", ".join(f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None)
         w.say(f"  {name}: {said or 'equal to the base'} -> {target}")
+
+
+def _greedy_soup(w: Workshop, members: tree.Tree) -> tuple[tree.Tree, dict[str, Any]]:
+    """Return the soup, and which members are in it with the validation losses that decided."""
+
+    def average(chosen: tuple[int, ...]) -> tree.Tree:
+        some = jax.jit(lambda p: jax.tree.map(lambda x: x[np.array(chosen)], p))(members)
+        return population.merge(some, None, w.model, method="average", seed=0, dtype=w.config.merge.dtype)
+
+    def loss(params: tree.Tree) -> float:
+        return _token_mean(*_losses(w, params, w.splits["validation"]))[0]
+
+    alone = [loss(tree.member(members, m)) for m in range(w.config.population.members)]
+    chosen, seen = soup.greedy(alone, lambda some: loss(average(some)))
+    return average(chosen), {"members": list(chosen), "validation_losses": alone, "after_each": seen}
+
+
+def _with_fishers(w: Workshop) -> tree.Tree:
+    """Return the members in float32 followed by the diagonals of their Fisher matrices, [2M, ...]."""
+    members = loop.restore_members(w.config, w.model, w.mesh)
+    train = w.splits["train"]
+    information = fisher.diagonal(
+        objective.sft(w.model, dtype=w.config.model.compute_dtype, remat=w.config.model.remat),
+        members,
+        train,
+        count=w.config.merge.fisher_examples,
+        lengths=pack.bucket_lengths(train.longest, w.config.data.buckets),
+        mesh=w.mesh,
+        seed=w.config.seed,
+    )
+    return jax.jit(lambda a, b: jax.tree.map(lambda x, y: jax.numpy.concatenate([x, y]), a, b))(members, information)
+
+
+def _fisher_settings(w: Workshop, settings: dict[str, Any]) -> dict[str, Any]:
+    given = settings["weights"]
+    return settings | {"weights": None if given is None else [*given, *([0.0] * w.config.population.members)]}
 
 
 def _recipe(w: Workshop, spec: MergeSpec, seed: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Weighted sums of models: theta = sum_i c_i theta_i, and theta_0 + sum_i c_i tau_i. Float32, members added in fixed order."""
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -8,24 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from jax_ordermerge.merge.parts import Part, Tensor, gram, gram_matrix
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.parts import Part, Tensor, gram, gram_matrix, rounded
 from jax_ordermerge.merge.select import Rounds, quantize, selection_part
 
 Scale = Annotated[float, Field(allow_inf_nan=False)]
 Of = Literal["members", "taus"]  # what is merged: the models theta_i, or their task vectors, added to the base
-
-
-def rounded(x: jax.Array) -> jax.Array:
-    """Return x, an array of products, in a way that keeps a following addition from being contracted with the multiplication.
-
-    XLA computes x y + z with one rounding where both operations come to lie in one fusion, and which do depends on the shape and the
-    mesh; so without this the last bit does too. (`optimization_barrier` and a no-op `reduce_precision` are removed before fusion.)
-
-    Example:
-        >>> rounded(jnp.array([0.1, jnp.inf, jnp.nan])).tolist()
-        [0.10000000149011612, inf, nan]
-    """
-    return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
 def combine(terms: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
@@ -143,3 +132,34 @@ def _gram_with_selected(
     """Return the inner products of the task vectors, that of the selection the last."""
     selected = selection_part(p, weights=probabilities, resample=resample, resample_from=resample_from, granularity="element")
     return gram(p._replace(members=(*p.members, selected)), of="taus")
+
+
+def fisher(tensor: Tensor) -> dict[str, Any]:
+    """Fisher-weighted average: theta_j = sum_i w_i F_ij theta_ij / sum_i w_i F_ij, element by element.
+
+    Where no member has any information (all F_ij are 0), the weights alone decide.
+
+    Args:
+        tensor: of M models followed by the diagonals of their M Fisher matrices (see `train/fisher.py`); its weights, 2M numbers of
+            which the first M count, are 1 each by default.
+
+    Raises:
+        UserError: the number of models is odd.
+
+    Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging" (arXiv 2111.09832), equation 5.
+    """
+    if tensor.count % 2:
+        raise UserError(f"merge method fisher takes models and as many Fisher diagonals after them; {tensor.count} were given")
+    w = np.ones(tensor.count) if tensor.weights is None else tensor.weights
+    return {"weights": np.float32(w[: tensor.count // 2])}
+
+
+def fisher_part(p: Part, *, weights: jax.Array) -> jax.Array:
+    """Return the average of the first half of the members, weighted by the second."""
+    half = len(p.members) // 2
+    models, information = p.floats()[:half], p.floats()[half:]
+    matter = [rounded(weights[i] * information[i]) for i in range(half)]
+    total = functools.reduce(jnp.add, matter)
+    weighted = functools.reduce(jnp.add, [rounded(f * x) for f, x in zip(matter, models, strict=True)])
+    plain = combine(models, weights) / jnp.sum(weights)
+    return jnp.where(total > 0, weighted / jnp.where(total > 0, total, 1.0), plain)

@@ -34,7 +34,7 @@ from jax_ordermerge.merge.plan import Output, Plan, View
 
 SLAB_ELEMENTS = 1 << 20  # of one member in memory at a time: 2 MB in bfloat16, which stays in a core's cache
 HELD_BYTES = 1 << 29  # of whole tensors in memory at a time, unless one alone is larger
-SAMPLED = 8  # diagnostics of a slab are made from its first eighth ...
+SAMPLED = 16  # diagnostics of a slab are made from its first sixteenth ...
 SAMPLED_ABOVE = 1 << 18  # ... if it has more elements than this
 _JOURNAL = "journal"
 

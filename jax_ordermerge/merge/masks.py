@@ -3,6 +3,7 @@
 Notation: theta_0 the base, theta_i the M members, tau_i = theta_i - theta_0, j an element.
 """
 
+import functools
 import math
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.average import Scale, combine, equal_weights
-from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, counts
+from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, counts, rounded
 from jax_ordermerge.merge.ranks import is_largest, largest, order_statistics, tie_ranks
 from jax_ordermerge.merge.sparsify import Count, Density, Known, each_member
 
@@ -83,8 +84,9 @@ def _selected(p: Part, cut: Known, selects: bool) -> list[jax.Array]:
 def _variance(taus: list[jax.Array]) -> jax.Array:
     """Return the bits of M times the variance over the members, uint32[*s]: 0 where all agree, and where it underflows."""
     shifted = [tau - taus[0] for tau in taus]
-    mean = combine(shifted, jnp.full(len(taus), 1 / len(taus), jnp.float32))
-    square = combine([(x - mean) * (x - mean) for x in shifted], jnp.ones(len(taus), jnp.float32))
+    # rounded: the cut is found by one program and used by another, which must agree to the last bit
+    mean = rounded(functools.reduce(jnp.add, shifted) * jnp.float32(1 / len(taus)))
+    square = functools.reduce(jnp.add, [rounded((x - mean) * (x - mean)) for x in shifted])
     return jax.lax.bitcast_convert_type(square, jnp.uint32)
 
 
@@ -194,7 +196,7 @@ def consensus_part(p: Part, *, weights: jax.Array, scale: jax.Array, threshold: 
     used = jnp.zeros(together.shape, jnp.int32)
     for i, tau in enumerate(taus):
         used = used + (jnp.abs(tau) >= threshold[i] * jnp.abs(together - tau)).astype(jnp.int32)
-    return p.base_float() + scale * jnp.where(used >= k, together, 0.0)
+    return p.base_float() + rounded(scale * jnp.where(used >= k, together, 0.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- one member

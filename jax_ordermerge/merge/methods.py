@@ -102,6 +102,7 @@ METHODS: dict[str, Method] = {
         draws="select",
         weights="probabilities",
     ),
+    "fisher": Method(average.fisher, average.fisher_part, "arXiv 2111.09832, equation 5", needs_base=_never, members=(2, math.inf)),
     "slerp": Method(spherical.slerp, average.linear_part, "Shoemake, SIGGRAPH 1985", needs_base=_never, members=(2, 2)),
     "nuslerp": Method(
         spherical.nuslerp, spherical.nuslerp_part, "mergekit", needs_base=_of_taus, unit=_vector_unit, members=(2, 2)

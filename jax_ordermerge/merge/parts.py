@@ -89,6 +89,19 @@ class Tensor(Protocol):
         """
 
 
+def rounded(x: jax.Array) -> jax.Array:
+    """Return x, an array of products, in a way that keeps a following addition from being contracted with the multiplication.
+
+    XLA computes x y + z with one rounding where both operations come to lie in one fusion, and which do depends on the shape and the
+    mesh; so without this the last bit does too. (`optimization_barrier` and a no-op `reduce_precision` are removed before fusion.)
+
+    Example:
+        >>> rounded(jnp.array([0.1, jnp.inf, jnp.nan])).tolist()
+        [0.10000000149011612, inf, nan]
+    """
+    return jnp.where(jnp.isnan(x), jnp.nan, x)
+
+
 def block_sums(x: jax.Array) -> jax.Array:
     """Sum runs of 256 consecutive elements in one fixed order of additions: the same bits for any slab and on any mesh.
 
@@ -104,6 +117,7 @@ def block_sums(x: jax.Array) -> jax.Array:
     """
     if x.size == 0:
         return jnp.zeros(0, jnp.float32)
+    x = rounded(x)
     if x.ndim == 0 or x.shape[-1] % BLOCK:
         x = jnp.pad(x.ravel(), (0, -x.size % BLOCK))
     x = x.reshape(*x.shape[:-1], -1, BLOCK // _LANES, _LANES)

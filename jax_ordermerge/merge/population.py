@@ -62,32 +62,63 @@ def merge(
     if methods.METHODS[method].needs_base(checked) and base is None:
         raise UserError(f"merge method {method} with {checked} needs the base; give it")
     flat, flat_base = tree.flatten(members), tree.flatten(base or {})
-    given = methods.check_weights(method, weights, tree.size(members), checked)
-    merged = {}
-    for spec in arch.tensor_table(config):
-        leaf, names = flat[spec.path], spec.hf_names()
-        layers = range(len(names)) if spec.stacked else (None,)
-        words = [methods.key_words(method, checked, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
-        inner = _without_members(leaf)
-        together = _Leaf(leaf, flat_base.get(spec.path), spec.stacked, None if inner is None else inner[0])
-        learned = [
-            parts.split(methods.learn(_Tensor(together, i, words[i], given, jnp.dtype(dtype)), method, checked))
-            for i in range(len(names))
-        ]
-        known = {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]}
-        merged[spec.path] = _merge_leaf(
-            together.members,
-            together.base,
-            np.stack(words),
-            known,
-            method=method,
-            static=learned[0][1],
-            dtype=jnp.dtype(dtype),
-            stacked=spec.stacked,
-            spread=together.spread,
-            out=None if inner is None else inner[1],
-        )
-    return tree.unflatten(merged)
+    run = functools.partial(merge_leaf, method=method, seed=seed, weights=weights, parameters=checked, dtype=dtype)
+    table = arch.tensor_table(config)
+    return tree.unflatten(
+        {spec.path: run(flat[spec.path], flat_base.get(spec.path), spec.hf_names(), spec.stacked) for spec in table}
+    )
+
+
+def merge_leaf(
+    members: jax.Array,
+    base: jax.Array | None,
+    names: Sequence[str],
+    stacked: bool,
+    *,
+    method: str,
+    seed: int,
+    weights: Sequence[float] | None,
+    parameters: Mapping[str, Any],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Merge one entry of the tensor table.
+
+    Args:
+        members: [M, *S], or [M, L, *S] if stacked.
+        base: the same without `M`, or None.
+        names: Hugging Face name of each layer, or of the one tensor.
+        stacked: whether there is a layer axis.
+        method, seed, weights, dtype: as in `merge`.
+        parameters: as `methods.check` returned them.
+
+    Returns:
+        [*S] or [L, *S] in `dtype`.
+
+    Example:
+        >>> members = jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])
+        >>> settings = {"method": "average", "parameters": methods.check("average"), "seed": 0, "weights": None}
+        >>> merge_leaf(members, None, ["w"], False, dtype="float32", **settings).tolist()
+        [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
+    """
+    layers = range(len(names)) if stacked else (None,)
+    words = [methods.key_words(method, parameters, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
+    given = methods.check_weights(method, weights, members.shape[0], parameters)
+    inner = _without_members(members)
+    leaf = _Leaf(members, base, stacked, None if inner is None else inner[0])
+    tensors = [_Tensor(leaf, i, words[i], given, jnp.dtype(dtype)) for i in range(len(names))]
+    learned = [parts.split(methods.learn(tensor, method, parameters)) for tensor in tensors]
+    return _merge_leaf(
+        members,
+        base,
+        np.stack(words),
+        {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]},
+        method=method,
+        static=learned[0][1],
+        dtype=jnp.dtype(dtype),
+        stacked=stacked,
+        spread=leaf.spread,
+        out=None if inner is None else inner[1],
+    )
 
 
 class _Leaf(NamedTuple):

@@ -143,7 +143,8 @@ def selection(
         raise UserError(
             f"merge method selection: child = {child}, but {tensor.count} members have the children 0 to {tensor.count - 1}"
         )
-    if child is not None and (resample != 0 or np.ptp(p) > 1):
+    equal = tensor.weights is None or np.ptp(tensor.weights) == 0
+    if child is not None and (resample != 0 or not equal):
         raise UserError(
             "merge method selection: the children are permutations of the members, so child goes with resample: 0 and equal weights"
         )

@@ -16,7 +16,7 @@ from pydantic import Field
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.average import Scale, combine, equal_weights
 from jax_ordermerge.merge.counter import random_words
-from jax_ordermerge.merge.parts import Part, Tensor, block_sums
+from jax_ordermerge.merge.parts import Part, Tensor, block_sums, rounded
 from jax_ordermerge.merge.ranks import is_largest, largest, magnitudes, row_ranks, tie_ranks
 
 Density = Annotated[float, Field(gt=0, le=1)]
@@ -267,7 +267,7 @@ def generalized_part(
         if normalize:
             total = combine([jnp.float32(1)] * len(deltas), weights)
             merged = merged / jnp.where(jnp.abs(total) < 1e-8, 1.0, total)
-    return p.base_float() + scale * merged
+    return p.base_float() + rounded(scale * merged)
 
 
 def generalized(tensor: Tensor, thinned: Known, factors: np.ndarray, *, scale: float, consensus: bool, normalize: bool) -> Known:

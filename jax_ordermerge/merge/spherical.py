@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.average import Of, Scale, combine, equal_weights, linear_part, rounded
-from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, gram_matrix
+from jax_ordermerge.merge.average import Of, Scale, combine, equal_weights, linear_part
+from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, gram_matrix, rounded
 
 Known = dict[str, Any]
 Vectors = Literal["tensor", "row", "column"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jax_ordermerge import mesh as meshes
@@ -41,8 +42,10 @@ def diagonal(
     for row in rows:
         size = int(examples.lengths[row])
         length = next(one for one in lengths if one >= size)
-        batch = pack.collate(examples, rows[rows == row], length)
-        total = program(population, total, {name: batch[name] for name in ("tokens", "targets", "positions", "segments", "weights")})
+        batch = pack.collate(examples, np.array([row]), length)
+        total = program(
+            population, total, {name: batch[name] for name in ("tokens", "targets", "positions", "segments", "weights")}
+        )
     return jax.tree.map(lambda x: x / n, total)
 
 

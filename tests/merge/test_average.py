@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge import rng
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.average import combine
 from jax_ordermerge.merge.methods import key_words, merge_tensor
 
@@ -101,3 +102,21 @@ def test_lambda_matched(settings, weights, dtype):
 def test_lambda_matched_of_an_unchanged_tensor_is_the_base():
     words = rng.stream_words(0, "select", "a")
     assert np.array_equal(merge_tensor("lambda_matched", [BASE, BASE], base=BASE, words=words), BASE)
+
+
+def test_fisher_weights_each_element():
+    information = np.abs(generator.normal(size=MEMBERS.shape)).astype(np.float32)
+    information[:, 0, :2] = 0  # nobody knows anything of these: the plain average
+    for weights in (None, (1.0, 2.0, 0.5)):
+        w = np.array(weights or (1, 1, 1), float).reshape(3, 1, 1)
+        matter = w * information
+        expected = np.where(
+            matter.sum(0) > 0,
+            (matter * MEMBERS).sum(0) / np.where(matter.sum(0) > 0, matter.sum(0), 1),
+            (w * MEMBERS).sum(0) / w.sum(),
+        )
+        given = None if weights is None else (*weights, 0, 0, 0)
+        got = merge_tensor("fisher", [*MEMBERS, *information], weights=given)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="as many Fisher diagonals"):
+        merge_tensor("fisher", [*MEMBERS])

@@ -23,7 +23,8 @@ DENSE = {"density": 1.0, "select_topk": 1.0, "threshold": 0.0, "spread": -1e9}
 DENSE_OF = {"nearswap": {"t": 3.4e38}, "ram": {"epsilon": 0.0}, "ramplus_tl": {"epsilon": 0.0}}
 # the largest element for methods that square elements, and for those that add before they divide; the range of bfloat16 for others
 SQUARES = ("norm_matched", "lambda_matched", "slerp", "nuslerp", "multislerp", "karcher", "model_stock")
-TOP = {**dict.fromkeys(SQUARES, 2.0**60), **dict.fromkeys(("ram", "ramplus_tl", "consensus"), 2.0**126)}
+TOP = {**dict.fromkeys(SQUARES, 2.0**60), **dict.fromkeys(("ram", "ramplus_tl", "consensus", "fisher"), 2.0**126)}
+PAIRS = {"fisher"}  # the second half of the members are positive numbers that belong to the first
 EVERY = [(name, REQUIRED.get(name, {})) for name in METHODS] + [
     ("selection", {"resample": 2}),
     ("selection", {"resample": "exhaustive"}),
@@ -73,12 +74,27 @@ def allowed(name, count):
     """The number of members nearest to `count` that the method takes."""
     low, high = METHODS[name].members
     least = 2 if name == "consensus" else low  # its k is 2
-    return int(min(max(count, low, least), high))
+    count = int(min(max(count, low, least), high))
+    return count + count % 2 if name in PAIRS else count
+
+
+def meant_for(name, members):
+    """The members, where the method wants other numbers in the second half."""
+    half = len(members) // 2
+    if name not in PAIRS:
+        return members
+    positive = [(1 + jnp.minimum(jnp.abs(x), 1)).astype(x.dtype) for x in members[half:]]
+    return jnp.stack([*members[:half], *positive])
+
+
+def population_for(name, shape, count=3, dtype="float32"):
+    members, base = population_of(shape, allowed(name, count), dtype)
+    return meant_for(name, members), base
 
 
 def weights_for(name, weights):
     """The weights, or None if the method takes none."""
-    members, base = population_of((2,), len(weights))
+    members, base = population_for(name, (2,), len(weights))
     try:
         learn(name, REQUIRED.get(name, {}), members, base, weights)
     except UserError as error:
@@ -104,7 +120,7 @@ def test_identical_members_give_the_member(name, parameters, shape):
     if "scale" in parameters:
         parameters = {**parameters, "scale": 1.0}
     member, base = population_of(shape, 1, "bfloat16")
-    members = jnp.repeat(member, allowed(name, 4), axis=0)
+    members = meant_for(name, jnp.repeat(member, allowed(name, 4), axis=0))
     got = merge(name, dense(name, parameters), members, base, dtype="bfloat16")
     if name in ("selection", "average", "passthrough"):
         assert np.array_equal(got, member[0])
@@ -119,14 +135,14 @@ def test_permuting_members_with_their_weights_changes_nothing(name, parameters, 
     count = allowed(name, 3)
     if "child" in parameters:
         weights = None
-    members, base = population_of((8, 5), count)
-    order = [x for x in (2, 0, 1) if x < count]
+    members, base = population_for(name, (8, 5), count)
+    order = [1, 0, 3, 2] if name in PAIRS else [x for x in (2, 0, 1) if x < count]
     if METHODS[name].draws:
         if METHODS[name].weights == "probabilities":
             members = jnp.broadcast_to(members[0], members.shape)
         else:
             parameters = {**parameters, "density": 1.0}
-    given = None if weights is None else weights_for(name, weights[:count])
+    given = None if weights is None else weights_for(name, (*weights, 1.0)[:count])
     permuted = None if given is None else tuple(np.array(given)[order].tolist())
     one, two = merge(name, parameters, members, base, given), merge(name, parameters, members[jnp.array(order)], base, permuted)
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
@@ -136,7 +152,7 @@ def test_permuting_members_with_their_weights_changes_nothing(name, parameters, 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 5), (5, 1), (2, 3, 4)])
 @pytest.mark.parametrize("count", [1, 3])
 def test_small_shapes(name, parameters, shape, count):
-    members, base = population_of(shape, allowed(name, count))
+    members, base = population_for(name, shape, count)
     tensor = Abstract(list(members), base, words=WORDS)
     known, static = parts.split(methods.learn(tensor, name, check(name, parameters)))
     got = jax.eval_shape(lambda part: methods.apply(part, known, method=name, static=static, dtype="bfloat16"), tensor.part)
@@ -147,7 +163,7 @@ def test_small_shapes(name, parameters, shape, count):
 @sweep
 def test_scalars_and_single_elements_have_values(name, parameters):
     for shape in ((), (1, 1)):
-        members, base = population_of(shape, allowed(name, 3))
+        members, base = population_for(name, shape, 3)
         got = merge(name, parameters, members, base)
         assert got.shape == shape
         assert np.isfinite(got).all()
@@ -167,7 +183,9 @@ def test_bfloat16_edges(name, parameters):
     given = weights_for(name, (0.5, 0.5)[:count])
     if "scale" in parameters:
         parameters = {**parameters, "scale": 1.0}
-    got = merge(name, dense(name, parameters), [edge] * count, jnp.zeros(6, jnp.bfloat16), weights=given, dtype="bfloat16")
+    got = merge(
+        name, dense(name, parameters), meant_for(name, [edge] * count), jnp.zeros(6, jnp.bfloat16), weights=given, dtype="bfloat16"
+    )
     assert np.array_equal(got, edge)
 
 
@@ -175,12 +193,12 @@ def test_bfloat16_edges(name, parameters):
 def test_one_trace_a_shape(name, parameters):
     """Neither other values of models, keys and weights nor other numeric parameters make it compile again."""
     count = allowed(name, 3)
-    members, base = population_of((4, 3), count)
+    members, base = population_for(name, (4, 3), count)
     if name == "sce":
         parameters = {"select_topk": 0.8}
     first = check(name, parameters)
     second = {key: 0.9 * value if isinstance(value, float) else value for key, value in first.items()}
-    given, other = (weights_for(name, weights[:count]) for weights in ((1.0, 2.0, 3.0), (3.0, 2.0, 1.0)))
+    given, other = (weights_for(name, weights[:count]) for weights in ((1.0, 2.0, 3.0, 4.0), (3.0, 2.0, 1.0, 4.0)))
     if "child" in parameters:
         given = other = None
     merge(name, first, members, base, given)
@@ -192,7 +210,7 @@ def test_one_trace_a_shape(name, parameters):
 @sweep
 def test_parts_take_abstract_input(name, parameters):
     count = allowed(name, 3)
-    known, static = learn(name, parameters, *population_of((4, 5), count, "bfloat16"))
+    known, static = learn(name, parameters, *population_for(name, (4, 5), count, "bfloat16"))
     one = jax.ShapeDtypeStruct((4, 5), jnp.bfloat16)
     part = parts.Part((one,) * count, one, jax.ShapeDtypeStruct((2,), jnp.uint32))
     got = jax.eval_shape(lambda part: METHODS[name].part(part, **known, **dict(static)), part)
@@ -202,7 +220,7 @@ def test_parts_take_abstract_input(name, parameters):
 
 @sweep
 def test_a_list_of_members_is_a_stack(name, parameters):
-    members, base = population_of((6, 5), allowed(name, 3), dtype="bfloat16")
+    members, base = population_for(name, (6, 5), 3, dtype="bfloat16")
     one, two = (merge(name, parameters, given, base, dtype="bfloat16") for given in (members, list(members)))
     assert np.array_equal(one, two)
 
@@ -243,7 +261,7 @@ def same_bits(one, two):
 @sweep
 @pytest.mark.parametrize(("shape", "dtype"), [((40, 48), "float32"), ((700,), "bfloat16")], ids=str)
 def test_parts_give_the_bits_of_the_whole(name, parameters, shape, dtype):
-    members, base = population_of(shape, allowed(name, 3), dtype)
+    members, base = population_for(name, shape, 3, dtype)
     checked = check(name, parameters)
     cut = Cut(METHODS[name].unit(checked), list(members), base)
     known, static = parts.split(methods.learn(cut, name, checked))

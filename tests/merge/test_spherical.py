@@ -420,6 +420,16 @@ def test_a_mesh_gives_the_same_bits(tiny, models, bits, case):
     check_meshes(tiny, models, bits, *case, "float32", [(2, 4, 1)])
 
 
+@pytest.mark.parametrize("of", ["members", "taus"])
+def test_inner_products_on_a_mesh_have_the_same_bits(of):
+    """A row is one block, cut over 8 devices: there XLA would contract a product and an addition that it keeps apart elsewhere."""
+    members, base = draw((64, 256), 3)
+    whole = parts.gram_matrix(parts.Whole([jnp.asarray(x) for x in members], jnp.asarray(base)), of)
+    layout = jax.sharding.NamedSharding(meshes.make_mesh(1, 8, 1), jax.sharding.PartitionSpec(None, "fsdp"))
+    *members, base = jax.device_put((*members, base), layout)
+    assert np.array_equal(parts.gram_matrix(parts.Whole(members, base), of), whole)
+
+
 @pytest.mark.slow
 @sweep
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
