@@ -14,7 +14,6 @@ import rich.table
 
 from jax_ordermerge.checkpoint import atomic, shards
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import single
 from jax_ordermerge.merge import engine, plan, recipe, references
 
 
@@ -96,6 +95,8 @@ def merge_models(
         atomic.check_vacant(out)
         between = out.with_name(f"{out.name}.hf")
         report = engine.merge_plan(made, between, workers=workers, shard_bytes=shard_bytes, progress=progress)
+    from jax_ordermerge.experiment import single  # brings in training and evaluation, which a merge has no use for
+
     single.convert_checkpoint(between, out, to="orbax", member=None, dtype=None)
     shutil.rmtree(between)
     return report

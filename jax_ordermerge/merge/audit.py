@@ -21,14 +21,14 @@ class Done(NamedTuple):
 
     Attributes:
         name: of the tensor.
-        sha256: of its bytes.
+        crc32: of its bytes, hexadecimal.
         checksums: of the members and the base as they were merged; None of one that was not read whole.
         moments: of the task vectors, see `geometry.Moments`; None without a base.
         elements: how many elements the moments are of.
     """
 
     name: str
-    sha256: str
+    crc32: str
     checksums: list[int | None]
     moments: geometry.Moments | None
     elements: int
@@ -50,7 +50,7 @@ def report(plan: Plan, done: Sequence[Done]) -> dict[str, Any]:
 def write(directory: Path, plan: Plan, done: Sequence[Done]) -> None:
     """Write every file but the tensors into the directory of a merge."""
     found = report(plan, done)
-    manifest = {"algorithm": "sha256", "dtype": plan.out_dtype.name, "tensors": {one.name: one.sha256 for one in done}}
+    manifest = {"algorithm": "crc32", "dtype": plan.out_dtype.name, "tensors": {one.name: one.crc32 for one in done}}
     companions.write(
         directory,
         plan.config,

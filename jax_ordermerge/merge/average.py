@@ -120,7 +120,7 @@ def lambda_matched(
     w = equal_weights(tensor) / equal_weights(tensor).sum()
     size = tensor.count + 1
     upper = np.zeros((size, size))
-    upper[np.triu_indices(size)] = tensor.total(_gram_with_selected, p, resample=resample, resample_from=resample_from)
+    upper[np.triu_indices(size)] = np.array(tensor.total(_gram_with_selected, p, resample=resample, resample_from=resample_from))
     products = upper + np.triu(upper, 1).T
     square, along = w @ products[:-1, :-1] @ w, w @ products[:-1, -1]
     return {"weights": np.float32(w), "scale": np.float32(along / square if square > 0 else 1)}
@@ -128,7 +128,7 @@ def lambda_matched(
 
 def _gram_with_selected(
     p: Part, probabilities: jax.Array, *, resample: int | str, resample_from: Literal["all", "others"]
-) -> jax.Array:
+) -> list[jax.Array]:
     """Return the inner products of the task vectors, that of the selection the last."""
     selected = selection_part(p, weights=probabilities, resample=resample, resample_from=resample_from, granularity="element")
     return gram(p._replace(members=(*p.members, selected)), of="taus")

@@ -14,6 +14,7 @@ import os
 import resource
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -33,7 +34,7 @@ from jax_ordermerge.merge.audit import Done
 from jax_ordermerge.merge.plan import Output, Plan, View
 
 SLAB_ELEMENTS = 1 << 20  # of one member in memory at a time: 2 MB in bfloat16, which stays in a core's cache
-HELD_BYTES = 1 << 29  # of whole tensors in memory at a time, unless one alone is larger
+HELD_BYTES = 3 << 28  # of whole tensors in memory at a time, unless one alone is larger
 SAMPLED = 16  # diagnostics of a slab are made from its first sixteenth ...
 SAMPLED_ABOVE = 1 << 18  # ... if it has more elements than this
 _JOURNAL = "journal"
@@ -213,45 +214,27 @@ class _Job:
         """Merge one tensor and write it, if there are files."""
         with _FileTensor(self, output) as tensor:
             known, static = parts.split(methods.learn(tensor, output.method, output.parameters))
-            device_known = {name: jax.device_put(x) for name, x in known.items()}
+
             needs_base = methods.METHODS[output.method].needs_base(output.parameters)
             rounding = rng.stream_words(self.plan.seed, "round", output.name) if self.plan.stochastic else None
-            digest, moments, elements, checksums = hashlib.sha256(), [], 0, np.zeros(len(output.members) + needs_base, np.uint64)
+            program = {"method": output.method, "static": static, "dtype": self.plan.dtype, "out": self.plan.out_dtype}
+            measured = self.diagnostics and output.base is not None
+            crc, found = 0, []
             for start, shape in tensor.slabs():
                 part = tensor.part(start, shape, needs_base)
-                result = methods.run(
-                    part,
-                    device_known,
-                    rounding,
-                    method=output.method,
-                    static=static,
-                    dtype=self.plan.dtype,
-                    out=self.plan.out_dtype,
-                )
-                checksums += np.asarray(_checksums((*part.members, *([] if part.base is None else [part.base])), part.offset))
-                if self.diagnostics and output.base is not None:
-                    one, count = self._moments(tensor, part, result, start)
-                    moments.append(one)
-                    elements += count
+                count = _sampled(math.prod(shape)) if measured else 0
+                base = tensor.read(output.base, start, count, len(output.members) + 1) if count else None
+                result, *rest = _merge_slab(part, known, rounding, base, count=count, **program)
                 written = np.asarray(result)
+                found.append((jax.device_get(rest), count))
                 self._refuse_overflow(output.name, written, part)
                 if self.files is not None:
                     self.files.write(output.name, start * written.itemsize, written)
-                digest.update(written.reshape(-1).view(np.uint8).data)
-        base = [] if output.base is None or needs_base else [None]
-        total = geometry.Moments(*(np.sum([one[i] for one in moments], axis=0) for i in (0, 1))) if moments else None
-        return Done(output.name, digest.hexdigest(), [int(x) & 0xFFFFFFFF for x in checksums] + base, total, elements)
+                crc = zlib.crc32(written.reshape(-1).view(np.uint8).data, crc)
+        return _done(output, needs_base, crc, found)
 
     def _is_there(self, done: Done) -> bool:
-        return self.files is not None and self.files.digest(done.name) == done.sha256
-
-    def _moments(self, tensor: "_FileTensor", part: parts.Part, result: jax.Array, start: int) -> tuple[geometry.Moments, int]:
-        """Measure the task vectors on the first part of a slab."""
-        size = result.size
-        count = size if size <= SAMPLED_ABOVE else size // SAMPLED
-        base = tensor.read(tensor.base, start, count)
-        found = _sampled_moments(part.members, base, result, count=count)
-        return geometry.total(jax.device_get(found)), count
+        return self.files is not None and self.files.digest(done.name) == done.crc32
 
     def _refuse_overflow(self, name: str, written: np.ndarray, part: parts.Part) -> None:
         # bfloat16 has the range of float32
@@ -271,6 +254,7 @@ class _FileTensor:
         self._size = math.prod(output.shape)
         self._unit = methods.METHODS[output.method].unit(output.parameters)
         self._held: dict[View, np.ndarray] = {}
+        self._parts: list[parts.Part] = []
         self._taken = 0
         self._words = jax.device_put(methods.key_words(output.method, output.parameters, job.plan.seed, output.name, output.layer))
 
@@ -279,15 +263,14 @@ class _FileTensor:
 
     def __exit__(self, *_: object) -> None:
         self._held.clear()
+        self._parts.clear()
         self._job.budget.give(self._taken)
 
-    def total(self, function: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+    def total(self, function: Callable[..., Any], *arrays: Any, reduce: parts.Reduce = "sum", **static: Any) -> Any:
         """See `parts.Tensor.total`: the tensor is held from the first call on, and gone through slab by slab."""
         self._hold()
-        sums, chosen = parts.Sums(), tuple(static.items())
-        arrays = jax.tree.map(jax.device_put, arrays)
-        for start, shape in self._runs():
-            part = self.part(start, shape, self.base is not None)
+        sums, chosen = parts.Sums(reduce), tuple(static.items())
+        for part in self._parts:
             sums.add(parts.measure(part, *arrays, function=function, static=chosen, dtype=self._job.plan.dtype))
         return sums.result()
 
@@ -323,12 +306,12 @@ class _FileTensor:
         size = math.prod(shape)
         members = tuple(self.read(view, start, size, slot).reshape(shape) for slot, view in enumerate(self._output.members))
         base = self.read(self.base, start, size, self.count).reshape(shape) if with_base and self.base is not None else None
-        members, base = jax.tree.map(functools.partial(jax.device_put, may_alias=True), (members, base))
+        # memory of numpy goes in as it is: it is aligned, and nobody writes to it before the result is there
         if tuple(shape) == tuple(self.shape):
             return parts.Part(members, base, self._words)
         offset = np.array([start & 0xFFFFFFFF, start >> 32], np.uint32)
         row = np.uint32(0 if len(self.shape) < 2 else start // math.prod(self.shape[1:]))
-        return parts.Part(members, base, self._words, *jax.device_put((offset, row)))
+        return parts.Part(members, base, self._words, offset, row)
 
     def read(self, view: View | None, start: int, size: int, slot: int | None = None) -> np.ndarray:
         """Return consecutive elements in the dtype that is merged, from memory where the tensor is held."""
@@ -346,6 +329,7 @@ class _FileTensor:
         self._job.holds = True
         self._job.budget.take(self._taken)
         self._held = {view: _read(self._job.plan, view, 0, _aligned(self._size, dtype)) for view in views}
+        self._parts = [self.part(start, shape, self.base is not None) for start, shape in self._runs()]
 
 
 def _read(plan: Plan, view: View, start: int, out: np.ndarray) -> np.ndarray:
@@ -380,16 +364,45 @@ def _aligned(size: int, dtype: np.dtype[Any]) -> np.ndarray:
     return raw[start : start + size * dtype.itemsize].view(dtype)
 
 
-_checksums = jax.jit(geometry.checksums)
+def _sampled(size: int) -> int:
+    """Return how many elements of a slab the diagnostics look at."""
+    return size if size <= SAMPLED_ABOVE else size // SAMPLED
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def _sampled_moments(members: tuple[jax.Array, ...], base: jax.Array, result: jax.Array, *, count: int) -> geometry.Moments:
+@functools.partial(jax.jit, static_argnames=("count", "method", "static", "dtype", "out"))
+def _merge_slab(
+    part: parts.Part,
+    known: dict[str, jax.Array],
+    rounding: jax.Array | None,
+    base: jax.Array | None,
+    *,
+    count: int,
+    method: str,
+    static: methods.Static,
+    dtype: np.dtype[Any],
+    out: np.dtype[Any],
+) -> tuple[jax.Array, jax.Array, geometry.Moments | None]:
+    """Return the merged slab, checksums of what was read, and moments of its first elements if a base is given: one call, one wait."""
+    result = methods.apply(part, known, rounding, method=method, static=static, dtype=dtype, out=out)
+    models = (*part.members, *([] if part.base is None else [part.base]))
+    checksums = geometry.checksums(models, part.offset)
+    if base is None:
+        return result, checksums, None
     width = math.gcd(count, parts.BLOCK)
-    own = [x.reshape(-1)[:count].reshape(-1, width) for x in (*members, base, result)]
+    own = [x.reshape(-1)[:count].reshape(-1, width) for x in (*part.members, base, result)]
     # compared in what is stored in the end
-    *taus, start, end = [parts.as_stored(x, result.dtype) for x in own]
-    return geometry.moments(taus, start, end)
+    *taus, start, end = [parts.as_stored(x, out) for x in own]
+    return result, checksums, geometry.moments(taus, start, end)
+
+
+def _done(output: Output, needs_base: bool, crc: int, found: list[tuple[Any, int]]) -> Done:
+    checksums = np.sum([one[0].astype(np.uint64) for one, _ in found], axis=0)
+    unread = [None] if output.base is not None and not needs_base else []
+    moments = [geometry.total(one[1]) for one, count in found if count]
+    total = geometry.Moments(*(np.sum([one[i] for one in moments], axis=0) for i in (0, 1))) if moments else None
+    return Done(
+        output.name, f"{crc:08x}", [int(x) & 0xFFFFFFFF for x in checksums] + unread, total, sum(count for _, count in found)
+    )
 
 
 def _plain(done: Done) -> dict[str, Any]:

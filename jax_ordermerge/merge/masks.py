@@ -14,7 +14,7 @@ from pydantic import Field
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.average import Scale, combine, equal_weights
-from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, counts, rounded
+from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, counts, fold, rounded
 from jax_ordermerge.merge.ranks import is_largest, largest, order_statistics, tie_ranks
 from jax_ordermerge.merge.sparsify import Count, Density, Known, each_member
 
@@ -254,12 +254,12 @@ def arcee_fusion(tensor: Tensor, *, spread: Scale = 1.5) -> Known:
     Source: Arcee's method in mergekit (`arcee_fusion`).
     """
     _refuse_weights("arcee_fusion", tensor)
-    height, width = _rows_of(tensor.shape)
-    tops = tensor.total(_softmax_sums, height=height, width=width).astype(np.uint32).view(np.float32).astype(np.float64)
+    width = math.prod(tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape)
+    tops = _floats(tensor.total(_softmax_sums, width=width, reduce="join")).astype(np.float64)
     # log sum exp of the member minus that of the base, in each row
     shift = np.float32(tops[0] - tops[2] + np.log(tops[1] / tops[3]))
     base = np.float32(tops[2:])
-    divergence = tensor.total(_divergences, shift, base, height=height, width=width).astype(np.uint32).view(np.float32)
+    divergence = _floats(tensor.total(_divergences, shift, base, width=width, reduce="join"))
     last = math.prod(tensor.shape) - 1
     found = order_statistics(tensor, [int(f * last) for f in (0.5, 0.25, 0.75)], _importance_bits, divergence)
     median, first, third = found.view(np.float32).astype(np.float64)
@@ -272,8 +272,8 @@ def arcee_fusion_part(p: Part, *, divergence: jax.Array, threshold: jax.Array) -
     return jnp.where(_importance(p, divergence) >= threshold, p.floats()[0], p.base_float())
 
 
-def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+def _floats(bits: np.ndarray) -> np.ndarray:
+    return bits.astype(np.uint32).view(np.float32)
 
 
 def _importance(p: Part, divergence: jax.Array) -> jax.Array:
@@ -293,26 +293,18 @@ def _whole_rows(x: jax.Array, width: int) -> jax.Array:
     return rows
 
 
-def _placed(p: Part, found: jax.Array, height: int) -> jax.Array:
-    """Return the bits of numbers found for each row, float32[..., rows], at their place among all rows: the total then lists them."""
-    bits = jax.lax.bitcast_convert_type(found, jnp.uint32)
-    start = jnp.uint32(0) if p.row is None else p.row
-    zero = (jnp.zeros_like(start),) * (found.ndim - 1)
-    return jax.lax.dynamic_update_slice(jnp.zeros((*found.shape[:-1], height), jnp.uint32), bits, (*zero, start))
-
-
-def _softmax_sums(p: Part, *, height: int, width: int) -> jax.Array:
-    """Return max and sum exp(x - max) of each row in the member, then in the base, uint32[4, height]."""
+def _softmax_sums(p: Part, *, width: int) -> jax.Array:
+    """Return the bits of max and sum exp(x - max) of each row in the member, then in the base, uint32[4, rows]."""
     found = []
     for x in (p.floats()[0], p.base_float()):
         rows = _whole_rows(x, width)
         top = rows.max(axis=1)
         found += [top, _row_sums(_exp(rows - top[:, None]))]
-    return _placed(p, jnp.stack(found), height)
+    return jax.lax.bitcast_convert_type(jnp.stack(found), jnp.uint32)
 
 
-def _divergences(p: Part, shift: jax.Array, base: jax.Array, *, height: int, width: int) -> jax.Array:
-    """Return KL of each row, uint32[height], from the differences of log sum exp and the base's max and sum, [2, height]."""
+def _divergences(p: Part, shift: jax.Array, base: jax.Array, *, width: int) -> jax.Array:
+    """Return the bits of KL of each row, uint32[rows], from the differences of log sum exp and the base's max and sum, float32[2, height]."""
     q, tau = _whole_rows(p.base_float(), width), _whole_rows(p.taus()[0], width)
     start = jnp.uint32(0) if p.row is None else p.row
     own = jax.lax.dynamic_slice(jnp.stack([shift, base[0], base[1]]), (jnp.zeros_like(start), start), (3, len(tau)))[:, :, None]
@@ -320,13 +312,13 @@ def _divergences(p: Part, shift: jax.Array, base: jax.Array, *, height: int, wid
     # x log x - x + 1 with x = exp(log), near 0 by its series
     series = log * log * (1 / 2 + log * (1 / 3 + log * (1 / 8 + log * (1 / 30 + log * (1 / 144 + log / 840)))))
     terms = jnp.where(jnp.abs(log) < 0.25, series, _exp(log) * (log - 1) + 1)
-    return _placed(p, _row_sums(_exp(q - own[1]) * terms) / own[2, :, 0], height)
+    return jax.lax.bitcast_convert_type(_row_sums(_exp(q - own[1]) * terms) / own[2, :, 0], jnp.uint32)
 
 
 def _row_sums(x: jax.Array) -> jax.Array:
     """Sum each row in one fixed order of additions, float32[rows]."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)))
-    sums = block_sums(x).reshape(x.shape[0], -1)
+    sums = fold(block_sums(x)).reshape(x.shape[0], -1)
     while sums.shape[1] > 1:
         half = -(-sums.shape[1] // 2)
         sums = sums[:, :half] + jnp.pad(sums[:, half:], ((0, 0), (0, 2 * half - sums.shape[1])))

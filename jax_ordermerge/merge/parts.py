@@ -7,8 +7,9 @@ population on a mesh in one piece, and both give the same bits: counts are integ
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax_ordermerge.merge.counter import Index, element_index
 
 BLOCK, _LANES = 256, 32  # elements of a floating partial sum, and how many of them are added side by side
 _STATIC = (str, bool, int, type(None))
+Reduce = Literal["sum", "join"]
 
 
 class Part(NamedTuple):
@@ -32,11 +34,11 @@ class Part(NamedTuple):
         row: number of the first leading row; None is 0. Only where parts are whole rows.
     """
 
-    members: tuple[jax.Array, ...]
-    base: jax.Array | None
-    words: jax.Array
-    offset: jax.Array | None = None
-    row: jax.Array | None = None
+    members: tuple[Any, ...]
+    base: Any
+    words: Any
+    offset: Any = None
+    row: Any = None
 
     def floats(self) -> list[jax.Array]:
         """Return theta_i, M arrays float32[*s]."""
@@ -75,13 +77,14 @@ class Tensor(Protocol):
     @property
     def weights(self) -> np.ndarray | None: ...
 
-    def total(self, function: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+    def total(self, function: Callable[..., Any], *arrays: Any, reduce: Reduce = "sum", **static: Any) -> Any:
         """Return the sum of `function(part, *arrays, **static)` over the tensor.
 
         Args:
             function: a function of a module, pure. Integer results (uint32) are added exactly. Floating results are what
-                `block_sums` returns, [..., blocks]: they are added in float64 along the last axis, always in the same order.
+                `block_sums` returns, [..., blocks, 32]: they are added up along both last axes, always in the same order.
             arrays: numbers and arrays it takes; they do not make it compile again.
+            reduce: "join" puts the integers one after another along the last axis instead of adding them.
             static: hashable choices.
 
         Returns:
@@ -105,18 +108,20 @@ def rounded(x: jax.Array) -> jax.Array:
 def block_sums(x: jax.Array) -> jax.Array:
     """Sum runs of 256 consecutive elements in one fixed order of additions: the same bits for any slab and on any mesh.
 
+    Half of the way: 32 sums side by side, which `fold` adds up. (In one program XLA would make one slow expression of both.)
+
     Args:
         x: float32[*s]; the last run is filled up with zeros.
 
     Returns:
-        float32[ceil(n / 256)].
+        float32[ceil(n / 256), 32].
 
     Example:
-        >>> block_sums(jnp.ones(600)).tolist()
+        >>> fold(block_sums(jnp.ones(600))).tolist()
         [256.0, 256.0, 88.0]
     """
     if x.size == 0:
-        return jnp.zeros(0, jnp.float32)
+        return jnp.zeros((0, _LANES), jnp.float32)
     x = rounded(x)
     if x.ndim == 0 or x.shape[-1] % BLOCK:
         x = jnp.pad(x.ravel(), (0, -x.size % BLOCK))
@@ -124,12 +129,20 @@ def block_sums(x: jax.Array) -> jax.Array:
     while x.shape[-2] > 1:
         half = x.shape[-2] // 2
         x = x[..., :half, :] + x[..., half:, :]
-    # two passes: one expression of 256 terms would be slow code
-    x = jax.lax.optimization_barrier(x[..., 0, :])
+    return x.reshape(-1, _LANES)
+
+
+def fold(x: jax.Array) -> jax.Array:
+    """Add up the last axis, a power of two long, in one fixed order.
+
+    Example:
+        >>> fold(jnp.arange(4.0)).item()
+        6.0
+    """
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
-    return x.ravel()
+    return x[..., 0]
 
 
 def counts(flags: Sequence[jax.Array]) -> jax.Array:
@@ -151,12 +164,12 @@ def counts(flags: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(jax.lax.reduce(tuple(flag.astype(jnp.uint32) for flag in flags), zeros, add, axes))
 
 
-def gram(part: Part, *, of: str) -> jax.Array:
-    """Return the inner products of all pairs, to be asked for by `tensor.total(gram, of=...)`; see `gram_matrix`."""
+def gram(part: Part, *, of: str) -> list[jax.Array]:
+    """Return the inner products of all pairs (apart, since stacking them would take longer than adding them up), to be asked for by `tensor.total(gram, of=...)`; see `gram_matrix`."""
     vectors = part.taus() if of == "taus" else part.floats()
     if of == "models":
         vectors.append(part.base_float())
-    return jnp.stack([block_sums(vectors[i] * vectors[j]) for i in range(len(vectors)) for j in range(i, len(vectors))])
+    return [block_sums(vectors[i] * vectors[j]) for i in range(len(vectors)) for j in range(i, len(vectors))]
 
 
 def gram_matrix(tensor: Tensor, of: str) -> np.ndarray:
@@ -173,12 +186,17 @@ def gram_matrix(tensor: Tensor, of: str) -> np.ndarray:
     products = tensor.total(gram, of=of)
     size = tensor.count + (of == "models")
     out = np.zeros((size, size))
-    out[np.triu_indices(size)] = products
+    out[np.triu_indices(size)] = np.array(products)
     return out + np.triu(out, 1).T
 
 
 def cut_of_largest(
-    tensor: Tensor, keep: np.ndarray, values: Callable[..., Sequence[jax.Array]], *arrays: Any, **static: Any
+    tensor: Tensor,
+    keep: np.ndarray,
+    values: Callable[..., Sequence[jax.Array]],
+    *arrays: Any,
+    spread: Literal["bits", "even"] = "bits",
+    **static: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find where the `keep` largest values end, by counting only: no sort, and nothing is gathered from a mesh.
 
@@ -187,6 +205,7 @@ def cut_of_largest(
         keep: int[K], at least 1 and at most the number of elements, how many of each kind of value to keep.
         values: `values(part, *arrays, **static)` returns K arrays uint32[*s]. (For floats that are not negative, the order of the
             bits is the order of the numbers.) Where only some elements compete, the others have the value 0.
+        spread: what the values are like, which decides how fast it goes and nothing else: bits of floats, or evenly spread numbers.
 
     Returns:
         cut uint32[K] and above int64[K]: exactly `above` <= keep values are greater than the cut; the rest is to be chosen among
@@ -198,39 +217,79 @@ def cut_of_largest(
         >>> float(cut.view(np.float32)[0]), above.tolist()
         (2.0, [1])
     """
-    keep = np.asarray(keep, np.int64)
-    low, high = np.zeros(len(keep), np.int64), np.full(len(keep), 1 << 32, np.int64)  # at or above low: >= keep; above high: < keep
-    at_low, at_high = np.full(len(keep), np.prod(tensor.shape, dtype=np.int64)), np.zeros(len(keep), np.int64)
-    while (high - low > 1).any():
-        cuts = _next_cuts(low, high, at_low, at_high, keep)
-        reached = tensor.total(_reached, cuts.astype(np.uint32), *arrays, values=values, **static).reshape(cuts.shape)
-        for column in range(cuts.shape[1]):
-            cut, count = cuts[:, column], reached[:, column]
-            inside = (cut > low) & (cut < high)
-            down, up = inside & (count >= keep), inside & (count < keep)
-            low, at_low = np.where(down, cut, low), np.where(down, count, at_low)
-            high, at_high = np.where(up, cut, high), np.where(up, count, at_high)
-        exact = (at_low == keep) & (high - low > 1) & (low > 0)
+    keep, size = np.asarray(keep, np.int64), math.prod(tensor.shape)
+    found = _Search(keep, size)
+    if spread == "bits":
+        # among bfloat16 numbers few values are distinct, and the one where the largest end is then seen at once
+        sample = tensor.total(_sample, *arrays, values=values, reduce="join", **static)
+        cuts = _cuts_from_sample(np.sort(sample, axis=1)[:, ::-1], keep / size)
+    else:
+        cuts = found.cuts()
+    while found.open.any():
+        counted = tensor.total(_reached, cuts.astype(np.uint32), *arrays, values=values, **static)
+        found.learn(cuts, counted.reshape(cuts.shape))
+        cuts = found.cuts()
+    return found.low.astype(np.uint32), found.at_high
+
+
+class _Search:
+    """An interval for each kind of value: `keep` values or more are at or above `low`, fewer than `keep` at or above `high`."""
+
+    def __init__(self, keep: np.ndarray, size: int) -> None:
+        self._keep = keep
+        self.low, self.high = np.zeros(len(keep), np.int64), np.full(len(keep), 1 << 32, np.int64)
+        self._at_low, self.at_high = np.full(len(keep), size, np.int64), np.zeros(len(keep), np.int64)
+
+    @property
+    def open(self) -> np.ndarray:
+        return self.high - self.low > 1
+
+    def cuts(self) -> np.ndarray:
+        """Return int64[K, 3]: where few values are left, quarters of the interval; else its middle and both sides of a straight line.
+
+        If the values were spread evenly, a standard deviation of where the line misses would be sqrt(values) / 2 of them. Three cuts
+        tell most for the time they take: two bits a pass.
+        """
+        low, width = self.low[:, None], (self.high - self.low)[:, None]
+        inside = np.maximum(self._at_low - self.at_high, 4)[:, None]
+        quarters = low + width * np.array([1, 2, 3]) / 4
+        line = low + width * ((self._at_low - self._keep)[:, None] / inside)
+        aside = np.maximum(1.5 * width / (2 * np.sqrt(inside)), 1)
+        guesses = np.concatenate([line - aside, low + width / 2, line + aside], axis=1)
+        cuts = np.where(inside < 64, quarters, guesses).astype(np.int64)
+        return np.clip(cuts, np.minimum(low + 1, (1 << 32) - 1), np.maximum(self.high[:, None] - 1, 1))
+
+    def learn(self, cuts: np.ndarray, counted: np.ndarray) -> None:
+        """Narrow the intervals by how many values are at or above each cut."""
+        for cut, count in zip(cuts.T, counted.T, strict=True):
+            inside = (cut > self.low) & (cut < self.high)
+            down, up = inside & (count >= self._keep), inside & (count < self._keep)
+            self.low, self._at_low = np.where(down, cut, self.low), np.where(down, count, self._at_low)
+            self.high, self.at_high = np.where(up, cut, self.high), np.where(up, count, self.at_high)
         # all from `low` on are kept, so nothing is chosen among equals: the search is over
-        high, at_high = np.where(exact, low, high), np.where(exact, keep, at_high)
-        low, at_low = np.where(exact, low - 1, low), np.where(exact, keep + 1, at_low)
-    return low.astype(np.uint32), at_high
+        exact = (self._at_low == self._keep) & self.open & (self.low > 0)
+        self.high, self.at_high = np.where(exact, self.low, self.high), np.where(exact, self._keep, self.at_high)
+        self.low, self._at_low = np.where(exact, self.low - 1, self.low), np.where(exact, self._keep + 1, self._at_low)
+
+
+def _cuts_from_sample(sample: np.ndarray, fraction: np.ndarray) -> np.ndarray:
+    """Return int64[K, 4]: the value where the largest end in a sample [K, m], the next greater, and values around them."""
+    count = sample.shape[1]
+    at = (fraction * count)[:, None] + np.sqrt(count * fraction * (1 - fraction))[:, None] * np.array([3.5, 0, -3.5])
+    low, middle, high = np.take_along_axis(sample, at.clip(0, count - 1).astype(np.int64), axis=1).T
+    return np.stack([low, middle, middle + 1, high + 1], axis=1).clip(1, (1 << 32) - 1)
+
+
+def _sample(part: Part, *arrays: Any, values: Callable[..., Sequence[jax.Array]], **static: Any) -> jax.Array:
+    """Return evenly placed values of a part, uint32[K, m]."""
+    found = [x.ravel() for x in values(part, *arrays, **static)]
+    stride = max(1, found[0].size // 2048)
+    return jnp.stack([x[::stride] for x in found])
 
 
 def _reached(part: Part, cuts: jax.Array, *arrays: Any, values: Callable[..., Sequence[jax.Array]], **static: Any) -> jax.Array:
     found = values(part, *arrays, **static)
     return counts([x >= cuts[i, j] for i, x in enumerate(found) for j in range(cuts.shape[1])])
-
-
-def _next_cuts(low: np.ndarray, high: np.ndarray, at_low: np.ndarray, at_high: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Return int64[K, 3] cuts: quarters of a wide interval, and of a narrow one its middle and both sides of a straight line's guess."""
-    width = high - low
-    quarters = low[:, None] + np.maximum(width[:, None] * np.array([1, 2, 3]) // 4, 1)
-    line = low + width * (at_low - keep) / np.maximum(at_low - at_high, 1)
-    aside = np.maximum(width // 32, 1)
-    guesses = np.stack([line - aside, low + width / 2, line + aside], axis=1).astype(np.int64)
-    cuts = np.where((width > 1 << 24)[:, None], quarters, guesses)
-    return np.clip(cuts, np.minimum(low + 1, (1 << 32) - 1)[:, None], np.maximum(high - 1, 1)[:, None])
 
 
 def _magnitudes_of_members(part: Part) -> list[jax.Array]:
@@ -251,9 +310,9 @@ class Whole:
         self.part = Part(tuple(members), base, jnp.asarray(np.zeros(2, np.uint32) if words is None else words))
         self.shape, self.count, self.weights = tuple(members[0].shape), len(members), weights
 
-    def total(self, function: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+    def total(self, function: Callable[..., Any], *arrays: Any, reduce: Reduce = "sum", **static: Any) -> Any:
         """See `Tensor.total`."""
-        sums = Sums()
+        sums = Sums(reduce)
         sums.add(measure(self.part, *arrays, function=function, static=tuple(static.items()), dtype=self.part.members[0].dtype))
         return sums.result()
 
@@ -263,28 +322,34 @@ class Sums:
 
     Example:
         >>> sums = Sums()
-        >>> for part in ((jnp.uint32(1), jnp.ones((2, 3))), (jnp.uint32(2), jnp.ones((2, 1)))):
+        >>> for part in ((jnp.uint32(1), jnp.ones((2, 3, 32))), (jnp.uint32(2), jnp.ones((2, 1, 32)))):
         ...     sums.add(part)
         >>> [x.tolist() for x in sums.result()]
-        [3, [4.0, 4.0]]
+        [3, [128.0, 128.0]]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reduce: Reduce = "sum") -> None:
         self._found: list[Any] = []
+        self._reduce = reduce
 
     def add(self, found: Any) -> None:
         """Take the result of one part."""
-        self._found.append(jax.device_get(found))
+        self._found.append(jax.device_get(_fold_floats(found)))
 
     def result(self) -> Any:
         """Return the totals."""
-        return jax.tree.map(_add_parts, *self._found)
+        return jax.tree.map(self._add_parts, *self._found)
+
+    def _add_parts(self, *parts: np.ndarray) -> np.ndarray:
+        if np.issubdtype(parts[0].dtype, np.integer):
+            whole = [part.astype(np.int64) for part in parts]
+            return np.concatenate(whole, axis=-1) if self._reduce == "join" else np.sum(whole, axis=0)
+        return np.concatenate(parts, axis=-1).astype(np.float64).sum(axis=-1)
 
 
-def _add_parts(*parts: np.ndarray) -> np.ndarray:
-    if np.issubdtype(parts[0].dtype, np.integer):
-        return np.sum([part.astype(np.int64) for part in parts], axis=0)
-    return np.concatenate(parts, axis=-1).astype(np.float64).sum(axis=-1)
+@jax.jit
+def _fold_floats(found: Any) -> Any:
+    return jax.tree.map(lambda x: fold(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, found)
 
 
 @functools.partial(jax.jit, static_argnames=("function", "static", "dtype"))

@@ -148,9 +148,9 @@ class _Tensor:
     def count(self) -> int:
         return int(self.leaf.members.shape[0])
 
-    def total(self, function: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+    def total(self, function: Callable[..., Any], *arrays: Any, reduce: parts.Reduce = "sum", **static: Any) -> Any:
         """See `parts.Tensor.total`: the leaf in one piece, wherever it lies."""
-        sums = parts.Sums()
+        sums = parts.Sums(reduce)
         sums.add(
             _measure_leaf(
                 self.leaf.members,

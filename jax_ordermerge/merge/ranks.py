@@ -47,7 +47,7 @@ def largest(tensor: Tensor, keep: np.ndarray, values: Values, *arrays: Any) -> d
     ties, nothing, everything = keep > above, keep <= 0, keep >= size
     rank = np.zeros(len(keep), np.int64)
     if (ties & ~everything).any():
-        last, over = cut_of_largest(tensor, np.maximum(keep - above, 1), _ranks_at, cut, *arrays, of=values)
+        last, over = cut_of_largest(tensor, np.maximum(keep - above, 1), _ranks_at, cut, *arrays, spread="even", of=values)
         # `over` ranks are greater than the last; if they are too few, the one equal to it is kept too
         rank = last.astype(np.int64) + (over >= keep - above)
     cut = np.where(nothing, 0xFFFFFFFF, np.where(everything, 0, cut)).astype(np.uint32)

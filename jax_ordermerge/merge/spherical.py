@@ -14,7 +14,7 @@ from pydantic import Field
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.average import Of, Scale, combine, equal_weights, linear_part
-from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, gram_matrix, rounded
+from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, fold, gram_matrix, rounded
 
 Known = dict[str, Any]
 Vectors = Literal["tensor", "row", "column"]
@@ -257,7 +257,7 @@ def _sums_along(x: jax.Array, granularity: str) -> jax.Array:
     axis = 0 if granularity == "column" else x.ndim - 1
     x = jnp.moveaxis(rounded(x), axis, -1)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)])
-    sums = block_sums(x).reshape(*x.shape[:-1], -1)
+    sums = fold(block_sums(x)).reshape(*x.shape[:-1], -1)
     while sums.shape[-1] > 1:
         half = -(-sums.shape[-1] // 2)
         rest = jnp.pad(sums[..., half:], [(0, 0)] * (x.ndim - 1) + [(0, 2 * half - sums.shape[-1])])
