@@ -56,7 +56,7 @@ def write(directory: Path, plan: Plan, done: Sequence[Done]) -> None:
         plan.config,
         plan.out_dtype.name,
         tokenizer_from=plan.tokenizer_from,
-        card=card(_recipe(plan), len(plan.sources), found["diagnostics"], plan.notes),
+        card=card(plan, found["diagnostics"]),
         recipe=yaml.safe_dump(_recipe(plan), sort_keys=False),
     )
     for name, text in plan.tokenizer_files.items():
@@ -87,20 +87,21 @@ def _digest(plan: Plan, done: Sequence[Done], source: int) -> str | None:
     return found.hexdigest()
 
 
-def card(recipe: Mapping[str, Any], models: int, diagnostics: Mapping[str, Any] | None, notes: Sequence[str] = ()) -> str:
-    """Return the text of the model card of a merge of so many models."""
-    method = str(recipe["merge_method"])
-    known = methods.METHODS.get(method)
-    source = f" ({known.reference})" if known else ""
+def card(plan: Plan, diagnostics: Mapping[str, Any] | None) -> str:
+    """Return the text of the model card of a merge."""
+    recipe, notes = _recipe(plan), plan.notes
+    models = len({view.source for output in plan.outputs for view in output.members})
+    used = dict.fromkeys(output.method for output in plan.outputs)
+    sources = ", ".join(f"{name}: {methods.METHODS[name].reference}" for name in used)
     text = (
-        f"{models} models of one architecture were merged by `{method}`{source}.\n\n"
-        f"```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```"
+        f"{models} models of one architecture were merged by `{recipe['merge_method']}` ({sources}).\n\n"
+        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
     )
     if notes:
         text += "\n\n" + "\n".join(f"- {note}" for note in notes)
     if diagnostics is not None and diagnostics["total"] is not None:
         text += "\n\n" + _table(diagnostics["total"])
-    return companions.model_card(f"Merge of {models} models by {method}", text, relation="merge", tags=["merge"])
+    return companions.model_card(f"Merge of {models} models by {recipe['merge_method']}", text, relation="merge", tags=["merge"])
 
 
 def _table(total: Mapping[str, Any]) -> str:
