@@ -93,7 +93,12 @@ def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tm
     ]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     report = json.loads((tmp_path / "a" / "merge.json").read_text())
-    assert report["recipe"]["parameters"] == {"resample": "exhaustive", "resample_from": "all", "granularity": "element", "child": None}
+    assert report["recipe"]["parameters"] == {
+        "resample": "exhaustive",
+        "resample_from": "all",
+        "granularity": "element",
+        "child": None,
+    }
     assert [one["label"] for one in report["models"]] == [str(path) for path in (*exported[0], exported[1])]
     assert len({one["digest"] for one in report["models"]}) == 5
     assert len(report["diagnostics"]["tensors"]) == len(Reader(tmp_path / "a").names)

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_ordermerge import arch, rng, tree
-from jax_ordermerge import mesh as meshes
+from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import methods, parts, population
+from jax_ordermerge.merge import methods, parts
 from jax_ordermerge.merge.counter import Index, random_words
 from jax_ordermerge.merge.methods import METHODS, check, check_weights
 from jax_ordermerge.merge.select import permuted
@@ -268,53 +267,6 @@ def test_parts_give_the_bits_of_the_whole(name, parameters, shape, dtype):
     found = [methods.run(part, known, method=name, static=static, dtype=jnp.dtype(dtype)) for part in cut.parts()]
     whole = merge(name, parameters, members, base, dtype=dtype)
     assert same_bits(jnp.concatenate([x.ravel() for x in found]), whole.ravel())
-
-
-def place(params, config, mesh, lead=()):
-    axes = {spec.path: spec.axes for spec in arch.tensor_table(config)}
-    return tree.unflatten(
-        {
-            path: jax.device_put(leaf, meshes.sharding((*lead, *axes[path]), leaf.shape, mesh))
-            for path, leaf in tree.flatten(params).items()
-        }
-    )
-
-
-def differences_on_meshes(name, parameters, config, everyone, base, bits, sizes_of_meshes):
-    """The tensors that have other bits on a mesh than without one."""
-    count = allowed(name, 4)
-    members = jax.tree.map(lambda x: x[:count], everyone)
-    settings = {"method": name, "seed": 3, "parameters": parameters, "dtype": "float32"}
-    expected, found = bits(population.merge(members, base, config, **settings)), []
-    for sizes in sizes_of_meshes:
-        if count % sizes[0] == 0:
-            mesh = meshes.make_mesh(*sizes)
-            got = bits(population.merge(place(members, config, mesh, ("member",)), place(base, config, mesh), config, **settings))
-            found += [(sizes, path) for path in expected if not np.array_equal(got[path], expected[path])]
-    return found
-
-
-@pytest.fixture(scope="module")
-def smallest():
-    """The fewest different tensors that a model has; its members change everything."""
-    config = arch.ModelConfig(vocab_size=24, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=4, tie_embeddings=True)
-    generator = np.random.default_rng(1)
-    shapes = {spec.path: spec.shape for spec in arch.tensor_table(config)}
-    members = {path: generator.normal(size=(4, *shape)).astype(np.float32) for path, shape in shapes.items()}
-    base = {path: generator.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    return config, tree.unflatten(members), tree.unflatten(base)
-
-
-@sweep
-def test_a_mesh_gives_the_bits_of_no_mesh(smallest, bits, name, parameters):
-    mesh = (2, 4, 1) if allowed(name, 4) > 1 else (1, 8, 1)
-    assert differences_on_meshes(name, parameters, *smallest, bits, [mesh]) == []
-
-
-@pytest.mark.slow
-@sweep
-def test_every_mesh_gives_the_bits_of_no_mesh(tiny, models, bits, name, parameters):
-    assert differences_on_meshes(name, parameters, tiny, *models, bits, [(1, 8, 1), (2, 4, 1), (4, 2, 1)]) == []
 
 
 def test_members_are_rounded_to_the_dtype_before_they_are_merged():

@@ -1,5 +1,7 @@
 """Merging in memory: on every mesh the same bits, tensor by tensor what the kernel gives, and the diagnostics."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from jax_ordermerge import arch, rng, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import population
+from jax_ordermerge.merge import methods, parts, population
 from jax_ordermerge.merge.select import select
 
 MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1)]
@@ -155,3 +157,21 @@ def test_diagnostics_of_the_average_and_of_an_unchanged_population(tiny, models)
     assert nothing["cosines"] == [[None, None], [None, None]]
     assert nothing["lambda_eff"] is None
     assert nothing["unchanged_by_all"] == 1.0
+
+
+def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
+    """Members over the order axis: one all-to-all to where all members of an element are, one all-gather of the result, no more."""
+    mesh = meshes.make_mesh(4, 2, 1)
+    shape, axes = (4, 64, 128), ("member", "mlp", "embed")
+    members = jax.device_put(np.ones(shape, np.float32), meshes.sharding(axes, shape, mesh))
+    base = jax.device_put(np.zeros(shape[1:], np.float32), meshes.sharding(axes[1:], shape[1:], mesh))
+    for name, parameters in (("average", {}), ("selection", {"resample": "exhaustive"})):
+        checked = methods.check(name, parameters)
+        spread, out = population._without_members(members)
+        known, static = parts.split(methods.learn(parts.Whole([np.ones((64, 128))] * 4, None), name, checked))
+        given = {"method": name, "static": static, "dtype": np.dtype("float32"), "stacked": False, "spread": spread, "out": out}
+        arrays = {key: value[None] for key, value in known.items()}
+        needed = base if methods.METHODS[name].needs_base(checked) else None
+        program = population._merge_leaf.lower(members, needed, np.zeros((1, 2), np.uint32), arrays, **given).compile().as_text()
+        found = {kind: len(re.findall(rf" {kind}(?:-start)?\(", program)) for kind in ("all-to-all", "all-gather", "all-reduce")}
+        assert found == {"all-to-all": 1, "all-gather": 1, "all-reduce": 0}, name

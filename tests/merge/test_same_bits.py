@@ -15,14 +15,25 @@ from jax_ordermerge.merge.sources import Directory, Member
 MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2)]
 # what a method cannot do without
 GIVEN = {"nearswap": {"t": 0.05}}
-CASES = [(name, {}) for name in methods.METHODS] + [
-    ("selection", {"resample": "exhaustive"}),
-    ("selection", {"resample": 2, "granularity": "row"}),
-    ("ties", {"density": 0.5}),
-    ("dare_ties", {"rescale": "norm"}),
+TABLE = [(name, {}, None) for name in methods.METHODS]
+MORE = [
+    ("average", {"normalize": False}, (0.1, 0.7, -0.3, 0.2)),
+    ("task_arithmetic", {"scale": 0.3}, (0.1, 0.7, -0.3, 0.2)),
+    ("selection", {"resample": "exhaustive"}, (1, 2, 3, 4)),
+    ("selection", {"resample": 2, "granularity": "row"}, None),
+    ("selection", {"resample": 1, "resample_from": "others", "granularity": "column"}, None),
+    ("selection", {"child": 1}, None),
+    ("ties", {"density": 0.5, "rescale": "norm"}, None),
+    ("dare_ties", {"rescale": "norm"}, (0.1, 0.7, -0.3, 0.2)),
+    ("breadcrumbs", {"density": 0.5, "gamma": 0.2, "rescale": "norm"}, None),
+    ("della", {"rescale": "norm"}, None),
+    ("sce", {"select_topk": 0.4}, None),
+    ("nuslerp", {"granularity": "row", "of": "taus", "zero": "right_angle"}, (0.6, 0.2)),
+    ("nuslerp", {"granularity": "column"}, None),
+    ("karcher", {"of": "taus"}, (0.1, 0.7, 0.3, 0.2)),
+    ("model_stock", {"granularity": "row"}, None),
 ]
-IDS = ["-".join([name, *(f"{k}={v}" for k, v in parameters.items())]) for name, parameters in CASES]
-every = pytest.mark.parametrize(("name", "parameters"), CASES, ids=IDS)
+IDS = ["-".join([name, *(f"{k}={v}" for k, v in parameters.items())]) for name, parameters, _ in TABLE + MORE]
 
 
 def count_of(name):
@@ -37,18 +48,18 @@ def sparse(shape, generator):
     return [np.asarray(jnp.asarray(x, "bfloat16"), np.float32) for x in (base[None] + taus, base)]
 
 
-@every
-def test_on_every_mesh(name, parameters):
-    """Two layers of one tensor, its rows sharded, its columns sharded, or both, members over the order axis or not."""
-    members, base = sparse((2, 24, 512), np.random.default_rng(0))
+@pytest.mark.parametrize(("name", "parameters", "weights"), TABLE + MORE, ids=IDS)
+def test_on_every_mesh(name, parameters, weights):
+    """Two layers of one tensor, its rows sharded, its columns, within a block of sums, or both; members over the order axis or not."""
+    members, base = sparse((2, 24, 256), np.random.default_rng(0))
     members, checked = members[: count_of(name)], methods.check(name, {**GIVEN.get(name, {}), **parameters})
-    settings = {"method": name, "seed": 7, "weights": None, "parameters": checked, "dtype": "float32"}
+    settings = {"method": name, "seed": 7, "weights": weights, "parameters": checked, "dtype": "float32"}
     names = ["layers.0.w", "layers.1.w"]
     expected = np.asarray(population.merge_leaf(jnp.asarray(members), jnp.asarray(base), names, True, **settings))
     for i, name_ in enumerate(names):
         words = methods.key_words(name, checked, 7, name_, i)
         needed = jnp.asarray(base[i]) if methods.METHODS[name].needs_base(checked) else None
-        alone = methods.merge_tensor(name, list(jnp.asarray(members[:, i])), base=needed, words=words, **checked)
+        alone = methods.merge_tensor(name, list(jnp.asarray(members[:, i])), base=needed, weights=weights, words=words, **checked)
         assert alone.tobytes() == expected[i].tobytes()
     for sizes in MESHES:
         if len(members) % sizes[0]:
@@ -89,7 +100,7 @@ def tensors(directory):
     return {name: reader.read(name).tobytes() for name in reader.names}
 
 
-@every
+@pytest.mark.parametrize(("name", "parameters"), [(name, {}) for name, _, _ in TABLE] + [("selection", {"resample": 1})], ids=str)
 def test_from_files_and_checkpoints(stored, tmp_path, name, parameters):
     members, base, root = stored
     count = count_of(name)

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_ordermerge import arch, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import methods, parts, population
+from jax_ordermerge.merge import methods, parts
 from jax_ordermerge.merge.methods import merge_tensor
 
 AS_MERGEKIT = {"lerp_above": 0.9995, "zero": "right_angle"}
@@ -390,36 +389,6 @@ def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shap
     assert np.array_equal(cut.merge(name, checked), whole)
 
 
-def place(params, config, mesh, lead=()):
-    specs = {spec.path: spec for spec in arch.tensor_table(config)}
-    return tree.unflatten(
-        {
-            path: jax.device_put(leaf, meshes.sharding((*lead, *specs[path].axes), leaf.shape, mesh))
-            for path, leaf in tree.flatten(params).items()
-        }
-    )
-
-
-def check_meshes(tiny, models, bits, name, parameters, weights, dtype, sizes_of_meshes):
-    members, base = models
-    if methods.METHODS[name].members[1] == 2:
-        members, sizes_of_meshes = (
-            jax.tree.map(lambda x: x[:2], members),
-            [(min(sizes[0], 2), *sizes[1:]) for sizes in sizes_of_meshes],
-        )
-    settings = {"method": name, "seed": 3, "parameters": parameters, "weights": weights, "dtype": dtype}
-    expected = bits(population.merge(members, base, tiny, **settings))
-    for sizes in sizes_of_meshes:
-        mesh = meshes.make_mesh(*sizes)
-        got = bits(population.merge(place(members, tiny, mesh, ("member",)), place(base, tiny, mesh), tiny, **settings))
-        assert [path for path in expected if not np.array_equal(got[path], expected[path])] == [], sizes
-
-
-@pytest.mark.parametrize("case", [METHODS[1], METHODS[3], METHODS[11], METHODS[17]], ids=str)
-def test_a_mesh_gives_the_same_bits(tiny, models, bits, case):
-    check_meshes(tiny, models, bits, *case, "float32", [(2, 4, 1)])
-
-
 @pytest.mark.parametrize("of", ["members", "taus"])
 def test_inner_products_on_a_mesh_have_the_same_bits(of):
     """A row is one block, cut over 8 devices: there XLA would contract a product and an addition that it keeps apart elsewhere."""
@@ -428,13 +397,6 @@ def test_inner_products_on_a_mesh_have_the_same_bits(of):
     layout = jax.sharding.NamedSharding(meshes.make_mesh(1, 8, 1), jax.sharding.PartitionSpec(None, "fsdp"))
     *members, base = jax.device_put((*members, base), layout)
     assert np.array_equal(parts.gram_matrix(parts.Whole(members, base), of), whole)
-
-
-@pytest.mark.slow
-@sweep
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_mesh_gives_the_same_bits(tiny, models, bits, name, parameters, weights, dtype):
-    check_meshes(tiny, models, bits, name, parameters, weights, dtype, [(1, 8, 1), (2, 4, 1), (4, 2, 1)])
 
 
 @sweep
