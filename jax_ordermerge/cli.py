@@ -109,11 +109,14 @@ def merge(
     from jax_ordermerge.experiment import merging
 
     recipe = merging.is_recipe(sources[0])
+    target = sources[1] if recipe and out is None and len(sources) > 1 else out
     if len(sources) == 1 and not recipe:
         _through("merge", sources[0], overrides)
         return
+    if target is None and not dry_run:
+        raise UserError("merging models needs --out DIRECTORY")
     if recipe:
-        if len(sources) + (out is not None) != 2:
+        if len(sources) > 2 - (out is not None):
             raise UserError(
                 f"{sources[0]} is a recipe: give it and one directory to write, as in ordermerge merge recipe.yml MERGED"
             )
@@ -128,14 +131,11 @@ def merge(
             seed=seed,
             dtype=dtype,
         )
-    target = sources[1] if recipe and out is None else out
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
-    if dry_run:
+    if dry_run or target is None:
         typer.echo(merging.describe_plan(plan), nl=False)
         return
-    if target is None:
-        raise UserError("merging models needs --out DIRECTORY")
     merging.merge_models(plan, target, to=to, workers=workers, shard_bytes=int(shard_gb * 1e9))
     typer.echo(f"wrote {target}")
 

@@ -46,6 +46,8 @@ def plan_models(
     Raises:
         UserError: bad input.
     """
+    if dtype is not None and dtype not in plan.DTYPES:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(plan.DTYPES)}")
     members = [references.open_model(one) for one in models]
     known = None if base is None else references.open_model(base)
     return plan.uniform(members, known, method=method, seed=seed, weights=weights, parameters=parameters, dtype=dtype)

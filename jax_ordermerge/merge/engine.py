@@ -84,7 +84,7 @@ def merge_plan(
             job = _Job(plan, files, slab_elements, diagnostics, partial / f"{_JOURNAL}-{index}")
             with meshes.together(f"merge {out}"):
                 # each process its share; the files are on storage that all of them see
-                job.run(plan.outputs[index::count], left, workers or len(os.sched_getaffinity(0)), progress)
+                job.run(plan.outputs[index::count], left, workers or len(os.sched_getaffinity(0)) + 1, progress)
         with meshes.together(f"finish {out}"):
             done = _read_journals(partial, plan)
         if index == 0:
@@ -111,7 +111,7 @@ def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
 
     Nothing is written. The runtime itself is counted with what the process has now.
     """
-    threads = workers or len(os.sched_getaffinity(0))
+    threads = workers or len(os.sched_getaffinity(0)) + 1
     middle = sorted(plan.outputs, key=lambda one: math.prod(one.shape))[-len(plan.outputs) // 3]
     job = _Job(plan, None, SLAB_ELEMENTS, True, Path(os.devnull))
     job.merge(middle)  # compiles

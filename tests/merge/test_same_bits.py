@@ -48,7 +48,17 @@ def sparse(shape, generator):
     return [np.asarray(jnp.asarray(x, "bfloat16"), np.float32) for x in (base[None] + taus, base)]
 
 
-@pytest.mark.parametrize(("name", "parameters", "weights"), TABLE + MORE, ids=IDS)
+QUICK = {"average", "selection", "ties", "dare_linear", "della", "karcher", "sce", "arcee_fusion"}
+
+
+def slow_unless_quick(cases, ids):
+    return [
+        pytest.param(*one, id=i, marks=() if one[0] in QUICK and len(one[1]) < 1 else pytest.mark.slow)
+        for one, i in zip(cases, ids, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("name", "parameters", "weights"), slow_unless_quick(TABLE + MORE, IDS))
 def test_on_every_mesh(name, parameters, weights):
     """Two layers of one tensor, its rows sharded, its columns, within a block of sums, or both; members over the order axis or not."""
     members, base = sparse((2, 24, 256), np.random.default_rng(0))
@@ -100,7 +110,10 @@ def tensors(directory):
     return {name: reader.read(name).tobytes() for name in reader.names}
 
 
-@pytest.mark.parametrize(("name", "parameters"), [(name, {}) for name, _, _ in TABLE] + [("selection", {"resample": 1})], ids=str)
+FILES = [(name, {}) for name, _, _ in TABLE] + [("selection", {"resample": 1})]
+
+
+@pytest.mark.parametrize(("name", "parameters"), slow_unless_quick(FILES, [*IDS[: len(TABLE)], "selection-resample=1"]))
 def test_from_files_and_checkpoints(stored, tmp_path, name, parameters):
     members, base, root = stored
     count = count_of(name)

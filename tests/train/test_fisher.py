@@ -15,9 +15,9 @@ from jax_ordermerge.train import fisher, objective
 def test_it_is_the_mean_square_of_the_gradients_of_single_examples(tiny_model, tiny_examples):
     members = [llama.init_params(tiny_model, seed) for seed in range(2)]
     loss = objective.sft(tiny_model, dtype="float32", remat="none")
-    lengths = pack.bucket_lengths(tiny_examples.longest, (8,))
+    lengths = pack.bucket_lengths(tiny_examples.longest)
     settings = {"count": 3, "lengths": lengths, "seed": 5}
-    found = fisher.diagonal(loss, tree.stack(members), tiny_examples, mesh=meshes.make_mesh(), **settings)
+    found = fisher.diagonal(loss, tree.stack(members), tiny_examples, mesh=meshes.make_mesh(2, 1, 1), **settings)
     rows = np.asarray(jax.random.permutation(stream(5, "fisher", "examples"), len(tiny_examples))[:3])
     for m, params in enumerate(members):
         squares = []
@@ -27,5 +27,3 @@ def test_it_is_the_mean_square_of_the_gradients_of_single_examples(tiny_model, t
         expected = jax.tree.map(lambda *xs: sum(xs) / 3, *squares)
         jax.tree.map(lambda a, b, m=m: np.testing.assert_allclose(a[m], b, rtol=1e-4, atol=1e-9), found, expected)
     assert max(float(x.max()) for x in jax.tree.leaves(found)) > 0
-    sharded = fisher.diagonal(loss, tree.stack(members), tiny_examples, mesh=meshes.make_mesh(2, 2, 1), **settings)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), sharded, found)
