@@ -132,3 +132,29 @@ def test_resolved_config_is_written(run):
     raw = yaml.safe_load((run[0] / "config.yaml").read_text())
     assert raw["training"]["beta2"] == 0.999
     assert raw["population"]["members"] == 2
+
+
+@pytest.mark.slow
+def test_merges_that_look_at_data(folder, tmp_path):
+    """Fisher information from training samples, and a soup chosen on validation samples; another seed changes neither."""
+    raw = yaml.safe_load((folder / "tiny.yaml").read_text())
+    raw["output"] = str(tmp_path / "run")
+    raw["merge"] = {"methods": [{"method": "average"}, {"method": "fisher"}, {"method": "greedy_soup"}], "fisher_examples": 5}
+    raw["evaluation"] = {"batch": 8}
+    config = tmp_path / "fisher.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    directory = pipeline.run(load_config(config))
+    merges = {one["method"]: one for one in json.loads((directory / "merge.json").read_text())["merges"]}
+    soup = merges["greedy_soup"]["parameters"]
+    best = int(np.argmin(soup["validation_losses"]))
+    assert soup["members"][0] == best
+    assert soup["after_each"][0] == soup["validation_losses"][best]
+    assert len(soup["after_each"]) == 2
+    average, fisher = (directory / "merged" / name / "model.safetensors" for name in ("average", "fisher"))
+    assert average.stat().st_size == fisher.stat().st_size
+    assert average.read_bytes() != fisher.read_bytes()
+    assert 0.5 < merges["fisher"]["diagnostics"]["total"]["norm_ratio"] < 2
+    raw["data"]["validation_examples"] = 0
+    config.write_text(yaml.safe_dump(raw | {"output": str(tmp_path / "other")}))
+    with pytest.raises(UserError, match=r"greedy_soup chooses on validation data: set data\.validation_examples"):
+        pipeline.run(load_config(config))
