@@ -213,24 +213,28 @@ class _Job:
     def merge(self, output: Output) -> Done:
         """Merge one tensor and write it, if there are files."""
         with _FileTensor(self, output) as tensor:
-            known, static = parts.split(methods.learn(tensor, output.method, output.parameters))
+            # in a function of its own, so that nothing refers to memory that is given back
+            return self._merge_slabs(tensor, output)
 
-            needs_base = methods.METHODS[output.method].needs_base(output.parameters)
-            rounding = rng.stream_words(self.plan.seed, "round", output.name) if self.plan.stochastic else None
-            program = {"method": output.method, "static": static, "dtype": self.plan.dtype, "out": self.plan.out_dtype}
-            measured = self.diagnostics and output.base is not None
-            crc, found = 0, []
-            for start, shape in tensor.slabs():
-                part = tensor.part(start, shape, needs_base)
-                count = _sampled(math.prod(shape)) if measured else 0
-                base = tensor.read(output.base, start, count, len(output.members) + 1) if count else None
-                result, *rest = _merge_slab(part, known, rounding, base, count=count, **program)
-                written = np.asarray(result)
-                found.append((jax.device_get(rest), count))
-                self._refuse_overflow(output.name, written, part)
-                if self.files is not None:
-                    self.files.write(output.name, start * written.itemsize, written)
-                crc = zlib.crc32(written.reshape(-1).view(np.uint8).data, crc)
+    def _merge_slabs(self, tensor: "_FileTensor", output: Output) -> Done:
+        known, static = parts.split(methods.learn(tensor, output.method, output.parameters))
+
+        needs_base = methods.METHODS[output.method].needs_base(output.parameters)
+        rounding = rng.stream_words(self.plan.seed, "round", output.name) if self.plan.stochastic else None
+        program = {"method": output.method, "static": static, "dtype": self.plan.dtype, "out": self.plan.out_dtype}
+        measured = self.diagnostics and output.base is not None
+        crc, found = 0, []
+        for start, shape in tensor.slabs():
+            part = tensor.part(start, shape, needs_base)
+            count = _sampled(math.prod(shape)) if measured else 0
+            base = tensor.read(output.base, start, count, len(output.members) + 1) if count else None
+            result, *rest = _merge_slab(part, known, rounding, base, count=count, **program)
+            written = np.asarray(result)
+            found.append((jax.device_get(rest), count))
+            self._refuse_overflow(output.name, written, part)
+            if self.files is not None:
+                self.files.write(output.name, start * written.itemsize, written)
+            crc = zlib.crc32(written.reshape(-1).view(np.uint8).data, crc)
         return _done(output, needs_base, crc, found)
 
     def _is_there(self, done: Done) -> bool:

@@ -15,7 +15,7 @@ from pydantic import Field
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.average import Scale, combine, equal_weights
 from jax_ordermerge.merge.parts import BLOCK, Part, Tensor, block_sums, counts, fold, rounded
-from jax_ordermerge.merge.ranks import is_largest, largest, order_statistics, tie_ranks
+from jax_ordermerge.merge.ranks import is_largest, largest, order_statistics, places
 from jax_ordermerge.merge.sparsify import Count, Density, Known, each_member
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -77,7 +77,7 @@ def _selected(p: Part, cut: Known, selects: bool) -> list[jax.Array]:
     taus = p.taus()
     if not selects:
         return taus
-    chosen = is_largest(_variance(taus), tie_ranks(p), cut, 0)
+    chosen = is_largest(_variance(taus), places(p), cut, 0)
     return [jnp.where(chosen, tau, 0.0) for tau in taus]
 
 

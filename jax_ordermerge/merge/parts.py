@@ -195,7 +195,6 @@ def cut_of_largest(
     keep: np.ndarray,
     values: Callable[..., Sequence[jax.Array]],
     *arrays: Any,
-    spread: Literal["bits", "even"] = "bits",
     **static: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find where the `keep` largest values end, by counting only: no sort, and nothing is gathered from a mesh.
@@ -205,7 +204,6 @@ def cut_of_largest(
         keep: int[K], at least 1 and at most the number of elements, how many of each kind of value to keep.
         values: `values(part, *arrays, **static)` returns K arrays uint32[*s]. (For floats that are not negative, the order of the
             bits is the order of the numbers.) Where only some elements compete, the others have the value 0.
-        spread: what the values are like, which decides how fast it goes and nothing else: bits of floats, or evenly spread numbers.
 
     Returns:
         cut uint32[K] and above int64[K]: exactly `above` <= keep values are greater than the cut; the rest is to be chosen among
@@ -219,12 +217,9 @@ def cut_of_largest(
     """
     keep, size = np.asarray(keep, np.int64), math.prod(tensor.shape)
     found = _Search(keep, size)
-    if spread == "bits":
-        # among bfloat16 numbers few values are distinct, and the one where the largest end is then seen at once
-        sample = tensor.total(_sample, *arrays, values=values, reduce="join", **static)
-        cuts = _cuts_from_sample(np.sort(sample, axis=1)[:, ::-1], keep / size)
-    else:
-        cuts = found.cuts()
+    # among bfloat16 numbers few values are distinct, and the one where the largest end is then seen at once
+    sample = tensor.total(_sample, *arrays, values=values, reduce="join", **static)
+    cuts = _cuts_from_sample(np.sort(sample, axis=1)[:, ::-1], keep / size)
     while found.open.any():
         counted = tensor.total(_reached, cuts.astype(np.uint32), *arrays, values=values, **static)
         found.learn(cuts, counted.reshape(cuts.shape))

@@ -17,7 +17,7 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.average import Scale, combine, equal_weights
 from jax_ordermerge.merge.counter import random_words
 from jax_ordermerge.merge.parts import Part, Tensor, block_sums, rounded
-from jax_ordermerge.merge.ranks import is_largest, largest, magnitudes, row_ranks, tie_ranks
+from jax_ordermerge.merge.ranks import is_largest, largest, magnitudes, places, row_ranks
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Densities = Density | list[Density]  # one for all members, or one each
@@ -58,8 +58,8 @@ def trim(tensor: Tensor, density: Densities) -> Known:
 
 def trim_masks(p: Part, **known: Any) -> list[jax.Array]:
     """Return which elements `trim` keeps, M arrays bool[*s]."""
-    rank = tie_ranks(p)
-    return [is_largest(value, rank, known, i) for i, value in enumerate(magnitudes(p))]
+    place = places(p)
+    return [is_largest(value, place, known, i) for i, value in enumerate(magnitudes(p))]
 
 
 def drop(tensor: Tensor, density: Densities) -> Known:
@@ -109,8 +109,10 @@ def _magnitudes_twice(p: Part) -> list[jax.Array]:
 
 def band_masks(p: Part, **known: Any) -> list[jax.Array]:
     """Return which elements `band` keeps, M arrays bool[*s]."""
-    rank, count = tie_ranks(p), len(p.members)
-    return [is_largest(value, rank, known, count + i) & ~is_largest(value, rank, known, i) for i, value in enumerate(magnitudes(p))]
+    place, count = places(p), len(p.members)
+    return [
+        is_largest(value, place, known, count + i) & ~is_largest(value, place, known, i) for i, value in enumerate(magnitudes(p))
+    ]
 
 
 def sample(tensor: Tensor, density: Densities, epsilon: Fractions, unbiased: bool) -> Known:
@@ -290,7 +292,7 @@ def ties(
 ) -> Known:
     """TIES: theta = theta_0 + lambda sum_{i in A} w_i trim(tau_i) / sum_{i in A} w_i, A the members of the elected sign.
 
-    The trim is by magnitude within each tensor (see `tie_ranks` for ties at the cut).
+    The trim is by magnitude within each tensor (see `ranks.Place` for ties at the cut).
 
     Args:
         tensor: its weights are 1/M by default.
