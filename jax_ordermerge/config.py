@@ -37,8 +37,19 @@ class Mesh(Section):
     """Sizes of the mesh axes; -1 is all remaining devices."""
 
     order: AxisSize = Field(1, description="device groups that train different members at the same time")
-    fsdp: AxisSize = Field(-1, description="shards parameters and the batch")
-    tensor: AxisSize = Field(1, description="shards heads and mlp")
+    data: AxisSize = Field(1, description="divides the batch alone")
+    fsdp: AxisSize = Field(-1, description="divides parameters and the batch")
+    sequence: AxisSize = Field(1, description="divides the positions of long inputs (context parallel)")
+    tensor: AxisSize = Field(1, description="divides heads and mlp")
+    dcn: dict[Literal["order", "data", "fsdp", "sequence", "tensor"], AxisSize] = Field(
+        default_factory=dict,
+        description="parts of axes on different TPU slices, such as {order: 2}; by default order takes all slices",
+    )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis."""
+        return self.model_dump(exclude={"dcn"})
 
 
 class Distributed(Section):

@@ -1,82 +1,123 @@
 """The device mesh, the one table from logical to mesh axes, and a distributed start that fails loudly.
 
-Mesh axes: `order` holds members (no communication crosses it while training), `fsdp` shards parameters and batches,
-`tensor` shards heads and the mlp. This file sees logical axis names only, never a model.
+Mesh axes, the outermost first: `order` holds members (no communication crosses it while training), `data` divides batches alone,
+`fsdp` divides parameters and batches, `sequence` the positions of long inputs, `tensor` heads and the mlp. This file sees logical
+axis names only, never a model.
 """
 
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge.errors import UserError
 
-AXES = ("order", "fsdp", "tensor")
+AXES = ("order", "data", "fsdp", "sequence", "tensor")
 
-# logical axis -> mesh axis. What is not named is replicated.
-RULES: dict[str, str] = {
-    "member": "order",
-    "batch": "fsdp",
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "looked_up": "tensor",
+# logical axis -> mesh axes. What is not named is replicated.
+RULES: dict[str, tuple[str, ...]] = {
+    "member": ("order",),
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "looked_up": ("tensor",),
 }
 
 
-def make_mesh(order: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Return a mesh with axes `("order", "fsdp", "tensor")`; one size may be -1 for all remaining devices.
+def make_mesh(
+    order: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    data: int = 1,
+    sequence: int = 1,
+    dcn: Mapping[str, int] | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Return a mesh with the axes `AXES`; one size may be -1 for all remaining devices.
+
+    Devices of one slice (a TPU slice; they are connected faster than slices are) stay together on the inner parts of the axes.
 
     Args:
-        order, fsdp, tensor: axis sizes.
+        order, fsdp, tensor, data, sequence: axis sizes.
+        dcn: how many parts of which axis lie on different slices, `{"order": 2}`; one may be -1. By default `order` is divided over
+            all slices: nothing crosses it while training. Of no effect on devices of one slice.
         devices: the devices to use, by default as many of `jax.devices()` as the sizes ask for.
 
     Raises:
-        UserError: the sizes do not fit the devices.
+        UserError: the sizes do not fit the devices or the slices.
 
     Example:
         >>> dict(make_mesh(1, 1, 1).shape)
-        {'order': 1, 'fsdp': 1, 'tensor': 1}
+        {'order': 1, 'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
     """
-    sizes = [order, fsdp, tensor]
-    available = len(jax.devices() if devices is None else devices)
-    shown = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {shown}: sizes are positive, and at most one is -1 (all remaining devices)")
-    fixed = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        if available % fixed:
-            raise UserError(f"mesh {shown}: {available} devices cannot be divided by {fixed}; change the sizes")
-        sizes[sizes.index(-1)] = available // fixed
-    elif fixed > available:
-        raise UserError(f"mesh {shown} needs {fixed} devices, {available} are present; make an axis smaller or give -1")
-    chosen = list(jax.devices() if devices is None else devices)[: math.prod(sizes)]
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=chosen)
+    present = list(jax.devices() if devices is None else devices)
+    sizes = {"order": order, "data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    asked = "mesh " + ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1 or name == "order")
+    sizes = _fill(sizes, len(present), asked, "devices")
+    chosen = present[: math.prod(sizes.values())]
+    slices = len({getattr(device, "slice_index", 0) for device in chosen})
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=chosen)
+    outer = _fill({**dict.fromkeys(AXES, 1), **(dcn or {"order": slices})}, slices, f"mesh.dcn {dict(dcn or {})}", "slices")
+    for name, factor in outer.items():
+        if sizes[name] % factor:
+            raise UserError(
+                f"{asked}: {name} = {sizes[name]} cannot be divided over {factor} slices; change it, or say with mesh.dcn which axis can"
+            )
+    inner = [sizes[name] // outer[name] for name in AXES]
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, [outer[name] for name in AXES], chosen), AXES, axis_types=types)
+
+
+def _fill(sizes: dict[str, int], present: int, asked: str, what: str) -> dict[str, int]:
+    """Return the sizes with -1 replaced by all that remains of the devices (or slices)."""
+    unknown = [name for name, size in sizes.items() if size == -1]
+    if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"{asked}: sizes are positive, and at most one is -1 (all remaining {what})")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if unknown:
+        if present % fixed:
+            raise UserError(f"{asked}: {present} {what} cannot be divided by {fixed}; change the sizes")
+        return {**sizes, unknown[0]: present // fixed}
+    if fixed > present:
+        raise UserError(f"{asked} needs {fixed} {what}, {present} are present; make an axis smaller or give -1")
+    return sizes
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
     """Return the PartitionSpec of an array with these logical axes.
 
-    An axis whose size its mesh axis does not divide is replicated, and no mesh axis is used twice.
+    An axis whose size its mesh axes do not divide is replicated, and no mesh axis is used twice. Mesh axes of size 1 are left out.
 
     Example:
-        >>> tuple(partition(("layer", "mlp", "embed"), (2, 8, 4), make_mesh()))
-        (None, 'tensor', 'fsdp')
+        >>> mesh = make_mesh(1, 2, 2, data=2)
+        >>> tuple(partition(("layer", "mlp", "embed"), (2, 8, 4), mesh)), tuple(partition(("batch", None), (8, 3), mesh))
+        ((None, 'tensor', 'fsdp'), (('data', 'fsdp'), None))
     """
-    entries: list[str | None] = []
+    return _spec(axes, shape, {name: size for name, size in mesh.shape.items() if size > 1})
+
+
+def _spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]) -> P:
+    entries: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for name, extent in zip(axes, shape, strict=True):
-        target = RULES.get(name) if name else None
-        if target in entries or (target is not None and extent % mesh.shape[target]):
-            target = None
-        entries.append(target)
+        target = tuple(one for one in RULES.get(name or "", ()) if one in sizes and one not in used)
+        if extent % math.prod(sizes[one] for one in target):
+            target = ()
+        used.update(target)
+        entries.append(target if len(target) > 1 else target[0] if target else None)
     return P(*entries)
 
 
@@ -84,7 +125,7 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
     """Return `NamedSharding(mesh, partition(axes, shape, mesh))`.
 
     Example:
-        >>> tuple(sharding(("embed",), (4,), make_mesh()).spec)
+        >>> tuple(sharding(("embed",), (4,), make_mesh(1, 2)).spec)
         ('fsdp',)
     """
     return NamedSharding(mesh, partition(axes, shape, mesh))
@@ -103,13 +144,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    manual = set(mesh.manual_axes)
-    entries: list[str | None] = []
-    for name, extent in zip(axes, x.shape, strict=True):
-        target = RULES.get(name) if name else None
-        usable = target in mesh.shape and target not in manual and target not in entries
-        entries.append(target if usable and extent % mesh.shape[target] == 0 else None)
-    return jax.lax.with_sharding_constraint(x, P(*entries))
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes}
+    return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, sizes))
 
 
 def extent(axis: str) -> int:
@@ -120,7 +156,29 @@ def extent(axis: str) -> int:
         1
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[RULES[axis]]
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis] if name not in mesh.manual_axes)
+
+
+def divide(fn: Callable[..., jax.Array], axis: str, arguments: Sequence[int | None], result: int) -> Callable[..., jax.Array]:
+    """Return `fn` that sees its share of a logical axis and all of the others; outside it is called on whole arrays.
+
+    For what the compiler would not divide well by itself. Call it under `jax.set_mesh`.
+
+    Args:
+        fn: of arrays (or trees of them).
+        axis: logical axis.
+        arguments: for each argument the dimension that is divided; None is given whole to everyone.
+        result: the dimension of the result that is divided.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> with jax.set_mesh(make_mesh(sequence=2)):
+        ...     jax.jit(divide(lambda x, y: x + y.sum(), "length", (0, None), 0))(jnp.arange(4), jnp.ones(4, int)).tolist()
+        [4, 5, 6, 7]
+    """
+    names = RULES[axis]
+    specs = [P() if at is None else P(*[None] * at, names) for at in (*arguments, result)]
+    return jax.shard_map(fn, in_specs=tuple(specs[:-1]), out_specs=specs[-1], axis_names=set(names), check_vma=False)
 
 
 def update_members(fn: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
@@ -175,19 +233,19 @@ def map_members(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("order"), axis_names={"order"}, check_vma=False)
 
 
-def provide_cpu_devices(order: int, fsdp: int, tensor: int) -> None:
+def provide_cpu_devices(sizes: Iterable[int]) -> None:
     """Let a machine without accelerators act as the devices a mesh asks for. Call before any other use of jax.
 
     Members on devices of their own train faster than one after another on all cores together. Accelerators, and a number of CPU
     devices given in `XLA_FLAGS`, are left as they are; so is a jax that has started already (`make_mesh` then says what lacks).
 
     Args:
-        order, fsdp, tensor: axis sizes; -1 asks for nothing.
+        sizes: of the mesh axes; -1 asks for nothing.
 
     Example:
-        >>> provide_cpu_devices(1, -1, 1)
+        >>> provide_cpu_devices([1, -1])
     """
-    wanted = math.prod(size for size in (order, fsdp, tensor) if size > 0)
+    wanted = math.prod(size for size in sizes if size > 0)
     if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", wanted)

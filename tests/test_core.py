@@ -33,8 +33,9 @@ def test_stream_is_stable_and_typed():
 
 
 def test_mesh_sizes():
-    assert dict(meshes.make_mesh(2, -1, 2).shape) == {"order": 2, "fsdp": 2, "tensor": 2}
-    assert dict(meshes.make_mesh(1, 3, 1).shape) == {"order": 1, "fsdp": 3, "tensor": 1}
+    assert dict(meshes.make_mesh(2, -1, 2).shape) == {"order": 2, "data": 1, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert dict(meshes.make_mesh(1, 3, 1).shape) == {"order": 1, "data": 1, "fsdp": 3, "sequence": 1, "tensor": 1}
+    assert dict(meshes.make_mesh(data=2, sequence=-1).shape) == {"order": 1, "data": 2, "fsdp": 1, "sequence": 4, "tensor": 1}
     for sizes in [(-1, -1, 1), (0, 1, 1), (16, 1, 1), (3, -1, 1)]:
         with pytest.raises(UserError, match="mesh order="):
             meshes.make_mesh(*sizes)

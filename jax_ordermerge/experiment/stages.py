@@ -74,7 +74,7 @@ def prepare(config: Config, say: Say) -> Workshop:
             continue
         methods.check(spec.method, spec.parameters)
     if config.distributed.coordinator is None:
-        meshes.provide_cpu_devices(**config.mesh.model_dump())
+        meshes.provide_cpu_devices(config.mesh.sizes.values())
     meshes.start_distributed(**config.distributed.model_dump())
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     members, groups = config.population.members, mesh.shape["order"]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_ordermerge import mesh as meshes
+
 # Added to a float32 score it leaves nothing of it, and exp of it less any visible score is exactly 0.
 _MASKED = -1e30
 # Queries a block: 64 was the fastest of 32, 64, 128, 256 on CPU; at most 8 blocks keep long sequences quick to compile.
@@ -64,6 +66,16 @@ def attend(
         >>> attend(jnp.zeros((1, 2, 1, 1)), v, v, tokens, tokens).ravel().tolist()
         [2.0, 3.0]
     """
+    if q_BTNH.shape[1] == k_BSKH.shape[1] and meshes.extent("length") > 1 and q_BTNH.shape[1] % meshes.extent("length") == 0:
+        # every device its own queries and all keys: context parallel, of which the gathering of the keys is all the traffic
+        local = functools.partial(_attend, window=window)
+        return meshes.divide(local, "length", (1, None, None, 1, None), 1)(q_BTNH, k_BSKH, v_BSKH, queries, keys)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window)
+
+
+def _attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens, *, window: int | None
+) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

@@ -134,7 +134,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
-        q = meshes.constrain(_rotate(q, shared.cos_BTH, shared.sin_BTH), "batch", None, "heads", None)
+        q = meshes.constrain(_rotate(q, shared.cos_BTH, shared.sin_BTH), "batch", "length", "heads", None)
         k = meshes.constrain(_rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None)
         v = meshes.constrain(v, "batch", None, "kv_heads", None)
         if kv is not None:
@@ -158,7 +158,7 @@ class MLP(nn.Module):
         c = self.config
         gate_BTF = Linear(c.intermediate_size, c.mlp_bias, self.dtype, name="gate")(x_BTD)
         up_BTF = Linear(c.intermediate_size, c.mlp_bias, self.dtype, name="up")(x_BTD)
-        hidden_BTF = meshes.constrain(nn.silu(gate_BTF) * up_BTF, "batch", None, "mlp")
+        hidden_BTF = meshes.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
         return Linear(c.hidden_size, c.mlp_bias, self.dtype, name="down")(hidden_BTF)
 
 
@@ -173,10 +173,10 @@ class Block(nn.Module):
         c, (x_BTD, kv) = self.config, carry
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
         change_BTD, kv = Attention(c, self.dtype, name="attention")(normed_BTD, kv, layer, shared)
-        x_BTD = meshes.constrain(x_BTD + change_BTD, "batch", None, None)
+        x_BTD = meshes.constrain(x_BTD + change_BTD, "batch", "length", None)
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
         change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
-        return (meshes.constrain(x_BTD + change_BTD, "batch", None, None), kv), None
+        return (meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv), None
 
 
 class Embedding(nn.Module):
@@ -191,7 +191,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         # all of the vocabulary on every device: XLA's partitioner dies of a lookup in a table that order, fsdp and tensor all divide
         table_VD = meshes.constrain(self.weight.astype(self.dtype), None, "looked_up")
-        return meshes.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
+        return meshes.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", "length", None)
 
 
 _MIXED = "mixed"  # what attention gives: kept with the products, or its scores would be computed a third time
@@ -313,7 +313,7 @@ def forward(
     """
     x_BTD, cache = hidden(config, params, tokens_BT, positions_BT, segments_BT, cache, dtype=dtype)
     logits = _times(x_BTD[:, -1:] if last_only else x_BTD, head(config, params).astype(dtype), jnp.float32)
-    return meshes.constrain(logits, "batch", None, "vocab"), cache
+    return meshes.constrain(logits, "batch", "length", "vocab"), cache
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:

@@ -67,12 +67,11 @@ def _with_gradients(
         slope_BCD = jnp.einsum("RV,VD->RD", slope_RV, head, preferred_element_type=head.dtype).reshape(x_BCD.shape)
         own_VD = jnp.einsum("RV,RD->VD", slope_RV, x_BCD.reshape(-1, D), preferred_element_type=jnp.float32)
         slope_VD = meshes.constrain(slope_VD + own_VD, "vocab", "embed")
-        return (sums_B + losses_BC.sum(-1), slope_VD), meshes.constrain(slope_BCD, "batch", None, None)
+        return (sums_B + losses_BC.sum(-1), slope_VD), meshes.constrain(slope_BCD, "batch", "length", None)
 
     start = jnp.zeros(B, jnp.float32), meshes.constrain(jnp.zeros((V, D), jnp.float32), "vocab", "embed")
     (sums_B, slope_VD), slope_NBCD = jax.lax.scan(body, start, _chunks(x_BTD, targets_BT, weights_BT))
-    slope_BTD = slope_NBCD.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-    return (sums_B.sum(), sums_B), (slope_BTD, slope_VD)
+    return (sums_B.sum(), sums_B), (_joined(slope_NBCD, T), slope_VD)
 
 
 def _scaled(
@@ -87,18 +86,36 @@ _sums.defvjp(_with_gradients, _scaled)
 
 
 def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Cut into [N, B, C, ...] with about `_ROWS` rows on every device; the last chunk is filled up with rows of weight 0."""
+    """Cut into [N, B, C, ...] with about `_ROWS` rows on every device; the last chunk is filled up with rows of weight 0.
+
+    Where devices divide the positions, each chunk takes its share from every device.
+    """
     B, T, _ = x_BTD.shape
-    size = min(T, max(1, _ROWS * meshes.extent("batch") // B))
-    chunks = -(-T // size)
-    size = -(-T // chunks)
+    parts = _parts(T)
+    size = min(T // parts, max(1, _ROWS * meshes.extent("batch") // B))
+    chunks = -(-T // parts // size)
+    size = -(-T // parts // chunks)
 
     def cut(array: jax.Array) -> jax.Array:
-        rest = [(0, 0)] * (array.ndim - 2)
-        padded = jnp.pad(array, [(0, 0), (0, chunks * size - T), *rest])
-        return padded.reshape(B, chunks, size, *array.shape[2:]).swapaxes(0, 1)
+        rest = array.shape[2:]
+        divided = array.reshape(B, parts, T // parts, *rest)
+        padded = jnp.pad(divided, [(0, 0), (0, 0), (0, chunks * size - T // parts), *[(0, 0)] * len(rest)])
+        own = jnp.moveaxis(padded.reshape(B, parts, chunks, size, *rest), 2, 0)
+        return meshes.constrain(own.reshape(chunks, B, parts * size, *rest), None, "batch", "length", *[None] * len(rest))
 
     return cut(x_BTD), cut(targets_BT), cut(weights_BT)
+
+
+def _joined(array_NBCD: jax.Array, T: int) -> jax.Array:
+    """Return [B, T, D]: the inverse of the cutting."""
+    N, B, C, D = array_NBCD.shape
+    parts = _parts(T)
+    own = jnp.moveaxis(array_NBCD.reshape(N, B, parts, C // parts, D), 0, 2)
+    return own.reshape(B, parts, -1, D)[:, :, : T // parts].reshape(B, T, D)
+
+
+def _parts(T: int) -> int:
+    return meshes.extent("length") if T % meshes.extent("length") == 0 else 1
 
 
 def _chunk_losses(head_VD: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -106,7 +123,7 @@ def _chunk_losses(head_VD: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax
     x_BCD, targets_BC, weights_BC = chunk
     B, C, D = x_BCD.shape
     flat = jnp.einsum("RD,VD->RV", x_BCD.reshape(-1, D), head_VD, preferred_element_type=jnp.float32)
-    logits_BCV = meshes.constrain(flat.reshape(B, C, -1), "batch", None, "vocab")
+    logits_BCV = meshes.constrain(flat.reshape(B, C, -1), "batch", "length", "vocab")
     total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     if meshes.extent("vocab") > 1:
         # no gather: XLA's partitioner dies of it where order, fsdp and tensor all divide the logits

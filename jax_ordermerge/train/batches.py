@@ -21,7 +21,7 @@ from jax_ordermerge.data import order, pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.pack import Batch
 
-_AXES = ("member", None, "batch", None)
+_AXES = ("member", None, "batch", "length")
 _AHEAD = 2  # batches held ready
 
 
@@ -126,7 +126,7 @@ def make_plan(config: Config, examples: Examples, members: Sequence[int] | None 
 
 
 def abstract_batch(plan: Plan, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the batch of a step over all members as shapes with shardings: members over `order`, examples over `fsdp`."""
+    """Return the batch of a step over all members as shapes with shardings: members, examples and positions over their mesh axes."""
 
     def abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = (len(plan.members), *array.shape)

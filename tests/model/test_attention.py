@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model.attention import Tokens, attend
 
 
@@ -101,3 +102,30 @@ def test_softmax_is_float32_in_bfloat16():
     assert out.dtype == jnp.bfloat16
     expected = naive(*(np.asarray(x, np.float32) for x in (q, k, v)), tokens, tokens, None)
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ on a mesh
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_positions_divided_over_devices_change_nothing(window):
+    """Context parallel: every device has its own queries and all keys; packed rows, gradients too."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = (jnp.asarray(rng.normal(size=(2, 192, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 192)), axis=1), jnp.int32)
+    starts = np.array([[np.flatnonzero(row == one)[0] for one in row] for row in np.asarray(segments)])
+    tokens = Tokens(jnp.asarray(np.arange(192) - starts, jnp.int32), segments)
+
+    def loss(q, k, v):
+        out = attend(q, k, v, tokens, tokens, window=window)
+        return (out * g).sum(), out
+
+    both = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    plain = both(q, k, v)
+    mesh = make_mesh(1, 2, 1, sequence=4)
+    with jax.set_mesh(mesh):
+        compiled = both.lower(q, k, v).compile()
+        divided = compiled(q, k, v)
+    assert "all-reduce" in compiled.as_text()
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(divided), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

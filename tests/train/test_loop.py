@@ -51,6 +51,19 @@ def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, tiny_train, ti
     assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, make_mesh(2, 2, 2)), 1))
 
 
+@pytest.mark.parametrize("axes", [{"data": 2, "sequence": 2}, {"data": 2, "fsdp": 2}])
+def test_batches_and_positions_divided_over_devices_change_no_more_than_the_last_digits(
+    whole, tmp_path, tiny_train, tiny_model, same_bits, axes
+):
+    divided = tiny_train(tmp_path / "both", make_mesh(2, **axes))
+    np.testing.assert_allclose(divided.losses(), whole.losses(), rtol=1e-5)
+    both = weights(divided, tiny_model, make_mesh(2, **axes))
+    for one, other in zip(jax.tree.leaves(both), jax.tree.leaves(weights(whole, tiny_model)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
+    alone = tiny_train(tmp_path / "alone", make_mesh(**axes), members=(1,))
+    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(both, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [4, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
