@@ -247,3 +247,8 @@ def _fetch(pending: Iterable[tuple[int, steps.Metrics]]) -> list[tuple[int, step
     if jax.process_count() == 1:
         return jax.device_get(list(pending))
     return [(step, multihost_utils.process_allgather(metrics, tiled=True)) for step, metrics in pending]
+
+
+def compile_training(config: Config, model: ModelConfig, plan: Plan, mesh: Mesh) -> Any:
+    """Return the compiled step of a training that is only planned, `jax.stages.Compiled`; the devices of the mesh need not be here."""
+    return _Training(config, model, plan, mesh, config.directory)._compile()
