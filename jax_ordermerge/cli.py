@@ -72,6 +72,21 @@ def report(config: RunArgument, overrides: SetOption = None) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories; the first is what others are compared with.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="Directory for comparison.html and comparison.md.")] = Path("comparison"),
+) -> None:
+    """Compare runs: what differs in their configs, the imbalance, members and merges."""
+
+    from jax_ordermerge import comparison
+
+    typer.echo(f"wrote {comparison.write(runs, out)}")
+
+
+@app.command()
 def merge(
     sources: Annotated[
         list[Path],

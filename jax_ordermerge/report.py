@@ -48,10 +48,10 @@ def write(run_directory: str | Path) -> Path:
     blocks = build(run)
     for block in blocks:
         if isinstance(block, Picture):
-            _replace(run.directory / "report" / f"{block.name}.svg", block.svg + "\n")
-    _replace(run.directory / "report.md", document.render_markdown(title, blocks, pictures="report"))
+            replace(run.directory / "report" / f"{block.name}.svg", block.svg + "\n")
+    replace(run.directory / "report.md", document.render_markdown(title, blocks, pictures="report"))
     page = run.directory / "report.html"
-    _replace(page, document.render_html(title, blocks))
+    replace(page, document.render_html(title, blocks))
     return page
 
 
@@ -390,7 +390,7 @@ def _parse(path: Path, text: str) -> Any:
         ) from error
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     """Write beside and rename, so that a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")

@@ -121,6 +121,26 @@ def effects(analysis: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> 
     return found[0]
 
 
+def slopes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Fixed-effects slope of every epoch, runs side by side, with 95 % intervals.
+
+    Args:
+        runs: name -> `coefficients` of analysis.json.
+    """
+    epochs = sorted({epoch for rows in runs.values() for row in rows for epoch in row["epochs"]})
+    with _figure("slopes", 3.0) as (figure, found):
+        axes = figure.subplots()
+        axes.axhline(0, color="#888", linewidth=0.8)
+        for place, ((name, rows), colour) in enumerate(zip(runs.items(), _colours(len(runs)), strict=True)):
+            at = [row["epochs"][0] + 0.5 * ((place + 0.5) / len(runs) - 0.5) for row in rows]
+            values = [row["estimate"] for row in rows]
+            reach = [[row["estimate"] - row["low"] for row in rows], [row["high"] - row["estimate"] for row in rows]]
+            axes.errorbar(at, values, yerr=reach, fmt="o", color=colour, capsize=3, elinewidth=1.2, label=name)
+        axes.set(xticks=epochs, xlabel="epoch", ylabel="slope, nats a token")
+        _legend(axes, len(runs))
+    return found[0]
+
+
 def merging(analysis: Mapping[str, Any]) -> str | None:
     """Loss of samples that a member saw early less those it saw late, an epoch a panel: members, then every merge.
 

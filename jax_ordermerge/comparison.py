@@ -1,0 +1,162 @@
+"""Run directories side by side: what differs in their configs, and what came of it, as comparison.html and comparison.md."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from jax_ordermerge import report
+from jax_ordermerge.analysis import document, findings, plots, wording
+from jax_ordermerge.analysis.document import Block, Bullets, Heading, Paragraph, Picture, Table
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.report import Run
+
+_NAMES = ("name", "output")  # differ in any two runs
+
+
+def write(directories: Sequence[str | Path], out: str | Path) -> Path:
+    """Compare runs and write comparison.html, comparison.md and the picture of the latter into a directory.
+
+    Args:
+        directories: two or more run directories; the first is the one that the others are compared with.
+        out: is made if it is not there.
+
+    Returns:
+        the path of comparison.html.
+
+    Raises:
+        UserError: fewer than two runs, no run directory, or runs of the same name.
+    """
+    runs = [report.read(Path(directory)) for directory in directories]
+    names = [_name(run) for run in runs]
+    if len(runs) < 2:
+        raise UserError(f"{len(runs)} run was given; a comparison takes two or more run directories")
+    if len(set(names)) < len(names):
+        raise UserError(f"two of the runs have the same name ({', '.join(names)}); give each config a name of its own")
+    title, blocks = f"Comparison: {', '.join(names)}", build(runs)
+    for block in blocks:
+        if isinstance(block, Picture):
+            report.replace(Path(out) / f"{block.name}.svg", block.svg + "\n")
+    report.replace(Path(out) / "comparison.md", document.render_markdown(title, blocks, pictures="."))
+    page = Path(out) / "comparison.html"
+    report.replace(page, document.render_html(title, blocks))
+    return page
+
+
+def build(runs: Sequence[Run]) -> list[Block]:
+    """Return the blocks of the comparison."""
+    missing = [f"{_name(run)} has no {file} yet" for run in runs for file, found in _stages(run) if not found]
+    blocks: list[Block] = [Heading("What differs"), _settings(runs)]
+    blocks += [Bullets(missing)] if missing else []
+    analyzed = [run for run in runs if run.analysis and run.analysis["fixed_effects"].get("coefficients")]
+    if analyzed:
+        blocks += [Heading("Imbalance: slope of the final loss by position"), *_imbalance(analyzed)]
+    evaluated = [run for run in runs if run.evaluations]
+    if evaluated:
+        blocks += [Heading("Members and merges"), *_results(evaluated)]
+    return blocks
+
+
+def _name(run: Run) -> str:
+    return str(run.config.get("name", run.directory.name))
+
+
+def _stages(run: Run) -> list[tuple[str, Any]]:
+    return [("analysis.json", run.analysis), ("evaluations.json", run.evaluations)]
+
+
+def _settings(runs: Sequence[Run]) -> Block:
+    flat = [_flatten(run.config) for run in runs]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in _NAMES]
+    rows = [[key, *(str(one.get(key, "–")) for one in flat)] for key in keys if len({str(one.get(key, "–")) for one in flat}) > 1]
+    digests = [str((run.data or {}).get("train", {}).get("digest", "–")) for run in runs]
+    if len(set(digests)) > 1:
+        rows.append(["digest of the training data", *digests])
+    if not rows:
+        return Paragraph("The configs are the same but for their names.")
+    columns = tuple(range(len(runs) + 1))
+    return Table(["setting", *map(_name, runs)], rows, "All other settings are the same.", text=columns)
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _imbalance(runs: Sequence[Run]) -> list[Block]:
+    rows = []
+    first = {tuple(row["epochs"]): row for row in runs[0].analysis["fixed_effects"]["coefficients"]}  # type: ignore[index]
+    for run in runs:
+        assert run.analysis is not None
+        for row in run.analysis["fixed_effects"]["coefficients"]:
+            other = None if run is runs[0] else first.get(tuple(row["epochs"]))
+            epoch = " = ".join(map(str, row["epochs"]))
+            slope = f"{row['estimate']:+.4f} ± {row['se']:.4f}"
+            rows.append([f"{_name(run)}, epoch {epoch}", slope, wording.p_text(row["p"]), _difference(row, other)])
+    caption = (
+        "Nats a token from the first to the last place; below 0: what comes early ends worse. Difference: slope less that of the first "
+        "run, the errors added in quadrature (the runs are taken to be independent)."
+    )
+    named = {_name(run): run.analysis["fixed_effects"]["coefficients"] for run in runs if run.analysis}
+    picture = Picture("slopes", plots.slopes(named), "Slopes of every run by epoch, with 95 % intervals.")
+    table = Table(["run, epoch", "slope ± se", "p", "difference"], rows, caption)
+    return [picture, table]
+
+
+def _difference(row: Mapping[str, float], other: Mapping[str, float] | None) -> str:
+    if other is None:
+        return ""
+    gap, se = row["estimate"] - other["estimate"], math.hypot(row["se"], other["se"])
+    p = float(2 * stats.norm.sf(abs(gap) / se)) if se > 0 else 1.0
+    return f"{gap:+.4f} ± {se:.4f}, {wording.p_text(p)}"
+
+
+def _results(runs: Sequence[Run]) -> list[Block]:
+    rows, strong = [], []
+    for run in runs:
+        assert run.evaluations is not None
+        models = run.evaluations["models"]
+        members = [model for model in models if model["kind"] == "member"]
+        tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
+        compared = findings.compare(
+            models,
+            run.items,
+            resamples=run.config.get("evaluation", {}).get("bootstrap", 1000),
+            seed=run.config.get("seed", 0),
+        )
+        strong.append(len(rows))
+        shares = {
+            task: wording.mean_sd([100 * m["tasks"][task]["accuracy"] for m in members if task in m.get("tasks", {})], 1)
+            for task in tasks
+        }
+        rows.append([
+            f"{_name(run)}: mean member (sd)", wording.mean_sd([model.get("loss") for model in members], 4), "", _cosine(run),
+            "; ".join(f"{task} {share} %" for task, share in shares.items()),
+        ])  # fmt: skip
+        for model in models:
+            if model["kind"] == "merge":
+                found = compared["merges"].get(model["name"], {}).get("loss")
+                gain = "" if found is None else wording.interval(found["mean_member"], 1, 4)
+                scored = "; ".join(f"{task} {100 * one['accuracy']:.1f} %" for task, one in model.get("tasks", {}).items())
+                rows.append([
+                    f"{_name(run)}: {model['name']}", wording.plus_minus(model.get("loss"), model.get("loss_se"), 4), gain, "", scored,
+                ])  # fmt: skip
+    caption = (
+        "Held-out loss in nats a token; difference: merge less the mean member of its own run, ± standard error [95 % paired bootstrap "
+        "interval]. Cosine: mean over pairs of the members' task vectors; the nearer to 1, the more alike the orders made them."
+    )
+    header = ["model", "loss", "against the mean member", "cosine of members", "tasks"]
+    return [Table(header, rows, caption, text=(0, 4), strong=strong)]
+
+
+def _cosine(run: Run) -> str:
+    for merge in (run.merge or {"merges": []})["merges"]:
+        matrix = merge.get("diagnostics", {}).get("total", {}).get("cosines") or []
+        pairs = [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
+        if pairs:
+            return f"{sum(pairs) / len(pairs):.3f}"
+    return "–"
