@@ -53,7 +53,7 @@ def test_the_numbers_of_both_runs_and_their_difference(tmp_path):
     fixed = make(tmp_path / "b", "fixed", "batch", -0.022, 0.02, cosine=0.95)
     page = comparison.write([free, fixed], tmp_path / "out")
     text = (tmp_path / "out" / "comparison.md").read_text()
-    rows = {cells[1]: cells[2:] for line in text.splitlines() if len(cells := [x.strip() for x in line.split("|")]) > 3}
+    rows = {cells[1]: cells[2:] for line in text.splitlines() if len(cells := [x.strip(" *") for x in line.split("|")]) > 3}
     assert rows["population.level"][:2] == ["sample", "batch"]
     assert "population.members" not in text
     assert "seed" not in rows

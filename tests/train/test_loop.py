@@ -206,7 +206,7 @@ def test_checkpoints_say_what_they_are(whole):
     kept = orbax.metadata(whole.file("checkpoints"), STEPS)
     assert kept["members"] == [0, 1]
     assert (kept["seed"], kept["level"], kept["steps"]) == (0, "sample", STEPS)
-    assert kept["mesh"] == {"order": 1, "fsdp": 1, "tensor": 1}
+    assert kept["mesh"] == {"order": 1, "data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert kept["orders"] == json.loads(whole.file("orders/digests.json").read_text())
 
 
