@@ -116,7 +116,8 @@ def _difference(row: Mapping[str, float], other: Mapping[str, float] | None) -> 
 
 
 def _results(runs: Sequence[Run]) -> list[Block]:
-    rows, strong = [], []
+    rows: list[list[str]] = []
+    strong = []
     for run in runs:
         assert run.evaluations is not None
         models = run.evaluations["models"]

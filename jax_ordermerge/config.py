@@ -82,6 +82,9 @@ class Population(Section):
     """The members and their orders."""
 
     members: PositiveInt = Field(4, description="how many times the base is fine-tuned")
+    wave: PositiveInt | None = Field(
+        None, description="members trained at the same time; by default as many as the memory of the devices holds"
+    )
     level: Literal["sample", "batch", "balanced", "same", "reverse"] = Field("sample", description="what the orders permute")
     reshuffle: Literal["each_epoch", "never"] = "each_epoch"
 

@@ -15,9 +15,8 @@ from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import tables
+from jax_ordermerge.experiment import tables, waves
 from jax_ordermerge.experiment.run_directory import read_config
-from jax_ordermerge.train import loop
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -54,7 +53,7 @@ def _load(origin: Path, member: int | None, dtype: str | None) -> tuple[ModelCon
         base = convert.resolve(run.model.base)
         config = convert.load_config(base, run.model.ignore_config_keys)
         chosen = dtype or run.merge.dtype
-        population = loop.restore_members(run, config, meshes.make_mesh(), dtype=chosen)
+        population = waves.restore(run, config, meshes.make_mesh(), dtype=chosen)
         if not 0 <= member < tree.size(population):
             raise UserError(f"--member {member}: the run has members 0 to {tree.size(population) - 1}")
         return config, tree.member(population, member), chosen, base

@@ -25,10 +25,11 @@ from jax_ordermerge.data import order, pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
+from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
 from jax_ordermerge.merge import methods, population, soup
 from jax_ordermerge.model import llama
-from jax_ordermerge.train import batches, fisher, loop, objective
+from jax_ordermerge.train import batches, fisher, objective
 
 Say = Callable[[str], None]
 GREEDY_SOUP = "greedy_soup"  # the one method that needs to see how good its candidates are
@@ -80,6 +81,10 @@ def prepare(config: Config, say: Say) -> Workshop:
     members, groups = config.population.members, mesh.shape["order"]
     if members % groups:
         raise UserError(f"population.members = {members} is not a multiple of the order axis ({groups} device groups); change one")
+    if config.population.wave and config.population.wave % groups:
+        raise UserError(
+            f"population.wave = {config.population.wave} is not a multiple of the order axis ({groups} device groups); change one"
+        )
     base = convert.resolve(config.model.base)
     model = convert.load_config(base, config.model.ignore_config_keys)
     if config.model.init == "pretrained":
@@ -101,12 +106,12 @@ def prepare(config: Config, say: Say) -> Workshop:
 
 
 def train(w: Workshop) -> None:
-    """Fine-tune the members; see `train/loop.py`."""
+    """Fine-tune the members; see `waves.py` and `train/loop.py`."""
     described = {name: _described(examples) for name, examples in w.splits.items()}
     write_json(w.directory / "data.json", described)
     for name, one in described.items():
         w.say(f"  {name}: {one['source']}, " + ", ".join(f"{count} {what}" for what, count in one["counts"].items()))
-    loop.train(w.config, w.model, lambda: base_params(w, "float32"), w.splits["train"], w.mesh)
+    waves.train(w.config, w.model, lambda: base_params(w, "float32"), w.splits["train"], w.mesh, w.say)
 
 
 def _described(examples: Examples) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def models(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
         if kinds[name] == "base":
             yield name, base_params(w, dtype)
         elif kinds[name] == "member":
-            members = loop.restore_members(w.config, w.model, w.mesh, dtype=dtype) if members is None else members
+            members = waves.restore(w.config, w.model, w.mesh, dtype=dtype) if members is None else members
             yield name, tree.member(members, int(name.removeprefix("member_")))
         else:
             yield name, convert.load_params(w.directory / "merged" / name, w.mesh, dtype=dtype)[1]
@@ -151,7 +156,7 @@ def models(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
 def merge(w: Workshop) -> None:
     """Merge the population in device memory by every method of the config, export each, and say what it did."""
     dtype = w.config.merge.dtype
-    members = loop.restore_members(w.config, w.model, w.mesh, dtype=dtype)
+    members = waves.restore(w.config, w.model, w.mesh, dtype=dtype)
     base = base_params(w, dtype)
     done = {one["name"]: one for one in (read_json(w.directory / "merge.json") or {"merges": []})["merges"]}
     for spec in w.config.merge.methods:
@@ -197,7 +202,7 @@ def _greedy_soup(w: Workshop, members: tree.Tree) -> tuple[tree.Tree, dict[str, 
 
 def _with_fishers(w: Workshop) -> tree.Tree:
     """Return the members in float32 followed by the diagonals of their Fisher matrices, [2M, ...]."""
-    members = loop.restore_members(w.config, w.model, w.mesh)
+    members = waves.restore(w.config, w.model, w.mesh)
     train = w.splits["train"]
     information = fisher.diagonal(
         objective.sft(w.model, dtype=w.config.model.compute_dtype, remat=w.config.model.remat),

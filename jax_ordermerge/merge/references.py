@@ -59,7 +59,7 @@ def _open_base(name: str, resolve: Resolve) -> Source:
 def _open_member(run: Path, number: int, label: str) -> Source:
     """Open a member of a run whose training has come to its end."""
     settings = schema.load_config(run / "config.yaml", [f"output={run}"])
-    checkpoints = run / "checkpoints"
+    checkpoints = _checkpoints(run, number)
     step = orbax.latest(checkpoints)
     if step is None:
         raise UserError(f"{label}: no checkpoint in {checkpoints}; run the training first")
@@ -73,3 +73,12 @@ def _open_member(run: Path, number: int, label: str) -> Source:
     base = convert.resolve(settings.model.base)
     config = convert.load_config(base, settings.model.ignore_config_keys)
     return sources.Member(checkpoints, kept["members"].index(number), config, tokenizer=base, label=label)
+
+
+def _checkpoints(run: Path, number: int) -> Path:
+    """Return the checkpoints that hold a member: a population may have been trained in waves."""
+    for one in sorted((run / "waves").glob("*/checkpoints")):
+        step = orbax.latest(one)
+        if step is not None and number in orbax.metadata(one, step).get("members", ()):
+            return one
+    return run / "checkpoints"

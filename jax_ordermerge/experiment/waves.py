@@ -1,0 +1,156 @@
+"""Populations that do not fit the devices at once: trained wave after wave, each as a training of its own, and put together.
+
+A member becomes alone what it becomes among others, so how a population is divided decides nothing but the clock.
+"""
+
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import plan
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.config import Config
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.train import journal, loop
+from jax_ordermerge.tree import Tree
+
+_ROOM = 0.92  # of a device's memory; the rest goes to fragments and to what other programs hold
+
+
+def train(
+    config: Config, model: ModelConfig, base: Callable[[], Tree], examples: Examples, mesh: Mesh, say: Callable[[str], None]
+) -> None:
+    """Fine-tune the members, in as many waves as `population.wave` or the memory of the devices asks for; see `loop.train`."""
+    waves = _divided(config, model, mesh, say)
+    if len(waves) == 1:
+        loop.train(config, model, base, examples, mesh)
+        return
+    for number, members in enumerate(waves):
+        say(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
+        loop.train(config, model, base, examples, mesh, members=members, directory=_room(config, number))
+    _gather(config, len(waves))
+
+
+def restore(config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32") -> Tree:
+    """Return the trained population [M, ...] from the last checkpoint, or from those of all waves; see `loop.restore_members`."""
+    file = config.directory / "waves.json"
+    if not file.is_file():
+        return loop.restore_members(config, model, mesh, dtype=dtype)
+    found = [
+        loop.restore_members(config, model, mesh, dtype=dtype, directory=_room(config, number))
+        for number in range(len(json.loads(file.read_text())))
+    ]
+    shardings = jax.tree.map(lambda x: x.sharding, found[0])
+    return jax.jit(lambda parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), out_shardings=shardings)(found)
+
+
+def size_of_wave(members: int, groups: int, needs: plan.Needs, limit: int) -> int:
+    """Return how many members are trained at the same time, a multiple of the device groups.
+
+    Args:
+        members: of the population.
+        groups: size of the mesh axis `order`.
+        needs: of training all of them at once.
+        limit: bytes of memory a device.
+
+    Raises:
+        UserError: not even one member a group fits.
+
+    Example:
+        >>> needs = plan.Needs(arguments=80, temporaries=10, collectives={}, seconds=0)
+        >>> size_of_wave(8, 2, needs, limit=1000), size_of_wave(8, 2, needs, limit=60)
+        (8, 4)
+    """
+    # members of a group are trained one after another: only what is kept of them grows with their number
+    each = needs.arguments / (members // groups)
+    fitting = math.floor((_ROOM * limit - needs.temporaries) / each)
+    if fitting < 1:
+        raise UserError(
+            f"one member needs {(each + needs.temporaries) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} are there; divide it over more"
+            " devices (mesh.fsdp, mesh.tensor), lower training.microbatch, or set model.remat = full"
+        )
+    waves = math.ceil(members / groups / fitting)
+    return groups * math.ceil(members / groups / waves)
+
+
+def _divided(config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str], None]) -> list[list[int]]:
+    """Return the members of each wave; what was decided once stays, on whatever devices the training goes on."""
+    file = config.directory / "waves.json"
+    if file.is_file():
+        return [[int(member) for member in wave] for wave in json.loads(file.read_text())]
+    members, groups = config.population.members, mesh.shape["order"]
+    size = config.population.wave
+    if size is None:
+        limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+        size = members
+        if limit and not (config.directory / "checkpoints").is_dir():
+            size = size_of_wave(members, groups, plan.measure(config, model, mesh), limit)
+    waves = [list(range(start, min(start + size, members))) for start in range(0, members, size)]
+    if len(waves) > 1:
+        if (config.directory / "checkpoints").is_dir():
+            raise UserError(
+                f"{config.directory} holds a training of all members at once; choose another output directory for waves"
+            )
+        say(f"  {members} members in {len(waves)} waves of {size}")
+        with meshes.together(f"write {file}"):
+            journal.write_json(file, waves)
+    return waves
+
+
+def _room(config: Config, number: int) -> Path:
+    return config.directory / "waves" / str(number)
+
+
+def _gather(config: Config, count: int) -> None:
+    """Write what one training of all members would have written; the state is the last: it says that all is whole."""
+    rooms = [_room(config, number) for number in range(count)]
+    if jax.process_index() != 0:
+        return
+    digests: dict[str, Any] = {}
+    for room in rooms:
+        digests |= json.loads((room / "orders" / "digests.json").read_text())
+        for file in sorted((room / "orders").glob("*.npz")):
+            journal.write_bytes(config.directory / "orders" / file.name, file.read_bytes())
+    journal.write_json(config.directory / "orders" / "digests.json", digests)
+    lines = _lines([_read_lines(room / "metrics" / "train.jsonl") for room in rooms])
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    journal.write_bytes(config.directory / "metrics" / "train.jsonl", text.encode())
+    losses = []
+    for room in rooms:
+        with np.load(io.BytesIO((room / "losses" / "train.npz").read_bytes())) as saved:
+            losses.append(saved["losses"])
+            ids = saved["ids"]
+    journal.write_arrays(config.directory / "losses" / "train.npz", {"losses": np.concatenate(losses), "ids": ids})
+    states = [json.loads((room / "metrics" / "state.json").read_text()) for room in rooms]
+    summed = {key: sum(state[key] for state in states) for key in ("seconds", "tokens", "compilations")}
+    journal.write_json(config.directory / "metrics" / "state.json", {**states[0], **summed, "waves": count})
+
+
+def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
+    return {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def _lines(waves: Sequence[dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Put the metrics of one step together: those of members one after another, times added, everything else as in the first wave."""
+    found = []
+    for step in sorted(set.intersection(*(set(wave) for wave in waves))):
+        lines = [wave[step] for wave in waves]
+        whole = dict(lines[0])
+        for key, value in whole.items():
+            if isinstance(value, list):
+                whole[key] = [one for line in lines for one in line[key]]
+        whole["seconds"] = sum(line["seconds"] for line in lines)
+        spent = sum(1 / line["tokens_per_second"] for line in lines if line["tokens_per_second"])
+        whole["tokens_per_second"] = len(lines) / spent if spent else 0.0
+        found.append(whole)
+    return found

@@ -1,0 +1,80 @@
+"""A population trained in waves is the population trained at once."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jax_ordermerge.config import load_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import pipeline, waves
+from jax_ordermerge.merge.references import open_model
+from jax_ordermerge.plan import Needs
+
+
+@pytest.fixture(scope="module")
+def both(folder, tmp_path_factory):
+    """The run directories of one training of both members, and of a wave for each; and what the latter said."""
+    made, said = [], []
+    for name, wave in (("whole", "null"), ("waves", "1")):
+        directory = tmp_path_factory.mktemp(name) / "run"
+        config = load_config(folder / "tiny.yaml", [f"output={directory}", f"population.wave={wave}"])
+        made.append(pipeline.run(config, through="merge", say=said.append))
+    return *made, said
+
+
+def test_the_same_members_merges_and_records(both):
+    whole, parts, said = both
+    assert "  2 members in 2 waves of 1" in said
+    assert "  wave 2 of 2: members 1" in said
+    for name in ("average", "selection"):
+        files = [directory / "merged" / name / "model.safetensors" for directory in (whole, parts)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    with np.load(whole / "losses" / "train.npz") as one, np.load(parts / "losses" / "train.npz") as other:
+        assert one["losses"].tobytes() == other["losses"].tobytes()
+        assert one["ids"].tolist() == other["ids"].tolist()
+    digests = [json.loads((directory / "orders" / "digests.json").read_text()) for directory in (whole, parts)]
+    assert digests[0] == digests[1]
+    lines = [
+        [json.loads(text) for text in (directory / "metrics" / "train.jsonl").read_text().splitlines()]
+        for directory in (whole, parts)
+    ]
+    for one, other in zip(*lines, strict=True):
+        assert [one[key] for key in ("step", "loss", "grad_norm")] == [other[key] for key in ("step", "loss", "grad_norm")]
+    states = [json.loads((directory / "metrics" / "state.json").read_text()) for directory in (whole, parts)]
+    assert states[0]["tokens"] == states[1]["tokens"]
+    assert states[1]["waves"] == 2
+
+
+def test_members_of_waves_are_models_that_can_be_named(both):
+    whole, parts, _ = both
+    for member in (0, 1):
+        one, other = (open_model(f"{directory}/member_{member}") for directory in (whole, parts))
+        assert one.info("model.norm.weight").shape == other.info("model.norm.weight").shape
+        read = [np.empty(one.info("model.norm.weight").shape, np.float32) for _ in range(2)]
+        one.read_into("model.norm.weight", 0, read[0])
+        other.read_into("model.norm.weight", 0, read[1])
+        assert read[0].tobytes() == read[1].tobytes()
+
+
+def test_what_was_decided_stays(both, folder):
+    _, parts, _ = both
+    config = load_config(folder / "tiny.yaml", [f"output={parts}", "population.wave=1"])
+    said = []
+    pipeline.run(config, through="merge", say=said.append)
+    assert said == [f"everything is done: {parts}"]
+
+
+def test_a_wave_must_fill_the_device_groups(folder, tmp_path):
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}", "population.wave=1", "mesh.order=2"])
+    with pytest.raises(UserError, match=r"population\.wave = 1 is not a multiple of the order axis"):
+        pipeline.run(config, through="train", say=lambda text: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_of_waves_follow_from_memory():
+    needs = Needs(arguments=400, temporaries=100, collectives={}, seconds=0)  # 8 members in 2 groups: 100 bytes each
+    sizes = {limit: waves.size_of_wave(8, 2, needs, limit) for limit in (600, 520, 400, 300, 220)}
+    assert sizes == {600: 8, 520: 4, 400: 4, 300: 2, 220: 2}
+    with pytest.raises(UserError, match=r"one member needs .* a device"):
+        waves.size_of_wave(8, 2, needs, 200)
