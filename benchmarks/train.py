@@ -27,11 +27,11 @@ import jax
 import numpy as np
 
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge.arch import ModelConfig, parameter_count
+from jax_ordermerge.arch import ModelConfig, parameter_count, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Training
 from jax_ordermerge.model import llama
-from jax_ordermerge.train import objective
+from jax_ordermerge.train import objective, optimizers
 from jax_ordermerge.train import step as steps
 
 CONFIG = ModelConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_layers=6, num_heads=6)
@@ -55,9 +55,9 @@ class Ours:
 
     def __init__(self, members: int) -> None:
         mesh = meshes.make_mesh()
-        tx = steps.optimizer(TRAINING, 1000, CONFIG)
+        tx = optimizers.optimizer(TRAINING, 1000, tensor_table(CONFIG))
         abstract = steps.abstract_state(convert.abstract_params(CONFIG, mesh, members=members), tx, mesh)
-        one = steps.train_step(objective.sft(CONFIG, dtype="float32"), tx, steps.schedule(TRAINING, 1000), lengths=[LENGTH])
+        one = steps.train_step(objective.sft(CONFIG, dtype="float32"), tx, optimizers.schedule(TRAINING, 1000), lengths=[LENGTH])
         batch = self.batch(members)
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("order"))
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}

@@ -12,6 +12,7 @@ from jax_ordermerge.errors import UserError, did_you_mean
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AxisSize = Annotated[int, Field(ge=-1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(pydantic.BaseModel):
@@ -89,24 +90,88 @@ class Population(Section):
     reshuffle: Literal["each_epoch", "never"] = "each_epoch"
 
 
+# What a choice brings with it: settings that the other choices do not have, and their defaults.
+_OWN_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "optimizer": {
+        "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+        "adafactor": {"epsilon": 1e-30, "decay_rate": 0.8, "min_dim_size_to_factor": 128, "scale_parameter": True},
+        "lion": {"beta1": 0.9, "beta2": 0.99},
+        "sgd": {"momentum": 0.9, "nesterov": False},
+        "muon": {"momentum": 0.95, "nesterov": True, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+    },
+    "schedule": {"cosine": {}, "linear": {}, "wsd": {"decay": 0.1}, "constant": {}},
+    "moments_dtype": {"float32": {}, "bfloat16": {"moments_rounding": "stochastic"}},
+}
+
+
 class Training(Section):
-    """Optimization of every member."""
+    """Optimization of every member. A setting that the chosen optimizer, schedule or dtype does not have is null, and refused if given."""
 
     epochs: PositiveInt = 3
     batch: PositiveInt = Field(32, description="examples an optimizer step")
     microbatch: PositiveInt | None = Field(None, description="examples a forward pass; smaller than batch accumulates gradients")
-    learning_rate: PositiveFloat = 2e-5
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = Field(
+        "adamw", description="muon: for the matrices of the layers, and Adam for embeddings, head, norms and biases"
+    )
+    learning_rate: PositiveFloat = Field(2e-5, description="at its peak; each optimizer has a scale of its own")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then linear over the last steps"
+    )
     warmup: NonNegativeFloat = Field(0.03, description="fraction of all steps if below 1, else steps")
+    decay: PositiveFloat | None = Field(None, description="wsd (0.1): the last steps, a fraction of all if below 1, else steps")
     final_fraction: NonNegativeFloat = Field(0.0, description="learning rate at the end, as a fraction of its peak")
-    weight_decay: NonNegativeFloat = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="times the learning rate; of sgd it is added to the gradient, as in torch"
+    )
+    decay_on: Literal["matrices", "hidden", "all"] = Field(
+        "matrices", description="matrices: all but norms and biases; hidden: nor embeddings and head; all: every tensor"
+    )
+    beta1: Fraction | None = Field(None, description="adamw, lion (0.9), muon where it is Adam (0.9)")
+    beta2: Fraction | None = Field(None, description="adamw (0.999), lion (0.99), muon where it is Adam (0.999)")
+    epsilon: PositiveFloat | None = Field(None, description="adamw, muon (1e-8), adafactor (1e-30, of the squared gradient)")
+    momentum: Fraction | None = Field(None, description="sgd (0.9), muon (0.95)")
+    nesterov: bool | None = Field(None, description="sgd (false), muon (true)")
+    decay_rate: Fraction | None = Field(None, description="adafactor (0.8): beta2 of step t is 1 - t^-decay_rate")
+    min_dim_size_to_factor: PositiveInt | None = Field(
+        None, description="adafactor (128): matrices with a smaller side keep the second moment of every element"
+    )
+    scale_parameter: bool | None = Field(
+        None, description="adafactor (true): the learning rate is relative to the RMS of each tensor"
+    )
+    moments_dtype: Literal["float32", "bfloat16"] = Field("float32", description="in which the optimizer's state is kept")
+    moments_rounding: Literal["stochastic", "nearest"] | None = Field(
+        None, description="bfloat16 (stochastic): nearest loses the small changes that a beta2 of 0.999 makes"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of an exponential moving average of the weights, bias-corrected; the averages are then the members that are"
+        " analyzed, merged and exported",
+    )
     clip_norm: PositiveFloat | None = Field(1.0, description="global gradient norm; null does not clip")
     checkpoint_every: PositiveInt | None = Field(None, description="steps; null saves at the end of each epoch")
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _own_settings(cls, given: Any) -> Any:
+        """Fill in the settings of the choices made, and refuse those of others."""
+        if not isinstance(given, dict):
+            return given
+        filled = dict(given)
+        for choice, options in _OWN_SETTINGS.items():
+            chosen = given.get(choice, cls.model_fields[choice].default)
+            own = options.get(chosen) if isinstance(chosen, str) else None
+            if own is None:
+                continue  # the type of the choice itself says what is wrong
+            for name in dict.fromkeys(name for settings in options.values() for name in settings if name not in own):
+                if given.get(name) is not None:
+                    raise ValueError(
+                        f"training.{name} = {given[name]!r} is not a setting of training.{choice} = {chosen}"
+                        f" (it has: {', '.join(own) or 'none of its own'}); remove it"
+                    )
+            filled |= {name: default for name, default in own.items() if given.get(name) is None}
+        return filled
 
 
 class Analysis(Section):

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import yaml
 
-from jax_ordermerge.config import Config, load_config, make_config, to_dict
+from jax_ordermerge.config import load_config, make_config, to_dict
 from jax_ordermerge.errors import UserError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -22,6 +22,19 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml"))
         ({"population": {"level": "token"}}, "population.level = 'token': input should be 'sample', 'batch'"),
         ({"mesh": {"order": 3}}, "population.members = 4 is not a multiple of mesh.order = 3"),
         ({"training": {"batch": 10, "microbatch": 4}}, "training.batch = 10 is not a multiple of training.microbatch = 4"),
+        (
+            {"training": {"optimizer": "adam"}},
+            "training.optimizer = 'adam': input should be 'adamw', 'adafactor', 'lion', 'sgd' or 'muon'",
+        ),
+        (
+            {"training": {"optimizer": "lion", "epsilon": 1e-8}},
+            "training.epsilon = 1e-08 is not a setting of training.optimizer = lion (it has: beta1, beta2); remove it",
+        ),
+        ({"training": {"momentum": 0.9}}, "training.momentum = 0.9 is not a setting of training.optimizer = adamw"),
+        ({"training": {"optimizer": "sgd", "momentum": 1}}, "training.momentum = 1: input should be less than 1"),
+        ({"training": {"decay": 0.1}}, "training.decay = 0.1 is not a setting of training.schedule = cosine"),
+        ({"training": {"moments_rounding": "nearest"}}, "is not a setting of training.moments_dtype = float32"),
+        ({"training": {"ema": 1}}, "training.ema = 1: input should be less than 1"),
         ({"data": {"buckets": [1024]}}, "data.buckets [1024] are above data.max_length = 512"),
         ({"merge": {"methods": [{"method": "ties"}, {"method": "ties"}]}}, "the name ties is used twice"),
         ({"merge": {"methods": [{"method": "ties", "weights": [1]}]}}, "ties has 1 weights for population.members = 4"),
@@ -82,5 +95,14 @@ def test_committed_configs_are_valid_short_and_say_how_to_run_them(file):
     assert f"ordermerge run configs/{file.name}" in text.split("name:")[0]
 
 
-def test_resolved_config_reads_back():
-    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(Config())))) == Config()
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])
+def test_resolved_config_reads_back(optimizer):
+    config = make_config({"training": {"optimizer": optimizer, "schedule": "wsd", "moments_dtype": "bfloat16"}})
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+def test_defaults_are_those_of_the_choices_made():
+    lion = make_config({"training": {"optimizer": "lion", "beta1": 0.95}}).training
+    assert (lion.beta1, lion.beta2, lion.epsilon, lion.momentum, lion.decay) == (0.95, 0.99, None, None, None)
+    adamw = make_config({"training": {"schedule": "wsd", "moments_dtype": "bfloat16", "epsilon": None}}).training
+    assert (adamw.beta2, adamw.epsilon, adamw.decay, adamw.moments_rounding) == (0.999, 1e-8, 0.1, "stochastic")

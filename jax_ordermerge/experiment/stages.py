@@ -231,6 +231,7 @@ def _recipe(w: Workshop, spec: MergeSpec, seed: int) -> dict[str, Any]:
         "seed": seed,
         "dtype": w.config.merge.dtype,
         "orders": {"level": w.config.population.level, "seed": w.config.seed, "epochs": w.config.training.epochs},
+        **({} if w.config.training.ema is None else {"averages": {"ema": w.config.training.ema}}),
         "jax_ordermerge": jax_ordermerge.__version__,
     }
 

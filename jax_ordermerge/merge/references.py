@@ -72,7 +72,8 @@ def _open_member(run: Path, number: int, label: str) -> Source:
         raise UserError(f"{label} does not exist; the run has the members {', '.join(map(str, kept['members']))}")
     base = convert.resolve(settings.model.base)
     config = convert.load_config(base, settings.model.ignore_config_keys)
-    return sources.Member(checkpoints, kept["members"].index(number), config, tokenizer=base, label=label)
+    branch = kept.get("weights", "params")  # the averages, where the training kept them
+    return sources.Member(checkpoints, kept["members"].index(number), config, tokenizer=base, label=label, branch=branch)
 
 
 def _checkpoints(run: Path, number: int) -> Path:

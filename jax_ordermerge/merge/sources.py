@@ -84,7 +84,13 @@ class _Stored:
     """Arrays of the tensor table in a checkpoint, by their Hugging Face names."""
 
     def __init__(
-        self, checkpoints: str | Path, member: int | None, config: ModelConfig, tokenizer: Path | None, label: str
+        self,
+        checkpoints: str | Path,
+        member: int | None,
+        config: ModelConfig,
+        tokenizer: Path | None,
+        label: str,
+        branch: str = "params",
     ) -> None:
         step = orbax.latest(checkpoints)
         if step is None:
@@ -92,20 +98,21 @@ class _Stored:
         self.label, self.config, self.directory = label, config, tokenizer
         self._path = Path(checkpoints) / str(step)
         self._specs = {name: (spec, layer) for name, spec, layer in arch.hf_tensors(config)}
-        shapes = {spec.path: spec.shape for spec in arch.tensor_table(config)}
-        self._arrays = orbax.open_member(checkpoints, step, member, {f"params/{path}": shape for path, shape in shapes.items()})
+        shapes = {f"{branch}/{spec.path}": spec.shape for spec in arch.tensor_table(config)}
+        opened = orbax.open_member(checkpoints, step, member, shapes)
+        self._arrays = {name.removeprefix(f"{branch}/"): array for name, array in opened.items()}
 
     def info(self, name: str) -> TensorInfo:
         """See `Source.info`."""
         if name not in self._specs:
             raise UserError(f"{self.label} has no tensor {name}; it is of another architecture")
         spec, _ = self._specs[name]
-        return TensorInfo(self._arrays[f"params/{spec.path}"].dtype, spec.hf_shape)
+        return TensorInfo(self._arrays[spec.path].dtype, spec.hf_shape)
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """See `Source.read_into`: whole rows are read, and those at the ends cut."""
         spec, layer = self._specs[name]
-        array = self._arrays[f"params/{spec.path}"]
+        array = self._arrays[spec.path]
         width = math.prod(spec.hf_shape[1:])
         first, last = start // width, -(-(start + out.size) // width)
         rows = array.read(*(() if layer is None else (layer,)), slice(first, last))
@@ -117,10 +124,19 @@ class _Stored:
 
 
 class Member(_Stored):
-    """One member of a population in an Orbax checkpoint, `{"params": dict with a leading axis M}`; the others are not read."""
+    """One member of a population in an Orbax checkpoint, `{branch: dict with a leading axis M}`; the others are not read."""
 
-    def __init__(self, checkpoints: str | Path, member: int, config: ModelConfig, *, tokenizer: Path | None, label: str) -> None:
-        super().__init__(checkpoints, member, config, tokenizer, label)
+    def __init__(
+        self,
+        checkpoints: str | Path,
+        member: int,
+        config: ModelConfig,
+        *,
+        tokenizer: Path | None,
+        label: str,
+        branch: str = "params",
+    ) -> None:
+        super().__init__(checkpoints, member, config, tokenizer, label, branch)
 
 
 class Orbax(_Stored):

@@ -25,7 +25,7 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.train import batches, journal, objective
+from jax_ordermerge.train import batches, journal, objective, optimizers
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan, epoch_order
 from jax_ordermerge.train.display import Display, Watcher
@@ -81,7 +81,7 @@ def train(
 def restore_members(
     config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32", directory: Path | None = None
 ) -> Tree:
-    """Return the trained population [M, ...] from the last checkpoint of a run, cast to `dtype`.
+    """Return the trained population [M, ...] from the last checkpoint of a run, cast to `dtype`; with `training.ema`, the averages.
 
     Raises:
         UserError: there is no checkpoint, or the training has not come to its end.
@@ -94,7 +94,11 @@ def restore_members(
     if step < kept["steps"]:
         raise UserError(f"the training in {checkpoints} stands at step {step} of {kept['steps']}; run it again to continue")
     abstract = convert.abstract_params(model, mesh, members=len(kept["members"]), dtype=dtype)
-    return orbax.restore(checkpoints, step, {"params": abstract})["params"]
+    branch = kept.get("weights", "params")
+    found = orbax.restore(checkpoints, step, unflatten({branch: abstract}))
+    for name in branch.split("/"):
+        found = found[name]
+    return found
 
 
 class _Training:
@@ -104,7 +108,7 @@ class _Training:
         self.config, self.model, self.plan, self.mesh, self.directory = config, model, plan, mesh, directory
         self.log = directory / "metrics" / "train.jsonl"
         self.journal = Journal(plan)
-        self.tx = steps.optimizer(config.training, plan.steps, model)
+        self.tx = optimizers.optimizer(config.training, plan.steps, tensor_table(model))
         params = convert.abstract_params(model, mesh, members=len(plan.members))
         self.abstract = steps.abstract_state(params, self.tx, mesh)
         self.batch = batches.abstract_batch(plan, mesh)
@@ -121,6 +125,8 @@ class _Training:
                 if start < self.plan.steps:
                     watch.say(f"continuing from step {start} of {self.plan.steps} ({self.directory})")
                 state = self._restore(checkpoints, start)
+            if self.config.training.ema is not None:
+                watch.say(f"the members are averages of their weights (training.ema = {self.config.training.ema})")
             if start == self.plan.steps:
                 watch.say(f"training is already complete: {self.plan.steps} steps ({self.directory})")
             else:
@@ -135,7 +141,7 @@ class _Training:
         one = steps.train_step(
             objective.sft(self.model, dtype=computed.compute_dtype, remat=computed.remat),
             self.tx,
-            steps.schedule(training, self.plan.steps),
+            optimizers.schedule(training, self.plan.steps),
             lengths=self.plan.lengths,
             specs=unflatten(specs),
         )
@@ -178,6 +184,7 @@ class _Training:
         metadata = {
             **self._identity(),
             "steps": self.plan.steps,
+            "weights": "params" if self.config.training.ema is None else optimizers.AVERAGES,
             "mesh": dict(self.mesh.shape),
             "journal": self.journal.to_metadata(),
         }

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
-from jax_ordermerge.arch import ModelConfig, tensor_table
-from jax_ordermerge.config import Training
 from jax_ordermerge.train.objective import ExampleSums, Objective
 from jax_ordermerge.tree import Tree
 
@@ -53,48 +51,6 @@ class Metrics(NamedTuple):
     learning_rate: jax.Array
     ids: jax.Array
     examples: ExampleSums
-
-
-def schedule(training: Training, steps: int) -> optax.Schedule:
-    """Return learning rate by step: linear warm-up from 0, then cosine, linear or constant.
-
-    Args:
-        training: `warmup` below 1 is a fraction of `steps`, else a number of steps.
-        steps: of the whole training.
-
-    Example:
-        >>> rate = schedule(Training(learning_rate=1.0, schedule="linear", warmup=2), 6)
-        >>> [round(float(rate(step)), 2) for step in range(7)]
-        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    warmup = min(round(training.warmup * steps) if training.warmup < 1 else round(training.warmup), steps)
-    peak, last, rest = training.learning_rate, training.learning_rate * training.final_fraction, max(steps - warmup, 1)
-    after: optax.Schedule
-    match training.schedule:
-        case "cosine":
-            after = optax.cosine_decay_schedule(peak, rest, alpha=training.final_fraction)
-        case "linear":
-            after = optax.linear_schedule(peak, last, rest)
-        case "constant":
-            after = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
-
-
-def optimizer(training: Training, steps: int, config: ModelConfig) -> optax.GradientTransformation:
-    """Return clipping by global norm and AdamW. Weight decay spares norms and biases (Hugging Face tensors of one dimension).
-
-    Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
-    """
-    decayed = tree.unflatten({spec.path: len(spec.hf_shape) >= 2 for spec in tensor_table(config)})
-    adamw = optax.adamw(
-        schedule(training, steps),
-        b1=training.beta1,
-        b2=training.beta2,
-        eps=training.epsilon,
-        weight_decay=training.weight_decay,
-        mask=decayed,
-    )
-    return adamw if training.clip_norm is None else optax.chain(optax.clip_by_global_norm(training.clip_norm), adamw)
 
 
 def train_step(
@@ -169,18 +125,27 @@ def _accumulate(gradients: Callable[[Batch], tuple[Tree, ExampleSums]], batch: B
 
 
 def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Return the state of a population as `jax.ShapeDtypeStruct`s, the optimizer's moments sharded like their parameters.
+    """Return the state of a population as `jax.ShapeDtypeStruct`s, the optimizer's state sharded like its parameters.
+
+    What has other axes than its parameter, as Adafactor's means over rows and columns, keeps the sharding of those that are left:
+    jax itself says so, when the optimizer's `init` is traced with shardings as part of the types.
 
     Args:
         params: of the population, abstract, with shardings (`convert.abstract_params(..., members=M)`).
         tx: the optimizer.
         mesh: where counters live; one that is not on the mesh would compile the step twice.
     """
-    counter = NamedSharding(mesh, P("order"))
-    opt_state = jax.eval_shape(jax.vmap(tx.init), params)
-    places = optax.tree.map_params(tx, lambda _, like: like.sharding, opt_state, params, transform_non_params=lambda _: counter)
-    placed = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), opt_state, places)
-    return TrainState(params, placed, jax.ShapeDtypeStruct((tree.size(params),), jnp.int32, sharding=counter))
+    typed = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(typed, x.sharding.spec)), params)
+    with jax.set_mesh(typed):
+        opt_state = jax.eval_shape(jax.vmap(tx.init), like)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        inner = () if leaf.sharding is None else tuple(leaf.sharding.spec)[1:]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P("order", *inner)))
+
+    counter = jax.ShapeDtypeStruct((tree.size(params),), jnp.int32)
+    return TrainState(params, jax.tree.map(placed, opt_state), placed(counter))
 
 
 def initial_state(base: Tree, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,16 @@ def run(tiny, models, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------------------- runs and Orbax
+
+
+def test_a_member_of_a_run_with_averages_is_its_average(run, tiny, models, tmp_path):
+    params = jax.tree.map(jnp.asarray, models[0])
+    stored = {"params": jax.tree.map(jnp.zeros_like, params), "optimizer": {"ema": params}}
+    orbax.save(tmp_path / "checkpoints", 7, stored, {"steps": 7, "members": [0, 1, 3, 2], "weights": "optimizer/ema"})
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    averages, members = open_model(f"{tmp_path}/member_2"), open_model(f"{run}/member_2")
+    for name, _, _ in arch.hf_tensors(tiny):
+        assert whole(averages, name).tobytes() == whole(members, name).tobytes()
 
 
 def test_a_member_of_a_run_is_found_by_its_number(run, tiny, models, tmp_path):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from jax_ordermerge import tree
+from jax_ordermerge.arch import tensor_table
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.data import order
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import loop
+from jax_ordermerge.train import loop, optimizers
 from jax_ordermerge.train import step as steps
 
 STEPS = 6  # 2 epochs of 3
@@ -80,12 +81,25 @@ def test_member_alone_everywhere(tmp_path, tiny_train, tiny_model, same_bits, sh
     assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, company), 2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "sgd", "muon"])
+def test_member_alone_by_every_optimizer(tmp_path, tiny_train, tiny_model, same_bits, optimizer):
+    sections = {
+        "population": {"members": 4},
+        "training": {"optimizer": optimizer, "ema": 0.9, "moments_dtype": "bfloat16", "epochs": 1},
+    }
+    company, own = make_mesh(2, 4, 1), make_mesh(1, 4, 1)
+    both = tiny_train(tmp_path / "both", company, **sections)
+    alone = tiny_train(tmp_path / "alone", own, members=(2,), **sections)
+    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, company), 2))
+
+
 # ------------------------------------------------------------------------------------------------------------- killed and continued
 
 
 def everything(run, model, mesh):
     """Parameters, optimizer state, counters and losses of the last checkpoint."""
-    tx = steps.optimizer(run.config.training, STEPS, model)
+    tx = optimizers.optimizer(run.config.training, STEPS, tensor_table(model))
     state = steps.abstract_state(convert.abstract_params(model, mesh, members=2), tx, mesh)
     wanted = {"params": state.params, "optimizer": state.opt_state, "step": state.step}
     return orbax.restore(run.file("checkpoints"), STEPS, wanted)
@@ -111,6 +125,38 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, tiny_train, tiny_m
     state = json.loads(resumed.file("metrics/state.json").read_text())
     assert state["tokens"] == json.loads(whole.file("metrics/state.json").read_text())["tokens"]
     assert state["seconds"] == resumed.lines()[-1]["seconds"] > resumed.lines()[0]["seconds"]
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory, tiny_train):
+    """Both members with averages of their weights and moments in bfloat16; a checkpoint of every step."""
+    return tiny_train(tmp_path_factory.mktemp("averaged"), make_mesh(), training=AVERAGED)
+
+
+AVERAGED = {"optimizer": "muon", "schedule": "wsd", "decay": 2, "moments_dtype": "bfloat16", "ema": 0.7, "checkpoint_every": 1,
+            "keep_checkpoints": STEPS}  # fmt: skip
+
+
+def test_with_averages_and_bfloat16_moments_killed_and_resumed_is_uninterrupted(
+    averaged, tmp_path, tiny_train, tiny_model, same_bits
+):
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(tmp_path, make_mesh(), stop_at=4, training=AVERAGED)
+    assert orbax.latest(tmp_path / "checkpoints") == 3
+    resumed = tiny_train(tmp_path, make_mesh(), training=AVERAGED)
+    assert same_bits(everything(resumed, tiny_model, make_mesh()), everything(averaged, tiny_model, make_mesh()))
+    np.testing.assert_array_equal(resumed.losses(), averaged.losses())
+
+
+def test_the_members_are_the_averages(averaged, tiny_model):
+    assert averaged.watch.said == ["the members are averages of their weights (training.ema = 0.7)"]
+    abstract = {"params": convert.abstract_params(tiny_model, make_mesh(), members=2)}
+    seen = [tree.flatten(orbax.restore(averaged.file("checkpoints"), step, abstract)["params"]) for step in range(1, STEPS + 1)]
+    powers = 0.7 ** np.arange(STEPS)[::-1]
+    for path, found in tree.flatten(weights(averaged, tiny_model)).items():
+        expected = np.average([np.asarray(params[path], np.float64) for params in seen], axis=0, weights=powers)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+        assert np.abs(found - seen[-1][path]).max() > 1e-4
 
 
 def test_complete_training_is_not_repeated(whole, tiny_model, tiny_examples, same_bits):

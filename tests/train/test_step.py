@@ -10,7 +10,7 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Training
 from jax_ordermerge.data import pack
 from jax_ordermerge.mesh import make_mesh, partition
-from jax_ordermerge.train import objective
+from jax_ordermerge.train import objective, optimizers
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.objective import ExampleSums
 
@@ -104,58 +104,12 @@ def test_accumulated_model_gradients(tiny_model, tiny_base, tiny_examples):
         np.testing.assert_allclose(sum(found), expected, rtol=1e-5, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
-# ----------------------------------------------------------------------------------------------------------- schedule and optimizer
-
-
-def rate(step, *, peak, warmup, steps_, kind, last):
-    """The learning rate, written out."""
-    if step < warmup:
-        return peak * step / warmup
-    done = min((step - warmup) / (steps_ - warmup), 1.0)
-    if kind == "cosine":
-        return peak * ((1 - last) * 0.5 * (1 + np.cos(np.pi * done)) + last)
-    return peak if kind == "constant" else peak * (1 + (last - 1) * done)
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize(("warmup", "taken"), [(0, 0), (0.1, 4), (5, 5)])
-def test_schedule(kind, warmup, taken):
-    training = Training(learning_rate=3e-4, schedule=kind, warmup=warmup, final_fraction=0.1)
-    schedule = steps.schedule(training, 40)
-    expected = [rate(s, peak=3e-4, warmup=taken, steps_=40, kind=kind, last=0.1) for s in range(41)]
-    np.testing.assert_allclose([float(schedule(s)) for s in range(41)], expected, rtol=2e-5, atol=1e-10)
-
-
-def test_warmup_longer_than_the_training():
-    schedule = steps.schedule(Training(learning_rate=1.0, warmup=100), 10)
-    assert [round(float(schedule(s)), 3) for s in (0, 5, 10)] == [0.0, 0.5, 1.0]
-
-
-def test_weight_decay_spares_norms(tiny_model, tiny_base):
-    tx = steps.optimizer(Training(learning_rate=0.1, warmup=0, schedule="constant", weight_decay=0.5), 10, tiny_model)
-    zeros = jax.tree.map(jnp.zeros_like, tiny_base)
-    updates, _ = tx.update(zeros, tx.init(tiny_base), tiny_base)
-    flat, params = tree.flatten(updates), tree.flatten(tiny_base)
-    for spec in tensor_table(tiny_model):
-        decay = 0.0 if spec.kind == "norm" else -0.05
-        np.testing.assert_allclose(flat[spec.path], decay * params[spec.path], rtol=1e-6)
-
-
-def test_clipping_is_by_the_norm_of_all_parameters(tiny_model, tiny_base):
-    tx = steps.optimizer(Training(learning_rate=1.0, warmup=0, clip_norm=0.5, beta1=0.0, epsilon=1e3), 10, tiny_model)
-    ones = jax.tree.map(jnp.ones_like, tiny_base)
-    updates, _ = tx.update(ones, tx.init(tiny_base), tiny_base)
-    count = sum(x.size for x in jax.tree.leaves(ones))
-    # with a large epsilon Adam's first update is nearly -gradient / epsilon
-    np.testing.assert_allclose(tree.flatten(updates)["norm/weight"], -0.5 / count**0.5 / 1e3, rtol=1e-4)
-
-
 # ----------------------------------------------------------------------------------------------------------------------- placement
 
 
 def test_optimizer_state_is_sharded_like_its_parameters(tiny_model, tiny_base):
     mesh = make_mesh(2, 2, 2)
-    tx = steps.optimizer(Training(), 10, tiny_model)
+    tx = optimizers.optimizer(Training(), 10, tensor_table(tiny_model))
     abstract = steps.abstract_state(convert.abstract_params(tiny_model, mesh, members=4), tx, mesh)
     state = steps.initial_state(tiny_base, tx, abstract)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)

@@ -1,4 +1,4 @@
-"""The same training in torch: same weights, same batches, AdamW with the same hyperparameters, float32."""
+"""The same training in torch: same weights, same batches, the same optimizer with the same hyperparameters, float32."""
 
 import jax
 import numpy as np
@@ -7,14 +7,13 @@ import pytest
 from jax_ordermerge import tree
 from jax_ordermerge.arch import hf_tensors
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import batches, loop
-from jax_ordermerge.train import step as steps
+from jax_ordermerge.train import batches, loop, optimizers
 
 torch = pytest.importorskip("torch")
 SETTINGS = {
     "population": {"members": 1},
     "data": {"buckets": []},
-    "training": {"epochs": 7, "batch": 8, "microbatch": None, "warmup": 4, "weight_decay": 0.1, "learning_rate": 1e-2, "beta2": 0.95},
+    "training": {"epochs": 7, "batch": 8, "microbatch": None, "warmup": 4, "weight_decay": 0.1, "learning_rate": 1e-2},
 }  # fmt: skip
 
 
@@ -31,33 +30,49 @@ def torch_model(model, params):
 
 
 def torch_training(twin, plan, training):
-    """Return the losses; AdamW, clipping and schedule as torch users write them."""
+    """Return the losses; optimizer, clipping and schedule as torch users write them."""
     matrices = [p for p in twin.parameters() if p.ndim >= 2]
     vectors = [p for p in twin.parameters() if p.ndim < 2]
-    adamw = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=1.0, betas=(training.beta1, training.beta2), eps=training.epsilon,
-    )  # fmt: skip
-    rate = steps.schedule(training, plan.steps)
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = {
+        "adamw": lambda: torch.optim.AdamW(groups, lr=1.0, betas=(training.beta1, training.beta2), eps=training.epsilon),
+        "sgd": lambda: torch.optim.SGD(groups, lr=1.0, momentum=training.momentum, nesterov=training.nesterov),
+        "adafactor": lambda: torch.optim.Adafactor(
+            groups,
+            lr=1.0,
+            beta2_decay=-training.decay_rate,
+            eps=(training.epsilon**0.5, 1e-3),  # torch squares the first
+        ),
+    }[training.optimizer]()
+    rate = optimizers.schedule(training, plan.steps)
     losses = []
     for step in range(20):
         batch = {name: torch.tensor(array[0]) for name, array in plan.batch(step, 0).items()}
         logits = twin(batch["tokens"].long(), attention_mask=batch["segments"]).logits
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["targets"].long(), reduction="none")
         loss = (each * batch["weights"]).sum() / batch["weights"].sum()
-        adamw.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), training.clip_norm)
-        for group in adamw.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = float(rate(step))
-        adamw.step()
+        optimizer.step()
         losses.append(loss.item())
     return np.array(losses)
 
 
-def test_twenty_steps_are_those_of_torch(tmp_path, tiny_train, tiny_model, tiny_base, tiny_examples):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta2": 0.95},
+        {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
+        {"optimizer": "adafactor", "learning_rate": 0.3, "min_dim_size_to_factor": 1},
+    ],
+    ids=["adamw", "sgd", "adafactor"],
+)
+def test_twenty_steps_are_those_of_torch(tmp_path, tiny_train, tiny_model, tiny_base, tiny_examples, changes):
     # 21 steps are planned: the schedule does not end at the 20 compared
-    run = tiny_train(tmp_path, make_mesh(), **SETTINGS | {"training": SETTINGS["training"] | {"checkpoint_every": 20}})
+    run = tiny_train(tmp_path, make_mesh(), **SETTINGS | {"training": SETTINGS["training"] | changes | {"checkpoint_every": 20}})
     plan = batches.make_plan(run.config, tiny_examples)
     twin = torch_model(tiny_model, tiny_base)
     expected = torch_training(twin, plan, run.config.training)
