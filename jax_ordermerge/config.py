@@ -27,6 +27,10 @@ class Model(Section):
     base: str = Field("embedded:quickstart", description="HF directory, hub name, or embedded:NAME")
     init: Literal["pretrained", "random"] = Field("pretrained", description="random: take only config and tokenizer of the base")
     compute_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of matmuls; masters stay float32")
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        "auto",
+        description="kernel of training: auto is splash on TPU, cudnn on GPU where it is right (not for packed rows), else xla",
+    )
     remat: Literal["none", "full", "dots"] = Field(
         "dots",
         description="recomputed in the backward pass: all but products (dots, often fastest), whole layers (full, least memory)",

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge.errors import UserError
@@ -96,7 +96,7 @@ def _fill(sizes: dict[str, int], present: int, asked: str, what: str) -> dict[st
     return sizes
 
 
-def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
+def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """Return the PartitionSpec of an array with these logical axes.
 
     An axis whose size its mesh axes do not divide is replicated, and no mesh axis is used twice. Mesh axes of size 1 are left out.
@@ -179,6 +179,24 @@ def divide(fn: Callable[..., jax.Array], axis: str, arguments: Sequence[int | No
     names = RULES[axis]
     specs = [P() if at is None else P(*[None] * at, names) for at in (*arguments, result)]
     return jax.shard_map(fn, in_specs=tuple(specs[:-1]), out_specs=specs[-1], axis_names=set(names), check_vma=False)
+
+
+def by_hand(fn: Callable[..., Any], arguments: Any, result: Any) -> Callable[..., Any]:
+    """Return `fn` that every device calls on its own parts: what kernels written by hand need. Call it under `jax.set_mesh`.
+
+    Args:
+        fn: of the parts of arrays.
+        arguments, result: PartitionSpecs, see `partition`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> with jax.set_mesh(make_mesh(1, 2)):
+        ...     jax.jit(by_hand(lambda x: x.sum(keepdims=True), (P("fsdp"),), P("fsdp")))(jnp.arange(4)).tolist()
+        [1, 5]
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(fn, in_specs=arguments, out_specs=result, axis_names=names, check_vma=False)
 
 
 def update_members(fn: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:

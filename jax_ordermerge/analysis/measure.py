@@ -19,6 +19,7 @@ from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.model import llama, loss
+from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.tree import Tree, flatten
 
 _READ = ("tokens", "targets", "positions", "segments", "weights")
@@ -33,6 +34,7 @@ def losses(
     lengths: Sequence[int],
     dtype: str,
     mesh: Mesh,
+    kernel: Kernel = "xla",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed response loss of every example under every member, and its number of response tokens.
 
@@ -47,13 +49,14 @@ def losses(
         lengths: padded lengths, ascending (`pack.bucket_lengths`).
         dtype: of the products, `"float32"` or `"bfloat16"`.
         mesh: where the parameters are.
+        kernel: of attention, from `kernels.choose`.
 
     Returns:
         `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model) and int32[n].
     """
     population = _is_population(config, params)
     groups = mesh.shape["order"]
-    program = _program(config, dtype, mesh, population)
+    program = _program(config, dtype, mesh, population, kernel)
     rows, pending = [], []
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
     for one in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
@@ -77,11 +80,12 @@ def _is_population(config: ModelConfig, params: Tree) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool) -> Callable[[Tree, Any], Any]:
+def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool, kernel: Kernel) -> Callable[[Tree, Any], Any]:
     """Return `(params, batch) -> (sums, counts)`, jitted and kept: jit keeps a program for each length."""
 
     def sums(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, _ = llama.hidden(config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype)
+        where = batch["tokens"], batch["positions"], batch["segments"]
+        x, _ = llama.hidden(config, params, *where, dtype=dtype, kernel=kernel)
         _, losses = loss.linear_losses(x, llama.head(config, params), batch["targets"], batch["weights"])
         return losses, batch["weights"].sum(-1)
 

@@ -28,7 +28,7 @@ from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
 from jax_ordermerge.merge import methods, population, soup
-from jax_ordermerge.model import llama
+from jax_ordermerge.model import kernels, llama
 from jax_ordermerge.train import batches, fisher, objective
 
 Say = Callable[[str], None]
@@ -283,9 +283,16 @@ def analyze(w: Workshop) -> None:
 
 def _losses(w: Workshop, params: tree.Tree, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     """Return summed losses and numbers of response tokens, float64[n] each, of one model."""
-    lengths = pack.bucket_lengths(examples.longest, w.config.data.buckets)
+    lengths, dtype = pack.bucket_lengths(examples.longest, w.config.data.buckets), w.config.model.compute_dtype
     sums, tokens = measure.losses(
-        w.model, params, examples, batch=w.config.analysis.batch, lengths=lengths, dtype=w.config.model.compute_dtype, mesh=w.mesh
+        w.model,
+        params,
+        examples,
+        batch=w.config.analysis.batch,
+        lengths=lengths,
+        dtype=dtype,
+        mesh=w.mesh,
+        kernel=kernels.choose(w.config.model.attention, w.model, w.mesh, dtype=dtype),
     )
     return sums[0].astype(np.float64), tokens.astype(np.float64)
 

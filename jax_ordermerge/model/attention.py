@@ -5,8 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_ordermerge import mesh as meshes
+from jax_ordermerge.model import kernels
+from jax_ordermerge.model.kernels import MIXED, Kernel
 
 # Added to a float32 score it leaves nothing of it, and exp of it less any visible score is exactly 0.
 _MASKED = -1e30
@@ -43,7 +46,14 @@ def visible(queries: Tokens, keys: Tokens, window: int | None = None) -> jax.Arr
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens, *, window: int | None = None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    *,
+    window: int | None = None,
+    kernel: Kernel = "xla",
 ) -> jax.Array:
     """Return softmax(q k^T / sqrt(H)) v over the visible keys, in the dtype of `q_BTNH`; softmax in float32.
 
@@ -56,9 +66,10 @@ def attend(
         k_BSKH, v_BSKH: keys and values.
         queries, keys: positions and segments, int32[B, T] and int32[B, S].
         window: how many keys back a query sees, itself included; None is all.
+        kernel: from `kernels.choose`; all but `xla` need queries and keys of the same tokens.
 
     Returns:
-        [B, T, N, H].
+        [B, T, N, H]. Policies of rematerialization know it, and what a kernel keeps beside it, by the name `kernels.MIXED`.
 
     Example:
         >>> tokens = Tokens(jnp.array([[0, 1]]), jnp.array([[1, 1]]))
@@ -66,11 +77,19 @@ def attend(
         >>> attend(jnp.zeros((1, 2, 1, 1)), v, v, tokens, tokens).ravel().tolist()
         [2.0, 3.0]
     """
+    match kernel:
+        case "splash" | "splash_interpreted":
+            interpret = kernel == "splash_interpreted"
+            return kernels.splash(q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window, interpret=interpret)
+        case "cudnn":
+            return checkpoint_name(kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window), MIXED)
     if q_BTNH.shape[1] == k_BSKH.shape[1] and meshes.extent("length") > 1 and q_BTNH.shape[1] % meshes.extent("length") == 0:
         # every device its own queries and all keys: context parallel, of which the gathering of the keys is all the traffic
         local = functools.partial(_attend, window=window)
-        return meshes.divide(local, "length", (1, None, None, 1, None), 1)(q_BTNH, k_BSKH, v_BSKH, queries, keys)
-    return _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window)
+        mixed = meshes.divide(local, "length", (1, None, None, 1, None), 1)(q_BTNH, k_BSKH, v_BSKH, queries, keys)
+    else:
+        mixed = _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window)
+    return checkpoint_name(mixed, MIXED)
 
 
 def _attend(

@@ -16,13 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import rng, tree
 from jax_ordermerge.arch import ModelConfig, Rope, TensorSpec, tensor_table
 from jax_ordermerge.model.attention import Tokens, attend
+from jax_ordermerge.model.kernels import MIXED, Kernel
 
 Remat = Literal["none", "full", "dots"]
 
@@ -123,6 +123,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike
+    kernel: Kernel = "xla"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, kv: Any, layer: jax.Array, shared: _Shared) -> tuple[jax.Array, Any]:
@@ -143,7 +144,8 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in zip(kv, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False) for old in kv)
-        mixed = checkpoint_name(attend(q, k, v, shared.queries, shared.keys, window=c.sliding_window), _MIXED)
+        kernel: Kernel = self.kernel if kv is None else "xla"
+        mixed = attend(q, k, v, shared.queries, shared.keys, window=c.sliding_window, kernel=kernel)
         return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, T, N * H)), kv
 
 
@@ -167,12 +169,13 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike
+    kernel: Kernel = "xla"
 
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, Any], layer: jax.Array, shared: _Shared) -> tuple[tuple[jax.Array, Any], None]:
         c, (x_BTD, kv) = self.config, carry
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
-        change_BTD, kv = Attention(c, self.dtype, name="attention")(normed_BTD, kv, layer, shared)
+        change_BTD, kv = Attention(c, self.dtype, self.kernel, name="attention")(normed_BTD, kv, layer, shared)
         x_BTD = meshes.constrain(x_BTD + change_BTD, "batch", "length", None)
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
         change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
@@ -194,11 +197,10 @@ class Embedding(nn.Module):
         return meshes.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", "length", None)
 
 
-_MIXED = "mixed"  # what attention gives: kept with the products, or its scores would be computed a third time
 _POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(_MIXED)
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(MIXED)
     ),
 }
 
@@ -209,6 +211,7 @@ class Llama(nn.Module):
     config: ModelConfig
     dtype: DTypeLike
     remat: Remat = "none"
+    kernel: Kernel = "xla"
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, kv: Any, shared: _Shared) -> tuple[jax.Array, Any]:
@@ -217,7 +220,7 @@ class Llama(nn.Module):
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_POLICIES[self.remat])
         layers = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=c.num_layers
-        )(c, self.dtype, name="layers")
+        )(c, self.dtype, self.kernel, name="layers")
         (x_BTD, kv), _ = layers((embed(tokens_BT), kv), jnp.arange(c.num_layers, dtype=jnp.int32), shared)
         return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD), kv
 
@@ -243,6 +246,7 @@ def hidden(
     *,
     dtype: DTypeLike,
     remat: Remat = "none",
+    kernel: Kernel = "xla",
 ) -> tuple[jax.Array, Cache | None]:
     """Return the hidden states after the last norm, [B, T, D] in `dtype`, and the cache with these tokens at `cache.length`.
 
@@ -256,6 +260,7 @@ def hidden(
         dtype: of the products, float32 or bfloat16.
         remat: what is recomputed in the backward pass: nothing, whole layers (`full`), or all but the products with weights and
             what attention gives (`dots`, which is also faster than nothing where memory is slow).
+        kernel: of attention without a cache, from `kernels.choose`.
 
     Raises:
         ValueError: more tokens than the cache has slots.
@@ -278,7 +283,7 @@ def hidden(
         keys = Tokens(*written)
     shared = _Shared(queries, keys, jnp.cos(angles), jnp.sin(angles), jnp.zeros((), jnp.int32) if cache is None else cache.length)
     kv = None if cache is None else (cache.k, cache.v)
-    x_BTD, kv = Llama(config, dtype, remat).apply({"params": params}, tokens_BT, kv, shared)
+    x_BTD, kv = Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, kv, shared)
     if cache is not None:
         cache = Cache(kv[0], kv[1], keys.positions, keys.segments, cache.length + tokens_BT.shape[1])
     return x_BTD, cache

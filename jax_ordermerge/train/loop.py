@@ -25,6 +25,7 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.model import kernels
 from jax_ordermerge.train import batches, journal, objective, optimizers
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan, epoch_order
@@ -138,8 +139,9 @@ class _Training:
     def _compile(self) -> Callable[[steps.TrainState, Any], tuple[steps.TrainState, steps.Metrics]]:
         training, computed = self.config.training, self.config.model
         specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in tensor_table(self.model)}
+        kernel = kernels.choose(computed.attention, self.model, self.mesh, dtype=computed.compute_dtype)
         one = steps.train_step(
-            objective.sft(self.model, dtype=computed.compute_dtype, remat=computed.remat),
+            objective.sft(self.model, dtype=computed.compute_dtype, remat=computed.remat, kernel=kernel),
             self.tx,
             optimizers.schedule(training, self.plan.steps),
             lengths=self.plan.lengths,

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.model import llama, loss
+from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.tree import Tree
 
 Microbatch = Mapping[str, jax.Array]
@@ -28,13 +29,14 @@ class ExampleSums(NamedTuple):
 Objective = Callable[[Tree, Microbatch], tuple[jax.Array, ExampleSums]]
 
 
-def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots") -> Objective:
+def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", kernel: Kernel = "xla") -> Objective:
     """Return the supervised objective: the loss of the response tokens, summed over a microbatch.
 
     Args:
         config: the model.
         dtype: of the products.
         remat: what is recomputed in the backward pass.
+        kernel: of attention.
 
     Returns:
         `(params, microbatch) -> (sum of losses, sums of each example)`. A microbatch holds `tokens, targets, positions, segments`
@@ -52,7 +54,8 @@ def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots") -
     """
 
     def objective(params: Tree, batch: Microbatch) -> tuple[jax.Array, ExampleSums]:
-        x, _ = llama.hidden(config, params, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, remat=remat)
+        where = batch["tokens"], batch["positions"], batch["segments"]
+        x, _ = llama.hidden(config, params, *where, dtype=dtype, remat=remat, kernel=kernel)
         total, sums = loss.linear_losses(x, llama.head(config, params), batch["targets"], batch["weights"])
         return total, ExampleSums(sums, batch["weights"].sum(-1))
 
