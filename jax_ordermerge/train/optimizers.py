@@ -285,7 +285,8 @@ def averaged(tx: optax.GradientTransformation, decay: float) -> optax.GradientTr
     """
 
     def init(params: Tree) -> AveragedState:
-        return AveragedState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        # a copy, lest the averages be donated with the parameters
+        return AveragedState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
 
     def update(grads: Tree, state: AveragedState, params: Tree) -> tuple[Tree, AveragedState]:
         updates, inner = tx.update(grads, state.inner, params)
