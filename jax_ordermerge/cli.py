@@ -1,12 +1,15 @@
 """The command line: parse, build a config, call one function, print. Nothing heavy is imported before a command runs."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import PeerLost, Stopped, UserError
+
+_PATIENCE = 5.0  # seconds
 
 app = typer.Typer(
     name="ordermerge",
@@ -233,13 +236,32 @@ def _weights(text: str | None) -> tuple[float, ...] | None:
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit code 2 for bad input, 1 for a failure of ours, 130 when interrupted."""
+    """Run the command line.
+
+    Exit code 0 done, 2 bad input, 130 interrupted by SIGINT and 143 by SIGTERM (a training has then saved a checkpoint), 1 a failure.
+    """
+    code, patience = 0, None  # who ends as all others do waits for them
     try:
         app(standalone_mode=True)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code, patience = 2, _PATIENCE
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        code = stopped.code
+    except PeerLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        code, patience = 1, 0.0
     except KeyboardInterrupt:
         print("interrupted; the same command continues at the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        code, patience = 130, _PATIENCE
+    except Exception:
+        traceback.print_exc()
+        code, patience = 1, _PATIENCE
+    if patience is not None and "jax" in sys.modules:
+        from jax_ordermerge import processes
+
+        processes.end(code, patience)
+    sys.exit(code)

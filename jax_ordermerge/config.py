@@ -64,6 +64,9 @@ class Distributed(Section):
     processes: PositiveInt | None = None
     index: NonNegativeInt | None = None
     timeout: PositiveInt = Field(300, description="seconds to wait for the peers")
+    heartbeat_timeout: PositiveInt = Field(
+        100, description="seconds after which a silent process ends the others; at once where a connection breaks"
+    )
 
 
 class Data(Section):
@@ -155,6 +158,9 @@ class Training(Section):
     checkpoint_every: PositiveInt | None = Field(None, description="steps; null saves at the end of each epoch")
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
+    spike: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="stop where a member's loss is above so many times its median of the last 50 steps; null does not"
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod

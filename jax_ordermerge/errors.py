@@ -15,6 +15,23 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """A training was asked to stop and saved a checkpoint; the same command continues. The command line exits with `code`.
+
+    Example:
+        >>> Stopped("stopped by SIGTERM after step 7 of 9", 143).code
+        143
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PeerLost(Exception):
+    """Another process is not there, or no longer. The command line exits with code 1; starting all of them again continues."""
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the nearest known name, or `" (known: ...)"` when none is near.
 

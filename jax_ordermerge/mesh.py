@@ -17,7 +17,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import PeerLost, UserError
+from jax_ordermerge.processes import within
+
+_GRACE = 60  # seconds
 
 AXES = ("order", "data", "fsdp", "sequence", "tensor")
 
@@ -314,26 +317,36 @@ def broadcast(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
-def start_distributed(coordinator: str | None, processes: int | None, index: int | None, timeout: int = 300) -> None:
+def start_distributed(
+    coordinator: str | None, processes: int | None, index: int | None, timeout: int = 300, heartbeat_timeout: int = 100
+) -> None:
     """Join the other processes, or fail with one line. Call before any other use of jax.
 
     Args:
         coordinator: `"host:port"` of process 0, or `"auto"` where the cluster environment knows (TPU pods, SLURM).
         processes, index: number of processes and the number of this one; not needed with `"auto"`.
         timeout: seconds to wait for the peers.
+        heartbeat_timeout: seconds after which a silent process is taken for lost, and ends the others.
 
     Raises:
-        UserError: the peers could not be reached in time.
+        PeerLost: the peers could not be reached in time.
+        UserError: the addresses or numbers make no sense.
     """
     if coordinator is None:
         return
+    place: dict[str, Any] = (
+        {} if coordinator == "auto" else {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
+    )
+
+    def join() -> None:
+        # jax aborts the process at its own timeout, which therefore is the later one
+        jax.distributed.initialize(**place, initialization_timeout=timeout + _GRACE, heartbeat_timeout_seconds=heartbeat_timeout)
+
+    who = "this process" if index is None else f"process {index} of {processes}"
+    hint = "check that every process runs and that the port is reachable"
     try:
-        if coordinator == "auto":
-            jax.distributed.initialize(initialization_timeout=timeout)
-        else:
-            jax.distributed.initialize(coordinator, processes, index, initialization_timeout=timeout)
+        joined = within(join, timeout)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"process {index} of {processes} could not start with coordinator {coordinator} within {timeout} s:"
-            f" {str(error).splitlines()[0]}; check that every process runs and that the port is reachable"
-        ) from error
+        raise UserError(f"{who} could not start with coordinator {coordinator}: {str(error).splitlines()[0]}; {hint}") from error
+    if not joined:
+        raise PeerLost(f"{who} did not find all its peers within {timeout} s (coordinator {coordinator}); {hint}")

@@ -57,18 +57,6 @@ def test_constrain_is_nothing_without_a_mesh_and_shards_under_one():
     assert y.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P("fsdp", "tensor")), 2)
 
 
-def test_a_start_without_peers_fails_with_one_line():
-    code = (
-        "from jax_ordermerge.mesh import start_distributed\n"
-        "from jax_ordermerge.errors import UserError\n"
-        "try: start_distributed('127.0.0.1:1', 2, 1, timeout=1)\n"
-        "except UserError as e: print(e)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    # jax ends the process itself where it cannot register; either way it must not hang and must say why
-    assert "process 1 of 2 could not start" in done.stdout or "deadline" in done.stderr.lower()
-
-
 def test_trees():
     members = [{"a": {"w": np.full(2, m)}, "b": np.full((1, 2), m)} for m in range(3)]
     population = tree.stack(members)

@@ -96,7 +96,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        # the save under way would wait for a lost process
+        if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+            self.close()
 
 
 def save(directory: str | Path, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:

@@ -49,6 +49,7 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
     if not missing:
         say(f"everything is done: {last}")
         return config.directory
+    from jax_ordermerge import processes
     from jax_ordermerge.experiment import stages
 
     workshop = stages.prepare(config, say)
@@ -56,6 +57,8 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
     for number, stage in enumerate(STAGES[: STAGES.index(through) + 1], start=1):
         if stage in missing:
             say(f"[{number}/{len(STAGES)}] {stage}")
+            if stage != "train":
+                processes.let_sigterm_end()
             getattr(stages, stage)(workshop)
     say(f"done: {last}")
     return config.directory

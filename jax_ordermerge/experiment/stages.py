@@ -13,9 +13,10 @@ import yaml
 from jax.sharding import Mesh
 
 import jax_ordermerge
+from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
+from jax_ordermerge import processes, tree
 from jax_ordermerge import report as reports
-from jax_ordermerge import tree
 from jax_ordermerge.analysis import imbalance, measure
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import companions, convert
@@ -77,6 +78,7 @@ def prepare(config: Config, say: Say) -> Workshop:
     if config.distributed.coordinator is None:
         meshes.provide_cpu_devices(config.mesh.sizes.values())
     meshes.start_distributed(**config.distributed.model_dump())
+    processes.check_alike({name: value for name, value in schema.to_dict(config).items() if name != "distributed"})
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     members, groups = config.population.members, mesh.shape["order"]
     if members % groups:
@@ -97,6 +99,7 @@ def prepare(config: Config, say: Say) -> Workshop:
     train, validation = source.load_training(config.data, tokenizer, seed=config.seed)
     test = source.load_examples(config.data, tokenizer, "test", seed=config.seed)
     splits = {"train": train} | ({"validation": validation} if validation else {}) | ({"test": test} if test else {})
+    processes.check_alike({f"data.{name}": examples.digest for name, examples in splits.items()})
     if len(tokenizer) > model.vocab_size:
         raise UserError(f"{base}: the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
     return Workshop(config, mesh, base, model, tokenizer, splits, say)

@@ -90,8 +90,12 @@ class Plan:
 
     def tokens(self, step: int) -> int:
         """Return the number of tokens that are no padding, over all members."""
+        return int(self.lengths_seen(step).sum())
+
+    def lengths_seen(self, step: int) -> np.ndarray:
+        """Return the number of tokens of each example of a step, over all members, int[n]."""
         rows = self.rows(step)
-        return int(self.examples.lengths[rows[rows >= 0]].sum())
+        return self.examples.lengths[rows[rows >= 0]]
 
     def batch(self, step: int, place: int) -> Batch:
         """Return the batch of the member at a place of the axis `M`; see `pack.step_batch`."""

@@ -30,9 +30,10 @@ class Display:
         >>> clock = iter([0.0, 1.0, 60.0]).__next__
         >>> with Display(100, (0, 1), file=sys.stdout, clock=clock) as display:
         ...     for step in (10, 20):
-        ...         display.line({"step": step, "loss": [2.0, 2.5], "tokens_per_second": 1234.0, "seconds": float(step)})
-        step 10/100  loss 2.0000 2.5000  1,234 tok/s  0:01:30 left
-        step 20/100  loss 2.0000 2.5000  1,234 tok/s  0:01:20 left
+        ...         line = {"step": step, "loss": [2.0, 2.5], "tokens_per_second": 1234.0, "mfu": 0.41, "seconds": float(step)}
+        ...         display.line(line)
+        step 10/100  loss 2.0000 2.5000  1,234 tok/s  MFU 41.0 %  0:01:30 left
+        step 20/100  loss 2.0000 2.5000  1,234 tok/s  MFU 41.0 %  0:01:20 left
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class Display:
     def line(self, line: Mapping[str, Any]) -> None:
         """Show a line of metrics."""
         losses = " ".join(f"{loss:.4f}" for loss in line["loss"])
-        text = f"loss {losses}  {line['tokens_per_second']:,.0f} tok/s"
+        mfu = f"  MFU {100 * line['mfu']:.1f} %" if line.get("mfu") is not None else ""
+        text = f"loss {losses}  {line['tokens_per_second']:,.0f} tok/s{mfu}"
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], text=text)
             return

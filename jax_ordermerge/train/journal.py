@@ -1,18 +1,84 @@
 """What training leaves behind besides weights: metrics line by line, the loss of each sample when it was seen, the orders, the state."""
 
+import collections
+import contextlib
+import dataclasses
 import io
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.train.batches import Plan
+from jax_ordermerge.train.flops import training_flops
 from jax_ordermerge.train.step import Metrics
+
+_RECENT, _ENOUGH = 50, 10  # steps whose median loss is the usual one, and how many it takes
+
+
+@dataclasses.dataclass
+class Totals:
+    """Sums over all sessions of a training.
+
+    Attributes:
+        seconds: of wall time.
+        device_seconds: of them, those in which the host started the devices' work or waited for it.
+        tokens: trained on, without padding.
+        flops: that these tokens need.
+    """
+
+    seconds: float = 0.0
+    device_seconds: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def since(self, before: "Totals") -> "Totals":
+        """Return what came after `before`.
+
+        Example:
+            >>> Totals(3.0, 2.0, 10).since(Totals(1.0, 1.0, 4))
+            Totals(seconds=2.0, device_seconds=1.0, tokens=6, flops=0.0)
+        """
+        now, then = dataclasses.astuple(self), dataclasses.astuple(before)
+        return Totals(*(x - y for x, y in zip(now, then, strict=True)))
+
+
+class Clock:
+    """Adds wall time to totals, and to `device_seconds` that inside `devices`.
+
+    Example:
+        >>> times = iter([0.0, 1.0, 4.0, 5.0]).__next__
+        >>> totals = Totals()
+        >>> clock = Clock(totals, times)
+        >>> with clock.devices():
+        ...     pass
+        >>> clock.read()
+        >>> totals.seconds, totals.device_seconds
+        (5.0, 3.0)
+    """
+
+    def __init__(self, totals: Totals, now: Callable[[], float] = time.monotonic) -> None:
+        self._totals, self._now, self._at = totals, now, now()
+
+    @contextlib.contextmanager
+    def devices(self) -> Iterator[None]:
+        """Count the time in the block as that of the devices."""
+        began = self._now()
+        yield
+        self._totals.device_seconds += self._now() - began
+
+    def read(self) -> None:
+        """Add the time since the last call."""
+        now = self._now()
+        self._totals.seconds += now - self._at
+        self._at = now
 
 
 class Journal:
@@ -21,29 +87,42 @@ class Journal:
     Attributes:
         losses: float32[M, epochs, n], mean loss of each sample's response tokens at the step where it was seen; NaN where not yet.
         window: of each step since the last line, `(losses, gradient norms)` of the members.
-        seconds, tokens: wall time and real tokens so far, over all sessions.
+        recent: the members' losses at the last steps, by which a spike is known.
+        totals: see `Totals`.
+        peak: FLOP/s of all devices together, None where it is not known.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, model: ModelConfig, peak: float | None = None) -> None:
+        """Start an empty one.
+
+        Args:
+            plan: what is trained on.
+            model: by which FLOPs are counted.
+            peak: see above.
+        """
         self.losses = np.full((len(plan.members), plan.orders.shape[1], len(plan.examples)), np.nan, np.float32)
         self.window: list[tuple[list[float], list[float]]] = []
-        self.seconds, self.tokens = 0.0, 0
-        self._plan = plan
-        self._last = (0.0, 0)  # seconds and tokens at the last line
+        self.recent: collections.deque[list[float]] = collections.deque(maxlen=_RECENT)
+        self.totals = Totals()
+        self._plan, self._model, self.peak = plan, model, peak
+        self._last = Totals()  # at the last line
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Take in a step's metrics, fetched to the host, with a leading `M`.
 
         Raises:
-            UserError: a loss or gradient is not finite; step, member and samples are named.
+            UserError: a loss or gradient is not finite, or a loss is a spike; step, member and samples are named.
         """
         self._check_finite(step, metrics)
+        self._check_spike(step, metrics)
         epoch = step // self._plan.epoch_steps
         for place, (ids, losses, tokens) in enumerate(zip(metrics.ids, *metrics.examples, strict=True)):
             seen = tokens > 0
             self.losses[place, epoch, ids[seen]] = losses[seen] / tokens[seen]
         self.window.append((metrics.loss.tolist(), metrics.grad_norm.tolist()))
-        self.tokens += self._plan.tokens(step)
+        self.recent.append(metrics.loss.tolist())
+        self.totals.tokens += self._plan.tokens(step)
+        self.totals.flops += training_flops(self._model, self._plan.lengths_seen(step))
 
     def _check_finite(self, step: int, metrics: Metrics) -> None:
         bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))
@@ -52,38 +131,72 @@ class Journal:
         place = int(np.flatnonzero(bad)[0])
         ids, sums = metrics.ids[place], metrics.examples.losses[place]
         wrong = ids[(ids >= 0) & ~np.isfinite(sums)]
-        named = wrong if wrong.size else ids[ids >= 0]
-        shown = ", ".join(map(str, self._plan.ids[named[:8]].tolist())) + (", ..." if named.size > 8 else "")
         raise UserError(
             f"training diverged at step {step + 1}: member {self._plan.members[place]} has loss {metrics.loss[place]} and gradient norm"
-            f" {metrics.grad_norm[place]} on samples {shown}; nothing was overwritten, lower training.learning_rate or mend the samples"
+            f" {metrics.grad_norm[place]} on samples {self._named(wrong if wrong.size else ids[ids >= 0])}; nothing was overwritten,"
+            " lower training.learning_rate or mend the samples"
         )
+
+    def _check_spike(self, step: int, metrics: Metrics) -> None:
+        factor = self._plan.config.training.spike
+        if factor is None or len(self.recent) < _ENOUGH:
+            return
+        usual = np.median(np.array(self.recent), axis=0)
+        bad = metrics.loss > factor * usual
+        if not bad.any():
+            return
+        place = int(np.flatnonzero(bad)[0])
+        ids, (sums, tokens) = metrics.ids[place], (part[place] for part in metrics.examples)
+        worst_first = ids[ids >= 0][np.argsort(-(sums / np.maximum(tokens, 1))[ids >= 0], kind="stable")]
+        raise UserError(
+            f"loss spike at step {step + 1}: member {self._plan.members[place]} has loss {metrics.loss[place]:.4g}, more than training.spike"
+            f" = {factor:g} times the median {usual[place]:.4g} of the {len(self.recent)} steps before, on samples"
+            f" {self._named(worst_first)} (worst first); nothing was overwritten, lower training.learning_rate, mend the samples, or"
+            " allow it with --set training.spike=null"
+        )
+
+    def _named(self, rows: Any) -> str:
+        return ", ".join(map(str, self._plan.ids[rows[:8]].tolist())) + (", ..." if rows.size > 8 else "")
+
+    def pass_over(self, seconds: float) -> None:
+        """Count seconds in which nothing was trained (compiling), so that no rate has them."""
+        for totals in (self.totals, self._last):
+            totals.seconds += seconds
+            totals.device_seconds += seconds
 
     def line(self, step: int, learning_rate: float) -> dict[str, Any]:
         """Return the metrics since the last line, means over its steps, and start a new window. `step` counts from 1."""
         losses, norms = (np.mean(values, axis=0, dtype=np.float64).tolist() for values in zip(*self.window, strict=True))
-        seconds, tokens = self.seconds - self._last[0], self.tokens - self._last[1]
-        self.window, self._last = [], (self.seconds, self.tokens)
+        new = self.totals.since(self._last)
+        self.window, self._last = [], dataclasses.replace(self.totals)
+        seconds = max(new.seconds, 1e-9)
         return {
             "step": step,
             "epoch": step / self._plan.epoch_steps,
             "learning_rate": learning_rate,
             "loss": losses,
             "grad_norm": norms,
-            "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
-            "seconds": self.seconds,
+            "tokens_per_second": new.tokens / seconds,
+            "mfu": None if self.peak is None else new.flops / seconds / self.peak,
+            "host_fraction": 1 - new.device_seconds / seconds,
+            "seconds": self.totals.seconds,
         }
 
     def to_metadata(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it besides `losses`: a copy, since a checkpoint is written while training goes on."""
-        return {"window": list(self.window), "seconds": self.seconds, "tokens": self.tokens, "last": self._last}
+        return {
+            "window": list(self.window),
+            "recent": list(self.recent),
+            "totals": dataclasses.asdict(self.totals),
+            "last": dataclasses.asdict(self._last),
+        }
 
     def restore(self, losses: np.ndarray, kept: dict[str, Any]) -> None:
         """Take back `losses` and what `to_metadata` returned."""
         self.losses = np.array(losses)
         self.window = [(loss, norm) for loss, norm in kept["window"]]
-        self.seconds, self.tokens = kept["seconds"], kept["tokens"]
-        self._last = tuple(kept["last"])
+        self.recent.extend(kept["recent"])
+        self.totals, self._last = Totals(**kept["totals"]), Totals(**kept["last"])
 
 
 # ------------------------------------------------------------------------------------------------------------------------ files

@@ -20,23 +20,25 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import mesh as meshes
+from jax_ordermerge import processes
 from jax_ordermerge.arch import ModelConfig, parameter_count, tensor_table
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import PeerLost, Stopped, UserError
 from jax_ordermerge.model import kernels
-from jax_ordermerge.train import batches, journal, objective, optimizers
+from jax_ordermerge.train import batches, flops, journal, objective, optimizers
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan, epoch_order
 from jax_ordermerge.train.display import Display, Watcher
-from jax_ordermerge.train.journal import Journal
+from jax_ordermerge.train.journal import Clock, Journal
 from jax_ordermerge.tree import Tree, unflatten
 
 __all__ = ["epoch_order", "restore_members", "train"]
 
 # What may differ when a training continues: it decides when something is written, not what.
-_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep_checkpoints"}
+_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep_checkpoints", "spike"}
+_AHEAD = 2  # steps the host may start before the devices have ended them, so that a request to stop is soon followed
 
 
 def train(
@@ -66,7 +68,10 @@ def train(
         What is in `metrics/state.json`.
 
     Raises:
-        UserError: the checkpoint there is of another training; the loss is not finite (step, member and samples are named).
+        UserError: the checkpoint there is of another training; processes were given different things; a loss is not finite or a spike
+            (step, member and samples are named).
+        Stopped: SIGTERM or SIGINT asked for it; a checkpoint is saved.
+        PeerLost: another process ended.
     """
     plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
     if len(plan.members) % mesh.shape["order"]:
@@ -74,9 +79,17 @@ def train(
             f"{len(plan.members)} members cannot be divided over mesh.order = {mesh.shape['order']}; choose a divisor for mesh.order"
         )
     training = _Training(config, model, plan, mesh, directory or config.directory)
-    with contextlib.ExitStack() as stack:
-        shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
-        return training.run(base, shown)
+    try:
+        with contextlib.ExitStack() as stack:
+            shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
+            return training.run(base, shown)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise PeerLost(
+            f"work shared with the other processes failed ({reason}): one of them has ended, its own log says why; start all again to continue"
+        ) from error
 
 
 def restore_members(
@@ -108,7 +121,9 @@ class _Training:
     def __init__(self, config: Config, model: ModelConfig, plan: Plan, mesh: Mesh, directory: Path) -> None:
         self.config, self.model, self.plan, self.mesh, self.directory = config, model, plan, mesh, directory
         self.log = directory / "metrics" / "train.jsonl"
-        self.journal = Journal(plan)
+        self.device_kind = mesh.devices.flat[0].device_kind
+        peak = flops.peak(self.device_kind, config.model.compute_dtype)
+        self.journal = Journal(plan, model, peak and peak * mesh.size)
         self.tx = optimizers.optimizer(config.training, plan.steps, tensor_table(model))
         params = convert.abstract_params(model, mesh, members=len(plan.members))
         self.abstract = steps.abstract_state(params, self.tx, mesh)
@@ -117,6 +132,7 @@ class _Training:
     def run(self, base: Tree | Callable[[], Tree], watch: Watcher) -> dict[str, Any]:
         with orbax.Checkpoints(self.directory / "checkpoints", keep=self.config.training.keep_checkpoints) as checkpoints:
             start = checkpoints.latest()
+            processes.check_alike({**self._identity(), "checkpoints": start})
             if start is None:
                 state = steps.initial_state(base() if callable(base) else base, self.tx, self.abstract)
                 journal.truncate_lines(self.log, 0)
@@ -150,25 +166,41 @@ class _Training:
         return steps.compile_step(one, self.mesh, self.abstract, self.batch)
 
     def _train(self, state: steps.TrainState, start: int, checkpoints: orbax.Checkpoints, watch: Watcher) -> None:
-        spent, began = self.journal.seconds, time.monotonic()
+        if self.journal.peak is None:
+            watch.say(f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known")
+        began = time.monotonic()
         compiled = self._compile()
+        self.journal.pass_over(time.monotonic() - began)
+        clock = Clock(self.journal.totals)
         pending: list[tuple[int, steps.Metrics]] = []
-        with batches.Feed(self.plan, self.batch, start) as feed:
+        with batches.Feed(self.plan, self.batch, start) as feed, processes.StopSignal() as stop:
             for step, batch in enumerate(feed, start=start):
-                state, metrics = compiled(state, batch)
-                pending.append((step, metrics))
+                with clock.devices():
+                    state, metrics = compiled(state, batch)
+                    pending.append((step, metrics))
+                    if len(pending) > _AHEAD:
+                        jax.block_until_ready(pending[-1 - _AHEAD][1].loss)
                 logs, saves = self._due(step + 1)
-                if not (logs or saves):
+                stops = stop.reached(step + 1)
+                if not (logs or saves or stops):
                     continue
-                # the only wait for the devices; a loss that is not finite is found here, before anything is saved
+                with clock.devices():
+                    jax.block_until_ready(metrics)
+                # the only transfer from the devices; a loss that is not finite is found here, before anything is saved
                 for number, fetched in _fetch(pending):
                     self.journal.record(number, fetched)
-                self.journal.seconds = spent + time.monotonic() - began
+                pending = []
+                clock.read()
                 if logs:
                     _log(self, step + 1, float(fetched.learning_rate[0]), watch)
-                if saves:
+                if saves or stops:
                     self._save(state, step + 1, checkpoints)
-                pending = []
+                if stops:
+                    raise Stopped(
+                        f"stopped by {stop.name} after step {step + 1} of {self.plan.steps}, with a checkpoint; the same command continues"
+                        f" ({self.directory})",
+                        stop.code,
+                    )
 
     def _due(self, done: int) -> tuple[bool, bool]:
         """Whether to log and whether to save after so many steps."""
@@ -233,8 +265,8 @@ class _Training:
         journal.write_arrays(self.directory / "losses" / "train.npz", {"losses": self.journal.losses, "ids": self.plan.ids})
         device = jax.devices()[0]
         state = {
-            "seconds": self.journal.seconds,
-            "tokens": self.journal.tokens,
+            "seconds": self.journal.totals.seconds,
+            "tokens": self.journal.totals.tokens,
             "device": device.device_kind,
             "devices": self.mesh.size,
             "compilations": 1,

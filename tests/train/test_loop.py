@@ -1,4 +1,5 @@
 import json
+import signal
 import threading
 
 import jax
@@ -9,7 +10,7 @@ from jax_ordermerge import tree
 from jax_ordermerge.arch import tensor_table
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.data import order
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import Stopped, UserError
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import loop, optimizers
 from jax_ordermerge.train import step as steps
@@ -115,7 +116,8 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, tiny_train, tiny_m
     with (tmp_path / "metrics" / "train.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # half a line
     resumed = tiny_train(tmp_path, make_mesh(), **other)
-    assert resumed.watch.said == [f"continuing from step 2 of {STEPS} ({tmp_path})"]
+    assert resumed.watch.said[0] == f"continuing from step 2 of {STEPS} ({tmp_path})"
+    assert resumed.watch.said[1:] == ["MFU is not shown: the peak FLOP/s of device kind 'cpu' is not known"]
     assert same_bits(everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh()))
     np.testing.assert_array_equal(resumed.losses(), whole.losses())
     assert [line["step"] for line in resumed.lines()] == [3, 6]
@@ -149,7 +151,7 @@ def test_with_averages_and_bfloat16_moments_killed_and_resumed_is_uninterrupted(
 
 
 def test_the_members_are_the_averages(averaged, tiny_model):
-    assert averaged.watch.said == ["the members are averages of their weights (training.ema = 0.7)"]
+    assert averaged.watch.said[0] == "the members are averages of their weights (training.ema = 0.7)"
     abstract = {"params": convert.abstract_params(tiny_model, make_mesh(), members=2)}
     seen = [tree.flatten(orbax.restore(averaged.file("checkpoints"), step, abstract)["params"]) for step in range(1, STEPS + 1)]
     powers = 0.7 ** np.arange(STEPS)[::-1]
@@ -218,6 +220,7 @@ def test_metrics(whole, tiny_examples, tiny_model):
     assert lines[-1]["loss"][0] < lines[0]["loss"][0]
     assert lines[0]["learning_rate"] == 0.0
     assert lines[1]["learning_rate"] == pytest.approx(1e-2)
+    assert all(0 <= line["host_fraction"] <= 1 and line["mfu"] is None for line in lines)
     state = json.loads(whole.file("metrics/state.json").read_text())
     assert state["tokens"] == 2 * 2 * tiny_examples.lengths.sum()
     assert state["parameters"] == sum(x.size for x in jax.tree.leaves(convert.abstract_params(tiny_model)))
@@ -271,16 +274,16 @@ def test_members_of_no_training(tiny_config, tiny_model, tmp_path):
 # ------------------------------------------------------------------------------------------------------------------------- failures
 
 
-def diverging(at, place):
-    """A step that is no model but reports a loss that is not finite."""
+def diverging(at, place, bad=np.nan):
+    """A step that is no model but reports a bad loss, by default one that is not finite."""
 
     def compile_step(step, mesh, state, batch):
         def fake(state, batch):
             sums = np.ones(batch["ids"].shape, np.float32)
             loss, counted = np.ones(2, np.float32), int(fake.calls)
             if counted == at:
-                sums[place, 0, 1] = np.nan
-                loss[place] = np.nan
+                sums[place, 0, 1] = bad
+                loss[place] = bad
             fake.calls += 1
             ids = np.asarray(batch["ids"])
             found = steps.Metrics(
@@ -305,3 +308,55 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(tmp_path, tiny_t
     assert orbax.latest(tmp_path / "checkpoints") == 3  # of the end of epoch 1
     assert not (tmp_path / "losses" / "train.npz").exists()
     assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+
+@pytest.mark.parametrize(("at", "spike", "stops"), [(10, 3.0, True), (10, None, False), (10, 7.0, False), (9, 3.0, False)])
+def test_a_loss_spike_stops_where_it_is_asked_for(tmp_path, tiny_train, monkeypatch, at, spike, stops):
+    """6 nats after ten steps of 1 nat are a spike above 3 times the usual, not above 7 times; nine steps say too little."""
+    fake = diverging(at, place=0, bad=6.0)
+    monkeypatch.setattr(steps, "compile_step", fake)
+    sections = {"training": {"epochs": 4, "spike": spike, "log_every": 5}}
+    if not stops:
+        tiny_train(tmp_path, make_mesh(), **sections)
+        return
+    with pytest.raises(
+        UserError, match=r"loss spike at step 11: member 0 has loss 6, more than training.spike = 3 times the"
+    ) as caught:
+        tiny_train(tmp_path, make_mesh(), **sections)
+    assert f"median 1 of the 10 steps before, on samples {fake.fake.bad + 100}, " in str(caught.value)
+    assert orbax.latest(tmp_path / "checkpoints") == 9
+    # the window of usual losses is kept in the checkpoint: continued, the same step is found
+    monkeypatch.setattr(steps, "compile_step", diverging(at=1, place=0, bad=6.0))
+    with pytest.raises(UserError, match=r"loss spike at step 11: .* of the 10 steps before"):
+        tiny_train(tmp_path, make_mesh(), **sections)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_sigterm_stops_after_a_step_with_a_checkpoint(whole, tmp_path, tiny_train, tiny_model, same_bits):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=f"stopped by SIGTERM after step 2 of {STEPS}, with a checkpoint; the same command") as caught:
+        tiny_train(tmp_path, make_mesh(), on_line=lambda line: line["step"] == 1 and signal.raise_signal(signal.SIGTERM))
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert orbax.latest(tmp_path / "checkpoints") == 2
+    assert not (tmp_path / "metrics" / "state.json").exists()
+    resumed = tiny_train(tmp_path, make_mesh())
+    assert resumed.watch.said[0] == f"continuing from step 2 of {STEPS} ({tmp_path})"
+    assert same_bits(everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh()))
+    np.testing.assert_array_equal(resumed.losses(), whole.losses())
+    assert [line["loss"] for line in resumed.lines()] == [line["loss"] for line in whole.lines()]
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, tiny_train, monkeypatch):
+    monkeypatch.setattr(steps, "compile_step", diverging(at=-1, place=0))
+
+    def twice(line):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(tmp_path, make_mesh(), on_line=twice)
+    assert orbax.latest(tmp_path / "checkpoints") is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

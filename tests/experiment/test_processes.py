@@ -1,0 +1,164 @@
+"""Real processes that train together by the command line: asked to stop, killed, given different things, left alone."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.mesh import make_mesh
+from jax_ordermerge.train import loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+HEARTBEAT = 10
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def training(folders, output, *overrides, indices=(0, 1), own=None):
+    """Start `ordermerge train` in two processes of two devices each, each in its folder; `own` are overrides for one of them."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    settings = [
+        f"output={output}", "mesh.fsdp=-1", "training.epochs=8", "training.log_every=2", "training.checkpoint_every=10",
+        f"distributed.coordinator=127.0.0.1:{port}", "distributed.processes=2", f"distributed.heartbeat_timeout={HEARTBEAT}",
+        *overrides,
+    ]  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "jax_ordermerge", "train", "tiny.yaml"]
+            + [part for one in [*settings, f"distributed.index={index}", *(own or {}).get(index, [])] for part in ("--set", one)],
+            env=environment, cwd=folders[index], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in indices
+    ]  # fmt: skip
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def ended(process, seconds):
+    """Return exit code and what was printed to stderr."""
+    _, stderr = process.communicate(timeout=seconds)
+    return process.returncode, stderr
+
+
+def wait_for_lines(output, count, seconds=120):
+    log, deadline = output / "metrics" / "train.jsonl", time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if log.is_file() and len(log.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} lines in {log} within {seconds} s")
+
+
+def complete(folder, output):
+    with training([folder, folder], output) as both:
+        for process in both:
+            code, stderr = ended(process, 240)
+            assert code == 0, stderr[-3000:]
+    return stderr
+
+
+def result(folder, output):
+    config = read_config(folder / "tiny.yaml", [f"output={output}", "training.epochs=8"])
+    model = convert.load_config(convert.resolve(config.model.base))
+    return loop.restore_members(config, model, make_mesh()), np.load(output / "losses" / "train.npz")["losses"]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    complete(folder, output)
+    return result(folder, output)
+
+
+def assert_same(found, expected):
+    import jax
+
+    ours, theirs = jax.device_get((jax.tree.leaves(found), jax.tree.leaves(expected)))
+    assert all(x.tobytes() == y.tobytes() for x, y in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_both_at_the_same_step(folder, tmp_path, whole):
+    output = tmp_path / "run"
+    with training([folder, folder], output) as both:
+        wait_for_lines(output, 6)
+        both[1].send_signal(signal.SIGTERM)
+        said = [ended(process, 60) for process in both]
+    assert [code for code, _ in said] == [143, 143], said
+    step = orbax.latest(output / "checkpoints")
+    assert all(f"stopped by SIGTERM after step {step} of 40, with a checkpoint" in stderr for _, stderr in said)
+    assert not (output / "metrics" / "state.json").exists()
+    complete(folder, output)
+    assert_same(result(folder, output), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_restart_continues(folder, tmp_path, whole, lost):
+    output = tmp_path / "run"
+    with training([folder, folder], output) as both:
+        wait_for_lines(output, 7)
+        both[lost].kill()
+        code, stderr = ended(both[1 - lost], HEARTBEAT + 20)
+    # collectives notice at once and end with our line; who waits outside of them is ended by jax when heartbeats are missed
+    assert code in (1, -signal.SIGABRT), (code, stderr[-3000:])
+    assert "one of them has ended, its own log says why" in stderr or "another task died" in stderr
+    complete(folder, output)
+    assert_same(result(folder, output), whole)
+
+
+@pytest.mark.slow
+def test_processes_with_different_data_or_config_do_not_start(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    rows = (other / "train.jsonl").read_text().splitlines()
+    (other / "train.jsonl").write_text("\n".join([*rows[1:], rows[0]]))
+    with training([folder, other], tmp_path / "run", "data.train=train.jsonl") as both:
+        said = [ended(process, 120) for process in both]
+    assert [code for code, _ in said] == [2, 2], said
+    for _, stderr in said:
+        assert "error: process 1 differs from process 0 in data.train, data.validation; start every process with the same" in stderr
+    with training([folder, folder], tmp_path / "run2", own={1: ["seed=5", "training.epochs=3"]}) as both:
+        said = [ended(process, 120) for process in both]
+    assert [code for code, _ in said] == [2, 2], said
+    for _, stderr in said:
+        assert "error: process 1 differs from process 0 in seed, training; start" in stderr
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run2").exists()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_start_without_the_peer_fails_in_time_with_one_line(folder, tmp_path, index):
+    began = time.monotonic()
+    with training([folder, folder], tmp_path / "run", "distributed.timeout=2", indices=[index]) as (process,):
+        code, stderr = ended(process, 60)
+    assert code == 1
+    assert stderr.strip().startswith(f"error: process {index} of 2 did not find all its peers within 2 s (coordinator 127.0.0.1:")
+    assert len(stderr.strip().splitlines()) == 1
+    assert time.monotonic() - began < 2 + 20  # the start of Python and jax on a busy machine
+    assert not (tmp_path / "run").exists()
