@@ -73,7 +73,9 @@ def make_mesh(
     slices = len({getattr(device, "slice_index", 0) for device in chosen})
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, types, devices=chosen)
+        # an axis may take a part of a physical axis of the torus: 8 x 8 x 8 chips are then also 2 x 256
+        placed = mesh_utils.create_device_mesh(tuple(sizes.values()), chosen, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
     outer = _fill({**dict.fromkeys(AXES, 1), **(dcn or {"order": slices})}, slices, f"mesh.dcn {dict(dcn or {})}", "slices")
     for name, factor in outer.items():
         if sizes[name] % factor:
@@ -81,7 +83,9 @@ def make_mesh(
                 f"{asked}: {name} = {sizes[name]} cannot be divided over {factor} slices; change it, or say with mesh.dcn which axis can"
             )
     inner = [sizes[name] // outer[name] for name in AXES]
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, [outer[name] for name in AXES], chosen), AXES, axis_types=types)
+    across = [outer[name] for name in AXES]
+    placed = mesh_utils.create_hybrid_device_mesh(inner, across, chosen, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def _fill(sizes: dict[str, int], present: int, asked: str, what: str) -> dict[str, int]:
