@@ -63,7 +63,7 @@ class Ours:
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
         self.inputs = {name: jax.device_put(x, place) for name, x in batch.items()}
         start = time.perf_counter()
-        self.program = steps.compile_step(one, mesh, abstract, shapes)
+        self.program = steps.compile_step(one, mesh, abstract, shapes, {})
         self.facts = {"compilation": time.perf_counter() - start, "device": jax.devices()[0].device_kind}
         self.state = steps.initial_state(llama.init_params(CONFIG, 0), tx, abstract)
 
@@ -83,7 +83,7 @@ class Ours:
 
     def step(self) -> None:
         """Do one step of all members and wait for it."""
-        self.state, metrics = self.program(self.state, self.inputs)
+        self.state, metrics = self.program(self.state, self.inputs, {})
         jax.block_until_ready((self.state, metrics))
 
 

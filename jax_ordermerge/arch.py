@@ -275,7 +275,7 @@ class TensorSpec:
         path: `"layers/attention/q/weight"`, where the array lives in the parameter dict (see `tree.flatten`).
         shape: with the leading `L` axis when stacked.
         axes: a logical axis name for each dimension (`mesh.RULES`).
-        init: initializer, `normal` (std `initializer_range`), `ones` or `zeros`.
+        init: initializer, `normal` (std `initializer_range`), `ones`, `zeros`, or `uniform` (in ±1/sqrt(last axis); adapters alone).
         hf_name: the Hugging Face name; `{}` stands for the layer number when stacked.
         kind: what merge filters and reports call it.
     """
@@ -283,7 +283,7 @@ class TensorSpec:
     path: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    init: Literal["normal", "ones", "zeros"]
+    init: Literal["normal", "ones", "zeros", "uniform"]
     hf_name: str
     kind: Literal["embedding", "norm", "attention", "mlp", "head"]
 

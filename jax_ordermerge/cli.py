@@ -189,7 +189,7 @@ def diff(
 def convert(
     source: Annotated[Path, typer.Argument(help="HF directory, Orbax directory made by this command, or run directory.")],
     out: Annotated[Path, typer.Argument(help="Directory to write. It must not exist.")],
-    to: Annotated[str, typer.Option(help="hf or orbax.")] = "hf",
+    to: Annotated[str, typer.Option(help="hf, orbax, or peft (the adapter of a member of a run with lora).")] = "hf",
     member: Annotated[int | None, typer.Option(help="Which member of a run, from 0.")] = None,
     dtype: Annotated[str | None, typer.Option(help="dtype of the tensors written; by default that of the source.")] = None,
 ) -> None:

@@ -184,6 +184,28 @@ class Training(Section):
         return filled
 
 
+class Lora(Section):
+    """Low-rank adapters in place of full fine-tuning: W + alpha / rank B A with W frozen, and held once for all members.
+
+    Dropout is not offered: a member must see in its order what the others see in theirs, and nothing else may differ.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = Field(16.0, description="the change is scaled by alpha / rank")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    targets: tuple[str, ...] = Field(
+        ("all-linear",), description="q, k, v, o, gate, up, down or their Hugging Face names (q_proj); all-linear is all of them"
+    )
+    base_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="in which the frozen base is held while training; null is model.compute_dtype"
+    )
+
+    @pydantic.field_validator("targets", mode="before")
+    @classmethod
+    def _one_name(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
+
+
 class Analysis(Section):
     """Statistics of the position effect."""
 
@@ -242,6 +264,7 @@ class Config(Section):
     data: Data = Data()
     population: Population = Population()
     training: Training = Training()
+    lora: Lora | None = Field(None, description="null trains all parameters")
     analysis: Analysis = Analysis()
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
@@ -250,6 +273,11 @@ class Config(Section):
     def directory(self) -> Path:
         """The run directory."""
         return Path(self.output.replace("{name}", self.name))
+
+    @property
+    def base_dtype(self) -> str:
+        """The dtype in which a training holds the base: float32 where members start as copies of it."""
+        return "float32" if self.lora is None else self.lora.base_dtype or self.model.compute_dtype
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -260,6 +288,10 @@ class Config(Section):
         if self.training.microbatch and self.training.batch % self.training.microbatch:
             raise ValueError(
                 f"training.batch = {self.training.batch} is not a multiple of training.microbatch = {self.training.microbatch}"
+            )
+        if self.lora and self.model.init == "random":
+            raise ValueError(
+                "lora changes a trained base a little; model.init = random has none, set it to pretrained or lora to null"
             )
         too_long = [b for b in self.data.buckets if b > self.data.max_length]
         if too_long:

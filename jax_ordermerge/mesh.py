@@ -206,8 +206,8 @@ def by_hand(fn: Callable[..., Any], arguments: Any, result: Any) -> Callable[...
     return jax.shard_map(fn, in_specs=arguments, out_specs=result, axis_names=names, check_vma=False)
 
 
-def update_members(fn: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Turn `fn(state, inputs) -> (state, outputs)` of one member into the same over a population.
+def update_members(fn: Callable[[Any, Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """Turn `fn(state, inputs, shared) -> (state, outputs)` of one member into the same over a population.
 
     The mesh axis `order` is manual, so that nothing crosses members; those of one device group run one after another, each updating
     its part of the carried states in place (`lax.map` would hold the population twice). The inner axes stay automatic.
@@ -217,27 +217,28 @@ def update_members(fn: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Cal
         mesh: its `order` axis divides the number of members.
 
     Returns:
-        The function of states, inputs and outputs with a leading member axis. Call it under `jax.jit`.
+        The function of states, inputs and outputs with a leading member axis; `shared` has none and is held once. Call it under
+        `jax.jit`.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> double = update_members(lambda state, x: (state + x, 2 * x), make_mesh())
-        >>> [out.tolist() for out in jax.jit(double)(jnp.ones(3), jnp.arange(3.0))]
+        >>> add = update_members(lambda state, x, shared: (state + x, shared * x), make_mesh())
+        >>> [out.tolist() for out in jax.jit(add)(jnp.ones(3), jnp.arange(3.0), jnp.float32(2))]
         [[1.0, 2.0, 3.0], [0.0, 2.0, 4.0]]
     """
 
-    def local(states: Any, inputs: Any) -> tuple[Any, Any]:
+    def local(states: Any, inputs: Any, shared: Any) -> tuple[Any, Any]:
         def body(states: Any, item: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             index, own = item
             mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), states)
-            new, outputs = fn(mine, own)
+            new, outputs = fn(mine, own, shared)
             return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), states, new), outputs
 
         count = jax.tree.leaves(states)[0].shape[0]
         return jax.lax.scan(body, states, (jax.numpy.arange(count), inputs))
 
     specs = P("order")
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=specs, axis_names={"order"}, check_vma=False)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs, P()), out_specs=specs, axis_names={"order"}, check_vma=False)
 
 
 def map_members(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:

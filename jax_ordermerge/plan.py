@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.train import batches, loop
+from jax_ordermerge.train.split import split
 
 _COLLECTIVE = re.compile(
     r"= (?P<shape>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -38,17 +41,19 @@ class Needs:
     """What a compiled training step needs.
 
     Attributes:
-        arguments: bytes a device of the state (parameters, optimizer) and the batch, which the step updates in place.
+        arguments: bytes a device of the state (parameters, optimizer), which the step updates in place, of the batch and of `shared`.
         temporaries: bytes a device of everything that lives only within a step.
         collectives: `(kind, axes of the mesh) -> (operations in the program, bytes a device that they give)`. Those inside a loop
             count once.
         seconds: that compilation took.
+        shared: bytes a device of what all members hold in common, such as the frozen base of adapters.
     """
 
     arguments: int
     temporaries: int
     collectives: dict[tuple[str, tuple[str, ...]], tuple[int, int]]
     seconds: float
+    shared: int = 0
 
     @property
     def bytes(self) -> int:
@@ -100,12 +105,14 @@ def measure(config: Config, model: ModelConfig, mesh: Mesh) -> Needs:
     compiled = loop.compile_training(config, model, plan, mesh)
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
+    held = tree.flatten(convert.abstract_tensors(split(config, model, mesh).frozen, mesh, dtype=config.base_dtype))
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Needs(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes + outputs,
         collectives(compiled.as_text(), mesh),
         seconds,
+        sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in held.values()),
     )
 
 

@@ -107,7 +107,7 @@ def model_card(
     text: str = "",
     *,
     base_model: str | None = None,
-    relation: Literal["merge", "finetune"] = "finetune",
+    relation: Literal["merge", "finetune", "adapter"] = "finetune",
     tags: Sequence[str] = (),
 ) -> str:
     """Return the text of a model card with the metadata that hubs read.
@@ -141,7 +141,7 @@ def model_card(
     more: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
     data = ModelCardData(
         base_model=base_model,
-        library_name="transformers",
+        library_name="peft" if relation == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=[*tags, "jax_ordermerge"],
         **more,

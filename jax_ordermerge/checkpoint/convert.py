@@ -206,8 +206,21 @@ def abstract_params(
         >>> abstract_params(config, members=3)["embed"]["weight"]
         ShapeDtypeStruct(shape=(3, 4, 2), dtype=float32)
     """
+    return abstract_tensors(arch.tensor_table(config), mesh, members=members, dtype=dtype)
+
+
+def abstract_tensors(
+    table: Iterable[TensorSpec], mesh: Mesh | None = None, *, members: int | None = None, dtype: DTypeLike = jnp.float32
+) -> tree.Tree:
+    """Return the dict of any table of tensors as `abstract_params` does that of a model.
+
+    Example:
+        >>> spec = TensorSpec("a/weight", (4, 2), ("mlp", "embed"), "zeros", "a.weight", "mlp")
+        >>> abstract_tensors([spec], dtype="bfloat16")
+        {'a': {'weight': ShapeDtypeStruct(shape=(4, 2), dtype=bfloat16)}}
+    """
     flat = {}
-    for spec in arch.tensor_table(config):
+    for spec in table:
         shape, axes = spec.shape, spec.axes
         if members is not None:
             shape, axes = (members, *shape), ("member", *axes)

@@ -12,17 +12,20 @@ from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import companions, compare, convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.config import Config
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import tables, waves
 from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.merge import lora
+from jax_ordermerge.train import members
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def convert_checkpoint(origin: Path, out: Path, *, to: str, member: int | None, dtype: str | None) -> None:
-    """Convert HF -> Orbax, Orbax -> HF, or one member of a run -> either.
+    """Convert HF -> Orbax, Orbax -> HF, or one member of a run -> either; of a run with `lora` also -> a PEFT adapter.
 
     An Orbax directory made here keeps the model config and the tokenizer's origin in its metadata, so that the way back needs
     nothing else.
@@ -30,12 +33,15 @@ def convert_checkpoint(origin: Path, out: Path, *, to: str, member: int | None, 
     Raises:
         UserError: unknown target, a source that is none of the three, or a member that does not exist.
     """
-    if to not in ("hf", "orbax"):
-        raise UserError(f"--to {to}: expected hf or orbax")
+    if to not in ("hf", "orbax", "peft"):
+        raise UserError(f"--to {to}: expected hf, orbax or peft")
     if dtype is not None:
         _check_dtype(dtype)
     if out.exists():
         raise UserError(f"{out} exists already; give a new directory")
+    if to == "peft":
+        _export_adapter(origin, out, member, dtype)
+        return
     config, params, dtype, tokenizer = _load(origin, member, dtype)
     if to == "hf":
         convert.export(params, config, out, dtype=dtype, source=tokenizer, card=companions.model_card(out.name))
@@ -47,16 +53,10 @@ def convert_checkpoint(origin: Path, out: Path, *, to: str, member: int | None, 
 def _load(origin: Path, member: int | None, dtype: str | None) -> tuple[ModelConfig, tree.Tree, str, Path | None]:
     """Return config, parameters, their dtype and the directory of the tokenizer."""
     if (origin / "config.yaml").is_file():
-        run = read_config(origin)
-        if member is None:
-            raise UserError(f"{origin} is a run of {run.population.members} members; choose one with --member")
-        base = convert.resolve(run.model.base)
-        config = convert.load_config(base, run.model.ignore_config_keys)
+        run, number, base, config = _member(origin, member)
         chosen = dtype or run.merge.dtype
-        population = waves.restore(run, config, meshes.make_mesh(), dtype=chosen)
-        if not 0 <= member < tree.size(population):
-            raise UserError(f"--member {member}: the run has members 0 to {tree.size(population) - 1}")
-        return config, tree.member(population, member), chosen, base
+        found = members.restore_member(run, config, meshes.make_mesh(), number, dtype=chosen, directory=waves.home(run, number))
+        return config, found, chosen, base
     if member is not None:
         raise UserError(f"--member goes with a run directory; {origin} has no config.yaml")
     step = orbax.latest(origin) if origin.is_dir() else None
@@ -73,6 +73,27 @@ def _load(origin: Path, member: int | None, dtype: str | None) -> tuple[ModelCon
     chosen = dtype or reader.info(reader.names[0]).dtype.name
     config, params = convert.load_params(directory, dtype=chosen)
     return config, params, chosen, directory
+
+
+def _member(origin: Path, member: int | None) -> tuple[Config, int, Path, ModelConfig]:
+    """Return the config of a run, the member asked for, and the directory and config of its base."""
+    run = read_config(origin)
+    if member is None:
+        raise UserError(f"{origin} is a run of {run.population.members} members; choose one with --member")
+    if not 0 <= member < run.population.members:
+        raise UserError(f"--member {member}: the run has members 0 to {run.population.members - 1}")
+    base = convert.resolve(run.model.base)
+    return run, member, base, convert.load_config(base, run.model.ignore_config_keys)
+
+
+def _export_adapter(origin: Path, out: Path, member: int | None, dtype: str | None) -> None:
+    if not (origin / "config.yaml").is_file():
+        raise UserError(f"--to peft goes with a run directory and --member; {origin} has no config.yaml")
+    run, number, base, config = _member(origin, member)
+    adapter = members.restore_adapter(run, config, number, directory=waves.home(run, number))
+    name = str(base.absolute()) if run.model.base.startswith("embedded:") or Path(run.model.base).exists() else run.model.base
+    assert run.lora is not None
+    lora.write_adapter(out, adapter, config, run.lora, base=name, dtype=dtype or "float32")
 
 
 def inspect_model(model: str, *, stats: bool, as_json: bool) -> str:

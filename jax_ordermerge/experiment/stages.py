@@ -18,7 +18,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge import processes, tree
 from jax_ordermerge import report as reports
 from jax_ordermerge.analysis import imbalance, measure
-from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import companions, convert
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config, MergeSpec, merge_name
@@ -29,8 +29,9 @@ from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
 from jax_ordermerge.merge import methods, population, soup
-from jax_ordermerge.model import kernels, llama
+from jax_ordermerge.model import kernels, llama, lora
 from jax_ordermerge.train import batches, fisher, objective
+from jax_ordermerge.train import members as trained
 
 Say = Callable[[str], None]
 GREEDY_SOUP = "greedy_soup"  # the one method that needs to see how good its candidates are
@@ -89,6 +90,8 @@ def prepare(config: Config, say: Say) -> Workshop:
         )
     base = convert.resolve(config.model.base)
     model = convert.load_config(base, config.model.ignore_config_keys)
+    if config.lora is not None:
+        lora.targets(model, config.lora)
     if config.model.init == "pretrained":
         convert.check_tensors(Reader(base), model)
     if config.data.max_length > model.max_position_embeddings:
@@ -114,7 +117,12 @@ def train(w: Workshop) -> None:
     write_json(w.directory / "data.json", described)
     for name, one in described.items():
         w.say(f"  {name}: {one['source']}, " + ", ".join(f"{count} {what}" for what, count in one["counts"].items()))
-    waves.train(w.config, w.model, lambda: base_params(w, "float32"), w.splits["train"], w.mesh, w.say)
+    if w.config.lora is not None:
+        low, full = (
+            sum(math.prod(spec.shape) for spec in table) for table in (lora.table(w.model, w.config.lora), tensor_table(w.model))
+        )
+        w.say(f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}")
+    waves.train(w.config, w.model, lambda: base_params(w, w.config.base_dtype), w.splits["train"], w.mesh, w.say)
 
 
 def _described(examples: Examples) -> dict[str, Any]:
@@ -142,13 +150,13 @@ def base_params(w: Workshop, dtype: str) -> tree.Tree:
 def models(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
     """Yield `(name, parameters)` of the models asked for, in the dtype that is merged and served, merges as they were exported."""
     kinds, dtype = model_names(w.config), w.config.merge.dtype
-    members = None
     for name in names:
         if kinds[name] == "base":
             yield name, base_params(w, dtype)
         elif kinds[name] == "member":
-            members = waves.restore(w.config, w.model, w.mesh, dtype=dtype) if members is None else members
-            yield name, tree.member(members, int(name.removeprefix("member_")))
+            number = int(name.removeprefix("member_"))
+            home = waves.home(w.config, number)
+            yield name, trained.restore_member(w.config, w.model, w.mesh, number, dtype=dtype, directory=home)
         else:
             yield name, convert.load_params(w.directory / "merged" / name, w.mesh, dtype=dtype)[1]
 

@@ -54,6 +54,13 @@ def restore(config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "flo
     return jax.jit(lambda parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), out_shardings=shardings)(found)
 
 
+def home(config: Config, member: int) -> Path:
+    """Return the directory whose checkpoints hold a member: that of its wave, or the run's own."""
+    file = config.directory / "waves.json"
+    waves = json.loads(file.read_text()) if file.is_file() else []
+    return next((_room(config, number) for number, wave in enumerate(waves) if member in wave), config.directory)
+
+
 def size_of_wave(members: int, groups: int, needs: plan.Needs, limit: int) -> int:
     """Return how many members are trained at the same time, a multiple of the device groups.
 
@@ -72,11 +79,12 @@ def size_of_wave(members: int, groups: int, needs: plan.Needs, limit: int) -> in
         (8, 4)
     """
     # members of a group are trained one after another: only what is kept of them grows with their number
-    each = needs.arguments / (members // groups)
-    fitting = math.floor((_ROOM * limit - needs.temporaries) / each)
+    fixed = needs.temporaries + needs.shared
+    each = (needs.arguments - needs.shared) / (members // groups)
+    fitting = math.floor((_ROOM * limit - fixed) / each)
     if fitting < 1:
         raise UserError(
-            f"one member needs {(each + needs.temporaries) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} are there; divide it over more"
+            f"one member needs {(each + fixed) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} are there; divide it over more"
             " devices (mesh.fsdp, mesh.tensor), lower training.microbatch, or set model.remat = full"
         )
     waves = math.ceil(members / groups / fitting)

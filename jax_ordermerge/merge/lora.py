@@ -1,23 +1,29 @@
-"""A base model with a LoRA adapter on it, read as the dense model W + s B A that the two stand for."""
+"""A base model with a LoRA adapter on it, read as the dense model W + s B A that the two stand for; and adapters as PEFT keeps them."""
 
 import dataclasses
+import functools
+import json
 import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import safetensors
+from jax_ordermerge import arch, tree
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import atomic, companions, orbax, safetensors, shards
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
+from jax_ordermerge.config import Lora
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.sources import Source
+from jax_ordermerge.model.lora import PREFIX, A, B, scale, table, targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+_PARTS = {A: "A", B: "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 _ROWS = 128  # of one matrix product: always the same blocks, so that the bits do not depend on the run that is asked for
 # keys of adapter_config.json that change W + s B A, and the values at which they do not
 _MUST_BE: dict[str, tuple[Any, ...]] = {
@@ -36,12 +42,19 @@ _NEUTRAL = {
 
 
 class _Product(NamedTuple):
-    """The change s B A of one matrix; names of the adapter's file. Embeddings are stored the other way round."""
+    """The change s B A of one matrix: how to read B [out, r] and A [r, in], float32, and s."""
 
-    a: str
-    b: str
+    factors: Callable[[], tuple[np.ndarray, np.ndarray]]
     scale: float
-    embedding: bool
+
+    def part(self, start: int, size: int) -> np.ndarray:
+        """Return `size` elements of s B A from row-major number `start` on, float32."""
+        b, a = self.factors()
+        width = a.shape[1]
+        first, last = start // width // _ROWS * _ROWS, -(-(start + size) // width)
+        blocks = [b[row : row + _ROWS] @ a for row in range(first, last, _ROWS)]
+        rows = np.concatenate(blocks).reshape(-1)[start - first * width :][:size]
+        return np.float32(self.scale) * rows
 
 
 class LoRA:
@@ -87,7 +100,7 @@ class LoRA:
         found = np.empty(out.size, owner.info(inner).dtype)
         owner.read_into(inner, start, found)
         if name in self._products:
-            found = found.astype(np.float32) + self._change(self._products[name], start, out.size)
+            found = found.astype(np.float32) + self._products[name].part(start, out.size)
         out.reshape(-1)[:] = safetensors.cast(found, out.dtype, f"{self.label}: {name}")
 
     def identity(self) -> str:
@@ -95,15 +108,9 @@ class LoRA:
         stat = self._path.stat()
         return f"{self._base.identity()} {self._path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
-    def _change(self, product: _Product, start: int, size: int) -> np.ndarray:
-        """Return `size` elements of s B A from row-major number `start` on, float32."""
-        a, b = (self._reader.read(name).astype(np.float32) for name in (product.a, product.b))
-        left, right = (a.T, b.T) if product.embedding else (b, a)
-        width = right.shape[1]
-        first, last = start // width // _ROWS * _ROWS, -(-(start + size) // width)
-        blocks = [left[row : row + _ROWS] @ right for row in range(first, last, _ROWS)]
-        rows = np.concatenate(blocks).reshape(-1)[start - first * width :][:size]
-        return np.float32(product.scale) * rows
+    def _factors(self, a: str, b: str, embedding: bool) -> tuple[np.ndarray, np.ndarray]:
+        read_a, read_b = (self._reader.read(name).astype(np.float32) for name in (a, b))
+        return (read_a.T, read_b.T) if embedding else (read_b, read_a)  # embeddings are stored the other way round
 
     def _sort(self, settings: Mapping[str, Any]) -> None:
         """Find what every tensor of the file is for."""
@@ -111,10 +118,10 @@ class LoRA:
         known = {name for name, _, _ in arch.hf_tensors(dataclasses.replace(self._base.config, tie_embeddings=False))}
         for name in self._reader.names:
             ending = next((end for end in _PARTS if name.endswith(end)), None)
-            target = name.removesuffix(ending or "").removeprefix(_PREFIX)
+            target = name.removesuffix(ending or "").removeprefix(PREFIX)
             target = target.replace(".modules_to_save", "").replace(".base_layer", "")
             target = f"{target}.weight" if ending else target
-            if not name.startswith(_PREFIX) or target not in known:
+            if not name.startswith(PREFIX) or target not in known:
                 raise UserError(f"{self._path} has the tensor {name}, which is no part of a LoRA of {self._base.label}")
             if ending is None:
                 self._whole[target] = name
@@ -138,8 +145,8 @@ class LoRA:
         if rank != a[0]:
             raise UserError(f"{self._path}: {module} has rank {a[0]}, {CONFIG} says {rank}; the two files must belong together")
         alpha = _pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        return _Product(pair["A"], pair["B"], float(scale), embedding)
+        factor = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        return _Product(functools.partial(self._factors, pair["A"], pair["B"], embedding), float(factor))
 
     def _drop_tied_head(self) -> None:
         embedding, head = _vocabulary_names(self._base.config)
@@ -160,6 +167,101 @@ class LoRA:
         if len(rows) > 1:
             raise UserError(f"{self.label}: embedding and output head have {' and '.join(map(str, sorted(rows)))} rows")
         return rows.pop()
+
+
+class Trained:
+    """A member of a run with `lora`: the base of the run and one adapter of its checkpoint, as a dense model in float32.
+
+    Args:
+        base: of the run.
+        checkpoints: of the run, complete.
+        place: of the member on the axis `M`.
+        settings: of the run.
+        label: what the user called it.
+        branch: of the checkpoint, where the adapters lie.
+
+    Raises:
+        UserError: the checkpoint is not of such a training.
+    """
+
+    def __init__(self, base: Source, checkpoints: Path, place: int, settings: Lora, label: str, branch: str = "params") -> None:
+        step = orbax.latest(checkpoints)
+        if step is None:
+            raise UserError(f"{checkpoints} has no complete checkpoint; finish the training first")
+        self._base, self._path, self.label = base, checkpoints / str(step), label
+        self.config, self.directory = base.config, base.directory
+        specs = table(base.config, settings)
+        arrays = orbax.open_member(checkpoints, step, place, {f"{branch}/{spec.path}": spec.shape for spec in specs})
+
+        @functools.lru_cache(maxsize=2 * len(specs))  # a tensor is read in many runs, by several threads
+        def factors(a: str, b: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+            return arrays[f"{branch}/{b}"].read(layer), arrays[f"{branch}/{a}"].read(layer)
+
+        factor = scale(settings)
+        self._products = {
+            name: _Product(functools.partial(factors, a.path, b.path, layer), factor)
+            for target, a, b in zip(targets(base.config, settings), specs[::2], specs[1::2], strict=True)
+            for layer, name in enumerate(target.hf_names())
+        }
+
+    def info(self, name: str) -> TensorInfo:
+        """See `Source.info`: the base's in float32, as the weights of a member are."""
+        return TensorInfo(np.dtype(np.float32), self._base.info(name).shape)
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """See `Source.read_into`."""
+        found = np.empty(out.size, self._base.info(name).dtype)
+        self._base.read_into(name, start, found)
+        found = found.astype(np.float32)
+        out.reshape(-1)[:] = found + self._products[name].part(start, out.size) if name in self._products else found
+
+    def identity(self) -> str:
+        """See `Source.identity`."""
+        return f"{self._base.identity()} {self._path.resolve()}:{self._path.stat().st_mtime_ns}"
+
+
+def write_adapter(
+    directory: str | Path, adapter: tree.Tree, config: ModelConfig, settings: Lora, *, base: str, dtype: DTypeLike = np.float32
+) -> None:
+    """Write an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`, and a model card.
+
+    Args:
+        directory: the target; it must not exist or be empty.
+        adapter: the dict of `model.lora.table`.
+        config: of the model that it belongs to.
+        settings: rank, alpha and targets.
+        base: name or directory of that model.
+        dtype: of the tensors.
+
+    Raises:
+        UserError: the target is not empty.
+    """
+    specs, arrays = table(config, settings), tree.flatten(adapter)
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
+        "use_rslora": settings.rslora,
+        "target_modules": sorted({spec.hf_name.split(".")[-2] for spec in targets(config, settings)}),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    with atomic.new_directory(directory) as partial:
+        atomic.write_text(partial / CONFIG, json.dumps(described, indent=2) + "\n")
+        public = None if Path(base).exists() else base
+        atomic.write_text(partial / "README.md", companions.model_card(Path(directory).name, base_model=public, relation="adapter"))
+        shapes = {name: spec.hf_shape for spec in specs for name in spec.hf_names()}
+        with shards.ShardFiles(partial, shapes, dtype, sys.maxsize) as files:
+            files.create()
+            for spec in specs:
+                for name, values in zip(spec.hf_names(), np.asarray(arrays[spec.path]), strict=True):
+                    files.write(name, 0, safetensors.cast(values, dtype, name))
+        (partial / shards.SINGLE).rename(partial / WEIGHTS)
 
 
 def is_adapter(directory: Path) -> bool:

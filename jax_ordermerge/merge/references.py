@@ -71,9 +71,13 @@ def _open_member(run: Path, number: int, label: str) -> Source:
     if number not in kept["members"]:
         raise UserError(f"{label} does not exist; the run has the members {', '.join(map(str, kept['members']))}")
     base = convert.resolve(settings.model.base)
-    config = convert.load_config(base, settings.model.ignore_config_keys)
+    place = kept["members"].index(number)
     branch = kept.get("weights", "params")  # the averages, where the training kept them
-    return sources.Member(checkpoints, kept["members"].index(number), config, tokenizer=base, label=label, branch=branch)
+    if settings.lora is not None:
+        held = sources.Directory(base, ignore=settings.model.ignore_config_keys)
+        return lora.Trained(held, checkpoints, place, settings.lora, label, branch)
+    config = convert.load_config(base, settings.model.ignore_config_keys)
+    return sources.Member(checkpoints, place, config, tokenizer=base, label=label, branch=branch)
 
 
 def _checkpoints(run: Path, number: int) -> Path:

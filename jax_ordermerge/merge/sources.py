@@ -1,19 +1,23 @@
 """Where the tensors of a model to be merged come from: a Hugging Face directory, a member of a run, an Orbax directory.
 
 A source reads runs of consecutive elements by Hugging Face name, from any thread. Other kinds wrap these and answer the same calls:
-`Untied`, `lora.LoRA`, `vocabulary.Rows`. `references.open_model` finds the kind that a name stands for.
+`Untied`, `lora.LoRA`, `lora.Trained`, `vocabulary.Rows`. `references.open_model` finds the kind that a name stands for.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from jax_ordermerge import arch
-from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import convert, orbax, safetensors
+from jax_ordermerge import arch, tree
+from jax_ordermerge.arch import ModelConfig, TensorSpec
+from jax_ordermerge.checkpoint import convert, orbax, placement, safetensors
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
 from jax_ordermerge.errors import UserError
 
@@ -59,11 +63,11 @@ class Directory:
         (128,)
     """
 
-    def __init__(self, directory: str | Path, label: str | None = None) -> None:
+    def __init__(self, directory: str | Path, label: str | None = None, ignore: Iterable[str] = ()) -> None:
         self._reader = safetensors.Reader(directory)
         self.label = str(directory) if label is None else label
         self.directory = Path(directory)
-        self.config = convert.load_config(directory)
+        self.config = convert.load_config(directory, ignore)
         convert.check_tensors(self._reader, self.config)
 
     def info(self, name: str) -> TensorInfo:
@@ -177,3 +181,43 @@ class Untied:
     def identity(self) -> str:
         """See `Source.identity`."""
         return self.inner.identity()
+
+
+def load(models: Source | Sequence[Source], mesh: Mesh | None = None, *, dtype: DTypeLike) -> tree.Tree:
+    """Return the parameter dict of a model, or of several as a population [M, ...], as (sharded) arrays.
+
+    Each process reads the rows that its own devices hold.
+
+    Args:
+        models: one source, or several of one architecture.
+        mesh: where the arrays go, by the logical axes of the tensor table; None is the default device.
+        dtype: of the arrays; what is read is rounded to it once.
+
+    Example:
+        >>> model = Directory(convert.resolve("embedded:quickstart"))
+        >>> load([model, model], dtype="float32")["norm"]["weight"].shape
+        (2, 128)
+    """
+    several = isinstance(models, Sequence)
+    chosen = models if isinstance(models, Sequence) else (models,)
+    config = chosen[0].config
+    abstract = convert.abstract_params(config, mesh, members=len(chosen) if several else None, dtype=dtype)
+    flat = tree.flatten(abstract)
+
+    def part(spec: TensorSpec, index: tuple[slice, ...]) -> np.ndarray:
+        mine, inner = (chosen[index[0]], index[1:]) if several else (chosen, index)
+        names, inner = (spec.hf_names()[inner[0]], inner[1:]) if spec.stacked else (spec.hf_names(), inner)
+        read = np.stack([[_rows(one, name, spec.hf_shape, inner) for name in names] for one in mine])
+        return read.reshape(*read.shape[:several], *read.shape[1 : 1 + spec.stacked], *read.shape[2:])
+
+    return tree.unflatten(
+        {spec.path: placement.place(flat[spec.path], functools.partial(part, spec)) for spec in arch.tensor_table(config)}
+    )
+
+
+def _rows(source: Source, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """Return part of a tensor, having read all columns of its rows."""
+    first, last, _ = index[0].indices(shape[0])
+    out = np.empty((last - first, *shape[1:]), source.info(name).dtype)
+    source.read_into(name, first * math.prod(shape[1:]), out)
+    return out[(slice(None), *index[1:])]

@@ -103,7 +103,7 @@ def _times(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Arra
 
 
 class Linear(nn.Module):
-    """x weight^T (+ bias) with weight `[out, in]`."""
+    """x weight^T (+ bias) with weight `[out, in]`, and + (x lora_a^T) lora_b^T where the dict has an adapter beside the weight."""
 
     features: int
     bias: bool
@@ -115,6 +115,9 @@ class Linear(nn.Module):
         y = _times(x, weight.astype(self.dtype), self.dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None]
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            y = checkpoint_name(y + _times(_times(x, a, self.dtype), b, self.dtype), _ADAPTED)
         return y
 
 
@@ -197,10 +200,11 @@ class Embedding(nn.Module):
         return meshes.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", "length", None)
 
 
+_ADAPTED = "adapted"  # a product with its adapter's: kept as the sum, or both products would be
 _POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(MIXED)
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(MIXED, _ADAPTED)
     ),
 }
 

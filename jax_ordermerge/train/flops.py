@@ -5,6 +5,8 @@ import math
 import numpy as np
 
 from jax_ordermerge.arch import ModelConfig, tensor_table
+from jax_ordermerge.config import Lora
+from jax_ordermerge.model import lora
 
 # Peak FLOP/s of one jax device (a chip; of TPU v4 and later chips both cores) with bfloat16 products, dense, from the makers' data
 # sheets. The first name that `device_kind` contains counts.
@@ -39,7 +41,7 @@ def peak(device_kind: str, dtype: str) -> float | None:
     return found / 2 if found and dtype == "float32" and "TPU" not in device_kind else found
 
 
-def training_flops(config: ModelConfig, lengths: np.ndarray) -> float:
+def training_flops(config: ModelConfig, lengths: np.ndarray, adapters: Lora | None = None) -> float:
     """Return the FLOPs of one optimizer step on sequences: 6 N a token, and attention over the pairs that causality and window leave.
 
     `N` counts the weights that tokens are multiplied by: all matrices, the head included, the lookup of embeddings not. The backward
@@ -48,6 +50,7 @@ def training_flops(config: ModelConfig, lengths: np.ndarray) -> float:
     Args:
         config: the model.
         lengths: int[n], tokens of each sequence.
+        adapters: what is trained in place of the weights: these then have no gradient, which is a third of their 6 N.
 
     Example:
         >>> tiny = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
@@ -64,4 +67,6 @@ def training_flops(config: ModelConfig, lengths: np.ndarray) -> float:
     window = np.minimum(n, config.sliding_window or math.inf)
     pairs = n * window - window * (window - 1) / 2  # the sum over queries i = 1..n of min(i, window)
     width = config.num_layers * config.num_heads * config.head_dim
-    return float(6 * weights * n.sum() + 12 * width * pairs.sum())
+    trained = 0 if adapters is None else sum(math.prod(spec.shape) for spec in lora.table(config, adapters))
+    weighted = 6 * weights if adapters is None else 4 * weights + 6 * trained
+    return float(weighted * n.sum() + 12 * width * pairs.sum())

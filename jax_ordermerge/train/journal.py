@@ -122,7 +122,7 @@ class Journal:
         self.window.append((metrics.loss.tolist(), metrics.grad_norm.tolist()))
         self.recent.append(metrics.loss.tolist())
         self.totals.tokens += self._plan.tokens(step)
-        self.totals.flops += training_flops(self._model, self._plan.lengths_seen(step))
+        self.totals.flops += training_flops(self._model, self._plan.lengths_seen(step), self._plan.config.lora)
 
     def _check_finite(self, step: int, metrics: Metrics) -> None:
         bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))

@@ -21,17 +21,18 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import processes
-from jax_ordermerge.arch import ModelConfig, parameter_count, tensor_table
+from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
-from jax_ordermerge.model import kernels
-from jax_ordermerge.train import batches, flops, journal, objective, optimizers
+from jax_ordermerge.train import batches, flops, journal, optimizers
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan, epoch_order
 from jax_ordermerge.train.display import Display, Watcher
 from jax_ordermerge.train.journal import Clock, Journal
+from jax_ordermerge.train.members import restore_members
+from jax_ordermerge.train.split import split
 from jax_ordermerge.tree import Tree, unflatten
 
 __all__ = ["epoch_order", "restore_members", "train"]
@@ -57,7 +58,8 @@ def train(
     Args:
         config: of the run.
         model: the architecture.
-        base: float32 parameters of the base, or a function that loads them; it is not called when there is a checkpoint.
+        base: float32 parameters of the base, or a function that loads them; it is called only when they are needed: at the beginning,
+            or, in any dtype, wherever a frozen base is read (`lora`).
         examples: tokenized training examples.
         mesh: its `order` axis divides the number of members.
         directory: run directory, by default that of the config.
@@ -92,29 +94,6 @@ def train(
         ) from error
 
 
-def restore_members(
-    config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32", directory: Path | None = None
-) -> Tree:
-    """Return the trained population [M, ...] from the last checkpoint of a run, cast to `dtype`; with `training.ema`, the averages.
-
-    Raises:
-        UserError: there is no checkpoint, or the training has not come to its end.
-    """
-    checkpoints = (directory or config.directory) / "checkpoints"
-    step = orbax.latest(checkpoints)
-    if step is None:
-        raise UserError(f"no checkpoint in {checkpoints}; run the training first")
-    kept = orbax.metadata(checkpoints, step)
-    if step < kept["steps"]:
-        raise UserError(f"the training in {checkpoints} stands at step {step} of {kept['steps']}; run it again to continue")
-    abstract = convert.abstract_params(model, mesh, members=len(kept["members"]), dtype=dtype)
-    branch = kept.get("weights", "params")
-    found = orbax.restore(checkpoints, step, unflatten({branch: abstract}))
-    for name in branch.split("/"):
-        found = found[name]
-    return found
-
-
 class _Training:
     """One training: what is constant in it, and the steps of its life in the order they are called."""
 
@@ -124,17 +103,20 @@ class _Training:
         self.device_kind = mesh.devices.flat[0].device_kind
         peak = flops.peak(self.device_kind, config.model.compute_dtype)
         self.journal = Journal(plan, model, peak and peak * mesh.size)
-        self.tx = optimizers.optimizer(config.training, plan.steps, tensor_table(model))
-        params = convert.abstract_params(model, mesh, members=len(plan.members))
+        self.split = split(config, model, mesh)
+        self.tx = optimizers.optimizer(config.training, plan.steps, self.split.trained)
+        params = convert.abstract_tensors(self.split.trained, mesh, members=len(plan.members))
         self.abstract = steps.abstract_state(params, self.tx, mesh)
+        self.frozen = convert.abstract_tensors(self.split.frozen, mesh, dtype=config.base_dtype)
         self.batch = batches.abstract_batch(plan, mesh)
 
     def run(self, base: Tree | Callable[[], Tree], watch: Watcher) -> dict[str, Any]:
+        load = base if callable(base) else lambda: base
         with orbax.Checkpoints(self.directory / "checkpoints", keep=self.config.training.keep_checkpoints) as checkpoints:
             start = checkpoints.latest()
             processes.check_alike({**self._identity(), "checkpoints": start})
             if start is None:
-                state = steps.initial_state(base() if callable(base) else base, self.tx, self.abstract)
+                state = steps.initial_state(self.split.start(load), self.tx, self.abstract)
                 journal.truncate_lines(self.log, 0)
                 journal.save_orders(self.directory / "orders", self.plan)
             else:
@@ -147,25 +129,24 @@ class _Training:
             if start == self.plan.steps:
                 watch.say(f"training is already complete: {self.plan.steps} steps ({self.directory})")
             else:
-                self._train(state, start or 0, checkpoints, watch)
+                frozen = steps.place(load(), self.frozen) if self.frozen else {}
+                self._train(state, frozen, start or 0, checkpoints, watch)
         return self._finish()
 
     # --------------------------------------------------------------------------------------------------------------- the steps
 
-    def _compile(self) -> Callable[[steps.TrainState, Any], tuple[steps.TrainState, steps.Metrics]]:
-        training, computed = self.config.training, self.config.model
-        specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in tensor_table(self.model)}
-        kernel = kernels.choose(computed.attention, self.model, self.mesh, dtype=computed.compute_dtype)
+    def _compile(self) -> steps.Step:
+        specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in self.split.trained}
         one = steps.train_step(
-            objective.sft(self.model, dtype=computed.compute_dtype, remat=computed.remat, kernel=kernel),
+            self.split.objective,
             self.tx,
-            optimizers.schedule(training, self.plan.steps),
+            optimizers.schedule(self.config.training, self.plan.steps),
             lengths=self.plan.lengths,
             specs=unflatten(specs),
         )
-        return steps.compile_step(one, self.mesh, self.abstract, self.batch)
+        return steps.compile_step(one, self.mesh, self.abstract, self.batch, self.frozen)
 
-    def _train(self, state: steps.TrainState, start: int, checkpoints: orbax.Checkpoints, watch: Watcher) -> None:
+    def _train(self, state: steps.TrainState, frozen: Tree, start: int, checkpoints: orbax.Checkpoints, watch: Watcher) -> None:
         if self.journal.peak is None:
             watch.say(f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known")
         began = time.monotonic()
@@ -176,7 +157,7 @@ class _Training:
         with batches.Feed(self.plan, self.batch, start) as feed, processes.StopSignal() as stop:
             for step, batch in enumerate(feed, start=start):
                 with clock.devices():
-                    state, metrics = compiled(state, batch)
+                    state, metrics = compiled(state, batch, frozen)
                     pending.append((step, metrics))
                     if len(pending) > _AHEAD:
                         jax.block_until_ready(pending[-1 - _AHEAD][1].loss)
@@ -242,7 +223,7 @@ class _Training:
             "model": config.model.model_dump(mode="json", include={"compute_dtype", "remat"}),
             "architecture": repr(self.model),
             "lengths": self.plan.lengths,
-        }
+        } | ({"lora": config.lora.model_dump(mode="json"), "base_dtype": config.base_dtype} if config.lora else {})
         return {
             "members": list(self.plan.members),
             "population": config.population.members,
@@ -250,6 +231,7 @@ class _Training:
             "level": config.population.level,
             "orders": self.plan.digests,
             "data": self.plan.examples.digest,
+            "lora": config.lora and config.lora.model_dump(mode="json", include={"rank", "alpha", "rslora", "targets"}),
             "config": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest(),
         }
 

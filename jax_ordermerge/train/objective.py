@@ -1,13 +1,13 @@
 """What training minimizes, as a sum, so that any split of a batch into microbatches has the same gradient."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 from jax.typing import DTypeLike
 
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.model import llama, loss
+from jax_ordermerge.model import llama, lora, loss
 from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.tree import Tree
 
@@ -26,7 +26,11 @@ class ExampleSums(NamedTuple):
     tokens: jax.Array
 
 
-Objective = Callable[[Tree, Microbatch], tuple[jax.Array, ExampleSums]]
+class Objective(Protocol):
+    """A sum over a microbatch that is minimized by changing `params`, and the sums of each example."""
+
+    def __call__(self, params: Tree, batch: Microbatch, frozen: Tree | None = None) -> tuple[jax.Array, ExampleSums]:
+        """Args: what is trained; a microbatch; what all members share as it is (the base), if the objective needs it."""
 
 
 def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", kernel: Kernel = "xla") -> Objective:
@@ -39,7 +43,7 @@ def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", k
         kernel: of attention.
 
     Returns:
-        `(params, microbatch) -> (sum of losses, sums of each example)`. A microbatch holds `tokens, targets, positions, segments`
+        An objective of the parameters of a model. A microbatch holds `tokens, targets, positions, segments`
         int32[B, T] and `weights` float32[B, T], 1 where the target belongs to the response.
 
     Example:
@@ -53,10 +57,24 @@ def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", k
         (8.3178, [3.0, 3.0])
     """
 
-    def objective(params: Tree, batch: Microbatch) -> tuple[jax.Array, ExampleSums]:
+    def objective(params: Tree, batch: Microbatch, frozen: Tree | None = None) -> tuple[jax.Array, ExampleSums]:
         where = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = llama.hidden(config, params, *where, dtype=dtype, remat=remat, kernel=kernel)
         total, sums = loss.linear_losses(x, llama.head(config, params), batch["targets"], batch["weights"])
         return total, ExampleSums(sums, batch["weights"].sum(-1))
 
     return objective
+
+
+def adapted(objective: Objective, scale: float) -> Objective:
+    """Return an objective of the adapters of a model from one of its parameters; the base is `frozen`.
+
+    Args:
+        objective: takes the base with the adapter in it, and the base alone as `frozen`.
+        scale: of the adapters, see `lora.join`.
+    """
+
+    def over_adapters(params: Tree, batch: Microbatch, frozen: Tree | None = None) -> tuple[jax.Array, ExampleSums]:
+        return objective(lora.join(frozen or {}, params, scale), batch, frozen)
+
+    return over_adapters

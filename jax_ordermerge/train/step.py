@@ -18,6 +18,7 @@ from jax_ordermerge.train.objective import ExampleSums, Objective
 from jax_ordermerge.tree import Tree
 
 Batch = dict[str, jax.Array]
+Step = Callable[["TrainState", Batch, Tree], tuple["TrainState", "Metrics"]]
 SEQUENCES = ("tokens", "targets", "positions", "segments", "weights")
 
 
@@ -25,7 +26,7 @@ class TrainState(NamedTuple):
     """Everything that changes in training. In a population every leaf has a leading `M`.
 
     Attributes:
-        params: float32 masters.
+        params: float32 masters of what is trained.
         opt_state: of the optax optimizer.
         step: int32 scalar, steps done.
     """
@@ -60,7 +61,7 @@ def train_step(
     *,
     lengths: Sequence[int],
     specs: Tree | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Step:
     """Return the step of one member.
 
     The gradient is that of the mean over all response tokens of the batch, whatever the microbatches: sums are accumulated in
@@ -74,21 +75,22 @@ def train_step(
         specs: a PartitionSpec for every parameter, which accumulated gradients keep; None leaves them to the compiler.
 
     Returns:
-        `(state, batch) -> (state, metrics)`; the batch holds `SEQUENCES` as [A, B, T] with T the longest length, `ids` and `bucket`.
+        `(state, batch, frozen) -> (state, metrics)`; the batch holds `SEQUENCES` as [A, B, T] with T the longest length, `ids` and
+        `bucket`; `frozen` is what the objective reads but does not train, `{}` if nothing.
     """
 
-    def gradients(params: Tree, microbatch: Batch) -> tuple[Tree, ExampleSums]:
-        def of_length(length: int) -> Callable[[Tree, Batch], tuple[Tree, ExampleSums]]:
-            def branch(params: Tree, microbatch: Batch) -> tuple[Tree, ExampleSums]:
+    def gradients(params: Tree, microbatch: Batch, frozen: Tree) -> tuple[Tree, ExampleSums]:
+        def of_length(length: int) -> Callable[[Tree, Batch, Tree], tuple[Tree, ExampleSums]]:
+            def branch(params: Tree, microbatch: Batch, frozen: Tree) -> tuple[Tree, ExampleSums]:
                 short = {name: microbatch[name][:, :length] for name in SEQUENCES}
-                return _kept(jax.grad(objective, has_aux=True)(params, short), specs)
+                return _kept(jax.grad(objective, has_aux=True)(params, short, frozen), specs)
 
             return branch
 
-        return _switch(microbatch["bucket"], [of_length(length) for length in lengths], params, microbatch)
+        return _switch(microbatch["bucket"], [of_length(length) for length in lengths], params, microbatch, frozen)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        summed, examples = _accumulate(lambda microbatch: gradients(state.params, microbatch), batch, state.params)
+    def step(state: TrainState, batch: Batch, frozen: Tree) -> tuple[TrainState, Metrics]:
+        summed, examples = _accumulate(lambda microbatch: gradients(state.params, microbatch, frozen), batch, state.params)
         tokens = jnp.maximum(examples.tokens.sum(), 1.0)
         mean = jax.tree.map(lambda g: g / tokens, summed)
         updates, opt_state = tx.update(mean, state.opt_state, state.params)
@@ -148,26 +150,24 @@ def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh) -
     return TrainState(params, jax.tree.map(placed, opt_state), placed(counter))
 
 
-def initial_state(base: Tree, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    """Return a population whose members all are the base.
+def initial_state(start: Tree, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """Return a population whose members all start alike.
 
     Args:
-        base: parameters of one model, float32.
+        start: parameters of one member, float32.
         tx: the optimizer.
         abstract: from `abstract_state`.
     """
     members = abstract.step.shape[0]
 
-    def build(base: Tree) -> TrainState:
-        params = jax.tree.map(lambda x: jnp.broadcast_to(x, (members, *x.shape)), base)
+    def build(start: Tree) -> TrainState:
+        params = jax.tree.map(lambda x: jnp.broadcast_to(x, (members, *x.shape)), start)
         return TrainState(params, jax.vmap(tx.init)(params), jnp.zeros(members, jnp.int32))
 
-    return jax.jit(build, out_shardings=shardings(abstract))(base)
+    return jax.jit(build, out_shardings=shardings(abstract))(start)
 
 
-def compile_step(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], mesh: Mesh, state: TrainState, batch: Any
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def compile_step(step: Step, mesh: Mesh, state: TrainState, batch: Any, frozen: Tree) -> Step:
     """Compile a step of one member over the population, once and for all: another shape or sharding is an error, not a new program.
 
     Args:
@@ -175,16 +175,23 @@ def compile_step(
         mesh: the mesh.
         state: from `abstract_state`; it is donated.
         batch: abstract, with a leading `M` and shardings.
+        frozen: abstract, with shardings and without `M`: one copy for all members.
     """
     population = jax.jit(
         meshes.update_members(step, mesh),
-        in_shardings=(shardings(state), shardings(batch)),
+        in_shardings=(shardings(state), shardings(batch), shardings(frozen)),
         out_shardings=(shardings(state), NamedSharding(mesh, P("order"))),
         donate_argnums=0,
     )
     # else XLA may keep float32 where the program says bfloat16, and where it does depends on the mesh: a member would no longer be
     # the same alone and among others
-    return population.lower(state, batch).compile({"xla_allow_excess_precision": False})
+    return population.lower(state, batch, frozen).compile({"xla_allow_excess_precision": False})
+
+
+def place(arrays: Tree, abstract: Tree) -> Tree:
+    """Return arrays in the dtypes and shardings of others, as what is frozen is held."""
+    cast = jax.jit(lambda x: jax.tree.map(lambda a, like: a.astype(like.dtype), x, abstract), out_shardings=shardings(abstract))
+    return cast(arrays)
 
 
 def shardings(abstract: Any) -> Any:

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.config import Lora
 from jax_ordermerge.train import flops
 
 SHAPE = {"vocab_size": 50, "hidden_size": 12, "intermediate_size": 20, "num_layers": 3, "num_heads": 4, "head_dim": 6}
@@ -38,6 +39,15 @@ def test_training_flops_are_those_counted_one_by_one(change):
     config = ModelConfig(**(SHAPE | change))
     lengths = np.array([1, 3, 4, 5, 11])
     assert flops.training_flops(config, lengths) == counted(config, lengths)
+
+
+def test_frozen_weights_have_no_gradient():
+    config, lengths, rank = ModelConfig(**SHAPE), np.array([1, 3, 4, 5, 11]), 2
+    D, F, Q = 12, 20, 4 * 6
+    matrices = 3 * (4 * D * Q + 3 * D * F) + 50 * D  # of 3 layers and the head
+    low = 3 * rank * ((D + Q) + (F + D))  # of q and down
+    found = flops.training_flops(config, lengths, Lora(rank=rank, targets=("q", "down")))
+    assert found == counted(config, lengths) - lengths.sum() * (2 * matrices - 6 * low)
 
 
 def test_peaks():

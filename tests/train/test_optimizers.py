@@ -71,10 +71,10 @@ def run(settings, model, base, members, shape):
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("order"))
     kinds = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch_of(0, members).items()}
     step = steps.train_step(objective, tx, optimizers.schedule(settings, STEPS), lengths=[LENGTH])
-    program = steps.compile_step(step, mesh, abstract, kinds)
+    program = steps.compile_step(step, mesh, abstract, kinds, {})
     state, rates = steps.initial_state(base, tx, abstract), []
     for number in range(STEPS):
-        state, metrics = program(state, jax.device_put(batch_of(number, members), place))
+        state, metrics = program(state, jax.device_put(batch_of(number, members), place), {})
         rates.append(np.asarray(metrics.learning_rate)[0].astype(np.float64))
     return jax.device_get(state), rates
 

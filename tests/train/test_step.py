@@ -15,7 +15,7 @@ from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.objective import ExampleSums
 
 
-def regression(params, batch):
+def regression(params, batch, frozen=None):
     """A small objective with a known gradient: weighted squares of w * token - target."""
     errors = batch["weights"] * jnp.square(params["w"] * batch["tokens"] - batch["targets"])
     sums = ExampleSums(errors.sum(-1), batch["weights"].sum(-1))
@@ -47,7 +47,7 @@ def run():
         state = steps.TrainState(params, tx.init(params), jnp.int32(0))
         step = jax.jit(steps.train_step(regression, tx, lambda _: 0.01, lengths=lengths))
         for _ in range(count):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, {})
         return state, metrics
 
     return take
