@@ -109,7 +109,7 @@ def test_members_of_different_architectures(folder, tmp_path, capsys):
         (["merge", "A", "B", "--out", "O", "--weights", "1,x"], "--weights 1,x: expected numbers"),
         (["merge", "A", "B", "--out", "O", "--param", "density"], "expected KEY=VALUE"),
         (["merge", "A", "B", "--out", "O", "--dtype", "int4"], "--dtype int4: expected one of"),
-        (["convert", "A", "B", "--to", "gguf"], "--to gguf: expected hf or orbax"),
+        (["convert", "A", "B", "--to", "gguf"], "--to gguf: expected hf, orbax or peft"),
         (["report", "."], "is not a run directory"),
     ],
 )
