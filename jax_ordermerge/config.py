@@ -83,6 +83,10 @@ class Data(Section):
     too_long: Literal["drop", "truncate"] = "drop"
     limit: PositiveInt | None = Field(None, description="use only the first so many training examples")
     test_limit: PositiveInt | None = Field(None, description="use only the first so many test examples")
+    packing: Literal["none", "packs", "bins"] = Field(
+        "none",
+        description="examples side by side in rows of max_length. packs: packed once, and packs are ordered; bins: each order is packed",
+    )
     buckets: tuple[PositiveInt, ...] = Field((), description="padded lengths below max_length; () pads to the longest example")
 
 
@@ -115,8 +119,10 @@ class Training(Section):
     """Optimization of every member. A setting that the chosen optimizer, schedule or dtype does not have is null, and refused if given."""
 
     epochs: PositiveInt = 3
-    batch: PositiveInt = Field(32, description="examples an optimizer step")
-    microbatch: PositiveInt | None = Field(None, description="examples a forward pass; smaller than batch accumulates gradients")
+    batch: PositiveInt = Field(32, description="examples, or packed rows, an optimizer step")
+    microbatch: PositiveInt | None = Field(
+        None, description="examples, or packed rows, a forward pass; smaller than batch accumulates gradients"
+    )
     optimizer: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = Field(
         "adamw", description="muon: for the matrices of the layers, and Adam for embeddings, head, norms and biases"
     )
@@ -296,6 +302,18 @@ class Config(Section):
         too_long = [b for b in self.data.buckets if b > self.data.max_length]
         if too_long:
             raise ValueError(f"data.buckets {too_long} are above data.max_length = {self.data.max_length}")
+        if self.data.packing != "none" and self.data.buckets:
+            raise ValueError(
+                f"data.buckets pad rows of one example, data.packing = {self.data.packing} fills them; give one of the two"
+            )
+        if self.data.packing == "bins" and self.population.level == "batch":
+            raise ValueError(
+                "population.level = batch permutes batches composed once, data.packing = bins composes anew; give packs"
+            )
+        if self.data.packing != "none" and self.model.attention == "cudnn":
+            raise ValueError(
+                f"model.attention = cudnn mixes packed documents (data.packing = {self.data.packing}); give auto or xla"
+            )
         names = [merge_name(spec, self.seed) for spec in self.merge.methods]
         twice = sorted({name for name in names if names.count(name) > 1})
         reserved = [name for name in names if name == "base" or name.startswith("member_") or "/" in name]

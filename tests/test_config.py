@@ -38,6 +38,9 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml"))
         ({"data": {"buckets": [1024]}}, "data.buckets [1024] are above data.max_length = 512"),
         ({"merge": {"methods": [{"method": "ties"}, {"method": "ties"}]}}, "the name ties is used twice"),
         ({"merge": {"methods": [{"method": "ties", "weights": [1]}]}}, "ties has 1 weights for population.members = 4"),
+        ({"data": {"packing": "packs", "buckets": [64]}}, "data.buckets pad rows of one example, data.packing = packs fills them"),
+        ({"data": {"packing": "bins"}, "population": {"level": "batch"}}, "data.packing = bins composes anew; give packs"),
+        ({"data": {"packing": "packs"}, "model": {"attention": "cudnn"}}, "model.attention = cudnn mixes packed documents"),
         ({"training": 3}, "training = 3: input should be a valid dictionary"),
     ],
 )

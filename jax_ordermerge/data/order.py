@@ -104,29 +104,39 @@ def order_indices(
     return np.pad(sequence, (0, -examples % batch), constant_values=PADDING).reshape(-1, batch)
 
 
-def positions(indices: np.ndarray, examples: int) -> np.ndarray:
-    """Return when each sample is seen: float64[examples], its step divided by the last step, 0 the first and 1 the last.
+def places(indices: np.ndarray, examples: int) -> np.ndarray:
+    """Return where each sample stands in an epoch: int64[examples, 2] of (step, row), or of packed rows [examples, 3] with the segment.
 
     Args:
-        indices: int[steps, batch] of one epoch, -1 on padding.
+        indices: int[steps, batch], or int[steps, batch, segments], of one epoch, -1 on padding.
         examples: number of samples.
 
     Raises:
         ValueError: the epoch does not hold every sample exactly once.
 
     Example:
-        >>> positions(np.array([[2, 0], [1, 3], [4, -1]]), 5).tolist()
-        [0.0, 0.5, 0.0, 0.5, 1.0]
+        >>> places(np.array([[2, 0], [1, -1]]), 3).tolist()
+        [[0, 1], [1, 0], [0, 0]]
     """
-    steps, columns = np.nonzero(indices != PADDING)
-    rows = indices[steps, columns]
+    found = np.argwhere(indices != PADDING)
+    rows = indices[tuple(found.T)]
     if not np.array_equal(np.sort(rows), np.arange(examples)):
         raise ValueError(
             f"an epoch holds each of {examples} samples once; this one has {rows.size}, {np.unique(rows).size} different"
         )
-    seen = np.empty(examples)
-    seen[rows] = steps / max(len(indices) - 1, 1)
-    return seen
+    return found[np.argsort(rows)]
+
+
+def positions(indices: np.ndarray, examples: int) -> np.ndarray:
+    """Return when each sample is seen: float64[examples], its step divided by the last step, 0 the first and 1 the last.
+
+    Args and errors are those of `places`.
+
+    Example:
+        >>> positions(np.array([[2, 0], [1, 3], [4, -1]]), 5).tolist()
+        [0.0, 0.5, 0.0, 0.5, 1.0]
+    """
+    return places(indices, examples)[:, 0] / max(len(indices) - 1, 1)
 
 
 def digest(indices: np.ndarray) -> str:

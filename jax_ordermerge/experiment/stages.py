@@ -114,9 +114,15 @@ def prepare(config: Config, say: Say) -> Workshop:
 def train(w: Workshop) -> None:
     """Fine-tune the members; see `waves.py` and `train/loop.py`."""
     described = {name: _described(examples) for name, examples in w.splits.items()}
+    if w.config.data.packing != "none":
+        described["train"]["packing"] = batches.make_plan(w.config, w.splits["train"]).packing
     write_json(w.directory / "data.json", described)
     for name, one in described.items():
         w.say(f"  {name}: {one['source']}, " + ", ".join(f"{count} {what}" for what, count in one["counts"].items()))
+        if "packing" in one:
+            w.say(
+                "  {kind}: up to {examples} examples in a row of {length} tokens, {filled:.1%} no padding".format(**one["packing"])
+            )
     if w.config.lora is not None:
         low, full = (
             sum(math.prod(spec.shape) for spec in table) for table in (lora.table(w.model, w.config.lora), tensor_table(w.model))
@@ -278,12 +284,13 @@ def analyze(w: Workshop) -> None:
         _save_losses(file, known, w.splits["train"], tokens)
     kinds = model_names(w.config)
     members = [known[name] for name in names if kinds[name] == "member"]
+    orders = batches.draw_orders(w.config, w.splits["train"].lengths, range(w.config.population.members))
     found = imbalance.analyze(
         np.stack(members),
-        _positions(w),
+        _positions(w, orders),
         {name: known[name] for name in names if kinds[name] == "merge"},
         base_losses=known["base"],
-        warmup_fraction=_warmup_fraction(w),
+        warmup_fraction=_warmup_fraction(w, orders),
         bins=w.config.analysis.bins,
         bootstrap=w.config.analysis.bootstrap,
         permutations=w.config.analysis.permutations,
@@ -323,24 +330,14 @@ def _save_losses(file: Path, known: dict[str, np.ndarray], examples: Examples, t
     write_bytes(file, whole.getvalue())
 
 
-def _positions(w: Workshop) -> np.ndarray:
+def _positions(w: Workshop, orders: np.ndarray) -> np.ndarray:
     """Return float64[M, E, n] in [0, 1]; see `order.positions`."""
-    members, epochs = w.config.population.members, w.config.training.epochs
-    return np.stack(
-        [
-            [
-                order.positions(batches.epoch_order(w.config, len(w.splits["train"]), member, epoch), len(w.splits["train"]))
-                for epoch in range(epochs)
-            ]
-            for member in range(members)
-        ]
-    )
+    return np.stack([[order.positions(epoch, len(w.splits["train"])) for epoch in own] for own in orders])
 
 
-def _warmup_fraction(w: Workshop) -> float:
+def _warmup_fraction(w: Workshop, orders: np.ndarray) -> float:
     warmup = w.config.training.warmup
-    steps = w.config.training.epochs * math.ceil(len(w.splits["train"]) / w.config.training.batch)
-    return warmup if warmup < 1 else min(1.0, warmup / steps)
+    return warmup if warmup < 1 else min(1.0, warmup / (orders.shape[1] * orders.shape[2]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- evaluation

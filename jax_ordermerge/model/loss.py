@@ -1,5 +1,8 @@
 """Cross entropy of a batch from the last hidden states, in float32. The logits of all tokens never exist at once."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +14,13 @@ _ROWS = 512
 
 
 def linear_losses(
-    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    count: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the weighted sum of -log softmax(x head^T)[target], in all and by example.
 
@@ -24,9 +33,10 @@ def linear_losses(
         head_VD: float32 head.
         targets_BT: int32 in [0, V).
         weights_BT: float32, 1 where the target is learned and 0 elsewhere.
+        segments_BT, count: int32 segments of packed rows and how many a row has at most; each segment then is an example.
 
     Returns:
-        `(total, sums)`, float32 scalar and float32[B].
+        `(total, sums)`, float32 scalar and float32[B], or [B, count] of packed rows.
 
     Example:
         >>> total, sums = linear_losses(
@@ -35,57 +45,77 @@ def linear_losses(
         >>> round(total.item(), 4), sums.shape  # 2 log 4
         (2.7726, (1,))
     """
-    sums_B = _sums(x_BTD, head_VD, targets_BT, weights_BT)
-    return sums_B[0], jax.lax.stop_gradient(sums_B[1])
+    total, sums = _sums(count, x_BTD, head_VD, (targets_BT, weights_BT, segments_BT))
+    return total, jax.lax.stop_gradient(sums)
 
 
-@jax.custom_vjp
-def _sums(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def by_example(values_BT: jax.Array, segments_BT: jax.Array | None, count: int) -> jax.Array:
+    """Return sums over the positions of each row, [B], or of each segment of packed rows, [B, count].
+
+    Example:
+        >>> by_example(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[1, 1, 2]]), 3).tolist()
+        [[3.0, 4.0, 0.0]]
+    """
+    if segments_BT is None:
+        return values_BT.sum(-1)
+    own_BTS = segments_BT[:, :, None] == jnp.arange(1, count + 1)[None, None]
+    return jnp.where(own_BTS, values_BT[:, :, None], 0).sum(1)
+
+
+_Given = tuple[jax.Array, jax.Array, jax.Array | None]  # targets, weights and segments
+
+
+def _start(count: int, x_BTD: jax.Array, given: _Given) -> jax.Array:
+    return jnp.zeros(x_BTD.shape[:1] if given[2] is None else (x_BTD.shape[0], count), jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(count: int, x_BTD: jax.Array, head_VD: jax.Array, given: _Given) -> tuple[jax.Array, jax.Array]:
     head = head_VD.astype(x_BTD.dtype)
 
-    def body(sums_B: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        _, _, losses_BC = _chunk_losses(head, chunk)
-        return sums_B + losses_BC.sum(-1), None
+    def body(sums: jax.Array, chunk: tuple[Any, ...]) -> tuple[jax.Array, None]:
+        _, _, losses_BC = _chunk_losses(head, *chunk[:3])
+        return sums + by_example(losses_BC, chunk[3], count), None
 
-    sums_B, _ = jax.lax.scan(body, jnp.zeros(x_BTD.shape[0], jnp.float32), _chunks(x_BTD, targets_BT, weights_BT))
-    return sums_B.sum(), sums_B
+    sums, _ = jax.lax.scan(body, _start(count, x_BTD, given), _chunks(x_BTD, *given))
+    return sums.sum(), sums
 
 
 def _with_gradients(
-    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    count: int, x_BTD: jax.Array, head_VD: jax.Array, given: _Given
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    (B, T, D), V = x_BTD.shape, head_VD.shape[0]
+    (_, T, D), V = x_BTD.shape, head_VD.shape[0]
     head = head_VD.astype(x_BTD.dtype)
 
-    def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        sums_B, slope_VD = carry
-        x_BCD, targets_BC, weights_BC = chunk
-        logits_BCV, total_BC, losses_BC = _chunk_losses(head, chunk)
+    def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        sums, slope_VD = carry
+        x_BCD, targets_BC, weights_BC, segments_BC = chunk
+        logits_BCV, total_BC, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
         softmax = jnp.exp(logits_BCV - total_BC[:, :, None])
         slope_BCV = ((softmax - _is_target(logits_BCV, targets_BC)) * weights_BC[:, :, None]).astype(head.dtype)
         slope_RV = slope_BCV.reshape(-1, V)
         slope_BCD = jnp.einsum("RV,VD->RD", slope_RV, head, preferred_element_type=head.dtype).reshape(x_BCD.shape)
         own_VD = jnp.einsum("RV,RD->VD", slope_RV, x_BCD.reshape(-1, D), preferred_element_type=jnp.float32)
         slope_VD = meshes.constrain(slope_VD + own_VD, "vocab", "embed")
-        return (sums_B + losses_BC.sum(-1), slope_VD), meshes.constrain(slope_BCD, "batch", "length", None)
+        return (sums + by_example(losses_BC, segments_BC, count), slope_VD), meshes.constrain(slope_BCD, "batch", "length", None)
 
-    start = jnp.zeros(B, jnp.float32), meshes.constrain(jnp.zeros((V, D), jnp.float32), "vocab", "embed")
-    (sums_B, slope_VD), slope_NBCD = jax.lax.scan(body, start, _chunks(x_BTD, targets_BT, weights_BT))
-    return (sums_B.sum(), sums_B), (_joined(slope_NBCD, T), slope_VD)
+    start = _start(count, x_BTD, given), meshes.constrain(jnp.zeros((V, D), jnp.float32), "vocab", "embed")
+    (sums, slope_VD), slope_NBCD = jax.lax.scan(body, start, _chunks(x_BTD, *given))
+    return (sums.sum(), sums), (_joined(slope_NBCD, T), slope_VD)
 
 
 def _scaled(
-    slopes: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, None, None]:
+    count: int, slopes: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None]:
     slope_BTD, slope_VD = slopes
     scale, _ = cotangents
-    return slope_BTD * scale.astype(slope_BTD.dtype), slope_VD * scale, None, None
+    return slope_BTD * scale.astype(slope_BTD.dtype), slope_VD * scale, None
 
 
 _sums.defvjp(_with_gradients, _scaled)
 
 
-def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, ...]:
+def _chunks(x_BTD: jax.Array, *others: jax.Array | None) -> tuple[Any, ...]:
     """Cut into [N, B, C, ...] with about `_ROWS` rows on every device; the last chunk is filled up with rows of weight 0.
 
     Where devices divide the positions, each chunk takes its share from every device.
@@ -103,7 +133,7 @@ def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> t
         own = jnp.moveaxis(padded.reshape(B, parts, chunks, size, *rest), 2, 0)
         return meshes.constrain(own.reshape(chunks, B, parts * size, *rest), None, "batch", "length", *[None] * len(rest))
 
-    return cut(x_BTD), cut(targets_BT), cut(weights_BT)
+    return tuple(None if array is None else cut(array) for array in (x_BTD, *others))
 
 
 def _joined(array_NBCD: jax.Array, T: int) -> jax.Array:
@@ -118,9 +148,10 @@ def _parts(T: int) -> int:
     return meshes.extent("length") if T % meshes.extent("length") == 0 else 1
 
 
-def _chunk_losses(head_VD: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _chunk_losses(
+    head_VD: jax.Array, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return logits float32[B, C, V], log of the sum of their exponentials [B, C] and weighted losses [B, C]."""
-    x_BCD, targets_BC, weights_BC = chunk
     B, C, D = x_BCD.shape
     flat = jnp.einsum("RD,VD->RV", x_BCD.reshape(-1, D), head_VD, preferred_element_type=jnp.float32)
     logits_BCV = meshes.constrain(flat.reshape(B, C, -1), "batch", "length", "vocab")

@@ -6,10 +6,12 @@ Axis letters: `M` member, `A` accumulation step, `B` example, `T` position.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,13 +22,14 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import order, pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.pack import Batch
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.train.step import SEQUENCES
 
-_AXES = ("member", None, "batch", "length")
 _AHEAD = 2  # batches held ready
 
 
 def epoch_order(config: Config, examples: int, member: int, epoch: int) -> np.ndarray:
-    """Return the rows of the examples that a member sees in an epoch, int32[steps, batch]; see `order.order_indices`."""
+    """Return the rows of the examples (or packs) that a member sees in an epoch, int32[steps, batch]; see `order.order_indices`."""
     return order.order_indices(
         level=config.population.level,
         examples=examples,
@@ -39,6 +42,74 @@ def epoch_order(config: Config, examples: int, member: int, epoch: int) -> np.nd
     )
 
 
+def draw_orders(config: Config, sizes: np.ndarray, members: Sequence[int]) -> np.ndarray:
+    """Return the rows of the examples that members see, int32[M, epochs, steps, batch], -1 on padding; packed with one axis more, [S].
+
+    With `packs` the examples are packed once, by their sizes alone, and the packs take the place of examples in the orders: all members
+    have the same rows and as many steps, and a sample's position is that of its pack. With `bins` each order is packed
+    by itself. The number of rows then differs, so all have the steps that the longest of all members' epochs needs, and the others
+    spread their rows evenly over them.
+
+    Args:
+        config: of the run.
+        sizes: tokens of each example, int[n].
+        members: which members, of those of the population.
+
+    Raises:
+        UserError: an epoch has fewer rows than steps.
+
+    Example:
+        >>> from jax_ordermerge.config import make_config
+        >>> config = make_config({"training": {"batch": 2, "epochs": 1}, "data": {"packing": "packs", "max_length": 8}})
+        >>> draw_orders(config, np.array([5, 4, 3, 8, 2]), (0,)).shape
+        (1, 1, 2, 2, 2)
+    """
+    epochs, n = range(config.training.epochs), len(sizes)
+    length = config.data.max_length
+    if config.data.packing == "packs":
+        packs = pack.pack_tightly(sizes, length)
+        return _chosen(packs, np.stack([[epoch_order(config, len(packs), m, e) for e in epochs] for m in members]))
+    everyone = range(config.population.members) if config.data.packing == "bins" else members
+    drawn = np.stack([[epoch_order(config, n, m, e) for e in epochs] for m in everyone])
+    if config.data.packing == "none":
+        return drawn
+    sequences = [[one[one >= 0] for one in own] for own in drawn]
+    packed = [[_chosen(one, pack.pack_in_order(sizes[one], length)) for one in own] for own in sequences]
+    rows = [len(one) for own in packed for one in own]
+    steps, most = -(-max(rows) // config.training.batch), max(one.shape[1] for own in packed for one in own)
+    if min(rows) < steps:
+        raise UserError(
+            f"data.packing = bins: an epoch fills {min(rows)} rows, too few for {steps} steps; give packs, or a larger training.batch"
+        )
+    spread = [[_spread(one, steps, config.training.batch, most) for one in packed[m]] for m in members]
+    return np.stack(spread)
+
+
+def _chosen(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return `values[places]`, all padding where a place is padding."""
+    absent = (places == order.PADDING).reshape(*places.shape, *[1] * (values.ndim - 1))
+    return np.where(absent, order.PADDING, values[places]).astype(np.int32)
+
+
+def _spread(rows: np.ndarray, steps: int, batch: int, most: int) -> np.ndarray:
+    """Cut rows [R, S] into steps of nearly equal numbers of rows: int32[steps, batch, most]."""
+    spread = np.full((steps, batch, most), order.PADDING, np.int32)
+    cuts = np.arange(steps + 1) * len(rows) // steps
+    for step, (start, end) in enumerate(itertools.pairwise(cuts)):
+        spread[step, : end - start, : rows.shape[1]] = rows[start:end]
+    return spread
+
+
+def row_lengths(config: Config, longest: int) -> tuple[int, ...]:
+    """Return the lengths that rows are padded to, ascending; packed rows have one, whatever the longest example.
+
+    Example:
+        >>> row_lengths(Config(), 300)
+        (304,)
+    """
+    return pack.bucket_lengths(longest if config.data.packing == "none" else config.data.max_length, config.data.buckets)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """All steps of all members trained together.
@@ -48,7 +119,7 @@ class Plan:
         examples: tokenized; their ids are their row numbers here.
         ids: int[n], the sample id of each row.
         members: which members of the population, in the order of the axis `M`.
-        orders: int32[M, epochs, steps an epoch, batch], rows of the examples, -1 on padding.
+        orders: int32[M, epochs, steps an epoch, batch], or packed [..., batch, S], rows of the examples, -1 on padding.
         lengths: padded lengths, ascending.
         company: orders of the whole population if all its members pad a step alike, else None; see `make_plan`.
     """
@@ -77,12 +148,28 @@ class Plan:
         return {f"member_{m}": [order.digest(e) for e in epochs] for m, epochs in zip(self.members, self.orders, strict=True)}
 
     @property
+    def packing(self) -> dict[str, Any]:
+        """How rows are packed, the same at all members: `kind`, the most `examples` of a row, its `length`, `steps` of `rows` an epoch,
+        and `filled`, the fraction of all their tokens that are no padding."""
+        _, _, steps, rows, most = self.orders.shape
+        length = self.lengths[-1]
+        filled = float(self.examples.lengths.sum() / (steps * rows * length))
+        return {
+            "kind": self.config.data.packing,
+            "examples": most,
+            "length": length,
+            "steps": steps,
+            "rows": rows,
+            "filled": filled,
+        }
+
+    @property
     def microbatch(self) -> int:
         """Examples a forward pass."""
         return self.config.training.microbatch or self.config.training.batch
 
     def rows(self, step: int) -> np.ndarray:
-        """Return int32[M, batch] of a step, from 0."""
+        """Return int32[M, batch] of a step, from 0; packed [M, batch, S]."""
         return self._at(self.orders, step)
 
     def _at(self, orders: np.ndarray, step: int) -> np.ndarray:
@@ -119,25 +206,23 @@ def make_plan(config: Config, examples: Examples, members: Sequence[int] | None 
     """
     everyone = range(config.population.members)
     chosen = tuple(everyone if members is None else members)
-    lengths = pack.bucket_lengths(examples.longest, config.data.buckets)
-
-    def orders(of: Sequence[int]) -> np.ndarray:
-        return np.stack([[epoch_order(config, len(examples), m, e) for e in range(config.training.epochs)] for m in of])
-
+    lengths = row_lengths(config, examples.longest)
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
-    company = orders(everyone) if alike and len(lengths) > 1 else None
-    return Plan(config, numbered, np.asarray(examples.ids), chosen, orders(chosen), lengths, company)
+    company = draw_orders(config, examples.lengths, everyone) if alike and len(lengths) > 1 else None
+    orders = draw_orders(config, examples.lengths, chosen)
+    return Plan(config, numbered, np.asarray(examples.ids), chosen, orders, lengths, company)
 
 
 def abstract_batch(plan: Plan, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the batch of a step over all members as shapes with shardings: members, examples and positions over their mesh axes."""
 
-    def abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    def abstract(name: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = (len(plan.members), *array.shape)
-        place = meshes.sharding(_AXES[: len(shape)], shape, mesh)
+        axes = ("member", None, "batch", "length" if name in SEQUENCES else None)
+        place = meshes.sharding(axes[: len(shape)], shape, mesh)
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place)
 
-    return {name: abstract(array) for name, array in plan.batch(0, 0).items()}
+    return {name: abstract(name, array) for name, array in plan.batch(0, 0).items()}
 
 
 def device_batch(plan: Plan, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

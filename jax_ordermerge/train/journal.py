@@ -225,7 +225,7 @@ def truncate_lines(path: Path, step: int) -> None:
 
 
 def save_orders(directory: Path, plan: Plan) -> None:
-    """Write `member_{m}.npz` with `epoch_{e}`, int64[steps, batch] of sample ids (-1 on padding), and `digests.json`.
+    """Write `member_{m}.npz` with `epoch_{e}`, int64[steps, batch] (packed [steps, batch, S]) of sample ids (-1 on padding), and `digests.json`.
 
     Args:
         directory: `orders/` of the run.

@@ -15,7 +15,7 @@ Microbatch = Mapping[str, jax.Array]
 
 
 class ExampleSums(NamedTuple):
-    """Sums over the response tokens of each example, float32[B]; 0 for padding rows.
+    """Sums over the response tokens of each example, float32[B], or [B, S] of packed rows; 0 on padding.
 
     Attributes:
         losses: summed token losses in nats.
@@ -44,7 +44,8 @@ def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", k
 
     Returns:
         An objective of the parameters of a model. A microbatch holds `tokens, targets, positions, segments`
-        int32[B, T] and `weights` float32[B, T], 1 where the target belongs to the response.
+        int32[B, T] and `weights` float32[B, T], 1 where the target belongs to the response. `ids` int32[B, S], if they are there, say
+        that up to S examples share a row.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,8 +61,11 @@ def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", k
     def objective(params: Tree, batch: Microbatch, frozen: Tree | None = None) -> tuple[jax.Array, ExampleSums]:
         where = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = llama.hidden(config, params, *where, dtype=dtype, remat=remat, kernel=kernel)
-        total, sums = loss.linear_losses(x, llama.head(config, params), batch["targets"], batch["weights"])
-        return total, ExampleSums(sums, batch["weights"].sum(-1))
+        targets, weights = batch["targets"], batch["weights"]
+        packed = "ids" in batch and batch["ids"].ndim > 1
+        segments, count = (batch["segments"], batch["ids"].shape[1]) if packed else (None, 0)
+        total, sums = loss.linear_losses(x, llama.head(config, params), targets, weights, segments_BT=segments, count=count)
+        return total, ExampleSums(sums, loss.by_example(weights, segments, count))
 
     return objective
 

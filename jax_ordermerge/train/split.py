@@ -40,7 +40,8 @@ def split(config: Config, model: ModelConfig, mesh: Mesh) -> Split:
         (12, 0, ['layers/attention/q/lora_a', 'layers/attention/q/lora_b'], 12)
     """
     computed = config.model
-    kernel = kernels.choose(computed.attention, model, mesh, dtype=computed.compute_dtype)
+    packed = config.data.packing != "none"
+    kernel = kernels.choose(computed.attention, model, mesh, dtype=computed.compute_dtype, packed=packed)
     whole = objective.sft(model, dtype=computed.compute_dtype, remat=computed.remat, kernel=kernel)
     table, settings = tensor_table(model), config.lora
     if settings is None:

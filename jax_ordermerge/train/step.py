@@ -43,8 +43,8 @@ class Metrics(NamedTuple):
         loss: float32 scalar, mean over the response tokens of the batch, in nats, before the update.
         grad_norm: float32 scalar, before clipping.
         learning_rate: float32 scalar, of this update.
-        ids: int32[A, B], the examples trained on as the batch names them.
-        examples: sums of each example, float32[A, B].
+        ids: int32[A, B], or packed [A, B, S], the examples trained on as the batch names them.
+        examples: sums of each example, float32 of the same shape.
     """
 
     loss: jax.Array
@@ -82,7 +82,7 @@ def train_step(
     def gradients(params: Tree, microbatch: Batch, frozen: Tree) -> tuple[Tree, ExampleSums]:
         def of_length(length: int) -> Callable[[Tree, Batch, Tree], tuple[Tree, ExampleSums]]:
             def branch(params: Tree, microbatch: Batch, frozen: Tree) -> tuple[Tree, ExampleSums]:
-                short = {name: microbatch[name][:, :length] for name in SEQUENCES}
+                short = microbatch | {name: microbatch[name][..., :length] for name in SEQUENCES}
                 return _kept(jax.grad(objective, has_aux=True)(params, short, frozen), specs)
 
             return branch

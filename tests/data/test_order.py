@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_ordermerge.data.order import LEVELS, digest, order_indices, permutation, positions
+from jax_ordermerge.data.order import LEVELS, digest, order_indices, permutation, places, positions
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_words
 
@@ -138,6 +138,14 @@ def test_places_are_uniform():
         counts[np.arange(6), sequence(order(examples=6, batch=6, epoch=epoch))] += 1
     chi_square = ((counts - 1000) ** 2 / 1000).sum()
     assert chi_square < 52.6  # 25 degrees of freedom, p = 0.001; the orders are fixed, so this cannot flicker
+
+
+def test_places_of_packed_rows():
+    indices = np.array([[[4, 1], [0, -1]], [[3, 2], [-1, -1]]])
+    assert places(indices, 5).tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 0, 0], [0, 0, 0]]
+    assert positions(indices, 5).tolist() == [0, 0, 1, 1, 0]
+    with pytest.raises(ValueError, match="each of 6 samples once; this one has 5, 5 different"):
+        places(indices, 6)
 
 
 def test_positions_by_hand():

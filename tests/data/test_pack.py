@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_ordermerge.data.examples import Examples, Ragged
-from jax_ordermerge.data.pack import bucket_lengths, collate, length_batches, step_batch
+from jax_ordermerge.data.pack import bucket_lengths, collate, length_batches, pack_in_order, pack_tightly, step_batch
 
 
 def make(lengths, seed=0):
@@ -146,3 +146,88 @@ def test_a_batch_costs_well_under_a_millisecond():
         collate(examples, rows, 512)
         spans.append(time.perf_counter() - begin)
     assert min(spans) < 1e-3  # the best of many: what the code costs, not what else the machine does
+
+
+# ------------------------------------------------------------------------------------------------------------------------- packing
+
+
+def in_order_by_loops(sizes, length):
+    """Rows as lists; the open ones are looked through from the oldest."""
+    closed, rows = [], []
+    for number, size in enumerate(sizes):
+        fitting = [row for row in rows if sum(sizes[one] for one in row) + size <= length]
+        if fitting:
+            fitting[0].append(number)
+            continue
+        if len(rows) == 8:
+            closed.append(rows.pop(0))
+        rows.append([number])
+    return closed + rows
+
+
+def tightly_by_loops(sizes, length):
+    """Rows as lists; all are looked through."""
+    rows = []
+    for number in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
+        fitting = [row for row in rows if sum(sizes[one] for one in row) + sizes[number] <= length]
+        if fitting:
+            max(fitting, key=lambda row: sum(sizes[one] for one in row)).append(number)
+        else:
+            rows.append([number])
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_packing_equals_loops(sizes):
+    in_order, tight = (pack(np.array(sizes), 20) for pack in (pack_in_order, pack_tightly))
+    assert [[one for one in row if one >= 0] for row in in_order.tolist()] == in_order_by_loops(sizes, 20)
+    totals = [sum(sizes[one] for one in row if one >= 0) for row in tight.tolist()]
+    # of rows equally full it does not matter which is chosen
+    assert sorted(totals) == sorted(sum(sizes[one] for one in row) for row in tightly_by_loops(sizes, 20))
+    for packed in (in_order, tight):
+        assert packed.dtype == np.int32
+        assert sorted(packed[packed >= 0]) == list(range(len(sizes)))
+        assert ((packed[:, 1:] < 0) | (packed[:, :-1] >= 0)).all()
+
+
+@pytest.mark.parametrize(("length", "in_order", "tight"), [(512, 0.93, 0.98), (2048, 0.98, 0.995)])
+def test_rows_are_nearly_full_and_keep_the_order(length, in_order, tight):
+    sizes = np.random.default_rng(0).lognormal(5.0, 0.4, 5000).astype(int).clip(20, 512)
+    packed = pack_in_order(sizes, length)
+    assert sizes.sum() / (length * len(packed)) > in_order
+    assert sizes.sum() / (length * len(pack_tightly(sizes, length))) > tight
+    row = np.empty(5000)
+    row[packed[packed >= 0]] = np.nonzero(packed >= 0)[0]
+    assert np.corrcoef(row, np.arange(5000))[0, 1] > 0.9999
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(1, 24), min_size=1, max_size=12), extra=st.integers(0, 9), seed=st.integers(0, 99))
+def test_packed_rows_are_rows_side_by_side(sizes, extra, seed):
+    examples = make(sizes, seed)
+    packed = np.pad(pack_in_order(np.array(sizes), 30), [(0, 1), (0, 0)], constant_values=-1)
+    batch = collate(examples, packed, 30 + extra)
+    assert batch["ids"].tolist() == np.where(packed < 0, -1, examples.ids[packed]).tolist()
+    for place, rows in enumerate(packed):
+        alone = collate_by_loops(examples, rows, 30)
+        for name in ("tokens", "targets", "positions", "segments", "weights"):
+            side_by_side = [
+                alone[name][s, : sizes[row]] * (s + 1 if name == "segments" else 1) for s, row in enumerate(rows) if row >= 0
+            ]
+            expected = np.concatenate([*side_by_side, np.zeros(30 + extra)])[: 30 + extra]
+            np.testing.assert_array_equal(batch[name][place], expected, err_msg=name)
+            assert batch[name].dtype == alone[name].dtype
+
+
+def test_packed_rows_are_not_cut():
+    with pytest.raises(ValueError, match="12 tokens does not fit 8"):
+        collate(make([5, 7]), np.array([[0, 1]]), 8)
+
+
+def test_a_step_of_packed_rows():
+    examples = make([5, 7, 3, 6])
+    batch = step_batch(examples, np.array([[0, 2], [1, -1], [3, -1], [-1, -1]]), microbatch=2, lengths=(8,))
+    assert batch["tokens"].shape == (2, 2, 8)
+    assert batch["ids"].tolist() == [[[1, 7], [4, -1]], [[10, -1], [-1, -1]]]
+    assert batch["bucket"].tolist() == [0, 0]

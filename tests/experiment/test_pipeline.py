@@ -134,6 +134,21 @@ def test_resolved_config_is_written(run):
     assert raw["population"]["members"] == 2
 
 
+def test_packed_rows_are_described_and_analyzed_by_sample(folder, tmp_path):
+    overrides = [f"output={tmp_path / 'run'}", "data.packing=packs", "data.max_length=32", "merge.methods=[]", "training.epochs=3"]
+    said = []
+    directory = pipeline.run(load_config(folder / "tiny.yaml", overrides), through="analyze", say=said.append)
+    data = json.loads((directory / "data.json").read_text())["train"]
+    # 40 examples of 9 tokens, three in a row of 32: 14 rows, in two steps of up to 8
+    assert data["tokens"] == 360
+    assert data["packing"] == {"kind": "packs", "examples": 3, "length": 32, "steps": 2, "rows": 8, "filled": 360 / (2 * 8 * 32)}
+    assert "  packs: up to 3 examples in a row of 32 tokens, 70.3% no padding" in said
+    with np.load(directory / "orders" / "member_1.npz") as orders, np.load(directory / "losses" / "final.npz") as final:
+        assert orders["epoch_2"].shape == (2, 8, 3)
+        assert sorted(orders["epoch_2"][orders["epoch_2"] >= 0]) == sorted(final["ids"])
+    assert json.loads((directory / "analysis.json").read_text())
+
+
 @pytest.mark.slow
 def test_merges_that_look_at_data(folder, tmp_path):
     """Fisher information from training samples, and a soup chosen on validation samples; another seed changes neither."""

@@ -49,6 +49,21 @@ def test_losses_and_gradients(rows, scale, monkeypatch):
         np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("rows", [512, 6])
+def test_examples_that_share_a_row(rows, monkeypatch):
+    monkeypatch.setattr(loss, "_ROWS", rows)
+    x, head, targets, weights = inputs(T=7)
+    segments = np.array([[1, 1, 1, 2, 2, 3, 0], [1, 1, 0, 0, 0, 0, 0], [1, 2, 2, 2, 2, 2, 2]], np.int32)
+    weights = weights * (segments > 0)
+    (expected, _), whole = jax.value_and_grad(lambda x: loss.linear_losses(x, head, targets, weights), has_aux=True)(x)
+    packed = {"segments_BT": segments, "count": 3}
+    (total, sums), gradient = jax.value_and_grad(lambda x: loss.linear_losses(x, head, targets, weights, **packed), has_aux=True)(x)
+    for s in range(3):
+        np.testing.assert_allclose(sums[:, s], naive(x, head, targets, weights * (segments == s + 1)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_array_equal(gradient, whole)
+
+
 def test_gradient_is_scaled_and_nothing_flows_through_the_sums():
     given = inputs()
     once, thrice = (jax.grad(lambda x, k=k: k * loss.linear_losses(x, *given[1:])[0])(given[0]) for k in (1.0, 3.0))
