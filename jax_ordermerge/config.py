@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from jax_ordermerge.errors import UserError, did_you_mean
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+PREFERENCES = "preferences"  # the name under which held-out pairs are evaluated
 AxisSize = Annotated[int, Field(ge=-1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -77,7 +78,9 @@ class Data(Section):
     validation_examples: NonNegativeInt = Field(
         0, description="examples set aside from train by seed, to choose the best member on"
     )
-    format: Literal["auto", "messages", "prompt_completion", "text", "sharegpt", "alpaca", "question_answer"] = "auto"
+    format: Literal[
+        "auto", "messages", "prompt_completion", "text", "sharegpt", "alpaca", "question_answer", "preference"
+    ] = "auto"  # fmt: skip
     template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field("auto", description="how prompt and response become text")
     max_length: PositiveInt = Field(512, description="tokens an example")
     too_long: Literal["drop", "truncate"] = "drop"
@@ -99,6 +102,17 @@ class Population(Section):
     )
     level: Literal["sample", "batch", "balanced", "same", "reverse"] = Field("sample", description="what the orders permute")
     reshuffle: Literal["each_epoch", "never"] = "each_epoch"
+
+
+class Objective(Section):
+    """What the members minimize: the loss of the responses (sft), or that of preference pairs against the base (dpo)."""
+
+    kind: Literal["sft", "dpo"] = "sft"
+    beta: PositiveFloat = Field(0.1, description="dpo: how near members are held to the base; tau of ipo")
+    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="dpo: -log sigmoid of the margin, or the square of its distance")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="dpo with loss sigmoid: share of pairs whose preference is taken to be the other way round"
+    )
 
 
 # What a choice brings with it: settings that the other choices do not have, and their defaults.
@@ -269,6 +283,7 @@ class Config(Section):
     distributed: Distributed = Distributed()
     data: Data = Data()
     population: Population = Population()
+    objective: Objective = Objective()
     training: Training = Training()
     lora: Lora | None = Field(None, description="null trains all parameters")
     analysis: Analysis = Analysis()
@@ -313,6 +328,18 @@ class Config(Section):
         if self.data.packing != "none" and self.model.attention == "cudnn":
             raise ValueError(
                 f"model.attention = cudnn mixes packed documents (data.packing = {self.data.packing}); give auto or xla"
+            )
+        if self.objective.kind == "dpo" and self.data.format not in ("auto", "preference"):
+            raise ValueError(
+                f"objective.kind = dpo learns from preference pairs, not data.format = {self.data.format}; set it to auto"
+            )
+        if self.objective.loss == "ipo" and self.objective.label_smoothing:
+            raise ValueError("objective.label_smoothing goes with objective.loss = sigmoid; set it to 0 or the loss to sigmoid")
+        if self.objective.kind == "dpo" and any(task.name == PREFERENCES for task in self.evaluation.tasks):
+            raise ValueError(f"evaluation.tasks: the name {PREFERENCES} is taken by the held-out pairs of dpo; choose another")
+        if self.objective.kind == "dpo" and self.data.packing != "none":
+            raise ValueError(
+                f"data.packing = {self.data.packing} does not take preference pairs (objective.kind = dpo); set it to none"
             )
         names = [merge_name(spec, self.seed) for spec in self.merge.methods]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -100,6 +100,8 @@ def measure(config: Config, model: ModelConfig, mesh: Mesh) -> Needs:
     size, length = config.training.batch, config.data.max_length
     ones = Ragged(np.ones(size * length, np.int32), np.arange(size + 1) * length)
     examples = Examples(ones, Ragged(ones.flat.astype(np.bool_), ones.offsets), np.arange(size))
+    if config.objective.kind == "dpo":
+        examples = dataclasses.replace(examples, rejected=examples, reference=np.zeros((size, 2), np.float32))
     plan = batches.make_plan(config, examples, alike=mesh.size > mesh.shape["order"])
     start = time.monotonic()
     compiled = loop.compile_training(config, model, plan, mesh)

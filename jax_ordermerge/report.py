@@ -34,6 +34,11 @@ class Run:
     evaluations: dict[str, Any] | None
     items: dict[str, dict[str, Any]]
 
+    @property
+    def loss_unit(self) -> str:
+        """What losses are of."""
+        return wording.loss_unit(self.config.get("objective", {}))
+
 
 def write(run_directory: str | Path) -> Path:
     """Write report.html, report.md and the pictures of the latter in report/, and return the path of report.html.
@@ -87,7 +92,7 @@ def build(run: Run) -> list[Block]:
     resamples = run.config.get("evaluation", {}).get("bootstrap", 1000)
     models = run.evaluations["models"] if run.evaluations else []
     comparison = findings.compare(models, run.items, resamples=resamples, seed=run.config.get("seed", 0))
-    told = findings.sentences(run.analysis, run.evaluations, comparison, run.merge)
+    told = findings.sentences(run.analysis, run.evaluations, comparison, run.merge, run.loss_unit)
     summary: list[Block] = [Paragraph(_introduction(run)), Heading("What was found")]
     summary.append(Bullets(told) if told else Paragraph("Nothing yet: neither the analysis nor the evaluation has been run."))
     return [
@@ -116,9 +121,9 @@ def _results(run: Run, comparison: Mapping[str, Any]) -> list[Block]:
     models = run.evaluations["models"]
     tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
     with_loss = [model for model in models if model.get("loss") is not None]
-    blocks: list[Block] = [heading, _result_table(models, tasks, comparison, run.evaluations.get("split", "test"))]
+    blocks: list[Block] = [heading, _result_table(run, models, tasks, comparison)]
     if with_loss:
-        blocks.append(Picture("losses", plots.losses(with_loss), "Held-out loss of every model."))
+        blocks.append(Picture("losses", plots.losses(with_loss, run.loss_unit), "Held-out loss of every model."))
     for task in tasks:
         having = [model for model in models if task in model.get("tasks", {})]
         blocks.append(Picture(_slug(f"accuracy-{task}"), plots.accuracies(having, task), f"Right answers on {task}."))
@@ -127,8 +132,8 @@ def _results(run: Run, comparison: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def _result_table(models: Sequence[Mapping[str, Any]], tasks: Sequence[str], comparison: Mapping[str, Any], split: str) -> Table:
-    best = comparison["best"]
+def _result_table(run: Run, models: Sequence[Mapping[str, Any]], tasks: Sequence[str], comparison: Mapping[str, Any]) -> Table:
+    best, split = comparison["best"], (run.evaluations or {}).get("split", "test")
     rows, strong = [], []
     for model in models:
         mark = f" (best on {best['chosen_on']})" if best and best["name"] == model["name"] else ""
@@ -146,10 +151,11 @@ def _result_table(models: Sequence[Mapping[str, Any]], tasks: Sequence[str], com
             rows.append(["mean member (sd between members)", *cells, *(wording.mean_sd(values, 1) for values in shares)])
     tokens = models[0].get("tokens") if models else None
     size = f"; {tokens} answer tokens" if tokens else ""
-    counts = "".join(f"; {task}: {models[0]['tasks'][task]['n']} items" for task in tasks if task in models[0].get("tasks", {}))
+    items = {task: next(model["tasks"][task]["n"] for model in models if task in model.get("tasks", {})) for task in tasks}
+    counts = "".join(f"; {task}: {count} items" for task, count in items.items())
     return Table(
         ["model", "loss ± se", "perplexity", "validation loss", *(f"{task}, % ± se" for task in tasks)],
-        rows, f"On the {split} split{size}{counts}. Loss in nats a token.", strong=strong,
+        rows, f"On the {split} split{size}{counts}. Loss in {run.loss_unit}.", strong=strong,
     )  # fmt: skip
 
 
@@ -179,7 +185,7 @@ def _training(run: Run) -> list[Block]:
     last = run.lines[-1]
     losses = ", ".join(f"{loss:.4f}" for loss in last["loss"])
     return [
-        Heading("Training"), Picture("training", plots.training(run.lines), "Training loss of the members and learning rate."),
+        Heading("Training"), Picture("training", plots.training(run.lines, run.loss_unit), "Training loss of the members and learning rate."),
         Paragraph(f"After step {last['step']} the members' training losses were {losses}."),
     ]  # fmt: skip
 
@@ -190,7 +196,7 @@ def _imbalance(run: Run) -> list[Block]:
         return [heading, _missing("analyze", "analysis.json")]
     design = run.analysis["design"]
     blocks: list[Block] = [heading]
-    if curves := plots.positions(run.analysis):
+    if curves := plots.positions(run.analysis, run.loss_unit):
         blocks.append(Picture("positions", curves, (
             f"Loss of the {design['samples']} training samples after training, by where they stood, in {design['bins']} bins with 95 % "
             "bootstrap bands. Shaded: warm-up. On the right each sample is compared with itself in the other members."
@@ -202,7 +208,7 @@ def _imbalance(run: Run) -> list[Block]:
     reasons = [run.analysis[key].get("reason") for key in ("fixed_effects", "fixed_effects_warmup")]
     named = zip(("Fixed effects", "Warm-up apart"), reasons, strict=True)
     blocks += [Paragraph(f"{name}: not determined, {reason}.") for name, reason in named if reason]
-    if picture := plots.effects(run.analysis, run.lines):
+    if picture := plots.effects(run.analysis, run.lines, run.loss_unit):
         blocks.append(Picture("effects", picture, "Slope of the final loss by position in each epoch, with 95 % intervals."))
     return [*blocks, Heading("One member at a time", 3), _member_table(run.analysis)]
 
@@ -246,7 +252,7 @@ def _mitigation(run: Run) -> list[Block]:
     if not run.analysis["merged"]:
         return [heading, Paragraph("The analysis holds no merges.")]
     blocks: list[Block] = [heading]
-    if picture := plots.merging(run.analysis):
+    if picture := plots.merging(run.analysis, run.loss_unit):
         blocks.append(Picture("merging", picture, "Samples a member saw early less those it saw late, with 95 % intervals."))
     rows = []
     for name, found in run.analysis["merged"].items():

@@ -41,6 +41,12 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml"))
         ({"data": {"packing": "packs", "buckets": [64]}}, "data.buckets pad rows of one example, data.packing = packs fills them"),
         ({"data": {"packing": "bins"}, "population": {"level": "batch"}}, "data.packing = bins composes anew; give packs"),
         ({"data": {"packing": "packs"}, "model": {"attention": "cudnn"}}, "model.attention = cudnn mixes packed documents"),
+        (
+            {"objective": {"kind": "dpo"}, "data": {"format": "messages"}},
+            "dpo learns from preference pairs, not data.format = messages",
+        ),
+        ({"objective": {"loss": "ipo", "label_smoothing": 0.1}}, "label_smoothing goes with objective.loss = sigmoid"),
+        ({"objective": {"kind": "dpo"}, "evaluation": {"tasks": [{"name": "preferences"}]}}, "the name preferences is taken"),
         ({"training": 3}, "training = 3: input should be a valid dictionary"),
     ],
 )

@@ -54,12 +54,13 @@ def sentences(
     evaluations: Mapping[str, Any] | None,
     comparison: Comparison,
     merge: Mapping[str, Any] | None = None,
+    unit: str = "nats a token",
 ) -> list[str]:
     """Return the plain-words summary.
 
     Clearly: p < 0.01. Weakly: p < 0.05. Otherwise two things are said to be not distinguishable, and never to be equal.
     """
-    found = [] if analysis is None else [*_positions(analysis), *_mitigation(analysis)]
+    found = [] if analysis is None else [*_positions(analysis, unit), *_mitigation(analysis)]
     found += [] if merge is None else _vectors(merge)
     if evaluations is not None:
         models = evaluations["models"]
@@ -97,14 +98,14 @@ def _answers(task: str, own: Model, members: Sequence[Model], best: Model, resam
     }
 
 
-def _positions(analysis: Mapping[str, Any]) -> list[str]:
+def _positions(analysis: Mapping[str, Any], unit: str) -> list[str]:
     effects = analysis["fixed_effects"]
     if "reason" in effects:
         return [f"No fixed-effects estimate of the position effect: {effects['reason']}."]
     found = []
     for row in effects["coefficients"]:
         where = "epoch " + " = ".join(str(epoch) for epoch in row["epochs"])
-        size = f"{row['estimate']:+.4f} ± {row['se']:.4f} nats a token from first to last, z {row['z']:.1f}, {p_text(row['p'])}"
+        size = f"{row['estimate']:+.4f} ± {row['se']:.4f} {unit} from first to last, z {row['z']:.1f}, {p_text(row['p'])}"
         if not strength(row["p"]):
             found.append(f"Position in {where}: no effect on the final loss can be told from zero (slope {size}).")
         else:

@@ -22,8 +22,6 @@ from jax_ordermerge.model import llama, loss
 from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.tree import Tree, flatten
 
-_READ = ("tokens", "targets", "positions", "segments", "weights")
-
 
 def losses(
     config: ModelConfig,
@@ -35,6 +33,7 @@ def losses(
     dtype: str,
     mesh: Mesh,
     kernel: Kernel = "xla",
+    tell: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed response loss of every example under every member, and its number of response tokens.
 
@@ -50,6 +49,7 @@ def losses(
         dtype: of the products, `"float32"` or `"bfloat16"`.
         mesh: where the parameters are.
         kernel: of attention, from `kernels.choose`.
+        tell: is told now and then how many examples are done.
 
     Returns:
         `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model) and int32[n].
@@ -62,6 +62,9 @@ def losses(
     for one in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
         rows.append(one["ids"])
         pending.append(program(params, _place(one, mesh, population)))
+        if tell is not None and len(pending) > 1:
+            jax.block_until_ready(pending[-2])  # one batch behind, so that the devices never wait
+            tell(sum(ids.size for ids in rows[:-1]))
     fetched = [(sums if population else sums.reshape(1, -1), counts.reshape(-1)) for sums, counts in _fetch(pending)]
     order = np.concatenate(rows)
     real = order >= 0
@@ -115,7 +118,7 @@ def _place(batch: pack.Batch, mesh: Mesh, population: bool) -> dict[str, jax.Arr
             place = NamedSharding(mesh, P("order", *meshes.partition(("batch", None), array.shape[1:], mesh)))
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
-    return {name: put(batch[name]) for name in _READ}
+    return {name: put(batch[name]) for name in pack.SEQUENCES}
 
 
 def _fetch(pending: list[tuple[jax.Array, jax.Array]]) -> list[tuple[np.ndarray, np.ndarray]]:

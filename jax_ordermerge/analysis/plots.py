@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jax_ordermerge.analysis import wording
+
 # Okabe and Ito's palette: told apart with any colour vision
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
 KIND = {"base": "#777777", "member": "#0072B2", "merge": "#D55E00"}
@@ -23,9 +25,10 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True, "grid.color": "#e8e8e8",
     "grid.linewidth": 0.8, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.5,
 }  # fmt: skip
+NATS = wording.loss_unit({})
 
 
-def training(lines: Sequence[Mapping[str, Any]]) -> str:
+def training(lines: Sequence[Mapping[str, Any]], unit: str = NATS) -> str:
     """Training loss of every member by step, and the learning rate on an axis of its own.
 
     Args:
@@ -43,13 +46,13 @@ def training(lines: Sequence[Mapping[str, Any]]) -> str:
         _above(axes, rate)
         for member, (row, colour) in enumerate(zip(losses.T, _colours(losses.shape[1]), strict=True)):
             axes.plot(steps, row, color=colour, label=f"member {member}")
-        axes.set(xlabel="optimizer step", ylabel="training loss (nats a token)")
+        axes.set(xlabel="optimizer step", ylabel=f"training loss ({unit})")
         axes.margins(x=0.01)
         _legend(axes, losses.shape[1])
     return found[0]
 
 
-def positions(analysis: Mapping[str, Any]) -> str | None:
+def positions(analysis: Mapping[str, Any], unit: str = NATS) -> str | None:
     """Final loss by position: in epoch 1 for each member and pooled; then for every epoch with difficulty taken out.
 
     Returns:
@@ -65,7 +68,7 @@ def positions(analysis: Mapping[str, Any]) -> str | None:
             curve = row["epochs"][0]["curve"]
             panels[0].plot(curve["position"], curve["mean"], color=colour, linewidth=1)
         _band(panels[0], raw[0], INK, "all members")
-        panels[0].set(title="As measured, epoch 1", xlabel="position in epoch 1", ylabel="final loss (nats a token)")
+        panels[0].set(title="As measured, epoch 1", xlabel="position in epoch 1", ylabel=f"final loss ({unit})")
         panels[0].legend()
         if len(panels) > 1:
             for epoch, curve in enumerate(clean):
@@ -79,7 +82,7 @@ def positions(analysis: Mapping[str, Any]) -> str | None:
     return found[0]
 
 
-def effects(analysis: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str | None:
+def effects(analysis: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], unit: str = NATS) -> str | None:
     """Fixed-effects coefficient of each epoch with its 95 % interval, over the learning rate of the run.
 
     Returns:
@@ -115,7 +118,7 @@ def effects(analysis: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> 
                 markersize=6,
             )
             axes.annotate(f"{row['estimate']:+.4f}", (centre, row["estimate"]), (9, 3), textcoords="offset points")
-        axes.set(xlim=(0, epochs), xticks=np.arange(epochs) + 0.5, ylabel="slope of the final loss (nats a token)")
+        axes.set(xlim=(0, epochs), xticks=np.arange(epochs) + 0.5, ylabel=f"slope of the final loss ({unit})")
         axes.set_xticklabels([f"epoch {epoch + 1}" for epoch in range(epochs)])
         axes.margins(y=0.2)
     return found[0]
@@ -141,7 +144,7 @@ def slopes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return found[0]
 
 
-def merging(analysis: Mapping[str, Any]) -> str | None:
+def merging(analysis: Mapping[str, Any], unit: str = NATS) -> str | None:
     """Loss of samples that a member saw early less those it saw late, an epoch a panel: members, then every merge.
 
     Returns:
@@ -165,7 +168,7 @@ def merging(analysis: Mapping[str, Any]) -> str | None:
             axes.set_yticklabels(names)
             axes.locator_params(axis="x", nbins=4)
             axes.grid(visible=False, axis="y")
-        figure.supxlabel("loss of the early half minus the late half (nats a token)", fontsize=9)
+        figure.supxlabel(f"loss of the early half minus the late half ({unit})", fontsize=9)
     return found[0]
 
 
@@ -217,7 +220,7 @@ def accuracies(models: Sequence[Mapping[str, Any]], task: str) -> str:
     return found[0]
 
 
-def losses(models: Sequence[Mapping[str, Any]]) -> str:
+def losses(models: Sequence[Mapping[str, Any]], unit: str = NATS) -> str:
     """Held-out loss of every model with one standard error; a base far outside is named, not drawn."""
     trained = [model["loss"] for model in models if model["kind"] != "base"]
     span = (max(trained) - min(trained)) if trained else 0.0
@@ -231,7 +234,7 @@ def losses(models: Sequence[Mapping[str, Any]]) -> str:
             )
         _models(axes, shown, [model["loss"] for model in shown])
         note = "".join(f"; the {model['name']}, at {model['loss']:.3f}, lies outside" for model in far)
-        axes.set_xlabel(f"held-out loss (nats a token) ± one standard error; dashed: mean member{note}")
+        axes.set_xlabel(f"held-out loss ({unit}) ± one standard error; dashed: mean member{note}")
         axes.margins(x=0.08)
     return found[0]
 

@@ -96,13 +96,25 @@ def interval(gap: Mapping[str, float], scale: float, digits: int) -> str:
 
 
 def gap_or_reason(gap: Mapping[str, Any]) -> str:
-    """Return a gap in nats a token, or why it could not be determined.
+    """Return a gap between losses, or why it could not be determined.
 
     Example:
         >>> gap_or_reason({"reason": "one member only"})
         '– (one member only)'
     """
     return f"– ({gap['reason']})" if "reason" in gap else interval(gap, 1, 4)
+
+
+def loss_unit(objective: Mapping[str, Any]) -> str:
+    """Return the unit of the losses of an objective, a section of the config.
+
+    Example:
+        >>> loss_unit({}), loss_unit({"kind": "dpo", "loss": "sigmoid"}), loss_unit({"kind": "dpo", "loss": "ipo"})
+        ('nats a token', 'nats a pair', 'squared nats a pair')
+    """
+    if objective.get("kind", "sft") == "sft":
+        return "nats a token"
+    return "squared nats a pair" if objective.get("loss") == "ipo" else "nats a pair"
 
 
 def shortened(text: str) -> str:

@@ -17,7 +17,9 @@ from jax_ordermerge.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BY_FORMAT: Final = {"alpaca": "alpaca", "question_answer": "gsm8k", "prompt_completion": "plain", "text": "plain"}
+BY_FORMAT: Final = {
+    "alpaca": "alpaca", "question_answer": "gsm8k", "prompt_completion": "plain", "text": "plain", "preference": "plain",
+}  # fmt: skip
 TEMPLATES: Final = ("plain", "alpaca", "gsm8k", "chat")
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -57,6 +57,10 @@ class Examples:
         responses: n texts of the last response, as in the file: the references of an evaluation.
         counts: `read`, `used`, and what was dropped or truncated and why.
         sources: where the examples came from, e.g. file and SHA-256.
+        rejected: of preference pairs, the other response to each prompt, row by row; everything else is of the chosen one. None where
+            there are no pairs.
+        reference: float32[n, 2], log-probabilities of the chosen and the rejected response under the reference model, which training
+            on pairs needs; None where not known.
 
     Example:
         >>> two = Examples(Ragged.of([[1, 2, 3], [4, 5]], np.int32), Ragged.of([[0, 1, 1], [0, 1]], np.bool_), np.arange(2))
@@ -71,19 +75,47 @@ class Examples:
     responses: Sequence[str] = ()
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rejected: "Examples | None" = None
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64[n], tokens an example."""
-        return self.tokens.lengths
+        """int64[n], tokens an example; of a pair, of its longer sequence."""
+        own = self.tokens.lengths
+        return own if self.rejected is None else np.maximum(own, self.rejected.tokens.lengths)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
         return int(self.lengths.max(initial=0))
+
+    @property
+    def parts(self) -> "tuple[Examples, ...]":
+        """The sequences of an example one by one: these examples, or of pairs the chosen and the rejected ones."""
+        if self.rejected is None:
+            return (self,)
+        return dataclasses.replace(self, rejected=None, reference=None), self.rejected
+
+    @property
+    def sequences(self) -> "Examples":
+        """What a forward pass reads: these examples, or of n pairs 2 n rows, chosen and rejected in turn, numbered from 0.
+
+        Example:
+            >>> chosen, rejected = (
+            ...     Examples(Ragged.of(rows, np.int32), Ragged.of(rows, np.bool_), np.arange(2))
+            ...     for rows in ([[1], [2]], [[3], [4]])
+            ... )
+            >>> dataclasses.replace(chosen, rejected=rejected).sequences.tokens.flat.tolist()
+            [1, 3, 2, 4]
+        """
+        if self.rejected is None:
+            return self
+        tokens = [row for pair in zip(self.tokens, self.rejected.tokens, strict=True) for row in pair]
+        answers = [row for pair in zip(self.answers, self.rejected.answers, strict=True) for row in pair]
+        return Examples(Ragged.of(tokens, np.int32), Ragged.of(answers, np.bool_), np.arange(2 * len(self)))
 
     def prompt(self, row: int) -> np.ndarray:
         """Return the tokens before the last response of a row, int32: what the model is given when it has to answer.
@@ -99,11 +131,12 @@ class Examples:
     @property
     def digest(self) -> str:
         """SHA-256 over lengths, tokens, response masks and ids, as hexadecimal."""
-        parts = (self.tokens.offsets, self.tokens.flat, self.answers.flat, self.ids)
         kinds = ("<i8", "<i4", "u1", "<i8")
         whole = hashlib.sha256()
-        for part, kind in zip(parts, kinds, strict=True):
-            whole.update(np.ascontiguousarray(part, dtype=kind).tobytes())
+        for part in self.parts:
+            arrays = (part.tokens.offsets, part.tokens.flat, part.answers.flat, part.ids)
+            for array, kind in zip(arrays, kinds, strict=True):
+                whole.update(np.ascontiguousarray(array, dtype=kind).tobytes())
         return whole.hexdigest()
 
     def take(self, rows: np.ndarray) -> "Examples":
@@ -116,4 +149,6 @@ class Examples:
             responses=[self.responses[row] for row in rows] if self.responses else (),
             counts=dict(self.counts),
             sources=dict(self.sources),
+            rejected=None if self.rejected is None else self.rejected.take(rows),
+            reference=None if self.reference is None else self.reference[rows],
         )

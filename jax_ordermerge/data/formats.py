@@ -23,6 +23,7 @@ class Record:
         given: so many leading messages are context: their assistant turns are not learned.
         input: the input beside an Alpaca instruction, else "".
         text: the text of format `text`, else None.
+        rejected: of a preference pair, the record that ends in the other response, else None.
 
     Example:
         >>> record = Record.asked("2 + 3?", "5")
@@ -34,6 +35,7 @@ class Record:
     given: int = 0
     input: str = ""
     text: str | None = None
+    rejected: "Record | None" = None
 
     @classmethod
     def asked(cls, prompt: str, response: str = "", system_input: str = "") -> "Record":
@@ -138,6 +140,42 @@ def _from_text(row: Row) -> Record:
     return Record(text=_answered(row, "text"))
 
 
+def _from_preference(row: Row) -> Record:
+    """Read a pair whose prompt stands in a column of its own, or is what both responses begin with."""
+    prompt = row.get("prompt")
+    if isinstance(row.get("chosen"), str):
+        chosen, rejected = _answered(row, "chosen"), _answered(row, "rejected")
+        if prompt is None:
+            at = _shared(chosen, rejected)
+            prompt, chosen, rejected = chosen[:at], chosen[at:], rejected[at:]
+        elif not isinstance(prompt, str):
+            raise UserError(f"column 'prompt' holds {type(prompt).__name__} and column 'chosen' a string, expected two of a kind")
+        pair = [Record.asked(prompt, response) for response in (chosen, rejected)]
+    else:
+        turns = [_turns(_value(row, column), column, "role", "content") for column in ("chosen", "rejected")]
+        if prompt is None or isinstance(prompt, str):
+            # a prompt in words beside messages is there for its readers: the messages begin with it
+            at = _shared(*turns)
+            given, turns = turns[0][:at], [part[at:] for part in turns]
+        else:
+            given = _turns(prompt, "prompt", "role", "content")
+        if not given:
+            raise UserError("columns 'chosen' and 'rejected' begin with different messages; give a column 'prompt' with messages")
+        columns = ("chosen", "rejected")
+        pair = [_conversation([*given, *part], column, len(given)) for part, column in zip(turns, columns, strict=True)]
+    return dataclasses.replace(pair[0], rejected=pair[1])
+
+
+def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """Return how many characters or messages two responses begin with alike, at least one less than they have.
+
+    A space before the difference is left to the responses, as in TRL: tokenizers glue it to what follows.
+    """
+    least = min(len(chosen), len(rejected))
+    at = next((place for place in range(least) if chosen[place] != rejected[place]), max(least - 1, 0))
+    return at - 1 if at and chosen[at - 1] == " " else at
+
+
 class Format(NamedTuple):
     """How a format is read and by which columns it is known."""
 
@@ -152,6 +190,7 @@ FORMATS: Final = {
     "alpaca": Format(_from_alpaca, ("instruction", "output")),
     "question_answer": Format(_from_question_answer, ("question", "answer")),
     "text": Format(_from_text, ("text",)),
+    "preference": Format(_from_preference, ("chosen", "rejected")),
 }
 
 

@@ -10,6 +10,7 @@ from jax_ordermerge.data.order import PADDING
 
 Batch = dict[str, np.ndarray]
 _OPEN = 8  # rows filled at the same time: positions stay all but those before packing, and rows of 12 examples are 98 % full (with one, 82 %)
+SEQUENCES = ("tokens", "targets", "positions", "segments", "weights")  # arrays of a batch with an axis of positions
 
 
 def collate(examples: Examples, rows: np.ndarray, length: int) -> Batch:
@@ -25,9 +26,12 @@ def collate(examples: Examples, rows: np.ndarray, length: int) -> Batch:
         `tokens, targets, positions, segments` int32[B, T] (segments count from 1 in every row and are 0 on padding, all others 0 on
         padding), `weights` float32[B, T] and `ids` int32[B] or [B, S] (-1 on padding). `targets[t] = tokens[t + 1]`; a weight is 1 where
         the target belongs to the response. The last token of an example has no target: its weight is 0.
+        Of pairs these are [B, 2, T], the chosen sequence before the rejected one, and `reference` float32[B, 2] is there too (0 on
+        padding rows).
 
     Raises:
-        ValueError: an example, or what is packed into a row, is longer than `length`; nothing is cut here.
+        ValueError: an example, or what is packed into a row, is longer than `length`; nothing is cut here. Pairs have no reference
+            yet.
 
     Example:
         >>> from jax_ordermerge.data.examples import Ragged
@@ -42,6 +46,8 @@ def collate(examples: Examples, rows: np.ndarray, length: int) -> Batch:
         ([[8, 9, 5, 6, 7, 0]], [[1, 1, 2, 2, 2, 0]], [[4, 3]])
     """
     rows = np.asarray(rows)
+    if examples.rejected is not None:
+        return _collate_pairs(examples, rows, length)
     sizes = _sizes(examples, rows).reshape(len(rows), -1)
     ends = sizes.cumsum(1)
     if ends.max(initial=0) > length:
@@ -140,6 +146,15 @@ def _padded(rows: list[list[int]]) -> np.ndarray:
     return packed
 
 
+def _collate_pairs(examples: Examples, rows: np.ndarray, length: int) -> Batch:
+    if examples.reference is None:
+        raise ValueError("preference pairs have no reference log-probabilities yet; measure the base on them first")
+    chosen, rejected = (collate(part, rows, length) for part in examples.parts)
+    both = {name: np.stack([chosen[name], rejected[name]], axis=1) for name in SEQUENCES}
+    reference = np.where(rows[:, None] == PADDING, 0, examples.reference[rows]).astype(np.float32)
+    return {**both, "ids": chosen["ids"], "reference": reference}
+
+
 def bucket_lengths(longest: int, buckets: Sequence[int] = ()) -> tuple[int, ...]:
     """Return the padded lengths, ascending; the last one is `longest` rounded up to a multiple of 8.
 
@@ -169,7 +184,7 @@ def step_batch(examples: Examples, rows: np.ndarray, *, microbatch: int, lengths
         lengths: padded lengths, ascending, as `bucket_lengths` gives them.
 
     Returns:
-        the arrays of `collate` as [A, b, T] and `ids` [A, b] or [A, b, S], all padded to T = lengths[-1], and `bucket` int32[A]: the index of the
+        the arrays of `collate` as [A, b, ...], all padded to T = lengths[-1], and `bucket` int32[A]: the index of the
         smallest length that holds the microbatch.
 
     Raises:
@@ -222,5 +237,5 @@ def length_batches(examples: Examples, batch: int, lengths: Sequence[int]) -> It
 
 def _sizes(examples: Examples, rows: np.ndarray) -> np.ndarray:
     # from the offsets of these rows alone: a step must not cost a pass over all examples
-    offsets = examples.tokens.offsets
-    return np.where(rows == PADDING, 0, offsets[rows + 1] - offsets[rows])
+    sizes = [part.tokens.offsets[rows + 1] - part.tokens.offsets[rows] for part in examples.parts]
+    return np.where(rows == PADDING, 0, np.max(sizes, axis=0))

@@ -1,12 +1,14 @@
 """Files, hub datasets and generated records into tokenized examples. The shell of this room: it alone opens files."""
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -103,7 +105,9 @@ def tokenize(
     """Load one source whole and tokenize it by the rules (format, template, length) of the config's section.
 
     Examples longer than `max_length` are dropped or truncated at their end, as `too_long` says; those that keep no learned token are
-    dropped. A text is instead cut into windows that overlap by one token, so that each of its tokens is a target once.
+    dropped. A text is instead cut into windows that overlap by one token, so that each of its tokens is a target once. A preference
+    pair is one example: it is dropped where either of its sequences would be, and also where both are the same tokens, since there
+    is nothing to prefer.
 
     Raises:
         UserError: see `load_examples`.
@@ -112,23 +116,21 @@ def tokenize(
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
     records = formats.normalize(rows, form, path)
     template = chat.resolve_template(data.template, form, records, tokenizer)
-    kept = _Kept(data.max_length, data.too_long)
+    pairs = records[0].rejected is not None
+    kept = _Kept(data.max_length, data.too_long, 2 if pairs else 1)
     for start in range(0, len(records), CHUNK):
-        for origin, encoded in enumerate(chat.encode(records[start : start + CHUNK], template, tokenizer), start):
-            kept.window(encoded) if form == "text" else kept.fit(encoded, origin)
-    counts = {"read": len(rows), **kept.counts, "used": len(kept.tokens)}
-    if not kept.tokens:
+        part = records[start : start + CHUNK]
+        sides = [part, [record.rejected for record in part if record.rejected]] if pairs else [part]
+        for origin, sequences in enumerate(zip(*(chat.encode(side, template, tokenizer) for side in sides), strict=True), start):
+            kept.window(*sequences) if form == "text" else kept.fit(sequences, origin)
+    counts = {"read": len(rows), **kept.counts, "used": len(kept.origins)}
+    if not kept.origins:
         said = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
         raise UserError(f"data {path}: no example is left with data.max_length = {data.max_length} ({said}); raise it")
-    return Examples(
-        tokens=Ragged.of(kept.tokens, np.int32),
-        answers=Ragged.of(kept.answers, np.bool_),
-        ids=np.asarray(kept.origins, np.int64),
-        prompts=() if form == "text" else [records[row].prompt for row in kept.origins],
-        responses=() if form == "text" else [records[row].response for row in kept.origins],
-        counts=counts,
-        sources={"data": path, "format": form, "template": template} | _file_digest(path),
-    )
+    sources = {"data": path, "format": form, "template": template} | _file_digest(path)
+    chosen = kept.examples(0, [] if form == "text" else records)
+    rejected = kept.examples(1, [record.rejected for record in records if record.rejected]) if pairs else None
+    return dataclasses.replace(chosen, counts=counts, sources=sources, rejected=rejected)
 
 
 def split_validation(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
@@ -177,32 +179,46 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
 class _Kept:
     """The examples that are used, as arrays, and counts of the others."""
 
-    def __init__(self, length: int, too_long: str) -> None:
+    def __init__(self, length: int, too_long: str, sequences: int = 1) -> None:
         self.length, self.too_long = length, too_long
-        self.tokens: list[np.ndarray] = []
-        self.answers: list[np.ndarray] = []
+        self.tokens: list[list[np.ndarray]] = [[] for _ in range(sequences)]
+        self.answers: list[list[np.ndarray]] = [[] for _ in range(sequences)]
         self.origins: list[int] = []
         self.counts = {"dropped_too_long": 0, "truncated": 0, "dropped_no_response_tokens": 0}
+        if sequences > 1:
+            self.counts["dropped_same_tokens"] = 0
 
     def window(self, encoded: chat.Encoded) -> None:
         for start in range(0, max(len(encoded.tokens) - 1, 1), max(self.length - 1, 1)):
-            self._add(encoded, start, len(self.tokens))
+            self._add([encoded], start, len(self.origins))
 
-    def fit(self, encoded: chat.Encoded, origin: int) -> None:
-        long = len(encoded.tokens) > self.length
+    def fit(self, sequences: Sequence[chat.Encoded], origin: int) -> None:
+        long = any(len(one.tokens) > self.length for one in sequences)
         if long and self.too_long == "drop":
             self.counts["dropped_too_long"] += 1
-        elif not any(encoded.answers[1 : self.length]):  # the first token is nobody's target
+        elif not all(any(one.answers[1 : self.length]) for one in sequences):  # the first token is nobody's target
             self.counts["dropped_no_response_tokens"] += 1
+        elif len(sequences) > 1 and sequences[0].tokens[: self.length] == sequences[1].tokens[: self.length]:
+            self.counts["dropped_same_tokens"] += 1
         else:
             self.counts["truncated"] += long
-            self._add(encoded, 0, origin)
+            self._add(sequences, 0, origin)
 
-    def _add(self, encoded: chat.Encoded, start: int, origin: int) -> None:
+    def _add(self, sequences: Sequence[chat.Encoded], start: int, origin: int) -> None:
         end = start + self.length
-        self.tokens.append(np.asarray(encoded.tokens[start:end], np.int32))
-        self.answers.append(np.asarray(encoded.answers[start:end], np.bool_))
+        for one, tokens, answers in zip(sequences, self.tokens, self.answers, strict=True):
+            tokens.append(np.asarray(one.tokens[start:end], np.int32))
+            answers.append(np.asarray(one.answers[start:end], np.bool_))
         self.origins.append(origin)
+
+    def examples(self, side: int, records: Sequence[formats.Record]) -> Examples:
+        return Examples(
+            tokens=Ragged.of(self.tokens[side], np.int32),
+            answers=Ragged.of(self.answers[side], np.bool_),
+            ids=np.asarray(self.origins, np.int64),
+            prompts=[records[row].prompt for row in self.origins] if records else (),
+            responses=[records[row].response for row in self.origins] if records else (),
+        )
 
 
 # --- files ---

@@ -3,6 +3,7 @@
 `quickstart` are word problems of two steps whose answer is written out and ends in `#### number`, as in GSM8K. `quickstart_pretrain` is
 what lies beneath them in another form (sums, who has what, what a verb does to an amount, copying, counting, sorting), so that a
 base model brings the parts. `quickstart_told` are stories with the sums that follow, so that only the task itself is left to learn.
+`quickstart_preferences` are the problems with a right answer and one whose last sum is a little off.
 """
 
 from collections.abc import Callable, Sequence
@@ -185,6 +186,16 @@ def _told(draws: Draws, split: str) -> Record:
     return {"text": f"{facts} Sums: {steps}"}
 
 
+def _preference(draws: Draws, split: str) -> Record:
+    """A problem with its answer and with the same answer but for its last sum, which is a little off."""
+    problem = _problem(draws, split)
+    steps, amount = problem["answer"].split(". #### ")
+    result = int(amount)
+    wrong = draws.pick([n for n in range(max(1, result - 3), min(LARGEST, result + 3) + 1) if n != result])
+    rejected = f"{steps.removesuffix(amount)}{wrong}. #### {wrong}"
+    return {"prompt": problem["question"], "chosen": problem["answer"], "rejected": rejected}
+
+
 # --- the table -----------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +208,7 @@ class Dataset(NamedTuple):
 
 DATASETS: Final = {
     "quickstart": Dataset(_problem, {"train": 1536, "test": 400}),
+    "quickstart_preferences": Dataset(_preference, {"train": 2048, "test": 400}),
     "quickstart_pretrain": Dataset(_text, {"train": 128_000, "test": 1_000}),
     "quickstart_told": Dataset(_told, {"train": 32_000, "test": 400}),
 }
@@ -210,7 +222,7 @@ def generated(name: str, split: str = "train") -> list[Record]:
         split: `train` or `test`. Nothing of `quickstart` test, neither question nor solution, is in its train split.
 
     Returns:
-        Records with the strings `question` and `answer`, or `text`.
+        Records with the strings `question` and `answer`, or `prompt`, `chosen` and `rejected`, or `text`.
 
     Raises:
         UserError: there is no such dataset or split.

@@ -54,6 +54,7 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
 
     workshop = stages.prepare(config, say)
     write_text(config.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
+    workshop = stages.refer(workshop)
     for number, stage in enumerate(STAGES[: STAGES.index(through) + 1], start=1):
         if stage in missing:
             say(f"[{number}/{len(STAGES)}] {stage}")

@@ -1,6 +1,7 @@
 """The stages of a run. `prepare` reads and checks every input before anything is written; each stage then fills its part."""
 
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -17,16 +18,16 @@ from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import processes, tree
 from jax_ordermerge import report as reports
-from jax_ordermerge.analysis import imbalance, measure
+from jax_ordermerge.analysis import imbalance, measure, wording
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import companions, convert
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.config import Config, MergeSpec, merge_name
+from jax_ordermerge.config import PREFERENCES, Config, MergeSpec, merge_name
 from jax_ordermerge.data import order, pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import waves
+from jax_ordermerge.experiment import preferences, waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
 from jax_ordermerge.merge import methods, population, soup
 from jax_ordermerge.model import kernels, llama, lora
@@ -99,13 +100,47 @@ def prepare(config: Config, say: Say) -> Workshop:
             f"data.max_length = {config.data.max_length} is above the {model.max_position_embeddings} positions of {config.model.base}"
         )
     tokenizer = source.load_tokenizer(base)
-    train, validation = source.load_training(config.data, tokenizer, seed=config.seed)
-    test = source.load_examples(config.data, tokenizer, "test", seed=config.seed)
+    pairs = config.objective.kind == "dpo"
+    data = config.data.model_copy(update={"format": "preference"}) if pairs else config.data
+    train, validation = source.load_training(data, tokenizer, seed=config.seed)
+    if train.rejected is not None and not pairs:
+        raise UserError(
+            f"data.train = {config.data.train} holds preference pairs, objective.kind = sft learns responses; set it to dpo"
+        )
+    test = source.load_examples(data, tokenizer, "test", seed=config.seed)
     splits = {"train": train} | ({"validation": validation} if validation else {}) | ({"test": test} if test else {})
     processes.check_alike({f"data.{name}": examples.digest for name, examples in splits.items()})
     if len(tokenizer) > model.vocab_size:
         raise UserError(f"{base}: the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
     return Workshop(config, mesh, base, model, tokenizer, splits, say)
+
+
+def refer(w: Workshop) -> Workshop:
+    """Give preference pairs the log-probabilities of their responses under the base: measured once, kept in the run directory.
+
+    Raises:
+        UserError: what is kept there is of other pairs or of another base.
+    """
+    if w.config.objective.kind != "dpo":
+        return w
+    of = f"{preferences.base_digest(w.config, w.base)} {w.config.model.compute_dtype}"
+    base = functools.cache(lambda: base_params(w, "float32"))
+
+    def measured(name: str) -> np.ndarray:
+        examples = w.splits[name]
+        w.say(f"reference: the base on {len(examples)} pairs of {name}")
+        sums, _ = _sums(w, base(), examples, preferences.Progress(w.say, name, 2 * len(examples)))
+        return -sums.astype(np.float32)
+
+    return dataclasses.replace(
+        w,
+        splits={
+            name: preferences.with_reference(
+                examples, w.directory / "reference" / f"{name}.npz", of, functools.partial(measured, name)
+            )
+            for name, examples in w.splits.items()
+        },
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------ training
@@ -137,7 +172,7 @@ def _described(examples: Examples) -> dict[str, Any]:
         "sources": dict(examples.sources),
         "digest": examples.digest,
         "examples": len(examples),
-        "tokens": int(examples.lengths.sum()),
+        "tokens": sum(int(part.lengths.sum()) for part in examples.parts),
         "counts": dict(examples.counts),
     }
 
@@ -222,7 +257,7 @@ def _with_fishers(w: Workshop) -> tree.Tree:
     members = waves.restore(w.config, w.model, w.mesh)
     train = w.splits["train"]
     information = fisher.diagonal(
-        objective.sft(w.model, dtype=w.config.model.compute_dtype, remat=w.config.model.remat),
+        objective.build(w.config, w.model),
         members,
         train,
         count=w.config.merge.fisher_examples,
@@ -280,7 +315,9 @@ def analyze(w: Workshop) -> None:
     for name, params in models(w, [name for name in names if name not in known]):
         sums, tokens = _losses(w, params, w.splits["train"])
         known[name] = (sums / tokens).astype(np.float32)
-        w.say(f"  {name}: {sums.sum() / tokens.sum():.4f} nats a token on the training samples")
+        w.say(
+            f"  {name}: {sums.sum() / tokens.sum():.4f} {wording.loss_unit(w.config.objective.model_dump())} on the training samples"
+        )
         _save_losses(file, known, w.splits["train"], tokens)
     kinds = model_names(w.config)
     members = [known[name] for name in names if kinds[name] == "member"]
@@ -300,19 +337,35 @@ def analyze(w: Workshop) -> None:
 
 
 def _losses(w: Workshop, params: tree.Tree, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Return summed losses and numbers of response tokens, float64[n] each, of one model."""
-    lengths, dtype = pack.bucket_lengths(examples.longest, w.config.data.buckets), w.config.model.compute_dtype
+    """Return summed losses and numbers of response tokens, float64[n] each, of one model; of pairs their losses and ones."""
+    return _counted(w, examples, *_sums(w, params, examples))
+
+
+def _counted(w: Workshop, examples: Examples, sums: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if examples.rejected is None:
+        return sums, tokens
+    return preferences.losses(w.config.objective, examples, sums, tokens).astype(np.float64), np.ones(len(examples))
+
+
+def _sums(
+    w: Workshop, params: tree.Tree, examples: Examples, tell: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return summed token losses and numbers of response tokens, float64[n] each, of pairs [n, 2]."""
+    flat, settings, dtype = examples.sequences, w.config, w.config.model.compute_dtype
+    lengths = pack.bucket_lengths(flat.longest, settings.data.buckets)
     sums, tokens = measure.losses(
         w.model,
         params,
-        examples,
-        batch=w.config.analysis.batch,
+        flat,
+        batch=settings.analysis.batch,
         lengths=lengths,
         dtype=dtype,
         mesh=w.mesh,
-        kernel=kernels.choose(w.config.model.attention, w.model, w.mesh, dtype=dtype),
+        kernel=kernels.choose(settings.model.attention, w.model, w.mesh, dtype=dtype),
+        tell=tell,
     )
-    return sums[0].astype(np.float64), tokens.astype(np.float64)
+    shape = (-1,) if examples.rejected is None else (-1, 2)
+    return sums[0].astype(np.float64).reshape(shape), tokens.astype(np.float64).reshape(shape)
 
 
 def _known_losses(file: Path, examples: Examples) -> dict[str, np.ndarray]:
@@ -360,15 +413,20 @@ def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree) -> dict[
     summary: dict[str, Any] = {"name": name, "kind": kind, "loss": None, "loss_se": None, "perplexity": None, "tokens": 0}
     result: dict[str, Any] = {"ids": [], "losses": []}
     test, held = w.splits.get("test"), w.splits.get("validation")
+    tasks: dict[str, Any] = {}
+    items: dict[str, Any] = {}
     if test is not None and w.config.evaluation.loss:
-        sums, tokens = _losses(w, params, test)
+        measured = _sums(w, params, test)
+        sums, tokens = _counted(w, test, *measured)
         mean, error = _token_mean(sums, tokens)
-        summary |= {"loss": mean, "loss_se": error, "perplexity": math.exp(min(mean, 700.0)), "tokens": int(tokens.sum())}
+        summary |= {"loss": mean, "loss_se": error}
+        if test.rejected is None:
+            summary |= {"perplexity": math.exp(min(mean, 700.0)), "tokens": int(tokens.sum())}
+        elif kind != "base":  # it is the reference: there is no reward by which it could prefer anything
+            tasks[PREFERENCES], items[PREFERENCES] = preferences.choices(test, measured[0])
         result = {"ids": test.ids.tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens.tolist()}
     validation = None if held is None else _token_mean(*_losses(w, params, held))[0]
     generate = harness.generator(w.model, params, w.tokenizer, batch=w.config.evaluation.batch, dtype=w.config.model.compute_dtype)
-    tasks: dict[str, Any] = {}
-    items: dict[str, Any] = {}
     for task in w.config.evaluation.tasks:
         examples = test
         if task.data is not None:

@@ -23,7 +23,6 @@ from jax_ordermerge.data import order, pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.pack import Batch
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.train.step import SEQUENCES
 
 _AHEAD = 2  # batches held ready
 
@@ -180,9 +179,9 @@ class Plan:
         return int(self.lengths_seen(step).sum())
 
     def lengths_seen(self, step: int) -> np.ndarray:
-        """Return the number of tokens of each example of a step, over all members, int[n]."""
+        """Return the number of tokens of each sequence of a step, over all members, int[n]."""
         rows = self.rows(step)
-        return self.examples.lengths[rows[rows >= 0]]
+        return np.concatenate([part.lengths[rows[rows >= 0]] for part in self.examples.parts])
 
     def batch(self, step: int, place: int) -> Batch:
         """Return the batch of the member at a place of the axis `M`; see `pack.step_batch`."""
@@ -218,8 +217,8 @@ def abstract_batch(plan: Plan, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
     def abstract(name: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = (len(plan.members), *array.shape)
-        axes = ("member", None, "batch", "length" if name in SEQUENCES else None)
-        place = meshes.sharding(axes[: len(shape)], shape, mesh)
+        axes = ("member", None, "batch", *[None] * array.ndim)[: len(shape)]
+        place = meshes.sharding((*axes[:-1], "length") if name in pack.SEQUENCES else axes, shape, mesh)
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place)
 
     return {name: abstract(name, array) for name, array in plan.batch(0, 0).items()}

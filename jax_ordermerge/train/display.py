@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, Protocol
 
@@ -66,9 +66,10 @@ class Display:
 
     def line(self, line: Mapping[str, Any]) -> None:
         """Show a line of metrics."""
-        losses = " ".join(f"{loss:.4f}" for loss in line["loss"])
+        shown = {"loss": ("loss", 4), "rewards/accuracies": ("accuracy", 2), "rewards/margins": ("margin", 2)}
+        parts = [f"{name} {_members(line[key], digits)}" for key, (name, digits) in shown.items() if key in line]
         mfu = f"  MFU {100 * line['mfu']:.1f} %" if line.get("mfu") is not None else ""
-        text = f"loss {losses}  {line['tokens_per_second']:,.0f} tok/s{mfu}"
+        text = f"{'  '.join(parts)}  {line['tokens_per_second']:,.0f} tok/s{mfu}"
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], text=text)
             return
@@ -85,3 +86,7 @@ class Display:
         self._first = self._first or (line["step"], line["seconds"])
         seconds = round(pace * (self._steps - line["step"]))
         return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+
+
+def _members(values: Sequence[float], digits: int) -> str:
+    return " ".join(f"{value:.{digits}f}" for value in values)

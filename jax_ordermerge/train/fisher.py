@@ -25,7 +25,7 @@ def diagonal(
     One example a backward pass, since it is the gradients of single examples that are squared. All members see the same examples.
 
     Args:
-        objective: the summed loss of a microbatch, see `objective.sft`; log p is its negative.
+        objective: the summed loss of a microbatch, see `objective.build`; log p is its negative.
         population: parameter dict with a leading axis `M`, float32.
         examples: to draw from, without replacement.
         count: n, at most all of them.
@@ -43,9 +43,7 @@ def diagonal(
         size = int(examples.lengths[row])
         length = next(one for one in lengths if one >= size)
         batch = pack.collate(examples, np.array([row]), length)
-        total = program(
-            population, total, {name: batch[name] for name in ("tokens", "targets", "positions", "segments", "weights")}
-        )
+        total = program(population, total, batch)
     return jax.tree.map(lambda x: x / n, total)
 
 

@@ -85,8 +85,9 @@ class Journal:
     """The record of a training: exact after a resume, because everything in it is kept in the checkpoint.
 
     Attributes:
-        losses: float32[M, epochs, n], mean loss of each sample's response tokens at the step where it was seen; NaN where not yet.
-        window: of each step since the last line, `(losses, gradient norms)` of the members.
+        losses: float32[M, epochs, n], mean loss of each sample's response tokens, or that of a pair, at the step where it was seen; NaN
+            where not yet.
+        window: of each step since the last line, what is averaged in a line: name and the members' values.
         recent: the members' losses at the last steps, by which a spike is known.
         totals: see `Totals`.
         peak: FLOP/s of all devices together, None where it is not known.
@@ -101,7 +102,7 @@ class Journal:
             peak: see above.
         """
         self.losses = np.full((len(plan.members), plan.orders.shape[1], len(plan.examples)), np.nan, np.float32)
-        self.window: list[tuple[list[float], list[float]]] = []
+        self.window: list[dict[str, list[float]]] = []
         self.recent: collections.deque[list[float]] = collections.deque(maxlen=_RECENT)
         self.totals = Totals()
         self._plan, self._model, self.peak = plan, model, peak
@@ -116,10 +117,15 @@ class Journal:
         self._check_finite(step, metrics)
         self._check_spike(step, metrics)
         epoch = step // self._plan.epoch_steps
-        for place, (ids, losses, tokens) in enumerate(zip(metrics.ids, *metrics.examples, strict=True)):
-            seen = tokens > 0
-            self.losses[place, epoch, ids[seen]] = losses[seen] / tokens[seen]
-        self.window.append((metrics.loss.tolist(), metrics.grad_norm.tolist()))
+        losses, weights, scores = metrics.examples
+        seen = weights > 0
+        for place, ids in enumerate(metrics.ids):
+            own = seen[place]
+            self.losses[place, epoch, ids[own]] = losses[place][own] / weights[place][own]
+        means = {
+            name: [float(own[at].mean()) for own, at in zip(values, seen, strict=True)] for name, values in (scores or {}).items()
+        }
+        self.window.append({"loss": metrics.loss.tolist(), "grad_norm": metrics.grad_norm.tolist(), **means})
         self.recent.append(metrics.loss.tolist())
         self.totals.tokens += self._plan.tokens(step)
         self.totals.flops += training_flops(self._model, self._plan.lengths_seen(step), self._plan.config.lora)
@@ -146,8 +152,8 @@ class Journal:
         if not bad.any():
             return
         place = int(np.flatnonzero(bad)[0])
-        ids, (sums, tokens) = metrics.ids[place], (part[place] for part in metrics.examples)
-        worst_first = ids[ids >= 0][np.argsort(-(sums / np.maximum(tokens, 1))[ids >= 0], kind="stable")]
+        ids, sums, weights = (part[place] for part in (metrics.ids, metrics.examples.losses, metrics.examples.weights))
+        worst_first = ids[ids >= 0][np.argsort(-(sums / np.maximum(weights, 1))[ids >= 0], kind="stable")]
         raise UserError(
             f"loss spike at step {step + 1}: member {self._plan.members[place]} has loss {metrics.loss[place]:.4g}, more than training.spike"
             f" = {factor:g} times the median {usual[place]:.4g} of the {len(self.recent)} steps before, on samples"
@@ -166,7 +172,7 @@ class Journal:
 
     def line(self, step: int, learning_rate: float) -> dict[str, Any]:
         """Return the metrics since the last line, means over its steps, and start a new window. `step` counts from 1."""
-        losses, norms = (np.mean(values, axis=0, dtype=np.float64).tolist() for values in zip(*self.window, strict=True))
+        means = {name: np.mean([step[name] for step in self.window], axis=0, dtype=np.float64).tolist() for name in self.window[0]}
         new = self.totals.since(self._last)
         self.window, self._last = [], dataclasses.replace(self.totals)
         seconds = max(new.seconds, 1e-9)
@@ -174,8 +180,7 @@ class Journal:
             "step": step,
             "epoch": step / self._plan.epoch_steps,
             "learning_rate": learning_rate,
-            "loss": losses,
-            "grad_norm": norms,
+            **means,
             "tokens_per_second": new.tokens / seconds,
             "mfu": None if self.peak is None else new.flops / seconds / self.peak,
             "host_fraction": 1 - new.device_seconds / seconds,
@@ -194,7 +199,7 @@ class Journal:
     def restore(self, losses: np.ndarray, kept: dict[str, Any]) -> None:
         """Take back `losses` and what `to_metadata` returned."""
         self.losses = np.array(losses)
-        self.window = [(loss, norm) for loss, norm in kept["window"]]
+        self.window = list(kept["window"])
         self.recent.extend(kept["recent"])
         self.totals, self._last = Totals(**kept["totals"]), Totals(**kept["last"])
 

@@ -221,6 +221,7 @@ class _Training:
         deciding = {
             "training": config.training.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
             "model": config.model.model_dump(mode="json", include={"compute_dtype", "remat"}),
+            "objective": config.objective.model_dump(mode="json"),
             "architecture": repr(self.model),
             "lengths": self.plan.lengths,
         } | ({"lora": config.lora.model_dump(mode="json"), "base_dtype": config.base_dtype} if config.lora else {})

@@ -42,7 +42,7 @@ def split(config: Config, model: ModelConfig, mesh: Mesh) -> Split:
     computed = config.model
     packed = config.data.packing != "none"
     kernel = kernels.choose(computed.attention, model, mesh, dtype=computed.compute_dtype, packed=packed)
-    whole = objective.sft(model, dtype=computed.compute_dtype, remat=computed.remat, kernel=kernel)
+    whole = objective.build(config, model, kernel)
     table, settings = tensor_table(model), config.lora
     if settings is None:
         return Split(table, (), whole, lambda load: load())

@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
+from jax_ordermerge.data.pack import SEQUENCES
 from jax_ordermerge.train.objective import ExampleSums, Objective
 from jax_ordermerge.tree import Tree
 
 Batch = dict[str, jax.Array]
 Step = Callable[["TrainState", Batch, Tree], tuple["TrainState", "Metrics"]]
-SEQUENCES = ("tokens", "targets", "positions", "segments", "weights")
 
 
 class TrainState(NamedTuple):
@@ -40,7 +40,7 @@ class Metrics(NamedTuple):
     """What a step reports.
 
     Attributes:
-        loss: float32 scalar, mean over the response tokens of the batch, in nats, before the update.
+        loss: float32 scalar, mean over the response tokens (or the pairs) of the batch, before the update.
         grad_norm: float32 scalar, before clipping.
         learning_rate: float32 scalar, of this update.
         ids: int32[A, B], or packed [A, B, S], the examples trained on as the batch names them.
@@ -64,8 +64,8 @@ def train_step(
 ) -> Step:
     """Return the step of one member.
 
-    The gradient is that of the mean over all response tokens of the batch, whatever the microbatches: sums are accumulated in
-    float32 and divided once.
+    The gradient is that of the mean over what the objective counts in the whole batch (response tokens, or pairs), whatever the
+    microbatches: sums are accumulated in float32 and divided once.
 
     Args:
         objective: see `objective.py`.
@@ -75,8 +75,8 @@ def train_step(
         specs: a PartitionSpec for every parameter, which accumulated gradients keep; None leaves them to the compiler.
 
     Returns:
-        `(state, batch, frozen) -> (state, metrics)`; the batch holds `SEQUENCES` as [A, B, T] with T the longest length, `ids` and
-        `bucket`; `frozen` is what the objective reads but does not train, `{}` if nothing.
+        `(state, batch, frozen) -> (state, metrics)`; the batch holds `SEQUENCES` as [A, B, ..., T] with T the longest length, `ids`,
+        `bucket` and whatever else the objective reads; `frozen` is what the objective reads but does not train, `{}` if nothing.
     """
 
     def gradients(params: Tree, microbatch: Batch, frozen: Tree) -> tuple[Tree, ExampleSums]:
@@ -91,10 +91,10 @@ def train_step(
 
     def step(state: TrainState, batch: Batch, frozen: Tree) -> tuple[TrainState, Metrics]:
         summed, examples = _accumulate(lambda microbatch: gradients(state.params, microbatch, frozen), batch, state.params)
-        tokens = jnp.maximum(examples.tokens.sum(), 1.0)
-        mean = jax.tree.map(lambda g: g / tokens, summed)
+        weight = jnp.maximum(examples.weights.sum(), 1.0)
+        mean = jax.tree.map(lambda g: g / weight, summed)
         updates, opt_state = tx.update(mean, state.opt_state, state.params)
-        loss, rate_now = examples.losses.sum() / tokens, jnp.asarray(rate(state.step), jnp.float32)
+        loss, rate_now = examples.losses.sum() / weight, jnp.asarray(rate(state.step), jnp.float32)
         metrics = Metrics(loss, optax.tree.norm(mean), rate_now, batch["ids"], examples)
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 

@@ -116,3 +116,74 @@ def test_unknown_formats():
         detect({"input": "a", "label": 1}, "x.json")
     with pytest.raises(UserError, match="did you mean 'alpaca'"):
         normalize([], "alpacca", "x.json")
+
+
+# ------------------------------------------------------------------------------------------------------------------ preference pairs
+
+USER, YES, NO = TALK[0], TALK[1], {"role": "assistant", "content": "Go away"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+        {"chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+    ],
+    ids=["prompt of messages", "implicit prompt", "prompt in words beside messages", "strings"],
+)
+def test_pairs_of_every_kind_are_the_same_messages(row):
+    assert detect(row, "x") == "preference"
+    (record,) = normalize([row], "preference", "x")
+    assert (list(record.messages), list(record.rejected.messages)) == ([USER, YES], [USER, NO])
+    assert record.given == record.rejected.given == (1 if isinstance(row["chosen"], list) else 0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Q: Why? A: So.", "Q: Why? A: No.", "Q: Why? A:"),  # the space goes to the responses
+        ("2 + 3 = 5", "2 + 3 = 6", "2 + 3 ="),
+        ("so", "so much", "s"),  # one begins the other: a response is never empty
+        ("same", "same", "sam"),
+        ("yes", "no", ""),
+    ],
+)
+def test_an_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prompt):
+    (record,) = normalize([{"chosen": chosen, "rejected": rejected}], "preference", "x")
+    assert (record.prompt, record.rejected.prompt) == (prompt, prompt)
+    assert (record.prompt + record.response, record.prompt + record.rejected.response) == (chosen, rejected)
+
+
+def test_an_implicit_prompt_of_several_turns():
+    chosen, rejected = [*TALK, USER, YES], [*TALK, USER, NO]
+    (record,) = normalize([{"chosen": chosen, "rejected": rejected}], "preference", "x")
+    assert (record.given, list(record.messages), list(record.rejected.messages)) == (3, chosen, rejected)
+
+
+def test_messages_with_a_pair_beside_them_are_still_messages():
+    assert detect({"messages": TALK, "chosen": TALK, "rejected": [USER, NO]}, "x") == "messages"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Hi", "chosen": "a"}, "row 0 has no column 'rejected' (format preference); it has 'prompt', 'chosen'"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": ""}, "row 0 has no response (column 'rejected' is empty)"),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "row 0: column 'prompt' holds list and column 'chosen' a string"),
+        (
+            {"chosen": [YES], "rejected": [NO]},
+            "row 0: columns 'chosen' and 'rejected' begin with different messages; give a column",
+        ),
+        ({"chosen": [USER, YES], "rejected": [USER]}, "row 0: columns 'chosen' and 'rejected' begin with different messages; give"),
+        (
+            {"prompt": [USER], "chosen": [YES], "rejected": [USER]},
+            "row 0 has no response (column 'rejected' has no assistant message)",
+        ),
+    ],
+)
+def test_pairs_that_are_wrong(row, message):
+    with pytest.raises(UserError) as caught:
+        normalize([row], "preference", "x.json")
+    assert message in str(caught.value)

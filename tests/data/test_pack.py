@@ -1,5 +1,6 @@
 """Batches against loops over examples."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -231,3 +232,48 @@ def test_a_step_of_packed_rows():
     assert batch["tokens"].shape == (2, 2, 8)
     assert batch["ids"].tolist() == [[[1, 7], [4, -1]], [[10, -1], [-1, -1]]]
     assert batch["bucket"].tolist() == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------------ preference pairs
+
+
+def make_pairs(chosen, rejected):
+    reference = np.random.default_rng(2).normal(size=(len(chosen), 2)).astype(np.float32)
+    return dataclasses.replace(make(chosen), rejected=make(rejected, seed=1), reference=reference)
+
+
+def test_a_pair_is_collated_as_two_sequences():
+    pairs = make_pairs([4, 9, 5], [7, 3, 6])
+    batch = collate(pairs, np.array([2, -1, 0]), 12)
+    for side, part in enumerate((make([4, 9, 5]), make([7, 3, 6], seed=1))):
+        expected = collate_by_loops(part, [2, -1, 0], 12)
+        ids = expected.pop("ids")
+        assert_same({name: batch[name][:, side] for name in expected}, expected)
+        np.testing.assert_array_equal(batch["ids"], ids)
+    np.testing.assert_array_equal(batch["reference"], [pairs.reference[2], [0, 0], pairs.reference[0]])
+
+
+def test_pairs_are_padded_to_the_longer_sequence():
+    pairs = make_pairs([4, 9, 5, 5], [7, 3, 6, 15])
+    batch = step_batch(pairs, np.array([0, 1, 2, 3]), microbatch=2, lengths=(8, 16))
+    assert batch["tokens"].shape == (2, 2, 2, 16)
+    assert batch["ids"].tolist() == [[7, 1], [4, 10]]  # shortest first: 6, 7, 9 and 15 tokens
+    assert batch["bucket"].tolist() == [0, 1]
+    assert [row.tolist() for row in pairs.sequences.tokens] == [
+        row.tolist() for n in range(4) for row in (pairs.tokens[n], pairs.rejected.tokens[n])
+    ]
+
+
+def test_pairs_need_a_reference():
+    pairs = dataclasses.replace(make_pairs([4], [5]), reference=None)
+    with pytest.raises(ValueError, match="have no reference log-probabilities yet"):
+        collate(pairs, np.array([0]), 8)
+
+
+def test_take_and_digest_of_pairs():
+    pairs = make_pairs([4, 9, 5], [7, 3, 6])
+    some = pairs.take(np.array([2, 0]))
+    np.testing.assert_array_equal(some.reference, pairs.reference[[2, 0]])
+    assert some.rejected.tokens[0].tolist() == pairs.rejected.tokens[2].tolist()
+    assert pairs.take(np.arange(3)).digest == pairs.digest != pairs.parts[0].digest
+    assert dataclasses.replace(pairs, rejected=make([7, 3, 6], seed=2)).digest != pairs.digest

@@ -89,6 +89,22 @@ def test_answers_are_right_and_steps_add_up(train, test):
         assert all(0 <= int(n) <= LARGEST for n in re.findall(r"\d+", record["answer"]))
 
 
+def test_preferences_are_for_the_right_answer_and_the_wrong_one_is_near(test):
+    train, held_out = (generated("quickstart_preferences", split) for split in ("train", "test"))
+    assert (len(train), len(held_out)) == (2048, 400)
+    assert digest(train) == "4c5b6e55db0bf993"
+    for record in train + held_out:
+        right, wrong = (re.findall(r"\d+", record[key]) for key in ("chosen", "rejected"))
+        assert solve(record["prompt"]) == int(right[-1])
+        assert right[:-2] == wrong[:-2]
+        assert right[-2:] == [right[-1]] * 2
+        assert wrong[-2:] == [wrong[-1]] * 2
+        assert 1 <= abs(int(right[-1]) - int(wrong[-1])) <= 3
+        assert 1 <= int(wrong[-1]) <= LARGEST
+    assert not {record["chosen"] for record in train} & {record["chosen"] for record in held_out}
+    assert not {record["chosen"] for record in train} & {record["answer"] for record in test}
+
+
 def test_every_kind_is_as_frequent_as_the_others(train):
     kinds = collections.Counter((" than " in r["question"], r["question"].count(" has ")) for r in train)
     assert len(kinds) == len(PROBLEMS)

@@ -103,6 +103,12 @@ def tiny_train(tiny_examples, tiny_base, tiny_config):
 
 
 @pytest.fixture(scope="session")
+def recorder():
+    """Return the class of the watcher."""
+    return Recorder
+
+
+@pytest.fixture(scope="session")
 def same_bits():
     """Return a function that says whether two trees are equal bit for bit."""
 

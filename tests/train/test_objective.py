@@ -16,7 +16,7 @@ def test_sums_of_each_example(tiny_model, tiny_base, tiny_examples):
     logits = np.asarray(logits, np.float64)
     for place, row in enumerate((3, 7, None, 0)):
         if row is None:
-            assert (sums.losses[place], sums.tokens[place]) == (0, 0)
+            assert (sums.losses[place], sums.weights[place]) == (0, 0)
             continue
         tokens, answers = tiny_examples.tokens[row], tiny_examples.answers[row]
         expected = 0.0
@@ -25,5 +25,5 @@ def test_sums_of_each_example(tiny_model, tiny_base, tiny_examples):
                 scores = logits[place, at]
                 expected -= scores[tokens[at + 1]] - np.log(np.exp(scores).sum())
         assert sums.losses[place] == pytest.approx(expected, rel=1e-5)
-        assert sums.tokens[place] == answers[1:].sum()
+        assert sums.weights[place] == answers[1:].sum()
     assert total == pytest.approx(float(sums.losses.sum()), rel=1e-6)

@@ -46,7 +46,7 @@ def pulls(xp, params, c):
     return {path: (numbers[path] / 16).reshape(x.shape).astype(x.dtype) for path, x in params.items()}
 
 
-def objective(params, batch):
+def objective(params, batch, frozen=None):
     """A loss a token, linear in the parameters, whose gradient is `pulls`."""
     flat = tree.flatten(params)
     gradient = pulls(jnp, flat, batch["tokens"][0, 0])

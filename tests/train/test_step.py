@@ -91,7 +91,7 @@ def test_buckets_cut_what_lies_behind_them(run):
     state, metrics = run(poisoned, lengths=(2, 4, 8))
     clean, expected = run(batch, lengths=(2, 4, 8))
     assert state.params["w"] == clean.params["w"]
-    np.testing.assert_array_equal(metrics.examples.tokens, expected.examples.tokens)
+    np.testing.assert_array_equal(metrics.examples.weights, expected.examples.weights)
 
 
 def test_accumulated_model_gradients(tiny_model, tiny_base, tiny_examples):

@@ -1,13 +1,17 @@
 """The same training in torch: same weights, same batches, the same optimizer with the same hyperparameters, float32."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from jax_ordermerge import tree
+from jax_ordermerge import config, tree
 from jax_ordermerge.arch import hf_tensors
+from jax_ordermerge.data import pack
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import batches, loop, optimizers
+from jax_ordermerge.model import llama
+from jax_ordermerge.train import batches, loop, objective, optimizers
 
 torch = pytest.importorskip("torch")
 SETTINGS = {
@@ -88,3 +92,43 @@ def test_twenty_steps_are_those_of_torch(tmp_path, tiny_train, tiny_model, tiny_
 
 def wanted(run, model):
     return {"params": loop.convert.abstract_params(model, make_mesh(), members=1)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- preference pairs
+
+
+def torch_pairs(twin, batch, settings):
+    """Return losses and scores of pairs as users of torch write them."""
+    flat = {name: torch.tensor(batch[name]).flatten(0, 1) for name in pack.SEQUENCES}
+    logits = twin(flat["tokens"].long(), attention_mask=flat["segments"]).logits.log_softmax(-1)
+    each = logits.gather(2, flat["targets"].long()[:, :, None])[:, :, 0] * flat["weights"]
+    chosen, rejected = each.sum(1).view(-1, 2).unbind(1)
+    tokens = flat["weights"].sum(1).view(-1, 2)
+    up, down = chosen - torch.tensor(batch["reference"][:, 0]), rejected - torch.tensor(batch["reference"][:, 1])
+    margins = settings.beta * (up - down)
+    if settings.loss == "ipo":
+        losses = (up / tokens[:, 0] - down / tokens[:, 1] - 1 / (2 * settings.beta)) ** 2
+    else:
+        losses = -(1 - settings.label_smoothing) * torch.nn.functional.logsigmoid(margins)
+        losses = losses - settings.label_smoothing * torch.nn.functional.logsigmoid(-margins)
+    return losses, {"rewards/chosen": settings.beta * up, "rewards/rejected": settings.beta * down, "rewards/margins": margins}
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}, {"loss": "ipo", "beta": 0.5}])
+def test_pairs_are_those_of_torch(tiny_model, tiny_examples, settings):
+    settings = config.Objective(kind="dpo", **settings)
+    params = llama.init_params(tiny_model, 1)
+    reference = np.random.default_rng(0).normal(-40, 20, (21, 2)).astype(np.float32)
+    pairs = dataclasses.replace(tiny_examples, rejected=tiny_examples.take(np.roll(np.arange(21), 1)), reference=reference)
+    batch = pack.collate(pairs, np.arange(8), 24)
+    (_, sums), ours = jax.value_and_grad(objective.dpo(tiny_model, settings, dtype="float32"), has_aux=True)(params, batch)
+    twin = torch_model(tiny_model, params)
+    losses, scores = torch_pairs(twin, batch, settings)
+    losses.sum().backward()
+    np.testing.assert_allclose(sums.losses, losses.numpy(force=True), rtol=1e-4)
+    for name, expected in scores.items():
+        np.testing.assert_allclose(sums.scores[name], expected.numpy(force=True), rtol=1e-4, atol=1e-5)
+    flat, theirs = tree.flatten(ours), dict(twin.named_parameters())
+    for name, spec, layer in hf_tensors(tiny_model):
+        mine, expected = flat[spec.path] if layer is None else flat[spec.path][layer], theirs[name].grad.numpy()
+        assert np.linalg.norm(mine - expected) < 1e-4 * np.linalg.norm(expected), name
