@@ -7,30 +7,29 @@ from jax_ordermerge import tree
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import members
 
+PACKED = {"buckets": [], "max_length": 32, "packing": "packs"}
+LORA = {"rank": 2, "alpha": 4.0}
 VARIANTS = {
-    "plain": {},
-    "accumulated": {"training": {"microbatch": 2}},
-    "packs": {"data": {"buckets": [], "max_length": 32, "packing": "packs"}},
-    "bins": {"data": {"buckets": [], "max_length": 32, "packing": "bins"}, "training": {"microbatch": 4}},
-    "lora": {"lora": {"rank": 2, "alpha": 4.0}},
-    "lora, packs": {"lora": {"rank": 2, "alpha": 4.0}, "data": {"buckets": [], "max_length": 32, "packing": "packs"}},
+    "plain": {"training": {"microbatch": 8}},
+    "accumulated, packed": {"training": {"microbatch": 4}, "data": PACKED},
+    "packed anew in each order": {"training": {"microbatch": 8}, "data": PACKED | {"packing": "bins"}},
+    "lora, accumulated": {"training": {"microbatch": 4}, "lora": LORA},
+    "lora, packed": {"training": {"microbatch": 8}, "lora": LORA, "data": PACKED},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_alone_and_in_populations_of_2_4_and_8(tmp_path, tiny_train, tiny_model, same_bits, variant, fsdp):
-    """Every population has its own size in the config, which at level `sample` decides nothing of a member's order."""
-    sections = {**VARIANTS[variant], "training": {"epochs": 1, "microbatch": 8, **VARIANTS[variant].get("training", {})}}
+def test_alone_and_in_populations_of_2_4_and_8(tmp_path, tiny_train, tiny_model, same_bits, variant):
+    def train(count, order, chosen=None):
+        mesh, place = make_mesh(order, 2), 1 if chosen is None else 0
+        sections = VARIANTS[variant] | {"population": {"members": count}}
+        sections["training"] = sections["training"] | {"epochs": 1}
+        run = tiny_train(tmp_path / f"{count}-{order}-{place}", mesh, members=chosen, **sections)
+        return tree.member(members.restore_members(run.config, tiny_model, mesh), place), run.losses()[place]
 
-    def train(name, count, order, chosen=None):
-        mesh = make_mesh(order, fsdp)
-        run = tiny_train(tmp_path / name, mesh, members=chosen, **sections, population={"members": count})
-        return tree.member(members.restore_members(run.config, tiny_model, mesh), 0 if chosen else 1), run.losses()[0 if chosen else 1]
-
-    weights, losses = train("alone", 8, 1, chosen=(1,))
-    for count, order in ((2, 1), (2, 2), (4, 4), (8, 2), (8, 4)):
-        others, seen = train(f"{count}-{order}", count, order)
+    weights, losses = train(8, 1, chosen=(1,))
+    for count, order in ((2, 1), (4, 2), (8, 4)):
+        others, seen = train(count, order)
         assert same_bits(others, weights), (count, order)
         np.testing.assert_array_equal(seen, losses)
