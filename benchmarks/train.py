@@ -1,9 +1,10 @@
 """Training speed as ratios, measured side by side, each program in a process of its own.
 
-    python benchmarks/train.py            # about 4 minutes on two idle CPU cores; --rounds 3 for a look
+    python benchmarks/train.py            # about 6 minutes on two idle CPU cores; --rounds 3 for a look
 
 1. One member against transformers on torch: the same small Llama, batches of one shape, fp32, AdamW, medians of alternating steps.
 2. Four members in one program against four runs one after another: steps alone, and compilation.
+3. Packing against padding, rows of 512 tokens, examples as long as GSM8K's (gsm8k_lengths.json): useful tokens a second.
 
 Only one worker computes at a time; in one process the thread pools of the two runtimes would disturb each other. Appends the table to
 benchmarks/RESULTS.md. Needs torch for the first part and says so where it is absent.
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import datetime as dt
 import importlib.util
+import json
 import multiprocessing
 import os
 import pathlib
@@ -30,12 +32,15 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, parameter_count, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Training
+from jax_ordermerge.data import pack
+from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.model import llama
 from jax_ordermerge.train import objective, optimizers
 from jax_ordermerge.train import step as steps
 
 CONFIG = ModelConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_layers=6, num_heads=6)
 BATCH, LENGTH, MEMBERS = 16, 256, 4
+ROW = 512  # tokens of a row in the third part
 TRAINING = Training(learning_rate=1e-4, schedule="constant", warmup=0, batch=BATCH)
 
 # ---------------------------------------------------------------- in the workers
@@ -50,36 +55,55 @@ class Program(Protocol):
         """Do one step and wait for it."""
 
 
+def full(members: int) -> dict[str, np.ndarray]:
+    """Return random tokens, full rows: [M, 1, B, T]."""
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (members, 1, BATCH, LENGTH + 1)).astype(np.int32)
+    rows = tokens[..., :-1]
+    return {
+        "tokens": np.ascontiguousarray(rows),
+        "targets": np.ascontiguousarray(tokens[..., 1:]),
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), rows.shape).copy(),
+        "segments": np.ones_like(rows),
+        "weights": np.ones(rows.shape, np.float32),
+        "ids": np.zeros((members, 1, BATCH), np.int32),
+        "bucket": np.zeros((members, 1), np.int32),
+    }
+
+
+def examples(packed: bool) -> dict[str, np.ndarray]:
+    """Return rows of `ROW` tokens for one member, of random tokens: an example each, or as many as go in. [1, 1, B, T]."""
+    counts = json.loads((pathlib.Path(__file__).parent / "gsm8k_lengths.json").read_text())
+    known = np.repeat([int(length) for length in counts], list(counts.values()))
+    random = np.random.default_rng(0)
+    sizes = random.choice(known[known <= ROW], 4096)
+    texts = [random.integers(1, CONFIG.vocab_size, size) for size in sizes]
+    answers = Ragged.of([np.ones(size) for size in sizes], np.bool_)
+    drawn = Examples(Ragged.of(texts, np.int32), answers, np.arange(len(sizes)))
+    rows = pack.pack_tightly(sizes, ROW) if packed else np.arange(len(sizes))
+    chosen = random.permutation(len(rows))[:BATCH]  # the order in which packs are made says nothing
+    batch = pack.step_batch(drawn, rows[chosen], microbatch=BATCH, lengths=(ROW,))
+    return {name: array[None] for name, array in batch.items()}
+
+
 class Ours:
     """A population of the project's trainer, its program compiled."""
 
-    def __init__(self, members: int) -> None:
+    def __init__(self, members: int, rows: str = "full") -> None:
         mesh = meshes.make_mesh()
+        batch = full(members) if rows == "full" else examples(rows == "packed")
         tx = optimizers.optimizer(TRAINING, 1000, tensor_table(CONFIG))
         abstract = steps.abstract_state(convert.abstract_params(CONFIG, mesh, members=members), tx, mesh)
-        one = steps.train_step(objective.sft(CONFIG, dtype="float32"), tx, optimizers.schedule(TRAINING, 1000), lengths=[LENGTH])
-        batch = self.batch(members)
+        one = steps.train_step(
+            objective.sft(CONFIG, dtype="float32"), tx, optimizers.schedule(TRAINING, 1000), lengths=[batch["tokens"].shape[-1]]
+        )
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("order"))
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
         self.inputs = {name: jax.device_put(x, place) for name, x in batch.items()}
         start = time.perf_counter()
         self.program = steps.compile_step(one, mesh, abstract, shapes, {})
-        self.facts = {"compilation": time.perf_counter() - start, "device": jax.devices()[0].device_kind}
+        useful = int((batch["segments"] > 0).sum())
+        self.facts = {"compilation": time.perf_counter() - start, "device": jax.devices()[0].device_kind, "tokens": useful}
         self.state = steps.initial_state(llama.init_params(CONFIG, 0), tx, abstract)
-
-    def batch(self, members: int) -> dict[str, np.ndarray]:
-        """Return random tokens, full rows: [M, 1, B, T]."""
-        tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (members, 1, BATCH, LENGTH + 1)).astype(np.int32)
-        rows = tokens[..., :-1]
-        return {
-            "tokens": np.ascontiguousarray(rows),
-            "targets": np.ascontiguousarray(tokens[..., 1:]),
-            "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), rows.shape).copy(),
-            "segments": np.ones_like(rows),
-            "weights": np.ones(rows.shape, np.float32),
-            "ids": np.zeros((members, 1, BATCH), np.int32),
-            "bucket": np.zeros((members, 1), np.int32),
-        }
 
     def step(self) -> None:
         """Do one step of all members and wait for it."""
@@ -172,6 +196,20 @@ def population(alone: Worker, rounds: int) -> list[str]:
     ]
 
 
+def packing(rounds: int) -> str:
+    """Measure packed rows against rows of one example; return a row of the table."""
+    with contextlib.closing(Worker(Ours, 1, "packed")) as packed, contextlib.closing(Worker(Ours, 1, "padded")) as padded:
+        pairs = [(packed.step(), padded.step()) for _ in range(rounds)]
+        tokens = packed.facts["tokens"], padded.facts["tokens"]
+    rates = [count / statistics.median(column) for count, column in zip(tokens, zip(*pairs, strict=True), strict=True)]
+    ratio = statistics.median((b / tokens[1]) / (a / tokens[0]) for a, b in pairs)
+    filled = [count / (BATCH * ROW) for count in tokens]
+    what = f"packing rows of {ROW}, useful tokens/s"
+    return (
+        f"| {what} | {rates[0]:,.0f} ({filled[0]:.0%} full) | padding {rates[1]:,.0f} ({filled[1]:.0%} full) | {ratio:.2f} times |"
+    )
+
+
 def main() -> None:
     """Measure and append to RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,6 +217,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with contextlib.closing(Worker(Ours, 1)) as alone:
         rows = [against_torch(alone, rounds), *population(alone, rounds)]
+    rows.append(packing(rounds))
     machine = f"{os.cpu_count()} x {platform.machine()} {alone.facts['device']}"
     text = "\n".join(
         [
