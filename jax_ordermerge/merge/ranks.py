@@ -67,12 +67,12 @@ def largest(tensor: Tensor, keep: np.ndarray, values: Values, *arrays: Any) -> d
         ranks = np.asarray(mix(jnp.arange(equal.shape[1], dtype=jnp.uint32)))
         order = np.argsort(ranks)
         seen = np.cumsum(equal[:, order], axis=1)
-        at = (seen < wanted[:, None]).sum(axis=1)
+        at = (seen[:, :-1] < wanted[:, None]).sum(axis=1)
         last, each = order[at], np.arange(len(keep))
         missing = wanted - (seen[each, at] - equal[each, last])
         flags = tensor.total(_equal_in_block, cut, last.astype(np.uint32), *arrays, of=values)
         block = np.where(wanted > 0, ranks[last], 0)
-        within = np.where(wanted > 0, (np.cumsum(flags, axis=1) < missing[:, None]).sum(axis=1) + 1, 0)
+        within = np.where(wanted > 0, (np.cumsum(flags[:, :-1], axis=1) < missing[:, None]).sum(axis=1) + 1, 0)
     return {
         "cut": np.where(nothing, 0xFFFFFFFF, np.where(everything, 0, cut)).astype(np.uint32),
         "block": np.where(everything, 0xFFFFFFFF, block).astype(np.uint32),

@@ -53,7 +53,7 @@ def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, tiny_train, ti
     assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, make_mesh(2, 2, 2)), 1))
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "sequence": 2}, {"data": 2, "fsdp": 2}])
+@pytest.mark.parametrize("axes", [{"data": 2, "sequence": 2}, pytest.param({"data": 2, "fsdp": 2}, marks=pytest.mark.slow)])
 def test_batches_and_positions_divided_over_devices_change_no_more_than_the_last_digits(
     whole, tmp_path, tiny_train, tiny_model, same_bits, axes
 ):
