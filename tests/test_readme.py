@@ -25,7 +25,19 @@ def test_files_that_it_names_exist():
 
 def test_every_command_that_it_names_has_help():
     commands = sorted(set(re.findall(r"`ordermerge (\w+)", TEXT)))
-    assert commands == ["analyze", "convert", "diff", "evaluate", "generate", "inspect", "merge", "report", "run", "train"]
+    assert commands == [
+        "analyze",
+        "compare",
+        "convert",
+        "diff",
+        "evaluate",
+        "generate",
+        "inspect",
+        "merge",
+        "report",
+        "run",
+        "train",
+    ]
     for command in commands:
         done = subprocess.run([*ORDERMERGE, command, "--help"], capture_output=True, text=True, check=True)
         assert "Usage:" in done.stdout

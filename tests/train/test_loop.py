@@ -349,7 +349,15 @@ def test_sigterm_stops_after_a_step_with_a_checkpoint(whole, tmp_path, tiny_trai
     assert [line["loss"] for line in resumed.lines()] == [line["loss"] for line in whole.lines()]
 
 
-def test_a_second_interrupt_ends_at_once(tmp_path, tiny_train, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """A process that a shell started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_ends_at_once(interruptible, tmp_path, tiny_train, monkeypatch):
     monkeypatch.setattr(steps, "compile_step", diverging(at=-1, place=0))
 
     def twice(line):

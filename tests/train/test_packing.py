@@ -105,9 +105,9 @@ def test_gradients_and_losses_are_those_of_rows_of_one(packed_config, tiny_examp
     for one, other in zip(jax.tree.leaves(packed), jax.tree.leaves(unpacked), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))
     np.testing.assert_allclose(sums.losses[rows >= 0], expected.losses, rtol=1e-5)
-    np.testing.assert_array_equal(sums.tokens[rows >= 0], expected.tokens)
+    np.testing.assert_array_equal(sums.weights[rows >= 0], expected.weights)
     assert not sums.losses[rows < 0].any()
-    assert not sums.tokens[rows < 0].any()
+    assert not sums.weights[rows < 0].any()
 
 
 def test_a_document_changes_nothing_of_the_others(tiny_examples, step_of):
