@@ -8,7 +8,7 @@ from typing import Any
 from scipy import stats
 
 from jax_ordermerge import report
-from jax_ordermerge.analysis import document, findings, plots, wording
+from jax_ordermerge.analysis import findings, plots, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Heading, Paragraph, Picture, Table
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.report import Run
@@ -27,21 +27,21 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
         the path of comparison.html.
 
     Raises:
-        UserError: fewer than two runs, no run directory, or runs of the same name.
+        UserError: fewer than two runs, no run directory, runs of the same name, or of objectives whose losses differ in kind.
     """
     runs = [report.read(Path(directory)) for directory in directories]
     names = [_name(run) for run in runs]
     if len(runs) < 2:
         raise UserError(f"{len(runs)} run was given; a comparison takes two or more run directories")
+    units = {run.loss_unit for run in runs}
+    if len(units) > 1:
+        raise UserError(
+            f"the losses of these runs are of different kinds ({', '.join(sorted(units))}); compare runs of one objective"
+        )
     if len(set(names)) < len(names):
         raise UserError(f"two of the runs have the same name ({', '.join(names)}); give each config a name of its own")
-    title, blocks = f"Comparison: {', '.join(names)}", build(runs)
-    for block in blocks:
-        if isinstance(block, Picture):
-            report.replace(Path(out) / f"{block.name}.svg", block.svg + "\n")
-    report.replace(Path(out) / "comparison.md", document.render_markdown(title, blocks, pictures="."))
     page = Path(out) / "comparison.html"
-    report.replace(page, document.render_html(title, blocks))
+    report.publish(page, f"Comparison: {', '.join(names)}", build(runs), pictures=".")
     return page
 
 
@@ -97,12 +97,13 @@ def _imbalance(runs: Sequence[Run]) -> list[Block]:
             epoch = " = ".join(map(str, row["epochs"]))
             slope = f"{row['estimate']:+.4f} ± {row['se']:.4f}"
             rows.append([f"{_name(run)}, epoch {epoch}", slope, wording.p_text(row["p"]), _difference(row, other)])
+    unit = runs[0].loss_unit
     caption = (
-        "Nats a token from the first to the last place; below 0: what comes early ends worse. Difference: slope less that of the first "
+        f"In {unit} from the first to the last place; below 0: what comes early ends worse. Difference: slope less that of the first "
         "run, the errors added in quadrature (the runs are taken to be independent)."
     )
     named = {_name(run): run.analysis["fixed_effects"]["coefficients"] for run in runs if run.analysis}
-    picture = Picture("slopes", plots.slopes(named), "Slopes of every run by epoch, with 95 % intervals.")
+    picture = Picture("slopes", plots.slopes(named, unit), "Slopes of every run by epoch, with 95 % intervals.")
     table = Table(["run, epoch", "slope ± se", "p", "difference"], rows, caption)
     return [picture, table]
 
@@ -147,7 +148,7 @@ def _results(runs: Sequence[Run]) -> list[Block]:
                     f"{_name(run)}: {model['name']}", wording.plus_minus(model.get("loss"), model.get("loss_se"), 4), gain, "", scored,
                 ])  # fmt: skip
     caption = (
-        "Held-out loss in nats a token; difference: merge less the mean member of its own run, ± standard error [95 % paired bootstrap "
+        f"Held-out loss in {runs[0].loss_unit}; difference: merge less the mean member of its own run, ± standard error [95 % paired bootstrap "
         "interval]. Cosine: mean over pairs of the members' task vectors; the nearer to 1, the more alike the orders made them."
     )
     header = ["model", "loss", "against the mean member", "cosine of members", "tasks"]

@@ -1,4 +1,4 @@
-"""The device mesh, the one table from logical to mesh axes, and a distributed start that fails loudly.
+"""The device mesh, and the one table from logical to mesh axes.
 
 Mesh axes, the outermost first: `order` holds members (no communication crosses it while training), `data` divides batches alone,
 `fsdp` divides parameters and batches, `sequence` the positions of long inputs, `tensor` heads and the mlp. This file sees logical
@@ -8,19 +8,15 @@ axis names only, never a model.
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_ordermerge.errors import PeerLost, UserError
-from jax_ordermerge.processes import within
-
-_GRACE = 60  # seconds
+from jax_ordermerge.errors import UserError
 
 AXES = ("order", "data", "fsdp", "sequence", "tensor")
 
@@ -275,83 +271,3 @@ def provide_cpu_devices(sizes: Iterable[int]) -> None:
     if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", wanted)
-
-
-@contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-    """Wait for all processes at the end of the block, and fail on all of them where one failed, lest the others wait forever.
-
-    Args:
-        what: is done in the block, for the message.
-
-    Raises:
-        UserError: another process failed; its own message says why.
-
-    Example:
-        >>> with together("create the output"):
-        ...     pass
-    """
-    if jax.process_count() == 1:
-        yield
-        return
-    from jax.experimental import multihost_utils
-
-    failed: BaseException | None = None
-    try:
-        yield
-    except Exception as error:
-        failed = error
-    found = multihost_utils.process_allgather(np.int32(failed is not None))
-    if failed is not None:
-        raise failed
-    if found.any():
-        raise UserError(f"process {int(found.argmax())} could not {what}; see its message")
-
-
-def broadcast(flag: bool) -> bool:
-    """Return what process 0 says.
-
-    Example:
-        >>> broadcast(True)
-        True
-    """
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
-
-
-def start_distributed(
-    coordinator: str | None, processes: int | None, index: int | None, timeout: int = 300, heartbeat_timeout: int = 100
-) -> None:
-    """Join the other processes, or fail with one line. Call before any other use of jax.
-
-    Args:
-        coordinator: `"host:port"` of process 0, or `"auto"` where the cluster environment knows (TPU pods, SLURM).
-        processes, index: number of processes and the number of this one; not needed with `"auto"`.
-        timeout: seconds to wait for the peers.
-        heartbeat_timeout: seconds after which a silent process is taken for lost, and ends the others.
-
-    Raises:
-        PeerLost: the peers could not be reached in time.
-        UserError: the addresses or numbers make no sense.
-    """
-    if coordinator is None:
-        return
-    place: dict[str, Any] = (
-        {} if coordinator == "auto" else {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
-    )
-
-    def join() -> None:
-        # jax aborts the process at its own timeout, which therefore is the later one
-        jax.distributed.initialize(**place, initialization_timeout=timeout + _GRACE, heartbeat_timeout_seconds=heartbeat_timeout)
-
-    who = "this process" if index is None else f"process {index} of {processes}"
-    hint = "check that every process runs and that the port is reachable"
-    try:
-        joined = within(join, timeout)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{who} could not start with coordinator {coordinator}: {str(error).splitlines()[0]}; {hint}") from error
-    if not joined:
-        raise PeerLost(f"{who} did not find all its peers within {timeout} s (coordinator {coordinator}); {hint}")

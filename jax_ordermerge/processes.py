@@ -1,12 +1,13 @@
 """Several processes as one: they start from the same things, stop at the same step, and none waits long for one that is gone."""
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,9 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import PeerLost, UserError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GRACE = 60  # seconds
 
 
 def check_alike(what: Mapping[str, Any]) -> None:
@@ -156,3 +158,79 @@ def within(work: Callable[[], Any], seconds: float) -> bool:
     if failed:
         raise failed[0]
     return not thread.is_alive()
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Wait for all processes at the end of the block, and fail on all of them where one failed, lest the others wait forever.
+
+    Args:
+        what: is done in the block, for the message.
+
+    Raises:
+        UserError: another process failed; its own message says why.
+
+    Example:
+        >>> with together("create the output"):
+        ...     pass
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    failed: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    found = multihost_utils.process_allgather(np.int32(failed is not None))
+    if failed is not None:
+        raise failed
+    if found.any():
+        raise UserError(f"process {int(found.argmax())} could not {what}; see its message")
+
+
+def broadcast(flag: bool) -> bool:
+    """Return what process 0 says.
+
+    Example:
+        >>> broadcast(True)
+        True
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+def start_distributed(
+    coordinator: str | None, processes: int | None, index: int | None, timeout: int = 300, heartbeat_timeout: int = 100
+) -> None:
+    """Join the other processes, or fail with one line. Call before any other use of jax.
+
+    Args:
+        coordinator: `"host:port"` of process 0, or `"auto"` where the cluster environment knows (TPU pods, SLURM).
+        processes, index: number of processes and the number of this one; not needed with `"auto"`.
+        timeout: seconds to wait for the peers.
+        heartbeat_timeout: seconds after which a silent process is taken for lost, and ends the others.
+
+    Raises:
+        PeerLost: the peers could not be reached in time.
+        UserError: the addresses or numbers make no sense.
+    """
+    if coordinator is None:
+        return
+    place: dict[str, Any] = (
+        {} if coordinator == "auto" else {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
+    )
+
+    def join() -> None:
+        # jax aborts the process at its own timeout, which therefore is the later one
+        jax.distributed.initialize(**place, initialization_timeout=timeout + _GRACE, heartbeat_timeout_seconds=heartbeat_timeout)
+
+    who = "this process" if index is None else f"process {index} of {processes}"
+    hint = "check that every process runs and that the port is reachable"
+    try:
+        joined = within(join, timeout)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{who} could not start with coordinator {coordinator}: {str(error).splitlines()[0]}; {hint}") from error
+    if not joined:
+        raise PeerLost(f"{who} did not find all its peers within {timeout} s (coordinator {coordinator}); {hint}")

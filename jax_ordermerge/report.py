@@ -1,7 +1,6 @@
 """A run directory becomes report.html (one file that needs nothing else) and report.md. Reads the run directory only."""
 
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import yaml
 
 from jax_ordermerge.analysis import document, findings, plots, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Fold, Heading, Paragraph, Picture, Table
+from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
 
 SAMPLES_SHOWN = 5
@@ -51,13 +51,25 @@ def write(run_directory: str | Path) -> Path:
     run = read(Path(run_directory))
     title = f"Order merging report: {run.config.get('name', run.directory.name)}"
     blocks = build(run)
+    page = run.directory / "report.html"
+    publish(page, title, blocks, pictures="report")
+    return page
+
+
+def publish(page: Path, title: str, blocks: Sequence[Block], *, pictures: str) -> None:
+    """Write a page of HTML, the same beside it in Markdown, and the pictures of the latter.
+
+    Args:
+        page: ends in `.html`.
+        title: of both.
+        blocks: of both.
+        pictures: where the pictures go, seen from the page.
+    """
     for block in blocks:
         if isinstance(block, Picture):
-            replace(run.directory / "report" / f"{block.name}.svg", block.svg + "\n")
-    replace(run.directory / "report.md", document.render_markdown(title, blocks, pictures="report"))
-    page = run.directory / "report.html"
-    replace(page, document.render_html(title, blocks))
-    return page
+            atomic.replace(page.parent / pictures / f"{block.name}.svg", (block.svg + "\n").encode())
+    atomic.replace(page.with_suffix(".md"), document.render_markdown(title, blocks, pictures=pictures).encode())
+    atomic.replace(page, document.render_html(title, blocks).encode())
 
 
 def read(directory: Path) -> Run:
@@ -394,11 +406,3 @@ def _parse(path: Path, text: str) -> Any:
         raise UserError(
             f"{path} is not valid JSON ({error.msg}, line {error.lineno}); remove it and run the stage again"
         ) from error
-
-
-def replace(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

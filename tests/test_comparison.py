@@ -85,4 +85,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         comparison.write([one, other], tmp_path / "out")
     with pytest.raises(UserError, match="is not a run directory"):
         comparison.write([one, tmp_path / "none"], tmp_path / "out")
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config |= {"name": "pairs", "objective": {"kind": "dpo"}}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"different kinds \(nats a pair, nats a token\); compare runs of one objective"):
+        comparison.write([one, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -124,7 +124,7 @@ def effects(analysis: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], uni
     return found[0]
 
 
-def slopes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def slopes(runs: Mapping[str, Sequence[Mapping[str, Any]]], unit: str = NATS) -> str:
     """Fixed-effects slope of every epoch, runs side by side, with 95 % intervals.
 
     Args:
@@ -139,7 +139,7 @@ def slopes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             values = [row["estimate"] for row in rows]
             reach = [[row["estimate"] - row["low"] for row in rows], [row["high"] - row["estimate"] for row in rows]]
             axes.errorbar(at, values, yerr=reach, fmt="o", color=colour, capsize=3, elinewidth=1.2, label=name)
-        axes.set(xticks=epochs, xlabel="epoch", ylabel="slope, nats a token")
+        axes.set(xticks=epochs, xlabel="epoch", ylabel=f"slope of the final loss ({unit})")
         _legend(axes, len(runs))
     return found[0]
 

@@ -132,6 +132,22 @@ def _lock(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file beside its name and rename it when whole, so that a reader never meets half of it.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "new" / "a.txt"
+        >>> replace(file, b"whole")
+        >>> file.read_text(), len(list(file.parent.iterdir()))
+        ('whole', 1)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file through to the disk. Meant for inside `new_directory`: it is not atomic by itself."""
     with path.open("w", encoding="utf-8", newline="") as file:

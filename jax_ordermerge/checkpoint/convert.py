@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jax_ordermerge import arch, tree
+from jax_ordermerge import arch, processes, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, TensorSpec
 from jax_ordermerge.checkpoint import atomic, placement, safetensors
@@ -168,7 +168,7 @@ def export(
     """
     flat = tree.flatten(params)
     _check_params(flat, config, member)
-    with meshes.together(f"export to {directory}"):
+    with processes.together(f"export to {directory}"):
         if jax.process_index() == 0:
             atomic.check_vacant(directory)
     tensors = _hf_tensors(flat, config, member)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ordermerge import config as schema
-from jax_ordermerge import mesh as meshes
+from jax_ordermerge import processes
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
@@ -56,7 +56,7 @@ def with_reference(examples: Examples, file: Path, of: str, measured: Callable[[
         UserError: the file is of other pairs or of another base.
     """
     of = f"{of} {examples.digest}"
-    if not meshes.broadcast(file.is_file()):
+    if not processes.broadcast(file.is_file()):
         whole = io.BytesIO()
         logps = measured()
         np.savez(whole, logps=logps, ids=examples.ids, of=np.array(of))

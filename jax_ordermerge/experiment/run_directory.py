@@ -1,7 +1,6 @@
 """The run directory: which config made it, what is in it, and whole files only."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 
 from jax_ordermerge import config as schema
+from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.config import Config, merge_name
 from jax_ordermerge.errors import UserError
 
@@ -101,12 +101,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write bytes beside `path` and rename them when whole. Only process 0 writes."""
     import jax
 
-    if jax.process_index() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    if jax.process_index() == 0:
+        atomic.replace(path, content)
 
 
 def read_json(path: Path) -> Any:

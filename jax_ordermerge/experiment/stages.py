@@ -79,7 +79,7 @@ def prepare(config: Config, say: Say) -> Workshop:
         methods.check(spec.method, spec.parameters)
     if config.distributed.coordinator is None:
         meshes.provide_cpu_devices(config.mesh.sizes.values())
-    meshes.start_distributed(**config.distributed.model_dump())
+    processes.start_distributed(**config.distributed.model_dump())
     processes.check_alike({name: value for name, value in schema.to_dict(config).items() if name != "distributed"})
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     members, groups = config.population.members, mesh.shape["order"]

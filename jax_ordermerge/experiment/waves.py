@@ -3,7 +3,6 @@
 A member becomes alone what it becomes among others, so how a population is divided decides nothing but the clock.
 """
 
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_ordermerge import mesh as meshes
-from jax_ordermerge import plan
+from jax_ordermerge import plan, processes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment.run_directory import read_json, write_bytes, write_json
 from jax_ordermerge.train import journal, loop
+from jax_ordermerge.train import members as trained
 from jax_ordermerge.tree import Tree
 
+_FILE = "waves.json"
 _ROOM = 0.92  # of a device's memory; the rest goes to fragments and to what other programs hold
 
 
@@ -42,23 +43,19 @@ def train(
 
 
 def restore(config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32") -> Tree:
-    """Return the trained population [M, ...] from the last checkpoint, or from those of all waves; see `loop.restore_members`."""
-    file = config.directory / "waves.json"
-    if not file.is_file():
-        return loop.restore_members(config, model, mesh, dtype=dtype)
-    found = [
-        loop.restore_members(config, model, mesh, dtype=dtype, directory=_room(config, number))
-        for number in range(len(json.loads(file.read_text())))
-    ]
+    """Return the trained population [M, ...] from the last checkpoint, or from those of all waves; see `members.restore_members`."""
+    homes = [_room(config, number) for number in range(len(_known(config)))] or [config.directory]
+    found = [trained.restore_members(config, model, mesh, dtype=dtype, directory=home) for home in homes]
+    if len(found) == 1:
+        return found[0]
     shardings = jax.tree.map(lambda x: x.sharding, found[0])
     return jax.jit(lambda parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), out_shardings=shardings)(found)
 
 
 def home(config: Config, member: int) -> Path:
     """Return the directory whose checkpoints hold a member: that of its wave, or the run's own."""
-    file = config.directory / "waves.json"
-    waves = json.loads(file.read_text()) if file.is_file() else []
-    return next((_room(config, number) for number, wave in enumerate(waves) if member in wave), config.directory)
+    waves = enumerate(_known(config))
+    return next((_room(config, number) for number, wave in waves if member in wave), config.directory)
 
 
 def size_of_wave(members: int, groups: int, needs: plan.Needs, limit: int) -> int:
@@ -93,9 +90,9 @@ def size_of_wave(members: int, groups: int, needs: plan.Needs, limit: int) -> in
 
 def _divided(config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str], None]) -> list[list[int]]:
     """Return the members of each wave; what was decided once stays, on whatever devices the training goes on."""
-    file = config.directory / "waves.json"
-    if file.is_file():
-        return [[int(member) for member in wave] for wave in json.loads(file.read_text())]
+    known = _known(config)
+    if known:
+        return known
     members, groups = config.population.members, mesh.shape["order"]
     size = config.population.wave
     if size is None:
@@ -110,9 +107,14 @@ def _divided(config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str]
                 f"{config.directory} holds a training of all members at once; choose another output directory for waves"
             )
         say(f"  {members} members in {len(waves)} waves of {size}")
-        with meshes.together(f"write {file}"):
-            journal.write_json(file, waves)
+        with processes.together("write waves.json"):
+            write_json(config.directory / _FILE, waves)
     return waves
+
+
+def _known(config: Config) -> list[list[int]]:
+    """Return the members of each wave, as they were decided; nothing where there are no waves."""
+    return read_json(config.directory / _FILE) or []
 
 
 def _room(config: Config, number: int) -> Path:
@@ -128,20 +130,20 @@ def _gather(config: Config, count: int) -> None:
     for room in rooms:
         digests |= json.loads((room / "orders" / "digests.json").read_text())
         for file in sorted((room / "orders").glob("*.npz")):
-            journal.write_bytes(config.directory / "orders" / file.name, file.read_bytes())
-    journal.write_json(config.directory / "orders" / "digests.json", digests)
+            write_bytes(config.directory / "orders" / file.name, file.read_bytes())
+    write_json(config.directory / "orders" / "digests.json", digests)
     lines = _lines([_read_lines(room / "metrics" / "train.jsonl") for room in rooms])
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    journal.write_bytes(config.directory / "metrics" / "train.jsonl", text.encode())
+    write_bytes(config.directory / "metrics" / "train.jsonl", text.encode())
     losses = []
     for room in rooms:
-        with np.load(io.BytesIO((room / "losses" / "train.npz").read_bytes())) as saved:
+        with np.load(room / "losses" / "train.npz") as saved:
             losses.append(saved["losses"])
             ids = saved["ids"]
     journal.write_arrays(config.directory / "losses" / "train.npz", {"losses": np.concatenate(losses), "ids": ids})
     states = [json.loads((room / "metrics" / "state.json").read_text()) for room in rooms]
     summed = {key: sum(state[key] for state in states) for key in ("seconds", "tokens", "compilations")}
-    journal.write_json(config.directory / "metrics" / "state.json", {**states[0], **summed, "waves": count})
+    write_json(config.directory / "metrics" / "state.json", {**states[0], **summed, "waves": count})
 
 
 def _read_lines(path: Path) -> dict[int, dict[str, Any]]:

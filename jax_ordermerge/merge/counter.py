@@ -98,6 +98,26 @@ def element_index(shape: Sequence[int], offset: jax.Array | None = None) -> Inde
     return index
 
 
+def round_stochastically(x: jax.Array, random: jax.Array) -> jax.Array:
+    """Round float32 to one of the two nearest bfloat16, up with the probability of what is cut off; the expectation is x.
+
+    Args:
+        x: float32[*s]. NaN and infinities stay what they are.
+        random: uint32[*s].
+
+    Example:
+        >>> x = jnp.full(10000, 1 + 2.0**-9)
+        >>> up = round_stochastically(x, jax.random.bits(jax.random.key(0), x.shape)) > 1
+        >>> 0.22 < float(up.mean()) < 0.28
+        True
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # a carry out of the mantissa goes into the exponent, which is what rounding up means there
+    cut = (bits + (random >> 16)) >> 16
+    rounded = jax.lax.bitcast_convert_type(cut.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
 def _add(x: Index, y: Index) -> Index:
     lo = x.lo + y.lo
     return Index(lo, x.hi + y.hi + (lo < x.lo).astype(jnp.uint32))

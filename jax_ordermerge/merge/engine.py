@@ -24,8 +24,7 @@ import jax
 import numpy as np
 
 import jax_ordermerge
-from jax_ordermerge import mesh as meshes
-from jax_ordermerge import rng
+from jax_ordermerge import processes, rng
 from jax_ordermerge.checkpoint import atomic, safetensors
 from jax_ordermerge.checkpoint.shards import SHARD_BYTES, ShardFiles
 from jax_ordermerge.errors import UserError
@@ -78,14 +77,14 @@ def merge_plan(
     with _workspace(out, _fingerprint(plan, shard_bytes)) as (partial, resumed):
         with ShardFiles(partial, table, plan.out_dtype, shard_bytes) as files:
             left = _read_journals(partial, plan) if resumed else {}
-            with meshes.together(f"create {out}"):
+            with processes.together(f"create {out}"):
                 if not left and index == 0:
                     files.create()
             job = _Job(plan, files, slab_elements, diagnostics, partial / f"{_JOURNAL}-{index}")
-            with meshes.together(f"merge {out}"):
+            with processes.together(f"merge {out}"):
                 # each process its share; the files are on storage that all of them see
                 job.run(plan.outputs[index::count], left, workers or len(os.sched_getaffinity(0)) + 1, progress)
-        with meshes.together(f"finish {out}"):
+        with processes.together(f"finish {out}"):
             done = _read_journals(partial, plan)
         if index == 0:
             for journal in partial.glob(f"{_JOURNAL}-*"):
@@ -99,10 +98,10 @@ def _workspace(out: str | Path, fingerprint: str) -> Iterator[tuple[Path, bool]]
     """Yield `atomic.resumable_directory`, which process 0 makes and renames for all of them."""
     with contextlib.ExitStack() as stack:
         found = None
-        with meshes.together(f"open {out}"):
+        with processes.together(f"open {out}"):
             if jax.process_index() == 0:
                 found = stack.enter_context(atomic.resumable_directory(out, fingerprint))
-        resumed = meshes.broadcast(found is not None and found[1])
+        resumed = processes.broadcast(found is not None and found[1])
         yield atomic.partial_of(out) if found is None else found[0], resumed
 
 

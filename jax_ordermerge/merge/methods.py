@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.merge import average, masks, select, sparsify, spherical
-from jax_ordermerge.merge.counter import random_words
+from jax_ordermerge.merge.counter import random_words, round_stochastically
 from jax_ordermerge.merge.parts import Part, Tensor, Whole, as_stored, split, stored
 
 Parameters = Mapping[str, Any]
@@ -295,26 +295,6 @@ def apply(
 
 
 run = functools.partial(jax.jit, static_argnames=("method", "static", "dtype", "out"))(apply)
-
-
-def round_stochastically(x: jax.Array, random: jax.Array) -> jax.Array:
-    """Round float32 to one of the two nearest bfloat16, up with the probability of what is cut off; the expectation is x.
-
-    Args:
-        x: float32[*s]. NaN and infinities stay what they are.
-        random: uint32[*s].
-
-    Example:
-        >>> x = jnp.full(10000, 1 + 2.0**-9)
-        >>> up = round_stochastically(x, jax.random.bits(jax.random.key(0), x.shape)) > 1
-        >>> 0.22 < float(up.mean()) < 0.28
-        True
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # a carry out of the mantissa goes into the exponent, which is what rounding up means there
-    cut = (bits + (random >> 16)) >> 16
-    rounded = jax.lax.bitcast_convert_type(cut.astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def merge_tensor(

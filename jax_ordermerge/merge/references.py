@@ -60,19 +60,11 @@ def _open_member(run: Path, number: int, label: str) -> Source:
     """Open a member of a run whose training has come to its end."""
     settings = schema.load_config(run / "config.yaml", [f"output={run}"])
     checkpoints = _checkpoints(run, number)
-    step = orbax.latest(checkpoints)
-    if step is None:
-        raise UserError(f"{label}: no checkpoint in {checkpoints}; run the training first")
-    kept = orbax.metadata(checkpoints, step)
-    if not isinstance(kept.get("steps"), int) or not isinstance(kept.get("members"), list):
-        raise UserError(f"{label}: the checkpoint of step {step} in {checkpoints} is not that of a training")
-    if step < kept["steps"]:
-        raise UserError(f"{label}: the training stands at step {step} of {kept['steps']}; run it again to continue")
-    if number not in kept["members"]:
-        raise UserError(f"{label} does not exist; the run has the members {', '.join(map(str, kept['members']))}")
+    kept = sources.finished(checkpoints, label)
+    if number not in kept.members:
+        raise UserError(f"{label} does not exist; the run has the members {', '.join(map(str, kept.members))}")
     base = convert.resolve(settings.model.base)
-    place = kept["members"].index(number)
-    branch = kept.get("weights", "params")  # the averages, where the training kept them
+    place, branch = kept.members.index(number), kept.branch
     if settings.lora is not None:
         held = sources.Directory(base, ignore=settings.model.ignore_config_keys)
         return lora.Trained(held, checkpoints, place, settings.lora, label, branch)

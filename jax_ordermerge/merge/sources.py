@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -181,6 +181,48 @@ class Untied:
     def identity(self) -> str:
         """See `Source.identity`."""
         return self.inner.identity()
+
+
+class Finished(NamedTuple):
+    """The last checkpoint of a training that has come to its end.
+
+    Attributes:
+        step: of the checkpoint.
+        members: their numbers, in the order of the axis `M`.
+        branch: where in the checkpoint the members lie: the averages, where the training kept them.
+    """
+
+    step: int
+    members: tuple[int, ...]
+    branch: str
+
+
+def finished(checkpoints: Path, label: str = "") -> Finished:
+    """Return what the last checkpoint says of itself.
+
+    Args:
+        checkpoints: of a training.
+        label: what the user called it, for the message.
+
+    Raises:
+        UserError: there is none, it is not of a training, or the training has not come to its end.
+
+    Example:
+        >>> finished(Path("nowhere/checkpoints"), "nowhere/member_0")
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: nowhere/member_0: no checkpoint in nowhere/checkpoints; run the training first
+    """
+    who = f"{label}: " if label else ""
+    step = orbax.latest(checkpoints)
+    if step is None:
+        raise UserError(f"{who}no checkpoint in {checkpoints}; run the training first")
+    kept = orbax.metadata(checkpoints, step)
+    if not isinstance(kept.get("steps"), int) or not isinstance(kept.get("members"), list):
+        raise UserError(f"{who}the checkpoint of step {step} in {checkpoints} is not that of a training")
+    if step < kept["steps"]:
+        raise UserError(f"{who}the training in {checkpoints} stands at step {step} of {kept['steps']}; run it again to continue")
+    return Finished(step, tuple(kept["members"]), kept.get("weights", "params"))
 
 
 def load(models: Source | Sequence[Source], mesh: Mesh | None = None, *, dtype: DTypeLike) -> tree.Tree:

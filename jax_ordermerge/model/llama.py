@@ -20,8 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge import rng, tree
-from jax_ordermerge.arch import ModelConfig, Rope, TensorSpec, tensor_table
+from jax_ordermerge import tree
+from jax_ordermerge.arch import ModelConfig, Rope, tensor_table
+from jax_ordermerge.model import initial
 from jax_ordermerge.model.attention import Tokens, attend
 from jax_ordermerge.model.kernels import MIXED, Kernel
 
@@ -355,17 +356,4 @@ def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None =
         >>> init_params(config, 0)["layers"]["attention"]["q"]["weight"].shape
         (2, 8, 8)
     """
-    table = tensor_table(config)
-    keys = {s.path: jnp.stack([rng.stream(seed, "init", n) for n in s.hf_names()]) for s in table if s.init == "normal"}
-
-    def draw(spec: TensorSpec, keys: jax.Array | None) -> jax.Array:
-        if keys is None:
-            return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, jnp.float32)
-        values = jax.vmap(lambda key: jax.random.normal(key, spec.hf_shape, jnp.float32))(keys)
-        return (values * config.initializer_range).reshape(spec.shape)
-
-    def build(keys: dict[str, jax.Array]) -> tree.Tree:
-        return tree.unflatten({spec.path: draw(spec, keys.get(spec.path)) for spec in table})
-
-    shardings = None if mesh is None else tree.unflatten({s.path: meshes.sharding(s.axes, s.shape, mesh) for s in table})
-    return jax.jit(build, out_shardings=shardings)(keys)
+    return initial.draw(tensor_table(config), seed, "init", mesh, std=config.initializer_range)

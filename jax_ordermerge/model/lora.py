@@ -12,13 +12,12 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rs
 import math
 
 import jax
-import jax.numpy as jnp
 
-from jax_ordermerge import mesh as meshes
-from jax_ordermerge import rng, tree
+from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec, tensor_table
 from jax_ordermerge.config import Lora
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.model import initial
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 ALL = "all-linear"
@@ -104,20 +103,7 @@ def init_params(config: ModelConfig, settings: Lora, seed: int, mesh: jax.shardi
         >>> q["lora_a"].shape, float(abs(q["lora_a"]).max()) < 8**-0.5, float(abs(q["lora_b"]).max())
         ((2, 4, 8), True, 0.0)
     """
-    specs = table(config, settings)
-    keys = {s.path: jnp.stack([rng.stream(seed, "lora", name) for name in s.hf_names()]) for s in specs if s.init == "uniform"}
-
-    def draw(spec: TensorSpec, keys: jax.Array | None) -> jax.Array:
-        if keys is None:
-            return jnp.zeros(spec.shape, jnp.float32)
-        bound = spec.hf_shape[-1] ** -0.5
-        return jax.vmap(lambda key: jax.random.uniform(key, spec.hf_shape, jnp.float32, -bound, bound))(keys)
-
-    def build(keys: dict[str, jax.Array]) -> tree.Tree:
-        return tree.unflatten({spec.path: draw(spec, keys.get(spec.path)) for spec in specs})
-
-    shardings = None if mesh is None else tree.unflatten({s.path: meshes.sharding(s.axes, s.shape, mesh) for s in specs})
-    return jax.jit(build, out_shardings=shardings)(keys)
+    return initial.draw(table(config, settings), seed, "lora", mesh)
 
 
 def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.flops import training_flops
@@ -256,12 +256,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file beside its name and rename it when whole."""
-    if jax.process_index() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    if jax.process_index() == 0:
+        atomic.replace(path, content)
 
 
 def versions(names: Sequence[str] = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")) -> dict[str, str]:

@@ -28,14 +28,11 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
 from jax_ordermerge.train import batches, flops, journal, optimizers
 from jax_ordermerge.train import step as steps
-from jax_ordermerge.train.batches import Plan, epoch_order
+from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.display import Display, Watcher
 from jax_ordermerge.train.journal import Clock, Journal
-from jax_ordermerge.train.members import restore_members
 from jax_ordermerge.train.split import split
 from jax_ordermerge.tree import Tree, unflatten
-
-__all__ = ["epoch_order", "restore_members", "train"]
 
 # What may differ when a training continues: it decides when something is written, not what.
 _FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep_checkpoints", "spike"}

@@ -1,7 +1,6 @@
 """The trained members of a run, read from its last checkpoint: always as dense models, whatever was trained."""
 
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -23,12 +22,12 @@ def restore_members(
     Raises:
         UserError: there is no checkpoint, or the training has not come to its end.
     """
-    checkpoints, step, kept = _finished(config, directory)
-    numbers = kept["members"]
+    checkpoints, kept = _last(config, directory)
+    numbers = kept.members
     if config.lora is not None:
         return sources.load([_adapted(config, checkpoints, kept, number) for number in numbers], mesh, dtype=dtype)
     abstract = convert.abstract_params(model, mesh, members=len(numbers), dtype=dtype)
-    return _inside(orbax.restore(checkpoints, step, _under(kept, abstract)), kept)
+    return _inside(orbax.restore(checkpoints, kept.step, _under(kept, abstract)), kept)
 
 
 def restore_member(
@@ -39,12 +38,12 @@ def restore_member(
     Raises:
         UserError: as `restore_members`, and if the member was not trained.
     """
-    checkpoints, step, kept = _finished(config, directory)
+    checkpoints, kept = _last(config, directory)
     place = _place(kept, number, checkpoints)
     if config.lora is not None:
         return sources.load(_adapted(config, checkpoints, kept, number), mesh, dtype=dtype)
     abstract = convert.abstract_params(model, mesh, dtype=dtype)
-    return _inside(orbax.restore_member(checkpoints, step, place, _under(kept, abstract)), kept)
+    return _inside(orbax.restore_member(checkpoints, kept.step, place, _under(kept, abstract)), kept)
 
 
 def restore_adapter(config: Config, model: ModelConfig, number: int, *, directory: Path | None = None) -> Tree:
@@ -55,47 +54,35 @@ def restore_adapter(config: Config, model: ModelConfig, number: int, *, director
     """
     if config.lora is None:
         raise UserError(f"{config.directory} has no adapters: it was trained with lora: null; convert its members --to hf")
-    checkpoints, step, kept = _finished(config, directory)
+    checkpoints, kept = _last(config, directory)
     abstract = convert.abstract_tensors(lora.table(model, config.lora))
     place = _place(kept, number, checkpoints)
-    return _inside(orbax.restore_member(checkpoints, step, place, _under(kept, abstract)), kept)
+    return _inside(orbax.restore_member(checkpoints, kept.step, place, _under(kept, abstract)), kept)
 
 
-def _finished(config: Config, directory: Path | None) -> tuple[Path, int, dict[str, Any]]:
+def _last(config: Config, directory: Path | None) -> tuple[Path, sources.Finished]:
     checkpoints = (directory or config.directory) / "checkpoints"
-    step = orbax.latest(checkpoints)
-    if step is None:
-        raise UserError(f"no checkpoint in {checkpoints}; run the training first")
-    kept = orbax.metadata(checkpoints, step)
-    if step < kept["steps"]:
-        raise UserError(f"the training in {checkpoints} stands at step {step} of {kept['steps']}; run it again to continue")
-    return checkpoints, step, kept
+    return checkpoints, sources.finished(checkpoints)
 
 
-def _place(kept: dict[str, Any], number: int, checkpoints: Path) -> int:
-    if number not in kept["members"]:
-        known = ", ".join(map(str, kept["members"]))
-        raise UserError(f"member {number} is not in {checkpoints}; it has the members {known}")
-    return kept["members"].index(number)
+def _place(kept: sources.Finished, number: int, checkpoints: Path) -> int:
+    if number not in kept.members:
+        raise UserError(f"member {number} is not in {checkpoints}; it has the members {', '.join(map(str, kept.members))}")
+    return kept.members.index(number)
 
 
-def _adapted(config: Config, checkpoints: Path, kept: dict[str, Any], number: int) -> sources.Source:
+def _adapted(config: Config, checkpoints: Path, kept: sources.Finished, number: int) -> sources.Source:
     assert config.lora is not None
     base = sources.Directory(convert.resolve(config.model.base), ignore=config.model.ignore_config_keys)
     label = f"{checkpoints.parent}/member_{number}"
-    return lora.Trained(base, checkpoints, kept["members"].index(number), config.lora, label, _branch(kept))
+    return lora.Trained(base, checkpoints, kept.members.index(number), config.lora, label, kept.branch)
 
 
-def _branch(kept: dict[str, Any]) -> str:
-    """Return where in the checkpoint the members lie: the averages, where the training kept them."""
-    return kept.get("weights", "params")
+def _under(kept: sources.Finished, leaves: Tree) -> Tree:
+    return unflatten({kept.branch: leaves})
 
 
-def _under(kept: dict[str, Any], leaves: Tree) -> Tree:
-    return unflatten({_branch(kept): leaves})
-
-
-def _inside(found: Tree, kept: dict[str, Any]) -> Tree:
-    for name in _branch(kept).split("/"):
+def _inside(found: Tree, kept: sources.Finished) -> Tree:
+    for name in kept.branch.split("/"):
         found = found[name]
     return found

@@ -209,7 +209,7 @@ def in_bfloat16(tx: optax.GradientTransformation, *, stochastic: bool) -> optax.
             if not stochastic:
                 return x.astype(jnp.bfloat16)
             words = jnp.asarray(rng.stream_words(0, "moments", jax.tree_util.keystr(path)))
-            return round_stochastically(x, counter.random_words(words, counter.element_index(x.shape), count))
+            return counter.round_stochastically(x, counter.random_words(words, counter.element_index(x.shape), count))
 
         return _map_moments(one, state)
 
@@ -226,27 +226,6 @@ def in_bfloat16(tx: optax.GradientTransformation, *, stochastic: bool) -> optax.
 
 def _map_moments(fn: Callable[[Any, jax.Array], jax.Array], state: Any) -> Any:
     return jax.tree.map_with_path(lambda path, x: fn(path, x) if isinstance(path[-1], jax.tree_util.DictKey) else x, state)
-
-
-def round_stochastically(x: jax.Array, random: jax.Array) -> jax.Array:
-    """Round to one of the two bfloat16 neighbours, the nearer the likelier, so that the mean is `x`.
-
-    Args:
-        x: float32, any shape, finite.
-        random: uint32 of the same shape, of which the lower half is used.
-
-    Returns:
-        bfloat16 of the shape of `x`.
-
-    Example:
-        >>> x = jnp.full(10000, 1 + 2**-9)  # a quarter of the way from 1 to its neighbour 1 + 2^-7
-        >>> rounded = round_stochastically(x, jax.random.bits(jax.random.key(0), x.shape))
-        >>> sorted(set(rounded.tolist())), round(float((rounded > 1).mean()), 2)
-        ([1.0, 1.0078125], 0.25)
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    kept = ((bits + (random & 0xFFFF)) >> 16).astype(jnp.uint16)  # the upper half of a float32 is a bfloat16
-    return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
 
 
 class AveragedState(NamedTuple):

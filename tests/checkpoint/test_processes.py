@@ -13,12 +13,12 @@ from jax_ordermerge.checkpoint.safetensors import Reader
 PROGRAM = """
 import sys
 import jax
-from jax_ordermerge import mesh
+from jax_ordermerge import mesh, processes
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.errors import UserError
 
 port, index, source, out = sys.argv[1:]
-mesh.start_distributed(f"127.0.0.1:{port}", 2, int(index), 60)
+processes.start_distributed(f"127.0.0.1:{port}", 2, int(index), 60)
 grid = mesh.make_mesh(2, 2, 2)
 config, population = convert.load_params(source, grid, members=2)
 assert not jax.tree.leaves(population)[0].is_fully_addressable

@@ -16,7 +16,7 @@ import pytest
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.experiment.run_directory import read_config
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import loop
+from jax_ordermerge.train import members
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEARTBEAT = 10
@@ -85,7 +85,7 @@ def complete(folder, output):
 def result(folder, output):
     config = read_config(folder / "tiny.yaml", [f"output={output}", "training.epochs=8"])
     model = convert.load_config(convert.resolve(config.model.base))
-    return loop.restore_members(config, model, make_mesh()), np.load(output / "losses" / "train.npz")["losses"]
+    return members.restore_members(config, model, make_mesh()), np.load(output / "losses" / "train.npz")["losses"]
 
 
 @pytest.fixture(scope="module")

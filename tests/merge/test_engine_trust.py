@@ -192,11 +192,11 @@ import sys
 from pathlib import Path
 port, index, root, out, source = sys.argv[1:]
 sys.path.insert(0, source)
-from jax_ordermerge import mesh
+from jax_ordermerge import processes
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources import Directory
-mesh.start_distributed(f"127.0.0.1:{port}", 2, int(index), 60)
+processes.start_distributed(f"127.0.0.1:{port}", 2, int(index), 60)
 root, out = Path(root), Path(out)
 made = plan.uniform([Directory(root / "one"), Directory(root / "two")], Directory(root / "base"), method="selection",
                     parameters={"resample": "exhaustive"})

@@ -15,7 +15,7 @@ from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, preference
-from jax_ordermerge.train import batches, fisher, loop, objective
+from jax_ordermerge.train import batches, fisher, loop, members, objective
 from jax_ordermerge.train import step as steps
 
 NAMES = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
@@ -161,14 +161,14 @@ def test_losses_are_stored_by_pair(whole, pairs):
     assert np.isfinite(losses).all()
     for step, line in enumerate(lines):
         for member in range(2):
-            rows = loop.epoch_order(config, len(pairs), member, step // 3)[step % 3]
+            rows = batches.epoch_order(config, len(pairs), member, step // 3)[step % 3]
             assert line["loss"][member] == pytest.approx(losses[member, step // 3, rows[rows >= 0]].mean(), rel=1e-5)
 
 
 def test_what_is_measured_afterwards_is_what_was_trained(whole, pairs, tiny_model):
     """The loss of a pair from two sums over sequences, as the analysis makes it, against the objective."""
     config, _, _ = whole
-    params = tree.member(loop.restore_members(config, tiny_model, make_mesh()), 0)
+    params = tree.member(members.restore_members(config, tiny_model, make_mesh()), 0)
     sums = sequence_sums(tiny_model, params, pairs)
     tokens = np.array([mask.sum() for mask in pairs.sequences.answers]).reshape(-1, 2)
     found = preference.pair_losses(*map(jnp.float32, (-sums, pairs.reference, tokens)), config.objective)
@@ -178,8 +178,8 @@ def test_what_is_measured_afterwards_is_what_was_trained(whole, pairs, tiny_mode
 
 
 def same_weights(a, b, of_a, of_b, model, same_bits, mesh_a=None, mesh_b=None):
-    one = loop.restore_members(a, model, mesh_a or make_mesh())
-    other = loop.restore_members(b, model, mesh_b or make_mesh())
+    one = members.restore_members(a, model, mesh_a or make_mesh())
+    other = members.restore_members(b, model, mesh_b or make_mesh())
     return same_bits(tree.member(one, of_a), tree.member(other, of_b))
 
 

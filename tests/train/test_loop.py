@@ -12,7 +12,7 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.data import order
 from jax_ordermerge.errors import Stopped, UserError
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import loop, optimizers
+from jax_ordermerge.train import batches, loop, members, optimizers
 from jax_ordermerge.train import step as steps
 
 STEPS = 6  # 2 epochs of 3
@@ -32,7 +32,7 @@ def whole(tmp_path_factory, tiny_train):
 
 
 def weights(run, model, mesh=None):
-    return loop.restore_members(run.config, model, mesh or make_mesh())
+    return members.restore_members(run.config, model, mesh or make_mesh())
 
 
 # ---------------------------------------------------------------------------------------------------- a member alone and in company
@@ -235,7 +235,7 @@ def test_losses_are_stored_by_sample(whole, tiny_examples):
     counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
     for step, line in enumerate(whole.lines()):
         for member in range(2):
-            rows = loop.epoch_order(whole.config, len(tiny_examples), member, step // 3)[step % 3]
+            rows = batches.epoch_order(whole.config, len(tiny_examples), member, step // 3)[step % 3]
             rows = rows[rows >= 0]
             mean = (losses[member, step // 3, rows] * counts[rows]).sum() / counts[rows].sum()
             assert line["loss"][member] == pytest.approx(mean, rel=1e-5)
@@ -246,7 +246,7 @@ def test_orders_are_saved_by_sample_id(whole, tiny_examples):
     for member in range(2):
         with np.load(whole.file(f"orders/member_{member}.npz")) as saved:
             for epoch in range(2):
-                rows = loop.epoch_order(whole.config, len(tiny_examples), member, epoch)
+                rows = batches.epoch_order(whole.config, len(tiny_examples), member, epoch)
                 np.testing.assert_array_equal(saved[f"epoch_{epoch}"], np.where(rows < 0, -1, rows + 100))
                 assert digests[f"member_{member}"][epoch] == order.digest(rows)
 
@@ -260,15 +260,15 @@ def test_checkpoints_say_what_they_are(whole):
 
 
 def test_members_are_restored_in_another_dtype(whole, tiny_model):
-    full = loop.restore_members(whole.config, tiny_model, make_mesh())
-    half = loop.restore_members(whole.config, tiny_model, make_mesh(2, 2, 2), dtype="bfloat16")
+    full = members.restore_members(whole.config, tiny_model, make_mesh())
+    half = members.restore_members(whole.config, tiny_model, make_mesh(2, 2, 2), dtype="bfloat16")
     for ours, theirs in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs).astype(ours.dtype))
 
 
 def test_members_of_no_training(tiny_config, tiny_model, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint in .*; run the training first"):
-        loop.restore_members(tiny_config(tmp_path), tiny_model, make_mesh())
+        members.restore_members(tiny_config(tmp_path), tiny_model, make_mesh())
 
 
 # ------------------------------------------------------------------------------------------------------------------------- failures

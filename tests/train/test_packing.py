@@ -9,7 +9,7 @@ from jax_ordermerge import tree
 from jax_ordermerge.data import order, pack
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import batches, loop, objective
+from jax_ordermerge.train import batches, loop, members, objective
 
 ROW = 40  # tokens; examples have 4 to 23
 
@@ -151,7 +151,7 @@ def whole(tmp_path_factory, train_packed, kind):
 
 
 def weights(run, model):
-    return loop.restore_members(run.config, model, make_mesh())
+    return members.restore_members(run.config, model, make_mesh())
 
 
 def test_member_alone_is_the_member_of_the_population(whole, tmp_path, train_packed, kind, tiny_model, same_bits):
