@@ -116,7 +116,7 @@ def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
 
     Example:
         >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-        >>> base = {"layers": {"mlp": {"up": {"weight": jnp.zeros((2, 16, 8))}}}}
+        >>> base = {"layers": {"mlp": {"up": {"weight": jax.numpy.zeros((2, 16, 8))}}}}
         >>> joined = join(base, init_params(config, Lora(targets=("up",)), 0), 2.0)
         >>> sorted(joined["layers"]["mlp"]["up"])
         ['lora_a', 'lora_b', 'weight']

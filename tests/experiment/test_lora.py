@@ -35,6 +35,7 @@ def assert_same_tensors(one, other):
         assert ours.read(name).tobytes() == theirs.read(name).tobytes(), name
 
 
+@pytest.mark.slow
 def test_every_stage_works_on_adapters(run):
     directory, said = run
     assert "  lora: 624 parameters a member are trained, 4,944 of the base are held once in float32" in said

@@ -133,6 +133,7 @@ def test_accumulation_has_the_same_gradient(tiny_model, pairs):
     np.testing.assert_allclose(of_one.examples.losses.ravel(), of_four.examples.losses.ravel(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fisher_of_pairs(tiny_model, pairs, tiny_base):
     loss = objective.dpo(tiny_model, Objective(kind="dpo"), dtype="float32", remat="none")
     found = fisher.diagonal(loss, tree.stack([tiny_base]), pairs, count=2, lengths=(24,), mesh=make_mesh(), seed=0)
@@ -210,6 +211,7 @@ def test_positions_divided_over_devices(whole, tmp_path, train):
         np.testing.assert_allclose(line["loss"], expected["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, train, tiny_model, same_bits):
     # killed at step 3, the last checkpoint is at 2: the line of step 3 has a step from before the kill
     other = {"training": {"checkpoint_every": 2, "log_every": 3}}

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
@@ -12,6 +13,7 @@ from jax_ordermerge.rng import stream
 from jax_ordermerge.train import fisher, objective
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_square_of_the_gradients_of_single_examples(tiny_model, tiny_examples):
     members = [llama.init_params(tiny_model, seed) for seed in range(2)]
     loss = objective.sft(tiny_model, dtype="float32", remat="none")

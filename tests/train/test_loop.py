@@ -46,6 +46,7 @@ def test_member_alone_is_the_member_of_the_population(whole, tmp_path, tiny_trai
     assert [line["loss"][0] for line in alone.lines()] == [line["loss"][1] for line in whole.lines()]
 
 
+@pytest.mark.slow
 def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, tiny_train, tiny_model, same_bits):
     sections = {"training": {"epochs": 1}, "model": {"compute_dtype": "bfloat16"}}
     both = tiny_train(tmp_path / "both", make_mesh(2, 2, 2), **sections)
@@ -53,7 +54,8 @@ def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, tiny_train, ti
     assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, make_mesh(2, 2, 2)), 1))
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "sequence": 2}, pytest.param({"data": 2, "fsdp": 2}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 2, "sequence": 2}, {"data": 2, "fsdp": 2}])
 def test_batches_and_positions_divided_over_devices_change_no_more_than_the_last_digits(
     whole, tmp_path, tiny_train, tiny_model, same_bits, axes
 ):
@@ -139,6 +141,7 @@ AVERAGED = {"optimizer": "muon", "schedule": "wsd", "decay": 2, "moments_dtype":
             "keep_checkpoints": STEPS}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_with_averages_and_bfloat16_moments_killed_and_resumed_is_uninterrupted(
     averaged, tmp_path, tiny_train, tiny_model, same_bits
 ):

@@ -337,6 +337,7 @@ def test_a_second_moment_that_should_fall(stochastic, expected):
     assert float(state.inner.nu["w"].astype(jnp.float32).mean()) == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_rounding_bits_follow_no_mesh(tiny_model, tiny_base, same_bits):
     settings = training("adamw", moments_dtype="bfloat16")
     one, many = (run(settings, tiny_model, tiny_base, range(2), shape)[0] for shape in ((1, 1, 1), (2, 4, 1)))

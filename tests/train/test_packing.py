@@ -160,6 +160,7 @@ def test_member_alone_is_the_member_of_the_population(whole, tmp_path, train_pac
     np.testing.assert_array_equal(alone.losses()[0], whole.losses()[1])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, train_packed, kind, tiny_model, same_bits):
     with pytest.raises(KeyboardInterrupt):
         train_packed(tmp_path, kind, stop_at=3)
@@ -188,6 +189,7 @@ def test_losses_and_orders_are_stored_by_sample(whole, tiny_examples):
                 )
 
 
+@pytest.mark.slow
 def test_training_on_a_mesh(tmp_path, tiny_train, kind, whole):
     data = {"packing": kind, "max_length": ROW, "buckets": []}
     on_mesh = tiny_train(tmp_path, make_mesh(2, 2, sequence=2), data=data, training={"batch": 4, "microbatch": 2})
