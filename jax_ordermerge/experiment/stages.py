@@ -123,8 +123,8 @@ def refer(w: Workshop) -> Workshop:
     """
     if w.config.objective.kind != "dpo":
         return w
-    of = f"{preferences.base_digest(w.config, w.base)} {w.config.model.compute_dtype}"
-    base = functools.cache(lambda: base_params(w, "float32"))
+    of = f"{preferences.base_digest(w.config, w.base)} {w.config.base_dtype} {w.config.model.compute_dtype}"
+    base = functools.cache(lambda: base_params(w, w.config.base_dtype))  # as training holds it, so that its first margins are 0
 
     def measured(name: str) -> np.ndarray:
         examples = w.splits[name]
