@@ -205,7 +205,7 @@ def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, train, tiny_mo
 
 
 def test_adapters_on_the_frozen_base(tmp_path, train):
-    low = {"lora": {"rank": 4, "alpha": 16.0}, "training": {"epochs": 4, "learning_rate": 3e-2}}
+    low = {"lora": {"rank": 4, "alpha": 16.0}, "training": {"epochs": 4, "microbatch": 8, "learning_rate": 3e-2}}
     _, lines, losses = train(tmp_path / "both", make_mesh(), **low)
     assert lines[0]["loss"] == pytest.approx([np.log(2)] * 2, rel=1e-4)
     assert all(accuracy > 0.8 for accuracy in lines[-1]["rewards/accuracies"])
