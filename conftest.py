@@ -9,11 +9,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.update(
     JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg"
 )
-# what one test (or a command that it starts) compiled is there for the others of this session, and gone with it
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-_cache = None
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    _cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
 
 import jax
 import pytest
@@ -30,9 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
-def pytest_unconfigure() -> None:
-    if _cache is not None:
-        shutil.rmtree(_cache, ignore_errors=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """What one test, or a command that it starts, compiled is there for the others of this session, and gone with it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        config.add_cleanup(lambda: shutil.rmtree(compiled, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
