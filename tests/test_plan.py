@@ -43,6 +43,7 @@ def test_other_lines_are_no_collectives():
     assert plan.collectives(text, make_mesh(2, 2, 2)) == {}
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_and_nothing_crosses_the_members():
     mesh = make_mesh(2, 2, 2)
     needs = plan.measure(CONFIG, MODEL, mesh)

@@ -258,7 +258,9 @@ def same_bits(one, two):
 
 
 @sweep
-@pytest.mark.parametrize(("shape", "dtype"), [((40, 48), "float32"), ((700,), "bfloat16")], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((40, 48), "float32"), pytest.param((700,), "bfloat16", marks=pytest.mark.slow)], ids=str
+)
 def test_parts_give_the_bits_of_the_whole(name, parameters, shape, dtype):
     members, base = population_for(name, shape, 3, dtype)
     checked = check(name, parameters)

@@ -48,7 +48,7 @@ def sparse(shape, generator):
     return [np.asarray(jnp.asarray(x, "bfloat16"), np.float32) for x in (base[None] + taus, base)]
 
 
-QUICK = {"average", "selection", "ties", "dare_linear", "della", "karcher"}
+QUICK = {"average", "selection", "ties", "dare_linear"}
 
 
 def slow_unless_quick(cases, ids):

@@ -376,7 +376,15 @@ class Cut(parts.Whole):
 
 @sweep
 @pytest.mark.parametrize(
-    ("dtype", "shape"), [("float32", (1100,)), ("float32", (7, 1, 129)), ("float32", (4, 512)), ("bfloat16", (10, 100))], ids=str
+    ("dtype", "shape"),
+    [
+        ("float32", (7, 1, 129)),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in [("float32", (1100,)), ("float32", (4, 512)), ("bfloat16", (10, 100))]
+        ),
+    ],
+    ids=str,
 )
 def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shape):
     count = int(min(4, methods.METHODS[name].members[1]))

@@ -165,7 +165,9 @@ def reference(s, model, base, member, rates):
     return theta
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(
+    scope="module", params=[pytest.param(case, marks=() if case in ("adamw", "muon") else pytest.mark.slow) for case in CASES]
+)
 def trained(request, tiny_model, tiny_base):
     settings = training(request.param, ema=0.9 if request.param == "lion" else None)
     return settings, *run(settings, tiny_model, tiny_base, range(MEMBERS), (2, 4, 1))
