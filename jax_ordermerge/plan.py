@@ -78,6 +78,7 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes: they only compile
     }.items():
         os.environ.setdefault(name, value)
     more = {"num_slices": slices} if slices > 1 else {}

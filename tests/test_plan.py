@@ -12,8 +12,9 @@ from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.config import make_config
 from jax_ordermerge.mesh import make_mesh
 
-MODEL = ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=4, num_kv_heads=2)
-CONFIG = make_config({"population": {"members": 4}, "data": {"max_length": 32}, "training": {"batch": 8}})
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+SECTIONS = {"population": {"members": 4}, "data": {"max_length": 32}, "training": {"batch": 8}}
+MODEL, CONFIG = ModelConfig(**SIZES), make_config(SECTIONS)
 
 
 @pytest.mark.parametrize(
@@ -65,21 +66,16 @@ def test_a_step_for_a_tpu_that_is_not_here():
     code = f"""
 import json
 from jax_ordermerge import arch, config, mesh, plan
-config = config.make_config({CONFIG.model_dump(mode="json", include={"population", "data", "training"})!r})
+config = config.make_config({SECTIONS!r})
 devices = plan.tpu_devices("v5e:4x4", slices=2)
 placed = mesh.make_mesh(2, -1, devices=devices)
-needs = plan.measure(config, arch.{MODEL!r}, placed)
+needs = plan.measure(config, arch.ModelConfig(**{SIZES!r}), placed)
 slices = sorted([sorted({{d.slice_index for d in group.flat}}) for group in placed.devices])
 print(json.dumps([slices, needs.bytes, sorted({{axis for _, axes in needs.collectives for axis in axes}})]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=jax_on_cpu())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     slices, size, crossed = json.loads(done.stdout.splitlines()[-1])
     assert slices == [[0], [1]]
     assert crossed == ["fsdp"]
     assert size > 12 * parameter_count(MODEL) * 2 / 16
-
-
-def jax_on_cpu():
-    import os
-
-    return {**os.environ, "JAX_PLATFORMS": "cpu"}

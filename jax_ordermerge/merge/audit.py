@@ -61,8 +61,6 @@ def write(directory: Path, plan: Plan, done: Sequence[Done]) -> None:
     )
     for name, text in plan.tokenizer_files.items():
         atomic.write_text(directory / name, text)
-    for name, text in plan.tokenizer_files.items():
-        atomic.write_text(directory / name, text)
     if plan.chat_template is not None:
         companions.write_chat_template(directory, plan.chat_template)
     atomic.write_text(directory / "merge.json", json.dumps(found, indent=1) + "\n")

@@ -79,7 +79,7 @@ def test_a_member_of_a_run_is_found_by_its_number(run, tiny, models, tmp_path):
     ("name", "metadata", "message"),
     [
         ("member_9", {"steps": 7, "members": [0, 1]}, "member_9 does not exist; the run has the members 0, 1"),
-        ("member_0", {"steps": 8, "members": [0, 1]}, "stands at step 7 of 8"),
+        ("member_0", {"steps": 8, "members": [0, 1]}, r"the training in \S+ stands at step 7 of 8; run it again"),
         ("member_0", {}, "is not that of a training"),
         ("member_0", None, "run the training first"),
         ("", {"steps": 7, "members": [0]}, "is a run; name one of its members"),

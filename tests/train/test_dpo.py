@@ -206,11 +206,10 @@ def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, train, tiny_mo
 
 @pytest.mark.slow
 def test_adapters_on_the_frozen_base(tmp_path, train):
-    low = {"lora": {"rank": 4, "alpha": 16.0}, "training": {"epochs": 4, "microbatch": 8, "learning_rate": 3e-2}}
+    low = {"lora": {"rank": 4, "alpha": 16.0}, "training": {"epochs": 20, "microbatch": 8, "learning_rate": 3e-2}}
     _, lines, losses = train(tmp_path / "both", make_mesh(), **low)
     assert lines[0]["loss"] == pytest.approx([np.log(2)] * 2, rel=1e-4)
-    first, last = (np.mean([line["loss"] for line in epoch], axis=0) for epoch in (lines[:3], lines[-3:]))
-    assert (last < first - 0.02).all()
+    assert all(accuracy > 0.8 for accuracy in lines[-1]["rewards/accuracies"])
     _, alone, own = train(tmp_path / "alone", make_mesh(), members=(1,), **low)
     np.testing.assert_array_equal(own[0], losses[1])
     assert [line["loss"][0] for line in alone] == [line["loss"][1] for line in lines]
