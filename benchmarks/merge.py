@@ -216,7 +216,8 @@ def programs(arguments: argparse.Namespace, models: pathlib.Path) -> dict[tuple[
         file = arguments.work / f"{method.text.replace(':', '-')}.yaml"
         file.write_text(json.dumps(config, indent=1))  # JSON is YAML
         commands[method.text, THEIRS] = [str(arguments.mergekit), str(file), str(out)]
-        commands[method.text, BEST] = [*commands[method.text, THEIRS], *BEST_FLAGS]
+        if not arguments.plain:
+            commands[method.text, BEST] = [*commands[method.text, THEIRS], *BEST_FLAGS]
     return commands
 
 
@@ -324,6 +325,7 @@ def parse() -> argparse.Namespace:
         "--methods", default=METHODS, help="NAME[:KEY=VALUE...],... with base=no and models=N as keys; default %(default)s"
     )
     parser.add_argument("--mergekit", type=pathlib.Path, help="path of mergekit-yaml")
+    parser.add_argument("--plain", action="store_true", help="mergekit as it comes only, not with its best flags")
     parser.add_argument(
         "--work", type=pathlib.Path, default=pathlib.Path("/tmp/merge_benchmark"), help="checkpoints are kept there"
     )

@@ -37,6 +37,7 @@ HELD_BYTES = 3 << 28  # of whole tensors in memory at a time, unless one alone i
 SAMPLED = 16  # diagnostics of a slab are made from its first sixteenth ...
 SAMPLED_ABOVE = 1 << 18  # ... if it has more elements than this
 _JOURNAL = "journal"
+_ALIGNMENT = 64  # bytes; what a CPU device wants of memory that it takes without a copy
 
 Progress = Callable[[int, int, str], None]
 
@@ -153,20 +154,33 @@ def _read_journals(partial: Path, plan: Plan) -> dict[str, Done]:
     return found
 
 
-class _Budget:
-    """Bytes of whole tensors that may be in memory at once; one larger than all of them waits until it is alone."""
+class _Memory:
+    """Memory of whole tensors, at most so many bytes at once; a tensor larger than that waits until it is alone.
+
+    What was given back is used again for a tensor of the same size: fresh pages cost three times what it takes to read into old ones.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit, self._held, self._changed = limit, 0, threading.Condition()
+        self._free: list[np.ndarray] = []
 
-    def take(self, size: int) -> None:
+    def take(self, size: int) -> np.ndarray:
+        """Return so many bytes, uint8[size], aligned; wait for them."""
         with self._changed:
             self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._limit)
             self._held += size
+            at = next((i for i, one in enumerate(self._free) if one.size == size), None)
+            if at is not None:
+                return self._free.pop(at)
+            while self._free and self._held + sum(one.size for one in self._free) > self._limit:
+                self._free.pop(0)
+        return _aligned(size, np.dtype(np.uint8))
 
-    def give(self, size: int) -> None:
+    def give(self, memory: np.ndarray) -> None:
+        """Take back what nothing reads any more."""
         with self._changed:
-            self._held -= size
+            self._held -= memory.size
+            self._free.append(memory)
             self._changed.notify_all()
 
 
@@ -176,7 +190,7 @@ class _Job:
     def __init__(self, plan: Plan, files: ShardFiles | None, slab_elements: int, diagnostics: bool, journal: Path) -> None:
         self.plan, self.files, self.diagnostics = plan, files, diagnostics
         self.slab = -(-slab_elements // parts.BLOCK) * parts.BLOCK
-        self.budget = _Budget(HELD_BYTES)
+        self.memory = _Memory(HELD_BYTES)
         self.holds = False  # whether some method asked for sums over a whole tensor
         self._journal, self._lock, self._stop = journal, threading.Lock(), threading.Event()
 
@@ -257,8 +271,8 @@ class _FileTensor:
         self._size = math.prod(output.shape)
         self._unit = methods.METHODS[output.method].unit(output.parameters)
         self._held: dict[View, np.ndarray] = {}
-        self._parts: list[parts.Part] = []
-        self._taken = 0
+        self._parts: list[tuple[int, parts.Part]] = []  # with the number of their first element
+        self._memory: np.ndarray | None = None
         self._words = jax.device_put(methods.key_words(output.method, output.parameters, job.plan.seed, output.name, output.layer))
 
     def __enter__(self) -> "_FileTensor":
@@ -267,13 +281,23 @@ class _FileTensor:
     def __exit__(self, *_: object) -> None:
         self._held.clear()
         self._parts.clear()
-        self._job.budget.give(self._taken)
+        if self._memory is not None:
+            self._job.memory.give(self._memory)
 
-    def total(self, function: Callable[..., Any], *arrays: Any, reduce: parts.Reduce = "sum", **static: Any) -> Any:
+    def total(
+        self,
+        function: Callable[..., Any],
+        *arrays: Any,
+        reduce: parts.Reduce = "sum",
+        among: Sequence[int] | None = None,
+        **static: Any,
+    ) -> Any:
         """See `parts.Tensor.total`: the tensor is held from the first call on, and gone through slab by slab."""
         self._hold()
         sums, chosen = parts.Sums(reduce), tuple(static.items())
-        for part in self._parts:
+        for first, part in self._parts:
+            if among is not None and not any(first <= one < first + part.members[0].size for one in among):
+                continue
             sums.add(parts.measure(part, *arrays, function=function, static=chosen, dtype=self._job.plan.dtype))
         return sums.result()
 
@@ -328,11 +352,12 @@ class _FileTensor:
             return
         views = [*self._output.members, *([] if self.base is None else [self.base])]
         dtype = self._job.plan.dtype
-        self._taken = len(views) * self._size * dtype.itemsize
         self._job.holds = True
-        self._job.budget.take(self._taken)
-        self._held = {view: _read(self._job.plan, view, 0, _aligned(self._size, dtype)) for view in views}
-        self._parts = [self.part(start, shape, self.base is not None) for start, shape in self._runs()]
+        each = -(-self._size * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        self._memory = self._job.memory.take(len(views) * each)
+        room = [self._memory[i * each :][: self._size * dtype.itemsize].view(dtype) for i in range(len(views))]
+        self._held = {view: _read(self._job.plan, view, 0, out) for view, out in zip(views, room, strict=True)}
+        self._parts = [(start, self.part(start, shape, self.base is not None)) for start, shape in self._runs()]
 
 
 def _read(plan: Plan, view: View, start: int, out: np.ndarray) -> np.ndarray:
@@ -362,8 +387,8 @@ def _buffer(size: int, dtype: np.dtype[Any], slot: int | None) -> np.ndarray:
 
 def _aligned(size: int, dtype: np.dtype[Any]) -> np.ndarray:
     """Return memory that a CPU device takes as it is, without a copy."""
-    raw = np.empty(size * dtype.itemsize + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+    raw = np.empty(size * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size * dtype.itemsize].view(dtype)
 
 

@@ -77,7 +77,14 @@ class Tensor(Protocol):
     @property
     def weights(self) -> np.ndarray | None: ...
 
-    def total(self, function: Callable[..., Any], *arrays: Any, reduce: Reduce = "sum", **static: Any) -> Any:
+    def total(
+        self,
+        function: Callable[..., Any],
+        *arrays: Any,
+        reduce: Reduce = "sum",
+        among: Sequence[int] | None = None,
+        **static: Any,
+    ) -> Any:
         """Return the sum of `function(part, *arrays, **static)` over the tensor.
 
         Args:
@@ -85,6 +92,7 @@ class Tensor(Protocol):
                 `block_sums` returns, [..., blocks, 32]: they are added up along both last axes, always in the same order.
             arrays: numbers and arrays it takes; they do not make it compile again.
             reduce: "join" puts the integers one after another along the last axis instead of adding them.
+            among: numbers of elements; parts that hold none of them would add zeros and may be passed over.
             static: hashable choices.
 
         Returns:
@@ -145,21 +153,22 @@ def fold(x: jax.Array) -> jax.Array:
     return x[..., 0]
 
 
-def counts(flags: Sequence[jax.Array]) -> jax.Array:
+def counts(flags: Sequence[jax.Array], axes: Sequence[int] | None = None) -> jax.Array:
     """Count the true elements of each array, in one pass over memory.
 
     Args:
         flags: K arrays bool[*s] of fewer than 2^32 elements.
+        axes: along which to count, by default all.
 
     Returns:
-        uint32[K].
+        uint32[K], or uint32[K, *rest of s].
 
     Example:
         >>> counts([jnp.array([True, False]), jnp.array([True, True])]).tolist()
         [1, 2]
     """
     zeros = tuple(jnp.uint32(0) for _ in flags)
-    axes = tuple(range(flags[0].ndim))
+    axes = tuple(range(flags[0].ndim)) if axes is None else tuple(axes)
     add = functools.partial(jax.tree.map, jnp.add)
     return jnp.stack(jax.lax.reduce(tuple(flag.astype(jnp.uint32) for flag in flags), zeros, add, axes))
 
@@ -305,7 +314,14 @@ class Whole:
         self.part = Part(tuple(members), base, jnp.asarray(np.zeros(2, np.uint32) if words is None else words))
         self.shape, self.count, self.weights = tuple(members[0].shape), len(members), weights
 
-    def total(self, function: Callable[..., Any], *arrays: Any, reduce: Reduce = "sum", **static: Any) -> Any:
+    def total(
+        self,
+        function: Callable[..., Any],
+        *arrays: Any,
+        reduce: Reduce = "sum",
+        among: Sequence[int] | None = None,
+        **static: Any,
+    ) -> Any:
         """See `Tensor.total`."""
         sums = Sums(reduce)
         sums.add(measure(self.part, *arrays, function=function, static=tuple(static.items()), dtype=self.part.members[0].dtype))

@@ -148,7 +148,14 @@ class _Tensor:
     def count(self) -> int:
         return int(self.leaf.members.shape[0])
 
-    def total(self, function: Callable[..., Any], *arrays: Any, reduce: parts.Reduce = "sum", **static: Any) -> Any:
+    def total(
+        self,
+        function: Callable[..., Any],
+        *arrays: Any,
+        reduce: parts.Reduce = "sum",
+        among: Sequence[int] | None = None,
+        **static: Any,
+    ) -> Any:
         """See `parts.Tensor.total`: the leaf in one piece, wherever it lies."""
         sums = parts.Sums(reduce)
         sums.add(

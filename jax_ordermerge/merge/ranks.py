@@ -40,8 +40,14 @@ def places(p: Part) -> Place:
 
 
 def _blocks(p: Part) -> tuple[jax.Array, jax.Array]:
-    index, shift = p.indices(), BLOCK.bit_length() - 1
-    return (index.lo >> shift) | (index.hi << (32 - shift)), index.lo & (BLOCK - 1)
+    index = p.indices()
+    return _block_number(index.lo, index.hi), index.lo & (BLOCK - 1)
+
+
+def _block_number(lo: jax.Array, hi: jax.Array) -> jax.Array:
+    """Return the number of the block in which an element lies, of which these are the halves of the index."""
+    shift = BLOCK.bit_length() - 1
+    return (lo >> shift) | (hi << (32 - shift))
 
 
 def largest(tensor: Tensor, keep: np.ndarray, values: Values, *arrays: Any) -> dict[str, np.ndarray]:
@@ -70,7 +76,8 @@ def largest(tensor: Tensor, keep: np.ndarray, values: Values, *arrays: Any) -> d
         at = (seen[:, :-1] < wanted[:, None]).sum(axis=1)
         last, each = order[at], np.arange(len(keep))
         missing = wanted - (seen[each, at] - equal[each, last])
-        flags = tensor.total(_equal_in_block, cut, last.astype(np.uint32), *arrays, of=values)
+        words = tensor.total(_equal_in_block, cut, last.astype(np.uint32), *arrays, of=values, among=BLOCK * last)
+        flags = np.unpackbits(words.astype("<u4").view(np.uint8), axis=1, bitorder="little")
         block = np.where(wanted > 0, ranks[last], 0)
         within = np.where(wanted > 0, (np.cumsum(flags[:, :-1], axis=1) < missing[:, None]).sum(axis=1) + 1, 0)
     return {
@@ -82,19 +89,25 @@ def largest(tensor: Tensor, keep: np.ndarray, values: Values, *arrays: Any) -> d
 
 def _equal_by_block(p: Part, cut: jax.Array, *arrays: Any, of: Values) -> jax.Array:
     """Count the values equal to the cut, uint32[K, blocks]."""
-    return jnp.stack([_in_blocks(x == cut[i]).sum(-1) for i, x in enumerate(of(p, *arrays))])
+    return counts([_in_blocks(x == cut[i]) for i, x in enumerate(of(p, *arrays))], (1,))
 
 
 def _equal_in_block(p: Part, cut: jax.Array, block: jax.Array, *arrays: Any, of: Values) -> jax.Array:
-    """Return which values of one block are equal to the cut, uint32[K, 256]."""
-    number, _ = _blocks(p)
-    return jnp.stack([_in_blocks((x == cut[i]) & (number == block[i])).sum(0) for i, x in enumerate(of(p, *arrays))])
+    """Return which values of one block are equal to the cut, a bit each: uint32[K, 8]."""
+    first = 0 if p.offset is None else _block_number(*p.offset)
+    bits = jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)
+    found = []
+    for i, x in enumerate(of(p, *arrays)):
+        words = jnp.where(_in_blocks(x == cut[i]).reshape(-1, BLOCK // 32, 32), bits, 0).sum(-1, dtype=jnp.uint32)
+        number = first + jnp.arange(len(words), dtype=jnp.uint32)
+        found.append(jnp.where((number == block[i])[:, None], words, 0).sum(0, dtype=jnp.uint32))
+    return jnp.stack(found)
 
 
 def _in_blocks(flags: jax.Array) -> jax.Array:
     if flags.ndim == 0 or flags.shape[-1] % BLOCK:
         flags = jnp.pad(flags.ravel(), (0, -flags.size % BLOCK))
-    return flags.reshape(-1, BLOCK).astype(jnp.uint32)
+    return flags.reshape(-1, BLOCK)
 
 
 def is_largest(value: jax.Array, place: Place, known: Known, i: int) -> jax.Array:

@@ -106,7 +106,7 @@ def weights_for(name, weights):
 class Abstract(parts.Whole):
     """A tensor without values: whatever is asked of it is 1."""
 
-    def total(self, function, *arrays, reduce="sum", **static):
+    def total(self, function, *arrays, reduce="sum", among=None, **static):
         part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.part)
         found = jax.eval_shape(lambda part, *arrays: function(part, *arrays, **static), part, *arrays)
         return jax.tree.map(lambda x: np.ones(x.shape, np.int64) if x.dtype == np.uint32 else np.ones(x.shape[:-2]), found)
@@ -245,7 +245,7 @@ class Cut(parts.Whole):
             )
             yield parts.Part(members, base, self.part.words, jnp.array([start, 0], jnp.uint32), jnp.uint32(start // width))
 
-    def total(self, function, *arrays, reduce="sum", **static):
+    def total(self, function, *arrays, reduce="sum", among=None, **static):
         sums = parts.Sums(reduce)
         for part in self.parts():
             found = parts.measure(part, *arrays, function=function, static=tuple(static.items()), dtype=part.members[0].dtype)
