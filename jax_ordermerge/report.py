@@ -305,11 +305,23 @@ def _merges(run: Run) -> list[Block]:
         rows.append([
             merge["name"], merge["method"], text, str(merge.get("seed", "")),
             " ".join(f"{100 * z:.1f}" for z in zeros) if zeros else "–", wording.percent(total.get("unchanged_by_all")),
+            " ".join(f"{100 * part:.1f}" for part in total.get("redrawn", ())) or "–",
             wording.number(total.get("norm_ratio"), 3), wording.number(total.get("lambda_eff"), 3),
         ])  # fmt: skip
-    header = ["merge", "method", "parameters", "seed", "zeros by member, %", "zero in all, %", "norm ratio", "lambda_eff"]
+    header = [
+        "merge",
+        "method",
+        "parameters",
+        "seed",
+        "zeros by member, %",
+        "zero in all, %",
+        "drawn again, %",
+        "norm ratio",
+        "lambda_eff",
+    ]
     blocks: list[Block] = [heading, Table(header, rows, (
-        f"Stored and merged as {run.merge.get('dtype')}; the dtype decides how many elements of the task vectors are exactly zero. Norm ratio: "
+        f"Stored and merged as {run.merge.get('dtype')}; the dtype decides how many elements of the task vectors are exactly zero. Drawn again: "
+        "elements in each round of a selection's resampling, of those that some member changed. Norm ratio: "
         "merged task vector over the mean norm of the members'. lambda_eff: its length along the mean task vector, 1 for the average."
     ), text=(0, 1, 2))]  # fmt: skip
     if matrix and len(matrix) > 1:

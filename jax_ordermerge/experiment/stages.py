@@ -229,7 +229,7 @@ def merge(w: Workshop) -> None:
             convert.export(
                 merged, w.model, target, dtype=dtype, source=w.base, card=_card(w, name, recipe), recipe=yaml.safe_dump(recipe)
             )
-        done[name] = {"name": name, **settings, "diagnostics": population.diagnostics(members, base, merged, w.model)}
+        done[name] = {"name": name, **settings, "diagnostics": population.diagnostics(members, base, merged, w.model, **settings)}
         write_json(w.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
         total = done[name]["diagnostics"]["total"]
         # both are None where no member left the base

@@ -107,6 +107,8 @@ def _table(total: Mapping[str, Any]) -> str:
         (f"elements that member {i} left at the base", f"{100 * fraction:.2f} %") for i, fraction in enumerate(total["unchanged"])
     ]
     rows.append(("elements that every member left at the base", f"{100 * total['unchanged_by_all']:.2f} %"))
+    if "redrawn" in total:
+        rows.append(("elements drawn again, by round", ", ".join(f"{100 * fraction:.2f} %" for fraction in total["redrawn"])))
     between = [c for i, row in enumerate(total["cosines"]) for c in row[i + 1 :] if c is not None]
     if between:
         rows.append(("cosines between the members' task vectors", f"{min(between):.4f} to {max(between):.4f}"))

@@ -28,7 +28,7 @@ from jax_ordermerge import processes, rng
 from jax_ordermerge.checkpoint import atomic, safetensors
 from jax_ordermerge.checkpoint.shards import SHARD_BYTES, ShardFiles
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import audit, geometry, methods, parts
+from jax_ordermerge.merge import audit, geometry, methods, parts, select
 from jax_ordermerge.merge.audit import Done
 from jax_ordermerge.merge.plan import Output, Plan, View
 
@@ -420,14 +420,18 @@ def _merge_slab(
     own = [x.reshape(-1)[:count].reshape(-1, width) for x in (*part.members, base, result)]
     # compared in what is stored in the end
     *taus, start, end = [parts.as_stored(x, out) for x in own]
-    return result, checksums, geometry.moments(taus, start, end)
+    moments = geometry.moments(taus, start, end)
+    if methods.redraws(method, dict(static)):
+        first = jax.tree.map(lambda x: x.reshape(-1)[:count], (part.members, part.base))
+        moments = moments._replace(redrawn=select.redrawn(part._replace(members=first[0], base=first[1]), **known, **dict(static)))
+    return result, checksums, moments
 
 
 def _done(output: Output, needs_base: bool, crc: int, found: list[tuple[Any, int]]) -> Done:
     checksums = np.sum([one[0].astype(np.uint64) for one, _ in found], axis=0)
     unread = [None] if output.base is not None and not needs_base else []
     moments = [geometry.total(one[1]) for one, count in found if count]
-    total = geometry.Moments(*(np.sum([one[i] for one in moments], axis=0) for i in (0, 1))) if moments else None
+    total = geometry.add(moments) if moments else None
     return Done(
         output.name, f"{crc:08x}", [int(x) & 0xFFFFFFFF for x in checksums] + unread, total, sum(count for _, count in found)
     )

@@ -19,10 +19,12 @@ class Moments(NamedTuple):
     Attributes:
         products: float32[(M+1)(M+2)/2, *rows], <tau_i, tau_j> for i <= j; number M is the merged model.
         unchanged: float32[M+2, *rows], counts of elements at the base: of each member, of the merged model, of all members at once.
+        redrawn: [R, *rows], counts of elements that a selection drew again in each round (`select.redrawn`).
     """
 
     products: jax.Array
     unchanged: jax.Array
+    redrawn: jax.Array | np.ndarray = np.zeros(0)
 
 
 def checksums(models: Sequence[jax.Array], offset: jax.Array | None = None) -> jax.Array:
@@ -92,8 +94,21 @@ def total(moment: Moments) -> Moments:
         >>> total(Moments(np.ones((1, 3)), np.ones((3, 3)))).products.tolist()
         [3.0]
     """
-    products, unchanged = (np.asarray(x, np.float64).reshape(x.shape[0], -1).sum(axis=1) for x in moment)
-    return Moments(products, unchanged)
+    return Moments(*(np.asarray(x, np.float64).sum(axis=tuple(range(1, np.ndim(x)))) for x in moment))
+
+
+def add(moments: Sequence[Moments]) -> Moments:
+    """Add `total` moments of several tensors, or of parts of one. A tensor of which nothing was redrawn counts as 0.
+
+    Example:
+        >>> one = Moments(np.ones(1), np.ones(3), np.ones(2))
+        >>> [x.tolist() for x in add([one, one._replace(redrawn=np.zeros(0))])]
+        [[2.0], [2.0, 2.0, 2.0], [1.0, 1.0]]
+    """
+    redrawn = np.zeros(max(len(one.redrawn) for one in moments))
+    for one in moments:
+        redrawn[: len(one.redrawn)] += one.redrawn
+    return Moments(np.sum([one.products for one in moments], axis=0), np.sum([one.unchanged for one in moments], axis=0), redrawn)
 
 
 def summarize(moment: Moments, elements: int) -> dict[str, Any]:
@@ -105,7 +120,8 @@ def summarize(moment: Moments, elements: int) -> dict[str, Any]:
 
     Returns:
         elements; cosines (M x M, of the members' task vectors); norms (M) and merged_norm; unchanged (fraction per member),
-        unchanged_by_all and merged_unchanged; norm_ratio = |tau_merged| / mean |tau_i|; lambda_eff = <tau_merged, m> / |m|^2 with
+        unchanged_by_all and merged_unchanged; redrawn (fraction of the elements drawn again in each round up to the last in which any was, of a
+        selection with resampling); norm_ratio = |tau_merged| / mean |tau_i|; lambda_eff = <tau_merged, m> / |m|^2 with
         m the mean task vector. Plain Python; None where it is 0 / 0.
 
     Example:
@@ -128,6 +144,7 @@ def summarize(moment: Moments, elements: int) -> dict[str, Any]:
         "unchanged": fractions[:count],
         "merged_unchanged": fractions[count],
         "unchanged_by_all": fractions[count + 1],
+        **({"redrawn": [float(x) / elements for x in np.trim_zeros(moment.redrawn, "b")]} if len(moment.redrawn) else {}),
         "norm_ratio": _ratio(norms[count], norms[:count].mean()),
         "lambda_eff": _ratio(gram[count, :count].mean(), members.mean()),
     }
@@ -147,8 +164,7 @@ def report(tensors: Iterable[tuple[str, Moments, int]]) -> dict[str, Any]:
     alone = {name: summarize(moment, elements) for name, moment, elements in found}
     if len({len(moment.unchanged) for _, moment, _ in found}) != 1:
         return {"total": None, "tensors": alone}
-    products, unchanged = (np.sum([moment[i] for _, moment, _ in found], axis=0) for i in (0, 1))
-    everything = summarize(Moments(products, unchanged), sum(elements for _, _, elements in found))
+    everything = summarize(add([moment for _, moment, _ in found]), sum(elements for _, _, elements in found))
     return {"total": everything, "tensors": alone}
 
 

@@ -297,6 +297,16 @@ def apply(
 run = functools.partial(jax.jit, static_argnames=("method", "static", "dtype", "out"))(apply)
 
 
+def redraws(name: str, parameters: Parameters) -> bool:
+    """Whether elements may be drawn again, so that `select.redrawn` says how many were.
+
+    Example:
+        >>> redraws("selection", check("selection", {"resample": 2})), redraws("average", {})
+        (True, False)
+    """
+    return name == "selection" and parameters["granularity"] == "element" and _resamples(parameters)
+
+
 def merge_tensor(
     name: str,
     members: Sequence[jax.Array],

@@ -100,23 +100,19 @@ def merge_leaf(
         >>> merge_leaf(members, None, ["w"], False, dtype="float32", **settings).tolist()
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
-    layers = range(len(names)) if stacked else (None,)
-    words = [methods.key_words(method, parameters, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
-    given = methods.check_weights(method, weights, members.shape[0], parameters)
+    tensors = _tensors(members, base, names, stacked, method=method, seed=seed, weights=weights, parameters=parameters, dtype=dtype)
     inner = _without_members(members)
-    leaf = _Leaf(members, base, stacked, None if inner is None else inner[0])
-    tensors = [_Tensor(leaf, i, words[i], given, jnp.dtype(dtype)) for i in range(len(names))]
     learned = [parts.split(methods.learn(tensor, method, parameters)) for tensor in tensors]
     return _merge_leaf(
         members,
         base,
-        np.stack(words),
+        np.stack([tensor.words for tensor in tensors]),
         {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]},
         method=method,
         static=learned[0][1],
         dtype=jnp.dtype(dtype),
         stacked=stacked,
-        spread=leaf.spread,
+        spread=tensors[0].leaf.spread,
         out=None if inner is None else inner[1],
     )
 
@@ -173,6 +169,27 @@ class _Tensor:
             )
         )
         return sums.result()
+
+
+def _tensors(
+    members: jax.Array,
+    base: jax.Array | None,
+    names: Sequence[str],
+    stacked: bool,
+    *,
+    method: str,
+    seed: int,
+    weights: Sequence[float] | None,
+    parameters: Mapping[str, Any],
+    dtype: DTypeLike,
+) -> list[_Tensor]:
+    """Return the Hugging Face tensors of a leaf; arguments as for `merge_leaf`."""
+    layers = range(len(names)) if stacked else (None,)
+    words = [methods.key_words(method, parameters, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
+    given = methods.check_weights(method, weights, members.shape[0], parameters)
+    inner = _without_members(members)
+    leaf = _Leaf(members, base, stacked, None if inner is None else inner[0])
+    return [_Tensor(leaf, i, words[i], given, jnp.dtype(dtype)) for i in range(len(names))]
 
 
 @functools.partial(jax.jit, static_argnames=("function", "static", "dtype", "stacked", "spread"))
@@ -264,7 +281,15 @@ def _without_members(leaf: jax.Array) -> tuple[NamedSharding, NamedSharding] | N
 
 
 def diagnostics(
-    members: Mapping[str, Any], base: Mapping[str, Any], merged: Mapping[str, Any], config: ModelConfig
+    members: Mapping[str, Any],
+    base: Mapping[str, Any],
+    merged: Mapping[str, Any],
+    config: ModelConfig,
+    *,
+    method: str,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Describe a merge by its task vectors, per Hugging Face tensor and in total.
 
@@ -273,16 +298,28 @@ def diagnostics(
         base: parameter dict.
         merged: parameter dict; members and base are rounded to its dtype first.
         config: the model.
+        method, seed, weights, parameters: of the merge; a selection with resampling draws again, to say how often it did.
 
     Returns:
         `{"total": numbers, "tensors": {hf_name: numbers}}`, plain Python (see `geometry.summarize`).
     """
+    checked = methods.check(method, parameters) if method in methods.METHODS else {}
     flat, flat_base, flat_merged = tree.flatten(members), tree.flatten(base), tree.flatten(merged)
     found: dict[str, tuple[geometry.Moments, int]] = {}
     for spec in arch.tensor_table(config):
-        moments = jax.device_get(_moments(flat[spec.path], flat_base[spec.path], flat_merged[spec.path]))
+        own, own_base, own_merged = flat[spec.path], flat_base[spec.path], flat_merged[spec.path]
+        moments = jax.device_get(_moments(own, own_base, own_merged))
+        tensors: list[_Tensor] | None = None
+        if methods.redraws(method, checked):
+            tensors = _tensors(
+                own, own_base, spec.hf_names(), spec.stacked,
+                method=method, seed=seed, weights=weights, parameters=checked, dtype=own_merged.dtype,
+            )  # fmt: skip
         for layer, name in enumerate(spec.hf_names()):
-            one = geometry.Moments(*(x[:, layer] for x in moments)) if spec.stacked else moments
+            one = geometry.Moments(*(x[:, layer] for x in moments[:2])) if spec.stacked else moments
+            if tensors is not None:
+                known, static = parts.split(methods.learn(tensors[layer], method, checked))
+                one = one._replace(redrawn=tensors[layer].total(select.redrawn, known["weights"], **dict(static)))
             found[name] = geometry.total(one), math.prod(spec.hf_shape)
     return geometry.report((name, *found[name]) for name, _, _ in arch.hf_tensors(config))
 

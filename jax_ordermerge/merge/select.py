@@ -10,7 +10,7 @@ from pydantic import Field
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.counter import Index, element_index, key_words, random_words
-from jax_ordermerge.merge.parts import Part, Tensor
+from jax_ordermerge.merge.parts import Part, Tensor, counts
 
 Granularity = Literal["element", "row", "column", "tensor", "layer"]
 Rounds = Annotated[int, Field(ge=0)] | Literal["exhaustive"]
@@ -164,7 +164,7 @@ def selection_part(
     if resample != 0 and p.base is None:
         raise ValueError("selection with resample needs the base")
     dtype, shape = p.members[0].dtype, p.members[0].shape
-    bits = [to_bits(member).reshape(shape or (1,)) for member in p.members]
+    bits = _bits(p)
     unit, thresholds = _unit_index(bits[0].shape, granularity, p), list(weights)
     if child is not None:
         choice, kept = permuted(p.words, unit, len(bits), child), bits[0]
@@ -176,11 +176,48 @@ def selection_part(
         if isinstance(resample, str):
             choice = _draw(random_words(p.words, unit), [jnp.where(c, q, 0) for c, q in zip(changed, thresholds, strict=True)])
         else:
-            choice = _draw_rounds(p.words, unit, weights, changed, resample, resample_from)
+            choice, _ = _draw_rounds(p.words, unit, weights, changed, resample, resample_from)
     out = kept
     for i in range(len(bits)):
         out = jnp.where(choice == i, bits[i], out)
     return jax.lax.bitcast_convert_type(out, dtype).reshape(shape)
+
+
+def redrawn(
+    p: Part,
+    weights: jax.Array,
+    *,
+    resample: Rounds,
+    resample_from: Literal["all", "others"],
+    granularity: Granularity,
+    child: None = None,
+) -> jax.Array:
+    """Return how many units were drawn again in each round of a selection, uint32[rounds]: those of which some member left the base.
+
+    Of exhaustive resampling, one number: of how many the first draw, made among all members, falls on one that left it at the base.
+
+    Args:
+        p: a part.
+        weights: quantized probabilities, uint32[M].
+        resample: not 0; the rest as for `selection`, whose children are not redrawn.
+
+    Example:
+        >>> one, zero = jnp.ones(600), jnp.zeros(600)
+        >>> part = Part((zero, one), zero, jnp.zeros(2, jnp.uint32))
+        >>> redrawn(part, jnp.asarray(quantize([1, 1])), resample=3, resample_from="all", granularity="element").tolist()
+        [297, 145, 69]
+    """
+    bits = _bits(p)
+    unit = _unit_index(bits[0].shape, granularity, p)
+    changed = [_any_in_unit(member != to_bits(p.base).reshape(member.shape), unit.lo.shape) for member in bits]
+    if not isinstance(resample, str):
+        return _draw_rounds(p.words, unit, weights, changed, resample, resample_from)[1]
+    first = _draw(random_words(p.words, unit), list(weights))
+    return counts([_any(changed) & ~_settled(first, changed)])
+
+
+def _bits(p: Part) -> list[jax.Array]:
+    return [to_bits(member).reshape(member.shape or (1,)) for member in p.members]
 
 
 def permuted(words: jax.Array, unit: Index, count: int, child: int) -> jax.Array:
@@ -258,29 +295,35 @@ def _draw(words: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
 
 def _draw_rounds(
     words: jax.Array, unit: Index, p: jax.Array, changed: list[jax.Array], rounds: int, resample_from: Literal["all", "others"]
-) -> jax.Array:
-    """Draw, then `rounds` times draw again where the chosen member left the unit at the base."""
+) -> tuple[jax.Array, jax.Array]:
+    """Draw, then `rounds` times draw again where the chosen member left the unit at the base; see `redrawn` for what is counted."""
 
-    State = tuple[jax.Array, list[jax.Array]]
+    State = tuple[jax.Array, list[jax.Array], jax.Array]
 
     def redraw(round_: int | jax.Array, state: State) -> State:
-        choice, drawn = state
+        choice, drawn, again = state
         weights = list(p) if resample_from == "all" else [jnp.where(d, 0, q) for d, q in zip(drawn, p, strict=True)]
         new = _draw(random_words(words, unit, round_), weights)
-        settled = _any([(choice == i) & c for i, c in enumerate(changed)])
+        settled = _settled(choice, changed)
         # new == M: everyone was drawn and none changed the unit, so nothing is left to draw from
         choice = jnp.where(settled | (new == len(changed)), choice, new)
-        return choice, [d | (choice == i) for i, d in enumerate(drawn)]
+        again = again.at[round_ - 1].set(counts([_any(changed) & ~settled])[0])
+        return choice, [d | (choice == i) for i, d in enumerate(drawn)], again
 
     choice = _draw(random_words(words, unit), list(p))
-    state = choice, [choice == i for i in range(len(changed))]
     if resample_from == "others":
         rounds = min(rounds, len(changed) - 1)
+    state = choice, [choice == i for i in range(len(changed))], jnp.zeros(rounds, jnp.uint32)
     if rounds > UNROLLED:
-        return jax.lax.fori_loop(1, rounds + 1, redraw, state)[0]
+        choice, _, again = jax.lax.fori_loop(1, rounds + 1, redraw, state)
+        return choice, again
     for round_ in range(1, rounds + 1):
         state = redraw(round_, state)
-    return state[0]
+    return state[0], state[2]
+
+
+def _settled(choice: jax.Array, changed: Sequence[jax.Array]) -> jax.Array:
+    return _any([(choice == i) & c for i, c in enumerate(changed)])
 
 
 def _any(flags: Sequence[jax.Array]) -> jax.Array:

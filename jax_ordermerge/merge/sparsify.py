@@ -4,6 +4,7 @@ theta = theta_0 + lambda sum_i keep_i w_i s_i m_i tau_i / (divisor), with masks 
 with consensus, keep_i where w_i s_i m_i tau_i has the elected sign.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -212,18 +213,23 @@ def _norms(p: Part, known: Known, *, thinning: str) -> jax.Array:
 
 
 def elect_sign(terms: Sequence[jax.Array]) -> jax.Array:
-    """Return gamma = +1 where sum_i x_i >= 0 and -1 elsewhere, float32[*s]: the sign with the larger total magnitude.
+    """Return gamma >= 0, bool[*s]: whether sum_i x_i >= 0, the sign with the larger total magnitude.
 
     Args:
         terms: M weighted task vectors, float32[*s].
 
     Example:
-        >>> elect_sign(jnp.array([[1.0, -3.0, 0.0], [-2.0, 1.0, 0.0]])).tolist()
-        [-1.0, -1.0, 1.0]
+        >>> elect_sign([jnp.array([1.0, -3.0, 0.0]), jnp.array([-2.0, 1.0, 0.0])]).tolist()
+        [False, False, True]
 
-    Source: TIES-Merging, step 2; the tie at 0 goes to +1 as in mergekit.
+    Source: TIES-Merging, step 2; the tie at 0 goes to + as in mergekit.
     """
-    return jnp.where(combine(terms, jnp.ones(len(terms), jnp.float32)) >= 0, 1.0, -1.0)
+    return _in_order(terms) >= 0
+
+
+def _in_order(terms: Sequence[jax.Array]) -> jax.Array:
+    """Add up in the order of the members."""
+    return functools.reduce(jnp.add, terms)
 
 
 def disjoint_sum(deltas: Sequence[jax.Array], weights: jax.Array, normalize: bool) -> jax.Array:
@@ -239,13 +245,13 @@ def disjoint_sum(deltas: Sequence[jax.Array], weights: jax.Array, normalize: boo
 
     Source: TIES-Merging, step 3.
     """
-    terms = [weights[i] * delta for i, delta in enumerate(deltas)]
-    sign = elect_sign(terms)
-    agree = [jnp.sign(term) == sign for term in terms]
-    total = combine([jnp.where(a, term, 0.0) for a, term in zip(agree, terms, strict=True)], jnp.ones(len(terms), jnp.float32))
+    terms = [rounded(weights[i] * delta) for i, delta in enumerate(deltas)]
+    positive = elect_sign(terms)
+    agree = [jnp.where(positive, term > 0, term < 0) for term in terms]
+    total = _in_order([jnp.where(a, term, 0.0) for a, term in zip(agree, terms, strict=True)])
     if not normalize:
         return total
-    divisor = combine(agree, weights)
+    divisor = _in_order([jnp.where(a, weights[i], 0.0) for i, a in enumerate(agree)])
     return total / jnp.where(divisor == 0, 1.0, divisor)
 
 

@@ -51,11 +51,14 @@ def same_bits(one, two):
 )
 def test_selection_of_files_has_the_bits_of_the_population(tiny, models, exported, tmp_path, parameters, slab_elements):
     settings = {"method": "selection", "seed": 5, "weights": (1, 2, 3, 4), "parameters": parameters}
-    merge(*exported, tmp_path / "files", slab_elements=slab_elements, **settings)
+    report = merge(*exported, tmp_path / "files", slab_elements=slab_elements, **settings)
     members, base = models
     merged = population.merge(members, base, tiny, dtype="bfloat16", **settings)
     convert.export(merged, tiny, tmp_path / "population", dtype="bfloat16")
     assert same_bits(tmp_path / "files", tmp_path / "population")
+    found = population.diagnostics(members, base, merged, tiny, **settings)["total"]
+    assert found.get("redrawn") == report["diagnostics"]["total"].get("redrawn")
+    assert ("redrawn" in found) == (parameters == {"resample": "exhaustive"})
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
@@ -66,7 +69,7 @@ def test_arithmetic_of_files_is_that_of_the_population(tiny, models, exported, t
     found = tree.flatten(convert.load_params(tmp_path / "files")[1])
     for path, leaf in tree.flatten(merged).items():
         np.testing.assert_allclose(found[path], leaf.astype(jnp.float32), rtol=2**-7, atol=1e-6, err_msg=path)
-    expected = population.diagnostics(members, base, merged, tiny)["total"]
+    expected = population.diagnostics(members, base, merged, tiny, method=method, seed=5)["total"]
     np.testing.assert_allclose(report["diagnostics"]["total"]["cosines"], expected["cosines"], rtol=1e-5)
     assert report["diagnostics"]["total"]["unchanged"] == expected["unchanged"]
 
@@ -110,6 +113,7 @@ def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tm
     ]
     card = (tmp_path / "a" / "README.md").read_text()
     assert "selection" in card
+    assert f"{100 * report['diagnostics']['total']['redrawn'][0]:.2f} %" in card
     assert str(tmp_path) not in card
     count = len(report["diagnostics"]["tensors"])
     assert [args[:2] for args in seen] == [(i + 1, count) for i in range(count)] * 2

@@ -114,7 +114,7 @@ def test_diagnostics_against_numpy(tiny, models):
     merged = population.merge(
         members, base, tiny, method="selection", seed=0, dtype="bfloat16", parameters={"resample": "exhaustive"}
     )
-    found = population.diagnostics(members, base, merged, tiny)
+    found = population.diagnostics(members, base, merged, tiny, method="selection", seed=0)
     assert list(found["tensors"]) == [name for name, _, _ in arch.hf_tensors(tiny)]
 
     def stored(params):
@@ -149,11 +149,11 @@ def check_numbers(numbers, members, base, merged):
 def test_diagnostics_of_the_average_and_of_an_unchanged_population(tiny, models):
     members, base = models
     merged = population.merge(members, base, tiny, method="average", seed=0, dtype="bfloat16")
-    total = population.diagnostics(members, base, merged, tiny)["total"]
+    total = population.diagnostics(members, base, merged, tiny, method="average", seed=0)["total"]
     assert total["lambda_eff"] == pytest.approx(1, abs=1e-3)
     assert total["norm_ratio"] == pytest.approx(np.sqrt(np.mean(total["cosines"])), rel=0.05)
     same = jax.tree.map(lambda x: np.stack([x, x]), base)
-    nothing = population.diagnostics(same, base, base, tiny)["total"]
+    nothing = population.diagnostics(same, base, base, tiny, method="average", seed=0)["total"]
     assert nothing["cosines"] == [[None, None], [None, None]]
     assert nothing["lambda_eff"] is None
     assert nothing["unchanged_by_all"] == 1.0

@@ -9,7 +9,8 @@ import pytest
 
 from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.select import quantize, select, to_bits
+from jax_ordermerge.merge.parts import Part
+from jax_ordermerge.merge.select import quantize, redrawn, select, to_bits, unstack
 
 WORD = 0xFFFFFFFF
 
@@ -99,6 +100,29 @@ def test_against_the_naive_loop(granularity, resample, source, weights):
     got = jax.jit(merge)(members, base=base, key=KEY)
     assert got.dtype == members.dtype
     assert np.array_equal(to_bits(got), expected)
+
+
+@pytest.mark.parametrize(("resample", "source"), [(1, "all"), (2, "others"), (5, "others"), (12, "all"), ("exhaustive", "all")])
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0.0, 0.7, 0.2)])
+def test_units_drawn_again_are_counted(resample, source, weights):
+    members, base = sparse_members((9, 50))
+    p, changed = quantize(weights), np.asarray(to_bits(members) != to_bits(base)[None]).reshape(3, -1)
+    rounds = 1 if resample == "exhaustive" else min(resample, 2) if source == "others" else resample
+    expected = [0] * rounds
+    for unit in np.flatnonzero(changed.any(axis=0)):
+        drawn = []
+        for round_ in range(rounds + 1):
+            again = naive_draw(
+                naive_hash(WORDS, int(unit), round_), [0 if source == "others" and i in drawn else int(q) for i, q in enumerate(p)]
+            )
+            drawn.append(drawn[-1] if again is None else again)
+            if changed[drawn[-1], unit] or round_ == rounds:
+                break
+            expected[round_] += 1
+    part = Part(unstack(members), base, jnp.array(WORDS, jnp.uint32))
+    count = jax.jit(lambda part, p: redrawn(part, p, resample=resample, resample_from=source, granularity="element"))
+    assert count(part, p).tolist() == expected
+    assert sum(expected) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"])
