@@ -218,6 +218,41 @@ def generate(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG|RUN]", help="Also look at its processes, mesh and output directory.")
+    ] = None,
+    *,
+    only_versions: Annotated[
+        bool, typer.Option("--versions", help="Print versions and what is wrong with them; start nothing.")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Check this machine: versions, devices, start of several processes, disk, output. Exit code 1 where a run would fail."""
+    import rich
+
+    from jax_ordermerge import doctor
+    from jax_ordermerge.experiment import run_directory
+
+    if only_versions:
+        for name, version in doctor.installed():
+            typer.echo(f"{name} {version}")
+        findings = [one for one in doctor.versions() if one.verdict == "bad"]
+    else:
+        findings = list(doctor.examine(run_directory.read_config(config, overrides or ()) if config else None))
+    if findings:
+        rich.print(doctor.table(findings))
+    bad = sum(one.verdict == "bad" for one in findings)
+    if bad:
+        typer.echo(
+            f"not fit: {bad} of {len(findings)} findings would make a run fail" if not only_versions else "not fit", err=True
+        )
+        raise typer.Exit(1)
+    if not only_versions:
+        typer.echo("fit to run")
+
+
+@app.command()
 def launch(
     config: RunArgument,
     options: Annotated[

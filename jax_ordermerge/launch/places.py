@@ -46,7 +46,9 @@ class Gke(Section):
     chips: PositiveInt = Field(4, description="TPU chips of a node")
     nodes: PositiveInt = Field(1, description="GPU nodes")
     gpus: PositiveInt = Field(8, description="GPUs of a node")
-    volume: Word | None = Field(None, description="PersistentVolumeClaim (ReadWriteMany) for run directories; made where storage is given")
+    volume: Word | None = Field(
+        None, description="PersistentVolumeClaim (ReadWriteMany) for run directories; made where storage is given"
+    )
     storage: Word | None = Field(None, description="its size where it is to be made, such as 1Ti")
     storage_class: Word = Field("standard-rwx", description="its class (Filestore)")
     mount: Word = Field("/mnt/shared", description="where the volume is seen")
@@ -64,7 +66,9 @@ class Gke(Section):
         if not self.tpu and (self.topology is not None or self.slices != 1):
             raise ValueError(f"topology and slices are of TPUs, not of {self.accelerator}; give nodes and gpus")
         if self.tpu and self.slice_chips > self.chips and self.slice_chips % self.chips:
-            raise ValueError(f"topology {self.topology} has {self.slice_chips} chips, not a multiple of {self.chips} a node; change chips")
+            raise ValueError(
+                f"topology {self.topology} has {self.slice_chips} chips, not a multiple of {self.chips} a node; change chips"
+            )
         if self.storage and not self.volume:
             raise ValueError("storage is the size of a volume; name it with volume=NAME")
         return self
@@ -189,4 +193,6 @@ def check_mesh(sizes: dict[str, int], devices: int) -> None:
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if devices % fixed or (fixed != devices and -1 not in sizes.values()):
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
-        raise UserError(f"mesh {shown or 'of one device'} does not take the {devices} devices asked for; change it with --set mesh.fsdp=-1")
+        raise UserError(
+            f"mesh {shown or 'of one device'} does not take the {devices} devices asked for; change it with --set mesh.fsdp=-1"
+        )
