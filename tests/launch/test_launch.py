@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import sys
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer.testing
 import yaml
 
+from jax_ordermerge.cli import app
 from jax_ordermerge.config import load_config, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.launch import render
@@ -188,6 +191,26 @@ def test_ssh_runs_on_all_hosts(tmp_path):
     logs = [(tmp_path / "logs" / "tiny" / f"{index}.log").read_text() for index in range(2)]
     assert done.returncode == 0, logs
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def typed():
+    """The launch commands of the documentation, as they are typed."""
+    for file in ("README.md", "docs/pods.md", "docs/gpu_clusters.md"):
+        text = (ROOT / file).read_text().replace("\\\n", " ")
+        yield from (
+            pytest.param(line, id=f"{file}-{line[20:90]}")
+            for line in re.findall(r"^    (ordermerge launch .*)$", text, re.MULTILINE)
+        )
+
+
+@pytest.mark.parametrize("line", list(typed()))
+def test_commands_of_the_documentation(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(line)[1:]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "written")
+    done = typer.testing.CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "Llama-2-7b" in (tmp_path / "written").read_text() or "--target gke" in line
 
 
 def test_submit_without_the_program(tmp_path, monkeypatch):

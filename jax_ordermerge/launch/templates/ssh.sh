@@ -4,19 +4,19 @@ set -euo pipefail
 
 hosts=({{ place.hosts | join(" ") }})
 logs=logs/{{ name }}
-there={{ place.directory }}
 mkdir -p "$logs"
 
 for host in "${hosts[@]}"; do
-  ssh "$host" "mkdir -p $there && cat > $there/{{ name }}.yaml" <<'CONFIG'
+  ssh "$host" "mkdir -p {{ place.directory }} && cat > {{ place.directory }}/{{ name }}.yaml" <<'CONFIG'
 {{ config -}}
 CONFIG
 done
 
+# shellcheck disable=SC2329  # called by the trap
 stop() {
   echo "stopping all processes; they save a checkpoint" >&2
   for host in "${hosts[@]}"; do
-    ssh -n "$host" "kill -TERM \$(cat $there/{{ name }}.pid)" || true
+    ssh -n "$host" "kill -TERM \$(cat {{ place.directory }}/{{ name }}.pid)" || true
   done
 }
 trap stop INT TERM
@@ -25,7 +25,8 @@ started=()
 for index in "${!hosts[@]}"; do
   # in a group of its own, which Ctrl-C does not reach
   set -m
-  ssh -n "${hosts[index]}" "cd $there && {{ (place.setup ~ " && ") if place.setup else "" }}echo \$\$ > {{ name }}.pid && exec {{ place.command }} run {{ name }}.yaml --set distributed.index=$index" \
+  # shellcheck disable=SC2029  # the index is of this side
+  ssh -n "${hosts[index]}" "cd {{ place.directory }} && {{ (place.setup ~ " && ") if place.setup else "" }}echo \$\$ > {{ name }}.pid && exec {{ place.command }} run {{ name }}.yaml --set distributed.index=$index" \
     > "$logs/$index.log" 2>&1 &
   started+=($!)
   set +m
