@@ -59,7 +59,12 @@ def test_a_healthy_machine(tmp_path):
 
 
 def test_a_mesh_that_does_not_fit(tmp_path):
-    found = {one.what: one for one in doctor.examine(make_config({"output": str(tmp_path), "mesh": {"order": 3, "fsdp": -1}}))}
+    found = {
+        one.what: one
+        for one in doctor.examine(
+            make_config({"output": str(tmp_path), "mesh": {"order": 3, "fsdp": -1}, "population": {"members": 3}})
+        )
+    }
     assert found["mesh"].verdict == "bad"
     assert "8 devices cannot be divided by 3" in found["mesh"].detail
 
