@@ -1,6 +1,7 @@
 """The command line: parse, build a config, call one function, print. Nothing heavy is imported before a command runs."""
 
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -214,6 +215,87 @@ def generate(
 
     for text in single.complete(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype):
         typer.echo(text)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG|RUN]", help="Also look at its processes, mesh and output directory.")
+    ] = None,
+    *,
+    only_versions: Annotated[
+        bool, typer.Option("--versions", help="Print versions and what is wrong with them; start nothing.")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Check this machine: versions, devices, start of several processes, disk, output. Exit code 1 where a run would fail."""
+    import rich
+
+    from jax_ordermerge import doctor
+    from jax_ordermerge.experiment import run_directory
+
+    if only_versions:
+        for name, version in doctor.installed():
+            typer.echo(f"{name} {version}")
+        findings = [one for one in doctor.versions() if one.verdict == "bad"]
+    else:
+        findings = list(doctor.examine(run_directory.read_config(config, overrides or ()) if config else None))
+    if findings:
+        rich.print(doctor.table(findings))
+    bad = sum(one.verdict == "bad" for one in findings)
+    if bad:
+        typer.echo(
+            f"not fit: {bad} of {len(findings)} findings would make a run fail" if not only_versions else "not fit", err=True
+        )
+        raise typer.Exit(1)
+    if not only_versions:
+        typer.echo("fit to run")
+
+
+@app.command()
+def launch(
+    config: RunArgument,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Options of the target, see --options.")
+    ] = None,
+    *,
+    target: Annotated[str, typer.Option(help="tpu-vm, gke, slurm or ssh.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; printed by default.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Run it: sbatch, kubectl apply or bash.")] = False,
+    list_options: Annotated[bool, typer.Option("--options", help="List the options of the target.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Write the script or manifest that runs an experiment on TPU VMs, GKE, SLURM or hosts reached by ssh.
+
+    ordermerge launch CONFIG --target slurm nodes=4 gpus=8 partition=h100 time=12:00:00
+    """
+    from jax_ordermerge.experiment import run_directory
+    from jax_ordermerge.launch import render
+    from jax_ordermerge.launch.submit import submit as hand_over
+
+    if list_options:
+        for name, default, meaning in render.describe(target):
+            typer.echo(f"{name:16} {default:12} {meaning}".rstrip())
+        return
+    pairs = dict(_pair(item, "nodes=4") for item in options or [])
+    text = render.render(run_directory.read_config(config, overrides or ()), target, pairs)
+    if not (out or submit):
+        typer.echo(text, nl=False)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = out or Path(folder) / "launch"
+        file.write_text(text)
+        if out:
+            typer.echo(f"wrote {out}")
+        if submit and (code := hand_over(target, file)):
+            raise typer.Exit(code)
+
+
+def _pair(item: str, example: str) -> tuple[str, str]:
+    name, sign, value = item.partition("=")
+    if not (name and sign):
+        raise UserError(f"{item}: expected OPTION=VALUE, e.g. {example}")
+    return name, value
 
 
 def _parameters(items: list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -20,6 +20,9 @@ class Section(pydantic.BaseModel):
     """A section of the config. Frozen; unknown keys are refused."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 class Model(Section):
@@ -403,10 +406,23 @@ def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
         ...
         jax_ordermerge.errors.UserError: config: unknown key training.epoch (did you mean 'epochs'?)
     """
+    return parse(Config, raw, where)
+
+
+def parse(section: type[SomeSection], raw: Mapping[str, Any], where: str) -> SomeSection:
+    """Validate the values of a section.
+
+    Raises:
+        UserError: one line that names the key, what was given and what was expected.
+
+    Example:
+        >>> parse(Mesh, {"order": "2"}, "mesh").order
+        2
+    """
     try:
-        return Config.model_validate(dict(raw))
+        return section.model_validate(dict(raw))
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_one_line(error)}") from error
+        raise UserError(f"{where}: {_one_line(error, section)}") from error
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -438,13 +454,13 @@ def _override(raw: dict[str, Any], item: str) -> None:
     node[last] = value
 
 
-def _one_line(error: pydantic.ValidationError) -> str:
+def _one_line(error: pydantic.ValidationError, section: type[Section]) -> str:
     # a misspelt key also makes its right name "missing": the misspelling is what to show
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     shown = ".".join(location)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {shown}{did_you_mean(location[-1], _known_keys(first['loc'][:-1]))}"
+        return f"unknown key {shown}{did_you_mean(location[-1], _known_keys(section, first['loc'][:-1]))}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     if first["type"] == "missing":
@@ -452,8 +468,8 @@ def _one_line(error: pydantic.ValidationError) -> str:
     return f"{shown} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    node: Any = Config
+def _known_keys(section: type[Section], location: Sequence[str | int]) -> list[str]:
+    node: Any = section
     for part in location:
         if isinstance(part, int):
             continue

