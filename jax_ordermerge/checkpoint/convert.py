@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from jax_ordermerge import arch, processes, tree
@@ -210,7 +210,7 @@ def abstract_params(
 
 
 def abstract_tensors(
-    table: Iterable[TensorSpec], mesh: Mesh | None = None, *, members: int | None = None, dtype: DTypeLike = jnp.float32
+    table: Iterable[TensorSpec], mesh: Mesh | AbstractMesh | None = None, *, members: int | None = None, dtype: DTypeLike = jnp.float32
 ) -> tree.Tree:
     """Return the dict of any table of tensors as `abstract_params` does that of a model.
 
