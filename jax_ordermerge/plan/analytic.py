@@ -22,10 +22,11 @@ from jax_ordermerge.model import lora
 from jax_ordermerge.train import flops, optimizers
 from jax_ordermerge.train import step as steps
 
-_PRODUCTS, _MEMORY, _LINKS = 0.65, 0.8, 0.8
+_PRODUCTS, _MEMORY, _LINKS, _SEEN = 0.65, 0.8, 0.8, 0.2
 ASSUMED = (
     f"products reach {_PRODUCTS:.0%} of the peak, memory {_MEMORY:.0%} and links {_LINKS:.0%} of the data sheet",
-    "a step takes the longest of products, memory and exchanges, which overlap; members of a device group run one after another",
+    f"products, memory and exchanges overlap: a step takes the longest of them and {_SEEN:.0%} of the others",
+    "members of a device group run one after another",
     "reading data, saving checkpoints, compilation and the network's latency take no time",
 )
 
@@ -86,8 +87,11 @@ class Step:
 
     @property
     def seconds(self) -> float | None:
-        """Of the step: the longest of its times."""
-        return None if self.times is None else max(self.times.values())
+        """Of the step: the longest of its times, and what is seen of the others."""
+        if self.times is None:
+            return None
+        longest = max(self.times.values())
+        return longest + _SEEN * (sum(self.times.values()) - longest)
 
 
 class _Shape(NamedTuple):
@@ -165,7 +169,7 @@ def timed(one: Step, config: Config, topology: Topology) -> Step:
         return one
     device, sizes = topology.device, meshes.axis_sizes(config.mesh.sizes, topology.size)
     times = {
-        "products": one.executed / (_PRODUCTS * _peak(config, topology)),
+        "products": one.executed / (_PRODUCTS * peak(config, topology)),
         "memory": one.moved / (_MEMORY * device.bandwidth),
         "exchanges": sum(size / (_LINKS * _speed(axes, sizes, config, topology)) for axes, size in one.traffic.items()),
     }
@@ -313,7 +317,7 @@ def forward_seconds(config: Config, model: ModelConfig, topology: Topology, toke
     """Return the seconds of measuring losses of one model over `tokens` tokens, on all devices together."""
     if topology.device is None:
         return None
-    return flops.forward_flops(model, tokens, length) / (topology.size * _PRODUCTS * _peak(config, topology))
+    return flops.forward_flops(model, tokens, length) / (topology.size * _PRODUCTS * peak(config, topology))
 
 
 def token_seconds(config: Config, model: ModelConfig, topology: Topology, slots: int) -> float | None:
@@ -328,7 +332,7 @@ def token_seconds(config: Config, model: ModelConfig, topology: Topology, slots:
     cache = rows * slots * 2 * model.num_layers * model.num_kv_heads * model.head_dim * item / sizes["tensor"]
     read = item * parameter_count(model) / parts + cache
     products = 2 * parameter_count(model) * rows / parts
-    return max(read / (_MEMORY * topology.device.bandwidth), products / (_PRODUCTS * _peak(config, topology)))
+    return max(read / (_MEMORY * topology.device.bandwidth), products / (_PRODUCTS * peak(config, topology)))
 
 
 def merge_seconds(config: Config, model: ModelConfig, topology: Topology) -> float | None:
@@ -342,7 +346,8 @@ def merge_seconds(config: Config, model: ModelConfig, topology: Topology) -> flo
     return max(size / (_MEMORY * topology.device.bandwidth), crossing)
 
 
-def _peak(config: Config, topology: Topology) -> float:
+def peak(config: Config, topology: Topology) -> float:
+    """Return the peak FLOP/s of a device of the topology with products of the compute dtype; see `flops.peak`."""
     assert topology.device is not None
     half = config.model.compute_dtype == "float32" and not topology.tpu
     return topology.device.flops / (2 if half else 1)

@@ -157,14 +157,14 @@ device_description_str: "NVIDIA {topology.device.kinds[0]}"
     return _described("cuda", topology, topology_name=topology.device.name, topology=shape, target_config=text)
 
 
-def _described(platform: str, topology: Topology, **description: Any) -> list[Any]:
+def _described(platform: str, asked: Topology, **description: Any) -> list[Any]:
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(platform=platform, **description).devices)
     except Exception as error:  # of several kinds, by version
-        need = f'it needs pip install "jax_ordermerge[{extra(topology)}]" and sizes that exist'
-        raise UserError(f"no devices {topology.name} to compile for: {str(error).splitlines()[0]}; {need}") from error
+        need = f'it needs pip install "jax_ordermerge[{extra(asked)}]" and sizes that exist'
+        raise UserError(f"no devices {asked.name} to compile for: {str(error).splitlines()[0]}; {need}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------------- programs
