@@ -226,10 +226,20 @@ class ModelConfig:
 
 # Shapes of published models, for plans where their files are not at hand.
 ARCHITECTURES = {
-    "llama-2-7b": ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, max_position_embeddings=4096),
-    "llama-2-13b": ModelConfig(vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, max_position_embeddings=4096),
+    "llama-2-7b": ModelConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, max_position_embeddings=4096
+    ),
+    "llama-2-13b": ModelConfig(
+        vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, max_position_embeddings=4096
+    ),
     "llama-2-70b": ModelConfig(
-        vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8, max_position_embeddings=4096
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        max_position_embeddings=4096,
     ),
     "llama-3.1-8b": ModelConfig(
         vocab_size=128256,

@@ -211,7 +211,11 @@ def abstract_params(
 
 
 def abstract_tensors(
-    table: Iterable[TensorSpec], mesh: Mesh | AbstractMesh | None = None, *, members: int | None = None, dtype: DTypeLike = jnp.float32
+    table: Iterable[TensorSpec],
+    mesh: Mesh | AbstractMesh | None = None,
+    *,
+    members: int | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tree.Tree:
     """Return the dict of any table of tensors as `abstract_params` does that of a model.
 

@@ -3,6 +3,7 @@
 A member becomes alone what it becomes among others, so how a population is divided decides nothing but the clock.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def _divided(config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str]
         limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         size = members
         if limit and not (config.directory / "checkpoints").is_dir():
-            size = size_of_wave(members, groups, compiled.step(config, model, mesh), limit)
+            size = size_of_wave(members, groups, _needs(config, model, mesh), limit)
     waves = [list(range(start, min(start + size, members))) for start in range(0, members, size)]
     if len(waves) > 1:
         if (config.directory / "checkpoints").is_dir():
@@ -111,6 +112,23 @@ def _divided(config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str]
         with processes.together("write waves.json"):
             write_json(config.directory / _FILE, waves)
     return waves
+
+
+def _needs(config: Config, model: ModelConfig, mesh: Mesh) -> compiled.Needs:
+    """Return what training all members at once needs. Where the compiler refuses that, it is reckoned from one member a group."""
+    try:
+        return compiled.step(config, model, mesh)
+    except compiled.TooLarge:
+        members, groups = config.population.members, mesh.shape["order"]
+        alone = config.model_copy(update={"population": config.population.model_copy(update={"wave": groups})})
+        try:
+            one = compiled.step(alone, model, mesh)
+        except compiled.TooLarge as error:
+            raise UserError(
+                "one member does not fit the devices; divide it over more of them (mesh.fsdp, mesh.tensor), lower"
+                f" training.microbatch, or set model.remat = full ({str(error).splitlines()[0][:200]})"
+            ) from error
+        return dataclasses.replace(one, arguments=one.shared + (one.arguments - one.shared) * (members // groups))
 
 
 def _known(config: Config) -> list[list[int]]:

@@ -194,7 +194,9 @@ def state(config: Config, model: ModelConfig, mesh: AbstractMesh) -> dict[str, f
 
     Example:
         >>> model = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-        >>> state(Config(), model, AbstractMesh((2, 1, 2, 1, 1), meshes.AXES))["parameters"]  # 2 members, float32, all but norms halved
+        >>> state(Config(), model, AbstractMesh((2, 1, 2, 1, 1), meshes.AXES))[
+        ...     "parameters"
+        ... ]  # 2 members, float32, all but norms halved
         7488.0
     """
     trained, frozen = tables(config, model)
@@ -233,11 +235,14 @@ def _temporaries(config: Config, model: ModelConfig, topology: Topology, work: W
     embedding = item * V * D / tensor * (1 if config.lora else 2) if fsdp > 1 else 0
     # the layer at work: its weights gathered, and the next ones
     gathered = item * _layer(model) / tensor * (2 if config.lora else 3) if fsdp > 1 else 0
-    kept = D + {
-        "full": 0,
-        "dots": (2 * heads + 2 * kv + 2 * F) / tensor + D,
-        "none": (5 * heads + 5 * kv + 4 * F) / tensor + 8 * D,
-    }[config.model.remat]
+    kept = (
+        D
+        + {
+            "full": 0,
+            "dots": (2 * heads + 2 * kv + 2 * F) / tensor + D,
+            "none": (5 * heads + 5 * kv + 4 * F) / tensor + 8 * D,
+        }[config.model.remat]
+    )
     activations = model.num_layers * t * kept * item
     working = t * (item * (6 * D + (3 * heads + 3 * kv + 5 * F) / tensor) + 4 * 2 * D)
     block = max(64, -(-work.length // 8))
@@ -296,8 +301,8 @@ def _traffic(config: Config, model: ModelConfig, work: Work, shape: _Shape) -> d
     full = config.model.remat == "full"
     trained, _ = tables(config, model)
     weights, changed = item * parameter_count(model) / sizes["tensor"], _count(trained) / sizes["tensor"]
-    # gathered forward and backward, gradients reduced to where they are kept
-    fsdp = _share(sizes["fsdp"]) * times * (2 * weights + item * changed)
+    # gathered forward and backward, and to compute again; gradients reduced to where they are kept
+    fsdp = _share(sizes["fsdp"]) * times * ((3 if full else 2) * weights + item * changed)
     data = 2 * _share(sizes["data"]) * times * 4 * changed / sizes["fsdp"]
     # two sums a layer forward, two backward, and what is computed again
     tensor = 2 * _share(sizes["tensor"]) * times * model.num_layers * (6 if full else 4) * t * model.hidden_size * item

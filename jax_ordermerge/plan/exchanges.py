@@ -26,16 +26,33 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=\
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
-_LIMIT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
+# what counts the rounds of a loop: in its condition `place < constant`, in its body `place + constant`
+_CONSTANT = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_PLACE = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* get-tuple-element\(.*index=(\d+)")
+_SUM = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* add\(%?([\w.-]+), %?([\w.-]+)\)")
+_COMPARED = re.compile(r"ROOT .* compare\(%?([\w.-]+), %?([\w.-]+)\), direction=LT")
+_RESULTS = re.compile(r"ROOT .* tuple\((.*?)\)(?:,|$)")
 
 
 @dataclasses.dataclass
 class _Computation:
-    """One computation of a program: its own exchanges, the others that it runs and how often, and what bounds it as a condition."""
+    """One computation of a program: its own exchanges, the others that it runs, and what tells how often a loop runs.
+
+    Attributes:
+        exchanges: kind, axes crossed, bytes received.
+        runs: names, and how often: a number, or the name of a loop's condition.
+        constants, places, sums: whole numbers by name: constants, elements of the parameter, sums of two others.
+        compared: the two sides of `<`, of a condition.
+        results: names of what it returns, if that is a tuple.
+    """
 
     exchanges: list[tuple[str, Axes, float]] = dataclasses.field(default_factory=list)
     runs: list[tuple[str, str | int]] = dataclasses.field(default_factory=list)
-    limits: list[int] = dataclasses.field(default_factory=list)
+    constants: dict[str, int] = dataclasses.field(default_factory=dict)
+    places: dict[str, int] = dataclasses.field(default_factory=dict)
+    sums: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    compared: tuple[str, str] | None = None
+    results: list[str] = dataclasses.field(default_factory=list)
 
 
 def exchanges(program: str, mesh: Mesh, *, rounds: int = 1) -> Exchanges:
@@ -65,9 +82,8 @@ def exchanges(program: str, mesh: Mesh, *, rounds: int = 1) -> Exchanges:
     def run(name: str, often: float) -> None:
         times[name] += often
         for callee, count in computations[name].runs:
-            if isinstance(count, str):  # the condition of a loop, which may say how long
-                limits = computations[count].limits
-                count = limits[0] if len(limits) == 1 else rounds
+            if isinstance(count, str):
+                count = _rounds(computations[count], computations[callee]) or rounds
             if callee in computations:
                 run(callee, often * count)
 
@@ -93,9 +109,7 @@ def _computations(program: str, mesh: Mesh) -> tuple[dict[str, _Computation], st
             entry = name if header[1] else entry
             continue
         here, loop, branches = found[name], _LOOP.search(line), _BRANCHES.search(line)
-        limit = _LIMIT.search(line)
-        if limit:
-            here.limits.append(int(limit[1]))
+        _note_numbers(here, line)
         if loop:
             trips = _TRIPS.search(line)
             here.runs.append((loop[2], int(trips[1]) if trips else loop[1]))
@@ -110,6 +124,34 @@ def _computations(program: str, mesh: Mesh) -> tuple[dict[str, _Computation], st
             if axes:
                 here.exchanges.append((exchange["kind"], axes, _received(exchange, math.prod(mesh.shape[axis] for axis in axes))))
     return dict(found), entry
+
+
+def _note_numbers(here: _Computation, line: str) -> None:
+    constant, place, total = _CONSTANT.search(line), _PLACE.search(line), _SUM.search(line)
+    compared, results = _COMPARED.search(line), _RESULTS.search(line)
+    if constant:
+        here.constants[constant[1]] = int(constant[2])
+    if place:
+        here.places[place[1]] = int(place[2])
+    if total:
+        here.sums[total[1]] = (total[2], total[3])
+    if compared:
+        here.compared = (compared[1], compared[2])
+    if results:
+        here.results = [one.split()[-1].split("*/")[-1].lstrip("%") for one in results[1].split(", ")]
+
+
+def _rounds(condition: _Computation, body: _Computation) -> int | None:
+    """Return how often a loop runs that counts from 0; None where that cannot be read."""
+    if condition.compared is None:
+        return None
+    counter, limit = condition.compared
+    place = condition.places.get(counter)
+    if place is None or limit not in condition.constants:
+        return None
+    terms = body.sums.get(body.results[place], ()) if place < len(body.results) else ()
+    stride = next((body.constants[one] for one in terms if one in body.constants), 1)
+    return -(-condition.constants[limit] // stride)
 
 
 def _received(exchange: re.Match[str], group: int) -> float:

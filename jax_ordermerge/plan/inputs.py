@@ -115,7 +115,11 @@ def work(config: Config, inputs: Inputs) -> Work:
         steps = config.training.epochs * -(-inputs.examples // config.training.batch)
     rows = config.training.batch * len(list(examples.parts))
     return Work(
-        rows, plan.lengths[-1], float(lengths.sum()) / epoch, flops.training_flops(inputs.model, lengths, config.lora) / epoch, steps
+        rows,
+        plan.lengths[-1],
+        float(lengths.sum()) / epoch,
+        flops.training_flops(inputs.model, lengths, config.lora) / epoch,
+        steps,
     )
 
 

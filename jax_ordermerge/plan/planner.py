@@ -64,10 +64,14 @@ def make(
     model, work = read.model, inputs.work(config, read)
     notes = list(read.notes)
     if config.data.max_length > model.max_position_embeddings:
-        raise UserError(f"data.max_length = {config.data.max_length} is above the {model.max_position_embeddings} positions of {read.named}")
+        raise UserError(
+            f"data.max_length = {config.data.max_length} is above the {model.max_position_embeddings} positions of {read.named}"
+        )
     compiles = not analytic_only and compiled.compiler(where)
     if not compiles and not analytic_only:
-        notes.append(f'no compiler for {where.name} is installed (pip install "jax_ordermerge[{compiled.extra(where)}]"): all is estimated')
+        notes.append(
+            f'no compiler for {where.name} is installed (pip install "jax_ordermerge[{compiled.extra(where)}]"): all is estimated'
+        )
     if compiles and not where.present and where.device and not where.tpu:
         notes.append("attention is compiled as plain XLA: cuDNN, which `run` takes where it may, needs less memory")
     planner = _Planner(model, where, work, read, compiles, say)
@@ -122,7 +126,9 @@ class _Planner:
             held = estimate.memory.total - estimate.memory.temporaries
             refused = estimate.memory.temporaries if error.bytes is None else max(error.bytes - held, 0.0)
             memory = dataclasses.replace(estimate.memory, temporaries=refused)
-            return self._option(config, changes, dataclasses.replace(estimate, memory=memory), {"source": "compiled", "refused": True})
+            return self._option(
+                config, changes, dataclasses.replace(estimate, memory=memory), {"source": "compiled", "refused": True}
+            )
         kept = estimate.memory.parameters + estimate.memory.optimizer + estimate.memory.base
         memory = dataclasses.replace(estimate.memory, batch=needs.arguments - kept, temporaries=float(needs.temporaries))
         traffic: dict[str, float] = {}
@@ -299,7 +305,8 @@ def _hours(count: int, seconds: float | None) -> float | None:
 
 def _exchanges(needs: compiled.Needs) -> list[dict[str, Any]]:
     return [
-        {"kind": kind, "axes": list(axes), "operations": count, "bytes": size} for (kind, axes), (count, size) in needs.exchanges.items()
+        {"kind": kind, "axes": list(axes), "operations": count, "bytes": size}
+        for (kind, axes), (count, size) in needs.exchanges.items()
     ]
 
 

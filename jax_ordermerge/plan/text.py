@@ -27,9 +27,13 @@ def as_text(plan: dict[str, Any]) -> str:
     file = io.StringIO()
     console = Console(file=file, width=_WIDTH, highlight=False, markup=False)
     topology, work = plan["topology"], plan["work"]
-    console.print(f"{plan['model']['name']}, {plan['model']['parameters'] / 1e9:.2f} B parameters, on {topology['name']} ({topology['devices']} devices)")
+    console.print(
+        f"{plan['model']['name']}, {plan['model']['parameters'] / 1e9:.2f} B parameters, on {topology['name']} ({topology['devices']} devices)"
+    )
     known = f"{work['steps']:,} steps" if work["steps"] else "steps not known"
-    console.print(f"a step of a member: {work['rows']} rows of {work['length']} tokens, {work['tokens']:,.0f} of them no padding; {known}\n")
+    console.print(
+        f"a step of a member: {work['rows']} rows of {work['length']} tokens, {work['tokens']:,.0f} of them no padding; {known}\n"
+    )
     options = [plan["given"], *([plan["recommended"]] if plan["recommended"] else [])]
     console.print(_options(options))
     if plan["programs"]:
@@ -62,7 +66,11 @@ def verdict(plan: dict[str, Any]) -> str:
         said = f"{fits}, and no settings that were tried are much better."
     else:
         said = f"{fits}."
-    lower = {"losses": "analysis.batch", "generation": "evaluation.batch", "merge": "population.members, or merge the exported members as files"}
+    lower = {
+        "losses": "analysis.batch",
+        "generation": "evaluation.batch",
+        "merge": "population.members, or merge the exported members as files",
+    }
     large = [name for name, one in plan["programs"].items() if one["fits"] is False]
     return "\n".join([said, *(f"{name} does not fit: lower {lower[name]}." for name in large)])
 

@@ -10,6 +10,7 @@ from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.config import Lora
 from jax_ordermerge.model import lora
 
+
 def peak(device_kind: str, dtype: str) -> float | None:
     """Return the peak FLOP/s of a device with products of `dtype`, None where it is not known.
 
@@ -58,7 +59,14 @@ def training_flops(config: ModelConfig, lengths: np.ndarray, adapters: Lora | No
 
 
 def executed_flops(
-    config: ModelConfig, rows: int, length: int, *, remat: str, kernel: str = "xla", adapters: Lora | None = None, pairs: bool = False
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    *,
+    remat: str,
+    kernel: str = "xla",
+    adapters: Lora | None = None,
+    pairs: bool = False,
 ) -> float:
     """Return the FLOPs of products that a training step really computes: padding, and what is computed again, count here.
 
