@@ -280,7 +280,7 @@ def _moved(config: Config, model: ModelConfig, topology: Topology, work: Work, s
     """Return the bytes that a device reads and writes for one member: weights, the optimizer's pass, activations."""
     sizes, t, item = shape.sizes, shape.tokens, shape.item
     fsdp, tensor, passes = sizes["fsdp"], sizes["tensor"], 3 + (config.model.remat == "full")
-    trained, frozen = tables(config, model)
+    trained, _ = tables(config, model)
     weights = item * parameter_count(model) / tensor * passes * (2 if fsdp > 1 else 1)
     # masters, gradients and two moments, read and written; the cast copy
     update = (32 + 4 + item) * _count(trained) / fsdp / tensor

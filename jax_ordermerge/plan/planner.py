@@ -24,7 +24,10 @@ _TRIED = 3  # candidates compiled at most
 _SHOWN = 5  # candidates listed
 _PROMPT = 0.5  # of data.max_length, where no example is at hand to say how long prompts are
 
+_HALVED = 4  # times a batch is halved at most, to find one that fits
+
 Say = Callable[[str], None]
+_Job = Callable[[Config], compiled.Needs]
 
 
 def make(
@@ -212,21 +215,38 @@ class _Planner:
         """Return memory and exchanges of the other programs of a run; nothing where there is no compiler."""
         if not self.compiles:
             return {}
-        length, config = self.work.length, self.compilable(config)
-        jobs: dict[str, Callable[[], compiled.Needs]] = {
-            "losses": lambda: compiled.losses(config, self.model, self.mesh(config), length),
-            "merge": lambda: compiled.merge(config, self.model, self.mesh(config)),
-        }
-        new = self._new_tokens(config)
+        length, new = self.work.length, self._new_tokens(config)
+        jobs: list[tuple[str, str | None, _Job]] = [
+            ("losses", "analysis", lambda config: compiled.losses(config, self.model, self.mesh(config), length)),
+            ("merge", None, lambda config: compiled.merge(config, self.model, self.mesh(config))),
+        ]
         if new:
-            jobs["generation"] = lambda: compiled.generation(config, self.model, self.mesh(config), self._prompt(config), new)
-        return {name: self._program(name, job) for name, job in jobs.items()}
+            prompt = self._prompt(config)
+            jobs.append(
+                ("generation", "evaluation", lambda config: compiled.generation(config, self.model, self.mesh(config), prompt, new))
+            )
+        return {name: self._program(name, section, job, config) for name, section, job in jobs}
 
-    def _program(self, name: str, job: Callable[[], compiled.Needs]) -> dict[str, Any]:
-        self.say(f"compiling {name}")
+    def _program(self, name: str, section: str | None, job: _Job, config: Config) -> dict[str, Any]:
+        """Compile a program; where it does not fit, again with half the `batch` of its section, as often as that may help."""
+        first: dict[str, Any] = {}
+        for _ in range(_HALVED + 1):
+            batch = None if section is None else getattr(config, section).batch
+            self.say(f"compiling {name}" + (f" with {section}.batch={batch}" if first else ""))
+            found = self._compiled(job, config)
+            if not first:
+                first = found
+            elif found["fits"]:
+                return first | {"fitting": {f"{section}.batch": batch}}
+            if found["fits"] is not False or not batch or batch == 1:
+                break
+            config = search.with_changes(config, {str(section): {"batch": batch // 2}})
+        return first
+
+    def _compiled(self, job: _Job, config: Config) -> dict[str, Any]:
         limit = self.topology.device and ROOM * self.topology.device.memory
         try:
-            needs = job()
+            needs = job(self.compilable(config))
         except compiled.TooLarge as error:
             return {"bytes": error.bytes, "fits": False}
         fits = None if limit is None else needs.bytes <= limit

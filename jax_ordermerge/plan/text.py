@@ -55,8 +55,10 @@ def verdict(plan: dict[str, Any]) -> str:
         >>> verdict({"given": {"fits": True}, "recommended": None, "programs": {}})
         'It fits, and no settings that were tried are much better.'
         >>> better = {"changes": {"model.remat": "dots"}, "source": "compiled"}
-        >>> verdict({"given": {"fits": False}, "recommended": better, "programs": {"losses": {"fits": False}}})
-        'It does not fit. Better (compiled): --set model.remat=dots\\nlosses does not fit: lower analysis.batch.'
+        >>> large = {"losses": {"fits": False, "fitting": {"analysis.batch": 32}}}
+        >>> print(verdict({"given": {"fits": False}, "recommended": better, "programs": large}))
+        It does not fit. Better (compiled): --set model.remat=dots
+        losses does not fit; it does with --set analysis.batch=32.
     """
     given, recommended = plan["given"], plan["recommended"]
     fits = {True: "It fits", False: "It does not fit", None: "How much memory these devices have is not known"}[given["fits"]]
@@ -66,13 +68,14 @@ def verdict(plan: dict[str, Any]) -> str:
         said = f"{fits}, and no settings that were tried are much better."
     else:
         said = f"{fits}."
-    lower = {
-        "losses": "analysis.batch",
-        "generation": "evaluation.batch",
-        "merge": "population.members, or merge the exported members as files",
-    }
-    large = [name for name, one in plan["programs"].items() if one["fits"] is False]
-    return "\n".join([said, *(f"{name} does not fit: lower {lower[name]}." for name in large)])
+    large = [f"{name} does not fit{_remedy(name, one)}." for name, one in plan["programs"].items() if one["fits"] is False]
+    return "\n".join([said, *large])
+
+
+def _remedy(name: str, program: dict[str, Any]) -> str:
+    if program.get("fitting"):
+        return f"; it does with {settings(program['fitting'])}"
+    return ": merge the exported members as files (ordermerge merge MODEL...)" if name == "merge" else ""
 
 
 def settings(changes: dict[str, Any]) -> str:
@@ -144,11 +147,11 @@ def _candidates(candidates: Sequence[dict[str, Any]]) -> Table:
 def _experiment(plan: dict[str, Any]) -> Table:
     whole = plan["experiment"]
     which = "as recommended" if plan["recommended"] else "as configured"
-    table = Table(f"the whole experiment {which}", "hours (analytic)", box=box.HORIZONTALS, show_edge=False)
+    table = Table(f"the whole experiment {which}", "hours (analytic), or GB", box=box.HORIZONTALS, show_edge=False)
     for stage, hours in whole["hours"].items():
         table.add_row(f"{stage} ({whole['models']} models)" if stage in ("analysis", "evaluation") else stage, _hours(hours))
-    table.add_row(f"checkpoint, GB ({whole['checkpoints_kept']} are kept)", f"{whole['checkpoint_bytes'] / 1e9:,.1f}")
-    table.add_row("merged models, GB", f"{whole['merged_bytes'] / 1e9:,.1f}")
+    table.add_row(f"checkpoint in GB ({whole['checkpoints_kept']} are kept)", f"{whole['checkpoint_bytes'] / 1e9:,.1f}")
+    table.add_row("merged models in GB", f"{whole['merged_bytes'] / 1e9:,.1f}")
     return table
 
 

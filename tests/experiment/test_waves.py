@@ -9,7 +9,7 @@ from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.merge.references import open_model
-from jax_ordermerge.plan.compiled import Needs, TooLarge
+from jax_ordermerge.plan.compiled import Needs
 
 
 @pytest.fixture(scope="module")
