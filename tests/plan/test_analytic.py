@@ -60,7 +60,9 @@ def counted(remat, again):
 @pytest.mark.parametrize(("remat", "again"), [("none", 0), ("dots", 0), ("full", 1)])
 def test_executed_flops_are_counted_by_hand(remat, again):
     assert flops.executed_flops(MODEL, 8, 16, remat=remat) == counted(remat, again)
-    one = analytic.step(config(model={"remat": remat, "attention": "xla"}, mesh={"order": 2, "fsdp": 2}), MODEL, parse("v5e:2x2"), WORK)
+    one = analytic.step(
+        config(model={"remat": remat, "attention": "xla"}, mesh={"order": 2, "fsdp": 2}), MODEL, parse("v5e:2x2"), WORK
+    )
     assert one.executed == 2 * counted(remat, again) / 2  # 2 members a group of 2 devices
 
 
