@@ -284,9 +284,9 @@ class _Planner:
         }
 
     def _sizes(self, config: Config) -> float:
-        """Return the bytes of one checkpoint: parameters and optimizer of the members trained together."""
-        whole = analytic.abstract_mesh(config.model_copy(update={"mesh": config.mesh.model_copy(update=_ONE)}), parse("cpu:1"))
-        held = analytic.state(config, self.model, whole)
+        """Return the bytes of one checkpoint, parameters and optimizer of all members; those of all waves together."""
+        alone = search.with_changes(config, {"mesh": {**_ONE, "dcn": {}}, "population": {"wave": None}})
+        held = analytic.state(alone, self.model, analytic.abstract_mesh(alone, parse("cpu:1")))
         return held["parameters"] + held["optimizer"]
 
     def _pass(self, config: Config, padded: tuple[float, int] | None) -> float | None:

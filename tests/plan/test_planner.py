@@ -65,7 +65,7 @@ def test_what_fits_and_what_does_not():
     # parameters and two moments of 4 members, float32; two counters
     assert large["experiment"]["checkpoint_bytes"] == pytest.approx(4 * 12 * large["model"]["parameters"], rel=1e-6)
     json.dumps(large, allow_nan=False)
-    nothing = plan(sections, "a100:1")
+    nothing = plan(sections | {"mesh": {"order": 1}}, "a100:1")
     assert nothing["given"]["fits"] is False
     assert nothing["candidates"]
     assert all("lora.rank" in one["changes"] for one in nothing["candidates"])
