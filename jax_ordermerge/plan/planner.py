@@ -66,10 +66,7 @@ def make(
     read = inputs.read(config, architecture, examples, tests)
     model, work = read.model, inputs.work(config, read)
     notes = list(read.notes)
-    if config.data.max_length > model.max_position_embeddings:
-        raise UserError(
-            f"data.max_length = {config.data.max_length} is above the {model.max_position_embeddings} positions of {read.named}"
-        )
+    _check(config, read, where)
     compiles = not analytic_only and compiled.compiler(where)
     if not compiles and not analytic_only:
         notes.append(
@@ -94,6 +91,20 @@ def make(
         "assumed": list(analytic.ASSUMED),
         "notes": notes,
     }
+
+
+def _check(config: Config, read: Inputs, where: Topology) -> None:
+    """Refuse what a run would refuse on these devices."""
+    if config.data.max_length > read.model.max_position_embeddings:
+        raise UserError(
+            f"data.max_length = {config.data.max_length} is above the {read.model.max_position_embeddings} positions of {read.named}"
+        )
+    groups = meshes.axis_sizes(config.mesh.sizes, where.size)["order"]
+    for name, members in (("members", config.population.members), ("wave", config.population.wave or groups)):
+        if members % groups:
+            raise UserError(
+                f"population.{name} = {members} is not a multiple of the order axis ({groups} device groups); change one"
+            )
 
 
 def _here(config: Config) -> Topology:

@@ -86,7 +86,7 @@ def executed_flops(
     Example:
         >>> tiny = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
         >>> [executed_flops(tiny, 1, 64, remat=remat) for remat in ("none", "full")]
-        [1638400.0, 2031616.0]
+        [1638400.0, 2064384.0]
     """
     layers, head = _weights(config)
     again = 1 if remat == "full" else 0

@@ -97,14 +97,19 @@ def test_the_command(tmp_path):
     ("arguments", "message"),
     [
         (["--topology", "v5q:4x4"], "there is no device v5q"),
-        (["--topology", "v5e:2x2", "--architecture", "llama-2-7c"], "did you mean 'llama-2-7b'"),
-        (["--topology", "v5e:2x2", "--set", "mesh.order=3", "--set", "population.members=3"], "cannot be divided by 3"),
+        (["--architecture", "llama-2-7c"], "did you mean 'llama-2-7b'"),
+        (["--set", "mesh.order=3", "--set", "population.members=3"], "4 devices cannot be divided by 3"),
+        (
+            ["--set", "mesh.order=-1", "--set", "mesh.fsdp=1", "--set", "population.members=6"],
+            "is not a multiple of the order axis",
+        ),
+        (["--set", "data.max_length=8192"], "is above the 4096 positions of llama-2-7b"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     file = tmp_path / "small.yaml"
     file.write_text("{}")
-    done = run(str(file), "--analytic", *arguments)
+    done = run(str(file), "--analytic", "--topology", "v5e:2x2", "--architecture", "llama-2-7b", *arguments)
     assert isinstance(done.exception, UserError)
     assert message in str(done.exception)
     assert "\n" not in str(done.exception)
