@@ -41,10 +41,10 @@ def as_text(plan: dict[str, Any]) -> str:
     if plan["candidates"]:
         console.print(_candidates(plan["candidates"]))
     console.print(_experiment(plan))
-    console.print("\n" + verdict(plan))
+    console.print("\n" + verdict(plan), soft_wrap=True)
     for note in plan["notes"]:
-        console.print(f"note: {note}")
-    console.print("assumed: " + "; ".join(plan["assumed"]))
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print("assumed: " + "; ".join(plan["assumed"]), soft_wrap=True)
     return file.getvalue()
 
 
