@@ -240,16 +240,25 @@ def merge(config: Config, model: ModelConfig, mesh: Mesh) -> Needs:
 
 def _merges(config: Config, model: ModelConfig, mesh: Mesh) -> Iterator[Callable[[], Any]]:
     """Yield what compiles each merge whose program differs; seeds do not matter, and a greedy soup is an average."""
-    seen = []
+    seen: list[tuple[Any, ...]] = []
     for spec in config.merge.methods:
-        own = ("average", None, {}) if spec.method == "greedy_soup" else (spec.method, spec.weights, spec.parameters)
+        own: tuple[Any, ...] = (spec.method, spec.weights, spec.parameters)
+        if spec.method == "greedy_soup":
+            own = ("average", None, {})
         if own in seen:
             continue
         seen.append(own)
         method, weights, parameters = own
-        count = config.population.members * (2 if method == "fisher" else 1)  # members, and their information
-        settings = {"members": count, "method": method, "weights": weights, "parameters": parameters, "dtype": config.merge.dtype}
-        yield functools.partial(population.compile_merge, model, mesh, **settings)
+        yield functools.partial(
+            population.compile_merge,
+            model,
+            mesh,
+            members=config.population.members * (2 if method == "fisher" else 1),  # members, and their information
+            method=method,
+            weights=weights,
+            parameters=parameters,
+            dtype=config.merge.dtype,
+        )
 
 
 def _read(compile: Callable[[], Any], mesh: Mesh, rounds: int = 1) -> Needs:

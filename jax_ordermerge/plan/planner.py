@@ -255,12 +255,12 @@ class _Planner:
         return first
 
     def _compiled(self, job: _Job, config: Config) -> dict[str, Any]:
-        limit = self.topology.device and ROOM * self.topology.device.memory
+        device = self.topology.device
         try:
             needs = job(self.compilable(config))
         except compiled.TooLarge as error:
             return {"bytes": error.bytes, "fits": False}
-        fits = None if limit is None else needs.bytes <= limit
+        fits = None if device is None else needs.bytes <= ROOM * device.memory
         sizes = {"bytes": needs.bytes, "arguments": needs.arguments, "temporaries": needs.temporaries}
         return {**sizes, "fits": fits, "compiled_seconds": needs.seconds, "exchanges": _exchanges(needs)}
 
