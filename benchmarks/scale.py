@@ -12,33 +12,19 @@ import argparse
 from typing import Any, NamedTuple
 
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge import plan
-from jax_ordermerge.arch import ModelConfig, Rope, parameter_count
+from jax_ordermerge.arch import ARCHITECTURES, parameter_count
 from jax_ordermerge.config import make_config
+from jax_ordermerge.hardware import parse
+from jax_ordermerge.plan import compiled
 
 GIB = 2**30
 LENGTH = 2048
-CAPACITY = {"v5e": 16, "v5p": 95, "v6e": 32}  # GB a chip, as the vendor gives it
-
-LLAMA_2_7B = ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32)
-LLAMA_3_8B = ModelConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    max_position_embeddings=131072,
-    rope=Rope(theta=500000.0, kind="llama3", factor=8.0, original_max_position_embeddings=8192),
-)
-LLAMA_2_70B = ModelConfig(vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8)
 
 
 class Row(NamedTuple):
     """A model, its number of members, where it is trained, the mesh, and sequences a chip and step."""
 
     name: str
-    model: ModelConfig
     members: int
     topology: str
     mesh: dict[str, int]
@@ -46,11 +32,11 @@ class Row(NamedTuple):
 
 
 ROWS = [
-    Row("Llama-2-7B", LLAMA_2_7B, 4, "v5p:4x4x2", {"order": 4, "fsdp": 8}),
-    Row("Llama-2-7B", LLAMA_2_7B, 4, "v6e:4x8", {"order": 4, "fsdp": 8}),
-    Row("Llama-3.1-8B", LLAMA_3_8B, 4, "v5p:4x4x2", {"order": 4, "fsdp": 8}),
-    Row("Llama-3.1-8B", LLAMA_3_8B, 4, "v6e:4x8", {"order": 4, "fsdp": 8}),
-    Row("Llama-2-70B", LLAMA_2_70B, 2, "v5p:8x8x8", {"order": 2, "fsdp": 256}),
+    Row("llama-2-7b", 4, "v5p:4x4x2", {"order": 4, "fsdp": 8}),
+    Row("llama-2-7b", 4, "v6e:4x8", {"order": 4, "fsdp": 8}),
+    Row("llama-3.1-8b", 4, "v5p:4x4x2", {"order": 4, "fsdp": 8}),
+    Row("llama-3.1-8b", 4, "v6e:4x8", {"order": 4, "fsdp": 8}),
+    Row("llama-2-70b", 2, "v5p:8x8x8", {"order": 2, "fsdp": 256}),
 ]
 
 
@@ -63,16 +49,18 @@ def measure(row: Row) -> tuple[str, list[str]]:
         "training": {"batch": row.mesh["fsdp"] * row.each},
         "mesh": row.mesh,
     }
-    mesh = meshes.make_mesh(**row.mesh, devices=plan.tpu_devices(row.topology))
-    needs = plan.measure(make_config(config), row.model, mesh)
-    where = f"| {row.name}, {parameter_count(row.model) / 1e9:.2f} B | {row.members} | {row.topology} | "
+    topology, model = parse(row.topology), ARCHITECTURES[row.name]
+    assert topology.device is not None
+    mesh = meshes.make_mesh(**row.mesh, devices=compiled.devices(topology))
+    needs = compiled.step(make_config(config), model, mesh)
+    where = f"| {row.name}, {parameter_count(model) / 1e9:.2f} B | {row.members} | {row.topology} | "
     shape = " x ".join(f"{name} {size}" for name, size in row.mesh.items())
     held = f"{needs.arguments / GIB:.1f} | {needs.temporaries / GIB:.1f} | {needs.bytes / GIB:.1f}"
-    part = needs.bytes / 1e9 / CAPACITY[row.topology.split(":")[0]]
+    part = needs.bytes / topology.device.memory
     first = f"{where}{shape} | {held} | {part:.0%} | {needs.seconds:.0f} |"
     return first, [
-        f"{where}{kind} | {' '.join(axes) or 'none'} | {count} | {size / GIB:.2f} |"
-        for (kind, axes), (count, size) in needs.collectives.items()
+        f"{where}{kind} | {' '.join(axes)} | {count:,.0f} | {size / GIB:.2f} |"
+        for (kind, axes), (count, size) in needs.exchanges.items()
     ]
 
 
@@ -85,7 +73,9 @@ def main() -> None:
     heads = "state GiB a chip | temporaries GiB a chip | in all GiB | of the chip's memory | compiled in s |"
     print(f"| model | members | slice | mesh | {heads}\n|---|---|---|---|---|---|---|---|---|")
     print("\n".join(first for first, _ in found))
-    print("\n| model | members | slice | exchange | mesh axes crossed | operations | GiB a chip |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| model | members | slice | exchange | mesh axes crossed | operations a step | GiB received a chip |\n|---|---|---|---|---|---|---|"
+    )
     print("\n".join(line for _, rest in found for line in rest))
 
 

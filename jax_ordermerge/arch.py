@@ -224,6 +224,49 @@ class ModelConfig:
         return out
 
 
+# Shapes of published models, for plans where their files are not at hand.
+ARCHITECTURES = {
+    "llama-2-7b": ModelConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, max_position_embeddings=4096
+    ),
+    "llama-2-13b": ModelConfig(
+        vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, max_position_embeddings=4096
+    ),
+    "llama-2-70b": ModelConfig(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        max_position_embeddings=4096,
+    ),
+    "llama-3.1-8b": ModelConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        max_position_embeddings=131072,
+        rope=Rope(theta=500000.0, kind="llama3", factor=8.0, original_max_position_embeddings=8192),
+    ),
+}
+
+
+def architecture_of(name: str) -> ModelConfig | None:
+    """Return the architecture of a published model by its name, on the hub or in `ARCHITECTURES`; None where it is not known.
+
+    Example:
+        >>> architecture_of("meta-llama/Llama-2-7b-hf").num_layers, architecture_of("my/own-7b")
+        (32, None)
+    """
+    short = name.split("/")[-1].lower()
+    for ending in ("-hf", "-instruct", "-chat"):
+        short = short.removesuffix(ending)
+    return ARCHITECTURES.get(short)
+
+
 def _refuse_unsupported(config: Mapping[str, Any], family: str, ignore: set[str]) -> None:
     for key, value in config.items():
         if key in ignore:

@@ -48,6 +48,46 @@ def run(config: RunArgument, overrides: SetOption = None) -> None:
 
 
 @app.command()
+def plan(
+    config: RunArgument,
+    *,
+    topology: Annotated[
+        str | None,
+        typer.Option(help="v5p:4x4x2, v5e:8x8, h100:8, h200:8x4 (GPUs a node x nodes), cpu:8; by default the devices here."),
+    ] = None,
+    slices: Annotated[int, typer.Option(help="TPU slices of this topology.")] = 1,
+    architecture: Annotated[
+        str | None, typer.Option(help="config.json, directory or a name such as llama-2-7b; by default that of model.base.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Training examples, where the data are not to be read.")] = None,
+    test_examples: Annotated[int | None, typer.Option(min=1, help="Test examples, likewise.")] = None,
+    analytic: Annotated[bool, typer.Option("--analytic", help="Estimate on paper; compile nothing.")] = False,
+    search: Annotated[bool, typer.Option(help="Look for settings that serve better.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Say what an experiment needs on hardware that need not be here: memory, time, and better settings.
+
+    ordermerge plan configs/llama2_7b_gsm8k.yaml --topology v5p:4x4x2 --examples 7473 --test-examples 1319
+    """
+    from jax_ordermerge.experiment import run_directory
+    from jax_ordermerge.plan import planner, text
+
+    made = planner.make(
+        run_directory.read_config(config, overrides or ()),
+        topology,
+        slices=slices,
+        architecture=architecture,
+        examples=examples,
+        tests=test_examples,
+        analytic_only=analytic,
+        look_further=search,
+        say=lambda message: typer.echo(message, err=True),
+    )
+    typer.echo(text.as_json(made) if as_json else text.as_text(made), nl=False)
+
+
+@app.command()
 def train(config: RunArgument, overrides: SetOption = None) -> None:
     """Fine-tune the members, each in its own order. Resumes from the last checkpoint."""
     _through("train", config, overrides)

@@ -62,9 +62,8 @@ def make_mesh(
         {'order': 1, 'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
     """
     present = list(jax.devices() if devices is None else devices)
-    sizes = {"order": order, "data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
-    asked = "mesh " + ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1 or name == "order")
-    sizes = _fill(sizes, len(present), asked, "devices")
+    given = {"order": order, "data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    asked, sizes = _asked(given), axis_sizes(given, len(present))
     chosen = present[: math.prod(sizes.values())]
     slices = len({getattr(device, "slice_index", 0) for device in chosen})
     types = (AxisType.Auto,) * len(AXES)
@@ -82,6 +81,23 @@ def make_mesh(
     across = [outer[name] for name in AXES]
     placed = mesh_utils.create_hybrid_device_mesh(inner, across, chosen, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=types)
+
+
+def axis_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Return the sizes of the mesh axes with -1 replaced by all that remains of so many devices.
+
+    Raises:
+        UserError: the sizes do not fit the devices.
+
+    Example:
+        >>> axis_sizes({"order": 2, "fsdp": -1}, 8)
+        {'order': 2, 'fsdp': 4}
+    """
+    return _fill(dict(sizes), devices, _asked(sizes), "devices")
+
+
+def _asked(sizes: Mapping[str, int]) -> str:
+    return "mesh " + ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1 or name == "order")
 
 
 def _fill(sizes: dict[str, int], present: int, asked: str, what: str) -> dict[str, int]:
@@ -124,7 +140,7 @@ def _spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, 
     return P(*entries)
 
 
-def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return `NamedSharding(mesh, partition(axes, shape, mesh))`.
 
     Example:

@@ -36,6 +36,7 @@ def test_every_command_that_it_names_has_help():
         "inspect",
         "launch",
         "merge",
+        "plan",
         "report",
         "run",
         "train",

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, tensor_table
+from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.model import llama, loss
@@ -74,6 +75,27 @@ def losses(
     return out, tokens
 
 
+def compile_losses(
+    config: ModelConfig, mesh: Mesh, *, batch: int, length: int, held: str, dtype: str, kernel: Kernel = "xla"
+) -> Any:
+    """Return the compiled program with which `losses` measures one model, `jax.stages.Compiled`; the devices need not be here.
+
+    Args:
+        config: the model.
+        mesh: as in `losses`.
+        batch, dtype, kernel: as in `losses`.
+        length: that rows are padded to.
+        held: dtype of the parameters.
+    """
+    groups = mesh.shape["order"]
+    shape = groups, -(-batch // groups), length
+    place = _rows_over(mesh, shape)
+    arrays = {name: np.float32 if name == "weights" else np.int32 for name in pack.SEQUENCES}
+    rows = {name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in arrays.items()}
+    params = convert.abstract_params(config, mesh, dtype=held)
+    return _program(config, dtype, mesh, population=False, kernel=kernel).lower(params, rows).compile()
+
+
 def _is_population(config: ModelConfig, params: Tree) -> bool:
     spec = tensor_table(config)[0]
     given = flatten(params)[spec.path].ndim
@@ -83,7 +105,7 @@ def _is_population(config: ModelConfig, params: Tree) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool, kernel: Kernel) -> Callable[[Tree, Any], Any]:
+def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool, kernel: Kernel) -> Any:
     """Return `(params, batch) -> (sums, counts)`, jitted and kept: jit keeps a program for each length."""
 
     def sums(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -115,10 +137,14 @@ def _place(batch: pack.Batch, mesh: Mesh, population: bool) -> dict[str, jax.Arr
             place = meshes.sharding(("batch", None), array.shape, mesh)
         else:
             array = array.reshape(mesh.shape["order"], -1, *array.shape[1:])
-            place = NamedSharding(mesh, P("order", *meshes.partition(("batch", None), array.shape[1:], mesh)))
+            place = _rows_over(mesh, array.shape)
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
     return {name: put(batch[name]) for name in pack.SEQUENCES}
+
+
+def _rows_over(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    return NamedSharding(mesh, P("order", *meshes.partition(("batch", None), shape[1:], mesh)))
 
 
 def _fetch(pending: list[tuple[jax.Array, jax.Array]]) -> list[tuple[np.ndarray, np.ndarray]]:

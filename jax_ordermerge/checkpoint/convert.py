@@ -7,7 +7,7 @@ several processes all of them take part in the gathering, and process 0 writes.
 import dataclasses
 import functools
 import importlib.resources
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from jax_ordermerge import arch, processes, tree
@@ -29,12 +29,13 @@ _BUFFER = "rotary_emb.inv_freq"  # written by old libraries, recomputed by every
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md")
 
 
-def resolve(base: str) -> Path:
+def resolve(base: str, *, weights: bool = True) -> Path:
     """Return the local directory of a base model.
 
     Args:
         base: an existing directory, `embedded:NAME` (shipped with the package), or a hub name such as
             `meta-llama/Llama-2-7b-hf`, which is downloaded once (safetensors, configs and tokenizer only).
+        weights: False downloads configs and tokenizer alone.
 
     Raises:
         UserError: nothing of that name exists, or it may not or cannot be downloaded.
@@ -51,7 +52,7 @@ def resolve(base: str) -> Path:
         return Path(base).expanduser()
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError(f"base model directory {base} not found; give an existing directory, a hub name or embedded:NAME")
-    return _download(base)
+    return _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
 
 
 def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfig:
@@ -210,7 +211,11 @@ def abstract_params(
 
 
 def abstract_tensors(
-    table: Iterable[TensorSpec], mesh: Mesh | None = None, *, members: int | None = None, dtype: DTypeLike = jnp.float32
+    table: Iterable[TensorSpec],
+    mesh: Mesh | AbstractMesh | None = None,
+    *,
+    members: int | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tree.Tree:
     """Return the dict of any table of tensors as `abstract_params` does that of a model.
 
@@ -309,13 +314,13 @@ def _embedded(name: str) -> Path:
     return Path(str(assets / name))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         found = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_HUB_FILES), ignore_patterns=["consolidated*", "original/*"]
+            name, allow_patterns=list(patterns), ignore_patterns=["consolidated*", "original/*"]
         )
     except errors.HFValidationError as error:
         raise UserError(f"base model {name} is neither an existing directory nor a valid hub name") from error

@@ -6,15 +6,17 @@ buckets; each bucket is one compilation, which holds prefill and the whole decod
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh, tree
 from jax_ordermerge.arch import ModelConfig, tensor_table
+from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.model import llama
 
@@ -69,6 +71,25 @@ def generate(
         for row, i in enumerate(rows):
             results[i] = new_BT[row, : counts_B[row]].tolist()
     return results
+
+
+def compile_generation(
+    config: ModelConfig, mesh: Mesh, *, batch: int, prompt: int, max_new_tokens: int, held: str, dtype: DTypeLike
+) -> Any:
+    """Return the compiled program of `generate`, `jax.stages.Compiled`; the devices of the mesh need not be here.
+
+    Args:
+        config: the model.
+        mesh: where the parameters are.
+        batch, max_new_tokens, dtype: as in `generate`.
+        prompt: tokens of the longest prompt.
+        held: dtype of the parameters.
+    """
+    tokens_BT = jax.ShapeDtypeStruct((batch, bucket(prompt, _SHORTEST)), jnp.int32)
+    lengths_B, ends = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((len(config.eos_token_ids) or 1,), jnp.int32)
+    params = convert.abstract_params(config, mesh, dtype=held)
+    settings = {"max_new_tokens": max_new_tokens, "dtype": jnp.dtype(dtype)}
+    return _decode.lower(config, params, tokens_BT, lengths_B, ends, **settings).compile()
 
 
 def bucket(size: int, smallest: int = 1) -> int:

@@ -3,6 +3,7 @@
 A member becomes alone what it becomes among others, so how a population is divided decides nothing but the clock.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_ordermerge import plan, processes
+from jax_ordermerge import processes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.run_directory import read_json, write_bytes, write_json
+from jax_ordermerge.hardware import ROOM
+from jax_ordermerge.plan import compiled
 from jax_ordermerge.train import journal, loop
 from jax_ordermerge.train import members as trained
 from jax_ordermerge.tree import Tree
 
 _FILE = "waves.json"
-_ROOM = 0.92  # of a device's memory; the rest goes to fragments and to what other programs hold
 
 
 def train(
@@ -58,7 +60,7 @@ def home(config: Config, member: int) -> Path:
     return next((_room(config, number) for number, wave in waves if member in wave), config.directory)
 
 
-def size_of_wave(members: int, groups: int, needs: plan.Needs, limit: int) -> int:
+def size_of_wave(members: int, groups: int, needs: compiled.Needs, limit: int) -> int:
     """Return how many members are trained at the same time, a multiple of the device groups.
 
     Args:
@@ -71,14 +73,14 @@ def size_of_wave(members: int, groups: int, needs: plan.Needs, limit: int) -> in
         UserError: not even one member a group fits.
 
     Example:
-        >>> needs = plan.Needs(arguments=80, temporaries=10, collectives={}, seconds=0)
+        >>> needs = compiled.Needs(arguments=80, temporaries=10, exchanges={}, seconds=0)
         >>> size_of_wave(8, 2, needs, limit=1000), size_of_wave(8, 2, needs, limit=60)
         (8, 4)
     """
     # members of a group are trained one after another: only what is kept of them grows with their number
     fixed = needs.temporaries + needs.shared
     each = (needs.arguments - needs.shared) / (members // groups)
-    fitting = math.floor((_ROOM * limit - fixed) / each)
+    fitting = math.floor((ROOM * limit - fixed) / each)
     if fitting < 1:
         raise UserError(
             f"one member needs {(each + fixed) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} are there; divide it over more"
@@ -99,7 +101,7 @@ def _divided(config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str]
         limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         size = members
         if limit and not (config.directory / "checkpoints").is_dir():
-            size = size_of_wave(members, groups, plan.measure(config, model, mesh), limit)
+            size = size_of_wave(members, groups, _needs(config, model, mesh), limit)
     waves = [list(range(start, min(start + size, members))) for start in range(0, members, size)]
     if len(waves) > 1:
         if (config.directory / "checkpoints").is_dir():
@@ -110,6 +112,23 @@ def _divided(config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str]
         with processes.together("write waves.json"):
             write_json(config.directory / _FILE, waves)
     return waves
+
+
+def _needs(config: Config, model: ModelConfig, mesh: Mesh) -> compiled.Needs:
+    """Return what training all members at once needs. Where the compiler refuses that, it is reckoned from one member a group."""
+    try:
+        return compiled.step(config, model, mesh)
+    except compiled.TooLarge:
+        members, groups = config.population.members, mesh.shape["order"]
+        alone = config.model_copy(update={"population": config.population.model_copy(update={"wave": groups})})
+        try:
+            one = compiled.step(alone, model, mesh)
+        except compiled.TooLarge as error:
+            raise UserError(
+                "one member does not fit the devices; divide it over more of them (mesh.fsdp, mesh.tensor), lower"
+                f" training.microbatch, or set model.remat = full ({str(error).splitlines()[0][:200]})"
+            ) from error
+        return dataclasses.replace(one, arguments=one.shared + (one.arguments - one.shared) * (members // groups))
 
 
 def _known(config: Config) -> list[list[int]]:

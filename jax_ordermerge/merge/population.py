@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import geometry, methods, parts, select
 
@@ -100,21 +101,68 @@ def merge_leaf(
         >>> merge_leaf(members, None, ["w"], False, dtype="float32", **settings).tolist()
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
-    tensors = _tensors(members, base, names, stacked, method=method, seed=seed, weights=weights, parameters=parameters, dtype=dtype)
+    chosen = _Chosen(method, seed, weights, parameters, dtype)
+    arguments, settings = _prepared(members, base, names, stacked, chosen)
+    return _merge_leaf(*arguments, **settings)
+
+
+def compile_merge(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    members: int,
+    method: str,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> Any:
+    """Return the compiled merge of the largest tensor of a population, `jax.stages.Compiled`; the devices need not be here.
+
+    Args:
+        config: the model.
+        mesh: where the population is.
+        members: their number.
+        method, weights, parameters, dtype: as in `merge`.
+
+    Raises:
+        UserError: as `merge`.
+    """
+    spec = max(arch.tensor_table(config), key=lambda spec: math.prod(spec.shape))
+    (population,) = tree.flatten(convert.abstract_tensors([spec], mesh, members=members, dtype=dtype)).values()
+    (base,) = tree.flatten(convert.abstract_tensors([spec], mesh, dtype=dtype)).values()
+    checked = methods.check(method, parameters)
+    chosen = _Chosen(method, 0, weights, checked, dtype)
+    arguments, settings = _prepared(population, base, spec.hf_names(), spec.stacked, chosen)
+    return _merge_leaf.lower(*arguments, **settings).compile()
+
+
+class _Chosen(NamedTuple):
+    """A method and what it is given; `parameters` as `methods.check` returned them."""
+
+    method: str
+    seed: int
+    weights: Sequence[float] | None
+    parameters: Mapping[str, Any]
+    dtype: DTypeLike
+
+
+def _prepared(
+    members: Any, base: Any, names: Sequence[str], stacked: bool, chosen: _Chosen
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of `_merge_leaf`, arrays or their descriptions, and what selects its program."""
+    tensors = _tensors(members, base, names, stacked, chosen)
     inner = _without_members(members)
-    learned = [parts.split(methods.learn(tensor, method, parameters)) for tensor in tensors]
-    return _merge_leaf(
-        members,
-        base,
-        np.stack([tensor.words for tensor in tensors]),
-        {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]},
-        method=method,
-        static=learned[0][1],
-        dtype=jnp.dtype(dtype),
-        stacked=stacked,
-        spread=tensors[0].leaf.spread,
-        out=None if inner is None else inner[1],
-    )
+    learned = [parts.split(methods.learn(tensor, chosen.method, chosen.parameters)) for tensor in tensors]
+    known = {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]}
+    settings = {
+        "method": chosen.method,
+        "static": learned[0][1],
+        "dtype": jnp.dtype(chosen.dtype),
+        "stacked": stacked,
+        "spread": tensors[0].leaf.spread,
+        "out": None if inner is None else inner[1],
+    }
+    return (members, base, np.stack([tensor.words for tensor in tensors]), known), settings
 
 
 class _Leaf(NamedTuple):
@@ -153,37 +201,26 @@ class _Tensor:
         **static: Any,
     ) -> Any:
         """See `parts.Tensor.total`: the leaf in one piece, wherever it lies."""
-        sums = parts.Sums(reduce)
-        sums.add(
-            _measure_leaf(
-                self.leaf.members,
-                self.leaf.base,
-                self.words,
-                self.layer,
-                *arrays,
-                function=function,
-                static=tuple(static.items()),
-                dtype=self.dtype,
-                stacked=self.leaf.stacked,
-                spread=self.leaf.spread,
-            )
+        measure = functools.partial(
+            _measure_leaf,
+            function=function,
+            static=tuple(static.items()),
+            dtype=self.dtype,
+            stacked=self.leaf.stacked,
+            spread=self.leaf.spread,
         )
+        given = self.leaf.members, self.leaf.base, self.words, self.layer, *arrays
+        sums = parts.Sums(reduce)
+        if isinstance(self.leaf.members, jax.ShapeDtypeStruct):  # only described: the program does not depend on what the sums are
+            sums.add(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(measure, *given)))
+        else:
+            sums.add(measure(*given))
         return sums.result()
 
 
-def _tensors(
-    members: jax.Array,
-    base: jax.Array | None,
-    names: Sequence[str],
-    stacked: bool,
-    *,
-    method: str,
-    seed: int,
-    weights: Sequence[float] | None,
-    parameters: Mapping[str, Any],
-    dtype: DTypeLike,
-) -> list[_Tensor]:
-    """Return the Hugging Face tensors of a leaf; arguments as for `merge_leaf`."""
+def _tensors(members: Any, base: Any, names: Sequence[str], stacked: bool, chosen: _Chosen) -> list[_Tensor]:
+    """Return the Hugging Face tensors of a leaf, of arrays or of their descriptions."""
+    method, seed, weights, parameters, dtype = chosen
     layers = range(len(names)) if stacked else (None,)
     words = [methods.key_words(method, parameters, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
     given = methods.check_weights(method, weights, members.shape[0], parameters)
@@ -311,10 +348,8 @@ def diagnostics(
         moments = jax.device_get(_moments(own, own_base, own_merged))
         tensors: list[_Tensor] | None = None
         if methods.redraws(method, checked):
-            tensors = _tensors(
-                own, own_base, spec.hf_names(), spec.stacked,
-                method=method, seed=seed, weights=weights, parameters=checked, dtype=own_merged.dtype,
-            )  # fmt: skip
+            chosen = _Chosen(method, seed, weights, checked, own_merged.dtype)
+            tensors = _tensors(own, own_base, spec.hf_names(), spec.stacked, chosen)
         for layer, name in enumerate(spec.hf_names()):
             one = geometry.Moments(*(x[:, layer] for x in moments[:2])) if spec.stacked else moments
             if tensors is not None:

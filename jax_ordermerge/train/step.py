@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import mesh as meshes
@@ -126,7 +126,7 @@ def _accumulate(gradients: Callable[[Batch], tuple[Tree, ExampleSums]], batch: B
 # ---------------------------------------------------------------------------------------------------------------------- populations
 
 
-def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
     """Return the state of a population as `jax.ShapeDtypeStruct`s, the optimizer's state sharded like its parameters.
 
     What has other axes than its parameter, as Adafactor's means over rows and columns, keeps the sharding of those that are left:
@@ -137,9 +137,9 @@ def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh) -
         tx: the optimizer.
         mesh: where counters live; one that is not on the mesh would compile the step twice.
     """
-    typed = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    typed = AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(typed, x.sharding.spec)), params)
-    with jax.set_mesh(typed):
+    with jax.sharding.use_abstract_mesh(typed):
         opt_state = jax.eval_shape(jax.vmap(tx.init), like)
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

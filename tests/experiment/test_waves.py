@@ -9,7 +9,7 @@ from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.merge.references import open_model
-from jax_ordermerge.plan import Needs
+from jax_ordermerge.plan.compiled import Needs
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_wave_must_fill_the_device_groups(folder, tmp_path):
 
 
 def test_sizes_of_waves_follow_from_memory():
-    needs = Needs(arguments=400, temporaries=100, collectives={}, seconds=0)  # 8 members in 2 groups: 100 bytes each
+    needs = Needs(arguments=400, temporaries=100, exchanges={}, seconds=0)  # 8 members in 2 groups: 100 bytes each
     sizes = {limit: waves.size_of_wave(8, 2, needs, limit) for limit in (600, 520, 400, 300, 220)}
     assert sizes == {600: 8, 520: 4, 400: 4, 300: 2, 220: 2}
     with pytest.raises(UserError, match=r"one member needs .* a device"):

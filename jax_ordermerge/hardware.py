@@ -1,0 +1,157 @@
+"""What devices can do, from their makers' public data sheets, and the names of arrangements of them (`v5p:4x4x2`, `h100:8`).
+
+The one table of devices: MFU of a training, and plans for hardware that is not here, read it.
+"""
+
+import dataclasses
+import math
+import re
+
+from jax_ordermerge.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One jax device: a chip (of TPU v4 and later chips both cores), or a GPU.
+
+    Attributes:
+        name: in topologies.
+        kinds: a jax `device_kind` that contains one of these is such a device.
+        flops: peak FLOP/s with bfloat16 products, dense.
+        memory: bytes of its memory.
+        bandwidth: bytes/s of its memory.
+        link: bytes/s it receives over all its fast links together (ICI, NVLink).
+        network: bytes/s it receives over the network that joins slices or nodes, its share of the host's.
+        sides: of the torus that its links make; 0 where a switch joins all.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    sides: int = 0
+
+
+# Found by the first of `kinds` that a device_kind contains. TPU: cloud.google.com/tpu/docs (memory counted in GiB, links in one
+# direction). GPU: NVIDIA's data sheets; NVLink in one direction, and one network card a GPU as in DGX and HGX systems.
+DEVICES = (
+    Device("v6e", ("TPU v6",), 918e12, 32 * 2**30, 1640e9, 448e9, 12.5e9, sides=2),
+    Device("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, sides=2),
+    Device("v5p", ("TPU v5",), 459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, sides=3),
+    Device("v4", ("TPU v4",), 275e12, 32 * 2**30, 1228e9, 300e9, 6.25e9, sides=3),
+    Device("b200", ("B200",), 2250e12, 180e9, 8000e9, 900e9, 50e9),
+    Device("h200", ("H200",), 989.4e12, 141e9, 4800e9, 450e9, 50e9),
+    Device("h100-pcie", ("H100 PCIe",), 756e12, 80e9, 2000e9, 64e9, 50e9),
+    Device("h100", ("H100",), 989.4e12, 80e9, 3350e9, 450e9, 50e9),
+    Device("a100", ("A100",), 312e12, 80e9, 2039e9, 300e9, 25e9),
+)
+ROOM = 0.92  # of a device's memory that a program may take; the rest goes to fragments and to what other programs hold
+
+
+def find(device_kind: str) -> Device | None:
+    """Return the entry of a jax `device_kind`, None where the table has none.
+
+    Example:
+        >>> find("NVIDIA H100 80GB HBM3").name, find("TPU v5 lite").name, find("cpu")
+        ('h100', 'v5e', None)
+    """
+    return next((one for one in DEVICES if any(kind in device_kind for kind in one.kinds)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """An arrangement of like devices.
+
+    Attributes:
+        device: None for devices that the table does not have, such as CPUs.
+        shape: sides of a TPU slice, or the GPUs of a node.
+        slices: slices, or nodes, joined by a slower network.
+        present: whether these are the devices of this process.
+    """
+
+    device: Device | None
+    shape: tuple[int, ...]
+    slices: int = 1
+    present: bool = False
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def tpu(self) -> bool:
+        """Whether these are TPUs."""
+        return self.device is not None and self.device.sides > 0
+
+    @property
+    def name(self) -> str:
+        """Such as `v5p:4x4x2`, `2 x v5e:8x8` or `h200:8x4`."""
+        kind = self.device.name if self.device else "cpu"
+        sides = "x".join(map(str, self.shape))
+        if self.device and not self.tpu:
+            return f"{kind}:{sides}" + (f"x{self.slices}" if self.slices > 1 else "")
+        return (f"{self.slices} x " if self.slices > 1 else "") + f"{kind}:{sides}"
+
+    def speed(self, size: int) -> float:
+        """Return bytes/s that a device receives from a group of `size` devices of its slice, by data sheet.
+
+        On a torus a group has the links along as many sides as it needs, the longest first; a switch gives everyone all.
+
+        Example:
+            >>> [parse("v5p:4x4x2").speed(size) / 1e9 for size in (4, 8, 32)], parse("h100:8").speed(2) / 1e9
+            ([200.0, 400.0, 600.0], 450.0)
+        """
+        assert self.device is not None
+        if not self.device.sides:
+            return self.device.link
+        covered, sides = 1, 0
+        for side in sorted(self.shape, reverse=True):
+            if covered >= size:
+                break
+            covered, sides = covered * side, sides + 1
+        return self.device.link * max(sides, 1) / self.device.sides
+
+
+def parse(text: str, slices: int = 1) -> Topology:
+    """Read the name of a topology.
+
+    Args:
+        text: `v5p:4x4x2` and `v5e:8x8`, sides of a TPU slice; `h100:8` and `h200:8x4`, GPUs of a node and nodes; `cpu:8`.
+        slices: TPU slices of this kind.
+
+    Raises:
+        UserError: what is wrong with the name; a near one where there is one.
+
+    Example:
+        >>> parse("h200:8x4").size, parse("v5e:4x4", slices=2).name
+        (32, '2 x v5e:4x4')
+        >>> parse("v5q:4x4x2")
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: --topology v5q:4x4x2: there is no device v5q (did you mean 'v5p'?)
+    """
+    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", text.strip().lower())
+    if match is None:
+        raise UserError(f"--topology {text}: expected DEVICE:SIZES, such as v5p:4x4x2, v5e:8x8, h100:8, h200:8x4 or cpu:8")
+    name, shape = match[1], tuple(int(side) for side in match[2].split("x"))
+    known = {one.name: one for one in DEVICES}
+    if name != "cpu" and name not in known:
+        raise UserError(f"--topology {text}: there is no device {name}{did_you_mean(name, [*known, 'cpu'])}")
+    if min(shape) < 1 or slices < 1:
+        raise UserError(f"--topology {text}, --slices {slices}: sizes are at least 1")
+    device = known.get(name)
+    if device is None or not device.sides:
+        if slices > 1:
+            raise UserError(f"--slices {slices}: slices are of TPUs; nodes are the second size, as in h200:8x{slices}")
+        if len(shape) > (2 if device else 1):
+            expected = "GPUs a node and nodes, as in h200:8x4" if device else "a number of devices, as in cpu:8"
+            raise UserError(f"--topology {text}: expected {expected}")
+        return Topology(device, shape[:1], shape[1] if len(shape) > 1 else 1)
+    if len(shape) != device.sides:
+        example = f"{name}:{'x'.join(['4'] * device.sides)}"
+        raise UserError(f"--topology {text}: a slice of {name} has {device.sides} sides, as in {example}")
+    return Topology(device, shape, slices)

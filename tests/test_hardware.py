@@ -1,0 +1,54 @@
+import pytest
+
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.hardware import DEVICES, find, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "size", "name"),
+    [
+        ("v5p:4x4x2", 1, 32, "v5p:4x4x2"),
+        ("v6e:16x16", 2, 512, "2 x v6e:16x16"),
+        ("H100:8", 1, 8, "h100:8"),
+        ("h200:8x4", 1, 32, "h200:8x4"),
+        ("cpu:8", 1, 8, "cpu:8"),
+    ],
+)
+def test_topologies(text, slices, size, name):
+    found = parse(text, slices)
+    assert (found.size, found.name) == (size, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "message"),
+    [
+        ("v5p", 1, "expected DEVICE:SIZES, such as v5p:4x4x2"),
+        ("v5p:4by4", 1, "expected DEVICE:SIZES"),
+        ("v5:4x4", 1, r"there is no device v5 \(did you mean 'v5"),
+        ("h10:8", 1, r"there is no device h10 \(did you mean 'h100'\?\)"),
+        ("v5p:4x4", 1, "a slice of v5p has 3 sides, as in v5p:4x4x4"),
+        ("v5e:4x4x4", 1, "a slice of v5e has 2 sides, as in v5e:4x4"),
+        ("h100:8x2x2", 1, "expected GPUs a node and nodes, as in h200:8x4"),
+        ("cpu:2x4", 1, "expected a number of devices, as in cpu:8"),
+        ("v5e:0x4", 1, "sizes are at least 1"),
+        ("v5e:4x4", 0, "sizes are at least 1"),
+        ("h100:8", 2, "slices are of TPUs; nodes are the second size, as in h200:8x2"),
+    ],
+)
+def test_names_that_are_none(text, slices, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse(text, slices)
+    assert "\n" not in str(error.value)
+
+
+def test_every_device_is_found_by_its_kinds():
+    for device in DEVICES:
+        for kind in device.kinds:
+            assert find(f"NVIDIA {kind}" if not device.sides else kind) is device
+
+
+def test_links_of_a_group_are_those_along_the_sides_it_needs():
+    torus = parse("v5p:2x4x8")
+    assert [torus.speed(size) / torus.device.link for size in (1, 8, 9, 32, 33, 64)] == pytest.approx(
+        [1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1]
+    )
