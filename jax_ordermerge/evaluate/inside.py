@@ -14,9 +14,7 @@ from typing import Any
 
 LONGEST = 1 << 24  # bytes of a message
 PLAIN = (str, type(None))
-GROUPS: dict[str, tuple[type, Callable[[Any], Any]]] = {
-    "list": (list, list), "tuple": (tuple, list), "set": (set, list), "frozenset": (frozenset, list)
-}  # fmt: skip
+GROUPS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def encode(value: Any) -> Any:
@@ -39,7 +37,7 @@ def encode(value: Any) -> Any:
         return ["dict", [[encode(key), encode(item)] for key, item in value.items()]]
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", value.hex()]
-    for name, (kind, _) in GROUPS.items():
+    for name, kind in GROUPS.items():
         if isinstance(value, kind):
             return [name, [encode(item) for item in value]]
     raise TypeError(f"{type(value).__name__} is not plain data")
@@ -51,7 +49,7 @@ def decode(data: Any) -> Any:
         return data
     name, inner = data
     if name in GROUPS:
-        return GROUPS[name][0](decode(item) for item in inner)
+        return GROUPS[name](decode(item) for item in inner)
     if name == "dict":
         return {decode(key): decode(item) for key, item in inner}
     return bytes.fromhex(inner) if name == "bytes" else {"float": float, "complex": complex}[name](inner)
