@@ -33,6 +33,7 @@ def test_every_command_that_it_names_has_help():
         "evaluate",
         "generate",
         "inspect",
+        "judge",
         "merge",
         "report",
         "run",

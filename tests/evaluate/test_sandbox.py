@@ -1,17 +1,17 @@
 """Programs that are right, wrong and hostile. A hostile one must not pass, must not live on, and must leave nothing behind."""
 
+import contextlib
 import gzip
 import json
 import os
 import pathlib
 import socket
-import threading
 import time
 
 import pytest
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import sandbox
+from jax_ordermerge.evaluate import programs, sandbox
 
 TESTS = "for i in range(3): assert f(i) == i + 1"
 RIGHT = "def f(x): return x + 1"
@@ -109,25 +109,18 @@ def test_hostile(name, tmp_path):
         program = (
             HOSTILE[name].replace("{port}", str(listener.getsockname()[1])).replace("{file}", str(file)).replace("{mark}", mark)
         )
-        before = set(pathlib.Path("/tmp").iterdir()), set(pathlib.Path("/dev/shm").iterdir()), threading.active_count()
         start = time.monotonic()
-        found = sandbox.judge(program, TESTS, ["f"], timeout=3.0)
+        found = sandbox.judge(program, TESTS, ["f"], timeout=1.5)
         assert time.monotonic() - start < 8
         for one in (listener, abstract):
-            try:
+            with contextlib.suppress(TimeoutError):
                 heard.append(one.accept())
-            except TimeoutError:
-                pass
     assert not found.passed
     assert found.isolation == "namespaces"
     assert not heard
     assert file.read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-    assert not [
-        path
-        for path in {*pathlib.Path("/tmp").iterdir(), *pathlib.Path("/dev/shm").iterdir()} - before[0] - before[1]
-        if mark in path.name
-    ]
+    assert not [path for home in ("/tmp", "/dev/shm") for path in pathlib.Path(home).iterdir() if mark in path.name]
     assert not alive(mark)
 
 
@@ -174,25 +167,19 @@ def test_the_weaker_isolation_says_so_and_still_ends_loops():
 
 def humaneval(shared_data):
     with gzip.open(shared_data / "code" / "HumanEval.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
-
-
-def human(item, body):
-    return sandbox.judge(
-        item["prompt"] + body, item["test"] + f"\ncheck({item['entry_point']})", [item["entry_point"]], setup=item["prompt"], timeout=20.0
-    )  # fmt: skip
+        return programs.humaneval([json.loads(line) for line in file])
 
 
 def test_some_humaneval_references_pass_and_stubs_fail(shared_data):
-    for item in humaneval(shared_data)[::16]:
-        assert human(item, item["canonical_solution"]).detail == "passed", item["task_id"]
-        assert not human(item, "    pass\n").passed, item["task_id"]
+    for problem in humaneval(shared_data)[::16]:
+        assert problem.judge(problem.reference).detail == "passed", problem.id
+        assert not problem.judge("    pass\n").passed, problem.id
 
 
 @pytest.mark.slow
 def test_all_humaneval_references_pass_and_stubs_fail(shared_data):
-    items = humaneval(shared_data)
-    assert len(items) == 164
-    wrong = [item["task_id"] for item in items if not human(item, item["canonical_solution"]).passed]
-    stubs = [item["task_id"] for item in items if human(item, "    pass\n").passed]
+    problems = humaneval(shared_data)
+    assert len(problems) == 164
+    wrong = [problem.id for problem in problems if not problem.judge(problem.reference, 20.0).passed]
+    stubs = [problem.id for problem in problems if problem.judge("    pass\n").passed]
     assert (wrong, stubs) == ([], [])
