@@ -4,6 +4,7 @@ Prompts are padded on the left, so that all rows of a batch write the same cache
 buckets; each bucket is one compilation, which holds prefill and the whole decoding loop.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -139,6 +140,9 @@ def _generate(
         if prompts
         else np.zeros((0, 2), np.uint32)
     )
+    options = options._replace(
+        sampling=dataclasses.replace(options.sampling, seed=0)
+    )  # it is in the words: one program for all seeds
     ends = np.asarray(config.eos_token_ids if eos_ids is None else eos_ids, np.int32)
     results: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(max(members, 1))]
     # longest first: rows of like length share a bucket, and what does not fit the memory fails at once

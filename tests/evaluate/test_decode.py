@@ -169,7 +169,9 @@ def test_other_names_seeds_and_steps_draw_anew(drawn):
     rows = generate(same, sampling=Sampling(temperature=1.0))
     assert len({tuple(row) for row in rows}) == 32
     assert all(len(set(row)) > 3 for row in rows)
+    compiled = decode._decode._cache_size()
     assert generate(PROMPTS, sampling=dataclasses.replace(DRAW, seed=6), names="abcde") != drawn
+    assert decode._decode._cache_size() == compiled
     assert len({tuple(row) for row in generate(same[:3], sampling=Sampling(temperature=1.0), names=["x"] * 3)}) == 1
 
 
