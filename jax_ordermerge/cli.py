@@ -245,15 +245,22 @@ def convert(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="HF directory, hub name or embedded:NAME.")],
+    *,
     prompt: Annotated[list[str], typer.Option(help="A prompt. May be repeated.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
     dtype: Annotated[str, typer.Option(help="Compute dtype, float32 or bfloat16.")] = "float32",
+    temperature: Annotated[float, typer.Option(help="Draw tokens at this temperature; 0 takes the most likely one.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the most likely tokens that hold this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
-    """Complete prompts greedily with a model."""
+    """Complete prompts with a model: greedily, or drawn by seed and number of the prompt."""
 
+    from jax_ordermerge.evaluate.sampling import Sampling
     from jax_ordermerge.experiment import single
 
-    for text in single.complete(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype):
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    for text in single.complete(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, sampling=sampling):
         typer.echo(text)
 
 
@@ -336,6 +343,36 @@ def _pair(item: str, example: str) -> tuple[str, str]:
     if not (name and sign):
         raise UserError(f"{item}: expected OPTION=VALUE, e.g. {example}")
     return name, value
+
+
+@app.command()
+def judge(
+    ours: Annotated[Path, typer.Argument(help="JSON list of instruction and output: AlpacaEval's model_outputs.json.")],
+    theirs: Annotated[Path, typer.Argument(help="The same of the model to compare with, on the same instructions.")],
+    *,
+    endpoint: Annotated[str, typer.Option(help="OpenAI-compatible address, e.g. http://localhost:8000/v1.")],
+    model: Annotated[str, typer.Option(help="Name of the judge there.")],
+    key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the key, where one is needed.")
+    ] = "OPENAI_API_KEY",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the verdicts.")] = None,
+) -> None:
+    """Let a judge choose between the outputs of two models, each pair in both orders."""
+    import json
+    import os
+
+    from jax_ordermerge.checkpoint import atomic
+    from jax_ordermerge.evaluate import judge
+
+    found, items = judge.compare(
+        judge.Endpoint(endpoint, model, os.environ.get(key_variable)), judge.read(ours), judge.read(theirs)
+    )
+    if out is not None:
+        atomic.replace(out, json.dumps({"judge": model, **found, "items": items}, indent=1).encode())
+    typer.echo(
+        f"preferred in {100 * found['win_rate']:.1f} % ± {100 * found['se']:.1f} of {found['n']} instructions;"
+        f" {found['turned']} verdicts turned with the order"
+    )
 
 
 def _parameters(items: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from jax_ordermerge.errors import UserError, did_you_mean
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+PROGRAMS = ("humaneval", "mbpp")  # kinds of tasks whose answers are programs
 PREFERENCES = "preferences"  # the name under which held-out pairs are evaluated
 AxisSize = Annotated[int, Field(ge=-1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -260,10 +261,30 @@ class Task(Section):
     """One evaluation by generation."""
 
     name: str
-    kind: Literal["exact", "gsm8k"] = Field("exact", description="exact: the whole answer; gsm8k: the number after ####")
-    data: str | None = Field(None, description="by default data.test")
+    kind: Literal["exact", "gsm8k", "gsm8k_flexible", "math", "number", "humaneval", "mbpp"] = Field(
+        "exact",
+        description="exact: the whole answer; gsm8k: the number after ####; gsm8k_flexible, number: the last number;"
+        " math: what is \\\\boxed; humaneval, mbpp: a program, run on the tests of its file in a sandbox",
+    )
+    data: str | None = Field(None, description="by default data.test; humaneval and mbpp need their file as published")
     limit: PositiveInt | None = None
     max_new_tokens: PositiveInt = 256
+    samples: PositiveInt = Field(1, description="humaneval, mbpp: programs drawn a problem, for pass@1, 10 and 100")
+    temperature: NonNegativeFloat = Field(0.0, description="humaneval, mbpp: 0 is greedy")
+    top_k: PositiveInt | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Task":
+        drawn = {name: getattr(self, name) for name in ("samples", "temperature", "top_k", "top_p")}
+        given = [name for name, value in drawn.items() if value != type(self).model_fields[name].default]
+        if given and self.kind not in PROGRAMS:
+            raise ValueError(f"evaluation.tasks: {given[0]} goes with kind humaneval or mbpp, not {self.kind}; remove it")
+        if given and not self.temperature:
+            raise ValueError(f"evaluation.tasks: {given[0]} needs programs that are drawn; give a temperature above 0")
+        if self.kind in PROGRAMS and self.data is None:
+            raise ValueError(f"evaluation.tasks: kind {self.kind} needs its file or hub dataset; give data")
+        return self
 
 
 class Evaluation(Section):

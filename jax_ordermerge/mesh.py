@@ -253,7 +253,22 @@ def update_members(fn: Callable[[Any, Any, Any], tuple[Any, Any]], mesh: Mesh) -
     return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs, P()), out_specs=specs, axis_names={"order"}, check_vma=False)
 
 
-def map_members(fn: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
+def any_member(flag: jax.Array) -> jax.Array:
+    """Return whether a flag holds for any of the members that run at the same time; outside `map_members` the flag itself.
+
+    A loop whose length depends on data goes on by this: its exchanges over the inner axes need all devices of the mesh.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> jax.jit(map_members(lambda x, y: any_member(x > y), make_mesh(2)))(jnp.arange(2), jnp.int32(0)).tolist()
+        [True, True]
+    """
+    if "order" not in jax.sharding.get_abstract_mesh().manual_axes:
+        return flag
+    return jax.lax.psum(flag.astype("int32"), "order") > 0
+
+
+def map_members(fn: Callable[[Any, Any], Any], mesh: Mesh | AbstractMesh) -> Callable[[Any, Any], Any]:
     """Turn `fn(member, shared) -> outputs` into the same over a population; `shared` has no member axis.
 
     Runs as `update_members` does.

@@ -34,6 +34,7 @@ def test_every_command_that_it_names_has_help():
         "evaluate",
         "generate",
         "inspect",
+        "judge",
         "launch",
         "merge",
         "plan",

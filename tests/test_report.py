@@ -185,7 +185,7 @@ def test_the_verdicts_follow_the_planted_differences(run):
     assert line.count("clearly better") == 2
     (line,) = [line for line in markdown.splitlines() if line.startswith("- selection, held-out loss")]
     assert line.count("not distinguishable") == 2
-    assert "8 comparisons" in markdown
+    assert "10 comparisons" in markdown
 
 
 def test_the_markdown_shows_the_same_pictures(run):

@@ -8,12 +8,14 @@ import numpy as np
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.wording import p_text, spread, strength
 
+AVERAGE = "average"  # the merge that every other one has to beat
+
 Model = Mapping[str, Any]
 Comparison = dict[str, Any]
 
 
 def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, resamples: int, seed: int) -> Comparison:
-    """Compare every merge with the mean member and with the best one, item by item.
+    """Compare every merge with the mean member, with the best one and with the average, item by item.
 
     Args:
         models: of evaluations.json.
@@ -24,7 +26,9 @@ def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, 
 
     Returns:
         `best` (`name`, `chosen_on`: "validation" or "test"), and `merges`: for each name `loss` and `tasks`, both with
-        `mean_member` and `best_member` as `paired.difference`; tasks also with `mcnemar` against the best member.
+        `mean_member`, `best_member` and, where there is a merge of the name average and it is another one, `average` as
+        `paired.difference`; tasks also with `mcnemar` and `mcnemar_average` against the best member and the average. `holm` has the
+        p values of each of them, corrected over the merges.
 
     Raises:
         UserError: two models were evaluated on different items.
@@ -37,15 +41,20 @@ def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, 
     known = [model for model in members if model.get(key) is not None]
     best = min(known, key=lambda model: float(model[key]))["name"] if known else members[0]["name"]
     names = [model["name"] for model in members]
+    averages = [model["name"] for model in models if model["kind"] == "merge" and model["name"] in items]
     merges: Comparison = {}
     for model in models:
         if model["kind"] != "merge" or any(name not in items for name in [model["name"], *names]):
             continue
-        own, of_members = items[model["name"]], [items[name] for name in names]
+        own, others = items[model["name"]], {"best_member": items[best]}
+        if model["name"] != AVERAGE and AVERAGE in averages:
+            others["average"] = items[AVERAGE]
+        of_members = [items[name] for name in names]
         merges[model["name"]] = {
-            "loss": _losses(own, of_members, items[best], resamples, seed),
-            "tasks": {task: _answers(task, own, of_members, items[best], resamples, seed) for task in own.get("tasks", {})},
+            "loss": _losses(own, of_members, others, resamples, seed),
+            "tasks": {task: _answers(task, own, of_members, others, resamples, seed) for task in own.get("tasks", {})},
         }
+    _correct(merges)
     return {"best": {"name": best, "chosen_on": "validation" if validated else "test"}, "merges": merges}
 
 
@@ -58,7 +67,7 @@ def sentences(
 ) -> list[str]:
     """Return the plain-words summary.
 
-    Clearly: p < 0.01. Weakly: p < 0.05. Otherwise two things are said to be not distinguishable, and never to be equal.
+    Clearly: p < 0.01. Weakly: p < 0.05, corrected over the merges. Otherwise two things are said to be not distinguishable, and never to be equal.
     """
     found = [] if analysis is None else [*_positions(analysis, unit), *_mitigation(analysis)]
     found += [] if merge is None else _vectors(merge)
@@ -66,36 +75,67 @@ def sentences(
         models = evaluations["models"]
         found += _members(models)
         found += [text for model in models if model["kind"] == "merge" for text in _merge(model, comparison)]
-        tests = sum(2 * (("loss" in row and row["loss"] is not None) + len(row["tasks"])) for row in comparison["merges"].values())
+        tests = sum(
+            len(gaps["holm"]) for row in comparison["merges"].values() for gaps in (row["loss"], *row["tasks"].values()) if gaps
+        )
         if tests > 2:
             found.append(
-                f"These are {tests} comparisons, and their p values are not corrected for it: by Bonferroni only p < {0.05 / tests:.1g} "
-                "counts. The errors are over test items, for these trained models; another training seed adds the spread that the "
-                "members show among themselves."
+                f"These are {tests} comparisons. Words follow p values corrected by Holm's method over the merges, apart for each measure "
+                "and each model compared with; over these nothing is corrected. The errors are over test items, for these trained "
+                "models; another training seed adds the spread that the members show among themselves."
             )
     return found
 
 
-def _losses(own: Model, members: Sequence[Model], best: Model, resamples: int, seed: int) -> Comparison | None:
-    if not own.get("losses") or any(row.get("ids") != own.get("ids") or not row.get("losses") for row in members):
+def _losses(own: Model, members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int) -> Comparison | None:
+    others = {name: row for name, row in others.items() if name != AVERAGE or row.get("ids") == own.get("ids")}
+    everyone = [*members, *others.values()]
+    if not own.get("losses") or any(row.get("ids") != own.get("ids") or not row.get("losses") for row in everyone):
         return None
     mean, weights = np.mean([row["losses"] for row in members], axis=0), own.get("tokens")
+    against = {"mean_member": mean} | {name: row["losses"] for name, row in others.items()}
     return {
-        "mean_member": paired.difference(own["losses"], mean, weights=weights, resamples=resamples, seed=seed),
-        "best_member": paired.difference(own["losses"], best["losses"], weights=weights, resamples=resamples, seed=seed),
+        name: paired.difference(own["losses"], losses, weights=weights, resamples=resamples, seed=seed)
+        for name, losses in against.items()
     }
 
 
-def _answers(task: str, own: Model, members: Sequence[Model], best: Model, resamples: int, seed: int) -> Comparison | None:
-    rows = [row.get("tasks", {}).get(task) for row in (own, best, *members)]
-    if any(row is None or [x["id"] for x in row] != [x["id"] for x in rows[0]] for row in rows) or len(rows[0]) < 2:
+def _answers(
+    task: str, own: Model, members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int
+) -> Comparison | None:
+    def ids(row: Model) -> list[Any]:
+        return [item["id"] for item in row.get("tasks", {}).get(task, ())]
+
+    others = {name: row for name, row in others.items() if name != AVERAGE or ids(row) == ids(own)}
+    everyone = [own, *members, *others.values()]
+    rows = [row.get("tasks", {}).get(task) for row in everyone]
+    if any(ids(row) != ids(own) for row in everyone) or len(rows[0]) < 2:
         return None
-    right, best_right, *each = [np.array([bool(x["correct"]) for x in row]) for row in rows]
+    right, *each = [np.array([bool(x["correct"]) for x in row]) for row in rows]
+    against = dict(zip(others, each[len(members) :], strict=True))
+    tests = {"best_member": "mcnemar", "average": "mcnemar_average"}
     return {
-        "mean_member": paired.difference(right, np.mean(each, axis=0), resamples=resamples, seed=seed),
-        "best_member": paired.difference(right, best_right, resamples=resamples, seed=seed),
-        "mcnemar": paired.mcnemar(right, best_right),
-    }
+        name: paired.difference(right, other, resamples=resamples, seed=seed)
+        for name, other in ({"mean_member": np.mean(each[: len(members)], axis=0)} | against).items()
+    } | {tests[name]: paired.mcnemar(right, other) for name, other in against.items()}
+
+
+def _correct(merges: Comparison) -> None:
+    """Write beside the comparisons, as `holm`, their p values corrected over the merges: of one measure against one model."""
+    families: dict[tuple[str, str], list[tuple[Comparison, float]]] = {}
+    for row in merges.values():
+        for measure, gaps in {"": row["loss"], **row["tasks"]}.items():
+            for name in ("mean_member", "best_member", "average"):
+                if gaps is not None and name in gaps:
+                    families.setdefault((measure, name), []).append((gaps, _p(gaps, name)))
+    for (_, name), family in families.items():
+        for (gaps, _), p in zip(family, paired.holm([p for _, p in family]), strict=True):
+            gaps.setdefault("holm", {})[name] = p
+
+
+def _p(gaps: Comparison, name: str) -> float:
+    test = gaps.get({"best_member": "mcnemar", "average": "mcnemar_average"}.get(name, ""))
+    return float((test or gaps[name])["p"])
 
 
 def _positions(analysis: Mapping[str, Any], unit: str) -> list[str]:
@@ -180,20 +220,29 @@ def _merge(model: Model, comparison: Comparison) -> list[str]:
     best = f"the best member ({picked['name']}, chosen on {picked['chosen_on']}{'' if picked['chosen_on'] == 'validation' else ': optimistic'})"
     found = []
     if row["loss"] is not None:
-        mean, top = (_verdict(row["loss"][key], 1, 4, lower_is_better=True) for key in ("mean_member", "best_member"))
-        found.append(f"{model['name']}, held-out loss {model['loss']:.4f}: {mean} the mean member; {top} {best}.")
+        told = _verdicts(row["loss"], best, 1, 4, lower_is_better=True)
+        found.append(f"{model['name']}, held-out loss {model['loss']:.4f}: {told}.")
     for task, gap in row["tasks"].items():
         if gap is not None:
-            mean = _verdict(gap["mean_member"], 100, 1, lower_is_better=False)
-            top = _verdict(gap["best_member"] | {"p": gap["mcnemar"]["p"]}, 100, 1, lower_is_better=False)
             share = 100 * model["tasks"][task]["accuracy"]
-            found.append(f"{model['name']}, {task} {share:.1f} %: {mean} the mean member; {top} {best}, by McNemar's test.")
+            told = _verdicts(gap, best, 100, 1, lower_is_better=False)
+            found.append(f"{model['name']}, {task} {share:.1f} %: {told}, by McNemar's test against single models.")
     return found
 
 
-def _verdict(gap: Mapping[str, float], scale: float, digits: int, *, lower_is_better: bool) -> str:
-    size = f"{scale * gap['estimate']:+.{digits}f} ± {scale * gap['se']:.{digits}f}, {p_text(gap['p'])}"
-    if not strength(gap["p"]):
+def _verdicts(gaps: Comparison, best: str, scale: float, digits: int, *, lower_is_better: bool) -> str:
+    against = {"mean_member": "the mean member", "best_member": best, "average": "the average"}
+    return "; ".join(
+        f"{_verdict(gaps[name], _p(gaps, name), gaps['holm'][name], scale, digits, lower_is_better=lower_is_better)} {whom}"
+        for name, whom in against.items()
+        if name in gaps
+    )
+
+
+def _verdict(gap: Mapping[str, float], p: float, corrected: float, scale: float, digits: int, *, lower_is_better: bool) -> str:
+    both = p_text(p) + (f", by Holm {p_text(corrected).removeprefix('p ')}" if corrected > p else "")
+    size = f"{scale * gap['estimate']:+.{digits}f} ± {scale * gap['se']:.{digits}f}, {both}"
+    if not strength(corrected):
         return f"not distinguishable ({size}) from"
     better = (gap["estimate"] < 0) == lower_is_better
-    return f"{strength(gap['p'])} {'better' if better else 'worse'} ({size}) than"
+    return f"{strength(corrected)} {'better' if better else 'worse'} ({size}) than"

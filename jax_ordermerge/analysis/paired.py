@@ -82,6 +82,26 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
     return {"only_first": only_first, "only_second": only_second, "p": p}
 
 
+def holm(p_values: ArrayLike) -> list[float]:
+    """Return p values corrected for their number: the chance that any true null among them is rejected stays below the level.
+
+    Args:
+        p_values: [n], of n tests, however they depend on each other.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    values = np.asarray(p_values, np.float64)
+    order = np.argsort(values, kind="stable")
+    raised = np.minimum(np.maximum.accumulate(values[order] * np.arange(values.size, 0, -1)), 1.0)
+    corrected = np.empty_like(raised)
+    corrected[order] = raised
+    return corrected.tolist()
+
+
 def _pair(first: ArrayLike, second: ArrayLike) -> np.ndarray:
     one, two = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if one.shape != two.shape or one.ndim != 1:

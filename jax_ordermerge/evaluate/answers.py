@@ -8,6 +8,8 @@ import numpy as np
 from jax_ordermerge.errors import UserError
 
 GSM8K_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
+FLEXIBLE_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+PLAIN_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
 
 
 def exact(answer: str, reference: str) -> bool:
@@ -50,6 +52,111 @@ def gsm8k(answer: str, reference: str) -> bool:
         shown = reference.strip()[-40:]
         raise UserError(f"a gsm8k reference ends on '{shown}', expected '#### number'; use kind: exact for plain answers")
     return gsm8k_number(answer) == expected
+
+
+def gsm8k_flexible(answer: str, reference: str) -> bool:
+    """Return whether the last number of an answer is that of the reference, wherever it stands.
+
+    Raises:
+        UserError: the reference holds no `#### number`.
+
+    Example:
+        >>> gsm8k_flexible("so it is $1,005.", "#### 1005"), gsm8k_flexible("5 apples, 3 left", "#### 5")
+        (True, False)
+
+    Source: the filter `flexible-extract` of lm-evaluation-harness, with the characters it ignores.
+    """
+    found = [first or second for first, second in FLEXIBLE_NUMBER.findall(answer)]
+    expected = gsm8k_number(reference)
+    if expected is None:
+        return gsm8k(answer, reference)  # which says what is wrong
+    return bool(found) and re.sub(r"[,$]|\.$", "", found[-1]) == expected
+
+
+def number(answer: str, reference: str) -> bool:
+    """Return whether the last number of an answer equals the reference as a number: SVAMP, ASDiv.
+
+    Raises:
+        UserError: the reference holds no number.
+
+    Example:
+        >>> number("He has 8 - 3.0 = 5.0 left.", "5"), number("none", "0"), number("1,000", "1000 (apples)")
+        (True, False, True)
+    """
+    expected = PLAIN_NUMBER.search(reference)
+    if expected is None:
+        raise UserError(f"a reference is '{reference.strip()[:40]}', expected a number; use kind: exact for other answers")
+    found = PLAIN_NUMBER.findall(answer)
+    return bool(found) and abs(_value(found[-1]) - _value(expected.group())) < 1e-6
+
+
+def _value(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def boxed(text: str) -> str | None:
+    """Return what stands in the last `\\boxed{...}` (or `\\fbox{...}`, or `\\boxed x`), braces balanced, or None.
+
+    Example:
+        >>> boxed(r"so \\boxed{\\frac{1}{2}} holds"), boxed(r"\\boxed 5."), boxed(r"\\boxed{1")
+        ('\\\\frac{1}{2}', '5.', None)
+    """
+    starts = [found.end() for found in re.finditer(r"\\(?:boxed|fbox)", text)]
+    if not starts:
+        return None
+    rest = text[starts[-1] :].lstrip()
+    if not rest.startswith("{"):
+        return rest.split("$")[0].strip() or None
+    depth = 0
+    for at, letter in enumerate(rest):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return rest[1:at].strip()
+    return None
+
+
+def math(answer: str, reference: str) -> bool:
+    """Return whether the last boxed answers are the same up to how they are written.
+
+    Compared as strings after what is read over: spaces, sizes of brackets, `\\dfrac` and `\\tfrac`, left out braces of `\\frac` and
+    `\\sqrt`, `a/b` for a fraction, signs of degree, dollar and percent, words in `\\text` at the end, `x =` before, `.5` for `0.5`.
+
+    Raises:
+        UserError: the reference holds no boxed answer.
+
+    Example:
+        >>> (
+        ...     math(r"\\boxed{\\dfrac12}", r"\\boxed{\\frac{1}{2}}"),
+        ...     math(r"\\boxed{x = 5\\text{ cm}}", r"\\boxed{5}"),
+        ...     math("5", r"\\boxed{5}"),
+        ... )
+        (True, True, False)
+
+    Source: the answers and what is equivalent among them, Hendrycks et al., "Measuring mathematical problem solving with the MATH
+    dataset", 2021, https://arxiv.org/abs/2103.03874.
+    """
+    expected, found = boxed(reference), boxed(answer)
+    if expected is None:
+        raise UserError(
+            f"a math reference ends on '{reference.strip()[-40:]}', expected \\boxed{{answer}}; use kind: exact for plain answers"
+        )
+    return found is not None and _written_alike(found) == _written_alike(expected)
+
+
+_READ_OVER = re.compile(r"\\left|\\right|\\[!,;: ]|\\\$|\$|\\%|%|\^\{\\circ\}|\^\\circ|\s")
+
+
+def _written_alike(text: str) -> str:
+    text = re.sub(r"\\(?:text|mbox|mathrm)\{ [^{}]*\}$", "", text.strip().rstrip("."))
+    text = re.sub(r"\\[dt]frac", r"\\frac", _READ_OVER.sub("", text))
+    text = re.sub(r"^[a-zA-Z]=", "", text)
+    text = re.sub(r"\\frac([0-9a-zA-Z])([0-9a-zA-Z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac([0-9a-zA-Z])\{", r"\\frac{\1}{", text)
+    text = re.sub(r"(\\frac\{[^{}]*\})([0-9a-zA-Z])", r"\1{\2}", text)
+    text = re.sub(r"\\sqrt([0-9a-zA-Z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"^(-?)([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}", text)
+    text = re.sub(r"(^|[^0-9])\.([0-9])", r"\g<1>0.\2", text)
+    return r"\frac{1}{2}" if text == "0.5" else re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
 
 
 def accuracy(correct: Sequence[bool]) -> tuple[float, float]:

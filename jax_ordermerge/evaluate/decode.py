@@ -1,9 +1,10 @@
-"""Greedy generation with a key-value cache: token ids in, token ids out.
+"""Generation with a key-value cache: token ids in, token ids out, of one model or of several in one program.
 
 Prompts are padded on the left, so that all rows of a batch write the same cache slot. Prompt length and batch are rounded up to
 buckets; each bucket is one compilation, which holds prefill and the whole decoding loop.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jax_ordermerge import mesh, tree
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate.sampling import GREEDY, Sampling, choose, row_words
 from jax_ordermerge.model import llama
 
 _SHORTEST = 16  # prompts below it share one bucket
@@ -32,11 +34,14 @@ def generate(
     eos_ids: Sequence[int] | None = None,
     dtype: DTypeLike = "bfloat16",
     batch: int = 64,
+    sampling: Sampling = GREEDY,
+    names: Sequence[str | int] | None = None,
 ) -> list[list[int]]:
-    """Return the greedy continuation of each prompt, in the order of the prompts, without prompt and without end token.
+    """Return a continuation of each prompt, in the order of the prompts, without prompt and without end token.
 
     A continuation of `max_new_tokens` ids was cut. What a row gets depends neither on the other rows nor on the padding, up to the
-    rounding of `dtype`. Under `jax.set_mesh` rows are spread over the batch axis; every process gets all results.
+    rounding of `dtype`; what it draws depends on the seed, its name and the step alone. Under `jax.set_mesh` rows are spread over the
+    batch axis; every process gets all results.
 
     Args:
         config: the model.
@@ -46,6 +51,8 @@ def generate(
         eos_ids: ids that end a continuation; None takes `config.eos_token_ids`.
         dtype: of the products and of the cache.
         batch: rows decoded together.
+        sampling: how tokens are chosen.
+        names: of the rows, one a prompt, by default their numbers; rows of one name draw the same.
 
     Raises:
         UserError: an empty prompt, an id outside the vocabulary, or a prompt that leaves no room in the context of the model.
@@ -56,21 +63,43 @@ def generate(
         >>> [len(ids) for ids in generate(config, params, [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())]
         [5, 5]
     """
-    _check(config, prompts, max_new_tokens, batch)
-    ends = np.asarray(config.eos_token_ids if eos_ids is None else eos_ids, np.int32)
-    results: list[list[int]] = [[] for _ in prompts]
-    # longest first: rows of like length share a bucket, and what does not fit the memory fails at once
-    queue = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(queue), batch):
-        rows = queue[first : first + batch]
-        tokens_BT, lengths_B = _left_pad([prompts[i] for i in rows], batch)
-        new_BT, counts_B = _decode(
-            config, params, tokens_BT, lengths_B, ends, max_new_tokens=max_new_tokens, dtype=jnp.dtype(dtype)
-        )
-        new_BT, counts_B = np.asarray(new_BT), np.asarray(counts_B)
-        for row, i in enumerate(rows):
-            results[i] = new_BT[row, : counts_B[row]].tolist()
-    return results
+    options = _Options(config, max_new_tokens, jnp.dtype(dtype), sampling)
+    return _generate(options, params, prompts, 0, eos_ids, batch, names)[0]
+
+
+def generate_members(
+    config: ModelConfig,
+    population: tree.Tree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int] | None = None,
+    dtype: DTypeLike = "bfloat16",
+    batch: int = 64,
+    sampling: Sampling = GREEDY,
+    names: Sequence[str | int] | None = None,
+) -> list[list[list[int]]]:
+    """Return for each of several models what `generate` returns, from one program.
+
+    Models on different groups of the mesh axis `order` write at the same time, those of one group one after another; what writes at
+    the same time stops when all of its rows have ended. Rows of one name draw the same noise in all models.
+
+    Args:
+        population: parameters with a leading member axis; the mesh axis `order` divides it.
+        config, prompts, max_new_tokens, eos_ids, dtype, batch, sampling, names: see `generate`.
+
+    Raises:
+        UserError: as `generate`.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> two = tree.stack([llama.init_params(config, seed) for seed in (0, 1)])
+        >>> found = generate_members(config, two, [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())
+        >>> found[1] == generate(config, tree.member(two, 1), [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())
+        True
+    """
+    options = _Options(config, max_new_tokens, jnp.dtype(dtype), sampling)
+    return _generate(options, population, prompts, tree.size(population), eos_ids, batch, names)
 
 
 def compile_generation(
@@ -104,6 +133,54 @@ def bucket(size: int, smallest: int = 1) -> int:
     return power // 4 * 3 if power >= 8 and power // 4 * 3 >= size else power
 
 
+class _Options(NamedTuple):
+    """What selects a program."""
+
+    config: ModelConfig
+    max_new_tokens: int
+    dtype: np.dtype
+    sampling: Sampling
+
+
+def _generate(
+    options: _Options,
+    params: tree.Tree,
+    prompts: Sequence[Sequence[int]],
+    members: int,
+    eos_ids: Sequence[int] | None,
+    batch: int,
+    names: Sequence[str | int] | None,
+) -> list[list[list[int]]]:
+    """Return the continuations of each member; `members` is 0 for parameters without a member axis, which are one."""
+    config = options.config
+    _check(config, prompts, options.max_new_tokens, batch)
+    if names is not None and len(names) != len(prompts):
+        raise UserError(f"{len(names)} names for {len(prompts)} prompts; give each prompt one")
+    words = (
+        row_words(options.sampling.seed, range(len(prompts)) if names is None else names)
+        if prompts
+        else np.zeros((0, 2), np.uint32)
+    )
+    options = options._replace(
+        sampling=dataclasses.replace(options.sampling, seed=0)
+    )  # it is in the words: one program for all seeds
+    ends = np.asarray(config.eos_token_ids if eos_ids is None else eos_ids, np.int32)
+    results: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(max(members, 1))]
+    # longest first: rows of like length share a bucket, and what does not fit the memory fails at once
+    queue = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for first in range(0, len(queue), batch):
+        rows = queue[first : first + batch]
+        tokens_BT, lengths_B = _left_pad([prompts[i] for i in rows], batch)
+        words_B2 = np.zeros((len(lengths_B), 2), np.uint32)
+        words_B2[: len(rows)] = words[rows]
+        found = _decode(options, params, _Prompts(tokens_BT, lengths_B, words_B2, ends), members=members)
+        new_MBT, counts_MB = (np.asarray(x) if members else np.asarray(x)[None] for x in found)
+        for own, new_BT, counts_B in zip(results, new_MBT, counts_MB, strict=True):
+            for row, i in enumerate(rows):
+                own[i] = new_BT[row, : counts_B[row]].tolist()
+    return results
+
+
 def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int) -> None:
     if max_new_tokens < 1 or batch < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} and batch = {batch} must be at least 1")
@@ -130,8 +207,18 @@ def _left_pad(prompts: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray,
     return tokens_BT, lengths_B
 
 
+class _Prompts(NamedTuple):
+    """Left-padded tokens, their lengths, key bits of the rows and the ids that end a continuation."""
+
+    tokens_BT: jax.Array | np.ndarray
+    lengths_B: jax.Array | np.ndarray
+    words_B2: jax.Array | np.ndarray
+    ends: jax.Array | np.ndarray
+
+
 class _State(NamedTuple):
-    """The decoding loop: tokens chosen so far, the last one of each row, how many each row has, which rows have ended."""
+    """The decoding loop: tokens chosen so far, the last one of each row, how many each row has, which rows have ended, and whether
+    any is left."""
 
     cache: llama.Cache
     step: jax.Array
@@ -139,22 +226,25 @@ class _State(NamedTuple):
     new_BT: jax.Array
     counts_B: jax.Array
     done_B: jax.Array
+    going: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "dtype"))
-def _decode(
-    config: ModelConfig,
-    params: tree.Tree,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    ends: jax.Array,
-    *,
-    max_new_tokens: int,
-    dtype: np.dtype,
-) -> tuple[jax.Array, jax.Array]:
-    """Return int32[B, max_new_tokens] and how many of them are the continuation, int32[B]."""
+@functools.partial(jax.jit, static_argnames=("options", "members"))
+def _decode(options: _Options, params: tree.Tree, prompts: _Prompts, *, members: int) -> tuple[jax.Array, jax.Array]:
+    """Return int32[(M,) B, max_new_tokens] and how many of them are the continuation, int32[(M,) B]."""
+    one = functools.partial(_decode_one, options)
+    if not members:
+        found = one(params, prompts)
+    else:
+        known = jax.sharding.get_abstract_mesh()
+        found = mesh.map_members(one, mesh.make_mesh() if known.empty else known)(params, prompts)
+    return jax.tree.map(lambda x: mesh.constrain(x, *[None] * x.ndim), found)
+
+
+def _decode_one(options: _Options, params: tree.Tree, prompts: _Prompts) -> tuple[jax.Array, jax.Array]:
+    config, max_new_tokens, dtype, sampling = options
     params = _cast(config, params, dtype)
-    tokens_BT = mesh.constrain(tokens_BT, "batch", None)
+    tokens_BT, lengths_B = mesh.constrain(jnp.asarray(prompts.tokens_BT), "batch", None), jnp.asarray(prompts.lengths_B)
     B, T = tokens_BT.shape
     live_B = lengths_B > 0
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
@@ -164,26 +254,38 @@ def _decode(
     )  # fmt: skip
     assert filled is not None
 
-    def choose(state: _State, logits_BV: jax.Array) -> _State:
-        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        done_B = state.done_B | (token_B[:, None] == ends[None]).any(-1)
+    def take(state: _State, logits_BV: jax.Array) -> _State:
+        if sampling.temperature:  # tokens are sorted by all of the vocabulary; XLA's partitioner dies of sorting it in parts
+            logits_BV = mesh.constrain(logits_BV, "batch", None)
+        token_B = choose(logits_BV, jnp.asarray(prompts.words_B2), state.step, sampling)
+        done_B = state.done_B | (token_B[:, None] == jnp.asarray(prompts.ends)[None]).any(-1)
         new_BT = jax.lax.dynamic_update_slice(state.new_BT, token_B[:, None], (0, state.step))
-        return _State(state.cache, state.step + 1, token_B, new_BT, state.counts_B + ~done_B, done_B)
+        going = mesh.any_member(~done_B.all())
+        return _State(state.cache, state.step + 1, token_B, new_BT, state.counts_B + ~done_B, done_B, going)
 
     def advance(state: _State) -> _State:
         # an ended row goes on beside the others; its tokens are not counted
         position_B1 = (lengths_B + state.step - 1)[:, None]
         logits, cache = llama.forward(
-            config, params, state.last_B[:, None], position_B1, live_B[:, None].astype(jnp.int32), state.cache, dtype=dtype
+            config, weights(), state.last_B[:, None], position_B1, live_B[:, None].astype(jnp.int32), state.cache, dtype=dtype
         )
         assert cache is not None
-        return choose(state._replace(cache=cache), logits[:, 0])
+        return take(state._replace(cache=cache), logits[:, 0])
+
+    turned = None
+    if jax.default_backend() == "cpu":
+        # it would cut each weight out of its stack at every step, and multiplies few rows faster by [in, out]
+        params["layers"] = llama.unstack(config, params["layers"])
+        turned = jax.lax.optimization_barrier(_turned(params))
+
+    def weights() -> tree.Tree:
+        return params if turned is None else _turned(turned)
 
     zeros_B = jnp.zeros(B, jnp.int32)
     new_BT = jnp.zeros((B, max_new_tokens), jnp.int32)
-    start = _State(_grow(filled, max_new_tokens - 1), jnp.int32(0), zeros_B, new_BT, zeros_B, ~live_B)
-    final = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~s.done_B.all(), advance, choose(start, logits[:, 0]))
-    return mesh.constrain(final.new_BT, None, None), mesh.constrain(final.counts_B, None)
+    start = _State(_grow(filled, max_new_tokens - 1), jnp.int32(0), zeros_B, new_BT, zeros_B, ~live_B, jnp.bool_(True))
+    final = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & s.going, advance, take(start, logits[:, 0]))
+    return final.new_BT, final.counts_B
 
 
 def _cast(config: ModelConfig, params: tree.Tree, dtype: np.dtype) -> tree.Tree:
@@ -193,8 +295,16 @@ def _cast(config: ModelConfig, params: tree.Tree, dtype: np.dtype) -> tree.Tree:
     return tree.unflatten({path: x if kinds[path] == "norm" else x.astype(dtype) for path, x in flat.items()})
 
 
+def _turned(params: tree.Tree) -> tree.Tree:
+    """Return the parameters with every matrix that is multiplied by, but not the table of embeddings, transposed."""
+    return {
+        name: part if name == "embed" else jax.tree.map(lambda x: x.T if x.ndim == 2 else x, part) for name, part in params.items()
+    }
+
+
 def _grow(cache: llama.Cache, slots: int) -> llama.Cache:
     def pad(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)])
 
-    return llama.Cache(pad(cache.k, 2), pad(cache.v, 2), pad(cache.positions, 1), pad(cache.segments, 1), cache.length)
+    k, v = (tuple(pad(layer, 2) for layer in layers) for layers in (cache.k, cache.v))
+    return llama.Cache(k, v, pad(cache.positions, 1), pad(cache.segments, 1), cache.length)

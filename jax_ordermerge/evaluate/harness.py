@@ -7,16 +7,23 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Task
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import answers, decode
+from jax_ordermerge.evaluate import answers, decode, programs
+from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
 from jax_ordermerge.tree import Tree
 
-SCORES: dict[str, Callable[[str, str], bool]] = {"exact": answers.exact, "gsm8k": answers.gsm8k}
+SCORES: dict[str, Callable[[str, str], bool]] = {
+    "exact": answers.exact,
+    "gsm8k": answers.gsm8k,
+    "gsm8k_flexible": answers.gsm8k_flexible,
+    "math": answers.math,
+    "number": answers.number,
+}
 
-Generate = Callable[[Sequence[Sequence[int]], int], list[str]]
+Generate = Callable[..., list[str]]
 
 
 def generator(config: ModelConfig, params: Tree, tokenizer: Any, *, batch: int, dtype: str) -> Generate:
-    """Return `(prompts, max_new_tokens) -> texts`: greedy completions of tokenized prompts.
+    """Return `(prompts, max_new_tokens, sampling=GREEDY, names=None) -> texts`: completions of tokenized prompts, see `decode.generate`.
 
     Args:
         config: the model.
@@ -32,11 +39,29 @@ def generator(config: ModelConfig, params: Tree, tokenizer: Any, *, batch: int, 
     if not eos:
         raise UserError("neither config.json nor the tokenizer names an end-of-sequence token; generation could not stop")
 
-    def generate(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        rows = decode.generate(config, params, prompts, max_new_tokens=max_new_tokens, eos_ids=eos, dtype=dtype, batch=batch)
+    def generate(
+        prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY, names: Sequence[str | int] | None = None
+    ) -> list[str]:
+        rows = decode.generate(
+            config,
+            params,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos,
+            dtype=dtype,
+            batch=batch,
+            sampling=sampling,
+            names=names,
+        )
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     return generate
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a prompt, after the beginning-of-sequence token where the tokenizer has one."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return start + tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -74,3 +99,47 @@ def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[s
     ]
     mean, error = answers.accuracy(correct)
     return {"accuracy": mean, "se": error, "n": len(correct)}, items
+
+
+def run_programs(
+    task: Task, rows: Sequence[programs.Row], encode: Callable[[str], list[int]], generate: Generate, *, seed: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Let a model write programs, and run their tests in the sandbox.
+
+    Args:
+        task: of a kind of `programs.PROGRAMS`; with `samples` above 1 programs are drawn.
+        rows: of its file, as published.
+        encode: text -> tokens, with what the model needs at the start.
+        generate: see `generator`.
+        seed: of the draws.
+
+    Returns:
+        `{"accuracy", "se", "n", "isolation", "pass@k"...}`, where the accuracy is pass@1, and for each program what `run_task` gives,
+        with `detail` of its verdict.
+    """
+    problems = programs.PROGRAMS[task.kind](rows)[: task.limit]
+    if not problems:
+        raise UserError(f"evaluation task {task.name} has no problems, check its data and limit")
+    prompts = [encode(problem.prompt) for problem in problems for _ in range(task.samples)]
+    names = [f"{problem.id}/{sample}" for problem in problems for sample in range(task.samples)]
+    texts = generate(prompts, task.max_new_tokens, Sampling(task.temperature, task.top_k, task.top_p, seed), names)
+    owners = [problem for problem in problems for _ in range(task.samples)]
+    verdicts = [problem.judge(text) for problem, text in zip(owners, texts, strict=True)]
+    items = [
+        {
+            "id": name,
+            "prompt": problem.prompt,
+            "reference": problem.reference,
+            "answer": text,
+            "correct": verdict.passed,
+            "detail": verdict.detail,
+        }
+        for name, problem, text, verdict in zip(names, owners, texts, verdicts, strict=True)
+    ]
+    right = [sum(one.passed for one in verdicts[at : at + task.samples]) for at in range(0, len(verdicts), task.samples)]
+    shares = [count / task.samples for count in right]
+    mean, count = sum(shares) / len(shares), len(shares)
+    error = (sum((share - mean) ** 2 for share in shares) / max(count - 1, 1) / count) ** 0.5
+    ks = [k for k in (1, 10, 100) if k <= task.samples]
+    passed = {f"pass@{k}": sum(programs.pass_at_k(task.samples, one, k) for one in right) / count for k in ks}
+    return {"accuracy": mean, "se": error, "n": count, "isolation": verdicts[0].isolation, **passed}, items

@@ -16,6 +16,7 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
+from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
 from jax_ordermerge.experiment import tables, waves
 from jax_ordermerge.experiment.run_directory import read_config
 from jax_ordermerge.merge import lora
@@ -116,14 +117,15 @@ def _shown(table: Table) -> str:
     return text.getvalue()
 
 
-def complete(model: str, prompts: Sequence[str], *, max_new_tokens: int, dtype: str) -> list[str]:
-    """Complete prompts greedily.
+def complete(model: str, prompts: Sequence[str], *, max_new_tokens: int, dtype: str, sampling: Sampling = GREEDY) -> list[str]:
+    """Complete prompts.
 
     Args:
         model: directory, hub name or `embedded:NAME`.
         prompts: texts, tokenized with the beginning-of-sequence token of the model.
         max_new_tokens: at most.
         dtype: of the products.
+        sampling: how tokens are chosen; a row is named by the number of its prompt.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
@@ -131,8 +133,7 @@ def complete(model: str, prompts: Sequence[str], *, max_new_tokens: int, dtype: 
     tokenizer = source.load_tokenizer(directory)
     config, params = convert.load_params(directory)
     generate = harness.generator(config, params, tokenizer, batch=8, dtype=dtype)
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return generate([start + tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts], max_new_tokens)
+    return generate([harness.encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)
 
 
 def _check_dtype(dtype: str) -> None:

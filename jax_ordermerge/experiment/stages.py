@@ -22,7 +22,7 @@ from jax_ordermerge.analysis import imbalance, measure, wording
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import companions, convert
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.config import PREFERENCES, Config, MergeSpec, merge_name
+from jax_ordermerge.config import PREFERENCES, PROGRAMS, Config, MergeSpec, merge_name
 from jax_ordermerge.data import order, pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
@@ -428,6 +428,12 @@ def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree) -> dict[
     validation = None if held is None else _token_mean(*_losses(w, params, held))[0]
     generate = harness.generator(w.model, params, w.tokenizer, batch=w.config.evaluation.batch, dtype=w.config.model.compute_dtype)
     for task in w.config.evaluation.tasks:
+        if task.kind in PROGRAMS:
+            assert task.data is not None
+            tasks[task.name], items[task.name] = harness.run_programs(
+                task, source.load(task.data, "test"), functools.partial(harness.encode, w.tokenizer), generate, seed=w.config.seed
+            )
+            continue
         examples = test
         if task.data is not None:
             data = w.config.data.model_copy(update={"test": task.data, "test_limit": None})

@@ -10,6 +10,7 @@ Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Jiang et al. 2023
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -33,16 +34,20 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far. All rows of a batch are written at the same slot.
 
     Attributes:
-        k, v: [L, B, S, K, H] in the compute dtype.
+        k, v: of each layer [B, K, S, H] in the compute dtype: as attention reads them, and arrays of their own, which are updated in
+            place and read without a copy.
         positions, segments: int32[B, S]; a slot not yet written is padding (segment 0).
         length: int32 scalar, the number of slots written.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
     positions: jax.Array
     segments: jax.Array
     length: jax.Array
+
+
+_KeysValues = Sequence[jax.Array] | None
 
 
 class _Shared(NamedTuple):
@@ -131,7 +136,7 @@ class Attention(nn.Module):
     kernel: Kernel = "xla"
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, kv: Any, layer: jax.Array, shared: _Shared) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared) -> tuple[jax.Array, _KeysValues]:
         c, (B, T, D) = self.config, x_BTD.shape
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
         q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(x_BTD).reshape(B, T, N, H)
@@ -144,14 +149,15 @@ class Attention(nn.Module):
         k = meshes.constrain(_rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None)
         v = meshes.constrain(v, "batch", None, "kv_heads", None)
         if kv is not None:
-            at = (layer, 0, shared.start, 0, 0)
-            kv = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in zip(kv, (k, v), strict=True)
-            )
-            k, v = (jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False) for old in kv)
+            kv = _written(kv[0], k, shared.start), _written(kv[1], v, shared.start)
+            k, v = (x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv)  # attention turns them back, and the compiler drops both
         kernel: Kernel = self.kernel if kv is None else "xla"
         mixed = attend(q, k, v, shared.queries, shared.keys, window=c.sliding_window, kernel=kernel)
         return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, T, N * H)), kv
+
+
+def _written(old_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(old_BKSH, new_BTKH.transpose(0, 2, 1, 3).astype(old_BKSH.dtype), (0, 0, start, 0))
 
 
 class MLP(nn.Module):
@@ -170,21 +176,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The carry is the residual stream and the whole cache, which is updated in place."""
+    """One layer: the residual stream, and the layer's keys and values where there is a cache."""
 
     config: ModelConfig
     dtype: DTypeLike
     kernel: Kernel = "xla"
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Any], layer: jax.Array, shared: _Shared) -> tuple[tuple[jax.Array, Any], None]:
-        c, (x_BTD, kv) = self.config, carry
+    def __call__(self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared) -> tuple[jax.Array, _KeysValues]:
+        c = self.config
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
-        change_BTD, kv = Attention(c, self.dtype, self.kernel, name="attention")(normed_BTD, kv, layer, shared)
+        change_BTD, kv = Attention(c, self.dtype, self.kernel, name="attention")(normed_BTD, kv, shared)
         x_BTD = meshes.constrain(x_BTD + change_BTD, "batch", "length", None)
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
         change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
-        return (meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv), None
+        return meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv
 
 
 class Embedding(nn.Module):
@@ -212,7 +218,7 @@ _POLICIES = {
 
 
 class Llama(nn.Module):
-    """The decoder up to its last norm; use `forward` or `hidden`."""
+    """The decoder up to its last norm, without a cache: layers are scanned. Use `forward` or `hidden`."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -220,15 +226,38 @@ class Llama(nn.Module):
     kernel: Kernel = "xla"
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, kv: Any, shared: _Shared) -> tuple[jax.Array, Any]:
+    def __call__(self, tokens_BT: jax.Array, shared: _Shared) -> jax.Array:
         c = self.config
         embed = Embedding(c, self.dtype, name="embed")
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_POLICIES[self.remat])
         layers = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=c.num_layers
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.num_layers
         )(c, self.dtype, self.kernel, name="layers")
-        (x_BTD, kv), _ = layers((embed(tokens_BT), kv), jnp.arange(c.num_layers, dtype=jnp.int32), shared)
-        return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD), kv
+        x_BTD, _ = layers(embed(tokens_BT), None, shared)
+        return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD)
+
+
+def unstack(config: ModelConfig, layers: Any) -> tuple[tree.Tree, ...]:
+    """Return the parameters of each layer from the stacked ones; what is unstacked already comes back as it is.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> [one["mlp"]["up"]["weight"].shape for one in unstack(config, init_params(config, 0)["layers"])]
+        [(16, 8), (16, 8)]
+    """
+    return layers if isinstance(layers, tuple) else tuple(tree.member(layers, layer) for layer in range(config.num_layers))
+
+
+def _with_cache(
+    config: ModelConfig, params: tree.Tree, tokens_BT: jax.Array, cache: Cache, shared: _Shared, dtype: DTypeLike
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """Do what `Llama` does, layer by layer in the program: a scan would copy each layer's keys and values at every step."""
+    x_BTD, ks, vs = Embedding(config, dtype).apply({"params": params["embed"]}, tokens_BT), [], []
+    for own, *kv in zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True):
+        x_BTD, (k, v) = Block(config, dtype).apply({"params": own}, x_BTD, kv, shared)
+        ks.append(k)
+        vs.append(v)
+    return Norm(config.rms_norm_eps, dtype).apply({"params": params["norm"]}, x_BTD), (tuple(ks), tuple(vs))
 
 
 def head(config: ModelConfig, params: tree.Tree) -> jax.Array:
@@ -258,7 +287,7 @@ def hidden(
 
     Args:
         config: the model; static under `jax.jit`.
-        params: the dict of `tensor_table(config)`.
+        params: the dict of `tensor_table(config)`; with a cache its layers may be unstacked, see `unstack`.
         tokens_BT: int32 in [0, V).
         positions_BT: int32 position inside the document, growing with T inside a segment.
         segments_BT: int32 document number, 0 on padding. A token sees the earlier positions of its own segment.
@@ -288,11 +317,10 @@ def hidden(
         )
         keys = Tokens(*written)
     shared = _Shared(queries, keys, jnp.cos(angles), jnp.sin(angles), jnp.zeros((), jnp.int32) if cache is None else cache.length)
-    kv = None if cache is None else (cache.k, cache.v)
-    x_BTD, kv = Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, kv, shared)
-    if cache is not None:
-        cache = Cache(kv[0], kv[1], keys.positions, keys.segments, cache.length + tokens_BT.shape[1])
-    return x_BTD, cache
+    if cache is None:
+        return Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, shared), None
+    x_BTD, (k, v) = _with_cache(config, params, tokens_BT, cache, shared, dtype)
+    return x_BTD, Cache(k, v, keys.positions, keys.segments, cache.length + tokens_BT.shape[1])
 
 
 def forward(
@@ -332,11 +360,15 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -
 
     Example:
         >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-        >>> init_cache(config, 3, 5, "float32").k.shape
-        (2, 3, 5, 2, 4)
+        >>> [k.shape for k in init_cache(config, 3, 5, "float32").k]
+        [(3, 2, 5, 4), (3, 2, 5, 4)]
     """
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    k, v = (meshes.constrain(jnp.zeros(shape, dtype), None, "batch", None, "kv_heads", None) for _ in range(2))
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
+
+    def empty() -> tuple[jax.Array, ...]:
+        return tuple(meshes.constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(config.num_layers))
+
+    k, v = empty(), empty()
     where = jnp.zeros((batch, length), jnp.int32)
     return Cache(k, v, where, where, jnp.zeros((), jnp.int32))
 

@@ -40,6 +40,34 @@ def test_comparisons_are_the_paired_ones(run):
     assert good["tasks"]["sums"]["mcnemar"] == paired.mcnemar(right["good"], right["m1"])
 
 
+def test_merges_are_compared_with_the_average_and_p_values_corrected_over_the_merges(run):
+    models, found, rows, right = run
+    names = {"good": "average", "bad": "bad"}
+    renamed = [row | {"name": names.get(row["name"], row["name"])} for row in models]
+    result = findings.compare(renamed, {names.get(name, name): row for name, row in found.items()}, resamples=200, seed=3)
+    assert "average" not in result["merges"]["average"]["loss"]
+    bad = result["merges"]["bad"]
+    assert bad["loss"]["average"] == paired.difference(rows["bad"], rows["good"], resamples=200, seed=3)
+    assert bad["tasks"]["sums"]["mcnemar_average"] == paired.mcnemar(right["bad"], right["good"])
+    for name in ("mean_member", "best_member"):
+        raw = [row["loss"][name]["p"] for row in result["merges"].values()]
+        assert [row["loss"]["holm"][name] for row in result["merges"].values()] == paired.holm(raw)
+    tested = [row["tasks"]["sums"]["mcnemar"]["p"] for row in result["merges"].values()]
+    assert [row["tasks"]["sums"]["holm"]["best_member"] for row in result["merges"].values()] == paired.holm(tested)
+    told = findings.sentences(None, {"models": renamed}, result)
+    assert sum(text.startswith("bad,") and "clearly worse" in text and "than the average" in text for text in told) == 2
+    assert any("10 comparisons" in text for text in told)
+
+
+def test_one_of_many_that_looks_good_by_chance_is_not_called_better():
+    rng = np.random.default_rng(0)
+    rows = {name: rng.normal(2, 1, 60) for name in ("m0", "m1", *(f"x{i}" for i in range(20)))}
+    models = [model(name, "member" if name[0] == "m" else "merge") for name in rows]
+    result = findings.compare(models, {name: items(losses) for name, losses in rows.items()}, resamples=50, seed=0)
+    assert min(row["loss"]["mean_member"]["p"] for row in result["merges"].values()) < 0.05
+    assert all("not distinguishable" in text for text in findings.sentences(None, {"models": models}, result) if text[0] == "x")
+
+
 def test_losses_are_compared_over_tokens_where_their_numbers_are_known(run):
     models, found, rows, _ = run
     tokens = list(range(1, 81))

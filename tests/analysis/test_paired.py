@@ -85,3 +85,42 @@ def test_other_items_are_refused():
         paired.difference([1, 2, 3], [1, 2])
     with pytest.raises(UserError, match="at least two"):
         paired.mcnemar([True], [True])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_holm_rejects_what_the_step_down_rule_rejects(seed):
+    p_values = np.random.default_rng(seed).beta(0.4, 2, 7)
+    for level in (0.01, 0.05, 0.2):
+        rejected, left = set(), sorted(range(7), key=lambda i: p_values[i])
+        while left and p_values[left[0]] <= level / len(left):
+            rejected.add(left.pop(0))
+        assert {i for i, p in enumerate(paired.holm(p_values)) if p <= level} == rejected
+
+
+def test_a_planted_effect_is_found_and_a_null_is_not():
+    """1,000 evaluations of a merge that is better by 0.1 and of one that is not, on items whose difficulty both share."""
+    rng, covered, found, claimed = np.random.default_rng(5), 0, 0, 0
+    for _ in range(1000):
+        member = rng.gamma(2, 1, 100)
+        better, same = (member + rng.normal(shift, 0.3, 100) for shift in (-0.1, 0))
+        one, null = (paired.difference(losses, member, resamples=300) for losses in (better, same))
+        covered += one["low"] <= -0.1 <= one["high"]
+        found += one["p"] < 0.05
+        claimed += null["p"] < 0.05
+    # binomial bands of four standard errors around the nominal 95 % and 5 %, and the power of the t test
+    assert 0.922 < covered / 1000 < 0.978
+    assert 0.022 < claimed / 1000 < 0.078
+    power = stats.nct.sf(stats.t.isf(0.025, 99), 99, 0.1 / 0.3 * 10)
+    assert abs(found / 1000 - power) < 4 * math.sqrt(power * (1 - power) / 1000)
+
+
+def test_right_answers_of_a_planted_effect():
+    """The same for right answers: McNemar's exact test holds its level, and finds 12 points at 400 items."""
+    rng, found, claimed = np.random.default_rng(6), 0, 0
+    for _ in range(1000):
+        ability = rng.random((3, 400)) < rng.beta(2, 2, 400)
+        better = ability[1] | (rng.random(400) < 0.24)
+        found += paired.mcnemar(better, ability[0])["p"] < 0.05
+        claimed += paired.mcnemar(ability[2], ability[0])["p"] < 0.05
+    assert claimed / 1000 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 1000)
+    assert found / 1000 > 0.9

@@ -38,9 +38,76 @@ def test_gsm8k(answer, reference, right):
     assert answers.gsm8k(answer, reference) is right
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("#### 1,005", True),
+        ("so $1005", True),
+        ("1005.", True),
+        ("1005 and then 3", False),
+        ("-1005", False),
+        ("none", False),
+        ("", False),
+    ],
+)
+def test_gsm8k_flexible(answer, right):
+    assert answers.gsm8k_flexible(answer, "it is\n#### 1,005") is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("8 - 3 = 5 apples", "5.0", True),
+        ("he has -2.5.", "-2.5", True),
+        ("10,000", "10000", True),
+        ("5 of 7", "5", False),
+        ("five", "5", False),
+        (".5", "0.5 (pounds)", True),
+    ],
+)
+def test_number(answer, reference, right):
+    assert answers.number(answer, reference) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        (r"\frac{1}{2}", r"\dfrac12", True),
+        ("1/2", r"\frac{1}{2}", True),
+        ("0.5", r"\frac12", True),
+        (".5", "0.5", True),
+        (r"-\frac{3}{4}", "-3/4", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", True),
+        (r"10\text{ inches}", "10", True),
+        (r"\text{Evelyn}", r"\text{Evelyn}", True),
+        (r"90^\circ", "90", True),
+        (r"\$32,500", "32500", True),
+        ("x = 7", "7", True),
+        (r"\sqrt2", r"\sqrt{2}", True),
+        (r"50\%", "50", True),
+        ("(1,2)", "(2,1)", False),
+        ("7", "-7", False),
+        ("x^2+1", "x^2 + 1", True),
+        (r"\frac{2}{1}", r"\frac{1}{2}", False),
+    ],
+)
+def test_math(answer, reference, right):
+    assert answers.math(f"so \\boxed{{0}}, no, \\boxed{{{answer}}}", f"\\boxed{{{reference}}}") is right
+
+
+def test_a_math_answer_that_is_not_boxed_is_wrong():
+    assert not answers.math("7", r"\boxed{7}")
+    with pytest.raises(UserError, match=r"expected .boxed"):
+        answers.math(r"\boxed{7}", "7")
+    with pytest.raises(UserError, match="expected a number"):
+        answers.number("7", "seven")
+
+
 def test_a_reference_without_a_number_is_refused():
     with pytest.raises(UserError, match="expected '#### number'"):
         answers.gsm8k("#### 5", "five")
+    with pytest.raises(UserError, match="expected '#### number'"):
+        answers.gsm8k_flexible("#### 5", "five")
 
 
 def test_every_published_reference_has_a_number_and_agrees_with_itself(shared_data):

@@ -1,4 +1,4 @@
-"""Greedy generation against a reference without cache, against itself under other batches and paddings, and transformers."""
+"""Generation against a reference without cache, against itself under other batches and paddings, and transformers."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from jax_ordermerge import mesh, tree
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import decode
+from jax_ordermerge.evaluate.sampling import Sampling
 from jax_ordermerge.model import llama
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "golden"))
@@ -109,14 +110,96 @@ def test_buckets_waste_at_most_half():
     assert len({decode.bucket(size) for size in range(1, 2049)}) <= 21
 
 
+def placed(params, grid, config=CONFIG, axes=()):
+    flat = tree.flatten(params)
+    return tree.unflatten(
+        {
+            s.path: jax.device_put(flat[s.path], mesh.sharding((*axes, *s.axes), np.shape(flat[s.path]), grid))
+            for s in tensor_table(config)
+        }
+    )
+
+
 def test_a_sharded_model_gives_the_same(reference):
     grid = mesh.make_mesh(1, 2, 2)
-    flat = tree.flatten(PARAMS)
-    placed = tree.unflatten(
-        {s.path: jax.device_put(flat[s.path], mesh.sharding(s.axes, s.shape, grid)) for s in tensor_table(CONFIG)}
-    )
     with jax.set_mesh(grid):
-        assert decode.generate(CONFIG, placed, PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32") == reference
+        found = decode.generate(CONFIG, placed(PARAMS, grid), PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32")
+    assert found == reference
+
+
+# --- several models in one program ---
+
+OTHERS = [llama.init_params(CONFIG, seed) for seed in (1, 2, 3)]
+FOUR = tree.stack([PARAMS, *OTHERS])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
+def test_members_in_one_program_are_the_members_alone(shape, reference):
+    ends = sorted({ids[3] for ids in reference})  # the first member stops early, the others do not
+    options = {"max_new_tokens": NEW, "eos_ids": ends, "dtype": "float32"}
+    alone = [decode.generate(CONFIG, one, PROMPTS, **options) for one in (PARAMS, *OTHERS)]
+    assert len({str(rows) for rows in alone}) == 4
+    assert max(map(len, alone[0])) <= 3 < max(map(len, alone[1]))
+    grid = mesh.make_mesh(*shape)
+    with jax.set_mesh(grid):
+        assert decode.generate_members(CONFIG, placed(FOUR, grid, axes=("member",)), PROMPTS, **options) == alone
+    assert decode.generate_members(CONFIG, FOUR, PROMPTS, **options) == alone
+
+
+# --- drawn tokens ---
+
+DRAW = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=5)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return generate(PROMPTS, sampling=DRAW, names="abcde")
+
+
+def test_draws_follow_the_name_and_not_the_place(drawn, reference):
+    assert drawn != reference
+    for batch in (1, 2):
+        assert generate(PROMPTS, sampling=DRAW, names="abcde", batch=batch) == drawn
+    longer = families.tokens(CONFIG, 30)[0].tolist()
+    assert generate([longer, *PROMPTS[::-1]], sampling=DRAW, names="zedcba")[1:] == drawn[::-1]
+
+
+def test_other_names_seeds_and_steps_draw_anew(drawn):
+    same = [PROMPTS[0]] * 32
+    rows = generate(same, sampling=Sampling(temperature=1.0))
+    assert len({tuple(row) for row in rows}) == 32
+    assert all(len(set(row)) > 3 for row in rows)
+    compiled = decode._decode._cache_size()
+    assert generate(PROMPTS, sampling=dataclasses.replace(DRAW, seed=6), names="abcde") != drawn
+    assert decode._decode._cache_size() == compiled
+    assert len({tuple(row) for row in generate(same[:3], sampling=Sampling(temperature=1.0), names=["x"] * 3)}) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (1, 8, 1), (1, 1, 8)])
+def test_draws_are_the_same_on_meshes(shape, drawn):
+    grid = mesh.make_mesh(*shape)
+    with jax.set_mesh(grid):
+        assert generate(PROMPTS, sampling=DRAW, names="abcde") == drawn
+    with jax.set_mesh(mesh.make_mesh(2, 2, 2)):
+        assert decode.generate_members(
+            CONFIG, tree.stack([PARAMS] * 2), PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32", sampling=DRAW, names="abcde"
+        ) == [drawn] * 2  # fmt: skip
+
+
+# --- transformers ---
+
+
+def theirs(model, prompts, new, torch):
+    """Greedy continuations, each prompt alone: no padding that could matter."""
+    rows = []
+    for prompt in prompts:
+        given = torch.tensor([prompt])
+        with torch.no_grad():
+            found = model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+            )  # fmt: skip
+        rows.append(found[0, len(prompt) :].tolist())
+    return rows
 
 
 @pytest.mark.parametrize("name", ["mistral_window", "qwen3"])
@@ -126,15 +209,33 @@ def test_equals_transformers(name):
 
     config = families.FAMILIES[name]
     params = families.weights(config)
-    model = make_model_goldens.torch_model(config, params)
     found = decode.generate(config, params, PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32")
-    for prompt, ids in zip(PROMPTS, found, strict=True):
-        given = torch.tensor([prompt])
-        with torch.no_grad():
-            theirs = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
-            )  # fmt: skip
-        assert ids == theirs[0, len(prompt) :].tolist()
+    assert found == theirs(make_model_goldens.torch_model(config, params), PROMPTS, NEW, torch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_equals_transformers_for_any_batch_and_mesh(name):
+    torch = pytest.importorskip("torch")
+    import make_model_goldens
+
+    config = families.FAMILIES[name]
+    params = families.weights(config)
+    lengths = 1 + (np.arange(64) * 37) % 50
+    ids = np.arange(64 * 50).reshape(64, 50)
+    prompts = [((ids[i, :n] * (7 + i) + i * i) % config.vocab_size).tolist() for i, n in enumerate(lengths)]
+    expected = theirs(make_model_goldens.torch_model(config, params), prompts, NEW, torch)
+    assert len({tuple(row) for row in expected}) > 32
+
+    def found(model, batch):
+        return decode.generate(config, model, prompts, max_new_tokens=NEW, eos_ids=(), dtype="float32", batch=batch)
+
+    for batch in (1, 5, 16, 64):
+        assert found(params, batch) == expected
+    for shape in ((1, 1, 1), (1, 2, 2), (1, 8, 1)):
+        grid = mesh.make_mesh(*shape)
+        with jax.set_mesh(grid):
+            assert found(placed(params, grid, config), 32) == expected
 
 
 def test_stories260k_golden_tokens(shared_data):
@@ -165,6 +266,7 @@ def test_bfloat16_runs_and_no_prompts_give_nothing():
         ([[1, 96]], {}, "prompt 0 holds an id outside the vocabulary of 96"),
         ([[1] * 2040], {}, "prompt 0 of 2040 tokens and 12 new ones exceed the context of 2048"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ([[1]], {"names": ["a", "b"]}, "2 names for 1 prompts"),
     ],
 )
 def test_bad_input_is_named(prompts, options, message):

@@ -156,3 +156,15 @@ def test_merging_files_equals_the_merge_of_the_run(folder, tmp_path):
 def test_generate(folder, capsys):
     assert call("generate", folder / "base", "--prompt", "a plus b is ?", "--prompt", "c", "--max-new-tokens", 3) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_generate_draws_by_seed(folder, capsys):
+    def drawn(*options):
+        assert call("generate", folder / "base", *["--prompt", "a plus b is ?"] * 2, "--max-new-tokens", 6, *options) == 0
+        return capsys.readouterr().out
+
+    options = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.99)
+    assert drawn(*options, "--seed", 1) == drawn(*options, "--seed", 1)
+    assert len({drawn(*options, "--seed", seed) for seed in (1, 2)} | {drawn()}) == 3
+    assert call("generate", folder / "base", "--prompt", "a", "--top-k", 5) == 2
+    assert "give a temperature above 0" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_the_module_declares_the_tensor_table(name):
     config = families.FAMILIES[name]
     tokens = jnp.zeros((1, 3), jnp.int32)
     shared = llama._Shared(*(llama.Tokens(tokens, tokens),) * 2, *(jnp.zeros((1, 3, config.head_dim // 2)),) * 2, jnp.int32(0))
-    variables = jax.eval_shape(llama.Llama(config, jnp.float32).init, jax.random.key(0), tokens, None, shared)
+    variables = jax.eval_shape(llama.Llama(config, jnp.float32).init, jax.random.key(0), tokens, shared)
     declared = {path: leaf.shape for path, leaf in tree.flatten(variables["params"]).items()}
     # the head is a plain product beside the module: training never takes all of its logits at once
     assert declared == {spec.path: spec.shape for spec in tensor_table(config) if not spec.path.startswith("head/")}

@@ -1,0 +1,130 @@
+"""Which token comes next: the most likely one, or one drawn by name. Logits in, token ids out; knows nothing of models."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ordermerge import rng
+from jax_ordermerge.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. The default is greedy.
+
+    Attributes:
+        temperature: logits are divided by it; 0 is greedy.
+        top_k: draw among so many of the most likely tokens; None is all.
+        top_p: then among the fewest most likely tokens whose probabilities reach this sum; None is all.
+        seed: of the draws, see `row_words`.
+
+    Raises:
+        UserError: a value outside its range, or a choice among tokens where nothing is drawn.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.95).top_k is None
+        True
+        >>> Sampling(top_k=5)
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: top_k = 5 chooses among drawn tokens, temperature = 0 draws none; give a temperature above 0
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature = {self.temperature} is not a finite number of at least 0; 0 is greedy")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k = {self.top_k} must be at least 1; leave it out to draw among all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1; leave it out to draw among all tokens")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                raise UserError(
+                    f"{name} = {getattr(self, name)} chooses among drawn tokens, temperature = 0 draws none; give a temperature above 0"
+                )
+
+
+GREEDY = Sampling()
+
+
+def row_words(seed: int, names: Sequence[str | int]) -> np.ndarray:
+    """Return the key bits of each row, uint32[B, 2]: a function of the seed and the row's name alone.
+
+    Example:
+        >>> row_words(0, ["a", 1]).shape
+        (2, 2)
+    """
+    return np.stack([rng.stream_words(seed, "generate", name) for name in names])
+
+
+def choose(logits_BV: jax.Array, words_B2: jax.Array, step: jax.Array | int, sampling: Sampling) -> jax.Array:
+    """Return the next token of each row, int32[B].
+
+    A draw is the argmax of logits with Gumbel noise, one number a token of the vocabulary, from the row's key and the step: it depends
+    neither on the other rows nor on how the arrays are divided over devices.
+
+    Args:
+        logits_BV: float32.
+        words_B2: from `row_words`; not read where nothing is drawn.
+        step: how many tokens the row has got already.
+        sampling: how to choose; static under `jax.jit`.
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]] * 4))
+        >>> choose(logits, row_words(0, range(4)), 0, GREEDY).tolist()
+        [1, 1, 1, 1]
+        >>> choose(logits, row_words(0, range(4)), 0, Sampling(temperature=1.0, top_p=0.5)).tolist()
+        [1, 1, 1, 1]
+
+    Source: Holtzman et al., "The curious case of neural text degeneration", 2020, https://arxiv.org/abs/1904.09751 (top_p).
+    """
+    if sampling.temperature == 0:
+        return _argmax(logits_BV)
+    scaled_BV = kept(logits_BV / jnp.float32(sampling.temperature), sampling.top_k, sampling.top_p)
+
+    def noise(words: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), step)
+        return jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32)
+
+    return _argmax(scaled_BV + jax.vmap(noise)(jnp.asarray(words_B2)))
+
+
+def kept(logits_BV: jax.Array, top_k: int | None, top_p: float | None) -> jax.Array:
+    """Return the logits with -inf on tokens that are not drawn. Tokens as likely as the last one kept are kept too.
+
+    Example:
+        >>> jnp.isfinite(kept(jnp.log(jnp.array([[0.1, 0.5, 0.4]])), None, 0.8)).tolist()
+        [[False, True, True]]
+    """
+    V = logits_BV.shape[-1]
+    if top_k is not None and top_k < V:
+        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if top_p is not None and top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        shares_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
+        # the last token that starts below the sum is the one that reaches it
+        count_B1 = (before_BV < top_p).sum(-1, keepdims=True)
+        least_B1 = jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return logits_BV
+
+
+def _argmax(x_BV: jax.Array) -> jax.Array:
+    # the first of the largest, as jnp.argmax; in two steps, because XLA on CPU takes 30 times as long for an argmax as for a max
+    B, V = x_BV.shape
+    chunk = 128
+    x_BCc = jnp.pad(x_BV, ((0, 0), (0, -V % chunk)), constant_values=-jnp.inf).reshape(B, -1, chunk)
+    best_B = jnp.argmax(x_BCc.max(-1), axis=-1)
+    inside_B = jnp.argmax(jnp.take_along_axis(x_BCc, best_B[:, None, None], axis=1)[:, 0], axis=-1)
+    return (best_B * chunk + inside_B).astype(jnp.int32)

@@ -1,0 +1,98 @@
+"""Programs as answers: prompts and scores as published, through the sandbox."""
+
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from jax_ordermerge.config import Config, Task, make_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import harness, programs, sandbox
+
+ROWS = [
+    {"task_id": n, "text": f"Task {n}.", "code": f"def f{n}(x):\n    return x + {n}", "test_list": [f"assert f{n}(1) == {n + 1}"]}
+    for n in (2, 3, 4, 11, 12)
+]
+FILE = {"kind": "mbpp", "name": "code", "data": "mbpp.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def human(shared_data):
+    with gzip.open(shared_data / "code" / "HumanEval.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one():
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert programs.pass_at_k(n, c, k) == pytest.approx(np.mean([any(draw) for draw in draws]))
+    with pytest.raises(UserError, match="pass@3 needs at least 3 samples"):
+        programs.pass_at_k(2, 1, 3)
+
+
+def test_mbpp_shows_its_three_examples_and_asks_the_others():
+    first, second = programs.mbpp(ROWS)
+    assert (first.id, second.id) == ("11", "12")
+    assert first.prompt.count("[BEGIN]") == 4
+    assert first.prompt.count("[DONE]") == 3
+    assert first.prompt.startswith(
+        "You are an expert Python programmer, and here is your task: Task 2. Your code should pass these tests:"
+    )
+    assert first.prompt.endswith("assert f11(1) == 12\n[BEGIN]\n")
+    assert first.judge(first.reference + "\n[DONE]\nthis is not read").passed
+    assert not first.judge(second.reference).passed
+
+
+def test_mbpp_finds_which_functions_its_tests_call():
+    tests = ["import math", "y = [math.floor(g(x)) for x in range(3)]", "assert sorted(h(y)) == set(y) or True"]
+    one = programs.mbpp([{"task_id": 20, "text": "t", "code": "", "test_list": tests, "test_setup_code": "import re as regex"}])[0]
+    assert one.names == ("g", "h")
+
+
+def test_a_humaneval_answer_ends_at_the_next_thing_at_top_level(human):
+    one = programs.humaneval(human[:1])[0]
+    assert one.prompt == human[0]["prompt"]
+    for more in ("\nprint(1)", "\ndef g():\n  ((", "\n# done", "\nclass A", "\nif __name__"):
+        assert one.program(one.reference + more) == one.prompt + one.reference
+        assert one.judge(one.reference + more).passed
+
+
+def test_a_task_of_programs(human):
+    def generate(prompts, new, sampling, names):
+        # of each problem the first program is right, the second is not
+        assert prompts == [[len(row["prompt"])] for row in human[:3] for _ in range(2)]
+        assert (new, sampling.temperature, sampling.seed) == (99, 0.8, 4)
+        assert names == [f"HumanEval/{n}/{sample}" for n in range(3) for sample in range(2)]
+        return [text for row in human[:3] for text in (row["canonical_solution"], "    pass")]
+
+    task = Task(name="code", kind="humaneval", data="x", limit=3, samples=2, temperature=0.8, max_new_tokens=99)
+    found, items = harness.run_programs(task, human, lambda text: [len(text)], generate, seed=4)
+    assert found == {"accuracy": 0.5, "se": 0.0, "n": 3, "isolation": sandbox.available()[0], "pass@1": 0.5}
+    assert [item["correct"] for item in items] == [True, False] * 3
+    assert items[0]["detail"] == "passed"
+    assert "failed" in items[1]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"kind": "humaneval"}, "needs its file or hub dataset"),
+        ({"kind": "gsm8k", "samples": 4}, "samples goes with kind humaneval or mbpp"),
+        ({"kind": "mbpp", "data": "x", "samples": 4}, "needs programs that are drawn"),
+        ({"kind": "mbpp", "data": "x", "top_p": 0.9}, "needs programs that are drawn"),
+    ],
+)
+def test_tasks_that_cannot_be_meant(task, message):
+    with pytest.raises(UserError, match=message):
+        make_config({"evaluation": {"tasks": [{"name": "a"} | task]}})
+
+
+def test_files_of_another_kind_are_named():
+    with pytest.raises(UserError, match="kind humaneval reads the column prompt, its data has task_id, text"):
+        programs.humaneval([{"task_id": 1, "text": ""}])
+    with pytest.raises(UserError, match="has no problems"):
+        harness.run_programs(Task(**FILE), [], lambda text: [1], lambda *given: [])
+    assert Config(evaluation={"tasks": [FILE]}).evaluation.tasks[0].samples == 1
