@@ -108,15 +108,28 @@ def measure(config: Config, model: ModelConfig, mesh: Mesh) -> Needs:
     compiled = loop.compile_training(config, model, plan, mesh)
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
-    held = tree.flatten(convert.abstract_tensors(split(config, model, mesh).frozen, mesh, dtype=config.base_dtype))
+    cut = split(config, model, mesh)
+    held = convert.abstract_tensors(cut.frozen, mesh, dtype=config.base_dtype)
+    # the step does not see the weights that were best, but they are there
+    best = (
+        convert.abstract_tensors(cut.trained, mesh, members=config.population.members)
+        if config.training.checkpoint == "best"
+        else {}
+    )
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Needs(
-        memory.argument_size_in_bytes,
+        memory.argument_size_in_bytes + _held(best),
         memory.temp_size_in_bytes + outputs,
         collectives(compiled.as_text(), mesh),
         seconds,
-        sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in held.values()),
+        _held(held),
     )
+
+
+def _held(abstract: tree.Tree) -> int:
+    """Return the bytes a device."""
+    flat = tree.flatten(abstract).values()
+    return sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in flat)
 
 
 def collectives(program: str, mesh: Mesh) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:

@@ -163,7 +163,8 @@ def train(w: Workshop) -> None:
             sum(math.prod(spec.shape) for spec in table) for table in (lora.table(w.model, w.config.lora), tensor_table(w.model))
         )
         w.say(f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}")
-    waves.train(w.config, w.model, lambda: base_params(w, w.config.base_dtype), w.splits["train"], w.mesh, w.say)
+    base = functools.partial(base_params, w, w.config.base_dtype)
+    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=w.splits.get("validation"))
 
 
 def _described(examples: Examples) -> dict[str, Any]:
@@ -284,6 +285,7 @@ def _recipe(w: Workshop, spec: MergeSpec, seed: int) -> dict[str, Any]:
         "dtype": w.config.merge.dtype,
         "orders": {"level": w.config.population.level, "seed": w.config.seed, "epochs": w.config.training.epochs},
         **({} if w.config.training.ema is None else {"averages": {"ema": w.config.training.ema}}),
+        **({} if w.config.training.checkpoint == "last" else {"checkpoint": w.config.training.checkpoint}),
         "jax_ordermerge": jax_ordermerge.__version__,
     }
 

@@ -29,16 +29,23 @@ _ROOM = 0.92  # of a device's memory; the rest goes to fragments and to what oth
 
 
 def train(
-    config: Config, model: ModelConfig, base: Callable[[], Tree], examples: Examples, mesh: Mesh, say: Callable[[str], None]
+    config: Config,
+    model: ModelConfig,
+    base: Callable[[], Tree],
+    examples: Examples,
+    mesh: Mesh,
+    say: Callable[[str], None],
+    *,
+    held_out: Examples | None = None,
 ) -> None:
     """Fine-tune the members, in as many waves as `population.wave` or the memory of the devices asks for; see `loop.train`."""
     waves = _divided(config, model, mesh, say)
     if len(waves) == 1:
-        loop.train(config, model, base, examples, mesh)
+        loop.train(config, model, base, examples, mesh, held_out=held_out)
         return
     for number, members in enumerate(waves):
         say(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
-        loop.train(config, model, base, examples, mesh, members=members, directory=_room(config, number))
+        loop.train(config, model, base, examples, mesh, held_out=held_out, members=members, directory=_room(config, number))
     _gather(config, len(waves))
 
 
@@ -143,7 +150,8 @@ def _gather(config: Config, count: int) -> None:
     journal.write_arrays(config.directory / "losses" / "train.npz", {"losses": np.concatenate(losses), "ids": ids})
     states = [json.loads((room / "metrics" / "state.json").read_text()) for room in rooms]
     summed = {key: sum(state[key] for state in states) for key in ("seconds", "tokens", "compilations")}
-    write_json(config.directory / "metrics" / "state.json", {**states[0], **summed, "waves": count})
+    joined = {key: [one for state in states for one in state[key]] for key, value in states[0].items() if isinstance(value, list)}
+    write_json(config.directory / "metrics" / "state.json", {**states[0], **summed, **joined, "waves": count})
 
 
 def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
