@@ -20,8 +20,10 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.run_directory import read_json, write_bytes, write_json
-from jax_ordermerge.train import journal, loop
+from jax_ordermerge.train import batches, journal, loop
+from jax_ordermerge.train import look as looks
 from jax_ordermerge.train import members as trained
+from jax_ordermerge.train.look import Look
 from jax_ordermerge.tree import Tree
 
 _FILE = "waves.json"
@@ -47,6 +49,15 @@ def train(
         say(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
         loop.train(config, model, base, examples, mesh, held_out=held_out, members=members, directory=_room(config, number))
     _gather(config, len(waves))
+
+
+def look(
+    config: Config, model: ModelConfig, base: Callable[[], Tree], examples: Examples, mesh: Mesh, count: int, profile: Path | None
+) -> Look:
+    """Look at the first steps of the training, or of its first wave; see `train/look.py`."""
+    members = _divided(config, model, mesh, lambda text: None)[0]
+    plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
+    return looks.look(config, model, base, plan, mesh, count=count, profile=profile)
 
 
 def restore(config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32") -> Tree:

@@ -27,7 +27,7 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
-from jax_ordermerge.train import batches, flops, journal, optimizers, validation
+from jax_ordermerge.train import batches, flops, journal, optimizers, track, validation
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.display import Display, Watcher
@@ -82,7 +82,7 @@ def train(
         raise UserError(
             f"{len(plan.members)} members cannot be divided over mesh.order = {mesh.shape['order']}; choose a divisor for mesh.order"
         )
-    training = _Training(config, model, plan, mesh, directory or config.directory, held_out)
+    training = Training(config, model, plan, mesh, directory or config.directory, held_out)
     try:
         with contextlib.ExitStack() as stack:
             shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
@@ -96,7 +96,7 @@ def train(
         ) from error
 
 
-class _Training:
+class Training:
     """One training: what is constant in it, and the steps of its life in the order they are called."""
 
     def __init__(
@@ -123,7 +123,7 @@ class _Training:
             start = checkpoints.latest()
             processes.check_alike({**self._identity(), "checkpoints": start})
             if start is None:
-                state = steps.initial_state(self.split.start(load), self.tx, self.abstract)
+                state = self.start(load)
                 best = validation.initial(self.best)
                 journal.truncate_lines(self.log, 0)
                 journal.save_orders(self.directory / "orders", self.plan)
@@ -139,14 +139,27 @@ class _Training:
             if start == self.plan.steps:
                 watch.say(f"training is already complete: {self.plan.steps} steps ({self.directory})")
             else:
-                frozen = steps.place(load(), self.frozen) if self.frozen else {}
-                best = self._train(state, best, frozen, start or 0, checkpoints, watch)
-            found = _fetch_one((best.loss, best.step))
+                with contextlib.ExitStack() as stack:
+                    trackers = track.trackers(self.config, self.directory, self.plan.members, start or 0)
+                    for tracker in trackers:
+                        stack.callback(tracker.close)
+                    shown = track.Several(watch, trackers) if trackers else watch
+                    best = self._train(state, best, self.held(load), start or 0, checkpoints, shown)
+            found = fetch_one((best.loss, best.step))
         return self._finish(*found)
+
+    def start(self, load: Callable[[], Tree]) -> steps.TrainState:
+        """Return the state before the first step."""
+        return steps.initial_state(self.split.start(load), self.tx, self.abstract)
+
+    def held(self, load: Callable[[], Tree]) -> Tree:
+        """Return what all members share as it is."""
+        return steps.place(load(), self.frozen) if self.frozen else {}
 
     # --------------------------------------------------------------------------------------------------------------- the steps
 
-    def _compile(self) -> steps.Step:
+    def compile(self) -> steps.Step:
+        """Return the compiled step."""
         specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in self.split.trained}
         one = steps.train_step(
             self.split.objective,
@@ -180,7 +193,7 @@ class _Training:
         if self.journal.peak is None:
             watch.say(f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known")
         began = time.monotonic()
-        compiled = self._compile()
+        compiled = self.compile()
         validate = self._compile_validation() if self.held_out else None
         self.journal.pass_over(time.monotonic() - began)
         clock = Clock(self.journal.totals)
@@ -190,8 +203,7 @@ class _Training:
                 with clock.devices():
                     state, metrics = compiled(state, batch, frozen)
                     pending.append((step, metrics))
-                    if len(pending) > _AHEAD:
-                        jax.block_until_ready(pending[-1 - _AHEAD][1].loss)
+                    follow(pending)
                 logs, saves, validates = self._due(step + 1)
                 stops = stop.reached(step + 1)
                 if not (logs or saves or validates or stops):
@@ -199,13 +211,13 @@ class _Training:
                 with clock.devices():
                     jax.block_until_ready(metrics)
                 # the only transfer from the devices; a loss that is not finite is found here, before anything is saved
-                for number, fetched in _fetch(pending):
+                for number, fetched in fetch(pending):
                     self.journal.record(number, fetched)
                 pending = []
                 if validate and validates:
                     with clock.devices():
                         best, losses = validate(best, self._weights(state), step + 1, frozen)
-                        self.journal.validated(step, _fetch_one(losses))
+                        self.journal.validated(step, fetch_one(losses))
                 clock.read()
                 if logs or validates:
                     _log(self, step + 1, float(fetched.learning_rate[0]), watch)
@@ -315,23 +327,30 @@ class _Training:
         return state
 
 
-def _log(training: _Training, done: int, learning_rate: float, watch: Watcher) -> None:
+def _log(training: Training, done: int, learning_rate: float, watch: Watcher) -> None:
     line = training.journal.line(done, learning_rate)
     journal.append_line(training.log, line)
     watch.line(line)
 
 
-def _fetch(pending: Iterable[tuple[int, steps.Metrics]]) -> list[tuple[int, steps.Metrics]]:
-    """Return metrics as numpy, the members of all processes together."""
+def follow(pending: Sequence[tuple[int, steps.Metrics]]) -> None:
+    """Wait until the devices are no more than a few steps behind the host."""
+    if len(pending) > _AHEAD:
+        jax.block_until_ready(pending[-1 - _AHEAD][1].loss)
+
+
+def fetch(pending: Iterable[tuple[int, steps.Metrics]]) -> list[tuple[int, steps.Metrics]]:
+    """Return the metrics of steps as numpy, the members of all processes together."""
     if jax.process_count() == 1:
         return jax.device_get(list(pending))
-    return [(step, _fetch_one(metrics)) for step, metrics in pending]
+    return [(step, fetch_one(metrics)) for step, metrics in pending]
 
 
-def _fetch_one(values: Any) -> Any:
+def fetch_one(values: Any) -> Any:
+    """Return arrays as numpy, the members of all processes together."""
     return jax.device_get(values) if jax.process_count() == 1 else multihost_utils.process_allgather(values, tiled=True)
 
 
 def compile_training(config: Config, model: ModelConfig, plan: Plan, mesh: Mesh) -> Any:
     """Return the compiled step of a training that is only planned, `jax.stages.Compiled`; the devices of the mesh need not be here."""
-    return _Training(config, model, plan, mesh, config.directory)._compile()
+    return Training(config, model, plan, mesh, config.directory).compile()
