@@ -1,5 +1,6 @@
 """The pipeline of stages. Each reads the run directory and the config, and is skipped when its output is complete."""
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -77,5 +78,7 @@ def look(config: Config, *, steps: int, profile: Path | None = None, say: Say = 
     """
     from jax_ordermerge.experiment import stages
 
+    workshop = stages.prepare(config, say)  # where processes compare what they were given: each has a scratch directory of its own
     with tempfile.TemporaryDirectory(prefix="ordermerge-") as scratch:
-        stages.look(stages.refer(stages.prepare(config.model_copy(update={"output": scratch}), say)), steps, profile)
+        workshop = dataclasses.replace(workshop, config=config.model_copy(update={"output": scratch}))
+        stages.look(stages.refer(workshop), steps, profile)

@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def training(folders, output, *overrides, devices=2, indices=None, own=None):
+def training(folders, output, *overrides, devices=2, flags=(), indices=None, own=None):
     """Start `ordermerge train` in a process for each folder, of so many devices each; `own` are overrides for one of them."""
     port = free_port()
     environment = {
@@ -50,7 +50,7 @@ def training(folders, output, *overrides, devices=2, indices=None, own=None):
         ]  # fmt: skip
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "jax_ordermerge", "train", "tiny.yaml"]
+            [sys.executable, "-m", "jax_ordermerge", "train", "tiny.yaml", *flags]
             + [part for one in [*settings, f"distributed.index={index}", *(own or {}).get(index, [])] for part in ("--set", one)],
             env=environment, cwd=folders[index], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
@@ -147,6 +147,15 @@ def test_what_two_processes_began_one_ends_and_the_other_way_round(folder, tmp_p
     assert 8 <= step < 40
     complete(folder, output, *APART, processes=then, devices=8 // then)
     assert_same(result(folder, output), one_process(*APART))
+
+
+@pytest.mark.slow
+def test_two_processes_take_a_look_as_one(folder, tmp_path):
+    with training([folder, folder], tmp_path / "run", flags=["--steps", "3"]) as both:
+        for process in both:
+            code, stderr = ended(process, 120)
+            assert code == 0, stderr[-3000:]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
