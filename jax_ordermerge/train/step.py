@@ -22,7 +22,7 @@ Batch = dict[str, jax.Array]
 Step = Callable[["TrainState", Batch, Tree], tuple["TrainState", "Metrics"]]
 # else XLA may keep float32 where the program says bfloat16, and where it does depends on the mesh: a member would no longer be
 # the same alone and among others
-EXACT = {"xla_allow_excess_precision": False}
+EXACT: dict[str, str | bool] = {"xla_allow_excess_precision": False}
 
 
 class TrainState(NamedTuple):
