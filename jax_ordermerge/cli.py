@@ -88,9 +88,25 @@ def plan(
 
 
 @app.command()
-def train(config: RunArgument, overrides: SetOption = None) -> None:
+def train(
+    config: RunArgument,
+    overrides: SetOption = None,
+    *,
+    steps: Annotated[
+        int | None, typer.Option(help="Only look at so many first steps: how fast they are. Leaves the run alone.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="With --steps: directory for a profiler trace of the last of them.")] = None,
+) -> None:
     """Fine-tune the members, each in its own order. Resumes from the last checkpoint."""
-    _through("train", config, overrides)
+    if steps is None:
+        if profile is not None:
+            raise UserError("--profile traces the last steps of a look: give --steps too, as in --steps 20 --profile DIR")
+        _through("train", config, overrides)
+        return
+
+    from jax_ordermerge.experiment import pipeline, run_directory
+
+    pipeline.look(run_directory.read_config(config, overrides or ()), steps=steps, profile=profile, say=typer.echo)
 
 
 @app.command()

@@ -80,7 +80,7 @@ class Data(Section):
     train: str = Field("generated:quickstart", description="json, jsonl, parquet or csv file, hub dataset, or generated:NAME")
     test: str | None = Field(None, description="held-out examples, never trained on")
     validation_examples: NonNegativeInt = Field(
-        0, description="examples set aside from train by seed, to choose the best member on"
+        0, description="examples set aside from train by seed, to choose the best member, or the best checkpoint of each, on"
     )
     format: Literal[
         "auto", "messages", "prompt_completion", "text", "sharegpt", "alpaca", "question_answer", "preference"
@@ -180,11 +180,24 @@ class Training(Section):
     )
     clip_norm: PositiveFloat | None = Field(1.0, description="global gradient norm; null does not clip")
     checkpoint_every: PositiveInt | None = Field(None, description="steps; null saves at the end of each epoch")
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(2, description="how many of the latest are kept")
+    checkpoint: Literal["last", "best"] = Field(
+        "last",
+        description="which weights of each member are analyzed, merged and exported: the last, or those of its own lowest validation loss"
+        " (needs data.validation_examples, and memory for one more copy of what is trained)",
+    )
+    validate_every: PositiveInt | None = Field(
+        None, description="steps between validation losses; null is each epoch's end with checkpoint best, else never"
+    )
     log_every: PositiveInt = 10
     spike: Annotated[float, Field(gt=1)] | None = Field(
         None, description="stop where a member's loss is above so many times its median of the last 50 steps; null does not"
     )
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation losses are measured while training."""
+        return self.checkpoint == "best" or self.validate_every is not None
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -296,6 +309,13 @@ class Evaluation(Section):
     bootstrap: PositiveInt = 1000
 
 
+class Tracking(Section):
+    """Metrics shown elsewhere too, one run a member, grouped; `metrics/train.jsonl` is always written."""
+
+    tensorboard: bool = Field(False, description="event files in tracking/ of the run directory (extra: tensorboard)")
+    wandb: str | None = Field(None, description="project on Weights & Biases (extra: wandb); null does not use it")
+
+
 class Config(Section):
     """A whole experiment. Everything random in it follows from `seed` by name."""
 
@@ -313,6 +333,10 @@ class Config(Section):
     analysis: Analysis = Analysis()
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    compilation_cache: str | None = Field(
+        None, description="directory in which compiled programs are kept for the next start; null compiles at every start"
+    )
 
     @property
     def directory(self) -> Path:
@@ -333,6 +357,10 @@ class Config(Section):
         if self.training.microbatch and self.training.batch % self.training.microbatch:
             raise ValueError(
                 f"training.batch = {self.training.batch} is not a multiple of training.microbatch = {self.training.microbatch}"
+            )
+        if self.training.validates and not self.data.validation_examples:
+            raise ValueError(
+                "training.checkpoint = best and training.validate_every measure validation losses: set data.validation_examples"
             )
         if self.lora and self.model.init == "random":
             raise ValueError(

@@ -302,3 +302,18 @@ def provide_cpu_devices(sizes: Iterable[int]) -> None:
     if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def keep_programs(directory: str) -> None:
+    """Keep compiled programs in a directory, for this and every later start with the same versions and devices.
+
+    Args:
+        directory: created if absent; `~` is the home directory.
+
+    Example:
+        >>> before = jax.config.jax_compilation_cache_dir
+        >>> keep_programs("compiled")
+        >>> jax.config.update("jax_compilation_cache_dir", before)
+    """
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # else what compiles fast is compiled at every start

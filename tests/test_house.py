@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "matplotlib": ("analysis/plots.py", "report.py"),
     "transformers": ("data/", "evaluate/"),
     "datasets": ("data/", "evaluate/"),
+    "tensorboardX": ("train/track.py",),
+    "wandb": ("train/track.py",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

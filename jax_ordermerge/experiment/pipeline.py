@@ -1,5 +1,7 @@
 """The pipeline of stages. Each reads the run directory and the config, and is skipped when its output is complete."""
 
+import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +65,20 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
             getattr(stages, stage)(workshop)
     say(f"done: {last}")
     return config.directory
+
+
+def look(config: Config, *, steps: int, profile: Path | None = None, say: Say = print) -> None:
+    """Take the first steps of a training and say how fast they are. The run directory is neither read nor written.
+
+    Args:
+        config: a resolved config.
+        steps: how many.
+        profile: directory for a trace of the last of them.
+        say: where one-line messages go.
+    """
+    from jax_ordermerge.experiment import stages
+
+    workshop = stages.prepare(config, say)  # where processes compare what they were given: each has a scratch directory of its own
+    with tempfile.TemporaryDirectory(prefix="ordermerge-") as scratch:
+        workshop = dataclasses.replace(workshop, config=config.model_copy(update={"output": scratch}))
+        stages.look(stages.refer(workshop), steps, profile)

@@ -13,7 +13,10 @@ from jax_ordermerge.config import Config, merge_name
 from jax_ordermerge.errors import UserError
 
 # A run may continue on other hardware or elsewhere; everything else decides its result.
-_FREE_TO_CHANGE = ("mesh", "distributed", "output", "training.log_every", "training.keep_checkpoints", "training.spike")
+_FREE_TO_CHANGE = (
+    "mesh", "distributed", "output", "tracking", "compilation_cache",
+    "training.log_every", "training.keep_checkpoints", "training.spike",
+)  # fmt: skip
 
 
 def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -31,7 +31,7 @@ from jax_ordermerge.experiment import preferences, waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
 from jax_ordermerge.merge import methods, population, soup
 from jax_ordermerge.model import kernels, llama, lora
-from jax_ordermerge.train import batches, fisher, objective
+from jax_ordermerge.train import batches, fisher, objective, track
 from jax_ordermerge.train import members as trained
 
 Say = Callable[[str], None]
@@ -77,10 +77,15 @@ def prepare(config: Config, say: Say) -> Workshop:
                 raise UserError("merge method greedy_soup takes neither weights nor parameters")
             continue
         methods.check(spec.method, spec.parameters)
+    track.check(config.tracking)
+    if config.compilation_cache:
+        meshes.keep_programs(config.compilation_cache)
     if config.distributed.coordinator is None:
         meshes.provide_cpu_devices(config.mesh.sizes.values())
     processes.start_distributed(**config.distributed.model_dump())
-    processes.check_alike({name: value for name, value in schema.to_dict(config).items() if name != "distributed"})
+    processes.check_alike(
+        {name: value for name, value in schema.to_dict(config).items() if name not in ("distributed", "compilation_cache")}
+    )
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     members, groups = config.population.members, mesh.shape["order"]
     if members % groups:
@@ -163,7 +168,14 @@ def train(w: Workshop) -> None:
             sum(math.prod(spec.shape) for spec in table) for table in (lora.table(w.model, w.config.lora), tensor_table(w.model))
         )
         w.say(f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}")
-    waves.train(w.config, w.model, lambda: base_params(w, w.config.base_dtype), w.splits["train"], w.mesh, w.say)
+    base = functools.partial(base_params, w, w.config.base_dtype)
+    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=w.splits.get("validation"))
+
+
+def look(w: Workshop, count: int, profile: Path | None) -> None:
+    """Take the first steps of the training, say how fast they are, and leave nothing but the profile asked for."""
+    base = functools.partial(base_params, w, w.config.base_dtype)
+    w.say(str(waves.look(w.config, w.model, base, w.splits["train"], w.mesh, count, profile)))
 
 
 def _described(examples: Examples) -> dict[str, Any]:
@@ -284,6 +296,7 @@ def _recipe(w: Workshop, spec: MergeSpec, seed: int) -> dict[str, Any]:
         "dtype": w.config.merge.dtype,
         "orders": {"level": w.config.population.level, "seed": w.config.seed, "epochs": w.config.training.epochs},
         **({} if w.config.training.ema is None else {"averages": {"ema": w.config.training.ema}}),
+        **({} if w.config.training.checkpoint == "last" else {"checkpoint": w.config.training.checkpoint}),
         "jax_ordermerge": jax_ordermerge.__version__,
     }
 

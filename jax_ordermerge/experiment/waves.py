@@ -23,25 +23,43 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.run_directory import read_json, write_bytes, write_json
 from jax_ordermerge.hardware import ROOM
 from jax_ordermerge.plan import compiled
-from jax_ordermerge.train import journal, loop
+from jax_ordermerge.train import batches, journal, loop
+from jax_ordermerge.train import look as looks
 from jax_ordermerge.train import members as trained
+from jax_ordermerge.train.look import Look
 from jax_ordermerge.tree import Tree
 
 _FILE = "waves.json"
 
 
 def train(
-    config: Config, model: ModelConfig, base: Callable[[], Tree], examples: Examples, mesh: Mesh, say: Callable[[str], None]
+    config: Config,
+    model: ModelConfig,
+    base: Callable[[], Tree],
+    examples: Examples,
+    mesh: Mesh,
+    say: Callable[[str], None],
+    *,
+    held_out: Examples | None = None,
 ) -> None:
     """Fine-tune the members, in as many waves as `population.wave` or the memory of the devices asks for; see `loop.train`."""
     waves = _divided(config, model, mesh, say)
     if len(waves) == 1:
-        loop.train(config, model, base, examples, mesh)
+        loop.train(config, model, base, examples, mesh, held_out=held_out)
         return
     for number, members in enumerate(waves):
         say(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
-        loop.train(config, model, base, examples, mesh, members=members, directory=_room(config, number))
+        loop.train(config, model, base, examples, mesh, held_out=held_out, members=members, directory=_room(config, number))
     _gather(config, len(waves))
+
+
+def look(
+    config: Config, model: ModelConfig, base: Callable[[], Tree], examples: Examples, mesh: Mesh, count: int, profile: Path | None
+) -> Look:
+    """Look at the first steps of the training, or of its first wave; see `train/look.py`."""
+    members = _divided(config, model, mesh, lambda text: None)[0]
+    plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
+    return looks.look(config, model, base, plan, mesh, count=count, profile=profile)
 
 
 def restore(config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32") -> Tree:
@@ -162,7 +180,8 @@ def _gather(config: Config, count: int) -> None:
     journal.write_arrays(config.directory / "losses" / "train.npz", {"losses": np.concatenate(losses), "ids": ids})
     states = [json.loads((room / "metrics" / "state.json").read_text()) for room in rooms]
     summed = {key: sum(state[key] for state in states) for key in ("seconds", "tokens", "compilations")}
-    write_json(config.directory / "metrics" / "state.json", {**states[0], **summed, "waves": count})
+    joined = {key: [one for state in states for one in state[key]] for key, value in states[0].items() if isinstance(value, list)}
+    write_json(config.directory / "metrics" / "state.json", {**states[0], **summed, **joined, "waves": count})
 
 
 def _read_lines(path: Path) -> dict[int, dict[str, Any]]:

@@ -189,7 +189,7 @@ class Finished(NamedTuple):
     Attributes:
         step: of the checkpoint.
         members: their numbers, in the order of the axis `M`.
-        branch: where in the checkpoint the members lie: the averages, where the training kept them.
+        branch: where in the checkpoint the members lie: the averages, or the best weights, where the training kept them.
     """
 
     step: int

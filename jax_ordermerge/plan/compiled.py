@@ -184,7 +184,12 @@ def step(config: Config, model: ModelConfig, mesh: Mesh, examples: Examples | No
     """
     plan = batches.make_plan(config, examples or made_up(config), _first_wave(config), alike=mesh.size > mesh.shape["order"])
     needs = _read(lambda: loop.compile_training(config, model, plan, mesh), mesh)
-    return dataclasses.replace(needs, shared=_held(split(config, model, mesh).frozen, mesh, dtype=config.base_dtype))
+    cut, best = split(config, model, mesh), 0
+    if config.training.checkpoint == "best":  # the step does not see the weights that were best, but they are there
+        best = _bytes(convert.abstract_tensors(cut.trained, mesh, members=len(plan.members)))
+    return dataclasses.replace(
+        needs, arguments=needs.arguments + best, shared=_bytes(convert.abstract_tensors(cut.frozen, mesh, dtype=config.base_dtype))
+    )
 
 
 def _first_wave(config: Config) -> range:
@@ -274,10 +279,6 @@ def _read(compile: Callable[[], Any], mesh: Mesh, rounds: int = 1) -> Needs:
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     crossing = exchanges(compiled.as_text(), mesh, rounds=rounds)
     return Needs(memory.argument_size_in_bytes, memory.temp_size_in_bytes + outputs, crossing, seconds)
-
-
-def _held(table: Any, mesh: Mesh, dtype: str) -> int:
-    return _bytes(convert.abstract_tensors(table, mesh, dtype=dtype))
 
 
 def _bytes(abstract: Any) -> int:

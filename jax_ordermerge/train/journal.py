@@ -107,6 +107,7 @@ class Journal:
         self.totals = Totals()
         self._plan, self._model, self.peak = plan, model, peak
         self._last = Totals()  # at the last line
+        self._validation: list[float] | None = None  # measured since the last line
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Take in a step's metrics, fetched to the host, with a leading `M`.
@@ -129,6 +130,20 @@ class Journal:
         self.recent.append(metrics.loss.tolist())
         self.totals.tokens += self._plan.tokens(step)
         self.totals.flops += training_flops(self._model, self._plan.lengths_seen(step), self._plan.config.lora)
+
+    def validated(self, step: int, losses: np.ndarray) -> None:
+        """Take in the members' validation losses after a step, for the line that follows.
+
+        Raises:
+            UserError: one is not finite.
+        """
+        for member, loss in zip(self._plan.members, losses.tolist(), strict=True):
+            if not np.isfinite(loss):
+                raise UserError(
+                    f"training diverged at step {step + 1}: member {member} has validation loss {loss}; nothing was overwritten,"
+                    " lower training.learning_rate or mend the validation examples"
+                )
+        self._validation = losses.tolist()
 
     def _check_finite(self, step: int, metrics: Metrics) -> None:
         bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))
@@ -175,12 +190,14 @@ class Journal:
         means = {name: np.mean([step[name] for step in self.window], axis=0, dtype=np.float64).tolist() for name in self.window[0]}
         new = self.totals.since(self._last)
         self.window, self._last = [], dataclasses.replace(self.totals)
+        measured, self._validation = self._validation, None
         seconds = max(new.seconds, 1e-9)
         return {
             "step": step,
             "epoch": step / self._plan.epoch_steps,
             "learning_rate": learning_rate,
             **means,
+            **({} if measured is None else {"validation_loss": measured}),
             "tokens_per_second": new.tokens / seconds,
             "mfu": None if self.peak is None else new.flops / seconds / self.peak,
             "host_fraction": 1 - new.device_seconds / seconds,

@@ -24,9 +24,10 @@ from jax_ordermerge import processes
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Config
+from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
-from jax_ordermerge.train import batches, flops, journal, optimizers
+from jax_ordermerge.train import batches, flops, journal, optimizers, track, validation
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.display import Display, Watcher
@@ -46,6 +47,7 @@ def train(
     examples: Examples,
     mesh: Mesh,
     *,
+    held_out: Examples | None = None,
     directory: Path | None = None,
     members: Sequence[int] | None = None,
     watch: Watcher | None = None,
@@ -59,6 +61,7 @@ def train(
             or, in any dtype, wherever a frozen base is read (`lora`).
         examples: tokenized training examples.
         mesh: its `order` axis divides the number of members.
+        held_out: examples that are never trained on, where the config asks for validation losses.
         directory: run directory, by default that of the config.
         members: which members of the population to train, by default all. A member alone becomes what it becomes among others.
         watch: is told messages and metrics, by default a display on the terminal.
@@ -72,12 +75,14 @@ def train(
         Stopped: SIGTERM or SIGINT asked for it; a checkpoint is saved.
         PeerLost: another process ended.
     """
+    if config.training.validates and held_out is None:
+        raise UserError("training.checkpoint = best and training.validate_every need validation examples")
     plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
     if len(plan.members) % mesh.shape["order"]:
         raise UserError(
             f"{len(plan.members)} members cannot be divided over mesh.order = {mesh.shape['order']}; choose a divisor for mesh.order"
         )
-    training = _Training(config, model, plan, mesh, directory or config.directory)
+    training = Training(config, model, plan, mesh, directory or config.directory, held_out)
     try:
         with contextlib.ExitStack() as stack:
             shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
@@ -91,11 +96,14 @@ def train(
         ) from error
 
 
-class _Training:
+class Training:
     """One training: what is constant in it, and the steps of its life in the order they are called."""
 
-    def __init__(self, config: Config, model: ModelConfig, plan: Plan, mesh: Mesh, directory: Path) -> None:
+    def __init__(
+        self, config: Config, model: ModelConfig, plan: Plan, mesh: Mesh, directory: Path, held_out: Examples | None = None
+    ) -> None:
         self.config, self.model, self.plan, self.mesh, self.directory = config, model, plan, mesh, directory
+        self.held_out = held_out if config.training.validates else None
         self.log = directory / "metrics" / "train.jsonl"
         self.device_kind = mesh.devices.flat[0].device_kind
         peak = flops.peak(self.device_kind, config.model.compute_dtype)
@@ -106,6 +114,8 @@ class _Training:
         self.abstract = steps.abstract_state(params, self.tx, mesh)
         self.frozen = convert.abstract_tensors(self.split.frozen, mesh, dtype=config.base_dtype)
         self.batch = batches.abstract_batch(plan, mesh)
+        kept = self._weights(self.abstract) if config.training.checkpoint == "best" else {}
+        self.best = validation.abstract(kept, len(plan.members), mesh)
 
     def run(self, base: Tree | Callable[[], Tree], watch: Watcher) -> dict[str, Any]:
         load = base if callable(base) else lambda: base
@@ -113,26 +123,43 @@ class _Training:
             start = checkpoints.latest()
             processes.check_alike({**self._identity(), "checkpoints": start})
             if start is None:
-                state = steps.initial_state(self.split.start(load), self.tx, self.abstract)
+                state = self.start(load)
+                best = validation.initial(self.best)
                 journal.truncate_lines(self.log, 0)
                 journal.save_orders(self.directory / "orders", self.plan)
             else:
                 self._check_same(checkpoints.metadata(start), start)
                 if start < self.plan.steps:
                     watch.say(f"continuing from step {start} of {self.plan.steps} ({self.directory})")
-                state = self._restore(checkpoints, start)
+                state, best = self._restore(checkpoints, start)
             if self.config.training.ema is not None:
                 watch.say(f"the members are averages of their weights (training.ema = {self.config.training.ema})")
+            if self.config.training.checkpoint == "best":
+                watch.say("each member is what it was at its lowest validation loss (training.checkpoint = best)")
             if start == self.plan.steps:
                 watch.say(f"training is already complete: {self.plan.steps} steps ({self.directory})")
             else:
-                frozen = steps.place(load(), self.frozen) if self.frozen else {}
-                self._train(state, frozen, start or 0, checkpoints, watch)
-        return self._finish()
+                with contextlib.ExitStack() as stack:
+                    trackers = track.trackers(self.config, self.directory, self.plan.members, start or 0)
+                    for tracker in trackers:
+                        stack.callback(tracker.close)
+                    shown = track.Several(watch, trackers) if trackers else watch
+                    best = self._train(state, best, self.held(load), start or 0, checkpoints, shown)
+            found = fetch_one((best.loss, best.step))
+        return self._finish(*found)
+
+    def start(self, load: Callable[[], Tree]) -> steps.TrainState:
+        """Return the state before the first step."""
+        return steps.initial_state(self.split.start(load), self.tx, self.abstract)
+
+    def held(self, load: Callable[[], Tree]) -> Tree:
+        """Return what all members share as it is."""
+        return steps.place(load(), self.frozen) if self.frozen else {}
 
     # --------------------------------------------------------------------------------------------------------------- the steps
 
-    def _compile(self) -> steps.Step:
+    def compile(self) -> steps.Step:
+        """Return the compiled step."""
         specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in self.split.trained}
         one = steps.train_step(
             self.split.objective,
@@ -143,11 +170,31 @@ class _Training:
         )
         return steps.compile_step(one, self.mesh, self.abstract, self.batch, self.frozen)
 
-    def _train(self, state: steps.TrainState, frozen: Tree, start: int, checkpoints: orbax.Checkpoints, watch: Watcher) -> None:
+    def _weights(self, state: steps.TrainState) -> Tree:
+        """What of a state the members are."""
+        return state.params if self.config.training.ema is None else state.opt_state.ema
+
+    def _compile_validation(self) -> Callable[[validation.Best, Tree, int, Tree], tuple[validation.Best, jax.Array]]:
+        assert self.held_out is not None
+        lengths = pack.bucket_lengths(self.held_out.longest, self.config.data.buckets)
+        batch = validation.device_batches(self.held_out, self.plan.microbatch, lengths, self.mesh)
+        weights = self._weights(self.abstract)
+        return validation.compile_measure(self.split.objective, self.mesh, self.best, weights, batch, self.frozen, lengths)
+
+    def _train(
+        self,
+        state: steps.TrainState,
+        best: validation.Best,
+        frozen: Tree,
+        start: int,
+        checkpoints: orbax.Checkpoints,
+        watch: Watcher,
+    ) -> validation.Best:
         if self.journal.peak is None:
             watch.say(f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known")
         began = time.monotonic()
-        compiled = self._compile()
+        compiled = self.compile()
+        validate = self._compile_validation() if self.held_out else None
         self.journal.pass_over(time.monotonic() - began)
         clock = Clock(self.journal.totals)
         pending: list[tuple[int, steps.Metrics]] = []
@@ -156,61 +203,80 @@ class _Training:
                 with clock.devices():
                     state, metrics = compiled(state, batch, frozen)
                     pending.append((step, metrics))
-                    if len(pending) > _AHEAD:
-                        jax.block_until_ready(pending[-1 - _AHEAD][1].loss)
-                logs, saves = self._due(step + 1)
+                    follow(pending)
+                logs, saves, validates = self._due(step + 1)
                 stops = stop.reached(step + 1)
-                if not (logs or saves or stops):
+                if not (logs or saves or validates or stops):
                     continue
                 with clock.devices():
                     jax.block_until_ready(metrics)
                 # the only transfer from the devices; a loss that is not finite is found here, before anything is saved
-                for number, fetched in _fetch(pending):
+                for number, fetched in fetch(pending):
                     self.journal.record(number, fetched)
                 pending = []
+                if validate and validates:
+                    with clock.devices():
+                        best, losses = validate(best, self._weights(state), step + 1, frozen)
+                        self.journal.validated(step, fetch_one(losses))
                 clock.read()
-                if logs:
+                if logs or validates:
                     _log(self, step + 1, float(fetched.learning_rate[0]), watch)
                 if saves or stops:
-                    self._save(state, step + 1, checkpoints)
+                    self._save(state, best, step + 1, checkpoints)
                 if stops:
                     raise Stopped(
                         f"stopped by {stop.name} after step {step + 1} of {self.plan.steps}, with a checkpoint; the same command continues"
                         f" ({self.directory})",
                         stop.code,
                     )
+        return best
 
-    def _due(self, done: int) -> tuple[bool, bool]:
-        """Whether to log and whether to save after so many steps."""
+    def _due(self, done: int) -> tuple[bool, bool, bool]:
+        """Whether to log, to save, and to measure validation losses after so many steps."""
         training, last = self.config.training, done == self.plan.steps
-        every = training.checkpoint_every or self.plan.epoch_steps
-        return last or done % training.log_every == 0, last or done % every == 0
+        saves, validates = training.checkpoint_every or self.plan.epoch_steps, training.validate_every or self.plan.epoch_steps
+        return (
+            last or done % training.log_every == 0,
+            last or done % saves == 0,
+            self.held_out is not None and (last or done % validates == 0),
+        )
 
     # --------------------------------------------------------------------------------------------------------------- checkpoints
 
-    def _save(self, state: steps.TrainState, done: int, checkpoints: orbax.Checkpoints) -> None:
+    def _save(self, state: steps.TrainState, best: validation.Best, done: int, checkpoints: orbax.Checkpoints) -> None:
         losses = jax.make_array_from_callback(
             self.journal.losses.shape, NamedSharding(self.mesh, P()), lambda index: self.journal.losses[index].copy()
         )
         tree = {"params": state.params, "optimizer": state.opt_state, "step": state.step, "losses": losses}
+        if self.held_out:
+            tree["best"] = best
         metadata = {
             **self._identity(),
             "steps": self.plan.steps,
-            "weights": "params" if self.config.training.ema is None else optimizers.AVERAGES,
+            "weights": self._branch(),
             "mesh": dict(self.mesh.shape),
             "journal": self.journal.to_metadata(),
         }
         checkpoints.save(done, tree, metadata)
 
-    def _restore(self, checkpoints: orbax.Checkpoints, done: int) -> steps.TrainState:
+    def _branch(self) -> str:
+        """Where in a checkpoint the members lie."""
+        if self.config.training.checkpoint == "best":
+            return validation.BRANCH
+        return "params" if self.config.training.ema is None else optimizers.AVERAGES
+
+    def _restore(self, checkpoints: orbax.Checkpoints, done: int) -> tuple[steps.TrainState, validation.Best]:
         losses = jax.ShapeDtypeStruct(self.journal.losses.shape, jnp.float32, sharding=NamedSharding(self.mesh, P()))
         wanted: dict[str, Any] = {"losses": losses}
         if done < self.plan.steps:
             wanted |= {"params": self.abstract.params, "optimizer": self.abstract.opt_state, "step": self.abstract.step}
+        if self.held_out:
+            wanted["best"] = self.best if done < self.plan.steps else self.best._replace(weights={})
         found = checkpoints.restore(done, wanted)
         self.journal.restore(np.asarray(found["losses"]), checkpoints.metadata(done)["journal"])
         journal.truncate_lines(self.log, done)
-        return steps.TrainState(found.get("params", {}), found.get("optimizer"), found.get("step"))
+        best = found["best"] if self.held_out else validation.initial(self.best)
+        return steps.TrainState(found.get("params", {}), found.get("optimizer"), found.get("step")), best
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the result, for the checkpoint."""
@@ -222,6 +288,8 @@ class _Training:
             "architecture": repr(self.model),
             "lengths": self.plan.lengths,
         } | ({"lora": config.lora.model_dump(mode="json"), "base_dtype": config.base_dtype} if config.lora else {})
+        if self.held_out:
+            deciding["validation"] = self.held_out.digest
         return {
             "members": list(self.plan.members),
             "population": config.population.members,
@@ -240,7 +308,7 @@ class _Training:
                     f"checkpoint {step} in {self.directory} is of another training ({name} differs); choose another output directory"
                 )
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, losses: np.ndarray, at: np.ndarray) -> dict[str, Any]:
         """Write what is derived from the last checkpoint. The state is written last: it says that all is whole."""
         journal.write_arrays(self.directory / "losses" / "train.npz", {"losses": self.journal.losses, "ids": self.plan.ids})
         device = jax.devices()[0]
@@ -253,23 +321,36 @@ class _Training:
             "versions": journal.versions(),
             "parameters": parameter_count(self.model),
         }
+        if self.held_out:
+            state |= {"best_steps": at.tolist(), "best_validation_losses": losses.tolist()}
         journal.write_json(self.directory / "metrics" / "state.json", state)
         return state
 
 
-def _log(training: _Training, done: int, learning_rate: float, watch: Watcher) -> None:
+def _log(training: Training, done: int, learning_rate: float, watch: Watcher) -> None:
     line = training.journal.line(done, learning_rate)
     journal.append_line(training.log, line)
     watch.line(line)
 
 
-def _fetch(pending: Iterable[tuple[int, steps.Metrics]]) -> list[tuple[int, steps.Metrics]]:
-    """Return metrics as numpy, the members of all processes together."""
+def follow(pending: Sequence[tuple[int, steps.Metrics]]) -> None:
+    """Wait until the devices are no more than a few steps behind the host."""
+    if len(pending) > _AHEAD:
+        jax.block_until_ready(pending[-1 - _AHEAD][1].loss)
+
+
+def fetch(pending: Iterable[tuple[int, steps.Metrics]]) -> list[tuple[int, steps.Metrics]]:
+    """Return the metrics of steps as numpy, the members of all processes together."""
     if jax.process_count() == 1:
         return jax.device_get(list(pending))
-    return [(step, multihost_utils.process_allgather(metrics, tiled=True)) for step, metrics in pending]
+    return [(step, fetch_one(metrics)) for step, metrics in pending]
+
+
+def fetch_one(values: Any) -> Any:
+    """Return arrays as numpy, the members of all processes together."""
+    return jax.device_get(values) if jax.process_count() == 1 else multihost_utils.process_allgather(values, tiled=True)
 
 
 def compile_training(config: Config, model: ModelConfig, plan: Plan, mesh: Mesh) -> Any:
     """Return the compiled step of a training that is only planned, `jax.stages.Compiled`; the devices of the mesh need not be here."""
-    return _Training(config, model, plan, mesh, config.directory)._compile()
+    return Training(config, model, plan, mesh, config.directory).compile()

@@ -15,7 +15,9 @@ from jax_ordermerge.tree import Tree, unflatten
 def restore_members(
     config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32", directory: Path | None = None
 ) -> Tree:
-    """Return the trained population [M, ...] from the last checkpoint of a run, cast to `dtype`; with `training.ema`, the averages.
+    """Return the trained population [M, ...] from the last checkpoint of a run, cast to `dtype`.
+
+    With `training.ema` these are the averages, with `training.checkpoint = best` what was best of each member.
 
     Of adapters, that is base + s B A, with the base read from its files, in float32 and rounded once.
 

@@ -20,6 +20,9 @@ from jax_ordermerge.tree import Tree
 
 Batch = dict[str, jax.Array]
 Step = Callable[["TrainState", Batch, Tree], tuple["TrainState", "Metrics"]]
+# else XLA may keep float32 where the program says bfloat16, and where it does depends on the mesh: a member would no longer be
+# the same alone and among others
+EXACT: dict[str, str | bool] = {"xla_allow_excess_precision": False}
 
 
 class TrainState(NamedTuple):
@@ -87,7 +90,7 @@ def train_step(
 
             return branch
 
-        return _switch(microbatch["bucket"], [of_length(length) for length in lengths], params, microbatch, frozen)
+        return switch(microbatch["bucket"], [of_length(length) for length in lengths], params, microbatch, frozen)
 
     def step(state: TrainState, batch: Batch, frozen: Tree) -> tuple[TrainState, Metrics]:
         summed, examples = _accumulate(lambda microbatch: gradients(state.params, microbatch, frozen), batch, state.params)
@@ -101,7 +104,8 @@ def train_step(
     return step
 
 
-def _switch(bucket: jax.Array, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+def switch(bucket: jax.Array, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+    """Return what the branch of a bucket makes of the operands; where there is one branch only, no choice is compiled."""
     return branches[0](*operands) if len(branches) == 1 else jax.lax.switch(bucket, branches, *operands)
 
 
@@ -183,9 +187,7 @@ def compile_step(step: Step, mesh: Mesh, state: TrainState, batch: Any, frozen: 
         out_shardings=(shardings(state), NamedSharding(mesh, P("order"))),
         donate_argnums=0,
     )
-    # else XLA may keep float32 where the program says bfloat16, and where it does depends on the mesh: a member would no longer be
-    # the same alone and among others
-    return population.lower(state, batch, frozen).compile({"xla_allow_excess_precision": False})
+    return population.lower(state, batch, frozen).compile(EXACT)
 
 
 def place(arrays: Tree, abstract: Tree) -> Tree:

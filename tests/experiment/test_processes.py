@@ -1,6 +1,7 @@
-"""Real processes that train together by the command line: asked to stop, killed, given different things, left alone."""
+"""Real processes that train by the command line, together and as one would: asked to stop, killed, given different things, left alone."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,27 +31,30 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def training(folders, output, *overrides, indices=(0, 1), own=None):
-    """Start `ordermerge train` in two processes of two devices each, each in its folder; `own` are overrides for one of them."""
+def training(folders, output, *overrides, devices=2, flags=(), indices=None, own=None):
+    """Start `ordermerge train` in a process for each folder, of so many devices each; `own` are overrides for one of them."""
     port = free_port()
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
     }
     settings = [
-        f"output={output}", "mesh.fsdp=-1", "training.epochs=8", "training.log_every=2", "training.checkpoint_every=10",
-        f"distributed.coordinator=127.0.0.1:{port}", "distributed.processes=2", f"distributed.heartbeat_timeout={HEARTBEAT}",
-        *overrides,
+        f"output={output}", "mesh.fsdp=-1", "training.epochs=8", "training.log_every=2", "training.checkpoint_every=10", *overrides
     ]  # fmt: skip
+    if len(folders) > 1:
+        settings = [
+            f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={len(folders)}",
+            f"distributed.heartbeat_timeout={HEARTBEAT}", *settings,
+        ]  # fmt: skip
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "jax_ordermerge", "train", "tiny.yaml"]
+            [sys.executable, "-m", "jax_ordermerge", "train", "tiny.yaml", *flags]
             + [part for one in [*settings, f"distributed.index={index}", *(own or {}).get(index, [])] for part in ("--set", one)],
             env=environment, cwd=folders[index], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for index in indices
+        for index in (range(len(folders)) if indices is None else indices)
     ]  # fmt: skip
     try:
         yield running
@@ -74,12 +79,11 @@ def wait_for_lines(output, count, seconds=120):
     raise AssertionError(f"no {count} lines in {log} within {seconds} s")
 
 
-def complete(folder, output):
-    with training([folder, folder], output) as both:
-        for process in both:
+def complete(folder, output, *overrides, processes=2, devices=2):
+    with training([folder] * processes, output, *overrides, devices=devices) as running:
+        for process in running:
             code, stderr = ended(process, 240)
             assert code == 0, stderr[-3000:]
-    return stderr
 
 
 def result(folder, output):
@@ -96,10 +100,62 @@ def whole(folder, tmp_path_factory):
 
 
 def assert_same(found, expected):
-    import jax
-
     ours, theirs = jax.device_get((jax.tree.leaves(found), jax.tree.leaves(expected)))
     assert all(x.tobytes() == y.tobytes() for x, y in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def one_process(folder, tmp_path_factory):
+    """Return a function that trains on a mesh of 8 devices in one process and returns the result."""
+
+    @functools.cache
+    def train(*mesh):
+        output = tmp_path_factory.mktemp("one") / "run"
+        complete(folder, output, *mesh, processes=1, devices=8)
+        return result(folder, output)
+
+    return train
+
+
+APART = "mesh.order=2", "mesh.fsdp=2", "mesh.tensor=2"  # a member in each of two processes: only the order axis is across
+ACROSS = "mesh.order=1", "mesh.fsdp=4", "mesh.tensor=2"  # parameters of a member in both
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_bits_of_one_where_members_are_not_divided(folder, tmp_path, one_process):
+    complete(folder, tmp_path / "run", *APART, devices=4)
+    assert_same(result(folder, tmp_path / "run"), one_process(*APART))
+
+
+@pytest.mark.slow
+def test_two_processes_do_as_one_where_members_are_divided(folder, tmp_path, one_process):
+    complete(folder, tmp_path / "run", *ACROSS, devices=4)
+    ours, theirs = (jax.device_get(jax.tree.leaves(found)) for found in (result(folder, tmp_path / "run"), one_process(*ACROSS)))
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_what_two_processes_began_one_ends_and_the_other_way_round(folder, tmp_path, one_process, first, then):
+    output = tmp_path / "run"
+    with training([folder] * first, output, *APART, devices=8 // first) as running:
+        wait_for_lines(output, 4)
+        running[0].send_signal(signal.SIGTERM)
+        assert [ended(process, 60)[0] for process in running] == [143] * first
+    step = orbax.latest(output / "checkpoints")
+    assert 8 <= step < 40
+    complete(folder, output, *APART, processes=then, devices=8 // then)
+    assert_same(result(folder, output), one_process(*APART))
+
+
+@pytest.mark.slow
+def test_two_processes_take_a_look_as_one(folder, tmp_path):
+    with training([folder, folder], tmp_path / "run", flags=["--steps", "3"]) as both:
+        for process in both:
+            code, stderr = ended(process, 120)
+            assert code == 0, stderr[-3000:]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -93,10 +93,10 @@ def tiny_config():
 def tiny_train(tiny_examples, tiny_base, tiny_config):
     """Return a function that trains in a directory and returns what is there."""
 
-    def run(directory, mesh, *, members=None, stop_at=None, on_line=None, **sections):
+    def run(directory, mesh, *, members=None, stop_at=None, on_line=None, held_out=None, **sections):
         config = tiny_config(directory, **sections)
         watch = Recorder(stop_at, on_line)
-        loop.train(config, MODEL, tiny_base, tiny_examples, mesh, members=members, watch=watch)
+        loop.train(config, MODEL, tiny_base, tiny_examples, mesh, members=members, watch=watch, held_out=held_out)
         return Trained(directory, config, watch)
 
     return run
