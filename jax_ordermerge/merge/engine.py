@@ -423,7 +423,8 @@ def _merge_slab(
     moments = geometry.moments(taus, start, end)
     if methods.redraws(method, dict(static)):
         first = jax.tree.map(lambda x: x.reshape(-1)[:count], (part.members, part.base))
-        moments = moments._replace(redrawn=select.redrawn(part._replace(members=first[0], base=first[1]), **known, **dict(static)))
+        looked_at = part._replace(members=first[0], base=first[1])
+        moments = moments._replace(redrawn=select.redrawn(looked_at, known["weights"], **dict(static)))
     return result, checksums, moments
 
 

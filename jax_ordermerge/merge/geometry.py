@@ -144,7 +144,11 @@ def summarize(moment: Moments, elements: int) -> dict[str, Any]:
         "unchanged": fractions[:count],
         "merged_unchanged": fractions[count],
         "unchanged_by_all": fractions[count + 1],
-        **({"redrawn": [float(x) / elements for x in np.trim_zeros(moment.redrawn, "b")]} if len(moment.redrawn) else {}),
+        **(
+            {"redrawn": [float(x) / elements for x in np.trim_zeros(np.asarray(moment.redrawn), "b").tolist()]}
+            if len(moment.redrawn)
+            else {}
+        ),
         "norm_ratio": _ratio(norms[count], norms[:count].mean()),
         "lambda_eff": _ratio(gram[count, :count].mean(), members.mean()),
     }

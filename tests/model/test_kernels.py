@@ -224,14 +224,15 @@ def test_a_kernel_that_would_be_wrong_is_refused(asked, mesh, config, dtype, pac
 # a whole train step: order outside, the kernels inside, heads that the tensor axis divides and kv heads that it does not
 PROGRAM = """
     import numpy as np
+    from jax_ordermerge import hardware
     from jax_ordermerge import mesh as meshes
     from jax_ordermerge.arch import ModelConfig
     from jax_ordermerge.config import make_config
     from jax_ordermerge.data.examples import Examples, Ragged
-    from jax_ordermerge.plan import tpu_devices
+    from jax_ordermerge.plan import compiled
     from jax_ordermerge.train import batches, loop
 
-    mesh = meshes.make_mesh(devices=tpu_devices("{topology}"), **{axes})
+    mesh = meshes.make_mesh(devices=compiled.devices(hardware.parse("{topology}")), **{axes})
     model = ModelConfig(
         vocab_size=512, hidden_size=8 * {head}, intermediate_size=256, num_layers=2, num_heads=8, num_kv_heads=2, sliding_window={window}
     )
