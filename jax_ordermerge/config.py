@@ -2,28 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.section import Section, parse
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PROGRAMS = ("humaneval", "mbpp")  # kinds of tasks whose answers are programs
 PREFERENCES = "preferences"  # the name under which held-out pairs are evaluated
 AxisSize = Annotated[int, Field(ge=-1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(pydantic.BaseModel):
-    """A section of the config. Frozen; unknown keys are refused."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 class Model(Section):
@@ -458,22 +450,6 @@ def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
     return parse(Config, raw, where)
 
 
-def parse(section: type[SomeSection], raw: Mapping[str, Any], where: str) -> SomeSection:
-    """Validate the values of a section.
-
-    Raises:
-        UserError: one line that names the key, what was given and what was expected.
-
-    Example:
-        >>> parse(Mesh, {"order": "2"}, "mesh").order
-        2
-    """
-    try:
-        return section.model_validate(dict(raw))
-    except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_one_line(error, section)}") from error
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the resolved config as plain YAML-able data, every default written out.
 
@@ -501,28 +477,3 @@ def _override(raw: dict[str, Any], item: str) -> None:
         node[name] = dict(child or {})
         node = node[name]
     node[last] = value
-
-
-def _one_line(error: pydantic.ValidationError, section: type[Section]) -> str:
-    # a misspelt key also makes its right name "missing": the misspelling is what to show
-    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    location = [str(part) for part in first["loc"]]
-    shown = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {shown}{did_you_mean(location[-1], _known_keys(section, first['loc'][:-1]))}"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    if first["type"] == "missing":
-        return f"{shown} is missing"
-    return f"{shown} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _known_keys(section: type[Section], location: Sequence[str | int]) -> list[str]:
-    node: Any = section
-    for part in location:
-        if isinstance(part, int):
-            continue
-        node = node.model_fields[part].annotation
-        args = getattr(node, "__args__", ())
-        node = next((a for a in args if isinstance(a, type) and issubclass(a, Section)), node)
-    return list(node.model_fields) if isinstance(node, type) and issubclass(node, Section) else []

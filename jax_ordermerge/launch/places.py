@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field, PositiveInt
 
-from jax_ordermerge.config import Section
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.section import Section
 
 Word = Annotated[str, Field(pattern=r"^[^\s'\"`$\\]+$")]
 Topology = Annotated[str, Field(pattern=r"^\d+(x\d+){1,2}$")]

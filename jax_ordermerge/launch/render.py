@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from jax_ordermerge import config as schema
+from jax_ordermerge import section
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.launch.places import TARGETS, Gke, Slurm, Ssh, TpuVm, check_mesh, check_output
@@ -38,7 +38,7 @@ def render(config: Config, target: str, options: Mapping[str, Any]) -> str:
     """
     if target not in TARGETS:
         raise UserError(f"unknown target {target}{did_you_mean(target, TARGETS)}")
-    place = schema.parse(TARGETS[target], options, target)
+    place = section.parse(TARGETS[target], options, target)
     distributed: dict[str, Any] = {"coordinator": "auto"}
     if isinstance(place, Ssh):
         distributed = {"coordinator": place.coordinator, "processes": len(place.hosts)}
