@@ -1,5 +1,6 @@
 """A real SLURM on this machine runs what `ordermerge launch --target slurm` writes; see start.sh for what it is."""
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -24,12 +25,15 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
+    turn = (tmp_path_factory.getbasetemp().parent / "slurm.lock").open("w")
+    fcntl.flock(turn, fcntl.LOCK_EX)  # one SLURM at a time on a machine; it is let go with the file
     subprocess.run([START, folder], check=True, timeout=120)
     yield {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     subprocess.run([START, "--stop", folder], check=True)
+    turn.close()
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ while kill -0 "$step" 2>/dev/null; do
 done
 echo "ordermerge ended with exit code $code"
 if ((code == 143 && ${SLURM_RESTART_COUNT:-0} < {{ place.requeues }})); then
-  scontrol requeue "$SLURM_JOB_ID"
+  # SLURM ends this script when it takes the job back; one that ends first is taken for a job that failed
+  trap - TERM
+  scontrol requeue "$SLURM_JOB_ID" && sleep 300
 fi
 exit "$code"
