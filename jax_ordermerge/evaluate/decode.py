@@ -116,9 +116,9 @@ def compile_generation(
     """
     tokens_BT = jax.ShapeDtypeStruct((batch, bucket(prompt, _SHORTEST)), jnp.int32)
     lengths_B, ends = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((len(config.eos_token_ids) or 1,), jnp.int32)
-    params = convert.abstract_params(config, mesh, dtype=held)
-    settings = {"max_new_tokens": max_new_tokens, "dtype": jnp.dtype(dtype)}
-    return _decode.lower(config, params, tokens_BT, lengths_B, ends, **settings).compile()
+    prompts = _Prompts(tokens_BT, lengths_B, jax.ShapeDtypeStruct((batch, 2), jnp.uint32), ends)
+    options = _Options(config, max_new_tokens, jnp.dtype(dtype), GREEDY)
+    return _decode.lower(options, convert.abstract_params(config, mesh, dtype=held), prompts, members=0).compile()
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -210,10 +210,10 @@ def _left_pad(prompts: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray,
 class _Prompts(NamedTuple):
     """Left-padded tokens, their lengths, key bits of the rows and the ids that end a continuation."""
 
-    tokens_BT: jax.Array | np.ndarray
-    lengths_B: jax.Array | np.ndarray
-    words_B2: jax.Array | np.ndarray
-    ends: jax.Array | np.ndarray
+    tokens_BT: Any
+    lengths_B: Any
+    words_B2: Any
+    ends: Any
 
 
 class _State(NamedTuple):
