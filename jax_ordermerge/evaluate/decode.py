@@ -63,7 +63,7 @@ def generate(
         >>> [len(ids) for ids in generate(config, params, [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())]
         [5, 5]
     """
-    options = _Options(config, max_new_tokens, jnp.dtype(dtype), sampling)
+    options = _Options(config, max_new_tokens, jnp.dtype(dtype), sampling, jax.default_backend() == "cpu")
     return _generate(options, params, prompts, 0, eos_ids, batch, names)[0]
 
 
@@ -98,7 +98,7 @@ def generate_members(
         >>> found[1] == generate(config, tree.member(two, 1), [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())
         True
     """
-    options = _Options(config, max_new_tokens, jnp.dtype(dtype), sampling)
+    options = _Options(config, max_new_tokens, jnp.dtype(dtype), sampling, jax.default_backend() == "cpu")
     return _generate(options, population, prompts, tree.size(population), eos_ids, batch, names)
 
 
@@ -117,7 +117,7 @@ def compile_generation(
     tokens_BT = jax.ShapeDtypeStruct((batch, bucket(prompt, _SHORTEST)), jnp.int32)
     lengths_B, ends = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((len(config.eos_token_ids) or 1,), jnp.int32)
     prompts = _Prompts(tokens_BT, lengths_B, jax.ShapeDtypeStruct((batch, 2), jnp.uint32), ends)
-    options = _Options(config, max_new_tokens, jnp.dtype(dtype), GREEDY)
+    options = _Options(config, max_new_tokens, jnp.dtype(dtype), GREEDY, mesh.devices.flat[0].platform == "cpu")
     return _decode.lower(options, convert.abstract_params(config, mesh, dtype=held), prompts, members=0).compile()
 
 
@@ -134,12 +134,13 @@ def bucket(size: int, smallest: int = 1) -> int:
 
 
 class _Options(NamedTuple):
-    """What selects a program."""
+    """What selects a program; one for CPUs holds the weights otherwise."""
 
     config: ModelConfig
     max_new_tokens: int
     dtype: np.dtype
     sampling: Sampling
+    cpu: bool
 
 
 def _generate(
@@ -242,7 +243,7 @@ def _decode(options: _Options, params: tree.Tree, prompts: _Prompts, *, members:
 
 
 def _decode_one(options: _Options, params: tree.Tree, prompts: _Prompts) -> tuple[jax.Array, jax.Array]:
-    config, max_new_tokens, dtype, sampling = options
+    config, max_new_tokens, dtype, sampling, cpu = options
     params = _cast(config, params, dtype)
     tokens_BT, lengths_B = mesh.constrain(jnp.asarray(prompts.tokens_BT), "batch", None), jnp.asarray(prompts.lengths_B)
     B, T = tokens_BT.shape
@@ -273,7 +274,7 @@ def _decode_one(options: _Options, params: tree.Tree, prompts: _Prompts) -> tupl
         return take(state._replace(cache=cache), logits[:, 0])
 
     turned = None
-    if jax.default_backend() == "cpu":
+    if cpu:
         # it would cut each weight out of its stack at every step, and multiplies few rows faster by [in, out]
         params["layers"] = llama.unstack(config, params["layers"])
         turned = jax.lax.optimization_barrier(_turned(params))
