@@ -189,35 +189,37 @@ def _speed(axes: str, sizes: Mapping[str, int], config: Config, topology: Topolo
 # ----------------------------------------------------------------------------------------------------------------------------- memory
 
 
-def state(config: Config, model: ModelConfig, mesh: AbstractMesh) -> dict[str, float]:
+def state(config: Config, model: ModelConfig, mesh: AbstractMesh) -> dict[str, int]:
     """Return the bytes a device of parameters, optimizer and frozen base: exact, from the shardings of the training.
+
+    Parameters are there twice where each member's best are kept.
 
     Example:
         >>> model = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
         >>> state(Config(), model, AbstractMesh((2, 1, 2, 1, 1), meshes.AXES))[
         ...     "parameters"
         ... ]  # 2 members, float32, all but norms halved
-        7488.0
+        7488
     """
     trained, frozen = tables(config, model)
     return _state(config.training, trained, frozen, config.base_dtype, at_once(config), mesh)
 
 
 @functools.lru_cache(maxsize=256)
-def _state(training: Any, trained: Any, frozen: Any, base_dtype: str, members: int, mesh: AbstractMesh) -> dict[str, float]:
+def _state(training: Any, trained: Any, frozen: Any, base_dtype: str, members: int, mesh: AbstractMesh) -> dict[str, int]:
     tx = optimizers.optimizer(training, 1, trained)
     whole = steps.abstract_state(convert.abstract_tensors(trained, mesh, members=members), tx, mesh)
     base = convert.abstract_tensors(frozen, mesh, dtype=base_dtype)
     return {
-        "parameters": held(whole.params),
+        "parameters": held(whole.params) * (2 if training.checkpoint == "best" else 1),
         "optimizer": held((whole.opt_state, whole.step)),
         "base": held(base),
     }
 
 
-def held(abstract: Any) -> float:
+def held(abstract: Any) -> int:
     """Return the bytes a device of arrays that are only described."""
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
 
 
 def _temporaries(config: Config, model: ModelConfig, topology: Topology, work: Work, shape: _Shape) -> float:

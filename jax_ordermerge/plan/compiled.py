@@ -7,7 +7,6 @@ Only the compiler of the devices must be installed: libtpu for TPUs (extra `plan
 import dataclasses
 import functools
 import importlib.util
-import math
 import os
 import re
 import time
@@ -19,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge import tree
 from jax_ordermerge.analysis import measure
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
@@ -30,6 +28,7 @@ from jax_ordermerge.evaluate import decode
 from jax_ordermerge.hardware import Topology
 from jax_ordermerge.merge import population
 from jax_ordermerge.model import kernels
+from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.exchanges import Exchanges, exchanges
 from jax_ordermerge.train import batches, loop
 from jax_ordermerge.train.split import split
@@ -186,9 +185,11 @@ def step(config: Config, model: ModelConfig, mesh: Mesh, examples: Examples | No
     needs = _read(lambda: loop.compile_training(config, model, plan, mesh), mesh)
     cut, best = split(config, model, mesh), 0
     if config.training.checkpoint == "best":  # the step does not see the weights that were best, but they are there
-        best = _bytes(convert.abstract_tensors(cut.trained, mesh, members=len(plan.members)))
+        best = analytic.held(convert.abstract_tensors(cut.trained, mesh, members=len(plan.members)))
     return dataclasses.replace(
-        needs, arguments=needs.arguments + best, shared=_bytes(convert.abstract_tensors(cut.frozen, mesh, dtype=config.base_dtype))
+        needs,
+        arguments=needs.arguments + best,
+        shared=analytic.held(convert.abstract_tensors(cut.frozen, mesh, dtype=config.base_dtype)),
     )
 
 
@@ -234,9 +235,9 @@ def merge(config: Config, model: ModelConfig, mesh: Mesh) -> Needs:
     dtype, members = config.merge.dtype, config.population.members
     found = [_read(program, mesh) for program in _merges(config, model, mesh)]
     table = convert.abstract_params(model, mesh, members=members, dtype=dtype), convert.abstract_params(model, mesh, dtype=dtype)
-    held, one = (_bytes(part) for part in table)
+    population_bytes, one = (analytic.held(part) for part in table)
     return Needs(
-        held + one,
+        population_bytes + one,
         one + max((needs.temporaries for needs in found), default=0),
         max((needs.exchanges for needs in found), key=lambda e: sum(size for _, size in e.values()), default={}),
         sum(needs.seconds for needs in found),
@@ -279,7 +280,3 @@ def _read(compile: Callable[[], Any], mesh: Mesh, rounds: int = 1) -> Needs:
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     crossing = exchanges(compiled.as_text(), mesh, rounds=rounds)
     return Needs(memory.argument_size_in_bytes, memory.temp_size_in_bytes + outputs, crossing, seconds)
-
-
-def _bytes(abstract: Any) -> int:
-    return sum(math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in tree.flatten(abstract).values())

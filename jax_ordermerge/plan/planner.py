@@ -1,6 +1,6 @@
 """Makes a plan: the config as it is, compiled or estimated; settings that would serve better; what the whole experiment takes.
 
-A plan is plain values for JSON; `table.py` prints them.
+A plan is plain values for JSON; `text.py` prints them.
 """
 
 import dataclasses

@@ -97,3 +97,9 @@ def test_on_devices_without_a_data_sheet_there_are_no_times():
     assert step.times is None
     assert step.seconds is None
     assert np.isfinite(step.memory.total)
+
+
+def test_the_best_weights_of_each_member_are_one_more_copy():
+    keeping = config(training={"checkpoint": "best"}, data={"validation_examples": 4})
+    kept, last = (analytic.state(one, MODEL, analytic.abstract_mesh(one, parse("v5e:2x2"))) for one in (keeping, config()))
+    assert kept == last | {"parameters": 2 * last["parameters"]}
