@@ -216,6 +216,39 @@ def merge(
 
 
 @app.command()
+def search(
+    config: RunArgument,
+    *,
+    space: Annotated[
+        Path | None, typer.Option(help="YAML: what to choose among. By default that of the config, or a wide grid.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Candidates at most, beside base, members and average.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="grid, random, tpe or cma-es.")] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Examples to choose on; by default those that data.validation_examples set aside.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of draws and subsets; by default that of the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for results and winner; by default search in the run directory.")
+    ] = None,
+    export: Annotated[bool, typer.Option(help="Write the winner as a Hugging Face directory.")] = True,
+    overrides: SetOption = None,
+) -> None:
+    """Choose the merge to ship among many, on validation examples: made in device memory, only the winner is written.
+
+    ordermerge search runs/quickstart --budget 200 --sampler random
+    """
+    from jax_ordermerge.config import read_search
+    from jax_ordermerge.experiment import pipeline, run_directory
+
+    resolved = run_directory.read_config(config, overrides or ())
+    given = {"budget": budget, "sampler": sampler, "seed": seed}
+    chosen = read_search(space, resolved.merge.auto, {key: value for key, value in given.items() if value is not None})
+    page = pipeline.search(resolved, chosen, out=out, validation=validation, export=export, say=typer.echo)
+    typer.echo(f"wrote {page}")
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="HF directory, hub name or embedded:NAME.")],
     stats: Annotated[bool, typer.Option("--stats", help="Read the tensors too: range, mean, zeros, NaN.")] = False,

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from jax_ordermerge.analysis import document, findings, plots, wording
+from jax_ordermerge.analysis import choice, document, findings, plots, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Fold, Heading, Paragraph, Picture, Table
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge_config import AUTO
 
 SAMPLES_SHOWN = 5
 
@@ -33,6 +34,8 @@ class Run:
     merge: dict[str, Any] | None
     evaluations: dict[str, Any] | None
     items: dict[str, dict[str, Any]]
+    controls: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
 
     @property
     def loss_unit(self) -> str:
@@ -53,6 +56,20 @@ def write(run_directory: str | Path) -> Path:
     blocks = build(run)
     page = run.directory / "report.html"
     publish(page, title, blocks, pictures="report")
+    return page
+
+
+def write_search(run_directory: Path, directory: Path) -> Path:
+    """Write search.html, search.md and their picture beside the results of a search, and return the path of search.html.
+
+    Args:
+        run_directory: of the run whose members were merged.
+        directory: holds results.json.
+    """
+    run, page = read(run_directory), directory / "search.html"
+    found = _json(directory / "results.json")
+    title = f"Search for a merge: {run.config.get('name', run_directory.name)}"
+    publish(page, title, choice.search_blocks(found, run.loss_unit), pictures=".")
     return page
 
 
@@ -96,6 +113,8 @@ def read(directory: Path) -> Run:
         merge=_json(directory / "merge.json"),
         evaluations=evaluations,
         items={name: found for name, found in items.items() if found},
+        controls=_json(directory / "controls.json"),
+        search=_json(directory / "search" / "results.json"),
     )
 
 
@@ -106,9 +125,11 @@ def build(run: Run) -> list[Block]:
     comparison = findings.compare(models, run.items, resamples=resamples, seed=run.config.get("seed", 0))
     told = findings.sentences(run.analysis, run.evaluations, comparison, run.merge, run.loss_unit)
     summary: list[Block] = [Paragraph(_introduction(run)), Heading("What was found")]
+    if run.search:
+        told.append(choice.sentence(run.search))
     summary.append(Bullets(told) if told else Paragraph("Nothing yet: neither the analysis nor the evaluation has been run."))
     return [
-        *summary, *_results(run, comparison), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
+        *summary, *_results(run, comparison), *choice.search_blocks(run.search, run.loss_unit), *_controls(run), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
         *_samples(run), *_provenance(run),
     ]  # fmt: skip
 
@@ -186,6 +207,11 @@ def _difference_table(tasks: Sequence[str], comparison: Mapping[str, Any]) -> Ta
         "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test; losses weigh tokens where their numbers are stored, else examples alike. McNemar: items only the merge : only "
         "the member answers rightly. Less loss and more points are better.", text=(0, 1),
     )  # fmt: skip
+
+
+def _controls(run: Run) -> list[Block]:
+    chosen = next((model for model in (run.evaluations or {"models": []})["models"] if model["name"] == AUTO), None)
+    return choice.control_blocks(run.controls, run.loss_unit, chosen)
 
 
 # --- training and imbalance -------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ Axis letters: `M` member, `n` example, `B` example of a batch, `T` position.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -34,6 +35,7 @@ def losses(
     dtype: str,
     mesh: Mesh,
     kernel: Kernel = "xla",
+    members: Literal["each", "ensemble"] = "each",
     tell: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed response loss of every example under every member, and its number of response tokens.
@@ -50,14 +52,16 @@ def losses(
         dtype: of the products, `"float32"` or `"bfloat16"`.
         mesh: where the parameters are.
         kernel: of attention, from `kernels.choose`.
+        members: of a population, the losses of each, or those of the one model whose logits are the mean of theirs.
         tell: is told now and then how many examples are done.
 
     Returns:
-        `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model) and int32[n].
+        `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model, and for an ensemble) and int32[n].
     """
     population = _is_population(config, params)
     groups = mesh.shape["order"]
-    program = _program(config, dtype, mesh, population, kernel)
+    together = members == "ensemble"
+    program = _ensemble(config, dtype) if together else _program(config, dtype, mesh, population, kernel)
     rows, pending = [], []
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
     for one in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
@@ -66,7 +70,9 @@ def losses(
         if tell is not None and len(pending) > 1:
             jax.block_until_ready(pending[-2])  # one batch behind, so that the devices never wait
             tell(sum(ids.size for ids in rows[:-1]))
-    fetched = [(sums if population else sums.reshape(1, -1), counts.reshape(-1)) for sums, counts in _fetch(pending)]
+    fetched = [
+        (sums if population and not together else sums.reshape(1, -1), counts.reshape(-1)) for sums, counts in _fetch(pending)
+    ]
     order = np.concatenate(rows)
     real = order >= 0
     sums, counts = (np.concatenate(parts, axis=-1) for parts in zip(*fetched, strict=True))
@@ -125,6 +131,26 @@ def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool, kern
 
         def program(params: Tree, batch: Any) -> tuple[jax.Array, jax.Array]:
             return groups(batch, params)
+
+    return jax.jit(program)
+
+
+@functools.lru_cache(maxsize=16)
+def _ensemble(config: ModelConfig, dtype: str) -> Any:
+    """Return `(population, batch) -> (sums, counts)` of the mean of the members' logits, one member after another."""
+
+    def program(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        where = batch["tokens"], batch["positions"], batch["segments"]
+
+        def add(total: jax.Array, member: Tree) -> tuple[jax.Array, None]:
+            logits_BTV, _ = llama.forward(config, member, *where, dtype=dtype)
+            return total + logits_BTV, None
+
+        nothing = jnp.zeros((*where[0].shape, config.vocab_size), jnp.float32)
+        total_BTV, _ = jax.lax.scan(add, nothing, params)
+        log_p_BTV = jax.nn.log_softmax(total_BTV / jax.tree.leaves(params)[0].shape[0])
+        losses_BT = -jnp.take_along_axis(log_p_BTV, batch["targets"][..., None], axis=-1)[..., 0]
+        return (losses_BT * batch["weights"]).sum(-1), batch["weights"].sum(-1)
 
     return jax.jit(program)
 

@@ -10,6 +10,7 @@ import yaml
 from jax_ordermerge import config as schema
 from jax_ordermerge.config import Config
 from jax_ordermerge.experiment.run_directory import check_same_config, model_names, read_json, write_text
+from jax_ordermerge.merge_config import Search
 
 STAGES = ("train", "merge", "analyze", "evaluate", "report")
 
@@ -65,6 +66,52 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
             getattr(stages, stage)(workshop)
     say(f"done: {last}")
     return config.directory
+
+
+def search(
+    config: Config,
+    space: Search,
+    *,
+    out: Path | None = None,
+    validation: Path | None = None,
+    export: bool = True,
+    say: Say = print,
+) -> Path:
+    """Choose a merge of a run's members on validation examples, training them first where they are not there yet.
+
+    Args:
+        config: a resolved config.
+        space: what to choose among, and how.
+        out: directory for journal.jsonl, results.json, search.html and search.md; by default `search` in the run directory. The same
+            call again continues, or says what was found.
+        validation: file of examples to choose on, by default those that `data.validation_examples` sets aside.
+        export: write the winner, as a Hugging Face directory `winner` in `out`.
+        say: where one-line messages go.
+
+    Returns:
+        the path of search.html.
+
+    Raises:
+        UserError: bad input; nothing has been written then.
+    """
+    from jax_ordermerge import report
+    from jax_ordermerge.experiment import choosing, stages
+
+    check_same_config(config)
+    workshop = stages.prepare(config, say)
+    if validation is not None:
+        workshop = stages.with_validation(workshop, validation)
+    choosing.check(config, workshop.splits, space, workshop.model)
+    trained = complete("train", config)
+    if not trained:
+        write_text(config.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
+    workshop = stages.refer(workshop)
+    if not trained:
+        say("train")
+        stages.train(workshop)
+    directory = out or config.directory / "search"
+    stages.search(workshop, space, directory, target=directory / "winner" if export else None)
+    return report.write_search(config.directory, directory)
 
 
 def look(config: Config, *, steps: int, profile: Path | None = None, say: Say = print) -> None:
