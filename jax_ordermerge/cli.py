@@ -125,10 +125,9 @@ def evaluate(config: RunArgument, overrides: SetOption = None) -> None:
 def report(config: RunArgument, overrides: SetOption = None) -> None:
     """Write report.html and report.md of a run, with whatever stages are complete."""
 
-    from jax_ordermerge import report
-    from jax_ordermerge.experiment import run_directory
+    from jax_ordermerge.experiment import pipeline, run_directory
 
-    typer.echo(f"wrote {report.write(run_directory.read_config(config, overrides or ()).directory)}")
+    typer.echo(f"wrote {pipeline.report(run_directory.read_config(config, overrides or ()))}")
 
 
 @app.command()
@@ -142,8 +141,11 @@ def compare(
     """Compare runs: what differs in their configs, the imbalance, members and merges."""
 
     from jax_ordermerge import comparison
+    from jax_ordermerge.checkpoint import remote
 
-    typer.echo(f"wrote {comparison.write(runs, out)}")
+    with remote.new_directory(out) as directory:
+        page = comparison.write([remote.fetch(one) for one in runs], directory)
+    typer.echo(f"wrote {remote.address(out) or out}/{page.name}")
 
 
 @app.command()
@@ -181,6 +183,7 @@ def merge(
 
     A recipe is YAML of ours or of mergekit. A MODEL is an HF directory, a hub name, MODEL+ADAPTER (a LoRA), or RUN/member_0.
     """
+    from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.experiment import merging
 
     recipe = merging.is_recipe(sources[0])
@@ -198,7 +201,7 @@ def merge(
         plan = merging.plan_recipe(sources[0])
     else:
         plan = merging.plan_models(
-            [str(one) for one in sources],
+            [remote.address(one) or str(one) for one in sources],
             base=base,
             method=method,
             parameters=_parameters(parameters or []),
@@ -212,7 +215,7 @@ def merge(
         typer.echo(merging.describe_plan(plan), nl=False)
         return
     merging.merge_models(plan, target, to=to, workers=workers, shard_bytes=int(shard_gb * 1e9))
-    typer.echo(f"wrote {target}")
+    typer.echo(f"wrote {remote.address(target) or target}")
 
 
 @app.command()
@@ -252,10 +255,12 @@ def convert(
 ) -> None:
     """Convert between Hugging Face directories and Orbax checkpoints, or export one member of a run."""
 
+    from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.experiment import single
 
-    single.convert_checkpoint(source, out, to=to, member=member, dtype=dtype)
-    typer.echo(f"wrote {out}")
+    with remote.new_directory(out) as directory:
+        single.convert_checkpoint(remote.fetch(source), directory, to=to, member=member, dtype=dtype)
+    typer.echo(f"wrote {remote.address(out) or out}")
 
 
 @app.command()

@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Model(Section):
     """The base model and how it is computed."""
 
-    base: str = Field("embedded:quickstart", description="HF directory, hub name, or embedded:NAME")
+    base: str = Field("embedded:quickstart", description="HF directory (also gs:// and s3://), hub name, or embedded:NAME")
     init: Literal["pretrained", "random"] = Field("pretrained", description="random: take only config and tokenizer of the base")
     compute_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of matmuls; masters stay float32")
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
@@ -69,7 +69,10 @@ class Distributed(Section):
 class Data(Section):
     """Training, validation and test examples."""
 
-    train: str = Field("generated:quickstart", description="json, jsonl, parquet or csv file, hub dataset, or generated:NAME")
+    train: str = Field(
+        "generated:quickstart",
+        description="json, jsonl, parquet or csv file (also gs:// and s3://), hub dataset, or generated:NAME",
+    )
     test: str | None = Field(None, description="held-out examples, never trained on")
     validation_examples: NonNegativeInt = Field(
         0, description="examples set aside from train by seed, to choose the best member, or the best checkpoint of each, on"
@@ -312,7 +315,7 @@ class Config(Section):
     """A whole experiment. Everything random in it follows from `seed` by name."""
 
     name: str = "experiment"
-    output: str = Field("runs/{name}", description="run directory; {name} is replaced")
+    output: str = Field("runs/{name}", description="run directory, or its address: gs:// or s3://; {name} is replaced")
     seed: int = 0
     model: Model = Model()
     mesh: Mesh = Mesh()
@@ -331,9 +334,14 @@ class Config(Section):
     )
 
     @property
+    def location(self) -> str:
+        """The run directory as it was named: a path, or an address in a bucket."""
+        return self.output.replace("{name}", self.name)
+
+    @property
     def directory(self) -> Path:
-        """The run directory."""
-        return Path(self.output.replace("{name}", self.name))
+        """The run directory, where it is on a disk."""
+        return Path(self.location)
 
     @property
     def base_dtype(self) -> str:

@@ -13,7 +13,7 @@ import yaml
 
 from jax_ordermerge.analysis import document, findings, plots, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Fold, Heading, Paragraph, Picture, Table
-from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.checkpoint import atomic, remote
 from jax_ordermerge.errors import UserError
 
 SAMPLES_SHOWN = 5
@@ -363,10 +363,11 @@ def _samples(run: Run) -> list[Block]:
 
 def _provenance(run: Run) -> list[Block]:
     state, config = run.state or {}, run.config
+    output = str(config.get("output", "")).replace("{name}", str(config.get("name")))
     rows = [
         ["base", str(config.get("model", {}).get("base"))], ["seed", str(config.get("seed"))],
         ["orders", ", ".join(f"{k} {v}" for k, v in config.get("population", {}).items())],
-        ["command", str(state.get("command", f"ordermerge run {run.directory / 'config.yaml'}"))],
+        ["command", str(state.get("command", f"ordermerge run {remote.address(output) or run.directory / 'config.yaml'}"))],
         *([key, str(state[key])] for key in ("device", "devices", "parameters", "tokens", "compilations") if key in state),
         *([["wall time of training", f"{state['seconds']:.1f} s"]] if "seconds" in state else []),
     ]  # fmt: skip

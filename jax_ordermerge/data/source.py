@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from jax_ordermerge import config
+from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.data import chat, formats
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.order import permutation
@@ -37,7 +38,7 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[d
 
     Args:
         path: a file (json list or `{"data": [...]}`, jsonl, either also .gz, parquet, csv with a header, txt: one text, or several
-            between `<|endoftext|>`), a hub dataset `owner/name[:config][@split]`, or `generated:NAME[@split]`.
+            between `<|endoftext|>`) or the address of one (gs://, s3://), a hub dataset `owner/name[:config][@split]`, or `generated:NAME[@split]`.
         split: of a hub or generated dataset that names none.
         limit: at most so many rows, the first ones.
 
@@ -52,8 +53,8 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[d
 
         name, _, own = path.removeprefix(GENERATED).partition("@")
         rows: list[dict[str, Any]] = [dict(row) for row in synthetic.generated(name, own or split)]
-    elif Path(path).exists() or path.endswith(SUFFIXES):
-        rows = _read_file(Path(path))
+    elif remote.address(path) is not None or Path(path).exists() or path.endswith(SUFFIXES):
+        rows = _read_file(remote.fetch(path))
     elif match := HUB_NAME.fullmatch(path):
         rows = _read_hub(match["name"], match["config"], match["split"] or split, limit)
     else:
@@ -276,9 +277,9 @@ def _line(line: str, number: int, path: Path) -> Any:
 
 
 def _file_digest(path: str) -> dict[str, str]:
-    if path.startswith(GENERATED) or not Path(path).is_file():
+    if path.startswith(GENERATED) or not (local := remote.fetch(path)).is_file():
         return {}
-    with Path(path).open("rb") as file:
+    with local.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 

@@ -12,14 +12,14 @@ import rich.console
 import rich.progress
 import rich.table
 
-from jax_ordermerge.checkpoint import atomic, shards
+from jax_ordermerge.checkpoint import atomic, remote, shards
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan, recipe, references
 
 
 def is_recipe(path: Path) -> bool:
     """Return whether a file is a merge recipe and not the config of an experiment."""
-    return path.is_file() and path.suffix in (".yml", ".yaml") and recipe.is_recipe(path)
+    return path.suffix in (".yml", ".yaml") and (local := remote.fetch(path)).is_file() and recipe.is_recipe(local)
 
 
 def plan_recipe(path: Path) -> plan.Plan:
@@ -28,7 +28,7 @@ def plan_recipe(path: Path) -> plan.Plan:
     Raises:
         UserError: whatever in it cannot be done, by name.
     """
-    return recipe.read(path)
+    return recipe.read(remote.fetch(path))
 
 
 def plan_models(
@@ -78,7 +78,7 @@ def merge_models(
 
     Args:
         made: the plan.
-        out: directory to write; it must not exist or be empty.
+        out: directory to write, or its address; it must not exist or be empty.
         to: "hf", or "orbax" for a checkpoint of the parameters, by way of an HF directory beside it.
         workers: threads.
         shard_bytes: largest size of a file.
@@ -91,6 +91,11 @@ def merge_models(
     """
     if to not in ("hf", "orbax"):
         raise UserError(f"--to {to}: expected hf or orbax")
+    with remote.new_directory(out) as target:
+        return _merge(made, target, to, workers, shard_bytes)
+
+
+def _merge(made: plan.Plan, out: Path, to: str, workers: int | None, shard_bytes: int) -> dict[str, Any]:
     with _progress() as progress:
         if to == "hf":
             return engine.merge_plan(made, out, workers=workers, shard_bytes=shard_bytes, progress=progress)

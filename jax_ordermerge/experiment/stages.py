@@ -47,6 +47,7 @@ class Workshop:
         model: its architecture.
         splits: tokenized examples under `train` and, where the config asks for them, `validation` and `test`.
         say: where one-line messages go.
+        saved: is called when something in the run directory is whole that would be missed.
     """
 
     config: Config
@@ -56,11 +57,21 @@ class Workshop:
     tokenizer: Any
     splits: dict[str, Examples]
     say: Say
+    saved: Callable[[], None] | None = None
 
     @property
     def directory(self) -> Path:
         """The run directory."""
         return self.config.directory
+
+
+def start(config: Config) -> None:
+    """Start the processes and what must be set before any program is compiled; called again it changes nothing."""
+    if config.compilation_cache:
+        meshes.keep_programs(config.compilation_cache)
+    if config.distributed.coordinator is None:
+        meshes.provide_cpu_devices(config.mesh.sizes.values())
+    processes.start_distributed(**config.distributed.model_dump())
 
 
 def prepare(config: Config, say: Say) -> Workshop:
@@ -78,11 +89,7 @@ def prepare(config: Config, say: Say) -> Workshop:
             continue
         methods.check(spec.method, spec.parameters)
     track.check(config.tracking)
-    if config.compilation_cache:
-        meshes.keep_programs(config.compilation_cache)
-    if config.distributed.coordinator is None:
-        meshes.provide_cpu_devices(config.mesh.sizes.values())
-    processes.start_distributed(**config.distributed.model_dump())
+    start(config)
     processes.check_alike(
         {name: value for name, value in schema.to_dict(config).items() if name not in ("distributed", "compilation_cache")}
     )
@@ -169,7 +176,8 @@ def train(w: Workshop) -> None:
         )
         w.say(f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}")
     base = functools.partial(base_params, w, w.config.base_dtype)
-    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=w.splits.get("validation"))
+    held_out = w.splits.get("validation")
+    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=held_out, saved=w.saved)
 
 
 def look(w: Workshop, count: int, profile: Path | None) -> None:

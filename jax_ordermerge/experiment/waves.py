@@ -41,15 +41,17 @@ def train(
     say: Callable[[str], None],
     *,
     held_out: Examples | None = None,
+    saved: Callable[[], None] | None = None,
 ) -> None:
     """Fine-tune the members, in as many waves as `population.wave` or the memory of the devices asks for; see `loop.train`."""
     waves = _divided(config, model, mesh, say)
     if len(waves) == 1:
-        loop.train(config, model, base, examples, mesh, held_out=held_out)
+        loop.train(config, model, base, examples, mesh, held_out=held_out, saved=saved)
         return
     for number, members in enumerate(waves):
         say(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
-        loop.train(config, model, base, examples, mesh, held_out=held_out, members=members, directory=_room(config, number))
+        room = _room(config, number)
+        loop.train(config, model, base, examples, mesh, held_out=held_out, members=members, directory=room, saved=saved)
     _gather(config, len(waves))
 
 

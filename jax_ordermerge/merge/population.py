@@ -345,7 +345,10 @@ def diagnostics(
     found: dict[str, tuple[geometry.Moments, int]] = {}
     for spec in arch.tensor_table(config):
         own, own_base, own_merged = flat[spec.path], flat_base[spec.path], flat_merged[spec.path]
-        moments = jax.device_get(_moments(own, own_base, own_merged))
+        inner = _without_members(own)
+        # every process reads the sums, so they must lie on all devices
+        everywhere = None if inner is None else NamedSharding(inner[0].mesh, P())
+        moments = jax.device_get(_moments(own, own_base, own_merged, everywhere))
         tensors: list[_Tensor] | None = None
         if methods.redraws(method, checked):
             chosen = _Chosen(method, seed, weights, checked, own_merged.dtype)
@@ -359,6 +362,7 @@ def diagnostics(
     return geometry.report((name, *found[name]) for name, _, _ in arch.hf_tensors(config))
 
 
-@jax.jit
-def _moments(members: jax.Array, base: jax.Array, merged: jax.Array) -> geometry.Moments:
-    return geometry.moments(parts.as_stored(members, merged.dtype), parts.as_stored(base, merged.dtype), merged)
+@functools.partial(jax.jit, static_argnames="everywhere")
+def _moments(members: jax.Array, base: jax.Array, merged: jax.Array, everywhere: NamedSharding | None) -> geometry.Moments:
+    found = geometry.moments(parts.as_stored(members, merged.dtype), parts.as_stored(base, merged.dtype), merged)
+    return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)

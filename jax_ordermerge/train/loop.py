@@ -51,6 +51,7 @@ def train(
     directory: Path | None = None,
     members: Sequence[int] | None = None,
     watch: Watcher | None = None,
+    saved: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the members of a population, each in its own order, or continue where an earlier call stopped.
 
@@ -65,6 +66,7 @@ def train(
         directory: run directory, by default that of the config.
         members: which members of the population to train, by default all. A member alone becomes what it becomes among others.
         watch: is told messages and metrics, by default a display on the terminal.
+        saved: is called, in a thread of its own, whenever a checkpoint is complete.
 
     Returns:
         What is in `metrics/state.json`.
@@ -86,7 +88,7 @@ def train(
     try:
         with contextlib.ExitStack() as stack:
             shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
-            return training.run(base, shown)
+            return training.run(base, shown, saved)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -117,9 +119,10 @@ class Training:
         kept = self._weights(self.abstract) if config.training.checkpoint == "best" else {}
         self.best = validation.abstract(kept, len(plan.members), mesh)
 
-    def run(self, base: Tree | Callable[[], Tree], watch: Watcher) -> dict[str, Any]:
+    def run(self, base: Tree | Callable[[], Tree], watch: Watcher, saved: Callable[[], None] | None = None) -> dict[str, Any]:
         load = base if callable(base) else lambda: base
-        with orbax.Checkpoints(self.directory / "checkpoints", keep=self.config.training.keep_checkpoints) as checkpoints:
+        keep = self.config.training.keep_checkpoints
+        with orbax.Checkpoints(self.directory / "checkpoints", keep, saved) as checkpoints:
             start = checkpoints.latest()
             processes.check_alike({**self._identity(), "checkpoints": start})
             if start is None:
