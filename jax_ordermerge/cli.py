@@ -147,6 +147,19 @@ def compare(
 
 
 @app.command()
+def results(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, analyzed and evaluated.")],
+    *,
+    out: Annotated[Path, typer.Option(help="The page, Markdown.")] = Path("results.md"),
+) -> None:
+    """Write one page about runs: their tables, what they show together, and what they do not."""
+
+    from jax_ordermerge import results
+
+    typer.echo(f"wrote {results.write(runs, out)}")
+
+
+@app.command()
 def merge(
     sources: Annotated[
         list[Path],

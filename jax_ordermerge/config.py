@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.section import Section, parse
+from jax_ordermerge.section import Section, override, parse
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PROGRAMS = ("humaneval", "mbpp")  # kinds of tasks whose answers are programs
@@ -74,13 +74,22 @@ class Data(Section):
     validation_examples: NonNegativeInt = Field(
         0, description="examples set aside from train by seed, to choose the best member, or the best checkpoint of each, on"
     )
+    test_examples: NonNegativeInt = Field(
+        0, description="examples set aside from train by seed and held out, in place of a file of their own (test)"
+    )
     format: Literal[
         "auto", "messages", "prompt_completion", "text", "sharegpt", "alpaca", "question_answer", "preference"
     ] = "auto"  # fmt: skip
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="other names that columns of the format have in files: {question: problem, answer: solution}",
+    )
     template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field("auto", description="how prompt and response become text")
     max_length: PositiveInt = Field(512, description="tokens an example")
     too_long: Literal["drop", "truncate"] = "drop"
-    limit: PositiveInt | None = Field(None, description="use only the first so many training examples")
+    limit: PositiveInt | None = Field(
+        None, description="use only the first so many training examples: rows of the file, windows of texts"
+    )
     test_limit: PositiveInt | None = Field(None, description="use only the first so many test examples")
     packing: Literal["none", "packs", "bins"] = Field(
         "none",
@@ -250,8 +259,24 @@ class MergeSpec(Section):
     name: str | None = Field(None, description="directory name, by default method and seed")
     method: str = Field(description="a name of the table of methods, or greedy_soup (needs data.validation_examples)")
     seed: int | None = Field(None, description="by default the seed of the run")
+    seeds: tuple[int, ...] = Field(
+        (), description="several seeds: one merge each, named NAME-seedS, which the report sums up together", exclude=True
+    )
     weights: tuple[NonNegativeFloat, ...] | None = Field(None, description="one a member, by default equal")
     parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _one_way(self) -> "MergeSpec":
+        if self.seeds and self.seed is not None:
+            raise ValueError(f"merge.methods: {self.method} has both seed = {self.seed} and seeds = {list(self.seeds)}; give one")
+        return self
+
+    def each(self) -> "tuple[MergeSpec, ...]":
+        """Return the merges that this entry asks for: itself, or one for each of its seeds."""
+        if not self.seeds:
+            return (self,)
+        named = self.name or self.method
+        return tuple(self.model_copy(update={"name": f"{named}-seed{seed}", "seed": seed, "seeds": ()}) for seed in self.seeds)
 
 
 class Merge(Section):
@@ -260,6 +285,11 @@ class Merge(Section):
     dtype: Dtype = "bfloat16"
     fisher_examples: PositiveInt = Field(256, description="training examples from which method fisher estimates the information")
     methods: tuple[MergeSpec, ...] = (MergeSpec(method="average"), MergeSpec(method="selection"))
+
+    @pydantic.field_validator("methods", mode="after")
+    @classmethod
+    def _each_seed(cls, given: tuple[MergeSpec, ...]) -> tuple[MergeSpec, ...]:
+        return tuple(one for spec in given for one in spec.each())
 
 
 class Task(Section):
@@ -358,6 +388,11 @@ class Config(Section):
             raise ValueError(
                 "lora changes a trained base a little; model.init = random has none, set it to pretrained or lora to null"
             )
+        if self.data.test and self.data.test_examples:
+            raise ValueError(
+                f"data.test_examples = {self.data.test_examples} sets examples aside from train, data.test = {self.data.test}"
+                " is a file of them; give one of the two"
+            )
         too_long = [b for b in self.data.buckets if b > self.data.max_length]
         if too_long:
             raise ValueError(f"data.buckets {too_long} are above data.max_length = {self.data.max_length}")
@@ -432,7 +467,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections such as 'training:', got {type(raw).__name__}")
     for item in overrides:
-        _override(raw, item)
+        override(raw, item)
     return make_config(raw, str(path))
 
 
@@ -458,22 +493,3 @@ def to_dict(config: Config) -> dict[str, Any]:
         True
     """
     return config.model_dump(mode="json")
-
-
-def _override(raw: dict[str, Any], item: str) -> None:
-    path, sign, text = item.partition("=")
-    if not sign:
-        raise UserError(f"--set {item}: expected section.key=value, e.g. --set training.learning_rate=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {item}: the value is not valid YAML: {text}") from error
-    *parents, last = path.strip().split(".")
-    node = raw
-    for name in parents:
-        child = node.get(name)
-        if child is not None and not isinstance(child, dict):
-            raise UserError(f"--set {item}: {name} is not a section")
-        node[name] = dict(child or {})
-        node = node[name]
-    node[last] = value

@@ -8,14 +8,51 @@ import numpy as np
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.wording import p_text, spread, strength
 
+APART = "not told apart"
 AVERAGE = "average"  # the merge that every other one has to beat
 
 Model = Mapping[str, Any]
 Comparison = dict[str, Any]
 
 
-def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, resamples: int, seed: int) -> Comparison:
+def groups(merge: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Return the merges that differ in nothing but their seed, under one name.
+
+    Args:
+        merge: merge.json. Names that end in `-seedS` are of one group where method, weights and parameters are the same.
+
+    Returns:
+        `{name: names of the merges}`; a merge that is alone keeps its name.
+
+    Example:
+        >>> drawn = [{"name": f"drawn-seed{seed}", "method": "selection", "seed": seed} for seed in (0, 1)]
+        >>> groups({"merges": [{"name": "average", "method": "average", "seed": 0}, *drawn]})
+        {'average': ['average'], 'drawn': ['drawn-seed0', 'drawn-seed1']}
+    """
+    rows = (merge or {"merges": []})["merges"]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        stem = row["name"].removesuffix(f"-seed{row.get('seed')}")
+        alike.setdefault((stem, row["method"], str(row.get("weights")), str(row.get("parameters"))), []).append(row["name"])
+    taken, found = {row["name"] for row in rows}, {}
+    for (stem, *_), names in alike.items():
+        together = ", ".join(names) if stem in taken else stem
+        found[names[0] if len(names) == 1 else together] = names
+        taken.add(together)
+    return found
+
+
+def compare(
+    models: Sequence[Model],
+    items: Mapping[str, Mapping[str, Any]],
+    *,
+    resamples: int,
+    seed: int,
+    merge: Mapping[str, Any] | None = None,
+) -> Comparison:
     """Compare every merge with the mean member, with the best one and with the average, item by item.
+
+    Merges that differ in nothing but their seed are compared as one: what counts is their mean on each item.
 
     Args:
         models: of evaluations.json.
@@ -23,9 +60,10 @@ def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, 
             number an item, loss differences are means over tokens, as the losses of `models` are.
         resamples: bootstrap resamples of the items.
         seed: of the run.
+        merge: merge.json, which says what differs in its seed alone; None takes every merge by itself.
 
     Returns:
-        `best` (`name`, `chosen_on`: "validation" or "test"), and `merges`: for each name `loss` and `tasks`, both with
+        `best` (`name`, `chosen_on`: "validation" or "test"), and `merges`: for each name of `groups` the `names` in it, `loss` and `tasks`, both with
         `mean_member`, `best_member` and, where there is a merge of the name average and it is another one, `average` as
         `paired.difference`; tasks also with `mcnemar` and `mcnemar_average` against the best member and the average. `holm` has the
         p values of each of them, corrected over the merges.
@@ -41,16 +79,15 @@ def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, 
     known = [model for model in members if model.get(key) is not None]
     best = min(known, key=lambda model: float(model[key]))["name"] if known else members[0]["name"]
     names = [model["name"] for model in members]
-    averages = [model["name"] for model in models if model["kind"] == "merge" and model["name"] in items]
+    known_merges = [model["name"] for model in models if model["kind"] == "merge" and model["name"] in items]
     merges: Comparison = {}
-    for model in models:
-        if model["kind"] != "merge" or any(name not in items for name in [model["name"], *names]):
-            continue
-        own, others = items[model["name"]], {"best_member": items[best]}
-        if model["name"] != AVERAGE and AVERAGE in averages:
+    for name, alike in _together(known_merges, merge).items() if all(one in items for one in names) else ():
+        own, others = _mean([items[one] for one in alike]), {"best_member": items[best]}
+        if name != AVERAGE and AVERAGE in known_merges:
             others["average"] = items[AVERAGE]
-        of_members = [items[name] for name in names]
-        merges[model["name"]] = {
+        of_members = [items[one] for one in names]
+        merges[name] = {
+            "names": alike,
             "loss": _losses(own, of_members, others, resamples, seed),
             "tasks": {task: _answers(task, own, of_members, others, resamples, seed) for task in own.get("tasks", {})},
         }
@@ -74,7 +111,7 @@ def sentences(
     if evaluations is not None:
         models = evaluations["models"]
         found += _members(models)
-        found += [text for model in models if model["kind"] == "merge" for text in _merge(model, comparison)]
+        found += [text for name in comparison["merges"] for text in _merge(name, models, comparison)]
         tests = sum(
             len(gaps["holm"]) for row in comparison["merges"].values() for gaps in (row["loss"], *row["tasks"].values()) if gaps
         )
@@ -82,9 +119,35 @@ def sentences(
             found.append(
                 f"These are {tests} comparisons. Words follow p values corrected by Holm's method over the merges, apart for each measure "
                 "and each model compared with; over these nothing is corrected. The errors are over test items, for these trained "
-                "models; another training seed adds the spread that the members show among themselves."
+                "models; another training seed adds the spread that the members show among themselves, another merge seed the one given as sd."
             )
     return found
+
+
+def _together(merges: Sequence[str], merge: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Return the groups of these merges in their order; one of a group that is not whole stands by itself."""
+    whole = {name: alike for name, alike in groups(merge).items() if set(alike) <= set(merges)}
+    of = {one: name for name, alike in whole.items() for one in alike}
+    return {of.get(one, one): whole.get(of.get(one, one), [one]) for one in merges}
+
+
+def _mean(rows: Sequence[Model]) -> Model:
+    """Return the mean of several merges on each item, as one model's; of one merge itself, and of those on different items nothing."""
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+
+    def ids(row: Model, task: str) -> list[Any]:
+        return [item["id"] for item in row.get("tasks", {}).get(task, ())]
+
+    tasks = {}
+    for task, asked in first.get("tasks", {}).items():
+        if all(ids(row, task) == ids(first, task) for row in rows):
+            right = np.mean([[float(item["correct"]) for item in row["tasks"][task]] for row in rows], axis=0)
+            tasks[task] = [{"id": item["id"], "correct": share} for item, share in zip(asked, right.tolist(), strict=True)]
+    same = all(row.get("ids") == first.get("ids") and row.get("losses") for row in rows)
+    losses = np.mean([row["losses"] for row in rows], axis=0).tolist() if same else []
+    return {**first, "losses": losses, "tasks": tasks}
 
 
 def _losses(own: Model, members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int) -> Comparison | None:
@@ -111,13 +174,14 @@ def _answers(
     rows = [row.get("tasks", {}).get(task) for row in everyone]
     if any(ids(row) != ids(own) for row in everyone) or len(rows[0]) < 2:
         return None
-    right, *each = [np.array([bool(x["correct"]) for x in row]) for row in rows]
+    right, *each = [np.array([float(x["correct"]) for x in row]) for row in rows]
     against = dict(zip(others, each[len(members) :], strict=True))
-    tests = {"best_member": "mcnemar", "average": "mcnemar_average"}
+    # right and wrong are of one model: the mean over several seeds is compared by the t-test alone
+    tests = {"best_member": "mcnemar", "average": "mcnemar_average"} if set(right.tolist()) <= {0.0, 1.0} else {}
     return {
         name: paired.difference(right, other, resamples=resamples, seed=seed)
         for name, other in ({"mean_member": np.mean(each[: len(members)], axis=0)} | against).items()
-    } | {tests[name]: paired.mcnemar(right, other) for name, other in against.items()}
+    } | {tests[name]: paired.mcnemar(right, other) for name, other in against.items() if name in tests}
 
 
 def _correct(merges: Comparison) -> None:
@@ -212,22 +276,26 @@ def _members(models: Sequence[Model]) -> list[str]:
     return found
 
 
-def _merge(model: Model, comparison: Comparison) -> list[str]:
-    row = comparison["merges"].get(model["name"])
-    if row is None:
-        return []
-    picked = comparison["best"]
+def _merge(name: str, models: Sequence[Model], comparison: Comparison) -> list[str]:
+    row, picked = comparison["merges"][name], comparison["best"]
     best = f"the best member ({picked['name']}, chosen on {picked['chosen_on']}{'' if picked['chosen_on'] == 'validation' else ': optimistic'})"
+    own = [model for model in models if model["name"] in row["names"]]
     found = []
     if row["loss"] is not None:
         told = _verdicts(row["loss"], best, 1, 4, lower_is_better=True)
-        found.append(f"{model['name']}, held-out loss {model['loss']:.4f}: {told}.")
+        found.append(f"{name}, held-out loss {_level([model['loss'] for model in own], 4)}: {told}.")
     for task, gap in row["tasks"].items():
         if gap is not None:
-            share = 100 * model["tasks"][task]["accuracy"]
+            shares = [100 * model["tasks"][task]["accuracy"] for model in own]
             told = _verdicts(gap, best, 100, 1, lower_is_better=False)
-            found.append(f"{model['name']}, {task} {share:.1f} %: {told}, by McNemar's test against single models.")
+            exact = ", by McNemar's test against single models" if "mcnemar" in gap else ""
+            found.append(f"{name}, {task} {_level(shares, 1, ' %')}: {told}{exact}.")
     return found
+
+
+def _level(values: Sequence[float], digits: int, unit: str = "") -> str:
+    mean, sd = spread(values)
+    return f"{mean:.{digits}f}{unit}" + ("" if sd is None else f" (mean of {len(values)} merge seeds, sd {sd:.{digits}f})")
 
 
 def _verdicts(gaps: Comparison, best: str, scale: float, digits: int, *, lower_is_better: bool) -> str:
@@ -242,7 +310,17 @@ def _verdicts(gaps: Comparison, best: str, scale: float, digits: int, *, lower_i
 def _verdict(gap: Mapping[str, float], p: float, corrected: float, scale: float, digits: int, *, lower_is_better: bool) -> str:
     both = p_text(p) + (f", by Holm {p_text(corrected).removeprefix('p ')}" if corrected > p else "")
     size = f"{scale * gap['estimate']:+.{digits}f} ± {scale * gap['se']:.{digits}f}, {both}"
+    told = verdict(gap["estimate"], corrected, lower_is_better)
+    return f"not distinguishable ({size}) from" if told == APART else f"{told} ({size}) than"
+
+
+def verdict(estimate: float, corrected: float, lower_is_better: bool) -> str:
+    """Return what a difference says, by its p value corrected over the merges.
+
+    Example:
+        >>> verdict(-0.1, 0.001, True), verdict(-0.1, 0.03, False), verdict(0.1, 0.2, True)
+        ('clearly better', 'weakly worse', 'not told apart')
+    """
     if not strength(corrected):
-        return f"not distinguishable ({size}) from"
-    better = (gap["estimate"] < 0) == lower_is_better
-    return f"{strength(corrected)} {'better' if better else 'worse'} ({size}) than"
+        return APART
+    return f"{strength(corrected)} {'better' if (estimate < 0) == lower_is_better else 'worse'}"

@@ -107,13 +107,11 @@ def prepare(config: Config, say: Say) -> Workshop:
     tokenizer = source.load_tokenizer(base)
     pairs = config.objective.kind == "dpo"
     data = config.data.model_copy(update={"format": "preference"}) if pairs else config.data
-    train, validation = source.load_training(data, tokenizer, seed=config.seed)
-    if train.rejected is not None and not pairs:
+    splits: dict[str, Examples] = {**source.load_splits(data, tokenizer, seed=config.seed)}
+    if splits["train"].rejected is not None and not pairs:
         raise UserError(
             f"data.train = {config.data.train} holds preference pairs, objective.kind = sft learns responses; set it to dpo"
         )
-    test = source.load_examples(data, tokenizer, "test", seed=config.seed)
-    splits = {"train": train} | ({"validation": validation} if validation else {}) | ({"test": test} if test else {})
     processes.check_alike({f"data.{name}": examples.digest for name, examples in splits.items()})
     if len(tokenizer) > model.vocab_size:
         raise UserError(f"{base}: the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
