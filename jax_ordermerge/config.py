@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.samples import Samples
 from jax_ordermerge.section import Section, override, parse
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -351,6 +352,7 @@ class Config(Section):
     population: Population = Population()
     objective: Objective = Objective()
     training: Training = Training()
+    samples: Samples = Samples()
     lora: Lora | None = Field(None, description="null trains all parameters")
     analysis: Analysis = Analysis()
     merge: Merge = Merge()

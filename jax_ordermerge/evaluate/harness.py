@@ -1,7 +1,12 @@
 """Tasks by generation: prompts in, answers out, scored against references."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
+from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Task
@@ -9,7 +14,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import answers, decode, programs
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
-from jax_ordermerge.tree import Tree
+from jax_ordermerge.tree import Tree, size
 
 SCORES: dict[str, Callable[[str, str], bool]] = {
     "exact": answers.exact,
@@ -19,6 +24,7 @@ SCORES: dict[str, Callable[[str, str], bool]] = {
     "number": answers.number,
 }
 
+Prompts = Sequence[Sequence[int]]
 Generate = Callable[..., list[str]]
 
 
@@ -35,27 +41,60 @@ def generator(config: ModelConfig, params: Tree, tokenizer: Any, *, batch: int, 
     Raises:
         UserError: the model names no end-of-sequence token.
     """
-    eos = config.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
-    if not eos:
-        raise UserError("neither config.json nor the tokenizer names an end-of-sequence token; generation could not stop")
+    settings: dict[str, Any] = {"eos_ids": _ends(config, tokenizer), "dtype": dtype, "batch": batch}
 
     def generate(
-        prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY, names: Sequence[str | int] | None = None
+        prompts: Prompts, max_new_tokens: int, sampling: Sampling = GREEDY, names: Sequence[str | int] | None = None
     ) -> list[str]:
-        rows = decode.generate(
-            config,
-            params,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            eos_ids=eos,
-            dtype=dtype,
-            batch=batch,
-            sampling=sampling,
-            names=names,
-        )
+        drawn: dict[str, Any] = {"sampling": sampling, "names": names}
+        rows = decode.generate(config, params, prompts, max_new_tokens=max_new_tokens, **drawn, **settings)
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     return generate
+
+
+def generators(
+    config: ModelConfig, population: Tree, tokenizer: Any, *, batch: int, dtype: str, mesh: Mesh | None = None
+) -> list[Generate]:
+    """Return for each of several models what `generator` returns. They write together, in one program, as soon as one is asked.
+
+    The others then find their answers to the same prompts ready; they are kept as long as these functions are.
+
+    Args:
+        config: the model.
+        population: parameters with a leading member axis, see `decode.generate_members`.
+        tokenizer, batch, dtype: see `generator`.
+        mesh: where the parameters are; None is that of `jax.set_mesh`.
+
+    Raises:
+        UserError: the model names no end-of-sequence token.
+    """
+    settings: dict[str, Any] = {"eos_ids": _ends(config, tokenizer), "dtype": dtype, "batch": batch}
+    written: dict[Any, list[list[str]]] = {}
+
+    def generate(
+        member: int,
+        prompts: Prompts,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        names: Sequence[str | int] | None = None,
+    ) -> list[str]:
+        asked = (tuple(map(tuple, prompts)), max_new_tokens, sampling, None if names is None else tuple(names))
+        if asked not in written:
+            drawn: dict[str, Any] = {"sampling": sampling, "names": names}
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                found = decode.generate_members(config, population, prompts, max_new_tokens=max_new_tokens, **drawn, **settings)
+            written[asked] = [[tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in found]
+        return written[asked][member]
+
+    return [functools.partial(generate, member) for member in range(size(population))]
+
+
+def _ends(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    ends = config.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
+    if not ends:
+        raise UserError("neither config.json nor the tokenizer names an end-of-sequence token; generation could not stop")
+    return tuple(ends)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

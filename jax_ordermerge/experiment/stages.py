@@ -27,7 +27,7 @@ from jax_ordermerge.data import order, pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import preferences, waves
+from jax_ordermerge.experiment import preferences, sampling, together, waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
 from jax_ordermerge.merge import methods, population, soup
 from jax_ordermerge.model import kernels, llama, lora
@@ -167,7 +167,8 @@ def train(w: Workshop) -> None:
         )
         w.say(f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}")
     base = functools.partial(base_params, w, w.config.base_dtype)
-    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=w.splits.get("validation"))
+    sample = sampling.sampler(w.config, w.model, w.tokenizer, w.mesh, w.splits)
+    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=w.splits.get("validation"), sample=sample)
 
 
 def look(w: Workshop, count: int, profile: Path | None) -> None:
@@ -411,8 +412,8 @@ def evaluate(w: Workshop) -> None:
     """Measure every model on held-out data: loss, perplexity and the tasks of the config."""
     kinds = model_names(w.config)
     rows = {name: read_json(w.directory / "evaluations" / f"{name}.json") for name in kinds}
-    for name, params in models(w, [name for name, row in rows.items() if row is None]):
-        rows[name] = _evaluate_one(w, name, kinds[name], params)
+    for name, params, generate in _answering(w, [name for name, row in rows.items() if row is None]):
+        rows[name] = _evaluate_one(w, name, kinds[name], params, generate)
         write_json(w.directory / "evaluations" / f"{name}.json", rows[name])
         shown = rows[name]["summary"]
         said = [f"{task} {100 * one['accuracy']:.1f} % +- {100 * one['se']:.1f}" for task, one in shown["tasks"].items()]
@@ -420,7 +421,22 @@ def evaluate(w: Workshop) -> None:
     write_json(w.directory / "evaluations.json", {"split": "test", "models": [rows[name]["summary"] for name in kinds]})
 
 
-def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree) -> dict[str, Any]:
+def _answering(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree, harness.Generate | None]]:
+    """Yield models, each with what lets it write: in one program with the others that fit beside it."""
+    dtype, batch, compute = w.config.merge.dtype, w.config.evaluation.batch, w.config.model.compute_dtype
+    if not w.config.evaluation.tasks:
+        yield from ((name, params, None) for name, params in models(w, names))
+        return
+    size = together.fitting(w.config.population.members, w.model, w.mesh, dtype)
+    for start in range(0, len(names), size):
+        some = names[start : start + size]
+        population = together.stack((params for _, params in models(w, some)), len(some), w.model, w.mesh, dtype)
+        writers = harness.generators(w.model, population, w.tokenizer, batch=batch, dtype=compute, mesh=w.mesh)
+        for at, name in enumerate(some):
+            yield name, together.take(population, at, w.model, w.mesh, dtype), writers[at]
+
+
+def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree, generate: harness.Generate | None) -> dict[str, Any]:
     summary: dict[str, Any] = {"name": name, "kind": kind, "loss": None, "loss_se": None, "perplexity": None, "tokens": 0}
     result: dict[str, Any] = {"ids": [], "losses": []}
     test, held = w.splits.get("test"), w.splits.get("validation")
@@ -437,8 +453,8 @@ def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree) -> dict[
             tasks[PREFERENCES], items[PREFERENCES] = preferences.choices(test, measured[0])
         result = {"ids": test.ids.tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens.tolist()}
     validation = None if held is None else _token_mean(*_losses(w, params, held))[0]
-    generate = harness.generator(w.model, params, w.tokenizer, batch=w.config.evaluation.batch, dtype=w.config.model.compute_dtype)
     for task in w.config.evaluation.tasks:
+        assert generate is not None
         if task.kind in PROGRAMS:
             assert task.data is not None
             tasks[task.name], items[task.name] = harness.run_programs(
