@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jax_ordermerge.analysis import document, findings, plots, wording
+from jax_ordermerge.analysis import document, findings, plots, texts, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Fold, Heading, Paragraph, Picture, Table
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
@@ -108,7 +108,7 @@ def build(run: Run) -> list[Block]:
     summary: list[Block] = [Paragraph(_introduction(run)), Heading("What was found")]
     summary.append(Bullets(told) if told else Paragraph("Nothing yet: neither the analysis nor the evaluation has been run."))
     return [
-        *summary, *_results(run, comparison), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
+        *summary, *_results(run, comparison), *texts.blocks(models, run.items, resamples=resamples, seed=run.config.get("seed", 0)), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
         *_samples(run), *_provenance(run),
     ]  # fmt: skip
 
