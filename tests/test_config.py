@@ -130,6 +130,17 @@ def test_large_configs_have_the_published_settings(name):
     assert sorted(spec.seed for spec in config.merge.methods if spec.method == "selection") == [0, 1, 2]
 
 
+@pytest.mark.parametrize("file", sorted((CONFIGS[0].parent / "benchmarks").glob("*.yaml")), ids=lambda file: file.stem)
+def test_committed_benchmarks_are_valid_and_say_how_to_run_them(file):
+    config = load_config(file)
+    assert config.evaluation.tasks
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    assert (
+        f"ordermerge evaluate MODEL --config configs/benchmarks/{file.name} --out results"
+        in file.read_text().split("evaluation:")[0]
+    )
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])
 def test_resolved_config_reads_back(optimizer):
     config = make_config({"training": {"optimizer": optimizer, "schedule": "wsd", "moments_dtype": "bfloat16"}})

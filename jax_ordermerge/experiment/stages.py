@@ -22,15 +22,16 @@ from jax_ordermerge.analysis import imbalance, measure, wording
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import companions, convert
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.config import PREFERENCES, PROGRAMS, Config, MergeSpec, merge_name
+from jax_ordermerge.config import PREFERENCES, Config, MergeSpec, merge_name
 from jax_ordermerge.data import order, pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import preferences, sampling, together, waves
+from jax_ordermerge.experiment import evaluating, preferences, sampling, together, waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
 from jax_ordermerge.merge import methods, population, soup
 from jax_ordermerge.model import kernels, llama, lora
+from jax_ordermerge.task import LIKELIHOODS, OUTPUTS
 from jax_ordermerge.train import batches, fisher, objective, track
 from jax_ordermerge.train import members as trained
 
@@ -424,7 +425,7 @@ def evaluate(w: Workshop) -> None:
 def _answering(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree, harness.Generate | None]]:
     """Yield models, each with what lets it write: in one program with the others that fit beside it."""
     dtype, batch, compute = w.config.merge.dtype, w.config.evaluation.batch, w.config.model.compute_dtype
-    if not w.config.evaluation.tasks:
+    if all(task.kind in LIKELIHOODS for task in w.config.evaluation.tasks):  # nobody writes
         yield from ((name, params, None) for name, params in models(w, names))
         return
     size = together.fitting(w.config.population.members, w.model, w.mesh, dtype)
@@ -442,6 +443,8 @@ def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree, generate
     test, held = w.splits.get("test"), w.splits.get("validation")
     tasks: dict[str, Any] = {}
     items: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    text_items: dict[str, Any] = {}
     if test is not None and w.config.evaluation.loss:
         measured = _sums(w, params, test)
         sums, tokens = _counted(w, test, *measured)
@@ -453,22 +456,17 @@ def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree, generate
             tasks[PREFERENCES], items[PREFERENCES] = preferences.choices(test, measured[0])
         result = {"ids": test.ids.tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens.tolist()}
     validation = None if held is None else _token_mean(*_losses(w, params, held))[0]
+    subject = evaluating.subject(w.config, w.model, params, w.tokenizer, w.mesh, generate)
     for task in w.config.evaluation.tasks:
-        assert generate is not None
-        if task.kind in PROGRAMS:
-            assert task.data is not None
-            tasks[task.name], items[task.name] = harness.run_programs(
-                task, source.load(task.data, "test"), functools.partial(harness.encode, w.tokenizer), generate, seed=w.config.seed
-            )
-            continue
-        examples = test
-        if task.data is not None:
-            data = w.config.data.model_copy(update={"test": task.data, "test_limit": None})
-            examples = source.load_examples(data, w.tokenizer, "test", seed=w.config.seed)
-        if examples is None:
-            raise UserError(f"evaluation task {task.name} has no data; set data.test or the task's own data")
-        tasks[task.name], items[task.name] = harness.run_task(task, examples, generate)
-    return {"summary": summary | {"validation_loss": validation, "tasks": tasks}, **result, "tasks": items}
+        found, rows = harness.run(task, subject, w.config.data, test=test, seed=w.config.seed)
+        if task.kind == OUTPUTS:
+            write_json(w.directory / "outputs" / task.name / f"{name}.json", evaluating.signed(rows, f"{w.config.name}/{name}"))
+        elif task.kind == "perplexity":
+            texts[task.name], text_items[task.name] = found, rows
+        else:
+            tasks[task.name], items[task.name] = found, rows
+    summary |= {"validation_loss": validation, "tasks": tasks, "texts": texts}
+    return {"summary": summary, **result, "tasks": items, "texts": text_items}
 
 
 def _token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
