@@ -224,19 +224,24 @@ def difference_table(comparison: findings.Comparison) -> Table:
                 exact = f"{test['only_first']} : {test['only_second']}, {wording.p_text(test['p'])}" if test else ""
                 against = ("mean_member", "best_member", "average")
                 rows.append([name + seeds, measure, *(_difference(gaps, key, scale, digits) for key in against), exact])
-    return Table(
-        ["merge", "measure", "against the mean member", "against the best member", "against the average", "McNemar, best member"], rows,
-        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test, and p corrected by Holm's method over the "
-        "merges (of answers of single models, from McNemar's test); losses weigh tokens where their numbers are stored, else examples alike. "
-        "Of several merge seeds the mean over them is compared on each item: their own spread is not in the interval. McNemar: items "
-        "only the merge : only the member answers rightly. Less loss and more points are better.", text=(0, 1),
-    )  # fmt: skip
+    header = ["merge", "measure", "against the mean member", "against the best member", "against the average"]
+    caption = (
+        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test, and where it is larger p corrected by Holm's "
+        "method over the merges (of answers of single models, from McNemar's test); losses weigh tokens where their numbers are stored, else "
+        "examples alike. Of several merge seeds the mean over them is compared on each item, and their spread is in error, interval and p. "
+        "Less loss and more points are better."
+    )
+    if any(row[-1] for row in rows):
+        header.append("McNemar, best member")
+        caption += " McNemar: items only the merge : only the member answers rightly."
+    return Table(header, [row[: len(header)] for row in rows], caption, text=(0, 1))
 
 
 def _difference(gaps: Mapping[str, Any], key: str, scale: float, digits: int) -> str:
     if key not in gaps:
         return ""
-    return f"{wording.interval(gaps[key], scale, digits)}, by Holm {wording.p_text(gaps['holm'][key])}"
+    shown, corrected = wording.interval(gaps[key], scale, digits), wording.p_text(gaps["holm"][key])
+    return shown if shown.endswith(corrected) else f"{shown}, by Holm {corrected.removeprefix('p ')}"
 
 
 # --- training and imbalance -------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def prepare(config: Config, say: Say) -> Workshop:
     tokenizer = source.load_tokenizer(base)
     pairs = config.objective.kind == "dpo"
     data = config.data.model_copy(update={"format": "preference"}) if pairs else config.data
-    splits: dict[str, Examples] = {**source.load_splits(data, tokenizer, seed=config.seed)}
+    splits: dict[str, Examples] = {name: part for name, part in source.load_splits(data, tokenizer, seed=config.seed).items()}
     if splits["train"].rejected is not None and not pairs:
         raise UserError(
             f"data.train = {config.data.train} holds preference pairs, objective.kind = sft learns responses; set it to dpo"
@@ -418,7 +418,8 @@ def evaluate(w: Workshop) -> None:
         write_json(w.directory / "evaluations" / f"{name}.json", rows[name])
         shown = rows[name]["summary"]
         said = [f"{task} {100 * one['accuracy']:.1f} % +- {100 * one['se']:.1f}" for task, one in shown["tasks"].items()]
-        w.say(f"  {name}: " + ", ".join([f"loss {shown['loss']:.4f}"] * (shown["loss"] is not None) + said))
+        loss = [] if shown["loss"] is None else [f"loss {shown['loss']:.4f}"]
+        w.say(f"  {name}: " + ", ".join([*loss, *said]))
     write_json(w.directory / "evaluations.json", {"split": "test", "models": [rows[name]["summary"] for name in kinds]})
 
 
