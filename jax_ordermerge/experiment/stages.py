@@ -108,7 +108,7 @@ def prepare(config: Config, say: Say) -> Workshop:
     tokenizer = source.load_tokenizer(base)
     pairs = config.objective.kind == "dpo"
     data = config.data.model_copy(update={"format": "preference"}) if pairs else config.data
-    splits: dict[str, Examples] = {name: part for name, part in source.load_splits(data, tokenizer, seed=config.seed).items()}
+    splits = source.load_splits(data, tokenizer, seed=config.seed)
     if splits["train"].rejected is not None and not pairs:
         raise UserError(
             f"data.train = {config.data.train} holds preference pairs, objective.kind = sft learns responses; set it to dpo"
