@@ -9,10 +9,11 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.samples import Samples
 from jax_ordermerge.section import Section, override, parse
+from jax_ordermerge.task import Task
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-PROGRAMS = ("humaneval", "mbpp")  # kinds of tasks whose answers are programs
 PREFERENCES = "preferences"  # the name under which held-out pairs are evaluated
 AxisSize = Annotated[int, Field(ge=-1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -292,36 +293,6 @@ class Merge(Section):
         return tuple(one for spec in given for one in spec.each())
 
 
-class Task(Section):
-    """One evaluation by generation."""
-
-    name: str
-    kind: Literal["exact", "gsm8k", "gsm8k_flexible", "math", "number", "humaneval", "mbpp"] = Field(
-        "exact",
-        description="exact: the whole answer; gsm8k: the number after ####; gsm8k_flexible, number: the last number;"
-        " math: what is \\\\boxed; humaneval, mbpp: a program, run on the tests of its file in a sandbox",
-    )
-    data: str | None = Field(None, description="by default data.test; humaneval and mbpp need their file as published")
-    limit: PositiveInt | None = None
-    max_new_tokens: PositiveInt = 256
-    samples: PositiveInt = Field(1, description="humaneval, mbpp: programs drawn a problem, for pass@1, 10 and 100")
-    temperature: NonNegativeFloat = Field(0.0, description="humaneval, mbpp: 0 is greedy")
-    top_k: PositiveInt | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> "Task":
-        drawn = {name: getattr(self, name) for name in ("samples", "temperature", "top_k", "top_p")}
-        given = [name for name, value in drawn.items() if value != type(self).model_fields[name].default]
-        if given and self.kind not in PROGRAMS:
-            raise ValueError(f"evaluation.tasks: {given[0]} goes with kind humaneval or mbpp, not {self.kind}; remove it")
-        if given and not self.temperature:
-            raise ValueError(f"evaluation.tasks: {given[0]} needs programs that are drawn; give a temperature above 0")
-        if self.kind in PROGRAMS and self.data is None:
-            raise ValueError(f"evaluation.tasks: kind {self.kind} needs its file or hub dataset; give data")
-        return self
-
-
 class Evaluation(Section):
     """What every model (base, members, merges) is measured on."""
 
@@ -351,6 +322,7 @@ class Config(Section):
     population: Population = Population()
     objective: Objective = Objective()
     training: Training = Training()
+    samples: Samples = Samples()
     lora: Lora | None = Field(None, description="null trains all parameters")
     analysis: Analysis = Analysis()
     merge: Merge = Merge()
@@ -447,28 +419,32 @@ def merge_name(spec: MergeSpec, seed: int) -> str:
     return spec.method if spec.seed is None else f"{spec.method}-seed{spec.seed}"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file of differences from the defaults and apply `--set` overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; None is the defaults.
         overrides: `"section.key=value"` with a YAML value, applied in order.
 
     Raises:
         UserError: one line that names the key, what was given and what was expected.
     """
-    file = Path(path)
-    if not file.is_file():
+    raw = {} if path is None else _read(Path(path))
+    for item in overrides:
+        override(raw, item)
+    return make_config(raw, str(path or "config"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
         raise UserError(f"config file {path} not found")
     try:
-        raw = yaml.safe_load(file.read_text()) or {}
+        raw = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections such as 'training:', got {type(raw).__name__}")
-    for item in overrides:
-        override(raw, item)
-    return make_config(raw, str(path))
+    return raw
 
 
 def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:

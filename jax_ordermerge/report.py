@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jax_ordermerge.analysis import document, findings, plots, wording
+from jax_ordermerge.analysis import document, findings, plots, texts, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Fold, Heading, Paragraph, Picture, Table
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
@@ -39,6 +39,16 @@ class Run:
     def name(self) -> str:
         """Of the config, else of the directory."""
         return str(self.config.get("name", self.directory.name))
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """The evaluated ones, in the order of the report."""
+        return self.evaluations["models"] if self.evaluations else []
+
+    @property
+    def resampling(self) -> dict[str, int]:
+        """How items are resampled: `resamples`, `seed`."""
+        return {"resamples": self.config.get("evaluation", {}).get("bootstrap", 1000), "seed": self.config.get("seed", 0)}
 
     @property
     def cosine(self) -> float | None:
@@ -121,16 +131,18 @@ def build(run: Run) -> list[Block]:
     summary: list[Block] = [Paragraph(_introduction(run)), Heading("What was found")]
     summary.append(Bullets(told) if told else Paragraph("Nothing yet: neither the analysis nor the evaluation has been run."))
     return [
-        *summary, *_results(run, comparison), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
+        *summary, *_results(run, comparison), *_texts(run), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
         *_samples(run), *_provenance(run),
     ]  # fmt: skip
 
 
 def compare(run: Run) -> findings.Comparison:
     """Compare the merges of a run with its members and with the average; see `findings.compare`."""
-    models = run.evaluations["models"] if run.evaluations else []
-    resamples, seed = run.config.get("evaluation", {}).get("bootstrap", 1000), run.config.get("seed", 0)
-    return findings.compare(models, run.items, resamples=resamples, seed=seed, merge=run.merge)
+    return findings.compare(run.models, run.items, merge=run.merge, **run.resampling)
+
+
+def _texts(run: Run) -> list[Block]:
+    return texts.blocks(run.models, run.items, **run.resampling)
 
 
 def _introduction(run: Run) -> str:
@@ -166,7 +178,7 @@ def _results(run: Run, comparison: findings.Comparison) -> list[Block]:
 
 def result_table(run: Run, comparison: findings.Comparison) -> Table:
     """Return a row a model, one with the mean of the members, and one with that of the merges of several seeds."""
-    best, models = comparison["best"], (run.evaluations or {"models": []})["models"]
+    best, models = comparison["best"], run.models
     tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
     means = {"mean member (sd between members)": [model for model in models if model["kind"] == "member"]}
     for name, found in comparison["merges"].items():
@@ -212,19 +224,24 @@ def difference_table(comparison: findings.Comparison) -> Table:
                 exact = f"{test['only_first']} : {test['only_second']}, {wording.p_text(test['p'])}" if test else ""
                 against = ("mean_member", "best_member", "average")
                 rows.append([name + seeds, measure, *(_difference(gaps, key, scale, digits) for key in against), exact])
-    return Table(
-        ["merge", "measure", "against the mean member", "against the best member", "against the average", "McNemar, best member"], rows,
-        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test, and p corrected by Holm's method over the "
-        "merges (of answers of single models, from McNemar's test); losses weigh tokens where their numbers are stored, else examples alike. "
-        "Of several merge seeds the mean over them is compared on each item: their own spread is not in the interval. McNemar: items "
-        "only the merge : only the member answers rightly. Less loss and more points are better.", text=(0, 1),
-    )  # fmt: skip
+    header = ["merge", "measure", "against the mean member", "against the best member", "against the average"]
+    caption = (
+        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test, and where it is larger p corrected by Holm's "
+        "method over the merges (of answers of single models, from McNemar's test); losses weigh tokens where their numbers are stored, else "
+        "examples alike. Of several merge seeds the mean over them is compared on each item, and their spread is in error, interval and p. "
+        "Less loss and more points are better."
+    )
+    if any(row[-1] for row in rows):
+        header.append("McNemar, best member")
+        caption += " McNemar: items only the merge : only the member answers rightly."
+    return Table(header, [row[: len(header)] for row in rows], caption, text=(0, 1))
 
 
 def _difference(gaps: Mapping[str, Any], key: str, scale: float, digits: int) -> str:
     if key not in gaps:
         return ""
-    return f"{wording.interval(gaps[key], scale, digits)}, by Holm {wording.p_text(gaps['holm'][key])}"
+    shown, corrected = wording.interval(gaps[key], scale, digits), wording.p_text(gaps["holm"][key])
+    return shown if shown.endswith(corrected) else f"{shown}, by Holm {corrected.removeprefix('p ')}"
 
 
 # --- training and imbalance -------------------------------------------------------------------------------------------------

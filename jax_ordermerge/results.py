@@ -250,4 +250,4 @@ def _effects(run: Run) -> list[dict[str, Any]]:
 
 
 def _models(run: Run) -> dict[str, dict[str, Any]]:
-    return {model["name"]: model for model in (run.evaluations or {"models": []})["models"]}
+    return {model["name"]: model for model in run.models}

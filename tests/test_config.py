@@ -10,7 +10,7 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import methods
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+CONFIGS = sorted(file for room in (".", "paper", "small") for file in (FOLDER / room).glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,17 @@ def test_large_configs_have_the_published_settings(name):
     assert (config.model.base, config.model.compute_dtype, training.weight_decay) == ("meta-llama/Llama-2-7b-hf", "bfloat16", 0)
     assert (config.population.members, config.merge.dtype, config.data.validation_examples) == (4, "bfloat16", 256)
     assert sorted(spec.seed for spec in config.merge.methods if spec.method == "selection") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS[0].parent / "benchmarks").glob("*.yaml")), ids=lambda file: file.stem)
+def test_committed_benchmarks_are_valid_and_say_how_to_run_them(file):
+    config = load_config(file)
+    assert config.evaluation.tasks
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    assert (
+        f"ordermerge evaluate MODEL --config configs/benchmarks/{file.name} --out results"
+        in file.read_text().split("evaluation:")[0]
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])

@@ -52,7 +52,7 @@ def compare(
 ) -> Comparison:
     """Compare every merge with the mean member, with the best one and with the average, item by item.
 
-    Merges that differ in nothing but their seed are compared as one: what counts is their mean on each item.
+    Merges that differ in nothing but their seed are compared as one, by their mean on each item, with their spread in the error.
 
     Args:
         models: of evaluations.json.
@@ -82,14 +82,14 @@ def compare(
     known_merges = [model["name"] for model in models if model["kind"] == "merge" and model["name"] in items]
     merges: Comparison = {}
     for name, alike in _together(known_merges, merge).items() if all(one in items for one in names) else ():
-        own, others = _mean([items[one] for one in alike]), {"best_member": items[best]}
+        own, others = [items[one] for one in alike], {"best_member": items[best]}
         if name != AVERAGE and AVERAGE in known_merges:
             others["average"] = items[AVERAGE]
         of_members = [items[one] for one in names]
         merges[name] = {
             "names": alike,
             "loss": _losses(own, of_members, others, resamples, seed),
-            "tasks": {task: _answers(task, own, of_members, others, resamples, seed) for task in own.get("tasks", {})},
+            "tasks": {task: _answers(task, own, of_members, others, resamples, seed) for task in own[0].get("tasks", {})},
         }
     _correct(merges)
     return {"best": {"name": best, "chosen_on": "validation" if validated else "test"}, "merges": merges}
@@ -106,7 +106,7 @@ def sentences(
 
     Clearly: p < 0.01. Weakly: p < 0.05, corrected over the merges. Otherwise two things are said to be not distinguishable, and never to be equal.
     """
-    found = [] if analysis is None else [*_positions(analysis, unit), *_mitigation(analysis)]
+    found = [] if analysis is None else [*_positions(analysis, unit), *_mitigation(analysis, groups(merge))]
     found += [] if merge is None else _vectors(merge)
     if evaluations is not None:
         models = evaluations["models"]
@@ -119,7 +119,7 @@ def sentences(
             found.append(
                 f"These are {tests} comparisons. Words follow p values corrected by Holm's method over the merges, apart for each measure "
                 "and each model compared with; over these nothing is corrected. The errors are over test items, for these trained "
-                "models; another training seed adds the spread that the members show among themselves, another merge seed the one given as sd."
+                "models; another training seed adds the spread that the members show among themselves, the spread between merge seeds is in the errors where there are several."
             )
     return found
 
@@ -131,57 +131,49 @@ def _together(merges: Sequence[str], merge: Mapping[str, Any] | None) -> dict[st
     return {of.get(one, one): whole.get(of.get(one, one), [one]) for one in merges}
 
 
-def _mean(rows: Sequence[Model]) -> Model:
-    """Return the mean of several merges on each item, as one model's; of one merge itself, and of those on different items nothing."""
-    first = rows[0]
-    if len(rows) == 1:
-        return first
-
-    def ids(row: Model, task: str) -> list[Any]:
-        return [item["id"] for item in row.get("tasks", {}).get(task, ())]
-
-    tasks = {}
-    for task, asked in first.get("tasks", {}).items():
-        if all(ids(row, task) == ids(first, task) for row in rows):
-            right = np.mean([[float(item["correct"]) for item in row["tasks"][task]] for row in rows], axis=0)
-            tasks[task] = [{"id": item["id"], "correct": share} for item, share in zip(asked, right.tolist(), strict=True)]
-    same = all(row.get("ids") == first.get("ids") and row.get("losses") for row in rows)
-    losses = np.mean([row["losses"] for row in rows], axis=0).tolist() if same else []
-    return {**first, "losses": losses, "tasks": tasks}
-
-
-def _losses(own: Model, members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int) -> Comparison | None:
-    others = {name: row for name, row in others.items() if name != AVERAGE or row.get("ids") == own.get("ids")}
-    everyone = [*members, *others.values()]
-    if not own.get("losses") or any(row.get("ids") != own.get("ids") or not row.get("losses") for row in everyone):
+def _losses(
+    own: Sequence[Model], members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int
+) -> Comparison | None:
+    ids = own[0].get("ids")
+    others = {name: row for name, row in others.items() if name != AVERAGE or row.get("ids") == ids}
+    if any(row.get("ids") != ids or not row.get("losses") for row in [*own, *members, *others.values()]):
         return None
-    mean, weights = np.mean([row["losses"] for row in members], axis=0), own.get("tokens")
-    against = {"mean_member": mean} | {name: row["losses"] for name, row in others.items()}
+    against = {"mean_member": np.mean([row["losses"] for row in members], axis=0)}
+    against |= {name: np.array(row["losses"]) for name, row in others.items()}
+    values = np.array([row["losses"] for row in own])
     return {
-        name: paired.difference(own["losses"], losses, weights=weights, resamples=resamples, seed=seed)
-        for name, losses in against.items()
+        name: _difference(values, losses, own[0].get("tokens"), resamples=resamples, seed=seed) for name, losses in against.items()
     }
 
 
 def _answers(
-    task: str, own: Model, members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int
+    task: str, own: Sequence[Model], members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int
 ) -> Comparison | None:
-    def ids(row: Model) -> list[Any]:
-        return [item["id"] for item in row.get("tasks", {}).get(task, ())]
+    def rows(model: Model) -> Sequence[Model]:
+        found: Sequence[Model] = model.get("tasks", {}).get(task, ())
+        return found
 
-    others = {name: row for name, row in others.items() if name != AVERAGE or ids(row) == ids(own)}
-    everyone = [own, *members, *others.values()]
-    rows = [row.get("tasks", {}).get(task) for row in everyone]
-    if any(ids(row) != ids(own) for row in everyone) or len(rows[0]) < 2:
+    def right(models: Sequence[Model]) -> np.ndarray:
+        return np.array([[float(item["correct"]) for item in rows(model)] for model in models])
+
+    ids = [item["id"] for item in rows(own[0])]
+    others = {name: model for name, model in others.items() if name != AVERAGE or [item["id"] for item in rows(model)] == ids}
+    if len(ids) < 2 or any([item["id"] for item in rows(model)] != ids for model in [*own, *members, *others.values()]):
         return None
-    right, *each = [np.array([float(x["correct"]) for x in row]) for row in rows]
-    against = dict(zip(others, each[len(members) :], strict=True))
-    # right and wrong are of one model: the mean over several seeds is compared by the t-test alone
-    tests = {"best_member": "mcnemar", "average": "mcnemar_average"} if set(right.tolist()) <= {0.0, 1.0} else {}
-    return {
-        name: paired.difference(right, other, resamples=resamples, seed=seed)
-        for name, other in ({"mean_member": np.mean(each[: len(members)], axis=0)} | against).items()
-    } | {tests[name]: paired.mcnemar(right, other) for name, other in against.items() if name in tests}
+    values, against = right(own), dict(zip(others, right(list(others.values())), strict=True))
+    found: Comparison = {
+        name: _difference(values, other, None, resamples=resamples, seed=seed)
+        for name, other in ({"mean_member": right(members).mean(axis=0)} | against).items()
+    }
+    # right and wrong are of one model: several seeds are compared by the t-test alone
+    tests = {"best_member": "mcnemar", "average": "mcnemar_average"} if len(own) == 1 else {}
+    return found | {tests[name]: paired.mcnemar(values[0] > 0.5, other > 0.5) for name, other in against.items() if name in tests}
+
+
+def _difference(values: np.ndarray, other: np.ndarray, weights: Any, *, resamples: int, seed: int) -> dict[str, float]:
+    """Compare the mean over seeds of values [S, n] with those of another model, [n]."""
+    gap = paired.difference(values.mean(axis=0), other, weights=weights, resamples=resamples, seed=seed)
+    return gap if len(values) == 1 else paired.over_seeds(gap, np.average(values - other, axis=1, weights=weights))
 
 
 def _correct(merges: Comparison) -> None:
@@ -223,9 +215,10 @@ def _positions(analysis: Mapping[str, Any], unit: str) -> list[str]:
     return found
 
 
-def _mitigation(analysis: Mapping[str, Any]) -> list[str]:
+def _mitigation(analysis: Mapping[str, Any], together: Mapping[str, Sequence[str]]) -> list[str]:
     gaps = analysis["pooled"]["early_late"]
     merges = {name: row["early_late"] for name, row in analysis["merged"].items()}
+    of = {one: name for name, alike in together.items() for one in alike}
     if not merges or any("reason" in gap for gap in gaps):
         return []
     epoch = max(range(len(gaps)), key=lambda e: abs(gaps[e]["estimate"]))
@@ -233,10 +226,12 @@ def _mitigation(analysis: Mapping[str, Any]) -> list[str]:
     if before["low"] <= 0 <= before["high"]:
         return ["After merging: the members show no gap between early and late samples that a merge could close."]
     parts = []
-    for name, rows in merges.items():
-        after, change = rows[epoch]["merged"], rows[epoch]["difference"]
-        told = "" if change["low"] > 0 or change["high"] < 0 else " (not told from the members')"
-        parts.append(f"{name} {after['estimate']:+.4f} ± {after['se']:.4f}{told}")
+    for name in dict.fromkeys(of.get(one, one) for one in merges):
+        own = [rows[epoch] for one, rows in merges.items() if of.get(one, one) == name]
+        estimate, error = (np.mean([row["merged"][key] for row in own]) for key in ("estimate", "se"))
+        told = all(row["difference"]["low"] > 0 or row["difference"]["high"] < 0 for row in own)
+        seeds = f" (mean of {len(own)} merge seeds)" if len(own) > 1 else ""
+        parts.append(f"{name} {estimate:+.4f} ± {error:.4f}{seeds}{'' if told else ' (not told from the members)'}")
     return [
         f"After merging: where the gap is largest, in epoch {epoch + 1}, the early half of a member's samples differs from its late half by "
         f"{before['estimate']:+.4f} ± {before['se']:.4f}; by the same orders, in the merges: {'; '.join(parts)}. An average of "

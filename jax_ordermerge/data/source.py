@@ -88,15 +88,15 @@ def load_examples(data: config.Data, tokenizer: "PreTrainedTokenizerBase", split
     return load_splits(data.model_copy(update={"test": None}), tokenizer, seed=seed)[split]
 
 
-def load_splits(data: config.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> dict[Split, Examples]:
+def load_splits(data: config.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> dict[str, Examples]:
     """Return all splits that the config has as `load_examples` does, reading and tokenizing each source once.
 
     Raises:
         UserError: see `load_examples`.
     """
     train = tokenize(data.train, data, tokenizer, "train", limit=data.limit)
-    held: dict[Split, Examples] = {}
-    sizes: dict[Split, int] = {"test": data.test_examples, "validation": data.validation_examples}
+    held: dict[str, Examples] = {}
+    sizes = {"test": data.test_examples, "validation": data.validation_examples}
     for split, count in sizes.items():
         if count:
             train, held[split] = set_aside(train, count, seed, split)
@@ -141,7 +141,7 @@ def tokenize(
     return dataclasses.replace(chosen, counts=counts, sources=sources, rejected=rejected)
 
 
-def set_aside(examples: Examples, count: int, seed: int, split: Split) -> tuple[Examples, Examples]:
+def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Examples, Examples]:
     """Return (rest, chosen): `count` examples chosen by the stream `(split,)` of the seed, both in the file's order.
 
     Raises:

@@ -84,9 +84,14 @@ def test_merges_of_several_seeds_are_one_comparison_of_their_mean(run):
     assert list(result["merges"]) == ["good", "bad", "drawn"]
     row = result["merges"]["drawn"]
     assert row["names"] == list(drawn)
-    assert row["loss"]["best_member"] == paired.difference(np.mean(list(drawn.values()), axis=0), rows["m1"], resamples=100, seed=3)
-    share = np.mean(list(answers.values()), axis=0)
-    assert row["tasks"]["sums"]["best_member"] == paired.difference(share, right["m1"], resamples=100, seed=3)
+    for gap, of_seeds, other in (
+        (row["loss"], drawn, rows["m1"]),
+        (row["tasks"]["sums"], answers, right["m1"].astype(float)),
+    ):
+        values = np.array(list(of_seeds.values()), float)
+        alone = paired.difference(values.mean(axis=0), other, resamples=100, seed=3)
+        assert gap["best_member"] == paired.over_seeds(alone, (values - other).mean(axis=1))
+        assert gap["best_member"]["se"] > alone["se"]
     assert "mcnemar" not in row["tasks"]["sums"]
     for measure in ("loss", "tasks"):  # one test a method, not one a seed
         of = [one["loss"] if measure == "loss" else one["tasks"]["sums"] for one in result["merges"].values()]
