@@ -27,8 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one test, or a command that it starts, compiled is there for the others of this session, and gone with it."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    """What one test, or a command that it starts, compiled is there for the others of this session, and gone with it.
+
+    A directory given in JAX_COMPILATION_CACHE_DIR is shared with other sessions; workers find it there too.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
         jax.config.update("jax_compilation_cache_dir", compiled)
         config.add_cleanup(lambda: shutil.rmtree(compiled, ignore_errors=True))

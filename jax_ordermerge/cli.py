@@ -116,9 +116,54 @@ def analyze(config: RunArgument, overrides: SetOption = None) -> None:
 
 
 @app.command()
-def evaluate(config: RunArgument, overrides: SetOption = None) -> None:
-    """Measure base, members and merges on held-out data: loss, perplexity and the tasks of the config."""
-    _through("evaluate", config, overrides)
+def evaluate(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG|RUN|MODEL", help="A config or run; or a model: HF directory, hub name or embedded:NAME."),
+    ],
+    overrides: SetOption = None,
+    *,
+    config: Annotated[
+        Path | None, typer.Option(help="With MODEL: YAML with evaluation.tasks, and how the model is computed.")
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASK,...", help="With MODEL: tasks of lm-evaluation-harness (extra: eval).")
+    ] = None,
+    harness_include: Annotated[Path | None, typer.Option(help="Directory with more of its tasks, as YAML.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="With --harness: shots before each item; by default the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --harness: only the first so many items of each task.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="With --harness: ask in the model's chat template.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With MODEL: directory for the results and every item.")] = None,
+) -> None:
+    """Measure base, members and merges of a run on held-out data and the tasks of its config; or one model on tasks.
+
+    ordermerge evaluate runs/quickstart
+
+    ordermerge evaluate MODEL --config configs/benchmarks/gsm8k_5shot.yaml --out results
+
+    ordermerge evaluate MODEL --harness arc_easy,hellaswag --set mesh.fsdp=8
+    """
+    from jax_ordermerge.experiment import evaluating
+
+    own = {"--config": config, "--harness": harness, "--harness-include": harness_include, "--out": out}
+    of_harness = {"--harness-include": harness_include, "--shots": shots, "--limit": limit, "--chat": chat or None}
+    if not evaluating.is_model(target):
+        given = [name for name, value in {**own, **of_harness}.items() if value is not None]
+        if given:
+            raise UserError(f"{given[0]} goes with a model, {target} is a config or run; its tasks are those of evaluation.tasks")
+        _through("evaluate", target, overrides)
+        return
+    settings = evaluating.read_config(str(target), config, overrides or ())
+    if harness is None:
+        given = [name for name, value in of_harness.items() if value is not None]
+        if given:
+            raise UserError(f"{given[0]} goes with --harness TASK,...; tasks of a config have their own settings")
+        evaluating.evaluate_tasks(settings, out, typer.echo)
+        return
+    names = [name.strip() for name in harness.split(",") if name.strip()]
+    evaluating.evaluate_harness(settings, names, out, typer.echo, include=harness_include, shots=shots, limit=limit, chat=chat)
 
 
 @app.command()
@@ -144,6 +189,19 @@ def compare(
     from jax_ordermerge import comparison
 
     typer.echo(f"wrote {comparison.write(runs, out)}")
+
+
+@app.command()
+def results(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, analyzed and evaluated.")],
+    *,
+    out: Annotated[Path, typer.Option(help="The page, Markdown.")] = Path("results.md"),
+) -> None:
+    """Write one page about runs: their tables, what they show together, and what they do not."""
+
+    from jax_ordermerge import results
+
+    typer.echo(f"wrote {results.write(runs, out)}")
 
 
 @app.command()

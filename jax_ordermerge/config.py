@@ -10,10 +10,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.mixing import Mixing
-from jax_ordermerge.section import Section, parse
+from jax_ordermerge.samples import Samples
+from jax_ordermerge.section import Section, override, parse
+from jax_ordermerge.task import Task
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-PROGRAMS = ("humaneval", "mbpp")  # kinds of tasks whose answers are programs
 PREFERENCES = "preferences"  # the name under which held-out pairs are evaluated
 AxisSize = Annotated[int, Field(ge=-1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -75,13 +76,22 @@ class Data(Section):
     validation_examples: NonNegativeInt = Field(
         0, description="examples set aside from train by seed, to choose the best member, or the best checkpoint of each, on"
     )
+    test_examples: NonNegativeInt = Field(
+        0, description="examples set aside from train by seed and held out, in place of a file of their own (test)"
+    )
     format: Literal[
         "auto", "messages", "prompt_completion", "text", "sharegpt", "alpaca", "question_answer", "preference"
     ] = "auto"  # fmt: skip
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="other names that columns of the format have in files: {question: problem, answer: solution}",
+    )
     template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field("auto", description="how prompt and response become text")
     max_length: PositiveInt = Field(512, description="tokens an example")
     too_long: Literal["drop", "truncate"] = "drop"
-    limit: PositiveInt | None = Field(None, description="use only the first so many training examples")
+    limit: PositiveInt | None = Field(
+        None, description="use only the first so many training examples: rows of the file, windows of texts"
+    )
     test_limit: PositiveInt | None = Field(None, description="use only the first so many test examples")
     packing: Literal["none", "packs", "bins"] = Field(
         "none",
@@ -252,8 +262,24 @@ class MergeSpec(Section):
     name: str | None = Field(None, description="directory name, by default method and seed")
     method: str = Field(description="a name of the table of methods, or greedy_soup (needs data.validation_examples)")
     seed: int | None = Field(None, description="by default the seed of the run")
+    seeds: tuple[int, ...] = Field(
+        (), description="several seeds: one merge each, named NAME-seedS, which the report sums up together", exclude=True
+    )
     weights: tuple[NonNegativeFloat, ...] | None = Field(None, description="one a member, by default equal")
     parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _one_way(self) -> "MergeSpec":
+        if self.seeds and self.seed is not None:
+            raise ValueError(f"merge.methods: {self.method} has both seed = {self.seed} and seeds = {list(self.seeds)}; give one")
+        return self
+
+    def each(self) -> "tuple[MergeSpec, ...]":
+        """Return the merges that this entry asks for: itself, or one for each of its seeds."""
+        if not self.seeds:
+            return (self,)
+        named = self.name or self.method
+        return tuple(self.model_copy(update={"name": f"{named}-seed{seed}", "seed": seed, "seeds": ()}) for seed in self.seeds)
 
 
 class Merge(Section):
@@ -263,35 +289,10 @@ class Merge(Section):
     fisher_examples: PositiveInt = Field(256, description="training examples from which method fisher estimates the information")
     methods: tuple[MergeSpec, ...] = (MergeSpec(method="average"), MergeSpec(method="selection"))
 
-
-class Task(Section):
-    """One evaluation by generation."""
-
-    name: str
-    kind: Literal["exact", "gsm8k", "gsm8k_flexible", "math", "number", "humaneval", "mbpp"] = Field(
-        "exact",
-        description="exact: the whole answer; gsm8k: the number after ####; gsm8k_flexible, number: the last number;"
-        " math: what is \\\\boxed; humaneval, mbpp: a program, run on the tests of its file in a sandbox",
-    )
-    data: str | None = Field(None, description="by default data.test; humaneval and mbpp need their file as published")
-    limit: PositiveInt | None = None
-    max_new_tokens: PositiveInt = 256
-    samples: PositiveInt = Field(1, description="humaneval, mbpp: programs drawn a problem, for pass@1, 10 and 100")
-    temperature: NonNegativeFloat = Field(0.0, description="humaneval, mbpp: 0 is greedy")
-    top_k: PositiveInt | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> "Task":
-        drawn = {name: getattr(self, name) for name in ("samples", "temperature", "top_k", "top_p")}
-        given = [name for name, value in drawn.items() if value != type(self).model_fields[name].default]
-        if given and self.kind not in PROGRAMS:
-            raise ValueError(f"evaluation.tasks: {given[0]} goes with kind humaneval or mbpp, not {self.kind}; remove it")
-        if given and not self.temperature:
-            raise ValueError(f"evaluation.tasks: {given[0]} needs programs that are drawn; give a temperature above 0")
-        if self.kind in PROGRAMS and self.data is None:
-            raise ValueError(f"evaluation.tasks: kind {self.kind} needs its file or hub dataset; give data")
-        return self
+    @pydantic.field_validator("methods", mode="after")
+    @classmethod
+    def _each_seed(cls, given: tuple[MergeSpec, ...]) -> tuple[MergeSpec, ...]:
+        return tuple(one for spec in given for one in spec.each())
 
 
 class Evaluation(Section):
@@ -323,6 +324,7 @@ class Config(Section):
     population: Population = Population()
     objective: Objective = Objective()
     training: Training = Training()
+    samples: Samples = Samples()
     lora: Lora | None = Field(None, description="null trains all parameters")
     analysis: Analysis = Analysis()
     merge: Merge = Merge()
@@ -364,6 +366,11 @@ class Config(Section):
         if self.lora and self.model.init == "random":
             raise ValueError(
                 "lora changes a trained base a little; model.init = random has none, set it to pretrained or lora to null"
+            )
+        if self.data.test and self.data.test_examples:
+            raise ValueError(
+                f"data.test_examples = {self.data.test_examples} sets examples aside from train, data.test = {self.data.test}"
+                " is a file of them; give one of the two"
             )
         too_long = [b for b in self.data.buckets if b > self.data.max_length]
         if too_long:
@@ -419,28 +426,32 @@ def merge_name(spec: MergeSpec, seed: int) -> str:
     return spec.method if spec.seed is None else f"{spec.method}-seed{spec.seed}"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file of differences from the defaults and apply `--set` overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; None is the defaults.
         overrides: `"section.key=value"` with a YAML value, applied in order.
 
     Raises:
         UserError: one line that names the key, what was given and what was expected.
     """
-    file = Path(path)
-    if not file.is_file():
+    raw = {} if path is None else _read(Path(path))
+    for item in overrides:
+        override(raw, item)
+    return make_config(raw, str(path or "config"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
         raise UserError(f"config file {path} not found")
     try:
-        raw = yaml.safe_load(file.read_text()) or {}
+        raw = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections such as 'training:', got {type(raw).__name__}")
-    for item in overrides:
-        _override(raw, item)
-    return make_config(raw, str(path))
+    return raw
 
 
 def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
@@ -465,22 +476,3 @@ def to_dict(config: Config) -> dict[str, Any]:
         True
     """
     return config.model_dump(mode="json")
-
-
-def _override(raw: dict[str, Any], item: str) -> None:
-    path, sign, text = item.partition("=")
-    if not sign:
-        raise UserError(f"--set {item}: expected section.key=value, e.g. --set training.learning_rate=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {item}: the value is not valid YAML: {text}") from error
-    *parents, last = path.strip().split(".")
-    node = raw
-    for name in parents:
-        child = node.get(name)
-        if child is not None and not isinstance(child, dict):
-            raise UserError(f"--set {item}: {name} is not a section")
-        node[name] = dict(child or {})
-        node = node[name]
-    node[last] = value

@@ -66,37 +66,43 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[d
 
 
 def load_examples(data: config.Data, tokenizer: "PreTrainedTokenizerBase", split: Split, *, seed: int) -> Examples | None:
-    """Load, template and tokenize one split; None where the config has none (no `test`, no validation examples).
+    """Load, template and tokenize one split; None where the config has none (no held-out examples, no validation examples).
 
-    `train` and `validation` come from `data.train`: `validation_examples` of the examples that are used are set aside by
-    `split_validation`. `limit` counts rows of the file, before anything is dropped.
+    `train` and `validation` come from `data.train`, and so does `test` where it has no file of its own: `test_examples` and
+    `validation_examples` of the examples that are used are set aside by `set_aside`. `limit` counts rows of the file, before anything
+    is dropped, and windows of texts.
 
     Args:
         data: the section of the config.
         tokenizer: of the base model, see `load_tokenizer`.
         split: which part.
-        seed: seed of the run; only the choice of validation examples depends on it.
+        seed: seed of the run; only the choice of what is set aside depends on it.
 
     Raises:
         UserError: bad input, with the source and the row; nothing left after dropping.
     """
-    if split == "test":
-        return tokenize(data.test, data, tokenizer, "test", limit=data.test_limit) if data.test is not None else None
-    if split == "validation" and not data.validation_examples:
+    if split == "test" and data.test is not None:
+        return tokenize(data.test, data, tokenizer, "test", limit=data.test_limit)
+    if split != "train" and not (data.validation_examples if split == "validation" else data.test_examples):
         return None
-    return load_training(data, tokenizer, seed=seed)[split == "validation"]
+    return load_splits(data.model_copy(update={"test": None}), tokenizer, seed=seed)[split]
 
 
-def load_training(data: config.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> tuple[Examples, Examples | None]:
-    """Return (train, validation) of `load_examples`, reading and tokenizing the source once.
+def load_splits(data: config.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> dict[str, Examples]:
+    """Return all splits that the config has as `load_examples` does, reading and tokenizing each source once.
 
     Raises:
         UserError: see `load_examples`.
     """
-    whole = tokenize(data.train, data, tokenizer, "train", limit=data.limit)
-    if not data.validation_examples:
-        return whole, None
-    return split_validation(whole, data.validation_examples, seed)
+    train = tokenize(data.train, data, tokenizer, "train", limit=data.limit)
+    held: dict[str, Examples] = {}
+    sizes = {"test": data.test_examples, "validation": data.validation_examples}
+    for split, count in sizes.items():
+        if count:
+            train, held[split] = set_aside(train, count, seed, split)
+    if data.test is not None:
+        held["test"] = tokenize(data.test, data, tokenizer, "test", limit=data.test_limit)
+    return {"train": train, **held}
 
 
 def tokenize(
@@ -112,7 +118,8 @@ def tokenize(
     Raises:
         UserError: see `load_examples`.
     """
-    rows = load(path, split, limit=limit)
+    # only where they are so named: training and test data may come from different places
+    rows = [row | {name: row[own] for name, own in data.columns.items() if own in row} for row in load(path, split, limit=limit)]
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
     records = formats.normalize(rows, form, path)
     template = chat.resolve_template(data.template, form, records, tokenizer)
@@ -123,6 +130,7 @@ def tokenize(
         sides = [part, [record.rejected for record in part if record.rejected]] if pairs else [part]
         for origin, sequences in enumerate(zip(*(chat.encode(side, template, tokenizer) for side in sides), strict=True), start):
             kept.window(*sequences) if form == "text" else kept.fit(sequences, origin)
+    kept.cut(limit)  # a row gives several windows
     counts = {"read": len(rows), **kept.counts, "used": len(kept.origins)}
     if not kept.origins:
         said = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
@@ -133,22 +141,22 @@ def tokenize(
     return dataclasses.replace(chosen, counts=counts, sources=sources, rejected=rejected)
 
 
-def split_validation(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
-    """Return (train, validation): `count` examples set aside by the stream `("validation",)` of the seed, both in the file's order.
+def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Examples, Examples]:
+    """Return (rest, chosen): `count` examples chosen by the stream `(split,)` of the seed, both in the file's order.
 
     Raises:
         UserError: nothing would be left to train on.
 
     Example:
         >>> five = Examples(Ragged.of([[1, 2]] * 5, np.int32), Ragged.of([[0, 1]] * 5, np.bool_), np.arange(5))
-        >>> train, validation = split_validation(five, 2, seed=0)
+        >>> train, validation = set_aside(five, 2, 0, "validation")
         >>> train.ids.tolist(), validation.ids.tolist()
         ([2, 3, 4], [0, 1])
     """
     if count >= len(examples):
-        raise UserError(f"data.validation_examples = {count} leaves nothing of {len(examples)} training examples; lower it")
+        raise UserError(f"data.{split}_examples = {count} leaves nothing of {len(examples)} training examples; lower it")
     chosen = np.zeros(len(examples), bool)
-    chosen[permutation(len(examples), seed, "validation")[:count]] = True
+    chosen[permutation(len(examples), seed, split)[:count]] = True
     return examples.take(np.flatnonzero(~chosen)), examples.take(np.flatnonzero(chosen))
 
 
@@ -203,6 +211,11 @@ class _Kept:
         else:
             self.counts["truncated"] += long
             self._add(sequences, 0, origin)
+
+    def cut(self, limit: int | None) -> None:
+        if limit is not None:
+            self.tokens, self.answers = ([rows[:limit] for rows in part] for part in (self.tokens, self.answers))
+            self.origins = self.origins[:limit]
 
     def _add(self, sequences: Sequence[chat.Encoded], start: int, origin: int) -> None:
         end = start + self.length

@@ -14,7 +14,7 @@ from jax_ordermerge.errors import UserError
 
 # A run may continue on other hardware or elsewhere; everything else decides its result.
 _FREE_TO_CHANGE = (
-    "mesh", "distributed", "output", "tracking", "compilation_cache",
+    "mesh", "distributed", "output", "tracking", "samples", "compilation_cache",
     "training.log_every", "training.keep_checkpoints", "training.spike",
 )  # fmt: skip
 

@@ -37,6 +37,8 @@ from jax_ordermerge.tree import Tree, unflatten
 
 # What may differ when a training continues: it decides when something is written, not what.
 _FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep_checkpoints", "spike"}
+# (what members have for themselves, what they share) -> a line of samples.jsonl
+Sample = Callable[[Tree, Tree], dict[str, Any]]
 _AHEAD = 2  # steps the host may start before the devices have ended them, so that a request to stop is soon followed
 
 
@@ -51,6 +53,7 @@ def train(
     directory: Path | None = None,
     members: Sequence[int] | None = None,
     watch: Watcher | None = None,
+    sample: Sample | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the members of a population, each in its own order, or continue where an earlier call stopped.
 
@@ -65,6 +68,7 @@ def train(
         directory: run directory, by default that of the config.
         members: which members of the population to train, by default all. A member alone becomes what it becomes among others.
         watch: is told messages and metrics, by default a display on the terminal.
+        sample: answers fixed prompts with the members' weights every `samples.every` steps, for `metrics/samples.jsonl`.
 
     Returns:
         What is in `metrics/state.json`.
@@ -88,7 +92,7 @@ def train(
         raise UserError(
             f"{len(plan.members)} members cannot be divided over mesh.order = {mesh.shape['order']}; choose a divisor for mesh.order"
         )
-    training = Training(config, model, plan, mesh, directory or config.directory, held_out)
+    training = Training(config, model, plan, mesh, directory or config.directory, held_out=held_out, sample=sample)
     try:
         with contextlib.ExitStack() as stack:
             shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
@@ -106,11 +110,20 @@ class Training:
     """One training: what is constant in it, and the steps of its life in the order they are called."""
 
     def __init__(
-        self, config: Config, model: ModelConfig, plan: Plan, mesh: Mesh, directory: Path, held_out: Examples | None = None
+        self,
+        config: Config,
+        model: ModelConfig,
+        plan: Plan,
+        mesh: Mesh,
+        directory: Path,
+        *,
+        held_out: Examples | None = None,
+        sample: Sample | None = None,
     ) -> None:
         self.config, self.model, self.plan, self.mesh, self.directory = config, model, plan, mesh, directory
         self.held_out = held_out if config.training.validates else None
-        self.log = directory / "metrics" / "train.jsonl"
+        self.sample = sample
+        self.log, self.samples = (directory / "metrics" / f"{name}.jsonl" for name in ("train", "samples"))
         self.device_kind = mesh.devices.flat[0].device_kind
         peak = flops.peak(self.device_kind, config.model.compute_dtype)
         self.journal = Journal(plan, model, peak and peak * mesh.size)
@@ -131,7 +144,8 @@ class Training:
             if start is None:
                 state = self.start(load)
                 best = validation.initial(self.best)
-                journal.truncate_lines(self.log, 0)
+                for file in (self.log, self.samples):
+                    journal.truncate_lines(file, 0)
                 journal.save_orders(self.directory / "orders", self.plan)
             else:
                 self._check_same(checkpoints.metadata(start), start)
@@ -220,9 +234,9 @@ class Training:
                     state = mix(state, step + 1)
                     pending.append((step, metrics))
                     follow(pending)
-                logs, saves, validates = self._due(step + 1)
+                logs, saves, validates, samples = self._due(step + 1)
                 stops = stop.reached(step + 1)
-                if not (logs or saves or validates or stops):
+                if not (logs or saves or validates or samples or stops):
                     continue
                 with clock.devices():
                     jax.block_until_ready(metrics)
@@ -235,6 +249,10 @@ class Training:
                         best, losses = validate(best, self._weights(state), step + 1, frozen)
                         self.journal.validated(step, fetch_one(losses))
                 clock.read()
+                if self.sample and samples:
+                    answers = self.sample(self._weights(state), frozen)
+                    journal.append_line(self.samples, {"step": step + 1, "members": list(self.plan.members), **answers})
+                    clock.skip()
                 if logs or validates:
                     _log(self, step + 1, float(fetched.learning_rate[0]), watch)
                 if saves or stops:
@@ -247,14 +265,15 @@ class Training:
                     )
         return best
 
-    def _due(self, done: int) -> tuple[bool, bool, bool]:
-        """Whether to log, to save, and to measure validation losses after so many steps."""
-        training, last = self.config.training, done == self.plan.steps
+    def _due(self, done: int) -> tuple[bool, bool, bool, bool]:
+        """Whether to log, to save, to measure validation losses, and to answer prompts after so many steps."""
+        training, last, asks = self.config.training, done == self.plan.steps, self.config.samples.every
         saves, validates = training.checkpoint_every or self.plan.epoch_steps, training.validate_every or self.plan.epoch_steps
         return (
             last or done % training.log_every == 0,
             last or done % saves == 0,
             self.held_out is not None and (last or done % validates == 0),
+            asks is not None and (last or done % asks == 0),
         )
 
     # --------------------------------------------------------------------------------------------------------------- checkpoints
@@ -290,7 +309,8 @@ class Training:
             wanted["best"] = self.best if done < self.plan.steps else self.best._replace(weights={})
         found = checkpoints.restore(done, wanted)
         self.journal.restore(np.asarray(found["losses"]), checkpoints.metadata(done)["journal"])
-        journal.truncate_lines(self.log, done)
+        for file in (self.log, self.samples):
+            journal.truncate_lines(file, done)
         best = found["best"] if self.held_out else validation.initial(self.best)
         return steps.TrainState(found.get("params", {}), found.get("optimizer"), found.get("step")), best
 
