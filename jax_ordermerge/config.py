@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.mixing import Mixing
 from jax_ordermerge.samples import Samples
 from jax_ordermerge.section import Section, override, parse
 from jax_ordermerge.task import Task
@@ -184,6 +185,7 @@ class Training(Section):
         " analyzed, merged and exported",
     )
     clip_norm: PositiveFloat | None = Field(1.0, description="global gradient norm; null does not clip")
+    mixing: Mixing | None = Field(None, description="null: members know nothing of each other; kind: wash or papa")
     checkpoint_every: PositiveInt | None = Field(None, description="steps; null saves at the end of each epoch")
     keep_checkpoints: PositiveInt = Field(2, description="how many of the latest are kept")
     checkpoint: Literal["last", "best"] = Field(
@@ -359,6 +361,11 @@ class Config(Section):
         if self.training.microbatch and self.training.batch % self.training.microbatch:
             raise ValueError(
                 f"training.batch = {self.training.batch} is not a multiple of training.microbatch = {self.training.microbatch}"
+            )
+        if self.training.mixing and (self.population.wave or self.population.members) < max(self.population.members, 2):
+            raise ValueError(
+                f"training.mixing needs two members or more, all of them trained at once; population has members ="
+                f" {self.population.members}, wave = {self.population.wave}: change them or remove mixing"
             )
         if self.training.validates and not self.data.validation_examples:
             raise ValueError(

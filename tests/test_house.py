@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "jax_ordermerge"
 LEVELS = {
-    "errors": -3, "section": -2, "samples": -1, "task": -1, "config": 0, "arch": 0, "hardware": 0, "processes": 0, "rng": 1, "mesh": 1, "tree": 1, "model": 2, "checkpoint": 2, "data": 3, "merge": 3,
+    "errors": -3, "section": -2, "mixing": -1, "samples": -1, "task": -1, "config": 0, "arch": 0, "hardware": 0, "processes": 0, "rng": 1, "mesh": 1, "tree": 1, "model": 2, "checkpoint": 2, "data": 3, "merge": 3,
     "train": 4, "evaluate": 4, "analysis": 4, "plan": 5, "report": 5, "launch": 5, "doctor": 5, "comparison": 6, "results": 6, "experiment": 6, "cli": 7,
 }  # fmt: skip
 MAY_IMPORT = {

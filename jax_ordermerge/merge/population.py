@@ -151,7 +151,7 @@ def _prepared(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of `_merge_leaf`, arrays or their descriptions, and what selects its program."""
     tensors = _tensors(members, base, names, stacked, chosen)
-    inner = _without_members(members)
+    inner = without_members(members)
     learned = [parts.split(methods.learn(tensor, chosen.method, chosen.parameters)) for tensor in tensors]
     known = {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]}
     settings = {
@@ -224,7 +224,7 @@ def _tensors(members: Any, base: Any, names: Sequence[str], stacked: bool, chose
     layers = range(len(names)) if stacked else (None,)
     words = [methods.key_words(method, parameters, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
     given = methods.check_weights(method, weights, members.shape[0], parameters)
-    inner = _without_members(members)
+    inner = without_members(members)
     leaf = _Leaf(members, base, stacked, None if inner is None else inner[0])
     return [_Tensor(leaf, i, words[i], given, jnp.dtype(dtype)) for i in range(len(names))]
 
@@ -297,10 +297,17 @@ def _apart(
     return own, own_base if spread is None else jax.lax.with_sharding_constraint(own_base, spread)
 
 
-def _without_members(leaf: jax.Array) -> tuple[NamedSharding, NamedSharding] | None:
+def without_members(leaf: Any) -> tuple[NamedSharding, NamedSharding] | None:
     """Return two shardings of one member of a leaf: with the order axis over its elements, and without it.
 
     Under an outer jit both are left to the compiler.
+
+    Args:
+        leaf: [M, *s], an array or its description.
+
+    Example:
+        >>> without_members(jnp.ones((2, 3))) is None  # on no mesh
+        True
     """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):

@@ -27,7 +27,7 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
-from jax_ordermerge.train import batches, flops, journal, optimizers, track, validation
+from jax_ordermerge.train import batches, flops, journal, mixing, optimizers, track, validation
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.display import Display, Watcher
@@ -84,6 +84,12 @@ def train(
     if config.training.validates and held_out is None:
         raise UserError("training.checkpoint = best and training.validate_every need validation examples")
     plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
+    if config.training.mixing and len(plan.members) < config.population.members:
+        raise UserError(
+            f"training.mixing ({config.training.mixing.kind}) lets all members act on each other; member"
+            f" {', '.join(map(str, plan.members))} cannot be trained without the other"
+            f" {config.population.members - len(plan.members)}: give more devices or memory, or set training.mixing=null"
+        )
     if len(plan.members) % mesh.shape["order"]:
         raise UserError(
             f"{len(plan.members)} members cannot be divided over mesh.order = {mesh.shape['order']}; choose a divisor for mesh.order"
@@ -151,6 +157,8 @@ class Training:
                 state, best = self._restore(checkpoints, start)
             if self.config.training.ema is not None:
                 watch.say(f"the members are averages of their weights (training.ema = {self.config.training.ema})")
+            if self.config.training.mixing is not None:
+                watch.say(f"members act on each other while they train (training.mixing = {self.config.training.mixing.kind})")
             if self.config.training.checkpoint == "best":
                 watch.say("each member is what it was at its lowest validation loss (training.checkpoint = best)")
             if start == self.plan.steps:
@@ -187,6 +195,13 @@ class Training:
         )
         return steps.compile_step(one, self.mesh, self.abstract, self.batch, self.frozen)
 
+    def compile_mixing(self) -> Callable[[steps.TrainState, int], steps.TrainState]:
+        """Return what follows a step, of (state, steps done): nothing where members know nothing of each other."""
+        settings = self.config.training.mixing
+        if settings is None:
+            return lambda state, done: state
+        return mixing.compile_mixing(settings, self.split.trained, self.config.seed, self.mesh, self.abstract.params)
+
     def _weights(self, state: steps.TrainState) -> Tree:
         """What of a state the members are."""
         return state.params if self.config.training.ema is None else state.opt_state.ema
@@ -210,7 +225,7 @@ class Training:
         if self.journal.peak is None:
             watch.say(f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known")
         began = time.monotonic()
-        compiled = self.compile()
+        compiled, mix = self.compile(), self.compile_mixing()
         validate = self._compile_validation() if self.held_out else None
         self.journal.pass_over(time.monotonic() - began)
         clock = Clock(self.journal.totals)
@@ -219,6 +234,7 @@ class Training:
             for step, batch in enumerate(feed, start=start):
                 with clock.devices():
                     state, metrics = compiled(state, batch, frozen)
+                    state = mix(state, step + 1)
                     pending.append((step, metrics))
                     follow(pending)
                 logs, saves, validates, samples = self._due(step + 1)
