@@ -128,7 +128,7 @@ def _counts(verdicts: Iterable[str]) -> str:
 
     Example:
         >>> _counts(["clearly worse", "not told apart", "clearly worse"])
-        'clearly worse 2, not told apart 1'
+        'not told apart 1, clearly worse 2'
     """
     found = list(verdicts)
     order = ("clearly better", "weakly better", findings.APART, "weakly worse", "clearly worse")
