@@ -128,7 +128,7 @@ def _counts(verdicts: Iterable[str]) -> str:
 
     Example:
         >>> _counts(["clearly worse", "not told apart", "clearly worse"])
-        'clearly worse 2, not told apart 1'
+        'not told apart 1, clearly worse 2'
     """
     found = list(verdicts)
     order = ("clearly better", "weakly better", findings.APART, "weakly worse", "clearly worse")
@@ -199,7 +199,13 @@ def _not_shown(runs: Sequence[Run], compared: Sequence[findings.Comparison]) -> 
 def _setting(run: Run) -> str:
     config, data = run.config, run.data or {}
     training, population = config["training"], config["population"]
-    counts = ", ".join(f"{len_of['examples']} {split} examples" for split, len_of in data.items() if isinstance(len_of, Mapping))
+    counts = ", ".join(f"{part['examples']} {split} examples" for split, part in data.items() if isinstance(part, Mapping))
+    long = data.get("train", {}).get("counts", {}).get("dropped_too_long", 0)
+    counts += (
+        f" ({long} of {data['train']['counts']['read']} read for training were above {config['data']['max_length']} tokens)"
+        if long
+        else ""
+    )
     state = run.state or {}
     took = f" Trained in {state['seconds']:.0f} s." if "seconds" in state else ""
     return (

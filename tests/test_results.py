@@ -38,7 +38,16 @@ def make(folder, name, *, average, seed=0):
         }
     )
     (directory / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    dump(directory / "data.json", {"train": {"source": str(folder / "secret" / "rows.json"), "examples": 150}})
+    dump(
+        directory / "data.json",
+        {
+            "train": {
+                "source": str(folder / "secret" / "rows.json"),
+                "examples": 150,
+                "counts": {"read": 170, "dropped_too_long": 20},
+            }
+        },
+    )
     dump(directory / "metrics" / "state.json", {"parameters": 1234, "seconds": 5.0})
     rng = np.random.default_rng(seed)
     places = np.stack([[rng.permutation(150) / 149 for _ in range(2)] for _ in range(4)])
@@ -134,7 +143,7 @@ def test_no_path_of_the_machine_is_on_the_page(page):
     folder, text = page
     assert str(folder) not in text
     assert "secret" not in text
-    assert "small (1,234 parameters) on rows.json: 150 train examples" in text
+    assert "small (1,234 parameters) on rows.json: 150 train examples (20 of 170 read for training were above 512 tokens)" in text
 
 
 def test_what_cannot_be_put_on_a_page_is_refused(tmp_path):
