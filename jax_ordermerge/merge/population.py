@@ -352,7 +352,7 @@ def diagnostics(
     found: dict[str, tuple[geometry.Moments, int]] = {}
     for spec in arch.tensor_table(config):
         own, own_base, own_merged = flat[spec.path], flat_base[spec.path], flat_merged[spec.path]
-        inner = _without_members(own)
+        inner = without_members(own)
         # every process reads the sums, so they must lie on all devices
         everywhere = None if inner is None else NamedSharding(inner[0].mesh, P())
         moments = jax.device_get(_moments(own, own_base, own_merged, everywhere))

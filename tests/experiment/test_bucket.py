@@ -64,7 +64,9 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(b
     lines = [json.loads(line) for line in store.cat_file(f"{run}/metrics/train.jsonl").decode().splitlines()]
     assert [line["step"] for line in lines] == list(range(2, 21, 2))
 
-    on_disk = pipeline.run(load_config(folder / "tiny.yaml", [*SETTINGS, f"output={tmp_path / 'disk'}"]), say=said.append)
+    on_disk = pipeline.run(
+        load_config(folder / "tiny.yaml", [*SETTINGS, "name=disk", f"output={tmp_path / 'disk'}"]), say=said.append
+    )
     for name in ("merged/average/model.safetensors", "merged/selection/model.safetensors", "analysis.json", "losses/final.npz"):
         assert store.cat_file(f"{run}/{name}") == (on_disk / name).read_bytes(), name
     assert set(saved_files(run)) == {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()} - {
@@ -83,10 +85,10 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(b
     same = call("diff", f"{bucket}/merged", f"{run}/merged/average")
     assert "equal" in same
     assert Reader(remote.fetch(f"{bucket}/exported")).names == Reader(folder / "base").names
-    assert call("compare", run, run, "--out", f"{bucket}/comparison") == f"wrote {bucket}/comparison/comparison.html\n"
+    assert call("compare", run, str(on_disk), "--out", f"{bucket}/comparison") == f"wrote {bucket}/comparison/comparison.html\n"
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(
-        f"merge_method: linear\nmodels:\n- model: {bucket}/merged\n- model: {run}/member_1\nparameters: {{weight: 1}}\n"
+        f"merge_method: linear\nmodels:\n- model: {bucket}/merged\n- model: {run}/member_1\nparameters: {{weight: 1}}\ndtype: bfloat16\n"
     )
     assert call("merge", str(recipe), f"{bucket}/again").endswith(f"wrote {bucket}/again\n")
 
