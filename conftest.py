@@ -1,9 +1,16 @@
 """The test rig: offline, 8 CPU devices, rank promotion raises, warnings are errors, matmuls at highest precision."""
 
+import contextlib
 import os
 import pathlib
+import secrets
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.update(
@@ -27,8 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one test, or a command that it starts, compiled is there for the others of this session, and gone with it."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    """What one test, or a command that it starts, compiled is there for the others of this session, and gone with it.
+
+    A directory given in JAX_COMPILATION_CACHE_DIR is shared with other sessions; workers find it there too.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
         jax.config.update("jax_compilation_cache_dir", compiled)
         config.add_cleanup(lambda: shutil.rmtree(compiled, ignore_errors=True))
@@ -39,6 +49,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An emulation of S3 on loopback, without which nothing here speaks to a network; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("store") / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out)
+    try:
+        until = time.monotonic() + 60
+        while True:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < until, "the object store did not start"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def bucket(object_store: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty bucket of this test, whose copies lie in `tmp_path / "cache"`."""
+    import fsspec
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": object_store, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "ORDERMERGE_CACHE": str(tmp_path / "cache"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    name = f"orders-{secrets.token_hex(4)}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

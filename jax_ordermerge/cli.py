@@ -4,7 +4,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -32,7 +32,6 @@ SetOption = Annotated[
 
 
 def _through(last: str, target: Path, overrides: list[str] | None) -> None:
-
     from jax_ordermerge.experiment import pipeline, run_directory
 
     pipeline.run(run_directory.read_config(target, overrides or ()), through=last, say=typer.echo)
@@ -116,19 +115,62 @@ def analyze(config: RunArgument, overrides: SetOption = None) -> None:
 
 
 @app.command()
-def evaluate(config: RunArgument, overrides: SetOption = None) -> None:
-    """Measure base, members and merges on held-out data: loss, perplexity and the tasks of the config."""
-    _through("evaluate", config, overrides)
+def evaluate(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG|RUN|MODEL", help="A config or run; or a model: HF directory, hub name or embedded:NAME."),
+    ],
+    overrides: SetOption = None,
+    *,
+    config: Annotated[
+        Path | None, typer.Option(help="With MODEL: YAML with evaluation.tasks, and how the model is computed.")
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASK,...", help="With MODEL: tasks of lm-evaluation-harness (extra: eval).")
+    ] = None,
+    harness_include: Annotated[Path | None, typer.Option(help="Directory with more of its tasks, as YAML.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="With --harness: shots before each item; by default the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --harness: only the first so many items of each task.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="With --harness: ask in the model's chat template.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With MODEL: directory for the results and every item.")] = None,
+) -> None:
+    """Measure base, members and merges of a run on held-out data and the tasks of its config; or one model on tasks.
+
+    ordermerge evaluate runs/quickstart
+
+    ordermerge evaluate MODEL --config configs/benchmarks/gsm8k_5shot.yaml --out results
+
+    ordermerge evaluate MODEL --harness arc_easy,hellaswag --set mesh.fsdp=8
+    """
+    from jax_ordermerge.experiment import evaluating
+
+    own = {"--config": config, "--harness": harness, "--harness-include": harness_include, "--out": out}
+    of_harness = {"--harness-include": harness_include, "--shots": shots, "--limit": limit, "--chat": chat or None}
+    if not evaluating.is_model(target):
+        given = [name for name, value in {**own, **of_harness}.items() if value is not None]
+        if given:
+            raise UserError(f"{given[0]} goes with a model, {target} is a config or run; its tasks are those of evaluation.tasks")
+        _through("evaluate", target, overrides)
+        return
+    settings = evaluating.read_config(str(target), config, overrides or ())
+    if harness is None:
+        given = [name for name, value in of_harness.items() if value is not None]
+        if given:
+            raise UserError(f"{given[0]} goes with --harness TASK,...; tasks of a config have their own settings")
+        evaluating.evaluate_tasks(settings, out, typer.echo)
+        return
+    names = [name.strip() for name in harness.split(",") if name.strip()]
+    evaluating.evaluate_harness(settings, names, out, typer.echo, include=harness_include, shots=shots, limit=limit, chat=chat)
 
 
 @app.command()
 def report(config: RunArgument, overrides: SetOption = None) -> None:
     """Write report.html and report.md of a run, with whatever stages are complete."""
+    from jax_ordermerge.experiment import pipeline, run_directory
 
-    from jax_ordermerge import report
-    from jax_ordermerge.experiment import run_directory
-
-    typer.echo(f"wrote {report.write(run_directory.read_config(config, overrides or ()).directory)}")
+    typer.echo(f"wrote {pipeline.report(run_directory.read_config(config, overrides or ()))}")
 
 
 @app.command()
@@ -140,10 +182,24 @@ def compare(
     out: Annotated[Path, typer.Option(help="Directory for comparison.html and comparison.md.")] = Path("comparison"),
 ) -> None:
     """Compare runs: what differs in their configs, the imbalance, members and merges."""
-
     from jax_ordermerge import comparison
+    from jax_ordermerge.checkpoint import remote
 
-    typer.echo(f"wrote {comparison.write(runs, out)}")
+    with remote.new_directory(out) as directory:
+        page = comparison.write([remote.fetch(one) for one in runs], directory)
+    typer.echo(f"wrote {remote.address(out) or out}/{page.name}")
+
+
+@app.command()
+def results(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, analyzed and evaluated.")],
+    *,
+    out: Annotated[Path, typer.Option(help="The page, Markdown.")] = Path("results.md"),
+) -> None:
+    """Write one page about runs: their tables, what they show together, and what they do not."""
+    from jax_ordermerge import results
+
+    typer.echo(f"wrote {results.write(runs, out)}")
 
 
 @app.command()
@@ -181,6 +237,7 @@ def merge(
 
     A recipe is YAML of ours or of mergekit. A MODEL is an HF directory, a hub name, MODEL+ADAPTER (a LoRA), or RUN/member_0.
     """
+    from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.experiment import merging
 
     recipe = merging.is_recipe(sources[0])
@@ -198,11 +255,11 @@ def merge(
         plan = merging.plan_recipe(sources[0])
     else:
         plan = merging.plan_models(
-            [str(one) for one in sources],
+            [remote.address(one) or str(one) for one in sources],
             base=base,
             method=method,
-            parameters=_parameters(parameters or []),
-            weights=_weights(weights),
+            parameters=merging.read_parameters(parameters or []),
+            weights=None if weights is None else merging.read_weights(weights),
             seed=seed,
             dtype=dtype,
         )
@@ -212,25 +269,19 @@ def merge(
         typer.echo(merging.describe_plan(plan), nl=False)
         return
     merging.merge_models(plan, target, to=to, workers=workers, shard_bytes=int(shard_gb * 1e9))
-    typer.echo(f"wrote {target}")
+    typer.echo(f"wrote {remote.address(target) or target}")
 
 
 @app.command()
 def search(
     config: RunArgument,
     *,
-    space: Annotated[
-        Path | None, typer.Option(help="YAML: what to choose among. By default that of the config, or a wide grid.")
-    ] = None,
+    space: Annotated[Path | None, typer.Option(help="YAML: what to choose among; by default the config's, or a wide grid.")] = None,
     budget: Annotated[int | None, typer.Option(help="Candidates at most, beside base, members and average.")] = None,
     sampler: Annotated[str | None, typer.Option(help="grid, random, tpe or cma-es.")] = None,
-    validation: Annotated[
-        Path | None, typer.Option(help="Examples to choose on; by default those that data.validation_examples set aside.")
-    ] = None,
+    validation: Annotated[Path | None, typer.Option(help="Examples to choose on; by default data.validation_examples.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of draws and subsets; by default that of the run.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for results and winner; by default search in the run directory.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="For results and winner; by default search in the run directory.")] = None,
     export: Annotated[bool, typer.Option(help="Write the winner as a Hugging Face directory.")] = True,
     overrides: SetOption = None,
 ) -> None:
@@ -284,11 +335,11 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="dtype of the tensors written; by default that of the source.")] = None,
 ) -> None:
     """Convert between Hugging Face directories and Orbax checkpoints, or export one member of a run."""
-
+    from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.experiment import single
 
     single.convert_checkpoint(source, out, to=to, member=member, dtype=dtype)
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {remote.address(out) or out}")
 
 
 @app.command()
@@ -304,7 +355,6 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Complete prompts with a model: greedily, or drawn by seed and number of the prompt."""
-
     from jax_ordermerge.evaluate.sampling import Sampling
     from jax_ordermerge.experiment import single
 
@@ -407,40 +457,15 @@ def judge(
     out: Annotated[Path | None, typer.Option(help="JSON file for the verdicts.")] = None,
 ) -> None:
     """Let a judge choose between the outputs of two models, each pair in both orders."""
-    import json
     import os
 
-    from jax_ordermerge.checkpoint import atomic
     from jax_ordermerge.evaluate import judge
 
-    found, items = judge.compare(
-        judge.Endpoint(endpoint, model, os.environ.get(key_variable)), judge.read(ours), judge.read(theirs)
-    )
-    if out is not None:
-        atomic.replace(out, json.dumps({"judge": model, **found, "items": items}, indent=1).encode())
+    found = judge.compare_files(judge.Endpoint(endpoint, model, os.environ.get(key_variable)), ours, theirs, out)
     typer.echo(
         f"preferred in {100 * found['win_rate']:.1f} % ± {100 * found['se']:.1f} of {found['n']} instructions;"
         f" {found['turned']} verdicts turned with the order"
     )
-
-
-def _parameters(items: list[str]) -> dict[str, Any]:
-    import yaml
-
-    pairs = [item.partition("=") for item in items]
-    for (name, sign, _), item in zip(pairs, items, strict=True):
-        if not (name and sign):
-            raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
-
-
-def _weights(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--weights {text}: expected numbers separated by commas, e.g. --weights 0.5,0.25,0.25") from error
 
 
 def main() -> NoReturn:

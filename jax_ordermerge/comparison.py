@@ -8,7 +8,7 @@ from typing import Any
 from scipy import stats
 
 from jax_ordermerge import report
-from jax_ordermerge.analysis import findings, plots, wording
+from jax_ordermerge.analysis import document, plots, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Heading, Paragraph, Picture, Table
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.report import Run
@@ -30,7 +30,7 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
         UserError: fewer than two runs, no run directory, runs of the same name, or of objectives whose losses differ in kind.
     """
     runs = [report.read(Path(directory)) for directory in directories]
-    names = [_name(run) for run in runs]
+    names = [run.name for run in runs]
     if len(runs) < 2:
         raise UserError(f"{len(runs)} run was given; a comparison takes two or more run directories")
     units = {run.loss_unit for run in runs}
@@ -41,13 +41,13 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
     if len(set(names)) < len(names):
         raise UserError(f"two of the runs have the same name ({', '.join(names)}); give each config a name of its own")
     page = Path(out) / "comparison.html"
-    report.publish(page, f"Comparison: {', '.join(names)}", build(runs), pictures=".")
+    document.publish(page, f"Comparison: {', '.join(names)}", build(runs), pictures=".")
     return page
 
 
 def build(runs: Sequence[Run]) -> list[Block]:
     """Return the blocks of the comparison."""
-    missing = [f"{_name(run)} has no {file} yet" for run in runs for file, found in _stages(run) if not found]
+    missing = [f"{run.name} has no {file} yet" for run in runs for file, found in _stages(run) if not found]
     blocks: list[Block] = [Heading("What differs"), _settings(runs)]
     blocks += [Bullets(missing)] if missing else []
     analyzed = [run for run in runs if run.analysis and run.analysis["fixed_effects"].get("coefficients")]
@@ -57,10 +57,6 @@ def build(runs: Sequence[Run]) -> list[Block]:
     if evaluated:
         blocks += [Heading("Members and merges"), *_results(evaluated)]
     return blocks
-
-
-def _name(run: Run) -> str:
-    return str(run.config.get("name", run.directory.name))
 
 
 def _stages(run: Run) -> list[tuple[str, Any]]:
@@ -77,7 +73,7 @@ def _settings(runs: Sequence[Run]) -> Block:
     if not rows:
         return Paragraph("The configs are the same but for their names.")
     columns = tuple(range(len(runs) + 1))
-    return Table(["setting", *map(_name, runs)], rows, "All other settings are the same.", text=columns)
+    return Table(["setting", *(run.name for run in runs)], rows, "All other settings are the same.", text=columns)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,13 +92,13 @@ def _imbalance(runs: Sequence[Run]) -> list[Block]:
             other = None if run is runs[0] else first.get(tuple(row["epochs"]))
             epoch = " = ".join(map(str, row["epochs"]))
             slope = f"{row['estimate']:+.4f} ± {row['se']:.4f}"
-            rows.append([f"{_name(run)}, epoch {epoch}", slope, wording.p_text(row["p"]), _difference(row, other)])
+            rows.append([f"{run.name}, epoch {epoch}", slope, wording.p_text(row["p"]), _difference(row, other)])
     unit = runs[0].loss_unit
     caption = (
         f"In {unit} from the first to the last place; below 0: what comes early ends worse. Difference: slope less that of the first "
         "run, the errors added in quadrature (the runs are taken to be independent)."
     )
-    named = {_name(run): run.analysis["fixed_effects"]["coefficients"] for run in runs if run.analysis}
+    named = {run.name: run.analysis["fixed_effects"]["coefficients"] for run in runs if run.analysis}
     picture = Picture("slopes", plots.slopes(named, unit), "Slopes of every run by epoch, with 95 % intervals.")
     table = Table(["run, epoch", "slope ± se", "p", "difference"], rows, caption)
     return [picture, table]
@@ -124,41 +120,29 @@ def _results(runs: Sequence[Run]) -> list[Block]:
         models = run.evaluations["models"]
         members = [model for model in models if model["kind"] == "member"]
         tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
-        compared = findings.compare(
-            models,
-            run.items,
-            resamples=run.config.get("evaluation", {}).get("bootstrap", 1000),
-            seed=run.config.get("seed", 0),
-        )
+        compared = report.compare(run)
         strong.append(len(rows))
         shares = {
             task: wording.mean_sd([100 * m["tasks"][task]["accuracy"] for m in members if task in m.get("tasks", {})], 1)
             for task in tasks
         }
         rows.append([
-            f"{_name(run)}: mean member (sd)", wording.mean_sd([model.get("loss") for model in members], 4), "", _cosine(run),
+            f"{run.name}: mean member (sd)", wording.mean_sd([model.get("loss") for model in members], 4), "", wording.number(run.cosine, 3),
             "; ".join(f"{task} {share} %" for task, share in shares.items()),
         ])  # fmt: skip
-        for model in models:
-            if model["kind"] == "merge":
-                found = compared["merges"].get(model["name"], {}).get("loss")
-                gain = "" if found is None else wording.interval(found["mean_member"], 1, 4)
-                scored = "; ".join(f"{task} {100 * one['accuracy']:.1f} %" for task, one in model.get("tasks", {}).items())
-                rows.append([
-                    f"{_name(run)}: {model['name']}", wording.plus_minus(model.get("loss"), model.get("loss_se"), 4), gain, "", scored,
-                ])  # fmt: skip
+        for name, found in compared["merges"].items():
+            own = [model for model in models if model["name"] in found["names"]]
+            gain = "" if found["loss"] is None else wording.interval(found["loss"]["mean_member"], 1, 4)
+            loss = wording.plus_minus(own[0].get("loss"), own[0].get("loss_se"), 4)
+            if len(own) > 1:
+                loss = wording.mean_sd([model.get("loss") for model in own], 4)
+            scored = "; ".join(
+                f"{task} {100 * sum(model['tasks'][task]['accuracy'] for model in own) / len(own):.1f} %" for task in found["tasks"]
+            )
+            rows.append([f"{run.name}: {name}", loss, gain, "", scored])
     caption = (
         f"Held-out loss in {runs[0].loss_unit}; difference: merge less the mean member of its own run, ± standard error [95 % paired bootstrap "
-        "interval]. Cosine: mean over pairs of the members' task vectors; the nearer to 1, the more alike the orders made them."
+        "interval]; of several merge seeds their mean (sd). Cosine: mean over pairs of the members' task vectors; the nearer to 1, the more alike the orders made them."
     )
     header = ["model", "loss", "against the mean member", "cosine of members", "tasks"]
     return [Table(header, rows, caption, text=(0, 4), strong=strong)]
-
-
-def _cosine(run: Run) -> str:
-    for merge in (run.merge or {"merges": []})["merges"]:
-        matrix = merge.get("diagnostics", {}).get("total", {}).get("cosines") or []
-        pairs = [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
-        if pairs:
-            return f"{sum(pairs) / len(pairs):.3f}"
-    return "–"

@@ -10,9 +10,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge_config import AUTO, Merge, Search, merge_name
-from jax_ordermerge.section import Section, parse
+from jax_ordermerge.mixing import Mixing
+from jax_ordermerge.samples import Samples
+from jax_ordermerge.section import Section, override, parse
+from jax_ordermerge.task import Task
 
-PROGRAMS = ("humaneval", "mbpp")  # kinds of tasks whose answers are programs
 PREFERENCES = "preferences"  # the name under which held-out pairs are evaluated
 AxisSize = Annotated[int, Field(ge=-1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -21,7 +23,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Model(Section):
     """The base model and how it is computed."""
 
-    base: str = Field("embedded:quickstart", description="HF directory, hub name, or embedded:NAME")
+    base: str = Field("embedded:quickstart", description="HF directory (also gs:// and s3://), hub name, or embedded:NAME")
     init: Literal["pretrained", "random"] = Field("pretrained", description="random: take only config and tokenizer of the base")
     compute_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of matmuls; masters stay float32")
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
@@ -69,18 +71,30 @@ class Distributed(Section):
 class Data(Section):
     """Training, validation and test examples."""
 
-    train: str = Field("generated:quickstart", description="json, jsonl, parquet or csv file, hub dataset, or generated:NAME")
+    train: str = Field(
+        "generated:quickstart",
+        description="json, jsonl, parquet or csv file (also gs:// and s3://), hub dataset, or generated:NAME",
+    )
     test: str | None = Field(None, description="held-out examples, never trained on")
     validation_examples: NonNegativeInt = Field(
         0, description="examples set aside from train by seed, to choose the best member, or the best checkpoint of each, on"
     )
+    test_examples: NonNegativeInt = Field(
+        0, description="examples set aside from train by seed and held out, in place of a file of their own (test)"
+    )
     format: Literal[
         "auto", "messages", "prompt_completion", "text", "sharegpt", "alpaca", "question_answer", "preference"
     ] = "auto"  # fmt: skip
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="other names that columns of the format have in files: {question: problem, answer: solution}",
+    )
     template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field("auto", description="how prompt and response become text")
     max_length: PositiveInt = Field(512, description="tokens an example")
     too_long: Literal["drop", "truncate"] = "drop"
-    limit: PositiveInt | None = Field(None, description="use only the first so many training examples")
+    limit: PositiveInt | None = Field(
+        None, description="use only the first so many training examples: rows of the file, windows of texts"
+    )
     test_limit: PositiveInt | None = Field(None, description="use only the first so many test examples")
     packing: Literal["none", "packs", "bins"] = Field(
         "none",
@@ -171,6 +185,7 @@ class Training(Section):
         " analyzed, merged and exported",
     )
     clip_norm: PositiveFloat | None = Field(1.0, description="global gradient norm; null does not clip")
+    mixing: Mixing | None = Field(None, description="null: members know nothing of each other; kind: wash or papa")
     checkpoint_every: PositiveInt | None = Field(None, description="steps; null saves at the end of each epoch")
     keep_checkpoints: PositiveInt = Field(2, description="how many of the latest are kept")
     checkpoint: Literal["last", "best"] = Field(
@@ -244,36 +259,6 @@ class Analysis(Section):
     permutations: PositiveInt = 1000
 
 
-class Task(Section):
-    """One evaluation by generation."""
-
-    name: str
-    kind: Literal["exact", "gsm8k", "gsm8k_flexible", "math", "number", "humaneval", "mbpp"] = Field(
-        "exact",
-        description="exact: the whole answer; gsm8k: the number after ####; gsm8k_flexible, number: the last number;"
-        " math: what is \\\\boxed; humaneval, mbpp: a program, run on the tests of its file in a sandbox",
-    )
-    data: str | None = Field(None, description="by default data.test; humaneval and mbpp need their file as published")
-    limit: PositiveInt | None = None
-    max_new_tokens: PositiveInt = 256
-    samples: PositiveInt = Field(1, description="humaneval, mbpp: programs drawn a problem, for pass@1, 10 and 100")
-    temperature: NonNegativeFloat = Field(0.0, description="humaneval, mbpp: 0 is greedy")
-    top_k: PositiveInt | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> "Task":
-        drawn = {name: getattr(self, name) for name in ("samples", "temperature", "top_k", "top_p")}
-        given = [name for name, value in drawn.items() if value != type(self).model_fields[name].default]
-        if given and self.kind not in PROGRAMS:
-            raise ValueError(f"evaluation.tasks: {given[0]} goes with kind humaneval or mbpp, not {self.kind}; remove it")
-        if given and not self.temperature:
-            raise ValueError(f"evaluation.tasks: {given[0]} needs programs that are drawn; give a temperature above 0")
-        if self.kind in PROGRAMS and self.data is None:
-            raise ValueError(f"evaluation.tasks: kind {self.kind} needs its file or hub dataset; give data")
-        return self
-
-
 class Evaluation(Section):
     """What every model (base, members, merges) is measured on."""
 
@@ -294,7 +279,7 @@ class Config(Section):
     """A whole experiment. Everything random in it follows from `seed` by name."""
 
     name: str = "experiment"
-    output: str = Field("runs/{name}", description="run directory; {name} is replaced")
+    output: str = Field("runs/{name}", description="run directory, or its address: gs:// or s3://; {name} is replaced")
     seed: int = 0
     model: Model = Model()
     mesh: Mesh = Mesh()
@@ -303,6 +288,7 @@ class Config(Section):
     population: Population = Population()
     objective: Objective = Objective()
     training: Training = Training()
+    samples: Samples = Samples()
     lora: Lora | None = Field(None, description="null trains all parameters")
     analysis: Analysis = Analysis()
     merge: Merge = Merge()
@@ -313,9 +299,14 @@ class Config(Section):
     )
 
     @property
+    def location(self) -> str:
+        """The run directory as it was named: a path, or an address in a bucket."""
+        return self.output.replace("{name}", self.name)
+
+    @property
     def directory(self) -> Path:
-        """The run directory."""
-        return Path(self.output.replace("{name}", self.name))
+        """The run directory, where it is on a disk."""
+        return Path(self.location)
 
     @property
     def merge_names(self) -> list[str]:
@@ -338,6 +329,11 @@ class Config(Section):
             raise ValueError(
                 f"training.batch = {self.training.batch} is not a multiple of training.microbatch = {self.training.microbatch}"
             )
+        if self.training.mixing and (self.population.wave or self.population.members) < max(self.population.members, 2):
+            raise ValueError(
+                f"training.mixing needs two members or more, all of them trained at once; population has members ="
+                f" {self.population.members}, wave = {self.population.wave}: change them or remove mixing"
+            )
         if self.training.validates and not self.data.validation_examples:
             raise ValueError(
                 "training.checkpoint = best and training.validate_every measure validation losses: set data.validation_examples"
@@ -347,6 +343,11 @@ class Config(Section):
         if self.lora and self.model.init == "random":
             raise ValueError(
                 "lora changes a trained base a little; model.init = random has none, set it to pretrained or lora to null"
+            )
+        if self.data.test and self.data.test_examples:
+            raise ValueError(
+                f"data.test_examples = {self.data.test_examples} sets examples aside from train, data.test = {self.data.test}"
+                " is a file of them; give one of the two"
             )
         too_long = [b for b in self.data.buckets if b > self.data.max_length]
         if too_long:
@@ -390,20 +391,20 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file of differences from the defaults and apply `--set` overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; None is the defaults.
         overrides: `"section.key=value"` with a YAML value, applied in order.
 
     Raises:
         UserError: one line that names the key, what was given and what was expected.
     """
-    raw = _read_yaml(Path(path), "config", "training:")
+    raw = {} if path is None else _read_yaml(Path(path), "config", "training:")
     for item in overrides:
-        _override(raw, item)
-    return make_config(raw, str(path))
+        override(raw, item)
+    return make_config(raw, str(path or "config"))
 
 
 def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
@@ -456,22 +457,3 @@ def _read_yaml(file: Path, what: str, expected: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{file}: expected sections such as '{expected}', got {type(raw).__name__}")
     return raw
-
-
-def _override(raw: dict[str, Any], item: str) -> None:
-    path, sign, text = item.partition("=")
-    if not sign:
-        raise UserError(f"--set {item}: expected section.key=value, e.g. --set training.learning_rate=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {item}: the value is not valid YAML: {text}") from error
-    *parents, last = path.strip().split(".")
-    node = raw
-    for name in parents:
-        child = node.get(name)
-        if child is not None and not isinstance(child, dict):
-            raise UserError(f"--set {item}: {name} is not a section")
-        node[name] = dict(child or {})
-        node = node[name]
-    node[last] = value

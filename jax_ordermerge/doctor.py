@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
+from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import PeerLost, UserError
 
@@ -76,8 +77,7 @@ def examine(config: Config | None) -> Iterator[Finding]:
     """
     yield from versions()
     yield from _devices(config)
-    output = config.output.replace("{name}", config.name) if config else "."
-    yield from check_output(output)
+    yield from check_output(config.location if config else ".")
 
 
 def check_output(output: str) -> list[Finding]:
@@ -91,7 +91,8 @@ def check_output(output: str) -> list[Finding]:
         ['disk', 'output']
     """
     if "://" in output:
-        return [_write_to_bucket(output)]
+        disk, copy = check_output(str(remote.cache()))
+        return [disk, copy._replace(what="copy"), _write_to_bucket(output)]
     parent = Path(output).absolute()
     while not parent.exists():
         parent = parent.parent
@@ -183,18 +184,10 @@ def _devices(config: Config | None) -> Iterator[Finding]:
 
 
 def _write_to_bucket(output: str) -> Finding:
-    from etils import epath
-
     try:
-        file = epath.Path(output) / f".doctor-{os.getpid()}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("whole")
-        whole = file.read_text() == "whole"
-        file.unlink()
-    except Exception as error:  # each store has errors of its own
-        return Finding(
-            "output",
-            "bad",
-            f"{output} cannot be written: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        )
-    return Finding("output", "ok" if whole else "bad", f"{output} can be written" if whole else f"{output} was read back otherwise")
+        url = remote.address(output)
+        assert url is not None
+        remote.try_out(url)
+    except UserError as error:
+        return Finding("output", "bad", str(error))
+    return Finding("output", "ok", f"{url} can be written")

@@ -35,17 +35,26 @@ class Device:
     sides: int = 0
 
 
-# Found by the first of `kinds` that a device_kind contains. TPU: cloud.google.com/tpu/docs (memory counted in GiB, links in one
-# direction). GPU: NVIDIA's data sheets; NVLink in one direction, and one network card a GPU as in DGX and HGX systems.
+# Found by the first of `kinds` that a device_kind contains, so the particular stand before the general.
 DEVICES = (
-    Device("v6e", ("TPU v6",), 918e12, 32 * 2**30, 1640e9, 448e9, 12.5e9, sides=2),
+    # cloud.google.com/tpu/docs/v6e, v5e, v5p and v4: memory in GiB; links in one direction, half of what the pages give for both; network a
+    # chip (v6e: four network cards of 200 Gbit/s a host of eight; v4: as v5p, its page says nothing).
+    Device("v6e", ("TPU v6",), 918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, sides=2),
     Device("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, sides=2),
     Device("v5p", ("TPU v5",), 459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, sides=3),
-    Device("v4", ("TPU v4",), 275e12, 32 * 2**30, 1228e9, 300e9, 6.25e9, sides=3),
+    Device("v4", ("TPU v4",), 275e12, 32 * 2**30, 1200e9, 300e9, 6.25e9, sides=3),
+    # NVIDIA's data sheets (B200 and GB200: Blackwell; H200; H100; GH200: Grace Hopper; A100): half of the rates given with sparsity;
+    # NVLink, or PCIe where cards are joined in pairs at most, in one direction; one network card a GPU as in DGX and HGX systems.
+    Device("gb200", ("GB200",), 2500e12, 186e9, 8000e9, 900e9, 50e9),
     Device("b200", ("B200",), 2250e12, 180e9, 8000e9, 900e9, 50e9),
+    Device("gh200", ("GH200",), 989.4e12, 96e9, 4000e9, 450e9, 50e9),
+    Device("h200-nvl", ("H200 NVL",), 835.5e12, 141e9, 4800e9, 450e9, 50e9),
     Device("h200", ("H200",), 989.4e12, 141e9, 4800e9, 450e9, 50e9),
+    Device("h100-nvl", ("H100 NVL",), 835.5e12, 94e9, 3900e9, 64e9, 50e9),
     Device("h100-pcie", ("H100 PCIe",), 756e12, 80e9, 2000e9, 64e9, 50e9),
     Device("h100", ("H100",), 989.4e12, 80e9, 3350e9, 450e9, 50e9),
+    Device("a100-pcie", ("A100 80GB PCIe",), 312e12, 80e9, 1935e9, 32e9, 25e9),
+    Device("a100-40gb", ("A100-SXM4-40GB", "A100-PCIE-40GB"), 312e12, 40e9, 1555e9, 300e9, 25e9),
     Device("a100", ("A100",), 312e12, 80e9, 2039e9, 300e9, 25e9),
 )
 ROOM = 0.92  # of a device's memory that a program may take; the rest goes to fragments and to what other programs hold

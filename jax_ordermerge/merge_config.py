@@ -109,8 +109,24 @@ class MergeSpec(Section):
     name: str | None = Field(None, description="directory name, by default method and seed")
     method: str = Field(description="a name of the table of methods, or greedy_soup (needs data.validation_examples)")
     seed: int | None = Field(None, description="by default the seed of the run")
+    seeds: tuple[int, ...] = Field(
+        (), description="several seeds: one merge each, named NAME-seedS, which the report sums up together", exclude=True
+    )
     weights: tuple[NonNegativeFloat, ...] | None = Field(None, description="one a member, by default equal")
     parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _one_way(self) -> "MergeSpec":
+        if self.seeds and self.seed is not None:
+            raise ValueError(f"merge.methods: {self.method} has both seed = {self.seed} and seeds = {list(self.seeds)}; give one")
+        return self
+
+    def each(self) -> "tuple[MergeSpec, ...]":
+        """Return the merges that this entry asks for: itself, or one for each of its seeds."""
+        if not self.seeds:
+            return (self,)
+        named = self.name or self.method
+        return tuple(self.model_copy(update={"name": f"{named}-seed{seed}", "seed": seed, "seeds": ()}) for seed in self.seeds)
 
 
 class Merge(Section):
@@ -129,6 +145,11 @@ class Merge(Section):
         description="what the report sets the merges beside, as losses, nothing is written: default, none, or a list",
     )
 
+    @pydantic.field_validator("methods", mode="after")
+    @classmethod
+    def _each_seed(cls, given: tuple[MergeSpec, ...]) -> tuple[MergeSpec, ...]:
+        return tuple(one for spec in given for one in spec.each())
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _short_forms(cls, given: Any) -> Any:
@@ -139,7 +160,7 @@ class Merge(Section):
             given = {"auto": {}}
         if not isinstance(given, dict):
             return given
-        filled = {"methods": ()} | given if given.get("auto") is not None else dict(given)
+        filled: dict[str, Any] = {"methods": ()} | given if given.get("auto") is not None else dict(given)
         asked = filled.get("controls", ())
         if asked is None or isinstance(asked, str):
             named: dict[str | None, tuple[Control, ...]] = {"default": DEFAULT_CONTROLS, "none": (), None: ()}

@@ -204,7 +204,7 @@ def broadcast(flag: bool) -> bool:
 def start_distributed(
     coordinator: str | None, processes: int | None, index: int | None, timeout: int = 300, heartbeat_timeout: int = 100
 ) -> None:
-    """Join the other processes, or fail with one line. Call before any other use of jax.
+    """Join the other processes, or fail with one line; joined already, do nothing. Call before any other use of jax.
 
     Args:
         coordinator: `"host:port"` of process 0, or `"auto"` where the cluster environment knows (TPU pods, SLURM).
@@ -216,7 +216,7 @@ def start_distributed(
         PeerLost: the peers could not be reached in time.
         UserError: the addresses or numbers make no sense.
     """
-    if coordinator is None:
+    if coordinator is None or jax.distributed.is_initialized():
         return
     place: dict[str, Any] = (
         {} if coordinator == "auto" else {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from jax_ordermerge.analysis import choice, document, findings, plots, wording
+from jax_ordermerge.analysis import choice, document, findings, plots, texts, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Fold, Heading, Paragraph, Picture, Table
-from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge_config import AUTO
 
-SAMPLES_SHOWN = 5
+SAMPLES_SHOWN, STEPS_SHOWN = 5, 8
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Run:
     data: dict[str, Any] | None
     digests: Any
     lines: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
     state: dict[str, Any] | None
     analysis: dict[str, Any] | None
     merge: dict[str, Any] | None
@@ -36,6 +37,31 @@ class Run:
     items: dict[str, dict[str, Any]]
     controls: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the config, else of the directory."""
+        return str(self.config.get("name", self.directory.name))
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """The evaluated ones, in the order of the report."""
+        return self.evaluations["models"] if self.evaluations else []
+
+    @property
+    def resampling(self) -> dict[str, int]:
+        """How items are resampled: `resamples`, `seed`."""
+        return {"resamples": self.config.get("evaluation", {}).get("bootstrap", 1000), "seed": self.config.get("seed", 0)}
+
+    @property
+    def cosine(self) -> float | None:
+        """Mean over pairs of the cosines of the members' task vectors; None where no merge was made."""
+        for merge in (self.merge or {"merges": []})["merges"]:
+            matrix = merge.get("diagnostics", {}).get("total", {}).get("cosines") or []
+            pairs = [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
+            if pairs:
+                return float(sum(pairs) / len(pairs))
+        return None
 
     @property
     def loss_unit(self) -> str:
@@ -52,10 +78,10 @@ def write(run_directory: str | Path) -> Path:
         UserError: the directory is no run directory, or a file in it is not what it should be.
     """
     run = read(Path(run_directory))
-    title = f"Order merging report: {run.config.get('name', run.directory.name)}"
+    title = f"Order merging report: {run.name}"
     blocks = build(run)
     page = run.directory / "report.html"
-    publish(page, title, blocks, pictures="report")
+    document.publish(page, title, blocks, pictures="report")
     return page
 
 
@@ -69,24 +95,8 @@ def write_search(run_directory: Path, directory: Path) -> Path:
     run, page = read(run_directory), directory / "search.html"
     found = _json(directory / "results.json")
     title = f"Search for a merge: {run.config.get('name', run_directory.name)}"
-    publish(page, title, choice.search_blocks(found, run.loss_unit), pictures=".")
+    document.publish(page, title, choice.search_blocks(found, run.loss_unit), pictures=".")
     return page
-
-
-def publish(page: Path, title: str, blocks: Sequence[Block], *, pictures: str) -> None:
-    """Write a page of HTML, the same beside it in Markdown, and the pictures of the latter.
-
-    Args:
-        page: ends in `.html`.
-        title: of both.
-        blocks: of both.
-        pictures: where the pictures go, seen from the page.
-    """
-    for block in blocks:
-        if isinstance(block, Picture):
-            atomic.replace(page.parent / pictures / f"{block.name}.svg", (block.svg + "\n").encode())
-    atomic.replace(page.with_suffix(".md"), document.render_markdown(title, blocks, pictures=pictures).encode())
-    atomic.replace(page, document.render_html(title, blocks).encode())
 
 
 def read(directory: Path) -> Run:
@@ -97,8 +107,6 @@ def read(directory: Path) -> Run:
     """
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory} is not a run directory (it has no config.yaml); give the output directory of a run")
-    log = directory / "metrics" / "train.jsonl"
-    lines = [_parse(log, line) for line in log.read_text().splitlines() if line.strip()] if log.is_file() else []
     evaluations = _json(directory / "evaluations.json")
     names = [model["name"] for model in evaluations["models"]] if evaluations else []
     items = {name: _json(directory / "evaluations" / f"{name}.json") for name in names}
@@ -107,7 +115,8 @@ def read(directory: Path) -> Run:
         config=yaml.safe_load((directory / "config.yaml").read_text()) or {},
         data=_json(directory / "data.json"),
         digests=_json(directory / "orders" / "digests.json"),
-        lines=lines,
+        lines=_lines(directory / "metrics" / "train.jsonl"),
+        samples=_lines(directory / "metrics" / "samples.jsonl"),
         state=_json(directory / "metrics" / "state.json"),
         analysis=_json(directory / "analysis.json"),
         merge=_json(directory / "merge.json"),
@@ -120,18 +129,21 @@ def read(directory: Path) -> Run:
 
 def build(run: Run) -> list[Block]:
     """Return the blocks of the report."""
-    resamples = run.config.get("evaluation", {}).get("bootstrap", 1000)
-    models = run.evaluations["models"] if run.evaluations else []
-    comparison = findings.compare(models, run.items, resamples=resamples, seed=run.config.get("seed", 0))
+    comparison = compare(run)
     told = findings.sentences(run.analysis, run.evaluations, comparison, run.merge, run.loss_unit)
     summary: list[Block] = [Paragraph(_introduction(run)), Heading("What was found")]
     if run.search:
         told.append(choice.sentence(run.search))
     summary.append(Bullets(told) if told else Paragraph("Nothing yet: neither the analysis nor the evaluation has been run."))
     return [
-        *summary, *_results(run, comparison), *choice.search_blocks(run.search, run.loss_unit), *_controls(run), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
-        *_samples(run), *_provenance(run),
+        *summary, *_results(run, comparison), *texts.blocks(run.models, run.items, **run.resampling), *choice.search_blocks(run.search, run.loss_unit), *_controls(run),
+        *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run), *_samples(run), *_provenance(run),
     ]  # fmt: skip
+
+
+def compare(run: Run) -> findings.Comparison:
+    """Compare the merges of a run with its members and with the average; see `findings.compare`."""
+    return findings.compare(run.models, run.items, merge=run.merge, **run.resampling)
 
 
 def _introduction(run: Run) -> str:
@@ -147,26 +159,32 @@ def _introduction(run: Run) -> str:
 # --- results ----------------------------------------------------------------------------------------------------------------
 
 
-def _results(run: Run, comparison: Mapping[str, Any]) -> list[Block]:
+def _results(run: Run, comparison: findings.Comparison) -> list[Block]:
     heading = Heading("Base, members and merges")
     if not run.evaluations:
         return [heading, _missing("evaluate", "evaluations.json")]
     models = run.evaluations["models"]
     tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
     with_loss = [model for model in models if model.get("loss") is not None]
-    blocks: list[Block] = [heading, _result_table(run, models, tasks, comparison)]
+    blocks: list[Block] = [heading, result_table(run, comparison)]
     if with_loss:
         blocks.append(Picture("losses", plots.losses(with_loss, run.loss_unit), "Held-out loss of every model."))
     for task in tasks:
         having = [model for model in models if task in model.get("tasks", {})]
         blocks.append(Picture(_slug(f"accuracy-{task}"), plots.accuracies(having, task), f"Right answers on {task}."))
     if comparison["merges"]:
-        blocks += [Heading("Paired differences, merge less member", 3), _difference_table(tasks, comparison)]
+        blocks += [Heading("Paired differences, merge less member", 3), difference_table(comparison)]
     return blocks
 
 
-def _result_table(run: Run, models: Sequence[Mapping[str, Any]], tasks: Sequence[str], comparison: Mapping[str, Any]) -> Table:
-    best, split = comparison["best"], (run.evaluations or {}).get("split", "test")
+def result_table(run: Run, comparison: findings.Comparison) -> Table:
+    """Return a row a model, one with the mean of the members, and one with that of the merges of several seeds."""
+    best, models = comparison["best"], run.models
+    tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
+    means = {"mean member (sd between members)": [model for model in models if model["kind"] == "member"]}
+    for name, found in comparison["merges"].items():
+        if len(found["names"]) > 1:
+            means[f"mean {name} (sd between merge seeds)"] = [model for model in models if model["name"] in found["names"]]
     rows, strong = [], []
     for model in models:
         mark = f" (best on {best['chosen_on']})" if best and best["name"] == model["name"] else ""
@@ -174,39 +192,57 @@ def _result_table(run: Run, models: Sequence[Mapping[str, Any]], tasks: Sequence
             model["name"] + mark, wording.plus_minus(model.get("loss"), model.get("loss_se"), 4), wording.number(model.get("perplexity"), 3),
             wording.number(model.get("validation_loss"), 4), *(_share(model.get("tasks", {}).get(task)) for task in tasks),
         ])  # fmt: skip
-        following = models[len(rows)] if len(rows) < len(models) else None
-        if model["kind"] == "member" and (following is None or following["kind"] != "member"):
-            members = [row for row in models if row["kind"] == "member"]
-            strong.append(len(rows))
-            columns = [[row.get(key) for row in members] for key in ("loss", "perplexity", "validation_loss")]
-            shares = [[100 * row["tasks"][task]["accuracy"] for row in members if task in row.get("tasks", {})] for task in tasks]
-            cells = [wording.mean_sd(values, digits) for values, digits in zip(columns, (4, 3, 4), strict=True)]
-            rows.append(["mean member (sd between members)", *cells, *(wording.mean_sd(values, 1) for values in shares)])
+        for name, some in means.items():
+            if some and some[-1] is model:
+                strong.append(len(rows))
+                rows.append([name, *_mean_cells(some, tasks)])
     tokens = models[0].get("tokens") if models else None
     size = f"; {tokens} answer tokens" if tokens else ""
     items = {task: next(model["tasks"][task]["n"] for model in models if task in model.get("tasks", {})) for task in tasks}
     counts = "".join(f"; {task}: {count} items" for task, count in items.items())
     return Table(
         ["model", "loss ± se", "perplexity", "validation loss", *(f"{task}, % ± se" for task in tasks)],
-        rows, f"On the {split} split{size}{counts}. Loss in {run.loss_unit}.", strong=strong,
+        rows, f"On the {(run.evaluations or {}).get('split', 'test')} split{size}{counts}. Loss in {run.loss_unit}.", strong=strong,
     )  # fmt: skip
 
 
-def _difference_table(tasks: Sequence[str], comparison: Mapping[str, Any]) -> Table:
+def _mean_cells(models: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
+    columns = [[row.get(key) for row in models] for key in ("loss", "perplexity", "validation_loss")]
+    shares = [[100 * row["tasks"][task]["accuracy"] for row in models if task in row.get("tasks", {})] for task in tasks]
+    cells = [wording.mean_sd(values, digits) for values, digits in zip(columns, (4, 3, 4), strict=True)]
+    return [*cells, *(wording.mean_sd(values, 1) for values in shares)]
+
+
+def difference_table(comparison: findings.Comparison) -> Table:
+    """Return a row for each merge, or for all seeds of one, and measure: differences to the mean member, the best one and the average."""
     rows = []
     for name, found in comparison["merges"].items():
-        measures = [("loss", found["loss"], 1, 4), *((f"{task}, points", found["tasks"].get(task), 100, 1) for task in tasks)]
+        seeds = f" (mean of {len(found['names'])} seeds)" if len(found["names"]) > 1 else ""
+        measures = [("loss", found["loss"], 1, 4), *((f"{task}, points", gaps, 100, 1) for task, gaps in found["tasks"].items())]
         for measure, gaps, scale, digits in measures:
             if gaps is not None:
                 test = gaps.get("mcnemar")
                 exact = f"{test['only_first']} : {test['only_second']}, {wording.p_text(test['p'])}" if test else ""
-                cells = [wording.interval(gaps[key], scale, digits) for key in ("mean_member", "best_member")]
-                rows.append([name, measure, *cells, exact])
-    return Table(
-        ["merge", "measure", "against the mean member", "against the best member", "McNemar, best member"], rows,
-        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test; losses weigh tokens where their numbers are stored, else examples alike. McNemar: items only the merge : only "
-        "the member answers rightly. Less loss and more points are better.", text=(0, 1),
-    )  # fmt: skip
+                against = ("mean_member", "best_member", "average")
+                rows.append([name + seeds, measure, *(_difference(gaps, key, scale, digits) for key in against), exact])
+    header = ["merge", "measure", "against the mean member", "against the best member", "against the average"]
+    caption = (
+        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test, and where it is larger p corrected by Holm's "
+        "method over the merges (of answers of single models, from McNemar's test); losses weigh tokens where their numbers are stored, else "
+        "examples alike. Of several merge seeds the mean over them is compared on each item, and their spread is in error, interval and p. "
+        "Less loss and more points are better."
+    )
+    if any(row[-1] for row in rows):
+        header.append("McNemar, best member")
+        caption += " McNemar: items only the merge : only the member answers rightly."
+    return Table(header, [row[: len(header)] for row in rows], caption, text=(0, 1))
+
+
+def _difference(gaps: Mapping[str, Any], key: str, scale: float, digits: int) -> str:
+    if key not in gaps:
+        return ""
+    shown, corrected = wording.interval(gaps[key], scale, digits), wording.p_text(gaps["holm"][key])
+    return shown if shown.endswith(corrected) else f"{shown}, by Holm {corrected.removeprefix('p ')}"
 
 
 def _controls(run: Run) -> list[Block]:
@@ -224,8 +260,20 @@ def _training(run: Run) -> list[Block]:
     losses = ", ".join(f"{loss:.4f}" for loss in last["loss"])
     return [
         Heading("Training"), Picture("training", plots.training(run.lines, run.loss_unit), "Training loss of the members and learning rate."),
-        Paragraph(f"After step {last['step']} the members' training losses were {losses}."),
+        Paragraph(f"After step {last['step']} the members' training losses were {losses}."), *_while_training(run),
     ]  # fmt: skip
+
+
+def _while_training(run: Run) -> list[Block]:
+    if not run.samples:
+        return []
+    first = run.samples[0]
+    every = -(-len(run.samples) // STEPS_SHOWN)
+    shown = run.samples[::-1][::every][::-1]  # evenly spaced, the last one among them
+    rows = [[str(line["step"]), *(wording.shortened(texts[0]) for texts in line["texts"])] for line in shown]
+    header = ["step", *(f"member {member}" for member in first["members"])]
+    caption = f"Answers while training to the first of {len(first['prompts'])} prompts: {wording.shortened(first['prompts'][0])}"
+    return [Table(header, rows, caption, text=range(1, len(header)))]
 
 
 def _imbalance(run: Run) -> list[Block]:
@@ -389,10 +437,11 @@ def _samples(run: Run) -> list[Block]:
 
 def _provenance(run: Run) -> list[Block]:
     state, config = run.state or {}, run.config
+    output = str(config.get("output", "")).replace("{name}", str(config.get("name")))
     rows = [
         ["base", str(config.get("model", {}).get("base"))], ["seed", str(config.get("seed"))],
         ["orders", ", ".join(f"{k} {v}" for k, v in config.get("population", {}).items())],
-        ["command", str(state.get("command", f"ordermerge run {run.directory / 'config.yaml'}"))],
+        ["command", str(state.get("command", f"ordermerge run {remote.address(output) or run.directory / 'config.yaml'}"))],
         *([key, str(state[key])] for key in ("device", "devices", "parameters", "tokens", "compilations") if key in state),
         *([["wall time of training", f"{state['seconds']:.1f} s"]] if "seconds" in state else []),
     ]  # fmt: skip
@@ -435,6 +484,10 @@ def _slug(text: str) -> str:
 
 def _json(path: Path) -> Any:
     return _parse(path, path.read_text()) if path.is_file() else None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [_parse(path, line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
 
 
 def _parse(path: Path, text: str) -> Any:

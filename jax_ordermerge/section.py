@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
+import yaml
 
 from jax_ordermerge.errors import UserError, did_you_mean
 
@@ -62,3 +63,37 @@ def _known_keys(section: type[Section], location: Sequence[str | int]) -> list[s
         args = getattr(node, "__args__", ())
         node = next((a for a in args if isinstance(a, type) and issubclass(a, Section)), node)
     return list(node.model_fields) if isinstance(node, type) and issubclass(node, Section) else []
+
+
+def override(raw: dict[str, Any], item: str) -> None:
+    """Change a nested dict as one `--set` says.
+
+    Args:
+        raw: is changed in place; sections that it lacks are made.
+        item: `"section.key=value"` with a YAML value.
+
+    Raises:
+        UserError: the item is not of that form, or passes through what is no section.
+
+    Example:
+        >>> raw = {"training": {"epochs": 3}}
+        >>> override(raw, "training.batch=8")
+        >>> raw
+        {'training': {'epochs': 3, 'batch': 8}}
+    """
+    path, sign, text = item.partition("=")
+    if not sign:
+        raise UserError(f"--set {item}: expected section.key=value, e.g. --set training.learning_rate=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {item}: the value is not valid YAML: {text}") from error
+    *parents, last = path.strip().split(".")
+    node = raw
+    for name in parents:
+        child = node.get(name)
+        if child is not None and not isinstance(child, dict):
+            raise UserError(f"--set {item}: {name} is not a section")
+        node[name] = dict(child or {})
+        node = node[name]
+    node[last] = value

@@ -44,7 +44,8 @@ def make(directory, name, level, slope, gain, cosine=0.9):
         dump(directory / "evaluations" / f"{one}.json", {"losses": losses.tolist(), "ids": list(range(50)), "tasks": {}})
         models.append({"name": one, "kind": kind, "loss": losses.mean(), "loss_se": 0.07, "tasks": {}})
     dump(directory / "evaluations.json", {"models": models, "split": "test"})
-    dump(directory / "merge.json", {"merges": [{"diagnostics": {"total": {"cosines": [[1.0, cosine], [cosine, 1.0]]}}}]})
+    average = {"name": "average", "method": "average", "diagnostics": {"total": {"cosines": [[1.0, cosine], [cosine, 1.0]]}}}
+    dump(directory / "merge.json", {"merges": [average]})
     return directory
 
 

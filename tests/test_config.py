@@ -7,8 +7,10 @@ import yaml
 
 from jax_ordermerge.config import load_config, make_config, to_dict
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge import methods
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(file for room in (".", "paper", "small") for file in (FOLDER / room).glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -95,13 +97,48 @@ def test_missing_file():
         load_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(FOLDER)))
 def test_committed_configs_are_valid_short_and_say_how_to_run_them(file):
     text = file.read_text()
     config = load_config(file)
     assert config.name == file.stem
     assert len(text.splitlines()) <= 45
-    assert f"ordermerge run configs/{file.name}" in text.split("name:")[0]
+    assert f"ordermerge run configs/{file.relative_to(FOLDER)}" in text.split("name:")[0]
+    for spec in config.merge.methods:
+        methods.check(spec.method, spec.parameters)
+
+
+# batch, learning rate, schedule, warm-up, epochs, longest example: as published, in the order of the fields below
+PUBLISHED = {
+    "alpaca": (128, 2e-5, "cosine", 0.03, 3, 512),
+    "gsm8k": (128, 2e-5, "cosine", 0.03, 3, 512),
+    "gsm8k_rft": (128, 2e-5, "cosine", 0.03, 3, 512),
+    "code": (256, 2e-5, "cosine", 0.03, 3, 512),
+    "math": (128, 2e-5, "cosine", 10, 3, 2048),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_large_configs_have_the_published_settings(name):
+    config = load_config(FOLDER / f"llama2_7b_{name}.yaml")
+    training = config.training
+    assert PUBLISHED[name] == (
+        training.batch, training.learning_rate, training.schedule, training.warmup, training.epochs, config.data.max_length,
+    )  # fmt: skip
+    assert (config.model.base, config.model.compute_dtype, training.weight_decay) == ("meta-llama/Llama-2-7b-hf", "bfloat16", 0)
+    assert (config.population.members, config.merge.dtype, config.data.validation_examples) == (4, "bfloat16", 256)
+    assert sorted(spec.seed for spec in config.merge.methods if spec.method == "selection") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS[0].parent / "benchmarks").glob("*.yaml")), ids=lambda file: file.stem)
+def test_committed_benchmarks_are_valid_and_say_how_to_run_them(file):
+    config = load_config(file)
+    assert config.evaluation.tasks
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    assert (
+        f"ordermerge evaluate MODEL --config configs/benchmarks/{file.name} --out results"
+        in file.read_text().split("evaluation:")[0]
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])
@@ -115,3 +152,21 @@ def test_defaults_are_those_of_the_choices_made():
     assert (lion.beta1, lion.beta2, lion.epsilon, lion.momentum, lion.decay) == (0.95, 0.99, None, None, None)
     adamw = make_config({"training": {"schedule": "wsd", "moments_dtype": "bfloat16", "epsilon": None}}).training
     assert (adamw.beta2, adamw.epsilon, adamw.decay, adamw.moments_rounding) == (0.999, 1e-8, 0.1, "stochastic")
+
+
+def test_several_seeds_of_a_merge_are_several_merges_also_when_read_back():
+    methods = [{"method": "average"}, {"method": "selection", "name": "drawn", "seeds": [0, 7]}, {"method": "ties", "seeds": [1]}]
+    config = make_config({"merge": {"methods": methods}})
+    assert [(spec.name, spec.seed) for spec in config.merge.methods] == [
+        (None, None), ("drawn-seed0", 0), ("drawn-seed7", 7), ("ties-seed1", 1),
+    ]  # fmt: skip
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    with pytest.raises(UserError, match=r"selection has both seed = 1 and seeds = \[2\]; give one"):
+        make_config({"merge": {"methods": [{"method": "selection", "seed": 1, "seeds": [2]}]}})
+    with pytest.raises(UserError, match="the name selection-seed2 is used twice"):
+        make_config({"merge": {"methods": [{"method": "selection", "seeds": [2]}, {"method": "selection", "seed": 2}]}})
+
+
+def test_held_out_examples_come_from_one_place():
+    with pytest.raises(UserError, match=r"data.test_examples = 5 sets examples aside from train, data.test = a.json is a file"):
+        make_config({"data": {"test": "a.json", "test_examples": 5}})

@@ -22,6 +22,7 @@ def test_every_dependency_is_pinned_within_its_range():
     project = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]
     direct = [Requirement(text) for text in project["dependencies"]]
     assert direct
+    direct += [Requirement(text) for extra in ("gcs", "s3") for text in project["optional-dependencies"][extra]]
     assert not [str(one) for one in direct if not one.specifier.contains(PINS.get(name(one.name), ""), prereleases=True)]
 
 
@@ -33,5 +34,5 @@ def test_accelerators_are_of_the_same_jax():
 @pytest.mark.parametrize(("kind", "extra"), [("tpu", "tpu"), ("gpu", "cuda")])
 def test_images_use_the_pins(kind, extra):
     text = (DOCKER / f"Dockerfile.{kind}").read_text()
-    assert f'pip install -c docker/constraints.txt ".[{extra}]"' in text
+    assert f'pip install -c docker/constraints.txt ".[{extra},gcs,s3]"' in text
     assert re.search(r"^FROM python:3\.\d+\.\d+-", text, re.MULTILINE)

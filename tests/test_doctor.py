@@ -79,9 +79,16 @@ def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_a_bucket_out_of_reach_is_one_line():
-    (found,) = doctor.check_output("nowhere://bucket/run")
+    _, _, found = doctor.check_output("nowhere://bucket/run")
+    assert found == ("output", "bad", "nowhere://bucket/run: addresses of nowhere:// are not offered, only gs:// and s3://")
+
+
+def test_a_bucket(bucket):
+    assert [(one.what, one.verdict) for one in doctor.check_output(f"{bucket}/run")][1:] == [("copy", "ok"), ("output", "ok")]
+    found = doctor.check_output("s3://no-such-bucket/run")[-1]
     assert found.verdict == "bad"
     assert "\n" not in found.detail
+    assert "The specified bucket does not exist" in found.detail
 
 
 def call(*arguments, cwd):

@@ -47,6 +47,25 @@ def test_every_device_is_found_by_its_kinds():
             assert find(f"NVIDIA {kind}" if not device.sides else kind) is device
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA H200", "h200"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU v5", "v5p"),
+    ],
+)
+def test_names_that_drivers_give(kind, name):
+    assert find(kind).name == name
+
+
 def test_links_of_a_group_are_those_along_the_sides_it_needs():
     torus = parse("v5p:2x4x8")
     assert [torus.speed(size) / torus.device.link for size in (1, 8, 9, 32, 33, 64)] == pytest.approx(

@@ -39,6 +39,7 @@ def test_every_command_that_it_names_has_help():
         "merge",
         "plan",
         "report",
+        "results",
         "run",
         "search",
         "train",

@@ -29,7 +29,7 @@ arguments=$(printf '%q ' run config.yaml --set distributed.coordinator=auto ${re
 start="cd ~/ordermerge
 if [ -f pid ] && kill -0 \$(cat pid) 2>/dev/null; then echo runs already; exit 0; fi
 rm -f exit_code
-setsid bash -c $(printf '%q' "venv/bin/ordermerge $arguments; echo \$? > exit_code") > run.log 2>&1 < /dev/null &
+setsid bash -c $(printf '%q' "[ ! -f environment ] || . ./environment; venv/bin/ordermerge $arguments; echo \$? > exit_code") > run.log 2>&1 < /dev/null &
 echo \$! > pid"
 # shellcheck disable=SC2016  # expanded on the worker
 look='cd ~/ordermerge; cat run.log; echo

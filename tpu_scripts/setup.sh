@@ -41,7 +41,9 @@ if [[ -n $nfs ]]; then
 command -v mount.nfs >/dev/null || { sudo apt-get update -qq && sudo apt-get install -qq -y nfs-common; }
 sudo mkdir -p '$mount'
 mountpoint -q '$mount' || sudo mount -t nfs '$nfs' '$mount'
-sudo chmod a+rwx '$mount'"
+sudo chmod a+rwx '$mount'
+# copies of what is in buckets, where all workers see them
+echo 'export ORDERMERGE_CACHE=$mount/copies' > environment"
 fi
 
 versions=$(mktemp -d)

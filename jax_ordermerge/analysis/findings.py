@@ -8,14 +8,51 @@ import numpy as np
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.wording import p_text, spread, strength
 
+APART = "not told apart"
 AVERAGE = "average"  # the merge that every other one has to beat
 
 Model = Mapping[str, Any]
 Comparison = dict[str, Any]
 
 
-def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, resamples: int, seed: int) -> Comparison:
+def groups(merge: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Return the merges that differ in nothing but their seed, under one name.
+
+    Args:
+        merge: merge.json. Names that end in `-seedS` are of one group where method, weights and parameters are the same.
+
+    Returns:
+        `{name: names of the merges}`; a merge that is alone keeps its name.
+
+    Example:
+        >>> drawn = [{"name": f"drawn-seed{seed}", "method": "selection", "seed": seed} for seed in (0, 1)]
+        >>> groups({"merges": [{"name": "average", "method": "average", "seed": 0}, *drawn]})
+        {'average': ['average'], 'drawn': ['drawn-seed0', 'drawn-seed1']}
+    """
+    rows = (merge or {"merges": []})["merges"]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        stem = row["name"].removesuffix(f"-seed{row.get('seed')}")
+        alike.setdefault((stem, row["method"], str(row.get("weights")), str(row.get("parameters"))), []).append(row["name"])
+    taken, found = {row["name"] for row in rows}, {}
+    for (stem, *_), names in alike.items():
+        together = ", ".join(names) if stem in taken else stem
+        found[names[0] if len(names) == 1 else together] = names
+        taken.add(together)
+    return found
+
+
+def compare(
+    models: Sequence[Model],
+    items: Mapping[str, Mapping[str, Any]],
+    *,
+    resamples: int,
+    seed: int,
+    merge: Mapping[str, Any] | None = None,
+) -> Comparison:
     """Compare every merge with the mean member, with the best one and with the average, item by item.
+
+    Merges that differ in nothing but their seed are compared as one, by their mean on each item, with their spread in the error.
 
     Args:
         models: of evaluations.json.
@@ -23,9 +60,10 @@ def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, 
             number an item, loss differences are means over tokens, as the losses of `models` are.
         resamples: bootstrap resamples of the items.
         seed: of the run.
+        merge: merge.json, which says what differs in its seed alone; None takes every merge by itself.
 
     Returns:
-        `best` (`name`, `chosen_on`: "validation" or "test"), and `merges`: for each name `loss` and `tasks`, both with
+        `best` (`name`, `chosen_on`: "validation" or "test"), and `merges`: for each name of `groups` the `names` in it, `loss` and `tasks`, both with
         `mean_member`, `best_member` and, where there is a merge of the name average and it is another one, `average` as
         `paired.difference`; tasks also with `mcnemar` and `mcnemar_average` against the best member and the average. `holm` has the
         p values of each of them, corrected over the merges.
@@ -41,18 +79,17 @@ def compare(models: Sequence[Model], items: Mapping[str, Mapping[str, Any]], *, 
     known = [model for model in members if model.get(key) is not None]
     best = min(known, key=lambda model: float(model[key]))["name"] if known else members[0]["name"]
     names = [model["name"] for model in members]
-    averages = [model["name"] for model in models if model["kind"] == "merge" and model["name"] in items]
+    known_merges = [model["name"] for model in models if model["kind"] == "merge" and model["name"] in items]
     merges: Comparison = {}
-    for model in models:
-        if model["kind"] != "merge" or any(name not in items for name in [model["name"], *names]):
-            continue
-        own, others = items[model["name"]], {"best_member": items[best]}
-        if model["name"] != AVERAGE and AVERAGE in averages:
+    for name, alike in _together(known_merges, merge).items() if all(one in items for one in names) else ():
+        own, others = [items[one] for one in alike], {"best_member": items[best]}
+        if name != AVERAGE and AVERAGE in known_merges:
             others["average"] = items[AVERAGE]
-        of_members = [items[name] for name in names]
-        merges[model["name"]] = {
+        of_members = [items[one] for one in names]
+        merges[name] = {
+            "names": alike,
             "loss": _losses(own, of_members, others, resamples, seed),
-            "tasks": {task: _answers(task, own, of_members, others, resamples, seed) for task in own.get("tasks", {})},
+            "tasks": {task: _answers(task, own, of_members, others, resamples, seed) for task in own[0].get("tasks", {})},
         }
     _correct(merges)
     return {"best": {"name": best, "chosen_on": "validation" if validated else "test"}, "merges": merges}
@@ -69,12 +106,12 @@ def sentences(
 
     Clearly: p < 0.01. Weakly: p < 0.05, corrected over the merges. Otherwise two things are said to be not distinguishable, and never to be equal.
     """
-    found = [] if analysis is None else [*_positions(analysis, unit), *_mitigation(analysis)]
+    found = [] if analysis is None else [*_positions(analysis, unit), *_mitigation(analysis, groups(merge))]
     found += [] if merge is None else _vectors(merge)
     if evaluations is not None:
         models = evaluations["models"]
         found += _members(models)
-        found += [text for model in models if model["kind"] == "merge" for text in _merge(model, comparison)]
+        found += [text for name in comparison["merges"] for text in _merge(name, models, comparison)]
         tests = sum(
             len(gaps["holm"]) for row in comparison["merges"].values() for gaps in (row["loss"], *row["tasks"].values()) if gaps
         )
@@ -82,42 +119,61 @@ def sentences(
             found.append(
                 f"These are {tests} comparisons. Words follow p values corrected by Holm's method over the merges, apart for each measure "
                 "and each model compared with; over these nothing is corrected. The errors are over test items, for these trained "
-                "models; another training seed adds the spread that the members show among themselves."
+                "models; another training seed adds the spread that the members show among themselves, the spread between merge seeds is in the errors where there are several."
             )
     return found
 
 
-def _losses(own: Model, members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int) -> Comparison | None:
-    others = {name: row for name, row in others.items() if name != AVERAGE or row.get("ids") == own.get("ids")}
-    everyone = [*members, *others.values()]
-    if not own.get("losses") or any(row.get("ids") != own.get("ids") or not row.get("losses") for row in everyone):
+def _together(merges: Sequence[str], merge: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Return the groups of these merges in their order; one of a group that is not whole stands by itself."""
+    whole = {name: alike for name, alike in groups(merge).items() if set(alike) <= set(merges)}
+    of = {one: name for name, alike in whole.items() for one in alike}
+    return {of.get(one, one): whole.get(of.get(one, one), [one]) for one in merges}
+
+
+def _losses(
+    own: Sequence[Model], members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int
+) -> Comparison | None:
+    ids = own[0].get("ids")
+    others = {name: row for name, row in others.items() if name != AVERAGE or row.get("ids") == ids}
+    if any(row.get("ids") != ids or not row.get("losses") for row in [*own, *members, *others.values()]):
         return None
-    mean, weights = np.mean([row["losses"] for row in members], axis=0), own.get("tokens")
-    against = {"mean_member": mean} | {name: row["losses"] for name, row in others.items()}
+    against = {"mean_member": np.mean([row["losses"] for row in members], axis=0)}
+    against |= {name: np.array(row["losses"]) for name, row in others.items()}
+    values = np.array([row["losses"] for row in own])
     return {
-        name: paired.difference(own["losses"], losses, weights=weights, resamples=resamples, seed=seed)
-        for name, losses in against.items()
+        name: _difference(values, losses, own[0].get("tokens"), resamples=resamples, seed=seed) for name, losses in against.items()
     }
 
 
 def _answers(
-    task: str, own: Model, members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int
+    task: str, own: Sequence[Model], members: Sequence[Model], others: Mapping[str, Model], resamples: int, seed: int
 ) -> Comparison | None:
-    def ids(row: Model) -> list[Any]:
-        return [item["id"] for item in row.get("tasks", {}).get(task, ())]
+    def rows(model: Model) -> Sequence[Model]:
+        found: Sequence[Model] = model.get("tasks", {}).get(task, ())
+        return found
 
-    others = {name: row for name, row in others.items() if name != AVERAGE or ids(row) == ids(own)}
-    everyone = [own, *members, *others.values()]
-    rows = [row.get("tasks", {}).get(task) for row in everyone]
-    if any(ids(row) != ids(own) for row in everyone) or len(rows[0]) < 2:
+    def right(models: Sequence[Model]) -> np.ndarray:
+        return np.array([[float(item["correct"]) for item in rows(model)] for model in models])
+
+    ids = [item["id"] for item in rows(own[0])]
+    others = {name: model for name, model in others.items() if name != AVERAGE or [item["id"] for item in rows(model)] == ids}
+    if len(ids) < 2 or any([item["id"] for item in rows(model)] != ids for model in [*own, *members, *others.values()]):
         return None
-    right, *each = [np.array([bool(x["correct"]) for x in row]) for row in rows]
-    against = dict(zip(others, each[len(members) :], strict=True))
-    tests = {"best_member": "mcnemar", "average": "mcnemar_average"}
-    return {
-        name: paired.difference(right, other, resamples=resamples, seed=seed)
-        for name, other in ({"mean_member": np.mean(each[: len(members)], axis=0)} | against).items()
-    } | {tests[name]: paired.mcnemar(right, other) for name, other in against.items()}
+    values, against = right(own), dict(zip(others, right(list(others.values())), strict=True))
+    found: Comparison = {
+        name: _difference(values, other, None, resamples=resamples, seed=seed)
+        for name, other in ({"mean_member": right(members).mean(axis=0)} | against).items()
+    }
+    # right and wrong are of one model: several seeds are compared by the t-test alone
+    tests = {"best_member": "mcnemar", "average": "mcnemar_average"} if len(own) == 1 else {}
+    return found | {tests[name]: paired.mcnemar(values[0] > 0.5, other > 0.5) for name, other in against.items() if name in tests}
+
+
+def _difference(values: np.ndarray, other: np.ndarray, weights: Any, *, resamples: int, seed: int) -> dict[str, float]:
+    """Compare the mean over seeds of values [S, n] with those of another model, [n]."""
+    gap = paired.difference(values.mean(axis=0), other, weights=weights, resamples=resamples, seed=seed)
+    return gap if len(values) == 1 else paired.over_seeds(gap, np.average(values - other, axis=1, weights=weights))
 
 
 def _correct(merges: Comparison) -> None:
@@ -159,9 +215,10 @@ def _positions(analysis: Mapping[str, Any], unit: str) -> list[str]:
     return found
 
 
-def _mitigation(analysis: Mapping[str, Any]) -> list[str]:
+def _mitigation(analysis: Mapping[str, Any], together: Mapping[str, Sequence[str]]) -> list[str]:
     gaps = analysis["pooled"]["early_late"]
     merges = {name: row["early_late"] for name, row in analysis["merged"].items()}
+    of = {one: name for name, alike in together.items() for one in alike}
     if not merges or any("reason" in gap for gap in gaps):
         return []
     epoch = max(range(len(gaps)), key=lambda e: abs(gaps[e]["estimate"]))
@@ -169,10 +226,12 @@ def _mitigation(analysis: Mapping[str, Any]) -> list[str]:
     if before["low"] <= 0 <= before["high"]:
         return ["After merging: the members show no gap between early and late samples that a merge could close."]
     parts = []
-    for name, rows in merges.items():
-        after, change = rows[epoch]["merged"], rows[epoch]["difference"]
-        told = "" if change["low"] > 0 or change["high"] < 0 else " (not told from the members')"
-        parts.append(f"{name} {after['estimate']:+.4f} ± {after['se']:.4f}{told}")
+    for name in dict.fromkeys(of.get(one, one) for one in merges):
+        own = [rows[epoch] for one, rows in merges.items() if of.get(one, one) == name]
+        estimate, error = (np.mean([row["merged"][key] for row in own]) for key in ("estimate", "se"))
+        told = all(row["difference"]["low"] > 0 or row["difference"]["high"] < 0 for row in own)
+        seeds = f" (mean of {len(own)} merge seeds)" if len(own) > 1 else ""
+        parts.append(f"{name} {estimate:+.4f} ± {error:.4f}{seeds}{'' if told else ' (not told from the members)'}")
     return [
         f"After merging: where the gap is largest, in epoch {epoch + 1}, the early half of a member's samples differs from its late half by "
         f"{before['estimate']:+.4f} ± {before['se']:.4f}; by the same orders, in the merges: {'; '.join(parts)}. An average of "
@@ -212,22 +271,26 @@ def _members(models: Sequence[Model]) -> list[str]:
     return found
 
 
-def _merge(model: Model, comparison: Comparison) -> list[str]:
-    row = comparison["merges"].get(model["name"])
-    if row is None:
-        return []
-    picked = comparison["best"]
+def _merge(name: str, models: Sequence[Model], comparison: Comparison) -> list[str]:
+    row, picked = comparison["merges"][name], comparison["best"]
     best = f"the best member ({picked['name']}, chosen on {picked['chosen_on']}{'' if picked['chosen_on'] == 'validation' else ': optimistic'})"
+    own = [model for model in models if model["name"] in row["names"]]
     found = []
     if row["loss"] is not None:
         told = _verdicts(row["loss"], best, 1, 4, lower_is_better=True)
-        found.append(f"{model['name']}, held-out loss {model['loss']:.4f}: {told}.")
+        found.append(f"{name}, held-out loss {_level([model['loss'] for model in own], 4)}: {told}.")
     for task, gap in row["tasks"].items():
         if gap is not None:
-            share = 100 * model["tasks"][task]["accuracy"]
+            shares = [100 * model["tasks"][task]["accuracy"] for model in own]
             told = _verdicts(gap, best, 100, 1, lower_is_better=False)
-            found.append(f"{model['name']}, {task} {share:.1f} %: {told}, by McNemar's test against single models.")
+            exact = ", by McNemar's test against single models" if "mcnemar" in gap else ""
+            found.append(f"{name}, {task} {_level(shares, 1, ' %')}: {told}{exact}.")
     return found
+
+
+def _level(values: Sequence[float], digits: int, unit: str = "") -> str:
+    mean, sd = spread(values)
+    return f"{mean:.{digits}f}{unit}" + ("" if sd is None else f" (mean of {len(values)} merge seeds, sd {sd:.{digits}f})")
 
 
 def _verdicts(gaps: Comparison, best: str, scale: float, digits: int, *, lower_is_better: bool) -> str:
@@ -242,7 +305,17 @@ def _verdicts(gaps: Comparison, best: str, scale: float, digits: int, *, lower_i
 def _verdict(gap: Mapping[str, float], p: float, corrected: float, scale: float, digits: int, *, lower_is_better: bool) -> str:
     both = p_text(p) + (f", by Holm {p_text(corrected).removeprefix('p ')}" if corrected > p else "")
     size = f"{scale * gap['estimate']:+.{digits}f} ± {scale * gap['se']:.{digits}f}, {both}"
+    told = verdict(gap["estimate"], corrected, lower_is_better)
+    return f"not distinguishable ({size}) from" if told == APART else f"{told} ({size}) than"
+
+
+def verdict(estimate: float, corrected: float, lower_is_better: bool) -> str:
+    """Return what a difference says, by its p value corrected over the merges.
+
+    Example:
+        >>> verdict(-0.1, 0.001, True), verdict(-0.1, 0.03, False), verdict(0.1, 0.2, True)
+        ('clearly better', 'weakly worse', 'not told apart')
+    """
     if not strength(corrected):
-        return f"not distinguishable ({size}) from"
-    better = (gap["estimate"] < 0) == lower_is_better
-    return f"{strength(corrected)} {'better' if better else 'worse'} ({size}) than"
+        return APART
+    return f"{strength(corrected)} {'better' if (estimate < 0) == lower_is_better else 'worse'}"

@@ -1,4 +1,4 @@
-"""Losses of a model, or of all members of a population, over all examples: forward passes only.
+"""Losses of a model, or of all members of a population, over all examples, and scores of given continuations. Forward passes only.
 
 Axis letters: `M` member, `n` example, `B` example of a batch, `T` position.
 """
@@ -6,7 +6,7 @@ Axis letters: `M` member, `n` example, `B` example of a batch, `T` position.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.data import pack
-from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.data.examples import Examples, Ragged
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.model import llama, loss
 from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.tree import Tree, flatten
@@ -59,9 +60,83 @@ def losses(
         `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model, and for an ensemble) and int32[n].
     """
     population = _is_population(config, params)
+    program = _ensemble(config, dtype) if members == "ensemble" else _program(config, dtype, mesh, population, kernel)
+    sums, counts = _over_all(program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh, tell=tell)
+    return sums, counts[0].round().astype(np.int32)
+
+
+class Scores(NamedTuple):
+    """What models think of given continuations.
+
+    Attributes:
+        logps: float64[M, n], log-probability of all tokens of a continuation, in nats.
+        greedy: bool[M, n], whether each of its tokens is the likeliest one: what greedy decoding would write.
+    """
+
+    logps: np.ndarray
+    greedy: np.ndarray
+
+
+def score(
+    config: ModelConfig,
+    params: Tree,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch: int,
+    dtype: str,
+    mesh: Mesh,
+    kernel: Kernel = "xla",
+) -> Scores:
+    """Return how likely one model (M = 1), or each member of a population, finds continuations of contexts.
+
+    Args:
+        config, params, dtype, mesh, kernel: see `losses`.
+        pairs: n times the tokens of a context and those of what follows it, at least one each.
+        batch: pairs a forward pass.
+
+    Raises:
+        UserError: a context or a continuation without tokens, or an id outside the vocabulary.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=4, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> even = jax.tree.map(lambda x: 0 * x, llama.init_params(config, 0))  # all tokens are alike to it
+        >>> found = score(config, even, [([1], [2, 3]), ([1, 2], [3])], batch=2, dtype="float32", mesh=meshes.make_mesh())
+        >>> (found.logps / np.log(4)).round(4).tolist(), found.greedy.tolist()
+        ([[-2.0, -1.0]], [[True, True]])
+    """
+    population = _is_population(config, params)
+    if not pairs:
+        members = jax.tree.leaves(params)[0].shape[0] if population else 1
+        return Scores(np.empty((members, 0)), np.empty((members, 0), bool))
+    for number, (context, continuation) in enumerate(pairs):
+        if not (len(context) and len(continuation)):
+            raise UserError(
+                f"pair {number} has no tokens in its {'continuation' if len(context) else 'context'}; give at least one"
+            )
+        if min(*context, *continuation) < 0 or max(*context, *continuation) >= config.vocab_size:
+            raise UserError(f"pair {number} holds an id outside the vocabulary of {config.vocab_size}; check the tokenizer")
+    rows = [[*context, *continuation] for context, continuation in pairs]
+    asked = [np.arange(len(row)) >= len(context) for row, (context, _) in zip(rows, pairs, strict=True)]
+    examples = Examples(Ragged.of(rows, np.int32), Ragged.of(asked, np.bool_), np.arange(len(rows)))
+    lengths = pack.bucket_lengths(examples.longest, [16 << power for power in range(examples.longest.bit_length())])
+    program = _program(config, dtype, mesh, population, kernel, scores=True)
+    sums, missed = _over_all(program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh)
+    return Scores(-sums.astype(np.float64), missed == 0)
+
+
+def _over_all(
+    program: Any,
+    params: Tree,
+    examples: Examples,
+    population: bool,
+    *,
+    batch: int,
+    lengths: Sequence[int],
+    mesh: Mesh,
+    tell: Callable[[int], None] | None = None,
+) -> list[np.ndarray]:
+    """Return what a program of `_program` gives of every example, float32[M, n] each."""
     groups = mesh.shape["order"]
-    together = members == "ensemble"
-    program = _ensemble(config, dtype) if together else _program(config, dtype, mesh, population, kernel)
     rows, pending = [], []
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
     for one in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
@@ -70,15 +145,15 @@ def losses(
         if tell is not None and len(pending) > 1:
             jax.block_until_ready(pending[-2])  # one batch behind, so that the devices never wait
             tell(sum(ids.size for ids in rows[:-1]))
-    fetched = [
-        (sums if population and not together else sums.reshape(1, -1), counts.reshape(-1)) for sums, counts in _fetch(pending)
-    ]
+    fetched = [[part if population else part.reshape(1, -1) for part in parts] for parts in _fetch(pending)]
     order = np.concatenate(rows)
-    real = order >= 0
-    sums, counts = (np.concatenate(parts, axis=-1) for parts in zip(*fetched, strict=True))
-    out, tokens = np.empty((sums.shape[0], len(examples)), np.float32), np.empty(len(examples), np.int32)
-    out[:, order[real]], tokens[order[real]] = sums[:, real], counts[real].round()
-    return out, tokens
+    real, found = order >= 0, []
+    for parts in zip(*fetched, strict=True):
+        whole = np.concatenate(parts, axis=-1)
+        out = np.empty((whole.shape[0], len(examples)), np.float32)
+        out[:, order[real]] = whole[:, real]
+        found.append(out)
+    return found
 
 
 def compile_losses(
@@ -111,28 +186,24 @@ def _is_population(config: ModelConfig, params: Tree) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool, kernel: Kernel) -> Any:
-    """Return `(params, batch) -> (sums, counts)`, jitted and kept: jit keeps a program for each length."""
+def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool, kernel: Kernel, scores: bool = False) -> Any:
+    """Return `(params, batch) -> (sums, counts)`, or with `scores` what `loss.linear_scores` gives, float32[M, B] each or [order, B / order].
+
+    It is jitted and kept; jit keeps a program for each length.
+    """
 
     def sums(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         where = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = llama.hidden(config, params, *where, dtype=dtype, kernel=kernel)
+        if scores:
+            return loss.linear_scores(x, llama.head(config, params), batch["targets"], batch["weights"])
         _, losses = loss.linear_losses(x, llama.head(config, params), batch["targets"], batch["weights"])
         return losses, batch["weights"].sum(-1)
 
     if population:
-        members = meshes.map_members(sums, mesh)
-
-        def program(params: Tree, batch: Any) -> tuple[jax.Array, jax.Array]:
-            losses_MB, counts_MB = members(params, batch)
-            return losses_MB, counts_MB[0]
-    else:
-        groups = meshes.map_members(lambda batch, params: sums(params, batch), mesh)
-
-        def program(params: Tree, batch: Any) -> tuple[jax.Array, jax.Array]:
-            return groups(batch, params)
-
-    return jax.jit(program)
+        return jax.jit(meshes.map_members(sums, mesh))
+    groups = meshes.map_members(lambda batch, params: sums(params, batch), mesh)
+    return jax.jit(lambda params, batch: groups(batch, params))
 
 
 @functools.lru_cache(maxsize=16)
@@ -150,7 +221,7 @@ def _ensemble(config: ModelConfig, dtype: str) -> Any:
         total_BTV, _ = jax.lax.scan(add, nothing, params)
         log_p_BTV = jax.nn.log_softmax(total_BTV / jax.tree.leaves(params)[0].shape[0])
         losses_BT = -jnp.take_along_axis(log_p_BTV, batch["targets"][..., None], axis=-1)[..., 0]
-        return (losses_BT * batch["weights"]).sum(-1), batch["weights"].sum(-1)
+        return (losses_BT * batch["weights"]).sum(-1)[None], batch["weights"].sum(-1)[None]  # as of a population of one
 
     return jax.jit(program)
 

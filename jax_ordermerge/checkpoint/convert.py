@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jax_ordermerge import arch, processes, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, TensorSpec
-from jax_ordermerge.checkpoint import atomic, placement, safetensors
+from jax_ordermerge.checkpoint import atomic, placement, remote, safetensors
 from jax_ordermerge.errors import UserError
 
 _READABLE = ("float64", "float32", "float16", "bfloat16")
@@ -33,8 +33,8 @@ def resolve(base: str, *, weights: bool = True) -> Path:
     """Return the local directory of a base model.
 
     Args:
-        base: an existing directory, `embedded:NAME` (shipped with the package), or a hub name such as
-            `meta-llama/Llama-2-7b-hf`, which is downloaded once (safetensors, configs and tokenizer only).
+        base: an existing directory, `embedded:NAME` (shipped with the package), an address (gs://, s3://) of a directory, which is
+            copied here, or a hub name such as `meta-llama/Llama-2-7b-hf`, which is downloaded once (safetensors, configs and tokenizer only).
         weights: False downloads configs and tokenizer alone.
 
     Raises:
@@ -48,6 +48,8 @@ def resolve(base: str, *, weights: bool = True) -> Path:
     """
     if base.startswith("embedded:"):
         return _embedded(base.removeprefix("embedded:"))
+    if remote.address(base) is not None:
+        return remote.fetch(base, without=None if weights else "*.safetensors")
     if Path(base).expanduser().is_dir():
         return Path(base).expanduser()
     if base.startswith((".", "/", "~")) or base.count("/") > 1:

@@ -8,7 +8,8 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -41,12 +42,13 @@ class Checkpoints:
         (2, {'members': 2}, [1.0, 1.0, 1.0])
     """
 
-    def __init__(self, directory: str | Path, keep: int | None = None) -> None:
+    def __init__(self, directory: str | Path, keep: int | None = None, saved: Callable[[], None] | None = None) -> None:
         """Open or create a directory of checkpoints and remove what an interrupted save left there.
 
         Args:
             directory: created if absent.
             keep: how many of the latest to keep; None keeps all.
+            saved: is called in a thread of its own when a save is complete on the disk, and what it raises is raised by `wait`.
         """
         _quiet()
         self.directory = Path(directory).absolute()
@@ -57,6 +59,8 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             self.directory, preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep)
         )
+        self._saved, self._thread = saved, ThreadPoolExecutor(1)
+        self._told: Future[None] | None = None
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
         """Start saving and return as soon as the arrays may change again; a save still under way is waited for.
@@ -69,9 +73,18 @@ class Checkpoints:
         self.wait()
         # without force Orbax skips steps by a policy of its own, in silence
         self._checkpointer.save_async(step, tree, checkpointable_name=_STATE, force=True, overwrite=True, custom_metadata=metadata)
+        if self._saved is not None:
+            self._told = self._thread.submit(self._tell, self._saved)
+
+    def _tell(self, saved: Callable[[], None]) -> None:
+        self._checkpointer.wait()
+        saved()
 
     def wait(self) -> None:
-        """Wait until the save under way is complete on the disk."""
+        """Wait until the save under way is complete on the disk, and until `saved` has returned."""
+        if self._told is not None:
+            told, self._told = self._told, None
+            told.result()
         self._checkpointer.wait()
 
     def latest(self) -> int | None:
@@ -90,7 +103,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the save under way and release the threads."""
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+            self._thread.shutdown()
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from jax_ordermerge import config
+from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.data import chat, formats
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.order import permutation
@@ -37,7 +38,7 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[d
 
     Args:
         path: a file (json list or `{"data": [...]}`, jsonl, either also .gz, parquet, csv with a header, txt: one text, or several
-            between `<|endoftext|>`), a hub dataset `owner/name[:config][@split]`, or `generated:NAME[@split]`.
+            between `<|endoftext|>`) or the address of one (gs://, s3://), a hub dataset `owner/name[:config][@split]`, or `generated:NAME[@split]`.
         split: of a hub or generated dataset that names none.
         limit: at most so many rows, the first ones.
 
@@ -52,8 +53,8 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[d
 
         name, _, own = path.removeprefix(GENERATED).partition("@")
         rows: list[dict[str, Any]] = [dict(row) for row in synthetic.generated(name, own or split)]
-    elif Path(path).exists() or path.endswith(SUFFIXES):
-        rows = _read_file(Path(path))
+    elif remote.address(path) is not None or Path(path).exists() or path.endswith(SUFFIXES):
+        rows = _read_file(remote.fetch(path))
     elif match := HUB_NAME.fullmatch(path):
         rows = _read_hub(match["name"], match["config"], match["split"] or split, limit)
     else:
@@ -66,37 +67,43 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[d
 
 
 def load_examples(data: config.Data, tokenizer: "PreTrainedTokenizerBase", split: Split, *, seed: int) -> Examples | None:
-    """Load, template and tokenize one split; None where the config has none (no `test`, no validation examples).
+    """Load, template and tokenize one split; None where the config has none (no held-out examples, no validation examples).
 
-    `train` and `validation` come from `data.train`: `validation_examples` of the examples that are used are set aside by
-    `split_validation`. `limit` counts rows of the file, before anything is dropped.
+    `train` and `validation` come from `data.train`, and so does `test` where it has no file of its own: `test_examples` and
+    `validation_examples` of the examples that are used are set aside by `set_aside`. `limit` counts rows of the file, before anything
+    is dropped, and windows of texts.
 
     Args:
         data: the section of the config.
         tokenizer: of the base model, see `load_tokenizer`.
         split: which part.
-        seed: seed of the run; only the choice of validation examples depends on it.
+        seed: seed of the run; only the choice of what is set aside depends on it.
 
     Raises:
         UserError: bad input, with the source and the row; nothing left after dropping.
     """
-    if split == "test":
-        return tokenize(data.test, data, tokenizer, "test", limit=data.test_limit) if data.test is not None else None
-    if split == "validation" and not data.validation_examples:
+    if split == "test" and data.test is not None:
+        return tokenize(data.test, data, tokenizer, "test", limit=data.test_limit)
+    if split != "train" and not (data.validation_examples if split == "validation" else data.test_examples):
         return None
-    return load_training(data, tokenizer, seed=seed)[split == "validation"]
+    return load_splits(data.model_copy(update={"test": None}), tokenizer, seed=seed)[split]
 
 
-def load_training(data: config.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> tuple[Examples, Examples | None]:
-    """Return (train, validation) of `load_examples`, reading and tokenizing the source once.
+def load_splits(data: config.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> dict[str, Examples]:
+    """Return all splits that the config has as `load_examples` does, reading and tokenizing each source once.
 
     Raises:
         UserError: see `load_examples`.
     """
-    whole = tokenize(data.train, data, tokenizer, "train", limit=data.limit)
-    if not data.validation_examples:
-        return whole, None
-    return split_validation(whole, data.validation_examples, seed)
+    train = tokenize(data.train, data, tokenizer, "train", limit=data.limit)
+    held: dict[str, Examples] = {}
+    sizes = {"test": data.test_examples, "validation": data.validation_examples}
+    for split, count in sizes.items():
+        if count:
+            train, held[split] = set_aside(train, count, seed, split)
+    if data.test is not None:
+        held["test"] = tokenize(data.test, data, tokenizer, "test", limit=data.test_limit)
+    return {"train": train, **held}
 
 
 def tokenize(
@@ -112,7 +119,8 @@ def tokenize(
     Raises:
         UserError: see `load_examples`.
     """
-    rows = load(path, split, limit=limit)
+    # only where they are so named: training and test data may come from different places
+    rows = [row | {name: row[own] for name, own in data.columns.items() if own in row} for row in load(path, split, limit=limit)]
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
     records = formats.normalize(rows, form, path)
     template = chat.resolve_template(data.template, form, records, tokenizer)
@@ -123,6 +131,7 @@ def tokenize(
         sides = [part, [record.rejected for record in part if record.rejected]] if pairs else [part]
         for origin, sequences in enumerate(zip(*(chat.encode(side, template, tokenizer) for side in sides), strict=True), start):
             kept.window(*sequences) if form == "text" else kept.fit(sequences, origin)
+    kept.cut(limit)  # a row gives several windows
     counts = {"read": len(rows), **kept.counts, "used": len(kept.origins)}
     if not kept.origins:
         said = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
@@ -133,22 +142,22 @@ def tokenize(
     return dataclasses.replace(chosen, counts=counts, sources=sources, rejected=rejected)
 
 
-def split_validation(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
-    """Return (train, validation): `count` examples set aside by the stream `("validation",)` of the seed, both in the file's order.
+def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Examples, Examples]:
+    """Return (rest, chosen): `count` examples chosen by the stream `(split,)` of the seed, both in the file's order.
 
     Raises:
         UserError: nothing would be left to train on.
 
     Example:
         >>> five = Examples(Ragged.of([[1, 2]] * 5, np.int32), Ragged.of([[0, 1]] * 5, np.bool_), np.arange(5))
-        >>> train, validation = split_validation(five, 2, seed=0)
+        >>> train, validation = set_aside(five, 2, 0, "validation")
         >>> train.ids.tolist(), validation.ids.tolist()
         ([2, 3, 4], [0, 1])
     """
     if count >= len(examples):
-        raise UserError(f"data.validation_examples = {count} leaves nothing of {len(examples)} training examples; lower it")
+        raise UserError(f"data.{split}_examples = {count} leaves nothing of {len(examples)} training examples; lower it")
     chosen = np.zeros(len(examples), bool)
-    chosen[permutation(len(examples), seed, "validation")[:count]] = True
+    chosen[permutation(len(examples), seed, split)[:count]] = True
     return examples.take(np.flatnonzero(~chosen)), examples.take(np.flatnonzero(chosen))
 
 
@@ -203,6 +212,11 @@ class _Kept:
         else:
             self.counts["truncated"] += long
             self._add(sequences, 0, origin)
+
+    def cut(self, limit: int | None) -> None:
+        if limit is not None:
+            self.tokens, self.answers = ([rows[:limit] for rows in part] for part in (self.tokens, self.answers))
+            self.origins = self.origins[:limit]
 
     def _add(self, sequences: Sequence[chat.Encoded], start: int, origin: int) -> None:
         end = start + self.length
@@ -276,9 +290,9 @@ def _line(line: str, number: int, path: Path) -> Any:
 
 
 def _file_digest(path: str) -> dict[str, str]:
-    if path.startswith(GENERATED) or not Path(path).is_file():
+    if path.startswith(GENERATED) or not (local := remote.fetch(path)).is_file():
         return {}
-    with Path(path).open("rb") as file:
+    with local.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 

@@ -8,8 +8,21 @@ import numpy as np
 from jax_ordermerge.errors import UserError
 
 GSM8K_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
+COT_NUMBER = re.compile(r"The answer is (-?[0-9.,]+).")
 FLEXIBLE_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 PLAIN_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
+
+
+def ended(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the first of the texts that end it.
+
+    Example:
+        >>> ended("5\\n\\nQuestion: 6?", ("Question:", "\\n\\n"))
+        '5'
+    """
+    for stop in filter(None, stops):
+        text = text.split(stop, 1)[0]
+    return text
 
 
 def exact(answer: str, reference: str) -> bool:
@@ -23,7 +36,7 @@ def exact(answer: str, reference: str) -> bool:
 
 
 def gsm8k_number(text: str) -> str | None:
-    """Return the number after the last `####`, commas stripped, or None.
+    """Return the number after the first `####`, without commas and a full stop behind it, or None.
 
     Example:
         >>> gsm8k_number("She pays 5 + 1,000.\\n#### 1,005")
@@ -31,14 +44,15 @@ def gsm8k_number(text: str) -> str | None:
         >>> gsm8k_number("the answer is 5") is None
         True
 
-    Source: the pattern published with GSM8K (Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021).
+    Source: the pattern published with GSM8K (Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021); the full stop as in
+    the filter `strict-match` of lm-evaluation-harness.
     """
-    found = GSM8K_NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
+    found = GSM8K_NUMBER.search(text)
+    return _bare(found[1]) if found else None
 
 
 def gsm8k(answer: str, reference: str) -> bool:
-    """Return whether both end on the same `#### number`, compared as strings without commas, as published.
+    """Return whether the first `#### number` of both is the same, compared as strings without commas, as published.
 
     Raises:
         UserError: the reference holds no such number.
@@ -70,7 +84,30 @@ def gsm8k_flexible(answer: str, reference: str) -> bool:
     expected = gsm8k_number(reference)
     if expected is None:
         return gsm8k(answer, reference)  # which says what is wrong
-    return bool(found) and re.sub(r"[,$]|\.$", "", found[-1]) == expected
+    return bool(found) and _bare(found[-1]) == expected
+
+
+def _bare(number: str) -> str:
+    return re.sub(r"[,$]|\.$", "", number)
+
+
+def gsm8k_cot(answer: str, reference: str) -> bool:
+    """Return whether an answer says `The answer is` and, the first time, the number of the reference.
+
+    Raises:
+        UserError: the reference holds no `#### number`.
+
+    Example:
+        >>> gsm8k_cot("2 + 3 = 5. The answer is 5.", "#### 5"), gsm8k_cot("#### 5", "#### 5")
+        (True, False)
+
+    Source: the answers of Wei et al., "Chain-of-thought prompting elicits reasoning in large language models", 2022,
+    https://arxiv.org/abs/2201.11903, as lm-evaluation-harness reads them.
+    """
+    found, expected = COT_NUMBER.search(answer), gsm8k_number(reference)
+    if expected is None:
+        return gsm8k(answer, reference)  # which says what is wrong
+    return found is not None and _bare(found[1]) == expected
 
 
 def number(answer: str, reference: str) -> bool:

@@ -23,6 +23,7 @@ from jax_ordermerge.evaluate.sampling import GREEDY, Sampling, choose, row_words
 from jax_ordermerge.model import llama
 
 _SHORTEST = 16  # prompts below it share one bucket
+_STRETCH = 64  # new tokens, at least, for which the cache grows; each stretch is compiled by itself
 
 
 def generate(
@@ -250,12 +251,15 @@ def _decode_one(options: _Options, params: tree.Tree, prompts: _Prompts) -> tupl
     live_B = lengths_B > 0
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
     cache = llama.init_cache(config, B, T, dtype)
-    logits, filled = llama.forward(
+    x_B1D, filled = llama.hidden(
         config, params, tokens_BT, jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32), cache, dtype=dtype, last_only=True
     )  # fmt: skip
     assert filled is not None
 
-    def take(state: _State, logits_BV: jax.Array) -> _State:
+    def take(state: _State, x_B1D: jax.Array, table_VD: jax.Array) -> _State:
+        # the table as it is and on the left: CPUs multiply few rows faster by it so
+        logits_VB = jnp.einsum("VD,BD->VB", table_VD, x_B1D[:, 0], preferred_element_type=jnp.float32)
+        logits_BV = mesh.constrain(logits_VB, "vocab", "batch").T
         if sampling.temperature:  # tokens are sorted by all of the vocabulary; XLA's partitioner dies of sorting it in parts
             logits_BV = mesh.constrain(logits_BV, "batch", None)
         token_B = choose(logits_BV, jnp.asarray(prompts.words_B2), state.step, sampling)
@@ -267,14 +271,15 @@ def _decode_one(options: _Options, params: tree.Tree, prompts: _Prompts) -> tupl
     def advance(state: _State) -> _State:
         # an ended row goes on beside the others; its tokens are not counted
         position_B1 = (lengths_B + state.step - 1)[:, None]
-        logits, cache = llama.forward(
-            config, weights(), state.last_B[:, None], position_B1, live_B[:, None].astype(jnp.int32), state.cache, dtype=dtype
+        known = weights()
+        x_B1D, cache = llama.hidden(
+            config, known, state.last_B[:, None], position_B1, live_B[:, None].astype(jnp.int32), state.cache, dtype=dtype
         )
         assert cache is not None
-        return take(state._replace(cache=cache), logits[:, 0])
+        return take(state._replace(cache=cache), x_B1D, llama.head(config, known))
 
     turned = None
-    if cpu:
+    if cpu and max_new_tokens > 1:
         # it would cut each weight out of its stack at every step, and multiplies few rows faster by [in, out]
         params["layers"] = llama.unstack(config, params["layers"])
         turned = jax.lax.optimization_barrier(_turned(params))
@@ -284,9 +289,30 @@ def _decode_one(options: _Options, params: tree.Tree, prompts: _Prompts) -> tupl
 
     zeros_B = jnp.zeros(B, jnp.int32)
     new_BT = jnp.zeros((B, max_new_tokens), jnp.int32)
-    start = _State(_grow(filled, max_new_tokens - 1), jnp.int32(0), zeros_B, new_BT, zeros_B, ~live_B, jnp.bool_(True))
-    final = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & s.going, advance, take(start, logits[:, 0]))
-    return final.new_BT, final.counts_B
+    start = _State(filled, jnp.int32(0), zeros_B, new_BT, zeros_B, ~live_B, jnp.bool_(True))
+    state = take(start, x_B1D, llama.head(config, params))
+    for stop in _stops(T, max_new_tokens, cpu):
+        state = state._replace(cache=_grow(state.cache, T + stop - 1))
+        state = jax.lax.while_loop(functools.partial(_unfinished, stop), advance, state)
+    return state.new_BT, state.counts_B
+
+
+def _unfinished(stop: int, state: _State) -> jax.Array:
+    return (state.step < stop) & state.going
+
+
+def _stops(prompt: int, new: int, cpu: bool) -> list[int]:
+    """Return the counts of new tokens at which the cache grows, ending with `new`; the first token needs no room.
+
+    Every step reads all slots of the cache. On CPU that is about half of its time, so the cache is at most half as large again as what
+    is in it (or has 96 free slots); elsewhere it has all slots from the start and is never copied.
+    """
+    stops = [1]
+    while stops[-1] < new:
+        stretch = max(_STRETCH, (prompt + stops[-1]) // 3)
+        stop = stops[-1] + stretch
+        stops.append(stop if cpu and stop + stretch // 2 < new else new)
+    return stops[1:]
 
 
 def _cast(config: ModelConfig, params: tree.Tree, dtype: np.dtype) -> tree.Tree:
@@ -297,15 +323,15 @@ def _cast(config: ModelConfig, params: tree.Tree, dtype: np.dtype) -> tree.Tree:
 
 
 def _turned(params: tree.Tree) -> tree.Tree:
-    """Return the parameters with every matrix that is multiplied by, but not the table of embeddings, transposed."""
-    return {
-        name: part if name == "embed" else jax.tree.map(lambda x: x.T if x.ndim == 2 else x, part) for name, part in params.items()
-    }
+    """Return the parameters with the matrices of the layers transposed."""
+    return {**params, "layers": jax.tree.map(lambda x: x.T if x.ndim == 2 else x, params["layers"])}
 
 
 def _grow(cache: llama.Cache, slots: int) -> llama.Cache:
+    """Return the cache with so many slots."""
+
     def pad(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)])
+        return jnp.pad(x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
     k, v = (tuple(pad(layer, 2) for layer in layers) for layers in (cache.k, cache.v))
     return llama.Cache(k, v, pad(cache.positions, 1), pad(cache.segments, 1), cache.length)

@@ -1,25 +1,117 @@
-"""Tasks by generation: prompts in, answers out, scored against references."""
+"""Tasks: a model's answers, choices and programs, scored against what is right."""
 
+import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.config import Task
+from jax_ordermerge.config import Data
+from jax_ordermerge.data import source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import answers, decode, programs
+from jax_ordermerge.evaluate import answers, decode, likelihood, programs, prompts
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
-from jax_ordermerge.tree import Tree
+from jax_ordermerge.task import LIKELIHOODS, OUTPUTS, PROGRAMS, Task
+from jax_ordermerge.tree import Tree, size
 
 SCORES: dict[str, Callable[[str, str], bool]] = {
     "exact": answers.exact,
     "gsm8k": answers.gsm8k,
+    "gsm8k_cot": answers.gsm8k_cot,
     "gsm8k_flexible": answers.gsm8k_flexible,
     "math": answers.math,
     "number": answers.number,
 }
+# kinds whose answers are read in another way too
+ALSO: dict[str, dict[str, Callable[[str, str], bool]]] = {
+    kind: {"flexible": answers.gsm8k_flexible} for kind in ("gsm8k", "gsm8k_cot")
+}
 
+Prompts = Sequence[Sequence[int]]
 Generate = Callable[..., list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, as tasks see it.
+
+    Attributes:
+        tokenizer: of the model.
+        generate: see `generator`.
+        score: pairs of context and continuation -> log-probabilities, and whether each is greedy.
+        positions: how many tokens it reads at most.
+    """
+
+    tokenizer: Any
+    generate: Generate
+    score: likelihood.Score
+    positions: int
+
+    @property
+    def start(self) -> int:
+        """The token before a text that is scored: beginning of sequence, or its end where the tokenizer has none.
+
+        Raises:
+            UserError: it has neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise UserError(
+            "the tokenizer names neither a beginning nor an end of sequence; texts could not be scored from their first token"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text; see `prompts.encode`."""
+        return prompts.encode(self.tokenizer, text)
+
+
+def run(
+    task: Task, subject: Subject, data: Data, *, test: Examples | None = None, seed: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Put a model to a task.
+
+    Args:
+        task: any.
+        subject: the model.
+        data: the config's section.
+        test: examples of `data.test` where they are loaded already.
+        seed: of the run.
+
+    Returns:
+        a summary and a row for each item: see `run_task`, `run_programs`, `run_outputs`, `likelihood.run_choices`,
+        `likelihood.run_perplexity`.
+
+    Raises:
+        UserError: the task's data are absent, or do not fit it.
+    """
+    if task.kind in PROGRAMS or task.kind in ("perplexity", OUTPUTS):
+        assert task.data is not None
+        rows = source.load(task.data, "test")
+        if task.kind in PROGRAMS:
+            return run_programs(task, rows, subject.encode, subject.generate, seed=seed)
+        if task.kind == OUTPUTS:
+            instructed = functools.partial(prompts.instruction_tokens, data=data, tokenizer=subject.tokenizer)
+            return run_outputs(task, rows[: task.limit], instructed, subject.generate)
+    if task.kind in LIKELIHOODS:
+        settings: dict[str, Any] = {"start": subject.start, "positions": subject.positions}
+        if task.kind == "perplexity":
+            return likelihood.run_perplexity(task, rows[: task.limit], subject.encode, subject.score, **settings)
+        asked = prompts.questions(task, data, subject.tokenizer, seed=seed)
+        return likelihood.run_choices(task, asked, subject.encode, subject.score, **settings)
+    if task.prompt is not None or task.shots:
+        return run_task(task, prompts.examples(task, data, subject.tokenizer, seed=seed), subject.generate)
+    if task.data is not None or test is None:
+        own = data if task.data is None else data.model_copy(update={"test": task.data, "test_limit": None})
+        test = source.load_examples(own, subject.tokenizer, "test", seed=seed)
+    if test is None:
+        raise UserError(f"evaluation task {task.name} has no data; set data.test or the task's own data")
+    return run_task(task, test, subject.generate)
 
 
 def generator(config: ModelConfig, params: Tree, tokenizer: Any, *, batch: int, dtype: str) -> Generate:
@@ -35,33 +127,60 @@ def generator(config: ModelConfig, params: Tree, tokenizer: Any, *, batch: int, 
     Raises:
         UserError: the model names no end-of-sequence token.
     """
-    eos = config.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
-    if not eos:
-        raise UserError("neither config.json nor the tokenizer names an end-of-sequence token; generation could not stop")
+    settings: dict[str, Any] = {"eos_ids": _ends(config, tokenizer), "dtype": dtype, "batch": batch}
 
     def generate(
-        prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY, names: Sequence[str | int] | None = None
+        prompts: Prompts, max_new_tokens: int, sampling: Sampling = GREEDY, names: Sequence[str | int] | None = None
     ) -> list[str]:
-        rows = decode.generate(
-            config,
-            params,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            eos_ids=eos,
-            dtype=dtype,
-            batch=batch,
-            sampling=sampling,
-            names=names,
-        )
+        drawn: dict[str, Any] = {"sampling": sampling, "names": names}
+        rows = decode.generate(config, params, prompts, max_new_tokens=max_new_tokens, **drawn, **settings)
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     return generate
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a prompt, after the beginning-of-sequence token where the tokenizer has one."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return start + tokenizer(text, add_special_tokens=False)["input_ids"]
+def generators(
+    config: ModelConfig, population: Tree, tokenizer: Any, *, batch: int, dtype: str, mesh: Mesh | None = None
+) -> list[Generate]:
+    """Return for each of several models what `generator` returns. They write together, in one program, as soon as one is asked.
+
+    The others then find their answers to the same prompts ready; they are kept as long as these functions are.
+
+    Args:
+        config: the model.
+        population: parameters with a leading member axis, see `decode.generate_members`.
+        tokenizer, batch, dtype: see `generator`.
+        mesh: where the parameters are; None is that of `jax.set_mesh`.
+
+    Raises:
+        UserError: the model names no end-of-sequence token.
+    """
+    settings: dict[str, Any] = {"eos_ids": _ends(config, tokenizer), "dtype": dtype, "batch": batch}
+    written: dict[Any, list[list[str]]] = {}
+
+    def generate(
+        member: int,
+        prompts: Prompts,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        names: Sequence[str | int] | None = None,
+    ) -> list[str]:
+        asked = (tuple(map(tuple, prompts)), max_new_tokens, sampling, None if names is None else tuple(names))
+        if asked not in written:
+            drawn: dict[str, Any] = {"sampling": sampling, "names": names}
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                found = decode.generate_members(config, population, prompts, max_new_tokens=max_new_tokens, **drawn, **settings)
+            written[asked] = [[tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in found]
+        return written[asked][member]
+
+    return [functools.partial(generate, member) for member in range(size(population))]
+
+
+def _ends(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    ends = config.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
+    if not ends:
+        raise UserError("neither config.json nor the tokenizer names an end-of-sequence token; generation could not stop")
+    return tuple(ends)
 
 
 def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -73,7 +192,8 @@ def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[s
         generate: see `generator`.
 
     Returns:
-        `{"accuracy", "se", "n"}` and, for each example, `{"id", "prompt", "reference", "answer", "correct"}`.
+        `{"accuracy", "se", "n"}` and, for each example, `{"id", "prompt", "reference", "answer", "correct"}`. GSM8K's kinds have `flexible`,
+        `flexible_se` and `correct_flexible` too: the same answers by their last number.
 
     Example:
         >>> import numpy as np
@@ -84,10 +204,11 @@ def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[s
         {'accuracy': 0.5, 'se': 0.3535533905932738, 'n': 2}
     """
     rows = range(min(task.limit or len(examples), len(examples)))
-    prompts = [examples.prompt(row).tolist() for row in rows]
-    texts = generate(prompts, task.max_new_tokens)
+    texts = [
+        answers.ended(text, task.stop) for text in generate([examples.prompt(row).tolist() for row in rows], task.max_new_tokens)
+    ]
     correct = [SCORES[task.kind](text, examples.responses[row]) for row, text in zip(rows, texts, strict=True)]
-    items = [
+    items: list[dict[str, Any]] = [
         {
             "id": int(examples.ids[row]),
             "prompt": examples.prompts[row],
@@ -98,7 +219,41 @@ def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[s
         for row, text, right in zip(rows, texts, correct, strict=True)
     ]
     mean, error = answers.accuracy(correct)
-    return {"accuracy": mean, "se": error, "n": len(correct)}, items
+    summary: dict[str, Any] = {"accuracy": mean, "se": error, "n": len(correct)}
+    for name, right in ALSO.get(task.kind, {}).items():
+        others = [right(item["answer"], item["reference"]) for item in items]
+        summary[name], summary[f"{name}_se"] = answers.accuracy(others)
+        for item, one in zip(items, others, strict=True):
+            item[f"correct_{name}"] = one
+    return summary, items
+
+
+def run_outputs(
+    task: Task, rows: Sequence[prompts.Row], encode: Callable[[prompts.Row], list[int]], generate: Generate
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Let a model follow instructions. Nothing is scored: the rows are for a judge, see `judge.py`.
+
+    Args:
+        task: of kind `alpaca_outputs`.
+        rows: with the column `instruction`, and perhaps `input` and `dataset`.
+        encode: row -> tokens of what the model is asked.
+        generate: see `generator`.
+
+    Returns:
+        `{"n"}` and, for each instruction, `{"instruction", "output", "dataset"}` as AlpacaEval reads them, without the generator's name.
+
+    Example:
+        >>> run_outputs(
+        ...     Task(name="a", kind="alpaca_outputs", data="x"), [{"instruction": "Greet."}], lambda row: [1], lambda p, n: ["Hi"]
+        ... )
+        ({'n': 1}, [{'instruction': 'Greet.', 'output': 'Hi', 'dataset': 'a'}])
+    """
+    texts = generate([encode(row) for row in rows], task.max_new_tokens)
+    items: list[dict[str, Any]] = []
+    for row, text in zip(rows, texts, strict=True):
+        whole = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+        items.append({"instruction": whole, "output": answers.ended(text, task.stop), "dataset": row.get("dataset", task.name)})
+    return {"n": len(items)}, items
 
 
 def run_programs(
@@ -120,12 +275,12 @@ def run_programs(
     problems = programs.PROGRAMS[task.kind](rows)[: task.limit]
     if not problems:
         raise UserError(f"evaluation task {task.name} has no problems, check its data and limit")
-    prompts = [encode(problem.prompt) for problem in problems for _ in range(task.samples)]
+    asked = [encode(problem.prompt) for problem in problems for _ in range(task.samples)]
     names = [f"{problem.id}/{sample}" for problem in problems for sample in range(task.samples)]
-    texts = generate(prompts, task.max_new_tokens, Sampling(task.temperature, task.top_k, task.top_p, seed), names)
+    texts = generate(asked, task.max_new_tokens, Sampling(task.temperature, task.top_k, task.top_p, seed), names)
     owners = [problem for problem in problems for _ in range(task.samples)]
     verdicts = [problem.judge(text) for problem, text in zip(owners, texts, strict=True)]
-    items = [
+    items: list[dict[str, Any]] = [
         {
             "id": name,
             "prompt": problem.prompt,

@@ -14,6 +14,7 @@ from typing import Any
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import sandbox
+from jax_ordermerge.evaluate.answers import ended
 
 Row = Mapping[str, Any]
 _SHOTS = (2, 3, 4)  # task_id of the examples that the paper shows before each problem
@@ -43,7 +44,7 @@ class Problem:
 
     def program(self, text: str) -> str:
         """Return the program that a continuation makes: what follows the first stop is not read."""
-        return self.before + text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=len(text))]
+        return self.before + ended(text, self.stops)
 
     def judge(self, text: str, timeout: float = 10.0) -> sandbox.Verdict:
         """Run the tests on a continuation."""

@@ -121,10 +121,11 @@ def kept(logits_BV: jax.Array, top_k: int | None, top_p: float | None) -> jax.Ar
 
 
 def _argmax(x_BV: jax.Array) -> jax.Array:
-    # the first of the largest, as jnp.argmax; in two steps, because XLA on CPU takes 30 times as long for an argmax as for a max
+    # the first of the largest, as jnp.argmax; in two steps, because XLA on CPU takes 30 times as long for an argmax as for a max, and
+    # over [V, B], as the product with the head gives it there: rows side by side fill vectors
     B, V = x_BV.shape
     chunk = 128
-    x_BCc = jnp.pad(x_BV, ((0, 0), (0, -V % chunk)), constant_values=-jnp.inf).reshape(B, -1, chunk)
-    best_B = jnp.argmax(x_BCc.max(-1), axis=-1)
-    inside_B = jnp.argmax(jnp.take_along_axis(x_BCc, best_B[:, None, None], axis=1)[:, 0], axis=-1)
+    x_CcB = jnp.pad(x_BV.T, ((0, -V % chunk), (0, 0)), constant_values=-jnp.inf).reshape(-1, chunk, B)
+    best_B = jnp.argmax(x_CcB.max(1), axis=0)
+    inside_B = jnp.argmax(jnp.take_along_axis(x_CcB, best_B[None, None], axis=0)[0], axis=0)
     return (best_B * chunk + inside_B).astype(jnp.int32)

@@ -191,7 +191,9 @@ def _long_run(config: Config, groups: int) -> Config:
         update={
             "output": str(config.directory / "single"),
             "population": config.population.model_copy(update={"members": groups, "wave": None}),
-            "training": config.training.model_copy(update={"epochs": config.population.members * config.training.epochs}),
+            "training": config.training.model_copy(
+                update={"epochs": config.population.members * config.training.epochs, "mixing": None}
+            ),
         }
     )
 

@@ -11,15 +11,16 @@ from typing import Any
 import rich.console
 import rich.progress
 import rich.table
+import yaml
 
-from jax_ordermerge.checkpoint import atomic, shards
+from jax_ordermerge.checkpoint import atomic, remote, shards
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan, recipe, references
 
 
 def is_recipe(path: Path) -> bool:
     """Return whether a file is a merge recipe and not the config of an experiment."""
-    return path.is_file() and path.suffix in (".yml", ".yaml") and recipe.is_recipe(path)
+    return path.suffix in (".yml", ".yaml") and (local := remote.fetch(path)).is_file() and recipe.is_recipe(local)
 
 
 def plan_recipe(path: Path) -> plan.Plan:
@@ -28,7 +29,7 @@ def plan_recipe(path: Path) -> plan.Plan:
     Raises:
         UserError: whatever in it cannot be done, by name.
     """
-    return recipe.read(path)
+    return recipe.read(remote.fetch(path))
 
 
 def plan_models(
@@ -51,6 +52,39 @@ def plan_models(
     members = [references.open_model(one) for one in models]
     known = None if base is None else references.open_model(base)
     return plan.uniform(members, known, method=method, seed=seed, weights=weights, parameters=parameters, dtype=dtype)
+
+
+def read_parameters(items: Sequence[str]) -> dict[str, Any]:
+    """Return what `--param KEY=VALUE` sets, values as YAML.
+
+    Raises:
+        UserError: an item of another form.
+
+    Example:
+        >>> read_parameters(["resample=exhaustive", "density=0.5"])
+        {'resample': 'exhaustive', 'density': 0.5}
+    """
+    pairs = [item.partition("=") for item in items]
+    for (name, sign, _), item in zip(pairs, items, strict=True):
+        if not (name and sign):
+            raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+def read_weights(text: str) -> tuple[float, ...]:
+    """Return the weights that `--weights` gives, one a model.
+
+    Raises:
+        UserError: they are not numbers.
+
+    Example:
+        >>> read_weights("0.5,0.25,0.25")
+        (0.5, 0.25, 0.25)
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--weights {text}: expected numbers separated by commas, e.g. --weights 0.5,0.25,0.25") from error
 
 
 def describe_plan(made: plan.Plan) -> str:
@@ -78,7 +112,7 @@ def merge_models(
 
     Args:
         made: the plan.
-        out: directory to write; it must not exist or be empty.
+        out: directory to write, or its address; it must not exist or be empty.
         to: "hf", or "orbax" for a checkpoint of the parameters, by way of an HF directory beside it.
         workers: threads.
         shard_bytes: largest size of a file.
@@ -91,6 +125,11 @@ def merge_models(
     """
     if to not in ("hf", "orbax"):
         raise UserError(f"--to {to}: expected hf or orbax")
+    with remote.new_directory(out) as target:
+        return _merge(made, target, to, workers, shard_bytes)
+
+
+def _merge(made: plan.Plan, out: Path, to: str, workers: int | None, shard_bytes: int) -> dict[str, Any]:
     with _progress() as progress:
         if to == "hf":
             return engine.merge_plan(made, out, workers=workers, shard_bytes=shard_bytes, progress=progress)

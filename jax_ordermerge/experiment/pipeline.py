@@ -1,14 +1,17 @@
 """The pipeline of stages. Each reads the run directory and the config, and is skipped when its output is complete."""
 
+import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
 
 from jax_ordermerge import config as schema
+from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
+from jax_ordermerge.errors import Stopped, UserError
 from jax_ordermerge.experiment.run_directory import check_same_config, model_names, read_json, write_text
 from jax_ordermerge.merge_config import Search
 
@@ -36,7 +39,7 @@ def complete(stage: str, config: Config) -> bool:
 
 
 def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
-    """Run the stages up to `through`, skipping what is complete, and return the run directory.
+    """Run the stages up to `through`, skipping what is complete, and return the run directory, or its copy if it is in a bucket.
 
     Args:
         config: a resolved config (`load_config`).
@@ -46,26 +49,114 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
     Raises:
         UserError: bad input; nothing has been written then.
     """
-    check_same_config(config)
-    missing = [stage for stage in STAGES[: STAGES.index(through) + 1] if not complete(stage, config)]
-    last = config.directory / "report.html" if through == "report" else config.directory
-    if not missing:
-        say(f"everything is done: {last}")
-        return config.directory
+    with on_disk(config, say) as (local, save):
+        check_same_config(local)
+        missing = [stage for stage in STAGES[: STAGES.index(through) + 1] if not complete(stage, local)]
+        home = remote.address(config.location) or str(config.directory)
+        last = f"{home}/report.html" if through == "report" else home
+        if not missing:
+            say(f"everything is done: {last}")
+            return local.directory
+        from jax_ordermerge import processes
+        from jax_ordermerge.experiment import stages
+
+        workshop = dataclasses.replace(stages.prepare(local, say), saved=save.in_passing)
+        write_text(local.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
+        workshop = stages.refer(workshop)
+        for number, stage in enumerate(STAGES[: STAGES.index(through) + 1], start=1):
+            if stage in missing:
+                say(f"[{number}/{len(STAGES)}] {stage}")
+                if stage != "train":
+                    processes.let_sigterm_end()
+                getattr(stages, stage)(workshop)
+                save()
+        say(f"done: {last}")
+        return local.directory
+
+
+def report(config: Config) -> str:
+    """Write report.html and report.md of a run, with whatever stages are complete, and return where."""
+    from jax_ordermerge import report
+
+    with on_disk(config, lambda message: None) as (local, save):
+        page = report.write(local.directory)
+        save()
+        return f"{remote.address(config.location) or config.directory}/{page.name}"
+
+
+class Saving:
+    """Copies a run directory to its bucket; does nothing where it is in none."""
+
+    def __init__(self, mirror: remote.Mirror | None, say: Say, *, several: bool = False) -> None:
+        self._mirror, self._say, self._several = mirror, say, several
+
+    def __call__(self) -> None:
+        """Copy what is whole. All processes call it."""
+        if self._several:
+            from jax_ordermerge import processes
+
+            with processes.together("copy the run directory to its bucket"):
+                self._copy()
+        else:
+            self._copy()
+
+    def in_passing(self) -> None:
+        """The same while a stage goes on, by one process alone: what fails is said and left to the next time."""
+        try:
+            self._copy()
+        except UserError as error:
+            self._say(f"{error}; the run goes on, and this is tried again when more of it is whole")
+
+    def _copy(self) -> None:
+        if self._mirror is not None:
+            self._mirror.save()
+
+
+@contextlib.contextmanager
+def on_disk(config: Config, say: Say) -> Iterator[tuple[Config, Saving]]:
+    """Yield the config with a run directory on a disk that all processes see, and what copies it to its bucket.
+
+    Raises:
+        UserError: the bucket cannot be read or written, or the processes do not see the same copy.
+    """
+    url, several = remote.address(config.location), config.distributed.coordinator is not None
+    if url is None:
+        yield config, Saving(None, say)
+        return
+    mirror = remote.Mirror(url)
+    if several:
+        first = _open_together(config, mirror)
+    else:
+        first = True
+        if mirror.open():
+            say(f"{url} is copied to {mirror.local}")
+    save = Saving(mirror if first else None, say, several=several)
+    try:
+        yield config.model_copy(update={"output": str(mirror.local)}), save
+    except Stopped:
+        save()
+        raise
+
+
+def _open_together(config: Config, mirror: remote.Mirror) -> bool:
+    """Open a copy by process 0, check that the others see it, and say whether this is process 0."""
+    import jax
+
     from jax_ordermerge import processes
     from jax_ordermerge.experiment import stages
 
-    workshop = stages.prepare(config, say)
-    write_text(config.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
-    workshop = stages.refer(workshop)
-    for number, stage in enumerate(STAGES[: STAGES.index(through) + 1], start=1):
-        if stage in missing:
-            say(f"[{number}/{len(STAGES)}] {stage}")
-            if stage != "train":
-                processes.let_sigterm_end()
-            getattr(stages, stage)(workshop)
-    say(f"done: {last}")
-    return config.directory
+    stages.start(config)
+    with processes.together(f"read {mirror.url}"):
+        if jax.process_index() == 0:
+            mirror.open()
+    try:
+        processes.check_alike({"the copy of the run": mirror.record})
+    except UserError as error:
+        raise UserError(
+            f"{mirror.url}: its copy {mirror.local} is not seen by all processes ({str(error).split(';')[0]}); set ORDERMERGE_CACHE to"
+            " a directory on a file system that they share"
+        ) from error
+    return jax.process_index() == 0
 
 
 def search(
@@ -97,21 +188,27 @@ def search(
     from jax_ordermerge import report
     from jax_ordermerge.experiment import choosing, stages
 
-    check_same_config(config)
-    workshop = stages.prepare(config, say)
-    if validation is not None:
-        workshop = stages.with_validation(workshop, validation)
-    choosing.check(config, workshop.splits, space, workshop.model)
-    trained = complete("train", config)
-    if not trained:
-        write_text(config.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
-    workshop = stages.refer(workshop)
-    if not trained:
-        say("train")
-        stages.train(workshop)
-    directory = out or config.directory / "search"
-    stages.search(workshop, space, directory, target=directory / "winner" if export else None)
-    return report.write_search(config.directory, directory)
+    if out is not None and remote.address(out) is not None:
+        raise UserError(f"--out {out}: a search writes a journal line by line; give a directory on a disk")
+    with on_disk(config, say) as (local, save):
+        check_same_config(local)
+        workshop = dataclasses.replace(stages.prepare(local, say), saved=save.in_passing)
+        if validation is not None:
+            workshop = stages.with_validation(workshop, validation)
+        choosing.check(local, workshop.splits, space, workshop.model)
+        trained = complete("train", local)
+        if not trained:
+            write_text(local.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
+        workshop = stages.refer(workshop)
+        if not trained:
+            say("train")
+            stages.train(workshop)
+            save()
+        directory = out or local.directory / "search"
+        stages.search(workshop, space, directory, target=directory / "winner" if export else None)
+        page = report.write_search(local.directory, directory)
+        save()
+        return page
 
 
 def look(config: Config, *, steps: int, profile: Path | None = None, say: Say = print) -> None:

@@ -8,24 +8,27 @@ from typing import Any
 import yaml
 
 from jax_ordermerge import config as schema
-from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.checkpoint import atomic, remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
 
 # A run may continue on other hardware or elsewhere; everything else decides its result.
 _FREE_TO_CHANGE = (
-    "mesh", "distributed", "output", "tracking", "compilation_cache",
+    "mesh", "distributed", "output", "tracking", "samples", "compilation_cache",
     "training.log_every", "training.keep_checkpoints", "training.spike",
 )  # fmt: skip
 
 
 def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config, or the resolved config of a run directory.
+    """Read a YAML config, or the resolved config of a run directory, either also by its address in a bucket.
 
     Raises:
         UserError: the file is absent or not valid, or the directory is no run directory.
     """
-    path = Path(target)
+    url = remote.address(target)
+    if url is not None and not url.endswith((".yaml", ".yml")):
+        return schema.load_config(remote.fetch(f"{url}/config.yaml"), [*overrides, f"output={url}"])
+    path = remote.fetch(target)
     if not path.is_dir():
         return schema.load_config(path, overrides)
     if not (path / "config.yaml").is_file():

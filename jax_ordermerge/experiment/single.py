@@ -10,12 +10,13 @@ from rich.table import Table
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import companions, compare, convert, orbax
+from jax_ordermerge.checkpoint import companions, compare, convert, orbax, remote
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
+from jax_ordermerge.evaluate.prompts import encode
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
 from jax_ordermerge.experiment import tables, waves
 from jax_ordermerge.experiment.run_directory import read_config
@@ -38,6 +39,11 @@ def convert_checkpoint(origin: Path, out: Path, *, to: str, member: int | None, 
         raise UserError(f"--to {to}: expected hf, orbax or peft")
     if dtype is not None:
         _check_dtype(dtype)
+    with remote.new_directory(out) as target:
+        _convert(remote.fetch(origin), target, to, member, dtype)
+
+
+def _convert(origin: Path, out: Path, to: str, member: int | None, dtype: str | None) -> None:
     if out.exists():
         raise UserError(f"{out} exists already; give a new directory")
     if to == "peft":
@@ -122,7 +128,7 @@ def complete(model: str, prompts: Sequence[str], *, max_new_tokens: int, dtype: 
 
     Args:
         model: directory, hub name or `embedded:NAME`.
-        prompts: texts, tokenized with the beginning-of-sequence token of the model.
+        prompts: texts, tokenized as the tokenizer of the model begins them.
         max_new_tokens: at most.
         dtype: of the products.
         sampling: how tokens are chosen; a row is named by the number of its prompt.
@@ -133,7 +139,7 @@ def complete(model: str, prompts: Sequence[str], *, max_new_tokens: int, dtype: 
     tokenizer = source.load_tokenizer(directory)
     config, params = convert.load_params(directory)
     generate = harness.generator(config, params, tokenizer, batch=8, dtype=dtype)
-    return generate([harness.encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)
+    return generate([encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)
 
 
 def _check_dtype(dtype: str) -> None:

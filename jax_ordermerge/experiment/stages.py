@@ -20,17 +20,18 @@ from jax_ordermerge.analysis import imbalance, measure, wording
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.config import PREFERENCES, PROGRAMS, Config
+from jax_ordermerge.config import PREFERENCES, Config
 from jax_ordermerge.data import order, pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import choosing, exporting, informed, preferences, waves
+from jax_ordermerge.experiment import choosing, evaluating, exporting, informed, preferences, sampling, together, waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
 from jax_ordermerge.merge import methods, population
 from jax_ordermerge.merge_config import AUTO, Search, merge_name
 from jax_ordermerge.model import kernels, llama, lora
 from jax_ordermerge.search.candidates import Stock
+from jax_ordermerge.task import LIKELIHOODS, OUTPUTS
 from jax_ordermerge.train import batches, track
 from jax_ordermerge.train import members as trained
 
@@ -47,6 +48,7 @@ class Workshop:
         model: its architecture.
         splits: tokenized examples under `train` and, where the config asks for them, `validation` and `test`.
         say: where one-line messages go.
+        saved: is called when something in the run directory is whole that would be missed.
     """
 
     config: Config
@@ -56,11 +58,21 @@ class Workshop:
     tokenizer: Any
     splits: dict[str, Examples]
     say: Say
+    saved: Callable[[], None] | None = None
 
     @property
     def directory(self) -> Path:
         """The run directory."""
         return self.config.directory
+
+
+def start(config: Config) -> None:
+    """Start the processes and what must be set before any program is compiled; called again it changes nothing."""
+    if config.compilation_cache:
+        meshes.keep_programs(config.compilation_cache)
+    if config.distributed.coordinator is None:
+        meshes.provide_cpu_devices(config.mesh.sizes.values())
+    processes.start_distributed(**config.distributed.model_dump())
 
 
 def prepare(config: Config, say: Say) -> Workshop:
@@ -78,11 +90,7 @@ def prepare(config: Config, say: Say) -> Workshop:
             continue
         methods.check(spec.method, spec.parameters)
     track.check(config.tracking)
-    if config.compilation_cache:
-        meshes.keep_programs(config.compilation_cache)
-    if config.distributed.coordinator is None:
-        meshes.provide_cpu_devices(config.mesh.sizes.values())
-    processes.start_distributed(**config.distributed.model_dump())
+    start(config)
     processes.check_alike(
         {name: value for name, value in schema.to_dict(config).items() if name not in ("distributed", "compilation_cache")}
     )
@@ -107,13 +115,11 @@ def prepare(config: Config, say: Say) -> Workshop:
     tokenizer = source.load_tokenizer(base)
     pairs = config.objective.kind == "dpo"
     data = config.data.model_copy(update={"format": "preference"}) if pairs else config.data
-    train, validation = source.load_training(data, tokenizer, seed=config.seed)
-    if train.rejected is not None and not pairs:
+    splits = source.load_splits(data, tokenizer, seed=config.seed)
+    if splits["train"].rejected is not None and not pairs:
         raise UserError(
             f"data.train = {config.data.train} holds preference pairs, objective.kind = sft learns responses; set it to dpo"
         )
-    test = source.load_examples(data, tokenizer, "test", seed=config.seed)
-    splits = {"train": train} | ({"validation": validation} if validation else {}) | ({"test": test} if test else {})
     processes.check_alike({f"data.{name}": examples.digest for name, examples in splits.items()})
     if len(tokenizer) > model.vocab_size:
         raise UserError(f"{base}: the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
@@ -179,7 +185,9 @@ def train(w: Workshop) -> None:
         )
         w.say(f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}")
     base = functools.partial(base_params, w, w.config.base_dtype)
-    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=w.splits.get("validation"))
+    sample = sampling.sampler(w.config, w.model, w.tokenizer, w.mesh, w.splits)
+    held_out = w.splits.get("validation")
+    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=held_out, sample=sample, saved=w.saved)
 
 
 def look(w: Workshop, count: int, profile: Path | None) -> None:
@@ -406,21 +414,39 @@ def _evaluated(w: Workshop) -> dict[str, Any]:
     """Return evaluations/{name}.json of every model, measured now where it is not there. No model is left in memory."""
     kinds = model_names(w.config)
     rows = {name: read_json(w.directory / "evaluations" / f"{name}.json") for name in kinds}
-    for name, params in models(w, [name for name, row in rows.items() if row is None]):
-        rows[name] = _evaluate_one(w, name, kinds[name], params)
+    for name, params, generate in _answering(w, [name for name, row in rows.items() if row is None]):
+        rows[name] = _evaluate_one(w, name, kinds[name], params, generate)
         write_json(w.directory / "evaluations" / f"{name}.json", rows[name])
         shown = rows[name]["summary"]
         said = [f"{task} {100 * one['accuracy']:.1f} % +- {100 * one['se']:.1f}" for task, one in shown["tasks"].items()]
-        w.say(f"  {name}: " + ", ".join([f"loss {shown['loss']:.4f}"] * (shown["loss"] is not None) + said))
+        loss = [] if shown["loss"] is None else [f"loss {shown['loss']:.4f}"]
+        w.say(f"  {name}: " + ", ".join([*loss, *said]))
     return rows
 
 
-def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree) -> dict[str, Any]:
+def _answering(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree, harness.Generate | None]]:
+    """Yield models, each with what lets it write: in one program with the others that fit beside it."""
+    dtype, batch, compute = w.config.merge.dtype, w.config.evaluation.batch, w.config.model.compute_dtype
+    if all(task.kind in LIKELIHOODS for task in w.config.evaluation.tasks):  # nobody writes
+        yield from ((name, params, None) for name, params in models(w, names))
+        return
+    size = together.fitting(w.config.population.members, w.model, w.mesh, dtype)
+    for start in range(0, len(names), size):
+        some = names[start : start + size]
+        population = together.stack((params for _, params in models(w, some)), len(some), w.model, w.mesh, dtype)
+        writers = harness.generators(w.model, population, w.tokenizer, batch=batch, dtype=compute, mesh=w.mesh)
+        for at, name in enumerate(some):
+            yield name, together.take(population, at, w.model, w.mesh, dtype), writers[at]
+
+
+def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree, generate: harness.Generate | None) -> dict[str, Any]:
     summary: dict[str, Any] = {"name": name, "kind": kind, "loss": None, "loss_se": None, "perplexity": None, "tokens": 0}
     result: dict[str, Any] = {"ids": [], "losses": []}
     test, held = w.splits.get("test"), w.splits.get("validation")
     tasks: dict[str, Any] = {}
     items: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    text_items: dict[str, Any] = {}
     if test is not None and w.config.evaluation.loss:
         measured = _sums(w, params, test)
         sums, tokens = _counted(w, test, *measured)
@@ -432,22 +458,17 @@ def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree) -> dict[
             tasks[PREFERENCES], items[PREFERENCES] = preferences.choices(test, measured[0])
         result = {"ids": test.ids.tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens.tolist()}
     validation = None if held is None else _token_mean(*_losses(w, params, held))[0]
-    generate = harness.generator(w.model, params, w.tokenizer, batch=w.config.evaluation.batch, dtype=w.config.model.compute_dtype)
+    subject = evaluating.subject(w.config, w.model, params, w.tokenizer, w.mesh, generate)
     for task in w.config.evaluation.tasks:
-        if task.kind in PROGRAMS:
-            assert task.data is not None
-            tasks[task.name], items[task.name] = harness.run_programs(
-                task, source.load(task.data, "test"), functools.partial(harness.encode, w.tokenizer), generate, seed=w.config.seed
-            )
-            continue
-        examples = test
-        if task.data is not None:
-            data = w.config.data.model_copy(update={"test": task.data, "test_limit": None})
-            examples = source.load_examples(data, w.tokenizer, "test", seed=w.config.seed)
-        if examples is None:
-            raise UserError(f"evaluation task {task.name} has no data; set data.test or the task's own data")
-        tasks[task.name], items[task.name] = harness.run_task(task, examples, generate)
-    return {"summary": summary | {"validation_loss": validation, "tasks": tasks}, **result, "tasks": items}
+        found, rows = harness.run(task, subject, w.config.data, test=test, seed=w.config.seed)
+        if task.kind == OUTPUTS:
+            write_json(w.directory / "outputs" / task.name / f"{name}.json", evaluating.signed(rows, f"{w.config.name}/{name}"))
+        elif task.kind == "perplexity":
+            texts[task.name], text_items[task.name] = found, rows
+        else:
+            tasks[task.name], items[task.name] = found, rows
+    summary |= {"validation_loss": validation, "tasks": tasks, "texts": texts}
+    return {"summary": summary, **result, "tasks": items, "texts": text_items}
 
 
 def _token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:

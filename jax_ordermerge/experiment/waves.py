@@ -41,15 +41,18 @@ def train(
     say: Callable[[str], None],
     *,
     held_out: Examples | None = None,
+    saved: Callable[[], None] | None = None,
+    sample: loop.Sample | None = None,
 ) -> None:
     """Fine-tune the members, in as many waves as `population.wave` or the memory of the devices asks for; see `loop.train`."""
     waves = _divided(config, model, mesh, say)
     if len(waves) == 1:
-        loop.train(config, model, base, examples, mesh, held_out=held_out)
+        loop.train(config, model, base, examples, mesh, held_out=held_out, sample=sample, saved=saved)
         return
     for number, members in enumerate(waves):
         say(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
-        loop.train(config, model, base, examples, mesh, held_out=held_out, members=members, directory=_room(config, number))
+        own: dict[str, Any] = {"members": members, "directory": _room(config, number)}
+        loop.train(config, model, base, examples, mesh, held_out=held_out, sample=sample, saved=saved, **own)
     _gather(config, len(waves))
 
 
@@ -172,6 +175,14 @@ def _gather(config: Config, count: int) -> None:
     lines = _lines([_read_lines(room / "metrics" / "train.jsonl") for room in rooms])
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     write_bytes(config.directory / "metrics" / "train.jsonl", text.encode())
+    answers = [_read_lines(room / "metrics" / "samples.jsonl") for room in rooms]
+    if all(answers):
+        joined_lines = [
+            lines[0] | {key: [one for line in lines for one in line[key]] for key in ("members", "texts")}
+            for lines in ([wave[step] for wave in answers] for step in answers[0])
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in joined_lines)
+        write_bytes(config.directory / "metrics" / "samples.jsonl", text.encode())
     losses = []
     for room in rooms:
         with np.load(room / "losses" / "train.npz") as saved:
@@ -185,7 +196,8 @@ def _gather(config: Config, count: int) -> None:
 
 
 def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {line["step"]: line for line in map(json.loads, lines)}
 
 
 def _lines(waves: Sequence[dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:

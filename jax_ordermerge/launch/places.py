@@ -162,15 +162,24 @@ class Ssh(Section):
 TARGETS: dict[str, type[Section]] = {"tpu-vm": TpuVm, "gke": Gke, "slurm": Slurm, "ssh": Ssh}
 
 
-def check_output(output: str, mount: str) -> None:
+def check_output(output: str, mount: str, *, apart: bool = False) -> None:
     """Refuse an output that would be lost with the machine that wrote it.
 
+    Args:
+        output: of the config.
+        mount: where what outlives the machines is seen.
+        apart: several hosts that share no disk.
+
     Raises:
-        UserError: it is neither below `mount` nor in a bucket.
+        UserError: it is neither below `mount` nor in a bucket; hosts that share no disk have no place for the copy of a bucket.
 
     Example:
         >>> check_output("/mnt/shared/runs/one", "/mnt/shared")
     """
+    if apart and output.startswith(("gs://", "s3://")):
+        raise UserError(
+            f"output = {output}: several hosts need a disk that all of them see for the copy of what is in a bucket; give volume=NAME"
+        )
     if not output.startswith((mount.rstrip("/") + "/", "gs://", "s3://")):
         raise UserError(
             f"output = {output} is on a disk that goes with its machine; give --set output={mount.rstrip('/')}/runs/{{name}}"

@@ -47,14 +47,16 @@ def render(config: Config, target: str, options: Mapping[str, Any]) -> str:
         # the names that a JobSet gives to its pods
         distributed = {"coordinator": f"{name}-nodes-0-0.{name}:{_GKE_PORT}", "processes": place.nodes}
     if isinstance(place, TpuVm | Gke):
-        check_output(config.output, place.mount)
+        check_output(
+            config.output, place.mount, apart=isinstance(place, Gke) and place.volume is None and place.slices * place.pods > 1
+        )
     if isinstance(place, Gke | Slurm):
         check_mesh(config.mesh.sizes, place.devices)
     # what the user wrote, with what was set on the command line; defaults stay defaults
     written = config.model_dump(mode="json", exclude_unset=True)
     kept = {key: value for key, value in written.get("distributed", {}).items() if key.endswith("timeout")}
     text = yaml.safe_dump(written | {"name": config.name, "distributed": distributed | kept}, sort_keys=False, width=120)
-    return _environment().get_template(_TEMPLATES[target]).render(name=name, place=place, config=text, run=str(config.directory))
+    return _environment().get_template(_TEMPLATES[target]).render(name=name, place=place, config=text, run=config.location)
 
 
 def describe(target: str) -> list[tuple[str, str, str]]:

@@ -6,11 +6,13 @@ are visited, or on what else is in the program.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+Words = TypeVar("Words", jax.Array, np.ndarray)
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, odd: multiples of it visit every word once
 
 
@@ -21,11 +23,11 @@ class Index(NamedTuple):
     hi: jax.Array
 
 
-def mix(x: jax.Array) -> jax.Array:
+def mix(x: Words) -> Words:
     """Return lowbias32(x), a bijection of uint32 with low avalanche bias (0.174).
 
     Args:
-        x: uint32, any shape.
+        x: uint32, any shape; an array of numpy stays one.
 
     Example:
         >>> [f"{int(mix(jnp.uint32(x))):08x}" for x in (0, 1, 0xFFFFFFFF)]
@@ -33,8 +35,8 @@ def mix(x: jax.Array) -> jax.Array:
 
     Source: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/, function lowbias32.
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 

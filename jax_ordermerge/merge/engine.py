@@ -271,7 +271,7 @@ class _FileTensor:
         self._size = math.prod(output.shape)
         self._unit = methods.METHODS[output.method].unit(output.parameters)
         self._held: dict[View, np.ndarray] = {}
-        self._parts: list[tuple[int, parts.Part]] = []  # with the number of their first element
+        self._parts: list[parts.Part] = []
         self._memory: np.ndarray | None = None
         self._words = jax.device_put(methods.key_words(output.method, output.parameters, job.plan.seed, output.name, output.layer))
 
@@ -295,9 +295,7 @@ class _FileTensor:
         """See `parts.Tensor.total`: the tensor is held from the first call on, and gone through slab by slab."""
         self._hold()
         sums, chosen = parts.Sums(reduce), tuple(static.items())
-        for first, part in self._parts:
-            if among is not None and not any(first <= one < first + part.members[0].size for one in among):
-                continue
+        for part in self._parts if among is None else self._blocks(among):
             sums.add(parts.measure(part, *arrays, function=function, static=chosen, dtype=self._job.plan.dtype))
         return sums.result()
 
@@ -357,7 +355,12 @@ class _FileTensor:
         self._memory = self._job.memory.take(len(views) * each)
         room = [self._memory[i * each :][: self._size * dtype.itemsize].view(dtype) for i in range(len(views))]
         self._held = {view: _read(self._job.plan, view, 0, out) for view, out in zip(views, room, strict=True)}
-        self._parts = [(start, self.part(start, shape, self.base is not None)) for start, shape in self._runs()]
+        self._parts = [self.part(start, shape, self.base is not None) for start, shape in self._runs()]
+
+    def _blocks(self, among: Sequence[int]) -> Iterator[parts.Part]:
+        """Yield the blocks that hold these elements of what is held: one small program serves tensors of all shapes."""
+        for start in sorted({one // parts.BLOCK * parts.BLOCK for one in among}):
+            yield self.part(start, (min(parts.BLOCK, self._size - start),), self.base is not None)
 
 
 def _read(plan: Plan, view: View, start: int, out: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ population on a mesh in one piece, and both give the same bits: counts are integ
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -92,7 +91,8 @@ class Tensor(Protocol):
                 `block_sums` returns, [..., blocks, 32]: they are added up along both last axes, always in the same order.
             arrays: numbers and arrays it takes; they do not make it compile again.
             reduce: "join" puts the integers one after another along the last axis instead of adding them.
-            among: numbers of elements; parts that hold none of them would add zeros and may be passed over.
+            among: numbers of elements; blocks of 256 that hold none of them would add zeros and may be passed over. The function then
+                takes any run of elements.
             static: hashable choices.
 
         Returns:
@@ -199,107 +199,6 @@ def gram_matrix(tensor: Tensor, of: str) -> np.ndarray:
     return out + np.triu(out, 1).T
 
 
-def cut_of_largest(
-    tensor: Tensor,
-    keep: np.ndarray,
-    values: Callable[..., Sequence[jax.Array]],
-    *arrays: Any,
-    **static: Any,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Find where the `keep` largest values end, by counting only: no sort, and nothing is gathered from a mesh.
-
-    Args:
-        tensor: the tensor.
-        keep: int[K], at least 1 and at most the number of elements, how many of each kind of value to keep.
-        values: `values(part, *arrays, **static)` returns K arrays uint32[*s]. (For floats that are not negative, the order of the
-            bits is the order of the numbers.) Where only some elements compete, the others have the value 0.
-
-    Returns:
-        cut uint32[K] and above int64[K]: exactly `above` <= keep values are greater than the cut; the rest is to be chosen among
-        those equal to it. `above` equals `keep` where no value need be chosen (the cut then lies somewhere between two values).
-
-    Example:
-        >>> values = Whole([jnp.array([1.0, 2.0, 2.0, 3.0])], None)
-        >>> cut, above = cut_of_largest(values, np.array([2]), _magnitudes_of_members)
-        >>> float(cut.view(np.float32)[0]), above.tolist()
-        (2.0, [1])
-    """
-    keep, size = np.asarray(keep, np.int64), math.prod(tensor.shape)
-    found = _Search(keep, size)
-    # among bfloat16 numbers few values are distinct, and the one where the largest end is then seen at once
-    sample = tensor.total(_sample, *arrays, values=values, reduce="join", **static)
-    cuts = _cuts_from_sample(np.sort(sample, axis=1)[:, ::-1], keep / size)
-    while found.open.any():
-        counted = tensor.total(_reached, cuts.astype(np.uint32), *arrays, values=values, **static)
-        found.learn(cuts, counted.reshape(cuts.shape))
-        cuts = found.cuts()
-    return found.low.astype(np.uint32), found.at_high
-
-
-class _Search:
-    """An interval for each kind of value: `keep` values or more are at or above `low`, fewer than `keep` at or above `high`."""
-
-    def __init__(self, keep: np.ndarray, size: int) -> None:
-        self._keep = keep
-        self.low, self.high = np.zeros(len(keep), np.int64), np.full(len(keep), 1 << 32, np.int64)
-        self._at_low, self.at_high = np.full(len(keep), size, np.int64), np.zeros(len(keep), np.int64)
-
-    @property
-    def open(self) -> np.ndarray:
-        return self.high - self.low > 1
-
-    def cuts(self) -> np.ndarray:
-        """Return int64[K, 3]: where few values are left, quarters of the interval; else its middle and both sides of a straight line.
-
-        If the values were spread evenly, a standard deviation of where the line misses would be sqrt(values) / 2 of them. Three cuts
-        tell most for the time they take: two bits a pass.
-        """
-        low, width = self.low[:, None], (self.high - self.low)[:, None]
-        inside = np.maximum(self._at_low - self.at_high, 4)[:, None]
-        quarters = low + width * np.array([1, 2, 3]) / 4
-        line = low + width * ((self._at_low - self._keep)[:, None] / inside)
-        aside = np.maximum(1.5 * width / (2 * np.sqrt(inside)), 1)
-        guesses = np.concatenate([line - aside, low + width / 2, line + aside], axis=1)
-        cuts = np.where(inside < 64, quarters, guesses).astype(np.int64)
-        return np.clip(cuts, np.minimum(low + 1, (1 << 32) - 1), np.maximum(self.high[:, None] - 1, 1))
-
-    def learn(self, cuts: np.ndarray, counted: np.ndarray) -> None:
-        """Narrow the intervals by how many values are at or above each cut."""
-        for cut, count in zip(cuts.T, counted.T, strict=True):
-            inside = (cut > self.low) & (cut < self.high)
-            down, up = inside & (count >= self._keep), inside & (count < self._keep)
-            self.low, self._at_low = np.where(down, cut, self.low), np.where(down, count, self._at_low)
-            self.high, self.at_high = np.where(up, cut, self.high), np.where(up, count, self.at_high)
-        # all from `low` on are kept, so nothing is chosen among equals: the search is over
-        exact = (self._at_low == self._keep) & self.open & (self.low > 0)
-        self.high, self.at_high = np.where(exact, self.low, self.high), np.where(exact, self._keep, self.at_high)
-        self.low, self._at_low = np.where(exact, self.low - 1, self.low), np.where(exact, self._keep + 1, self._at_low)
-
-
-def _cuts_from_sample(sample: np.ndarray, fraction: np.ndarray) -> np.ndarray:
-    """Return int64[K, 4]: the value where the largest end in a sample [K, m], the next greater, and values around them."""
-    count = sample.shape[1]
-    at = (fraction * count)[:, None] + np.sqrt(count * fraction * (1 - fraction))[:, None] * np.array([3.5, 0, -3.5])
-    low, middle, high = np.take_along_axis(sample, at.clip(0, count - 1).astype(np.int64), axis=1).T
-    return np.stack([low, middle, middle + 1, high + 1], axis=1).clip(1, (1 << 32) - 1)
-
-
-def _sample(part: Part, *arrays: Any, values: Callable[..., Sequence[jax.Array]], **static: Any) -> jax.Array:
-    """Return evenly placed values of a part, uint32[K, m]."""
-    found = [x.ravel() for x in values(part, *arrays, **static)]
-    stride = max(1, found[0].size // 2048)
-    return jnp.stack([x[::stride] for x in found])
-
-
-def _reached(part: Part, cuts: jax.Array, *arrays: Any, values: Callable[..., Sequence[jax.Array]], **static: Any) -> jax.Array:
-    found = values(part, *arrays, **static)
-    return counts([x >= cuts[i, j] for i, x in enumerate(found) for j in range(cuts.shape[1])])
-
-
-def _magnitudes_of_members(part: Part) -> list[jax.Array]:
-    return [jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32) for x in part.floats()]
-
-
 class Whole:
     """A tensor in one piece in memory, as a `Tensor`."""
 
@@ -345,7 +244,9 @@ class Sums:
 
     def add(self, found: Any) -> None:
         """Take the result of one part."""
-        self._found.append(jax.device_get(_fold_floats(found)))
+        if any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(found)):
+            found = _fold_floats(found)
+        self._found.append(jax.device_get(found))
 
     def result(self) -> Any:
         """Return the totals."""

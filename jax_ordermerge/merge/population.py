@@ -170,7 +170,7 @@ def _prepared(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of `_merge_leaf`, arrays or their descriptions, and what selects its program."""
     tensors = _tensors(members, base, names, stacked, chosen)
-    inner = _without_members(members)
+    inner = without_members(members)
     learned = [parts.split(methods.learn(tensor, chosen.method, chosen.parameters)) for tensor in tensors]
     known = {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]}
     settings = {
@@ -243,7 +243,7 @@ def _tensors(members: Any, base: Any, names: Sequence[str], stacked: bool, chose
     layers = range(len(names)) if stacked else (None,)
     words = [methods.key_words(method, parameters, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
     given = methods.check_weights(method, weights, members.shape[0], parameters)
-    inner = _without_members(members)
+    inner = without_members(members)
     leaf = _Leaf(members, base, stacked, None if inner is None else inner[0])
     return [_Tensor(leaf, i, words[i], given, jnp.dtype(dtype)) for i in range(len(names))]
 
@@ -317,10 +317,17 @@ def _apart(
     return own, own_base if spread is None else jax.lax.with_sharding_constraint(own_base, spread)
 
 
-def _without_members(leaf: jax.Array) -> tuple[NamedSharding, NamedSharding] | None:
+def without_members(leaf: Any) -> tuple[NamedSharding, NamedSharding] | None:
     """Return two shardings of one member of a leaf: with the order axis over its elements, and without it.
 
     Under an outer jit both are left to the compiler.
+
+    Args:
+        leaf: [M, *s], an array or its description.
+
+    Example:
+        >>> without_members(jnp.ones((2, 3))) is None  # on no mesh
+        True
     """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
@@ -365,7 +372,10 @@ def diagnostics(
     found: dict[str, tuple[geometry.Moments, int]] = {}
     for spec in arch.tensor_table(config):
         own, own_base, own_merged = flat[spec.path], flat_base[spec.path], flat_merged[spec.path]
-        moments = jax.device_get(_moments(own, own_base, own_merged))
+        inner = without_members(own)
+        # every process reads the sums, so they must lie on all devices
+        everywhere = None if inner is None else NamedSharding(inner[0].mesh, P())
+        moments = jax.device_get(_moments(own, own_base, own_merged, everywhere))
         tensors: list[_Tensor] | None = None
         if methods.redraws(method, checked):
             chosen = _Chosen(method, seed, weights, checked, own_merged.dtype)
@@ -379,6 +389,7 @@ def diagnostics(
     return geometry.report((name, *found[name]) for name, _, _ in arch.hf_tensors(config))
 
 
-@jax.jit
-def _moments(members: jax.Array, base: jax.Array, merged: jax.Array) -> geometry.Moments:
-    return geometry.moments(parts.as_stored(members, merged.dtype), parts.as_stored(base, merged.dtype), merged)
+@functools.partial(jax.jit, static_argnames="everywhere")
+def _moments(members: jax.Array, base: jax.Array, merged: jax.Array, everywhere: NamedSharding | None) -> geometry.Moments:
+    found = geometry.moments(parts.as_stored(members, merged.dtype), parts.as_stored(base, merged.dtype), merged)
+    return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jax_ordermerge import config as schema
-from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.checkpoint import convert, orbax, remote
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import lora, sources
 from jax_ordermerge.merge.sources import Source
@@ -42,11 +42,14 @@ def open_model(name: str, adapter: str | None = None, *, resolve: Resolve = conv
 def _open_base(name: str, resolve: Resolve) -> Source:
     path = Path(name).expanduser()
     member = _MEMBER.fullmatch(path.name)
+    in_bucket = remote.address(name) is not None
+    if in_bucket:
+        path = remote.fetch(path.parent) / path.name if member else remote.fetch(path)
     if member and not path.exists() and (path.parent / "config.yaml").is_file():
         return _open_member(path.parent, int(member[1]), name)
     if "@" in name and not path.exists():
         raise UserError(f"model {name}: a revision (@) is not offered; download it and give the directory")
-    path = resolve(name)
+    path = path if in_bucket else resolve(name)
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise UserError(f"{name} is a run; name one of its members, as in {name}/member_0")
     if lora.is_adapter(path):

@@ -129,31 +129,38 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions, over the cache when there is one."""
+    """Grouped-query self-attention with rotary positions, over the cache when there is one; of the last query alone if so asked."""
 
     config: ModelConfig
     dtype: DTypeLike
     kernel: Kernel = "xla"
+    last_only: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared) -> tuple[jax.Array, _KeysValues]:
         c, (B, T, D) = self.config, x_BTD.shape
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-        q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(x_BTD).reshape(B, T, N, H)
+        asking = x_BTD, shared.queries, shared.cos_BTH, shared.sin_BTH
+        from_BTD, queries, cos_BTH, sin_BTH = jax.tree.map(_last, asking) if self.last_only else asking
+        q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(from_BTD).reshape(B, -1, N, H)
         k = Linear(K * H, c.qkv_bias, self.dtype, name="k")(x_BTD).reshape(B, T, K, H)
         v = Linear(K * H, c.qkv_bias, self.dtype, name="v")(x_BTD).reshape(B, T, K, H)
         if c.qk_norm:
             q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
-        q = meshes.constrain(_rotate(q, shared.cos_BTH, shared.sin_BTH), "batch", "length", "heads", None)
+        q = meshes.constrain(_rotate(q, cos_BTH, sin_BTH), "batch", "length", "heads", None)
         k = meshes.constrain(_rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None)
         v = meshes.constrain(v, "batch", None, "kv_heads", None)
         if kv is not None:
             kv = _written(kv[0], k, shared.start), _written(kv[1], v, shared.start)
             k, v = (x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv)  # attention turns them back, and the compiler drops both
         kernel: Kernel = self.kernel if kv is None else "xla"
-        mixed = attend(q, k, v, shared.queries, shared.keys, window=c.sliding_window, kernel=kernel)
-        return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, T, N * H)), kv
+        mixed = attend(q, k, v, queries, shared.keys, window=c.sliding_window, kernel=kernel)
+        return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, -1, N * H)), kv
+
+
+def _last(x_BT: jax.Array) -> jax.Array:
+    return x_BT[:, -1:]
 
 
 def _written(old_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax.Array:
@@ -176,18 +183,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: the residual stream, and the layer's keys and values where there is a cache."""
+    """One layer: the residual stream, of the last token alone if so asked, and the layer's keys and values where there is a cache."""
 
     config: ModelConfig
     dtype: DTypeLike
     kernel: Kernel = "xla"
+    last_only: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared) -> tuple[jax.Array, _KeysValues]:
         c = self.config
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
-        change_BTD, kv = Attention(c, self.dtype, self.kernel, name="attention")(normed_BTD, kv, shared)
-        x_BTD = meshes.constrain(x_BTD + change_BTD, "batch", "length", None)
+        change_BTD, kv = Attention(c, self.dtype, self.kernel, self.last_only, name="attention")(normed_BTD, kv, shared)
+        x_BTD = meshes.constrain((_last(x_BTD) if self.last_only else x_BTD) + change_BTD, "batch", "length", None)
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
         change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
         return meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv
@@ -249,12 +257,14 @@ def unstack(config: ModelConfig, layers: Any) -> tuple[tree.Tree, ...]:
 
 
 def _with_cache(
-    config: ModelConfig, params: tree.Tree, tokens_BT: jax.Array, cache: Cache, shared: _Shared, dtype: DTypeLike
+    config: ModelConfig, params: tree.Tree, tokens_BT: jax.Array, cache: Cache, shared: _Shared, dtype: DTypeLike, last_only: bool
 ) -> tuple[jax.Array, tuple[Any, Any]]:
     """Do what `Llama` does, layer by layer in the program: a scan would copy each layer's keys and values at every step."""
     x_BTD, ks, vs = Embedding(config, dtype).apply({"params": params["embed"]}, tokens_BT), [], []
-    for own, *kv in zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True):
-        x_BTD, (k, v) = Block(config, dtype).apply({"params": own}, x_BTD, kv, shared)
+    for layer, (own, *kv) in enumerate(zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)):
+        # below the last layer all tokens are needed for their keys and values
+        block = Block(config, dtype, last_only=last_only and layer == config.num_layers - 1)
+        x_BTD, (k, v) = block.apply({"params": own}, x_BTD, kv, shared)
         ks.append(k)
         vs.append(v)
     return Norm(config.rms_norm_eps, dtype).apply({"params": params["norm"]}, x_BTD), (tuple(ks), tuple(vs))
@@ -282,6 +292,7 @@ def hidden(
     dtype: DTypeLike,
     remat: Remat = "none",
     kernel: Kernel = "xla",
+    last_only: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """Return the hidden states after the last norm, [B, T, D] in `dtype`, and the cache with these tokens at `cache.length`.
 
@@ -296,6 +307,7 @@ def hidden(
         remat: what is recomputed in the backward pass: nothing, whole layers (`full`), or all but the products with weights and
             what attention gives (`dots`, which is also faster than nothing where memory is slow).
         kernel: of attention without a cache, from `kernels.choose`.
+        last_only: of the last token alone, [B, 1, D]; with a cache the last layer then computes no other.
 
     Raises:
         ValueError: more tokens than the cache has slots.
@@ -318,8 +330,9 @@ def hidden(
         keys = Tokens(*written)
     shared = _Shared(queries, keys, jnp.cos(angles), jnp.sin(angles), jnp.zeros((), jnp.int32) if cache is None else cache.length)
     if cache is None:
-        return Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, shared), None
-    x_BTD, (k, v) = _with_cache(config, params, tokens_BT, cache, shared, dtype)
+        x_BTD = Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, shared)
+        return _last(x_BTD) if last_only else x_BTD, None
+    x_BTD, (k, v) = _with_cache(config, params, tokens_BT, cache, shared, dtype, last_only)
     return x_BTD, Cache(k, v, keys.positions, keys.segments, cache.length + tokens_BT.shape[1])
 
 
@@ -350,8 +363,8 @@ def forward(
         >>> logits.shape, logits.dtype.name
         ((1, 3, 32), 'float32')
     """
-    x_BTD, cache = hidden(config, params, tokens_BT, positions_BT, segments_BT, cache, dtype=dtype)
-    logits = _times(x_BTD[:, -1:] if last_only else x_BTD, head(config, params).astype(dtype), jnp.float32)
+    x_BTD, cache = hidden(config, params, tokens_BT, positions_BT, segments_BT, cache, dtype=dtype, last_only=last_only)
+    logits = _times(x_BTD, head(config, params).astype(dtype), jnp.float32)
     return meshes.constrain(logits, "batch", "length", "vocab"), cache
 
 

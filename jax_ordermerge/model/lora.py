@@ -123,3 +123,27 @@ def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
     """
     scaled = {path: scale * x if path.endswith("lora_b") else x for path, x in tree.flatten(adapter).items()}
     return tree.unflatten({**tree.flatten(base), **scaled})
+
+
+def dense(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
+    """Return the parameters of the base with s B A added to the matrices that an adapter has, in float32.
+
+    For looking at a model while it is trained; what is exported is added by `merge/lora.py`, on the host and in the order it documents.
+
+    Args:
+        base: the dict of `tensor_table`, any dtype.
+        adapter: the dict of `table`.
+        scale: s.
+
+    Example:
+        >>> base = {"layers": {"mlp": {"up": {"weight": jax.numpy.zeros((1, 2, 2))}}}}
+        >>> low = {"lora_a": jax.numpy.ones((1, 1, 2)), "lora_b": jax.numpy.ones((1, 2, 1))}
+        >>> dense(base, {"layers": {"mlp": {"up": low}}}, 3.0)["layers"]["mlp"]["up"]["weight"].tolist()
+        [[[3.0, 3.0], [3.0, 3.0]]]
+    """
+    whole, low = tree.flatten(base), tree.flatten(adapter)
+    for path in [path for path in low if path.endswith("lora_a")]:
+        target = path.removesuffix("lora_a") + "weight"
+        change = jax.numpy.matmul(low[path.removesuffix("a") + "b"], low[path])
+        whole[target] = whole[target].astype("float32") + scale * change
+    return tree.unflatten(whole)

@@ -49,6 +49,36 @@ def linear_losses(
     return total, jax.lax.stop_gradient(sums)
 
 
+def linear_scores(
+    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sums of `linear_losses` by row, and how many weighted targets are not the likeliest token, float32[B] each.
+
+    A target that ties with another token counts as the likeliest. There are no gradients.
+
+    Args:
+        x_BTD, head_VD, targets_BT, weights_BT: see `linear_losses`.
+
+    Example:
+        >>> head = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> x = jnp.array([[[2.0, 1.0], [2.0, 1.0], [0.0, 3.0]]])
+        >>> sums, missed = linear_scores(x, head, jnp.array([[0, 1, 1]]), jnp.array([[1.0, 1.0, 0.0]]))
+        >>> round(sums.item(), 4), missed.item()  # log(1 + 1/e) + log(1 + e)
+        (1.6265, 1.0)
+    """
+    head = head_VD.astype(x_BTD.dtype)
+
+    def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x_BCD, targets_BC, weights_BC = chunk
+        logits_BCV, _, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
+        missed_BC = (logits_BCV.max(-1) > _chosen(logits_BCV, targets_BC)) * weights_BC
+        return (carry[0] + losses_BC.sum(-1), carry[1] + missed_BC.sum(-1)), None
+
+    zeros_B = jnp.zeros(x_BTD.shape[:1], jnp.float32)
+    found, _ = jax.lax.scan(body, (zeros_B, zeros_B), _chunks(x_BTD, targets_BT, weights_BT))
+    return found
+
+
 def by_example(values_BT: jax.Array, segments_BT: jax.Array | None, count: int) -> jax.Array:
     """Return sums over the positions of each row, [B], or of each segment of packed rows, [B, count].
 
@@ -156,12 +186,14 @@ def _chunk_losses(
     flat = jnp.einsum("RD,VD->RV", x_BCD.reshape(-1, D), head_VD, preferred_element_type=jnp.float32)
     logits_BCV = meshes.constrain(flat.reshape(B, C, -1), "batch", "length", "vocab")
     total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    return logits_BCV, total_BC, (total_BC - _chosen(logits_BCV, targets_BC)) * weights_BC
+
+
+def _chosen(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     if meshes.extent("vocab") > 1:
         # no gather: XLA's partitioner dies of it where order, fsdp and tensor all divide the logits
-        chosen_BC = jnp.where(_is_target(logits_BCV, targets_BC), logits_BCV, 0).sum(-1)
-    else:
-        chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
-    return logits_BCV, total_BC, (total_BC - chosen_BC) * weights_BC
+        return jnp.where(_is_target(logits_BCV, targets_BC), logits_BCV, 0).sum(-1)
+    return jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
 
 
 def _is_target(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:

@@ -73,8 +73,9 @@ def read(config: Config, architecture: str | None = None, examples: int | None =
         notes.append(f"every example is taken to be {config.data.max_length} tokens long (data.max_length)")
     if train is None and examples is None:
         notes.append("the number of examples is not known: give --examples for hours")
-    counted = len(train) if train is not None else None if examples is None else max(examples - config.data.validation_examples, 1)
-    tested = len(test) if test is not None else tests
+    held = config.data.validation_examples + config.data.test_examples
+    counted = len(train) if train is not None else None if examples is None else max(examples - held, 1)
+    tested = len(test) if test is not None else tests or config.data.test_examples or None
     return Inputs(model, named, train, test, counted, tested, tuple(notes))
 
 
@@ -96,10 +97,11 @@ def _examples(config: Config, base: Path) -> tuple[Examples, Examples | None]:
     tokenizer = source.load_tokenizer(base)
     pairs = config.objective.kind == "dpo"
     data = config.data.model_copy(update={"format": "preference"}) if pairs else config.data
-    train, _ = source.load_training(data, tokenizer, seed=config.seed)
+    splits = source.load_splits(data, tokenizer, seed=config.seed)
+    train = splits["train"]
     if pairs:  # only their values are measured in a run; the program is the same
         train = dataclasses.replace(train, reference=np.zeros((len(train), 2), np.float32))
-    return train, source.load_examples(data, tokenizer, "test", seed=config.seed)
+    return train, splits.get("test")
 
 
 def work(config: Config, inputs: Inputs) -> Work:

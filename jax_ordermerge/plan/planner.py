@@ -265,7 +265,7 @@ class _Planner:
         return {**sizes, "fits": fits, "compiled_seconds": needs.seconds, "exchanges": _exchanges(needs)}
 
     def _new_tokens(self, config: Config) -> int:
-        return max((task.max_new_tokens for task in config.evaluation.tasks), default=0)
+        return max((task.new_tokens for task in config.evaluation.tasks), default=0)
 
     def _prompt(self, config: Config) -> int:
         test = self.read.test
@@ -314,12 +314,12 @@ class _Planner:
         for task in config.evaluation.tasks:
             items = min(task.limit or self.read.tests, self.read.tests)
             prompt = self._prompt(config)
-            one = analytic.token_seconds(config, self.model, self.topology, prompt + task.max_new_tokens)
+            one = analytic.token_seconds(config, self.model, self.topology, prompt + task.new_tokens)
             prefill = analytic.forward_seconds(config, self.model, self.topology, float(items * prompt), prompt)
             if one is None or prefill is None:
                 return None
             # prompts are read by the devices of one group alone
-            seconds += math.ceil(items / config.evaluation.batch) * task.max_new_tokens * one + prefill * self._groups(config)
+            seconds += math.ceil(items / config.evaluation.batch) * task.new_tokens * one + prefill * self._groups(config)
         return seconds
 
     def _groups(self, config: Config) -> int:

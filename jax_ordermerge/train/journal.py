@@ -80,6 +80,10 @@ class Clock:
         self._totals.seconds += now - self._at
         self._at = now
 
+    def skip(self) -> None:
+        """Leave out the time since the last call of either: nothing was trained in it."""
+        self._at = self._now()
+
 
 class Journal:
     """The record of a training: exact after a resume, because everything in it is kept in the checkpoint.

@@ -65,7 +65,7 @@ def look(
         raise UserError(f"--steps {count}: expected {2 + traced} to {plan.steps}, the steps of the whole training")
     training = loop.Training(config, model, plan, mesh, config.directory)
     began = time.monotonic()
-    compiled = training.compile()
+    compiled, mix = training.compile(), training.compile_mixing()
     compilation = time.monotonic() - began
     state = training.start(base)
     frozen = training.held(base)
@@ -78,6 +78,7 @@ def look(
                 jax.profiler.start_trace(str(profile))
             with clock.devices():
                 state, metrics = compiled(state, batch, frozen)
+                state = mix(state, step + 1)
                 pending.append((step, metrics))
                 loop.follow(pending)
             if step + 1 in (1, count - traced, count):  # the first step still loads the program

@@ -27,7 +27,7 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
-from jax_ordermerge.train import batches, flops, journal, optimizers, track, validation
+from jax_ordermerge.train import batches, flops, journal, mixing, optimizers, track, validation
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.display import Display, Watcher
@@ -37,6 +37,8 @@ from jax_ordermerge.tree import Tree, unflatten
 
 # What may differ when a training continues: it decides when something is written, not what.
 _FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep_checkpoints", "spike"}
+# (what members have for themselves, what they share) -> a line of samples.jsonl
+Sample = Callable[[Tree, Tree], dict[str, Any]]
 _AHEAD = 2  # steps the host may start before the devices have ended them, so that a request to stop is soon followed
 
 
@@ -51,6 +53,8 @@ def train(
     directory: Path | None = None,
     members: Sequence[int] | None = None,
     watch: Watcher | None = None,
+    saved: Callable[[], None] | None = None,
+    sample: Sample | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the members of a population, each in its own order, or continue where an earlier call stopped.
 
@@ -65,6 +69,8 @@ def train(
         directory: run directory, by default that of the config.
         members: which members of the population to train, by default all. A member alone becomes what it becomes among others.
         watch: is told messages and metrics, by default a display on the terminal.
+        saved: is called, in a thread of its own, whenever a checkpoint is complete.
+        sample: answers fixed prompts with the members' weights every `samples.every` steps, for `metrics/samples.jsonl`.
 
     Returns:
         What is in `metrics/state.json`.
@@ -78,15 +84,21 @@ def train(
     if config.training.validates and held_out is None:
         raise UserError("training.checkpoint = best and training.validate_every need validation examples")
     plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
+    if config.training.mixing and len(plan.members) < config.population.members:
+        raise UserError(
+            f"training.mixing ({config.training.mixing.kind}) lets all members act on each other; member"
+            f" {', '.join(map(str, plan.members))} cannot be trained without the other"
+            f" {config.population.members - len(plan.members)}: give more devices or memory, or set training.mixing=null"
+        )
     if len(plan.members) % mesh.shape["order"]:
         raise UserError(
             f"{len(plan.members)} members cannot be divided over mesh.order = {mesh.shape['order']}; choose a divisor for mesh.order"
         )
-    training = Training(config, model, plan, mesh, directory or config.directory, held_out)
+    training = Training(config, model, plan, mesh, directory or config.directory, held_out=held_out, sample=sample)
     try:
         with contextlib.ExitStack() as stack:
             shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
-            return training.run(base, shown)
+            return training.run(base, shown, saved)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -100,11 +112,20 @@ class Training:
     """One training: what is constant in it, and the steps of its life in the order they are called."""
 
     def __init__(
-        self, config: Config, model: ModelConfig, plan: Plan, mesh: Mesh, directory: Path, held_out: Examples | None = None
+        self,
+        config: Config,
+        model: ModelConfig,
+        plan: Plan,
+        mesh: Mesh,
+        directory: Path,
+        *,
+        held_out: Examples | None = None,
+        sample: Sample | None = None,
     ) -> None:
         self.config, self.model, self.plan, self.mesh, self.directory = config, model, plan, mesh, directory
         self.held_out = held_out if config.training.validates else None
-        self.log = directory / "metrics" / "train.jsonl"
+        self.sample = sample
+        self.log, self.samples = (directory / "metrics" / f"{name}.jsonl" for name in ("train", "samples"))
         self.device_kind = mesh.devices.flat[0].device_kind
         peak = flops.peak(self.device_kind, config.model.compute_dtype)
         self.journal = Journal(plan, model, peak and peak * mesh.size)
@@ -117,15 +138,17 @@ class Training:
         kept = self._weights(self.abstract) if config.training.checkpoint == "best" else {}
         self.best = validation.abstract(kept, len(plan.members), mesh)
 
-    def run(self, base: Tree | Callable[[], Tree], watch: Watcher) -> dict[str, Any]:
+    def run(self, base: Tree | Callable[[], Tree], watch: Watcher, saved: Callable[[], None] | None = None) -> dict[str, Any]:
         load = base if callable(base) else lambda: base
-        with orbax.Checkpoints(self.directory / "checkpoints", keep=self.config.training.keep_checkpoints) as checkpoints:
+        keep = self.config.training.keep_checkpoints
+        with orbax.Checkpoints(self.directory / "checkpoints", keep, saved) as checkpoints:
             start = checkpoints.latest()
             processes.check_alike({**self._identity(), "checkpoints": start})
             if start is None:
                 state = self.start(load)
                 best = validation.initial(self.best)
-                journal.truncate_lines(self.log, 0)
+                for file in (self.log, self.samples):
+                    journal.truncate_lines(file, 0)
                 journal.save_orders(self.directory / "orders", self.plan)
             else:
                 self._check_same(checkpoints.metadata(start), start)
@@ -134,6 +157,8 @@ class Training:
                 state, best = self._restore(checkpoints, start)
             if self.config.training.ema is not None:
                 watch.say(f"the members are averages of their weights (training.ema = {self.config.training.ema})")
+            if self.config.training.mixing is not None:
+                watch.say(f"members act on each other while they train (training.mixing = {self.config.training.mixing.kind})")
             if self.config.training.checkpoint == "best":
                 watch.say("each member is what it was at its lowest validation loss (training.checkpoint = best)")
             if start == self.plan.steps:
@@ -170,6 +195,13 @@ class Training:
         )
         return steps.compile_step(one, self.mesh, self.abstract, self.batch, self.frozen)
 
+    def compile_mixing(self) -> Callable[[steps.TrainState, int], steps.TrainState]:
+        """Return what follows a step, of (state, steps done): nothing where members know nothing of each other."""
+        settings = self.config.training.mixing
+        if settings is None:
+            return lambda state, done: state
+        return mixing.compile_mixing(settings, self.split.trained, self.config.seed, self.mesh, self.abstract.params)
+
     def _weights(self, state: steps.TrainState) -> Tree:
         """What of a state the members are."""
         return state.params if self.config.training.ema is None else state.opt_state.ema
@@ -193,7 +225,7 @@ class Training:
         if self.journal.peak is None:
             watch.say(f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known")
         began = time.monotonic()
-        compiled = self.compile()
+        compiled, mix = self.compile(), self.compile_mixing()
         validate = self._compile_validation() if self.held_out else None
         self.journal.pass_over(time.monotonic() - began)
         clock = Clock(self.journal.totals)
@@ -202,11 +234,12 @@ class Training:
             for step, batch in enumerate(feed, start=start):
                 with clock.devices():
                     state, metrics = compiled(state, batch, frozen)
+                    state = mix(state, step + 1)
                     pending.append((step, metrics))
                     follow(pending)
-                logs, saves, validates = self._due(step + 1)
+                logs, saves, validates, samples = self._due(step + 1)
                 stops = stop.reached(step + 1)
-                if not (logs or saves or validates or stops):
+                if not (logs or saves or validates or samples or stops):
                     continue
                 with clock.devices():
                     jax.block_until_ready(metrics)
@@ -219,6 +252,10 @@ class Training:
                         best, losses = validate(best, self._weights(state), step + 1, frozen)
                         self.journal.validated(step, fetch_one(losses))
                 clock.read()
+                if self.sample and samples:
+                    answers = self.sample(self._weights(state), frozen)
+                    journal.append_line(self.samples, {"step": step + 1, "members": list(self.plan.members), **answers})
+                    clock.skip()
                 if logs or validates:
                     _log(self, step + 1, float(fetched.learning_rate[0]), watch)
                 if saves or stops:
@@ -231,14 +268,15 @@ class Training:
                     )
         return best
 
-    def _due(self, done: int) -> tuple[bool, bool, bool]:
-        """Whether to log, to save, and to measure validation losses after so many steps."""
-        training, last = self.config.training, done == self.plan.steps
+    def _due(self, done: int) -> tuple[bool, bool, bool, bool]:
+        """Whether to log, to save, to measure validation losses, and to answer prompts after so many steps."""
+        training, last, asks = self.config.training, done == self.plan.steps, self.config.samples.every
         saves, validates = training.checkpoint_every or self.plan.epoch_steps, training.validate_every or self.plan.epoch_steps
         return (
             last or done % training.log_every == 0,
             last or done % saves == 0,
             self.held_out is not None and (last or done % validates == 0),
+            asks is not None and (last or done % asks == 0),
         )
 
     # --------------------------------------------------------------------------------------------------------------- checkpoints
@@ -274,7 +312,8 @@ class Training:
             wanted["best"] = self.best if done < self.plan.steps else self.best._replace(weights={})
         found = checkpoints.restore(done, wanted)
         self.journal.restore(np.asarray(found["losses"]), checkpoints.metadata(done)["journal"])
-        journal.truncate_lines(self.log, done)
+        for file in (self.log, self.samples):
+            journal.truncate_lines(file, done)
         best = found["best"] if self.held_out else validation.initial(self.best)
         return steps.TrainState(found.get("params", {}), found.get("optimizer"), found.get("step")), best
 

@@ -68,6 +68,50 @@ def test_one_of_many_that_looks_good_by_chance_is_not_called_better():
     assert all("not distinguishable" in text for text in findings.sentences(None, {"models": models}, result) if text[0] == "x")
 
 
+def seeds_of(*names):
+    return {"merges": [{"name": name, "method": "selection", "seed": int(name[-1]), "parameters": {}} for name in names]}
+
+
+def test_merges_of_several_seeds_are_one_comparison_of_their_mean(run):
+    models, found, rows, right = run
+    rng = np.random.default_rng(1)
+    drawn = {f"drawn-seed{seed}": rows["m0"] + rng.normal(0, 0.05, 80) for seed in (0, 1, 2)}
+    answers = {name: rng.random(80) < 0.5 for name in drawn}
+    tasks = {name: {"sums": {"accuracy": answers[name].mean(), "se": 0.05, "n": 80}} for name in drawn}
+    models = [*models, *(model(name, "merge", loss=drawn[name].mean(), tasks=tasks[name]) for name in drawn)]
+    found |= {name: items(drawn[name], answers[name]) for name in drawn}
+    result = findings.compare(models, found, resamples=100, seed=3, merge=seeds_of(*drawn))
+    assert list(result["merges"]) == ["good", "bad", "drawn"]
+    row = result["merges"]["drawn"]
+    assert row["names"] == list(drawn)
+    for gap, of_seeds, other in (
+        (row["loss"], drawn, rows["m1"]),
+        (row["tasks"]["sums"], answers, right["m1"].astype(float)),
+    ):
+        values = np.array(list(of_seeds.values()), float)
+        alone = paired.difference(values.mean(axis=0), other, resamples=100, seed=3)
+        assert gap["best_member"] == paired.over_seeds(alone, (values - other).mean(axis=1))
+        assert gap["best_member"]["se"] > alone["se"]
+    assert "mcnemar" not in row["tasks"]["sums"]
+    for measure in ("loss", "tasks"):  # one test a method, not one a seed
+        of = [one["loss"] if measure == "loss" else one["tasks"]["sums"] for one in result["merges"].values()]
+        raw = [gaps["mcnemar"]["p"] if "mcnemar" in gaps else gaps["best_member"]["p"] for gaps in of]
+        assert [gaps["holm"]["best_member"] for gaps in of] == paired.holm(raw)
+    told = [text for text in findings.sentences(None, {"models": models}, result) if text.startswith("drawn")]
+    sd = np.std([losses.mean() for losses in drawn.values()], ddof=1)
+    assert f"(mean of 3 merge seeds, sd {sd:.4f})" in told[0]
+    assert "McNemar" not in told[1]
+
+
+def test_only_merges_that_differ_in_the_seed_alone_are_one():
+    merge = seeds_of("a-seed0", "a-seed1", "b-seed0", "c-seed3")
+    merge["merges"][1]["parameters"] = {"resample": 1}
+    assert findings.groups(merge) == {name: [name] for name in ("a-seed0", "a-seed1", "b-seed0", "c-seed3")}
+    taken = {"merges": [*seeds_of("a-seed0", "a-seed1")["merges"], {"name": "a", "method": "average"}]}
+    assert findings.groups(taken) == {"a-seed0, a-seed1": ["a-seed0", "a-seed1"], "a": ["a"]}
+    assert findings.groups(None) == {}
+
+
 def test_losses_are_compared_over_tokens_where_their_numbers_are_known(run):
     models, found, rows, _ = run
     tokens = list(range(1, 81))

@@ -8,6 +8,8 @@ from jax_ordermerge.analysis import measure
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.data.examples import Examples, Ragged
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import decode
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama
 
@@ -89,3 +91,49 @@ def test_the_next_model_compiles_nothing(members, examples):
 def test_neither_a_model_nor_a_population(members, examples):
     with pytest.raises(ValueError, match="embed/weight has 4 dimensions, expected 2, or one more for a population"):
         run(tree.stack([tree.stack(members)]), examples, make_mesh())
+
+
+PAIRS = [([3, 5, 7], [2, 9]), ([1], [4]), ([6] * 9, [1, 2, 3, 4, 5, 6, 7]), ([8, 8], [31] * 20), ([2, 4], [5, 1])]
+
+
+@pytest.fixture(scope="module")
+def naive_scores(members):
+    """Log-probabilities and greediness of PAIRS, [M, n] each: one forward pass a pair, without padding."""
+
+    def one(params, context, continuation):
+        tokens = jnp.array([context + continuation])
+        where = jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
+        logits = np.asarray(llama.forward(MODEL, params, tokens, *where, dtype="float32")[0][0], np.float64)[len(context) - 1 : -1]
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return log_p[np.arange(len(continuation)), continuation].sum(), (logits.argmax(-1) == continuation).all()
+
+    found = [[one(params, *pair) for pair in PAIRS] for params in members]
+    return np.array([[x[0] for x in row] for row in found]), np.array([[x[1] for x in row] for row in found])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (4, 1, 2)], ids=str)
+def test_scores_of_continuations(members, naive_scores, sizes):
+    mesh = make_mesh(*sizes)
+    found = measure.score(MODEL, on(mesh, members[0]), PAIRS, batch=2, dtype="float32", mesh=mesh)
+    np.testing.assert_allclose(found.logps, naive_scores[0][:1], rtol=1e-5)
+    np.testing.assert_array_equal(found.greedy, naive_scores[1][:1])
+    if sizes[0] <= 2:
+        both = measure.score(MODEL, on(mesh, tree.stack(members), 2), PAIRS, batch=3, dtype="float32", mesh=mesh)
+        np.testing.assert_allclose(both.logps, naive_scores[0], rtol=1e-5)
+        np.testing.assert_array_equal(both.greedy, naive_scores[1])
+
+
+def test_what_greedy_decoding_writes_is_greedy(members):
+    written = decode.generate(MODEL, members[0], [[3, 5, 7]], max_new_tokens=6, eos_ids=(), dtype="float32")[0]
+    other = [*written[:-1], (written[-1] + 1) % MODEL.vocab_size]
+    found = measure.score(MODEL, members[0], [([3, 5, 7], written), ([3, 5, 7], other)], batch=2, dtype="float32", mesh=make_mesh())
+    assert found.greedy.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [(([], [1]), "no tokens in its context"), (([1], []), "in its continuation"), (([1], [32]), "vocabulary of 32")],
+)
+def test_pairs_that_cannot_be_scored(members, pair, said):
+    with pytest.raises(UserError, match=said):
+        measure.score(MODEL, members[0], [([1], [2]), pair], batch=2, dtype="float32", mesh=make_mesh())

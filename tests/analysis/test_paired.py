@@ -124,3 +124,21 @@ def test_right_answers_of_a_planted_effect():
         claimed += paired.mcnemar(ability[2], ability[0])["p"] < 0.05
     assert claimed / 1000 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 1000)
     assert found / 1000 > 0.9
+
+
+@pytest.mark.parametrize("sd", [0.02, 0.2])
+def test_the_spread_between_seeds_is_in_the_error(sd):
+    """Three seeds of a method that on average makes no difference: at most 5 % are called one, where the items alone would call far more."""
+    rng = np.random.default_rng(1)
+    alone, found = [], []
+    for _ in range(600):
+        effects = rng.normal(0, sd, (3, 1))
+        values = rng.normal(0, 0.1, 40) + effects + rng.normal(0, 0.01, (3, 40))
+        gap = paired.difference(values.mean(axis=0), np.zeros(40), resamples=1)
+        alone.append(gap["p"] < 0.05)
+        whole = paired.over_seeds(gap, values.mean(axis=1))
+        found.append(whole["p"] < 0.05)
+        assert (whole["low"] > 0 or whole["high"] < 0) == (whole["p"] < 0.05)
+    assert np.mean(found) < 0.073  # 5 % and two and a half standard errors of 600 simulations
+    if sd == 0.2:
+        assert np.mean(alone) > 0.5

@@ -9,7 +9,7 @@ import pytest
 
 from jax_ordermerge.config import Data
 from jax_ordermerge.data import source
-from jax_ordermerge.data.source import load, load_examples, load_tokenizer, load_training, tokenize
+from jax_ordermerge.data.source import load, load_examples, load_splits, load_tokenizer, tokenize
 from jax_ordermerge.errors import UserError
 
 ROWS = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}, é\n#### {2 * n}"} for n in range(12)]
@@ -206,7 +206,7 @@ def test_records_beyond_one_chunk(tmp_path, byte_tokenizer, monkeypatch):
 
 def test_validation_is_disjoint_and_keyed_by_the_seed(tmp_path, byte_tokenizer):
     data = Data(train=write(tmp_path / "a.jsonl"), validation_examples=4, limit=10)
-    train, validation = load_training(data, byte_tokenizer(), seed=1)
+    train, validation = load_splits(data, byte_tokenizer(), seed=1).values()
     assert sorted([*train.ids, *validation.ids]) == list(range(10))
     assert len(validation) == 4
     assert validation.responses == [ROWS[row]["answer"] for row in validation.ids]
@@ -221,6 +221,38 @@ def test_splits_that_the_config_has_not(tmp_path, byte_tokenizer):
     assert load_examples(data, byte_tokenizer(), "test", seed=0) is None
     with pytest.raises(UserError, match="validation_examples = 12 leaves nothing of 12"):
         load_examples(data.model_copy(update={"validation_examples": 12}), byte_tokenizer(), "train", seed=0)
+
+
+def test_held_out_examples_without_a_file_of_their_own(tmp_path, byte_tokenizer):
+    data = Data(train=write(tmp_path / "a.jsonl"), test_examples=3, validation_examples=4)
+    parts = load_splits(data, byte_tokenizer(), seed=1)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 5, "test": 3, "validation": 4}
+    assert sorted(row for part in parts.values() for row in part.ids) == list(range(12))
+    for name, part in parts.items():
+        assert load_examples(data, byte_tokenizer(), name, seed=1).digest == part.digest
+    assert load_splits(data, byte_tokenizer(), seed=2)["test"].ids.tolist() != parts["test"].ids.tolist()
+    with pytest.raises(UserError, match="test_examples = 12 leaves nothing of 12"):
+        load_splits(data.model_copy(update={"test_examples": 12}), byte_tokenizer(), seed=0)
+
+
+def test_columns_under_other_names(tmp_path, byte_tokenizer):
+    other = [{"problem": row["question"], "solution": row["answer"], "answer": "short"} for row in ROWS]
+    data = Data(train=write(tmp_path / "other.jsonl", other), test=write(tmp_path / "a.jsonl"), template="gsm8k")
+    named = data.model_copy(update={"columns": {"question": "problem", "answer": "solution"}})
+    parts = load_splits(named, byte_tokenizer(), seed=0)
+    assert parts["train"].digest == parts["test"].digest
+    assert parts["train"].responses == [row["answer"] for row in ROWS]
+    with pytest.raises(UserError, match="are no known format"):
+        load_train(data, byte_tokenizer())
+
+
+def test_a_limit_counts_windows_of_a_text(tmp_path, byte_tokenizer):
+    (tmp_path / "a.txt").write_text("One long text.<|endoftext|>And a second one.")
+    data = Data(train=str(tmp_path / "a.txt"), max_length=4)
+    whole, cut = (load_train(data.model_copy(update={"limit": limit}), byte_tokenizer()) for limit in (None, 3))
+    assert len(whole) > 6
+    assert [row.tolist() for row in cut.tokens] == [row.tolist() for row in whole.tokens][:3]
+    assert [row.tolist() for row in cut.answers] == [row.tolist() for row in whole.answers][:3]
 
 
 def test_test_split(tmp_path, byte_tokenizer):
@@ -344,7 +376,7 @@ def test_a_pair_is_dropped_whole(tmp_path, byte_tokenizer, too_long, used, count
 def test_pairs_are_set_aside_whole(tmp_path, byte_tokenizer):
     rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no " * n} for n in range(1, 7)]
     data = Data(train=write(tmp_path / "pairs.jsonl", rows), template="plain", validation_examples=2)
-    train, validation = load_training(data, byte_tokenizer(), seed=0)
+    train, validation = load_splits(data, byte_tokenizer(), seed=0).values()
     assert sorted([*train.ids, *validation.ids]) == list(range(6))
     for part in (train, validation):
         assert part.rejected.prompts == part.prompts == [f"{n + 1}?" for n in part.ids]

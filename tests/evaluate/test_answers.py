@@ -24,8 +24,9 @@ def test_exact(answer, reference, right):
         ("#### 1,234,567", "#### 1234567", True),
         ("#### -3", "#### -3", True),
         ("#### 3", "#### -3", False),
-        ("#### 4\nno, wait\n#### 5", "#### 5", True),
-        ("#### 5\nno, wait\n#### 4", "#### 5", False),
+        ("#### 4\nno, wait\n#### 5", "#### 5", False),
+        ("#### 5\nno, wait\n#### 4", "#### 5", True),
+        ("#### 5.", "#### 5", True),
         ("####5", "#### 5", False),
         ("#### five", "#### 5", False),
         ("#### $5", "#### 5", False),
@@ -36,6 +37,21 @@ def test_exact(answer, reference, right):
 )
 def test_gsm8k(answer, reference, right):
     assert answers.gsm8k(answer, reference) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("2 + 3 = 5. The answer is 1,005.", True),
+        ("The answer is 1005.\nThe answer is 6.", True),
+        ("The answer is 6. The answer is 1005.", False),
+        ("The answer is $1005.", False),
+        ("The answer is 1005", False),
+        ("#### 1005", False),
+    ],
+)
+def test_gsm8k_cot(answer, right):
+    assert answers.gsm8k_cot(answer, "it is\n#### 1,005") is right
 
 
 @pytest.mark.parametrize(

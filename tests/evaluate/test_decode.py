@@ -1,6 +1,8 @@
 """Generation against a reference without cache, against itself under other batches and paddings, and transformers."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -33,8 +35,8 @@ def next_token(params, tokens, length):
     return logits[0, length - 1].argmax()
 
 
-def without_cache(prompt, new=NEW, ends=()):
-    row = np.zeros((1, 40), np.int32)
+def without_cache(prompt, new=NEW, ends=(), length=40):
+    row = np.zeros((1, length), np.int32)
     row[0, : len(prompt)] = prompt
     for at in range(len(prompt), len(prompt) + new):
         row[0, at] = next_token(PARAMS, row, at)
@@ -68,6 +70,29 @@ def test_other_padding_gives_the_same(reference):
     assert generate([*PROMPTS, longer])[:-1] == reference
 
 
+def test_the_cache_grows_with_what_is_in_it():
+    assert decode._stops(16, 1, cpu=True) == []
+    assert decode._stops(16, 80, cpu=True) == [80]
+    assert decode._stops(96, 256, cpu=True) == [65, 129, 204, 256]
+    assert decode._stops(96, 256, cpu=False) == [256]
+    for prompt in (16, 96, 1024):
+        for new in range(2, 1500, 7):
+            stops = [1, *decode._stops(prompt, new, cpu=True)]
+            assert stops[-1] == new
+            assert all(b > a and prompt + b <= max(prompt + a + 96, 1.5 * (prompt + a)) for a, b in itertools.pairwise(stops))
+            assert len(stops) < 12
+
+
+def test_a_long_continuation(reference):
+    prompts = [PROMPTS[1], PROMPTS[2]]
+    ends = [reference[0][0]]
+    assert len(decode._stops(24, 150, cpu=True)) == 2
+    found = generate(prompts, max_new_tokens=150)
+    assert found == [without_cache(prompt, 150, length=172) for prompt in prompts]
+    cut = [row[: row.index(ends[0])] if ends[0] in row else row for row in found]
+    assert generate(prompts, max_new_tokens=150, eos_ids=ends) == cut
+
+
 def test_stops_at_end_tokens(reference):
     ends = {reference[0][4], reference[1][0], reference[3][7]}
     expected = [without_cache(prompt, ends=ends) for prompt in PROMPTS]
@@ -80,13 +105,13 @@ def test_stops_at_end_tokens(reference):
 
 def test_stops_early_when_all_rows_are_done(monkeypatch, reference):
     steps = []
-    real = llama.forward
+    real = llama.hidden
 
     def counted(config, params, tokens, *args, **kwargs):
         jax.debug.callback(lambda: steps.append(tokens.shape[1]))
         return real(config, params, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(llama, "forward", counted)
+    monkeypatch.setattr(llama, "hidden", counted)
     ends = [ids[2] for ids in reference[:2]]
     assert max(ids.index(end) for ids, end in zip(reference[:2], ends, strict=True)) == 2
     generate(PROMPTS[:2], eos_ids=ends, max_new_tokens=11)  # 11: a program of its own, traced with the counter
@@ -190,16 +215,17 @@ def test_draws_are_the_same_on_meshes(shape, drawn):
 
 
 def theirs(model, prompts, new, torch):
-    """Greedy continuations, each prompt alone: no padding that could matter."""
-    rows = []
-    for prompt in prompts:
-        given = torch.tensor([prompt])
+    """Greedy continuations, each prompt beside those of its own length alone: no padding that could matter."""
+    rows = {}
+    for length in {len(prompt) for prompt in prompts}:
+        numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        given = torch.tensor([prompts[i] for i in numbers])
         with torch.no_grad():
             found = model.generate(
                 given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
             )  # fmt: skip
-        rows.append(found[0, len(prompt) :].tolist())
-    return rows
+        rows |= dict(zip(numbers, found[:, length:].tolist(), strict=True))
+    return [rows[i] for i in range(len(prompts))]
 
 
 @pytest.mark.parametrize("name", ["mistral_window", "qwen3"])
@@ -213,29 +239,33 @@ def test_equals_transformers(name):
     assert found == theirs(make_model_goldens.torch_model(config, params), PROMPTS, NEW, torch)
 
 
+BATCHES = 1, 5, 16, 64
+MESHES = None, (1, 1, 1), (1, 2, 2), (1, 8, 1)
+# two buckets of lengths: each one is a compilation for each batch and mesh
+LENGTHS = 1, 2, 3, 5, 7, 8, 11, 16, 33, 34, 37, 40, 42, 45, 47, 48
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_equals_transformers_for_any_batch_and_mesh(name):
+@pytest.mark.parametrize(("number", "name"), list(enumerate(families.FAMILIES)))
+def test_equals_transformers_for_any_batch_and_mesh(number, name):
+    """Every family meets every batch and every mesh; all pairs of the two are met by one family or another."""
     torch = pytest.importorskip("torch")
     import make_model_goldens
 
     config = families.FAMILIES[name]
     params = families.weights(config)
-    lengths = 1 + (np.arange(64) * 37) % 50
+    lengths = [LENGTHS[i * 7 % len(LENGTHS)] for i in range(64)]
     ids = np.arange(64 * 50).reshape(64, 50)
     prompts = [((ids[i, :n] * (7 + i) + i * i) % config.vocab_size).tolist() for i, n in enumerate(lengths)]
     expected = theirs(make_model_goldens.torch_model(config, params), prompts, NEW, torch)
     assert len({tuple(row) for row in expected}) > 32
-
-    def found(model, batch):
-        return decode.generate(config, model, prompts, max_new_tokens=NEW, eos_ids=(), dtype="float32", batch=batch)
-
-    for batch in (1, 5, 16, 64):
-        assert found(params, batch) == expected
-    for shape in ((1, 1, 1), (1, 2, 2), (1, 8, 1)):
-        grid = mesh.make_mesh(*shape)
-        with jax.set_mesh(grid):
-            assert found(placed(params, grid, config), 32) == expected
+    for at, batch in enumerate(BATCHES):
+        shape = MESHES[(at + number) % len(MESHES)]
+        grid = mesh.make_mesh(*shape) if shape else None
+        with jax.set_mesh(grid) if grid else contextlib.nullcontext():
+            model = placed(params, grid, config) if grid else params
+            found = decode.generate(config, model, prompts, max_new_tokens=NEW, eos_ids=(), dtype="float32", batch=batch)
+        assert found == expected, (batch, shape)
 
 
 def test_stories260k_golden_tokens(shared_data):

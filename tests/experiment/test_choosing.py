@@ -1,6 +1,7 @@
 """Controls and a search in a run: nothing written before the winner, little memory, resumed to the same bytes, refused where it must be."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ from jax_ordermerge.config import load_config, read_search
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import choosing, pipeline, stages
 from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.merge_config import Search
 
 METHODS = [
     {"method": "task_arithmetic", "parameters": {"scale": {"low": 0.5, "high": 2.0, "steps": 4}}},
@@ -146,6 +148,11 @@ def test_a_wrong_space_is_refused_before_anything_is_trained(folder, tmp_path):
     with pytest.raises(UserError, match="unknown merge method 'tis'"):
         pipeline.run(config, say=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_results_go_to_a_disk(run):
+    with pytest.raises(UserError, match=r"^--out s3:.*: a search writes a journal line by line; give a directory on a disk$"):
+        pipeline.search(read_config(run), Search(), out=pathlib.Path("s3://bucket/search"), say=lambda line: None)
 
 
 @pytest.mark.slow

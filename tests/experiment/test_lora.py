@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.experiment import pipeline
+from jax_ordermerge.evaluate import harness
+from jax_ordermerge.experiment import pipeline, stages, waves
 from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.train import members
 from tests.experiment import tiny
 from tests.experiment.test_cli import call
 
@@ -23,6 +25,7 @@ def run(folder, tmp_path_factory):
         training={"learning_rate": 3e-2, "epochs": 1},
         population={"members": 4, "wave": 2},
         lora=LORA,
+        samples={"every": 3, "max_new_tokens": 4},
     )
     said = []
     return pipeline.run(read_config(config), say=said.append), said
@@ -46,6 +49,17 @@ def test_every_stage_works_on_adapters(run):
     assert all(losses[f"member_{m}"] < losses["base"] for m in range(4))
     assert len({losses[f"member_{m}"] for m in range(4)}) == 4
     assert (directory / "report.html").is_file()
+
+
+def test_answers_while_training_are_those_of_dense_members(run):
+    directory, _ = run
+    last = json.loads((directory / "metrics" / "samples.jsonl").read_text().splitlines()[-1])
+    w = stages.prepare(read_config(directory), lambda line: None)
+    held = w.splits["validation"]
+    for number in last["members"]:
+        dense = members.restore_member(w.config, w.model, w.mesh, number, directory=waves.home(w.config, number))
+        generate = harness.generator(w.model, dense, w.tokenizer, batch=4, dtype="float32")
+        assert last["texts"][number] == generate([held.prompt(row).tolist() for row in range(len(held))], 4)
 
 
 def test_merges_of_the_run_are_those_of_its_members_and_of_its_adapters(run, folder, tmp_path):

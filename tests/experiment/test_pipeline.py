@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
+from jax_ordermerge import tree
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import pipeline, stages
 from jax_ordermerge.experiment.run_directory import read_config
 from jax_ordermerge.train import loop
@@ -69,6 +71,35 @@ def test_other_hardware_is_not_another_config(run, folder):
     said = []
     pipeline.run(load_config(folder / "tiny.yaml", ["mesh.order=2", "training.log_every=1"]), say=said.append)
     assert said[0].startswith("everything is done")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypatch, groups):
+    directory, _ = run
+    shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations*", "config.yaml", "report*"))
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}", f"mesh.order={groups}"])
+    original, sizes = harness.decode.generate_members, []
+
+    def counted(model, population, *args, **settings):
+        sizes.append(tree.size(population))
+        return original(model, population, *args, **settings)
+
+    monkeypatch.setattr(harness.decode, "generate_members", counted)
+    pipeline.run(config, through="evaluate", say=lambda line: None)
+    # five models, two members: the last stands alone, but every group of devices takes part
+    assert sizes == [2, 2, 1 if groups == 1 else 2]
+    for file in sorted((directory / "evaluations").glob("*.json")):
+        ours, theirs = (json.loads(path.read_text())["tasks"] for path in (tmp_path / "run" / "evaluations" / file.name, file))
+        assert ours == theirs
+    if groups == 2:
+        return
+    w = stages.prepare(config, lambda line: None)
+    test = w.splits["test"]
+    for name, params in stages.models(w, ["base", "member_1", "average", "selection"]):
+        generate = harness.generator(w.model, params, w.tokenizer, batch=8, dtype="float32")
+        alone = generate([test.prompt(row).tolist() for row in range(len(test))], 4)
+        items = json.loads((tmp_path / "run" / "evaluations" / f"{name}.json").read_text())["tasks"]["swap"]
+        assert [item["answer"] for item in items] == alone
 
 
 @pytest.mark.parametrize("stage", ["train", "merge", "analyze", "evaluate"])

@@ -15,10 +15,10 @@ from jax_ordermerge.plan.compiled import Needs
 @pytest.fixture(scope="module")
 def both(folder, tmp_path_factory):
     """The run directories of one training of both members, and of a wave for each; and what the latter said."""
-    made, said = [], []
+    made, said, asks = [], [], ["samples.every=4", "samples.max_new_tokens=4"]
     for name, wave in (("whole", "null"), ("waves", "1")):
         directory = tmp_path_factory.mktemp(name) / "run"
-        config = load_config(folder / "tiny.yaml", [f"output={directory}", f"population.wave={wave}"])
+        config = load_config(folder / "tiny.yaml", [f"output={directory}", f"population.wave={wave}", *asks])
         made.append(pipeline.run(config, through="merge", say=said.append))
     return *made, said
 
@@ -41,6 +41,9 @@ def test_the_same_members_merges_and_records(both):
     ]
     for one, other in zip(*lines, strict=True):
         assert [one[key] for key in ("step", "loss", "grad_norm")] == [other[key] for key in ("step", "loss", "grad_norm")]
+    answers = [(directory / "metrics" / "samples.jsonl").read_text() for directory in (whole, parts)]
+    assert answers[0] == answers[1]
+    assert [json.loads(line)["members"] for line in answers[0].splitlines()] == [[0, 1]] * 3
     states = [json.loads((directory / "metrics" / "state.json").read_text()) for directory in (whole, parts)]
     assert states[0]["tokens"] == states[1]["tokens"]
     assert states[1]["waves"] == 2

@@ -97,6 +97,15 @@ def written_config(target, text):
     return re.search(r"<<'CONFIG'\n(.*?)^CONFIG$", text, re.DOTALL | re.MULTILINE).group(1)
 
 
+def test_a_run_in_a_bucket_has_a_place_for_its_copy_and_fetches_nothing():
+    config = make_config(EXPERIMENT | {"output": "s3://orders/runs/{name}"})
+    found = checked(render.render(config, "gke", GPU | VOLUME))
+    (job,) = found["JobSet"]["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert {"name": "ORDERMERGE_CACHE", "value": "/mnt/shared/copies"} in container["env"]
+    assert "--fetch" not in render.render(config, "tpu-vm", OPTIONS["tpu-vm"])
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_config_is_in_the_text(target, tmp_path):
     config = make_config({**EXPERIMENT, "distributed": {"timeout": 7}, "data": {"train": 'it\'s $HOME `x` "y".jsonl'}})
@@ -145,6 +154,7 @@ def test_one_process_a_node_sees_all_its_gpus():
     ("gke", TPU | {"topology": ""}, {}, "gke: topology = ''"),
     ("gke", {"image": "x", "accelerator": "tpu-v5p-slice"}, {}, "topology is missing for tpu-v5p-slice"),
     ("gke", GPU | {"slices": "2"}, {}, "are of TPUs, not of nvidia-h100-80gb"),
+    ("gke", GPU, {"output": "gs://orders/runs"}, "several hosts need a disk that all of them see .*; give volume=NAME"),
     ("gke", TPU, {"output": "runs/{name}"}, r"on a disk that goes with its machine; give --set output=/mnt/shared/runs/\{name\}"),
     ("tpu-vm", OPTIONS["tpu-vm"] | {"spot": "1", "reserved": "1"}, {}, "spot and reserved exclude each other"),
     ("ssh", {}, {}, "ssh: hosts is missing"),

@@ -167,7 +167,7 @@ def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
     base = jax.device_put(np.zeros(shape[1:], np.float32), meshes.sharding(axes[1:], shape[1:], mesh))
     for name, parameters in (("average", {}), ("selection", {"resample": "exhaustive"})):
         checked = methods.check(name, parameters)
-        spread, out = population._without_members(members)
+        spread, out = population.without_members(members)
         known, static = parts.split(methods.learn(parts.Whole([np.ones((64, 128))] * 4, None), name, checked))
         given = {"method": name, "static": static, "dtype": np.dtype("float32"), "stacked": False, "spread": spread, "out": out}
         arrays = {key: value[None] for key, value in known.items()}

@@ -1,6 +1,7 @@
 """Whole plans: against the program that a run really executes, and as the command line prints them."""
 
 import json
+import pathlib
 import sys
 
 import pytest
@@ -113,3 +114,15 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
     assert isinstance(done.exception, UserError)
     assert message in str(done.exception)
     assert "\n" not in str(done.exception)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "gsm8k", "gsm8k_rft", "code", "math"])
+def test_the_large_configs_are_planned_on_paper(name):
+    config = load_config(pathlib.Path(__file__).parents[2] / "configs" / f"llama2_7b_{name}.yaml")
+    made = planner.make(
+        config, "v5p:4x4x2", architecture="llama-2-7b", examples=10_000, tests=500, analytic_only=True, look_further=False
+    )
+    assert made["given"]["fits"] is True
+    assert made["work"]["steps"] == 3 * -(
+        -(10_000 - config.data.validation_examples - config.data.test_examples) // config.training.batch
+    )

@@ -41,7 +41,7 @@ def test_the_grid_is_every_combination_once():
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_draws_stay_in_their_ranges_and_repeat_with_the_seed(sampler):
     if sampler == "tpe":
-        pytest.importorskip("optuna")
+        pytest.importorskip("optuna", reason="needs the extra search")
     space = search(LENGTH, TIES, MIXED, sampler=sampler, budget=40)
     found = everything(space, lambda one: abs(one.scale - 1.3))
     assert len(found) == 40
@@ -66,9 +66,9 @@ def test_weights_are_spread_evenly_over_the_simplex():
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
 def test_an_optimizer_comes_nearer_than_chance(sampler):
-    pytest.importorskip("optuna")
+    pytest.importorskip("optuna", reason="needs the extra search")
     if sampler == "cma-es":
-        pytest.importorskip("cmaes")
+        pytest.importorskip("cmaes", reason="needs the extra search")
 
     def loss(one):
         return (one.scale - 1.234) ** 2 + (one.groups["mlp"] - 0.777) ** 2
@@ -92,7 +92,7 @@ def test_an_optimizer_comes_nearer_than_chance(sampler):
 )
 def test_what_a_sampler_cannot_take_is_refused(space, message):
     if space.sampler == "cma-es":
-        pytest.importorskip("optuna")
+        pytest.importorskip("optuna", reason="needs the extra search")
     with pytest.raises(UserError) as caught:
         sampling.sampler(space, 3, 0)
     assert message in str(caught.value)

@@ -29,7 +29,7 @@ CONFIG
   --nfs {{ place.nfs }} \
   --mount {{ place.mount }} \
 {% endif %}
-{% if place.fetch or not run.startswith("gs:") %}
+{% if place.fetch or "://" not in run %}
   --fetch {{ (place.fetch or run ~ "/report.html") | quote }} \
 {% endif %}
   --config "$config"

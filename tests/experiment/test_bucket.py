@@ -1,0 +1,183 @@
+"""A run directory in a bucket, with base and data in it too: killed, gone on with on another machine, merged, exported, reported."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import fsspec
+import pytest
+import typer.testing
+import yaml
+
+from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.cli import app
+from jax_ordermerge.config import load_config, to_dict
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import pipeline
+from jax_ordermerge.experiment.run_directory import read_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+SETTINGS = ["training.epochs=4", "training.checkpoint_every=2", "evaluation.tasks=[]", "name=tiny"]
+
+
+def saved_files(url):
+    store = fsspec.filesystem("s3")
+    store.invalidate_cache()
+    return json.loads(store.cat_file(f"{url}/.ordermerge/files.json"))["files"]
+
+
+def options(settings):
+    return [part for one in settings for part in ("--set", one)]
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(bucket, folder, tmp_path, monkeypatch):
+    """Ends with what a run on a disk ends with, and what comes after a run finds it in the bucket."""
+    store, run = fsspec.filesystem("s3"), f"{bucket}/runs/tiny"
+    for file in (*(folder / "base").iterdir(), folder / "train.jsonl", folder / "test.jsonl"):
+        store.put_file(str(file), f"{bucket}/{file.relative_to(folder)}")
+    settings = [*SETTINGS, f"model.base={bucket}/base", f"data.train={bucket}/train.jsonl", f"data.test={bucket}/test.jsonl",
+                f"output={bucket}/runs/{{name}}"]  # fmt: skip
+
+    command = [sys.executable, "-m", "jax_ordermerge", "train", str(folder / "tiny.yaml"), *options(settings)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        until = time.monotonic() + 120
+        while not any(name.startswith("checkpoints/") for name in found(run)):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert not any(name.startswith("metrics/state") for name in found(run))
+
+    monkeypatch.setenv("ORDERMERGE_CACHE", str(tmp_path / "another"))
+    said = []
+    copy = pipeline.run(load_config(folder / "tiny.yaml", settings), say=said.append)
+    assert said[0] == f"{run} is copied to {copy}"
+    assert said[-1] == f"done: {run}/report.html"
+    lines = [json.loads(line) for line in store.cat_file(f"{run}/metrics/train.jsonl").decode().splitlines()]
+    assert [line["step"] for line in lines] == list(range(2, 21, 2))
+
+    on_disk = pipeline.run(
+        load_config(folder / "tiny.yaml", [*SETTINGS, "name=disk", f"output={tmp_path / 'disk'}"]), say=said.append
+    )
+    for name in ("merged/average/model.safetensors", "merged/selection/model.safetensors", "analysis.json", "losses/final.npz"):
+        assert store.cat_file(f"{run}/{name}") == (on_disk / name).read_bytes(), name
+    assert set(saved_files(run)) == {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()} - {
+        ".ordermerge/files.json"
+    }
+
+    # a third machine that has only the address
+    monkeypatch.setenv("ORDERMERGE_CACHE", str(tmp_path / "third"))
+    assert call("run", run).endswith(f"everything is done: {run}/report.html\n")
+    assert call("report", run) == f"wrote {run}/report.html\n"
+    assert call("convert", run, f"{bucket}/exported", "--member", "0") == f"wrote {bucket}/exported\n"
+    merged = call(
+        "merge", f"{run}/member_0", f"{run}/member_1", "--method", "average", "--dtype", "bfloat16", "--out", f"{bucket}/merged"
+    )
+    assert merged == f"wrote {bucket}/merged\n"
+    same = call("diff", f"{bucket}/merged", f"{run}/merged/average")
+    assert "equal" in same
+    assert Reader(remote.fetch(f"{bucket}/exported")).names == Reader(folder / "base").names
+    assert call("compare", run, str(on_disk), "--out", f"{bucket}/comparison") == f"wrote {bucket}/comparison/comparison.html\n"
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: linear\nmodels:\n- model: {bucket}/merged\n- model: {run}/member_1\nparameters: {{weight: 1}}\ndtype: bfloat16\n"
+    )
+    assert call("merge", str(recipe), f"{bucket}/again").endswith(f"wrote {bucket}/again\n")
+
+
+def found(run):
+    with contextlib.suppress(FileNotFoundError):
+        return saved_files(run)
+    return {}
+
+
+def call(*arguments):
+    result = typer.testing.CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_another_config_is_refused_before_anything_is_written(bucket, folder):
+    mirror = remote.Mirror(f"{bucket}/run")
+    mirror.open()
+    (mirror.local / "config.yaml").write_text(load_config_text(folder, ["training.epochs=3"]))
+    mirror.save()
+    before = saved_files(mirror.url)
+    with pytest.raises(UserError, match=r"made with another config \(training.epochs: 3 -> 2\)"):
+        pipeline.run(load_config(folder / "tiny.yaml", [f"output={mirror.url}"]))
+    assert saved_files(mirror.url) == before
+
+
+def load_config_text(folder, overrides):
+    return yaml.safe_dump(to_dict(load_config(folder / "tiny.yaml", overrides)))
+
+
+def test_a_run_is_read_by_its_address(bucket, folder):
+    store = fsspec.filesystem("s3")
+    store.put_file(str(folder / "tiny.yaml"), f"{bucket}/tiny.yaml")
+    store.pipe_file(f"{bucket}/run/config.yaml", load_config_text(folder, ["seed=5"]).encode())
+    assert read_config(pathlib.Path(f"{bucket}/tiny.yaml"), ["seed=7"]).seed == 7
+    config = read_config(pathlib.Path(f"{bucket}/run"))
+    assert (config.seed, config.location) == (5, f"{bucket}/run")
+    with pytest.raises(UserError, match=r"none/config\.yaml not found"):
+        read_config(f"{bucket}/none")
+
+
+def together(folder, run, caches):
+    """Train by two processes, each with its own idea of where copies lie, and return their exit codes and messages."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = [*SETTINGS, f"output={run}", "mesh.fsdp=-1", f"distributed.coordinator=127.0.0.1:{port}", "distributed.processes=2"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "jax_ordermerge", "merge", str(folder / "tiny.yaml"), *options([*settings, f"distributed.index={index}"])],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "ORDERMERGE_CACHE": str(cache)},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index, cache in enumerate(caches)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=200)[1] for process in running]
+    return [process.returncode for process in running], said
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_copy_or_are_refused(bucket, folder, tmp_path):
+    codes, said = together(folder, f"{bucket}/apart", [tmp_path / "a", tmp_path / "b"])
+    assert codes == [2, 2]
+    assert all(
+        "is not seen by all processes" in one and "set ORDERMERGE_CACHE to a directory on a file system" in one for one in said
+    )
+    assert found(f"{bucket}/apart") == {}
+    codes, said = together(folder, f"{bucket}/run", [tmp_path / "a", tmp_path / "a"])
+    assert codes == [0, 0], "\n".join(said)
+    names = found(f"{bucket}/run")
+    assert {"merged/average/model.safetensors", "checkpoints/20/_CHECKPOINT_METADATA", "merge.json"} <= names.keys()
+
+
+def test_a_bucket_out_of_reach_does_not_end_a_training_but_a_stage(bucket, monkeypatch):
+    mirror, said = remote.Mirror(f"{bucket}/run"), []
+    mirror.open()
+    (mirror.local / "file").write_text("whole")
+    save = pipeline.Saving(mirror, said.append)
+
+    def unreachable(url):
+        raise OSError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_store", unreachable)
+        save.in_passing()
+        with pytest.raises(UserError, match=r"run cannot be written \(OSError: connection refused\); check the address"):
+            save()
+    assert len(said) == 1
+    assert said[0].endswith("the run goes on, and this is tried again when more of it is whole")
+    save.in_passing()
+    assert list(found(mirror.url)) == ["file"]
