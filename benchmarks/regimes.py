@@ -2,6 +2,7 @@
 
     ordermerge run configs/regimes/underfitted.yaml --set model.base=BASE --set data.train=TRAIN.jsonl --set data.test=TEST.jsonl
     python benchmarks/regimes.py runs/underfitted runs/overfitted
+    python benchmarks/regimes.py --choices runs/short-1 runs/short-2      # of runs that were searched alone: what was chosen
 
 For each run the test loss of base + lambda x mean task vector is measured in device memory for lambda 0.40 to 2.00 in steps of 0.05,
 which is more than the search was allowed to look at, and on the split that it did not see. Prints a table in Markdown.
@@ -20,6 +21,28 @@ from jax_ordermerge.experiment import run_directory, stages
 from jax_ordermerge.search.candidates import Candidate
 
 LAMBDAS = np.arange(8, 41) / 20
+REGIMES = (
+    "run",
+    "slope of epoch 1",
+    "slope of the last epoch",
+    "average less mean member",
+    "auto",
+    "its test loss",
+    "best of the sweep",
+    "auto less that",
+    "auto less best member",
+)
+CHOICES = (
+    "run",
+    "chosen",
+    "its validation loss",
+    "of the best member",
+    "its test loss",
+    "best member",
+    "mean member",
+    "average",
+    "chosen less best member, test",
+)
 
 
 def sweep(run: pathlib.Path) -> tuple[float, float]:
@@ -59,24 +82,33 @@ def row(run: pathlib.Path) -> list[str]:
     ]
 
 
+def choice(run: pathlib.Path) -> list[str]:
+    """Return the cells of a search."""
+    found = json.loads((run / "search" / "results.json").read_text())
+    candidates, claim = found["candidates"], found["claim"]
+    loss, against = claim["loss"], claim["against"].get("best_member")
+    best = loss["winner"] if against is None else loss["best_member"]
+    rest = [f"{loss[name]:.4f}" if name in loss else "chosen" for name in ("mean_member", "average")]
+    return [
+        run.name,
+        candidates[found["winner"]]["name"],
+        *(f"{candidates[found[name]]['loss']:.4f}" for name in ("winner", "best_member")),
+        *(f"{one:.4f}" for one in (loss["winner"], best)),
+        *rest,
+        "the same model" if against is None else wording.interval(against, 1, 4),
+    ]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
-    header = [
-        "run",
-        "slope of epoch 1",
-        "slope of the last epoch",
-        "average less mean member",
-        "auto",
-        "its test loss",
-        "best of the sweep",
-        "auto less that",
-        "auto less best member",
-    ]
+    parser.add_argument("--choices", action="store_true", help="what searches chose, and how it did on the test split")
+    given = parser.parse_args()
+    header, cells = (CHOICES, choice) if given.choices else (REGIMES, row)
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for run in parser.parse_args().runs:
-        print("| " + " | ".join(row(run)) + " |", flush=True)
+    for run in given.runs:
+        print("| " + " | ".join(cells(run)) + " |", flush=True)
 
 
 if __name__ == "__main__":
