@@ -4,7 +4,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -32,7 +32,6 @@ SetOption = Annotated[
 
 
 def _through(last: str, target: Path, overrides: list[str] | None) -> None:
-
     from jax_ordermerge.experiment import pipeline, run_directory
 
     pipeline.run(run_directory.read_config(target, overrides or ()), through=last, say=typer.echo)
@@ -259,8 +258,8 @@ def merge(
             [remote.address(one) or str(one) for one in sources],
             base=base,
             method=method,
-            parameters=_parameters(parameters or []),
-            weights=_weights(weights),
+            parameters=merging.read_parameters(parameters or []),
+            weights=None if weights is None else merging.read_weights(weights),
             seed=seed,
             dtype=dtype,
         )
@@ -271,6 +270,33 @@ def merge(
         return
     merging.merge_models(plan, target, to=to, workers=workers, shard_bytes=int(shard_gb * 1e9))
     typer.echo(f"wrote {remote.address(target) or target}")
+
+
+@app.command()
+def search(
+    config: RunArgument,
+    *,
+    space: Annotated[Path | None, typer.Option(help="YAML: what to choose among; by default the config's, or a wide grid.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Candidates at most, beside base, members and average.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="grid, random, tpe or cma-es.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Examples to choose on; by default data.validation_examples.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of draws and subsets; by default that of the run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For results and winner; by default search in the run directory.")] = None,
+    export: Annotated[bool, typer.Option(help="Write the winner as a Hugging Face directory.")] = True,
+    overrides: SetOption = None,
+) -> None:
+    """Choose the merge to ship among many, on validation examples: made in device memory, only the winner is written.
+
+    ordermerge search runs/quickstart --budget 200 --sampler random
+    """
+    from jax_ordermerge.config import read_search
+    from jax_ordermerge.experiment import pipeline, run_directory
+
+    resolved = run_directory.read_config(config, overrides or ())
+    given = {"budget": budget, "sampler": sampler, "seed": seed}
+    chosen = read_search(space, resolved.merge.auto, {key: value for key, value in given.items() if value is not None})
+    page = pipeline.search(resolved, chosen, out=out, validation=validation, export=export, say=typer.echo)
+    typer.echo(f"wrote {page}")
 
 
 @app.command()
@@ -431,40 +457,15 @@ def judge(
     out: Annotated[Path | None, typer.Option(help="JSON file for the verdicts.")] = None,
 ) -> None:
     """Let a judge choose between the outputs of two models, each pair in both orders."""
-    import json
     import os
 
-    from jax_ordermerge.checkpoint import atomic
     from jax_ordermerge.evaluate import judge
 
-    found, items = judge.compare(
-        judge.Endpoint(endpoint, model, os.environ.get(key_variable)), judge.read(ours), judge.read(theirs)
-    )
-    if out is not None:
-        atomic.replace(out, json.dumps({"judge": model, **found, "items": items}, indent=1).encode())
+    found = judge.compare_files(judge.Endpoint(endpoint, model, os.environ.get(key_variable)), ours, theirs, out)
     typer.echo(
         f"preferred in {100 * found['win_rate']:.1f} % ± {100 * found['se']:.1f} of {found['n']} instructions;"
         f" {found['turned']} verdicts turned with the order"
     )
-
-
-def _parameters(items: list[str]) -> dict[str, Any]:
-    import yaml
-
-    pairs = [item.partition("=") for item in items]
-    for (name, sign, _), item in zip(pairs, items, strict=True):
-        if not (name and sign):
-            raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
-
-
-def _weights(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--weights {text}: expected numbers separated by commas, e.g. --weights 0.5,0.25,0.25") from error
 
 
 def main() -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any
 from scipy import stats
 
 from jax_ordermerge import report
-from jax_ordermerge.analysis import plots, wording
+from jax_ordermerge.analysis import document, plots, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Heading, Paragraph, Picture, Table
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.report import Run
@@ -41,7 +41,7 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
     if len(set(names)) < len(names):
         raise UserError(f"two of the runs have the same name ({', '.join(names)}); give each config a name of its own")
     page = Path(out) / "comparison.html"
-    report.publish(page, f"Comparison: {', '.join(names)}", build(runs), pictures=".")
+    document.publish(page, f"Comparison: {', '.join(names)}", build(runs), pictures=".")
     return page
 
 

@@ -9,12 +9,12 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge_config import AUTO, Merge, Search, merge_name
 from jax_ordermerge.mixing import Mixing
 from jax_ordermerge.samples import Samples
 from jax_ordermerge.section import Section, override, parse
 from jax_ordermerge.task import Task
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 PREFERENCES = "preferences"  # the name under which held-out pairs are evaluated
 AxisSize = Annotated[int, Field(ge=-1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -259,45 +259,6 @@ class Analysis(Section):
     permutations: PositiveInt = 1000
 
 
-class MergeSpec(Section):
-    """One merge: a method of the table and its parameters."""
-
-    name: str | None = Field(None, description="directory name, by default method and seed")
-    method: str = Field(description="a name of the table of methods, or greedy_soup (needs data.validation_examples)")
-    seed: int | None = Field(None, description="by default the seed of the run")
-    seeds: tuple[int, ...] = Field(
-        (), description="several seeds: one merge each, named NAME-seedS, which the report sums up together", exclude=True
-    )
-    weights: tuple[NonNegativeFloat, ...] | None = Field(None, description="one a member, by default equal")
-    parameters: dict[str, Any] = Field(default_factory=dict)
-
-    @pydantic.model_validator(mode="after")
-    def _one_way(self) -> "MergeSpec":
-        if self.seeds and self.seed is not None:
-            raise ValueError(f"merge.methods: {self.method} has both seed = {self.seed} and seeds = {list(self.seeds)}; give one")
-        return self
-
-    def each(self) -> "tuple[MergeSpec, ...]":
-        """Return the merges that this entry asks for: itself, or one for each of its seeds."""
-        if not self.seeds:
-            return (self,)
-        named = self.name or self.method
-        return tuple(self.model_copy(update={"name": f"{named}-seed{seed}", "seed": seed, "seeds": ()}) for seed in self.seeds)
-
-
-class Merge(Section):
-    """What is merged, and in which dtype members are exported, merged and served."""
-
-    dtype: Dtype = "bfloat16"
-    fisher_examples: PositiveInt = Field(256, description="training examples from which method fisher estimates the information")
-    methods: tuple[MergeSpec, ...] = (MergeSpec(method="average"), MergeSpec(method="selection"))
-
-    @pydantic.field_validator("methods", mode="after")
-    @classmethod
-    def _each_seed(cls, given: tuple[MergeSpec, ...]) -> tuple[MergeSpec, ...]:
-        return tuple(one for spec in given for one in spec.each())
-
-
 class Evaluation(Section):
     """What every model (base, members, merges) is measured on."""
 
@@ -348,6 +309,12 @@ class Config(Section):
         return Path(self.location)
 
     @property
+    def merge_names(self) -> list[str]:
+        """The names of the merges that are exported, in their order."""
+        chosen = [] if self.merge.auto is None else [AUTO]
+        return [merge_name(spec, self.seed) for spec in self.merge.methods] + chosen
+
+    @property
     def base_dtype(self) -> str:
         """The dtype in which a training holds the base: float32 where members start as copies of it."""
         return "float32" if self.lora is None else self.lora.base_dtype or self.model.compute_dtype
@@ -371,6 +338,8 @@ class Config(Section):
             raise ValueError(
                 "training.checkpoint = best and training.validate_every measure validation losses: set data.validation_examples"
             )
+        if self.merge.auto is not None and not self.data.validation_examples:
+            raise ValueError("merge.auto chooses a merge on validation examples: set data.validation_examples")
         if self.lora and self.model.init == "random":
             raise ValueError(
                 "lora changes a trained base a little; model.init = random has none, set it to pretrained or lora to null"
@@ -407,7 +376,7 @@ class Config(Section):
             raise ValueError(
                 f"data.packing = {self.data.packing} does not take preference pairs (objective.kind = dpo); set it to none"
             )
-        names = [merge_name(spec, self.seed) for spec in self.merge.methods]
+        names = self.merge_names
         twice = sorted({name for name in names if names.count(name) > 1})
         reserved = [name for name in names if name == "base" or name.startswith("member_") or "/" in name]
         if reserved:
@@ -422,18 +391,6 @@ class Config(Section):
         return self
 
 
-def merge_name(spec: MergeSpec, seed: int) -> str:
-    """Return the directory name of a merge: its own, else `method` or `method-seedS`.
-
-    Example:
-        >>> merge_name(MergeSpec(method="selection", seed=3), 0), merge_name(MergeSpec(method="average"), 0)
-        ('selection-seed3', 'average')
-    """
-    if spec.name:
-        return spec.name
-    return spec.method if spec.seed is None else f"{spec.method}-seed{spec.seed}"
-
-
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file of differences from the defaults and apply `--set` overrides.
 
@@ -444,22 +401,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: one line that names the key, what was given and what was expected.
     """
-    raw = {} if path is None else _read(Path(path))
+    raw = {} if path is None else _read_yaml(Path(path), "config", "training:")
     for item in overrides:
         override(raw, item)
     return make_config(raw, str(path or "config"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"config file {path} not found")
-    try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected sections such as 'training:', got {type(raw).__name__}")
-    return raw
 
 
 def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
@@ -476,6 +421,22 @@ def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
     return parse(Config, raw, where)
 
 
+def read_search(file: Path | None, configured: Search | None, changes: Mapping[str, Any]) -> Search:
+    """Return what a search tries and how: of a YAML file, else of the config, else the default, with some settings changed.
+
+    Raises:
+        UserError: the file is absent or not valid.
+
+    Example:
+        >>> read_search(None, None, {"budget": 10}).budget
+        10
+    """
+    raw = {} if configured is None else configured.model_dump(mode="json")
+    if file is not None:
+        raw = _read_yaml(file, "space", "methods:")
+    return parse(Search, raw | dict(changes), "search" if file is None else str(file))
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the resolved config as plain YAML-able data, every default written out.
 
@@ -484,3 +445,15 @@ def to_dict(config: Config) -> dict[str, Any]:
         True
     """
     return config.model_dump(mode="json")
+
+
+def _read_yaml(file: Path, what: str, expected: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{what} file {file} not found")
+    try:
+        raw = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected sections such as '{expected}', got {type(raw).__name__}")
+    return raw

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from jax_ordermerge.analysis import document, findings, plots, texts, wording
+from jax_ordermerge.analysis import choice, document, findings, plots, texts, wording
 from jax_ordermerge.analysis.document import Block, Bullets, Fold, Heading, Paragraph, Picture, Table
-from jax_ordermerge.checkpoint import atomic, remote
+from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge_config import AUTO
 
 SAMPLES_SHOWN, STEPS_SHOWN = 5, 8
 
@@ -34,6 +35,8 @@ class Run:
     merge: dict[str, Any] | None
     evaluations: dict[str, Any] | None
     items: dict[str, dict[str, Any]]
+    controls: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -78,24 +81,22 @@ def write(run_directory: str | Path) -> Path:
     title = f"Order merging report: {run.name}"
     blocks = build(run)
     page = run.directory / "report.html"
-    publish(page, title, blocks, pictures="report")
+    document.publish(page, title, blocks, pictures="report")
     return page
 
 
-def publish(page: Path, title: str, blocks: Sequence[Block], *, pictures: str) -> None:
-    """Write a page of HTML, the same beside it in Markdown, and the pictures of the latter.
+def write_search(run_directory: Path, directory: Path) -> Path:
+    """Write search.html, search.md and their picture beside the results of a search, and return the path of search.html.
 
     Args:
-        page: ends in `.html`.
-        title: of both.
-        blocks: of both.
-        pictures: where the pictures go, seen from the page.
+        run_directory: of the run whose members were merged.
+        directory: holds results.json.
     """
-    for block in blocks:
-        if isinstance(block, Picture):
-            atomic.replace(page.parent / pictures / f"{block.name}.svg", (block.svg + "\n").encode())
-    atomic.replace(page.with_suffix(".md"), document.render_markdown(title, blocks, pictures=pictures).encode())
-    atomic.replace(page, document.render_html(title, blocks).encode())
+    run, page = read(run_directory), directory / "search.html"
+    found = _json(directory / "results.json")
+    title = f"Search for a merge: {run.config.get('name', run_directory.name)}"
+    document.publish(page, title, choice.search_blocks(found, run.loss_unit), pictures=".")
+    return page
 
 
 def read(directory: Path) -> Run:
@@ -121,6 +122,8 @@ def read(directory: Path) -> Run:
         merge=_json(directory / "merge.json"),
         evaluations=evaluations,
         items={name: found for name, found in items.items() if found},
+        controls=_json(directory / "controls.json"),
+        search=_json(directory / "search" / "results.json"),
     )
 
 
@@ -129,20 +132,18 @@ def build(run: Run) -> list[Block]:
     comparison = compare(run)
     told = findings.sentences(run.analysis, run.evaluations, comparison, run.merge, run.loss_unit)
     summary: list[Block] = [Paragraph(_introduction(run)), Heading("What was found")]
+    if run.search:
+        told.append(choice.sentence(run.search))
     summary.append(Bullets(told) if told else Paragraph("Nothing yet: neither the analysis nor the evaluation has been run."))
     return [
-        *summary, *_results(run, comparison), *_texts(run), *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run),
-        *_samples(run), *_provenance(run),
+        *summary, *_results(run, comparison), *texts.blocks(run.models, run.items, **run.resampling), *choice.search_blocks(run.search, run.loss_unit), *_controls(run),
+        *_training(run), *_imbalance(run), *_mitigation(run), *_merges(run), *_samples(run), *_provenance(run),
     ]  # fmt: skip
 
 
 def compare(run: Run) -> findings.Comparison:
     """Compare the merges of a run with its members and with the average; see `findings.compare`."""
     return findings.compare(run.models, run.items, merge=run.merge, **run.resampling)
-
-
-def _texts(run: Run) -> list[Block]:
-    return texts.blocks(run.models, run.items, **run.resampling)
 
 
 def _introduction(run: Run) -> str:
@@ -242,6 +243,11 @@ def _difference(gaps: Mapping[str, Any], key: str, scale: float, digits: int) ->
         return ""
     shown, corrected = wording.interval(gaps[key], scale, digits), wording.p_text(gaps["holm"][key])
     return shown if shown.endswith(corrected) else f"{shown}, by Holm {corrected.removeprefix('p ')}"
+
+
+def _controls(run: Run) -> list[Block]:
+    chosen = next((model for model in (run.evaluations or {"models": []})["models"] if model["name"] == AUTO), None)
+    return choice.control_blocks(run.controls, run.loss_unit, chosen)
 
 
 # --- training and imbalance -------------------------------------------------------------------------------------------------

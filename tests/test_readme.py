@@ -41,6 +41,7 @@ def test_every_command_that_it_names_has_help():
         "report",
         "results",
         "run",
+        "search",
         "train",
     ]
     for command in commands:

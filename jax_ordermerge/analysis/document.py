@@ -3,6 +3,9 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from jax_ordermerge.checkpoint import atomic
 
 CSS = """
 :root { color-scheme: light; }
@@ -176,3 +179,19 @@ def _plain(text: str) -> str:
     for mark in "*`[]":
         escaped = escaped.replace(mark, f"\\{mark}")
     return escaped
+
+
+def publish(page: Path, title: str, blocks: Sequence[Block], *, pictures: str) -> None:
+    """Write a page of HTML, the same beside it in Markdown, and the pictures of the latter.
+
+    Args:
+        page: ends in `.html`.
+        title: of both.
+        blocks: of both.
+        pictures: where the pictures go, seen from the page.
+    """
+    for block in blocks:
+        if isinstance(block, Picture):
+            atomic.replace(page.parent / pictures / f"{block.name}.svg", (block.svg + "\n").encode())
+    atomic.replace(page.with_suffix(".md"), render_markdown(title, blocks, pictures=pictures).encode())
+    atomic.replace(page, render_html(title, blocks).encode())

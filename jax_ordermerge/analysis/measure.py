@@ -6,9 +6,10 @@ Axis letters: `M` member, `n` example, `B` example of a batch, `T` position.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -35,6 +36,7 @@ def losses(
     dtype: str,
     mesh: Mesh,
     kernel: Kernel = "xla",
+    members: Literal["each", "ensemble"] = "each",
     tell: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed response loss of every example under every member, and its number of response tokens.
@@ -51,13 +53,14 @@ def losses(
         dtype: of the products, `"float32"` or `"bfloat16"`.
         mesh: where the parameters are.
         kernel: of attention, from `kernels.choose`.
+        members: of a population, the losses of each, or those of the one model whose logits are the mean of theirs.
         tell: is told now and then how many examples are done.
 
     Returns:
-        `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model) and int32[n].
+        `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model, and for an ensemble) and int32[n].
     """
     population = _is_population(config, params)
-    program = _program(config, dtype, mesh, population, kernel)
+    program = _ensemble(config, dtype) if members == "ensemble" else _program(config, dtype, mesh, population, kernel)
     sums, counts = _over_all(program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh, tell=tell)
     return sums, counts[0].round().astype(np.int32)
 
@@ -201,6 +204,26 @@ def _program(config: ModelConfig, dtype: str, mesh: Mesh, population: bool, kern
         return jax.jit(meshes.map_members(sums, mesh))
     groups = meshes.map_members(lambda batch, params: sums(params, batch), mesh)
     return jax.jit(lambda params, batch: groups(batch, params))
+
+
+@functools.lru_cache(maxsize=16)
+def _ensemble(config: ModelConfig, dtype: str) -> Any:
+    """Return `(population, batch) -> (sums, counts)` of the mean of the members' logits, one member after another."""
+
+    def program(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        where = batch["tokens"], batch["positions"], batch["segments"]
+
+        def add(total: jax.Array, member: Tree) -> tuple[jax.Array, None]:
+            logits_BTV, _ = llama.forward(config, member, *where, dtype=dtype)
+            return total + logits_BTV, None
+
+        nothing = jnp.zeros((*where[0].shape, config.vocab_size), jnp.float32)
+        total_BTV, _ = jax.lax.scan(add, nothing, params)
+        log_p_BTV = jax.nn.log_softmax(total_BTV / jax.tree.leaves(params)[0].shape[0])
+        losses_BT = -jnp.take_along_axis(log_p_BTV, batch["targets"][..., None], axis=-1)[..., 0]
+        return (losses_BT * batch["weights"]).sum(-1)[None], batch["weights"].sum(-1)[None]  # as of a population of one
+
+    return jax.jit(program)
 
 
 def _place(batch: pack.Batch, mesh: Mesh, population: bool) -> dict[str, jax.Array]:

@@ -239,6 +239,119 @@ def losses(models: Sequence[Mapping[str, Any]], unit: str = NATS) -> str:
     return found[0]
 
 
+def lambda_line(rows: Sequence[Mapping[str, Any]], split: str, unit: str = NATS) -> str:
+    """Loss along base (0), average (1) and beyond; the base itself is left out where it would flatten the rest.
+
+    Args:
+        rows: with `at` = [lambda], `loss` and `validation_loss`, ascending.
+        split: what `loss` was measured on.
+    """
+    near = [row for row in rows if row["at"][0] > 0]
+    span = max(row["loss"] for row in near) - min(row["loss"] for row in near)
+    far = [row for row in rows if row["at"][0] == 0 and row["loss"] > max(x["loss"] for x in near) + 2 * span]
+    note = "".join(f"; the base, at {row['loss']:.3f}, lies outside" for row in far)
+    with _figure("lambda-line", 3.0) as (figure, found):
+        axes = figure.subplots()
+        _lines(axes, [row for row in rows if row not in far], split, "o-")
+        axes.axvline(1, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set(xlabel=f"lambda: base + lambda × mean task vector; dashed: the average{note}", ylabel=f"loss ({unit})")
+        axes.legend()
+    return found[0]
+
+
+def barrier(rows: Sequence[Mapping[str, Any]], split: str, unit: str = NATS) -> str:
+    """Loss on the straight line from member 0 (0) to member 1 (1).
+
+    Args:
+        rows: with `at` = [share], `loss` and `validation_loss`, ascending.
+        split: what `loss` was measured on.
+    """
+    with _figure("barrier", 2.8) as (figure, found):
+        axes = figure.subplots()
+        _lines(axes, rows, split, "o-")
+        axes.set(xlabel="from member 0 (0) to member 1 (1)", ylabel=f"loss ({unit})")
+        axes.legend()
+    return found[0]
+
+
+def plane(rows: Sequence[Mapping[str, Any]], split: str, unit: str = NATS) -> str:
+    """Loss over the plane of the base and two members, in coordinates of their task vectors.
+
+    Args:
+        rows: with `at` = [a, b], of a whole grid, and `loss`.
+        split: what `loss` was measured on.
+    """
+    across, up = (sorted({row["at"][axis] for row in rows}) for axis in (0, 1))
+    by_place = {tuple(row["at"]): row["loss"] for row in rows}
+    values = np.array([[by_place[a, b] for a in across] for b in up], dtype=np.float64)
+    with _figure("plane", 4.4, width=5.4) as (figure, found):
+        axes = figure.subplots()
+        # most of the plane is far worse than its valley, which is what there is to see
+        top = float(np.quantile(values, 0.7))
+        levels = np.linspace(values.min(), max(top, values.min() + 1e-6), 13)
+        filled = axes.contourf(across, up, values, levels=levels, cmap="cividis", extend="max")
+        for label, place in {"base": (0, 0), "0": (1, 0), "1": (0, 1), "average of both": (0.5, 0.5)}.items():
+            axes.plot(*place, "o", color="white", markeredgecolor=INK, markersize=5)
+            axes.annotate(label, place, (5, 4), textcoords="offset points", color="white", fontsize=8)
+        axes.set(xlabel="times the task vector of member 0", ylabel="times the task vector of member 1", aspect="equal")
+        axes.grid(visible=False)
+        figure.colorbar(filled, ax=axes, shrink=0.85, label=f"{split} loss ({unit})").outline.set_visible(False)
+    return found[0]
+
+
+def splits(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None, unit: str = NATS) -> str:
+    """Validation loss and test loss of members, controls and the chosen merge; a base far outside is left out.
+
+    Args:
+        rows: of controls.json, with `kind`, `loss` and `validation_loss`.
+        chosen: the same of the chosen merge, if there is one.
+    """
+    shown = [row for row in rows if row["kind"] != "base"]
+    with _figure("splits", 3.6, width=5.4) as (figure, found):
+        axes = figure.subplots()
+        for kind in dict.fromkeys(row["kind"] for row in shown):
+            own = [row for row in shown if row["kind"] == kind]
+            colour = KIND.get(kind, COLOURS[2])
+            axes.plot([r["validation_loss"] for r in own], [r["loss"] for r in own], "o", color=colour, label=kind, markersize=5)
+        if chosen is not None:
+            axes.plot(chosen["validation_loss"], chosen["loss"], "*", color=INK, label="chosen", markersize=12)
+        axes.set(xlabel=f"validation loss ({unit})", ylabel=f"test loss ({unit})")
+        axes.legend()
+    return found[0]
+
+
+def candidates(rows: Sequence[Mapping[str, Any]], winner: int, unit: str = NATS) -> str:
+    """Candidates of a search, by method: the loss that each has, or would have by its difference to the winner on what it saw.
+
+    Args:
+        rows: of results.json, with `kind`, `candidate`, `to_winner`, `dropped` and `number`.
+        winner: number of the winner.
+    """
+    best = next(row for row in rows if row["number"] == winner)["loss"]
+    known = [row for row in rows if row["to_winner"] is not None and row["kind"] != "base"]
+    methods = list(dict.fromkeys(row["candidate"]["method"] for row in known))
+    with _figure("search", 0.9 + 0.3 * max(3, len(methods))) as (figure, found):
+        axes = figure.subplots()
+        for row in known:
+            place, colour = methods.index(row["candidate"]["method"]), KIND["member" if row["kind"] == "member" else "merge"]
+            fill = colour if row["dropped"] is None else "none"
+            axes.plot(best + row["to_winner"]["estimate"], place, "o", color=colour, markersize=4.5, markerfacecolor=fill)
+        axes.axvline(best, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set(yticks=range(len(methods)), ylim=(len(methods) - 0.4, -0.6))
+        axes.set_yticklabels(methods)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(f"validation loss ({unit}); dashed: the winner; hollow: estimated from a part of the examples")
+    return found[0]
+
+
+def _lines(axes: Axes, rows: Sequence[Mapping[str, Any]], split: str, style: str) -> None:
+    """Draw the loss on the split that is reported, and beside it that on validation examples where it is another."""
+    at = [row["at"][0] for row in rows]
+    axes.plot(at, [row["loss"] for row in rows], style, color=KIND["merge"], label=split, markersize=4)
+    if split != "validation" and all(row["validation_loss"] is not None for row in rows):
+        axes.plot(at, [row["validation_loss"] for row in rows], style, color=KIND["member"], label="validation", markersize=4)
+
+
 def _models(axes: Axes, models: Sequence[Mapping[str, Any]], values: Sequence[float]) -> None:
     members = [value for model, value in zip(models, values, strict=True) if model["kind"] == "member"]
     if members:

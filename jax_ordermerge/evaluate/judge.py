@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
 
 QUESTION = """Which of two answers to an instruction would people prefer: the one that is more helpful, correct and to the point?
@@ -120,6 +121,14 @@ def compare(
     error = (sum((win - mean) ** 2 for win in wins) / max(count - 1, 1) / count) ** 0.5
     turned = sum(item["first"] != item["second"] for item in items)
     return {"win_rate": mean, "se": error, "n": count, "turned": turned}, items
+
+
+def compare_files(endpoint: Endpoint, ours: str | Path, theirs: str | Path, out: Path | None = None) -> dict[str, Any]:
+    """Judge two files of outputs, write the verdicts of every item to a file where one is named, and return what `compare` found."""
+    found, items = compare(endpoint, read(ours), read(theirs))
+    if out is not None:
+        atomic.replace(out, json.dumps({"judge": endpoint.model, **found, "items": items}, indent=1).encode())
+    return found
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

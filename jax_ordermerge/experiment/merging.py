@@ -11,6 +11,7 @@ from typing import Any
 import rich.console
 import rich.progress
 import rich.table
+import yaml
 
 from jax_ordermerge.checkpoint import atomic, remote, shards
 from jax_ordermerge.errors import UserError
@@ -51,6 +52,39 @@ def plan_models(
     members = [references.open_model(one) for one in models]
     known = None if base is None else references.open_model(base)
     return plan.uniform(members, known, method=method, seed=seed, weights=weights, parameters=parameters, dtype=dtype)
+
+
+def read_parameters(items: Sequence[str]) -> dict[str, Any]:
+    """Return what `--param KEY=VALUE` sets, values as YAML.
+
+    Raises:
+        UserError: an item of another form.
+
+    Example:
+        >>> read_parameters(["resample=exhaustive", "density=0.5"])
+        {'resample': 'exhaustive', 'density': 0.5}
+    """
+    pairs = [item.partition("=") for item in items]
+    for (name, sign, _), item in zip(pairs, items, strict=True):
+        if not (name and sign):
+            raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+def read_weights(text: str) -> tuple[float, ...]:
+    """Return the weights that `--weights` gives, one a model.
+
+    Raises:
+        UserError: they are not numbers.
+
+    Example:
+        >>> read_weights("0.5,0.25,0.25")
+        (0.5, 0.25, 0.25)
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--weights {text}: expected numbers separated by commas, e.g. --weights 0.5,0.25,0.25") from error
 
 
 def describe_plan(made: plan.Plan) -> str:

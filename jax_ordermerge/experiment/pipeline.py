@@ -13,6 +13,7 @@ from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import Stopped, UserError
 from jax_ordermerge.experiment.run_directory import check_same_config, model_names, read_json, write_text
+from jax_ordermerge.merge_config import Search
 
 STAGES = ("train", "merge", "analyze", "evaluate", "report")
 
@@ -156,6 +157,58 @@ def _open_together(config: Config, mirror: remote.Mirror) -> bool:
             " a directory on a file system that they share"
         ) from error
     return jax.process_index() == 0
+
+
+def search(
+    config: Config,
+    space: Search,
+    *,
+    out: Path | None = None,
+    validation: Path | None = None,
+    export: bool = True,
+    say: Say = print,
+) -> Path:
+    """Choose a merge of a run's members on validation examples, training them first where they are not there yet.
+
+    Args:
+        config: a resolved config.
+        space: what to choose among, and how.
+        out: directory for journal.jsonl, results.json, search.html and search.md; by default `search` in the run directory. The same
+            call again continues, or says what was found.
+        validation: file of examples to choose on, by default those that `data.validation_examples` sets aside.
+        export: write the winner, as a Hugging Face directory `winner` in `out`.
+        say: where one-line messages go.
+
+    Returns:
+        the path of search.html.
+
+    Raises:
+        UserError: bad input; nothing has been written then.
+    """
+    from jax_ordermerge import report
+    from jax_ordermerge.experiment import choosing, stages
+
+    if out is not None and remote.address(out) is not None:
+        raise UserError(f"--out {out}: a search writes a journal line by line; give a directory on a disk")
+    with on_disk(config, say) as (local, save):
+        check_same_config(local)
+        workshop = dataclasses.replace(stages.prepare(local, say), saved=save.in_passing)
+        if validation is not None:
+            workshop = stages.with_validation(workshop, validation)
+        choosing.check(local, workshop.splits, space, workshop.model)
+        trained = complete("train", local)
+        if not trained:
+            write_text(local.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
+        workshop = stages.refer(workshop)
+        if not trained:
+            say("train")
+            stages.train(workshop)
+            save()
+        directory = out or local.directory / "search"
+        stages.search(workshop, space, directory, target=directory / "winner" if export else None)
+        page = report.write_search(local.directory, directory)
+        save()
+        return page
 
 
 def look(config: Config, *, steps: int, profile: Path | None = None, say: Say = print) -> None:

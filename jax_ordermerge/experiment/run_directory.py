@@ -9,7 +9,7 @@ import yaml
 
 from jax_ordermerge import config as schema
 from jax_ordermerge.checkpoint import atomic, remote
-from jax_ordermerge.config import Config, merge_name
+from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
 
 # A run may continue on other hardware or elsewhere; everything else decides its result.
@@ -45,7 +45,7 @@ def model_names(config: Config) -> dict[str, str]:
          'average': 'merge', 'selection': 'merge'}
     """
     names = {"base": "base"} | {f"member_{m}": "member" for m in range(config.population.members)}
-    return names | {merge_name(spec, config.seed): "merge" for spec in config.merge.methods}
+    return names | dict.fromkeys(config.merge_names, "merge")
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -6,33 +6,33 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-import yaml
 from jax.sharding import Mesh
 
-import jax_ordermerge
 from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import processes, tree
 from jax_ordermerge import report as reports
 from jax_ordermerge.analysis import imbalance, measure, wording
 from jax_ordermerge.arch import ModelConfig, tensor_table
-from jax_ordermerge.checkpoint import companions, convert
+from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.config import PREFERENCES, Config, MergeSpec, merge_name
+from jax_ordermerge.config import PREFERENCES, Config
 from jax_ordermerge.data import order, pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import evaluating, preferences, sampling, together, waves
+from jax_ordermerge.experiment import choosing, evaluating, exporting, informed, preferences, sampling, together, waves
 from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
-from jax_ordermerge.merge import methods, population, soup
+from jax_ordermerge.merge import methods, population
+from jax_ordermerge.merge_config import AUTO, Search, merge_name
 from jax_ordermerge.model import kernels, llama, lora
+from jax_ordermerge.search.candidates import Stock
 from jax_ordermerge.task import LIKELIHOODS, OUTPUTS
-from jax_ordermerge.train import batches, fisher, objective, track
+from jax_ordermerge.train import batches, track
 from jax_ordermerge.train import members as trained
 
 Say = Callable[[str], None]
@@ -123,7 +123,17 @@ def prepare(config: Config, say: Say) -> Workshop:
     processes.check_alike({f"data.{name}": examples.digest for name, examples in splits.items()})
     if len(tokenizer) > model.vocab_size:
         raise UserError(f"{base}: the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
+    if config.merge.auto is not None:
+        choosing.check(config, splits, config.merge.auto, model)
     return Workshop(config, mesh, base, model, tokenizer, splits, say)
+
+
+def with_validation(w: Workshop, file: Path) -> Workshop:
+    """Return the workshop with validation examples from a file of their own, by the rules of the config's data."""
+    data = w.config.data.model_copy(update={"test": str(file), "test_limit": None})
+    examples = source.load_examples(data, w.tokenizer, "test", seed=w.config.seed)
+    assert examples is not None
+    return dataclasses.replace(w, splits=w.splits | {"validation": examples})
 
 
 def refer(w: Workshop) -> Workshop:
@@ -227,9 +237,8 @@ def models(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
 
 def merge(w: Workshop) -> None:
     """Merge the population in device memory by every method of the config, export each, and say what it did."""
-    dtype = w.config.merge.dtype
-    members = waves.restore(w.config, w.model, w.mesh, dtype=dtype)
-    base = base_params(w, dtype)
+    dtype, stock = w.config.merge.dtype, stock_of(w)
+    members, base = stock.members, stock.base
     done = {one["name"]: one for one in (read_json(w.directory / "merge.json") or {"merges": []})["merges"]}
     for spec in w.config.merge.methods:
         name = merge_name(spec, w.config.seed)
@@ -239,91 +248,59 @@ def merge(w: Workshop) -> None:
         seed = w.config.seed if spec.seed is None else spec.seed
         settings: dict[str, Any] = {"method": spec.method, "seed": seed, "weights": spec.weights, "parameters": spec.parameters}
         if spec.method == GREEDY_SOUP:
-            merged, settings["parameters"] = _greedy_soup(w, members)
+            merged, settings["parameters"] = informed.greedy_soup(
+                w, members, lambda params: _token_mean(*_losses(w, params, w.splits["validation"]))[0]
+            )
         elif spec.method == "fisher":
-            merged = population.merge(_with_fishers(w), None, w.model, dtype=dtype, **_fisher_settings(w, settings))
+            merged = informed.fisher(w, settings)
         else:
             merged = population.merge(members, base, w.model, dtype=dtype, **settings)
-        recipe = _recipe(w, spec, seed)
-        if not (target / "config.json").is_file():
-            convert.export(
-                merged, w.model, target, dtype=dtype, source=w.base, card=_card(w, name, recipe), recipe=yaml.safe_dump(recipe)
-            )
-        done[name] = {"name": name, **settings, "diagnostics": population.diagnostics(members, base, merged, w.model, **settings)}
+        given = {"weights": None if spec.weights is None else list(spec.weights), "parameters": dict(spec.parameters)}
+        exporting.export(w, name, merged, {"merge_method": spec.method, **given, "seed": seed})
+        done[name] = {"name": name, **settings, "diagnostics": _diagnostics(w, name, stock, merged, settings)}
         write_json(w.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
-        total = done[name]["diagnostics"]["total"]
-        # both are None where no member left the base
-        said = ", ".join(f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None)
-        w.say(f"  {name}: {said or 'equal to the base'} -> {target}")
+        del merged  # a search has the memory for one
+    if w.config.merge.auto is not None and not (AUTO in done and (w.directory / "merged" / AUTO / "config.json").is_file()):
+        settings, merged = search(w, w.config.merge.auto, w.directory / "search", stock, w.directory / "merged" / AUTO)
+        done[AUTO] = {"name": AUTO, **settings, "diagnostics": _diagnostics(w, AUTO, stock, merged, settings)}
+        write_json(w.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
 
 
-def _greedy_soup(w: Workshop, members: tree.Tree) -> tuple[tree.Tree, dict[str, Any]]:
-    """Return the soup, and which members are in it with the validation losses that decided."""
+def search(
+    w: Workshop, space: Search, directory: Path, stock: Stock | None = None, target: Path | None = None
+) -> tuple[dict[str, Any], tree.Tree]:
+    """Choose a merge, export it, and return what it is and its parameters.
 
-    def average(chosen: tuple[int, ...]) -> tree.Tree:
-        some = jax.jit(lambda p: jax.tree.map(lambda x: x[np.array(chosen)], p))(members)
-        return population.merge(some, None, w.model, method="average", seed=0, dtype=w.config.merge.dtype)
-
-    def loss(params: tree.Tree) -> float:
-        return _token_mean(*_losses(w, params, w.splits["validation"]))[0]
-
-    alone = [loss(tree.member(members, m)) for m in range(w.config.population.members)]
-    chosen, seen = soup.greedy(alone, lambda some: loss(average(some)))
-    return average(chosen), {"members": list(chosen), "validation_losses": alone, "after_each": seen}
-
-
-def _with_fishers(w: Workshop) -> tree.Tree:
-    """Return the members in float32 followed by the diagonals of their Fisher matrices, [2M, ...]."""
-    members = waves.restore(w.config, w.model, w.mesh)
-    train = w.splits["train"]
-    information = fisher.diagonal(
-        objective.build(w.config, w.model),
-        members,
-        train,
-        count=w.config.merge.fisher_examples,
-        lengths=pack.bucket_lengths(train.longest, w.config.data.buckets),
-        mesh=w.mesh,
-        seed=w.config.seed,
-    )
-    return jax.jit(lambda a, b: jax.tree.map(lambda x, y: jax.numpy.concatenate([x, y]), a, b))(members, information)
+    Args:
+        w: the workshop, with a trained population.
+        space: what to choose among.
+        directory: for the journal and the results.
+        stock: the population, read from the checkpoints by default.
+        target: for the model, by default none is written.
+    """
+    stock = stock or stock_of(w)
+    found = choosing.search(w, stock, space, functools.partial(_losses, w), directory)
+    merged = stock.build(found.winner)
+    if target is not None:
+        exporting.export(w, AUTO, merged, choosing.recipe(found), choosing.story(found), target)
+    return choosing.settings(found.winner), merged
 
 
-def _fisher_settings(w: Workshop, settings: dict[str, Any]) -> dict[str, Any]:
-    given = settings["weights"]
-    return settings | {"weights": None if given is None else [*given, *([0.0] * w.config.population.members)]}
+def stock_of(w: Workshop) -> Stock:
+    """Read the trained population and its base into device memory, in the dtype that is merged and served."""
+    dtype = w.config.merge.dtype
+    return Stock(w.model, waves.restore(w.config, w.model, w.mesh, dtype=dtype), base_params(w, dtype), dtype)
 
 
-def _recipe(w: Workshop, spec: MergeSpec, seed: int) -> dict[str, Any]:
-    return {
-        "merge_method": spec.method,
-        "base_model": _public_base(w) or "base",
-        "models": [f"member_{m}" for m in range(w.config.population.members)],
-        "weights": None if spec.weights is None else list(spec.weights),
-        "parameters": dict(spec.parameters),
-        "seed": seed,
-        "dtype": w.config.merge.dtype,
-        "orders": {"level": w.config.population.level, "seed": w.config.seed, "epochs": w.config.training.epochs},
-        **({} if w.config.training.ema is None else {"averages": {"ema": w.config.training.ema}}),
-        **({} if w.config.training.checkpoint == "last" else {"checkpoint": w.config.training.checkpoint}),
-        "jax_ordermerge": jax_ordermerge.__version__,
-    }
-
-
-def _public_base(w: Workshop) -> str | None:
-    # a path of the machine that trained says nothing to a reader of the card
-    return None if Path(w.config.model.base).exists() or ":" in w.config.model.base else w.config.model.base
-
-
-def _card(w: Workshop, name: str, recipe: dict[str, Any]) -> str:
-    members = w.config.population.members
-    text = (
-        f"One base model was fine-tuned {members} times on the same data in {members} different orders (level `{w.config.population.level}`,"
-        f" {w.config.training.epochs} epochs), and the {members} models were merged by `{recipe['merge_method']}`.\n\n"
-        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
-    )
-    return companions.model_card(
-        f"{w.config.name}: {name}", text, base_model=_public_base(w), relation="merge", tags=["merge", "parameter-selection"]
-    )
+def _diagnostics(w: Workshop, name: str, stock: Stock, merged: tree.Tree, settings: dict[str, Any]) -> dict[str, Any]:
+    # of a chosen merge only task vectors are told: its lambda is no parameter of a method
+    given = settings if name != AUTO else {"method": AUTO, "seed": settings["seed"]}
+    found = population.diagnostics(stock.members, stock.base, merged, w.model, **given)
+    total = found["total"]
+    # both are None where no member left the base
+    said = ", ".join(f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None)
+    w.say(f"  {name}: {said or 'equal to the base'} -> {w.directory / 'merged' / name}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------------ analysis
@@ -357,9 +334,11 @@ def analyze(w: Workshop) -> None:
     write_json(w.directory / "analysis.json", found)
 
 
-def _losses(w: Workshop, params: tree.Tree, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+def _losses(
+    w: Workshop, params: tree.Tree, examples: Examples, members: Literal["each", "ensemble"] = "each"
+) -> tuple[np.ndarray, np.ndarray]:
     """Return summed losses and numbers of response tokens, float64[n] each, of one model; of pairs their losses and ones."""
-    return _counted(w, examples, *_sums(w, params, examples))
+    return _counted(w, examples, *_sums(w, params, examples, members=members))
 
 
 def _counted(w: Workshop, examples: Examples, sums: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -369,7 +348,11 @@ def _counted(w: Workshop, examples: Examples, sums: np.ndarray, tokens: np.ndarr
 
 
 def _sums(
-    w: Workshop, params: tree.Tree, examples: Examples, tell: Callable[[int], None] | None = None
+    w: Workshop,
+    params: tree.Tree,
+    examples: Examples,
+    tell: Callable[[int], None] | None = None,
+    members: Literal["each", "ensemble"] = "each",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return summed token losses and numbers of response tokens, float64[n] each, of pairs [n, 2]."""
     flat, settings, dtype = examples.sequences, w.config, w.config.model.compute_dtype
@@ -383,6 +366,7 @@ def _sums(
         dtype=dtype,
         mesh=w.mesh,
         kernel=kernels.choose(settings.model.attention, w.model, w.mesh, dtype=dtype),
+        members=members,
         tell=tell,
     )
     shape = (-1,) if examples.rejected is None else (-1, 2)
@@ -419,6 +403,15 @@ def _warmup_fraction(w: Workshop, orders: np.ndarray) -> float:
 
 def evaluate(w: Workshop) -> None:
     """Measure every model on held-out data: loss, perplexity and the tasks of the config."""
+    kinds, rows = model_names(w.config), _evaluated(w)
+    losses = functools.partial(_losses, w)
+    more = choosing.unmerged(w, losses, functools.partial(base_params, w, w.config.base_dtype))
+    choosing.measure_controls(w, functools.partial(stock_of, w), losses, rows, more)
+    write_json(w.directory / "evaluations.json", {"split": "test", "models": [rows[name]["summary"] for name in kinds]})
+
+
+def _evaluated(w: Workshop) -> dict[str, Any]:
+    """Return evaluations/{name}.json of every model, measured now where it is not there. No model is left in memory."""
     kinds = model_names(w.config)
     rows = {name: read_json(w.directory / "evaluations" / f"{name}.json") for name in kinds}
     for name, params, generate in _answering(w, [name for name, row in rows.items() if row is None]):
@@ -428,7 +421,7 @@ def evaluate(w: Workshop) -> None:
         said = [f"{task} {100 * one['accuracy']:.1f} % +- {100 * one['se']:.1f}" for task, one in shown["tasks"].items()]
         loss = [] if shown["loss"] is None else [f"loss {shown['loss']:.4f}"]
         w.say(f"  {name}: " + ", ".join([*loss, *said]))
-    write_json(w.directory / "evaluations.json", {"split": "test", "models": [rows[name]["summary"] for name in kinds]})
+    return rows
 
 
 def _answering(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree, harness.Generate | None]]:

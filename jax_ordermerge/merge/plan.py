@@ -11,10 +11,10 @@ import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.config import Dtype
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.merge import methods
 from jax_ordermerge.merge.sources import Source
+from jax_ordermerge.merge_config import Dtype
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 # what a fine-tune may change without being another architecture

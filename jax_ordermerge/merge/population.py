@@ -29,6 +29,7 @@ def merge(
     seed: int,
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
+    scales: Mapping[str, float] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> tree.Tree:
     """Merge the members of a population, Hugging Face tensor by Hugging Face tensor.
@@ -44,6 +45,8 @@ def merge(
         seed: of the methods that draw.
         weights: one a member.
         parameters: of the method.
+        scales: lambda of every Hugging Face tensor: the result is theta_0 + lambda (theta - theta_0), theta what the method gives in
+            float32, with one rounding at the end. Lambdas are traced: other values compile nothing anew.
         dtype: what is merged and returned.
 
     Returns:
@@ -60,14 +63,20 @@ def merge(
         [0.75, 0.75]
     """
     checked = methods.check(method, parameters)
-    if methods.METHODS[method].needs_base(checked) and base is None:
+    if (methods.METHODS[method].needs_base(checked) or scales is not None) and base is None:
         raise UserError(f"merge method {method} with {checked} needs the base; give it")
     flat, flat_base = tree.flatten(members), tree.flatten(base or {})
     run = functools.partial(merge_leaf, method=method, seed=seed, weights=weights, parameters=checked, dtype=dtype)
-    table = arch.tensor_table(config)
-    return tree.unflatten(
-        {spec.path: run(flat[spec.path], flat_base.get(spec.path), spec.hf_names(), spec.stacked) for spec in table}
-    )
+    found: dict[str, jax.Array] = {}
+    for spec in arch.tensor_table(config):
+        own, own_base, names = flat[spec.path], flat_base.get(spec.path), spec.hf_names()
+        if scales is None:
+            found[spec.path] = run(own, own_base, names, spec.stacked)
+        else:  # a leaf at a time, so that no whole model is ever in float32
+            whole = run(own, own_base, names, spec.stacked, out="float32")
+            lambdas = np.asarray([scales[name] for name in names], np.float32)
+            found[spec.path] = _rescaled(whole, own_base, lambdas, stacked=spec.stacked, dtype=jnp.dtype(dtype))
+    return tree.unflatten(found)
 
 
 def merge_leaf(
@@ -81,6 +90,7 @@ def merge_leaf(
     weights: Sequence[float] | None,
     parameters: Mapping[str, Any],
     dtype: DTypeLike,
+    out: DTypeLike | None = None,
 ) -> jax.Array:
     """Merge one entry of the tensor table.
 
@@ -91,9 +101,10 @@ def merge_leaf(
         stacked: whether there is a layer axis.
         method, seed, weights, dtype: as in `merge`.
         parameters: as `methods.check` returned them.
+        out: dtype of the result, by default `dtype`.
 
     Returns:
-        [*S] or [L, *S] in `dtype`.
+        [*S] or [L, *S] in `out`.
 
     Example:
         >>> members = jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])
@@ -103,7 +114,15 @@ def merge_leaf(
     """
     chosen = _Chosen(method, seed, weights, parameters, dtype)
     arguments, settings = _prepared(members, base, names, stacked, chosen)
-    return _merge_leaf(*arguments, **settings)
+    return _merge_leaf(*arguments, **settings, result=None if out is None else jnp.dtype(out))
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "dtype"))
+def _rescaled(merged: jax.Array, base: jax.Array, scales: jax.Array, *, stacked: bool, dtype: DTypeLike) -> jax.Array:
+    """Return theta_0 + lambda (theta - theta_0) in `dtype`: bit for bit the task arithmetic of one member, theta."""
+    start = parts.as_stored(base, dtype).astype(jnp.float32)
+    lambdas = scales.reshape(-1, *(1,) * (merged.ndim - 1)) if stacked else scales[0]
+    return parts.as_stored(start + parts.rounded(lambdas * parts.rounded(merged - start)), dtype)
 
 
 def compile_merge(
@@ -251,7 +270,7 @@ def _measure_leaf(
     return found if spread is None else jax.lax.with_sharding_constraint(found, NamedSharding(spread.mesh, P()))
 
 
-@functools.partial(jax.jit, static_argnames=("method", "static", "dtype", "stacked", "spread", "out"))
+@functools.partial(jax.jit, static_argnames=("method", "static", "dtype", "stacked", "spread", "out", "result"))
 def _merge_leaf(
     members: jax.Array,
     base: jax.Array | None,
@@ -264,11 +283,12 @@ def _merge_leaf(
     stacked: bool,
     spread: NamedSharding | None,
     out: NamedSharding | None,
+    result: DTypeLike | None = None,
 ) -> jax.Array:
     own, own_base = _apart(members, base, dtype, spread)
 
     def one(members: tuple[jax.Array, ...], base: jax.Array | None, words: jax.Array, known: dict[str, jax.Array]) -> jax.Array:
-        return methods.apply(parts.Part(members, base, words), known, method=method, static=static, dtype=dtype)
+        return methods.apply(parts.Part(members, base, words), known, method=method, static=static, dtype=dtype, out=result)
 
     if stacked:
         merged = jax.vmap(one)(own, own_base, words, known)

@@ -9,8 +9,8 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 
-from jax_ordermerge.config import Dtype
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.merge_config import Dtype
 from jax_ordermerge.section import Section
 
 Scalar = bool | int | float | str

@@ -25,7 +25,25 @@ def analysis(members=2, samples=80):
     return imbalance.analyze(losses, x, {"ties": losses.mean(axis=0) ** 1.01}, warmup_fraction=0.1, bootstrap=40, permutations=9)
 
 
+def control(name, group, at, loss, kind="merge"):
+    return {"name": name, "group": group, "at": at, "loss": loss, "validation_loss": loss + 0.01, "kind": kind}
+
+
+LINE = [control(f"lambda {x}", "lambda_line", [x], 1 + abs(x - 1.2)) for x in (0.0, 0.5, 1.0, 1.5)]
+GRID = [control("", "plane", [a, b], 1 + (a - 0.5) ** 2 + (b - 0.5) ** 2) for a in (0.0, 0.5, 1.0) for b in (0.0, 0.5, 1.0)]
+TRIED = [
+    {"number": i, "kind": kind, "loss": 1 + i / 10, "dropped": None if i < 3 else 1, "candidate": {"method": method},
+     "to_winner": {"estimate": i / 10, "se": 0.01}}
+    for i, (kind, method) in enumerate([("merge", "average"), ("member", "member"), ("base", "base"), ("merge", "ties")])
+]  # fmt: skip
+
 DRAWN = {
+    "lambda line": lambda: plots.lambda_line(LINE, "test"),
+    "barrier": lambda: plots.barrier(LINE, "validation"),
+    "plane": lambda: plots.plane(GRID, "test"),
+    "splits": lambda: plots.splits([*LINE, control("member_0", "anchor", [], 1.1, "member")], MODELS[1] | {"validation_loss": 1.9}),
+    "splits without a choice": lambda: plots.splits(LINE, None),
+    "candidates": lambda: plots.candidates(TRIED, 0),
     "training": lambda: plots.training(LINES),
     "many": lambda: plots.training([line | {"loss": [line["loss"][0]] * 12} for line in LINES]),
     "positions": lambda: plots.positions(analysis()),
@@ -83,3 +101,9 @@ def test_what_was_not_determined_is_not_drawn():
     assert plots.effects(analysis(members=1), LINES) is None
     assert plots.positions(analysis(members=1)) is not None
     assert plots.merging(analysis() | {"merged": {}}) is None
+
+
+def test_a_base_far_outside_the_lambda_line_is_named_and_not_drawn():
+    far = [LINE[0] | {"loss": 9.5}, *LINE[1:]]
+    assert any("the base, at 9.500, lies outside" in word for word in words(plots.lambda_line(far, "test")))
+    assert not any("outside" in word for word in words(DRAWN["lambda line"]()))

@@ -46,7 +46,7 @@ def make_config(folder: pathlib.Path, **sections) -> pathlib.Path:
         "population": {"members": 2},
         "training": {"epochs": 2, "batch": 8, "learning_rate": 3e-3, "log_every": 2, "checkpoint_every": 4},
         "analysis": {"bootstrap": 50, "permutations": 50, "batch": 16},
-        "merge": {"methods": [{"method": "average"}, {"method": "selection", "parameters": {"resample": "exhaustive"}}]},
+        "merge": {"methods": [{"method": "average"}, {"method": "selection", "parameters": {"resample": "exhaustive"}}], "controls": "none"},
         "evaluation": {"batch": 8, "tasks": [{"name": "swap", "max_new_tokens": 4}]},
     }  # fmt: skip
     for name, change in sections.items():
