@@ -47,7 +47,15 @@ class Ours:
 
     def step(self) -> None:
         """Generate."""
-        self.generate(CONFIG, self.params, PROMPTS.tolist(), max_new_tokens=self.new, eos_ids=(), dtype="float32", batch=BATCH)
+        self.generate(
+            CONFIG,
+            self.params,
+            PROMPTS.tolist(),
+            max_new_tokens=self.new,
+            eos_ids=(),
+            dtype="float32",
+            batch=BATCH,
+        )
 
 
 class Theirs:
@@ -61,13 +69,19 @@ class Theirs:
         config = transformers.LlamaConfig(**CONFIG.to_hf("float32"), attn_implementation="sdpa")
         self.model = transformers.LlamaForCausalLM(config).eval()
         self.tokens = torch.from_numpy(PROMPTS)
-        self.options = {"attention_mask": torch.ones_like(self.tokens), "max_new_tokens": new, "min_new_tokens": new}
+        self.options = {
+            "attention_mask": torch.ones_like(self.tokens),
+            "max_new_tokens": new,
+            "min_new_tokens": new,
+        }
         self.inference = torch.inference_mode
 
     def step(self) -> None:
         """Generate."""
         with self.inference():
-            self.model.generate(self.tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **self.options)
+            self.model.generate(
+                self.tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **self.options
+            )
 
 
 # ---------------------------------------------------------------- in the parent
@@ -75,7 +89,10 @@ class Theirs:
 
 def medians(workers: list[Worker], rounds: int) -> list[list[float]]:
     """Return the seconds of each worker in each round, all workers in turn."""
-    return [list(column) for column in zip(*([one.step() for one in workers] for _ in range(rounds)), strict=True)]
+    return [
+        list(column)
+        for column in zip(*([one.step() for one in workers] for _ in range(rounds)), strict=True)
+    ]
 
 
 def against_torch(rounds: int) -> list[str]:
@@ -89,22 +106,33 @@ def against_torch(rounds: int) -> list[str]:
             for new in (NEW, 1)
         ]
         version = workers[2].facts["version"]
-        own, own_first, other, other_first = (np.array(column) for column in medians(workers, rounds))
+        own, own_first, other, other_first = (
+            np.array(column) for column in medians(workers, rounds)
+        )
     rows = []
     for what, count, ours, theirs in (
         ("generated tokens/s", BATCH * NEW, own, other),
         ("prompt tokens/s (first new token)", BATCH * PROMPT, own_first, other_first),
         ("further tokens/s", BATCH * (NEW - 1), own - own_first, other - other_first),
     ):
-        one, two, ratio = (float(np.median(x)) for x in (count / ours, count / theirs, theirs / ours))
-        rows.append(f"| one model, {what} | {one:,.0f} | transformers + torch {version} {two:,.0f} | {ratio:.2f} times theirs |")
+        one, two, ratio = (
+            float(np.median(x)) for x in (count / ours, count / theirs, theirs / ours)
+        )
+        rows.append(
+            f"| one model, {what} | {one:,.0f} | transformers + torch {version} {two:,.0f} | {ratio:.2f} times theirs |"
+        )
     return rows
 
 
 def population(rounds: int) -> tuple[str, str]:
     """Measure four members in one program against four runs; return a row of the table and the device."""
-    with contextlib.closing(Worker(Ours, MEMBERS, NEW)) as together, contextlib.closing(Worker(Ours, 0, NEW)) as alone:
-        pairs = [(together.step(), sum(alone.step() for _ in range(MEMBERS))) for _ in range(rounds)]
+    with (
+        contextlib.closing(Worker(Ours, MEMBERS, NEW)) as together,
+        contextlib.closing(Worker(Ours, 0, NEW)) as alone,
+    ):
+        pairs = [
+            (together.step(), sum(alone.step() for _ in range(MEMBERS))) for _ in range(rounds)
+        ]
     one, four = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     row = f"| {MEMBERS} members, seconds a call | {one:.2f} | {MEMBERS} runs one after another {four:.2f} | {ratio:.3f} of theirs |"
@@ -113,7 +141,9 @@ def population(rounds: int) -> tuple[str, str]:
 
 def main() -> None:
     """Measure and append to RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5, help="repetitions; medians are shown")
     rounds = parser.parse_args().rounds
     rows = against_torch(rounds)

@@ -21,7 +21,9 @@ def main(data: str, model: str) -> None:
     counts: collections.Counter[int] = collections.Counter()
     for line in pathlib.Path(data).read_text().splitlines():
         row = json.loads(line)
-        counts[len(tokenizer.encode(f"Question: {row['question']}\nAnswer: {row['answer']}")) + 2] += 1
+        counts[
+            len(tokenizer.encode(f"Question: {row['question']}\nAnswer: {row['answer']}")) + 2
+        ] += 1
     target = pathlib.Path(__file__).parent / "gsm8k_lengths.json"
     target.write_text(json.dumps({str(length): counts[length] for length in sorted(counts)}) + "\n")
 

@@ -95,17 +95,28 @@ def build(directory: pathlib.Path, shape: dict[str, Any], members: int) -> None:
             out = reader.read(name).reshape(-1).copy()
             for start in range(0, out.size, CHUNK):
                 part = out[start : start + CHUNK]
-                part[:] = part.astype(np.float32) + np.float32(SIGMA) * normal(generator, part.size, np.float32)
+                part[:] = part.astype(np.float32) + np.float32(SIGMA) * normal(
+                    generator, part.size, np.float32
+                )
             yield name, out.reshape(extents)
 
     # a tokenizer, since without one mergekit looks for it long; one file, which the floor counts on
     tokenizer = pathlib.Path(arch.__file__).parent / "assets" / "quickstart"
-    given: dict[str, Any] = {"config": config, "dtype": "bfloat16", "tokenizer_from": tokenizer, "shard_bytes": 1 << 62}
+    given: dict[str, Any] = {
+        "config": config,
+        "dtype": "bfloat16",
+        "tokenizer_from": tokenizer,
+        "shard_bytes": 1 << 62,
+    }
     if not (directory / "base").exists():
         safetensors.write(directory / "base", base(), **given)
     for which in range(members):
         if not (directory / f"member{which}").exists():
-            safetensors.write(directory / f"member{which}", member(which, safetensors.Reader(directory / "base")), **given)
+            safetensors.write(
+                directory / f"member{which}",
+                member(which, safetensors.Reader(directory / "base")),
+                **given,
+            )
 
 
 def average(out: pathlib.Path, members: list[pathlib.Path]) -> None:
@@ -128,7 +139,10 @@ def average(out: pathlib.Path, members: list[pathlib.Path]) -> None:
             elements = math.prod(entry["shape"])
             for start in range(0, elements, CHUNK):
                 count = min(CHUNK, elements - start)
-                parts = [np.frombuffer(m, ml_dtypes.bfloat16, count, at + 2 * start) for m, at in zip(maps, starts, strict=True)]
+                parts = [
+                    np.frombuffer(m, ml_dtypes.bfloat16, count, at + 2 * start)
+                    for m, at in zip(maps, starts, strict=True)
+                ]
                 total = parts[0].astype(np.float32)
                 for part in parts[1:]:
                     total += part.astype(np.float32)
@@ -149,15 +163,30 @@ def parse_method(text: str) -> Method:
     return Method(text, name, keys, base, models)
 
 
-def our_command(method: Method, base: pathlib.Path, members: list[pathlib.Path], out: pathlib.Path) -> list[str]:
+def our_command(
+    method: Method, base: pathlib.Path, members: list[pathlib.Path], out: pathlib.Path
+) -> list[str]:
     """Return the command of ours."""
-    parameters = [part for key, value in method.parameters.items() for part in ("--param", f"{key}={value}")]
+    parameters = [
+        part for key, value in method.parameters.items() for part in ("--param", f"{key}={value}")
+    ]
     given = ["--base", str(base)] if method.base else []
-    command = [sys.executable, "-m", "jax_ordermerge", "merge", "--method", method.name, *parameters, *given]
+    command = [
+        sys.executable,
+        "-m",
+        "jax_ordermerge",
+        "merge",
+        "--method",
+        method.name,
+        *parameters,
+        *given,
+    ]
     return [*command, "--out", str(out), *map(str, members)]
 
 
-def their_config(method: Method, base: pathlib.Path, members: list[pathlib.Path]) -> dict[str, Any] | None:
+def their_config(
+    method: Method, base: pathlib.Path, members: list[pathlib.Path]
+) -> dict[str, Any] | None:
     """Return the config of mergekit that means the same, or None if it has no such method."""
     name = {"average": "linear"}.get(method.name, method.name)
     plain = ("linear", "slerp", "karcher", "model_stock")
@@ -179,7 +208,9 @@ def their_config(method: Method, base: pathlib.Path, members: list[pathlib.Path]
     config: dict[str, Any] = {
         "merge_method": name,
         "dtype": "bfloat16",
-        "models": [{"model": str(one), **({"parameters": each} if each else {})} for one in members],
+        "models": [
+            {"model": str(one), **({"parameters": each} if each else {})} for one in members
+        ],
     }
     if name == "slerp":
         config |= {"base_model": str(members[0]), "parameters": {"t": 0.5}}
@@ -191,7 +222,11 @@ def their_config(method: Method, base: pathlib.Path, members: list[pathlib.Path]
 def measure(command: list[str], log: pathlib.Path) -> Usage | str:
     """Run a command; return what it took, or the last line it printed if it failed."""
     os.sync()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with log.open("wb") as file:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -201,14 +236,22 @@ def measure(command: list[str], log: pathlib.Path) -> Usage | str:
     if process.returncode:
         lines = log.read_text(errors="replace").strip().splitlines() or ["(it printed nothing)"]
         return f"exit code {process.returncode}: {lines[-1][:200]}"
-    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return Usage(
+        wall,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
 
 
-def programs(arguments: argparse.Namespace, models: pathlib.Path) -> dict[tuple[str, str], list[str]]:
+def programs(
+    arguments: argparse.Namespace, models: pathlib.Path
+) -> dict[tuple[str, str], list[str]]:
     """Return the command of every (method, program); all write into `--work/out`."""
     out, base = arguments.work / "out", models / "base"
     members = [models / f"member{which}" for which in range(arguments.members)]
-    commands = {("average", FLOOR): [sys.executable, __file__, "--floor", str(out), *map(str, members)]}
+    commands = {
+        ("average", FLOOR): [sys.executable, __file__, "--floor", str(out), *map(str, members)]
+    }
     for method in map(parse_method, arguments.methods.split(",")):
         chosen = members[: method.models or len(members)]
         commands[method.text, OURS] = our_command(method, base, chosen, out)
@@ -223,7 +266,9 @@ def programs(arguments: argparse.Namespace, models: pathlib.Path) -> dict[tuple[
     return commands
 
 
-def run(arguments: argparse.Namespace, models: pathlib.Path) -> dict[tuple[str, str], list[Usage] | str]:
+def run(
+    arguments: argparse.Namespace, models: pathlib.Path
+) -> dict[tuple[str, str], list[Usage] | str]:
     """Measure all programs in turns; one that failed is not tried again."""
     out, log = arguments.work / "out", arguments.work / "log.txt"
     found: dict[tuple[str, str], list[Usage] | str] = {}
@@ -266,12 +311,24 @@ def row(key: tuple[str, str], found: dict[tuple[str, str], list[Usage] | str]) -
         return f"| {key[0]} | {key[1]} | {usages.replace('|', '/')} | | | | | |"
     own = median(usages)
     walls = [usage.wall for usage in usages]
-    cells = [f"{own.wall:.1f} ({min(walls):.1f} to {max(walls):.1f})", f"{own.cpu:.1f}", f"{own.peak / 1e9:.2f}"]
-    cells.append("" if isinstance(floor, str) else f"{own.wall / median(floor).wall:.2f} / {own.cpu / median(floor).cpu:.2f}")
+    cells = [
+        f"{own.wall:.1f} ({min(walls):.1f} to {max(walls):.1f})",
+        f"{own.cpu:.1f}",
+        f"{own.peak / 1e9:.2f}",
+    ]
+    cells.append(
+        ""
+        if isinstance(floor, str)
+        else f"{own.wall / median(floor).wall:.2f} / {own.cpu / median(floor).cpu:.2f}"
+    )
     for other in (THEIRS, BEST):
         theirs = found.get((key[0].replace(":base=no", ""), other), "")
         compared = key[1] == OURS and not isinstance(theirs, str)
-        cells.append(f"{median(theirs).wall / own.wall:.2f} / {median(theirs).cpu / own.cpu:.2f}" if compared else "")  # type: ignore[arg-type]
+        cells.append(
+            f"{median(theirs).wall / own.wall:.2f} / {median(theirs).cpu / own.cpu:.2f}"
+            if compared
+            else ""
+        )  # type: ignore[arg-type]
     return f"| {key[0]} | {key[1]} | " + " | ".join(cells) + " |"
 
 
@@ -294,12 +351,19 @@ def versions(mergekit: pathlib.Path | None) -> str:
     own = [f"{name} {metadata.version(name)}" for name in ("jax", "numpy")]
     if mergekit is not None:
         code = "from importlib.metadata import version as v; print(f\"mergekit {v('mergekit')}, torch {v('torch')}\")"
-        asked = subprocess.run([str(mergekit.parent / "python"), "-c", code], capture_output=True, text=True)
+        asked = subprocess.run(
+            [str(mergekit.parent / "python"), "-c", code], capture_output=True, text=True
+        )
         own.append(asked.stdout.strip() or f"mergekit at {mergekit}")
     return f"Python {platform.python_version()}, " + ", ".join(own)
 
 
-def report(arguments: argparse.Namespace, parameters: int, found: dict[tuple[str, str], list[Usage] | str], load: float) -> str:
+def report(
+    arguments: argparse.Namespace,
+    parameters: int,
+    found: dict[tuple[str, str], list[Usage] | str],
+    load: float,
+) -> str:
     """Return the section for RESULTS.md."""
     size = 2 * parameters / 1e9
     return "\n".join(
@@ -321,7 +385,9 @@ def report(arguments: argparse.Namespace, parameters: int, found: dict[tuple[str
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (
         ("layers", 22),
         ("hidden", 2048),
@@ -334,12 +400,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--methods", default=METHODS, help="NAME[:KEY=VALUE...],... with base=no and models=N as keys; default %(default)s"
+        "--methods",
+        default=METHODS,
+        help="NAME[:KEY=VALUE...],... with base=no and models=N as keys; default %(default)s",
     )
     parser.add_argument("--mergekit", type=pathlib.Path, help="path of mergekit-yaml")
-    parser.add_argument("--plain", action="store_true", help="mergekit as it comes only, not with its best flags")
     parser.add_argument(
-        "--work", type=pathlib.Path, default=pathlib.Path("/tmp/merge_benchmark"), help="checkpoints are kept there"
+        "--plain", action="store_true", help="mergekit as it comes only, not with its best flags"
+    )
+    parser.add_argument(
+        "--work",
+        type=pathlib.Path,
+        default=pathlib.Path("/tmp/merge_benchmark"),
+        help="checkpoints are kept there",
     )
     parser.add_argument("--build-only", action="store_true", help="write the checkpoints and stop")
     parser.add_argument("--build", nargs=2, help=argparse.SUPPRESS)  # workers
@@ -351,9 +424,13 @@ def main() -> None:
     """Build what is absent, measure, and append to RESULTS.md."""
     arguments = parse()
     shape: dict[str, Any] = {
-        "vocab_size": arguments.vocabulary, "hidden_size": arguments.hidden, "intermediate_size": arguments.intermediate,
-        "num_layers": arguments.layers, "num_heads": arguments.heads, "num_kv_heads": arguments.kv_heads,
-    }  # fmt: skip
+        "vocab_size": arguments.vocabulary,
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.intermediate,
+        "num_layers": arguments.layers,
+        "num_heads": arguments.heads,
+        "num_kv_heads": arguments.kv_heads,
+    }
     if arguments.floor is not None:
         average(arguments.floor[0], arguments.floor[1:])
         return
@@ -362,7 +439,15 @@ def main() -> None:
         return
     models = arguments.work / "-".join(map(str, shape.values()))
     models.mkdir(parents=True, exist_ok=True)
-    worker = [sys.executable, __file__, "--build", str(models), json.dumps(shape), "--members", str(arguments.members)]
+    worker = [
+        sys.executable,
+        __file__,
+        "--build",
+        str(models),
+        json.dumps(shape),
+        "--members",
+        str(arguments.members),
+    ]
     subprocess.run(worker, check=True)
     if arguments.build_only:
         return

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from jax_ordermerge import rng
-from jax_ordermerge.merge.counter import element_index, random_words
+from jax_ordermerge.hash_rng import element_index, random_words
 
 ROWS, COLUMNS, MEMBERS = 1024, 4096, 3
 SHAPE = (ROWS, COLUMNS)
@@ -45,9 +45,17 @@ def member_of(h: np.ndarray) -> np.ndarray:
 def statistics_of(draw: Draw) -> dict[str, float]:
     """Return the p-values of one generator."""
     h = draw(0, "t", 0)
-    p = {"members equally often": stats.chisquare(np.bincount(member_of(h).ravel(), minlength=MEMBERS)).pvalue}
-    counts = [np.bincount(member_of(draw(0, f"t{i}", 0)).ravel(), minlength=MEMBERS) for i in range(50)]
-    p["the same, spread over 50 tensors"] = stats.kstest([stats.chisquare(c).pvalue for c in counts], "uniform").pvalue
+    p = {
+        "members equally often": stats.chisquare(
+            np.bincount(member_of(h).ravel(), minlength=MEMBERS)
+        ).pvalue
+    }
+    counts = [
+        np.bincount(member_of(draw(0, f"t{i}", 0)).ravel(), minlength=MEMBERS) for i in range(50)
+    ]
+    p["the same, spread over 50 tensors"] = stats.kstest(
+        [stats.chisquare(c).pvalue for c in counts], "uniform"
+    ).pvalue
     pairs = {
         "neighbours": (h[:, :-1], h[:, 1:]),
         "rows": (h[:-1], h[1:]),
@@ -81,9 +89,14 @@ def main() -> None:
     columns = {}
     for name, program in PROGRAMS.items():
         found = statistics_of(
-            lambda seed, of, round_, run=program: np.asarray(run(jnp.asarray(rng.stream_words(seed, of)), round_))
+            lambda seed, of, round_, run=program: np.asarray(
+                run(jnp.asarray(rng.stream_words(seed, of)), round_)
+            )
         )
-        columns[name] = {**{k: f"{v:.3f}" for k, v in found.items()}, "CPU ns a number": f"{nanoseconds(program):.2f}"}
+        columns[name] = {
+            **{k: f"{v:.3f}" for k, v in found.items()},
+            "CPU ns a number": f"{nanoseconds(program):.2f}",
+        }
     print(f"| p-value of | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in next(iter(columns.values())):
         print(f"| {row} | {' | '.join(column[row] for column in columns.values())} |")

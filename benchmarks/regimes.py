@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_ordermerge.analysis import measure, wording
 from jax_ordermerge.data import pack
-from jax_ordermerge.experiment import run_directory, stages
+from jax_ordermerge.evaluate import scoring
+from jax_ordermerge.experiment import layout, stages
+from jax_ordermerge.report import formatting
 from jax_ordermerge.search.candidates import Candidate
 
 LAMBDAS = np.arange(8, 41) / 20
@@ -47,14 +48,18 @@ CHOICES = (
 
 def sweep(run: pathlib.Path) -> tuple[float, float]:
     """Return the lowest test loss of the sweep, and its lambda."""
-    w = stages.prepare(run_directory.read_config(run), lambda text: None)
+    w = stages.prepare(layout.read_config(run), lambda text: None)
     stock, test, config = stages.stock_of(w), w.splits["test"], w.config
     lengths = pack.bucket_lengths(test.longest, config.data.buckets)
-    settings: dict[str, Any] = {"batch": config.analysis.batch, "lengths": lengths, "dtype": config.model.compute_dtype}
+    settings: dict[str, Any] = {
+        "batch": config.analysis.batch,
+        "lengths": lengths,
+        "dtype": config.model.compute_dtype,
+    }
     found = []
     for scale in LAMBDAS:
         params = stock.build(Candidate("task_arithmetic", {"scale": float(scale)}))
-        sums, tokens = measure.losses(w.model, params, test, mesh=w.mesh, **settings)
+        sums, tokens = scoring.losses(w.model, params, test, mesh=w.mesh, **settings)
         found.append((float(sums.astype(np.float64).sum() / tokens.sum()), float(scale)))
     return min(found)
 
@@ -62,7 +67,7 @@ def sweep(run: pathlib.Path) -> tuple[float, float]:
 def row(run: pathlib.Path) -> list[str]:
     """Return the cells of a run."""
     config, analysis, search, controls = (
-        json.loads((run / name).read_text()) if name.endswith("json") else run_directory.read_config(run)
+        json.loads((run / name).read_text()) if name.endswith("json") else layout.read_config(run)
         for name in ("config.yaml", "analysis.json", "search/results.json", "controls.json")
     )
     first, *_, last = analysis["fixed_effects"]["coefficients"]
@@ -73,12 +78,12 @@ def row(run: pathlib.Path) -> list[str]:
     return [
         f"{config.name}, seed {config.seed}",
         *(f"{one['estimate']:+.4f} (z {one['z']:.1f})" for one in (first, last)),
-        wording.interval(average["against"]["mean_member"], 1, 4),
+        formatting.interval(average["against"]["mean_member"], 1, 4),
         search["candidates"][search["winner"]]["name"],
         f"{claim['loss']['winner']:.4f}",
         f"{lowest:.4f} at {scale:.2f}",
         f"{claim['loss']['winner'] - lowest:+.4f}",
-        "the same" if against is None else wording.interval(against, 1, 4),
+        "the same" if against is None else formatting.interval(against, 1, 4),
     ]
 
 
@@ -88,22 +93,30 @@ def choice(run: pathlib.Path) -> list[str]:
     candidates, claim = found["candidates"], found["claim"]
     loss, against = claim["loss"], claim["against"].get("best_member")
     best = loss["winner"] if against is None else loss["best_member"]
-    rest = [f"{loss[name]:.4f}" if name in loss else "chosen" for name in ("mean_member", "average")]
+    rest = [
+        f"{loss[name]:.4f}" if name in loss else "chosen" for name in ("mean_member", "average")
+    ]
     return [
         run.name,
         candidates[found["winner"]]["name"],
         *(f"{candidates[found[name]]['loss']:.4f}" for name in ("winner", "best_member")),
         *(f"{one:.4f}" for one in (loss["winner"], best)),
         *rest,
-        "the same model" if against is None else wording.interval(against, 1, 4),
+        "the same model" if against is None else formatting.interval(against, 1, 4),
     ]
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
-    parser.add_argument("--choices", action="store_true", help="what searches chose, and how it did on the test split")
+    parser.add_argument(
+        "--choices",
+        action="store_true",
+        help="what searches chose, and how it did on the test split",
+    )
     given = parser.parse_args()
     header, cells = (CHOICES, choice) if given.choices else (REGIMES, row)
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))

@@ -53,7 +53,9 @@ def measure(row: Row) -> tuple[str, list[str]]:
     assert topology.device is not None
     mesh = meshes.make_mesh(**row.mesh, devices=compiled.devices(topology))
     needs = compiled.step(make_config(config), model, mesh)
-    where = f"| {row.name}, {parameter_count(model) / 1e9:.2f} B | {row.members} | {row.topology} | "
+    where = (
+        f"| {row.name}, {parameter_count(model) / 1e9:.2f} B | {row.members} | {row.topology} | "
+    )
     shape = " x ".join(f"{name} {size}" for name, size in row.mesh.items())
     held = f"{needs.arguments / GIB:.1f} | {needs.temporaries / GIB:.1f} | {needs.bytes / GIB:.1f}"
     part = needs.bytes / topology.device.memory
@@ -66,7 +68,9 @@ def measure(row: Row) -> tuple[str, list[str]]:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="part of a model's name, any case")
     only = parser.parse_args().only.lower()
     found = [measure(row) for row in ROWS if only in row.name.lower()]

@@ -29,29 +29,53 @@ SPACE = {
     "methods": [
         {"method": "task_arithmetic", "parameters": {"scale": {"low": 0.5, "high": 2.0}}},
         {"method": "average", "weights": "simplex", "scale": {"low": 0.8, "high": 1.6}},
-        {"method": "average", "scale": {"low": 0.8, "high": 1.6}, "groups": {"mlp": {"low": 0.7, "high": 1.3}}},
-        {"method": "selection", "parameters": {"resample": [0, "exhaustive"]}, "scale": {"low": 0.8, "high": 1.6}},
-        {"method": "ties", "parameters": {"density": {"low": 0.3, "high": 0.9}}, "scale": {"low": 0.8, "high": 1.6}},
+        {
+            "method": "average",
+            "scale": {"low": 0.8, "high": 1.6},
+            "groups": {"mlp": {"low": 0.7, "high": 1.3}},
+        },
+        {
+            "method": "selection",
+            "parameters": {"resample": [0, "exhaustive"]},
+            "scale": {"low": 0.8, "high": 1.6},
+        },
+        {
+            "method": "ties",
+            "parameters": {"density": {"low": 0.3, "high": 0.9}},
+            "scale": {"low": 0.8, "high": 1.6},
+        },
     ],
 }
 
 
 def timed(*arguments: str) -> float:
     """Run the command line in a process of its own and return its wall time in seconds."""
-    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    environment = {
+        key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
+    }
     environment["PYTHONPATH"] = str(ROOT)
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "jax_ordermerge", *arguments], check=True, env=environment, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "jax_ordermerge", *arguments], check=True, env=environment, cwd=ROOT
+    )
     return time.perf_counter() - start
 
 
 def main() -> None:
     """Train, search, and append the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=pathlib.Path, required=True, help="directory for the runs")
     work = parser.parse_args().work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    config = ["configs/quickstart.yaml", "--set", f"data.validation_examples={VALIDATION}", "--set", "data.test=null"]
+    config = [
+        "configs/quickstart.yaml",
+        "--set",
+        f"data.validation_examples={VALIDATION}",
+        "--set",
+        "data.test=null",
+    ]
     if not (work / "four" / "metrics" / "state.json").is_file():
         timed("train", *config, "--set", f"output={work / 'four'}", "--set", "evaluation.tasks=[]")
     (work / "space.yaml").write_text(yaml.safe_dump(SPACE))
@@ -59,9 +83,24 @@ def main() -> None:
         shutil.rmtree(work / name, ignore_errors=True)
     load = os.getloadavg()[0]
     member = timed(
-        "train", *config, "--set", f"output={work / 'one'}", "--set", "population.members=1", "--set", "evaluation.tasks=[]"
+        "train",
+        *config,
+        "--set",
+        f"output={work / 'one'}",
+        "--set",
+        "population.members=1",
+        "--set",
+        "evaluation.tasks=[]",
     )
-    search = timed("search", str(work / "four"), "--space", str(work / "space.yaml"), "--out", str(work / "out"), "--no-export")
+    search = timed(
+        "search",
+        str(work / "four"),
+        "--space",
+        str(work / "space.yaml"),
+        "--out",
+        str(work / "out"),
+        "--no-export",
+    )
     found = json.loads((work / "out" / "results.json").read_text())
     written = sorted(path.name for path in (work / "out").iterdir())
     told = [

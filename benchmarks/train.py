@@ -43,7 +43,9 @@ from jax_ordermerge.model import llama
 from jax_ordermerge.train import loop, objective, optimizers
 from jax_ordermerge.train import step as steps
 
-CONFIG = ModelConfig(vocab_size=32000, hidden_size=288, intermediate_size=768, num_layers=6, num_heads=6)
+CONFIG = ModelConfig(
+    vocab_size=32000, hidden_size=288, intermediate_size=768, num_layers=6, num_heads=6
+)
 BATCH, LENGTH, MEMBERS = 16, 256, 4
 ROW = 512  # tokens of a row in the third part
 EACH = 4  # steps between the lines of the fourth, and between its checkpoints
@@ -63,7 +65,11 @@ class Program(Protocol):
 
 def full(members: int) -> dict[str, np.ndarray]:
     """Return random tokens, full rows: [M, 1, B, T]."""
-    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (members, 1, BATCH, LENGTH + 1)).astype(np.int32)
+    tokens = (
+        np.random.default_rng(0)
+        .integers(0, CONFIG.vocab_size, (members, 1, BATCH, LENGTH + 1))
+        .astype(np.int32)
+    )
     rows = tokens[..., :-1]
     return {
         "tokens": np.ascontiguousarray(rows),
@@ -98,17 +104,29 @@ class Ours:
         mesh = meshes.make_mesh()
         batch = full(members) if rows == "full" else examples(rows == "packed")
         tx = optimizers.optimizer(TRAINING, 1000, tensor_table(CONFIG))
-        abstract = steps.abstract_state(convert.abstract_params(CONFIG, mesh, members=members), tx, mesh)
+        abstract = steps.abstract_state(
+            convert.abstract_params(CONFIG, mesh, members=members), tx, mesh
+        )
         one = steps.train_step(
-            objective.sft(CONFIG, dtype="float32"), tx, optimizers.schedule(TRAINING, 1000), lengths=[batch["tokens"].shape[-1]]
+            objective.sft(CONFIG, dtype="float32"),
+            tx,
+            optimizers.schedule(TRAINING, 1000),
+            lengths=[batch["tokens"].shape[-1]],
         )
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("order"))
-        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            for name, x in batch.items()
+        }
         self.inputs = {name: jax.device_put(x, place) for name, x in batch.items()}
         start = time.perf_counter()
         self.program = steps.compile_step(one, mesh, abstract, shapes, {})
         useful = int((batch["segments"] > 0).sum())
-        self.facts = {"compilation": time.perf_counter() - start, "device": jax.devices()[0].device_kind, "tokens": useful}
+        self.facts = {
+            "compilation": time.perf_counter() - start,
+            "device": jax.devices()[0].device_kind,
+            "tokens": useful,
+        }
         self.state = steps.initial_state(llama.init_params(CONFIG, 0), tx, abstract)
 
     def step(self) -> None:
@@ -127,8 +145,12 @@ class Theirs:
         self.facts = {"version": torch.__version__}
         config = transformers.LlamaConfig(**CONFIG.to_hf("float32"), attn_implementation="sdpa")
         self.model = transformers.LlamaForCausalLM(config)
-        self.adam = torch.optim.AdamW(self.model.parameters(), lr=TRAINING.learning_rate, weight_decay=TRAINING.weight_decay)
-        self.tokens = torch.from_numpy(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (BATCH, LENGTH)))
+        self.adam = torch.optim.AdamW(
+            self.model.parameters(), lr=TRAINING.learning_rate, weight_decay=TRAINING.weight_decay
+        )
+        self.tokens = torch.from_numpy(
+            np.random.default_rng(0).integers(0, CONFIG.vocab_size, (BATCH, LENGTH))
+        )
         self.clip = torch.nn.utils.clip_grad_norm_
 
     def step(self) -> None:
@@ -192,7 +214,9 @@ def against_torch(alone: Worker, rounds: int) -> str:
 def population(alone: Worker, rounds: int) -> list[str]:
     """Measure four members in one program against four runs; return rows of the table."""
     with contextlib.closing(Worker(Ours, MEMBERS)) as together:
-        pairs = [(together.step(), sum(alone.step() for _ in range(MEMBERS))) for _ in range(rounds)]
+        pairs = [
+            (together.step(), sum(alone.step() for _ in range(MEMBERS))) for _ in range(rounds)
+        ]
     one, four = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     once, each = together.facts["compilation"], alone.facts["compilation"]
@@ -204,16 +228,20 @@ def population(alone: Worker, rounds: int) -> list[str]:
 
 def packing(rounds: int) -> str:
     """Measure packed rows against rows of one example; return a row of the table."""
-    with contextlib.closing(Worker(Ours, 1, "packed")) as packed, contextlib.closing(Worker(Ours, 1, "padded")) as padded:
+    with (
+        contextlib.closing(Worker(Ours, 1, "packed")) as packed,
+        contextlib.closing(Worker(Ours, 1, "padded")) as padded,
+    ):
         pairs = [(packed.step(), padded.step()) for _ in range(rounds)]
         tokens = packed.facts["tokens"], padded.facts["tokens"]
-    rates = [count / statistics.median(column) for count, column in zip(tokens, zip(*pairs, strict=True), strict=True)]
+    rates = [
+        count / statistics.median(column)
+        for count, column in zip(tokens, zip(*pairs, strict=True), strict=True)
+    ]
     ratio = statistics.median((b / tokens[1]) / (a / tokens[0]) for a, b in pairs)
     filled = [count / (BATCH * ROW) for count in tokens]
     what = f"packing rows of {ROW}, useful tokens/s"
-    return (
-        f"| {what} | {rates[0]:,.0f} ({filled[0]:.0%} full) | padding {rates[1]:,.0f} ({filled[1]:.0%} full) | {ratio:.2f} times |"
-    )
+    return f"| {what} | {rates[0]:,.0f} ({filled[0]:.0%} full) | padding {rates[1]:,.0f} ({filled[1]:.0%} full) | {ratio:.2f} times |"
 
 
 class Record:
@@ -234,11 +262,29 @@ def loop_alone(pipe: Connection, count: int) -> None:
     """Train one member by the real loop and send its lines."""
     random, record = np.random.default_rng(0), Record()
     rows = [random.integers(1, CONFIG.vocab_size, LENGTH) for _ in range(count * BATCH)]
-    texts = Examples(Ragged.of(rows, np.int32), Ragged.of([np.ones(LENGTH)] * len(rows), np.bool_), np.arange(len(rows)))
-    training = TRAINING.model_copy(update={"epochs": 1, "log_every": EACH, "checkpoint_every": EACH})
+    texts = Examples(
+        Ragged.of(rows, np.int32),
+        Ragged.of([np.ones(LENGTH)] * len(rows), np.bool_),
+        np.arange(len(rows)),
+    )
+    training = TRAINING.model_copy(
+        update={"epochs": 1, "log_every": EACH, "checkpoint_every": EACH}
+    )
     with tempfile.TemporaryDirectory() as output:
-        config = Config(output=output, model=Model(compute_dtype="float32"), population=Population(members=1), training=training)
-        loop.train(config, CONFIG, lambda: llama.init_params(CONFIG, 0), texts, meshes.make_mesh(), watch=record)
+        config = Config(
+            output=output,
+            model=Model(compute_dtype="float32"),
+            population=Population(members=1),
+            training=training,
+        )
+        loop.train(
+            config,
+            CONFIG,
+            lambda: llama.init_params(CONFIG, 0),
+            texts,
+            meshes.make_mesh(),
+            watch=record,
+        )
     pipe.send(record.lines)
 
 
@@ -252,14 +298,18 @@ def host(rounds: int) -> str:
     lines = pipe.recv()
     process.join()
     seconds = [line["seconds"] - before["seconds"] for before, line in itertools.pairwise(lines)]
-    outside = sum(line["host_fraction"] * time for line, time in zip(lines[1:], seconds, strict=True))
+    outside = sum(
+        line["host_fraction"] * time for line, time in zip(lines[1:], seconds, strict=True)
+    )
     what = f"host outside the compiled step, of {sum(seconds):.0f} s of {len(seconds) * EACH} steps"
     return f"| {what} | {outside / sum(seconds):.2%} | wanted: at most 3 % | |"
 
 
 def main() -> None:
     """Measure and append to RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7, help="repetitions; medians are shown")
     rounds = parser.parse_args().rounds
     with contextlib.closing(Worker(Ours, 1)) as alone:

@@ -13,7 +13,12 @@ from typing import Any, Literal
 
 from jax_ordermerge.errors import UserError, did_you_mean
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 ROPE_TYPES = ("default", "linear", "llama3")
 
 # Keys that name mathematics this project does not do, and the values at which they do nothing.
@@ -37,21 +42,87 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
 }
 _READ = {
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
-    "attention_bias", "mlp_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "layer_types",
-}  # fmt: skip
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "layer_types",
+}
 # Keys that say nothing about the forward pass (training, serving and bookkeeping).
 _NEUTRAL = {
-    "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path", "attention_dropout", "auto_map",
-    "pretraining_tp", "max_window_layers", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "id2label",
-    "label2id", "finetuning_task", "task_specific_params", "problem_type", "chunk_size_feed_forward", "tokenizer_class", "prefix",
-    "unk_token_id", "sep_token_id", "decoder_start_token_id", "rope_interleaved", "hidden_dropout", "resid_pdrop", "embd_pdrop",
-    "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "attn_implementation", "use_bfloat16", "tf_legacy_loss",
-    "cross_attention_hidden_size", "tie_encoder_decoder", "remove_invalid_values", "max_length", "min_length", "do_sample",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "num_beams", "length_penalty", "exponential_decay_length_penalty",
-    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "num_return_sequences",
-}  # fmt: skip
+    "architectures",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "_name_or_path",
+    "attention_dropout",
+    "auto_map",
+    "pretraining_tp",
+    "max_window_layers",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torchscript",
+    "id2label",
+    "label2id",
+    "finetuning_task",
+    "task_specific_params",
+    "problem_type",
+    "chunk_size_feed_forward",
+    "tokenizer_class",
+    "prefix",
+    "unk_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "rope_interleaved",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "unsloth_version",
+    "unsloth_fixed",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+    "use_bfloat16",
+    "tf_legacy_loss",
+    "cross_attention_hidden_size",
+    "tie_encoder_decoder",
+    "remove_invalid_values",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "num_beams",
+    "length_penalty",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "num_return_sequences",
+}
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
 
@@ -72,7 +143,9 @@ class ModelConfig:
     """The shape and the mathematics of one Llama-family model. Hashable, so it can be a static argument of `jax.jit`.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> config.head_dim, config.num_kv_heads, parameter_count(config)
         (4, 2, 1832)
     """
@@ -101,13 +174,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise UserError(f"model family '{self.family}' is not supported{did_you_mean(self.family, FAMILIES)}")
+            raise UserError(
+                f"model family '{self.family}' is not supported{did_you_mean(self.family, FAMILIES)}"
+            )
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} kv heads; heads must be a multiple")
+            raise UserError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} kv heads; heads must be a multiple"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], ignore: Iterable[str] = ()) -> "ModelConfig":
@@ -128,11 +205,19 @@ class ModelConfig:
         """
         family = config.get("model_type")
         if family not in FAMILIES:
-            raise UserError(f"config.json: model_type = {family!r} is not supported (supported: {', '.join(FAMILIES)})")
+            raise UserError(
+                f"config.json: model_type = {family!r} is not supported (supported: {', '.join(FAMILIES)})"
+            )
         _refuse_unsupported(config, family, set(ignore))
         missing = [
             k
-            for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            for k in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            )
             if k not in config
         ]
         if missing:
@@ -148,7 +233,8 @@ class ModelConfig:
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or _DEFAULT_KV_HEADS.get(family, heads),
-            head_dim=config.get("head_dim") or (128 if family == "qwen3" else config["hidden_size"] // heads),
+            head_dim=config.get("head_dim")
+            or (128 if family == "qwen3" else config["hidden_size"] // heads),
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=_rope_from_hf(config),
@@ -159,7 +245,11 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+            eos_token_ids=()
+            if eos is None
+            else tuple(eos)
+            if isinstance(eos, (list, tuple))
+            else (eos,),
             pad_token_id=config.get("pad_token_id"),
             initializer_range=config.get("initializer_range", 0.02),
         )
@@ -174,7 +264,9 @@ class ModelConfig:
             dtype: the dtype of the tensors beside it, e.g. `"bfloat16"`.
 
         Example:
-            >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+            >>> config = ModelConfig(
+            ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+            ... )
             >>> ModelConfig.from_hf(config.to_hf("float32")) == config
             True
         """
@@ -227,10 +319,20 @@ class ModelConfig:
 # Shapes of published models, for plans where their files are not at hand.
 ARCHITECTURES = {
     "llama-2-7b": ModelConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, max_position_embeddings=4096
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        max_position_embeddings=4096,
     ),
     "llama-2-13b": ModelConfig(
-        vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, max_position_embeddings=4096
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_layers=40,
+        num_heads=40,
+        max_position_embeddings=4096,
     ),
     "llama-2-70b": ModelConfig(
         vocab_size=32000,
@@ -274,10 +376,14 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str, ignore: set[str]
         if key in _MUST_BE:
             if value not in _MUST_BE[key]:
                 shown = ", ".join(repr(v) for v in _MUST_BE[key] if v is not None) or "absent"
-                raise UserError(f"config.json: {key} = {value!r} is not supported (supported: {shown})")
+                raise UserError(
+                    f"config.json: {key} = {value!r} is not supported (supported: {shown})"
+                )
         elif key == "layer_types":
             if set(value or ()) - {"full_attention"}:
-                raise UserError(f"config.json: layer_types with {sorted(set(value) - {'full_attention'})} is not supported")
+                raise UserError(
+                    f"config.json: layer_types with {sorted(set(value) - {'full_attention'})} is not supported"
+                )
         elif key not in _READ and key not in _NEUTRAL and value not in (None, False):
             raise UserError(
                 f"config.json: unknown key {key} = {value!r}; if it does not change the model, name it in model.ignore_config_keys"
@@ -292,7 +398,9 @@ def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
     scaling = new or old
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise UserError(f"config.json: rope type '{kind}' is not supported (supported: {', '.join(ROPE_TYPES)})")
+        raise UserError(
+            f"config.json: rope type '{kind}' is not supported (supported: {', '.join(ROPE_TYPES)})"
+        )
     known = {"rope_theta", "rope_type", "type"} | {f.name for f in dataclasses.fields(Rope)}
     for key, value in scaling.items():
         if key == "partial_rotary_factor" and value == 1:
@@ -302,7 +410,12 @@ def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
     names = {
         "default": (),
         "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
     }[kind]
     absent = [name for name in names if name not in scaling]
     if absent:
@@ -342,49 +455,122 @@ class TensorSpec:
 
     def hf_names(self) -> tuple[str, ...]:
         """The Hugging Face names in layer order; one name when not stacked."""
-        return tuple(self.hf_name.format(i) for i in range(self.shape[0])) if self.stacked else (self.hf_name,)
+        return (
+            tuple(self.hf_name.format(i) for i in range(self.shape[0]))
+            if self.stacked
+            else (self.hf_name,)
+        )
 
 
 def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Declare every tensor of a model, in the order of the forward pass.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> spec = tensor_table(config)[2]
         >>> spec.path, spec.shape, spec.hf_names()[1]
         ('layers/attention/q/weight', (2, 8, 8), 'model.layers.1.self_attn.q_proj.weight')
     """
     L, D, F, V = config.num_layers, config.hidden_size, config.intermediate_size, config.vocab_size
-    NH, KH, H = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.head_dim
+    NH, KH, H = (
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+        config.head_dim,
+    )
     block = "model.layers.{}."
-    specs = [TensorSpec("embed/weight", (V, D), ("vocab", "embed"), "normal", "model.embed_tokens.weight", "embedding")]
+    specs = [
+        TensorSpec(
+            "embed/weight",
+            (V, D),
+            ("vocab", "embed"),
+            "normal",
+            "model.embed_tokens.weight",
+            "embedding",
+        )
+    ]
 
     def norm(path: str, width: int, hf: str) -> None:
-        specs.append(TensorSpec(f"layers/{path}/weight", (L, width), ("layer", "norm"), "ones", f"{block}{hf}.weight", "norm"))
+        specs.append(
+            TensorSpec(
+                f"layers/{path}/weight",
+                (L, width),
+                ("layer", "norm"),
+                "ones",
+                f"{block}{hf}.weight",
+                "norm",
+            )
+        )
 
     def linear(
-        path: str, hf: str, out: tuple[int, str], inp: tuple[int, str], bias: bool, kind: Literal["attention", "mlp"]
+        path: str,
+        hf: str,
+        out: tuple[int, str],
+        inp: tuple[int, str],
+        bias: bool,
+        kind: Literal["attention", "mlp"],
     ) -> None:
         axes = ("layer", out[1], inp[1])
-        specs.append(TensorSpec(f"layers/{path}/weight", (L, out[0], inp[0]), axes, "normal", f"{block}{hf}.weight", kind))
+        specs.append(
+            TensorSpec(
+                f"layers/{path}/weight",
+                (L, out[0], inp[0]),
+                axes,
+                "normal",
+                f"{block}{hf}.weight",
+                kind,
+            )
+        )
         if bias:
-            specs.append(TensorSpec(f"layers/{path}/bias", (L, out[0]), axes[:2], "zeros", f"{block}{hf}.bias", kind))
+            specs.append(
+                TensorSpec(
+                    f"layers/{path}/bias", (L, out[0]), axes[:2], "zeros", f"{block}{hf}.bias", kind
+                )
+            )
 
     norm("input_norm", D, "input_layernorm")
-    linear("attention/q", "self_attn.q_proj", (NH, "heads"), (D, "embed"), config.qkv_bias, "attention")
-    linear("attention/k", "self_attn.k_proj", (KH, "kv_heads"), (D, "embed"), config.qkv_bias, "attention")
-    linear("attention/v", "self_attn.v_proj", (KH, "kv_heads"), (D, "embed"), config.qkv_bias, "attention")
+    linear(
+        "attention/q", "self_attn.q_proj", (NH, "heads"), (D, "embed"), config.qkv_bias, "attention"
+    )
+    linear(
+        "attention/k",
+        "self_attn.k_proj",
+        (KH, "kv_heads"),
+        (D, "embed"),
+        config.qkv_bias,
+        "attention",
+    )
+    linear(
+        "attention/v",
+        "self_attn.v_proj",
+        (KH, "kv_heads"),
+        (D, "embed"),
+        config.qkv_bias,
+        "attention",
+    )
     if config.qk_norm:
         norm("attention/q_norm", H, "self_attn.q_norm")
         norm("attention/k_norm", H, "self_attn.k_norm")
-    linear("attention/o", "self_attn.o_proj", (D, "embed"), (NH, "heads"), config.output_bias, "attention")
+    linear(
+        "attention/o",
+        "self_attn.o_proj",
+        (D, "embed"),
+        (NH, "heads"),
+        config.output_bias,
+        "attention",
+    )
     norm("post_norm", D, "post_attention_layernorm")
     linear("mlp/gate", "mlp.gate_proj", (F, "mlp"), (D, "embed"), config.mlp_bias, "mlp")
     linear("mlp/up", "mlp.up_proj", (F, "mlp"), (D, "embed"), config.mlp_bias, "mlp")
     linear("mlp/down", "mlp.down_proj", (D, "embed"), (F, "mlp"), config.mlp_bias, "mlp")
     specs.append(TensorSpec("norm/weight", (D,), ("norm",), "ones", "model.norm.weight", "norm"))
     if not config.tie_embeddings:
-        specs.append(TensorSpec("head/weight", (V, D), ("vocab", "embed"), "normal", "lm_head.weight", "head"))
+        specs.append(
+            TensorSpec(
+                "head/weight", (V, D), ("vocab", "embed"), "normal", "lm_head.weight", "head"
+            )
+        )
     return tuple(specs)
 
 
@@ -392,7 +578,9 @@ def hf_tensors(config: ModelConfig) -> Iterator[tuple[str, TensorSpec, int | Non
     """Yield `(hf_name, spec, layer)` for every Hugging Face tensor, layer by layer; `layer` is None when not stacked.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> [name for name, _, layer in hf_tensors(config) if layer is None]
         ['model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight']
     """
@@ -410,7 +598,14 @@ def parameter_count(config: ModelConfig) -> int:
 
     Example:
         >>> parameter_count(
-        ...     ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2, tie_embeddings=True)
+        ...     ModelConfig(
+        ...         vocab_size=32,
+        ...         hidden_size=8,
+        ...         intermediate_size=16,
+        ...         num_layers=1,
+        ...         num_heads=2,
+        ...         tie_embeddings=True,
+        ...     )
         ... )
         920
     """

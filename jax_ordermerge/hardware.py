@@ -111,7 +111,10 @@ class Topology:
         On a torus a group has the links along as many sides as it needs, the longest first; a switch gives everyone all.
 
         Example:
-            >>> [parse("v5p:4x4x2").speed(size) / 1e9 for size in (4, 8, 32)], parse("h100:8").speed(2) / 1e9
+            >>> (
+            ...     [parse("v5p:4x4x2").speed(size) / 1e9 for size in (4, 8, 32)],
+            ...     parse("h100:8").speed(2) / 1e9,
+            ... )
             ([200.0, 400.0, 600.0], 450.0)
         """
         assert self.device is not None
@@ -145,22 +148,34 @@ def parse(text: str, slices: int = 1) -> Topology:
     """
     match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", text.strip().lower())
     if match is None:
-        raise UserError(f"--topology {text}: expected DEVICE:SIZES, such as v5p:4x4x2, v5e:8x8, h100:8, h200:8x4 or cpu:8")
+        raise UserError(
+            f"--topology {text}: expected DEVICE:SIZES, such as v5p:4x4x2, v5e:8x8, h100:8, h200:8x4 or cpu:8"
+        )
     name, shape = match[1], tuple(int(side) for side in match[2].split("x"))
     known = {one.name: one for one in DEVICES}
     if name != "cpu" and name not in known:
-        raise UserError(f"--topology {text}: there is no device {name}{did_you_mean(name, [*known, 'cpu'])}")
+        raise UserError(
+            f"--topology {text}: there is no device {name}{did_you_mean(name, [*known, 'cpu'])}"
+        )
     if min(shape) < 1 or slices < 1:
         raise UserError(f"--topology {text}, --slices {slices}: sizes are at least 1")
     device = known.get(name)
     if device is None or not device.sides:
         if slices > 1:
-            raise UserError(f"--slices {slices}: slices are of TPUs; nodes are the second size, as in h200:8x{slices}")
+            raise UserError(
+                f"--slices {slices}: slices are of TPUs; nodes are the second size, as in h200:8x{slices}"
+            )
         if len(shape) > (2 if device else 1):
-            expected = "GPUs a node and nodes, as in h200:8x4" if device else "a number of devices, as in cpu:8"
+            expected = (
+                "GPUs a node and nodes, as in h200:8x4"
+                if device
+                else "a number of devices, as in cpu:8"
+            )
             raise UserError(f"--topology {text}: expected {expected}")
         return Topology(device, shape[:1], shape[1] if len(shape) > 1 else 1)
     if len(shape) != device.sides:
         example = f"{name}:{'x'.join(['4'] * device.sides)}"
-        raise UserError(f"--topology {text}: a slice of {name} has {device.sides} sides, as in {example}")
+        raise UserError(
+            f"--topology {text}: a slice of {name} has {device.sides} sides, as in {example}"
+        )
     return Topology(device, shape, slices)

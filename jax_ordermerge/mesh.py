@@ -69,9 +69,16 @@ def make_mesh(
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         # an axis may take a part of a physical axis of the torus: 8 x 8 x 8 chips are then also 2 x 256
-        placed = mesh_utils.create_device_mesh(tuple(sizes.values()), chosen, allow_split_physical_axes=True)
+        placed = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), chosen, allow_split_physical_axes=True
+        )
         return Mesh(placed, AXES, axis_types=types)
-    outer = _fill({**dict.fromkeys(AXES, 1), **(dcn or {"order": slices})}, slices, f"mesh.dcn {dict(dcn or {})}", "slices")
+    outer = _fill(
+        {**dict.fromkeys(AXES, 1), **(dcn or {"order": slices})},
+        slices,
+        f"mesh.dcn {dict(dcn or {})}",
+        "slices",
+    )
     for name, factor in outer.items():
         if sizes[name] % factor:
             raise UserError(
@@ -79,7 +86,9 @@ def make_mesh(
             )
     inner = [sizes[name] // outer[name] for name in AXES]
     across = [outer[name] for name in AXES]
-    placed = mesh_utils.create_hybrid_device_mesh(inner, across, chosen, allow_split_physical_axes=True)
+    placed = mesh_utils.create_hybrid_device_mesh(
+        inner, across, chosen, allow_split_physical_axes=True
+    )
     return Mesh(placed, AXES, axis_types=types)
 
 
@@ -97,21 +106,29 @@ def axis_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def _asked(sizes: Mapping[str, int]) -> str:
-    return "mesh " + ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1 or name == "order")
+    return "mesh " + ", ".join(
+        f"{name}={size}" for name, size in sizes.items() if size != 1 or name == "order"
+    )
 
 
 def _fill(sizes: dict[str, int], present: int, asked: str, what: str) -> dict[str, int]:
     """Return the sizes with -1 replaced by all that remains of the devices (or slices)."""
     unknown = [name for name, size in sizes.items() if size == -1]
     if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"{asked}: sizes are positive, and at most one is -1 (all remaining {what})")
+        raise UserError(
+            f"{asked}: sizes are positive, and at most one is -1 (all remaining {what})"
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if unknown:
         if present % fixed:
-            raise UserError(f"{asked}: {present} {what} cannot be divided by {fixed}; change the sizes")
+            raise UserError(
+                f"{asked}: {present} {what} cannot be divided by {fixed}; change the sizes"
+            )
         return {**sizes, unknown[0]: present // fixed}
     if fixed > present:
-        raise UserError(f"{asked} needs {fixed} {what}, {present} are present; make an axis smaller or give -1")
+        raise UserError(
+            f"{asked} needs {fixed} {what}, {present} are present; make an axis smaller or give -1"
+        )
     return sizes
 
 
@@ -122,7 +139,10 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | Abs
 
     Example:
         >>> mesh = make_mesh(1, 2, 2, data=2)
-        >>> tuple(partition(("layer", "mlp", "embed"), (2, 8, 4), mesh)), tuple(partition(("batch", None), (8, 3), mesh))
+        >>> (
+        ...     tuple(partition(("layer", "mlp", "embed"), (2, 8, 4), mesh)),
+        ...     tuple(partition(("batch", None), (8, 3), mesh)),
+        ... )
         ((None, 'tensor', 'fsdp'), (('data', 'fsdp'), None))
     """
     return _spec(axes, shape, {name: size for name, size in mesh.shape.items() if size > 1})
@@ -140,7 +160,9 @@ def _spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, 
     return P(*entries)
 
 
-def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
+def sharding(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> NamedSharding:
     """Return `NamedSharding(mesh, partition(axes, shape, mesh))`.
 
     Example:
@@ -163,7 +185,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    sizes = {name: size for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes}
+    sizes = {
+        name: size for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes
+    }
     return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, sizes))
 
 
@@ -175,10 +199,16 @@ def extent(axis: str) -> int:
         1
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis] if name not in mesh.manual_axes)
+    return (
+        1
+        if mesh.empty
+        else math.prod(mesh.shape[name] for name in RULES[axis] if name not in mesh.manual_axes)
+    )
 
 
-def divide(fn: Callable[..., jax.Array], axis: str, arguments: Sequence[int | None], result: int) -> Callable[..., jax.Array]:
+def divide(
+    fn: Callable[..., jax.Array], axis: str, arguments: Sequence[int | None], result: int
+) -> Callable[..., jax.Array]:
     """Return `fn` that sees its share of a logical axis and all of the others; outside it is called on whole arrays.
 
     For what the compiler would not divide well by itself. Call it under `jax.set_mesh`.
@@ -192,12 +222,16 @@ def divide(fn: Callable[..., jax.Array], axis: str, arguments: Sequence[int | No
     Example:
         >>> import jax.numpy as jnp
         >>> with jax.set_mesh(make_mesh(sequence=2)):
-        ...     jax.jit(divide(lambda x, y: x + y.sum(), "length", (0, None), 0))(jnp.arange(4), jnp.ones(4, int)).tolist()
+        ...     jax.jit(divide(lambda x, y: x + y.sum(), "length", (0, None), 0))(
+        ...         jnp.arange(4), jnp.ones(4, int)
+        ...     ).tolist()
         [4, 5, 6, 7]
     """
     names = RULES[axis]
     specs = [P() if at is None else P(*[None] * at, names) for at in (*arguments, result)]
-    return jax.shard_map(fn, in_specs=tuple(specs[:-1]), out_specs=specs[-1], axis_names=set(names), check_vma=False)
+    return jax.shard_map(
+        fn, in_specs=tuple(specs[:-1]), out_specs=specs[-1], axis_names=set(names), check_vma=False
+    )
 
 
 def by_hand(fn: Callable[..., Any], arguments: Any, result: Any) -> Callable[..., Any]:
@@ -210,15 +244,21 @@ def by_hand(fn: Callable[..., Any], arguments: Any, result: Any) -> Callable[...
     Example:
         >>> import jax.numpy as jnp
         >>> with jax.set_mesh(make_mesh(1, 2)):
-        ...     jax.jit(by_hand(lambda x: x.sum(keepdims=True), (P("fsdp"),), P("fsdp")))(jnp.arange(4)).tolist()
+        ...     jax.jit(by_hand(lambda x: x.sum(keepdims=True), (P("fsdp"),), P("fsdp")))(
+        ...         jnp.arange(4)
+        ...     ).tolist()
         [1, 5]
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = set(mesh.axis_names) - set(mesh.manual_axes)
-    return jax.shard_map(fn, in_specs=arguments, out_specs=result, axis_names=names, check_vma=False)
+    return jax.shard_map(
+        fn, in_specs=arguments, out_specs=result, axis_names=names, check_vma=False
+    )
 
 
-def update_members(fn: Callable[[Any, Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+def update_members(
+    fn: Callable[[Any, Any, Any], tuple[Any, Any]], mesh: Mesh
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """Turn `fn(state, inputs, shared) -> (state, outputs)` of one member into the same over a population.
 
     The mesh axis `order` is manual, so that nothing crosses members; those of one device group run one after another, each updating
@@ -242,15 +282,26 @@ def update_members(fn: Callable[[Any, Any, Any], tuple[Any, Any]], mesh: Mesh) -
     def local(states: Any, inputs: Any, shared: Any) -> tuple[Any, Any]:
         def body(states: Any, item: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             index, own = item
-            mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), states)
+            mine = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), states
+            )
             new, outputs = fn(mine, own, shared)
-            return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), states, new), outputs
+            return jax.tree.map(
+                lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), states, new
+            ), outputs
 
         count = jax.tree.leaves(states)[0].shape[0]
         return jax.lax.scan(body, states, (jax.numpy.arange(count), inputs))
 
     specs = P("order")
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs, P()), out_specs=specs, axis_names={"order"}, check_vma=False)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs, specs, P()),
+        out_specs=specs,
+        axis_names={"order"},
+        check_vma=False,
+    )
 
 
 def any_member(flag: jax.Array) -> jax.Array:
@@ -260,7 +311,9 @@ def any_member(flag: jax.Array) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> jax.jit(map_members(lambda x, y: any_member(x > y), make_mesh(2)))(jnp.arange(2), jnp.int32(0)).tolist()
+        >>> jax.jit(map_members(lambda x, y: any_member(x > y), make_mesh(2)))(
+        ...     jnp.arange(2), jnp.int32(0)
+        ... ).tolist()
         [True, True]
     """
     if "order" not in jax.sharding.get_abstract_mesh().manual_axes:
@@ -268,14 +321,18 @@ def any_member(flag: jax.Array) -> jax.Array:
     return jax.lax.psum(flag.astype("int32"), "order") > 0
 
 
-def map_members(fn: Callable[[Any, Any], Any], mesh: Mesh | AbstractMesh) -> Callable[[Any, Any], Any]:
+def map_members(
+    fn: Callable[[Any, Any], Any], mesh: Mesh | AbstractMesh
+) -> Callable[[Any, Any], Any]:
     """Turn `fn(member, shared) -> outputs` into the same over a population; `shared` has no member axis.
 
     Runs as `update_members` does.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> jax.jit(map_members(lambda x, y: x + y, make_mesh()))(jnp.arange(3.0), jnp.float32(1)).tolist()
+        >>> jax.jit(map_members(lambda x, y: x + y, make_mesh()))(
+        ...     jnp.arange(3.0), jnp.float32(1)
+        ... ).tolist()
         [1.0, 2.0, 3.0]
     """
 
@@ -283,7 +340,14 @@ def map_members(fn: Callable[[Any, Any], Any], mesh: Mesh | AbstractMesh) -> Cal
         return jax.lax.map(lambda one: fn(one, shared), members)
 
     specs = (P("order"), P())
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("order"), axis_names={"order"}, check_vma=False)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=P("order"),
+        axis_names={"order"},
+        check_vma=False,
+    )
 
 
 def provide_cpu_devices(sizes: Iterable[int]) -> None:
@@ -316,4 +380,6 @@ def keep_programs(directory: str) -> None:
         >>> jax.config.update("jax_compilation_cache_dir", before)
     """
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # else what compiles fast is compiled at every start
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", 0.0
+    )  # else what compiles fast is compiled at every start

@@ -36,10 +36,14 @@ def check_alike(what: Mapping[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     texts = [json.dumps(value, sort_keys=True, default=str) for value in what.values()]
-    digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts])
+    digests = np.stack(
+        [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts]
+    )
     message = differences(list(what), multihost_utils.process_allgather(digests))
     if message:
-        raise UserError(f"{message}; start every process with the same config, files and directories")
+        raise UserError(
+            f"{message}; start every process with the same config, files and directories"
+        )
 
 
 def differences(names: list[str], digests: np.ndarray) -> str:
@@ -93,7 +97,11 @@ class StopSignal:
 
     def reached(self, step: int) -> bool:
         """Say whether to stop after `step`. Call it after every step, with the same steps on every process."""
-        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+        return (
+            self._asked
+            if jax.process_count() == 1
+            else multihost_utils.reached_preemption_sync_point(step)
+        )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -109,7 +117,12 @@ class StopSignal:
             self._before = {number: signal.signal(number, self._note) for number in caught}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -202,7 +215,11 @@ def broadcast(flag: bool) -> bool:
 
 
 def start_distributed(
-    coordinator: str | None, processes: int | None, index: int | None, timeout: int = 300, heartbeat_timeout: int = 100
+    coordinator: str | None,
+    processes: int | None,
+    index: int | None,
+    timeout: int = 300,
+    heartbeat_timeout: int = 100,
 ) -> None:
     """Join the other processes, or fail with one line; joined already, do nothing. Call before any other use of jax.
 
@@ -219,18 +236,28 @@ def start_distributed(
     if coordinator is None or jax.distributed.is_initialized():
         return
     place: dict[str, Any] = (
-        {} if coordinator == "auto" else {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
+        {}
+        if coordinator == "auto"
+        else {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
     )
 
     def join() -> None:
         # jax aborts the process at its own timeout, which therefore is the later one
-        jax.distributed.initialize(**place, initialization_timeout=timeout + _GRACE, heartbeat_timeout_seconds=heartbeat_timeout)
+        jax.distributed.initialize(
+            **place,
+            initialization_timeout=timeout + _GRACE,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
 
     who = "this process" if index is None else f"process {index} of {processes}"
     hint = "check that every process runs and that the port is reachable"
     try:
         joined = within(join, timeout)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{who} could not start with coordinator {coordinator}: {str(error).splitlines()[0]}; {hint}") from error
+        raise UserError(
+            f"{who} could not start with coordinator {coordinator}: {str(error).splitlines()[0]}; {hint}"
+        ) from error
     if not joined:
-        raise PeerLost(f"{who} did not find all its peers within {timeout} s (coordinator {coordinator}); {hint}")
+        raise PeerLost(
+            f"{who} did not find all its peers within {timeout} s (coordinator {coordinator}); {hint}"
+        )

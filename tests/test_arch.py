@@ -8,7 +8,13 @@ import pytest
 from jax_ordermerge.arch import ModelConfig, Rope, hf_tensors, parameter_count, tensor_table
 from jax_ordermerge.errors import UserError
 
-TINY = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -25,16 +31,37 @@ LLAMA2_7B = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
-MISTRAL_7B = {**LLAMA2_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096}
-LLAMA31_8B = {**MISTRAL_7B, "vocab_size": 128256, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
+MISTRAL_7B = {
+    **LLAMA2_7B,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+LLAMA31_8B = {
+    **MISTRAL_7B,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "rope_scaling": LLAMA3_ROPE,
+}
 QWEN2_05B = {
-    "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-    "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 QWEN3_06B = {
-    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +83,10 @@ def test_published_parameter_counts(family, config, count):
     [
         ({"model_type": "gpt2"}, "model_type = 'gpt2' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope type 'yarn' is not supported",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         ({"rope_parameters": {"rope_type": "default", "mscale": 1.0}}, "rope parameter mscale"),
@@ -76,12 +106,19 @@ def test_unsupported_mathematics_is_refused_by_name(change, message):
 
 
 def test_unknown_keys_can_be_ignored_on_request():
-    assert ModelConfig.from_hf({"model_type": "llama", **TINY, "wild": 2}, ignore=["wild"]).num_layers == 2
+    assert (
+        ModelConfig.from_hf({"model_type": "llama", **TINY, "wild": 2}, ignore=["wild"]).num_layers
+        == 2
+    )
 
 
 def test_rope_is_read_the_old_and_the_new_way():
-    old = ModelConfig.from_hf({"model_type": "llama", **TINY, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE})
-    new = ModelConfig.from_hf({"model_type": "llama", **TINY, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}})
+    old = ModelConfig.from_hf(
+        {"model_type": "llama", **TINY, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}
+    )
+    new = ModelConfig.from_hf(
+        {"model_type": "llama", **TINY, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}}
+    )
     assert old == new
     assert old.rope == Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
     written = old.to_hf("bfloat16")
@@ -93,7 +130,9 @@ def test_rope_is_read_the_old_and_the_new_way():
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_config_round_trip(family):
     change = {"mistral": {"sliding_window": 5}}.get(family, {})
-    config = ModelConfig.from_hf({"model_type": family, **TINY, "eos_token_id": [1, 2], "num_key_value_heads": 1, **change})
+    config = ModelConfig.from_hf(
+        {"model_type": family, **TINY, "eos_token_id": [1, 2], "num_key_value_heads": 1, **change}
+    )
     assert ModelConfig.from_hf(config.to_hf("float32")) == config
 
 
@@ -102,17 +141,30 @@ def test_config_round_trip(family):
 def test_table_covers_what_transformers_expects(family, tied):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = ModelConfig.from_hf({"model_type": family, **TINY, "num_key_value_heads": 1, "tie_word_embeddings": tied})
+    config = ModelConfig.from_hf(
+        {"model_type": family, **TINY, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    )
     with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config.to_hf("float32")))
-    expected = {name: tuple(p.shape) for name, p in theirs.state_dict().items() if not (tied and name == "lm_head.weight")}
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config.to_hf("float32"))
+        )
+    expected = {
+        name: tuple(p.shape)
+        for name, p in theirs.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
     assert {name: spec.hf_shape for name, spec, _ in hf_tensors(config)} == expected
 
 
 def test_paths_and_names_are_unique():
-    config = dataclasses.replace(ModelConfig.from_hf({"model_type": "qwen3", **TINY, "num_key_value_heads": 1}), qkv_bias=True)
+    config = dataclasses.replace(
+        ModelConfig.from_hf({"model_type": "qwen3", **TINY, "num_key_value_heads": 1}),
+        qkv_bias=True,
+    )
     table = tensor_table(config)
     assert len({spec.path for spec in table}) == len(table)
     names = [name for name, _, _ in hf_tensors(config)]
     assert len(set(names)) == len(names) == sum(len(spec.hf_names()) for spec in table)
-    assert sum(math.prod(spec.hf_shape) for _, spec, _ in hf_tensors(config)) == parameter_count(config)
+    assert sum(math.prod(spec.hf_shape) for _, spec, _ in hf_tensors(config)) == parameter_count(
+        config
+    )

@@ -17,7 +17,11 @@ from jax_ordermerge.rng import stream, stream_words
 
 
 def test_streams_do_not_meet():
-    names = [(s, *n) for s in range(30) for n in [("a",), ("a", 0), ("a", "0"), ("b", "a"), ("ba",), (0,), ("a", 1), ("a", s)]]
+    names = [
+        (s, *n)
+        for s in range(30)
+        for n in [("a",), ("a", 0), ("a", "0"), ("b", "a"), ("ba",), (0,), ("a", 1), ("a", s)]
+    ]
     words = {tuple(stream_words(*name).tolist()): name for name in names}
     assert len(words) == len(set(names))
 
@@ -33,9 +37,27 @@ def test_stream_is_stable_and_typed():
 
 
 def test_mesh_sizes():
-    assert dict(meshes.make_mesh(2, -1, 2).shape) == {"order": 2, "data": 1, "fsdp": 2, "sequence": 1, "tensor": 2}
-    assert dict(meshes.make_mesh(1, 3, 1).shape) == {"order": 1, "data": 1, "fsdp": 3, "sequence": 1, "tensor": 1}
-    assert dict(meshes.make_mesh(data=2, sequence=-1).shape) == {"order": 1, "data": 2, "fsdp": 1, "sequence": 4, "tensor": 1}
+    assert dict(meshes.make_mesh(2, -1, 2).shape) == {
+        "order": 2,
+        "data": 1,
+        "fsdp": 2,
+        "sequence": 1,
+        "tensor": 2,
+    }
+    assert dict(meshes.make_mesh(1, 3, 1).shape) == {
+        "order": 1,
+        "data": 1,
+        "fsdp": 3,
+        "sequence": 1,
+        "tensor": 1,
+    }
+    assert dict(meshes.make_mesh(data=2, sequence=-1).shape) == {
+        "order": 1,
+        "data": 2,
+        "fsdp": 1,
+        "sequence": 4,
+        "tensor": 1,
+    }
     for sizes in [(-1, -1, 1), (0, 1, 1), (16, 1, 1), (3, -1, 1)]:
         with pytest.raises(UserError, match="mesh order="):
             meshes.make_mesh(*sizes)
@@ -43,7 +65,9 @@ def test_mesh_sizes():
 
 def test_partition_drops_what_does_not_divide_and_never_repeats_an_axis():
     mesh = meshes.make_mesh(2, 2, 2)
-    assert meshes.partition(("member", "layer", "mlp", "embed"), (4, 3, 6, 8), mesh) == P("order", None, "tensor", "fsdp")
+    assert meshes.partition(("member", "layer", "mlp", "embed"), (4, 3, 6, 8), mesh) == P(
+        "order", None, "tensor", "fsdp"
+    )
     assert meshes.partition(("mlp", "embed"), (5, 8), mesh) == P(None, "fsdp")
     assert meshes.partition(("batch", "embed"), (8, 8), mesh) == P("fsdp", None)
 
@@ -67,14 +91,31 @@ def test_trees():
 
 def test_importing_is_light():
     code = "import sys, jax_ordermerge, jax_ordermerge.config, jax_ordermerge.arch, jax_ordermerge.cli; print('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )
 
 
 def test_public_names():
     assert jax_ordermerge.__all__ == [
-        "Config", "ModelConfig", "UserError", "__version__", "export", "forward", "init_params", "load_config", "load_params", "make_mesh",
-        "order_indices", "run", "stream", "tensor_table",
-    ]  # fmt: skip
+        "Config",
+        "ModelConfig",
+        "UserError",
+        "__version__",
+        "export",
+        "forward",
+        "init_params",
+        "load_config",
+        "load_params",
+        "make_mesh",
+        "order_indices",
+        "run",
+        "stream",
+        "tensor_table",
+    ]
     for name in jax_ordermerge.__all__:
         assert getattr(jax_ordermerge, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

@@ -8,7 +8,11 @@ import pytest
 from packaging.requirements import Requirement
 
 DOCKER = pathlib.Path(__file__).parents[1] / "docker"
-LINES = [line for line in (DOCKER / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+LINES = [
+    line
+    for line in (DOCKER / "constraints.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 
 
 def name(text):
@@ -22,8 +26,16 @@ def test_every_dependency_is_pinned_within_its_range():
     project = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]
     direct = [Requirement(text) for text in project["dependencies"]]
     assert direct
-    direct += [Requirement(text) for extra in ("gcs", "s3") for text in project["optional-dependencies"][extra]]
-    assert not [str(one) for one in direct if not one.specifier.contains(PINS.get(name(one.name), ""), prereleases=True)]
+    direct += [
+        Requirement(text)
+        for extra in ("gcs", "s3")
+        for text in project["optional-dependencies"][extra]
+    ]
+    assert not [
+        str(one)
+        for one in direct
+        if not one.specifier.contains(PINS.get(name(one.name), ""), prereleases=True)
+    ]
 
 
 def test_accelerators_are_of_the_same_jax():

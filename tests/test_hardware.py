@@ -68,6 +68,6 @@ def test_names_that_drivers_give(kind, name):
 
 def test_links_of_a_group_are_those_along_the_sides_it_needs():
     torus = parse("v5p:2x4x8")
-    assert [torus.speed(size) / torus.device.link for size in (1, 8, 9, 32, 33, 64)] == pytest.approx(
-        [1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1]
-    )
+    assert [
+        torus.speed(size) / torus.device.link for size in (1, 8, 9, 32, 33, 64)
+    ] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])

@@ -45,7 +45,9 @@ def test_every_command_that_it_names_has_help():
         "train",
     ]
     for command in commands:
-        done = subprocess.run([*ORDERMERGE, command, "--help"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*ORDERMERGE, command, "--help"], capture_output=True, text=True, check=True
+        )
         assert "Usage:" in done.stdout
 
 
@@ -60,13 +62,18 @@ def test_ci_runs_the_test_command_that_it_prints():
 @pytest.mark.slow
 def test_quickstart_killed_and_called_again(tmp_path):
     """The first command of the README, and once more with a SIGKILL in the middle of training: bitwise the same merges."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu"
+    }
 
     def command(name, *more):
         return [*ORDERMERGE, *more, "configs/quickstart.yaml", "--set", f"output={tmp_path / name}"]
 
     subprocess.run(command("whole", "run"), check=True, cwd=ROOT, env=environment)
-    models = {one["name"]: one for one in json.loads((tmp_path / "whole" / "evaluations.json").read_text())["models"]}
+    models = {
+        one["name"]: one
+        for one in json.loads((tmp_path / "whole" / "evaluations.json").read_text())["models"]
+    }
     accuracy = {name: one["tasks"]["problems"]["accuracy"] for name, one in models.items()}
     assert accuracy["base"] < 0.05
     assert all(0.2 < accuracy[f"member_{m}"] < 0.95 for m in range(4))
@@ -74,11 +81,20 @@ def test_quickstart_killed_and_called_again(tmp_path):
     with subprocess.Popen(command("killed", "train"), cwd=ROOT, env=environment) as process:
         log = tmp_path / "killed" / "metrics" / "train.jsonl"
         deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 7):
+        while time.monotonic() < deadline and (
+            not log.exists() or len(log.read_text().splitlines()) < 7
+        ):
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "killed" / "metrics" / "state.json").exists()
-    again = subprocess.run(command("killed", "merge"), check=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+    again = subprocess.run(
+        command("killed", "merge"),
+        check=True,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert "continuing from step" in again.stdout + again.stderr
     for name in ("average", "selection", "dare_linear"):
         file = pathlib.Path("merged") / name / "model.safetensors"

@@ -16,10 +16,19 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.data.synthetic import DATASETS, generated
 
-SOURCES = ("quickstart", "quickstart_pretrain")  # what is added to DATASETS later must not renumber the tokens of the shipped base
+SOURCES = (
+    "quickstart",
+    "quickstart_pretrain",
+)  # what is added to DATASETS later must not renumber the tokens of the shipped base
 SPECIAL = ("<pad>", "<s>", "</s>")
 FRAME = "Question: Answer:\nAnswer: ####"  # what prompt templates add to the records
-SHAPE = {"hidden_size": 128, "intermediate_size": 320, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
 
 
 def make_tokenizer() -> Tokenizer:
@@ -29,15 +38,23 @@ def make_tokenizer() -> Tokenizer:
     for name in SOURCES:
         for split in DATASETS[name].sizes:
             for record in generated(name, split):
-                words.update(word for text in record.values() for word, _ in splitter.pre_tokenize_str(text))
+                words.update(
+                    word for text in record.values() for word, _ in splitter.pre_tokenize_str(text)
+                )
     words.update(word for word, _ in splitter.pre_tokenize_str(FRAME))
     pieces = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     pieces += sorted(word for word in words if word not in set(pieces))
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], ignore_merges=True))
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], ignore_merges=True)
+    )
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     return tokenizer
 
 

@@ -6,15 +6,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jax_ordermerge.analysis import paired, plots, wording
-from jax_ordermerge.analysis.document import Block, Heading, Paragraph, Picture, Table
+from jax_ordermerge.analysis import paired
+from jax_ordermerge.report import formatting, plots
+from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
 
-RIVALS = {"best_member": "the best member", "mean_member": "the mean member", "average": "the average"}
+RIVALS = {
+    "best_member": "the best member",
+    "mean_member": "the mean member",
+    "average": "the average",
+}
 SHOWN = 25  # candidates in the table of a search
 
 
 def claim(
-    winner: ArrayLike, rivals: Mapping[str, ArrayLike], weights: ArrayLike | None = None, *, resamples: int = 1000, seed: int = 0
+    winner: ArrayLike,
+    rivals: Mapping[str, ArrayLike],
+    weights: ArrayLike | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Compare the one winner with its rivals on items that had no part in choosing it.
 
@@ -31,7 +41,10 @@ def claim(
         By name of the rival, `paired.difference` of winner less rival and `holm`; a rival with the same losses is left out.
 
     Example:
-        >>> found = claim([1.0, 2.0, 3.0, 4.0], {"best_member": [1.5, 2.4, 3.5, 4.4], "average": [1.0, 2.0, 3.0, 4.0]})
+        >>> found = claim(
+        ...     [1.0, 2.0, 3.0, 4.0],
+        ...     {"best_member": [1.5, 2.4, 3.5, 4.4], "average": [1.0, 2.0, 3.0, 4.0]},
+        ... )
         >>> list(found), round(found["best_member"]["estimate"], 2), better(found["best_member"])
         (['best_member'], -0.45, True)
     """
@@ -52,7 +65,7 @@ def better(gap: Mapping[str, float]) -> bool:
         >>> better({"estimate": -0.1, "holm": 0.2}), better({"estimate": 0.1, "holm": 0.001})
         (False, False)
     """
-    return bool(gap["estimate"] < 0 and gap["holm"] < wording.WEAK)
+    return bool(gap["estimate"] < 0 and gap["holm"] < formatting.WEAK)
 
 
 def sentence(found: Mapping[str, Any]) -> str:
@@ -67,7 +80,9 @@ def sentence(found: Mapping[str, Any]) -> str:
         f"({winner['loss']:.4f}; the best member, {best['name']}, {best['loss']:.4f})."
     )
     if found.get("edges"):
-        start += f" At the edge of what was tried: {', '.join(found['edges'])}; the best may lie beyond."
+        start += (
+            f" At the edge of what was tried: {', '.join(found['edges'])}; the best may lie beyond."
+        )
     if not found.get("claim"):
         return f"{start} Nothing is claimed: there is no test split."
     told = [f"{_verdict(gap)} {RIVALS[name]}" for name, gap in found["claim"]["against"].items()]
@@ -77,10 +92,8 @@ def sentence(found: Mapping[str, Any]) -> str:
 
 
 def _verdict(gap: Mapping[str, float]) -> str:
-    size = (
-        f"{gap['estimate']:+.4f} ± {gap['se']:.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}], by Holm {wording.p_text(gap['holm'])}"
-    )
-    strength = wording.strength(gap["holm"])
+    size = f"{gap['estimate']:+.4f} ± {gap['se']:.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}], by Holm {formatting.p_text(gap['holm'])}"
+    strength = formatting.strength(gap["holm"])
     if not strength:
         return f"not distinguishable ({size}) from"
     return f"{strength} {'better' if gap['estimate'] < 0 else 'worse'} ({size}) than"
@@ -95,35 +108,55 @@ def search_blocks(found: Mapping[str, Any] | None, unit: str) -> list[Block]:
     """
     if not found:
         return []
-    rows = sorted(found["candidates"], key=lambda row: (-row["examples"], row["loss"] if row["loss"] is not None else np.inf))
+    rows = sorted(
+        found["candidates"],
+        key=lambda row: (-row["examples"], row["loss"] if row["loss"] is not None else np.inf),
+    )
     whole = [row for row in rows if row["examples"] == found["examples"]]
     shown = [*whole, *(row for row in rows if row["examples"] < found["examples"])][:SHOWN]
     cells = [
         [
-            row["name"], str(row["examples"]), wording.number(row["loss"], 4), *(_gap(row[key]) for key in ("to_winner", "to_best_member")),
+            row["name"],
+            str(row["examples"]),
+            formatting.number(row["loss"], 4),
+            *(_gap(row[key]) for key in ("to_winner", "to_best_member")),
             "" if row["dropped"] is None else str(row["dropped"]),
         ]
         for row in shown
-    ]  # fmt: skip
+    ]
     caption = (
         f"{found['tried']} candidates, of which {found['measured_whole']} were measured on all {found['examples']} validation examples; "
         f"the best {len(shown)} of those that came furthest. Differences are paired, on the examples that both saw, ± standard error, and "
         "on the data that chose: they flatter the winner. Dropped: the round after which a candidate went no further."
     )
-    header = ["candidate", "examples", f"validation loss ({unit})", "less the winner's", "less the best member's", "dropped"]
+    header = [
+        "candidate",
+        "examples",
+        f"validation loss ({unit})",
+        "less the winner's",
+        "less the best member's",
+        "dropped",
+    ]
     strong = [place for place, row in enumerate(shown) if row["number"] == found["winner"]]
     return [
-        Heading("The chosen merge"), Paragraph(sentence(found)), Table(header, cells, caption, strong=strong),
-        Picture("search", plots.candidates(found["candidates"], found["winner"], unit),
-                "Candidates by the loss on all validation examples, or as estimated from those they saw."),
-    ]  # fmt: skip
+        Heading("The chosen merge"),
+        Paragraph(sentence(found)),
+        Table(header, cells, caption, strong=strong),
+        Picture(
+            "search",
+            plots.candidates(found["candidates"], found["winner"], unit),
+            "Candidates by the loss on all validation examples, or as estimated from those they saw.",
+        ),
+    ]
 
 
 def _gap(gap: Mapping[str, float] | None) -> str:
     return "–" if gap is None else f"{gap['estimate']:+.4f} ± {gap['se']:.4f}"
 
 
-def control_blocks(found: Mapping[str, Any] | None, unit: str, chosen: Mapping[str, Any] | None = None) -> list[Block]:
+def control_blocks(
+    found: Mapping[str, Any] | None, unit: str, chosen: Mapping[str, Any] | None = None
+) -> list[Block]:
     """Return the chapter of the report about the controls; nothing where there are none.
 
     Args:
@@ -138,43 +171,101 @@ def control_blocks(found: Mapping[str, Any] | None, unit: str, chosen: Mapping[s
     cells = []
     for row in rows:
         mark = f" (best on {best['chosen_on']})" if row["name"] == best["name"] else ""
-        gaps = [wording.interval(row["against"][rival], 1, 4) if rival in row["against"] else "" for rival in RIVALS]
-        cells.append([row["name"] + mark, wording.number(row["loss"], 4), wording.number(row["validation_loss"], 4), *gaps])
+        gaps = [
+            formatting.interval(row["against"][rival], 1, 4) if rival in row["against"] else ""
+            for rival in RIVALS
+        ]
+        cells.append(
+            [
+                row["name"] + mark,
+                formatting.number(row["loss"], 4),
+                formatting.number(row["validation_loss"], 4),
+                *gaps,
+            ]
+        )
     losses = [row["loss"] for row in rows if row["kind"] == "member"]
     held = [row["validation_loss"] for row in rows if row["kind"] == "member"]
-    mean = ["mean member (sd between members)", wording.mean_sd(losses, 4), wording.mean_sd(held, 4), "", "", ""]
+    mean = [
+        "mean member (sd between members)",
+        formatting.mean_sd(losses, 4),
+        formatting.mean_sd(held, 4),
+        "",
+        "",
+        "",
+    ]
     place = 1 + max(number for number, row in enumerate(rows) if row["kind"] == "member")
     cells.insert(place, mean)
     blocks: list[Block] = [
         Heading("Controls"),
         Table(
-            ["model", f"{split} loss ({unit})", "validation loss", *(f"less {whom}" for whom in RIVALS.values())], cells,
+            [
+                "model",
+                f"{split} loss ({unit})",
+                "validation loss",
+                *(f"less {whom}" for whom in RIVALS.values()),
+            ],
+            cells,
             f"On {found['examples']} {split} examples. Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test, "
-            "not corrected for their number. All were made in device memory; none was written.", strong=[place],
+            "not corrected for their number. All were made in device memory; none was written.",
+            strong=[place],
         ),
-    ]  # fmt: skip
+    ]
     return [*blocks, *_pictures(found, split, unit, chosen)]
 
 
-def _pictures(found: Mapping[str, Any], split: str, unit: str, chosen: Mapping[str, Any] | None) -> list[Block]:
+def _pictures(
+    found: Mapping[str, Any], split: str, unit: str, chosen: Mapping[str, Any] | None
+) -> list[Block]:
     rows: Sequence[Mapping[str, Any]] = found["rows"]
     blocks: list[Block] = []
-    line = sorted((row for row in rows if row["group"] == "lambda_line" or row["name"] in ("base", "average")), key=_at)
+    line = sorted(
+        (
+            row
+            for row in rows
+            if row["group"] == "lambda_line" or row["name"] in ("base", "average")
+        ),
+        key=_at,
+    )
     if len(line) > 2:
         blocks.append(
-            Picture("lambda-line", plots.lambda_line(line, split, unit), "From the base (0) to the average (1) and beyond.")
+            Picture(
+                "lambda-line",
+                plots.lambda_line(line, split, unit),
+                "From the base (0) to the average (1) and beyond.",
+            )
         )
     between = [row for row in rows if row["group"] == "barrier"]
     if between:
-        ends = [dict(row, at=[float(number)]) for number in (0, 1) for row in rows if row["name"] == f"member_{number}"]
+        ends = [
+            dict(row, at=[float(number)])
+            for number in (0, 1)
+            for row in rows
+            if row["name"] == f"member_{number}"
+        ]
         line = sorted([*between, *ends], key=_at)
-        blocks.append(Picture("barrier", plots.barrier(line, split, unit), "On the straight line from one member to another."))
+        blocks.append(
+            Picture(
+                "barrier",
+                plots.barrier(line, split, unit),
+                "On the straight line from one member to another.",
+            )
+        )
     plane = [row for row in rows if row["group"] == "plane"]
     if plane:
-        blocks.append(Picture("plane", plots.plane(plane, split, unit), "The plane of the base and two members."))
+        blocks.append(
+            Picture(
+                "plane", plots.plane(plane, split, unit), "The plane of the base and two members."
+            )
+        )
     both = [row for row in rows if row["validation_loss"] is not None and row["group"] != "plane"]
     if split == "test" and both:
-        blocks.append(Picture("splits", plots.splits(both, chosen, unit), "Does validation order the models as the test does?"))
+        blocks.append(
+            Picture(
+                "splits",
+                plots.splits(both, chosen, unit),
+                "Does validation order the models as the test does?",
+            )
+        )
     return blocks
 
 

@@ -52,7 +52,9 @@ def analyze(
     Raises:
         UserError: arrays of shapes that do not belong together, positions outside [0, 1], losses that are not finite.
     """
-    losses, places, merged, base = _checked(member_losses, positions, merged_losses or {}, base_losses)
+    losses, places, merged, base = _checked(
+        member_losses, positions, merged_losses or {}, base_losses
+    )
     members, epochs, samples = places.shape
     window = min(1.0, warmup_fraction * epochs)
     settings = {"bins": bins, "bootstrap": bootstrap, "permutations": permutations, "seed": seed}
@@ -66,32 +68,52 @@ def analyze(
 
     def alone(values: np.ndarray, row: int, member: int) -> list[Statistics]:
         return [
-            {"epoch": e + 1, "permutation_p": float(p_values[row, member, e]), **_or_reason(marginal, values, places[member, e])}
+            {
+                "epoch": e + 1,
+                "permutation_p": float(p_values[row, member, e]),
+                **_or_reason(marginal, values, places[member, e]),
+            }
             for e in range(epochs)
         ]
 
     def with_curves(rows: list[Statistics], curves: list[Statistics]) -> list[Statistics]:
-        return [row | {"curve": curve, "decile_gap": curve.get("gap", curve)} for row, curve in zip(rows, curves, strict=True)]
+        return [
+            row | {"curve": curve, "decile_gap": curve.get("gap", curve)}
+            for row, curve in zip(rows, curves, strict=True)
+        ]
 
     return {
-        "design": {"samples": samples, "members": members, "epochs": epochs, "warmup_fraction": warmup_fraction,
-                   "warmup_window": window, "confidence": regression.CONFIDENCE, **settings},
+        "design": {
+            "samples": samples,
+            "members": members,
+            "epochs": epochs,
+            "warmup_fraction": warmup_fraction,
+            "warmup_window": window,
+            "confidence": regression.CONFIDENCE,
+            **settings,
+        },
         "members": [
-            {"member": m, **_level(losses[m]), "epochs": with_curves(alone(losses[m], m, m), binned["members"][m]),
-             "warmup": _or_reason(split_at, losses[m], places[m, 0], window)}
+            {
+                "member": m,
+                **_level(losses[m]),
+                "epochs": with_curves(alone(losses[m], m, m), binned["members"][m]),
+                "warmup": _or_reason(split_at, losses[m], places[m, 0], window),
+            }
             for m in range(members)
         ],
         "pooled": binned["pooled"],
         "fixed_effects": _or_reason(joint_effect, losses, places),
         "fixed_effects_warmup": _or_reason(joint_effect, losses, places, window),
         "merged": {
-            name: {**_level(values),
-                   "by_member": [alone(values, members + row, m) for m in range(members)],
-                   **_or_reason(merged_effect, values, losses, places, base),
-                   **binned["merged"][name]}
+            name: {
+                **_level(values),
+                "by_member": [alone(values, members + row, m) for m in range(members)],
+                **_or_reason(merged_effect, values, losses, places, base),
+                **binned["merged"][name],
+            }
             for row, (name, values) in enumerate(merged.items())
         },
-    }  # fmt: skip
+    }
 
 
 def marginal(values: np.ndarray, position: np.ndarray) -> Statistics:
@@ -104,7 +126,9 @@ def marginal(values: np.ndarray, position: np.ndarray) -> Statistics:
         >>> marginal(np.array([4.0, 3.1, 2.0, 1.5, 0.0]), np.linspace(0, 1, 5))["spearman"]["rho"]
         -1.0
     """
-    slope = regression.summarize(*_only(regression.ols(values, position[None])), clusters=values.size)
+    slope = regression.summarize(
+        *_only(regression.ols(values, position[None])), clusters=values.size
+    )
     rho, r = stats.spearmanr(position, values), stats.pearsonr(position, values)
     return {
         "samples": int(values.size),
@@ -124,12 +148,20 @@ def split_at(values: np.ndarray, position: np.ndarray, window: float) -> Statist
     inside = position < window
     return {
         "window": window,
-        "inside": {**_level(values[inside]), **_or_reason(marginal, values[inside], position[inside])},
-        "after": {**_level(values[~inside]), **_or_reason(marginal, values[~inside], position[~inside])},
+        "inside": {
+            **_level(values[inside]),
+            **_or_reason(marginal, values[inside], position[inside]),
+        },
+        "after": {
+            **_level(values[~inside]),
+            **_or_reason(marginal, values[~inside], position[~inside]),
+        },
     }
 
 
-def joint_effect(losses: np.ndarray, positions: np.ndarray, window: float | None = None) -> Statistics:
+def joint_effect(
+    losses: np.ndarray, positions: np.ndarray, window: float | None = None
+) -> Statistics:
     """Return the fixed-effects estimate, one coefficient an epoch, all epochs jointly.
 
     Epochs in which every member keeps its positions (`reshuffle: never`) share one coefficient. With a window, epoch 1 gets
@@ -150,7 +182,9 @@ def joint_effect(losses: np.ndarray, positions: np.ndarray, window: float | None
         columns[:0] = [np.minimum(first, window), np.maximum(first - window, 0)]
         labels[:1] = [{**labels[0], "part": "warm-up"}, {**labels[0], "part": "after warm-up"}]
     fit = regression.fixed_effects(losses, np.stack(columns))
-    levels = losses.mean(axis=1) - np.einsum("r,rm->m", fit.estimate, np.stack(columns).mean(axis=2))
+    levels = losses.mean(axis=1) - np.einsum(
+        "r,rm->m", fit.estimate, np.stack(columns).mean(axis=2)
+    )
     return {
         "coefficients": regression.coefficients(fit, labels),
         "observations": int(losses.size),
@@ -160,7 +194,9 @@ def joint_effect(losses: np.ndarray, positions: np.ndarray, window: float | None
     }
 
 
-def merged_effect(values: np.ndarray, losses: np.ndarray, positions: np.ndarray, base: np.ndarray | None) -> Statistics:
+def merged_effect(
+    values: np.ndarray, losses: np.ndarray, positions: np.ndarray, base: np.ndarray | None
+) -> Statistics:
     """Return how a merged model's losses depend on the mean over the members of a sample's position.
 
     `mean_position` is the plain regression (difficulty stays in the error, the base's loss is taken out when given).
@@ -181,24 +217,43 @@ def merged_effect(values: np.ndarray, losses: np.ndarray, positions: np.ndarray,
 
     def plain() -> Statistics:
         found = regression.coefficients(regression.ols(values, covariates), covariate_labels)
-        return {"coefficients": found[: len(labels)], "covariates": [] if base is None else ["base loss"]}
+        return {
+            "coefficients": found[: len(labels)],
+            "covariates": [] if base is None else ["base loss"],
+        }
 
     def change() -> Statistics:
-        return {"coefficients": regression.coefficients(regression.ols(values - losses.mean(axis=0), mean_columns), labels)}
+        return {
+            "coefficients": regression.coefficients(
+                regression.ols(values - losses.mean(axis=0), mean_columns), labels
+            )
+        }
 
     def after() -> Statistics:
         before = regression.fixed_effects(losses, np.stack(columns))
         moved = regression.ols(values - losses.mean(axis=0), mean_columns)
         factor = max(before.correction, moved.correction)
         influence = before.influence + moved.influence
-        fit = before._replace(estimate=before.estimate + moved.estimate, covariance=factor * influence.T @ influence)
+        fit = before._replace(
+            estimate=before.estimate + moved.estimate, covariance=factor * influence.T @ influence
+        )
         return {"coefficients": regression.coefficients(fit, labels)}
 
-    return {"mean_position": _or_reason(plain), "change": _or_reason(change), "after": _or_reason(after)}
+    return {
+        "mean_position": _or_reason(plain),
+        "change": _or_reason(change),
+        "after": _or_reason(after),
+    }
 
 
 def _binned(
-    losses: np.ndarray, places: np.ndarray, merged: Mapping[str, np.ndarray], *, bins: int, resamples: int, seed: int
+    losses: np.ndarray,
+    places: np.ndarray,
+    merged: Mapping[str, np.ndarray],
+    *,
+    bins: int,
+    resamples: int,
+    seed: int,
 ) -> Statistics:
     """Return all curves: of each member, pooled, with sample effects taken out, and of each merge, on shared resamples."""
     members, epochs = places.shape[:2]
@@ -209,23 +264,33 @@ def _binned(
         counts.append(number)
         return len(jobs) - 1
 
-    of_member = [[add(losses[m : m + 1], places[m : m + 1, e], bins) for e in range(epochs)] for m in range(members)]
+    of_member = [
+        [add(losses[m : m + 1], places[m : m + 1, e], bins) for e in range(epochs)]
+        for m in range(members)
+    ]
     spread = {name: np.broadcast_to(values, losses.shape) for name, values in merged.items()}
     at = [places[:, e] for e in range(epochs)]
     raw = [add(losses, at[e], bins) for e in range(epochs)]
     own = [_own_effect(losses, at[e]) for e in range(epochs)]
     clean = [None if values is None else add(values, at[e], bins) for e, values in enumerate(own)]
-    halves = [(add(losses, at[e], 2), None if v is None else add(v, at[e], 2)) for e, v in enumerate(own)]
-    of_merge = {name: [(add(v, at[e], bins), add(v, at[e], 2)) for e in range(epochs)] for name, v in spread.items()}
+    halves = [
+        (add(losses, at[e], 2), None if v is None else add(v, at[e], 2)) for e, v in enumerate(own)
+    ]
+    of_merge = {
+        name: [(add(v, at[e], bins), add(v, at[e], 2)) for e in range(epochs)]
+        for name, v in spread.items()
+    }
     try:
         generator = np.random.default_rng(stream_words(seed, "analysis", "bootstrap"))
         found = resample.curves(jobs, bins=counts, resamples=resamples, generator=generator)
     except Undetermined as error:
         missing: Statistics = {"reason": str(error)}
         empty = [dict(missing) for _ in range(epochs)]
-        return {"members": [[dict(missing) for _ in range(epochs)] for _ in range(members)],
-                "pooled": {"raw": empty, "within": empty, "early_late": empty},
-                "merged": {name: {"curves": empty, "early_late": empty} for name in merged}}  # fmt: skip
+        return {
+            "members": [[dict(missing) for _ in range(epochs)] for _ in range(members)],
+            "pooled": {"raw": empty, "within": empty, "early_late": empty},
+            "merged": {name: {"curves": empty, "early_late": empty} for name in merged},
+        }
 
     def shown(index: int) -> Statistics:
         return resample.curve_dict(found[index]) | {"gap": resample.gap(found[index])}
@@ -237,12 +302,18 @@ def _binned(
             return {"epoch": epoch + 1, **resample.gap(before)}
         # merged less member losses of the same samples hold no difficulty; added to the members' own effect they stay sharp
         after = resample.shifted(before, found[index], found[raw_half])
-        return {"epoch": epoch + 1, "members": resample.gap(before), "merged": resample.gap(after),
-                "difference": resample.gap(after, before)}  # fmt: skip
+        return {
+            "epoch": epoch + 1,
+            "members": resample.gap(before),
+            "merged": resample.gap(after),
+            "difference": resample.gap(after, before),
+        }
 
     reason = "one member only: the difficulty of samples cannot be taken out"
     if members > 1:
-        reason = "every sample has the same positions in all members: nothing varies within a sample"
+        reason = (
+            "every sample has the same positions in all members: nothing varies within a sample"
+        )
     return {
         "members": [[shown(index) for index in row] for row in of_member],
         "pooled": {
@@ -251,11 +322,13 @@ def _binned(
             "early_late": [early_late(e) for e in range(epochs)],
         },
         "merged": {
-            name: {"curves": [shown(ten) for ten, _ in rows],
-                   "early_late": [early_late(e, two) for e, (_, two) in enumerate(rows)]}
+            name: {
+                "curves": [shown(ten) for ten, _ in rows],
+                "early_late": [early_late(e, two) for e, (_, two) in enumerate(rows)],
+            }
             for name, rows in of_merge.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _own_effect(losses: np.ndarray, position: np.ndarray) -> np.ndarray | None:
@@ -288,7 +361,10 @@ def _epoch_columns(positions: np.ndarray) -> tuple[list[dict[str, Any]], list[np
 
 
 def _checked(
-    member_losses: ArrayLike, positions: ArrayLike, merged: Mapping[str, ArrayLike], base: ArrayLike | None
+    member_losses: ArrayLike,
+    positions: ArrayLike,
+    merged: Mapping[str, ArrayLike],
+    base: ArrayLike | None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
     losses, places = np.asarray(member_losses, np.float64), np.asarray(positions, np.float64)
     if losses.ndim != 2 or places.ndim != 3 or places.shape[::2] != losses.shape:
@@ -297,13 +373,21 @@ def _checked(
             "expected [members, samples] and [members, epochs, samples]"
         )
     if not (np.isfinite(places).all() and places.min() >= 0 and places.max() <= 1):
-        raise UserError("analysis: positions must lie in [0, 1]; give the step within the epoch over its number of steps")
+        raise UserError(
+            "analysis: positions must lie in [0, 1]; give the step within the epoch over its number of steps"
+        )
     rest = {name: np.asarray(values, np.float64) for name, values in merged.items()}
     control = None if base is None else np.asarray(base, np.float64)
-    rows = {f"member {m}": row for m, row in enumerate(losses)} | rest | ({} if control is None else {"the base": control})
+    rows = (
+        {f"member {m}": row for m, row in enumerate(losses)}
+        | rest
+        | ({} if control is None else {"the base": control})
+    )
     for name, row in rows.items():
         if row.shape != losses.shape[1:]:
-            raise UserError(f"analysis: {name} has losses of shape {list(row.shape)}, expected [{losses.shape[1]}]")
+            raise UserError(
+                f"analysis: {name} has losses of shape {list(row.shape)}, expected [{losses.shape[1]}]"
+            )
         if not np.isfinite(row).all():
             raise UserError(
                 f"analysis: {np.count_nonzero(~np.isfinite(row))} losses of {name} are not finite; the training diverged, "

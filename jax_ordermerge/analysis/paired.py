@@ -14,7 +14,12 @@ _LEAST = 1e-25  # p values that are searched for go no lower
 
 
 def difference(
-    first: ArrayLike, second: ArrayLike, *, weights: ArrayLike | None = None, resamples: int = 1000, seed: int = 0
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Return the mean of `first - second` over items with standard error, bootstrap interval and t-test p.
 
@@ -41,7 +46,9 @@ def difference(
     count = gaps.size
     share = np.ones(count) if weights is None else np.asarray(weights, np.float64)
     if share.shape != gaps.shape or not (share > 0).all():
-        raise UserError(f"a paired comparison of {count} items got {share.size} weights; expected one above 0 for each item")
+        raise UserError(
+            f"a paired comparison of {count} items got {share.size} weights; expected one above 0 for each item"
+        )
     share = share / share.mean()
     generator = np.random.default_rng(stream_words(seed, "analysis", "paired", count))
     step = max(1, BLOCK // count)
@@ -58,7 +65,14 @@ def difference(
     else:
         # all items differ alike: what is left is the chance that n signs agree
         p = 1.0 if estimate == 0 else 2.0 ** (1 - count)
-    return {"estimate": estimate, "se": error, "low": float(low), "high": float(high), "p": p, "n": count}
+    return {
+        "estimate": estimate,
+        "se": error,
+        "low": float(low),
+        "high": float(high),
+        "p": p,
+        "n": count,
+    }
 
 
 def over_seeds(gap: Mapping[str, float], estimates: ArrayLike) -> dict[str, float]:
@@ -76,7 +90,10 @@ def over_seeds(gap: Mapping[str, float], estimates: ArrayLike) -> dict[str, floa
 
     Example:
         >>> gap = difference([1.0, 2.0, 4.0, 3.0], [1.5, 2.0, 4.5, 4.0])
-        >>> round(over_seeds(gap, [-0.4, -0.6])["se"], 3), round(over_seeds(gap, [-0.5, -0.5])["se"], 3)
+        >>> (
+        ...     round(over_seeds(gap, [-0.4, -0.6])["se"], 3),
+        ...     round(over_seeds(gap, [-0.5, -0.5])["se"], 3),
+        ... )
         (0.227, 0.204)
 
     Source: Cochran and Cox, "Experimental designs", 2nd edition 1957, section 4.14.
@@ -88,15 +105,29 @@ def over_seeds(gap: Mapping[str, float], estimates: ArrayLike) -> dict[str, floa
     error = float(np.sqrt(items + seeds))
 
     def quantile(level: float) -> float:
-        of_items, of_seeds = (float(stats.t.isf(level / 2, freedom)) for freedom in (gap["n"] - 1, each.size - 1))
+        of_items, of_seeds = (
+            float(stats.t.isf(level / 2, freedom)) for freedom in (gap["n"] - 1, each.size - 1)
+        )
         return (items * of_items + seeds * of_seeds) / (items + seeds)
 
     reach, found = error * quantile(2 * TAILS[0]), abs(gap["estimate"]) / error
     if quantile(_LEAST) < found:
         p = _LEAST
     else:
-        p = float(np.exp(optimize.brentq(lambda power: quantile(float(np.exp(power))) - found, np.log(_LEAST), 0.0)))
-    return {**gap, "se": error, "low": gap["estimate"] - reach, "high": gap["estimate"] + reach, "p": p}
+        p = float(
+            np.exp(
+                optimize.brentq(
+                    lambda power: quantile(float(np.exp(power))) - found, np.log(_LEAST), 0.0
+                )
+            )
+        )
+    return {
+        **gap,
+        "se": error,
+        "low": gap["estimate"] - reach,
+        "high": gap["estimate"] + reach,
+        "p": p,
+    }
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
@@ -147,7 +178,9 @@ def holm(p_values: ArrayLike) -> list[float]:
 def _pair(first: ArrayLike, second: ArrayLike) -> np.ndarray:
     one, two = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if one.shape != two.shape or one.ndim != 1:
-        raise UserError(f"a paired comparison got {one.size} and {two.size} items; evaluate both models on the same items")
+        raise UserError(
+            f"a paired comparison got {one.size} and {two.size} items; evaluate both models on the same items"
+        )
     if one.size < 2:
         raise UserError("a paired comparison needs at least two items; raise data.test_limit")
     return one - two

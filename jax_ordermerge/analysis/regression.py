@@ -61,12 +61,18 @@ def fixed_effects(losses: ArrayLike, regressors: ArrayLike) -> Fit:
     y, x = np.asarray(losses, np.float64), np.asarray(regressors, np.float64)
     members = y.shape[0]
     if members < 2:
-        raise Undetermined("one member only: the difficulty of a sample cannot be told from the effect of its position")
+        raise Undetermined(
+            "one member only: the difficulty of a sample cannot be told from the effect of its position"
+        )
     moved = np.abs(within(x)).max(axis=(1, 2))
     if not (np.ptp(x, axis=1) > 1e-9).any():
-        raise Undetermined("every sample has the same positions in all members: nothing varies within a sample")
+        raise Undetermined(
+            "every sample has the same positions in all members: nothing varies within a sample"
+        )
     if (moved < 1e-9).any():
-        raise Undetermined("a regressor does not vary once the means of samples and members are taken out")
+        raise Undetermined(
+            "a regressor does not vary once the means of samples and members are taken out"
+        )
     return _sandwich(within(y), within(x), parameters=x.shape[0] + members)
 
 
@@ -120,16 +126,23 @@ def summarize(estimate: float, variance: float, clusters: int) -> dict[str, floa
     z, half = estimate / error, stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1) * error
     p = 2 * stats.t.sf(abs(z), clusters - 1)
     return {
-        "estimate": float(estimate), "se": error, "z": float(z), "p": float(p),
-        "low": float(estimate - half), "high": float(estimate + half),
-    }  # fmt: skip
+        "estimate": float(estimate),
+        "se": error,
+        "z": float(z),
+        "p": float(p),
+        "low": float(estimate - half),
+        "high": float(estimate + half),
+    }
 
 
 def coefficients(fit: Fit, labels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one dict a coefficient: its label and `summarize`."""
     variances = np.diag(fit.covariance)
     clusters = fit.influence.shape[0]
-    return [{**label, **summarize(b, v, clusters)} for label, b, v in zip(labels, fit.estimate, variances, strict=True)]
+    return [
+        {**label, **summarize(b, v, clusters)}
+        for label, b, v in zip(labels, fit.estimate, variances, strict=True)
+    ]
 
 
 def _sandwich(y: np.ndarray, x: np.ndarray, *, parameters: int) -> Fit:
@@ -143,7 +156,9 @@ def _sandwich(y: np.ndarray, x: np.ndarray, *, parameters: int) -> Fit:
     gram = np.einsum("rmn,qmn->rq", x, x)
     scale = np.sqrt(np.diag(gram))
     if np.linalg.eigvalsh(gram / np.outer(scale, scale))[0] < 1e-8:
-        raise Undetermined("the positions of different epochs cannot be told apart (they are linearly dependent)")
+        raise Undetermined(
+            "the positions of different epochs cannot be told apart (they are linearly dependent)"
+        )
     inverse = np.linalg.inv(gram)
     estimate = inverse @ np.einsum("rmn,mn->r", x, y)
     residuals = y - np.einsum("r,rmn->mn", estimate, x)

@@ -53,7 +53,11 @@ def bin_numbers(position: np.ndarray, bins: int) -> np.ndarray:
 
 
 def curves(
-    jobs: Sequence[tuple[np.ndarray, np.ndarray]], *, bins: Sequence[int], resamples: int, generator: np.random.Generator
+    jobs: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    bins: Sequence[int],
+    resamples: int,
+    generator: np.random.Generator,
 ) -> list[Curve]:
     """Bin the values of every job by position and bootstrap the bin means.
 
@@ -70,7 +74,10 @@ def curves(
 
     Source: Hanley and MacGibbon, "Creating non-parametric bootstrap samples using Poisson frequencies", 2006.
     """
-    binned = [np.stack([bin_numbers(p, u) for p in positions]) for (_, positions), u in zip(jobs, bins, strict=True)]
+    binned = [
+        np.stack([bin_numbers(p, u) for p in positions])
+        for (_, positions), u in zip(jobs, bins, strict=True)
+    ]
     widths = [int(b.max()) + 1 for b in binned]
     samples = jobs[0][0].shape[1]
     totals = np.zeros((resamples, 2 * sum(widths)))
@@ -93,7 +100,10 @@ def curves(
 
 
 def _columns(
-    jobs: Sequence[tuple[np.ndarray, np.ndarray]], binned: Sequence[np.ndarray], widths: Sequence[int], block: slice
+    jobs: Sequence[tuple[np.ndarray, np.ndarray]],
+    binned: Sequence[np.ndarray],
+    widths: Sequence[int],
+    block: slice,
 ) -> np.ndarray:
     """Return, for each job, its values and its counts spread over the bins: float64[samples of the block, 2 U of all jobs]."""
     rows = np.arange(block.stop - block.start)
@@ -117,9 +127,12 @@ def curve_dict(curve: Curve) -> dict[str, Any]:
     """Return a curve with its bands as plain lists."""
     low, high = band(curve.replicates)
     return {
-        "position": curve.position.tolist(), "mean": curve.mean.tolist(), "low": low.tolist(), "high": high.tolist(),
+        "position": curve.position.tolist(),
+        "mean": curve.mean.tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
         "samples": curve.samples.tolist(),
-    }  # fmt: skip
+    }
 
 
 def shifted(curve: Curve, plus: Curve, minus: Curve) -> Curve:
@@ -136,10 +149,17 @@ def gap(curve: Curve, other: Curve | None = None) -> dict[str, float]:
         estimate = estimate - (other.mean[0] - other.mean[-1])
         replicates = replicates - (other.replicates[:, 0] - other.replicates[:, -1])
     low, high = band(replicates)
-    return {"estimate": float(estimate), "se": float(np.nanstd(replicates)), "low": float(low), "high": float(high)}
+    return {
+        "estimate": float(estimate),
+        "se": float(np.nanstd(replicates)),
+        "low": float(low),
+        "high": float(high),
+    }
 
 
-def permutation_p(values: np.ndarray, positions: np.ndarray, *, permutations: int, generator: np.random.Generator) -> np.ndarray:
+def permutation_p(
+    values: np.ndarray, positions: np.ndarray, *, permutations: int, generator: np.random.Generator
+) -> np.ndarray:
     """Test whether values depend on position: two-sided p of the correlation when the samples are dealt out anew.
 
     Args:

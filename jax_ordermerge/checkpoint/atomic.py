@@ -51,7 +51,9 @@ def new_directory(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(left)
         partial.mkdir()
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); give a directory you may write to") from error
+        raise UserError(
+            f"{target} cannot be written ({error.strerror}); give a directory you may write to"
+        ) from error
     try:
         yield partial
         sync_directory(partial)
@@ -80,7 +82,10 @@ def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[
         >>> import tempfile
         >>> target = Path(tempfile.mkdtemp()) / "out"
         >>> for fail in (True, False):
-        ...     with contextlib.suppress(KeyboardInterrupt), resumable_directory(target, "a") as (partial, resumed):
+        ...     with (
+        ...         contextlib.suppress(KeyboardInterrupt),
+        ...         resumable_directory(target, "a") as (partial, resumed),
+        ...     ):
         ...         write_text(partial / "a.txt", "a")
         ...         print(resumed)
         ...         if fail:
@@ -101,9 +106,13 @@ def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
                 write_text(partial / mark, fingerprint)
         except BlockingIOError as error:
-            raise UserError(f"{target} is being written by another process; wait for it, or give another directory") from error
+            raise UserError(
+                f"{target} is being written by another process; wait for it, or give another directory"
+            ) from error
         except OSError as error:
-            raise UserError(f"{target} cannot be written ({error.strerror}); give a directory you may write to") from error
+            raise UserError(
+                f"{target} cannot be written ({error.strerror}); give a directory you may write to"
+            ) from error
         try:
             yield partial, same
         except UserError:

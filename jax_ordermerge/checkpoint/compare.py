@@ -20,7 +20,9 @@ from jax_ordermerge.errors import UserError
 
 SLAB = 1 << 15  # elements in float64 at a time, 256 KiB an array
 PIECE = 1 << 22  # elements that a thread takes at a time
-_ROW = 1 << 13  # BLAS starts threads of its own for longer products, which cost more than they save and change the last bit
+_ROW = (
+    1 << 13
+)  # BLAS starts threads of its own for longer products, which cost more than they save and change the last bit
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _T = TypeVar("_T")
@@ -155,11 +157,19 @@ def inspect(path: str | Path, *, stats: bool = False) -> Inventory:
     Example:
         >>> import tempfile, safetensors.numpy
         >>> file = Path(tempfile.mkdtemp()) / "a.safetensors"
-        >>> safetensors.numpy.save_file({"w": np.array([[0.0, 3.0], [-1.0, np.inf]], np.float32)}, file)
+        >>> safetensors.numpy.save_file(
+        ...     {"w": np.array([[0.0, 3.0], [-1.0, np.inf]], np.float32)}, file
+        ... )
         >>> found = inspect(file, stats=True)
         >>> found.tensors[0].name, found.tensors[0].dtype, found.tensors[0].shape, found.bytes
         ('w', 'float32', (2, 2), 16)
-        >>> found.stats.minimum, found.stats.maximum, round(found.stats.std, 4), found.stats.infs, found.stats.zeros
+        >>> (
+        ...     found.stats.minimum,
+        ...     found.stats.maximum,
+        ...     round(found.stats.std, 4),
+        ...     found.stats.infs,
+        ...     found.stats.zeros,
+        ... )
         (-1.0, 3.0, 1.6997, 1, 1)
     """
     reader = Reader(path)
@@ -169,7 +179,17 @@ def inspect(path: str | Path, *, stats: bool = False) -> Inventory:
         dtype, shape = reader.info(name)
         elements = math.prod(shape)
         found = _stats(sums.get(name, [])) if stats else None
-        rows.append(Tensor(name, dtype.name, shape, elements, elements * dtype.itemsize, reader.file(name).name, found))
+        rows.append(
+            Tensor(
+                name,
+                dtype.name,
+                shape,
+                elements,
+                elements * dtype.itemsize,
+                reader.file(name).name,
+                found,
+            )
+        )
     return Inventory(
         tensors=tuple(rows),
         elements=sum(row.elements for row in rows),
@@ -192,12 +212,25 @@ def difference(a: str | Path, b: str | Path, base: str | Path | None = None) -> 
     Example:
         >>> import tempfile, safetensors.numpy
         >>> folder = Path(tempfile.mkdtemp())
-        >>> for name, values in (("base", [1.0, 2.0, 0.0]), ("a", [1.0, 3.0, 0.0]), ("b", [1.0, 2.5, 0.0])):
+        >>> for name, values in (
+        ...     ("base", [1.0, 2.0, 0.0]),
+        ...     ("a", [1.0, 3.0, 0.0]),
+        ...     ("b", [1.0, 2.5, 0.0]),
+        ... ):
         ...     safetensors.numpy.save_file({"w": np.array(values, np.float32)}, folder / name)
         >>> found = difference(folder / "a", folder / "b", folder / "base")
-        >>> found.equal, found.total.same, found.total.max_abs, found.total.cosine > 0.99, found.total.task_cosine
+        >>> (
+        ...     found.equal,
+        ...     found.total.same,
+        ...     found.total.max_abs,
+        ...     found.total.cosine > 0.99,
+        ...     found.total.task_cosine,
+        ... )
         (False, 2, 0.5, True, 1.0)
-        >>> f"{found.total.kept_a:.2f} {found.total.zeros_a:.2f}", difference(folder / "a", folder / "a").equal
+        >>> (
+        ...     f"{found.total.kept_a:.2f} {found.total.zeros_a:.2f}",
+        ...     difference(folder / "a", folder / "a").equal,
+        ... )
         ('0.67 0.33', True)
     """
     left, right = Reader(a), Reader(b)
@@ -208,7 +241,9 @@ def difference(a: str | Path, b: str | Path, base: str | Path | None = None) -> 
     in_base = {} if under is None else {name: under.info(name).shape for name in under.names}
     based = {name for name in shaped if in_base.get(name) == left.info(name).shape}
     if under is not None and shaped and not based:
-        raise UserError(f"base {base} has none of the tensors of {a} in their shapes; give the model that both began with")
+        raise UserError(
+            f"base {base} has none of the tensors of {a} in their shapes; give the model that both began with"
+        )
 
     def readers(name: str) -> tuple[Reader, ...]:
         return (left, right, under) if under is not None and name in based else (left, right)
@@ -218,7 +253,11 @@ def difference(a: str | Path, b: str | Path, base: str | Path | None = None) -> 
     for name in common:
         (dtype_a, shape_a), (dtype_b, shape_b) = left.info(name), right.info(name)
         numbers = _numbers(sums.get(name, []))
-        equal = dtype_a == dtype_b and shape_a == shape_b and (numbers is None or numbers.same == numbers.elements)
+        equal = (
+            dtype_a == dtype_b
+            and shape_a == shape_b
+            and (numbers is None or numbers.same == numbers.elements)
+        )
         pairs.append(Pair(name, dtype_a.name, dtype_b.name, shape_a, shape_b, equal, numbers))
     return Difference(
         pairs=tuple(pairs),
@@ -239,7 +278,9 @@ class _Piece(NamedTuple):
     stop: int
 
 
-def _measure(tensors: Iterable[tuple[str, tuple[Reader, ...]]], slab: Callable[..., _T]) -> dict[str, list[_T]]:
+def _measure(
+    tensors: Iterable[tuple[str, tuple[Reader, ...]]], slab: Callable[..., _T]
+) -> dict[str, list[_T]]:
     """Return what `slab(room, *arrays)` finds in every slab, in order, per tensor; tensors without elements are left out."""
 
     def measure(piece: _Piece) -> list[_T]:
@@ -272,7 +313,9 @@ def _pieces(name: str, readers: tuple[Reader, ...]) -> Iterator[_Piece]:
 
 def _float64(x: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
     if x.dtype == _BFLOAT16:  # the upper half of a float32; five times as fast as the cast
-        bits = np.left_shift(x.view(np.uint16), 16, dtype=np.uint32, out=spare.view(np.uint32)[: x.size])
+        bits = np.left_shift(
+            x.view(np.uint16), 16, dtype=np.uint32, out=spare.view(np.uint32)[: x.size]
+        )
         out[:] = bits.view(np.float32)
     else:
         out[:] = x
@@ -281,7 +324,10 @@ def _float64(x: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
 
 def _dot(x: np.ndarray, y: np.ndarray) -> float:
     whole = x.size - x.size % _ROW
-    return float(np.vecdot(x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW)).sum() + np.dot(x[whole:], y[whole:]))
+    return float(
+        np.vecdot(x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW)).sum()
+        + np.dot(x[whole:], y[whole:])
+    )
 
 
 def _zeros(x: np.ndarray) -> int:
@@ -313,16 +359,24 @@ def _moments(room: np.ndarray, values: np.ndarray) -> _Moments:
         return _Moments(0, math.inf, -math.inf, 0.0, 0.0, nans, size - nans, zeros)
     mean, infs = total / x.size, size - nans - x.size
     from_mean = np.subtract(x, mean, out=room[1][: x.size])
-    return _Moments(x.size, float(x.min()), float(x.max()), mean, _dot(from_mean, from_mean), nans, infs, zeros)
+    return _Moments(
+        x.size, float(x.min()), float(x.max()), mean, _dot(from_mean, from_mean), nans, infs, zeros
+    )
 
 
 def _stats(parts: list[_Moments]) -> Stats:
     finite = sum(part.finite for part in parts)
-    nans, infs, zeros = sum(part.nans for part in parts), sum(part.infs for part in parts), sum(part.zeros for part in parts)
+    nans, infs, zeros = (
+        sum(part.nans for part in parts),
+        sum(part.infs for part in parts),
+        sum(part.zeros for part in parts),
+    )
     if not finite:
         return Stats(None, None, None, None, nans, infs, zeros)
     mean = sum(part.finite / finite * part.mean for part in parts)
-    squares = sum(part.squares + part.finite * (part.mean - mean) * (part.mean - mean) for part in parts)
+    squares = sum(
+        part.squares + part.finite * (part.mean - mean) * (part.mean - mean) for part in parts
+    )
     lowest, highest = min(part.minimum for part in parts), max(part.maximum for part in parts)
     return Stats(lowest, highest, mean, math.sqrt(squares / finite), nans, infs, zeros)
 
@@ -365,7 +419,9 @@ def _products(room: np.ndarray, *arrays: np.ndarray) -> _Products:
     tops = (0.0, 0.0) if same == a.size or not x.size else _tops(x, y, spare)
     whole, task = _gram(x, y), (0.0, 0.0, 0.0)
     if len(arrays) > 2:
-        task = _gram(np.subtract(x, values[2], out=spare[0]), np.subtract(y, values[2], out=spare[1]))
+        task = _gram(
+            np.subtract(x, values[2], out=spare[0]), np.subtract(y, values[2], out=spare[1])
+        )
     return _Products(a.size, same, a.size - x.size, *tops, *whole, *zeros, *kept, *task)
 
 
@@ -379,7 +435,9 @@ def _same(a: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray) -> int:
 def _tops(x: np.ndarray, y: np.ndarray, spare: np.ndarray) -> tuple[float, float]:
     apart = np.abs(np.subtract(x, y, out=spare[0]), out=spare[0])
     larger = np.maximum(np.abs(x, out=spare[1]), np.abs(y, out=spare[2]), out=spare[1])
-    relative = float(np.fmax.reduce(np.divide(apart, larger, out=spare[2])))  # leaves out NaN, which is 0 / 0 here
+    relative = float(
+        np.fmax.reduce(np.divide(apart, larger, out=spare[2]))
+    )  # leaves out NaN, which is 0 / 0 here
     return float(apart.max()), 0.0 if math.isnan(relative) else relative
 
 
@@ -391,7 +449,12 @@ def _numbers(parts: list[_Products]) -> Numbers | None:
     if not parts:
         return None
     columns: dict[str, Any] = dict(zip(_Products._fields, zip(*parts, strict=True), strict=True))
-    s = _Products(**{name: (max if name in ("max_abs", "max_rel") else sum)(column) for name, column in columns.items()})
+    s = _Products(
+        **{
+            name: (max if name in ("max_abs", "max_rel") else sum)(column)
+            for name, column in columns.items()
+        }
+    )
     return Numbers(
         elements=s.elements,
         same=s.same,

@@ -26,7 +26,15 @@ from jax_ordermerge.errors import UserError
 
 _READABLE = ("float64", "float32", "float16", "bfloat16")
 _BUFFER = "rotary_emb.inv_freq"  # written by old libraries, recomputed by everyone
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md")
+_HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "README.md",
+)
 
 
 def resolve(base: str, *, weights: bool = True) -> Path:
@@ -53,7 +61,9 @@ def resolve(base: str, *, weights: bool = True) -> Path:
     if Path(base).expanduser().is_dir():
         return Path(base).expanduser()
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise UserError(f"base model directory {base} not found; give an existing directory, a hub name or embedded:NAME")
+        raise UserError(
+            f"base model directory {base} not found; give an existing directory, a hub name or embedded:NAME"
+        )
     return _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
 
 
@@ -78,7 +88,9 @@ def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfi
     beside = Path(directory) / "generation_config.json"
     eos = safetensors.read_json(beside).get("eos_token_id") if beside.is_file() else None
     generation = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*generation, *config.eos_token_ids))))
+    return dataclasses.replace(
+        config, eos_token_ids=tuple(dict.fromkeys((*generation, *config.eos_token_ids)))
+    )
 
 
 def load_params(
@@ -111,7 +123,9 @@ def load_params(
     abstract = tree.flatten(abstract_params(config, mesh, members=members, dtype=target))
     flat = {}
     for spec in arch.tensor_table(config):
-        flat[spec.path] = placement.place(abstract[spec.path], functools.partial(_read_part, reader, spec, target, members))
+        flat[spec.path] = placement.place(
+            abstract[spec.path], functools.partial(_read_part, reader, spec, target, members)
+        )
     return config, tree.unflatten(flat)
 
 
@@ -126,12 +140,18 @@ def check_tensors(reader: safetensors.Reader, config: ModelConfig) -> None:
     where, names = reader.directory, set(reader.names)
     for name, spec, _ in arch.hf_tensors(config):
         if name not in names:
-            raise UserError(f"{where} lacks the tensor {name}; config.json and weights must belong together")
+            raise UserError(
+                f"{where} lacks the tensor {name}; config.json and weights must belong together"
+            )
         info = reader.info(name)
         if info.shape != spec.hf_shape:
-            raise UserError(f"{where}: {name} has shape {info.shape}, config.json asks for {spec.hf_shape}")
+            raise UserError(
+                f"{where}: {name} has shape {info.shape}, config.json asks for {spec.hf_shape}"
+            )
         if info.dtype.name not in _READABLE:
-            raise UserError(f"{where}: {name} has dtype {info.dtype.name}; supported are {', '.join(_READABLE)}")
+            raise UserError(
+                f"{where}: {name} has dtype {info.dtype.name}; supported are {', '.join(_READABLE)}"
+            )
         names.remove(name)
     for name in sorted(names):
         if not name.endswith(_BUFFER) and not _is_tied_copy(reader, config, name):
@@ -194,7 +214,11 @@ def export(
 
 
 def abstract_params(
-    config: ModelConfig, mesh: Mesh | None = None, *, members: int | None = None, dtype: DTypeLike = jnp.float32
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    members: int | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tree.Tree:
     """Return the parameter dict as `jax.ShapeDtypeStruct`s with their shardings.
 
@@ -205,7 +229,9 @@ def abstract_params(
         dtype: of the arrays.
 
     Example:
-        >>> config = ModelConfig(vocab_size=4, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1)
+        >>> config = ModelConfig(
+        ...     vocab_size=4, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1
+        ... )
         >>> abstract_params(config, members=3)["embed"]["weight"]
         ShapeDtypeStruct(shape=(3, 4, 2), dtype=float32)
     """
@@ -237,13 +263,20 @@ def abstract_tensors(
 
 
 def _read_part(
-    reader: safetensors.Reader, spec: TensorSpec, dtype: np.dtype[Any], members: int | None, index: tuple[slice, ...]
+    reader: safetensors.Reader,
+    spec: TensorSpec,
+    dtype: np.dtype[Any],
+    members: int | None,
+    index: tuple[slice, ...],
 ) -> np.ndarray:
     """Return `array[index]` of one entry of the table, reading only those parts of the files."""
     lead, inner = (index[:1], index[1:]) if members is not None else ((), index)
     if spec.stacked:
         names = spec.hf_names()[inner[0]]
-        shape = tuple(len(range(*part.indices(extent))) for part, extent in zip(inner, spec.shape, strict=True))
+        shape = tuple(
+            len(range(*part.indices(extent)))
+            for part, extent in zip(inner, spec.shape, strict=True)
+        )
         out = np.empty(shape, dtype)
         for row, name in enumerate(names):
             out[row] = reader.read_slice(name, inner[1:])
@@ -262,8 +295,12 @@ def _is_tied_copy(reader: safetensors.Reader, config: ModelConfig, name: str) ->
     embedding = next(spec for spec in untied if spec.kind == "embedding")
     if name != head.hf_name:
         return False
-    if reader.info(name) != reader.info(embedding.hf_name) or not _same_bytes(reader.read(name), reader.read(embedding.hf_name)):
-        raise UserError(f"{reader.directory}: config.json ties the embeddings, but {name} differs from {embedding.hf_name}")
+    if reader.info(name) != reader.info(embedding.hf_name) or not _same_bytes(
+        reader.read(name), reader.read(embedding.hf_name)
+    ):
+        raise UserError(
+            f"{reader.directory}: config.json ties the embeddings, but {name} differs from {embedding.hf_name}"
+        )
     return True
 
 
@@ -285,21 +322,40 @@ def _check_params(flat: Mapping[str, Any], config: ModelConfig, member: int | No
             what = "" if member is None else " after the member axis"
             raise ValueError(f"parameter {path} has shape {given}, expected {shape}{what}")
         if member is not None and not 0 <= member < given[0]:
-            raise UserError(f"member {member} does not exist; the population has members 0 to {given[0] - 1}")
+            raise UserError(
+                f"member {member} does not exist; the population has members 0 to {given[0] - 1}"
+            )
 
 
-def _hf_tensors(flat: Mapping[str, Any], config: ModelConfig, member: int | None) -> Iterator[tuple[str, np.ndarray]]:
+def _hf_tensors(
+    flat: Mapping[str, Any], config: ModelConfig, member: int | None
+) -> Iterator[tuple[str, np.ndarray]]:
     for name, spec, layer in arch.hf_tensors(config):
         # bound to no name here: while the next tensor is gathered, this one is gone
-        yield name, _gather(_pick(flat[spec.path], layer, member, stacked=layer is not None, population=member is not None))
+        yield (
+            name,
+            _gather(
+                _pick(
+                    flat[spec.path],
+                    layer,
+                    member,
+                    stacked=layer is not None,
+                    population=member is not None,
+                )
+            ),
+        )
 
 
 def _gather(array: jax.Array) -> np.ndarray:
-    return np.asarray(array if jax.process_count() == 1 else multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(
+        array if jax.process_count() == 1 else multihost_utils.process_allgather(array, tiled=True)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("stacked", "population"))
-def _pick(array: jax.Array, layer: int | None, member: int | None, *, stacked: bool, population: bool) -> jax.Array:
+def _pick(
+    array: jax.Array, layer: int | None, member: int | None, *, stacked: bool, population: bool
+) -> jax.Array:
     # the layer first: it is never sharded, so at most the members of one layer cross devices
     if stacked:
         array = jax.lax.dynamic_index_in_dim(array, layer, axis=int(population), keepdims=False)
@@ -310,9 +366,13 @@ def _pick(array: jax.Array, layer: int | None, member: int | None, *, stacked: b
 
 def _embedded(name: str) -> Path:
     assets = importlib.resources.files("jax_ordermerge") / "assets"
-    shipped = sorted(item.name for item in assets.iterdir() if item.is_dir()) if assets.is_dir() else []
+    shipped = (
+        sorted(item.name for item in assets.iterdir() if item.is_dir()) if assets.is_dir() else []
+    )
     if name not in shipped:
-        raise UserError(f"embedded:{name} is not shipped with this package (shipped: {', '.join(shipped) or 'none'})")
+        raise UserError(
+            f"embedded:{name} is not shipped with this package (shipped: {', '.join(shipped) or 'none'})"
+        )
     return Path(str(assets / name))
 
 
@@ -325,12 +385,20 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
             name, allow_patterns=list(patterns), ignore_patterns=["consolidated*", "original/*"]
         )
     except errors.HFValidationError as error:
-        raise UserError(f"base model {name} is neither an existing directory nor a valid hub name") from error
+        raise UserError(
+            f"base model {name} is neither an existing directory nor a valid hub name"
+        ) from error
     except errors.GatedRepoError as error:
-        raise UserError(f"base model {name} is gated: accept its licence on the hub, then log in with `hf auth login`") from error
+        raise UserError(
+            f"base model {name} is gated: accept its licence on the hub, then log in with `hf auth login`"
+        ) from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"base model {name} is not on the hub (or private), and no directory of that name exists") from error
+        raise UserError(
+            f"base model {name} is not on the hub (or private), and no directory of that name exists"
+        ) from error
     except (OSError, errors.HTTPError) as error:  # all network failures of the hub are one of these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"base model {name} is no directory and could not be downloaded: {reason}") from error
+        raise UserError(
+            f"base model {name} is no directory and could not be downloaded: {reason}"
+        ) from error
     return Path(found)

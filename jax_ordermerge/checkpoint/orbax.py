@@ -42,7 +42,12 @@ class Checkpoints:
         (2, {'members': 2}, [1.0, 1.0, 1.0])
     """
 
-    def __init__(self, directory: str | Path, keep: int | None = None, saved: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int | None = None,
+        saved: Callable[[], None] | None = None,
+    ) -> None:
         """Open or create a directory of checkpoints and remove what an interrupted save left there.
 
         Args:
@@ -57,7 +62,8 @@ class Checkpoints:
         ocp = _ocp()
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory, preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep)
+            self.directory,
+            preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
         )
         self._saved, self._thread = saved, ThreadPoolExecutor(1)
         self._told: Future[None] | None = None
@@ -72,7 +78,14 @@ class Checkpoints:
         """
         self.wait()
         # without force Orbax skips steps by a policy of its own, in silence
-        self._checkpointer.save_async(step, tree, checkpointable_name=_STATE, force=True, overwrite=True, custom_metadata=metadata)
+        self._checkpointer.save_async(
+            step,
+            tree,
+            checkpointable_name=_STATE,
+            force=True,
+            overwrite=True,
+            custom_metadata=metadata,
+        )
         if self._saved is not None:
             self._told = self._thread.submit(self._tell, self._saved)
 
@@ -112,13 +125,20 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         # the save under way would wait for a lost process
         if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
             self.close()
 
 
-def save(directory: str | Path, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
+def save(
+    directory: str | Path, step: int, tree: Any, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Save one checkpoint and wait for it; see `Checkpoints.save`."""
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(step, tree, metadata)
@@ -161,7 +181,11 @@ def restore(directory: str | Path, step: int, abstract_tree: T) -> T:
     _match(directory, step, abstract_tree)
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
-        lambda leaf: leaf if leaf.sharding is not None else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=local),
+        lambda leaf: (
+            leaf
+            if leaf.sharding is not None
+            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=local)
+        ),
         abstract_tree,
     )
     ocp = _ocp()
@@ -233,7 +257,10 @@ def open_member(
     _match(directory, step, abstract, member)
     where = _path(directory, step)
     with _damage(where):
-        return {name: MemberArray(_open_store(where, name.replace("/", ".")), member, where) for name in shapes}
+        return {
+            name: MemberArray(_open_store(where, name.replace("/", ".")), member, where)
+            for name in shapes
+        }
 
 
 def _open_store(path: Path, name: str) -> Any:
@@ -242,20 +269,28 @@ def _open_store(path: Path, name: str) -> Any:
     kvstore = {"driver": "ocdbt", "base": f"file://{path / _STATE}/", "path": f"{name}/"}
     # the cache serves those who come back for the next rows of the same chunk
     context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
-    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore, "context": context}, open=True, read=True).result()
+    return tensorstore.open(
+        {"driver": "zarr3", "kvstore": kvstore, "context": context}, open=True, read=True
+    ).result()
 
 
 def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
-    return [int(path.name) for path in directory.iterdir() if path.name.isdecimal() and (path / _COMPLETE).is_file()]
+    return [
+        int(path.name)
+        for path in directory.iterdir()
+        if path.name.isdecimal() and (path / _COMPLETE).is_file()
+    ]
 
 
 def _path(directory: str | Path, step: int) -> Path:
     path = Path(directory).absolute() / str(step)
     if not (path / _COMPLETE).is_file():
         found = sorted(_steps(Path(directory)))
-        raise UserError(f"no checkpoint of step {step} in {directory} (present: {', '.join(map(str, found)) or 'none'})")
+        raise UserError(
+            f"no checkpoint of step {step} in {directory} (present: {', '.join(map(str, found)) or 'none'})"
+        )
     return path
 
 
@@ -278,17 +313,24 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"checkpoint {path} is damaged ({reason[:300]}); remove it to go back to the one before") from error
+        raise UserError(
+            f"checkpoint {path} is damaged ({reason[:300]}); remove it to go back to the one before"
+        ) from error
 
 
 def _match(directory: str | Path, step: int, abstract_tree: Any, member: int | None = None) -> None:
     """Compare names and shapes first: Orbax hands back an absent array as its own placeholder, without a word."""
-    stored = {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(_stored(directory, step).metadata)}
+    stored = {
+        _key(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(_stored(directory, step).metadata)
+    }
     where = f"checkpoint {Path(directory) / str(step)}"
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_tree):
         name = _key(path)
         if name not in stored:
-            raise UserError(f"{where} has no array {'/'.join(name)}; it was saved by another kind of run or model")
+            raise UserError(
+                f"{where} has no array {'/'.join(name)}; it was saved by another kind of run or model"
+            )
         shape = tuple(stored[name].shape)
         if shape[0 if member is None else 1 :] != tuple(leaf.shape):
             raise UserError(
@@ -301,14 +343,21 @@ def _match(directory: str | Path, step: int, abstract_tree: Any, member: int | N
 
 def _key(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Names of a leaf as Orbax stores them: dict key, field name, or position."""
-    return tuple(str(next(getattr(part, a) for a in ("key", "idx", "name") if hasattr(part, a))) for part in path)
+    return tuple(
+        str(next(getattr(part, a) for a in ("key", "idx", "name") if hasattr(part, a)))
+        for part in path
+    )
 
 
 def _sweep(directory: Path) -> None:
     """Remove what a killed save or deletion left; Orbax would count a directory without its metadata as a checkpoint."""
     for path in directory.iterdir() if directory.is_dir() else ():
         step, _, _ = path.name.partition(_PARTIAL)
-        if step.isdecimal() and path.is_dir() and not (path.name == step and (path / _COMPLETE).is_file()):
+        if (
+            step.isdecimal()
+            and path.is_dir()
+            and not (path.name == step and (path / _COMPLETE).is_file())
+        ):
             shutil.rmtree(path)
 
 

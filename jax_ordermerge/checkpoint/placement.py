@@ -19,7 +19,10 @@ def place(abstract: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -
         read: takes one slice for each axis and returns that part, in any dtype.
 
     Example:
-        >>> place(jax.ShapeDtypeStruct((2, 2), "float32"), lambda index: np.arange(4).reshape(2, 2)[index]).tolist()
+        >>> place(
+        ...     jax.ShapeDtypeStruct((2, 2), "float32"),
+        ...     lambda index: np.arange(4).reshape(2, 2)[index],
+        ... ).tolist()
         [[0.0, 1.0], [2.0, 3.0]]
     """
     parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
@@ -33,4 +36,6 @@ def place(abstract: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -
 
     if abstract.sharding is None:
         return jnp.asarray(part((slice(None),) * len(abstract.shape)))
-    return jax.make_array_from_callback(abstract.shape, abstract.sharding, part, dtype=abstract.dtype)
+    return jax.make_array_from_callback(
+        abstract.shape, abstract.sharding, part, dtype=abstract.dtype
+    )

@@ -27,7 +27,9 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/+([^/].*)")
 _OWN = ".ordermerge"  # a directory for what is ours: the list, and files that wait to take the place of others
 _LIST, _WAITING = f"{_OWN}/files.json", f"{_OWN}/waiting"
 _UNFINISHED = re.compile(r"\.partial\b|\.orbax-checkpoint-tmp")
-_AT_ONCE = 64 * 2**20  # bytes: smaller files may change while they are copied, so they are read once, digest and content alike
+_AT_ONCE = (
+    64 * 2**20
+)  # bytes: smaller files may change while they are copied, so they are read once, digest and content alike
 
 
 class File(NamedTuple):
@@ -87,7 +89,9 @@ def address(path: str | Path) -> str | None:
 def cache() -> Path:
     """Return the directory that holds the copies: `ORDERMERGE_CACHE`, by default `jax_ordermerge` below the user's caches."""
     given = os.environ.get("ORDERMERGE_CACHE")
-    return Path(given or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / ("" if given else "jax_ordermerge")
+    return Path(given or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / (
+        "" if given else "jax_ordermerge"
+    )
 
 
 def _near(kind: str, url: str) -> Path:
@@ -124,7 +128,9 @@ def fetch(path: str | Path, *, without: str | None = None) -> Path:
             return mirror.local
         wanted = _plain(url) if root is None else _listed(root, url.removeprefix(root).strip("/"))
         if without is not None:
-            wanted = {name: one for name, one in wanted.items() if not fnmatch.fnmatch(name, without)}
+            wanted = {
+                name: one for name, one in wanted.items() if not fnmatch.fnmatch(name, without)
+            }
         local = _near("copies", url)
         with _turn(local):
             _bring(local, wanted, whole=without is None)
@@ -150,7 +156,9 @@ def _listed(root: str, below: str) -> dict[str, Wanted]:
     found = {}
     for name, file in listing.files.items():
         if name == below or name.startswith(f"{below}/"):
-            found[name.removeprefix(below).strip("/")] = Wanted(file.digest, functools.partial(_download, root, name, file))
+            found[name.removeprefix(below).strip("/")] = Wanted(
+                file.digest, functools.partial(_download, root, name, file)
+            )
     if not found:
         known = ", ".join(sorted({name.split("/")[0] for name in listing.files}))
         raise UserError(f"{root} holds no whole {below}; it has {known or 'nothing'}")
@@ -164,7 +172,9 @@ def _plain(url: str) -> dict[str, Wanted]:
         if not name.endswith("/"):
             version = f"{info['size']} {info.get('ETag') or info.get('etag')}"
             below = name.removeprefix(url.partition("://")[2]).strip("/")
-            found[_inside(below) if below else ""] = Wanted(version, functools.partial(_get, store, name))
+            found[_inside(below) if below else ""] = Wanted(
+                version, functools.partial(_get, store, name)
+            )
     if not found:
         raise UserError(f"{url} not found; give the address of a file or directory")
     return found
@@ -192,7 +202,9 @@ def _download(root: str, name: str, file: File, target: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             _get(_store(root), origin, target, file.digest)
             return
-    raise UserError(f"{root}/{name} is lost or was changed from outside; restore it, or remove {root} to start over")
+    raise UserError(
+        f"{root}/{name} is lost or was changed from outside; restore it, or remove {root} to start over"
+    )
 
 
 def _get(store: Any, origin: str, target: Path, digest: str | None = None) -> None:
@@ -272,7 +284,9 @@ class Mirror:
             files = {name: self._upload(name, before.files) for name in _names(self.local)}
             if files == before.files:
                 return
-            listing = Listing(secrets.token_hex(8), files, tuple(sorted(before.files.keys() - files.keys())))
+            listing = Listing(
+                secrets.token_hex(8), files, tuple(sorted(before.files.keys() - files.keys()))
+            )
             self._written = listing.version
             _write_listing(self.url, listing)
             self._keep(listing)
@@ -292,8 +306,12 @@ class Mirror:
         file = File(_digest(path) if content is None else hashlib.sha256(content).hexdigest(), size)
         if there.get(name) != file:
             store = _store(self.url)
-            target = f"{self.url}/{_WAITING}/{file.digest}" if name in there else f"{self.url}/{name}"
-            store.put_file(str(path), target) if content is None else store.pipe_file(target, content)
+            target = (
+                f"{self.url}/{_WAITING}/{file.digest}" if name in there else f"{self.url}/{name}"
+            )
+            store.put_file(str(path), target) if content is None else store.pipe_file(
+                target, content
+            )
         self._known[name] = (file, changed)
         return file
 
@@ -402,14 +420,18 @@ def _parse(text: bytes) -> Listing:
 def _inside(name: str) -> str:
     """Return a path below a directory as it is, and refuse what leads out of it: who may write to a bucket may not write to this disk."""
     if {"", ".", ".."} & set(name.split("/")) or _OWN in name.split("/"):
-        raise UserError(f"an object is named {name!r}, which is no path below a directory; rename or remove it")
+        raise UserError(
+            f"an object is named {name!r}, which is no path below a directory; rename or remove it"
+        )
     return name
 
 
 def _names(directory: Path) -> list[str]:
     """Return the paths of the files that are whole, below a directory."""
     found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    return sorted(p.as_posix() for p in found if p.parts[0] != _OWN and not _UNFINISHED.search(p.as_posix()))
+    return sorted(
+        p.as_posix() for p in found if p.parts[0] != _OWN and not _UNFINISHED.search(p.as_posix())
+    )
 
 
 def _remove_others(directory: Path, names: set[str]) -> None:
@@ -447,7 +469,9 @@ def _store(url: str) -> Any:
         store.invalidate_cache()  # what is there is asked anew: others write too
         return store
     except ImportError as error:
-        raise UserError(f"{url} needs the package {package}: pip install 'jax_ordermerge[{extra}]'") from error
+        raise UserError(
+            f"{url} needs the package {package}: pip install 'jax_ordermerge[{extra}]'"
+        ) from error
 
 
 @contextlib.contextmanager

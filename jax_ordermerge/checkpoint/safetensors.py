@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import atomic, companions, shards
+from jax_ordermerge.checkpoint import atomic, shards, sidecar_files
 from jax_ordermerge.checkpoint.shards import DTYPES, INDEX, SHARD_BYTES, SINGLE
 from jax_ordermerge.errors import UserError
 
@@ -56,13 +56,22 @@ class Reader:
     Example:
         >>> import tempfile
         >>> config = arch.ModelConfig(
-        ...     vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1, tie_embeddings=True
+        ...     vocab_size=2,
+        ...     hidden_size=2,
+        ...     intermediate_size=2,
+        ...     num_layers=1,
+        ...     num_heads=1,
+        ...     tie_embeddings=True,
         ... )
         >>> target = Path(tempfile.mkdtemp()) / "model"
         >>> ones = ((name, np.ones(spec.hf_shape)) for name, spec, _ in arch.hf_tensors(config))
         >>> write(target, ones, config=config, dtype="bfloat16")
         >>> reader = Reader(target)
-        >>> reader.names[0], reader.info(reader.names[0]).shape, reader.read("model.norm.weight").tolist()
+        >>> (
+        ...     reader.names[0],
+        ...     reader.info(reader.names[0]).shape,
+        ...     reader.read("model.norm.weight").tolist(),
+        ... )
         ('model.embed_tokens.weight', (2, 2), [1.0, 1.0])
     """
 
@@ -70,8 +79,12 @@ class Reader:
         source = Path(path)
         self.directory = source if source.is_dir() else source.parent
         if not source.exists():
-            raise UserError(f"model {path} not found; give an existing directory or safetensors file")
-        self._entries: dict[str, _Entry] = _open_directory(source) if source.is_dir() else _read_header(source)
+            raise UserError(
+                f"model {path} not found; give an existing directory or safetensors file"
+            )
+        self._entries: dict[str, _Entry] = (
+            _open_directory(source) if source.is_dir() else _read_header(source)
+        )
         self._maps: dict[Path, mmap.mmap] = {}
         self._handles: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -127,16 +140,22 @@ class Reader:
         while len(view):
             count = os.preadv(self._handles[entry.file], [view], position)
             if not count:
-                raise UserError(f"{entry.file} ends within {name}; it was changed while it was read")
+                raise UserError(
+                    f"{entry.file} ends within {name}; it was changed while it was read"
+                )
             view, position = view[count:], position + count
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound here: at the end of the interpreter os may be gone
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # bound here: at the end of the interpreter os may be gone
         for handle in getattr(self, "_handles", {}).values():
             close(handle)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise UserError(f"{self.directory} has no tensor {name}; it is not a complete model of this architecture")
+            raise UserError(
+                f"{self.directory} has no tensor {name}; it is not a complete model of this architecture"
+            )
         return self._entries[name]
 
 
@@ -149,7 +168,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a complete Hugging Face directory") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); give a complete Hugging Face directory"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(value, dict):
@@ -162,29 +183,49 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
     if not index.is_file():
         if single.is_file():
             return _read_header(single)
-        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
-        has = f"it has {', '.join(others[:3])}; convert to safetensors, or restore the index" if others else "it has no weights"
+        others = sorted(
+            p.name
+            for p in directory.iterdir()
+            if p.suffix in (".safetensors", ".bin", ".pth", ".gguf")
+        )
+        has = (
+            f"it has {', '.join(others[:3])}; convert to safetensors, or restore the index"
+            if others
+            else "it has no weights"
+        )
         raise _bad(f"{directory} has neither {SINGLE} nor {INDEX}: {has}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
         raise UserError(f"{index}: weight_map must name the file of each tensor")
     placed: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         placed.setdefault(file, set()).add(name)
     files = sorted(placed)
     if single.is_file() and files != [SINGLE]:
-        raise UserError(f"{directory} has both {SINGLE} and an index with shards; engines read it differently, remove one of them")
+        raise UserError(
+            f"{directory} has both {SINGLE} and an index with shards; engines read it differently, remove one of them"
+        )
     for file in files:
         if Path(file).name != file:
             raise _bad(f"{index}: '{file}' is not the plain name of a file beside the index")
-        if not os.path.isfile(directory / file):  # unlike Path.is_file, false also of names that no file can have
-            raise _bad(f"{index} names the shard {file}, which is absent; download or copy it again")
+        if not os.path.isfile(
+            directory / file
+        ):  # unlike Path.is_file, false also of names that no file can have
+            raise _bad(
+                f"{index} names the shard {file}, which is absent; download or copy it again"
+            )
     entries: dict[str, _Entry] = {}
     for file in files:
         found = _read_header(directory / file)
         wrong = sorted(placed[file] ^ found.keys())
         if wrong:
-            side = "is not in it" if wrong[0] in placed[file] else "is not placed there by the index"
+            side = (
+                "is not in it" if wrong[0] in placed[file] else "is not placed there by the index"
+            )
             raise _bad(f"{index} and {file} disagree: {wrong[0]} {side}")
         entries |= found
     return entries
@@ -197,30 +238,43 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise _bad(f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of {size})")
+                raise _bad(
+                    f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of {size})"
+                )
             text = file.read(length)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)  # not from bytes: those may be UTF-16 to json
+        header = json.loads(
+            text.decode(), object_pairs_hook=_no_duplicates
+        )  # not from bytes: those may be UTF-16 to json
     except (ValueError, RecursionError) as error:
-        raise _bad(f"{path} has a header that is not valid JSON: {' '.join(str(error).split())[:200]}") from error
+        raise _bad(
+            f"{path} has a header that is not valid JSON: {' '.join(str(error).split())[:200]}"
+        ) from error
     if not isinstance(header, dict):
         raise _bad(f"{path} has a header that is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise _bad(f"{path}: __metadata__ must map strings to strings")
     entries = [(name, *_check_entry(path, name, raw)) for name, raw in header.items()]
     entries.sort(key=lambda item: item[3:])
     end = 0
     for name, _, _, begin, stop in entries:
         if begin != end:
-            raise _bad(f"{path}: {name} begins at byte {begin} of the data, expected {end}; the tensors overlap or leave a gap")
+            raise _bad(
+                f"{path}: {name} begins at byte {begin} of the data, expected {end}; the tensors overlap or leave a gap"
+            )
         end = stop
     if end != size - 8 - length:
         what = "is truncated" if end > size - 8 - length else "has bytes after the last tensor"
         raise _bad(f"{path} {what}: {end} bytes of tensors expected, {size - 8 - length} present")
-    return {name: _Entry(path, dtype, shape, 8 + length + begin) for name, dtype, shape, begin, _ in entries}
+    return {
+        name: _Entry(path, dtype, shape, 8 + length + begin)
+        for name, dtype, shape, begin, _ in entries
+    }
 
 
 def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -233,31 +287,43 @@ def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _check_entry(path: Path, name: str, raw: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+def _check_entry(
+    path: Path, name: str, raw: Any
+) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
         raise _bad(f"{path}: the entry of {name} must have exactly dtype, shape and data_offsets")
     shape, offsets = raw["shape"], raw["data_offsets"]
     if not isinstance(raw["dtype"], str) or raw["dtype"] not in DTYPES:
-        raise _bad(f"{path}: {name} has dtype {raw['dtype']!r}, which is not supported (supported: {', '.join(DTYPES)})")
+        raise _bad(
+            f"{path}: {name} has dtype {raw['dtype']!r}, which is not supported (supported: {', '.join(DTYPES)})"
+        )
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise _bad(f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}; both must be lists of numbers from 0")
+        raise _bad(
+            f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}; both must be lists of numbers from 0"
+        )
     dtype = DTYPES[raw["dtype"]]
     if len(shape) > 32 or math.prod(max(extent, 1) for extent in shape) * dtype.itemsize >= 2**63:
         raise _bad(f"{path}: {name} has shape {shape}, which no array can have")
     needed = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
-        raise _bad(f"{path}: {name} {raw['dtype']}{shape} needs {needed} bytes, its data_offsets {offsets} are wrong")
+        raise _bad(
+            f"{path}: {name} {raw['dtype']}{shape} needs {needed} bytes, its data_offsets {offsets} are wrong"
+        )
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
 def _bad(message: str) -> UserError:
     """Names come from the file and may hold anything: keep the message one printable line."""
     # cut first: a header may hold names of many megabytes
-    return UserError("".join(c if c.isprintable() else "?" for c in " ".join(message[:4000].split()))[:500])
+    return UserError(
+        "".join(c if c.isprintable() else "?" for c in " ".join(message[:4000].split()))[:500]
+    )
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 2**63 for item in value
+    )
 
 
 def write(
@@ -293,20 +359,33 @@ def write(
     target_dtype = np.dtype(dtype)
     table = {name: spec.hf_shape for name, spec, _ in arch.hf_tensors(config)}
     with atomic.new_directory(directory) as partial:
-        companions.write(partial, config, target_dtype.name, tokenizer_from=tokenizer_from, card=card, recipe=recipe)
+        sidecar_files.write(
+            partial,
+            config,
+            target_dtype.name,
+            tokenizer_from=tokenizer_from,
+            card=card,
+            recipe=recipe,
+        )
         with shards.ShardFiles(partial, table, target_dtype, shard_bytes) as files:
             files.create()
             missing = dict.fromkeys(table)
             for name, array in tensors:
                 if name not in missing:
-                    raise ValueError(f"tensor {name} is {'given twice' if name in table else 'not part of the model'}")
+                    raise ValueError(
+                        f"tensor {name} is {'given twice' if name in table else 'not part of the model'}"
+                    )
                 if array.shape != table[name]:
-                    raise ValueError(f"tensor {name} has shape {array.shape}, expected {table[name]}")
+                    raise ValueError(
+                        f"tensor {name} has shape {array.shape}, expected {table[name]}"
+                    )
                 del missing[name]
                 files.write(name, 0, cast(array, target_dtype, name))
                 del array  # before the next one is made
             if missing:
-                raise ValueError(f"tensor {next(iter(missing))} was not given ({len(missing)} of {len(table)} are missing)")
+                raise ValueError(
+                    f"tensor {next(iter(missing))} was not given ({len(missing)} of {len(table)} are missing)"
+                )
 
 
 def cast(array: np.ndarray, dtype: DTypeLike, name: str = "an array") -> np.ndarray:
@@ -322,6 +401,13 @@ def cast(array: np.ndarray, dtype: DTypeLike, name: str = "an array") -> np.ndar
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(array, np.dtype(dtype))
     # bfloat16 has float32's range
-    if out.dtype == np.float16 and array.dtype != np.float16 and np.isinf(out).any() and np.isfinite(array[np.isinf(out)]).any():
-        raise UserError(f"{name} has values that overflow float16; choose dtype bfloat16 or float32")
+    if (
+        out.dtype == np.float16
+        and array.dtype != np.float16
+        and np.isinf(out).any()
+        and np.isfinite(array[np.isinf(out)]).any()
+    ):
+        raise UserError(
+            f"{name} has values that overflow float16; choose dtype bfloat16 or float32"
+        )
     return out

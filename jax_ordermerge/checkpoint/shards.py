@@ -26,11 +26,22 @@ from jax_ordermerge.errors import UserError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # what hubs and servers are used to
 DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype(np.bool_),
-    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
-}  # fmt: skip
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype(np.bool_),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 22
 _FLUSH_BYTES = 1 << 27
@@ -57,7 +68,11 @@ class ShardFiles:
     """
 
     def __init__(
-        self, directory: Path, table: Mapping[str, tuple[int, ...]], dtype: DTypeLike, shard_bytes: int = SHARD_BYTES
+        self,
+        directory: Path,
+        table: Mapping[str, tuple[int, ...]],
+        dtype: DTypeLike,
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Plan the files; nothing is touched yet.
 
@@ -79,7 +94,11 @@ class ShardFiles:
             shards[-1].append(name)
             filled += size
         count = len(shards)
-        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        names = (
+            [SINGLE]
+            if count == 1
+            else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        )
         self._shards = dict(zip(names, shards, strict=True))
         self._headers: dict[str, bytes] = {}
         self._places: dict[str, _Place] = {}
@@ -98,7 +117,11 @@ class ShardFiles:
         end = 0
         for name in members:
             offsets = [end, end := end + sizes[name]]
-            header[name] = {"dtype": _NAMES[self._dtype], "shape": list(self._table[name]), "data_offsets": offsets}
+            header[name] = {
+                "dtype": _NAMES[self._dtype],
+                "shape": list(self._table[name]),
+                "data_offsets": offsets,
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -123,7 +146,12 @@ class ShardFiles:
                 _reserve(opened.fileno(), size, path)
         if len(self._shards) > 1:
             weight_map = {name: self._places[name].file for name in self._table}
-            text = json.dumps({"metadata": {"total_size": self.bytes}, "weight_map": weight_map}, indent=2) + "\n"
+            text = (
+                json.dumps(
+                    {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}, indent=2
+                )
+                + "\n"
+            )
             atomic.write_text(self._directory / INDEX, text)
 
     def write(self, name: str, start: int, data: np.ndarray) -> None:
@@ -180,7 +208,12 @@ class ShardFiles:
     def __enter__(self) -> "ShardFiles":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._flushing.acquire()  # no handle is closed under a flush
         for handle in self._open.values():
             if kind is None:
@@ -207,5 +240,7 @@ def no_space(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path.parent}: the disk is full; free some space or give another directory") from error
+            raise UserError(
+                f"{path.parent}: the disk is full; free some space or give another directory"
+            ) from error
         raise

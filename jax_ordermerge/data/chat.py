@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BY_FORMAT: Final = {
-    "alpaca": "alpaca", "question_answer": "gsm8k", "prompt_completion": "plain", "text": "plain", "preference": "plain",
-}  # fmt: skip
+    "alpaca": "alpaca",
+    "question_answer": "gsm8k",
+    "prompt_completion": "plain",
+    "text": "plain",
+    "preference": "plain",
+}
 TEMPLATES: Final = ("plain", "alpaca", "gsm8k", "chat")
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -50,7 +54,9 @@ class Piece(NamedTuple):
     learned: bool
 
 
-def resolve_template(template: str, form: str, records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase") -> str:
+def resolve_template(
+    template: str, form: str, records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
+) -> str:
     """Return the template that `auto` stands for; any other is returned as it is.
 
     `auto` is `chat` where the data are messages and the tokenizer has a chat template; else it follows the format: Alpaca's prompt for
@@ -66,7 +72,9 @@ def resolve_template(template: str, form: str, records: Sequence[Record], tokeni
         UserError: unknown template; `chat` without a chat template; messages without a chat template.
     """
     if template not in (*TEMPLATES, "auto"):
-        raise UserError(f"data.template = '{template}' is not a template{did_you_mean(template, TEMPLATES)}")
+        raise UserError(
+            f"data.template = '{template}' is not a template{did_you_mean(template, TEMPLATES)}"
+        )
     messages = form in ("messages", "sharegpt") or (bool(records) and records[0].given > 0)
     if template == "auto":
         template = "chat" if messages else BY_FORMAT[form]
@@ -77,7 +85,9 @@ def resolve_template(template: str, form: str, records: Sequence[Record], tokeni
     return template
 
 
-def encode(records: Sequence[Record], template: str, tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
+def encode(
+    records: Sequence[Record], template: str, tokenizer: "PreTrainedTokenizerBase"
+) -> list[Encoded]:
     """Tokenize examples and mark what is learned.
 
     Learned are the responses with the token that ends them. BOS stands first where the tokenizer puts it (at `chat`, where its
@@ -95,18 +105,28 @@ def encode(records: Sequence[Record], template: str, tokenizer: "PreTrainedToken
     """
     ends = _ends(tokenizer)
     if records and records[0].text is not None:
-        return [_closed(Encoded(ids, [True] * len(ids)), ends) for ids in _ids([str(r.text) for r in records], tokenizer)]
+        return [
+            _closed(Encoded(ids, [True] * len(ids)), ends)
+            for ids in _ids([str(r.text) for r in records], tokenizer)
+        ]
     if template != "chat":
-        pieces = [[Piece(prompt, False), Piece(response, True)] for prompt, response in (render(r, template) for r in records)]
+        pieces = [
+            [Piece(prompt, False), Piece(response, True)]
+            for prompt, response in (render(r, template) for r in records)
+        ]
         return [_closed(encoded, ends) for encoded in _encode_pieces(pieces, tokenizer)]
     if GENERATION.search(str(tokenizer.chat_template)):
         encoded = [_by_template(record, tokenizer, ends) for record in records]
     else:
-        encoded = _encode_pieces([_by_turns(record, tokenizer, ends) for record in records], tokenizer)
+        encoded = _encode_pieces(
+            [_by_turns(record, tokenizer, ends) for record in records], tokenizer
+        )
     return [_ended(one, ends) for one in encoded]
 
 
-def prompt_tokens(record: Record, template: str, tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+def prompt_tokens(
+    record: Record, template: str, tokenizer: "PreTrainedTokenizerBase"
+) -> np.ndarray:
     """Return what the model is given to answer the last message of a record: int32[n], the prompt's tokens of `encode`.
 
     The last message itself is not looked at: `Record.asked("2 + 3?")` will do.
@@ -156,17 +176,35 @@ class Ends(NamedTuple):
 
 def _ends(tokenizer: "PreTrainedTokenizerBase") -> Ends:
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos_token, so no response could end; name one in tokenizer_config.json")
-    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        raise UserError(
+            "the tokenizer has no eos_token, so no response could end; name one in tokenizer_config.json"
+        )
+    special = {
+        number: token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
     special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     # asked of what it does and not of what it has: a Qwen has a BOS that it never writes
-    adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return Ends(tokenizer.bos_token_id if adds else None, tokenizer.eos_token_id, frozenset(special), tuple(special.values()))
+    adds = (
+        tokenizer.bos_token_id is not None
+        and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    )
+    return Ends(
+        tokenizer.bos_token_id if adds else None,
+        tokenizer.eos_token_id,
+        frozenset(special),
+        tuple(special.values()),
+    )
 
 
 def _ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     # no special tokens here: templates write their own, and adding them again would double BOS
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return (
+        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        if texts
+        else []
+    )
 
 
 def _with_bos(ids: list[int], ends: Ends) -> list[int]:
@@ -189,8 +227,14 @@ def _ended(encoded: Encoded, ends: Ends) -> Encoded:
     return Encoded([*encoded.tokens, ends.eos], [*encoded.answers, True])
 
 
-def _encode_pieces(examples: Sequence[Sequence[Piece]], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
-    prefixes = ["".join(piece.text for piece in pieces[: end + 1]) for pieces in examples for end in range(len(pieces))]
+def _encode_pieces(
+    examples: Sequence[Sequence[Piece]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Encoded]:
+    prefixes = [
+        "".join(piece.text for piece in pieces[: end + 1])
+        for pieces in examples
+        for end in range(len(pieces))
+    ]
     numbers = iter(_ids(prefixes, tokenizer))
     encoded = []
     for pieces in examples:
@@ -214,12 +258,20 @@ def _common(ids: list[int], whole: list[int]) -> int:
 # --- chat ---
 
 
-def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, asking: bool = False) -> str:
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, asking: bool = False
+) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asking))
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=asking
+            )
+        )
     except Exception as error:  # a template raises whatever it likes on roles it does not take
         roles = ", ".join(str(message["role"]) for message in messages) or "none"
-        raise UserError(f"the chat template refuses the roles {roles}: {' '.join(str(error).split())[:120]}") from error
+        raise UserError(
+            f"the chat template refuses the roles {roles}: {' '.join(str(error).split())[:120]}"
+        ) from error
 
 
 def _by_turns(record: Record, tokenizer: "PreTrainedTokenizerBase", ends: Ends) -> list[Piece]:
@@ -259,7 +311,9 @@ def _by_template(record: Record, tokenizer: "PreTrainedTokenizerBase", ends: End
             "be asked otherwise than it is trained; mend the template or set data.template"
         )
     if record.given:
-        marked[: len(_ids([_rendered(tokenizer, record.messages[: record.given])], tokenizer)[0])] = False
+        marked[
+            : len(_ids([_rendered(tokenizer, record.messages[: record.given])], tokenizer)[0])
+        ] = False
     # the token that ends a turn is learned with it, also where the template closes {% endgeneration %} before it
     for end in np.flatnonzero(marked[:-1] & ~marked[1:]) + 1:
         marked[end] |= ids[end] in ends.special and ids[end - 1] not in ends.special

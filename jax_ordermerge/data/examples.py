@@ -63,7 +63,11 @@ class Examples:
             on pairs needs; None where not known.
 
     Example:
-        >>> two = Examples(Ragged.of([[1, 2, 3], [4, 5]], np.int32), Ragged.of([[0, 1, 1], [0, 1]], np.bool_), np.arange(2))
+        >>> two = Examples(
+        ...     Ragged.of([[1, 2, 3], [4, 5]], np.int32),
+        ...     Ragged.of([[0, 1, 1], [0, 1]], np.bool_),
+        ...     np.arange(2),
+        ... )
         >>> len(two), two.longest, two.tokens[1].tolist(), two.answers[0].tolist(), two.digest[:8]
         (2, 3, [4, 5], [False, True, True], '96d91af4')
     """
@@ -113,15 +117,25 @@ class Examples:
         """
         if self.rejected is None:
             return self
-        tokens = [row for pair in zip(self.tokens, self.rejected.tokens, strict=True) for row in pair]
-        answers = [row for pair in zip(self.answers, self.rejected.answers, strict=True) for row in pair]
-        return Examples(Ragged.of(tokens, np.int32), Ragged.of(answers, np.bool_), np.arange(2 * len(self)))
+        tokens = [
+            row for pair in zip(self.tokens, self.rejected.tokens, strict=True) for row in pair
+        ]
+        answers = [
+            row for pair in zip(self.answers, self.rejected.answers, strict=True) for row in pair
+        ]
+        return Examples(
+            Ragged.of(tokens, np.int32), Ragged.of(answers, np.bool_), np.arange(2 * len(self))
+        )
 
     def prompt(self, row: int) -> np.ndarray:
         """Return the tokens before the last response of a row, int32: what the model is given when it has to answer.
 
         Example:
-            >>> one = Examples(Ragged.of([[1, 7, 8, 9]], np.int32), Ragged.of([[0, 0, 1, 1]], np.bool_), np.arange(1))
+            >>> one = Examples(
+            ...     Ragged.of([[1, 7, 8, 9]], np.int32),
+            ...     Ragged.of([[0, 0, 1, 1]], np.bool_),
+            ...     np.arange(1),
+            ... )
             >>> one.prompt(0).tolist()
             [1, 7]
         """

@@ -9,9 +9,18 @@ from jax_ordermerge.errors import UserError, did_you_mean
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
 SHAREGPT_ROLES: Final = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,13 @@ class Record:
     @classmethod
     def asked(cls, prompt: str, response: str = "", system_input: str = "") -> "Record":
         """Make a record of one user and one assistant message."""
-        return cls(messages=({"role": "user", "content": prompt}, {"role": "assistant", "content": response}), input=system_input)
+        return cls(
+            messages=(
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": response},
+            ),
+            input=system_input,
+        )
 
     @property
     def prompt(self) -> str:
@@ -85,22 +100,35 @@ def _answered(row: Row, column: str) -> str:
 
 def _turns(value: Any, column: str, role: str, content: str) -> list[Message]:
     if isinstance(value, (Mapping, str)) or not isinstance(value, Sequence):
-        raise UserError(f"column '{column}' holds {type(value).__name__}, expected a list of messages")
+        raise UserError(
+            f"column '{column}' holds {type(value).__name__}, expected a list of messages"
+        )
     for message in value:
         if not isinstance(message, Mapping) or role not in message:
             raise UserError(f"column '{column}': a message without '{role}': {str(message)[:60]}")
         # a call of a tool has no content
         if not isinstance(message.get(content), str) and not message.get("tool_calls"):
-            raise UserError(f"column '{column}': a message without the string '{content}': {str(message)[:60]}")
+            raise UserError(
+                f"column '{column}': a message without the string '{content}': {str(message)[:60]}"
+            )
     return list(value)
 
 
 def _conversation(messages: Sequence[Message], column: str, given: int = 0) -> Record:
-    learned = [at for at, message in enumerate(messages) if at >= given and message["role"] == "assistant"]
+    learned = [
+        at for at, message in enumerate(messages) if at >= given and message["role"] == "assistant"
+    ]
     # what follows the last response is never learned
     messages = messages[: learned[-1] + 1] if learned else []
-    if not messages or not any(str(messages[at].get("content") or "").strip() or messages[at].get("tool_calls") for at in learned):
-        raise NoResponse(f"column '{column}' has no assistant message" if not learned else f"column '{column}' has empty responses")
+    if not messages or not any(
+        str(messages[at].get("content") or "").strip() or messages[at].get("tool_calls")
+        for at in learned
+    ):
+        raise NoResponse(
+            f"column '{column}' has no assistant message"
+            if not learned
+            else f"column '{column}' has empty responses"
+        )
     return Record(messages=tuple(messages), given=given)
 
 
@@ -112,7 +140,9 @@ def _from_sharegpt(row: Row) -> Record:
     turns = _turns(_value(row, "conversations"), "conversations", "from", "value")
     unknown = [turn["from"] for turn in turns if turn["from"] not in SHAREGPT_ROLES]
     if unknown:
-        raise UserError(f"column 'conversations': unknown speaker '{unknown[0]}'{did_you_mean(str(unknown[0]), SHAREGPT_ROLES)}")
+        raise UserError(
+            f"column 'conversations': unknown speaker '{unknown[0]}'{did_you_mean(str(unknown[0]), SHAREGPT_ROLES)}"
+        )
     messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
     return _conversation(messages, "conversations")
 
@@ -129,7 +159,9 @@ def _from_prompt_completion(row: Row) -> Record:
 
 
 def _from_alpaca(row: Row) -> Record:
-    return Record.asked(_string(row, "instruction"), _answered(row, "output"), str(row.get("input") or ""))
+    return Record.asked(
+        _string(row, "instruction"), _answered(row, "output"), str(row.get("input") or "")
+    )
 
 
 def _from_question_answer(row: Row) -> Record:
@@ -149,10 +181,15 @@ def _from_preference(row: Row) -> Record:
             at = _shared(chosen, rejected)
             prompt, chosen, rejected = chosen[:at], chosen[at:], rejected[at:]
         elif not isinstance(prompt, str):
-            raise UserError(f"column 'prompt' holds {type(prompt).__name__} and column 'chosen' a string, expected two of a kind")
+            raise UserError(
+                f"column 'prompt' holds {type(prompt).__name__} and column 'chosen' a string, expected two of a kind"
+            )
         pair = [Record.asked(prompt, response) for response in (chosen, rejected)]
     else:
-        turns = [_turns(_value(row, column), column, "role", "content") for column in ("chosen", "rejected")]
+        turns = [
+            _turns(_value(row, column), column, "role", "content")
+            for column in ("chosen", "rejected")
+        ]
         if prompt is None or isinstance(prompt, str):
             # a prompt in words beside messages is there for its readers: the messages begin with it
             at = _shared(*turns)
@@ -160,9 +197,14 @@ def _from_preference(row: Row) -> Record:
         else:
             given = _turns(prompt, "prompt", "role", "content")
         if not given:
-            raise UserError("columns 'chosen' and 'rejected' begin with different messages; give a column 'prompt' with messages")
+            raise UserError(
+                "columns 'chosen' and 'rejected' begin with different messages; give a column 'prompt' with messages"
+            )
         columns = ("chosen", "rejected")
-        pair = [_conversation([*given, *part], column, len(given)) for part, column in zip(turns, columns, strict=True)]
+        pair = [
+            _conversation([*given, *part], column, len(given))
+            for part, column in zip(turns, columns, strict=True)
+        ]
     return dataclasses.replace(pair[0], rejected=pair[1])
 
 
@@ -172,7 +214,9 @@ def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     A space before the difference is left to the responses, as in TRL: tokenizers glue it to what follows.
     """
     least = min(len(chosen), len(rejected))
-    at = next((place for place in range(least) if chosen[place] != rejected[place]), max(least - 1, 0))
+    at = next(
+        (place for place in range(least) if chosen[place] != rejected[place]), max(least - 1, 0)
+    )
     return at - 1 if at and chosen[at - 1] == " " else at
 
 
@@ -207,7 +251,9 @@ def detect(row: Row, where: str) -> str:
     found = next((name for name, form in FORMATS.items() if set(form.columns) <= set(row)), None)
     if found is None:
         known = "; ".join(f"{name} ({', '.join(form.columns)})" for name, form in FORMATS.items())
-        raise UserError(f"{where}: the columns {_listed(row)} are no known format; expected those of {known}")
+        raise UserError(
+            f"{where}: the columns {_listed(row)} are no known format; expected those of {known}"
+        )
     return found
 
 
@@ -223,7 +269,9 @@ def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
         UserError: unknown format; a missing column (with row and columns present); rows without a response (all their numbers).
 
     Example:
-        >>> normalize([{"question": "2 + 3?", "answer": 5}], "question_answer", "train.jsonl")[0].response
+        >>> normalize([{"question": "2 + 3?", "answer": 5}], "question_answer", "train.jsonl")[
+        ...     0
+        ... ].response
         '5'
         >>> normalize([{"question": "2 + 3?"}], "question_answer", "train.jsonl")
         Traceback (most recent call last):
@@ -240,12 +288,20 @@ def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
             silent.append(number)
             reason = reason or str(error)
         except MissingColumn as error:
-            raise UserError(f"{where}: row {number} has no column '{error}' (format {form}); it has {_listed(row)}") from None
+            raise UserError(
+                f"{where}: row {number} has no column '{error}' (format {form}); it has {_listed(row)}"
+            ) from None
         except UserError as error:
             raise UserError(f"{where}: row {number}: {error}") from None
     if silent:
-        others = f"; {len(silent) - 1} more rows too: {', '.join(map(str, silent[1:21]))}" if len(silent) > 1 else ""
-        raise UserError(f"{where}: row {silent[0]} has no response ({reason}){others}; remove what has nothing to learn from")
+        others = (
+            f"; {len(silent) - 1} more rows too: {', '.join(map(str, silent[1:21]))}"
+            if len(silent) > 1
+            else ""
+        )
+        raise UserError(
+            f"{where}: row {silent[0]} has no response ({reason}){others}; remove what has nothing to learn from"
+        )
     return records
 
 

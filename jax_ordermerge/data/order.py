@@ -79,21 +79,31 @@ def order_indices(
     Source: the ablation of Ju et al. 2024 (arXiv 2410.03743) is `batch`; `balanced` is a cyclic Latin square over the members.
 
     Example:
-        >>> order_indices(level="sample", examples=5, batch=2, seed=0, member=0, members=1, epoch=0).tolist()
+        >>> order_indices(
+        ...     level="sample", examples=5, batch=2, seed=0, member=0, members=1, epoch=0
+        ... ).tolist()
         [[2, 0], [1, 3], [4, -1]]
-        >>> order_indices(level="reverse", examples=5, batch=2, seed=0, member=1, members=2, epoch=0).tolist()
+        >>> order_indices(
+        ...     level="reverse", examples=5, batch=2, seed=0, member=1, members=2, epoch=0
+        ... ).tolist()
         [[4, 3], [1, 0], [2, -1]]
     """
     if level not in LEVELS:
-        raise UserError(f"population.level = {level!r} is not a level of order{did_you_mean(level, LEVELS)}")
+        raise UserError(
+            f"population.level = {level!r} is not a level of order{did_you_mean(level, LEVELS)}"
+        )
     if min(examples, batch, members) < 1 or not 0 <= member < members or epoch < 0:
-        raise ValueError(f"{examples=}, {batch=}, {members=} must be at least 1, {member=} in [0, members), {epoch=} at least 0")
+        raise ValueError(
+            f"{examples=}, {batch=}, {members=} must be at least 1, {member=} in [0, members), {epoch=} at least 0"
+        )
     epoch = 0 if reshuffle == "never" else epoch
     if level == "batch":
         sequence = permutation(examples, seed, "order", "composition")
         full = examples - examples % batch
         places = permutation(full // batch, seed, "order", "batches", member, epoch)
-        sequence = np.concatenate([sequence[:full].reshape(-1, batch)[places].reshape(-1), sequence[full:]])
+        sequence = np.concatenate(
+            [sequence[:full].reshape(-1, batch)[places].reshape(-1), sequence[full:]]
+        )
     else:
         owner = {"sample": member, "balanced": 0, "same": 0, "reverse": member // 2 * 2}[level]
         sequence = permutation(examples, seed, "order", owner, epoch)
@@ -147,4 +157,6 @@ def digest(indices: np.ndarray) -> str:
         ('e640fcf7bcf5b1b2', 'b5841383b2a95282')
     """
     text = "x".join(str(size) for size in indices.shape).encode()
-    return hashlib.sha256(text + b":" + np.ascontiguousarray(indices, dtype="<i4").tobytes()).hexdigest()
+    return hashlib.sha256(
+        text + b":" + np.ascontiguousarray(indices, dtype="<i4").tobytes()
+    ).hexdigest()

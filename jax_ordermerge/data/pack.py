@@ -10,7 +10,13 @@ from jax_ordermerge.data.order import PADDING
 
 Batch = dict[str, np.ndarray]
 _OPEN = 8  # rows filled at the same time: positions stay all but those before packing, and rows of 12 examples are 98 % full (with one, 82 %)
-SEQUENCES = ("tokens", "targets", "positions", "segments", "weights")  # arrays of a batch with an axis of positions
+SEQUENCES = (
+    "tokens",
+    "targets",
+    "positions",
+    "segments",
+    "weights",
+)  # arrays of a batch with an axis of positions
 
 
 def collate(examples: Examples, rows: np.ndarray, length: int) -> Batch:
@@ -35,7 +41,11 @@ def collate(examples: Examples, rows: np.ndarray, length: int) -> Batch:
 
     Example:
         >>> from jax_ordermerge.data.examples import Ragged
-        >>> two = Examples(Ragged.of([[5, 6, 7], [8, 9]], np.int32), Ragged.of([[0, 1, 1], [0, 1]], np.bool_), np.array([3, 4]))
+        >>> two = Examples(
+        ...     Ragged.of([[5, 6, 7], [8, 9]], np.int32),
+        ...     Ragged.of([[0, 1, 1], [0, 1]], np.bool_),
+        ...     np.array([3, 4]),
+        ... )
         >>> batch = collate(two, np.array([1, 0, -1]), 4)
         >>> batch["tokens"].tolist(), batch["targets"].tolist()
         ([[8, 9, 0, 0], [5, 6, 7, 0], [0, 0, 0, 0]], [[9, 0, 0, 0], [6, 7, 0, 0], [0, 0, 0, 0]])
@@ -51,7 +61,9 @@ def collate(examples: Examples, rows: np.ndarray, length: int) -> Batch:
     sizes = _sizes(examples, rows).reshape(len(rows), -1)
     ends = sizes.cumsum(1)
     if ends.max(initial=0) > length:
-        raise ValueError(f"an example of {ends.max()} tokens does not fit {length}; drop or truncate it when it is loaded")
+        raise ValueError(
+            f"an example of {ends.max()} tokens does not fit {length}; drop or truncate it when it is loaded"
+        )
     # every token: which example of the batch it belongs to, its place there, in the file and in the batch
     owner = np.repeat(np.arange(sizes.size), sizes.reshape(-1))
     place = np.arange(owner.size) - (sizes.reshape(-1).cumsum() - sizes.reshape(-1))[owner]
@@ -60,7 +72,11 @@ def collate(examples: Examples, rows: np.ndarray, length: int) -> Batch:
     followed = place < sizes.reshape(-1)[owner] - 1
     tokens, targets, positions, segments = np.zeros((4, len(rows), length), np.int32)
     weights = np.zeros((len(rows), length), np.float32)
-    tokens[at], positions[at], segments[at] = examples.tokens.flat[source], place, owner % sizes.shape[1] + 1
+    tokens[at], positions[at], segments[at] = (
+        examples.tokens.flat[source],
+        place,
+        owner % sizes.shape[1] + 1,
+    )
     before = at[0][followed], at[1][followed]
     targets[before] = examples.tokens.flat[source[followed] + 1]
     weights[before] = examples.answers.flat[source[followed] + 1]
@@ -148,7 +164,9 @@ def _padded(rows: list[list[int]]) -> np.ndarray:
 
 def _collate_pairs(examples: Examples, rows: np.ndarray, length: int) -> Batch:
     if examples.reference is None:
-        raise ValueError("preference pairs have no reference log-probabilities yet; measure the base on them first")
+        raise ValueError(
+            "preference pairs have no reference log-probabilities yet; measure the base on them first"
+        )
     chosen, rejected = (collate(part, rows, length) for part in examples.parts)
     both = {name: np.stack([chosen[name], rejected[name]], axis=1) for name in SEQUENCES}
     reference = np.where(rows[:, None] == PADDING, 0, examples.reference[rows]).astype(np.float32)
@@ -170,7 +188,9 @@ def bucket_lengths(longest: int, buckets: Sequence[int] = ()) -> tuple[int, ...]
     return (*sorted({size for size in buckets if size < last}), last)
 
 
-def step_batch(examples: Examples, rows: np.ndarray, *, microbatch: int, lengths: Sequence[int]) -> Batch:
+def step_batch(
+    examples: Examples, rows: np.ndarray, *, microbatch: int, lengths: Sequence[int]
+) -> Batch:
     """Return one optimizer step of one member, cut into A = B / microbatch accumulation steps.
 
     It is a function of this member's own rows alone, so that a member in a population takes the steps it takes alone. With more than
@@ -192,21 +212,29 @@ def step_batch(examples: Examples, rows: np.ndarray, *, microbatch: int, lengths
 
     Example:
         >>> from jax_ordermerge.data.examples import Ragged
-        >>> two = Examples(Ragged.of([[5] * 9, [8, 9]], np.int32), Ragged.of([[1] * 9, [0, 1]], np.bool_), np.arange(2))
+        >>> two = Examples(
+        ...     Ragged.of([[5] * 9, [8, 9]], np.int32),
+        ...     Ragged.of([[1] * 9, [0, 1]], np.bool_),
+        ...     np.arange(2),
+        ... )
         >>> batch = step_batch(two, np.array([0, 1]), microbatch=1, lengths=(8, 16))
         >>> batch["tokens"].shape, batch["ids"].tolist(), batch["bucket"].tolist()
         ((2, 1, 16), [[1], [0]], [0, 1])
     """
     rows = np.asarray(rows)
     if len(rows) % microbatch:
-        raise ValueError(f"a step of {len(rows)} rows is not a multiple of microbatch = {microbatch}")
+        raise ValueError(
+            f"a step of {len(rows)} rows is not a multiple of microbatch = {microbatch}"
+        )
     sizes = _sizes(examples, rows).reshape(len(rows), -1).sum(1)
     if len(lengths) > 1:
         by_length = np.argsort(sizes, kind="stable")
         rows, sizes = rows[by_length], sizes[by_length]
     flat = collate(examples, rows, lengths[-1])
     batch = {name: array.reshape(-1, microbatch, *array.shape[1:]) for name, array in flat.items()}
-    batch["bucket"] = np.searchsorted(lengths, sizes.reshape(-1, microbatch).max(1)).astype(np.int32)
+    batch["bucket"] = np.searchsorted(lengths, sizes.reshape(-1, microbatch).max(1)).astype(
+        np.int32
+    )
     return batch
 
 
@@ -223,7 +251,11 @@ def length_batches(examples: Examples, batch: int, lengths: Sequence[int]) -> It
 
     Example:
         >>> from jax_ordermerge.data.examples import Ragged
-        >>> three = Examples(Ragged.of([[5], [5] * 9, [8, 9]], np.int32), Ragged.of([[1], [1] * 9, [0, 1]], np.bool_), np.arange(3))
+        >>> three = Examples(
+        ...     Ragged.of([[5], [5] * 9, [8, 9]], np.int32),
+        ...     Ragged.of([[1], [1] * 9, [0, 1]], np.bool_),
+        ...     np.arange(3),
+        ... )
         >>> [(b["tokens"].shape, b["ids"].tolist()) for b in length_batches(three, 2, (8, 16))]
         [((2, 16), [1, 2]), ((2, 8), [0, -1])]
     """
@@ -232,7 +264,9 @@ def length_batches(examples: Examples, batch: int, lengths: Sequence[int]) -> It
     for start in range(0, len(examples), batch):
         rows = by_length[start : start + batch]
         length = lengths[int(np.searchsorted(lengths, sizes[rows[0]]))]
-        yield collate(examples, np.pad(rows, (0, batch - rows.size), constant_values=PADDING), length)
+        yield collate(
+            examples, np.pad(rows, (0, batch - rows.size), constant_values=PADDING), length
+        )
 
 
 def _sizes(examples: Examples, rows: np.ndarray) -> np.ndarray:

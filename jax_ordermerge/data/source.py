@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from jax_ordermerge import config
+from jax_ordermerge import config as schema
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.data import chat, formats
 from jax_ordermerge.data.examples import Examples, Ragged
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 GENERATED: Final = "generated:"
 SUFFIXES: Final = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".txt")
-HUB_NAME: Final = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@]+))?")
+HUB_NAME: Final = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@]+))?"
+)
 # as in the TinyStories distribution; a text file without it is one text
 TEXT_END: Final = "<|endoftext|>"
 CHUNK: Final = 4096  # records tokenized at a time: lists of Python integers take ten times the memory of their array
@@ -66,7 +68,9 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[d
     return rows[:limit]
 
 
-def load_examples(data: config.Data, tokenizer: "PreTrainedTokenizerBase", split: Split, *, seed: int) -> Examples | None:
+def load_examples(
+    data: schema.Data, tokenizer: "PreTrainedTokenizerBase", split: Split, *, seed: int
+) -> Examples | None:
     """Load, template and tokenize one split; None where the config has none (no held-out examples, no validation examples).
 
     `train` and `validation` come from `data.train`, and so does `test` where it has no file of its own: `test_examples` and
@@ -84,12 +88,16 @@ def load_examples(data: config.Data, tokenizer: "PreTrainedTokenizerBase", split
     """
     if split == "test" and data.test is not None:
         return tokenize(data.test, data, tokenizer, "test", limit=data.test_limit)
-    if split != "train" and not (data.validation_examples if split == "validation" else data.test_examples):
+    if split != "train" and not (
+        data.validation_examples if split == "validation" else data.test_examples
+    ):
         return None
     return load_splits(data.model_copy(update={"test": None}), tokenizer, seed=seed)[split]
 
 
-def load_splits(data: config.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> dict[str, Examples]:
+def load_splits(
+    data: schema.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int
+) -> dict[str, Examples]:
     """Return all splits that the config has as `load_examples` does, reading and tokenizing each source once.
 
     Raises:
@@ -107,7 +115,12 @@ def load_splits(data: config.Data, tokenizer: "PreTrainedTokenizerBase", *, seed
 
 
 def tokenize(
-    path: str, data: config.Data, tokenizer: "PreTrainedTokenizerBase", split: str = "train", *, limit: int | None = None
+    path: str,
+    data: schema.Data,
+    tokenizer: "PreTrainedTokenizerBase",
+    split: str = "train",
+    *,
+    limit: int | None = None,
 ) -> Examples:
     """Load one source whole and tokenize it by the rules (format, template, length) of the config's section.
 
@@ -120,7 +133,10 @@ def tokenize(
         UserError: see `load_examples`.
     """
     # only where they are so named: training and test data may come from different places
-    rows = [row | {name: row[own] for name, own in data.columns.items() if own in row} for row in load(path, split, limit=limit)]
+    rows = [
+        row | {name: row[own] for name, own in data.columns.items() if own in row}
+        for row in load(path, split, limit=limit)
+    ]
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
     records = formats.normalize(rows, form, path)
     template = chat.resolve_template(data.template, form, records, tokenizer)
@@ -129,16 +145,24 @@ def tokenize(
     for start in range(0, len(records), CHUNK):
         part = records[start : start + CHUNK]
         sides = [part, [record.rejected for record in part if record.rejected]] if pairs else [part]
-        for origin, sequences in enumerate(zip(*(chat.encode(side, template, tokenizer) for side in sides), strict=True), start):
+        for origin, sequences in enumerate(
+            zip(*(chat.encode(side, template, tokenizer) for side in sides), strict=True), start
+        ):
             kept.window(*sequences) if form == "text" else kept.fit(sequences, origin)
     kept.cut(limit)  # a row gives several windows
     counts = {"read": len(rows), **kept.counts, "used": len(kept.origins)}
     if not kept.origins:
         said = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
-        raise UserError(f"data {path}: no example is left with data.max_length = {data.max_length} ({said}); raise it")
+        raise UserError(
+            f"data {path}: no example is left with data.max_length = {data.max_length} ({said}); raise it"
+        )
     sources = {"data": path, "format": form, "template": template} | _file_digest(path)
     chosen = kept.examples(0, [] if form == "text" else records)
-    rejected = kept.examples(1, [record.rejected for record in records if record.rejected]) if pairs else None
+    rejected = (
+        kept.examples(1, [record.rejected for record in records if record.rejected])
+        if pairs
+        else None
+    )
     return dataclasses.replace(chosen, counts=counts, sources=sources, rejected=rejected)
 
 
@@ -149,13 +173,17 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
         UserError: nothing would be left to train on.
 
     Example:
-        >>> five = Examples(Ragged.of([[1, 2]] * 5, np.int32), Ragged.of([[0, 1]] * 5, np.bool_), np.arange(5))
+        >>> five = Examples(
+        ...     Ragged.of([[1, 2]] * 5, np.int32), Ragged.of([[0, 1]] * 5, np.bool_), np.arange(5)
+        ... )
         >>> train, validation = set_aside(five, 2, 0, "validation")
         >>> train.ids.tolist(), validation.ids.tolist()
         ([2, 3, 4], [0, 1])
     """
     if count >= len(examples):
-        raise UserError(f"data.{split}_examples = {count} leaves nothing of {len(examples)} training examples; lower it")
+        raise UserError(
+            f"data.{split}_examples = {count} leaves nothing of {len(examples)} training examples; lower it"
+        )
     chosen = np.zeros(len(examples), bool)
     chosen[permutation(len(examples), seed, split)[:count]] = True
     return examples.take(np.flatnonzero(~chosen)), examples.take(np.flatnonzero(chosen))
@@ -173,15 +201,23 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
 
     folder = Path(directory)
     if not folder.is_dir():
-        raise UserError(f"tokenizer directory {directory} not found; give the Hugging Face directory of the base model")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(
+            f"tokenizer directory {directory} not found; give the Hugging Face directory of the base model"
+        )
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
         raise UserError(
             f"{directory} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy that of the base model"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the library raises nearly anything on a broken file
-        raise UserError(f"the tokenizer in {directory} cannot be read: {_first_line(error)}") from error
+        raise UserError(
+            f"the tokenizer in {directory} cannot be read: {_first_line(error)}"
+        ) from error
     return tokenizer
 
 
@@ -205,9 +241,14 @@ class _Kept:
         long = any(len(one.tokens) > self.length for one in sequences)
         if long and self.too_long == "drop":
             self.counts["dropped_too_long"] += 1
-        elif not all(any(one.answers[1 : self.length]) for one in sequences):  # the first token is nobody's target
+        elif not all(
+            any(one.answers[1 : self.length]) for one in sequences
+        ):  # the first token is nobody's target
             self.counts["dropped_no_response_tokens"] += 1
-        elif len(sequences) > 1 and sequences[0].tokens[: self.length] == sequences[1].tokens[: self.length]:
+        elif (
+            len(sequences) > 1
+            and sequences[0].tokens[: self.length] == sequences[1].tokens[: self.length]
+        ):
             self.counts["dropped_same_tokens"] += 1
         else:
             self.counts["truncated"] += long
@@ -215,7 +256,9 @@ class _Kept:
 
     def cut(self, limit: int | None) -> None:
         if limit is not None:
-            self.tokens, self.answers = ([rows[:limit] for rows in part] for part in (self.tokens, self.answers))
+            self.tokens, self.answers = (
+                [rows[:limit] for rows in part] for part in (self.tokens, self.answers)
+            )
             self.origins = self.origins[:limit]
 
     def _add(self, sequences: Sequence[chat.Encoded], start: int, origin: int) -> None:
@@ -240,7 +283,11 @@ class _Kept:
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise UserError(f"data file {path} not found" if not path.exists() else f"data {path} is a directory; give a file of it")
+        raise UserError(
+            f"data file {path} not found"
+            if not path.exists()
+            else f"data {path} is a directory; give a file of it"
+        )
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"data file {path} is of no known kind; expected {' '.join(SUFFIXES)}")
     try:
@@ -271,14 +318,22 @@ def _parse(text: str, path: Path) -> list[dict[str, Any]]:
         whole = json.loads(text)
         found = whole.get("data") if isinstance(whole, dict) else whole
         if not isinstance(found, list):
-            raise UserError(f'data file {path}: expected a list of objects, or {{"data": [...]}}; jsonl files end in .jsonl')
+            raise UserError(
+                f'data file {path}: expected a list of objects, or {{"data": [...]}}; jsonl files end in .jsonl'
+            )
         rows = found
     else:
-        rows = [_line(line, number, path) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [
+            _line(line, number, path)
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or None in row:
             shown = "more fields than the header" if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"data file {path}: row {number} is {shown}, expected an object with named columns")
+            raise UserError(
+                f"data file {path}: row {number} is {shown}, expected an object with named columns"
+            )
     return rows
 
 

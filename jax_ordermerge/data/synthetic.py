@@ -18,16 +18,59 @@ Item = TypeVar("Item")
 Record = dict[str, str]
 
 NAMES: Final = (
-    "Ann", "Ben", "Carl", "Dora", "Emma", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mary",
-    "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Tom", "Uma", "Vera", "Will", "Zoe",
-)  # fmt: skip
+    "Ann",
+    "Ben",
+    "Carl",
+    "Dora",
+    "Emma",
+    "Finn",
+    "Gina",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mary",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Tom",
+    "Uma",
+    "Vera",
+    "Will",
+    "Zoe",
+)
 THINGS: Final = (
-    "apples", "books", "boxes", "cards", "coins", "cups", "eggs", "hats", "keys", "lemons", "maps", "nuts",
-    "pears", "pens", "plums", "rings", "roses", "shells", "stamps", "stones", "toys",
-)  # fmt: skip
+    "apples",
+    "books",
+    "boxes",
+    "cards",
+    "coins",
+    "cups",
+    "eggs",
+    "hats",
+    "keys",
+    "lemons",
+    "maps",
+    "nuts",
+    "pears",
+    "pens",
+    "plums",
+    "rings",
+    "roses",
+    "shells",
+    "stamps",
+    "stones",
+    "toys",
+)
 GAINS: Final = ("buys", "finds", "gets", "makes", "wins")
 LOSSES: Final = ("drops", "gives away", "lends", "loses", "sells")
-LARGEST: Final = 60  # no amount is above it, so that every number is one token and has been added before
+LARGEST: Final = (
+    60  # no amount is above it, so that every number is one token and has been added before
+)
 
 
 class Draws:
@@ -101,7 +144,10 @@ def _together(draws: Draws) -> Record:
         by = draws.between(2, own - 1)
         word, sign, theirs = "fewer", "-", own - by
     question = f"{name} has {own} {things}. {other} has {by} {word} than {name}. How many {things} do {name} and {other} have?"
-    return {"question": question, "answer": f"{own} {sign} {by} = {theirs}, {own} + {theirs} = {own + theirs}. #### {own + theirs}"}
+    return {
+        "question": question,
+        "answer": f"{own} {sign} {by} = {theirs}, {own} + {theirs} = {own + theirs}. #### {own + theirs}",
+    }
 
 
 PROBLEMS: Final = (_changes, _bystander, _together)
@@ -154,7 +200,9 @@ def _verbs(draws: Draws) -> str:
         start, things = draws.between(4, 40), draws.pick(THINGS)
         phrase, _, amount = _change(draws, start)
         word = "more" if amount > start else "fewer"
-        parts.append(f"{name} has {start} {things} and then {phrase}. Now {abs(amount - start)} {word} than {start}.")
+        parts.append(
+            f"{name} has {start} {things} and then {phrase}. Now {abs(amount - start)} {word} than {start}."
+        )
     return " ".join(parts)
 
 
@@ -191,7 +239,9 @@ def _preference(draws: Draws, split: str) -> Record:
     problem = _problem(draws, split)
     steps, amount = problem["answer"].split(". #### ")
     result = int(amount)
-    wrong = draws.pick([n for n in range(max(1, result - 3), min(LARGEST, result + 3) + 1) if n != result])
+    wrong = draws.pick(
+        [n for n in range(max(1, result - 3), min(LARGEST, result + 3) + 1) if n != result]
+    )
     rejected = f"{steps.removesuffix(amount)}{wrong}. #### {wrong}"
     return {"prompt": problem["question"], "chosen": problem["answer"], "rejected": rejected}
 

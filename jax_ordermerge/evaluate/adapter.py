@@ -22,9 +22,16 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
 
-_NEW_TOKENS = 256  # of an answer, where a task says nothing else: as the harness's own models have it
+_NEW_TOKENS = (
+    256  # of an answer, where a task says nothing else: as the harness's own models have it
+)
 _RESAMPLES = 1000  # for the errors of metrics that are no means
-_SAID = ("do_sample", "temperature", "top_k", "top_p")  # settings of a task's generation that are known here
+_SAID = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+)  # settings of a task's generation that are known here
 
 
 def check() -> None:
@@ -34,7 +41,9 @@ def check() -> None:
         UserError: with what to install.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--harness needs lm-evaluation-harness, which is not installed: pip install 'jax_ordermerge[eval]'")
+        raise UserError(
+            "--harness needs lm-evaluation-harness, which is not installed: pip install 'jax_ordermerge[eval]'"
+        )
 
 
 def run(
@@ -68,7 +77,9 @@ def run(
     from lm_eval.utils import make_table
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork a process that holds devices and their threads
+    os.environ["DISABLE_MULTIPROC"] = (
+        "1"  # its bootstrap would fork a process that holds devices and their threads
+    )
     if chat and not subject.tokenizer.chat_template:
         raise UserError("--chat needs a chat template, the tokenizer has none; leave it out")
     found = evaluator.simple_evaluate(
@@ -103,12 +114,20 @@ def language_model(subject: Subject, *, seed: int = 0) -> "TemplateLM":
         prefix_token_id = subject.start
         max_length = subject.positions
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
             if add_special_tokens is None:
                 return subject.encode(string)
-            return list(subject.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+            return list(
+                subject.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)[
+                    "input_ids"
+                ]
+            )
 
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
             return str(
                 subject.tokenizer.apply_chat_template(
                     chat_history,
@@ -118,15 +137,24 @@ def language_model(subject: Subject, *, seed: int = 0) -> "TemplateLM":
                 )
             )
 
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-            pairs = [likelihood.fitted(context, continuation, subject.positions) for _, context, continuation in requests]
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], **_: Any
+        ) -> list[tuple[float, bool]]:
+            pairs = [
+                likelihood.fitted(context, continuation, subject.positions)
+                for _, context, continuation in requests
+            ]
             return list(zip(*subject.score(pairs), strict=True))
 
-        def loglikelihood_rolling(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[float]:
+        def loglikelihood_rolling(
+            self, requests: "Sequence[Instance]", disable_tqdm: bool = False
+        ) -> list[float]:
             texts = [subject.encode(request.args[0]) for request in requests]
             return likelihood.rolling(subject.score, texts, subject.start, subject.positions)
 
-        def generate_until(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[str]:
+        def generate_until(
+            self, requests: "Sequence[Instance]", disable_tqdm: bool = False
+        ) -> list[str]:
             return _generate(subject, requests, seed)
 
     return Adapter()
@@ -160,12 +188,16 @@ def _generate(subject: Subject, requests: "Sequence[Instance]", seed: int) -> li
 def _sampling(settings: Mapping[str, Any], task: str, seed: int) -> Sampling:
     unknown = [name for name in settings if name not in _SAID]
     if unknown:
-        raise UserError(f"task {task} sets generation_kwargs.{unknown[0]}, which is not offered here; known are {', '.join(_SAID)}")
+        raise UserError(
+            f"task {task} sets generation_kwargs.{unknown[0]}, which is not offered here; known are {', '.join(_SAID)}"
+        )
     temperature = float(settings.get("temperature") or 0.0)
     if not temperature or not settings.get("do_sample", True):
         return GREEDY
     top_k, top_p = settings.get("top_k"), settings.get("top_p")
-    return Sampling(temperature, int(top_k) if top_k else None, float(top_p) if top_p else None, seed)
+    return Sampling(
+        temperature, int(top_k) if top_k else None, float(top_p) if top_p else None, seed
+    )
 
 
 def _names(requests: "Sequence[Instance]") -> list[str]:
@@ -183,7 +215,9 @@ def _tasks(names: Sequence[str], include: Path | None) -> list[Any]:
     from lm_eval.tasks import TaskManager
 
     if include is not None and not include.is_dir():
-        raise UserError(f"--harness-include {include}: no such directory; give one with YAML files of tasks")
+        raise UserError(
+            f"--harness-include {include}: no such directory; give one with YAML files of tasks"
+        )
     manager = TaskManager(include_path=None if include is None else str(include))
     found: list[Any] = []
     for name in names:

@@ -58,13 +58,19 @@ def gsm8k(answer: str, reference: str) -> bool:
         UserError: the reference holds no such number.
 
     Example:
-        >>> gsm8k("2 + 3 = 5\\n#### 5", "so it is\\n#### 5"), gsm8k("5", "#### 5"), gsm8k("#### 5.0", "#### 5")
+        >>> (
+        ...     gsm8k("2 + 3 = 5\\n#### 5", "so it is\\n#### 5"),
+        ...     gsm8k("5", "#### 5"),
+        ...     gsm8k("#### 5.0", "#### 5"),
+        ... )
         (True, False, False)
     """
     expected = gsm8k_number(reference)
     if expected is None:
         shown = reference.strip()[-40:]
-        raise UserError(f"a gsm8k reference ends on '{shown}', expected '#### number'; use kind: exact for plain answers")
+        raise UserError(
+            f"a gsm8k reference ends on '{shown}', expected '#### number'; use kind: exact for plain answers"
+        )
     return gsm8k_number(answer) == expected
 
 
@@ -75,7 +81,10 @@ def gsm8k_flexible(answer: str, reference: str) -> bool:
         UserError: the reference holds no `#### number`.
 
     Example:
-        >>> gsm8k_flexible("so it is $1,005.", "#### 1005"), gsm8k_flexible("5 apples, 3 left", "#### 5")
+        >>> (
+        ...     gsm8k_flexible("so it is $1,005.", "#### 1005"),
+        ...     gsm8k_flexible("5 apples, 3 left", "#### 5"),
+        ... )
         (True, False)
 
     Source: the filter `flexible-extract` of lm-evaluation-harness, with the characters it ignores.
@@ -117,12 +126,18 @@ def number(answer: str, reference: str) -> bool:
         UserError: the reference holds no number.
 
     Example:
-        >>> number("He has 8 - 3.0 = 5.0 left.", "5"), number("none", "0"), number("1,000", "1000 (apples)")
+        >>> (
+        ...     number("He has 8 - 3.0 = 5.0 left.", "5"),
+        ...     number("none", "0"),
+        ...     number("1,000", "1000 (apples)"),
+        ... )
         (True, False, True)
     """
     expected = PLAIN_NUMBER.search(reference)
     if expected is None:
-        raise UserError(f"a reference is '{reference.strip()[:40]}', expected a number; use kind: exact for other answers")
+        raise UserError(
+            f"a reference is '{reference.strip()[:40]}', expected a number; use kind: exact for other answers"
+        )
     found = PLAIN_NUMBER.findall(answer)
     return bool(found) and abs(_value(found[-1]) - _value(expected.group())) < 1e-6
 
@@ -193,7 +208,9 @@ def _written_alike(text: str) -> str:
     text = re.sub(r"\\sqrt([0-9a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"^(-?)([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"(^|[^0-9])\.([0-9])", r"\g<1>0.\2", text)
-    return r"\frac{1}{2}" if text == "0.5" else re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
+    return (
+        r"\frac{1}{2}" if text == "0.5" else re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
+    )
 
 
 def accuracy(correct: Sequence[bool]) -> tuple[float, float]:

@@ -59,12 +59,19 @@ def generate(
         UserError: an empty prompt, an id outside the vocabulary, or a prompt that leaves no room in the context of the model.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> params = llama.init_params(config, 0)
-        >>> [len(ids) for ids in generate(config, params, [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())]
+        >>> [
+        ...     len(ids)
+        ...     for ids in generate(config, params, [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())
+        ... ]
         [5, 5]
     """
-    options = _Options(config, max_new_tokens, jnp.dtype(dtype), sampling, jax.default_backend() == "cpu")
+    options = _Options(
+        config, max_new_tokens, jnp.dtype(dtype), sampling, jax.default_backend() == "cpu"
+    )
     return _generate(options, params, prompts, 0, eos_ids, batch, names)[0]
 
 
@@ -93,18 +100,31 @@ def generate_members(
         UserError: as `generate`.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> two = tree.stack([llama.init_params(config, seed) for seed in (0, 1)])
         >>> found = generate_members(config, two, [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())
-        >>> found[1] == generate(config, tree.member(two, 1), [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=())
+        >>> found[1] == generate(
+        ...     config, tree.member(two, 1), [[1, 2, 3], [4]], max_new_tokens=5, eos_ids=()
+        ... )
         True
     """
-    options = _Options(config, max_new_tokens, jnp.dtype(dtype), sampling, jax.default_backend() == "cpu")
+    options = _Options(
+        config, max_new_tokens, jnp.dtype(dtype), sampling, jax.default_backend() == "cpu"
+    )
     return _generate(options, population, prompts, tree.size(population), eos_ids, batch, names)
 
 
 def compile_generation(
-    config: ModelConfig, mesh: Mesh, *, batch: int, prompt: int, max_new_tokens: int, held: str, dtype: DTypeLike
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch: int,
+    prompt: int,
+    max_new_tokens: int,
+    held: str,
+    dtype: DTypeLike,
 ) -> Any:
     """Return the compiled program of `generate`, `jax.stages.Compiled`; the devices of the mesh need not be here.
 
@@ -116,10 +136,17 @@ def compile_generation(
         held: dtype of the parameters.
     """
     tokens_BT = jax.ShapeDtypeStruct((batch, bucket(prompt, _SHORTEST)), jnp.int32)
-    lengths_B, ends = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((len(config.eos_token_ids) or 1,), jnp.int32)
+    lengths_B, ends = (
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.ShapeDtypeStruct((len(config.eos_token_ids) or 1,), jnp.int32),
+    )
     prompts = _Prompts(tokens_BT, lengths_B, jax.ShapeDtypeStruct((batch, 2), jnp.uint32), ends)
-    options = _Options(config, max_new_tokens, jnp.dtype(dtype), GREEDY, mesh.devices.flat[0].platform == "cpu")
-    return _decode.lower(options, convert.abstract_params(config, mesh, dtype=held), prompts, members=0).compile()
+    options = _Options(
+        config, max_new_tokens, jnp.dtype(dtype), GREEDY, mesh.devices.flat[0].platform == "cpu"
+    )
+    return _decode.lower(
+        options, convert.abstract_params(config, mesh, dtype=held), prompts, members=0
+    ).compile()
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -175,7 +202,9 @@ def _generate(
         tokens_BT, lengths_B = _left_pad([prompts[i] for i in rows], batch)
         words_B2 = np.zeros((len(lengths_B), 2), np.uint32)
         words_B2[: len(rows)] = words[rows]
-        found = _decode(options, params, _Prompts(tokens_BT, lengths_B, words_B2, ends), members=members)
+        found = _decode(
+            options, params, _Prompts(tokens_BT, lengths_B, words_B2, ends), members=members
+        )
         new_MBT, counts_MB = (np.asarray(x) if members else np.asarray(x)[None] for x in found)
         for own, new_BT, counts_B in zip(results, new_MBT, counts_MB, strict=True):
             for row, i in enumerate(rows):
@@ -183,14 +212,20 @@ def _generate(
     return results
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int) -> None:
+def _check(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int
+) -> None:
     if max_new_tokens < 1 or batch < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} and batch = {batch} must be at least 1")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise UserError(f"prompt {number} has no tokens; start it with a beginning-of-sequence id or drop it")
+            raise UserError(
+                f"prompt {number} has no tokens; start it with a beginning-of-sequence id or drop it"
+            )
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise UserError(f"prompt {number} holds an id outside the vocabulary of {config.vocab_size}; check the tokenizer")
+            raise UserError(
+                f"prompt {number} holds an id outside the vocabulary of {config.vocab_size}; check the tokenizer"
+            )
         if len(prompt) + max_new_tokens > config.max_position_embeddings:
             raise UserError(
                 f"prompt {number} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the context of"
@@ -232,7 +267,9 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("options", "members"))
-def _decode(options: _Options, params: tree.Tree, prompts: _Prompts, *, members: int) -> tuple[jax.Array, jax.Array]:
+def _decode(
+    options: _Options, params: tree.Tree, prompts: _Prompts, *, members: int
+) -> tuple[jax.Array, jax.Array]:
     """Return int32[(M,) B, max_new_tokens] and how many of them are the continuation, int32[(M,) B]."""
     one = functools.partial(_decode_one, options)
     if not members:
@@ -243,22 +280,36 @@ def _decode(options: _Options, params: tree.Tree, prompts: _Prompts, *, members:
     return jax.tree.map(lambda x: mesh.constrain(x, *[None] * x.ndim), found)
 
 
-def _decode_one(options: _Options, params: tree.Tree, prompts: _Prompts) -> tuple[jax.Array, jax.Array]:
+def _decode_one(
+    options: _Options, params: tree.Tree, prompts: _Prompts
+) -> tuple[jax.Array, jax.Array]:
     config, max_new_tokens, dtype, sampling, cpu = options
     params = _cast(config, params, dtype)
-    tokens_BT, lengths_B = mesh.constrain(jnp.asarray(prompts.tokens_BT), "batch", None), jnp.asarray(prompts.lengths_B)
+    tokens_BT, lengths_B = (
+        mesh.constrain(jnp.asarray(prompts.tokens_BT), "batch", None),
+        jnp.asarray(prompts.lengths_B),
+    )
     B, T = tokens_BT.shape
     live_B = lengths_B > 0
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
     cache = llama.init_cache(config, B, T, dtype)
     x_B1D, filled = llama.hidden(
-        config, params, tokens_BT, jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32), cache, dtype=dtype, last_only=True
-    )  # fmt: skip
+        config,
+        params,
+        tokens_BT,
+        jnp.maximum(positions_BT, 0),
+        (positions_BT >= 0).astype(jnp.int32),
+        cache,
+        dtype=dtype,
+        last_only=True,
+    )
     assert filled is not None
 
     def take(state: _State, x_B1D: jax.Array, table_VD: jax.Array) -> _State:
         # the table as it is and on the left: CPUs multiply few rows faster by it so
-        logits_VB = jnp.einsum("VD,BD->VB", table_VD, x_B1D[:, 0], preferred_element_type=jnp.float32)
+        logits_VB = jnp.einsum(
+            "VD,BD->VB", table_VD, x_B1D[:, 0], preferred_element_type=jnp.float32
+        )
         logits_BV = mesh.constrain(logits_VB, "vocab", "batch").T
         if sampling.temperature:  # tokens are sorted by all of the vocabulary; XLA's partitioner dies of sorting it in parts
             logits_BV = mesh.constrain(logits_BV, "batch", None)
@@ -266,14 +317,22 @@ def _decode_one(options: _Options, params: tree.Tree, prompts: _Prompts) -> tupl
         done_B = state.done_B | (token_B[:, None] == jnp.asarray(prompts.ends)[None]).any(-1)
         new_BT = jax.lax.dynamic_update_slice(state.new_BT, token_B[:, None], (0, state.step))
         going = mesh.any_member(~done_B.all())
-        return _State(state.cache, state.step + 1, token_B, new_BT, state.counts_B + ~done_B, done_B, going)
+        return _State(
+            state.cache, state.step + 1, token_B, new_BT, state.counts_B + ~done_B, done_B, going
+        )
 
     def advance(state: _State) -> _State:
         # an ended row goes on beside the others; its tokens are not counted
         position_B1 = (lengths_B + state.step - 1)[:, None]
         known = weights()
         x_B1D, cache = llama.hidden(
-            config, known, state.last_B[:, None], position_B1, live_B[:, None].astype(jnp.int32), state.cache, dtype=dtype
+            config,
+            known,
+            state.last_B[:, None],
+            position_B1,
+            live_B[:, None].astype(jnp.int32),
+            state.cache,
+            dtype=dtype,
         )
         assert cache is not None
         return take(state._replace(cache=cache), x_B1D, llama.head(config, known))
@@ -319,7 +378,9 @@ def _cast(config: ModelConfig, params: tree.Tree, dtype: np.dtype) -> tree.Tree:
     # once here instead of at every step; norms are applied in float32 and keep their bits
     kinds = {spec.path: spec.kind for spec in tensor_table(config)}
     flat = tree.flatten(params)
-    return tree.unflatten({path: x if kinds[path] == "norm" else x.astype(dtype) for path, x in flat.items()})
+    return tree.unflatten(
+        {path: x if kinds[path] == "norm" else x.astype(dtype) for path, x in flat.items()}
+    )
 
 
 def _turned(params: tree.Tree) -> tree.Tree:

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Data
+from jax_ordermerge.config.evaluation import LIKELIHOODS, OUTPUTS, PROGRAMS, Task
 from jax_ordermerge.data import source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import answers, decode, likelihood, programs, prompts
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
-from jax_ordermerge.task import LIKELIHOODS, OUTPUTS, PROGRAMS, Task
 from jax_ordermerge.tree import Tree, size
 
 SCORES: dict[str, Callable[[str, str], bool]] = {
@@ -96,25 +96,39 @@ def run(
         if task.kind in PROGRAMS:
             return run_programs(task, rows, subject.encode, subject.generate, seed=seed)
         if task.kind == OUTPUTS:
-            instructed = functools.partial(prompts.instruction_tokens, data=data, tokenizer=subject.tokenizer)
+            instructed = functools.partial(
+                prompts.instruction_tokens, data=data, tokenizer=subject.tokenizer
+            )
             return run_outputs(task, rows[: task.limit], instructed, subject.generate)
     if task.kind in LIKELIHOODS:
         settings: dict[str, Any] = {"start": subject.start, "positions": subject.positions}
         if task.kind == "perplexity":
-            return likelihood.run_perplexity(task, rows[: task.limit], subject.encode, subject.score, **settings)
+            return likelihood.run_perplexity(
+                task, rows[: task.limit], subject.encode, subject.score, **settings
+            )
         asked = prompts.questions(task, data, subject.tokenizer, seed=seed)
         return likelihood.run_choices(task, asked, subject.encode, subject.score, **settings)
     if task.prompt is not None or task.shots:
-        return run_task(task, prompts.examples(task, data, subject.tokenizer, seed=seed), subject.generate)
+        return run_task(
+            task, prompts.examples(task, data, subject.tokenizer, seed=seed), subject.generate
+        )
     if task.data is not None or test is None:
-        own = data if task.data is None else data.model_copy(update={"test": task.data, "test_limit": None})
+        own = (
+            data
+            if task.data is None
+            else data.model_copy(update={"test": task.data, "test_limit": None})
+        )
         test = source.load_examples(own, subject.tokenizer, "test", seed=seed)
     if test is None:
-        raise UserError(f"evaluation task {task.name} has no data; set data.test or the task's own data")
+        raise UserError(
+            f"evaluation task {task.name} has no data; set data.test or the task's own data"
+        )
     return run_task(task, test, subject.generate)
 
 
-def generator(config: ModelConfig, params: Tree, tokenizer: Any, *, batch: int, dtype: str) -> Generate:
+def generator(
+    config: ModelConfig, params: Tree, tokenizer: Any, *, batch: int, dtype: str
+) -> Generate:
     """Return `(prompts, max_new_tokens, sampling=GREEDY, names=None) -> texts`: completions of tokenized prompts, see `decode.generate`.
 
     Args:
@@ -130,17 +144,28 @@ def generator(config: ModelConfig, params: Tree, tokenizer: Any, *, batch: int, 
     settings: dict[str, Any] = {"eos_ids": _ends(config, tokenizer), "dtype": dtype, "batch": batch}
 
     def generate(
-        prompts: Prompts, max_new_tokens: int, sampling: Sampling = GREEDY, names: Sequence[str | int] | None = None
+        prompts: Prompts,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        names: Sequence[str | int] | None = None,
     ) -> list[str]:
         drawn: dict[str, Any] = {"sampling": sampling, "names": names}
-        rows = decode.generate(config, params, prompts, max_new_tokens=max_new_tokens, **drawn, **settings)
+        rows = decode.generate(
+            config, params, prompts, max_new_tokens=max_new_tokens, **drawn, **settings
+        )
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     return generate
 
 
 def generators(
-    config: ModelConfig, population: Tree, tokenizer: Any, *, batch: int, dtype: str, mesh: Mesh | None = None
+    config: ModelConfig,
+    population: Tree,
+    tokenizer: Any,
+    *,
+    batch: int,
+    dtype: str,
+    mesh: Mesh | None = None,
 ) -> list[Generate]:
     """Return for each of several models what `generator` returns. They write together, in one program, as soon as one is asked.
 
@@ -165,25 +190,40 @@ def generators(
         sampling: Sampling = GREEDY,
         names: Sequence[str | int] | None = None,
     ) -> list[str]:
-        asked = (tuple(map(tuple, prompts)), max_new_tokens, sampling, None if names is None else tuple(names))
+        asked = (
+            tuple(map(tuple, prompts)),
+            max_new_tokens,
+            sampling,
+            None if names is None else tuple(names),
+        )
         if asked not in written:
             drawn: dict[str, Any] = {"sampling": sampling, "names": names}
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                found = decode.generate_members(config, population, prompts, max_new_tokens=max_new_tokens, **drawn, **settings)
-            written[asked] = [[tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in found]
+                found = decode.generate_members(
+                    config, population, prompts, max_new_tokens=max_new_tokens, **drawn, **settings
+                )
+            written[asked] = [
+                [tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in found
+            ]
         return written[asked][member]
 
     return [functools.partial(generate, member) for member in range(size(population))]
 
 
 def _ends(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    ends = config.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
+    ends = config.eos_token_ids or (
+        (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
+    )
     if not ends:
-        raise UserError("neither config.json nor the tokenizer names an end-of-sequence token; generation could not stop")
+        raise UserError(
+            "neither config.json nor the tokenizer names an end-of-sequence token; generation could not stop"
+        )
     return tuple(ends)
 
 
-def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run_task(
+    task: Task, examples: Examples, generate: Generate
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Let a model answer the examples of a task.
 
     Args:
@@ -198,16 +238,23 @@ def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[s
     Example:
         >>> import numpy as np
         >>> from jax_ordermerge.data.examples import Ragged
-        >>> tokens, mask = Ragged.of([[1, 5, 6], [1, 7, 8]], np.int32), Ragged.of([[0, 0, 1], [0, 0, 1]], np.bool_)
+        >>> tokens, mask = (
+        ...     Ragged.of([[1, 5, 6], [1, 7, 8]], np.int32),
+        ...     Ragged.of([[0, 0, 1], [0, 0, 1]], np.bool_),
+        ... )
         >>> two = Examples(tokens, mask, np.arange(2), prompts=["a", "b"], responses=["A", "B"])
         >>> run_task(Task(name="echo"), two, lambda prompts, n: ["A", "no"])[0]
         {'accuracy': 0.5, 'se': 0.3535533905932738, 'n': 2}
     """
     rows = range(min(task.limit or len(examples), len(examples)))
     texts = [
-        answers.ended(text, task.stop) for text in generate([examples.prompt(row).tolist() for row in rows], task.max_new_tokens)
+        answers.ended(text, task.stop)
+        for text in generate([examples.prompt(row).tolist() for row in rows], task.max_new_tokens)
     ]
-    correct = [SCORES[task.kind](text, examples.responses[row]) for row, text in zip(rows, texts, strict=True)]
+    correct = [
+        SCORES[task.kind](text, examples.responses[row])
+        for row, text in zip(rows, texts, strict=True)
+    ]
     items: list[dict[str, Any]] = [
         {
             "id": int(examples.ids[row]),
@@ -229,7 +276,10 @@ def run_task(task: Task, examples: Examples, generate: Generate) -> tuple[dict[s
 
 
 def run_outputs(
-    task: Task, rows: Sequence[prompts.Row], encode: Callable[[prompts.Row], list[int]], generate: Generate
+    task: Task,
+    rows: Sequence[prompts.Row],
+    encode: Callable[[prompts.Row], list[int]],
+    generate: Generate,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Let a model follow instructions. Nothing is scored: the rows are for a judge, see `judge.py`.
 
@@ -244,20 +294,36 @@ def run_outputs(
 
     Example:
         >>> run_outputs(
-        ...     Task(name="a", kind="alpaca_outputs", data="x"), [{"instruction": "Greet."}], lambda row: [1], lambda p, n: ["Hi"]
+        ...     Task(name="a", kind="alpaca_outputs", data="x"),
+        ...     [{"instruction": "Greet."}],
+        ...     lambda row: [1],
+        ...     lambda p, n: ["Hi"],
         ... )
         ({'n': 1}, [{'instruction': 'Greet.', 'output': 'Hi', 'dataset': 'a'}])
     """
     texts = generate([encode(row) for row in rows], task.max_new_tokens)
     items: list[dict[str, Any]] = []
     for row, text in zip(rows, texts, strict=True):
-        whole = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-        items.append({"instruction": whole, "output": answers.ended(text, task.stop), "dataset": row.get("dataset", task.name)})
+        whole = (
+            f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+        )
+        items.append(
+            {
+                "instruction": whole,
+                "output": answers.ended(text, task.stop),
+                "dataset": row.get("dataset", task.name),
+            }
+        )
     return {"n": len(items)}, items
 
 
 def run_programs(
-    task: Task, rows: Sequence[programs.Row], encode: Callable[[str], list[int]], generate: Generate, *, seed: int = 0
+    task: Task,
+    rows: Sequence[programs.Row],
+    encode: Callable[[str], list[int]],
+    generate: Generate,
+    *,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Let a model write programs, and run their tests in the sandbox.
 
@@ -277,7 +343,9 @@ def run_programs(
         raise UserError(f"evaluation task {task.name} has no problems, check its data and limit")
     asked = [encode(problem.prompt) for problem in problems for _ in range(task.samples)]
     names = [f"{problem.id}/{sample}" for problem in problems for sample in range(task.samples)]
-    texts = generate(asked, task.max_new_tokens, Sampling(task.temperature, task.top_k, task.top_p, seed), names)
+    texts = generate(
+        asked, task.max_new_tokens, Sampling(task.temperature, task.top_k, task.top_p, seed), names
+    )
     owners = [problem for problem in problems for _ in range(task.samples)]
     verdicts = [problem.judge(text) for problem, text in zip(owners, texts, strict=True)]
     items: list[dict[str, Any]] = [
@@ -291,10 +359,22 @@ def run_programs(
         }
         for name, problem, text, verdict in zip(names, owners, texts, verdicts, strict=True)
     ]
-    right = [sum(one.passed for one in verdicts[at : at + task.samples]) for at in range(0, len(verdicts), task.samples)]
+    right = [
+        sum(one.passed for one in verdicts[at : at + task.samples])
+        for at in range(0, len(verdicts), task.samples)
+    ]
     shares = [count / task.samples for count in right]
     mean, count = sum(shares) / len(shares), len(shares)
     error = (sum((share - mean) ** 2 for share in shares) / max(count - 1, 1) / count) ** 0.5
     ks = [k for k in (1, 10, 100) if k <= task.samples]
-    passed = {f"pass@{k}": sum(programs.pass_at_k(task.samples, one, k) for one in right) / count for k in ks}
-    return {"accuracy": mean, "se": error, "n": count, "isolation": verdicts[0].isolation, **passed}, items
+    passed = {
+        f"pass@{k}": sum(programs.pass_at_k(task.samples, one, k) for one in right) / count
+        for k in ks
+    }
+    return {
+        "accuracy": mean,
+        "se": error,
+        "n": count,
+        "isolation": verdicts[0].isolation,
+        **passed,
+    }, items

@@ -57,11 +57,20 @@ class Endpoint:
         Raises:
             UserError: the endpoint cannot be reached, refuses, or answers in another form.
         """
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 16}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": 16,
+        }
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        )
         address = f"{self.url.rstrip('/')}/chat/completions"
         if not address.startswith(("http://", "https://")):
-            raise UserError(f"judge {self.url}: expected an address such as http://localhost:8000/v1")
+            raise UserError(
+                f"judge {self.url}: expected an address such as http://localhost:8000/v1"
+            )
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         for pause in (*_RETRIES, None):
             try:
@@ -70,12 +79,18 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 error.close()
                 if pause is None or error.code not in (429, 500, 502, 503):
-                    raise UserError(f"judge {address} answers {error.code} {error.reason}; check address, model and key") from error
+                    raise UserError(
+                        f"judge {address} answers {error.code} {error.reason}; check address, model and key"
+                    ) from error
                 time.sleep(pause)
             except OSError as error:
-                raise UserError(f"judge {address} cannot be reached ({error}); check the address") from error
+                raise UserError(
+                    f"judge {address} cannot be reached ({error}); check the address"
+                ) from error
             except (ValueError, LookupError, TypeError) as error:
-                raise UserError(f"judge {address} answers in no form of chat completions; check the address") from error
+                raise UserError(
+                    f"judge {address} answers in no form of chat completions; check the address"
+                ) from error
         raise AssertionError("the last try returns or raises")
 
 
@@ -87,7 +102,11 @@ def prefers(endpoint: Endpoint, instruction: str, first: str, second: str) -> fl
 
 
 def compare(
-    endpoint: Endpoint, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], *, workers: int = 4
+    endpoint: Endpoint,
+    ours: Sequence[Mapping[str, Any]],
+    theirs: Sequence[Mapping[str, Any]],
+    *,
+    workers: int = 4,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Judge the outputs of two models on the same instructions, each pair in both orders.
 
@@ -104,7 +123,9 @@ def compare(
         UserError: other instructions, none, or an endpoint that does not answer.
     """
     if [row["instruction"] for row in ours] != [row["instruction"] for row in theirs]:
-        raise UserError("the two files of outputs have different instructions; judge models on the same ones, in the same order")
+        raise UserError(
+            "the two files of outputs have different instructions; judge models on the same ones, in the same order"
+        )
     if not ours:
         raise UserError("the files of outputs are empty; there is nothing to judge")
 
@@ -112,7 +133,12 @@ def compare(
         own, other = pair
         first = prefers(endpoint, own["instruction"], own["output"], other["output"])
         second = 1.0 - prefers(endpoint, own["instruction"], other["output"], own["output"])
-        return {"instruction": own["instruction"], "first": first, "second": second, "win": (first + second) / 2}
+        return {
+            "instruction": own["instruction"],
+            "first": first,
+            "second": second,
+            "win": (first + second) / 2,
+        }
 
     with ThreadPoolExecutor(workers) as pool:
         items = list(pool.map(both, zip(ours, theirs, strict=True)))
@@ -123,11 +149,15 @@ def compare(
     return {"win_rate": mean, "se": error, "n": count, "turned": turned}, items
 
 
-def compare_files(endpoint: Endpoint, ours: str | Path, theirs: str | Path, out: Path | None = None) -> dict[str, Any]:
+def compare_files(
+    endpoint: Endpoint, ours: str | Path, theirs: str | Path, out: Path | None = None
+) -> dict[str, Any]:
     """Judge two files of outputs, write the verdicts of every item to a file where one is named, and return what `compare` found."""
     found, items = compare(endpoint, read(ours), read(theirs))
     if out is not None:
-        atomic.replace(out, json.dumps({"judge": endpoint.model, **found, "items": items}, indent=1).encode())
+        atomic.replace(
+            out, json.dumps({"judge": endpoint.model, **found, "items": items}, indent=1).encode()
+        )
     return found
 
 
@@ -141,6 +171,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         rows = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no file of outputs: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"instruction", "output"} <= set(row) for row in rows):
-        raise UserError(f"{path}: expected a list of objects with instruction and output, as AlpacaEval's model_outputs.json")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"instruction", "output"} <= set(row) for row in rows
+    ):
+        raise UserError(
+            f"{path}: expected a list of objects with instruction and output, as AlpacaEval's model_outputs.json"
+        )
     return rows

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from jax_ordermerge.config.evaluation import Task
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import answers
 from jax_ordermerge.evaluate.prompts import Question, Row, chosen, text
-from jax_ordermerge.task import Task
 
 Pair = tuple[list[int], list[int]]
 Score = Callable[[Sequence[Pair]], tuple[Sequence[float], Sequence[bool]]]
@@ -85,7 +85,9 @@ def windows(tokens: Sequence[int], start: int, positions: int) -> list[Pair]:
     return found
 
 
-def rolling(score: Score, texts: Sequence[Sequence[int]], start: int, positions: int) -> list[float]:
+def rolling(
+    score: Score, texts: Sequence[Sequence[int]], start: int, positions: int
+) -> list[float]:
     """Return the log-probability of each text in nats, all of its tokens predicted once; see `windows`.
 
     Args:
@@ -94,7 +96,9 @@ def rolling(score: Score, texts: Sequence[Sequence[int]], start: int, positions:
         start, positions: see `windows`.
 
     Example:
-        >>> rolling(lambda pairs: ([-float(len(pair[1])) for pair in pairs], []), [[1, 2, 3], []], 0, 2)
+        >>> rolling(
+        ...     lambda pairs: ([-float(len(pair[1])) for pair in pairs], []), [[1, 2, 3], []], 0, 2
+        ... )
         [-3.0, 0.0]
     """
     cut = [windows(tokens, start, positions) for tokens in texts]
@@ -103,7 +107,13 @@ def rolling(score: Score, texts: Sequence[Sequence[int]], start: int, positions:
 
 
 def run_choices(
-    task: Task, asked: Sequence[Question], encode: Encode, score: Score, *, start: int, positions: int
+    task: Task,
+    asked: Sequence[Question],
+    encode: Encode,
+    score: Score,
+    *,
+    start: int,
+    positions: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Let a model choose: the choice whose text it finds likeliest after the prompt.
 
@@ -123,9 +133,22 @@ def run_choices(
     Example:
         >>> row = {"choices": ["no", "certainly"], "answer": 1}
         >>> one = Question(0, row, "Is it?", "Is it?", "certainly")
-        >>> task = Task(name="t", kind="multiple_choice", data="x", choices="{{choices}}", answer="{{answer}}")
+        >>> task = Task(
+        ...     name="t",
+        ...     kind="multiple_choice",
+        ...     data="x",
+        ...     choices="{{choices}}",
+        ...     answer="{{answer}}",
+        ... )
         >>> letters = lambda text: [ord(letter) for letter in text]
-        >>> found, items = run_choices(task, [one], letters, lambda pairs: ([-3.0, -4.0], [False, False]), start=0, positions=99)
+        >>> found, items = run_choices(
+        ...     task,
+        ...     [one],
+        ...     letters,
+        ...     lambda pairs: ([-3.0, -4.0], [False, False]),
+        ...     start=0,
+        ...     positions=99,
+        ... )
         >>> found["accuracy"], found["acc_norm"], items[0]["answer"]
         (0.0, 1.0, 'no')
     """
@@ -134,7 +157,9 @@ def run_choices(
     for one, (choices, _) in zip(asked, known, strict=True):
         assert isinstance(one.asked, str)
         for choice in choices:
-            pairs.append(fitted(*pair(encode, one.asked, f"{task.delimiter}{choice}", start), positions))
+            pairs.append(
+                fitted(*pair(encode, one.asked, f"{task.delimiter}{choice}", start), positions)
+            )
     found = score(pairs)
     logps, greedy = (iter(part) for part in found)
     items: list[dict[str, Any]] = []
@@ -146,12 +171,21 @@ def run_choices(
             "correct_bytes": int(np.argmax(own / [len(choice.encode()) for choice in choices])),
         }
         items.append(
-            {"id": one.id, "prompt": one.prompt, "reference": one.reference, "answer": choices[picks["correct"]]}
+            {
+                "id": one.id,
+                "prompt": one.prompt,
+                "reference": one.reference,
+                "answer": choices[picks["correct"]],
+            }
             | {name: pick == right for name, pick in picks.items()}
             | {"logps": own.tolist(), "greedy": [bool(next(greedy)) for _ in choices]}
         )
     summary: dict[str, Any] = {}
-    for name, key in (("accuracy", "correct"), ("acc_norm", "correct_norm"), ("acc_bytes", "correct_bytes")):
+    for name, key in (
+        ("accuracy", "correct"),
+        ("acc_norm", "correct_norm"),
+        ("acc_bytes", "correct_bytes"),
+    ):
         mean, error = answers.accuracy([item[key] for item in items])
         summary |= {name: mean, "se" if name == "accuracy" else f"{name}_se": error}
     return summary | {"n": len(items)}, items
@@ -179,8 +213,15 @@ def run_perplexity(
         >>> task = Task(name="t", kind="perplexity", data="x")
         >>> letters = lambda text: [ord(letter) for letter in text]
         >>> half = lambda pairs: ([-math.log(2) * len(pair[1]) for pair in pairs], [])
-        >>> found, items = run_perplexity(task, [{"text": "a b"}, {"text": "cd"}], letters, half, start=0, positions=2)
-        >>> round(found["byte_perplexity"], 6), round(found["bits_per_byte"], 6), found["words"], found["tokens"]
+        >>> found, items = run_perplexity(
+        ...     task, [{"text": "a b"}, {"text": "cd"}], letters, half, start=0, positions=2
+        ... )
+        >>> (
+        ...     round(found["byte_perplexity"], 6),
+        ...     round(found["bits_per_byte"], 6),
+        ...     found["words"],
+        ...     found["tokens"],
+        ... )
         (2.0, 1.0, 3, 5)
     """
     assert task.response is not None
@@ -188,7 +229,13 @@ def run_perplexity(
     tokens = [encode(one) for one in texts]
     logps = rolling(score, tokens, start, positions)
     items: list[dict[str, Any]] = [
-        {"id": number, "logp": logp, "words": len(re.split(r"\s+", one)), "bytes": len(one.encode()), "tokens": len(own)}
+        {
+            "id": number,
+            "logp": logp,
+            "words": len(re.split(r"\s+", one)),
+            "bytes": len(one.encode()),
+            "tokens": len(own),
+        }
         for number, (one, own, logp) in enumerate(zip(texts, tokens, logps, strict=True))
     ]
     total = math.fsum(logps)
@@ -199,5 +246,12 @@ def run_perplexity(
     n, share = len(items), -total / counts["bytes"]
     left = [-item["logp"] - share * item["bytes"] for item in items]
     error = math.sqrt(math.fsum(x * x for x in left) * n / max(n - 1, 1)) / counts["bytes"]
-    perplexities = {f"{name[:-1]}_perplexity": math.exp(min(mean, 700.0)) for name, mean in means.items()}
-    return perplexities | {"bits_per_byte": share / math.log(2), "se": error / math.log(2), **counts, "n": n}, items
+    perplexities = {
+        f"{name[:-1]}_perplexity": math.exp(min(mean, 700.0)) for name, mean in means.items()
+    }
+    return perplexities | {
+        "bits_per_byte": share / math.log(2),
+        "se": error / math.log(2),
+        **counts,
+        "n": n,
+    }, items

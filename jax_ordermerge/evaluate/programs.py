@@ -48,7 +48,9 @@ class Problem:
 
     def judge(self, text: str, timeout: float = 10.0) -> sandbox.Verdict:
         """Run the tests on a continuation."""
-        return sandbox.judge(self.program(text), self.tests, self.names, setup=self.setup, timeout=timeout)
+        return sandbox.judge(
+            self.program(text), self.tests, self.names, setup=self.setup, timeout=timeout
+        )
 
 
 def humaneval(rows: Sequence[Row]) -> list[Problem]:
@@ -58,8 +60,15 @@ def humaneval(rows: Sequence[Row]) -> list[Problem]:
         UserError: a column is missing.
 
     Example:
-        >>> row = {"task_id": "t/0", "prompt": "def f(x):\\n    ''\\n", "entry_point": "f", "canonical_solution": "    return x\\n"}
-        >>> one = humaneval([row | {"test": "def check(candidate):\\n    assert candidate(1) == 1\\n"}])[0]
+        >>> row = {
+        ...     "task_id": "t/0",
+        ...     "prompt": "def f(x):\\n    ''\\n",
+        ...     "entry_point": "f",
+        ...     "canonical_solution": "    return x\\n",
+        ... }
+        >>> one = humaneval(
+        ...     [row | {"test": "def check(candidate):\\n    assert candidate(1) == 1\\n"}]
+        ... )[0]
         >>> one.judge("    return x\\nprint(1)").passed, one.judge("    return 2 * x\\n").passed
         (True, False)
     """
@@ -87,7 +96,12 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
         UserError: a column is missing.
 
     Example:
-        >>> row = {"task_id": 11, "text": "Double it.", "code": "def f(x): return 2 * x", "test_list": ["assert f(2) == 4"]}
+        >>> row = {
+        ...     "task_id": 11,
+        ...     "text": "Double it.",
+        ...     "code": "def f(x): return 2 * x",
+        ...     "test_list": ["assert f(2) == 4"],
+        ... }
         >>> one = mbpp([row])[0]
         >>> print(one.prompt)
         You are an expert Python programmer, and here is your task: Double it. Your code should pass these tests:
@@ -100,11 +114,15 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
     """
 
     def asked(row: Row) -> str:
-        text = row["prompt"] if "text" not in row and "prompt" in row else _column(row, "text", "mbpp")
+        text = (
+            row["prompt"] if "text" not in row and "prompt" in row else _column(row, "text", "mbpp")
+        )
         tests = "\n".join(_column(row, "test_list", "mbpp"))
         return f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
 
-    shown = "".join(f"{asked(row)}{row['code']}\n[DONE]\n" for row in rows if row.get("task_id") in _SHOTS)
+    shown = "".join(
+        f"{asked(row)}{row['code']}\n[DONE]\n" for row in rows if row.get("task_id") in _SHOTS
+    )
     problems = []
     for row in rows:
         if row.get("task_id") in _SHOTS:
@@ -126,7 +144,10 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
     return problems
 
 
-PROGRAMS: dict[str, Callable[[Sequence[Row]], list[Problem]]] = {"humaneval": humaneval, "mbpp": mbpp}
+PROGRAMS: dict[str, Callable[[Sequence[Row]], list[Problem]]] = {
+    "humaneval": humaneval,
+    "mbpp": mbpp,
+}
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -145,7 +166,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
         (0.25, 0.5, 1.0)
     """
     if k > samples:
-        raise UserError(f"pass@{k} needs at least {k} samples a problem, got {samples}; raise samples")
+        raise UserError(
+            f"pass@{k} needs at least {k} samples a problem, got {samples}; raise samples"
+        )
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
@@ -153,14 +176,25 @@ def _called(tests: str, setup: str) -> tuple[str, ...]:
     """Return the names that tests read and neither they, their setup nor Python define."""
 
     def names(source: str, kind: type[ast.expr_context]) -> set[str]:
-        return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name) and isinstance(node.ctx, kind)}
+        return {
+            node.id
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Name) and isinstance(node.ctx, kind)
+        }
 
-    defined = {alias.asname or alias.name for node in ast.walk(ast.parse(f"{setup}\n{tests}")) for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)}  # fmt: skip
+    defined = {
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(f"{setup}\n{tests}"))
+        for alias in getattr(node, "names", ())
+        if isinstance(alias, ast.alias)
+    }
     known = defined | names(f"{setup}\n{tests}", ast.Store) | set(dir(builtins))
     return tuple(sorted(names(f"{setup}\n{tests}", ast.Load) - known))
 
 
 def _column(row: Row, name: str, kind: str) -> Any:
     if name not in row:
-        raise UserError(f"a task of kind {kind} reads the column {name}, its data has {', '.join(row)}; give the file as published")
+        raise UserError(
+            f"a task of kind {kind} reads the column {name}, its data has {', '.join(row)}; give the file as published"
+        )
     return row[name]

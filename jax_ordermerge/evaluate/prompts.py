@@ -10,19 +10,21 @@ import jinja2.sandbox
 import numpy as np
 
 from jax_ordermerge.config import Data
+from jax_ordermerge.config.evaluation import Task
 from jax_ordermerge.data import chat, formats, source
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.formats import Message, Record
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_words
-from jax_ordermerge.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
 # what a task's config names is data, and no way to run code
-_JINJA: Final = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+_JINJA: Final = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+)
 _WHOLE: Final = re.compile(r"\s*\{\{((?:(?!\}\}).)*)\}\}\s*", re.DOTALL)
 
 
@@ -43,7 +45,9 @@ def text(template: str, row: Row) -> str:
     try:
         return _JINJA.from_string(template).render(row)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        raise UserError(f"template {template!r}: {error}; the columns are {', '.join(map(str, row))}") from error
+        raise UserError(
+            f"template {template!r}: {error}; the columns are {', '.join(map(str, row))}"
+        ) from error
 
 
 def value(template: str, row: Row) -> Any:
@@ -67,7 +71,9 @@ def value(template: str, row: Row) -> Any:
     else:
         reason = str(getattr(found, "_undefined_message", "it is null"))
     if found is None or isinstance(found, jinja2.Undefined):
-        raise UserError(f"template {template!r}: {reason}; the columns are {', '.join(map(str, row))}")
+        raise UserError(
+            f"template {template!r}: {reason}; the columns are {', '.join(map(str, row))}"
+        )
     return found
 
 
@@ -100,7 +106,9 @@ class _Wording:
     chat: bool = False
 
 
-def questions(task: Task, data: Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> list[Question]:
+def questions(
+    task: Task, data: Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int
+) -> list[Question]:
     """Return the items of a task that are asked by templates of its own, or after shots.
 
     Args:
@@ -114,29 +122,42 @@ def questions(task: Task, data: Data, tokenizer: "PreTrainedTokenizerBase", *, s
     """
     path = task.data or data.test
     if path is None:
-        raise UserError(f"evaluation task {task.name} has no data; set data.test or the task's own data")
+        raise UserError(
+            f"evaluation task {task.name} has no data; set data.test or the task's own data"
+        )
     rows = source.load(path, "test", limit=task.limit)
     wording = _wording(task, data, rows, path, tokenizer)
     shots = _shots(task, data)
     found = []
     for number, row in enumerate(rows):
         # a row is never its own shot, where items and shots are of one file
-        own = _chosen(task, [shot for shot in shots if shot != row] if task.shots else (), seed, number)
+        own = _chosen(
+            task, [shot for shot in shots if shot != row] if task.shots else (), seed, number
+        )
         prompt = wording.asks(row)
         pairs = [(wording.asks(shot), wording.goes_on(shot)) for shot in own]
         asked: str | list[Message]
         if wording.chat:
             asked = [{"role": "system", "content": task.description}] if task.description else []
             for question, answer in pairs:
-                asked += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                asked += [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
             asked.append({"role": "user", "content": prompt})
         else:
-            asked = task.description + "".join(f"{question}{answer}{task.shots_between}" for question, answer in pairs) + prompt
+            asked = (
+                task.description
+                + "".join(f"{question}{answer}{task.shots_between}" for question, answer in pairs)
+                + prompt
+            )
         found.append(Question(number, row, prompt, asked, wording.reference(row)))
     return found
 
 
-def examples(task: Task, data: Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> Examples:
+def examples(
+    task: Task, data: Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int
+) -> Examples:
     """Return the items of `questions` as examples without responses: generation starts from all of their tokens.
 
     Raises:
@@ -160,7 +181,9 @@ def instruction_tokens(row: Row, data: Data, tokenizer: "PreTrainedTokenizerBase
         UserError: the row has no instruction.
     """
     if not isinstance(row.get("instruction"), str):
-        raise UserError(f"a file of instructions needs the column instruction, its columns are {', '.join(row)}")
+        raise UserError(
+            f"a file of instructions needs the column instruction, its columns are {', '.join(row)}"
+        )
     record = Record.asked(row["instruction"], system_input=str(row.get("input") or ""))
     template = chat.resolve_template(data.template, "alpaca", [record], tokenizer)
     return chat.prompt_tokens(record, template, tokenizer).tolist()
@@ -179,7 +202,9 @@ def _tokens(asked: str | Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
     return chat.prompt_tokens(record, "chat", tokenizer).tolist()
 
 
-def _wording(task: Task, data: Data, rows: Sequence[Row], path: str, tokenizer: "PreTrainedTokenizerBase") -> _Wording:
+def _wording(
+    task: Task, data: Data, rows: Sequence[Row], path: str, tokenizer: "PreTrainedTokenizerBase"
+) -> _Wording:
     prompt, response = task.prompt, task.response
     if task.kind == "multiple_choice":
         assert prompt is not None
@@ -190,7 +215,11 @@ def _wording(task: Task, data: Data, rows: Sequence[Row], path: str, tokenizer: 
         )
     if prompt is not None and response is not None:
         reference = response if task.reference is None else task.reference
-        return _Wording(lambda row: text(prompt, row), lambda row: text(response, row), lambda row: text(reference, row).strip())
+        return _Wording(
+            lambda row: text(prompt, row),
+            lambda row: text(response, row),
+            lambda row: text(reference, row).strip(),
+        )
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
 
     def record(row: Row) -> Record:
@@ -199,7 +228,10 @@ def _wording(task: Task, data: Data, rows: Sequence[Row], path: str, tokenizer: 
     template = chat.resolve_template(data.template, form, [record(rows[0])], tokenizer)
     if template == "chat":
         return _Wording(
-            lambda row: record(row).prompt, lambda row: record(row).response, lambda row: record(row).response, chat=True
+            lambda row: record(row).prompt,
+            lambda row: record(row).response,
+            lambda row: record(row).response,
+            chat=True,
         )
     return _Wording(
         lambda row: chat.render(record(row), template)[0],
@@ -215,7 +247,13 @@ def chosen(task: Task, row: Row) -> tuple[list[str], int]:
         UserError: no list of choices, or an answer that is none of them.
 
     Example:
-        >>> task = Task(name="arc", kind="multiple_choice", data="x", choices="{{c.text}}", answer="{{c.label.index(key)}}")
+        >>> task = Task(
+        ...     name="arc",
+        ...     kind="multiple_choice",
+        ...     data="x",
+        ...     choices="{{c.text}}",
+        ...     answer="{{c.label.index(key)}}",
+        ... )
         >>> chosen(task, {"c": {"text": ["red", "blue"], "label": ["A", "B"]}, "key": "B"})
         (['red', 'blue'], 1)
     """
@@ -247,13 +285,17 @@ def _shots(task: Task, data: Data) -> list[dict[str, Any]]:
     # one more than needed: a row is never its own shot
     rows = source.load(path, "train", limit=task.shots + 1 if task.shots_order == "first" else None)
     if len(rows) < task.shots:
-        raise UserError(f"evaluation task {task.name}: {path} has {len(rows)} rows, fewer than shots = {task.shots}; lower it")
+        raise UserError(
+            f"evaluation task {task.name}: {path} has {len(rows)} rows, fewer than shots = {task.shots}; lower it"
+        )
     return rows
 
 
 def _chosen(task: Task, shots: Sequence[Row], seed: int, number: int) -> Sequence[Row]:
     if len(shots) < task.shots:
-        raise UserError(f"evaluation task {task.name}: too few shots are left for item {number}, which is one of them; lower shots")
+        raise UserError(
+            f"evaluation task {task.name}: too few shots are left for item {number}, which is one of them; lower shots"
+        )
     if task.shots_order == "first":
         return shots[: task.shots]
     generator = np.random.default_rng(stream_words(seed, "shots", task.name, number))

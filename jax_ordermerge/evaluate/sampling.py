@@ -41,11 +41,17 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature = {self.temperature} is not a finite number of at least 0; 0 is greedy")
+            raise UserError(
+                f"temperature = {self.temperature} is not a finite number of at least 0; 0 is greedy"
+            )
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k = {self.top_k} must be at least 1; leave it out to draw among all tokens")
+            raise UserError(
+                f"top_k = {self.top_k} must be at least 1; leave it out to draw among all tokens"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1; leave it out to draw among all tokens")
+            raise UserError(
+                f"top_p = {self.top_p} must be above 0 and at most 1; leave it out to draw among all tokens"
+            )
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 raise UserError(
@@ -66,7 +72,9 @@ def row_words(seed: int, names: Sequence[str | int]) -> np.ndarray:
     return np.stack([rng.stream_words(seed, "generate", name) for name in names])
 
 
-def choose(logits_BV: jax.Array, words_B2: jax.Array, step: jax.Array | int, sampling: Sampling) -> jax.Array:
+def choose(
+    logits_BV: jax.Array, words_B2: jax.Array, step: jax.Array | int, sampling: Sampling
+) -> jax.Array:
     """Return the next token of each row, int32[B].
 
     A draw is the argmax of logits with Gumbel noise, one number a token of the vocabulary, from the row's key and the step: it depends
@@ -125,7 +133,9 @@ def _argmax(x_BV: jax.Array) -> jax.Array:
     # over [V, B], as the product with the head gives it there: rows side by side fill vectors
     B, V = x_BV.shape
     chunk = 128
-    x_CcB = jnp.pad(x_BV.T, ((0, -V % chunk), (0, 0)), constant_values=-jnp.inf).reshape(-1, chunk, B)
+    x_CcB = jnp.pad(x_BV.T, ((0, -V % chunk), (0, 0)), constant_values=-jnp.inf).reshape(
+        -1, chunk, B
+    )
     best_B = jnp.argmax(x_CcB.max(1), axis=0)
     inside_B = jnp.argmax(jnp.take_along_axis(x_CcB, best_B[None, None], axis=0)[0], axis=0)
     return (best_B * chunk + inside_B).astype(jnp.int32)

@@ -1,6 +1,6 @@
 """Generated programs against their tests, kept away from the machine. Texts in, verdicts out; knows nothing of models or tasks.
 
-Every program gets an interpreter of its own, and its tests get another one: see `inside.py`. Both are closed in by the stronger of
+Every program gets an interpreter of its own, and its tests get another one: see `sandbox_worker.py`. Both are closed in by the stronger of
 
 - `namespaces` (of processes, network, mounts and, unless root starts it, users, by unshare, mount, pivot_root and setpriv of
   util-linux): no network, no other processes, no files but the interpreter's, read-only, and an empty /tmp in memory that is gone at
@@ -93,11 +93,17 @@ def available() -> tuple[str, ...]:
     """
     tools = ("unshare", "mount", "umount", "pivot_root", "setpriv", "env", "sh")
     present = all(shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin") for tool in tools)
-    works = present and _run("namespaces", "def f(x): return x", "", "assert f(1) == 1", ["f"], 20.0) == "passed"
+    works = (
+        present
+        and _run("namespaces", "def f(x): return x", "", "assert f(1) == 1", ["f"], 20.0)
+        == "passed"
+    )
     return ISOLATIONS if works else ISOLATIONS[1:]
 
 
-def _run(isolation: str, program: str, setup: str, tests: str, names: list[str], timeout: float) -> str:
+def _run(
+    isolation: str, program: str, setup: str, tests: str, names: list[str], timeout: float
+) -> str:
     deadline = time.monotonic() + timeout
     near, far = socket.socketpair()
     with near, far, contextlib.ExitStack() as stack:
@@ -119,12 +125,25 @@ def _run(isolation: str, program: str, setup: str, tests: str, names: list[str],
             found, _ = parts[1].communicate(timeout=max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             return "timeout"
-    return found.decode(errors="replace") or f"failed: the tests ended with exit code {parts[1].returncode}"
+    return (
+        found.decode(errors="replace")
+        or f"failed: the tests ended with exit code {parts[1].returncode}"
+    )
 
 
 def _start(isolation: str, part: str, handle: int, timeout: float) -> subprocess.Popen[bytes]:
-    source = Path(__file__).with_name("inside.py").read_text()
-    inner = [_python(), "-I", "-S", "-c", source, part, str(handle), str(MEMORY), str(int(timeout) + 1)]
+    source = Path(__file__).with_name("sandbox_worker.py").read_text()
+    inner = [
+        _python(),
+        "-I",
+        "-S",
+        "-c",
+        source,
+        part,
+        str(handle),
+        str(MEMORY),
+        str(int(timeout) + 1),
+    ]
     command = _namespaces() if isolation == "namespaces" else _plain()
     return subprocess.Popen(
         [*command, *inner],
@@ -154,17 +173,28 @@ def _python() -> str:
 @functools.cache
 def _needed() -> tuple[str, ...]:
     """Return the directories that an interpreter reads: its own and those of the system's libraries."""
-    own = {os.path.realpath(sys.base_prefix), str(Path(_python()).parent), os.path.realpath(sysconfig.get_path("stdlib"))}
+    own = {
+        os.path.realpath(sys.base_prefix),
+        str(Path(_python()).parent),
+        os.path.realpath(sysconfig.get_path("stdlib")),
+    }
     system = [path for path in ("/usr", "/lib", "/lib64", "/bin") if Path(path).is_dir()]
     return (*system, *sorted(path for path in own if not path.startswith("/usr")))
 
 
 def _plain() -> list[str]:
-    return list(_ROOT_DROPS) if os.geteuid() == 0 and _works([*_ROOT_DROPS, _python(), "-I", "-S", "-c", ""]) else []
+    return (
+        list(_ROOT_DROPS)
+        if os.geteuid() == 0 and _works([*_ROOT_DROPS, _python(), "-I", "-S", "-c", ""])
+        else []
+    )
 
 
 def _works(command: list[str]) -> bool:
-    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return (
+        shutil.which(command[0]) is not None
+        and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    )
 
 
 # The kernel exempts root from the limit of processes, so that root becomes nobody at the end.
@@ -200,4 +230,15 @@ def _namespaces() -> list[str]:
     enter = ["unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root-user"))]
     enter += ["--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child"]
     drops = _ROOT_DROPS if os.geteuid() == 0 else _DROPS
-    return [*enter, "env", "-i", f"PATH={path}", f"NEEDED={' '.join(_needed())}", "sh", "-c", _ENTER, "sh", *drops]
+    return [
+        *enter,
+        "env",
+        "-i",
+        f"PATH={path}",
+        f"NEEDED={' '.join(_needed())}",
+        "sh",
+        "-c",
+        _ENTER,
+        "sh",
+        *drops,
+    ]

@@ -11,9 +11,9 @@ import yaml
 from jax_ordermerge import config as schema
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
+from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import Stopped, UserError
-from jax_ordermerge.experiment.run_directory import check_same_config, model_names, read_json, write_text
-from jax_ordermerge.merge_config import Search
+from jax_ordermerge.experiment.layout import check_same_config, model_names, read_json, write_text
 
 STAGES = ("train", "merge", "analyze", "evaluate", "report")
 
@@ -51,7 +51,9 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
     """
     with on_disk(config, say) as (local, save):
         check_same_config(local)
-        missing = [stage for stage in STAGES[: STAGES.index(through) + 1] if not complete(stage, local)]
+        missing = [
+            stage for stage in STAGES[: STAGES.index(through) + 1] if not complete(stage, local)
+        ]
         home = remote.address(config.location) or str(config.directory)
         last = f"{home}/report.html" if through == "report" else home
         if not missing:
@@ -61,7 +63,9 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
         from jax_ordermerge.experiment import stages
 
         workshop = dataclasses.replace(stages.prepare(local, say), saved=save.in_passing)
-        write_text(local.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
+        write_text(
+            local.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False)
+        )
         workshop = stages.refer(workshop)
         for number, stage in enumerate(STAGES[: STAGES.index(through) + 1], start=1):
             if stage in missing:
@@ -76,10 +80,10 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
 
 def report(config: Config) -> str:
     """Write report.html and report.md of a run, with whatever stages are complete, and return where."""
-    from jax_ordermerge import report
+    from jax_ordermerge.report import run_report
 
     with on_disk(config, lambda message: None) as (local, save):
-        page = report.write(local.directory)
+        page = run_report.write(local.directory)
         save()
         return f"{remote.address(config.location) or config.directory}/{page.name}"
 
@@ -185,28 +189,36 @@ def search(
     Raises:
         UserError: bad input; nothing has been written then.
     """
-    from jax_ordermerge import report
-    from jax_ordermerge.experiment import choosing, stages
+    from jax_ordermerge.experiment import search as search_stage
+    from jax_ordermerge.experiment import stages
+    from jax_ordermerge.report import run_report
 
     if out is not None and remote.address(out) is not None:
-        raise UserError(f"--out {out}: a search writes a journal line by line; give a directory on a disk")
+        raise UserError(
+            f"--out {out}: a search writes a journal line by line; give a directory on a disk"
+        )
     with on_disk(config, say) as (local, save):
         check_same_config(local)
         workshop = dataclasses.replace(stages.prepare(local, say), saved=save.in_passing)
         if validation is not None:
             workshop = stages.with_validation(workshop, validation)
-        choosing.check(local, workshop.splits, space, workshop.model)
+        search_stage.check(local, workshop.splits, space, workshop.model)
         trained = complete("train", local)
         if not trained:
-            write_text(local.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False))
+            write_text(
+                local.directory / "config.yaml",
+                yaml.safe_dump(schema.to_dict(config), sort_keys=False),
+            )
         workshop = stages.refer(workshop)
         if not trained:
             say("train")
             stages.train(workshop)
             save()
         directory = out or local.directory / "search"
-        stages.search(workshop, space, directory, target=directory / "winner" if export else None)
-        page = report.write_search(local.directory, directory)
+        stages.search_merge(
+            workshop, space, directory, target=directory / "winner" if export else None
+        )
+        page = run_report.write_search(local.directory, directory)
         save()
         return page
 
@@ -222,7 +234,11 @@ def look(config: Config, *, steps: int, profile: Path | None = None, say: Say = 
     """
     from jax_ordermerge.experiment import stages
 
-    workshop = stages.prepare(config, say)  # where processes compare what they were given: each has a scratch directory of its own
+    workshop = stages.prepare(
+        config, say
+    )  # where processes compare what they were given: each has a scratch directory of its own
     with tempfile.TemporaryDirectory(prefix="ordermerge-") as scratch:
-        workshop = dataclasses.replace(workshop, config=config.model_copy(update={"output": scratch}))
+        workshop = dataclasses.replace(
+            workshop, config=config.model_copy(update={"output": scratch})
+        )
         stages.look(stages.refer(workshop), steps, profile)

@@ -15,24 +15,35 @@ from jax.sharding import Mesh
 from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import processes, tree
-from jax_ordermerge import report as reports
-from jax_ordermerge.analysis import imbalance, measure, wording
+from jax_ordermerge.analysis import imbalance
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.commands import evaluating
 from jax_ordermerge.config import PREFERENCES, Config
+from jax_ordermerge.config.evaluation import LIKELIHOODS, OUTPUTS
+from jax_ordermerge.config.merge import AUTO, Search, merge_name
 from jax_ordermerge.data import order, pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import choosing, evaluating, exporting, informed, preferences, sampling, together, waves
-from jax_ordermerge.experiment.run_directory import model_names, read_json, write_bytes, write_json
-from jax_ordermerge.merge import methods, population
-from jax_ordermerge.merge_config import AUTO, Search, merge_name
+from jax_ordermerge.evaluate import harness, scoring
+from jax_ordermerge.experiment import (
+    data_dependent,
+    dpo_reference,
+    export,
+    sample_generations,
+    search,
+    stack_models,
+    waves,
+)
+from jax_ordermerge.experiment.layout import model_names, read_json, write_bytes, write_json
+from jax_ordermerge.merge import population
+from jax_ordermerge.merge.methods import registry
 from jax_ordermerge.model import kernels, llama, lora
+from jax_ordermerge.report import formatting
+from jax_ordermerge.report import run_report as reports
 from jax_ordermerge.search.candidates import Stock
-from jax_ordermerge.task import LIKELIHOODS, OUTPUTS
-from jax_ordermerge.train import batches, track
+from jax_ordermerge.train import batches, trackers
 from jax_ordermerge.train import members as trained
 
 Say = Callable[[str], None]
@@ -84,20 +95,28 @@ def prepare(config: Config, say: Say) -> Workshop:
     for spec in config.merge.methods:
         if spec.method == GREEDY_SOUP:
             if not config.data.validation_examples:
-                raise UserError("merge method greedy_soup chooses on validation data: set data.validation_examples")
+                raise UserError(
+                    "merge method greedy_soup chooses on validation data: set data.validation_examples"
+                )
             if spec.weights or spec.parameters:
                 raise UserError("merge method greedy_soup takes neither weights nor parameters")
             continue
-        methods.check(spec.method, spec.parameters)
-    track.check(config.tracking)
+        registry.check(spec.method, spec.parameters)
+    trackers.check(config.tracking)
     start(config)
     processes.check_alike(
-        {name: value for name, value in schema.to_dict(config).items() if name not in ("distributed", "compilation_cache")}
+        {
+            name: value
+            for name, value in schema.to_dict(config).items()
+            if name not in ("distributed", "compilation_cache")
+        }
     )
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     members, groups = config.population.members, mesh.shape["order"]
     if members % groups:
-        raise UserError(f"population.members = {members} is not a multiple of the order axis ({groups} device groups); change one")
+        raise UserError(
+            f"population.members = {members} is not a multiple of the order axis ({groups} device groups); change one"
+        )
     if config.population.wave and config.population.wave % groups:
         raise UserError(
             f"population.wave = {config.population.wave} is not a multiple of the order axis ({groups} device groups); change one"
@@ -122,9 +141,11 @@ def prepare(config: Config, say: Say) -> Workshop:
         )
     processes.check_alike({f"data.{name}": examples.digest for name, examples in splits.items()})
     if len(tokenizer) > model.vocab_size:
-        raise UserError(f"{base}: the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
+        raise UserError(
+            f"{base}: the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}"
+        )
     if config.merge.auto is not None:
-        choosing.check(config, splits, config.merge.auto, model)
+        search.check(config, splits, config.merge.auto, model)
     return Workshop(config, mesh, base, model, tokenizer, splits, say)
 
 
@@ -144,20 +165,25 @@ def refer(w: Workshop) -> Workshop:
     """
     if w.config.objective.kind != "dpo":
         return w
-    of = f"{preferences.base_digest(w.config, w.base)} {w.config.base_dtype} {w.config.model.compute_dtype}"
-    base = functools.cache(lambda: base_params(w, w.config.base_dtype))  # as training holds it, so that its first margins are 0
+    of = f"{dpo_reference.base_digest(w.config, w.base)} {w.config.base_dtype} {w.config.model.compute_dtype}"
+    base = functools.cache(
+        lambda: base_params(w, w.config.base_dtype)
+    )  # as training holds it, so that its first margins are 0
 
     def measured(name: str) -> np.ndarray:
         examples = w.splits[name]
         w.say(f"reference: the base on {len(examples)} pairs of {name}")
-        sums, _ = _sums(w, base(), examples, preferences.Progress(w.say, name, 2 * len(examples)))
+        sums, _ = _sums(w, base(), examples, dpo_reference.Progress(w.say, name, 2 * len(examples)))
         return -sums.astype(np.float32)
 
     return dataclasses.replace(
         w,
         splits={
-            name: preferences.with_reference(
-                examples, w.directory / "reference" / f"{name}.npz", of, functools.partial(measured, name)
+            name: dpo_reference.with_reference(
+                examples,
+                w.directory / "reference" / f"{name}.npz",
+                of,
+                functools.partial(measured, name),
             )
             for name, examples in w.splits.items()
         },
@@ -174,20 +200,38 @@ def train(w: Workshop) -> None:
         described["train"]["packing"] = batches.make_plan(w.config, w.splits["train"]).packing
     write_json(w.directory / "data.json", described)
     for name, one in described.items():
-        w.say(f"  {name}: {one['source']}, " + ", ".join(f"{count} {what}" for what, count in one["counts"].items()))
+        w.say(
+            f"  {name}: {one['source']}, "
+            + ", ".join(f"{count} {what}" for what, count in one["counts"].items())
+        )
         if "packing" in one:
             w.say(
-                "  {kind}: up to {examples} examples in a row of {length} tokens, {filled:.1%} no padding".format(**one["packing"])
+                "  {kind}: up to {examples} examples in a row of {length} tokens, {filled:.1%} no padding".format(
+                    **one["packing"]
+                )
             )
     if w.config.lora is not None:
         low, full = (
-            sum(math.prod(spec.shape) for spec in table) for table in (lora.table(w.model, w.config.lora), tensor_table(w.model))
+            sum(math.prod(spec.shape) for spec in table)
+            for table in (lora.table(w.model, w.config.lora), tensor_table(w.model))
         )
-        w.say(f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}")
+        w.say(
+            f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}"
+        )
     base = functools.partial(base_params, w, w.config.base_dtype)
-    sample = sampling.sampler(w.config, w.model, w.tokenizer, w.mesh, w.splits)
+    sample = sample_generations.sampler(w.config, w.model, w.tokenizer, w.mesh, w.splits)
     held_out = w.splits.get("validation")
-    waves.train(w.config, w.model, base, w.splits["train"], w.mesh, w.say, held_out=held_out, sample=sample, saved=w.saved)
+    waves.train(
+        w.config,
+        w.model,
+        base,
+        w.splits["train"],
+        w.mesh,
+        w.say,
+        held_out=held_out,
+        sample=sample,
+        saved=w.saved,
+    )
 
 
 def look(w: Workshop, count: int, profile: Path | None) -> None:
@@ -215,7 +259,9 @@ def base_params(w: Workshop, dtype: str) -> tree.Tree:
     if w.config.model.init == "random":
         params = llama.init_params(w.model, w.config.seed, w.mesh)
         return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
-    return convert.load_params(w.base, w.mesh, dtype=dtype, ignore=w.config.model.ignore_config_keys)[1]
+    return convert.load_params(
+        w.base, w.mesh, dtype=dtype, ignore=w.config.model.ignore_config_keys
+    )[1]
 
 
 def models(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
@@ -227,7 +273,12 @@ def models(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
         elif kinds[name] == "member":
             number = int(name.removeprefix("member_"))
             home = waves.home(w.config, number)
-            yield name, trained.restore_member(w.config, w.model, w.mesh, number, dtype=dtype, directory=home)
+            yield (
+                name,
+                trained.restore_member(
+                    w.config, w.model, w.mesh, number, dtype=dtype, directory=home
+                ),
+            )
         else:
             yield name, convert.load_params(w.directory / "merged" / name, w.mesh, dtype=dtype)[1]
 
@@ -239,35 +290,64 @@ def merge(w: Workshop) -> None:
     """Merge the population in device memory by every method of the config, export each, and say what it did."""
     dtype, stock = w.config.merge.dtype, stock_of(w)
     members, base = stock.members, stock.base
-    done = {one["name"]: one for one in (read_json(w.directory / "merge.json") or {"merges": []})["merges"]}
+    done = {
+        one["name"]: one
+        for one in (read_json(w.directory / "merge.json") or {"merges": []})["merges"]
+    }
     for spec in w.config.merge.methods:
         name = merge_name(spec, w.config.seed)
         target = w.directory / "merged" / name
         if name in done and (target / "config.json").is_file():
             continue
         seed = w.config.seed if spec.seed is None else spec.seed
-        settings: dict[str, Any] = {"method": spec.method, "seed": seed, "weights": spec.weights, "parameters": spec.parameters}
+        settings: dict[str, Any] = {
+            "method": spec.method,
+            "seed": seed,
+            "weights": spec.weights,
+            "parameters": spec.parameters,
+        }
         if spec.method == GREEDY_SOUP:
-            merged, settings["parameters"] = informed.greedy_soup(
-                w, members, lambda params: _token_mean(*_losses(w, params, w.splits["validation"]))[0]
+            merged, settings["parameters"] = data_dependent.merge_greedily(
+                w,
+                members,
+                lambda params: _token_mean(*_losses(w, params, w.splits["validation"]))[0],
             )
         elif spec.method == "fisher":
-            merged = informed.fisher(w, settings)
+            merged = data_dependent.fisher(w, settings)
         else:
             merged = population.merge(members, base, w.model, dtype=dtype, **settings)
-        given = {"weights": None if spec.weights is None else list(spec.weights), "parameters": dict(spec.parameters)}
-        exporting.export(w, name, merged, {"merge_method": spec.method, **given, "seed": seed})
-        done[name] = {"name": name, **settings, "diagnostics": _diagnostics(w, name, stock, merged, settings)}
+        given = {
+            "weights": None if spec.weights is None else list(spec.weights),
+            "parameters": dict(spec.parameters),
+        }
+        export.export(w, name, merged, {"merge_method": spec.method, **given, "seed": seed})
+        done[name] = {
+            "name": name,
+            **settings,
+            "diagnostics": _diagnostics(w, name, stock, merged, settings),
+        }
         write_json(w.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
         del merged  # a search has the memory for one
-    if w.config.merge.auto is not None and not (AUTO in done and (w.directory / "merged" / AUTO / "config.json").is_file()):
-        settings, merged = search(w, w.config.merge.auto, w.directory / "search", stock, w.directory / "merged" / AUTO)
-        done[AUTO] = {"name": AUTO, **settings, "diagnostics": _diagnostics(w, AUTO, stock, merged, settings)}
+    if w.config.merge.auto is not None and not (
+        AUTO in done and (w.directory / "merged" / AUTO / "config.json").is_file()
+    ):
+        settings, merged = search_merge(
+            w, w.config.merge.auto, w.directory / "search", stock, w.directory / "merged" / AUTO
+        )
+        done[AUTO] = {
+            "name": AUTO,
+            **settings,
+            "diagnostics": _diagnostics(w, AUTO, stock, merged, settings),
+        }
         write_json(w.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
 
 
-def search(
-    w: Workshop, space: Search, directory: Path, stock: Stock | None = None, target: Path | None = None
+def search_merge(
+    w: Workshop,
+    space: Search,
+    directory: Path,
+    stock: Stock | None = None,
+    target: Path | None = None,
 ) -> tuple[dict[str, Any], tree.Tree]:
     """Choose a merge, export it, and return what it is and its parameters.
 
@@ -279,26 +359,32 @@ def search(
         target: for the model, by default none is written.
     """
     stock = stock or stock_of(w)
-    found = choosing.search(w, stock, space, functools.partial(_losses, w), directory)
+    found = search.search_space(w, stock, space, functools.partial(_losses, w), directory)
     merged = stock.build(found.winner)
     if target is not None:
-        exporting.export(w, AUTO, merged, choosing.recipe(found), choosing.story(found), target)
-    return choosing.settings(found.winner), merged
+        export.export(w, AUTO, merged, search.recipe(found), search.story(found), target)
+    return search.settings(found.winner), merged
 
 
 def stock_of(w: Workshop) -> Stock:
     """Read the trained population and its base into device memory, in the dtype that is merged and served."""
     dtype = w.config.merge.dtype
-    return Stock(w.model, waves.restore(w.config, w.model, w.mesh, dtype=dtype), base_params(w, dtype), dtype)
+    return Stock(
+        w.model, waves.restore(w.config, w.model, w.mesh, dtype=dtype), base_params(w, dtype), dtype
+    )
 
 
-def _diagnostics(w: Workshop, name: str, stock: Stock, merged: tree.Tree, settings: dict[str, Any]) -> dict[str, Any]:
+def _diagnostics(
+    w: Workshop, name: str, stock: Stock, merged: tree.Tree, settings: dict[str, Any]
+) -> dict[str, Any]:
     # of a chosen merge only task vectors are told: its lambda is no parameter of a method
     given = settings if name != AUTO else {"method": AUTO, "seed": settings["seed"]}
-    found = population.diagnostics(stock.members, stock.base, merged, w.model, **given)
+    found = population.measure_diagnostics(stock.members, stock.base, merged, w.model, **given)
     total = found["total"]
     # both are None where no member left the base
-    said = ", ".join(f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None)
+    said = ", ".join(
+        f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None
+    )
     w.say(f"  {name}: {said or 'equal to the base'} -> {w.directory / 'merged' / name}")
     return found
 
@@ -314,12 +400,14 @@ def analyze(w: Workshop) -> None:
         sums, tokens = _losses(w, params, w.splits["train"])
         known[name] = (sums / tokens).astype(np.float32)
         w.say(
-            f"  {name}: {sums.sum() / tokens.sum():.4f} {wording.loss_unit(w.config.objective.model_dump())} on the training samples"
+            f"  {name}: {sums.sum() / tokens.sum():.4f} {formatting.loss_unit(w.config.objective.model_dump())} on the training samples"
         )
         _save_losses(file, known, w.splits["train"], tokens)
     kinds = model_names(w.config)
     members = [known[name] for name in names if kinds[name] == "member"]
-    orders = batches.draw_orders(w.config, w.splits["train"].lengths, range(w.config.population.members))
+    orders = batches.draw_orders(
+        w.config, w.splits["train"].lengths, range(w.config.population.members)
+    )
     found = imbalance.analyze(
         np.stack(members),
         _positions(w, orders),
@@ -335,16 +423,23 @@ def analyze(w: Workshop) -> None:
 
 
 def _losses(
-    w: Workshop, params: tree.Tree, examples: Examples, members: Literal["each", "ensemble"] = "each"
+    w: Workshop,
+    params: tree.Tree,
+    examples: Examples,
+    members: Literal["each", "ensemble"] = "each",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return summed losses and numbers of response tokens, float64[n] each, of one model; of pairs their losses and ones."""
     return _counted(w, examples, *_sums(w, params, examples, members=members))
 
 
-def _counted(w: Workshop, examples: Examples, sums: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _counted(
+    w: Workshop, examples: Examples, sums: np.ndarray, tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     if examples.rejected is None:
         return sums, tokens
-    return preferences.losses(w.config.objective, examples, sums, tokens).astype(np.float64), np.ones(len(examples))
+    return dpo_reference.losses(w.config.objective, examples, sums, tokens).astype(
+        np.float64
+    ), np.ones(len(examples))
 
 
 def _sums(
@@ -357,7 +452,7 @@ def _sums(
     """Return summed token losses and numbers of response tokens, float64[n] each, of pairs [n, 2]."""
     flat, settings, dtype = examples.sequences, w.config, w.config.model.compute_dtype
     lengths = pack.bucket_lengths(flat.longest, settings.data.buckets)
-    sums, tokens = measure.losses(
+    sums, tokens = scoring.losses(
         w.model,
         params,
         flat,
@@ -382,15 +477,25 @@ def _known_losses(file: Path, examples: Examples) -> dict[str, np.ndarray]:
         return dict(zip(saved["names"].tolist(), saved["losses"], strict=True))
 
 
-def _save_losses(file: Path, known: dict[str, np.ndarray], examples: Examples, tokens: np.ndarray) -> None:
+def _save_losses(
+    file: Path, known: dict[str, np.ndarray], examples: Examples, tokens: np.ndarray
+) -> None:
     whole = io.BytesIO()
-    np.savez(whole, names=np.array(list(known)), ids=examples.ids, losses=np.stack(list(known.values())), tokens=tokens)
+    np.savez(
+        whole,
+        names=np.array(list(known)),
+        ids=examples.ids,
+        losses=np.stack(list(known.values())),
+        tokens=tokens,
+    )
     write_bytes(file, whole.getvalue())
 
 
 def _positions(w: Workshop, orders: np.ndarray) -> np.ndarray:
     """Return float64[M, E, n] in [0, 1]; see `order.positions`."""
-    return np.stack([[order.positions(epoch, len(w.splits["train"])) for epoch in own] for own in orders])
+    return np.stack(
+        [[order.positions(epoch, len(w.splits["train"])) for epoch in own] for own in orders]
+    )
 
 
 def _warmup_fraction(w: Workshop, orders: np.ndarray) -> float:
@@ -405,42 +510,69 @@ def evaluate(w: Workshop) -> None:
     """Measure every model on held-out data: loss, perplexity and the tasks of the config."""
     kinds, rows = model_names(w.config), _evaluated(w)
     losses = functools.partial(_losses, w)
-    more = choosing.unmerged(w, losses, functools.partial(base_params, w, w.config.base_dtype))
-    choosing.measure_controls(w, functools.partial(stock_of, w), losses, rows, more)
-    write_json(w.directory / "evaluations.json", {"split": "test", "models": [rows[name]["summary"] for name in kinds]})
+    more = search.unmerged(w, losses, functools.partial(base_params, w, w.config.base_dtype))
+    search.measure_controls(w, functools.partial(stock_of, w), losses, rows, more)
+    write_json(
+        w.directory / "evaluations.json",
+        {"split": "test", "models": [rows[name]["summary"] for name in kinds]},
+    )
 
 
 def _evaluated(w: Workshop) -> dict[str, Any]:
     """Return evaluations/{name}.json of every model, measured now where it is not there. No model is left in memory."""
     kinds = model_names(w.config)
     rows = {name: read_json(w.directory / "evaluations" / f"{name}.json") for name in kinds}
-    for name, params, generate in _answering(w, [name for name, row in rows.items() if row is None]):
+    for name, params, generate in _answering(
+        w, [name for name, row in rows.items() if row is None]
+    ):
         rows[name] = _evaluate_one(w, name, kinds[name], params, generate)
         write_json(w.directory / "evaluations" / f"{name}.json", rows[name])
         shown = rows[name]["summary"]
-        said = [f"{task} {100 * one['accuracy']:.1f} % +- {100 * one['se']:.1f}" for task, one in shown["tasks"].items()]
+        said = [
+            f"{task} {100 * one['accuracy']:.1f} % +- {100 * one['se']:.1f}"
+            for task, one in shown["tasks"].items()
+        ]
         loss = [] if shown["loss"] is None else [f"loss {shown['loss']:.4f}"]
         w.say(f"  {name}: " + ", ".join([*loss, *said]))
     return rows
 
 
-def _answering(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree, harness.Generate | None]]:
+def _answering(
+    w: Workshop, names: list[str]
+) -> Iterator[tuple[str, tree.Tree, harness.Generate | None]]:
     """Yield models, each with what lets it write: in one program with the others that fit beside it."""
-    dtype, batch, compute = w.config.merge.dtype, w.config.evaluation.batch, w.config.model.compute_dtype
+    dtype, batch, compute = (
+        w.config.merge.dtype,
+        w.config.evaluation.batch,
+        w.config.model.compute_dtype,
+    )
     if all(task.kind in LIKELIHOODS for task in w.config.evaluation.tasks):  # nobody writes
         yield from ((name, params, None) for name, params in models(w, names))
         return
-    size = together.fitting(w.config.population.members, w.model, w.mesh, dtype)
+    size = stack_models.fitting(w.config.population.members, w.model, w.mesh, dtype)
     for start in range(0, len(names), size):
         some = names[start : start + size]
-        population = together.stack((params for _, params in models(w, some)), len(some), w.model, w.mesh, dtype)
-        writers = harness.generators(w.model, population, w.tokenizer, batch=batch, dtype=compute, mesh=w.mesh)
+        population = stack_models.stack(
+            (params for _, params in models(w, some)), len(some), w.model, w.mesh, dtype
+        )
+        writers = harness.generators(
+            w.model, population, w.tokenizer, batch=batch, dtype=compute, mesh=w.mesh
+        )
         for at, name in enumerate(some):
-            yield name, together.take(population, at, w.model, w.mesh, dtype), writers[at]
+            yield name, stack_models.take(population, at, w.model, w.mesh, dtype), writers[at]
 
 
-def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree, generate: harness.Generate | None) -> dict[str, Any]:
-    summary: dict[str, Any] = {"name": name, "kind": kind, "loss": None, "loss_se": None, "perplexity": None, "tokens": 0}
+def _evaluate_one(
+    w: Workshop, name: str, kind: str, params: tree.Tree, generate: harness.Generate | None
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "name": name,
+        "kind": kind,
+        "loss": None,
+        "loss_se": None,
+        "perplexity": None,
+        "tokens": 0,
+    }
     result: dict[str, Any] = {"ids": [], "losses": []}
     test, held = w.splits.get("test"), w.splits.get("validation")
     tasks: dict[str, Any] = {}
@@ -454,15 +586,24 @@ def _evaluate_one(w: Workshop, name: str, kind: str, params: tree.Tree, generate
         summary |= {"loss": mean, "loss_se": error}
         if test.rejected is None:
             summary |= {"perplexity": math.exp(min(mean, 700.0)), "tokens": int(tokens.sum())}
-        elif kind != "base":  # it is the reference: there is no reward by which it could prefer anything
-            tasks[PREFERENCES], items[PREFERENCES] = preferences.choices(test, measured[0])
-        result = {"ids": test.ids.tolist(), "losses": (sums / tokens).tolist(), "tokens": tokens.tolist()}
+        elif (
+            kind != "base"
+        ):  # it is the reference: there is no reward by which it could prefer anything
+            tasks[PREFERENCES], items[PREFERENCES] = dpo_reference.choices(test, measured[0])
+        result = {
+            "ids": test.ids.tolist(),
+            "losses": (sums / tokens).tolist(),
+            "tokens": tokens.tolist(),
+        }
     validation = None if held is None else _token_mean(*_losses(w, params, held))[0]
     subject = evaluating.subject(w.config, w.model, params, w.tokenizer, w.mesh, generate)
     for task in w.config.evaluation.tasks:
         found, rows = harness.run(task, subject, w.config.data, test=test, seed=w.config.seed)
         if task.kind == OUTPUTS:
-            write_json(w.directory / "outputs" / task.name / f"{name}.json", evaluating.signed(rows, f"{w.config.name}/{name}"))
+            write_json(
+                w.directory / "outputs" / task.name / f"{name}.json",
+                evaluating.signed(rows, f"{w.config.name}/{name}"),
+            )
         elif task.kind == "perplexity":
             texts[task.name], text_items[task.name] = found, rows
         else:

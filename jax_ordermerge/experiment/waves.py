@@ -20,13 +20,13 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment.run_directory import read_json, write_bytes, write_json
+from jax_ordermerge.experiment.layout import read_json, write_bytes, write_json
 from jax_ordermerge.hardware import ROOM
 from jax_ordermerge.plan import compiled
-from jax_ordermerge.train import batches, journal, loop
-from jax_ordermerge.train import look as looks
+from jax_ordermerge.train import batches, loop, recorder
+from jax_ordermerge.train import benchmark as looks
 from jax_ordermerge.train import members as trained
-from jax_ordermerge.train.look import Look
+from jax_ordermerge.train.benchmark import Look
 from jax_ordermerge.tree import Tree
 
 _FILE = "waves.json"
@@ -47,17 +47,35 @@ def train(
     """Fine-tune the members, in as many waves as `population.wave` or the memory of the devices asks for; see `loop.train`."""
     waves = _divided(config, model, mesh, say)
     if len(waves) == 1:
-        loop.train(config, model, base, examples, mesh, held_out=held_out, sample=sample, saved=saved)
+        loop.train(
+            config, model, base, examples, mesh, held_out=held_out, sample=sample, saved=saved
+        )
         return
     for number, members in enumerate(waves):
         say(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
         own: dict[str, Any] = {"members": members, "directory": _room(config, number)}
-        loop.train(config, model, base, examples, mesh, held_out=held_out, sample=sample, saved=saved, **own)
+        loop.train(
+            config,
+            model,
+            base,
+            examples,
+            mesh,
+            held_out=held_out,
+            sample=sample,
+            saved=saved,
+            **own,
+        )
     _gather(config, len(waves))
 
 
 def look(
-    config: Config, model: ModelConfig, base: Callable[[], Tree], examples: Examples, mesh: Mesh, count: int, profile: Path | None
+    config: Config,
+    model: ModelConfig,
+    base: Callable[[], Tree],
+    examples: Examples,
+    mesh: Mesh,
+    count: int,
+    profile: Path | None,
 ) -> Look:
     """Look at the first steps of the training, or of its first wave; see `train/look.py`."""
     members = _divided(config, model, mesh, lambda text: None)[0]
@@ -68,17 +86,23 @@ def look(
 def restore(config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32") -> Tree:
     """Return the trained population [M, ...] from the last checkpoint, or from those of all waves; see `members.restore_members`."""
     homes = [_room(config, number) for number in range(len(_known(config)))] or [config.directory]
-    found = [trained.restore_members(config, model, mesh, dtype=dtype, directory=home) for home in homes]
+    found = [
+        trained.restore_members(config, model, mesh, dtype=dtype, directory=home) for home in homes
+    ]
     if len(found) == 1:
         return found[0]
     shardings = jax.tree.map(lambda x: x.sharding, found[0])
-    return jax.jit(lambda parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), out_shardings=shardings)(found)
+    return jax.jit(
+        lambda parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), out_shardings=shardings
+    )(found)
 
 
 def home(config: Config, member: int) -> Path:
     """Return the directory whose checkpoints hold a member: that of its wave, or the run's own."""
     waves = enumerate(_known(config))
-    return next((_room(config, number) for number, wave in waves if member in wave), config.directory)
+    return next(
+        (_room(config, number) for number, wave in waves if member in wave), config.directory
+    )
 
 
 def size_of_wave(members: int, groups: int, needs: compiled.Needs, limit: int) -> int:
@@ -111,7 +135,9 @@ def size_of_wave(members: int, groups: int, needs: compiled.Needs, limit: int) -
     return groups * math.ceil(members / groups / waves)
 
 
-def _divided(config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str], None]) -> list[list[int]]:
+def _divided(
+    config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str], None]
+) -> list[list[int]]:
     """Return the members of each wave; what was decided once stays, on whatever devices the training goes on."""
     known = _known(config)
     if known:
@@ -141,7 +167,9 @@ def _needs(config: Config, model: ModelConfig, mesh: Mesh) -> compiled.Needs:
         return compiled.step(config, model, mesh)
     except compiled.TooLarge:
         members, groups = config.population.members, mesh.shape["order"]
-        alone = config.model_copy(update={"population": config.population.model_copy(update={"wave": groups})})
+        alone = config.model_copy(
+            update={"population": config.population.model_copy(update={"wave": groups})}
+        )
         try:
             one = compiled.step(alone, model, mesh)
         except compiled.TooLarge as error:
@@ -149,7 +177,9 @@ def _needs(config: Config, model: ModelConfig, mesh: Mesh) -> compiled.Needs:
                 "one member does not fit the devices; divide it over more of them (mesh.fsdp, mesh.tensor), lower"
                 f" training.microbatch, or set model.remat = full ({str(error).splitlines()[0][:200]})"
             ) from error
-        return dataclasses.replace(one, arguments=one.shared + (one.arguments - one.shared) * (members // groups))
+        return dataclasses.replace(
+            one, arguments=one.shared + (one.arguments - one.shared) * (members // groups)
+        )
 
 
 def _known(config: Config) -> list[list[int]]:
@@ -178,7 +208,8 @@ def _gather(config: Config, count: int) -> None:
     answers = [_read_lines(room / "metrics" / "samples.jsonl") for room in rooms]
     if all(answers):
         joined_lines = [
-            lines[0] | {key: [one for line in lines for one in line[key]] for key in ("members", "texts")}
+            lines[0]
+            | {key: [one for line in lines for one in line[key]] for key in ("members", "texts")}
             for lines in ([wave[step] for wave in answers] for step in answers[0])
         ]
         text = "".join(json.dumps(line) + "\n" for line in joined_lines)
@@ -188,11 +219,22 @@ def _gather(config: Config, count: int) -> None:
         with np.load(room / "losses" / "train.npz") as saved:
             losses.append(saved["losses"])
             ids = saved["ids"]
-    journal.write_arrays(config.directory / "losses" / "train.npz", {"losses": np.concatenate(losses), "ids": ids})
+    recorder.write_arrays(
+        config.directory / "losses" / "train.npz", {"losses": np.concatenate(losses), "ids": ids}
+    )
     states = [json.loads((room / "metrics" / "state.json").read_text()) for room in rooms]
-    summed = {key: sum(state[key] for state in states) for key in ("seconds", "tokens", "compilations")}
-    joined = {key: [one for state in states for one in state[key]] for key, value in states[0].items() if isinstance(value, list)}
-    write_json(config.directory / "metrics" / "state.json", {**states[0], **summed, **joined, "waves": count})
+    summed = {
+        key: sum(state[key] for state in states) for key in ("seconds", "tokens", "compilations")
+    }
+    joined = {
+        key: [one for state in states for one in state[key]]
+        for key, value in states[0].items()
+        if isinstance(value, list)
+    }
+    write_json(
+        config.directory / "metrics" / "state.json",
+        {**states[0], **summed, **joined, "waves": count},
+    )
 
 
 def _read_lines(path: Path) -> dict[int, dict[str, Any]]:

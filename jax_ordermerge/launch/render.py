@@ -9,10 +9,9 @@ from typing import Any
 import jinja2
 import yaml
 
-from jax_ordermerge import section
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Config, section
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.launch.places import TARGETS, Gke, Slurm, Ssh, TpuVm, check_mesh, check_output
+from jax_ordermerge.launch.targets import TARGETS, Gke, Slurm, Ssh, TpuVm, check_mesh, check_output
 
 _TEMPLATES = {"tpu-vm": "tpu_vm.sh", "gke": "gke.yaml", "slurm": "slurm.sh", "ssh": "ssh.sh"}
 _GKE_PORT = 8476
@@ -45,18 +44,35 @@ def render(config: Config, target: str, options: Mapping[str, Any]) -> str:
     name = _name(config.name)
     if isinstance(place, Gke) and not place.tpu:
         # the names that a JobSet gives to its pods
-        distributed = {"coordinator": f"{name}-nodes-0-0.{name}:{_GKE_PORT}", "processes": place.nodes}
+        distributed = {
+            "coordinator": f"{name}-nodes-0-0.{name}:{_GKE_PORT}",
+            "processes": place.nodes,
+        }
     if isinstance(place, TpuVm | Gke):
         check_output(
-            config.output, place.mount, apart=isinstance(place, Gke) and place.volume is None and place.slices * place.pods > 1
+            config.output,
+            place.mount,
+            apart=isinstance(place, Gke) and place.volume is None and place.slices * place.pods > 1,
         )
     if isinstance(place, Gke | Slurm):
         check_mesh(config.mesh.sizes, place.devices)
     # what the user wrote, with what was set on the command line; defaults stay defaults
     written = config.model_dump(mode="json", exclude_unset=True)
-    kept = {key: value for key, value in written.get("distributed", {}).items() if key.endswith("timeout")}
-    text = yaml.safe_dump(written | {"name": config.name, "distributed": distributed | kept}, sort_keys=False, width=120)
-    return _environment().get_template(_TEMPLATES[target]).render(name=name, place=place, config=text, run=config.location)
+    kept = {
+        key: value
+        for key, value in written.get("distributed", {}).items()
+        if key.endswith("timeout")
+    }
+    text = yaml.safe_dump(
+        written | {"name": config.name, "distributed": distributed | kept},
+        sort_keys=False,
+        width=120,
+    )
+    return (
+        _environment()
+        .get_template(_TEMPLATES[target])
+        .render(name=name, place=place, config=text, run=config.location)
+    )
 
 
 def describe(target: str) -> list[tuple[str, str, str]]:
@@ -72,7 +88,15 @@ def describe(target: str) -> list[tuple[str, str, str]]:
     if target not in TARGETS:
         raise UserError(f"unknown target {target}{did_you_mean(target, TARGETS)}")
     return [
-        (name, "required" if field.is_required() else "" if field.default is None else str(field.default), field.description or "")
+        (
+            name,
+            "required"
+            if field.is_required()
+            else ""
+            if field.default is None
+            else str(field.default),
+            field.description or "",
+        )
         for name, field in TARGETS[target].model_fields.items()
     ]
 

@@ -6,7 +6,12 @@ from pathlib import Path
 
 from jax_ordermerge.errors import UserError
 
-_PROGRAMS = {"tpu-vm": ("bash",), "gke": ("kubectl", "apply", "-f"), "slurm": ("sbatch",), "ssh": ("bash",)}
+_PROGRAMS = {
+    "tpu-vm": ("bash",),
+    "gke": ("kubectl", "apply", "-f"),
+    "slurm": ("sbatch",),
+    "ssh": ("bash",),
+}
 
 
 def submit(target: str, file: Path) -> int:
@@ -24,5 +29,7 @@ def submit(target: str, file: Path) -> int:
     """
     program, *arguments = _PROGRAMS[target]
     if shutil.which(program) is None:
-        raise UserError(f"--submit needs {program}, which is not installed here; write a file with --out and take it where it is")
+        raise UserError(
+            f"--submit needs {program}, which is not installed here; write a file with --out and take it where it is"
+        )
     return subprocess.run([program, *arguments, str(file)], check=False).returncode

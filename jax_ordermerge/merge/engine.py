@@ -28,11 +28,14 @@ from jax_ordermerge import processes, rng
 from jax_ordermerge.checkpoint import atomic, safetensors
 from jax_ordermerge.checkpoint.shards import SHARD_BYTES, ShardFiles
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import audit, geometry, methods, parts, select
-from jax_ordermerge.merge.audit import Done
+from jax_ordermerge.merge import diagnostics, manifest
+from jax_ordermerge.merge.manifest import Done
+from jax_ordermerge.merge.methods import parts, registry, selection
 from jax_ordermerge.merge.plan import Output, Plan, View
 
-SLAB_ELEMENTS = 1 << 20  # of one member in memory at a time: 2 MB in bfloat16, which stays in a core's cache
+SLAB_ELEMENTS = (
+    1 << 20
+)  # of one member in memory at a time: 2 MB in bfloat16, which stays in a core's cache
 HELD_BYTES = 3 << 28  # of whole tensors in memory at a time, unless one alone is larger
 SAMPLED = 16  # diagnostics of a slab are made from its first sixteenth ...
 SAMPLED_ABOVE = 1 << 18  # ... if it has more elements than this
@@ -49,7 +52,7 @@ def merge_plan(
     workers: int | None = None,
     slab_elements: int = SLAB_ELEMENTS,
     shard_bytes: int = SHARD_BYTES,
-    diagnostics: bool = True,
+    with_diagnostics: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merge models into a new Hugging Face directory.
@@ -62,7 +65,7 @@ def merge_plan(
         workers: threads, by default one a core.
         slab_elements: of one member that are held at once, where the method allows it.
         shard_bytes: largest size of an output file.
-        diagnostics: measure the task vectors where a base is known.
+        with_diagnostics: measure the task vectors where a base is known.
         progress: called as `progress(tensors done, tensors in all, name)`.
 
     Returns:
@@ -81,17 +84,24 @@ def merge_plan(
             with processes.together(f"create {out}"):
                 if not left and index == 0:
                     files.create()
-            job = _Job(plan, files, slab_elements, diagnostics, partial / f"{_JOURNAL}-{index}")
+            job = _Job(
+                plan, files, slab_elements, with_diagnostics, partial / f"{_JOURNAL}-{index}"
+            )
             with processes.together(f"merge {out}"):
                 # each process its share; the files are on storage that all of them see
-                job.run(plan.outputs[index::count], left, workers or len(os.sched_getaffinity(0)) + 1, progress)
+                job.run(
+                    plan.outputs[index::count],
+                    left,
+                    workers or len(os.sched_getaffinity(0)) + 1,
+                    progress,
+                )
         with processes.together(f"finish {out}"):
             done = _read_journals(partial, plan)
         if index == 0:
             for journal in partial.glob(f"{_JOURNAL}-*"):
                 journal.unlink()
-            audit.write(partial, plan, [done[output.name] for output in plan.outputs])
-        return audit.report(plan, [done[output.name] for output in plan.outputs])
+            manifest.write(partial, plan, [done[output.name] for output in plan.outputs])
+        return manifest.report(plan, [done[output.name] for output in plan.outputs])
 
 
 @contextlib.contextmanager
@@ -117,9 +127,18 @@ def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
     job.merge(middle)  # compiles
     start = time.perf_counter()
     job.merge(middle)
-    seconds = (time.perf_counter() - start) / math.prod(middle.shape) * sum(math.prod(one.shape) for one in plan.outputs) / threads
+    seconds = (
+        (time.perf_counter() - start)
+        / math.prod(middle.shape)
+        * sum(math.prod(one.shape) for one in plan.outputs)
+        / threads
+    )
     models = len(middle.members) + 2
-    largest = max(math.prod(one.shape) for one in plan.outputs) * models * plan.dtype.itemsize if job.holds else 0
+    largest = (
+        max(math.prod(one.shape) for one in plan.outputs) * models * plan.dtype.itemsize
+        if job.holds
+        else 0
+    )
     slabs = threads * models * SLAB_ELEMENTS * plan.dtype.itemsize
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + largest + slabs, seconds
 
@@ -127,7 +146,13 @@ def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
 def _fingerprint(plan: Plan, shard_bytes: int) -> str:
     sources = [[source.label, source.identity()] for source in plan.sources]
     outputs = [
-        [one.name, one.method, dict(one.parameters), None if one.weights is None else one.weights.tolist()] for one in plan.outputs
+        [
+            one.name,
+            one.method,
+            dict(one.parameters),
+            None if one.weights is None else one.weights.tolist(),
+        ]
+        for one in plan.outputs
     ]
     content = [
         jax_ordermerge.__version__,
@@ -145,10 +170,18 @@ def _fingerprint(plan: Plan, shard_bytes: int) -> str:
 def _read_journals(partial: Path, plan: Plan) -> dict[str, Done]:
     """Return the finished tensors that all processes noted; a line that was cut off is passed over."""
     found, names = {}, {output.name for output in plan.outputs}
-    for line in [line for path in sorted(partial.glob(f"{_JOURNAL}-*")) for line in path.read_text().splitlines()]:
+    for line in [
+        line
+        for path in sorted(partial.glob(f"{_JOURNAL}-*"))
+        for line in path.read_text().splitlines()
+    ]:
         with contextlib.suppress(ValueError):
             one = json.loads(line)
-            moments = None if one["moments"] is None else geometry.Moments(*map(np.array, one["moments"]))  # type: ignore[arg-type]
+            moments = (
+                None
+                if one["moments"] is None
+                else diagnostics.Moments(*map(np.array, one["moments"]))  # type: ignore[arg-type]
+            )
             if one["name"] in names:
                 found[one["name"]] = Done(**{**one, "moments": moments})
     return found
@@ -187,14 +220,27 @@ class _Memory:
 class _Job:
     """One merge under way: what its workers share."""
 
-    def __init__(self, plan: Plan, files: ShardFiles | None, slab_elements: int, diagnostics: bool, journal: Path) -> None:
-        self.plan, self.files, self.diagnostics = plan, files, diagnostics
+    def __init__(
+        self,
+        plan: Plan,
+        files: ShardFiles | None,
+        slab_elements: int,
+        with_diagnostics: bool,
+        journal: Path,
+    ) -> None:
+        self.plan, self.files, self.with_diagnostics = plan, files, with_diagnostics
         self.slab = -(-slab_elements // parts.BLOCK) * parts.BLOCK
         self.memory = _Memory(HELD_BYTES)
         self.holds = False  # whether some method asked for sums over a whole tensor
         self._journal, self._lock, self._stop = journal, threading.Lock(), threading.Event()
 
-    def run(self, outputs: Sequence[Output], left: dict[str, Done], workers: int, progress: Progress | None) -> None:
+    def run(
+        self,
+        outputs: Sequence[Output],
+        left: dict[str, Done],
+        workers: int,
+        progress: Progress | None,
+    ) -> None:
         """Merge the tensors that are not among those left from before, and note each in the journal."""
         finished = 0
 
@@ -208,7 +254,9 @@ class _Job:
             with self._lock:
                 if done is not before:
                     with self._journal.open("a") as file:
-                        file.write("\n" + json.dumps(_plain(done)))  # on a line of its own, whatever was cut off before it
+                        file.write(
+                            "\n" + json.dumps(_plain(done))
+                        )  # on a line of its own, whatever was cut off before it
                 finished += 1
                 if progress is not None:
                     progress(finished, len(outputs), output.name)
@@ -230,17 +278,26 @@ class _Job:
             return self._merge_slabs(tensor, output)
 
     def _merge_slabs(self, tensor: "_FileTensor", output: Output) -> Done:
-        known, static = parts.split(methods.learn(tensor, output.method, output.parameters))
+        known, static = parts.split(registry.learn(tensor, output.method, output.parameters))
 
-        needs_base = methods.METHODS[output.method].needs_base(output.parameters)
-        rounding = rng.stream_words(self.plan.seed, "round", output.name) if self.plan.stochastic else None
-        program = {"method": output.method, "static": static, "dtype": self.plan.dtype, "out": self.plan.out_dtype}
-        measured = self.diagnostics and output.base is not None
+        needs_base = registry.METHODS[output.method].needs_base(output.parameters)
+        rounding = (
+            rng.stream_words(self.plan.seed, "round", output.name) if self.plan.stochastic else None
+        )
+        program = {
+            "method": output.method,
+            "static": static,
+            "dtype": self.plan.dtype,
+            "out": self.plan.out_dtype,
+        }
+        measured = self.with_diagnostics and output.base is not None
         crc, found = 0, []
         for start, shape in tensor.slabs():
             part = tensor.part(start, shape, needs_base)
             count = _sampled(math.prod(shape)) if measured else 0
-            base = tensor.read(output.base, start, count, len(output.members) + 1) if count else None
+            base = (
+                tensor.read(output.base, start, count, len(output.members) + 1) if count else None
+            )
             result, *rest = _merge_slab(part, known, rounding, base, count=count, **program)
             written = np.asarray(result)
             found.append((jax.device_get(rest), count))
@@ -258,7 +315,9 @@ class _Job:
         if written.dtype != np.float16 or not np.isinf(written).any():
             return
         if not any(np.isinf(np.asarray(member)).any() for member in part.members):
-            raise UserError(f"the merged {name} overflows float16; choose dtype bfloat16 or float32")
+            raise UserError(
+                f"the merged {name} overflows float16; choose dtype bfloat16 or float32"
+            )
 
 
 class _FileTensor:
@@ -269,11 +328,15 @@ class _FileTensor:
         self.shape, self.count, self.weights = output.shape, len(output.members), output.weights
         self.base = output.base
         self._size = math.prod(output.shape)
-        self._unit = methods.METHODS[output.method].unit(output.parameters)
+        self._unit = registry.METHODS[output.method].unit(output.parameters)
         self._held: dict[View, np.ndarray] = {}
         self._parts: list[parts.Part] = []
         self._memory: np.ndarray | None = None
-        self._words = jax.device_put(methods.key_words(output.method, output.parameters, job.plan.seed, output.name, output.layer))
+        self._words = jax.device_put(
+            registry.key_words(
+                output.method, output.parameters, job.plan.seed, output.name, output.layer
+            )
+        )
 
     def __enter__(self) -> "_FileTensor":
         return self
@@ -296,7 +359,11 @@ class _FileTensor:
         self._hold()
         sums, chosen = parts.Sums(reduce), tuple(static.items())
         for part in self._parts if among is None else self._blocks(among):
-            sums.add(parts.measure(part, *arrays, function=function, static=chosen, dtype=self._job.plan.dtype))
+            sums.add(
+                parts.measure(
+                    part, *arrays, function=function, static=chosen, dtype=self._job.plan.dtype
+                )
+            )
         return sums.result()
 
     def _runs(self) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -329,8 +396,15 @@ class _FileTensor:
     def part(self, start: int, shape: Sequence[int], with_base: bool) -> parts.Part:
         """Return a part; its arrays may lie in buffers that the next call of this thread uses again."""
         size = math.prod(shape)
-        members = tuple(self.read(view, start, size, slot).reshape(shape) for slot, view in enumerate(self._output.members))
-        base = self.read(self.base, start, size, self.count).reshape(shape) if with_base and self.base is not None else None
+        members = tuple(
+            self.read(view, start, size, slot).reshape(shape)
+            for slot, view in enumerate(self._output.members)
+        )
+        base = (
+            self.read(self.base, start, size, self.count).reshape(shape)
+            if with_base and self.base is not None
+            else None
+        )
         # memory of numpy goes in as it is: it is aligned, and nobody writes to it before the result is there
         if tuple(shape) == tuple(self.shape):
             return parts.Part(members, base, self._words)
@@ -353,9 +427,16 @@ class _FileTensor:
         self._job.holds = True
         each = -(-self._size * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         self._memory = self._job.memory.take(len(views) * each)
-        room = [self._memory[i * each :][: self._size * dtype.itemsize].view(dtype) for i in range(len(views))]
-        self._held = {view: _read(self._job.plan, view, 0, out) for view, out in zip(views, room, strict=True)}
-        self._parts = [self.part(start, shape, self.base is not None) for start, shape in self._runs()]
+        room = [
+            self._memory[i * each :][: self._size * dtype.itemsize].view(dtype)
+            for i in range(len(views))
+        ]
+        self._held = {
+            view: _read(self._job.plan, view, 0, out) for view, out in zip(views, room, strict=True)
+        }
+        self._parts = [
+            self.part(start, shape, self.base is not None) for start, shape in self._runs()
+        ]
 
     def _blocks(self, among: Sequence[int]) -> Iterator[parts.Part]:
         """Yield the blocks that hold these elements of what is held: one small program serves tensors of all shapes."""
@@ -409,35 +490,43 @@ def _merge_slab(
     *,
     count: int,
     method: str,
-    static: methods.Static,
+    static: registry.Static,
     dtype: np.dtype[Any],
     out: np.dtype[Any],
-) -> tuple[jax.Array, jax.Array, geometry.Moments | None]:
+) -> tuple[jax.Array, jax.Array, diagnostics.Moments | None]:
     """Return the merged slab, checksums of what was read, and moments of its first elements if a base is given: one call, one wait."""
-    result = methods.apply(part, known, rounding, method=method, static=static, dtype=dtype, out=out)
+    result = registry.apply(
+        part, known, rounding, method=method, static=static, dtype=dtype, out=out
+    )
     models = (*part.members, *([] if part.base is None else [part.base]))
-    checksums = geometry.checksums(models, part.offset)
+    checksums = diagnostics.checksums(models, part.offset)
     if base is None:
         return result, checksums, None
     width = math.gcd(count, parts.BLOCK)
     own = [x.reshape(-1)[:count].reshape(-1, width) for x in (*part.members, base, result)]
     # compared in what is stored in the end
     *taus, start, end = [parts.as_stored(x, out) for x in own]
-    moments = geometry.moments(taus, start, end)
-    if methods.redraws(method, dict(static)):
+    moments = diagnostics.moments(taus, start, end)
+    if registry.redraws(method, dict(static)):
         first = jax.tree.map(lambda x: x.reshape(-1)[:count], (part.members, part.base))
         looked_at = part._replace(members=first[0], base=first[1])
-        moments = moments._replace(redrawn=select.redrawn(looked_at, known["weights"], **dict(static)))
+        moments = moments._replace(
+            redrawn=selection.redrawn(looked_at, known["weights"], **dict(static))
+        )
     return result, checksums, moments
 
 
 def _done(output: Output, needs_base: bool, crc: int, found: list[tuple[Any, int]]) -> Done:
     checksums = np.sum([one[0].astype(np.uint64) for one, _ in found], axis=0)
     unread = [None] if output.base is not None and not needs_base else []
-    moments = [geometry.total(one[1]) for one, count in found if count]
-    total = geometry.add(moments) if moments else None
+    moments = [diagnostics.total(one[1]) for one, count in found if count]
+    total = diagnostics.add(moments) if moments else None
     return Done(
-        output.name, f"{crc:08x}", [int(x) & 0xFFFFFFFF for x in checksums] + unread, total, sum(count for _, count in found)
+        output.name,
+        f"{crc:08x}",
+        [int(x) & 0xFFFFFFFF for x in checksums] + unread,
+        total,
+        sum(count for _, count in found),
     )
 
 

@@ -11,14 +11,20 @@ import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.merge import methods
-from jax_ordermerge.merge.sources import Source
-from jax_ordermerge.merge_config import Dtype
+from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.sources.storage import Source
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 # what a fine-tune may change without being another architecture
-MAY_DIFFER = {"bos_token_id", "eos_token_ids", "pad_token_id", "initializer_range", "max_position_embeddings"}
+MAY_DIFFER = {
+    "bos_token_id",
+    "eos_token_ids",
+    "pad_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+}
 
 
 class View(NamedTuple):
@@ -85,7 +91,11 @@ class Plan:
     @property
     def input_bytes(self) -> int:
         """Bytes that are read at least once."""
-        views = {view for out in self.outputs for view in (*out.members, *([out.base] if out.base else []))}
+        views = {
+            view
+            for out in self.outputs
+            for view in (*out.members, *([out.base] if out.base else []))
+        }
         infos = [self.sources[view.source].info(view.name) for view in views]
         return sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
 
@@ -118,13 +128,13 @@ def uniform(
     Raises:
         UserError: bad input; the architectures differ (the difference is named).
     """
-    checked = methods.check(method, parameters)
+    checked = registry.check(method, parameters)
     if not members:
         raise UserError("nothing to merge: give the directories of the members")
-    if methods.METHODS[method].needs_base(checked) and base is None:
+    if registry.METHODS[method].needs_base(checked) and base is None:
         needs = "with resample " if method == "selection" else ""
         raise UserError(f"merge method {method} {needs}needs the base model; give it with --base")
-    prepared = methods.check_weights(method, weights, len(members), checked)
+    prepared = registry.check_weights(method, weights, len(members), checked)
     sources = (*members, *([] if base is None else [base]))
     for other in sources[1:]:
         check_same(sources[0], other)
@@ -152,7 +162,16 @@ def uniform(
         "seed": seed,
         "dtype": stored.name,
     }
-    return Plan(config, sources, outputs, seed, stored, stored, recipe, tokenizer_from=tokenizer_from or members[0].directory)
+    return Plan(
+        config,
+        sources,
+        outputs,
+        seed,
+        stored,
+        stored,
+        recipe,
+        tokenizer_from=tokenizer_from or members[0].directory,
+    )
 
 
 def check_same(one: Source, other: Source, but: Collection[str] = ()) -> None:
@@ -187,5 +206,7 @@ def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype[Any]
     found = {one.info(name).dtype for one in members for name, _, _ in arch.hf_tensors(one.config)}
     names = sorted(one.name for one in found)
     if len(found) > 1 or names[0] not in DTYPES:
-        raise UserError(f"the members are stored in {' and '.join(names)}; choose one of {', '.join(DTYPES)} with dtype")
+        raise UserError(
+            f"the members are stored in {' and '.join(names)}; choose one of {', '.join(DTYPES)} with dtype"
+        )
     return found.pop()

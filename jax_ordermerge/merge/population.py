@@ -17,7 +17,8 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import geometry, methods, parts, select
+from jax_ordermerge.merge import diagnostics
+from jax_ordermerge.merge.methods import parts, registry, selection
 
 
 def merge(
@@ -56,17 +57,26 @@ def merge(
         UserError: the method, a parameter or the weights are wrong, or the base is missing.
 
     Example:
-        >>> config = ModelConfig(vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1)
-        >>> flat = {spec.path: jnp.stack([jnp.zeros(spec.shape), jnp.ones(spec.shape)]) for spec in arch.tensor_table(config)}
-        >>> merged = merge(tree.unflatten(flat), None, config, method="average", seed=0, weights=(1, 3))
+        >>> config = ModelConfig(
+        ...     vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1
+        ... )
+        >>> flat = {
+        ...     spec.path: jnp.stack([jnp.zeros(spec.shape), jnp.ones(spec.shape)])
+        ...     for spec in arch.tensor_table(config)
+        ... }
+        >>> merged = merge(
+        ...     tree.unflatten(flat), None, config, method="average", seed=0, weights=(1, 3)
+        ... )
         >>> merged["norm"]["weight"].tolist()
         [0.75, 0.75]
     """
-    checked = methods.check(method, parameters)
-    if (methods.METHODS[method].needs_base(checked) or scales is not None) and base is None:
+    checked = registry.check(method, parameters)
+    if (registry.METHODS[method].needs_base(checked) or scales is not None) and base is None:
         raise UserError(f"merge method {method} with {checked} needs the base; give it")
     flat, flat_base = tree.flatten(members), tree.flatten(base or {})
-    run = functools.partial(merge_leaf, method=method, seed=seed, weights=weights, parameters=checked, dtype=dtype)
+    run = functools.partial(
+        merge_leaf, method=method, seed=seed, weights=weights, parameters=checked, dtype=dtype
+    )
     found: dict[str, jax.Array] = {}
     for spec in arch.tensor_table(config):
         own, own_base, names = flat[spec.path], flat_base.get(spec.path), spec.hf_names()
@@ -75,7 +85,9 @@ def merge(
         else:  # a leaf at a time, so that no whole model is ever in float32
             whole = run(own, own_base, names, spec.stacked, out="float32")
             lambdas = np.asarray([scales[name] for name in names], np.float32)
-            found[spec.path] = _rescaled(whole, own_base, lambdas, stacked=spec.stacked, dtype=jnp.dtype(dtype))
+            found[spec.path] = _rescaled(
+                whole, own_base, lambdas, stacked=spec.stacked, dtype=jnp.dtype(dtype)
+            )
     return tree.unflatten(found)
 
 
@@ -108,7 +120,12 @@ def merge_leaf(
 
     Example:
         >>> members = jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])
-        >>> settings = {"method": "average", "parameters": methods.check("average"), "seed": 0, "weights": None}
+        >>> settings = {
+        ...     "method": "average",
+        ...     "parameters": methods.check("average"),
+        ...     "seed": 0,
+        ...     "weights": None,
+        ... }
         >>> merge_leaf(members, None, ["w"], False, dtype="float32", **settings).tolist()
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
@@ -118,7 +135,9 @@ def merge_leaf(
 
 
 @functools.partial(jax.jit, static_argnames=("stacked", "dtype"))
-def _rescaled(merged: jax.Array, base: jax.Array, scales: jax.Array, *, stacked: bool, dtype: DTypeLike) -> jax.Array:
+def _rescaled(
+    merged: jax.Array, base: jax.Array, scales: jax.Array, *, stacked: bool, dtype: DTypeLike
+) -> jax.Array:
     """Return theta_0 + lambda (theta - theta_0) in `dtype`: bit for bit the task arithmetic of one member, theta."""
     start = parts.as_stored(base, dtype).astype(jnp.float32)
     lambdas = scales.reshape(-1, *(1,) * (merged.ndim - 1)) if stacked else scales[0]
@@ -147,9 +166,11 @@ def compile_merge(
         UserError: as `merge`.
     """
     spec = max(arch.tensor_table(config), key=lambda spec: math.prod(spec.shape))
-    (population,) = tree.flatten(convert.abstract_tensors([spec], mesh, members=members, dtype=dtype)).values()
+    (population,) = tree.flatten(
+        convert.abstract_tensors([spec], mesh, members=members, dtype=dtype)
+    ).values()
     (base,) = tree.flatten(convert.abstract_tensors([spec], mesh, dtype=dtype)).values()
-    checked = methods.check(method, parameters)
+    checked = registry.check(method, parameters)
     chosen = _Chosen(method, 0, weights, checked, dtype)
     arguments, settings = _prepared(population, base, spec.hf_names(), spec.stacked, chosen)
     return _merge_leaf.lower(*arguments, **settings).compile()
@@ -171,7 +192,9 @@ def _prepared(
     """Return the arguments of `_merge_leaf`, arrays or their descriptions, and what selects its program."""
     tensors = _tensors(members, base, names, stacked, chosen)
     inner = without_members(members)
-    learned = [parts.split(methods.learn(tensor, chosen.method, chosen.parameters)) for tensor in tensors]
+    learned = [
+        parts.split(registry.learn(tensor, chosen.method, chosen.parameters)) for tensor in tensors
+    ]
     known = {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]}
     settings = {
         "method": chosen.method,
@@ -230,19 +253,28 @@ class _Tensor:
         )
         given = self.leaf.members, self.leaf.base, self.words, self.layer, *arrays
         sums = parts.Sums(reduce)
-        if isinstance(self.leaf.members, jax.ShapeDtypeStruct):  # only described: the program does not depend on what the sums are
-            sums.add(jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(measure, *given)))
+        if isinstance(
+            self.leaf.members, jax.ShapeDtypeStruct
+        ):  # only described: the program does not depend on what the sums are
+            sums.add(
+                jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(measure, *given))
+            )
         else:
             sums.add(measure(*given))
         return sums.result()
 
 
-def _tensors(members: Any, base: Any, names: Sequence[str], stacked: bool, chosen: _Chosen) -> list[_Tensor]:
+def _tensors(
+    members: Any, base: Any, names: Sequence[str], stacked: bool, chosen: _Chosen
+) -> list[_Tensor]:
     """Return the Hugging Face tensors of a leaf, of arrays or of their descriptions."""
     method, seed, weights, parameters, dtype = chosen
     layers = range(len(names)) if stacked else (None,)
-    words = [methods.key_words(method, parameters, seed, name, layer) for name, layer in zip(names, layers, strict=True)]
-    given = methods.check_weights(method, weights, members.shape[0], parameters)
+    words = [
+        registry.key_words(method, parameters, seed, name, layer)
+        for name, layer in zip(names, layers, strict=True)
+    ]
+    given = registry.check_weights(method, weights, members.shape[0], parameters)
     inner = without_members(members)
     leaf = _Leaf(members, base, stacked, None if inner is None else inner[0])
     return [_Tensor(leaf, i, words[i], given, jnp.dtype(dtype)) for i in range(len(names))]
@@ -256,7 +288,7 @@ def _measure_leaf(
     layer: int,
     *arrays: Any,
     function: Callable[..., Any],
-    static: methods.Static,
+    static: registry.Static,
     dtype: DTypeLike,
     stacked: bool,
     spread: NamedSharding | None,
@@ -264,13 +296,23 @@ def _measure_leaf(
     own, own_base = _apart(members, base, dtype, spread)
     if stacked:
         own = tuple(jax.lax.dynamic_index_in_dim(one, layer, keepdims=False) for one in own)
-        own_base = None if own_base is None else jax.lax.dynamic_index_in_dim(own_base, layer, keepdims=False)
+        own_base = (
+            None
+            if own_base is None
+            else jax.lax.dynamic_index_in_dim(own_base, layer, keepdims=False)
+        )
     found = function(parts.Part(own, own_base, words), *arrays, **dict(static))
     # every process reads the sums, so they must lie on all devices
-    return found if spread is None else jax.lax.with_sharding_constraint(found, NamedSharding(spread.mesh, P()))
+    return (
+        found
+        if spread is None
+        else jax.lax.with_sharding_constraint(found, NamedSharding(spread.mesh, P()))
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("method", "static", "dtype", "stacked", "spread", "out", "result"))
+@functools.partial(
+    jax.jit, static_argnames=("method", "static", "dtype", "stacked", "spread", "out", "result")
+)
 def _merge_leaf(
     members: jax.Array,
     base: jax.Array | None,
@@ -278,7 +320,7 @@ def _merge_leaf(
     known: dict[str, jax.Array],
     *,
     method: str,
-    static: methods.Static,
+    static: registry.Static,
     dtype: DTypeLike,
     stacked: bool,
     spread: NamedSharding | None,
@@ -287,8 +329,20 @@ def _merge_leaf(
 ) -> jax.Array:
     own, own_base = _apart(members, base, dtype, spread)
 
-    def one(members: tuple[jax.Array, ...], base: jax.Array | None, words: jax.Array, known: dict[str, jax.Array]) -> jax.Array:
-        return methods.apply(parts.Part(members, base, words), known, method=method, static=static, dtype=dtype, out=result)
+    def one(
+        members: tuple[jax.Array, ...],
+        base: jax.Array | None,
+        words: jax.Array,
+        known: dict[str, jax.Array],
+    ) -> jax.Array:
+        return registry.apply(
+            parts.Part(members, base, words),
+            known,
+            method=method,
+            static=static,
+            dtype=dtype,
+            out=result,
+        )
 
     if stacked:
         merged = jax.vmap(one)(own, own_base, words, known)
@@ -307,10 +361,14 @@ def _apart(
     """
     stored = parts.as_stored(members, dtype)
     if spread is not None:
-        bits = select.to_bits(stored) if stored.dtype.itemsize < 4 else stored  # collectives of bfloat16 may quiet a NaN on CPU
-        bits = jax.lax.with_sharding_constraint(bits, NamedSharding(spread.mesh, P(None, *spread.spec)))
+        bits = (
+            selection.to_bits(stored) if stored.dtype.itemsize < 4 else stored
+        )  # collectives of bfloat16 may quiet a NaN on CPU
+        bits = jax.lax.with_sharding_constraint(
+            bits, NamedSharding(spread.mesh, P(None, *spread.spec))
+        )
         stored = jax.lax.bitcast_convert_type(bits, stored.dtype)
-    own = select.unstack(stored)
+    own = selection.unstack(stored)
     if base is None:
         return own, None
     own_base = parts.as_stored(base, dtype)
@@ -338,13 +396,23 @@ def without_members(leaf: Any) -> tuple[NamedSharding, NamedSharding] | None:
     if held is None or mesh.shape[held] == 1:
         return out, out
     for axis in reversed(range(len(inner))):
-        names = () if inner[axis] is None else inner[axis] if isinstance(inner[axis], tuple) else (inner[axis],)
-        if leaf.shape[1 + axis] % (math.prod(mesh.shape[name] for name in names) * mesh.shape[held]) == 0:
+        names = (
+            ()
+            if inner[axis] is None
+            else inner[axis]
+            if isinstance(inner[axis], tuple)
+            else (inner[axis],)
+        )
+        if (
+            leaf.shape[1 + axis]
+            % (math.prod(mesh.shape[name] for name in names) * mesh.shape[held])
+            == 0
+        ):
             return NamedSharding(mesh, P(*inner[:axis], (*names, held), *inner[axis + 1 :])), out
     return out, out
 
 
-def diagnostics(
+def measure_diagnostics(
     members: Mapping[str, Any],
     base: Mapping[str, Any],
     merged: Mapping[str, Any],
@@ -367,9 +435,9 @@ def diagnostics(
     Returns:
         `{"total": numbers, "tensors": {hf_name: numbers}}`, plain Python (see `geometry.summarize`).
     """
-    checked = methods.check(method, parameters) if method in methods.METHODS else {}
+    checked = registry.check(method, parameters) if method in registry.METHODS else {}
     flat, flat_base, flat_merged = tree.flatten(members), tree.flatten(base), tree.flatten(merged)
-    found: dict[str, tuple[geometry.Moments, int]] = {}
+    found: dict[str, tuple[diagnostics.Moments, int]] = {}
     for spec in arch.tensor_table(config):
         own, own_base, own_merged = flat[spec.path], flat_base[spec.path], flat_merged[spec.path]
         inner = without_members(own)
@@ -377,19 +445,31 @@ def diagnostics(
         everywhere = None if inner is None else NamedSharding(inner[0].mesh, P())
         moments = jax.device_get(_moments(own, own_base, own_merged, everywhere))
         tensors: list[_Tensor] | None = None
-        if methods.redraws(method, checked):
+        if registry.redraws(method, checked):
             chosen = _Chosen(method, seed, weights, checked, own_merged.dtype)
             tensors = _tensors(own, own_base, spec.hf_names(), spec.stacked, chosen)
         for layer, name in enumerate(spec.hf_names()):
-            one = geometry.Moments(*(x[:, layer] for x in moments[:2])) if spec.stacked else moments
+            one = (
+                diagnostics.Moments(*(x[:, layer] for x in moments[:2]))
+                if spec.stacked
+                else moments
+            )
             if tensors is not None:
-                known, static = parts.split(methods.learn(tensors[layer], method, checked))
-                one = one._replace(redrawn=tensors[layer].total(select.redrawn, known["weights"], **dict(static)))
-            found[name] = geometry.total(one), math.prod(spec.hf_shape)
-    return geometry.report((name, *found[name]) for name, _, _ in arch.hf_tensors(config))
+                known, static = parts.split(registry.learn(tensors[layer], method, checked))
+                one = one._replace(
+                    redrawn=tensors[layer].total(
+                        selection.redrawn, known["weights"], **dict(static)
+                    )
+                )
+            found[name] = diagnostics.total(one), math.prod(spec.hf_shape)
+    return diagnostics.report((name, *found[name]) for name, _, _ in arch.hf_tensors(config))
 
 
 @functools.partial(jax.jit, static_argnames="everywhere")
-def _moments(members: jax.Array, base: jax.Array, merged: jax.Array, everywhere: NamedSharding | None) -> geometry.Moments:
-    found = geometry.moments(parts.as_stored(members, merged.dtype), parts.as_stored(base, merged.dtype), merged)
+def _moments(
+    members: jax.Array, base: jax.Array, merged: jax.Array, everywhere: NamedSharding | None
+) -> diagnostics.Moments:
+    found = diagnostics.moments(
+        parts.as_stored(members, merged.dtype), parts.as_stored(base, merged.dtype), merged
+    )
     return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)

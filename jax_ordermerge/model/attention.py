@@ -80,20 +80,36 @@ def attend(
     match kernel:
         case "splash" | "splash_interpreted":
             interpret = kernel == "splash_interpreted"
-            return kernels.splash(q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window, interpret=interpret)
+            return kernels.splash(
+                q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window, interpret=interpret
+            )
         case "cudnn":
-            return checkpoint_name(kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window), MIXED)
-    if q_BTNH.shape[1] == k_BSKH.shape[1] and meshes.extent("length") > 1 and q_BTNH.shape[1] % meshes.extent("length") == 0:
+            return checkpoint_name(
+                kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window), MIXED
+            )
+    if (
+        q_BTNH.shape[1] == k_BSKH.shape[1]
+        and meshes.extent("length") > 1
+        and q_BTNH.shape[1] % meshes.extent("length") == 0
+    ):
         # every device its own queries and all keys: context parallel, of which the gathering of the keys is all the traffic
         local = functools.partial(_attend, window=window)
-        mixed = meshes.divide(local, "length", (1, None, None, 1, None), 1)(q_BTNH, k_BSKH, v_BSKH, queries, keys)
+        mixed = meshes.divide(local, "length", (1, None, None, 1, None), 1)(
+            q_BTNH, k_BSKH, v_BSKH, queries, keys
+        )
     else:
         mixed = _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window)
     return checkpoint_name(mixed, MIXED)
 
 
 def _attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Tokens, keys: Tokens, *, window: int | None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    *,
+    window: int | None,
 ) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -104,19 +120,34 @@ def _attend(
     for begin in range(0, T, size):
         end = min(begin + size, T)
         first, last = (max(0, begin + 1 - window) if window else 0, end) if T == S else (0, S)
-        mask_BTS = visible(Tokens(*(x[:, begin:end] for x in queries)), Tokens(*(x[:, first:last] for x in keys)), window)
-        blocks.append(_block(q_BKGTH[:, :, :, begin:end], k_BKSH[:, :, first:last], v_BKSH[:, :, first:last], mask_BTS))
+        mask_BTS = visible(
+            Tokens(*(x[:, begin:end] for x in queries)),
+            Tokens(*(x[:, first:last] for x in keys)),
+            window,
+        )
+        blocks.append(
+            _block(
+                q_BKGTH[:, :, :, begin:end],
+                k_BKSH[:, :, first:last],
+                v_BKSH[:, :, first:last],
+                mask_BTS,
+            )
+        )
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 # Layers are scanned, so the compiler cannot merge the two computations and needs no barrier against it.
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _block(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def _block(
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
     bias_BTS = jnp.where(mask_BTS, 0.0, _MASKED)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
     scores = scores * q_BKGTH.shape[-1] ** -0.5 + bias_BTS[:, None, None]
     # the softmax is divided after the product with v, over H columns instead of S
     powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = powers.sum(-1, keepdims=True)
-    mixed = jnp.einsum("BKGTS,BKSH->BKGTH", powers.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum(
+        "BKGTS,BKSH->BKGTH", powers.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32
+    )
     return (mixed / total).astype(q_BKGTH.dtype)

@@ -11,7 +11,14 @@ from jax_ordermerge import rng, tree
 from jax_ordermerge.arch import TensorSpec
 
 
-def draw(table: Iterable[TensorSpec], seed: int, purpose: str, mesh: Mesh | None = None, *, std: float = 1.0) -> tree.Tree:
+def draw(
+    table: Iterable[TensorSpec],
+    seed: int,
+    purpose: str,
+    mesh: Mesh | None = None,
+    *,
+    std: float = 1.0,
+) -> tree.Tree:
     """Return the parameters that a table declares, float32, each Hugging Face tensor drawn whole.
 
     Args:
@@ -29,20 +36,31 @@ def draw(table: Iterable[TensorSpec], seed: int, purpose: str, mesh: Mesh | None
     """
     specs = tuple(table)
     drawn = [spec for spec in specs if spec.init in ("normal", "uniform")]
-    keys = {spec.path: jnp.stack([rng.stream(seed, purpose, name) for name in spec.hf_names()]) for spec in drawn}
+    keys = {
+        spec.path: jnp.stack([rng.stream(seed, purpose, name) for name in spec.hf_names()])
+        for spec in drawn
+    }
 
     def one(spec: TensorSpec, keys: jax.Array | None) -> jax.Array:
         if keys is None:
             return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, jnp.float32)
         if spec.init == "uniform":
             bound = spec.hf_shape[-1] ** -0.5
-            values = jax.vmap(lambda key: jax.random.uniform(key, spec.hf_shape, jnp.float32, -bound, bound))(keys)
+            values = jax.vmap(
+                lambda key: jax.random.uniform(key, spec.hf_shape, jnp.float32, -bound, bound)
+            )(keys)
         else:
-            values = jax.vmap(lambda key: jax.random.normal(key, spec.hf_shape, jnp.float32))(keys) * std
+            values = (
+                jax.vmap(lambda key: jax.random.normal(key, spec.hf_shape, jnp.float32))(keys) * std
+            )
         return values.reshape(spec.shape)
 
     def build(keys: dict[str, jax.Array]) -> tree.Tree:
         return tree.unflatten({spec.path: one(spec, keys.get(spec.path)) for spec in specs})
 
-    shardings = None if mesh is None else tree.unflatten({s.path: meshes.sharding(s.axes, s.shape, mesh) for s in specs})
+    shardings = (
+        None
+        if mesh is None
+        else tree.unflatten({s.path: meshes.sharding(s.axes, s.shape, mesh) for s in specs})
+    )
     return jax.jit(build, out_shardings=shardings)(keys)

@@ -72,12 +72,16 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         >>> rope_frequencies(Rope(theta=100.0, kind="linear", factor=2.0), 4).round(3).tolist()
         [0.5, 0.05000000074505806]
     """
-    inverse = (1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))).astype(np.float32)
+    inverse = (
+        1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    ).astype(np.float32)
     if rope.kind == "linear":
         return inverse / np.float32(rope.factor)
     if rope.kind == "llama3":
         turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)
-        kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        kept = np.clip(
+            (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1
+        )
         return ((1 - kept) * inverse / rope.factor + kept * inverse).astype(np.float32)
     return inverse
 
@@ -86,7 +90,9 @@ def _rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Ar
     # the two halves of a head are the pairs, as in Hugging Face checkpoints (not neighbours, as in the paper)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x_BTNH.dtype)
 
 
 class Norm(nn.Module):
@@ -105,7 +111,9 @@ class Norm(nn.Module):
 
 def _times(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Array:
     # over flat rows: with two contracted axes XLA on CPU copies the whole transposed gradient for that of the weight
-    y = jnp.einsum("RI,OI->RO", x_BTI.reshape(-1, x_BTI.shape[-1]), weight_OI, preferred_element_type=dtype)
+    y = jnp.einsum(
+        "RI,OI->RO", x_BTI.reshape(-1, x_BTI.shape[-1]), weight_OI, preferred_element_type=dtype
+    )
     return y.reshape(*x_BTI.shape[:-1], weight_OI.shape[0])
 
 
@@ -121,9 +129,17 @@ class Linear(nn.Module):
         weight = self.param("weight", nn.initializers.zeros, (self.features, x.shape[-1]))
         y = _times(x, weight.astype(self.dtype), self.dtype)
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None]
+            y = (
+                y
+                + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[
+                    None, None
+                ]
+            )
         if self.has_variable("params", "lora_a"):
-            a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            a, b = (
+                self.get_variable("params", name).astype(self.dtype)
+                for name in ("lora_a", "lora_b")
+            )
             y = checkpoint_name(y + _times(_times(x, a, self.dtype), b, self.dtype), _ADAPTED)
         return y
 
@@ -137,11 +153,15 @@ class Attention(nn.Module):
     last_only: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared) -> tuple[jax.Array, _KeysValues]:
+    def __call__(
+        self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared
+    ) -> tuple[jax.Array, _KeysValues]:
         c, (B, T, D) = self.config, x_BTD.shape
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
         asking = x_BTD, shared.queries, shared.cos_BTH, shared.sin_BTH
-        from_BTD, queries, cos_BTH, sin_BTH = jax.tree.map(_last, asking) if self.last_only else asking
+        from_BTD, queries, cos_BTH, sin_BTH = (
+            jax.tree.map(_last, asking) if self.last_only else asking
+        )
         q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(from_BTD).reshape(B, -1, N, H)
         k = Linear(K * H, c.qkv_bias, self.dtype, name="k")(x_BTD).reshape(B, T, K, H)
         v = Linear(K * H, c.qkv_bias, self.dtype, name="v")(x_BTD).reshape(B, T, K, H)
@@ -149,11 +169,15 @@ class Attention(nn.Module):
             q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
         q = meshes.constrain(_rotate(q, cos_BTH, sin_BTH), "batch", "length", "heads", None)
-        k = meshes.constrain(_rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None)
+        k = meshes.constrain(
+            _rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None
+        )
         v = meshes.constrain(v, "batch", None, "kv_heads", None)
         if kv is not None:
             kv = _written(kv[0], k, shared.start), _written(kv[1], v, shared.start)
-            k, v = (x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv)  # attention turns them back, and the compiler drops both
+            k, v = (
+                x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv
+            )  # attention turns them back, and the compiler drops both
         kernel: Kernel = self.kernel if kv is None else "xla"
         mixed = attend(q, k, v, queries, shared.keys, window=c.sliding_window, kernel=kernel)
         return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, -1, N * H)), kv
@@ -164,7 +188,9 @@ def _last(x_BT: jax.Array) -> jax.Array:
 
 
 def _written(old_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(old_BKSH, new_BTKH.transpose(0, 2, 1, 3).astype(old_BKSH.dtype), (0, 0, start, 0))
+    return jax.lax.dynamic_update_slice(
+        old_BKSH, new_BTKH.transpose(0, 2, 1, 3).astype(old_BKSH.dtype), (0, 0, start, 0)
+    )
 
 
 class MLP(nn.Module):
@@ -191,11 +217,17 @@ class Block(nn.Module):
     last_only: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared) -> tuple[jax.Array, _KeysValues]:
+    def __call__(
+        self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared
+    ) -> tuple[jax.Array, _KeysValues]:
         c = self.config
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
-        change_BTD, kv = Attention(c, self.dtype, self.kernel, self.last_only, name="attention")(normed_BTD, kv, shared)
-        x_BTD = meshes.constrain((_last(x_BTD) if self.last_only else x_BTD) + change_BTD, "batch", "length", None)
+        change_BTD, kv = Attention(c, self.dtype, self.kernel, self.last_only, name="attention")(
+            normed_BTD, kv, shared
+        )
+        x_BTD = meshes.constrain(
+            (_last(x_BTD) if self.last_only else x_BTD) + change_BTD, "batch", "length", None
+        )
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
         change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
         return meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv
@@ -208,7 +240,9 @@ class Embedding(nn.Module):
     dtype: DTypeLike
 
     def setup(self) -> None:
-        self.weight = self.param("weight", nn.initializers.zeros, (self.config.vocab_size, self.config.hidden_size))
+        self.weight = self.param(
+            "weight", nn.initializers.zeros, (self.config.vocab_size, self.config.hidden_size)
+        )
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         # all of the vocabulary on every device: XLA's partitioner dies of a lookup in a table that order, fsdp and tensor all divide
@@ -220,7 +254,8 @@ _ADAPTED = "adapted"  # a product with its adapter's: kept as the sum, or both p
 _POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(MIXED, _ADAPTED)
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MIXED, _ADAPTED),
     ),
 }
 
@@ -237,9 +272,17 @@ class Llama(nn.Module):
     def __call__(self, tokens_BT: jax.Array, shared: _Shared) -> jax.Array:
         c = self.config
         embed = Embedding(c, self.dtype, name="embed")
-        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_POLICIES[self.remat])
+        block = (
+            Block
+            if self.remat == "none"
+            else nn.remat(Block, prevent_cse=False, policy=_POLICIES[self.remat])
+        )
         layers = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.num_layers
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
         )(c, self.dtype, self.kernel, name="layers")
         x_BTD, _ = layers(embed(tokens_BT), None, shared)
         return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD)
@@ -249,32 +292,54 @@ def unstack(config: ModelConfig, layers: Any) -> tuple[tree.Tree, ...]:
     """Return the parameters of each layer from the stacked ones; what is unstacked already comes back as it is.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-        >>> [one["mlp"]["up"]["weight"].shape for one in unstack(config, init_params(config, 0)["layers"])]
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
+        >>> [
+        ...     one["mlp"]["up"]["weight"].shape
+        ...     for one in unstack(config, init_params(config, 0)["layers"])
+        ... ]
         [(16, 8), (16, 8)]
     """
-    return layers if isinstance(layers, tuple) else tuple(tree.member(layers, layer) for layer in range(config.num_layers))
+    return (
+        layers
+        if isinstance(layers, tuple)
+        else tuple(tree.member(layers, layer) for layer in range(config.num_layers))
+    )
 
 
 def _with_cache(
-    config: ModelConfig, params: tree.Tree, tokens_BT: jax.Array, cache: Cache, shared: _Shared, dtype: DTypeLike, last_only: bool
+    config: ModelConfig,
+    params: tree.Tree,
+    tokens_BT: jax.Array,
+    cache: Cache,
+    shared: _Shared,
+    dtype: DTypeLike,
+    last_only: bool,
 ) -> tuple[jax.Array, tuple[Any, Any]]:
     """Do what `Llama` does, layer by layer in the program: a scan would copy each layer's keys and values at every step."""
     x_BTD, ks, vs = Embedding(config, dtype).apply({"params": params["embed"]}, tokens_BT), [], []
-    for layer, (own, *kv) in enumerate(zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)):
+    for layer, (own, *kv) in enumerate(
+        zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)
+    ):
         # below the last layer all tokens are needed for their keys and values
         block = Block(config, dtype, last_only=last_only and layer == config.num_layers - 1)
         x_BTD, (k, v) = block.apply({"params": own}, x_BTD, kv, shared)
         ks.append(k)
         vs.append(v)
-    return Norm(config.rms_norm_eps, dtype).apply({"params": params["norm"]}, x_BTD), (tuple(ks), tuple(vs))
+    return Norm(config.rms_norm_eps, dtype).apply({"params": params["norm"]}, x_BTD), (
+        tuple(ks),
+        tuple(vs),
+    )
 
 
 def head(config: ModelConfig, params: tree.Tree) -> jax.Array:
     """Return the table that turns hidden states into logits, float32[V, D]: the embedding's own where it is tied.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> head(config, init_params(config, 0)).shape
         (32, 8)
     """
@@ -313,22 +378,42 @@ def hidden(
         ValueError: more tokens than the cache has slots.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> tokens = jnp.array([[3, 1, 2]])
-        >>> hidden(config, init_params(config, 0), tokens, jnp.arange(3)[None], jnp.ones((1, 3), int), dtype="float32")[0].shape
+        >>> hidden(
+        ...     config,
+        ...     init_params(config, 0),
+        ...     tokens,
+        ...     jnp.arange(3)[None],
+        ...     jnp.ones((1, 3), int),
+        ...     dtype="float32",
+        ... )[0].shape
         (1, 3, 8)
     """
-    angles = positions_BT.astype(jnp.float32)[:, :, None] * rope_frequencies(config.rope, config.head_dim)[None, None]
+    angles = (
+        positions_BT.astype(jnp.float32)[:, :, None]
+        * rope_frequencies(config.rope, config.head_dim)[None, None]
+    )
     queries = keys = Tokens(positions_BT, segments_BT)
     if cache is not None:
         if tokens_BT.shape[1] > cache.positions.shape[1]:
-            raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.positions.shape[1]} slots")
+            raise ValueError(
+                f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.positions.shape[1]} slots"
+            )
         written = (
             jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, cache.length))
             for old, new in zip((cache.positions, cache.segments), queries, strict=True)
         )
         keys = Tokens(*written)
-    shared = _Shared(queries, keys, jnp.cos(angles), jnp.sin(angles), jnp.zeros((), jnp.int32) if cache is None else cache.length)
+    shared = _Shared(
+        queries,
+        keys,
+        jnp.cos(angles),
+        jnp.sin(angles),
+        jnp.zeros((), jnp.int32) if cache is None else cache.length,
+    )
     if cache is None:
         x_BTD = Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, shared)
         return _last(x_BTD) if last_only else x_BTD, None
@@ -357,13 +442,31 @@ def forward(
         last_only: logits of the last position alone, [B, 1, V].
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> tokens = jnp.array([[3, 1, 2]])
-        >>> logits, _ = forward(config, init_params(config, 0), tokens, jnp.arange(3)[None], jnp.ones((1, 3), int), dtype="float32")
+        >>> logits, _ = forward(
+        ...     config,
+        ...     init_params(config, 0),
+        ...     tokens,
+        ...     jnp.arange(3)[None],
+        ...     jnp.ones((1, 3), int),
+        ...     dtype="float32",
+        ... )
         >>> logits.shape, logits.dtype.name
         ((1, 3, 32), 'float32')
     """
-    x_BTD, cache = hidden(config, params, tokens_BT, positions_BT, segments_BT, cache, dtype=dtype, last_only=last_only)
+    x_BTD, cache = hidden(
+        config,
+        params,
+        tokens_BT,
+        positions_BT,
+        segments_BT,
+        cache,
+        dtype=dtype,
+        last_only=last_only,
+    )
     logits = _times(x_BTD, head(config, params).astype(dtype), jnp.float32)
     return meshes.constrain(logits, "batch", "length", "vocab"), cache
 
@@ -372,14 +475,19 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -
     """Return an empty cache of `length` slots for `batch` rows.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> [k.shape for k in init_cache(config, 3, 5, "float32").k]
         [(3, 2, 5, 4), (3, 2, 5, 4)]
     """
     shape = (batch, config.num_kv_heads, length, config.head_dim)
 
     def empty() -> tuple[jax.Array, ...]:
-        return tuple(meshes.constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(config.num_layers))
+        return tuple(
+            meshes.constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None)
+            for _ in range(config.num_layers)
+        )
 
     k, v = empty(), empty()
     where = jnp.zeros((batch, length), jnp.int32)
@@ -397,7 +505,9 @@ def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None =
         mesh: where the arrays live, sharded by their logical axes; None is the default device.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> init_params(config, 0)["layers"]["attention"]["q"]["weight"].shape
         (2, 8, 8)
     """

@@ -40,7 +40,9 @@ def targets(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
         UserError: a name that is no matrix of the layers.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> [spec.path for spec in targets(config, Lora(targets=("v", "q_proj")))]
         ['layers/attention/q/weight', 'layers/attention/v/weight']
         >>> targets(config, Lora(targets=("q_prj",)))
@@ -48,7 +50,11 @@ def targets(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
         ...
         jax_ordermerge.errors.UserError: lora.targets: q_prj is no matrix of this model (did you mean 'q_proj'?); it has q, k, v, ...
     """
-    matrices = [spec for spec in tensor_table(config) if spec.kind in ("attention", "mlp") and len(spec.hf_shape) == 2]
+    matrices = [
+        spec
+        for spec in tensor_table(config)
+        if spec.kind in ("attention", "mlp") and len(spec.hf_shape) == 2
+    ]
     names = {spec: (spec.path.split("/")[-2], spec.hf_name.split(".")[-2]) for spec in matrices}
     known = [name for both in names.values() for name in both] + [ALL]
     for name in settings.targets:
@@ -70,7 +76,9 @@ def table(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
         UserError: see `targets`.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> for spec in table(config, Lora(rank=4, targets=("up",))):
         ...     print(spec.path, spec.shape, spec.hf_names()[1])
         layers/mlp/up/lora_a (2, 4, 8) base_model.model.model.layers.1.mlp.up_proj.lora_A.weight
@@ -80,13 +88,29 @@ def table(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
     for spec in targets(config, settings):
         (L, O, I), (_, out, inp) = spec.shape, spec.axes  # noqa: E741
         path, name = spec.path.removesuffix("weight"), PREFIX + spec.hf_name.removesuffix(".weight")
-        a = TensorSpec(f"{path}lora_a", (L, settings.rank, I), ("layer", "rank", inp), "uniform", name + A, spec.kind)
-        b = TensorSpec(f"{path}lora_b", (L, O, settings.rank), ("layer", out, "rank"), "zeros", name + B, spec.kind)
+        a = TensorSpec(
+            f"{path}lora_a",
+            (L, settings.rank, I),
+            ("layer", "rank", inp),
+            "uniform",
+            name + A,
+            spec.kind,
+        )
+        b = TensorSpec(
+            f"{path}lora_b",
+            (L, O, settings.rank),
+            ("layer", out, "rank"),
+            "zeros",
+            name + B,
+            spec.kind,
+        )
         specs += [a, b]
     return tuple(specs)
 
 
-def init_params(config: ModelConfig, settings: Lora, seed: int, mesh: jax.sharding.Mesh | None = None) -> tree.Tree:
+def init_params(
+    config: ModelConfig, settings: Lora, seed: int, mesh: jax.sharding.Mesh | None = None
+) -> tree.Tree:
     """Return the adapter that every member starts from, float32.
 
     Each tensor is drawn whole from `rng.stream(seed, "lora", its name)`, so the values are the same on every mesh.
@@ -98,9 +122,15 @@ def init_params(config: ModelConfig, settings: Lora, seed: int, mesh: jax.shardi
         mesh: where the arrays live, sharded by their logical axes; None is the default device.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> q = init_params(config, Lora(rank=4), 0)["layers"]["attention"]["q"]
-        >>> q["lora_a"].shape, float(abs(q["lora_a"]).max()) < 8**-0.5, float(abs(q["lora_b"]).max())
+        >>> (
+        ...     q["lora_a"].shape,
+        ...     float(abs(q["lora_a"]).max()) < 8**-0.5,
+        ...     float(abs(q["lora_b"]).max()),
+        ... )
         ((2, 4, 8), True, 0.0)
     """
     return initial.draw(table(config, settings), seed, "lora", mesh)
@@ -115,13 +145,18 @@ def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
         scale: s, which goes into B.
 
     Example:
-        >>> config = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> base = {"layers": {"mlp": {"up": {"weight": jax.numpy.zeros((2, 16, 8))}}}}
         >>> joined = join(base, init_params(config, Lora(targets=("up",)), 0), 2.0)
         >>> sorted(joined["layers"]["mlp"]["up"])
         ['lora_a', 'lora_b', 'weight']
     """
-    scaled = {path: scale * x if path.endswith("lora_b") else x for path, x in tree.flatten(adapter).items()}
+    scaled = {
+        path: scale * x if path.endswith("lora_b") else x
+        for path, x in tree.flatten(adapter).items()
+    }
     return tree.unflatten({**tree.flatten(base), **scaled})
 
 
@@ -138,7 +173,9 @@ def dense(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
     Example:
         >>> base = {"layers": {"mlp": {"up": {"weight": jax.numpy.zeros((1, 2, 2))}}}}
         >>> low = {"lora_a": jax.numpy.ones((1, 1, 2)), "lora_b": jax.numpy.ones((1, 2, 1))}
-        >>> dense(base, {"layers": {"mlp": {"up": low}}}, 3.0)["layers"]["mlp"]["up"]["weight"].tolist()
+        >>> dense(base, {"layers": {"mlp": {"up": low}}}, 3.0)["layers"]["mlp"]["up"][
+        ...     "weight"
+        ... ].tolist()
         [[[3.0, 3.0], [3.0, 3.0]]]
     """
     whole, low = tree.flatten(base), tree.flatten(adapter)

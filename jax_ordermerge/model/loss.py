@@ -40,7 +40,10 @@ def linear_losses(
 
     Example:
         >>> total, sums = linear_losses(
-        ...     jnp.ones((1, 3, 2)), jnp.zeros((4, 2)), jnp.zeros((1, 3), int), jnp.array([[0.0, 1.0, 1.0]])
+        ...     jnp.ones((1, 3, 2)),
+        ...     jnp.zeros((4, 2)),
+        ...     jnp.zeros((1, 3), int),
+        ...     jnp.array([[0.0, 1.0, 1.0]]),
         ... )
         >>> round(total.item(), 4), sums.shape  # 2 log 4
         (2.7726, (1,))
@@ -62,13 +65,17 @@ def linear_scores(
     Example:
         >>> head = jnp.array([[1.0, 0.0], [0.0, 1.0]])
         >>> x = jnp.array([[[2.0, 1.0], [2.0, 1.0], [0.0, 3.0]]])
-        >>> sums, missed = linear_scores(x, head, jnp.array([[0, 1, 1]]), jnp.array([[1.0, 1.0, 0.0]]))
+        >>> sums, missed = linear_scores(
+        ...     x, head, jnp.array([[0, 1, 1]]), jnp.array([[1.0, 1.0, 0.0]])
+        ... )
         >>> round(sums.item(), 4), missed.item()  # log(1 + 1/e) + log(1 + e)
         (1.6265, 1.0)
     """
     head = head_VD.astype(x_BTD.dtype)
 
-    def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def body(
+        carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x_BCD, targets_BC, weights_BC = chunk
         logits_BCV, _, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
         missed_BC = (logits_BCV.max(-1) > _chosen(logits_BCV, targets_BC)) * weights_BC
@@ -100,7 +107,9 @@ def _start(count: int, x_BTD: jax.Array, given: _Given) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(count: int, x_BTD: jax.Array, head_VD: jax.Array, given: _Given) -> tuple[jax.Array, jax.Array]:
+def _sums(
+    count: int, x_BTD: jax.Array, head_VD: jax.Array, given: _Given
+) -> tuple[jax.Array, jax.Array]:
     head = head_VD.astype(x_BTD.dtype)
 
     def body(sums: jax.Array, chunk: tuple[Any, ...]) -> tuple[jax.Array, None]:
@@ -117,19 +126,32 @@ def _with_gradients(
     (_, T, D), V = x_BTD.shape, head_VD.shape[0]
     head = head_VD.astype(x_BTD.dtype)
 
-    def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def body(
+        carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         sums, slope_VD = carry
         x_BCD, targets_BC, weights_BC, segments_BC = chunk
         logits_BCV, total_BC, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
         softmax = jnp.exp(logits_BCV - total_BC[:, :, None])
-        slope_BCV = ((softmax - _is_target(logits_BCV, targets_BC)) * weights_BC[:, :, None]).astype(head.dtype)
+        slope_BCV = (
+            (softmax - _is_target(logits_BCV, targets_BC)) * weights_BC[:, :, None]
+        ).astype(head.dtype)
         slope_RV = slope_BCV.reshape(-1, V)
-        slope_BCD = jnp.einsum("RV,VD->RD", slope_RV, head, preferred_element_type=head.dtype).reshape(x_BCD.shape)
-        own_VD = jnp.einsum("RV,RD->VD", slope_RV, x_BCD.reshape(-1, D), preferred_element_type=jnp.float32)
+        slope_BCD = jnp.einsum(
+            "RV,VD->RD", slope_RV, head, preferred_element_type=head.dtype
+        ).reshape(x_BCD.shape)
+        own_VD = jnp.einsum(
+            "RV,RD->VD", slope_RV, x_BCD.reshape(-1, D), preferred_element_type=jnp.float32
+        )
         slope_VD = meshes.constrain(slope_VD + own_VD, "vocab", "embed")
-        return (sums + by_example(losses_BC, segments_BC, count), slope_VD), meshes.constrain(slope_BCD, "batch", "length", None)
+        return (sums + by_example(losses_BC, segments_BC, count), slope_VD), meshes.constrain(
+            slope_BCD, "batch", "length", None
+        )
 
-    start = _start(count, x_BTD, given), meshes.constrain(jnp.zeros((V, D), jnp.float32), "vocab", "embed")
+    start = (
+        _start(count, x_BTD, given),
+        meshes.constrain(jnp.zeros((V, D), jnp.float32), "vocab", "embed"),
+    )
     (sums, slope_VD), slope_NBCD = jax.lax.scan(body, start, _chunks(x_BTD, *given))
     return (sums.sum(), sums), (_joined(slope_NBCD, T), slope_VD)
 
@@ -159,9 +181,17 @@ def _chunks(x_BTD: jax.Array, *others: jax.Array | None) -> tuple[Any, ...]:
     def cut(array: jax.Array) -> jax.Array:
         rest = array.shape[2:]
         divided = array.reshape(B, parts, T // parts, *rest)
-        padded = jnp.pad(divided, [(0, 0), (0, 0), (0, chunks * size - T // parts), *[(0, 0)] * len(rest)])
+        padded = jnp.pad(
+            divided, [(0, 0), (0, 0), (0, chunks * size - T // parts), *[(0, 0)] * len(rest)]
+        )
         own = jnp.moveaxis(padded.reshape(B, parts, chunks, size, *rest), 2, 0)
-        return meshes.constrain(own.reshape(chunks, B, parts * size, *rest), None, "batch", "length", *[None] * len(rest))
+        return meshes.constrain(
+            own.reshape(chunks, B, parts * size, *rest),
+            None,
+            "batch",
+            "length",
+            *[None] * len(rest),
+        )
 
     return tuple(None if array is None else cut(array) for array in (x_BTD, *others))
 
@@ -183,7 +213,9 @@ def _chunk_losses(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return logits float32[B, C, V], log of the sum of their exponentials [B, C] and weighted losses [B, C]."""
     B, C, D = x_BCD.shape
-    flat = jnp.einsum("RD,VD->RV", x_BCD.reshape(-1, D), head_VD, preferred_element_type=jnp.float32)
+    flat = jnp.einsum(
+        "RD,VD->RV", x_BCD.reshape(-1, D), head_VD, preferred_element_type=jnp.float32
+    )
     logits_BCV = meshes.constrain(flat.reshape(B, C, -1), "batch", "length", "vocab")
     total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     return logits_BCV, total_BC, (total_BC - _chosen(logits_BCV, targets_BC)) * weights_BC

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax_ordermerge.config import Objective
 
 
-def pair_losses(logps_BC: jax.Array, reference_BC: jax.Array, tokens_BC: jax.Array, settings: Objective) -> jax.Array:
+def pair_losses(
+    logps_BC: jax.Array, reference_BC: jax.Array, tokens_BC: jax.Array, settings: Objective
+) -> jax.Array:
     """Return the loss of each pair, float32[B].
 
     With r = log pi(y|x) - log pi_ref(y|x), `sigmoid` is -log sigmoid(beta (r_chosen - r_rejected)), and `ipo` is
@@ -23,7 +25,10 @@ def pair_losses(logps_BC: jax.Array, reference_BC: jax.Array, tokens_BC: jax.Arr
         >>> even = jnp.zeros((1, 2))
         >>> better = jnp.array([[2.0, -3.0]])
         >>> sigmoid, ipo = Objective(beta=1.0), Objective(beta=1.0, loss="ipo")
-        >>> [round(pair_losses(logps, even, even + 1, sigmoid).item(), 4) for logps in (even, better)]  # log 2 at first
+        >>> [
+        ...     round(pair_losses(logps, even, even + 1, sigmoid).item(), 4)
+        ...     for logps in (even, better)
+        ... ]  # log 2 at first
         [0.6931, 0.0067]
         >>> pair_losses(better, even, even + 10, ipo).tolist()
         [0.0]

@@ -112,7 +112,9 @@ def abstract_mesh(config: Config, topology: Topology) -> AbstractMesh:
         UserError: the sizes do not fit.
     """
     sizes = meshes.axis_sizes(config.mesh.sizes, topology.size)
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
 
 
 def at_once(config: Config) -> int:
@@ -130,7 +132,9 @@ def kernel(config: Config, topology: Topology) -> str:
     return "splash" if topology.tpu else "cudnn" if fused else "xla"
 
 
-def tables(config: Config, model: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def tables(
+    config: Config, model: ModelConfig
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Return what each member trains and what is held once, as `split.split` cuts a model."""
     table = tensor_table(model)
     return (table, ()) if config.lora is None else (lora.table(model, config.lora), table)
@@ -155,11 +159,21 @@ def step(config: Config, model: ModelConfig, topology: Topology, work: Work) -> 
     shape = _Shape(sizes, split, microbatches, rows * work.length / sizes["sequence"], rows, item)
     members = -(-at_once(config) // sizes["order"])
     held = state(config, model, mesh)
-    fed = members * work.rows * (5 * 4 * work.length + 8) / (over if batch % over == 0 else 1) / sizes["sequence"]
-    memory = Memory(**held, batch=fed, temporaries=_temporaries(config, model, topology, work, shape))
+    fed = (
+        members
+        * work.rows
+        * (5 * 4 * work.length + 8)
+        / (over if batch % over == 0 else 1)
+        / sizes["sequence"]
+    )
+    memory = Memory(
+        **held, batch=fed, temporaries=_temporaries(config, model, topology, work, shape)
+    )
     executed = members * _executed(config, model, topology, work) / split
     moved = members * _moved(config, model, topology, work, shape)
-    traffic = {axis: members * size for axis, size in _traffic(config, model, work, shape).items() if size}
+    traffic = {
+        axis: members * size for axis, size in _traffic(config, model, work, shape).items() if size
+    }
     return timed(Step(memory, executed, moved, traffic, None), config, topology)
 
 
@@ -171,7 +185,10 @@ def timed(one: Step, config: Config, topology: Topology) -> Step:
     times = {
         "products": one.executed / (_PRODUCTS * peak(config, topology)),
         "memory": one.moved / (_MEMORY * device.bandwidth),
-        "exchanges": sum(size / (_LINKS * _speed(axes, sizes, config, topology)) for axes, size in one.traffic.items()),
+        "exchanges": sum(
+            size / (_LINKS * _speed(axes, sizes, config, topology))
+            for axes, size in one.traffic.items()
+        ),
     }
     return dataclasses.replace(one, times=times)
 
@@ -195,7 +212,9 @@ def state(config: Config, model: ModelConfig, mesh: AbstractMesh) -> dict[str, i
     Parameters are there twice where each member's best are kept.
 
     Example:
-        >>> model = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> model = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> state(Config(), model, AbstractMesh((2, 1, 2, 1, 1), meshes.AXES))[
         ...     "parameters"
         ... ]  # 2 members, float32, all but norms halved
@@ -206,7 +225,9 @@ def state(config: Config, model: ModelConfig, mesh: AbstractMesh) -> dict[str, i
 
 
 @functools.lru_cache(maxsize=256)
-def _state(training: Any, trained: Any, frozen: Any, base_dtype: str, members: int, mesh: AbstractMesh) -> dict[str, int]:
+def _state(
+    training: Any, trained: Any, frozen: Any, base_dtype: str, members: int, mesh: AbstractMesh
+) -> dict[str, int]:
     tx = optimizers.optimizer(training, 1, trained)
     whole = steps.abstract_state(convert.abstract_tensors(trained, mesh, members=members), tx, mesh)
     base = convert.abstract_tensors(frozen, mesh, dtype=base_dtype)
@@ -219,10 +240,15 @@ def _state(training: Any, trained: Any, frozen: Any, base_dtype: str, members: i
 
 def held(abstract: Any) -> int:
     """Return the bytes a device of arrays that are only described."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract)
+    )
 
 
-def _temporaries(config: Config, model: ModelConfig, topology: Topology, work: Work, shape: _Shape) -> float:
+def _temporaries(
+    config: Config, model: ModelConfig, topology: Topology, work: Work, shape: _Shape
+) -> float:
     sizes, t, item = shape.sizes, shape.tokens, shape.item
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
     trained, frozen = tables(config, model)
@@ -232,7 +258,11 @@ def _temporaries(config: Config, model: ModelConfig, topology: Topology, work: W
     # gradients; while they are accumulated, those so far and those of the microbatch
     gradients = 4 * own * (2 if shape.microbatches > 1 else 1)
     # weights in the compute dtype, cast outside the loop over layers
-    cast = item * _count(frozen or trained) / fsdp / tensor if item < 4 and (not frozen or config.base_dtype == "float32") else 0
+    cast = (
+        item * _count(frozen or trained) / fsdp / tensor
+        if item < 4 and (not frozen or config.base_dtype == "float32")
+        else 0
+    )
     # the whole vocabulary, for lookup and for the head, not at the same time
     embedding = item * V * D / tensor * (1 if config.lora else 2) if fsdp > 1 else 0
     # the layer at work: its weights gathered, and the next ones
@@ -248,9 +278,17 @@ def _temporaries(config: Config, model: ModelConfig, topology: Topology, work: W
     activations = model.num_layers * t * kept * item
     working = t * (item * (6 * D + (3 * heads + 3 * kv + 5 * F) / tensor) + 4 * 2 * D)
     block = max(64, -(-work.length // 8))
-    scores = 3 * 4 * shape.rows * model.num_heads / tensor * block * work.length if kernel(config, topology) == "xla" else 0
+    scores = (
+        3 * 4 * shape.rows * model.num_heads / tensor * block * work.length
+        if kernel(config, topology) == "xla"
+        else 0
+    )
     rows = min(512, t)
-    logits = 2 * 4 * rows * V / tensor + 4 * V * D / fsdp / tensor + (0 if embedding else item * V * D / tensor)
+    logits = (
+        2 * 4 * rows * V / tensor
+        + 4 * V * D / fsdp / tensor
+        + (0 if embedding else item * V * D / tensor)
+    )
     return gradients + cast + embedding + gathered + activations + max(working + scores, logits)
 
 
@@ -278,7 +316,9 @@ def _executed(config: Config, model: ModelConfig, topology: Topology, work: Work
     )
 
 
-def _moved(config: Config, model: ModelConfig, topology: Topology, work: Work, shape: _Shape) -> float:
+def _moved(
+    config: Config, model: ModelConfig, topology: Topology, work: Work, shape: _Shape
+) -> float:
     """Return the bytes that a device reads and writes for one member: weights, the optimizer's pass, activations."""
     sizes, t, item = shape.sizes, shape.tokens, shape.item
     fsdp, tensor, passes = sizes["fsdp"], sizes["tensor"], 3 + (config.model.remat == "full")
@@ -292,7 +332,11 @@ def _moved(config: Config, model: ModelConfig, topology: Topology, work: Work, s
     width = 2 * D + (2 * heads + 2 * kv + 4 * F) / tensor + 12 * D
     activations = model.num_layers * t * width * passes * item
     pairs = shape.rows * work.length**2 / 2 / sizes["sequence"]
-    scores = 4 * 6 * passes * model.num_layers * model.num_heads / tensor * pairs if kernel(config, topology) == "xla" else 0
+    scores = (
+        4 * 6 * passes * model.num_layers * model.num_heads / tensor * pairs
+        if kernel(config, topology) == "xla"
+        else 0
+    )
     logits = 4 * 4 * t * model.vocab_size / tensor
     return shape.microbatches * (weights + activations + scores + logits) + update
 
@@ -302,12 +346,24 @@ def _traffic(config: Config, model: ModelConfig, work: Work, shape: _Shape) -> d
     sizes, t, item, times = shape.sizes, shape.tokens, shape.item, shape.microbatches
     full = config.model.remat == "full"
     trained, _ = tables(config, model)
-    weights, changed = item * parameter_count(model) / sizes["tensor"], _count(trained) / sizes["tensor"]
+    weights, changed = (
+        item * parameter_count(model) / sizes["tensor"],
+        _count(trained) / sizes["tensor"],
+    )
     # gathered forward and backward, and to compute again; gradients reduced to where they are kept
     fsdp = _share(sizes["fsdp"]) * times * ((3 if full else 2) * weights + item * changed)
     data = 2 * _share(sizes["data"]) * times * 4 * changed / sizes["fsdp"]
     # two sums a layer forward, two backward, and what is computed again
-    tensor = 2 * _share(sizes["tensor"]) * times * model.num_layers * (6 if full else 4) * t * model.hidden_size * item
+    tensor = (
+        2
+        * _share(sizes["tensor"])
+        * times
+        * model.num_layers
+        * (6 if full else 4)
+        * t
+        * model.hidden_size
+        * item
+    )
     keys = 2 * model.num_kv_heads * model.head_dim * item * shape.rows * work.length
     sequence = _share(sizes["sequence"]) * times * model.num_layers * (3 if full else 2) * keys
     return {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
@@ -320,14 +376,20 @@ def _share(size: int) -> float:
 # ------------------------------------------------------------------------------------------------------------------------ other stages
 
 
-def forward_seconds(config: Config, model: ModelConfig, topology: Topology, tokens: float, length: int) -> float | None:
+def forward_seconds(
+    config: Config, model: ModelConfig, topology: Topology, tokens: float, length: int
+) -> float | None:
     """Return the seconds of measuring losses of one model over `tokens` tokens, on all devices together."""
     if topology.device is None:
         return None
-    return flops.forward_flops(model, tokens, length) / (topology.size * _PRODUCTS * peak(config, topology))
+    return flops.forward_flops(model, tokens, length) / (
+        topology.size * _PRODUCTS * peak(config, topology)
+    )
 
 
-def token_seconds(config: Config, model: ModelConfig, topology: Topology, slots: int) -> float | None:
+def token_seconds(
+    config: Config, model: ModelConfig, topology: Topology, slots: int
+) -> float | None:
     """Return the seconds of one round of generation, a token for each row of `evaluation.batch`: weights and cache read once.
 
     Rows are not divided over devices; the weights are, over `fsdp` and `tensor`.
@@ -335,11 +397,26 @@ def token_seconds(config: Config, model: ModelConfig, topology: Topology, slots:
     if topology.device is None:
         return None
     sizes, rows = meshes.axis_sizes(config.mesh.sizes, topology.size), config.evaluation.batch
-    item, parts = 2 if config.model.compute_dtype == "bfloat16" else 4, sizes["fsdp"] * sizes["tensor"]
-    cache = rows * slots * 2 * model.num_layers * model.num_kv_heads * model.head_dim * item / sizes["tensor"]
+    item, parts = (
+        2 if config.model.compute_dtype == "bfloat16" else 4,
+        sizes["fsdp"] * sizes["tensor"],
+    )
+    cache = (
+        rows
+        * slots
+        * 2
+        * model.num_layers
+        * model.num_kv_heads
+        * model.head_dim
+        * item
+        / sizes["tensor"]
+    )
     read = item * parameter_count(model) / parts + cache
     products = 2 * parameter_count(model) * rows / parts
-    return max(read / (_MEMORY * topology.device.bandwidth), products / (_PRODUCTS * peak(config, topology)))
+    return max(
+        read / (_MEMORY * topology.device.bandwidth),
+        products / (_PRODUCTS * peak(config, topology)),
+    )
 
 
 def merge_seconds(config: Config, model: ModelConfig, topology: Topology) -> float | None:
@@ -348,8 +425,15 @@ def merge_seconds(config: Config, model: ModelConfig, topology: Topology) -> flo
         return None
     sizes = meshes.axis_sizes(config.mesh.sizes, topology.size)
     item = 4 if config.merge.dtype == "float32" else 2
-    size = (config.population.members + 2) * item * parameter_count(model) / (sizes["fsdp"] * sizes["tensor"])
-    crossing = 0.0 if sizes["order"] == 1 else size / (_LINKS * _speed("order", sizes, config, topology))
+    size = (
+        (config.population.members + 2)
+        * item
+        * parameter_count(model)
+        / (sizes["fsdp"] * sizes["tensor"])
+    )
+    crossing = (
+        0.0 if sizes["order"] == 1 else size / (_LINKS * _speed("order", sizes, config, topology))
+    )
     return max(size / (_MEMORY * topology.device.bandwidth), crossing)
 
 

@@ -18,20 +18,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge.analysis import measure
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import decode
+from jax_ordermerge.evaluate import decode, scoring
 from jax_ordermerge.hardware import Topology
 from jax_ordermerge.merge import population
 from jax_ordermerge.model import kernels
 from jax_ordermerge.plan import analytic
-from jax_ordermerge.plan.exchanges import Exchanges, exchanges
+from jax_ordermerge.plan.collectives import Exchanges, exchanges
 from jax_ordermerge.train import batches, loop
-from jax_ordermerge.train.split import split
+from jax_ordermerge.train.trainable import split
 
 # compute capability, multiprocessors, shared memory of each and of a block (opt-in), L2 cache, GHz: NVIDIA's data sheets and CUDA guide
 _GPUS = {
@@ -76,7 +75,9 @@ class TooLarge(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         found = _USED.search(message)
-        self.bytes = None if found is None else int(float(found[1]) * 1024 ** (" KMGT".index(found[2])))
+        self.bytes = (
+            None if found is None else int(float(found[1]) * 1024 ** (" KMGT".index(found[2])))
+        )
 
 
 def compiler(topology: Topology) -> bool:
@@ -85,7 +86,10 @@ def compiler(topology: Topology) -> bool:
         return True
     if topology.tpu:
         return importlib.util.find_spec("libtpu") is not None
-    return topology.device.name in _GPUS and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    return (
+        topology.device.name in _GPUS
+        and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    )
 
 
 def extra(topology: Topology) -> str:
@@ -134,9 +138,13 @@ def _tpus(topology: Topology) -> list[Any]:
 def _gpus(topology: Topology) -> list[Any]:
     assert topology.device is not None
     if topology.device.name not in _GPUS:
-        raise UserError(f"{topology.name}: there is no description of this GPU to compile for; give --analytic")
+        raise UserError(
+            f"{topology.name}: there is no description of this GPU to compile for; give --analytic"
+        )
     if "xla_gpu_autotune_level" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # nothing here to try kernels on
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # nothing here to try kernels on
+        )
     (major, minor), cores, shared, block, cache, clock = _GPUS[topology.device.name]
     text = f"""
 gpu_device_info {{
@@ -153,7 +161,9 @@ dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "NVIDIA {topology.device.kinds[0]}"
 """
     shape = f"{topology.slices}x1x{topology.shape[0]}"
-    return _described("cuda", topology, topology_name=topology.device.name, topology=shape, target_config=text)
+    return _described(
+        "cuda", topology, topology_name=topology.device.name, topology=shape, target_config=text
+    )
 
 
 def _described(platform: str, asked: Topology, **description: Any) -> list[Any]:
@@ -163,7 +173,9 @@ def _described(platform: str, asked: Topology, **description: Any) -> list[Any]:
         return list(topologies.get_topology_desc(platform=platform, **description).devices)
     except Exception as error:  # of several kinds, by version
         need = f'it needs pip install "jax_ordermerge[{extra(asked)}]" and sizes that exist'
-        raise UserError(f"no devices {asked.name} to compile for: {str(error).splitlines()[0]}; {need}") from error
+        raise UserError(
+            f"no devices {asked.name} to compile for: {str(error).splitlines()[0]}; {need}"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------------------- programs
@@ -181,10 +193,17 @@ def step(config: Config, model: ModelConfig, mesh: Mesh, examples: Examples | No
     Raises:
         TooLarge: the compiler says that it does not fit.
     """
-    plan = batches.make_plan(config, examples or made_up(config), _first_wave(config), alike=mesh.size > mesh.shape["order"])
+    plan = batches.make_plan(
+        config,
+        examples or made_up(config),
+        _first_wave(config),
+        alike=mesh.size > mesh.shape["order"],
+    )
     needs = _read(lambda: loop.compile_training(config, model, plan, mesh), mesh)
     cut, best = split(config, model, mesh), 0
-    if config.training.checkpoint == "best":  # the step does not see the weights that were best, but they are there
+    if (
+        config.training.checkpoint == "best"
+    ):  # the step does not see the weights that were best, but they are there
         best = analytic.held(convert.abstract_tensors(cut.trained, mesh, members=len(plan.members)))
     return dataclasses.replace(
         needs,
@@ -194,7 +213,9 @@ def step(config: Config, model: ModelConfig, mesh: Mesh, examples: Examples | No
 
 
 def _first_wave(config: Config) -> range:
-    return range(min(config.population.wave or config.population.members, config.population.members))
+    return range(
+        min(config.population.wave or config.population.members, config.population.members)
+    )
 
 
 def made_up(config: Config) -> Examples:
@@ -203,7 +224,9 @@ def made_up(config: Config) -> Examples:
     ones = Ragged(np.ones(size * length, np.int32), np.arange(size + 1) * length)
     examples = Examples(ones, Ragged(ones.flat.astype(np.bool_), ones.offsets), np.arange(size))
     if config.objective.kind == "dpo":
-        examples = dataclasses.replace(examples, rejected=examples, reference=np.zeros((size, 2), np.float32))
+        examples = dataclasses.replace(
+            examples, rejected=examples, reference=np.zeros((size, 2), np.float32)
+        )
     return examples
 
 
@@ -213,7 +236,10 @@ def losses(config: Config, model: ModelConfig, mesh: Mesh, length: int) -> Needs
     kernel = kernels.choose(config.model.attention, model, mesh, dtype=dtype)
     held, size = config.merge.dtype, config.analysis.batch
     return _read(
-        lambda: measure.compile_losses(model, mesh, batch=size, length=length, held=held, dtype=dtype, kernel=kernel), mesh
+        lambda: scoring.compile_losses(
+            model, mesh, batch=size, length=length, held=held, dtype=dtype, kernel=kernel
+        ),
+        mesh,
     )
 
 
@@ -221,7 +247,9 @@ def generation(config: Config, model: ModelConfig, mesh: Mesh, prompt: int, new:
     """Compile the program that continues prompts of `prompt` tokens by up to `new`."""
     held, dtype, rows = config.merge.dtype, config.model.compute_dtype, config.evaluation.batch
     return _read(
-        lambda: decode.compile_generation(model, mesh, batch=rows, prompt=prompt, max_new_tokens=new, held=held, dtype=dtype),
+        lambda: decode.compile_generation(
+            model, mesh, batch=rows, prompt=prompt, max_new_tokens=new, held=held, dtype=dtype
+        ),
         mesh,
         rounds=new,
     )
@@ -234,12 +262,19 @@ def merge(config: Config, model: ModelConfig, mesh: Mesh) -> Needs:
     """
     dtype, members = config.merge.dtype, config.population.members
     found = [_read(program, mesh) for program in _merges(config, model, mesh)]
-    table = convert.abstract_params(model, mesh, members=members, dtype=dtype), convert.abstract_params(model, mesh, dtype=dtype)
+    table = (
+        convert.abstract_params(model, mesh, members=members, dtype=dtype),
+        convert.abstract_params(model, mesh, dtype=dtype),
+    )
     population_bytes, one = (analytic.held(part) for part in table)
     return Needs(
         population_bytes + one,
         one + max((needs.temporaries for needs in found), default=0),
-        max((needs.exchanges for needs in found), key=lambda e: sum(size for _, size in e.values()), default={}),
+        max(
+            (needs.exchanges for needs in found),
+            key=lambda e: sum(size for _, size in e.values()),
+            default={},
+        ),
         sum(needs.seconds for needs in found),
     )
 
@@ -259,7 +294,8 @@ def _merges(config: Config, model: ModelConfig, mesh: Mesh) -> Iterator[Callable
             population.compile_merge,
             model,
             mesh,
-            members=config.population.members * (2 if method == "fisher" else 1),  # members, and their information
+            members=config.population.members
+            * (2 if method == "fisher" else 1),  # members, and their information
             method=method,
             weights=weights,
             parameters=parameters,
@@ -279,4 +315,6 @@ def _read(compile: Callable[[], Any], mesh: Mesh, rounds: int = 1) -> Needs:
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     crossing = exchanges(compiled.as_text(), mesh, rounds=rounds)
-    return Needs(memory.argument_size_in_bytes, memory.temp_size_in_bytes + outputs, crossing, seconds)
+    return Needs(
+        memory.argument_size_in_bytes, memory.temp_size_in_bytes + outputs, crossing, seconds
+    )

@@ -38,7 +38,12 @@ class Inputs:
     notes: tuple[str, ...]
 
 
-def read(config: Config, architecture: str | None = None, examples: int | None = None, tests: int | None = None) -> Inputs:
+def read(
+    config: Config,
+    architecture: str | None = None,
+    examples: int | None = None,
+    tests: int | None = None,
+) -> Inputs:
     """Find the architecture and the examples of a config.
 
     Args:
@@ -54,13 +59,20 @@ def read(config: Config, architecture: str | None = None, examples: int | None =
     if architecture is None:
         try:
             base = convert.resolve(config.model.base, weights=False)
-            model, named = convert.load_config(base, config.model.ignore_config_keys), config.model.base
+            model, named = (
+                convert.load_config(base, config.model.ignore_config_keys),
+                config.model.base,
+            )
         except UserError as error:
             known = architecture_of(config.model.base)
             if known is None:
-                raise UserError(f"{error}; or give --architecture, a config.json or one of {', '.join(ARCHITECTURES)}") from error
+                raise UserError(
+                    f"{error}; or give --architecture, a config.json or one of {', '.join(ARCHITECTURES)}"
+                ) from error
             model, named = known, f"{config.model.base} by its name"
-            notes.append(f"the files of {config.model.base} are not at hand: its published shape is taken")
+            notes.append(
+                f"the files of {config.model.base} are not at hand: its published shape is taken"
+            )
     else:
         model, named = _architecture(architecture, config), architecture
     train = test = None
@@ -70,11 +82,15 @@ def read(config: Config, architecture: str | None = None, examples: int | None =
         except UserError as error:
             notes.append(f"data not read: {error}")
     if train is None:
-        notes.append(f"every example is taken to be {config.data.max_length} tokens long (data.max_length)")
+        notes.append(
+            f"every example is taken to be {config.data.max_length} tokens long (data.max_length)"
+        )
     if train is None and examples is None:
         notes.append("the number of examples is not known: give --examples for hours")
     held = config.data.validation_examples + config.data.test_examples
-    counted = len(train) if train is not None else None if examples is None else max(examples - held, 1)
+    counted = (
+        len(train) if train is not None else None if examples is None else max(examples - held, 1)
+    )
     tested = len(test) if test is not None else tests or config.data.test_examples or None
     return Inputs(model, named, train, test, counted, tested, tuple(notes))
 
@@ -125,7 +141,9 @@ def work(config: Config, inputs: Inputs) -> Work:
     )
 
 
-def padded(examples: Examples | None, count: int | None, config: Config) -> tuple[float, int] | None:
+def padded(
+    examples: Examples | None, count: int | None, config: Config
+) -> tuple[float, int] | None:
     """Return the tokens of a pass over examples, padding included, and the longest row; None where their number is not known."""
     if examples is not None:
         longest = pack.bucket_lengths(examples.sequences.longest, config.data.buckets)[-1]

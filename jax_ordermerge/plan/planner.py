@@ -62,7 +62,9 @@ def make(
     """
     where = _here(config) if topology is None else parse(topology, slices)
     if not where.present and where.device is not None:
-        jax.config.update("jax_platforms", "cpu")  # these devices are only compiled for: no others are looked for
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # these devices are only compiled for: no others are looked for
     read = inputs.read(config, architecture, examples, tests)
     model, work = read.model, inputs.work(config, read)
     notes = list(read.notes)
@@ -73,13 +75,19 @@ def make(
             f'no compiler for {where.name} is installed (pip install "jax_ordermerge[{compiled.extra(where)}]"): all is estimated'
         )
     if compiles and not where.present and where.device and not where.tpu:
-        notes.append("attention is compiled as plain XLA: cuDNN, which `run` takes where it may, needs less memory")
+        notes.append(
+            "attention is compiled as plain XLA: cuDNN, which `run` takes where it may, needs less memory"
+        )
     planner = _Planner(model, where, work, read, compiles, say)
     given = planner.option(config, {})
     found = planner.candidates(config, notes) if look_further and where.device else []
     recommended, chosen = planner.best(config, given, found)
     return {
-        "topology": {"name": where.name, "devices": where.size, "device": where.device and dataclasses.asdict(where.device)},
+        "topology": {
+            "name": where.name,
+            "devices": where.size,
+            "device": where.device and dataclasses.asdict(where.device),
+        },
         "model": {"name": read.named, "parameters": parameter_count(model)},
         "work": dataclasses.asdict(work),
         "source": given["source"],
@@ -100,7 +108,10 @@ def _check(config: Config, read: Inputs, where: Topology) -> None:
             f"data.max_length = {config.data.max_length} is above the {read.model.max_position_embeddings} positions of {read.named}"
         )
     groups = meshes.axis_sizes(config.mesh.sizes, where.size)["order"]
-    for name, members in (("members", config.population.members), ("wave", config.population.wave or groups)):
+    for name, members in (
+        ("members", config.population.members),
+        ("wave", config.population.wave or groups),
+    ):
         if members % groups:
             raise UserError(
                 f"population.{name} = {members} is not a multiple of the order axis ({groups} device groups); change one"
@@ -133,22 +144,36 @@ class _Planner:
         estimate = analytic.step(config, self.model, self.topology, self.work)
         if not self.compiles:
             return self._option(config, changes, estimate, {"source": "analytic"})
-        self.say(f"compiling the training step for {self.topology.name}" + (f" with {_set(changes)}" if changes else ""))
+        self.say(
+            f"compiling the training step for {self.topology.name}"
+            + (f" with {_set(changes)}" if changes else "")
+        )
         try:
-            needs = compiled.step(self.compilable(config), self.model, self.mesh(config), self.read.train)
+            needs = compiled.step(
+                self.compilable(config), self.model, self.mesh(config), self.read.train
+            )
         except compiled.TooLarge as error:
             held = estimate.memory.total - estimate.memory.temporaries
-            refused = estimate.memory.temporaries if error.bytes is None else max(error.bytes - held, 0.0)
+            refused = (
+                estimate.memory.temporaries if error.bytes is None else max(error.bytes - held, 0.0)
+            )
             memory = dataclasses.replace(estimate.memory, temporaries=refused)
             return self._option(
-                config, changes, dataclasses.replace(estimate, memory=memory), {"source": "compiled", "refused": True}
+                config,
+                changes,
+                dataclasses.replace(estimate, memory=memory),
+                {"source": "compiled", "refused": True},
             )
         kept = estimate.memory.parameters + estimate.memory.optimizer + estimate.memory.base
-        memory = dataclasses.replace(estimate.memory, batch=needs.arguments - kept, temporaries=float(needs.temporaries))
+        memory = dataclasses.replace(
+            estimate.memory, batch=needs.arguments - kept, temporaries=float(needs.temporaries)
+        )
         traffic: dict[str, float] = {}
         for (_, axes), (_, size) in needs.exchanges.items():
             traffic[" ".join(axes)] = traffic.get(" ".join(axes), 0.0) + size
-        step = analytic.timed(dataclasses.replace(estimate, memory=memory, traffic=traffic), config, self.topology)
+        step = analytic.timed(
+            dataclasses.replace(estimate, memory=memory, traffic=traffic), config, self.topology
+        )
         more = {
             "source": "compiled",
             "compiled_seconds": needs.seconds,
@@ -157,14 +182,19 @@ class _Planner:
         }
         return self._option(config, changes, step, more)
 
-    def _option(self, config: Config, changes: dict[str, Any], step: Step, more: dict[str, Any]) -> dict[str, Any]:
+    def _option(
+        self, config: Config, changes: dict[str, Any], step: Step, more: dict[str, Any]
+    ) -> dict[str, Any]:
         device, members, seconds = self.topology.device, analytic.at_once(config), step.seconds
         option: dict[str, Any] = {
             "settings": search.settings(config, self.topology),
             "changes": changes,
             "members_at_once": members,
-            "memory": dataclasses.asdict(step.memory) | {"total": step.memory.total, "limit": device and ROOM * device.memory},
-            "fits": None if device is None else step.memory.total <= ROOM * device.memory and not more.get("refused"),
+            "memory": dataclasses.asdict(step.memory)
+            | {"total": step.memory.total, "limit": device and ROOM * device.memory},
+            "fits": None
+            if device is None
+            else step.memory.total <= ROOM * device.memory and not more.get("refused"),
             "flops": {"model": members * self.work.flops, "executed_a_device": step.executed},
             "moved_bytes": step.moved,
             "traffic_bytes": dict(step.traffic),
@@ -172,7 +202,11 @@ class _Planner:
         }
         if device is not None and seconds is not None:
             peak = analytic.peak(config, self.topology) * self.topology.size
-            hours = None if self.work.steps is None else search.cost(config, step) * self.work.steps / 3600
+            hours = (
+                None
+                if self.work.steps is None
+                else search.cost(config, step) * self.work.steps / 3600
+            )
             option |= {
                 "tokens_per_second": members * self.work.tokens / seconds,
                 "mfu": members * self.work.flops / seconds / peak,
@@ -199,9 +233,16 @@ class _Planner:
             notes += [] if found else ["no settings fit by the estimate: take more devices"]
             return found
         found = search.search(search.with_adapters(config), self.model, self.topology, self.work)
-        but = "adapters (lora), which are another training, would" if found else "not even adapters (lora) would: take more devices"
+        but = (
+            "adapters (lora), which are another training, would"
+            if found
+            else "not even adapters (lora) would: take more devices"
+        )
         notes.append(f"full fine-tuning fits with no settings by the estimate; {but}")
-        return [one._replace(changes=search.differences(config, one.config, self.topology)) for one in found]
+        return [
+            one._replace(changes=search.differences(config, one.config, self.topology))
+            for one in found
+        ]
 
     def best(
         self, config: Config, given: dict[str, Any], found: Sequence[search.Candidate]
@@ -228,13 +269,23 @@ class _Planner:
             return {}
         length, new = self.work.length, self._new_tokens(config)
         jobs: list[tuple[str, str | None, _Job]] = [
-            ("losses", "analysis", lambda config: compiled.losses(config, self.model, self.mesh(config), length)),
+            (
+                "losses",
+                "analysis",
+                lambda config: compiled.losses(config, self.model, self.mesh(config), length),
+            ),
             ("merge", None, lambda config: compiled.merge(config, self.model, self.mesh(config))),
         ]
         if new:
             prompt = self._prompt(config)
             jobs.append(
-                ("generation", "evaluation", lambda config: compiled.generation(config, self.model, self.mesh(config), prompt, new))
+                (
+                    "generation",
+                    "evaluation",
+                    lambda config: compiled.generation(
+                        config, self.model, self.mesh(config), prompt, new
+                    ),
+                )
             )
         return {name: self._program(name, section, job, config) for name, section, job in jobs}
 
@@ -261,8 +312,17 @@ class _Planner:
         except compiled.TooLarge as error:
             return {"bytes": error.bytes, "fits": False}
         fits = None if device is None else needs.bytes <= ROOM * device.memory
-        sizes = {"bytes": needs.bytes, "arguments": needs.arguments, "temporaries": needs.temporaries}
-        return {**sizes, "fits": fits, "compiled_seconds": needs.seconds, "exchanges": _exchanges(needs)}
+        sizes = {
+            "bytes": needs.bytes,
+            "arguments": needs.arguments,
+            "temporaries": needs.temporaries,
+        }
+        return {
+            **sizes,
+            "fits": fits,
+            "compiled_seconds": needs.seconds,
+            "exchanges": _exchanges(needs),
+        }
 
     def _new_tokens(self, config: Config) -> int:
         return max((task.new_tokens for task in config.evaluation.tasks), default=0)
@@ -282,7 +342,10 @@ class _Planner:
         hours = {
             "training": option.get("training_hours"),
             "merges": _hours(merges, analytic.merge_seconds(config, self.model, self.topology)),
-            "analysis": _hours(models, self._pass(config, inputs.padded(self.read.train, self.read.examples, config))),
+            "analysis": _hours(
+                models,
+                self._pass(config, inputs.padded(self.read.train, self.read.examples, config)),
+            ),
             "evaluation": _hours(models, self._evaluation(config)),
         }
         known = [one for one in hours.values() if one is not None]
@@ -296,30 +359,46 @@ class _Planner:
 
     def _sizes(self, config: Config) -> float:
         """Return the bytes of one checkpoint, parameters and optimizer of all members; those of all waves together."""
-        alone = search.with_changes(config, {"mesh": {**_ONE, "dcn": {}}, "population": {"wave": None}})
+        alone = search.with_changes(
+            config, {"mesh": {**_ONE, "dcn": {}}, "population": {"wave": None}}
+        )
         held = analytic.state(alone, self.model, analytic.abstract_mesh(alone, parse("cpu:1")))
         return held["parameters"] + held["optimizer"]
 
     def _pass(self, config: Config, padded: tuple[float, int] | None) -> float | None:
-        return None if padded is None else analytic.forward_seconds(config, self.model, self.topology, *padded)
+        return (
+            None
+            if padded is None
+            else analytic.forward_seconds(config, self.model, self.topology, *padded)
+        )
 
     def _evaluation(self, config: Config) -> float | None:
         """Return the seconds of evaluating one model: its losses, and every task to the last token of every answer."""
         if config.data.test is None and not config.evaluation.tasks:
             return 0.0
-        losses = self._pass(config, inputs.padded(self.read.test, self.read.tests, config)) if config.evaluation.loss else 0.0
+        losses = (
+            self._pass(config, inputs.padded(self.read.test, self.read.tests, config))
+            if config.evaluation.loss
+            else 0.0
+        )
         if losses is None or self.read.tests is None:
             return None
         seconds = losses
         for task in config.evaluation.tasks:
             items = min(task.limit or self.read.tests, self.read.tests)
             prompt = self._prompt(config)
-            one = analytic.token_seconds(config, self.model, self.topology, prompt + task.new_tokens)
-            prefill = analytic.forward_seconds(config, self.model, self.topology, float(items * prompt), prompt)
+            one = analytic.token_seconds(
+                config, self.model, self.topology, prompt + task.new_tokens
+            )
+            prefill = analytic.forward_seconds(
+                config, self.model, self.topology, float(items * prompt), prompt
+            )
             if one is None or prefill is None:
                 return None
             # prompts are read by the devices of one group alone
-            seconds += math.ceil(items / config.evaluation.batch) * task.new_tokens * one + prefill * self._groups(config)
+            seconds += math.ceil(
+                items / config.evaluation.batch
+            ) * task.new_tokens * one + prefill * self._groups(config)
         return seconds
 
     def _groups(self, config: Config) -> int:

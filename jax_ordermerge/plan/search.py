@@ -62,7 +62,11 @@ def search(config: Config, model: ModelConfig, topology: Topology, work: Work) -
         except UserError:  # sizes that do not go together
             continue
         if step.memory.total <= ROOM * topology.device.memory:
-            found.append(Candidate(differences(config, changed, topology), changed, step, cost(changed, step)))
+            found.append(
+                Candidate(
+                    differences(config, changed, topology), changed, step, cost(changed, step)
+                )
+            )
     return sorted(found, key=_rank)
 
 
@@ -73,24 +77,48 @@ def with_adapters(config: Config) -> Config:
 
 def _rank(one: Candidate) -> tuple[Any, ...]:
     waves = math.ceil(one.config.population.members / analytic.at_once(one.config))
-    pieces = one.config.training.batch // (one.config.training.microbatch or one.config.training.batch)
+    pieces = one.config.training.batch // (
+        one.config.training.microbatch or one.config.training.batch
+    )
     alike = round(math.log(one.cost, _ALIKE))
-    return alike, waves, pieces, len(one.changes), one.step.memory.total, repr(sorted(one.changes.items()))
+    return (
+        alike,
+        waves,
+        pieces,
+        len(one.changes),
+        one.step.memory.total,
+        repr(sorted(one.changes.items())),
+    )
 
 
 def _choices(config: Config, model: ModelConfig, topology: Topology) -> Iterator[dict[str, Any]]:
-    members, batch, fixed = config.population.members, config.training.batch, config.mesh.data * config.mesh.sequence
+    members, batch, fixed = (
+        config.population.members,
+        config.training.batch,
+        config.mesh.data * config.mesh.sequence,
+    )
     if fixed < 1 or topology.size % fixed:
         fixed = 1
     inner = topology.size // fixed
-    orders = [order for order in range(1, members + 1) if members % order == 0 and inner % order == 0]
-    tensors = [size for size in _TENSOR if model.num_heads % size == 0 and model.intermediate_size % size == 0]
+    orders = [
+        order for order in range(1, members + 1) if members % order == 0 and inner % order == 0
+    ]
+    tensors = [
+        size
+        for size in _TENSOR
+        if model.num_heads % size == 0 and model.intermediate_size % size == 0
+    ]
     halves = [batch // 2**i for i in range(batch.bit_length()) if batch % 2**i == 0]
     for order, tensor, micro, remat in itertools.product(orders, tensors, halves, _REMAT):
         fsdp, rest = divmod(inner, order * tensor)
         if rest or (micro % (config.mesh.data * fsdp) and micro != batch):
             continue
-        mesh: dict[str, Any] = {"order": order, "fsdp": fsdp, "tensor": tensor, "dcn": _across(order, fsdp, topology.slices)}
+        mesh: dict[str, Any] = {
+            "order": order,
+            "fsdp": fsdp,
+            "tensor": tensor,
+            "dcn": _across(order, fsdp, topology.slices),
+        }
         if mesh["dcn"] is None:
             continue
         for wave in range(order, members + 1, order):

@@ -14,7 +14,8 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.merge import methods, population
+from jax_ordermerge.merge import population
+from jax_ordermerge.merge.methods import registry
 
 BASE, MEMBER = "base", "member"  # candidates that are no merges
 KINDS = ("embedding", "attention", "mlp", "norm", "head")
@@ -53,16 +54,27 @@ class Candidate:
         """What tables call it.
 
         Example:
-            >>> Candidate("member", {"number": 2}).name, Candidate("ties", {"density": 0.5}, scale=1.2, groups={"mlp": 0.9}).name
+            >>> (
+            ...     Candidate("member", {"number": 2}).name,
+            ...     Candidate("ties", {"density": 0.5}, scale=1.2, groups={"mlp": 0.9}).name,
+            ... )
             ('member_2', 'ties density=0.5 lambda=1.2 lambda(mlp)=0.9')
         """
         if self.method == MEMBER:
             return f"member_{self.parameters['number']}"
         said = [f"{key}={_short(value)}" for key, value in self.parameters.items()]
-        said += [] if self.weights is None else ["weights=" + "/".join(_short(w) for w in self.weights)]
-        said += [f"seed={self.seed}"] if self.method in methods.METHODS and methods.METHODS[self.method].draws else []
+        said += (
+            [] if self.weights is None else ["weights=" + "/".join(_short(w) for w in self.weights)]
+        )
+        said += (
+            [f"seed={self.seed}"]
+            if self.method in registry.METHODS and registry.METHODS[self.method].draws
+            else []
+        )
         said += [] if self.scale == 1 else [f"lambda={_short(self.scale)}"]
-        said += [f"lambda({group})={_short(value)}" for group, value in self.groups.items() if value != 1]
+        said += [
+            f"lambda({group})={_short(value)}" for group, value in self.groups.items() if value != 1
+        ]
         return " ".join([self.method, *said])
 
     @property
@@ -83,11 +95,18 @@ class Candidate:
             1.2
         """
         weights = None if self.weights is None else list(self.weights)
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.parameters.items()}
+        plain = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in self.parameters.items()
+        }
         return {
-            "method": self.method, "parameters": plain, "weights": weights, "seed": self.seed,
-            "scale": self.scale, "groups": dict(self.groups),
-        }  # fmt: skip
+            "method": self.method,
+            "parameters": plain,
+            "weights": weights,
+            "seed": self.seed,
+            "scale": self.scale,
+            "groups": dict(self.groups),
+        }
 
 
 def _short(value: Any) -> str:
@@ -146,7 +165,9 @@ class Stock:
         found = {}
         for spec in arch.tensor_table(self.model):
             for layer, name in enumerate(spec.hf_names()):
-                factors = [value for group, value in candidate.groups.items() if _holds(group, spec, layer)]
+                factors = [
+                    value for group, value in candidate.groups.items() if _holds(group, spec, layer)
+                ]
                 found[name] = float(np.prod([candidate.scale, *factors]))
         return found
 
@@ -154,7 +175,9 @@ class Stock:
 @jax.jit
 def _member(members: tree.Tree, number: int) -> tree.Tree:
     # the number is traced: one program for all members
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), members)
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), members
+    )
 
 
 def check(candidate: Candidate, members: int, model: ModelConfig) -> None:
@@ -166,9 +189,11 @@ def check(candidate: Candidate, members: int, model: ModelConfig) -> None:
     if candidate.kind != "merge":
         return
     if candidate.method in ("fisher", "greedy_soup"):
-        raise UserError(f"a search does not offer {candidate.method}, which looks at data itself; add it to merge.methods")
-    checked = methods.check(candidate.method, candidate.parameters)
-    methods.check_weights(candidate.method, candidate.weights, members, checked)
+        raise UserError(
+            f"a search does not offer {candidate.method}, which looks at data itself; add it to merge.methods"
+        )
+    checked = registry.check(candidate.method, candidate.parameters)
+    registry.check_weights(candidate.method, candidate.weights, members, checked)
     for group in candidate.groups:
         check_group(group, model)
 
@@ -180,8 +205,18 @@ def check_group(group: str, model: ModelConfig) -> None:
         UserError: the name is unknown, or there are not so many layers.
 
     Example:
-        >>> check_group("layers:0-1", ModelConfig(vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=2, num_heads=1))
-        >>> check_group("atention", ModelConfig(vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=2, num_heads=1))
+        >>> check_group(
+        ...     "layers:0-1",
+        ...     ModelConfig(
+        ...         vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=2, num_heads=1
+        ...     ),
+        ... )
+        >>> check_group(
+        ...     "atention",
+        ...     ModelConfig(
+        ...         vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=2, num_heads=1
+        ...     ),
+        ... )
         Traceback (most recent call last):
         ...
         jax_ordermerge.errors.UserError: unknown group of tensors atention (did you mean 'attention'?)
@@ -189,9 +224,13 @@ def check_group(group: str, model: ModelConfig) -> None:
     match = _LAYERS.fullmatch(group)
     if match is None:
         if group not in KINDS:
-            raise UserError(f"unknown group of tensors {group}{did_you_mean(group, (*KINDS, 'layers:0-1'))}")
+            raise UserError(
+                f"unknown group of tensors {group}{did_you_mean(group, (*KINDS, 'layers:0-1'))}"
+            )
     elif not int(match[1]) <= int(match[2]) < model.num_layers:
-        raise UserError(f"group of tensors {group}: expected layers:FIRST-LAST within 0 to {model.num_layers - 1}")
+        raise UserError(
+            f"group of tensors {group}: expected layers:FIRST-LAST within 0 to {model.num_layers - 1}"
+        )
 
 
 def _holds(group: str, spec: TensorSpec, layer: int) -> bool:

@@ -45,7 +45,9 @@ class Measured(NamedTuple):
     validation: float | None
 
 
-def controls(groups: Collection[str], members: int, selections: Mapping[str, Candidate], seed: int) -> list[Control]:
+def controls(
+    groups: Collection[str], members: int, selections: Mapping[str, Candidate], seed: int
+) -> list[Control]:
     """Return the controls of a population, each model once: average, members and base first.
 
     Args:
@@ -59,27 +61,46 @@ def controls(groups: Collection[str], members: int, selections: Mapping[str, Can
         ['average', 'member_0', 'base', 'average, lambda 0.5']
     """
     found = [
-        Control(one.name, "anchor", one, {"average": (1.0,), BASE: (0.0,)}.get(one.method, ())) for one in anchors(members, seed)
+        Control(one.name, "anchor", one, {"average": (1.0,), BASE: (0.0,)}.get(one.method, ()))
+        for one in anchors(members, seed)
     ]
     if "lambda_line" in groups:
         found += [
-            Control(f"average, lambda {x:g}", "lambda_line", Candidate("task_arithmetic", {"scale": x}, seed=seed), (x,))
+            Control(
+                f"average, lambda {x:g}",
+                "lambda_line",
+                Candidate("task_arithmetic", {"scale": x}, seed=seed),
+                (x,),
+            )
             for x in LAMBDAS
         ]
     if "norm_matched" in groups:
-        found.append(Control("average as long as the members", "norm_matched", Candidate("norm_matched", seed=seed)))
+        found.append(
+            Control(
+                "average as long as the members",
+                "norm_matched",
+                Candidate("norm_matched", seed=seed),
+            )
+        )
     for name, one in selections.items():
         found += _of_selection(groups, name, one)
     if "children" in groups and selections and members > 1:
         found += [
-            Control(f"selection, child {child} of {members}", "children", Candidate("selection", {"child": child}, seed=seed))
+            Control(
+                f"selection, child {child} of {members}",
+                "children",
+                Candidate("selection", {"child": child}, seed=seed),
+            )
             for child in range(members)
         ]
     if "barrier" in groups and members > 1:
         rest = (0.0,) * (members - 2)
         found += [
             Control(
-                f"{1 - t:g} member_0 + {t:g} member_1", "barrier", Candidate("average", weights=(1 - t, t, *rest), seed=seed), (t,)
+                f"{1 - t:g} member_0 + {t:g} member_1",
+                "barrier",
+                Candidate("average", weights=(1 - t, t, *rest), seed=seed),
+                (t,),
             )
             for t in BARRIER
         ]
@@ -87,7 +108,10 @@ def controls(groups: Collection[str], members: int, selections: Mapping[str, Can
         rest = (0.0,) * (members - 2)
         found += [
             Control(
-                f"base + {a:g} tau_0 + {b:g} tau_1", "plane", Candidate("task_arithmetic", weights=(a, b, *rest), seed=seed), (a, b)
+                f"base + {a:g} tau_0 + {b:g} tau_1",
+                "plane",
+                Candidate("task_arithmetic", weights=(a, b, *rest), seed=seed),
+                (a, b),
             )
             for b in PLANE
             for a in PLANE
@@ -98,14 +122,28 @@ def controls(groups: Collection[str], members: int, selections: Mapping[str, Can
 def _of_selection(groups: Collection[str], name: str, one: Candidate) -> list[Control]:
     found, plain = [], one.parameters.get("granularity", "element") == "element"
     if "lambda_matched" in groups and plain and one.parameters.get("resample", 0) != 0:
-        given = {key: value for key, value in one.parameters.items() if key in ("resample", "resample_from")}
+        given = {
+            key: value
+            for key, value in one.parameters.items()
+            if key in ("resample", "resample_from")
+        }
         found.append(
-            Control(f"average as long as {name}", "lambda_matched", Candidate("lambda_matched", given, one.weights, one.seed))
+            Control(
+                f"average as long as {name}",
+                "lambda_matched",
+                Candidate("lambda_matched", given, one.weights, one.seed),
+            )
         )
     if "seeds" in groups and one.parameters.get("child") is None:
         for draw in range(1, SEEDS + 1):
             other = int(stream_words(one.seed, "control", draw)[0])
-            found.append(Control(f"{name}, draw {draw + 1}", "seeds", Candidate(one.method, one.parameters, one.weights, other)))
+            found.append(
+                Control(
+                    f"{name}, draw {draw + 1}",
+                    "seeds",
+                    Candidate(one.method, one.parameters, one.weights, other),
+                )
+            )
     return found
 
 
@@ -134,12 +172,19 @@ def measure(
                 jax.tree.map(lambda leaf: leaf.delete(), params)
         else:
             found[one.name] = known[one.name]
-    say(f"  {len(listed)} controls, {len(listed) - len(known.keys() & found.keys())} of them measured now")
+    say(
+        f"  {len(listed)} controls, {len(listed) - len(known.keys() & found.keys())} of them measured now"
+    )
     return found
 
 
 def compare(
-    listed: Sequence[Control], found: Mapping[str, Measured], tokens: np.ndarray, *, resamples: int, seed: int
+    listed: Sequence[Control],
+    found: Mapping[str, Measured],
+    tokens: np.ndarray,
+    *,
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Return rows for the report: every control against the mean member, the best member and the average, item by item.
 
@@ -164,22 +209,34 @@ def compare(
         return loss(name) if held is None else held
 
     best = min(members, key=chosen_by)
-    rivals = {"mean_member": np.mean([found[name].losses for name in members], axis=0), "best_member": found[best].losses}
+    rivals = {
+        "mean_member": np.mean([found[name].losses for name in members], axis=0),
+        "best_member": found[best].losses,
+    }
     rivals["average"] = found["average"].losses
     known = {one.name: one for one in listed}
     rows = []
     for name, one in found.items():
         own = known.get(name)
         gaps = {
-            rival: paired.difference(one.losses, losses, weights=tokens, resamples=resamples, seed=seed)
+            rival: paired.difference(
+                one.losses, losses, weights=tokens, resamples=resamples, seed=seed
+            )
             for rival, losses in rivals.items()
             if not np.array_equal(one.losses, losses)
         }
-        rows.append({
-            "name": name, "group": own.group if own else name, "at": list(own.at) if own else [],
-            "candidate": own.candidate.to_dict() if own else None, "kind": own.candidate.kind if own else "other",
-            "loss": loss(name), "validation_loss": one.validation, "against": gaps,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "group": own.group if own else name,
+                "at": list(own.at) if own else [],
+                "candidate": own.candidate.to_dict() if own else None,
+                "kind": own.candidate.kind if own else "other",
+                "loss": loss(name),
+                "validation_loss": one.validation,
+                "against": gaps,
+            }
+        )
     return {
         "best_member": {"name": best, "chosen_on": "validation" if validated else "test"},
         "examples": len(tokens),

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jax_ordermerge.config.merge import Entry, Range, Search
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge_config import Entry, Range, Search
 from jax_ordermerge.rng import stream_words
 from jax_ordermerge.search.candidates import Candidate
 
@@ -37,7 +37,14 @@ def sampler(space: Search, members: int, seed: int) -> Sampler:
         UserError: the grid is larger than the budget, the sampler cannot take the space, or its library is not installed.
 
     Example:
-        >>> line = Search(methods=({"method": "task_arithmetic", "parameters": {"scale": {"low": 1, "high": 2, "steps": 3}}},))
+        >>> line = Search(
+        ...     methods=(
+        ...         {
+        ...             "method": "task_arithmetic",
+        ...             "parameters": {"scale": {"low": 1, "high": 2, "steps": 3}},
+        ...         },
+        ...     )
+        ... )
         >>> [one.parameters["scale"] for one in sampler(line, members=2, seed=0).ask()]
         [1.0, 1.5, 2.0]
     """
@@ -52,7 +59,14 @@ def firsts(space: Search, members: int, seed: int) -> list[Candidate]:
     """Return one candidate of every entry of a space: with the lowest numbers and the first choices.
 
     Example:
-        >>> [one.name for one in firsts(Search(methods=({"method": "ties", "parameters": {"density": [0.2, 0.5]}},)), 2, 0)]
+        >>> [
+        ...     one.name
+        ...     for one in firsts(
+        ...         Search(methods=({"method": "ties", "parameters": {"density": [0.2, 0.5]}},)),
+        ...         2,
+        ...         0,
+        ...     )
+        ... ]
         ['ties density=0.2']
     """
 
@@ -96,7 +110,12 @@ def _weights(entry: Entry, pick: Pick, members: int) -> tuple[float, ...]:
     if entry.weights != "simplex":
         return tuple(pick("weights", entry.weights))
     # -log of uniform numbers, divided by their sum, are spread evenly over the simplex
-    drawn = np.array([-np.log(1 - pick(f"weight {member}", Range(low=0.0, high=1.0 - 1e-6))) for member in range(members)])
+    drawn = np.array(
+        [
+            -np.log(1 - pick(f"weight {member}", Range(low=0.0, high=1.0 - 1e-6)))
+            for member in range(members)
+        ]
+    )
     shares = (drawn + 1e-9) / (drawn + 1e-9).sum()
     return tuple(float(f"{share:.9g}") for share in shares)
 
@@ -113,7 +132,9 @@ def _grid(space: Search, seed: int) -> list[Candidate]:
 def _points(space: Search, seed: int) -> Iterator[Candidate]:
     for entry in space.methods:
         if entry.weights == "simplex":
-            raise UserError(f"{entry.method}: weights: simplex cannot be put on a grid; give a list of choices, or sampler: random")
+            raise UserError(
+                f"{entry.method}: weights: simplex cannot be put on a grid; give a list of choices, or sampler: random"
+            )
         open_: dict[str, Sequence[Any]] = {}
 
         def note(name: str, knob: Any, open_: dict[str, Sequence[Any]] = open_) -> Any:
@@ -133,7 +154,11 @@ def _random(space: Search, members: int, seed: int) -> list[Candidate]:
     generator = np.random.default_rng(stream_words(seed, "search", "random"))
 
     def pick(_: str, knob: Any) -> Any:
-        return knob.at(generator.random()) if isinstance(knob, Range) else knob[generator.integers(len(knob))]
+        return (
+            knob.at(generator.random())
+            if isinstance(knob, Range)
+            else knob[generator.integers(len(knob))]
+        )
 
     entries = generator.integers(0, len(space.methods), space.budget)
     return [_candidate(space.methods[number], pick, members, seed) for number in entries]
@@ -152,7 +177,9 @@ class _Optuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         number = int(stream_words(seed, "search", space.sampler)[0])
         if space.sampler == "tpe":
-            chosen: Any = optuna.samplers.TPESampler(seed=number, n_startup_trials=max(8, space.budget // 8), constant_liar=True)
+            chosen: Any = optuna.samplers.TPESampler(
+                seed=number, n_startup_trials=max(8, space.budget // 8), constant_liar=True
+            )
         else:
             _check_numeric(space)
             chosen = optuna.samplers.CmaEsSampler(seed=number, warn_independent_sampling=False)
@@ -172,7 +199,9 @@ class _Optuna:
 
     def _one(self, trial: Any) -> Candidate:
         entries = self._space.methods
-        number = trial.suggest_categorical("entry", list(range(len(entries)))) if len(entries) > 1 else 0
+        number = (
+            trial.suggest_categorical("entry", list(range(len(entries)))) if len(entries) > 1 else 0
+        )
 
         def pick(name: str, knob: Any) -> Any:
             name = f"{number}: {name}"
@@ -193,10 +222,14 @@ def _check_numeric(space: Search) -> None:
     def pick(name: str, knob: Any) -> Any:
         nonlocal numbers
         if not isinstance(knob, Range):
-            raise UserError(f"sampler cma-es varies numbers, {name} is a list of choices; give a range, or use tpe")
+            raise UserError(
+                f"sampler cma-es varies numbers, {name} is a list of choices; give a range, or use tpe"
+            )
         numbers += 1
         return knob.low
 
     _candidate(space.methods[0], pick, 2, 0)
     if numbers < 2:
-        raise UserError(f"sampler cma-es needs two numbers or more to vary, the space has {numbers}; use tpe or grid")
+        raise UserError(
+            f"sampler cma-es needs two numbers or more to vary, the space has {numbers}; use tpe or grid"
+        )

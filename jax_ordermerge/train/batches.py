@@ -59,7 +59,12 @@ def draw_orders(config: Config, sizes: np.ndarray, members: Sequence[int]) -> np
 
     Example:
         >>> from jax_ordermerge.config import make_config
-        >>> config = make_config({"training": {"batch": 2, "epochs": 1}, "data": {"packing": "packs", "max_length": 8}})
+        >>> config = make_config(
+        ...     {
+        ...         "training": {"batch": 2, "epochs": 1},
+        ...         "data": {"packing": "packs", "max_length": 8},
+        ...     }
+        ... )
         >>> draw_orders(config, np.array([5, 4, 3, 8, 2]), (0,)).shape
         (1, 1, 2, 2, 2)
     """
@@ -67,20 +72,30 @@ def draw_orders(config: Config, sizes: np.ndarray, members: Sequence[int]) -> np
     length = config.data.max_length
     if config.data.packing == "packs":
         packs = pack.pack_tightly(sizes, length)
-        return _chosen(packs, np.stack([[epoch_order(config, len(packs), m, e) for e in epochs] for m in members]))
+        return _chosen(
+            packs,
+            np.stack([[epoch_order(config, len(packs), m, e) for e in epochs] for m in members]),
+        )
     everyone = range(config.population.members) if config.data.packing == "bins" else members
     drawn = np.stack([[epoch_order(config, n, m, e) for e in epochs] for m in everyone])
     if config.data.packing == "none":
         return drawn
     sequences = [[one[one >= 0] for one in own] for own in drawn]
-    packed = [[_chosen(one, pack.pack_in_order(sizes[one], length)) for one in own] for own in sequences]
+    packed = [
+        [_chosen(one, pack.pack_in_order(sizes[one], length)) for one in own] for own in sequences
+    ]
     rows = [len(one) for own in packed for one in own]
-    steps, most = -(-max(rows) // config.training.batch), max(one.shape[1] for own in packed for one in own)
+    steps, most = (
+        -(-max(rows) // config.training.batch),
+        max(one.shape[1] for own in packed for one in own),
+    )
     if min(rows) < steps:
         raise UserError(
             f"data.packing = bins: an epoch fills {min(rows)} rows, too few for {steps} steps; give packs, or a larger training.batch"
         )
-    spread = [[_spread(one, steps, config.training.batch, most) for one in packed[m]] for m in members]
+    spread = [
+        [_spread(one, steps, config.training.batch, most) for one in packed[m]] for m in members
+    ]
     return np.stack(spread)
 
 
@@ -106,7 +121,9 @@ def row_lengths(config: Config, longest: int) -> tuple[int, ...]:
         >>> row_lengths(Config(), 300)
         (304,)
     """
-    return pack.bucket_lengths(longest if config.data.packing == "none" else config.data.max_length, config.data.buckets)
+    return pack.bucket_lengths(
+        longest if config.data.packing == "none" else config.data.max_length, config.data.buckets
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +161,10 @@ class Plan:
     @functools.cached_property
     def digests(self) -> dict[str, list[str]]:
         """`{"member_0": [digest of each epoch]}`."""
-        return {f"member_{m}": [order.digest(e) for e in epochs] for m, epochs in zip(self.members, self.orders, strict=True)}
+        return {
+            f"member_{m}": [order.digest(e) for e in epochs]
+            for m, epochs in zip(self.members, self.orders, strict=True)
+        }
 
     @property
     def packing(self) -> dict[str, Any]:
@@ -185,15 +205,21 @@ class Plan:
 
     def batch(self, step: int, place: int) -> Batch:
         """Return the batch of the member at a place of the axis `M`; see `pack.step_batch`."""
-        batch = pack.step_batch(self.examples, self.rows(step)[place], microbatch=self.microbatch, lengths=self.lengths)
+        batch = pack.step_batch(
+            self.examples, self.rows(step)[place], microbatch=self.microbatch, lengths=self.lengths
+        )
         if self.company is not None:
             rows = self._at(self.company, step)
-            sizes = np.sort(np.where(rows < 0, 0, self.examples.lengths[rows]), axis=1).reshape(len(rows), -1, self.microbatch)
+            sizes = np.sort(np.where(rows < 0, 0, self.examples.lengths[rows]), axis=1).reshape(
+                len(rows), -1, self.microbatch
+            )
             batch["bucket"] = np.searchsorted(self.lengths, sizes.max((0, 2))).astype(np.int32)
         return batch
 
 
-def make_plan(config: Config, examples: Examples, members: Sequence[int] | None = None, *, alike: bool = False) -> Plan:
+def make_plan(
+    config: Config, examples: Examples, members: Sequence[int] | None = None, *, alike: bool = False
+) -> Plan:
     """Draw the orders.
 
     Args:
@@ -207,7 +233,9 @@ def make_plan(config: Config, examples: Examples, members: Sequence[int] | None 
     chosen = tuple(everyone if members is None else members)
     lengths = row_lengths(config, examples.longest)
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
-    company = draw_orders(config, examples.lengths, everyone) if alike and len(lengths) > 1 else None
+    company = (
+        draw_orders(config, examples.lengths, everyone) if alike and len(lengths) > 1 else None
+    )
     orders = draw_orders(config, examples.lengths, chosen)
     return Plan(config, numbered, np.asarray(examples.ids), chosen, orders, lengths, company)
 
@@ -218,13 +246,17 @@ def abstract_batch(plan: Plan, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     def abstract(name: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = (len(plan.members), *array.shape)
         axes = ("member", None, "batch", *[None] * array.ndim)[: len(shape)]
-        place = meshes.sharding((*axes[:-1], "length") if name in pack.SEQUENCES else axes, shape, mesh)
+        place = meshes.sharding(
+            (*axes[:-1], "length") if name in pack.SEQUENCES else axes, shape, mesh
+        )
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place)
 
     return {name: abstract(name, array) for name, array in plan.batch(0, 0).items()}
 
 
-def device_batch(plan: Plan, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def device_batch(
+    plan: Plan, step: int, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
     """Build the batch of a step. Each process builds only the members that live on its own devices."""
     bucket = abstract["bucket"]
     mine = {
@@ -279,6 +311,11 @@ class Feed:
                 raise item
             yield item
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stopped.set()
         self._thread.join()

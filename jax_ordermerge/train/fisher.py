@@ -18,7 +18,14 @@ from jax_ordermerge.tree import Tree
 
 
 def diagonal(
-    objective: Objective, population: Tree, examples: Examples, *, count: int, lengths: Sequence[int], mesh: Mesh, seed: int
+    objective: Objective,
+    population: Tree,
+    examples: Examples,
+    *,
+    count: int,
+    lengths: Sequence[int],
+    mesh: Mesh,
+    seed: int,
 ) -> Tree:
     """Return F = 1/n sum_i (d log p(y_i | x_i) / d theta)^2 over n examples, elementwise: float32[M, ...] as the population.
 
@@ -36,7 +43,9 @@ def diagonal(
     Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging" (arXiv 2111.09832), section 3.
     """
     n = min(count, len(examples))
-    rows = jax.device_get(jax.random.permutation(stream(seed, "fisher", "examples"), len(examples))[:n])
+    rows = jax.device_get(
+        jax.random.permutation(stream(seed, "fisher", "examples"), len(examples))[:n]
+    )
     total = jax.tree.map(jnp.zeros_like, population)
     program = _program(objective, mesh)
     for row in rows:

@@ -21,7 +21,11 @@ def peak(device_kind: str, dtype: str) -> float | None:
         dtype: `"bfloat16"` or `"float32"`.
 
     Example:
-        >>> peak("TPU v5 lite", "float32"), peak("NVIDIA A100-SXM4-80GB", "float32"), peak("cpu", "float32")
+        >>> (
+        ...     peak("TPU v5 lite", "float32"),
+        ...     peak("NVIDIA A100-SXM4-80GB", "float32"),
+        ...     peak("cpu", "float32"),
+        ... )
         (197000000000000.0, 156000000000000.0, None)
     """
     found = hardware.find(device_kind)
@@ -42,8 +46,12 @@ def training_flops(config: ModelConfig, lengths: np.ndarray, adapters: Lora | No
         adapters: what is trained in place of the weights: these then have no gradient, which is a third of their 6 N.
 
     Example:
-        >>> tiny = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
-        >>> training_flops(tiny, np.array([1]))  # 6 * 1536 weights, 12 * 16 for the pair of the token with itself
+        >>> tiny = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
+        >>> training_flops(
+        ...     tiny, np.array([1])
+        ... )  # 6 * 1536 weights, 12 * 16 for the pair of the token with itself
         9408.0
 
     Source: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311 (which counts the pairs causality forbids too).
@@ -51,9 +59,15 @@ def training_flops(config: ModelConfig, lengths: np.ndarray, adapters: Lora | No
     weights = sum(_weights(config))
     n = np.asarray(lengths, np.float64)
     window = np.minimum(n, config.sliding_window or math.inf)
-    pairs = n * window - window * (window - 1) / 2  # the sum over queries i = 1..n of min(i, window)
+    pairs = (
+        n * window - window * (window - 1) / 2
+    )  # the sum over queries i = 1..n of min(i, window)
     width = config.num_layers * config.num_heads * config.head_dim
-    trained = 0 if adapters is None else sum(math.prod(spec.shape) for spec in lora.table(config, adapters))
+    trained = (
+        0
+        if adapters is None
+        else sum(math.prod(spec.shape) for spec in lora.table(config, adapters))
+    )
     weighted = 6 * weights if adapters is None else 4 * weights + 6 * trained
     return float(weighted * n.sum() + 12 * width * pairs.sum())
 
@@ -84,34 +98,53 @@ def executed_flops(
         pairs: whether the objective is of preference pairs, which takes one more product with the head.
 
     Example:
-        >>> tiny = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> tiny = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> [executed_flops(tiny, 1, 64, remat=remat) for remat in ("none", "full")]
         [1638400.0, 2064384.0]
     """
     layers, head = _weights(config)
     again = 1 if remat == "full" else 0
-    low = 0 if adapters is None else sum(math.prod(spec.shape) for spec in lora.table(config, adapters))
+    low = (
+        0
+        if adapters is None
+        else sum(math.prod(spec.shape) for spec in lora.table(config, adapters))
+    )
     passes = (3 if adapters is None else 2) + again
     # the gradient of the head is made with the losses, whether the head is trained or not
-    weighted = 2 * (passes * layers + (3 + again) * low + (4 if pairs else 3) * head) * rows * length
+    weighted = (
+        2 * (passes * layers + (3 + again) * low + (4 if pairs else 3) * head) * rows * length
+    )
     products = 2 + 2 * again + {"xla": 6, "cudnn": 5}.get(kernel, 7)
     block = max(64, -(-length // 8)) if kernel == "xla" else min(length, 512)
     seen = length * (length + min(block, length)) / 2
     if config.sliding_window:
         seen = min(seen, length * (config.sliding_window + block))
-    return float(weighted + 2 * products * config.num_layers * config.num_heads * config.head_dim * seen * rows)
+    return float(
+        weighted
+        + 2 * products * config.num_layers * config.num_heads * config.head_dim * seen * rows
+    )
 
 
 def forward_flops(config: ModelConfig, tokens: float, length: int) -> float:
     """Return the FLOPs of products of a forward pass over `tokens` tokens in rows of `length`.
 
     Example:
-        >>> tiny = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+        >>> tiny = ModelConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
         >>> forward_flops(tiny, 64, 64)
         327680.0
     """
     seen = min(length, config.sliding_window or length) / 2
-    return float(tokens * (2 * sum(_weights(config)) + 4 * config.num_layers * config.num_heads * config.head_dim * seen))
+    return float(
+        tokens
+        * (
+            2 * sum(_weights(config))
+            + 4 * config.num_layers * config.num_heads * config.head_dim * seen
+        )
+    )
 
 
 class _Products(NamedTuple):
@@ -121,5 +154,9 @@ class _Products(NamedTuple):
 
 def _weights(config: ModelConfig) -> _Products:
     """Return the weights that a token is multiplied by."""
-    layers = sum(math.prod(spec.shape) for spec in tensor_table(config) if spec.stacked and len(spec.hf_shape) == 2)
+    layers = sum(
+        math.prod(spec.shape)
+        for spec in tensor_table(config)
+        if spec.stacked and len(spec.hf_shape) == 2
+    )
     return _Products(layers, config.vocab_size * config.hidden_size)

@@ -27,12 +27,12 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
-from jax_ordermerge.train import batches, flops, journal, mixing, optimizers, track, validation
+from jax_ordermerge.train import batches, flops, mixing, optimizers, recorder, trackers, validation
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
-from jax_ordermerge.train.display import Display, Watcher
-from jax_ordermerge.train.journal import Clock, Journal
-from jax_ordermerge.train.split import split
+from jax_ordermerge.train.progress import Display, Watcher
+from jax_ordermerge.train.recorder import Clock, Journal
+from jax_ordermerge.train.trainable import split
 from jax_ordermerge.tree import Tree, unflatten
 
 # What may differ when a training continues: it decides when something is written, not what.
@@ -82,7 +82,9 @@ def train(
         PeerLost: another process ended.
     """
     if config.training.validates and held_out is None:
-        raise UserError("training.checkpoint = best and training.validate_every need validation examples")
+        raise UserError(
+            "training.checkpoint = best and training.validate_every need validation examples"
+        )
     plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
     if config.training.mixing and len(plan.members) < config.population.members:
         raise UserError(
@@ -94,7 +96,9 @@ def train(
         raise UserError(
             f"{len(plan.members)} members cannot be divided over mesh.order = {mesh.shape['order']}; choose a divisor for mesh.order"
         )
-    training = Training(config, model, plan, mesh, directory or config.directory, held_out=held_out, sample=sample)
+    training = Training(
+        config, model, plan, mesh, directory or config.directory, held_out=held_out, sample=sample
+    )
     try:
         with contextlib.ExitStack() as stack:
             shown: Watcher = watch or stack.enter_context(Display(plan.steps, plan.members))
@@ -122,10 +126,18 @@ class Training:
         held_out: Examples | None = None,
         sample: Sample | None = None,
     ) -> None:
-        self.config, self.model, self.plan, self.mesh, self.directory = config, model, plan, mesh, directory
+        self.config, self.model, self.plan, self.mesh, self.directory = (
+            config,
+            model,
+            plan,
+            mesh,
+            directory,
+        )
         self.held_out = held_out if config.training.validates else None
         self.sample = sample
-        self.log, self.samples = (directory / "metrics" / f"{name}.jsonl" for name in ("train", "samples"))
+        self.log, self.samples = (
+            directory / "metrics" / f"{name}.jsonl" for name in ("train", "samples")
+        )
         self.device_kind = mesh.devices.flat[0].device_kind
         peak = flops.peak(self.device_kind, config.model.compute_dtype)
         self.journal = Journal(plan, model, peak and peak * mesh.size)
@@ -138,7 +150,12 @@ class Training:
         kept = self._weights(self.abstract) if config.training.checkpoint == "best" else {}
         self.best = validation.abstract(kept, len(plan.members), mesh)
 
-    def run(self, base: Tree | Callable[[], Tree], watch: Watcher, saved: Callable[[], None] | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        base: Tree | Callable[[], Tree],
+        watch: Watcher,
+        saved: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
         load = base if callable(base) else lambda: base
         keep = self.config.training.keep_checkpoints
         with orbax.Checkpoints(self.directory / "checkpoints", keep, saved) as checkpoints:
@@ -148,27 +165,39 @@ class Training:
                 state = self.start(load)
                 best = validation.initial(self.best)
                 for file in (self.log, self.samples):
-                    journal.truncate_lines(file, 0)
-                journal.save_orders(self.directory / "orders", self.plan)
+                    recorder.truncate_lines(file, 0)
+                recorder.save_orders(self.directory / "orders", self.plan)
             else:
                 self._check_same(checkpoints.metadata(start), start)
                 if start < self.plan.steps:
-                    watch.say(f"continuing from step {start} of {self.plan.steps} ({self.directory})")
+                    watch.say(
+                        f"continuing from step {start} of {self.plan.steps} ({self.directory})"
+                    )
                 state, best = self._restore(checkpoints, start)
             if self.config.training.ema is not None:
-                watch.say(f"the members are averages of their weights (training.ema = {self.config.training.ema})")
+                watch.say(
+                    f"the members are averages of their weights (training.ema = {self.config.training.ema})"
+                )
             if self.config.training.mixing is not None:
-                watch.say(f"members act on each other while they train (training.mixing = {self.config.training.mixing.kind})")
+                watch.say(
+                    f"members act on each other while they train (training.mixing = {self.config.training.mixing.kind})"
+                )
             if self.config.training.checkpoint == "best":
-                watch.say("each member is what it was at its lowest validation loss (training.checkpoint = best)")
+                watch.say(
+                    "each member is what it was at its lowest validation loss (training.checkpoint = best)"
+                )
             if start == self.plan.steps:
-                watch.say(f"training is already complete: {self.plan.steps} steps ({self.directory})")
+                watch.say(
+                    f"training is already complete: {self.plan.steps} steps ({self.directory})"
+                )
             else:
                 with contextlib.ExitStack() as stack:
-                    trackers = track.trackers(self.config, self.directory, self.plan.members, start or 0)
-                    for tracker in trackers:
+                    opened = trackers.trackers(
+                        self.config, self.directory, self.plan.members, start or 0
+                    )
+                    for tracker in opened:
                         stack.callback(tracker.close)
-                    shown = track.Several(watch, trackers) if trackers else watch
+                    shown = trackers.Several(watch, opened) if opened else watch
                     best = self._train(state, best, self.held(load), start or 0, checkpoints, shown)
             found = fetch_one((best.loss, best.step))
         return self._finish(*found)
@@ -200,18 +229,24 @@ class Training:
         settings = self.config.training.mixing
         if settings is None:
             return lambda state, done: state
-        return mixing.compile_mixing(settings, self.split.trained, self.config.seed, self.mesh, self.abstract.params)
+        return mixing.compile_mixing(
+            settings, self.split.trained, self.config.seed, self.mesh, self.abstract.params
+        )
 
     def _weights(self, state: steps.TrainState) -> Tree:
         """What of a state the members are."""
         return state.params if self.config.training.ema is None else state.opt_state.ema
 
-    def _compile_validation(self) -> Callable[[validation.Best, Tree, int, Tree], tuple[validation.Best, jax.Array]]:
+    def _compile_validation(
+        self,
+    ) -> Callable[[validation.Best, Tree, int, Tree], tuple[validation.Best, jax.Array]]:
         assert self.held_out is not None
         lengths = pack.bucket_lengths(self.held_out.longest, self.config.data.buckets)
         batch = validation.device_batches(self.held_out, self.plan.microbatch, lengths, self.mesh)
         weights = self._weights(self.abstract)
-        return validation.compile_measure(self.split.objective, self.mesh, self.best, weights, batch, self.frozen, lengths)
+        return validation.compile_measure(
+            self.split.objective, self.mesh, self.best, weights, batch, self.frozen, lengths
+        )
 
     def _train(
         self,
@@ -223,7 +258,9 @@ class Training:
         watch: Watcher,
     ) -> validation.Best:
         if self.journal.peak is None:
-            watch.say(f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known")
+            watch.say(
+                f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known"
+            )
         began = time.monotonic()
         compiled, mix = self.compile(), self.compile_mixing()
         validate = self._compile_validation() if self.held_out else None
@@ -254,7 +291,10 @@ class Training:
                 clock.read()
                 if self.sample and samples:
                     answers = self.sample(self._weights(state), frozen)
-                    journal.append_line(self.samples, {"step": step + 1, "members": list(self.plan.members), **answers})
+                    recorder.append_line(
+                        self.samples,
+                        {"step": step + 1, "members": list(self.plan.members), **answers},
+                    )
                     clock.skip()
                 if logs or validates:
                     _log(self, step + 1, float(fetched.learning_rate[0]), watch)
@@ -270,8 +310,15 @@ class Training:
 
     def _due(self, done: int) -> tuple[bool, bool, bool, bool]:
         """Whether to log, to save, to measure validation losses, and to answer prompts after so many steps."""
-        training, last, asks = self.config.training, done == self.plan.steps, self.config.samples.every
-        saves, validates = training.checkpoint_every or self.plan.epoch_steps, training.validate_every or self.plan.epoch_steps
+        training, last, asks = (
+            self.config.training,
+            done == self.plan.steps,
+            self.config.samples.every,
+        )
+        saves, validates = (
+            training.checkpoint_every or self.plan.epoch_steps,
+            training.validate_every or self.plan.epoch_steps,
+        )
         return (
             last or done % training.log_every == 0,
             last or done % saves == 0,
@@ -281,11 +328,24 @@ class Training:
 
     # --------------------------------------------------------------------------------------------------------------- checkpoints
 
-    def _save(self, state: steps.TrainState, best: validation.Best, done: int, checkpoints: orbax.Checkpoints) -> None:
+    def _save(
+        self,
+        state: steps.TrainState,
+        best: validation.Best,
+        done: int,
+        checkpoints: orbax.Checkpoints,
+    ) -> None:
         losses = jax.make_array_from_callback(
-            self.journal.losses.shape, NamedSharding(self.mesh, P()), lambda index: self.journal.losses[index].copy()
+            self.journal.losses.shape,
+            NamedSharding(self.mesh, P()),
+            lambda index: self.journal.losses[index].copy(),
         )
-        tree = {"params": state.params, "optimizer": state.opt_state, "step": state.step, "losses": losses}
+        tree = {
+            "params": state.params,
+            "optimizer": state.opt_state,
+            "step": state.step,
+            "losses": losses,
+        }
         if self.held_out:
             tree["best"] = best
         metadata = {
@@ -303,19 +363,29 @@ class Training:
             return validation.BRANCH
         return "params" if self.config.training.ema is None else optimizers.AVERAGES
 
-    def _restore(self, checkpoints: orbax.Checkpoints, done: int) -> tuple[steps.TrainState, validation.Best]:
-        losses = jax.ShapeDtypeStruct(self.journal.losses.shape, jnp.float32, sharding=NamedSharding(self.mesh, P()))
+    def _restore(
+        self, checkpoints: orbax.Checkpoints, done: int
+    ) -> tuple[steps.TrainState, validation.Best]:
+        losses = jax.ShapeDtypeStruct(
+            self.journal.losses.shape, jnp.float32, sharding=NamedSharding(self.mesh, P())
+        )
         wanted: dict[str, Any] = {"losses": losses}
         if done < self.plan.steps:
-            wanted |= {"params": self.abstract.params, "optimizer": self.abstract.opt_state, "step": self.abstract.step}
+            wanted |= {
+                "params": self.abstract.params,
+                "optimizer": self.abstract.opt_state,
+                "step": self.abstract.step,
+            }
         if self.held_out:
             wanted["best"] = self.best if done < self.plan.steps else self.best._replace(weights={})
         found = checkpoints.restore(done, wanted)
         self.journal.restore(np.asarray(found["losses"]), checkpoints.metadata(done)["journal"])
         for file in (self.log, self.samples):
-            journal.truncate_lines(file, done)
+            recorder.truncate_lines(file, done)
         best = found["best"] if self.held_out else validation.initial(self.best)
-        return steps.TrainState(found.get("params", {}), found.get("optimizer"), found.get("step")), best
+        return steps.TrainState(
+            found.get("params", {}), found.get("optimizer"), found.get("step")
+        ), best
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the result, for the checkpoint."""
@@ -326,7 +396,11 @@ class Training:
             "objective": config.objective.model_dump(mode="json"),
             "architecture": repr(self.model),
             "lengths": self.plan.lengths,
-        } | ({"lora": config.lora.model_dump(mode="json"), "base_dtype": config.base_dtype} if config.lora else {})
+        } | (
+            {"lora": config.lora.model_dump(mode="json"), "base_dtype": config.base_dtype}
+            if config.lora
+            else {}
+        )
         if self.held_out:
             deciding["validation"] = self.held_out.digest
         return {
@@ -336,7 +410,8 @@ class Training:
             "level": config.population.level,
             "orders": self.plan.digests,
             "data": self.plan.examples.digest,
-            "lora": config.lora and config.lora.model_dump(mode="json", include={"rank", "alpha", "rslora", "targets"}),
+            "lora": config.lora
+            and config.lora.model_dump(mode="json", include={"rank", "alpha", "rslora", "targets"}),
             "config": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest(),
         }
 
@@ -349,7 +424,10 @@ class Training:
 
     def _finish(self, losses: np.ndarray, at: np.ndarray) -> dict[str, Any]:
         """Write what is derived from the last checkpoint. The state is written last: it says that all is whole."""
-        journal.write_arrays(self.directory / "losses" / "train.npz", {"losses": self.journal.losses, "ids": self.plan.ids})
+        recorder.write_arrays(
+            self.directory / "losses" / "train.npz",
+            {"losses": self.journal.losses, "ids": self.plan.ids},
+        )
         device = jax.devices()[0]
         state = {
             "seconds": self.journal.totals.seconds,
@@ -357,18 +435,18 @@ class Training:
             "device": device.device_kind,
             "devices": self.mesh.size,
             "compilations": 1,
-            "versions": journal.versions(),
+            "versions": recorder.versions(),
             "parameters": parameter_count(self.model),
         }
         if self.held_out:
             state |= {"best_steps": at.tolist(), "best_validation_losses": losses.tolist()}
-        journal.write_json(self.directory / "metrics" / "state.json", state)
+        recorder.write_json(self.directory / "metrics" / "state.json", state)
         return state
 
 
 def _log(training: Training, done: int, learning_rate: float, watch: Watcher) -> None:
     line = training.journal.line(done, learning_rate)
-    journal.append_line(training.log, line)
+    recorder.append_line(training.log, line)
     watch.line(line)
 
 
@@ -387,7 +465,11 @@ def fetch(pending: Iterable[tuple[int, steps.Metrics]]) -> list[tuple[int, steps
 
 def fetch_one(values: Any) -> Any:
     """Return arrays as numpy, the members of all processes together."""
-    return jax.device_get(values) if jax.process_count() == 1 else multihost_utils.process_allgather(values, tiled=True)
+    return (
+        jax.device_get(values)
+        if jax.process_count() == 1
+        else multihost_utils.process_allgather(values, tiled=True)
+    )
 
 
 def compile_training(config: Config, model: ModelConfig, plan: Plan, mesh: Mesh) -> Any:

@@ -17,11 +17,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_ordermerge import rng, tree
+from jax_ordermerge import hash_rng, rng, tree
 from jax_ordermerge.arch import TensorSpec
-from jax_ordermerge.merge import average, counter, population, select
-from jax_ordermerge.merge.parts import rounded
-from jax_ordermerge.mixing import Mixing
+from jax_ordermerge.config.mixing import Mixing
+from jax_ordermerge.merge import population
+from jax_ordermerge.merge.methods import average, selection
+from jax_ordermerge.merge.methods.parts import rounded
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.tree import Tree
 
@@ -48,20 +49,28 @@ def compile_mixing(
     def mix(params: Tree, done: jax.Array) -> Tree:
         own = tree.flatten(params)
         if settings.kind == "papa":
-            return tree.unflatten({path: _papa(own[path], flat[path], settings.rate or 0.0) for path in own})
+            return tree.unflatten(
+                {path: _papa(own[path], flat[path], settings.rate or 0.0) for path in own}
+            )
         chances = _chances(table, settings)
-        return tree.unflatten({s.path: _wash_leaf(own[s.path], s, seed, done, chances[s.path], mesh) for s in table})
+        return tree.unflatten(
+            {s.path: _wash_leaf(own[s.path], s, seed, done, chances[s.path], mesh) for s in table}
+        )
 
     counter_place = NamedSharding(mesh, P())
     place = steps.shardings(params)
     step = jax.ShapeDtypeStruct((), jnp.uint32, sharding=counter_place)
-    program = jax.jit(mix, in_shardings=(place, counter_place), out_shardings=place, donate_argnums=0)
+    program = jax.jit(
+        mix, in_shardings=(place, counter_place), out_shardings=place, donate_argnums=0
+    )
     compiled = program.lower(params, step).compile(steps.EXACT)
 
     def mixed(state: steps.TrainState, done: int) -> steps.TrainState:
         if done % every:
             return state
-        return state._replace(params=compiled(state.params, jax.device_put(np.uint32(done), counter_place)))
+        return state._replace(
+            params=compiled(state.params, jax.device_put(np.uint32(done), counter_place))
+        )
 
     return mixed
 
@@ -109,7 +118,13 @@ def _divisor(size: int, most: int) -> int:
 
 
 def wash(
-    x: jax.Array, words: jax.Array, done: jax.Array, fraction: jax.Array, *, cut: tuple[int, int], mesh: Mesh | None = None
+    x: jax.Array,
+    words: jax.Array,
+    done: jax.Array,
+    fraction: jax.Array,
+    *,
+    cut: tuple[int, int],
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Let a random few elements of the members change places.
 
@@ -127,7 +142,9 @@ def wash(
 
     Example:
         >>> x = jnp.arange(8.0).reshape(2, 2, 2)
-        >>> wash(x, jnp.array([1, 2], jnp.uint32), jnp.uint32(1), jnp.float32(1), cut=(1, 2)).tolist()
+        >>> wash(
+        ...     x, jnp.array([1, 2], jnp.uint32), jnp.uint32(1), jnp.float32(1), cut=(1, 2)
+        ... ).tolist()
         [[[4.0, 1.0], [2.0, 3.0]], [[0.0, 5.0], [6.0, 7.0]]]
 
     Source: Fournier et al. 2024, https://arxiv.org/abs/2405.17517; the tiles are ours.
@@ -135,34 +152,45 @@ def wash(
     M, rows, columns = x.shape
     height, width = cut
     R, C = rows // height, columns // width
-    index = counter.Index(*(word[None] for word in counter.element_index((R, C))))
+    index = hash_rng.Index(*(word[None] for word in hash_rng.element_index((R, C))))
     rounds = done * jnp.uint32(M + 2) + jnp.arange(M + 2, dtype=jnp.uint32)
-    drawn = counter.random_words(words, index, rounds[:, None, None])
+    drawn = hash_rng.random_words(words, index, rounds[:, None, None])
     place_RC = drawn[0] % jnp.uint32(height * width)
     taken_RC = (drawn[1] >> 8).astype(jnp.float32) * 2.0**-24 < fraction * (height * width)
     inside = jnp.arange(height * width, dtype=jnp.uint32).reshape(1, height, 1, width)
     chosen = (inside == place_RC[:, None, :, None]) & taken_RC[:, None, :, None]
-    bits = select.to_bits(x).reshape(M, R, height, C, width)
+    bits = selection.to_bits(x).reshape(M, R, height, C, width)
     picked_MRC = jnp.where(chosen[None], bits, 0).max((2, 4))
     if mesh is not None:
-        picked_MRC = jax.lax.with_sharding_constraint(picked_MRC, NamedSharding(mesh, P(None, P.UNCONSTRAINED, P.UNCONSTRAINED)))
+        picked_MRC = jax.lax.with_sharding_constraint(
+            picked_MRC, NamedSharding(mesh, P(None, P.UNCONSTRAINED, P.UNCONSTRAINED))
+        )
     dealt_MRC = jnp.take_along_axis(picked_MRC, jnp.argsort(drawn[2:], axis=0, stable=True), axis=0)
     out = jnp.where(chosen[None], dealt_MRC[:, :, None, :, None], bits)
     return jax.lax.bitcast_convert_type(out.reshape(x.shape), x.dtype)
 
 
-def _wash_leaf(x: jax.Array, spec: TensorSpec, seed: int, done: jax.Array, chances: np.ndarray, mesh: Mesh) -> jax.Array:
+def _wash_leaf(
+    x: jax.Array, spec: TensorSpec, seed: int, done: jax.Array, chances: np.ndarray, mesh: Mesh
+) -> jax.Array:
     if not chances.any():
         return x
-    words = jnp.asarray(np.stack([rng.stream_words(seed, "wash", name) for name in spec.hf_names()]))
+    words = jnp.asarray(
+        np.stack([rng.stream_words(seed, "wash", name) for name in spec.hf_names()])
+    )
     layers = x.reshape(len(x), len(words), -1, spec.hf_shape[-1])
     one = functools.partial(wash, cut=tile(layers.shape[2:], chances.max()), mesh=mesh)
-    return jax.vmap(one, (1, 0, None, 0), 1)(layers, words, done, jnp.float32(chances)).reshape(x.shape)
+    return jax.vmap(one, (1, 0, None, 0), 1)(layers, words, done, jnp.float32(chances)).reshape(
+        x.shape
+    )
 
 
 def _chances(table: Sequence[TensorSpec], settings: Mixing) -> dict[str, np.ndarray]:
     """Return for every tensor the fraction of each of its layers, float64[L] (or [1])."""
-    fraction, layers = settings.fraction or 0.0, max((s.shape[0] for s in table if s.stacked), default=0)
+    fraction, layers = (
+        settings.fraction or 0.0,
+        max((s.shape[0] for s in table if s.stacked), default=0),
+    )
 
     def depths(spec: TensorSpec) -> np.ndarray:
         if spec.stacked:

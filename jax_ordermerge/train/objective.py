@@ -35,11 +35,15 @@ class ExampleSums(NamedTuple):
 class Objective(Protocol):
     """A sum over a microbatch that is minimized by changing `params`, and the sums of each example."""
 
-    def __call__(self, params: Tree, batch: Microbatch, frozen: Tree | None = None) -> tuple[jax.Array, ExampleSums]:
+    def __call__(
+        self, params: Tree, batch: Microbatch, frozen: Tree | None = None
+    ) -> tuple[jax.Array, ExampleSums]:
         """Args: what is trained; a microbatch; what all members share as it is (the base), if the objective needs it."""
 
 
-def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", kernel: Kernel = "xla") -> Objective:
+def sft(
+    config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", kernel: Kernel = "xla"
+) -> Objective:
     """Return the supervised objective: the loss of the response tokens, summed over a microbatch.
 
     Args:
@@ -55,29 +59,46 @@ def sft(config: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", k
 
     Example:
         >>> import jax.numpy as jnp
-        >>> config = ModelConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=4, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2
+        ... )
         >>> zeros = jax.tree.map(jnp.zeros_like, llama.init_params(config, 0))
         >>> rows = jnp.zeros((2, 3), int)
-        >>> batch = {"tokens": rows, "targets": rows, "positions": rows, "segments": rows + 1, "weights": jnp.ones((2, 3))}
+        >>> batch = {
+        ...     "tokens": rows,
+        ...     "targets": rows,
+        ...     "positions": rows,
+        ...     "segments": rows + 1,
+        ...     "weights": jnp.ones((2, 3)),
+        ... }
         >>> total, sums = sft(config, dtype="float32")(zeros, batch)
         >>> round(total.item(), 4), sums.weights.tolist()  # 6 log 4
         (8.3178, [3.0, 3.0])
     """
 
-    def objective(params: Tree, batch: Microbatch, frozen: Tree | None = None) -> tuple[jax.Array, ExampleSums]:
+    def objective(
+        params: Tree, batch: Microbatch, frozen: Tree | None = None
+    ) -> tuple[jax.Array, ExampleSums]:
         where = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = llama.hidden(config, params, *where, dtype=dtype, remat=remat, kernel=kernel)
         targets, weights = batch["targets"], batch["weights"]
         packed = "ids" in batch and batch["ids"].ndim > 1
         segments, count = (batch["segments"], batch["ids"].shape[1]) if packed else (None, 0)
-        total, sums = loss.linear_losses(x, llama.head(config, params), targets, weights, segments_BT=segments, count=count)
+        total, sums = loss.linear_losses(
+            x, llama.head(config, params), targets, weights, segments_BT=segments, count=count
+        )
         return total, ExampleSums(sums, loss.by_example(weights, segments, count))
 
     return objective
 
 
 def dpo(
-    config: ModelConfig, settings: schema.Objective, *, dtype: DTypeLike, remat: llama.Remat = "dots", kernel: Kernel = "xla"
+    config: ModelConfig,
+    settings: schema.Objective,
+    *,
+    dtype: DTypeLike,
+    remat: llama.Remat = "dots",
+    kernel: Kernel = "xla",
 ) -> Objective:
     """Return the objective of direct preference optimization: the losses of pairs, summed over a microbatch.
 
@@ -97,17 +118,31 @@ def dpo(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> config = ModelConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
+        >>> config = ModelConfig(
+        ...     vocab_size=4, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2
+        ... )
         >>> zeros = jax.tree.map(jnp.zeros_like, llama.init_params(config, 0))
         >>> rows = jnp.zeros((1, 2, 3), int)
-        >>> batch = {"tokens": rows, "targets": rows, "positions": rows, "segments": rows + 1, "weights": jnp.ones((1, 2, 3))}
+        >>> batch = {
+        ...     "tokens": rows,
+        ...     "targets": rows,
+        ...     "positions": rows,
+        ...     "segments": rows + 1,
+        ...     "weights": jnp.ones((1, 2, 3)),
+        ... }
         >>> batch["reference"] = jnp.full((1, 2), -3 * jnp.log(4))
         >>> total, sums = dpo(config, schema.Objective(kind="dpo"), dtype="float32")(zeros, batch)
-        >>> round(total.item(), 4), sums.weights.tolist(), sums.scores["rewards/margins"].tolist()  # log 2
+        >>> (
+        ...     round(total.item(), 4),
+        ...     sums.weights.tolist(),
+        ...     sums.scores["rewards/margins"].tolist(),
+        ... )  # log 2
         (0.6931, [1.0], [0.0])
     """
 
-    def objective(params: Tree, batch: Microbatch, frozen: Tree | None = None) -> tuple[jax.Array, ExampleSums]:
+    def objective(
+        params: Tree, batch: Microbatch, frozen: Tree | None = None
+    ) -> tuple[jax.Array, ExampleSums]:
         flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in SEQUENCES}
         where = flat["tokens"], flat["positions"], flat["segments"]
         x, _ = llama.hidden(config, params, *where, dtype=dtype, remat=remat, kernel=kernel)
@@ -123,7 +158,9 @@ def dpo(
         slopes, losses = jax.grad(pairs, has_aux=True)(logps)
         total, _ = loss.linear_losses(x, head, flat["targets"], weights * -slopes.reshape(-1, 1))
         scores = preference.scores(logps, reference, beta=settings.beta)
-        return total + jax.lax.stop_gradient(losses.sum() - total), ExampleSums(losses, real, scores)
+        return total + jax.lax.stop_gradient(losses.sum() - total), ExampleSums(
+            losses, real, scores
+        )
 
     return objective
 
@@ -136,7 +173,9 @@ def adapted(objective: Objective, scale: float) -> Objective:
         scale: of the adapters, see `lora.join`.
     """
 
-    def over_adapters(params: Tree, batch: Microbatch, frozen: Tree | None = None) -> tuple[jax.Array, ExampleSums]:
+    def over_adapters(
+        params: Tree, batch: Microbatch, frozen: Tree | None = None
+    ) -> tuple[jax.Array, ExampleSums]:
         return objective(lora.join(frozen or {}, params, scale), batch, frozen)
 
     return over_adapters

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_ordermerge import rng, tree
+from jax_ordermerge import hash_rng, rng, tree
 from jax_ordermerge.arch import TensorSpec
 from jax_ordermerge.config import Training
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import counter
 from jax_ordermerge.tree import Tree
 
 # RMS of Adam's updates, to which Muon's are scaled: both then take one learning rate (Liu et al. 2025, section 2.2).
@@ -43,7 +42,11 @@ def schedule(training: Training, steps: int) -> optax.Schedule:
     https://arxiv.org/abs/2405.18392.
     """
     warmup = _count(training.warmup, steps)
-    peak, last, rest = training.learning_rate, training.learning_rate * training.final_fraction, max(steps - warmup, 1)
+    peak, last, rest = (
+        training.learning_rate,
+        training.learning_rate * training.final_fraction,
+        max(steps - warmup, 1),
+    )
     after: optax.Schedule
     match training.schedule:
         case "cosine":
@@ -55,14 +58,20 @@ def schedule(training: Training, steps: int) -> optax.Schedule:
             after = optax.linear_schedule(peak, last, decay, transition_begin=rest - decay)
         case "constant":
             after = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    return (
+        optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+        if warmup
+        else after
+    )
 
 
 def _count(amount: float, steps: int) -> int:
     return min(round(amount * steps) if amount < 1 else round(amount), steps)
 
 
-def optimizer(training: Training, steps: int, table: Sequence[TensorSpec]) -> optax.GradientTransformation:
+def optimizer(
+    training: Training, steps: int, table: Sequence[TensorSpec]
+) -> optax.GradientTransformation:
     """Return the optimizer of a config: clipping by global norm, direction, weight decay, learning rate, average of the weights.
 
     Weight decay is decoupled (times the learning rate, not part of the moments) but for SGD, where it is the gradient of a penalty.
@@ -78,7 +87,11 @@ def optimizer(training: Training, steps: int, table: Sequence[TensorSpec]) -> op
     Example:
         >>> table = [TensorSpec("w", (2, 3), ("heads", "embed"), "normal", "w", "attention")]
         >>> params = {"w": jnp.ones((2, 3))}
-        >>> tx = optimizer(Training(optimizer="sgd", momentum=0, learning_rate=0.5, warmup=0, clip_norm=None), 10, table)
+        >>> tx = optimizer(
+        ...     Training(optimizer="sgd", momentum=0, learning_rate=0.5, warmup=0, clip_norm=None),
+        ...     10,
+        ...     table,
+        ... )
         >>> tx.update(params, tx.init(params), params)[0]["w"][0].tolist()
         [-0.5, -0.5, -0.5]
 
@@ -88,7 +101,9 @@ def optimizer(training: Training, steps: int, table: Sequence[TensorSpec]) -> op
     direction = _direction(training, table)
     if training.moments_dtype == "bfloat16":
         direction = in_bfloat16(direction, stochastic=training.moments_rounding == "stochastic")
-    decay = optax.add_decayed_weights(training.weight_decay, mask=_by_tensor(table, _DECAYED[training.decay_on]))
+    decay = optax.add_decayed_weights(
+        training.weight_decay, mask=_by_tensor(table, _DECAYED[training.decay_on])
+    )
     middle = (decay, direction) if training.optimizer == "sgd" else (direction, decay)
     tx = optax.chain(*clip, *middle, optax.scale_by_learning_rate(schedule(training, steps)))
     return tx if training.ema is None else averaged(tx, training.ema)
@@ -106,7 +121,11 @@ def _hidden(spec: TensorSpec) -> bool:
     return _matrix(spec) and spec.kind not in ("embedding", "head")
 
 
-_DECAYED: dict[str, Callable[[TensorSpec], bool]] = {"matrices": _matrix, "hidden": _hidden, "all": lambda spec: True}
+_DECAYED: dict[str, Callable[[TensorSpec], bool]] = {
+    "matrices": _matrix,
+    "hidden": _hidden,
+    "all": lambda spec: True,
+}
 
 # ----------------------------------------------------------------------------------------------------------------------- directions
 
@@ -123,7 +142,11 @@ def _direction(training: Training, table: Sequence[TensorSpec]) -> optax.Gradien
         case "lion":
             return optax.scale_by_lion(training.beta1, training.beta2)
         case "sgd":
-            return optax.trace(training.momentum, training.nesterov) if training.momentum else optax.identity()
+            return (
+                optax.trace(training.momentum, training.nesterov)
+                if training.momentum
+                else optax.identity()
+            )
         case "adafactor":
             # its means and RMS are of one tensor, never over the layers
             one = _adafactor(training)
@@ -139,7 +162,9 @@ def _adafactor(training: Training) -> optax.GradientTransformation:
     scaled = (optax.scale_by_param_block_rms(),) if training.scale_parameter else ()
     return optax.chain(
         optax.scale_by_factored_rms(
-            decay_rate=training.decay_rate, min_dim_size_to_factor=training.min_dim_size_to_factor, epsilon=training.epsilon
+            decay_rate=training.decay_rate,
+            min_dim_size_to_factor=training.min_dim_size_to_factor,
+            epsilon=training.epsilon,
         ),
         optax.clip_by_block_rms(1.0),
         *scaled,
@@ -166,7 +191,10 @@ def _muon(training: Training) -> optax.GradientTransformation:
         weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: numbers, updates),
     )
     # the RMS of an orthogonal matrix is 1 / sqrt(its longer side)
-    return optax.chain(orthogonal, optax.stateless_with_tree_map(lambda u, _: u * (_MUON_RMS * max(u.shape[-2:]) ** 0.5)))
+    return optax.chain(
+        orthogonal,
+        optax.stateless_with_tree_map(lambda u, _: u * (_MUON_RMS * max(u.shape[-2:]) ** 0.5)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- state
@@ -184,7 +212,9 @@ class RoundedState(NamedTuple):
     inner: Any
 
 
-def in_bfloat16(tx: optax.GradientTransformation, *, stochastic: bool) -> optax.GradientTransformation:
+def in_bfloat16(
+    tx: optax.GradientTransformation, *, stochastic: bool
+) -> optax.GradientTransformation:
     """Keep the moments of an optimizer in bfloat16 between steps and compute in float32. (optax's `mu_dtype` leaves `nu` as it is.)
 
     bfloat16 keeps 8 significant bits: neighbours are 0.4 to 0.8 % apart. With beta2 = 0.999 a step changes `nu` by at most -0.1 %
@@ -209,14 +239,21 @@ def in_bfloat16(tx: optax.GradientTransformation, *, stochastic: bool) -> optax.
             if not stochastic:
                 return x.astype(jnp.bfloat16)
             words = jnp.asarray(rng.stream_words(0, "moments", jax.tree_util.keystr(path)))
-            return counter.round_stochastically(x, counter.random_words(words, counter.element_index(x.shape), count))
+            return hash_rng.round_stochastically(
+                x, hash_rng.random_words(words, hash_rng.element_index(x.shape), count)
+            )
 
         return _map_moments(one, state)
 
     def init(params: Tree) -> RoundedState:
-        return RoundedState(jnp.zeros((), jnp.int32), _map_moments(lambda _, x: x.astype(jnp.bfloat16), tx.init(params)))
+        return RoundedState(
+            jnp.zeros((), jnp.int32),
+            _map_moments(lambda _, x: x.astype(jnp.bfloat16), tx.init(params)),
+        )
 
-    def update(grads: Tree, state: RoundedState, params: Tree | None = None) -> tuple[Tree, RoundedState]:
+    def update(
+        grads: Tree, state: RoundedState, params: Tree | None = None
+    ) -> tuple[Tree, RoundedState]:
         wide = _map_moments(lambda _, x: x.astype(jnp.float32), state.inner)
         updates, inner = tx.update(grads, wide, params)
         return updates, RoundedState(state.count + 1, narrow(inner, state.count))
@@ -225,7 +262,9 @@ def in_bfloat16(tx: optax.GradientTransformation, *, stochastic: bool) -> optax.
 
 
 def _map_moments(fn: Callable[[Any, jax.Array], jax.Array], state: Any) -> Any:
-    return jax.tree.map_with_path(lambda path, x: fn(path, x) if isinstance(path[-1], jax.tree_util.DictKey) else x, state)
+    return jax.tree.map_with_path(
+        lambda path, x: fn(path, x) if isinstance(path[-1], jax.tree_util.DictKey) else x, state
+    )
 
 
 class AveragedState(NamedTuple):
@@ -265,7 +304,9 @@ def averaged(tx: optax.GradientTransformation, decay: float) -> optax.GradientTr
 
     def init(params: Tree) -> AveragedState:
         # a copy, lest the averages be donated with the parameters
-        return AveragedState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
+        return AveragedState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params)
+        )
 
     def update(grads: Tree, state: AveragedState, params: Tree) -> tuple[Tree, AveragedState]:
         updates, inner = tx.update(grads, state.inner, params)

@@ -90,31 +90,49 @@ def train_step(
 
             return branch
 
-        return switch(microbatch["bucket"], [of_length(length) for length in lengths], params, microbatch, frozen)
+        return switch(
+            microbatch["bucket"],
+            [of_length(length) for length in lengths],
+            params,
+            microbatch,
+            frozen,
+        )
 
     def step(state: TrainState, batch: Batch, frozen: Tree) -> tuple[TrainState, Metrics]:
-        summed, examples = _accumulate(lambda microbatch: gradients(state.params, microbatch, frozen), batch, state.params)
+        summed, examples = _accumulate(
+            lambda microbatch: gradients(state.params, microbatch, frozen), batch, state.params
+        )
         weight = jnp.maximum(examples.weights.sum(), 1.0)
         mean = jax.tree.map(lambda g: g / weight, summed)
         updates, opt_state = tx.update(mean, state.opt_state, state.params)
         loss, rate_now = examples.losses.sum() / weight, jnp.asarray(rate(state.step), jnp.float32)
         metrics = Metrics(loss, optax.tree.norm(mean), rate_now, batch["ids"], examples)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        return TrainState(
+            optax.apply_updates(state.params, updates), opt_state, state.step + 1
+        ), metrics
 
     return step
 
 
 def switch(bucket: jax.Array, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
     """Return what the branch of a bucket makes of the operands; where there is one branch only, no choice is compiled."""
-    return branches[0](*operands) if len(branches) == 1 else jax.lax.switch(bucket, branches, *operands)
+    return (
+        branches[0](*operands)
+        if len(branches) == 1
+        else jax.lax.switch(bucket, branches, *operands)
+    )
 
 
 def _kept(found: tuple[Tree, ExampleSums], specs: Tree | None) -> tuple[Tree, ExampleSums]:
     grads, sums = found
-    return (grads if specs is None else jax.tree.map(jax.lax.with_sharding_constraint, grads, specs)), sums
+    return (
+        grads if specs is None else jax.tree.map(jax.lax.with_sharding_constraint, grads, specs)
+    ), sums
 
 
-def _accumulate(gradients: Callable[[Batch], tuple[Tree, ExampleSums]], batch: Batch, params: Tree) -> tuple[Tree, ExampleSums]:
+def _accumulate(
+    gradients: Callable[[Batch], tuple[Tree, ExampleSums]], batch: Batch, params: Tree
+) -> tuple[Tree, ExampleSums]:
     """Sum gradients over the microbatches; return them with the sums of each example, [A, B]."""
     if batch["tokens"].shape[0] == 1:
         grads, sums = gradients(jax.tree.map(lambda x: x[0], batch))
@@ -130,7 +148,9 @@ def _accumulate(gradients: Callable[[Batch], tuple[Tree, ExampleSums]], batch: B
 # ---------------------------------------------------------------------------------------------------------------------- populations
 
 
-def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
+def abstract_state(
+    params: Tree, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """Return the state of a population as `jax.ShapeDtypeStruct`s, the optimizer's state sharded like its parameters.
 
     What has other axes than its parameter, as Adafactor's means over rows and columns, keeps the sharding of those that are left:
@@ -141,20 +161,33 @@ def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh | 
         tx: the optimizer.
         mesh: where counters live; one that is not on the mesh would compile the step twice.
     """
-    typed = AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(typed, x.sharding.spec)), params)
+    typed = AbstractMesh(
+        tuple(mesh.shape.values()),
+        mesh.axis_names,
+        axis_types=(AxisType.Explicit,) * len(mesh.axis_names),
+    )
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(typed, x.sharding.spec)
+        ),
+        params,
+    )
     with jax.sharding.use_abstract_mesh(typed):
         opt_state = jax.eval_shape(jax.vmap(tx.init), like)
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         inner = () if leaf.sharding is None else tuple(leaf.sharding.spec)[1:]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P("order", *inner)))
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P("order", *inner))
+        )
 
     counter = jax.ShapeDtypeStruct((tree.size(params),), jnp.int32)
     return TrainState(params, jax.tree.map(placed, opt_state), placed(counter))
 
 
-def initial_state(start: Tree, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+def initial_state(
+    start: Tree, tx: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
     """Return a population whose members all start alike.
 
     Args:
@@ -192,7 +225,10 @@ def compile_step(step: Step, mesh: Mesh, state: TrainState, batch: Any, frozen: 
 
 def place(arrays: Tree, abstract: Tree) -> Tree:
     """Return arrays in the dtypes and shardings of others, as what is frozen is held."""
-    cast = jax.jit(lambda x: jax.tree.map(lambda a, like: a.astype(like.dtype), x, abstract), out_shardings=shardings(abstract))
+    cast = jax.jit(
+        lambda x: jax.tree.map(lambda a, like: a.astype(like.dtype), x, abstract),
+        out_shardings=shardings(abstract),
+    )
     return cast(arrays)
 
 

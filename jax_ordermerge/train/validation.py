@@ -73,14 +73,18 @@ def initial(like: Best) -> Best:
     return jax.jit(build, out_shardings=steps.shardings(like))()
 
 
-def device_batches(examples: Examples, microbatch: int, lengths: tuple[int, ...], mesh: Mesh) -> dict[str, jax.Array]:
+def device_batches(
+    examples: Examples, microbatch: int, lengths: tuple[int, ...], mesh: Mesh
+) -> dict[str, jax.Array]:
     """Return all examples as the microbatches of one large step, [A, B, ...], the same for every member; see `pack.step_batch`."""
     rows = np.full(-(-len(examples) // microbatch) * microbatch, PADDING)
     rows[: len(examples)] = np.arange(len(examples))
 
     def put(name: str, array: np.ndarray) -> jax.Array:
         axes = (None, "batch", *[None] * array.ndim)[: array.ndim]
-        place = meshes.sharding((*axes[:-1], "length") if name in pack.SEQUENCES else axes, array.shape, mesh)
+        place = meshes.sharding(
+            (*axes[:-1], "length") if name in pack.SEQUENCES else axes, array.shape, mesh
+        )
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
     batch = pack.step_batch(examples, rows, microbatch=microbatch, lengths=lengths)
@@ -88,7 +92,13 @@ def device_batches(examples: Examples, microbatch: int, lengths: tuple[int, ...]
 
 
 def compile_measure(
-    objective: Objective, mesh: Mesh, best: Best, weights: Tree, batch: dict[str, jax.Array], frozen: Tree, lengths: tuple[int, ...]
+    objective: Objective,
+    mesh: Mesh,
+    best: Best,
+    weights: Tree,
+    batch: dict[str, jax.Array],
+    frozen: Tree,
+    lengths: tuple[int, ...],
 ) -> Measure:
     """Compile `(best, weights, step, frozen) -> (best, loss)` over a population; nothing crosses members, as in the training step.
 
@@ -108,20 +118,30 @@ def compile_measure(
         def sums(microbatch: Any) -> jax.Array:
             def of_length(length: int) -> Callable[[Any], jax.Array]:
                 def branch(microbatch: Any) -> jax.Array:
-                    short = microbatch | {name: microbatch[name][..., :length] for name in pack.SEQUENCES}
+                    short = microbatch | {
+                        name: microbatch[name][..., :length] for name in pack.SEQUENCES
+                    }
                     _, found = objective(weights, short, frozen)
                     return jnp.stack([found.losses.sum(), found.weights.sum()])
 
                 return branch
 
-            return steps.switch(microbatch["bucket"], [of_length(length) for length in lengths], microbatch)
+            return steps.switch(
+                microbatch["bucket"], [of_length(length) for length in lengths], microbatch
+            )
 
         total = jax.lax.map(sums, batch).sum(0)
         loss = total[0] / jnp.maximum(total[1], 1.0)
         lower = loss < best.loss
         if best.weights:  # else they are not kept
-            best = best._replace(weights=jax.tree.map(lambda new, old: jnp.where(lower, new, old), weights, best.weights))
-        return best._replace(loss=jnp.where(lower, loss, best.loss), step=jnp.where(lower, step, best.step)), loss
+            best = best._replace(
+                weights=jax.tree.map(
+                    lambda new, old: jnp.where(lower, new, old), weights, best.weights
+                )
+            )
+        return best._replace(
+            loss=jnp.where(lower, loss, best.loss), step=jnp.where(lower, step, best.step)
+        ), loss
 
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     shared = (batch, step, frozen)

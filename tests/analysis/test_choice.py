@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.analysis import choice, paired
-from jax_ordermerge.analysis.document import Picture, Table, render_markdown
+from jax_ordermerge.report.document import Picture, Table, render_markdown
 from jax_ordermerge.search import controls
 from jax_ordermerge.search.candidates import Candidate
 
@@ -17,14 +17,20 @@ def losses(shift, noise=0.02, seed=0):
 def test_a_claim_is_the_paired_difference_corrected_for_its_rivals():
     own, rivals = (
         losses(0),
-        {"best_member": losses(0.1, seed=1), "mean_member": losses(0.0, seed=2), "average": losses(-0.1, seed=3)},
+        {
+            "best_member": losses(0.1, seed=1),
+            "mean_member": losses(0.0, seed=2),
+            "average": losses(-0.1, seed=3),
+        },
     )
     tokens = np.random.default_rng(4).integers(1, 50, 100)
     found = choice.claim(own, rivals, tokens)
     alone = {name: paired.difference(own, other, weights=tokens) for name, other in rivals.items()}
     for name, gap in alone.items():
         assert {key: found[name][key] for key in gap} == gap
-    assert [one["holm"] for one in found.values()] == paired.holm([gap["p"] for gap in alone.values()])
+    assert [one["holm"] for one in found.values()] == paired.holm(
+        [gap["p"] for gap in alone.values()]
+    )
     assert choice.better(found["best_member"])
     assert not choice.better(found["mean_member"])
     assert not choice.better(found["average"])
@@ -32,27 +38,63 @@ def test_a_claim_is_the_paired_difference_corrected_for_its_rivals():
 
 def test_a_winner_that_is_its_rival_claims_nothing_against_it():
     own = losses(0)
-    assert list(choice.claim(own, {"best_member": own, "average": losses(0.1, seed=1)})) == ["average"]
+    assert list(choice.claim(own, {"best_member": own, "average": losses(0.1, seed=1)})) == [
+        "average"
+    ]
 
 
 def search(claim=True):
     rows = [
-        {"number": 0, "name": "average", "kind": "merge", "candidate": {"method": "average"}, "loss": 1.25, "examples": 64, "dropped": None},
-        {"number": 1, "name": "member_0", "kind": "member", "candidate": {"method": "member"}, "loss": 1.5, "examples": 64, "dropped": None},
-        {"number": 2, "name": "ties", "kind": "merge", "candidate": {"method": "ties"}, "loss": None, "examples": 16, "dropped": 1},
-    ]  # fmt: skip
+        {
+            "number": 0,
+            "name": "average",
+            "kind": "merge",
+            "candidate": {"method": "average"},
+            "loss": 1.25,
+            "examples": 64,
+            "dropped": None,
+        },
+        {
+            "number": 1,
+            "name": "member_0",
+            "kind": "member",
+            "candidate": {"method": "member"},
+            "loss": 1.5,
+            "examples": 64,
+            "dropped": None,
+        },
+        {
+            "number": 2,
+            "name": "ties",
+            "kind": "merge",
+            "candidate": {"method": "ties"},
+            "loss": None,
+            "examples": 16,
+            "dropped": 1,
+        },
+    ]
     for row in rows:
         gap = {"estimate": (row["loss"] or 0) - 1.25, "se": 0.01, "examples": row["examples"]}
         row["to_winner"] = row["to_best_member"] = gap if row["loss"] else None
-    against = choice.claim(losses(0), {"best_member": losses(0.1, seed=1), "mean_member": losses(0.0, seed=2)})
-    found = {"tried": 3, "examples": 64, "measured_whole": 2, "winner": 0, "best_member": 1, "candidates": rows}
+    against = choice.claim(
+        losses(0), {"best_member": losses(0.1, seed=1), "mean_member": losses(0.0, seed=2)}
+    )
+    found = {
+        "tried": 3,
+        "examples": 64,
+        "measured_whole": 2,
+        "winner": 0,
+        "best_member": 1,
+        "candidates": rows,
+    }
     return found | {"claim": {"examples": 100, "against": against} if claim else None}
 
 
 def test_the_report_of_a_search_says_what_was_chosen_and_what_may_be_claimed():
     text = render_markdown("search", choice.search_blocks(search(), "nats a token"), pictures=".")
     assert (
-        "The search chose average among 3 candidates on 64 validation examples (1.2500; the best member, member_0, 1.5000)" in text
+        "The search chose average among 3 candidates on 64 validation examples (1.2500; the best member, member_0, 1.5000)"
+        in text
     )
     assert "clearly better (-0.0969 ± 0.0026" in text
     assert "than the best member; not distinguishable (" in text
@@ -63,25 +105,38 @@ def test_the_report_of_a_search_says_what_was_chosen_and_what_may_be_claimed():
 
 
 def test_controls_are_compared_with_members_and_average_item_by_item():
-    listed = controls.controls(["lambda_line", "barrier", "plane", "norm_matched"], 2, {"pick": Candidate("selection")}, 0)
+    listed = controls.controls(
+        ["lambda_line", "barrier", "plane", "norm_matched"], 2, {"pick": Candidate("selection")}, 0
+    )
     assert len({one.name for one in listed}) == len(listed) == 4 + 7 + 3 + 49 + 1
     tokens = np.random.default_rng(5).integers(1, 50, 100).astype(float)
     own = {"member_0": 0.2, "member_1": 0.1, "average": 0.0, "base": 3.0}
     found = {
-        one.name: controls.Measured(losses(own.get(one.name, 0.05), seed=number), 2.0 - (one.name == "member_0"))
+        one.name: controls.Measured(
+            losses(own.get(one.name, 0.05), seed=number), 2.0 - (one.name == "member_0")
+        )
         for number, one in enumerate(listed)
     }
     compared = controls.compare(listed, found, tokens, resamples=50, seed=0)
     # member_1 has the lower loss here, but the best member is the one that validation says
     assert compared["best_member"] == {"name": "member_0", "chosen_on": "validation"}
     rows = {row["name"]: row for row in compared["rows"]}
-    assert rows["average"]["loss"] == pytest.approx((found["average"].losses * tokens).sum() / tokens.sum())
+    assert rows["average"]["loss"] == pytest.approx(
+        (found["average"].losses * tokens).sum() / tokens.sum()
+    )
     mean = (found["member_0"].losses + found["member_1"].losses) / 2
     expected = paired.difference(found["average"].losses, mean, weights=tokens, resamples=50)
     assert rows["average"]["against"]["mean_member"] == expected
     assert "average" not in rows["average"]["against"]
-    blocks = choice.control_blocks({"split": "test", **compared}, "nats a token", {"validation_loss": 1.9, "loss": 2.0})
-    assert [one.name for one in blocks if isinstance(one, Picture)] == ["lambda-line", "barrier", "plane", "splits"]
+    blocks = choice.control_blocks(
+        {"split": "test", **compared}, "nats a token", {"validation_loss": 1.9, "loss": 2.0}
+    )
+    assert [one.name for one in blocks if isinstance(one, Picture)] == [
+        "lambda-line",
+        "barrier",
+        "plane",
+        "splits",
+    ]
     (table,) = [one for one in blocks if isinstance(one, Table)]
     assert len(table.rows) == len(listed) - 49 + 1
     assert table.rows[table.strong[0]][0] == "mean member (sd between members)"
@@ -90,9 +145,16 @@ def test_controls_are_compared_with_members_and_average_item_by_item():
 
 def test_selections_are_drawn_again_and_their_length_is_matched():
     one = Candidate("selection", {"resample": "exhaustive"}, seed=3)
-    found = {c.name: c.candidate for c in controls.controls(["lambda_matched", "seeds", "children"], 3, {"pick": one}, 0)}
-    assert found["average as long as pick"] == Candidate("lambda_matched", {"resample": "exhaustive"}, seed=3)
+    found = {
+        c.name: c.candidate
+        for c in controls.controls(["lambda_matched", "seeds", "children"], 3, {"pick": one}, 0)
+    }
+    assert found["average as long as pick"] == Candidate(
+        "lambda_matched", {"resample": "exhaustive"}, seed=3
+    )
     draws = [found[f"pick, draw {draw}"] for draw in (2, 3, 4)]
     assert len({draw.seed for draw in [one, *draws]}) == 4
     assert all(draw.parameters == one.parameters for draw in draws)
-    assert [found[f"selection, child {child} of 3"].parameters for child in range(3)] == [{"child": child} for child in range(3)]
+    assert [found[f"selection, child {child} of 3"].parameters for child in range(3)] == [
+        {"child": child} for child in range(3)
+    ]

@@ -16,11 +16,22 @@ def planted(samples=300, members=4, slopes=SLOPES, steps=None, seed=0, noise=0.0
     """Losses with a known position effect; a merge that halves it, in the mean of the members, and one that keeps it."""
     rng = np.random.default_rng(seed)
     steps = steps or samples
-    x = np.stack([[np.floor(rng.permutation(samples) * steps / samples) for _ in slopes] for _ in range(members)])
+    x = np.stack(
+        [
+            [np.floor(rng.permutation(samples) * steps / samples) for _ in slopes]
+            for _ in range(members)
+        ]
+    )
     x = x / max(1, steps - 1)
     difficulty = rng.normal(2, 0.5, samples)
-    losses = difficulty + np.einsum("e,men->mn", slopes, x) + rng.normal(0, noise, (members, samples))
-    half = difficulty + 0.5 * np.einsum("e,en->n", slopes, x.mean(axis=0)) + rng.normal(0, noise, samples)
+    losses = (
+        difficulty + np.einsum("e,men->mn", slopes, x) + rng.normal(0, noise, (members, samples))
+    )
+    half = (
+        difficulty
+        + 0.5 * np.einsum("e,en->n", slopes, x.mean(axis=0))
+        + rng.normal(0, noise, samples)
+    )
     merged = {"half": half, "average": losses.mean(axis=0) + rng.normal(0, noise / 5, samples)}
     base = 5 + 0.8 * difficulty + rng.normal(0, 0.1, samples)
     return losses, x, merged, base
@@ -90,14 +101,18 @@ def test_taking_difficulty_out_sharpens_the_pooled_curve(found):
     assert slope == pytest.approx(0.3, abs=0.03)
 
 
-@pytest.mark.parametrize(("design", "power"), [("independent", 2), ("independent", 1), ("reversed", 1)])
+@pytest.mark.parametrize(
+    ("design", "power"), [("independent", 2), ("independent", 1), ("reversed", 1)]
+)
 def test_the_pooled_curve_has_the_scale_of_the_effect_in_any_design(design, power):
     losses, x, _, _ = planted(members=2, samples=1000, slopes=(0.0,))
     if design == "reversed":
         x = np.stack([x[0], 1 - x[0]])
     (clean,) = run(losses + 0.5 * x[:, 0] ** power, x)["pooled"]["within"]
     rise = np.power(clean["position"], power)
-    np.testing.assert_allclose(np.subtract(clean["mean"], clean["mean"][5]), 0.5 * (rise - rise[5]), atol=0.04)
+    np.testing.assert_allclose(
+        np.subtract(clean["mean"], clean["mean"][5]), 0.5 * (rise - rise[5]), atol=0.04
+    )
 
 
 def test_warmup_is_split_off(data, found):
@@ -131,7 +146,9 @@ def test_merges_that_keep_and_halve_the_effect_are_told_apart(found):
             assert after["se"] < 0.05
         plain = merged["mean_position"]
         assert plain["covariates"] == ["base loss"]
-        assert plain["coefficients"][2]["estimate"] == pytest.approx(kept * 0.3, abs=4 * plain["coefficients"][2]["se"])
+        assert plain["coefficients"][2]["estimate"] == pytest.approx(
+            kept * 0.3, abs=4 * plain["coefficients"][2]["se"]
+        )
         assert len(merged["by_member"]) == 4
         assert len(merged["by_member"][0]) == 3
     assert found["merged"]["half"]["change"]["coefficients"][2]["p"] < 0.01
@@ -140,8 +157,12 @@ def test_merges_that_keep_and_halve_the_effect_are_told_apart(found):
 def test_averaging_four_members_leaves_a_quarter_of_the_gap_between_early_and_late(found):
     row = found["merged"]["average"]["early_late"][2]
     # early half against late half: half of the slope in a member, a quarter of that in the average of four
-    assert row["members"]["estimate"] - row["merged"]["estimate"] == pytest.approx(-row["difference"]["estimate"])
-    assert row["difference"]["estimate"] == pytest.approx(0.75 * 0.15, abs=4 * row["difference"]["se"])
+    assert row["members"]["estimate"] - row["merged"]["estimate"] == pytest.approx(
+        -row["difference"]["estimate"]
+    )
+    assert row["difference"]["estimate"] == pytest.approx(
+        0.75 * 0.15, abs=4 * row["difference"]["se"]
+    )
     assert row["members"]["estimate"] == pytest.approx(-0.15, abs=4 * row["members"]["se"])
     assert row["merged"]["estimate"] == pytest.approx(-0.15 / 4, abs=4 * row["merged"]["se"])
     assert max(row[key]["se"] for key in ("members", "merged", "difference")) < 0.01
@@ -197,7 +218,9 @@ def test_orders_that_never_change_share_one_coefficient():
 def test_few_samples_few_steps_and_no_warmup():
     losses, x, merged, _ = planted(samples=12, slopes=(0.1,))
     found = run(losses, x, merged, warmup_fraction=0.0)
-    assert found["members"][0]["epochs"][0]["decile_gap"] == {"reason": "12 samples are too few for 10 bins"}
+    assert found["members"][0]["epochs"][0]["decile_gap"] == {
+        "reason": "12 samples are too few for 10 bins"
+    }
     assert found["members"][0]["warmup"] == {"reason": "no warm-up"}
     assert "too few" in found["merged"]["half"]["early_late"][0]["reason"]
     assert "coefficients" in found["fixed_effects"]
@@ -222,7 +245,10 @@ def test_constant_losses_are_no_crash():
         (lambda a: a | {"positions": a["positions"][:, :, :5]}, "do not belong together"),
         (lambda a: a | {"positions": a["positions"] + 1}, r"must lie in \[0, 1\]"),
         (lambda a: a | {"merged": {"x": np.ones(3)}}, "x has losses of shape"),
-        (lambda a: a | {"losses": np.where(a["losses"] < 2, np.nan, a["losses"])}, "losses of member 0 are not finite"),
+        (
+            lambda a: a | {"losses": np.where(a["losses"] < 2, np.nan, a["losses"])},
+            "losses of member 0 are not finite",
+        ),
     ],
 )
 def test_arrays_that_cannot_be_right_are_refused(change, message):

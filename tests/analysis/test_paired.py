@@ -27,8 +27,13 @@ def test_difference_is_the_mean_gap_and_its_interval_close_to_the_normal_one():
 
 def test_equal_models_differ_by_nothing():
     assert paired.difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == {
-        "estimate": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "n": 3,
-    }  # fmt: skip
+        "estimate": 0.0,
+        "se": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+        "p": 1.0,
+        "n": 3,
+    }
 
 
 def test_all_items_alike_are_as_sure_as_their_number():

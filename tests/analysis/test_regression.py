@@ -8,13 +8,27 @@ from jax_ordermerge.analysis import regression
 from jax_ordermerge.analysis.regression import Undetermined
 
 
-def panel(seed: int, members: int, epochs: int, samples: int, slopes: tuple[float, ...], noise: float = 0.1):
+def panel(
+    seed: int,
+    members: int,
+    epochs: int,
+    samples: int,
+    slopes: tuple[float, ...],
+    noise: float = 0.1,
+):
     rng = np.random.default_rng(seed)
-    x = np.stack([np.stack([rng.permutation(samples) / (samples - 1) for _ in range(members)]) for _ in range(epochs)])
+    x = np.stack(
+        [
+            np.stack([rng.permutation(samples) / (samples - 1) for _ in range(members)])
+            for _ in range(epochs)
+        ]
+    )
     difficulty, level = rng.normal(2, 0.5, samples), rng.normal(0, 0.2, (members, 1))
     # errors that hang together within a sample are what the clusters are for
     common = rng.normal(0, noise, samples) * (x[0] - 0.5)
-    return difficulty + level + np.einsum("r,rmn->mn", np.array(slopes), x) + common + rng.normal(0, noise, x.shape[1:]), x
+    return difficulty + level + np.einsum("r,rmn->mn", np.array(slopes), x) + common + rng.normal(
+        0, noise, x.shape[1:]
+    ), x
 
 
 def naive_fixed_effects(y: np.ndarray, x: np.ndarray):
@@ -47,7 +61,9 @@ def test_fixed_effects_equal_explicit_dummies_and_clusters(members, epochs):
     estimate, covariance = naive_fixed_effects(y, x)
     np.testing.assert_allclose(fit.estimate, estimate, rtol=1e-9)
     np.testing.assert_allclose(fit.covariance, covariance, rtol=1e-8)
-    np.testing.assert_allclose(fit.correction * fit.influence.T @ fit.influence, fit.covariance, rtol=1e-12)
+    np.testing.assert_allclose(
+        fit.correction * fit.influence.T @ fit.influence, fit.covariance, rtol=1e-12
+    )
 
 
 def test_ols_equals_explicit_hc1():
@@ -62,7 +78,9 @@ def test_ols_equals_explicit_hc1():
     fit = regression.ols(y, x)
     np.testing.assert_allclose(fit.estimate, beta[1:], rtol=1e-10)
     np.testing.assert_allclose(fit.covariance, covariance[1:, 1:], rtol=1e-9)
-    np.testing.assert_allclose(fit.residual_sd, np.sqrt((residual**2).sum() / (samples - 3)), rtol=1e-10)
+    np.testing.assert_allclose(
+        fit.residual_sd, np.sqrt((residual**2).sum() / (samples - 3)), rtol=1e-10
+    )
 
 
 def test_the_difficulty_of_samples_cancels():

@@ -19,7 +19,10 @@ def test_bins_are_deciles_of_about_equal_size_and_keep_steps_together():
 
 def test_curve_means_are_plain_means_and_members_of_a_sample_stay_together():
     rng = np.random.default_rng(1)
-    values, positions = rng.normal(size=(3, 200)), np.stack([rng.permutation(200) / 199 for _ in range(3)])
+    values, positions = (
+        rng.normal(size=(3, 200)),
+        np.stack([rng.permutation(200) / 199 for _ in range(3)]),
+    )
     (curve,) = resample.curves([(values, positions)], bins=[5], resamples=400, generator=rng)
     numbers = np.stack([resample.bin_numbers(p, 5) for p in positions])
     for u in range(5):
@@ -29,7 +32,10 @@ def test_curve_means_are_plain_means_and_members_of_a_sample_stay_together():
     difficulty = np.broadcast_to(rng.normal(size=200), (3, 200))
     same = np.broadcast_to(positions[0], (3, 200))
     three, one = resample.curves(
-        [(difficulty, same), (difficulty[:1], same[:1])], bins=[5, 5], resamples=400, generator=np.random.default_rng(2)
+        [(difficulty, same), (difficulty[:1], same[:1])],
+        bins=[5, 5],
+        resamples=400,
+        generator=np.random.default_rng(2),
     )
     np.testing.assert_allclose(three.replicates, one.replicates)
 
@@ -38,7 +44,9 @@ def test_bootstrap_spread_is_the_standard_error_whatever_the_block(monkeypatch):
     rng = np.random.default_rng(4)
     values, positions = rng.normal(size=(1, 600)), rng.permutation(600)[None] / 599
     monkeypatch.setattr(resample, "BLOCK", 2000 * 70)
-    (curve,) = resample.curves([(values, positions)], bins=[3], resamples=2000, generator=np.random.default_rng(0))
+    (curve,) = resample.curves(
+        [(values, positions)], bins=[3], resamples=2000, generator=np.random.default_rng(0)
+    )
     numbers = resample.bin_numbers(positions[0], 3)
     expected = [values[0, numbers == u].std() / np.sqrt((numbers == u).sum()) for u in range(3)]
     np.testing.assert_allclose(curve.replicates.std(axis=0), expected, rtol=0.08)
@@ -48,7 +56,9 @@ def test_bootstrap_spread_is_the_standard_error_whatever_the_block(monkeypatch):
 
 def test_a_curve_less_itself_has_no_gap():
     rng = np.random.default_rng(0)
-    (curve,) = resample.curves([(rng.normal(size=(1, 60)), rng.random((1, 60)))], bins=[4], resamples=50, generator=rng)
+    (curve,) = resample.curves(
+        [(rng.normal(size=(1, 60)), rng.random((1, 60)))], bins=[4], resamples=50, generator=rng
+    )
     assert resample.gap(curve)["estimate"] == curve.mean[0] - curve.mean[-1]
     assert resample.gap(curve, curve) == {"estimate": 0.0, "se": 0.0, "low": 0.0, "high": 0.0}
 
@@ -58,26 +68,35 @@ def test_permutation_p_equals_a_loop_over_the_same_deals(monkeypatch):
     values, positions = rng.normal(size=(2, 25)), rng.random((3, 25))
     values[1] += 0.8 * positions[2]
     monkeypatch.setattr(resample, "BLOCK", 25 * 40)
-    found = resample.permutation_p(values, positions, permutations=100, generator=np.random.default_rng(7))
+    found = resample.permutation_p(
+        values, positions, permutations=100, generator=np.random.default_rng(7)
+    )
     generator, deals = np.random.default_rng(7), []
     for block in (40, 40, 20):
         deals += list(generator.permuted(np.tile(np.arange(25), (block, 1)), axis=1))
     for q in range(2):
         for c in range(3):
             observed = abs(np.corrcoef(values[q], positions[c])[0, 1])
-            extreme = sum(abs(np.corrcoef(values[q][deal], positions[c])[0, 1]) >= observed - 1e-12 for deal in deals)
+            extreme = sum(
+                abs(np.corrcoef(values[q][deal], positions[c])[0, 1]) >= observed - 1e-12
+                for deal in deals
+            )
             assert found[q, c] == pytest.approx((1 + extreme) / 101)
 
 
 def test_permutation_p_is_uniform_under_the_null():
     rng = np.random.default_rng(6)
-    found = resample.permutation_p(rng.normal(size=(200, 15)), rng.random((1, 15)), permutations=199, generator=rng)
+    found = resample.permutation_p(
+        rng.normal(size=(200, 15)), rng.random((1, 15)), permutations=199, generator=rng
+    )
     assert stats.kstest(found[:, 0], "uniform").pvalue > 0.001
 
 
 def test_a_constant_row_is_no_evidence():
     rng = np.random.default_rng(6)
-    assert resample.permutation_p(np.ones((1, 9)), rng.random((1, 9)), permutations=20, generator=rng).tolist() == [[1.0]]
+    assert resample.permutation_p(
+        np.ones((1, 9)), rng.random((1, 9)), permutations=20, generator=rng
+    ).tolist() == [[1.0]]
 
 
 def test_too_few_samples_for_the_bins():

@@ -9,7 +9,13 @@ import safetensors.numpy
 
 from jax_ordermerge import arch
 
-SHAPE = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 4}
+SHAPE = {
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+}
 CONFIGS = {
     "untied": arch.ModelConfig(**SHAPE, bos_token_id=1, eos_token_ids=(2, 5)),
     "tied": arch.ModelConfig(**SHAPE, num_kv_heads=2, tie_embeddings=True, eos_token_ids=(2,)),
@@ -22,13 +28,17 @@ def tensors(config: arch.ModelConfig, dtype: str) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(7)
     out = {}
     for name, spec, _ in arch.hf_tensors(config):
-        values = generator.normal(size=spec.hf_shape) * 10.0 ** generator.integers(-42, 30, size=spec.hf_shape)
+        values = generator.normal(size=spec.hf_shape) * 10.0 ** generator.integers(
+            -42, 30, size=spec.hf_shape
+        )
         values.flat[0] = -0.0
         out[name] = values.astype(np.float32).astype(np.dtype(dtype))
     return out
 
 
-def write_directory(directory: pathlib.Path, config: arch.ModelConfig, dtype: str, shards: int) -> dict[str, np.ndarray]:
+def write_directory(
+    directory: pathlib.Path, config: arch.ModelConfig, dtype: str, shards: int
+) -> dict[str, np.ndarray]:
     """Write a model directory without any of our own code but the config."""
     directory.mkdir()
     given = tensors(config, dtype)
@@ -37,11 +47,17 @@ def write_directory(directory: pathlib.Path, config: arch.ModelConfig, dtype: st
     if shards == 1:
         safetensors.numpy.save_file(given, directory / "model.safetensors", {"format": "pt"})
         return given
-    weight_map = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    weight_map = {
+        name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors"
+        for i, name in enumerate(names)
+    }
     for file in set(weight_map.values()):
         part = {name: given[name] for name in names if weight_map[name] == file}
         safetensors.numpy.save_file(part, directory / file, {"format": "pt"})
-    index = {"metadata": {"total_size": sum(a.nbytes for a in given.values())}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(a.nbytes for a in given.values())},
+        "weight_map": weight_map,
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return given
 

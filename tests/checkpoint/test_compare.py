@@ -11,8 +11,8 @@ import safetensors.numpy
 
 from jax_ordermerge.checkpoint import compare
 from jax_ordermerge.checkpoint.compare import Difference, difference, inspect
+from jax_ordermerge.commands import tables
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import tables
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = ["float64", "float32", "float16", BF16]
@@ -31,7 +31,9 @@ def save(tmp_path):
     """Return `save(name, arrays) -> file`."""
 
     def write(name: str, arrays: dict[str, np.ndarray]) -> pathlib.Path:
-        safetensors.numpy.save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, tmp_path / name)
+        safetensors.numpy.save_file(
+            {key: np.asarray(array, order="C") for key, array in arrays.items()}, tmp_path / name
+        )
         return tmp_path / name
 
     return write
@@ -41,7 +43,9 @@ def random(dtype, seed=0, *, zeros=0.2) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     out = {}
     for name, shape in SHAPES.items():
-        values = np.asarray(generator.normal(size=shape) * 10.0 ** generator.integers(-3, 3, size=shape))
+        values = np.asarray(
+            generator.normal(size=shape) * 10.0 ** generator.integers(-3, 3, size=shape)
+        )
         values = np.where(generator.random(shape) < zeros, 0.0, values)
         out[name] = values.astype(dtype)
     return out
@@ -52,7 +56,9 @@ def changed(arrays: dict[str, np.ndarray], seed: int, *, kept=0.6) -> dict[str, 
     generator = np.random.default_rng(seed)
     out = {}
     for name, array in arrays.items():
-        delta = np.where(generator.random(array.shape) < kept, 0.0, generator.normal(size=array.shape) * 0.1)
+        delta = np.where(
+            generator.random(array.shape) < kept, 0.0, generator.normal(size=array.shape) * 0.1
+        )
         out[name] = (array.astype(np.float64) + delta).astype(array.dtype)
     return out
 
@@ -79,7 +85,11 @@ def test_statistics(save, dtype):
     assert {row.name for row in found.tensors} == set(arrays)
     for row in found.tensors:
         check_stats(row.stats, arrays[row.name].astype(np.float64))
-        assert (row.dtype, row.shape, row.elements) == (np.dtype(dtype).name, SHAPES[row.name], arrays[row.name].size)
+        assert (row.dtype, row.shape, row.elements) == (
+            np.dtype(dtype).name,
+            SHAPES[row.name],
+            arrays[row.name].size,
+        )
         assert (row.bytes, row.file) == (arrays[row.name].nbytes, "a")
     check_stats(found.stats, flat(arrays))
     assert found.elements == sum(array.size for array in arrays.values())
@@ -89,7 +99,9 @@ def test_statistics(save, dtype):
 
 def check_stats(stats, values):
     finite = values[np.isfinite(values)]
-    naive = (finite.min(), finite.max(), finite.mean(), finite.std()) if finite.size else (None,) * 4
+    naive = (
+        (finite.min(), finite.max(), finite.mean(), finite.std()) if finite.size else (None,) * 4
+    )
     for value, expected in zip(stats[:4], naive, strict=True):
         close(value, expected)
     assert stats[4:] == (np.isnan(values).sum(), np.isinf(values).sum(), (values == 0).sum())
@@ -130,7 +142,11 @@ def test_shards_and_headers_alone(make_directory):
     assert all(row.stats is None for row in found.tensors)
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     assert {row.name: row.file for row in found.tensors} == index["weight_map"]
-    assert found.bytes == index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
+    assert (
+        found.bytes
+        == index["metadata"]["total_size"]
+        == sum(array.nbytes for array in arrays.values())
+    )
 
 
 # ---------------------------------------------------------------- difference
@@ -146,11 +162,17 @@ def naive(a: np.ndarray, b: np.ndarray, base: np.ndarray | None = None) -> dict[
         "cosine": cosine(x, y),
         "zeros_a": (x == 0).mean(),
         "zeros_b": (y == 0).mean(),
-        "task_cosine": None, "kept_a": None, "kept_b": None,
-    }  # fmt: skip
+        "task_cosine": None,
+        "kept_a": None,
+        "kept_b": None,
+    }
     if base is not None:
         z = base.astype(np.float64).reshape(-1)
-        out |= {"task_cosine": cosine(x - z, y - z), "kept_a": (x == z).mean(), "kept_b": (y == z).mean()}
+        out |= {
+            "task_cosine": cosine(x - z, y - z),
+            "kept_a": (x == z).mean(),
+            "kept_b": (y == z).mean(),
+        }
     return out
 
 
@@ -168,7 +190,9 @@ def test_differences(save, dtype, with_base):
     found = difference(save("a", a), save("b", b), save("base", base) if with_base else None)
     assert not found.equal
     for pair in found.pairs:
-        check(pair.numbers, naive(a[pair.name], b[pair.name], base[pair.name] if with_base else None))
+        check(
+            pair.numbers, naive(a[pair.name], b[pair.name], base[pair.name] if with_base else None)
+        )
         assert pair.equal == (a[pair.name].tobytes() == b[pair.name].tobytes())
     both = [flat({name: arrays[name] for name in SHAPES}) for arrays in (a, b, base)]
     check(found.total, naive(*both) if with_base else naive(*both[:2]))
@@ -198,8 +222,16 @@ def test_other_dtypes_compare_by_value(save):
 
 
 def test_shapes_and_names_that_differ(save):
-    a = {"both": np.ones(3, np.float32), "shape": np.ones((2, 3), np.float32), "a": np.ones(1, np.float32)}
-    b = {"both": np.ones(3, np.float32), "shape": np.ones((3, 2), np.float32), "b": np.ones(1, np.float32)}
+    a = {
+        "both": np.ones(3, np.float32),
+        "shape": np.ones((2, 3), np.float32),
+        "a": np.ones(1, np.float32),
+    }
+    b = {
+        "both": np.ones(3, np.float32),
+        "shape": np.ones((3, 2), np.float32),
+        "b": np.ones(1, np.float32),
+    }
     found = difference(save("a", a), save("b", b), save("base", {"both": np.ones(3, np.float32)}))
     assert (found.only_a, found.only_b, found.not_in_base) == (("a",), ("b",), ("shape",))
     pairs = {pair.name: pair for pair in found.pairs}
@@ -218,7 +250,9 @@ def test_nothing_in_common(save):
 
 def test_a_base_of_something_else_is_refused(save):
     with pytest.raises(UserError, match="has none of the tensors"):
-        difference(save("a", {"x": np.ones(2)}), save("b", {"x": np.ones(2)}), save("c", {"x": np.ones(3)}))
+        difference(
+            save("a", {"x": np.ones(2)}), save("b", {"x": np.ones(2)}), save("c", {"x": np.ones(3)})
+        )
 
 
 def test_tensors_without_elements(save):
@@ -233,7 +267,9 @@ def test_elements_that_are_no_numbers_are_counted_and_left_out(save, with_base):
     a, b = base + np.float32(0.5), base * np.float32(2)
     a[0, :3], b[0, 2:5], b[30, 1] = np.nan, np.inf, np.nan
     a[1, 1] = b[1, 1] = np.nan
-    found = difference(save("a", {"w": a}), save("b", {"w": b}), save("base", {"w": base}) if with_base else None).total
+    found = difference(
+        save("a", {"w": a}), save("b", {"w": b}), save("base", {"w": base}) if with_base else None
+    ).total
     finite = np.isfinite(a) & np.isfinite(b)
     expected = naive(a[finite], b[finite], base[finite] if with_base else None)
     assert found.nonfinite == 7
@@ -247,7 +283,12 @@ def test_equal_bits_are_equal_whatever_they_are(save):
     assert difference(save("a", {"w": values}), save("b", {"w": values.copy()})).equal
     signs = difference(save("c", {"w": np.zeros(2)}), save("d", {"w": -np.zeros(2)}))
     assert not signs.equal
-    assert (signs.total.same, signs.total.max_abs, signs.total.max_rel, signs.total.cosine) == (0, 0.0, 0.0, None)
+    assert (signs.total.same, signs.total.max_abs, signs.total.max_rel, signs.total.cosine) == (
+        0,
+        0.0,
+        0.0,
+        None,
+    )
 
 
 def test_the_ends_of_the_range(save):
@@ -283,7 +324,9 @@ def test_tables_name_what_differs(save):
     a, b = changed(base, 1), changed(base, 2)
     a["vector"] = b["vector"]
     b |= {"[bold]\x1b[31m": np.ones(1), "scalar": np.ones(2)}
-    text = lines(tables.difference_table(difference(save("a", a), save("b", b), save("base", base))))
+    text = lines(
+        tables.difference_table(difference(save("a", a), save("b", b), save("base", base)))
+    )
     assert "vector" not in text
     assert "[bold]?[31m" in text
     assert "bfloat16 | float64, scalar | 2" in text
@@ -301,7 +344,9 @@ def test_json_has_every_pair_and_no_nan(save):
     a["vector"][:] = 1.7e308  # the squares overflow
     b["vector"][:] = -1.7e308
     for value in (
-        tables.difference_json(difference(save("a", a), save("b", b), save("base", random("float64", 2)))),
+        tables.difference_json(
+            difference(save("a", a), save("b", b), save("base", random("float64", 2)))
+        ),
         tables.inspect_json(inspect(save("a", a), stats=True)),
     ):
         assert json.loads(json.dumps(value, allow_nan=False)) == value

@@ -43,21 +43,32 @@ def flushed(array: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(("kind", "dtype", "shards"), [
-    ("untied", "float32", 1), ("untied", "bfloat16", 3), ("tied", "float32", 3), ("tied", "bfloat16", 1), ("qwen2", "bfloat16", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shards"),
+    [
+        ("untied", "float32", 1),
+        ("untied", "bfloat16", 3),
+        ("tied", "float32", 3),
+        ("tied", "bfloat16", 1),
+        ("qwen2", "bfloat16", 2),
+    ],
+)
 def test_hf_to_params_to_orbax_to_hf(make_directory, tmp_path, mesh, kind, dtype, shards):
     directory, config, given = make_directory(kind, dtype, shards)
     loaded, params = convert.load_params(directory, mesh_of(mesh))
     assert loaded == config
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-    convert.export(params, config, tmp_path / "direct", dtype=dtype, shard_bytes=10**9 if shards == 1 else 3000)
+    convert.export(
+        params, config, tmp_path / "direct", dtype=dtype, shard_bytes=10**9 if shards == 1 else 3000
+    )
     assert_same_bytes(tmp_path / "direct", given)
 
     orbax.save(tmp_path / "orbax", 3, {"params": params})
     # onto the other mesh: the checkpoint must not care where it was written
     other = mesh_of("1x8x1" if mesh == "2x2x2" else "2x2x2")
-    restored = orbax.restore(tmp_path / "orbax", 3, {"params": convert.abstract_params(config, other)})
+    restored = orbax.restore(
+        tmp_path / "orbax", 3, {"params": convert.abstract_params(config, other)}
+    )
     convert.export(restored["params"], config, tmp_path / "over_orbax", dtype=dtype)
     assert_same_bytes(tmp_path / "over_orbax", given)
 
@@ -76,12 +87,17 @@ def test_loading_in_bfloat16_rounds_once(make_directory, mesh):
 def test_population_round_trip(make_directory, tmp_path, mesh):
     directory, config, given = make_directory("tied", "float32")
     _, population = convert.load_params(directory, mesh_of(mesh), members=4)
-    chex.assert_trees_all_equal_shapes_and_dtypes(population, convert.abstract_params(config, members=4))
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        population, convert.abstract_params(config, members=4)
+    )
     scale = jnp.array([1.0, -2.0, 4.0, -8.0])  # powers of two: exact
     population = jax.tree.map(lambda x: x * scale.reshape(4, *(1,) * (x.ndim - 1)), population)
     for member in (0, 3):
         convert.export(population, config, tmp_path / str(member), dtype="float32", member=member)
-        assert_same_bytes(tmp_path / str(member), {n: np.float32([1, -2, 4, -8][member]) * flushed(a) for n, a in given.items()})
+        assert_same_bytes(
+            tmp_path / str(member),
+            {n: np.float32([1, -2, 4, -8][member]) * flushed(a) for n, a in given.items()},
+        )
 
 
 def test_arrays_are_placed_by_the_tensor_table(make_directory):
@@ -89,13 +105,23 @@ def test_arrays_are_placed_by_the_tensor_table(make_directory):
     mesh = make_mesh(2, 2, 2)
     _, params = convert.load_params(directory, mesh, members=2)
     abstract = convert.abstract_params(config, mesh, members=2)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding and a.shape == b.shape, params, abstract))
-    assert tuple(params["layers"]["attention"]["q"]["weight"].sharding.spec) == ("order", None, "tensor", "fsdp")
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: a.sharding == b.sharding and a.shape == b.shape, params, abstract)
+    )
+    assert tuple(params["layers"]["attention"]["q"]["weight"].sharding.spec) == (
+        "order",
+        None,
+        "tensor",
+        "fsdp",
+    )
     # donation of buffers that several devices were given from one host array
     before = jax.tree.map(np.array, params)
     step = jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)
     after = step(step(params))
-    assert np.asarray(after["norm"]["weight"]).tobytes() == (flushed(before["norm"]["weight"]) * 4).tobytes()
+    assert (
+        np.asarray(after["norm"]["weight"]).tobytes()
+        == (flushed(before["norm"]["weight"]) * 4).tobytes()
+    )
 
 
 def test_only_the_slices_of_a_device_are_read(make_directory, monkeypatch):
@@ -113,7 +139,10 @@ def test_only_the_slices_of_a_device_are_read(make_directory, monkeypatch):
     total = {name: Reader(directory).read(name).nbytes for name in Reader(directory).names}
     # order replicates: each part is read once, not once a device, and all parts make one tensor
     assert {name: sum(size for n, size in read if n == name) for name in total} == total
-    assert max(size for name, size in read if "q_proj" in name) * 4 == total["model.layers.0.self_attn.q_proj.weight"]
+    assert (
+        max(size for name, size in read if "q_proj" in name) * 4
+        == total["model.layers.0.self_attn.q_proj.weight"]
+    )
 
 
 def test_nothing_but_the_config_decides_the_tensors(make_directory, tmp_path):
@@ -138,9 +167,18 @@ def rewrite(directory, change) -> None:
     ("change", "text"),
     [
         (lambda t: t.pop("model.norm.weight"), r"lacks the tensor model\.norm\.weight"),
-        (lambda t: t.update(extra=np.ones(2, np.float32)), "has the tensor extra, which this architecture does not have"),
-        (lambda t: t.update({"model.norm.weight": np.ones(8, np.float32)}), r"has shape \(8,\), config\.json asks for \(16,\)"),
-        (lambda t: t.update({"model.norm.weight": np.ones(16, np.int32)}), "has dtype int32; supported are"),
+        (
+            lambda t: t.update(extra=np.ones(2, np.float32)),
+            "has the tensor extra, which this architecture does not have",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(8, np.float32)}),
+            r"has shape \(8,\), config\.json asks for \(16,\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(16, np.int32)}),
+            "has dtype int32; supported are",
+        ),
         (lambda t: t.pop("lm_head.weight"), r"lacks the tensor lm_head\.weight"),
     ],
 )
@@ -168,8 +206,16 @@ def test_rotary_buffers_and_tied_copies_are_passed_over(make_directory):
 
 def test_tied_head_that_differs_is_refused(make_directory):
     directory, _, given = make_directory("tied")
-    rewrite(directory, lambda content: content.update({"lm_head.weight": given["model.embed_tokens.weight"][::-1].copy()}))
-    with pytest.raises(UserError, match=r"ties the embeddings, but lm_head\.weight differs from model\.embed_tokens\.weight"):
+    rewrite(
+        directory,
+        lambda content: content.update(
+            {"lm_head.weight": given["model.embed_tokens.weight"][::-1].copy()}
+        ),
+    )
+    with pytest.raises(
+        UserError,
+        match=r"ties the embeddings, but lm_head\.weight differs from model\.embed_tokens\.weight",
+    ):
         convert.load_params(directory)
 
 
@@ -178,10 +224,19 @@ def test_tied_head_that_differs_is_refused(make_directory):
     [
         ("{", "config.json is not valid JSON"),
         ('{"model_type": "gpt2"}', "model_type = 'gpt2' is not supported"),
-        (json.dumps({**arch.ModelConfig(vocab_size=4, hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1).to_hf("float32"),
-                     "num_attention_heads": "4"}), "config.json has a value of the wrong type"),
+        (
+            json.dumps(
+                {
+                    **arch.ModelConfig(
+                        vocab_size=4, hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1
+                    ).to_hf("float32"),
+                    "num_attention_heads": "4",
+                }
+            ),
+            "config.json has a value of the wrong type",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_configs(make_directory, content, text):
     directory, *_ = make_directory()
     (directory / "config.json").write_text(content)
@@ -195,11 +250,16 @@ def test_bad_configs(make_directory, content, text):
 
 def test_ends_of_sequence_come_from_both_configs(make_directory, tmp_path):
     directory, config, _ = make_directory("tied")
-    (directory / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6}')
+    (directory / "generation_config.json").write_text(
+        '{"eos_token_id": [1, 2], "temperature": 0.6}'
+    )
     loaded, params = convert.load_params(directory)
     assert loaded == dataclasses.replace(config, eos_token_ids=(1, 2))
     convert.export(params, loaded, tmp_path / "out", dtype="float32")
-    written = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")]
+    written = [
+        json.loads((tmp_path / "out" / name).read_text())
+        for name in ("config.json", "generation_config.json")
+    ]
     assert [w["eos_token_id"] for w in written] == [[1, 2], [1, 2]]
 
 
@@ -213,10 +273,14 @@ def test_export_refuses_what_does_not_fit(make_directory, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"has shape \(2, 24, 16\), expected \(24, 16\)"):
         convert.export(population, config, out, dtype="float32")
-    with pytest.raises(UserError, match="member 2 does not exist; the population has members 0 to 1"):
+    with pytest.raises(
+        UserError, match="member 2 does not exist; the population has members 0 to 1"
+    ):
         convert.export(population, config, out, dtype="float32", member=2)
     with pytest.raises(ValueError, match="head/weight is not part of it"):
-        convert.export(params, dataclasses.replace(config, tie_embeddings=True), out, dtype="float32")
+        convert.export(
+            params, dataclasses.replace(config, tie_embeddings=True), out, dtype="float32"
+        )
     with pytest.raises(UserError, match="is not empty"):
         convert.export(params, config, directory, dtype="float32")
     with pytest.raises(UserError, match="to copy the tokenizer from, does not exist"):
@@ -241,7 +305,9 @@ def test_embedded_names(monkeypatch, tmp_path):
     (tmp_path / "assets" / "small").mkdir(parents=True)
     monkeypatch.setattr(convert.importlib.resources, "files", lambda package: tmp_path)
     assert convert.resolve("embedded:small") == tmp_path / "assets" / "small"
-    with pytest.raises(UserError, match=r"embedded:other is not shipped with this package \(shipped: small\)"):
+    with pytest.raises(
+        UserError, match=r"embedded:other is not shipped with this package \(shipped: small\)"
+    ):
         convert.resolve("embedded:other")
 
 
@@ -262,14 +328,17 @@ def test_hub_names_are_downloaded_without_foreign_weights(monkeypatch, tmp_path)
 def test_offline_hub_is_one_line():
     with pytest.raises(UserError) as caught:
         convert.resolve("nobody/such-a-model")
-    assert str(caught.value).startswith("base model nobody/such-a-model is no directory and could not be downloaded: ")
+    assert str(caught.value).startswith(
+        "base model nobody/such-a-model is no directory and could not be downloaded: "
+    )
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="neither an existing directory nor a valid hub name"):
         convert.resolve("no such name!")
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"), [(errors.GatedRepoError, "is gated"), (errors.RepositoryNotFoundError, "is not on the hub")]
+    ("kind", "text"),
+    [(errors.GatedRepoError, "is gated"), (errors.RepositoryNotFoundError, "is not on the hub")],
 )
 def test_hub_refusals(monkeypatch, kind, text):
     def refuse(name, **options):

@@ -22,9 +22,17 @@ from jax_ordermerge.checkpoint.safetensors import INDEX, SINGLE, Reader
 from jax_ordermerge.errors import UserError
 
 MANY = hypothesis.settings(
-    max_examples=200, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=200,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
-SLACK, TIMES, SECONDS = 1 << 20, 12, 5.0  # memory: a MiB for Python itself, and so many times the files
+SLACK, TIMES, SECONDS = (
+    1 << 20,
+    12,
+    5.0,
+)  # memory: a MiB for Python itself, and so many times the files
 DATA = bytes(range(64))
 HEADER: dict[str, Any] = {
     "__metadata__": {"format": "pt"},
@@ -35,14 +43,71 @@ HEADER: dict[str, Any] = {
     "e": {"dtype": "F64", "shape": [0, 5], "data_offsets": [64, 64]},
 }
 NASTY = [
-    "", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "C:\\x", "a\nb", "a\r\nerror: b", "\x00", "a\x00b", "\x1b[31mred", "\x7f", "\u2028",
-    "\u202etxt", "\ud800", "a\udcff", "\ufeff", "é", "e\u0301", "🦙", "n" * 5000, "__metadata__", "a", "b", "__proto__", "%s%n", "{0}",
-    "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX, SINGLE, "config.json", "n" * 255 + ".safetensors",
-]  # fmt: skip
+    "",
+    ".",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "C:\\x",
+    "a\nb",
+    "a\r\nerror: b",
+    "\x00",
+    "a\x00b",
+    "\x1b[31mred",
+    "\x7f",
+    "\u2028",
+    "\u202etxt",
+    "\ud800",
+    "a\udcff",
+    "\ufeff",
+    "é",
+    "e\u0301",
+    "🦙",
+    "n" * 5000,
+    "__metadata__",
+    "a",
+    "b",
+    "__proto__",
+    "%s%n",
+    "{0}",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    INDEX,
+    SINGLE,
+    "config.json",
+    "n" * 255 + ".safetensors",
+]
 NUMBERS = [
-    -1, 0, 1, 2, 3, 8, 24, 32, 64, 65, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64, 2**64 + 24, 10**40, 10**4000, -(2**63),
-    0.0, 24.0, 1e308, float("inf"), float("-inf"), float("nan"),
-]  # fmt: skip
+    -1,
+    0,
+    1,
+    2,
+    3,
+    8,
+    24,
+    32,
+    64,
+    65,
+    2**31,
+    2**32,
+    2**53 + 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+    2**64 + 24,
+    10**40,
+    10**4000,
+    -(2**63),
+    0.0,
+    24.0,
+    1e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+]
 DTYPES = [
     "F32",
     "BF16",
@@ -77,7 +142,11 @@ def check(directory: pathlib.Path) -> str:
     try:
         reader = Reader(directory)
         found = {name: (reader.info(name), reader.read(name)) for name in reader.names}
-        parts = [reader.read_slice(name, (slice(1, 2),)) for name in reader.names if reader.info(name).shape]
+        parts = [
+            reader.read_slice(name, (slice(1, 2),))
+            for name in reader.names
+            if reader.info(name).shape
+        ]
     except UserError as error:
         message = str(error)
         assert 0 < len(message) < 600
@@ -89,7 +158,10 @@ def check(directory: pathlib.Path) -> str:
         tracemalloc.stop()
         assert peak <= allowed
         assert time.perf_counter() - began < SECONDS
-    assert all(part.size <= found[name][1].size for part, name in zip(parts, (n for n in found if found[n][0].shape), strict=True))
+    assert all(
+        part.size <= found[name][1].size
+        for part, name in zip(parts, (n for n in found if found[n][0].shape), strict=True)
+    )
     same_as_the_library(directory, found)
     return ""
 
@@ -97,7 +169,9 @@ def check(directory: pathlib.Path) -> str:
 def same_as_the_library(directory: pathlib.Path, found: dict[str, Any]) -> None:
     theirs: dict[str, Any] = {}
     index = directory / INDEX
-    files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {SINGLE}
+    files = (
+        set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {SINGLE}
+    )
     for file in files:
         theirs |= dict(safetensors.deserialize((directory / file).read_bytes()))
     assert found.keys() == theirs.keys()
@@ -119,10 +193,19 @@ def check_single(folder: pathlib.Path, content: bytes) -> str:
 
 # ---------------------------------------------------------------- headers that lie
 
-PATHS = [(name, key) for name in HEADER if name != "__metadata__" for key in ("dtype", "shape", "data_offsets")]
+PATHS = [
+    (name, key)
+    for name in HEADER
+    if name != "__metadata__"
+    for key in ("dtype", "shape", "data_offsets")
+]
 JSON = st.recursive(
-    st.sampled_from([None, True, False, *NUMBERS, *NASTY, *DTYPES]) | st.integers(-(2**70), 2**70) | st.floats(),
-    lambda inner: st.lists(inner, max_size=40) | st.dictionaries(st.sampled_from(NASTY), inner, max_size=4),
+    st.sampled_from([None, True, False, *NUMBERS, *NASTY, *DTYPES])
+    | st.integers(-(2**70), 2**70)
+    | st.floats(),
+    lambda inner: (
+        st.lists(inner, max_size=40) | st.dictionaries(st.sampled_from(NASTY), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 LISTS = st.lists(st.sampled_from(NUMBERS) | st.integers(-2, 70), max_size=4)
@@ -138,7 +221,21 @@ def lies(draw: st.DrawFn) -> bytes:
         name, key = draw(st.sampled_from(PATHS))
         entry = header.get(name)
         kind = draw(
-            st.sampled_from(["value", "list", "slide", "dtype", "name", "swap", "entry", "extra", "twice", "metadata", "drop"])
+            st.sampled_from(
+                [
+                    "value",
+                    "list",
+                    "slide",
+                    "dtype",
+                    "name",
+                    "swap",
+                    "entry",
+                    "extra",
+                    "twice",
+                    "metadata",
+                    "drop",
+                ]
+            )
         )
         if kind == "metadata":
             header["__metadata__"] = draw(JSON)
@@ -157,14 +254,20 @@ def lies(draw: st.DrawFn) -> bytes:
         elif kind == "list":
             entry[draw(st.sampled_from(["shape", "data_offsets"]))] = draw(LISTS)
         elif kind == "slide" and entry.get("data_offsets") == HEADER[name]["data_offsets"]:
-            entry["data_offsets"] = [a + b for a, b in zip(entry["data_offsets"], draw(SLIDES), strict=True)]
+            entry["data_offsets"] = [
+                a + b for a, b in zip(entry["data_offsets"], draw(SLIDES), strict=True)
+            ]
         elif kind == "dtype":
             entry["dtype"] = draw(st.sampled_from(DTYPES))
         elif kind == "swap" and isinstance(entry.get("data_offsets"), list):
             entry["data_offsets"] = entry["data_offsets"][::-1]
         elif kind == "extra":
             entry[draw(st.sampled_from(NASTY))] = draw(JSON)
-    return b"{" + twice + json.dumps(header, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")[1:]
+    return (
+        b"{"
+        + twice
+        + json.dumps(header, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")[1:]
+    )
 
 
 @MANY
@@ -176,17 +279,26 @@ def test_headers_that_lie(folder, text):
 @MANY
 @hypothesis.given(
     text=st.just(json.dumps(HEADER).encode()) | lies(),
-    length=st.integers(-8, 80) | st.sampled_from([2**20, 10**8, 10**8 + 1, 2**31, 2**40, 2**63, 2**64]),
+    length=st.integers(-8, 80)
+    | st.sampled_from([2**20, 10**8, 10**8 + 1, 2**31, 2**40, 2**63, 2**64]),
     data=st.integers(-5, 5),
 )
 def test_lengths_that_lie(folder, text, length, data):
-    content = written(text, DATA[: 64 + min(data, 0)] + bytes(max(data, 0)), length=min(max(0, len(text) + length), 2**64 - 1))
+    content = written(
+        text,
+        DATA[: 64 + min(data, 0)] + bytes(max(data, 0)),
+        length=min(max(0, len(text) + length), 2**64 - 1),
+    )
     check_single(folder, content)
 
 
 # ---------------------------------------------------------------- damage
 
-FLIPS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 7) | st.integers(1, 255)), min_size=1, max_size=4)
+FLIPS = st.lists(
+    st.tuples(st.integers(0, 10**6), st.integers(1, 7) | st.integers(1, 255)),
+    min_size=1,
+    max_size=4,
+)
 
 
 def damaged(content: bytes, flips: list[tuple[int, int]], cut: int, inserted: bytes) -> bytes:
@@ -198,14 +310,20 @@ def damaged(content: bytes, flips: list[tuple[int, int]], cut: int, inserted: by
 
 
 @MANY
-@hypothesis.given(flips=FLIPS, cut=st.just(0) | st.integers(0, 600), inserted=st.just(b"") | st.binary(max_size=9))
+@hypothesis.given(
+    flips=FLIPS, cut=st.just(0) | st.integers(0, 600), inserted=st.just(b"") | st.binary(max_size=9)
+)
 def test_flipped_cut_and_inserted_bytes(folder, flips, cut, inserted):
     check_single(folder, damaged(written(HEADER), flips, cut, inserted))
 
 
 @MANY
 @hypothesis.given(
-    digits=st.lists(st.tuples(st.integers(0, 200), st.sampled_from(b'0123456789-+.eE,:[]{}"\\u \t')), min_size=1, max_size=3)
+    digits=st.lists(
+        st.tuples(st.integers(0, 200), st.sampled_from(b'0123456789-+.eE,:[]{}"\\u \t')),
+        min_size=1,
+        max_size=3,
+    )
 )
 def test_other_characters_in_the_header(folder, digits):
     text = bytearray(json.dumps(HEADER).encode())
@@ -240,9 +358,27 @@ def indexes(draw: st.DrawFn) -> bytes:
     index = copy.deepcopy(INDEXED)
     twice = b""
     for _ in range(draw(st.integers(1, 3))):
-        places, name, nasty = index.get("weight_map"), draw(st.sampled_from("abcd")), draw(st.sampled_from(NASTY))
+        places, name, nasty = (
+            index.get("weight_map"),
+            draw(st.sampled_from("abcd")),
+            draw(st.sampled_from(NASTY)),
+        )
         kind = draw(
-            st.sampled_from(["file", "outside", "name", "more", "exchange", "twice", "drop", "metadata", "value", "map", "all"])
+            st.sampled_from(
+                [
+                    "file",
+                    "outside",
+                    "name",
+                    "more",
+                    "exchange",
+                    "twice",
+                    "drop",
+                    "metadata",
+                    "value",
+                    "map",
+                    "all",
+                ]
+            )
         )
         if kind == "all":
             index = draw(JSON)
@@ -258,7 +394,15 @@ def indexes(draw: st.DrawFn) -> bytes:
             places[name] = nasty
         elif kind == "outside":
             places[name] = draw(
-                st.sampled_from(["../outside.safetensors", f"./{FILES[0]}", f"x/../{FILES[0]}", f"{FILES[0]}/", "/proc/self/mem"])
+                st.sampled_from(
+                    [
+                        "../outside.safetensors",
+                        f"./{FILES[0]}",
+                        f"x/../{FILES[0]}",
+                        f"{FILES[0]}/",
+                        "/proc/self/mem",
+                    ]
+                )
             )
         elif kind == "name":
             places[nasty] = places.pop(name, FILES[0])
@@ -282,7 +426,9 @@ def test_indexes_that_lie(sharded, text):
 
 
 @MANY
-@hypothesis.given(flips=FLIPS, cut=st.just(0) | st.integers(0, 200), inserted=st.just(b"") | st.binary(max_size=9))
+@hypothesis.given(
+    flips=FLIPS, cut=st.just(0) | st.integers(0, 200), inserted=st.just(b"") | st.binary(max_size=9)
+)
 def test_damaged_indexes(sharded, flips, cut, inserted):
     (sharded / INDEX).write_bytes(damaged(json.dumps(INDEXED).encode(), flips, cut, inserted))
     check(sharded)
@@ -291,23 +437,35 @@ def test_damaged_indexes(sharded, flips, cut, inserted):
 # ---------------------------------------------------------------- one by one
 
 HUGE = {
-    "a shape of terabytes": {"a": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}},
-    "a shape beyond any array": {"a": {"dtype": "F32", "shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}},
-    "sizes that wrap around to the right one": {"a": {"dtype": "U8", "shape": [2**32 + 8, 2**32], "data_offsets": [0, 64]}},
+    "a shape of terabytes": {
+        "a": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
+    },
+    "a shape beyond any array": {
+        "a": {"dtype": "F32", "shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}
+    },
+    "sizes that wrap around to the right one": {
+        "a": {"dtype": "U8", "shape": [2**32 + 8, 2**32], "data_offsets": [0, 64]}
+    },
     "too many axes": {"a": {"dtype": "U8", "shape": [1] * 65 + [64], "data_offsets": [0, 64]}},
-    "a shape of many numbers": {"a": {"dtype": "U8", "shape": [1] * 100_000, "data_offsets": [0, 64]}},
+    "a shape of many numbers": {
+        "a": {"dtype": "U8", "shape": [1] * 100_000, "data_offsets": [0, 64]}
+    },
     "a name of a megabyte": {"n" * 10**6: {"dtype": "U8", "shape": [1], "data_offsets": [0, 64]}},
     "a dtype of a megabyte": {"a": {"dtype": "\n" * 10**6, "shape": [64], "data_offsets": [0, 64]}},
     "the same name": b'{"' + b"\\n" * 10**5 + b'":0,"' + b"\\n" * 10**5 + b'":0}',
-    "an integer of 5000 digits": b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,64]}}',
-    "a float of 100,000 digits": b'{"a":{"dtype":"U8","shape":[0.' + b"1" * 100_000 + b'],"data_offsets":[0,64]}}',
+    "an integer of 5000 digits": b'{"a":{"dtype":"U8","shape":['
+    + b"9" * 5000
+    + b'],"data_offsets":[0,64]}}',
+    "a float of 100,000 digits": b'{"a":{"dtype":"U8","shape":[0.'
+    + b"1" * 100_000
+    + b'],"data_offsets":[0,64]}}',
     "deep lists": b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     "a mark of the byte order": b"\xef\xbb\xbf" + json.dumps(HEADER).encode(),
     "UTF-16": json.dumps(HEADER).encode("utf-16-le"),
     "half a surrogate pair": {"\ud800": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}},
     "a second object": json.dumps(HEADER).encode() + b"{}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HUGE)

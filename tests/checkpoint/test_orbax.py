@@ -26,7 +26,12 @@ def population(mesh, members: int = 4) -> dict[str, dict[str, jax.Array]]:
         "b": np.arange(members * 2.0, dtype=np.float32).reshape(members, 2),
     }
     specs = {"a": P("order", "fsdp", "tensor"), "b": P("order")}
-    return {"layer": {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in values.items()}}
+    return {
+        "layer": {
+            name: jax.device_put(value, NamedSharding(mesh, specs[name]))
+            for name, value in values.items()
+        }
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,9 @@ def saved(tmp_path_factory):
     with orbax.Checkpoints(directory) as checkpoints:
         for step in (2, 4):
             tree = {"params": jax.tree.map(lambda x, s=step: x + s, params), "optimizer": state}
-            checkpoints.save(step, tree, {"members": 4, "orders": ["x", "y"], "rope": {"theta": 1e4}})
+            checkpoints.save(
+                step, tree, {"members": 4, "orders": ["x", "y"], "rope": {"theta": 1e4}}
+            )
     return directory, tree
 
 
@@ -48,7 +55,11 @@ def test_whole_tree_comes_back_with_its_types(saved):
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
     chex.assert_trees_all_equal(restored, tree)
     assert orbax.latest(directory) == 4
-    assert orbax.metadata(directory, 2) == {"members": 4, "orders": ["x", "y"], "rope": {"theta": 1e4}}
+    assert orbax.metadata(directory, 2) == {
+        "members": 4,
+        "orders": ["x", "y"],
+        "rope": {"theta": 1e4},
+    }
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (4, 1, 2)])
@@ -56,13 +67,21 @@ def test_whole_tree_comes_back_with_its_types(saved):
 def test_part_is_restored_onto_another_mesh_and_dtype(saved, sizes, dtype):
     directory, tree = saved
     mesh = make_mesh(*sizes)
-    sharding = {"layer": {"a": NamedSharding(mesh, P("order", "fsdp")), "b": NamedSharding(mesh, P(None, "tensor"))}}
-    asked = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), tree["params"], sharding)
+    sharding = {
+        "layer": {
+            "a": NamedSharding(mesh, P("order", "fsdp")),
+            "b": NamedSharding(mesh, P(None, "tensor")),
+        }
+    }
+    asked = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), tree["params"], sharding
+    )
     restored = orbax.restore(directory, 4, {"params": asked})
     assert restored.keys() == {"params"}
     assert jax.tree.map(lambda x: x.sharding, restored["params"]) == sharding
     chex.assert_trees_all_equal(
-        jax.device_get(restored["params"]), jax.device_get(jax.tree.map(lambda x: x.astype(dtype), tree["params"]))
+        jax.device_get(restored["params"]),
+        jax.device_get(jax.tree.map(lambda x: x.astype(dtype), tree["params"])),
     )
 
 
@@ -70,7 +89,9 @@ def test_part_is_restored_onto_another_mesh_and_dtype(saved, sizes, dtype):
 def test_one_member_alone(saved, mesh):
     directory, tree = saved
     sharding = None if mesh is None else NamedSharding(make_mesh(*mesh), P("fsdp"))
-    asked = {"params": {"layer": {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}}}
+    asked = {
+        "params": {"layer": {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}}
+    }
     for member in (0, 3):
         found = orbax.restore_member(directory, 4, member, asked)["params"]["layer"]["a"]
         assert found.tolist() == tree["params"]["layer"]["a"][member].tolist()
@@ -84,7 +105,9 @@ def test_one_member_does_not_need_the_bytes_of_the_others(tmp_path):
     orbax.save(tmp_path, 1, {"w": jax.device_put(noise, sharding)})
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert size > 0.8 * noise.nbytes
-    found = orbax.restore_member(tmp_path, 1, 2, {"w": jax.ShapeDtypeStruct((512, 256), jnp.float32)})
+    found = orbax.restore_member(
+        tmp_path, 1, 2, {"w": jax.ShapeDtypeStruct((512, 256), jnp.float32)}
+    )
     np.testing.assert_array_equal(found["w"], noise[2])
 
 
@@ -98,21 +121,30 @@ def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
             x = step(step(x))
         checkpoints.wait()
         for number in range(1, 4):
-            restored = checkpoints.restore(number, {"x": jax.ShapeDtypeStruct((512, 512), jnp.float32)})
+            restored = checkpoints.restore(
+                number, {"x": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+            )
             assert np.unique(restored["x"]).tolist() == [2 * number - 1]
 
 
 def test_every_save_counts_and_only_the_last_are_kept(tmp_path):
     with orbax.Checkpoints(tmp_path / "new" / "directory", keep=2) as checkpoints:
         assert checkpoints.latest() is None
-        for step in (1, 2, 3, 10):  # Orbax's own policy would drop those that come while one is under way
+        for step in (
+            1,
+            2,
+            3,
+            10,
+        ):  # Orbax's own policy would drop those that come while one is under way
             checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step})
         checkpoints.save(10, {"x": jnp.full(3, 11)}, {"step": 11})
     with orbax.Checkpoints(tmp_path / "new" / "directory", keep=2) as checkpoints:
         assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["10", "3"]
         assert checkpoints.latest() == 10
         assert checkpoints.metadata(10) == {"step": 11}
-        assert checkpoints.restore(10, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})["x"].tolist() == [11, 11, 11]
+        assert checkpoints.restore(10, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})[
+            "x"
+        ].tolist() == [11, 11, 11]
 
 
 def test_half_written_checkpoints_are_never_seen(saved, tmp_path):
@@ -149,14 +181,22 @@ def test_absent_checkpoints(tmp_path):
 def test_what_does_not_fit_is_refused_by_name(saved):
     directory, _ = saved
     leaf = jax.ShapeDtypeStruct
-    with pytest.raises(UserError, match=r"params/layer/a has shape \(4, 8, 4\), expected \(2, 8, 4\)"):
+    with pytest.raises(
+        UserError, match=r"params/layer/a has shape \(4, 8, 4\), expected \(2, 8, 4\)"
+    ):
         orbax.restore(directory, 4, {"params": {"layer": {"a": leaf((2, 8, 4), jnp.float32)}}})
     with pytest.raises(UserError, match="has no array params/layer/c"):
         orbax.restore(directory, 4, {"params": {"layer": {"c": leaf((4, 2), jnp.float32)}}})
-    with pytest.raises(UserError, match=r"params/layer/a has shape \(4, 8, 4\), expected \(4, 8, 5\)"):
-        orbax.restore_member(directory, 4, 0, {"params": {"layer": {"a": leaf((8, 5), jnp.float32)}}})
+    with pytest.raises(
+        UserError, match=r"params/layer/a has shape \(4, 8, 4\), expected \(4, 8, 5\)"
+    ):
+        orbax.restore_member(
+            directory, 4, 0, {"params": {"layer": {"a": leaf((8, 5), jnp.float32)}}}
+        )
     with pytest.raises(UserError, match="has members 0 to 3, not 4"):
-        orbax.restore_member(directory, 4, 4, {"params": {"layer": {"a": leaf((8, 4), jnp.float32)}}})
+        orbax.restore_member(
+            directory, 4, 4, {"params": {"layer": {"a": leaf((8, 4), jnp.float32)}}}
+        )
 
 
 @pytest.mark.parametrize("damage", ["_METADATA", "_CHECKPOINT_METADATA", "data"])
@@ -164,9 +204,14 @@ def test_damage_is_one_line(saved, tmp_path, damage):
     directory, _ = saved
     shutil.copytree(directory, tmp_path / "c")
     for path in (tmp_path / "c" / "4").rglob("*"):
-        if path.is_file() and (path.name == damage or (damage == "data" and path.parent.name == "d")):
+        if path.is_file() and (
+            path.name == damage or (damage == "data" and path.parent.name == "d")
+        ):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    whole, member = ({"params": {"layer": {"a": jax.ShapeDtypeStruct(shape, jnp.float32)}}} for shape in ((4, 8, 4), (8, 4)))
+    whole, member = (
+        {"params": {"layer": {"a": jax.ShapeDtypeStruct(shape, jnp.float32)}}}
+        for shape in ((4, 8, 4), (8, 4))
+    )
     calls = [lambda: orbax.restore_member(tmp_path / "c", 4, 0, member)]
     if damage != "data":  # then Orbax leaves futures behind that complain in later tests
         calls.append(lambda: orbax.restore(tmp_path / "c", 4, whole))

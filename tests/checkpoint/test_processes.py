@@ -46,10 +46,22 @@ def test_two_processes(make_directory, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     root = pathlib.Path(__file__).parents[2]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(index), str(directory), str(tmp_path / "out")],
+            [
+                sys.executable,
+                "-c",
+                PROGRAM,
+                port,
+                str(index),
+                str(directory),
+                str(tmp_path / "out"),
+            ],
             env=environment,
             cwd=root,
             text=True,
@@ -68,4 +80,6 @@ def test_two_processes(make_directory, tmp_path):
             process.kill()
     for name in ("direct", "restored", "member"):
         reader = Reader(tmp_path / "out" / name)
-        assert {n: reader.read(n).tobytes() for n in reader.names} == {n: a.tobytes() for n, a in given.items()}
+        assert {n: reader.read(n).tobytes() for n in reader.names} == {
+            n: a.tobytes() for n, a in given.items()
+        }

@@ -11,9 +11,14 @@ import pytest
 from jax_ordermerge.checkpoint import convert, remote
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import references
+from jax_ordermerge.merge.sources import references
 
-FIRST = {"config.yaml": b"a: 1", "checkpoints/2/_CHECKPOINT_METADATA": b"{}", "checkpoints/2/state/d/1": b"two" * 50, "log": b"1\n"}
+FIRST = {
+    "config.yaml": b"a: 1",
+    "checkpoints/2/_CHECKPOINT_METADATA": b"{}",
+    "checkpoints/2/state/d/1": b"two" * 50,
+    "log": b"1\n",
+}
 SECOND = {
     "config.yaml": b"a: 1",
     "checkpoints/4/_CHECKPOINT_METADATA": b"{4}",
@@ -31,14 +36,19 @@ def write(directory, files):
 
 
 def read(directory):
-    files = (path for path in directory.rglob("*") if path.is_file() and ".ordermerge" not in path.parts)
+    files = (
+        path for path in directory.rglob("*") if path.is_file() and ".ordermerge" not in path.parts
+    )
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def objects(url):
     store = fsspec.filesystem("s3")
     store.invalidate_cache()
-    return {name.removeprefix(url.removeprefix("s3://") + "/"): store.cat_file(name) for name in store.find(url)}
+    return {
+        name.removeprefix(url.removeprefix("s3://") + "/"): store.cat_file(name)
+        for name in store.find(url)
+    }
 
 
 def elsewhere(url, monkeypatch, folder):
@@ -58,7 +68,9 @@ def saved(url, files):
     return mirror
 
 
-def test_another_machine_finds_what_was_saved_and_what_was_removed_is_gone(bucket, tmp_path, monkeypatch):
+def test_another_machine_finds_what_was_saved_and_what_was_removed_is_gone(
+    bucket, tmp_path, monkeypatch
+):
     mirror = saved(f"{bucket}/runs/one", FIRST)
     assert elsewhere(mirror.url, monkeypatch, tmp_path / "b") == FIRST
     write(mirror.local, SECOND)
@@ -68,7 +80,11 @@ def test_another_machine_finds_what_was_saved_and_what_was_removed_is_gone(bucke
     mirror.save()
     assert elsewhere(mirror.url, monkeypatch, tmp_path / "b") == SECOND
     assert elsewhere(mirror.url, monkeypatch, tmp_path / "c") == SECOND
-    assert {name: content for name, content in objects(mirror.url).items() if not name.startswith(".ordermerge/")} == SECOND
+    assert {
+        name: content
+        for name, content in objects(mirror.url).items()
+        if not name.startswith(".ordermerge/")
+    } == SECOND
 
 
 def test_what_is_not_changed_is_not_copied_again(bucket, monkeypatch):
@@ -78,10 +94,13 @@ def test_what_is_not_changed_is_not_copied_again(bucket, monkeypatch):
     done = []
     watched(monkeypatch, lambda name, path: done.append((name, path.rpartition("/run/")[2])))
     mirror.save()
-    waiting = (
-        f".ordermerge/waiting/{remote.File(*json.loads(objects(mirror.url)['.ordermerge/files.json'])['files']['log']).digest}"
-    )
-    assert done == [("pipe_file", waiting), ("pipe_file", ".ordermerge/files.json"), ("cp_file", waiting), ("rm_file", waiting)]
+    waiting = f".ordermerge/waiting/{remote.File(*json.loads(objects(mirror.url)['.ordermerge/files.json'])['files']['log']).digest}"
+    assert done == [
+        ("pipe_file", waiting),
+        ("pipe_file", ".ordermerge/files.json"),
+        ("cp_file", waiting),
+        ("rm_file", waiting),
+    ]
     done.clear()
     mirror.save()
     assert done == []
@@ -115,7 +134,9 @@ class Killed(BaseException):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [2**20, 4], ids=["small files", "large files"])
-def test_killed_at_any_operation_it_holds_the_old_or_the_new_and_can_be_gone_on_with(bucket, tmp_path, monkeypatch, at_once):
+def test_killed_at_any_operation_it_holds_the_old_or_the_new_and_can_be_gone_on_with(
+    bucket, tmp_path, monkeypatch, at_once
+):
     monkeypatch.setattr(remote, "_AT_ONCE", at_once)
     third = SECOND | {"log": b"1\n2\n3\n", "merge.json": b"{}"}
     seen = set()
@@ -170,9 +191,14 @@ def test_the_bucket_counts_where_another_machine_went_on(bucket, tmp_path, monke
 
 def test_what_others_wrote_is_not_written_over(bucket):
     fsspec.filesystem("s3").pipe_file(f"{bucket}/run/notes.txt", b"mine")
-    with pytest.raises(UserError, match=r"run is not empty and was not written by a run; give another address"):
+    with pytest.raises(
+        UserError, match=r"run is not empty and was not written by a run; give another address"
+    ):
         remote.Mirror(f"{bucket}/run").open()
-    with pytest.raises(UserError, match="run is not empty; give a new address"), remote.new_directory(f"{bucket}/run"):
+    with (
+        pytest.raises(UserError, match="run is not empty; give a new address"),
+        remote.new_directory(f"{bucket}/run"),
+    ):
         pass
     assert objects(bucket) == {"run/notes.txt": b"mine"}
 
@@ -217,11 +243,16 @@ def test_models_and_data_are_read_from_a_bucket(bucket, monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "a//outside", ".ordermerge/files.json"])
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/../../outside", "a//outside", ".ordermerge/files.json"]
+)
 def test_names_that_lead_out_of_the_directory_are_refused(bucket, tmp_path, monkeypatch, name):
     store, url = fsspec.filesystem("s3"), f"{bucket}/run"
     file = remote.File("0", 1)
-    store.pipe_file(f"{url}/.ordermerge/files.json", json.dumps({"version": "a", "files": {name: file}, "gone": []}).encode())
+    store.pipe_file(
+        f"{url}/.ordermerge/files.json",
+        json.dumps({"version": "a", "files": {name: file}, "gone": []}).encode(),
+    )
     with pytest.raises(UserError, match="which is no path below a directory"):
         remote.Mirror(url).open()
     monkeypatch.setattr(remote, "_store", lambda url: Listed())
@@ -245,10 +276,13 @@ def test_data_are_read_again_when_they_have_changed(bucket):
         assert len(source.load(f"{bucket}/train.jsonl")) == count
 
 
-@pytest.mark.parametrize(("path", "message"), [
-    ("s3://orders/../other", "expected s3://BUCKET/PATH without empty parts"),
-    ("az://orders/run", "addresses of az:// are not offered, only gs:// and s3://"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://orders/../other", "expected s3://BUCKET/PATH without empty parts"),
+        ("az://orders/run", "addresses of az:// are not offered, only gs:// and s3://"),
+    ],
+)
 def test_addresses_that_are_refused(path, message):
     with pytest.raises(UserError, match=message):
         remote.address(path)
@@ -270,5 +304,7 @@ def test_a_store_without_its_package_is_named(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(fsspec, "filesystem", absent)
-    with pytest.raises(UserError, match=r"needs the package gcsfs: pip install 'jax_ordermerge\[gcs\]'"):
+    with pytest.raises(
+        UserError, match=r"needs the package gcsfs: pip install 'jax_ordermerge\[gcs\]'"
+    ):
         remote.fetch("gs://orders/base")

@@ -18,7 +18,14 @@ from jax_ordermerge import arch
 from jax_ordermerge.checkpoint.safetensors import Reader, cast, write
 from jax_ordermerge.errors import UserError
 
-TINY = arch.ModelConfig(vocab_size=6, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2, eos_token_ids=(2, 3))
+TINY = arch.ModelConfig(
+    vocab_size=6,
+    hidden_size=4,
+    intermediate_size=8,
+    num_layers=2,
+    num_heads=2,
+    eos_token_ids=(2, 3),
+)
 
 
 def library_read(directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -42,7 +49,10 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32") -> dict[str, object]:
 
 def values(config: arch.ModelConfig = TINY):
     generator = np.random.default_rng(0)
-    return [(name, generator.normal(size=spec.hf_shape).astype(np.float32)) for name, spec, _ in arch.hf_tensors(config)]
+    return [
+        (name, generator.normal(size=spec.hf_shape).astype(np.float32))
+        for name, spec, _ in arch.hf_tensors(config)
+    ]
 
 
 # ---------------------------------------------------------------- reading
@@ -64,9 +74,25 @@ def test_reads_what_the_library_wrote(make_directory, dtype, shards):
 
 
 def test_all_dtypes_and_empty_tensors(tmp_path):
-    kinds = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"]
+    kinds = [
+        "float64",
+        "float32",
+        "float16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint64",
+        "uint32",
+        "uint16",
+        "uint8",
+        "bool",
+    ]
     given = {kind: np.arange(5).astype(kind) for kind in kinds}
-    given |= {"bf16": np.arange(5).astype(ml_dtypes.bfloat16), "empty": np.zeros((0, 3), np.float32)}
+    given |= {
+        "bf16": np.arange(5).astype(ml_dtypes.bfloat16),
+        "empty": np.zeros((0, 3), np.float32),
+    }
     safetensors.numpy.save_file(given, tmp_path / "a.safetensors")
     reader = Reader(tmp_path / "a.safetensors")
     for name, array in given.items():
@@ -76,11 +102,18 @@ def test_all_dtypes_and_empty_tensors(tmp_path):
 
 def test_names_are_in_file_order(tmp_path):
     header = {"late": entry(offsets=(8, 16)), "early": entry(offsets=(0, 8))}
-    assert Reader(header_file(tmp_path / "a.safetensors", header, bytes(16))).names == ("early", "late")
+    assert Reader(header_file(tmp_path / "a.safetensors", header, bytes(16))).names == (
+        "early",
+        "late",
+    )
 
 
 BROKEN = {
-    "overlap": ({"a": entry(offsets=(0, 8)), "b": entry(offsets=(4, 12))}, 12, "begins at byte 4 of the data, expected 8"),
+    "overlap": (
+        {"a": entry(offsets=(0, 8)), "b": entry(offsets=(4, 12))},
+        12,
+        "begins at byte 4 of the data, expected 8",
+    ),
     "gap": ({"a": entry(offsets=(4, 12))}, 12, "begins at byte 4 of the data, expected 0"),
     "size": ({"a": entry(shape=(3,))}, 8, "needs 12 bytes"),
     "truncated": ({"a": entry()}, 7, "is truncated: 8 bytes of tensors expected, 7 present"),
@@ -92,7 +125,11 @@ BROKEN = {
     "fields": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "exactly dtype, shape and data_offsets"),
     "list": ([1], 0, "not a JSON object"),
     "metadata": ({"__metadata__": {"format": 1}}, 0, "strings to strings"),
-    "duplicate": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', 0, "occurs twice"),
+    "duplicate": (
+        b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}',
+        0,
+        "occurs twice",
+    ),
     "json": (b'{"a":', 0, "not valid JSON"),
     "deep": (b"[" * 5000, 0, "not valid JSON"),
     "newline": ({"a\nb": entry(shape=(3,))}, 8, "a b F32"),
@@ -110,7 +147,9 @@ def test_broken_headers_are_refused_in_one_line(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", bytes(8), (2**40).to_bytes(8, "little") + b"{}", b"\xff" * 20])
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", bytes(8), (2**40).to_bytes(8, "little") + b"{}", b"\xff" * 20]
+)
 def test_files_without_a_header_are_refused(tmp_path, content):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
@@ -119,19 +158,30 @@ def test_files_without_a_header_are_refused(tmp_path, content):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.sampled_from(["F32", "BF16"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["F32", "BF16"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 ENTRIES = st.fixed_dictionaries(
     {"dtype": st.sampled_from(["F32", "BF16", "U8", "Q4"]) | JSON}
     | {key: st.lists(st.integers(-1, 9), max_size=3) | JSON for key in ("shape", "data_offsets")}
 )
-HEADERS = st.dictionaries(st.text(max_size=6), ENTRIES | JSON, max_size=3).map(lambda h: json.dumps(h).encode())
+HEADERS = st.dictionaries(st.text(max_size=6), ENTRIES | JSON, max_size=3).map(
+    lambda h: json.dumps(h).encode()
+)
 
 
 @hypothesis.settings(max_examples=150, deadline=None, database=None, derandomize=True)
-@hypothesis.given(header=HEADERS | st.binary(max_size=60), data=st.binary(max_size=24), cut=st.integers(0, 80))
+@hypothesis.given(
+    header=HEADERS | st.binary(max_size=60), data=st.binary(max_size=24), cut=st.integers(0, 80)
+)
 def test_any_header_is_read_or_refused(tmp_path_factory, header, data, cut):
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     header_file(path, header, data)
@@ -187,7 +237,9 @@ def test_truncated_shard_is_named(make_directory):
 def test_absent_shard_is_named(make_directory):
     directory, *_ = make_directory(shards=3)
     (directory / "model-00003-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match=r"names the shard model-00003-of-00003\.safetensors, which is absent"):
+    with pytest.raises(
+        UserError, match=r"names the shard model-00003-of-00003\.safetensors, which is absent"
+    ):
         Reader(directory)
 
 
@@ -201,7 +253,10 @@ def test_single_file_beside_shards_is_refused(make_directory):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda m: m.pop("model.norm.weight"), "model.norm.weight is not placed there by the index"),
+        (
+            lambda m: m.pop("model.norm.weight"),
+            "model.norm.weight is not placed there by the index",
+        ),
         (lambda m: m.update(more="model-00001-of-00002.safetensors"), "more is not in it"),
         (lambda m: m.update(more="../x.safetensors"), "not the plain name of a file"),
         (lambda m: m.update(more=3), "must name the file of each tensor"),
@@ -247,9 +302,13 @@ def test_library_reads_what_was_written(tmp_path, dtype, shard_bytes):
         assert files == ["model.safetensors"]
         return
     index = json.loads((target / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(a.size for _, a in given) * np.dtype(dtype).itemsize
+    assert (
+        index["metadata"]["total_size"] == sum(a.size for _, a in given) * np.dtype(dtype).itemsize
+    )
     shards = len(files) - 1
-    assert set(index["weight_map"].values()) == {f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)}
+    assert set(index["weight_map"].values()) == {
+        f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)
+    }
     assert list(index["weight_map"]) == list(Reader(target).names)
     assert shards == len(given) if shard_bytes == 1 else 1 < shards < len(given)
 
@@ -262,7 +321,10 @@ def test_shards_stay_within_the_bound(tmp_path):
 
 def test_arrays_that_are_not_contiguous(tmp_path):
     given = dict(values())
-    strided = {name: np.asfortranarray(a) if a.ndim == 2 else np.stack([a, a], axis=1)[:, 0] for name, a in given.items()}
+    strided = {
+        name: np.asfortranarray(a) if a.ndim == 2 else np.stack([a, a], axis=1)[:, 0]
+        for name, a in given.items()
+    }
     assert not any(a.flags.c_contiguous for a in strided.values())
     write(tmp_path / "out", strided.items(), config=TINY, dtype="float32")
     for name, array in library_read(tmp_path / "out").items():
@@ -278,7 +340,9 @@ def test_casts_round_to_nearest_even():
 def test_overflow_of_float16_is_refused(tmp_path):
     given = values()
     given[0][1][0, 0] = 70000.0
-    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight has values that overflow float16"):
+    with pytest.raises(
+        UserError, match=r"model\.embed_tokens\.weight has values that overflow float16"
+    ):
         write(tmp_path / "out", given, config=TINY, dtype="float16")
     assert list(tmp_path.iterdir()) == []
 

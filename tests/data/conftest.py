@@ -1,7 +1,15 @@
 """Tiny tokenizers made on the spot: bytes as tokens, and pieces that merge across spaces, as SentencePiece's do."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -22,7 +30,9 @@ def chatml():
 def chatml_marked():
     """The same with `{% generation %}` around the content of assistant turns, closed before the token that ends the turn."""
     role = "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}"
-    return CHATML.replace("OPEN{{ message['content'] }}CLOSE", role + "{{ message['content'] }}{% endif %}")
+    return CHATML.replace(
+        "OPEN{{ message['content'] }}CLOSE", role + "{{ message['content'] }}{% endif %}"
+    )
 
 
 @pytest.fixture
@@ -31,7 +41,9 @@ def byte_tokenizer():
 
     def make(*, bos=True, chat_template=None, eos="</s>"):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        inner = Tokenizer(models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[]))
+        inner = Tokenizer(
+            models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[])
+        )
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
         inner.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
@@ -39,7 +51,9 @@ def byte_tokenizer():
             inner.post_processor = processors.TemplateProcessing(
                 single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
             )
-        return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=eos, chat_template=chat_template)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner, bos_token="<s>", eos_token=eos, chat_template=chat_template
+        )
 
     return make
 
@@ -65,7 +79,13 @@ def piece_tokenizer():
             unk_token="<unk>",
         )
     )
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     inner.add_special_tokens(["<unk>", "<s>", "</s>"])
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

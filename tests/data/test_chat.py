@@ -13,7 +13,10 @@ from jax_ordermerge.errors import UserError
 
 def talk(*contents, system=None, given=0):
     head = [{"role": "system", "content": system}] if system else []
-    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    turns = [
+        {"role": ("user", "assistant")[n % 2], "content": content}
+        for n, content in enumerate(contents)
+    ]
     return Record(messages=(*head, *turns), given=given)
 
 
@@ -21,7 +24,9 @@ def learned(tokenizer, encoded):
     """Texts of the runs that are learned."""
     mask = np.array([False, *encoded.answers, False])
     edges = np.flatnonzero(mask[1:] != mask[:-1])
-    return [tokenizer.decode(encoded.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return [
+        tokenizer.decode(encoded.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)
+    ]
 
 
 def asked_by(encoded):
@@ -91,13 +96,21 @@ def test_a_border_inside_a_token_keeps_the_prompt(piece_tokenizer):
     # whole, "x: 42" has the token "▁42" across the border: the prompt's own tokens stand, so that asking is as training was
     record = Record.asked("x: ", "42")
     (one,) = chat.encode([record], "plain", piece_tokenizer)
-    assert piece_tokenizer.convert_ids_to_tokens(one.tokens) == ["<s>", "▁x", ":", "▁", "▁42", "</s>"]
+    assert piece_tokenizer.convert_ids_to_tokens(one.tokens) == [
+        "<s>",
+        "▁x",
+        ":",
+        "▁",
+        "▁42",
+        "</s>",
+    ]
     assert chat.prompt_tokens(record, "plain", piece_tokenizer).tolist() == asked_by(one)
 
 
 def test_several_turns_need_chat(byte_tokenizer):
     with pytest.raises(
-        UserError, match="template alpaca takes one user and one assistant message, an example has user, assistant, user"
+        UserError,
+        match="template alpaca takes one user and one assistant message, an example has user, assistant, user",
     ):
         chat.encode([talk("a", "b", "c", "d")], "alpaca", byte_tokenizer())
 
@@ -112,7 +125,9 @@ def test_a_tokenizer_without_eos(byte_tokenizer):
 
 @pytest.fixture(params=["marked", "unmarked"])
 def chat_tokenizer(request, byte_tokenizer, chatml, chatml_marked):
-    return byte_tokenizer(chat_template=chatml_marked if request.param == "marked" else chatml, bos=False)
+    return byte_tokenizer(
+        chat_template=chatml_marked if request.param == "marked" else chatml, bos=False
+    )
 
 
 def test_every_response_of_a_conversation_is_learned(chat_tokenizer):
@@ -129,7 +144,10 @@ def test_every_response_of_a_conversation_is_learned(chat_tokenizer):
 
 def test_marked_and_unmarked_templates_agree(byte_tokenizer, chatml, chatml_marked):
     records = [talk("Hi", "Hello", "2 + 3?", "5"), talk("a", "b", system="s")]
-    encoded = [chat.encode(records, "chat", byte_tokenizer(chat_template=template)) for template in (chatml, chatml_marked)]
+    encoded = [
+        chat.encode(records, "chat", byte_tokenizer(chat_template=template))
+        for template in (chatml, chatml_marked)
+    ]
     assert encoded[0] == encoded[1]
 
 
@@ -139,7 +157,9 @@ def test_given_turns_are_not_learned(chat_tokenizer):
 
 
 def test_bos_of_the_template_is_not_doubled(byte_tokenizer, chatml):
-    (one,) = chat.encode([talk("a", "b")], "chat", byte_tokenizer(chat_template="{{ bos_token }}" + chatml))
+    (one,) = chat.encode(
+        [talk("a", "b")], "chat", byte_tokenizer(chat_template="{{ bos_token }}" + chatml)
+    )
     tokenizer = byte_tokenizer()
     assert one.tokens.count(tokenizer.bos_token_id) == 1
     assert one.tokens[0] == tokenizer.bos_token_id
@@ -153,10 +173,14 @@ def test_eos_is_appended_where_the_template_ends_a_turn_with_nothing(byte_tokeni
     assert learned(tokenizer, one) == ["b\n", "d\n</s>"]
 
 
-def test_a_response_is_what_follows_the_generation_prompt_wherever_it_is_marked(byte_tokenizer, chatml):
+def test_a_response_is_what_follows_the_generation_prompt_wherever_it_is_marked(
+    byte_tokenizer, chatml
+):
     # the marks take in the head of the turn, which the generation prompt writes
     marked = chatml.replace(
-        "{{ '<|im_start|>'", "{% if message['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>'", 1
+        "{{ '<|im_start|>'",
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>'",
+        1,
     ).replace(
         "{{ '<|im_end|>'",
         "{% endgeneration %}{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}{% endif %}{{ '<|im_end|>'",
@@ -168,8 +192,12 @@ def test_a_response_is_what_follows_the_generation_prompt_wherever_it_is_marked(
 
 def test_turns_that_cannot_be_told_apart(byte_tokenizer, chatml):
     # as templates do that drop the thoughts of earlier turns: the last turn is written otherwise than the same turn in the middle
-    dropping = chatml.replace("{{ message['content'] }}", "{% if loop.last %}<think>{% endif %}{{ message['content'] }}")
-    with pytest.raises(UserError, match=r"message 1 differently once it is answered.*data\.template"):
+    dropping = chatml.replace(
+        "{{ message['content'] }}", "{% if loop.last %}<think>{% endif %}{{ message['content'] }}"
+    )
+    with pytest.raises(
+        UserError, match=r"message 1 differently once it is answered.*data\.template"
+    ):
         chat.encode([talk("a", "b", "c", "d")], "chat", byte_tokenizer(chat_template=dropping))
 
 
@@ -181,7 +209,9 @@ def test_a_template_that_asks_otherwise_than_it_trains(byte_tokenizer, chatml_ma
 
 def test_a_template_that_refuses_roles(byte_tokenizer):
     tokenizer = byte_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match="the chat template refuses the roles user, assistant: roles must alternate"):
+    with pytest.raises(
+        UserError, match="the chat template refuses the roles user, assistant: roles must alternate"
+    ):
         chat.encode([talk("a", "b")], "chat", tokenizer)
 
 
@@ -205,9 +235,17 @@ def test_auto(byte_tokenizer, chatml, form, has_chat, expected):
 
 
 def test_auto_of_prompts_that_are_messages(byte_tokenizer, chatml):
-    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    row = {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    }
     records = normalize([row], "prompt_completion", "x")
-    assert chat.resolve_template("auto", "prompt_completion", records, byte_tokenizer(chat_template=chatml)) == "chat"
+    assert (
+        chat.resolve_template(
+            "auto", "prompt_completion", records, byte_tokenizer(chat_template=chatml)
+        )
+        == "chat"
+    )
 
 
 def test_no_silent_choice(byte_tokenizer):
@@ -232,4 +270,7 @@ def test_stories_tokenizer(shared_data):
         assert chat.prompt_tokens(record, "gsm8k", tokenizer).tolist() == asked_by(one)
         # the mask's tokens are the answer, to the byte
         assert learned(tokenizer, one) == [f"{record.response}</s>"]
-        assert tokenizer.decode(one.tokens) == f"<s> Question: {record.prompt}\nAnswer: {record.response}</s>"
+        assert (
+            tokenizer.decode(one.tokens)
+            == f"<s> Question: {record.prompt}\nAnswer: {record.response}</s>"
+        )

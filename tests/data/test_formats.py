@@ -8,7 +8,9 @@ from jax_ordermerge.errors import UserError
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 ROWS = {
     "messages": {"messages": TALK},
-    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    },
     "prompt_completion": {"prompt": "Hi", "completion": "Hello"},
     "alpaca": {"instruction": "Hi", "input": "", "output": "Hello"},
     "question_answer": {"question": "Hi", "answer": "Hello"},
@@ -36,7 +38,9 @@ def test_alpaca_input_is_kept_apart():
 
 
 def test_prompts_that_are_messages_are_given():
-    (record,) = normalize([{"prompt": [*TALK, TALK[0]], "completion": [TALK[1]]}], "prompt_completion", "x")
+    (record,) = normalize(
+        [{"prompt": [*TALK, TALK[0]], "completion": [TALK[1]]}], "prompt_completion", "x"
+    )
     assert (record.given, len(record.messages)) == (3, 4)
 
 
@@ -46,12 +50,24 @@ def test_what_follows_the_last_response_is_left_out():
 
 
 def test_sharegpt_speakers():
-    row = {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
-    assert [message["role"] for message in normalize([row], "sharegpt", "x")[0].messages] == ["system", "user", "assistant"]
+    row = {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "user", "value": "a"},
+            {"from": "assistant", "value": "b"},
+        ]
+    }
+    assert [message["role"] for message in normalize([row], "sharegpt", "x")[0].messages] == [
+        "system",
+        "user",
+        "assistant",
+    ]
 
 
 def test_a_number_is_a_response_also_when_it_is_nought():
-    assert normalize([{"question": "1 - 1?", "answer": 0}], "question_answer", "x")[0].response == "0"
+    assert (
+        normalize([{"question": "1 - 1?", "answer": 0}], "question_answer", "x")[0].response == "0"
+    )
 
 
 @pytest.mark.parametrize("form", [*ROWS, "text"])
@@ -62,7 +78,10 @@ def test_missing_column(form):
     present = ", ".join(f"'{name}'" for name in row)
     with pytest.raises(UserError) as caught:
         normalize([whole, row], form, "train.json")
-    assert str(caught.value) == f"train.json: row 1 has no column '{column}' (format {form}); it has {present}"
+    assert (
+        str(caught.value)
+        == f"train.json: row 1 has no column '{column}' (format {form}); it has {present}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,10 +89,22 @@ def test_missing_column(form):
     [
         ("messages", {"messages": TALK[:1]}, "column 'messages' has no assistant message"),
         ("messages", {"messages": []}, "column 'messages' has no assistant message"),
-        ("messages", {"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "column 'messages' has empty responses"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}]}, "column 'conversations' has no assistant message"),
+        (
+            "messages",
+            {"messages": [TALK[0], {"role": "assistant", "content": " "}]},
+            "column 'messages' has empty responses",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Hi"}]},
+            "column 'conversations' has no assistant message",
+        ),
         ("prompt_completion", {"prompt": "Hi", "completion": None}, "column 'completion' is null"),
-        ("prompt_completion", {"prompt": TALK, "completion": []}, "column 'completion' has no assistant message"),
+        (
+            "prompt_completion",
+            {"prompt": TALK, "completion": []},
+            "column 'completion' has no assistant message",
+        ),
         ("prompt_completion", {"prompt": TALK, "completion": None}, "column 'completion' is null"),
         ("alpaca", {"instruction": "Hi", "output": "\n"}, "column 'output' is empty"),
         ("question_answer", {"question": "Hi", "answer": ""}, "column 'answer' is empty"),
@@ -83,7 +114,10 @@ def test_missing_column(form):
 def test_no_response(form, row, reason):
     with pytest.raises(UserError) as caught:
         normalize([row], form, "x.json")
-    assert str(caught.value) == f"x.json: row 0 has no response ({reason}); remove what has nothing to learn from"
+    assert (
+        str(caught.value)
+        == f"x.json: row 0 has no response ({reason}); remove what has nothing to learn from"
+    )
 
 
 def test_all_rows_without_a_response_are_named():
@@ -95,15 +129,31 @@ def test_all_rows_without_a_response_are_named():
 @pytest.mark.parametrize(
     ("form", "row", "message"),
     [
-        ("messages", {"messages": "Hi"}, "row 0: column 'messages' holds str, expected a list of messages"),
-        ("messages", {"messages": [{"content": "Hi"}]}, "row 0: column 'messages': a message without 'role'"),
-        ("messages", {"messages": [{"role": "user"}]}, "row 0: column 'messages': a message without the string 'content'"),
+        (
+            "messages",
+            {"messages": "Hi"},
+            "row 0: column 'messages' holds str, expected a list of messages",
+        ),
+        (
+            "messages",
+            {"messages": [{"content": "Hi"}]},
+            "row 0: column 'messages': a message without 'role'",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user"}]},
+            "row 0: column 'messages': a message without the string 'content'",
+        ),
         (
             "sharegpt",
             {"conversations": [{"from": "humann", "value": ""}]},
             "row 0: .* unknown speaker 'humann' .did you mean 'human'",
         ),
-        ("question_answer", {"question": ["Hi"], "answer": "a"}, "row 0: column 'question' holds list, expected a string"),
+        (
+            "question_answer",
+            {"question": ["Hi"], "answer": "a"},
+            "row 0: column 'question' holds list, expected a string",
+        ),
     ],
 )
 def test_wrong_types(form, row, message):
@@ -112,7 +162,10 @@ def test_wrong_types(form, row, message):
 
 
 def test_unknown_formats():
-    with pytest.raises(UserError, match="the columns 'input', 'label' are no known format; expected those of messages"):
+    with pytest.raises(
+        UserError,
+        match="the columns 'input', 'label' are no known format; expected those of messages",
+    ):
         detect({"input": "a", "label": 1}, "x.json")
     with pytest.raises(UserError, match="did you mean 'alpaca'"):
         normalize([], "alpacca", "x.json")
@@ -153,13 +206,20 @@ def test_pairs_of_every_kind_are_the_same_messages(row):
 def test_an_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prompt):
     (record,) = normalize([{"chosen": chosen, "rejected": rejected}], "preference", "x")
     assert (record.prompt, record.rejected.prompt) == (prompt, prompt)
-    assert (record.prompt + record.response, record.prompt + record.rejected.response) == (chosen, rejected)
+    assert (record.prompt + record.response, record.prompt + record.rejected.response) == (
+        chosen,
+        rejected,
+    )
 
 
 def test_an_implicit_prompt_of_several_turns():
     chosen, rejected = [*TALK, USER, YES], [*TALK, USER, NO]
     (record,) = normalize([{"chosen": chosen, "rejected": rejected}], "preference", "x")
-    assert (record.given, list(record.messages), list(record.rejected.messages)) == (3, chosen, rejected)
+    assert (record.given, list(record.messages), list(record.rejected.messages)) == (
+        3,
+        chosen,
+        rejected,
+    )
 
 
 def test_messages_with_a_pair_beside_them_are_still_messages():
@@ -169,14 +229,26 @@ def test_messages_with_a_pair_beside_them_are_still_messages():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "Hi", "chosen": "a"}, "row 0 has no column 'rejected' (format preference); it has 'prompt', 'chosen'"),
-        ({"prompt": "Hi", "chosen": "a", "rejected": ""}, "row 0 has no response (column 'rejected' is empty)"),
-        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "row 0: column 'prompt' holds list and column 'chosen' a string"),
+        (
+            {"prompt": "Hi", "chosen": "a"},
+            "row 0 has no column 'rejected' (format preference); it has 'prompt', 'chosen'",
+        ),
+        (
+            {"prompt": "Hi", "chosen": "a", "rejected": ""},
+            "row 0 has no response (column 'rejected' is empty)",
+        ),
+        (
+            {"prompt": [USER], "chosen": "a", "rejected": "b"},
+            "row 0: column 'prompt' holds list and column 'chosen' a string",
+        ),
         (
             {"chosen": [YES], "rejected": [NO]},
             "row 0: columns 'chosen' and 'rejected' begin with different messages; give a column",
         ),
-        ({"chosen": [USER, YES], "rejected": [USER]}, "row 0: columns 'chosen' and 'rejected' begin with different messages; give"),
+        (
+            {"chosen": [USER, YES], "rejected": [USER]},
+            "row 0: columns 'chosen' and 'rejected' begin with different messages; give",
+        ),
         (
             {"prompt": [USER], "chosen": [YES], "rejected": [USER]},
             "row 0 has no response (column 'rejected' has no assistant message)",

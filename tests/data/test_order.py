@@ -21,7 +21,14 @@ GOLDEN = {
 
 def order(level="sample", examples=103, batch=8, seed=7, member=0, members=4, epoch=0, **more):
     return order_indices(
-        level=level, examples=examples, batch=batch, seed=seed, member=member, members=members, epoch=epoch, **more
+        level=level,
+        examples=examples,
+        batch=batch,
+        seed=seed,
+        member=member,
+        members=members,
+        epoch=epoch,
+        **more,
     )
 
 
@@ -40,7 +47,9 @@ sizes = {
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_golden_digests(level):
-    assert [digest(order(level, member=m, epoch=e))[:16] for m, e in ((0, 0), (1, 0), (3, 2))] == GOLDEN[level]
+    assert [
+        digest(order(level, member=m, epoch=e))[:16] for m, e in ((0, 0), (1, 0), (3, 2))
+    ] == GOLDEN[level]
 
 
 def test_permutation_is_the_sort_of_philox_words():
@@ -55,9 +64,13 @@ def test_permutation_is_the_sort_of_philox_words():
         return counter
 
     low, high = map(int, stream_words(7, "golden"))
-    words = [word for block in (1, 2, 3) for word in philox([block, 0, 0, 0], [low + (high << 32), 0])]
+    words = [
+        word for block in (1, 2, 3) for word in philox([block, 0, 0, 0], [low + (high << 32), 0])
+    ]
     assert (
-        permutation(12, 7, "golden").tolist() == sorted(range(12), key=words.__getitem__) == [5, 9, 8, 10, 1, 11, 0, 4, 3, 2, 6, 7]
+        permutation(12, 7, "golden").tolist()
+        == sorted(range(12), key=words.__getitem__)
+        == [5, 9, 8, 10, 1, 11, 0, 4, 3, 2, 6, 7]
     )
 
 
@@ -92,14 +105,19 @@ def test_balanced_visits_equally_spaced_positions(examples, batch, seed, members
 
 def test_balanced_cancels_position_exactly_when_blocks_are_whole():
     where = np.stack([positions(order("balanced", 96, 8, member=m), 96) for m in range(4)])
-    np.testing.assert_allclose(np.sort(where, 0)[1:] - np.sort(where, 0)[:-1], 3 / 11, rtol=1e-12)  # 3 of 12 steps, of 11 intervals
+    np.testing.assert_allclose(
+        np.sort(where, 0)[1:] - np.sort(where, 0)[:-1], 3 / 11, rtol=1e-12
+    )  # 3 of 12 steps, of 11 intervals
 
 
 @settings(max_examples=30, deadline=None)
 @given(**sizes)
 def test_reverse_pairs(examples, batch, seed, members, epoch):
     for pair in range(members // 2):
-        one, other = (sequence(order("reverse", examples, batch, seed, 2 * pair + end, members, epoch)) for end in (0, 1))
+        one, other = (
+            sequence(order("reverse", examples, batch, seed, 2 * pair + end, members, epoch))
+            for end in (0, 1)
+        )
         assert one.tolist() == other[::-1].tolist()
 
 
@@ -119,7 +137,12 @@ def test_same_is_the_same_and_changes_by_epoch():
 
 @pytest.mark.parametrize("level", ["sample", "batch", "balanced", "reverse"])
 def test_members_epochs_and_seeds_differ(level):
-    runs = {digest(order(level, seed=s, member=m, epoch=e)) for s in (0, 1) for m in range(4) for e in range(3)}
+    runs = {
+        digest(order(level, seed=s, member=m, epoch=e))
+        for s in (0, 1)
+        for m in range(4)
+        for e in range(3)
+    }
     assert len(runs) == 24  # among them seed 0 epoch 1 against seed 1 epoch 0
 
 
@@ -129,7 +152,9 @@ def test_sample_does_not_depend_on_how_many_members_there_are():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_never_repeats_the_first_epoch(level):
-    assert (order(level, member=2, epoch=5, reshuffle="never") == order(level, member=2, epoch=0)).all()
+    assert (
+        order(level, member=2, epoch=5, reshuffle="never") == order(level, member=2, epoch=0)
+    ).all()
 
 
 def test_places_are_uniform():
@@ -137,7 +162,9 @@ def test_places_are_uniform():
     for epoch in range(6000):
         counts[np.arange(6), sequence(order(examples=6, batch=6, epoch=epoch))] += 1
     chi_square = ((counts - 1000) ** 2 / 1000).sum()
-    assert chi_square < 52.6  # 25 degrees of freedom, p = 0.001; the orders are fixed, so this cannot flicker
+    assert (
+        chi_square < 52.6
+    )  # 25 degrees of freedom, p = 0.001; the orders are fixed, so this cannot flicker
 
 
 def test_places_of_packed_rows():

@@ -9,19 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_ordermerge.data.examples import Examples, Ragged
-from jax_ordermerge.data.pack import bucket_lengths, collate, length_batches, pack_in_order, pack_tightly, step_batch
+from jax_ordermerge.data.pack import (
+    bucket_lengths,
+    collate,
+    length_batches,
+    pack_in_order,
+    pack_tightly,
+    step_batch,
+)
 
 
 def make(lengths, seed=0):
     draw = np.random.default_rng(seed)
     tokens = [draw.integers(1, 100, n) for n in lengths]
     answers = [np.arange(n) >= n // 2 for n in lengths]
-    return Examples(Ragged.of(tokens, np.int32), Ragged.of(answers, np.bool_), np.arange(len(lengths)) * 3 + 1)
+    return Examples(
+        Ragged.of(tokens, np.int32), Ragged.of(answers, np.bool_), np.arange(len(lengths)) * 3 + 1
+    )
 
 
 def collate_by_loops(examples, rows, length):
     shape = (len(rows), length)
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segments")}
+    batch = {
+        name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segments")
+    }
     batch |= {"weights": np.zeros(shape, np.float32), "ids": np.full(len(rows), -1, np.int32)}
     for b, row in enumerate(rows):
         if row < 0:
@@ -29,7 +40,11 @@ def collate_by_loops(examples, rows, length):
         batch["ids"][b] = examples.ids[row]
         tokens, answers = examples.tokens[row], examples.answers[row]
         for t in range(len(tokens)):
-            batch["tokens"][b, t], batch["positions"][b, t], batch["segments"][b, t] = tokens[t], t, 1
+            batch["tokens"][b, t], batch["positions"][b, t], batch["segments"][b, t] = (
+                tokens[t],
+                t,
+                1,
+            )
             if t + 1 < len(tokens):
                 batch["targets"][b, t], batch["weights"][b, t] = tokens[t + 1], answers[t + 1]
     return batch
@@ -43,11 +58,18 @@ def assert_same(batch, expected):
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=8), extra=st.integers(0, 9), data=st.data())
+@given(
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=8),
+    extra=st.integers(0, 9),
+    data=st.data(),
+)
 def test_collate_equals_loops(lengths, extra, data):
     examples = make(lengths)
     rows = np.array(data.draw(st.lists(st.integers(-1, len(lengths) - 1), min_size=1, max_size=6)))
-    assert_same(collate(examples, rows, max(lengths) + extra), collate_by_loops(examples, rows, max(lengths) + extra))
+    assert_same(
+        collate(examples, rows, max(lengths) + extra),
+        collate_by_loops(examples, rows, max(lengths) + extra),
+    )
 
 
 def test_collate_never_cuts():
@@ -57,7 +79,9 @@ def test_collate_never_cuts():
 
 def test_a_padding_row_has_no_weight_and_no_id():
     batch = collate(make([5]), np.array([-1]), 8)
-    assert not any(batch[name].any() for name in ("tokens", "targets", "positions", "segments", "weights"))
+    assert not any(
+        batch[name].any() for name in ("tokens", "targets", "positions", "segments", "weights")
+    )
     assert batch["ids"].tolist() == [-1]
 
 
@@ -92,7 +116,9 @@ def test_step_batch_holds_the_rows_and_their_buckets(data, microbatch, steps, se
     expected = collate_by_loops(examples, rows, 32)
     bucket = batch.pop("bucket")
     assert bucket.dtype == np.int32
-    assert_same({name: array.reshape(expected[name].shape) for name, array in batch.items()}, expected)
+    assert_same(
+        {name: array.reshape(expected[name].shape) for name, array in batch.items()}, expected
+    )
     for a in range(steps):
         used = batch["segments"][a].sum(1).max()
         assert used <= buckets[bucket[a]]
@@ -146,7 +172,9 @@ def test_a_batch_costs_well_under_a_millisecond():
         begin = time.perf_counter()
         collate(examples, rows, 512)
         spans.append(time.perf_counter() - begin)
-    assert min(spans) < 1e-3  # the best of many: what the code costs, not what else the machine does
+    assert (
+        min(spans) < 1e-3
+    )  # the best of many: what the code costs, not what else the machine does
 
 
 # ------------------------------------------------------------------------------------------------------------------------- packing
@@ -182,10 +210,14 @@ def tightly_by_loops(sizes, length):
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_packing_equals_loops(sizes):
     in_order, tight = (pack(np.array(sizes), 20) for pack in (pack_in_order, pack_tightly))
-    assert [[one for one in row if one >= 0] for row in in_order.tolist()] == in_order_by_loops(sizes, 20)
+    assert [[one for one in row if one >= 0] for row in in_order.tolist()] == in_order_by_loops(
+        sizes, 20
+    )
     totals = [sum(sizes[one] for one in row if one >= 0) for row in tight.tolist()]
     # of rows equally full it does not matter which is chosen
-    assert sorted(totals) == sorted(sum(sizes[one] for one in row) for row in tightly_by_loops(sizes, 20))
+    assert sorted(totals) == sorted(
+        sum(sizes[one] for one in row) for row in tightly_by_loops(sizes, 20)
+    )
     for packed in (in_order, tight):
         assert packed.dtype == np.int32
         assert sorted(packed[packed >= 0]) == list(range(len(sizes)))
@@ -204,7 +236,11 @@ def test_rows_are_nearly_full_and_keep_the_order(length, in_order, tight):
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.integers(1, 24), min_size=1, max_size=12), extra=st.integers(0, 9), seed=st.integers(0, 99))
+@given(
+    sizes=st.lists(st.integers(1, 24), min_size=1, max_size=12),
+    extra=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
 def test_packed_rows_are_rows_side_by_side(sizes, extra, seed):
     examples = make(sizes, seed)
     packed = np.pad(pack_in_order(np.array(sizes), 30), [(0, 1), (0, 0)], constant_values=-1)
@@ -214,7 +250,9 @@ def test_packed_rows_are_rows_side_by_side(sizes, extra, seed):
         alone = collate_by_loops(examples, rows, 30)
         for name in ("tokens", "targets", "positions", "segments", "weights"):
             side_by_side = [
-                alone[name][s, : sizes[row]] * (s + 1 if name == "segments" else 1) for s, row in enumerate(rows) if row >= 0
+                alone[name][s, : sizes[row]] * (s + 1 if name == "segments" else 1)
+                for s, row in enumerate(rows)
+                if row >= 0
             ]
             expected = np.concatenate([*side_by_side, np.zeros(30 + extra)])[: 30 + extra]
             np.testing.assert_array_equal(batch[name][place], expected, err_msg=name)
@@ -228,7 +266,9 @@ def test_packed_rows_are_not_cut():
 
 def test_a_step_of_packed_rows():
     examples = make([5, 7, 3, 6])
-    batch = step_batch(examples, np.array([[0, 2], [1, -1], [3, -1], [-1, -1]]), microbatch=2, lengths=(8,))
+    batch = step_batch(
+        examples, np.array([[0, 2], [1, -1], [3, -1], [-1, -1]]), microbatch=2, lengths=(8,)
+    )
     assert batch["tokens"].shape == (2, 2, 8)
     assert batch["ids"].tolist() == [[[1, 7], [4, -1]], [[10, -1], [-1, -1]]]
     assert batch["bucket"].tolist() == [0, 0]
@@ -250,7 +290,9 @@ def test_a_pair_is_collated_as_two_sequences():
         ids = expected.pop("ids")
         assert_same({name: batch[name][:, side] for name in expected}, expected)
         np.testing.assert_array_equal(batch["ids"], ids)
-    np.testing.assert_array_equal(batch["reference"], [pairs.reference[2], [0, 0], pairs.reference[0]])
+    np.testing.assert_array_equal(
+        batch["reference"], [pairs.reference[2], [0, 0], pairs.reference[0]]
+    )
 
 
 def test_pairs_are_padded_to_the_longer_sequence():

@@ -42,7 +42,9 @@ def load_train(data, tokenizer, seed=0):
     return load_examples(data, tokenizer, "train", seed=seed)
 
 
-@pytest.mark.parametrize("name", ["a.json", "wrapped.json", "a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "a.csv"])
+@pytest.mark.parametrize(
+    "name", ["a.json", "wrapped.json", "a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "a.csv"]
+)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert load(write(tmp_path / name)) == ROWS
     assert load(write(tmp_path / name), limit=5) == ROWS[:5]
@@ -82,12 +84,16 @@ def test_hub_out_of_reach_is_one_line(monkeypatch):
     import datasets
 
     def load_dataset(name, subset, *, split):
-        raise ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)\nand more")
+        raise ConnectionError(
+            "Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)\nand more"
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError) as caught:
         load("owner/name")
-    assert "hub dataset owner/name (split train) cannot be loaded: Couldn't reach" in str(caught.value)
+    assert "hub dataset owner/name (split train) cannot be loaded: Couldn't reach" in str(
+        caught.value
+    )
     assert "\n" not in str(caught.value)
 
 
@@ -130,14 +136,23 @@ def test_examples_of_a_file(tmp_path, byte_tokenizer):
     tokenizer = byte_tokenizer()
     path = write(tmp_path / "a.jsonl")
     examples = load_train(Data(train=path), tokenizer)
-    assert tokenizer.decode(examples.tokens[3]) == "<s>Question: 3 + 3?\nAnswer: It is 6, é\n#### 6</s>"
+    assert (
+        tokenizer.decode(examples.tokens[3])
+        == "<s>Question: 3 + 3?\nAnswer: It is 6, é\n#### 6</s>"
+    )
     assert tokenizer.decode(examples.tokens[3][examples.answers[3]]) == " It is 6, é\n#### 6</s>"
     assert tokenizer.decode(examples.prompt(3)) == "<s>Question: 3 + 3?\nAnswer:"
     assert (examples.prompts[3], examples.responses[3]) == ("3 + 3?", ROWS[3]["answer"])
     assert examples.ids.tolist() == list(range(12))
     assert examples.tokens.flat.dtype == np.int32
     assert examples.answers.flat.dtype == np.bool_
-    assert examples.counts == {"read": 12, "dropped_too_long": 0, "truncated": 0, "dropped_no_response_tokens": 0, "used": 12}
+    assert examples.counts == {
+        "read": 12,
+        "dropped_too_long": 0,
+        "truncated": 0,
+        "dropped_no_response_tokens": 0,
+        "used": 12,
+    }
     assert examples.sources["format"] == "question_answer"
     assert examples.sources["template"] == "gsm8k"
     assert len(examples.sources["sha256"]) == 64
@@ -146,28 +161,50 @@ def test_examples_of_a_file(tmp_path, byte_tokenizer):
 @pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.csv"])
 def test_the_digest_is_of_the_tokens_and_not_of_the_file(tmp_path, byte_tokenizer, name):
     same = load_train(Data(train=write(tmp_path / name)), byte_tokenizer())
-    assert same.digest == load_train(Data(train=write(tmp_path / "b.jsonl")), byte_tokenizer()).digest
-    assert same.digest != load_train(Data(train=write(tmp_path / "b.jsonl", ROWS[::-1])), byte_tokenizer()).digest
+    assert (
+        same.digest == load_train(Data(train=write(tmp_path / "b.jsonl")), byte_tokenizer()).digest
+    )
+    assert (
+        same.digest
+        != load_train(Data(train=write(tmp_path / "b.jsonl", ROWS[::-1])), byte_tokenizer()).digest
+    )
 
 
 def lengths_file(tmp_path):
     # BOS, prompt, response, EOS: 2 + prompt + response tokens of one byte
-    rows = [{"prompt": "p" * p, "completion": "r" * r} for p, r in ((2, 3), (2, 40), (40, 3), (5, 3), (8, 3))]
+    rows = [
+        {"prompt": "p" * p, "completion": "r" * r}
+        for p, r in ((2, 3), (2, 40), (40, 3), (5, 3), (8, 3))
+    ]
     return write(tmp_path / "lengths.jsonl", rows)
 
 
 def test_too_long_is_dropped_and_counted(tmp_path, byte_tokenizer):
     examples = load_train(Data(train=lengths_file(tmp_path), max_length=10), byte_tokenizer())
     assert examples.ids.tolist() == [0, 3]
-    assert examples.counts == {"read": 5, "dropped_too_long": 3, "truncated": 0, "dropped_no_response_tokens": 0, "used": 2}
+    assert examples.counts == {
+        "read": 5,
+        "dropped_too_long": 3,
+        "truncated": 0,
+        "dropped_no_response_tokens": 0,
+        "used": 2,
+    }
 
 
 def test_too_long_is_truncated_and_what_keeps_no_response_is_dropped(tmp_path, byte_tokenizer):
-    examples = load_train(Data(train=lengths_file(tmp_path), max_length=10, too_long="truncate"), byte_tokenizer())
+    examples = load_train(
+        Data(train=lengths_file(tmp_path), max_length=10, too_long="truncate"), byte_tokenizer()
+    )
     assert examples.ids.tolist() == [0, 1, 3, 4]
     assert examples.lengths.tolist() == [7, 10, 10, 10]
     assert [int(answers.sum()) for answers in examples.answers] == [4, 7, 4, 1]
-    assert examples.counts == {"read": 5, "dropped_too_long": 0, "truncated": 2, "dropped_no_response_tokens": 1, "used": 4}
+    assert examples.counts == {
+        "read": 5,
+        "dropped_too_long": 0,
+        "truncated": 2,
+        "dropped_no_response_tokens": 1,
+        "used": 4,
+    }
     assert examples.responses[1] == "r" * 40
 
 
@@ -178,7 +215,10 @@ def test_a_first_token_is_no_target(tmp_path, byte_tokenizer):
 
 
 def test_nothing_left_says_why(tmp_path, byte_tokenizer):
-    with pytest.raises(UserError, match=r"no example is left with data.max_length = 4 \(read 5, dropped too long 5,.*raise it"):
+    with pytest.raises(
+        UserError,
+        match=r"no example is left with data.max_length = 4 \(read 5, dropped too long 5,.*raise it",
+    ):
         load_train(Data(train=lengths_file(tmp_path), max_length=4), byte_tokenizer())
 
 
@@ -212,7 +252,10 @@ def test_validation_is_disjoint_and_keyed_by_the_seed(tmp_path, byte_tokenizer):
     assert validation.responses == [ROWS[row]["answer"] for row in validation.ids]
     assert load_examples(data, byte_tokenizer(), "validation", seed=1).digest == validation.digest
     assert load_examples(data, byte_tokenizer(), "train", seed=1).digest == train.digest
-    assert load_examples(data, byte_tokenizer(), "validation", seed=2).ids.tolist() != validation.ids.tolist()
+    assert (
+        load_examples(data, byte_tokenizer(), "validation", seed=2).ids.tolist()
+        != validation.ids.tolist()
+    )
 
 
 def test_splits_that_the_config_has_not(tmp_path, byte_tokenizer):
@@ -220,24 +263,39 @@ def test_splits_that_the_config_has_not(tmp_path, byte_tokenizer):
     assert load_examples(data, byte_tokenizer(), "validation", seed=0) is None
     assert load_examples(data, byte_tokenizer(), "test", seed=0) is None
     with pytest.raises(UserError, match="validation_examples = 12 leaves nothing of 12"):
-        load_examples(data.model_copy(update={"validation_examples": 12}), byte_tokenizer(), "train", seed=0)
+        load_examples(
+            data.model_copy(update={"validation_examples": 12}), byte_tokenizer(), "train", seed=0
+        )
 
 
 def test_held_out_examples_without_a_file_of_their_own(tmp_path, byte_tokenizer):
     data = Data(train=write(tmp_path / "a.jsonl"), test_examples=3, validation_examples=4)
     parts = load_splits(data, byte_tokenizer(), seed=1)
-    assert {name: len(part) for name, part in parts.items()} == {"train": 5, "test": 3, "validation": 4}
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 5,
+        "test": 3,
+        "validation": 4,
+    }
     assert sorted(row for part in parts.values() for row in part.ids) == list(range(12))
     for name, part in parts.items():
         assert load_examples(data, byte_tokenizer(), name, seed=1).digest == part.digest
-    assert load_splits(data, byte_tokenizer(), seed=2)["test"].ids.tolist() != parts["test"].ids.tolist()
+    assert (
+        load_splits(data, byte_tokenizer(), seed=2)["test"].ids.tolist()
+        != parts["test"].ids.tolist()
+    )
     with pytest.raises(UserError, match="test_examples = 12 leaves nothing of 12"):
         load_splits(data.model_copy(update={"test_examples": 12}), byte_tokenizer(), seed=0)
 
 
 def test_columns_under_other_names(tmp_path, byte_tokenizer):
-    other = [{"problem": row["question"], "solution": row["answer"], "answer": "short"} for row in ROWS]
-    data = Data(train=write(tmp_path / "other.jsonl", other), test=write(tmp_path / "a.jsonl"), template="gsm8k")
+    other = [
+        {"problem": row["question"], "solution": row["answer"], "answer": "short"} for row in ROWS
+    ]
+    data = Data(
+        train=write(tmp_path / "other.jsonl", other),
+        test=write(tmp_path / "a.jsonl"),
+        template="gsm8k",
+    )
     named = data.model_copy(update={"columns": {"question": "problem", "answer": "solution"}})
     parts = load_splits(named, byte_tokenizer(), seed=0)
     assert parts["train"].digest == parts["test"].digest
@@ -249,7 +307,10 @@ def test_columns_under_other_names(tmp_path, byte_tokenizer):
 def test_a_limit_counts_windows_of_a_text(tmp_path, byte_tokenizer):
     (tmp_path / "a.txt").write_text("One long text.<|endoftext|>And a second one.")
     data = Data(train=str(tmp_path / "a.txt"), max_length=4)
-    whole, cut = (load_train(data.model_copy(update={"limit": limit}), byte_tokenizer()) for limit in (None, 3))
+    whole, cut = (
+        load_train(data.model_copy(update={"limit": limit}), byte_tokenizer())
+        for limit in (None, 3)
+    )
     assert len(whole) > 6
     assert [row.tolist() for row in cut.tokens] == [row.tolist() for row in whole.tokens][:3]
     assert [row.tolist() for row in cut.answers] == [row.tolist() for row in whole.answers][:3]
@@ -262,10 +323,14 @@ def test_test_split(tmp_path, byte_tokenizer):
 
 def test_errors_of_rows_name_the_file(tmp_path, byte_tokenizer):
     path = write(tmp_path / "a.jsonl", [*ROWS[:2], {"question": "Why?"}])
-    with pytest.raises(UserError, match=r"a.jsonl: row 2 has no column 'answer' \(format question_answer\); it has 'question'"):
+    with pytest.raises(
+        UserError,
+        match=r"a.jsonl: row 2 has no column 'answer' \(format question_answer\); it has 'question'",
+    ):
         load_train(Data(train=path), byte_tokenizer())
     with pytest.raises(
-        UserError, match=r"a.jsonl: row 0 has no column 'instruction' \(format alpaca\); it has 'question', 'answer'"
+        UserError,
+        match=r"a.jsonl: row 0 has no column 'instruction' \(format alpaca\); it has 'question', 'answer'",
     ):
         load_train(Data(train=path, format="alpaca"), byte_tokenizer())
 
@@ -292,7 +357,9 @@ def test_tokenizers(tmp_path, byte_tokenizer):
 
 def test_real_tokenizer_agrees_with_its_golden_cases(shared_data):
     tokenizer = load_tokenizer(shared_data / "models" / "stories260K")
-    cases = json.loads((shared_data / "golden" / "stories260K" / "tokenizer_cases.json").read_text())
+    cases = json.loads(
+        (shared_data / "golden" / "stories260K" / "tokenizer_cases.json").read_text()
+    )
     for case in cases:
         assert tokenizer(case["text"]).input_ids == case["ids"]
 
@@ -300,13 +367,18 @@ def test_real_tokenizer_agrees_with_its_golden_cases(shared_data):
 def test_real_files(shared_data):
     tokenizer = load_tokenizer(shared_data / "models" / "stories260K")
     alpaca = tokenize(
-        str(shared_data / "alpaca" / "random_9k.json"), Data(format="alpaca", too_long="truncate"), tokenizer, limit=200
+        str(shared_data / "alpaca" / "random_9k.json"),
+        Data(format="alpaca", too_long="truncate"),
+        tokenizer,
+        limit=200,
     )
     assert alpaca.counts["used"] + alpaca.counts["dropped_no_response_tokens"] == 200
     gsm8k = tokenize(str(shared_data / "gsm8k" / "test.jsonl"), Data(), tokenizer, limit=100)
     assert gsm8k.counts["used"] + gsm8k.counts["dropped_too_long"] == 100
     assert gsm8k.longest <= 512
-    with pytest.raises(UserError, match=r"row 1461 has no response .* 3 more rows too: 3587, 6234, 8990"):
+    with pytest.raises(
+        UserError, match=r"row 1461 has no response .* 3 more rows too: 3587, 6234, 8990"
+    ):
         tokenize(str(shared_data / "alpaca" / "random_9k.json"), Data(), tokenizer)
 
 
@@ -314,7 +386,9 @@ def test_real_files(shared_data):
 
 
 def pairs_of(tmp_path, rows, tokenizer, **data):
-    return tokenize(write(tmp_path / "pairs.jsonl", rows), Data(**{"template": "plain", **data}), tokenizer)
+    return tokenize(
+        write(tmp_path / "pairs.jsonl", rows), Data(**{"template": "plain", **data}), tokenizer
+    )
 
 
 def learned_of(part, row, tokenizer):
@@ -330,24 +404,46 @@ def test_a_pair_is_one_example_whose_sequences_share_their_prompt(tmp_path, piec
     assert (len(pairs), pairs.ids.tolist(), pairs.rejected.ids.tolist()) == (2, [0, 1], [0, 1])
     for row in range(2):
         prompt = pairs.prompt(row).tolist()
-        assert prompt == pairs.rejected.prompt(row).tolist() == pairs.tokens[row][: len(prompt)].tolist()
+        assert (
+            prompt
+            == pairs.rejected.prompt(row).tolist()
+            == pairs.tokens[row][: len(prompt)].tolist()
+        )
         assert not pairs.answers[row][: len(prompt)].any()
         assert pairs.answers[row][len(prompt) :].all()
-    found = [(learned_of(pairs, row, piece_tokenizer), learned_of(pairs.rejected, row, piece_tokenizer)) for row in range(2)]
+    found = [
+        (learned_of(pairs, row, piece_tokenizer), learned_of(pairs.rejected, row, piece_tokenizer))
+        for row in range(2)
+    ]
     assert found == [("▁42 </s>", "▁y ▁y </s>"), ("▁4 </s>", "▁42 </s>")]
-    assert pairs.lengths.tolist() == [max(len(part.tokens[row]) for part in pairs.parts) for row in range(2)]
+    assert pairs.lengths.tolist() == [
+        max(len(part.tokens[row]) for part in pairs.parts) for row in range(2)
+    ]
     assert pairs.responses == [" 42", " 4"]
     assert pairs.rejected.responses == [" y y", " 42"]
     assert pairs.counts == {
-        "read": 2, "dropped_too_long": 0, "truncated": 0, "dropped_no_response_tokens": 0, "dropped_same_tokens": 0, "used": 2,
-    }  # fmt: skip
+        "read": 2,
+        "dropped_too_long": 0,
+        "truncated": 0,
+        "dropped_no_response_tokens": 0,
+        "dropped_same_tokens": 0,
+        "used": 2,
+    }
 
 
 def test_turns_of_the_prompt_are_not_learned(tmp_path, byte_tokenizer, chatml):
-    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "Bye"}]
-    chosen, rejected = ([*talk, {"role": "assistant", "content": text}] for text in ("See you", "Go"))
+    talk = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+        {"role": "user", "content": "Bye"},
+    ]
+    chosen, rejected = (
+        [*talk, {"role": "assistant", "content": text}] for text in ("See you", "Go")
+    )
     tokenizer = byte_tokenizer(chat_template=chatml)
-    pairs = pairs_of(tmp_path, [{"chosen": chosen, "rejected": rejected}], tokenizer, template="auto")
+    pairs = pairs_of(
+        tmp_path, [{"chosen": chosen, "rejected": rejected}], tokenizer, template="auto"
+    )
     assert (pairs.sources["format"], pairs.sources["template"]) == ("preference", "chat")
     assert learned_of(pairs, 0, tokenizer) == "See you<|im_end|>"
     assert learned_of(pairs.rejected, 0, tokenizer) == "Go<|im_end|>"
@@ -355,27 +451,42 @@ def test_turns_of_the_prompt_are_not_learned(tmp_path, byte_tokenizer, chatml):
 
 @pytest.mark.parametrize(
     ("too_long", "used", "counts"),
-    [("drop", [0], {"dropped_too_long": 3}), ("truncate", [0, 1], {"truncated": 1, "dropped_no_response_tokens": 1, "dropped_same_tokens": 2})],
-)  # fmt: skip
+    [
+        ("drop", [0], {"dropped_too_long": 3}),
+        (
+            "truncate",
+            [0, 1],
+            {"truncated": 1, "dropped_no_response_tokens": 1, "dropped_same_tokens": 2},
+        ),
+    ],
+)
 def test_a_pair_is_dropped_whole(tmp_path, byte_tokenizer, too_long, used, counts):
     rows = [
         {"prompt": "ab", "chosen": "cd", "rejected": "e"},
         {"prompt": "ab", "chosen": "c", "rejected": "defghij"},  # cut
         {"prompt": "abcdefgh", "chosen": "i", "rejected": "j"},  # no response is left
-        {"prompt": "ab", "chosen": "cdefghi", "rejected": "cdefghj"},  # different only behind the cut
+        {
+            "prompt": "ab",
+            "chosen": "cdefghi",
+            "rejected": "cdefghj",
+        },  # different only behind the cut
         {"prompt": "ab", "chosen": "c", "rejected": "c"},
     ]
     pairs = pairs_of(tmp_path, rows, byte_tokenizer(), max_length=8, too_long=too_long)
     assert pairs.ids.tolist() == pairs.rejected.ids.tolist() == used
-    assert {name: count for name, count in pairs.counts.items() if count and name not in ("read", "used")} == (
-        counts | ({"dropped_same_tokens": 1} if too_long == "drop" else {})
-    )
+    assert {
+        name: count
+        for name, count in pairs.counts.items()
+        if count and name not in ("read", "used")
+    } == (counts | ({"dropped_same_tokens": 1} if too_long == "drop" else {}))
     assert pairs.rejected.longest <= 8
 
 
 def test_pairs_are_set_aside_whole(tmp_path, byte_tokenizer):
     rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no " * n} for n in range(1, 7)]
-    data = Data(train=write(tmp_path / "pairs.jsonl", rows), template="plain", validation_examples=2)
+    data = Data(
+        train=write(tmp_path / "pairs.jsonl", rows), template="plain", validation_examples=2
+    )
     train, validation = load_splits(data, byte_tokenizer(), seed=0).values()
     assert sorted([*train.ids, *validation.ids]) == list(range(6))
     for part in (train, validation):

@@ -11,7 +11,17 @@ import runpy
 import numpy as np
 import pytest
 
-from jax_ordermerge.data.synthetic import DATASETS, GAINS, LARGEST, LOSSES, NAMES, PROBLEMS, THINGS, Draws, generated
+from jax_ordermerge.data.synthetic import (
+    DATASETS,
+    GAINS,
+    LARGEST,
+    LOSSES,
+    NAMES,
+    PROBLEMS,
+    THINGS,
+    Draws,
+    generated,
+)
 from jax_ordermerge.errors import UserError
 
 ASSETS = importlib.resources.files("jax_ordermerge") / "assets" / "quickstart"
@@ -37,7 +47,11 @@ def digest(records):
 
 
 def test_the_same_on_every_machine(train, test, texts):
-    assert (digest(train), digest(test), digest(texts)) == ("e2cea976f0498b02", "fd0545485ea69418", "22450024bbba7a9c")
+    assert (digest(train), digest(test), digest(texts)) == (
+        "e2cea976f0498b02",
+        "fd0545485ea69418",
+        "22450024bbba7a9c",
+    )
 
 
 def test_sizes_and_no_repetition(train, test, texts):
@@ -69,7 +83,10 @@ def solve(question):
     """Answer a problem from its words alone, by rules that know nothing of the generator's."""
     asked = re.search(r"How many \w+ (?:does (\w+)|do (\w+) and (\w+)) have\?", question)
     story = question[: asked.start()]
-    held = {name: int(n) for name, n in re.findall(r"(\w+) has (\d+) (?!more than|fewer than)\w+\.", story)}
+    held = {
+        name: int(n)
+        for name, n in re.findall(r"(\w+) has (\d+) (?!more than|fewer than)\w+\.", story)
+    }
     for name, n, word, than in re.findall(r"(\w+) has (\d+) (more|fewer) than (\w+)\.", story):
         held[name] = held[than] + (int(n) if word == "more" else -int(n))
     if asked[2]:
@@ -106,7 +123,9 @@ def test_preferences_are_for_the_right_answer_and_the_wrong_one_is_near(test):
 
 
 def test_every_kind_is_as_frequent_as_the_others(train):
-    kinds = collections.Counter((" than " in r["question"], r["question"].count(" has ")) for r in train)
+    kinds = collections.Counter(
+        (" than " in r["question"], r["question"].count(" has ")) for r in train
+    )
     assert len(kinds) == len(PROBLEMS)
     assert min(kinds.values()) > 0.8 * len(train) / len(PROBLEMS)
 
@@ -119,7 +138,9 @@ def test_no_answer_is_worth_guessing(train):
 def test_draws_are_uniform_and_named():
     draws = Draws(0, "uniform")
     counts = np.bincount([draws.below(7) for _ in range(7000)], minlength=7)
-    assert ((counts - 1000) ** 2 / 1000).sum() < 22.5  # chi-squared, 6 degrees of freedom, p = 0.001
+    assert (
+        (counts - 1000) ** 2 / 1000
+    ).sum() < 22.5  # chi-squared, 6 degrees of freedom, p = 0.001
     assert sorted(draws.sample(range(5), 5)) == [0, 1, 2, 3, 4]
     assert {draws.between(2, 4) for _ in range(100)} == {2, 3, 4}
     first = [Draws(0, "a").below(2**30), Draws(0, "b").below(2**30), Draws(1, "a").below(2**30)]
@@ -129,7 +150,10 @@ def test_draws_are_uniform_and_named():
 
 @pytest.mark.parametrize(
     ("name", "split", "message"),
-    [("quickstat", "train", "did you mean 'quickstart'"), ("quickstart", "tset", "did you mean 'test'")],
+    [
+        ("quickstat", "train", "did you mean 'quickstart'"),
+        ("quickstart", "tset", "did you mean 'test'"),
+    ],
 )
 def test_unknown_names_are_told(name, split, message):
     with pytest.raises(UserError, match=message):
@@ -158,13 +182,20 @@ def test_every_word_is_one_token(tokenizer, train, test, texts):
 
 
 def test_any_text_comes_back(tokenizer):
-    for text in ("Zürich, 数 and 1234567?!", " two  spaces\tand a tab\r\n", " ".join(NAMES + THINGS), "(a) [b] {c} .x ,y don't"):
+    for text in (
+        "Zürich, 数 and 1234567?!",
+        " two  spaces\tand a tab\r\n",
+        " ".join(NAMES + THINGS),
+        "(a) [b] {c} .x ,y don't",
+    ):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
 @pytest.mark.slow
 def test_the_recipe_gives_the_shipped_tokenizer():
-    recipe = pathlib.Path(__file__).parents[2] / "examples" / "quickstart_base" / "make_tokenizer.py"
+    recipe = (
+        pathlib.Path(__file__).parents[2] / "examples" / "quickstart_base" / "make_tokenizer.py"
+    )
     made = runpy.run_path(str(recipe))["make_tokenizer"]()
     assert json.loads(made.to_str()) == json.loads((ASSETS / "tokenizer.json").read_text())
 

@@ -9,23 +9,32 @@ import numpy as np
 import pytest
 import yaml
 
+from jax_ordermerge.commands import evaluating
 from jax_ordermerge.config import Data, Task, make_config
 from jax_ordermerge.data import synthetic
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import adapter, harness
-from jax_ordermerge.experiment import evaluating
 
 QUICKSTART = pathlib.Path(evaluating.__file__).parents[1] / "assets" / "quickstart"
-MISSING = [name for name in ("lm_eval", "torch", "accelerate") if importlib.util.find_spec(name) is None]
+MISSING = [
+    name for name in ("lm_eval", "torch", "accelerate") if importlib.util.find_spec(name) is None
+]
 needs_harness = pytest.mark.skipif(
-    bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (pip install 'jax_ordermerge[eval]')"
+    bool(MISSING),
+    reason=f"not installed: {', '.join(MISSING)} (pip install 'jax_ordermerge[eval]')",
 )
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
 
-ASKS, ANSWERS, STOP, NEW = "Question: {{question}}\nAnswer:", " {{answer}}", ["Question:", "\n\n"], 40
+ASKS, ANSWERS, STOP, NEW = (
+    "Question: {{question}}\nAnswer:",
+    " {{answer}}",
+    ["Question:", "\n\n"],
+    40,
+)
 TEXTS = [
     "Ann has 12 apples. Ann buys 3 more and then gives away 5. How many apples does Ann have?",
-    "Once upon a time,  there was a little girl.\n\nShe liked to play outside.\n" * 12,  # several windows
+    "Once upon a time,  there was a little girl.\n\nShe liked to play outside.\n"
+    * 12,  # several windows
     "Ünïcödé, tabs\tand 😀 signs",
     " begins with a space, and ends with one ",
 ]
@@ -49,7 +58,9 @@ def write_tasks(folder, rows, shots):
         options = [right, "7", "no apples at all", "some"]
         order = random.permutation(4).tolist()
         choices = {"text": [options[at] for at in order], "label": list("ABCD")}
-        choosing.append({"question": row["question"], "choices": choices, "answerKey": "ABCD"[order.index(0)]})
+        choosing.append(
+            {"question": row["question"], "choices": choices, "answerKey": "ABCD"[order.index(0)]}
+        )
     files = {
         "shots": write(folder / "shots.jsonl", shots),
         "items": write(folder / "items.jsonl", rows),
@@ -59,12 +70,27 @@ def write_tasks(folder, rows, shots):
 
     def task(name, test, **settings):
         # splits of one file each must have the same columns
-        data = {"test": files[test]} | ({"train": files["shots"]} if "fewshot_split" in settings else {})
-        raw = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": data}, "test_split": "test"} | settings
+        data = {"test": files[test]} | (
+            {"train": files["shots"]} if "fewshot_split" in settings else {}
+        )
+        raw = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": data},
+            "test_split": "test",
+        } | settings
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
 
-    few = {"training_split": "train", "fewshot_split": "train", "num_fewshot": 1, "fewshot_config": {"sampler": "first_n"}}
-    strict = [{"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}, {"function": "take_first"}]
+    few = {
+        "training_split": "train",
+        "fewshot_split": "train",
+        "num_fewshot": 1,
+        "fewshot_config": {"sampler": "first_n"},
+    }
+    strict = [
+        {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"},
+        {"function": "take_first"},
+    ]
     flexible = [
         {"function": "regex", "group_select": -1, "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"},
         {"function": "take_first"},
@@ -74,8 +100,16 @@ def write_tasks(folder, rows, shots):
         "output_type": "generate_until",
         "doc_to_text": ASKS,
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": STOP, "do_sample": False, "temperature": 0.0, "max_gen_toks": NEW},
-        "filter_list": [{"name": "strict-match", "filter": strict}, {"name": "flexible-extract", "filter": flexible}],
+        "generation_kwargs": {
+            "until": STOP,
+            "do_sample": False,
+            "temperature": 0.0,
+            "max_gen_toks": NEW,
+        },
+        "filter_list": [
+            {"name": "strict-match", "filter": strict},
+            {"name": "flexible-extract", "filter": flexible},
+        ],
         "metric_list": [
             {
                 "metric": "exact_match",
@@ -90,18 +124,32 @@ def write_tasks(folder, rows, shots):
     task("local_problems_shots", "items", **asked, **few)
     mean = {"aggregation": "mean", "higher_is_better": True}
     task(
-        "local_choices", "choosing", output_type="multiple_choice", doc_to_text=ASKS,
-        doc_to_target="{{choices.label.index(answerKey)}}", doc_to_choice="{{choices.text}}",
+        "local_choices",
+        "choosing",
+        output_type="multiple_choice",
+        doc_to_text=ASKS,
+        doc_to_target="{{choices.label.index(answerKey)}}",
+        doc_to_choice="{{choices.text}}",
         metric_list=[{"metric": name, **mean} for name in ("acc", "acc_norm", "acc_bytes")],
-    )  # fmt: skip
+    )
     task(
-        "local_cloze", "choosing", output_type="loglikelihood", doc_to_text="{{question}} ", doc_to_target="{{choices.text[0]}}",
+        "local_cloze",
+        "choosing",
+        output_type="loglikelihood",
+        doc_to_text="{{question}} ",
+        doc_to_target="{{choices.text[0]}}",
         metric_list=[{"metric": "acc", **mean}],
-    )  # fmt: skip
+    )
     task(
-        "local_texts", "texts", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
-        metric_list=[{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    )  # fmt: skip
+        "local_texts",
+        "texts",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[
+            {"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+        ],
+    )
     return files
 
 
@@ -110,7 +158,11 @@ NAMES = ["local_problems", "local_problems_shots", "local_choices", "local_cloze
 
 def load(directory, **mesh):
     sizes = {"order": 1, "data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | mesh
-    raw = {"model": {"base": str(directory), "compute_dtype": "float32"}, "mesh": sizes, "evaluation": {"batch": 8}}
+    raw = {
+        "model": {"base": str(directory), "compute_dtype": "float32"},
+        "mesh": sizes,
+        "evaluation": {"batch": 8},
+    }
     return evaluating.load(make_config(raw))
 
 
@@ -134,7 +186,9 @@ def case(request, tmp_path_factory):
         directory = shared / "models" / "stories260K"
         lines = (shared / "gsm8k" / "test.jsonl").read_text().splitlines()
         # of 512 positions, so that one shot and 40 new tokens fit too
-        rows = sorted(map(json.loads, lines), key=lambda row: len(row["question"]) + len(row["answer"]))[:40]
+        rows = sorted(
+            map(json.loads, lines), key=lambda row: len(row["question"]) + len(row["answer"])
+        )[:40]
     files = write_tasks(folder, rows[2:], rows[:2])
     return directory, folder, files, theirs(directory, folder)
 
@@ -142,7 +196,9 @@ def case(request, tmp_path_factory):
 def samples(found, name):
     """Return the answers of a task by item: as written, or log-probabilities and greediness."""
     rows = sorted(found["samples"][name], key=lambda row: row["doc_id"])
-    unique = {row["doc_id"]: row["resps"] for row in rows}  # a row a filter, all with the same responses
+    unique = {
+        row["doc_id"]: row["resps"] for row in rows
+    }  # a row a filter, all with the same responses
     return [unique[number] for number in sorted(unique)]
 
 
@@ -157,7 +213,9 @@ def same(ours, others):
     for name in NAMES[2:4]:
         mine, hers = (np.array(samples(found, name), object) for found in (ours, others))
         assert mine.shape == hers.shape
-        np.testing.assert_allclose(mine[..., 0].astype(float), hers[..., 0].astype(float), atol=1e-4)
+        np.testing.assert_allclose(
+            mine[..., 0].astype(float), hers[..., 0].astype(float), atol=1e-4
+        )
         np.testing.assert_array_equal(mine[..., 1].astype(str), hers[..., 1].astype(str))
     mine, hers = (np.array(samples(found, "local_texts"), float) for found in (ours, others))
     np.testing.assert_allclose(mine, hers, rtol=1e-5, atol=1e-4)
@@ -176,7 +234,9 @@ def test_the_harness_sees_the_same_model(case, mesh):
     found, table = adapter.run(load(directory, **mesh), NAMES, include=folder)
     same(found, others)
     assert all(name in table for name in NAMES)
-    assert len({str(row) for row in samples(found, "local_problems")}) > 5  # a model that says one thing would prove little
+    assert (
+        len({str(row) for row in samples(found, "local_problems")}) > 5
+    )  # a model that says one thing would prove little
 
 
 @needs_harness
@@ -189,16 +249,33 @@ def test_our_own_tasks_give_the_same_numbers(case):
         return harness.run(Task(name="own", **settings), subject, Data(), seed=0)
 
     for name, shots in (("local_problems", 0), ("local_problems_shots", 1)):
-        asked = {"data": files["items"], "prompt": ASKS, "response": ANSWERS, "stop": STOP, "max_new_tokens": NEW}
+        asked = {
+            "data": files["items"],
+            "prompt": ASKS,
+            "response": ANSWERS,
+            "stop": STOP,
+            "max_new_tokens": NEW,
+        }
         few = {"shots": shots, "shots_from": files["shots"]} if shots else {}
         summary, items = run(kind="gsm8k", **asked, **few)
         assert [[[item["answer"]]] for item in items] == samples(others, name)
-        for ours, correct, key in (("accuracy", "correct", "strict-match"), ("flexible", "correct_flexible", "flexible-extract")):
+        for ours, correct, key in (
+            ("accuracy", "correct", "strict-match"),
+            ("flexible", "correct_flexible", "flexible-extract"),
+        ):
             assert summary[ours] == others["results"][name][f"exact_match,{key}"]
-            scored = {row["doc_id"]: row["exact_match"] for row in others["samples"][name] if row["filter"] == key}
+            scored = {
+                row["doc_id"]: row["exact_match"]
+                for row in others["samples"][name]
+                if row["filter"] == key
+            }
             assert {item["id"]: float(item[correct]) for item in items} == scored
 
-    columns = {"prompt": ASKS, "choices": "{{choices.text}}", "answer": "{{choices.label.index(answerKey)}}"}
+    columns = {
+        "prompt": ASKS,
+        "choices": "{{choices.text}}",
+        "answer": "{{choices.label.index(answerKey)}}",
+    }
     summary, items = run(kind="multiple_choice", data=files["choosing"], **columns)
     hers = np.array(samples(others, "local_choices"), object)[..., 0].reshape(len(items), 4)
     np.testing.assert_allclose([item["logps"] for item in items], hers.astype(float), atol=1e-4)
@@ -220,7 +297,9 @@ def test_what_the_harness_is_refused(tmp_path):
     subject = load(QUICKSTART)
     with pytest.raises(UserError, match="--harness nothing_of_that_name cannot be loaded"):
         adapter.run(subject, ["nothing_of_that_name"])
-    with pytest.raises(UserError, match="--harness arc_easy cannot be loaded"):  # its data are on the hub
+    with pytest.raises(
+        UserError, match="--harness arc_easy cannot be loaded"
+    ):  # its data are on the hub
         adapter.run(subject, ["arc_easy"])
     with pytest.raises(UserError, match="no such directory"):
         adapter.run(subject, ["local"], include=tmp_path / "absent")
@@ -234,7 +313,9 @@ def test_what_the_harness_is_refused(tmp_path):
         adapter.run(subject, ["long"], include=tmp_path)
     raw["generation_kwargs"] = {"until": [], "repetition_penalty": 1.2, "max_gen_toks": 8}
     (tmp_path / "penalty.yaml").write_text(yaml.safe_dump(raw | {"task": "penalty"}))
-    with pytest.raises(UserError, match=r"generation_kwargs.repetition_penalty, which is not offered"):
+    with pytest.raises(
+        UserError, match=r"generation_kwargs.repetition_penalty, which is not offered"
+    ):
         adapter.run(subject, ["penalty"], include=tmp_path)
 
 

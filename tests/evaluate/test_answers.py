@@ -11,7 +11,14 @@ from jax_ordermerge.evaluate import answers
 
 @pytest.mark.parametrize(
     ("answer", "reference", "right"),
-    [("12", "12", True), ("\t12 \n", "12", True), ("12 .", "12", False), ("a  b", "a b", False), ("", "", True), ("A", "a", False)],
+    [
+        ("12", "12", True),
+        ("\t12 \n", "12", True),
+        ("12 .", "12", False),
+        ("a  b", "a b", False),
+        ("", "", True),
+        ("A", "a", False),
+    ],
 )
 def test_exact(answer, reference, right):
     assert answers.exact(answer, reference) is right
@@ -108,7 +115,10 @@ def test_number(answer, reference, right):
     ],
 )
 def test_math(answer, reference, right):
-    assert answers.math(f"so \\boxed{{0}}, no, \\boxed{{{answer}}}", f"\\boxed{{{reference}}}") is right
+    assert (
+        answers.math(f"so \\boxed{{0}}, no, \\boxed{{{answer}}}", f"\\boxed{{{reference}}}")
+        is right
+    )
 
 
 def test_a_math_answer_that_is_not_boxed_is_wrong():

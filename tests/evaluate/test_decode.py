@@ -23,7 +23,9 @@ import families
 
 CONFIG = families.FAMILIES["mistral_window"]
 PARAMS = families.weights(CONFIG)
-PROMPTS = [families.tokens(CONFIG, 30)[i % 2, i : i + n].tolist() for i, n in enumerate((3, 20, 1, 11, 7))]
+PROMPTS = [
+    families.tokens(CONFIG, 30)[i % 2, i : i + n].tolist() for i, n in enumerate((3, 20, 1, 11, 7))
+]
 NEW = 12
 
 
@@ -46,7 +48,12 @@ def without_cache(prompt, new=NEW, ends=(), length=40):
 
 
 def generate(prompts, **kwargs):
-    return decode.generate(CONFIG, PARAMS, prompts, **{"max_new_tokens": NEW, "eos_ids": (), "dtype": "float32", **kwargs})
+    return decode.generate(
+        CONFIG,
+        PARAMS,
+        prompts,
+        **{"max_new_tokens": NEW, "eos_ids": (), "dtype": "float32", **kwargs},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,10 @@ def test_the_cache_grows_with_what_is_in_it():
         for new in range(2, 1500, 7):
             stops = [1, *decode._stops(prompt, new, cpu=True)]
             assert stops[-1] == new
-            assert all(b > a and prompt + b <= max(prompt + a + 96, 1.5 * (prompt + a)) for a, b in itertools.pairwise(stops))
+            assert all(
+                b > a and prompt + b <= max(prompt + a + 96, 1.5 * (prompt + a))
+                for a, b in itertools.pairwise(stops)
+            )
             assert len(stops) < 12
 
 
@@ -100,7 +110,9 @@ def test_stops_at_end_tokens(reference):
     assert [] in expected
     assert generate(PROMPTS, eos_ids=sorted(ends)) == expected
     with_ends = dataclasses.replace(CONFIG, eos_token_ids=tuple(sorted(ends)))
-    assert decode.generate(with_ends, PARAMS, PROMPTS, max_new_tokens=NEW, dtype="float32") == expected
+    assert (
+        decode.generate(with_ends, PARAMS, PROMPTS, max_new_tokens=NEW, dtype="float32") == expected
+    )
 
 
 def test_stops_early_when_all_rows_are_done(monkeypatch, reference):
@@ -114,7 +126,9 @@ def test_stops_early_when_all_rows_are_done(monkeypatch, reference):
     monkeypatch.setattr(llama, "hidden", counted)
     ends = [ids[2] for ids in reference[:2]]
     assert max(ids.index(end) for ids, end in zip(reference[:2], ends, strict=True)) == 2
-    generate(PROMPTS[:2], eos_ids=ends, max_new_tokens=11)  # 11: a program of its own, traced with the counter
+    generate(
+        PROMPTS[:2], eos_ids=ends, max_new_tokens=11
+    )  # 11: a program of its own, traced with the counter
     jax.effects_barrier()
     assert sorted(steps) == [1, 1, 24]
 
@@ -139,7 +153,9 @@ def placed(params, grid, config=CONFIG, axes=()):
     flat = tree.flatten(params)
     return tree.unflatten(
         {
-            s.path: jax.device_put(flat[s.path], mesh.sharding((*axes, *s.axes), np.shape(flat[s.path]), grid))
+            s.path: jax.device_put(
+                flat[s.path], mesh.sharding((*axes, *s.axes), np.shape(flat[s.path]), grid)
+            )
             for s in tensor_table(config)
         }
     )
@@ -148,7 +164,9 @@ def placed(params, grid, config=CONFIG, axes=()):
 def test_a_sharded_model_gives_the_same(reference):
     grid = mesh.make_mesh(1, 2, 2)
     with jax.set_mesh(grid):
-        found = decode.generate(CONFIG, placed(PARAMS, grid), PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32")
+        found = decode.generate(
+            CONFIG, placed(PARAMS, grid), PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32"
+        )
     assert found == reference
 
 
@@ -167,7 +185,12 @@ def test_members_in_one_program_are_the_members_alone(shape, reference):
     assert max(map(len, alone[0])) <= 3 < max(map(len, alone[1]))
     grid = mesh.make_mesh(*shape)
     with jax.set_mesh(grid):
-        assert decode.generate_members(CONFIG, placed(FOUR, grid, axes=("member",)), PROMPTS, **options) == alone
+        assert (
+            decode.generate_members(
+                CONFIG, placed(FOUR, grid, axes=("member",)), PROMPTS, **options
+            )
+            == alone
+        )
     assert decode.generate_members(CONFIG, FOUR, PROMPTS, **options) == alone
 
 
@@ -197,7 +220,15 @@ def test_other_names_seeds_and_steps_draw_anew(drawn):
     compiled = decode._decode._cache_size()
     assert generate(PROMPTS, sampling=dataclasses.replace(DRAW, seed=6), names="abcde") != drawn
     assert decode._decode._cache_size() == compiled
-    assert len({tuple(row) for row in generate(same[:3], sampling=Sampling(temperature=1.0), names=["x"] * 3)}) == 1
+    assert (
+        len(
+            {
+                tuple(row)
+                for row in generate(same[:3], sampling=Sampling(temperature=1.0), names=["x"] * 3)
+            }
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2), (1, 8, 1), (1, 1, 8)])
@@ -206,9 +237,19 @@ def test_draws_are_the_same_on_meshes(shape, drawn):
     with jax.set_mesh(grid):
         assert generate(PROMPTS, sampling=DRAW, names="abcde") == drawn
     with jax.set_mesh(mesh.make_mesh(2, 2, 2)):
-        assert decode.generate_members(
-            CONFIG, tree.stack([PARAMS] * 2), PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32", sampling=DRAW, names="abcde"
-        ) == [drawn] * 2  # fmt: skip
+        assert (
+            decode.generate_members(
+                CONFIG,
+                tree.stack([PARAMS] * 2),
+                PROMPTS,
+                max_new_tokens=NEW,
+                eos_ids=(),
+                dtype="float32",
+                sampling=DRAW,
+                names="abcde",
+            )
+            == [drawn] * 2
+        )
 
 
 # --- transformers ---
@@ -222,8 +263,13 @@ def theirs(model, prompts, new, torch):
         given = torch.tensor([prompts[i] for i in numbers])
         with torch.no_grad():
             found = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
-            )  # fmt: skip
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
         rows |= dict(zip(numbers, found[:, length:].tolist(), strict=True))
     return [rows[i] for i in range(len(prompts))]
 
@@ -235,7 +281,9 @@ def test_equals_transformers(name):
 
     config = families.FAMILIES[name]
     params = families.weights(config)
-    found = decode.generate(config, params, PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32")
+    found = decode.generate(
+        config, params, PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32"
+    )
     assert found == theirs(make_model_goldens.torch_model(config, params), PROMPTS, NEW, torch)
 
 
@@ -256,7 +304,9 @@ def test_equals_transformers_for_any_batch_and_mesh(number, name):
     params = families.weights(config)
     lengths = [LENGTHS[i * 7 % len(LENGTHS)] for i in range(64)]
     ids = np.arange(64 * 50).reshape(64, 50)
-    prompts = [((ids[i, :n] * (7 + i) + i * i) % config.vocab_size).tolist() for i, n in enumerate(lengths)]
+    prompts = [
+        ((ids[i, :n] * (7 + i) + i * i) % config.vocab_size).tolist() for i, n in enumerate(lengths)
+    ]
     expected = theirs(make_model_goldens.torch_model(config, params), prompts, NEW, torch)
     assert len({tuple(row) for row in expected}) > 32
     for at, batch in enumerate(BATCHES):
@@ -264,7 +314,9 @@ def test_equals_transformers_for_any_batch_and_mesh(number, name):
         grid = mesh.make_mesh(*shape) if shape else None
         with jax.set_mesh(grid) if grid else contextlib.nullcontext():
             model = placed(params, grid, config) if grid else params
-            found = decode.generate(config, model, prompts, max_new_tokens=NEW, eos_ids=(), dtype="float32", batch=batch)
+            found = decode.generate(
+                config, model, prompts, max_new_tokens=NEW, eos_ids=(), dtype="float32", batch=batch
+            )
         assert found == expected, (batch, shape)
 
 
@@ -275,11 +327,20 @@ def test_stories260k_golden_tokens(shared_data):
     config = ModelConfig.from_hf(json.loads((directory / "config.json").read_text()))
     tensors = load_file(directory / "model.safetensors")
     params = tree.unflatten(
-        {s.path: np.stack([tensors[n] for n in s.hf_names()]) if s.stacked else tensors[s.hf_name] for s in tensor_table(config)}
+        {
+            s.path: np.stack([tensors[n] for n in s.hf_names()])
+            if s.stacked
+            else tensors[s.hf_name]
+            for s in tensor_table(config)
+        }
     )
-    golden = json.loads((shared_data / "golden" / "stories260K" / "golden.json").read_text())["bos_prompt_greedy_200_ids"]
+    golden = json.loads((shared_data / "golden" / "stories260K" / "golden.json").read_text())[
+        "bos_prompt_greedy_200_ids"
+    ]
     assert len(golden) == 201
-    found = decode.generate(config, params, [golden[:1], golden[:40]], max_new_tokens=200, eos_ids=(), dtype="float32")
+    found = decode.generate(
+        config, params, [golden[:1], golden[:40]], max_new_tokens=200, eos_ids=(), dtype="float32"
+    )
     assert found[0] == golden[1:]
     assert found[1][:161] == golden[40:]
 

@@ -35,14 +35,20 @@ def server(answer):
         thread = threading.Thread(target=found.serve_forever)
         thread.start()
         try:
-            yield judge.Endpoint(f"http://127.0.0.1:{found.server_port}/v1/", "stub", key="secret"), asked
+            yield (
+                judge.Endpoint(f"http://127.0.0.1:{found.server_port}/v1/", "stub", key="secret"),
+                asked,
+            )
         finally:
             found.shutdown()
             thread.join()
 
 
 def rows(*outputs):
-    return [{"instruction": f"Task {n}.", "output": text, "generator": "x"} for n, text in enumerate(outputs)]
+    return [
+        {"instruction": f"Task {n}.", "output": text, "generator": "x"}
+        for n, text in enumerate(outputs)
+    ]
 
 
 def longer(question, _):
@@ -53,7 +59,9 @@ def longer(question, _):
 
 def test_a_judge_that_sees_the_answers():
     with server(longer) as (endpoint, asked):
-        found, items = judge.compare(endpoint, rows("long answer", "no", "same"), rows("short", "longer", "same"))
+        found, items = judge.compare(
+            endpoint, rows("long answer", "no", "same"), rows("short", "longer", "same")
+        )
     assert found == {"win_rate": 0.5, "se": pytest.approx(0.2887, abs=1e-4), "n": 3, "turned": 0}
     assert [item["win"] for item in items] == [1.0, 0.0, 0.5]
     assert len(asked) == 6
@@ -69,7 +77,9 @@ def test_a_judge_that_prefers_a_place_says_nothing(letter):
     with server(lambda *_: letter) as (endpoint, _):
         found, items = judge.compare(endpoint, rows("one", "two"), rows("three", "four"), workers=1)
     assert found == {"win_rate": 0.5, "se": 0.0, "n": 2, "turned": 2}
-    assert {(item["first"], item["second"]) for item in items} == {(1.0, 0.0) if letter == "A" else (0.0, 1.0)}
+    assert {(item["first"], item["second"]) for item in items} == {
+        (1.0, 0.0) if letter == "A" else (0.0, 1.0)
+    }
 
 
 def test_a_busy_endpoint_is_asked_again_and_a_refusing_one_is_named(monkeypatch):
@@ -79,7 +89,10 @@ def test_a_busy_endpoint_is_asked_again_and_a_refusing_one_is_named(monkeypatch)
         assert judge.prefers(endpoint, "i", "a", "b") == 1.0
         assert len(asked) == 3
     assert pauses == [1.0, 4.0]
-    with server(lambda *_: 401) as (endpoint, asked), pytest.raises(UserError, match="answers 401") as error:
+    with (
+        server(lambda *_: 401) as (endpoint, asked),
+        pytest.raises(UserError, match="answers 401") as error,
+    ):
         judge.prefers(endpoint, "i", "a", "b")
     assert len(asked) == 1
     assert "secret" not in str(error.value)
@@ -110,8 +123,24 @@ def test_the_command(tmp_path):
     for name, outputs in (("ours", ("long answer", "no")), ("theirs", ("short", "maybe"))):
         (tmp_path / name).write_text(json.dumps(rows(*outputs)))
     with server(longer) as (endpoint, _):
-        command = [sys.executable, "-m", "jax_ordermerge", "judge", tmp_path / "ours", tmp_path / "theirs"]
-        options = ["--endpoint", endpoint.url, "--model", "stub", "--out", tmp_path / "verdicts.json"]
+        command = [
+            sys.executable,
+            "-m",
+            "jax_ordermerge",
+            "judge",
+            tmp_path / "ours",
+            tmp_path / "theirs",
+        ]
+        options = [
+            "--endpoint",
+            endpoint.url,
+            "--model",
+            "stub",
+            "--out",
+            tmp_path / "verdicts.json",
+        ]
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert "50.0 % ± 50.0 of 2 instructions" in done.stdout
-    assert [item["win"] for item in json.loads((tmp_path / "verdicts.json").read_text())["items"]] == [1.0, 0.0]
+    assert [
+        item["win"] for item in json.loads((tmp_path / "verdicts.json").read_text())["items"]
+    ] == [1.0, 0.0]

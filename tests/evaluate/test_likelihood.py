@@ -37,8 +37,12 @@ def test_windows_hold_every_token_once_and_fit(size, positions):
         at = whole.index(continuation[0])
         assert whole[at - len(context) : at] == context  # what really stands before it
     if size > positions:
-        assert sum(map(len, cut[-1])) == positions + 1  # the last one reads as much as the model holds
-    np.testing.assert_allclose(likelihood.rolling(score, [tokens], -1, positions), [sum(map(worth, tokens))])
+        assert (
+            sum(map(len, cut[-1])) == positions + 1
+        )  # the last one reads as much as the model holds
+    np.testing.assert_allclose(
+        likelihood.rolling(score, [tokens], -1, positions), [sum(map(worth, tokens))]
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,10 @@ def test_a_token_across_the_border_belongs_to_the_continuation():
     def joined(text):
         return [3] if text == "xy" else [vocabulary[letter] for letter in text]
 
-    assert likelihood.pair(joined, "x", "y", 0) == ([3], [])  # as the harness cuts it: there is nothing left to score
+    assert likelihood.pair(joined, "x", "y", 0) == (
+        [3],
+        [],
+    )  # as the harness cuts it: there is nothing left to score
 
 
 def test_pairs_that_do_not_fit():
@@ -94,7 +101,12 @@ def test_choices_by_sum_by_character_and_by_byte():
         (False, True, True),
         (False, False, True),
     ]
-    assert (summary["accuracy"], summary["acc_norm"], summary["acc_bytes"], summary["n"]) == (0.0, 0.5, 1.0, 2)
+    assert (summary["accuracy"], summary["acc_norm"], summary["acc_bytes"], summary["n"]) == (
+        0.0,
+        0.5,
+        1.0,
+        2,
+    )
     assert [item["greedy"] for item in items] == [[True, False], [True, False]]
     assert items[0]["answer"] == "b"
     assert items[0]["logps"] == [-2.0, -7.0]
@@ -103,7 +115,9 @@ def test_choices_by_sum_by_character_and_by_byte():
 def test_perplexity_of_texts():
     task = Task(name="t", kind="perplexity", data="x", response="{{page}}")
     texts = ["one two\n three", "é", "a" * 50]
-    found, items = likelihood.run_perplexity(task, [{"page": text} for text in texts], letters, score, start=0, positions=7)
+    found, items = likelihood.run_perplexity(
+        task, [{"page": text} for text in texts], letters, score, start=0, positions=7
+    )
     logps = [sum(worth(ord(letter)) for letter in text) for text in texts]
     np.testing.assert_allclose([item["logp"] for item in items], logps)
     assert [item["words"] for item in items] == [3, 1, 1]
@@ -119,4 +133,11 @@ def test_perplexity_of_texts():
 
 def test_no_text():
     with pytest.raises(UserError, match="task t has no text"):
-        likelihood.run_perplexity(Task(name="t", kind="perplexity", data="x"), [{"text": ""}], letters, score, start=0, positions=7)
+        likelihood.run_perplexity(
+            Task(name="t", kind="perplexity", data="x"),
+            [{"text": ""}],
+            letters,
+            score,
+            start=0,
+            positions=7,
+        )

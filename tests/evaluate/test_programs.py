@@ -12,7 +12,12 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness, programs, sandbox
 
 ROWS = [
-    {"task_id": n, "text": f"Task {n}.", "code": f"def f{n}(x):\n    return x + {n}", "test_list": [f"assert f{n}(1) == {n + 1}"]}
+    {
+        "task_id": n,
+        "text": f"Task {n}.",
+        "code": f"def f{n}(x):\n    return x + {n}",
+        "test_list": [f"assert f{n}(1) == {n + 1}"],
+    }
     for n in (2, 3, 4, 11, 12)
 ]
 FILE = {"kind": "mbpp", "name": "code", "data": "mbpp.jsonl"}
@@ -28,7 +33,9 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one():
     for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
         if c <= n and k <= n:
             draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-            assert programs.pass_at_k(n, c, k) == pytest.approx(np.mean([any(draw) for draw in draws]))
+            assert programs.pass_at_k(n, c, k) == pytest.approx(
+                np.mean([any(draw) for draw in draws])
+            )
     with pytest.raises(UserError, match="pass@3 needs at least 3 samples"):
         programs.pass_at_k(2, 1, 3)
 
@@ -47,8 +54,22 @@ def test_mbpp_shows_its_three_examples_and_asks_the_others():
 
 
 def test_mbpp_finds_which_functions_its_tests_call():
-    tests = ["import math", "y = [math.floor(g(x)) for x in range(3)]", "assert sorted(h(y)) == set(y) or True"]
-    one = programs.mbpp([{"task_id": 20, "text": "t", "code": "", "test_list": tests, "test_setup_code": "import re as regex"}])[0]
+    tests = [
+        "import math",
+        "y = [math.floor(g(x)) for x in range(3)]",
+        "assert sorted(h(y)) == set(y) or True",
+    ]
+    one = programs.mbpp(
+        [
+            {
+                "task_id": 20,
+                "text": "t",
+                "code": "",
+                "test_list": tests,
+                "test_setup_code": "import re as regex",
+            }
+        ]
+    )[0]
     assert one.names == ("g", "h")
 
 
@@ -68,9 +89,23 @@ def test_a_task_of_programs(human):
         assert names == [f"HumanEval/{n}/{sample}" for n in range(3) for sample in range(2)]
         return [text for row in human[:3] for text in (row["canonical_solution"], "    pass")]
 
-    task = Task(name="code", kind="humaneval", data="x", limit=3, samples=2, temperature=0.8, max_new_tokens=99)
+    task = Task(
+        name="code",
+        kind="humaneval",
+        data="x",
+        limit=3,
+        samples=2,
+        temperature=0.8,
+        max_new_tokens=99,
+    )
     found, items = harness.run_programs(task, human, lambda text: [len(text)], generate, seed=4)
-    assert found == {"accuracy": 0.5, "se": 0.0, "n": 3, "isolation": sandbox.available()[0], "pass@1": 0.5}
+    assert found == {
+        "accuracy": 0.5,
+        "se": 0.0,
+        "n": 3,
+        "isolation": sandbox.available()[0],
+        "pass@1": 0.5,
+    }
     assert [item["correct"] for item in items] == [True, False] * 3
     assert items[0]["detail"] == "passed"
     assert "failed" in items[1]["detail"]
@@ -91,7 +126,9 @@ def test_tasks_that_cannot_be_meant(task, message):
 
 
 def test_files_of_another_kind_are_named():
-    with pytest.raises(UserError, match="kind humaneval reads the column prompt, its data has task_id, text"):
+    with pytest.raises(
+        UserError, match="kind humaneval reads the column prompt, its data has task_id, text"
+    ):
         programs.humaneval([{"task_id": 1, "text": ""}])
     with pytest.raises(UserError, match="has no problems"):
         harness.run_programs(Task(**FILE), [], lambda text: [1], lambda *given: [])

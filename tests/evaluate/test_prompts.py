@@ -19,13 +19,21 @@ def tokenizer():
     import tokenizers
     import transformers
 
-    letters = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 0, "</s>": 1} | {chr(n): n for n in range(2, 256)}, []))
-    letters.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", eos_token="</s>", chat_template=CHAT)
+    letters = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"<s>": 0, "</s>": 1} | {chr(n): n for n in range(2, 256)}, [])
+    )
+    letters.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters, bos_token="<s>", eos_token="</s>", chat_template=CHAT
+    )
 
 
 def written(tokens):
-    return "".join("<s>" if token == 0 else "</s>" if token == 1 else chr(token) for token in tokens)
+    return "".join(
+        "<s>" if token == 0 else "</s>" if token == 1 else chr(token) for token in tokens
+    )
 
 
 @pytest.fixture
@@ -34,8 +42,15 @@ def files(tmp_path):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(tmp_path / name)
 
-    train = write("train.jsonl", [{"question": f"q{n}?", "answer": f"w{n}\n#### {n}"} for n in range(6)])
-    return {"train": train, "test": write("test.jsonl", [{"question": f"t{n}?", "answer": f"v{n}\n#### {n}"} for n in range(4)])}
+    train = write(
+        "train.jsonl", [{"question": f"q{n}?", "answer": f"w{n}\n#### {n}"} for n in range(6)]
+    )
+    return {
+        "train": train,
+        "test": write(
+            "test.jsonl", [{"question": f"t{n}?", "answer": f"v{n}\n#### {n}"} for n in range(4)]
+        ),
+    }
 
 
 def ask(task, data, tokenizer, seed=0):
@@ -54,13 +69,23 @@ def test_shots_in_the_template_of_the_training_data(files, tokenizer):
 
 def test_templates_of_the_task(files, tokenizer):
     task = Task(
-        name="t", kind="gsm8k", data=files["train"], limit=1, shots=1, shots_from=files["test"], shots_between="|", description="Solve.\n",
-        prompt="{{question|upper}}=", response=" {{answer.split('####')[0].strip()}}",
-    )  # fmt: skip
+        name="t",
+        kind="gsm8k",
+        data=files["train"],
+        limit=1,
+        shots=1,
+        shots_from=files["test"],
+        shots_between="|",
+        description="Solve.\n",
+        prompt="{{question|upper}}=",
+        response=" {{answer.split('####')[0].strip()}}",
+    )
     texts, found = ask(task, Data(), tokenizer)
     assert texts == ["<s>Solve.\nT0?= v0|Q0?="]
     assert found.responses == ["w0"]
-    assert ask(task.model_copy(update={"reference": "{{answer}} "}), Data(), tokenizer)[1].responses == ["w0\n#### 0"]
+    assert ask(task.model_copy(update={"reference": "{{answer}} "}), Data(), tokenizer)[
+        1
+    ].responses == ["w0\n#### 0"]
 
 
 def test_shots_as_turns_of_a_chat(files, tokenizer):
@@ -90,7 +115,11 @@ def test_an_item_is_never_its_own_shot(files, tokenizer):
 @pytest.mark.parametrize("order", ["first", "random"])
 def test_too_few_shots(files, tokenizer, order):
     with pytest.raises(UserError, match="too few shots are left for item 0"):
-        ask(Task(name="t", kind="gsm8k", data=files["train"], shots=6, shots_order=order), Data(**files), tokenizer)
+        ask(
+            Task(name="t", kind="gsm8k", data=files["train"], shots=6, shots_order=order),
+            Data(**files),
+            tokenizer,
+        )
     with pytest.raises(UserError, match="has 6 rows, fewer than shots = 7"):
         ask(Task(name="t", kind="gsm8k", shots=7, shots_order=order), Data(**files), tokenizer)
 
@@ -102,9 +131,17 @@ def test_one_beginning_of_sequence(tokenizer):
 
 def test_choices_after_shots(files, tokenizer):
     task = Task(
-        name="t", kind="multiple_choice", data=files["test"], shots=1, shots_from=files["train"], limit=1,
-        prompt="{{question}}", choices="{{[question, answer]}}", answer="{{1}}", delimiter="->",
-    )  # fmt: skip
+        name="t",
+        kind="multiple_choice",
+        data=files["test"],
+        shots=1,
+        shots_from=files["train"],
+        limit=1,
+        prompt="{{question}}",
+        choices="{{[question, answer]}}",
+        answer="{{1}}",
+        delimiter="->",
+    )
     one = prompts.questions(task, Data(), tokenizer, seed=0)[0]
     assert one.asked == "q0?->w0\n#### 0\n\nt0?"
     assert one.reference == "v0\n#### 0"
@@ -115,15 +152,33 @@ def test_choices_after_shots(files, tokenizer):
     [
         ({"choices": "{{option}}"}, "'option' is undefined"),
         ({"choices": "{{question}}"}, "expected a list of at least two choices"),
-        ({"choices": "{{[1, 2]}}", "answer": "{{2}}"}, "expected one of the choices or its number from 0"),
-        ({"choices": "{{[1, 2]}}", "answer": "{{question}}"}, "expected one of the choices or its number from 0"),
+        (
+            {"choices": "{{[1, 2]}}", "answer": "{{2}}"},
+            "expected one of the choices or its number from 0",
+        ),
+        (
+            {"choices": "{{[1, 2]}}", "answer": "{{question}}"},
+            "expected one of the choices or its number from 0",
+        ),
         ({"choices": "{{[1, 2]}}", "answer": "{{1}}", "prompt": "{{ question"}, "template"),
-        ({"choices": "{{[1, 2]}}", "answer": "{{1}}", "prompt": "{{ question.__class__.__mro__ }}"}, "unsafe"),
+        (
+            {
+                "choices": "{{[1, 2]}}",
+                "answer": "{{1}}",
+                "prompt": "{{ question.__class__.__mro__ }}",
+            },
+            "unsafe",
+        ),
     ],
 )
 def test_templates_that_do_not_fit(files, tokenizer, settings, said):
     with pytest.raises(UserError, match=said):
-        prompts.questions(Task(name="t", kind="multiple_choice", data=files["test"], **settings), Data(), tokenizer, seed=0)
+        prompts.questions(
+            Task(name="t", kind="multiple_choice", data=files["test"], **settings),
+            Data(),
+            tokenizer,
+            seed=0,
+        )
 
 
 @pytest.mark.parametrize(
@@ -131,7 +186,10 @@ def test_templates_that_do_not_fit(files, tokenizer, settings, said):
     [
         ({"kind": "multiple_choice"}, "needs its file or hub dataset"),
         ({"kind": "perplexity", "data": "x", "shots": 2}, "shots does not go with kind perplexity"),
-        ({"kind": "gsm8k", "choices": "{{x}}"}, "choices goes with kind multiple_choice, not gsm8k"),
+        (
+            {"kind": "gsm8k", "choices": "{{x}}"},
+            "choices goes with kind multiple_choice, not gsm8k",
+        ),
         ({"kind": "gsm8k", "shots_from": "x"}, "shots_from needs shots above 0"),
         ({"kind": "gsm8k", "prompt": "{{x}}"}, "prompt and response go together"),
         ({"kind": "multiple_choice", "data": "x", "stop": ["a"]}, "stop ends generated answers"),
@@ -149,6 +207,8 @@ def test_instructions(tokenizer):
     tokens = prompts.instruction_tokens({"instruction": "Greet.", "input": "Ann"}, data, tokenizer)
     assert "Greet." in written(tokens)
     assert written(tokens).endswith("[assistant]")
-    assert written(prompts.instruction_tokens({"instruction": "Greet."}, Data(), tokenizer)).endswith("### Response:")
+    assert written(
+        prompts.instruction_tokens({"instruction": "Greet."}, Data(), tokenizer)
+    ).endswith("### Response:")
     with pytest.raises(UserError, match="needs the column instruction, its columns are text"):
         prompts.instruction_tokens({"text": "x"}, data, tokenizer)

@@ -27,7 +27,10 @@ def naive(row, top_k, top_p):
     return set(kept)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (7, None), (500, None), (None, 0.01), (None, 0.9), (None, 1.0), (9, 0.7)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [(1, None), (7, None), (500, None), (None, 0.01), (None, 0.9), (None, 1.0), (9, 0.7)],
+)
 def test_kept_tokens(top_k, top_p):
     found = np.asarray(sampling.kept(jnp.asarray(LOGITS), top_k, top_p))
     for row, own in zip(LOGITS, found, strict=True):
@@ -73,7 +76,9 @@ def test_a_draw_is_a_pinned_function_of_seed_name_and_step():
     how = Sampling(temperature=1.0, seed=3)
     words = sampling.row_words(3, ["first", 7])
     found = [sampling.choose(jnp.zeros((2, 1000)), words, step, how).tolist() for step in (0, 1)]
-    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(words[1]), impl="threefry2x32"), 1)
+    key = jax.random.fold_in(
+        jax.random.wrap_key_data(jnp.asarray(words[1]), impl="threefry2x32"), 1
+    )
     assert found[1][1] == int(jnp.argmax(jax.random.gumbel(key, (1000,))))
     assert found == [[506, 164], [135, 117]]
 

@@ -15,7 +15,9 @@ from jax_ordermerge.evaluate import programs, sandbox
 
 TESTS = "for i in range(3): assert f(i) == i + 1"
 RIGHT = "def f(x): return x + 1"
-needs_namespaces = pytest.mark.skipif("namespaces" not in sandbox.available(), reason="this kernel or user may not make namespaces")
+needs_namespaces = pytest.mark.skipif(
+    "namespaces" not in sandbox.available(), reason="this kernel or user may not make namespaces"
+)
 
 
 @pytest.mark.parametrize("isolation", sandbox.available())
@@ -88,7 +90,7 @@ HOSTILE = {
     "spoils its own encoder": "import __main__\nclass T:\n    pass\ntry: __main__.encode = lambda v: ['list', [['nothing', 1]]]\nexcept Exception: pass\ndef f(x): return 7",
     "gets more rights": "import ctypes, os\nlibc = ctypes.CDLL(None)\nassert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
     "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\ndef f(x): return 7",
-}  # fmt: skip
+}
 
 
 @needs_namespaces
@@ -101,13 +103,19 @@ def test_hostile(name, tmp_path):
         os.chmod(path, 0o777)
     os.chmod(file, 0o666)
     heard = []
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(socket.AF_UNIX) as abstract:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
         abstract.bind("\0" + mark)
         abstract.listen()
         for one in (listener, abstract):
             one.settimeout(0.1)
         program = (
-            HOSTILE[name].replace("{port}", str(listener.getsockname()[1])).replace("{file}", str(file)).replace("{mark}", mark)
+            HOSTILE[name]
+            .replace("{port}", str(listener.getsockname()[1]))
+            .replace("{file}", str(file))
+            .replace("{mark}", mark)
         )
         start = time.monotonic()
         found = sandbox.judge(program, TESTS, ["f"], timeout=1.5)
@@ -120,7 +128,12 @@ def test_hostile(name, tmp_path):
     assert not heard
     assert file.read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-    assert not [path for home in ("/tmp", "/dev/shm") for path in pathlib.Path(home).iterdir() if mark in path.name]
+    assert not [
+        path
+        for home in ("/tmp", "/dev/shm")
+        for path in pathlib.Path(home).iterdir()
+        if mark in path.name
+    ]
     assert not alive(mark)
 
 
@@ -134,7 +147,9 @@ def alive(mark):
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if mark.encode() in line or (b"shares nothing but a socket" in line and parent in (1, os.getpid())):
+            if mark.encode() in line or (
+                b"shares nothing but a socket" in line and parent in (1, os.getpid())
+            ):
                 found.append(line)
     return found
 
@@ -160,7 +175,9 @@ assert "CapEff:\\t0000000000000000" in user()[1] and "NoNewPrivs:\\t1" in user()
 def test_the_weaker_isolation_says_so_and_still_ends_loops():
     found = sandbox.judge("while True: pass", TESTS, ["f"], timeout=2.0, isolation="rlimits-only")
     assert found == sandbox.Verdict(False, "timeout", "rlimits-only")
-    assert not sandbox.judge("x = bytearray(1 << 34)", TESTS, ["f"], isolation="rlimits-only").passed
+    assert not sandbox.judge(
+        "x = bytearray(1 << 34)", TESTS, ["f"], isolation="rlimits-only"
+    ).passed
     with pytest.raises(UserError, match="isolation none does not work here"):
         sandbox.judge(RIGHT, TESTS, ["f"], isolation="none")
 
@@ -180,6 +197,8 @@ def test_some_humaneval_references_pass_and_stubs_fail(shared_data):
 def test_all_humaneval_references_pass_and_stubs_fail(shared_data):
     problems = humaneval(shared_data)
     assert len(problems) == 164
-    wrong = [problem.id for problem in problems if not problem.judge(problem.reference, 20.0).passed]
+    wrong = [
+        problem.id for problem in problems if not problem.judge(problem.reference, 20.0).passed
+    ]
     stubs = [problem.id for problem in problems if problem.judge("    pass\n").passed]
     assert (wrong, stubs) == ([], [])

@@ -21,7 +21,7 @@ from jax_ordermerge.cli import app
 from jax_ordermerge.config import load_config, to_dict
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline
-from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.experiment.layout import read_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = ["training.epochs=4", "training.checkpoint_every=2", "evaluation.tasks=[]", "name=tiny"]
@@ -38,15 +38,29 @@ def options(settings):
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(bucket, folder, tmp_path, monkeypatch):
+def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(
+    bucket, folder, tmp_path, monkeypatch
+):
     """Ends with what a run on a disk ends with, and what comes after a run finds it in the bucket."""
     store, run = fsspec.filesystem("s3"), f"{bucket}/runs/tiny"
     for file in (*(folder / "base").iterdir(), folder / "train.jsonl", folder / "test.jsonl"):
         store.put_file(str(file), f"{bucket}/{file.relative_to(folder)}")
-    settings = [*SETTINGS, f"model.base={bucket}/base", f"data.train={bucket}/train.jsonl", f"data.test={bucket}/test.jsonl",
-                f"output={bucket}/runs/{{name}}"]  # fmt: skip
+    settings = [
+        *SETTINGS,
+        f"model.base={bucket}/base",
+        f"data.train={bucket}/train.jsonl",
+        f"data.test={bucket}/test.jsonl",
+        f"output={bucket}/runs/{{name}}",
+    ]
 
-    command = [sys.executable, "-m", "jax_ordermerge", "train", str(folder / "tiny.yaml"), *options(settings)]
+    command = [
+        sys.executable,
+        "-m",
+        "jax_ordermerge",
+        "train",
+        str(folder / "tiny.yaml"),
+        *options(settings),
+    ]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         until = time.monotonic() + 120
         while not any(name.startswith("checkpoints/") for name in found(run)):
@@ -61,31 +75,53 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(b
     copy = pipeline.run(load_config(folder / "tiny.yaml", settings), say=said.append)
     assert said[0] == f"{run} is copied to {copy}"
     assert said[-1] == f"done: {run}/report.html"
-    lines = [json.loads(line) for line in store.cat_file(f"{run}/metrics/train.jsonl").decode().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in store.cat_file(f"{run}/metrics/train.jsonl").decode().splitlines()
+    ]
     assert [line["step"] for line in lines] == list(range(2, 21, 2))
 
     on_disk = pipeline.run(
-        load_config(folder / "tiny.yaml", [*SETTINGS, "name=disk", f"output={tmp_path / 'disk'}"]), say=said.append
+        load_config(folder / "tiny.yaml", [*SETTINGS, "name=disk", f"output={tmp_path / 'disk'}"]),
+        say=said.append,
     )
-    for name in ("merged/average/model.safetensors", "merged/selection/model.safetensors", "analysis.json", "losses/final.npz"):
+    for name in (
+        "merged/average/model.safetensors",
+        "merged/selection/model.safetensors",
+        "analysis.json",
+        "losses/final.npz",
+    ):
         assert store.cat_file(f"{run}/{name}") == (on_disk / name).read_bytes(), name
-    assert set(saved_files(run)) == {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()} - {
-        ".ordermerge/files.json"
-    }
+    assert set(saved_files(run)) == {
+        p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()
+    } - {".ordermerge/files.json"}
 
     # a third machine that has only the address
     monkeypatch.setenv("ORDERMERGE_CACHE", str(tmp_path / "third"))
     assert call("run", run).endswith(f"everything is done: {run}/report.html\n")
     assert call("report", run) == f"wrote {run}/report.html\n"
-    assert call("convert", run, f"{bucket}/exported", "--member", "0") == f"wrote {bucket}/exported\n"
+    assert (
+        call("convert", run, f"{bucket}/exported", "--member", "0") == f"wrote {bucket}/exported\n"
+    )
     merged = call(
-        "merge", f"{run}/member_0", f"{run}/member_1", "--method", "average", "--dtype", "bfloat16", "--out", f"{bucket}/merged"
+        "merge",
+        f"{run}/member_0",
+        f"{run}/member_1",
+        "--method",
+        "average",
+        "--dtype",
+        "bfloat16",
+        "--out",
+        f"{bucket}/merged",
     )
     assert merged == f"wrote {bucket}/merged\n"
     same = call("diff", f"{bucket}/merged", f"{run}/merged/average")
     assert "equal" in same
     assert Reader(remote.fetch(f"{bucket}/exported")).names == Reader(folder / "base").names
-    assert call("compare", run, str(on_disk), "--out", f"{bucket}/comparison") == f"wrote {bucket}/comparison/comparison.html\n"
+    assert (
+        call("compare", run, str(on_disk), "--out", f"{bucket}/comparison")
+        == f"wrote {bucket}/comparison/comparison.html\n"
+    )
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(
         f"merge_method: linear\nmodels:\n- model: {bucket}/merged\n- model: {run}/member_1\nparameters: {{weight: 1}}\ndtype: bfloat16\n"
@@ -136,15 +172,35 @@ def together(folder, run, caches):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = [*SETTINGS, f"output={run}", "mesh.fsdp=-1", f"distributed.coordinator=127.0.0.1:{port}", "distributed.processes=2"]
+    settings = [
+        *SETTINGS,
+        f"output={run}",
+        "mesh.fsdp=-1",
+        f"distributed.coordinator=127.0.0.1:{port}",
+        "distributed.processes=2",
+    ]
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "jax_ordermerge", "merge", str(folder / "tiny.yaml"), *options([*settings, f"distributed.index={index}"])],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "ORDERMERGE_CACHE": str(cache)},
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [
+                sys.executable,
+                "-m",
+                "jax_ordermerge",
+                "merge",
+                str(folder / "tiny.yaml"),
+                *options([*settings, f"distributed.index={index}"]),
+            ],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                "ORDERMERGE_CACHE": str(cache),
+            },
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for index, cache in enumerate(caches)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=200)[1] for process in running]
     return [process.returncode for process in running], said
 
@@ -154,13 +210,19 @@ def test_several_processes_share_the_copy_or_are_refused(bucket, folder, tmp_pat
     codes, said = together(folder, f"{bucket}/apart", [tmp_path / "a", tmp_path / "b"])
     assert codes == [2, 2]
     assert all(
-        "is not seen by all processes" in one and "set ORDERMERGE_CACHE to a directory on a file system" in one for one in said
+        "is not seen by all processes" in one
+        and "set ORDERMERGE_CACHE to a directory on a file system" in one
+        for one in said
     )
     assert found(f"{bucket}/apart") == {}
     codes, said = together(folder, f"{bucket}/run", [tmp_path / "a", tmp_path / "a"])
     assert codes == [0, 0], "\n".join(said)
     names = found(f"{bucket}/run")
-    assert {"merged/average/model.safetensors", "checkpoints/20/_CHECKPOINT_METADATA", "merge.json"} <= names.keys()
+    assert {
+        "merged/average/model.safetensors",
+        "checkpoints/20/_CHECKPOINT_METADATA",
+        "merge.json",
+    } <= names.keys()
 
 
 def test_a_bucket_out_of_reach_does_not_end_a_training_but_a_stage(bucket, monkeypatch):
@@ -175,7 +237,10 @@ def test_a_bucket_out_of_reach_does_not_end_a_training_but_a_stage(bucket, monke
     with monkeypatch.context() as patch:
         patch.setattr(remote, "_store", unreachable)
         save.in_passing()
-        with pytest.raises(UserError, match=r"run cannot be written \(OSError: connection refused\); check the address"):
+        with pytest.raises(
+            UserError,
+            match=r"run cannot be written \(OSError: connection refused\); check the address",
+        ):
             save()
     assert len(said) == 1
     assert said[0].endswith("the run goes on, and this is tried again when more of it is whole")

@@ -11,7 +11,7 @@ import pytest
 from jax_ordermerge import cli
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.experiment import pipeline
-from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.experiment.layout import read_config
 from tests.experiment import tiny
 
 
@@ -58,23 +58,62 @@ BAD = {
     "config file absent": (lambda c: (c / "tiny.yaml").unlink(), [], "tiny.yaml not found"),
     "data file absent": (None, ["data.train=nowhere.jsonl"], "nowhere.jsonl not found"),
     "base absent": (None, ["model.base=./nowhere"], "base model directory ./nowhere not found"),
-    "unknown key": (None, ["training.learning_rat=1"], "unknown key training.learning_rat (did you mean 'learning_rate'?)"),
-    "wrong type": (None, ["training.batch=many"], "training.batch = 'many': input should be a valid integer"),
+    "unknown key": (
+        None,
+        ["training.learning_rat=1"],
+        "unknown key training.learning_rat (did you mean 'learning_rate'?)",
+    ),
+    "wrong type": (
+        None,
+        ["training.batch=many"],
+        "training.batch = 'many': input should be a valid integer",
+    ),
     "unknown method": (None, ["merge.methods=[{method: avrage}]"], "avrage"),
-    "unknown parameter": (None, ["merge.methods=[{method: selection, parameters: {resampel: 1}}]"], "did you mean 'resample'"),
+    "unknown parameter": (
+        None,
+        ["merge.methods=[{method: selection, parameters: {resampel: 1}}]"],
+        "did you mean 'resample'",
+    ),
     "truncated weights": (truncate, [], "model.safetensors"),
     "absent shard": (lose_a_shard, [], "model-00002-of-00002.safetensors"),
-    "wrong shape": (lambda c: edit_json(c / "base" / "config.json", intermediate_size=48), [], "has shape (32, 16), config.json asks for (48, 16)"),
-    "unsupported rope": (
-        lambda c: edit_json(c / "base" / "config.json", rope_parameters=None, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-        [], "rope type 'yarn' is not supported",
+    "wrong shape": (
+        lambda c: edit_json(c / "base" / "config.json", intermediate_size=48),
+        [],
+        "has shape (32, 16), config.json asks for (48, 16)",
     ),
-    "missing column": (lambda c: write_rows(c, {"prompt": "a", "text_": "b"}), ["data.format=prompt_completion"], "completion"),
-    "no response": (lambda c: write_rows(c, {"prompt": "a", "completion": "b ."}, {"prompt": "a", "completion": ""}), [], "row"),
-    "order does not divide": (None, ["mesh.order=3"], "population.members = 2 is not a multiple of mesh.order = 3"),
+    "unsupported rope": (
+        lambda c: edit_json(
+            c / "base" / "config.json",
+            rope_parameters=None,
+            rope_scaling={"rope_type": "yarn", "factor": 4.0},
+        ),
+        [],
+        "rope type 'yarn' is not supported",
+    ),
+    "missing column": (
+        lambda c: write_rows(c, {"prompt": "a", "text_": "b"}),
+        ["data.format=prompt_completion"],
+        "completion",
+    ),
+    "no response": (
+        lambda c: write_rows(
+            c, {"prompt": "a", "completion": "b ."}, {"prompt": "a", "completion": ""}
+        ),
+        [],
+        "row",
+    ),
+    "order does not divide": (
+        None,
+        ["mesh.order=3"],
+        "population.members = 2 is not a multiple of mesh.order = 3",
+    ),
     "too many devices": (None, ["mesh.fsdp=64"], "8 are present"),
-    "context too short": (None, ["data.max_length=64"], "data.max_length = 64 is above the 32 positions"),
-}  # fmt: skip
+    "context too short": (
+        None,
+        ["data.max_length=64"],
+        "data.max_length = 64 is above the 32 positions",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -122,45 +161,100 @@ def test_bad_arguments(arguments, expected, capsys, tmp_path, monkeypatch):
 
 
 def test_help_is_quick_and_names_every_command():
-    done = subprocess.run([sys.executable, "-m", "jax_ordermerge", "--help"], capture_output=True, text=True, check=True)
-    for command in ("run", "train", "merge", "analyze", "evaluate", "generate", "convert", "report"):
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_ordermerge", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for command in (
+        "run",
+        "train",
+        "merge",
+        "analyze",
+        "evaluate",
+        "generate",
+        "convert",
+        "report",
+    ):
         assert f"\n  {command} " in done.stdout
     code = "import sys; sys.argv = ['ordermerge', '--help']\ntry:\n import jax_ordermerge.cli as c; c.main()\nexcept SystemExit: pass\nprint(sorted(m for m in ('jax', 'flax', 'transformers', 'numpy') if m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.endswith("[]\n")
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.endswith("[]\n")
 
 
 def test_convert_there_and_back_and_one_member(folder, tmp_path):
     assert call("convert", folder / "base", tmp_path / "orbax", "--to", "orbax") == 0
     assert call("convert", tmp_path / "orbax", tmp_path / "hf") == 0
-    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (folder / "base" / "model.safetensors").read_bytes()
-    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (folder / "base" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (
+        folder / "base" / "model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (
+        folder / "base" / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_merging_files_equals_the_merge_of_the_run(folder, tmp_path):
     config = tiny.make_config(
-        tmp_path, model={"base": str(folder / "base"), "compute_dtype": "float32"}, output=str(tmp_path / "run")
+        tmp_path,
+        model={"base": str(folder / "base"), "compute_dtype": "float32"},
+        output=str(tmp_path / "run"),
     )
     pipeline.run(read_config(config), through="merge", say=lambda line: None)
     members = [tmp_path / f"member{m}" for m in range(2)]
     for number, member in enumerate(members):
         assert call("convert", tmp_path / "run", member, "--member", number) == 0
-    arguments = ["merge", *members, "--base", folder / "base", "--out", tmp_path / "merged", "--param", "resample=exhaustive"]
+    arguments = [
+        "merge",
+        *members,
+        "--base",
+        folder / "base",
+        "--out",
+        tmp_path / "merged",
+        "--param",
+        "resample=exhaustive",
+    ]
     assert call(*arguments) == 0
     ours, theirs = Reader(tmp_path / "merged"), Reader(tmp_path / "run" / "merged" / "selection")
     assert sorted(ours.names) == sorted(theirs.names)
     for name in ours.names:
-        assert np.array_equal(ours.read(name).view(np.uint16), theirs.read(name).view(np.uint16)), name
+        assert np.array_equal(ours.read(name).view(np.uint16), theirs.read(name).view(np.uint16)), (
+            name
+        )
     assert call(*arguments) == 2  # the target is not empty
 
 
 def test_generate(folder, capsys):
-    assert call("generate", folder / "base", "--prompt", "a plus b is ?", "--prompt", "c", "--max-new-tokens", 3) == 0
+    assert (
+        call(
+            "generate",
+            folder / "base",
+            "--prompt",
+            "a plus b is ?",
+            "--prompt",
+            "c",
+            "--max-new-tokens",
+            3,
+        )
+        == 0
+    )
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_generate_draws_by_seed(folder, capsys):
     def drawn(*options):
-        assert call("generate", folder / "base", *["--prompt", "a plus b is ?"] * 2, "--max-new-tokens", 6, *options) == 0
+        assert (
+            call(
+                "generate",
+                folder / "base",
+                *["--prompt", "a plus b is ?"] * 2,
+                "--max-new-tokens",
+                6,
+                *options,
+            )
+            == 0
+        )
         return capsys.readouterr().out
 
     options = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.99)

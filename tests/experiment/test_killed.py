@@ -16,17 +16,31 @@ SETTINGS = "training.epochs=40", "training.log_every=1", "training.checkpoint_ev
 def lines(output):
     """Return the whole lines of the log."""
     log = output / "metrics" / "train.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")] if log.is_file() else []
+    return (
+        [
+            json.loads(line)
+            for line in log.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
+        if log.is_file()
+        else []
+    )
 
 
 @pytest.mark.slow
 def test_killed_at_20_random_moments(folder, tmp_path):
     random = np.random.default_rng(0)
-    alone, output, kept = tmp_path / "alone", tmp_path / "run", f"compilation_cache={tmp_path / 'compiled'}"
+    alone, output, kept = (
+        tmp_path / "alone",
+        tmp_path / "run",
+        f"compilation_cache={tmp_path / 'compiled'}",
+    )
     complete(folder, alone, *SETTINGS, kept, processes=1, devices=1)
     cut_off = 0
     for number in range(KILLS):
-        moment = max(number * EACH + random.integers(EACH), len(lines(output)) + 1)  # after a step that this start has taken
+        moment = max(
+            number * EACH + random.integers(EACH), len(lines(output)) + 1
+        )  # after a step that this start has taken
         with training([folder], output, *SETTINGS, kept, devices=1) as (process,):
             wait_for_lines(output, moment)
             time.sleep(random.uniform(0, 0.05))
@@ -48,4 +62,6 @@ def test_killed_at_20_random_moments(folder, tmp_path):
     for member in range(2):
         with np.load(output / "orders" / f"member_{member}.npz") as orders:
             for epoch in orders.values():
-                np.testing.assert_array_equal(np.sort(epoch[epoch >= 0]), np.sort(ids))  # each sample once
+                np.testing.assert_array_equal(
+                    np.sort(epoch[epoch >= 0]), np.sort(ids)
+                )  # each sample once

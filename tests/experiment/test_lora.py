@@ -8,7 +8,7 @@ import pytest
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import pipeline, stages, waves
-from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.experiment.layout import read_config
 from jax_ordermerge.train import members
 from tests.experiment import tiny
 from tests.experiment.test_cli import call
@@ -41,9 +41,17 @@ def assert_same_tensors(one, other):
 @pytest.mark.slow
 def test_every_stage_works_on_adapters(run):
     directory, said = run
-    assert "  lora: 624 parameters a member are trained, 4,944 of the base are held once in float32" in said
+    assert (
+        "  lora: 624 parameters a member are trained, 4,944 of the base are held once in float32"
+        in said
+    )
     models = json.loads((directory / "evaluations.json").read_text())["models"]
-    assert [model["name"] for model in models] == ["base", *(f"member_{m}" for m in range(4)), "average", "selection"]
+    assert [model["name"] for model in models] == [
+        "base",
+        *(f"member_{m}" for m in range(4)),
+        "average",
+        "selection",
+    ]
     with np.load(directory / "losses" / "final.npz") as final:
         losses = dict(zip(final["names"], final["losses"].mean(-1), strict=True))
     assert all(losses[f"member_{m}"] < losses["base"] for m in range(4))
@@ -57,15 +65,30 @@ def test_answers_while_training_are_those_of_dense_members(run):
     w = stages.prepare(read_config(directory), lambda line: None)
     held = w.splits["validation"]
     for number in last["members"]:
-        dense = members.restore_member(w.config, w.model, w.mesh, number, directory=waves.home(w.config, number))
+        dense = members.restore_member(
+            w.config, w.model, w.mesh, number, directory=waves.home(w.config, number)
+        )
         generate = harness.generator(w.model, dense, w.tokenizer, batch=4, dtype="float32")
-        assert last["texts"][number] == generate([held.prompt(row).tolist() for row in range(len(held))], 4)
+        assert last["texts"][number] == generate(
+            [held.prompt(row).tolist() for row in range(len(held))], 4
+        )
 
 
 def test_merges_of_the_run_are_those_of_its_members_and_of_its_adapters(run, folder, tmp_path):
     directory, _ = run
     for number in range(4):
-        assert call("convert", directory, tmp_path / f"adapter{number}", "--to", "peft", "--member", number) == 0
+        assert (
+            call(
+                "convert",
+                directory,
+                tmp_path / f"adapter{number}",
+                "--to",
+                "peft",
+                "--member",
+                number,
+            )
+            == 0
+        )
         assert call("convert", directory, tmp_path / f"member{number}", "--member", number) == 0
     kinds = {
         "members": [f"{directory}/member_{m}" for m in range(4)],
@@ -81,22 +104,45 @@ def test_merges_of_the_run_are_those_of_its_members_and_of_its_adapters(run, fol
 
 def test_an_exported_adapter_is_described_as_peft_does(run, folder, tmp_path):
     directory, _ = run
-    assert call("convert", directory, tmp_path / "adapter", "--to", "peft", "--member", 1, "--dtype", "bfloat16") == 0
+    assert (
+        call(
+            "convert",
+            directory,
+            tmp_path / "adapter",
+            "--to",
+            "peft",
+            "--member",
+            1,
+            "--dtype",
+            "bfloat16",
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (found["peft_type"], found["r"], found["lora_alpha"]) == ("LORA", 3, 6)
     assert found["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     assert found["base_model_name_or_path"] == str(folder / "base")
     reader = Reader(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert reader.info("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight") == ("bfloat16", (3, 32))
+    assert reader.info("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight") == (
+        "bfloat16",
+        (3, 32),
+    )
     assert len(reader.names) == 2 * 2 * 3
-    assert "base_model_relation" not in (tmp_path / "adapter" / "README.md").read_text()  # the base is a path of this machine
-    assert call("convert", directory, tmp_path / "adapter", "--to", "peft", "--member", 1) == 2  # it is there
+    assert (
+        "base_model_relation" not in (tmp_path / "adapter" / "README.md").read_text()
+    )  # the base is a path of this machine
+    assert (
+        call("convert", directory, tmp_path / "adapter", "--to", "peft", "--member", 1) == 2
+    )  # it is there
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["BASE", "OUT", "--to", "peft", "--member", 0], "--to peft goes with a run directory and --member"),
+        (
+            ["BASE", "OUT", "--to", "peft", "--member", 0],
+            "--to peft goes with a run directory and --member",
+        ),
         (["RUN", "OUT", "--to", "peft"], "is a run of 4 members; choose one with --member"),
         (["RUN", "OUT", "--to", "peft", "--member", 4], "--member 4: the run has members 0 to 3"),
         (["RUN", "OUT", "--to", "lora", "--member", 0], "--to lora: expected hf, orbax or peft"),
@@ -112,7 +158,9 @@ def test_what_cannot_be_exported(run, folder, tmp_path, capsys, arguments, messa
 
 
 def test_targets_are_checked_before_anything_is_written(folder, tmp_path, capsys):
-    config = tiny.make_config(tmp_path, model={"base": str(folder / "base")}, lora={"targets": ["qkv"]})
+    config = tiny.make_config(
+        tmp_path, model={"base": str(folder / "base")}, lora={"targets": ["qkv"]}
+    )
     assert call("run", config) == 2
     assert "lora.targets: qkv is no matrix of this model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import pipeline, stages
-from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.experiment.layout import read_config
 from jax_ordermerge.train import loop
 
 
@@ -36,15 +36,34 @@ def run(folder):
 def test_every_part_of_the_run_directory_is_there(run):
     directory, _ = run
     assert {path.name for path in directory.iterdir()} >= {
-        "config.yaml", "data.json", "orders", "metrics", "checkpoints", "losses", "analysis.json", "merged", "merge.json",
-        "evaluations", "evaluations.json", "report.html", "report.md",
-    }  # fmt: skip
+        "config.yaml",
+        "data.json",
+        "orders",
+        "metrics",
+        "checkpoints",
+        "losses",
+        "analysis.json",
+        "merged",
+        "merge.json",
+        "evaluations",
+        "evaluations.json",
+        "report.html",
+        "report.md",
+    }
     assert not [path for path in directory.rglob("*") if "partial" in path.name]
     merged = directory / "merged" / "selection"
     assert {path.name for path in merged.iterdir()} >= {
-        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "merge_config.yaml",
-    }  # fmt: skip
-    names = [model["name"] for model in json.loads((directory / "evaluations.json").read_text())["models"]]
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+        "merge_config.yaml",
+    }
+    names = [
+        model["name"]
+        for model in json.loads((directory / "evaluations.json").read_text())["models"]
+    ]
     assert names == ["base", "member_0", "member_1", "average", "selection"]
     with np.load(directory / "losses" / "final.npz") as final:
         assert final["losses"].shape == (5, 40)
@@ -69,15 +88,23 @@ def test_another_config_is_refused_with_the_difference(run, folder):
 
 def test_other_hardware_is_not_another_config(run, folder):
     said = []
-    pipeline.run(load_config(folder / "tiny.yaml", ["mesh.order=2", "training.log_every=1"]), say=said.append)
+    pipeline.run(
+        load_config(folder / "tiny.yaml", ["mesh.order=2", "training.log_every=1"]), say=said.append
+    )
     assert said[0].startswith("everything is done")
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypatch, groups):
     directory, _ = run
-    shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations*", "config.yaml", "report*"))
-    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}", f"mesh.order={groups}"])
+    shutil.copytree(
+        directory,
+        tmp_path / "run",
+        ignore=shutil.ignore_patterns("evaluations*", "config.yaml", "report*"),
+    )
+    config = load_config(
+        folder / "tiny.yaml", [f"output={tmp_path / 'run'}", f"mesh.order={groups}"]
+    )
     original, sizes = harness.decode.generate_members, []
 
     def counted(model, population, *args, **settings):
@@ -89,7 +116,10 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
     # five models, two members: the last stands alone, but every group of devices takes part
     assert sizes == [2, 2, 1 if groups == 1 else 2]
     for file in sorted((directory / "evaluations").glob("*.json")):
-        ours, theirs = (json.loads(path.read_text())["tasks"] for path in (tmp_path / "run" / "evaluations" / file.name, file))
+        ours, theirs = (
+            json.loads(path.read_text())["tasks"]
+            for path in (tmp_path / "run" / "evaluations" / file.name, file)
+        )
         assert ours == theirs
     if groups == 2:
         return
@@ -98,12 +128,16 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
     for name, params in stages.models(w, ["base", "member_1", "average", "selection"]):
         generate = harness.generator(w.model, params, w.tokenizer, batch=8, dtype="float32")
         alone = generate([test.prompt(row).tolist() for row in range(len(test))], 4)
-        items = json.loads((tmp_path / "run" / "evaluations" / f"{name}.json").read_text())["tasks"]["swap"]
+        items = json.loads((tmp_path / "run" / "evaluations" / f"{name}.json").read_text())[
+            "tasks"
+        ]["swap"]
         assert [item["answer"] for item in items] == alone
 
 
 @pytest.mark.parametrize("stage", ["train", "merge", "analyze", "evaluate"])
-def test_interrupted_and_called_again_ends_with_the_same_bytes(run, folder, tmp_path, monkeypatch, stage):
+def test_interrupted_and_called_again_ends_with_the_same_bytes(
+    run, folder, tmp_path, monkeypatch, stage
+):
     directory, _ = run
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
     room, name, after = {
@@ -126,10 +160,18 @@ def test_interrupted_and_called_again_ends_with_the_same_bytes(run, folder, tmp_
             pipeline.run(config, say=lambda line: None)
     assert not pipeline.complete(stage, config)
     pipeline.run(config, say=lambda line: None)
-    for part in ("merged/average/model.safetensors", "merged/selection/model.safetensors", "analysis.json", "evaluations.json"):
+    for part in (
+        "merged/average/model.safetensors",
+        "merged/selection/model.safetensors",
+        "analysis.json",
+        "evaluations.json",
+    ):
         assert (tmp_path / "run" / part).read_bytes() == (directory / part).read_bytes(), part
     ours, theirs = (
-        [json.loads(line)["loss"] for line in (d / "metrics" / "train.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["loss"]
+            for line in (d / "metrics" / "train.jsonl").read_text().splitlines()
+        ]
         for d in (tmp_path / "run", directory)
     )
     assert ours == theirs
@@ -152,7 +194,9 @@ def test_a_lost_merge_is_made_again(run, folder, tmp_path):
     shutil.rmtree(tmp_path / "run" / "merged" / "average")
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
     (tmp_path / "run" / "config.yaml").write_text(
-        (tmp_path / "run" / "config.yaml").read_text().replace(str(directory), str(tmp_path / "run"))
+        (tmp_path / "run" / "config.yaml")
+        .read_text()
+        .replace(str(directory), str(tmp_path / "run"))
     )
     pipeline.run(config, say=lambda line: None)
     name = "merged/average/model.safetensors"
@@ -166,15 +210,33 @@ def test_resolved_config_is_written(run):
 
 
 def test_packed_rows_are_described_and_analyzed_by_sample(folder, tmp_path):
-    overrides = [f"output={tmp_path / 'run'}", "data.packing=packs", "data.max_length=32", "merge.methods=[]", "training.epochs=3"]
+    overrides = [
+        f"output={tmp_path / 'run'}",
+        "data.packing=packs",
+        "data.max_length=32",
+        "merge.methods=[]",
+        "training.epochs=3",
+    ]
     said = []
-    directory = pipeline.run(load_config(folder / "tiny.yaml", overrides), through="analyze", say=said.append)
+    directory = pipeline.run(
+        load_config(folder / "tiny.yaml", overrides), through="analyze", say=said.append
+    )
     data = json.loads((directory / "data.json").read_text())["train"]
     # 40 examples of 9 tokens, three in a row of 32: 14 rows, in two steps of up to 8
     assert data["tokens"] == 360
-    assert data["packing"] == {"kind": "packs", "examples": 3, "length": 32, "steps": 2, "rows": 8, "filled": 360 / (2 * 8 * 32)}
+    assert data["packing"] == {
+        "kind": "packs",
+        "examples": 3,
+        "length": 32,
+        "steps": 2,
+        "rows": 8,
+        "filled": 360 / (2 * 8 * 32),
+    }
     assert "  packs: up to 3 examples in a row of 32 tokens, 70.3% no padding" in said
-    with np.load(directory / "orders" / "member_1.npz") as orders, np.load(directory / "losses" / "final.npz") as final:
+    with (
+        np.load(directory / "orders" / "member_1.npz") as orders,
+        np.load(directory / "losses" / "final.npz") as final,
+    ):
         assert orders["epoch_2"].shape == (2, 8, 3)
         assert sorted(orders["epoch_2"][orders["epoch_2"] >= 0]) == sorted(final["ids"])
     assert json.loads((directory / "analysis.json").read_text())
@@ -185,22 +247,31 @@ def test_merges_that_look_at_data(folder, tmp_path):
     """Fisher information from training samples, and a soup chosen on validation samples; another seed changes neither."""
     raw = yaml.safe_load((folder / "tiny.yaml").read_text())
     raw["output"] = str(tmp_path / "run")
-    raw["merge"] = {"methods": [{"method": "average"}, {"method": "fisher"}, {"method": "greedy_soup"}], "fisher_examples": 5}
+    raw["merge"] = {
+        "methods": [{"method": "average"}, {"method": "fisher"}, {"method": "greedy_soup"}],
+        "fisher_examples": 5,
+    }
     raw["evaluation"] = {"batch": 8}
     config = tmp_path / "fisher.yaml"
     config.write_text(yaml.safe_dump(raw))
     directory = pipeline.run(load_config(config))
-    merges = {one["method"]: one for one in json.loads((directory / "merge.json").read_text())["merges"]}
+    merges = {
+        one["method"]: one for one in json.loads((directory / "merge.json").read_text())["merges"]
+    }
     soup = merges["greedy_soup"]["parameters"]
     best = int(np.argmin(soup["validation_losses"]))
     assert soup["members"][0] == best
     assert soup["after_each"][0] == soup["validation_losses"][best]
     assert len(soup["after_each"]) == 2
-    average, fisher = (directory / "merged" / name / "model.safetensors" for name in ("average", "fisher"))
+    average, fisher = (
+        directory / "merged" / name / "model.safetensors" for name in ("average", "fisher")
+    )
     assert average.stat().st_size == fisher.stat().st_size
     assert average.read_bytes() != fisher.read_bytes()
     assert 0.5 < merges["fisher"]["diagnostics"]["total"]["norm_ratio"] < 2
     raw["data"]["validation_examples"] = 0
     config.write_text(yaml.safe_dump(raw | {"output": str(tmp_path / "other")}))
-    with pytest.raises(UserError, match=r"greedy_soup chooses on validation data: set data\.validation_examples"):
+    with pytest.raises(
+        UserError, match=r"greedy_soup chooses on validation data: set data\.validation_examples"
+    ):
         pipeline.run(load_config(config))

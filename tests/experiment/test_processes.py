@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.checkpoint import convert, orbax
-from jax_ordermerge.experiment.run_directory import read_config
+from jax_ordermerge.experiment.layout import read_config
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import members
 
@@ -41,21 +41,36 @@ def training(folders, output, *overrides, devices=2, flags=(), indices=None, own
         "JAX_PLATFORMS": "cpu",
     }
     settings = [
-        f"output={output}", "mesh.fsdp=-1", "training.epochs=8", "training.log_every=2", "training.checkpoint_every=10", *overrides
-    ]  # fmt: skip
+        f"output={output}",
+        "mesh.fsdp=-1",
+        "training.epochs=8",
+        "training.log_every=2",
+        "training.checkpoint_every=10",
+        *overrides,
+    ]
     if len(folders) > 1:
         settings = [
-            f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={len(folders)}",
-            f"distributed.heartbeat_timeout={HEARTBEAT}", *settings,
-        ]  # fmt: skip
+            f"distributed.coordinator=127.0.0.1:{port}",
+            f"distributed.processes={len(folders)}",
+            f"distributed.heartbeat_timeout={HEARTBEAT}",
+            *settings,
+        ]
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "jax_ordermerge", "train", "tiny.yaml", *flags]
-            + [part for one in [*settings, f"distributed.index={index}", *(own or {}).get(index, [])] for part in ("--set", one)],
-            env=environment, cwd=folders[index], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            + [
+                part
+                for one in [*settings, f"distributed.index={index}", *(own or {}).get(index, [])]
+                for part in ("--set", one)
+            ],
+            env=environment,
+            cwd=folders[index],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for index in (range(len(folders)) if indices is None else indices)
-    ]  # fmt: skip
+    ]
     try:
         yield running
     finally:
@@ -89,7 +104,9 @@ def complete(folder, output, *overrides, processes=2, devices=2):
 def result(folder, output):
     config = read_config(folder / "tiny.yaml", [f"output={output}", "training.epochs=8"])
     model = convert.load_config(convert.resolve(config.model.base))
-    return members.restore_members(config, model, make_mesh()), np.load(output / "losses" / "train.npz")["losses"]
+    return members.restore_members(config, model, make_mesh()), np.load(
+        output / "losses" / "train.npz"
+    )["losses"]
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +134,18 @@ def one_process(folder, tmp_path_factory):
     return train
 
 
-APART = "mesh.order=2", "mesh.fsdp=2", "mesh.tensor=2"  # a member in each of two processes: only the order axis is across
+APART = (
+    "mesh.order=2",
+    "mesh.fsdp=2",
+    "mesh.tensor=2",
+)  # a member in each of two processes: only the order axis is across
 ACROSS = "mesh.order=1", "mesh.fsdp=4", "mesh.tensor=2"  # parameters of a member in both
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_bits_of_one_where_members_are_not_divided(folder, tmp_path, one_process):
+def test_two_processes_have_the_bits_of_one_where_members_are_not_divided(
+    folder, tmp_path, one_process
+):
     complete(folder, tmp_path / "run", *APART, devices=4)
     assert_same(result(folder, tmp_path / "run"), one_process(*APART))
 
@@ -130,14 +153,19 @@ def test_two_processes_have_the_bits_of_one_where_members_are_not_divided(folder
 @pytest.mark.slow
 def test_two_processes_do_as_one_where_members_are_divided(folder, tmp_path, one_process):
     complete(folder, tmp_path / "run", *ACROSS, devices=4)
-    ours, theirs = (jax.device_get(jax.tree.leaves(found)) for found in (result(folder, tmp_path / "run"), one_process(*ACROSS)))
+    ours, theirs = (
+        jax.device_get(jax.tree.leaves(found))
+        for found in (result(folder, tmp_path / "run"), one_process(*ACROSS))
+    )
     for x, y in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_what_two_processes_began_one_ends_and_the_other_way_round(folder, tmp_path, one_process, first, then):
+def test_what_two_processes_began_one_ends_and_the_other_way_round(
+    folder, tmp_path, one_process, first, then
+):
     output = tmp_path / "run"
     with training([folder] * first, output, *APART, devices=8 // first) as running:
         wait_for_lines(output, 4)
@@ -167,7 +195,10 @@ def test_sigterm_to_one_stops_both_at_the_same_step(folder, tmp_path, whole):
         said = [ended(process, 60) for process in both]
     assert [code for code, _ in said] == [143, 143], said
     step = orbax.latest(output / "checkpoints")
-    assert all(f"stopped by SIGTERM after step {step} of 40, with a checkpoint" in stderr for _, stderr in said)
+    assert all(
+        f"stopped by SIGTERM after step {step} of 40, with a checkpoint" in stderr
+        for _, stderr in said
+    )
     assert not (output / "metrics" / "state.json").exists()
     complete(folder, output)
     assert_same(result(folder, output), whole)
@@ -198,8 +229,13 @@ def test_processes_with_different_data_or_config_do_not_start(folder, tmp_path):
         said = [ended(process, 120) for process in both]
     assert [code for code, _ in said] == [2, 2], said
     for _, stderr in said:
-        assert "error: process 1 differs from process 0 in data.train, data.validation; start every process with the same" in stderr
-    with training([folder, folder], tmp_path / "run2", own={1: ["seed=5", "training.epochs=3"]}) as both:
+        assert (
+            "error: process 1 differs from process 0 in data.train, data.validation; start every process with the same"
+            in stderr
+        )
+    with training(
+        [folder, folder], tmp_path / "run2", own={1: ["seed=5", "training.epochs=3"]}
+    ) as both:
         said = [ended(process, 120) for process in both]
     assert [code for code, _ in said] == [2, 2], said
     for _, stderr in said:
@@ -211,10 +247,14 @@ def test_processes_with_different_data_or_config_do_not_start(folder, tmp_path):
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_start_without_the_peer_fails_in_time_with_one_line(folder, tmp_path, index):
     began = time.monotonic()
-    with training([folder, folder], tmp_path / "run", "distributed.timeout=2", indices=[index]) as (process,):
+    with training([folder, folder], tmp_path / "run", "distributed.timeout=2", indices=[index]) as (
+        process,
+    ):
         code, stderr = ended(process, 60)
     assert code == 1
-    assert stderr.strip().startswith(f"error: process {index} of 2 did not find all its peers within 2 s (coordinator 127.0.0.1:")
+    assert stderr.strip().startswith(
+        f"error: process {index} of 2 did not find all its peers within 2 s (coordinator 127.0.0.1:"
+    )
     assert len(stderr.strip().splitlines()) == 1
     assert time.monotonic() - began < 2 + 20  # the start of Python and jax on a busy machine
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ import pytest
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline, waves
-from jax_ordermerge.merge.references import open_model
+from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.plan.compiled import Needs
 
 
@@ -18,7 +18,9 @@ def both(folder, tmp_path_factory):
     made, said, asks = [], [], ["samples.every=4", "samples.max_new_tokens=4"]
     for name, wave in (("whole", "null"), ("waves", "1")):
         directory = tmp_path_factory.mktemp(name) / "run"
-        config = load_config(folder / "tiny.yaml", [f"output={directory}", f"population.wave={wave}", *asks])
+        config = load_config(
+            folder / "tiny.yaml", [f"output={directory}", f"population.wave={wave}", *asks]
+        )
         made.append(pipeline.run(config, through="merge", say=said.append))
     return *made, said
 
@@ -30,21 +32,37 @@ def test_the_same_members_merges_and_records(both):
     for name in ("average", "selection"):
         files = [directory / "merged" / name / "model.safetensors" for directory in (whole, parts)]
         assert files[0].read_bytes() == files[1].read_bytes()
-    with np.load(whole / "losses" / "train.npz") as one, np.load(parts / "losses" / "train.npz") as other:
+    with (
+        np.load(whole / "losses" / "train.npz") as one,
+        np.load(parts / "losses" / "train.npz") as other,
+    ):
         assert one["losses"].tobytes() == other["losses"].tobytes()
         assert one["ids"].tolist() == other["ids"].tolist()
-    digests = [json.loads((directory / "orders" / "digests.json").read_text()) for directory in (whole, parts)]
+    digests = [
+        json.loads((directory / "orders" / "digests.json").read_text())
+        for directory in (whole, parts)
+    ]
     assert digests[0] == digests[1]
     lines = [
-        [json.loads(text) for text in (directory / "metrics" / "train.jsonl").read_text().splitlines()]
+        [
+            json.loads(text)
+            for text in (directory / "metrics" / "train.jsonl").read_text().splitlines()
+        ]
         for directory in (whole, parts)
     ]
     for one, other in zip(*lines, strict=True):
-        assert [one[key] for key in ("step", "loss", "grad_norm")] == [other[key] for key in ("step", "loss", "grad_norm")]
-    answers = [(directory / "metrics" / "samples.jsonl").read_text() for directory in (whole, parts)]
+        assert [one[key] for key in ("step", "loss", "grad_norm")] == [
+            other[key] for key in ("step", "loss", "grad_norm")
+        ]
+    answers = [
+        (directory / "metrics" / "samples.jsonl").read_text() for directory in (whole, parts)
+    ]
     assert answers[0] == answers[1]
     assert [json.loads(line)["members"] for line in answers[0].splitlines()] == [[0, 1]] * 3
-    states = [json.loads((directory / "metrics" / "state.json").read_text()) for directory in (whole, parts)]
+    states = [
+        json.loads((directory / "metrics" / "state.json").read_text())
+        for directory in (whole, parts)
+    ]
     assert states[0]["tokens"] == states[1]["tokens"]
     assert states[1]["waves"] == 2
 
@@ -69,14 +87,20 @@ def test_what_was_decided_stays(both, folder):
 
 
 def test_a_wave_must_fill_the_device_groups(folder, tmp_path):
-    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}", "population.wave=1", "mesh.order=2"])
-    with pytest.raises(UserError, match=r"population\.wave = 1 is not a multiple of the order axis"):
+    config = load_config(
+        folder / "tiny.yaml", [f"output={tmp_path / 'run'}", "population.wave=1", "mesh.order=2"]
+    )
+    with pytest.raises(
+        UserError, match=r"population\.wave = 1 is not a multiple of the order axis"
+    ):
         pipeline.run(config, through="train", say=lambda text: None)
     assert not (tmp_path / "run").exists()
 
 
 def test_sizes_of_waves_follow_from_memory():
-    needs = Needs(arguments=400, temporaries=100, exchanges={}, seconds=0)  # 8 members in 2 groups: 100 bytes each
+    needs = Needs(
+        arguments=400, temporaries=100, exchanges={}, seconds=0
+    )  # 8 members in 2 groups: 100 bytes each
     sizes = {limit: waves.size_of_wave(8, 2, needs, limit) for limit in (600, 520, 400, 300, 220)}
     assert sizes == {600: 8, 520: 4, 400: 4, 300: 2, 220: 2}
     with pytest.raises(UserError, match=r"one member needs .* a device"):

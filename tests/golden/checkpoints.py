@@ -50,8 +50,17 @@ def shapes() -> dict[str, tuple[int, ...]]:
         "mlp.gate_proj": (24, 16),
         "mlp.down_proj": (16, 24),
     }
-    layers = {f"model.layers.{number}.{name}.weight": shape for number in range(2) for name, shape in layer.items()}
-    return {"model.embed_tokens.weight": (40, 16), **layers, "model.norm.weight": (16,), "lm_head.weight": (40, 16)}
+    layers = {
+        f"model.layers.{number}.{name}.weight": shape
+        for number in range(2)
+        for name, shape in layer.items()
+    }
+    return {
+        "model.embed_tokens.weight": (40, 16),
+        **layers,
+        "model.norm.weight": (16,),
+        "lm_head.weight": (40, 16),
+    }
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -76,7 +85,9 @@ def _distinct(values: np.ndarray, base: np.ndarray, changed: np.ndarray) -> np.n
     return bits.view(np.float32)
 
 
-def _tensor(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _tensor(
+    name: str, shape: tuple[int, ...], generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Base [*s] and members [m, *s]: differences of a common part and an own part, half of them zero."""
     unit = _bell(generator, shape)
     shared, own = _bell(generator, shape), _bell(generator, (len(MEMBERS), *shape))
@@ -92,7 +103,9 @@ def _tensor(name: str, shape: tuple[int, ...], generator: np.random.Generator) -
         changed[MEMBERS.index("c")] = False
     base = to_bfloat16(base)
     members = np.where(changed, to_bfloat16(base + taus), base)
-    flat = _distinct(members.reshape(len(MEMBERS), -1), base.reshape(-1), changed.reshape(len(MEMBERS), -1))
+    flat = _distinct(
+        members.reshape(len(MEMBERS), -1), base.reshape(-1), changed.reshape(len(MEMBERS), -1)
+    )
     return base, flat.reshape(members.shape)
 
 

@@ -5,24 +5,47 @@ import numpy as np
 from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig, Rope, tensor_table
 
-_SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "rms_norm_eps": 1e-5}
+_SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "rms_norm_eps": 1e-5,
+}
 LLAMA3 = Rope(
-    theta=500.0, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    theta=500.0,
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
 )
 FAMILIES = {
     "llama2": ModelConfig(**_SMALL),
     "llama2_tied": ModelConfig(**_SMALL, tie_embeddings=True),
-    "llama_gqa_bias": ModelConfig(**_SMALL, num_kv_heads=2, qkv_bias=True, output_bias=True, mlp_bias=True),
+    "llama_gqa_bias": ModelConfig(
+        **_SMALL, num_kv_heads=2, qkv_bias=True, output_bias=True, mlp_bias=True
+    ),
     "llama_linear_rope": ModelConfig(**_SMALL, rope=Rope(theta=1000.0, kind="linear", factor=2.5)),
     "llama31": ModelConfig(**_SMALL, num_kv_heads=2, rope=LLAMA3),
     "llama_head_dim": ModelConfig(**_SMALL, num_kv_heads=1, head_dim=12),
     "mistral_window": ModelConfig(family="mistral", **_SMALL, num_kv_heads=2, sliding_window=7),
-    "qwen2": ModelConfig(family="qwen2", **_SMALL, num_kv_heads=2, qkv_bias=True, tie_embeddings=True),
+    "qwen2": ModelConfig(
+        family="qwen2", **_SMALL, num_kv_heads=2, qkv_bias=True, tie_embeddings=True
+    ),
     "qwen3": ModelConfig(family="qwen3", **_SMALL, num_kv_heads=2, head_dim=16, qk_norm=True),
     "qwen3_bias": ModelConfig(
-        family="qwen3", **_SMALL, num_kv_heads=2, head_dim=16, qk_norm=True, qkv_bias=True, output_bias=True, tie_embeddings=True
+        family="qwen3",
+        **_SMALL,
+        num_kv_heads=2,
+        head_dim=16,
+        qk_norm=True,
+        qkv_bias=True,
+        output_bias=True,
+        tie_embeddings=True,
     ),
-}  # fmt: skip
+}
 LENGTH = 24
 
 
@@ -31,7 +54,9 @@ def weights(config: ModelConfig) -> tree.Tree:
     flat = {}
     for number, spec in enumerate(tensor_table(config)):
         index = np.arange(np.prod(spec.shape), dtype=np.float64)
-        waves = np.sin(index * (1.7 + 0.13 * number) + number) * np.cos(index * index * 0.0031 + 0.5 * number)
+        waves = np.sin(index * (1.7 + 0.13 * number) + number) * np.cos(
+            index * index * 0.0031 + 0.5 * number
+        )
         values = 1 + 0.3 * waves if spec.init == "ones" else 0.35 * waves
         flat[spec.path] = values.reshape(spec.shape).astype(np.float32)
     return tree.unflatten(flat)

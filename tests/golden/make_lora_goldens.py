@@ -23,7 +23,13 @@ from transformers import AutoModelForCausalLM
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]},
-    "rslora": {"r": 4, "lora_alpha": 2, "use_rslora": True, "fan_in_fan_out": True, "target_modules": ["k_proj", "lm_head"]},
+    "rslora": {
+        "r": 4,
+        "lora_alpha": 2,
+        "use_rslora": True,
+        "fan_in_fan_out": True,
+        "target_modules": ["k_proj", "lm_head"],
+    },
     "patterns": {
         "r": 2,
         "lora_alpha": 4,
@@ -31,11 +37,18 @@ CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {"v_proj": 5, "layers.1.mlp.up_proj": 3},
         "alpha_pattern": {r"layers\.0\..*q_proj": 1, "o_proj": 7},
     },
-    "embedding": {"r": 2, "lora_alpha": 3, "target_modules": ["embed_tokens", "v_proj"], "modules_to_save": ["lm_head"]},
+    "embedding": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["embed_tokens", "v_proj"],
+        "modules_to_save": ["lm_head"],
+    },
 }
 
 
-def merged(directory: str, settings: dict[str, Any], generator: np.random.Generator) -> dict[str, np.ndarray]:
+def merged(
+    directory: str, settings: dict[str, Any], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
     """One adapter with random weights: its files and the tensors that it changes."""
     model = AutoModelForCausalLM.from_pretrained(f"{directory}/base", dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -44,8 +57,15 @@ def merged(directory: str, settings: dict[str, Any], generator: np.random.Genera
             values = 0.2 * (generator.random(tuple(parameter.shape)) - 0.5)
             parameter.data = torch.from_numpy(values.astype(np.float32))
     model.save_pretrained(f"{directory}/adapter")
-    found = {"config": np.array((pathlib.Path(directory) / "adapter" / "adapter_config.json").read_text())}
-    found |= {f"adapter/{name}": values for name, values in load_file(f"{directory}/adapter/adapter_model.safetensors").items()}
+    found = {
+        "config": np.array(
+            (pathlib.Path(directory) / "adapter" / "adapter_config.json").read_text()
+        )
+    }
+    found |= {
+        f"adapter/{name}": values
+        for name, values in load_file(f"{directory}/adapter/adapter_model.safetensors").items()
+    }
     base = load_file(f"{directory}/base/model.safetensors")
     for name, values in model.merge_and_unload().state_dict().items():
         if not np.array_equal(values.numpy(), base[name]):
@@ -56,13 +76,21 @@ def merged(directory: str, settings: dict[str, Any], generator: np.random.Genera
 if __name__ == "__main__":
     torch.set_num_threads(1)
     inputs = checkpoints.models()
-    versions = {name: importlib.metadata.version(name) for name in ("peft", "torch", "transformers", "numpy")}
-    goldens = {"digest": np.array(checkpoints.digest(inputs)), "versions": np.array(json.dumps(versions))}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("peft", "torch", "transformers", "numpy")
+    }
+    goldens = {
+        "digest": np.array(checkpoints.digest(inputs)),
+        "versions": np.array(json.dumps(versions)),
+    }
     random = np.random.Generator(np.random.PCG64(checkpoints.SEED))
     for case, chosen in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             checkpoints.write(pathlib.Path(folder), {"base": inputs["base"]})
-            goldens |= {f"{case}/{key}": values for key, values in merged(folder, chosen, random).items()}
+            goldens |= {
+                f"{case}/{key}": values for key, values in merged(folder, chosen, random).items()
+            }
     target = pathlib.Path(__file__).parent / "merge" / "lora.npz"
     np.savez_compressed(target, **goldens)
     print(f"{len(CASES)} adapters: {target.stat().st_size / 1000:.0f} kB")

@@ -28,25 +28,48 @@ from mergekit.merge import MergeOptions, run_merge
 from safetensors.numpy import load_file
 
 SEEDS = 64
-KERNEL = (checkpoints.TINY, checkpoints.NEAR, checkpoints.UNTOUCHED, "model.layers.0.mlp.down_proj.weight", "model.norm.weight")
+KERNEL = (
+    checkpoints.TINY,
+    checkpoints.NEAR,
+    checkpoints.UNTOUCHED,
+    "model.layers.0.mlp.down_proj.weight",
+    "model.norm.weight",
+)
 OF_LAYERS = ("input_layernorm.weight", "k_proj.weight", "down_proj.weight")
-HUB = {"example-org/base": "base", "example-org/math": "a", "example-org/code": "b", "example-org/chat": "c"}
+HUB = {
+    "example-org/base": "base",
+    "example-org/math": "a",
+    "example-org/code": "b",
+    "example-org/chat": "c",
+}
 
 
 def recipe(
-    method: str, base: str | None, members: dict[str, dict[str, Any]], parameters: dict[str, Any] | None = None, **rest: Any
+    method: str,
+    base: str | None,
+    members: dict[str, dict[str, Any]],
+    parameters: dict[str, Any] | None = None,
+    **rest: Any,
 ) -> str:
     """The YAML text of a recipe over whole models."""
-    models = [{"model": name, **({"parameters": own} if own else {})} for name, own in members.items()]
+    models = [
+        {"model": name, **({"parameters": own} if own else {})} for name, own in members.items()
+    ]
     text = {"merge_method": method, **({"base_model": base} if base else {}), "models": models}
     text |= {"parameters": parameters} if parameters else {}
-    return yaml.safe_dump({**text, "dtype": "float32", **rest}, sort_keys=False, default_flow_style=None)
+    return yaml.safe_dump(
+        {**text, "dtype": "float32", **rest}, sort_keys=False, default_flow_style=None
+    )
 
 
-def weighted(a: float, b: float | None = None, c: float | None = None, **same: Any) -> dict[str, dict[str, Any]]:
+def weighted(
+    a: float, b: float | None = None, c: float | None = None, **same: Any
+) -> dict[str, dict[str, Any]]:
     """Members with a weight each, and parameters that are the same for all."""
     weights = {"a": a, "b": b, "c": c}
-    return {name: {"weight": weight, **same} for name, weight in weights.items() if weight is not None}
+    return {
+        name: {"weight": weight, **same} for name, weight in weights.items() if weight is not None
+    }
 
 
 PLAIN: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "c": {}}
@@ -109,29 +132,49 @@ CASES = {
     "slerp_members": recipe("slerp", "a", {"a": {}, "b": {}}, {"t": "7e-1"}),
     "nuslerp": recipe("nuslerp", None, weighted(0.6, 0.2)),
     "nuslerp_base": recipe("nuslerp", "base", weighted(0.6, 0.2)),
-    "nuslerp_row_wise_false": recipe("nuslerp", None, weighted(0.6, 0.2), {"nuslerp_flatten": False}),
-    "nuslerp_row_wise_true": recipe("nuslerp", None, weighted(0.6, 0.2), {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
-    "nuslerp_base_row_wise_false": recipe("nuslerp", "base", weighted(1, 1), {"nuslerp_flatten": False}),
-    "nuslerp_base_row_wise_true": recipe("nuslerp", "base", weighted(1, 1), {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    "nuslerp_row_wise_false": recipe(
+        "nuslerp", None, weighted(0.6, 0.2), {"nuslerp_flatten": False}
+    ),
+    "nuslerp_row_wise_true": recipe(
+        "nuslerp", None, weighted(0.6, 0.2), {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    ),
+    "nuslerp_base_row_wise_false": recipe(
+        "nuslerp", "base", weighted(1, 1), {"nuslerp_flatten": False}
+    ),
+    "nuslerp_base_row_wise_true": recipe(
+        "nuslerp", "base", weighted(1, 1), {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    ),
     "multislerp": recipe("multislerp", None, weighted(0.5, 0.2, 0.9)),
     "multislerp_base": recipe("multislerp", "base", weighted(0.5, 0.2, 0.9)),
-    "multislerp_unnormalized": recipe("multislerp", "base", weighted(0.5, 0.2, 0.9), {"normalize_weights": False}),
+    "multislerp_unnormalized": recipe(
+        "multislerp", "base", weighted(0.5, 0.2, 0.9), {"normalize_weights": False}
+    ),
     "karcher": recipe("karcher", None, PLAIN),
     "karcher_one_step": recipe("karcher", None, PLAIN, {"max_iter": 1}),
     "karcher_base_appended": recipe("karcher", "base", PLAIN),
     "task_arithmetic": recipe("task_arithmetic", "base", weighted(0.5, 0.3, 0.4)),
-    "task_arithmetic_lambda": recipe("task_arithmetic", "base", weighted(0.5, 0.3, 0.4), {"lambda": 0.7}),
-    "task_arithmetic_normalize": recipe("task_arithmetic", "base", weighted(0.5, 0.3, 0.4), {"normalize": True}),
+    "task_arithmetic_lambda": recipe(
+        "task_arithmetic", "base", weighted(0.5, 0.3, 0.4), {"lambda": 0.7}
+    ),
+    "task_arithmetic_normalize": recipe(
+        "task_arithmetic", "base", weighted(0.5, 0.3, 0.4), {"normalize": True}
+    ),
     "task_arithmetic_negative": recipe("task_arithmetic", "base", weighted(0.8, -0.5)),
     "ties": recipe("ties", "base", weighted(1, 1, 1, density=0.5)),
     "ties_own": recipe("ties", "base", OWN),
     "ties_lambda": recipe("ties", "base", weighted(0.5, 0.3, 0.4, density=0.2), {"lambda": 1.3}),
     "ties_unnormalized": recipe("ties", "base", OWN, {"normalize": False, "int8_mask": True}),
-    "ties_rescale": recipe("ties", "base", weighted(0.5, 0.3, 0.4), {"rescale": True, "density": 0.3}),
+    "ties_rescale": recipe(
+        "ties", "base", weighted(0.5, 0.3, 0.4), {"rescale": True, "density": 0.3}
+    ),
     "ties_negative": recipe("ties", "base", weighted(0.8, -0.5, 0.3, density=0.3)),
     "breadcrumbs": recipe("breadcrumbs", "base", weighted(0.5, 0.3, 0.4, density=0.6, gamma=0.1)),
-    "breadcrumbs_ties": recipe("breadcrumbs_ties", "base", weighted(0.5, 0.3, 0.4, density=0.6, gamma=0.1)),
-    "breadcrumbs_default_gamma": recipe("breadcrumbs", "base", weighted(0.5, 0.3, 0.4, density=0.995)),
+    "breadcrumbs_ties": recipe(
+        "breadcrumbs_ties", "base", weighted(0.5, 0.3, 0.4, density=0.6, gamma=0.1)
+    ),
+    "breadcrumbs_default_gamma": recipe(
+        "breadcrumbs", "base", weighted(0.5, 0.3, 0.4, density=0.995)
+    ),
     "dare_linear_dense": recipe("dare_linear", "base", weighted(0.5, 0.3, 0.4)),
     "dare_ties_dense": recipe("dare_ties", "base", weighted(0.5, 0.3, 0.4)),
     "della_dense": recipe("della", "base", weighted(0.5, 0.3, 0.4)),
@@ -144,30 +187,42 @@ CASES = {
     "arcee_fusion": recipe("arcee_fusion", "base", PAIR),
     "ram": recipe("ram", "base", PLAIN),
     "ramplus_tl": recipe("ramplus_tl", "base", PLAIN),
-    "ramplus_tl_own": recipe("ramplus_tl", "base", PLAIN, {"r": 0.5, "alpha": 1.5, "epsilon": 0.05}),
+    "ramplus_tl_own": recipe(
+        "ramplus_tl", "base", PLAIN, {"r": 0.5, "alpha": 1.5, "epsilon": 0.05}
+    ),
     "nearswap": recipe("nearswap", "base", PAIR, {"t": 0.05}),
     "passthrough": recipe("passthrough", None, {"b": {}}),
-}  # fmt: skip
+}
 NAMED = {
-    "linear_base_appended": recipe("linear", "base", {"a": {}, "b": {"weight": 2}}, {"weight": 0.5}),
+    "linear_base_appended": recipe(
+        "linear", "base", {"a": {}, "b": {"weight": 2}}, {"weight": 0.5}
+    ),
     "linear_fall_through": recipe("linear", None, FALL_THROUGH, {"weight": 0.6}),
     "slerp_gradient": recipe("slerp", "base", PAIR, {"t": [0, 0.5, 1]}),
     "slerp_filters": recipe("slerp", "base", PAIR, {"t": FILTERS}),
     "slerp_slices": SLICES,
     "ties_slices": SLICE_WEIGHTS,
     "passthrough_scale": recipe(
-        "passthrough", None, {"b": {"scale": [{"filter": "o_proj", "value": 0}, {"filter": "mlp", "value": [0.5, 2]}]}}
+        "passthrough",
+        None,
+        {"b": {"scale": [{"filter": "o_proj", "value": 0}, {"filter": "mlp", "value": [0.5, 2]}]}},
     ),
 }
 RANDOM = {
     "dare_linear": recipe("dare_linear", "base", weighted(0.5, 0.3, 0.4, density=0.6)),
     "dare_ties": recipe("dare_ties", "base", weighted(0.5, 0.3, 0.4, density=0.6)),
     "della": recipe("della", "base", weighted(0.5, 0.3, 0.4, density=0.6, epsilon=0.3)),
-    "della_linear": recipe("della_linear", "base", weighted(0.5, 0.3, 0.4, density=0.6, epsilon=0.3)),
+    "della_linear": recipe(
+        "della_linear", "base", weighted(0.5, 0.3, 0.4, density=0.6, epsilon=0.3)
+    ),
     "dare_linear_alone": recipe("dare_linear", "base", weighted(1, density=0.4)),
-    "dare_linear_alone_unscaled": recipe("dare_linear", "base", weighted(1, density=0.4), {"rescale": False}),
+    "dare_linear_alone_unscaled": recipe(
+        "dare_linear", "base", weighted(1, density=0.4), {"rescale": False}
+    ),
     "della_linear_alone": recipe("della_linear", "base", weighted(1, density=0.6)),
-    "della_linear_alone_unscaled": recipe("della_linear", "base", weighted(1, density=0.6), {"rescale": False}),
+    "della_linear_alone_unscaled": recipe(
+        "della_linear", "base", weighted(1, density=0.6), {"rescale": False}
+    ),
 }
 
 
@@ -186,15 +241,23 @@ def recorded(case: str, tensor: str) -> bool:
     """Whether a tensor of a case goes into the file."""
     if "arcee_fusion" in case and tensor in (checkpoints.TINY, checkpoints.NEAR):
         return False  # a divergence of 1e-8 is float32's rounding: no one's result
-    return tensor in KERNEL if case in CASES else "layers" not in tensor or tensor.endswith(OF_LAYERS)
+    return (
+        tensor in KERNEL if case in CASES else "layers" not in tensor or tensor.endswith(OF_LAYERS)
+    )
 
 
 def merge(text: str, seed: int = 0) -> checkpoints.Tensors:
     """The output of mergekit for a recipe, as float32."""
-    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed)
+    options = MergeOptions(
+        copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed
+    )
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), "out", options)
     # a bfloat16 file is beyond numpy: through torch, whose float32 holds every value of it
-    tensors = load_file("out/model.safetensors") if "out_dtype" not in text else _load_with_torch("out/model.safetensors")
+    tensors = (
+        load_file("out/model.safetensors")
+        if "out_dtype" not in text
+        else _load_with_torch("out/model.safetensors")
+    )
     shutil.rmtree("out")
     return {name: values.astype(np.float32) for name, values in tensors.items()}
 
@@ -238,7 +301,10 @@ def masks(text: str, inputs: dict[str, checkpoints.Tensors]) -> dict[str, np.nda
 if __name__ == "__main__":
     torch.set_num_threads(1)
     inputs = checkpoints.models()
-    versions = {name: importlib.metadata.version(name) for name in ("mergekit", "torch", "transformers", "numpy")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("mergekit", "torch", "transformers", "numpy")
+    }
     goldens = {"digest": np.array(checkpoints.digest(inputs)), "versions": np.array(str(versions))}
     target = pathlib.Path(__file__).parent.resolve() / "merge" / "mergekit.npz"
     recipes = {**CASES, **NAMED, **examples()}
@@ -247,10 +313,16 @@ if __name__ == "__main__":
         checkpoints.write(pathlib.Path(), inputs)
         for name, text in recipes.items():
             goldens[f"{name}/yaml"] = np.array(text)
-            goldens |= {f"{name}/{tensor}": values for tensor, values in merge(text).items() if recorded(name, tensor)}
+            goldens |= {
+                f"{name}/{tensor}": values
+                for tensor, values in merge(text).items()
+                if recorded(name, tensor)
+            }
         for name, text in RANDOM.items():
             found = masks(text, inputs) if "alone" in name else spread(text)
             goldens |= {f"random/{name}/{key}": values for key, values in found.items()}
         os.chdir(target.parent)
     np.savez_compressed(target, **goldens)
-    print(f"{len(recipes)} recipes and {len(RANDOM)} random ones: {target.stat().st_size / 1000:.0f} kB")
+    print(
+        f"{len(recipes)} recipes and {len(RANDOM)} random ones: {target.stat().st_size / 1000:.0f} kB"
+    )

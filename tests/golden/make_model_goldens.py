@@ -17,7 +17,11 @@ from jax_ordermerge.arch import ModelConfig, hf_tensors
 def torch_model(config: ModelConfig, params: tree.Tree) -> transformers.PreTrainedModel:
     """The transformers model of a config with these weights, in float32."""
     hf_config = transformers.AutoConfig.for_model(**config.to_hf("float32"))
-    model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").to(torch.float32).eval()
+    model = (
+        transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
+        .to(torch.float32)
+        .eval()
+    )
     flat = tree.flatten(params)
     state = {
         name: torch.tensor(np.asarray(flat[spec.path] if layer is None else flat[spec.path][layer]))
@@ -26,14 +30,20 @@ def torch_model(config: ModelConfig, params: tree.Tree) -> transformers.PreTrain
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     if set(missing) - tied or unexpected:
-        raise ValueError(f"the tensor table does not name transformers' tensors: missing {missing}, unexpected {unexpected}")
+        raise ValueError(
+            f"the tensor table does not name transformers' tensors: missing {missing}, unexpected {unexpected}"
+        )
     return model
 
 
 def logits(config: ModelConfig, params: tree.Tree, tokens: np.ndarray) -> np.ndarray:
     """float32[B, T, V]."""
     with torch.no_grad():
-        return torch_model(config, params)(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
+        return (
+            torch_model(config, params)(torch.tensor(tokens, dtype=torch.long))
+            .logits.float()
+            .numpy()
+        )
 
 
 if __name__ == "__main__":

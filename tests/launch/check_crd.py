@@ -29,10 +29,17 @@ def strict(node: Any) -> Any:
         return node
     if node.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
-    made = {key: strict(value) for key, value in node.items() if not key.startswith("x-kubernetes-") and key != "format"}
+    made = {
+        key: strict(value)
+        for key, value in node.items()
+        if not key.startswith("x-kubernetes-") and key != "format"
+    }
     if isinstance(node.get("properties"), dict):
         made["properties"] = {name: strict(value) for name, value in node["properties"].items()}
-        if not node.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in node:
+        if (
+            not node.get("x-kubernetes-preserve-unknown-fields")
+            and "additionalProperties" not in node
+        ):
             made["additionalProperties"] = False
     return made
 
@@ -42,7 +49,11 @@ def fields(node: dict[str, Any], path: str = "") -> Iterator[str]:
     for name, below in node.get("properties", {}).items():
         where = f"{path}.{name}"
         item = below.get("items", below)
-        yield where + (f" of {sorted(item['enum'])}" if "enum" in item and "onJobFailureReasons" not in where else "")
+        yield where + (
+            f" of {sorted(item['enum'])}"
+            if "enum" in item and "onJobFailureReasons" not in where
+            else ""
+        )
         if where != ".replicatedJobs.template.spec":
             yield from fields(item, where)
 
@@ -50,10 +61,16 @@ def fields(node: dict[str, Any], path: str = "") -> Iterator[str]:
 def main() -> int:
     """Print what differs."""
     definition = yaml.safe_load(pathlib.Path(sys.argv[1]).read_text())
-    (theirs,) = (one["schema"]["openAPIV3Schema"] for one in definition["spec"]["versions"] if one["name"] == "v1alpha2")
+    (theirs,) = (
+        one["schema"]["openAPIV3Schema"]
+        for one in definition["spec"]["versions"]
+        if one["name"] == "v1alpha2"
+    )
     wrong = [
         f"{one}: not in both"
-        for one in sorted(set(fields(theirs["properties"]["spec"])) ^ set(fields(JOBSET["properties"]["spec"])))
+        for one in sorted(
+            set(fields(theirs["properties"]["spec"])) ^ set(fields(JOBSET["properties"]["spec"]))
+        )
     ]
     checker = jsonschema.Draft202012Validator(strict(theirs) | {"required": ["spec"]})
     checker.schema["properties"]["metadata"] = {"type": "object"}
@@ -61,7 +78,8 @@ def main() -> int:
         for document in yaml.safe_load_all(render.render(CONFIG, "gke", options)):
             if document["kind"] == "JobSet":
                 wrong += [
-                    f"{json.dumps(options)}: {error.json_path}: {error.message[:200]}" for error in checker.iter_errors(document)
+                    f"{json.dumps(options)}: {error.json_path}: {error.message[:200]}"
+                    for error in checker.iter_errors(document)
                 ]
     print("\n".join(wrong) or "all manifests are valid, and all fields are known")
     return bool(wrong)

@@ -19,7 +19,7 @@ from jax_ordermerge.cli import app
 from jax_ordermerge.config import load_config, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.launch import render
-from jax_ordermerge.launch.places import TARGETS
+from jax_ordermerge.launch.targets import TARGETS
 
 ROOT = pathlib.Path(__file__).parents[2]
 JOBSET = json.loads((pathlib.Path(__file__).parent / "jobset-v1alpha2.json").read_text())
@@ -33,9 +33,19 @@ EXPERIMENT = {
 CONFIG = make_config(EXPERIMENT)
 TPU = {"image": "r/i:1", "accelerator": "tpu-v5p-slice", "topology": "4x4x2"}
 GPU = {"image": "r/i:1", "accelerator": "nvidia-h100-80gb", "nodes": "2", "gpus": "8"}
-VOLUME = {"volume": "runs", "storage": "1Ti", "token_secret": "hub", "spot": "true", "service_account": "me"}
+VOLUME = {
+    "volume": "runs",
+    "storage": "1Ti",
+    "token_secret": "hub",
+    "spot": "true",
+    "service_account": "me",
+}
 OPTIONS = {
-    "tpu-vm": {"type": "v5p-64", "runtime": "v2-alpha-tpuv5", "package": "jax_ordermerge[tpu] @ git+https://example.org/it's"},
+    "tpu-vm": {
+        "type": "v5p-64",
+        "runtime": "v2-alpha-tpuv5",
+        "package": "jax_ordermerge[tpu] @ git+https://example.org/it's",
+    },
     "gke": GPU,
     "slurm": {"nodes": "4", "gpus": "8"},
     "ssh": {"hosts": "me@one,two"},
@@ -51,7 +61,12 @@ def checked(text):
             continue
         jsonschema.validate(one, JOBSET)
         for job in one["spec"]["replicatedJobs"]:
-            template = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **job["template"]}
+            template = {
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "metadata": {"name": "job"},
+                **job["template"],
+            }
             kubernetes_validate.validate(template, KUBERNETES, strict=True)
     return {one["kind"]: one for one in documents}
 
@@ -65,22 +80,46 @@ def test_manifest_is_valid(options):
     tpu = "topology" in options
     assert job["replicas"] == int(options.get("slices", 1))
     assert job["template"]["spec"]["completions"] == (8 if tpu else 2)
-    assert pod["containers"][0]["resources"]["limits"] == ({"google.com/tpu": 4} if tpu else {"nvidia.com/gpu": 8})
-    assert {one["name"] for one in pod["volumes"]} == {one["name"] for one in pod["containers"][0]["volumeMounts"]}
+    assert pod["containers"][0]["resources"]["limits"] == (
+        {"google.com/tpu": 4} if tpu else {"nvidia.com/gpu": 8}
+    )
+    assert {one["name"] for one in pod["volumes"]} == {
+        one["name"] for one in pod["containers"][0]["volumeMounts"]
+    }
     inside = yaml.safe_load(found["ConfigMap"]["data"]["config.yaml"])
     if tpu:
         assert inside["distributed"] == {"coordinator": "auto"}
     else:
         name = found["JobSet"]["metadata"]["name"]
-        assert inside["distributed"] == {"coordinator": f"{name}-nodes-0-0.{name}:8476", "processes": 2}
+        assert inside["distributed"] == {
+            "coordinator": f"{name}-nodes-0-0.{name}:8476",
+            "processes": 2,
+        }
 
 
-@pytest.mark.parametrize(("path", "value"), [
-    (("spec", "failurePolicy", "maxRestart"), 3),
-    (("spec", "failurePolicy", "maxRestarts"), "3"),
-    (("spec", "replicatedJobs", 0, "template", "spec", "completionMod"), "Indexed"),
-    (("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "imag"), "x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "failurePolicy", "maxRestart"), 3),
+        (("spec", "failurePolicy", "maxRestarts"), "3"),
+        (("spec", "replicatedJobs", 0, "template", "spec", "completionMod"), "Indexed"),
+        (
+            (
+                "spec",
+                "replicatedJobs",
+                0,
+                "template",
+                "spec",
+                "template",
+                "spec",
+                "containers",
+                0,
+                "imag",
+            ),
+            "x",
+        ),
+    ],
+)
 def test_the_schemas_notice_a_mistake(path, value):
     documents = list(yaml.safe_load_all(render.render(CONFIG, "gke", TPU)))
     node = documents[-1]
@@ -93,7 +132,9 @@ def test_the_schemas_notice_a_mistake(path, value):
 
 def written_config(target, text):
     if target == "gke":
-        return next(one for one in yaml.safe_load_all(text) if one["kind"] == "ConfigMap")["data"]["config.yaml"]
+        return next(one for one in yaml.safe_load_all(text) if one["kind"] == "ConfigMap")["data"][
+            "config.yaml"
+        ]
     return re.search(r"<<'CONFIG'\n(.*?)^CONFIG$", text, re.DOTALL | re.MULTILINE).group(1)
 
 
@@ -108,7 +149,13 @@ def test_a_run_in_a_bucket_has_a_place_for_its_copy_and_fetches_nothing():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_config_is_in_the_text(target, tmp_path):
-    config = make_config({**EXPERIMENT, "distributed": {"timeout": 7}, "data": {"train": 'it\'s $HOME `x` "y".jsonl'}})
+    config = make_config(
+        {
+            **EXPERIMENT,
+            "distributed": {"timeout": 7},
+            "data": {"train": 'it\'s $HOME `x` "y".jsonl'},
+        }
+    )
     file = tmp_path / "config.yaml"
     file.write_text(written_config(target, render.render(config, target, OPTIONS[target])))
     there = load_config(file)
@@ -117,18 +164,47 @@ def test_the_config_is_in_the_text(target, tmp_path):
     assert there.model_copy(update={"distributed": config.distributed}) == config
 
 
-@pytest.mark.parametrize(("target", "options"), [
-    ("tpu-vm", OPTIONS["tpu-vm"]),
-    ("tpu-vm", OPTIONS["tpu-vm"] | {"slices": "2", "spot": "true", "nfs": "h:/s", "project": "p", "zone": "z"}),
-    ("slurm", OPTIONS["slurm"]),
-    ("slurm", {"nodes": "4", "gpus": "8", "tasks": "1", "image": "a.sqsh", "mounts": "/a:/b", "partition": "p", "time": "12:00:00"}),
-    ("slurm", {"nodes": "4", "gpus": "8", "image": "a.sif", "container": "apptainer", "setup": "module load x"}),
-    ("ssh", OPTIONS["ssh"] | {"setup": "source venv/bin/activate"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("tpu-vm", OPTIONS["tpu-vm"]),
+        (
+            "tpu-vm",
+            OPTIONS["tpu-vm"]
+            | {"slices": "2", "spot": "true", "nfs": "h:/s", "project": "p", "zone": "z"},
+        ),
+        ("slurm", OPTIONS["slurm"]),
+        (
+            "slurm",
+            {
+                "nodes": "4",
+                "gpus": "8",
+                "tasks": "1",
+                "image": "a.sqsh",
+                "mounts": "/a:/b",
+                "partition": "p",
+                "time": "12:00:00",
+            },
+        ),
+        (
+            "slurm",
+            {
+                "nodes": "4",
+                "gpus": "8",
+                "image": "a.sif",
+                "container": "apptainer",
+                "setup": "module load x",
+            },
+        ),
+        ("ssh", OPTIONS["ssh"] | {"setup": "source venv/bin/activate"}),
+    ],
+)
 def test_scripts_satisfy_shellcheck(target, options, tmp_path):
     script = tmp_path / "script.sh"
     script.write_text(render.render(CONFIG, target, options))
-    checker = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    checker = shutil.which(
+        "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     assert checker, "shellcheck comes with the extra: pip install -e '.[test]'"
     done = subprocess.run([checker, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -143,41 +219,84 @@ def test_one_process_a_node_sees_all_its_gpus():
     assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in one
 
 
-@pytest.mark.parametrize(("target", "options", "change", "says"), [
-    ("slum", {}, {}, r"unknown target slum \(did you mean 'slurm'\?\)"),
-    ("slurm", {"node": "4"}, {}, r"slurm: unknown key node \(did you mean 'nodes'\?\)"),
-    ("slurm", {"nodes": "four"}, {}, "slurm: nodes = 'four'"),
-    ("slurm", {"partition": "a b"}, {}, "slurm: partition = 'a b'"),
-    ("slurm", {"nodes": "1", "gpus": "2"}, {}, "mesh order=4, fsdp=-1 does not take the 2 devices"),
-    ("slurm", {"gpus": "8", "tasks": "3"}, {}, "give 1 .all GPUs. or 8"),
-    ("gke", {"image": "x"}, {}, "gke: accelerator is missing"),
-    ("gke", TPU | {"topology": ""}, {}, "gke: topology = ''"),
-    ("gke", {"image": "x", "accelerator": "tpu-v5p-slice"}, {}, "topology is missing for tpu-v5p-slice"),
-    ("gke", GPU | {"slices": "2"}, {}, "are of TPUs, not of nvidia-h100-80gb"),
-    ("gke", GPU, {"output": "gs://orders/runs"}, "several hosts need a disk that all of them see .*; give volume=NAME"),
-    ("gke", TPU, {"output": "runs/{name}"}, r"on a disk that goes with its machine; give --set output=/mnt/shared/runs/\{name\}"),
-    ("tpu-vm", OPTIONS["tpu-vm"] | {"spot": "1", "reserved": "1"}, {}, "spot and reserved exclude each other"),
-    ("ssh", {}, {}, "ssh: hosts is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "options", "change", "says"),
+    [
+        ("slum", {}, {}, r"unknown target slum \(did you mean 'slurm'\?\)"),
+        ("slurm", {"node": "4"}, {}, r"slurm: unknown key node \(did you mean 'nodes'\?\)"),
+        ("slurm", {"nodes": "four"}, {}, "slurm: nodes = 'four'"),
+        ("slurm", {"partition": "a b"}, {}, "slurm: partition = 'a b'"),
+        (
+            "slurm",
+            {"nodes": "1", "gpus": "2"},
+            {},
+            "mesh order=4, fsdp=-1 does not take the 2 devices",
+        ),
+        ("slurm", {"gpus": "8", "tasks": "3"}, {}, "give 1 .all GPUs. or 8"),
+        ("gke", {"image": "x"}, {}, "gke: accelerator is missing"),
+        ("gke", TPU | {"topology": ""}, {}, "gke: topology = ''"),
+        (
+            "gke",
+            {"image": "x", "accelerator": "tpu-v5p-slice"},
+            {},
+            "topology is missing for tpu-v5p-slice",
+        ),
+        ("gke", GPU | {"slices": "2"}, {}, "are of TPUs, not of nvidia-h100-80gb"),
+        (
+            "gke",
+            GPU,
+            {"output": "gs://orders/runs"},
+            "several hosts need a disk that all of them see .*; give volume=NAME",
+        ),
+        (
+            "gke",
+            TPU,
+            {"output": "runs/{name}"},
+            r"on a disk that goes with its machine; give --set output=/mnt/shared/runs/\{name\}",
+        ),
+        (
+            "tpu-vm",
+            OPTIONS["tpu-vm"] | {"spot": "1", "reserved": "1"},
+            {},
+            "spot and reserved exclude each other",
+        ),
+        ("ssh", {}, {}, "ssh: hosts is missing"),
+    ],
+)
 def test_refused(target, options, change, says):
     with pytest.raises(UserError, match=says):
         render.render(make_config(EXPERIMENT | change), target, options)
 
 
 def command(*arguments, cwd, path=None):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+    environment = (
+        os.environ
+        | {"PYTHONPATH": str(ROOT)}
+        | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+    )
     return subprocess.run(
-        [sys.executable, "-m", "jax_ordermerge", "launch", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "jax_ordermerge", "launch", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
 def test_tpu_script_calls_watch(tmp_path):
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "watch.sh").write_text('#!/bin/sh\nprintf "<%s>" "$@"; cat "$PWD"/one.yaml >/dev/null; exit 7\n')
+    (tmp_path / "scripts" / "watch.sh").write_text(
+        '#!/bin/sh\nprintf "<%s>" "$@"; cat "$PWD"/one.yaml >/dev/null; exit 7\n'
+    )
     (tmp_path / "scripts" / "watch.sh").chmod(0o755)
-    options = [f"{name}={value}" for name, value in (OPTIONS["tpu-vm"] | {"scripts": "scripts", "spot": "true"}).items()]
-    done = command("one.yaml", "--target", "tpu-vm", *options, "--out", "go.sh", "--submit", cwd=tmp_path)
+    options = [
+        f"{name}={value}"
+        for name, value in (OPTIONS["tpu-vm"] | {"scripts": "scripts", "spot": "true"}).items()
+    ]
+    done = command(
+        "one.yaml", "--target", "tpu-vm", *options, "--out", "go.sh", "--submit", cwd=tmp_path
+    )
     assert done.returncode == 7, done.stderr
     assert "<--name><llama-2-7b><--type><v5p-64>" in done.stdout
     assert "<--package><jax_ordermerge[tpu] @ git+https://example.org/it's>" in done.stdout
@@ -192,11 +311,20 @@ def test_ssh_runs_on_all_hosts(tmp_path):
     tiny.make_base(tmp_path / "base")
     config = tiny.make_config(tmp_path, mesh={"order": 2, "fsdp": -1})
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ssh").write_text('#!/bin/bash\n[[ $1 == -n ]] && shift\nexec bash -c "$2"\n')
+    (tmp_path / "bin" / "ssh").write_text(
+        '#!/bin/bash\n[[ $1 == -n ]] && shift\nexec bash -c "$2"\n'
+    )
     (tmp_path / "bin" / "ssh").chmod(0o755)
     run = f"env XLA_FLAGS= {sys.executable} -m jax_ordermerge"
-    options = ["hosts=127.0.0.1,localhost", f"directory={tmp_path}/work", "port=18476", f"command={run}"]
-    done = command(str(config), "--target", "ssh", *options, "--submit", cwd=tmp_path, path=tmp_path / "bin")
+    options = [
+        "hosts=127.0.0.1,localhost",
+        f"directory={tmp_path}/work",
+        "port=18476",
+        f"command={run}",
+    ]
+    done = command(
+        str(config), "--target", "ssh", *options, "--submit", cwd=tmp_path, path=tmp_path / "bin"
+    )
     logs = [(tmp_path / "logs" / "tiny" / f"{index}.log").read_text() for index in range(2)]
     assert done.returncode == 0, logs
     assert (tmp_path / "run" / "report.html").is_file()

@@ -43,7 +43,8 @@ def bits():
 
     def read(params):
         return {
-            path: np.asarray(jax.device_get(leaf)).view(f"u{leaf.dtype.itemsize}") for path, leaf in tree.flatten(params).items()
+            path: np.asarray(jax.device_get(leaf)).view(f"u{leaf.dtype.itemsize}")
+            for path, leaf in tree.flatten(params).items()
         }
 
     return read
@@ -52,7 +53,9 @@ def bits():
 @pytest.fixture(scope="session")
 def golden_checkpoints():
     """The module that makes the models which other libraries merged."""
-    spec = importlib.util.spec_from_file_location("checkpoints", pathlib.Path(__file__).parents[1] / "golden" / "checkpoints.py")
+    spec = importlib.util.spec_from_file_location(
+        "checkpoints", pathlib.Path(__file__).parents[1] / "golden" / "checkpoints.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,7 +12,10 @@ CONFIG = {"vocab_size": 6, "hidden_size": 4, "intermediate_size": 4, "num_heads"
 def make(directory, layers, seed, *, dtype="float32", **change):
     config = arch.ModelConfig(**{**CONFIG, "num_layers": layers, **change})
     generator = np.random.default_rng(seed)
-    flat = {spec.path: generator.normal(size=spec.shape).astype(np.float32) for spec in arch.tensor_table(config)}
+    flat = {
+        spec.path: generator.normal(size=spec.shape).astype(np.float32)
+        for spec in arch.tensor_table(config)
+    }
     convert.export(tree.unflatten(flat), config, directory, dtype=dtype)
     return directory
 

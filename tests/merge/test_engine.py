@@ -13,7 +13,7 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan, population
-from jax_ordermerge.merge.sources import Directory
+from jax_ordermerge.merge.sources.storage import Directory
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,16 @@ def same_bits(one, two):
     ],
     ids=str,
 )
-def test_selection_of_files_has_the_bits_of_the_population(tiny, models, exported, tmp_path, parameters, slab_elements):
+def test_selection_of_files_has_the_bits_of_the_population(
+    tiny, models, exported, tmp_path, parameters, slab_elements
+):
     settings = {"method": "selection", "seed": 5, "weights": (1, 2, 3, 4), "parameters": parameters}
     report = merge(*exported, tmp_path / "files", slab_elements=slab_elements, **settings)
     members, base = models
     merged = population.merge(members, base, tiny, dtype="bfloat16", **settings)
     convert.export(merged, tiny, tmp_path / "population", dtype="bfloat16")
     assert same_bits(tmp_path / "files", tmp_path / "population")
-    found = population.diagnostics(members, base, merged, tiny, **settings)["total"]
+    found = population.measure_diagnostics(members, base, merged, tiny, **settings)["total"]
     assert found.get("redrawn") == report["diagnostics"]["total"].get("redrawn")
     assert ("redrawn" in found) == (parameters == {"resample": "exhaustive"})
 
@@ -68,9 +70,15 @@ def test_arithmetic_of_files_is_that_of_the_population(tiny, models, exported, t
     merged = population.merge(members, base, tiny, method=method, seed=5)
     found = tree.flatten(convert.load_params(tmp_path / "files")[1])
     for path, leaf in tree.flatten(merged).items():
-        np.testing.assert_allclose(found[path], leaf.astype(jnp.float32), rtol=2**-7, atol=1e-6, err_msg=path)
-    expected = population.diagnostics(members, base, merged, tiny, method=method, seed=5)["total"]
-    np.testing.assert_allclose(report["diagnostics"]["total"]["cosines"], expected["cosines"], rtol=1e-5)
+        np.testing.assert_allclose(
+            found[path], leaf.astype(jnp.float32), rtol=2**-7, atol=1e-6, err_msg=path
+        )
+    expected = population.measure_diagnostics(members, base, merged, tiny, method=method, seed=5)[
+        "total"
+    ]
+    np.testing.assert_allclose(
+        report["diagnostics"]["total"]["cosines"], expected["cosines"], rtol=1e-5
+    )
     assert report["diagnostics"]["total"]["unchanged"] == expected["unchanged"]
 
 
@@ -94,7 +102,9 @@ def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tm
         "merge_config.yaml",
         "model.safetensors",
     ]
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
     report = json.loads((tmp_path / "a" / "merge.json").read_text())
     assert report["recipe"]["parameters"] == {
         "resample": "exhaustive",
@@ -102,7 +112,9 @@ def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tm
         "granularity": "element",
         "child": None,
     }
-    assert [one["label"] for one in report["models"]] == [str(path) for path in (*exported[0], exported[1])]
+    assert [one["label"] for one in report["models"]] == [
+        str(path) for path in (*exported[0], exported[1])
+    ]
     assert len({one["digest"] for one in report["models"]}) == 5
     assert len(report["diagnostics"]["tensors"]) == len(Reader(tmp_path / "a").names)
     assert yaml.safe_load((tmp_path / "a" / "merge_config.yaml").read_text())["models"] == [
@@ -143,11 +155,23 @@ def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, 
     one = exported[0][0]
     other = dataclasses.replace(tiny, rms_norm_eps=1e-5)
     convert.export(base, other, tmp_path / "eps", dtype="bfloat16")
-    short = tree.unflatten({path: x[:1] if path.startswith("layers/") else x for path, x in tree.flatten(base).items()})
-    convert.export(short, dataclasses.replace(tiny, num_layers=1), tmp_path / "short", dtype="bfloat16")
+    short = tree.unflatten(
+        {path: x[:1] if path.startswith("layers/") else x for path, x in tree.flatten(base).items()}
+    )
+    convert.export(
+        short, dataclasses.replace(tiny, num_layers=1), tmp_path / "short", dtype="bfloat16"
+    )
     cases = [
-        (([one, tmp_path / "eps"], None), {"method": "average"}, "different architectures: rms_norm_eps is 1e-06 and 1e-05"),
-        (([one, one], tmp_path / "short"), {"method": "ties"}, "different architectures: num_layers is 2 and 1"),
+        (
+            ([one, tmp_path / "eps"], None),
+            {"method": "average"},
+            "different architectures: rms_norm_eps is 1e-06 and 1e-05",
+        ),
+        (
+            ([one, one], tmp_path / "short"),
+            {"method": "ties"},
+            "different architectures: num_layers is 2 and 1",
+        ),
         (([one, tmp_path / "absent"], None), {"method": "average"}, "absent not found"),
         (([], None), {"method": "average"}, "nothing to merge"),
         (([one, one], None), {"method": "ties"}, "ties needs the base model"),
@@ -170,9 +194,17 @@ def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, 
 def test_an_overflow_of_float16_is_refused(tiny, models, tmp_path):
     base = models[1]
     for name, factor in (("base", 0.0), ("large", 1.0)):
-        filled = tree.unflatten({path: np.full_like(x, 60_000.0 * factor) for path, x in tree.flatten(base).items()})
+        filled = tree.unflatten(
+            {path: np.full_like(x, 60_000.0 * factor) for path, x in tree.flatten(base).items()}
+        )
         convert.export(filled, tiny, tmp_path / name, dtype="float16")
     sources = [tmp_path / "large"] * 2
     with pytest.raises(UserError, match="overflows float16; choose dtype bfloat16 or float32"):
-        merge(sources, tmp_path / "base", tmp_path / "out", method="task_arithmetic", parameters={"scale": 2.0})
+        merge(
+            sources,
+            tmp_path / "base",
+            tmp_path / "out",
+            method="task_arithmetic",
+            parameters={"scale": 2.0},
+        )
     assert not (tmp_path / "out").exists()

@@ -17,19 +17,29 @@ from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import safetensors
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
-from jax_ordermerge.merge.sources import Directory
+from jax_ordermerge.merge.sources.storage import Directory
 
-CONFIG = arch.ModelConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4)
+CONFIG = arch.ModelConfig(
+    vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4
+)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two members and a base, sparsely changed."""
     root, generator = tmp_path_factory.mktemp("models"), np.random.default_rng(0)
-    base = {name: generator.normal(size=spec.hf_shape).astype(np.float32) for name, spec, _ in arch.hf_tensors(CONFIG)}
+    base = {
+        name: generator.normal(size=spec.hf_shape).astype(np.float32)
+        for name, spec, _ in arch.hf_tensors(CONFIG)
+    }
     for model in ("base", "one", "two"):
         changed = {
-            name: x + (0 if model == "base" else generator.normal(size=x.shape) * (generator.random(x.shape) < 0.4))
+            name: x
+            + (
+                0
+                if model == "base"
+                else generator.normal(size=x.shape) * (generator.random(x.shape) < 0.4)
+            )
             for name, x in base.items()
         }
         safetensors.write(root / model, changed.items(), config=CONFIG, dtype="bfloat16")
@@ -37,8 +47,17 @@ def models(tmp_path_factory):
 
 
 def planned(root, method="selection", **parameters):
-    settings = {"parameters": parameters or {"resample": "exhaustive"}} if method == "selection" else {"parameters": parameters}
-    return plan.uniform([Directory(root / "one"), Directory(root / "two")], Directory(root / "base"), method=method, **settings)
+    settings = (
+        {"parameters": parameters or {"resample": "exhaustive"}}
+        if method == "selection"
+        else {"parameters": parameters}
+    )
+    return plan.uniform(
+        [Directory(root / "one"), Directory(root / "two")],
+        Directory(root / "base"),
+        method=method,
+        **settings,
+    )
 
 
 def contents(directory):
@@ -60,7 +79,9 @@ def interrupt_after(count):
 
 
 def test_the_number_of_workers_and_the_slabs_change_nothing(models, expected, tmp_path):
-    for i, settings in enumerate([{"workers": 1}, {"workers": 7}, {"slab_elements": 256, "workers": 3}]):
+    for i, settings in enumerate(
+        [{"workers": 1}, {"workers": 7}, {"slab_elements": 256, "workers": 3}]
+    ):
         engine.merge_plan(planned(models), tmp_path / str(i), shard_bytes=40_000, **settings)
         found = contents(tmp_path / str(i))
         assert found.keys() == expected.keys()
@@ -70,7 +91,9 @@ def test_the_number_of_workers_and_the_slabs_change_nothing(models, expected, tm
 def test_an_interrupted_merge_goes_on_where_it_stopped(models, expected, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        engine.merge_plan(planned(models), out, shard_bytes=40_000, workers=1, progress=interrupt_after(9))
+        engine.merge_plan(
+            planned(models), out, shard_bytes=40_000, workers=1, progress=interrupt_after(9)
+        )
     assert not out.exists()
     journal = tmp_path / "out.partial" / "journal-0"
     done = [json.loads(line)["name"] for line in journal.read_text().splitlines() if line]
@@ -78,7 +101,11 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(models, expected, tmp_pat
     journal.write_text(journal.read_text() + '\n{"name": "cut off')
     merged = []
     original = engine._Job.merge
-    monkeypatch.setattr(engine._Job, "merge", lambda job, output: merged.append(output.name) or original(job, output))
+    monkeypatch.setattr(
+        engine._Job,
+        "merge",
+        lambda job, output: merged.append(output.name) or original(job, output),
+    )
     engine.merge_plan(planned(models), out, shard_bytes=40_000)
     assert sorted(merged) == sorted({name for name, _, _ in arch.hf_tensors(CONFIG)} - set(done))
     assert contents(out) == expected
@@ -88,7 +115,9 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(models, expected, tmp_pat
 def test_bytes_lost_since_the_interruption_are_made_again(models, expected, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        engine.merge_plan(planned(models), out, shard_bytes=40_000, workers=1, progress=interrupt_after(9))
+        engine.merge_plan(
+            planned(models), out, shard_bytes=40_000, workers=1, progress=interrupt_after(9)
+        )
     first = sorted((tmp_path / "out.partial").glob("*.safetensors"))[0]
     with first.open("r+b") as file:
         file.seek(-100, os.SEEK_END)
@@ -121,7 +150,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(models, tmp_path, monkeypatc
 def test_a_real_full_disk(models, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip("mounting a small file system is not allowed here")
     try:
@@ -219,7 +252,10 @@ def test_two_processes_share_a_merge(models, expected, tmp_path):
     command = [str(models), str(tmp_path / "out"), root]
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, port, str(i), *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, "-c", TWO, port, str(i), *command],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for i in range(2)
     ]

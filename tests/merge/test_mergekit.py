@@ -6,13 +6,24 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.merge import engine, methods, recipe
+from jax_ordermerge.merge import engine
+from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.recipe import parser
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 GOLDENS = np.load(GOLDEN / "merge" / "mergekit.npz")
-HUB = {"example-org/base": "base", "example-org/math": "a", "example-org/code": "b", "example-org/chat": "c"}
+HUB = {
+    "example-org/base": "base",
+    "example-org/math": "a",
+    "example-org/code": "b",
+    "example-org/chat": "c",
+}
 CASES = sorted(
-    {name.split("/")[0] for name in GOLDENS.files if name.endswith("/yaml") and not name.startswith(("random", "example"))}
+    {
+        name.split("/")[0]
+        for name in GOLDENS.files
+        if name.endswith("/yaml") and not name.startswith(("random", "example"))
+    }
 )
 RANDOM = sorted({name.split("/")[1] for name in GOLDENS.files if name.startswith("random/")})
 EXAMPLES = sorted((GOLDEN / "merge" / "examples").glob("*.yml"))
@@ -40,17 +51,19 @@ def execute(plan, seed=0, only=None):
         if only is not None and out.name not in only:
             continue
         arrays = {
-            view: np.empty(out.shape, plan.sources[view.source].info(view.name).dtype) for view in (*out.members, out.base) if view
+            view: np.empty(out.shape, plan.sources[view.source].info(view.name).dtype)
+            for view in (*out.members, out.base)
+            if view
         }
         for view, array in arrays.items():
             plan.sources[view.source].read_into(view.name, 0, array)
         merged[out.name] = np.asarray(
-            methods.merge_tensor(
+            registry.merge_tensor(
                 out.method,
                 [arrays[view] for view in out.members],
                 base=arrays.get(out.base),
                 weights=out.weights,
-                words=methods.key_words(out.method, out.parameters, seed, out.name, out.layer),
+                words=registry.key_words(out.method, out.parameters, seed, out.name, out.layer),
                 dtype=plan.dtype,
                 **out.parameters,
             )
@@ -71,27 +84,29 @@ def assert_same_numbers(found, case):
     for name, expected in recorded(case).items():
         off = np.abs(found[name].astype(np.float64) - expected)
         rounding = np.abs(expected) * 2.0**-8 if found[name].dtype.name == "bfloat16" else 0
-        assert (off <= 1e-6 * np.abs(expected).max() + rounding).all(), f"{name}: {off.max() / np.abs(expected).max():.2g} off"
+        assert (off <= 1e-6 * np.abs(expected).max() + rounding).all(), (
+            f"{name}: {off.max() / np.abs(expected).max():.2g} off"
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_gives_the_numbers_of_mergekit(case, resolve):
-    plan = recipe.read(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
+    plan = parser.read(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
     assert_same_numbers(execute(plan, only=recorded(case)), case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_gives_the_numbers_of_mergekit_from_files_in_slabs(case, resolve, tmp_path):
-    made = recipe.read(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
-    engine.merge_plan(made, tmp_path / "out", slab_elements=256, diagnostics=False)
+    made = parser.read(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
+    engine.merge_plan(made, tmp_path / "out", slab_elements=256, with_diagnostics=False)
     reader = Reader(tmp_path / "out")
     assert_same_numbers({name: reader.read(name) for name in reader.names}, case)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_unchanged_and_from_files(path, resolve, tmp_path):
-    engine.merge_plan(recipe.read(path, resolve=resolve), tmp_path / "out")
+    engine.merge_plan(parser.read(path, resolve=resolve), tmp_path / "out")
     reader = Reader(tmp_path / "out")
     assert_same_numbers({name: reader.read(name) for name in reader.names}, f"example_{path.stem}")
 
@@ -101,9 +116,14 @@ def runs(resolve):
     """Over as many seeds as mergekit ran: the tensors of a random recipe, [seeds, *s]."""
 
     def run(case, only=None):
-        plan, seeds = recipe.read(str(GOLDENS[f"random/{case}/yaml"]), resolve=resolve), int(GOLDENS[f"random/{case}/seeds"])
+        plan, seeds = (
+            parser.read(str(GOLDENS[f"random/{case}/yaml"]), resolve=resolve),
+            int(GOLDENS[f"random/{case}/seeds"]),
+        )
         merged = [execute(plan, seed, only) for seed in range(seeds)]
-        return {name: np.stack([one[name] for one in merged]).astype(np.float64) for name in merged[0]}
+        return {
+            name: np.stack([one[name] for one in merged]).astype(np.float64) for name in merged[0]
+        }
 
     return run
 
@@ -117,9 +137,16 @@ def test_a_random_recipe_of_three_members_is_distributed_as_in_mergekit(case, ru
         mean, spread = expected[f"mean/{name}"], expected[f"std/{name}"].astype(np.float64)
         pooled = np.sqrt((values.var(axis=0) + spread**2) / (len(values) - 1))
         drawn = pooled > 1e-6 * np.abs(mean).max()
-        np.testing.assert_allclose(values.mean(axis=0)[~drawn], mean[~drawn], rtol=0, atol=2e-6 * np.abs(mean).max())
+        np.testing.assert_allclose(
+            values.mean(axis=0)[~drawn], mean[~drawn], rtol=0, atol=2e-6 * np.abs(mean).max()
+        )
         distances.append((values.mean(axis=0) - mean)[drawn] / pooled[drawn])
-        variances.append([values.var(axis=0).sum() / np.abs(mean).max() ** 2, (spread**2).sum() / np.abs(mean).max() ** 2])
+        variances.append(
+            [
+                values.var(axis=0).sum() / np.abs(mean).max() ** 2,
+                (spread**2).sum() / np.abs(mean).max() ** 2,
+            ]
+        )
     z = np.concatenate(distances)
     assert len(z) > 500
     assert 0.85 < (z**2).mean() < 1.15
@@ -129,13 +156,18 @@ def test_a_random_recipe_of_three_members_is_distributed_as_in_mergekit(case, ru
 
 
 @pytest.mark.parametrize("case", [case for case in RANDOM if "alone" in case])
-def test_a_random_recipe_of_one_member_keeps_what_mergekit_keeps(case, runs, inputs, golden_checkpoints):
+def test_a_random_recipe_of_one_member_keeps_what_mergekit_keeps(
+    case, runs, inputs, golden_checkpoints
+):
     expected, found = recorded(f"random/{case}"), runs(case)
     names = list(golden_checkpoints.shapes())
     moved = [found[name] - inputs["base"][name] for name in names]
     taus = [(inputs["a"][name] - inputs["base"][name]).astype(np.float64) for name in names]
     seeds = int(GOLDENS[f"random/{case}/seeds"])
-    ours, theirs = np.concatenate([(x != 0).sum(axis=0).ravel() for x in moved]), expected["kept"].astype(np.int64)
+    ours, theirs = (
+        np.concatenate([(x != 0).sum(axis=0).ravel() for x in moved]),
+        expected["kept"].astype(np.int64),
+    )
     changed = np.concatenate([(tau != 0).ravel() for tau in taus])
     assert (ours[~changed] == 0).all()
     # two binomial counts with a probability of their own in each element
@@ -148,8 +180,20 @@ def test_a_random_recipe_of_one_member_keeps_what_mergekit_keeps(case, runs, inp
         ("fraction", lambda x, tau: (x != 0).sum() / (tau != 0).sum()),
         ("l1", lambda x, tau: np.abs(x).sum() / np.abs(tau).sum()),
     ):
-        own = np.array([[of(x, tau) for x, tau in zip(one, taus, strict=True)] for one in zip(*moved, strict=True)])
+        own = np.array(
+            [
+                [of(x, tau) for x, tau in zip(one, taus, strict=True)]
+                for one in zip(*moved, strict=True)
+            ]
+        )
         error = np.sqrt((own.var(axis=0) + expected[quantity].var(axis=0)) / seeds) + 1e-5
-        assert (np.abs(own.mean(axis=0) - expected[quantity].mean(axis=0)) < 5 * error).all(), quantity
+        assert (np.abs(own.mean(axis=0) - expected[quantity].mean(axis=0)) < 5 * error).all(), (
+            quantity
+        )
         # the median: a small vector sometimes loses everything, which is rare and far
-        np.testing.assert_allclose(np.median(own.std(axis=0)), np.median(expected[quantity].std(axis=0)), rtol=0.15, atol=1e-6)
+        np.testing.assert_allclose(
+            np.median(own.std(axis=0)),
+            np.median(expected[quantity].std(axis=0)),
+            rtol=0.15,
+            atol=1e-6,
+        )

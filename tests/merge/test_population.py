@@ -10,8 +10,9 @@ import pytest
 from jax_ordermerge import arch, rng, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import methods, parts, population
-from jax_ordermerge.merge.select import select
+from jax_ordermerge.merge import population
+from jax_ordermerge.merge.methods import parts, registry
+from jax_ordermerge.merge.methods.selection import select
 
 MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1)]
 SELECTIONS = [
@@ -24,7 +25,9 @@ def place(params, config, mesh, lead=()):
     specs = {spec.path: spec for spec in arch.tensor_table(config)}
     return tree.unflatten(
         {
-            path: jax.device_put(leaf, meshes.sharding((*lead, *specs[path].axes), leaf.shape, mesh))
+            path: jax.device_put(
+                leaf, meshes.sharding((*lead, *specs[path].axes), leaf.shape, mesh)
+            )
             for path, leaf in tree.flatten(params).items()
         }
     )
@@ -43,15 +46,24 @@ def test_selection_has_the_same_bits_on_every_mesh(tiny, models, bits, parameter
         assert all(np.array_equal(got[path], expected[path]) for path in expected), sizes
         for spec in arch.tensor_table(tiny):
             leaf = tree.flatten(merged)[spec.path]
-            assert leaf.sharding.is_equivalent_to(meshes.sharding(spec.axes, spec.shape, mesh), leaf.ndim), spec.path
+            assert leaf.sharding.is_equivalent_to(
+                meshes.sharding(spec.axes, spec.shape, mesh), leaf.ndim
+            ), spec.path
 
 
 def test_arithmetic_agrees_on_meshes_to_rounding(tiny, models):
     members, base = models
-    expected = tree.flatten(population.merge(members, base, tiny, method="task_arithmetic", seed=0, dtype="float32"))
+    expected = tree.flatten(
+        population.merge(members, base, tiny, method="task_arithmetic", seed=0, dtype="float32")
+    )
     mesh = meshes.make_mesh(2, 4, 1)
     merged = population.merge(
-        place(members, tiny, mesh, ("member",)), place(base, tiny, mesh), tiny, method="task_arithmetic", seed=0, dtype="float32"
+        place(members, tiny, mesh, ("member",)),
+        place(base, tiny, mesh),
+        tiny,
+        method="task_arithmetic",
+        seed=0,
+        dtype="float32",
     )
     for path, leaf in tree.flatten(merged).items():
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-6, err_msg=path)
@@ -59,27 +71,40 @@ def test_arithmetic_agrees_on_meshes_to_rounding(tiny, models):
 
 def test_every_hf_tensor_has_its_own_key(tiny, models):
     members, base = models
-    merged = tree.flatten(population.merge(members, base, tiny, method="selection", seed=7, dtype="bfloat16"))
+    merged = tree.flatten(
+        population.merge(members, base, tiny, method="selection", seed=7, dtype="bfloat16")
+    )
     draw = jax.jit(lambda m, key: select(m.astype(jnp.bfloat16), key=key))
     flat = tree.flatten(members)
     for name, spec, layer in arch.hf_tensors(tiny):
         leaf = flat[spec.path] if layer is None else flat[spec.path][:, layer]
         one = draw(jnp.asarray(leaf), rng.stream(7, "select", name))
-        assert np.array_equal(merged[spec.path] if layer is None else merged[spec.path][layer], one), name
+        assert np.array_equal(
+            merged[spec.path] if layer is None else merged[spec.path][layer], one
+        ), name
 
 
 def test_a_layer_comes_from_one_member(tiny, models):
     members, base = models
     origin = tree.unflatten(
         {
-            path: np.broadcast_to(np.arange(4, dtype=np.float32).reshape(4, *(1,) * (x.ndim - 1)), x.shape)
+            path: np.broadcast_to(
+                np.arange(4, dtype=np.float32).reshape(4, *(1,) * (x.ndim - 1)), x.shape
+            )
             for path, x in tree.flatten(members).items()
         }
     )
     chosen = set()
     for seed in range(4):
         merged = tree.flatten(
-            population.merge(origin, base, tiny, method="selection", seed=seed, parameters={"granularity": "layer"})
+            population.merge(
+                origin,
+                base,
+                tiny,
+                method="selection",
+                seed=seed,
+                parameters={"granularity": "layer"},
+            )
         )
         for layer in range(2):
             found = {
@@ -112,19 +137,29 @@ def test_the_base_is_asked_for_by_those_that_need_it(tiny, models):
 def test_diagnostics_against_numpy(tiny, models):
     members, base = models
     merged = population.merge(
-        members, base, tiny, method="selection", seed=0, dtype="bfloat16", parameters={"resample": "exhaustive"}
+        members,
+        base,
+        tiny,
+        method="selection",
+        seed=0,
+        dtype="bfloat16",
+        parameters={"resample": "exhaustive"},
     )
-    found = population.diagnostics(members, base, merged, tiny, method="selection", seed=0)
+    found = population.measure_diagnostics(members, base, merged, tiny, method="selection", seed=0)
     assert list(found["tensors"]) == [name for name, _, _ in arch.hf_tensors(tiny)]
 
     def stored(params):
-        return {path: np.asarray(x.astype(jnp.bfloat16), np.float64) for path, x in tree.flatten(params).items()}
+        return {
+            path: np.asarray(x.astype(jnp.bfloat16), np.float64)
+            for path, x in tree.flatten(params).items()
+        }
 
     m, b, out = stored(members), stored(base), stored(merged)
     name, spec = "model.layers.1.mlp.down_proj.weight", "layers/mlp/down/weight"
     check_numbers(found["tensors"][name], m[spec][:, 1], b[spec][1], out[spec][1])
     whole = [
-        np.concatenate([x.reshape(*lead, -1) for x in tree_.values()], axis=-1) for tree_, lead in ((m, (4,)), (b, ()), (out, ()))
+        np.concatenate([x.reshape(*lead, -1) for x in tree_.values()], axis=-1)
+        for tree_, lead in ((m, (4,)), (b, ()), (out, ()))
     ]
     check_numbers(found["total"], *whole)
     assert found["total"]["elements"] == arch.parameter_count(tiny)
@@ -149,11 +184,15 @@ def check_numbers(numbers, members, base, merged):
 def test_diagnostics_of_the_average_and_of_an_unchanged_population(tiny, models):
     members, base = models
     merged = population.merge(members, base, tiny, method="average", seed=0, dtype="bfloat16")
-    total = population.diagnostics(members, base, merged, tiny, method="average", seed=0)["total"]
+    total = population.measure_diagnostics(members, base, merged, tiny, method="average", seed=0)[
+        "total"
+    ]
     assert total["lambda_eff"] == pytest.approx(1, abs=1e-3)
     assert total["norm_ratio"] == pytest.approx(np.sqrt(np.mean(total["cosines"])), rel=0.05)
     same = jax.tree.map(lambda x: np.stack([x, x]), base)
-    nothing = population.diagnostics(same, base, base, tiny, method="average", seed=0)["total"]
+    nothing = population.measure_diagnostics(same, base, base, tiny, method="average", seed=0)[
+        "total"
+    ]
     assert nothing["cosines"] == [[None, None], [None, None]]
     assert nothing["lambda_eff"] is None
     assert nothing["unchanged_by_all"] == 1.0
@@ -164,14 +203,34 @@ def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
     mesh = meshes.make_mesh(4, 2, 1)
     shape, axes = (4, 64, 128), ("member", "mlp", "embed")
     members = jax.device_put(np.ones(shape, np.float32), meshes.sharding(axes, shape, mesh))
-    base = jax.device_put(np.zeros(shape[1:], np.float32), meshes.sharding(axes[1:], shape[1:], mesh))
+    base = jax.device_put(
+        np.zeros(shape[1:], np.float32), meshes.sharding(axes[1:], shape[1:], mesh)
+    )
     for name, parameters in (("average", {}), ("selection", {"resample": "exhaustive"})):
-        checked = methods.check(name, parameters)
+        checked = registry.check(name, parameters)
         spread, out = population.without_members(members)
-        known, static = parts.split(methods.learn(parts.Whole([np.ones((64, 128))] * 4, None), name, checked))
-        given = {"method": name, "static": static, "dtype": np.dtype("float32"), "stacked": False, "spread": spread, "out": out}
+        known, static = parts.split(
+            registry.learn(parts.Whole([np.ones((64, 128))] * 4, None), name, checked)
+        )
+        given = {
+            "method": name,
+            "static": static,
+            "dtype": np.dtype("float32"),
+            "stacked": False,
+            "spread": spread,
+            "out": out,
+        }
         arrays = {key: value[None] for key, value in known.items()}
-        needed = base if methods.METHODS[name].needs_base(checked) else None
-        program = population._merge_leaf.lower(members, needed, np.zeros((1, 2), np.uint32), arrays, **given).compile().as_text()
-        found = {kind: len(re.findall(rf" {kind}(?:-start)?\(", program)) for kind in ("all-to-all", "all-gather", "all-reduce")}
+        needed = base if registry.METHODS[name].needs_base(checked) else None
+        program = (
+            population._merge_leaf.lower(
+                members, needed, np.zeros((1, 2), np.uint32), arrays, **given
+            )
+            .compile()
+            .as_text()
+        )
+        found = {
+            kind: len(re.findall(rf" {kind}(?:-start)?\(", program))
+            for kind in ("all-to-all", "all-gather", "all-reduce")
+        }
         assert found == {"all-to-all": 1, "all-gather": 1, "all-reduce": 0}, name

@@ -9,16 +9,21 @@ import yaml
 
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import engine, methods, plan, recipe, recipe_methods
-from jax_ordermerge.merge.recipe_schema import parse_setting
-from jax_ordermerge.merge.sources import Directory
+from jax_ordermerge.merge import engine, plan
+from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.recipe import methods, parser
+from jax_ordermerge.merge.recipe.schema import parse_setting
+from jax_ordermerge.merge.sources.storage import Directory
 from tests.merge import recipe_models
 from tests.merge.recipe_models import make
 
 Q, UP, NORM, EMBED, HEAD = (
-    "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight",
+    "model.layers.{}.self_attn.q_proj.weight",
+    "model.layers.{}.mlp.up_proj.weight",
+    "model.norm.weight",
+    "model.embed_tokens.weight",
     "lm_head.weight",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,9 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def read(root):
     """A recipe, as text without the indentation of the test, against these models."""
-    return lambda text, **at: recipe.read(textwrap.dedent(text) + "\n", resolve=lambda name: root / name)
+    return lambda text, **at: parser.read(
+        textwrap.dedent(text) + "\n", resolve=lambda name: root / name
+    )
 
 
 def output(made, name):
@@ -63,7 +70,10 @@ def test_the_nearest_scope_wins(read):
     assert first.weights.tolist() == [1, 2]
     assert second.weights.tolist() == [5, 5]
     assert output(made, UP.format(0)).parameters["density"] == [0.1, 0.5]
-    assert first.parameters["density"] == [0.2, 0.2]  # falls through the model's filters to the slice's
+    assert first.parameters["density"] == [
+        0.2,
+        0.2,
+    ]  # falls through the model's filters to the slice's
     assert first.parameters["scale"] == 3
     assert second.parameters["scale"] == 7
     assert first.parameters["normalize"] is True
@@ -95,7 +105,9 @@ def test_gradients_run_over_the_layers_of_a_slice(read):
     found = [weights(made, Q.format(layer))[0] for layer in range(5)]
     np.testing.assert_allclose(found, [1, 5 / 3, 11 / 3, 7, 9])  # one layer alone is the end
     assert weights(made, EMBED) == [1]
-    assert weights(made, NORM) == weights(made, HEAD) == [1]  # beside the layers a gradient has its first value
+    assert (
+        weights(made, NORM) == weights(made, HEAD) == [1]
+    )  # beside the layers a gradient has its first value
 
 
 @pytest.mark.parametrize(
@@ -159,21 +171,32 @@ def test_the_base_of_linear_is_a_model_only_where_it_has_a_weight(read):
     models = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 2}}]"
     aside = read(f"merge_method: linear\nbase_model: base\n{models}")
     assert weights(aside, NORM) == [1, 2]
-    assert aside.sources[output(aside, NORM).base.source].label == "base"  # task vectors are measured from it
+    assert (
+        aside.sources[output(aside, NORM).base.source].label == "base"
+    )  # task vectors are measured from it
     merged = read(f"merge_method: linear\nbase_model: base\n{models}\nparameters: {{weight: 0.5}}")
     assert weights(merged, NORM) == [1, 2, 0.5]
 
 
 def test_slerp_goes_from_the_base_whatever_the_order(read):
     for models in ("[{model: a}, {model: base}]", "[{model: base}, {model: a}]", "[{model: a}]"):
-        made = read(f"merge_method: slerp\nbase_model: base\nmodels: {models}\nparameters: {{t: 0.25}}")
-        assert [made.sources[view.source].label for view in output(made, NORM).members] == ["base", "a"]
+        made = read(
+            f"merge_method: slerp\nbase_model: base\nmodels: {models}\nparameters: {{t: 0.25}}"
+        )
+        assert [made.sources[view.source].label for view in output(made, NORM).members] == [
+            "base",
+            "a",
+        ]
 
 
 def test_parameters_of_ours_go_with_a_method_of_mergekit(read):
-    text = "merge_method: {}\nbase_model: base\nmodels: [{{model: a}}, {{model: b}}]\nparameters: {}"
+    text = (
+        "merge_method: {}\nbase_model: base\nmodels: [{{model: a}}, {{model: b}}]\nparameters: {}"
+    )
     made = read(text.format("model_stock", "{t_floor: 0}"))
-    assert output(made, NORM).parameters == methods.check("model_stock", {"norm_floor": 1e-6, "t_floor": 0})
+    assert output(made, NORM).parameters == registry.check(
+        "model_stock", {"norm_floor": 1e-6, "t_floor": 0}
+    )
     made = read(text.format("dare_ties", "{weight: 1, density: 0.5, rescale: density}"))
     assert output(made, NORM).parameters["rescale"] == "density"
 
@@ -191,7 +214,12 @@ def test_parameter_selection(read, root, tmp_path):
         """)
     assert made.seed == 5
     assert weights(made, NORM) == [3, 1]
-    assert [output(made, Q.format(layer)).parameters["resample"] for layer in range(4)] == [0, 1, 2, 3]
+    assert [output(made, Q.format(layer)).parameters["resample"] for layer in range(4)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert output(made, UP.format(0)).parameters["granularity"] == "row"
     made = read("""
         merge_method: selection
@@ -202,20 +230,24 @@ def test_parameter_selection(read, root, tmp_path):
         """)
     engine.merge_plan(made, tmp_path / "recipe")
     members, base = [Directory(root / name) for name in "ab"], Directory(root / "base")
-    same = plan.uniform(members, base, method="selection", parameters={"resample": "exhaustive"}, seed=7)
+    same = plan.uniform(
+        members, base, method="selection", parameters={"resample": "exhaustive"}, seed=7
+    )
     engine.merge_plan(same, tmp_path / "uniform")
     one, two = Reader(tmp_path / "recipe"), Reader(tmp_path / "uniform")
     assert all(one.read(name).tobytes() == two.read(name).tobytes() for name in one.names)
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
+@pytest.mark.parametrize("method", sorted(registry.METHODS))
 def test_every_method_of_ours_can_be_named(read, method):
-    rule = recipe_methods.find(method)
-    most = methods.METHODS[method].members[1] - (rule.base == "first")
+    rule = methods.find(method)
+    most = registry.METHODS[method].members[1] - (rule.base == "first")
     models = [{"model": name} for name in "abc"[: min(3, most)]]
     needed = {name: 0.5 for name, one in {**rule.own, **rule.shared}.items() if one.required}
     base = {} if method == "passthrough" else {"base_model": "base"}
-    made = read(json.dumps({"merge_method": method, **base, "models": models, "parameters": needed}))
+    made = read(
+        json.dumps({"merge_method": method, **base, "models": models, "parameters": needed})
+    )
     assert {one.method for one in made.outputs} == {method}
 
 
@@ -240,7 +272,9 @@ def test_stacked_slices_are_numbered_through(read, tmp_path, root):
         - sources: [{model: short, layer_range: [0, 1]}]
         """)
     assert made.config.num_layers == 3
-    places = [(made.sources[one.members[0].source].label, one.members[0].name) for one in made.outputs]
+    places = [
+        (made.sources[one.members[0].source].label, one.members[0].name) for one in made.outputs
+    ]
     assert places[0] == ("long", EMBED)
     assert [place for place in places if "q_proj" in place[1]] == [
         ("long", Q.format(4)),
@@ -250,7 +284,10 @@ def test_stacked_slices_are_numbered_through(read, tmp_path, root):
     assert places[-2:] == [("short", NORM), ("short", HEAD)]
     engine.merge_plan(made, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 3
-    assert Reader(tmp_path / "out").read(Q.format(1)).tobytes() == Reader(root / "long").read(Q.format(5)).tobytes()
+    assert (
+        Reader(tmp_path / "out").read(Q.format(1)).tobytes()
+        == Reader(root / "long").read(Q.format(5)).tobytes()
+    )
 
 
 def test_a_slice_may_have_a_base_of_its_own(read, tmp_path):
@@ -266,33 +303,45 @@ def test_a_slice_may_have_a_base_of_its_own(read, tmp_path):
     assert made.sources[output(made, EMBED).base.source].label == "base"
     assert made.sources[output(made, NORM).base.source].label == "c"
     assert len(output(made, EMBED).members) == 2
-    engine.merge_plan(made, tmp_path / "out", diagnostics=False)
+    engine.merge_plan(made, tmp_path / "out", with_diagnostics=False)
     assert set(Reader(tmp_path / "out").names) == {one.name for one in made.outputs}
 
 
 def test_dtypes(read):
-    made = read("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ndtype: float16\nout_dtype: bfloat16")
+    made = read(
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ndtype: float16\nout_dtype: bfloat16"
+    )
     assert (made.dtype.name, made.out_dtype.name) == ("float16", "bfloat16")
     mixed = "merge_method: {}\nmodels: [{{model: a}}, {{model: half}}]\nparameters: {{weight: 1}}"
     with pytest.raises(UserError, match="stored in bfloat16 and float32; choose one of"):
         read(mixed.format("linear"))
     assert read(mixed.format("linear") + "\ndtype: bfloat16").dtype.name == "bfloat16"
-    made = read("merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: half, parameters: {weight: 1}}]")
+    made = read(
+        "merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: half, parameters: {weight: 1}}]"
+    )
     assert made.dtype.name == "bfloat16"
     assert "a is stored in float32 and rounded to bfloat16" in made.notes
 
 
 def test_stochastic_rounding(read):
-    text = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\nrounding: stochastic"
+    text = (
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\nrounding: stochastic"
+    )
     assert read(f"{text}\nout_dtype: bfloat16").stochastic
-    with pytest.raises(UserError, match="rounding: stochastic is for bfloat16, the output is float32"):
+    with pytest.raises(
+        UserError, match="rounding: stochastic is for bfloat16, the output is float32"
+    ):
         read(text)
 
 
 def test_a_tied_and_an_untied_model_become_an_untied_one(read, tmp_path):
-    made = read("merge_method: linear\nmodels: [{model: tied}, {model: a}]\nparameters: {weight: 1}")
+    made = read(
+        "merge_method: linear\nmodels: [{model: tied}, {model: a}]\nparameters: {weight: 1}"
+    )
     assert not made.config.tie_embeddings
-    assert "tied ties its output head to its embedding: the head is the embedding there" in made.notes
+    assert (
+        "tied ties its output head to its embedding: the head is the embedding there" in made.notes
+    )
     engine.merge_plan(made, tmp_path / "out")
     merged, tied, other = Reader(tmp_path / "out"), made.sources[0], made.sources[1]
     head = np.empty((6, 4), np.float32)
@@ -314,7 +363,9 @@ def test_vocabularies_of_different_sizes(read, tmp_path):
     merged, own = Reader(tmp_path / "out").read(EMBED), np.empty((7, 4), np.float32)
     made.sources[1].read_into(EMBED, 0, own)
     assert merged[6].tobytes() == own[6].tobytes()
-    assert read(f"{text}\ntokenizer: {{source: base, pad_to_multiple_of: 4}}").config.vocab_size == 8
+    assert (
+        read(f"{text}\ntokenizer: {{source: base, pad_to_multiple_of: 4}}").config.vocab_size == 8
+    )
 
 
 def test_the_union_of_tokenizers_is_written(root, tmp_path):
@@ -326,14 +377,17 @@ def test_the_union_of_tokenizers_is_written(root, tmp_path):
         return directory
 
     one, two = write("one", "<x>"), write("two", "<y>")
-    made = recipe.read(
+    made = parser.read(
         f"merge_method: linear\nmodels: [{{model: {one}}}, {{model: {two}}}]\nparameters: {{weight: 1}}\ntokenizer_source: union\n"
     )
     assert made.config.vocab_size == 5
     engine.merge_plan(made, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert [one["content"] for one in written["added_tokens"]] == ["<x>", "<y>"]
-    assert yaml.safe_load((tmp_path / "out" / "merge_config.yaml").read_text())["models"] == [{"model": "one"}, {"model": "two"}]
+    assert yaml.safe_load((tmp_path / "out" / "merge_config.yaml").read_text())["models"] == [
+        {"model": "one"},
+        {"model": "two"},
+    ]
 
 
 def test_chat_templates(root, tmp_path):
@@ -344,17 +398,19 @@ def test_chat_templates(root, tmp_path):
     (directories[2] / "chat_template.jinja").write_text("{{ 2 }}")
     models = ", ".join(f"{{model: {one}}}" for one in directories)
     text = f"merge_method: linear\nmodels: [{models}]\nparameters: {{weight: 1}}\n"
-    assert recipe.read(text).chat_template is None
-    assert recipe.read(f"{text}chat_template: auto").chat_template == "{{ 2 }}"
-    assert recipe.read(f"{text}chat_template: '{{% if x %}}'").chat_template == "{% if x %}"
-    with pytest.raises(UserError, match="chat_template 'chatml' is not offered; give auto, or the text"):
-        recipe.read(f"{text}chat_template: chatml")
-    engine.merge_plan(recipe.read(f"{text}chat_template: auto"), tmp_path / "out")
+    assert parser.read(text).chat_template is None
+    assert parser.read(f"{text}chat_template: auto").chat_template == "{{ 2 }}"
+    assert parser.read(f"{text}chat_template: '{{% if x %}}'").chat_template == "{% if x %}"
+    with pytest.raises(
+        UserError, match="chat_template 'chatml' is not offered; give auto, or the text"
+    ):
+        parser.read(f"{text}chat_template: chatml")
+    engine.merge_plan(parser.read(f"{text}chat_template: auto"), tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 2 }}"
 
 
 def test_what_is_written_of_a_recipe_has_no_paths_of_this_machine(root):
-    made = recipe.read(
+    made = parser.read(
         f"merge_method: task_arithmetic\nbase_model: {root}/base\n"
         f"models: [{{model: {root}/a, parameters: {{weight: 1}}}}, {{model: {{model: {{path: {root}/b}}}}, parameters: {{weight: 2}}}}]\n"
     )
@@ -373,9 +429,11 @@ def test_what_is_written_of_a_recipe_has_no_paths_of_this_machine(root):
 
 
 def test_the_recipe_beside_a_merge_can_be_read_again(read, root, tmp_path):
-    made = read("merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {weight: [1, 2]}\nseed: 3")
+    made = read(
+        "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {weight: [1, 2]}\nseed: 3"
+    )
     engine.merge_plan(made, tmp_path / "out")
-    again = recipe.read(tmp_path / "out" / "merge_config.yaml", resolve=lambda name: root / name)
+    again = parser.read(tmp_path / "out" / "merge_config.yaml", resolve=lambda name: root / name)
     assert again.recipe.pop("jax_ordermerge")
     assert again.recipe == made.recipe
     assert [one.parameters for one in again.outputs] == [one.parameters for one in made.outputs]
@@ -390,5 +448,5 @@ def test_a_recipe_is_told_from_a_config(tmp_path):
         ("e.yml", ": :\n-", False),
     ):
         (tmp_path / name).write_text(text)
-        assert recipe.is_recipe(tmp_path / name) is expected
-    assert not recipe.is_recipe(tmp_path / "absent.yml")
+        assert parser.is_recipe(tmp_path / name) is expected
+    assert not parser.is_recipe(tmp_path / "absent.yml")

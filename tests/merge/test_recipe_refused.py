@@ -4,7 +4,7 @@ import pytest
 
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import recipe
+from jax_ordermerge.merge.recipe import parser
 from tests.merge import recipe_models
 
 
@@ -26,7 +26,8 @@ REFUSED = {
     "merge_method: slerp\nslices:\n- sources: [{model: a}]": "slices[0].sources[0].layer_range is missing",
     "merge_method: slerp\nslices:\n- {sources: [{model: a, layer_range: [0, 1]}], residual_weight: 1}": "residual_weight is not offered: mergekit reads it",
     LINEAR + "experts: []": "experts is not offered: mixtures of experts are not made here",
-    LINEAR + "trust_remote_code: true": "trust_remote_code is not offered: code that comes with a model is never run",
+    LINEAR
+    + "trust_remote_code: true": "trust_remote_code is not offered: code that comes with a model is never run",
     LINEAR + "random_seed: 1": "random_seed is not offered: it is called seed",
     "merge_method: linear\nmodules: {encoder: {models: [{model: a}]}}": "modules: encoder: a decoder has one module, called default",
     "merge_method: linear\nmodels: [{model: {model: {path: a, revision: main}}}]": "revision is not offered: download the revision",
@@ -36,30 +37,38 @@ REFUSED = {
     "merge_method: linear": "give one of models, slices, modules",
     "merge_method: linear\nmodels: []": "models = []: list should have at least 1 item",
     "models: [{model: a}]\ndtype: float32": "merge_method is missing",
-    LINEAR + "slices:\n- sources: [{model: a, layer_range: [0, 1]}]": "the recipe has models and slices; give one of",
-    LINEAR + "dtype: float3": "dtype = 'float3': input should be 'float32', 'bfloat16' or 'float16'",
+    LINEAR
+    + "slices:\n- sources: [{model: a, layer_range: [0, 1]}]": "the recipe has models and slices; give one of",
+    LINEAR
+    + "dtype: float3": "dtype = 'float3': input should be 'float32', 'bfloat16' or 'float16'",
     LINEAR + "rounding: up": "rounding = 'up': input should be 'nearest' or 'stochastic'",
-    LINEAR + "tokenizer_source: base\ntokenizer: {source: base}": "tokenizer and tokenizer_source say the same",
-    LINEAR + "tokenizer_source: c": "the tokenizer's source is c, which is none of the models of the recipe (a, b)",
+    LINEAR
+    + "tokenizer_source: base\ntokenizer: {source: base}": "tokenizer and tokenizer_source say the same",
+    LINEAR
+    + "tokenizer_source: c": "the tokenizer's source is c, which is none of the models of the recipe (a, b)",
     LINEAR + "tokenizer: {source: base, tokens: {x: {source: {kind: zero}}}}": "unknown key kind",
     LINEAR + "merge_method: ties": "the key merge_method is given twice",
     "merge_method: [": "is not valid YAML",
     "- a\n- b": "expected keys such as merge_method and models, got list",
     # parameters
     "merge_method: tis\nmodels: [{model: a}]": "unknown merge_method 'tis' (did you mean 'ties'?)",
-    TIES + "parameters: {densty: 1}": "merge_method ties has no parameter 'densty' (did you mean 'density'?)",
+    TIES
+    + "parameters: {densty: 1}": "merge_method ties has no parameter 'densty' (did you mean 'density'?)",
     TIES + "parameters: {t: 1}": "merge_method ties has no parameter 't'",
     "merge_method: model_stock\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]": "merge_method model_stock has no parameter 'weight'; it takes none",
     "merge_method: ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1, normalize: false}}]": "normalize below a: it is a parameter of the whole merge",
     "merge_method: ties\nbase_model: base\nmodels: [{model: a}]": "needs the parameter weight of every model; model.embed_tokens.weight has none",
     "merge_method: slerp\nbase_model: base\nmodels: [{model: a}]": "merge_method slerp needs the parameter t; model.embed_tokens.weight has none",
-    TIES + "parameters: {density: [{filter: mlp, valu: 1}]}": "parameters: density: unknown key valu (did you mean 'value'?)",
+    TIES
+    + "parameters: {density: [{filter: mlp, valu: 1}]}": "parameters: density: unknown key valu (did you mean 'value'?)",
     TIES + "parameters: {density: [{filter: mlp}]}": "has no value",
-    TIES + "parameters: {density: [1, {value: 2}]}": "a list holds numbers, or entries {filter, value}, not both",
+    TIES
+    + "parameters: {density: [1, {value: 2}]}": "a list holds numbers, or entries {filter, value}, not both",
     TIES + "parameters: {density: null}": "density: None is no number",
     TIES + "parameters: {density: .nan}": "nan is not finite",
     TIES + "parameters: {density: half}": "density = 'half': expected a number",
-    TIES + "parameters: {density: 0}": "density 0 keeps nothing of a model; give a positive one, or weight: 0 (first for model.embed_tokens",
+    TIES
+    + "parameters: {density: 0}": "density 0 keeps nothing of a model; give a positive one, or weight: 0 (first for model.embed_tokens",
     TIES + "parameters: {normalize: 0.5}": "normalize = 0.5: expected true or false",
     TIES + "parameters: {rescale: some}": "rescale = 'some': input should be",
     TIES + "parameters: [1]": "parameters are names with values",
@@ -81,7 +90,7 @@ REFUSED = {
     "merge_method: linear\nslices:\n- sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 1]}]": "b gives 1 layers and a 2",
     "merge_method: passthrough\nbase_model: base\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]": "slices[0] lacks its base_model base among the sources",
     "merge_method: linear\nmodels: [{model: ./nowhere}]": "nowhere not found",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED.items(), ids=range(len(REFUSED)))
@@ -90,14 +99,14 @@ def test_refusals_name_what_is_wrong(root, text, message):
         return root / name if (root / name).is_dir() else convert.resolve(name)
 
     with pytest.raises(UserError) as error:
-        recipe.read(f"{text}\n", resolve=resolve)
+        parser.read(f"{text}\n", resolve=resolve)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_is_named_in_its_errors(tmp_path):
     with pytest.raises(UserError, match=r"recipe .*absent\.yml not found"):
-        recipe.read(tmp_path / "absent.yml")
+        parser.read(tmp_path / "absent.yml")
     (tmp_path / "r.yml").write_text("merge_method: linear\nmodel: []")
     with pytest.raises(UserError, match=r"r\.yml: unknown key model \(did you mean 'models'\?\)"):
-        recipe.read(str(tmp_path / "r.yml"))
+        parser.read(str(tmp_path / "r.yml"))

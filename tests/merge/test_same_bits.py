@@ -9,13 +9,14 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.merge import engine, methods, plan, population
-from jax_ordermerge.merge.sources import Directory, Member
+from jax_ordermerge.merge import engine, plan, population
+from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.sources.storage import Directory, Member
 
 MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2)]
 # what a method cannot do without
 GIVEN = {"nearswap": {"t": 0.05}}
-TABLE = [(name, {}, None) for name in methods.METHODS]
+TABLE = [(name, {}, None) for name in registry.METHODS]
 MORE = [
     ("average", {"normalize": False}, (0.1, 0.7, -0.3, 0.2)),
     ("task_arithmetic", {"scale": 0.3}, (0.1, 0.7, -0.3, 0.2)),
@@ -33,11 +34,14 @@ MORE = [
     ("karcher", {"of": "taus"}, (0.1, 0.7, 0.3, 0.2)),
     ("model_stock", {"granularity": "row"}, None),
 ]
-IDS = ["-".join([name, *(f"{k}={v}" for k, v in parameters.items())]) for name, parameters, _ in TABLE + MORE]
+IDS = [
+    "-".join([name, *(f"{k}={v}" for k, v in parameters.items())])
+    for name, parameters, _ in TABLE + MORE
+]
 
 
 def count_of(name):
-    low, high = methods.METHODS[name].members
+    low, high = registry.METHODS[name].members
     return int(min(max(4, low), high))
 
 
@@ -53,7 +57,9 @@ QUICK = {"average", "selection", "ties", "dare_linear"}
 
 def slow_unless_quick(cases, ids):
     return [
-        pytest.param(*one, id=i, marks=() if one[0] in QUICK and len(one[1]) < 1 else pytest.mark.slow)
+        pytest.param(
+            *one, id=i, marks=() if one[0] in QUICK and len(one[1]) < 1 else pytest.mark.slow
+        )
         for one, i in zip(cases, ids, strict=True)
     ]
 
@@ -62,21 +68,45 @@ def slow_unless_quick(cases, ids):
 def test_on_every_mesh(name, parameters, weights):
     """Two layers of one tensor, its rows sharded, its columns, within a block of sums, or both; members over the order axis or not."""
     members, base = sparse((2, 24, 256), np.random.default_rng(0))
-    members, checked = members[: count_of(name)], methods.check(name, {**GIVEN.get(name, {}), **parameters})
-    settings = {"method": name, "seed": 7, "weights": weights, "parameters": checked, "dtype": "float32"}
+    members, checked = (
+        members[: count_of(name)],
+        registry.check(name, {**GIVEN.get(name, {}), **parameters}),
+    )
+    settings = {
+        "method": name,
+        "seed": 7,
+        "weights": weights,
+        "parameters": checked,
+        "dtype": "float32",
+    }
     names = ["layers.0.w", "layers.1.w"]
-    expected = np.asarray(population.merge_leaf(jnp.asarray(members), jnp.asarray(base), names, True, **settings))
+    expected = np.asarray(
+        population.merge_leaf(jnp.asarray(members), jnp.asarray(base), names, True, **settings)
+    )
     for i, name_ in enumerate(names):
-        words = methods.key_words(name, checked, 7, name_, i)
-        needed = jnp.asarray(base[i]) if methods.METHODS[name].needs_base(checked) else None
-        alone = methods.merge_tensor(name, list(jnp.asarray(members[:, i])), base=needed, weights=weights, words=words, **checked)
+        words = registry.key_words(name, checked, 7, name_, i)
+        needed = jnp.asarray(base[i]) if registry.METHODS[name].needs_base(checked) else None
+        alone = registry.merge_tensor(
+            name,
+            list(jnp.asarray(members[:, i])),
+            base=needed,
+            weights=weights,
+            words=words,
+            **checked,
+        )
         assert alone.tobytes() == expected[i].tobytes()
     for sizes in MESHES:
         if len(members) % sizes[0]:
             continue
         mesh, axes = meshes.make_mesh(*sizes), ("layer", "mlp", "embed")
         placed = jax.device_put(members, meshes.sharding(("member", *axes), members.shape, mesh))
-        got = population.merge_leaf(placed, jax.device_put(base, meshes.sharding(axes, base.shape, mesh)), names, True, **settings)
+        got = population.merge_leaf(
+            placed,
+            jax.device_put(base, meshes.sharding(axes, base.shape, mesh)),
+            names,
+            True,
+            **settings,
+        )
         assert np.asarray(got).tobytes() == expected.tobytes(), sizes
 
 
@@ -113,16 +143,22 @@ def tensors(directory):
 FILES = [(name, {}) for name, _, _ in TABLE] + [("selection", {"resample": 1})]
 
 
-@pytest.mark.parametrize(("name", "parameters"), slow_unless_quick(FILES, [*IDS[: len(TABLE)], "selection-resample=1"]))
+@pytest.mark.parametrize(
+    ("name", "parameters"), slow_unless_quick(FILES, [*IDS[: len(TABLE)], "selection-resample=1"])
+)
 def test_from_files_and_checkpoints(stored, tmp_path, name, parameters):
     members, base, root = stored
     count = count_of(name)
     settings = {"method": name, "seed": 7, "parameters": {**GIVEN.get(name, {}), **parameters}}
-    merged = population.merge(jax.tree.map(lambda x: x[:count], members), base, CONFIG, dtype="bfloat16", **settings)
+    merged = population.merge(
+        jax.tree.map(lambda x: x[:count], members), base, CONFIG, dtype="bfloat16", **settings
+    )
     convert.export(merged, CONFIG, tmp_path / "memory", dtype="bfloat16")
     expected = tensors(tmp_path / "memory")
     files = [Directory(root / f"member_{i}") for i in range(count)]
-    stacked = [Member(root / "checkpoints", i, CONFIG, tokenizer=None, label=f"m{i}") for i in range(count)]
+    stacked = [
+        Member(root / "checkpoints", i, CONFIG, tokenizer=None, label=f"m{i}") for i in range(count)
+    ]
     for label, sources, more in (
         ("slabs", files, {"slab_elements": 256, "workers": 3}),
         ("whole", files, {"workers": 1}),

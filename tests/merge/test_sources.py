@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 
 from jax_ordermerge import arch, tree
 from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.commands.checkpoints import convert_checkpoint
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import single
-from jax_ordermerge.merge import lora, recipe, sources, vocabulary
-from jax_ordermerge.merge.references import open_model
+from jax_ordermerge.merge.recipe import parser
+from jax_ordermerge.merge.sources import lora, storage, vocabulary
+from jax_ordermerge.merge.sources.references import open_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LORA = np.load(GOLDEN / "merge" / "lora.npz")
@@ -45,8 +46,12 @@ def run(tiny, models, tmp_path_factory):
     members, base = models
     convert.export(base, tiny, root / "base", dtype="float32")
     directory = root / "run"
-    orbax.save(directory / "checkpoints", 7, {"params": tree.unflatten({k: jnp.asarray(v) for k, v in tree.flatten(members).items()})},
-               {"steps": 7, "members": [0, 1, 3, 2]})  # fmt: skip
+    orbax.save(
+        directory / "checkpoints",
+        7,
+        {"params": tree.unflatten({k: jnp.asarray(v) for k, v in tree.flatten(members).items()})},
+        {"steps": 7, "members": [0, 1, 3, 2]},
+    )
     (directory / "config.yaml").write_text(yaml.safe_dump({"model": {"base": str(root / "base")}}))
     return directory
 
@@ -57,7 +62,12 @@ def run(tiny, models, tmp_path_factory):
 def test_a_member_of_a_run_with_averages_is_its_average(run, tiny, models, tmp_path):
     params = jax.tree.map(jnp.asarray, models[0])
     stored = {"params": jax.tree.map(jnp.zeros_like, params), "optimizer": {"ema": params}}
-    orbax.save(tmp_path / "checkpoints", 7, stored, {"steps": 7, "members": [0, 1, 3, 2], "weights": "optimizer/ema"})
+    orbax.save(
+        tmp_path / "checkpoints",
+        7,
+        stored,
+        {"steps": 7, "members": [0, 1, 3, 2], "weights": "optimizer/ema"},
+    )
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     averages, members = open_model(f"{tmp_path}/member_2"), open_model(f"{run}/member_2")
     for name, _, _ in arch.hf_tensors(tiny):
@@ -66,8 +76,10 @@ def test_a_member_of_a_run_with_averages_is_its_average(run, tiny, models, tmp_p
 
 def test_a_member_of_a_run_is_found_by_its_number(run, tiny, models, tmp_path):
     source = open_model(f"{run}/member_2")
-    convert.export(models[0], tiny, tmp_path / "m", dtype="float32", member=3)  # the last of the order in the checkpoint
-    exported = sources.Directory(tmp_path / "m")
+    convert.export(
+        models[0], tiny, tmp_path / "m", dtype="float32", member=3
+    )  # the last of the order in the checkpoint
+    exported = storage.Directory(tmp_path / "m")
     for name, _, _ in arch.hf_tensors(tiny):
         assert whole(source, name).tobytes() == whole(exported, name).tobytes()
         assert_reads_in_any_run(source, name, np.random.default_rng(1))
@@ -78,8 +90,16 @@ def test_a_member_of_a_run_is_found_by_its_number(run, tiny, models, tmp_path):
 @pytest.mark.parametrize(
     ("name", "metadata", "message"),
     [
-        ("member_9", {"steps": 7, "members": [0, 1]}, "member_9 does not exist; the run has the members 0, 1"),
-        ("member_0", {"steps": 8, "members": [0, 1]}, r"the training in \S+ stands at step 7 of 8; run it again"),
+        (
+            "member_9",
+            {"steps": 7, "members": [0, 1]},
+            "member_9 does not exist; the run has the members 0, 1",
+        ),
+        (
+            "member_0",
+            {"steps": 8, "members": [0, 1]},
+            r"the training in \S+ stands at step 7 of 8; run it again",
+        ),
         ("member_0", {}, "is not that of a training"),
         ("member_0", None, "run the training first"),
         ("", {"steps": 7, "members": [0]}, "is a run; name one of its members"),
@@ -97,9 +117,9 @@ def test_a_member_that_is_not_there_is_refused(run, tmp_path, name, metadata, me
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_orbax_directory_is_the_directory_it_was_made_from(tiny, models, tmp_path, dtype):
     convert.export(models[1], tiny, tmp_path / "hf", dtype=dtype)
-    single.convert_checkpoint(tmp_path / "hf", tmp_path / "orbax", to="orbax", member=None, dtype=None)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "orbax", to="orbax", member=None, dtype=None)
     source, directory = open_model(str(tmp_path / "orbax")), open_model(str(tmp_path / "hf"))
-    assert isinstance(source, sources.Orbax)
+    assert isinstance(source, storage.Orbax)
     for name, _, _ in arch.hf_tensors(tiny):
         assert source.info(name) == directory.info(name)
         assert whole(source, name).tobytes() == whole(directory, name).tobytes()
@@ -141,7 +161,10 @@ def write_adapter(directory, case, **change):
     settings = json.loads(str(LORA[f"{case}/config"])) | change
     (directory / lora.CONFIG).write_text(json.dumps(settings))
     start = f"{case}/adapter/"
-    save_file({name.removeprefix(start): LORA[name] for name in LORA.files if name.startswith(start)}, directory / lora.WEIGHTS)
+    save_file(
+        {name.removeprefix(start): LORA[name] for name in LORA.files if name.startswith(start)},
+        directory / lora.WEIGHTS,
+    )
     return directory
 
 
@@ -150,8 +173,12 @@ def test_an_adapter_is_merged_as_peft_does(checkpoints, tmp_path, case):
     directory, base = checkpoints
     source = open_model(f"{directory}+{write_adapter(tmp_path / 'adapter', case)}")
     for name, values in base.items():
-        expected = LORA[f"{case}/merged/{name}"] if f"{case}/merged/{name}" in LORA.files else values
-        np.testing.assert_allclose(whole(source, name), expected, rtol=0, atol=2e-7 * np.abs(expected).max(), err_msg=name)
+        expected = (
+            LORA[f"{case}/merged/{name}"] if f"{case}/merged/{name}" in LORA.files else values
+        )
+        np.testing.assert_allclose(
+            whole(source, name), expected, rtol=0, atol=2e-7 * np.abs(expected).max(), err_msg=name
+        )
         assert_reads_in_any_run(source, name, np.random.default_rng(3))
     assert source.directory == directory
 
@@ -159,29 +186,56 @@ def test_an_adapter_is_merged_as_peft_does(checkpoints, tmp_path, case):
 def test_a_recipe_names_an_adapter_in_two_ways(checkpoints, tmp_path):
     directory, _ = checkpoints
     adapter = write_adapter(tmp_path / "adapter", "plain")
-    text = "merge_method: linear\nmodels: [{{model: {}}}, {{model: {}}}]\nparameters: {{weight: 1}}\n"
-    one = recipe.read(text.format(f"{directory}+{adapter}", directory))
-    two = recipe.read(text.format(f"{{model: {{path: {directory}}}, lora: {{path: {adapter}}}}}", directory))
+    text = (
+        "merge_method: linear\nmodels: [{{model: {}}}, {{model: {}}}]\nparameters: {{weight: 1}}\n"
+    )
+    one = parser.read(text.format(f"{directory}+{adapter}", directory))
+    two = parser.read(
+        text.format(f"{{model: {{path: {directory}}}, lora: {{path: {adapter}}}}}", directory)
+    )
     name = "model.layers.1.self_attn.q_proj.weight"
-    assert whole(one.sources[0], name).tobytes() == whole(two.sources[0], name).tobytes() != whole(one.sources[1], name).tobytes()
+    assert (
+        whole(one.sources[0], name).tobytes()
+        == whole(two.sources[0], name).tobytes()
+        != whole(one.sources[1], name).tobytes()
+    )
     assert one.recipe["models"][0] == {"model": "base+adapter"}
 
 
 def test_an_adapter_is_base_plus_scaled_product_rounded_once(tiny, tmp_path):
     """Against float64 by hand, on a bfloat16 base of more rows than a block."""
-    config = arch.ModelConfig(vocab_size=300, hidden_size=8, intermediate_size=300, num_layers=1, num_heads=2, tie_embeddings=True)
+    config = arch.ModelConfig(
+        vocab_size=300,
+        hidden_size=8,
+        intermediate_size=300,
+        num_layers=1,
+        num_heads=2,
+        tie_embeddings=True,
+    )
     generator = np.random.default_rng(0)
-    params = tree.unflatten({spec.path: generator.normal(size=spec.shape).astype(np.float32) for spec in arch.tensor_table(config)})
+    params = tree.unflatten(
+        {
+            spec.path: generator.normal(size=spec.shape).astype(np.float32)
+            for spec in arch.tensor_table(config)
+        }
+    )
     convert.export(params, config, tmp_path / "base", dtype="bfloat16")
     name = "model.layers.0.mlp.up_proj.weight"
     a, b = (generator.normal(size=shape).astype(np.float32) for shape in ((4, 8), (300, 4)))
     (tmp_path / "adapter").mkdir()
     start = "base_model.model.model.layers.0.mlp.up_proj"
-    save_file({f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b}, tmp_path / "adapter" / lora.WEIGHTS)
-    (tmp_path / "adapter" / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
+    save_file(
+        {f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b},
+        tmp_path / "adapter" / lora.WEIGHTS,
+    )
+    (tmp_path / "adapter" / lora.CONFIG).write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6})
+    )
     source = open_model(f"{tmp_path}/base+{tmp_path}/adapter")
     base = whole(open_model(f"{tmp_path}/base"), name)
-    expected = (base.astype(np.float64) + 1.5 * b.astype(np.float64) @ a.astype(np.float64)).astype(np.float32)
+    expected = (base.astype(np.float64) + 1.5 * b.astype(np.float64) @ a.astype(np.float64)).astype(
+        np.float32
+    )
     found = whole(source, name)
     assert found.dtype == base.dtype
     assert (found != expected.astype(found.dtype)).mean() < 0.001  # a tie in a million
@@ -193,11 +247,19 @@ def test_an_adapter_is_base_plus_scaled_product_rounded_once(tiny, tmp_path):
     [
         ("plain", {"use_dora": True}, r"use_dora = True is not supported \(supported: absent\)"),
         ("plain", {"bias": "all"}, "bias = 'all' is not supported"),
-        ("plain", {"peft_type": "LOHA"}, r"peft_type = 'LOHA' is not supported \(supported: 'LORA'\)"),
+        (
+            "plain",
+            {"peft_type": "LOHA"},
+            r"peft_type = 'LOHA' is not supported \(supported: 'LORA'\)",
+        ),
         ("plain", {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
         ("plain", {"layer_replication": [[0, 2]]}, "layer_replication"),
         ("plain", {"brand_new": 3}, "brand_new = 3 is not supported"),
-        ("plain", {"r": 4}, "q_proj has rank 3, adapter_config.json says 4|down_proj has rank 3, adapter_config.json says 4"),
+        (
+            "plain",
+            {"r": 4},
+            "q_proj has rank 3, adapter_config.json says 4|down_proj has rank 3, adapter_config.json says 4",
+        ),
         ("plain", {"lora_alpha": None}, "lora_alpha = None, expected a positive number"),
     ],
 )
@@ -210,9 +272,15 @@ def test_other_adapters_are_refused(checkpoints, tmp_path, case, change, message
 def test_adapters_that_are_not_whole_are_refused(checkpoints, tmp_path):
     directory, _ = checkpoints
     adapter = write_adapter(tmp_path / "adapter", "plain")
-    with pytest.raises(UserError, match=r"is an adapter; give the model that it belongs to as well"):
+    with pytest.raises(
+        UserError, match=r"is an adapter; give the model that it belongs to as well"
+    ):
         open_model(str(adapter))
-    tensors = {name.removeprefix("plain/adapter/"): LORA[name] for name in LORA.files if name.startswith("plain/adapter/")}
+    tensors = {
+        name.removeprefix("plain/adapter/"): LORA[name]
+        for name in LORA.files
+        if name.startswith("plain/adapter/")
+    }
     first = next(iter(tensors))
     save_file({name: one for name, one in tensors.items() if name != first}, adapter / lora.WEIGHTS)
     with pytest.raises(UserError, match="only one of the two matrices"):
@@ -221,12 +289,16 @@ def test_adapters_that_are_not_whole_are_refused(checkpoints, tmp_path):
     with pytest.raises(UserError, match="do not fit"):
         open_model(f"{directory}+{adapter}")
     save_file(
-        tensors | {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(16)}, adapter / lora.WEIGHTS
+        tensors
+        | {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(16)},
+        adapter / lora.WEIGHTS,
     )
     with pytest.raises(UserError, match="lora_magnitude_vector, which is no part of a LoRA"):
         open_model(f"{directory}+{adapter}")
     (adapter / lora.WEIGHTS).rename(adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"has no adapter_model.safetensors but adapter_model.bin; convert it"):
+    with pytest.raises(
+        UserError, match=r"has no adapter_model.safetensors but adapter_model.bin; convert it"
+    ):
         open_model(f"{directory}+{adapter}")
 
 
@@ -234,15 +306,34 @@ def test_adapters_that_are_not_whole_are_refused(checkpoints, tmp_path):
 
 
 def tokenizer(*tokens, added=()):
-    entries = [{"id": len(tokens) + i, "content": token, "special": True} for i, token in enumerate(added)]
-    return {"model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": []}, "added_tokens": entries}
+    entries = [
+        {"id": len(tokens) + i, "content": token, "special": True} for i, token in enumerate(added)
+    ]
+    return {
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [],
+        },
+        "added_tokens": entries,
+    }
 
 
 def model(directory, rows, tokens=None, *, tied=False, dtype="float32", seed=0):
     """A tiny model whose row r of the embedding is r + seed / 10 throughout, of the head minus that."""
-    config = arch.ModelConfig(vocab_size=rows, hidden_size=4, intermediate_size=4, num_layers=2, num_heads=2, tie_embeddings=tied)
+    config = arch.ModelConfig(
+        vocab_size=rows,
+        hidden_size=4,
+        intermediate_size=4,
+        num_layers=2,
+        num_heads=2,
+        tie_embeddings=tied,
+    )
     generator = np.random.default_rng(seed)
-    flat = {spec.path: generator.normal(size=spec.shape).astype(np.float32) for spec in arch.tensor_table(config)}
+    flat = {
+        spec.path: generator.normal(size=spec.shape).astype(np.float32)
+        for spec in arch.tensor_table(config)
+    }
     number = np.arange(rows, dtype=np.float32)[:, None] + np.float32(seed / 8)
     flat["embed/weight"] = np.broadcast_to(number, (rows, 4))
     if not tied:
@@ -250,7 +341,7 @@ def model(directory, rows, tokens=None, *, tied=False, dtype="float32", seed=0):
     convert.export(tree.unflatten(flat), config, directory, dtype=dtype)
     if tokens is not None:
         (directory / "tokenizer.json").write_text(json.dumps(tokens))
-    return sources.Directory(directory, directory.name)
+    return storage.Directory(directory, directory.name)
 
 
 def rows_of(source, name="model.embed_tokens.weight"):
@@ -276,21 +367,35 @@ def test_a_row_that_a_model_lacks_is_that_of_the_first_which_has_it(tmp_path):
     one = model(tmp_path / "one", 3, tokenizer("a", "b", added=["[PAD]"]), seed=1)
     two = model(tmp_path / "two", 3, tokenizer("a", "b", added=["[PAD]"]), seed=2)
     aligned = vocabulary.align([one, two, base], first=2, donor=1)
-    assert [rows_of(source) for source in aligned.sources] == [[0.125, 1.125, 2.125], [0.25, 1.25, 2.25], [0, 1, 2.125]]
-    assert "base lacks '[PAD]': taken from the first model that has it, the base first" in aligned.notes
+    assert [rows_of(source) for source in aligned.sources] == [
+        [0.125, 1.125, 2.125],
+        [0.25, 1.25, 2.25],
+        [0, 1, 2.125],
+    ]
+    assert (
+        "base lacks '[PAD]': taken from the first model that has it, the base first"
+        in aligned.notes
+    )
 
 
 def test_the_union_appends_added_tokens_and_writes_them_into_the_tokenizer(tmp_path):
     base = model(tmp_path / "base", 5, tokenizer("a", "b", added=["<s>"]))  # two rows of padding
     one = model(tmp_path / "one", 4, tokenizer("a", "b", added=["<s>", "[PAD]"]), seed=1)
-    two = model(tmp_path / "two", 6, tokenizer("a", "b", added=["<s>", "<x>", "<y>", "[PAD]"]), seed=2)
+    two = model(
+        tmp_path / "two", 6, tokenizer("a", "b", added=["<s>", "<x>", "<y>", "[PAD]"]), seed=2
+    )
     aligned = vocabulary.align([base, one, two], first=0, donor=0, union=True)
     # [PAD] and <x> take the padding, <y> is a new row
     assert rows_of(aligned.sources[0]) == [0, 1, 2, 3.125, 3.25, 4.25]
     assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125, 3.125, 3.25, 4.25]
     assert rows_of(aligned.sources[2]) == [0.25, 1.25, 2.25, 5.25, 3.25, 4.25]
     added = json.loads(aligned.files["tokenizer.json"])["added_tokens"]
-    assert [(one["content"], one["id"]) for one in added] == [("<s>", 2), ("[PAD]", 3), ("<x>", 4), ("<y>", 5)]
+    assert [(one["content"], one["id"]) for one in added] == [
+        ("<s>", 2),
+        ("[PAD]", 3),
+        ("<x>", 4),
+        ("<y>", 5),
+    ]
 
 
 def test_the_written_tokenizer_is_read_by_the_library(tmp_path):
@@ -342,8 +447,13 @@ def test_rows_asked_for_and_padding(tmp_path):
 
 
 def test_trained_vocabularies_that_differ_have_no_union(tmp_path):
-    one, other = model(tmp_path / "one", 2, tokenizer("a", "b")), model(tmp_path / "other", 2, tokenizer("a", "z"))
-    with pytest.raises(UserError, match="other has the token 'z' in its trained vocabulary and one has not"):
+    one, other = (
+        model(tmp_path / "one", 2, tokenizer("a", "b")),
+        model(tmp_path / "other", 2, tokenizer("a", "z")),
+    )
+    with pytest.raises(
+        UserError, match="other has the token 'z' in its trained vocabulary and one has not"
+    ):
         vocabulary.align([one, other], first=0, donor=0, union=True)
     with pytest.raises(UserError, match=r"three has no tokenizer\.json to extend"):
         vocabulary.align([model(tmp_path / "three", 2), one], first=0, donor=0, union=True)
@@ -354,7 +464,9 @@ def test_trained_vocabularies_that_differ_have_no_union(tmp_path):
 
 def test_a_tied_model_untied_has_its_embedding_for_a_head(tmp_path):
     tied = model(tmp_path / "tied", 3, tied=True)
-    source = sources.Untied(tied)
+    source = storage.Untied(tied)
     assert not source.config.tie_embeddings
     assert rows_of(source, "lm_head.weight") == rows_of(tied) == [0, 1, 2]
-    assert whole(source, "model.norm.weight").tobytes() == whole(tied, "model.norm.weight").tobytes()
+    assert (
+        whole(source, "model.norm.weight").tobytes() == whole(tied, "model.norm.weight").tobytes()
+    )

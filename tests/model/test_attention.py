@@ -24,7 +24,10 @@ def naive(q, k, v, queries, keys, window):
 
 def inputs(T, S, N=4, K=2, H=6, B=2):
     generator = np.random.default_rng(T + S)
-    return [generator.normal(size=shape).astype(np.float32) * 2 for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H))]
+    return [
+        generator.normal(size=shape).astype(np.float32) * 2
+        for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+    ]
 
 
 def packed(T, lengths, left=0):
@@ -40,7 +43,9 @@ def packed(T, lengths, left=0):
 
 
 @pytest.mark.parametrize("window", [None, 1, 9])
-@pytest.mark.parametrize(("T", "lengths", "left"), [(5, (5,), 0), (150, (20, 90, 31), 0), (131, (60, 41), 30)])
+@pytest.mark.parametrize(
+    ("T", "lengths", "left"), [(5, (5,), 0), (150, (20, 90, 31), 0), (131, (60, 41), 30)]
+)
 def test_against_a_loop(T, lengths, left, window):
     q, k, v = inputs(T, T)
     tokens = packed(T, lengths, left)
@@ -89,7 +94,9 @@ def test_gradients_against_plain_softmax():
         weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
         return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
 
-    ours = jax.jit(jax.grad(lambda *a: jnp.sin(attend(*a, tokens, tokens)).sum(), argnums=(0, 1, 2)))(q, k, v)
+    ours = jax.jit(
+        jax.grad(lambda *a: jnp.sin(attend(*a, tokens, tokens)).sum(), argnums=(0, 1, 2))
+    )(q, k, v)
     expected = jax.jit(jax.grad(lambda *a: jnp.sin(plain(*a)).sum(), argnums=(0, 1, 2)))(q, k, v)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -111,9 +118,13 @@ def test_softmax_is_float32_in_bfloat16():
 def test_positions_divided_over_devices_change_nothing(window):
     """Context parallel: every device has its own queries and all keys; packed rows, gradients too."""
     rng = np.random.default_rng(0)
-    q, k, v, g = (jnp.asarray(rng.normal(size=(2, 192, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
+    q, k, v, g = (
+        jnp.asarray(rng.normal(size=(2, 192, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4)
+    )
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 192)), axis=1), jnp.int32)
-    starts = np.array([[np.flatnonzero(row == one)[0] for one in row] for row in np.asarray(segments)])
+    starts = np.array(
+        [[np.flatnonzero(row == one)[0] for one in row] for row in np.asarray(segments)]
+    )
     tokens = Tokens(jnp.asarray(np.arange(192) - starts, jnp.int32), segments)
 
     def loss(q, k, v):

@@ -23,7 +23,12 @@ from tests.model.test_attention import inputs, naive, packed
 HERE = [
     "xla",
     "splash_interpreted",
-    pytest.param("cudnn", marks=pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")),
+    pytest.param(
+        "cudnn",
+        marks=pytest.mark.skipif(
+            jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU"
+        ),
+    ),
 ]
 
 
@@ -33,7 +38,9 @@ def documents(kernel, T):
 
 
 def close(found, expected, atol):
-    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=atol)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=atol
+    )
 
 
 @pytest.mark.parametrize("window", [None, 1, 70])
@@ -41,7 +48,9 @@ def close(found, expected, atol):
 def test_splash_against_a_loop(T, lengths, window):
     q, k, v = inputs(T, T)
     tokens = packed(T, lengths)
-    out = jax.jit(lambda *a: attend(*a, tokens, tokens, window=window, kernel="splash_interpreted"))(q, k, v)
+    out = jax.jit(
+        lambda *a: attend(*a, tokens, tokens, window=window, kernel="splash_interpreted")
+    )(q, k, v)
     assert out.dtype == q.dtype
     real = tokens.segments > 0
     close(np.asarray(out)[real], naive(q, k, v, tokens, tokens, window)[real], 1e-5)
@@ -59,7 +68,9 @@ def test_outputs_and_gradients_of_xla(kernel, window):
     def both(kernel):
         def loss(*a):
             out = attend(*a, tokens, tokens, window=window, kernel=kernel)
-            return jnp.where(real, jnp.sin(out.astype(jnp.float32)), 0).sum(), jnp.where(real, out, 0)
+            return jnp.where(real, jnp.sin(out.astype(jnp.float32)), 0).sum(), jnp.where(
+                real, out, 0
+            )
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
@@ -95,7 +106,12 @@ def test_a_document_does_not_change_another_one(kernel):
 
 
 @pytest.mark.parametrize(
-    "shape", [{"fsdp": 2, "tensor": 4}, {"fsdp": 2, "sequence": 2, "tensor": 2}, {"order": 2, "data": 2, "sequence": 2}]
+    "shape",
+    [
+        {"fsdp": 2, "tensor": 4},
+        {"fsdp": 2, "sequence": 2, "tensor": 2},
+        {"order": 2, "data": 2, "sequence": 2},
+    ],
 )
 def test_splash_on_a_mesh(shape):
     # two kv heads over a tensor axis of four are repeated; under `order` the axes inside are made manual too
@@ -118,7 +134,14 @@ def test_splash_on_a_mesh(shape):
 
 
 def test_gradients_of_a_model(tiny_batch):
-    config = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=4, num_kv_heads=2)
+    config = ModelConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+    )
     params = llama.init_params(config, 0)
 
     def gradients(kernel):
@@ -137,8 +160,14 @@ def test_gradients_of_a_model(tiny_batch):
 def tiny_batch():
     random = np.random.default_rng(0)
     positions, segments = packed(40, (21, 12))
-    batch = {name: random.integers(0, 32, (2, 40)).astype(np.int32) for name in ("tokens", "targets")}
-    return batch | {"positions": positions, "segments": segments, "weights": (segments > 0).astype(np.float32)}
+    batch = {
+        name: random.integers(0, 32, (2, 40)).astype(np.int32) for name in ("tokens", "targets")
+    }
+    return batch | {
+        "positions": positions,
+        "segments": segments,
+        "weights": (segments > 0).astype(np.float32),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- cuDNN
@@ -149,7 +178,9 @@ def reference_cudnn(monkeypatch):
     """The same call of jax answered by its reference implementation: what its arguments mean is the same."""
     real = jax.nn.dot_product_attention
     monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *a, implementation, **named: real(*a, implementation="xla", **named)
+        jax.nn,
+        "dot_product_attention",
+        lambda *a, implementation, **named: real(*a, implementation="xla", **named),
     )
 
 
@@ -159,14 +190,18 @@ def test_cudnn_is_asked_for_causal_rows_with_lengths(window):
     q, k, v = inputs(40, 40)
     tokens = packed(40, (33,))
     tokens.segments[1], tokens.positions[1] = 0, 0  # a row of padding
-    out = np.asarray(jax.jit(lambda *a: attend(*a, tokens, tokens, window=window, kernel="cudnn"))(q, k, v))
+    out = np.asarray(
+        jax.jit(lambda *a: attend(*a, tokens, tokens, window=window, kernel="cudnn"))(q, k, v)
+    )
     real = tokens.segments > 0
     close(out[real], naive(q, k, v, tokens, tokens, window)[real], 1e-5)
     assert not out[~real].any()
 
 
 @pytest.mark.usefixtures("reference_cudnn")
-@pytest.mark.parametrize("tokens", [packed(40, (20, 13)), packed(40, (20,), left=5)], ids=["packed", "padded in front"])
+@pytest.mark.parametrize(
+    "tokens", [packed(40, (20, 13)), packed(40, (20,), left=5)], ids=["packed", "padded in front"]
+)
 def test_rows_that_cudnn_would_mix_become_nan(tokens):
     q, k, v = inputs(40, 40)
     out = attend(q, k, v, tokens, tokens, kernel="cudnn")
@@ -178,10 +213,14 @@ def test_rows_that_cudnn_would_mix_become_nan(tokens):
 
 def devices(platform, **axes):
     """What `choose` reads of a mesh."""
-    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]), shape=axes)
+    return types.SimpleNamespace(
+        devices=np.array([types.SimpleNamespace(platform=platform)]), shape=axes
+    )
 
 
-CONFIG = ModelConfig(vocab_size=32, hidden_size=256, intermediate_size=16, num_layers=2, num_heads=4)
+CONFIG = ModelConfig(
+    vocab_size=32, hidden_size=256, intermediate_size=16, num_layers=2, num_heads=4
+)
 WIDE = ModelConfig(vocab_size=32, hidden_size=1024, intermediate_size=16, num_layers=2, num_heads=4)
 
 
@@ -206,12 +245,54 @@ def test_auto_takes_what_is_right(mesh, config, dtype, packed, kernel):
 @pytest.mark.parametrize(
     ("asked", "mesh", "config", "dtype", "packed", "text"),
     [
-        ("splash", devices("gpu"), CONFIG, "bfloat16", False, "splash runs on TPU, the devices are gpu"),
-        ("cudnn", devices("tpu"), CONFIG, "bfloat16", False, "cudnn runs on NVIDIA GPU, the devices are tpu"),
-        ("cudnn", devices("gpu"), CONFIG, "bfloat16", True, "cudnn does not keep packed documents apart"),
-        ("cudnn", devices("gpu"), CONFIG, "float32", False, "computes in bfloat16, model.compute_dtype is float32"),
-        ("cudnn", devices("gpu"), WIDE, "bfloat16", False, "a multiple of 8 up to 128, this model has 256"),
-        ("cudnn", devices("gpu", sequence=2), CONFIG, "bfloat16", False, "takes whole sequences, mesh.sequence divides them"),
+        (
+            "splash",
+            devices("gpu"),
+            CONFIG,
+            "bfloat16",
+            False,
+            "splash runs on TPU, the devices are gpu",
+        ),
+        (
+            "cudnn",
+            devices("tpu"),
+            CONFIG,
+            "bfloat16",
+            False,
+            "cudnn runs on NVIDIA GPU, the devices are tpu",
+        ),
+        (
+            "cudnn",
+            devices("gpu"),
+            CONFIG,
+            "bfloat16",
+            True,
+            "cudnn does not keep packed documents apart",
+        ),
+        (
+            "cudnn",
+            devices("gpu"),
+            CONFIG,
+            "float32",
+            False,
+            "computes in bfloat16, model.compute_dtype is float32",
+        ),
+        (
+            "cudnn",
+            devices("gpu"),
+            WIDE,
+            "bfloat16",
+            False,
+            "a multiple of 8 up to 128, this model has 256",
+        ),
+        (
+            "cudnn",
+            devices("gpu", sequence=2),
+            CONFIG,
+            "bfloat16",
+            False,
+            "takes whole sequences, mesh.sequence divides them",
+        ),
     ],
 )
 def test_a_kernel_that_would_be_wrong_is_refused(asked, mesh, config, dtype, packed, text):
@@ -255,10 +336,14 @@ PROGRAM = """
 )
 def test_the_train_step_compiles_for_a_tpu(topology, axes, head, window):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
-    program = textwrap.dedent(PROGRAM.format(topology=topology, axes=axes, head=head, window=window))
+    program = textwrap.dedent(
+        PROGRAM.format(topology=topology, axes=axes, head=head, window=window)
+    )
     own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     own |= {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", program], env=own, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=own, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     # in one scanned layer: forward once (the backward pass takes what it kept), gradients of queries, and of keys and values
     assert int(done.stdout) == 3

@@ -30,14 +30,18 @@ def logits_of(config, params, tokens, positions=None, segments=None, **kwargs):
     B, T = tokens.shape
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1)) if positions is None else positions
     segments = np.ones((B, T), np.int32) if segments is None else segments
-    return np.asarray(FORWARD(config, params, tokens, positions, segments, **{"dtype": "float32", **kwargs})[0])
+    return np.asarray(
+        FORWARD(config, params, tokens, positions, segments, **{"dtype": "float32", **kwargs})[0]
+    )
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_goldens(name):
     config = families.FAMILIES[name]
     ours = logits_of(config, families.weights(config), families.tokens(config))
-    np.testing.assert_allclose(ours[1, ::3], np.load(GOLDEN / f"{name}.npz")["logits"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        ours[1, ::3], np.load(GOLDEN / f"{name}.npz")["logits"], atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -47,7 +51,10 @@ def test_transformers(name):
 
     config = families.FAMILIES[name]
     generator = np.random.default_rng(3)  # weights other than those of the goldens
-    flat = {s.path: (generator.normal(0, 0.2, s.shape) + (s.init == "ones")).astype(np.float32) for s in tensor_table(config)}
+    flat = {
+        s.path: (generator.normal(0, 0.2, s.shape) + (s.init == "ones")).astype(np.float32)
+        for s in tensor_table(config)
+    }
     tokens = generator.integers(0, config.vocab_size, (2, families.LENGTH)).astype(np.int32)
     params = tree.unflatten(flat)
     theirs = make_model_goldens.logits(config, params, tokens)
@@ -61,11 +68,15 @@ def test_what_tells_families_apart_is_seen_by_the_goldens():
 
     for name, change in {
         "llama31": {"rope": dataclasses.replace(families.LLAMA3, kind="default")},
-        "llama_linear_rope": {"rope": dataclasses.replace(families.FAMILIES["llama_linear_rope"].rope, kind="default")},
+        "llama_linear_rope": {
+            "rope": dataclasses.replace(families.FAMILIES["llama_linear_rope"].rope, kind="default")
+        },
         "mistral_window": {"sliding_window": None},
     }.items():
         config = families.FAMILIES[name]
-        changed = logits_of(dataclasses.replace(config, **change), families.weights(config), families.tokens(config))
+        changed = logits_of(
+            dataclasses.replace(config, **change), families.weights(config), families.tokens(config)
+        )
         assert abs(changed[1, ::3] - np.load(GOLDEN / f"{name}.npz")["logits"]).max() > 1e-2, name
 
 
@@ -73,11 +84,19 @@ def test_what_tells_families_apart_is_seen_by_the_goldens():
 def test_the_module_declares_the_tensor_table(name):
     config = families.FAMILIES[name]
     tokens = jnp.zeros((1, 3), jnp.int32)
-    shared = llama._Shared(*(llama.Tokens(tokens, tokens),) * 2, *(jnp.zeros((1, 3, config.head_dim // 2)),) * 2, jnp.int32(0))
-    variables = jax.eval_shape(llama.Llama(config, jnp.float32).init, jax.random.key(0), tokens, shared)
+    shared = llama._Shared(
+        *(llama.Tokens(tokens, tokens),) * 2,
+        *(jnp.zeros((1, 3, config.head_dim // 2)),) * 2,
+        jnp.int32(0),
+    )
+    variables = jax.eval_shape(
+        llama.Llama(config, jnp.float32).init, jax.random.key(0), tokens, shared
+    )
     declared = {path: leaf.shape for path, leaf in tree.flatten(variables["params"]).items()}
     # the head is a plain product beside the module: training never takes all of its logits at once
-    assert declared == {spec.path: spec.shape for spec in tensor_table(config) if not spec.path.startswith("head/")}
+    assert declared == {
+        spec.path: spec.shape for spec in tensor_table(config) if not spec.path.startswith("head/")
+    }
 
 
 def test_init_is_named_and_the_same_on_every_mesh():
@@ -90,7 +109,9 @@ def test_init_is_named_and_the_same_on_every_mesh():
             assert (alone[spec.path] == (spec.init == "ones")).all(), spec.path
     q = alone["layers/attention/q/weight"]
     key = rng.stream(5, "init", "model.layers.1.self_attn.q_proj.weight")
-    np.testing.assert_allclose(q[1], jax.random.normal(key, q[1].shape) * config.initializer_range, rtol=1e-6)
+    np.testing.assert_allclose(
+        q[1], jax.random.normal(key, q[1].shape) * config.initializer_range, rtol=1e-6
+    )
     grid = mesh.make_mesh(2, 2, 2)
     sharded = tree.flatten(llama.init_params(config, 5, grid))
     for spec in tensor_table(config):
@@ -99,7 +120,10 @@ def test_init_is_named_and_the_same_on_every_mesh():
 
 
 def test_packed_documents_do_not_see_each_other():
-    config, params = families.FAMILIES["mistral_window"], families.weights(families.FAMILIES["mistral_window"])
+    config, params = (
+        families.FAMILIES["mistral_window"],
+        families.weights(families.FAMILIES["mistral_window"]),
+    )
     lengths, T = (30, 70, 41), 150  # more than one block of queries, and padding behind
     documents = [families.tokens(config, 100)[i % 2, i : i + n] for i, n in enumerate(lengths)]
     tokens, positions, segments = (np.zeros((1, T), np.int32) for _ in range(3))
@@ -111,17 +135,26 @@ def test_packed_documents_do_not_see_each_other():
     for document, end in zip(documents, np.cumsum(lengths), strict=True):
         alone = logits_of(config, params, document[None])[0]
         np.testing.assert_allclose(packed[end - len(document) : end], alone, atol=2e-5, rtol=0)
-    other = np.where(segments == 2, (tokens + 1) % config.vocab_size, tokens)  # no bit of document 3 depends on document 2
-    np.testing.assert_array_equal(logits_of(config, params, other, positions, segments)[0][100:141], packed[100:141])
+    other = np.where(
+        segments == 2, (tokens + 1) % config.vocab_size, tokens
+    )  # no bit of document 3 depends on document 2
+    np.testing.assert_array_equal(
+        logits_of(config, params, other, positions, segments)[0][100:141], packed[100:141]
+    )
 
 
 def loss_and_grads(config, params, tokens, remat="none", dtype="float32"):
     positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
 
     def mean(p):
-        x, _ = llama.hidden(config, p, tokens, positions, np.ones_like(tokens), dtype=dtype, remat=remat)
+        x, _ = llama.hidden(
+            config, p, tokens, positions, np.ones_like(tokens), dtype=dtype, remat=remat
+        )
         weights = np.ones(tokens[:, 1:].shape, np.float32)
-        return loss.linear_losses(x[:, :-1], llama.head(config, p), tokens[:, 1:], weights)[0] / weights.sum()
+        return (
+            loss.linear_losses(x[:, :-1], llama.head(config, p), tokens[:, 1:], weights)[0]
+            / weights.sum()
+        )
 
     value, grads = jax.jit(jax.value_and_grad(mean))(params)
     return float(value), jax.device_get(grads)
@@ -144,7 +177,9 @@ def test_gradients_equal_those_of_torch():
     for spec in tensor_table(config):
         for layer, name in enumerate(spec.hf_names()):
             ours_one = flat[spec.path][layer] if spec.stacked else flat[spec.path]
-            np.testing.assert_allclose(ours_one, names[name].grad.numpy(), atol=2e-6, rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(
+                ours_one, names[name].grad.numpy(), atol=2e-6, rtol=1e-4, err_msg=name
+            )
 
 
 def test_remat_changes_no_gradient():
@@ -163,15 +198,21 @@ def test_meshes_change_no_logit():
     for sizes in ((1, 2, 4), (1, 8, 1)):
         grid = mesh.make_mesh(*sizes)
         placed = tree.unflatten(
-            {s.path: jax.device_put(x, mesh.sharding(s.axes, s.shape, grid)) for s, x in zip(tensor_table(SMALL), tree.flatten(params).values(), strict=True)}
-        )  # fmt: skip
+            {
+                s.path: jax.device_put(x, mesh.sharding(s.axes, s.shape, grid))
+                for s, x in zip(tensor_table(SMALL), tree.flatten(params).values(), strict=True)
+            }
+        )
         with jax.set_mesh(grid):
             np.testing.assert_allclose(logits_of(SMALL, placed, tokens), alone, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_is_near_and_logits_stay_float32():
     params, tokens = families.weights(SMALL), families.tokens(SMALL)
-    exact, rounded = logits_of(SMALL, params, tokens), logits_of(SMALL, params, tokens, dtype="bfloat16")
+    exact, rounded = (
+        logits_of(SMALL, params, tokens),
+        logits_of(SMALL, params, tokens, dtype="bfloat16"),
+    )
     assert rounded.dtype == np.float32
     assert 0 < abs(rounded - exact).max() < 0.15
 
@@ -185,12 +226,26 @@ def test_cache_in_pieces_equals_the_whole(name):
     for length in (22, 1, 1):
         part = slice(begin, begin + length)
         positions = np.tile(np.arange(families.LENGTH, dtype=np.int32)[part], (2, 1))
-        out, cache = FORWARD(config, params, tokens[:, part], positions, np.ones_like(positions), cache, dtype="float32")
+        out, cache = FORWARD(
+            config,
+            params,
+            tokens[:, part],
+            positions,
+            np.ones_like(positions),
+            cache,
+            dtype="float32",
+        )
         np.testing.assert_allclose(out, whole[:, part], atol=1e-5, rtol=0)
         begin += length
     assert int(cache.length) == families.LENGTH
     last, _ = FORWARD(
-        config, params, tokens, np.tile(np.arange(families.LENGTH), (2, 1)), np.ones_like(tokens), dtype="float32", last_only=True
+        config,
+        params,
+        tokens,
+        np.tile(np.arange(families.LENGTH), (2, 1)),
+        np.ones_like(tokens),
+        dtype="float32",
+        last_only=True,
     )
     np.testing.assert_allclose(last, whole[:, -1:], atol=1e-6)
 
@@ -199,7 +254,13 @@ def test_a_cache_too_small_is_refused():
     tokens = np.zeros((1, 4), np.int32)
     with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3 slots"):
         llama.forward(
-            SMALL, families.weights(SMALL), tokens, tokens, tokens, llama.init_cache(SMALL, 1, 3, "float32"), dtype="float32"
+            SMALL,
+            families.weights(SMALL),
+            tokens,
+            tokens,
+            tokens,
+            llama.init_cache(SMALL, 1, 3, "float32"),
+            dtype="float32",
         )
 
 
@@ -209,7 +270,9 @@ def test_one_compilation_a_shape():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def run(params, tokens):
-        return llama.forward(SMALL, params, tokens, tokens, jnp.ones_like(tokens), dtype="float32")[0]
+        return llama.forward(SMALL, params, tokens, tokens, jnp.ones_like(tokens), dtype="float32")[
+            0
+        ]
 
     for shift in range(3):
         run(params, families.tokens(SMALL) + shift)
@@ -223,10 +286,17 @@ def stories(shared_data):
     config = ModelConfig.from_hf(json.loads((directory / "config.json").read_text()))
     tensors = load_file(directory / "model.safetensors")
     stacked = {
-        s.path: np.stack([tensors[n] for n in s.hf_names()]) if s.stacked else tensors[s.hf_name] for s in tensor_table(config)
+        s.path: np.stack([tensors[n] for n in s.hf_names()]) if s.stacked else tensors[s.hf_name]
+        for s in tensor_table(config)
     }
     golden = shared_data / "golden" / "stories260K"
-    return config, tree.unflatten(stacked), json.loads((golden / "golden.json").read_text()), golden, directory
+    return (
+        config,
+        tree.unflatten(stacked),
+        json.loads((golden / "golden.json").read_text()),
+        golden,
+        directory,
+    )
 
 
 def test_stories260k_logits(stories):
@@ -247,23 +317,36 @@ def test_stories260k_document_losses(stories, shared_data):
     config, params, _, _, directory = stories
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = (shared_data / "text" / "tinystories_sample_2MB.txt").read_text()
-    documents = [tokenizer(part.strip())["input_ids"][:250] for part in text.split("<|endoftext|>", 6)[:6]]
+    documents = [
+        tokenizer(part.strip())["input_ids"][:250] for part in text.split("<|endoftext|>", 6)[:6]
+    ]
     model = make_model_goldens.torch_model(config, params)
     with torch.no_grad():
-        theirs = [model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in documents]
+        theirs = [
+            model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in documents
+        ]
 
     tokens, positions, segments = (np.zeros((3, 500), np.int32) for _ in range(3))
     places = []
     for number, ids in enumerate(documents):
         row, begin = number // 2, 250 * (number % 2)
         place = slice(begin, begin + len(ids))
-        tokens[row, place], positions[row, place], segments[row, place] = ids, np.arange(len(ids)), number + 1
+        tokens[row, place], positions[row, place], segments[row, place] = (
+            ids,
+            np.arange(len(ids)),
+            number + 1,
+        )
         places.append((row, slice(begin, begin + len(ids) - 1)))
     x = llama.hidden(config, params, tokens, positions, segments, dtype="float32")[0][:, :-1]
     ours = []
     for row, part in places:
         weights = np.zeros(tokens[:, 1:].shape, np.float32)
         weights[row, part] = 1
-        ours.append(float(loss.linear_losses(x, llama.head(config, params), tokens[:, 1:], weights)[0] / weights.sum()))
+        ours.append(
+            float(
+                loss.linear_losses(x, llama.head(config, params), tokens[:, 1:], weights)[0]
+                / weights.sum()
+            )
+        )
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
     assert 1 < np.mean(ours) < 1.6

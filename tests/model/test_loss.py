@@ -12,7 +12,9 @@ def naive(x, head, targets, weights):
     out = np.zeros(targets.shape)
     for place in np.ndindex(targets.shape):
         row = head.astype(np.float64) @ x[place].astype(np.float64)
-        out[place] = weights[place] * (np.log(np.exp(row - row.max()).sum()) + row.max() - row[targets[place]])
+        out[place] = weights[place] * (
+            np.log(np.exp(row - row.max()).sum()) + row.max() - row[targets[place]]
+        )
     return out.sum(-1)
 
 
@@ -42,7 +44,9 @@ def test_losses_and_gradients(rows, scale, monkeypatch):
     total, sums = loss.linear_losses(*given)
     np.testing.assert_allclose(sums, naive(*given), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(total, sums.sum(), rtol=1e-6)
-    (again, same), ours = jax.value_and_grad(lambda x, w: loss.linear_losses(x, w, *given[2:]), (0, 1), has_aux=True)(*given[:2])
+    (again, same), ours = jax.value_and_grad(
+        lambda x, w: loss.linear_losses(x, w, *given[2:]), (0, 1), has_aux=True
+    )(*given[:2])
     assert (again, same.tolist()) == (total, sums.tolist())
     theirs = jax.grad(lambda x, w: plain(x, w, *given[2:]).sum(), (0, 1))(*given[:2])
     for own, other in zip(ours, theirs, strict=True):
@@ -53,20 +57,31 @@ def test_losses_and_gradients(rows, scale, monkeypatch):
 def test_examples_that_share_a_row(rows, monkeypatch):
     monkeypatch.setattr(loss, "_ROWS", rows)
     x, head, targets, weights = inputs(T=7)
-    segments = np.array([[1, 1, 1, 2, 2, 3, 0], [1, 1, 0, 0, 0, 0, 0], [1, 2, 2, 2, 2, 2, 2]], np.int32)
+    segments = np.array(
+        [[1, 1, 1, 2, 2, 3, 0], [1, 1, 0, 0, 0, 0, 0], [1, 2, 2, 2, 2, 2, 2]], np.int32
+    )
     weights = weights * (segments > 0)
-    (expected, _), whole = jax.value_and_grad(lambda x: loss.linear_losses(x, head, targets, weights), has_aux=True)(x)
+    (expected, _), whole = jax.value_and_grad(
+        lambda x: loss.linear_losses(x, head, targets, weights), has_aux=True
+    )(x)
     packed = {"segments_BT": segments, "count": 3}
-    (total, sums), gradient = jax.value_and_grad(lambda x: loss.linear_losses(x, head, targets, weights, **packed), has_aux=True)(x)
+    (total, sums), gradient = jax.value_and_grad(
+        lambda x: loss.linear_losses(x, head, targets, weights, **packed), has_aux=True
+    )(x)
     for s in range(3):
-        np.testing.assert_allclose(sums[:, s], naive(x, head, targets, weights * (segments == s + 1)), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            sums[:, s], naive(x, head, targets, weights * (segments == s + 1)), rtol=1e-5, atol=1e-5
+        )
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     np.testing.assert_array_equal(gradient, whole)
 
 
 def test_gradient_is_scaled_and_nothing_flows_through_the_sums():
     given = inputs()
-    once, thrice = (jax.grad(lambda x, k=k: k * loss.linear_losses(x, *given[1:])[0])(given[0]) for k in (1.0, 3.0))
+    once, thrice = (
+        jax.grad(lambda x, k=k: k * loss.linear_losses(x, *given[1:])[0])(given[0])
+        for k in (1.0, 3.0)
+    )
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
     assert not jax.grad(lambda x: loss.linear_losses(x, *given[1:])[1].sum())(given[0]).any()
 
@@ -83,7 +98,9 @@ def test_bfloat16_is_that_of_rounded_inputs():
     sums = loss.linear_losses(x.astype(jnp.bfloat16), head, targets, weights)[1]
     assert sums.dtype == jnp.float32
     np.testing.assert_allclose(sums, naive(low, low_head, targets, weights), rtol=1e-5)
-    slope_x, slope_head = jax.grad(lambda x, w: loss.linear_losses(x, w, targets, weights)[0], (0, 1))(x.astype(jnp.bfloat16), head)
+    slope_x, slope_head = jax.grad(
+        lambda x, w: loss.linear_losses(x, w, targets, weights)[0], (0, 1)
+    )(x.astype(jnp.bfloat16), head)
     assert (slope_x.dtype, slope_head.dtype) == (jnp.bfloat16, jnp.float32)
     expected = jax.grad(lambda x, w: plain(x, w, targets, weights).sum(), (0, 1))(low, low_head)
     np.testing.assert_allclose(slope_x.astype("f4"), expected[0], atol=0.05)
@@ -95,12 +112,19 @@ def test_sharded_is_the_same(sizes):
     given = inputs(B=8, T=6, D=8, V=32)
     mesh = meshes.make_mesh(*sizes)
     axes = (("batch", None, None), ("vocab", "embed"), ("batch", None), ("batch", None))
-    placed = [jax.device_put(a, meshes.sharding(n, a.shape, mesh)) for a, n in zip(given, axes, strict=True)]
-    one = jax.value_and_grad(lambda x, w, t, m: loss.linear_losses(x, w, t, m), (0, 1), has_aux=True)
+    placed = [
+        jax.device_put(a, meshes.sharding(n, a.shape, mesh))
+        for a, n in zip(given, axes, strict=True)
+    ]
+    one = jax.value_and_grad(
+        lambda x, w, t, m: loss.linear_losses(x, w, t, m), (0, 1), has_aux=True
+    )
     with jax.set_mesh(mesh):
         (total, sums), grads = jax.jit(one)(*placed)
         text = jax.jit(one).lower(*placed).compile().as_text()
     (expected, expected_sums), expected_grads = one(*given)
-    for own, other in zip((total, sums, *grads), (expected, expected_sums, *expected_grads), strict=True):
+    for own, other in zip(
+        (total, sums, *grads), (expected, expected_sums, *expected_grads), strict=True
+    ):
         np.testing.assert_allclose(own, other, rtol=2e-5, atol=1e-5)
     assert "f32[8,6,32]" not in text

@@ -17,25 +17,43 @@ WORK = Work(rows=8, length=16, tokens=100.0, flops=1e6, steps=10)
 
 
 def config(**sections):
-    given = {"population": {"members": 4}, "training": {"batch": 8}, "data": {"max_length": 16}, "model": {"remat": "full"}}
+    given = {
+        "population": {"members": 4},
+        "training": {"batch": 8},
+        "data": {"max_length": 16},
+        "model": {"remat": "full"},
+    }
     return make_config(given | sections)
 
 
 def test_what_stays_between_steps_is_counted_by_hand():
     # 2 members a device, matrices over fsdp and tensor, norms everywhere; two moments, and two counters of int32
-    step = analytic.step(config(mesh={"order": 2, "fsdp": 2, "tensor": 2}), MODEL, parse("v5e:2x4"), WORK)
+    step = analytic.step(
+        config(mesh={"order": 2, "fsdp": 2, "tensor": 2}), MODEL, parse("v5e:2x4"), WORK
+    )
     held = 2 * 4 * (MATRICES / 4 + NORMS)
     assert step.memory.parameters == held
     assert 2 * held < step.memory.optimizer <= 2 * held + 2 * 4 * 4
     assert step.memory.base == 0
     assert step.memory.batch == 2 * 8 * (5 * 4 * 16 + 8) / 2
     assert step.memory.total == sum(
-        (step.memory.parameters, step.memory.optimizer, step.memory.base, step.memory.batch, step.memory.temporaries)
+        (
+            step.memory.parameters,
+            step.memory.optimizer,
+            step.memory.base,
+            step.memory.batch,
+            step.memory.temporaries,
+        )
     )
 
 
 def test_adapters_hold_the_base_once():
-    step = analytic.step(config(mesh={"order": 2, "fsdp": 4}, lora={"rank": 2, "targets": ["q"]}), MODEL, parse("v5e:2x4"), WORK)
+    step = analytic.step(
+        config(mesh={"order": 2, "fsdp": 4}, lora={"rank": 2, "targets": ["q"]}),
+        MODEL,
+        parse("v5e:2x4"),
+        WORK,
+    )
     # of 2 layers A [2, 8], divided over fsdp, and B [8, 2], which has no axis that is divided
     assert step.memory.parameters == 2 * 4 * 2 * (2 * 8 / 4 + 8 * 2)
     assert step.memory.base == 2 * (MATRICES / 4 + NORMS)  # bfloat16, once
@@ -43,7 +61,10 @@ def test_adapters_hold_the_base_once():
 
 def test_a_wave_holds_its_members_alone():
     whole, half = (
-        analytic.step(config(population={"members": 4, "wave": wave}), MODEL, parse("v5e:1x1"), WORK) for wave in (None, 2)
+        analytic.step(
+            config(population={"members": 4, "wave": wave}), MODEL, parse("v5e:1x1"), WORK
+        )
+        for wave in (None, 2)
     )
     assert half.memory.parameters == whole.memory.parameters / 2
     assert half.memory.temporaries == whole.memory.temporaries
@@ -61,7 +82,10 @@ def counted(remat, again):
 def test_executed_flops_are_counted_by_hand(remat, again):
     assert flops.executed_flops(MODEL, 8, 16, remat=remat) == counted(remat, again)
     one = analytic.step(
-        config(model={"remat": remat, "attention": "xla"}, mesh={"order": 2, "fsdp": 2}), MODEL, parse("v5e:2x2"), WORK
+        config(model={"remat": remat, "attention": "xla"}, mesh={"order": 2, "fsdp": 2}),
+        MODEL,
+        parse("v5e:2x2"),
+        WORK,
     )
     assert one.executed == 2 * counted(remat, again) / 2  # 2 members a group of 2 devices
 
@@ -83,7 +107,9 @@ def test_times_are_those_of_the_data_sheet():
     step = analytic.step(config(mesh={"order": 1, "fsdp": 4}), MODEL, parse("v5e:2x2"), WORK)
     assert step.times["products"] == step.executed / (0.65 * 197e12)
     assert step.times["memory"] == step.moved / (0.8 * 819e9)
-    assert step.times["exchanges"] == step.traffic["fsdp"] / (0.8 * 200e9)  # both sides of the square
+    assert step.times["exchanges"] == step.traffic["fsdp"] / (
+        0.8 * 200e9
+    )  # both sides of the square
     longest = max(step.times.values())
     assert step.seconds == pytest.approx(longest + 0.2 * (sum(step.times.values()) - longest))
     nodes = parse("h100:2x2")
@@ -101,5 +127,8 @@ def test_on_devices_without_a_data_sheet_there_are_no_times():
 
 def test_the_best_weights_of_each_member_are_one_more_copy():
     keeping = config(training={"checkpoint": "best"}, data={"validation_examples": 4})
-    kept, last = (analytic.state(one, MODEL, analytic.abstract_mesh(one, parse("v5e:2x2"))) for one in (keeping, config()))
+    kept, last = (
+        analytic.state(one, MODEL, analytic.abstract_mesh(one, parse("v5e:2x2")))
+        for one in (keeping, config())
+    )
     assert kept == last | {"parameters": 2 * last["parameters"]}

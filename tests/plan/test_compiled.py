@@ -14,7 +14,14 @@ from jax_ordermerge.hardware import parse
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.plan import compiled
 
-SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
 SECTIONS = {"population": {"members": 4}, "data": {"max_length": 32}, "training": {"batch": 8}}
 MODEL, CONFIG = ModelConfig(**SIZES), make_config(SECTIONS)
 
@@ -26,17 +33,27 @@ def test_what_the_compiler_says_of_a_program_that_is_too_large():
 
 
 def test_more_cpu_devices_than_there_are():
-    with pytest.raises(UserError, match=r"64 CPU devices are asked for and \d+ are there; set XLA_FLAGS"):
+    with pytest.raises(
+        UserError, match=r"64 CPU devices are asked for and \d+ are there; set XLA_FLAGS"
+    ):
         compiled.devices(parse("cpu:64"))
 
 
-@pytest.mark.parametrize("method", ["average", "selection", "ties", "dare_ties", "karcher", "model_stock", "breadcrumbs", "sce"])
+@pytest.mark.parametrize(
+    "method",
+    ["average", "selection", "ties", "dare_ties", "karcher", "model_stock", "breadcrumbs", "sce"],
+)
 def test_merges_are_compiled_from_descriptions(method):
     base = {"density": 0.5} if method in ("ties", "dare_ties") else {}
-    config = make_config(SECTIONS | {"merge": {"dtype": "float32", "methods": [{"method": method, "parameters": base}]}})
+    config = make_config(
+        SECTIONS
+        | {"merge": {"dtype": "float32", "methods": [{"method": method, "parameters": base}]}}
+    )
     needs = compiled.merge(config, MODEL, make_mesh(2, 4))
     held = 4 * parameter_count(MODEL)
-    assert needs.arguments > (4 / 2 + 1) * held / 4 * 0.9  # two members and the base, a quarter of each; norms whole
+    assert (
+        needs.arguments > (4 / 2 + 1) * held / 4 * 0.9
+    )  # two members and the base, a quarter of each; norms whole
     assert needs.temporaries > held / 4
     assert {axis for _, axes in needs.exchanges for axis in axes} <= {"order", "fsdp"}
 
@@ -59,7 +76,10 @@ def test_a_training_step_is_measured_and_nothing_crosses_the_members():
 @pytest.mark.slow
 def test_the_other_programs_of_a_run():
     mesh = make_mesh(2, 2, 2)
-    losses, new = compiled.losses(CONFIG, MODEL, mesh, 32), compiled.generation(CONFIG, MODEL, mesh, 16, 8)
+    losses, new = (
+        compiled.losses(CONFIG, MODEL, mesh, 32),
+        compiled.generation(CONFIG, MODEL, mesh, 16, 8),
+    )
     held = 2 * parameter_count(MODEL) / 4  # bfloat16, over fsdp and tensor
     assert held < losses.arguments
     assert held < new.arguments

@@ -17,7 +17,9 @@ from jax_ordermerge.train import step as steps
 
 
 def plan(config, topology, **more):
-    return planner.make(make_config(config), topology, architecture="llama-2-7b", analytic_only=True, **more)
+    return planner.make(
+        make_config(config), topology, architecture="llama-2-7b", analytic_only=True, **more
+    )
 
 
 @pytest.mark.slow
@@ -26,23 +28,44 @@ def test_memory_and_flops_are_those_of_the_program_that_a_run_executes(tmp_path,
     sys.path.insert(0, "tests/experiment")
     from tiny import make_base, make_config
 
-    make_base(tmp_path / "base", num_layers=1, hidden_size=128, intermediate_size=352, num_heads=2, num_kv_heads=2)
+    make_base(
+        tmp_path / "base",
+        num_layers=1,
+        hidden_size=128,
+        intermediate_size=352,
+        num_heads=2,
+        num_kv_heads=2,
+    )
     file = make_config(
-        tmp_path, training={"epochs": 1, "batch": 16}, mesh={"order": 2, "fsdp": 2}, merge={"methods": [{"method": "average"}]}
+        tmp_path,
+        training={"epochs": 1, "batch": 16},
+        mesh={"order": 2, "fsdp": 2},
+        merge={"methods": [{"method": "average"}]},
     )
     executed = []
     compile_step = steps.compile_step
-    monkeypatch.setattr(steps, "compile_step", lambda *given: executed.append(compile_step(*given)) or executed[-1])
+    monkeypatch.setattr(
+        steps, "compile_step", lambda *given: executed.append(compile_step(*given)) or executed[-1]
+    )
     pipeline.run(load_config(file), through="train", say=lambda text: None)
     monkeypatch.undo()
     memory = executed[0].memory_analysis()
     found = planner.make(load_config(file), "cpu:4", look_further=False)
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     assert found["source"] == "compiled"
     assert found["given"]["memory"]["total"] == pytest.approx(total, rel=0.05)
     kinds = ("parameters", "optimizer", "base", "batch")
-    assert sum(found["given"]["memory"][kind] for kind in kinds) == pytest.approx(memory.argument_size_in_bytes, rel=0.05)
-    assert found["given"]["flops"]["executed_a_device"] == pytest.approx(executed[0].cost_analysis()["flops"], rel=0.05)
+    assert sum(found["given"]["memory"][kind] for kind in kinds) == pytest.approx(
+        memory.argument_size_in_bytes, rel=0.05
+    )
+    assert found["given"]["flops"]["executed_a_device"] == pytest.approx(
+        executed[0].cost_analysis()["flops"], rel=0.05
+    )
     assert {"losses", "merge", "generation"} == set(found["programs"])
     assert found["given"]["fits"] is None
 
@@ -64,7 +87,9 @@ def test_what_fits_and_what_does_not():
     assert large["recommended"]["fits"] is True
     assert large["recommended"]["changes"]
     # parameters and two moments of 4 members, float32; two counters
-    assert large["experiment"]["checkpoint_bytes"] == pytest.approx(4 * 12 * large["model"]["parameters"], rel=1e-6)
+    assert large["experiment"]["checkpoint_bytes"] == pytest.approx(
+        4 * 12 * large["model"]["parameters"], rel=1e-6
+    )
     json.dumps(large, allow_nan=False)
     nothing = plan(sections | {"mesh": {"order": 1}}, "a100:1")
     assert nothing["given"]["fits"] is False
@@ -81,14 +106,22 @@ def run(*arguments):
 def test_the_command(tmp_path):
     file = tmp_path / "small.yaml"
     file.write_text(
-        yaml.safe_dump({"model": {"base": "embedded:quickstart"}, "data": {"max_length": 128}, "training": {"batch": 32}})
+        yaml.safe_dump(
+            {
+                "model": {"base": "embedded:quickstart"},
+                "data": {"max_length": 128},
+                "training": {"batch": 32},
+            }
+        )
     )
     done = run(str(file), "--topology", "v5e:2x2", "--analytic", "--json")
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert found["source"] == "analytic"
     assert found["given"]["fits"] is True
-    assert found["experiment"]["hours"]["training"] > 0  # the base and its task come with the package
+    assert (
+        found["experiment"]["hours"]["training"] > 0
+    )  # the base and its task come with the package
     text = run(str(file), "--topology", "v5e:2x2", "--analytic", "--no-search").stdout
     assert "as configured, analytic" in text
     assert "It fits" in text
@@ -99,7 +132,10 @@ def test_the_command(tmp_path):
     [
         (["--topology", "v5q:4x4"], "there is no device v5q"),
         (["--architecture", "llama-2-7c"], "did you mean 'llama-2-7b'"),
-        (["--set", "mesh.order=3", "--set", "population.members=3"], "4 devices cannot be divided by 3"),
+        (
+            ["--set", "mesh.order=3", "--set", "population.members=3"],
+            "4 devices cannot be divided by 3",
+        ),
         (
             ["--set", "mesh.order=-1", "--set", "mesh.fsdp=1", "--set", "population.members=6"],
             "is not a multiple of the order axis",
@@ -110,7 +146,9 @@ def test_the_command(tmp_path):
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     file = tmp_path / "small.yaml"
     file.write_text("{}")
-    done = run(str(file), "--analytic", "--topology", "v5e:2x2", "--architecture", "llama-2-7b", *arguments)
+    done = run(
+        str(file), "--analytic", "--topology", "v5e:2x2", "--architecture", "llama-2-7b", *arguments
+    )
     assert isinstance(done.exception, UserError)
     assert message in str(done.exception)
     assert "\n" not in str(done.exception)
@@ -120,9 +158,16 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
 def test_the_large_configs_are_planned_on_paper(name):
     config = load_config(pathlib.Path(__file__).parents[2] / "configs" / f"llama2_7b_{name}.yaml")
     made = planner.make(
-        config, "v5p:4x4x2", architecture="llama-2-7b", examples=10_000, tests=500, analytic_only=True, look_further=False
+        config,
+        "v5p:4x4x2",
+        architecture="llama-2-7b",
+        examples=10_000,
+        tests=500,
+        analytic_only=True,
+        look_further=False,
     )
     assert made["given"]["fits"] is True
     assert made["work"]["steps"] == 3 * -(
-        -(10_000 - config.data.validation_examples - config.data.test_examples) // config.training.batch
+        -(10_000 - config.data.validation_examples - config.data.test_examples)
+        // config.training.batch
     )

@@ -40,7 +40,9 @@ def test_the_best_come_first_and_always_the_same():
 def test_what_is_learned_is_not_changed():
     kept = {"batch", "epochs", "learning_rate", "optimizer", "schedule"}
     for one in search.search(CONFIG, MODEL, parse("h100:8"), WORK):
-        assert one.config.training.model_dump(include=kept) == CONFIG.training.model_dump(include=kept)
+        assert one.config.training.model_dump(include=kept) == CONFIG.training.model_dump(
+            include=kept
+        )
         assert one.config.lora is None
         assert one.config.population.members == 4
 
@@ -54,7 +56,10 @@ def test_where_all_members_do_not_fit_there_are_waves_and_then_nothing():
     assert search.search(search.with_adapters(alone), MODEL, parse("a100:1"), WORK)
 
 
-@pytest.mark.parametrize(("order", "fsdp", "slices", "dcn"), [(4, 8, 2, {}), (1, 8, 2, {"order": 1, "fsdp": 2}), (1, 3, 2, None)])
+@pytest.mark.parametrize(
+    ("order", "fsdp", "slices", "dcn"),
+    [(4, 8, 2, {}), (1, 8, 2, {"order": 1, "fsdp": 2}), (1, 3, 2, None)],
+)
 def test_members_lie_on_different_slices_as_far_as_they_can(order, fsdp, slices, dcn):
     assert search._across(order, fsdp, slices) == dcn
 
@@ -62,7 +67,9 @@ def test_members_lie_on_different_slices_as_far_as_they_can(order, fsdp, slices,
 def test_cost_is_of_all_members():
     topology = parse("v5p:2x2x4")
     whole = analytic.step(CONFIG, MODEL, topology, WORK)
-    waves = search.with_changes(CONFIG, {"mesh": {"order": 2, "fsdp": 8}, "population": {"wave": 2}})
+    waves = search.with_changes(
+        CONFIG, {"mesh": {"order": 2, "fsdp": 8}, "population": {"wave": 2}}
+    )
     half = analytic.step(waves, MODEL, topology, WORK)
     assert search.cost(CONFIG, whole) == whole.seconds
     assert search.cost(waves, half) == 2 * half.seconds

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
+from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge_config import Search
 from jax_ordermerge.search import sampling
 
-LENGTH = {"method": "task_arithmetic", "parameters": {"scale": {"low": 0.5, "high": 1.5, "steps": 3}}}
+LENGTH = {
+    "method": "task_arithmetic",
+    "parameters": {"scale": {"low": 0.5, "high": 1.5, "steps": 3}},
+}
 TIES = {
     "method": "ties",
     "parameters": {"density": [0.2, 0.5]},
@@ -34,7 +37,10 @@ def test_the_grid_is_every_combination_once():
     assert len({one.key for one in found}) == len(found) == 3 + 2 * 2 * 2
     assert [one.parameters["scale"] for one in found[:3]] == [0.5, 1.0, 1.5]
     assert {(one.parameters["density"], one.scale, one.groups["mlp"]) for one in found[3:]} == {
-        (density, scale, mlp) for density in (0.2, 0.5) for scale in (1.0, 2.0) for mlp in (0.5, 2.0)
+        (density, scale, mlp)
+        for density in (0.2, 0.5)
+        for scale in (1.0, 2.0)
+        for mlp in (0.5, 2.0)
     }
 
 
@@ -45,7 +51,9 @@ def test_draws_stay_in_their_ranges_and_repeat_with_the_seed(sampler):
     space = search(LENGTH, TIES, MIXED, sampler=sampler, budget=40)
     found = everything(space, lambda one: abs(one.scale - 1.3))
     assert len(found) == 40
-    assert [one.key for one in found] == [one.key for one in everything(space, lambda one: abs(one.scale - 1.3))]
+    assert [one.key for one in found] == [
+        one.key for one in everything(space, lambda one: abs(one.scale - 1.3))
+    ]
     assert {one.method for one in found} == {"task_arithmetic", "ties", "average"}
     for one in found:
         if one.method == "average":
@@ -73,11 +81,17 @@ def test_an_optimizer_comes_nearer_than_chance(sampler):
     def loss(one):
         return (one.scale - 1.234) ** 2 + (one.groups["mlp"] - 0.777) ** 2
 
-    entry = {"method": "average", "scale": {"low": 0, "high": 4}, "groups": {"mlp": {"low": 0, "high": 4}}}
+    entry = {
+        "method": "average",
+        "scale": {"low": 0, "high": 4},
+        "groups": {"mlp": {"low": 0, "high": 4}},
+    }
     found = everything(search(entry, sampler=sampler, budget=96), loss)
     assert min(map(loss, found[48:])) < 0.02
     drawn = everything(search(entry, sampler="random", budget=96), loss)
-    assert np.median([loss(one) for one in found[48:]]) < 0.5 * np.median([loss(one) for one in drawn])
+    assert np.median([loss(one) for one in found[48:]]) < 0.5 * np.median(
+        [loss(one) for one in drawn]
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,9 +99,18 @@ def test_an_optimizer_comes_nearer_than_chance(sampler):
     [
         (search(LENGTH, budget=2), "the grid has more candidates than the budget of 2"),
         (search(MIXED), "average: weights: simplex cannot be put on a grid"),
-        (search(LENGTH, TIES, sampler="cma-es"), "sampler cma-es varies the numbers of one method, the space has 2"),
-        (search(TIES, sampler="cma-es"), "sampler cma-es varies numbers, density is a list of choices"),
-        (search(LENGTH, sampler="cma-es"), "sampler cma-es needs two numbers or more to vary, the space has 1"),
+        (
+            search(LENGTH, TIES, sampler="cma-es"),
+            "sampler cma-es varies the numbers of one method, the space has 2",
+        ),
+        (
+            search(TIES, sampler="cma-es"),
+            "sampler cma-es varies numbers, density is a list of choices",
+        ),
+        (
+            search(LENGTH, sampler="cma-es"),
+            "sampler cma-es needs two numbers or more to vary, the space has 1",
+        ),
     ],
 )
 def test_what_a_sampler_cannot_take_is_refused(space, message):

@@ -13,7 +13,15 @@ SCRIPTS = pathlib.Path(__file__).parents[2] / "tpu_scripts"
 HERE = pathlib.Path(__file__).parent
 COMMANDS = ("create", "setup", "run", "watch", "fetch", "delete")
 CREATE = ("--type", "v5p-16", "--runtime", "v2-alpha-tpuv5", "--spot")
-EVERYTHING = (*CREATE, "--package", "jax_ordermerge[tpu]", "--config", "one.yaml", "--interval", "0.05")
+EVERYTHING = (
+    *CREATE,
+    "--package",
+    "jax_ordermerge[tpu]",
+    "--config",
+    "one.yaml",
+    "--interval",
+    "0.05",
+)
 
 
 class Cloud:
@@ -31,7 +39,9 @@ class Cloud:
     def call(self, script, *options):
         environment = os.environ | {"PATH": f"{HERE}:{os.environ['PATH']}", "STUB": str(self.root)}
         command = ["bash", str(SCRIPTS / f"{script}.sh"), "--name", "slice", *options]
-        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=120
+        )
 
     @property
     def calls(self):
@@ -49,7 +59,10 @@ class Cloud:
         return {**state["resources"], **state["nodes"]}
 
     def logs(self):
-        return {str(file.relative_to(self.root)): file.read_text() for file in sorted(self.root.glob("logs/**/*.log"))}
+        return {
+            str(file.relative_to(self.root)): file.read_text()
+            for file in sorted(self.root.glob("logs/**/*.log"))
+        }
 
 
 @pytest.fixture
@@ -59,9 +72,13 @@ def cloud(tmp_path):
 
 @pytest.mark.parametrize("script", [*COMMANDS, "lib"])
 def test_shellcheck_has_nothing_to_say(script):
-    checker = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    checker = shutil.which(
+        "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     assert checker, "shellcheck comes with the extra: pip install -e '.[test]'"
-    done = subprocess.run([checker, "-x", "-P", "SCRIPTDIR", SCRIPTS / f"{script}.sh"], capture_output=True, text=True)
+    done = subprocess.run(
+        [checker, "-x", "-P", "SCRIPTDIR", SCRIPTS / f"{script}.sh"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -69,11 +86,40 @@ def test_shellcheck_has_nothing_to_say(script):
 def test_help_names_every_option(script, cloud):
     text = cloud.call(script, "--help").stdout
     source = (SCRIPTS / f"{script}.sh").read_text()
-    parsed = source.partition("parse '")[2].partition('"$@"')[0].replace("'", " ").replace("\\", " ").split()
-    inherited = {"type", "runtime", "network", "subnetwork", "service-account", "timeout", "interval", "package", "python", "nfs",
-                 "mount", "config", "logs", "spot", "reserved"} if script == "watch" else set()  # fmt: skip
+    parsed = (
+        source.partition("parse '")[2]
+        .partition('"$@"')[0]
+        .replace("'", " ")
+        .replace("\\", " ")
+        .split()
+    )
+    inherited = (
+        {
+            "type",
+            "runtime",
+            "network",
+            "subnetwork",
+            "service-account",
+            "timeout",
+            "interval",
+            "package",
+            "python",
+            "nfs",
+            "mount",
+            "config",
+            "logs",
+            "spot",
+            "reserved",
+        }
+        if script == "watch"
+        else set()
+    )
     assert parsed
-    assert not [option for option in {*parsed, "name", "project", "zone", "dry-run"} - inherited if f"--{option}" not in text]
+    assert not [
+        option
+        for option in {*parsed, "name", "project", "zone", "dry-run"} - inherited
+        if f"--{option}" not in text
+    ]
     assert cloud.calls == []
 
 
@@ -119,22 +165,47 @@ def test_bad_input(script, options, says, cloud):
 
 
 def test_slices_are_created_as_asked(cloud):
-    done = cloud.call("create", *CREATE, "--slices", "2", "--network", "net", "--interval", "0.05", "--project", "mine")
+    done = cloud.call(
+        "create",
+        *CREATE,
+        "--slices",
+        "2",
+        "--network",
+        "net",
+        "--interval",
+        "0.05",
+        "--project",
+        "mine",
+    )
     assert done.returncode == 0, done.stderr
     create = next(line for line in cloud.calls if "queued-resources create" in line).split()[4:]
-    assert set(create) == {"slice", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--node-count=2",
-                           "--node-prefix=slice", "--spot", "--network=net", "--project=mine"}  # fmt: skip
+    assert set(create) == {
+        "slice",
+        "--accelerator-type=v5p-16",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--node-count=2",
+        "--node-prefix=slice",
+        "--spot",
+        "--network=net",
+        "--project=mine",
+    }
     assert sorted(cloud.left()) == ["slice", "slice-0", "slice-1"]
     assert "slice may be there (state ACTIVE)" in cloud.call("create", *CREATE).stderr
     assert sorted(cloud.left()) == ["slice", "slice-0", "slice-1"]
 
 
-@pytest.mark.parametrize("plan", [
-    {"states": ["WAITING_FOR_RESOURCES", "FAILED"]},
-    {"states": ["WAITING_FOR_RESOURCES"]},
-    {"states": ["WAITING_FOR_RESOURCES", "SUSPENDED"], "fail": [{"step": "queued-resources delete", "times": 2}]},
-    {"fail": [{"step": "queued-resources create"}]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"states": ["WAITING_FOR_RESOURCES", "FAILED"]},
+        {"states": ["WAITING_FOR_RESOURCES"]},
+        {
+            "states": ["WAITING_FOR_RESOURCES", "SUSPENDED"],
+            "fail": [{"step": "queued-resources delete", "times": 2}],
+        },
+        {"fail": [{"step": "queued-resources create"}]},
+    ],
+)
 def test_creation_that_fails_leaves_nothing(plan, cloud):
     cloud.plan(**plan)
     done = cloud.call("create", *CREATE, "--timeout", "1", "--interval", "0.2")
@@ -145,7 +216,9 @@ def test_creation_that_fails_leaves_nothing(plan, cloud):
 def test_a_look_that_fails_is_not_the_end(cloud):
     cloud.plan(fail=[{"step": "queued-resources describe", "times": 2, "holding": "never"}])
     assert cloud.call("create", *CREATE, "--interval", "0.05").returncode == 0
-    cloud.plan(fail=[{"step": "queued-resources describe", "times": 1, "message": "network is down"}])
+    cloud.plan(
+        fail=[{"step": "queued-resources describe", "times": 1, "message": "network is down"}]
+    )
     assert cloud.call("delete", "--interval", "0.05").returncode == 0
     assert cloud.left() == {}
 
@@ -156,7 +229,9 @@ def test_other_versions_on_a_worker_are_named(cloud):
     done = cloud.call("setup", "--package", "jax_ordermerge[tpu] @ git+https://example.org/it's")
     assert done.returncode == 2
     assert "worker 1 of slice has other versions" in done.stderr
-    assert (cloud.root / "installed.txt").read_text().splitlines() == ["jax_ordermerge[tpu] @ git+https://example.org/it's"] * 2
+    assert (cloud.root / "installed.txt").read_text().splitlines() == [
+        "jax_ordermerge[tpu] @ git+https://example.org/it's"
+    ] * 2
 
 
 def test_a_wheel_is_copied_to_the_workers(cloud):
@@ -191,20 +266,30 @@ def test_preempted_twice_resumed_finished_deleted(slices, cloud):
     last = max(name.split("/")[2] for name in logs)
     assert len([name for name in logs if last in name]) == 2 * slices
     for name, text in logs.items():
-        assert "arguments: run config.yaml --set distributed.coordinator=auto --set output=/mnt/a b\n" in text
+        assert (
+            "arguments: run config.yaml --set distributed.coordinator=auto --set output=/mnt/a b\n"
+            in text
+        )
         assert text.endswith("ordermerge: exit 0\n") == (last in name)
-    steps = [int(text.partition("from step ")[2].split()[0]) for name, text in logs.items() if name.endswith("/0.log")]
+    steps = [
+        int(text.partition("from step ")[2].split()[0])
+        for name, text in logs.items()
+        if name.endswith("/0.log")
+    ]
     assert steps[0] == 0
     assert steps == sorted(steps)
     assert steps[-1] > 0
 
 
-@pytest.mark.parametrize(("codes", "code", "runs"), [
-    ([2], 2, 1),  # bad input is not tried again
-    pytest.param([1, 1], 1, 2, marks=pytest.mark.slow),
-    ([134], 0, 2),  # a peer was lost: all are started again
-    pytest.param([143, 143], 0, 3, marks=pytest.mark.slow),  # stopped with a checkpoint
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("codes", "code", "runs"),
+    [
+        ([2], 2, 1),  # bad input is not tried again
+        pytest.param([1, 1], 1, 2, marks=pytest.mark.slow),
+        ([134], 0, 2),  # a peer was lost: all are started again
+        pytest.param([143, 143], 0, 3, marks=pytest.mark.slow),  # stopped with a checkpoint
+    ],
+)
 def test_what_a_run_ends_with(codes, code, runs, cloud):
     cloud.plan(codes=codes)
     done = cloud.call("watch", *EVERYTHING)
@@ -213,12 +298,15 @@ def test_what_a_run_ends_with(codes, code, runs, cloud):
     assert cloud.left() == {}
 
 
-@pytest.mark.parametrize("fail", [
-    {"step": "tpu-vm ssh", "holding": "uv pip install"},
-    pytest.param({"step": "tpu-vm scp"}, marks=pytest.mark.slow),
-    pytest.param({"step": "tpu-vm ssh", "holding": "setsid"}, marks=pytest.mark.slow),
-    {"step": "tpu-vm ssh", "holding": "exit_code"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fail",
+    [
+        {"step": "tpu-vm ssh", "holding": "uv pip install"},
+        pytest.param({"step": "tpu-vm scp"}, marks=pytest.mark.slow),
+        pytest.param({"step": "tpu-vm ssh", "holding": "setsid"}, marks=pytest.mark.slow),
+        {"step": "tpu-vm ssh", "holding": "exit_code"},
+    ],
+)
 def test_a_step_that_fails_leaves_nothing(fail, cloud):
     cloud.plan(fail=[fail])
     done = cloud.call("watch", *EVERYTHING, "--preemptions", "1")
@@ -244,7 +332,10 @@ def test_run_joins_a_run_that_goes_on(cloud):
     done = cloud.call("run", "--config", "one.yaml", "--interval", "0.05")
     assert done.returncode == 0, done.stderr
     assert (cloud.root / "shared" / "checkpoint").read_text() == "4"
-    assert [file.read_text() for file in (cloud.root / "shared").glob("runs-*")] == ["x", "x"]  # each worker began once
+    assert [file.read_text() for file in (cloud.root / "shared").glob("runs-*")] == [
+        "x",
+        "x",
+    ]  # each worker began once
     assert "slice" in cloud.left()
 
 

@@ -14,7 +14,9 @@ from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.model import llama
 from jax_ordermerge.train import loop
 
-MODEL = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=4, num_kv_heads=2)
+MODEL = ModelConfig(
+    vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=4, num_kv_heads=2
+)
 
 
 class Recorder:
@@ -44,7 +46,9 @@ class Trained:
         return self.directory / name
 
     def lines(self):
-        return [json.loads(text) for text in self.file("metrics/train.jsonl").read_text().splitlines()]
+        return [
+            json.loads(text) for text in self.file("metrics/train.jsonl").read_text().splitlines()
+        ]
 
     def losses(self):
         with np.load(self.file("losses/train.npz")) as saved:
@@ -80,8 +84,16 @@ def tiny_config():
             "model": {"compute_dtype": "float32"},
             "data": {"buckets": [16]},
             "population": {"members": 2},
-            "training": {"epochs": 2, "batch": 8, "microbatch": 4, "learning_rate": 1e-2, "warmup": 1, "weight_decay": 0.1, "log_every": 1},
-        }  # fmt: skip
+            "training": {
+                "epochs": 2,
+                "batch": 8,
+                "microbatch": 4,
+                "learning_rate": 1e-2,
+                "warmup": 1,
+                "weight_decay": 0.1,
+                "log_every": 1,
+            },
+        }
         for name, change in sections.items():
             raw[name] = {**raw.get(name, {}), **change}
         return make_config(raw)
@@ -93,10 +105,21 @@ def tiny_config():
 def tiny_train(tiny_examples, tiny_base, tiny_config):
     """Return a function that trains in a directory and returns what is there."""
 
-    def run(directory, mesh, *, members=None, stop_at=None, on_line=None, held_out=None, **sections):
+    def run(
+        directory, mesh, *, members=None, stop_at=None, on_line=None, held_out=None, **sections
+    ):
         config = tiny_config(directory, **sections)
         watch = Recorder(stop_at, on_line)
-        loop.train(config, MODEL, tiny_base, tiny_examples, mesh, members=members, watch=watch, held_out=held_out)
+        loop.train(
+            config,
+            MODEL,
+            tiny_base,
+            tiny_examples,
+            mesh,
+            members=members,
+            watch=watch,
+            held_out=held_out,
+        )
         return Trained(directory, config, watch)
 
     return run
@@ -114,6 +137,8 @@ def same_bits():
 
     def same(a, b):
         left, right = jax.device_get((jax.tree.leaves(a), jax.tree.leaves(b)))
-        return len(left) == len(right) and all(x.tobytes() == y.tobytes() for x, y in zip(left, right, strict=True))
+        return len(left) == len(right) and all(
+            x.tobytes() == y.tobytes() for x, y in zip(left, right, strict=True)
+        )
 
     return same

@@ -11,7 +11,12 @@ from jax_ordermerge.train import batches
 
 @pytest.fixture
 def plan(tiny_config, tiny_examples, tmp_path):
-    config = tiny_config(tmp_path, population={"members": 4}, training={"batch": 4, "microbatch": 2}, data={"buckets": [8, 16]})
+    config = tiny_config(
+        tmp_path,
+        population={"members": 4},
+        training={"batch": 4, "microbatch": 2},
+        data={"buckets": [8, 16]},
+    )
     return batches.make_plan(config, tiny_examples)
 
 
@@ -39,8 +44,14 @@ def test_batches_on_the_mesh(plan, shape):
     for name, array in whole.items():
         expected = np.stack([plan.batch(5, place)[name] for place in range(4)])
         np.testing.assert_array_equal(array, expected)
-        assert (array.shape, array.dtype, array.sharding) == (abstract[name].shape, abstract[name].dtype, abstract[name].sharding)
-    assert {shard.data.shape for shard in whole["tokens"].addressable_shards} == {(4 // shape[0], 2, 2 // shape[1], 24)}
+        assert (array.shape, array.dtype, array.sharding) == (
+            abstract[name].shape,
+            abstract[name].dtype,
+            abstract[name].sharding,
+        )
+    assert {shard.data.shape for shard in whole["tokens"].addressable_shards} == {
+        (4 // shape[0], 2, 2 // shape[1], 24)
+    }
 
 
 def test_members_that_pad_alike(tiny_examples, plan):
@@ -71,5 +82,8 @@ def test_feed_stops_when_it_is_left_early(plan):
 def test_feed_hands_on_what_went_wrong(plan):
     broken = dataclasses.replace(plan, lengths=(8,))  # some examples are longer
     abstract = batches.abstract_batch(plan, make_mesh())
-    with pytest.raises(ValueError, match="does not fit 8"), batches.Feed(broken, abstract, 0) as feed:
+    with (
+        pytest.raises(ValueError, match="does not fit 8"),
+        batches.Feed(broken, abstract, 0) as feed,
+    ):
         list(feed)

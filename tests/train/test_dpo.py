@@ -9,23 +9,32 @@ import optax
 import pytest
 
 from jax_ordermerge import tree
-from jax_ordermerge.analysis import measure
 from jax_ordermerge.config import Objective
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples, Ragged
+from jax_ordermerge.evaluate import scoring
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, preference
 from jax_ordermerge.train import batches, fisher, loop, members, objective
 from jax_ordermerge.train import step as steps
 
-NAMES = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+NAMES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 DPO = {"objective": {"kind": "dpo", "beta": 0.5}}
 
 
 def sequence_sums(model, params, examples):
     """Summed losses of all sequences, [n, 2]."""
     flat = examples.sequences
-    sums, _ = measure.losses(model, params, flat, batch=8, lengths=(24,), dtype="float32", mesh=make_mesh())
+    sums, _ = scoring.losses(
+        model, params, flat, batch=8, lengths=(24,), dtype="float32", mesh=make_mesh()
+    )
     return sums[0].reshape(-1, 2)
 
 
@@ -36,7 +45,10 @@ def pairs(tiny_model, tiny_base):
     prompts = random.integers(1, tiny_model.vocab_size, (21, 3))
 
     def side():
-        rows = [np.concatenate([p, random.integers(1, tiny_model.vocab_size, random.integers(1, 21))]) for p in prompts]
+        rows = [
+            np.concatenate([p, random.integers(1, tiny_model.vocab_size, random.integers(1, 21))])
+            for p in prompts
+        ]
         masks = [np.arange(len(row)) >= 3 for row in rows]
         return Examples(Ragged.of(rows, np.int32), Ragged.of(masks, np.bool_), np.arange(21) + 100)
 
@@ -66,10 +78,16 @@ def whole(tmp_path_factory, train):
 # ------------------------------------------------------------------------------------------------------------------ the loss itself
 
 
-@pytest.mark.parametrize("settings", [{}, {"beta": 2.0, "label_smoothing": 0.2}, {"loss": "ipo", "beta": 0.3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"beta": 2.0, "label_smoothing": 0.2}, {"loss": "ipo", "beta": 0.3}]
+)
 def test_losses_and_scores_against_loops(settings):
     random = np.random.default_rng(0)
-    logps, reference, tokens = random.normal(-9, 3, (5, 2)), random.normal(-9, 3, (5, 2)), random.integers(1, 9, (5, 2))
+    logps, reference, tokens = (
+        random.normal(-9, 3, (5, 2)),
+        random.normal(-9, 3, (5, 2)),
+        random.integers(1, 9, (5, 2)),
+    )
     objective = Objective(kind="dpo", **settings)
     found = preference.pair_losses(*map(jnp.float32, (logps, reference, tokens)), objective)
     scores = preference.scores(jnp.float32(logps), jnp.float32(reference), beta=objective.beta)
@@ -79,15 +97,29 @@ def test_losses_and_scores_against_loops(settings):
         e = objective.label_smoothing
         expected = (1 - e) * np.log1p(np.exp(-margin)) + e * np.log1p(np.exp(margin))
         if objective.loss == "ipo":
-            expected = (chosen / tokens[pair, 0] - rejected / tokens[pair, 1] - 1 / (2 * objective.beta)) ** 2
+            expected = (
+                chosen / tokens[pair, 0] - rejected / tokens[pair, 1] - 1 / (2 * objective.beta)
+            ) ** 2
         assert found[pair] == pytest.approx(expected, rel=1e-5)
         assert [float(scores[name][pair]) for name in NAMES] == pytest.approx(
-            [objective.beta * chosen, objective.beta * rejected, float(margin > 0), margin, *logps[pair]], rel=1e-5
+            [
+                objective.beta * chosen,
+                objective.beta * rejected,
+                float(margin > 0),
+                margin,
+                *logps[pair],
+            ],
+            rel=1e-5,
         )
 
 
 def test_a_margin_too_large_for_exp():
-    found = preference.pair_losses(jnp.array([[-1e4, 0.0], [0.0, -1e4]]), jnp.zeros((2, 2)), jnp.ones((2, 2)), Objective(beta=1.0))
+    found = preference.pair_losses(
+        jnp.array([[-1e4, 0.0], [0.0, -1e4]]),
+        jnp.zeros((2, 2)),
+        jnp.ones((2, 2)),
+        Objective(beta=1.0),
+    )
     assert found.tolist() == [1e4, 0.0]
 
 
@@ -96,20 +128,29 @@ def test_the_gradient_is_that_of_the_plain_formula(tiny_model, pairs, kind):
     """The weights trick against differentiating through whole logits."""
     settings = Objective(kind="dpo", beta=0.5, loss=kind)
     params = llama.init_params(tiny_model, 1)
-    batch = {name: jnp.asarray(array) for name, array in pack.collate(pairs, np.array([3, 7, -1, 0]), 24).items()}
+    batch = {
+        name: jnp.asarray(array)
+        for name, array in pack.collate(pairs, np.array([3, 7, -1, 0]), 24).items()
+    }
 
     def plain(params):
         def logps(side):
             given = (batch[name][:, side] for name in ("tokens", "positions", "segments"))
             logits, _ = llama.forward(tiny_model, params, *given, dtype="float32")
-            chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][:, side, :, None], axis=-1)[..., 0]
+            chosen = jnp.take_along_axis(
+                jax.nn.log_softmax(logits), batch["targets"][:, side, :, None], axis=-1
+            )[..., 0]
             return (chosen * batch["weights"][:, side]).sum(-1)
 
         found = jnp.stack([logps(0), logps(1)], axis=1)
-        losses = preference.pair_losses(found, batch["reference"], batch["weights"].sum(-1), settings)
+        losses = preference.pair_losses(
+            found, batch["reference"], batch["weights"].sum(-1), settings
+        )
         return losses[jnp.array([0, 1, 3])].sum()
 
-    (total, sums), ours = jax.value_and_grad(objective.dpo(tiny_model, settings, dtype="float32"), has_aux=True)(params, batch)
+    (total, sums), ours = jax.value_and_grad(
+        objective.dpo(tiny_model, settings, dtype="float32"), has_aux=True
+    )(params, batch)
     expected, theirs = jax.value_and_grad(plain)(params)
     assert total == pytest.approx(float(expected), rel=1e-5)
     assert (sums.losses[2], sums.weights.tolist()) == (0, [1, 1, 0, 1])
@@ -125,18 +166,24 @@ def test_accumulation_has_the_same_gradient(tiny_model, pairs):
         batch = pack.step_batch(pairs, np.arange(8), microbatch=microbatch, lengths=(24,))
         tx = optax.sgd(1.0)
         state = steps.TrainState(params, tx.init(params), jnp.int32(0))
-        seen.append(jax.jit(steps.train_step(loss, tx, lambda _: 1.0, lengths=(24,)))(state, batch, {}))
+        seen.append(
+            jax.jit(steps.train_step(loss, tx, lambda _: 1.0, lengths=(24,)))(state, batch, {})
+        )
     (one, of_one), (four, of_four) = seen
     for start, a, b in zip(*map(jax.tree.leaves, (params, one.params, four.params)), strict=True):
         assert jnp.linalg.norm(a - b) < 1e-6 * jnp.linalg.norm(start - a) + 1e-7
     assert of_one.loss == pytest.approx(float(of_four.loss), rel=1e-6)
-    np.testing.assert_allclose(of_one.examples.losses.ravel(), of_four.examples.losses.ravel(), rtol=1e-5)
+    np.testing.assert_allclose(
+        of_one.examples.losses.ravel(), of_four.examples.losses.ravel(), rtol=1e-5
+    )
 
 
 @pytest.mark.slow
 def test_fisher_of_pairs(tiny_model, pairs, tiny_base):
     loss = objective.dpo(tiny_model, Objective(kind="dpo"), dtype="float32", remat="none")
-    found = fisher.diagonal(loss, tree.stack([tiny_base]), pairs, count=2, lengths=(24,), mesh=make_mesh(), seed=0)
+    found = fisher.diagonal(
+        loss, tree.stack([tiny_base]), pairs, count=2, lengths=(24,), mesh=make_mesh(), seed=0
+    )
     assert all(bool((leaf >= 0).all()) for leaf in jax.tree.leaves(found))
     assert max(float(leaf.max()) for leaf in jax.tree.leaves(found)) > 0
 
@@ -163,7 +210,9 @@ def test_losses_are_stored_by_pair(whole, pairs):
     for step, line in enumerate(lines):
         for member in range(2):
             rows = batches.epoch_order(config, len(pairs), member, step // 3)[step % 3]
-            assert line["loss"][member] == pytest.approx(losses[member, step // 3, rows[rows >= 0]].mean(), rel=1e-5)
+            assert line["loss"][member] == pytest.approx(
+                losses[member, step // 3, rows[rows >= 0]].mean(), rel=1e-5
+            )
 
 
 def test_what_is_measured_afterwards_is_what_was_trained(whole, pairs, tiny_model):
@@ -172,7 +221,9 @@ def test_what_is_measured_afterwards_is_what_was_trained(whole, pairs, tiny_mode
     params = tree.member(members.restore_members(config, tiny_model, make_mesh()), 0)
     sums = sequence_sums(tiny_model, params, pairs)
     tokens = np.array([mask.sum() for mask in pairs.sequences.answers]).reshape(-1, 2)
-    found = preference.pair_losses(*map(jnp.float32, (-sums, pairs.reference, tokens)), config.objective)
+    found = preference.pair_losses(
+        *map(jnp.float32, (-sums, pairs.reference, tokens)), config.objective
+    )
     batch = pack.collate(pairs, np.arange(len(pairs)), 24)
     _, expected = objective.build(config, tiny_model)(params, batch)
     np.testing.assert_allclose(found, expected.losses, rtol=1e-4)
@@ -184,7 +235,9 @@ def same_weights(a, b, of_a, of_b, model, same_bits, mesh_a=None, mesh_b=None):
     return same_bits(tree.member(one, of_a), tree.member(other, of_b))
 
 
-def test_member_alone_is_the_member_of_the_population(whole, tmp_path, train, tiny_model, same_bits):
+def test_member_alone_is_the_member_of_the_population(
+    whole, tmp_path, train, tiny_model, same_bits
+):
     alone, lines, losses = train(tmp_path, make_mesh(), members=(1,))
     config, all_lines, all_losses = whole
     assert same_weights(alone, config, 0, 1, tiny_model, same_bits)
@@ -196,7 +249,9 @@ def test_member_alone_is_the_member_of_the_population(whole, tmp_path, train, ti
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, train, tiny_model, same_bits, dtype):
+def test_member_alone_is_the_member_on_a_mesh_of_groups(
+    tmp_path, train, tiny_model, same_bits, dtype
+):
     sections = {"training": {"epochs": 1}, "model": {"compute_dtype": dtype}}
     company, own = make_mesh(2, 2, 2), make_mesh(1, 2, 2)
     both, _, _ = train(tmp_path / "both", company, **sections)
@@ -206,7 +261,10 @@ def test_member_alone_is_the_member_on_a_mesh_of_groups(tmp_path, train, tiny_mo
 
 @pytest.mark.slow
 def test_adapters_on_the_frozen_base(tmp_path, train):
-    low = {"lora": {"rank": 4, "alpha": 16.0}, "training": {"epochs": 20, "microbatch": 8, "learning_rate": 3e-2}}
+    low = {
+        "lora": {"rank": 4, "alpha": 16.0},
+        "training": {"epochs": 20, "microbatch": 8, "learning_rate": 3e-2},
+    }
     _, lines, losses = train(tmp_path / "both", make_mesh(), **low)
     assert lines[0]["loss"] == pytest.approx([np.log(2)] * 2, rel=1e-4)
     assert all(accuracy > 0.8 for accuracy in lines[-1]["rewards/accuracies"])
@@ -235,7 +293,9 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, train, tiny_model,
     np.testing.assert_array_equal(losses, all_losses)
     for name in ("loss", *NAMES):
         single = np.array([line[name] for line in all_lines])
-        np.testing.assert_allclose([line[name] for line in lines], single.reshape(2, 3, 2).mean(1), rtol=1e-12)
+        np.testing.assert_allclose(
+            [line[name] for line in lines], single.reshape(2, 3, 2).mean(1), rtol=1e-12
+        )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
@@ -244,6 +304,14 @@ def test_batches_of_pairs_on_the_mesh(tmp_path, tiny_config, pairs, shape):
     abstract = batches.abstract_batch(plan, make_mesh(*shape))
     whole = batches.device_batch(plan, 1, abstract)
     for name, array in whole.items():
-        np.testing.assert_array_equal(array, np.stack([plan.batch(1, place)[name] for place in range(2)]))
-    assert {shard.data.shape for shard in whole["tokens"].addressable_shards} == {(2 // shape[0], 2, 4 // shape[1], 2, 24)}
-    assert plan.tokens(1) == sum(pairs.sequences.lengths.reshape(-1, 2).sum(1)[row] for row in plan.rows(1).ravel() if row >= 0)
+        np.testing.assert_array_equal(
+            array, np.stack([plan.batch(1, place)[name] for place in range(2)])
+        )
+    assert {shard.data.shape for shard in whole["tokens"].addressable_shards} == {
+        (2 // shape[0], 2, 4 // shape[1], 2, 24)
+    }
+    assert plan.tokens(1) == sum(
+        pairs.sequences.lengths.reshape(-1, 2).sum(1)[row]
+        for row in plan.rows(1).ravel()
+        if row >= 0
+    )

@@ -6,12 +6,25 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Lora
 from jax_ordermerge.train import flops
 
-SHAPE = {"vocab_size": 50, "hidden_size": 12, "intermediate_size": 20, "num_layers": 3, "num_heads": 4, "head_dim": 6}
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_layers": 3,
+    "num_heads": 4,
+    "head_dim": 6,
+}
 
 
 def counted(config, lengths):
     """Multiply and add, position by position, forward once and backward twice."""
-    D, F, N, K, H = config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim
+    D, F, N, K, H = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+    )
     total = 0
     for length in lengths:
         for query in range(length):
@@ -19,7 +32,9 @@ def counted(config, lengths):
                 total += 2 * D * (N + 2 * K) * H + 2 * N * H * D  # q, k, v and o
                 total += 3 * 2 * D * F  # gate, up, down
                 for key in range(length):
-                    if key <= query and (config.sliding_window is None or query - key < config.sliding_window):
+                    if key <= query and (
+                        config.sliding_window is None or query - key < config.sliding_window
+                    ):
                         total += N * (2 * H + 2 * H)  # score, weighted value
             total += 2 * D * config.vocab_size
     return 3 * total
@@ -53,6 +68,8 @@ def test_frozen_weights_have_no_gradient():
 def test_peaks():
     assert flops.peak("TPU v6 lite", "bfloat16") == 918e12
     assert flops.peak("TPU v5p", "bfloat16") == flops.peak("TPU v5", "bfloat16") == 459e12
-    assert flops.peak("NVIDIA H100 PCIe", "bfloat16") < flops.peak("NVIDIA H100 80GB HBM3", "bfloat16")
+    assert flops.peak("NVIDIA H100 PCIe", "bfloat16") < flops.peak(
+        "NVIDIA H100 80GB HBM3", "bfloat16"
+    )
     assert flops.peak("NVIDIA B200", "float32") == 1125e12
     assert flops.peak(jax.devices("cpu")[0].device_kind, "bfloat16") is None

@@ -23,9 +23,15 @@ def whole(tmp_path_factory, tiny_train):
     """Both members, uninterrupted; float32, accumulation, buckets. `compiled` holds the compilations so far at each line."""
     compilations, seen = [], []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compilations.append(event) if event.endswith("backend_compile_duration") else None
+        lambda event, seconds, **_: (
+            compilations.append(event) if event.endswith("backend_compile_duration") else None
+        )
     )
-    done = tiny_train(tmp_path_factory.mktemp("whole"), make_mesh(), on_line=lambda line: seen.append(len(compilations)))
+    done = tiny_train(
+        tmp_path_factory.mktemp("whole"),
+        make_mesh(),
+        on_line=lambda line: seen.append(len(compilations)),
+    )
     jax.monitoring.clear_event_listeners()
     done.compiled = seen
     return done
@@ -38,12 +44,20 @@ def weights(run, model, mesh=None):
 # ---------------------------------------------------------------------------------------------------- a member alone and in company
 
 
-def test_member_alone_is_the_member_of_the_population(whole, tmp_path, tiny_train, tiny_model, same_bits):
+def test_member_alone_is_the_member_of_the_population(
+    whole, tmp_path, tiny_train, tiny_model, same_bits
+):
     alone = tiny_train(tmp_path, make_mesh(), members=(1,))
-    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(whole, tiny_model), 1))
-    assert not same_bits(tree.member(weights(whole, tiny_model), 0), tree.member(weights(whole, tiny_model), 1))
+    assert same_bits(
+        tree.member(weights(alone, tiny_model), 0), tree.member(weights(whole, tiny_model), 1)
+    )
+    assert not same_bits(
+        tree.member(weights(whole, tiny_model), 0), tree.member(weights(whole, tiny_model), 1)
+    )
     np.testing.assert_array_equal(alone.losses()[0], whole.losses()[1])
-    assert [line["loss"][0] for line in alone.lines()] == [line["loss"][1] for line in whole.lines()]
+    assert [line["loss"][0] for line in alone.lines()] == [
+        line["loss"][1] for line in whole.lines()
+    ]
 
 
 @pytest.mark.slow
@@ -54,7 +68,9 @@ def test_batches_and_positions_divided_over_devices_change_no_more_than_the_last
     divided = tiny_train(tmp_path / "both", make_mesh(2, **axes))
     np.testing.assert_allclose(divided.losses(), whole.losses(), rtol=1e-5)
     both = weights(divided, tiny_model, make_mesh(2, **axes))
-    for one, other in zip(jax.tree.leaves(both), jax.tree.leaves(weights(whole, tiny_model)), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(both), jax.tree.leaves(weights(whole, tiny_model)), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
     alone = tiny_train(tmp_path / "alone", make_mesh(**axes), members=(1,))
     assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(both, 1))
@@ -74,27 +90,43 @@ ACCUMULATED = {"training": {"microbatch": 4, "epochs": 1}}
         (((2, 1, 1), (1, 1, 1)), "float32", WHOLE_BATCHES),
         (((2, 1, 1), (1, 1, 1)), "bfloat16", ACCUMULATED),
         (((2, 2, 2), (1, 2, 2)), "float32", WHOLE_BATCHES),
-        (((2, 2, 2), (1, 2, 2)), "bfloat16", ACCUMULATED | {"population": {"members": 2}}),  # one in each group
+        (
+            ((2, 2, 2), (1, 2, 2)),
+            "bfloat16",
+            ACCUMULATED | {"population": {"members": 2}},
+        ),  # one in each group
     ],
 )
-def test_member_alone_everywhere(tmp_path, tiny_train, tiny_model, same_bits, shapes, dtype, sections):
+def test_member_alone_everywhere(
+    tmp_path, tiny_train, tiny_model, same_bits, shapes, dtype, sections
+):
     sections = {"population": {"members": 4}, "model": {"compute_dtype": dtype}} | sections
     chosen = sections["population"]["members"] // 2
     company, own = (make_mesh(*shape) for shape in shapes)
     both = tiny_train(tmp_path / "both", company, **sections)
     alone = tiny_train(tmp_path / "alone", own, members=(chosen,), **sections)
-    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, company), chosen))
+    assert same_bits(
+        tree.member(weights(alone, tiny_model), 0),
+        tree.member(weights(both, tiny_model, company), chosen),
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adafactor", "lion", "sgd", "muon"])
 def test_member_alone_by_every_optimizer(tmp_path, tiny_train, tiny_model, same_bits, optimizer):
     sections = WHOLE_BATCHES | {"population": {"members": 4}}
-    sections["training"] = sections["training"] | {"optimizer": optimizer, "ema": 0.9, "moments_dtype": "bfloat16"}
+    sections["training"] = sections["training"] | {
+        "optimizer": optimizer,
+        "ema": 0.9,
+        "moments_dtype": "bfloat16",
+    }
     company, own = make_mesh(2, 4, 1), make_mesh(1, 4, 1)
     both = tiny_train(tmp_path / "both", company, **sections)
     alone = tiny_train(tmp_path / "alone", own, members=(2,), **sections)
-    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(both, tiny_model, company), 2))
+    assert same_bits(
+        tree.member(weights(alone, tiny_model), 0),
+        tree.member(weights(both, tiny_model, company), 2),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- killed and continued
@@ -119,13 +151,19 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, tiny_train, tiny_m
         file.write('{"step": 6, "lo')  # half a line
     resumed = tiny_train(tmp_path, make_mesh(), **other)
     assert resumed.watch.said[0] == f"continuing from step 2 of {STEPS} ({tmp_path})"
-    assert resumed.watch.said[1:] == ["MFU is not shown: the peak FLOP/s of device kind 'cpu' is not known"]
-    assert same_bits(everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh()))
+    assert resumed.watch.said[1:] == [
+        "MFU is not shown: the peak FLOP/s of device kind 'cpu' is not known"
+    ]
+    assert same_bits(
+        everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh())
+    )
     np.testing.assert_array_equal(resumed.losses(), whole.losses())
     assert [line["step"] for line in resumed.lines()] == [3, 6]
     for name in ("loss", "grad_norm"):  # a line is the mean over its steps
         single = np.array([line[name] for line in whole.lines()])
-        np.testing.assert_allclose([line[name] for line in resumed.lines()], single.reshape(2, 3, 2).mean(1), rtol=1e-12)
+        np.testing.assert_allclose(
+            [line[name] for line in resumed.lines()], single.reshape(2, 3, 2).mean(1), rtol=1e-12
+        )
     state = json.loads(resumed.file("metrics/state.json").read_text())
     assert state["tokens"] == json.loads(whole.file("metrics/state.json").read_text())["tokens"]
     assert state["seconds"] == resumed.lines()[-1]["seconds"] > resumed.lines()[0]["seconds"]
@@ -137,8 +175,15 @@ def averaged(tmp_path_factory, tiny_train):
     return tiny_train(tmp_path_factory.mktemp("averaged"), make_mesh(), training=AVERAGED)
 
 
-AVERAGED = {"optimizer": "muon", "schedule": "wsd", "decay": 2, "moments_dtype": "bfloat16", "ema": 0.7, "checkpoint_every": 1,
-            "keep_checkpoints": STEPS}  # fmt: skip
+AVERAGED = {
+    "optimizer": "muon",
+    "schedule": "wsd",
+    "decay": 2,
+    "moments_dtype": "bfloat16",
+    "ema": 0.7,
+    "checkpoint_every": 1,
+    "keep_checkpoints": STEPS,
+}
 
 
 @pytest.mark.slow
@@ -149,17 +194,26 @@ def test_with_averages_and_bfloat16_moments_killed_and_resumed_is_uninterrupted(
         tiny_train(tmp_path, make_mesh(), stop_at=4, training=AVERAGED)
     assert orbax.latest(tmp_path / "checkpoints") == 3
     resumed = tiny_train(tmp_path, make_mesh(), training=AVERAGED)
-    assert same_bits(everything(resumed, tiny_model, make_mesh()), everything(averaged, tiny_model, make_mesh()))
+    assert same_bits(
+        everything(resumed, tiny_model, make_mesh()), everything(averaged, tiny_model, make_mesh())
+    )
     np.testing.assert_array_equal(resumed.losses(), averaged.losses())
 
 
 def test_the_members_are_the_averages(averaged, tiny_model):
-    assert averaged.watch.said[0] == "the members are averages of their weights (training.ema = 0.7)"
+    assert (
+        averaged.watch.said[0] == "the members are averages of their weights (training.ema = 0.7)"
+    )
     abstract = {"params": convert.abstract_params(tiny_model, make_mesh(), members=2)}
-    seen = [tree.flatten(orbax.restore(averaged.file("checkpoints"), step, abstract)["params"]) for step in range(1, STEPS + 1)]
+    seen = [
+        tree.flatten(orbax.restore(averaged.file("checkpoints"), step, abstract)["params"])
+        for step in range(1, STEPS + 1)
+    ]
     powers = 0.7 ** np.arange(STEPS)[::-1]
     for path, found in tree.flatten(weights(averaged, tiny_model)).items():
-        expected = np.average([np.asarray(params[path], np.float64) for params in seen], axis=0, weights=powers)
+        expected = np.average(
+            [np.asarray(params[path], np.float64) for params in seen], axis=0, weights=powers
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
         assert np.abs(found - seen[-1][path]).max() > 1e-4
 
@@ -167,7 +221,9 @@ def test_the_members_are_the_averages(averaged, tiny_model):
 def test_complete_training_is_not_repeated(whole, tiny_model, tiny_examples, same_bits):
     watch = type(whole.watch)()
     before = whole.file("metrics/train.jsonl").read_text()
-    whole.file("losses/train.npz").unlink()  # killed between the last checkpoint and the files that follow from it
+    whole.file(
+        "losses/train.npz"
+    ).unlink()  # killed between the last checkpoint and the files that follow from it
 
     def base():
         raise AssertionError("the base is not needed")
@@ -179,7 +235,9 @@ def test_complete_training_is_not_repeated(whole, tiny_model, tiny_examples, sam
 
 
 def test_resume_on_another_mesh_goes_on(whole, tiny_model, tiny_examples):
-    state = loop.train(whole.config, tiny_model, dict, tiny_examples, make_mesh(2, 2, 2), watch=type(whole.watch)())
+    state = loop.train(
+        whole.config, tiny_model, dict, tiny_examples, make_mesh(2, 2, 2), watch=type(whole.watch)()
+    )
     assert state["devices"] == 8
 
 
@@ -191,15 +249,21 @@ def test_resume_on_another_mesh_goes_on(whole, tiny_model, tiny_examples):
         ("config", {"model": {"compute_dtype": "bfloat16"}}),
     ],
 )
-def test_checkpoint_of_another_training_is_refused(whole, tiny_config, tiny_model, tiny_examples, name, sections):
+def test_checkpoint_of_another_training_is_refused(
+    whole, tiny_config, tiny_model, tiny_examples, name, sections
+):
     other = tiny_config(whole.directory, **sections)
-    with pytest.raises(UserError, match=rf"is of another training \({name} differs\); choose another output"):
+    with pytest.raises(
+        UserError, match=rf"is of another training \({name} differs\); choose another output"
+    ):
         loop.train(other, tiny_model, dict, tiny_examples, make_mesh(), watch=type(whole.watch)())
 
 
 def test_members_must_fill_the_order_axis(tiny_config, tiny_model, tiny_examples, tmp_path):
     config = tiny_config(tmp_path / "new")
-    with pytest.raises(UserError, match=r"1 members cannot be divided over mesh.order = 2; choose a divisor"):
+    with pytest.raises(
+        UserError, match=r"1 members cannot be divided over mesh.order = 2; choose a divisor"
+    ):
         loop.train(config, tiny_model, dict, tiny_examples, make_mesh(2, 1, 1), members=(0,))
     assert not (tmp_path / "new").exists()
 
@@ -226,8 +290,18 @@ def test_metrics(whole, tiny_examples, tiny_model):
     assert all(0 <= line["host_fraction"] <= 1 and line["mfu"] is None for line in lines)
     state = json.loads(whole.file("metrics/state.json").read_text())
     assert state["tokens"] == 2 * 2 * tiny_examples.lengths.sum()
-    assert state["parameters"] == sum(x.size for x in jax.tree.leaves(convert.abstract_params(tiny_model)))
-    assert set(state) == {"seconds", "tokens", "device", "devices", "compilations", "versions", "parameters"}
+    assert state["parameters"] == sum(
+        x.size for x in jax.tree.leaves(convert.abstract_params(tiny_model))
+    )
+    assert set(state) == {
+        "seconds",
+        "tokens",
+        "device",
+        "devices",
+        "compilations",
+        "versions",
+        "parameters",
+    }
 
 
 def test_losses_are_stored_by_sample(whole, tiny_examples):
@@ -238,7 +312,9 @@ def test_losses_are_stored_by_sample(whole, tiny_examples):
     counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
     for step, line in enumerate(whole.lines()):
         for member in range(2):
-            rows = batches.epoch_order(whole.config, len(tiny_examples), member, step // 3)[step % 3]
+            rows = batches.epoch_order(whole.config, len(tiny_examples), member, step // 3)[
+                step % 3
+            ]
             rows = rows[rows >= 0]
             mean = (losses[member, step // 3, rows] * counts[rows]).sum() / counts[rows].sum()
             assert line["loss"][member] == pytest.approx(mean, rel=1e-5)
@@ -250,7 +326,9 @@ def test_orders_are_saved_by_sample_id(whole, tiny_examples):
         with np.load(whole.file(f"orders/member_{member}.npz")) as saved:
             for epoch in range(2):
                 rows = batches.epoch_order(whole.config, len(tiny_examples), member, epoch)
-                np.testing.assert_array_equal(saved[f"epoch_{epoch}"], np.where(rows < 0, -1, rows + 100))
+                np.testing.assert_array_equal(
+                    saved[f"epoch_{epoch}"], np.where(rows < 0, -1, rows + 100)
+                )
                 assert digests[f"member_{member}"][epoch] == order.digest(rows)
 
 
@@ -290,7 +368,11 @@ def diverging(at, place, bad=np.nan):
             fake.calls += 1
             ids = np.asarray(batch["ids"])
             found = steps.Metrics(
-                loss, np.ones(2, np.float32), np.zeros(2, np.float32), ids, steps.ExampleSums(sums, np.ones_like(sums))
+                loss,
+                np.ones(2, np.float32),
+                np.zeros(2, np.float32),
+                ids,
+                steps.ExampleSums(sums, np.ones_like(sums)),
             )
             fake.bad = ids[place, 0, 1] if counted == at else getattr(fake, "bad", None)
             return state, found
@@ -305,7 +387,9 @@ def diverging(at, place, bad=np.nan):
 def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(tmp_path, tiny_train, monkeypatch):
     fake = diverging(at=4, place=1)
     monkeypatch.setattr(steps, "compile_step", fake)
-    with pytest.raises(UserError, match="training diverged at step 5: member 1 has loss nan") as caught:
+    with pytest.raises(
+        UserError, match="training diverged at step 5: member 1 has loss nan"
+    ) as caught:
         tiny_train(tmp_path, make_mesh(), training={"log_every": 10})
     assert f"on samples {fake.fake.bad + 100};" in str(caught.value)
     assert orbax.latest(tmp_path / "checkpoints") == 3  # of the end of epoch 1
@@ -313,8 +397,13 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(tmp_path, tiny_t
     assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
 
 
-@pytest.mark.parametrize(("at", "spike", "stops"), [(10, 3.0, True), (10, None, False), (10, 7.0, False), (9, 3.0, False)])
-def test_a_loss_spike_stops_where_it_is_asked_for(tmp_path, tiny_train, monkeypatch, at, spike, stops):
+@pytest.mark.parametrize(
+    ("at", "spike", "stops"),
+    [(10, 3.0, True), (10, None, False), (10, 7.0, False), (9, 3.0, False)],
+)
+def test_a_loss_spike_stops_where_it_is_asked_for(
+    tmp_path, tiny_train, monkeypatch, at, spike, stops
+):
     """6 nats after ten steps of 1 nat are a spike above 3 times the usual, not above 7 times; nine steps say too little."""
     fake = diverging(at, place=0, bad=6.0)
     monkeypatch.setattr(steps, "compile_step", fake)
@@ -323,10 +412,13 @@ def test_a_loss_spike_stops_where_it_is_asked_for(tmp_path, tiny_train, monkeypa
         tiny_train(tmp_path, make_mesh(), **sections)
         return
     with pytest.raises(
-        UserError, match=r"loss spike at step 11: member 0 has loss 6, more than training.spike = 3 times the"
+        UserError,
+        match=r"loss spike at step 11: member 0 has loss 6, more than training.spike = 3 times the",
     ) as caught:
         tiny_train(tmp_path, make_mesh(), **sections)
-    assert f"median 1 of the 10 steps before, on samples {fake.fake.bad + 100}, " in str(caught.value)
+    assert f"median 1 of the 10 steps before, on samples {fake.fake.bad + 100}, " in str(
+        caught.value
+    )
     assert orbax.latest(tmp_path / "checkpoints") == 9
     # the window of usual losses is kept in the checkpoint: continued, the same step is found
     monkeypatch.setattr(steps, "compile_step", diverging(at=1, place=0, bad=6.0))
@@ -337,17 +429,28 @@ def test_a_loss_spike_stops_where_it_is_asked_for(tmp_path, tiny_train, monkeypa
 # ----------------------------------------------------------------------------------------------------------------------- signals
 
 
-def test_sigterm_stops_after_a_step_with_a_checkpoint(whole, tmp_path, tiny_train, tiny_model, same_bits):
+def test_sigterm_stops_after_a_step_with_a_checkpoint(
+    whole, tmp_path, tiny_train, tiny_model, same_bits
+):
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match=f"stopped by SIGTERM after step 2 of {STEPS}, with a checkpoint; the same command") as caught:
-        tiny_train(tmp_path, make_mesh(), on_line=lambda line: line["step"] == 1 and signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(
+        Stopped,
+        match=f"stopped by SIGTERM after step 2 of {STEPS}, with a checkpoint; the same command",
+    ) as caught:
+        tiny_train(
+            tmp_path,
+            make_mesh(),
+            on_line=lambda line: line["step"] == 1 and signal.raise_signal(signal.SIGTERM),
+        )
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     assert orbax.latest(tmp_path / "checkpoints") == 2
     assert not (tmp_path / "metrics" / "state.json").exists()
     resumed = tiny_train(tmp_path, make_mesh())
     assert resumed.watch.said[0] == f"continuing from step 2 of {STEPS} ({tmp_path})"
-    assert same_bits(everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh()))
+    assert same_bits(
+        everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh())
+    )
     np.testing.assert_array_equal(resumed.losses(), whole.losses())
     assert [line["loss"] for line in resumed.lines()] == [line["loss"] for line in whole.lines()]
 

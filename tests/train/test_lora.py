@@ -14,16 +14,18 @@ from jax_ordermerge.arch import ModelConfig, hf_tensors, tensor_table
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Lora, make_config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import lora as adapters
-from jax_ordermerge.merge.references import open_model
+from jax_ordermerge.merge.sources import lora as adapters
+from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, lora
 from jax_ordermerge.train import batches, loop, members, objective, optimizers
 from jax_ordermerge.train import step as steps
-from jax_ordermerge.train.split import split
+from jax_ordermerge.train.trainable import split
 
 # PEFT calls what transformers will remove
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 SETTINGS = {"rank": 3, "alpha": 7.0, "targets": ["q", "v_proj", "up", "down"]}
 STEPS = 6  # 2 epochs of 3
 
@@ -40,7 +42,10 @@ def low_train(tiny_train, base_directory):
     """`tiny_train` with adapters."""
 
     def run(directory, mesh, *, model=None, training=None, **more):
-        sections = {"model": {"base": str(base_directory), **(model or {})}, "training": {"learning_rate": 0.1, **(training or {})}}
+        sections = {
+            "model": {"base": str(base_directory), **(model or {})},
+            "training": {"learning_rate": 0.1, **(training or {})},
+        }
         return tiny_train(directory, mesh, lora=SETTINGS, **sections, **more)
 
     return run
@@ -55,16 +60,27 @@ def whole(tmp_path_factory, low_train):
 def drawn(model, settings, seed=0):
     """An adapter in which nothing is zero."""
     random = np.random.default_rng(seed)
-    return tree.unflatten({s.path: 0.3 * random.standard_normal(s.shape, np.float32) for s in lora.table(model, settings)})
+    return tree.unflatten(
+        {
+            s.path: 0.3 * random.standard_normal(s.shape, np.float32)
+            for s in lora.table(model, settings)
+        }
+    )
 
 
 def state_of(run, model, count=2):
     """Adapters, optimizer state and counters of the last checkpoint."""
     parts = split(run.config, model, make_mesh())
     tx = optimizers.optimizer(run.config.training, STEPS, parts.trained)
-    state = steps.abstract_state(convert.abstract_tensors(parts.trained, make_mesh(), members=count), tx, make_mesh())
+    state = steps.abstract_state(
+        convert.abstract_tensors(parts.trained, make_mesh(), members=count), tx, make_mesh()
+    )
     step = orbax.latest(run.file("checkpoints"))
-    return orbax.restore(run.file("checkpoints"), step, {"params": state.params, "optimizer": state.opt_state, "step": state.step})
+    return orbax.restore(
+        run.file("checkpoints"),
+        step,
+        {"params": state.params, "optimizer": state.opt_state, "step": state.step},
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------- against PEFT
@@ -78,7 +94,11 @@ def peft_model(model, params, adapter, settings):
 
     names = sorted({spec.hf_name.split(".")[-2] for spec in lora.targets(model, settings)})
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, target_modules=names, use_rslora=settings.rslora
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=names,
+        use_rslora=settings.rslora,
     )
     twin = peft.get_peft_model(torch_model(model, params), config)
     flat, own = tree.flatten(jax.device_get(adapter)), dict(twin.named_parameters())
@@ -107,17 +127,30 @@ def test_logits_and_gradients_are_those_of_peft(tiny_model, tiny_base, tiny_exam
     twin = peft_model(tiny_model, tiny_base, adapter, settings)
     torch = pytest.importorskip("torch")
     batch = first_batch(tiny_examples)
-    logits = twin(torch.tensor(batch["tokens"]).long(), attention_mask=torch.tensor(batch["segments"])).logits
+    logits = twin(
+        torch.tensor(batch["tokens"]).long(), attention_mask=torch.tensor(batch["segments"])
+    ).logits
     joined = lora.join(tiny_base, adapter, lora.scale(settings))
     ours, _ = jax.jit(
-        lambda p: llama.forward(tiny_model, p, batch["tokens"], batch["positions"], batch["segments"], dtype="float32")
+        lambda p: llama.forward(
+            tiny_model, p, batch["tokens"], batch["positions"], batch["segments"], dtype="float32"
+        )
     )(joined)
     real = batch["segments"] > 0
     np.testing.assert_allclose(ours[real], logits.detach().numpy()[real], rtol=1e-4, atol=1e-5)
-    without, _ = llama.forward(tiny_model, tiny_base, batch["tokens"], batch["positions"], batch["segments"], dtype="float32")
+    without, _ = llama.forward(
+        tiny_model,
+        tiny_base,
+        batch["tokens"],
+        batch["positions"],
+        batch["segments"],
+        dtype="float32",
+    )
     assert np.abs(ours - without)[real].max() > 0.1  # the adapter does something
 
-    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.tensor(batch["targets"]).long(), reduction="none")
+    each = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), torch.tensor(batch["targets"]).long(), reduction="none"
+    )
     (each * torch.tensor(batch["weights"])).sum().backward()
     low = objective.adapted(objective.sft(tiny_model, dtype="float32"), lora.scale(settings))
     grads = tree.flatten(jax.jit(jax.grad(lambda p: low(p, batch, tiny_base)[0]))(adapter))
@@ -135,15 +168,25 @@ def test_training_is_that_of_peft(whole, tiny_model, tiny_base, tiny_examples):
     settings, training = whole.config.lora, whole.config.training
     twin = peft_model(tiny_model, tiny_base, lora.init_params(tiny_model, settings, 0), settings)
     parameters = [p for p in twin.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(parameters, lr=1.0, betas=(training.beta1, training.beta2), eps=training.epsilon,
-                              weight_decay=training.weight_decay)  # fmt: skip
+    adamw = torch.optim.AdamW(
+        parameters,
+        lr=1.0,
+        betas=(training.beta1, training.beta2),
+        eps=training.epsilon,
+        weight_decay=training.weight_decay,
+    )
     plan, losses = batches.make_plan(whole.config, tiny_examples), []
     rate = optimizers.schedule(training, plan.steps)
 
     def loss(step):
-        batch = {name: torch.tensor(array.reshape(-1, *array.shape[2:])) for name, array in plan.batch(step, 0).items()}
+        batch = {
+            name: torch.tensor(array.reshape(-1, *array.shape[2:]))
+            for name, array in plan.batch(step, 0).items()
+        }
         logits = twin(batch["tokens"].long(), attention_mask=batch["segments"]).logits
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["targets"].long(), reduction="none")
+        each = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch["targets"].long(), reduction="none"
+        )
         return (each * batch["weights"]).sum() / batch["weights"].sum()
 
     for step in range(plan.steps):
@@ -156,7 +199,9 @@ def test_training_is_that_of_peft(whole, tiny_model, tiny_base, tiny_examples):
         losses.append(now.item())
     np.testing.assert_allclose([line["loss"][0] for line in whole.lines()], losses, rtol=1e-5)
     with twin.disable_adapter():
-        assert losses[-1] < loss(plan.steps - 1).item() - 0.002  # the adapter does something: 60 times the tolerance
+        assert (
+            losses[-1] < loss(plan.steps - 1).item() - 0.002
+        )  # the adapter does something: 60 times the tolerance
     ours = tree.flatten(jax.device_get(tree.member(state_of(whole, tiny_model)["params"], 0)))
     theirs = dict(twin.named_parameters())
     for spec in lora.table(tiny_model, settings):
@@ -172,15 +217,22 @@ def test_an_exported_adapter_is_the_member_in_peft(whole, tiny_model, base_direc
     from transformers import AutoModelForCausalLM
 
     own = members.restore_adapter(whole.config, tiny_model, 1)
-    adapters.write_adapter(tmp_path / "adapter", own, tiny_model, whole.config.lora, base=str(base_directory))
+    adapters.write_adapter(
+        tmp_path / "adapter", own, tiny_model, whole.config.lora, base=str(base_directory)
+    )
     twin = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base_directory, dtype=torch.float32, attn_implementation="eager"), tmp_path / "adapter"
+        AutoModelForCausalLM.from_pretrained(
+            base_directory, dtype=torch.float32, attn_implementation="eager"
+        ),
+        tmp_path / "adapter",
     )
     tokens = np.random.default_rng(0).integers(1, tiny_model.vocab_size, (3, 12))
     expected = twin(torch.tensor(tokens)).logits.detach().numpy()
     dense = members.restore_member(whole.config, tiny_model, make_mesh(), 1)
     where = np.broadcast_to(np.arange(12), tokens.shape)
-    found, _ = llama.forward(tiny_model, dense, jnp.asarray(tokens), where, np.ones_like(where), dtype="float32")
+    found, _ = llama.forward(
+        tiny_model, dense, jnp.asarray(tokens), where, np.ones_like(where), dtype="float32"
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -188,14 +240,25 @@ def test_an_exported_adapter_is_the_member_in_peft(whole, tiny_model, base_direc
 
 
 @pytest.mark.parametrize(
-    "sizes", [pytest.param(sizes, marks=() if sizes == (1, 1) else pytest.mark.slow) for sizes in ((1, 1), (2, 1), (1, 2), (2, 2))]
+    "sizes",
+    [
+        pytest.param(sizes, marks=() if sizes == (1, 1) else pytest.mark.slow)
+        for sizes in ((1, 1), (2, 1), (1, 2), (2, 2))
+    ],
 )
-def test_member_alone_is_the_member_of_a_population(low_train, tiny_model, same_bits, tmp_path, sizes):
+def test_member_alone_is_the_member_of_a_population(
+    low_train, tiny_model, same_bits, tmp_path, sizes
+):
     order, fsdp = sizes
-    sections = {"training": {"epochs": 1}, "model": {"compute_dtype": "bfloat16" if fsdp > 1 else "float32"}}
+    sections = {
+        "training": {"epochs": 1},
+        "model": {"compute_dtype": "bfloat16" if fsdp > 1 else "float32"},
+    }
     population = {"population": {"members": 4 if order > 1 else 2}}
     company = low_train(tmp_path / "company", make_mesh(order, fsdp), **sections, **population)
-    alone = low_train(tmp_path / "alone", make_mesh(1, fsdp), members=(1,), **sections, **population)
+    alone = low_train(
+        tmp_path / "alone", make_mesh(1, fsdp), members=(1,), **sections, **population
+    )
     count = company.config.population.members
     together, own = state_of(company, tiny_model, count), state_of(alone, tiny_model, 1)
     assert same_bits(tree.member(together, 1), tree.member(own, 0))
@@ -216,15 +279,30 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, low_train, tiny_mo
 
 def test_a_checkpoint_holds_adapters_alone_and_says_which(whole, tiny_model):
     kept = orbax.metadata(whole.file("checkpoints"), STEPS)
-    assert kept["lora"] == {"rank": 3, "alpha": 7.0, "rslora": False, "targets": ["q", "v_proj", "up", "down"]}
+    assert kept["lora"] == {
+        "rank": 3,
+        "alpha": 7.0,
+        "rslora": False,
+        "targets": ["q", "v_proj", "up", "down"],
+    }
     weights = {"params": {"embed": {"weight": jax.ShapeDtypeStruct((2, 32, 8), jnp.float32)}}}
     with pytest.raises(UserError, match="has no array params/embed/weight"):
         orbax.restore(whole.file("checkpoints"), STEPS, weights)
-    size = sum(file.stat().st_size for file in whole.file(f"checkpoints/{STEPS}").rglob("*") if file.is_file())
-    assert size < 3 * 2 * 4 * sum(np.prod(s.shape) for s in lora.table(tiny_model, whole.config.lora)) + 60_000
+    size = sum(
+        file.stat().st_size
+        for file in whole.file(f"checkpoints/{STEPS}").rglob("*")
+        if file.is_file()
+    )
+    assert (
+        size
+        < 3 * 2 * 4 * sum(np.prod(s.shape) for s in lora.table(tiny_model, whole.config.lora))
+        + 60_000
+    )
 
 
-@pytest.mark.parametrize("change", [{"rank": 2}, {"alpha": 8.0}, {"targets": ["q"]}, {"base_dtype": "bfloat16"}, None])
+@pytest.mark.parametrize(
+    "change", [{"rank": 2}, {"alpha": 8.0}, {"targets": ["q"]}, {"base_dtype": "bfloat16"}, None]
+)
 def test_another_adapter_is_another_training(whole, tiny_model, tiny_examples, change):
     settings = None if change is None else SETTINGS | change
     other = make_config(whole.config.model_dump() | {"lora": settings})
@@ -239,19 +317,25 @@ def test_another_adapter_is_another_training(whole, tiny_model, tiny_examples, c
 def test_members_are_base_plus_scaled_product(whole, tiny_model, tiny_base):
     """Against float64 by hand; what has no adapter is the base to the bit."""
     own = tree.flatten(jax.device_get(state_of(whole, tiny_model)["params"]))
-    dense = tree.flatten(jax.device_get(members.restore_members(whole.config, tiny_model, make_mesh())))
+    dense = tree.flatten(
+        jax.device_get(members.restore_members(whole.config, tiny_model, make_mesh()))
+    )
     touched = {spec.path for spec in lora.targets(tiny_model, whole.config.lora)}
     for path, weight in tree.flatten(jax.device_get(tiny_base)).items():
         if path not in touched:
             np.testing.assert_array_equal(dense[path], np.stack([weight, weight]))
             continue
-        a, b = (own[path.replace("weight", name)].astype(np.float64) for name in ("lora_a", "lora_b"))
+        a, b = (
+            own[path.replace("weight", name)].astype(np.float64) for name in ("lora_a", "lora_b")
+        )
         np.testing.assert_allclose(dense[path], weight + 7 / 3 * (b @ a), rtol=1e-6, atol=1e-8)
         assert (dense[path][0] != dense[path][1]).any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_member_has_the_same_bits_in_files_and_in_memory(whole, tiny_model, same_bits, tmp_path, dtype):
+def test_a_member_has_the_same_bits_in_files_and_in_memory(
+    whole, tiny_model, same_bits, tmp_path, dtype
+):
     (whole.directory / "config.yaml").write_text(json.dumps(whole.config.model_dump(mode="json")))
     population = members.restore_members(whole.config, tiny_model, make_mesh(2, 2, 2), dtype=dtype)
     one = members.restore_member(whole.config, tiny_model, make_mesh(1, 2, 1), 1, dtype=dtype)
@@ -264,7 +348,9 @@ def test_a_member_has_the_same_bits_in_files_and_in_memory(whole, tiny_model, sa
         expected = flat[spec.path] if layer is None else flat[spec.path][layer]
         assert out.astype(dtype).tobytes() == expected.tobytes(), name
     adapter = members.restore_adapter(whole.config, tiny_model, 1)
-    adapters.write_adapter(tmp_path / "adapter", adapter, tiny_model, whole.config.lora, base=whole.config.model.base)
+    adapters.write_adapter(
+        tmp_path / "adapter", adapter, tiny_model, whole.config.lora, base=whole.config.model.base
+    )
     read = open_model(f"{whole.config.model.base}+{tmp_path / 'adapter'}")
     for name, spec, _ in hf_tensors(tiny_model):
         out, again = (np.empty(spec.hf_shape, np.float32) for _ in range(2))
@@ -285,7 +371,9 @@ def test_members_that_are_not_there(whole, tiny_model, tiny_config):
 
 def test_a_member_starts_as_the_base_with_the_same_values_everywhere(tiny_model, same_bits):
     settings = Lora(**SETTINGS)
-    here, there = (lora.init_params(tiny_model, settings, 0, mesh) for mesh in (None, make_mesh(2, 2, 2)))
+    here, there = (
+        lora.init_params(tiny_model, settings, 0, mesh) for mesh in (None, make_mesh(2, 2, 2))
+    )
     assert same_bits(here, there)
     assert not same_bits(here, lora.init_params(tiny_model, settings, 1))
     for spec in lora.table(tiny_model, settings):
@@ -303,13 +391,22 @@ def memory(members, config, model, rows=4, length=64):
     mesh = make_mesh()
     parts = split(config, model, mesh)
     tx = optimizers.optimizer(config.training, 10, parts.trained)
-    state = steps.abstract_state(convert.abstract_tensors(parts.trained, mesh, members=members), tx, mesh)
+    state = steps.abstract_state(
+        convert.abstract_tensors(parts.trained, mesh, members=members), tx, mesh
+    )
     frozen = convert.abstract_tensors(parts.frozen, mesh, dtype=config.base_dtype)
-    one = steps.train_step(parts.objective, tx, optimizers.schedule(config.training, 10), lengths=[length])
+    one = steps.train_step(
+        parts.objective, tx, optimizers.schedule(config.training, 10), lengths=[length]
+    )
     place = NamedSharding(mesh, P("order"))
-    shapes = dict.fromkeys(steps.SEQUENCES, (members, 1, rows, length)) | {"ids": (members, 1, rows), "bucket": (members, 1)}
+    shapes = dict.fromkeys(steps.SEQUENCES, (members, 1, rows, length)) | {
+        "ids": (members, 1, rows),
+        "bucket": (members, 1),
+    }
     batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=place)
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32 if name == "weights" else jnp.int32, sharding=place
+        )
         for name, shape in shapes.items()
     }
     found = steps.compile_step(one, mesh, state, batch, frozen).memory_analysis()
@@ -318,7 +415,9 @@ def memory(members, config, model, rows=4, length=64):
 
 @pytest.mark.slow
 def test_eight_adapters_cost_at_most_half_as_much_again_as_one():
-    model = ModelConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=4)
+    model = ModelConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=4
+    )
     low = make_config({"lora": {"rank": 2}, "model": {"compute_dtype": "float32"}})
     one, eight = (memory(count, low, model) for count in (1, 8))
     assert eight < 1.5 * one
@@ -348,11 +447,14 @@ def test_the_base_is_held_in_the_dtype_of_the_products(tmp_path, low_train):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ["q_prj"]}, r"lora.targets: q_prj is no matrix of this model (did you mean 'q_proj'?); it has q, k, v, o, gate, up, down"),
+        (
+            {"targets": ["q_prj"]},
+            r"lora.targets: q_prj is no matrix of this model (did you mean 'q_proj'?); it has q, k, v, o, gate, up, down",
+        ),
         ({"targets": ["norm"]}, "lora.targets: norm is no matrix of this model"),
         ({"targets": []}, "lora.targets is empty"),
     ],
-)  # fmt: skip
+)
 def test_targets_that_are_none(tiny_model, settings, message):
     with pytest.raises(UserError) as caught:
         lora.table(tiny_model, Lora(**settings))
@@ -375,9 +477,23 @@ def test_settings_that_are_refused(raw, message):
 
 
 def test_target_names():
-    model = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=4, qkv_bias=True, qk_norm=True)
+    model = ModelConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_layers=2,
+        num_heads=4,
+        qkv_bias=True,
+        qk_norm=True,
+    )
     every = [spec.path for spec in lora.targets(model, Lora())]
-    assert every == [s.path for s in tensor_table(model) if s.kind in ("attention", "mlp") and s.path.endswith("weight")]
+    assert every == [
+        s.path
+        for s in tensor_table(model)
+        if s.kind in ("attention", "mlp") and s.path.endswith("weight")
+    ]
     assert len(every) == 7
     assert lora.targets(model, Lora(targets="all-linear")) == lora.targets(model, Lora())
-    assert lora.targets(model, Lora(targets=("q", "q_proj"))) == lora.targets(model, Lora(targets="q"))
+    assert lora.targets(model, Lora(targets=("q", "q_proj"))) == lora.targets(
+        model, Lora(targets="q")
+    )

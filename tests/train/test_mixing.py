@@ -11,15 +11,20 @@ from jax_ordermerge import rng, tree
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import make_config
+from jax_ordermerge.config.mixing import Mixing
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.mixing import Mixing
 from jax_ordermerge.train import members, mixing
 from jax_ordermerge.train import step as steps
 
-MODEL = ModelConfig(vocab_size=24, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=4, num_kv_heads=2)
+MODEL = ModelConfig(
+    vocab_size=24, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=4, num_kv_heads=2
+)
 M = 4
-MIXINGS = {"wash": {"kind": "wash", "fraction": 0.3, "every": 2}, "papa": {"kind": "papa", "rate": 0.25, "every": 2}}
+MIXINGS = {
+    "wash": {"kind": "wash", "fraction": 0.3, "every": 2},
+    "papa": {"kind": "papa", "rate": 0.25, "every": 2},
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- naive, number by number
@@ -42,8 +47,12 @@ def naive_wash(x, key, done, fraction, cut):
     R, C = x.shape[1] // height, x.shape[2] // width
     swapped = 0
     for number, (r, c) in enumerate(itertools.product(range(R), range(C))):
-        place, chance, *deal = (word(key, number, (done * (len(x) + 2) + i) & 0xFFFFFFFF) for i in range(len(x) + 2))
-        if np.float32((chance >> 8) * 2.0**-24) >= np.float32(fraction) * np.float32(height * width):
+        place, chance, *deal = (
+            word(key, number, (done * (len(x) + 2) + i) & 0xFFFFFFFF) for i in range(len(x) + 2)
+        )
+        if np.float32((chance >> 8) * 2.0**-24) >= np.float32(fraction) * np.float32(
+            height * width
+        ):
             continue
         down, right = divmod(place % (height * width), width)
         at = r * height + down, c * width + right
@@ -53,11 +62,16 @@ def naive_wash(x, key, done, fraction, cut):
     return out, swapped
 
 
-@pytest.mark.parametrize(("shape", "fraction"), [((6, 8), 0.2), ((5, 7), 0.4), ((1, 12), 0.5), ((64, 64), 0.01), ((4, 4), 1.0)])
+@pytest.mark.parametrize(
+    ("shape", "fraction"),
+    [((6, 8), 0.2), ((5, 7), 0.4), ((1, 12), 0.5), ((64, 64), 0.01), ((4, 4), 1.0)],
+)
 def test_wash_is_the_naive_loop(shape, fraction):
     x = np.random.default_rng(0).standard_normal((M, *shape)).astype(np.float32)
     key, cut = rng.stream_words(3, "wash", "w"), mixing.tile(shape, fraction)
-    ours = jax.jit(mixing.wash, static_argnames="cut")(x, key, jnp.uint32(5), jnp.float32(fraction), cut=cut)
+    ours = jax.jit(mixing.wash, static_argnames="cut")(
+        x, key, jnp.uint32(5), jnp.float32(fraction), cut=cut
+    )
     expected, swapped = naive_wash(x, key.tolist(), 5, fraction, cut)
     np.testing.assert_array_equal(ours, expected)
     assert 0 < swapped <= -(-x[0].size // (cut[0] * cut[1]))
@@ -66,12 +80,25 @@ def test_wash_is_the_naive_loop(shape, fraction):
 def test_wash_takes_its_fraction_and_permutes_uniformly():
     x = jnp.broadcast_to(jnp.arange(3.0)[:, None, None], (3, 600, 1000))
     cut = mixing.tile((600, 1000), 0.01)
-    out = np.asarray(mixing.wash(x, jnp.asarray(rng.stream_words(0, "wash", "w")), jnp.uint32(1), jnp.float32(0.01), cut=cut))
+    out = np.asarray(
+        mixing.wash(
+            x,
+            jnp.asarray(rng.stream_words(0, "wash", "w")),
+            jnp.uint32(1),
+            jnp.float32(0.01),
+            cut=cut,
+        )
+    )
     np.testing.assert_array_equal(np.sort(out, axis=0), x)  # nothing is lost or doubled
     moved = (out != np.asarray(x)).any(0)
-    assert moved.mean() == pytest.approx(0.01 * 5 / 6, abs=4 * (0.01 / 600_000) ** 0.5)  # one of 6 permutations moves nothing
+    assert moved.mean() == pytest.approx(
+        0.01 * 5 / 6, abs=4 * (0.01 / 600_000) ** 0.5
+    )  # one of 6 permutations moves nothing
     dealt = out[:, moved]
-    counts = [int((dealt == np.array(order)[:, None]).all(0).sum()) for order in list(itertools.permutations(range(3)))[1:]]
+    counts = [
+        int((dealt == np.array(order)[:, None]).all(0).sum())
+        for order in list(itertools.permutations(range(3)))[1:]
+    ]
     assert np.abs(np.array(counts) - moved.sum() / 5).max() < 4 * (moved.sum() / 5) ** 0.5
     assert moved.any(0).mean() > 0.9
     assert moved.any(1).mean() > 0.9
@@ -81,7 +108,10 @@ def test_wash_keeps_bits():
     odd = np.array([0x7FC00001, 0x80000000, 0x00000001, 0xFF800000], np.uint32).view(np.float32)
     x = np.broadcast_to(odd[:, None, None], (4, 8, 8))
     out = mixing.wash(x, jnp.array([1, 2], jnp.uint32), jnp.uint32(1), jnp.float32(1), cut=(1, 1))
-    np.testing.assert_array_equal(np.sort(np.asarray(out).view(np.uint32), 0), np.sort(np.ascontiguousarray(x).view(np.uint32), 0))
+    np.testing.assert_array_equal(
+        np.sort(np.asarray(out).view(np.uint32), 0),
+        np.sort(np.ascontiguousarray(x).view(np.uint32), 0),
+    )
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.25, 1.0])
@@ -103,10 +133,17 @@ def mixed(settings, mesh, *dones):
     table = tensor_table(MODEL)
     abstract = convert.abstract_params(MODEL, mesh, members=M)
     random = np.random.default_rng(1)
-    params = tree.unflatten({s.path: random.standard_normal((M, *s.shape)).astype(np.float32) for s in table})
+    params = tree.unflatten(
+        {s.path: random.standard_normal((M, *s.shape)).astype(np.float32) for s in table}
+    )
     mix = mixing.compile_mixing(settings, table, 0, mesh, abstract)
     return params, *(
-        jax.device_get(mix(steps.TrainState(jax.device_put(params, steps.shardings(abstract)), None, None), done).params)
+        jax.device_get(
+            mix(
+                steps.TrainState(jax.device_put(params, steps.shardings(abstract)), None, None),
+                done,
+            ).params
+        )
         for done in dones
     )
 
@@ -123,7 +160,9 @@ def test_every_mesh_gives_the_same_bits(kind, same_bits):
 
 
 def test_the_fraction_falls_with_depth():
-    params, out = (tree.flatten(x) for x in mixed(Mixing(kind="wash", fraction=0.3), make_mesh(), 1))
+    params, out = (
+        tree.flatten(x) for x in mixed(Mixing(kind="wash", fraction=0.3), make_mesh(), 1)
+    )
     share = {path: (out[path] != params[path]).any(0) for path in params}
     up = share["layers/mlp/up/weight"].mean((1, 2))
     assert 0.2 < share["embed/weight"].mean() < 0.35
@@ -141,14 +180,21 @@ def weights(run, model):
 
 @pytest.mark.parametrize("kind", [pytest.param("wash", marks=pytest.mark.slow), "papa"])
 def test_killed_and_resumed_is_uninterrupted(tmp_path, tiny_train, tiny_model, same_bits, kind):
-    other = {"training": {"mixing": MIXINGS[kind], "checkpoint_every": 2, "microbatch": 8}, "data": {"buckets": []}}
+    other = {
+        "training": {"mixing": MIXINGS[kind], "checkpoint_every": 2, "microbatch": 8},
+        "data": {"buckets": []},
+    }
     whole = tiny_train(tmp_path / "whole", make_mesh(), **other)
     with pytest.raises(KeyboardInterrupt):
         tiny_train(tmp_path / "killed", make_mesh(), stop_at=5, **other)
     resumed = tiny_train(tmp_path / "killed", make_mesh(), **other)
     assert same_bits(weights(resumed, tiny_model), weights(whole, tiny_model))
     assert resumed.lines()[-1]["loss"] == whole.lines()[-1]["loss"]
-    alone = tiny_train(tmp_path / "apart", make_mesh(), **other | {"training": other["training"] | {"mixing": None}})
+    alone = tiny_train(
+        tmp_path / "apart",
+        make_mesh(),
+        **other | {"training": other["training"] | {"mixing": None}},
+    )
     assert not same_bits(weights(alone, tiny_model), weights(whole, tiny_model))
 
 
@@ -163,14 +209,22 @@ def test_a_member_cannot_be_mixed_alone(tmp_path, tiny_train):
 @pytest.mark.parametrize(
     ("population", "given", "message"),
     [
-        ({"members": 4, "wave": 2}, {"kind": "wash"}, "all of them trained at once; population has members = 4, wave = 2"),
+        (
+            {"members": 4, "wave": 2},
+            {"kind": "wash"},
+            "all of them trained at once; population has members = 4, wave = 2",
+        ),
         ({"members": 1}, {"kind": "wash"}, "needs two members or more"),
         (
             {},
             {"kind": "wash", "rate": 0.5},
             r"mixing.rate = 0.5 is not a setting of kind = wash \(it has: every, fraction, depth\)",
         ),
-        ({}, {"kind": "papa", "fraction": 0.5}, "mixing.fraction = 0.5 is not a setting of kind = papa"),
+        (
+            {},
+            {"kind": "papa", "fraction": 0.5},
+            "mixing.fraction = 0.5 is not a setting of kind = papa",
+        ),
         ({}, {"kind": "wush"}, "training.mixing.kind"),
         ({}, {"kind": "wash", "fraction": 0}, "training.mixing.fraction"),
         ({}, {"kind": "papa", "rte": 0.5}, r"training.mixing.rte \(did you mean 'rate'\?\)"),

@@ -11,7 +11,10 @@ def test_sums_of_each_example(tiny_model, tiny_base, tiny_examples):
     batch = pack.collate(tiny_examples, np.array([3, 7, -1, 0]), 24)
     total, sums = objective.sft(tiny_model, dtype="float32")(tiny_base, batch)
     logits, _ = llama.forward(
-        tiny_model, tiny_base, *(jnp.asarray(batch[n]) for n in ("tokens", "positions", "segments")), dtype="float32"
+        tiny_model,
+        tiny_base,
+        *(jnp.asarray(batch[n]) for n in ("tokens", "positions", "segments")),
+        dtype="float32",
     )
     logits = np.asarray(logits, np.float64)
     for place, row in enumerate((3, 7, None, 0)):

@@ -20,7 +20,14 @@ from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.objective import ExampleSums
 
 STEPS, MEMBERS, LENGTH = 5, 4, 4
-COMMON = {"learning_rate": 0.02, "schedule": "wsd", "warmup": 2, "decay": 2, "weight_decay": 0.3, "clip_norm": 2.0}
+COMMON = {
+    "learning_rate": 0.02,
+    "schedule": "wsd",
+    "warmup": 2,
+    "decay": 2,
+    "weight_decay": 0.3,
+    "clip_norm": 2.0,
+}
 CASES = {
     "adamw": {"beta2": 0.95},
     "adafactor": {"min_dim_size_to_factor": 8},
@@ -41,9 +48,12 @@ def training(case, **changes):
 def pulls(xp, params, c):
     """A gradient for every parameter, {path: array}: sixteenths that depend on the data `c`, so that sums of squares are exact."""
     numbers = {
-        path: (37 * xp.arange(x.size, dtype=xp.int32) + 11 * c + place) % 61 - 30 for place, (path, x) in enumerate(params.items())
+        path: (37 * xp.arange(x.size, dtype=xp.int32) + 11 * c + place) % 61 - 30
+        for place, (path, x) in enumerate(params.items())
     }
-    return {path: (numbers[path] / 16).reshape(x.shape).astype(x.dtype) for path, x in params.items()}
+    return {
+        path: (numbers[path] / 16).reshape(x.shape).astype(x.dtype) for path, x in params.items()
+    }
 
 
 def objective(params, batch, frozen=None):
@@ -58,7 +68,13 @@ def objective(params, batch, frozen=None):
 def batch_of(step, members):
     tokens = np.stack([np.full((1, 4, LENGTH), 3 * step + 7 * m, np.int32) for m in members])
     ones = np.ones_like(tokens)
-    whole = {"tokens": tokens, "targets": ones, "positions": ones, "segments": ones, "weights": ones.astype(np.float32)}
+    whole = {
+        "tokens": tokens,
+        "targets": ones,
+        "positions": ones,
+        "segments": ones,
+        "weights": ones.astype(np.float32),
+    }
     return whole | {"ids": ones[..., 0], "bucket": ones[:, :, 0, 0] * 0}
 
 
@@ -67,9 +83,14 @@ def run(settings, model, base, members, shape):
     mesh = make_mesh(*shape)
     table = tensor_table(model)
     tx = optimizers.optimizer(settings, STEPS, table)
-    abstract = steps.abstract_state(convert.abstract_params(model, mesh, members=len(members)), tx, mesh)
+    abstract = steps.abstract_state(
+        convert.abstract_params(model, mesh, members=len(members)), tx, mesh
+    )
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("order"))
-    kinds = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch_of(0, members).items()}
+    kinds = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        for name, x in batch_of(0, members).items()
+    }
     step = steps.train_step(objective, tx, optimizers.schedule(settings, STEPS), lengths=[LENGTH])
     program = steps.compile_step(step, mesh, abstract, kinds, {})
     state, rates = steps.initial_state(base, tx, abstract), []
@@ -131,7 +152,9 @@ def muon(s, hidden):
     for t in range(1, STEPS + 1):
         g, _ = yield
         m = s.momentum * m + (1 - s.momentum) * g
-        x = s.momentum * m / (1 - s.momentum ** (t + 1)) + (1 - s.momentum) * g / (1 - s.momentum**t)
+        x = s.momentum * m / (1 - s.momentum ** (t + 1)) + (1 - s.momentum) * g / (
+            1 - s.momentum**t
+        )
         x /= np.linalg.norm(x) + s.epsilon
         for _ in range(5):
             a = x @ x.T
@@ -146,13 +169,25 @@ def reference(s, model, base, member, rates):
     """Weights of a member after the training, {Hugging Face name: float64}."""
     flat = {path: np.asarray(x, np.float64) for path, x in tree.flatten(base).items()}
     whole = {name: (spec, layer) for name, spec, layer in hf_tensors(model)}
-    theta = {name: np.array(flat[spec.path] if layer is None else flat[spec.path][layer]) for name, (spec, layer) in whole.items()}
-    hidden = {name: spec.kind in ("attention", "mlp") and theta[name].ndim == 2 for name, (spec, _) in whole.items()}
-    decayed = {name: {"all": True, "matrices": x.ndim == 2, "hidden": hidden[name]}[s.decay_on] for name, x in theta.items()}
+    theta = {
+        name: np.array(flat[spec.path] if layer is None else flat[spec.path][layer])
+        for name, (spec, layer) in whole.items()
+    }
+    hidden = {
+        name: spec.kind in ("attention", "mlp") and theta[name].ndim == 2
+        for name, (spec, _) in whole.items()
+    }
+    decayed = {
+        name: {"all": True, "matrices": x.ndim == 2, "hidden": hidden[name]}[s.decay_on]
+        for name, x in theta.items()
+    }
     directions = {name: DIRECTIONS[s.optimizer](s, hidden[name]) for name in whole}
     for number, rate in enumerate(rates):
         gradient = pulls(np, flat, 3 * number + 7 * member)
-        g = {name: gradient[spec.path] if layer is None else gradient[spec.path][layer] for name, (spec, layer) in whole.items()}
+        g = {
+            name: gradient[spec.path] if layer is None else gradient[spec.path][layer]
+            for name, (spec, layer) in whole.items()
+        }
         norm = math.sqrt(sum((x**2).sum() for x in g.values()))
         for name, direction in directions.items():
             pull = g[name] * min(1, s.clip_norm / norm)
@@ -166,7 +201,11 @@ def reference(s, model, base, member, rates):
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(case, marks=() if case in ("adamw", "muon") else pytest.mark.slow) for case in CASES]
+    scope="module",
+    params=[
+        pytest.param(case, marks=() if case in ("adamw", "muon") else pytest.mark.slow)
+        for case in CASES
+    ],
 )
 def trained(request, tiny_model, tiny_base):
     settings = training(request.param, ema=0.9 if request.param == "lion" else None)
@@ -181,12 +220,22 @@ def test_every_tensor_of_every_layer_and_member_is_that_of_numpy(trained, tiny_m
         expected = reference(settings, tiny_model, tiny_base, member, rates)
         for name, spec, layer in hf_tensors(tiny_model):
             mine = found[spec.path][member] if layer is None else found[spec.path][member, layer]
-            start = np.asarray(tree.flatten(tiny_base)[spec.path] if layer is None else tree.flatten(tiny_base)[spec.path][layer])
+            start = np.asarray(
+                tree.flatten(tiny_base)[spec.path]
+                if layer is None
+                else tree.flatten(tiny_base)[spec.path][layer]
+            )
             moved = np.abs(expected[name] - start).max()
             assert moved > 1e-5
             # Muon's iteration multiplies small singular values, and their rounding, by up to 3.4^5
             tolerance = 1e-3 if settings.optimizer == "muon" else 1e-4
-            np.testing.assert_allclose(mine, expected[name], rtol=0, atol=tolerance * moved, err_msg=f"{name} of member {member}")
+            np.testing.assert_allclose(
+                mine,
+                expected[name],
+                rtol=0,
+                atol=tolerance * moved,
+                err_msg=f"{name} of member {member}",
+            )
 
 
 def test_a_member_alone_has_the_same_bits(trained, tiny_model, tiny_base, same_bits):
@@ -215,9 +264,13 @@ def rate(step, *, peak, warmup, steps_, kind, last):
 @pytest.mark.parametrize(("warmup", "taken"), [(0, 0), (0.1, 4), (5, 5)])
 def test_schedule(kind, warmup, taken):
     own = {"decay": 0.2} if kind == "wsd" else {}
-    schedule = optimizers.schedule(Training(learning_rate=3e-4, schedule=kind, warmup=warmup, final_fraction=0.1, **own), 40)
+    schedule = optimizers.schedule(
+        Training(learning_rate=3e-4, schedule=kind, warmup=warmup, final_fraction=0.1, **own), 40
+    )
     expected = [rate(s, peak=3e-4, warmup=taken, steps_=40, kind=kind, last=0.1) for s in range(41)]
-    np.testing.assert_allclose([float(schedule(s)) for s in range(41)], expected, rtol=2e-5, atol=1e-10)
+    np.testing.assert_allclose(
+        [float(schedule(s)) for s in range(41)], expected, rtol=2e-5, atol=1e-10
+    )
 
 
 def test_warmup_longer_than_the_training():
@@ -226,7 +279,9 @@ def test_warmup_longer_than_the_training():
 
 
 def test_a_decay_longer_than_what_is_left_begins_after_the_warmup():
-    schedule = optimizers.schedule(Training(learning_rate=1.0, schedule="wsd", warmup=2, decay=100), 10)
+    schedule = optimizers.schedule(
+        Training(learning_rate=1.0, schedule="wsd", warmup=2, decay=100), 10
+    )
     assert [round(float(schedule(s)), 3) for s in (0, 2, 6, 10)] == [0.0, 1.0, 0.5, 0.0]
 
 
@@ -234,10 +289,13 @@ def test_a_decay_longer_than_what_is_left_begins_after_the_warmup():
 
 
 @pytest.mark.parametrize(
-    ("decay_on", "spared"), [("matrices", {"norm"}), ("hidden", {"norm", "embedding", "head"}), ("all", set())]
+    ("decay_on", "spared"),
+    [("matrices", {"norm"}), ("hidden", {"norm", "embedding", "head"}), ("all", set())],
 )
 def test_weight_decay_spares(tiny_model, tiny_base, decay_on, spared):
-    settings = Training(learning_rate=0.1, warmup=0, schedule="constant", weight_decay=0.5, decay_on=decay_on)
+    settings = Training(
+        learning_rate=0.1, warmup=0, schedule="constant", weight_decay=0.5, decay_on=decay_on
+    )
     tx = optimizers.optimizer(settings, 10, tensor_table(tiny_model))
     zeros = jax.tree.map(jnp.zeros_like, tiny_base)
     updates, _ = tx.update(zeros, tx.init(tiny_base), tiny_base)
@@ -254,12 +312,17 @@ def test_clipping_is_by_the_norm_of_all_parameters(tiny_model, tiny_base):
     updates, _ = tx.update(ones, tx.init(tiny_base), tiny_base)
     count = sum(x.size for x in jax.tree.leaves(ones))
     # with a large epsilon Adam's first update is nearly -gradient / epsilon
-    np.testing.assert_allclose(tree.flatten(updates)["norm/weight"], -0.5 / count**0.5 / 1e3, rtol=1e-4)
+    np.testing.assert_allclose(
+        tree.flatten(updates)["norm/weight"], -0.5 / count**0.5 / 1e3, rtol=1e-4
+    )
 
 
 def test_an_optax_without_muon(monkeypatch, tiny_model):
     monkeypatch.delattr(optax.contrib, "scale_by_muon")
-    with pytest.raises(UserError, match=r"training\.optimizer = muon: optax .* has no optax\.contrib\.scale_by_muon; install"):
+    with pytest.raises(
+        UserError,
+        match=r"training\.optimizer = muon: optax .* has no optax\.contrib\.scale_by_muon; install",
+    ):
         optimizers.optimizer(Training(optimizer="muon"), 10, tensor_table(tiny_model))
 
 
@@ -277,7 +340,11 @@ def placements(settings, model, shape=(2, 2, 2)):
 
 
 def of(found, field, name):
-    (spec,) = [tuple(spec) for path, spec in found.items() if f".{field}[" in path and path.endswith(f"['{name}']['weight']")]
+    (spec,) = [
+        tuple(spec)
+        for path, spec in found.items()
+        if f".{field}[" in path and path.endswith(f"['{name}']['weight']")
+    ]
     return spec
 
 
@@ -286,7 +353,10 @@ def test_factored_moments_keep_the_axes_that_are_left(tiny_model):
     # gate [M, L, F, D]: the longer axis is averaged over for rows, the shorter for columns; q is square
     assert of(found, "v_row", "gate") == ("order", None, "fsdp")
     assert of(found, "v_col", "gate") == ("order", None, "tensor")
-    assert (of(found, "v_row", "q"), of(found, "v_col", "q")) == (("order", None, "tensor"), ("order", None, "fsdp"))
+    assert (of(found, "v_row", "q"), of(found, "v_col", "q")) == (
+        ("order", None, "tensor"),
+        ("order", None, "fsdp"),
+    )
     assert of(found, "v", "k") == ("order", None, "tensor", "fsdp")  # too small to factor
     assert all(spec[0] == "order" for spec in found.values())
 
@@ -305,10 +375,16 @@ def test_moments_and_averages_are_sharded_like_their_parameters(tiny_model, case
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_all_moments_are_bfloat16_and_nothing_else_is(tiny_model, tiny_base, case):
-    plain = jax.eval_shape(optimizers.optimizer(training(case), 10, tensor_table(tiny_model)).init, tiny_base)
-    tx = optimizers.optimizer(training(case, moments_dtype="bfloat16", ema=0.9), 10, tensor_table(tiny_model))
+    plain = jax.eval_shape(
+        optimizers.optimizer(training(case), 10, tensor_table(tiny_model)).init, tiny_base
+    )
+    tx = optimizers.optimizer(
+        training(case, moments_dtype="bfloat16", ema=0.9), 10, tensor_table(tiny_model)
+    )
     state = jax.eval_shape(lambda params: tx.update(params, tx.init(params), params)[1], tiny_base)
-    moments = [x for x in jax.tree.leaves(plain) if x.dtype == jnp.float32 and x.shape != (3,)]  # (3,): Muon's coefficients
+    moments = [
+        x for x in jax.tree.leaves(plain) if x.dtype == jnp.float32 and x.shape != (3,)
+    ]  # (3,): Muon's coefficients
     assert len(moments) == sum(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(state.inner)) > 0
     assert {x.dtype for x in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}
 
@@ -322,11 +398,16 @@ def test_rounding_to_nearest_is_that_of_numpy():
         g = random.normal(size=1000).astype(np.float32)
         updates, state = tx.update({"w": jnp.asarray(g)}, state, params)
         mu, nu = 0.9 * mu + 0.1 * g, 0.95 * nu + 0.05 * g * g
-        np.testing.assert_allclose(updates["w"], mu / (1 - 0.9**t) / (np.sqrt(nu / (1 - 0.95**t)) + 1e-8), rtol=1e-5)
+        np.testing.assert_allclose(
+            updates["w"], mu / (1 - 0.9**t) / (np.sqrt(nu / (1 - 0.95**t)) + 1e-8), rtol=1e-5
+        )
         mu, nu = (x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in (mu, nu))
         # a value at the middle of two may go either way by the last bit of float32
         assert (np.asarray(state.inner.nu["w"], np.float32) != nu).mean() < 0.01
-        mu, nu = np.asarray(state.inner.mu["w"], np.float32), np.asarray(state.inner.nu["w"], np.float32)
+        mu, nu = (
+            np.asarray(state.inner.mu["w"], np.float32),
+            np.asarray(state.inner.nu["w"], np.float32),
+        )
 
 
 @pytest.mark.parametrize(("stochastic", "expected"), [(False, 1.0), (True, 0.999**500)])
@@ -336,13 +417,17 @@ def test_a_second_moment_that_should_fall(stochastic, expected):
     state = tx.init(zeros)
     state = state._replace(inner=state.inner._replace(nu={"w": jnp.ones(10000, jnp.bfloat16)}))
     state, _ = jax.lax.scan(lambda state, _: (tx.update(zeros, state)[1], None), state, length=500)
-    assert float(state.inner.nu["w"].astype(jnp.float32).mean()) == pytest.approx(expected, rel=2e-3)
+    assert float(state.inner.nu["w"].astype(jnp.float32).mean()) == pytest.approx(
+        expected, rel=2e-3
+    )
 
 
 @pytest.mark.slow
 def test_rounding_bits_follow_no_mesh(tiny_model, tiny_base, same_bits):
     settings = training("adamw", moments_dtype="bfloat16")
-    one, many = (run(settings, tiny_model, tiny_base, range(2), shape)[0] for shape in ((1, 1, 1), (2, 4, 1)))
+    one, many = (
+        run(settings, tiny_model, tiny_base, range(2), shape)[0] for shape in ((1, 1, 1), (2, 4, 1))
+    )
     assert same_bits(one, many)
 
 
@@ -359,4 +444,6 @@ def test_the_average_is_weighted_by_powers_of_the_decay():
         params = optax.apply_updates(params, updates)
         seen.append(float(params["w"]))
         powers = 0.8 ** np.arange(len(seen))[::-1]
-        assert float(state.ema["w"]) == pytest.approx(float(np.average(seen, weights=powers)), rel=1e-6)
+        assert float(state.ema["w"]) == pytest.approx(
+            float(np.average(seen, weights=powers)), rel=1e-6
+        )

@@ -20,7 +20,9 @@ def packed_config(tiny_config):
 
     def build(kind, directory="unused", **sections):
         data = {"packing": kind, "max_length": ROW, "buckets": []}
-        return tiny_config(directory, **{"training": {"batch": 4, "microbatch": 2}, **sections, "data": data})
+        return tiny_config(
+            directory, **{"training": {"batch": 4, "microbatch": 2}, **sections, "data": data}
+        )
 
     return build
 
@@ -31,7 +33,10 @@ def packed_config(tiny_config):
 @pytest.mark.parametrize(
     ("kind", "level"),
     [
-        (kind, level) for kind in ("packs", "bins") for level in order.LEVELS if (kind, level) != ("bins", "batch")
+        (kind, level)
+        for kind in ("packs", "bins")
+        for level in order.LEVELS
+        if (kind, level) != ("bins", "batch")
     ],  # which is refused
 )
 def test_every_sample_once_an_epoch(packed_config, tiny_examples, kind, level):
@@ -45,7 +50,9 @@ def test_every_sample_once_an_epoch(packed_config, tiny_examples, kind, level):
             assert places.shape == (21, 3)
             assert [epoch[tuple(place)] for place in places] == list(range(21))
             assert (epoch >= 0).any((1, 2)).all()  # no step is empty
-    assert sum(plan.tokens(step) for step in range(plan.steps)) == 4 * 2 * tiny_examples.lengths.sum()
+    assert (
+        sum(plan.tokens(step) for step in range(plan.steps)) == 4 * 2 * tiny_examples.lengths.sum()
+    )
     assert plan.packing["filled"] == tiny_examples.lengths.sum() / (plan.epoch_steps * 4 * ROW)
 
 
@@ -55,7 +62,9 @@ def rows_of(epoch):
 
 def test_packs_are_the_same_rows_for_all_and_bins_follow_the_order(packed_config, tiny_examples):
     packs, bins = (
-        batches.draw_orders(packed_config(kind, population={"members": 3}), tiny_examples.lengths, range(3))
+        batches.draw_orders(
+            packed_config(kind, population={"members": 3}), tiny_examples.lengths, range(3)
+        )
         for kind in ("packs", "bins")
     )
     assert all(rows_of(epoch) == rows_of(packs[0, 0]) for own in packs for epoch in own)
@@ -81,9 +90,14 @@ def test_members_alone_have_the_same_batches(packed_config, tiny_examples, kind)
 
 def test_orders_of_very_different_numbers_of_rows_are_refused(packed_config):
     # with one row a step a member that needs fewer rows would have an empty step
-    config = packed_config("bins", training={"batch": 1, "microbatch": None}, population={"members": 4})
+    config = packed_config(
+        "bins", training={"batch": 1, "microbatch": None}, population={"members": 4}
+    )
     sizes = np.random.default_rng(0).integers(4, 40, 60)
-    with pytest.raises(UserError, match=r"data.packing = bins: an epoch fills \d+ rows, too few for \d+ steps; give packs"):
+    with pytest.raises(
+        UserError,
+        match=r"data.packing = bins: an epoch fills \d+ rows, too few for \d+ steps; give packs",
+    ):
         batches.draw_orders(config, sizes, range(4))
 
 
@@ -113,8 +127,15 @@ def test_gradients_and_losses_are_those_of_rows_of_one(packed_config, tiny_examp
 def test_a_document_changes_nothing_of_the_others(tiny_examples, step_of):
     rows = np.array([[0, 1], [2, -1]])
     batch = pack.collate(tiny_examples, rows, ROW + 8)
-    batch["weights"] = batch["weights"] * (batch["segments"] == 2)  # the loss of the second document alone
-    changed = {**batch, "tokens": np.where(batch["segments"] == 1, (batch["tokens"] + 5) % 32, batch["tokens"]).astype(np.int32)}
+    batch["weights"] = batch["weights"] * (
+        batch["segments"] == 2
+    )  # the loss of the second document alone
+    changed = {
+        **batch,
+        "tokens": np.where(
+            batch["segments"] == 1, (batch["tokens"] + 5) % 32, batch["tokens"]
+        ).astype(np.int32),
+    }
     (gradient, sums), (gradient_2, sums_2) = step_of(batch), step_of(changed)
     np.testing.assert_array_equal(sums.losses, sums_2.losses)
     assert sums.losses[0, 1] > 0
@@ -140,7 +161,13 @@ def kind(request):
 def train_packed(tiny_train):
     def run(directory, kind, **named):
         data = {"packing": kind, "max_length": ROW, "buckets": []}
-        return tiny_train(directory, make_mesh(), data=data, training={"batch": 4, "microbatch": 2, "checkpoint_every": 2}, **named)
+        return tiny_train(
+            directory,
+            make_mesh(),
+            data=data,
+            training={"batch": 4, "microbatch": 2, "checkpoint_every": 2},
+            **named,
+        )
 
     return run
 
@@ -154,14 +181,20 @@ def weights(run, model):
     return members.restore_members(run.config, model, make_mesh())
 
 
-def test_member_alone_is_the_member_of_the_population(whole, tmp_path, train_packed, kind, tiny_model, same_bits):
+def test_member_alone_is_the_member_of_the_population(
+    whole, tmp_path, train_packed, kind, tiny_model, same_bits
+):
     alone = train_packed(tmp_path, kind, members=(1,))
-    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(whole, tiny_model), 1))
+    assert same_bits(
+        tree.member(weights(alone, tiny_model), 0), tree.member(weights(whole, tiny_model), 1)
+    )
     np.testing.assert_array_equal(alone.losses()[0], whole.losses()[1])
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, train_packed, kind, tiny_model, same_bits):
+def test_killed_and_resumed_is_uninterrupted(
+    whole, tmp_path, train_packed, kind, tiny_model, same_bits
+):
     with pytest.raises(KeyboardInterrupt):
         train_packed(tmp_path, kind, stop_at=3)
     resumed = train_packed(tmp_path, kind)
@@ -179,26 +212,33 @@ def test_losses_and_orders_are_stored_by_sample(whole, tiny_examples):
     for step, line in enumerate(whole.lines()):
         for member in range(2):
             rows = orders[member, step // steps, step % steps]
-            mean = (losses[member, step // steps, rows[rows >= 0]] * counts[rows[rows >= 0]]).sum() / counts[rows[rows >= 0]].sum()
+            mean = (
+                losses[member, step // steps, rows[rows >= 0]] * counts[rows[rows >= 0]]
+            ).sum() / counts[rows[rows >= 0]].sum()
             assert line["loss"][member] == pytest.approx(mean, rel=1e-5)
     for member in range(2):
         with np.load(whole.file(f"orders/member_{member}.npz")) as saved:
             for epoch in range(2):
                 np.testing.assert_array_equal(
-                    saved[f"epoch_{epoch}"], np.where(orders[member, epoch] < 0, -1, orders[member, epoch] + 100)
+                    saved[f"epoch_{epoch}"],
+                    np.where(orders[member, epoch] < 0, -1, orders[member, epoch] + 100),
                 )
 
 
 @pytest.mark.slow
 def test_training_on_a_mesh(tmp_path, tiny_train, kind, whole):
     data = {"packing": kind, "max_length": ROW, "buckets": []}
-    on_mesh = tiny_train(tmp_path, make_mesh(2, 2, sequence=2), data=data, training={"batch": 4, "microbatch": 2})
+    on_mesh = tiny_train(
+        tmp_path, make_mesh(2, 2, sequence=2), data=data, training={"batch": 4, "microbatch": 2}
+    )
     np.testing.assert_allclose(on_mesh.losses(), whole.losses(), rtol=1e-3, atol=1e-4)
 
 
 def test_another_packing_is_another_training(whole, kind, tiny_config, tiny_model, tiny_examples):
     other = {"packs": "bins", "bins": "packs"}[kind]
     data = {"packing": other, "max_length": ROW, "buckets": []}
-    config = tiny_config(whole.directory, data=data, training={"batch": 4, "microbatch": 2, "checkpoint_every": 2})
+    config = tiny_config(
+        whole.directory, data=data, training={"batch": 4, "microbatch": 2, "checkpoint_every": 2}
+    )
     with pytest.raises(UserError, match="is of another training"):
         loop.train(config, tiny_model, dict, tiny_examples, make_mesh(), watch=type(whole.watch)())

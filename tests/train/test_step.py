@@ -25,7 +25,9 @@ def regression(params, batch, frozen=None):
 def rows(count, length, seed=0):
     random = np.random.default_rng(seed)
     sizes = random.integers(1, length + 1, count)
-    batch = {name: random.integers(1, 5, (count, length)).astype(np.int32) for name in steps.SEQUENCES}
+    batch = {
+        name: random.integers(1, 5, (count, length)).astype(np.int32) for name in steps.SEQUENCES
+    }
     batch["weights"] = (np.arange(length) < sizes[:, None]).astype(np.float32)
     return batch | {"ids": np.arange(count, dtype=np.int32)}
 
@@ -33,8 +35,13 @@ def rows(count, length, seed=0):
 def cut(batch, microbatch, lengths=(8,)):
     """Sort by size and cut into microbatches, each with its bucket."""
     order = np.argsort(batch["weights"].sum(-1), kind="stable")
-    out = {name: array[order].reshape(-1, microbatch, *array.shape[1:]) for name, array in batch.items()}
-    return out | {"bucket": np.searchsorted(lengths, out["weights"].sum(-1).max(-1)).astype(np.int32)}
+    out = {
+        name: array[order].reshape(-1, microbatch, *array.shape[1:])
+        for name, array in batch.items()
+    }
+    return out | {
+        "bucket": np.searchsorted(lengths, out["weights"].sum(-1).max(-1)).astype(np.int32)
+    }
 
 
 @pytest.fixture
@@ -85,7 +92,10 @@ def test_buckets_change_nothing_but_the_work(run):
 
 def test_buckets_cut_what_lies_behind_them(run):
     batch = cut(rows(8, 8), 2, (2, 4, 8))
-    poisoned = {**batch, "tokens": np.where(batch["weights"] > 0, batch["tokens"], 10**6).astype(np.int32)}
+    poisoned = {
+        **batch,
+        "tokens": np.where(batch["weights"] > 0, batch["tokens"], 10**6).astype(np.int32),
+    }
     lengths = np.array((2, 4, 8))[batch["bucket"]]
     poisoned["weights"] = batch["weights"] + (np.arange(8) >= lengths[:, None, None])
     state, metrics = run(poisoned, lengths=(2, 4, 8))
@@ -101,7 +111,9 @@ def test_accumulated_model_gradients(tiny_model, tiny_base, tiny_examples):
     one, _ = sums(tiny_base, {k: v[0] for k, v in whole.items()})
     two = [sums(tiny_base, {k: v[i] for k, v in parts.items()})[0] for i in range(2)]
     for expected, *found in zip(*map(jax.tree.leaves, (one, *two)), strict=True):
-        np.testing.assert_allclose(sum(found), expected, rtol=1e-5, atol=1e-6 * float(jnp.abs(expected).max()))
+        np.testing.assert_allclose(
+            sum(found), expected, rtol=1e-5, atol=1e-6 * float(jnp.abs(expected).max())
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------- placement
@@ -114,7 +126,11 @@ def test_optimizer_state_is_sharded_like_its_parameters(tiny_model, tiny_base):
     state = steps.initial_state(tiny_base, tx, abstract)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     path = "layers/mlp/gate/weight"  # [M, L, F, D]
-    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    adam = next(
+        s
+        for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+        if hasattr(s, "mu")
+    )
     for found in (state.params, adam.mu, adam.nu):
         whole = tree.flatten(found)[path]
         assert whole.shape == (4, 2, 16, 8)
@@ -123,7 +139,9 @@ def test_optimizer_state_is_sharded_like_its_parameters(tiny_model, tiny_base):
         assert leaf.sharding.is_equivalent_to(planned.sharding, leaf.ndim)
     assert {shard.data.shape for shard in adam.count.addressable_shards} == {(2,)}
     for member in range(4):
-        np.testing.assert_array_equal(tree.flatten(state.params)[path][member], tree.flatten(tiny_base)[path])
+        np.testing.assert_array_equal(
+            tree.flatten(state.params)[path][member], tree.flatten(tiny_base)[path]
+        )
 
 
 def test_specs_of_gradients_fit_the_table(tiny_model):

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ordermerge import config, tree
+from jax_ordermerge import config as schema
+from jax_ordermerge import tree
 from jax_ordermerge.arch import hf_tensors
 from jax_ordermerge.data import pack
 from jax_ordermerge.mesh import make_mesh
@@ -17,8 +18,15 @@ torch = pytest.importorskip("torch")
 SETTINGS = {
     "population": {"members": 1},
     "data": {"buckets": []},
-    "training": {"epochs": 7, "batch": 8, "microbatch": None, "warmup": 4, "weight_decay": 0.1, "learning_rate": 1e-2},
-}  # fmt: skip
+    "training": {
+        "epochs": 7,
+        "batch": 8,
+        "microbatch": None,
+        "warmup": 4,
+        "weight_decay": 0.1,
+        "learning_rate": 1e-2,
+    },
+}
 
 
 def torch_model(model, params):
@@ -27,7 +35,8 @@ def torch_model(model, params):
     flat = tree.flatten(jax.device_get(params))
     twin = LlamaForCausalLM(LlamaConfig(**model.to_hf("float32"), attn_implementation="eager"))
     weights = {
-        name: torch.tensor(flat[spec.path] if layer is None else flat[spec.path][layer]) for name, spec, layer in hf_tensors(model)
+        name: torch.tensor(flat[spec.path] if layer is None else flat[spec.path][layer])
+        for name, spec, layer in hf_tensors(model)
     }
     twin.load_state_dict(weights, strict=True)
     return twin.float().train()
@@ -37,10 +46,17 @@ def torch_training(twin, plan, training):
     """Return the losses; optimizer, clipping and schedule as torch users write them."""
     matrices = [p for p in twin.parameters() if p.ndim >= 2]
     vectors = [p for p in twin.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": training.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = {
-        "adamw": lambda: torch.optim.AdamW(groups, lr=1.0, betas=(training.beta1, training.beta2), eps=training.epsilon),
-        "sgd": lambda: torch.optim.SGD(groups, lr=1.0, momentum=training.momentum, nesterov=training.nesterov),
+        "adamw": lambda: torch.optim.AdamW(
+            groups, lr=1.0, betas=(training.beta1, training.beta2), eps=training.epsilon
+        ),
+        "sgd": lambda: torch.optim.SGD(
+            groups, lr=1.0, momentum=training.momentum, nesterov=training.nesterov
+        ),
         "adafactor": lambda: torch.optim.Adafactor(
             groups,
             lr=1.0,
@@ -53,7 +69,9 @@ def torch_training(twin, plan, training):
     for step in range(20):
         batch = {name: torch.tensor(array[0]) for name, array in plan.batch(step, 0).items()}
         logits = twin(batch["tokens"].long(), attention_mask=batch["segments"]).logits
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["targets"].long(), reduction="none")
+        each = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch["targets"].long(), reduction="none"
+        )
         loss = (each * batch["weights"]).sum() / batch["weights"].sum()
         optimizer.zero_grad()
         loss.backward()
@@ -69,21 +87,37 @@ def torch_training(twin, plan, training):
     "changes",
     [
         {"beta2": 0.95},
-        {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
+        {
+            "optimizer": "sgd",
+            "learning_rate": 0.3,
+            "momentum": 0.8,
+            "nesterov": True,
+            "weight_decay": 0.01,
+        },
         {"optimizer": "adafactor", "learning_rate": 0.3, "min_dim_size_to_factor": 1},
     ],
     ids=["adamw", "sgd", "adafactor"],
 )
-def test_twenty_steps_are_those_of_torch(tmp_path, tiny_train, tiny_model, tiny_base, tiny_examples, changes):
+def test_twenty_steps_are_those_of_torch(
+    tmp_path, tiny_train, tiny_model, tiny_base, tiny_examples, changes
+):
     # 21 steps are planned: the schedule does not end at the 20 compared
-    run = tiny_train(tmp_path, make_mesh(), **SETTINGS | {"training": SETTINGS["training"] | changes | {"checkpoint_every": 20}})
+    run = tiny_train(
+        tmp_path,
+        make_mesh(),
+        **SETTINGS | {"training": SETTINGS["training"] | changes | {"checkpoint_every": 20}},
+    )
     plan = batches.make_plan(run.config, tiny_examples)
     twin = torch_model(tiny_model, tiny_base)
     expected = torch_training(twin, plan, run.config.training)
     found = np.array([line["loss"][0] for line in run.lines()])[:20]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert expected[-1] < expected[0] - 0.2
-    ours = tree.flatten(jax.device_get(loop.orbax.restore(tmp_path / "checkpoints", 20, wanted(run, tiny_model))["params"]))
+    ours = tree.flatten(
+        jax.device_get(
+            loop.orbax.restore(tmp_path / "checkpoints", 20, wanted(run, tiny_model))["params"]
+        )
+    )
     theirs = {name: value.numpy(force=True) for name, value in twin.state_dict().items()}
     for name, spec, layer in hf_tensors(tiny_model):
         mine = ours[spec.path][0] if layer is None else ours[spec.path][0, layer]
@@ -104,31 +138,47 @@ def torch_pairs(twin, batch, settings):
     each = logits.gather(2, flat["targets"].long()[:, :, None])[:, :, 0] * flat["weights"]
     chosen, rejected = each.sum(1).view(-1, 2).unbind(1)
     tokens = flat["weights"].sum(1).view(-1, 2)
-    up, down = chosen - torch.tensor(batch["reference"][:, 0]), rejected - torch.tensor(batch["reference"][:, 1])
+    up, down = (
+        chosen - torch.tensor(batch["reference"][:, 0]),
+        rejected - torch.tensor(batch["reference"][:, 1]),
+    )
     margins = settings.beta * (up - down)
     if settings.loss == "ipo":
         losses = (up / tokens[:, 0] - down / tokens[:, 1] - 1 / (2 * settings.beta)) ** 2
     else:
         losses = -(1 - settings.label_smoothing) * torch.nn.functional.logsigmoid(margins)
         losses = losses - settings.label_smoothing * torch.nn.functional.logsigmoid(-margins)
-    return losses, {"rewards/chosen": settings.beta * up, "rewards/rejected": settings.beta * down, "rewards/margins": margins}
+    return losses, {
+        "rewards/chosen": settings.beta * up,
+        "rewards/rejected": settings.beta * down,
+        "rewards/margins": margins,
+    }
 
 
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}, {"loss": "ipo", "beta": 0.5}])
 def test_pairs_are_those_of_torch(tiny_model, tiny_examples, settings):
-    settings = config.Objective(kind="dpo", **settings)
+    settings = schema.Objective(kind="dpo", **settings)
     params = llama.init_params(tiny_model, 1)
     reference = np.random.default_rng(0).normal(-40, 20, (21, 2)).astype(np.float32)
-    pairs = dataclasses.replace(tiny_examples, rejected=tiny_examples.take(np.roll(np.arange(21), 1)), reference=reference)
+    pairs = dataclasses.replace(
+        tiny_examples, rejected=tiny_examples.take(np.roll(np.arange(21), 1)), reference=reference
+    )
     batch = pack.collate(pairs, np.arange(8), 24)
-    (_, sums), ours = jax.value_and_grad(objective.dpo(tiny_model, settings, dtype="float32"), has_aux=True)(params, batch)
+    (_, sums), ours = jax.value_and_grad(
+        objective.dpo(tiny_model, settings, dtype="float32"), has_aux=True
+    )(params, batch)
     twin = torch_model(tiny_model, params)
     losses, scores = torch_pairs(twin, batch, settings)
     losses.sum().backward()
     np.testing.assert_allclose(sums.losses, losses.numpy(force=True), rtol=1e-4)
     for name, expected in scores.items():
-        np.testing.assert_allclose(sums.scores[name], expected.numpy(force=True), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            sums.scores[name], expected.numpy(force=True), rtol=1e-4, atol=1e-5
+        )
     flat, theirs = tree.flatten(ours), dict(twin.named_parameters())
     for name, spec, layer in hf_tensors(tiny_model):
-        mine, expected = flat[spec.path] if layer is None else flat[spec.path][layer], theirs[name].grad.numpy()
+        mine, expected = (
+            flat[spec.path] if layer is None else flat[spec.path][layer],
+            theirs[name].grad.numpy(),
+        )
         assert np.linalg.norm(mine - expected) < 1e-4 * np.linalg.norm(expected), name

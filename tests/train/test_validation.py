@@ -16,10 +16,18 @@ from jax_ordermerge.train import loop, members, objective
 
 STEPS = 9
 BEST = {
-    "training": {"checkpoint": "best", "validate_every": 1, "epochs": 3, "learning_rate": 0.1, "schedule": "constant",
-                 "checkpoint_every": 1, "keep_checkpoints": STEPS, "log_every": 4},
+    "training": {
+        "checkpoint": "best",
+        "validate_every": 1,
+        "epochs": 3,
+        "learning_rate": 0.1,
+        "schedule": "constant",
+        "checkpoint_every": 1,
+        "keep_checkpoints": STEPS,
+        "log_every": 4,
+    },
     "data": {"validation_examples": 6},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,11 @@ def held_out(tiny_model):
     """6 examples of several lengths, of random tokens: what fits the training examples fits them worse and worse."""
     random = np.random.default_rng(1)
     rows = [random.integers(1, tiny_model.vocab_size, n) for n in (5, 9, 12, 18, 22, 23)]
-    return Examples(Ragged.of(rows, np.int32), Ragged.of([np.arange(len(row)) >= 2 for row in rows], np.bool_), np.arange(6))
+    return Examples(
+        Ragged.of(rows, np.int32),
+        Ragged.of([np.arange(len(row)) >= 2 for row in rows], np.bool_),
+        np.arange(6),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +58,23 @@ def at_step(run, model, step):
 
 def test_each_member_is_what_it_was_at_its_lowest_loss(best, tiny_model, same_bits):
     lines = best.lines()
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))  # a line wherever a loss was measured
+    assert [line["step"] for line in lines] == list(
+        range(1, STEPS + 1)
+    )  # a line wherever a loss was measured
     losses = np.array([line["validation_loss"] for line in lines])
     state = json.loads(best.file("metrics/state.json").read_text())
     assert state["best_steps"] == (losses.argmin(0) + 1).tolist()
     assert state["best_validation_losses"] == losses.min(0).tolist()
     assert min(state["best_steps"]) < STEPS
     for member, step in enumerate(state["best_steps"]):
-        assert same_bits(tree.member(weights(best, tiny_model), member), tree.member(at_step(best, tiny_model, step), member))
-    assert "each member is what it was at its lowest validation loss (training.checkpoint = best)" in best.watch.said
+        assert same_bits(
+            tree.member(weights(best, tiny_model), member),
+            tree.member(at_step(best, tiny_model, step), member),
+        )
+    assert (
+        "each member is what it was at its lowest validation loss (training.checkpoint = best)"
+        in best.watch.said
+    )
 
 
 def test_the_loss_is_that_of_all_examples_together(best, tiny_model, held_out):
@@ -63,9 +83,13 @@ def test_the_loss_is_that_of_all_examples_together(best, tiny_model, held_out):
     whole = pack.collate(held_out, np.arange(6), 24)
     for step in (1, STEPS):
         for member in range(2):
-            _, sums = objective.sft(tiny_model, dtype="float32")(tree.member(at_step(best, tiny_model, step), member), whole)
+            _, sums = objective.sft(tiny_model, dtype="float32")(
+                tree.member(at_step(best, tiny_model, step), member), whole
+            )
             expected = float(sums.losses.sum() / sums.weights.sum())
-            assert best.lines()[step - 1]["validation_loss"][member] == pytest.approx(expected, rel=1e-5)
+            assert best.lines()[step - 1]["validation_loss"][member] == pytest.approx(
+                expected, rel=1e-5
+            )
 
 
 def test_training_does_not_see_it(best, tmp_path, tiny_train, tiny_model, same_bits):
@@ -75,47 +99,74 @@ def test_training_does_not_see_it(best, tmp_path, tiny_train, tiny_model, same_b
     np.testing.assert_array_equal(without.losses(), best.losses())
 
 
-def test_a_member_alone_is_best_with_the_same_bits(best, tmp_path, tiny_train, tiny_model, held_out, same_bits):
+def test_a_member_alone_is_best_with_the_same_bits(
+    best, tmp_path, tiny_train, tiny_model, held_out, same_bits
+):
     alone = tiny_train(tmp_path, make_mesh(), members=(1,), held_out=held_out, **BEST)
-    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(weights(best, tiny_model), 1))
-    assert [line["validation_loss"][0] for line in alone.lines()] == [line["validation_loss"][1] for line in best.lines()]
+    assert same_bits(
+        tree.member(weights(alone, tiny_model), 0), tree.member(weights(best, tiny_model), 1)
+    )
+    assert [line["validation_loss"][0] for line in alone.lines()] == [
+        line["validation_loss"][1] for line in best.lines()
+    ]
 
 
-def test_killed_and_resumed_is_uninterrupted(best, tmp_path, tiny_train, tiny_model, held_out, same_bits):
+def test_killed_and_resumed_is_uninterrupted(
+    best, tmp_path, tiny_train, tiny_model, held_out, same_bits
+):
     with pytest.raises(KeyboardInterrupt):
         tiny_train(tmp_path, make_mesh(), held_out=held_out, stop_at=STEPS - 1, **BEST)
     resumed = tiny_train(tmp_path, make_mesh(), held_out=held_out, **BEST)
     assert same_bits(weights(resumed, tiny_model), weights(best, tiny_model))
-    assert [line["validation_loss"] for line in resumed.lines()] == [line["validation_loss"] for line in best.lines()]
+    assert [line["validation_loss"] for line in resumed.lines()] == [
+        line["validation_loss"] for line in best.lines()
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{"lora": {"rank": 2}}, {"training": BEST["training"] | {"ema": 0.5}}])
-def test_on_device_groups_with_adapters_and_with_averages(tmp_path, tiny_train, tiny_base, tiny_model, held_out, same_bits, more):
+@pytest.mark.parametrize(
+    "more", [{"lora": {"rank": 2}}, {"training": BEST["training"] | {"ema": 0.5}}]
+)
+def test_on_device_groups_with_adapters_and_with_averages(
+    tmp_path, tiny_train, tiny_base, tiny_model, held_out, same_bits, more
+):
     sections = BEST | more
     both = tiny_train(tmp_path / "both", make_mesh(2, 2), held_out=held_out, **sections)
-    alone = tiny_train(tmp_path / "alone", make_mesh(1, 2), members=(1,), held_out=held_out, **sections)
+    alone = tiny_train(
+        tmp_path / "alone", make_mesh(1, 2), members=(1,), held_out=held_out, **sections
+    )
     branch = orbax.metadata(both.file("checkpoints"), STEPS)["weights"]
     assert branch == "best/weights"
     found = []
     for run, member in ((both, 1), (alone, 0)):
         store = orbax.restore(
-            run.file("checkpoints"), STEPS, {"best": {"loss": jax.ShapeDtypeStruct((2 - (run is alone),), "float32")}}
+            run.file("checkpoints"),
+            STEPS,
+            {"best": {"loss": jax.ShapeDtypeStruct((2 - (run is alone),), "float32")}},
         )
         found.append(float(store["best"]["loss"][member]))
     assert found[0] == found[1] == min(line["validation_loss"][1] for line in both.lines())
 
 
 def test_losses_alone_may_be_asked_for(tmp_path, tiny_train, tiny_model, held_out, same_bits):
-    run = tiny_train(tmp_path, make_mesh(), held_out=held_out, training={"validate_every": 3}, data=BEST["data"])
+    run = tiny_train(
+        tmp_path, make_mesh(), held_out=held_out, training={"validate_every": 3}, data=BEST["data"]
+    )
     assert [line["step"] for line in run.lines() if "validation_loss" in line] == [3, 6]
     assert orbax.metadata(run.file("checkpoints"), 6)["weights"] == "params"
     assert same_bits(weights(run, tiny_model), at_step(run, tiny_model, 6))
 
 
-def test_validation_needs_examples(tmp_path, tiny_train, tiny_config, tiny_model, tiny_examples, held_out):
-    with pytest.raises(UserError, match=r"training.validate_every measure validation losses: set data.validation_examples"):
+def test_validation_needs_examples(
+    tmp_path, tiny_train, tiny_config, tiny_model, tiny_examples, held_out
+):
+    with pytest.raises(
+        UserError,
+        match=r"training.validate_every measure validation losses: set data.validation_examples",
+    ):
         make_config({"training": {"checkpoint": "best"}})
     with pytest.raises(UserError, match="need validation examples"):
-        loop.train(tiny_config(tmp_path / "new", **BEST), tiny_model, dict, tiny_examples, make_mesh())
+        loop.train(
+            tiny_config(tmp_path / "new", **BEST), tiny_model, dict, tiny_examples, make_mesh()
+        )
     assert not (tmp_path / "new").exists()

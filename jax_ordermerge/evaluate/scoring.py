@@ -1,0 +1,303 @@
+"""Losses of a model, or of all members of a population, over all examples, and scores of given continuations. Forward passes only.
+
+Axis letters: `M` member, `n` example, `B` example of a batch, `T` position.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge.arch import ModelConfig, tensor_table
+from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.data import pack
+from jax_ordermerge.data.examples import Examples, Ragged
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.model import llama, loss
+from jax_ordermerge.model.kernels import Kernel
+from jax_ordermerge.tree import Tree, flatten
+
+
+def losses(
+    config: ModelConfig,
+    params: Tree,
+    examples: Examples,
+    *,
+    batch: int,
+    lengths: Sequence[int],
+    dtype: str,
+    mesh: Mesh,
+    kernel: Kernel = "xla",
+    members: Literal["each", "ensemble"] = "each",
+    tell: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the summed response loss of every example under every member, and its number of response tokens.
+
+    Examples are batched by length, so padding is small; one program is compiled a length and kept for the next call. The groups of
+    the mesh axis `order` share the members of a population, or the examples when there is one model only.
+
+    Args:
+        config: the model.
+        params: of one model, or of a population with a leading `M`.
+        examples: tokenized examples.
+        batch: examples a forward pass, rounded up so that the device groups share it.
+        lengths: padded lengths, ascending (`pack.bucket_lengths`).
+        dtype: of the products, `"float32"` or `"bfloat16"`.
+        mesh: where the parameters are.
+        kernel: of attention, from `kernels.choose`.
+        members: of a population, the losses of each, or those of the one model whose logits are the mean of theirs.
+        tell: is told now and then how many examples are done.
+
+    Returns:
+        `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model, and for an ensemble) and int32[n].
+    """
+    population = _is_population(config, params)
+    program = (
+        _ensemble(config, dtype)
+        if members == "ensemble"
+        else _program(config, dtype, mesh, population, kernel)
+    )
+    sums, counts = _over_all(
+        program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh, tell=tell
+    )
+    return sums, counts[0].round().astype(np.int32)
+
+
+class Scores(NamedTuple):
+    """What models think of given continuations.
+
+    Attributes:
+        logps: float64[M, n], log-probability of all tokens of a continuation, in nats.
+        greedy: bool[M, n], whether each of its tokens is the likeliest one: what greedy decoding would write.
+    """
+
+    logps: np.ndarray
+    greedy: np.ndarray
+
+
+def score(
+    config: ModelConfig,
+    params: Tree,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch: int,
+    dtype: str,
+    mesh: Mesh,
+    kernel: Kernel = "xla",
+) -> Scores:
+    """Return how likely one model (M = 1), or each member of a population, finds continuations of contexts.
+
+    Args:
+        config, params, dtype, mesh, kernel: see `losses`.
+        pairs: n times the tokens of a context and those of what follows it, at least one each.
+        batch: pairs a forward pass.
+
+    Raises:
+        UserError: a context or a continuation without tokens, or an id outside the vocabulary.
+
+    Example:
+        >>> config = ModelConfig(
+        ...     vocab_size=4, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
+        ... )
+        >>> even = jax.tree.map(
+        ...     lambda x: 0 * x, llama.init_params(config, 0)
+        ... )  # all tokens are alike to it
+        >>> found = score(
+        ...     config,
+        ...     even,
+        ...     [([1], [2, 3]), ([1, 2], [3])],
+        ...     batch=2,
+        ...     dtype="float32",
+        ...     mesh=meshes.make_mesh(),
+        ... )
+        >>> (found.logps / np.log(4)).round(4).tolist(), found.greedy.tolist()
+        ([[-2.0, -1.0]], [[True, True]])
+    """
+    population = _is_population(config, params)
+    if not pairs:
+        members = jax.tree.leaves(params)[0].shape[0] if population else 1
+        return Scores(np.empty((members, 0)), np.empty((members, 0), bool))
+    for number, (context, continuation) in enumerate(pairs):
+        if not (len(context) and len(continuation)):
+            raise UserError(
+                f"pair {number} has no tokens in its {'continuation' if len(context) else 'context'}; give at least one"
+            )
+        if min(*context, *continuation) < 0 or max(*context, *continuation) >= config.vocab_size:
+            raise UserError(
+                f"pair {number} holds an id outside the vocabulary of {config.vocab_size}; check the tokenizer"
+            )
+    rows = [[*context, *continuation] for context, continuation in pairs]
+    asked = [
+        np.arange(len(row)) >= len(context) for row, (context, _) in zip(rows, pairs, strict=True)
+    ]
+    examples = Examples(Ragged.of(rows, np.int32), Ragged.of(asked, np.bool_), np.arange(len(rows)))
+    lengths = pack.bucket_lengths(
+        examples.longest, [16 << power for power in range(examples.longest.bit_length())]
+    )
+    program = _program(config, dtype, mesh, population, kernel, scores=True)
+    sums, missed = _over_all(
+        program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh
+    )
+    return Scores(-sums.astype(np.float64), missed == 0)
+
+
+def _over_all(
+    program: Any,
+    params: Tree,
+    examples: Examples,
+    population: bool,
+    *,
+    batch: int,
+    lengths: Sequence[int],
+    mesh: Mesh,
+    tell: Callable[[int], None] | None = None,
+) -> list[np.ndarray]:
+    """Return what a program of `_program` gives of every example, float32[M, n] each."""
+    groups = mesh.shape["order"]
+    rows, pending = [], []
+    numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
+    for one in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
+        rows.append(one["ids"])
+        pending.append(program(params, _place(one, mesh, population)))
+        if tell is not None and len(pending) > 1:
+            jax.block_until_ready(pending[-2])  # one batch behind, so that the devices never wait
+            tell(sum(ids.size for ids in rows[:-1]))
+    fetched = [
+        [part if population else part.reshape(1, -1) for part in parts] for parts in _fetch(pending)
+    ]
+    order = np.concatenate(rows)
+    real, found = order >= 0, []
+    for parts in zip(*fetched, strict=True):
+        whole = np.concatenate(parts, axis=-1)
+        out = np.empty((whole.shape[0], len(examples)), np.float32)
+        out[:, order[real]] = whole[:, real]
+        found.append(out)
+    return found
+
+
+def compile_losses(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch: int,
+    length: int,
+    held: str,
+    dtype: str,
+    kernel: Kernel = "xla",
+) -> Any:
+    """Return the compiled program with which `losses` measures one model, `jax.stages.Compiled`; the devices need not be here.
+
+    Args:
+        config: the model.
+        mesh: as in `losses`.
+        batch, dtype, kernel: as in `losses`.
+        length: that rows are padded to.
+        held: dtype of the parameters.
+    """
+    groups = mesh.shape["order"]
+    shape = groups, -(-batch // groups), length
+    place = _rows_over(mesh, shape)
+    arrays = {name: np.float32 if name == "weights" else np.int32 for name in pack.SEQUENCES}
+    rows = {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in arrays.items()
+    }
+    params = convert.abstract_params(config, mesh, dtype=held)
+    return (
+        _program(config, dtype, mesh, population=False, kernel=kernel).lower(params, rows).compile()
+    )
+
+
+def _is_population(config: ModelConfig, params: Tree) -> bool:
+    spec = tensor_table(config)[0]
+    given = flatten(params)[spec.path].ndim
+    if given not in (len(spec.shape), len(spec.shape) + 1):
+        raise ValueError(
+            f"{spec.path} has {given} dimensions, expected {len(spec.shape)}, or one more for a population"
+        )
+    return given > len(spec.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    config: ModelConfig,
+    dtype: str,
+    mesh: Mesh,
+    population: bool,
+    kernel: Kernel,
+    scores: bool = False,
+) -> Any:
+    """Return `(params, batch) -> (sums, counts)`, or with `scores` what `loss.linear_scores` gives, float32[M, B] each or [order, B / order].
+
+    It is jitted and kept; jit keeps a program for each length.
+    """
+
+    def sums(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        where = batch["tokens"], batch["positions"], batch["segments"]
+        x, _ = llama.hidden(config, params, *where, dtype=dtype, kernel=kernel)
+        if scores:
+            return loss.linear_scores(
+                x, llama.head(config, params), batch["targets"], batch["weights"]
+            )
+        _, losses = loss.linear_losses(
+            x, llama.head(config, params), batch["targets"], batch["weights"]
+        )
+        return losses, batch["weights"].sum(-1)
+
+    if population:
+        return jax.jit(meshes.map_members(sums, mesh))
+    groups = meshes.map_members(lambda batch, params: sums(params, batch), mesh)
+    return jax.jit(lambda params, batch: groups(batch, params))
+
+
+@functools.lru_cache(maxsize=16)
+def _ensemble(config: ModelConfig, dtype: str) -> Any:
+    """Return `(population, batch) -> (sums, counts)` of the mean of the members' logits, one member after another."""
+
+    def program(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        where = batch["tokens"], batch["positions"], batch["segments"]
+
+        def add(total: jax.Array, member: Tree) -> tuple[jax.Array, None]:
+            logits_BTV, _ = llama.forward(config, member, *where, dtype=dtype)
+            return total + logits_BTV, None
+
+        nothing = jnp.zeros((*where[0].shape, config.vocab_size), jnp.float32)
+        total_BTV, _ = jax.lax.scan(add, nothing, params)
+        log_p_BTV = jax.nn.log_softmax(total_BTV / jax.tree.leaves(params)[0].shape[0])
+        losses_BT = -jnp.take_along_axis(log_p_BTV, batch["targets"][..., None], axis=-1)[..., 0]
+        return (losses_BT * batch["weights"]).sum(-1)[None], batch["weights"].sum(-1)[
+            None
+        ]  # as of a population of one
+
+    return jax.jit(program)
+
+
+def _place(batch: pack.Batch, mesh: Mesh, population: bool) -> dict[str, jax.Array]:
+    """Put a batch on the mesh: [B, T] for a population, [order, B / order, T] for one model."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        if population:
+            place = meshes.sharding(("batch", None), array.shape, mesh)
+        else:
+            array = array.reshape(mesh.shape["order"], -1, *array.shape[1:])
+            place = _rows_over(mesh, array.shape)
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+    return {name: put(batch[name]) for name in pack.SEQUENCES}
+
+
+def _rows_over(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    return NamedSharding(mesh, P("order", *meshes.partition(("batch", None), shape[1:], mesh)))
+
+
+def _fetch(pending: list[tuple[jax.Array, jax.Array]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    if jax.process_count() == 1:
+        return jax.device_get(pending)
+    return [multihost_utils.process_allgather(one, tiled=True) for one in pending]

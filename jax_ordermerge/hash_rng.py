@@ -1,0 +1,143 @@
+"""The random number of an element: a counter-based hash of (key, index, round), documented in docs/random_choice.md.
+
+No generator state, no draw per shard: an element's number does not depend on the mesh, on slabs, on the order in which tensors
+are visited, or on what else is in the program.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Words = TypeVar("Words", jax.Array, np.ndarray)
+GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, odd: multiples of it visit every word once
+
+
+class Index(NamedTuple):
+    """Row-major numbers as two words, uint32 of one shape: index = hi * 2^32 + lo."""
+
+    lo: jax.Array
+    hi: jax.Array
+
+
+def mix(x: Words) -> Words:
+    """Return lowbias32(x), a bijection of uint32 with low avalanche bias (0.174).
+
+    Args:
+        x: uint32, any shape; an array of numpy stays one.
+
+    Example:
+        >>> [f"{int(mix(jnp.uint32(x))):08x}" for x in (0, 1, 0xFFFFFFFF)]
+        ['00000000', '688990c0', '6768824a']
+
+    Source: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/, function lowbias32.
+    """
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def key_words(key: jax.Array) -> jax.Array:
+    """Return the 64 bits of a typed threefry key (scalar key array) as uint32[2].
+
+    Example:
+        >>> key_words(jax.random.key(7)).tolist()
+        [0, 7]
+    """
+    return jax.random.key_data(key)
+
+
+def random_words(words: jax.Array, index: Index, round_: int | jax.Array = 0) -> jax.Array:
+    """Return one uint32 for every index: h = L(L(lo ^ a) ^ b ^ hi) with L = lowbias32 and a key schedule of scalars.
+
+    The schedule is a = L(k0 + GOLDEN * round), b = L(k1 ^ a), so another round is another key and costs nothing per element.
+
+    Args:
+        words: uint32[2], the key (k0, k1).
+        index: the element numbers, any shape.
+        round_: number of the draw (resampling) or of the member (dropping), a non-negative integer.
+
+    Returns:
+        uint32 of the shape of `index`.
+
+    Example:
+        >>> index = Index(jnp.arange(2, dtype=jnp.uint32), jnp.zeros(2, jnp.uint32))
+        >>> [f"{h:08x}" for h in random_words(jnp.array([1, 2], jnp.uint32), index).tolist()]
+        ['03a7b1ba', 'c0a12a8a']
+    """
+    a = mix(words[0] + jnp.uint32(GOLDEN) * jnp.asarray(round_).astype(jnp.uint32))
+    b = mix(words[1] ^ a)
+    return mix(mix(index.lo ^ a) ^ (index.hi ^ b))
+
+
+def element_index(shape: Sequence[int], offset: jax.Array | None = None) -> Index:
+    """Return the row-major index of every element of an array, without 64-bit integers.
+
+    Built from one iota a dimension, so that it follows any sharding of the array and stays right beyond 2^32 elements.
+
+    Args:
+        shape: the shape of the tensor, or of a slab of it.
+        offset: uint32[2] = (lo, hi), the index of the slab's first element; None is 0.
+
+    Returns:
+        uint32 words of shape `shape`.
+
+    Example:
+        >>> index = element_index((2, 2), jnp.array([0xFFFFFFFE, 0], jnp.uint32))
+        >>> index.lo.tolist(), index.hi.tolist()
+        ([[4294967294, 4294967295], [0, 1]], [[0, 0], [1, 1]])
+    """
+    shape = tuple(shape)
+    ones = (1,) * len(shape)
+    zero = jnp.zeros(ones, jnp.uint32)
+    index = (
+        Index(zero, zero)
+        if offset is None
+        else Index(*(jnp.reshape(word, ones) for word in (offset[0], offset[1])))
+    )
+    for axis, extent in enumerate(shape):
+        along = jax.lax.broadcasted_iota(
+            jnp.uint32, (*ones[:axis], extent, *ones[axis + 1 :]), axis
+        )
+        index = _add(index, _times(along, math.prod(shape[axis + 1 :])))
+    return index
+
+
+def round_stochastically(x: jax.Array, random: jax.Array) -> jax.Array:
+    """Round float32 to one of the two nearest bfloat16, up with the probability of what is cut off; the expectation is x.
+
+    Args:
+        x: float32[*s]. NaN and infinities stay what they are.
+        random: uint32[*s].
+
+    Example:
+        >>> x = jnp.full(10000, 1 + 2.0**-9)
+        >>> up = round_stochastically(x, jax.random.bits(jax.random.key(0), x.shape)) > 1
+        >>> 0.22 < float(up.mean()) < 0.28
+        True
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # a carry out of the mantissa goes into the exponent, which is what rounding up means there
+    cut = (bits + (random >> 16)) >> 16
+    rounded = jax.lax.bitcast_convert_type(cut.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _add(x: Index, y: Index) -> Index:
+    lo = x.lo + y.lo
+    return Index(lo, x.hi + y.hi + (lo < x.lo).astype(jnp.uint32))
+
+
+def _times(x: jax.Array, stride: int) -> Index:
+    """Return x * stride in 64 bits, for one word x and a stride below 2^48, by 16-bit limbs."""
+    if stride == 1:
+        return Index(x, jnp.zeros_like(x))
+    x0, x1 = x & 0xFFFF, x >> 16
+    s0, s1, s2 = (jnp.uint32(stride >> shift & 0xFFFF) for shift in (0, 16, 32))
+    middle = (x0 * s0 >> 16) + (x0 * s1 & 0xFFFF) + (x1 * s0 & 0xFFFF)
+    lo = (x0 * s0 & 0xFFFF) | (middle << 16)
+    hi = (middle >> 16) + (x0 * s1 >> 16) + (x1 * s0 >> 16) + x1 * s1 + x * s2
+    return Index(lo, hi)

@@ -1,0 +1,281 @@
+"""Strictness of the schema, and the texts of its errors."""
+
+import pathlib
+
+import pytest
+import yaml
+
+from jax_ordermerge.config import load_config, make_config, to_dict
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.methods import registry
+
+FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(
+    file for room in (".", "paper", "small") for file in (FOLDER / room).glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"trainig": {}}, "unknown key trainig (did you mean 'training'?)"),
+        (
+            {"training": {"learning_rat": 1}},
+            "unknown key training.learning_rat (did you mean 'learning_rate'?)",
+        ),
+        (
+            {"merge": {"methods": [{"metod": "average"}]}},
+            "unknown key merge.methods.0.metod (did you mean 'method'?)",
+        ),
+        (
+            {"training": {"batch": "many"}},
+            "training.batch = 'many': input should be a valid integer",
+        ),
+        ({"training": {"batch": 0}}, "training.batch = 0: input should be greater than 0"),
+        (
+            {"population": {"level": "token"}},
+            "population.level = 'token': input should be 'sample', 'batch'",
+        ),
+        ({"mesh": {"order": 3}}, "population.members = 4 is not a multiple of mesh.order = 3"),
+        (
+            {"training": {"batch": 10, "microbatch": 4}},
+            "training.batch = 10 is not a multiple of training.microbatch = 4",
+        ),
+        (
+            {"training": {"optimizer": "adam"}},
+            "training.optimizer = 'adam': input should be 'adamw', 'adafactor', 'lion', 'sgd' or 'muon'",
+        ),
+        (
+            {"training": {"optimizer": "lion", "epsilon": 1e-8}},
+            "training.epsilon = 1e-08 is not a setting of training.optimizer = lion (it has: beta1, beta2); remove it",
+        ),
+        (
+            {"training": {"momentum": 0.9}},
+            "training.momentum = 0.9 is not a setting of training.optimizer = adamw",
+        ),
+        (
+            {"training": {"optimizer": "sgd", "momentum": 1}},
+            "training.momentum = 1: input should be less than 1",
+        ),
+        (
+            {"training": {"decay": 0.1}},
+            "training.decay = 0.1 is not a setting of training.schedule = cosine",
+        ),
+        (
+            {"training": {"moments_rounding": "nearest"}},
+            "is not a setting of training.moments_dtype = float32",
+        ),
+        ({"training": {"ema": 1}}, "training.ema = 1: input should be less than 1"),
+        ({"data": {"buckets": [1024]}}, "data.buckets [1024] are above data.max_length = 512"),
+        (
+            {"merge": {"methods": [{"method": "ties"}, {"method": "ties"}]}},
+            "the name ties is used twice",
+        ),
+        (
+            {"merge": {"methods": [{"method": "ties", "weights": [1]}]}},
+            "ties has 1 weights for population.members = 4",
+        ),
+        (
+            {"data": {"packing": "packs", "buckets": [64]}},
+            "data.buckets pad rows of one example, data.packing = packs fills them",
+        ),
+        (
+            {"data": {"packing": "bins"}, "population": {"level": "batch"}},
+            "data.packing = bins composes anew; give packs",
+        ),
+        (
+            {"data": {"packing": "packs"}, "model": {"attention": "cudnn"}},
+            "model.attention = cudnn mixes packed documents",
+        ),
+        (
+            {"objective": {"kind": "dpo"}, "data": {"format": "messages"}},
+            "dpo learns from preference pairs, not data.format = messages",
+        ),
+        (
+            {"objective": {"loss": "ipo", "label_smoothing": 0.1}},
+            "label_smoothing goes with objective.loss = sigmoid",
+        ),
+        (
+            {"objective": {"kind": "dpo"}, "evaluation": {"tasks": [{"name": "preferences"}]}},
+            "the name preferences is taken",
+        ),
+        ({"training": 3}, "training = 3: input should be a valid dictionary"),
+    ],
+)
+def test_bad_values_are_one_line(raw, message):
+    with pytest.raises(UserError) as caught:
+        make_config(raw)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.epochs"], "expected section.key=value"),
+        (["training.epochs=[1"], "the value is not valid YAML"),
+        (["seed.epochs=1"], "seed"),
+        (["training.epoch=1"], "unknown key training.epoch (did you mean 'epochs'?)"),
+    ],
+)
+def test_bad_overrides(tmp_path, overrides, message):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1\n")
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    assert message in str(caught.value)
+
+
+def test_overrides_win_and_merge_into_sections(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {epochs: 5, batch: 8}\n")
+    config = load_config(
+        file, ["training.epochs=7", "data.buckets=[32, 64]", "training.learning_rate=1e-5"]
+    )
+    assert (config.training.epochs, config.training.batch, config.training.learning_rate) == (
+        7,
+        8,
+        1e-5,
+    )
+    assert config.data.buckets == (32, 64)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
+def test_files_that_are_no_config(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load_config(file)
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match=r"config file nowhere\.yaml not found"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(FOLDER)))
+def test_committed_configs_are_valid_short_and_say_how_to_run_them(file):
+    text = file.read_text()
+    config = load_config(file)
+    assert config.name == file.stem
+    assert len(text.splitlines()) <= 45
+    assert f"ordermerge run configs/{file.relative_to(FOLDER)}" in text.split("name:")[0]
+    for spec in config.merge.methods:
+        registry.check(spec.method, spec.parameters)
+
+
+# batch, learning rate, schedule, warm-up, epochs, longest example: as published, in the order of the fields below
+PUBLISHED = {
+    "alpaca": (128, 2e-5, "cosine", 0.03, 3, 512),
+    "gsm8k": (128, 2e-5, "cosine", 0.03, 3, 512),
+    "gsm8k_rft": (128, 2e-5, "cosine", 0.03, 3, 512),
+    "code": (256, 2e-5, "cosine", 0.03, 3, 512),
+    "math": (128, 2e-5, "cosine", 10, 3, 2048),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_large_configs_have_the_published_settings(name):
+    config = load_config(FOLDER / f"llama2_7b_{name}.yaml")
+    training = config.training
+    assert PUBLISHED[name] == (
+        training.batch,
+        training.learning_rate,
+        training.schedule,
+        training.warmup,
+        training.epochs,
+        config.data.max_length,
+    )
+    assert (config.model.base, config.model.compute_dtype, training.weight_decay) == (
+        "meta-llama/Llama-2-7b-hf",
+        "bfloat16",
+        0,
+    )
+    assert (config.population.members, config.merge.dtype, config.data.validation_examples) == (
+        4,
+        "bfloat16",
+        256,
+    )
+    assert sorted(spec.seed for spec in config.merge.methods if spec.method == "selection") == [
+        0,
+        1,
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((CONFIGS[0].parent / "benchmarks").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_committed_benchmarks_are_valid_and_say_how_to_run_them(file):
+    config = load_config(file)
+    assert config.evaluation.tasks
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    assert (
+        f"ordermerge evaluate MODEL --config configs/benchmarks/{file.name} --out results"
+        in file.read_text().split("evaluation:")[0]
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])
+def test_resolved_config_reads_back(optimizer):
+    config = make_config(
+        {"training": {"optimizer": optimizer, "schedule": "wsd", "moments_dtype": "bfloat16"}}
+    )
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+def test_defaults_are_those_of_the_choices_made():
+    lion = make_config({"training": {"optimizer": "lion", "beta1": 0.95}}).training
+    assert (lion.beta1, lion.beta2, lion.epsilon, lion.momentum, lion.decay) == (
+        0.95,
+        0.99,
+        None,
+        None,
+        None,
+    )
+    adamw = make_config(
+        {"training": {"schedule": "wsd", "moments_dtype": "bfloat16", "epsilon": None}}
+    ).training
+    assert (adamw.beta2, adamw.epsilon, adamw.decay, adamw.moments_rounding) == (
+        0.999,
+        1e-8,
+        0.1,
+        "stochastic",
+    )
+
+
+def test_several_seeds_of_a_merge_are_several_merges_also_when_read_back():
+    methods = [
+        {"method": "average"},
+        {"method": "selection", "name": "drawn", "seeds": [0, 7]},
+        {"method": "ties", "seeds": [1]},
+    ]
+    config = make_config({"merge": {"methods": methods}})
+    assert [(spec.name, spec.seed) for spec in config.merge.methods] == [
+        (None, None),
+        ("drawn-seed0", 0),
+        ("drawn-seed7", 7),
+        ("ties-seed1", 1),
+    ]
+    assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    with pytest.raises(UserError, match=r"selection has both seed = 1 and seeds = \[2\]; give one"):
+        make_config({"merge": {"methods": [{"method": "selection", "seed": 1, "seeds": [2]}]}})
+    with pytest.raises(UserError, match="the name selection-seed2 is used twice"):
+        make_config(
+            {
+                "merge": {
+                    "methods": [
+                        {"method": "selection", "seeds": [2]},
+                        {"method": "selection", "seed": 2},
+                    ]
+                }
+            }
+        )
+
+
+def test_held_out_examples_come_from_one_place():
+    with pytest.raises(
+        UserError,
+        match=r"data.test_examples = 5 sets examples aside from train, data.test = a.json is a file",
+    ):
+        make_config({"data": {"test": "a.json", "test_examples": 5}})

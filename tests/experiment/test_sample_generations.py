@@ -1,0 +1,132 @@
+"""Answers while training: they are those of the members as they are at that step, and the training does not notice."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+from jax_ordermerge.config import load_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import harness
+from jax_ordermerge.experiment import pipeline, stages
+from jax_ordermerge.report import run_report
+from jax_ordermerge.train import members
+from jax_ordermerge.tree import member
+
+ASKS = ["samples.every=3", "samples.max_new_tokens=4"]
+
+
+def trained(folder, directory, *more):
+    pipeline.run(
+        load_config(folder / "tiny.yaml", [f"output={directory}", *more]),
+        through="train",
+        say=lambda line: None,
+    )
+    return directory
+
+
+def lines(directory, name):
+    return [
+        json.loads(line)
+        for line in (directory / "metrics" / f"{name}.jsonl").read_text().splitlines()
+    ]
+
+
+@pytest.fixture(scope="module")
+def both(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sampling")
+    return trained(folder, path / "silent"), trained(folder, path / "asked", *ASKS)
+
+
+def weights(folder, directory):
+    w = stages.prepare(
+        load_config(folder / "tiny.yaml", [f"output={directory}"]), lambda line: None
+    )
+    return w, members.restore_members(w.config, w.model, w.mesh)
+
+
+def test_members_are_bitwise_the_same_with_and_without(both, folder):
+    silent, asked = both
+    for one, other in zip(
+        *(jax.tree.leaves(weights(folder, directory)[1]) for directory in both), strict=True
+    ):
+        assert jax.device_get(one).tobytes() == jax.device_get(other).tobytes()
+    assert (silent / "losses" / "train.npz").read_bytes() == (
+        asked / "losses" / "train.npz"
+    ).read_bytes()
+    assert not (silent / "metrics" / "samples.jsonl").exists()
+    kept = [
+        [(line["step"], line["loss"], line["grad_norm"]) for line in lines(one, "train")]
+        for one in both
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_the_last_answers_are_those_of_the_trained_members(both, folder):
+    _, asked = both
+    said = lines(asked, "samples")
+    assert [line["step"] for line in said] == [3, 6, 9, 10]
+    w, population = weights(folder, asked)
+    held = w.splits["validation"]
+    assert all(line["prompts"] == held.prompts and line["members"] == [0, 1] for line in said)
+    for number in (0, 1):
+        generate = harness.generator(
+            w.model, member(population, number), w.tokenizer, batch=4, dtype="float32"
+        )
+        assert said[-1]["texts"][number] == generate(
+            [held.prompt(row).tolist() for row in range(len(held))], 4
+        )
+    assert (
+        said[0]["texts"] != said[-1]["texts"]
+    )  # else nothing was learned between, and this would show little
+
+
+def test_the_report_shows_them(both):
+    _, asked = both
+    said = lines(asked, "samples")
+    blocks = run_report.build(run_report.read(asked))
+    table = next(
+        block
+        for block in blocks
+        if getattr(block, "caption", "").startswith("Answers while training")
+    )
+    assert table.rows == [
+        [str(line["step"]), line["texts"][0][0], line["texts"][1][0]] for line in said
+    ]
+    assert table.caption.endswith(said[0]["prompts"][0])
+
+
+def test_what_a_lost_process_wrote_is_written_again(both, folder, tmp_path):
+    _, asked = both
+    shutil.copytree(asked, tmp_path / "run")
+    (tmp_path / "run" / "metrics" / "state.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")
+    (tmp_path / "run" / "config.yaml").unlink()
+    trained(folder, tmp_path / "run", *ASKS)
+    assert lines(tmp_path / "run", "samples") == lines(asked, "samples")
+
+
+def test_prompts_of_ones_own_are_put_in_the_template(folder, tmp_path):
+    w = stages.prepare(
+        load_config(
+            folder / "tiny.yaml", [f"output={tmp_path}", *ASKS, 'samples.prompts=["a plus b is ?"]']
+        ),
+        print,
+    )
+    _, tokens = stages.sampling._asked(w.config, w.tokenizer, w.splits)
+    split = next(part for part in w.splits.values() if "a plus b is ?" in part.prompts)
+    assert tokens == [split.prompt(split.prompts.index("a plus b is ?")).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["data.test=null", "data.validation_examples=0"], "nothing to ask: give samples.prompts"),
+        (["samples.max_new_tokens=30"], "samples.max_new_tokens = 30 exceed the context of 32"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_training(folder, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        trained(folder, tmp_path / "run", *ASKS, *more)
+    assert not (tmp_path / "run" / "checkpoints").exists()

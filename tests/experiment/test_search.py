@@ -1,0 +1,241 @@
+"""Controls and a search in a run: nothing written before the winner, little memory, resumed to the same bytes, refused where it must be."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from jax_ordermerge import tree
+from jax_ordermerge.config import load_config, read_search
+from jax_ordermerge.config.merge import Search
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import pipeline, search, stages
+from jax_ordermerge.experiment.layout import read_config
+
+METHODS = [
+    {"method": "task_arithmetic", "parameters": {"scale": {"low": 0.5, "high": 2.0, "steps": 4}}},
+    {"method": "selection", "parameters": {"resample": "exhaustive"}, "scale": [1.0, 1.3]},
+    {"method": "average", "scale": [1.2], "groups": {"mlp": [0.8, 1.2]}},
+]
+
+
+def configured(folder, output, *changes):
+    raw = yaml.safe_load((folder / "tiny.yaml").read_text())
+    raw["data"]["validation_examples"] = 10
+    raw["merge"] |= {
+        "auto": {"methods": METHODS, "smallest": 4},
+        "controls": ["lambda_line", "lambda_matched", "children", "ensemble"],
+    }
+    raw["evaluation"] = {"batch": 8, "bootstrap": 50}
+    file = output.parent / "auto.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return load_config(file, [f"output={output}", *changes])
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    return pipeline.run(
+        configured(folder, tmp_path_factory.mktemp("auto") / "run"), say=lambda line: None
+    )
+
+
+def results(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+def test_the_winner_is_never_worse_on_validation_than_the_best_member(run):
+    found = results(run / "search")
+    rows = {row["name"]: row for row in found["candidates"]}
+    winner = found["candidates"][found["winner"]]
+    assert found["tried"] == 4 + 4 + 2 + 2
+    assert winner["examples"] == found["examples"] == 10
+    assert winner["loss"] == min(row["loss"] for row in rows.values() if row["examples"] == 10)
+    assert winner["loss"] <= min(rows["member_0"]["loss"], rows["member_1"]["loss"])
+    evaluated = {
+        row["name"]: row for row in json.loads((run / "evaluations.json").read_text())["models"]
+    }
+    # what was exported, read from its files and measured by another stage, is what was chosen
+    assert evaluated["auto"]["validation_loss"] == pytest.approx(winner["loss"], abs=1e-6)
+    assert evaluated["auto"]["loss"] == pytest.approx(found["claim"]["loss"]["winner"], abs=1e-6)
+    card = (run / "merged" / "auto" / "README.md").read_text()
+    assert (
+        f"The search chose {winner['name']} among 12 candidates on 10 validation examples" in card
+    )
+    assert "test examples, which had no part in that" in card
+    assert winner["name"] in (run / "report.md").read_text()
+
+
+def test_a_control_is_what_is_measured_from_the_exported_files(run):
+    found = json.loads((run / "controls.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    for name in ("base", "member_0", "member_1", "average"):
+        stored = json.loads((run / "evaluations" / f"{name}.json").read_text())["summary"]
+        assert rows[name]["loss"] == pytest.approx(stored["loss"], abs=1e-6), name
+        assert rows[name]["validation_loss"] == pytest.approx(
+            stored["validation_loss"], abs=1e-6
+        ), name
+    assert {row["group"] for row in found["rows"]} == {
+        "anchor",
+        "lambda_line",
+        "lambda_matched",
+        "children",
+        "logit ensemble of the members",
+    }
+    assert "mean_member" in rows["average, lambda 1.2"]["against"]
+    with np.load(run / "losses" / "controls.npz") as saved:
+        assert saved["losses"].shape == (len(found["rows"]), 20)
+        mean = (saved["losses"] * saved["tokens"]).sum(1) / saved["tokens"].sum()
+    np.testing.assert_allclose(mean, [row["loss"] for row in found["rows"]], rtol=1e-6)
+
+
+def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path, monkeypatch):
+    config = read_config(run)
+    space = read_search(None, config.merge.auto, {})
+    whole = results(run / "search")
+    original, calls = stages._losses, []
+
+    def fails(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_losses", fails)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.search(config, space, out=tmp_path / "out", say=lambda line: None)
+    with (tmp_path / "out" / "journal.jsonl").open("a") as journal:
+        journal.write('{"candidate": {"meth')  # as a killed process leaves it
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl"}
+    page = pipeline.search(config, space, out=tmp_path / "out", say=lambda line: None)
+    again = results(tmp_path / "out")
+    assert again.pop("recalled") > whole.pop("recalled") == 0
+    assert again.pop("seconds") != whole.pop("seconds")
+    assert again == whole
+    name = "model.safetensors"
+    assert (tmp_path / "out" / "winner" / name).read_bytes() == (
+        run / "merged" / "auto" / name
+    ).read_bytes()
+    assert page.is_file()
+    with pytest.raises(UserError, match=r"journal.jsonl is of another search \(space differ\)"):
+        pipeline.search(
+            config,
+            read_search(None, config.merge.auto, {"budget": 99}),
+            out=tmp_path / "out",
+            say=lambda line: None,
+        )
+
+
+def test_two_models_more_than_the_members_are_in_memory_and_nothing_is_written(
+    run, tmp_path, monkeypatch
+):
+    config = read_config(run)
+    original, seen, written = stages._losses, [], []
+
+    def watched(w, params, examples, **kwargs):
+        model = sum(leaf.nbytes for leaf in tree.flatten(params).values())
+        seen.append(sum(x.nbytes for x in jax.live_arrays()) / model)
+        written.append({path.name for path in (tmp_path / "out").rglob("*")})
+        return original(w, params, examples, **kwargs)
+
+    monkeypatch.setattr(stages, "_losses", watched)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    pipeline.search(
+        config,
+        read_search(None, config.merge.auto, {}),
+        out=tmp_path / "out",
+        say=lambda line: None,
+    )
+    model = sum(
+        leaf.nbytes
+        for leaf in tree.flatten(
+            stages.base_params(stages.prepare(config, print), "bfloat16")
+        ).values()
+    )
+    # base and candidate beside two members; a twentieth of a model for batches and what jax keeps
+    assert max(seen) <= 2 + 2 + before / model + 0.05
+    assert all(names <= {"journal.jsonl"} for names in written)
+
+
+def test_examples_of_two_splits_are_refused(run):
+    config = read_config(run)
+    w = stages.prepare(config, lambda line: None)
+    space = read_search(None, None, {})
+    for name in ("train", "test"):
+        with pytest.raises(
+            UserError,
+            match=rf"\d+ of \d+ validation examples are {name} examples too \(the first is row",
+        ):
+            search.check(config, w.splits | {"validation": w.splits[name]}, space, w.model)
+    with pytest.raises(UserError, match="2 validation examples are too few"):
+        search.check(
+            config,
+            w.splits | {"validation": w.splits["validation"].take(np.arange(2))},
+            space,
+            w.model,
+        )
+    with pytest.raises(
+        UserError, match=r"chosen on validation examples: set data\.validation_examples"
+    ):
+        search.check(config, {"train": w.splits["train"]}, space, w.model)
+
+
+def test_a_wrong_space_is_refused_before_anything_is_trained(folder, tmp_path):
+    config = configured(folder, tmp_path / "run", "merge.auto.methods=[{method: tis}]")
+    with pytest.raises(UserError, match="unknown merge method 'tis'"):
+        pipeline.run(config, say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_go_to_a_disk(run):
+    with pytest.raises(
+        UserError,
+        match=r"^--out s3:.*: a search writes a journal line by line; give a directory on a disk$",
+    ):
+        pipeline.search(
+            read_config(run),
+            Search(),
+            out=pathlib.Path("s3://bucket/search"),
+            say=lambda line: None,
+        )
+
+
+@pytest.mark.slow
+def test_a_run_without_validation_chooses_on_a_file_of_its_own(run, folder, tmp_path):
+    rows = [
+        {"prompt": f"{a} plus {b} is .", "completion": f"{a} {b} ?"} for a in "abc" for b in "defgh"
+    ]
+    file = tmp_path / "held.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(run, tmp_path / "run")
+    config = read_config(tmp_path / "run")
+    page = pipeline.search(
+        config,
+        read_search(None, config.merge.auto, {}),
+        out=tmp_path / "out",
+        validation=file,
+        export=False,
+        say=lambda line: None,
+    )
+    assert results(page.parent)["examples"] == 15
+    assert not (tmp_path / "out" / "winner").exists()
+    assert page.is_file()
+
+
+@pytest.mark.slow
+def test_the_single_run_costs_as_much_as_the_population(folder, tmp_path):
+    config = configured(folder, tmp_path / "run", "merge.auto=null", "merge.controls=[single]")
+    directory = pipeline.run(config, say=lambda line: None)
+    rows = {
+        row["name"]: row for row in json.loads((directory / "controls.json").read_text())["rows"]
+    }
+    assert "one run of 2 times the epochs" in rows
+    one, two = (
+        json.loads((d / "metrics" / "state.json").read_text())["tokens"]
+        for d in (directory, directory / "single")
+    )
+    assert one == two

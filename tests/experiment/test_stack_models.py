@@ -1,0 +1,37 @@
+"""How many models stand side by side, and that each comes out as it was put in."""
+
+import types
+
+import jax
+import pytest
+
+from jax_ordermerge.arch import ModelConfig, parameter_count
+from jax_ordermerge.experiment import stack_models
+from jax_ordermerge.mesh import make_mesh
+from jax_ordermerge.model import llama
+
+CONFIG = ModelConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2)
+
+
+@pytest.mark.parametrize(("sizes", "places"), [({}, 3), ({"order": 2, "fsdp": 2}, 4)])
+def test_models_come_out_as_they_were_put_in(sizes, places):
+    mesh = make_mesh(**sizes)
+    models = [llama.init_params(CONFIG, seed, mesh) for seed in range(3)]
+    population = stack_models.stack(iter(models), 3, CONFIG, mesh, "float32")
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(population)} == {places}
+    for at in range(places):
+        found = stack_models.take(population, at, CONFIG, mesh, "float32")
+        for one, other in zip(
+            jax.tree.leaves(found), jax.tree.leaves(models[min(at, 2)]), strict=True
+        ):
+            assert jax.device_get(one).tobytes() == jax.device_get(other).tobytes()
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+
+@pytest.mark.parametrize(("models_of_memory", "found"), [(None, 4), (20, 4), (5, 2), (1, 1)])
+def test_as_many_as_fit_in_half_of_the_memory(monkeypatch, models_of_memory, found):
+    one = 4 * parameter_count(CONFIG)
+    stats = None if models_of_memory is None else {"bytes_limit": models_of_memory * one}
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(type(make_mesh()), "local_devices", property(lambda mesh: [device]))
+    assert stack_models.fitting(4, CONFIG, make_mesh(fsdp=1), "float32") == found

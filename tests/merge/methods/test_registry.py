@@ -1,0 +1,544 @@
+"""The contract, swept over the whole table, and the check of parameters."""
+
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_ordermerge import rng
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.hash_rng import Index, random_words
+from jax_ordermerge.merge.methods import parts, registry
+from jax_ordermerge.merge.methods.registry import METHODS, check, check_weights
+from jax_ordermerge.merge.methods.selection import permuted
+
+REQUIRED = {"nearswap": {"t": 0.5}}
+# what thins the task vectors, and the value that switches it off
+DENSE = {"density": 1.0, "select_topk": 1.0, "threshold": 0.0, "spread": -1e9}
+DENSE_OF = {"nearswap": {"t": 3.4e38}, "ram": {"epsilon": 0.0}, "ramplus_tl": {"epsilon": 0.0}}
+# the largest element for methods that square elements, and for those that add before they divide; the range of bfloat16 for others
+SQUARES = (
+    "norm_matched",
+    "lambda_matched",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "model_stock",
+)
+TOP = {
+    **dict.fromkeys(SQUARES, 2.0**60),
+    **dict.fromkeys(("ram", "ramplus_tl", "consensus", "fisher"), 2.0**126),
+}
+PAIRS = {"fisher"}  # the second half of the members are positive numbers that belong to the first
+EVERY = [(name, REQUIRED.get(name, {})) for name in METHODS] + [
+    ("selection", {"resample": 2}),
+    ("selection", {"resample": "exhaustive"}),
+    ("selection", {"granularity": "row", "resample": 1, "resample_from": "others"}),
+    ("selection", {"child": 0}),
+    ("dare_ties", {"rescale": "norm"}),
+    ("breadcrumbs", {"density": 0.5, "gamma": 0.2, "rescale": "norm"}),
+    ("della", {"rescale": "norm"}),
+    ("sce", {"select_topk": 0.4}),
+    ("nuslerp", {"granularity": "row", "of": "taus"}),
+    ("nuslerp", {"granularity": "column"}),
+    ("model_stock", {"granularity": "row"}),
+    ("passthrough", {"scale": 0.7}),
+]
+IDS = ["-".join([name, *(f"{k}={v}" for k, v in parameters.items())]) for name, parameters in EVERY]
+WORDS = rng.stream_words(0, "test")
+sweep = pytest.mark.parametrize(("name", "parameters"), EVERY, ids=IDS)
+
+
+def merge(name, parameters, members, base, weights=None, dtype="float32", words=WORDS):
+    return registry.merge_tensor(
+        name, members, base=base, weights=weights, words=words, dtype=dtype, **parameters
+    )
+
+
+def learn(name, parameters, members, base, weights=None):
+    """What the method's parts must know: arrays, and what selects the program."""
+    tensor = parts.Whole(
+        list(members), base, weights=check_weights(name, weights, len(members)), words=WORDS
+    )
+    return parts.split(registry.learn(tensor, name, check(name, parameters)))
+
+
+def population_of(shape, count=3, dtype="float32", seed=0):
+    generator = np.random.default_rng(seed)
+    base = jnp.asarray(generator.normal(size=shape), dtype)
+    taus = generator.normal(size=(count, *shape)) * (generator.random((count, *shape)) < 0.6)
+    return (base.astype(jnp.float32)[None] + jnp.asarray(taus, jnp.float32)).astype(dtype), base
+
+
+def dense(name, parameters):
+    """The parameters with whatever thins the task vectors switched off."""
+    return {
+        **parameters,
+        **{key: value for key, value in DENSE.items() if key in check(name, parameters)},
+        **DENSE_OF.get(name, {}),
+    }
+
+
+def allowed(name, count):
+    """The number of members nearest to `count` that the method takes."""
+    low, high = METHODS[name].members
+    least = 2 if name == "consensus" else low  # its k is 2
+    count = int(min(max(count, low, least), high))
+    return count + count % 2 if name in PAIRS else count
+
+
+def meant_for(name, members):
+    """The members, where the method wants other numbers in the second half."""
+    half = len(members) // 2
+    if name not in PAIRS:
+        return members
+    positive = [(1 + jnp.minimum(jnp.abs(x), 1)).astype(x.dtype) for x in members[half:]]
+    return jnp.stack([*members[:half], *positive])
+
+
+def population_for(name, shape, count=3, dtype="float32"):
+    members, base = population_of(shape, allowed(name, count), dtype)
+    return meant_for(name, members), base
+
+
+def weights_for(name, weights):
+    """The weights, or None if the method takes none."""
+    members, base = population_for(name, (2,), len(weights))
+    try:
+        learn(name, REQUIRED.get(name, {}), members, base, weights)
+    except UserError as error:
+        if "takes no weights" in str(error):
+            return None
+        raise
+    return weights
+
+
+class Abstract(parts.Whole):
+    """A tensor without values: whatever is asked of it is 1."""
+
+    def total(self, function, *arrays, reduce="sum", among=None, **static):
+        part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.part)
+        found = jax.eval_shape(
+            lambda part, *arrays: function(part, *arrays, **static), part, *arrays
+        )
+        return jax.tree.map(
+            lambda x: np.ones(x.shape, np.int64) if x.dtype == np.uint32 else np.ones(x.shape[:-2]),
+            found,
+        )
+
+
+@sweep
+@pytest.mark.parametrize("shape", [(9, 7), (1, 1), (3,)])
+def test_identical_members_give_the_member(name, parameters, shape):
+    """Whatever thins the task vectors is switched off: then nothing may be lost or added."""
+    if "scale" in parameters:
+        parameters = {**parameters, "scale": 1.0}
+    member, base = population_of(shape, 1, "bfloat16")
+    members = meant_for(name, jnp.repeat(member, allowed(name, 4), axis=0))
+    got = merge(name, dense(name, parameters), members, base, dtype="bfloat16")
+    if name in ("selection", "average", "passthrough"):
+        assert np.array_equal(got, member[0])
+    else:  # base + (member - base) may round in float32
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), member[0].astype(jnp.float32), rtol=2**-8
+        )
+
+
+@sweep
+@pytest.mark.parametrize("weights", [None, (0.5, 1.0, 0.25)])
+def test_permuting_members_with_their_weights_changes_nothing(name, parameters, weights):
+    """Methods that draw name a member by its position, so for them only the choice that needs no draw can be compared."""
+    count = allowed(name, 3)
+    if "child" in parameters:
+        weights = None
+    members, base = population_for(name, (8, 5), count)
+    order = [1, 0, 3, 2] if name in PAIRS else [x for x in (2, 0, 1) if x < count]
+    if METHODS[name].draws:
+        if METHODS[name].weights == "probabilities":
+            members = jnp.broadcast_to(members[0], members.shape)
+        else:
+            parameters = {**parameters, "density": 1.0}
+    given = None if weights is None else weights_for(name, (*weights, 1.0)[:count])
+    permuted = None if given is None else tuple(np.array(given)[order].tolist())
+    one, two = (
+        merge(name, parameters, members, base, given),
+        merge(name, parameters, members[jnp.array(order)], base, permuted),
+    )
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+@sweep
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 5), (5, 1), (2, 3, 4)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_small_shapes(name, parameters, shape, count):
+    members, base = population_for(name, shape, count)
+    tensor = Abstract(list(members), base, words=WORDS)
+    known, static = parts.split(registry.learn(tensor, name, check(name, parameters)))
+    got = jax.eval_shape(
+        lambda part: registry.apply(part, known, method=name, static=static, dtype="bfloat16"),
+        tensor.part,
+    )
+    assert got.shape == shape
+    assert got.dtype == jnp.bfloat16
+
+
+@sweep
+def test_scalars_and_single_elements_have_values(name, parameters):
+    for shape in ((), (1, 1)):
+        members, base = population_for(name, shape, 3)
+        got = merge(name, parameters, members, base)
+        assert got.shape == shape
+        assert np.isfinite(got).all()
+        if name == "selection":
+            assert float(got.reshape(())) in members.ravel().tolist()
+
+
+@sweep
+def test_bfloat16_edges(name, parameters):
+    """The ends of the range pass through float32 without overflow or loss.
+
+    The lower end is four times the smallest normal number: XLA flushes subnormal terms to zero on CPU.
+    """
+    top = TOP.get(name, 3.3895e38)
+    edge = jnp.array([top, -top, 2.0**-124, 0.0, -0.0, 1.0], jnp.bfloat16)
+    count = allowed(name, 2)
+    given = weights_for(name, (0.5, 0.5)[:count])
+    if "scale" in parameters:
+        parameters = {**parameters, "scale": 1.0}
+    got = merge(
+        name,
+        dense(name, parameters),
+        meant_for(name, [edge] * count),
+        jnp.zeros(6, jnp.bfloat16),
+        weights=given,
+        dtype="bfloat16",
+    )
+    assert np.array_equal(got, edge)
+
+
+@sweep
+def test_one_trace_a_shape(name, parameters):
+    """Neither other values of models, keys and weights nor other numeric parameters make it compile again."""
+    count = allowed(name, 3)
+    members, base = population_for(name, (4, 3), count)
+    if name == "sce":
+        parameters = {"select_topk": 0.8}
+    first = check(name, parameters)
+    second = {
+        key: 0.9 * value if isinstance(value, float) else value for key, value in first.items()
+    }
+    given, other = (
+        weights_for(name, weights[:count])
+        for weights in ((1.0, 2.0, 3.0, 4.0), (3.0, 2.0, 1.0, 4.0))
+    )
+    if "child" in parameters:
+        given = other = None
+    merge(name, first, members, base, given)
+    before = registry.run._cache_size(), parts.measure._cache_size()
+    merge(name, second, members + 1, base, other, words=rng.stream_words(1, "other"))
+    assert (registry.run._cache_size(), parts.measure._cache_size()) == before
+
+
+@sweep
+def test_parts_take_abstract_input(name, parameters):
+    count = allowed(name, 3)
+    known, static = learn(name, parameters, *population_for(name, (4, 5), count, "bfloat16"))
+    one = jax.ShapeDtypeStruct((4, 5), jnp.bfloat16)
+    part = parts.Part((one,) * count, one, jax.ShapeDtypeStruct((2,), jnp.uint32))
+    got = jax.eval_shape(lambda part: METHODS[name].part(part, **known, **dict(static)), part)
+    assert got.shape == (4, 5)
+    assert got.dtype == (
+        jnp.bfloat16
+        if METHODS[name].exact or (name, parameters) == ("passthrough", {})
+        else jnp.float32
+    )
+
+
+@sweep
+def test_a_list_of_members_is_a_stack(name, parameters):
+    members, base = population_for(name, (6, 5), 3, dtype="bfloat16")
+    one, two = (
+        merge(name, parameters, given, base, dtype="bfloat16") for given in (members, list(members))
+    )
+    assert np.array_equal(one, two)
+
+
+class Cut(parts.Whole):
+    """A tensor that is only seen in parts: runs of 512 elements, or of 16 rows, as the method allows."""
+
+    def __init__(self, unit, members, base):
+        super().__init__(members, base, words=WORDS)
+        self.unit = unit
+
+    def parts(self):
+        if self.unit == "tensor" or (self.unit == "row" and len(self.shape) < 2):
+            yield self.part
+            return
+        size, width = math.prod(self.shape), math.prod(self.shape[1:])
+        step = 512 if self.unit == "element" else 16 * width
+        for start in range(0, size, step):
+            shape = (
+                (min(step, size - start),)
+                if self.unit == "element"
+                else (min(step, size - start) // width, *self.shape[1:])
+            )
+            members, base = jax.tree.map(
+                lambda x, start=start, shape=shape: x.reshape(-1)[
+                    start : start + math.prod(shape)
+                ].reshape(shape),
+                (self.part.members, self.part.base),
+            )
+            yield parts.Part(
+                members,
+                base,
+                self.part.words,
+                jnp.array([start, 0], jnp.uint32),
+                jnp.uint32(start // width),
+            )
+
+    def total(self, function, *arrays, reduce="sum", among=None, **static):
+        sums = parts.Sums(reduce)
+        for part in self.parts():
+            found = parts.measure(
+                part,
+                *arrays,
+                function=function,
+                static=tuple(static.items()),
+                dtype=part.members[0].dtype,
+            )
+            sums.add(found)
+        return sums.result()
+
+
+def same_bits(one, two):
+    return np.array_equal(*(np.asarray(x).view(f"u{x.dtype.itemsize}") for x in (one, two)))
+
+
+@sweep
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((40, 48), "float32"), pytest.param((700,), "bfloat16", marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_parts_give_the_bits_of_the_whole(name, parameters, shape, dtype):
+    members, base = population_for(name, shape, 3, dtype)
+    checked = check(name, parameters)
+    cut = Cut(METHODS[name].unit(checked), list(members), base)
+    known, static = parts.split(registry.learn(cut, name, checked))
+    found = [
+        registry.run(part, known, method=name, static=static, dtype=jnp.dtype(dtype))
+        for part in cut.parts()
+    ]
+    whole = merge(name, parameters, members, base, dtype=dtype)
+    assert same_bits(jnp.concatenate([x.ravel() for x in found]), whole.ravel())
+
+
+def test_members_are_rounded_to_the_dtype_before_they_are_merged():
+    """1 + 2^-9 is 1 in bfloat16, so the task vector is zero; rounded at the end only, 512 times it would be 1."""
+    members, base = jnp.full((2, 4), 1 + 2.0**-9), jnp.ones(4)
+    got = merge("task_arithmetic", {"scale": 512.0}, members, base, dtype="bfloat16")
+    assert got.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("avrage", {}, "unknown merge method 'avrage' .did you mean 'average'"),
+        ("average", {"scale": 1.0}, "average has no parameter 'scale' .known: normalize"),
+        ("norm_matched", {"scale": 1.0}, "norm_matched has no parameter 'scale'; it takes none"),
+        ("ties", {"densty": 0.1}, "ties has no parameter 'densty' .did you mean 'density'"),
+        ("ties", {"density": 0.0}, "density = 0.0: input should be greater than 0"),
+        ("ties", {"density": 1.5}, "density = 1.5: input should be less than or equal to 1"),
+        ("ties", {"density": "0.5"}, "density = '0.5': input should be a valid number"),
+        ("ties", {"normalize": "false"}, "normalize = 'false': input should be a valid boolean"),
+        (
+            "task_arithmetic",
+            {"scale": float("nan")},
+            "scale = nan: input should be a finite number",
+        ),
+        ("task_arithmetic", {"scale": True}, "scale = True: input should be a valid number"),
+        (
+            "selection",
+            {"resample": -1},
+            "resample = -1: input should be greater than or equal to 0 or input should be 'exhaustive'",
+        ),
+        (
+            "selection",
+            {"resample": "always"},
+            "resample = 'always': .* or input should be 'exhaustive'",
+        ),
+        (
+            "selection",
+            {"granularity": "block"},
+            "granularity = 'block': input should be 'element', 'row', 'column', 'tensor' or 'layer'",
+        ),
+        (
+            "selection",
+            {"granularity": "layer", "resample": 1},
+            "give resample: 0 or granularity: tensor",
+        ),
+        ("selection", {"offset": None}, "selection has no parameter 'offset'"),
+        (
+            "dare_linear",
+            {"rescale": "l2"},
+            "rescale = 'l2': input should be 'density', 'norm' or 'none'",
+        ),
+    ],
+)
+def test_wrong_parameters_are_refused_in_one_line(name, parameters, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check(name, parameters)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_are_filled_in():
+    assert check("selection") == {
+        "resample": 0,
+        "resample_from": "all",
+        "granularity": "element",
+        "child": None,
+    }
+    assert check("task_arithmetic", {"scale": 1}) == {"scale": 1.0, "normalize": False}
+
+
+def naive_permutation(words, unit, count):
+    """The permutation of one unit in Python integers, by taking members out of a list."""
+    left, out, number, product = list(range(count)), [], 0, None
+    for choices in range(count, 0, -1):
+        product = None if product is None else product * choices
+        if product is None or product > 2**16:
+            index = Index(jnp.uint32(unit & 0xFFFFFFFF), jnp.uint32(unit >> 32))
+            fraction = int(random_words(jnp.array(words, jnp.uint32), index, 2**30 + number))
+            number, product = number + 1, choices
+        digit, fraction = divmod(fraction * choices, 2**32)
+        out.append(left.pop(digit))
+    return out
+
+
+def test_permutations_of_the_children_have_the_published_vectors():
+    page = (pathlib.Path(__file__).parents[3] / "docs" / "random_choice.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) \| ((?:\d ){2}\d) \| ((?:\d ){3}\d) \| ((?:\d ){9}\d) \|$", page, re.MULTILINE
+    )
+    assert len(rows) == 6
+    for number, *expected in rows:
+        i = int(number)
+        unit = Index(jnp.uint32(i & 0xFFFFFFFF), jnp.uint32(i >> 32))
+        for text in expected:
+            count = len(text.split())
+            found = [
+                int(permuted(jnp.array([1, 2], jnp.uint32), unit, count, child))
+                for child in range(count)
+            ]
+            assert " ".join(map(str, found)) == text
+            assert found == naive_permutation([1, 2], i, count)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "tensor"])
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_the_children_share_the_members_out(granularity, count):
+    """Each element of the children together is a permutation of the members' elements, so their mean is the average."""
+    patterns = (
+        np.random.default_rng(0)
+        .integers(0, 2**16, (count, 12, 10), dtype=np.uint64)
+        .astype(np.uint16)
+    )
+    members = jax.lax.bitcast_convert_type(jnp.asarray(patterns), jnp.bfloat16)
+    children = [
+        merge(
+            "selection", {"child": c, "granularity": granularity}, members, None, dtype="bfloat16"
+        )
+        for c in range(count)
+    ]
+    found = np.stack([np.asarray(child).view(np.uint16) for child in children])
+    assert np.array_equal(np.sort(found, axis=0), np.sort(patterns, axis=0))
+
+
+def test_permutations_are_uniform_and_independent():
+    """Counts of the 24 permutations, and of pairs of them of neighbours, of tensors and of a child with the plain draw."""
+    n, origin = 240_000, jnp.broadcast_to(jnp.arange(4.0)[:, None], (4, 240_000))
+
+    def permutations(words):
+        found = [
+            np.asarray(merge("selection", {"child": c}, origin, None, words=words), int)
+            for c in range(4)
+        ]
+        return np.unique(np.stack(found), axis=1, return_inverse=True)[1].reshape(-1)
+
+    one, other = permutations(WORDS), permutations(rng.stream_words(0, "another tensor"))
+    assert one.max() == 23
+    within_four_sigma(np.bincount(one), n, 1 / 24)
+    within_four_sigma(np.bincount(24 * one + other), n, 1 / 576)
+    within_four_sigma(np.bincount(24 * one[::2] + one[1::2]), n // 2, 1 / 576)
+    plain = np.asarray(merge("selection", {}, origin, None), int)
+    within_four_sigma(np.bincount(24 * plain + one), n, 1 / 96)
+
+
+def within_four_sigma(counts, n, p):
+    assert (np.abs(counts - n * p) < 4 * np.sqrt(n * p * (1 - p)) + n * p * 2.0**-16).all()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "weights", "message"),
+    [
+        ({"child": 3}, None, "child = 3, but 3 members have the children 0 to 2"),
+        ({"child": 0, "resample": 1}, None, "child goes with resample: 0 and equal weights"),
+        (
+            {"child": 0, "resample": "exhaustive"},
+            None,
+            "child goes with resample: 0 and equal weights",
+        ),
+        ({"child": 0}, (1, 2, 1), "child goes with resample: 0 and equal weights"),
+    ],
+)
+def test_what_no_permutation_fits_is_refused_in_one_line(parameters, weights, message):
+    members, base = population_of((2, 2))
+    with pytest.raises(UserError, match=message) as caught:
+        merge("selection", parameters, members, base, weights)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("average", (1, 2), "2 weights for 3 members"),
+        ("average", (1, -1, 0), "positive sum"),
+        ("average", (0, 0, 0), "positive sum"),
+        ("ties", (1, float("inf"), 1), "finite"),
+        ("selection", (1, 1, -1), "not negative"),
+        ("selection", (0, 0, 0), "sum is positive"),
+    ],
+)
+def test_wrong_weights_are_refused_in_one_line(name, weights, message):
+    with pytest.raises(UserError, match=message):
+        check_weights(name, weights, 3)
+
+
+def test_keys_are_named_by_tensor_method_and_seed():
+    parameters = check("selection")
+    words = {
+        tuple(
+            registry.key_words(
+                method, parameters if method == "selection" else check(method), seed, name, layer
+            ).tolist()
+        )
+        for method in ("selection", "dare_linear")
+        for seed in (0, 1)
+        for name, layer in (("a.0", 0), ("a.1", 1), ("b.0", 0))
+    }
+    assert len(words) == 12
+    by_layer = check("selection", {"granularity": "layer"})
+    own = [
+        registry.key_words("selection", by_layer, 0, name, layer).tolist()
+        for name, layer in (("a.0", 0), ("b.0", 0), ("a.1", 1))
+    ]
+    assert own[0] == own[1] != own[2]
+    assert (
+        registry.key_words("selection", by_layer, 0, "embed", None).tolist()
+        == rng.stream_words(0, "select", "embed").tolist()
+    )

@@ -1,0 +1,154 @@
+"""Pictures: well-formed, the same bytes twice, ids of their own, the right marks for the right numbers."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from jax_ordermerge.analysis import imbalance
+from jax_ordermerge.report import plots
+
+SVG = "{http://www.w3.org/2000/svg}"
+LINES = [{"step": s, "loss": [3 / s, 4 / s], "learning_rate": 1e-3 / s} for s in range(1, 9)]
+MODELS = [
+    {
+        "name": name,
+        "kind": kind,
+        "loss": loss,
+        "loss_se": 0.01,
+        "tasks": {"sums": {"accuracy": share, "se": 0.03, "n": 200}},
+    }
+    for name, kind, loss, share in [
+        ("base", "base", 5.25, 0.0),
+        ("member_0", "member", 1.82, 0.412),
+        ("member_1", "member", 1.86, 0.455),
+        ("ties", "merge", 1.9, 0.5),
+    ]
+]
+
+
+def analysis(members=2, samples=80):
+    rng = np.random.default_rng(0)
+    x = np.stack(
+        [[rng.permutation(samples) / (samples - 1) for _ in range(2)] for _ in range(members)]
+    )
+    losses = rng.normal(2, 0.3, samples) + rng.normal(0, 0.1, (members, samples))
+    return imbalance.analyze(
+        losses,
+        x,
+        {"ties": losses.mean(axis=0) ** 1.01},
+        warmup_fraction=0.1,
+        bootstrap=40,
+        permutations=9,
+    )
+
+
+def control(name, group, at, loss, kind="merge"):
+    return {
+        "name": name,
+        "group": group,
+        "at": at,
+        "loss": loss,
+        "validation_loss": loss + 0.01,
+        "kind": kind,
+    }
+
+
+LINE = [control(f"lambda {x}", "lambda_line", [x], 1 + abs(x - 1.2)) for x in (0.0, 0.5, 1.0, 1.5)]
+GRID = [
+    control("", "plane", [a, b], 1 + (a - 0.5) ** 2 + (b - 0.5) ** 2)
+    for a in (0.0, 0.5, 1.0)
+    for b in (0.0, 0.5, 1.0)
+]
+TRIED = [
+    {
+        "number": i,
+        "kind": kind,
+        "loss": 1 + i / 10,
+        "dropped": None if i < 3 else 1,
+        "candidate": {"method": method},
+        "to_winner": {"estimate": i / 10, "se": 0.01},
+    }
+    for i, (kind, method) in enumerate(
+        [("merge", "average"), ("member", "member"), ("base", "base"), ("merge", "ties")]
+    )
+]
+
+DRAWN = {
+    "lambda line": lambda: plots.lambda_line(LINE, "test"),
+    "barrier": lambda: plots.barrier(LINE, "validation"),
+    "plane": lambda: plots.plane(GRID, "test"),
+    "splits": lambda: plots.splits(
+        [*LINE, control("member_0", "anchor", [], 1.1, "member")],
+        MODELS[1] | {"validation_loss": 1.9},
+    ),
+    "splits without a choice": lambda: plots.splits(LINE, None),
+    "candidates": lambda: plots.candidates(TRIED, 0),
+    "training": lambda: plots.training(LINES),
+    "many": lambda: plots.training([line | {"loss": [line["loss"][0]] * 12} for line in LINES]),
+    "positions": lambda: plots.positions(analysis()),
+    "effects": lambda: plots.effects(analysis(), LINES),
+    "effects without a log": lambda: plots.effects(analysis(), []),
+    "merging": lambda: plots.merging(analysis()),
+    "cosines": lambda: plots.cosines([[1, -0.25], [-0.25, 1]]),
+    "accuracies": lambda: plots.accuracies(MODELS, "sums"),
+    "losses": lambda: plots.losses(MODELS),
+    "one model": lambda: plots.losses(MODELS[:1]),
+}
+
+
+@pytest.mark.parametrize("name", list(DRAWN))
+def test_is_svg_alone_and_the_same_twice(name):
+    text = DRAWN[name]()
+    root = ET.fromstring(text)
+    assert root.tag == f"{SVG}svg"
+    assert text == DRAWN[name]()
+    assert "<metadata" not in text
+    assert not re.search(r"\d\d:\d\d:\d\d", text)
+    ids = [node.get("id") for node in root.iter() if node.get("id")]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", text)) <= {
+        (i, "") for i in ids
+    } | {("", i) for i in ids}
+
+
+def words(svg):
+    return [" ".join(node.itertext()).strip() for node in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_ids_of_two_pictures_differ():
+    pictures = [DRAWN[name]() for name in ("training", "losses", "accuracies", "cosines")]
+    ids = [found for text in pictures for found in set(re.findall(r'id="([^"]+)"', text))]
+    assert len(ids) == len(set(ids))
+
+
+def test_numbers_are_written_on_the_marks():
+    assert {"0.0", "41.2", "45.5", "50.0"} <= set(words(DRAWN["accuracies"]()))
+    assert words(DRAWN["cosines"]()).count("-0.25") >= 2
+    slope = analysis()["fixed_effects"]["coefficients"][0]["estimate"]
+    assert f"{slope:+.4f}" in words(DRAWN["effects"]())
+
+
+def test_a_base_far_away_does_not_squeeze_the_others():
+    shown = words(DRAWN["losses"]())
+    assert "base" not in shown
+    assert any("the base, at 5.250, lies outside" in text for text in shown)
+    assert "base" in words(plots.losses([MODELS[0] | {"loss": 1.84}, *MODELS[1:]]))
+
+
+def test_what_was_not_determined_is_not_drawn():
+    few = analysis(samples=10)
+    assert plots.positions(few) is None
+    assert plots.merging(few) is None
+    assert plots.effects(analysis(members=1), LINES) is None
+    assert plots.positions(analysis(members=1)) is not None
+    assert plots.merging(analysis() | {"merged": {}}) is None
+
+
+def test_a_base_far_outside_the_lambda_line_is_named_and_not_drawn():
+    far = [LINE[0] | {"loss": 9.5}, *LINE[1:]]
+    assert any(
+        "the base, at 9.500, lies outside" in word for word in words(plots.lambda_line(far, "test"))
+    )
+    assert not any("outside" in word for word in words(DRAWN["lambda line"]()))

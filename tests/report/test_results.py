@@ -1,0 +1,215 @@
+"""Runs written here, with effects planted in them, become a page that names the effects, what is not told apart, and no paths."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from jax_ordermerge.analysis import imbalance, paired
+from jax_ordermerge.config import make_config, to_dict
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.report import results
+
+SEEDS = ["drawn-seed0", "drawn-seed1", "drawn-seed2"]
+
+
+def dump(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, allow_nan=False))
+
+
+def make(folder, name, *, average, seed=0):
+    """Four members; the average is better by `average`, drawn worse by 0.1, plain like a member; early samples end worse by 0.2."""
+    directory = folder / name
+    directory.mkdir()
+    methods = [
+        {"method": "average"},
+        {"method": "selection", "name": "drawn", "seeds": [0, 1, 2]},
+        {"method": "ties", "name": "plain"},
+    ]
+    config = make_config(
+        {
+            "name": name,
+            "model": {"base": str(folder / "models" / "small")},
+            "data": {"train": str(folder / "secret" / "rows.json")},
+            "evaluation": {"bootstrap": 200},
+            "merge": {"methods": methods},
+        }
+    )
+    (directory / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    dump(
+        directory / "data.json",
+        {
+            "train": {
+                "source": str(folder / "secret" / "rows.json"),
+                "examples": 150,
+                "counts": {"read": 170, "dropped_too_long": 20},
+            }
+        },
+    )
+    dump(directory / "metrics" / "state.json", {"parameters": 1234, "seconds": 5.0})
+    rng = np.random.default_rng(seed)
+    places = np.stack([[rng.permutation(150) / 149 for _ in range(2)] for _ in range(4)])
+    losses = rng.normal(2, 0.4, 150) - 0.2 * places[:, 0] + rng.normal(0, 0.02, (4, 150))
+    merged = {
+        one: losses.mean(axis=0) + rng.normal(0, 0.01, 150) for one in ("average", *SEEDS, "plain")
+    }
+    dump(
+        directory / "analysis.json",
+        imbalance.analyze(losses, places, merged, bootstrap=50, permutations=9),
+    )
+    difficulty, models = rng.normal(2, 0.5, 200), []
+    shifts = (
+        {"base": 3.0}
+        | {f"member_{m}": 0.0 for m in range(4)}
+        | {"average": -average}
+        | dict.fromkeys(SEEDS, 0.1)
+        | {"plain": 0.0}
+    )
+    for one, shift in shifts.items():
+        own = (
+            difficulty
+            + shift
+            + rng.normal(0, 0.02, 200)
+            + (0.01 * rng.normal() if one in SEEDS else 0)
+        )
+        dump(
+            directory / "evaluations" / f"{one}.json",
+            {"losses": own.tolist(), "ids": list(range(200)), "tasks": {}},
+        )
+        kind = "base" if one == "base" else "member" if one.startswith("member") else "merge"
+        # the member that is chosen on validation is not the best one on test
+        chosen = {"member_2": 1.0, "plain": 0.5}.get(one, 2.0)
+        models.append(
+            {
+                "name": one,
+                "kind": kind,
+                "loss": own.mean(),
+                "loss_se": 0.03,
+                "validation_loss": chosen,
+                "tasks": {},
+            }
+        )
+    dump(directory / "evaluations.json", {"models": models, "split": "test"})
+    total = {"cosines": [[1.0, 0.9], [0.9, 1.0]], "unchanged": [0.1, 0.1]}
+    rows = [
+        {
+            "name": one,
+            "method": "selection" if one in SEEDS else one,
+            "seed": int(one[-1]) if one in SEEDS else 0,
+            "diagnostics": {"total": total},
+        }
+        for one in ("average", *SEEDS, "plain")
+    ]
+    dump(directory / "merge.json", {"dtype": "bfloat16", "merges": rows})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    runs = [make(folder, "first", average=0.05), make(folder, "second", average=-0.05, seed=1)]
+    return folder, results.write(runs, folder / "docs" / "results.md").read_text().replace(
+        "\\", ""
+    )  # escapes of marks
+
+
+def cells(text, name):
+    rows = [
+        [cell.strip(" *") for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return [row[1:] for row in rows if row[0] == name]
+
+
+def test_the_page_counts_what_was_planted(page):
+    _, text = page
+    assert cells(text, "drawn")[0] == ["clearly worse 2", "clearly worse 2", "clearly worse 2"]
+    assert cells(text, "average")[0] == [
+        "clearly better 1, clearly worse 1",
+        "clearly better 1, clearly worse 1",
+        "–",
+    ]
+    assert cells(text, "plain")[0][0] == "not told apart 2"
+    assert "- drawn is worse than the mean member in all 2 runs." in text
+    assert (
+        "- average is better than the mean member in 1 and worse in 1 of 2 runs: it depends on the data."
+        in text
+    )
+    assert "- Not shown: any difference of plain to the mean member." in text
+    assert "Position in epoch 1: samples seen early end with the higher loss in 2 of 2 runs" in text
+    assert "Not shown: right answers." in text
+
+
+def test_the_best_are_chosen_on_validation_and_reported_on_test(page):
+    folder, text = page
+    losses = {
+        one: np.mean(
+            json.loads((folder / "first" / "evaluations" / f"{one}.json").read_text())["losses"]
+        )
+        for one in ("member_2", "plain")
+    }
+    row = cells(text, "first")[0]
+    assert row[2] == f"{losses['member_2']:.4f} (member_2, by validation)"
+    assert row[3] == f"{losses['plain']:.4f} (plain, by validation)"
+    assert "(best on validation)" in text
+
+
+def test_seeds_are_summed_up_and_tested_once_with_holm_over_the_methods(page):
+    folder, text = page
+    own = [
+        json.loads((folder / "first" / "evaluations" / f"{one}.json").read_text())["losses"]
+        for one in SEEDS
+    ]
+    assert (
+        f"{np.mean(own):.4f} ({np.std(np.mean(own, axis=1), ddof=1):.4f})"
+        in cells(text, "mean drawn (sd between merge seeds)")[0]
+    )
+    members = [
+        json.loads((folder / "first" / "evaluations" / f"member_{m}.json").read_text())["losses"]
+        for m in range(4)
+    ]
+    gap = paired.difference(np.mean(own, axis=0), np.mean(members, axis=0), resamples=200, seed=0)
+    gap = paired.over_seeds(gap, np.mean(own, axis=1) - np.mean(members))
+    assert (
+        f"{gap['estimate']:+.4f} ± {gap['se']:.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" in text
+    )
+    raw = []
+    for one in ("average", "plain"):
+        rows = json.loads((folder / "first" / "evaluations" / f"{one}.json").read_text())["losses"]
+        raw.append(paired.difference(rows, np.mean(members, axis=0), resamples=200, seed=0)["p"])
+    corrected = paired.holm([raw[0], gap["p"], raw[1]])[2]
+    assert f"p = {corrected:.2g}" in cells(text, "plain")[2][1]
+
+
+def test_position_effects_stand_before_and_after_merging(page):
+    folder, text = page
+    analysis = json.loads((folder / "first" / "analysis.json").read_text())
+    slope = analysis["fixed_effects"]["coefficients"][0]
+    assert cells(text, "members")[0][2] == f"{slope['estimate']:+.4f} ± {slope['se']:.4f}"
+    left = [analysis["merged"][one]["early_late"][0]["merged"]["estimate"] for one in SEEDS]
+    assert any(row[0].startswith(f"{np.mean(left):+.4f} ± ") for row in cells(text, "drawn"))
+
+
+def test_no_path_of_the_machine_is_on_the_page(page):
+    folder, text = page
+    assert str(folder) not in text
+    assert "secret" not in text
+    assert (
+        "small (1,234 parameters) on rows.json: 150 train examples (20 of 170 read for training were above 512 tokens)"
+        in text
+    )
+
+
+def test_what_cannot_be_put_on_a_page_is_refused(tmp_path):
+    run = make(tmp_path, "one", average=0.0)
+    with pytest.raises(UserError, match=r"expected a file that ends in \.md"):
+        results.write([run], tmp_path / "page")
+    with pytest.raises(UserError, match="two of the runs have the same name"):
+        results.write([run, run], tmp_path / "page.md")
+    (run / "analysis.json").unlink()
+    with pytest.raises(UserError, match="the run one was not analyzed and evaluated"):
+        results.write([run], tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()

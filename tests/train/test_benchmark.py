@@ -1,0 +1,70 @@
+"""A look at some steps leaves the run alone; compiled programs that are kept are not compiled again."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jax_ordermerge.config import load_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import pipeline
+from tests.experiment.test_cli import call
+
+
+def test_a_look_writes_nothing_but_the_profile(folder, tmp_path):
+    said = []
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
+    pipeline.look(config, steps=6, profile=tmp_path / "profile", say=said.append)
+    assert "s a step" in said[-1]
+    assert "tokens/s, MFU unknown for this device, host outside the compiled step" in said[-1]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert [path.name for path in tmp_path.iterdir()] == ["profile"]
+    with pytest.raises(
+        UserError, match="--steps 99: expected 2 to 10, the steps of the whole training"
+    ):
+        pipeline.look(config, steps=99, say=said.append)
+
+
+def test_a_profile_goes_with_steps(folder, tmp_path, capsys):
+    assert call("train", folder / "tiny.yaml", "--profile", tmp_path) == 2
+    assert "give --steps too" in capsys.readouterr().err
+
+
+PROGRAM = """
+import sys
+import jax
+from jax_ordermerge.config import load_config
+from jax_ordermerge.experiment import pipeline
+seen = []
+jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
+pipeline.look(load_config(sys.argv[1], [f"compilation_cache={sys.argv[2]}"]), steps=2)
+print(*(seen.count(f"/jax/compilation_cache/{what}") for what in ("compile_requests_use_cache", "cache_hits")))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing_anew(folder, tmp_path):
+    root = pathlib.Path(__file__).parents[2]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
+    }
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(folder / "tiny.yaml"), str(tmp_path / "compiled")],
+            cwd=root,
+            env=environment,
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    (asked, found), (asked_again, found_again) = (
+        [int(count) for count in one[-2:]] for one in said
+    )
+    assert asked_again == asked > found
+    assert found_again == asked

@@ -1,0 +1,91 @@
+"""What trackers hold is what metrics/train.jsonl holds, once, also where a training was killed and continued."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from jax_ordermerge import config as schema
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.mesh import make_mesh
+from jax_ordermerge.train import trackers
+
+
+def events(directory):
+    """Return `{(name, step): values}` of event files as TensorBoard shows them: a restart hides what came at its step or later."""
+    from tensorboardX.proto import event_pb2
+
+    found = []
+    for file in sorted(directory.glob("events.out.tfevents.*")):
+        raw, at = file.read_bytes(), 0
+        while at < len(raw):  # length (8 bytes), its checksum (4), record, its checksum (4)
+            size = int.from_bytes(raw[at : at + 8], "little")
+            event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
+            at += size + 16
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = [one for one in found if one[1] < event.step]
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_tensorboard_holds_the_lines_of_each_member_once(tmp_path, tiny_train):
+    pytest.importorskip("tensorboardX")
+    sections = {"tracking": {"tensorboard": True}, "training": {"checkpoint_every": 2}}
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(tmp_path, make_mesh(), stop_at=3, **sections)
+    run = tiny_train(tmp_path, make_mesh(), **sections)
+    for member in range(2):
+        found = events(tmp_path / "tracking" / f"member_{member}")
+        for name in ("loss", "grad_norm"):
+            seen = [(step, value) for tag, step, value in found if tag == name]
+            assert [step for step, _ in seen] == [line["step"] for line in run.lines()]
+            assert [value for _, value in seen] == pytest.approx(
+                [line[name][member] for line in run.lines()], rel=1e-6
+            )
+
+
+def test_wandb_continues_its_runs(tmp_path, monkeypatch):
+    opened, logged = [], []
+
+    class Run:
+        def __init__(self, step):
+            self.step = step
+
+        def log(self, values, step):
+            logged.append((step, values))
+
+        def finish(self, quiet):
+            logged.append("finished")
+
+    def init(**settings):
+        opened.append(settings)
+        return Run(step=0 if len(opened) <= 2 else 4)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    config = schema.make_config({"name": "tiny", "tracking": {"wandb": "orders"}})
+    for _ in range(2):
+        for tracker in trackers.trackers(config, tmp_path, (0, 1), 0):
+            tracker.line({"step": 3, "loss": [1.0, 2.0]})
+            tracker.line({"step": 4, "loss": [1.5, 2.5]})
+            tracker.close()
+    first, again = opened[:2], opened[2:]
+    assert [one["id"] for one in first] == [one["id"] for one in again]
+    assert len({one["id"] for one in first}) == 2
+    assert len({one["group"] for one in opened}) == 1
+    assert [one["name"] for one in first] == ["tiny/member_0", "tiny/member_1"]
+    assert {one["project"] for one in opened} == {"orders"}
+    steps = [one[0] for one in logged if one != "finished"]
+    assert steps == [3, 3, 4, 4, 4, 4]
+    assert (
+        json.loads((tmp_path / "tracking" / "wandb.json").read_text())["ids"]["1"] == first[1]["id"]
+    )
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError,
+        match=r"tracking.wandb needs the package wandb, .* pip install 'jax_ordermerge\[wandb\]'",
+    ):
+        trackers.check(schema.Tracking(wandb="orders"))
