@@ -74,7 +74,7 @@ def statistics_of(draw: Draw) -> dict[str, float]:
 
 def nanoseconds(program: Callable[..., jax.Array]) -> float:
     """Return the CPU time of one number, median of 7."""
-    words = jnp.asarray(rng.stream_words(0, "t"))
+    words = jnp.asarray(rng.stream_key_bits(0, "t"))
     jax.block_until_ready(program(words, 0))
     times = []
     for i in range(7):
@@ -90,7 +90,7 @@ def main() -> None:
     for name, program in PROGRAMS.items():
         found = statistics_of(
             lambda seed, of, round_, run=program: np.asarray(
-                run(jnp.asarray(rng.stream_words(seed, of)), round_)
+                run(jnp.asarray(rng.stream_key_bits(seed, of)), round_)
             )
         )
         columns[name] = {

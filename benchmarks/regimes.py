@@ -49,7 +49,7 @@ CHOICES = (
 def sweep(run: pathlib.Path) -> tuple[float, float]:
     """Return the lowest test loss of the sweep, and its lambda."""
     w = stages.prepare(layout.read_config(run), lambda text: None)
-    stock, test, config = stages.stock_of(w), w.splits["test"], w.config
+    stock, test, config = stages.load_population(w), w.splits["test"], w.config
     lengths = pack.bucket_lengths(test.longest, config.data.buckets)
     settings: dict[str, Any] = {
         "batch": config.analysis.batch,

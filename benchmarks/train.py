@@ -250,7 +250,7 @@ class Record:
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """See `display.Watcher`; nothing is shown."""
 
     def line(self, line: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ SetOption = Annotated[
 def _through(last: str, target: Path, overrides: list[str] | None) -> None:
     from jax_ordermerge.experiment import layout, pipeline
 
-    pipeline.run(layout.read_config(target, overrides or ()), through=last, say=typer.echo)
+    pipeline.run(layout.read_config(target, overrides or ()), through=last, log=typer.echo)
 
 
 @app.command()
@@ -100,7 +100,7 @@ def plan(
         tests=test_examples,
         analytic_only=analytic,
         look_further=search,
-        say=lambda message: typer.echo(message, err=True),
+        log=lambda message: typer.echo(message, err=True),
     )
     typer.echo(formatting.as_json(made) if as_json else formatting.as_text(made), nl=False)
 
@@ -133,7 +133,7 @@ def train(
     from jax_ordermerge.experiment import layout, pipeline
 
     pipeline.look(
-        layout.read_config(config, overrides or ()), steps=steps, profile=profile, say=typer.echo
+        layout.read_config(config, overrides or ()), steps=steps, profile=profile, log=typer.echo
     )
 
 
@@ -414,7 +414,7 @@ def search(
         {key: value for key, value in given.items() if value is not None},
     )
     page = pipeline.search(
-        resolved, chosen, out=out, validation=validation, export=export, say=typer.echo
+        resolved, chosen, out=out, validation=validation, export=export, log=typer.echo
     )
     typer.echo(f"wrote {page}")
 

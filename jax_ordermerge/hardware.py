@@ -57,7 +57,7 @@ DEVICES = (
     Device("a100-40gb", ("A100-SXM4-40GB", "A100-PCIE-40GB"), 312e12, 40e9, 1555e9, 300e9, 25e9),
     Device("a100", ("A100",), 312e12, 80e9, 2039e9, 300e9, 25e9),
 )
-ROOM = 0.92  # of a device's memory that a program may take; the rest goes to fragments and to what other programs hold
+MEMORY_FRACTION = 0.92  # of a device's memory that a program may take; the rest goes to fragments and to what other programs hold
 
 
 def find(device_kind: str) -> Device | None:

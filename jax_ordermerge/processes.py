@@ -174,7 +174,7 @@ def within(work: Callable[[], Any], seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
+def barrier(what: str) -> Iterator[None]:
     """Wait for all processes at the end of the block, and fail on all of them where one failed, lest the others wait forever.
 
     Args:
@@ -184,7 +184,7 @@ def together(what: str) -> Iterator[None]:
         UserError: another process failed; its own message says why.
 
     Example:
-        >>> with together("create the output"):
+        >>> with barrier("create the output"):
         ...     pass
     """
     if jax.process_count() == 1:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def stream_words(seed: int, *names: str | int) -> np.ndarray:
+def stream_key_bits(seed: int, *names: str | int) -> np.ndarray:
     """Return the 64 key bits of a named stream as two words, without touching a device.
 
     The bits are the first 8 bytes of BLAKE2b over the seed and the names, each written with its type and length, so that
@@ -24,9 +24,9 @@ def stream_words(seed: int, *names: str | int) -> np.ndarray:
         TypeError: a name is neither a string nor an integer.
 
     Example:
-        >>> stream_words(0, "order", 1).tolist()
+        >>> stream_key_bits(0, "order", 1).tolist()
         [424303284, 2451000716]
-        >>> (stream_words(0, "a", 1) == stream_words(1, "a", 0)).all()
+        >>> (stream_key_bits(0, "a", 1) == stream_key_bits(1, "a", 0)).all()
         np.False_
     """
     digest = hashlib.blake2b(digest_size=8, person=b"ordermerge")
@@ -47,4 +47,4 @@ def stream(seed: int, *names: str | int) -> jax.Array:
         ()
     """
     # threefry is named outright: its bits do not depend on the backend or on the sharding of what is drawn
-    return jax.random.wrap_key_data(jnp.asarray(stream_words(seed, *names)), impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.asarray(stream_key_bits(seed, *names)), impl="threefry2x32")

@@ -13,7 +13,7 @@ import jax_ordermerge
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.rng import stream, stream_words
+from jax_ordermerge.rng import stream, stream_key_bits
 
 
 def test_streams_do_not_meet():
@@ -22,16 +22,16 @@ def test_streams_do_not_meet():
         for s in range(30)
         for n in [("a",), ("a", 0), ("a", "0"), ("b", "a"), ("ba",), (0,), ("a", 1), ("a", s)]
     ]
-    words = {tuple(stream_words(*name).tolist()): name for name in names}
+    words = {tuple(stream_key_bits(*name).tolist()): name for name in names}
     assert len(words) == len(set(names))
 
 
 def test_stream_is_stable_and_typed():
     assert (
         jax.random.key_data(stream(7, "select", "model.norm.weight")).tolist()
-        == stream_words(7, "select", "model.norm.weight").tolist()
+        == stream_key_bits(7, "select", "model.norm.weight").tolist()
     )
-    assert stream_words(-1, "x").tolist() != stream_words(1, "x").tolist()
+    assert stream_key_bits(-1, "x").tolist() != stream_key_bits(1, "x").tolist()
     with pytest.raises(TypeError, match="named by strings and integers"):
         stream(0, 1.5)
 

@@ -32,7 +32,7 @@ def naive_hash(k0, k1, index, round_=0):
 
 
 def words(*names, seed=0):
-    return jnp.asarray(rng.stream_words(seed, *names))
+    return jnp.asarray(rng.stream_key_bits(seed, *names))
 
 
 def draws(key, shape, round_=0):

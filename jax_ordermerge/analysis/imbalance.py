@@ -14,7 +14,7 @@ from scipy import stats
 from jax_ordermerge.analysis import regression, resample
 from jax_ordermerge.analysis.regression import Undetermined
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.rng import stream_words
+from jax_ordermerge.rng import stream_key_bits
 
 Statistics = dict[str, Any]
 
@@ -62,7 +62,7 @@ def analyze(
         np.concatenate([losses, *(m[None] for m in merged.values())]),
         places.reshape(members * epochs, samples),
         permutations=permutations,
-        generator=np.random.default_rng(stream_words(seed, "analysis", "permutation")),
+        generator=np.random.default_rng(stream_key_bits(seed, "analysis", "permutation")),
     ).reshape(-1, members, epochs)
     binned = _binned(losses, places, merged, bins=bins, resamples=bootstrap, seed=seed)
 
@@ -281,7 +281,7 @@ def _binned(
         for name, v in spread.items()
     }
     try:
-        generator = np.random.default_rng(stream_words(seed, "analysis", "bootstrap"))
+        generator = np.random.default_rng(stream_key_bits(seed, "analysis", "bootstrap"))
         found = resample.curves(jobs, bins=counts, resamples=resamples, generator=generator)
     except Undetermined as error:
         missing: Statistics = {"reason": str(error)}

@@ -8,7 +8,7 @@ from scipy import optimize, stats
 
 from jax_ordermerge.analysis.resample import BLOCK, TAILS
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.rng import stream_words
+from jax_ordermerge.rng import stream_key_bits
 
 _LEAST = 1e-25  # p values that are searched for go no lower
 
@@ -50,7 +50,7 @@ def difference(
             f"a paired comparison of {count} items got {share.size} weights; expected one above 0 for each item"
         )
     share = share / share.mean()
-    generator = np.random.default_rng(stream_words(seed, "analysis", "paired", count))
+    generator = np.random.default_rng(stream_key_bits(seed, "analysis", "paired", count))
     step = max(1, BLOCK // count)
     blocks = []
     for start in range(0, resamples, step):

@@ -191,7 +191,7 @@ def export(
     """
     flat = tree.flatten(params)
     _check_params(flat, config, member)
-    with processes.together(f"export to {directory}"):
+    with processes.barrier(f"export to {directory}"):
         if jax.process_index() == 0:
             atomic.check_vacant(directory)
     tensors = _hf_tensors(flat, config, member)

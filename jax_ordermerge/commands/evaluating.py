@@ -21,7 +21,7 @@ from jax_ordermerge.evaluate.likelihood import Pair
 from jax_ordermerge.experiment.layout import write_json
 from jax_ordermerge.model import kernels
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def subject(
@@ -75,7 +75,7 @@ def read_config(model: str, file: Path | None, overrides: Sequence[str] = ()) ->
     return schema.load_config(file, [*overrides, f"model.base={json.dumps(model)}"])
 
 
-def evaluate_tasks(config: Config, out: Path | None, say: Say) -> dict[str, Any]:
+def evaluate_tasks(config: Config, out: Path | None, log: Log) -> dict[str, Any]:
     """Put the model `model.base` to the tasks of the config.
 
     Args:
@@ -107,7 +107,7 @@ def evaluate_tasks(config: Config, out: Path | None, say: Say) -> dict[str, Any]
     for task in tasks:
         summary, items = harness.run(task, model, config.data, seed=config.seed)
         found["tasks"][task.name] = summary
-        say(f"{task.name}: {told(summary)}")
+        log(f"{task.name}: {told(summary)}")
         if out is not None:
             if task.kind == OUTPUTS:
                 items = signed(items, Path(config.model.base).name)
@@ -118,7 +118,7 @@ def evaluate_tasks(config: Config, out: Path | None, say: Say) -> dict[str, Any]
 
 
 def evaluate_harness(
-    config: Config, names: list[str], out: Path | None, say: Say, **options: Any
+    config: Config, names: list[str], out: Path | None, log: Log, **options: Any
 ) -> dict[str, Any]:
     """Put the model `model.base` to tasks of lm-evaluation-harness.
 
@@ -143,7 +143,7 @@ def evaluate_harness(
             out / "results.json",
             {"model": config.model.base, "dtype": config.model.compute_dtype, **found},
         )
-    say(table)
+    log(table)
     return found
 
 

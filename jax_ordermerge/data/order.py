@@ -9,7 +9,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.rng import stream_words
+from jax_ordermerge.rng import stream_key_bits
 
 Level = Literal["sample", "batch", "balanced", "same", "reverse"]
 Reshuffle = Literal["each_epoch", "never"]
@@ -30,7 +30,7 @@ def permutation(n: int, seed: int, *names: str | int) -> np.ndarray:
         >>> permutation(8, 0, "example").tolist()
         [6, 2, 7, 1, 0, 4, 5, 3]
     """
-    low, high = (int(word) for word in stream_words(seed, *names))
+    low, high = (int(word) for word in stream_key_bits(seed, *names))
     words = np.random.Philox(key=low | high << 32).random_raw(n)
     return np.argsort(words, kind="stable").astype(np.int32)
 

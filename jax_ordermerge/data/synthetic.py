@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, TypeVar
 import numpy as np
 
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.rng import stream_words
+from jax_ordermerge.rng import stream_key_bits
 
 Item = TypeVar("Item")
 Record = dict[str, str]
@@ -83,7 +83,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, *names: str | int) -> None:
-        self._bits = np.random.PCG64(np.random.SeedSequence(stream_words(seed, *names).tolist()))
+        self._bits = np.random.PCG64(np.random.SeedSequence(stream_key_bits(seed, *names).tolist()))
 
     def below(self, n: int) -> int:
         """Return an integer of `[0, n)`; the bias is below n / 2^64."""
@@ -155,7 +155,7 @@ PROBLEMS: Final = (_changes, _bystander, _together)
 
 def _is_test(record: Record) -> bool:
     # by the solution and not by the question: no member has seen the numbers of a test problem in another dress
-    return int(stream_words(0, "synthetic", "split", record["answer"])[0]) < 2**29
+    return int(stream_key_bits(0, "synthetic", "split", record["answer"])[0]) < 2**29
 
 
 def _problem(draws: Draws, split: str) -> Record:

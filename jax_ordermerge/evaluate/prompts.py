@@ -15,7 +15,7 @@ from jax_ordermerge.data import chat, formats, source
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.formats import Message, Record
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.rng import stream_words
+from jax_ordermerge.rng import stream_key_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -298,5 +298,5 @@ def _chosen(task: Task, shots: Sequence[Row], seed: int, number: int) -> Sequenc
         )
     if task.shots_order == "first":
         return shots[: task.shots]
-    generator = np.random.default_rng(stream_words(seed, "shots", task.name, number))
+    generator = np.random.default_rng(stream_key_bits(seed, "shots", task.name, number))
     return [shots[at] for at in generator.permutation(len(shots))[: task.shots]]

@@ -69,7 +69,7 @@ def row_words(seed: int, names: Sequence[str | int]) -> np.ndarray:
         >>> row_words(0, ["a", 1]).shape
         (2, 2)
     """
-    return np.stack([rng.stream_words(seed, "generate", name) for name in names])
+    return np.stack([rng.stream_key_bits(seed, "generate", name) for name in names])
 
 
 def choose(

@@ -15,11 +15,11 @@ from jax_ordermerge.train import objective
 from jax_ordermerge.tree import Tree, member
 
 if TYPE_CHECKING:
-    from jax_ordermerge.experiment.stages import Workshop
+    from jax_ordermerge.experiment.stages import RunContext
 
 
 def merge_greedily(
-    w: "Workshop", members: Tree, loss: Callable[[Tree], float]
+    ctx: "RunContext", members: Tree, loss: Callable[[Tree], float]
 ) -> tuple[Tree, dict[str, Any]]:
     """Return the soup, and which members are in it with the validation losses that decided.
 
@@ -32,10 +32,10 @@ def merge_greedily(
     def average(chosen: tuple[int, ...]) -> Tree:
         some = jax.jit(lambda p: jax.tree.map(lambda x: x[np.array(chosen)], p))(members)
         return population.merge(
-            some, None, w.model, method="average", seed=0, dtype=w.config.merge.dtype
+            some, None, ctx.model, method="average", seed=0, dtype=ctx.config.merge.dtype
         )
 
-    alone = [loss(member(members, m)) for m in range(w.config.population.members)]
+    alone = [loss(member(members, m)) for m in range(ctx.config.population.members)]
     chosen, seen = greedy_soup.greedy(alone, lambda some: loss(average(some)))
     return average(chosen), {
         "members": list(chosen),
@@ -44,29 +44,29 @@ def merge_greedily(
     }
 
 
-def fisher(w: "Workshop", settings: dict[str, Any]) -> Tree:
+def fisher(ctx: "RunContext", settings: dict[str, Any]) -> Tree:
     """Return the merge by method fisher, of the members in float32 and the diagonals of their Fisher matrices.
 
     Args:
         w: the workshop.
         settings: method, seed, weights and parameters of the merge.
     """
-    members = waves.restore(w.config, w.model, w.mesh)
-    train = w.splits["train"]
+    members = waves.restore(ctx.config, ctx.model, ctx.mesh)
+    train = ctx.splits["train"]
     diagonals = information.diagonal(
-        objective.build(w.config, w.model),
+        objective.build(ctx.config, ctx.model),
         members,
         train,
-        count=w.config.merge.fisher_examples,
-        lengths=pack.bucket_lengths(train.longest, w.config.data.buckets),
-        mesh=w.mesh,
-        seed=w.config.seed,
+        count=ctx.config.merge.fisher_examples,
+        lengths=pack.bucket_lengths(train.longest, ctx.config.data.buckets),
+        mesh=ctx.mesh,
+        seed=ctx.config.seed,
     )
     both = jax.jit(lambda a, b: jax.tree.map(lambda x, y: jax.numpy.concatenate([x, y]), a, b))(
         members, diagonals
     )
     given = settings["weights"]
-    weights = None if given is None else [*given, *([0.0] * w.config.population.members)]
+    weights = None if given is None else [*given, *([0.0] * ctx.config.population.members)]
     return population.merge(
-        both, None, w.model, dtype=w.config.merge.dtype, **(settings | {"weights": weights})
+        both, None, ctx.model, dtype=ctx.config.merge.dtype, **(settings | {"weights": weights})
     )

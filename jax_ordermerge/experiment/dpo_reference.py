@@ -141,12 +141,12 @@ class Progress:
 
     def __init__(
         self,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         what: str,
         total: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._say, self._what, self._total, self._clock = say, what, total, clock
+        self._say, self._what, self._total, self._clock = log, what, total, clock
         self._began = self._shown = clock()
 
     def __call__(self, done: int) -> None:

@@ -10,11 +10,11 @@ from jax_ordermerge.checkpoint import convert, sidecar_files
 from jax_ordermerge.tree import Tree
 
 if TYPE_CHECKING:
-    from jax_ordermerge.experiment.stages import Workshop
+    from jax_ordermerge.experiment.stages import RunContext
 
 
 def export(
-    w: "Workshop",
+    ctx: "RunContext",
     name: str,
     merged: Tree,
     what: dict[str, Any],
@@ -31,63 +31,67 @@ def export(
         story: how it was chosen, for the card.
         target: by default merged/NAME of the run directory.
     """
-    target = target or w.directory / "merged" / name
+    target = target or ctx.directory / "merged" / name
     if not (target / "config.json").is_file():
-        recipe = _recipe(w, what)
-        card = _card(w, name, recipe, story)
+        recipe = _recipe(ctx, what)
+        card = _card(ctx, name, recipe, story)
         convert.export(
             merged,
-            w.model,
+            ctx.model,
             target,
-            dtype=w.config.merge.dtype,
-            source=w.base,
+            dtype=ctx.config.merge.dtype,
+            source=ctx.base,
             card=card,
             recipe=yaml.safe_dump(recipe),
         )
 
 
-def _recipe(w: "Workshop", what: dict[str, Any]) -> dict[str, Any]:
+def _recipe(ctx: "RunContext", what: dict[str, Any]) -> dict[str, Any]:
     return {
         **what,
-        "base_model": _public_base(w) or "base",
-        "models": [f"member_{m}" for m in range(w.config.population.members)],
-        "dtype": w.config.merge.dtype,
+        "base_model": _public_base(ctx) or "base",
+        "models": [f"member_{m}" for m in range(ctx.config.population.members)],
+        "dtype": ctx.config.merge.dtype,
         "orders": {
-            "level": w.config.population.level,
-            "seed": w.config.seed,
-            "epochs": w.config.training.epochs,
+            "level": ctx.config.population.level,
+            "seed": ctx.config.seed,
+            "epochs": ctx.config.training.epochs,
         },
-        **({} if w.config.training.ema is None else {"averages": {"ema": w.config.training.ema}}),
         **(
             {}
-            if w.config.training.checkpoint == "last"
-            else {"checkpoint": w.config.training.checkpoint}
+            if ctx.config.training.ema is None
+            else {"averages": {"ema": ctx.config.training.ema}}
+        ),
+        **(
+            {}
+            if ctx.config.training.checkpoint == "last"
+            else {"checkpoint": ctx.config.training.checkpoint}
         ),
         "jax_ordermerge": jax_ordermerge.__version__,
     }
 
 
-def _public_base(w: "Workshop") -> str | None:
+def _public_base(ctx: "RunContext") -> str | None:
     # a path of the machine that trained says nothing to a reader of the card
     return (
         None
-        if Path(w.config.model.base).exists() or ":" in w.config.model.base
-        else w.config.model.base
+        if Path(ctx.config.model.base).exists() or ":" in ctx.config.model.base
+        else ctx.config.model.base
     )
 
 
-def _card(w: "Workshop", name: str, recipe: dict[str, Any], story: str = "") -> str:
-    members = w.config.population.members
+def _card(ctx: "RunContext", name: str, recipe: dict[str, Any], story: str = "") -> str:
+    members = ctx.config.population.members
     text = (
-        f"One base model was fine-tuned {members} times on the same data in {members} different orders (level `{w.config.population.level}`,"
-        f" {w.config.training.epochs} epochs), and the {members} models were merged by `{recipe['merge_method']}`.\n\n"
+        f"One base model was fine-tuned {members} times on the same data in {members} different orders (level `{ctx.config.population.level}`,"
+        f" {ctx.config.training.epochs} epochs), and the {members} models were merged by `{recipe['merge_method']}`.\n\n"
         + (f"{story}\n\n" if story else "")
         + f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
     )
     return sidecar_files.model_card(
-        f"{w.config.name}: {name}",
+        f"{ctx.config.name}: {name}",
         text,
-        base_model=_public_base(w),
+        base_model=_public_base(ctx),
         relation="merge",
         tags=["merge", "parameter-selection"],
     )

@@ -17,7 +17,7 @@ from jax_ordermerge.experiment.layout import check_same_config, model_names, rea
 
 STAGES = ("train", "merge", "analyze", "evaluate", "report")
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def complete(stage: str, config: Config) -> bool:
@@ -38,7 +38,7 @@ def complete(stage: str, config: Config) -> bool:
     return (directory / "report.html").is_file() and (directory / "report.md").is_file()
 
 
-def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
+def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
     """Run the stages up to `through`, skipping what is complete, and return the run directory, or its copy if it is in a bucket.
 
     Args:
@@ -49,7 +49,7 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
     Raises:
         UserError: bad input; nothing has been written then.
     """
-    with on_disk(config, say) as (local, save):
+    with on_disk(config, log) as (local, save):
         check_same_config(local)
         missing = [
             stage for stage in STAGES[: STAGES.index(through) + 1] if not complete(stage, local)
@@ -57,24 +57,24 @@ def run(config: Config, *, through: str = "report", say: Say = print) -> Path:
         home = remote.address(config.location) or str(config.directory)
         last = f"{home}/report.html" if through == "report" else home
         if not missing:
-            say(f"everything is done: {last}")
+            log(f"everything is done: {last}")
             return local.directory
         from jax_ordermerge import processes
         from jax_ordermerge.experiment import stages
 
-        workshop = dataclasses.replace(stages.prepare(local, say), saved=save.in_passing)
+        workshop = dataclasses.replace(stages.prepare(local, log), saved=save.in_passing)
         write_text(
             local.directory / "config.yaml", yaml.safe_dump(schema.to_dict(config), sort_keys=False)
         )
-        workshop = stages.refer(workshop)
+        workshop = stages.add_reference_logprobs(workshop)
         for number, stage in enumerate(STAGES[: STAGES.index(through) + 1], start=1):
             if stage in missing:
-                say(f"[{number}/{len(STAGES)}] {stage}")
+                log(f"[{number}/{len(STAGES)}] {stage}")
                 if stage != "train":
                     processes.let_sigterm_end()
                 getattr(stages, stage)(workshop)
                 save()
-        say(f"done: {last}")
+        log(f"done: {last}")
         return local.directory
 
 
@@ -91,15 +91,15 @@ def report(config: Config) -> str:
 class Saving:
     """Copies a run directory to its bucket; does nothing where it is in none."""
 
-    def __init__(self, mirror: remote.Mirror | None, say: Say, *, several: bool = False) -> None:
-        self._mirror, self._say, self._several = mirror, say, several
+    def __init__(self, mirror: remote.Mirror | None, log: Log, *, several: bool = False) -> None:
+        self._mirror, self._say, self._several = mirror, log, several
 
     def __call__(self) -> None:
         """Copy what is whole. All processes call it."""
         if self._several:
             from jax_ordermerge import processes
 
-            with processes.together("copy the run directory to its bucket"):
+            with processes.barrier("copy the run directory to its bucket"):
                 self._copy()
         else:
             self._copy()
@@ -117,7 +117,7 @@ class Saving:
 
 
 @contextlib.contextmanager
-def on_disk(config: Config, say: Say) -> Iterator[tuple[Config, Saving]]:
+def on_disk(config: Config, log: Log) -> Iterator[tuple[Config, Saving]]:
     """Yield the config with a run directory on a disk that all processes see, and what copies it to its bucket.
 
     Raises:
@@ -125,7 +125,7 @@ def on_disk(config: Config, say: Say) -> Iterator[tuple[Config, Saving]]:
     """
     url, several = remote.address(config.location), config.distributed.coordinator is not None
     if url is None:
-        yield config, Saving(None, say)
+        yield config, Saving(None, log)
         return
     mirror = remote.Mirror(url)
     if several:
@@ -133,8 +133,8 @@ def on_disk(config: Config, say: Say) -> Iterator[tuple[Config, Saving]]:
     else:
         first = True
         if mirror.open():
-            say(f"{url} is copied to {mirror.local}")
-    save = Saving(mirror if first else None, say, several=several)
+            log(f"{url} is copied to {mirror.local}")
+    save = Saving(mirror if first else None, log, several=several)
     try:
         yield config.model_copy(update={"output": str(mirror.local)}), save
     except Stopped:
@@ -150,7 +150,7 @@ def _open_together(config: Config, mirror: remote.Mirror) -> bool:
     from jax_ordermerge.experiment import stages
 
     stages.start(config)
-    with processes.together(f"read {mirror.url}"):
+    with processes.barrier(f"read {mirror.url}"):
         if jax.process_index() == 0:
             mirror.open()
     try:
@@ -170,7 +170,7 @@ def search(
     out: Path | None = None,
     validation: Path | None = None,
     export: bool = True,
-    say: Say = print,
+    log: Log = print,
 ) -> Path:
     """Choose a merge of a run's members on validation examples, training them first where they are not there yet.
 
@@ -197,9 +197,9 @@ def search(
         raise UserError(
             f"--out {out}: a search writes a journal line by line; give a directory on a disk"
         )
-    with on_disk(config, say) as (local, save):
+    with on_disk(config, log) as (local, save):
         check_same_config(local)
-        workshop = dataclasses.replace(stages.prepare(local, say), saved=save.in_passing)
+        workshop = dataclasses.replace(stages.prepare(local, log), saved=save.in_passing)
         if validation is not None:
             workshop = stages.with_validation(workshop, validation)
         search_stage.check(local, workshop.splits, space, workshop.model)
@@ -209,9 +209,9 @@ def search(
                 local.directory / "config.yaml",
                 yaml.safe_dump(schema.to_dict(config), sort_keys=False),
             )
-        workshop = stages.refer(workshop)
+        workshop = stages.add_reference_logprobs(workshop)
         if not trained:
-            say("train")
+            log("train")
             stages.train(workshop)
             save()
         directory = out or local.directory / "search"
@@ -223,7 +223,7 @@ def search(
         return page
 
 
-def look(config: Config, *, steps: int, profile: Path | None = None, say: Say = print) -> None:
+def look(config: Config, *, steps: int, profile: Path | None = None, log: Log = print) -> None:
     """Take the first steps of a training and say how fast they are. The run directory is neither read nor written.
 
     Args:
@@ -235,10 +235,10 @@ def look(config: Config, *, steps: int, profile: Path | None = None, say: Say = 
     from jax_ordermerge.experiment import stages
 
     workshop = stages.prepare(
-        config, say
+        config, log
     )  # where processes compare what they were given: each has a scratch directory of its own
     with tempfile.TemporaryDirectory(prefix="ordermerge-") as scratch:
         workshop = dataclasses.replace(
             workshop, config=config.model_copy(update={"output": scratch})
         )
-        stages.look(stages.refer(workshop), steps, profile)
+        stages.look(stages.add_reference_logprobs(workshop), steps, profile)

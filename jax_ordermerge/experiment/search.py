@@ -16,12 +16,12 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.layout import write_bytes, write_json
 from jax_ordermerge.search import controls, search
-from jax_ordermerge.search.candidates import BASE, MEMBER, Candidate, Measure, Stock
+from jax_ordermerge.search.candidates import BASE, MEMBER, Candidate, Measure, Population
 from jax_ordermerge.train import members as trained
 from jax_ordermerge.tree import Tree
 
 if TYPE_CHECKING:
-    from jax_ordermerge.experiment.stages import Workshop
+    from jax_ordermerge.experiment.stages import RunContext
 
 # what a model, whatever it is, says of examples: (summed losses, what they are divided by), float64[n] each
 Losses = Callable[[Examples], tuple[np.ndarray, np.ndarray]]
@@ -45,7 +45,7 @@ def check(config: Config, splits: Mapping[str, Examples], space: Search, model: 
 
 
 def search_space(
-    w: "Workshop", stock: Stock, space: Search, measure: Measure, directory: Path
+    ctx: "RunContext", stock: Population, space: Search, measure: Measure, directory: Path
 ) -> search.Found:
     """Choose a merge on the validation examples, then say what may be claimed of it on the test examples.
 
@@ -54,22 +54,22 @@ def search_space(
     found = search.find(
         stock,
         space,
-        w.splits["validation"],
+        ctx.splits["validation"],
         measure,
-        seed=_seed(w.config, space),
+        seed=_seed(ctx.config, space),
         directory=directory,
         of={
             "dtype": str(stock.dtype),
-            "train": w.splits["train"].digest,
-            "run": w.config.name,
-            "run_seed": w.config.seed,
+            "train": ctx.splits["train"].digest,
+            "run": ctx.config.name,
+            "run_seed": ctx.config.seed,
         },
-        say=w.say,
+        log=ctx.log,
     )
-    claimed = _claim(w, stock, found, measure) if len(w.splits.get("test") or ()) > 1 else None
+    claimed = _claim(ctx, stock, found, measure) if len(ctx.splits.get("test") or ()) > 1 else None
     whole = found.results | {"claim": claimed}
     write_json(directory / "results.json", whole)
-    w.say(f"  {choice.sentence(whole)}")
+    ctx.log(f"  {choice.sentence(whole)}")
     return found._replace(results=whole)
 
 
@@ -77,9 +77,11 @@ def _seed(config: Config, space: Search) -> int:
     return config.seed if space.seed is None else space.seed
 
 
-def _claim(w: "Workshop", stock: Stock, found: search.Found, measure: Measure) -> dict[str, Any]:
+def _claim(
+    ctx: "RunContext", stock: Population, found: search.Found, measure: Measure
+) -> dict[str, Any]:
     """Measure the winner and its rivals on the test examples: the first time that these are looked at."""
-    test = w.splits["test"]
+    test = ctx.splits["test"]
     measured = [
         measure(stock.build(Candidate(MEMBER, {"number": number})), test)
         for number in range(stock.count)
@@ -98,7 +100,7 @@ def _claim(w: "Workshop", stock: Stock, found: search.Found, measure: Measure) -
         "average": average,
     }
     against = choice.claim(
-        winner, rivals, tokens, resamples=w.config.evaluation.bootstrap, seed=w.config.seed
+        winner, rivals, tokens, resamples=ctx.config.evaluation.bootstrap, seed=ctx.config.seed
     )
     loss = {
         name: float((own * tokens).sum() / tokens.sum())
@@ -154,11 +156,11 @@ def recipe(found: search.Found) -> dict[str, Any]:
 
 
 def measure_controls(
-    w: "Workshop",
-    stock: Callable[[], Stock],
+    ctx: "RunContext",
+    stock: Callable[[], Population],
     measure: Measure,
     evaluated: Mapping[str, Any],
-    more: Mapping[str, Callable[[Stock], Losses]],
+    more: Mapping[str, Callable[[Population], Losses]],
 ) -> None:
     """Measure the controls that the config asks for and write controls.json, and their losses by example to losses/controls.npz.
 
@@ -169,21 +171,23 @@ def measure_controls(
         evaluated: what was measured already: evaluations/{name}.json by name.
         more: controls that are no merges, by name: each is made from the population.
     """
-    groups = w.config.merge.controls
+    groups = ctx.config.merge.controls
     split = (
-        "test" if w.splits.get("test") is not None and w.config.evaluation.loss else "validation"
+        "test"
+        if ctx.splits.get("test") is not None and ctx.config.evaluation.loss
+        else "validation"
     )
-    examples = w.splits.get(split)
+    examples = ctx.splits.get(split)
     if (
         not groups
         or examples is None
         or len(examples) < 2
-        or (w.directory / "controls.json").is_file()
+        or (ctx.directory / "controls.json").is_file()
     ):
         return
     population = stock()
-    listed = controls.controls(groups, population.count, _selections(w.config), w.config.seed)
-    validation = w.splits.get("validation")
+    listed = controls.controls(groups, population.count, _selections(ctx.config), ctx.config.seed)
+    validation = ctx.splits.get("validation")
 
     def measured(of: Losses) -> controls.Measured:
         sums, counts = of(examples)
@@ -196,24 +200,24 @@ def measure_controls(
     tokens = measure(population.base, examples)[1]
     known = _known(evaluated, listed) if split == "test" else {}
     found = controls.measure(
-        population, listed, known, lambda one: measured(functools.partial(measure, one)), w.say
+        population, listed, known, lambda one: measured(functools.partial(measure, one)), ctx.log
     )
     for name, made in more.items():
         found[name] = measured(made(population))
-        w.say(f"  {name}: {float((found[name].losses * tokens).sum() / tokens.sum()):.4f}")
+        ctx.log(f"  {name}: {float((found[name].losses * tokens).sum() / tokens.sum()):.4f}")
     compared = controls.compare(
-        listed, found, tokens, resamples=w.config.evaluation.bootstrap, seed=w.config.seed
+        listed, found, tokens, resamples=ctx.config.evaluation.bootstrap, seed=ctx.config.seed
     )
     whole = io.BytesIO()
     losses = np.stack([one.losses for one in found.values()])
     np.savez(whole, names=np.array(list(found)), ids=examples.ids, losses=losses, tokens=tokens)
-    write_bytes(w.directory / "losses" / "controls.npz", whole.getvalue())
-    write_json(w.directory / "controls.json", {"split": split, **compared})
+    write_bytes(ctx.directory / "losses" / "controls.npz", whole.getvalue())
+    write_json(ctx.directory / "controls.json", {"split": split, **compared})
 
 
 def unmerged(
-    w: "Workshop", measure: Callable[..., Any], base: Callable[[], Tree]
-) -> dict[str, Callable[[Stock], Losses]]:
+    ctx: "RunContext", measure: Callable[..., Any], base: Callable[[], Tree]
+) -> dict[str, Callable[[Population], Losses]]:
     """Return the controls that the config asks for and that are no merges, by name: the logit ensemble, and the long single run.
 
     Args:
@@ -221,29 +225,29 @@ def unmerged(
         measure: gives the losses of a model on examples, or with `members="ensemble"` of a population as an ensemble.
         base: gives what the single run starts from.
     """
-    members = w.config.population.members
+    members = ctx.config.population.members
 
-    def ensemble(stock: Stock) -> Losses:
+    def ensemble(stock: Population) -> Losses:
         return functools.partial(measure, stock.members, members="ensemble")
 
-    def single(stock: Stock) -> Losses:
-        config = _long_run(w.config, w.mesh.shape["order"])
+    def single(stock: Population) -> Losses:
+        config = _long_run(ctx.config, ctx.mesh.shape["order"])
         if not (config.directory / "metrics" / "state.json").is_file():
-            w.say(f"  training of one run of {config.training.epochs} epochs")
+            ctx.log(f"  training of one run of {config.training.epochs} epochs")
             waves.train(
                 config,
-                w.model,
+                ctx.model,
                 base,
-                w.splits["train"],
-                w.mesh,
-                w.say,
-                held_out=w.splits.get("validation"),
+                ctx.splits["train"],
+                ctx.mesh,
+                ctx.log,
+                held_out=ctx.splits.get("validation"),
             )
         home = waves.home(config, 0)
         return functools.partial(
             measure,
             trained.restore_member(
-                config, w.model, w.mesh, 0, dtype=str(stock.dtype), directory=home
+                config, ctx.model, ctx.mesh, 0, dtype=str(stock.dtype), directory=home
             ),
         )
 
@@ -251,7 +255,7 @@ def unmerged(
         "ensemble": ("logit ensemble of the members", ensemble),
         "single": (f"one run of {members} times the epochs", single),
     }
-    return dict(known[group] for group in w.config.merge.controls if group in known)
+    return dict(known[group] for group in ctx.config.merge.controls if group in known)
 
 
 def _long_run(config: Config, groups: int) -> Config:

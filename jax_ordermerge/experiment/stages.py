@@ -42,16 +42,16 @@ from jax_ordermerge.merge.methods import registry
 from jax_ordermerge.model import kernels, llama, lora
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report import run_report as reports
-from jax_ordermerge.search.candidates import Stock
+from jax_ordermerge.search.candidates import Population
 from jax_ordermerge.train import batches, trackers
 from jax_ordermerge.train import members as trained
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 GREEDY_SOUP = "greedy_soup"  # the one method that needs to see how good its candidates are
 
 
 @dataclasses.dataclass(frozen=True)
-class Workshop:
+class RunContext:
     """What the stages share: the config, the hardware, the base model and the data.
 
     Attributes:
@@ -68,7 +68,7 @@ class Workshop:
     model: ModelConfig
     tokenizer: Any
     splits: dict[str, Examples]
-    say: Say
+    log: Log
     saved: Callable[[], None] | None = None
 
     @property
@@ -86,7 +86,7 @@ def start(config: Config) -> None:
     processes.start_distributed(**config.distributed.model_dump())
 
 
-def prepare(config: Config, say: Say) -> Workshop:
+def prepare(config: Config, log: Log) -> RunContext:
     """Start the processes, make the mesh, read model and data, and check all of it against each other.
 
     Raises:
@@ -146,46 +146,48 @@ def prepare(config: Config, say: Say) -> Workshop:
         )
     if config.merge.auto is not None:
         search.check(config, splits, config.merge.auto, model)
-    return Workshop(config, mesh, base, model, tokenizer, splits, say)
+    return RunContext(config, mesh, base, model, tokenizer, splits, log)
 
 
-def with_validation(w: Workshop, file: Path) -> Workshop:
+def with_validation(ctx: RunContext, file: Path) -> RunContext:
     """Return the workshop with validation examples from a file of their own, by the rules of the config's data."""
-    data = w.config.data.model_copy(update={"test": str(file), "test_limit": None})
-    examples = source.load_examples(data, w.tokenizer, "test", seed=w.config.seed)
+    data = ctx.config.data.model_copy(update={"test": str(file), "test_limit": None})
+    examples = source.load_examples(data, ctx.tokenizer, "test", seed=ctx.config.seed)
     assert examples is not None
-    return dataclasses.replace(w, splits=w.splits | {"validation": examples})
+    return dataclasses.replace(ctx, splits=ctx.splits | {"validation": examples})
 
 
-def refer(w: Workshop) -> Workshop:
+def add_reference_logprobs(ctx: RunContext) -> RunContext:
     """Give preference pairs the log-probabilities of their responses under the base: measured once, kept in the run directory.
 
     Raises:
         UserError: what is kept there is of other pairs or of another base.
     """
-    if w.config.objective.kind != "dpo":
-        return w
-    of = f"{dpo_reference.base_digest(w.config, w.base)} {w.config.base_dtype} {w.config.model.compute_dtype}"
+    if ctx.config.objective.kind != "dpo":
+        return ctx
+    of = f"{dpo_reference.base_digest(ctx.config, ctx.base)} {ctx.config.base_dtype} {ctx.config.model.compute_dtype}"
     base = functools.cache(
-        lambda: base_params(w, w.config.base_dtype)
+        lambda: base_params(ctx, ctx.config.base_dtype)
     )  # as training holds it, so that its first margins are 0
 
     def measured(name: str) -> np.ndarray:
-        examples = w.splits[name]
-        w.say(f"reference: the base on {len(examples)} pairs of {name}")
-        sums, _ = _sums(w, base(), examples, dpo_reference.Progress(w.say, name, 2 * len(examples)))
+        examples = ctx.splits[name]
+        ctx.log(f"reference: the base on {len(examples)} pairs of {name}")
+        sums, _ = _sums(
+            ctx, base(), examples, dpo_reference.Progress(ctx.log, name, 2 * len(examples))
+        )
         return -sums.astype(np.float32)
 
     return dataclasses.replace(
-        w,
+        ctx,
         splits={
             name: dpo_reference.with_reference(
                 examples,
-                w.directory / "reference" / f"{name}.npz",
+                ctx.directory / "reference" / f"{name}.npz",
                 of,
                 functools.partial(measured, name),
             )
-            for name, examples in w.splits.items()
+            for name, examples in ctx.splits.items()
         },
     )
 
@@ -193,51 +195,53 @@ def refer(w: Workshop) -> Workshop:
 # ------------------------------------------------------------------------------------------------------------------------ training
 
 
-def train(w: Workshop) -> None:
+def train(ctx: RunContext) -> None:
     """Fine-tune the members; see `waves.py` and `train/loop.py`."""
-    described = {name: _described(examples) for name, examples in w.splits.items()}
-    if w.config.data.packing != "none":
-        described["train"]["packing"] = batches.make_plan(w.config, w.splits["train"]).packing
-    write_json(w.directory / "data.json", described)
+    described = {name: _described(examples) for name, examples in ctx.splits.items()}
+    if ctx.config.data.packing != "none":
+        described["train"]["packing"] = batches.make_plan(ctx.config, ctx.splits["train"]).packing
+    write_json(ctx.directory / "data.json", described)
     for name, one in described.items():
-        w.say(
+        ctx.log(
             f"  {name}: {one['source']}, "
             + ", ".join(f"{count} {what}" for what, count in one["counts"].items())
         )
         if "packing" in one:
-            w.say(
+            ctx.log(
                 "  {kind}: up to {examples} examples in a row of {length} tokens, {filled:.1%} no padding".format(
                     **one["packing"]
                 )
             )
-    if w.config.lora is not None:
+    if ctx.config.lora is not None:
         low, full = (
             sum(math.prod(spec.shape) for spec in table)
-            for table in (lora.table(w.model, w.config.lora), tensor_table(w.model))
+            for table in (lora.table(ctx.model, ctx.config.lora), tensor_table(ctx.model))
         )
-        w.say(
-            f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {w.config.base_dtype}"
+        ctx.log(
+            f"  lora: {low:,} parameters a member are trained, {full:,} of the base are held once in {ctx.config.base_dtype}"
         )
-    base = functools.partial(base_params, w, w.config.base_dtype)
-    sample = sample_generations.sampler(w.config, w.model, w.tokenizer, w.mesh, w.splits)
-    held_out = w.splits.get("validation")
+    base = functools.partial(base_params, ctx, ctx.config.base_dtype)
+    sample = sample_generations.sampler(ctx.config, ctx.model, ctx.tokenizer, ctx.mesh, ctx.splits)
+    held_out = ctx.splits.get("validation")
     waves.train(
-        w.config,
-        w.model,
+        ctx.config,
+        ctx.model,
         base,
-        w.splits["train"],
-        w.mesh,
-        w.say,
+        ctx.splits["train"],
+        ctx.mesh,
+        ctx.log,
         held_out=held_out,
         sample=sample,
-        saved=w.saved,
+        saved=ctx.saved,
     )
 
 
-def look(w: Workshop, count: int, profile: Path | None) -> None:
+def look(ctx: RunContext, count: int, profile: Path | None) -> None:
     """Take the first steps of the training, say how fast they are, and leave nothing but the profile asked for."""
-    base = functools.partial(base_params, w, w.config.base_dtype)
-    w.say(str(waves.look(w.config, w.model, base, w.splits["train"], w.mesh, count, profile)))
+    base = functools.partial(base_params, ctx, ctx.config.base_dtype)
+    ctx.log(
+        str(waves.look(ctx.config, ctx.model, base, ctx.splits["train"], ctx.mesh, count, profile))
+    )
 
 
 def _described(examples: Examples) -> dict[str, Any]:
@@ -254,52 +258,55 @@ def _described(examples: Examples) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------------------- models
 
 
-def base_params(w: Workshop, dtype: str) -> tree.Tree:
+def base_params(ctx: RunContext, dtype: str) -> tree.Tree:
     """Return the base model, from its files or drawn at random as the config says."""
-    if w.config.model.init == "random":
-        params = llama.init_params(w.model, w.config.seed, w.mesh)
+    if ctx.config.model.init == "random":
+        params = llama.init_params(ctx.model, ctx.config.seed, ctx.mesh)
         return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
     return convert.load_params(
-        w.base, w.mesh, dtype=dtype, ignore=w.config.model.ignore_config_keys
+        ctx.base, ctx.mesh, dtype=dtype, ignore=ctx.config.model.ignore_config_keys
     )[1]
 
 
-def models(w: Workshop, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
+def models(ctx: RunContext, names: list[str]) -> Iterator[tuple[str, tree.Tree]]:
     """Yield `(name, parameters)` of the models asked for, in the dtype that is merged and served, merges as they were exported."""
-    kinds, dtype = model_names(w.config), w.config.merge.dtype
+    kinds, dtype = model_names(ctx.config), ctx.config.merge.dtype
     for name in names:
         if kinds[name] == "base":
-            yield name, base_params(w, dtype)
+            yield name, base_params(ctx, dtype)
         elif kinds[name] == "member":
             number = int(name.removeprefix("member_"))
-            home = waves.home(w.config, number)
+            home = waves.home(ctx.config, number)
             yield (
                 name,
                 trained.restore_member(
-                    w.config, w.model, w.mesh, number, dtype=dtype, directory=home
+                    ctx.config, ctx.model, ctx.mesh, number, dtype=dtype, directory=home
                 ),
             )
         else:
-            yield name, convert.load_params(w.directory / "merged" / name, w.mesh, dtype=dtype)[1]
+            yield (
+                name,
+                convert.load_params(ctx.directory / "merged" / name, ctx.mesh, dtype=dtype)[1],
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------------------- merging
 
 
-def merge(w: Workshop) -> None:
+def merge(ctx: RunContext) -> None:
     """Merge the population in device memory by every method of the config, export each, and say what it did."""
-    dtype, stock = w.config.merge.dtype, stock_of(w)
+    dtype, stock = ctx.config.merge.dtype, load_population(ctx)
     members, base = stock.members, stock.base
     done = {
         one["name"]: one
-        for one in (read_json(w.directory / "merge.json") or {"merges": []})["merges"]
+        for one in (read_json(ctx.directory / "merge.json") or {"merges": []})["merges"]
     }
-    for spec in w.config.merge.methods:
-        name = merge_name(spec, w.config.seed)
-        target = w.directory / "merged" / name
+    for spec in ctx.config.merge.methods:
+        name = merge_name(spec, ctx.config.seed)
+        target = ctx.directory / "merged" / name
         if name in done and (target / "config.json").is_file():
             continue
-        seed = w.config.seed if spec.seed is None else spec.seed
+        seed = ctx.config.seed if spec.seed is None else spec.seed
         settings: dict[str, Any] = {
             "method": spec.method,
             "seed": seed,
@@ -308,45 +315,49 @@ def merge(w: Workshop) -> None:
         }
         if spec.method == GREEDY_SOUP:
             merged, settings["parameters"] = data_dependent.merge_greedily(
-                w,
+                ctx,
                 members,
-                lambda params: _token_mean(*_losses(w, params, w.splits["validation"]))[0],
+                lambda params: _token_mean(*_losses(ctx, params, ctx.splits["validation"]))[0],
             )
         elif spec.method == "fisher":
-            merged = data_dependent.fisher(w, settings)
+            merged = data_dependent.fisher(ctx, settings)
         else:
-            merged = population.merge(members, base, w.model, dtype=dtype, **settings)
+            merged = population.merge(members, base, ctx.model, dtype=dtype, **settings)
         given = {
             "weights": None if spec.weights is None else list(spec.weights),
             "parameters": dict(spec.parameters),
         }
-        export.export(w, name, merged, {"merge_method": spec.method, **given, "seed": seed})
+        export.export(ctx, name, merged, {"merge_method": spec.method, **given, "seed": seed})
         done[name] = {
             "name": name,
             **settings,
-            "diagnostics": _diagnostics(w, name, stock, merged, settings),
+            "diagnostics": _diagnostics(ctx, name, stock, merged, settings),
         }
-        write_json(w.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
+        write_json(ctx.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
         del merged  # a search has the memory for one
-    if w.config.merge.auto is not None and not (
-        AUTO in done and (w.directory / "merged" / AUTO / "config.json").is_file()
+    if ctx.config.merge.auto is not None and not (
+        AUTO in done and (ctx.directory / "merged" / AUTO / "config.json").is_file()
     ):
         settings, merged = search_merge(
-            w, w.config.merge.auto, w.directory / "search", stock, w.directory / "merged" / AUTO
+            ctx,
+            ctx.config.merge.auto,
+            ctx.directory / "search",
+            stock,
+            ctx.directory / "merged" / AUTO,
         )
         done[AUTO] = {
             "name": AUTO,
             **settings,
-            "diagnostics": _diagnostics(w, AUTO, stock, merged, settings),
+            "diagnostics": _diagnostics(ctx, AUTO, stock, merged, settings),
         }
-        write_json(w.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
+        write_json(ctx.directory / "merge.json", {"dtype": dtype, "merges": list(done.values())})
 
 
 def search_merge(
-    w: Workshop,
+    ctx: RunContext,
     space: Search,
     directory: Path,
-    stock: Stock | None = None,
+    stock: Population | None = None,
     target: Path | None = None,
 ) -> tuple[dict[str, Any], tree.Tree]:
     """Choose a merge, export it, and return what it is and its parameters.
@@ -358,109 +369,112 @@ def search_merge(
         stock: the population, read from the checkpoints by default.
         target: for the model, by default none is written.
     """
-    stock = stock or stock_of(w)
-    found = search.search_space(w, stock, space, functools.partial(_losses, w), directory)
+    stock = stock or load_population(ctx)
+    found = search.search_space(ctx, stock, space, functools.partial(_losses, ctx), directory)
     merged = stock.build(found.winner)
     if target is not None:
-        export.export(w, AUTO, merged, search.recipe(found), search.story(found), target)
+        export.export(ctx, AUTO, merged, search.recipe(found), search.story(found), target)
     return search.settings(found.winner), merged
 
 
-def stock_of(w: Workshop) -> Stock:
+def load_population(ctx: RunContext) -> Population:
     """Read the trained population and its base into device memory, in the dtype that is merged and served."""
-    dtype = w.config.merge.dtype
-    return Stock(
-        w.model, waves.restore(w.config, w.model, w.mesh, dtype=dtype), base_params(w, dtype), dtype
+    dtype = ctx.config.merge.dtype
+    return Population(
+        ctx.model,
+        waves.restore(ctx.config, ctx.model, ctx.mesh, dtype=dtype),
+        base_params(ctx, dtype),
+        dtype,
     )
 
 
 def _diagnostics(
-    w: Workshop, name: str, stock: Stock, merged: tree.Tree, settings: dict[str, Any]
+    ctx: RunContext, name: str, stock: Population, merged: tree.Tree, settings: dict[str, Any]
 ) -> dict[str, Any]:
     # of a chosen merge only task vectors are told: its lambda is no parameter of a method
     given = settings if name != AUTO else {"method": AUTO, "seed": settings["seed"]}
-    found = population.measure_diagnostics(stock.members, stock.base, merged, w.model, **given)
+    found = population.measure_diagnostics(stock.members, stock.base, merged, ctx.model, **given)
     total = found["total"]
     # both are None where no member left the base
     said = ", ".join(
         f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None
     )
-    w.say(f"  {name}: {said or 'equal to the base'} -> {w.directory / 'merged' / name}")
+    ctx.log(f"  {name}: {said or 'equal to the base'} -> {ctx.directory / 'merged' / name}")
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------------------ analysis
 
 
-def analyze(w: Workshop) -> None:
+def analyze(ctx: RunContext) -> None:
     """Measure the final loss of every training sample under base, members and merges; regress it on the positions."""
-    file, names = w.directory / "losses" / "final.npz", list(model_names(w.config))
-    known = _known_losses(file, w.splits["train"])
-    for name, params in models(w, [name for name in names if name not in known]):
-        sums, tokens = _losses(w, params, w.splits["train"])
+    file, names = ctx.directory / "losses" / "final.npz", list(model_names(ctx.config))
+    known = _known_losses(file, ctx.splits["train"])
+    for name, params in models(ctx, [name for name in names if name not in known]):
+        sums, tokens = _losses(ctx, params, ctx.splits["train"])
         known[name] = (sums / tokens).astype(np.float32)
-        w.say(
-            f"  {name}: {sums.sum() / tokens.sum():.4f} {formatting.loss_unit(w.config.objective.model_dump())} on the training samples"
+        ctx.log(
+            f"  {name}: {sums.sum() / tokens.sum():.4f} {formatting.loss_unit(ctx.config.objective.model_dump())} on the training samples"
         )
-        _save_losses(file, known, w.splits["train"], tokens)
-    kinds = model_names(w.config)
+        _save_losses(file, known, ctx.splits["train"], tokens)
+    kinds = model_names(ctx.config)
     members = [known[name] for name in names if kinds[name] == "member"]
     orders = batches.draw_orders(
-        w.config, w.splits["train"].lengths, range(w.config.population.members)
+        ctx.config, ctx.splits["train"].lengths, range(ctx.config.population.members)
     )
     found = imbalance.analyze(
         np.stack(members),
-        _positions(w, orders),
+        _positions(ctx, orders),
         {name: known[name] for name in names if kinds[name] == "merge"},
         base_losses=known["base"],
-        warmup_fraction=_warmup_fraction(w, orders),
-        bins=w.config.analysis.bins,
-        bootstrap=w.config.analysis.bootstrap,
-        permutations=w.config.analysis.permutations,
-        seed=w.config.seed,
+        warmup_fraction=_warmup_fraction(ctx, orders),
+        bins=ctx.config.analysis.bins,
+        bootstrap=ctx.config.analysis.bootstrap,
+        permutations=ctx.config.analysis.permutations,
+        seed=ctx.config.seed,
     )
-    write_json(w.directory / "analysis.json", found)
+    write_json(ctx.directory / "analysis.json", found)
 
 
 def _losses(
-    w: Workshop,
+    ctx: RunContext,
     params: tree.Tree,
     examples: Examples,
     members: Literal["each", "ensemble"] = "each",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return summed losses and numbers of response tokens, float64[n] each, of one model; of pairs their losses and ones."""
-    return _counted(w, examples, *_sums(w, params, examples, members=members))
+    return _counted(ctx, examples, *_sums(ctx, params, examples, members=members))
 
 
 def _counted(
-    w: Workshop, examples: Examples, sums: np.ndarray, tokens: np.ndarray
+    ctx: RunContext, examples: Examples, sums: np.ndarray, tokens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     if examples.rejected is None:
         return sums, tokens
-    return dpo_reference.losses(w.config.objective, examples, sums, tokens).astype(
+    return dpo_reference.losses(ctx.config.objective, examples, sums, tokens).astype(
         np.float64
     ), np.ones(len(examples))
 
 
 def _sums(
-    w: Workshop,
+    ctx: RunContext,
     params: tree.Tree,
     examples: Examples,
     tell: Callable[[int], None] | None = None,
     members: Literal["each", "ensemble"] = "each",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return summed token losses and numbers of response tokens, float64[n] each, of pairs [n, 2]."""
-    flat, settings, dtype = examples.sequences, w.config, w.config.model.compute_dtype
+    flat, settings, dtype = examples.sequences, ctx.config, ctx.config.model.compute_dtype
     lengths = pack.bucket_lengths(flat.longest, settings.data.buckets)
     sums, tokens = scoring.losses(
-        w.model,
+        ctx.model,
         params,
         flat,
         batch=settings.analysis.batch,
         lengths=lengths,
         dtype=dtype,
-        mesh=w.mesh,
-        kernel=kernels.choose(settings.model.attention, w.model, w.mesh, dtype=dtype),
+        mesh=ctx.mesh,
+        kernel=kernels.choose(settings.model.attention, ctx.model, ctx.mesh, dtype=dtype),
         members=members,
         tell=tell,
     )
@@ -491,79 +505,79 @@ def _save_losses(
     write_bytes(file, whole.getvalue())
 
 
-def _positions(w: Workshop, orders: np.ndarray) -> np.ndarray:
+def _positions(ctx: RunContext, orders: np.ndarray) -> np.ndarray:
     """Return float64[M, E, n] in [0, 1]; see `order.positions`."""
     return np.stack(
-        [[order.positions(epoch, len(w.splits["train"])) for epoch in own] for own in orders]
+        [[order.positions(epoch, len(ctx.splits["train"])) for epoch in own] for own in orders]
     )
 
 
-def _warmup_fraction(w: Workshop, orders: np.ndarray) -> float:
-    warmup = w.config.training.warmup
+def _warmup_fraction(ctx: RunContext, orders: np.ndarray) -> float:
+    warmup = ctx.config.training.warmup
     return warmup if warmup < 1 else min(1.0, warmup / (orders.shape[1] * orders.shape[2]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(w: Workshop) -> None:
+def evaluate(ctx: RunContext) -> None:
     """Measure every model on held-out data: loss, perplexity and the tasks of the config."""
-    kinds, rows = model_names(w.config), _evaluated(w)
-    losses = functools.partial(_losses, w)
-    more = search.unmerged(w, losses, functools.partial(base_params, w, w.config.base_dtype))
-    search.measure_controls(w, functools.partial(stock_of, w), losses, rows, more)
+    kinds, rows = model_names(ctx.config), _evaluated(ctx)
+    losses = functools.partial(_losses, ctx)
+    more = search.unmerged(ctx, losses, functools.partial(base_params, ctx, ctx.config.base_dtype))
+    search.measure_controls(ctx, functools.partial(load_population, ctx), losses, rows, more)
     write_json(
-        w.directory / "evaluations.json",
+        ctx.directory / "evaluations.json",
         {"split": "test", "models": [rows[name]["summary"] for name in kinds]},
     )
 
 
-def _evaluated(w: Workshop) -> dict[str, Any]:
+def _evaluated(ctx: RunContext) -> dict[str, Any]:
     """Return evaluations/{name}.json of every model, measured now where it is not there. No model is left in memory."""
-    kinds = model_names(w.config)
-    rows = {name: read_json(w.directory / "evaluations" / f"{name}.json") for name in kinds}
+    kinds = model_names(ctx.config)
+    rows = {name: read_json(ctx.directory / "evaluations" / f"{name}.json") for name in kinds}
     for name, params, generate in _answering(
-        w, [name for name, row in rows.items() if row is None]
+        ctx, [name for name, row in rows.items() if row is None]
     ):
-        rows[name] = _evaluate_one(w, name, kinds[name], params, generate)
-        write_json(w.directory / "evaluations" / f"{name}.json", rows[name])
+        rows[name] = _evaluate_one(ctx, name, kinds[name], params, generate)
+        write_json(ctx.directory / "evaluations" / f"{name}.json", rows[name])
         shown = rows[name]["summary"]
         said = [
             f"{task} {100 * one['accuracy']:.1f} % +- {100 * one['se']:.1f}"
             for task, one in shown["tasks"].items()
         ]
         loss = [] if shown["loss"] is None else [f"loss {shown['loss']:.4f}"]
-        w.say(f"  {name}: " + ", ".join([*loss, *said]))
+        ctx.log(f"  {name}: " + ", ".join([*loss, *said]))
     return rows
 
 
 def _answering(
-    w: Workshop, names: list[str]
+    ctx: RunContext, names: list[str]
 ) -> Iterator[tuple[str, tree.Tree, harness.Generate | None]]:
     """Yield models, each with what lets it write: in one program with the others that fit beside it."""
     dtype, batch, compute = (
-        w.config.merge.dtype,
-        w.config.evaluation.batch,
-        w.config.model.compute_dtype,
+        ctx.config.merge.dtype,
+        ctx.config.evaluation.batch,
+        ctx.config.model.compute_dtype,
     )
-    if all(task.kind in LIKELIHOODS for task in w.config.evaluation.tasks):  # nobody writes
-        yield from ((name, params, None) for name, params in models(w, names))
+    if all(task.kind in LIKELIHOODS for task in ctx.config.evaluation.tasks):  # nobody writes
+        yield from ((name, params, None) for name, params in models(ctx, names))
         return
-    size = stack_models.fitting(w.config.population.members, w.model, w.mesh, dtype)
+    size = stack_models.fitting(ctx.config.population.members, ctx.model, ctx.mesh, dtype)
     for start in range(0, len(names), size):
         some = names[start : start + size]
         population = stack_models.stack(
-            (params for _, params in models(w, some)), len(some), w.model, w.mesh, dtype
+            (params for _, params in models(ctx, some)), len(some), ctx.model, ctx.mesh, dtype
         )
         writers = harness.generators(
-            w.model, population, w.tokenizer, batch=batch, dtype=compute, mesh=w.mesh
+            ctx.model, population, ctx.tokenizer, batch=batch, dtype=compute, mesh=ctx.mesh
         )
         for at, name in enumerate(some):
-            yield name, stack_models.take(population, at, w.model, w.mesh, dtype), writers[at]
+            yield name, stack_models.take(population, at, ctx.model, ctx.mesh, dtype), writers[at]
 
 
 def _evaluate_one(
-    w: Workshop, name: str, kind: str, params: tree.Tree, generate: harness.Generate | None
+    ctx: RunContext, name: str, kind: str, params: tree.Tree, generate: harness.Generate | None
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "name": name,
@@ -574,14 +588,14 @@ def _evaluate_one(
         "tokens": 0,
     }
     result: dict[str, Any] = {"ids": [], "losses": []}
-    test, held = w.splits.get("test"), w.splits.get("validation")
+    test, held = ctx.splits.get("test"), ctx.splits.get("validation")
     tasks: dict[str, Any] = {}
     items: dict[str, Any] = {}
     texts: dict[str, Any] = {}
     text_items: dict[str, Any] = {}
-    if test is not None and w.config.evaluation.loss:
-        measured = _sums(w, params, test)
-        sums, tokens = _counted(w, test, *measured)
+    if test is not None and ctx.config.evaluation.loss:
+        measured = _sums(ctx, params, test)
+        sums, tokens = _counted(ctx, test, *measured)
         mean, error = _token_mean(sums, tokens)
         summary |= {"loss": mean, "loss_se": error}
         if test.rejected is None:
@@ -595,14 +609,14 @@ def _evaluate_one(
             "losses": (sums / tokens).tolist(),
             "tokens": tokens.tolist(),
         }
-    validation = None if held is None else _token_mean(*_losses(w, params, held))[0]
-    subject = evaluating.subject(w.config, w.model, params, w.tokenizer, w.mesh, generate)
-    for task in w.config.evaluation.tasks:
-        found, rows = harness.run(task, subject, w.config.data, test=test, seed=w.config.seed)
+    validation = None if held is None else _token_mean(*_losses(ctx, params, held))[0]
+    subject = evaluating.subject(ctx.config, ctx.model, params, ctx.tokenizer, ctx.mesh, generate)
+    for task in ctx.config.evaluation.tasks:
+        found, rows = harness.run(task, subject, ctx.config.data, test=test, seed=ctx.config.seed)
         if task.kind == OUTPUTS:
             write_json(
-                w.directory / "outputs" / task.name / f"{name}.json",
-                evaluating.signed(rows, f"{w.config.name}/{name}"),
+                ctx.directory / "outputs" / task.name / f"{name}.json",
+                evaluating.signed(rows, f"{ctx.config.name}/{name}"),
             )
         elif task.kind == "perplexity":
             texts[task.name], text_items[task.name] = found, rows
@@ -622,7 +636,7 @@ def _token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------------------------------------------- report
 
 
-def report(w: Workshop) -> None:
+def report(ctx: RunContext) -> None:
     """Write report.html and report.md from the run directory."""
     if jax.process_index() == 0:
-        reports.write(w.directory)
+        reports.write(ctx.directory)

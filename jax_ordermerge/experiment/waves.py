@@ -21,12 +21,12 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.layout import read_json, write_bytes, write_json
-from jax_ordermerge.hardware import ROOM
+from jax_ordermerge.hardware import MEMORY_FRACTION
 from jax_ordermerge.plan import compiled
 from jax_ordermerge.train import batches, loop, recorder
 from jax_ordermerge.train import benchmark as looks
 from jax_ordermerge.train import members as trained
-from jax_ordermerge.train.benchmark import Look
+from jax_ordermerge.train.benchmark import StepTiming
 from jax_ordermerge.tree import Tree
 
 _FILE = "waves.json"
@@ -38,21 +38,21 @@ def train(
     base: Callable[[], Tree],
     examples: Examples,
     mesh: Mesh,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     held_out: Examples | None = None,
     saved: Callable[[], None] | None = None,
     sample: loop.Sample | None = None,
 ) -> None:
     """Fine-tune the members, in as many waves as `population.wave` or the memory of the devices asks for; see `loop.train`."""
-    waves = _divided(config, model, mesh, say)
+    waves = _divided(config, model, mesh, log)
     if len(waves) == 1:
         loop.train(
             config, model, base, examples, mesh, held_out=held_out, sample=sample, saved=saved
         )
         return
     for number, members in enumerate(waves):
-        say(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
+        log(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
         own: dict[str, Any] = {"members": members, "directory": _room(config, number)}
         loop.train(
             config,
@@ -76,7 +76,7 @@ def look(
     mesh: Mesh,
     count: int,
     profile: Path | None,
-) -> Look:
+) -> StepTiming:
     """Look at the first steps of the training, or of its first wave; see `train/look.py`."""
     members = _divided(config, model, mesh, lambda text: None)[0]
     plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
@@ -125,7 +125,7 @@ def size_of_wave(members: int, groups: int, needs: compiled.Needs, limit: int) -
     # members of a group are trained one after another: only what is kept of them grows with their number
     fixed = needs.temporaries + needs.shared
     each = (needs.arguments - needs.shared) / (members // groups)
-    fitting = math.floor((ROOM * limit - fixed) / each)
+    fitting = math.floor((MEMORY_FRACTION * limit - fixed) / each)
     if fitting < 1:
         raise UserError(
             f"one member needs {(each + fixed) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} are there; divide it over more"
@@ -136,7 +136,7 @@ def size_of_wave(members: int, groups: int, needs: compiled.Needs, limit: int) -
 
 
 def _divided(
-    config: Config, model: ModelConfig, mesh: Mesh, say: Callable[[str], None]
+    config: Config, model: ModelConfig, mesh: Mesh, log: Callable[[str], None]
 ) -> list[list[int]]:
     """Return the members of each wave; what was decided once stays, on whatever devices the training goes on."""
     known = _known(config)
@@ -155,8 +155,8 @@ def _divided(
             raise UserError(
                 f"{config.directory} holds a training of all members at once; choose another output directory for waves"
             )
-        say(f"  {members} members in {len(waves)} waves of {size}")
-        with processes.together("write waves.json"):
+        log(f"  {members} members in {len(waves)} waves of {size}")
+        with processes.barrier("write waves.json"):
             write_json(config.directory / _FILE, waves)
     return waves
 

@@ -70,12 +70,12 @@ def moments(
     """
     models = [jnp.atleast_1d(x) for x in (*members, merged)]
     base = jnp.atleast_1d(base)
-    taus = [x.astype(jnp.float32) - base.astype(jnp.float32) for x in models]
+    task_vectors = [x.astype(jnp.float32) - base.astype(jnp.float32) for x in models]
     same = [to_bits(x) == to_bits(base) for x in models]
     everywhere = same[0]
     for flag in same[1:-1]:
         everywhere = everywhere & flag
-    products = [taus[i] * taus[j] for i, j in _pairs(len(taus))]
+    products = [task_vectors[i] * task_vectors[j] for i, j in _pairs(len(task_vectors))]
     operands = products + [flag.astype(jnp.float32) for flag in (*same, everywhere)]
     # one reduction of many operands reads the tensors once; counts below 2^24 a row are exact in float32
     sums = jax.lax.reduce(

@@ -81,13 +81,13 @@ def merge_plan(
     with _workspace(out, _fingerprint(plan, shard_bytes)) as (partial, resumed):
         with ShardFiles(partial, table, plan.out_dtype, shard_bytes) as files:
             left = _read_journals(partial, plan) if resumed else {}
-            with processes.together(f"create {out}"):
+            with processes.barrier(f"create {out}"):
                 if not left and index == 0:
                     files.create()
             job = _Job(
                 plan, files, slab_elements, with_diagnostics, partial / f"{_JOURNAL}-{index}"
             )
-            with processes.together(f"merge {out}"):
+            with processes.barrier(f"merge {out}"):
                 # each process its share; the files are on storage that all of them see
                 job.run(
                     plan.outputs[index::count],
@@ -95,7 +95,7 @@ def merge_plan(
                     workers or len(os.sched_getaffinity(0)) + 1,
                     progress,
                 )
-        with processes.together(f"finish {out}"):
+        with processes.barrier(f"finish {out}"):
             done = _read_journals(partial, plan)
         if index == 0:
             for journal in partial.glob(f"{_JOURNAL}-*"):
@@ -109,7 +109,7 @@ def _workspace(out: str | Path, fingerprint: str) -> Iterator[tuple[Path, bool]]
     """Yield `atomic.resumable_directory`, which process 0 makes and renames for all of them."""
     with contextlib.ExitStack() as stack:
         found = None
-        with processes.together(f"open {out}"):
+        with processes.barrier(f"open {out}"):
             if jax.process_index() == 0:
                 found = stack.enter_context(atomic.resumable_directory(out, fingerprint))
         resumed = processes.broadcast(found is not None and found[1])
@@ -282,7 +282,9 @@ class _Job:
 
         needs_base = registry.METHODS[output.method].needs_base(output.parameters)
         rounding = (
-            rng.stream_words(self.plan.seed, "round", output.name) if self.plan.stochastic else None
+            rng.stream_key_bits(self.plan.seed, "round", output.name)
+            if self.plan.stochastic
+            else None
         )
         program = {
             "method": output.method,
@@ -505,8 +507,8 @@ def _merge_slab(
     width = math.gcd(count, parts.BLOCK)
     own = [x.reshape(-1)[:count].reshape(-1, width) for x in (*part.members, base, result)]
     # compared in what is stored in the end
-    *taus, start, end = [parts.as_stored(x, out) for x in own]
-    moments = diagnostics.moments(taus, start, end)
+    *task_vectors, start, end = [parts.as_stored(x, out) for x in own]
+    moments = diagnostics.moments(task_vectors, start, end)
     if registry.redraws(method, dict(static)):
         first = jax.tree.map(lambda x: x.reshape(-1)[:count], (part.members, part.base))
         looked_at = part._replace(members=first[0], base=first[1])

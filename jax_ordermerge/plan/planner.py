@@ -14,7 +14,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.hardware import ROOM, Topology, find, parse
+from jax_ordermerge.hardware import MEMORY_FRACTION, Topology, find, parse
 from jax_ordermerge.plan import analytic, compiled, inputs, search
 from jax_ordermerge.plan.analytic import Step, Work
 from jax_ordermerge.plan.inputs import Inputs
@@ -26,7 +26,7 @@ _PROMPT = 0.5  # of data.max_length, where no example is at hand to say how long
 
 _HALVED = 4  # times a batch is halved at most, to find one that fits
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 _Job = Callable[[Config], compiled.Needs]
 
 
@@ -40,7 +40,7 @@ def make(
     tests: int | None = None,
     analytic_only: bool = False,
     look_further: bool = True,
-    say: Say = lambda message: None,
+    log: Log = lambda message: None,
 ) -> dict[str, Any]:
     """Plan an experiment for devices that need not be here.
 
@@ -78,7 +78,7 @@ def make(
         notes.append(
             "attention is compiled as plain XLA: cuDNN, which `run` takes where it may, needs less memory"
         )
-    planner = _Planner(model, where, work, read, compiles, say)
+    planner = _Planner(model, where, work, read, compiles, log)
     given = planner.option(config, {})
     found = planner.candidates(config, notes) if look_further and where.device else []
     recommended, chosen = planner.best(config, given, found)
@@ -135,7 +135,7 @@ class _Planner:
     work: Work
     read: Inputs
     compiles: bool
-    say: Say
+    log: Log
 
     # ---------------------------------------------------------------------------------------------------------------------- options
 
@@ -144,7 +144,7 @@ class _Planner:
         estimate = analytic.step(config, self.model, self.topology, self.work)
         if not self.compiles:
             return self._option(config, changes, estimate, {"source": "analytic"})
-        self.say(
+        self.log(
             f"compiling the training step for {self.topology.name}"
             + (f" with {_set(changes)}" if changes else "")
         )
@@ -191,10 +191,10 @@ class _Planner:
             "changes": changes,
             "members_at_once": members,
             "memory": dataclasses.asdict(step.memory)
-            | {"total": step.memory.total, "limit": device and ROOM * device.memory},
+            | {"total": step.memory.total, "limit": device and MEMORY_FRACTION * device.memory},
             "fits": None
             if device is None
-            else step.memory.total <= ROOM * device.memory and not more.get("refused"),
+            else step.memory.total <= MEMORY_FRACTION * device.memory and not more.get("refused"),
             "flops": {"model": members * self.work.flops, "executed_a_device": step.executed},
             "moved_bytes": step.moved,
             "traffic_bytes": dict(step.traffic),
@@ -294,7 +294,7 @@ class _Planner:
         first: dict[str, Any] = {}
         for _ in range(_HALVED + 1):
             batch = None if section is None else getattr(config, section).batch
-            self.say(f"compiling {name}" + (f" with {section}.batch={batch}" if first else ""))
+            self.log(f"compiling {name}" + (f" with {section}.batch={batch}" if first else ""))
             found = self._compiled(job, config)
             if not first:
                 first = found
@@ -311,7 +311,7 @@ class _Planner:
             needs = job(self.compilable(config))
         except compiled.TooLarge as error:
             return {"bytes": error.bytes, "fits": False}
-        fits = None if device is None else needs.bytes <= ROOM * device.memory
+        fits = None if device is None else needs.bytes <= MEMORY_FRACTION * device.memory
         sizes = {
             "bytes": needs.bytes,
             "arguments": needs.arguments,

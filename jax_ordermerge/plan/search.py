@@ -12,7 +12,7 @@ from jax_ordermerge import config as schema
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.hardware import ROOM, Topology
+from jax_ordermerge.hardware import MEMORY_FRACTION, Topology
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.analytic import Step, Work
 
@@ -61,7 +61,7 @@ def search(config: Config, model: ModelConfig, topology: Topology, work: Work) -
             step = analytic.step(changed, model, topology, work)
         except UserError:  # sizes that do not go together
             continue
-        if step.memory.total <= ROOM * topology.device.memory:
+        if step.memory.total <= MEMORY_FRACTION * topology.device.memory:
             found.append(
                 Candidate(
                     differences(config, changed, topology), changed, step, cost(changed, step)

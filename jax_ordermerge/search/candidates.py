@@ -114,7 +114,7 @@ def _short(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stock:
+class Population:
     """A population in device memory, with its base.
 
     Attributes:

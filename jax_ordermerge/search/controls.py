@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from jax_ordermerge.analysis import paired
-from jax_ordermerge.rng import stream_words
-from jax_ordermerge.search.candidates import BASE, Candidate, Stock, anchors
+from jax_ordermerge.rng import stream_key_bits
+from jax_ordermerge.search.candidates import BASE, Candidate, Population, anchors
 from jax_ordermerge.tree import Tree
 
 LAMBDAS = (0.5, 0.7, 0.8, 0.9, 1.1, 1.2, 1.4)  # beside 0, the base, and 1, the average
@@ -136,7 +136,7 @@ def _of_selection(groups: Collection[str], name: str, one: Candidate) -> list[Co
         )
     if "seeds" in groups and one.parameters.get("child") is None:
         for draw in range(1, SEEDS + 1):
-            other = int(stream_words(one.seed, "control", draw)[0])
+            other = int(stream_key_bits(one.seed, "control", draw)[0])
             found.append(
                 Control(
                     f"{name}, draw {draw + 1}",
@@ -148,11 +148,11 @@ def _of_selection(groups: Collection[str], name: str, one: Candidate) -> list[Co
 
 
 def measure(
-    stock: Stock,
+    stock: Population,
     listed: Sequence[Control],
     known: Mapping[str, Measured],
     measured: Callable[[Tree], Measured],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Measured]:
     """Return the losses of every control by name: made one at a time in device memory, nothing is written.
 
@@ -172,7 +172,7 @@ def measure(
                 jax.tree.map(lambda leaf: leaf.delete(), params)
         else:
             found[one.name] = known[one.name]
-    say(
+    log(
         f"  {len(listed)} controls, {len(listed) - len(known.keys() & found.keys())} of them measured now"
     )
     return found

@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_ordermerge.config.merge import Entry, Range, Search
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.rng import stream_words
+from jax_ordermerge.rng import stream_key_bits
 from jax_ordermerge.search.candidates import Candidate
 
 ROUNDS = 8  # in which an optimizer's budget is asked for: it learns between them
@@ -151,7 +151,7 @@ def _from(chosen: Mapping[str, Any]) -> Pick:
 
 
 def _random(space: Search, members: int, seed: int) -> list[Candidate]:
-    generator = np.random.default_rng(stream_words(seed, "search", "random"))
+    generator = np.random.default_rng(stream_key_bits(seed, "search", "random"))
 
     def pick(_: str, knob: Any) -> Any:
         return (
@@ -175,7 +175,7 @@ class _Optuna:
                 f"sampler {space.sampler} needs the extra search: pip install 'jax_ordermerge[search]', or use grid or random"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        number = int(stream_words(seed, "search", space.sampler)[0])
+        number = int(stream_key_bits(seed, "search", space.sampler)[0])
         if space.sampler == "tpe":
             chosen: Any = optuna.samplers.TPESampler(
                 seed=number, n_startup_trials=max(8, space.budget // 8), constant_liar=True

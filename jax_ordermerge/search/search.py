@@ -19,7 +19,7 @@ from jax_ordermerge.search.candidates import (
     MEMBER,
     Candidate,
     Measure,
-    Stock,
+    Population,
     anchors,
     check,
     unique,
@@ -79,7 +79,7 @@ def check_space(space: Search, members: int, model: ModelConfig, seed: int) -> N
 
 
 def find(
-    stock: Stock,
+    stock: Population,
     space: Search,
     validation: Examples,
     measure: Measure,
@@ -87,7 +87,7 @@ def find(
     seed: int,
     directory: Path,
     of: dict[str, Any],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Found:
     """Choose among base, members, their average and the candidates of a space.
 
@@ -122,7 +122,7 @@ def find(
         "validation": validation.digest,
     }
     with Journal(directory / "journal.jsonl", settings) as journal:
-        hunt = _Hunt(stock, parts, measure, journal, say)
+        hunt = _Hunt(stock, parts, measure, journal, log)
         hunt.begin(anchors(stock.count, seed), sizes)
         stopped = hunt.run(source)
     race, candidates = hunt.race, hunt.candidates
@@ -185,18 +185,18 @@ class _Hunt:
 
     def __init__(
         self,
-        stock: Stock,
+        stock: Population,
         parts: Sequence[Examples],
         measure: Measure,
         journal: Journal,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._stock, self._parts, self._measure, self._journal, self._say = (
             stock,
             parts,
             measure,
             journal,
-            say,
+            log,
         )
         self.candidates: list[Candidate] = []
         self._tokens: list[np.ndarray] = []

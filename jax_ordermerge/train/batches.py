@@ -146,7 +146,7 @@ class Plan:
     members: tuple[int, ...]
     orders: np.ndarray
     lengths: tuple[int, ...]
-    company: np.ndarray | None
+    population_orders: np.ndarray | None
 
     @property
     def epoch_steps(self) -> int:
@@ -208,8 +208,8 @@ class Plan:
         batch = pack.step_batch(
             self.examples, self.rows(step)[place], microbatch=self.microbatch, lengths=self.lengths
         )
-        if self.company is not None:
-            rows = self._at(self.company, step)
+        if self.population_orders is not None:
+            rows = self._at(self.population_orders, step)
             sizes = np.sort(np.where(rows < 0, 0, self.examples.lengths[rows]), axis=1).reshape(
                 len(rows), -1, self.microbatch
             )
@@ -233,11 +233,13 @@ def make_plan(
     chosen = tuple(everyone if members is None else members)
     lengths = row_lengths(config, examples.longest)
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
-    company = (
+    population_orders = (
         draw_orders(config, examples.lengths, everyone) if alike and len(lengths) > 1 else None
     )
     orders = draw_orders(config, examples.lengths, chosen)
-    return Plan(config, numbered, np.asarray(examples.ids), chosen, orders, lengths, company)
+    return Plan(
+        config, numbered, np.asarray(examples.ids), chosen, orders, lengths, population_orders
+    )
 
 
 def abstract_batch(plan: Plan, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

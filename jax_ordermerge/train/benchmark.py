@@ -20,7 +20,7 @@ from jax_ordermerge.tree import Tree
 _TRACED = 3  # steps in a profile
 
 
-class Look(NamedTuple):
+class StepTiming(NamedTuple):
     """What a look saw; rates are of all members together.
 
     Attributes:
@@ -54,7 +54,7 @@ def look(
     *,
     count: int,
     profile: Path | None = None,
-) -> Look:
+) -> StepTiming:
     """Take the first steps of a training and measure those after the first.
 
     Args:
@@ -103,4 +103,6 @@ def look(
     measured = count - traced
     seen = lines[measured]
     seconds = (seen["seconds"] - lines[1]["seconds"]) / (measured - 1)
-    return Look(compilation, seconds, seen["tokens_per_second"], seen["mfu"], seen["host_fraction"])
+    return StepTiming(
+        compilation, seconds, seen["tokens_per_second"], seen["mfu"], seen["host_fraction"]
+    )

@@ -170,24 +170,24 @@ class Training:
             else:
                 self._check_same(checkpoints.metadata(start), start)
                 if start < self.plan.steps:
-                    watch.say(
+                    watch.log(
                         f"continuing from step {start} of {self.plan.steps} ({self.directory})"
                     )
                 state, best = self._restore(checkpoints, start)
             if self.config.training.ema is not None:
-                watch.say(
+                watch.log(
                     f"the members are averages of their weights (training.ema = {self.config.training.ema})"
                 )
             if self.config.training.mixing is not None:
-                watch.say(
+                watch.log(
                     f"members act on each other while they train (training.mixing = {self.config.training.mixing.kind})"
                 )
             if self.config.training.checkpoint == "best":
-                watch.say(
+                watch.log(
                     "each member is what it was at its lowest validation loss (training.checkpoint = best)"
                 )
             if start == self.plan.steps:
-                watch.say(
+                watch.log(
                     f"training is already complete: {self.plan.steps} steps ({self.directory})"
                 )
             else:
@@ -258,7 +258,7 @@ class Training:
         watch: Watcher,
     ) -> validation.Best:
         if self.journal.peak is None:
-            watch.say(
+            watch.log(
                 f"MFU is not shown: the peak FLOP/s of device kind {self.device_kind!r} is not known"
             )
         began = time.monotonic()

@@ -176,7 +176,7 @@ def _wash_leaf(
     if not chances.any():
         return x
     words = jnp.asarray(
-        np.stack([rng.stream_words(seed, "wash", name) for name in spec.hf_names()])
+        np.stack([rng.stream_key_bits(seed, "wash", name) for name in spec.hf_names()])
     )
     layers = x.reshape(len(x), len(words), -1, spec.hf_shape[-1])
     one = functools.partial(wash, cut=tile(layers.shape[2:], chances.max()), mesh=mesh)

@@ -238,7 +238,7 @@ def in_bfloat16(
         def one(path: Any, x: jax.Array) -> jax.Array:
             if not stochastic:
                 return x.astype(jnp.bfloat16)
-            words = jnp.asarray(rng.stream_words(0, "moments", jax.tree_util.keystr(path)))
+            words = jnp.asarray(rng.stream_key_bits(0, "moments", jax.tree_util.keystr(path)))
             return hash_rng.round_stochastically(
                 x, hash_rng.random_words(words, hash_rng.element_index(x.shape), count)
             )

@@ -16,7 +16,7 @@ _PAUSE = 10.0  # seconds between plain lines
 class Watcher(Protocol):
     """What the loop tells the world."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Take a message of one line."""
 
     def line(self, line: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a message."""
         self._console.print(text, markup=False)
 
@@ -107,7 +107,7 @@ class Display:
         if now - self._shown < _PAUSE and line["step"] < self._steps:
             return
         self._shown = now
-        self.say(f"step {line['step']}/{self._steps}  {text}  {self._left(line)} left")
+        self.log(f"step {line['step']}/{self._steps}  {text}  {self._left(line)} left")
 
     def _left(self, line: Mapping[str, Any]) -> str:
         # a resumed training counts from its first line, so that the pace is that of this machine

@@ -74,7 +74,7 @@ class Several:
 
     def __init__(self, watch: Watcher, trackers: Sequence[Tracker]) -> None:
         self._watch, self._trackers = watch, trackers
-        self.say = watch.say
+        self.log = watch.log
 
     def line(self, line: Mapping[str, Any]) -> None:
         """Hand a line on. The trackers come first: the watcher may end the training."""

@@ -187,7 +187,7 @@ def test_bad_input_is_one_line(folder, arguments, said, capsys):
 def test_tasks_inside_a_run(folder, tasks, tmp_path):
     shutil.copytree(folder / "base", tmp_path / "base")
     file = tiny.make_config(tmp_path, evaluation={"tasks": tasks})
-    directory = pipeline.run(load_config(file), say=lambda line: None)
+    directory = pipeline.run(load_config(file), log=lambda line: None)
     models = json.loads((directory / "evaluations.json").read_text())["models"]
     assert all(
         set(model["tasks"]) == {"choosing", "shown"} and set(model["texts"]) == {"pages"}

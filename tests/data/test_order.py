@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jax_ordermerge.data.order import LEVELS, digest, order_indices, permutation, places, positions
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.rng import stream_words
+from jax_ordermerge.rng import stream_key_bits
 
 # member 0 epoch 0, member 1 epoch 0, member 3 epoch 2 of 103 examples in batches of 8 at seed 7, 4 members
 GOLDEN = {
@@ -63,7 +63,7 @@ def test_permutation_is_the_sort_of_philox_words():
             key = [(key[0] + 0x9E3779B97F4A7C15) & mask, (key[1] + 0xBB67AE8584CAA73B) & mask]
         return counter
 
-    low, high = map(int, stream_words(7, "golden"))
+    low, high = map(int, stream_key_bits(7, "golden"))
     words = [
         word for block in (1, 2, 3) for word in philox([block, 0, 0, 0], [low + (high << 32), 0])
     ]

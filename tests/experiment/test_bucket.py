@@ -72,7 +72,7 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(
 
     monkeypatch.setenv("ORDERMERGE_CACHE", str(tmp_path / "another"))
     said = []
-    copy = pipeline.run(load_config(folder / "tiny.yaml", settings), say=said.append)
+    copy = pipeline.run(load_config(folder / "tiny.yaml", settings), log=said.append)
     assert said[0] == f"{run} is copied to {copy}"
     assert said[-1] == f"done: {run}/report.html"
     lines = [
@@ -83,7 +83,7 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(
 
     on_disk = pipeline.run(
         load_config(folder / "tiny.yaml", [*SETTINGS, "name=disk", f"output={tmp_path / 'disk'}"]),
-        say=said.append,
+        log=said.append,
     )
     for name in (
         "merged/average/model.safetensors",

@@ -201,7 +201,7 @@ def test_merging_files_equals_the_merge_of_the_run(folder, tmp_path):
         model={"base": str(folder / "base"), "compute_dtype": "float32"},
         output=str(tmp_path / "run"),
     )
-    pipeline.run(read_config(config), through="merge", say=lambda line: None)
+    pipeline.run(read_config(config), through="merge", log=lambda line: None)
     members = [tmp_path / f"member{m}" for m in range(2)]
     for number, member in enumerate(members):
         assert call("convert", tmp_path / "run", member, "--member", number) == 0

@@ -28,7 +28,7 @@ def run(folder, tmp_path_factory):
         samples={"every": 3, "max_new_tokens": 4},
     )
     said = []
-    return pipeline.run(read_config(config), say=said.append), said
+    return pipeline.run(read_config(config), log=said.append), said
 
 
 def assert_same_tensors(one, other):

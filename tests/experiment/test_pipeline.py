@@ -29,7 +29,7 @@ def digests(directory: pathlib.Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def run(folder):
     said = []
-    directory = pipeline.run(load_config(folder / "tiny.yaml"), say=said.append)
+    directory = pipeline.run(load_config(folder / "tiny.yaml"), log=said.append)
     return directory, said
 
 
@@ -73,7 +73,7 @@ def test_every_part_of_the_run_directory_is_there(run):
 def test_second_call_does_nothing(run):
     directory, _ = run
     before, said = digests(directory), []
-    pipeline.run(read_config(directory), say=said.append)
+    pipeline.run(read_config(directory), log=said.append)
     assert said == [f"everything is done: {directory / 'report.html'}"]
     assert digests(directory) == before
 
@@ -89,7 +89,7 @@ def test_another_config_is_refused_with_the_difference(run, folder):
 def test_other_hardware_is_not_another_config(run, folder):
     said = []
     pipeline.run(
-        load_config(folder / "tiny.yaml", ["mesh.order=2", "training.log_every=1"]), say=said.append
+        load_config(folder / "tiny.yaml", ["mesh.order=2", "training.log_every=1"]), log=said.append
     )
     assert said[0].startswith("everything is done")
 
@@ -112,7 +112,7 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
         return original(model, population, *args, **settings)
 
     monkeypatch.setattr(harness.decode, "generate_members", counted)
-    pipeline.run(config, through="evaluate", say=lambda line: None)
+    pipeline.run(config, through="evaluate", log=lambda line: None)
     # five models, two members: the last stands alone, but every group of devices takes part
     assert sizes == [2, 2, 1 if groups == 1 else 2]
     for file in sorted((directory / "evaluations").glob("*.json")):
@@ -157,9 +157,9 @@ def test_interrupted_and_called_again_ends_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(room, name, fails)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run(config, say=lambda line: None)
+            pipeline.run(config, log=lambda line: None)
     assert not pipeline.complete(stage, config)
-    pipeline.run(config, say=lambda line: None)
+    pipeline.run(config, log=lambda line: None)
     for part in (
         "merged/average/model.safetensors",
         "merged/selection/model.safetensors",
@@ -181,7 +181,7 @@ def test_stages_alone_do_the_same(run, folder, tmp_path):
     directory, _ = run
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
     for stage in ("train", "merge"):
-        pipeline.run(config, through=stage, say=lambda line: None)
+        pipeline.run(config, through=stage, log=lambda line: None)
         assert pipeline.complete(stage, config)
         assert not pipeline.complete("evaluate", config)
     name = "merged/selection/model.safetensors"
@@ -198,7 +198,7 @@ def test_a_lost_merge_is_made_again(run, folder, tmp_path):
         .read_text()
         .replace(str(directory), str(tmp_path / "run"))
     )
-    pipeline.run(config, say=lambda line: None)
+    pipeline.run(config, log=lambda line: None)
     name = "merged/average/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (directory / name).read_bytes()
 
@@ -219,7 +219,7 @@ def test_packed_rows_are_described_and_analyzed_by_sample(folder, tmp_path):
     ]
     said = []
     directory = pipeline.run(
-        load_config(folder / "tiny.yaml", overrides), through="analyze", say=said.append
+        load_config(folder / "tiny.yaml", overrides), through="analyze", log=said.append
     )
     data = json.loads((directory / "data.json").read_text())["train"]
     # 40 examples of 9 tokens, three in a row of 32: 14 rows, in two steps of up to 8

@@ -123,7 +123,7 @@ def run(tmp_path_factory):
         },
     }
     (path / "programs.yaml").write_text(yaml.safe_dump(raw))
-    return pipeline.run(load_config(path / "programs.yaml"), say=lambda line: None)
+    return pipeline.run(load_config(path / "programs.yaml"), log=lambda line: None)
 
 
 def test_the_right_program_passes_and_the_wrong_one_fails(run):

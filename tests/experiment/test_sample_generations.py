@@ -21,7 +21,7 @@ def trained(folder, directory, *more):
     pipeline.run(
         load_config(folder / "tiny.yaml", [f"output={directory}", *more]),
         through="train",
-        say=lambda line: None,
+        log=lambda line: None,
     )
     return directory
 

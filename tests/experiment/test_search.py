@@ -39,7 +39,7 @@ def configured(folder, output, *changes):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     return pipeline.run(
-        configured(folder, tmp_path_factory.mktemp("auto") / "run"), say=lambda line: None
+        configured(folder, tmp_path_factory.mktemp("auto") / "run"), log=lambda line: None
     )
 
 
@@ -107,11 +107,11 @@ def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_losses", fails)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.search(config, space, out=tmp_path / "out", say=lambda line: None)
+            pipeline.search(config, space, out=tmp_path / "out", log=lambda line: None)
     with (tmp_path / "out" / "journal.jsonl").open("a") as journal:
         journal.write('{"candidate": {"meth')  # as a killed process leaves it
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl"}
-    page = pipeline.search(config, space, out=tmp_path / "out", say=lambda line: None)
+    page = pipeline.search(config, space, out=tmp_path / "out", log=lambda line: None)
     again = results(tmp_path / "out")
     assert again.pop("recalled") > whole.pop("recalled") == 0
     assert again.pop("seconds") != whole.pop("seconds")
@@ -126,7 +126,7 @@ def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path
             config,
             read_search(None, config.merge.auto, {"budget": 99}),
             out=tmp_path / "out",
-            say=lambda line: None,
+            log=lambda line: None,
         )
 
 
@@ -148,7 +148,7 @@ def test_two_models_more_than_the_members_are_in_memory_and_nothing_is_written(
         config,
         read_search(None, config.merge.auto, {}),
         out=tmp_path / "out",
-        say=lambda line: None,
+        log=lambda line: None,
     )
     model = sum(
         leaf.nbytes
@@ -187,7 +187,7 @@ def test_examples_of_two_splits_are_refused(run):
 def test_a_wrong_space_is_refused_before_anything_is_trained(folder, tmp_path):
     config = configured(folder, tmp_path / "run", "merge.auto.methods=[{method: tis}]")
     with pytest.raises(UserError, match="unknown merge method 'tis'"):
-        pipeline.run(config, say=lambda line: None)
+        pipeline.run(config, log=lambda line: None)
     assert not (tmp_path / "run").exists()
 
 
@@ -200,7 +200,7 @@ def test_results_go_to_a_disk(run):
             read_config(run),
             Search(),
             out=pathlib.Path("s3://bucket/search"),
-            say=lambda line: None,
+            log=lambda line: None,
         )
 
 
@@ -219,7 +219,7 @@ def test_a_run_without_validation_chooses_on_a_file_of_its_own(run, folder, tmp_
         out=tmp_path / "out",
         validation=file,
         export=False,
-        say=lambda line: None,
+        log=lambda line: None,
     )
     assert results(page.parent)["examples"] == 15
     assert not (tmp_path / "out" / "winner").exists()
@@ -229,7 +229,7 @@ def test_a_run_without_validation_chooses_on_a_file_of_its_own(run, folder, tmp_
 @pytest.mark.slow
 def test_the_single_run_costs_as_much_as_the_population(folder, tmp_path):
     config = configured(folder, tmp_path / "run", "merge.auto=null", "merge.controls=[single]")
-    directory = pipeline.run(config, say=lambda line: None)
+    directory = pipeline.run(config, log=lambda line: None)
     rows = {
         row["name"]: row for row in json.loads((directory / "controls.json").read_text())["rows"]
     }

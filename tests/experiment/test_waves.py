@@ -21,7 +21,7 @@ def both(folder, tmp_path_factory):
         config = load_config(
             folder / "tiny.yaml", [f"output={directory}", f"population.wave={wave}", *asks]
         )
-        made.append(pipeline.run(config, through="merge", say=said.append))
+        made.append(pipeline.run(config, through="merge", log=said.append))
     return *made, said
 
 
@@ -82,7 +82,7 @@ def test_what_was_decided_stays(both, folder):
     _, parts, _ = both
     config = load_config(folder / "tiny.yaml", [f"output={parts}", "population.wave=1"])
     said = []
-    pipeline.run(config, through="merge", say=said.append)
+    pipeline.run(config, through="merge", log=said.append)
     assert said == [f"everything is done: {parts}"]
 
 
@@ -93,7 +93,7 @@ def test_a_wave_must_fill_the_device_groups(folder, tmp_path):
     with pytest.raises(
         UserError, match=r"population\.wave = 1 is not a multiple of the order axis"
     ):
-        pipeline.run(config, through="train", say=lambda text: None)
+        pipeline.run(config, through="train", log=lambda text: None)
     assert not (tmp_path / "run").exists()
 
 

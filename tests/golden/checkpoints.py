@@ -94,15 +94,15 @@ def _tensor(
     changed = generator.random((len(MEMBERS), *shape)) < 0.5
     scale = 2.0**-10 if name == TINY else 0.25
     base = 1 + 0.1 * unit if len(shape) == 1 else scale * unit
-    taus = 0.4 * scale * (0.8 * shared + 0.6 * own)
+    task_vectors = 0.4 * scale * (0.8 * shared + 0.6 * own)
     if name == NEAR:
         small = generator.random(shape) < 0.6
-        base, taus = np.where(small, base / 128, base), taus / 32
+        base, task_vectors = np.where(small, base / 128, base), task_vectors / 32
         changed &= small
     if name == UNTOUCHED:
         changed[MEMBERS.index("c")] = False
     base = to_bfloat16(base)
-    members = np.where(changed, to_bfloat16(base + taus), base)
+    members = np.where(changed, to_bfloat16(base + task_vectors), base)
     flat = _distinct(
         members.reshape(len(MEMBERS), -1), base.reshape(-1), changed.reshape(len(MEMBERS), -1)
     )

@@ -32,8 +32,10 @@ def models(tiny):
     members, base = {}, {}
     for spec in arch.tensor_table(tiny):
         base[spec.path] = generator.normal(size=spec.shape).astype(np.float32)
-        taus = generator.normal(size=(4, *spec.shape)) * (generator.random((4, *spec.shape)) < 0.5)
-        members[spec.path] = base[spec.path][None] + (0.3 * taus).astype(np.float32)
+        task_vectors = generator.normal(size=(4, *spec.shape)) * (
+            generator.random((4, *spec.shape)) < 0.5
+        )
+        members[spec.path] = base[spec.path][None] + (0.3 * task_vectors).astype(np.float32)
     return tree.unflatten(members), tree.unflatten(base)
 
 

@@ -162,13 +162,13 @@ def test_a_random_recipe_of_one_member_keeps_what_mergekit_keeps(
     expected, found = recorded(f"random/{case}"), runs(case)
     names = list(golden_checkpoints.shapes())
     moved = [found[name] - inputs["base"][name] for name in names]
-    taus = [(inputs["a"][name] - inputs["base"][name]).astype(np.float64) for name in names]
+    task_vectors = [(inputs["a"][name] - inputs["base"][name]).astype(np.float64) for name in names]
     seeds = int(GOLDENS[f"random/{case}/seeds"])
     ours, theirs = (
         np.concatenate([(x != 0).sum(axis=0).ravel() for x in moved]),
         expected["kept"].astype(np.int64),
     )
-    changed = np.concatenate([(tau != 0).ravel() for tau in taus])
+    changed = np.concatenate([(tau != 0).ravel() for tau in task_vectors])
     assert (ours[~changed] == 0).all()
     # two binomial counts with a probability of their own in each element
     p = (ours + theirs)[changed] / (2 * seeds)
@@ -182,7 +182,7 @@ def test_a_random_recipe_of_one_member_keeps_what_mergekit_keeps(
     ):
         own = np.array(
             [
-                [of(x, tau) for x, tau in zip(one, taus, strict=True)]
+                [of(x, tau) for x, tau in zip(one, task_vectors, strict=True)]
                 for one in zip(*moved, strict=True)
             ]
         )

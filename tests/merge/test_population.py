@@ -166,9 +166,9 @@ def test_diagnostics_against_numpy(tiny, models):
 
 
 def check_numbers(numbers, members, base, merged):
-    taus = (members - base[None]).reshape(len(members), -1)
+    task_vectors = (members - base[None]).reshape(len(members), -1)
     tau = (merged - base).ravel()
-    gram, mean = taus @ taus.T, taus.mean(axis=0)
+    gram, mean = task_vectors @ task_vectors.T, task_vectors.mean(axis=0)
     norms = np.sqrt(np.diag(gram))
     close = {"rtol": 1e-5}
     np.testing.assert_allclose(numbers["cosines"], gram / np.outer(norms, norms), **close)
@@ -176,8 +176,8 @@ def check_numbers(numbers, members, base, merged):
     np.testing.assert_allclose(numbers["merged_norm"], np.linalg.norm(tau), **close)
     np.testing.assert_allclose(numbers["norm_ratio"], np.linalg.norm(tau) / norms.mean(), **close)
     np.testing.assert_allclose(numbers["lambda_eff"], tau @ mean / (mean @ mean), **close)
-    assert numbers["unchanged"] == [(row == 0).mean() for row in taus]
-    assert numbers["unchanged_by_all"] == (taus == 0).all(axis=0).mean()
+    assert numbers["unchanged"] == [(row == 0).mean() for row in task_vectors]
+    assert numbers["unchanged_by_all"] == (task_vectors == 0).all(axis=0).mean()
     assert numbers["merged_unchanged"] == (tau == 0).mean()
 
 
@@ -210,7 +210,7 @@ def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
         checked = registry.check(name, parameters)
         spread, out = population.without_members(members)
         known, static = parts.split(
-            registry.learn(parts.Whole([np.ones((64, 128))] * 4, None), name, checked)
+            registry.learn(parts.InMemoryTensor([np.ones((64, 128))] * 4, None), name, checked)
         )
         given = {
             "method": name,

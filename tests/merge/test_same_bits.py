@@ -29,9 +29,9 @@ MORE = [
     ("breadcrumbs", {"density": 0.5, "gamma": 0.2, "rescale": "norm"}, None),
     ("della", {"rescale": "norm"}, None),
     ("sce", {"select_topk": 0.4}, None),
-    ("nuslerp", {"granularity": "row", "of": "taus", "zero": "right_angle"}, (0.6, 0.2)),
+    ("nuslerp", {"granularity": "row", "of": "task_vectors", "zero": "right_angle"}, (0.6, 0.2)),
     ("nuslerp", {"granularity": "column"}, None),
-    ("karcher", {"of": "taus"}, (0.1, 0.7, 0.3, 0.2)),
+    ("karcher", {"of": "task_vectors"}, (0.1, 0.7, 0.3, 0.2)),
     ("model_stock", {"granularity": "row"}, None),
 ]
 IDS = [
@@ -48,8 +48,11 @@ def count_of(name):
 def sparse(shape, generator):
     """Four members and a base as bfloat16 training leaves them, as float32."""
     base = generator.normal(size=shape)
-    taus = 0.1 * generator.normal(size=(4, *shape)) * (generator.random((4, *shape)) < 0.5)
-    return [np.asarray(jnp.asarray(x, "bfloat16"), np.float32) for x in (base[None] + taus, base)]
+    task_vectors = 0.1 * generator.normal(size=(4, *shape)) * (generator.random((4, *shape)) < 0.5)
+    return [
+        np.asarray(jnp.asarray(x, "bfloat16"), np.float32)
+        for x in (base[None] + task_vectors, base)
+    ]
 
 
 QUICK = {"average", "selection", "ties", "dare_linear"}

@@ -47,7 +47,7 @@ def test_memory_and_flops_are_those_of_the_program_that_a_run_executes(tmp_path,
     monkeypatch.setattr(
         steps, "compile_step", lambda *given: executed.append(compile_step(*given)) or executed[-1]
     )
-    pipeline.run(load_config(file), through="train", say=lambda text: None)
+    pipeline.run(load_config(file), through="train", log=lambda text: None)
     monkeypatch.undo()
     memory = executed[0].memory_analysis()
     found = planner.make(load_config(file), "cpu:4", look_further=False)

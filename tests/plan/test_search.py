@@ -4,7 +4,7 @@ import pytest
 
 from jax_ordermerge.arch import ARCHITECTURES
 from jax_ordermerge.config import make_config
-from jax_ordermerge.hardware import ROOM, parse
+from jax_ordermerge.hardware import MEMORY_FRACTION, parse
 from jax_ordermerge.plan import analytic, search
 from jax_ordermerge.plan.analytic import Work
 from jax_ordermerge.train import flops
@@ -32,7 +32,7 @@ def test_the_best_come_first_and_always_the_same():
     assert all(later > 0.97 * best for later, best in zip(costs[1:], costs, strict=False))
     assert costs[0] < 1.02 * min(costs)
     for one in found:
-        assert one.step.memory.total <= ROOM * topology.device.memory
+        assert one.step.memory.total <= MEMORY_FRACTION * topology.device.memory
         changed = search.settings(CONFIG, topology) | one.changes
         assert changed == search.settings(one.config, topology)
 

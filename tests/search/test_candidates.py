@@ -14,7 +14,7 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
 from jax_ordermerge.search import controls
-from jax_ordermerge.search.candidates import Candidate, Stock, anchors, check
+from jax_ordermerge.search.candidates import Candidate, Population, anchors, check
 
 CONFIG = arch.ModelConfig(
     vocab_size=37, hidden_size=36, intermediate_size=50, num_layers=2, num_heads=3
@@ -28,16 +28,16 @@ def stored(tmp_path_factory):
     members, base = {}, {}
     for spec in arch.tensor_table(CONFIG):
         start = generator.normal(size=spec.shape)
-        taus = (
+        task_vectors = (
             0.1
             * generator.normal(size=(3, *spec.shape))
             * (generator.random((3, *spec.shape)) < 0.7)
         )
         members[spec.path], base[spec.path] = (
-            jnp.asarray(start + taus, "bfloat16"),
+            jnp.asarray(start + task_vectors, "bfloat16"),
             jnp.asarray(start, "bfloat16"),
         )
-    stock = Stock(CONFIG, tree.unflatten(members), tree.unflatten(base), "bfloat16")
+    stock = Population(CONFIG, tree.unflatten(members), tree.unflatten(base), "bfloat16")
     for i in range(3):
         convert.export(stock.members, CONFIG, root / f"member_{i}", dtype="bfloat16", member=i)
     convert.export(stock.base, CONFIG, root / "base", dtype="bfloat16")

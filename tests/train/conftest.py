@@ -25,7 +25,7 @@ class Recorder:
     def __init__(self, stop_at: int | None = None, on_line=None) -> None:
         self.said, self.lines, self.stop_at, self.on_line = [], [], stop_at, on_line
 
-    def say(self, text):
+    def log(self, text):
         self.said.append(text)
 
     def line(self, line):

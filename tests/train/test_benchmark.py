@@ -16,7 +16,7 @@ from tests.experiment.test_cli import call
 def test_a_look_writes_nothing_but_the_profile(folder, tmp_path):
     said = []
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
-    pipeline.look(config, steps=6, profile=tmp_path / "profile", say=said.append)
+    pipeline.look(config, steps=6, profile=tmp_path / "profile", log=said.append)
     assert "s a step" in said[-1]
     assert "tokens/s, MFU unknown for this device, host outside the compiled step" in said[-1]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -24,7 +24,7 @@ def test_a_look_writes_nothing_but_the_profile(folder, tmp_path):
     with pytest.raises(
         UserError, match="--steps 99: expected 2 to 10, the steps of the whole training"
     ):
-        pipeline.look(config, steps=99, say=said.append)
+        pipeline.look(config, steps=99, log=said.append)
 
 
 def test_a_profile_goes_with_steps(folder, tmp_path, capsys):

@@ -253,10 +253,10 @@ def test_member_alone_is_the_member_on_a_mesh_of_groups(
     tmp_path, train, tiny_model, same_bits, dtype
 ):
     sections = {"training": {"epochs": 1}, "model": {"compute_dtype": dtype}}
-    company, own = make_mesh(2, 2, 2), make_mesh(1, 2, 2)
-    both, _, _ = train(tmp_path / "both", company, **sections)
+    population_orders, own = make_mesh(2, 2, 2), make_mesh(1, 2, 2)
+    both, _, _ = train(tmp_path / "both", population_orders, **sections)
     alone, _, _ = train(tmp_path / "alone", own, members=(1,), **sections)
-    assert same_weights(alone, both, 0, 1, tiny_model, same_bits, own, company)
+    assert same_weights(alone, both, 0, 1, tiny_model, same_bits, own, population_orders)
 
 
 @pytest.mark.slow

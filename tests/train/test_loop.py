@@ -102,12 +102,12 @@ def test_member_alone_everywhere(
 ):
     sections = {"population": {"members": 4}, "model": {"compute_dtype": dtype}} | sections
     chosen = sections["population"]["members"] // 2
-    company, own = (make_mesh(*shape) for shape in shapes)
-    both = tiny_train(tmp_path / "both", company, **sections)
+    population_orders, own = (make_mesh(*shape) for shape in shapes)
+    both = tiny_train(tmp_path / "both", population_orders, **sections)
     alone = tiny_train(tmp_path / "alone", own, members=(chosen,), **sections)
     assert same_bits(
         tree.member(weights(alone, tiny_model), 0),
-        tree.member(weights(both, tiny_model, company), chosen),
+        tree.member(weights(both, tiny_model, population_orders), chosen),
     )
 
 
@@ -120,12 +120,12 @@ def test_member_alone_by_every_optimizer(tmp_path, tiny_train, tiny_model, same_
         "ema": 0.9,
         "moments_dtype": "bfloat16",
     }
-    company, own = make_mesh(2, 4, 1), make_mesh(1, 4, 1)
-    both = tiny_train(tmp_path / "both", company, **sections)
+    population_orders, own = make_mesh(2, 4, 1), make_mesh(1, 4, 1)
+    both = tiny_train(tmp_path / "both", population_orders, **sections)
     alone = tiny_train(tmp_path / "alone", own, members=(2,), **sections)
     assert same_bits(
         tree.member(weights(alone, tiny_model), 0),
-        tree.member(weights(both, tiny_model, company), 2),
+        tree.member(weights(both, tiny_model, population_orders), 2),
     )
 
 

@@ -255,15 +255,17 @@ def test_member_alone_is_the_member_of_a_population(
         "model": {"compute_dtype": "bfloat16" if fsdp > 1 else "float32"},
     }
     population = {"population": {"members": 4 if order > 1 else 2}}
-    company = low_train(tmp_path / "company", make_mesh(order, fsdp), **sections, **population)
+    population_orders = low_train(
+        tmp_path / "company", make_mesh(order, fsdp), **sections, **population
+    )
     alone = low_train(
         tmp_path / "alone", make_mesh(1, fsdp), members=(1,), **sections, **population
     )
-    count = company.config.population.members
-    together, own = state_of(company, tiny_model, count), state_of(alone, tiny_model, 1)
+    count = population_orders.config.population.members
+    together, own = state_of(population_orders, tiny_model, count), state_of(alone, tiny_model, 1)
     assert same_bits(tree.member(together, 1), tree.member(own, 0))
     assert not same_bits(tree.member(together, 1), tree.member(together, 0))
-    np.testing.assert_array_equal(company.losses()[1], alone.losses()[0])
+    np.testing.assert_array_equal(population_orders.losses()[1], alone.losses()[0])
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def naive_wash(x, key, done, fraction, cut):
 )
 def test_wash_is_the_naive_loop(shape, fraction):
     x = np.random.default_rng(0).standard_normal((M, *shape)).astype(np.float32)
-    key, cut = rng.stream_words(3, "wash", "w"), mixing.tile(shape, fraction)
+    key, cut = rng.stream_key_bits(3, "wash", "w"), mixing.tile(shape, fraction)
     ours = jax.jit(mixing.wash, static_argnames="cut")(
         x, key, jnp.uint32(5), jnp.float32(fraction), cut=cut
     )
@@ -83,7 +83,7 @@ def test_wash_takes_its_fraction_and_permutes_uniformly():
     out = np.asarray(
         mixing.wash(
             x,
-            jnp.asarray(rng.stream_words(0, "wash", "w")),
+            jnp.asarray(rng.stream_key_bits(0, "wash", "w")),
             jnp.uint32(1),
             jnp.float32(0.01),
             cut=cut,

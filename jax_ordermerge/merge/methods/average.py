@@ -15,7 +15,7 @@ from jax_ordermerge.merge.methods.selection import Rounds, quantize, selection_p
 
 Scale = Annotated[float, Field(allow_inf_nan=False)]
 Of = Literal[
-    "members", "taus"
+    "members", "task_vectors"
 ]  # what is merged: the models theta_i, or their task vectors, added to the base
 
 
@@ -43,8 +43,8 @@ def equal_weights(tensor: Tensor) -> np.ndarray:
 
 def linear_part(p: Part, *, coefficients: jax.Array, of: str) -> jax.Array:
     """Return sum_i c_i theta_i, or for task vectors theta_0 + sum_i c_i tau_i."""
-    if of == "taus":
-        return p.base_float() + combine(p.taus(), coefficients)
+    if of == "task_vectors":
+        return p.base_float() + combine(p.task_vectors(), coefficients)
     return combine(p.members, coefficients)
 
 
@@ -85,7 +85,7 @@ def task_arithmetic(
 
 def task_arithmetic_part(p: Part, *, weights: jax.Array, scale: jax.Array) -> jax.Array:
     """Return theta_0 + scale sum_i w_i tau_i."""
-    return p.base_float() + rounded(scale * combine(p.taus(), weights))
+    return p.base_float() + rounded(scale * combine(p.task_vectors(), weights))
 
 
 def norm_matched(tensor: Tensor) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def norm_matched(tensor: Tensor) -> dict[str, Any]:
     not: this is the control that tells length from selection.
     """
     w = equal_weights(tensor) / equal_weights(tensor).sum()
-    products = gram_matrix(tensor, "taus")
+    products = gram_matrix(tensor, "task_vectors")
     length, mean = w @ np.sqrt(np.diag(products)), np.sqrt(max(w @ products @ w, 0.0))
     return {
         "weights": np.float32(w),
@@ -153,7 +153,7 @@ def _gram_with_selected(
         resample_from=resample_from,
         granularity="element",
     )
-    return gram(p._replace(members=(*p.members, selected)), of="taus")
+    return gram(p._replace(members=(*p.members, selected)), of="task_vectors")
 
 
 def fisher(tensor: Tensor) -> dict[str, Any]:

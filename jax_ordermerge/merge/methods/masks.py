@@ -78,38 +78,40 @@ def sce_part(
     p: Part, *, weights: jax.Array, floor: jax.Array, selects: bool, **cut: jax.Array
 ) -> jax.Array:
     """Add the selected elements that agree in sign, weighted."""
-    taus = _selected(p, cut, selects)
+    task_vectors = _selected(p, cut, selects)
     # the sign is elected by the task vectors themselves, and not by the weighted ones as in TIES
-    positive = combine(taus, jnp.ones(len(taus), jnp.float32)) >= 0
-    agree = [jnp.where(positive, tau > 0, tau < 0) for tau in taus]
-    total = combine([jnp.where(a, tau, 0.0) for a, tau in zip(agree, taus, strict=True)], weights)
+    positive = combine(task_vectors, jnp.ones(len(task_vectors), jnp.float32)) >= 0
+    agree = [jnp.where(positive, tau > 0, tau < 0) for tau in task_vectors]
+    total = combine(
+        [jnp.where(a, tau, 0.0) for a, tau in zip(agree, task_vectors, strict=True)], weights
+    )
     divisor = jnp.maximum(combine(agree, weights), floor)
     return p.base_float() + total / jnp.where(divisor == 0, 1.0, divisor)
 
 
 def _selected(p: Part, cut: Known, selects: bool) -> list[jax.Array]:
-    taus = p.taus()
+    task_vectors = p.task_vectors()
     if not selects:
-        return taus
-    chosen = is_largest(_variance(taus), places(p), cut, 0)
-    return [jnp.where(chosen, tau, 0.0) for tau in taus]
+        return task_vectors
+    chosen = is_largest(_variance(task_vectors), places(p), cut, 0)
+    return [jnp.where(chosen, tau, 0.0) for tau in task_vectors]
 
 
-def _variance(taus: list[jax.Array]) -> jax.Array:
+def _variance(task_vectors: list[jax.Array]) -> jax.Array:
     """Return the bits of M times the variance over the members, uint32[*s]: 0 where all agree, and where it underflows."""
-    shifted = [tau - taus[0] for tau in taus]
+    shifted = [tau - task_vectors[0] for tau in task_vectors]
     # rounded: the cut is found by one program and used by another, which must agree to the last bit
-    mean = rounded(functools.reduce(jnp.add, shifted) * jnp.float32(1 / len(taus)))
+    mean = rounded(functools.reduce(jnp.add, shifted) * jnp.float32(1 / len(task_vectors)))
     square = functools.reduce(jnp.add, [rounded((x - mean) * (x - mean)) for x in shifted])
     return jax.lax.bitcast_convert_type(square, jnp.uint32)
 
 
 def _variances(p: Part) -> list[jax.Array]:
-    return [_variance(p.taus())]
+    return [_variance(p.task_vectors())]
 
 
 def _varied(p: Part) -> jax.Array:
-    return counts([_variance(p.taus()) > 0])[0]
+    return counts([_variance(p.task_vectors()) > 0])[0]
 
 
 def _energies(p: Part, cut: Known, *, selects: bool) -> jax.Array:
@@ -159,10 +161,10 @@ def ramplus_tl(
 
 def ram_part(p: Part, *, epsilon: jax.Array, unique: jax.Array) -> jax.Array:
     """Average the changes over those that made one; `unique` are the factors of what one alone changed."""
-    taus = p.taus()
-    changed, count = _changed(taus, epsilon)
-    kept = [jnp.where(c, tau, 0.0) for c, tau in zip(changed, taus, strict=True)]
-    ones = jnp.ones(len(taus), jnp.float32)
+    task_vectors = p.task_vectors()
+    changed, count = _changed(task_vectors, epsilon)
+    kept = [jnp.where(c, tau, 0.0) for c, tau in zip(changed, task_vectors, strict=True)]
+    ones = jnp.ones(len(task_vectors), jnp.float32)
     return p.base_float() + jnp.where(
         count > 1,
         combine(kept, ones) / jnp.maximum(count, 1).astype(jnp.float32),
@@ -170,8 +172,10 @@ def ram_part(p: Part, *, epsilon: jax.Array, unique: jax.Array) -> jax.Array:
     )
 
 
-def _changed(taus: list[jax.Array], epsilon: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    changed = [jnp.abs(tau) > epsilon for tau in taus]
+def _changed(
+    task_vectors: list[jax.Array], epsilon: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    changed = [jnp.abs(tau) > epsilon for tau in task_vectors]
     count = changed[0].astype(jnp.int32)
     for one in changed[1:]:
         count = count + one.astype(jnp.int32)
@@ -179,7 +183,7 @@ def _changed(taus: list[jax.Array], epsilon: jax.Array) -> tuple[list[jax.Array]
 
 
 def _shared_and_unique(p: Part, epsilon: jax.Array) -> jax.Array:
-    changed, count = _changed(p.taus(), epsilon)
+    changed, count = _changed(p.task_vectors(), epsilon)
     return counts([one & (count > 1) for one in changed] + [one & (count == 1) for one in changed])
 
 
@@ -222,10 +226,10 @@ def consensus_part(
     p: Part, *, weights: jax.Array, scale: jax.Array, threshold: jax.Array, k: jax.Array
 ) -> jax.Array:
     """Add the multi-task vector where enough members use it."""
-    taus = p.taus()
-    together = combine(taus, weights)
+    task_vectors = p.task_vectors()
+    together = combine(task_vectors, weights)
     used = jnp.zeros(together.shape, jnp.int32)
-    for i, tau in enumerate(taus):
+    for i, tau in enumerate(task_vectors):
         used = used + (jnp.abs(tau) >= threshold[i] * jnp.abs(together - tau)).astype(jnp.int32)
     return p.base_float() + rounded(scale * jnp.where(used >= k, together, 0.0))
 
@@ -248,7 +252,7 @@ def nearswap(tensor: Tensor, *, t: NotNegative) -> Known:
 
 def nearswap_part(p: Part, *, t: jax.Array) -> jax.Array:
     """Cut the change of each element to [-t, t]."""
-    (tau,), (own,) = p.taus(), p.floats()
+    (tau,), (own,) = p.task_vectors(), p.floats()
     return jnp.where(jnp.abs(tau) <= t, own, p.base_float() + jnp.sign(tau) * t)
 
 
@@ -310,7 +314,7 @@ def _floats(bits: np.ndarray) -> np.ndarray:
 
 
 def _importance(p: Part, divergence: jax.Array) -> jax.Array:
-    (tau,) = p.taus()
+    (tau,) = p.task_vectors()
     rows = tau.shape[0] if tau.ndim > 1 else 1
     own = jax.lax.dynamic_slice(divergence, (jnp.uint32(0) if p.row is None else p.row,), (rows,))
     return jnp.minimum(jnp.abs(tau).reshape(rows, -1) * own[:, None], LARGEST).reshape(tau.shape)
@@ -338,7 +342,7 @@ def _softmax_sums(p: Part, *, width: int) -> jax.Array:
 
 def _divergences(p: Part, shift: jax.Array, base: jax.Array, *, width: int) -> jax.Array:
     """Return the bits of KL of each row, uint32[rows], from the differences of log sum exp and the base's max and sum, float32[2, height]."""
-    q, tau = _whole_rows(p.base_float(), width), _whole_rows(p.taus()[0], width)
+    q, tau = _whole_rows(p.base_float(), width), _whole_rows(p.task_vectors()[0], width)
     start = jnp.uint32(0) if p.row is None else p.row
     own = jax.lax.dynamic_slice(
         jnp.stack([shift, base[0], base[1]]), (jnp.zeros_like(start), start), (3, len(tau))

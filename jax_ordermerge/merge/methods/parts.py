@@ -51,7 +51,7 @@ class Part(NamedTuple):
         assert self.base is not None
         return self.base.astype(jnp.float32)
 
-    def taus(self) -> list[jax.Array]:
+    def task_vectors(self) -> list[jax.Array]:
         """Return the task vectors tau_i = theta_i - theta_0, M arrays float32[*s]."""
         base = self.base_float()
         return [member - base for member in self.floats()]
@@ -180,7 +180,7 @@ def counts(flags: Sequence[jax.Array], axes: Sequence[int] | None = None) -> jax
 
 def gram(part: Part, *, of: str) -> list[jax.Array]:
     """Return the inner products of all pairs (apart, since stacking them would take longer than adding them up), to be asked for by `tensor.total(gram, of=...)`; see `gram_matrix`."""
-    vectors = part.taus() if of == "taus" else part.floats()
+    vectors = part.task_vectors() if of == "task_vectors" else part.floats()
     if of == "models":
         vectors.append(part.base_float())
     return [
@@ -195,11 +195,11 @@ def gram_matrix(tensor: Tensor, of: str) -> np.ndarray:
 
     Args:
         tensor: the tensor.
-        of: "members" (theta_i), "models" (theta_i, and theta_0 as the last), or "taus" (theta_i - theta_0).
+        of: "members" (theta_i), "models" (theta_i, and theta_0 as the last), or "task_vectors" (theta_i - theta_0).
 
     Example:
         >>> gram_matrix(
-        ...     Whole([jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])], None), "members"
+        ...     InMemoryTensor([jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])], None), "members"
         ... ).tolist()
         [[5.0, 2.0], [2.0, 1.0]]
     """
@@ -210,7 +210,7 @@ def gram_matrix(tensor: Tensor, of: str) -> np.ndarray:
     return out + np.triu(out, 1).T
 
 
-class Whole:
+class InMemoryTensor:
     """A tensor in one piece in memory, as a `Tensor`."""
 
     def __init__(

@@ -20,7 +20,14 @@ from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.hash_rng import random_words, round_stochastically
 from jax_ordermerge.merge.methods import average, masks, selection, sparsify, spherical
-from jax_ordermerge.merge.methods.parts import Part, Tensor, Whole, as_stored, split, stored
+from jax_ordermerge.merge.methods.parts import (
+    InMemoryTensor,
+    Part,
+    Tensor,
+    as_stored,
+    split,
+    stored,
+)
 
 Parameters = Mapping[str, Any]
 Unit = Literal["element", "row", "tensor"]
@@ -79,8 +86,8 @@ def _resamples(parameters: Parameters) -> bool:
     return bool(parameters["resample"] != 0)
 
 
-def _of_taus(parameters: Parameters) -> bool:
-    return bool(parameters["of"] == "taus")
+def _of_task_vectors(parameters: Parameters) -> bool:
+    return bool(parameters["of"] == "task_vectors")
 
 
 def _vector_unit(parameters: Parameters) -> Unit:
@@ -131,18 +138,22 @@ METHODS: dict[str, Method] = {
         spherical.nuslerp,
         spherical.nuslerp_part,
         "mergekit",
-        needs_base=_of_taus,
+        needs_base=_of_task_vectors,
         unit=_vector_unit,
         members=(2, 2),
     ),
     "multislerp": Method(
-        spherical.multislerp, average.linear_part, "mergekit", needs_base=_of_taus, weights="mean"
+        spherical.multislerp,
+        average.linear_part,
+        "mergekit",
+        needs_base=_of_task_vectors,
+        weights="mean",
     ),
     "karcher": Method(
         spherical.karcher,
         average.linear_part,
         "Karcher, CPAM 30 (1977)",
-        needs_base=_of_taus,
+        needs_base=_of_task_vectors,
         weights="mean",
     ),
     "model_stock": Method(
@@ -334,8 +345,8 @@ def key_words(
     if not draws:
         return np.zeros(2, np.uint32)
     if parameters.get("granularity") == "layer" and layer is not None:
-        return rng.stream_words(seed, draws, "layer", layer)
-    return rng.stream_words(seed, draws, hf_name)
+        return rng.stream_key_bits(seed, draws, "layer", layer)
+    return rng.stream_key_bits(seed, draws, hf_name)
 
 
 def apply(
@@ -421,7 +432,7 @@ def merge_tensor(
         if base is not None and METHODS[name].needs_base(checked)
         else None
     )
-    tensor = Whole(
+    tensor = InMemoryTensor(
         models, base, weights=check_weights(name, weights, len(models), checked), words=words
     )
     known, static = split(learn(tensor, name, checked))

@@ -173,7 +173,9 @@ def sample_masks(p: Part, *, low: jax.Array, step: jax.Array) -> list[jax.Array]
 
 def _sampled_unbiased(p: Part, *, low: jax.Array, step: jax.Array) -> list[jax.Array]:
     index, out = p.indices(), []
-    for i, (last, tau) in enumerate(zip(_last_sampled(p, low, step), p.taus(), strict=True)):
+    for i, (last, tau) in enumerate(
+        zip(_last_sampled(p, low, step), p.task_vectors(), strict=True)
+    ):
         probability = (last.astype(jnp.float32) + 1) * jnp.float32(2.0**-32)
         out.append(jnp.where(random_words(p.words, index, i) <= last, tau / probability, 0.0))
     return out
@@ -191,12 +193,12 @@ def masked(p: Part, thinning: str, known: Known) -> list[jax.Array]:
     """Return the thinned task vectors m_i tau_i, M arrays float32[*s]."""
     if thinning == "sample_unbiased":
         return _sampled_unbiased(p, **known)
-    taus = p.taus()
+    task_vectors = p.task_vectors()
     if thinning == "none":
-        return taus
+        return task_vectors
     return [
         jnp.where(mask, tau, 0.0)
-        for mask, tau in zip(MASKS[thinning](p, **known), taus, strict=True)
+        for mask, tau in zip(MASKS[thinning](p, **known), task_vectors, strict=True)
     ]
 
 
@@ -228,7 +230,7 @@ def _norms(p: Part, known: Known, *, thinning: str) -> jax.Array:
     return jnp.stack(
         [
             jnp.stack([block_sums(jnp.abs(x)) for x in xs])
-            for xs in (p.taus(), masked(p, thinning, known))
+            for xs in (p.task_vectors(), masked(p, thinning, known))
         ]
     )
 

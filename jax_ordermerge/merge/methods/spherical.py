@@ -98,14 +98,14 @@ def nuslerp_part(p: Part, *, of: str, granularity: Vectors, **known: Any) -> jax
     """Combine a part linearly, or find the arc of each row or column first."""
     if granularity == "tensor":
         return linear_part(p, of=of, **known)
-    first, second = p.taus() if of == "taus" else p.floats()
+    first, second = p.task_vectors() if of == "task_vectors" else p.floats()
     products = [
         _sums_along(x * y, granularity)
         for x, y in ((first, first), (second, second), (first, second))
     ]
     a, b = _arcs(products, **known)
     merged = rounded(a * first) + rounded(b * second)
-    return p.base_float() + merged if of == "taus" else merged
+    return p.base_float() + merged if of == "task_vectors" else merged
 
 
 def _arc(products: np.ndarray, t: float, lerp_above: float | None, zero: Zero) -> np.ndarray:
@@ -254,7 +254,7 @@ def model_stock(
     if granularity == "row" and len(tensor.shape) > 1:
         floors = np.array([norm_floor, -np.inf if t_floor is None else t_floor], np.float32)
         return {"floors": floors, "granularity": "row"}
-    products = gram_matrix(tensor, "taus")
+    products = gram_matrix(tensor, "task_vectors")
     i, j = np.triu_indices(tensor.count, 1)
     divisors = np.maximum(np.sqrt(products[i, i] * products[j, j]), norm_floor)
     cosine = np.mean(np.clip(products[i, j] / np.where(divisors > 0, divisors, 1), -1, 1))
@@ -270,13 +270,18 @@ def model_stock(
 def model_stock_part(p: Part, *, granularity: str, **known: Any) -> jax.Array:
     """Combine a part linearly, or find the t of each row first."""
     if granularity == "tensor":
-        return linear_part(p, of="taus", **known)
-    taus, count = p.taus(), len(p.members)
+        return linear_part(p, of="task_vectors", **known)
+    task_vectors, count = p.task_vectors(), len(p.members)
     t = _stock_ratios(
-        [[_sums_along(taus[i] * taus[j], "row") for j in range(i, count)] for i in range(count)],
+        [
+            [_sums_along(task_vectors[i] * task_vectors[j], "row") for j in range(i, count)]
+            for i in range(count)
+        ],
         **known,
     )
-    return p.base_float() + rounded(t * combine(taus, jnp.full(count, 1 / count, jnp.float32)))
+    return p.base_float() + rounded(
+        t * combine(task_vectors, jnp.full(count, 1 / count, jnp.float32))
+    )
 
 
 def _stock_ratios(products: list[list[jax.Array]], floors: jax.Array) -> jax.Array:

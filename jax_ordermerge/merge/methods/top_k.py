@@ -20,7 +20,7 @@ Values = Callable[..., Sequence[jax.Array]]
 
 def magnitudes(p: Part) -> list[jax.Array]:
     """Return the bits of |tau_i| as uint32, M arrays: integer order is the order of the magnitudes, NaN the largest."""
-    return [jax.lax.bitcast_convert_type(jnp.abs(tau), jnp.uint32) for tau in p.taus()]
+    return [jax.lax.bitcast_convert_type(jnp.abs(tau), jnp.uint32) for tau in p.task_vectors()]
 
 
 class Place(NamedTuple):
@@ -181,9 +181,11 @@ def cut_of_largest(tensor: Tensor, keep: np.ndarray, values: Values, *arrays: An
         `keep` where no value need be chosen (the cut then lies somewhere between two values).
 
     Example:
-        >>> from jax_ordermerge.merge.parts import Whole
+        >>> from jax_ordermerge.merge.parts import InMemoryTensor
         >>> found = cut_of_largest(
-        ...     Whole([jnp.array([1.0, 2.0, 2.0, 3.0])], jnp.zeros(4)), np.array([2]), magnitudes
+        ...     InMemoryTensor([jnp.array([1.0, 2.0, 2.0, 3.0])], jnp.zeros(4)),
+        ...     np.array([2]),
+        ...     magnitudes,
         ... )
         >>> float(found.cut.view(np.float32)[0]), found.above.tolist()
         (2.0, [1])

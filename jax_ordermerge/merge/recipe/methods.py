@@ -93,7 +93,7 @@ ZERO = {"zero": "right_angle"}  # mergekit's angle of a vector that has no direc
 
 
 def _of(given: Given) -> dict[str, str]:
-    return {"of": "taus" if given.base else "members"}
+    return {"of": "task_vectors" if given.base else "members"}
 
 
 def _linear(given: Given) -> Call:

@@ -53,7 +53,7 @@ class Aligned(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Rows:
+class RemappedVocabulary:
     """A model whose vocabulary is rearranged: row r of its embedding and its head is row `row[r]` of model `owner[r]`.
 
     Args:
@@ -193,7 +193,7 @@ class _Owners(NamedTuple):
             and (row == np.arange(len(row))).all()
         ):
             return source
-        return Rows(source, self.sources, owner, row)
+        return RemappedVocabulary(source, self.sources, owner, row)
 
     def _owner(self, number: int, key: Key) -> int:
         candidates = (number, *self.order)

@@ -64,11 +64,14 @@ def norm(x):
 @pytest.mark.parametrize("weights", [None, (1, 2, 5)])
 def test_norm_matched(shape, weights):
     base = generator.normal(size=shape).astype(np.float32)
-    taus = [np.abs(generator.normal(size=shape)) * size for size in (1, 0.5, 2)]
-    members = [(base + tau).astype(np.float32) for tau in taus]
-    taus = [member.astype(np.float64) - base for member in members]
+    task_vectors = [np.abs(generator.normal(size=shape)) * size for size in (1, 0.5, 2)]
+    members = [(base + tau).astype(np.float32) for tau in task_vectors]
+    task_vectors = [member.astype(np.float64) - base for member in members]
     w = np.full(3, 1 / 3) if weights is None else np.array(weights) / 8
-    mean, length = np.tensordot(w, np.stack(taus), 1), w @ [norm(tau) for tau in taus]
+    mean, length = (
+        np.tensordot(w, np.stack(task_vectors), 1),
+        w @ [norm(tau) for tau in task_vectors],
+    )
     got = merge_tensor("norm_matched", members, base=base, weights=weights)
     np.testing.assert_allclose(got, base + length / norm(mean) * mean, rtol=1e-6, atol=4e-6)
     assert norm(got - base) == pytest.approx(length, rel=1e-5)
@@ -109,11 +112,15 @@ def test_lambda_matched(settings, weights, dtype):
     selected = merge_tensor(
         "selection", members, base=base, weights=weights, words=words, dtype=dtype, **own
     )
-    taus = [np.asarray(x, np.float64) - np.asarray(base, np.float64) for x in (*members, selected)]
+    task_vectors = [
+        np.asarray(x, np.float64) - np.asarray(base, np.float64) for x in (*members, selected)
+    ]
     mean = np.tensordot(
-        np.full(3, 1 / 3) if weights is None else np.array(weights) / 8, np.stack(taus[:3]), 1
+        np.full(3, 1 / 3) if weights is None else np.array(weights) / 8,
+        np.stack(task_vectors[:3]),
+        1,
     )
-    scale = (taus[3] * mean).sum() / (mean * mean).sum()
+    scale = (task_vectors[3] * mean).sum() / (mean * mean).sum()
     assert scale > 1.3 if own["resample"] == "exhaustive" else scale > 0.8
     got = merge_tensor(
         "lambda_matched", members, base=base, weights=weights, words=words, dtype=dtype, **settings
@@ -125,7 +132,7 @@ def test_lambda_matched(settings, weights, dtype):
 
 
 def test_lambda_matched_of_an_unchanged_tensor_is_the_base():
-    words = rng.stream_words(0, "select", "a")
+    words = rng.stream_key_bits(0, "select", "a")
     assert np.array_equal(
         merge_tensor("lambda_matched", [BASE, BASE], base=BASE, words=words), BASE
     )

@@ -17,12 +17,14 @@ def population(shape, members=3, dtype="float32", seed=0, size=1.0):
     """Members with a sparse change of the base."""
     generator = np.random.default_rng(seed)
     base = jnp.asarray(generator.normal(size=shape), dtype)
-    taus = (
+    task_vectors = (
         size
         * generator.normal(size=(members, *shape))
         * (generator.random((members, *shape)) > 0.4)
     )
-    return (base.astype(jnp.float32)[None] + jnp.asarray(taus, jnp.float32)).astype(dtype), base
+    return (base.astype(jnp.float32)[None] + jnp.asarray(task_vectors, jnp.float32)).astype(
+        dtype
+    ), base
 
 
 def as_float64(*models):
@@ -40,23 +42,25 @@ def place(j):
 def naive_sce(members, base, topk, at_least=1, floor=0.0):
     """Select by a sort of the variance, ties by `place`; calculate the weights; erase the minority."""
     count, shape = len(members), base.shape
-    taus = (members - base).reshape(count, -1)
+    task_vectors = (members - base).reshape(count, -1)
     if topk < 1:
-        variance = np.array([0.0 if len(set(column)) == 1 else column.var() for column in taus.T])
+        variance = np.array(
+            [0.0 if len(set(column)) == 1 else column.var() for column in task_vectors.T]
+        )
         varied = (variance > 0).sum()
         keep = min(max(int(np.float32(varied) * np.float32(topk)), at_least), varied)
         chosen = np.zeros(base.size, bool)
         chosen[sorted(range(base.size), key=lambda j: (-variance[j], *place(j)))[:keep]] = True
-        taus = taus * chosen
-    energy = (taus**2).mean(axis=1)
+        task_vectors = task_vectors * chosen
+    energy = (task_vectors**2).mean(axis=1)
     known = energy.sum() > 0 and energy.sum() >= floor
     eta = energy / energy.sum() if known else np.full(count, 1 / count)
     out = base.ravel().copy()
     for j in range(base.size):
-        sign = 1 if taus[:, j].sum() >= 0 else -1
-        agree = np.sign(taus[:, j]) == sign
+        sign = 1 if task_vectors[:, j].sum() >= 0 else -1
+        agree = np.sign(task_vectors[:, j]) == sign
         if agree.any():
-            out[j] += (eta * taus[:, j])[agree].sum() / max(eta[agree].sum(), floor)
+            out[j] += (eta * task_vectors[:, j])[agree].sum() / max(eta[agree].sum(), floor)
     return out.reshape(shape)
 
 
@@ -98,15 +102,15 @@ def test_sce_selects_among_elements_that_vary_alone_and_breaks_ties_by_block():
 
 
 def naive_ram(members, base, epsilon, factors=None):
-    taus, out = members - base, base.copy()
+    task_vectors, out = members - base, base.copy()
     for position in np.ndindex(base.shape):
-        changed = [i for i, tau in enumerate(taus) if abs(tau[position]) > epsilon]
+        changed = [i for i, tau in enumerate(task_vectors) if abs(tau[position]) > epsilon]
         if len(changed) == 1:
-            out[position] += taus[changed[0]][position] * (
+            out[position] += task_vectors[changed[0]][position] * (
                 1 if factors is None else factors[changed[0]]
             )
         elif changed:
-            out[position] += np.mean([taus[i][position] for i in changed])
+            out[position] += np.mean([task_vectors[i][position] for i in changed])
     return out
 
 
@@ -142,9 +146,9 @@ def test_ramplus_tl(r, alpha, epsilon):
 
 
 def naive_consensus(members, base, thresholds, k, scale, weights):
-    taus, out = members - base, base.copy()
+    task_vectors, out = members - base, base.copy()
     for position in np.ndindex(base.shape):
-        own = taus[(slice(None), *position)]
+        own = task_vectors[(slice(None), *position)]
         together = len(own) * (weights * own).sum()
         used = sum(
             abs(tau) >= threshold * abs(together - tau)
@@ -248,7 +252,7 @@ def test_the_divergence_of_realistic_rows_is_not_rounding():
     member = base + jnp.asarray(
         1e-4 * generator.normal(size=(40, 1)) * generator.normal(size=(40, 2048)), jnp.float32
     )
-    known = masks.arcee_fusion(parts.Whole([member], base))
+    known = masks.arcee_fusion(parts.InMemoryTensor([member], base))
     m, b = as_float64(member, base)
     p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (m, b))
     np.testing.assert_allclose(known["divergence"], (p * np.log(p / q)).sum(axis=1), rtol=1e-3)
@@ -287,5 +291,7 @@ def test_order_statistics_are_those_of_a_sort(distinct):
     )
     values.ravel()[:3] = 0, 2**32 - 1, 2**32 - 1
     positions = [0, 1, 450, 900, math.prod(values.shape) - 1]
-    found = top_k.order_statistics(parts.Whole([jnp.asarray(values)], None), positions, _bits)
+    found = top_k.order_statistics(
+        parts.InMemoryTensor([jnp.asarray(values)], None), positions, _bits
+    )
     assert np.array_equal(found, np.sort(values.ravel())[positions])

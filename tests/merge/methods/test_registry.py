@@ -44,13 +44,13 @@ EVERY = [(name, REQUIRED.get(name, {})) for name in METHODS] + [
     ("breadcrumbs", {"density": 0.5, "gamma": 0.2, "rescale": "norm"}),
     ("della", {"rescale": "norm"}),
     ("sce", {"select_topk": 0.4}),
-    ("nuslerp", {"granularity": "row", "of": "taus"}),
+    ("nuslerp", {"granularity": "row", "of": "task_vectors"}),
     ("nuslerp", {"granularity": "column"}),
     ("model_stock", {"granularity": "row"}),
     ("passthrough", {"scale": 0.7}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in parameters.items())]) for name, parameters in EVERY]
-WORDS = rng.stream_words(0, "test")
+WORDS = rng.stream_key_bits(0, "test")
 sweep = pytest.mark.parametrize(("name", "parameters"), EVERY, ids=IDS)
 
 
@@ -62,7 +62,7 @@ def merge(name, parameters, members, base, weights=None, dtype="float32", words=
 
 def learn(name, parameters, members, base, weights=None):
     """What the method's parts must know: arrays, and what selects the program."""
-    tensor = parts.Whole(
+    tensor = parts.InMemoryTensor(
         list(members), base, weights=check_weights(name, weights, len(members)), words=WORDS
     )
     return parts.split(registry.learn(tensor, name, check(name, parameters)))
@@ -71,8 +71,12 @@ def learn(name, parameters, members, base, weights=None):
 def population_of(shape, count=3, dtype="float32", seed=0):
     generator = np.random.default_rng(seed)
     base = jnp.asarray(generator.normal(size=shape), dtype)
-    taus = generator.normal(size=(count, *shape)) * (generator.random((count, *shape)) < 0.6)
-    return (base.astype(jnp.float32)[None] + jnp.asarray(taus, jnp.float32)).astype(dtype), base
+    task_vectors = generator.normal(size=(count, *shape)) * (
+        generator.random((count, *shape)) < 0.6
+    )
+    return (base.astype(jnp.float32)[None] + jnp.asarray(task_vectors, jnp.float32)).astype(
+        dtype
+    ), base
 
 
 def dense(name, parameters):
@@ -118,7 +122,7 @@ def weights_for(name, weights):
     return weights
 
 
-class Abstract(parts.Whole):
+class Abstract(parts.InMemoryTensor):
     """A tensor without values: whatever is asked of it is 1."""
 
     def total(self, function, *arrays, reduce="sum", among=None, **static):
@@ -240,7 +244,7 @@ def test_one_trace_a_shape(name, parameters):
         given = other = None
     merge(name, first, members, base, given)
     before = registry.run._cache_size(), parts.measure._cache_size()
-    merge(name, second, members + 1, base, other, words=rng.stream_words(1, "other"))
+    merge(name, second, members + 1, base, other, words=rng.stream_key_bits(1, "other"))
     assert (registry.run._cache_size(), parts.measure._cache_size()) == before
 
 
@@ -268,7 +272,7 @@ def test_a_list_of_members_is_a_stack(name, parameters):
     assert np.array_equal(one, two)
 
 
-class Cut(parts.Whole):
+class Cut(parts.InMemoryTensor):
     """A tensor that is only seen in parts: runs of 512 elements, or of 16 rows, as the method allows."""
 
     def __init__(self, unit, members, base):
@@ -470,7 +474,7 @@ def test_permutations_are_uniform_and_independent():
         ]
         return np.unique(np.stack(found), axis=1, return_inverse=True)[1].reshape(-1)
 
-    one, other = permutations(WORDS), permutations(rng.stream_words(0, "another tensor"))
+    one, other = permutations(WORDS), permutations(rng.stream_key_bits(0, "another tensor"))
     assert one.max() == 23
     within_four_sigma(np.bincount(one), n, 1 / 24)
     within_four_sigma(np.bincount(24 * one + other), n, 1 / 576)
@@ -540,5 +544,5 @@ def test_keys_are_named_by_tensor_method_and_seed():
     assert own[0] == own[1] != own[2]
     assert (
         registry.key_words("selection", by_layer, 0, "embed", None).tolist()
-        == rng.stream_words(0, "select", "embed").tolist()
+        == rng.stream_key_bits(0, "select", "embed").tolist()
     )

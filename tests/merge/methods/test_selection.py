@@ -76,12 +76,14 @@ def naive_select(members, base, p, words, resample, resample_from, granularity):
 def sparse_members(shape, members=3, zeros=0.6, seed=0, dtype=jnp.bfloat16):
     generator = np.random.default_rng(seed)
     base = generator.normal(size=shape).astype(np.float32)
-    taus = generator.normal(size=(members, *shape)) * (generator.random((members, *shape)) > zeros)
-    return jnp.asarray(base + taus, dtype), jnp.asarray(base, dtype)
+    task_vectors = generator.normal(size=(members, *shape)) * (
+        generator.random((members, *shape)) > zeros
+    )
+    return jnp.asarray(base + task_vectors, dtype), jnp.asarray(base, dtype)
 
 
 KEY = rng.stream(5, "select", "t")
-WORDS = [int(w) for w in rng.stream_words(5, "select", "t")]
+WORDS = [int(w) for w in rng.stream_key_bits(5, "select", "t")]
 
 
 ROUNDS = [(0, "all"), (1, "all"), (1, "others"), (5, "others"), (12, "all"), ("exhaustive", "all")]

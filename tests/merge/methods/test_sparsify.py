@@ -14,7 +14,7 @@ from jax_ordermerge.merge.methods import parts, sparsify, top_k
 from jax_ordermerge.merge.methods.registry import merge_tensor
 from jax_ordermerge.mesh import make_mesh, sharding
 
-WORDS = rng.stream_words(3, "drop", "t")
+WORDS = rng.stream_key_bits(3, "drop", "t")
 
 
 def hashes(shape, key, round_=0):
@@ -23,7 +23,7 @@ def hashes(shape, key, round_=0):
 
 def thin(rule, delta, *arguments, member=0):
     """What a thinning leaves of one task vector, of `member + 1` equal ones."""
-    tensor = parts.Whole([delta] * (member + 1), jnp.zeros_like(delta), words=WORDS)
+    tensor = parts.InMemoryTensor([delta] * (member + 1), jnp.zeros_like(delta), words=WORDS)
     known, static = parts.split(rule(tensor, *arguments))
     (name,) = dict(static).values()
     return jax.jit(sparsify.masked, static_argnums=1)(tensor.part, name, known)[member]
@@ -84,8 +84,12 @@ def naive_generalized(members, base, weights, sparse, scale, consensus, normaliz
 def population(shape, members=3, dtype=np.float32, seed=0):
     generator = np.random.default_rng(seed)
     base = jnp.asarray(generator.normal(size=shape), dtype)
-    taus = generator.normal(size=(members, *shape)) * (generator.random((members, *shape)) > 0.3)
-    return (base.astype(jnp.float32)[None] + jnp.asarray(taus, jnp.float32)).astype(dtype), base
+    task_vectors = generator.normal(size=(members, *shape)) * (
+        generator.random((members, *shape)) > 0.3
+    )
+    return (base.astype(jnp.float32)[None] + jnp.asarray(task_vectors, jnp.float32)).astype(
+        dtype
+    ), base
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- trim
@@ -156,7 +160,7 @@ def test_drop_masks_are_bernoulli_and_independent():
 
 @pytest.mark.parametrize("start", [1, 8])
 def test_drop_of_a_slab_is_the_slab_of_the_drop(start):
-    tensor = parts.Whole([jnp.ones((9, 4))] * 2, jnp.zeros((9, 4)), words=WORDS)
+    tensor = parts.InMemoryTensor([jnp.ones((9, 4))] * 2, jnp.zeros((9, 4)), words=WORDS)
     known = sparsify.drop(tensor, 0.5)
     arrays = {"last": jnp.asarray(known["last"])}
     whole = sparsify.masked(tensor.part, "drop", arrays)[1]
@@ -171,7 +175,7 @@ def test_drop_of_a_slab_is_the_slab_of_the_drop(start):
 
 def test_rescaling_keeps_the_expectation_or_the_norm():
     delta = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
-    tensor = parts.Whole([delta], jnp.zeros_like(delta), words=WORDS)
+    tensor = parts.InMemoryTensor([delta], jnp.zeros_like(delta), words=WORDS)
     thinned = sparsify.drop(tensor, 0.2)
     sparse = np.asarray(thin(sparsify.drop, delta, 0.2))
     by_density, by_norm = (
@@ -180,7 +184,7 @@ def test_rescaling_keeps_the_expectation_or_the_norm():
     np.testing.assert_allclose(by_density, sparse / 0.2, rtol=1e-6)
     np.testing.assert_allclose(np.abs(by_norm).sum(), np.abs(delta).sum(), rtol=1e-5)
     assert sparsify.rescaling(tensor, thinned, 0.2, "none") == 1
-    nothing = parts.Whole([jnp.zeros_like(delta)], jnp.zeros_like(delta), words=WORDS)
+    nothing = parts.InMemoryTensor([jnp.zeros_like(delta)], jnp.zeros_like(delta), words=WORDS)
     assert sparsify.rescaling(nothing, sparsify.drop(nothing, 0.2), 0.2, "norm") == 1
 
 
@@ -335,13 +339,13 @@ def test_dare(rule, method, consensus):
 
 def test_dare_has_the_members_mean_in_expectation():
     members, base = population((6, 6))
-    tensor = parts.Whole(list(members), base)
+    tensor = parts.InMemoryTensor(list(members), base)
     known, static = parts.split(sparsify.dare_linear(tensor, density=0.5))
 
     def one(words):
         return sparsify.generalized_part(tensor.part._replace(words=words), **known, **dict(static))
 
-    words = np.stack([rng.stream_words(0, "drop", i) for i in range(400)])
+    words = np.stack([rng.stream_key_bits(0, "drop", i) for i in range(400)])
     found = np.asarray(jax.jit(jax.vmap(one))(words))
     sigma = found.std(axis=0) / np.sqrt(len(words))
     assert (
@@ -426,12 +430,12 @@ def test_della(method, consensus, normalize, rule):
 
 def test_della_has_the_members_mean_in_expectation():
     members, base = population((6, 6))
-    tensor = parts.Whole(list(members), base)
+    tensor = parts.InMemoryTensor(list(members), base)
     known, static = parts.split(sparsify.della_linear(tensor, density=0.5, epsilon=0.4))
     merge = jax.jit(functools.partial(sparsify.generalized_part, **known, **dict(static)))
     found = np.stack(
         [
-            merge(tensor.part._replace(words=jnp.asarray(rng.stream_words(0, "drop", i))))
+            merge(tensor.part._replace(words=jnp.asarray(rng.stream_key_bits(0, "drop", i))))
             for i in range(400)
         ]
     )

@@ -104,10 +104,12 @@ def naive_karcher(xs, w, max_iter=10, tol=1e-5):
 def naive_model_stock(members, base, along="tensor", clamp=1e-6, least=-np.inf):
     rows = [rows_of(np.asarray(x, np.float64) - base, along) for x in members]
     count, out = len(members), []
-    for taus in zip(*rows, strict=True):
+    for task_vectors in zip(*rows, strict=True):
         cosines = [
             np.clip(
-                taus[i] @ taus[j] / max(np.linalg.norm(taus[i]) * np.linalg.norm(taus[j]), clamp),
+                task_vectors[i]
+                @ task_vectors[j]
+                / max(np.linalg.norm(task_vectors[i]) * np.linalg.norm(task_vectors[j]), clamp),
                 -1,
                 1,
             )
@@ -117,7 +119,7 @@ def naive_model_stock(members, base, along="tensor", clamp=1e-6, least=-np.inf):
         c = np.mean(cosines)
         divisor = 1 + (count - 1) * c
         t = 0 if abs(divisor) < 1e-6 else count * c / divisor
-        out.append(max(t, least) * np.mean(taus, axis=0))
+        out.append(max(t, least) * np.mean(task_vectors, axis=0))
     return base + back(np.stack(out), base, along)
 
 
@@ -133,10 +135,10 @@ def test_slerp(shape, t):
 
 @shapes
 @pytest.mark.parametrize("along", ["tensor", "row", "column"])
-@pytest.mark.parametrize("of", ["members", "taus"])
+@pytest.mark.parametrize("of", ["members", "task_vectors"])
 def test_nuslerp(shape, along, of):
     members, base = draw(shape, 2)
-    start = base if of == "taus" else np.float32(0)
+    start = base if of == "task_vectors" else np.float32(0)
     t = 0.2 / 0.8
     expected = start + naive_arcs([x - start for x in members], t, along)
     got = merge_tensor("nuslerp", members, base=base, weights=(0.6, 0.2), of=of, granularity=along)
@@ -236,12 +238,17 @@ def test_multislerp(shape, weights, normalize):
         naive_multislerp(members, w),
         members,
     )
-    taus = [x.astype(np.float64) - base for x in members]
+    task_vectors = [x.astype(np.float64) - base for x in members]
     if np.size(base) > 1:  # single numbers of both signs may cancel
         got = merge_tensor(
-            "multislerp", members, base=base, weights=weights, normalize=normalize, of="taus"
+            "multislerp",
+            members,
+            base=base,
+            weights=weights,
+            normalize=normalize,
+            of="task_vectors",
         )
-        close(got, base + naive_multislerp(taus, w), [*members, base, 3 * taus[0]])
+        close(got, base + naive_multislerp(task_vectors, w), [*members, base, 3 * task_vectors[0]])
 
 
 def test_multislerp_where_directions_cancel():
@@ -249,10 +256,12 @@ def test_multislerp_where_directions_cancel():
     close(merge_tensor("multislerp", [a, -a]), 0 * a, [a])
     close(merge_tensor("multislerp", [a, -2 * a], weights=(1, 1)), -0.5 * a, [a])
     close(merge_tensor("multislerp", [a, b, -a, -b]), 0 * a, [a])
-    assert np.array_equal(merge_tensor("multislerp", [base] * 3, base=base, of="taus"), base)
+    assert np.array_equal(
+        merge_tensor("multislerp", [base] * 3, base=base, of="task_vectors"), base
+    )
     # one member left the tensor alone: the direction of the other, at half its length
     close(
-        merge_tensor("multislerp", [a, base], base=base, of="taus"),
+        merge_tensor("multislerp", [a, base], base=base, of="task_vectors"),
         base + 0.5 * (a.astype(np.float64) - base),
         [a, base],
     )
@@ -282,9 +291,11 @@ def test_karcher_with_weights_steps_and_task_vectors():
             naive_karcher(members, np.full(3, 1 / 3), steps),
             members,
         )
-    taus = [x.astype(np.float64) - base for x in members]
-    got = merge_tensor("karcher", members, base=base, weights=w.tolist(), of="taus", max_iter=60)
-    close(got, base + naive_karcher(taus, w, 60), [*members, base])
+    task_vectors = [x.astype(np.float64) - base for x in members]
+    got = merge_tensor(
+        "karcher", members, base=base, weights=w.tolist(), of="task_vectors", max_iter=60
+    )
+    close(got, base + naive_karcher(task_vectors, w, 60), [*members, base])
 
 
 def test_karcher_is_least_in_squared_angles():
@@ -307,7 +318,7 @@ def test_karcher_without_directions():
     zeros = np.zeros_like(a)
     assert np.array_equal(merge_tensor("karcher", [zeros, zeros]), zeros)
     close(merge_tensor("karcher", [a, zeros]), 0.5 * a, [a])
-    assert np.array_equal(merge_tensor("karcher", [base, base], base=base, of="taus"), base)
+    assert np.array_equal(merge_tensor("karcher", [base, base], base=base, of="task_vectors"), base)
     close(
         merge_tensor("karcher", [a, -a]), a, [a]
     )  # starts at the first; the other is opposite to it
@@ -390,20 +401,20 @@ METHODS = [
     ("lambda_matched", {"resample": 2, "resample_from": "others"}, (1, 2, 3, 5)),
     ("slerp", {"t": 0.3}, None),
     ("nuslerp", {}, (0.6, 0.2)),
-    ("nuslerp", {"of": "taus"}, (0.6, 0.2)),
+    ("nuslerp", {"of": "task_vectors"}, (0.6, 0.2)),
     ("nuslerp", {"granularity": "row"}, (0.6, 0.2)),
-    ("nuslerp", {"granularity": "row", "of": "taus", "zero": "right_angle"}, (0.6, 0.2)),
-    ("nuslerp", {"granularity": "column", "of": "taus"}, (0.6, 0.2)),
+    ("nuslerp", {"granularity": "row", "of": "task_vectors", "zero": "right_angle"}, (0.6, 0.2)),
+    ("nuslerp", {"granularity": "column", "of": "task_vectors"}, (0.6, 0.2)),
     ("multislerp", {}, None),
-    ("multislerp", {"of": "taus", "normalize": False}, (0.1, 0.7, 0.3, 0.2)),
-    ("karcher", {"of": "taus"}, (0.1, 0.7, 0.3, 0.2)),
+    ("multislerp", {"of": "task_vectors", "normalize": False}, (0.1, 0.7, 0.3, 0.2)),
+    ("karcher", {"of": "task_vectors"}, (0.1, 0.7, 0.3, 0.2)),
     ("model_stock", {}, None),
     ("model_stock", {"granularity": "row"}, None),
 ]
 sweep = pytest.mark.parametrize(("name", "parameters", "weights"), METHODS, ids=str)
 
 
-class Cut(parts.Whole):
+class Cut(parts.InMemoryTensor):
     """A tensor measured in runs of elements, as files are."""
 
     def __init__(self, size, *args, **kwargs):
@@ -488,16 +499,18 @@ def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shap
     assert np.array_equal(cut.merge(name, checked), whole)
 
 
-@pytest.mark.parametrize("of", ["members", "taus"])
+@pytest.mark.parametrize("of", ["members", "task_vectors"])
 def test_inner_products_on_a_mesh_have_the_same_bits(of):
     """A row is one block, cut over 8 devices: there XLA would contract a product and an addition that it keeps apart elsewhere."""
     members, base = draw((64, 256), 3)
-    whole = parts.gram_matrix(parts.Whole([jnp.asarray(x) for x in members], jnp.asarray(base)), of)
+    whole = parts.gram_matrix(
+        parts.InMemoryTensor([jnp.asarray(x) for x in members], jnp.asarray(base)), of
+    )
     layout = jax.sharding.NamedSharding(
         meshes.make_mesh(1, 8, 1), jax.sharding.PartitionSpec(None, "fsdp")
     )
     *members, base = jax.device_put((*members, base), layout)
-    assert np.array_equal(parts.gram_matrix(parts.Whole(members, base), of), whole)
+    assert np.array_equal(parts.gram_matrix(parts.InMemoryTensor(members, base), of), whole)
 
 
 @sweep
