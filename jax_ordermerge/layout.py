@@ -1,0 +1,316 @@
+"""The layout of a run directory: the only module in which paths inside one are spelled.
+
+Every package that reads or writes a run goes through `RunLayout`, and through the readers and
+writers below it. A file is written beside its name and renamed when it is complete, so a reader
+never sees half of one. With several processes all of them call a writer and process 0 writes.
+"""
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_ordermerge.checkpoint import atomic
+
+CONFIG = "config.yaml"  # what makes a directory a run directory
+_MEMBER = re.compile(r"member_(\d+)")
+
+
+def member_name(member: int) -> str:
+    """Return the name of a member, as in `RUN/member_3`.
+
+    Example:
+        >>> member_name(3), member_number("member_3"), member_number("average")
+        ('member_3', 3, None)
+    """
+    return f"member_{member}"
+
+
+def member_number(name: str) -> int | None:
+    """Return the number of a member from its name, or None where the name is of something else."""
+    match = _MEMBER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLayout:
+    """Paths inside a run directory. A wave has the same layout below `wave(n)`.
+
+    Example:
+        >>> layout = RunLayout(Path("runs/a"))
+        >>> str(layout.merged("average")), str(layout.wave(1).training_log)
+        ('runs/a/merged/average', 'runs/a/waves/1/metrics/train.jsonl')
+    """
+
+    root: Path
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the directory was written by a run."""
+        return self.config.is_file()
+
+    # ------------------------------------------------------------------ inputs and training
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.root / CONFIG
+
+    @property
+    def data(self) -> Path:
+        """Files, digests and counts of the examples."""
+        return self.root / "data.json"
+
+    @property
+    def orders(self) -> Path:
+        """Directory of the orders that the members were trained in."""
+        return self.root / "orders"
+
+    def member_order(self, member: int) -> Path:
+        """`epoch_{e}`: int64[steps, batch] sample ids of one member."""
+        return self.orders / f"{member_name(member)}.npz"
+
+    @property
+    def order_digests(self) -> Path:
+        """Digests of the orders by member and epoch."""
+        return self.orders / "digests.json"
+
+    @property
+    def training_log(self) -> Path:
+        """One line of metrics per logging interval."""
+        return self.root / "metrics" / "train.jsonl"
+
+    @property
+    def generated_samples(self) -> Path:
+        """Answers to fixed prompts while training."""
+        return self.root / "metrics" / "samples.jsonl"
+
+    @property
+    def training_state(self) -> Path:
+        """Totals of the finished training. It is written last: the training is complete where it exists."""
+        return self.root / "metrics" / "state.json"
+
+    @property
+    def tracking(self) -> Path:
+        """Directory of TensorBoard and W&B."""
+        return self.root / "tracking"
+
+    def reference_logprobs(self, split: str) -> Path:
+        """Log-probabilities of preference pairs under the base."""
+        return self.root / "reference" / f"{split}.npz"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the Orbax checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def waves(self) -> Path:
+        """Members of each wave, where the population was trained in waves."""
+        return self.root / "waves.json"
+
+    def wave(self, number: int) -> "RunLayout":
+        """Layout of the training of one wave."""
+        return RunLayout(self.root / "waves" / str(number))
+
+    def wave_checkpoints(self) -> list[Path]:
+        """Checkpoint directories of all waves that have one."""
+        return sorted((self.root / "waves").glob("*/checkpoints"))
+
+    # ------------------------------------------------------------------ losses, merges, evaluation
+
+    @property
+    def training_losses(self) -> Path:
+        """Losses [M, epochs, n] at the step where each sample was seen."""
+        return self.root / "losses" / "train.npz"
+
+    @property
+    def final_losses(self) -> Path:
+        """Mean response loss of every training sample under base, members and merges."""
+        return self.root / "losses" / "final.npz"
+
+    @property
+    def control_losses(self) -> Path:
+        """Losses of the controls by example."""
+        return self.root / "losses" / "controls.npz"
+
+    @property
+    def analysis(self) -> Path:
+        """Statistics of the position effect."""
+        return self.root / "analysis.json"
+
+    @property
+    def merges(self) -> Path:
+        """Methods, seeds and diagnostics of the merges."""
+        return self.root / "merge.json"
+
+    def merged(self, name: str) -> Path:
+        """Hugging Face directory of one merge."""
+        return self.root / "merged" / name
+
+    def is_merged(self, name: str) -> bool:
+        """Whether a merge was exported completely."""
+        return (self.merged(name) / "config.json").is_file()
+
+    @property
+    def evaluations(self) -> Path:
+        """Summary of every model on held-out data."""
+        return self.root / "evaluations.json"
+
+    def evaluation(self, model: str) -> Path:
+        """Results of one model by item."""
+        return self.root / "evaluations" / f"{model}.json"
+
+    def outputs(self, task: str, model: str) -> Path:
+        """Answers of one model for a judge."""
+        return self.root / "outputs" / task / f"{model}.json"
+
+    @property
+    def controls(self) -> Path:
+        """Losses of the controls and their paired differences."""
+        return self.root / "controls.json"
+
+    @property
+    def search(self) -> "SearchLayout":
+        """Results of the search for a merge; `ordermerge search --out` puts them elsewhere."""
+        return SearchLayout(self.root / "search")
+
+    # ------------------------------------------------------------------ report
+
+    @property
+    def report_html(self) -> Path:
+        """The report as one HTML page."""
+        return self.root / "report.html"
+
+    @property
+    def report_markdown(self) -> Path:
+        """The report in Markdown."""
+        return self.root / "report.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchLayout:
+    """Paths inside the directory of a search.
+
+    Example:
+        >>> str(SearchLayout(Path("out")).results)
+        'out/results.json'
+    """
+
+    root: Path
+
+    @property
+    def cache(self) -> Path:
+        """One line per measurement, so that an interrupted search continues."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """Candidates, winner and claim."""
+        return self.root / "results.json"
+
+    @property
+    def winner(self) -> Path:
+        """Hugging Face directory of the winner."""
+        return self.root / "winner"
+
+    @property
+    def page(self) -> Path:
+        """The results as one HTML page."""
+        return self.root / "search.html"
+
+    @property
+    def markdown(self) -> Path:
+        """The results in Markdown."""
+        return self.root / "search.md"
+
+
+# ---------------------------------------------------------------------- reading and writing
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside `path` and rename it when complete. Only process 0 writes."""
+    import jax  # a reader of run directories does not need it
+
+    if jax.process_index() == 0:
+        atomic.replace(path, content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON; see `write_bytes`. NaN and infinities are refused: JSON has no sign for them.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a.json"
+        >>> write_json(file, {"x": 1})
+        >>> file.read_text(), read_json(file), read_json(file.with_name("b.json"))
+        ('{\\n "x": 1\\n}', {'x': 1}, None)
+    """
+    write_text(path, json.dumps(value, indent=1, allow_nan=False))
+
+
+def read_json(path: Path) -> Any:
+    """Return the parsed file, or None where it is absent."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one line of JSON per row; see `write_bytes`."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one line of JSON. A killed process may leave half a line; see `read_jsonl`."""
+    import jax
+
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, [] where it is absent. A last line without its end is left out.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a.jsonl"
+        >>> append_jsonl(file, {"step": 1})
+        >>> _ = file.write_text(file.read_text() + '{"step": ')
+        >>> read_jsonl(file)
+        [{'step': 1}]
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a compressed npz file; see `write_bytes`.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a.npz"
+        >>> write_npz(file, {"x": np.arange(2)})
+        >>> read_npz(file)["x"].tolist()
+        [0, 1]
+    """
+    buffer = io.BytesIO()
+    # the stubs of numpy take any keyword for allow_pickle
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file by name."""
+    with np.load(path) as arrays:
+        return dict(arrays)
