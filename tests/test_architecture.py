@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down this list. Packages on one line do not import each other.
 LAYERS = [
     ("errors", "tree"),
+    ("registry",),
     ("rng", "hardware", "arch"),
     ("hash_rng", "mesh", "processes"),
     ("config",),
