@@ -1,13 +1,12 @@
 """The schema of every YAML file and flag. Strict: an unknown key or a wrong type is an error that names the nearest key."""
 
-from jax_ordermerge.config.evaluation import Task
+from jax_ordermerge.config.evaluation import TASK_KINDS, Evaluation, Task, TaskKind, make_task
 from jax_ordermerge.config.experiment import (
     PREFERENCES,
     Analysis,
     Config,
     Data,
     Distributed,
-    Evaluation,
     Lora,
     Mesh,
     Model,
@@ -23,6 +22,7 @@ from jax_ordermerge.config.experiment import (
 
 __all__ = [
     "PREFERENCES",
+    "TASK_KINDS",
     "Analysis",
     "Config",
     "Data",
@@ -34,10 +34,12 @@ __all__ = [
     "Objective",
     "Population",
     "Task",
+    "TaskKind",
     "Tracking",
     "Training",
     "load_config",
     "make_config",
+    "make_task",
     "read_search",
     "to_dict",
 ]

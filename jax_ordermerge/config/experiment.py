@@ -8,7 +8,7 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from jax_ordermerge.config.evaluation import Task
+from jax_ordermerge.config.evaluation import Evaluation
 from jax_ordermerge.config.merge import AUTO, Merge, Search, merge_name
 from jax_ordermerge.config.mixing import Mixing
 from jax_ordermerge.config.samples import Samples
@@ -338,15 +338,6 @@ class Analysis(Section):
     bins: PositiveInt = 10
     bootstrap: PositiveInt = 1000
     permutations: PositiveInt = 1000
-
-
-class Evaluation(Section):
-    """What every model (base, members, merges) is measured on."""
-
-    batch: PositiveInt = 64
-    loss: bool = Field(True, description="held-out loss and perplexity on data.test")
-    tasks: tuple[Task, ...] = ()
-    bootstrap: PositiveInt = 1000
 
 
 class Tracking(Section):

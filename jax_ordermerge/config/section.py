@@ -1,28 +1,43 @@
-"""A section of YAML with its checks: what is wrong with it is said in one line."""
+"""Sections of YAML: strict validation, choices by `kind`, and error messages of one line."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import pydantic
 import yaml
 
 from jax_ordermerge.errors import UserError, did_you_mean
 
+Path = tuple[str | int, ...]
+
 
 class Section(pydantic.BaseModel):
-    """A section of the config. Frozen; unknown keys are refused."""
+    """A section of the config. It is frozen and refuses unknown keys."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-SomeSection = TypeVar("SomeSection", bound=Section)
+SectionType = TypeVar("SectionType", bound=Section)
 
 
-def parse(section: type[SomeSection], raw: Mapping[str, Any], where: str) -> SomeSection:
+class HasSettings(Protocol):
+    """An entry of a registry that says which settings its kind takes."""
+
+    @property
+    def settings(self) -> type[Section]:
+        """The section with the settings of the kind."""
+
+
+def parse(section: type[SectionType], raw: Mapping[str, Any], where: str) -> SectionType:
     """Validate the values of a section.
 
+    Args:
+        section: its schema.
+        raw: the values, as YAML gives them.
+        where: what the values are, for the error message, e.g. the name of a file.
+
     Raises:
-        UserError: one line that names the key, what was given and what was expected.
+        UserError: one line that names the key, the given value and what is expected.
 
     Example:
         >>> class Size(Section):
@@ -40,28 +55,115 @@ def parse(section: type[SomeSection], raw: Mapping[str, Any], where: str) -> Som
         raise UserError(f"{where}: {_one_line(error, section)}") from error
 
 
-def _one_line(error: pydantic.ValidationError, section: type[Section]) -> str:
+def one_of(
+    *sections: type[Section], noun: str, default: str | None = None
+) -> pydantic.BeforeValidator:
+    """Return a validator for a closed choice: each section has its own literal `kind`.
+
+    Args:
+        sections: the alternatives; the default of their field `kind` names them.
+        noun: what is chosen, for error messages.
+        default: the kind where the settings name none.
+
+    Example:
+        >>> from typing import Annotated, Literal
+        >>> class Circle(Section):
+        ...     kind: Literal["circle"] = "circle"
+        ...     radius: float = 1.0
+        >>> class Figure(Section):
+        ...     shape: Annotated[Circle, one_of(Circle, noun="shape")]
+        >>> Figure(shape="circle").shape.radius
+        1.0
+        >>> parse(Figure, {"shape": {"kind": "circle", "side": 2}}, "figure")
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: figure: unknown key shape.side (kind circle has: radius)
+    """
+    kinds = {str(section.model_fields["kind"].default): section for section in sections}
+    return _by_kind(kinds, lambda kind: kinds[kind], noun, default)
+
+
+def registered(
+    registry: Mapping[str, HasSettings], noun: str, default: str | None = None
+) -> pydantic.BeforeValidator:
+    """Return a validator for an open choice: the entries of a registry bring their settings.
+
+    Args:
+        registry: from kind to entry. It is read when a value is validated, so that entries
+            registered later count.
+        noun, default: see `one_of`.
+    """
+    return _by_kind(registry, lambda kind: registry[kind].settings, noun, default)
+
+
+def _by_kind(
+    kinds: Iterable[str], settings: Callable[[str], type[Section]], noun: str, default: str | None
+) -> pydantic.BeforeValidator:
+    def validate(value: object) -> object:
+        raw = {"kind": value} if isinstance(value, str) else value
+        if not isinstance(raw, dict):
+            return raw  # a section already, or of a type that the field itself refuses
+        kind = raw.get("kind", default)
+        if kind is None:
+            raise _KindError(lambda path: f"{_dotted(path)}.kind is missing: {' or '.join(kinds)}")
+        names = list(kinds)
+        if kind not in names:
+            key = "" if isinstance(value, str) else ".kind"
+            near = did_you_mean(str(kind), names)
+            raise _KindError(lambda path: f"{_dotted(path)}{key} = {kind!r}: unknown {noun}{near}")
+        try:
+            return settings(kind).model_validate({"kind": kind, **raw})
+        except pydantic.ValidationError as error:
+            # `error` is unbound after the block, and the lambda is called later
+            cause = error
+            raise _KindError(lambda path: _one_line(cause, settings(kind), path, kind)) from error
+
+    return pydantic.BeforeValidator(validate)
+
+
+class _KindError(ValueError):
+    """An error in a choice. Its text needs the path of the choice in the whole config."""
+
+    def __init__(self, text: Callable[[Path], str]) -> None:
+        super().__init__(text(()))
+        self.text = text
+
+
+def _one_line(
+    error: pydantic.ValidationError, section: type[Section], path: Path = (), kind: str = ""
+) -> str:
     # a misspelt key also makes its right name "missing": the misspelling is what to show
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    location = [str(part) for part in first["loc"]]
-    shown = ".".join(location)
+    path = (*path, *first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown key {shown}{did_you_mean(location[-1], _known_keys(section, first['loc'][:-1]))}"
+        names = _field_names(section, first["loc"][:-1])
+        if kind and len(first["loc"]) == 1:
+            settings = ", ".join(name for name in names if name != "kind") or "no settings"
+            return f"unknown key {_dotted(path)} (kind {kind} has: {settings})"
+        return f"unknown key {_dotted(path)}{did_you_mean(str(path[-1]), names)}"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        cause = first["ctx"]["error"]
+        if isinstance(cause, _KindError):
+            return cause.text(path)
+        return f"{_dotted(path)}: {cause}" if kind and path else str(cause)
     if first["type"] == "missing":
-        return f"{shown} is missing"
-    return f"{shown} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        return f"{_dotted(path)} is missing"
+    return f"{_dotted(path)} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _known_keys(section: type[Section], location: Sequence[str | int]) -> list[str]:
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _field_names(section: type[Section], path: Path) -> list[str]:
+    """Return the keys of the section at a path below another one."""
     node: Any = section
-    for part in location:
+    for part in path:
         if isinstance(part, int):
             continue
         node = node.model_fields[part].annotation
-        args = getattr(node, "__args__", ())
-        node = next((a for a in args if isinstance(a, type) and issubclass(a, Section)), node)
+        arguments = getattr(node, "__args__", ())
+        node = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), node)
     return list(node.model_fields) if isinstance(node, type) and issubclass(node, Section) else []
 
 
@@ -69,17 +171,19 @@ def override(raw: dict[str, Any], item: str) -> None:
     """Change a nested dict as one `--set` says.
 
     Args:
-        raw: is changed in place; sections that it lacks are made.
-        item: `"section.key=value"` with a YAML value.
+        raw: is changed in place; sections that it lacks are added.
+        item: `"section.key=value"` with a YAML value. Where a bare name stands for a choice, a
+            setting of the choice may follow: `"training.optimizer.beta1=0.8"`.
 
     Raises:
-        UserError: the item is not of that form, or passes through what is no section.
+        UserError: the item is not of that form, or goes through a value that is no section.
 
     Example:
-        >>> raw = {"training": {"epochs": 3}}
+        >>> raw = {"training": {"epochs": 3, "optimizer": "lion"}}
         >>> override(raw, "training.batch=8")
-        >>> raw
-        {'training': {'epochs': 3, 'batch': 8}}
+        >>> override(raw, "training.optimizer.beta1=0.8")
+        >>> raw["training"]
+        {'epochs': 3, 'optimizer': {'kind': 'lion', 'beta1': 0.8}, 'batch': 8}
     """
     path, sign, text = item.partition("=")
     if not sign:
@@ -94,6 +198,8 @@ def override(raw: dict[str, Any], item: str) -> None:
     node = raw
     for name in parents:
         child = node.get(name)
+        if isinstance(child, str):
+            child = {"kind": child}
         if child is not None and not isinstance(child, dict):
             raise UserError(f"--set {item}: {name} is not a section")
         node[name] = dict(child or {})

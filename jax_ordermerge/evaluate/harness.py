@@ -11,12 +11,17 @@ from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Data
-from jax_ordermerge.config.evaluation import LIKELIHOODS, OUTPUTS, PROGRAMS, Task
+from jax_ordermerge.config.evaluation import Task
 from jax_ordermerge.data import source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import answers, decode, likelihood, programs, prompts
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
+from jax_ordermerge.evaluate.tasks.answers import AnswerTask
+from jax_ordermerge.evaluate.tasks.choices import ChoiceTask
+from jax_ordermerge.evaluate.tasks.outputs import OutputTask
+from jax_ordermerge.evaluate.tasks.programs import ProgramTask
+from jax_ordermerge.evaluate.tasks.texts import TextTask
 from jax_ordermerge.tree import Tree, size
 
 SCORES: dict[str, Callable[[str, str], bool]] = {
@@ -90,24 +95,25 @@ def run(
     Raises:
         UserError: the task's data are absent, or do not fit it.
     """
-    if task.kind in PROGRAMS or task.kind in ("perplexity", OUTPUTS):
+    if isinstance(task, (ProgramTask, TextTask, OutputTask)):
         assert task.data is not None
         rows = source.load(task.data, "test")
-        if task.kind in PROGRAMS:
+        if isinstance(task, ProgramTask):
             return run_programs(task, rows, subject.encode, subject.generate, seed=seed)
-        if task.kind == OUTPUTS:
+        if isinstance(task, OutputTask):
             instructed = functools.partial(
                 prompts.instruction_tokens, data=data, tokenizer=subject.tokenizer
             )
             return run_outputs(task, rows[: task.limit], instructed, subject.generate)
-    if task.kind in LIKELIHOODS:
+    if isinstance(task, (TextTask, ChoiceTask)):
         settings: dict[str, Any] = {"start": subject.start, "positions": subject.positions}
-        if task.kind == "perplexity":
+        if isinstance(task, TextTask):
             return likelihood.run_perplexity(
                 task, rows[: task.limit], subject.encode, subject.score, **settings
             )
         asked = prompts.questions(task, data, subject.tokenizer, seed=seed)
         return likelihood.run_choices(task, asked, subject.encode, subject.score, **settings)
+    assert isinstance(task, AnswerTask)
     if task.prompt is not None or task.shots:
         return run_task(
             task, prompts.examples(task, data, subject.tokenizer, seed=seed), subject.generate
@@ -222,7 +228,7 @@ def _ends(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
 
 
 def run_task(
-    task: Task, examples: Examples, generate: Generate
+    task: AnswerTask, examples: Examples, generate: Generate
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Let a model answer the examples of a task.
 
@@ -243,7 +249,7 @@ def run_task(
         ...     Ragged.of([[0, 0, 1], [0, 0, 1]], np.bool_),
         ... )
         >>> two = Examples(tokens, mask, np.arange(2), prompts=["a", "b"], responses=["A", "B"])
-        >>> run_task(Task(name="echo"), two, lambda prompts, n: ["A", "no"])[0]
+        >>> run_task(AnswerTask(name="echo", kind="exact"), two, lambda prompts, n: ["A", "no"])[0]
         {'accuracy': 0.5, 'se': 0.3535533905932738, 'n': 2}
     """
     rows = range(min(task.limit or len(examples), len(examples)))
@@ -276,7 +282,7 @@ def run_task(
 
 
 def run_outputs(
-    task: Task,
+    task: OutputTask,
     rows: Sequence[prompts.Row],
     encode: Callable[[prompts.Row], list[int]],
     generate: Generate,
@@ -294,7 +300,7 @@ def run_outputs(
 
     Example:
         >>> run_outputs(
-        ...     Task(name="a", kind="alpaca_outputs", data="x"),
+        ...     OutputTask(name="a", kind="alpaca_outputs", data="x"),
         ...     [{"instruction": "Greet."}],
         ...     lambda row: [1],
         ...     lambda p, n: ["Hi"],
@@ -318,7 +324,7 @@ def run_outputs(
 
 
 def run_programs(
-    task: Task,
+    task: ProgramTask,
     rows: Sequence[programs.Row],
     encode: Callable[[str], list[int]],
     generate: Generate,

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from jax_ordermerge.config.evaluation import Task
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import answers
 from jax_ordermerge.evaluate.prompts import Question, Row, chosen, text
+from jax_ordermerge.evaluate.tasks.choices import ChoiceTask
+from jax_ordermerge.evaluate.tasks.texts import TextTask
 
 Pair = tuple[list[int], list[int]]
 Score = Callable[[Sequence[Pair]], tuple[Sequence[float], Sequence[bool]]]
@@ -107,7 +108,7 @@ def rolling(
 
 
 def run_choices(
-    task: Task,
+    task: ChoiceTask,
     asked: Sequence[Question],
     encode: Encode,
     score: Score,
@@ -133,7 +134,7 @@ def run_choices(
     Example:
         >>> row = {"choices": ["no", "certainly"], "answer": 1}
         >>> one = Question(0, row, "Is it?", "Is it?", "certainly")
-        >>> task = Task(
+        >>> task = ChoiceTask(
         ...     name="t",
         ...     kind="multiple_choice",
         ...     data="x",
@@ -192,12 +193,12 @@ def run_choices(
 
 
 def run_perplexity(
-    task: Task, rows: Sequence[Row], encode: Encode, score: Score, *, start: int, positions: int
+    task: TextTask, rows: Sequence[Row], encode: Encode, score: Score, *, start: int, positions: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measure how likely a model finds whole texts, each by itself, however long.
 
     Args:
-        task: of kind `perplexity`; its `response` says what the text of a row is.
+        task: of kind `perplexity`; its `text` says what the text of a row is.
         rows: of its file.
         encode, score, start, positions: see `run_choices`.
 
@@ -210,7 +211,7 @@ def run_perplexity(
         UserError: no text has any tokens.
 
     Example:
-        >>> task = Task(name="t", kind="perplexity", data="x")
+        >>> task = TextTask(name="t", kind="perplexity", data="x")
         >>> letters = lambda text: [ord(letter) for letter in text]
         >>> half = lambda pairs: ([-math.log(2) * len(pair[1]) for pair in pairs], [])
         >>> found, items = run_perplexity(
@@ -224,8 +225,7 @@ def run_perplexity(
         ... )
         (2.0, 1.0, 3, 5)
     """
-    assert task.response is not None
-    texts = [text(task.response, row) for row in rows]
+    texts = [text(task.text, row) for row in rows]
     tokens = [encode(one) for one in texts]
     logps = rolling(score, tokens, start, positions)
     items: list[dict[str, Any]] = [

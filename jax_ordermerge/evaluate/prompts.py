@@ -10,11 +10,13 @@ import jinja2.sandbox
 import numpy as np
 
 from jax_ordermerge.config import Data
-from jax_ordermerge.config.evaluation import Task
+from jax_ordermerge.config.evaluation import ShotsTask
 from jax_ordermerge.data import chat, formats, source
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.formats import Message, Record
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate.tasks.answers import AnswerTask
+from jax_ordermerge.evaluate.tasks.choices import ChoiceTask
 from jax_ordermerge.rng import stream_key_bits
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class _Wording:
 
 
 def questions(
-    task: Task, data: Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int
+    task: ChoiceTask | AnswerTask, data: Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int
 ) -> list[Question]:
     """Return the items of a task that are asked by templates of its own, or after shots.
 
@@ -156,7 +158,7 @@ def questions(
 
 
 def examples(
-    task: Task, data: Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int
+    task: AnswerTask, data: Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int
 ) -> Examples:
     """Return the items of `questions` as examples without responses: generation starts from all of their tokens.
 
@@ -203,16 +205,19 @@ def _tokens(asked: str | Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
 
 
 def _wording(
-    task: Task, data: Data, rows: Sequence[Row], path: str, tokenizer: "PreTrainedTokenizerBase"
+    task: ChoiceTask | AnswerTask,
+    data: Data,
+    rows: Sequence[Row],
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> _Wording:
-    prompt, response = task.prompt, task.response
-    if task.kind == "multiple_choice":
-        assert prompt is not None
+    if isinstance(task, ChoiceTask):
         return _Wording(
-            lambda row: text(prompt, row),
+            lambda row: text(task.prompt, row),
             lambda row: task.delimiter + chosen(task, row)[0][chosen(task, row)[1]],
             lambda row: chosen(task, row)[0][chosen(task, row)[1]],
         )
+    prompt, response = task.prompt, task.response
     if prompt is not None and response is not None:
         reference = response if task.reference is None else task.reference
         return _Wording(
@@ -240,14 +245,14 @@ def _wording(
     )
 
 
-def chosen(task: Task, row: Row) -> tuple[list[str], int]:
+def chosen(task: ChoiceTask, row: Row) -> tuple[list[str], int]:
     """Return the choices of a row and the number of the right one.
 
     Raises:
         UserError: no list of choices, or an answer that is none of them.
 
     Example:
-        >>> task = Task(
+        >>> task = ChoiceTask(
         ...     name="arc",
         ...     kind="multiple_choice",
         ...     data="x",
@@ -257,8 +262,6 @@ def chosen(task: Task, row: Row) -> tuple[list[str], int]:
         >>> chosen(task, {"c": {"text": ["red", "blue"], "label": ["A", "B"]}, "key": "B"})
         (['red', 'blue'], 1)
     """
-    assert task.choices is not None
-    assert task.answer is not None
     given, answer = value(task.choices, row), value(task.answer, row)
     if isinstance(given, str) or not isinstance(given, Sequence) or len(given) < 2:
         raise UserError(
@@ -278,7 +281,7 @@ def chosen(task: Task, row: Row) -> tuple[list[str], int]:
     return choices, number
 
 
-def _shots(task: Task, data: Data) -> list[dict[str, Any]]:
+def _shots(task: ShotsTask, data: Data) -> list[dict[str, Any]]:
     if not task.shots:
         return []
     path = task.shots_from or data.train
@@ -291,7 +294,7 @@ def _shots(task: Task, data: Data) -> list[dict[str, Any]]:
     return rows
 
 
-def _chosen(task: Task, shots: Sequence[Row], seed: int, number: int) -> Sequence[Row]:
+def _chosen(task: ShotsTask, shots: Sequence[Row], seed: int, number: int) -> Sequence[Row]:
     if len(shots) < task.shots:
         raise UserError(
             f"evaluation task {task.name}: too few shots are left for item {number}, which is one of them; lower shots"

@@ -10,7 +10,7 @@ import yaml
 
 from jax_ordermerge import cli
 from jax_ordermerge.commands import evaluating
-from jax_ordermerge.config import Task, load_config
+from jax_ordermerge.config import load_config, make_task
 from jax_ordermerge.evaluate import harness, judge
 from jax_ordermerge.experiment import pipeline
 from tests.experiment import tiny
@@ -131,7 +131,7 @@ def test_scores_do_not_depend_on_batch_and_mesh(folder, tasks):
         config = evaluating.read_config(
             str(folder / "base"), None, ["model.compute_dtype=float32", *changes]
         )
-        return harness.run(Task(**tasks[0]), evaluating.load(config), config.data)[1]
+        return harness.run(make_task(**tasks[0]), evaluating.load(config), config.data)[1]
 
     alone = run("evaluation.batch=1", "mesh.fsdp=1")
     for changes in (

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jax_ordermerge.commands import evaluating
-from jax_ordermerge.config import Data, Task, make_config
+from jax_ordermerge.config import Data, make_config, make_task
 from jax_ordermerge.data import synthetic
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import adapter, harness
@@ -246,7 +246,7 @@ def test_our_own_tasks_give_the_same_numbers(case):
     subject = load(directory)
 
     def run(**settings):
-        return harness.run(Task(name="own", **settings), subject, Data(), seed=0)
+        return harness.run(make_task(name="own", **settings), subject, Data(), seed=0)
 
     for name, shots in (("local_problems", 0), ("local_problems_shots", 1)):
         asked = {

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jax_ordermerge.config import Task
+from jax_ordermerge.config import make_task
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import likelihood
 from jax_ordermerge.evaluate.prompts import Question
@@ -84,7 +84,7 @@ def ask(row, task):
 
 
 def test_choices_by_sum_by_character_and_by_byte():
-    task = Task(name="t", kind="multiple_choice", data="x", delimiter="")
+    task = make_task(name="t", kind="multiple_choice", data="x", delimiter="")
     rows = [
         {"question": "q", "choices": ["b", "aaaaaaa"], "answer": "aaaaaaa"},
         {"question": "q", "choices": ["é" * 3, "bb"], "answer": 0},
@@ -113,7 +113,7 @@ def test_choices_by_sum_by_character_and_by_byte():
 
 
 def test_perplexity_of_texts():
-    task = Task(name="t", kind="perplexity", data="x", response="{{page}}")
+    task = make_task(name="t", kind="perplexity", data="x", text="{{page}}")
     texts = ["one two\n three", "é", "a" * 50]
     found, items = likelihood.run_perplexity(
         task, [{"page": text} for text in texts], letters, score, start=0, positions=7
@@ -134,7 +134,7 @@ def test_perplexity_of_texts():
 def test_no_text():
     with pytest.raises(UserError, match="task t has no text"):
         likelihood.run_perplexity(
-            Task(name="t", kind="perplexity", data="x"),
+            make_task(name="t", kind="perplexity", data="x"),
             [{"text": ""}],
             letters,
             score,

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jax_ordermerge.config import Config, Task, make_config
+from jax_ordermerge.config import Config, make_config, make_task
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness, programs, sandbox
 
@@ -89,7 +89,7 @@ def test_a_task_of_programs(human):
         assert names == [f"HumanEval/{n}/{sample}" for n in range(3) for sample in range(2)]
         return [text for row in human[:3] for text in (row["canonical_solution"], "    pass")]
 
-    task = Task(
+    task = make_task(
         name="code",
         kind="humaneval",
         data="x",
@@ -115,7 +115,10 @@ def test_a_task_of_programs(human):
     ("task", "message"),
     [
         ({"kind": "humaneval"}, "needs its file or hub dataset"),
-        ({"kind": "gsm8k", "samples": 4}, "samples goes with kind humaneval or mbpp"),
+        (
+            {"kind": "gsm8k", "samples": 4},
+            "unknown key evaluation.tasks.0.samples .kind gsm8k has: name, ",
+        ),
         ({"kind": "mbpp", "data": "x", "samples": 4}, "needs programs that are drawn"),
         ({"kind": "mbpp", "data": "x", "top_p": 0.9}, "needs programs that are drawn"),
     ],
@@ -131,5 +134,5 @@ def test_files_of_another_kind_are_named():
     ):
         programs.humaneval([{"task_id": 1, "text": ""}])
     with pytest.raises(UserError, match="has no problems"):
-        harness.run_programs(Task(**FILE), [], lambda text: [1], lambda *given: [])
+        harness.run_programs(make_task(**FILE), [], lambda text: [1], lambda *given: [])
     assert Config(evaluation={"tasks": [FILE]}).evaluation.tasks[0].samples == 1

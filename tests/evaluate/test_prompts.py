@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jax_ordermerge.config import Data, Task
+from jax_ordermerge.config import Data, make_task
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import prompts
 
@@ -59,7 +59,7 @@ def ask(task, data, tokenizer, seed=0):
 
 
 def test_shots_in_the_template_of_the_training_data(files, tokenizer):
-    texts, found = ask(Task(name="t", kind="gsm8k", shots=2), Data(**files), tokenizer)
+    texts, found = ask(make_task(name="t", kind="gsm8k", shots=2), Data(**files), tokenizer)
     shown = "Question: q0?\nAnswer: w0\n#### 0\n\nQuestion: q1?\nAnswer: w1\n#### 1\n\n"
     assert texts == [f"<s>{shown}Question: t{n}?\nAnswer:" for n in range(4)]
     assert found.responses == [f"v{n}\n#### {n}" for n in range(4)]
@@ -68,7 +68,7 @@ def test_shots_in_the_template_of_the_training_data(files, tokenizer):
 
 
 def test_templates_of_the_task(files, tokenizer):
-    task = Task(
+    task = make_task(
         name="t",
         kind="gsm8k",
         data=files["train"],
@@ -89,14 +89,14 @@ def test_templates_of_the_task(files, tokenizer):
 
 
 def test_shots_as_turns_of_a_chat(files, tokenizer):
-    task = Task(name="t", kind="gsm8k", shots=1, limit=1, description="Be brief.")
+    task = make_task(name="t", kind="gsm8k", shots=1, limit=1, description="Be brief.")
     texts, _ = ask(task, Data(**files, template="chat"), tokenizer)
     assert texts == ["[system]Be brief.[user]q0?[assistant]w0\n#### 0</s>[user]t0?[assistant]"]
 
 
 def test_drawn_shots_depend_on_seed_and_item_alone(files, tokenizer):
     def drawn(seed, limit=None):
-        task = Task(name="t", kind="gsm8k", shots=3, shots_order="random", limit=limit)
+        task = make_task(name="t", kind="gsm8k", shots=3, shots_order="random", limit=limit)
         return ask(task, Data(**files), tokenizer, seed)[0]
 
     assert drawn(0) == drawn(0)
@@ -106,7 +106,7 @@ def test_drawn_shots_depend_on_seed_and_item_alone(files, tokenizer):
 
 
 def test_an_item_is_never_its_own_shot(files, tokenizer):
-    task = Task(name="t", kind="gsm8k", data=files["train"], shots=2)
+    task = make_task(name="t", kind="gsm8k", data=files["train"], shots=2)
     texts, _ = ask(task, Data(**files), tokenizer)
     assert [text.count("Question: q0?") for text in texts] == [1] * 6
     assert "Question: q2?" in texts[0]  # in place of itself
@@ -116,12 +116,12 @@ def test_an_item_is_never_its_own_shot(files, tokenizer):
 def test_too_few_shots(files, tokenizer, order):
     with pytest.raises(UserError, match="too few shots are left for item 0"):
         ask(
-            Task(name="t", kind="gsm8k", data=files["train"], shots=6, shots_order=order),
+            make_task(name="t", kind="gsm8k", data=files["train"], shots=6, shots_order=order),
             Data(**files),
             tokenizer,
         )
     with pytest.raises(UserError, match="has 6 rows, fewer than shots = 7"):
-        ask(Task(name="t", kind="gsm8k", shots=7, shots_order=order), Data(**files), tokenizer)
+        ask(make_task(name="t", kind="gsm8k", shots=7, shots_order=order), Data(**files), tokenizer)
 
 
 def test_one_beginning_of_sequence(tokenizer):
@@ -130,7 +130,7 @@ def test_one_beginning_of_sequence(tokenizer):
 
 
 def test_choices_after_shots(files, tokenizer):
-    task = Task(
+    task = make_task(
         name="t",
         kind="multiple_choice",
         data=files["test"],
@@ -174,7 +174,7 @@ def test_choices_after_shots(files, tokenizer):
 def test_templates_that_do_not_fit(files, tokenizer, settings, said):
     with pytest.raises(UserError, match=said):
         prompts.questions(
-            Task(name="t", kind="multiple_choice", data=files["test"], **settings),
+            make_task(name="t", kind="multiple_choice", data=files["test"], **settings),
             Data(),
             tokenizer,
             seed=0,
@@ -185,21 +185,27 @@ def test_templates_that_do_not_fit(files, tokenizer, settings, said):
     ("settings", "said"),
     [
         ({"kind": "multiple_choice"}, "needs its file or hub dataset"),
-        ({"kind": "perplexity", "data": "x", "shots": 2}, "shots does not go with kind perplexity"),
+        (
+            {"kind": "perplexity", "data": "x", "shots": 2},
+            "unknown key task.shots .kind perplexity has: name, data, limit, text",
+        ),
         (
             {"kind": "gsm8k", "choices": "{{x}}"},
-            "choices goes with kind multiple_choice, not gsm8k",
+            "unknown key task.choices .kind gsm8k has: name, data, limit, ",
         ),
         ({"kind": "gsm8k", "shots_from": "x"}, "shots_from needs shots above 0"),
         ({"kind": "gsm8k", "prompt": "{{x}}"}, "prompt and response go together"),
-        ({"kind": "multiple_choice", "data": "x", "stop": ["a"]}, "stop ends generated answers"),
+        (
+            {"kind": "multiple_choice", "data": "x", "stop": ["a"]},
+            "unknown key task.stop .kind multiple_choice has",
+        ),
         ({"kind": "number", "reference": "{{x}}"}, "reference goes with a task that has a prompt"),
-        ({"kind": "math", "samples": 3}, "goes with kind humaneval or mbpp"),
+        ({"kind": "math", "samples": 3}, "unknown key task.samples .kind math has"),
     ],
 )
 def test_tasks_that_cannot_be_meant(settings, said):
     with pytest.raises(ValueError, match=said):
-        Task(name="t", **settings)
+        make_task(name="t", **settings)
 
 
 def test_instructions(tokenizer):
