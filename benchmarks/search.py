@@ -1,10 +1,12 @@
-"""What a search costs: 200 candidates on the quickstart's population against the training of one of its members.
+"""Cost of a search: 200 candidates on the quickstart's population, against training one member.
 
-    python benchmarks/search.py --work WORK          # about 3 minutes on two CPU cores; WORK keeps the trained population for the next time
+    python benchmarks/search.py --work WORK    # about 3 minutes on two CPU cores
 
-Each program is a process of its own, started cold (no cache of compiled programs): wall time of `ordermerge train` with one member, and of
-`ordermerge search` over the four members with a space of 200 candidates, without the export of the winner. Both read their inputs, start
-JAX and compile. Appends the table to benchmarks/RESULTS.md. The memory is what jax holds while a candidate is measured (tests/experiment/test_choosing.py).
+WORK keeps the trained population for the next time. Each program is a separate process without a
+cache of compiled programs: `ordermerge train` with one member, and `ordermerge search` over the
+four members with 200 candidates, without the export of the winner. Wall times include the start of
+JAX, reading the inputs and compilation. The table is appended to benchmarks/RESULTS.md. For the
+memory of a search see tests/experiment/test_search.py.
 """
 
 import argparse
@@ -49,11 +51,9 @@ SPACE = {
 
 
 def timed(*arguments: str) -> float:
-    """Run the command line in a process of its own and return its wall time in seconds."""
-    environment = {
-        key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
-    }
-    environment["PYTHONPATH"] = str(ROOT)
+    """Run the command line in a new process and return its wall time in seconds."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     start = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "jax_ordermerge", *arguments], check=True, env=environment, cwd=ROOT
@@ -82,40 +82,31 @@ def main() -> None:
     for name in ("one", "out"):
         shutil.rmtree(work / name, ignore_errors=True)
     load = os.getloadavg()[0]
-    member = timed(
-        "train",
-        *config,
-        "--set",
-        f"output={work / 'one'}",
-        "--set",
-        "population.members=1",
-        "--set",
-        "evaluation.tasks=[]",
-    )
-    search = timed(
-        "search",
-        str(work / "four"),
-        "--space",
-        str(work / "space.yaml"),
-        "--out",
-        str(work / "out"),
-        "--no-export",
-    )
-    found = json.loads((work / "out" / "results.json").read_text())
-    written = sorted(path.name for path in (work / "out").iterdir())
-    told = [
-        f"\n## Search, {dt.date.today()}, {os.cpu_count()} x {platform.processor() or platform.machine()} cpu, jax {jax.__version__}\n",
-        f"`python benchmarks/search.py --work WORK`: {found['tried']} candidates (200 of five methods, members, average, base), {found['examples']} "
-        f"validation examples, rounds of {', '.join(map(str, found['settings']['sizes']))}; {found['measured_whole']} were measured on all. One round; "
-        f"load average {load:.2f} at the start. Written: {', '.join(written)}.\n",
-        "| what | wall s |\n|---|---|",
-        f"| `ordermerge train`, one member, 3 epochs | {member:.1f} |",
-        f"| `ordermerge search`, 200 candidates | {search:.1f} (of which the search itself {found['seconds']:.1f}) |",
-        f"| ratio | {search / member:.2f} |\n",
-    ]
-    print("\n".join(told))
+    alone = ["population.members=1", "evaluation.tasks=[]", f"output={work / 'one'}"]
+    member = timed("train", *config, *(x for setting in alone for x in ("--set", setting)))
+    space, out = str(work / "space.yaml"), work / "out"
+    search = timed("search", str(work / "four"), "--space", space, "--out", str(out), "--no-export")
+    results = json.loads((out / "results.json").read_text())
+    written = sorted(path.name for path in out.iterdir())
+    cpu = platform.processor() or platform.machine()
+    rounds = ", ".join(map(str, results["settings"]["sizes"]))
+    table = f"""
+## Search, {dt.date.today()}, {os.cpu_count()} x {cpu} cpu, jax {jax.__version__}
+
+`python benchmarks/search.py --work WORK`: {results["tried"]} candidates (200 of five methods, \
+members, average, base), {results["examples"]} validation examples, rounds of {rounds}; \
+{results["measured_fully"]} were measured on all. One round; load average {load:.2f} at the start. \
+Written: {", ".join(written)}.
+
+| what | wall s |
+|---|---|
+| `ordermerge train`, one member, 3 epochs | {member:.1f} |
+| `ordermerge search`, 200 candidates | {search:.1f}, of which the search {results["seconds"]:.1f} |
+| ratio | {search / member:.2f} |
+"""
+    print(table)
     with (ROOT / "benchmarks" / "RESULTS.md").open("a") as file:
-        file.write("\n".join(told))
+        file.write(table)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def search_blocks(found: Mapping[str, Any] | None, unit: str) -> list[Block]:
         for row in shown
     ]
     caption = (
-        f"{found['tried']} candidates, of which {found['measured_whole']} were measured on all {found['examples']} validation examples; "
+        f"{found['tried']} candidates, of which {found['measured_fully']} were measured on all {found['examples']} validation examples; "
         f"the best {len(shown)} of those that came furthest. Differences are paired, on the examples that both saw, ± standard error, and "
         "on the data that chose: they flatter the winner. Dropped: the round after which a candidate went no further."
     )

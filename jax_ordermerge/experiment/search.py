@@ -1,5 +1,6 @@
 """Which merge to ship: a search over the population of a run with the claim of its winner, and the controls of the report."""
 
+import dataclasses
 import functools
 import io
 from collections.abc import Callable, Mapping
@@ -15,8 +16,9 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.layout import write_bytes, write_json
+from jax_ordermerge.layout import SearchLayout
 from jax_ordermerge.search import controls, search
-from jax_ordermerge.search.candidates import BASE, MEMBER, Candidate, Measure, Population
+from jax_ordermerge.search.candidates import BASE, MEMBER, Candidate, LossFn, Population
 from jax_ordermerge.train import members as trained
 from jax_ordermerge.tree import Tree
 
@@ -38,27 +40,28 @@ def check(config: Config, splits: Mapping[str, Examples], space: Search, model: 
         raise UserError(
             "a merge is chosen on validation examples: set data.validation_examples, or give ordermerge search --validation FILE"
         )
-    search.check_apart(
+    search.check_disjoint(
         validation, {name: one for name, one in splits.items() if name != "validation"}
     )
     search.check_space(space, config.population.members, model, _seed(config, space))
 
 
 def search_space(
-    ctx: "RunContext", stock: Population, space: Search, measure: Measure, directory: Path
-) -> search.Found:
+    ctx: "RunContext", stock: Population, space: Search, measure: LossFn, directory: Path
+) -> search.SearchResult:
     """Choose a merge on the validation examples, then say what may be claimed of it on the test examples.
 
     Writes journal.jsonl while it goes on and results.json at its end, nothing else.
     """
-    found = search.find(
+    layout = SearchLayout(directory)
+    found = search.run_search(
         stock,
         space,
         ctx.splits["validation"],
         measure,
         seed=_seed(ctx.config, space),
-        directory=directory,
-        of={
+        layout=layout,
+        provenance={
             "dtype": str(stock.dtype),
             "train": ctx.splits["train"].digest,
             "run": ctx.config.name,
@@ -67,10 +70,10 @@ def search_space(
         log=ctx.log,
     )
     claimed = _claim(ctx, stock, found, measure) if len(ctx.splits.get("test") or ()) > 1 else None
-    whole = found.results | {"claim": claimed}
-    write_json(directory / "results.json", whole)
-    ctx.log(f"  {choice.sentence(whole)}")
-    return found._replace(results=whole)
+    found = dataclasses.replace(found, claim=claimed)
+    write_json(layout.results, found.to_dict())
+    ctx.log(f"  {choice.sentence(found.to_dict())}")
+    return found
 
 
 def _seed(config: Config, space: Search) -> int:
@@ -78,7 +81,7 @@ def _seed(config: Config, space: Search) -> int:
 
 
 def _claim(
-    ctx: "RunContext", stock: Population, found: search.Found, measure: Measure
+    ctx: "RunContext", stock: Population, found: search.SearchResult, measure: LossFn
 ) -> dict[str, Any]:
     """Measure the winner and its rivals on the test examples: the first time that these are looked at."""
     test = ctx.splits["test"]
@@ -89,13 +92,11 @@ def _claim(
     tokens = measured[0][1]
     members = [sums / tokens for sums, _ in measured]
     winner, average = (
-        measure(stock.build(one), test)[0] / tokens for one in (found.winner, Candidate("average"))
+        measure(stock.build(candidate), test)[0] / tokens
+        for candidate in (found.winning_candidate, Candidate("average"))
     )
-    best = found.results["candidates"][found.results["best_member"]]["candidate"]["parameters"][
-        "number"
-    ]
     rivals = {
-        "best_member": members[best],
+        "best_member": members[found.best_member_number],
         "mean_member": np.mean(members, axis=0),
         "average": average,
     }
@@ -109,13 +110,13 @@ def _claim(
     return {"examples": len(test), "loss": loss, "against": against}
 
 
-def story(found: search.Found) -> str:
+def story(found: search.SearchResult) -> str:
     """Return what a model card says of a chosen merge."""
-    one = found.winner
+    one = found.winning_candidate
     same = {"base": "It is the base itself.", "member": "It is one of the members itself."}.get(
         one.kind, ""
     )
-    return f"{choice.sentence(found.results)} {same}".strip()
+    return f"{choice.sentence(found.to_dict())} {same}".strip()
 
 
 def settings(one: Candidate) -> dict[str, Any]:
@@ -132,9 +133,9 @@ def settings(one: Candidate) -> dict[str, Any]:
     }
 
 
-def recipe(found: search.Found) -> dict[str, Any]:
+def recipe(found: search.SearchResult) -> dict[str, Any]:
     """Return what a recipe says of a chosen merge: what `Candidate` has, and how it was found."""
-    one, results = found.winner, found.results
+    one = found.winning_candidate
     return {
         "merge_method": one.method,
         **{
@@ -145,9 +146,9 @@ def recipe(found: search.Found) -> dict[str, Any]:
         "scale": one.scale,
         "groups": dict(one.groups),
         "chosen": {
-            "among": results["tried"],
-            "validation_examples": results["examples"],
-            "seed": results["seed"],
+            "among": len(found.candidates),
+            "validation_examples": found.examples,
+            "seed": found.seed,
         },
     }
 
@@ -158,7 +159,7 @@ def recipe(found: search.Found) -> dict[str, Any]:
 def measure_controls(
     ctx: "RunContext",
     stock: Callable[[], Population],
-    measure: Measure,
+    measure: LossFn,
     evaluated: Mapping[str, Any],
     more: Mapping[str, Callable[[Population], Losses]],
 ) -> None:
@@ -186,16 +187,18 @@ def measure_controls(
     ):
         return
     population = stock()
-    listed = controls.controls(groups, population.count, _selections(ctx.config), ctx.config.seed)
+    listed = controls.make_controls(
+        groups, population.count, _selections(ctx.config), ctx.config.seed
+    )
     validation = ctx.splits.get("validation")
 
-    def measured(of: Losses) -> controls.Measured:
+    def measured(of: Losses) -> controls.ControlLosses:
         sums, counts = of(examples)
         held = None
         if validation is not None:
             held_sums, held_counts = of(validation)
             held = float(held_sums.sum() / held_counts.sum())
-        return controls.Measured(sums / counts, held)
+        return controls.ControlLosses(sums / counts, held)
 
     tokens = measure(population.base, examples)[1]
     known = _known(evaluated, listed) if split == "test" else {}
@@ -292,13 +295,13 @@ def _selections(config: Config) -> dict[str, Candidate]:
 
 def _known(
     evaluated: Mapping[str, Any], listed: list[controls.Control]
-) -> dict[str, controls.Measured]:
+) -> dict[str, controls.ControlLosses]:
     """Return what was evaluated under the name of a control that is the same model: base, members, and an average of equal weights."""
     found = {}
     for one in listed:
         row = evaluated.get(one.name)
         if one.candidate.method in (BASE, MEMBER) and row is not None:
-            found[one.name] = controls.Measured(
+            found[one.name] = controls.ControlLosses(
                 np.asarray(row["losses"], np.float64), row["summary"]["validation_loss"]
             )
     return found

@@ -371,10 +371,10 @@ def search_merge(
     """
     stock = stock or load_population(ctx)
     found = search.search_space(ctx, stock, space, functools.partial(_losses, ctx), directory)
-    merged = stock.build(found.winner)
+    merged = stock.build(found.winning_candidate)
     if target is not None:
         export.export(ctx, AUTO, merged, search.recipe(found), search.story(found), target)
-    return search.settings(found.winner), merged
+    return search.settings(found.winning_candidate), merged
 
 
 def load_population(ctx: RunContext) -> Population:

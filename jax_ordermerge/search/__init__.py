@@ -1,1 +1,1 @@
-"""Which merge to ship: candidates made in device memory, measured on validation examples, and chosen by paired differences."""
+"""The choice of a merge: candidates, their losses on validation examples, controls."""

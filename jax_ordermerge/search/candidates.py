@@ -1,10 +1,14 @@
-"""Candidates: models made of a population in device memory, one at a time, nothing written."""
+"""Candidates: models that are built from a population in device memory, one at a time.
 
+Nothing is written to disk. A candidate has the same bits as the merge of the same files.
+"""
+
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,21 +24,21 @@ from jax_ordermerge.merge.methods import registry
 BASE, MEMBER = "base", "member"  # candidates that are no merges
 KINDS = ("embedding", "attention", "mlp", "norm", "head")
 _LAYERS = re.compile(r"layers:(\d+)-(\d+)")
-# (summed losses, what they are divided by), float64[n] each, of one model on examples
-Measure = Callable[[tree.Tree, Examples], tuple[np.ndarray, np.ndarray]]
+# Of one model on examples: (summed losses, their token counts), float64[n] each.
+LossFn = Callable[[tree.Tree, Examples], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A model that can be made of a population.
+    """A model that can be built from a population.
 
     Attributes:
-        method: of the table of merge methods, or `base` or `member`.
-        parameters: of the method; of `member`, its `number`.
-        weights: one a member, None for the default.
-        seed: of the methods that draw.
-        scale: lambda: the merged task vector times that.
-        groups: lambda of some tensors, times `scale`; see `check_group`.
+        method: name of a merge method, or `base` or `member`.
+        parameters: hyperparameters of the method; of `member`, its `number`.
+        weights: one per member, None for the method's default.
+        seed: of the methods that draw random numbers.
+        scale: lambda, a factor on the merged task vector.
+        groups: lambda of some tensors, on top of `scale`; see `check_group`.
     """
 
     method: str
@@ -45,41 +49,38 @@ class Candidate:
     groups: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["base", "member", "merge"]:
         """`base`, `member` or `merge`."""
-        return self.method if self.method in (BASE, MEMBER) else "merge"
+        if self.method == BASE:
+            return "base"
+        return "member" if self.method == MEMBER else "merge"
 
     @property
     def name(self) -> str:
-        """What tables call it.
+        """Name in tables.
 
         Example:
-            >>> (
-            ...     Candidate("member", {"number": 2}).name,
-            ...     Candidate("ties", {"density": 0.5}, scale=1.2, groups={"mlp": 0.9}).name,
-            ... )
-            ('member_2', 'ties density=0.5 lambda=1.2 lambda(mlp)=0.9')
+            >>> Candidate("member", {"number": 2}).name
+            'member_2'
+            >>> Candidate("ties", {"density": 0.5}, scale=1.2, groups={"mlp": 0.9}).name
+            'ties density=0.5 lambda=1.2 lambda(mlp)=0.9'
         """
         if self.method == MEMBER:
             return f"member_{self.parameters['number']}"
-        said = [f"{key}={_short(value)}" for key, value in self.parameters.items()]
-        said += (
-            [] if self.weights is None else ["weights=" + "/".join(_short(w) for w in self.weights)]
-        )
-        said += (
-            [f"seed={self.seed}"]
-            if self.method in registry.METHODS and registry.METHODS[self.method].draws
-            else []
-        )
-        said += [] if self.scale == 1 else [f"lambda={_short(self.scale)}"]
-        said += [
-            f"lambda({group})={_short(value)}" for group, value in self.groups.items() if value != 1
-        ]
-        return " ".join([self.method, *said])
+        parts = [self.method]
+        parts += [f"{key}={_short(value)}" for key, value in self.parameters.items()]
+        if self.weights is not None:
+            parts.append("weights=" + "/".join(map(_short, self.weights)))
+        if self.method in registry.METHODS and registry.METHODS[self.method].draws:
+            parts.append(f"seed={self.seed}")
+        if self.scale != 1:
+            parts.append(f"lambda={_short(self.scale)}")
+        parts += [f"lambda({group})={_short(x)}" for group, x in self.groups.items() if x != 1]
+        return " ".join(parts)
 
     @property
     def key(self) -> str:
-        """Text that no other candidate has, the same in every process.
+        """Text that identifies the candidate, the same in every process.
 
         Example:
             >>> Candidate("average").key == Candidate("average", scale=1.0).key
@@ -88,28 +89,27 @@ class Candidate:
         return json.dumps(self.to_dict(), sort_keys=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data.
+        """Return the candidate as JSON.
 
         Example:
             >>> Candidate("average", scale=1.2).to_dict()["scale"]
             1.2
         """
-        weights = None if self.weights is None else list(self.weights)
-        plain = {
+        parameters = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in self.parameters.items()
         }
         return {
             "method": self.method,
-            "parameters": plain,
-            "weights": weights,
+            "parameters": parameters,
+            "weights": None if self.weights is None else list(self.weights),
             "seed": self.seed,
             "scale": self.scale,
             "groups": dict(self.groups),
         }
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -119,9 +119,9 @@ class Population:
 
     Attributes:
         model: the architecture.
-        members: parameter dict with a leading `M`, in the dtype that is merged and served.
+        members: parameter dict with a leading axis `M`, in the dtype of the merges.
         base: parameter dict.
-        dtype: of both, and of what is made of them.
+        dtype: of both, and of the candidates.
     """
 
     model: ModelConfig
@@ -135,12 +135,13 @@ class Population:
         return tree.size(self.members)
 
     def build(self, candidate: Candidate) -> tree.Tree:
-        """Return the parameters of a candidate, in `dtype`: with the bits that the same merge of files has.
+        """Return the parameters of a candidate, in `dtype`.
 
-        Hyperparameters that a method takes as numbers are traced, so that others of them compile nothing anew.
+        The bits equal those of the same merge of files. Numeric hyperparameters are traced, so
+        another value of one does not compile again.
 
         Raises:
-            UserError: as `check`.
+            UserError: see `check`.
         """
         if candidate.method == BASE:
             return self.base
@@ -159,38 +160,47 @@ class Population:
             dtype=self.dtype,
         )
 
+    @contextlib.contextmanager
+    def build_temporarily(self, candidate: Candidate) -> Iterator[tree.Tree]:
+        """Build a candidate and free its memory when the block ends."""
+        params = self.build(candidate)
+        yield params
+        # Waiting for garbage collection would at times keep two candidates in device memory. The
+        # base is no copy: it belongs to the population.
+        if candidate.kind != "base":
+            jax.tree.map(lambda leaf: leaf.delete(), params)
+
     def _scales(self, candidate: Candidate) -> dict[str, float] | None:
         if candidate.scale == 1 and all(value == 1 for value in candidate.groups.values()):
             return None
-        found = {}
+        scales = {}
         for spec in arch.tensor_table(self.model):
             for layer, name in enumerate(spec.hf_names()):
-                factors = [
-                    value for group, value in candidate.groups.items() if _holds(group, spec, layer)
-                ]
-                found[name] = float(np.prod([candidate.scale, *factors]))
-        return found
+                factors = [x for group, x in candidate.groups.items() if _is_in(group, spec, layer)]
+                scales[name] = float(np.prod([candidate.scale, *factors]))
+        return scales
 
 
 @jax.jit
 def _member(members: tree.Tree, number: int) -> tree.Tree:
-    # the number is traced: one program for all members
+    # The number is traced, so one program serves all members.
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), members
     )
 
 
 def check(candidate: Candidate, members: int, model: ModelConfig) -> None:
-    """Refuse a candidate that cannot be made of a population.
+    """Refuse a candidate that cannot be built from a population.
 
     Raises:
-        UserError: method, parameter, weights or group are wrong.
+        UserError: a method, parameter, number of weights or group of tensors is wrong.
     """
     if candidate.kind != "merge":
         return
     if candidate.method in ("fisher", "greedy_soup"):
         raise UserError(
-            f"a search does not offer {candidate.method}, which looks at data itself; add it to merge.methods"
+            f"a search does not offer {candidate.method}, which looks at data itself; "
+            "add it to merge.methods"
         )
     checked = registry.check(candidate.method, candidate.parameters)
     registry.check_weights(candidate.method, candidate.weights, members, checked)
@@ -199,63 +209,60 @@ def check(candidate: Candidate, members: int, model: ModelConfig) -> None:
 
 
 def check_group(group: str, model: ModelConfig) -> None:
-    """Refuse a name that stands for no tensors of a model: a kind of the tensor table, or `layers:FIRST-LAST`, counted from 0.
+    """Refuse a name that selects no tensors of a model.
+
+    Args:
+        group: a kind of the tensor table, or `layers:FIRST-LAST`, counted from 0.
+        model: the architecture.
 
     Raises:
-        UserError: the name is unknown, or there are not so many layers.
+        UserError: the name is unknown, or the model has fewer layers.
 
     Example:
-        >>> check_group(
-        ...     "layers:0-1",
-        ...     ModelConfig(
-        ...         vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=2, num_heads=1
-        ...     ),
+        >>> model = ModelConfig(
+        ...     vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=2, num_heads=1
         ... )
-        >>> check_group(
-        ...     "atention",
-        ...     ModelConfig(
-        ...         vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=2, num_heads=1
-        ...     ),
-        ... )
+        >>> check_group("layers:0-1", model)
+        >>> check_group("hed", model)
         Traceback (most recent call last):
         ...
-        jax_ordermerge.errors.UserError: unknown group of tensors atention (did you mean 'attention'?)
+        jax_ordermerge.errors.UserError: unknown group of tensors hed (did you mean 'head'?)
     """
     match = _LAYERS.fullmatch(group)
     if match is None:
         if group not in KINDS:
-            raise UserError(
-                f"unknown group of tensors {group}{did_you_mean(group, (*KINDS, 'layers:0-1'))}"
-            )
+            hint = did_you_mean(group, (*KINDS, "layers:0-1"))
+            raise UserError(f"unknown group of tensors {group}{hint}")
     elif not int(match[1]) <= int(match[2]) < model.num_layers:
         raise UserError(
-            f"group of tensors {group}: expected layers:FIRST-LAST within 0 to {model.num_layers - 1}"
+            f"group of tensors {group}: expected layers:FIRST-LAST within 0 to "
+            f"{model.num_layers - 1}"
         )
 
 
-def _holds(group: str, spec: TensorSpec, layer: int) -> bool:
+def _is_in(group: str, spec: TensorSpec, layer: int) -> bool:
     match = _LAYERS.fullmatch(group)
     if match is None:
         return spec.kind == group
     return spec.stacked and int(match[1]) <= layer <= int(match[2])
 
 
-def anchors(members: int, seed: int) -> list[Candidate]:
-    """Return what is always among the candidates, whatever else is: average, members and base.
+def baselines(members: int, seed: int) -> list[Candidate]:
+    """Return the candidates of every search: the average, the members and the base.
 
     Example:
-        >>> [one.name for one in anchors(2, seed=0)]
+        >>> [candidate.name for candidate in baselines(2, seed=0)]
         ['average', 'member_0', 'member_1', 'base']
     """
-    alone = [Candidate(MEMBER, {"number": number}) for number in range(members)]
-    return [Candidate("average", seed=seed), *alone, Candidate(BASE)]
+    single = [Candidate(MEMBER, {"number": number}) for number in range(members)]
+    return [Candidate("average", seed=seed), *single, Candidate(BASE)]
 
 
 def unique(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return each candidate once, in the order of their first places.
+    """Return each candidate once, in the order of first occurrence.
 
     Example:
         >>> len(unique([Candidate("average"), Candidate("average")]))
         1
     """
-    return list({one.key: one for one in candidates}.values())
+    return list({candidate.key: candidate for candidate in candidates}.values())

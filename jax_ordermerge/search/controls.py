@@ -1,30 +1,29 @@
-"""Controls: what a merge has to be seen beside. Which models they are, and what the numbers about them say."""
+"""Controls: models that a merge is compared with. Which models they are, and their comparison."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.rng import stream_key_bits
-from jax_ordermerge.search.candidates import BASE, Candidate, Population, anchors
+from jax_ordermerge.search.candidates import BASE, Candidate, Population, baselines
 from jax_ordermerge.tree import Tree
 
-LAMBDAS = (0.5, 0.7, 0.8, 0.9, 1.1, 1.2, 1.4)  # beside 0, the base, and 1, the average
-BARRIER = (0.25, 0.5, 0.75)  # of the way from member 0 to member 1
-PLANE = (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of the task vectors of members 0 and 1
-SEEDS = 3  # more draws of each selection
+LAMBDAS = (0.5, 0.7, 0.8, 0.9, 1.1, 1.2, 1.4)  # besides 0, the base, and 1, the average
+BARRIER = (0.25, 0.5, 0.75)  # positions between member 0 and member 1
+PLANE = (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # factors of the task vectors of members 0 and 1
+SEEDS = 3  # further draws of each selection
 
 
 class Control(NamedTuple):
     """One control.
 
     Attributes:
-        name: what tables call it.
-        group: of `merge_config.Control`, or `anchor`.
+        name: name in tables.
+        group: a `config.merge.Control`, or `anchor` for average, members and base.
         candidate: the model.
-        at: where it lies on the line or the plane of its group.
+        at: position on the line or plane of its group.
     """
 
     name: str
@@ -33,11 +32,11 @@ class Control(NamedTuple):
     at: tuple[float, ...] = ()
 
 
-class Measured(NamedTuple):
+class ControlLosses(NamedTuple):
     """Losses of one model.
 
     Attributes:
-        losses: float64[n], a token, of the items of the split that is reported.
+        losses: float64[n], per token, of the items of the reported split.
         validation: mean loss on the validation examples, None where there are none.
     """
 
@@ -45,196 +44,164 @@ class Measured(NamedTuple):
     validation: float | None
 
 
-def controls(
+def make_controls(
     groups: Collection[str], members: int, selections: Mapping[str, Candidate], seed: int
 ) -> list[Control]:
     """Return the controls of a population, each model once: average, members and base first.
 
     Args:
-        groups: which of `merge_config.Control`; `ensemble` and `single` are no merges and are not among those returned.
-        members: their number.
-        selections: the selections that are reported, by name: their lambdas are matched, and they are drawn with other seeds.
+        groups: names of `config.merge.Control`. `ensemble` and `single` are no merges: they are
+            not among the returned controls.
+        members: number of members.
+        selections: the reported selections by name. Controls match their lambda and repeat them
+            with other seeds.
         seed: of the run.
 
     Example:
-        >>> [one.name for one in controls(["lambda_line"], 1, {}, 0)][:4]
+        >>> controls = make_controls(["lambda_line"], 1, {}, 0)
+        >>> [control.name for control in controls][:4]
         ['average', 'member_0', 'base', 'average, lambda 0.5']
     """
-    found = [
-        Control(one.name, "anchor", one, {"average": (1.0,), BASE: (0.0,)}.get(one.method, ()))
-        for one in anchors(members, seed)
+    positions = {"average": (1.0,), BASE: (0.0,)}  # on the lambda line
+    controls = [
+        Control(candidate.name, "anchor", candidate, positions.get(candidate.method, ()))
+        for candidate in baselines(members, seed)
     ]
-    if "lambda_line" in groups:
-        found += [
-            Control(
-                f"average, lambda {x:g}",
-                "lambda_line",
-                Candidate("task_arithmetic", {"scale": x}, seed=seed),
-                (x,),
-            )
-            for x in LAMBDAS
-        ]
-    if "norm_matched" in groups:
-        found.append(
-            Control(
-                "average as long as the members",
-                "norm_matched",
-                Candidate("norm_matched", seed=seed),
-            )
-        )
-    for name, one in selections.items():
-        found += _of_selection(groups, name, one)
-    if "children" in groups and selections and members > 1:
-        found += [
-            Control(
-                f"selection, child {child} of {members}",
-                "children",
-                Candidate("selection", {"child": child}, seed=seed),
-            )
-            for child in range(members)
-        ]
-    if "barrier" in groups and members > 1:
-        rest = (0.0,) * (members - 2)
-        found += [
-            Control(
-                f"{1 - t:g} member_0 + {t:g} member_1",
-                "barrier",
-                Candidate("average", weights=(1 - t, t, *rest), seed=seed),
-                (t,),
-            )
-            for t in BARRIER
-        ]
-    if "plane" in groups and members > 1:
-        rest = (0.0,) * (members - 2)
-        found += [
-            Control(
-                f"base + {a:g} tau_0 + {b:g} tau_1",
-                "plane",
-                Candidate("task_arithmetic", weights=(a, b, *rest), seed=seed),
-                (a, b),
-            )
-            for b in PLANE
-            for a in PLANE
-        ]
-    return found
+
+    def add(name: str, group: str, candidate: Candidate, *at: float) -> None:
+        if group in groups:
+            controls.append(Control(name, group, candidate, at))
+
+    for x in LAMBDAS:
+        candidate = Candidate("task_arithmetic", {"scale": x}, seed=seed)
+        add(f"average, lambda {x:g}", "lambda_line", candidate, x)
+    add("average as long as the members", "norm_matched", Candidate("norm_matched", seed=seed))
+    for name, selection in selections.items():
+        controls += _selection_controls(groups, name, selection)
+    if members == 1:
+        return controls
+    if selections:
+        for child in range(members):
+            candidate = Candidate("selection", {"child": child}, seed=seed)
+            add(f"selection, child {child} of {members}", "children", candidate)
+    rest = (0.0,) * (members - 2)
+    for t in BARRIER:
+        candidate = Candidate("average", weights=(1 - t, t, *rest), seed=seed)
+        add(f"{1 - t:g} member_0 + {t:g} member_1", "barrier", candidate, t)
+    for b in PLANE:
+        for a in PLANE:
+            candidate = Candidate("task_arithmetic", weights=(a, b, *rest), seed=seed)
+            add(f"base + {a:g} tau_0 + {b:g} tau_1", "plane", candidate, a, b)
+    return controls
 
 
-def _of_selection(groups: Collection[str], name: str, one: Candidate) -> list[Control]:
-    found, plain = [], one.parameters.get("granularity", "element") == "element"
-    if "lambda_matched" in groups and plain and one.parameters.get("resample", 0) != 0:
-        given = {
-            key: value
-            for key, value in one.parameters.items()
-            if key in ("resample", "resample_from")
+def _selection_controls(groups: Collection[str], name: str, selection: Candidate) -> list[Control]:
+    controls, parameters = [], selection.parameters
+    # Without resampling a selection equals the average in expectation: its lambda is 1. The matched
+    # lambda of a resampled one is defined by element.
+    by_element = parameters.get("granularity", "element") == "element"
+    if "lambda_matched" in groups and by_element and parameters.get("resample", 0) != 0:
+        resampling = {
+            key: value for key, value in parameters.items() if key in ("resample", "resample_from")
         }
-        found.append(
-            Control(
-                f"average as long as {name}",
-                "lambda_matched",
-                Candidate("lambda_matched", given, one.weights, one.seed),
-            )
-        )
-    if "seeds" in groups and one.parameters.get("child") is None:
+        matched = Candidate("lambda_matched", resampling, selection.weights, selection.seed)
+        controls.append(Control(f"average as long as {name}", "lambda_matched", matched))
+    # A child has its own control, `children`: the other children of the same permutations.
+    if "seeds" in groups and parameters.get("child") is None:
         for draw in range(1, SEEDS + 1):
-            other = int(stream_key_bits(one.seed, "control", draw)[0])
-            found.append(
-                Control(
-                    f"{name}, draw {draw + 1}",
-                    "seeds",
-                    Candidate(one.method, one.parameters, one.weights, other),
-                )
-            )
-    return found
+            seed = int(stream_key_bits(selection.seed, "control", draw)[0])
+            repeated = Candidate(selection.method, parameters, selection.weights, seed)
+            controls.append(Control(f"{name}, draw {draw + 1}", "seeds", repeated))
+    return controls
 
 
 def measure(
-    stock: Population,
-    listed: Sequence[Control],
-    known: Mapping[str, Measured],
-    measured: Callable[[Tree], Measured],
+    population: Population,
+    controls: Sequence[Control],
+    measured: Mapping[str, ControlLosses],
+    measure_model: Callable[[Tree], ControlLosses],
     log: Callable[[str], None],
-) -> dict[str, Measured]:
-    """Return the losses of every control by name: made one at a time in device memory, nothing is written.
+) -> dict[str, ControlLosses]:
+    """Return the losses of every control by name. One at a time is built in device memory.
 
     Args:
-        stock: the population.
-        listed: the controls.
-        known: by name, what need not be measured again.
-        measured: measures a model.
-        say: where one-line messages go.
+        population: the members and their base.
+        controls: the controls.
+        measured: losses by name that need not be measured again.
+        measure_model: losses of a model.
+        log: takes messages of one line.
     """
-    found = {}
-    for one in listed:
-        if one.name not in known:
-            params = stock.build(one.candidate)
-            found[one.name] = measured(params)
-            if one.candidate.kind != "base":
-                jax.tree.map(lambda leaf: leaf.delete(), params)
+    losses = {}
+    for control in controls:
+        if control.name in measured:
+            losses[control.name] = measured[control.name]
         else:
-            found[one.name] = known[one.name]
-    log(
-        f"  {len(listed)} controls, {len(listed) - len(known.keys() & found.keys())} of them measured now"
-    )
-    return found
+            with population.build_temporarily(control.candidate) as params:
+                losses[control.name] = measure_model(params)
+    fresh = len(controls) - len(measured.keys() & losses.keys())
+    log(f"  {len(controls)} controls, {fresh} of them measured now")
+    return losses
 
 
 def compare(
-    listed: Sequence[Control],
-    found: Mapping[str, Measured],
+    controls: Sequence[Control],
+    losses: Mapping[str, ControlLosses],
     tokens: np.ndarray,
     *,
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return rows for the report: every control against the mean member, the best member and the average, item by item.
+    """Compare every control with the mean member, the best member and the average, item by item.
 
     Args:
-        listed: the controls, and `found` their losses, with others that are no merges after them.
-        found: by name.
-        tokens: [n], what the loss of an item was divided by.
+        controls: the controls.
+        losses: by name, of the controls and of models that are no merges.
+        tokens: [n], token count of each item.
         resamples, seed: of the bootstrap.
 
     Returns:
-        `best_member` (`name`, `chosen_on`), `examples`, and `rows` with `name`, `group`, `at`, `candidate` (None of what is no merge),
-        `loss`, `validation_loss` and `against` (`paired.difference` by name of the rival). Plain data.
+        JSON for the report: `best_member` (`name`, `chosen_on`), `examples`, and `rows` with
+        `name`, `group`, `at`, `candidate` (None of what is no merge), `loss`, `validation_loss`
+        and `against` (`paired.difference` by name of the rival).
     """
-    members = [one.name for one in listed if one.candidate.kind == "member"]
-    validated = all(found[name].validation is not None for name in members)
+    members = [control.name for control in controls if control.candidate.kind == "member"]
+    validated = all(losses[name].validation is not None for name in members)
 
-    def loss(name: str) -> float:
-        return float((found[name].losses * tokens).sum() / tokens.sum())
+    def mean_loss(name: str) -> float:
+        return float((losses[name].losses * tokens).sum() / tokens.sum())
 
-    def chosen_by(name: str) -> float:
-        held = found[name].validation
-        return loss(name) if held is None else held
+    def criterion(name: str) -> float:
+        # Choosing on the reported split would favor the best member.
+        validation = losses[name].validation
+        return mean_loss(name) if validation is None else validation
 
-    best = min(members, key=chosen_by)
+    best = min(members, key=criterion)
     rivals = {
-        "mean_member": np.mean([found[name].losses for name in members], axis=0),
-        "best_member": found[best].losses,
+        "mean_member": np.mean([losses[name].losses for name in members], axis=0),
+        "best_member": losses[best].losses,
+        "average": losses["average"].losses,
     }
-    rivals["average"] = found["average"].losses
-    known = {one.name: one for one in listed}
+    by_name = {control.name: control for control in controls}
     rows = []
-    for name, one in found.items():
-        own = known.get(name)
-        gaps = {
+    for name, model_losses in losses.items():
+        control = by_name.get(name)
+        against = {
             rival: paired.difference(
-                one.losses, losses, weights=tokens, resamples=resamples, seed=seed
+                model_losses.losses, rival_losses, weights=tokens, resamples=resamples, seed=seed
             )
-            for rival, losses in rivals.items()
-            if not np.array_equal(one.losses, losses)
+            for rival, rival_losses in rivals.items()
+            if not np.array_equal(model_losses.losses, rival_losses)
         }
         rows.append(
             {
                 "name": name,
-                "group": own.group if own else name,
-                "at": list(own.at) if own else [],
-                "candidate": own.candidate.to_dict() if own else None,
-                "kind": own.candidate.kind if own else "other",
-                "loss": loss(name),
-                "validation_loss": one.validation,
-                "against": gaps,
+                "group": control.group if control else name,
+                "at": list(control.at) if control else [],
+                "candidate": control.candidate.to_dict() if control else None,
+                "kind": control.candidate.kind if control else "other",
+                "loss": mean_loss(name),
+                "validation_loss": model_losses.validation,
+                "against": against,
             }
         )
     return {

@@ -1,8 +1,10 @@
-"""Candidates out of a space: all points of a grid, random draws, or what an optimizer asks for next. Everything seeded."""
+"""Samplers: a grid, random draws, or Optuna's proposals, as candidates of a search space."""
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -11,22 +13,28 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_key_bits
 from jax_ordermerge.search.candidates import Candidate
 
-ROUNDS = 8  # in which an optimizer's budget is asked for: it learns between them
-Pick = Callable[[str, Any], Any]  # (name, range or choices) -> value
+if TYPE_CHECKING:
+    import optuna
+
+ROUNDS = 8  # batches of an Optuna sampler, which learns from the losses of one before the next
+Value: TypeAlias = Any  # of a hyperparameter: a number, string, bool or None
+Domain: TypeAlias = Range | tuple[Value, ...]  # a range, or choices
+# Chooses the value of a hyperparameter: (name, domain) -> value.
+Choose: TypeAlias = Callable[[str, Domain], Value]
 
 
 class Sampler(Protocol):
-    """Gives candidates batch by batch."""
+    """Proposes candidates batch by batch."""
 
     def ask(self) -> list[Candidate]:
-        """Return the next batch, nothing where there is no more."""
+        """Return the next batch, an empty one at the end."""
 
-    def tell(self, values: Sequence[float]) -> None:
+    def tell(self, losses: Sequence[float]) -> None:
         """Take the losses of the last batch."""
 
 
-def sampler(space: Search, members: int, seed: int) -> Sampler:
-    """Return the sampler that a space names.
+def make_sampler(space: Search, members: int, seed: int) -> Sampler:
+    """Return the sampler that a search space names.
 
     Args:
         space: what to try, and how.
@@ -34,202 +42,201 @@ def sampler(space: Search, members: int, seed: int) -> Sampler:
         seed: of all draws.
 
     Raises:
-        UserError: the grid is larger than the budget, the sampler cannot take the space, or its library is not installed.
+        UserError: the grid is larger than the budget, the sampler does not support the space, or
+            its library is not installed.
 
     Example:
-        >>> line = Search(
-        ...     methods=(
-        ...         {
-        ...             "method": "task_arithmetic",
-        ...             "parameters": {"scale": {"low": 1, "high": 2, "steps": 3}},
-        ...         },
-        ...     )
-        ... )
-        >>> [one.parameters["scale"] for one in sampler(line, members=2, seed=0).ask()]
+        >>> scales = {"low": 1, "high": 2, "steps": 3}
+        >>> entry = {"method": "task_arithmetic", "parameters": {"scale": scales}}
+        >>> sampler = make_sampler(Search(methods=(entry,)), members=2, seed=0)
+        >>> [candidate.parameters["scale"] for candidate in sampler.ask()]
         [1.0, 1.5, 2.0]
     """
     if space.sampler == "grid":
-        return _Once(_grid(space, seed))
+        return _SingleBatch(_grid(space, seed))
     if space.sampler == "random":
-        return _Once(_random(space, members, seed))
-    return _Optuna(space, members, seed)
+        return _SingleBatch(_draw(space, members, seed))
+    return _OptunaSampler(space, members, seed)
 
 
-def firsts(space: Search, members: int, seed: int) -> list[Candidate]:
-    """Return one candidate of every entry of a space: with the lowest numbers and the first choices.
+def first_candidates(space: Search, members: int, seed: int) -> list[Candidate]:
+    """Return one candidate per entry of a space: the lowest numbers and the first choices.
 
     Example:
-        >>> [
-        ...     one.name
-        ...     for one in firsts(
-        ...         Search(methods=({"method": "ties", "parameters": {"density": [0.2, 0.5]}},)),
-        ...         2,
-        ...         0,
-        ...     )
-        ... ]
+        >>> space = Search(methods=({"method": "ties", "parameters": {"density": [0.2, 0.5]}},))
+        >>> [candidate.name for candidate in first_candidates(space, members=2, seed=0)]
         ['ties density=0.2']
     """
 
-    def pick(_: str, knob: Any) -> Any:
-        return knob.low if isinstance(knob, Range) else knob[0]
+    def choose(_: str, domain: Domain) -> Value:
+        return domain.low if isinstance(domain, Range) else domain[0]
 
-    return [_candidate(entry, pick, members, seed) for entry in space.methods]
+    return [_candidate(entry, choose, members, seed) for entry in space.methods]
 
 
-class _Once:
-    """All candidates in one batch."""
+class _SingleBatch:
+    """A sampler that proposes all candidates at once."""
 
     def __init__(self, candidates: list[Candidate]) -> None:
-        self._left = [candidates]
+        self._batches = [candidates]
 
     def ask(self) -> list[Candidate]:
-        return self._left.pop() if self._left else []
+        return self._batches.pop() if self._batches else []
 
-    def tell(self, values: Sequence[float]) -> None:
-        """Nothing is learned."""
+    def tell(self, losses: Sequence[float]) -> None:
+        """Ignore the losses: there is no next batch."""
 
 
-def _candidate(entry: Entry, pick: Pick, members: int, seed: int) -> Candidate:
-    """Make a candidate of an entry, every open value chosen by `pick`."""
+def _candidate(entry: Entry, choose: Choose, members: int, seed: int) -> Candidate:
+    """Return a candidate of an entry, with each open value chosen by `choose`."""
 
-    def of(name: str, knob: Any) -> Any:
-        return pick(name, knob) if isinstance(knob, (Range, tuple)) else knob
+    def value(name: str, setting: Value) -> Value:
+        return choose(name, setting) if isinstance(setting, (Range, tuple)) else setting
 
-    own = of("seed", entry.seed)
+    entry_seed = value("seed", entry.seed)
     return Candidate(
         entry.method,
-        {name: of(name, knob) for name, knob in entry.parameters.items()},
-        None if entry.weights == "equal" else _weights(entry, pick, members),
-        seed if own is None else int(own),
-        float(of("scale", entry.scale)),
-        {group: float(of(f"lambda({group})", knob)) for group, knob in entry.groups.items()},
+        {name: value(name, setting) for name, setting in entry.parameters.items()},
+        None if entry.weights == "equal" else _weights(entry, choose, members),
+        seed if entry_seed is None else int(entry_seed),
+        float(value("scale", entry.scale)),
+        {group: float(value(f"lambda({group})", scale)) for group, scale in entry.groups.items()},
     )
 
 
-def _weights(entry: Entry, pick: Pick, members: int) -> tuple[float, ...]:
-    if entry.weights != "simplex":
-        return tuple(pick("weights", entry.weights))
-    # -log of uniform numbers, divided by their sum, are spread evenly over the simplex
-    drawn = np.array(
-        [
-            -np.log(1 - pick(f"weight {member}", Range(low=0.0, high=1.0 - 1e-6)))
-            for member in range(members)
-        ]
-    )
+def _weights(entry: Entry, choose: Choose, members: int) -> tuple[float, ...]:
+    if not isinstance(entry.weights, str):
+        return tuple(choose("weights", entry.weights))
+    # Exponential variables divided by their sum are uniform on the simplex. Uniform variables
+    # divided by their sum would favor its middle.
+    uniform = Range(low=0.0, high=1.0 - 1e-6)
+    drawn = np.array([-np.log(1 - choose(f"weight {i}", uniform)) for i in range(members)])
     shares = (drawn + 1e-9) / (drawn + 1e-9).sum()
     return tuple(float(f"{share:.9g}") for share in shares)
 
 
 def _grid(space: Search, seed: int) -> list[Candidate]:
-    found = list(itertools.islice(_points(space, seed), space.budget + 1))
-    if len(found) > space.budget:
+    # One more than the budget is enough to see that the grid is too large.
+    candidates = list(itertools.islice(_grid_points(space, seed), space.budget + 1))
+    if len(candidates) > space.budget:
         raise UserError(
-            f"the grid has more candidates than the budget of {space.budget}; raise budget, lower steps, or set sampler: random"
+            f"the grid has more candidates than the budget of {space.budget}; raise budget, "
+            "lower steps, or set sampler: random"
         )
-    return found
+    return candidates
 
 
-def _points(space: Search, seed: int) -> Iterator[Candidate]:
+def _grid_points(space: Search, seed: int) -> Iterator[Candidate]:
     for entry in space.methods:
         if entry.weights == "simplex":
             raise UserError(
-                f"{entry.method}: weights: simplex cannot be put on a grid; give a list of choices, or sampler: random"
+                f"{entry.method}: weights: simplex cannot be put on a grid; give a list of "
+                "choices, or sampler: random"
             )
-        open_: dict[str, Sequence[Any]] = {}
-
-        def note(name: str, knob: Any, open_: dict[str, Sequence[Any]] = open_) -> Any:
-            open_[name] = knob.values() if isinstance(knob, Range) else knob
-            return open_[name][0]
-
-        _candidate(entry, note, 0, seed)
-        for values in itertools.product(*open_.values()):
-            yield _candidate(entry, _from(dict(zip(open_, values, strict=True))), 0, seed)
+        domains = _domains(entry, members=0)
+        axes = [x.values() if isinstance(x, Range) else x for x in domains.values()]
+        for point in itertools.product(*axes):
+            choose = functools.partial(_read, dict(zip(domains, point, strict=True)))
+            yield _candidate(entry, choose, 0, seed)
 
 
-def _from(chosen: Mapping[str, Any]) -> Pick:
-    return lambda name, _: chosen[name]
+def _read(point: Mapping[str, Value], name: str, _: Domain) -> Value:
+    return point[name]
 
 
-def _random(space: Search, members: int, seed: int) -> list[Candidate]:
+def _domains(entry: Entry, members: int) -> dict[str, Domain]:
+    """Return what is open in an entry, by name, in the order that `_candidate` asks for it."""
+    domains: dict[str, Domain] = {}
+
+    def record(name: str, domain: Domain) -> Value:
+        domains[name] = domain
+        return domain.low if isinstance(domain, Range) else domain[0]
+
+    _candidate(entry, record, members, 0)
+    return domains
+
+
+def _draw(space: Search, members: int, seed: int) -> list[Candidate]:
     generator = np.random.default_rng(stream_key_bits(seed, "search", "random"))
 
-    def pick(_: str, knob: Any) -> Any:
-        return (
-            knob.at(generator.random())
-            if isinstance(knob, Range)
-            else knob[generator.integers(len(knob))]
-        )
+    def choose(_: str, domain: Domain) -> Value:
+        if isinstance(domain, Range):
+            return domain.at(generator.random())
+        return domain[generator.integers(len(domain))]
 
     entries = generator.integers(0, len(space.methods), space.budget)
-    return [_candidate(space.methods[number], pick, members, seed) for number in entries]
+    return [_candidate(space.methods[entry], choose, members, seed) for entry in entries]
 
 
-class _Optuna:
-    """What one of Optuna's samplers asks for, in `ROUNDS` batches; it is told the losses of a batch before the next."""
+class _OptunaSampler:
+    """One of Optuna's samplers, asked in `ROUNDS` batches of equal size."""
 
     def __init__(self, space: Search, members: int, seed: int) -> None:
         try:
             import optuna
         except ImportError as error:
             raise UserError(
-                f"sampler {space.sampler} needs the extra search: pip install 'jax_ordermerge[search]', or use grid or random"
+                f"sampler {space.sampler} needs the extra search: pip install "
+                "'jax_ordermerge[search]', or use grid or random"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        number = int(stream_key_bits(seed, "search", space.sampler)[0])
+        key = int(stream_key_bits(seed, "search", space.sampler)[0])
+        sampler: optuna.samplers.BaseSampler
         if space.sampler == "tpe":
-            chosen: Any = optuna.samplers.TPESampler(
-                seed=number, n_startup_trials=max(8, space.budget // 8), constant_liar=True
+            # constant_liar: a batch is asked for before the losses of its first trials are known.
+            sampler = optuna.samplers.TPESampler(
+                seed=key, n_startup_trials=max(8, space.budget // 8), constant_liar=True
             )
         else:
             _check_numeric(space)
-            chosen = optuna.samplers.CmaEsSampler(seed=number, warn_independent_sampling=False)
-        self._study = optuna.create_study(sampler=chosen)
+            sampler = optuna.samplers.CmaEsSampler(seed=key, warn_independent_sampling=False)
+        self._study = optuna.create_study(sampler=sampler)
         self._space, self._members, self._seed = space, members, seed
-        self._left, self._open = space.budget, list[Any]()
+        self._budget, self._trials = space.budget, list["optuna.Trial"]()
 
     def ask(self) -> list[Candidate]:
-        size = min(self._left, max(1, -(-self._space.budget // ROUNDS)))
-        self._left -= size
-        self._open = [self._study.ask() for _ in range(size)]
-        return [self._one(trial) for trial in self._open]
+        size = min(self._budget, max(1, -(-self._space.budget // ROUNDS)))
+        self._budget -= size
+        self._trials = [self._study.ask() for _ in range(size)]
+        return [self._propose(trial) for trial in self._trials]
 
-    def tell(self, values: Sequence[float]) -> None:
-        for trial, value in zip(self._open, values, strict=True):
-            self._study.tell(trial, value)
+    def tell(self, losses: Sequence[float]) -> None:
+        for trial, loss in zip(self._trials, losses, strict=True):
+            # Optuna refuses infinite losses of a trial. A very large one ranks last as well.
+            self._study.tell(trial, loss if math.isfinite(loss) else 1e30)
 
-    def _one(self, trial: Any) -> Candidate:
+    def _propose(self, trial: "optuna.Trial") -> Candidate:
         entries = self._space.methods
-        number = (
-            trial.suggest_categorical("entry", list(range(len(entries)))) if len(entries) > 1 else 0
-        )
+        numbers = list(range(len(entries)))
+        number = trial.suggest_categorical("entry", numbers) if len(entries) > 1 else 0
 
-        def pick(name: str, knob: Any) -> Any:
+        def choose(name: str, domain: Domain) -> Value:
+            # Prefixed: the same name in two entries is another hyperparameter.
             name = f"{number}: {name}"
-            if isinstance(knob, Range):
-                return float(f"{trial.suggest_float(name, knob.low, knob.high, log=knob.log):.9g}")
-            return knob[trial.suggest_categorical(name, list(range(len(knob))))]
+            if isinstance(domain, Range):
+                value = trial.suggest_float(name, domain.low, domain.high, log=domain.log)
+                return float(f"{value:.9g}")
+            # Optuna takes only plain values as choices, so it chooses their index.
+            return domain[trial.suggest_categorical(name, list(range(len(domain))))]
 
-        return _candidate(entries[number], pick, self._members, self._seed)
+        return _candidate(entries[number], choose, self._members, self._seed)
 
 
 def _check_numeric(space: Search) -> None:
     if len(space.methods) != 1:
         raise UserError(
-            f"sampler cma-es varies the numbers of one method, the space has {len(space.methods)}; use tpe, or leave one"
+            "sampler cma-es varies the numbers of one method, the space has "
+            f"{len(space.methods)}; use tpe, or leave one"
         )
-    numbers = 0
-
-    def pick(name: str, knob: Any) -> Any:
-        nonlocal numbers
-        if not isinstance(knob, Range):
+    domains = _domains(space.methods[0], members=2)
+    for name, domain in domains.items():
+        if not isinstance(domain, Range):
             raise UserError(
-                f"sampler cma-es varies numbers, {name} is a list of choices; give a range, or use tpe"
+                f"sampler cma-es varies numbers, {name} is a list of choices; give a range, "
+                "or use tpe"
             )
-        numbers += 1
-        return knob.low
-
-    _candidate(space.methods[0], pick, 2, 0)
-    if numbers < 2:
+    if len(domains) < 2:
         raise UserError(
-            f"sampler cma-es needs two numbers or more to vary, the space has {numbers}; use tpe or grid"
+            "sampler cma-es needs two numbers or more to vary, the space has "
+            f"{len(domains)}; use tpe or grid"
         )

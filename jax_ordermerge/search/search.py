@@ -1,12 +1,11 @@
-"""The search: candidates of a space raced against each other and the members, on validation examples, and what came of it."""
+"""The search for a merge: successive halving over a space of candidates, on validation examples."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
 from jax_ordermerge.arch import ModelConfig
@@ -14,259 +13,364 @@ from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.order import permutation
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import SearchLayout
 from jax_ordermerge.search import sampling
 from jax_ordermerge.search.candidates import (
     MEMBER,
     Candidate,
-    Measure,
+    LossFn,
     Population,
-    anchors,
+    baselines,
     check,
     unique,
 )
-from jax_ordermerge.search.loss_cache import Journal
-from jax_ordermerge.search.successive_halving import Race, subsets
+from jax_ordermerge.search.loss_cache import LossCache
+from jax_ordermerge.search.successive_halving import SuccessiveHalving, subset_sizes
 
-SMALLEST_SPLIT = 8  # validation examples, below which a paired difference says nothing
+MIN_EXAMPLES = 8  # with fewer validation examples a paired difference says nothing
 
 
-class Found(NamedTuple):
-    """What a search found.
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Mean paired difference of losses.
 
     Attributes:
-        winner: the candidate with the lowest loss on all validation examples.
-        results: all of it, as plain data for JSON.
+        estimate: mean difference, nats per token.
+        se: its standard error.
+        examples: number of examples that both candidates have seen.
     """
 
-    winner: Candidate
-    results: dict[str, Any]
+    estimate: float
+    se: float
+    examples: int
 
 
-def check_apart(validation: Examples, others: dict[str, Examples]) -> None:
+@dataclasses.dataclass(frozen=True)
+class CandidateResult:
+    """Result of one candidate.
+
+    Attributes:
+        number: position in the order of proposals.
+        candidate: the candidate.
+        loss: mean loss on the examples seen, None where it is not finite.
+        examples: number of examples seen.
+        dropped: round that it was dropped after, None where it reached the last.
+        to_winner: its loss less that of the winner, None where it is not finite.
+        to_best_member: its loss less that of the best member.
+    """
+
+    number: int
+    candidate: Candidate
+    loss: float | None
+    examples: int
+    dropped: int | None
+    to_winner: Gap | None
+    to_best_member: Gap | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON."""
+        return {
+            "number": self.number,
+            "name": self.candidate.name,
+            "kind": self.candidate.kind,
+            "candidate": self.candidate.to_dict(),
+            "loss": self.loss,
+            "examples": self.examples,
+            "dropped": self.dropped,
+            "to_winner": self.to_winner and dataclasses.asdict(self.to_winner),
+            "to_best_member": self.to_best_member and dataclasses.asdict(self.to_best_member),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """Result of a search.
+
+    Attributes:
+        seed: of draws and subsets.
+        settings: everything that decides the result, as JSON.
+        examples: number of validation examples.
+        stopped_early: whether the last rounds were skipped because the leader could not change.
+        winner: number of the candidate with the lowest loss on all examples.
+        best_member: number of the member with the lowest loss.
+        edges: see `range_edges`.
+        candidates: all candidates, by number.
+        seconds: wall time.
+        cache_hits: number of measurements that were read from the cache.
+        claim: comparison of the winner with its rivals on examples that had no part in the choice,
+            as JSON; None until it is made.
+    """
+
+    seed: int
+    settings: Mapping[str, Any]
+    examples: int
+    stopped_early: bool
+    winner: int
+    best_member: int
+    edges: Sequence[str]
+    candidates: Sequence[CandidateResult]
+    seconds: float
+    cache_hits: int
+    claim: Mapping[str, Any] | None = None
+
+    @property
+    def winning_candidate(self) -> Candidate:
+        """The winner."""
+        return self.candidates[self.winner].candidate
+
+    @property
+    def best_member_number(self) -> int:
+        """Number of the best member in the population."""
+        return int(self.candidates[self.best_member].candidate.parameters["number"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON."""
+        complete = [row for row in self.candidates if row.examples == self.examples]
+        return {
+            "seed": self.seed,
+            "settings": dict(self.settings),
+            "examples": self.examples,
+            "tried": len(self.candidates),
+            "measured_fully": len(complete),
+            "stopped_early": self.stopped_early,
+            "winner": self.winner,
+            "best_member": self.best_member,
+            "edges": list(self.edges),
+            "candidates": [row.to_dict() for row in self.candidates],
+            "seconds": self.seconds,
+            "cache_hits": self.cache_hits,
+            "claim": self.claim,
+        }
+
+
+def check_disjoint(validation: Examples, splits: Mapping[str, Examples]) -> None:
     """Refuse validation examples that are also examples of another split.
 
     Args:
         validation: the examples that a merge is chosen on.
-        others: by the name of the split.
+        splits: the other splits by name.
 
     Raises:
-        UserError: some are, or they are too few.
+        UserError: a split shares examples with them, or they are too few.
     """
-    if len(validation) < SMALLEST_SPLIT:
+    if len(validation) < MIN_EXAMPLES:
         raise UserError(
-            f"{len(validation)} validation examples are too few to choose a merge on; set data.validation_examples to {SMALLEST_SPLIT} or more"
+            f"{len(validation)} validation examples are too few to choose a merge on; "
+            f"set data.validation_examples to {MIN_EXAMPLES} or more"
         )
-    own = [tuple(row.tolist()) for row in validation.tokens]
-    for name, examples in others.items():
-        taken = {tuple(row.tolist()) for row in examples.tokens}
-        shared = [validation.ids[place] for place, row in enumerate(own) if row in taken]
+    rows = [tuple(row.tolist()) for row in validation.tokens]
+    for name, examples in splits.items():
+        split_rows = {tuple(row.tolist()) for row in examples.tokens}
+        shared = [id_ for id_, row in zip(validation.ids, rows, strict=True) if row in split_rows]
         if shared:
             raise UserError(
-                f"{len(shared)} of {len(own)} validation examples are {name} examples too (the first is row {shared[0]}); a merge is"
-                f" chosen on examples that are in no other split: remove them"
+                f"{len(shared)} of {len(rows)} validation examples are {name} examples too (the "
+                f"first is row {shared[0]}); a merge is chosen on examples that are in no other "
+                "split: remove them"
             )
 
 
 def check_space(space: Search, members: int, model: ModelConfig, seed: int) -> None:
-    """Refuse a space that no search could begin with, before anything is trained for it.
+    """Refuse a space that no search can start with, before any training is spent on it.
 
     Raises:
-        UserError: a method, a parameter, a group of tensors, the grid or the sampler.
+        UserError: a method, parameter, group of tensors, the grid or the sampler is wrong.
     """
-    for one in sampling.firsts(space, members, seed):
-        check(one, members, model)
-    sampling.sampler(space, members, seed)
+    for candidate in sampling.first_candidates(space, members, seed):
+        check(candidate, members, model)
+    sampling.make_sampler(space, members, seed)
 
 
-def find(
-    stock: Population,
+def run_search(
+    population: Population,
     space: Search,
     validation: Examples,
-    measure: Measure,
+    measure: LossFn,
     *,
     seed: int,
-    directory: Path,
-    of: dict[str, Any],
+    layout: SearchLayout,
+    provenance: Mapping[str, Any],
     log: Callable[[str], None],
-) -> Found:
-    """Choose among base, members, their average and the candidates of a space.
+) -> SearchResult:
+    """Choose among the base, the members, their average and the candidates of a space.
 
-    All are measured on the same examples; the difference to the best is paired. Candidates run on growing subsets and half of them go
-    on, so most see few examples; the winner, the members and the base have seen all. The same settings give the same result, also
+    All losses are measured on the same examples, so differences are paired. The base, the members
+    and the average see all examples. The candidates run on growing subsets and at most half of
+    them go on each time, so most see few examples. The same settings give the same result, also
     where a search was interrupted and continues.
 
     Args:
-        stock: the population.
+        population: the members and their base.
         space: what to try, and how.
-        validation: examples that are in no other split (`check_apart`).
-        measure: gives the losses of a model on examples.
+        validation: examples that are in no other split; see `check_disjoint`.
+        measure: losses of a model on examples.
         seed: of draws and subsets.
-        directory: for journal.jsonl, the only file that is written.
-        of: what else decides the losses (run, dtype), plain data.
-        say: where one-line messages go.
+        layout: directory of the search. Only the cache in it is written.
+        provenance: what else decides the losses (run, dtype), as JSON.
+        log: takes messages of one line.
 
     Raises:
-        UserError: a candidate cannot be made, or the directory holds another search.
+        UserError: a candidate cannot be built, or the directory holds another search.
     """
-    begun = time.perf_counter()
-    source = sampling.sampler(space, stock.count, seed)
+    start = time.perf_counter()
+    sampler = sampling.make_sampler(space, population.count, seed)
     rows = permutation(len(validation), seed, "search", "items")
-    sizes = subsets(len(rows), space.smallest)
-    parts = [
-        validation.take(rows[start:end]) for start, end in zip([0, *sizes], sizes, strict=False)
+    sizes = subset_sizes(len(rows), space.smallest)
+    subsets = [
+        validation.take(rows[first:end]) for first, end in zip([0, *sizes], sizes, strict=False)
     ]
     settings = {
-        **of,
+        **provenance,
         "seed": seed,
         "space": space.model_dump(mode="json"),
         "validation": validation.digest,
     }
-    with Journal(directory / "journal.jsonl", settings) as journal:
-        hunt = _Hunt(stock, parts, measure, journal, log)
-        hunt.begin(anchors(stock.count, seed), sizes)
-        stopped = hunt.run(source)
-    race, candidates = hunt.race, hunt.candidates
-    winner = race.leader()
-    members = [number for number, one in enumerate(candidates) if one.method == MEMBER]
-    best = min(members, key=race.loss)
-    whole = sum(len(one.losses) == sizes[-1] for one in race.standings.values())
-    results = {
-        "seed": seed,
-        "settings": {**settings, "sizes": sizes},
-        "examples": len(validation),
-        "tried": len(candidates),
-        "measured_whole": whole,
-        "stopped_early": stopped,
-        "winner": winner,
-        "best_member": best,
-        "edges": edges(candidates[winner], candidates),
-        "candidates": [
-            _row(race, number, one, winner, best) for number, one in enumerate(candidates)
+    with LossCache(layout.cache, settings) as cache:
+        loop = SearchLoop(population, subsets, measure, cache, log)
+        loop.measure_baselines(baselines(population.count, seed))
+        stopped_early = loop.run(sampler)
+    winner = loop.halving.leader()
+    members = [i for i, candidate in enumerate(loop.candidates) if candidate.method == MEMBER]
+    best_member = min(members, key=loop.halving.loss)
+    return SearchResult(
+        seed=seed,
+        settings={**settings, "sizes": sizes},
+        examples=len(validation),
+        stopped_early=stopped_early,
+        winner=winner,
+        best_member=best_member,
+        edges=range_edges(loop.candidates[winner], loop.candidates),
+        candidates=[
+            loop.result(number, winner, best_member) for number in range(len(loop.candidates))
         ],
-        "seconds": time.perf_counter() - begun,
-        "recalled": journal.taken,
-    }
-    return Found(candidates[winner], results)
+        seconds=time.perf_counter() - start,
+        cache_hits=cache.hits,
+    )
 
 
-def edges(winner: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Return which numbers of a winner are the lowest or highest that were tried of its method: the best may lie beyond.
+def range_edges(winner: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+    """Return the numbers of a winner that are the lowest or highest tried: the best may lie beyond.
 
     Example:
         >>> tried = [Candidate("task_arithmetic", {"scale": x}) for x in (1.0, 1.5, 2.0)]
-        >>> edges(tried[2], tried), edges(tried[1], tried)
+        >>> range_edges(tried[2], tried), range_edges(tried[1], tried)
         (['scale = 2'], [])
     """
     if winner.kind != "merge":
         return []
-    own, found = _numbers(winner), []
-    for name, value in own.items():
-        tried = {
-            numbers[name]
-            for one in candidates
-            if one.method == winner.method and name in (numbers := _numbers(one))
-        }
+    edges = []
+    same_method = [_numbers(x) for x in candidates if x.method == winner.method]
+    for name, value in _numbers(winner).items():
+        tried = {numbers[name] for numbers in same_method if name in numbers}
+        # Of two values each is an edge: that says nothing about the range.
         if len(tried) > 2 and value in (min(tried), max(tried)):
-            found.append(f"{name} = {value:.4g}")
-    return found
+            edges.append(f"{name} = {value:.4g}")
+    return edges
 
 
-def _numbers(one: Candidate) -> dict[str, float]:
-    own = {
-        name: float(x)
-        for name, x in one.parameters.items()
-        if isinstance(x, (int, float)) and not isinstance(x, bool)
+def _numbers(candidate: Candidate) -> dict[str, float]:
+    parameters = {
+        name: float(value)
+        for name, value in candidate.parameters.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    return own | {"lambda": one.scale} | {f"lambda({group})": x for group, x in one.groups.items()}
+    groups = {f"lambda({group})": scale for group, scale in candidate.groups.items()}
+    return parameters | {"lambda": candidate.scale} | groups
 
 
-class _Hunt:
-    """The candidates in the order that they came, and the race between them."""
+class SearchLoop:
+    """The candidates in the order of their proposal, and their successive halving.
+
+    Args:
+        population: the members and their base.
+        subsets: examples that each subset adds to the one before.
+        measure: losses of a model on examples.
+        cache: losses that were measured before.
+        log: takes messages of one line.
+    """
 
     def __init__(
         self,
-        stock: Population,
-        parts: Sequence[Examples],
-        measure: Measure,
-        journal: Journal,
+        population: Population,
+        subsets: Sequence[Examples],
+        measure: LossFn,
+        cache: LossCache,
         log: Callable[[str], None],
     ) -> None:
-        self._stock, self._parts, self._measure, self._journal, self._say = (
-            stock,
-            parts,
-            measure,
-            journal,
-            log,
-        )
+        self._population, self._subsets = population, subsets
+        self._measure, self._cache, self._log = measure, cache, log
         self.candidates: list[Candidate] = []
-        self._tokens: list[np.ndarray] = []
+        # Token counts are the same for all models. The base gives them, which costs no merge.
+        tokens = [measure(population.base, subset)[1] for subset in subsets]
+        self._sizes = [int(size) for size in np.cumsum([len(subset) for subset in subsets])]
+        self.halving = SuccessiveHalving(
+            np.concatenate(tokens).astype(np.float64), self._sizes, self._sum_losses
+        )
 
-    def begin(self, anchored: Sequence[Candidate], sizes: Sequence[int]) -> None:
-        """Measure the candidates that are always there, on all examples."""
-        self.candidates = list(anchored)
-        # what losses are divided by is the same for all models: the base says it, which costs no merge
-        tokens = [self._measure(self._stock.base, part)[1] for part in self._parts]
-        self.race = Race(np.concatenate(tokens).astype(np.float64), sizes, self._sums)
-        for number in range(len(anchored)):
-            self.race.whole(number)
-        self._say(f"  {sizes[-1]} validation examples, rounds of {', '.join(map(str, sizes))}")
-        for number, one in enumerate(anchored):
-            self._say(f"  {one.name}: {self.race.loss(number):.4f}")
+    def measure_baselines(self, candidates: Sequence[Candidate]) -> None:
+        """Measure the candidates of every search on all examples."""
+        self.candidates = list(candidates)
+        for number in range(len(candidates)):
+            self.halving.measure_fully(number)
+        rounds = ", ".join(map(str, self._sizes))
+        self._log(f"  {self._sizes[-1]} validation examples, rounds of {rounds}")
+        for number, candidate in enumerate(candidates):
+            self._log(f"  {candidate.name}: {self.halving.loss(number):.4f}")
 
-    def run(self, source: sampling.Sampler) -> bool:
-        """Race what a sampler gives until it gives no more; say whether the last heat ended because nothing could change."""
-        stopped = False
-        while asked := source.ask():
-            for one in asked:
-                check(one, self._stock.count, self._stock.model)
-            known = {one.key: number for number, one in enumerate(self.candidates)}
-            fresh = [one for one in unique(asked) if one.key not in known]
-            numbers = list(range(len(self.candidates), len(self.candidates) + len(fresh)))
+    def run(self, sampler: sampling.Sampler) -> bool:
+        """Run all batches of a sampler.
+
+        Returns:
+            Whether the last batch ended early because the leader could no longer change.
+        """
+        stopped_early = False
+        while batch := sampler.ask():
+            for candidate in batch:
+                check(candidate, self._population.count, self._population.model)
+            numbers = {candidate.key: number for number, candidate in enumerate(self.candidates)}
+            # A sampler may propose a candidate again, and a batch may hold it twice.
+            fresh = [candidate for candidate in unique(batch) if candidate.key not in numbers]
+            first = len(self.candidates)
             self.candidates += fresh
-            known |= {one.key: number for one, number in zip(fresh, numbers, strict=True)}
-            stopped = self.race.heat(numbers, self._tell) if numbers else False
-            leader = self.race.leader()
-            self._say(
-                f"  best of {len(self.candidates)}: {self.candidates[leader].name}, {self.race.loss(leader):.4f}"
+            numbers |= {candidate.key: first + i for i, candidate in enumerate(fresh)}
+            stopped_early = bool(fresh) and self.halving.run(
+                range(first, len(self.candidates)), self._log_round
             )
-            source.tell([_finite(self.race.value(known[one.key])) for one in asked])
-        return stopped
+            leader = self.halving.leader()
+            self._log(
+                f"  best of {len(self.candidates)}: {self.candidates[leader].name}, "
+                f"{self.halving.loss(leader):.4f}"
+            )
+            sampler.tell([self.halving.value(numbers[candidate.key]) for candidate in batch])
+        return stopped_early
 
-    def _tell(self, round_: int, ran: Sequence[int], onward: Sequence[int]) -> None:
-        self._say(f"  round {round_}: {len(ran)} candidates, {len(onward)} go on")
+    def result(self, number: int, winner: int, best_member: int) -> CandidateResult:
+        """Return the result of a candidate, with its gaps to the winner and the best member."""
+        loss, standing = self.halving.loss(number), self.halving.standings[number]
+        return CandidateResult(
+            number=number,
+            candidate=self.candidates[number],
+            loss=loss if math.isfinite(loss) else None,
+            examples=len(standing.losses),
+            dropped=standing.dropped,
+            to_winner=self._gap(number, winner),
+            to_best_member=self._gap(number, best_member),
+        )
 
-    def _sums(self, number: int, round_: int) -> np.ndarray:
-        one = self.candidates[number]
+    def _gap(self, number: int, rival: int) -> Gap | None:
+        estimate, error, examples = self.halving.gap(number, rival)
+        finite = math.isfinite(estimate) and math.isfinite(error)
+        return Gap(estimate, error, examples) if finite else None
 
-        def measured() -> np.ndarray:
-            params = self._stock.build(one)
-            sums, _ = self._measure(params, self._parts[round_])
-            if one.kind != "base":
-                jax.tree.map(
-                    lambda leaf: leaf.delete(), params
-                )  # at once, so that no two candidates are ever in memory
+    def _log_round(self, number: int, ran: Sequence[int], onward: Sequence[int]) -> None:
+        self._log(f"  round {number}: {len(ran)} candidates, {len(onward)} go on")
+
+    def _sum_losses(self, number: int, subset: int) -> np.ndarray:
+        candidate = self.candidates[number]
+
+        def measure() -> np.ndarray:
+            with self._population.build_temporarily(candidate) as params:
+                sums, _ = self._measure(params, self._subsets[subset])
             return np.where(np.isnan(sums), np.inf, sums)
 
-        return self._journal.recall(one.key, round_, measured)
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 1e30
-
-
-def _row(race: Race, number: int, one: Candidate, winner: int, best: int) -> dict[str, Any]:
-    loss, standing = race.loss(number), race.standings[number]
-    row: dict[str, Any] = {
-        "number": number,
-        "name": one.name,
-        "kind": one.kind,
-        "candidate": one.to_dict(),
-        "loss": loss if math.isfinite(loss) else None,
-        "examples": len(standing.losses),
-        "dropped": standing.dropped,
-    }
-    for name, other in (("to_winner", winner), ("to_best_member", best)):
-        estimate, error, seen = race.gap(number, other)
-        known = math.isfinite(estimate) and math.isfinite(error)
-        row[name] = {"estimate": estimate, "se": error, "examples": seen} if known else None
-    return row
+        return self._cache.get_or_measure(candidate.key, subset, measure)

@@ -1,4 +1,4 @@
-"""A race on the same items: losses of candidates on growing subsets, who goes on, and who may still win. Numpy alone."""
+"""Successive halving of candidates on growing subsets of the same items. Numpy alone."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,16 +6,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.05  # the chance, over all candidates of a round together, that the true leader is dropped for a difference of chance
-# losses of candidate i on the items of subset r, float64[items]
-Measure = Callable[[int, int], np.ndarray]
+# The probability, over all candidates of a round together, that the candidate with the lowest
+# true loss is dropped by chance.
+LEVEL = 0.05
+# Summed losses of candidate i on the items of subset r, float64[items of r].
+SubsetLossFn = Callable[[int, int], np.ndarray]
+# Called after each round with its number, the candidates that ran, and those that go on.
+OnRound = Callable[[int, Sequence[int], Sequence[int]], None]
 
 
-def subsets(items: int, smallest: int) -> list[int]:
-    """Return the sizes of growing subsets, each about twice the one before, the last of them all items.
+def subset_sizes(items: int, smallest: int) -> list[int]:
+    """Return the sizes of nested subsets, each about twice the one before, the last of all items.
 
     Example:
-        >>> subsets(100, 16), subsets(10, 16)
+        >>> subset_sizes(100, 16), subset_sizes(10, 16)
         ([25, 50, 100], [10])
     """
     sizes = [items]
@@ -24,142 +28,149 @@ def subsets(items: int, smallest: int) -> list[int]:
     return sizes
 
 
-def gap(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Return the weighted mean of `first - second` over items, and its standard error (of a ratio of means).
+def paired_gap(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Return the weighted mean of `first - second` over items and its standard error.
 
     Args:
-        first, second: [n], losses a token (or an item) of the same items.
-        weights: [n], tokens an item.
+        first, second: [n], losses per token of the same items.
+        weights: [n], tokens per item.
 
     Example:
-        >>> estimate, error = gap(np.array([1.0, 2.0]), np.array([0.0, 2.0]), np.array([1.0, 1.0]))
-        >>> estimate, error
+        >>> weights = np.array([1.0, 1.0])
+        >>> paired_gap(np.array([1.0, 2.0]), np.array([0.0, 2.0]), weights)
         (0.5, 0.5)
     """
     share = weights / weights.mean()
-    broken = not np.isfinite(first).all(), not np.isfinite(second).all()
-    if any(broken):  # a model whose losses are no numbers is worse than any other
-        return float("inf") * (broken[0] - broken[1]) if broken[0] != broken[1] else 0.0, 0.0
+    diverged = not np.isfinite(first).all(), not np.isfinite(second).all()
+    # A model with a loss that is not finite is worse than any model without one.
+    if any(diverged):
+        return float("inf") * (diverged[0] - diverged[1]) if diverged[0] != diverged[
+            1
+        ] else 0.0, 0.0
     gaps = first - second
     estimate = float((share * gaps).mean())
     if len(gaps) < 2:
         return estimate, float("inf")
+    # The mean is a ratio of two sums, so its error is that of the residuals of the ratio.
     return estimate, float((share * (gaps - estimate)).std(ddof=1) / np.sqrt(len(gaps)))
 
 
 @dataclasses.dataclass
 class Standing:
-    """How far a candidate came.
+    """Progress of one candidate.
 
     Attributes:
-        losses: losses a token of the items seen, in the order of the race.
-        dropped: number of the round after which it went no further, None while it runs.
+        losses: losses per token of the items seen, in the order of the subsets.
+        dropped: number of the round that it was dropped after, None while it runs.
     """
 
     losses: np.ndarray
     dropped: int | None = None
 
 
-class Race:
-    """Candidates by number, with their losses on the items that they have seen, which are the same for all that saw as many."""
+class SuccessiveHalving:
+    """Losses of numbered candidates on growing subsets of the items.
 
-    def __init__(self, tokens: np.ndarray, sizes: Sequence[int], measure: Measure) -> None:
-        """Begin without candidates.
+    The subsets are nested and the same for all candidates: two candidates are always compared on
+    the items that both have seen.
 
-        Args:
-            tokens: [n], what the losses of an item are divided by, in the order of the race.
-            sizes: from `subsets`.
-            measure: gives the summed losses of a candidate on the items between two sizes.
-        """
+    Args:
+        tokens: [n], the token count of each item, in the order of the subsets.
+        sizes: see `subset_sizes`.
+        measure: losses of a candidate on the items that a subset adds to the one before.
+    """
+
+    def __init__(self, tokens: np.ndarray, sizes: Sequence[int], measure: SubsetLossFn) -> None:
         self._tokens, self._sizes, self._measure = tokens, list(sizes), measure
         self.standings: dict[int, Standing] = {}
 
-    def whole(self, number: int) -> None:
+    def measure_fully(self, number: int) -> None:
         """Measure a candidate on all items."""
-        for round_ in range(len(self._sizes)):
-            self._extend(number, round_)
+        for subset in range(len(self._sizes)):
+            self._extend(number, subset)
 
     def loss(self, number: int) -> float:
         """Return the mean loss on the items seen."""
         return self._mean(number, len(self.standings[number].losses))
 
     def leader(self) -> int:
-        """Return the number with the lowest loss on all items; of equal ones the first that was measured."""
-        return min(self._whole(), key=self.loss)
+        """Return the candidate with the lowest loss on all items, of equal ones the first."""
+        complete = [
+            number
+            for number, standing in self.standings.items()
+            if len(standing.losses) == self._sizes[-1]
+        ]
+        return min(complete, key=self.loss)
 
-    def heat(
-        self, numbers: Sequence[int], tell: Callable[[int, list[int], list[int]], None]
-    ) -> bool:
-        """Run candidates against each other and the leader: half of them go on after each round, and none that is told from the best.
+    def run(self, numbers: Sequence[int], on_round: OnRound) -> bool:
+        """Run new candidates against each other and against the leader.
+
+        After each round the better half goes on, less those that are significantly worse than the
+        best.
 
         Args:
-            numbers: of candidates that have seen nothing yet.
-            tell: is told after each round its number, who ran, and who goes on.
+            numbers: candidates that have seen no item yet.
+            on_round: called after each round but the last.
 
         Returns:
-            Whether it ended before the last round, because the leader could no longer change.
+            Whether it ended before the last round because the leader could no longer change.
         """
-        standing = self.leader()
+        leader = self.leader()
         running = list(numbers)
-        last = len(self._sizes) - 1
-        for round_, size in enumerate(self._sizes):
+        tests = len(numbers) + 1
+        for subset, size in enumerate(self._sizes):
             for number in running:
-                self._extend(number, round_)
-            if round_ == last:
+                self._extend(number, subset)
+            if size == self._sizes[-1]:
                 break
             ranked = sorted(running, key=lambda number: self._mean(number, size))
-            best = min([standing, *ranked[:1]], key=lambda number: self._mean(number, size))
+            best = min([leader, *ranked[:1]], key=lambda number: self._mean(number, size))
             half = ranked[: -(-len(ranked) // 2)]
-            onward = [
-                number for number in half if not self._told(number, best, size, len(numbers) + 1)
-            ]
+            onward = [number for number in half if not self._is_worse(number, best, size, tests)]
             for number in set(running) - set(onward):
-                self.standings[number].dropped = round_ + 1
-            tell(round_ + 1, running, onward)
+                self.standings[number].dropped = subset + 1
+            on_round(subset + 1, running, onward)
             running = onward
             if not running:
                 return True
-            if len(running) == 1 and self._told(standing, running[0], size, len(numbers) + 1):
-                self.whole(
-                    running[0]
-                )  # nobody else is left; what remains is to know its loss on all items
+            if len(running) == 1 and self._is_worse(leader, running[0], size, tests):
+                # The only rival left is better than the leader: further rounds cannot change the
+                # order, but the loss on all items is still needed.
+                self.measure_fully(running[0])
                 return True
         return False
 
     def value(self, number: int) -> float:
-        """Return an estimate of the loss on all items: the leader's, and the difference to it on the items seen by both."""
+        """Return an estimate of the loss on all items.
+
+        It is the loss of the leader, plus the paired difference on the items seen by both: subsets
+        differ in difficulty, so means over different subsets cannot be compared.
+        """
         leader, seen = self.leader(), len(self.standings[number].losses)
         return self.loss(leader) + self._mean(number, seen) - self._mean(leader, seen)
 
-    def gap(self, number: int, other: int) -> tuple[float, float, int]:
-        """Return the mean difference to another candidate on the items seen by both, its standard error, and their number."""
-        seen = min(len(self.standings[one].losses) for one in (number, other))
-        first, second = (self.standings[one].losses[:seen] for one in (number, other))
-        return *gap(first, second, self._tokens[:seen]), seen
+    def gap(self, number: int, rival: int) -> tuple[float, float, int]:
+        """Return the mean difference on the items seen by both, its standard error, their count."""
+        first, second = self.standings[number].losses, self.standings[rival].losses
+        seen = min(len(first), len(second))
+        return *paired_gap(first[:seen], second[:seen], self._tokens[:seen]), seen
 
-    def _whole(self) -> list[int]:
-        return [
-            number for number, one in self.standings.items() if len(one.losses) == self._sizes[-1]
-        ]
-
-    def _told(self, worse: int, better: int, size: int, among: int) -> bool:
-        """Say whether a candidate is told to be worse than another, by a one-sided paired test corrected for the number of tests."""
+    def _is_worse(self, worse: int, better: int, size: int, tests: int) -> bool:
+        """Test whether a candidate is worse than another: paired, one-sided, Bonferroni."""
         if worse == better:
             return False
-        first, second = (self.standings[one].losses[:size] for one in (worse, better))
-        estimate, error = gap(first, second, self._tokens[:size])
+        first, second = (self.standings[number].losses[:size] for number in (worse, better))
+        estimate, error = paired_gap(first, second, self._tokens[:size])
         return estimate > 0 and (
-            error == 0 or stats.t.sf(estimate / error, size - 1) < LEVEL / among
+            error == 0 or stats.t.sf(estimate / error, size - 1) < LEVEL / tests
         )
 
-    def _extend(self, number: int, round_: int) -> None:
-        start = 0 if round_ == 0 else self._sizes[round_ - 1]
-        own = self.standings.setdefault(number, Standing(np.empty(0)))
-        if len(own.losses) == start:
-            sums = self._measure(number, round_)
-            own.losses = np.concatenate(
-                [own.losses, sums / self._tokens[start : self._sizes[round_]]]
-            )
+    def _extend(self, number: int, subset: int) -> None:
+        start = 0 if subset == 0 else self._sizes[subset - 1]
+        standing = self.standings.setdefault(number, Standing(np.empty(0)))
+        if len(standing.losses) == start:
+            losses = self._measure(number, subset) / self._tokens[start : self._sizes[subset]]
+            standing.losses = np.concatenate([standing.losses, losses])
 
     def _mean(self, number: int, size: int) -> float:
         tokens = self._tokens[:size]

@@ -82,7 +82,7 @@ def search(claim=True):
     found = {
         "tried": 3,
         "examples": 64,
-        "measured_whole": 2,
+        "measured_fully": 2,
         "winner": 0,
         "best_member": 1,
         "candidates": rows,
@@ -105,14 +105,14 @@ def test_the_report_of_a_search_says_what_was_chosen_and_what_may_be_claimed():
 
 
 def test_controls_are_compared_with_members_and_average_item_by_item():
-    listed = controls.controls(
+    listed = controls.make_controls(
         ["lambda_line", "barrier", "plane", "norm_matched"], 2, {"pick": Candidate("selection")}, 0
     )
     assert len({one.name for one in listed}) == len(listed) == 4 + 7 + 3 + 49 + 1
     tokens = np.random.default_rng(5).integers(1, 50, 100).astype(float)
     own = {"member_0": 0.2, "member_1": 0.1, "average": 0.0, "base": 3.0}
     found = {
-        one.name: controls.Measured(
+        one.name: controls.ControlLosses(
             losses(own.get(one.name, 0.05), seed=number), 2.0 - (one.name == "member_0")
         )
         for number, one in enumerate(listed)
@@ -147,7 +147,9 @@ def test_selections_are_drawn_again_and_their_length_is_matched():
     one = Candidate("selection", {"resample": "exhaustive"}, seed=3)
     found = {
         c.name: c.candidate
-        for c in controls.controls(["lambda_matched", "seeds", "children"], 3, {"pick": one}, 0)
+        for c in controls.make_controls(
+            ["lambda_matched", "seeds", "children"], 3, {"pick": one}, 0
+        )
     }
     assert found["average as long as pick"] == Candidate(
         "lambda_matched", {"resample": "exhaustive"}, seed=3

@@ -1,4 +1,4 @@
-"""Candidates in device memory: with the bits of the same merge of files, few programs, little memory, clear refusals."""
+"""Candidates in device memory: the bits of the same merge of files, few programs, clear errors."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
 from jax_ordermerge.search import controls
-from jax_ordermerge.search.candidates import Candidate, Population, anchors, check
+from jax_ordermerge.search.candidates import Candidate, Population, baselines, check
 
 CONFIG = arch.ModelConfig(
     vocab_size=37, hidden_size=36, intermediate_size=50, num_layers=2, num_heads=3
@@ -37,11 +37,11 @@ def stored(tmp_path_factory):
             jnp.asarray(start + task_vectors, "bfloat16"),
             jnp.asarray(start, "bfloat16"),
         )
-    stock = Population(CONFIG, tree.unflatten(members), tree.unflatten(base), "bfloat16")
+    population = Population(CONFIG, tree.unflatten(members), tree.unflatten(base), "bfloat16")
     for i in range(3):
-        convert.export(stock.members, CONFIG, root / f"member_{i}", dtype="bfloat16", member=i)
-    convert.export(stock.base, CONFIG, root / "base", dtype="bfloat16")
-    return stock, root
+        convert.export(population.members, CONFIG, root / f"member_{i}", dtype="bfloat16", member=i)
+    convert.export(population.base, CONFIG, root / "base", dtype="bfloat16")
+    return population, root
 
 
 def tensors(directory):
@@ -49,23 +49,23 @@ def tensors(directory):
     return {name: reader.read(name).tobytes() for name in reader.names}
 
 
-def from_files(root, out, one, dtype=None):
+def from_files(root, out, candidate, dtype=None):
     files = [Directory(root / f"member_{i}") for i in range(3)]
     settings = {
-        "method": one.method,
-        "seed": one.seed,
-        "parameters": one.parameters,
-        "weights": one.weights,
+        "method": candidate.method,
+        "seed": candidate.seed,
+        "parameters": candidate.parameters,
+        "weights": candidate.weights,
     }
-    made = plan.uniform(files, Directory(root / "base"), dtype="bfloat16", **settings)
-    engine.merge_plan(
-        made if dtype is None else dataclasses.replace(made, out_dtype=np.dtype(dtype)), out
-    )
+    merge_plan = plan.uniform(files, Directory(root / "base"), dtype="bfloat16", **settings)
+    if dtype is not None:
+        merge_plan = dataclasses.replace(merge_plan, out_dtype=np.dtype(dtype))
+    engine.merge_plan(merge_plan, out)
     return out
 
 
 SELECTION = Candidate("selection", {"resample": "exhaustive"}, seed=5)
-CONTROLS = controls.controls(
+CONTROLS = controls.make_controls(
     ["lambda_line", "norm_matched", "lambda_matched", "seeds", "children", "barrier"],
     3,
     {"selection": SELECTION},
@@ -73,74 +73,75 @@ CONTROLS = controls.controls(
 )
 
 
-def of_groups():
+def control_per_group():
     """One control of every group, and the average."""
-    merges = {one.group: one for one in CONTROLS if one.candidate.kind == "merge"}
-    return [pytest.param(one.candidate, id=one.name) for one in merges.values()]
+    merges = {x.group: x for x in CONTROLS if x.candidate.kind == "merge"}
+    return [pytest.param(control.candidate, id=control.name) for control in merges.values()]
 
 
-@pytest.mark.parametrize("candidate", of_groups())
+@pytest.mark.parametrize("candidate", control_per_group())
 def test_a_control_is_the_same_merge_of_files(stored, tmp_path, candidate):
-    stock, root = stored
-    convert.export(stock.build(candidate), CONFIG, tmp_path / "memory", dtype="bfloat16")
+    population, root = stored
+    convert.export(population.build(candidate), CONFIG, tmp_path / "memory", dtype="bfloat16")
     assert tensors(from_files(root, tmp_path / "files", candidate)) == tensors(tmp_path / "memory")
 
 
 def test_lambda_of_any_merge_is_task_arithmetic_of_it(stored, tmp_path):
-    stock, root = stored
-    one = Candidate("selection", {"resample": 1}, seed=3, scale=1.3)
-    convert.export(stock.build(one), CONFIG, tmp_path / "memory", dtype="bfloat16")
-    whole = from_files(
-        root, tmp_path / "whole", dataclasses.replace(one, scale=1.0), dtype="float32"
+    population, root = stored
+    candidate = Candidate("selection", {"resample": 1}, seed=3, scale=1.3)
+    convert.export(population.build(candidate), CONFIG, tmp_path / "memory", dtype="bfloat16")
+    unscaled = from_files(
+        root, tmp_path / "unscaled", dataclasses.replace(candidate, scale=1.0), dtype="float32"
     )
-    again = plan.uniform(
-        [Directory(whole)],
+    scaled = plan.uniform(
+        [Directory(unscaled)],
         Directory(root / "base"),
         method="task_arithmetic",
         parameters={"scale": 1.3},
         dtype="float32",
     )
     engine.merge_plan(
-        dataclasses.replace(again, out_dtype=np.dtype(jnp.bfloat16)), tmp_path / "files"
+        dataclasses.replace(scaled, out_dtype=np.dtype(jnp.bfloat16)), tmp_path / "files"
     )
     assert tensors(tmp_path / "files") == tensors(tmp_path / "memory")
 
 
 def test_lambda_by_group_touches_that_group_alone(stored):
-    stock, _ = stored
+    population, _ = stored
     grouped = tree.flatten(
-        stock.build(Candidate("average", groups={"mlp": 0.5, "layers:1-1": 0.0, "attention": 2.0}))
+        population.build(
+            Candidate("average", groups={"mlp": 0.5, "layers:1-1": 0.0, "attention": 2.0})
+        )
     )
-    base, members = tree.flatten(stock.base), tree.flatten(stock.members)
+    base, members = tree.flatten(population.base), tree.flatten(population.members)
     for spec in arch.tensor_table(CONFIG):
-        own, start = grouped[spec.path], np.asarray(base[spec.path], np.float64)
+        merged, start = grouped[spec.path], np.asarray(base[spec.path], np.float64)
         mean = np.asarray(members[spec.path], np.float64).mean(0)
         if spec.stacked:
-            assert np.array_equal(own[1], base[spec.path][1]), spec.path
-            own, start, mean = own[0], start[0], mean[0]
+            assert np.array_equal(merged[1], base[spec.path][1]), spec.path
+            merged, start, mean = merged[0], start[0], mean[0]
         factor = {"mlp": 0.5, "attention": 2.0}.get(spec.kind, 1.0)
-        # half a unit in the last place of bfloat16 is at most 2**-8 of the number
+        # Half a unit in the last place of bfloat16 is at most 2**-8 of the number.
         np.testing.assert_allclose(
-            np.asarray(own, np.float64), start + factor * (mean - start), rtol=2**-8, atol=1e-5
+            np.asarray(merged, np.float64), start + factor * (mean - start), rtol=2**-8, atol=1e-5
         )
 
 
 def test_members_and_base_are_themselves(stored):
-    stock, _ = stored
-    for one in anchors(3, 0)[1:]:
-        built = tree.flatten(stock.build(one))
+    population, _ = stored
+    for candidate in baselines(3, 0)[1:]:
+        built = tree.flatten(population.build(candidate))
         expected = (
-            stock.base
-            if one.kind == "base"
-            else tree.member(stock.members, one.parameters["number"])
+            population.base
+            if candidate.kind == "base"
+            else tree.member(population.members, candidate.parameters["number"])
         )
-        assert all(
-            np.array_equal(built[path], leaf) for path, leaf in tree.flatten(expected).items()
-        ), one.name
+        for path, leaf in tree.flatten(expected).items():
+            assert np.array_equal(built[path], leaf), (candidate.name, path)
 
 
-def test_other_numbers_compile_nothing(stored):
-    stock, _ = stored
+def test_other_hyperparameters_do_not_compile_again(stored):
+    population, _ = stored
 
     def family(x):
         return [
@@ -151,16 +152,16 @@ def test_other_numbers_compile_nothing(stored):
             Candidate("member", {"number": int(3 * x)}),
         ]
 
-    for one in family(0.3):
-        stock.build(one)
+    for candidate in family(0.3):
+        population.build(candidate)
     compilations = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: (
             compilations.append(event) if event.endswith("backend_compile_duration") else None
         )
     )
-    for one in family(0.7):
-        stock.build(one)
+    for candidate in family(0.7):
+        population.build(candidate)
     jax.monitoring.clear_event_listeners()
     assert not compilations
 
@@ -189,7 +190,7 @@ def test_other_numbers_compile_nothing(stored):
         (Candidate("slerp"), "merge method slerp takes 2 models, 3 were given"),
     ],
 )
-def test_what_cannot_be_made_is_refused(candidate, message):
+def test_a_candidate_that_cannot_be_built_is_refused(candidate, message):
     with pytest.raises(UserError) as caught:
         check(candidate, 3, CONFIG)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Samplers: the grid is complete, draws stay in their ranges, the same seed gives the same, refusals are one line."""
+"""Samplers: the grid is complete, draws stay in range, seeds repeat them, errors are one line."""
 
 import numpy as np
 import pytest
@@ -24,19 +24,19 @@ def search(*methods, **settings):
     return Search(methods=methods, **settings)
 
 
-def everything(space, losses):
-    source, found = sampling.sampler(space, 3, seed=1), []
-    while asked := source.ask():
-        found += asked
-        source.tell([losses(one) for one in asked])
-    return found
+def sample_all(space, loss):
+    sampler, candidates = sampling.make_sampler(space, 3, seed=1), []
+    while batch := sampler.ask():
+        candidates += batch
+        sampler.tell([loss(candidate) for candidate in batch])
+    return candidates
 
 
 def test_the_grid_is_every_combination_once():
-    found = everything(search(LENGTH, TIES), lambda one: 0.0)
-    assert len({one.key for one in found}) == len(found) == 3 + 2 * 2 * 2
-    assert [one.parameters["scale"] for one in found[:3]] == [0.5, 1.0, 1.5]
-    assert {(one.parameters["density"], one.scale, one.groups["mlp"]) for one in found[3:]} == {
+    candidates = sample_all(search(LENGTH, TIES), lambda _: 0.0)
+    assert len({x.key for x in candidates}) == len(candidates) == 3 + 2 * 2 * 2
+    assert [x.parameters["scale"] for x in candidates[:3]] == [0.5, 1.0, 1.5]
+    assert {(x.parameters["density"], x.scale, x.groups["mlp"]) for x in candidates[3:]} == {
         (density, scale, mlp)
         for density in (0.2, 0.5)
         for scale in (1.0, 2.0)
@@ -49,49 +49,45 @@ def test_draws_stay_in_their_ranges_and_repeat_with_the_seed(sampler):
     if sampler == "tpe":
         pytest.importorskip("optuna", reason="needs the extra search")
     space = search(LENGTH, TIES, MIXED, sampler=sampler, budget=40)
-    found = everything(space, lambda one: abs(one.scale - 1.3))
-    assert len(found) == 40
-    assert [one.key for one in found] == [
-        one.key for one in everything(space, lambda one: abs(one.scale - 1.3))
-    ]
-    assert {one.method for one in found} == {"task_arithmetic", "ties", "average"}
-    for one in found:
-        if one.method == "average":
-            assert sum(one.weights) == pytest.approx(1, abs=1e-6)
-            assert 0.8 <= one.scale <= 1.6
-        if one.method == "ties":
-            assert one.parameters["density"] in (0.2, 0.5)
-            assert 0.5 <= one.groups["mlp"] <= 2
+    candidates, repeated = (sample_all(space, lambda x: abs(x.scale - 1.3)) for _ in range(2))
+    assert len(candidates) == 40
+    assert [x.key for x in candidates] == [x.key for x in repeated]
+    assert {x.method for x in candidates} == {"task_arithmetic", "ties", "average"}
+    for candidate in candidates:
+        if candidate.method == "average":
+            assert sum(candidate.weights) == pytest.approx(1, abs=1e-6)
+            assert 0.8 <= candidate.scale <= 1.6
+        if candidate.method == "ties":
+            assert candidate.parameters["density"] in (0.2, 0.5)
+            assert 0.5 <= candidate.groups["mlp"] <= 2
 
 
 def test_weights_are_spread_evenly_over_the_simplex():
-    found = everything(search(MIXED, sampler="random", budget=3000), lambda one: 0.0)
-    weights = np.array([one.weights for one in found])
-    # a uniform point of the simplex of three: mean 1/3, variance 1/18
+    candidates = sample_all(search(MIXED, sampler="random", budget=3000), lambda _: 0.0)
+    weights = np.array([candidate.weights for candidate in candidates])
+    # A uniform point of the simplex of three: mean 1/3, variance 1/18.
     np.testing.assert_allclose(weights.mean(0), 1 / 3, atol=0.02)
     np.testing.assert_allclose(weights.var(0), 1 / 18, atol=0.005)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
-def test_an_optimizer_comes_nearer_than_chance(sampler):
+def test_an_optimizer_beats_random_draws(sampler):
     pytest.importorskip("optuna", reason="needs the extra search")
     if sampler == "cma-es":
         pytest.importorskip("cmaes", reason="needs the extra search")
 
-    def loss(one):
-        return (one.scale - 1.234) ** 2 + (one.groups["mlp"] - 0.777) ** 2
+    def loss(candidate):
+        return (candidate.scale - 1.234) ** 2 + (candidate.groups["mlp"] - 0.777) ** 2
 
     entry = {
         "method": "average",
         "scale": {"low": 0, "high": 4},
         "groups": {"mlp": {"low": 0, "high": 4}},
     }
-    found = everything(search(entry, sampler=sampler, budget=96), loss)
-    assert min(map(loss, found[48:])) < 0.02
-    drawn = everything(search(entry, sampler="random", budget=96), loss)
-    assert np.median([loss(one) for one in found[48:]]) < 0.5 * np.median(
-        [loss(one) for one in drawn]
-    )
+    proposed = [loss(x) for x in sample_all(search(entry, sampler=sampler, budget=96), loss)]
+    drawn = [loss(x) for x in sample_all(search(entry, sampler="random", budget=96), loss)]
+    assert min(proposed[48:]) < 0.02
+    assert np.median(proposed[48:]) < 0.5 * np.median(drawn)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +109,9 @@ def test_an_optimizer_comes_nearer_than_chance(sampler):
         ),
     ],
 )
-def test_what_a_sampler_cannot_take_is_refused(space, message):
+def test_a_space_that_a_sampler_does_not_support_is_refused(space, message):
     if space.sampler == "cma-es":
         pytest.importorskip("optuna", reason="needs the extra search")
     with pytest.raises(UserError) as caught:
-        sampling.sampler(space, 3, 0)
+        sampling.make_sampler(space, 3, 0)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""The race: the same items for all, halves that go on, the best found, the stop, and what searching does to a claim."""
+"""Successive halving: who goes on, the best is found, early stops, the error rate of a claim."""
 
 import itertools
 
@@ -6,78 +6,79 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.analysis import choice, paired
-from jax_ordermerge.search.successive_halving import Race, gap, subsets
+from jax_ordermerge.search.successive_halving import SuccessiveHalving, paired_gap, subset_sizes
 
 
-def race_of(losses, tokens=None, smallest=8, asked=None):
-    """A race over losses [K, n] that are known in advance."""
+def halving_of(losses, tokens=None, smallest=8, measured=None):
+    """Successive halving over losses [K, n] that are known in advance."""
     items = losses.shape[1]
     tokens = np.ones(items) if tokens is None else tokens
-    sizes = subsets(items, smallest)
+    sizes = subset_sizes(items, smallest)
 
-    def measure(number, round_):
-        if asked is not None:
-            asked.append((number, round_))
-        start = 0 if round_ == 0 else sizes[round_ - 1]
-        return (losses * tokens)[number, start : sizes[round_]]
+    def measure(number, subset):
+        if measured is not None:
+            measured.append((number, subset))
+        start = 0 if subset == 0 else sizes[subset - 1]
+        return (losses * tokens)[number, start : sizes[subset]]
 
-    return Race(tokens, sizes, measure)
+    return SuccessiveHalving(tokens, sizes, measure)
 
 
 @pytest.mark.parametrize(
     ("items", "smallest"), [(1, 16), (16, 16), (31, 16), (32, 16), (33, 16), (1000, 16)]
 )
 def test_subsets_grow_to_all(items, smallest):
-    sizes = subsets(items, smallest)
+    sizes = subset_sizes(items, smallest)
     assert sizes[-1] == items
     assert all(small < large <= 2 * small for small, large in itertools.pairwise(sizes))
     assert sizes[0] >= min(items, smallest)
 
 
-def test_gap_is_that_of_the_paired_comparison():
+def test_gap_equals_the_paired_comparison():
     generator = np.random.default_rng(0)
     first, second, tokens = (
         generator.normal(size=50),
         generator.normal(size=50),
         generator.integers(1, 30, 50),
     )
-    estimate, error = gap(first, second, tokens)
-    found = paired.difference(first, second, weights=tokens)
-    assert (estimate, error) == (pytest.approx(found["estimate"]), pytest.approx(found["se"]))
+    estimate, error = paired_gap(first, second, tokens)
+    expected = paired.difference(first, second, weights=tokens)
+    assert estimate == pytest.approx(expected["estimate"])
+    assert error == pytest.approx(expected["se"])
 
 
 def test_the_best_is_found_with_few_measurements():
     generator = np.random.default_rng(1)
     truth = np.concatenate([[0.5], np.linspace(1.0, 0.0, 64)])  # the last is the best
     losses = generator.normal(2, 0.5, 256) + truth[:, None] + generator.normal(0, 0.1, (65, 256))
-    asked = []
-    race = race_of(losses, asked=asked)
-    race.whole(0)
-    told = []
-    race.heat(range(1, 65), lambda *row: told.append(row))
-    assert race.leader() in (63, 64)
-    assert len(asked) < 0.5 * 65 * len(subsets(256, 8))
-    assert all(len(onward) <= -(-len(ran) // 2) for _, ran, onward in told)
-    # what a dropped candidate would have is estimated from its difference to the leader on the same items
-    far = race.standings[5]
-    assert far.dropped is not None
-    assert len(far.losses) < 256
-    assert race.value(5) == pytest.approx(losses[5].mean(), abs=0.1)
+    measured = []
+    halving = halving_of(losses, measured=measured)
+    halving.measure_fully(0)
+    rounds = []
+    halving.run(range(1, 65), lambda *row: rounds.append(row))
+    assert halving.leader() in (63, 64)
+    assert len(measured) < 0.5 * 65 * len(subset_sizes(256, 8))
+    assert all(len(onward) <= -(-len(ran) // 2) for _, ran, onward in rounds)
+    # The loss of a dropped candidate is estimated from its gap to the leader on the items it saw.
+    standing = halving.standings[5]
+    assert standing.dropped is not None
+    assert len(standing.losses) < 256
+    assert halving.value(5) == pytest.approx(losses[5].mean(), abs=0.1)
 
 
-def test_it_stops_where_nobody_can_catch_up():
+def test_it_stops_where_no_candidate_can_catch_up():
     generator = np.random.default_rng(2)
     losses = (
         generator.normal(2, 0.5, 256)
         + np.array([0.0, *[1.0] * 20])[:, None]
         + generator.normal(0, 0.05, (21, 256))
     )
-    asked = []
-    race = race_of(losses, asked=asked)
-    race.whole(0)
-    assert race.heat(range(1, 21), lambda *_: None)
-    assert race.leader() == 0
-    assert {round_ for number, round_ in asked if number} == {0}
+    measured = []
+    halving = halving_of(losses, measured=measured)
+    halving.measure_fully(0)
+    assert halving.run(range(1, 21), lambda *_: None)
+    assert halving.leader() == 0
+    assert {subset for number, subset in measured if number} == {0}
 
 
 def test_the_winner_is_never_worse_than_a_member_on_validation():
@@ -85,53 +86,59 @@ def test_the_winner_is_never_worse_than_a_member_on_validation():
     for _ in range(50):
         losses = generator.normal(2, 0.5, 64) + generator.normal(0, 0.2, (30, 64))
         tokens = generator.integers(1, 40, 64).astype(float)
-        race = race_of(losses, tokens)
+        halving = halving_of(losses, tokens)
         for number in range(4):
-            race.whole(number)
-        race.heat(range(4, 30), lambda *_: None)
-        winner = race.leader()
+            halving.measure_fully(number)
+        halving.run(range(4, 30), lambda *_: None)
+        winner = halving.leader()
         means = (losses * tokens).sum(1) / tokens.sum()
-        assert race.loss(winner) == pytest.approx(means[winner])
+        assert halving.loss(winner) == pytest.approx(means[winner])
         assert means[winner] <= means[:4].min()
 
 
-def test_losses_that_are_infinite_neither_win_nor_break():
+def test_infinite_losses_neither_win_nor_raise():
     losses = np.ones((5, 64)) + np.linspace(0, 0.1, 64)
     losses[2] = np.inf
-    race = race_of(losses)
-    race.whole(0)
-    race.heat(range(1, 5), lambda *_: None)
-    assert race.leader() != 2
+    halving = halving_of(losses)
+    halving.measure_fully(0)
+    halving.run(range(1, 5), lambda *_: None)
+    assert halving.leader() != 2
 
 
 def test_equal_candidates_are_called_better_at_the_nominal_rate():
-    """Twenty candidates and four members with the same true loss: of 1,000 searches about 2.5 % may claim that the winner is better."""
+    """Twenty candidates and four members with the same true loss.
+
+    Of 1,000 searches about 2.5 % may claim that the winner is better.
+    """
     generator = np.random.default_rng(4)
     claimed, against_any, naive = 0, 0, 0
-    simulations, members, count, held, test = 1000, 4, 24, 64, 80
+    simulations, members, count, validation, test = 1000, 4, 24, 64, 80
     for _ in range(simulations):
-        losses = generator.normal(2, 0.5, held) + generator.normal(0, 0.1, (count, held))
-        race = race_of(losses, smallest=16)
+        losses = generator.normal(2, 0.5, validation)
+        losses = losses + generator.normal(0, 0.1, (count, validation))
+        halving = halving_of(losses, smallest=16)
         for number in range(members):
-            race.whole(number)
-        race.heat(range(members, count), lambda *_: None)
-        winner, best = race.leader(), min(range(members), key=race.loss)
+            halving.measure_fully(number)
+        halving.run(range(members, count), lambda *_: None)
+        winner, best = halving.leader(), min(range(members), key=halving.loss)
         fresh = generator.normal(2, 0.5, test) + generator.normal(0, 0.1, (count, test))
         rivals = {"best_member": fresh[best]}
-        found = choice.claim(fresh[winner], rivals, resamples=1)
-        claimed += any(choice.better(one) for one in found.values())
-        every = choice.claim(
+        claim = choice.claim(fresh[winner], rivals, resamples=1)
+        claimed += any(map(choice.better, claim.values()))
+        claims = choice.claim(
             fresh[winner],
             rivals | {"mean_member": fresh[:members].mean(0), "average": fresh[members]},
             resamples=1,
         )
-        against_any += any(choice.better(one) for one in every.values())
+        against_any += any(map(choice.better, claims.values()))
         if winner != members:
-            same = paired.difference(losses[winner], losses[members], resamples=1)
-            naive += same["estimate"] < 0 and same["p"] < 0.05
-    # binomial, 1,000 draws at 0.025: outside these bounds once in a thousand; a winner that is a member itself claims nothing
+            gap = paired.difference(losses[winner], losses[members], resamples=1)
+            naive += gap["estimate"] < 0 and gap["p"] < 0.05
+    # Binomial, 1,000 draws at 0.025: outside these bounds once in a thousand. A winner that is
+    # itself a member claims nothing.
     assert 0.010 <= claimed / simulations <= 0.042
     assert against_any / simulations <= 0.05 + 0.02
-    # on the examples that chose it the winner looks better than the average far too often, which is why another split is asked
+    # On the examples that chose it the winner looks better than the average far too often. That
+    # is why a claim needs another split.
     assert naive / simulations > 0.08
     print(claimed, against_any, naive)
