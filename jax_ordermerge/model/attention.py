@@ -1,6 +1,7 @@
-"""Attention that is causal by position inside one segment, so packed documents never see each other."""
+"""Attention that is causal by position inside a segment: packed documents never see each other."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,14 +12,16 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.model import kernels
 from jax_ordermerge.model.kernels import MIXED, Kernel
 
-# Added to a float32 score it leaves nothing of it, and exp of it less any visible score is exactly 0.
+# Added to a float32 score it replaces it, and exp(masked - visible score) is exactly 0. Infinity
+# would give NaN in a row where every key is masked.
 _MASKED = -1e30
-# Queries a block: 64 was the fastest of 32, 64, 128, 256 on CPU; at most 8 blocks keep long sequences quick to compile.
+# Queries per block: 64 was the fastest of 32, 64, 128, 256 on CPU. At most 8 blocks keep long
+# sequences quick to compile, because blocks are unrolled.
 _BLOCK, _BLOCKS = 64, 8
 
 
 class Tokens(NamedTuple):
-    """Where tokens stand. int32[B, T] each.
+    """Position and document of each token, int32[B, T] each.
 
     Attributes:
         positions: position inside the document.
@@ -32,8 +35,9 @@ class Tokens(NamedTuple):
 def visible(queries: Tokens, keys: Tokens, window: int | None = None) -> jax.Array:
     """Return bool[B, T, S]: whether a query may see a key.
 
-    A query sees the keys of its own segment at its own or an earlier position, the last `window` of them. Padding is a segment
-    like any other: it sees only padding, and itself, so that no softmax is empty.
+    A query sees the keys of its own segment at its own or an earlier position, at most the last
+    `window` of them. Padding is a segment like any other: it sees only padding, itself included, so
+    that no softmax is empty.
 
     Example:
         >>> tokens = Tokens(jnp.array([[0, 1, 0, 1]]), jnp.array([[1, 1, 2, 2]]))
@@ -55,11 +59,11 @@ def attend(
     window: int | None = None,
     kernel: Kernel = "xla",
 ) -> jax.Array:
-    """Return softmax(q k^T / sqrt(H)) v over the visible keys, in the dtype of `q_BTNH`; softmax in float32.
+    """Return softmax(q k^T / sqrt(H)) v over the visible keys; the softmax is float32.
 
-    Queries are taken in blocks. When T == S, query t must be the token of key t, and tokens of a segment must stand in the order of
-    their positions: then a block reads no key behind its last query, nor one before its window, which halves the work. Scores are
-    computed again in the backward pass instead of being stored.
+    Queries are taken in blocks. When T == S, query t must be the token of key t, and the tokens of
+    a segment must be ordered by position: then a block reads no key after its last query, nor one
+    before its window, which halves the work. The backward pass recomputes the scores.
 
     Args:
         q_BTNH: queries; head n reads kv head n // (N / K).
@@ -69,7 +73,8 @@ def attend(
         kernel: from `kernels.choose`; all but `xla` need queries and keys of the same tokens.
 
     Returns:
-        [B, T, N, H]. Policies of rematerialization know it, and what a kernel keeps beside it, by the name `kernels.MIXED`.
+        [B, T, N, H] in the dtype of `q_BTNH`. Policies of rematerialization know it, and what a
+        kernel saves beside it, by the name `kernels.MIXED`.
 
     Example:
         >>> tokens = Tokens(jnp.array([[0, 1]]), jnp.array([[1, 1]]))
@@ -77,29 +82,20 @@ def attend(
         >>> attend(jnp.zeros((1, 2, 1, 1)), v, v, tokens, tokens).ravel().tolist()
         [2.0, 3.0]
     """
-    match kernel:
-        case "splash" | "splash_interpreted":
-            interpret = kernel == "splash_interpreted"
-            return kernels.splash(
-                q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window, interpret=interpret
-            )
-        case "cudnn":
-            return checkpoint_name(
-                kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, queries.segments, window=window), MIXED
-            )
-    if (
-        q_BTNH.shape[1] == k_BSKH.shape[1]
-        and meshes.extent("length") > 1
-        and q_BTNH.shape[1] % meshes.extent("length") == 0
-    ):
-        # every device its own queries and all keys: context parallel, of which the gathering of the keys is all the traffic
-        local = functools.partial(_attend, window=window)
-        mixed = meshes.divide(local, "length", (1, None, None, 1, None), 1)(
-            q_BTNH, k_BSKH, v_BSKH, queries, keys
-        )
-    else:
-        mixed = _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, window=window)
-    return checkpoint_name(mixed, MIXED)
+    qkv = q_BTNH, k_BSKH, v_BSKH
+    if kernel in ("splash", "splash_interpreted"):
+        interpret = kernel == "splash_interpreted"
+        return kernels.splash(*qkv, queries.segments, window=window, interpret=interpret)
+    if kernel == "cudnn":
+        mixed = kernels.cudnn(*qkv, queries.segments, window=window)
+        return checkpoint_name(mixed, MIXED)
+    attention: Callable[..., jax.Array] = functools.partial(_attend, window=window)
+    T, S, parts = q_BTNH.shape[1], k_BSKH.shape[1], meshes.extent("length")
+    if T == S and parts > 1 and T % parts == 0:
+        # Context parallel: each device has its own queries and all keys. Gathering the keys is the
+        # only communication.
+        attention = meshes.divide(attention, "length", (1, None, None, 1, None), 1)
+    return checkpoint_name(attention(*qkv, queries, keys), MIXED)
 
 
 def _attend(
@@ -120,23 +116,16 @@ def _attend(
     for begin in range(0, T, size):
         end = min(begin + size, T)
         first, last = (max(0, begin + 1 - window) if window else 0, end) if T == S else (0, S)
-        mask_BTS = visible(
-            Tokens(*(x[:, begin:end] for x in queries)),
-            Tokens(*(x[:, first:last] for x in keys)),
-            window,
-        )
-        blocks.append(
-            _block(
-                q_BKGTH[:, :, :, begin:end],
-                k_BKSH[:, :, first:last],
-                v_BKSH[:, :, first:last],
-                mask_BTS,
-            )
-        )
+        block_queries = Tokens(*(x[:, begin:end] for x in queries))
+        block_keys = Tokens(*(x[:, first:last] for x in keys))
+        mask_BTS = visible(block_queries, block_keys, window)
+        q, k, v = q_BKGTH[:, :, :, begin:end], k_BKSH[:, :, first:last], v_BKSH[:, :, first:last]
+        blocks.append(_block(q, k, v, mask_BTS))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-# Layers are scanned, so the compiler cannot merge the two computations and needs no barrier against it.
+# Layers are scanned, so the compiler cannot merge the forward computation with its repetition in
+# the backward pass and needs no barrier against it.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _block(
     q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
@@ -144,7 +133,7 @@ def _block(
     bias_BTS = jnp.where(mask_BTS, 0.0, _MASKED)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
     scores = scores * q_BKGTH.shape[-1] ** -0.5 + bias_BTS[:, None, None]
-    # the softmax is divided after the product with v, over H columns instead of S
+    # The softmax is normalized after the product with v: H columns are divided instead of S.
     powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = powers.sum(-1, keepdims=True)
     mixed = jnp.einsum(

@@ -1,5 +1,6 @@
 """Random parameters, drawn by the name of each tensor: the same values on every mesh."""
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -22,11 +23,12 @@ def draw(
     """Return the parameters that a table declares, float32, each Hugging Face tensor drawn whole.
 
     Args:
-        table: `init` says how: `normal` of standard deviation `std`, `uniform` in +-1/sqrt(last axis), `ones` or `zeros`.
-        seed: of the run.
+        table: the tensors. Their `init` is `normal` with standard deviation `std`, `uniform` in
+            +-1/sqrt(last axis), `ones` or `zeros`.
+        seed: seed of the run.
         purpose: names the stream, `rng.stream(seed, purpose, hf_name)`.
         mesh: where the arrays live, sharded by their logical axes; None is the default device.
-        std: see above.
+        std: standard deviation of `normal`.
 
     Example:
         >>> table = [TensorSpec("a/weight", (4, 2), ("mlp", "embed"), "uniform", "a.weight", "mlp")]
@@ -35,32 +37,28 @@ def draw(
         ((4, 2), True)
     """
     specs = tuple(table)
-    drawn = [spec for spec in specs if spec.init in ("normal", "uniform")]
+    # one key per Hugging Face tensor: a layer draws the same values however many layers there are
     keys = {
         spec.path: jnp.stack([rng.stream(seed, purpose, name) for name in spec.hf_names()])
-        for spec in drawn
+        for spec in specs
+        if spec.init in ("normal", "uniform")
     }
 
-    def one(spec: TensorSpec, keys: jax.Array | None) -> jax.Array:
+    def draw_tensor(spec: TensorSpec, keys: jax.Array | None) -> jax.Array:
+        shape, bound = spec.hf_shape, spec.hf_shape[-1] ** -0.5
         if keys is None:
             return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, jnp.float32)
         if spec.init == "uniform":
-            bound = spec.hf_shape[-1] ** -0.5
-            values = jax.vmap(
-                lambda key: jax.random.uniform(key, spec.hf_shape, jnp.float32, -bound, bound)
-            )(keys)
+            uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+            values = jax.vmap(lambda key: uniform(key, shape, jnp.float32))(keys)
         else:
-            values = (
-                jax.vmap(lambda key: jax.random.normal(key, spec.hf_shape, jnp.float32))(keys) * std
-            )
+            values = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys) * std
         return values.reshape(spec.shape)
 
     def build(keys: dict[str, jax.Array]) -> tree.Tree:
-        return tree.unflatten({spec.path: one(spec, keys.get(spec.path)) for spec in specs})
+        return tree.unflatten({spec.path: draw_tensor(spec, keys.get(spec.path)) for spec in specs})
 
-    shardings = (
-        None
-        if mesh is None
-        else tree.unflatten({s.path: meshes.sharding(s.axes, s.shape, mesh) for s in specs})
-    )
+    shardings = None
+    if mesh is not None:
+        shardings = tree.unflatten({s.path: meshes.sharding(s.axes, s.shape, mesh) for s in specs})
     return jax.jit(build, out_shardings=shardings)(keys)

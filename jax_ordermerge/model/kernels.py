@@ -1,10 +1,12 @@
-"""Attention kernels of accelerators, and which one is right where.
+"""Attention kernels of accelerators, and the choice among them.
 
-`xla` (in `attention.py`) is right everywhere. The kernels here need queries and keys of the same tokens (no cache), tokens of a segment
-side by side in the order of their positions.
+`xla` (in `attention.py`) is correct everywhere. The kernels here need queries and keys of the same
+tokens (no cache), and the tokens of a segment side by side, ordered by position.
 
-- `splash`, TPU: causal by index inside a segment, which then is causal by position; packed documents do not see each other.
-- `cudnn`, NVIDIA: what jax offers in public takes one length a row and no segments, so only rows of one right-padded document.
+- `splash`, TPU: causal by index inside a segment, which then equals causal by position. Packed
+  documents do not see each other.
+- `cudnn`, NVIDIA: the public function of jax takes one length per row and no segments. So it is
+  correct only for rows of one right-padded document.
 """
 
 import functools
@@ -22,24 +24,26 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
 
 Kernel = Literal["xla", "splash", "splash_interpreted", "cudnn"]
-MIXED = "mixed"  # what attention gives, for policies of rematerialization: kept, or its scores would be computed a third time
+# Name of the output of attention for rematerialization policies. Without it the scores would be
+# computed a third time.
+MIXED = "mixed"
 _LANES = 128  # splash takes sequences in multiples of the lanes of a TPU's vector unit
 
 
 def choose(
-    asked: str, config: ModelConfig, mesh: Mesh, *, dtype: str, packed: bool = False
+    requested: str, config: ModelConfig, mesh: Mesh, *, dtype: str, packed: bool = False
 ) -> Kernel:
     """Return the kernel for the devices of a mesh, which need not be the devices of this process.
 
     Args:
-        asked: `auto`, or the kernel it must be.
+        requested: `auto`, or the kernel it must be.
         config: the model.
-        mesh: whose devices compute.
-        dtype: of the products.
-        packed: rows may hold several documents.
+        mesh: the mesh whose devices compute.
+        dtype: dtype of the products.
+        packed: whether rows may hold several documents.
 
     Raises:
-        UserError: the kernel asked for would be wrong or is not there; the line says why.
+        UserError: the requested kernel is wrong here or does not exist on these devices.
 
     Example:
         >>> config = ModelConfig(
@@ -50,7 +54,7 @@ def choose(
         >>> choose("splash", config, meshes.make_mesh(), dtype="float32")
         Traceback (most recent call last):
         ...
-        jax_ordermerge.errors.UserError: model.attention = splash runs on TPU, the devices are cpu; give auto or xla
+        jax_ordermerge.errors.UserError: model.attention = splash runs on TPU, the devices are ...
     """
     platform = mesh.devices.flat[0].platform
     obstacles: dict[Kernel, str] = {}
@@ -68,18 +72,13 @@ def choose(
         )
     elif mesh.shape.get("sequence", 1) > 1:
         obstacles["cudnn"] = "takes whole sequences, mesh.sequence divides them"
-    if asked == "auto":
-        return (
-            "splash"
-            if "splash" not in obstacles
-            else "cudnn"
-            if "cudnn" not in obstacles
-            else "xla"
-        )
-    kernel: Kernel = {"splash": "splash", "cudnn": "cudnn"}.get(asked, "xla")  # type: ignore[assignment]
-    if kernel in obstacles:
-        raise UserError(f"model.attention = {asked} {obstacles[kernel]}; give auto or xla")
-    return kernel
+    kernels: tuple[Kernel, ...] = ("splash", "cudnn", "xla")  # the order of preference
+    for kernel in kernels:
+        if requested == kernel and kernel in obstacles:
+            raise UserError(f"model.attention = {kernel} {obstacles[kernel]}; give auto or xla")
+        if requested in ("auto", kernel) and kernel not in obstacles:
+            return kernel
+    return "xla"
 
 
 def splash(
@@ -91,15 +90,16 @@ def splash(
     window: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return attention by the Pallas kernel of jax for TPU, which leaves out blocks that the causal mask or the window hides.
+    """Return attention by the Pallas kernel of jax for TPU.
 
-    A Mosaic kernel needs every mesh axis manual: examples, queries and heads are divided by hand, as `mesh.py` says.
+    It skips blocks that the causal mask or the window hides. A Mosaic kernel needs every mesh axis
+    manual, so examples, queries and heads are divided by hand with the rules of `mesh.py`.
 
     Args:
         q_BTNH, k_BTKH, v_BTKH: queries, keys and values; any T and H.
         segments_BT: int32 document numbers, 0 on padding.
         window: how many keys back a query sees, itself included; None is all.
-        interpret: run it without a TPU, slowly.
+        interpret: run without a TPU, slowly.
 
     Returns:
         [B, T, N, H] in the dtype of the queries.
@@ -112,47 +112,40 @@ def splash(
     """
     T, N, H = q_BTNH.shape[1:]
     mesh = jax.sharding.get_abstract_mesh()
-    size = -(-T // (_LANES * meshes.extent("length"))) * _LANES * meshes.extent("length")
-    q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(
-        q_BTNH.dtype
-    )  # the kernel does not scale
-    k_BTKH, v_BTKH = (_repeated(x, N) for x in (k_BTKH, v_BTKH))
+    parts = meshes.extent("length")
+    size = -(-T // (_LANES * parts)) * _LANES * parts
+    # the kernel does not scale the scores
+    q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+    k_BTKH, v_BTKH = (_repeat_kv_heads(x, N) for x in (k_BTKH, v_BTKH))
     q, k, v = (
         jnp.pad(x, [(0, 0), (0, size - T), (0, 0), (0, 0)]).transpose(0, 2, 1, 3)
         for x in (q_BTNH, k_BTKH, v_BTKH)
     )
-    segments = jnp.pad(segments_BT, [(0, 0), (0, size - T)])  # padding sees padding
-    at_q = (
-        meshes.partition(("batch", "heads", "length", None), q.shape, mesh)
-        if not mesh.empty
-        else P(*[None] * 4)
-    )
-    at_k = P(at_q[0], at_q[1], None, None)
-    kernel = _splash_kernel(
-        N,
-        size,
-        window,
-        meshes.extent("length"),
-        meshes.extent("heads") if at_q[1] else 1,
-        interpret,
-    )
+    # the added positions are padding, a segment that sees only itself
+    segments = jnp.pad(segments_BT, [(0, 0), (0, size - T)])
+    spec_q = P(*[None] * 4)
+    if not mesh.empty:
+        spec_q = meshes.partition(("batch", "heads", "length", None), q.shape, mesh)
+    head_parts = meshes.extent("heads") if spec_q[1] else 1
+    kernel = _splash_kernel(N, size, window, parts, head_parts, interpret)
 
-    def local(kernel, q_BNTH, k_BKSH, v_BKSH, segments_BT, segments_BS):  # type: ignore[no-untyped-def]
+    def attention(kernel: Any, *operands: jax.Array) -> jax.Array:
         return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=_segment_ids(*ids)))(
-            q_BNTH, k_BKSH, v_BKSH, segments_BT, segments_BS
+            *operands
         )
 
     if not mesh.empty:
-        flat = AbstractMesh(
-            mesh.axis_sizes, mesh.axis_names
-        )  # only to compute sizes: of manual axes it cannot
-        at_kernel = kernel.manual_sharding_spec(NamedSharding(flat, P(at_q[1], at_q[2])))
-        at_segments = P(at_q[0], at_q[2]), P(at_q[0], None)
-        local = meshes.by_hand(local, (at_kernel, at_q, at_k, at_k, *at_segments), at_q)
-    return local(kernel, q, k, v, segments, segments).transpose(0, 2, 1, 3)[:, :T]
+        # the kernel computes the sizes of its shards, which it cannot do where axes are manual
+        automatic = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
+        spec_kernel = kernel.manual_sharding_spec(NamedSharding(automatic, P(*spec_q[1:3])))
+        spec_k = P(*spec_q[:2], None, None)
+        spec_segments = P(spec_q[0], spec_q[2]), P(spec_q[0], None)
+        specs = spec_kernel, spec_q, spec_k, spec_k, *spec_segments
+        attention = meshes.by_hand(attention, specs, spec_q)
+    return attention(kernel, q, k, v, segments, segments).transpose(0, 2, 1, 3)[:, :T]
 
 
-def _repeated(x_BTKH: jax.Array, heads: int) -> jax.Array:
+def _repeat_kv_heads(x_BTKH: jax.Array, heads: int) -> jax.Array:
     """Return kv heads repeated until the mesh divides them where it divides the query heads."""
     parts, K = meshes.extent("heads"), x_BTKH.shape[2]
     return x_BTKH if heads % parts else jnp.repeat(x_BTKH, math.lcm(K, parts) // K, axis=2)
@@ -191,7 +184,7 @@ def _splash_kernel(
     )
 
 
-def _segment_ids(queries_T: jax.Array, keys_S: jax.Array):  # type: ignore[no-untyped-def]
+def _segment_ids(queries_T: jax.Array, keys_S: jax.Array) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     return kernels.SegmentIds(queries_T, keys_S)
@@ -205,9 +198,9 @@ def cudnn(
     *,
     window: int | None,
 ) -> jax.Array:
-    """Return attention by the fused kernels of cuDNN, for rows of one right-padded document each.
+    """Return attention by the fused kernels of cuDNN, for rows of one right-padded document.
 
-    Any other row becomes NaN: better a training that stops than documents that see each other.
+    Any other row becomes NaN: a training that stops is better than documents that see each other.
 
     Args:
         q_BTNH, k_BTKH, v_BTKH: queries, keys and values, bfloat16.
@@ -218,20 +211,19 @@ def cudnn(
         [B, T, N, H]; 0 on padding.
     """
     T, N = q_BTNH.shape[1:3]
-    k_BTKH, v_BTKH = (_repeated(x, N) for x in (k_BTKH, v_BTKH))
-    inside_BT = segments_BT > 0
-    lengths_B = inside_BT.sum(-1, dtype=jnp.int32)
-    fits_B = (segments_BT == (jnp.arange(T)[None] < lengths_B[:, None])).all(-1)
-    local: Callable[..., jax.Array] = functools.partial(_cudnn, window=window)
+    k_BTKH, v_BTKH = (_repeat_kv_heads(x, N) for x in (k_BTKH, v_BTKH))
+    is_token_BT = segments_BT > 0
+    lengths_B = is_token_BT.sum(-1, dtype=jnp.int32)
+    is_single_B = (segments_BT == (jnp.arange(T)[None] < lengths_B[:, None])).all(-1)
+    attention: Callable[..., jax.Array] = functools.partial(_cudnn, window=window)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        at_q = meshes.partition(("batch", None, "heads", None), q_BTNH.shape, mesh)
-        local = meshes.by_hand(local, (at_q, at_q, at_q, P(at_q[0])), at_q)
-    out_BTNH = local(
-        q_BTNH, k_BTKH, v_BTKH, jnp.maximum(lengths_B, 1)
-    )  # a row of padding sees one token
-    kept_BTNH = jnp.where(inside_BT[:, :, None, None], out_BTNH, 0)
-    return jnp.where(fits_B[:, None, None, None], kept_BTNH, jnp.nan)
+        spec = meshes.partition(("batch", None, "heads", None), q_BTNH.shape, mesh)
+        attention = meshes.by_hand(attention, (spec, spec, spec, P(spec[0])), spec)
+    # a row of padding alone sees one token, so that its softmax is not empty
+    out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, jnp.maximum(lengths_B, 1))
+    out_BTNH = jnp.where(is_token_BT[:, :, None, None], out_BTNH, 0)
+    return jnp.where(is_single_B[:, None, None, None], out_BTNH, jnp.nan)
 
 
 def _cudnn(

@@ -1,12 +1,14 @@
 """The Llama family in Flax Linen, over the plain nested dict that `arch.tensor_table` declares.
 
-Axis letters: `B` batch, `T` query position, `S` key position (cache slot), `N` heads, `K` kv heads, `H` head dim, `D` embed,
-`F` mlp, `L` layer, `V` vocab. Weights are `[out, in]`; layers are stacked on `L` and scanned.
+Axis letters: `B` batch, `T` query position, `S` key position (cache slot), `N` heads, `K` kv heads,
+`H` head dim, `D` embed, `F` mlp, `L` layer, `V` vocab. Weights are `[out, in]`, as in Hugging Face
+checkpoints. Layers are stacked on `L` and scanned.
 
-Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ by flags of `ModelConfig` alone. Parameters are cast to the compute dtype at each
-product; norms, rotary positions, softmax and logits are float32.
+Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ by flags of `ModelConfig` alone. Parameters are cast
+to the compute dtype at each product. Norms, rotary positions, softmax and logits are float32.
 
-Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Jiang et al. 2023 (window), https://arxiv.org/abs/2310.06825.
+Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Jiang et al. 2023 (sliding window),
+https://arxiv.org/abs/2310.06825.
 """
 
 import math
@@ -28,15 +30,25 @@ from jax_ordermerge.model.attention import Tokens, attend
 from jax_ordermerge.model.kernels import MIXED, Kernel
 
 Remat = Literal["none", "full", "dots"]
+_ADAPTED = "adapted"
+_REMAT_POLICIES = {
+    "full": None,
+    # A product is saved after its adapter's change was added: with the policy for products alone
+    # both summands would be saved.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MIXED, _ADAPTED),
+    ),
+}
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far. All rows of a batch are written at the same slot.
+    """Keys and values of earlier tokens. All rows of a batch are written at the same slot.
 
     Attributes:
-        k, v: of each layer [B, K, S, H] in the compute dtype: as attention reads them, and arrays of their own, which are updated in
-            place and read without a copy.
-        positions, segments: int32[B, S]; a slot not yet written is padding (segment 0).
+        k, v: one array [B, K, S, H] per layer in the compute dtype. They are not stacked on `L`, so
+            that XLA updates each one in place and attention reads it without a copy.
+        positions, segments: int32[B, S]; an empty slot is padding (segment 0).
         length: int32 scalar, the number of slots written.
     """
 
@@ -50,8 +62,8 @@ class Cache(NamedTuple):
 _KeysValues = Sequence[jax.Array] | None
 
 
-class _Shared(NamedTuple):
-    """What every layer reads: where queries and keys stand, rotations of the queries, the slot to write at."""
+class _LayerInputs(NamedTuple):
+    """Inputs that all layers share: tokens, rotations of the queries, the cache slot to write."""
 
     queries: Tokens
     keys: Tokens
@@ -61,33 +73,34 @@ class _Shared(NamedTuple):
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return the angle in radians a position turns each pair of dimensions, float32[H / 2].
+    """Return the rotation of each pair of dimensions in radians per position, float32[H / 2].
 
-    `default`: theta^(-2i/H). `linear`: divided by `factor`. `llama3`: long wavelengths are divided by `factor`, short ones are kept,
-    and those between are interpolated.
+    `default`: theta^(-2i/H). `linear`: divided by `factor`. `llama3`: low frequencies are divided
+    by `factor`, high ones are unchanged, and those between are interpolated.
 
-    Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; Llama 3.1, https://arxiv.org/abs/2407.21783.
+    Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; Llama 3.1,
+    https://arxiv.org/abs/2407.21783.
 
     Example:
         >>> rope_frequencies(Rope(theta=100.0, kind="linear", factor=2.0), 4).round(3).tolist()
         [0.5, 0.05000000074505806]
     """
-    inverse = (
-        1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    ).astype(np.float32)
+    # float32 throughout, as transformers computes them: float64 gives other last bits
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / rope.theta**exponents).astype(np.float32)
     if rope.kind == "linear":
-        return inverse / np.float32(rope.factor)
+        return frequencies / np.float32(rope.factor)
     if rope.kind == "llama3":
-        turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)
-        kept = np.clip(
-            (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1
-        )
-        return ((1 - kept) * inverse / rope.factor + kept * inverse).astype(np.float32)
-    return inverse
+        turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        unscaled = np.clip((turns - low) / (high - low), 0, 1)
+        scaled = (1 - unscaled) * frequencies / rope.factor + unscaled * frequencies
+        return scaled.astype(np.float32)
+    return frequencies
 
 
 def _rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    # the two halves of a head are the pairs, as in Hugging Face checkpoints (not neighbours, as in the paper)
+    # Dimension i pairs with i + H/2, as in Hugging Face checkpoints. In the paper neighbours pair.
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
     return jnp.concatenate(
@@ -109,16 +122,19 @@ class Norm(nn.Module):
         return (x * jnp.broadcast_to(weight, x.shape)).astype(self.dtype)
 
 
-def _times(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Array:
-    # over flat rows: with two contracted axes XLA on CPU copies the whole transposed gradient for that of the weight
-    y = jnp.einsum(
-        "RI,OI->RO", x_BTI.reshape(-1, x_BTI.shape[-1]), weight_OI, preferred_element_type=dtype
-    )
-    return y.reshape(*x_BTI.shape[:-1], weight_OI.shape[0])
+def _project(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Array:
+    # Why not "BTI,OI->BTO"? With two contracted axes in the gradient of the weight, XLA on CPU
+    # copies the whole transposed gradient of the output.
+    x_RI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    y_RO = jnp.einsum("RI,OI->RO", x_RI, weight_OI, preferred_element_type=dtype)
+    return y_RO.reshape(*x_BTI.shape[:-1], weight_OI.shape[0])
 
 
 class Linear(nn.Module):
-    """x weight^T (+ bias) with weight `[out, in]`, and + (x lora_a^T) lora_b^T where the dict has an adapter beside the weight."""
+    """x weight^T (+ bias) with weight `[out, in]`, and + (x lora_a^T) lora_b^T with an adapter.
+
+    An adapter is two more entries of the parameter dict, `lora_a` and `lora_b`, beside the weight.
+    """
 
     features: int
     bias: bool
@@ -127,25 +143,23 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.param("weight", nn.initializers.zeros, (self.features, x.shape[-1]))
-        y = _times(x, weight.astype(self.dtype), self.dtype)
+        y = _project(x, weight.astype(self.dtype), self.dtype)
         if self.bias:
-            y = (
-                y
-                + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[
-                    None, None
-                ]
-            )
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(self.dtype)[None, None]
         if self.has_variable("params", "lora_a"):
-            a, b = (
-                self.get_variable("params", name).astype(self.dtype)
-                for name in ("lora_a", "lora_b")
-            )
-            y = checkpoint_name(y + _times(_times(x, a, self.dtype), b, self.dtype), _ADAPTED)
+            a = self.get_variable("params", "lora_a").astype(self.dtype)
+            b = self.get_variable("params", "lora_b").astype(self.dtype)
+            change = _project(_project(x, a, self.dtype), b, self.dtype)
+            y = checkpoint_name(y + change, _ADAPTED)
         return y
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions, over the cache when there is one; of the last query alone if so asked."""
+    """Grouped-query self-attention with rotary positions, over the cache where there is one.
+
+    `last_only` computes the last query alone: in the last layer of a prompt no other is needed.
+    """
 
     config: ModelConfig
     dtype: DTypeLike
@@ -154,15 +168,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared
+        self, x_BTD: jax.Array, kv: _KeysValues, shared: _LayerInputs
     ) -> tuple[jax.Array, _KeysValues]:
         c, (B, T, D) = self.config, x_BTD.shape
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-        asking = x_BTD, shared.queries, shared.cos_BTH, shared.sin_BTH
-        from_BTD, queries, cos_BTH, sin_BTH = (
-            jax.tree.map(_last, asking) if self.last_only else asking
-        )
-        q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(from_BTD).reshape(B, -1, N, H)
+        query_inputs = x_BTD, shared.queries, shared.cos_BTH, shared.sin_BTH
+        if self.last_only:
+            query_inputs = jax.tree.map(_last, query_inputs)
+        x_q_BTD, queries, cos_BTH, sin_BTH = query_inputs
+        q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(x_q_BTD).reshape(B, -1, N, H)
         k = Linear(K * H, c.qkv_bias, self.dtype, name="k")(x_BTD).reshape(B, T, K, H)
         v = Linear(K * H, c.qkv_bias, self.dtype, name="v")(x_BTD).reshape(B, T, K, H)
         if c.qk_norm:
@@ -174,10 +188,9 @@ class Attention(nn.Module):
         )
         v = meshes.constrain(v, "batch", None, "kv_heads", None)
         if kv is not None:
-            kv = _written(kv[0], k, shared.start), _written(kv[1], v, shared.start)
-            k, v = (
-                x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv
-            )  # attention turns them back, and the compiler drops both
+            kv = _update(kv[0], k, shared.start), _update(kv[1], v, shared.start)
+            # attention transposes them back, and the compiler drops both transposes
+            k, v = (x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv)
         kernel: Kernel = self.kernel if kv is None else "xla"
         mixed = attend(q, k, v, queries, shared.keys, window=c.sliding_window, kernel=kernel)
         return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, -1, N * H)), kv
@@ -187,10 +200,9 @@ def _last(x_BT: jax.Array) -> jax.Array:
     return x_BT[:, -1:]
 
 
-def _written(old_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(
-        old_BKSH, new_BTKH.transpose(0, 2, 1, 3).astype(old_BKSH.dtype), (0, 0, start, 0)
-    )
+def _update(cache_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax.Array:
+    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_BKSH.dtype)
+    return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, start, 0))
 
 
 class MLP(nn.Module):
@@ -209,7 +221,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: the residual stream, of the last token alone if so asked, and the layer's keys and values where there is a cache."""
+    """One layer: norm, attention, norm, MLP, each branch added to the residual stream."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -218,16 +230,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, kv: _KeysValues, shared: _Shared
+        self, x_BTD: jax.Array, kv: _KeysValues, shared: _LayerInputs
     ) -> tuple[jax.Array, _KeysValues]:
         c = self.config
+        attention = Attention(c, self.dtype, self.kernel, self.last_only, name="attention")
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
-        change_BTD, kv = Attention(c, self.dtype, self.kernel, self.last_only, name="attention")(
-            normed_BTD, kv, shared
-        )
-        x_BTD = meshes.constrain(
-            (_last(x_BTD) if self.last_only else x_BTD) + change_BTD, "batch", "length", None
-        )
+        change_BTD, kv = attention(normed_BTD, kv, shared)
+        x_BTD = (_last(x_BTD) if self.last_only else x_BTD) + change_BTD
+        x_BTD = meshes.constrain(x_BTD, "batch", "length", None)
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
         change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
         return meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv
@@ -245,23 +255,14 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        # all of the vocabulary on every device: XLA's partitioner dies of a lookup in a table that order, fsdp and tensor all divide
+        # The whole vocabulary on every device: XLA's partitioner crashes on a lookup in a table
+        # that `order`, `fsdp` and `tensor` all divide.
         table_VD = meshes.constrain(self.weight.astype(self.dtype), None, "looked_up")
         return meshes.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", "length", None)
 
 
-_ADAPTED = "adapted"  # a product with its adapter's: kept as the sum, or both products would be
-_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(MIXED, _ADAPTED),
-    ),
-}
-
-
 class Llama(nn.Module):
-    """The decoder up to its last norm, without a cache: layers are scanned. Use `forward` or `hidden`."""
+    """The decoder up to its last norm, without a cache. Call it through `forward` or `hidden`."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -269,14 +270,14 @@ class Llama(nn.Module):
     kernel: Kernel = "xla"
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, shared: _Shared) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, shared: _LayerInputs) -> jax.Array:
         c = self.config
         embed = Embedding(c, self.dtype, name="embed")
-        block = (
-            Block
-            if self.remat == "none"
-            else nn.remat(Block, prevent_cse=False, policy=_POLICIES[self.remat])
-        )
+        block = Block
+        if self.remat != "none":
+            # inside a scan the compiler cannot merge the recomputation with the forward pass, so
+            # no barrier against common subexpression elimination is needed
+            block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -289,23 +290,19 @@ class Llama(nn.Module):
 
 
 def unstack(config: ModelConfig, layers: Any) -> tuple[tree.Tree, ...]:
-    """Return the parameters of each layer from the stacked ones; what is unstacked already comes back as it is.
+    """Return the parameters of each layer from the stacked ones. A tuple is returned unchanged.
 
     Example:
         >>> config = ModelConfig(
         ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
         ... )
-        >>> [
-        ...     one["mlp"]["up"]["weight"].shape
-        ...     for one in unstack(config, init_params(config, 0)["layers"])
-        ... ]
+        >>> layers = unstack(config, init_params(config, 0)["layers"])
+        >>> [layer["mlp"]["up"]["weight"].shape for layer in layers]
         [(16, 8), (16, 8)]
     """
-    return (
-        layers
-        if isinstance(layers, tuple)
-        else tuple(tree.member(layers, layer) for layer in range(config.num_layers))
-    )
+    if isinstance(layers, tuple):
+        return layers
+    return tuple(tree.member(layers, layer) for layer in range(config.num_layers))
 
 
 def _with_cache(
@@ -313,28 +310,28 @@ def _with_cache(
     params: tree.Tree,
     tokens_BT: jax.Array,
     cache: Cache,
-    shared: _Shared,
+    shared: _LayerInputs,
     dtype: DTypeLike,
     last_only: bool,
-) -> tuple[jax.Array, tuple[Any, Any]]:
-    """Do what `Llama` does, layer by layer in the program: a scan would copy each layer's keys and values at every step."""
-    x_BTD, ks, vs = Embedding(config, dtype).apply({"params": params["embed"]}, tokens_BT), [], []
-    for layer, (own, *kv) in enumerate(
-        zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)
-    ):
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """Run the layers one after another and return hidden states, keys and values.
+
+    Why not the scan of `Llama`? It would copy the keys and values of each layer at every token.
+    """
+    x_BTD = Embedding(config, dtype).apply({"params": params["embed"]}, tokens_BT)
+    ks, vs = [], []
+    layers = zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)
+    for number, (layer, *kv) in enumerate(layers):
         # below the last layer all tokens are needed for their keys and values
-        block = Block(config, dtype, last_only=last_only and layer == config.num_layers - 1)
-        x_BTD, (k, v) = block.apply({"params": own}, x_BTD, kv, shared)
+        block = Block(config, dtype, last_only=last_only and number == config.num_layers - 1)
+        x_BTD, (k, v) = block.apply({"params": layer}, x_BTD, kv, shared)
         ks.append(k)
         vs.append(v)
-    return Norm(config.rms_norm_eps, dtype).apply({"params": params["norm"]}, x_BTD), (
-        tuple(ks),
-        tuple(vs),
-    )
+    return Norm(config.rms_norm_eps, dtype).apply({"params": params["norm"]}, x_BTD), ks, vs
 
 
 def head(config: ModelConfig, params: tree.Tree) -> jax.Array:
-    """Return the table that turns hidden states into logits, float32[V, D]: the embedding's own where it is tied.
+    """Return the output table, float32[V, D]: the embedding where the model ties the two.
 
     Example:
         >>> config = ModelConfig(
@@ -359,20 +356,25 @@ def hidden(
     kernel: Kernel = "xla",
     last_only: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
-    """Return the hidden states after the last norm, [B, T, D] in `dtype`, and the cache with these tokens at `cache.length`.
+    """Return the hidden states after the last norm, [B, T, D] in `dtype`, and the updated cache.
 
     Args:
         config: the model; static under `jax.jit`.
-        params: the dict of `tensor_table(config)`; with a cache its layers may be unstacked, see `unstack`.
+        params: the dict of `tensor_table(config)`. With a cache its layers may be unstacked, see
+            `unstack`.
         tokens_BT: int32 in [0, V).
         positions_BT: int32 position inside the document, growing with T inside a segment.
-        segments_BT: int32 document number, 0 on padding. A token sees the earlier positions of its own segment.
-        cache: from `init_cache`, with at least T free slots. A cache of exactly T slots must be empty.
-        dtype: of the products, float32 or bfloat16.
-        remat: what is recomputed in the backward pass: nothing, whole layers (`full`), or all but the products with weights and
-            what attention gives (`dots`, which is also faster than nothing where memory is slow).
-        kernel: of attention without a cache, from `kernels.choose`.
-        last_only: of the last token alone, [B, 1, D]; with a cache the last layer then computes no other.
+        segments_BT: int32 document number, 0 on padding. A token sees the earlier positions of its
+            own segment.
+        cache: from `init_cache`, with at least T free slots; the tokens are written at
+            `cache.length`. A cache of exactly T slots must be empty.
+        dtype: dtype of the products, float32 or bfloat16.
+        remat: what the backward pass recomputes: nothing (`none`), whole layers (`full`), or all
+            but products with weights and the output of attention (`dots`; also faster than `none`
+            where memory is slow).
+        kernel: attention kernel without a cache, from `kernels.choose`.
+        last_only: return the last token alone, [B, 1, D]. With a cache the last layer then computes
+            no other.
 
     Raises:
         ValueError: more tokens than the cache has slots.
@@ -381,44 +383,32 @@ def hidden(
         >>> config = ModelConfig(
         ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
         ... )
-        >>> tokens = jnp.array([[3, 1, 2]])
-        >>> hidden(
-        ...     config,
-        ...     init_params(config, 0),
-        ...     tokens,
-        ...     jnp.arange(3)[None],
-        ...     jnp.ones((1, 3), int),
-        ...     dtype="float32",
-        ... )[0].shape
+        >>> params, tokens = init_params(config, 0), jnp.array([[3, 1, 2]])
+        >>> positions, segments = jnp.arange(3)[None], jnp.ones((1, 3), int)
+        >>> x, _ = hidden(config, params, tokens, positions, segments, dtype="float32")
+        >>> x.shape
         (1, 3, 8)
     """
-    angles = (
-        positions_BT.astype(jnp.float32)[:, :, None]
-        * rope_frequencies(config.rope, config.head_dim)[None, None]
-    )
-    queries = keys = Tokens(positions_BT, segments_BT)
-    if cache is not None:
-        if tokens_BT.shape[1] > cache.positions.shape[1]:
-            raise ValueError(
-                f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.positions.shape[1]} slots"
-            )
-        written = (
+    T, positions = tokens_BT.shape[1], positions_BT.astype(jnp.float32)
+    angles = positions[:, :, None] * rope_frequencies(config.rope, config.head_dim)[None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    queries = Tokens(positions_BT, segments_BT)
+    if cache is None:
+        shared = _LayerInputs(queries, queries, cos, sin, jnp.zeros((), jnp.int32))
+        x_BTD = Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, shared)
+        return _last(x_BTD) if last_only else x_BTD, None
+    slots = cache.positions.shape[1]
+    if slots < T:
+        raise ValueError(f"the cache is too short: given {T} tokens, it has {slots} slots")
+    keys = Tokens(
+        *(
             jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, cache.length))
             for old, new in zip((cache.positions, cache.segments), queries, strict=True)
         )
-        keys = Tokens(*written)
-    shared = _Shared(
-        queries,
-        keys,
-        jnp.cos(angles),
-        jnp.sin(angles),
-        jnp.zeros((), jnp.int32) if cache is None else cache.length,
     )
-    if cache is None:
-        x_BTD = Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, shared)
-        return _last(x_BTD) if last_only else x_BTD, None
-    x_BTD, (k, v) = _with_cache(config, params, tokens_BT, cache, shared, dtype, last_only)
-    return x_BTD, Cache(k, v, keys.positions, keys.segments, cache.length + tokens_BT.shape[1])
+    shared = _LayerInputs(queries, keys, cos, sin, cache.length)
+    x_BTD, k, v = _with_cache(config, params, tokens_BT, cache, shared, dtype, last_only)
+    return x_BTD, Cache(tuple(k), tuple(v), *keys, cache.length + T)
 
 
 def forward(
@@ -432,42 +422,31 @@ def forward(
     dtype: DTypeLike,
     last_only: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
-    """Return the logits of the next token, float32[B, T, V], and the cache with these tokens written at `cache.length`.
+    """Return the logits of the next token, float32[B, T, V], and the updated cache.
 
-    Arguments and errors are those of `hidden`. Training and the measuring of losses take `hidden` and `loss.linear_losses`
-    instead, which never hold the logits of all tokens.
+    Training and evaluation of losses use `hidden` and `loss.linear_losses` instead, which never
+    hold the logits of all tokens.
 
     Args:
         config, params, tokens_BT, positions_BT, segments_BT, cache, dtype: see `hidden`.
-        last_only: logits of the last position alone, [B, 1, V].
+        last_only: return the logits of the last position alone, [B, 1, V].
+
+    Raises:
+        ValueError: see `hidden`.
 
     Example:
         >>> config = ModelConfig(
         ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
         ... )
-        >>> tokens = jnp.array([[3, 1, 2]])
-        >>> logits, _ = forward(
-        ...     config,
-        ...     init_params(config, 0),
-        ...     tokens,
-        ...     jnp.arange(3)[None],
-        ...     jnp.ones((1, 3), int),
-        ...     dtype="float32",
-        ... )
+        >>> params, tokens = init_params(config, 0), jnp.array([[3, 1, 2]])
+        >>> positions, segments = jnp.arange(3)[None], jnp.ones((1, 3), int)
+        >>> logits, _ = forward(config, params, tokens, positions, segments, dtype="float32")
         >>> logits.shape, logits.dtype.name
         ((1, 3, 32), 'float32')
     """
-    x_BTD, cache = hidden(
-        config,
-        params,
-        tokens_BT,
-        positions_BT,
-        segments_BT,
-        cache,
-        dtype=dtype,
-        last_only=last_only,
-    )
-    logits = _times(x_BTD, head(config, params).astype(dtype), jnp.float32)
+    inputs = tokens_BT, positions_BT, segments_BT, cache
+    x_BTD, cache = hidden(config, params, *inputs, dtype=dtype, last_only=last_only)
+    logits = _project(x_BTD, head(config, params).astype(dtype), jnp.float32)
     return meshes.constrain(logits, "batch", "length", "vocab"), cache
 
 
@@ -490,18 +469,19 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -
         )
 
     k, v = empty(), empty()
-    where = jnp.zeros((batch, length), jnp.int32)
-    return Cache(k, v, where, where, jnp.zeros((), jnp.int32))
+    padding = jnp.zeros((batch, length), jnp.int32)
+    return Cache(k, v, padding, padding, jnp.zeros((), jnp.int32))
 
 
 def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None = None) -> tree.Tree:
-    """Return random float32 parameters: normal(0, `initializer_range`) weights, norms of ones, biases of zeros.
+    """Return random float32 parameters.
 
-    Each Hugging Face tensor is drawn from `rng.stream(seed, "init", hf_name)`, whole, so the values are the same on every mesh.
+    Weights are normal(0, `initializer_range`), norms one, biases zero. Each Hugging Face tensor is
+    drawn whole from `rng.stream(seed, "init", hf_name)`, so the values do not depend on the mesh.
 
     Args:
         config: the model.
-        seed: of the run.
+        seed: seed of the run.
         mesh: where the arrays live, sharded by their logical axes; None is the default device.
 
     Example:

@@ -1,12 +1,15 @@
-"""Low-rank adapters: which matrices get one, the table of their tensors, and how they join the base.
+"""Low-rank adapters: which matrices get one, the table of their tensors, how they join the base.
 
-y = x W^T + s (x A^T) B^T with W `[out, in]` frozen, A `[rank, in]` and B `[out, rank]` trained, and s = alpha / rank, or
-alpha / sqrt(rank) with `rslora`. A starts uniform in ±1/sqrt(in), B at zero, so that a member starts as the base.
+y = x W^T + s (x A^T) B^T with W `[out, in]` frozen, A `[rank, in]` and B `[out, rank]` trained,
+and s = alpha / rank, or alpha / sqrt(rank) with `rslora`. A starts uniform in ±1/sqrt(in) and B at
+zero, so a member starts as the base.
 
-Adapters live in the parameter dict beside their weight, as `lora_a` and `lora_b`, stacked on `L` as it is. They are named as the
-adapters of PEFT are: `base_model.model.` + Hugging Face module + `.lora_A.weight`.
+Adapters live in the parameter dict beside their weight, as `lora_a` and `lora_b`, stacked on `L` as
+the weight is. In files they have the names of PEFT: `base_model.model.`, the Hugging Face module,
+`.lora_A.weight`.
 
-Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rslora), https://arxiv.org/abs/2312.03732.
+Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rslora),
+https://arxiv.org/abs/2312.03732.
 """
 
 import math
@@ -24,7 +27,7 @@ ALL = "all-linear"
 
 
 def scale(settings: Lora) -> float:
-    """Return s.
+    """Return s, the factor of B A.
 
     Example:
         >>> scale(Lora(rank=4, alpha=8)), scale(Lora(rank=4, alpha=8, rslora=True))
@@ -37,7 +40,7 @@ def targets(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
     """Return the weights that get an adapter, in the order of the tensor table.
 
     Raises:
-        UserError: a name that is no matrix of the layers.
+        UserError: a name of `lora.targets` is not a matrix of the layers.
 
     Example:
         >>> config = ModelConfig(
@@ -48,7 +51,8 @@ def targets(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
         >>> targets(config, Lora(targets=("q_prj",)))
         Traceback (most recent call last):
         ...
-        jax_ordermerge.errors.UserError: lora.targets: q_prj is no matrix of this model (did you mean 'q_proj'?); it has q, k, v, ...
+        jax_ordermerge.errors.UserError: lora.targets: q_prj is not a matrix of this model
+            (did you mean 'q_proj'?); it has q, k, v, ...
     """
     matrices = [
         spec
@@ -56,21 +60,22 @@ def targets(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
         if spec.kind in ("attention", "mlp") and len(spec.hf_shape) == 2
     ]
     names = {spec: (spec.path.split("/")[-2], spec.hf_name.split(".")[-2]) for spec in matrices}
-    known = [name for both in names.values() for name in both] + [ALL]
+    valid = [name for pair in names.values() for name in pair] + [ALL]
     for name in settings.targets:
-        if name not in known:
-            short = ", ".join(own for own, _ in names.values())
+        if name not in valid:
+            short_names = ", ".join(short for short, _ in names.values())
             raise UserError(
-                f"lora.targets: {name} is no matrix of this model{did_you_mean(name, known)}; it has {short}, or give {ALL}"
+                f"lora.targets: {name} is not a matrix of this model{did_you_mean(name, valid)};"
+                f" it has {short_names}, or give {ALL}"
             )
     if not settings.targets:
         raise UserError(f"lora.targets is empty; name matrices of the layers, or give {ALL}")
-    wanted = set(settings.targets)
-    return tuple(spec for spec in matrices if ALL in wanted or wanted & set(names[spec]))
+    selected = set(settings.targets)
+    return tuple(spec for spec in matrices if ALL in selected or selected & set(names[spec]))
 
 
 def table(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
-    """Declare the tensors of an adapter: A and B of each target, as `tensor_table` declares those of a model.
+    """Declare A and B of each target, as `tensor_table` declares the tensors of a model.
 
     Raises:
         UserError: see `targets`.
@@ -84,27 +89,14 @@ def table(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
         layers/mlp/up/lora_a (2, 4, 8) base_model.model.model.layers.1.mlp.up_proj.lora_A.weight
         layers/mlp/up/lora_b (2, 16, 4) base_model.model.model.layers.1.mlp.up_proj.lora_B.weight
     """
-    specs = []
+    specs, rank = [], settings.rank
     for spec in targets(config, settings):
-        (L, O, I), (_, out, inp) = spec.shape, spec.axes  # noqa: E741
+        (layers, rows, columns), (_, row_axis, column_axis) = spec.shape, spec.axes
         path, name = spec.path.removesuffix("weight"), PREFIX + spec.hf_name.removesuffix(".weight")
-        a = TensorSpec(
-            f"{path}lora_a",
-            (L, settings.rank, I),
-            ("layer", "rank", inp),
-            "uniform",
-            name + A,
-            spec.kind,
-        )
-        b = TensorSpec(
-            f"{path}lora_b",
-            (L, O, settings.rank),
-            ("layer", out, "rank"),
-            "zeros",
-            name + B,
-            spec.kind,
-        )
-        specs += [a, b]
+        a, a_axes = (layers, rank, columns), ("layer", "rank", column_axis)
+        b, b_axes = (layers, rows, rank), ("layer", row_axis, "rank")
+        specs.append(TensorSpec(f"{path}lora_a", a, a_axes, "uniform", name + A, spec.kind))
+        specs.append(TensorSpec(f"{path}lora_b", b, b_axes, "zeros", name + B, spec.kind))
     return tuple(specs)
 
 
@@ -113,12 +105,13 @@ def init_params(
 ) -> tree.Tree:
     """Return the adapter that every member starts from, float32.
 
-    Each tensor is drawn whole from `rng.stream(seed, "lora", its name)`, so the values are the same on every mesh.
+    Each tensor is drawn whole from `rng.stream(seed, "lora", hf_name)`, so the values do not depend
+    on the mesh.
 
     Args:
         config: the model.
         settings: rank and targets.
-        seed: of the run.
+        seed: seed of the run.
         mesh: where the arrays live, sharded by their logical axes; None is the default device.
 
     Example:
@@ -126,23 +119,21 @@ def init_params(
         ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
         ... )
         >>> q = init_params(config, Lora(rank=4), 0)["layers"]["attention"]["q"]
-        >>> (
-        ...     q["lora_a"].shape,
-        ...     float(abs(q["lora_a"]).max()) < 8**-0.5,
-        ...     float(abs(q["lora_b"]).max()),
-        ... )
+        >>> q["lora_a"].shape, bool((abs(q["lora_a"]) < 8**-0.5).all()), float(q["lora_b"].sum())
         ((2, 4, 8), True, 0.0)
     """
     return initial.draw(table(config, settings), seed, "lora", mesh)
 
 
 def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
-    """Return the parameter dict of the base with an adapter in it, which `llama.forward` takes. No dense matrix is made.
+    """Return the parameter dict of the base with an adapter in it, for `llama.forward`.
+
+    The product B A is not formed.
 
     Args:
         base: the dict of `tensor_table`, any dtype.
         adapter: the dict of `table`.
-        scale: s, which goes into B.
+        scale: s; B is multiplied by it.
 
     Example:
         >>> config = ModelConfig(
@@ -161,9 +152,10 @@ def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
 
 
 def dense(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
-    """Return the parameters of the base with s B A added to the matrices that an adapter has, in float32.
+    """Return the base with s B A added to the adapted matrices, in float32.
 
-    For looking at a model while it is trained; what is exported is added by `merge/lora.py`, on the host and in the order it documents.
+    For generation while training. Exports go through `merge/sources/lora.py`, which adds on the
+    host in an order that it documents, so that files and memory give the same bits.
 
     Args:
         base: the dict of `tensor_table`, any dtype.
@@ -173,14 +165,13 @@ def dense(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
     Example:
         >>> base = {"layers": {"mlp": {"up": {"weight": jax.numpy.zeros((1, 2, 2))}}}}
         >>> low = {"lora_a": jax.numpy.ones((1, 1, 2)), "lora_b": jax.numpy.ones((1, 2, 1))}
-        >>> dense(base, {"layers": {"mlp": {"up": low}}}, 3.0)["layers"]["mlp"]["up"][
-        ...     "weight"
-        ... ].tolist()
+        >>> params = dense(base, {"layers": {"mlp": {"up": low}}}, 3.0)
+        >>> params["layers"]["mlp"]["up"]["weight"].tolist()
         [[[3.0, 3.0], [3.0, 3.0]]]
     """
-    whole, low = tree.flatten(base), tree.flatten(adapter)
-    for path in [path for path in low if path.endswith("lora_a")]:
+    params, factors = tree.flatten(base), tree.flatten(adapter)
+    for path in [path for path in factors if path.endswith("lora_a")]:
         target = path.removesuffix("lora_a") + "weight"
-        change = jax.numpy.matmul(low[path.removesuffix("a") + "b"], low[path])
-        whole[target] = whole[target].astype("float32") + scale * change
-    return tree.unflatten(whole)
+        change = jax.numpy.matmul(factors[path.removesuffix("a") + "b"], factors[path])
+        params[target] = params[target].astype("float32") + scale * change
+    return tree.unflatten(params)

@@ -1,4 +1,7 @@
-"""Cross entropy of a batch from the last hidden states, in float32. The logits of all tokens never exist at once."""
+"""Cross entropy from the last hidden states, in float32, a chunk of tokens at a time.
+
+Axis letters as in `llama.py`, and `N` chunk, `C` position inside a chunk, `R` a row of `[B, C]`.
+"""
 
 import functools
 from typing import Any
@@ -8,8 +11,9 @@ import jax.numpy as jnp
 
 from jax_ordermerge import mesh as meshes
 
-# Rows of logits at a time on each device: enough that a product with the head is bound by arithmetic on an accelerator, few enough
-# that they stay small beside the model. 256 to 1024 took the same time on CPU.
+# Rows of logits at a time on each device: enough that a product with the head is bound by
+# arithmetic on an accelerator, few enough that logits stay small beside the model. 256 to 1024 took
+# the same time on CPU.
 _ROWS = 512
 
 
@@ -22,18 +26,20 @@ def linear_losses(
     segments_BT: jax.Array | None = None,
     count: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the weighted sum of -log softmax(x head^T)[target], in all and by example.
+    """Return the weighted sum of -log softmax(x head^T)[target], in total and per example.
 
-    The loss of a global batch is `total / weights.sum()`; that of one example is `sums[i] / weights[i].sum()`. Gradients flow through
-    `total` alone. They are made together with the losses, some hundred rows of logits at a time, so nothing is computed twice and
-    the largest array of plain cross entropy, [B, T, V], is never stored.
+    The loss of a global batch is `total / weights.sum()`, that of one example
+    `sums[i] / weights[i].sum()`. Gradients flow through `total` alone. The forward pass computes
+    them together with the losses, chunk by chunk: nothing is computed twice, and the logits
+    [B, T, V] are never stored.
 
     Args:
         x_BTD: last hidden states, after the norm, in the dtype of the products.
-        head_VD: float32 head.
+        head_VD: float32 output table.
         targets_BT: int32 in [0, V).
         weights_BT: float32, 1 where the target is learned and 0 elsewhere.
-        segments_BT, count: int32 segments of packed rows and how many a row has at most; each segment then is an example.
+        segments_BT: int32 segments of packed rows. Each segment then is an example.
+        count: largest number of segments per row, with `segments_BT`.
 
     Returns:
         `(total, sums)`, float32 scalar and float32[B], or [B, count] of packed rows.
@@ -55,9 +61,9 @@ def linear_losses(
 def linear_scores(
     x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the sums of `linear_losses` by row, and how many weighted targets are not the likeliest token, float32[B] each.
+    """Return summed losses per row and the number of weighted targets that greedy decoding misses.
 
-    A target that ties with another token counts as the likeliest. There are no gradients.
+    Both are float32[B]. A target that ties with another token is not missed. No gradients.
 
     Args:
         x_BTD, head_VD, targets_BT, weights_BT: see `linear_losses`.
@@ -78,16 +84,16 @@ def linear_scores(
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x_BCD, targets_BC, weights_BC = chunk
         logits_BCV, _, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
-        missed_BC = (logits_BCV.max(-1) > _chosen(logits_BCV, targets_BC)) * weights_BC
+        missed_BC = (logits_BCV.max(-1) > _target_logits(logits_BCV, targets_BC)) * weights_BC
         return (carry[0] + losses_BC.sum(-1), carry[1] + missed_BC.sum(-1)), None
 
     zeros_B = jnp.zeros(x_BTD.shape[:1], jnp.float32)
-    found, _ = jax.lax.scan(body, (zeros_B, zeros_B), _chunks(x_BTD, targets_BT, weights_BT))
-    return found
+    sums, _ = jax.lax.scan(body, (zeros_B, zeros_B), _chunks(x_BTD, targets_BT, weights_BT))
+    return sums
 
 
 def by_example(values_BT: jax.Array, segments_BT: jax.Array | None, count: int) -> jax.Array:
-    """Return sums over the positions of each row, [B], or of each segment of packed rows, [B, count].
+    """Return sums over the positions of each row, [B], or of each segment, [B, count].
 
     Example:
         >>> by_example(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[1, 1, 2]]), 3).tolist()
@@ -95,20 +101,20 @@ def by_example(values_BT: jax.Array, segments_BT: jax.Array | None, count: int) 
     """
     if segments_BT is None:
         return values_BT.sum(-1)
-    own_BTS = segments_BT[:, :, None] == jnp.arange(1, count + 1)[None, None]
-    return jnp.where(own_BTS, values_BT[:, :, None], 0).sum(1)
+    member_BTS = segments_BT[:, :, None] == jnp.arange(1, count + 1)[None, None]
+    return jnp.where(member_BTS, values_BT[:, :, None], 0).sum(1)
 
 
-_Given = tuple[jax.Array, jax.Array, jax.Array | None]  # targets, weights and segments
+_Labels = tuple[jax.Array, jax.Array, jax.Array | None]  # targets, weights and segments, [B, T]
 
 
-def _start(count: int, x_BTD: jax.Array, given: _Given) -> jax.Array:
-    return jnp.zeros(x_BTD.shape[:1] if given[2] is None else (x_BTD.shape[0], count), jnp.float32)
+def _zero_sums(count: int, x_BTD: jax.Array, labels: _Labels) -> jax.Array:
+    return jnp.zeros(x_BTD.shape[:1] if labels[2] is None else (x_BTD.shape[0], count), jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
-    count: int, x_BTD: jax.Array, head_VD: jax.Array, given: _Given
+    count: int, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
 ) -> tuple[jax.Array, jax.Array]:
     head = head_VD.astype(x_BTD.dtype)
 
@@ -116,12 +122,16 @@ def _sums(
         _, _, losses_BC = _chunk_losses(head, *chunk[:3])
         return sums + by_example(losses_BC, chunk[3], count), None
 
-    sums, _ = jax.lax.scan(body, _start(count, x_BTD, given), _chunks(x_BTD, *given))
+    sums, _ = jax.lax.scan(body, _zero_sums(count, x_BTD, labels), _chunks(x_BTD, *labels))
     return sums.sum(), sums
 
 
-def _with_gradients(
-    count: int, x_BTD: jax.Array, head_VD: jax.Array, given: _Given
+# The three functions below are the custom gradient of `_sums`. Why not let jax differentiate the
+# scan? It would store the logits of every chunk, or compute them twice.
+
+
+def _sums_forward(
+    count: int, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     (_, T, D), V = x_BTD.shape, head_VD.shape[0]
     head = head_VD.astype(x_BTD.dtype)
@@ -129,51 +139,45 @@ def _with_gradients(
     def body(
         carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        sums, slope_VD = carry
+        sums, grad_VD = carry
         x_BCD, targets_BC, weights_BC, segments_BC = chunk
         logits_BCV, total_BC, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
+        # d loss / d logits = weight (softmax - one_hot(target)), in the dtype of the products
         softmax = jnp.exp(logits_BCV - total_BC[:, :, None])
-        slope_BCV = (
-            (softmax - _is_target(logits_BCV, targets_BC)) * weights_BC[:, :, None]
-        ).astype(head.dtype)
-        slope_RV = slope_BCV.reshape(-1, V)
-        slope_BCD = jnp.einsum(
-            "RV,VD->RD", slope_RV, head, preferred_element_type=head.dtype
-        ).reshape(x_BCD.shape)
-        own_VD = jnp.einsum(
-            "RV,RD->VD", slope_RV, x_BCD.reshape(-1, D), preferred_element_type=jnp.float32
-        )
-        slope_VD = meshes.constrain(slope_VD + own_VD, "vocab", "embed")
-        return (sums + by_example(losses_BC, segments_BC, count), slope_VD), meshes.constrain(
-            slope_BCD, "batch", "length", None
-        )
+        grad_BCV = (softmax - _is_target(logits_BCV, targets_BC)) * weights_BC[:, :, None]
+        grad_RV = grad_BCV.astype(head.dtype).reshape(-1, V)
+        grad_RD = jnp.einsum("RV,VD->RD", grad_RV, head, preferred_element_type=head.dtype)
+        x_RD = x_BCD.reshape(-1, D)
+        chunk_VD = jnp.einsum("RV,RD->VD", grad_RV, x_RD, preferred_element_type=jnp.float32)
+        grad_VD = meshes.constrain(grad_VD + chunk_VD, "vocab", "embed")
+        grad_BCD = meshes.constrain(grad_RD.reshape(x_BCD.shape), "batch", "length", None)
+        return (sums + by_example(losses_BC, segments_BC, count), grad_VD), grad_BCD
 
-    start = (
-        _start(count, x_BTD, given),
-        meshes.constrain(jnp.zeros((V, D), jnp.float32), "vocab", "embed"),
-    )
-    (sums, slope_VD), slope_NBCD = jax.lax.scan(body, start, _chunks(x_BTD, *given))
-    return (sums.sum(), sums), (_joined(slope_NBCD, T), slope_VD)
+    grad_VD = meshes.constrain(jnp.zeros((V, D), jnp.float32), "vocab", "embed")
+    start = _zero_sums(count, x_BTD, labels), grad_VD
+    (sums, grad_VD), grad_NBCD = jax.lax.scan(body, start, _chunks(x_BTD, *labels))
+    return (sums.sum(), sums), (_join(grad_NBCD, T), grad_VD)
 
 
-def _scaled(
-    count: int, slopes: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+def _sums_backward(
+    count: int, grads: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
-    slope_BTD, slope_VD = slopes
+    grad_BTD, grad_VD = grads
     scale, _ = cotangents
-    return slope_BTD * scale.astype(slope_BTD.dtype), slope_VD * scale, None
+    return grad_BTD * scale.astype(grad_BTD.dtype), grad_VD * scale, None
 
 
-_sums.defvjp(_with_gradients, _scaled)
+_sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _chunks(x_BTD: jax.Array, *others: jax.Array | None) -> tuple[Any, ...]:
-    """Cut into [N, B, C, ...] with about `_ROWS` rows on every device; the last chunk is filled up with rows of weight 0.
+def _chunks(x_BTD: jax.Array, *labels: jax.Array | None) -> tuple[Any, ...]:
+    """Cut arrays [B, T, ...] into [N, B, C, ...] with about `_ROWS` rows per device and chunk.
 
-    Where devices divide the positions, each chunk takes its share from every device.
+    The last chunk is padded with rows of weight 0. Where devices divide the positions, each chunk
+    takes its share from every device, so that no position moves.
     """
     B, T, _ = x_BTD.shape
-    parts = _parts(T)
+    parts = _length_parts(T)
     size = min(T // parts, max(1, _ROWS * meshes.extent("batch") // B))
     chunks = -(-T // parts // size)
     size = -(-T // parts // chunks)
@@ -181,49 +185,43 @@ def _chunks(x_BTD: jax.Array, *others: jax.Array | None) -> tuple[Any, ...]:
     def cut(array: jax.Array) -> jax.Array:
         rest = array.shape[2:]
         divided = array.reshape(B, parts, T // parts, *rest)
-        padded = jnp.pad(
-            divided, [(0, 0), (0, 0), (0, chunks * size - T // parts), *[(0, 0)] * len(rest)]
-        )
-        own = jnp.moveaxis(padded.reshape(B, parts, chunks, size, *rest), 2, 0)
-        return meshes.constrain(
-            own.reshape(chunks, B, parts * size, *rest),
-            None,
-            "batch",
-            "length",
-            *[None] * len(rest),
-        )
+        missing = chunks * size - T // parts
+        padded = jnp.pad(divided, [(0, 0), (0, 0), (0, missing), *[(0, 0)] * len(rest)])
+        first = jnp.moveaxis(padded.reshape(B, parts, chunks, size, *rest), 2, 0)
+        chunked = first.reshape(chunks, B, parts * size, *rest)
+        return meshes.constrain(chunked, None, "batch", "length", *[None] * len(rest))
 
-    return tuple(None if array is None else cut(array) for array in (x_BTD, *others))
+    return tuple(None if array is None else cut(array) for array in (x_BTD, *labels))
 
 
-def _joined(array_NBCD: jax.Array, T: int) -> jax.Array:
-    """Return [B, T, D]: the inverse of the cutting."""
+def _join(array_NBCD: jax.Array, T: int) -> jax.Array:
+    """Return [B, T, D]: the inverse of `_chunks`."""
     N, B, C, D = array_NBCD.shape
-    parts = _parts(T)
-    own = jnp.moveaxis(array_NBCD.reshape(N, B, parts, C // parts, D), 0, 2)
-    return own.reshape(B, parts, -1, D)[:, :, : T // parts].reshape(B, T, D)
+    parts = _length_parts(T)
+    last = jnp.moveaxis(array_NBCD.reshape(N, B, parts, C // parts, D), 0, 2)
+    return last.reshape(B, parts, -1, D)[:, :, : T // parts].reshape(B, T, D)
 
 
-def _parts(T: int) -> int:
+def _length_parts(T: int) -> int:
+    """Return how many device groups divide the positions; 1 where they cannot."""
     return meshes.extent("length") if T % meshes.extent("length") == 0 else 1
 
 
 def _chunk_losses(
     head_VD: jax.Array, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return logits float32[B, C, V], log of the sum of their exponentials [B, C] and weighted losses [B, C]."""
+    """Return logits float32[B, C, V], their logsumexp [B, C] and weighted losses [B, C]."""
     B, C, D = x_BCD.shape
-    flat = jnp.einsum(
-        "RD,VD->RV", x_BCD.reshape(-1, D), head_VD, preferred_element_type=jnp.float32
-    )
-    logits_BCV = meshes.constrain(flat.reshape(B, C, -1), "batch", "length", "vocab")
+    x_RD = x_BCD.reshape(-1, D)
+    logits_RV = jnp.einsum("RD,VD->RV", x_RD, head_VD, preferred_element_type=jnp.float32)
+    logits_BCV = meshes.constrain(logits_RV.reshape(B, C, -1), "batch", "length", "vocab")
     total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    return logits_BCV, total_BC, (total_BC - _chosen(logits_BCV, targets_BC)) * weights_BC
+    return logits_BCV, total_BC, (total_BC - _target_logits(logits_BCV, targets_BC)) * weights_BC
 
 
-def _chosen(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+def _target_logits(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     if meshes.extent("vocab") > 1:
-        # no gather: XLA's partitioner dies of it where order, fsdp and tensor all divide the logits
+        # XLA's partitioner crashes on a gather where order, fsdp and tensor all divide the logits
         return jnp.where(_is_target(logits_BCV, targets_BC), logits_BCV, 0).sum(-1)
     return jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
 

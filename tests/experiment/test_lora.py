@@ -162,5 +162,5 @@ def test_targets_are_checked_before_anything_is_written(folder, tmp_path, capsys
         tmp_path, model={"base": str(folder / "base")}, lora={"targets": ["qkv"]}
     )
     assert call("run", config) == 2
-    assert "lora.targets: qkv is no matrix of this model" in capsys.readouterr().err
+    assert "lora.targets: qkv is not a matrix of this model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

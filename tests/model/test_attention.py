@@ -111,19 +111,19 @@ def test_softmax_is_float32_in_bfloat16():
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ on a mesh
+# ------------------------------------------------------------ on a mesh
 
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_positions_divided_over_devices_change_nothing(window):
-    """Context parallel: every device has its own queries and all keys; packed rows, gradients too."""
+    """Context parallel: each device has its own queries and all keys. Also of packed rows."""
     rng = np.random.default_rng(0)
     q, k, v, g = (
         jnp.asarray(rng.normal(size=(2, 192, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4)
     )
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 192)), axis=1), jnp.int32)
     starts = np.array(
-        [[np.flatnonzero(row == one)[0] for one in row] for row in np.asarray(segments)]
+        [[np.flatnonzero(row == segment)[0] for segment in row] for row in np.asarray(segments)]
     )
     tokens = Tokens(jnp.asarray(np.arange(192) - starts, jnp.int32), segments)
 
@@ -138,5 +138,5 @@ def test_positions_divided_over_devices_change_nothing(window):
         compiled = both.lower(q, k, v).compile()
         divided = compiled(q, k, v)
     assert "all-reduce" in compiled.as_text()
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(divided), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    for expected, actual in zip(jax.tree.leaves(plain), jax.tree.leaves(divided), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The kernels of accelerators against the loop and the path of XLA, here interpreted; that the real ones compile for a TPU."""
+"""Accelerator kernels, interpreted, against a loop and the XLA path. They compile for a TPU."""
 
 import functools
 import os
@@ -37,9 +37,9 @@ def documents(kernel, T):
     return packed(T, (T - 9,) if kernel == "cudnn" else (T // 3, T // 2))
 
 
-def close(found, expected, atol):
+def close(actual, expected, atol):
     np.testing.assert_allclose(
-        np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=atol
+        np.asarray(actual, np.float32), np.asarray(expected, np.float32), atol=atol
     )
 
 
@@ -76,33 +76,33 @@ def test_outputs_and_gradients_of_xla(kernel, window):
 
     (gradients, out), (expected_gradients, expected) = both(kernel), both("xla")
     close(out, expected, 1e-5 if kernel != "cudnn" else 2e-2)
-    for one, other in zip(gradients, expected_gradients, strict=True):
-        close(one, other, 1e-4 if kernel != "cudnn" else 5e-2)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        close(gradient, reference, 1e-4 if kernel != "cudnn" else 5e-2)
 
 
 @pytest.mark.parametrize("kernel", HERE[:2])
 def test_a_document_does_not_change_another_one(kernel):
     q, k, v = inputs(300, 300)
     tokens = packed(300, (120, 100))
-    other = tokens.segments == 1
-    mine = (tokens.segments == 2)[:, :, None, None]
+    document_1 = tokens.segments == 1
+    document_2 = (tokens.segments == 2)[:, :, None, None]
 
     @jax.jit
     def of_document_2(*a):
         def loss(*a):
             out = attend(*a, tokens, tokens, kernel=kernel)
-            return jnp.where(mine, jnp.sin(out), 0).sum(), jnp.where(mine, out, 0)
+            return jnp.where(document_2, jnp.sin(out), 0).sum(), jnp.where(document_2, out, 0)
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*a)
 
     gradients, out = of_document_2(q, k, v)
-    changed = [np.where(other[:, :, None, None], 3 * x + 1, x) for x in (q, k, v)]
+    changed = [np.where(document_1[:, :, None, None], 3 * x + 1, x) for x in (q, k, v)]
     gradients_2, out_2 = of_document_2(*changed)
     np.testing.assert_array_equal(out, out_2)
-    for one, same in zip(gradients, gradients_2, strict=True):
-        assert abs(one[tokens.segments == 2]).max() > 0
-        assert not np.asarray(one)[other].any()
-        np.testing.assert_array_equal(one, same)
+    for gradient, same in zip(gradients, gradients_2, strict=True):
+        assert abs(gradient[tokens.segments == 2]).max() > 0
+        assert not np.asarray(gradient)[document_1].any()
+        np.testing.assert_array_equal(gradient, same)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,8 @@ def test_a_document_does_not_change_another_one(kernel):
     ],
 )
 def test_splash_on_a_mesh(shape):
-    # two kv heads over a tensor axis of four are repeated; under `order` the axes inside are made manual too
+    # Two kv heads over a tensor axis of four are repeated. Under `order` the inner axes are made
+    # manual too.
     q, k, v = inputs(300, 300, N=8, K=2)
     tokens = Tokens(*map(jnp.asarray, packed(300, (120, 100))))
     real = (tokens.segments > 0)[:, :, None, None]
@@ -127,10 +128,10 @@ def test_splash_on_a_mesh(shape):
     mesh = meshes.make_mesh(**shape)
     members = meshes.map_members(lambda arrays, tokens: jax.grad(loss)(arrays, tokens), mesh)
     pair = jax.tree.map(lambda x: jnp.stack([x, x]), (q, k, v))
-    found = jax.jit(members)(pair, tokens)
-    for one, other in zip(found, expected, strict=True):
-        close(one[0], other, 1e-4)
-        close(one[1], other, 1e-4)
+    gradients = jax.jit(members)(pair, tokens)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        close(gradient[0], reference, 1e-4)
+        close(gradient[1], reference, 1e-4)
 
 
 def test_gradients_of_a_model(tiny_batch):
@@ -145,15 +146,15 @@ def test_gradients_of_a_model(tiny_batch):
     params = llama.init_params(config, 0)
 
     def gradients(kernel):
-        one = objective.sft(config, dtype="float32", kernel=kernel)
-        return jax.jit(jax.value_and_grad(one, has_aux=True))(params, tiny_batch)
+        loss = objective.sft(config, dtype="float32", kernel=kernel)
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, tiny_batch)
 
-    (loss, sums), found = gradients("splash_interpreted")
+    (loss, sums), actual = gradients("splash_interpreted")
     (expected_loss, expected_sums), expected = gradients("xla")
     assert loss == pytest.approx(float(expected_loss), rel=1e-5)
     close(sums.losses, expected_sums.losses, 1e-4)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        close(one, other, 1e-4)
+    for gradient, reference in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        close(gradient, reference, 1e-4)
 
 
 @pytest.fixture
@@ -170,12 +171,12 @@ def tiny_batch():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- cuDNN
+# ------------------------------------------------------------ cuDNN
 
 
 @pytest.fixture
 def reference_cudnn(monkeypatch):
-    """The same call of jax answered by its reference implementation: what its arguments mean is the same."""
+    """The call of jax by its reference implementation, whose arguments mean the same."""
     real = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn,
@@ -208,7 +209,7 @@ def test_rows_that_cudnn_would_mix_become_nan(tokens):
     assert np.isnan(out).all()
 
 
-# --------------------------------------------------------------------------------------------------------------------------- choice
+# ------------------------------------------------------------ choice
 
 
 def devices(platform, **axes):
@@ -300,9 +301,10 @@ def test_a_kernel_that_would_be_wrong_is_refused(asked, mesh, config, dtype, pac
         kernels.choose(asked, config, mesh, dtype=dtype, packed=packed)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ TPU
+# ------------------------------------------------------------ TPU
 
-# a whole train step: order outside, the kernels inside, heads that the tensor axis divides and kv heads that it does not
+# A train step: `order` outside, the kernels inside, heads that the tensor axis divides and kv heads
+# that it does not.
 PROGRAM = """
     import numpy as np
     from jax_ordermerge import hardware
@@ -315,11 +317,14 @@ PROGRAM = """
 
     mesh = meshes.make_mesh(devices=compiled.devices(hardware.parse("{topology}")), **{axes})
     model = ModelConfig(
-        vocab_size=512, hidden_size=8 * {head}, intermediate_size=256, num_layers=2, num_heads=8, num_kv_heads=2, sliding_window={window}
+        vocab_size=512, hidden_size=8 * {head}, intermediate_size=256, num_layers=2,
+        num_heads=8, num_kv_heads=2, sliding_window={window},
     )
-    config = make_config({{"population": {{"members": 2}}, "training": {{"batch": 8, "epochs": 1}}}})
+    training = {{"batch": 8, "epochs": 1}}
+    config = make_config({{"population": {{"members": 2}}, "training": training}})
     rows = [np.ones(700)] * 8
-    plan = batches.make_plan(config, Examples(Ragged.of(rows, np.int32), Ragged.of(rows, np.bool_), np.arange(8)))
+    examples = Examples(Ragged.of(rows, np.int32), Ragged.of(rows, np.bool_), np.arange(8))
+    plan = batches.make_plan(config, examples)
     text = loop.compile_training(config, model, plan, mesh).as_text()
     print(text.count('custom_call_target="tpu_custom_call"'))
 """
@@ -339,11 +344,16 @@ def test_the_train_step_compiles_for_a_tpu(topology, axes, head, window):
     program = textwrap.dedent(
         PROGRAM.format(topology=topology, axes=axes, head=head, window=window)
     )
-    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    own |= {"JAX_PLATFORMS": "cpu"}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=own, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    # in one scanned layer: forward once (the backward pass takes what it kept), gradients of queries, and of keys and values
+    # per scanned layer: forward once (its output is saved for the backward pass), the gradient of
+    # queries, the gradient of keys and values
     assert int(done.stdout) == 3

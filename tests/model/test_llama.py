@@ -1,4 +1,4 @@
-"""The model against transformers (live and golden), a naive loop, other meshes, and a real pretrained checkpoint."""
+"""The model against transformers (live and golden), a loop, meshes, a pretrained checkpoint."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ GOLDEN = pathlib.Path(families.__file__).parent / "model"
 SMALL = families.FAMILIES["llama_gqa_bias"]
 
 
-# one compilation a family and shape for the whole file
+# one compilation a family and shape for the complete file
 FORWARD = jax.jit(llama.forward, static_argnums=0, static_argnames=("dtype", "last_only"))
 
 
@@ -84,7 +84,7 @@ def test_what_tells_families_apart_is_seen_by_the_goldens():
 def test_the_module_declares_the_tensor_table(name):
     config = families.FAMILIES[name]
     tokens = jnp.zeros((1, 3), jnp.int32)
-    shared = llama._Shared(
+    shared = llama._LayerInputs(
         *(llama.Tokens(tokens, tokens),) * 2,
         *(jnp.zeros((1, 3, config.head_dim // 2)),) * 2,
         jnp.int32(0),
@@ -101,13 +101,13 @@ def test_the_module_declares_the_tensor_table(name):
 
 def test_init_is_named_and_the_same_on_every_mesh():
     config = families.FAMILIES["qwen3_bias"]
-    alone = jax.device_get(tree.flatten(llama.init_params(config, 5)))
+    unsharded = jax.device_get(tree.flatten(llama.init_params(config, 5)))
     for spec in tensor_table(config):
         if spec.init == "normal":
-            assert abs(alone[spec.path].std() / config.initializer_range - 1) < 0.1, spec.path
+            assert abs(unsharded[spec.path].std() / config.initializer_range - 1) < 0.1, spec.path
         else:
-            assert (alone[spec.path] == (spec.init == "ones")).all(), spec.path
-    q = alone["layers/attention/q/weight"]
+            assert (unsharded[spec.path] == (spec.init == "ones")).all(), spec.path
+    q = unsharded["layers/attention/q/weight"]
     key = rng.stream(5, "init", "model.layers.1.self_attn.q_proj.weight")
     np.testing.assert_allclose(
         q[1], jax.random.normal(key, q[1].shape) * config.initializer_range, rtol=1e-6
@@ -116,7 +116,7 @@ def test_init_is_named_and_the_same_on_every_mesh():
     sharded = tree.flatten(llama.init_params(config, 5, grid))
     for spec in tensor_table(config):
         assert sharded[spec.path].sharding == mesh.sharding(spec.axes, spec.shape, grid)
-        np.testing.assert_array_equal(sharded[spec.path], alone[spec.path], err_msg=spec.path)
+        np.testing.assert_array_equal(sharded[spec.path], unsharded[spec.path], err_msg=spec.path)
 
 
 def test_packed_documents_do_not_see_each_other():
@@ -133,13 +133,12 @@ def test_packed_documents_do_not_see_each_other():
     packed = logits_of(config, params, tokens, positions, segments)[0]
     assert np.isfinite(packed).all()
     for document, end in zip(documents, np.cumsum(lengths), strict=True):
-        alone = logits_of(config, params, document[None])[0]
-        np.testing.assert_allclose(packed[end - len(document) : end], alone, atol=2e-5, rtol=0)
-    other = np.where(
-        segments == 2, (tokens + 1) % config.vocab_size, tokens
-    )  # no bit of document 3 depends on document 2
+        unsharded = logits_of(config, params, document[None])[0]
+        np.testing.assert_allclose(packed[end - len(document) : end], unsharded, atol=2e-5, rtol=0)
+    # no bit of document 3 depends on document 2
+    changed = np.where(segments == 2, (tokens + 1) % config.vocab_size, tokens)
     np.testing.assert_array_equal(
-        logits_of(config, params, other, positions, segments)[0][100:141], packed[100:141]
+        logits_of(config, params, changed, positions, segments)[0][100:141], packed[100:141]
     )
 
 
@@ -187,14 +186,14 @@ def test_remat_changes_no_gradient():
     params, tokens = families.weights(config), families.tokens(config)
     value, grads = loss_and_grads(config, params, tokens)
     for remat in ("full", "dots"):
-        other, other_grads = loss_and_grads(config, params, tokens, remat)
-        assert other == pytest.approx(value, abs=1e-6)
-        chex.assert_trees_all_close(other_grads, grads, atol=1e-6)
+        recomputed, recomputed_grads = loss_and_grads(config, params, tokens, remat)
+        assert recomputed == pytest.approx(value, abs=1e-6)
+        chex.assert_trees_all_close(recomputed_grads, grads, atol=1e-6)
 
 
 def test_meshes_change_no_logit():
     params, tokens = families.weights(SMALL), families.tokens(SMALL)
-    alone = logits_of(SMALL, params, tokens)
+    unsharded = logits_of(SMALL, params, tokens)
     for sizes in ((1, 2, 4), (1, 8, 1)):
         grid = mesh.make_mesh(*sizes)
         placed = tree.unflatten(
@@ -204,7 +203,9 @@ def test_meshes_change_no_logit():
             }
         )
         with jax.set_mesh(grid):
-            np.testing.assert_allclose(logits_of(SMALL, placed, tokens), alone, atol=1e-5, rtol=0)
+            np.testing.assert_allclose(
+                logits_of(SMALL, placed, tokens), unsharded, atol=1e-5, rtol=0
+            )
 
 
 def test_bfloat16_is_near_and_logits_stay_float32():
@@ -221,7 +222,7 @@ def test_bfloat16_is_near_and_logits_stay_float32():
 def test_cache_in_pieces_equals_the_whole(name):
     config = families.FAMILIES[name]
     params, tokens = families.weights(config), families.tokens(config)
-    whole = logits_of(config, params, tokens)
+    complete = logits_of(config, params, tokens)
     cache, begin = llama.init_cache(config, 2, families.LENGTH + 3, "float32"), 0
     for length in (22, 1, 1):
         part = slice(begin, begin + length)
@@ -235,7 +236,7 @@ def test_cache_in_pieces_equals_the_whole(name):
             cache,
             dtype="float32",
         )
-        np.testing.assert_allclose(out, whole[:, part], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(out, complete[:, part], atol=1e-5, rtol=0)
         begin += length
     assert int(cache.length) == families.LENGTH
     last, _ = FORWARD(
@@ -247,12 +248,12 @@ def test_cache_in_pieces_equals_the_whole(name):
         dtype="float32",
         last_only=True,
     )
-    np.testing.assert_allclose(last, whole[:, -1:], atol=1e-6)
+    np.testing.assert_allclose(last, complete[:, -1:], atol=1e-6)
 
 
 def test_a_cache_too_small_is_refused():
     tokens = np.zeros((1, 4), np.int32)
-    with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3 slots"):
+    with pytest.raises(ValueError, match="the cache is too short: given 4 tokens, it has 3 slots"):
         llama.forward(
             SMALL,
             families.weights(SMALL),
@@ -309,7 +310,7 @@ def test_stories260k_logits(stories):
 
 
 def test_stories260k_document_losses(stories, shared_data):
-    """The mean loss of whole documents against transformers, several documents packed into one row of ours."""
+    """The mean loss of documents against transformers. Ours are packed into one row."""
     torch = pytest.importorskip("torch")
     import make_model_goldens
     from transformers import AutoTokenizer

@@ -35,22 +35,22 @@ def inputs(B=3, T=5, D=4, V=17, scale=1.0):
     )
 
 
-# rows at a time: all, one, and a number that does not divide the length (the last chunk is filled up)
+# rows per chunk: all, one, and a number that does not divide the length (the last is padded)
 @pytest.mark.parametrize("rows", [512, 3, 6])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_losses_and_gradients(rows, scale, monkeypatch):
     monkeypatch.setattr(loss, "_ROWS", rows)
-    given = inputs(scale=scale)
-    total, sums = loss.linear_losses(*given)
-    np.testing.assert_allclose(sums, naive(*given), rtol=1e-5, atol=1e-5)
+    arrays = inputs(scale=scale)
+    total, sums = loss.linear_losses(*arrays)
+    np.testing.assert_allclose(sums, naive(*arrays), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(total, sums.sum(), rtol=1e-6)
     (again, same), ours = jax.value_and_grad(
-        lambda x, w: loss.linear_losses(x, w, *given[2:]), (0, 1), has_aux=True
-    )(*given[:2])
+        lambda x, head: loss.linear_losses(x, head, *arrays[2:]), (0, 1), has_aux=True
+    )(*arrays[:2])
     assert (again, same.tolist()) == (total, sums.tolist())
-    theirs = jax.grad(lambda x, w: plain(x, w, *given[2:]).sum(), (0, 1))(*given[:2])
-    for own, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5 * scale)
+    theirs = jax.grad(lambda x, head: plain(x, head, *arrays[2:]).sum(), (0, 1))(*arrays[:2])
+    for actual, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("rows", [512, 6])
@@ -61,7 +61,7 @@ def test_examples_that_share_a_row(rows, monkeypatch):
         [[1, 1, 1, 2, 2, 3, 0], [1, 1, 0, 0, 0, 0, 0], [1, 2, 2, 2, 2, 2, 2]], np.int32
     )
     weights = weights * (segments > 0)
-    (expected, _), whole = jax.value_and_grad(
+    (expected, _), expected_gradient = jax.value_and_grad(
         lambda x: loss.linear_losses(x, head, targets, weights), has_aux=True
     )(x)
     packed = {"segments_BT": segments, "count": 3}
@@ -73,17 +73,17 @@ def test_examples_that_share_a_row(rows, monkeypatch):
             sums[:, s], naive(x, head, targets, weights * (segments == s + 1)), rtol=1e-5, atol=1e-5
         )
     np.testing.assert_allclose(total, expected, rtol=1e-6)
-    np.testing.assert_array_equal(gradient, whole)
+    np.testing.assert_array_equal(gradient, expected_gradient)
 
 
 def test_gradient_is_scaled_and_nothing_flows_through_the_sums():
-    given = inputs()
+    arrays = inputs()
     once, thrice = (
-        jax.grad(lambda x, k=k: k * loss.linear_losses(x, *given[1:])[0])(given[0])
+        jax.grad(lambda x, k=k: k * loss.linear_losses(x, *arrays[1:])[0])(arrays[0])
         for k in (1.0, 3.0)
     )
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
-    assert not jax.grad(lambda x: loss.linear_losses(x, *given[1:])[1].sum())(given[0]).any()
+    assert not jax.grad(lambda x: loss.linear_losses(x, *arrays[1:])[1].sum())(arrays[0]).any()
 
 
 def test_examples_without_weight_are_zero():
@@ -99,32 +99,34 @@ def test_bfloat16_is_that_of_rounded_inputs():
     assert sums.dtype == jnp.float32
     np.testing.assert_allclose(sums, naive(low, low_head, targets, weights), rtol=1e-5)
     slope_x, slope_head = jax.grad(
-        lambda x, w: loss.linear_losses(x, w, targets, weights)[0], (0, 1)
+        lambda x, head: loss.linear_losses(x, head, targets, weights)[0], (0, 1)
     )(x.astype(jnp.bfloat16), head)
     assert (slope_x.dtype, slope_head.dtype) == (jnp.bfloat16, jnp.float32)
-    expected = jax.grad(lambda x, w: plain(x, w, targets, weights).sum(), (0, 1))(low, low_head)
+    expected = jax.grad(lambda x, head: plain(x, head, targets, weights).sum(), (0, 1))(
+        low, low_head
+    )
     np.testing.assert_allclose(slope_x.astype("f4"), expected[0], atol=0.05)
     np.testing.assert_allclose(slope_head, expected[1], atol=0.05)
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (1, 2, 4), (2, 2, 2)])
 def test_sharded_is_the_same(sizes):
-    given = inputs(B=8, T=6, D=8, V=32)
+    arrays = inputs(B=8, T=6, D=8, V=32)
     mesh = meshes.make_mesh(*sizes)
     axes = (("batch", None, None), ("vocab", "embed"), ("batch", None), ("batch", None))
     placed = [
         jax.device_put(a, meshes.sharding(n, a.shape, mesh))
-        for a, n in zip(given, axes, strict=True)
+        for a, n in zip(arrays, axes, strict=True)
     ]
-    one = jax.value_and_grad(
-        lambda x, w, t, m: loss.linear_losses(x, w, t, m), (0, 1), has_aux=True
+    losses_and_grads = jax.value_and_grad(
+        lambda *arrays: loss.linear_losses(*arrays), (0, 1), has_aux=True
     )
     with jax.set_mesh(mesh):
-        (total, sums), grads = jax.jit(one)(*placed)
-        text = jax.jit(one).lower(*placed).compile().as_text()
-    (expected, expected_sums), expected_grads = one(*given)
-    for own, other in zip(
+        (total, sums), grads = jax.jit(losses_and_grads)(*placed)
+        text = jax.jit(losses_and_grads).lower(*placed).compile().as_text()
+    (expected, expected_sums), expected_grads = losses_and_grads(*arrays)
+    for actual, reference in zip(
         (total, sums, *grads), (expected, expected_sums, *expected_grads), strict=True
     ):
-        np.testing.assert_allclose(own, other, rtol=2e-5, atol=1e-5)
+        np.testing.assert_allclose(actual, reference, rtol=2e-5, atol=1e-5)
     assert "f32[8,6,32]" not in text

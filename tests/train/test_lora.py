@@ -451,9 +451,9 @@ def test_the_base_is_held_in_the_dtype_of_the_products(tmp_path, low_train):
     [
         (
             {"targets": ["q_prj"]},
-            r"lora.targets: q_prj is no matrix of this model (did you mean 'q_proj'?); it has q, k, v, o, gate, up, down",
+            r"lora.targets: q_prj is not a matrix of this model (did you mean 'q_proj'?); it has q, k, v, o, gate, up, down",
         ),
-        ({"targets": ["norm"]}, "lora.targets: norm is no matrix of this model"),
+        ({"targets": ["norm"]}, "lora.targets: norm is not a matrix of this model"),
         ({"targets": []}, "lora.targets is empty"),
     ],
 )
