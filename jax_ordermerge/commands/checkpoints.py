@@ -21,7 +21,7 @@ from jax_ordermerge.evaluate.prompts import encode
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.layout import read_config
-from jax_ordermerge.merge.sources import lora
+from jax_ordermerge.merge.sources import peft_files
 from jax_ordermerge.train import members
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -126,7 +126,7 @@ def _export_adapter(origin: Path, out: Path, member: int | None, dtype: str | No
         else run.model.base
     )
     assert run.lora is not None
-    lora.write_adapter(out, adapter, config, run.lora, base=name, dtype=dtype or "float32")
+    peft_files.write_adapter(out, adapter, config, run.lora, base=name, dtype=dtype or "float32")
 
 
 def inspect_model(model: str, *, stats: bool, as_json: bool) -> str:

@@ -83,12 +83,12 @@ def restore_adapter(
     )
 
 
-def _last(config: Config, directory: Path | None) -> tuple[Path, storage.Finished]:
+def _last(config: Config, directory: Path | None) -> tuple[Path, storage.FinalCheckpoint]:
     checkpoints = (directory or config.directory) / "checkpoints"
-    return checkpoints, storage.finished(checkpoints)
+    return checkpoints, storage.final_checkpoint(checkpoints)
 
 
-def _place(kept: storage.Finished, number: int, checkpoints: Path) -> int:
+def _place(kept: storage.FinalCheckpoint, number: int, checkpoints: Path) -> int:
     if number not in kept.members:
         raise UserError(
             f"member {number} is not in {checkpoints}; it has the members {', '.join(map(str, kept.members))}"
@@ -97,23 +97,22 @@ def _place(kept: storage.Finished, number: int, checkpoints: Path) -> int:
 
 
 def _adapted(
-    config: Config, checkpoints: Path, kept: storage.Finished, number: int
+    config: Config, checkpoints: Path, kept: storage.FinalCheckpoint, number: int
 ) -> storage.Source:
     assert config.lora is not None
     base = storage.Directory(
         convert.resolve(config.model.base), ignore=config.model.ignore_config_keys
     )
     label = f"{checkpoints.parent}/member_{number}"
-    return lora.Trained(
-        base, checkpoints, kept.members.index(number), config.lora, label, kept.branch
-    )
+    index = kept.members.index(number)
+    return lora.open_member(base, checkpoints, index, config.lora, label=label, branch=kept.branch)
 
 
-def _under(kept: storage.Finished, leaves: Tree) -> Tree:
+def _under(kept: storage.FinalCheckpoint, leaves: Tree) -> Tree:
     return unflatten({kept.branch: leaves})
 
 
-def _inside(found: Tree, kept: storage.Finished) -> Tree:
+def _inside(found: Tree, kept: storage.FinalCheckpoint) -> Tree:
     for name in kept.branch.split("/"):
         found = found[name]
     return found

@@ -179,7 +179,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
 from jax_ordermerge.merge import engine, plan
-from jax_ordermerge.merge.sources import Directory
+from jax_ordermerge.merge.sources.storage import Directory
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
 made = plan.uniform([Directory(root / "one"), Directory(root / "two")], Directory(root / "base"), method="selection",
                     parameters={"resample": "exhaustive"})
@@ -228,7 +228,7 @@ sys.path.insert(0, source)
 from jax_ordermerge import processes
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
-from jax_ordermerge.merge.sources import Directory
+from jax_ordermerge.merge.sources.storage import Directory
 processes.start_distributed(f"127.0.0.1:{port}", 2, int(index), 60)
 root, out = Path(root), Path(out)
 made = plan.uniform([Directory(root / "one"), Directory(root / "two")], Directory(root / "base"), method="selection",

@@ -11,7 +11,7 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.merge import engine, plan, population
 from jax_ordermerge.merge.methods import registry
-from jax_ordermerge.merge.sources.storage import Directory, Member
+from jax_ordermerge.merge.sources.storage import Checkpoint, Directory
 
 MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2)]
 # what a method cannot do without
@@ -160,7 +160,8 @@ def test_from_files_and_checkpoints(stored, tmp_path, name, parameters):
     expected = tensors(tmp_path / "memory")
     files = [Directory(root / f"member_{i}") for i in range(count)]
     stacked = [
-        Member(root / "checkpoints", i, CONFIG, tokenizer=None, label=f"m{i}") for i in range(count)
+        Checkpoint(root / "checkpoints", i, CONFIG, tokenizer=None, label=f"m{i}")
+        for i in range(count)
     ]
     for label, sources, more in (
         ("slabs", files, {"slab_elements": 256, "workers": 3}),

@@ -15,7 +15,7 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.commands.checkpoints import convert_checkpoint
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.recipe import parser
-from jax_ordermerge.merge.sources import lora, storage, vocabulary
+from jax_ordermerge.merge.sources import peft_files, storage, vocabulary
 from jax_ordermerge.merge.sources.references import open_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -119,7 +119,7 @@ def test_an_orbax_directory_is_the_directory_it_was_made_from(tiny, models, tmp_
     convert.export(models[1], tiny, tmp_path / "hf", dtype=dtype)
     convert_checkpoint(tmp_path / "hf", tmp_path / "orbax", to="orbax", member=None, dtype=None)
     source, directory = open_model(str(tmp_path / "orbax")), open_model(str(tmp_path / "hf"))
-    assert isinstance(source, storage.Orbax)
+    assert isinstance(source, storage.Checkpoint)
     for name, _, _ in arch.hf_tensors(tiny):
         assert source.info(name) == directory.info(name)
         assert whole(source, name).tobytes() == whole(directory, name).tobytes()
@@ -159,11 +159,11 @@ def write_adapter(directory, case, **change):
     """An adapter of the goldens, with other settings if given."""
     directory.mkdir()
     settings = json.loads(str(LORA[f"{case}/config"])) | change
-    (directory / lora.CONFIG).write_text(json.dumps(settings))
+    (directory / peft_files.CONFIG).write_text(json.dumps(settings))
     start = f"{case}/adapter/"
     save_file(
         {name.removeprefix(start): LORA[name] for name in LORA.files if name.startswith(start)},
-        directory / lora.WEIGHTS,
+        directory / peft_files.WEIGHTS,
     )
     return directory
 
@@ -226,9 +226,9 @@ def test_an_adapter_is_base_plus_scaled_product_rounded_once(tiny, tmp_path):
     start = "base_model.model.model.layers.0.mlp.up_proj"
     save_file(
         {f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b},
-        tmp_path / "adapter" / lora.WEIGHTS,
+        tmp_path / "adapter" / peft_files.WEIGHTS,
     )
-    (tmp_path / "adapter" / lora.CONFIG).write_text(
+    (tmp_path / "adapter" / peft_files.CONFIG).write_text(
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6})
     )
     source = open_model(f"{tmp_path}/base+{tmp_path}/adapter")
@@ -282,20 +282,22 @@ def test_adapters_that_are_not_whole_are_refused(checkpoints, tmp_path):
         if name.startswith("plain/adapter/")
     }
     first = next(iter(tensors))
-    save_file({name: one for name, one in tensors.items() if name != first}, adapter / lora.WEIGHTS)
+    save_file(
+        {name: one for name, one in tensors.items() if name != first}, adapter / peft_files.WEIGHTS
+    )
     with pytest.raises(UserError, match="only one of the two matrices"):
         open_model(f"{directory}+{adapter}")
-    save_file(tensors | {first: tensors[first][:, 1:].copy()}, adapter / lora.WEIGHTS)
+    save_file(tensors | {first: tensors[first][:, 1:].copy()}, adapter / peft_files.WEIGHTS)
     with pytest.raises(UserError, match="do not fit"):
         open_model(f"{directory}+{adapter}")
     save_file(
         tensors
         | {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": np.ones(16)},
-        adapter / lora.WEIGHTS,
+        adapter / peft_files.WEIGHTS,
     )
     with pytest.raises(UserError, match="lora_magnitude_vector, which is no part of a LoRA"):
         open_model(f"{directory}+{adapter}")
-    (adapter / lora.WEIGHTS).rename(adapter / "adapter_model.bin")
+    (adapter / peft_files.WEIGHTS).rename(adapter / "adapter_model.bin")
     with pytest.raises(
         UserError, match=r"has no adapter_model.safetensors but adapter_model.bin; convert it"
     ):

@@ -14,7 +14,7 @@ from jax_ordermerge.arch import ModelConfig, hf_tensors, tensor_table
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Lora, make_config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.sources import lora as adapters
+from jax_ordermerge.merge.sources import peft_files
 from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, lora
@@ -217,7 +217,7 @@ def test_an_exported_adapter_is_the_member_in_peft(whole, tiny_model, base_direc
     from transformers import AutoModelForCausalLM
 
     own = members.restore_adapter(whole.config, tiny_model, 1)
-    adapters.write_adapter(
+    peft_files.write_adapter(
         tmp_path / "adapter", own, tiny_model, whole.config.lora, base=str(base_directory)
     )
     twin = peft.PeftModel.from_pretrained(
@@ -350,7 +350,7 @@ def test_a_member_has_the_same_bits_in_files_and_in_memory(
         expected = flat[spec.path] if layer is None else flat[spec.path][layer]
         assert out.astype(dtype).tobytes() == expected.tobytes(), name
     adapter = members.restore_adapter(whole.config, tiny_model, 1)
-    adapters.write_adapter(
+    peft_files.write_adapter(
         tmp_path / "adapter", adapter, tiny_model, whole.config.lora, base=whole.config.model.base
     )
     read = open_model(f"{whole.config.model.base}+{tmp_path / 'adapter'}")

@@ -21,7 +21,7 @@ from jax_ordermerge.merge.recipe.schema import Recipe, Reference, Settings
 from jax_ordermerge.merge.recipe.values import Evaluator, Input, Place, Slice
 from jax_ordermerge.merge.sources import vocabulary
 from jax_ordermerge.merge.sources.references import Resolve, open_model
-from jax_ordermerge.merge.sources.storage import Member, Source, Untied
+from jax_ordermerge.merge.sources.storage import Checkpoint, Source, Untied
 
 __all__ = ["is_recipe", "open_model", "read"]
 
@@ -265,7 +265,7 @@ def _source_notes(
     given: Recipe, sources: Sequence[Source], merged: Sequence[int], dtype: str
 ) -> list[str]:
     notes = []
-    if given.dtype is None and any(isinstance(sources[number], Member) for number in merged):
+    if given.dtype is None and any(_is_member(sources[number]) for number in merged):
         notes.append(
             f"members of a run are kept in {dtype} and merged in it; dtype: bfloat16 merges what the run exports"
         )
@@ -280,6 +280,10 @@ def _source_notes(
         ):
             notes.append(f"{one.label} has no tokenizer files")
     return notes
+
+
+def _is_member(source: Source) -> bool:
+    return isinstance(source, Checkpoint) and source.member is not None
 
 
 def _chat_template(wanted: str | None, sources: Sequence[Source]) -> tuple[str | None, list[str]]:

@@ -1,29 +1,32 @@
-"""What a name of a model stands for: a directory, a hub name, RUN/member_3, an Orbax directory, or one of these with `+ADAPTER`."""
+"""Names of models: a directory, a hub name, `RUN/member_3`, an Orbax directory, or `MODEL+ADAPTER`."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from jax_ordermerge import config as schema
+import yaml
+
 from jax_ordermerge.checkpoint import convert, orbax, remote
+from jax_ordermerge.config import Lora, Model
+from jax_ordermerge.config.section import parse
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.sources import lora, storage
+from jax_ordermerge.layout import RunLayout, member_number
+from jax_ordermerge.merge.sources import lora, peft_files, storage
 from jax_ordermerge.merge.sources.storage import Source
 
 Resolve = Callable[[str], Path]
-_MEMBER = re.compile(r"member_(\d+)")
 
 
 def open_model(
     name: str, adapter: str | None = None, *, resolve: Resolve = convert.resolve
 ) -> Source:
-    """Open the model that a name stands for, with everything about it checked that can be checked without reading its tensors.
+    """Open a model by name. Headers and shapes are checked, tensors are not read.
 
     Args:
-        name: a Hugging Face directory or hub name; `RUN/member_3`, a member of a run of this project; an Orbax directory made by
-            `ordermerge convert --to orbax`; or one of these and an adapter, `NAME+ADAPTER`. A name that exists is taken as it is.
-        adapter: a LoRA adapter, directory or hub name, where it is not part of the name.
-        resolve: finds the directory of a name, by default as `convert.resolve`.
+        name: a Hugging Face directory or hub name; `RUN/member_3`, a member of a run; an Orbax
+            directory made by `ordermerge convert --to orbax`; or one of these with an adapter,
+            `MODEL+ADAPTER`. The name of an existing directory is never split or parsed.
+        adapter: directory or hub name of a LoRA adapter, if it is not part of the name.
+        resolve: maps a name to a directory.
 
     Raises:
         UserError: there is no such model, or it is not complete.
@@ -40,55 +43,65 @@ def open_model(
             )
     if adapter is None:
         return _open_base(name, resolve)
-    return lora.LoRA(_open_base(name, resolve), resolve(adapter), f"{name}+{adapter}")
+    return peft_files.open_adapter(_open_base(name, resolve), resolve(adapter), f"{name}+{adapter}")
 
 
 def _open_base(name: str, resolve: Resolve) -> Source:
     path = Path(name).expanduser()
-    member = _MEMBER.fullmatch(path.name)
+    number = member_number(path.name)
     in_bucket = remote.address(name) is not None
     if in_bucket:
-        path = remote.fetch(path.parent) / path.name if member else remote.fetch(path)
-    if member and not path.exists() and (path.parent / "config.yaml").is_file():
-        return _open_member(path.parent, int(member[1]), name)
+        # a bucket holds the run but nothing of the name RUN/member_3: fetch the run
+        path = remote.fetch(path) if number is None else remote.fetch(path.parent) / path.name
+    if number is not None and not path.exists() and RunLayout(path.parent).is_run:
+        return _open_member(RunLayout(path.parent), number, name)
     if "@" in name and not path.exists():
         raise UserError(
             f"model {name}: a revision (@) is not offered; download it and give the directory"
         )
     path = path if in_bucket else resolve(name)
-    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+    layout = RunLayout(path)
+    if layout.is_run and layout.checkpoints.is_dir():
         raise UserError(f"{name} is a run; name one of its members, as in {name}/member_0")
-    if lora.is_adapter(path):
+    if peft_files.is_adapter(path):
         raise UserError(
             f"{name} is an adapter; give the model that it belongs to as well, BASE+{name}"
         )
     if not (path / "config.json").is_file() and orbax.latest(path) is not None:
-        return storage.Orbax(path, name)
+        return storage.open_orbax(path, name)
     return storage.Directory(path, name)
 
 
-def _open_member(run: Path, number: int, label: str) -> Source:
-    """Open a member of a run whose training has come to its end."""
-    settings = schema.load_config(run / "config.yaml", [f"output={run}"])
-    checkpoints = _checkpoints(run, number)
-    kept = storage.finished(checkpoints, label)
-    if number not in kept.members:
+def _open_member(layout: RunLayout, number: int, label: str) -> Source:
+    """Open a member of a run whose training is complete."""
+    checkpoints = _member_checkpoints(layout, number)
+    final = storage.final_checkpoint(checkpoints, label)
+    if number not in final.members:
         raise UserError(
-            f"{label} does not exist; the run has the members {', '.join(map(str, kept.members))}"
+            f"{label} does not exist; the run has the members {', '.join(map(str, final.members))}"
         )
-    base = convert.resolve(settings.model.base)
-    place, branch = kept.members.index(number), kept.branch
-    if settings.lora is not None:
-        held = storage.Directory(base, ignore=settings.model.ignore_config_keys)
-        return lora.Trained(held, checkpoints, place, settings.lora, label, branch)
-    config = convert.load_config(base, settings.model.ignore_config_keys)
-    return storage.Member(checkpoints, place, config, tokenizer=base, label=label, branch=branch)
+    index = final.members.index(number)
+    # Only these two sections say how to read a member. The rest of the config is of no concern
+    # here, and may be of another version.
+    sections = yaml.safe_load(layout.config.read_text()) or {}
+    model = parse(Model, sections.get("model") or {}, f"{layout.config}: model")
+    base = convert.resolve(model.base)
+    if sections.get("lora") is not None:
+        settings = parse(Lora, sections["lora"], f"{layout.config}: lora")
+        base_model = storage.Directory(base, ignore=model.ignore_config_keys)
+        return lora.open_member(
+            base_model, checkpoints, index, settings, label=label, branch=final.branch
+        )
+    config = convert.load_config(base, model.ignore_config_keys)
+    return storage.Checkpoint(
+        checkpoints, index, config, tokenizer=base, label=label, branch=final.branch
+    )
 
 
-def _checkpoints(run: Path, number: int) -> Path:
-    """Return the checkpoints that hold a member: a population may have been trained in waves."""
-    for one in sorted((run / "waves").glob("*/checkpoints")):
-        step = orbax.latest(one)
-        if step is not None and number in orbax.metadata(one, step).get("members", ()):
-            return one
-    return run / "checkpoints"
+def _member_checkpoints(layout: RunLayout, number: int) -> Path:
+    """Return the checkpoint directory of a member: that of its wave, if there were waves."""
+    for checkpoints in layout.wave_checkpoints():
+        step = orbax.latest(checkpoints)
+        if step is not None and number in orbax.metadata(checkpoints, step).get("members", ()):
+            return checkpoints
+    return layout.checkpoints

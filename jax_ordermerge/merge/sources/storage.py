@@ -1,7 +1,8 @@
-"""Where the tensors of a model to be merged come from: a Hugging Face directory, a member of a run, an Orbax directory.
+"""Models on disk that a merge reads: Hugging Face directories and Orbax checkpoints.
 
-A source reads runs of consecutive elements by Hugging Face name, from any thread. Other kinds wrap these and answer the same calls:
-`Untied`, `lora.LoRA`, `lora.Trained`, `vocabulary.Rows`. `references.open_model` finds the kind that a name stands for.
+A source reads consecutive elements of a tensor by its Hugging Face name, from any thread. Other
+kinds wrap a source and have the same methods: `Untied`, `lora.LoRA` and
+`vocabulary.RemappedVocabulary`. `references.open_model` opens the kind that a name stands for.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class Source(Protocol):
     Attributes:
         label: what the user called it.
         config: its architecture.
-        directory: where its tokenizer files may lie, if anywhere.
+        directory: where its tokenizer files may be, if anywhere.
     """
 
     @property
@@ -48,14 +49,14 @@ class Source(Protocol):
         """
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Read consecutive elements, from row-major number `start` on, into an array of the tensor's dtype."""
+        """Fill an array of the tensor's dtype with its elements from row-major index `start` on."""
 
     def identity(self) -> str:
-        """Return text that changes when the files do: what a resumed merge compares."""
+        """Return text that changes when the files change. A resumed merge compares it."""
 
 
 class Directory:
-    """A Hugging Face directory; all its headers and its config are checked on opening.
+    """A Hugging Face directory. Opening it checks the config and all headers.
 
     Example:
         >>> model = Directory(convert.resolve("embedded:quickstart"))
@@ -71,42 +72,48 @@ class Directory:
         self.directory = Path(directory)
         self.config = convert.load_config(directory, ignore)
         convert.check_tensors(self._reader, self.config)
-
-    def info(self, name: str) -> TensorInfo:
-        """See `Source.info`."""
-        return self._reader.info(name)
-
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """See `Source.read_into`."""
-        self._reader.read_into(name, start, out)
+        self.info, self.read_into = self._reader.info, self._reader.read_into
 
     def identity(self) -> str:
         """See `Source.identity`."""
+        # symbolic links are resolved: a hub's cache points them at another blob for a new revision
         files = sorted({path.resolve() for path in self.directory.glob("*.safetensors")})
         return " ".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
 
 
-class _Stored:
-    """Arrays of the tensor table in a checkpoint, by their Hugging Face names."""
+class Checkpoint:
+    """A model in the last step of an Orbax checkpoint directory.
+
+    Args:
+        checkpoints: the directory.
+        member: index along the axis `M` of a population, whose other members are not read; None
+            for arrays without that axis.
+        config: the architecture.
+        tokenizer: directory of the tokenizer files.
+        label: what the user called it.
+        branch: branch of the checkpoint with the entries of the tensor table.
+
+    Raises:
+        UserError: there is no complete checkpoint, or it has other arrays.
+    """
 
     def __init__(
         self,
         checkpoints: str | Path,
         member: int | None,
         config: ModelConfig,
+        *,
         tokenizer: Path | None,
         label: str,
         branch: str = "params",
     ) -> None:
-        step = orbax.latest(checkpoints)
-        if step is None:
-            raise UserError(f"{checkpoints} has no complete checkpoint; finish the training first")
-        self.label, self.config, self.directory = label, config, tokenizer
+        step = latest_step(checkpoints)
+        self.member, self.label, self.config, self.directory = member, label, config, tokenizer
         self._path = Path(checkpoints) / str(step)
         self._specs = {name: (spec, layer) for name, spec, layer in arch.hf_tensors(config)}
         shapes = {f"{branch}/{spec.path}": spec.shape for spec in arch.tensor_table(config)}
-        opened = orbax.open_member(checkpoints, step, member, shapes)
-        self._arrays = {name.removeprefix(f"{branch}/"): array for name, array in opened.items()}
+        arrays = orbax.open_member(checkpoints, step, member, shapes)
+        self._arrays = {path.removeprefix(f"{branch}/"): array for path, array in arrays.items()}
 
     def info(self, name: str) -> TensorInfo:
         """See `Source.info`."""
@@ -116,12 +123,13 @@ class _Stored:
         return TensorInfo(self._arrays[spec.path].dtype, spec.hf_shape)
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """See `Source.read_into`: whole rows are read, and those at the ends cut."""
+        """See `Source.read_into`."""
         spec, layer = self._specs[name]
-        array = self._arrays[spec.path]
+        # the store reads boxes of indices, and a run of elements is none: read its rows, cut the ends
         width = math.prod(spec.hf_shape[1:])
         first, last = start // width, -(-(start + out.size) // width)
-        rows = array.read(*(() if layer is None else (layer,)), slice(first, last))
+        index = (slice(first, last),) if layer is None else (layer, slice(first, last))
+        rows = self._arrays[spec.path].read(*index)
         out.reshape(-1)[:] = rows.reshape(-1)[start - first * width :][: out.size]
 
     def identity(self) -> str:
@@ -129,52 +137,37 @@ class _Stored:
         return f"{self._path.resolve()}:{self._path.stat().st_mtime_ns}"
 
 
-class Member(_Stored):
-    """One member of a population in an Orbax checkpoint, `{branch: dict with a leading axis M}`; the others are not read."""
-
-    def __init__(
-        self,
-        checkpoints: str | Path,
-        member: int,
-        config: ModelConfig,
-        *,
-        tokenizer: Path | None,
-        label: str,
-        branch: str = "params",
-    ) -> None:
-        super().__init__(checkpoints, member, config, tokenizer, label, branch)
-
-
-class Orbax(_Stored):
-    """An Orbax directory of one model, as `ordermerge convert --to orbax` makes it.
+def open_orbax(directory: str | Path, label: str) -> Checkpoint:
+    """Open an Orbax directory of one model, as `ordermerge convert --to orbax` makes it.
 
     Raises:
         UserError: it was made by something else, or is damaged.
     """
-
-    def __init__(self, directory: str | Path, label: str | None = None) -> None:
-        label = str(directory) if label is None else label
-        step = orbax.latest(directory)
-        metadata = {} if step is None else orbax.metadata(directory, step)
-        if "config" not in metadata:
-            raise UserError(
-                f"{label} is not an Orbax directory made by `ordermerge convert`; convert it to Hugging Face's format"
-            )
-        tokenizer = Path(metadata["tokenizer"])
-        config = ModelConfig.from_hf(metadata["config"])
-        super().__init__(directory, None, config, tokenizer if tokenizer.is_dir() else None, label)
+    step = orbax.latest(directory)
+    metadata = {} if step is None else orbax.metadata(directory, step)
+    if "config" not in metadata:
+        raise UserError(
+            f"{label} is not an Orbax directory made by `ordermerge convert`; "
+            "convert it to Hugging Face's format"
+        )
+    tokenizer = Path(metadata["tokenizer"])
+    return Checkpoint(
+        directory,
+        None,
+        ModelConfig.from_hf(metadata["config"]),
+        tokenizer=tokenizer if tokenizer.is_dir() else None,
+        label=label,
+    )
 
 
 class Untied:
-    """A model of tied embeddings as one of an output head of its own, which is the embedding again."""
+    """A model with tied embeddings, seen as one whose output head is a copy of its embedding."""
 
     def __init__(self, inner: Source) -> None:
         self.inner, self.label, self.directory = inner, inner.label, inner.directory
         self.config = dataclasses.replace(inner.config, tie_embeddings=False)
-        names = {
-            spec.kind: spec.hf_name for spec in arch.tensor_table(self.config) if not spec.stacked
-        }
-        self._names = {names["head"]: names["embedding"]}
+        embedding, head = vocabulary_tensors(inner.config)
+        self._names = {head: embedding}
 
     def info(self, name: str) -> TensorInfo:
         """See `Source.info`."""
@@ -189,13 +182,26 @@ class Untied:
         return self.inner.identity()
 
 
-class Finished(NamedTuple):
-    """The last checkpoint of a training that has come to its end.
+def vocabulary_tensors(config: ModelConfig) -> tuple[str, str]:
+    """Return the names of the embedding and of the output head, also where the two are tied.
+
+    Example:
+        >>> vocabulary_tensors(convert.load_config(convert.resolve("embedded:quickstart")))
+        ('model.embed_tokens.weight', 'lm_head.weight')
+    """
+    table = arch.tensor_table(dataclasses.replace(config, tie_embeddings=False))
+    names = {spec.kind: spec.hf_name for spec in table}
+    return names["embedding"], names["head"]
+
+
+class FinalCheckpoint(NamedTuple):
+    """The last checkpoint of a complete training.
 
     Attributes:
         step: of the checkpoint.
-        members: their numbers, in the order of the axis `M`.
-        branch: where in the checkpoint the members lie: the averages, or the best weights, where the training kept them.
+        members: numbers of the members, in the order of the axis `M`.
+        branch: where the members are in the checkpoint: "params", or the branch of the averages
+            or of the best weights, if the training kept these.
     """
 
     step: int
@@ -203,87 +209,104 @@ class Finished(NamedTuple):
     branch: str
 
 
-def finished(checkpoints: Path, label: str = "") -> Finished:
-    """Return what the last checkpoint says of itself.
-
-    Args:
-        checkpoints: of a training.
-        label: what the user called it, for the message.
+def latest_step(checkpoints: str | Path) -> int:
+    """Return the step of the last complete checkpoint.
 
     Raises:
-        UserError: there is none, it is not of a training, or the training has not come to its end.
-
-    Example:
-        >>> finished(Path("nowhere/checkpoints"), "nowhere/member_0")
-        Traceback (most recent call last):
-        ...
-        jax_ordermerge.errors.UserError: nowhere/member_0: no checkpoint in nowhere/checkpoints; run the training first
+        UserError: there is none.
     """
-    who = f"{label}: " if label else ""
     step = orbax.latest(checkpoints)
     if step is None:
-        raise UserError(f"{who}no checkpoint in {checkpoints}; run the training first")
-    kept = orbax.metadata(checkpoints, step)
-    if not isinstance(kept.get("steps"), int) or not isinstance(kept.get("members"), list):
+        raise UserError(f"{checkpoints} has no complete checkpoint; finish the training first")
+    return step
+
+
+def final_checkpoint(checkpoints: Path, label: str = "") -> FinalCheckpoint:
+    """Describe the last checkpoint of a complete training, from its metadata.
+
+    Args:
+        checkpoints: checkpoint directory of a training.
+        label: what the user called it, for the error message.
+
+    Raises:
+        UserError: there is no checkpoint, it is not of a training, or the training is not complete.
+
+    Example:
+        >>> final_checkpoint(Path("nowhere/checkpoints"), "nowhere/member_0")
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: nowhere/member_0: no checkpoint in nowhere/checkpoints; \
+run the training first
+    """
+    prefix = f"{label}: " if label else ""
+    step = orbax.latest(checkpoints)
+    if step is None:
+        raise UserError(f"{prefix}no checkpoint in {checkpoints}; run the training first")
+    metadata = orbax.metadata(checkpoints, step)
+    steps, members = metadata.get("steps"), metadata.get("members")
+    if not isinstance(steps, int) or not isinstance(members, list):
         raise UserError(
-            f"{who}the checkpoint of step {step} in {checkpoints} is not that of a training"
+            f"{prefix}the checkpoint of step {step} in {checkpoints} is not that of a training"
         )
-    if step < kept["steps"]:
+    if step < steps:
         raise UserError(
-            f"{who}the training in {checkpoints} stands at step {step} of {kept['steps']}; run it again to continue"
+            f"{prefix}the training in {checkpoints} stands at step {step} of {steps}; "
+            "run it again to continue"
         )
-    return Finished(step, tuple(kept["members"]), kept.get("weights", "params"))
+    return FinalCheckpoint(step, tuple(members), metadata.get("weights", "params"))
 
 
 def load(
     models: Source | Sequence[Source], mesh: Mesh | None = None, *, dtype: DTypeLike
 ) -> tree.Tree:
-    """Return the parameter dict of a model, or of several as a population [M, ...], as (sharded) arrays.
+    """Return the parameter dict of a model, or of several as a population [M, ...].
 
     Each process reads the rows that its own devices hold.
 
     Args:
         models: one source, or several of one architecture.
-        mesh: where the arrays go, by the logical axes of the tensor table; None is the default device.
-        dtype: of the arrays; what is read is rounded to it once.
+        mesh: where the arrays go, by the logical axes of the tensor table; None is the default
+            device.
+        dtype: of the arrays; tensors are rounded to it once.
 
     Example:
         >>> model = Directory(convert.resolve("embedded:quickstart"))
         >>> load([model, model], dtype="float32")["norm"]["weight"].shape
         (2, 128)
     """
-    several = isinstance(models, Sequence)
-    chosen = models if isinstance(models, Sequence) else (models,)
-    config = chosen[0].config
+    is_population = isinstance(models, Sequence)
+    members = models if isinstance(models, Sequence) else (models,)
+    config = members[0].config
     abstract = convert.abstract_params(
-        config, mesh, members=len(chosen) if several else None, dtype=dtype
+        config, mesh, members=len(members) if is_population else None, dtype=dtype
     )
     flat = tree.flatten(abstract)
 
-    def part(spec: TensorSpec, index: tuple[slice, ...]) -> np.ndarray:
-        mine, inner = (chosen[index[0]], index[1:]) if several else (chosen, index)
-        names, inner = (
-            (spec.hf_names()[inner[0]], inner[1:]) if spec.stacked else (spec.hf_names(), inner)
+    def read_shard(spec: TensorSpec, index: tuple[slice, ...]) -> np.ndarray:
+        """Return the part [(M), (L), *rows] of an entry that one device holds."""
+        chosen, names = members, spec.hf_names()
+        if is_population:
+            chosen, index = members[index[0]], index[1:]
+        if spec.stacked:
+            names, index = names[index[0]], index[1:]
+        shard = np.stack(
+            [[_read_part(model, name, spec.hf_shape, index) for name in names] for model in chosen]
         )
-        read = np.stack(
-            [[_rows(one, name, spec.hf_shape, inner) for name in names] for one in mine]
-        )
-        return read.reshape(
-            *read.shape[:several], *read.shape[1 : 1 + spec.stacked], *read.shape[2:]
-        )
+        absent = ([] if is_population else [0]) + ([] if spec.stacked else [1])
+        return shard.squeeze(tuple(absent))
 
     return tree.unflatten(
         {
-            spec.path: placement.place(flat[spec.path], functools.partial(part, spec))
+            spec.path: placement.place(flat[spec.path], functools.partial(read_shard, spec))
             for spec in arch.tensor_table(config)
         }
     )
 
 
-def _rows(
+def _read_part(
     source: Source, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
 ) -> np.ndarray:
-    """Return part of a tensor, having read all columns of its rows."""
+    """Return part of a tensor. Rows are consecutive in the file, so all their columns are read."""
     first, last, _ = index[0].indices(shape[0])
     out = np.empty((last - first, *shape[1:]), source.info(name).dtype)
     source.read_into(name, first * math.prod(shape[1:]), out)

@@ -1,0 +1,303 @@
+"""Directories of LoRA adapters in the format of PEFT: reading, and writing those of a run.
+
+Source: PEFT 0.21, https://github.com/huggingface/peft.
+"""
+
+import functools
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from jax_ordermerge import arch, tree
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import atomic, safetensors, shards, sidecar_files
+from jax_ordermerge.config import Lora
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.sources.lora import LoRA, Product
+from jax_ordermerge.merge.sources.storage import Source, vocabulary_tensors
+from jax_ordermerge.model.lora import PREFIX, A, B, table, targets
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FACTORS = {A: "A", B: "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+# Keys of adapter_config.json that change W + s B A, and the values with which they do not. All
+# other values of `init_lora_weights` (pissa, olora, corda, loftq) change the base, too.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+# Values with which any other key is as good as absent.
+_ABSENT: tuple[Any, ...] = (False, None, "", [], {})
+_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+# Keys without influence on the merged matrix. The names in the weights file say which modules are
+# adapted, so `target_modules` and the like are not needed. PEFT ignores `fan_in_fan_out` for the
+# linear layers of these architectures.
+_IGNORED = {
+    "task_type",
+    "peft_version",
+    "revision",
+    "base_model_name_or_path",
+    "auto_mapping",
+    "inference_mode",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "megatron_config",
+    "qalora_group_size",
+    "eva_config",
+    "corda_config",
+    "loftq_config",
+    "lora_ga_config",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "runtime_config",
+}
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return whether a directory holds an adapter and not a model."""
+    return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
+def open_adapter(base: Source, adapter: str | Path, label: str) -> LoRA:
+    """Open a base with a PEFT adapter on it: W + s B A, rounded to the dtype of W.
+
+    s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`. Modules that the adapter saves
+    as a whole replace those of the base, in its dtype. Embeddings may then have other rows.
+
+    Args:
+        base: the model that the adapter was trained on.
+        adapter: directory with `adapter_config.json` and `adapter_model.safetensors`.
+        label: what the user called both.
+
+    Raises:
+        UserError: the adapter changes more than W + s B A, or does not fit the base.
+    """
+    directory = Path(adapter)
+    settings = safetensors.read_json(directory / CONFIG)
+    _check_settings(directory, settings)
+    path = directory / WEIGHTS
+    file = _AdapterFile(base, path, safetensors.Reader(path), settings)
+    factors, saved = file.tensors()
+    products = {
+        target: file.product(target, names, saved.get(target)) for target, names in factors.items()
+    }
+    file.drop_tied_head(saved)
+    rows = file.check_saved(saved, label)
+    stat = path.stat()
+    return LoRA(
+        base,
+        products,
+        label=label,
+        identity=f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}",
+        saved={target: (file.reader, name) for target, name in saved.items()},
+        rows=rows,
+        directory=directory if (directory / "tokenizer.json").is_file() else None,
+    )
+
+
+class _AdapterFile(NamedTuple):
+    """The weights file of an adapter, and the base that it has to fit."""
+
+    base: Source
+    path: Path
+    reader: safetensors.Reader
+    settings: Mapping[str, Any]
+
+    def tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """Return the tensors of the file by the Hugging Face name of the matrix that they change.
+
+        Returns:
+            Factors, `{matrix: {"A": name in the file, "B": name}}`, and matrices saved as a whole,
+            `{matrix: name in the file}`.
+        """
+        factors: dict[str, dict[str, str]] = {}
+        saved: dict[str, str] = {}
+        # an adapter may hold a head of its own although the base ties it; see `drop_tied_head`
+        matrices = {name for name, _, _ in arch.hf_tensors(self.base.config)}
+        matrices.update(vocabulary_tensors(self.base.config))
+        for name in self.reader.names:
+            suffix = next((suffix for suffix in _FACTORS if name.endswith(suffix)), None)
+            target = name.removesuffix(suffix or "").removeprefix(PREFIX)
+            target = target.replace(".modules_to_save", "").replace(".base_layer", "")
+            target = f"{target}.weight" if suffix else target
+            if not name.startswith(PREFIX) or target not in matrices:
+                raise UserError(
+                    f"{self.path} has the tensor {name}, "
+                    f"which is no part of a LoRA of {self.base.label}"
+                )
+            if suffix is None:
+                saved[target] = name
+            else:
+                factors.setdefault(target, {})[_FACTORS[suffix]] = name
+        return factors, saved
+
+    def product(self, target: str, names: Mapping[str, str], saved: str | None) -> Product:
+        """Return the change of one matrix, having checked shapes and rank."""
+        if names.keys() != {"A", "B"}:
+            raise UserError(
+                f"{self.path} has only one of the two matrices for {target}; "
+                "the file is not complete"
+            )
+        if target not in {name for name, _, _ in arch.hf_tensors(self.base.config)}:
+            raise UserError(
+                f"{self.path} changes {target}, which {self.base.label} ties to its embedding; "
+                "this is not offered"
+            )
+        a, b = (self.reader.info(names[factor]).shape for factor in "AB")
+        is_embedding = "embedding" in names["A"]
+        shape = (a[-1], b[0]) if is_embedding else (b[0], a[-1])
+        expected = (self.base.info(target) if saved is None else self.reader.info(saved)).shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or shape != expected:
+            raise UserError(
+                f"{self.path}: matrices of {a} and {b} do not fit {target} of {expected}"
+            )
+        module = target.removesuffix(".weight")
+        rank = _match_pattern(self.settings.get("rank_pattern"), module, self.settings["r"])
+        if rank != a[0]:
+            raise UserError(
+                f"{self.path}: {module} has rank {a[0]}, {CONFIG} says {rank}; "
+                "the two files must belong together"
+            )
+        alpha = _match_pattern(
+            self.settings.get("alpha_pattern"), module, self.settings["lora_alpha"]
+        )
+        scale = alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        read_factors = functools.partial(self._read_factors, names["A"], names["B"], is_embedding)
+        return Product(read_factors, float(scale))
+
+    def _read_factors(
+        self, a_name: str, b_name: str, is_embedding: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        a, b = (self.reader.read(name).astype(np.float32) for name in (a_name, b_name))
+        # PEFT computes an embedding as a lookup in A^T, so the weight is (B A)^T = A^T B^T
+        return (a.T, b.T) if is_embedding else (b, a)
+
+    def drop_tied_head(self, saved: dict[str, str]) -> None:
+        """Remove a saved head from `saved` if the base ties it and it equals the embedding."""
+        embedding, head = vocabulary_tensors(self.base.config)
+        if not self.base.config.tie_embeddings or head not in saved:
+            return
+        values = self.reader.read(saved.pop(head))
+        if embedding not in saved or not np.array_equal(values, self.reader.read(saved[embedding])):
+            raise UserError(
+                f"{self.path} saves {head}, which {self.base.label} ties to its embedding; "
+                "this is not offered"
+            )
+
+    def check_saved(self, saved: Mapping[str, str], label: str) -> int:
+        """Compare saved matrices with those of the base; return the rows of the embedding."""
+        vocabulary = vocabulary_tensors(self.base.config)
+        for target, name in saved.items():
+            shape, expected = self.reader.info(name).shape, self.base.info(target).shape
+            if shape[1:] != expected[1:] or (shape != expected and target not in vocabulary):
+                raise UserError(
+                    f"{self.path}: {name} has shape {shape}, {self.base.label} has {expected}"
+                )
+        rows = {
+            (self.reader.info(saved[name]) if name in saved else self.base.info(name)).shape[0]
+            for name, spec, _ in arch.hf_tensors(self.base.config)
+            if spec.axes[0] == "vocab"
+        }
+        if len(rows) > 1:
+            listed = " and ".join(map(str, sorted(rows)))
+            raise UserError(f"{label}: embedding and output head have {listed} rows")
+        return rows.pop()
+
+
+def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items() if "peft_type" in settings else [("peft_type", None)]:
+        allowed = _REQUIRED.get(key, _ABSENT)
+        # types count: 1 equals True, and is not what PEFT writes
+        is_allowed = any(type(value) is type(other) and value == other for other in allowed)
+        if key not in _READ | _IGNORED and not is_allowed:
+            supported = ", ".join(repr(x) for x in _REQUIRED.get(key, ()) if x is not None)
+            raise UserError(
+                f"{directory / CONFIG}: {key} = {value!r} is not supported "
+                f"(supported: {supported or 'absent'})"
+            )
+    for key in ("r", "lora_alpha"):
+        value = settings.get(key)
+        if not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"{directory / CONFIG}: {key} = {value!r}, expected a positive number")
+    if not (directory / WEIGHTS).is_file():
+        others = sorted(path.name for path in directory.glob("adapter_model.*"))
+        hint = f" but {others[0]}; convert it to safetensors" if others else ""
+        raise UserError(f"{directory} has no {WEIGHTS}{hint}")
+
+
+def _match_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of a module's name, as PEFT."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def write_adapter(
+    directory: str | Path,
+    adapter: tree.Tree,
+    config: ModelConfig,
+    settings: Lora,
+    *,
+    base: str,
+    dtype: DTypeLike = np.float32,
+) -> None:
+    """Write an adapter as PEFT does, with a model card.
+
+    Args:
+        directory: target; it must not exist or be empty.
+        adapter: the dict of `model.lora.table`.
+        config: of the base model.
+        settings: rank, alpha and targets.
+        base: name or directory of the base model.
+        dtype: of the tensors.
+
+    Raises:
+        UserError: the target is not empty.
+    """
+    specs, arrays = table(config, settings), tree.flatten(adapter)
+    modules = {spec.hf_name.split(".")[-2] for spec in targets(config, settings)}
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
+        "use_rslora": settings.rslora,
+        "target_modules": sorted(modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    card = sidecar_files.model_card(
+        Path(directory).name,
+        # a path of this machine says nothing to a reader of the card
+        base_model=None if Path(base).exists() else base,
+        relation="adapter",
+    )
+    with atomic.new_directory(directory) as partial:
+        atomic.write_text(partial / CONFIG, json.dumps(content, indent=2) + "\n")
+        atomic.write_text(partial / "README.md", card)
+        shapes = {name: spec.hf_shape for spec in specs for name in spec.hf_names()}
+        # PEFT reads a single file, whatever its size
+        with shards.ShardFiles(partial, shapes, dtype, sys.maxsize) as files:
+            files.create()
+            for spec in specs:
+                layers = np.asarray(arrays[spec.path])
+                for name, values in zip(spec.hf_names(), layers, strict=True):
+                    files.write(name, 0, safetensors.cast(values, dtype, name))
+        (partial / shards.SINGLE).rename(partial / WEIGHTS)
