@@ -17,6 +17,8 @@ import numpy as np
 
 from jax_ordermerge.checkpoint import atomic
 
+Json = dict[str, Any]  # a JSON object
+
 CONFIG = "config.yaml"  # what makes a directory a run directory
 _MEMBER = re.compile(r"member_(\d+)")
 
@@ -92,7 +94,7 @@ class RunLayout:
 
     @property
     def training_state(self) -> Path:
-        """Totals of the finished training. It is written last: the training is complete where it exists."""
+        """Totals of the finished training: written last, so it marks a complete training."""
         return self.root / "metrics" / "state.json"
 
     @property
@@ -174,6 +176,11 @@ class RunLayout:
     def controls(self) -> Path:
         """Losses of the controls and their paired differences."""
         return self.root / "controls.json"
+
+    @property
+    def single(self) -> "RunLayout":
+        """Layout of the single run among the controls, which costs as much as the population."""
+        return RunLayout(self.root / "single")
 
     @property
     def search(self) -> "SearchLayout":

@@ -1,30 +1,28 @@
 """Merges that look at data: the greedy soup on validation examples, and the average by Fisher information of training samples."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from jax_ordermerge.data import pack
 from jax_ordermerge.experiment import waves
+from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.merge import population
 from jax_ordermerge.merge.methods import greedy_soup
 from jax_ordermerge.train import fisher as information
 from jax_ordermerge.train import objective
 from jax_ordermerge.tree import Tree, member
 
-if TYPE_CHECKING:
-    from jax_ordermerge.experiment.stages import RunContext
-
 
 def merge_greedily(
-    ctx: "RunContext", members: Tree, loss: Callable[[Tree], float]
+    ctx: RunContext, members: Tree, loss: Callable[[Tree], float]
 ) -> tuple[Tree, dict[str, Any]]:
     """Return the soup, and which members are in it with the validation losses that decided.
 
     Args:
-        w: the workshop.
+        ctx: of the run.
         members: the population, in the dtype that is merged.
         loss: of a model on the validation examples.
     """
@@ -44,11 +42,11 @@ def merge_greedily(
     }
 
 
-def fisher(ctx: "RunContext", settings: dict[str, Any]) -> Tree:
+def fisher(ctx: RunContext, settings: dict[str, Any]) -> Tree:
     """Return the merge by method fisher, of the members in float32 and the diagonals of their Fisher matrices.
 
     Args:
-        w: the workshop.
+        ctx: of the run.
         settings: method, seed, weights and parameters of the merge.
     """
     members = waves.restore(ctx.config, ctx.model, ctx.mesh)

@@ -1,135 +1,143 @@
-"""Preference pairs in a run: what the base makes of them, measured once for all members, and what a model prefers."""
+"""Preference pairs in a run: their log-probabilities under the base, and what a model prefers."""
 
 import dataclasses
+import functools
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ordermerge import config as schema
 from jax_ordermerge import processes
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import answers
-from jax_ordermerge.experiment.layout import write_bytes
+from jax_ordermerge.experiment import losses, models
+from jax_ordermerge.experiment.context import Log, RunContext
+from jax_ordermerge.layout import Json, read_npz, write_npz
 from jax_ordermerge.model import preference
 
-_LOOKED_AT = 2**15  # elements of each tensor that tell one base from another
+_DIGESTED = 2**15  # elements of each tensor that enter the digest of a base
 _PAUSE = 10.0  # seconds between messages
 
 
-def base_digest(config: Config, base: Path) -> str:
-    """Return SHA-256 over what decides the base: its config, and name, shape, dtype and first elements of every tensor.
+def add_reference_logprobs(ctx: RunContext) -> RunContext:
+    """Return the context with the log-probabilities of its preference pairs under the base.
 
-    Not over all bytes: that would read hundreds of gigabytes again whenever a run continues. Two bases that differ in no tensor's
-    first elements are taken for one.
+    They are measured once for all members and stored in the run directory. Without pairs the
+    context is returned as it is.
+
+    Raises:
+        UserError: the stored values are of other pairs or of another base.
     """
-    reader = Reader(base)
-    found = hashlib.sha256(
-        json.dumps([reader.config, config.model.init, config.seed], sort_keys=True).encode()
-    )
-    if config.model.init == "pretrained":
+    if ctx.config.objective.kind != "dpo":
+        return ctx
+    # in the dtype in which training holds the base, so that the first margins are exactly 0
+    base_dtype = ctx.config.base_dtype
+    base = functools.cache(lambda: models.base_params(ctx, base_dtype))
+    digest = base_digest(ctx.config, ctx.base_dir)
+    key = f"{digest} {base_dtype} {ctx.config.model.compute_dtype}"
+
+    def measure(name: str) -> np.ndarray:
+        examples = ctx.splits[name]
+        ctx.log(f"reference: the base on {len(examples)} pairs of {name}")
+        progress = Progress(ctx.log, name, 2 * len(examples))
+        sequences = losses.sequence_losses(ctx, base(), examples, on_progress=progress)
+        return -sequences.sums.astype(np.float32)
+
+    splits = {
+        name: with_reference(
+            examples, ctx.layout.reference_logprobs(name), key, functools.partial(measure, name)
+        )
+        for name, examples in ctx.splits.items()
+    }
+    return dataclasses.replace(ctx, splits=splits)
+
+
+def base_digest(config: Config, base_dir: Path) -> str:
+    """Return a SHA-256 of a base: its config, and name, shape, dtype and head of every tensor.
+
+    Two bases are told apart by the first elements of their tensors. All bytes would be safer, but a
+    run that continues would read hundreds of gigabytes again.
+    """
+    reader, model = Reader(base_dir), config.model
+    head = json.dumps([reader.config, model.init, config.seed], sort_keys=True)
+    digest = hashlib.sha256(head.encode())
+    if model.init == "pretrained":
         for name in sorted(reader.names):
             info = reader.info(name)
-            rows = max(1, _LOOKED_AT * info.shape[0] // max(1, int(np.prod(info.shape))))
-            first = reader.read_slice(
-                name, (slice(0, rows), *[slice(None)] * (len(info.shape) - 1))
-            )
-            found.update(
-                f"{name} {info.dtype} {info.shape}".encode() + np.ascontiguousarray(first).tobytes()
-            )
-    return found.hexdigest()
+            rows = max(1, _DIGESTED * info.shape[0] // max(1, int(np.prod(info.shape))))
+            index = (slice(0, rows), *[slice(None)] * (len(info.shape) - 1))
+            first = np.ascontiguousarray(reader.read_slice(name, index))
+            digest.update(f"{name} {info.dtype} {info.shape}".encode() + first.tobytes())
+    return digest.hexdigest()
 
 
 def with_reference(
-    examples: Examples, file: Path, of: str, measured: Callable[[], np.ndarray]
+    examples: Examples, path: Path, key: str, measure: Callable[[], np.ndarray]
 ) -> Examples:
-    """Return pairs with their reference log-probabilities, from the file or, where there is none, measured and written there.
+    """Return pairs with their reference log-probabilities, read from a file or measured now.
 
     Args:
-        examples: preference pairs.
-        file: npz with `logps` float32[n, 2], `ids` int64[n] and `of`.
-        of: what else they depend on: base and dtype.
-        measured: gives float32[n, 2].
+        examples: n preference pairs.
+        path: npz with `logps` float32[n, 2], `ids` int64[n] and `of`; written where it is absent.
+        key: what else decides the values: base and dtypes.
+        measure: returns float32[n, 2].
 
     Raises:
         UserError: the file is of other pairs or of another base.
     """
-    of = f"{of} {examples.digest}"
-    if not processes.broadcast(file.is_file()):
-        whole = io.BytesIO()
-        logps = measured()
-        np.savez(whole, logps=logps, ids=examples.ids, of=np.array(of))
-        write_bytes(file, whole.getvalue())
+    key = f"{key} {examples.digest}"
+    # all processes decide alike: each of them takes part in the measurement
+    if not processes.broadcast(path.is_file()):
+        logps = measure()
+        write_npz(path, {"logps": logps, "ids": examples.ids, "of": np.array(key)})
         return dataclasses.replace(examples, reference=logps)
-    with np.load(file) as saved:
-        if str(saved["of"]) != of:
-            raise UserError(
-                f"{file} was measured on other pairs or with another base; restore them, or choose another directory with"
-                " --set output=DIRECTORY"
-            )
-        return dataclasses.replace(examples, reference=saved["logps"])
+    arrays = read_npz(path)
+    if str(arrays["of"]) != key:
+        raise UserError(
+            f"{path} was measured on other pairs or with another base; restore them, or choose"
+            " another directory with --set output=DIRECTORY"
+        )
+    return dataclasses.replace(examples, reference=arrays["logps"])
 
 
-def losses(
-    settings: schema.Objective, examples: Examples, sums: np.ndarray, tokens: np.ndarray
-) -> np.ndarray:
-    """Return the loss of each pair under a model, float32[n].
+def choices(examples: Examples, sums: np.ndarray) -> tuple[Json, list[Json]]:
+    """Return how often a model gives the chosen response the higher reward, and each preference.
 
     Args:
-        settings: of the objective.
-        examples: pairs with a reference.
-        sums, tokens: [n, 2], summed token losses of both responses under the model, and numbers of tokens.
-    """
-    assert examples.reference is not None
-    logps, reference = jnp.asarray(-sums), jnp.asarray(examples.reference)
-    return np.asarray(preference.pair_losses(logps, reference, jnp.asarray(tokens), settings))
-
-
-def choices(examples: Examples, sums: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return how often a model gives the chosen response the higher reward, and which response it prefers of each pair.
-
-    Args:
-        examples: pairs with a reference.
+        examples: n pairs with a reference.
         sums: [n, 2], summed token losses of both responses under the model.
 
     Returns:
-        What `harness.run_task` returns.
+        summary and items, as `harness.run` returns them.
     """
     assert examples.reference is not None
     assert examples.rejected is not None
-    correct = (
-        np.asarray(
-            preference.scores(*map(jnp.asarray, (-sums, examples.reference)), beta=1.0)[
-                "rewards/accuracies"
-            ]
-        )
-        > 0
-    )
+    # the factor beta of the rewards has no influence on which of two is higher
+    scores = preference.scores(jnp.asarray(-sums), jnp.asarray(examples.reference), beta=1.0)
+    correct = (np.asarray(scores["rewards/accuracies"]) > 0).tolist()
     items = [
         {
             "id": int(examples.ids[row]),
             "prompt": examples.prompts[row],
             "reference": examples.responses[row],
-            "answer": (examples if right else examples.rejected).responses[row],
-            "correct": bool(right),
+            "answer": (examples if chosen else examples.rejected).responses[row],
+            "correct": chosen,
         }
-        for row, right in enumerate(correct)
+        for row, chosen in enumerate(correct)
     ]
-    mean, error = answers.accuracy(correct.tolist())
+    mean, error = answers.accuracy(correct)
     return {"accuracy": mean, "se": error, "n": len(correct)}, items
 
 
 class Progress:
-    """Says now and then how far a measurement has come.
+    """Log how far a measurement has come, at most every ten seconds.
 
     Example:
         >>> clock = iter([0.0, 4.0, 12.0, 13.0]).__next__
@@ -140,19 +148,15 @@ class Progress:
     """
 
     def __init__(
-        self,
-        log: Callable[[str], None],
-        what: str,
-        total: int,
-        clock: Callable[[], float] = time.monotonic,
+        self, log: Log, name: str, total: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._say, self._what, self._total, self._clock = log, what, total, clock
-        self._began = self._shown = clock()
+        self._log, self._name, self._total, self._clock = log, name, total, clock
+        self._start = self._last = clock()
 
     def __call__(self, done: int) -> None:
-        """Take the number of what is done."""
+        """Take the number of sequences that are done."""
         now = self._clock()
-        if now - self._shown >= _PAUSE:
-            self._shown = now
-            left = (now - self._began) * (self._total - done) / done
-            self._say(f"  {self._what}: {done}/{self._total} sequences, {left:.0f} s left")
+        if now - self._last >= _PAUSE:
+            self._last = now
+            left = (now - self._start) * (self._total - done) / done
+            self._log(f"  {self._name}: {done}/{self._total} sequences, {left:.0f} s left")

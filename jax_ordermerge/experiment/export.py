@@ -1,91 +1,83 @@
-"""A merge as a Hugging Face directory: the model, its recipe, and a card that says where it comes from."""
+"""A merge as a Hugging Face directory: the model, its recipe, and a model card."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import yaml
 
 import jax_ordermerge
 from jax_ordermerge.checkpoint import convert, sidecar_files
+from jax_ordermerge.experiment.context import RunContext
+from jax_ordermerge.layout import Json, member_name
 from jax_ordermerge.tree import Tree
-
-if TYPE_CHECKING:
-    from jax_ordermerge.experiment.stages import RunContext
 
 
 def export(
-    ctx: "RunContext",
+    ctx: RunContext,
     name: str,
     merged: Tree,
-    what: dict[str, Any],
-    story: str = "",
+    recipe: Json,
+    origin: str = "",
     target: Path | None = None,
 ) -> None:
-    """Write a merge, unless it is there.
+    """Write a merge, unless its directory is complete.
 
     Args:
-        w: the workshop.
+        ctx: of the run.
         name: of the merge.
         merged: its parameters.
-        what: method, weights, parameters and seed, for the recipe.
-        story: how it was chosen, for the card.
-        target: by default merged/NAME of the run directory.
+        recipe: method, weights, parameters and seed; the run's part is added.
+        origin: for the card, how the merge was chosen.
+        target: directory; `merged/NAME` of the run by default.
     """
-    target = target or ctx.directory / "merged" / name
-    if not (target / "config.json").is_file():
-        recipe = _recipe(ctx, what)
-        card = _card(ctx, name, recipe, story)
-        convert.export(
-            merged,
-            ctx.model,
-            target,
-            dtype=ctx.config.merge.dtype,
-            source=ctx.base,
-            card=card,
-            recipe=yaml.safe_dump(recipe),
-        )
-
-
-def _recipe(ctx: "RunContext", what: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **what,
-        "base_model": _public_base(ctx) or "base",
-        "models": [f"member_{m}" for m in range(ctx.config.population.members)],
-        "dtype": ctx.config.merge.dtype,
-        "orders": {
-            "level": ctx.config.population.level,
-            "seed": ctx.config.seed,
-            "epochs": ctx.config.training.epochs,
-        },
-        **(
-            {}
-            if ctx.config.training.ema is None
-            else {"averages": {"ema": ctx.config.training.ema}}
-        ),
-        **(
-            {}
-            if ctx.config.training.checkpoint == "last"
-            else {"checkpoint": ctx.config.training.checkpoint}
-        ),
-        "jax_ordermerge": jax_ordermerge.__version__,
-    }
-
-
-def _public_base(ctx: "RunContext") -> str | None:
-    # a path of the machine that trained says nothing to a reader of the card
-    return (
-        None
-        if Path(ctx.config.model.base).exists() or ":" in ctx.config.model.base
-        else ctx.config.model.base
+    target = target or ctx.layout.merged(name)
+    # config.json is written with the rest and renamed into place, so it stands for all of it
+    if (target / "config.json").is_file():
+        return
+    recipe = _complete_recipe(ctx, recipe)
+    convert.export(
+        merged,
+        ctx.model,
+        target,
+        dtype=ctx.config.merge.dtype,
+        source=ctx.base_dir,
+        card=_card(ctx, name, recipe, origin),
+        recipe=yaml.safe_dump(recipe),
     )
 
 
-def _card(ctx: "RunContext", name: str, recipe: dict[str, Any], story: str = "") -> str:
-    members = ctx.config.population.members
+def _complete_recipe(ctx: RunContext, recipe: Json) -> Json:
+    config, training = ctx.config, ctx.config.training
+    complete = recipe | {
+        "base_model": _public_base(ctx) or "base",
+        "models": [member_name(member) for member in range(config.population.members)],
+        "dtype": config.merge.dtype,
+        "orders": {
+            "level": config.population.level,
+            "seed": config.seed,
+            "epochs": training.epochs,
+        },
+    }
+    if training.ema is not None:
+        complete["averages"] = {"ema": training.ema}
+    if training.checkpoint != "last":
+        complete["checkpoint"] = training.checkpoint
+    return complete | {"jax_ordermerge": jax_ordermerge.__version__}
+
+
+def _public_base(ctx: RunContext) -> str | None:
+    # a path on the machine that trained means nothing to a reader of the card
+    base = ctx.config.model.base
+    return None if Path(base).exists() or ":" in base else base
+
+
+def _card(ctx: RunContext, name: str, recipe: Json, origin: str) -> str:
+    population, epochs = ctx.config.population, ctx.config.training.epochs
+    count = population.members
     text = (
-        f"One base model was fine-tuned {members} times on the same data in {members} different orders (level `{ctx.config.population.level}`,"
-        f" {ctx.config.training.epochs} epochs), and the {members} models were merged by `{recipe['merge_method']}`.\n\n"
-        + (f"{story}\n\n" if story else "")
+        f"One base model was fine-tuned {count} times on the same data in {count} different"
+        f" orders (level `{population.level}`, {epochs} epochs), and the {count} models were"
+        f" merged by `{recipe['merge_method']}`.\n\n"
+        + (f"{origin}\n\n" if origin else "")
         + f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
     )
     return sidecar_files.model_card(

@@ -1,8 +1,8 @@
-"""The members' answers to fixed prompts while they are trained."""
+"""Greedy answers of the members to fixed prompts while they are trained."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -14,75 +14,96 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
+from jax_ordermerge.layout import Json
 from jax_ordermerge.model import lora
 from jax_ordermerge.tree import Tree
 
 
-def sampler(
-    config: Config, model: ModelConfig, tokenizer: Any, mesh: Mesh, splits: dict[str, Examples]
-) -> Callable[[Tree, Tree], dict[str, Any]] | None:
-    """Return `(what members have for themselves, what they share) -> {"prompts", "texts"}`, or None where nothing is asked.
+class Prompts(NamedTuple):
+    """Fixed prompts, as texts and as tokens."""
 
-    `texts` holds for each member its greedy answers to the prompts. The weights are read and not changed.
+    texts: list[str]
+    tokens: list[list[int]]
+
+
+def sampler(
+    config: Config,
+    model: ModelConfig,
+    tokenizer: Any,
+    mesh: Mesh,
+    splits: Mapping[str, Examples],
+) -> Callable[[Tree, Tree], Json] | None:
+    """Return `(trained, shared) -> {"prompts", "texts"}`, or None where `samples.every` is null.
+
+    `trained` are the weights of the members, `shared` those of the base that adapters change.
+    `texts` holds a list of answers per member. The weights are only read.
 
     Args:
-        config: of the run; `samples` says what is asked.
+        config: of the run; its section `samples` holds the settings.
         model: the architecture.
         tokenizer: of the base.
         mesh: where the weights are.
-        splits: where the prompts come from that the config does not give.
-
-    Raises:
-        UserError: there is nothing to ask, or a prompt is too long.
+        splits: prompts come from held-out examples unless `samples.prompts` gives them.
     """
     settings = config.samples
     if settings.every is None:
         return None
-    prompts, tokens = _asked(config, tokenizer, splits)
-    longest = max(map(len, tokens))
-    if longest + settings.max_new_tokens > model.max_position_embeddings:
-        raise UserError(
-            f"samples: a prompt of {longest} tokens and samples.max_new_tokens = {settings.max_new_tokens} exceed the context of"
-            f" {model.max_position_embeddings}; shorten the prompt or lower samples.max_new_tokens"
-        )
-    dense = (
-        jax.jit(jax.vmap(functools.partial(lora.dense, scale=lora.scale(config.lora)), (None, 0)))
-        if config.lora
-        else None
-    )
+    prompts = read_prompts(config, model, tokenizer, splits)
+    merge_adapters = None
+    if config.lora is not None:
+        # generation takes dense models; the trained weights stay as they are
+        dense = functools.partial(lora.dense, scale=lora.scale(config.lora))
+        merge_adapters = jax.jit(jax.vmap(dense, (None, 0)))
 
-    def sample(own: Tree, shared: Tree) -> dict[str, Any]:
-        population = dense(shared, own) if dense else own
-        writers = harness.generators(
+    def sample(trained: Tree, shared: Tree) -> Json:
+        generators = harness.generators(
             model,
-            population,
+            merge_adapters(shared, trained) if merge_adapters else trained,
             tokenizer,
-            batch=len(tokens),
+            batch=len(prompts.tokens),
             dtype=config.model.compute_dtype,
             mesh=mesh,
         )
         texts = [
-            [text.strip() for text in write(tokens, settings.max_new_tokens)] for write in writers
+            [text.strip() for text in generate(prompts.tokens, settings.max_new_tokens)]
+            for generate in generators
         ]
-        return {"prompts": prompts, "texts": texts}
+        return {"prompts": prompts.texts, "texts": texts}
 
     return sample
 
 
-def _asked(
-    config: Config, tokenizer: Any, splits: dict[str, Examples]
-) -> tuple[list[str], list[list[int]]]:
-    """Return the prompts as text and as tokens."""
-    if config.samples.prompts:
+def read_prompts(
+    config: Config, model: ModelConfig, tokenizer: Any, splits: Mapping[str, Examples]
+) -> Prompts:
+    """Return the prompts of a run: those of the config, else the first held-out ones.
+
+    Raises:
+        UserError: there are none, or a prompt and its answer exceed the context.
+    """
+    settings = config.samples
+    held_out = splits.get("validation") or splits.get("test")
+    if settings.prompts:
         template = splits["train"].sources.get("template", "plain")
-        records = [Record.asked(prompt) for prompt in config.samples.prompts]
-        return list(config.samples.prompts), [
-            chat.prompt_tokens(one, template, tokenizer).tolist() for one in records
-        ]
-    held = splits.get("validation") or splits.get("test")
-    if held is None or not held.prompts:
-        raise UserError(
-            "samples.every is set and there is nothing to ask: give samples.prompts, or data with held-out prompts"
+        records = [Record.asked(prompt) for prompt in settings.prompts]
+        tokens = [chat.prompt_tokens(record, template, tokenizer).tolist() for record in records]
+        prompts = Prompts(list(settings.prompts), tokens)
+    elif held_out is not None and held_out.prompts:
+        rows = range(min(settings.count, len(held_out)))
+        prompts = Prompts(
+            [held_out.prompts[row] for row in rows],
+            [held_out.prompt(row).tolist() for row in rows],
         )
-    rows = range(min(config.samples.count, len(held)))
-    return [held.prompts[row] for row in rows], [held.prompt(row).tolist() for row in rows]
+    else:
+        raise UserError(
+            "samples.every is set, but there are no prompts: give samples.prompts,"
+            " or data with held-out prompts"
+        )
+    longest = max(map(len, prompts.tokens))
+    if longest + settings.max_new_tokens > model.max_position_embeddings:
+        raise UserError(
+            f"samples: a prompt of {longest} tokens and samples.max_new_tokens ="
+            f" {settings.max_new_tokens} exceed the context of {model.max_position_embeddings};"
+            " shorten the prompt or lower samples.max_new_tokens"
+        )
+    return prompts

@@ -1,7 +1,6 @@
-"""Models of one architecture side by side, so that one program takes them all."""
+"""Models of one architecture stacked on a leading axis, so that one program takes them all."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,69 +11,75 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.tree import Tree
 
-_SHARE = 0.5  # of a device's memory that models side by side may take: the rest is for caches of keys and values
+# of a device's memory that stacked models may take; caches of keys and values need the rest
+_MEMORY_FRACTION = 0.5
 
 
 def fitting(members: int, config: ModelConfig, mesh: Mesh, dtype: str) -> int:
-    """Return how many models stand side by side: as many as there are members, fewer where devices are known to be too small.
+    """Return how many models to stack: `members`, or fewer where the device memory is smaller.
 
     Args:
         members: a multiple of the device groups.
-        config: their architecture.
-        mesh: where they are.
+        config: the architecture.
+        mesh: where the models are.
         dtype: of their parameters.
     """
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
+    if limit is None:  # CPU devices do not report their memory
         return members
-    groups, one = (
-        mesh.shape["order"],
-        analytic.held(convert.abstract_params(config, mesh, dtype=dtype)),
-    )
-    return groups * max(1, min(members // groups, int(_SHARE * limit / one)))
+    groups = mesh.shape["order"]
+    model_bytes = analytic.held(convert.abstract_params(config, mesh, dtype=dtype))
+    return groups * max(1, min(members // groups, int(_MEMORY_FRACTION * limit / model_bytes)))
 
 
 def stack(models: Iterable[Tree], count: int, config: ModelConfig, mesh: Mesh, dtype: str) -> Tree:
-    """Return models [M, ...] over the mesh axis `order`; no more than one of them is in memory twice.
+    """Return models [M, ...] over the mesh axis `order`.
 
     Args:
-        models: parameters of `dtype`, read one after another.
-        count: how many. M is the next multiple of the device groups: the last model stands there several times.
-        config: their architecture.
-        mesh: where they are, and will be.
+        models: parameters of `dtype`. They are read one after another, so only one of them is in
+            memory twice.
+        count: of models. M is the next multiple of the device groups; the last model fills it up.
+        config: the architecture.
+        mesh: where the models are, and will be.
         dtype: of the parameters.
     """
-    places = -(-count // mesh.shape["order"]) * mesh.shape["order"]
-    like = convert.abstract_params(config, mesh, members=places, dtype=dtype)
-    shardings = jax.tree.map(lambda x: x.sharding, like)
-    population = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), out_shardings=shardings
-    )()
+    groups = mesh.shape["order"]
+    size = -(-count // groups) * groups
+    abstract = convert.abstract_params(config, mesh, members=size, dtype=dtype)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    def put(population: Tree, one: Tree, at: Any) -> Tree:
+    def zeros() -> Tree:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+
+    def put(stacked: Tree, model: Tree, index: int) -> Tree:
         return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, at, 0), population, one
+            lambda leaves, leaf: jax.lax.dynamic_update_index_in_dim(leaves, leaf, index, 0),
+            stacked,
+            model,
         )
 
+    stacked = jax.jit(zeros, out_shardings=shardings)()
+    # donated, else the stack itself would be in memory twice
     write = jax.jit(put, donate_argnums=0, out_shardings=shardings)
-    at = 0
-    for at, one in enumerate(models):
-        population = write(population, one, at)
-    for spare in range(at + 1, places):
-        population = write(population, one, spare)
-    return population
+    index = 0
+    for index, model in enumerate(models):
+        stacked = write(stacked, model, index)
+    for spare in range(index + 1, size):
+        stacked = write(stacked, model, spare)
+    return stacked
 
 
-def take(population: Tree, at: int, config: ModelConfig, mesh: Mesh, dtype: str) -> Tree:
-    """Return one of the models of `stack`, placed as a model alone is."""
-    like = convert.abstract_params(config, mesh, dtype=dtype)
+def take(stacked: Tree, index: int, config: ModelConfig, mesh: Mesh, dtype: str) -> Tree:
+    """Return one of the models of `stack`, sharded as a single model is."""
+    abstract = convert.abstract_params(config, mesh, dtype=dtype)
 
-    def pick(population: Tree, at: Any) -> Tree:
+    def pick(stacked: Tree, index: int) -> Tree:
         return jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, at, 0, keepdims=False), population
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), stacked
         )
 
-    found: Tree = jax.jit(pick, out_shardings=jax.tree.map(lambda x: x.sharding, like))(
-        population, at
+    # the index is traced: one program for all models
+    params: Tree = jax.jit(pick, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(
+        stacked, index
     )
-    return found
+    return params

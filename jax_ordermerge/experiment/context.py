@@ -1,0 +1,106 @@
+"""What the stages of a run share: `open_run` reads and checks every input before anything is written."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from jax_ordermerge import config as schema
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import processes
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.config import Config
+from jax_ordermerge.data import source
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.experiment import preflight
+from jax_ordermerge.layout import RunLayout
+
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """The config, the hardware, the base model and the data of a run.
+
+    Attributes:
+        config: the resolved config; its `output` is a directory on a disk.
+        mesh: the devices.
+        base_dir: directory of the base model.
+        model: its architecture.
+        tokenizer: its tokenizer.
+        splits: tokenized examples under `train` and, where the config asks for them, `validation`
+            and `test`.
+        log: receives one-line messages.
+        on_checkpoint: called when a checkpoint is complete, e.g. to copy it to a bucket.
+    """
+
+    config: Config
+    mesh: Mesh
+    base_dir: Path
+    model: ModelConfig
+    tokenizer: Any
+    splits: dict[str, Examples]
+    log: Log
+    on_checkpoint: Callable[[], None] | None = None
+
+    @property
+    def layout(self) -> RunLayout:
+        """Paths of the run directory."""
+        return RunLayout(self.config.directory)
+
+
+class Stage(NamedTuple):
+    """A stage of a run.
+
+    Attributes:
+        name: as in `ordermerge NAME`.
+        run: writes the output of the stage; called again, it continues.
+        is_complete: whether that output is complete. It looks at files only.
+    """
+
+    name: str
+    run: Callable[[RunContext], None]
+    is_complete: Callable[[Config], bool]
+
+
+def open_run(
+    config: Config, log: Log, on_checkpoint: Callable[[], None] | None = None
+) -> RunContext:
+    """Start the processes, build the mesh, read model and data, and check them against each other.
+
+    Raises:
+        UserError: the first input that does not fit. Nothing has been written.
+    """
+    preflight.check_config(config)
+    preflight.check_tracking(config)
+    start_devices(config)
+    shared = schema.to_dict(config)
+    for local in ("distributed", "compilation_cache"):  # may differ between processes
+        del shared[local]
+    processes.check_alike(shared)
+    mesh = meshes.make_mesh(**config.mesh.model_dump())
+    preflight.check_groups(config, mesh.shape["order"])
+    base_dir = convert.resolve(config.model.base)
+    model = convert.load_config(base_dir, config.model.ignore_config_keys)
+    preflight.check_model(config, base_dir, model)
+    tokenizer = source.load_tokenizer(base_dir)
+    data = config.data
+    if config.objective.kind == "dpo":
+        data = data.model_copy(update={"format": "preference"})
+    splits = source.load_splits(data, tokenizer, seed=config.seed)
+    preflight.check_data(config, model, tokenizer, splits)
+    digests = {f"data.{name}": examples.digest for name, examples in splits.items()}
+    processes.check_alike(digests)
+    return RunContext(config, mesh, base_dir, model, tokenizer, splits, log, on_checkpoint)
+
+
+def start_devices(config: Config) -> None:
+    """Start the processes and set what XLA reads at its start. A second call changes nothing."""
+    if config.compilation_cache:
+        meshes.keep_programs(config.compilation_cache)
+    if config.distributed.coordinator is None:
+        meshes.provide_cpu_devices(config.mesh.sizes.values())
+    processes.start_distributed(**config.distributed.model_dump())

@@ -1,0 +1,158 @@
+"""Controls of a run: the models that its merges have to be compared with, and their losses."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jax_ordermerge.config import Config
+from jax_ordermerge.config.merge import merge_name
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.experiment import losses, models, waves
+from jax_ordermerge.experiment.context import RunContext
+from jax_ordermerge.layout import Json, RunLayout, write_json, write_npz
+from jax_ordermerge.search import controls
+from jax_ordermerge.search.candidates import BASE, MEMBER, Candidate, Population
+from jax_ordermerge.train import members
+from jax_ordermerge.tree import Tree
+
+# gives the losses of one model on examples
+LossFunction = Callable[[Examples], losses.Losses]
+
+
+def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
+    """Measure the controls of the config; write their losses and their paired differences.
+
+    Args:
+        ctx: of the run.
+        evaluated: the results of the evaluation by name of the model. Controls among them are not
+            measured again.
+    """
+    config = ctx.config
+    use_test = "test" in ctx.splits and config.evaluation.loss
+    split = "test" if use_test else "validation"
+    examples, validation = ctx.splits.get(split), ctx.splits.get("validation")
+    if (
+        not config.merge.controls
+        or examples is None
+        or len(examples) < 2  # paired differences need a standard error
+        or ctx.layout.controls.is_file()
+    ):
+        return
+    population = models.load_population(ctx)
+    listed = controls.controls(
+        config.merge.controls, population.count, _selections(config), config.seed
+    )
+
+    def measure(loss_function: LossFunction) -> controls.Measured:
+        means = loss_function(examples).means
+        return controls.Measured(
+            means, None if validation is None else loss_function(validation).mean
+        )
+
+    tokens = losses.example_losses(ctx, population.base, examples).counts
+    measured = controls.measure(
+        population,
+        listed,
+        _evaluated_controls(evaluated, listed) if use_test else {},
+        lambda params: measure(functools.partial(losses.example_losses, ctx, params)),
+        ctx.log,
+    )
+    for name, make in _unmerged(ctx).items():
+        measured[name] = measure(make(population))
+        mean = float((measured[name].losses * tokens).sum() / tokens.sum())
+        ctx.log(f"  {name}: {mean:.4f}")
+    compared = controls.compare(
+        listed, measured, tokens, resamples=config.evaluation.bootstrap, seed=config.seed
+    )
+    arrays = {
+        "names": np.array(list(measured)),
+        "ids": examples.ids,
+        "losses": np.stack([control.losses for control in measured.values()]),
+        "tokens": tokens,
+    }
+    write_npz(ctx.layout.control_losses, arrays)
+    write_json(ctx.layout.controls, {"split": split, **compared})
+
+
+def _selections(config: Config) -> dict[str, Candidate]:
+    """Return the selections of the config by the name of the merge."""
+    return {
+        merge_name(spec, config.seed): Candidate(
+            spec.method,
+            dict(spec.parameters),
+            spec.weights,
+            config.seed if spec.seed is None else spec.seed,
+        )
+        for spec in config.merge.methods
+        if spec.method == "selection"
+    }
+
+
+def _evaluated_controls(
+    evaluated: Mapping[str, Json], listed: list[controls.Control]
+) -> dict[str, controls.Measured]:
+    """Return the losses of the controls that the evaluation has measured: base and members."""
+    return {
+        control.name: controls.Measured(
+            np.asarray(evaluated[control.name]["losses"], np.float64),
+            evaluated[control.name]["summary"]["validation_loss"],
+        )
+        for control in listed
+        if control.candidate.method in (BASE, MEMBER) and control.name in evaluated
+    }
+
+
+def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]]:
+    """Return the controls of the config that are not merges, by name."""
+
+    def ensemble(population: Population) -> LossFunction:
+        return functools.partial(
+            losses.example_losses, ctx, population.members, members="ensemble"
+        )
+
+    def single(population: Population) -> LossFunction:
+        return functools.partial(losses.example_losses, ctx, _train_single(ctx))
+
+    groups = {
+        "ensemble": ("logit ensemble of the members", ensemble),
+        "single": (f"one run of {ctx.config.population.members} times the epochs", single),
+    }
+    return dict(groups[group] for group in ctx.config.merge.controls if group in groups)
+
+
+def _train_single(ctx: RunContext) -> Tree:
+    """Return a model trained at the cost of the whole population: k times the epochs in one run."""
+    config = _single_config(ctx.config, groups=ctx.mesh.shape["order"])
+    if not RunLayout(config.directory).training_state.is_file():
+        ctx.log(f"  training of one run of {config.training.epochs} epochs")
+        waves.train(
+            config,
+            ctx.model,
+            functools.partial(models.base_params, ctx, config.base_dtype),
+            ctx.splits["train"],
+            ctx.mesh,
+            ctx.log,
+            held_out=ctx.splits.get("validation"),
+        )
+    return members.restore_member(
+        config,
+        ctx.model,
+        ctx.mesh,
+        0,
+        dtype=config.merge.dtype,
+        directory=waves.home(config, 0),
+    )
+
+
+def _single_config(config: Config, groups: int) -> Config:
+    population = config.population
+    # a mesh trains at least one member per device group; the first of them is the one that counts
+    members = population.model_copy(update={"members": groups, "wave": None})
+    training = config.training.model_copy(
+        update={"epochs": population.members * config.training.epochs, "mixing": None}
+    )
+    output = str(RunLayout(config.directory).single.root)
+    return config.model_copy(
+        update={"output": output, "population": members, "training": training}
+    )

@@ -1,0 +1,87 @@
+"""The models of a run as parameters on its mesh: base, members, merges, and the whole population."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.config import Config
+from jax_ordermerge.evaluate import harness, scoring
+from jax_ordermerge.evaluate.likelihood import Pair
+from jax_ordermerge.experiment import waves
+from jax_ordermerge.experiment.context import RunContext
+from jax_ordermerge.layout import member_number
+from jax_ordermerge.model import kernels, llama
+from jax_ordermerge.search.candidates import Population
+from jax_ordermerge.train import members
+from jax_ordermerge.tree import Tree
+
+
+def base_params(ctx: RunContext, dtype: str) -> Tree:
+    """Return the base model, read from its files or drawn at random as `model.init` says."""
+    if ctx.config.model.init == "random":
+        params = llama.init_params(ctx.model, ctx.config.seed, ctx.mesh)
+        return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
+    ignore = ctx.config.model.ignore_config_keys
+    return convert.load_params(ctx.base_dir, ctx.mesh, dtype=dtype, ignore=ignore)[1]
+
+
+def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tree]]:
+    """Yield `(name, parameters)` in the dtype that is merged and served.
+
+    Merges are read from the files that were exported, so every later number is about those.
+    """
+    dtype = ctx.config.merge.dtype
+    for name in names:
+        member = member_number(name)
+        if name == "base":
+            params = base_params(ctx, dtype)
+        elif member is not None:
+            directory = waves.home(ctx.config, member)
+            params = members.restore_member(
+                ctx.config, ctx.model, ctx.mesh, member, dtype=dtype, directory=directory
+            )
+        else:
+            params = convert.load_params(ctx.layout.merged(name), ctx.mesh, dtype=dtype)[1]
+        yield name, params
+
+
+def load_population(ctx: RunContext) -> Population:
+    """Return the trained members and their base in the dtype that is merged and served."""
+    dtype = ctx.config.merge.dtype
+    trained = waves.restore(ctx.config, ctx.model, ctx.mesh, dtype=dtype)
+    return Population(ctx.model, trained, base_params(ctx, dtype), dtype)
+
+
+def as_subject(
+    config: Config,
+    model: ModelConfig,
+    params: Tree,
+    tokenizer: Any,
+    mesh: Mesh,
+    generate: harness.Generate | None = None,
+) -> harness.Subject:
+    """Return a model as evaluation tasks see it.
+
+    Args:
+        config: its `evaluation.batch` and section `model` say how the model is computed.
+        model: its architecture.
+        params: its parameters, on the mesh.
+        tokenizer: of the model.
+        mesh: where the parameters are.
+        generate: writes answers; by default `harness.generator` makes it from `params`.
+    """
+    batch, dtype = config.evaluation.batch, config.model.compute_dtype
+    kernel = kernels.choose(config.model.attention, model, mesh, dtype=dtype)
+
+    def score(pairs: Sequence[Pair]) -> tuple[list[float], list[bool]]:
+        scores = scoring.score(
+            model, params, pairs, batch=batch, dtype=dtype, mesh=mesh, kernel=kernel
+        )
+        return scores.logps[0].tolist(), scores.greedy[0].tolist()
+
+    generate = generate or harness.generator(model, params, tokenizer, batch=batch, dtype=dtype)
+    return harness.Subject(tokenizer, generate, score, model.max_position_embeddings)

@@ -1,0 +1,110 @@
+"""The config of a run: where it is read from, the models that it names, and what may change in it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jax_ordermerge import config as schema
+from jax_ordermerge import layout
+from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.config import Config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import Json, RunLayout, member_name
+
+# A run may continue on other hardware or in another place; every other key decides its result.
+_FREE_TO_CHANGE = (
+    "mesh",
+    "distributed",
+    "output",
+    "tracking",
+    "samples",
+    "compilation_cache",
+    "training.log_every",
+    "training.keep_checkpoints",
+    "training.spike",
+)
+
+
+def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config, or the resolved config of a run directory; both may be in a bucket.
+
+    Raises:
+        UserError: the file is absent or not valid, or the directory is not a run directory.
+    """
+    url = remote.address(target)
+    if url is not None and not url.endswith((".yaml", ".yml")):
+        path = remote.fetch(f"{url}/{layout.CONFIG}")
+        return schema.load_config(path, [*overrides, f"output={url}"])
+    path = remote.fetch(target)
+    if not path.is_dir():
+        return schema.load_config(path, overrides)
+    run = RunLayout(path)
+    if not run.is_run:
+        raise UserError(
+            f"{path} is not a run directory (it has no {layout.CONFIG});"
+            " give a config file or a run directory"
+        )
+    return schema.load_config(run.config, [*overrides, f"output={path}"])
+
+
+def model_names(config: Config) -> dict[str, str]:
+    """Return `{name: kind}` of every model of an experiment, in the order of the report.
+
+    Example:
+        >>> model_names(Config())
+        {'base': 'base', 'member_0': 'member', 'member_1': 'member', 'member_2': 'member',
+         'member_3': 'member', 'average': 'merge', 'selection': 'merge'}
+    """
+    members = [member_name(member) for member in range(config.population.members)]
+    return (
+        {"base": "base"}
+        | dict.fromkeys(members, "member")
+        | dict.fromkeys(config.merge_names, "merge")
+    )
+
+
+def difference(old: Json, new: Json) -> list[str]:
+    """Return `"key: old -> new"` for every key that decides the result and differs.
+
+    Example:
+        >>> difference({"seed": 0, "mesh": {"fsdp": 1}}, {"seed": 1, "mesh": {"fsdp": 2}})
+        ['seed: 0 -> 1']
+    """
+
+    def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from leaves(value, f"{prefix}.{key}" if prefix else key)
+        else:
+            yield prefix, node
+
+    before, after = dict(leaves(old)), dict(leaves(new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key) and not key.startswith(_FREE_TO_CHANGE)
+    ]
+
+
+def check_same_config(config: Config) -> None:
+    """Refuse a run directory that was written with another config.
+
+    Raises:
+        UserError: the keys that differ, with both values.
+    """
+    run = RunLayout(config.directory)
+    if not run.is_run:
+        return
+    changed = difference(yaml.safe_load(run.config.read_text()), schema.to_dict(config))
+    if changed:
+        raise UserError(
+            f"{run.root} was made with another config ({'; '.join(changed)});"
+            " restore it, or choose another directory with --set output=DIRECTORY"
+        )
+
+
+def write_config(config: Config, run: RunLayout) -> None:
+    """Write the resolved config, which makes a directory a run directory."""
+    layout.write_text(run.config, yaml.safe_dump(schema.to_dict(config), sort_keys=False))

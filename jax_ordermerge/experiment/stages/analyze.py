@@ -1,0 +1,75 @@
+"""The stage that relates the final loss of every training sample to when it was seen."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jax_ordermerge.analysis import imbalance
+from jax_ordermerge.config import Config
+from jax_ordermerge.data import order
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import losses, models
+from jax_ordermerge.experiment.context import RunContext, Stage
+from jax_ordermerge.experiment.run_config import model_names
+from jax_ordermerge.layout import RunLayout, read_npz, write_json, write_npz
+from jax_ordermerge.report import formatting
+from jax_ordermerge.train import batches
+
+
+def run(ctx: RunContext) -> None:
+    """Measure the training samples under every model, and regress the losses on the positions."""
+    config, train, path = ctx.config, ctx.splits["train"], ctx.layout.final_losses
+    kinds = model_names(config)
+    measured = _read_losses(path, train)
+    unit = formatting.loss_unit(config.objective.model_dump())
+    missing = [name for name in kinds if name not in measured]
+    for name, params in models.load_models(ctx, missing):
+        model_losses = losses.example_losses(ctx, params, train)
+        measured[name] = model_losses.means.astype(np.float32)
+        ctx.log(f"  {name}: {model_losses.mean:.4f} {unit} on the training samples")
+        arrays = {
+            "names": np.array(list(measured)),
+            "ids": train.ids,
+            "losses": np.stack(list(measured.values())),
+            "tokens": model_losses.counts,
+        }
+        write_npz(path, arrays)  # after each model, so that an interrupted stage continues
+    orders = batches.draw_orders(config, train.lengths, range(config.population.members))
+    positions = [[order.positions(epoch, len(train)) for epoch in epochs] for epochs in orders]
+    analysis = imbalance.analyze(
+        np.stack([measured[name] for name, kind in kinds.items() if kind == "member"]),
+        np.stack(positions),
+        {name: measured[name] for name, kind in kinds.items() if kind == "merge"},
+        base_losses=measured["base"],
+        warmup_fraction=_warmup_fraction(config, steps=orders.shape[1] * orders.shape[2]),
+        bins=config.analysis.bins,
+        bootstrap=config.analysis.bootstrap,
+        permutations=config.analysis.permutations,
+        seed=config.seed,
+    )
+    write_json(ctx.layout.analysis, analysis)
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the statistics are written."""
+    return RunLayout(config.directory).analysis.is_file()
+
+
+def _read_losses(path: Path, examples: Examples) -> dict[str, np.ndarray]:
+    """Return what an interrupted stage has measured, float32[n] by model."""
+    if not path.is_file():
+        return {}
+    arrays = read_npz(path)
+    if not np.array_equal(arrays["ids"], examples.ids):
+        raise UserError(f"{path} was measured on other samples; remove it to measure again")
+    return dict(zip(arrays["names"].tolist(), arrays["losses"], strict=True))
+
+
+def _warmup_fraction(config: Config, steps: int) -> float:
+    # training.warmup is a fraction of the steps below 1, and a number of steps from 1 on
+    warmup = config.training.warmup
+    return warmup if warmup < 1 else min(1.0, warmup / steps)
+
+
+STAGE = Stage("analyze", run, is_complete)

@@ -1,0 +1,88 @@
+"""The stage that merges the members by every method of the config and by the search."""
+
+from jax_ordermerge.config import Config
+from jax_ordermerge.config.merge import AUTO, merge_name
+from jax_ordermerge.experiment import data_dependent, export, losses, models, search
+from jax_ordermerge.experiment.context import RunContext, Stage
+from jax_ordermerge.experiment.preflight import GREEDY_SOUP
+from jax_ordermerge.layout import Json, RunLayout, read_json, write_json
+from jax_ordermerge.merge import population as merging
+from jax_ordermerge.search.candidates import Population
+from jax_ordermerge.tree import Tree
+
+
+def run(ctx: RunContext) -> None:
+    """Merge the population in device memory, export each merge, and record its diagnostics."""
+    config, run = ctx.config, ctx.layout
+    population = models.load_population(ctx)
+    rows = {row["name"]: row for row in (read_json(run.merges) or {"merges": []})["merges"]}
+
+    def record(name: str, settings: Json, merged: Tree) -> None:
+        diagnostics = _measure_diagnostics(ctx, name, population, merged, settings)
+        rows[name] = {"name": name, **settings, "diagnostics": diagnostics}
+        write_json(run.merges, {"dtype": config.merge.dtype, "merges": list(rows.values())})
+
+    for spec in config.merge.methods:
+        name = merge_name(spec, config.seed)
+        if name in rows and run.is_merged(name):
+            continue
+        settings: Json = {
+            "method": spec.method,
+            "seed": config.seed if spec.seed is None else spec.seed,
+            "weights": spec.weights,
+            "parameters": spec.parameters,
+        }
+        if spec.method == GREEDY_SOUP:
+            merged, settings["parameters"] = data_dependent.merge_greedily(
+                ctx,
+                population.members,
+                lambda params: losses.example_losses(ctx, params, ctx.splits["validation"]).mean,
+            )
+        elif spec.method == "fisher":
+            merged = data_dependent.fisher(ctx, settings)
+        else:
+            merged = merging.merge(
+                population.members, population.base, ctx.model, dtype=config.merge.dtype, **settings
+            )
+        recipe = {
+            "merge_method": spec.method,
+            "weights": None if spec.weights is None else list(spec.weights),
+            "parameters": dict(spec.parameters),
+            "seed": settings["seed"],
+        }
+        export.export(ctx, name, merged, recipe)
+        record(name, settings, merged)
+        del merged  # the next merge needs its memory
+    if config.merge.auto is not None and not (AUTO in rows and run.is_merged(AUTO)):
+        chosen = search.choose_merge(
+            ctx, config.merge.auto, run.search, population, target=run.merged(AUTO)
+        )
+        record(AUTO, chosen.settings, chosen.params)
+
+
+def is_complete(config: Config) -> bool:
+    """Whether every merge of the config is exported and recorded."""
+    run = RunLayout(config.directory)
+    return run.merges.is_file() and all(map(run.is_merged, config.merge_names))
+
+
+def _measure_diagnostics(
+    ctx: RunContext, name: str, population: Population, merged: Tree, settings: Json
+) -> Json:
+    if name == AUTO:
+        # the lambdas of a chosen merge are not parameters of its method, so the diagnostics that
+        # depend on the method do not apply; those of task vectors do
+        settings = {"method": AUTO, "seed": settings["seed"]}
+    diagnostics = merging.measure_diagnostics(
+        population.members, population.base, merged, ctx.model, **settings
+    )
+    total = diagnostics["total"]
+    # both are None where no member has left the base
+    ratios = [
+        f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None
+    ]
+    ctx.log(f"  {name}: {', '.join(ratios) or 'equal to the base'} -> {ctx.layout.merged(name)}")
+    return diagnostics
+
+
+STAGE = Stage("merge", run, is_complete)

@@ -1,0 +1,77 @@
+"""The stage that fine-tunes the members."""
+
+import functools
+import math
+from pathlib import Path
+
+from jax_ordermerge.arch import tensor_table
+from jax_ordermerge.config import Config
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.experiment import models, sample_generations, waves
+from jax_ordermerge.experiment.context import RunContext, Stage
+from jax_ordermerge.layout import Json, RunLayout, write_json
+from jax_ordermerge.model import lora
+from jax_ordermerge.train import batches
+
+
+def run(ctx: RunContext) -> None:
+    """Describe the data, then fine-tune the members, each in its own order."""
+    config = ctx.config
+    splits = {name: _describe(examples) for name, examples in ctx.splits.items()}
+    if config.data.packing != "none":
+        splits["train"]["packing"] = batches.make_plan(config, ctx.splits["train"]).packing
+    write_json(ctx.layout.data, splits)
+    for name, description in splits.items():
+        counts = ", ".join(f"{count} {what}" for what, count in description["counts"].items())
+        ctx.log(f"  {name}: {description['source']}, {counts}")
+        if "packing" in description:
+            ctx.log(
+                "  {kind}: up to {examples} examples in a row of {length} tokens,"
+                " {filled:.1%} no padding".format(**description["packing"])
+            )
+    if config.lora is not None:
+        adapter, dense = (
+            sum(math.prod(spec.shape) for spec in table)
+            for table in (lora.table(ctx.model, config.lora), tensor_table(ctx.model))
+        )
+        ctx.log(
+            f"  lora: {adapter:,} parameters per member are trained, {dense:,} of the base are"
+            f" shared in {config.base_dtype}"
+        )
+    waves.train(
+        config,
+        ctx.model,
+        functools.partial(models.base_params, ctx, config.base_dtype),
+        ctx.splits["train"],
+        ctx.mesh,
+        ctx.log,
+        held_out=ctx.splits.get("validation"),
+        sample=sample_generations.sampler(config, ctx.model, ctx.tokenizer, ctx.mesh, ctx.splits),
+        saved=ctx.on_checkpoint,
+    )
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the training has ended: its totals are the last file that it writes."""
+    return RunLayout(config.directory).training_state.is_file()
+
+
+def benchmark(ctx: RunContext, steps: int, profile: Path | None) -> None:
+    """Log how fast the first steps of the training are. Only the profile is written."""
+    base = functools.partial(models.base_params, ctx, ctx.config.base_dtype)
+    examples = ctx.splits["train"]
+    ctx.log(str(waves.look(ctx.config, ctx.model, base, examples, ctx.mesh, steps, profile)))
+
+
+def _describe(examples: Examples) -> Json:
+    return {
+        "source": examples.sources.get("data", ""),
+        "sources": dict(examples.sources),
+        "digest": examples.digest,
+        "examples": len(examples),
+        "tokens": sum(int(part.lengths.sum()) for part in examples.parts),
+        "counts": dict(examples.counts),
+    }
+
+
+STAGE = Stage("train", run, is_complete)
