@@ -17,7 +17,8 @@ import numpy as np
 
 from jax_ordermerge.data import pack
 from jax_ordermerge.evaluate import scoring
-from jax_ordermerge.experiment import layout, stages
+from jax_ordermerge.experiment import models, run_config
+from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.report import formatting
 from jax_ordermerge.search.candidates import Candidate
 
@@ -48,8 +49,8 @@ CHOICES = (
 
 def sweep(run: pathlib.Path) -> tuple[float, float]:
     """Return the lowest test loss of the sweep, and its lambda."""
-    w = stages.prepare(layout.read_config(run), lambda text: None)
-    stock, test, config = stages.load_population(w), w.splits["test"], w.config
+    ctx = open_run(run_config.read_config(run), lambda text: None)
+    population, test, config = models.load_population(ctx), ctx.splits["test"], ctx.config
     lengths = pack.bucket_lengths(test.longest, config.data.buckets)
     settings: dict[str, Any] = {
         "batch": config.analysis.batch,
@@ -58,8 +59,8 @@ def sweep(run: pathlib.Path) -> tuple[float, float]:
     }
     found = []
     for scale in LAMBDAS:
-        params = stock.build(Candidate("task_arithmetic", {"scale": float(scale)}))
-        sums, tokens = scoring.losses(w.model, params, test, mesh=w.mesh, **settings)
+        params = population.build(Candidate("task_arithmetic", {"scale": float(scale)}))
+        sums, tokens = scoring.losses(ctx.model, params, test, mesh=ctx.mesh, **settings)
         found.append((float(sums.astype(np.float64).sum() / tokens.sum()), float(scale)))
     return min(found)
 
@@ -67,7 +68,9 @@ def sweep(run: pathlib.Path) -> tuple[float, float]:
 def row(run: pathlib.Path) -> list[str]:
     """Return the cells of a run."""
     config, analysis, search, controls = (
-        json.loads((run / name).read_text()) if name.endswith("json") else layout.read_config(run)
+        json.loads((run / name).read_text())
+        if name.endswith("json")
+        else run_config.read_config(run)
         for name in ("config.yaml", "analysis.json", "search/results.json", "controls.json")
     )
     first, *_, last = analysis["fixed_effects"]["coefficients"]

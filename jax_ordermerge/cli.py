@@ -39,9 +39,9 @@ SetOption = Annotated[
 
 
 def _through(last: str, target: Path, overrides: list[str] | None) -> None:
-    from jax_ordermerge.experiment import layout, pipeline
+    from jax_ordermerge.experiment import pipeline, run_config
 
-    pipeline.run(layout.read_config(target, overrides or ()), through=last, log=typer.echo)
+    pipeline.run(run_config.read_config(target, overrides or ()), through=last, log=typer.echo)
 
 
 @app.command()
@@ -88,11 +88,11 @@ def plan(
 
     ordermerge plan configs/llama2_7b_gsm8k.yaml --topology v5p:4x4x2 --examples 7473 --test-examples 1319
     """
-    from jax_ordermerge.experiment import layout
+    from jax_ordermerge.experiment import run_config
     from jax_ordermerge.plan import formatting, planner
 
     made = planner.make(
-        layout.read_config(config, overrides or ()),
+        run_config.read_config(config, overrides or ()),
         topology,
         slices=slices,
         architecture=architecture,
@@ -130,10 +130,13 @@ def train(
         _through("train", config, overrides)
         return
 
-    from jax_ordermerge.experiment import layout, pipeline
+    from jax_ordermerge.experiment import pipeline, run_config
 
-    pipeline.look(
-        layout.read_config(config, overrides or ()), steps=steps, profile=profile, log=typer.echo
+    pipeline.benchmark(
+        run_config.read_config(config, overrides or ()),
+        steps=steps,
+        profile=profile,
+        log=typer.echo,
     )
 
 
@@ -192,7 +195,7 @@ def evaluate(
 
     ordermerge evaluate MODEL --harness arc_easy,hellaswag --set mesh.fsdp=8
     """
-    from jax_ordermerge.commands import evaluating
+    from jax_ordermerge.commands import evaluate as evaluating
 
     own = {
         "--config": config,
@@ -214,7 +217,7 @@ def evaluate(
             )
         _through("evaluate", target, overrides)
         return
-    settings = evaluating.read_config(str(target), config, overrides or ())
+    settings = evaluating.model_config(str(target), config, overrides or ())
     if harness is None:
         given = [name for name, value in of_harness.items() if value is not None]
         if given:
@@ -239,9 +242,9 @@ def evaluate(
 @app.command()
 def report(config: RunArgument, overrides: SetOption = None) -> None:
     """Write report.html and report.md of a run, with whatever stages are complete."""
-    from jax_ordermerge.experiment import layout, pipeline
+    from jax_ordermerge.experiment import pipeline, run_config
 
-    typer.echo(f"wrote {pipeline.report(layout.read_config(config, overrides or ()))}")
+    typer.echo(f"wrote {pipeline.write_report(run_config.read_config(config, overrides or ()))}")
 
 
 @app.command()
@@ -404,9 +407,9 @@ def search(
     ordermerge search runs/quickstart --budget 200 --sampler random
     """
     from jax_ordermerge.config import read_search
-    from jax_ordermerge.experiment import layout, pipeline
+    from jax_ordermerge.experiment import pipeline, run_config
 
-    resolved = layout.read_config(config, overrides or ())
+    resolved = run_config.read_config(config, overrides or ())
     given = {"budget": budget, "sampler": sampler, "seed": seed}
     chosen = read_search(
         space,
@@ -531,7 +534,7 @@ def doctor(
     import rich
 
     from jax_ordermerge.commands import doctor
-    from jax_ordermerge.experiment import layout
+    from jax_ordermerge.experiment import run_config
 
     if only_versions:
         for name, version in doctor.installed():
@@ -539,7 +542,7 @@ def doctor(
         findings = [one for one in doctor.versions() if one.verdict == "bad"]
     else:
         findings = list(
-            doctor.examine(layout.read_config(config, overrides or ()) if config else None)
+            doctor.examine(run_config.read_config(config, overrides or ()) if config else None)
         )
     if findings:
         rich.print(doctor.table(findings))
@@ -578,7 +581,7 @@ def launch(
 
     ordermerge launch CONFIG --target slurm nodes=4 gpus=8 partition=h100 time=12:00:00
     """
-    from jax_ordermerge.experiment import layout
+    from jax_ordermerge.experiment import run_config
     from jax_ordermerge.launch import render
     from jax_ordermerge.launch.submit import submit as hand_over
 
@@ -587,7 +590,7 @@ def launch(
             typer.echo(f"{name:16} {default:12} {meaning}".rstrip())
         return
     pairs = dict(_pair(item, "nodes=4") for item in options or [])
-    text = render.render(layout.read_config(config, overrides or ()), target, pairs)
+    text = render.render(run_config.read_config(config, overrides or ()), target, pairs)
     if not (out or submit):
         typer.echo(text, nl=False)
         return

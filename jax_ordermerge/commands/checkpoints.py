@@ -20,7 +20,7 @@ from jax_ordermerge.evaluate import harness
 from jax_ordermerge.evaluate.prompts import encode
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
 from jax_ordermerge.experiment import waves
-from jax_ordermerge.experiment.layout import read_config
+from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.merge.sources import peft_files
 from jax_ordermerge.train import members
 

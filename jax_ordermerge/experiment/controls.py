@@ -107,9 +107,7 @@ def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]
     """Return the controls of the config that are not merges, by name."""
 
     def ensemble(population: Population) -> LossFunction:
-        return functools.partial(
-            losses.example_losses, ctx, population.members, members="ensemble"
-        )
+        return functools.partial(losses.example_losses, ctx, population.members, members="ensemble")
 
     def single(population: Population) -> LossFunction:
         return functools.partial(losses.example_losses, ctx, _train_single(ctx))
@@ -153,6 +151,4 @@ def _single_config(config: Config, groups: int) -> Config:
         update={"epochs": population.members * config.training.epochs, "mixing": None}
     )
     output = str(RunLayout(config.directory).single.root)
-    return config.model_copy(
-        update={"output": output, "population": members, "training": training}
-    )
+    return config.model_copy(update={"output": output, "population": members, "training": training})

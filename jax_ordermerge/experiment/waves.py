@@ -20,8 +20,8 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment.layout import read_json, write_bytes, write_json
 from jax_ordermerge.hardware import MEMORY_FRACTION
+from jax_ordermerge.layout import read_json, write_bytes, write_json
 from jax_ordermerge.plan import compiled
 from jax_ordermerge.train import batches, loop, recorder
 from jax_ordermerge.train import benchmark as looks

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import yaml
 
-from jax_ordermerge.commands import evaluating
+from jax_ordermerge.commands import evaluate
 from jax_ordermerge.config import Data, make_config, make_task
 from jax_ordermerge.data import synthetic
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import adapter, harness
 
-QUICKSTART = pathlib.Path(evaluating.__file__).parents[1] / "assets" / "quickstart"
+QUICKSTART = pathlib.Path(evaluate.__file__).parents[1] / "assets" / "quickstart"
 MISSING = [
     name for name in ("lm_eval", "torch", "accelerate") if importlib.util.find_spec(name) is None
 ]
@@ -163,7 +163,7 @@ def load(directory, **mesh):
         "mesh": sizes,
         "evaluation": {"batch": 8},
     }
-    return evaluating.load(make_config(raw))
+    return evaluate.load_subject(make_config(raw))
 
 
 def theirs(directory, folder):

@@ -20,8 +20,8 @@ from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.cli import app
 from jax_ordermerge.config import load_config, to_dict
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import pipeline
-from jax_ordermerge.experiment.layout import read_config
+from jax_ordermerge.experiment import pipeline, remote_run
+from jax_ordermerge.experiment.run_config import read_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = ["training.epochs=4", "training.checkpoint_every=2", "evaluation.tasks=[]", "name=tiny"]
@@ -229,20 +229,20 @@ def test_a_bucket_out_of_reach_does_not_end_a_training_but_a_stage(bucket, monke
     mirror, said = remote.Mirror(f"{bucket}/run"), []
     mirror.open()
     (mirror.local / "file").write_text("whole")
-    save = pipeline.Saving(mirror, said.append)
+    copy = remote_run.BucketCopy(mirror, said.append)
 
     def unreachable(url):
         raise OSError("connection refused")
 
     with monkeypatch.context() as patch:
         patch.setattr(remote, "_store", unreachable)
-        save.in_passing()
+        copy.try_save()
         with pytest.raises(
             UserError,
             match=r"run cannot be written \(OSError: connection refused\); check the address",
         ):
-            save()
+            copy.save()
     assert len(said) == 1
-    assert said[0].endswith("the run goes on, and this is tried again when more of it is whole")
-    save.in_passing()
+    assert said[0].endswith("the run goes on and copies again with the next complete files")
+    copy.try_save()
     assert list(found(mirror.url)) == ["file"]

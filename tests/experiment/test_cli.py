@@ -11,7 +11,7 @@ import pytest
 from jax_ordermerge import cli
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.experiment import pipeline
-from jax_ordermerge.experiment.layout import read_config
+from jax_ordermerge.experiment.run_config import read_config
 from tests.experiment import tiny
 
 

@@ -9,11 +9,11 @@ import pytest
 from jax_ordermerge.config import load_config
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import dpo_reference, pipeline, stages
+from jax_ordermerge.experiment import dpo_reference, pipeline
 from jax_ordermerge.train import loop
 from tests.experiment import tiny
 
-QUIET = {"say": lambda line: None}
+QUIET = {"log": lambda line: None}
 
 
 def make_config(folder, **sections):
@@ -173,14 +173,14 @@ def test_a_run_interrupted_and_called_again(tmp_path, monkeypatch, loss):
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(load_config(file), **QUIET)
     with monkeypatch.context() as patch:
-        measure = stages.measure.losses
+        measure = losses.sequence_losses
         patch.setattr(
-            stages.measure,
-            "losses",
+            losses,
+            "sequence_losses",
             lambda *args, **more: pytest.fail("the reference was measured again"),
         )
         pipeline.run(load_config(file), through="train", **QUIET)
-        patch.setattr(stages.measure, "losses", measure)
+        patch.setattr(losses, "sequence_losses", measure)
     pipeline.run(load_config(file), **QUIET)
     for part in (
         "reference/train.npz",

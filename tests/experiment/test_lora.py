@@ -7,8 +7,9 @@ import pytest
 
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import pipeline, stages, waves
-from jax_ordermerge.experiment.layout import read_config
+from jax_ordermerge.experiment import pipeline, waves
+from jax_ordermerge.experiment.context import open_run
+from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.train import members
 from tests.experiment import tiny
 from tests.experiment.test_cli import call
@@ -62,15 +63,15 @@ def test_every_stage_works_on_adapters(run):
 def test_answers_while_training_are_those_of_dense_members(run):
     directory, _ = run
     last = json.loads((directory / "metrics" / "samples.jsonl").read_text().splitlines()[-1])
-    w = stages.prepare(read_config(directory), lambda line: None)
-    held = w.splits["validation"]
+    ctx = open_run(read_config(directory), lambda line: None)
+    validation = ctx.splits["validation"]
     for number in last["members"]:
         dense = members.restore_member(
-            w.config, w.model, w.mesh, number, directory=waves.home(w.config, number)
+            ctx.config, ctx.model, ctx.mesh, number, directory=waves.home(ctx.config, number)
         )
-        generate = harness.generator(w.model, dense, w.tokenizer, batch=4, dtype="float32")
+        generate = harness.generator(ctx.model, dense, ctx.tokenizer, batch=4, dtype="float32")
         assert last["texts"][number] == generate(
-            [held.prompt(row).tolist() for row in range(len(held))], 4
+            [validation.prompt(row).tolist() for row in range(len(validation))], 4
         )
 
 

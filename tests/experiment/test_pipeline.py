@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 from jax_ordermerge import tree
+from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import pipeline, stages
-from jax_ordermerge.experiment.layout import read_config
+from jax_ordermerge.experiment import losses, models, pipeline
+from jax_ordermerge.experiment.context import open_run
+from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.train import loop
 
 
@@ -123,10 +125,10 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
         assert ours == theirs
     if groups == 2:
         return
-    w = stages.prepare(config, lambda line: None)
-    test = w.splits["test"]
-    for name, params in stages.models(w, ["base", "member_1", "average", "selection"]):
-        generate = harness.generator(w.model, params, w.tokenizer, batch=8, dtype="float32")
+    ctx = open_run(config, lambda line: None)
+    test = ctx.splits["test"]
+    for name, params in models.load_models(ctx, ["base", "member_1", "average", "selection"]):
+        generate = harness.generator(ctx.model, params, ctx.tokenizer, batch=8, dtype="float32")
         alone = generate([test.prompt(row).tolist() for row in range(len(test))], 4)
         items = json.loads((tmp_path / "run" / "evaluations" / f"{name}.json").read_text())[
             "tasks"
@@ -140,13 +142,13 @@ def test_interrupted_and_called_again_ends_with_the_same_bytes(
 ):
     directory, _ = run
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
-    room, name, after = {
+    module, name, after = {
         "train": (loop, "_log", 2),
-        "merge": (stages.convert, "export", 2),
-        "analyze": (stages.measure, "losses", 3),
-        "evaluate": (stages.harness, "run_task", 3),
+        "merge": (convert, "export", 2),
+        "analyze": (losses, "sequence_losses", 3),
+        "evaluate": (harness, "run_task", 3),
     }[stage]
-    original, calls = getattr(room, name), []
+    original, calls = getattr(module, name), []
 
     def fails(*args, **kwargs):
         calls.append(1)
@@ -155,10 +157,10 @@ def test_interrupted_and_called_again_ends_with_the_same_bytes(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, name, fails)
+        patch.setattr(module, name, fails)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, log=lambda line: None)
-    assert not pipeline.complete(stage, config)
+    assert not pipeline.find_stage(stage).is_complete(config)
     pipeline.run(config, log=lambda line: None)
     for part in (
         "merged/average/model.safetensors",
@@ -182,8 +184,8 @@ def test_stages_alone_do_the_same(run, folder, tmp_path):
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
     for stage in ("train", "merge"):
         pipeline.run(config, through=stage, log=lambda line: None)
-        assert pipeline.complete(stage, config)
-        assert not pipeline.complete("evaluate", config)
+        assert pipeline.find_stage(stage).is_complete(config)
+        assert not pipeline.find_stage("evaluate").is_complete(config)
     name = "merged/selection/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (directory / name).read_bytes()
 

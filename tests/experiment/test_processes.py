@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.checkpoint import convert, orbax
-from jax_ordermerge.experiment.layout import read_config
+from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import members
 

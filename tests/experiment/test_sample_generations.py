@@ -9,7 +9,8 @@ import pytest
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.experiment import pipeline, stages
+from jax_ordermerge.experiment import pipeline, sample_generations
+from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.report import run_report
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import member
@@ -40,10 +41,8 @@ def both(folder, tmp_path_factory):
 
 
 def weights(folder, directory):
-    w = stages.prepare(
-        load_config(folder / "tiny.yaml", [f"output={directory}"]), lambda line: None
-    )
-    return w, members.restore_members(w.config, w.model, w.mesh)
+    ctx = open_run(load_config(folder / "tiny.yaml", [f"output={directory}"]), lambda line: None)
+    return ctx, members.restore_members(ctx.config, ctx.model, ctx.mesh)
 
 
 def test_members_are_bitwise_the_same_with_and_without(both, folder):
@@ -67,15 +66,15 @@ def test_the_last_answers_are_those_of_the_trained_members(both, folder):
     _, asked = both
     said = lines(asked, "samples")
     assert [line["step"] for line in said] == [3, 6, 9, 10]
-    w, population = weights(folder, asked)
-    held = w.splits["validation"]
-    assert all(line["prompts"] == held.prompts and line["members"] == [0, 1] for line in said)
+    ctx, population = weights(folder, asked)
+    validation = ctx.splits["validation"]
+    assert all(line["prompts"] == validation.prompts and line["members"] == [0, 1] for line in said)
     for number in (0, 1):
         generate = harness.generator(
-            w.model, member(population, number), w.tokenizer, batch=4, dtype="float32"
+            ctx.model, member(population, number), ctx.tokenizer, batch=4, dtype="float32"
         )
         assert said[-1]["texts"][number] == generate(
-            [held.prompt(row).tolist() for row in range(len(held))], 4
+            [validation.prompt(row).tolist() for row in range(len(validation))], 4
         )
     assert (
         said[0]["texts"] != said[-1]["texts"]
@@ -108,25 +107,30 @@ def test_what_a_lost_process_wrote_is_written_again(both, folder, tmp_path):
 
 
 def test_prompts_of_ones_own_are_put_in_the_template(folder, tmp_path):
-    w = stages.prepare(
+    ctx = open_run(
         load_config(
             folder / "tiny.yaml", [f"output={tmp_path}", *ASKS, 'samples.prompts=["a plus b is ?"]']
         ),
         print,
     )
-    _, tokens = stages.sampling._asked(w.config, w.tokenizer, w.splits)
-    split = next(part for part in w.splits.values() if "a plus b is ?" in part.prompts)
+    tokens = sample_generations.read_prompts(
+        ctx.config, ctx.model, ctx.tokenizer, ctx.splits
+    ).tokens
+    split = next(part for part in ctx.splits.values() if "a plus b is ?" in part.prompts)
     assert tokens == [split.prompt(split.prompts.index("a plus b is ?")).tolist()]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["data.test=null", "data.validation_examples=0"], "nothing to ask: give samples.prompts"),
+        (
+            ["data.test=null", "data.validation_examples=0"],
+            "there are no prompts: give samples.prompts",
+        ),
         (["samples.max_new_tokens=30"], "samples.max_new_tokens = 30 exceed the context of 32"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_training(folder, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         trained(folder, tmp_path / "run", *ASKS, *more)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()

@@ -13,8 +13,9 @@ from jax_ordermerge import tree
 from jax_ordermerge.config import load_config, read_search
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import pipeline, search, stages
-from jax_ordermerge.experiment.layout import read_config
+from jax_ordermerge.experiment import losses, models, pipeline, preflight
+from jax_ordermerge.experiment.context import open_run
+from jax_ordermerge.experiment.run_config import read_config
 
 METHODS = [
     {"method": "task_arithmetic", "parameters": {"scale": {"low": 0.5, "high": 2.0, "steps": 4}}},
@@ -96,7 +97,7 @@ def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path
     config = read_config(run)
     space = read_search(None, config.merge.auto, {})
     whole = results(run / "search")
-    original, calls = stages._losses, []
+    original, calls = losses.example_losses, []
 
     def fails(*args, **kwargs):
         calls.append(1)
@@ -105,7 +106,7 @@ def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_losses", fails)
+        patch.setattr(losses, "example_losses", fails)
         with pytest.raises(KeyboardInterrupt):
             pipeline.search(config, space, out=tmp_path / "out", log=lambda line: None)
     with (tmp_path / "out" / "journal.jsonl").open("a") as journal:
@@ -134,15 +135,15 @@ def test_two_models_more_than_the_members_are_in_memory_and_nothing_is_written(
     run, tmp_path, monkeypatch
 ):
     config = read_config(run)
-    original, seen, written = stages._losses, [], []
+    original, seen, written = losses.example_losses, [], []
 
-    def watched(w, params, examples, **kwargs):
+    def watched(ctx, params, examples, **kwargs):
         model = sum(leaf.nbytes for leaf in tree.flatten(params).values())
         seen.append(sum(x.nbytes for x in jax.live_arrays()) / model)
         written.append({path.name for path in (tmp_path / "out").rglob("*")})
-        return original(w, params, examples, **kwargs)
+        return original(ctx, params, examples, **kwargs)
 
-    monkeypatch.setattr(stages, "_losses", watched)
+    monkeypatch.setattr(losses, "example_losses", watched)
     before = sum(x.nbytes for x in jax.live_arrays())
     pipeline.search(
         config,
@@ -152,9 +153,7 @@ def test_two_models_more_than_the_members_are_in_memory_and_nothing_is_written(
     )
     model = sum(
         leaf.nbytes
-        for leaf in tree.flatten(
-            stages.base_params(stages.prepare(config, print), "bfloat16")
-        ).values()
+        for leaf in tree.flatten(models.base_params(open_run(config, print), "bfloat16")).values()
     )
     # base and candidate beside two members; a twentieth of a model for batches and what jax keeps
     assert max(seen) <= 2 + 2 + before / model + 0.05
@@ -163,25 +162,20 @@ def test_two_models_more_than_the_members_are_in_memory_and_nothing_is_written(
 
 def test_examples_of_two_splits_are_refused(run):
     config = read_config(run)
-    w = stages.prepare(config, lambda line: None)
-    space = read_search(None, None, {})
-    for name in ("train", "test"):
-        with pytest.raises(
-            UserError,
-            match=rf"\d+ of \d+ validation examples are {name} examples too \(the first is row",
-        ):
-            search.check(config, w.splits | {"validation": w.splits[name]}, space, w.model)
-    with pytest.raises(UserError, match="2 validation examples are too few"):
-        search.check(
-            config,
-            w.splits | {"validation": w.splits["validation"].take(np.arange(2))},
-            space,
-            w.model,
-        )
+    ctx = open_run(config, lambda line: None)
+    splits, space = ctx.splits, read_search(None, None, {})
+    few = splits["validation"].take(np.arange(2))
+    for validation, message in (
+        ({"validation": splits["train"]}, r"\d+ of \d+ validation examples are train examples too"),
+        ({"validation": splits["test"]}, r"are test examples too \(the first is row"),
+        ({"validation": few}, "2 validation examples are too few"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preflight.check_search(config, ctx.model, splits | validation, space)
     with pytest.raises(
         UserError, match=r"chosen on validation examples: set data\.validation_examples"
     ):
-        search.check(config, {"train": w.splits["train"]}, space, w.model)
+        preflight.check_search(config, ctx.model, {"train": splits["train"]}, space)
 
 
 def test_a_wrong_space_is_refused_before_anything_is_trained(folder, tmp_path):
@@ -194,7 +188,7 @@ def test_a_wrong_space_is_refused_before_anything_is_trained(folder, tmp_path):
 def test_results_go_to_a_disk(run):
     with pytest.raises(
         UserError,
-        match=r"^--out s3:.*: a search writes a journal line by line; give a directory on a disk$",
+        match=r"^--out s3:.*: a search appends to a file line by line; give a directory on a disk$",
     ):
         pipeline.search(
             read_config(run),

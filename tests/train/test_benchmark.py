@@ -16,7 +16,7 @@ from tests.experiment.test_cli import call
 def test_a_look_writes_nothing_but_the_profile(folder, tmp_path):
     said = []
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
-    pipeline.look(config, steps=6, profile=tmp_path / "profile", log=said.append)
+    pipeline.benchmark(config, steps=6, profile=tmp_path / "profile", log=said.append)
     assert "s a step" in said[-1]
     assert "tokens/s, MFU unknown for this device, host outside the compiled step" in said[-1]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -24,7 +24,7 @@ def test_a_look_writes_nothing_but_the_profile(folder, tmp_path):
     with pytest.raises(
         UserError, match="--steps 99: expected 2 to 10, the steps of the whole training"
     ):
-        pipeline.look(config, steps=99, log=said.append)
+        pipeline.benchmark(config, steps=99, log=said.append)
 
 
 def test_a_profile_goes_with_steps(folder, tmp_path, capsys):
@@ -39,7 +39,7 @@ from jax_ordermerge.config import load_config
 from jax_ordermerge.experiment import pipeline
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
-pipeline.look(load_config(sys.argv[1], [f"compilation_cache={sys.argv[2]}"]), steps=2)
+pipeline.benchmark(load_config(sys.argv[1], [f"compilation_cache={sys.argv[2]}"]), steps=2)
 print(*(seen.count(f"/jax/compilation_cache/{what}") for what in ("compile_requests_use_cache", "cache_hits")))
 """
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from jax_ordermerge.config import PREFERENCES, Config
-from jax_ordermerge.config.evaluation import LIKELIHOODS, OUTPUTS
+from jax_ordermerge.config.evaluation import OUTPUTS
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import controls, dpo_reference, losses, models, stack_models
 from jax_ordermerge.experiment.context import RunContext, Stage
@@ -43,7 +43,7 @@ def _load_with_generators(
     As many models as fit the devices are stacked, so that one program generates for all of them.
     """
     config, dtype = ctx.config, ctx.config.merge.dtype
-    if all(task.kind in LIKELIHOODS for task in config.evaluation.tasks):
+    if not any(task.new_tokens for task in config.evaluation.tasks):
         yield from ((name, params, None) for name, params in models.load_models(ctx, names))
         return
     size = stack_models.fitting(config.population.members, ctx.model, ctx.mesh, dtype)
@@ -102,9 +102,7 @@ def _evaluate_model(
     # -------------------------------------------------------------- tasks
     subject = models.as_subject(config, ctx.model, params, ctx.tokenizer, ctx.mesh, generate)
     for task in config.evaluation.tasks:
-        task_summary, items = harness.run(
-            task, subject, config.data, test=test, seed=config.seed
-        )
+        task_summary, items = harness.run(task, subject, config.data, test=test, seed=config.seed)
         if task.kind == OUTPUTS:
             # AlpacaEval's files name the model that wrote each answer
             signed = [{**item, "generator": f"{config.name}/{name}"} for item in items]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jax_ordermerge import cli
-from jax_ordermerge.commands import evaluating
+from jax_ordermerge.commands import evaluate
 from jax_ordermerge.config import load_config, make_task
 from jax_ordermerge.evaluate import harness, judge
 from jax_ordermerge.experiment import pipeline
@@ -61,7 +61,7 @@ def tasks(tmp_path):
             "choices": "{{options}}",
             "answer": "{{right}}",
         },
-        {"name": "pages", "kind": "perplexity", "data": files["texts"], "response": "{{page}}"},
+        {"name": "pages", "kind": "perplexity", "data": files["texts"], "text": "{{page}}"},
         {"name": "told", "kind": "alpaca_outputs", "data": files["asked"], "max_new_tokens": 4},
         {
             "name": "shown",
@@ -128,10 +128,10 @@ def test_a_model_on_tasks_of_a_config(folder, tasks, tmp_path, capsys):
 @pytest.mark.slow
 def test_scores_do_not_depend_on_batch_and_mesh(folder, tasks):
     def run(*changes):
-        config = evaluating.read_config(
+        config = evaluate.model_config(
             str(folder / "base"), None, ["model.compute_dtype=float32", *changes]
         )
-        return harness.run(make_task(**tasks[0]), evaluating.load(config), config.data)[1]
+        return harness.run(make_task(**tasks[0]), evaluate.load_subject(config), config.data)[1]
 
     alone = run("evaluation.batch=1", "mesh.fsdp=1")
     for changes in (

@@ -1,0 +1,146 @@
+"""Evaluation of one model outside a run: on the tasks of a config, or of lm-evaluation-harness."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_ordermerge import config as schema
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.config import Config
+from jax_ordermerge.config.evaluation import OUTPUTS
+from jax_ordermerge.data import source
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import harness
+from jax_ordermerge.experiment import models
+from jax_ordermerge.experiment.context import Log, start_devices
+from jax_ordermerge.layout import Json, RunLayout, write_json
+
+
+def is_model(target: Path) -> bool:
+    """Return whether the target of `ordermerge evaluate` is neither a config file nor a run.
+
+    Example:
+        >>> is_model(Path("configs/quickstart.yaml")), is_model(Path("embedded:quickstart"))
+        (False, True)
+    """
+    return target.suffix not in (".yaml", ".yml") and not RunLayout(target).is_run
+
+
+def model_config(model: str, path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Return the config that evaluates one model: of a file, or the defaults, with it as base.
+
+    Example:
+        >>> model_config("embedded:quickstart", None, ["evaluation.batch=8"]).evaluation.batch
+        8
+    """
+    return schema.load_config(path, [*overrides, f"model.base={json.dumps(model)}"])
+
+
+def evaluate_tasks(config: Config, out: Path | None, log: Log) -> Json:
+    """Evaluate the model `model.base` on the tasks of the config.
+
+    Args:
+        config: see `model_config`.
+        out: directory for `results.json` and a file of items per task; answers for a judge need it.
+        log: receives one line per task.
+
+    Returns:
+        the content of `results.json`: `model`, `dtype`, and under `tasks` the summary of each.
+
+    Raises:
+        UserError: there are no tasks, or a task does not fit its data.
+    """
+    tasks = config.evaluation.tasks
+    if not tasks:
+        raise UserError(
+            "no tasks to evaluate on: give --config FILE with evaluation.tasks,"
+            " or --harness TASK,..."
+        )
+    if out is None and any(task.kind == OUTPUTS for task in tasks):
+        raise UserError(
+            f"a task of kind {OUTPUTS} writes a file for a judge; say where with --out DIRECTORY"
+        )
+    subject = load_subject(config)
+    summaries: Json = {}
+    results: Json = {"model": config.model.base, "dtype": config.model.compute_dtype}
+    results["tasks"] = summaries
+    for task in tasks:
+        summaries[task.name], items = harness.run(task, subject, config.data, seed=config.seed)
+        log(f"{task.name}: {format_summary(summaries[task.name])}")
+        if out is not None:
+            if task.kind == OUTPUTS:
+                # AlpacaEval's files name the model that wrote each answer
+                generator = Path(config.model.base).name
+                items = [{**item, "generator": generator} for item in items]
+            write_json(out / f"{task.name}.json", items)
+    if out is not None:
+        write_json(out / "results.json", results)
+    return results
+
+
+def evaluate_harness(
+    config: Config, names: list[str], out: Path | None, log: Log, **options: Any
+) -> Json:
+    """Evaluate the model `model.base` on tasks of lm-evaluation-harness.
+
+    Args:
+        config: see `model_config`.
+        names: of tasks or groups.
+        out: directory for `results.json` and the items of each task.
+        log: receives the table of results.
+        options: see `evaluate.adapter.run`.
+
+    Raises:
+        UserError: lm-evaluation-harness is not installed, or refuses a task.
+    """
+    from jax_ordermerge.evaluate import adapter
+
+    adapter.check()
+    results, table = adapter.run(load_subject(config), names, seed=config.seed, **options)
+    if out is not None:
+        for name, items in results.pop("samples").items():
+            write_json(out / f"{name}.json", items)
+        model = {"model": config.model.base, "dtype": config.model.compute_dtype}
+        write_json(out / "results.json", {**model, **results})
+    log(table)
+    return results
+
+
+def format_summary(summary: Json) -> str:
+    """Return the result of a task on one line.
+
+    Example:
+        >>> format_summary({"accuracy": 0.5, "se": 0.25, "n": 4, "acc_norm": 0.75})
+        'accuracy 50.0 % +- 25.0, acc_norm 75.0 %, n 4'
+        >>> format_summary({"word_perplexity": 12.345678, "bits_per_byte": 1.5, "se": 0.1, "n": 2})
+        'word_perplexity 12.346, bits_per_byte 1.500 +- 0.100, n 2'
+    """
+    parts = []
+    for name, value in summary.items():
+        if name == "accuracy":
+            parts.append(f"accuracy {100 * value:.1f} % +- {100 * summary['se']:.1f}")
+        elif name == "bits_per_byte":
+            parts.append(f"bits_per_byte {value:.3f} +- {summary['se']:.3f}")
+        elif name == "flexible" or (
+            name.startswith(("acc_", "pass@")) and not name.endswith("_se")
+        ):
+            parts.append(f"{name} {100 * value:.1f} %")
+        elif name.endswith("_perplexity"):
+            parts.append(f"{name} {value:.3f}")
+        elif name == "isolation":
+            parts.append(f"isolation {value}")
+    return ", ".join([*parts, f"n {summary['n']}"])
+
+
+def load_subject(config: Config) -> harness.Subject:
+    """Start the processes, build the mesh and load the model `model.base` onto it."""
+    start_devices(config)
+    mesh = meshes.make_mesh(**config.mesh.model_dump())
+    directory = convert.resolve(config.model.base)
+    tokenizer = source.load_tokenizer(directory)
+    model, params = convert.load_params(
+        directory, mesh, dtype=config.model.compute_dtype, ignore=config.model.ignore_config_keys
+    )
+    return models.as_subject(config, model, params, tokenizer, mesh)
