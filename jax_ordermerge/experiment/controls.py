@@ -40,13 +40,13 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     ):
         return
     population = models.load_population(ctx)
-    listed = controls.controls(
+    listed = controls.make_controls(
         config.merge.controls, population.count, _selections(config), config.seed
     )
 
-    def measure(loss_function: LossFunction) -> controls.Measured:
+    def measure(loss_function: LossFunction) -> controls.ControlLosses:
         means = loss_function(examples).means
-        return controls.Measured(
+        return controls.ControlLosses(
             means, None if validation is None else loss_function(validation).mean
         )
 
@@ -91,10 +91,10 @@ def _selections(config: Config) -> dict[str, Candidate]:
 
 def _evaluated_controls(
     evaluated: Mapping[str, Json], listed: list[controls.Control]
-) -> dict[str, controls.Measured]:
+) -> dict[str, controls.ControlLosses]:
     """Return the losses of the controls that the evaluation has measured: base and members."""
     return {
-        control.name: controls.Measured(
+        control.name: controls.ControlLosses(
             np.asarray(evaluated[control.name]["losses"], np.float64),
             evaluated[control.name]["summary"]["validation_loss"],
         )

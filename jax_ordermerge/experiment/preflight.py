@@ -124,6 +124,6 @@ def check_search(
             " or give ordermerge search --validation FILE"
         )
     others = {name: examples for name, examples in splits.items() if name != "validation"}
-    search.check_apart(splits["validation"], others)
+    search.check_disjoint(splits["validation"], others)
     seed = config.seed if space.seed is None else space.seed
     search.check_space(space, config.population.members, model, seed)

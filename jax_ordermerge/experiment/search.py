@@ -47,14 +47,14 @@ def choose_merge(
         target: directory of the exported model; None exports nothing.
     """
     population = population or models.load_population(ctx)
-    found = search.find(
+    result = search.run_search(
         population,
         space,
         ctx.splits["validation"],
         functools.partial(losses.example_losses, ctx),
         seed=ctx.config.seed if space.seed is None else space.seed,
-        directory=layout.root,
-        of={
+        layout=layout,
+        provenance={
             "dtype": str(population.dtype),
             "train": ctx.splits["train"].digest,
             "run": ctx.config.name,
@@ -62,16 +62,14 @@ def choose_merge(
         },
         log=ctx.log,
     )
-    results = found.results | {"claim": None}
     if len(ctx.splits.get("test") or ()) > 1:
-        results["claim"] = _compare_on_test(ctx, population, found)
-    write_json(layout.results, results)
-    ctx.log(f"  {choice.sentence(results)}")
-    winner = found.winner
-    merged = population.build(winner)
+        result = dataclasses.replace(result, claim=_compare_on_test(ctx, population, result))
+    write_json(layout.results, result.to_dict())
+    ctx.log(f"  {choice.sentence(result.to_dict())}")
+    merged = population.build(result.winning_candidate)
     if target is not None:
-        export.export(ctx, AUTO, merged, _recipe(winner, results), _origin(winner, results), target)
-    return ChosenMerge(_settings(winner), merged)
+        export.export(ctx, AUTO, merged, _recipe(result), _origin(result), target)
+    return ChosenMerge(_settings(result.winning_candidate), merged)
 
 
 def with_validation_file(ctx: RunContext, path: Path) -> RunContext:
@@ -82,7 +80,7 @@ def with_validation_file(ctx: RunContext, path: Path) -> RunContext:
     return dataclasses.replace(ctx, splits=ctx.splits | {"validation": examples})
 
 
-def _compare_on_test(ctx: RunContext, population: Population, found: search.Found) -> Json:
+def _compare_on_test(ctx: RunContext, population: Population, result: search.SearchResult) -> Json:
     """Compare the winner with its rivals on the test examples, which had no part in the choice."""
     test = ctx.splits["test"]
 
@@ -91,10 +89,9 @@ def _compare_on_test(ctx: RunContext, population: Population, found: search.Foun
 
     members = [measure(Candidate(MEMBER, {"number": m})) for m in range(population.count)]
     tokens = members[0].counts
-    best = found.results["candidates"][found.results["best_member"]]["candidate"]
-    winner = measure(found.winner).means
+    winner = measure(result.winning_candidate).means
     rivals = {
-        "best_member": members[best["parameters"]["number"]].means,
+        "best_member": members[result.best_member_number].means,
         "mean_member": np.mean([member.means for member in members], axis=0),
         "average": measure(Candidate("average")).means,
     }
@@ -109,10 +106,11 @@ def _compare_on_test(ctx: RunContext, population: Population, found: search.Foun
     return {"examples": len(test), "loss": loss, "against": against}
 
 
-def _origin(winner: Candidate, results: Json) -> str:
+def _origin(result: search.SearchResult) -> str:
     """Return what the model card says about the choice."""
     kinds = {"base": "It is the base itself.", "member": "It is one of the members itself."}
-    return f"{choice.sentence(results)} {kinds.get(winner.kind, '')}".strip()
+    kind = kinds.get(result.winning_candidate.kind, "")
+    return f"{choice.sentence(result.to_dict())} {kind}".strip()
 
 
 def _settings(winner: Candidate) -> Json:
@@ -127,7 +125,8 @@ def _settings(winner: Candidate) -> Json:
     }
 
 
-def _recipe(winner: Candidate, results: Json) -> Json:
+def _recipe(result: search.SearchResult) -> Json:
+    winner = result.winning_candidate
     plain = winner.to_dict()
     return {
         "merge_method": winner.method,
@@ -135,8 +134,8 @@ def _recipe(winner: Candidate, results: Json) -> Json:
         "scale": winner.scale,
         "groups": dict(winner.groups),
         "chosen": {
-            "among": results["tried"],
-            "validation_examples": results["examples"],
-            "seed": results["seed"],
+            "among": len(result.candidates),
+            "validation_examples": result.examples,
+            "seed": result.seed,
         },
     }
