@@ -439,13 +439,15 @@ def test_rows_of_a_wider_dtype_are_kept(tmp_path):
 def test_rows_asked_for_and_padding(tmp_path):
     one = model(tmp_path / "one", 2, tokenizer("a", "b"))
     other = model(tmp_path / "other", 3, tokenizer("b", "a", added=["<x>"]), seed=1)
-    forced = {"a": vocabulary.Forced(1, True), "<x>": vocabulary.Forced(1, False)}
-    aligned = vocabulary.align([one, other], first=0, donor=1, forced=forced, multiple=4)
+    forced = {"a": vocabulary.TokenSource(1, True), "<x>": vocabulary.TokenSource(1, False)}
+    aligned = vocabulary.align([one, other], first=0, donor=1, token_sources=forced, multiple=4)
     assert rows_of(aligned.sources[0]) == [1, 1.125, 2.125, 0]
     assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125, 0]
     assert "1 rows of the embedding are zero: no model has them" in aligned.notes
     with pytest.raises(UserError, match="the merged vocabulary has no token 'q'"):
-        vocabulary.align([one, other], first=0, donor=1, forced={"q": vocabulary.Forced(1, False)})
+        vocabulary.align(
+            [one, other], first=0, donor=1, token_sources={"q": vocabulary.TokenSource(1, False)}
+        )
 
 
 def test_trained_vocabularies_that_differ_have_no_union(tmp_path):

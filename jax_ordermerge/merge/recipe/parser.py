@@ -153,8 +153,8 @@ def _unite_vocabularies(given: Recipe, models: _Models) -> _Models:
         first=first,
         donor=donor,
         union=str(wanted.source) == "union",
-        forced={
-            token: vocabulary.Forced(
+        token_sources={
+            token: vocabulary.TokenSource(
                 _among(rule.source, f"the source of token {token!r}", models), rule.force
             )
             for token, rule in wanted.tokens.items()

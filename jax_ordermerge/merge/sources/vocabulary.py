@@ -1,8 +1,9 @@
-"""Models of different vocabularies in one merge: which row of an embedding is whose, and the tokenizer of the result.
+"""Models with different vocabularies in one merge.
 
-Rows are matched by token string, through `tokenizer.json`; a row without a token (padding of the embedding), and every row of a
-model without that file, is matched by its number (all rows of all models, where it is the donor that has none). A row that a model
-lacks is taken from the first model that has it, the base first.
+Rows of embedding and output head are matched by token, through `tokenizer.json`. A row without a
+token (padding of the embedding), and every row of a model without that file, is matched by its
+number. If the donor of the vocabulary has no such file, all rows of all models are. A row that a
+model lacks is copied from the first model that has it, the base first.
 """
 
 import dataclasses
@@ -23,15 +24,15 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.sources.storage import Source
 
 TOKENIZER = "tokenizer.json"
-_SHOWN = 3  # rows in a note
+_ROWS_IN_NOTE = 3
 Key = str | int  # what identifies a row: its token, or its number
 
 
-class Forced(NamedTuple):
+class TokenSource(NamedTuple):
     """Where a recipe takes the row of a token from.
 
     Attributes:
-        source: number of the model.
+        source: index of the model.
         force: for all models, and not only for those that lack the token.
     """
 
@@ -40,12 +41,12 @@ class Forced(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """Models brought to one vocabulary.
+    """Models with one vocabulary.
 
     Attributes:
-        sources: in the order given.
+        sources: the models in the given order.
         files: tokenizer files of the result that differ from those of the donor, name -> text.
-        notes: of the rules that were applied.
+        notes: what was done, for the user.
     """
 
     sources: tuple[Source, ...]
@@ -54,12 +55,15 @@ class Aligned(NamedTuple):
 
 
 class RemappedVocabulary:
-    """A model whose vocabulary is rearranged: row r of its embedding and its head is row `row[r]` of model `owner[r]`.
+    """A model with a rearranged vocabulary.
+
+    Row r of its embedding and of its head is row `row[r]` of model `owner[r]`.
 
     Args:
         inner: the model.
-        owners: models of the same width; where their dtypes differ from that of `inner`, the wider one is answered.
-        owner: int[V], numbers of owners; -1 is a row of zeros.
+        owners: models of the same width. If their dtypes differ from that of `inner`, the tensors
+            have the widest of them.
+        owner: int[V], indices into `owners`; -1 is a row of zeros.
         row: int[V].
     """
 
@@ -69,63 +73,48 @@ class RemappedVocabulary:
         self.inner, self.label, self.directory = inner, inner.label, inner.directory
         self.config = dataclasses.replace(inner.config, vocab_size=len(row))
         self._owners, self._owner, self._row = owners, owner, row
-        self._names = {
+        self._remapped = {
             spec.hf_name for spec in arch.tensor_table(inner.config) if spec.axes[0] == "vocab"
         }
-        self._used = sorted({int(number) for number in owner if number >= 0})
+        self._read_from = [owners[index] for index in np.unique(owner[owner >= 0])]
 
     def info(self, name: str) -> TensorInfo:
         """See `Source.info`."""
-        info = self.inner.info(name)
-        if name not in self._names:
-            return info
-        dtype = info.dtype
-        for number in self._used:
-            dtype = np.dtype(jnp.promote_types(dtype, self._owners[number].info(name).dtype))
-        return TensorInfo(dtype, (len(self._row), *info.shape[1:]))
+        dtype, shape = self.inner.info(name)
+        if name not in self._remapped:
+            return TensorInfo(dtype, shape)
+        for source in self._read_from:
+            dtype = np.dtype(jnp.promote_types(dtype, source.info(name).dtype))
+        return TensorInfo(dtype, (len(self._row), *shape[1:]))
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """See `Source.read_into`: rows that follow each other in one model are read together."""
-        if name not in self._names:
+        """See `Source.read_into`."""
+        if name not in self._remapped:
             self.inner.read_into(name, start, out)
             return
         flat, width = out.reshape(-1), math.prod(self.info(name).shape[1:])
-        first, last = start // width, -(-(start + flat.size) // width)
+        stop = start + flat.size
+        first, last = start // width, -(-stop // width)
         owner, row = self._owner[first:last], self._row[first:last]
+        # one read for each run of rows that are consecutive in one model, which mostly is one
         breaks = np.flatnonzero((np.diff(owner) != 0) | (np.diff(row) != 1)) + 1
         for begin, end in zip([0, *breaks], [*breaks, last - first], strict=True):
-            here, there = (
-                max((first + begin) * width, start),
-                min((first + end) * width, start + flat.size),
-            )
+            run_start = (first + begin) * width
+            here, there = max(run_start, start), min((first + end) * width, stop)
             part = flat[here - start : there - start]
             if owner[begin] < 0:
                 part[:] = 0
                 continue
             source = self._owners[owner[begin]]
-            found = np.empty(part.size, source.info(name).dtype)
-            source.read_into(name, int(row[begin]) * width + here - (first + begin) * width, found)
-            part[:] = found
+            values = np.empty(part.size, source.info(name).dtype)
+            source.read_into(name, int(row[begin]) * width + here - run_start, values)
+            part[:] = values
 
     def identity(self) -> str:
         """See `Source.identity`."""
-        table = hashlib.sha256(self._owner.tobytes() + self._row.tobytes()).hexdigest()
-        return " ".join(
-            [
-                self.inner.identity(),
-                table,
-                *(self._owners[number].identity() for number in self._used),
-            ]
-        )
-
-
-class _Tokens(NamedTuple):
-    """A `tokenizer.json`: its content, token -> number, and the entries of the tokens that were added to the trained vocabulary."""
-
-    content: dict[str, Any]
-    numbers: dict[str, int]
-    added: dict[str, dict[str, Any]]
-    size: int  # the number that the next token gets
+        mapping = hashlib.sha256(self._owner.tobytes() + self._row.tobytes()).hexdigest()
+        owners = [source.identity() for source in self._read_from]
+        return " ".join([self.inner.identity(), mapping, *owners])
 
 
 def align(
@@ -134,193 +123,203 @@ def align(
     first: int,
     donor: int,
     union: bool = False,
-    forced: Mapping[str, Forced] | None = None,
+    token_sources: Mapping[str, TokenSource] | None = None,
     multiple: int = 1,
 ) -> Aligned:
-    """Bring models to one vocabulary, by the rules on top of this file.
+    """Give models one vocabulary, by the rules on top of this file.
 
     Args:
         sources: the models, in the order of the recipe.
-        first: the one that is asked first for rows which others lack: the base.
-        donor: whose vocabulary it is.
-        union: extended by the added tokens that only others have, in the order of the models.
-        forced: token -> where its row is taken from.
+        first: index of the model that others take missing rows from first: the base.
+        donor: index of the model whose vocabulary the result has.
+        union: add the added tokens that only other models have, in the order of the models.
+        token_sources: token -> where its row is taken from.
         multiple: rows of zeros are added up to a multiple of it.
 
     Raises:
-        UserError: a tokenizer cannot be read or extended, or a token of `forced` is not there.
+        UserError: a tokenizer cannot be read or extended, or a token of `token_sources` is unknown.
     """
-    tokens = [_read_tokens(source.directory) for source in sources]
+    tokenizers = [_read_tokenizer(source.directory) for source in sources]
     order = [first, *(i for i in range(len(sources)) if i != first)]
-    target = _named_rows(sources[donor].config.vocab_size, tokens[donor])
-    files: dict[str, str] = {}
-    if union:
-        files = _extend(sources, tokens, donor, order, target)
-    if tokens[donor] is None:
-        # nothing to match strings with
-        tokens = [None] * len(sources)
-    have = [
-        _have(source.config.vocab_size, own, target)
-        for source, own in zip(sources, tokens, strict=True)
+    target = _row_keys(sources[donor].config.vocab_size, tokenizers[donor])
+    files = _extend(sources, tokenizers, donor, order, target) if union else {}
+    if tokenizers[donor] is None:
+        # the rows of the result have no tokens that those of the others could be matched with
+        tokenizers = [None] * len(sources)
+    models = [
+        _Rows(source, tokenizer, _find_rows(source.config.vocab_size, tokenizer, target))
+        for source, tokenizer in zip(sources, tokenizers, strict=True)
     ]
-    target += [-1 - i for i in range(-len(target) % multiple)]  # numbers that no row has
-    plan = _Owners(sources, have, order, forced or {})
-    aligned = tuple(plan.wrap(number, target) for number in range(len(sources)))
-    return Aligned(aligned, files, tuple(_notes(sources, tokens, have, target, donor)))
-
-
-class _Owners(NamedTuple):
-    """Decides whose row is taken; `have` is what stands in a row of each model -> its number."""
-
-    sources: Sequence[Source]
-    have: Sequence[Mapping[Key, int]]
-    order: Sequence[int]
-    forced: Mapping[str, Forced]
-
-    def wrap(self, number: int, target: Sequence[Key]) -> Source:
-        """Return a model with the rows of `target`: itself, where these are its own."""
-        unknown = sorted(set(self.forced) - {key for key in target if isinstance(key, str)})
-        if unknown:
-            raise UserError(f"tokenizer.tokens: the merged vocabulary has no token {unknown[0]!r}")
-        owner = np.array([self._owner(number, key) for key in target])
+    target += [-1 - i for i in range(-len(target) % multiple)]  # keys that no model has: zeros
+    token_sources = token_sources or {}
+    unknown = sorted(token_sources.keys() - set(target), key=str)
+    if unknown:
+        raise UserError(f"tokenizer.tokens: the merged vocabulary has no token {unknown[0]!r}")
+    aligned = []
+    for index, model in enumerate(models):
+        owner = np.array([_find_owner(models, index, order, key, token_sources) for key in target])
         row = np.array(
-            [self.have[one][key] if one >= 0 else 0 for one, key in zip(owner, target, strict=True)]
+            [models[i].rows[key] if i >= 0 else 0 for i, key in zip(owner, target, strict=True)]
         )
-        source = self.sources[number]
-        if (
-            len(target) == source.config.vocab_size
-            and (owner == number).all()
-            and (row == np.arange(len(row))).all()
-        ):
-            return source
-        return RemappedVocabulary(source, self.sources, owner, row)
-
-    def _owner(self, number: int, key: Key) -> int:
-        candidates = (number, *self.order)
-        if isinstance(key, str) and key in self.forced:
-            rule = self.forced[key]
-            if key not in self.have[rule.source]:
-                raise UserError(
-                    f"tokenizer.tokens: {self.sources[rule.source].label} has no token {key!r}"
-                )
-            candidates = (rule.source,) if rule.force else (number, rule.source)
-        return next((one for one in candidates if key in self.have[one]), -1)
+        is_unchanged = len(target) == model.source.config.vocab_size and np.array_equal(
+            (owner, row), (np.full(len(row), index), np.arange(len(row)))
+        )
+        aligned.append(
+            model.source if is_unchanged else RemappedVocabulary(model.source, sources, owner, row)
+        )
+    return Aligned(tuple(aligned), files, tuple(_notes(models, target, donor)))
 
 
-def _read_tokens(directory: Path | None) -> _Tokens | None:
-    """Return the tokens of a directory, None where it has no `tokenizer.json`."""
+class _Tokenizer(NamedTuple):
+    """A `tokenizer.json`.
+
+    Attributes:
+        content: of the file.
+        ids: token -> id.
+        added: entries of the tokens that were added to the trained vocabulary, by token.
+        next_id: the id that the next token gets.
+    """
+
+    content: dict[str, Any]
+    ids: dict[str, int]
+    added: dict[str, dict[str, Any]]
+    next_id: int
+
+
+class _Rows(NamedTuple):
+    """A model, its tokenizer, and its rows by key."""
+
+    source: Source
+    tokenizer: _Tokenizer | None
+    rows: dict[Key, int]
+
+
+def _find_owner(
+    models: Sequence[_Rows],
+    index: int,
+    order: Sequence[int],
+    key: Key,
+    token_sources: Mapping[str, TokenSource],
+) -> int:
+    """Return the index of the model that gives model `index` its row of a key, -1 for zeros."""
+    candidates: Sequence[int] = (index, *order)
+    if isinstance(key, str) and key in token_sources:
+        source, force = token_sources[key]
+        if key not in models[source].rows:
+            raise UserError(f"tokenizer.tokens: {models[source].source.label} has no token {key!r}")
+        candidates = (source,) if force else (index, source)
+    return next((i for i in candidates if key in models[i].rows), -1)
+
+
+def _read_tokenizer(directory: Path | None) -> _Tokenizer | None:
+    """Return the tokenizer of a directory, None if it has no `tokenizer.json`."""
     if directory is None or not (directory / TOKENIZER).is_file():
         return None
     content = safetensors.read_json(directory / TOKENIZER)
     try:
         vocabulary = content["model"]["vocab"]
-        # a list is that of Unigram: [token, score]
-        trained = (
-            {one[0]: i for i, one in enumerate(vocabulary)}
-            if isinstance(vocabulary, list)
-            else dict(vocabulary)
-        )
-        added = {one["content"]: one for one in content.get("added_tokens") or ()}
-        numbers = {**trained, **{token: entry["id"] for token, entry in added.items()}}
-        size = max([len(trained), *(entry["id"] + 1 for entry in added.values())])
-        return _Tokens(
-            content, {str(token): int(number) for token, number in numbers.items()}, added, size
-        )
+        if isinstance(vocabulary, list):  # of a Unigram model: [token, score]
+            vocabulary = {token: i for i, (token, *_) in enumerate(vocabulary)}
+        added = {entry["content"]: entry for entry in content.get("added_tokens") or ()}
+        ids = {**vocabulary, **{token: entry["id"] for token, entry in added.items()}}
+        next_id = max([len(vocabulary), *(entry["id"] + 1 for entry in added.values())])
+        return _Tokenizer(content, {str(k): int(v) for k, v in ids.items()}, added, next_id)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
             f"{directory / TOKENIZER} has no vocabulary of tokens and numbers ({error!r})"
         ) from error
 
 
-def _named_rows(size: int, tokens: _Tokens | None) -> list[Key]:
-    """Return what stands in each row."""
-    rows: list[Key] = list(range(size))
-    for token, number in tokens.numbers.items() if tokens else ():
+def _row_keys(size: int, tokenizer: _Tokenizer | None) -> list[Key]:
+    """Return the key of each row: its token, or its number if no token has that id."""
+    keys: list[Key] = list(range(size))
+    for token, number in tokenizer.ids.items() if tokenizer else ():
         if number < size:
-            rows[number] = token
-    return rows
+            keys[number] = token
+    return keys
 
 
-def _have(size: int, tokens: _Tokens | None, target: Sequence[Key]) -> dict[Key, int]:
-    """Return what stands in the rows of a model -> the row; by number where nothing else is known."""
-    if tokens is None:
+def _find_rows(size: int, tokenizer: _Tokenizer | None, target: Sequence[Key]) -> dict[Key, int]:
+    """Return the row of each key of a model with `size` rows."""
+    if tokenizer is None:
         return {(target[row] if row < len(target) else row): row for row in range(size)}
-    named: dict[Key, int] = {token: row for token, row in tokens.numbers.items() if row < size}
-    return {**{key: row for row, key in enumerate(_named_rows(size, tokens))}, **named}
+    rows = {key: row for row, key in enumerate(_row_keys(size, tokenizer))}
+    # two tokens may share an id: `_row_keys` names the last of them only
+    return rows | {token: row for token, row in tokenizer.ids.items() if row < size}
 
 
 def _extend(
     sources: Sequence[Source],
-    tokens: Sequence[_Tokens | None],
+    tokenizers: Sequence[_Tokenizer | None],
     donor: int,
     order: Sequence[int],
     target: list[Key],
 ) -> dict[str, str]:
-    """Put the added tokens that the donor lacks into `target`; return the tokenizer that has them."""
-    own = tokens[donor]
-    if own is None:
+    """Add the added tokens that the donor lacks to `target`; return the file with all of them."""
+    label, tokenizer = sources[donor].label, tokenizers[donor]
+    if tokenizer is None:
         raise UserError(
-            f"tokenizer_source union: {sources[donor].label} has no {TOKENIZER} to extend; give another source"
+            f"tokenizer_source union: {label} has no {TOKENIZER} to extend; give another source"
         )
     new: dict[str, dict[str, Any]] = {}
-    for number in order:
-        for token in (tokens[number] or own).numbers:
-            if token in own.numbers or token in new:
+    for index in order:
+        other = tokenizers[index] or tokenizer
+        for token in other.ids:
+            if token in tokenizer.ids or token in new:
                 continue
-            entry = (tokens[number] or own).added.get(token)
-            if entry is None:
+            if token not in other.added:
+                # a trained token also needs merges or scores, which cannot simply be joined
                 raise UserError(
-                    f"tokenizer_source union: {sources[number].label} has the token {token!r} in its trained vocabulary and"
-                    f" {sources[donor].label} has not; only added tokens can be united, give tokenizer_source base or a model"
+                    f"tokenizer_source union: {sources[index].label} has the token {token!r} in "
+                    f"its trained vocabulary and {label} has not; only added tokens can be united, "
+                    "give tokenizer_source base or a model"
                 )
-            new[token] = entry
+            new[token] = other.added[token]
     if not new:
         return {}
-    numbered = {token: own.size + i for i, token in enumerate(new)}
-    for token, number in [
-        *((t, n) for t, n in own.numbers.items() if n >= len(target)),
-        *numbered.items(),
-    ]:
+    new_ids = {token: tokenizer.next_id + i for i, token in enumerate(new)}
+    # the donor's own tokens beyond its embedding get rows, too, so that no id is without one
+    beyond = {token: i for token, i in tokenizer.ids.items() if i >= len(target)}
+    for token, number in [*beyond.items(), *new_ids.items()]:
         target.extend(range(len(target), number + 1))
         target[number] = token
-    entries = [{**new[token], "id": number} for token, number in numbered.items()]
-    content = {**own.content, "added_tokens": [*(own.content.get("added_tokens") or ()), *entries]}
+    entries = [{**new[token], "id": number} for token, number in new_ids.items()]
+    added = [*(tokenizer.content.get("added_tokens") or ()), *entries]
+    content = {**tokenizer.content, "added_tokens": added}
     return {TOKENIZER: json.dumps(content, indent=2, ensure_ascii=False)}
 
 
-def _notes(
-    sources: Sequence[Source],
-    tokens: Sequence[_Tokens | None],
-    have: Sequence[Mapping[Key, int]],
-    target: Sequence[Key],
-    donor: int,
-) -> list[str]:
-    notes, wanted = [], set(target)
-    if len(target) != sources[donor].config.vocab_size:
-        notes.append(
-            f"the embedding has {len(target)} rows, that of {sources[donor].label} has {sources[donor].config.vocab_size}"
-        )
-    if tokens[donor] is None:
-        notes.append(f"{sources[donor].label} has no {TOKENIZER}: all rows are matched by number")
-    for source, own, rows in zip(sources, tokens, have, strict=True):
-        if own is None and tokens[donor] is not None:
+def _notes(models: Sequence[_Rows], target: Sequence[Key], donor: int) -> list[str]:
+    notes = []
+    label, size = models[donor].source.label, models[donor].source.config.vocab_size
+    if len(target) != size:
+        notes.append(f"the embedding has {len(target)} rows, that of {label} has {size}")
+    if models[donor].tokenizer is None:
+        notes.append(f"{label} has no {TOKENIZER}: all rows are matched by number")
+    merged_keys = set(target)
+    available = set().union(*(model.rows for model in models))
+    for source, tokenizer, rows in models:
+        if tokenizer is None and models[donor].tokenizer is not None:
             notes.append(f"{source.label} has no {TOKENIZER}: its rows are matched by number")
-        lacks = [key for key in target if key not in rows and any(key in others for others in have)]
+        lacks = [key for key in target if key not in rows and key in available]
         if lacks:
             notes.append(
-                f"{source.label} lacks {_shown(lacks)}: taken from the first model that has it, the base first"
+                f"{source.label} lacks {_list_rows(lacks)}: "
+                "taken from the first model that has it, the base first"
             )
-        extra = [key for key in rows if key not in wanted]
+        extra = [key for key in rows if key not in merged_keys]
         if extra:
             notes.append(
-                f"{source.label} has {_shown(extra)}, which the merged vocabulary has not: left out"
+                f"{source.label} has {_list_rows(extra)}, "
+                "which the merged vocabulary has not: left out"
             )
-    zeros = sum(not any(key in rows for rows in have) for key in target)
+    zeros = sum(key not in available for key in target)
     if zeros:
         notes.append(f"{zeros} rows of the embedding are zero: no model has them")
     return notes
 
 
-def _shown(keys: Sequence[Key]) -> str:
-    names = [repr(key) if isinstance(key, str) else f"row {key}" for key in keys[:_SHOWN]]
-    return ", ".join(names) + (f" and {len(keys) - _SHOWN} more rows" if len(keys) > _SHOWN else "")
+def _list_rows(keys: Sequence[Key]) -> str:
+    names = [repr(key) if isinstance(key, str) else f"row {key}" for key in keys[:_ROWS_IN_NOTE]]
+    more = f" and {len(keys) - _ROWS_IN_NOTE} more rows" if len(keys) > _ROWS_IN_NOTE else ""
+    return ", ".join(names) + more
