@@ -16,7 +16,7 @@ import yaml
 from jax_ordermerge.checkpoint import atomic, remote, shards
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
-from jax_ordermerge.merge.recipe import parser
+from jax_ordermerge.merge.recipe import planner
 from jax_ordermerge.merge.sources import references
 
 
@@ -25,7 +25,7 @@ def is_recipe(path: Path) -> bool:
     return (
         path.suffix in (".yml", ".yaml")
         and (local := remote.fetch(path)).is_file()
-        and parser.is_recipe(local)
+        and planner.is_recipe(local)
     )
 
 
@@ -35,7 +35,7 @@ def plan_recipe(path: Path) -> plan.Plan:
     Raises:
         UserError: whatever in it cannot be done, by name.
     """
-    return parser.read(remote.fetch(path))
+    return planner.plan_recipe(remote.fetch(path))
 
 
 def plan_models(

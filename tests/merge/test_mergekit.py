@@ -8,7 +8,7 @@ import pytest
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.merge import engine
 from jax_ordermerge.merge.methods import registry
-from jax_ordermerge.merge.recipe import parser
+from jax_ordermerge.merge.recipe import planner
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 GOLDENS = np.load(GOLDEN / "merge" / "mergekit.npz")
@@ -91,14 +91,14 @@ def assert_same_numbers(found, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_gives_the_numbers_of_mergekit(case, resolve):
-    plan = parser.read(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
+    plan = planner.plan_recipe(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
     assert_same_numbers(execute(plan, only=recorded(case)), case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_gives_the_numbers_of_mergekit_from_files_in_slabs(case, resolve, tmp_path):
-    made = parser.read(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
+    made = planner.plan_recipe(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
     engine.merge_plan(made, tmp_path / "out", slab_elements=256, with_diagnostics=False)
     reader = Reader(tmp_path / "out")
     assert_same_numbers({name: reader.read(name) for name in reader.names}, case)
@@ -106,7 +106,7 @@ def test_a_recipe_gives_the_numbers_of_mergekit_from_files_in_slabs(case, resolv
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_unchanged_and_from_files(path, resolve, tmp_path):
-    engine.merge_plan(parser.read(path, resolve=resolve), tmp_path / "out")
+    engine.merge_plan(planner.plan_recipe(path, resolve=resolve), tmp_path / "out")
     reader = Reader(tmp_path / "out")
     assert_same_numbers({name: reader.read(name) for name in reader.names}, f"example_{path.stem}")
 
@@ -117,7 +117,7 @@ def runs(resolve):
 
     def run(case, only=None):
         plan, seeds = (
-            parser.read(str(GOLDENS[f"random/{case}/yaml"]), resolve=resolve),
+            planner.plan_recipe(str(GOLDENS[f"random/{case}/yaml"]), resolve=resolve),
             int(GOLDENS[f"random/{case}/seeds"]),
         )
         merged = [execute(plan, seed, only) for seed in range(seeds)]

@@ -11,8 +11,8 @@ from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.methods import registry
-from jax_ordermerge.merge.recipe import methods, parser
-from jax_ordermerge.merge.recipe.schema import parse_setting
+from jax_ordermerge.merge.recipe import planner, rules
+from jax_ordermerge.merge.recipe.settings import parse_setting
 from jax_ordermerge.merge.sources.storage import Directory
 from tests.merge import recipe_models
 from tests.merge.recipe_models import make
@@ -34,7 +34,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def read(root):
     """A recipe, as text without the indentation of the test, against these models."""
-    return lambda text, **at: parser.read(
+    return lambda text, **at: planner.plan_recipe(
         textwrap.dedent(text) + "\n", resolve=lambda name: root / name
     )
 
@@ -240,10 +240,10 @@ def test_parameter_selection(read, root, tmp_path):
 
 @pytest.mark.parametrize("method", sorted(registry.METHODS))
 def test_every_method_of_ours_can_be_named(read, method):
-    rule = methods.find(method)
+    rule = rules.find_rule(method)
     most = registry.METHODS[method].members[1] - (rule.base == "first")
     models = [{"model": name} for name in "abc"[: min(3, most)]]
-    needed = {name: 0.5 for name, one in {**rule.own, **rule.shared}.items() if one.required}
+    needed = {name: 0.5 for name, one in {**rule.per_member, **rule.shared}.items() if one.required}
     base = {} if method == "passthrough" else {"base_model": "base"}
     made = read(
         json.dumps({"merge_method": method, **base, "models": models, "parameters": needed})
@@ -377,7 +377,7 @@ def test_the_union_of_tokenizers_is_written(root, tmp_path):
         return directory
 
     one, two = write("one", "<x>"), write("two", "<y>")
-    made = parser.read(
+    made = planner.plan_recipe(
         f"merge_method: linear\nmodels: [{{model: {one}}}, {{model: {two}}}]\nparameters: {{weight: 1}}\ntokenizer_source: union\n"
     )
     assert made.config.vocab_size == 5
@@ -398,19 +398,19 @@ def test_chat_templates(root, tmp_path):
     (directories[2] / "chat_template.jinja").write_text("{{ 2 }}")
     models = ", ".join(f"{{model: {one}}}" for one in directories)
     text = f"merge_method: linear\nmodels: [{models}]\nparameters: {{weight: 1}}\n"
-    assert parser.read(text).chat_template is None
-    assert parser.read(f"{text}chat_template: auto").chat_template == "{{ 2 }}"
-    assert parser.read(f"{text}chat_template: '{{% if x %}}'").chat_template == "{% if x %}"
+    assert planner.plan_recipe(text).chat_template is None
+    assert planner.plan_recipe(f"{text}chat_template: auto").chat_template == "{{ 2 }}"
+    assert planner.plan_recipe(f"{text}chat_template: '{{% if x %}}'").chat_template == "{% if x %}"
     with pytest.raises(
         UserError, match="chat_template 'chatml' is not offered; give auto, or the text"
     ):
-        parser.read(f"{text}chat_template: chatml")
-    engine.merge_plan(parser.read(f"{text}chat_template: auto"), tmp_path / "out")
+        planner.plan_recipe(f"{text}chat_template: chatml")
+    engine.merge_plan(planner.plan_recipe(f"{text}chat_template: auto"), tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 2 }}"
 
 
 def test_what_is_written_of_a_recipe_has_no_paths_of_this_machine(root):
-    made = parser.read(
+    made = planner.plan_recipe(
         f"merge_method: task_arithmetic\nbase_model: {root}/base\n"
         f"models: [{{model: {root}/a, parameters: {{weight: 1}}}}, {{model: {{model: {{path: {root}/b}}}}, parameters: {{weight: 2}}}}]\n"
     )
@@ -433,7 +433,9 @@ def test_the_recipe_beside_a_merge_can_be_read_again(read, root, tmp_path):
         "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {weight: [1, 2]}\nseed: 3"
     )
     engine.merge_plan(made, tmp_path / "out")
-    again = parser.read(tmp_path / "out" / "merge_config.yaml", resolve=lambda name: root / name)
+    again = planner.plan_recipe(
+        tmp_path / "out" / "merge_config.yaml", resolve=lambda name: root / name
+    )
     assert again.recipe.pop("jax_ordermerge")
     assert again.recipe == made.recipe
     assert [one.parameters for one in again.outputs] == [one.parameters for one in made.outputs]
@@ -448,5 +450,5 @@ def test_a_recipe_is_told_from_a_config(tmp_path):
         ("e.yml", ": :\n-", False),
     ):
         (tmp_path / name).write_text(text)
-        assert parser.is_recipe(tmp_path / name) is expected
-    assert not parser.is_recipe(tmp_path / "absent.yml")
+        assert planner.is_recipe(tmp_path / name) is expected
+    assert not planner.is_recipe(tmp_path / "absent.yml")

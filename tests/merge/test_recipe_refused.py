@@ -4,7 +4,7 @@ import pytest
 
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.recipe import parser
+from jax_ordermerge.merge.recipe import planner
 from tests.merge import recipe_models
 
 
@@ -99,14 +99,14 @@ def test_refusals_name_what_is_wrong(root, text, message):
         return root / name if (root / name).is_dir() else convert.resolve(name)
 
     with pytest.raises(UserError) as error:
-        parser.read(f"{text}\n", resolve=resolve)
+        planner.plan_recipe(f"{text}\n", resolve=resolve)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_is_named_in_its_errors(tmp_path):
     with pytest.raises(UserError, match=r"recipe .*absent\.yml not found"):
-        parser.read(tmp_path / "absent.yml")
+        planner.plan_recipe(tmp_path / "absent.yml")
     (tmp_path / "r.yml").write_text("merge_method: linear\nmodel: []")
     with pytest.raises(UserError, match=r"r\.yml: unknown key model \(did you mean 'models'\?\)"):
-        parser.read(str(tmp_path / "r.yml"))
+        planner.plan_recipe(str(tmp_path / "r.yml"))

@@ -14,7 +14,7 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.commands.checkpoints import convert_checkpoint
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.recipe import parser
+from jax_ordermerge.merge.recipe import planner
 from jax_ordermerge.merge.sources import peft_files, storage, vocabulary
 from jax_ordermerge.merge.sources.references import open_model
 
@@ -189,8 +189,8 @@ def test_a_recipe_names_an_adapter_in_two_ways(checkpoints, tmp_path):
     text = (
         "merge_method: linear\nmodels: [{{model: {}}}, {{model: {}}}]\nparameters: {{weight: 1}}\n"
     )
-    one = parser.read(text.format(f"{directory}+{adapter}", directory))
-    two = parser.read(
+    one = planner.plan_recipe(text.format(f"{directory}+{adapter}", directory))
+    two = planner.plan_recipe(
         text.format(f"{{model: {{path: {directory}}}, lora: {{path: {adapter}}}}}", directory)
     )
     name = "model.layers.1.self_attn.q_proj.weight"

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Merge recipes: a YAML file becomes a plan."""

@@ -1,0 +1,203 @@
+"""Parameters of a recipe for one tensor: scopes, filters and gradients become numbers."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.plan import Output, View
+from jax_ordermerge.merge.recipe import rules
+from jax_ordermerge.merge.recipe.rules import Parameter, Rule, Values
+from jax_ordermerge.merge.recipe.settings import Scalar, Settings
+from jax_ordermerge.merge.sources.storage import Source
+
+
+class Input(NamedTuple):
+    """Consecutive layers of one model.
+
+    Attributes:
+        source: index of the model.
+        start: the first layer.
+        settings: parameters that the recipe gives for this model.
+        listed: False of a base that is in no list of models.
+    """
+
+    source: int
+    start: int
+    settings: Settings
+    listed: bool = True
+
+
+class LayerRange(NamedTuple):
+    """Consecutive layers of the merged model.
+
+    Attributes:
+        inputs: the layers that they are merged from.
+        base: index of the base among the inputs.
+        length: number of layers.
+        scopes: settings of slice, module and recipe; the nearest first.
+    """
+
+    inputs: tuple[Input, ...]
+    base: int | None
+    length: int
+    scopes: tuple[Settings, ...]
+
+
+class MergedTensor(NamedTuple):
+    """A tensor of the merged model.
+
+    Attributes:
+        name, shape, layer: of the tensor; `layer` is None outside the layers.
+        layers: where it is.
+        input_names: its name in each input.
+        position: of its layer among `layers`, from 0 to 1, for gradients.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None
+    layers: LayerRange
+    input_names: Sequence[str]
+    position: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the parameters of one method.
+
+    Attributes:
+        method: its name in the recipe.
+        rule: how it is called here.
+    """
+
+    method: str
+    rule: Rule
+
+    def check_names(self, layers: LayerRange, sources: Sequence[Source]) -> list[str]:
+        """Return notes on parameters without an effect.
+
+        Raises:
+            UserError: the method has no such parameter, or not in that place.
+        """
+        rule, notes = self.rule, []
+        shared = [*rule.shared, *rules.extra_parameters(rule)]
+        for index, entry in enumerate(layers.inputs):
+            label = sources[entry.source].label
+            for name in entry.settings:
+                if name in shared:
+                    raise UserError(
+                        f"{name} below {label}: it is a parameter of the whole merge;"
+                        " write it below parameters: of the recipe or of the slice"
+                    )
+                self._check_name(name, rule.per_member)
+                if index == layers.base and rule.base in ("start", "first"):
+                    notes.append(f"{name} of {label} is not used: it is the base")
+        for name in (name for scope in layers.scopes for name in scope):
+            self._check_name(name, [*rule.per_member, *shared])
+        present = set().union(*layers.scopes, *(entry.settings for entry in layers.inputs))
+        for name, parameter in {**rule.per_member, **rule.shared}.items():
+            # int8_mask only saves memory in mergekit: a note on it would alarm without a reason
+            if parameter.ignored and name in present and name != "int8_mask":
+                notes.append(f"{name} has no effect on {self.method}")
+        return notes
+
+    def _check_name(self, name: str, valid: Iterable[str]) -> None:
+        names = list(valid)
+        if name not in names:
+            hint = did_you_mean(name, names) if names else "; it takes none"
+            raise UserError(f"merge_method {self.method} has no parameter '{name}'{hint}")
+
+    def output(self, tensor: MergedTensor) -> Output:
+        """Return the plan of one tensor.
+
+        Raises:
+            UserError: a parameter is missing, of the wrong type or out of range; the message names
+                the tensor.
+        """
+        rule, layers = self.rule, tensor.layers
+        members = self._members(layers)
+        base = None if layers.base in members else layers.base
+        try:
+            call = rule.translate(
+                Values(
+                    {
+                        name: [self._value(name, parameter, tensor, i) for i in members]
+                        for name, parameter in rule.per_member.items()
+                    },
+                    {
+                        name: self._value(name, parameter, tensor)
+                        for name, parameter in rule.shared.items()
+                    },
+                    has_base=base is not None,
+                )
+            )
+            parameters = dict(call.parameters)
+            for name in rules.extra_parameters(rule):
+                value = _first_value(name, layers.scopes, tensor.name, tensor.position)
+                if value is not None:
+                    parameters[name] = value
+            parameters = registry.check(rule.method, parameters)
+            weights = registry.check_weights(rule.method, call.weights, len(members), parameters)
+        except UserError as error:
+            raise UserError(f"{error} (first for {tensor.name})") from error
+        if base is None and registry.METHODS[rule.method].needs_base(parameters):
+            raise UserError(f"merge_method {self.method} needs base_model here")
+        views = [
+            View(entry.source, name)
+            for entry, name in zip(layers.inputs, tensor.input_names, strict=True)
+        ]
+        return Output(
+            tensor.name,
+            tensor.shape,
+            tensor.layer,
+            tuple(views[i] for i in members),
+            None if base is None else views[base],
+            rule.method,
+            parameters,
+            weights,
+        )
+
+    def _members(self, layers: LayerRange) -> list[int]:
+        """Return the indices of the inputs that are merged, in order."""
+        base, role = layers.base, self.rule.base
+        others = [i for i in range(len(layers.inputs)) if i != base]
+        if base is None or role == "start":
+            return others
+        if role == "first":
+            return [base, *others]
+        if role == "weighted" and not (
+            layers.inputs[base].listed or any("weight" in scope for scope in layers.scopes)
+        ):
+            return others
+        return list(range(len(layers.inputs)))
+
+    def _value(
+        self, key: str, parameter: Parameter, tensor: MergedTensor, index: int | None = None
+    ) -> Any:
+        """Return the value of a parameter: of one input, or shared if `index` is None."""
+        scopes, name = tensor.layers.scopes, tensor.name
+        if index is not None:
+            scopes = (tensor.layers.inputs[index].settings, *scopes)
+            name = tensor.input_names[index]
+        value = _first_value(key, scopes, name, tensor.position)
+        if value is None:
+            if parameter.required:
+                whose = "" if index is None else " of every model"
+                raise UserError(
+                    f"merge_method {self.method} needs the parameter {key}{whose}; {name} has none"
+                )
+            return parameter.default
+        try:
+            return rules.convert(parameter, value)
+        except ValueError as error:
+            raise UserError(f"{key} = {value!r}: {error}") from error
+
+
+def _first_value(
+    key: str, scopes: Sequence[Mapping[str, Any]], name: str, position: float
+) -> Scalar | None:
+    """Return the value of the nearest scope that has one for a tensor."""
+    values = (scope[key].at(name, position) for scope in scopes if key in scope)
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,356 @@
+"""A merge recipe becomes a plan, with every parameter a number for every tensor.
+
+Scopes, filters and gradients are those of mergekit: the value of a parameter for a tensor is the
+first one given by the model, its slice, the module, the recipe, or the method. See docs/recipes.md.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from jax_ordermerge import arch
+from jax_ordermerge.checkpoint import convert, safetensors, sidecar_files
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.plan import Plan, check_same, resolve_dtype
+from jax_ordermerge.merge.recipe import rules, schema
+from jax_ordermerge.merge.recipe.evaluator import Evaluator, Input, LayerRange, MergedTensor
+from jax_ordermerge.merge.recipe.schema import Recipe, Reference
+from jax_ordermerge.merge.recipe.settings import Settings
+from jax_ordermerge.merge.sources import vocabulary
+from jax_ordermerge.merge.sources.references import Resolve, open_model
+from jax_ordermerge.merge.sources.storage import Checkpoint, Source, Untied
+
+
+class _Models(NamedTuple):
+    """The models of a recipe.
+
+    Attributes:
+        sources: the models, with one vocabulary.
+        indices: name in the recipe -> index.
+        base: index of the base.
+        donor: index of the model that the tokenizer is from.
+        files: tokenizer files that differ from those of the donor, name -> text.
+        notes: for the user.
+    """
+
+    sources: tuple[Source, ...]
+    indices: Mapping[Reference, int]
+    base: int | None
+    donor: int
+    files: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def is_recipe(path: str | Path) -> bool:
+    """Return whether a YAML file is a merge recipe."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(raw, dict) and not raw.keys().isdisjoint({"merge_method", "slices", "models"})
+
+
+def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Plan:
+    """Read a recipe and plan the merge.
+
+    Args:
+        recipe: a YAML file, or a text with more than one line.
+        resolve: maps the name of a model to a directory.
+
+    Raises:
+        UserError: one line with the first thing that is unknown, contradictory or not offered.
+
+    Example:
+        >>> plan = plan_recipe('''
+        ...     merge_method: linear
+        ...     models: [{model: 'embedded:quickstart', parameters: {weight: [0.5, 1]}}]
+        ... ''')
+        >>> norms = [out for out in plan.outputs if out.name.endswith("input_layernorm.weight")]
+        >>> [float(out.weights[0]) for out in norms]
+        [0.5, 0.75, 1.0]
+    """
+    raw, where = schema.load(recipe), "recipe" if "\n" in str(recipe) else str(recipe)
+    settings = schema.parse(raw, where, rules.parameter_names())
+    rule = rules.find_rule(settings.merge_method)
+    evaluator = Evaluator(settings.merge_method, rule)
+    models = _open_models(settings, resolve)
+    layers = _layer_ranges(settings, models)
+    if rule.needs_base and any(part.base is None for part in layers):
+        raise UserError(f"{where}: merge_method {settings.merge_method} needs base_model")
+    notes = [*models.notes]
+    for part in layers:
+        notes += evaluator.check_names(part, models.sources)
+
+    donor = models.sources[models.donor].config
+    config = dataclasses.replace(
+        models.sources[models.base or 0].config,
+        num_layers=sum(part.length for part in layers),
+        # special tokens belong to the tokenizer
+        bos_token_id=donor.bos_token_id,
+        eos_token_ids=donor.eos_token_ids,
+        pad_token_id=donor.pad_token_id,
+    )
+    outputs = tuple(evaluator.output(tensor) for tensor in _merged_tensors(config, layers))
+
+    merged = sorted({view.source for out in outputs for view in out.members})
+    dtype = resolve_dtype(settings.dtype, [models.sources[i] for i in merged])
+    out_dtype = resolve_dtype(settings.out_dtype or dtype.name, [])
+    is_stochastic = settings.rounding == "stochastic"
+    if is_stochastic and out_dtype.name != "bfloat16":
+        raise UserError(
+            f"{where}: rounding: stochastic is for bfloat16, the output is {out_dtype.name}; "
+            "leave it out"
+        )
+    notes += _source_notes(settings, models.sources, merged, dtype.name)
+    chat_template = _chat_template(settings.chat_template, models.sources, notes)
+    resolved = {"seed": settings.seed, "dtype": dtype.name, "out_dtype": out_dtype.name}
+    return Plan(
+        config,
+        models.sources,
+        outputs,
+        settings.seed,
+        dtype,
+        out_dtype,
+        {**_shorten_paths(raw, settings), **resolved},
+        stochastic=is_stochastic,
+        tokenizer_from=models.sources[models.donor].directory,
+        notes=tuple(dict.fromkeys(notes)),
+        chat_template=chat_template,
+        tokenizer_files=models.files,
+    )
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
+    references = recipe.references()
+    indices = {reference: index for index, reference in enumerate(references)}
+    sources: list[Source] = [
+        open_model(reference.name, reference.adapter, resolve=resolve) for reference in references
+    ]
+    notes = []
+    tied = [source for source in sources if source.config.tie_embeddings]
+    if 0 < len(tied) < len(sources):
+        sources = [Untied(source) if source in tied else source for source in sources]
+        notes = [
+            f"{source.label} ties its output head to its embedding: the head is the embedding there"
+            for source in tied
+        ]
+    may_differ = {"vocab_size", *(["num_layers"] if recipe.module.slices else [])}
+    for source in sources[1:]:
+        check_same(sources[0], source, may_differ)
+    base = None if recipe.base_model is None else indices[recipe.base_model]
+    models = _Models(tuple(sources), indices, base, base or 0, {}, tuple(notes))
+    return _unite_vocabularies(recipe, models)
+
+
+def _unite_vocabularies(recipe: Recipe, models: _Models) -> _Models:
+    """Give the models one vocabulary, if the recipe says so or if they differ in size."""
+    is_default = recipe.tokenizer is None and recipe.tokenizer_source is None
+    if is_default and len({source.config.vocab_size for source in models.sources}) == 1:
+        return models
+    tokenizer = recipe.tokenizer or schema.Tokenizer(
+        source=recipe.tokenizer_source or Reference("base")
+    )
+    donor = models.donor
+    if str(tokenizer.source) not in ("union", "base"):
+        donor = _index_of(tokenizer.source, "the tokenizer's source", models)
+    token_sources = {
+        token: vocabulary.TokenSource(
+            _index_of(rule.source, f"the source of token {token!r}", models), rule.force
+        )
+        for token, rule in tokenizer.tokens.items()
+    }
+    aligned = vocabulary.align(
+        models.sources,
+        first=models.donor,
+        donor=donor,
+        union=str(tokenizer.source) == "union",
+        token_sources=token_sources,
+        multiple=tokenizer.pad_to_multiple_of,
+    )
+    notes = (*models.notes, *aligned.notes)
+    return models._replace(sources=aligned.sources, donor=donor, files=aligned.files, notes=notes)
+
+
+def _index_of(reference: Reference, what: str, models: _Models) -> int:
+    if reference not in models.indices:
+        listed = ", ".join(map(str, models.indices))
+        raise UserError(
+            f"{what} is {reference}, which is none of the models of the recipe ({listed})"
+        )
+    return models.indices[reference]
+
+
+# ---------------------------------------------------------------------------------------- layers
+
+
+def _layer_ranges(recipe: Recipe, models: _Models) -> list[LayerRange]:
+    module = recipe.module
+    outer = (module.parameters, recipe.parameters)
+    if module.models is not None:
+        inputs = [
+            Input(models.indices[entry.model], 0, entry.parameters) for entry in module.models
+        ]
+        if models.base is not None and models.base not in {entry.source for entry in inputs}:
+            inputs.append(Input(models.base, 0, {}, listed=False))
+        lengths = [models.sources[entry.source].config.num_layers for entry in inputs]
+        return [_layer_range(inputs, models.base, lengths, outer, models)]
+    layers = []
+    for number, part in enumerate(module.slices or ()):
+        inputs, lengths = [], []
+        for entry in part.sources:
+            start, end = entry.layer_range
+            source = models.indices[entry.model]
+            count = models.sources[source].config.num_layers
+            if not start < end <= count:
+                raise UserError(
+                    f"slices[{number}]: layer_range [{start}, {end}] of {entry.model}, "
+                    f"which has the layers 0 to {count}"
+                )
+            inputs.append(Input(source, start, entry.parameters))
+            lengths.append(end - start)
+        base_model = recipe.base_model if part.base_model is None else part.base_model
+        if base_model is not None and base_model not in {entry.model for entry in part.sources}:
+            raise UserError(
+                f"slices[{number}] lacks its base_model {base_model} among the sources; "
+                "add it with its layer_range"
+            )
+        base = None if base_model is None else models.indices[base_model]
+        layers.append(_layer_range(inputs, base, lengths, (part.parameters, *outer), models))
+    return layers
+
+
+def _layer_range(
+    inputs: Sequence[Input],
+    base: int | None,
+    lengths: Sequence[int],
+    scopes: tuple[Settings, ...],
+    models: _Models,
+) -> LayerRange:
+    sources = [entry.source for entry in inputs]
+    labels = [models.sources[source].label for source in sources]
+    for i, (source, label, length) in enumerate(zip(sources, labels, lengths, strict=True)):
+        if source in sources[:i]:
+            raise UserError(
+                f"model {label} is given twice; give each once, with the sum of the weights"
+            )
+        if length != lengths[0]:
+            raise UserError(
+                f"{label} gives {length} layers and {labels[0]} {lengths[0]};"
+                " layers are merged one with one"
+            )
+    return LayerRange(
+        tuple(inputs), None if base is None else sources.index(base), lengths[0], scopes
+    )
+
+
+def _merged_tensors(config: arch.ModelConfig, layers: Sequence[LayerRange]) -> list[MergedTensor]:
+    """Return every tensor of the merged model, with the tensors that it is merged from."""
+    layer_of = [(part, index) for part in layers for index in range(part.length)]
+    tensors = []
+    for name, spec, layer in arch.hf_tensors(config):
+        if layer is None:
+            # as in mergekit: before the layers the first slice decides, after them the last, and
+            # a gradient has its first value
+            part = layers[0] if spec.kind == "embedding" else layers[-1]
+            names, position = [name] * len(part.inputs), 0.0
+        else:
+            part, index = layer_of[layer]
+            names = [spec.hf_name.format(entry.start + index) for entry in part.inputs]
+            position = index / (part.length - 1) if part.length > 1 else 1.0
+        tensors.append(MergedTensor(name, spec.hf_shape, layer, part, names, position))
+    return tensors
+
+
+# ----------------------------------------------------------------------- tokenizer, notes, recipe
+
+
+def _source_notes(
+    recipe: Recipe, sources: Sequence[Source], merged: Sequence[int], dtype: str
+) -> list[str]:
+    notes = []
+    has_member = any(
+        isinstance(source, Checkpoint) and source.member is not None
+        for source in (sources[i] for i in merged)
+    )
+    if recipe.dtype is None and has_member:
+        notes.append(
+            f"members of a run are kept in {dtype} and merged in it; "
+            "dtype: bfloat16 merges what the run exports"
+        )
+    for index, source in enumerate(sources):
+        dtypes = {source.info(name).dtype.name for name, _, _ in arch.hf_tensors(source.config)}
+        if index not in merged and dtypes != {dtype}:
+            notes.append(
+                f"{source.label} is stored in {' and '.join(sorted(dtypes))} and rounded to {dtype}"
+            )
+        directory = source.directory
+        if directory is None or not any(
+            (directory / name).is_file() for name in sidecar_files.TOKENIZER_FILES
+        ):
+            notes.append(f"{source.label} has no tokenizer files")
+    return notes
+
+
+def _chat_template(setting: str | None, sources: Sequence[Source], notes: list[str]) -> str | None:
+    """Return the text of the chat template, None for that of the tokenizer; may add a note."""
+    if setting is None or "{" in setting:
+        return setting
+    if setting != "auto":
+        raise UserError(
+            f"chat_template '{setting}' is not offered; give auto, or the text of a Jinja template"
+        )
+    templates = [_read_chat_template(source.directory) for source in sources if source.directory]
+    counts = collections.Counter(text for text in templates if text is not None)
+    if not counts:
+        notes.append("no model has a chat template")
+        return None
+    # `max` returns the first of the most common, so the order of the models decides a tie
+    return max(counts, key=counts.__getitem__)
+
+
+def _read_chat_template(directory: Path) -> str | None:
+    file = directory / sidecar_files.CHAT_TEMPLATE
+    if file.is_file():
+        return file.read_text()
+    config = directory / sidecar_files.TOKENIZER_CONFIG
+    template = safetensors.read_json(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
+
+
+def _shorten_paths(raw: Any, recipe: Recipe) -> Any:
+    """Return the recipe as it was written, with the last part of each path instead of the path.
+
+    The recipe is published with the merge, and paths of this machine say nothing to others.
+    """
+    short: dict[str, str] = {}
+    for reference in recipe.references():
+        name = _last_part(reference.name)
+        adapter = None if reference.adapter is None else _last_part(reference.adapter)
+        short |= {str(reference): str(Reference(name, adapter)), reference.name: name}
+        if reference.adapter is not None and adapter is not None:
+            short[reference.adapter] = adapter
+
+    def replace(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: replace(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [replace(value) for value in node]
+        return short.get(node, node) if isinstance(node, str) else node
+
+    return replace(raw)
+
+
+def _last_part(name: str) -> str:
+    """Return the last part of a path, or of each path in `MODEL+ADAPTER`; hub names stay."""
+    is_path = [part.startswith(("/", ".", "~")) or Path(part).exists() for part in name.split("+")]
+    return "+".join(
+        Path(part).name if local else part
+        for part, local in zip(name.split("+"), is_path, strict=True)
+    )
