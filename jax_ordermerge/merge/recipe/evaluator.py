@@ -162,15 +162,15 @@ class Evaluator:
     def _members(self, layers: LayerRange) -> list[int]:
         """Return the indices of the inputs that are merged, in order."""
         base, role = layers.base, self.rule.base
-        others = [i for i in range(len(layers.inputs)) if i != base]
+        without_base = [i for i in range(len(layers.inputs)) if i != base]
         if base is None or role == "start":
-            return others
+            return without_base
         if role == "first":
-            return [base, *others]
+            return [base, *without_base]
         if role == "weighted" and not (
             layers.inputs[base].listed or any("weight" in scope for scope in layers.scopes)
         ):
-            return others
+            return without_base
         return list(range(len(layers.inputs)))
 
     def _value(

@@ -220,7 +220,7 @@ def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items() if "peft_type" in settings else [("peft_type", None)]:
         allowed = _REQUIRED.get(key, _ABSENT)
         # types count: 1 equals True, and is not what PEFT writes
-        is_allowed = any(type(value) is type(other) and value == other for other in allowed)
+        is_allowed = any(type(value) is type(x) and value == x for x in allowed)
         if key not in _READ | _IGNORED and not is_allowed:
             supported = ", ".join(repr(x) for x in _REQUIRED.get(key, ()) if x is not None)
             raise UserError(
@@ -232,8 +232,8 @@ def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
         if not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{directory / CONFIG}: {key} = {value!r}, expected a positive number")
     if not (directory / WEIGHTS).is_file():
-        others = sorted(path.name for path in directory.glob("adapter_model.*"))
-        hint = f" but {others[0]}; convert it to safetensors" if others else ""
+        files = sorted(path.name for path in directory.glob("adapter_model.*"))
+        hint = f" but {files[0]}; convert it to safetensors" if files else ""
         raise UserError(f"{directory} has no {WEIGHTS}{hint}")
 
 

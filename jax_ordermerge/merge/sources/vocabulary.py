@@ -263,18 +263,18 @@ def _extend(
         )
     new: dict[str, dict[str, Any]] = {}
     for index in order:
-        other = tokenizers[index] or tokenizer
-        for token in other.ids:
+        current = tokenizers[index] or tokenizer
+        for token in current.ids:
             if token in tokenizer.ids or token in new:
                 continue
-            if token not in other.added:
+            if token not in current.added:
                 # a trained token also needs merges or scores, which cannot simply be joined
                 raise UserError(
                     f"tokenizer_source union: {sources[index].label} has the token {token!r} in "
                     f"its trained vocabulary and {label} has not; only added tokens can be united, "
                     "give tokenizer_source base or a model"
                 )
-            new[token] = other.added[token]
+            new[token] = current.added[token]
     if not new:
         return {}
     new_ids = {token: tokenizer.next_id + i for i, token in enumerate(new)}
