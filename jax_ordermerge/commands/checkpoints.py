@@ -16,8 +16,8 @@ from jax_ordermerge.commands import tables
 from jax_ordermerge.config import Config
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import harness
-from jax_ordermerge.evaluate.prompts import encode
+from jax_ordermerge.evaluate import generation
+from jax_ordermerge.evaluate.eval_model import encode
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.run_config import read_config
@@ -179,7 +179,7 @@ def complete(
     directory = convert.resolve(model)
     tokenizer = source.load_tokenizer(directory)
     config, params = convert.load_params(directory)
-    generate = harness.generator(config, params, tokenizer, batch=8, dtype=dtype)
+    generate = generation.make_generator(config, params, tokenizer, batch=8, dtype=dtype)
     return generate([encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)
 
 

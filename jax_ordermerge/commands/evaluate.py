@@ -9,10 +9,11 @@ from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
-from jax_ordermerge.config.evaluation import OUTPUTS
+from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
+from jax_ordermerge.evaluate.eval_model import EvalModel
 from jax_ordermerge.experiment import models
 from jax_ordermerge.experiment.context import Log, start_devices
 from jax_ordermerge.layout import Json, RunLayout, write_json
@@ -58,19 +59,20 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log) -> Json:
             "no tasks to evaluate on: give --config FILE with evaluation.tasks,"
             " or --harness TASK,..."
         )
-    if out is None and any(task.kind == OUTPUTS for task in tasks):
+    judged = [task.kind for task in tasks if TASK_KINDS[task.kind].result == "outputs"]
+    if out is None and judged:
         raise UserError(
-            f"a task of kind {OUTPUTS} writes a file for a judge; say where with --out DIRECTORY"
+            f"a task of kind {judged[0]} writes a file for a judge; say where with --out DIRECTORY"
         )
-    subject = load_subject(config)
+    model = load_model(config)
     summaries: Json = {}
     results: Json = {"model": config.model.base, "dtype": config.model.compute_dtype}
     results["tasks"] = summaries
     for task in tasks:
-        summaries[task.name], items = harness.run(task, subject, config.data, seed=config.seed)
+        summaries[task.name], items = harness.run(task, model, config.data, seed=config.seed)
         log(f"{task.name}: {format_summary(summaries[task.name])}")
         if out is not None:
-            if task.kind == OUTPUTS:
+            if task.kind in judged:
                 # AlpacaEval's files name the model that wrote each answer
                 generator = Path(config.model.base).name
                 items = [{**item, "generator": generator} for item in items]
@@ -98,7 +100,7 @@ def evaluate_harness(
     from jax_ordermerge.evaluate import adapter
 
     adapter.check()
-    results, table = adapter.run(load_subject(config), names, seed=config.seed, **options)
+    results, table = adapter.run(load_model(config), names, seed=config.seed, **options)
     if out is not None:
         for name, items in results.pop("samples").items():
             write_json(out / f"{name}.json", items)
@@ -134,7 +136,7 @@ def format_summary(summary: Json) -> str:
     return ", ".join([*parts, f"n {summary['n']}"])
 
 
-def load_subject(config: Config) -> harness.Subject:
+def load_model(config: Config) -> EvalModel:
     """Start the processes, build the mesh and load the model `model.base` onto it."""
     start_devices(config)
     mesh = meshes.make_mesh(**config.mesh.model_dump())
@@ -143,4 +145,4 @@ def load_subject(config: Config) -> harness.Subject:
     model, params = convert.load_params(
         directory, mesh, dtype=config.model.compute_dtype, ignore=config.model.ignore_config_keys
     )
-    return models.as_subject(config, model, params, tokenizer, mesh)
+    return models.make_eval_model(config, model, params, tokenizer, mesh)

@@ -5,16 +5,14 @@ family of kinds. They bring their settings with them.
 """
 
 import dataclasses
-from typing import Annotated, Any, Final, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
 from jax_ordermerge.config.section import Section, parse, registered
 from jax_ordermerge.registry import Registry
-
-LIKELIHOODS: Final = ("multiple_choice", "perplexity")  # kinds that generate nothing
-OUTPUTS: Final = "alpaca_outputs"  # the kind whose answers are for a judge
 
 
 class Task(Section):
@@ -85,9 +83,15 @@ class TaskKind:
 
     Attributes:
         settings: the section that a config writes for a task of this kind.
+        run: evaluates a model, `(task, EvalModel, TaskInputs) -> TaskResult`. These are types of
+            `jax_ordermerge.evaluate`, which is above this package.
+        result: what the summary holds: an accuracy with its error; a perplexity; or nothing,
+            because the items are outputs for a judge.
     """
 
     settings: type[Task]
+    run: Callable[..., Any]
+    result: Literal["accuracy", "perplexity", "outputs"] = "accuracy"
 
 
 TASK_KINDS = Registry[TaskKind]("task kind", "jax_ordermerge.evaluate.tasks")

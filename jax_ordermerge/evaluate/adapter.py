@@ -1,6 +1,6 @@
-"""Our generation and scoring as a model of lm-evaluation-harness (extra `eval`), and its tasks run with it.
+"""Our generation and scoring as a model of lm-evaluation-harness (extra `eval`).
 
-Every process is given all requests, and shares each batch with the others: to the harness there is one process.
+Every process gets all requests and computes its share of each batch: the harness sees one process.
 
 Source: https://github.com/EleutherAI/lm-evaluation-harness, version 0.4.
 """
@@ -11,27 +11,24 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import likelihood
-from jax_ordermerge.evaluate.harness import Subject
+from jax_ordermerge.evaluate.eval_model import EvalModel
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
+from jax_ordermerge.layout import Json
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
 
-_NEW_TOKENS = (
-    256  # of an answer, where a task says nothing else: as the harness's own models have it
-)
+# Of an answer, where a task does not set it: the default of the harness's own models.
+_MAX_NEW_TOKENS = 256
 _RESAMPLES = 1000  # for the errors of metrics that are no means
-_SAID = (
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-)  # settings of a task's generation that are known here
+_GENERATION_SETTINGS = ("do_sample", "temperature", "top_k", "top_p")
+_RESULTS = ("results", "groups", "versions", "n-shot", "configs", "samples")
+Untyped: TypeAlias = Any  # the harness is optional and its types are loose
 
 
 def check() -> None:
@@ -42,12 +39,13 @@ def check() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "--harness needs lm-evaluation-harness, which is not installed: pip install 'jax_ordermerge[eval]'"
+            "--harness needs lm-evaluation-harness, which is not installed: pip install "
+            "'jax_ordermerge[eval]'"
         )
 
 
 def run(
-    subject: Subject,
+    model: EvalModel,
     names: Sequence[str],
     *,
     include: Path | None = None,
@@ -55,81 +53,81 @@ def run(
     limit: int | None = None,
     chat: bool = False,
     seed: int = 0,
-) -> tuple[dict[str, Any], str]:
-    """Put a model to tasks of the harness.
+) -> tuple[Json, str]:
+    """Evaluate a model on tasks of the harness.
 
     Args:
-        subject: the model.
+        model: the model.
         names: of tasks, groups or tags.
         include: directory with more tasks, as YAML.
-        shots: before each item; None is each task's own number.
-        limit: only the first so many items of each task.
-        chat: ask in the model's chat template, shots as turns.
-        seed: of what is drawn here. Shots are drawn by the harness's own seed, so that numbers compare with others'.
+        shots: solved examples before each item; None is the number that each task sets.
+        limit: use only the first so many items of each task.
+        chat: ask in the model's chat template, with shots as turns.
+        seed: of sampled answers. The harness draws shots by its own seed, so that numbers compare
+            with published ones.
 
     Returns:
-        `{"results", "groups", "versions", "n-shot", "configs", "samples"}` as the harness gives them, in plain values, and its table.
+        `results`, `groups`, `versions`, `n-shot`, `configs` and `samples` of the harness as plain
+        JSON, and its table of results.
 
     Raises:
-        UserError: a task that is unknown or whose data cannot be had.
+        UserError: a task is unknown, or its data are out of reach.
     """
     from lm_eval import evaluator
     from lm_eval.utils import make_table
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    os.environ["DISABLE_MULTIPROC"] = (
-        "1"  # its bootstrap would fork a process that holds devices and their threads
-    )
-    if chat and not subject.tokenizer.chat_template:
+    # Its bootstrap would fork this process, which holds devices and their threads.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    if chat and not model.tokenizer.chat_template:
         raise UserError("--chat needs a chat template, the tokenizer has none; leave it out")
-    found = evaluator.simple_evaluate(
-        language_model(subject, seed=seed),
-        tasks=_tasks(names, include),
+    results = evaluator.simple_evaluate(
+        language_model(model, seed=seed),
+        tasks=_load_tasks(names, include),
         num_fewshot=shots,
         limit=limit,
         bootstrap_iters=_RESAMPLES,
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
-    kept = ("results", "groups", "versions", "n-shot", "configs", "samples")
-    table = make_table(found) + (f"\n{make_table(found, 'groups')}" if found.get("groups") else "")
-    return {name: _plain(found[name]) for name in kept if name in found}, table
+    table = make_table(results)
+    if results.get("groups"):
+        table += f"\n{make_table(results, 'groups')}"
+    return {name: _to_json(results[name]) for name in _RESULTS if name in results}, table
 
 
-def language_model(subject: Subject, *, seed: int = 0) -> "TemplateLM":
-    """Return a model as the harness takes it: `lm_eval.simple_evaluate(language_model(subject), tasks=[...])`.
+def language_model(model: EvalModel, *, seed: int = 0) -> "TemplateLM":
+    """Return a model as `lm_eval.simple_evaluate` takes it.
 
-    Contexts that are too long lose their first tokens, as with the harness's own models.
+    Contexts that are too long lose their first tokens, as in the harness's own models.
 
     Args:
-        subject: the model.
-        seed: of draws, where a task samples.
+        model: the model.
+        seed: of sampled answers.
     """
+    # The class is local because its base needs the harness, which is optional.
     from lm_eval.api.model import TemplateLM
 
     class Adapter(TemplateLM):
-        tokenizer = subject.tokenizer
-        tokenizer_name = str(subject.tokenizer.name_or_path).replace("/", "__")
-        eot_token_id = subject.tokenizer.eos_token_id
-        prefix_token_id = subject.start
-        max_length = subject.positions
+        tokenizer = model.tokenizer
+        tokenizer_name = str(model.tokenizer.name_or_path).replace("/", "__")
+        eot_token_id = model.tokenizer.eos_token_id
+        prefix_token_id = model.start
+        max_length = model.positions
 
         def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **_: Any
+            self, string: str, add_special_tokens: bool | None = None, **_: Untyped
         ) -> list[int]:
             if add_special_tokens is None:
-                return subject.encode(string)
-            return list(
-                subject.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)[
-                    "input_ids"
-                ]
-            )
+                return model.encode(string)
+            options = {"add_special_tokens": add_special_tokens, "verbose": False}
+            return list(model.tokenizer(string, **options)["input_ids"])
 
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
             return str(
-                subject.tokenizer.apply_chat_template(
+                model.tokenizer.apply_chat_template(
                     chat_history,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -138,60 +136,64 @@ def language_model(subject: Subject, *, seed: int = 0) -> "TemplateLM":
             )
 
         def _loglikelihood_tokens(
-            self, requests: Sequence[Any], **_: Any
+            self, requests: Sequence[Untyped], **_: Untyped
         ) -> list[tuple[float, bool]]:
             pairs = [
-                likelihood.fitted(context, continuation, subject.positions)
+                likelihood.truncate_pair(context, continuation, model.positions)
                 for _, context, continuation in requests
             ]
-            return list(zip(*subject.score(pairs), strict=True))
+            return list(zip(*model.score(pairs), strict=True))
 
         def loglikelihood_rolling(
             self, requests: "Sequence[Instance]", disable_tqdm: bool = False
         ) -> list[float]:
-            texts = [subject.encode(request.args[0]) for request in requests]
-            return likelihood.rolling(subject.score, texts, subject.start, subject.positions)
+            texts = [model.encode(request.args[0]) for request in requests]
+            return likelihood.rolling_logprobs(model.score, texts, model.start, model.positions)
 
         def generate_until(
             self, requests: "Sequence[Instance]", disable_tqdm: bool = False
         ) -> list[str]:
-            return _generate(subject, requests, seed)
+            return _generate(model, requests, seed)
 
     return Adapter()
 
 
-def _generate(subject: Subject, requests: "Sequence[Instance]", seed: int) -> list[str]:
-    """Return the answers, one program's worth of requests after another: those of like settings together."""
+def _generate(model: EvalModel, requests: "Sequence[Instance]", seed: int) -> list[str]:
+    """Return the answers. Requests with the same settings are generated in the same batches."""
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
     groups: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = collections.defaultdict(list)
     for number, request in enumerate(requests):
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], _NEW_TOKENS))
-        until, size = settings.pop("until", None) or [], settings.pop("max_gen_toks")
+        settings: Json = dict(normalize_gen_kwargs(request.args[1], _MAX_NEW_TOKENS))
+        until, max_new_tokens = settings.pop("until", None) or [], settings.pop("max_gen_toks")
         stops = (until,) if isinstance(until, str) else tuple(until)
-        groups[size, _sampling(settings, str(request.task_name), seed), stops].append(number)
-    names, answers = _names(requests), [""] * len(requests)
-    for (size, sampling, stops), numbers in groups.items():
-        room = subject.positions - size
-        if room < 1:
+        sampling = _sampling(settings, str(request.task_name), seed)
+        groups[max_new_tokens, sampling, stops].append(number)
+    names, answers = _request_names(requests), [""] * len(requests)
+    for (max_new_tokens, sampling, stops), numbers in groups.items():
+        longest_prompt = model.positions - max_new_tokens
+        if longest_prompt < 1:
             raise UserError(
-                f"task {requests[numbers[0]].task_name} asks for {size} new tokens, the model holds {subject.positions} in all;"
-                " set max_gen_toks in a YAML of your own (--harness-include)"
+                f"task {requests[numbers[0]].task_name} asks for {max_new_tokens} new tokens, the "
+                f"model holds {model.positions} in all; set max_gen_toks in a YAML of your own "
+                "(--harness-include)"
             )
-        prompts = [subject.encode(requests[number].args[0])[-room:] for number in numbers]
-        texts = subject.generate(prompts, size, sampling, [names[number] for number in numbers])
+        prompts = [model.encode(requests[i].args[0])[-longest_prompt:] for i in numbers]
+        texts = model.generate(prompts, max_new_tokens, sampling, [names[i] for i in numbers])
         for number, text in zip(numbers, texts, strict=True):
             answers[number] = postprocess_generated_text(text, list(stops), None)
     return answers
 
 
-def _sampling(settings: Mapping[str, Any], task: str, seed: int) -> Sampling:
-    unknown = [name for name in settings if name not in _SAID]
+def _sampling(settings: Mapping[str, Untyped], task: str, seed: int) -> Sampling:
+    unknown = [name for name in settings if name not in _GENERATION_SETTINGS]
     if unknown:
         raise UserError(
-            f"task {task} sets generation_kwargs.{unknown[0]}, which is not offered here; known are {', '.join(_SAID)}"
+            f"task {task} sets generation_kwargs.{unknown[0]}, which is not offered here; known "
+            f"are {', '.join(_GENERATION_SETTINGS)}"
         )
     temperature = float(settings.get("temperature") or 0.0)
+    # Tasks often set a temperature beside do_sample: false, which wins in transformers.
     if not temperature or not settings.get("do_sample", True):
         return GREEDY
     top_k, top_p = settings.get("top_k"), settings.get("top_p")
@@ -200,18 +202,21 @@ def _sampling(settings: Mapping[str, Any], task: str, seed: int) -> Sampling:
     )
 
 
-def _names(requests: "Sequence[Instance]") -> list[str]:
-    """Return a name for each request by task, item and how often the item was asked before: what it draws depends on no other."""
-    seen: collections.Counter[str] = collections.Counter()
+def _request_names(requests: "Sequence[Instance]") -> list[str]:
+    """Return a name for each request: the task, the item, and how often it was asked before.
+
+    Samples are drawn by name, so an answer does not depend on the other requests.
+    """
+    repeats: collections.Counter[str] = collections.Counter()
     names = []
     for request in requests:
         item = f"{request.task_name}/{request.doc_id}"
-        names.append(f"{item}/{seen[item]}")
-        seen[item] += 1
+        names.append(f"{item}/{repeats[item]}")
+        repeats[item] += 1
     return names
 
 
-def _tasks(names: Sequence[str], include: Path | None) -> list[Any]:
+def _load_tasks(names: Sequence[str], include: Path | None) -> list[Untyped]:
     from lm_eval.tasks import TaskManager
 
     if include is not None and not include.is_dir():
@@ -219,27 +224,30 @@ def _tasks(names: Sequence[str], include: Path | None) -> list[Any]:
             f"--harness-include {include}: no such directory; give one with YAML files of tasks"
         )
     manager = TaskManager(include_path=None if include is None else str(include))
-    found: list[Any] = []
+    tasks: list[Untyped] = []
     for name in names:
         try:
             loaded = manager.load(name)
-        except Exception as error:  # the harness raises whatever its parts raise: unknown names, hubs out of reach, missing files
-            said = " ".join(str(error).split())[:200] or type(error).__name__
+        # The harness passes on any error of its parts: unknown names, unreachable hubs, absent
+        # files.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"--harness {name} cannot be loaded: {said}; see lm-eval ls tasks, or give --harness-include DIR"
+                f"--harness {name} cannot be loaded: {reason}; see lm-eval ls tasks, or give "
+                "--harness-include DIR"
             ) from error
-        found += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
-    return found
+        tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+    return tasks
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold of a result: numbers and texts, anything else as it is printed."""
+def _to_json(value: Untyped) -> Untyped:
+    """Return a result as JSON: NaN, infinities and other types become text."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float) and not float("-inf") < value < float("inf"):
         return str(value)
     if isinstance(value, bool | int | float | str) or value is None:
         return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
+    return _to_json(value.item()) if hasattr(value, "item") else str(value)

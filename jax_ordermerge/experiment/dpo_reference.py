@@ -16,7 +16,7 @@ from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import answers
+from jax_ordermerge.evaluate import metrics
 from jax_ordermerge.experiment import losses, models
 from jax_ordermerge.experiment.context import Log, RunContext
 from jax_ordermerge.layout import Json, read_npz, write_npz
@@ -132,7 +132,7 @@ def choices(examples: Examples, sums: np.ndarray) -> tuple[Json, list[Json]]:
         }
         for row, chosen in enumerate(correct)
     ]
-    mean, error = answers.accuracy(correct)
+    mean, error = metrics.accuracy(correct)
     return {"accuracy": mean, "se": error, "n": len(correct)}, items
 
 

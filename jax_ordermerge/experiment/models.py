@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
-from jax_ordermerge.evaluate import harness, scoring
-from jax_ordermerge.evaluate.likelihood import Pair
+from jax_ordermerge.evaluate import generation, scoring
+from jax_ordermerge.evaluate.eval_model import EvalModel, Pair, TextGenerator
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.layout import member_number
@@ -56,14 +56,14 @@ def load_population(ctx: RunContext) -> Population:
     return Population(ctx.model, trained, base_params(ctx, dtype), dtype)
 
 
-def as_subject(
+def make_eval_model(
     config: Config,
     model: ModelConfig,
     params: Tree,
     tokenizer: Any,
     mesh: Mesh,
-    generate: harness.Generate | None = None,
-) -> harness.Subject:
+    generate: TextGenerator | None = None,
+) -> EvalModel:
     """Return a model as evaluation tasks see it.
 
     Args:
@@ -72,7 +72,7 @@ def as_subject(
         params: its parameters, on the mesh.
         tokenizer: of the model.
         mesh: where the parameters are.
-        generate: writes answers; by default `harness.generator` makes it from `params`.
+        generate: writes answers; by default `generation.make_generator` makes it from `params`.
     """
     batch, dtype = config.evaluation.batch, config.model.compute_dtype
     kernel = kernels.choose(config.model.attention, model, mesh, dtype=dtype)
@@ -83,5 +83,7 @@ def as_subject(
         )
         return scores.logps[0].tolist(), scores.greedy[0].tolist()
 
-    generate = generate or harness.generator(model, params, tokenizer, batch=batch, dtype=dtype)
-    return harness.Subject(tokenizer, generate, score, model.max_position_embeddings)
+    generate = generate or generation.make_generator(
+        model, params, tokenizer, batch=batch, dtype=dtype
+    )
+    return EvalModel(tokenizer, generate, score, model.max_position_embeddings)

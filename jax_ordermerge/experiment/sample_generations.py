@@ -13,7 +13,7 @@ from jax_ordermerge.data import chat
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import harness
+from jax_ordermerge.evaluate import generation
 from jax_ordermerge.layout import Json
 from jax_ordermerge.model import lora
 from jax_ordermerge.tree import Tree
@@ -56,7 +56,7 @@ def sampler(
         merge_adapters = jax.jit(jax.vmap(dense, (None, 0)))
 
     def sample(trained: Tree, shared: Tree) -> Json:
-        generators = harness.generators(
+        generators = generation.make_generators(
             model,
             merge_adapters(shared, trained) if merge_adapters else trained,
             tokenizer,

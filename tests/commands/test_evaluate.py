@@ -131,7 +131,7 @@ def test_scores_do_not_depend_on_batch_and_mesh(folder, tasks):
         config = evaluate.model_config(
             str(folder / "base"), None, ["model.compute_dtype=float32", *changes]
         )
-        return harness.run(make_task(**tasks[0]), evaluate.load_subject(config), config.data)[1]
+        return harness.run(make_task(**tasks[0]), evaluate.load_model(config), config.data)[1]
 
     alone = run("evaluation.batch=1", "mesh.fsdp=1")
     for changes in (

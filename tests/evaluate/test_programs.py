@@ -9,7 +9,9 @@ import pytest
 
 from jax_ordermerge.config import Config, make_config, make_task
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import harness, programs, sandbox
+from jax_ordermerge.evaluate import sandbox
+from jax_ordermerge.evaluate.eval_model import EvalModel
+from jax_ordermerge.evaluate.tasks import programs
 
 ROWS = [
     {
@@ -21,6 +23,15 @@ ROWS = [
     for n in (2, 3, 4, 11, 12)
 ]
 FILE = {"kind": "mbpp", "name": "code", "data": "mbpp.jsonl"}
+
+
+class TextLength:
+    """A tokenizer whose only token is the length of the text."""
+
+    bos_token = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [len(text)]}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +57,8 @@ def test_mbpp_shows_its_three_examples_and_asks_the_others():
     assert first.prompt.count("[BEGIN]") == 4
     assert first.prompt.count("[DONE]") == 3
     assert first.prompt.startswith(
-        "You are an expert Python programmer, and here is your task: Task 2. Your code should pass these tests:"
+        "You are an expert Python programmer, and here is your task: Task 2. Your code should "
+        "pass these tests:"
     )
     assert first.prompt.endswith("assert f11(1) == 12\n[BEGIN]\n")
     assert first.judge(first.reference + "\n[DONE]\nthis is not read").passed
@@ -59,31 +71,23 @@ def test_mbpp_finds_which_functions_its_tests_call():
         "y = [math.floor(g(x)) for x in range(3)]",
         "assert sorted(h(y)) == set(y) or True",
     ]
-    one = programs.mbpp(
-        [
-            {
-                "task_id": 20,
-                "text": "t",
-                "code": "",
-                "test_list": tests,
-                "test_setup_code": "import re as regex",
-            }
-        ]
-    )[0]
-    assert one.names == ("g", "h")
+    row = {"task_id": 20, "text": "t", "code": "", "test_list": tests}
+    (problem,) = programs.mbpp([row | {"test_setup_code": "import re as regex"}])
+    assert problem.names == ("g", "h")
 
 
 def test_a_humaneval_answer_ends_at_the_next_thing_at_top_level(human):
-    one = programs.humaneval(human[:1])[0]
-    assert one.prompt == human[0]["prompt"]
-    for more in ("\nprint(1)", "\ndef g():\n  ((", "\n# done", "\nclass A", "\nif __name__"):
-        assert one.program(one.reference + more) == one.prompt + one.reference
-        assert one.judge(one.reference + more).passed
+    (problem,) = programs.humaneval(human[:1])
+    assert problem.prompt == human[0]["prompt"]
+    solution = problem.prompt + problem.reference
+    for suffix in ("\nprint(1)", "\ndef g():\n  ((", "\n# done", "\nclass A", "\nif __name__"):
+        assert problem.program(problem.reference + suffix) == solution
+        assert problem.judge(problem.reference + suffix).passed
 
 
 def test_a_task_of_programs(human):
     def generate(prompts, new, sampling, names):
-        # of each problem the first program is right, the second is not
+        # Of each problem the first program is right, the second is not.
         assert prompts == [[len(row["prompt"])] for row in human[:3] for _ in range(2)]
         assert (new, sampling.temperature, sampling.seed) == (99, 0.8, 4)
         assert names == [f"HumanEval/{n}/{sample}" for n in range(3) for sample in range(2)]
@@ -98,8 +102,9 @@ def test_a_task_of_programs(human):
         temperature=0.8,
         max_new_tokens=99,
     )
-    found, items = harness.run_programs(task, human, lambda text: [len(text)], generate, seed=4)
-    assert found == {
+    model = EvalModel(TextLength(), generate, None, 999)
+    summary, items = programs.write(task, human, model, seed=4)
+    assert summary == {
         "accuracy": 0.5,
         "se": 0.0,
         "n": 3,
@@ -123,16 +128,16 @@ def test_a_task_of_programs(human):
         ({"kind": "mbpp", "data": "x", "top_p": 0.9}, "needs programs that are drawn"),
     ],
 )
-def test_tasks_that_cannot_be_meant(task, message):
+def test_settings_that_do_not_fit_are_refused(task, message):
     with pytest.raises(UserError, match=message):
         make_config({"evaluation": {"tasks": [{"name": "a"} | task]}})
 
 
-def test_files_of_another_kind_are_named():
+def test_a_file_of_another_kind_is_refused():
     with pytest.raises(
         UserError, match="kind humaneval reads the column prompt, its data has task_id, text"
     ):
         programs.humaneval([{"task_id": 1, "text": ""}])
     with pytest.raises(UserError, match="has no problems"):
-        harness.run_programs(make_task(**FILE), [], lambda text: [1], lambda *given: [])
+        programs.write(make_task(**FILE), [], EvalModel(TextLength(), None, None, 999), seed=0)
     assert Config(evaluation={"tasks": [FILE]}).evaluation.tasks[0].samples == 1

@@ -1,4 +1,4 @@
-"""Templates, shots and what is refused of them, over files on disk."""
+"""Templates and shots over files on disk, and their errors."""
 
 import json
 
@@ -6,10 +6,12 @@ import pytest
 
 from jax_ordermerge.config import Data, make_task
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import prompts
+from jax_ordermerge.evaluate.eval_model import encode
+from jax_ordermerge.evaluate.inputs import TaskInputs
 
 CHAT = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
@@ -30,7 +32,7 @@ def tokenizer():
     )
 
 
-def written(tokens):
+def decode(tokens):
     return "".join(
         "<s>" if token == 0 else "</s>" if token == 1 else chr(token) for token in tokens
     )
@@ -53,18 +55,24 @@ def files(tmp_path):
     }
 
 
-def ask(task, data, tokenizer, seed=0):
-    found = prompts.examples(task, data, tokenizer, seed=seed)
-    return [written(found.prompt(row).tolist()) for row in range(len(found))], found
+def make_prompts(task, data, tokenizer, seed=0):
+    prompts = TaskInputs(data, tokenizer, seed=seed).prompts(task, task.formatter)
+    return [decode(prompt.tokens) for prompt in prompts], prompts
+
+
+def references(prompts):
+    return [prompt.reference for prompt in prompts]
 
 
 def test_shots_in_the_template_of_the_training_data(files, tokenizer):
-    texts, found = ask(make_task(name="t", kind="gsm8k", shots=2), Data(**files), tokenizer)
-    shown = "Question: q0?\nAnswer: w0\n#### 0\n\nQuestion: q1?\nAnswer: w1\n#### 1\n\n"
-    assert texts == [f"<s>{shown}Question: t{n}?\nAnswer:" for n in range(4)]
-    assert found.responses == [f"v{n}\n#### {n}" for n in range(4)]
-    assert found.prompts == [f"Question: t{n}?\nAnswer:" for n in range(4)]
-    assert found.ids.tolist() == [0, 1, 2, 3]
+    texts, prompts = make_prompts(
+        make_task(name="t", kind="gsm8k", shots=2), Data(**files), tokenizer
+    )
+    shots = "Question: q0?\nAnswer: w0\n#### 0\n\nQuestion: q1?\nAnswer: w1\n#### 1\n\n"
+    assert texts == [f"<s>{shots}Question: t{n}?\nAnswer:" for n in range(4)]
+    assert references(prompts) == [f"v{n}\n#### {n}" for n in range(4)]
+    assert [prompt.prompt for prompt in prompts] == [f"Question: t{n}?\nAnswer:" for n in range(4)]
+    assert [prompt.id for prompt in prompts] == [0, 1, 2, 3]
 
 
 def test_templates_of_the_task(files, tokenizer):
@@ -80,24 +88,23 @@ def test_templates_of_the_task(files, tokenizer):
         prompt="{{question|upper}}=",
         response=" {{answer.split('####')[0].strip()}}",
     )
-    texts, found = ask(task, Data(), tokenizer)
+    texts, prompts = make_prompts(task, Data(), tokenizer)
     assert texts == ["<s>Solve.\nT0?= v0|Q0?="]
-    assert found.responses == ["w0"]
-    assert ask(task.model_copy(update={"reference": "{{answer}} "}), Data(), tokenizer)[
-        1
-    ].responses == ["w0\n#### 0"]
+    assert references(prompts) == ["w0"]
+    task = task.model_copy(update={"reference": "{{answer}} "})
+    assert references(make_prompts(task, Data(), tokenizer)[1]) == ["w0\n#### 0"]
 
 
 def test_shots_as_turns_of_a_chat(files, tokenizer):
     task = make_task(name="t", kind="gsm8k", shots=1, limit=1, description="Be brief.")
-    texts, _ = ask(task, Data(**files, template="chat"), tokenizer)
+    texts, _ = make_prompts(task, Data(**files, template="chat"), tokenizer)
     assert texts == ["[system]Be brief.[user]q0?[assistant]w0\n#### 0</s>[user]t0?[assistant]"]
 
 
 def test_drawn_shots_depend_on_seed_and_item_alone(files, tokenizer):
     def drawn(seed, limit=None):
         task = make_task(name="t", kind="gsm8k", shots=3, shots_order="random", limit=limit)
-        return ask(task, Data(**files), tokenizer, seed)[0]
+        return make_prompts(task, Data(**files), tokenizer, seed)[0]
 
     assert drawn(0) == drawn(0)
     assert drawn(0, limit=2) == drawn(0)[:2]
@@ -107,7 +114,7 @@ def test_drawn_shots_depend_on_seed_and_item_alone(files, tokenizer):
 
 def test_an_item_is_never_its_own_shot(files, tokenizer):
     task = make_task(name="t", kind="gsm8k", data=files["train"], shots=2)
-    texts, _ = ask(task, Data(**files), tokenizer)
+    texts, _ = make_prompts(task, Data(**files), tokenizer)
     assert [text.count("Question: q0?") for text in texts] == [1] * 6
     assert "Question: q2?" in texts[0]  # in place of itself
 
@@ -115,18 +122,19 @@ def test_an_item_is_never_its_own_shot(files, tokenizer):
 @pytest.mark.parametrize("order", ["first", "random"])
 def test_too_few_shots(files, tokenizer, order):
     with pytest.raises(UserError, match="too few shots are left for item 0"):
-        ask(
+        make_prompts(
             make_task(name="t", kind="gsm8k", data=files["train"], shots=6, shots_order=order),
             Data(**files),
             tokenizer,
         )
+    task = make_task(name="t", kind="gsm8k", shots=7, shots_order=order)
     with pytest.raises(UserError, match="has 6 rows, fewer than shots = 7"):
-        ask(make_task(name="t", kind="gsm8k", shots=7, shots_order=order), Data(**files), tokenizer)
+        make_prompts(task, Data(**files), tokenizer)
 
 
 def test_one_beginning_of_sequence(tokenizer):
-    assert written(prompts.encode(tokenizer, "ab")) == "<s>ab"
-    assert written(prompts.encode(tokenizer, "<s>ab")) == "<s>ab"
+    assert decode(encode(tokenizer, "ab")) == "<s>ab"
+    assert decode(encode(tokenizer, "<s>ab")) == "<s>ab"
 
 
 def test_choices_after_shots(files, tokenizer):
@@ -142,13 +150,13 @@ def test_choices_after_shots(files, tokenizer):
         answer="{{1}}",
         delimiter="->",
     )
-    one = prompts.questions(task, Data(), tokenizer, seed=0)[0]
-    assert one.asked == "q0?->w0\n#### 0\n\nt0?"
-    assert one.reference == "v0\n#### 0"
+    (question,) = TaskInputs(Data(), tokenizer).questions(task, task.formatter)
+    assert question.context == "q0?->w0\n#### 0\n\nt0?"
+    assert question.reference == "v0\n#### 0"
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"choices": "{{option}}"}, "'option' is undefined"),
         ({"choices": "{{question}}"}, "expected a list of at least two choices"),
@@ -171,18 +179,14 @@ def test_choices_after_shots(files, tokenizer):
         ),
     ],
 )
-def test_templates_that_do_not_fit(files, tokenizer, settings, said):
-    with pytest.raises(UserError, match=said):
-        prompts.questions(
-            make_task(name="t", kind="multiple_choice", data=files["test"], **settings),
-            Data(),
-            tokenizer,
-            seed=0,
-        )
+def test_templates_that_do_not_fit(files, tokenizer, settings, message):
+    task = make_task(name="t", kind="multiple_choice", data=files["test"], **settings)
+    with pytest.raises(UserError, match=message):
+        TaskInputs(Data(), tokenizer).questions(task, task.formatter)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"kind": "multiple_choice"}, "needs its file or hub dataset"),
         (
@@ -203,18 +207,18 @@ def test_templates_that_do_not_fit(files, tokenizer, settings, said):
         ({"kind": "math", "samples": 3}, "unknown key task.samples .kind math has"),
     ],
 )
-def test_tasks_that_cannot_be_meant(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         make_task(name="t", **settings)
 
 
 def test_instructions(tokenizer):
     data = Data(template="chat")
-    tokens = prompts.instruction_tokens({"instruction": "Greet.", "input": "Ann"}, data, tokenizer)
-    assert "Greet." in written(tokens)
-    assert written(tokens).endswith("[assistant]")
-    assert written(
-        prompts.instruction_tokens({"instruction": "Greet."}, Data(), tokenizer)
-    ).endswith("### Response:")
+    inputs = TaskInputs(data, tokenizer)
+    tokens = inputs.instruction_tokens({"instruction": "Greet.", "input": "Ann"})
+    assert "Greet." in decode(tokens)
+    assert decode(tokens).endswith("[assistant]")
+    default = TaskInputs(Data(), tokenizer).instruction_tokens({"instruction": "Greet."})
+    assert decode(default).endswith("### Response:")
     with pytest.raises(UserError, match="needs the column instruction, its columns are text"):
-        prompts.instruction_tokens({"text": "x"}, data, tokenizer)
+        inputs.instruction_tokens({"text": "x"})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.evaluate import harness
+from jax_ordermerge.evaluate import generation
 from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
@@ -69,7 +69,9 @@ def test_answers_while_training_are_those_of_dense_members(run):
         dense = members.restore_member(
             ctx.config, ctx.model, ctx.mesh, number, directory=waves.home(ctx.config, number)
         )
-        generate = harness.generator(ctx.model, dense, ctx.tokenizer, batch=4, dtype="float32")
+        generate = generation.make_generator(
+            ctx.model, dense, ctx.tokenizer, batch=4, dtype="float32"
+        )
         assert last["texts"][number] == generate(
             [validation.prompt(row).tolist() for row in range(len(validation))], 4
         )

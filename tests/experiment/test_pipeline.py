@@ -13,7 +13,7 @@ from jax_ordermerge import tree
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import harness
+from jax_ordermerge.evaluate import decode, generation, harness
 from jax_ordermerge.experiment import losses, models, pipeline
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
@@ -107,13 +107,13 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
     config = load_config(
         folder / "tiny.yaml", [f"output={tmp_path / 'run'}", f"mesh.order={groups}"]
     )
-    original, sizes = harness.decode.generate_members, []
+    original, sizes = decode.generate_members, []
 
     def counted(model, population, *args, **settings):
         sizes.append(tree.size(population))
         return original(model, population, *args, **settings)
 
-    monkeypatch.setattr(harness.decode, "generate_members", counted)
+    monkeypatch.setattr(decode, "generate_members", counted)
     pipeline.run(config, through="evaluate", log=lambda line: None)
     # five models, two members: the last stands alone, but every group of devices takes part
     assert sizes == [2, 2, 1 if groups == 1 else 2]
@@ -128,7 +128,9 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
     ctx = open_run(config, lambda line: None)
     test = ctx.splits["test"]
     for name, params in models.load_models(ctx, ["base", "member_1", "average", "selection"]):
-        generate = harness.generator(ctx.model, params, ctx.tokenizer, batch=8, dtype="float32")
+        generate = generation.make_generator(
+            ctx.model, params, ctx.tokenizer, batch=8, dtype="float32"
+        )
         alone = generate([test.prompt(row).tolist() for row in range(len(test))], 4)
         items = json.loads((tmp_path / "run" / "evaluations" / f"{name}.json").read_text())[
             "tasks"
@@ -146,7 +148,7 @@ def test_interrupted_and_called_again_ends_with_the_same_bytes(
         "train": (loop, "_log", 2),
         "merge": (convert, "export", 2),
         "analyze": (losses, "sequence_losses", 3),
-        "evaluate": (harness, "run_task", 3),
+        "evaluate": (harness, "run", 3),
     }[stage]
     original, calls = getattr(module, name), []
 

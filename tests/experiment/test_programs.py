@@ -8,7 +8,7 @@ import yaml
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import load_config
-from jax_ordermerge.evaluate import programs
+from jax_ordermerge.evaluate.tasks import programs
 from jax_ordermerge.experiment import pipeline
 from jax_ordermerge.model import llama
 

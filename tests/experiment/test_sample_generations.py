@@ -8,7 +8,7 @@ import pytest
 
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import harness
+from jax_ordermerge.evaluate import generation
 from jax_ordermerge.experiment import pipeline, sample_generations
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.report import run_report
@@ -70,7 +70,7 @@ def test_the_last_answers_are_those_of_the_trained_members(both, folder):
     validation = ctx.splits["validation"]
     assert all(line["prompts"] == validation.prompts and line["members"] == [0, 1] for line in said)
     for number in (0, 1):
-        generate = harness.generator(
+        generate = generation.make_generator(
             ctx.model, member(population, number), ctx.tokenizer, batch=4, dtype="float32"
         )
         assert said[-1]["texts"][number] == generate(

@@ -1,9 +1,34 @@
 """Tasks whose answers are compared with a reference: exact match, GSM8K, MATH, numbers."""
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 import pydantic
 from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, GeneratedTask, ShotsTask, TaskKind
+from jax_ordermerge.evaluate import matching
+from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
+from jax_ordermerge.evaluate.metrics import accuracy
+from jax_ordermerge.evaluate.prompts import Formatter, Prompt, render
+from jax_ordermerge.layout import Json
+
+if TYPE_CHECKING:
+    from jax_ordermerge.evaluate.inputs import TaskInputs
+
+Match = Callable[[str, str], bool]  # (answer, reference) -> whether the answer is right
+MATCHES: dict[str, Match] = {
+    "exact": matching.exact,
+    "gsm8k": matching.gsm8k,
+    "gsm8k_flexible": matching.gsm8k_flexible,
+    "gsm8k_cot": matching.gsm8k_cot,
+    "math": matching.math,
+    "number": matching.number,
+}
+# Further metrics of the same answers. A strict match also fails on the form of an answer.
+EXTRA_MATCHES: dict[str, dict[str, Match]] = {
+    kind: {"flexible": matching.gsm8k_flexible} for kind in ("gsm8k", "gsm8k_cot")
+}
 
 
 class AnswerTask(GeneratedTask, ShotsTask):
@@ -38,6 +63,60 @@ class AnswerTask(GeneratedTask, ShotsTask):
             )
         return self
 
+    @property
+    def formatter(self) -> Formatter | None:
+        """The formatter of the task's templates, None where it has none."""
+        prompt, response = self.prompt, self.response
+        if prompt is None or response is None:
+            return None
+        reference = response if self.reference is None else self.reference
+        return Formatter(
+            lambda row: render(prompt, row),
+            lambda row: render(response, row),
+            lambda row: render(reference, row).strip(),
+        )
 
-for _kind in ("exact", "gsm8k", "gsm8k_flexible", "gsm8k_cot", "math", "number"):
-    TASK_KINDS.register(_kind, TaskKind(AnswerTask))
+
+def run(task: AnswerTask, model: EvalModel, inputs: "TaskInputs") -> TaskResult:
+    """Let a model answer the items of a task."""
+    return answer(task, inputs.prompts(task, task.formatter), model)
+
+
+def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> TaskResult:
+    """Let a model continue prompts, and compare its answers with the references.
+
+    Returns:
+        `accuracy`, `se` and `n`, and per item `id`, `prompt`, `reference`, `answer` and `correct`.
+        Kinds with a further match have its share, error and `correct_...`, too: `flexible`.
+
+    Example:
+        >>> prompts = [Prompt(0, "a", [1], "A"), Prompt(1, "b", [1], "B")]
+        >>> model = EvalModel(None, lambda prompts, n: ["A", "no"], None, 8)
+        >>> answer(AnswerTask(name="echo", kind="exact"), prompts, model).summary
+        {'accuracy': 0.5, 'se': 0.3535533905932738, 'n': 2}
+    """
+    generated = model.generate([prompt.tokens for prompt in prompts], task.max_new_tokens)
+    items: list[Json] = []
+    for prompt, text in zip(prompts, generated, strict=True):
+        text = matching.truncate(text, task.stop)
+        items.append(
+            {
+                "id": prompt.id,
+                "prompt": prompt.prompt,
+                "reference": prompt.reference,
+                "answer": text,
+                "correct": MATCHES[task.kind](text, prompt.reference),
+            }
+        )
+    share, error = accuracy([item["correct"] for item in items])
+    summary: Json = {"accuracy": share, "se": error, "n": len(items)}
+    for name, match in EXTRA_MATCHES.get(task.kind, {}).items():
+        for item in items:
+            item[f"correct_{name}"] = match(item["answer"], item["reference"])
+        correct = [item[f"correct_{name}"] for item in items]
+        summary[name], summary[f"{name}_se"] = accuracy(correct)
+    return TaskResult(summary, items)
+
+
+for _kind in MATCHES:
+    TASK_KINDS.register(_kind, TaskKind(AnswerTask, run))

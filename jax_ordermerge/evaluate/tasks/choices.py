@@ -1,8 +1,21 @@
 """Multiple choice by log-likelihood."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, ShotsTask, TaskKind
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
+from jax_ordermerge.evaluate.likelihood import make_pair, truncate_pair
+from jax_ordermerge.evaluate.metrics import accuracy
+from jax_ordermerge.evaluate.prompts import Formatter, Question, Row, render, render_value
+from jax_ordermerge.layout import Json
+
+if TYPE_CHECKING:
+    from jax_ordermerge.evaluate.inputs import TaskInputs
 
 
 class ChoiceTask(FileTask, ShotsTask):
@@ -17,5 +30,122 @@ class ChoiceTask(FileTask, ShotsTask):
     )
     delimiter: str = Field(" ", description="text between prompt and choice")
 
+    @property
+    def formatter(self) -> Formatter:
+        """The formatter of the task's templates."""
 
-TASK_KINDS.register("multiple_choice", TaskKind(ChoiceTask))
+        def right_choice(row: Row) -> str:
+            choices, number = read_choices(self, row)
+            return choices[number]
+
+        return Formatter(
+            lambda row: render(self.prompt, row),
+            lambda row: self.delimiter + right_choice(row),
+            right_choice,
+        )
+
+
+def read_choices(task: ChoiceTask, row: Row) -> tuple[list[str], int]:
+    """Return the choices of a row and the number of the right one.
+
+    Raises:
+        UserError: there is no list of choices, or the answer is none of them.
+
+    Example:
+        >>> task = ChoiceTask(
+        ...     name="arc",
+        ...     kind="multiple_choice",
+        ...     data="arc.jsonl",
+        ...     choices="{{c.text}}",
+        ...     answer="{{c.label.index(key)}}",
+        ... )
+        >>> read_choices(task, {"c": {"text": ["red", "blue"], "label": ["A", "B"]}, "key": "B"})
+        (['red', 'blue'], 1)
+    """
+    value, answer = render_value(task.choices, row), render_value(task.answer, row)
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) < 2:
+        raise UserError(
+            f"evaluation task {task.name}: {task.choices} is {str(value)[:60]!r}, expected a list "
+            "of at least two choices"
+        )
+    choices = [str(choice) for choice in value]
+    if isinstance(answer, str) and answer in choices:
+        return choices, choices.index(answer)
+    try:
+        number = int(answer)
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number < len(choices):
+        raise UserError(
+            f"evaluation task {task.name}: {task.answer} is {str(answer)[:60]!r}, expected one of "
+            "the choices or its number from 0"
+        )
+    return choices, number
+
+
+def run(task: ChoiceTask, model: EvalModel, inputs: "TaskInputs") -> TaskResult:
+    """Let a model choose for every item of a task."""
+    return choose(task, inputs.questions(task, task.formatter), model)
+
+
+def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) -> TaskResult:
+    """Let a model choose the text that it finds likeliest after the prompt.
+
+    Returns:
+        `accuracy` of the choices by log-probability, `acc_norm` by log-probability per character,
+        `acc_bytes` per byte, each with its error, and `n`. Per item `id`, `prompt`, `reference`,
+        `answer`, `correct`, `correct_norm`, `correct_bytes`, and `logps` and `greedy` by choice.
+
+    Example:
+        >>> class Letters:
+        ...     bos_token, bos_token_id = None, 0
+        ...
+        ...     def __call__(self, text, **options):
+        ...         return {"input_ids": [ord(letter) for letter in text]}
+        >>> score = lambda pairs: ([-3.0, -4.0], [False, False])
+        >>> row = {"choices": ["no", "certainly"], "answer": 1}
+        >>> question = Question(0, row, "Is it?", "Is it?", "certainly")
+        >>> task = ChoiceTask(name="t", kind="multiple_choice", data="x")
+        >>> result = choose(task, [question], EvalModel(Letters(), None, score, 99))
+        >>> result.summary["accuracy"], result.summary["acc_norm"], result.items[0]["answer"]
+        (0.0, 1.0, 'no')
+    """
+    choices_of = [read_choices(task, question.row) for question in questions]
+    pairs = []
+    for question, (choices, _) in zip(questions, choices_of, strict=True):
+        assert isinstance(question.context, str)
+        for choice in choices:
+            continuation = f"{task.delimiter}{choice}"
+            pair = make_pair(model.encode, question.context, continuation, model.start)
+            pairs.append(truncate_pair(*pair, model.positions))
+    # One call for all pairs, so that batches are full.
+    logprobs, greedy = map(iter, model.score(pairs))
+    items: list[Json] = []
+    for question, (choices, right) in zip(questions, choices_of, strict=True):
+        sums = np.array([float(next(logprobs)) for _ in choices])
+        picks = {
+            "correct": int(np.argmax(sums)),
+            "correct_norm": int(np.argmax(sums / [len(choice) for choice in choices])),
+            "correct_bytes": int(np.argmax(sums / [len(choice.encode()) for choice in choices])),
+        }
+        items.append(
+            {
+                "id": question.id,
+                "prompt": question.prompt,
+                "reference": question.reference,
+                "answer": choices[picks["correct"]],
+            }
+            | {name: pick == right for name, pick in picks.items()}
+            | {"logps": sums.tolist(), "greedy": [bool(next(greedy)) for _ in choices]}
+        )
+    summary: Json = {}
+    for name, error_name, key in (
+        ("accuracy", "se", "correct"),
+        ("acc_norm", "acc_norm_se", "correct_norm"),
+        ("acc_bytes", "acc_bytes_se", "correct_bytes"),
+    ):
+        summary[name], summary[error_name] = accuracy([item[key] for item in items])
+    return TaskResult(summary | {"n": len(items)}, items)
+
+
+TASK_KINDS.register("multiple_choice", TaskKind(ChoiceTask, run))

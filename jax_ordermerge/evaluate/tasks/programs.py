@@ -1,11 +1,34 @@
-"""Programs that must pass the tests of their file in a sandbox."""
+"""Programs that must pass the tests of their file in a sandbox: HumanEval and MBPP.
 
-from typing import Annotated
+Sources: Chen et al., "Evaluating large language models trained on code", 2021,
+https://arxiv.org/abs/2107.03374 (HumanEval, pass@k); Austin et al., "Program synthesis with large
+language models", 2021, https://arxiv.org/abs/2108.07732 (MBPP, its prompt and its three shots).
+"""
+
+import ast
+import builtins
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, GeneratedTask, TaskKind
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import sandbox
+from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
+from jax_ordermerge.evaluate.matching import truncate
+from jax_ordermerge.evaluate.metrics import mean_and_error
+from jax_ordermerge.evaluate.prompts import Row
+from jax_ordermerge.layout import Json
+
+if TYPE_CHECKING:
+    from jax_ordermerge.evaluate.inputs import TaskInputs
+
+_SHOTS = (2, 3, 4)  # task_id of the examples that the MBPP paper shows before each problem
+_PASS_AT = (1, 10, 100)
 
 
 class ProgramTask(FileTask, GeneratedTask):
@@ -29,5 +52,251 @@ class ProgramTask(FileTask, GeneratedTask):
         return self
 
 
-for _kind in ("humaneval", "mbpp"):
-    TASK_KINDS.register(_kind, TaskKind(ProgramTask))
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+        id: its `task_id`.
+        prompt: what the model continues.
+        before: source that the continuation completes to a program.
+        stops: texts that end a continuation.
+        tests, names, setup: see `sandbox.judge`.
+        reference: a right continuation.
+    """
+
+    id: str
+    prompt: str
+    before: str
+    stops: tuple[str, ...]
+    tests: str
+    names: tuple[str, ...]
+    setup: str
+    reference: str
+
+    def program(self, text: str) -> str:
+        """Return the program of a continuation, which ends before the first stop."""
+        return self.before + truncate(text, self.stops)
+
+    def judge(self, text: str, timeout: float = 10.0) -> sandbox.Verdict:
+        """Run the tests on a continuation."""
+        return sandbox.judge(
+            self.program(text), self.tests, self.names, setup=self.setup, timeout=timeout
+        )
+
+
+def humaneval(rows: Sequence[Row]) -> list[Problem]:
+    """Return the problems of HumanEval: the model completes a function from its head.
+
+    A continuation ends at the next statement at top level.
+
+    Raises:
+        UserError: a column is missing.
+
+    Example:
+        >>> row = {
+        ...     "task_id": "t/0",
+        ...     "prompt": "def f(x):\\n    ''\\n",
+        ...     "entry_point": "f",
+        ...     "canonical_solution": "    return x\\n",
+        ...     "test": "def check(candidate):\\n    assert candidate(1) == 1\\n",
+        ... }
+        >>> (problem,) = humaneval([row])
+        >>> problem.judge("    return x\\nprint(1)").passed
+        True
+        >>> problem.judge("    return 2 * x\\n").passed
+        False
+    """
+    problems = []
+    for row in rows:
+        task_id, prompt, test, function = (
+            _column(row, name, "humaneval") for name in ("task_id", "prompt", "test", "entry_point")
+        )
+        problems.append(
+            Problem(
+                id=str(task_id),
+                prompt=prompt,
+                before=prompt,
+                stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+                tests=f"{test}\ncheck({function})",
+                names=(function,),
+                setup=prompt,
+                reference=row.get("canonical_solution", ""),
+            )
+        )
+    return problems
+
+
+def mbpp(rows: Sequence[Row]) -> list[Problem]:
+    """Return the problems of MBPP, each after the problems 2, 3 and 4, which are not asked.
+
+    Tests that build objects of classes of the answer cannot be run beside it, and fail.
+
+    Raises:
+        UserError: a column is missing.
+
+    Example:
+        >>> row = {
+        ...     "task_id": 11,
+        ...     "text": "Double it.",
+        ...     "code": "def f(x): return 2 * x",
+        ...     "test_list": ["assert f(2) == 4"],
+        ... }
+        >>> (problem,) = mbpp([row])
+        >>> problem.prompt.splitlines()[1:]
+        ['', 'assert f(2) == 4', '[BEGIN]']
+        >>> problem.judge("def f(x): return 2 * x\\n[DONE]\\n").passed
+        True
+    """
+    shots = "".join(
+        f"{_mbpp_prompt(row)}{row['code']}\n[DONE]\n"
+        for row in rows
+        if row.get("task_id") in _SHOTS
+    )
+    problems = []
+    for row in rows:
+        if row.get("task_id") in _SHOTS:
+            continue
+        setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code", "")])
+        tests = "\n".join(_column(row, "test_list", "mbpp"))
+        problems.append(
+            Problem(
+                id=str(_column(row, "task_id", "mbpp")),
+                prompt=shots + _mbpp_prompt(row),
+                before="",
+                stops=("[DONE]",),
+                tests=tests,
+                names=_called_names(tests, setup),
+                setup=setup,
+                reference=_column(row, "code", "mbpp"),
+            )
+        )
+    return problems
+
+
+def _mbpp_prompt(row: Row) -> str:
+    # The sanitized version of MBPP has the column `prompt` instead of `text`.
+    name = "prompt" if "text" not in row and "prompt" in row else "text"
+    tests = "\n".join(_column(row, "test_list", "mbpp"))
+    return (
+        f"You are an expert Python programmer, and here is your task: {_column(row, name, 'mbpp')} "
+        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+    )
+
+
+def _called_names(tests: str, setup: str) -> tuple[str, ...]:
+    """Return the names that tests read and that neither they, their setup nor Python define."""
+    nodes = list(ast.walk(ast.parse(f"{setup}\n{tests}")))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    defined = {
+        alias.asname or alias.name
+        for node in nodes
+        for alias in getattr(node, "names", ())
+        if isinstance(alias, ast.alias)
+    }
+    defined |= {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
+    read = {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    return tuple(sorted(read - defined))
+
+
+def _column(row: Row, name: str, kind: str) -> Any:
+    if name not in row:
+        raise UserError(
+            f"a task of kind {kind} reads the column {name}, its data has {', '.join(row)}; give "
+            "the file as published"
+        )
+    return row[name]
+
+
+PROBLEMS: dict[str, Callable[[Sequence[Row]], list[Problem]]] = {
+    "humaneval": humaneval,
+    "mbpp": mbpp,
+}
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Return the unbiased estimate that one of k draws is correct: 1 - C(n - c, k) / C(n, k).
+
+    Args:
+        samples: n, programs drawn.
+        correct: c, correct programs.
+        k: at most n.
+
+    Raises:
+        UserError: k is above n.
+
+    Example:
+        >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 4, 2)
+        (0.25, 0.5, 1.0)
+    """
+    if k > samples:
+        raise UserError(
+            f"pass@{k} needs at least {k} samples per problem, got {samples}; raise samples"
+        )
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def run(task: ProgramTask, model: EvalModel, inputs: "TaskInputs") -> TaskResult:
+    """Let a model write programs for the problems of a file."""
+    return write(task, inputs.rows(task), model, seed=inputs.seed)
+
+
+def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int) -> TaskResult:
+    """Let a model write programs, and run their tests in the sandbox.
+
+    Args:
+        task: with `samples` above 1 programs are drawn.
+        rows: of its file, as published.
+        model: writes the programs.
+        seed: of the draws.
+
+    Returns:
+        `accuracy` (pass@1), `se`, `n`, `isolation` and `pass@k`. Per program `id`, `prompt`,
+        `reference`, `answer`, `correct` and `detail` of the verdict.
+    """
+    from jax_ordermerge.evaluate.sampling import Sampling  # imports JAX
+
+    problems = PROBLEMS[task.kind](rows)[: task.limit]
+    if not problems:
+        raise UserError(f"evaluation task {task.name} has no problems, check its data and limit")
+    drawn = [problem for problem in problems for _ in range(task.samples)]
+    names = [f"{problem.id}/{sample}" for problem in problems for sample in range(task.samples)]
+    texts = model.generate(
+        [model.encode(problem.prompt) for problem in drawn],
+        task.max_new_tokens,
+        Sampling(task.temperature, task.top_k, task.top_p, seed),
+        names,
+    )
+    verdicts = [problem.judge(text) for problem, text in zip(drawn, texts, strict=True)]
+    items: list[Json] = [
+        {
+            "id": name,
+            "prompt": problem.prompt,
+            "reference": problem.reference,
+            "answer": text,
+            "correct": verdict.passed,
+            "detail": verdict.detail,
+        }
+        for name, problem, text, verdict in zip(names, drawn, texts, verdicts, strict=True)
+    ]
+    correct = [
+        sum(verdict.passed for verdict in verdicts[start : start + task.samples])
+        for start in range(0, len(verdicts), task.samples)
+    ]
+    # Problems are the sampling unit: programs for the same problem are not independent.
+    share, error = mean_and_error([count / task.samples for count in correct])
+    summary: Json = {
+        "accuracy": share,
+        "se": error,
+        "n": len(problems),
+        "isolation": verdicts[0].isolation,
+    }
+    for k in _PASS_AT:
+        if k <= task.samples:
+            estimates = [pass_at_k(task.samples, count, k) for count in correct]
+            summary[f"pass@{k}"] = sum(estimates) / len(problems)
+    return TaskResult(summary, items)
+
+
+for _kind in PROBLEMS:
+    TASK_KINDS.register(_kind, TaskKind(ProgramTask, run))

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from jax_ordermerge.config import PREFERENCES, Config
-from jax_ordermerge.config.evaluation import OUTPUTS
-from jax_ordermerge.evaluate import harness
+from jax_ordermerge.config.evaluation import TASK_KINDS
+from jax_ordermerge.evaluate import generation, harness
+from jax_ordermerge.evaluate.eval_model import TextGenerator
 from jax_ordermerge.experiment import controls, dpo_reference, losses, models, stack_models
 from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.experiment.run_config import model_names
@@ -37,7 +38,7 @@ def is_complete(config: Config) -> bool:
 
 def _load_with_generators(
     ctx: RunContext, names: Sequence[str]
-) -> Iterator[tuple[str, Tree, harness.Generate | None]]:
+) -> Iterator[tuple[str, Tree, TextGenerator | None]]:
     """Yield models with their generators, where a task generates.
 
     As many models as fit the devices are stacked, so that one program generates for all of them.
@@ -51,7 +52,7 @@ def _load_with_generators(
         batch = names[start : start + size]
         loaded = (params for _, params in models.load_models(ctx, batch))
         stacked = stack_models.stack(loaded, len(batch), ctx.model, ctx.mesh, dtype)
-        generators = harness.generators(
+        generators = generation.make_generators(
             ctx.model,
             stacked,
             ctx.tokenizer,
@@ -65,7 +66,7 @@ def _load_with_generators(
 
 
 def _evaluate_model(
-    ctx: RunContext, name: str, kind: str, params: Tree, generate: harness.Generate | None
+    ctx: RunContext, name: str, kind: str, params: Tree, generate: TextGenerator | None
 ) -> Json:
     """Return the results of one model: a summary, and losses and answers by item."""
     config, test, validation = ctx.config, ctx.splits.get("test"), ctx.splits.get("validation")
@@ -100,14 +101,19 @@ def _evaluate_model(
     )
 
     # -------------------------------------------------------------- tasks
-    subject = models.as_subject(config, ctx.model, params, ctx.tokenizer, ctx.mesh, generate)
+    eval_model = models.make_eval_model(
+        config, ctx.model, params, ctx.tokenizer, ctx.mesh, generate
+    )
     for task in config.evaluation.tasks:
-        task_summary, items = harness.run(task, subject, config.data, test=test, seed=config.seed)
-        if task.kind == OUTPUTS:
+        task_summary, items = harness.run(
+            task, eval_model, config.data, test=test, seed=config.seed
+        )
+        result_kind = TASK_KINDS[task.kind].result
+        if result_kind == "outputs":
             # AlpacaEval's files name the model that wrote each answer
             signed = [{**item, "generator": f"{config.name}/{name}"} for item in items]
             write_json(ctx.layout.outputs(task.name, name), signed)
-        elif task.kind == "perplexity":
+        elif result_kind == "perplexity":
             texts[task.name], text_items[task.name] = task_summary, items
         else:
             tasks[task.name], task_items[task.name] = task_summary, items

@@ -1,4 +1,4 @@
-"""Scoring, on strings met in practice."""
+"""Comparisons of answers with references, on strings met in practice."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import answers
+from jax_ordermerge.evaluate import matching, metrics
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from jax_ordermerge.evaluate import answers
     ],
 )
 def test_exact(answer, reference, right):
-    assert answers.exact(answer, reference) is right
+    assert matching.exact(answer, reference) is right
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_exact(answer, reference, right):
     ],
 )
 def test_gsm8k(answer, reference, right):
-    assert answers.gsm8k(answer, reference) is right
+    assert matching.gsm8k(answer, reference) is right
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_gsm8k(answer, reference, right):
     ],
 )
 def test_gsm8k_cot(answer, right):
-    assert answers.gsm8k_cot(answer, "it is\n#### 1,005") is right
+    assert matching.gsm8k_cot(answer, "it is\n#### 1,005") is right
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_gsm8k_cot(answer, right):
     ],
 )
 def test_gsm8k_flexible(answer, right):
-    assert answers.gsm8k_flexible(answer, "it is\n#### 1,005") is right
+    assert matching.gsm8k_flexible(answer, "it is\n#### 1,005") is right
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_gsm8k_flexible(answer, right):
     ],
 )
 def test_number(answer, reference, right):
-    assert answers.number(answer, reference) is right
+    assert matching.number(answer, reference) is right
 
 
 @pytest.mark.parametrize(
@@ -116,40 +116,40 @@ def test_number(answer, reference, right):
 )
 def test_math(answer, reference, right):
     assert (
-        answers.math(f"so \\boxed{{0}}, no, \\boxed{{{answer}}}", f"\\boxed{{{reference}}}")
+        matching.math(f"so \\boxed{{0}}, no, \\boxed{{{answer}}}", f"\\boxed{{{reference}}}")
         is right
     )
 
 
 def test_a_math_answer_that_is_not_boxed_is_wrong():
-    assert not answers.math("7", r"\boxed{7}")
+    assert not matching.math("7", r"\boxed{7}")
     with pytest.raises(UserError, match=r"expected .boxed"):
-        answers.math(r"\boxed{7}", "7")
+        matching.math(r"\boxed{7}", "7")
     with pytest.raises(UserError, match="expected a number"):
-        answers.number("7", "seven")
+        matching.number("7", "seven")
 
 
 def test_a_reference_without_a_number_is_refused():
     with pytest.raises(UserError, match="expected '#### number'"):
-        answers.gsm8k("#### 5", "five")
+        matching.gsm8k("#### 5", "five")
     with pytest.raises(UserError, match="expected '#### number'"):
-        answers.gsm8k_flexible("#### 5", "five")
+        matching.gsm8k_flexible("#### 5", "five")
 
 
 def test_every_published_reference_has_a_number_and_agrees_with_itself(shared_data):
     for name in ("train", "test"):
         for line in (shared_data / "gsm8k" / f"{name}.jsonl").read_text().splitlines():
             text = json.loads(line)["answer"]
-            assert answers.gsm8k(text, text)
-            float(answers.gsm8k_number(text))
+            assert matching.gsm8k(text, text)
+            float(matching.gsm8k_number(text))
 
 
-def test_accuracy_and_its_error():
+def test_accuracy_and_its_standard_error():
     correct = [True] * 30 + [False] * 70
-    share, error = answers.accuracy(correct)
+    share, error = metrics.accuracy(correct)
     assert share == 0.3
     assert error == pytest.approx(np.sqrt(0.3 * 0.7 / 100))
     simulated = np.random.default_rng(0).binomial(100, 0.3, 20000) / 100
     assert error == pytest.approx(simulated.std(), rel=0.03)
     with pytest.raises(UserError, match="no answers"):
-        answers.accuracy([])
+        metrics.accuracy([])

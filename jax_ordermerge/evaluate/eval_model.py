@@ -1,0 +1,93 @@
+"""The interface between a model and the tasks that evaluate it.
+
+JAX is not imported here: the modules of task kinds build on this one and are read with a config.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jax_ordermerge.evaluate.sampling import Sampling
+
+Pair: TypeAlias = tuple[list[int], list[int]]  # tokens of a context and of its continuation
+# Of each pair the log-probability of the continuation, and whether it is what greedy decoding
+# would write.
+ScoreFn: TypeAlias = Callable[[Sequence[Pair]], tuple[Sequence[float], Sequence[bool]]]
+
+
+class TextGenerator(Protocol):
+    """Continues tokenized prompts: see `decode.generate`, whose tokens it decodes."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: "Sampling" = ...,
+        names: Sequence[str | int] | None = None,
+    ) -> list[str]:
+        """Return the text after each prompt."""
+
+
+class TaskResult(NamedTuple):
+    """Result of a model on a task.
+
+    Attributes:
+        summary: metrics by name, and the number of items `n`.
+        items: one row per item.
+    """
+
+    summary: Json
+    items: list[Json]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalModel:
+    """A model as tasks see it.
+
+    Attributes:
+        tokenizer: of the model.
+        generate: continues prompts.
+        score: scores given continuations.
+        positions: the largest number of tokens that the model reads.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    generate: TextGenerator
+    score: ScoreFn
+    positions: int
+
+    @property
+    def start(self) -> int:
+        """The token before a scored text: beginning of sequence, or else end of sequence.
+
+        Raises:
+            UserError: the tokenizer has neither.
+        """
+        token = self.tokenizer.bos_token_id
+        if token is None:
+            token = self.tokenizer.eos_token_id
+        if token is None:
+            raise UserError(
+                "the tokenizer names neither a beginning nor an end of sequence; texts could not "
+                "be scored from their first token"
+            )
+        return int(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text; see `encode`."""
+        return encode(self.tokenizer, text)
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Return the tokens of a text, after at most one beginning-of-sequence token.
+
+    A text that begins with the token, as chat templates write it, gets no second one.
+    """
+    has_start = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return list(tokenizer(text, add_special_tokens=not has_start, verbose=False)["input_ids"])

@@ -1,0 +1,140 @@
+"""Text generators: functions that continue tokenized prompts with one model, or with several."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import jax
+from jax.sharding import Mesh
+
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import decode
+from jax_ordermerge.evaluate.eval_model import TextGenerator
+from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
+from jax_ordermerge.tree import Tree, size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# (prompts, max_new_tokens, sampling, names)
+_Request: TypeAlias = tuple[
+    tuple[tuple[int, ...], ...], int, Sampling, tuple[str | int, ...] | None
+]
+
+
+def make_generator(
+    config: ModelConfig,
+    params: Tree,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    batch: int,
+    dtype: str,
+) -> TextGenerator:
+    """Return the generator of one model.
+
+    Args:
+        config: the model.
+        params: its parameters.
+        tokenizer: of the model; special tokens are left out of the texts.
+        batch: rows of a program.
+        dtype: of the products, `"float32"` or `"bfloat16"`.
+
+    Raises:
+        UserError: the model names no end-of-sequence token.
+    """
+    eos_ids = _eos_ids(config, tokenizer)
+
+    def generate(
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        names: Sequence[str | int] | None = None,
+    ) -> list[str]:
+        rows = decode.generate(
+            config,
+            params,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            dtype=dtype,
+            batch=batch,
+            sampling=sampling,
+            names=names,
+        )
+        return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+
+    return generate
+
+
+def make_generators(
+    config: ModelConfig,
+    population: Tree,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    batch: int,
+    dtype: str,
+    mesh: Mesh | None = None,
+) -> list[TextGenerator]:
+    """Return a generator for each of several models that generate in one program.
+
+    The first generator that gets a request generates for all models. The others then return their
+    texts of the same request from memory, as long as the generators live.
+
+    Args:
+        config: the model.
+        population: parameters with a leading member axis, see `decode.generate_members`.
+        tokenizer, batch, dtype: see `make_generator`.
+        mesh: where the parameters are; None is that of `jax.set_mesh`.
+
+    Raises:
+        UserError: the model names no end-of-sequence token.
+    """
+    eos_ids = _eos_ids(config, tokenizer)
+    texts: dict[_Request, list[list[str]]] = {}
+
+    def generate(
+        member: int,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        names: Sequence[str | int] | None = None,
+    ) -> list[str]:
+        request: _Request = (
+            tuple(map(tuple, prompts)),
+            max_new_tokens,
+            sampling,
+            None if names is None else tuple(names),
+        )
+        if request not in texts:
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                members = decode.generate_members(
+                    config,
+                    population,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    eos_ids=eos_ids,
+                    dtype=dtype,
+                    batch=batch,
+                    sampling=sampling,
+                    names=names,
+                )
+            texts[request] = [
+                [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+                for rows in members
+            ]
+        return texts[request][member]
+
+    return [functools.partial(generate, member) for member in range(size(population))]
+
+
+def _eos_ids(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    if config.eos_token_ids:
+        return tuple(config.eos_token_ids)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "neither config.json nor the tokenizer names an end-of-sequence token; generation "
+            "could not stop"
+        )
+    return (tokenizer.eos_token_id,)

@@ -1,0 +1,183 @@
+"""The data of tasks: rows of their files, shots, and prompts in the format of the training data."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_ordermerge.config import Data
+from jax_ordermerge.config.evaluation import ShotsTask, Task
+from jax_ordermerge.data import chat, formats, source
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.data.formats import Message, Record
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate.eval_model import encode
+from jax_ordermerge.evaluate.prompts import Formatter, Prompt, Question, Row, make_question
+from jax_ordermerge.rng import stream_key_bits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInputs:
+    """Reads what tasks ask.
+
+    Attributes:
+        data: section `data` of the config: how rows are read and templated where the task has no
+            templates, and the files where it names none.
+        tokenizer: of the model.
+        test: examples of `data.test` if they are loaded already.
+        seed: of the run, for shots that are drawn.
+    """
+
+    data: Data
+    tokenizer: "PreTrainedTokenizerBase"
+    test: Examples | None = None
+    seed: int = 0
+
+    def rows(self, task: Task) -> list[dict[str, Any]]:
+        """Return all rows of the file of a task, its limit not yet applied."""
+        return source.load(self._path(task), "test")
+
+    def questions(self, task: ShotsTask, formatter: Formatter | None = None) -> list[Question]:
+        """Return the items of a task, each after its shots.
+
+        Args:
+            task: its items are those of `data`, or of the config's `data.test`; its shots come
+                from `shots_from`, or the config's `data.train`.
+            formatter: of rows; by default that of the training data.
+
+        Raises:
+            UserError: there are no data, a row does not fit, or there are too few shots.
+        """
+        path = self._path(task)
+        rows = source.load(path, "test", limit=task.limit)
+        formatter = formatter or self._training_formatter(rows, path)
+        pool = self._shot_pool(task)
+        return [
+            make_question(task, formatter, row, self._shots(task, pool, row, number), number)
+            for number, row in enumerate(rows)
+        ]
+
+    def prompts(self, task: ShotsTask, formatter: Formatter | None = None) -> list[Prompt]:
+        """Return the items of a task as tokens that a model continues.
+
+        Without a formatter and shots the tokens are those that the model was trained to continue.
+
+        Raises:
+            UserError: see `questions`.
+        """
+        if formatter is None and not task.shots:
+            examples = self._examples(task)
+            return [
+                Prompt(
+                    int(examples.ids[row]),
+                    examples.prompts[row],
+                    examples.prompt(row).tolist(),
+                    examples.responses[row],
+                )
+                for row in range(min(task.limit or len(examples), len(examples)))
+            ]
+        return [
+            Prompt(question.id, question.prompt, self._tokens(question.context), question.reference)
+            for question in self.questions(task, formatter)
+        ]
+
+    def instruction_tokens(self, row: Row) -> list[int]:
+        """Return the tokens of an instruction in the template of the config.
+
+        Args:
+            row: with the column `instruction` and perhaps `input`.
+
+        Raises:
+            UserError: the row has no instruction.
+        """
+        if not isinstance(row.get("instruction"), str):
+            raise UserError(
+                "a file of instructions needs the column instruction, its columns are "
+                f"{', '.join(row)}"
+            )
+        record = Record.asked(row["instruction"], system_input=str(row.get("input") or ""))
+        template = chat.resolve_template(self.data.template, "alpaca", [record], self.tokenizer)
+        return chat.prompt_tokens(record, template, self.tokenizer).tolist()
+
+    def _path(self, task: Task) -> str:
+        path = task.data or self.data.test
+        if path is None:
+            raise _no_data(task)
+        return path
+
+    def _examples(self, task: Task) -> Examples:
+        data, examples = self.data, self.test
+        if task.data is not None:
+            data = data.model_copy(update={"test": task.data, "test_limit": None})
+        if task.data is not None or examples is None:
+            examples = source.load_examples(data, self.tokenizer, "test", seed=self.seed)
+        if examples is None:
+            raise _no_data(task)
+        return examples
+
+    def _tokens(self, context: str | Sequence[Message]) -> list[int]:
+        if isinstance(context, str):
+            return encode(self.tokenizer, context)
+        record = Record(messages=(*context, {"role": "assistant", "content": ""}))
+        return chat.prompt_tokens(record, "chat", self.tokenizer).tolist()
+
+    def _training_formatter(self, rows: Sequence[Row], path: str) -> Formatter:
+        form = formats.detect(rows[0], path) if self.data.format == "auto" else self.data.format
+
+        def record(row: Row) -> Record:
+            return formats.normalize([row], form, path)[0]
+
+        template = chat.resolve_template(
+            self.data.template, form, [record(rows[0])], self.tokenizer
+        )
+        if template == "chat":
+            return Formatter(
+                lambda row: record(row).prompt,
+                lambda row: record(row).response,
+                lambda row: record(row).response,
+                chat=True,
+            )
+        return Formatter(
+            lambda row: chat.render(record(row), template)[0],
+            lambda row: chat.render(record(row), template)[1],
+            lambda row: record(row).response,
+        )
+
+    def _shot_pool(self, task: ShotsTask) -> list[dict[str, Any]]:
+        if not task.shots:
+            return []
+        path = task.shots_from or self.data.train
+        # One more than needed, because a row is never its own shot.
+        limit = task.shots + 1 if task.shots_order == "first" else None
+        rows = source.load(path, "train", limit=limit)
+        if len(rows) < task.shots:
+            raise UserError(
+                f"evaluation task {task.name}: {path} has {len(rows)} rows, fewer than shots = "
+                f"{task.shots}; lower it"
+            )
+        return rows
+
+    def _shots(self, task: ShotsTask, pool: Sequence[Row], row: Row, number: int) -> Sequence[Row]:
+        # Items and shots may be of one file. A row among its own shots would give its answer away.
+        shots = [shot for shot in pool if shot != row]
+        if len(shots) < task.shots:
+            raise UserError(
+                f"evaluation task {task.name}: too few shots are left for item {number}, which is "
+                "one of them; lower shots"
+            )
+        if task.shots_order == "first":
+            return shots[: task.shots]
+        # The stream is named by the item, so its shots do not depend on `limit`.
+        key = stream_key_bits(self.seed, "shots", task.name, number)
+        order = np.random.default_rng(key).permutation(len(shots))
+        return [shots[i] for i in order[: task.shots]]
+
+
+def _no_data(task: Task) -> UserError:
+    return UserError(
+        f"evaluation task {task.name} has no data; set data.test or the task's own data"
+    )

@@ -1,0 +1,52 @@
+"""Means over items with standard errors."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_ordermerge.errors import UserError
+
+
+def accuracy(correct: Sequence[bool]) -> tuple[float, float]:
+    """Return the share of correct answers and its standard error `sqrt(p (1 - p) / n)`.
+
+    Raises:
+        UserError: there are no answers.
+
+    Example:
+        >>> accuracy([True, True, True, False])
+        (0.75, 0.21650635094610965)
+    """
+    if not len(correct):
+        raise UserError("no answers to score; the task has no items, check its data and limit")
+    share = float(np.mean(np.asarray(correct, bool)))
+    return share, float(np.sqrt(share * (1 - share) / len(correct)))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of at least one value and its standard error.
+
+    Example:
+        >>> mean_and_error([0.0, 1.0])
+        (0.5, 0.5)
+    """
+    mean, count = sum(values) / len(values), len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, (squares / max(count - 1, 1) / count) ** 0.5
+
+
+def ratio_and_error(numerators: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Return the ratio of two sums over items and its standard error.
+
+    Items are the sampling unit. The error is that of the residuals `x_i - ratio * c_i` (the ratio
+    estimator), because the counts vary between items as well.
+
+    Example:
+        >>> ratio_and_error([1.0, 3.0], [1, 1])
+        (2.0, 1.0)
+    """
+    total, n = sum(counts), len(counts)
+    ratio = math.fsum(numerators) / total
+    residuals = [x - ratio * count for x, count in zip(numerators, counts, strict=True)]
+    return ratio, math.sqrt(math.fsum(x * x for x in residuals) * n / max(n - 1, 1)) / total
