@@ -11,7 +11,8 @@ import time
 import pytest
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import programs, sandbox
+from jax_ordermerge.evaluate import sandbox
+from jax_ordermerge.evaluate.tasks import programs
 
 TESTS = "for i in range(3): assert f(i) == i + 1"
 RIGHT = "def f(x): return x + 1"
