@@ -1,4 +1,4 @@
-"""Is this machine fit to run: versions, devices, the start of several processes, disk and output. Each answer is a finding."""
+"""Checks of a machine before a run: versions, devices, start of processes, disk and output."""
 
 import importlib.metadata
 import os
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import rich
 from packaging.markers import UndefinedEnvironmentName
 from packaging.requirements import Requirement
 from rich.table import Table
@@ -17,89 +18,116 @@ from rich.text import Text
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import PeerLost, UserError
+from jax_ordermerge.experiment.context import Log
 
+_ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _SHOWN = (
-    "jax",
-    "jaxlib",
-    "libtpu",
-    "jax-cuda12-plugin",
-    "jax-cuda13-plugin",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "datasets",
-    "safetensors",
-    "numpy",
+    *("jax", "jaxlib", *_ACCELERATORS, "flax", "optax", "orbax-checkpoint"),
+    *("transformers", "datasets", "safetensors", "numpy"),
 )
 _CHECKED = ("jax_ordermerge", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 _EXTRAS = ("", "tpu", "cuda12", "cuda13")
-# packages that may be installed, but not together with each other or with any jax that we run on
-_KNOWN_BAD = {
+# packages that do not work together, or with any version of jax that is supported
+_CONFLICTS = {
     (
         "jax-cuda12-plugin",
         "jax-cuda13-plugin",
     ): "two CUDA plugins register the same platform; uninstall one",
     ("jax-metal",): "it was made for jax 0.4 and breaks the start of later ones; uninstall it",
 }
-_LEAST_DISK = (
-    10 * 2**30
-)  # bytes: a small model's checkpoints; large ones are planned for, not guessed
+# enough for the checkpoints of a small model; `ordermerge plan` computes what a large one needs
+_MIN_DISK_BYTES = 10 * 2**30
 _PATIENCE = 180.0  # seconds for the devices to answer
-_COLORS = {"ok": "green", "note": "yellow", "bad": "red"}
+_COLORS = {"ok": "green", "note": "yellow", "error": "red"}
 
 
 class Finding(NamedTuple):
-    """What was looked at, how it is, and in words; `bad` means that a run would fail."""
+    """Result of one check.
 
-    what: str
-    verdict: Literal["ok", "note", "bad"]
+    Attributes:
+        subject: what was checked.
+        verdict: `error` means that a run would fail.
+        detail: the result in words, with the remedy of an error.
+    """
+
+    subject: str
+    verdict: Literal["ok", "note", "error"]
     detail: str
 
 
+def diagnose(config: Config | None, *, only_versions: bool, log: Log) -> bool:
+    """Print the findings about a machine, and return whether a run can start on it.
+
+    Args:
+        config: see `examine`.
+        only_versions: print versions and errors about them; start no devices.
+        log: receives one-line messages.
+    """
+    if only_versions:
+        for name, version in installed():
+            log(f"{name} {version}")
+        findings = [finding for finding in check_versions() if finding.verdict == "error"]
+    else:
+        findings = list(examine(config))
+    errors = sum(finding.verdict == "error" for finding in findings)
+    if findings:
+        table = Table(box=None, show_header=False)
+        for subject, verdict, detail in findings:
+            table.add_row(Text(verdict, _COLORS[verdict]), subject, Text(detail, overflow="fold"))
+        rich.print(table)
+    if errors:
+        print(
+            f"not fit: {errors} of {len(findings)} findings would make a run fail", file=sys.stderr
+        )
+    elif not only_versions:
+        log("fit to run")
+    return not errors
+
+
 def installed() -> list[tuple[str, str]]:
-    """Return `(package, version)` of Python and of the packages that matter, where they are installed. Does not import them.
+    """Return `(package, version)` of Python and of the relevant packages, without importing them.
 
     Example:
         >>> dict(installed())["python"].startswith("3.")
         True
     """
-    found = [("python", ".".join(str(part) for part in sys.version_info[:3]))]
-    return found + [
-        (name, version) for name in ("jax_ordermerge", *_SHOWN) if (version := _version(name))
-    ]
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    packages = [(name, _version(name)) for name in ("jax_ordermerge", *_SHOWN)]
+    return [("python", python), *((name, version) for name, version in packages if version)]
 
 
-def versions() -> list[Finding]:
-    """Check that the versions go together: what each package asks of the others, and what is known to break.
+def check_versions() -> list[Finding]:
+    """Check what each package requires of the others, and known conflicts.
 
     Example:
-        >>> {one.what for one in versions()}
+        >>> {finding.subject for finding in check_versions()}
         {'versions'}
     """
-    wrong = list(_refused()) + [
-        f"{' and '.join(names)}: {why}"
-        for names, why in _KNOWN_BAD.items()
-        if all(_version(name) for name in names)
+    errors = [
+        *_unmet_requirements(),
+        *(
+            f"{' and '.join(names)}: {reason}"
+            for names, reason in _CONFLICTS.items()
+            if all(map(_version, names))
+        ),
     ]
-    if wrong:
-        return [Finding("versions", "bad", one) for one in wrong]
-    return [
-        Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in installed()))
-    ]
+    if errors:
+        return [Finding("versions", "error", error) for error in errors]
+    versions = ", ".join(f"{name} {version}" for name, version in installed())
+    return [Finding("versions", "ok", versions)]
 
 
 def examine(config: Config | None) -> Iterator[Finding]:
-    """Look at versions, and in the processes that the config describes at devices, disk and output.
+    """Check versions, then devices, disk and output in the processes of the config.
 
     Args:
-        config: an experiment; without one this process alone and the current directory are looked at.
+        config: of an experiment; None checks this process alone and the current directory.
 
-    Returns:
-        The findings, as they are made: the start of processes may take long.
+    Yields:
+        findings as they are made, because the start of processes may take long.
     """
-    yield from versions()
-    yield from _devices(config)
+    yield from check_versions()
+    yield from _check_devices(config)
     yield from check_output(config.location if config else ".")
 
 
@@ -110,53 +138,35 @@ def check_output(output: str) -> list[Finding]:
         output: a path, or an address such as gs://bucket/runs/one.
 
     Example:
-        >>> [one.what for one in check_output(tempfile.mkdtemp())]
+        >>> [finding.subject for finding in check_output(tempfile.mkdtemp())]
         ['disk', 'output']
     """
     if "://" in output:
         disk, copy = check_output(str(remote.cache()))
-        return [disk, copy._replace(what="copy"), _write_to_bucket(output)]
+        return [disk, copy._replace(subject="copy"), _check_bucket(output)]
     parent = Path(output).absolute()
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    told = f"{free / 2**30:.0f} GiB free at {parent}"
-    disk = Finding(
-        "disk",
-        "ok" if free >= _LEAST_DISK else "bad",
-        told if free >= _LEAST_DISK else f"only {told}; make room",
-    )
+    size = f"{free / 2**30:.0f} GiB free at {parent}"
+    if free >= _MIN_DISK_BYTES:
+        disk = Finding("disk", "ok", size)
+    else:
+        disk = Finding("disk", "error", f"only {size}; free some space")
     try:
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".doctor-") as folder:
-            file = Path(folder) / "written"
-            file.write_bytes(b"whole")
-            if file.rename(file.with_name("renamed")).read_bytes() != b"whole":
-                return [
-                    disk,
-                    Finding(
-                        "output", "bad", f"what was written to {parent} was read back otherwise"
-                    ),
-                ]
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".doctor-") as scratch:
+            path = Path(scratch) / "written"
+            path.write_bytes(b"complete")
+            content = path.rename(path.with_name("renamed")).read_bytes()
     except OSError as error:
-        return [
-            disk,
-            Finding(
-                "output",
-                "bad",
-                f"{output} cannot be written: {error.strerror}; choose another with --set output=DIRECTORY",
-            ),
-        ]
-    return [disk, Finding("output", "ok", f"{output} can be written")]
-
-
-def table(findings: list[Finding]) -> Table:
-    """Return the findings as a table."""
-    found = Table(box=None, show_header=False)
-    for one in findings:
-        found.add_row(
-            Text(one.verdict, _COLORS[one.verdict]), one.what, Text(one.detail, overflow="fold")
+        detail = (
+            f"{output} cannot be written: {error.strerror};"
+            " choose another with --set output=DIRECTORY"
         )
-    return found
+        return [disk, Finding("output", "error", detail)]
+    if content != b"complete":
+        return [disk, Finding("output", "error", f"a file at {parent} was read back changed")]
+    return [disk, Finding("output", "ok", f"{output} can be written")]
 
 
 def _version(name: str) -> str | None:
@@ -166,27 +176,34 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _refused() -> Iterator[str]:
-    """What one package asks of another and does not get. Optional parts count where they are installed."""
+def _unmet_requirements() -> Iterator[str]:
+    """Yield what a package requires of another and does not get.
+
+    Requirements of an extra count where its package is installed.
+    """
     for name in _CHECKED:
-        for text in (importlib.metadata.requires(name) or ()) if _version(name) else ():
-            wanted = Requirement(text)
+        version = _version(name)
+        for text in (importlib.metadata.requires(name) or ()) if version else ():
+            requirement = Requirement(text)
+            marker = requirement.marker
             try:
                 extras = [
                     extra
                     for extra in _EXTRAS
-                    if wanted.marker is None or wanted.marker.evaluate({"extra": extra})
+                    if marker is None or marker.evaluate({"extra": extra})
                 ]
-            except UndefinedEnvironmentName:
+            except UndefinedEnvironmentName:  # a marker for builds, not for installations
                 continue
-            have = _version(wanted.name)
-            if extras and have and not wanted.specifier.contains(have, prereleases=True):
-                yield f"{name} {_version(name)} needs {wanted.name}{wanted.specifier}, not {have}; pip install '{wanted.name}{wanted.specifier}'"
-            if "" in extras and have is None:
-                yield f"{name} {_version(name)} needs {wanted.name}, which is not installed"
+            present = _version(requirement.name)
+            specifier = requirement.specifier
+            if extras and present and not specifier.contains(present, prereleases=True):
+                wanted = f"{requirement.name}{specifier}"
+                yield f"{name} {version} needs {wanted}, not {present}; pip install '{wanted}'"
+            if "" in extras and present is None:
+                yield f"{name} {version} needs {requirement.name}, which is not installed"
 
 
-def _devices(config: Config | None) -> Iterator[Finding]:
+def _check_devices(config: Config | None) -> Iterator[Finding]:
     from jax_ordermerge import mesh, processes
 
     try:
@@ -194,55 +211,50 @@ def _devices(config: Config | None) -> Iterator[Finding]:
             processes.start_distributed(**config.distributed.model_dump())
         elif config:
             mesh.provide_cpu_devices(config.mesh.sizes.values())
-        import jax
+        import jax  # after the number of CPU devices is set
 
         if not processes.within(jax.devices, _PATIENCE):
-            yield Finding(
-                "devices",
-                "bad",
-                f"no answer within {_PATIENCE:.0f} s; does another program hold them, or is a worker not started?",
+            detail = (
+                f"no answer within {_PATIENCE:.0f} s; does another program hold them,"
+                " or is a worker not started?"
             )
+            yield Finding("devices", "error", detail)
             return
     except (UserError, PeerLost, RuntimeError) as error:
-        yield Finding("devices", "bad", str(error).splitlines()[0])
+        yield Finding("devices", "error", str(error).splitlines()[0])
         return
-    devices = jax.devices()
-    kind, count = devices[0].device_kind, jax.process_count()
-    yield Finding(
-        "processes",
-        "ok",
-        f"{count}" + (f", this is number {jax.process_index()}" if count > 1 else ""),
-    )
-    sums = [
-        float(jax.device_put(jax.numpy.ones(8), device).sum()) for device in jax.local_devices()
-    ]
-    if sums != [8.0] * len(sums):
-        yield Finding("devices", "bad", f"a sum of eight ones on each local device gave {sums}")
-    else:
-        yield Finding(
-            "devices", "ok", f"{len(devices)} x {kind}, {len(sums)} of them here; each can add"
+    devices, local, count = jax.devices(), jax.local_devices(), jax.process_count()
+    detail = f"{count}, this is number {jax.process_index()}" if count > 1 else "1"
+    yield Finding("processes", "ok", detail)
+    # a device that is listed may still fail at its first program
+    sums = [float(jax.device_put(jax.numpy.ones(8), device).sum()) for device in local]
+    if sums == [8.0] * len(sums):
+        detail = (
+            f"{len(devices)} x {devices[0].device_kind}, {len(sums)} of them here; each can add"
         )
-    unused = [name for name in _SHOWN if (name == "libtpu" or "cuda" in name) and _version(name)]
+        yield Finding("devices", "ok", detail)
+    else:
+        detail = f"a sum of eight ones on each local device gave {sums}"
+        yield Finding("devices", "error", detail)
+    unused = [name for name in _ACCELERATORS if _version(name)]
     if devices[0].platform == "cpu" and unused and not os.environ.get("JAX_PLATFORMS"):
-        yield Finding("devices", "note", f"{', '.join(unused)} is installed, but only CPU is seen")
+        detail = f"{', '.join(unused)} is installed, but only CPU devices are found"
+        yield Finding("devices", "note", detail)
     if config:
         try:
-            made = mesh.make_mesh(**config.mesh.model_dump())
-            yield Finding(
-                "mesh",
-                "ok",
-                " x ".join(f"{name} {size}" for name, size in made.shape.items() if size > 1)
-                or "one device",
-            )
+            shape = mesh.make_mesh(**config.mesh.model_dump()).shape
         except UserError as error:
-            yield Finding("mesh", "bad", str(error))
+            yield Finding("mesh", "error", str(error))
+        else:
+            axes = " x ".join(f"{name} {size}" for name, size in shape.items() if size > 1)
+            yield Finding("mesh", "ok", axes or "one device")
 
 
-def _write_to_bucket(output: str) -> Finding:
+def _check_bucket(output: str) -> Finding:
     try:
         url = remote.address(output)
         assert url is not None
         remote.try_out(url)
     except UserError as error:
-        return Finding("output", "bad", str(error))
+        return Finding("output", "error", str(error))
     return Finding("output", "ok", f"{url} can be written")

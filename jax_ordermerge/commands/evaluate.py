@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
@@ -17,6 +17,55 @@ from jax_ordermerge.evaluate.eval_model import EvalModel
 from jax_ordermerge.experiment import models
 from jax_ordermerge.experiment.context import Log, start_devices
 from jax_ordermerge.layout import Json, RunLayout, write_json
+
+
+class HarnessOptions(NamedTuple):
+    """Options of `--harness`.
+
+    Attributes:
+        include: directory with further tasks, as YAML.
+        shots: solved examples before each item; None for those of the task.
+        limit: use only the first so many items per task.
+        chat: use the chat template of the model.
+    """
+
+    include: Path | None = None
+    shots: int | None = None
+    limit: int | None = None
+    chat: bool = False
+
+
+def check_options(
+    target: Path,
+    config: Path | None,
+    harness_tasks: str | None,
+    harness_options: HarnessOptions,
+    out: Path | None,
+) -> None:
+    """Check that the options of `ordermerge evaluate` go with its target and with each other.
+
+    Raises:
+        UserError: an option would have no effect.
+    """
+    include, shots, limit, chat = harness_options
+    harness_only = {
+        "--harness-include": include,
+        "--shots": shots,
+        "--limit": limit,
+        "--chat": chat or None,
+    }
+    model_only = {"--config": config, "--harness": harness_tasks, "--out": out, **harness_only}
+    unused = [option for option, value in model_only.items() if value is not None]
+    if unused and not is_model(target):
+        raise UserError(
+            f"{unused[0]} goes with a model, {target} is a config or run; its tasks are those of"
+            " evaluation.tasks"
+        )
+    unused = [option for option, value in harness_only.items() if value is not None]
+    if unused and harness_tasks is None:
+        raise UserError(
+            f"{unused[0]} goes with --harness TASK,...; tasks of a config have their own settings"
+        )
 
 
 def is_model(target: Path) -> bool:
@@ -83,16 +132,16 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log) -> Json:
 
 
 def evaluate_harness(
-    config: Config, names: list[str], out: Path | None, log: Log, **options: Any
+    config: Config, tasks: str, out: Path | None, log: Log, options: HarnessOptions
 ) -> Json:
     """Evaluate the model `model.base` on tasks of lm-evaluation-harness.
 
     Args:
         config: see `model_config`.
-        names: of tasks or groups.
+        tasks: names of tasks or groups, separated by commas.
         out: directory for `results.json` and the items of each task.
         log: receives the table of results.
-        options: see `evaluate.adapter.run`.
+        options: of the harness.
 
     Raises:
         UserError: lm-evaluation-harness is not installed, or refuses a task.
@@ -100,7 +149,8 @@ def evaluate_harness(
     from jax_ordermerge.evaluate import adapter
 
     adapter.check()
-    results, table = adapter.run(load_model(config), names, seed=config.seed, **options)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    results, table = adapter.run(load_model(config), names, seed=config.seed, **options._asdict())
     if out is not None:
         for name, items in results.pop("samples").items():
             write_json(out / f"{name}.json", items)

@@ -1,4 +1,4 @@
-"""The doctor sees what is wrong, and says nothing of what is right."""
+"""`ordermerge doctor` reports every error of a machine, and none of a healthy one."""
 
 import importlib.metadata
 import os
@@ -15,26 +15,30 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def pretend(monkeypatch, **versions):
-    """Let packages seem to have other versions; None for one that is not there."""
-    real = importlib.metadata.version
+    """Let packages seem to have other versions; None stands for an absent package."""
+    installed = importlib.metadata.version
 
     def version(name):
-        found = versions.get(name.replace("-", "_"), "real")
-        if found is None:
+        pretended = versions.get(name.replace("-", "_"), "installed")
+        if pretended is None:
             raise importlib.metadata.PackageNotFoundError(name)
-        return real(name) if found == "real" else found
+        return installed(name) if pretended == "installed" else pretended
 
     monkeypatch.setattr(importlib.metadata, "version", version)
 
 
+def by_subject(findings):
+    return {finding.subject: finding for finding in findings}
+
+
 def test_versions_of_this_machine_go_together():
-    (found,) = doctor.versions()
-    assert found.verdict == "ok", found.detail
-    assert f"jax {importlib.metadata.version('jax')}" in found.detail
+    (finding,) = doctor.check_versions()
+    assert finding.verdict == "ok", finding.detail
+    assert f"jax {importlib.metadata.version('jax')}" in finding.detail
 
 
 @pytest.mark.parametrize(
-    ("versions", "says"),
+    ("versions", "message"),
     [
         ({"flax": "0.10.0"}, "needs flax"),
         ({"transformers": "4.57.0"}, "needs transformers"),
@@ -45,71 +49,63 @@ def test_versions_of_this_machine_go_together():
         ({"jax_metal": "0.1.1"}, "made for jax 0.4"),
     ],
 )
-def test_what_does_not_go_together_is_named(versions, says, monkeypatch):
+def test_conflicting_packages_are_named(versions, message, monkeypatch):
     pretend(monkeypatch, **versions)
-    found = doctor.versions()
-    assert {one.verdict for one in found} == {"bad"}
-    assert any(says in one.detail for one in found), found
+    findings = doctor.check_versions()
+    assert {finding.verdict for finding in findings} == {"error"}
+    assert any(message in finding.detail for finding in findings), findings
 
 
 def test_a_healthy_machine(tmp_path):
     config = make_config(
         {"output": str(tmp_path / "runs" / "one"), "mesh": {"order": 2, "fsdp": -1}}
     )
-    found = {one.what: one for one in doctor.examine(config)}
-    assert {one.verdict for one in found.values()} == {"ok"}, found
-    assert found["devices"].detail.startswith("8 x cpu")
-    assert found["mesh"].detail == "order 2 x fsdp 4"
+    findings = by_subject(doctor.examine(config))
+    assert {finding.verdict for finding in findings.values()} == {"ok"}, findings
+    assert findings["devices"].detail.startswith("8 x cpu")
+    assert findings["mesh"].detail == "order 2 x fsdp 4"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mesh_that_does_not_fit(tmp_path):
-    found = {
-        one.what: one
-        for one in doctor.examine(
-            make_config(
-                {
-                    "output": str(tmp_path),
-                    "mesh": {"order": 3, "fsdp": -1},
-                    "population": {"members": 3},
-                }
-            )
-        )
-    }
-    assert found["mesh"].verdict == "bad"
-    assert "8 devices cannot be divided by 3" in found["mesh"].detail
+    mesh, population = {"order": 3, "fsdp": -1}, {"members": 3}
+    config = make_config({"output": str(tmp_path), "mesh": mesh, "population": population})
+    finding = by_subject(doctor.examine(config))["mesh"]
+    assert finding.verdict == "error"
+    assert "8 devices cannot be divided by 3" in finding.detail
 
 
 def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
-    file = tmp_path / "file"
-    file.write_text("")
-    found = {one.what: one for one in doctor.check_output(str(file / "run"))}
-    assert found["output"].verdict == "bad"
-    monkeypatch.setattr(doctor, "_LEAST_DISK", 2**70)
-    assert {one.what: one.verdict for one in doctor.check_output(str(tmp_path))} == {
-        "disk": "bad",
-        "output": "ok",
-    }
+    path = tmp_path / "file"
+    path.write_text("")
+    assert by_subject(doctor.check_output(str(path / "run")))["output"].verdict == "error"
+    monkeypatch.setattr(doctor, "_MIN_DISK_BYTES", 2**70)
+    findings = doctor.check_output(str(tmp_path))
+    assert [(finding.subject, finding.verdict) for finding in findings] == [
+        ("disk", "error"),
+        ("output", "ok"),
+    ]
 
 
 def test_a_bucket_out_of_reach_is_one_line():
-    _, _, found = doctor.check_output("nowhere://bucket/run")
-    assert found == (
+    _, _, finding = doctor.check_output("nowhere://bucket/run")
+    assert finding == (
         "output",
-        "bad",
+        "error",
         "nowhere://bucket/run: addresses of nowhere:// are not offered, only gs:// and s3://",
     )
 
 
 def test_a_bucket(bucket):
-    assert [(one.what, one.verdict) for one in doctor.check_output(f"{bucket}/run")][1:] == [
+    findings = doctor.check_output(f"{bucket}/run")[1:]
+    assert [(finding.subject, finding.verdict) for finding in findings] == [
         ("copy", "ok"),
         ("output", "ok"),
     ]
-    found = doctor.check_output("s3://no-such-bucket/run")[-1]
-    assert found.verdict == "bad"
-    assert "\n" not in found.detail
-    assert "The specified bucket does not exist" in found.detail
+    finding = doctor.check_output("s3://no-such-bucket/run")[-1]
+    assert finding.verdict == "error"
+    assert "\n" not in finding.detail
+    assert "The specified bucket does not exist" in finding.detail
 
 
 def call(*arguments, cwd):

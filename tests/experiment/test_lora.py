@@ -11,8 +11,8 @@ from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.train import members
+from tests.commands.test_cli import call
 from tests.experiment import tiny
-from tests.experiment.test_cli import call
 
 LORA = {"rank": 3, "alpha": 6, "targets": ["q", "v", "down_proj"]}
 

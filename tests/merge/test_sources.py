@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from jax_ordermerge import arch, tree
 from jax_ordermerge.checkpoint import convert, orbax
-from jax_ordermerge.commands.checkpoints import convert_checkpoint
+from jax_ordermerge.commands.convert import convert_checkpoint
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.recipe import planner
 from jax_ordermerge.merge.sources import peft_files, storage, vocabulary

@@ -10,7 +10,7 @@ import pytest
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline
-from tests.experiment.test_cli import call
+from tests.commands.test_cli import call
 
 
 def test_a_look_writes_nothing_but_the_profile(folder, tmp_path):

@@ -1,0 +1,145 @@
+"""Conversion of checkpoints: Hugging Face directories, Orbax checkpoints, and members of a run."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import convert, orbax, remote, sidecar_files
+from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.config import Config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import waves
+from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.layout import CONFIG, RunLayout
+from jax_ordermerge.merge.sources import peft_files
+from jax_ordermerge.train import members
+from jax_ordermerge.tree import Tree
+
+TARGETS = ("hf", "orbax", "peft")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory.
+
+    Attributes:
+        config: its architecture.
+        params: its parameters.
+        dtype: of the parameters.
+        tokenizer_dir: directory of its tokenizer; None where there is none.
+    """
+
+    config: ModelConfig
+    params: Tree
+    dtype: str
+    tokenizer_dir: Path | None
+
+
+def convert_checkpoint(
+    source: Path, out: Path, *, to: str, member: int | None, dtype: str | None
+) -> None:
+    """Write a checkpoint in another format.
+
+    Args:
+        source: an HF directory, an Orbax directory written by this function, or a run directory.
+        out: directory to write, or its address in a bucket.
+        to: "hf", "orbax", or "peft" for the adapter of a member that was trained with `lora`.
+        member: of a run directory.
+        dtype: of the tensors; that of the source by default.
+
+    Raises:
+        UserError: an unknown target or dtype, a source of another kind, or a member that does not
+            exist.
+    """
+    if to not in TARGETS:
+        raise UserError(f"--to {to}: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    with remote.new_directory(out) as target:
+        local = remote.fetch(source)
+        if target.exists():
+            raise UserError(f"{target} exists already; give a new directory")
+        if to == "peft":
+            _export_adapter(local, target, member, dtype)
+            return
+        model = _load(local, member, dtype)
+        if to == "hf":
+            card = sidecar_files.model_card(target.name)
+            convert.export(
+                model.params,
+                model.config,
+                target,
+                dtype=model.dtype,
+                source=model.tokenizer_dir,
+                card=card,
+            )
+        else:
+            # with config and tokenizer in the metadata the way back needs nothing else
+            metadata = {
+                "config": model.config.to_hf(model.dtype),
+                "dtype": model.dtype,
+                "tokenizer": str(model.tokenizer_dir),
+            }
+            orbax.save(target, 0, {"params": model.params}, metadata)
+
+
+def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
+    if RunLayout(source).is_run:
+        run, number, base_dir, config = _open_member(source, member)
+        dtype = dtype or run.merge.dtype
+        params = members.restore_member(
+            run,
+            config,
+            meshes.make_mesh(),
+            number,
+            dtype=dtype,
+            directory=waves.home(run, number),
+        )
+        return LoadedModel(config, params, dtype, base_dir)
+    if member is not None:
+        raise UserError(f"--member goes with a run directory; {source} has no {CONFIG}")
+    step = orbax.latest(source) if source.is_dir() else None
+    if step is not None:
+        metadata = orbax.metadata(source, step)
+        if "config" not in metadata:
+            raise UserError(
+                f"{source} is not an Orbax directory made by this command;"
+                " give a run directory and --member"
+            )
+        config, dtype = ModelConfig.from_hf(metadata["config"]), dtype or metadata["dtype"]
+        abstract = {"params": convert.abstract_params(config, dtype=dtype)}
+        params = orbax.restore(source, step, abstract)["params"]
+        tokenizer_dir = Path(metadata["tokenizer"])
+        return LoadedModel(config, params, dtype, tokenizer_dir if tokenizer_dir.is_dir() else None)
+    directory = convert.resolve(str(source))
+    reader = Reader(directory)
+    dtype = dtype or reader.info(reader.names[0]).dtype.name
+    config, params = convert.load_params(directory, dtype=dtype)
+    return LoadedModel(config, params, dtype, directory)
+
+
+def _open_member(run_dir: Path, member: int | None) -> tuple[Config, int, Path, ModelConfig]:
+    """Return the config of a run, the member, and directory and architecture of the base."""
+    run = read_config(run_dir)
+    count = run.population.members
+    if member is None:
+        raise UserError(f"{run_dir} is a run of {count} members; choose one with --member")
+    if not 0 <= member < count:
+        raise UserError(f"--member {member}: the run has members 0 to {count - 1}")
+    base_dir = convert.resolve(run.model.base)
+    return run, member, base_dir, convert.load_config(base_dir, run.model.ignore_config_keys)
+
+
+def _export_adapter(source: Path, out: Path, member: int | None, dtype: str | None) -> None:
+    if not RunLayout(source).is_run:
+        raise UserError(
+            f"--to peft goes with a run directory and --member; {source} has no {CONFIG}"
+        )
+    run, number, base_dir, config = _open_member(source, member)
+    adapter = members.restore_adapter(run, config, number, directory=waves.home(run, number))
+    assert run.lora is not None  # restore_adapter refuses a run without it
+    base = run.model.base
+    if base.startswith("embedded:") or Path(base).exists():
+        base = str(base_dir.absolute())  # PEFT loads it from any working directory
+    peft_files.write_adapter(out, adapter, config, run.lora, base=base, dtype=dtype or "float32")

@@ -1,0 +1,47 @@
+"""Scripts and manifests that run an experiment elsewhere: printed, written, or submitted."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax_ordermerge.config import Config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import preflight
+from jax_ordermerge.experiment.context import Log
+from jax_ordermerge.launch import render
+from jax_ordermerge.launch.submit import submit as submit_file
+
+
+def render_script(config: Config, target: str, options: Sequence[str]) -> str:
+    """Return the script or manifest of an experiment; see `launch.render`.
+
+    Args:
+        config: of the experiment.
+        target: name of a launch target.
+        options: `OPTION=VALUE` each.
+
+    Raises:
+        UserError: the config or an option is wrong.
+    """
+    preflight.check_config(config)
+    pairs = {}
+    for item in options:
+        name, sign, value = item.partition("=")
+        if not (name and sign):
+            raise UserError(f"{item}: expected OPTION=VALUE, e.g. nodes=4")
+        pairs[name] = value
+    return render.render(config, target, pairs)
+
+
+def deliver(text: str, target: str, out: Path | None, *, submit: bool, log: Log) -> int:
+    """Write a script to `out`, submit it, or both, and return the exit code of the submission.
+
+    Raises:
+        UserError: the program that submits is not installed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = out or Path(scratch) / "launch"
+        path.write_text(text)
+        if out:
+            log(f"wrote {out}")
+        return submit_file(target, path) if submit else 0

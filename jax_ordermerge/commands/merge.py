@@ -1,0 +1,222 @@
+"""Merging checkpoints outside a run: from a recipe, or from models named on the command line."""
+
+import io
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import rich.console
+import rich.progress
+import rich.table
+import yaml
+
+from jax_ordermerge.checkpoint import atomic, remote
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import Json
+from jax_ordermerge.merge import engine, plan
+from jax_ordermerge.merge.recipe import planner
+from jax_ordermerge.merge.sources import references
+
+_WIDTH = 120  # characters of the table of a plan
+
+
+def is_recipe(path: Path) -> bool:
+    """Return whether a file is a merge recipe and not the config of an experiment."""
+    if path.suffix not in (".yml", ".yaml"):
+        return False
+    local = remote.fetch(path)
+    return local.is_file() and planner.is_recipe(local)
+
+
+def plan_sources(
+    sources: Sequence[Path],
+    out: Path | None,
+    *,
+    dry_run: bool,
+    base: str | None,
+    method: str,
+    parameters: Sequence[str],
+    weights: str | None,
+    seed: int,
+    dtype: str | None,
+) -> tuple[plan.Plan, Path | None]:
+    """Return the plan of a merge and the directory to write; None where nothing is to be written.
+
+    Args:
+        sources: a recipe and perhaps the directory to write; or models.
+        out: the directory to write, unless it is among the sources.
+        dry_run: nothing is to be written.
+        base, method, parameters, weights, seed, dtype: of models; see `plan_models`.
+
+    Raises:
+        UserError: bad input, or no directory to write.
+    """
+    recipe = is_recipe(sources[0])
+    target = sources[1] if recipe and out is None and len(sources) > 1 else out
+    if target is None and not dry_run:
+        raise UserError("merging models needs --out DIRECTORY")
+    if not recipe:
+        merge_plan = plan_models(
+            sources,
+            base=base,
+            method=method,
+            parameters=parameters,
+            weights=weights,
+            seed=seed,
+            dtype=dtype,
+        )
+        return merge_plan, None if dry_run else target
+    if len(sources) > (2 if out is None else 1):
+        raise UserError(
+            f"{sources[0]} is a recipe: give it and one directory to write,"
+            " as in ordermerge merge recipe.yml MERGED"
+        )
+    return planner.plan_recipe(remote.fetch(sources[0])), None if dry_run else target
+
+
+def plan_models(
+    models: Sequence[Path],
+    *,
+    base: str | None,
+    method: str,
+    parameters: Sequence[str],
+    weights: str | None,
+    seed: int,
+    dtype: str | None,
+) -> plan.Plan:
+    """Plan a merge of models of one architecture by one method.
+
+    Args:
+        models: HF directories, hub names, addresses, or `MODEL+ADAPTER`.
+        base: the same, of the base; None where the method needs none.
+        method: a name of the table of methods.
+        parameters: `KEY=VALUE` each; see `read_parameters`.
+        weights: see `read_weights`; equal by default.
+        seed: of the methods that draw.
+        dtype: of the result; that of the models by default.
+
+    Raises:
+        UserError: bad input.
+    """
+    if dtype is not None and dtype not in plan.DTYPES:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(plan.DTYPES)}")
+    method_parameters = read_parameters(parameters)
+    method_weights = None if weights is None else read_weights(weights)
+    members = [references.open_model(remote.address(model) or str(model)) for model in models]
+    return plan.uniform(
+        members,
+        None if base is None else references.open_model(base),
+        method=method,
+        seed=seed,
+        weights=method_weights,
+        parameters=method_parameters,
+        dtype=dtype,
+    )
+
+
+def read_parameters(items: Sequence[str]) -> Json:
+    """Return the parameters of `--param KEY=VALUE`, values read as YAML.
+
+    Raises:
+        UserError: an item has another form.
+
+    Example:
+        >>> read_parameters(["resample=exhaustive", "density=0.5"])
+        {'resample': 'exhaustive', 'density': 0.5}
+    """
+    parameters = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not (name and sign):
+            raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
+        parameters[name] = yaml.safe_load(value)
+    return parameters
+
+
+def read_weights(text: str) -> tuple[float, ...]:
+    """Return the weights of `--weights`, one per model.
+
+    Raises:
+        UserError: they are not numbers.
+
+    Example:
+        >>> read_weights("0.5,0.25,0.25")
+        (0.5, 0.25, 0.25)
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"--weights {text}: expected numbers separated by commas, e.g. --weights 0.5,0.25,0.25"
+        ) from error
+
+
+def describe_plan(merge_plan: plan.Plan) -> str:
+    """Return a table of a plan: models, tensors, bytes, memory and time.
+
+    Memory and time are extrapolated from the merge of one tensor.
+    """
+    memory, seconds = engine.estimate(merge_plan)
+    table = rich.table.Table(show_header=False, box=None)
+    methods = sorted({output.method for output in merge_plan.outputs})
+    table.add_row("methods", ", ".join(methods))
+    for source in merge_plan.sources:
+        table.add_row("model", source.label)
+    table.add_row("tensors", f"{len(merge_plan.outputs)}, {merge_plan.out_dtype.name}")
+    table.add_row("read at least", f"{merge_plan.input_bytes / 1e9:.3f} GB")
+    table.add_row("write", f"{merge_plan.output_bytes / 1e9:.3f} GB")
+    table.add_row("memory about", f"{memory / 1e9:.2f} GB")
+    table.add_row("time about", f"{seconds:.1f} s, plus the time of the disk beyond that")
+    text = io.StringIO()
+    rich.console.Console(file=text, width=_WIDTH).print(table)
+    return text.getvalue()
+
+
+def merge_models(
+    merge_plan: plan.Plan, out: Path, *, to: str, workers: int | None, shard_bytes: int
+) -> None:
+    """Carry out a plan and show its progress on a terminal.
+
+    Args:
+        merge_plan: the plan.
+        out: directory to write, or its address in a bucket; it must be absent or empty.
+        to: "hf", or "orbax" for a checkpoint of the parameters, by way of an HF directory.
+        workers: number of threads; one per core by default.
+        shard_bytes: largest size of a file.
+
+    Raises:
+        UserError: bad input; nothing is left at `out` then.
+    """
+    if to not in ("hf", "orbax"):
+        raise UserError(f"--to {to}: expected hf or orbax")
+    with remote.new_directory(out) as target:
+        hf_dir = target
+        if to == "orbax":
+            atomic.check_vacant(target)
+            hf_dir = target.with_name(f"{target.name}.hf")
+        with _progress_bar() as progress:
+            engine.merge_plan(
+                merge_plan, hf_dir, workers=workers, shard_bytes=shard_bytes, progress=progress
+            )
+        if to == "orbax":
+            # imports training and evaluation, which a merge of files does not need
+            from jax_ordermerge.commands.convert import convert_checkpoint
+
+            convert_checkpoint(hf_dir, target, to="orbax", member=None, dtype=None)
+            shutil.rmtree(hf_dir)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[engine.Progress | None]:
+    """Yield a progress bar, or None where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
+    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task("merging")
+        yield lambda done, count, name: bar.update(
+            task, completed=done, total=count, description=name
+        )

@@ -1,0 +1,23 @@
+"""The plan of an experiment: memory and time on hardware that need not be present."""
+
+from typing import Any
+
+from jax_ordermerge.config import Config
+from jax_ordermerge.experiment import preflight
+from jax_ordermerge.plan import formatting, planner
+
+
+def plan_experiment(config: Config, *, as_json: bool, **options: Any) -> str:
+    """Return the plan of an experiment as text or JSON.
+
+    Args:
+        config: of the experiment.
+        as_json: return JSON.
+        options: see `planner.make`.
+
+    Raises:
+        UserError: the config, the topology or an option is wrong.
+    """
+    preflight.check_config(config)
+    plan = planner.make(config, **options)
+    return formatting.as_json(plan) if as_json else formatting.as_text(plan)
