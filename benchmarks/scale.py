@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ARCHITECTURES, parameter_count
 from jax_ordermerge.config import make_config
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.hardware import parse
 from jax_ordermerge.plan import compiled
 
@@ -52,7 +53,7 @@ def measure(row: Row) -> tuple[str, list[str]]:
     topology, model = parse(row.topology), ARCHITECTURES[row.name]
     assert topology.device is not None
     mesh = meshes.make_mesh(**row.mesh, devices=compiled.devices(topology))
-    needs = compiled.step(make_config(config), model, mesh)
+    needs = compiled.step(training_spec(make_config(config)), model, mesh)
     where = (
         f"| {row.name}, {parameter_count(model) / 1e9:.2f} B | {row.members} | {row.topology} | "
     )

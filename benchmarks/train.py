@@ -36,12 +36,14 @@ import numpy as np
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, parameter_count, tensor_table
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.config import Config, Model, Population, Training
+from jax_ordermerge.config import Model, Population, Training
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples, Ragged
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.model import llama
 from jax_ordermerge.train import loop, objective, optimizers
 from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.spec import TrainingSpec
 
 CONFIG = ModelConfig(
     vocab_size=32000, hidden_size=288, intermediate_size=768, num_layers=6, num_heads=6
@@ -251,10 +253,10 @@ class Record:
         self.lines: list[dict[str, Any]] = []
 
     def log(self, text: str) -> None:
-        """See `display.Watcher`; nothing is shown."""
+        """See `progress.Watcher`; nothing is shown."""
 
-    def line(self, line: Mapping[str, Any]) -> None:
-        """See `display.Watcher`."""
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """See `progress.Watcher`."""
         self.lines.append(dict(line))
 
 
@@ -271,18 +273,18 @@ def loop_alone(pipe: Connection, count: int) -> None:
         update={"epochs": 1, "log_every": EACH, "checkpoint_every": EACH}
     )
     with tempfile.TemporaryDirectory() as output:
-        config = Config(
-            output=output,
+        spec = TrainingSpec(
             model=Model(compute_dtype="float32"),
             population=Population(members=1),
             training=training,
         )
         loop.train(
-            config,
+            spec,
             CONFIG,
             lambda: llama.init_params(CONFIG, 0),
             texts,
             meshes.make_mesh(),
+            RunLayout(pathlib.Path(output)),
             watch=record,
         )
     pipe.send(record.lines)

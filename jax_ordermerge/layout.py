@@ -77,6 +77,10 @@ class RunLayout:
         """`epoch_{e}`: int64[steps, batch] sample ids of one member."""
         return self.orders / f"{member_name(member)}.npz"
 
+    def member_orders(self) -> list[Path]:
+        """Orders of all members."""
+        return sorted(self.orders.glob("member_*.npz"))
+
     @property
     def order_digests(self) -> Path:
         """Digests of the orders by member and epoch."""
@@ -101,6 +105,11 @@ class RunLayout:
     def tracking(self) -> Path:
         """Directory of TensorBoard and W&B."""
         return self.root / "tracking"
+
+    @property
+    def wandb_runs(self) -> Path:
+        """Group and ids of the W&B runs, so that a resumed training goes on in them."""
+        return self.tracking / "wandb.json"
 
     def reference_logprobs(self, split: str) -> Path:
         """Log-probabilities of preference pairs under the base."""

@@ -11,6 +11,7 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import CONFIG, RunLayout
 from jax_ordermerge.merge.sources import peft_files
 from jax_ordermerge.train import members
@@ -88,13 +89,9 @@ def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
     if RunLayout(source).is_run:
         run, number, base_dir, config = _open_member(source, member)
         dtype = dtype or run.merge.dtype
+        layout = waves.member_layout(RunLayout(source), number)
         params = members.restore_member(
-            run,
-            config,
-            meshes.make_mesh(),
-            number,
-            dtype=dtype,
-            directory=waves.home(run, number),
+            training_spec(run), config, meshes.make_mesh(), layout, number, dtype=dtype
         )
         return LoadedModel(config, params, dtype, base_dir)
     if member is not None:
@@ -137,7 +134,8 @@ def _export_adapter(source: Path, out: Path, member: int | None, dtype: str | No
             f"--to peft goes with a run directory and --member; {source} has no {CONFIG}"
         )
     run, number, base_dir, config = _open_member(source, member)
-    adapter = members.restore_adapter(run, config, number, directory=waves.home(run, number))
+    layout = waves.member_layout(RunLayout(source), number)
+    adapter = members.restore_adapter(training_spec(run), config, layout, number)
     assert run.lora is not None  # restore_adapter refuses a run without it
     base = run.model.base
     if base.startswith("embedded:") or Path(base).exists():

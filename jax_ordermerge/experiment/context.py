@@ -1,6 +1,7 @@
 """What the stages of a run share: `open_run` reads and checks every input before anything is written."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import preflight
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.train.spec import TrainingSpec
 
 Log = Callable[[str], None]
 
@@ -50,6 +53,11 @@ class RunContext:
     def layout(self) -> RunLayout:
         """Paths of the run directory."""
         return RunLayout(self.config.directory)
+
+    @functools.cached_property
+    def training(self) -> TrainingSpec:
+        """Settings of the training."""
+        return training_spec(self.config)
 
 
 class Stage(NamedTuple):

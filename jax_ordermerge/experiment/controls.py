@@ -10,6 +10,7 @@ from jax_ordermerge.config.merge import merge_name
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import losses, models, waves
 from jax_ordermerge.experiment.context import RunContext
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import Json, RunLayout, write_json, write_npz
 from jax_ordermerge.search import controls
 from jax_ordermerge.search.candidates import BASE, MEMBER, Candidate, Population
@@ -122,24 +123,26 @@ def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]
 def _train_single(ctx: RunContext) -> Tree:
     """Return a model trained at the cost of the whole population: k times the epochs in one run."""
     config = _single_config(ctx.config, groups=ctx.mesh.shape["order"])
-    if not RunLayout(config.directory).training_state.is_file():
+    spec, layout = training_spec(config), RunLayout(config.directory)
+    if not layout.training_state.is_file():
         ctx.log(f"  training of one run of {config.training.epochs} epochs")
         waves.train(
-            config,
+            spec,
             ctx.model,
             functools.partial(models.base_params, ctx, config.base_dtype),
             ctx.splits["train"],
             ctx.mesh,
-            ctx.log,
+            layout,
+            log=ctx.log,
             held_out=ctx.splits.get("validation"),
         )
     return members.restore_member(
-        config,
+        spec,
         ctx.model,
         ctx.mesh,
+        waves.member_layout(layout, 0),
         0,
         dtype=config.merge.dtype,
-        directory=waves.home(config, 0),
     )
 
 

@@ -49,10 +49,10 @@ def fisher(ctx: RunContext, settings: dict[str, Any]) -> Tree:
         ctx: of the run.
         settings: method, seed, weights and parameters of the merge.
     """
-    members = waves.restore(ctx.config, ctx.model, ctx.mesh)
+    members = waves.restore(ctx.training, ctx.model, ctx.mesh, ctx.layout)
     train = ctx.splits["train"]
     diagonals = information.diagonal(
-        objective.build(ctx.config, ctx.model),
+        objective.build(ctx.training, ctx.model),
         members,
         train,
         count=ctx.config.merge.fisher_examples,

@@ -40,9 +40,9 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
         if name == "base":
             params = base_params(ctx, dtype)
         elif member is not None:
-            directory = waves.home(ctx.config, member)
+            layout = waves.member_layout(ctx.layout, member)
             params = members.restore_member(
-                ctx.config, ctx.model, ctx.mesh, member, dtype=dtype, directory=directory
+                ctx.training, ctx.model, ctx.mesh, layout, member, dtype=dtype
             )
         else:
             params = convert.load_params(ctx.layout.merged(name), ctx.mesh, dtype=dtype)[1]
@@ -52,7 +52,7 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
 def load_population(ctx: RunContext) -> Population:
     """Return the trained members and their base in the dtype that is merged and served."""
     dtype = ctx.config.merge.dtype
-    trained = waves.restore(ctx.config, ctx.model, ctx.mesh, dtype=dtype)
+    trained = waves.restore(ctx.training, ctx.model, ctx.mesh, ctx.layout, dtype=dtype)
     return Population(ctx.model, trained, base_params(ctx, dtype), dtype)
 
 

@@ -1,12 +1,14 @@
-"""Populations that do not fit the devices at once: trained wave after wave, each as a training of its own, and put together.
+"""Populations that do not fit the devices at once are trained in waves.
 
-A member becomes alone what it becomes among others, so how a population is divided decides nothing but the clock.
+Each wave is a training of its own, with the layout of a run below `RunLayout.wave(n)`. In the end
+its files are combined into those of one training. A member alone becomes what it becomes in the
+population, so how a population is divided decides nothing but the time it takes.
 """
 
 import dataclasses
-import json
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,244 +17,274 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_ordermerge import layout as layouts
 from jax_ordermerge import processes
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.hardware import MEMORY_FRACTION
-from jax_ordermerge.layout import read_json, write_bytes, write_json
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.plan import compiled
-from jax_ordermerge.train import batches, loop, recorder
-from jax_ordermerge.train import benchmark as looks
-from jax_ordermerge.train import members as trained
+from jax_ordermerge.train import batches, benchmark, loop, members
 from jax_ordermerge.train.benchmark import StepTiming
+from jax_ordermerge.train.programs import LoadBase
+from jax_ordermerge.train.spec import TrainingSpec
 from jax_ordermerge.tree import Tree
 
-_FILE = "waves.json"
+GIB = 2**30
 
 
 def train(
-    config: Config,
+    spec: TrainingSpec,
     model: ModelConfig,
-    base: Callable[[], Tree],
+    base: LoadBase,
     examples: Examples,
     mesh: Mesh,
-    log: Callable[[str], None],
+    layout: RunLayout,
     *,
+    log: Callable[[str], None],
     held_out: Examples | None = None,
-    saved: Callable[[], None] | None = None,
+    on_checkpoint: Callable[[], None] | None = None,
     sample: loop.Sample | None = None,
 ) -> None:
-    """Fine-tune the members, in as many waves as `population.wave` or the memory of the devices asks for; see `loop.train`."""
-    waves = _divided(config, model, mesh, log)
-    if len(waves) == 1:
+    """Fine-tune the members, in as many waves as needed; see `loop.train`.
+
+    `population.wave` says how many members are trained at once, by default as many as the memory of
+    the devices holds.
+    """
+    waves = _divide(spec, model, mesh, layout, log)
+    for number, wave in enumerate(waves):
+        if len(waves) > 1:
+            numbers = ", ".join(map(str, wave))
+            log(f"  wave {number + 1} of {len(waves)}: members {numbers}")
         loop.train(
-            config, model, base, examples, mesh, held_out=held_out, sample=sample, saved=saved
-        )
-        return
-    for number, members in enumerate(waves):
-        log(f"  wave {number + 1} of {len(waves)}: members {', '.join(map(str, members))}")
-        own: dict[str, Any] = {"members": members, "directory": _room(config, number)}
-        loop.train(
-            config,
+            spec,
             model,
             base,
             examples,
             mesh,
+            layout.wave(number) if len(waves) > 1 else layout,
+            members=wave,
             held_out=held_out,
+            on_checkpoint=on_checkpoint,
             sample=sample,
-            saved=saved,
-            **own,
         )
-    _gather(config, len(waves))
+    if len(waves) > 1 and jax.process_index() == 0:
+        _combine([layout.wave(number) for number in range(len(waves))], layout)
 
 
-def look(
-    config: Config,
+def measure_steps(
+    spec: TrainingSpec,
     model: ModelConfig,
-    base: Callable[[], Tree],
+    base: LoadBase,
     examples: Examples,
     mesh: Mesh,
+    layout: RunLayout,
+    *,
     count: int,
     profile: Path | None,
 ) -> StepTiming:
-    """Look at the first steps of the training, or of its first wave; see `train/look.py`."""
-    members = _divided(config, model, mesh, lambda text: None)[0]
-    plan = batches.make_plan(config, examples, members, alike=mesh.size > mesh.shape["order"])
-    return looks.look(config, model, base, plan, mesh, count=count, profile=profile)
+    """Time the first steps of the training, or of its first wave; see `train/benchmark.py`."""
+    wave = _divide(spec, model, mesh, layout, lambda text: None)[0]
+    plan = batches.make_plan(spec, examples, wave, mesh=mesh)
+    return benchmark.measure_steps(model, base, plan, mesh, count=count, profile=profile)
 
 
-def restore(config: Config, model: ModelConfig, mesh: Mesh, *, dtype: str = "float32") -> Tree:
-    """Return the trained population [M, ...] from the last checkpoint, or from those of all waves; see `members.restore_members`."""
-    homes = [_room(config, number) for number in range(len(_known(config)))] or [config.directory]
-    found = [
-        trained.restore_members(config, model, mesh, dtype=dtype, directory=home) for home in homes
+def restore(
+    spec: TrainingSpec,
+    model: ModelConfig,
+    mesh: Mesh,
+    layout: RunLayout,
+    *,
+    dtype: str = "float32",
+) -> Tree:
+    """Return the trained population [M, ...]; see `members.restore_members`."""
+    waves = range(len(_stored_waves(layout)))
+    populations = [
+        members.restore_members(spec, model, mesh, wave_layout, dtype=dtype)
+        for wave_layout in map(layout.wave, waves)
     ]
-    if len(found) == 1:
-        return found[0]
-    shardings = jax.tree.map(lambda x: x.sharding, found[0])
-    return jax.jit(
-        lambda parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), out_shardings=shardings
-    )(found)
-
-
-def home(config: Config, member: int) -> Path:
-    """Return the directory whose checkpoints hold a member: that of its wave, or the run's own."""
-    waves = enumerate(_known(config))
-    return next(
-        (_room(config, number) for number, wave in waves if member in wave), config.directory
+    if not populations:
+        return members.restore_members(spec, model, mesh, layout, dtype=dtype)
+    shardings = jax.tree.map(lambda x: x.sharding, populations[0])
+    concatenate = jax.jit(
+        lambda parts: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts),
+        out_shardings=shardings,
     )
+    return concatenate(populations)
 
 
-def size_of_wave(members: int, groups: int, needs: compiled.Needs, limit: int) -> int:
-    """Return how many members are trained at the same time, a multiple of the device groups.
+def member_layout(layout: RunLayout, member: int) -> RunLayout:
+    """Return the layout whose checkpoints hold a member: that of its wave, or of the run."""
+    for number, wave in enumerate(_stored_waves(layout)):
+        if member in wave:
+            return layout.wave(number)
+    return layout
+
+
+# ---------------------------------------------------------------------------------- dividing
+
+
+def wave_size(members: int, groups: int, needs: compiled.Needs, limit: int) -> int:
+    """Return how many members are trained at once, a multiple of the device groups.
 
     Args:
-        members: of the population.
+        members: members of the population.
         groups: size of the mesh axis `order`.
-        needs: of training all of them at once.
-        limit: bytes of memory a device.
+        needs: memory for training all of them at once.
+        limit: bytes of memory per device.
 
     Raises:
-        UserError: not even one member a group fits.
+        UserError: not even one member per group fits.
 
     Example:
         >>> needs = compiled.Needs(arguments=80, temporaries=10, exchanges={}, seconds=0)
-        >>> size_of_wave(8, 2, needs, limit=1000), size_of_wave(8, 2, needs, limit=60)
+        >>> wave_size(8, 2, needs, limit=1000), wave_size(8, 2, needs, limit=60)
         (8, 4)
     """
-    # members of a group are trained one after another: only what is kept of them grows with their number
+    # Members of a group are trained one after another: only their states grow with their number.
     fixed = needs.temporaries + needs.shared
-    each = (needs.arguments - needs.shared) / (members // groups)
-    fitting = math.floor((MEMORY_FRACTION * limit - fixed) / each)
+    per_member = (needs.arguments - needs.shared) / (members // groups)
+    fitting = math.floor((MEMORY_FRACTION * limit - fixed) / per_member)
     if fitting < 1:
         raise UserError(
-            f"one member needs {(each + fixed) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} are there; divide it over more"
-            " devices (mesh.fsdp, mesh.tensor), lower training.microbatch, or set model.remat = full"
+            f"one member needs {(per_member + fixed) / GIB:.1f} GiB per device, there are"
+            f" {limit / GIB:.1f}; divide it over more devices (mesh.fsdp, mesh.tensor), lower"
+            " training.microbatch, or set model.remat = full"
         )
+    # waves of equal size, not full ones and a small rest: the slowest wave is what takes time
     waves = math.ceil(members / groups / fitting)
     return groups * math.ceil(members / groups / waves)
 
 
-def _divided(
-    config: Config, model: ModelConfig, mesh: Mesh, log: Callable[[str], None]
+def _divide(
+    spec: TrainingSpec,
+    model: ModelConfig,
+    mesh: Mesh,
+    layout: RunLayout,
+    log: Callable[[str], None],
 ) -> list[list[int]]:
-    """Return the members of each wave; what was decided once stays, on whatever devices the training goes on."""
-    known = _known(config)
-    if known:
-        return known
-    members, groups = config.population.members, mesh.shape["order"]
-    size = config.population.wave
+    """Return the members of each wave.
+
+    What was decided once is read from the run directory: a training may continue on other devices.
+    """
+    stored = _stored_waves(layout)
+    if stored:
+        return stored
+    members, groups = spec.population.members, mesh.shape["order"]
+    undivided = layout.checkpoints.is_dir()
+    size = spec.population.wave
     if size is None:
         limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         size = members
-        if limit and not (config.directory / "checkpoints").is_dir():
-            size = size_of_wave(members, groups, _needs(config, model, mesh), limit)
+        if limit and not undivided:
+            size = wave_size(members, groups, _memory_needs(spec, model, mesh), limit)
     waves = [list(range(start, min(start + size, members))) for start in range(0, members, size)]
     if len(waves) > 1:
-        if (config.directory / "checkpoints").is_dir():
+        if undivided:
             raise UserError(
-                f"{config.directory} holds a training of all members at once; choose another output directory for waves"
+                f"{layout.root} holds a training of all members at once; choose another output"
+                " directory for waves"
             )
         log(f"  {members} members in {len(waves)} waves of {size}")
-        with processes.barrier("write waves.json"):
-            write_json(config.directory / _FILE, waves)
+        with processes.barrier("write the waves"):
+            layouts.write_json(layout.waves, waves)
     return waves
 
 
-def _needs(config: Config, model: ModelConfig, mesh: Mesh) -> compiled.Needs:
-    """Return what training all members at once needs. Where the compiler refuses that, it is reckoned from one member a group."""
+def _memory_needs(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> compiled.Needs:
+    """Return what training all members at once needs.
+
+    Where the compiler refuses that, it is computed from what one member per group needs.
+    """
     try:
-        return compiled.step(config, model, mesh)
+        return compiled.step(spec, model, mesh)
     except compiled.TooLarge:
-        members, groups = config.population.members, mesh.shape["order"]
-        alone = config.model_copy(
-            update={"population": config.population.model_copy(update={"wave": groups})}
-        )
+        members, groups = spec.population.members, mesh.shape["order"]
+        smallest = spec.population.model_copy(update={"wave": groups})
         try:
-            one = compiled.step(alone, model, mesh)
+            needs = compiled.step(dataclasses.replace(spec, population=smallest), model, mesh)
         except compiled.TooLarge as error:
             raise UserError(
-                "one member does not fit the devices; divide it over more of them (mesh.fsdp, mesh.tensor), lower"
-                f" training.microbatch, or set model.remat = full ({str(error).splitlines()[0][:200]})"
+                "one member does not fit the devices; divide it over more of them (mesh.fsdp,"
+                " mesh.tensor), lower training.microbatch, or set model.remat = full"
+                f" ({str(error).splitlines()[0][:200]})"
             ) from error
-        return dataclasses.replace(
-            one, arguments=one.shared + (one.arguments - one.shared) * (members // groups)
-        )
+        states = (needs.arguments - needs.shared) * (members // groups)
+        return dataclasses.replace(needs, arguments=needs.shared + states)
 
 
-def _known(config: Config) -> list[list[int]]:
-    """Return the members of each wave, as they were decided; nothing where there are no waves."""
-    return read_json(config.directory / _FILE) or []
+def _stored_waves(layout: RunLayout) -> list[list[int]]:
+    """Return the members of each wave as they were decided; [] where there are no waves."""
+    return layouts.read_json(layout.waves) or []
 
 
-def _room(config: Config, number: int) -> Path:
-    return config.directory / "waves" / str(number)
+# ---------------------------------------------------------------------------------- combining
 
 
-def _gather(config: Config, count: int) -> None:
-    """Write what one training of all members would have written; the state is the last: it says that all is whole."""
-    rooms = [_room(config, number) for number in range(count)]
-    if jax.process_index() != 0:
-        return
-    digests: dict[str, Any] = {}
-    for room in rooms:
-        digests |= json.loads((room / "orders" / "digests.json").read_text())
-        for file in sorted((room / "orders").glob("*.npz")):
-            write_bytes(config.directory / "orders" / file.name, file.read_bytes())
-    write_json(config.directory / "orders" / "digests.json", digests)
-    lines = _lines([_read_lines(room / "metrics" / "train.jsonl") for room in rooms])
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    write_bytes(config.directory / "metrics" / "train.jsonl", text.encode())
-    answers = [_read_lines(room / "metrics" / "samples.jsonl") for room in rooms]
-    if all(answers):
-        joined_lines = [
-            lines[0]
-            | {key: [one for line in lines for one in line[key]] for key in ("members", "texts")}
-            for lines in ([wave[step] for wave in answers] for step in answers[0])
+def _combine(waves: Sequence[RunLayout], layout: RunLayout) -> None:
+    """Write what one training of all members would have written.
+
+    The state is written last: where it exists, everything is complete.
+    """
+    # orders
+    digests: dict[str, list[str]] = {}
+    for wave in waves:
+        digests |= layouts.read_json(wave.order_digests)
+        for path in wave.member_orders():
+            layouts.write_bytes(layout.orders / path.name, path.read_bytes())
+    layouts.write_json(layout.order_digests, digests)
+
+    # rows of metrics and of generated samples
+    logs = [_rows_by_step(wave.training_log) for wave in waves]
+    common_steps = sorted(set.intersection(*map(set, logs)))
+    rows = [_combine_metrics([log[step] for log in logs]) for step in common_steps]
+    layouts.write_jsonl(layout.training_log, rows)
+    samples = [_rows_by_step(wave.generated_samples) for wave in waves]
+    if all(samples):
+        rows = [
+            _concatenate([wave[step] for wave in samples], ("members", "texts"))
+            for step in samples[0]
         ]
-        text = "".join(json.dumps(line) + "\n" for line in joined_lines)
-        write_bytes(config.directory / "metrics" / "samples.jsonl", text.encode())
-    losses = []
-    for room in rooms:
-        with np.load(room / "losses" / "train.npz") as saved:
-            losses.append(saved["losses"])
-            ids = saved["ids"]
-    recorder.write_arrays(
-        config.directory / "losses" / "train.npz", {"losses": np.concatenate(losses), "ids": ids}
-    )
-    states = [json.loads((room / "metrics" / "state.json").read_text()) for room in rooms]
-    summed = {
-        key: sum(state[key] for state in states) for key in ("seconds", "tokens", "compilations")
+        layouts.write_jsonl(layout.generated_samples, rows)
+
+    # losses of samples
+    losses = [layouts.read_npz(wave.training_losses) for wave in waves]
+    arrays = {
+        "losses": np.concatenate([wave["losses"] for wave in losses]),
+        "ids": losses[0]["ids"],
     }
-    joined = {
-        key: [one for state in states for one in state[key]]
-        for key, value in states[0].items()
-        if isinstance(value, list)
-    }
-    write_json(
-        config.directory / "metrics" / "state.json",
-        {**states[0], **summed, **joined, "waves": count},
+    layouts.write_npz(layout.training_losses, arrays)
+
+    # the state
+    states = [layouts.read_json(wave.training_state) for wave in waves]
+    state = _concatenate(
+        states, [key for key, value in states[0].items() if isinstance(value, list)]
     )
+    for key in ("seconds", "tokens", "compilations"):
+        state[key] = sum(wave[key] for wave in states)
+    layouts.write_json(layout.training_state, state | {"waves": len(waves)})
 
 
-def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {line["step"]: line for line in map(json.loads, lines)}
+def _rows_by_step(path: Path) -> dict[int, dict[str, Any]]:
+    return {row["step"]: row for row in layouts.read_jsonl(path)}
 
 
-def _lines(waves: Sequence[dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Put the metrics of one step together: those of members one after another, times added, everything else as in the first wave."""
-    found = []
-    for step in sorted(set.intersection(*(set(wave) for wave in waves))):
-        lines = [wave[step] for wave in waves]
-        whole = dict(lines[0])
-        for key, value in whole.items():
-            if isinstance(value, list):
-                whole[key] = [one for line in lines for one in line[key]]
-        whole["seconds"] = sum(line["seconds"] for line in lines)
-        spent = sum(1 / line["tokens_per_second"] for line in lines if line["tokens_per_second"])
-        whole["tokens_per_second"] = len(lines) / spent if spent else 0.0
-        found.append(whole)
-    return found
+def _combine_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Combine the rows of one step: members are concatenated, times are added."""
+    combined = _concatenate(
+        rows, [key for key, value in rows[0].items() if isinstance(value, list)]
+    )
+    combined["seconds"] = sum(row["seconds"] for row in rows)
+    # waves of equal work, one after another: the harmonic mean of their speeds
+    seconds_per_token = sum(
+        1 / row["tokens_per_second"] for row in rows if row["tokens_per_second"]
+    )
+    combined["tokens_per_second"] = len(rows) / seconds_per_token if seconds_per_token else 0.0
+    return combined
+
+
+def _concatenate(rows: Sequence[dict[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
+    """Return the first row, with the lists of all rows concatenated under some keys."""
+    lists = {key: list(itertools.chain.from_iterable(row[key] for row in rows)) for key in keys}
+    return rows[0] | lists

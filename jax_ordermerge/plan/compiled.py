@@ -29,8 +29,9 @@ from jax_ordermerge.merge import population
 from jax_ordermerge.model import kernels
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.collectives import Exchanges, exchanges
-from jax_ordermerge.train import batches, loop
-from jax_ordermerge.train.trainable import split
+from jax_ordermerge.train import batches
+from jax_ordermerge.train.programs import Programs
+from jax_ordermerge.train.spec import TrainingSpec
 
 # compute capability, multiprocessors, shared memory of each and of a block (opt-in), L2 cache, GHz: NVIDIA's data sheets and CUDA guide
 _GPUS = {
@@ -181,11 +182,13 @@ def _described(platform: str, asked: Topology, **description: Any) -> list[Any]:
 # ------------------------------------------------------------------------------------------------------------------------- programs
 
 
-def step(config: Config, model: ModelConfig, mesh: Mesh, examples: Examples | None = None) -> Needs:
-    """Compile the training step of a config and read what it needs.
+def step(
+    spec: TrainingSpec, model: ModelConfig, mesh: Mesh, examples: Examples | None = None
+) -> Needs:
+    """Compile the training step of a run and read what it needs.
 
     Args:
-        config: of the run; nothing that it names is read.
+        spec: of the training; nothing that it names is read.
         model: the architecture.
         mesh: of devices here, or of `devices`.
         examples: to be trained on; by default a batch of `data.max_length` tokens each.
@@ -193,37 +196,27 @@ def step(config: Config, model: ModelConfig, mesh: Mesh, examples: Examples | No
     Raises:
         TooLarge: the compiler says that it does not fit.
     """
-    plan = batches.make_plan(
-        config,
-        examples or made_up(config),
-        _first_wave(config),
-        alike=mesh.size > mesh.shape["order"],
-    )
-    needs = _read(lambda: loop.compile_training(config, model, plan, mesh), mesh)
-    cut, best = split(config, model, mesh), 0
+    plan = batches.make_plan(spec, examples or made_up(spec), spec.first_wave, mesh=mesh)
+    programs = Programs(model, plan, mesh)
+    needs = _read(programs.compile_step, mesh)
+    cut, best = programs.trainable, 0
     if (
-        config.training.checkpoint == "best"
+        spec.training.checkpoint == "best"
     ):  # the step does not see the weights that were best, but they are there
         best = analytic.held(convert.abstract_tensors(cut.trained, mesh, members=len(plan.members)))
     return dataclasses.replace(
         needs,
         arguments=needs.arguments + best,
-        shared=analytic.held(convert.abstract_tensors(cut.frozen, mesh, dtype=config.base_dtype)),
+        shared=analytic.held(convert.abstract_tensors(cut.frozen, mesh, dtype=spec.base_dtype)),
     )
 
 
-def _first_wave(config: Config) -> range:
-    return range(
-        min(config.population.wave or config.population.members, config.population.members)
-    )
-
-
-def made_up(config: Config) -> Examples:
+def made_up(spec: TrainingSpec) -> Examples:
     """Return a batch of examples as long as the config lets them be."""
-    size, length = config.training.batch, config.data.max_length
+    size, length = spec.training.batch, spec.data.max_length
     ones = Ragged(np.ones(size * length, np.int32), np.arange(size + 1) * length)
     examples = Examples(ones, Ragged(ones.flat.astype(np.bool_), ones.offsets), np.arange(size))
-    if config.objective.kind == "dpo":
+    if spec.objective.kind == "dpo":
         examples = dataclasses.replace(
             examples, rejected=examples, reference=np.zeros((size, 2), np.float32)
         )

@@ -11,6 +11,7 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.plan import compiled
 from jax_ordermerge.plan.analytic import Work
 from jax_ordermerge.train import batches, flops
@@ -122,8 +123,9 @@ def _examples(config: Config, base: Path) -> tuple[Examples, Examples | None]:
 
 def work(config: Config, inputs: Inputs) -> Work:
     """Return what a step of one member is given, on average over a training."""
-    examples = inputs.train or compiled.made_up(config)
-    plan = batches.make_plan(config, examples, (0,))
+    spec = training_spec(config)
+    examples = inputs.train or compiled.made_up(spec)
+    plan = batches.make_plan(spec, examples, (0,))
     lengths = np.concatenate([part.lengths for part in examples.parts])
     epoch = plan.epoch_steps
     steps = None

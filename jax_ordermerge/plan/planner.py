@@ -14,6 +14,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.hardware import MEMORY_FRACTION, Topology, find, parse
 from jax_ordermerge.plan import analytic, compiled, inputs, search
 from jax_ordermerge.plan.analytic import Step, Work
@@ -149,9 +150,8 @@ class _Planner:
             + (f" with {_set(changes)}" if changes else "")
         )
         try:
-            needs = compiled.step(
-                self.compilable(config), self.model, self.mesh(config), self.read.train
-            )
+            spec = training_spec(self.compilable(config))
+            needs = compiled.step(spec, self.model, self.mesh(config), self.read.train)
         except compiled.TooLarge as error:
             held = estimate.memory.total - estimate.memory.temporaries
             refused = (

@@ -1,8 +1,7 @@
-"""A look at the first steps of a training: how fast they are, and a profile of them. Nothing is written but the profile."""
+"""Timing of the first steps of a training, and a profile of them. Only the profile is written."""
 
 import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,25 +9,25 @@ import jax
 from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.train import batches, loop
 from jax_ordermerge.train.batches import Plan
+from jax_ordermerge.train.programs import LoadBase, Programs
 from jax_ordermerge.train.recorder import Clock
-from jax_ordermerge.tree import Tree
+from jax_ordermerge.train.step import Metrics
 
 _TRACED = 3  # steps in a profile
 
 
 class StepTiming(NamedTuple):
-    """What a look saw; rates are of all members together.
+    """Timing of the steps of all members together.
 
     Attributes:
         compilation: seconds.
-        step: seconds a step.
-        tokens: a second, without padding.
+        step: seconds per step.
+        tokens: tokens per second, without padding.
         mfu: None where the peak of the device is not known.
-        host: share of the time outside the compiled step.
+        host: fraction of the time outside the compiled step.
     """
 
     compilation: float
@@ -40,69 +39,76 @@ class StepTiming(NamedTuple):
     def __str__(self) -> str:
         mfu = "unknown for this device" if self.mfu is None else f"{100 * self.mfu:.1f} %"
         return (
-            f"{self.step:.4f} s a step, {self.tokens:,.0f} tokens/s, MFU {mfu}, host outside the compiled step {100 * self.host:.1f} %,"
-            f" compilation {self.compilation:.1f} s"
+            f"{self.step:.4f} s per step, {self.tokens:,.0f} tokens/s, MFU {mfu}, host outside the"
+            f" compiled step {100 * self.host:.1f} %, compilation {self.compilation:.1f} s"
         )
 
 
-def look(
-    config: Config,
+def measure_steps(
     model: ModelConfig,
-    base: Callable[[], Tree],
+    load_base: LoadBase,
     plan: Plan,
     mesh: Mesh,
     *,
     count: int,
     profile: Path | None = None,
 ) -> StepTiming:
-    """Take the first steps of a training and measure those after the first.
+    """Take the first steps of a training and time those after the first.
+
+    It drives the same feed, compiled step and record as `loop.train`.
 
     Args:
-        config, model, mesh: as in `loop.train`.
-        base: loads the parameters of the base.
+        model: the architecture.
+        load_base: loads the parameters of the base.
         plan: what is trained on.
-        count: steps, at least 2; with a profile the last 3 are traced and not measured, so that it takes at least 5.
+        mesh: the mesh.
+        count: steps, at least 2. With a profile at least 5: the last 3 are traced and not timed.
         profile: directory for a trace of the last steps, to be opened with XProf or Perfetto.
 
     Raises:
-        UserError: too few steps.
+        UserError: too few or too many steps.
     """
     traced = _TRACED if profile else 0
     if not 2 + traced <= count <= plan.steps:
         raise UserError(
-            f"--steps {count}: expected {2 + traced} to {plan.steps}, the steps of the whole training"
+            f"--steps {count}: expected {2 + traced} to {plan.steps}, the steps of the whole"
+            " training"
         )
-    training = loop.Training(config, model, plan, mesh, config.directory)
-    began = time.monotonic()
-    compiled, mix = training.compile(), training.compile_mixing()
-    compilation = time.monotonic() - began
-    state = training.start(base)
-    frozen = training.held(base)
-    clock = Clock(training.journal.totals)
-    pending: list[Any] = []
-    lines: dict[int, dict[str, Any]] = {}
-    with batches.Feed(plan, training.batch, 0) as feed:
+    programs = Programs(model, plan, mesh)
+    record = loop.make_recorder(programs)
+    start = time.monotonic()
+    compiled_step, mix = programs.compile_step(), programs.compile_mixing()
+    compilation = time.monotonic() - start
+    state, frozen = programs.initial_state(load_base), programs.load_frozen(load_base)
+    clock = Clock(record.totals)
+    pending: list[tuple[int, Metrics]] = []
+    rows: dict[int, dict[str, Any]] = {}
+    timed = count - traced
+    with batches.Feed(plan, programs.batch, 0) as feed:
         for step, batch in enumerate(itertools.islice(feed, count)):
-            if profile and step == count - traced:
+            if profile and step == timed:
                 jax.profiler.start_trace(str(profile))
             with clock.devices():
-                state, metrics = compiled(state, batch, frozen)
+                state, metrics = compiled_step(state, batch, frozen)
                 state = mix(state, step + 1)
                 pending.append((step, metrics))
-                loop.follow(pending)
-            if step + 1 in (1, count - traced, count):  # the first step still loads the program
+                loop.limit_run_ahead(pending)
+            # the first step is read apart and not timed: it still loads the program
+            if step + 1 in (1, timed, count):
                 with clock.devices():
                     jax.block_until_ready(metrics)
                 for number, fetched in loop.fetch(pending):
-                    training.journal.record(number, fetched)
+                    record.record(number, fetched)
                 pending = []
                 clock.read()
-                lines[step + 1] = training.journal.line(step + 1, 0.0)
+                rows[step + 1] = record.next_row(step + 1, 0.0)
     if profile:
         jax.profiler.stop_trace()
-    measured = count - traced
-    seen = lines[measured]
-    seconds = (seen["seconds"] - lines[1]["seconds"]) / (measured - 1)
+    first, last = rows[1], rows[timed]
     return StepTiming(
-        compilation, seconds, seen["tokens_per_second"], seen["mfu"], seen["host_fraction"]
+        compilation=compilation,
+        step=(last["seconds"] - first["seconds"]) / (timed - 1),
+        tokens=last["tokens_per_second"],
+        mfu=last["mfu"],
+        host=last["host_fraction"],
     )

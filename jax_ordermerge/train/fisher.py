@@ -1,7 +1,10 @@
-"""The diagonal of the empirical Fisher information of every member: how much each parameter matters to what the member has learned."""
+"""The diagonal of the empirical Fisher information of every member.
+
+It says how much each parameter matters to what the member has learned.
+"""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.rng import stream
-from jax_ordermerge.train.objective import Objective
+from jax_ordermerge.train.objective import Microbatch, Objective
 from jax_ordermerge.tree import Tree
 
 
@@ -27,45 +30,49 @@ def diagonal(
     mesh: Mesh,
     seed: int,
 ) -> Tree:
-    """Return F = 1/n sum_i (d log p(y_i | x_i) / d theta)^2 over n examples, elementwise: float32[M, ...] as the population.
+    """Return F = 1/n sum_i (d log p(y_i | x_i) / d theta)^2 over n examples, elementwise.
 
-    One example a backward pass, since it is the gradients of single examples that are squared. All members see the same examples.
+    All members see the same examples.
 
     Args:
-        objective: the summed loss of a microbatch, see `objective.build`; log p is its negative.
+        objective: summed loss of a microbatch, see `objective.build`; log p is its negative.
         population: parameter dict with a leading axis `M`, float32.
         examples: to draw from, without replacement.
         count: n, at most all of them.
         lengths: padded lengths, ascending.
         mesh: where the parameters are.
-        seed: of the drawing.
+        seed: seed of the drawing.
 
-    Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging" (arXiv 2111.09832), section 3.
+    Returns:
+        float32[M, ...], shaped as the population.
+
+    Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging" (arXiv 2111.09832),
+    section 3.
     """
     n = min(count, len(examples))
     rows = jax.device_get(
         jax.random.permutation(stream(seed, "fisher", "examples"), len(examples))[:n]
     )
     total = jax.tree.map(jnp.zeros_like, population)
-    program = _program(objective, mesh)
+    add_squares = _compile_add_squares(objective, mesh)
     for row in rows:
-        size = int(examples.lengths[row])
-        length = next(one for one in lengths if one >= size)
+        # one example per backward pass: the gradients of single examples are squared, not their sum
+        length = next(length for length in lengths if length >= examples.lengths[row])
         batch = pack.collate(examples, np.array([row]), length)
-        total = program(population, total, batch)
+        total = add_squares(population, total, batch)
     return jax.tree.map(lambda x: x / n, total)
 
 
-def _program(objective: Objective, mesh: Mesh) -> Any:
-    def add(one: tuple[Tree, Tree], batch: Any) -> Tree:
-        params, total = one
+def _compile_add_squares(objective: Objective, mesh: Mesh) -> Callable[[Tree, Tree, Any], Tree]:
+    def add(member: tuple[Tree, Tree], batch: Microbatch) -> Tree:
+        params, total = member
         gradient = jax.grad(lambda p: objective(p, batch)[0])(params)
         return jax.tree.map(lambda f, g: f + g * g, total, gradient)
 
-    members = meshes.map_members(add, mesh)
+    add_members = meshes.map_members(add, mesh)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def program(population: Tree, total: Tree, batch: Any) -> Tree:
-        return members((population, total), batch)
+    def add_squares(population: Tree, total: Tree, batch: Microbatch) -> Tree:
+        return add_members((population, total), batch)
 
-    return program
+    return add_squares

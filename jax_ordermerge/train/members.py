@@ -1,118 +1,118 @@
-"""The trained members of a run, read from its last checkpoint: always as dense models, whatever was trained."""
+"""The trained members of a run, read from its last checkpoint.
 
-from pathlib import Path
+They are dense models, whatever was trained. Averages of the weights (`training.ema`) or the best
+weights (`training.checkpoint = best`) are the members where the training stored them.
+"""
+
+import functools
+import operator
 
 from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Lora
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import RunLayout, member_name
 from jax_ordermerge.merge.sources import lora, storage
+from jax_ordermerge.train.spec import TrainingSpec
 from jax_ordermerge.tree import Tree, unflatten
 
 
 def restore_members(
-    config: Config,
+    spec: TrainingSpec,
     model: ModelConfig,
     mesh: Mesh,
+    layout: RunLayout,
     *,
     dtype: str = "float32",
-    directory: Path | None = None,
 ) -> Tree:
-    """Return the trained population [M, ...] from the last checkpoint of a run, cast to `dtype`.
+    """Return the trained population [M, ...] of a run, cast to `dtype`.
 
-    With `training.ema` these are the averages, with `training.checkpoint = best` what was best of each member.
-
-    Of adapters, that is base + s B A, with the base read from its files, in float32 and rounded once.
+    A member with adapters is base + s B A, with the base read from its files, computed in float32
+    and rounded once.
 
     Raises:
         UserError: there is no checkpoint, or the training has not come to its end.
     """
-    checkpoints, kept = _last(config, directory)
-    numbers = kept.members
-    if config.lora is not None:
-        return storage.load(
-            [_adapted(config, checkpoints, kept, number) for number in numbers], mesh, dtype=dtype
-        )
-    abstract = convert.abstract_params(model, mesh, members=len(numbers), dtype=dtype)
-    return _inside(orbax.restore(checkpoints, kept.step, _under(kept, abstract)), kept)
+    final = storage.final_checkpoint(layout.checkpoints)
+    if spec.lora is not None:
+        sources = [_adapted(spec, spec.lora, layout, final, m) for m in final.members]
+        return storage.load(sources, mesh, dtype=dtype)
+    members = len(final.members)
+    abstract = convert.abstract_params(model, mesh, members=members, dtype=dtype)
+    checkpoint = orbax.restore(layout.checkpoints, final.step, unflatten({final.branch: abstract}))
+    return _branch(checkpoint, final)
 
 
 def restore_member(
-    config: Config,
+    spec: TrainingSpec,
     model: ModelConfig,
     mesh: Mesh,
-    number: int,
+    layout: RunLayout,
+    member: int,
     *,
     dtype: str = "float32",
-    directory: Path | None = None,
 ) -> Tree:
-    """Return one member, with the bits that it has in `restore_members`; the others are not read.
+    """Return one member, with the bits that it has in `restore_members`. No other one is read.
 
     Raises:
         UserError: as `restore_members`, and if the member was not trained.
     """
-    checkpoints, kept = _last(config, directory)
-    place = _place(kept, number, checkpoints)
-    if config.lora is not None:
-        return storage.load(_adapted(config, checkpoints, kept, number), mesh, dtype=dtype)
-    abstract = convert.abstract_params(model, mesh, dtype=dtype)
-    return _inside(
-        orbax.restore_member(checkpoints, kept.step, place, _under(kept, abstract)), kept
-    )
+    if spec.lora is not None:
+        final = storage.final_checkpoint(layout.checkpoints)
+        return storage.load(_adapted(spec, spec.lora, layout, final, member), mesh, dtype=dtype)
+    return _read_member(layout, member, convert.abstract_params(model, mesh, dtype=dtype))
 
 
-def restore_adapter(
-    config: Config, model: ModelConfig, number: int, *, directory: Path | None = None
-) -> Tree:
+def restore_adapter(spec: TrainingSpec, model: ModelConfig, layout: RunLayout, member: int) -> Tree:
     """Return the adapter of one member of a run with `lora`, float32 on the default device.
 
     Raises:
         UserError: as `restore_member`, and if the run has no adapters.
     """
-    if config.lora is None:
+    if spec.lora is None:
         raise UserError(
-            f"{config.directory} has no adapters: it was trained with lora: null; convert its members --to hf"
+            f"{layout.root} has no adapters: it was trained with lora: null;"
+            " convert its members --to hf"
         )
-    checkpoints, kept = _last(config, directory)
-    abstract = convert.abstract_tensors(lora.table(model, config.lora))
-    place = _place(kept, number, checkpoints)
-    return _inside(
-        orbax.restore_member(checkpoints, kept.step, place, _under(kept, abstract)), kept
+    return _read_member(layout, member, convert.abstract_tensors(lora.table(model, spec.lora)))
+
+
+def _read_member(layout: RunLayout, member: int, abstract: Tree) -> Tree:
+    final = storage.final_checkpoint(layout.checkpoints)
+    checkpoint = orbax.restore_member(
+        layout.checkpoints,
+        final.step,
+        _index(final, member, layout),
+        unflatten({final.branch: abstract}),
     )
-
-
-def _last(config: Config, directory: Path | None) -> tuple[Path, storage.FinalCheckpoint]:
-    checkpoints = (directory or config.directory) / "checkpoints"
-    return checkpoints, storage.final_checkpoint(checkpoints)
-
-
-def _place(kept: storage.FinalCheckpoint, number: int, checkpoints: Path) -> int:
-    if number not in kept.members:
-        raise UserError(
-            f"member {number} is not in {checkpoints}; it has the members {', '.join(map(str, kept.members))}"
-        )
-    return kept.members.index(number)
+    return _branch(checkpoint, final)
 
 
 def _adapted(
-    config: Config, checkpoints: Path, kept: storage.FinalCheckpoint, number: int
+    spec: TrainingSpec,
+    settings: Lora,
+    layout: RunLayout,
+    final: storage.FinalCheckpoint,
+    member: int,
 ) -> storage.Source:
-    assert config.lora is not None
-    base = storage.Directory(
-        convert.resolve(config.model.base), ignore=config.model.ignore_config_keys
+    base = storage.Directory(convert.resolve(spec.model.base), ignore=spec.model.ignore_config_keys)
+    label = f"{layout.root}/{member_name(member)}"
+    index = _index(final, member, layout)
+    return lora.open_member(
+        base, layout.checkpoints, index, settings, label=label, branch=final.branch
     )
-    label = f"{checkpoints.parent}/member_{number}"
-    index = kept.members.index(number)
-    return lora.open_member(base, checkpoints, index, config.lora, label=label, branch=kept.branch)
 
 
-def _under(kept: storage.FinalCheckpoint, leaves: Tree) -> Tree:
-    return unflatten({kept.branch: leaves})
+def _index(final: storage.FinalCheckpoint, member: int, layout: RunLayout) -> int:
+    if member not in final.members:
+        raise UserError(
+            f"member {member} is not in {layout.checkpoints}; it has the members"
+            f" {', '.join(map(str, final.members))}"
+        )
+    return final.members.index(member)
 
 
-def _inside(found: Tree, kept: storage.FinalCheckpoint) -> Tree:
-    for name in kept.branch.split("/"):
-        found = found[name]
-    return found
+def _branch(checkpoint: Tree, final: storage.FinalCheckpoint) -> Tree:
+    return functools.reduce(operator.getitem, final.branch.split("/"), checkpoint)

@@ -1,26 +1,33 @@
-"""What training leaves behind besides weights: metrics line by line, the loss of each sample when it was seen, the orders, the state."""
+"""What a training leaves behind besides weights: metrics, the loss of each sample, the orders."""
 
 import collections
 import contextlib
 import dataclasses
-import io
-import json
+import importlib.metadata
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 
+from jax_ordermerge import layout as layouts
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.flops import training_flops
 from jax_ordermerge.train.step import Metrics
 
-_RECENT, _ENOUGH = 50, 10  # steps whose median loss is the usual one, and how many it takes
+# A spike is measured against the median loss of the last _WINDOW steps. Fewer than _ENOUGH steps
+# say too little: the first losses of a training fall fast.
+_WINDOW, _ENOUGH = 50, 10
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+# ---------------------------------------------------------------------------------- time and work
 
 
 @dataclasses.dataclass
@@ -28,30 +35,32 @@ class Totals:
     """Sums over all sessions of a training.
 
     Attributes:
-        seconds: of wall time.
-        device_seconds: of them, those in which the host started the devices' work or waited for it.
-        tokens: trained on, without padding.
-        flops: that these tokens need.
+        seconds: wall time.
+        device_seconds: part of it in which the host started work of the devices or waited for it.
+        tokens: tokens trained on, without padding.
+        flops: FLOPs that these tokens need.
+        compilations: programs that were compiled, or loaded from the compilation cache.
     """
 
     seconds: float = 0.0
     device_seconds: float = 0.0
     tokens: int = 0
     flops: float = 0.0
+    compilations: int = 0
 
     def since(self, before: "Totals") -> "Totals":
         """Return what came after `before`.
 
         Example:
             >>> Totals(3.0, 2.0, 10).since(Totals(1.0, 1.0, 4))
-            Totals(seconds=2.0, device_seconds=1.0, tokens=6, flops=0.0)
+            Totals(seconds=2.0, device_seconds=1.0, tokens=6, flops=0.0, compilations=0)
         """
         now, then = dataclasses.astuple(self), dataclasses.astuple(before)
         return Totals(*(x - y for x, y in zip(now, then, strict=True)))
 
 
 class Clock:
-    """Adds wall time to totals, and to `device_seconds` that inside `devices`.
+    """Adds wall time to totals, and the time inside `devices` to `device_seconds` as well.
 
     Example:
         >>> times = iter([0.0, 1.0, 4.0, 5.0]).__next__
@@ -65,94 +74,137 @@ class Clock:
     """
 
     def __init__(self, totals: Totals, now: Callable[[], float] = time.monotonic) -> None:
-        self._totals, self._now, self._at = totals, now, now()
+        self._totals, self._now, self._last = totals, now, now()
 
     @contextlib.contextmanager
     def devices(self) -> Iterator[None]:
         """Count the time in the block as that of the devices."""
-        began = self._now()
+        start = self._now()
         yield
-        self._totals.device_seconds += self._now() - began
+        self._totals.device_seconds += self._now() - start
 
     def read(self) -> None:
         """Add the time since the last call."""
         now = self._now()
-        self._totals.seconds += now - self._at
-        self._at = now
+        self._totals.seconds += now - self._last
+        self._last = now
 
     def skip(self) -> None:
-        """Leave out the time since the last call of either: nothing was trained in it."""
-        self._at = self._now()
+        """Leave out the time since the last call of `read` or `skip`: nothing was trained in it."""
+        self._last = self._now()
 
 
-class Journal:
-    """The record of a training: exact after a resume, because everything in it is kept in the checkpoint.
+class CompilationCounter:
+    """Counts in `totals.compilations` what this thread compiles while the context is open.
 
-    Attributes:
-        losses: float32[M, epochs, n], mean loss of each sample's response tokens, or that of a pair, at the step where it was seen; NaN
-            where not yet.
-        window: of each step since the last line, what is averaged in a line: name and the members' values.
-        recent: the members' losses at the last steps, by which a spike is known.
-        totals: see `Totals`.
-        peak: FLOP/s of all devices together, None where it is not known.
+    JAX reports each compilation, so one that nobody asked for is counted too: a step that is
+    compiled anew because a shape or a sharding changed.
+
+    Example:
+        >>> totals = Totals()
+        >>> with CompilationCounter(totals):
+        ...     _ = jax.jit(lambda x: x + 1).lower(1.0).compile()
+        >>> totals.compilations
+        1
     """
 
-    def __init__(self, plan: Plan, model: ModelConfig, peak: float | None = None) -> None:
-        """Start an empty one.
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
 
-        Args:
-            plan: what is trained on.
-            model: by which FLOPs are counted.
-            peak: see above.
-        """
-        self.losses = np.full(
-            (len(plan.members), plan.orders.shape[1], len(plan.examples)), np.nan, np.float32
-        )
+    def _count(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        # saving and feeding have threads of their own, which may compile small helpers
+        if event == _COMPILED and threading.get_ident() == self._thread:
+            self._totals.compilations += 1
+
+    def __enter__(self) -> None:
+        self._thread = threading.get_ident()
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # a caller who cleared all listeners meanwhile took this one with them
+        with contextlib.suppress(ValueError, AssertionError):
+            jax.monitoring.unregister_event_duration_listener(self._count)
+
+
+# ---------------------------------------------------------------------------------- metrics
+
+
+class RecorderState(TypedDict):
+    """What a checkpoint holds of a `Recorder` besides its losses, as JSON."""
+
+    window: list[dict[str, list[float]]]
+    recent: list[list[float]]
+    totals: dict[str, Any]
+    last: dict[str, Any]
+
+
+class Recorder:
+    """The record of a training. It is exact after a resume: all of it is in the checkpoint.
+
+    Attributes:
+        losses: float32[M, epochs, n], the mean loss of each sample (over its response tokens, or of
+            its pair) at the step where it was seen; NaN where it was not seen yet.
+        window: for each step since the last row of metrics, what a row averages: values by name
+            and member.
+        recent: losses of the members at the last steps, which a spike is measured against.
+        totals: see `Totals`.
+        peak_flops: FLOP/s of all devices together; None where the device is not in the table.
+    """
+
+    def __init__(self, plan: Plan, model: ModelConfig, peak_flops: float | None = None) -> None:
+        """Start an empty record of a plan; FLOPs are counted for `model`."""
+        shape = (len(plan.members), plan.orders.shape[1], len(plan.examples))
+        self.losses = np.full(shape, np.nan, np.float32)
         self.window: list[dict[str, list[float]]] = []
-        self.recent: collections.deque[list[float]] = collections.deque(maxlen=_RECENT)
+        self.recent: collections.deque[list[float]] = collections.deque(maxlen=_WINDOW)
         self.totals = Totals()
-        self._plan, self._model, self.peak = plan, model, peak
-        self._last = Totals()  # at the last line
-        self._validation: list[float] | None = None  # measured since the last line
+        self.peak_flops = peak_flops
+        self._plan, self._model = plan, model
+        self._last = Totals()  # at the last row
+        self._validation: list[float] | None = None  # measured since the last row
 
     def record(self, step: int, metrics: Metrics) -> None:
-        """Take in a step's metrics, fetched to the host, with a leading `M`.
+        """Record the metrics of a step, fetched to the host, with a leading `M`.
 
         Raises:
-            UserError: a loss or gradient is not finite, or a loss is a spike; step, member and samples are named.
+            UserError: a loss or gradient is not finite, or a loss is a spike. Step, member and
+                samples are named.
         """
         self._check_finite(step, metrics)
         self._check_spike(step, metrics)
         epoch = step // self._plan.epoch_steps
         losses, weights, scores = metrics.examples
         seen = weights > 0
-        for place, ids in enumerate(metrics.ids):
-            own = seen[place]
-            self.losses[place, epoch, ids[own]] = losses[place][own] / weights[place][own]
-        means = {
-            name: [float(own[at].mean()) for own, at in zip(values, seen, strict=True)]
-            for name, values in (scores or {}).items()
-        }
-        self.window.append(
-            {"loss": metrics.loss.tolist(), "grad_norm": metrics.grad_norm.tolist(), **means}
-        )
-        self.recent.append(metrics.loss.tolist())
-        self.totals.tokens += self._plan.tokens(step)
-        self.totals.flops += training_flops(
-            self._model, self._plan.lengths_seen(step), self._plan.config.lora
-        )
+        for position, ids in enumerate(metrics.ids):
+            mask = seen[position]
+            means = losses[position][mask] / weights[position][mask]
+            self.losses[position, epoch, ids[mask]] = means
+        row = {"loss": metrics.loss.tolist(), "grad_norm": metrics.grad_norm.tolist()}
+        for name, values in (scores or {}).items():
+            row[name] = [float(x[mask].mean()) for x, mask in zip(values, seen, strict=True)]
+        self.window.append(row)
+        self.recent.append(row["loss"])
+        lengths = self._plan.sequence_lengths(step)
+        self.totals.tokens += int(lengths.sum())
+        self.totals.flops += training_flops(self._model, lengths, self._plan.spec.lora)
 
-    def validated(self, step: int, losses: np.ndarray) -> None:
-        """Take in the members' validation losses after a step, for the line that follows.
+    def record_validation(self, step: int, losses: jax.Array | np.ndarray) -> None:
+        """Record the validation losses of the members after a step, for the row that follows.
 
         Raises:
-            UserError: one is not finite.
+            UserError: a loss is not finite.
         """
         for member, loss in zip(self._plan.members, losses.tolist(), strict=True):
             if not np.isfinite(loss):
                 raise UserError(
-                    f"training diverged at step {step + 1}: member {member} has validation loss {loss}; nothing was overwritten,"
-                    " lower training.learning_rate or mend the validation examples"
+                    f"training diverged at step {step + 1}: member {member} has validation loss"
+                    f" {loss}; nothing was overwritten, lower training.learning_rate or mend the"
+                    " validation examples"
                 )
         self._validation = losses.tolist()
 
@@ -160,149 +212,121 @@ class Journal:
         bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))
         if not bad.any():
             return
-        place = int(np.flatnonzero(bad)[0])
-        ids, sums = metrics.ids[place], metrics.examples.losses[place]
-        wrong = ids[(ids >= 0) & ~np.isfinite(sums)]
+        position = int(np.flatnonzero(bad)[0])
+        ids, sums = metrics.ids[position], metrics.examples.losses[position]
+        # a gradient may overflow though all losses are finite: then all samples are named
+        culprits = ids[(ids >= 0) & ~np.isfinite(sums)]
+        samples = self._sample_ids(culprits if culprits.size else ids[ids >= 0])
         raise UserError(
-            f"training diverged at step {step + 1}: member {self._plan.members[place]} has loss {metrics.loss[place]} and gradient norm"
-            f" {metrics.grad_norm[place]} on samples {self._named(wrong if wrong.size else ids[ids >= 0])}; nothing was overwritten,"
-            " lower training.learning_rate or mend the samples"
+            f"training diverged at step {step + 1}: member {self._plan.members[position]} has loss"
+            f" {metrics.loss[position]} and gradient norm {metrics.grad_norm[position]} on samples"
+            f" {samples}; nothing was overwritten, lower training.learning_rate or mend the samples"
         )
 
     def _check_spike(self, step: int, metrics: Metrics) -> None:
-        factor = self._plan.config.training.spike
+        factor = self._plan.spec.training.spike
         if factor is None or len(self.recent) < _ENOUGH:
             return
         usual = np.median(np.array(self.recent), axis=0)
         bad = metrics.loss > factor * usual
         if not bad.any():
             return
-        place = int(np.flatnonzero(bad)[0])
-        ids, sums, weights = (
-            part[place] for part in (metrics.ids, metrics.examples.losses, metrics.examples.weights)
-        )
-        worst_first = ids[ids >= 0][
-            np.argsort(-(sums / np.maximum(weights, 1))[ids >= 0], kind="stable")
-        ]
+        position = int(np.flatnonzero(bad)[0])
+        ids = metrics.ids[position]
+        sums, weights = (x[position] for x in metrics.examples[:2])
+        means = (sums / np.maximum(weights, 1))[ids >= 0]
+        worst_first = ids[ids >= 0][np.argsort(-means, kind="stable")]
         raise UserError(
-            f"loss spike at step {step + 1}: member {self._plan.members[place]} has loss {metrics.loss[place]:.4g}, more than training.spike"
-            f" = {factor:g} times the median {usual[place]:.4g} of the {len(self.recent)} steps before, on samples"
-            f" {self._named(worst_first)} (worst first); nothing was overwritten, lower training.learning_rate, mend the samples, or"
-            " allow it with --set training.spike=null"
+            f"loss spike at step {step + 1}: member {self._plan.members[position]} has loss"
+            f" {metrics.loss[position]:.4g}, more than training.spike = {factor:g} times the median"
+            f" {usual[position]:.4g} of the {len(self.recent)} steps before, on samples"
+            f" {self._sample_ids(worst_first)} (worst first); nothing was overwritten, lower"
+            " training.learning_rate, mend the samples, or allow it with --set training.spike=null"
         )
 
-    def _named(self, rows: Any) -> str:
-        return ", ".join(map(str, self._plan.ids[rows[:8]].tolist())) + (
-            ", ..." if rows.size > 8 else ""
-        )
+    def _sample_ids(self, rows: jax.Array | np.ndarray) -> str:
+        ids = ", ".join(map(str, self._plan.ids[np.asarray(rows[:8])].tolist()))
+        return ids + (", ..." if rows.size > 8 else "")
 
-    def pass_over(self, seconds: float) -> None:
-        """Count seconds in which nothing was trained (compiling), so that no rate has them."""
+    def exclude(self, seconds: float) -> None:
+        """Count seconds in which nothing was trained (compiling), so that no rate contains them."""
         for totals in (self.totals, self._last):
             totals.seconds += seconds
             totals.device_seconds += seconds
 
-    def line(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """Return the metrics since the last line, means over its steps, and start a new window. `step` counts from 1."""
+    def next_row(self, step: int, learning_rate: float) -> dict[str, Any]:
+        """Return the metrics since the last row, means over its steps, and start a new window.
+
+        Args:
+            step: steps done.
+            learning_rate: of the last step.
+        """
         means = {
             name: np.mean([step[name] for step in self.window], axis=0, dtype=np.float64).tolist()
             for name in self.window[0]
         }
+        if self._validation is not None:
+            means["validation_loss"] = self._validation
         new = self.totals.since(self._last)
-        self.window, self._last = [], dataclasses.replace(self.totals)
-        measured, self._validation = self._validation, None
+        self.window, self._last, self._validation = [], dataclasses.replace(self.totals), None
         seconds = max(new.seconds, 1e-9)
         return {
             "step": step,
             "epoch": step / self._plan.epoch_steps,
             "learning_rate": learning_rate,
             **means,
-            **({} if measured is None else {"validation_loss": measured}),
             "tokens_per_second": new.tokens / seconds,
-            "mfu": None if self.peak is None else new.flops / seconds / self.peak,
+            "mfu": None if self.peak_flops is None else new.flops / seconds / self.peak_flops,
             "host_fraction": 1 - new.device_seconds / seconds,
             "seconds": self.totals.seconds,
         }
 
-    def to_metadata(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of it besides `losses`: a copy, since a checkpoint is written while training goes on."""
-        return {
-            "window": list(self.window),
-            "recent": list(self.recent),
-            "totals": dataclasses.asdict(self.totals),
-            "last": dataclasses.asdict(self._last),
-        }
+    # ------------------------------------------------------------------------------ checkpoints
 
-    def restore(self, losses: np.ndarray, kept: dict[str, Any]) -> None:
-        """Take back `losses` and what `to_metadata` returned."""
+    def to_metadata(self) -> RecorderState:
+        """Return what a checkpoint holds of it besides `losses`.
+
+        It is a copy: a checkpoint is written while the training goes on.
+        """
+        return RecorderState(
+            window=list(self.window),
+            recent=list(self.recent),
+            totals=dataclasses.asdict(self.totals),
+            last=dataclasses.asdict(self._last),
+        )
+
+    def restore(self, losses: np.ndarray, state: RecorderState) -> None:
+        """Continue from `losses` and from what `to_metadata` returned."""
         self.losses = np.array(losses)
-        self.window = list(kept["window"])
-        self.recent.extend(kept["recent"])
-        self.totals, self._last = Totals(**kept["totals"]), Totals(**kept["last"])
+        self.window = list(state["window"])
+        self.recent.extend(state["recent"])
+        self.totals, self._last = Totals(**state["totals"]), Totals(**state["last"])
 
 
-# ------------------------------------------------------------------------------------------------------------------------ files
-# Only process 0 writes.
+# ---------------------------------------------------------------------------------- files
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append a line of JSON."""
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+def truncate_rows(path: Path, step: int) -> None:
+    """Keep the rows up to a step: what came after it was lost and is trained again."""
+    if path.is_file():
+        rows = layouts.read_jsonl(path)
+        layouts.write_jsonl(path, [row for row in rows if row["step"] <= step])
 
 
-def truncate_lines(path: Path, step: int) -> None:
-    """Keep the lines up to a step: what came after it was lost with the process and is trained again."""
-    if jax.process_index() != 0 or not path.is_file():
-        return
-    kept = []
-    for text in path.read_text().splitlines(keepends=True):
-        # a killed process may leave half a line; it is later than any checkpoint
-        if not text.endswith("\n") or json.loads(text)["step"] > step:
-            break
-        kept.append(text)
-    write_bytes(path, "".join(kept).encode())
+def save_orders(layout: RunLayout, plan: Plan) -> None:
+    """Write the sample ids of each member and epoch, -1 on padding, and the digests of the orders.
 
-
-def save_orders(directory: Path, plan: Plan) -> None:
-    """Write `member_{m}.npz` with `epoch_{e}`, int64[steps, batch] (packed [steps, batch, S]) of sample ids (-1 on padding), and `digests.json`.
-
-    Args:
-        directory: `orders/` of the run.
-        plan: whose orders.
+    `epoch_{e}` of a member is int64[steps, batch], packed [steps, batch, S].
     """
     for member, epochs in zip(plan.members, plan.orders, strict=True):
-        named = {
+        ids = {
             f"epoch_{e}": np.where(rows >= 0, plan.ids[rows], -1) for e, rows in enumerate(epochs)
         }
-        write_arrays(directory / f"member_{member}.npz", named)
-    write_json(directory / "digests.json", plan.digests)
+        layouts.write_npz(layout.member_order(member), ids)
+    layouts.write_json(layout.order_digests, plan.digests)
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an npz file whole."""
-    whole = io.BytesIO()
-    np.savez_compressed(whole, **arrays)  # type: ignore[arg-type]  # the stubs take any keyword for allow_pickle
-    write_bytes(path, whole.getvalue())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
-    write_bytes(path, json.dumps(value, indent=1, allow_nan=False).encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside its name and rename it when whole."""
-    if jax.process_index() == 0:
-        atomic.replace(path, content)
-
-
-def versions(
-    names: Sequence[str] = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
-) -> dict[str, str]:
-    """Return the versions of libraries that decide the bits."""
-    from importlib import metadata
-
-    return {name: metadata.version(name) for name in names}
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide the bits of a result."""
+    libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in libraries}

@@ -1,10 +1,11 @@
-"""One optimizer step of one member, and how a function of one member becomes a program over a population.
+"""One optimizer step of one member, and how it becomes one program over a population.
 
 Axis letters: `M` member, `A` accumulation step (microbatch), `B` example of a microbatch, `T` position.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from jax_ordermerge.data.pack import SEQUENCES
 from jax_ordermerge.train.objective import ExampleSums, Objective
 from jax_ordermerge.tree import Tree
 
+T = TypeVar("T")
 Batch = dict[str, jax.Array]
 Step = Callable[["TrainState", Batch, Tree], tuple["TrainState", "Metrics"]]
-# else XLA may keep float32 where the program says bfloat16, and where it does depends on the mesh: a member would no longer be
-# the same alone and among others
+# By default XLA may compute in float32 where the program says bfloat16. Where it does so depends on
+# the mesh, and a member would no longer be the same alone and in a population.
 EXACT: dict[str, str | bool] = {"xla_allow_excess_precision": False}
 
 
@@ -30,7 +32,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         params: float32 masters of what is trained.
-        opt_state: of the optax optimizer.
+        opt_state: state of the optax optimizer.
         step: int32 scalar, steps done.
     """
 
@@ -43,11 +45,12 @@ class Metrics(NamedTuple):
     """What a step reports.
 
     Attributes:
-        loss: float32 scalar, mean over the response tokens (or the pairs) of the batch, before the update.
+        loss: float32 scalar, mean over the response tokens (or the pairs) of the batch, before the
+            update.
         grad_norm: float32 scalar, before clipping.
         learning_rate: float32 scalar, of this update.
         ids: int32[A, B], or packed [A, B, S], the examples trained on as the batch names them.
-        examples: sums of each example, float32 of the same shape.
+        examples: sums per example, float32 of the same shape.
     """
 
     loss: jax.Array
@@ -55,6 +58,9 @@ class Metrics(NamedTuple):
     learning_rate: jax.Array
     ids: jax.Array
     examples: ExampleSums
+
+
+# ---------------------------------------------------------------------------------- one member
 
 
 def train_step(
@@ -67,73 +73,69 @@ def train_step(
 ) -> Step:
     """Return the step of one member.
 
-    The gradient is that of the mean over what the objective counts in the whole batch (response tokens, or pairs), whatever the
-    microbatches: sums are accumulated in float32 and divided once.
+    The gradient is that of the mean over what the objective counts in the whole batch (response
+    tokens, or pairs), however it is cut into microbatches: sums are accumulated in float32 and
+    divided once.
 
     Args:
         objective: see `objective.py`.
         tx: the optimizer.
-        rate: its learning rate by step, reported only.
-        lengths: padded lengths a microbatch may have; `batch["bucket"]`, int32[A], says which.
-        specs: a PartitionSpec for every parameter, which accumulated gradients keep; None leaves them to the compiler.
+        rate: its learning rate by step, for the metrics only.
+        lengths: padded lengths of a microbatch; `batch["bucket"]`, int32[A], is an index of them.
+        specs: a PartitionSpec for every parameter, which accumulated gradients keep; None leaves
+            them to the compiler.
 
     Returns:
-        `(state, batch, frozen) -> (state, metrics)`; the batch holds `SEQUENCES` as [A, B, ..., T] with T the longest length, `ids`,
-        `bucket` and whatever else the objective reads; `frozen` is what the objective reads but does not train, `{}` if nothing.
+        `(state, batch, frozen) -> (state, metrics)`. The batch holds `SEQUENCES` as [A, B, ..., T]
+        with T the longest length, `ids`, `bucket` and whatever else the objective reads. `frozen`
+        is what the objective reads but does not train, `{}` if nothing.
     """
 
-    def gradients(params: Tree, microbatch: Batch, frozen: Tree) -> tuple[Tree, ExampleSums]:
-        def of_length(length: int) -> Callable[[Tree, Batch, Tree], tuple[Tree, ExampleSums]]:
-            def branch(params: Tree, microbatch: Batch, frozen: Tree) -> tuple[Tree, ExampleSums]:
-                short = microbatch | {name: microbatch[name][..., :length] for name in SEQUENCES}
-                return _kept(jax.grad(objective, has_aux=True)(params, short, frozen), specs)
+    def gradients(
+        length: int, params: Tree, microbatch: Batch, frozen: Tree
+    ) -> tuple[Tree, ExampleSums]:
+        short = shorten(microbatch, length)
+        grads, sums = jax.grad(objective, has_aux=True)(params, short, frozen)
+        if specs is not None:
+            grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, specs)
+        return grads, sums
 
-            return branch
-
-        return switch(
-            microbatch["bucket"],
-            [of_length(length) for length in lengths],
-            params,
-            microbatch,
-            frozen,
-        )
+    by_length = [functools.partial(gradients, length) for length in lengths]
 
     def step(state: TrainState, batch: Batch, frozen: Tree) -> tuple[TrainState, Metrics]:
-        summed, examples = _accumulate(
-            lambda microbatch: gradients(state.params, microbatch, frozen), batch, state.params
-        )
+        def microbatch_gradients(microbatch: Batch) -> tuple[Tree, ExampleSums]:
+            return switch(microbatch["bucket"], by_length, state.params, microbatch, frozen)
+
+        summed, examples = _accumulate(microbatch_gradients, batch, state.params)
         weight = jnp.maximum(examples.weights.sum(), 1.0)
         mean = jax.tree.map(lambda g: g / weight, summed)
         updates, opt_state = tx.update(mean, state.opt_state, state.params)
-        loss, rate_now = examples.losses.sum() / weight, jnp.asarray(rate(state.step), jnp.float32)
-        metrics = Metrics(loss, optax.tree.norm(mean), rate_now, batch["ids"], examples)
-        return TrainState(
-            optax.apply_updates(state.params, updates), opt_state, state.step + 1
-        ), metrics
+        loss = examples.losses.sum() / weight
+        learning_rate = jnp.asarray(rate(state.step), jnp.float32)
+        norm = optax.tree.norm(mean)
+        metrics = Metrics(loss, norm, learning_rate, batch["ids"], examples)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
 
 
-def switch(bucket: jax.Array, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
-    """Return what the branch of a bucket makes of the operands; where there is one branch only, no choice is compiled."""
-    return (
-        branches[0](*operands)
-        if len(branches) == 1
-        else jax.lax.switch(bucket, branches, *operands)
-    )
+def shorten(microbatch: Mapping[str, jax.Array], length: int) -> Batch:
+    """Cut the positions of a microbatch to a padded length; what is cut off is padding."""
+    return {**microbatch, **{name: microbatch[name][..., :length] for name in SEQUENCES}}
 
 
-def _kept(found: tuple[Tree, ExampleSums], specs: Tree | None) -> tuple[Tree, ExampleSums]:
-    grads, sums = found
-    return (
-        grads if specs is None else jax.tree.map(jax.lax.with_sharding_constraint, grads, specs)
-    ), sums
+def switch(bucket: jax.Array, branches: Sequence[Callable[..., T]], *operands: Any) -> T:
+    """Return `branches[bucket](*operands)`; of a single branch no choice is compiled."""
+    if len(branches) == 1:
+        return branches[0](*operands)
+    return jax.lax.switch(bucket, branches, *operands)
 
 
 def _accumulate(
     gradients: Callable[[Batch], tuple[Tree, ExampleSums]], batch: Batch, params: Tree
 ) -> tuple[Tree, ExampleSums]:
-    """Sum gradients over the microbatches; return them with the sums of each example, [A, B]."""
+    """Sum gradients over the microbatches; return them with the sums per example, [A, B]."""
     if batch["tokens"].shape[0] == 1:
         grads, sums = gradients(jax.tree.map(lambda x: x[0], batch))
         return grads, jax.tree.map(lambda x: x[None], sums)
@@ -145,44 +147,44 @@ def _accumulate(
     return jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), batch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- populations
+# ---------------------------------------------------------------------------------- populations
 
 
 def abstract_state(
     params: Tree, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
-    """Return the state of a population as `jax.ShapeDtypeStruct`s, the optimizer's state sharded like its parameters.
+    """Return the state of a population as `jax.ShapeDtypeStruct`s.
 
-    What has other axes than its parameter, as Adafactor's means over rows and columns, keeps the sharding of those that are left:
-    jax itself says so, when the optimizer's `init` is traced with shardings as part of the types.
+    The state of the optimizer is sharded as its parameters are. A leaf with fewer axes than its
+    parameter, such as Adafactor's means over rows and columns, keeps the sharding of the axes that
+    are left. JAX finds it: `init` of the optimizer is traced with shardings as part of the types.
 
     Args:
-        params: of the population, abstract, with shardings (`convert.abstract_params(..., members=M)`).
+        params: parameters of the population, abstract, with shardings
+            (`convert.abstract_params(..., members=M)`).
         tx: the optimizer.
-        mesh: where counters live; one that is not on the mesh would compile the step twice.
+        mesh: where counters live. One that is not on the mesh would compile the step twice.
     """
-    typed = AbstractMesh(
-        tuple(mesh.shape.values()),
-        mesh.axis_names,
-        axis_types=(AxisType.Explicit,) * len(mesh.axis_names),
+    names = mesh.axis_names
+    explicit = AbstractMesh(
+        tuple(mesh.shape.values()), names, axis_types=(AxisType.Explicit,) * len(names)
     )
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(typed, x.sharding.spec)
-        ),
-        params,
-    )
-    with jax.sharding.use_abstract_mesh(typed):
-        opt_state = jax.eval_shape(jax.vmap(tx.init), like)
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def typed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(explicit, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    with jax.sharding.use_abstract_mesh(explicit):
+        opt_state = jax.eval_shape(jax.vmap(tx.init), jax.tree.map(typed, params))
+
+    def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # the member axis of a traced leaf carries no sharding of its own
         inner = () if leaf.sharding is None else tuple(leaf.sharding.spec)[1:]
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P("order", *inner))
-        )
+        sharding = NamedSharding(mesh, P("order", *inner))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     counter = jax.ShapeDtypeStruct((tree.size(params),), jnp.int32)
-    return TrainState(params, jax.tree.map(placed, opt_state), placed(counter))
+    return TrainState(params, jax.tree.map(on_mesh, opt_state), on_mesh(counter))
 
 
 def initial_state(
@@ -204,13 +206,26 @@ def initial_state(
     return jax.jit(build, out_shardings=shardings(abstract))(start)
 
 
-def compile_step(step: Step, mesh: Mesh, state: TrainState, batch: Any, frozen: Tree) -> Step:
-    """Compile a step of one member over the population, once and for all: another shape or sharding is an error, not a new program.
+def compile_step(
+    step: Step,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    frozen: Tree,
+) -> Step:
+    """Compile a step of one member over the population.
+
+    It is compiled once, ahead of time: an argument of another shape or sharding is an error, not a
+    new program. Members of a device group run one after another, by `lax.scan` and not by
+    `jax.vmap`: vmap would fuse their matmuls and sums into other ones, with other roundings, and a
+    member would no longer have the bits that it has alone. It would also need the activations of
+    all members at once.
 
     Args:
         step: from `train_step`.
         mesh: the mesh.
-        state: from `abstract_state`; it is donated.
+        state: from `abstract_state`. It is donated: parameters and moments are updated in place,
+            else two copies of the population would be in memory.
         batch: abstract, with a leading `M` and shardings.
         frozen: abstract, with shardings and without `M`: one copy for all members.
     """
@@ -224,7 +239,7 @@ def compile_step(step: Step, mesh: Mesh, state: TrainState, batch: Any, frozen: 
 
 
 def place(arrays: Tree, abstract: Tree) -> Tree:
-    """Return arrays in the dtypes and shardings of others, as what is frozen is held."""
+    """Return arrays in the dtypes and shardings of an abstract tree, as a frozen base is stored."""
     cast = jax.jit(
         lambda x: jax.tree.map(lambda a, like: a.astype(like.dtype), x, abstract),
         out_shardings=shardings(abstract),

@@ -1,4 +1,4 @@
-"""What of a model is trained, and what all members share as it is."""
+"""Which tensors of a model are trained, and which all members share unchanged."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,21 +6,21 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig, TensorSpec, tensor_table
-from jax_ordermerge.config import Config
 from jax_ordermerge.model import kernels, lora
 from jax_ordermerge.train import objective
 from jax_ordermerge.train.objective import Objective
+from jax_ordermerge.train.spec import TrainingSpec
 from jax_ordermerge.tree import Tree
 
 
-class Split(NamedTuple):
-    """A model cut in two.
+class Trainable(NamedTuple):
+    """A model, cut into what is trained and what is frozen.
 
     Attributes:
-        trained: the tensors that each member has for itself, with moments and checkpoints.
-        frozen: those held once; empty in full fine-tuning.
+        trained: tensors that each member has for itself, with moments and checkpoints.
+        frozen: tensors that are in memory once for all members; empty in full fine-tuning.
         objective: of both.
-        start: makes what a member starts from, float32, out of a function that loads the base.
+        start: `(load) -> params`, what a member starts from, float32; `load` loads the base.
     """
 
     trained: tuple[TensorSpec, ...]
@@ -29,38 +29,37 @@ class Split(NamedTuple):
     start: Callable[[Callable[[], Tree]], Tree]
 
 
-def split(config: Config, model: ModelConfig, mesh: Mesh) -> Split:
-    """Cut a model as the config says: all of it is trained, or adapters on a frozen base.
+def make_trainable(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> Trainable:
+    """Cut a model: all of it is trained, or adapters on a frozen base.
 
     Example:
+        >>> from jax_ordermerge import config
         >>> from jax_ordermerge.mesh import make_mesh
         >>> model = ModelConfig(
         ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
         ... )
-        >>> full, low = (
-        ...     split(Config(lora=one), model, make_mesh()) for one in (None, {"targets": ["q"]})
-        ... )
-        >>> (
-        ...     len(full.trained),
-        ...     len(full.frozen),
-        ...     [spec.path for spec in low.trained],
-        ...     len(low.frozen),
-        ... )
-        (12, 0, ['layers/attention/q/lora_a', 'layers/attention/q/lora_b'], 12)
+        >>> full = make_trainable(TrainingSpec(), model, make_mesh())
+        >>> len(full.trained), len(full.frozen)
+        (12, 0)
+        >>> spec = TrainingSpec(lora=config.Lora(targets="q"))
+        >>> adapters = make_trainable(spec, model, make_mesh())
+        >>> [tensor.path for tensor in adapters.trained], len(adapters.frozen)
+        (['layers/attention/q/lora_a', 'layers/attention/q/lora_b'], 12)
     """
-    computed = config.model
-    packed = config.data.packing != "none"
     kernel = kernels.choose(
-        computed.attention, model, mesh, dtype=computed.compute_dtype, packed=packed
+        spec.model.attention,
+        model,
+        mesh,
+        dtype=spec.model.compute_dtype,
+        packed=spec.data.packing != "none",
     )
-    whole = objective.build(config, model, kernel)
-    table, settings = tensor_table(model), config.lora
+    dense, table = objective.build(spec, model, kernel), tensor_table(model)
+    settings = spec.lora
     if settings is None:
-        return Split(table, (), whole, lambda load: load())
-    adapters = objective.adapted(whole, lora.scale(settings))
-    return Split(
-        lora.table(model, settings),
-        table,
-        adapters,
-        lambda load: lora.init_params(model, settings, config.seed),
+        return Trainable(table, (), dense, lambda load: load())
+    return Trainable(
+        trained=lora.table(model, settings),
+        frozen=table,
+        objective=objective.adapted(dense, lora.scale(settings)),
+        start=lambda load: lora.init_params(model, settings, spec.seed),
     )

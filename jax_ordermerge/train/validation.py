@@ -1,11 +1,12 @@
-"""The loss of every member on examples that it is not trained on, and the weights that it had where this loss was lowest.
+"""The loss of every member on validation examples, and its weights where this loss was lowest.
 
-Nothing here is seen by training: no order, no random choice and no update depends on it.
+Training sees nothing of it: no order, no random choice and no update depends on it.
 
 Axis letters: `M` member, `A` microbatch, `B` example of a microbatch.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.data import pack
@@ -27,10 +29,10 @@ BRANCH = "best/weights"
 
 
 class Best(NamedTuple):
-    """What was best so far. In a population every leaf has a leading `M`.
+    """The best weights so far. In a population every leaf has a leading `M`.
 
     Attributes:
-        weights: float32, `{}` where only the losses are asked for.
+        weights: float32; `{}` where only the losses are asked for.
         loss: float32 scalar, the lowest so far; infinite before the first.
         step: int32 scalar, steps done when it was measured.
     """
@@ -47,45 +49,49 @@ def abstract(weights: Tree, members: int, mesh: Mesh) -> Best:
     """Return the `Best` of a population as `jax.ShapeDtypeStruct`s.
 
     Args:
-        weights: of the population, abstract, with shardings; `{}` to keep none.
+        weights: weights of the population, abstract, with shardings; `{}` to store none.
         members: M.
         mesh: the mesh.
     """
 
-    def each(dtype: Any) -> jax.ShapeDtypeStruct:
+    def per_member(dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((members,), dtype, sharding=NamedSharding(mesh, P("order")))
 
-    return Best(weights, each(jnp.float32), each(jnp.int32))
+    return Best(weights, per_member(jnp.float32), per_member(jnp.int32))
 
 
-def initial(like: Best) -> Best:
+def initial(abstract: Best) -> Best:
     """Return a `Best` that any finite loss is better than.
 
     Example:
-        >>> initial(abstract({}, 2, meshes.make_mesh())).loss.tolist()
+        >>> from jax_ordermerge.train import validation
+        >>> initial(validation.abstract({}, 2, meshes.make_mesh())).loss.tolist()
         [inf, inf]
     """
 
     def build() -> Best:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return zeros._replace(loss=jnp.full(like.loss.shape, jnp.inf, like.loss.dtype))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+        return zeros._replace(loss=jnp.full(abstract.loss.shape, jnp.inf, abstract.loss.dtype))
 
-    return jax.jit(build, out_shardings=steps.shardings(like))()
+    return jax.jit(build, out_shardings=steps.shardings(abstract))()
 
 
 def device_batches(
     examples: Examples, microbatch: int, lengths: tuple[int, ...], mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """Return all examples as the microbatches of one large step, [A, B, ...], the same for every member; see `pack.step_batch`."""
+    """Return all examples as the microbatches of one large step, [A, B, ...].
+
+    They are the same for every member; see `pack.step_batch`.
+    """
     rows = np.full(-(-len(examples) // microbatch) * microbatch, PADDING)
     rows[: len(examples)] = np.arange(len(examples))
 
     def put(name: str, array: np.ndarray) -> jax.Array:
         axes = (None, "batch", *[None] * array.ndim)[: array.ndim]
-        place = meshes.sharding(
-            (*axes[:-1], "length") if name in pack.SEQUENCES else axes, array.shape, mesh
-        )
-        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+        if name in pack.SEQUENCES:
+            axes = (*axes[:-1], "length")
+        sharding = meshes.sharding(axes, array.shape, mesh)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     batch = pack.step_batch(examples, rows, microbatch=microbatch, lengths=lengths)
     return {name: put(name, array) for name, array in batch.items()}
@@ -96,53 +102,49 @@ def compile_measure(
     mesh: Mesh,
     best: Best,
     weights: Tree,
-    batch: dict[str, jax.Array],
+    batch: Mapping[str, jax.Array],
     frozen: Tree,
     lengths: tuple[int, ...],
 ) -> Measure:
-    """Compile `(best, weights, step, frozen) -> (best, loss)` over a population; nothing crosses members, as in the training step.
+    """Compile `(best, weights, step, frozen) -> (best, loss)` over a population.
+
+    Nothing crosses members, as in the training step.
 
     Args:
         objective: whose loss is measured, over what it counts in all examples together.
         mesh: the mesh.
         best: from `abstract`; it is donated.
-        weights: of the population, abstract: what is measured.
+        weights: what is measured: weights of the population, abstract.
         batch: from `device_batches`.
-        frozen: abstract, see `steps.compile_step`.
+        frozen: abstract, see `step.compile_step`.
         lengths: padded lengths that the batch was made with.
     """
 
-    def measure(best: Best, weights: Tree, shared: tuple[Any, Any, Tree]) -> tuple[Best, jax.Array]:
+    def measure(
+        best: Best, weights: Tree, shared: tuple[steps.Batch, jax.Array, Tree]
+    ) -> tuple[Best, jax.Array]:
         batch, step, frozen = shared
 
-        def sums(microbatch: Any) -> jax.Array:
-            def of_length(length: int) -> Callable[[Any], jax.Array]:
-                def branch(microbatch: Any) -> jax.Array:
-                    short = microbatch | {
-                        name: microbatch[name][..., :length] for name in pack.SEQUENCES
-                    }
-                    _, found = objective(weights, short, frozen)
-                    return jnp.stack([found.losses.sum(), found.weights.sum()])
+        def sums(length: int, microbatch: steps.Batch) -> jax.Array:
+            _, examples = objective(weights, steps.shorten(microbatch, length), frozen)
+            return jnp.stack([examples.losses.sum(), examples.weights.sum()])
 
-                return branch
+        by_length = [functools.partial(sums, length) for length in lengths]
 
-            return steps.switch(
-                microbatch["bucket"], [of_length(length) for length in lengths], microbatch
-            )
+        def microbatch_sums(microbatch: steps.Batch) -> jax.Array:
+            return steps.switch(microbatch["bucket"], by_length, microbatch)
 
-        total = jax.lax.map(sums, batch).sum(0)
+        total = jax.lax.map(microbatch_sums, batch).sum(0)
         loss = total[0] / jnp.maximum(total[1], 1.0)
-        lower = loss < best.loss
-        if best.weights:  # else they are not kept
-            best = best._replace(
-                weights=jax.tree.map(
-                    lambda new, old: jnp.where(lower, new, old), weights, best.weights
-                )
-            )
-        return best._replace(
-            loss=jnp.where(lower, loss, best.loss), step=jnp.where(lower, step, best.step)
-        ), loss
+        lower = loss < best.loss  # False where the loss is not a number
 
+        def keep_lower(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(lower, new, old)
+
+        lowest = jax.tree.map(keep_lower, weights, best.weights) if best.weights else {}
+        return Best(lowest, keep_lower(loss, best.loss), keep_lower(step, best.step)), loss
+
+    # the batch goes in as an argument: closed over, it would be a constant of the program
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     shared = (batch, step, frozen)
     population = jax.jit(
@@ -152,6 +154,10 @@ def compile_measure(
         donate_argnums=0,
     )
     compiled = population.lower(best, weights, shared).compile(steps.EXACT)
-    return lambda best, weights, done, frozen: compiled(
-        best, weights, (batch, jax.device_put(np.int32(done), step.sharding), frozen)
-    )
+
+    def call(best: Best, weights: Tree, done: int, frozen: Tree) -> tuple[Best, jax.Array]:
+        return compiled(
+            best, weights, (batch, jax.device_put(np.int32(done), step.sharding), frozen)
+        )
+
+    return call

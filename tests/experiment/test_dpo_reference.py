@@ -160,7 +160,7 @@ def test_a_run_interrupted_and_called_again(tmp_path, monkeypatch, loss):
 
     shutil.copytree(directory, tmp_path / "first")
     shutil.rmtree(directory)
-    original, calls = loop._log, []
+    original, calls = loop.Display.metrics, []
 
     def fails(*args):
         calls.append(1)
@@ -169,7 +169,7 @@ def test_a_run_interrupted_and_called_again(tmp_path, monkeypatch, loss):
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_log", fails)
+        patch.setattr(loop.Display, "metrics", fails)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(load_config(file), **QUIET)
     with monkeypatch.context() as patch:

@@ -67,7 +67,7 @@ def test_answers_while_training_are_those_of_dense_members(run):
     validation = ctx.splits["validation"]
     for number in last["members"]:
         dense = members.restore_member(
-            ctx.config, ctx.model, ctx.mesh, number, directory=waves.home(ctx.config, number)
+            ctx.training, ctx.model, ctx.mesh, waves.member_layout(ctx.layout, number), number
         )
         generate = generation.make_generator(
             ctx.model, dense, ctx.tokenizer, batch=4, dtype="float32"

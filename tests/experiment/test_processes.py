@@ -17,6 +17,8 @@ import pytest
 
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.experiment.specs import training_spec
+from jax_ordermerge.layout import RunLayout, read_npz
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import members
 
@@ -104,9 +106,9 @@ def complete(folder, output, *overrides, processes=2, devices=2):
 def result(folder, output):
     config = read_config(folder / "tiny.yaml", [f"output={output}", "training.epochs=8"])
     model = convert.load_config(convert.resolve(config.model.base))
-    return members.restore_members(config, model, make_mesh()), np.load(
-        output / "losses" / "train.npz"
-    )["losses"]
+    layout = RunLayout(output)
+    trained = members.restore_members(training_spec(config), model, make_mesh(), layout)
+    return trained, read_npz(layout.training_losses)["losses"]
 
 
 @pytest.fixture(scope="module")

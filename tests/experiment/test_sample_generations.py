@@ -42,7 +42,7 @@ def both(folder, tmp_path_factory):
 
 def weights(folder, directory):
     ctx = open_run(load_config(folder / "tiny.yaml", [f"output={directory}"]), lambda line: None)
-    return ctx, members.restore_members(ctx.config, ctx.model, ctx.mesh)
+    return ctx, members.restore_members(ctx.training, ctx.model, ctx.mesh, ctx.layout)
 
 
 def test_members_are_bitwise_the_same_with_and_without(both, folder):

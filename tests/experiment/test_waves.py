@@ -101,7 +101,7 @@ def test_sizes_of_waves_follow_from_memory():
     needs = Needs(
         arguments=400, temporaries=100, exchanges={}, seconds=0
     )  # 8 members in 2 groups: 100 bytes each
-    sizes = {limit: waves.size_of_wave(8, 2, needs, limit) for limit in (600, 520, 400, 300, 220)}
+    sizes = {limit: waves.wave_size(8, 2, needs, limit) for limit in (600, 520, 400, 300, 220)}
     assert sizes == {600: 8, 520: 4, 400: 4, 300: 2, 220: 2}
-    with pytest.raises(UserError, match=r"one member needs .* a device"):
-        waves.size_of_wave(8, 2, needs, 200)
+    with pytest.raises(UserError, match=r"one member needs .* GiB per device"):
+        waves.wave_size(8, 2, needs, 200)

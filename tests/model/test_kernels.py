@@ -312,8 +312,10 @@ PROGRAM = """
     from jax_ordermerge.arch import ModelConfig
     from jax_ordermerge.config import make_config
     from jax_ordermerge.data.examples import Examples, Ragged
+    from jax_ordermerge.experiment.specs import training_spec
     from jax_ordermerge.plan import compiled
-    from jax_ordermerge.train import batches, loop
+    from jax_ordermerge.train import batches
+    from jax_ordermerge.train.programs import Programs
 
     mesh = meshes.make_mesh(devices=compiled.devices(hardware.parse("{topology}")), **{axes})
     model = ModelConfig(
@@ -324,8 +326,8 @@ PROGRAM = """
     config = make_config({{"population": {{"members": 2}}, "training": training}})
     rows = [np.ones(700)] * 8
     examples = Examples(Ragged.of(rows, np.int32), Ragged.of(rows, np.bool_), np.arange(8))
-    plan = batches.make_plan(config, examples)
-    text = loop.compile_training(config, model, plan, mesh).as_text()
+    plan = batches.make_plan(training_spec(config), examples)
+    text = Programs(model, plan, mesh).compile_step().as_text()
     print(text.count('custom_call_target="tpu_custom_call"'))
 """
 

@@ -10,6 +10,7 @@ import pytest
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.config import make_config
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.hardware import parse
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.plan import compiled
@@ -61,7 +62,7 @@ def test_merges_are_compiled_from_descriptions(method):
 @pytest.mark.slow
 def test_a_training_step_is_measured_and_nothing_crosses_the_members():
     mesh = make_mesh(2, 2, 2)
-    needs = compiled.step(CONFIG, MODEL, mesh)
+    needs = compiled.step(training_spec(CONFIG), MODEL, mesh)
     # 4 members on 2 groups of 4 devices; parameters and two moments in float32, norms on all devices; batch and counters are small
     state = 3 * 4 * parameter_count(MODEL) * 2 / 4
     assert state < needs.arguments < 1.2 * state
@@ -69,7 +70,7 @@ def test_a_training_step_is_measured_and_nothing_crosses_the_members():
     assert needs.bytes == needs.arguments + needs.temporaries
     crossed = {axis for _, axes in needs.exchanges for axis in axes}
     assert crossed == {"fsdp", "tensor"}
-    alone = compiled.step(CONFIG, MODEL, make_mesh(2))
+    alone = compiled.step(training_spec(CONFIG), MODEL, make_mesh(2))
     assert alone.exchanges == {}
 
 
@@ -93,8 +94,9 @@ def test_a_step_for_a_tpu_that_is_not_here():
     code = f"""
 import json
 from jax_ordermerge import arch, config, hardware, mesh
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.plan import compiled
-config = config.make_config({SECTIONS!r})
+config = training_spec(config.make_config({SECTIONS!r}))
 devices = compiled.devices(hardware.parse("v5e:4x4", slices=2))
 placed = mesh.make_mesh(2, -1, devices=devices)
 needs = compiled.step(config, arch.ModelConfig(**{SIZES!r}), placed)

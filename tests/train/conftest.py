@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.config import Config, make_config
+from jax_ordermerge.config import make_config
 from jax_ordermerge.data.examples import Examples, Ragged
+from jax_ordermerge.experiment.specs import training_spec
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.model import llama
 from jax_ordermerge.train import loop
+from jax_ordermerge.train.spec import TrainingSpec
 
 MODEL = ModelConfig(
     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=4, num_kv_heads=2
@@ -28,19 +31,23 @@ class Recorder:
     def log(self, text):
         self.said.append(text)
 
-    def line(self, line):
-        self.lines.append(line)
+    def metrics(self, row):
+        self.lines.append(row)
         if self.on_line:
-            self.on_line(line)
-        if self.stop_at == line["step"]:
+            self.on_line(row)
+        if self.stop_at == row["step"]:
             raise KeyboardInterrupt
 
 
 @dataclasses.dataclass
 class Trained:
     directory: pathlib.Path
-    config: Config
+    spec: TrainingSpec
     watch: Recorder
+
+    @property
+    def layout(self):
+        return RunLayout(self.directory)
 
     def file(self, name):
         return self.directory / name
@@ -75,12 +82,14 @@ def tiny_base():
 
 
 @pytest.fixture(scope="session")
-def tiny_config():
-    """Return `(directory, model={...}, training={...}, ...) -> Config` with 2 members, 2 epochs of 3 steps, buckets and accumulation."""
+def tiny_spec():
+    """Return `(training={...}, ...) -> TrainingSpec`.
 
-    def build(directory, **sections):
+    It has 2 members, 2 epochs of 3 steps, buckets and accumulation.
+    """
+
+    def build(**sections):
         raw = {
-            "output": str(directory),
             "model": {"compute_dtype": "float32"},
             "data": {"buckets": [16]},
             "population": {"members": 2},
@@ -96,31 +105,32 @@ def tiny_config():
         }
         for name, change in sections.items():
             raw[name] = {**raw.get(name, {}), **change}
-        return make_config(raw)
+        return training_spec(make_config(raw))
 
     return build
 
 
 @pytest.fixture(scope="session")
-def tiny_train(tiny_examples, tiny_base, tiny_config):
+def tiny_train(tiny_examples, tiny_base, tiny_spec):
     """Return a function that trains in a directory and returns what is there."""
 
     def run(
         directory, mesh, *, members=None, stop_at=None, on_line=None, held_out=None, **sections
     ):
-        config = tiny_config(directory, **sections)
+        spec = tiny_spec(**sections)
         watch = Recorder(stop_at, on_line)
         loop.train(
-            config,
+            spec,
             MODEL,
             tiny_base,
             tiny_examples,
             mesh,
+            RunLayout(directory),
             members=members,
             watch=watch,
             held_out=held_out,
         )
-        return Trained(directory, config, watch)
+        return Trained(directory, spec, watch)
 
     return run
 

@@ -47,10 +47,10 @@ def test_alone_and_in_populations_of_2_4_and_8(
             tmp_path / f"{count}-{order}-{place}", make_mesh(order, 2), members=chosen, **sections
         )
         # what was trained of the member: adding an adapter to its base is tested elsewhere
-        if run.config.lora is not None:
-            return members.restore_adapter(run.config, tiny_model, 1), run.losses()[place]
+        if run.spec.lora is not None:
+            return members.restore_adapter(run.spec, tiny_model, run.layout, 1), run.losses()[place]
         return tree.member(
-            members.restore_members(run.config, tiny_model, make_mesh()), place
+            members.restore_members(run.spec, tiny_model, make_mesh(), run.layout), place
         ), run.losses()[place]
 
     weights, losses = train(8, 1, chosen=(1,))

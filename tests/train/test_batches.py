@@ -10,14 +10,13 @@ from jax_ordermerge.train import batches
 
 
 @pytest.fixture
-def plan(tiny_config, tiny_examples, tmp_path):
-    config = tiny_config(
-        tmp_path,
+def plan(tiny_spec, tiny_examples):
+    spec = tiny_spec(
         population={"members": 4},
         training={"batch": 4, "microbatch": 2},
         data={"buckets": [8, 16]},
     )
-    return batches.make_plan(config, tiny_examples)
+    return batches.make_plan(spec, tiny_examples)
 
 
 def test_every_sample_once_an_epoch(plan, tiny_examples):
@@ -26,11 +25,14 @@ def test_every_sample_once_an_epoch(plan, tiny_examples):
         for epoch in range(2):
             rows = np.concatenate([plan.rows(epoch * 6 + step)[place] for step in range(6)])
             np.testing.assert_array_equal(np.sort(rows[rows >= 0]), np.arange(21))
-    assert sum(plan.tokens(step) for step in range(12)) == 4 * 2 * tiny_examples.lengths.sum()
+    assert (
+        sum(plan.sequence_lengths(step).sum() for step in range(12))
+        == 4 * 2 * tiny_examples.lengths.sum()
+    )
 
 
 def test_members_alone_have_the_same_batches(plan, tiny_examples):
-    alone = batches.make_plan(plan.config, tiny_examples, (2,))
+    alone = batches.make_plan(plan.spec, tiny_examples, (2,))
     for step in range(plan.steps):
         for name, array in alone.batch(step, 0).items():
             np.testing.assert_array_equal(array, plan.batch(step, 2)[name])
@@ -55,8 +57,8 @@ def test_batches_on_the_mesh(plan, shape):
 
 
 def test_members_that_pad_alike(tiny_examples, plan):
-    alike = batches.make_plan(plan.config, tiny_examples, alike=True)
-    alone = batches.make_plan(plan.config, tiny_examples, (3,), alike=True)
+    alike = batches.make_plan(plan.spec, tiny_examples, mesh=make_mesh(4, 2))
+    alone = batches.make_plan(plan.spec, tiny_examples, (3,), mesh=make_mesh(4, 2))
     for step in range(plan.steps):
         own = np.stack([plan.batch(step, place)["bucket"] for place in range(4)])
         for place in range(4):

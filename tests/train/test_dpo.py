@@ -13,6 +13,7 @@ from jax_ordermerge.config import Objective
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.evaluate import scoring
+from jax_ordermerge.layout import RunLayout, read_npz
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, preference
 from jax_ordermerge.train import batches, fisher, loop, members, objective
@@ -57,15 +58,14 @@ def pairs(tiny_model, tiny_base):
 
 
 @pytest.fixture(scope="module")
-def train(pairs, tiny_model, tiny_base, tiny_config, recorder):
-    """Return a function that trains on the pairs in a directory and returns `(directory, config, lines, losses)`."""
+def train(pairs, tiny_model, tiny_base, tiny_spec, recorder):
+    """Return `(directory, mesh, ...) -> (spec and layout, rows of metrics, losses)`."""
 
     def run(directory, mesh, *, members=None, stop_at=None, **sections):
-        config = tiny_config(directory, **(DPO | sections))
+        spec, layout = tiny_spec(**(DPO | sections)), RunLayout(directory)
         watch = recorder(stop_at)
-        loop.train(config, tiny_model, tiny_base, pairs, mesh, members=members, watch=watch)
-        with np.load(directory / "losses" / "train.npz") as saved:
-            return config, watch.lines, saved["losses"]
+        loop.train(spec, tiny_model, tiny_base, pairs, mesh, layout, members=members, watch=watch)
+        return (spec, layout), watch.lines, read_npz(layout.training_losses)["losses"]
 
     return run
 
@@ -205,11 +205,11 @@ def test_training_starts_at_the_reference_and_learns_to_prefer(whole):
 
 
 def test_losses_are_stored_by_pair(whole, pairs):
-    config, lines, losses = whole
+    (spec, _), lines, losses = whole
     assert np.isfinite(losses).all()
     for step, line in enumerate(lines):
         for member in range(2):
-            rows = batches.epoch_order(config, len(pairs), member, step // 3)[step % 3]
+            rows = batches.epoch_order(spec, len(pairs), member, step // 3)[step % 3]
             assert line["loss"][member] == pytest.approx(
                 losses[member, step // 3, rows[rows >= 0]].mean(), rel=1e-5
             )
@@ -217,22 +217,24 @@ def test_losses_are_stored_by_pair(whole, pairs):
 
 def test_what_is_measured_afterwards_is_what_was_trained(whole, pairs, tiny_model):
     """The loss of a pair from two sums over sequences, as the analysis makes it, against the objective."""
-    config, _, _ = whole
-    params = tree.member(members.restore_members(config, tiny_model, make_mesh()), 0)
+    (spec, layout), _, _ = whole
+    params = tree.member(members.restore_members(spec, tiny_model, make_mesh(), layout), 0)
     sums = sequence_sums(tiny_model, params, pairs)
     tokens = np.array([mask.sum() for mask in pairs.sequences.answers]).reshape(-1, 2)
     found = preference.pair_losses(
-        *map(jnp.float32, (-sums, pairs.reference, tokens)), config.objective
+        *map(jnp.float32, (-sums, pairs.reference, tokens)), spec.objective
     )
     batch = pack.collate(pairs, np.arange(len(pairs)), 24)
-    _, expected = objective.build(config, tiny_model)(params, batch)
+    _, expected = objective.build(spec, tiny_model)(params, batch)
     np.testing.assert_allclose(found, expected.losses, rtol=1e-4)
 
 
 def same_weights(a, b, of_a, of_b, model, same_bits, mesh_a=None, mesh_b=None):
-    one = members.restore_members(a, model, mesh_a or make_mesh())
-    other = members.restore_members(b, model, mesh_b or make_mesh())
-    return same_bits(tree.member(one, of_a), tree.member(other, of_b))
+    weights = []
+    for (spec, layout), mesh, member in ((a, mesh_a, of_a), (b, mesh_b, of_b)):
+        population = members.restore_members(spec, model, mesh or make_mesh(), layout)
+        weights.append(tree.member(population, member))
+    return same_bits(*weights)
 
 
 def test_member_alone_is_the_member_of_the_population(
@@ -299,8 +301,8 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, train, tiny_model,
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_batches_of_pairs_on_the_mesh(tmp_path, tiny_config, pairs, shape):
-    plan = batches.make_plan(tiny_config(tmp_path, **DPO), pairs)
+def test_batches_of_pairs_on_the_mesh(tiny_spec, pairs, shape):
+    plan = batches.make_plan(tiny_spec(**DPO), pairs)
     abstract = batches.abstract_batch(plan, make_mesh(*shape))
     whole = batches.device_batch(plan, 1, abstract)
     for name, array in whole.items():
@@ -310,7 +312,7 @@ def test_batches_of_pairs_on_the_mesh(tmp_path, tiny_config, pairs, shape):
     assert {shard.data.shape for shard in whole["tokens"].addressable_shards} == {
         (2 // shape[0], 2, 4 // shape[1], 2, 24)
     }
-    assert plan.tokens(1) == sum(
+    assert plan.sequence_lengths(1).sum() == sum(
         pairs.sequences.lengths.reshape(-1, 2).sum(1)[row]
         for row in plan.rows(1).ravel()
         if row >= 0

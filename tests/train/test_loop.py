@@ -11,6 +11,7 @@ from jax_ordermerge.arch import tensor_table
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.data import order
 from jax_ordermerge.errors import Stopped, UserError
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import batches, loop, members, optimizers
 from jax_ordermerge.train import step as steps
@@ -38,7 +39,7 @@ def whole(tmp_path_factory, tiny_train):
 
 
 def weights(run, model, mesh=None):
-    return members.restore_members(run.config, model, mesh or make_mesh())
+    return members.restore_members(run.spec, model, mesh or make_mesh(), run.layout)
 
 
 # ---------------------------------------------------------------------------------------------------- a member alone and in company
@@ -134,7 +135,7 @@ def test_member_alone_by_every_optimizer(tmp_path, tiny_train, tiny_model, same_
 
 def everything(run, model, mesh):
     """Parameters, optimizer state, counters and losses of the last checkpoint."""
-    tx = optimizers.optimizer(run.config.training, STEPS, tensor_table(model))
+    tx = optimizers.optimizer(run.spec.training, STEPS, tensor_table(model))
     state = steps.abstract_state(convert.abstract_params(model, mesh, members=2), tx, mesh)
     wanted = {"params": state.params, "optimizer": state.opt_state, "step": state.step}
     return orbax.restore(run.file("checkpoints"), STEPS, wanted)
@@ -228,16 +229,15 @@ def test_complete_training_is_not_repeated(whole, tiny_model, tiny_examples, sam
     def base():
         raise AssertionError("the base is not needed")
 
-    loop.train(whole.config, tiny_model, base, tiny_examples, make_mesh(), watch=watch)
+    loop.train(whole.spec, tiny_model, base, tiny_examples, make_mesh(), whole.layout, watch=watch)
     assert watch.said == [f"training is already complete: {STEPS} steps ({whole.directory})"]
     assert whole.file("metrics/train.jsonl").read_text() == before
     assert np.isfinite(whole.losses()).all()
 
 
 def test_resume_on_another_mesh_goes_on(whole, tiny_model, tiny_examples):
-    state = loop.train(
-        whole.config, tiny_model, dict, tiny_examples, make_mesh(2, 2, 2), watch=type(whole.watch)()
-    )
+    mesh = make_mesh(2, 2, 2)
+    state = loop.train(whole.spec, tiny_model, dict, tiny_examples, mesh, whole.layout)
     assert state["devices"] == 8
 
 
@@ -250,21 +250,21 @@ def test_resume_on_another_mesh_goes_on(whole, tiny_model, tiny_examples):
     ],
 )
 def test_checkpoint_of_another_training_is_refused(
-    whole, tiny_config, tiny_model, tiny_examples, name, sections
+    whole, tiny_spec, tiny_model, tiny_examples, name, sections
 ):
-    other = tiny_config(whole.directory, **sections)
+    other = tiny_spec(**sections)
     with pytest.raises(
         UserError, match=rf"is of another training \({name} differs\); choose another output"
     ):
-        loop.train(other, tiny_model, dict, tiny_examples, make_mesh(), watch=type(whole.watch)())
+        loop.train(other, tiny_model, dict, tiny_examples, make_mesh(), whole.layout)
 
 
-def test_members_must_fill_the_order_axis(tiny_config, tiny_model, tiny_examples, tmp_path):
-    config = tiny_config(tmp_path / "new")
+def test_members_must_fill_the_order_axis(tiny_spec, tiny_model, tiny_examples, tmp_path):
+    layout, mesh = RunLayout(tmp_path / "new"), make_mesh(2, 1, 1)
     with pytest.raises(
         UserError, match=r"1 members cannot be divided over mesh.order = 2; choose a divisor"
     ):
-        loop.train(config, tiny_model, dict, tiny_examples, make_mesh(2, 1, 1), members=(0,))
+        loop.train(tiny_spec(), tiny_model, dict, tiny_examples, mesh, layout, members=(0,))
     assert not (tmp_path / "new").exists()
 
 
@@ -312,9 +312,7 @@ def test_losses_are_stored_by_sample(whole, tiny_examples):
     counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
     for step, line in enumerate(whole.lines()):
         for member in range(2):
-            rows = batches.epoch_order(whole.config, len(tiny_examples), member, step // 3)[
-                step % 3
-            ]
+            rows = batches.epoch_order(whole.spec, len(tiny_examples), member, step // 3)[step % 3]
             rows = rows[rows >= 0]
             mean = (losses[member, step // 3, rows] * counts[rows]).sum() / counts[rows].sum()
             assert line["loss"][member] == pytest.approx(mean, rel=1e-5)
@@ -325,7 +323,7 @@ def test_orders_are_saved_by_sample_id(whole, tiny_examples):
     for member in range(2):
         with np.load(whole.file(f"orders/member_{member}.npz")) as saved:
             for epoch in range(2):
-                rows = batches.epoch_order(whole.config, len(tiny_examples), member, epoch)
+                rows = batches.epoch_order(whole.spec, len(tiny_examples), member, epoch)
                 np.testing.assert_array_equal(
                     saved[f"epoch_{epoch}"], np.where(rows < 0, -1, rows + 100)
                 )
@@ -341,15 +339,17 @@ def test_checkpoints_say_what_they_are(whole):
 
 
 def test_members_are_restored_in_another_dtype(whole, tiny_model):
-    full = members.restore_members(whole.config, tiny_model, make_mesh())
-    half = members.restore_members(whole.config, tiny_model, make_mesh(2, 2, 2), dtype="bfloat16")
+    full = weights(whole, tiny_model)
+    half = members.restore_members(
+        whole.spec, tiny_model, make_mesh(2, 2, 2), whole.layout, dtype="bfloat16"
+    )
     for ours, theirs in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs).astype(ours.dtype))
 
 
-def test_members_of_no_training(tiny_config, tiny_model, tmp_path):
+def test_members_of_no_training(tiny_spec, tiny_model, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint in .*; run the training first"):
-        members.restore_members(tiny_config(tmp_path), tiny_model, make_mesh())
+        members.restore_members(tiny_spec(), tiny_model, make_mesh(), RunLayout(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------------------- failures

@@ -14,13 +14,14 @@ from jax_ordermerge.arch import ModelConfig, hf_tensors, tensor_table
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Lora, make_config
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.merge.sources import peft_files
 from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, lora
 from jax_ordermerge.train import batches, loop, members, objective, optimizers
 from jax_ordermerge.train import step as steps
-from jax_ordermerge.train.trainable import split
+from jax_ordermerge.train.trainable import make_trainable
 
 # PEFT calls what transformers will remove
 pytestmark = pytest.mark.filterwarnings(
@@ -70,8 +71,8 @@ def drawn(model, settings, seed=0):
 
 def state_of(run, model, count=2):
     """Adapters, optimizer state and counters of the last checkpoint."""
-    parts = split(run.config, model, make_mesh())
-    tx = optimizers.optimizer(run.config.training, STEPS, parts.trained)
+    parts = make_trainable(run.spec, model, make_mesh())
+    tx = optimizers.optimizer(run.spec.training, STEPS, parts.trained)
     state = steps.abstract_state(
         convert.abstract_tensors(parts.trained, make_mesh(), members=count), tx, make_mesh()
     )
@@ -165,7 +166,7 @@ def test_logits_and_gradients_are_those_of_peft(tiny_model, tiny_base, tiny_exam
 def test_training_is_that_of_peft(whole, tiny_model, tiny_base, tiny_examples):
     """Every step of member 0: its losses and the adapter at the end, with AdamW, weight decay, clipping and accumulation."""
     torch = pytest.importorskip("torch")
-    settings, training = whole.config.lora, whole.config.training
+    settings, training = whole.spec.lora, whole.spec.training
     twin = peft_model(tiny_model, tiny_base, lora.init_params(tiny_model, settings, 0), settings)
     parameters = [p for p in twin.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(
@@ -175,7 +176,7 @@ def test_training_is_that_of_peft(whole, tiny_model, tiny_base, tiny_examples):
         eps=training.epsilon,
         weight_decay=training.weight_decay,
     )
-    plan, losses = batches.make_plan(whole.config, tiny_examples), []
+    plan, losses = batches.make_plan(whole.spec, tiny_examples), []
     rate = optimizers.schedule(training, plan.steps)
 
     def loss(step):
@@ -216,9 +217,9 @@ def test_an_exported_adapter_is_the_member_in_peft(whole, tiny_model, base_direc
     peft = pytest.importorskip("peft", reason="the reference is PEFT's LoRA")
     from transformers import AutoModelForCausalLM
 
-    own = members.restore_adapter(whole.config, tiny_model, 1)
+    own = members.restore_adapter(whole.spec, tiny_model, whole.layout, 1)
     peft_files.write_adapter(
-        tmp_path / "adapter", own, tiny_model, whole.config.lora, base=str(base_directory)
+        tmp_path / "adapter", own, tiny_model, whole.spec.lora, base=str(base_directory)
     )
     twin = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(
@@ -228,7 +229,7 @@ def test_an_exported_adapter_is_the_member_in_peft(whole, tiny_model, base_direc
     )
     tokens = np.random.default_rng(0).integers(1, tiny_model.vocab_size, (3, 12))
     expected = twin(torch.tensor(tokens)).logits.detach().numpy()
-    dense = members.restore_member(whole.config, tiny_model, make_mesh(), 1)
+    dense = members.restore_member(whole.spec, tiny_model, make_mesh(), whole.layout, 1)
     where = np.broadcast_to(np.arange(12), tokens.shape)
     found, _ = llama.forward(
         tiny_model, dense, jnp.asarray(tokens), where, np.ones_like(where), dtype="float32"
@@ -261,7 +262,7 @@ def test_member_alone_is_the_member_of_a_population(
     alone = low_train(
         tmp_path / "alone", make_mesh(1, fsdp), members=(1,), **sections, **population
     )
-    count = population_orders.config.population.members
+    count = population_orders.spec.population.members
     together, own = state_of(population_orders, tiny_model, count), state_of(alone, tiny_model, 1)
     assert same_bits(tree.member(together, 1), tree.member(own, 0))
     assert not same_bits(tree.member(together, 1), tree.member(together, 0))
@@ -297,7 +298,7 @@ def test_a_checkpoint_holds_adapters_alone_and_says_which(whole, tiny_model):
     )
     assert (
         size
-        < 3 * 2 * 4 * sum(np.prod(s.shape) for s in lora.table(tiny_model, whole.config.lora))
+        < 3 * 2 * 4 * sum(np.prod(s.shape) for s in lora.table(tiny_model, whole.spec.lora))
         + 60_000
     )
 
@@ -307,10 +308,11 @@ def test_a_checkpoint_holds_adapters_alone_and_says_which(whole, tiny_model):
 )
 def test_another_adapter_is_another_training(whole, tiny_model, tiny_examples, change):
     settings = None if change is None else SETTINGS | change
-    other = make_config(whole.config.model_dump() | {"lora": settings})
+    raw = dict(whole.spec.tracking.config) | {"lora": settings}
+    other = training_spec(make_config(raw))
     differs = "config" if change == {"base_dtype": "bfloat16"} else "lora"
     with pytest.raises(UserError, match=rf"is of another training \({differs} differs\)"):
-        loop.train(other, tiny_model, dict, tiny_examples, make_mesh(), watch=type(whole.watch)())
+        loop.train(other, tiny_model, dict, tiny_examples, make_mesh(), whole.layout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- dense members
@@ -320,9 +322,9 @@ def test_members_are_base_plus_scaled_product(whole, tiny_model, tiny_base):
     """Against float64 by hand; what has no adapter is the base to the bit."""
     own = tree.flatten(jax.device_get(state_of(whole, tiny_model)["params"]))
     dense = tree.flatten(
-        jax.device_get(members.restore_members(whole.config, tiny_model, make_mesh()))
+        jax.device_get(members.restore_members(whole.spec, tiny_model, make_mesh(), whole.layout))
     )
-    touched = {spec.path for spec in lora.targets(tiny_model, whole.config.lora)}
+    touched = {spec.path for spec in lora.targets(tiny_model, whole.spec.lora)}
     for path, weight in tree.flatten(jax.device_get(tiny_base)).items():
         if path not in touched:
             np.testing.assert_array_equal(dense[path], np.stack([weight, weight]))
@@ -338,9 +340,13 @@ def test_members_are_base_plus_scaled_product(whole, tiny_model, tiny_base):
 def test_a_member_has_the_same_bits_in_files_and_in_memory(
     whole, tiny_model, same_bits, tmp_path, dtype
 ):
-    (whole.directory / "config.yaml").write_text(json.dumps(whole.config.model_dump(mode="json")))
-    population = members.restore_members(whole.config, tiny_model, make_mesh(2, 2, 2), dtype=dtype)
-    one = members.restore_member(whole.config, tiny_model, make_mesh(1, 2, 1), 1, dtype=dtype)
+    whole.layout.config.write_text(json.dumps(whole.spec.tracking.config))
+    population = members.restore_members(
+        whole.spec, tiny_model, make_mesh(2, 2, 2), whole.layout, dtype=dtype
+    )
+    one = members.restore_member(
+        whole.spec, tiny_model, make_mesh(1, 2, 1), whole.layout, 1, dtype=dtype
+    )
     assert same_bits(tree.member(population, 1), one)
     source = open_model(f"{whole.directory}/member_1")
     flat = tree.flatten(jax.device_get(one))
@@ -349,11 +355,11 @@ def test_a_member_has_the_same_bits_in_files_and_in_memory(
         source.read_into(name, 0, out)
         expected = flat[spec.path] if layer is None else flat[spec.path][layer]
         assert out.astype(dtype).tobytes() == expected.tobytes(), name
-    adapter = members.restore_adapter(whole.config, tiny_model, 1)
+    adapter = members.restore_adapter(whole.spec, tiny_model, whole.layout, 1)
     peft_files.write_adapter(
-        tmp_path / "adapter", adapter, tiny_model, whole.config.lora, base=whole.config.model.base
+        tmp_path / "adapter", adapter, tiny_model, whole.spec.lora, base=whole.spec.model.base
     )
-    read = open_model(f"{whole.config.model.base}+{tmp_path / 'adapter'}")
+    read = open_model(f"{whole.spec.model.base}+{tmp_path / 'adapter'}")
     for name, spec, _ in hf_tensors(tiny_model):
         out, again = (np.empty(spec.hf_shape, np.float32) for _ in range(2))
         source.read_into(name, 0, out)
@@ -361,11 +367,11 @@ def test_a_member_has_the_same_bits_in_files_and_in_memory(
         assert out.tobytes() == again.tobytes(), name
 
 
-def test_members_that_are_not_there(whole, tiny_model, tiny_config):
+def test_members_that_are_not_there(whole, tiny_model, tiny_spec):
     with pytest.raises(UserError, match=r"member 2 is not in .*; it has the members 0, 1"):
-        members.restore_member(whole.config, tiny_model, make_mesh(), 2)
+        members.restore_member(whole.spec, tiny_model, make_mesh(), whole.layout, 2)
     with pytest.raises(UserError, match=r"has no adapters: it was trained with lora: null"):
-        members.restore_adapter(tiny_config(whole.directory), tiny_model, 0)
+        members.restore_adapter(tiny_spec(), tiny_model, whole.layout, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------- start, memory, input
@@ -388,10 +394,14 @@ def test_a_member_starts_as_the_base_with_the_same_values_everywhere(tiny_model,
         assert not (values[0] == values[1]).any()  # layers differ
 
 
+def spec_of(raw):
+    return training_spec(make_config(raw))
+
+
 def memory(members, config, model, rows=4, length=64):
     """Bytes of the arguments and the temporaries of a compiled step."""
     mesh = make_mesh()
-    parts = split(config, model, mesh)
+    parts = make_trainable(config, model, mesh)
     tx = optimizers.optimizer(config.training, 10, parts.trained)
     state = steps.abstract_state(
         convert.abstract_tensors(parts.trained, mesh, members=members), tx, mesh
@@ -420,10 +430,10 @@ def test_eight_adapters_cost_at_most_half_as_much_again_as_one():
     model = ModelConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=4
     )
-    low = make_config({"lora": {"rank": 2}, "model": {"compute_dtype": "float32"}})
+    low = spec_of({"lora": {"rank": 2}, "model": {"compute_dtype": "float32"}})
     one, eight = (memory(count, low, model) for count in (1, 8))
     assert eight < 1.5 * one
-    full = memory(1, make_config({"model": {"compute_dtype": "float32"}}), model)
+    full = memory(1, spec_of({"model": {"compute_dtype": "float32"}}), model)
     base = 4 * arch.parameter_count(model)
     assert full > one + 2 * base  # neither moments nor gradients of the base are held
 

@@ -175,7 +175,7 @@ def test_the_fraction_falls_with_depth():
 
 
 def weights(run, model):
-    return members.restore_members(run.config, model, make_mesh())
+    return members.restore_members(run.spec, model, make_mesh(), run.layout)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("wash", marks=pytest.mark.slow), "papa"])

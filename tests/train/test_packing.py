@@ -15,14 +15,13 @@ ROW = 40  # tokens; examples have 4 to 23
 
 
 @pytest.fixture(scope="module")
-def packed_config(tiny_config):
-    """Return `(kind, directory, **sections) -> Config` with rows of `ROW` tokens."""
+def packed_spec(tiny_spec):
+    """Return `(kind, **sections) -> TrainingSpec` with rows of `ROW` tokens."""
 
-    def build(kind, directory="unused", **sections):
+    def build(kind, **sections):
         data = {"packing": kind, "max_length": ROW, "buckets": []}
-        return tiny_config(
-            directory, **{"training": {"batch": 4, "microbatch": 2}, **sections, "data": data}
-        )
+        training = {"batch": 4, "microbatch": 2}
+        return tiny_spec(**{"training": training, **sections, "data": data})
 
     return build
 
@@ -39,9 +38,9 @@ def packed_config(tiny_config):
         if (kind, level) != ("bins", "batch")
     ],  # which is refused
 )
-def test_every_sample_once_an_epoch(packed_config, tiny_examples, kind, level):
-    config = packed_config(kind, population={"members": 4, "level": level})
-    plan = batches.make_plan(config, tiny_examples)
+def test_every_sample_once_an_epoch(packed_spec, tiny_examples, kind, level):
+    spec = packed_spec(kind, population={"members": 4, "level": level})
+    plan = batches.make_plan(spec, tiny_examples)
     assert plan.orders.shape[:2] == (4, 2)
     assert plan.lengths == (ROW,)
     for own in plan.orders:
@@ -51,7 +50,8 @@ def test_every_sample_once_an_epoch(packed_config, tiny_examples, kind, level):
             assert [epoch[tuple(place)] for place in places] == list(range(21))
             assert (epoch >= 0).any((1, 2)).all()  # no step is empty
     assert (
-        sum(plan.tokens(step) for step in range(plan.steps)) == 4 * 2 * tiny_examples.lengths.sum()
+        sum(plan.sequence_lengths(step).sum() for step in range(plan.steps))
+        == 4 * 2 * tiny_examples.lengths.sum()
     )
     assert plan.packing["filled"] == tiny_examples.lengths.sum() / (plan.epoch_steps * 4 * ROW)
 
@@ -60,10 +60,10 @@ def rows_of(epoch):
     return sorted(tuple(row) for row in epoch.reshape(-1, epoch.shape[-1]).tolist())
 
 
-def test_packs_are_the_same_rows_for_all_and_bins_follow_the_order(packed_config, tiny_examples):
+def test_packs_are_the_same_rows_for_all_and_bins_follow_the_order(packed_spec, tiny_examples):
     packs, bins = (
         batches.draw_orders(
-            packed_config(kind, population={"members": 3}), tiny_examples.lengths, range(3)
+            packed_spec(kind, population={"members": 3}), tiny_examples.lengths, range(3)
         )
         for kind in ("packs", "bins")
     )
@@ -71,8 +71,8 @@ def test_packs_are_the_same_rows_for_all_and_bins_follow_the_order(packed_config
     assert any(rows_of(epoch) != rows_of(bins[0, 0]) for own in bins for epoch in own)
     for member in range(3):
         for epoch in range(2):
-            config = packed_config("bins", population={"members": 3})
-            sequence = batches.epoch_order(config, 21, member, epoch).reshape(-1)
+            spec = packed_spec("bins", population={"members": 3})
+            sequence = batches.epoch_order(spec, 21, member, epoch).reshape(-1)
             sequence = sequence[sequence >= 0]
             expected = sequence[pack.pack_in_order(tiny_examples.lengths[sequence], ROW)[:, 0]]
             found = bins[member, epoch].reshape(-1, bins.shape[-1])
@@ -80,25 +80,23 @@ def test_packs_are_the_same_rows_for_all_and_bins_follow_the_order(packed_config
 
 
 @pytest.mark.parametrize("kind", ["packs", "bins"])
-def test_members_alone_have_the_same_batches(packed_config, tiny_examples, kind):
-    config = packed_config(kind, population={"members": 3})
-    whole, alone = (batches.make_plan(config, tiny_examples, members) for members in (None, (2,)))
+def test_members_alone_have_the_same_batches(packed_spec, tiny_examples, kind):
+    spec = packed_spec(kind, population={"members": 3})
+    whole, alone = (batches.make_plan(spec, tiny_examples, members) for members in (None, (2,)))
     for step in range(whole.steps):
         for name, array in alone.batch(step, 0).items():
             np.testing.assert_array_equal(array, whole.batch(step, 2)[name])
 
 
-def test_orders_of_very_different_numbers_of_rows_are_refused(packed_config):
+def test_orders_of_very_different_numbers_of_rows_are_refused(packed_spec):
     # with one row a step a member that needs fewer rows would have an empty step
-    config = packed_config(
-        "bins", training={"batch": 1, "microbatch": None}, population={"members": 4}
-    )
+    spec = packed_spec("bins", training={"batch": 1, "microbatch": None}, population={"members": 4})
     sizes = np.random.default_rng(0).integers(4, 40, 60)
     with pytest.raises(
         UserError,
-        match=r"data.packing = bins: an epoch fills \d+ rows, too few for \d+ steps; give packs",
+        match=r"data.packing = bins: an epoch fills \d+ rows, too few for \d+ steps; set packs",
     ):
-        batches.draw_orders(config, sizes, range(4))
+        batches.draw_orders(spec, sizes, range(4))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- gradients
@@ -111,8 +109,8 @@ def step_of(tiny_model, tiny_base):
     return lambda batch: gradient(tiny_base, batch)
 
 
-def test_gradients_and_losses_are_those_of_rows_of_one(packed_config, tiny_examples, step_of):
-    plan = batches.make_plan(packed_config("packs"), tiny_examples)
+def test_gradients_and_losses_are_those_of_rows_of_one(packed_spec, tiny_examples, step_of):
+    plan = batches.make_plan(packed_spec("packs"), tiny_examples)
     rows = plan.rows(0)[0]
     packed, sums = step_of(pack.collate(tiny_examples, rows, ROW))
     unpacked, expected = step_of(pack.collate(tiny_examples, rows[rows >= 0], 24))
@@ -178,7 +176,7 @@ def whole(tmp_path_factory, train_packed, kind):
 
 
 def weights(run, model):
-    return members.restore_members(run.config, model, make_mesh())
+    return members.restore_members(run.spec, model, make_mesh(), run.layout)
 
 
 def test_member_alone_is_the_member_of_the_population(
@@ -207,7 +205,7 @@ def test_losses_and_orders_are_stored_by_sample(whole, tiny_examples):
     losses = whole.losses()
     assert np.isfinite(losses).all()
     counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
-    orders = batches.draw_orders(whole.config, tiny_examples.lengths, range(2))
+    orders = batches.draw_orders(whole.spec, tiny_examples.lengths, range(2))
     steps = orders.shape[2]
     for step, line in enumerate(whole.lines()):
         for member in range(2):
@@ -234,11 +232,10 @@ def test_training_on_a_mesh(tmp_path, tiny_train, kind, whole):
     np.testing.assert_allclose(on_mesh.losses(), whole.losses(), rtol=1e-3, atol=1e-4)
 
 
-def test_another_packing_is_another_training(whole, kind, tiny_config, tiny_model, tiny_examples):
+def test_another_packing_is_another_training(whole, kind, tiny_spec, tiny_model, tiny_examples):
     other = {"packs": "bins", "bins": "packs"}[kind]
     data = {"packing": other, "max_length": ROW, "buckets": []}
-    config = tiny_config(
-        whole.directory, data=data, training={"batch": 4, "microbatch": 2, "checkpoint_every": 2}
-    )
+    training = {"batch": 4, "microbatch": 2, "checkpoint_every": 2}
+    spec = tiny_spec(data=data, training=training)
     with pytest.raises(UserError, match="is of another training"):
-        loop.train(config, tiny_model, dict, tiny_examples, make_mesh(), watch=type(whole.watch)())
+        loop.train(spec, tiny_model, dict, tiny_examples, make_mesh(), whole.layout)

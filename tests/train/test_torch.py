@@ -9,10 +9,11 @@ import pytest
 from jax_ordermerge import config as schema
 from jax_ordermerge import tree
 from jax_ordermerge.arch import hf_tensors
+from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.data import pack
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama
-from jax_ordermerge.train import batches, loop, objective, optimizers
+from jax_ordermerge.train import batches, objective, optimizers
 
 torch = pytest.importorskip("torch")
 SETTINGS = {
@@ -107,15 +108,15 @@ def test_twenty_steps_are_those_of_torch(
         make_mesh(),
         **SETTINGS | {"training": SETTINGS["training"] | changes | {"checkpoint_every": 20}},
     )
-    plan = batches.make_plan(run.config, tiny_examples)
+    plan = batches.make_plan(run.spec, tiny_examples)
     twin = torch_model(tiny_model, tiny_base)
-    expected = torch_training(twin, plan, run.config.training)
+    expected = torch_training(twin, plan, run.spec.training)
     found = np.array([line["loss"][0] for line in run.lines()])[:20]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert expected[-1] < expected[0] - 0.2
     ours = tree.flatten(
         jax.device_get(
-            loop.orbax.restore(tmp_path / "checkpoints", 20, wanted(run, tiny_model))["params"]
+            orbax.restore(tmp_path / "checkpoints", 20, wanted(run, tiny_model))["params"]
         )
     )
     theirs = {name: value.numpy(force=True) for name, value in twin.state_dict().items()}
@@ -125,7 +126,7 @@ def test_twenty_steps_are_those_of_torch(
 
 
 def wanted(run, model):
-    return {"params": loop.convert.abstract_params(model, make_mesh(), members=1)}
+    return {"params": convert.abstract_params(model, make_mesh(), members=1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- preference pairs

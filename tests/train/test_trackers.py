@@ -6,10 +6,12 @@ import types
 
 import pytest
 
-from jax_ordermerge import config as schema
+from jax_ordermerge import config
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import trackers
+from jax_ordermerge.train.spec import TrackingSpec
 
 
 def events(directory):
@@ -63,11 +65,11 @@ def test_wandb_continues_its_runs(tmp_path, monkeypatch):
         return Run(step=0 if len(opened) <= 2 else 4)
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    config = schema.make_config({"name": "tiny", "tracking": {"wandb": "orders"}})
+    tracking = TrackingSpec("tiny", config.Tracking(wandb="orders"), {})
     for _ in range(2):
-        for tracker in trackers.trackers(config, tmp_path, (0, 1), 0):
-            tracker.line({"step": 3, "loss": [1.0, 2.0]})
-            tracker.line({"step": 4, "loss": [1.5, 2.5]})
+        for tracker in trackers.open_trackers(tracking, RunLayout(tmp_path), (0, 1), 0):
+            tracker.metrics({"step": 3, "loss": [1.0, 2.0]})
+            tracker.metrics({"step": 4, "loss": [1.5, 2.5]})
             tracker.close()
     first, again = opened[:2], opened[2:]
     assert [one["id"] for one in first] == [one["id"] for one in again]
@@ -88,4 +90,4 @@ def test_a_missing_package_is_named(monkeypatch):
         UserError,
         match=r"tracking.wandb needs the package wandb, .* pip install 'jax_ordermerge\[wandb\]'",
     ):
-        trackers.check(schema.Tracking(wandb="orders"))
+        trackers.check(config.Tracking(wandb="orders"))

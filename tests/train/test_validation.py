@@ -11,6 +11,7 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import make_config
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import loop, members, objective
 
@@ -48,7 +49,7 @@ def best(tmp_path_factory, tiny_train, held_out):
 
 
 def weights(run, model):
-    return members.restore_members(run.config, model, make_mesh())
+    return members.restore_members(run.spec, model, make_mesh(), run.layout)
 
 
 def at_step(run, model, step):
@@ -158,15 +159,14 @@ def test_losses_alone_may_be_asked_for(tmp_path, tiny_train, tiny_model, held_ou
 
 
 def test_validation_needs_examples(
-    tmp_path, tiny_train, tiny_config, tiny_model, tiny_examples, held_out
+    tmp_path, tiny_train, tiny_spec, tiny_model, tiny_examples, held_out
 ):
     with pytest.raises(
         UserError,
         match=r"training.validate_every measure validation losses: set data.validation_examples",
     ):
         make_config({"training": {"checkpoint": "best"}})
+    layout = RunLayout(tmp_path / "new")
     with pytest.raises(UserError, match="need validation examples"):
-        loop.train(
-            tiny_config(tmp_path / "new", **BEST), tiny_model, dict, tiny_examples, make_mesh()
-        )
+        loop.train(tiny_spec(**BEST), tiny_model, dict, tiny_examples, make_mesh(), layout)
     assert not (tmp_path / "new").exists()

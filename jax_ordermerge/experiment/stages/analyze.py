@@ -35,7 +35,7 @@ def run(ctx: RunContext) -> None:
             "tokens": model_losses.counts,
         }
         write_npz(path, arrays)  # after each model, so that an interrupted stage continues
-    orders = batches.draw_orders(config, train.lengths, range(config.population.members))
+    orders = batches.draw_orders(ctx.training, train.lengths, range(config.population.members))
     positions = [[order.positions(epoch, len(train)) for epoch in epochs] for epochs in orders]
     analysis = imbalance.analyze(
         np.stack([measured[name] for name, kind in kinds.items() if kind == "member"]),

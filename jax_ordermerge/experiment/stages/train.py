@@ -19,7 +19,7 @@ def run(ctx: RunContext) -> None:
     config = ctx.config
     splits = {name: _describe(examples) for name, examples in ctx.splits.items()}
     if config.data.packing != "none":
-        splits["train"]["packing"] = batches.make_plan(config, ctx.splits["train"]).packing
+        splits["train"]["packing"] = batches.make_plan(ctx.training, ctx.splits["train"]).packing
     write_json(ctx.layout.data, splits)
     for name, description in splits.items():
         counts = ", ".join(f"{count} {what}" for what, count in description["counts"].items())
@@ -39,15 +39,16 @@ def run(ctx: RunContext) -> None:
             f" shared in {config.base_dtype}"
         )
     waves.train(
-        config,
+        ctx.training,
         ctx.model,
         functools.partial(models.base_params, ctx, config.base_dtype),
         ctx.splits["train"],
         ctx.mesh,
-        ctx.log,
+        ctx.layout,
+        log=ctx.log,
         held_out=ctx.splits.get("validation"),
         sample=sample_generations.sampler(config, ctx.model, ctx.tokenizer, ctx.mesh, ctx.splits),
-        saved=ctx.on_checkpoint,
+        on_checkpoint=ctx.on_checkpoint,
     )
 
 
@@ -59,8 +60,17 @@ def is_complete(config: Config) -> bool:
 def benchmark(ctx: RunContext, steps: int, profile: Path | None) -> None:
     """Log how fast the first steps of the training are. Only the profile is written."""
     base = functools.partial(models.base_params, ctx, ctx.config.base_dtype)
-    examples = ctx.splits["train"]
-    ctx.log(str(waves.look(ctx.config, ctx.model, base, examples, ctx.mesh, steps, profile)))
+    timing = waves.measure_steps(
+        ctx.training,
+        ctx.model,
+        base,
+        ctx.splits["train"],
+        ctx.mesh,
+        ctx.layout,
+        count=steps,
+        profile=profile,
+    )
+    ctx.log(str(timing))
 
 
 def _describe(examples: Examples) -> Json:

@@ -1,0 +1,26 @@
+"""Specifications for the packages that must not see the whole config, each built once from it."""
+
+from jax_ordermerge import config as schema
+from jax_ordermerge.config import Config
+from jax_ordermerge.train.spec import TrackingSpec, TrainingSpec
+
+
+def training_spec(config: Config) -> TrainingSpec:
+    """Return what a training needs of a config.
+
+    Example:
+        >>> training_spec(Config(seed=3)).seed
+        3
+    """
+    return TrainingSpec(
+        seed=config.seed,
+        model=config.model,
+        base_dtype=config.base_dtype,
+        data=config.data,
+        population=config.population,
+        objective=config.objective,
+        training=config.training,
+        lora=config.lora,
+        sample_every=config.samples.every,
+        tracking=TrackingSpec(config.name, config.tracking, schema.to_dict(config)),
+    )

@@ -1,0 +1,120 @@
+"""The compiled programs of a training, and the shapes that they are compiled for.
+
+Nothing here reads or writes a file, and the devices of the mesh need not be present: a planner
+compiles the same step for hardware that is elsewhere.
+"""
+
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.data import pack
+from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.train import batches, mixing, optimizers, validation
+from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.batches import Plan
+from jax_ordermerge.train.step import TrainState
+from jax_ordermerge.train.trainable import make_trainable
+from jax_ordermerge.tree import Tree, unflatten
+
+LoadBase = Callable[[], Tree]
+
+
+class Programs:
+    """What a training compiles.
+
+    Attributes:
+        model: the architecture.
+        plan: what is trained on.
+        spec: settings of the training.
+        mesh: the mesh.
+        held_out: validation examples; None where no validation losses are measured.
+        trainable: which tensors are trained, and the objective.
+        tx: the optimizer.
+        state, frozen, batch, best: shapes, dtypes and shardings of the training state, of the
+            frozen base, of a batch, and of the best weights.
+    """
+
+    def __init__(
+        self, model: ModelConfig, plan: Plan, mesh: Mesh, held_out: Examples | None = None
+    ) -> None:
+        self.model, self.plan, self.spec, self.mesh = model, plan, plan.spec, mesh
+        self.held_out = held_out if self.spec.training.validates else None
+        self.trainable = make_trainable(self.spec, model, mesh)
+        trained, frozen = self.trainable.trained, self.trainable.frozen
+        members = len(plan.members)
+        self.tx = optimizers.optimizer(self.spec.training, plan.steps, trained)
+        params = convert.abstract_tensors(trained, mesh, members=members)
+        self.state = steps.abstract_state(params, self.tx, mesh)
+        self.frozen = convert.abstract_tensors(frozen, mesh, dtype=self.spec.base_dtype)
+        self.batch = batches.abstract_batch(plan, mesh)
+        stored = self.weights(self.state) if self.spec.training.checkpoint == "best" else {}
+        self.best = validation.abstract(stored, members, mesh)
+
+    def weights(self, state: TrainState) -> Tree:
+        """Return the weights of the members: their averages where `training.ema` asks for them."""
+        return state.params if self.spec.training.ema is None else state.opt_state.ema
+
+    @property
+    def members_branch(self) -> str:
+        """Where in a checkpoint the members are."""
+        if self.spec.training.checkpoint == "best":
+            return validation.BRANCH
+        return "params" if self.spec.training.ema is None else optimizers.AVERAGES
+
+    # ------------------------------------------------------------------------------ arrays
+
+    def initial_state(self, load_base: LoadBase) -> TrainState:
+        """Return the state before the first step."""
+        return steps.initial_state(self.trainable.start(load_base), self.tx, self.state)
+
+    def load_frozen(self, load_base: LoadBase) -> Tree:
+        """Return what all members share unchanged; `{}` if nothing."""
+        return steps.place(load_base(), self.frozen) if self.frozen else {}
+
+    # ------------------------------------------------------------------------------ programs
+
+    def compile_step(self) -> steps.Step:
+        """Compile the training step of all members."""
+        trained = self.trainable.trained
+        specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in trained}
+        step = steps.train_step(
+            self.trainable.objective,
+            self.tx,
+            optimizers.schedule(self.spec.training, self.plan.steps),
+            lengths=self.plan.lengths,
+            specs=unflatten(specs),
+        )
+        return steps.compile_step(step, self.mesh, self.state, self.batch, self.frozen)
+
+    def compile_mixing(self) -> Callable[[TrainState, int], TrainState]:
+        """Return `(state, steps done) -> state`, the mixing after a step; by default nothing."""
+        settings = self.spec.training.mixing
+        if settings is None:
+            return lambda state, done: state
+        return mixing.compile_mixing(
+            settings, self.trainable.trained, self.spec.seed, self.mesh, self.state.params
+        )
+
+    def compile_validation(self) -> validation.Measure | None:
+        """Compile the validation losses; None where they are not measured.
+
+        It is a program of its own: a step without validation is the same program with or without
+        it, so a member has the same bits.
+        """
+        if self.held_out is None:
+            return None
+        lengths = pack.bucket_lengths(self.held_out.longest, self.spec.data.buckets)
+        batch = validation.device_batches(self.held_out, self.plan.microbatch, lengths, self.mesh)
+        return validation.compile_measure(
+            self.trainable.objective,
+            self.mesh,
+            self.best,
+            self.weights(self.state),
+            batch,
+            self.frozen,
+            lengths,
+        )

@@ -1,0 +1,134 @@
+"""What a checkpoint of a training holds, and how a training continues from it.
+
+A checkpoint has the branches `params`, `optimizer`, `step` and `losses`, and `best` where
+validation losses are measured. Its metadata identify the training.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_ordermerge.checkpoint.orbax import Checkpoints
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.train import validation
+from jax_ordermerge.train.programs import Programs
+from jax_ordermerge.train.recorder import Recorder
+from jax_ordermerge.train.spec import FREE_TO_CHANGE
+from jax_ordermerge.train.step import TrainState
+from jax_ordermerge.train.validation import Best
+
+# Settings of adapters that are stored in the open, so that a message can name what differs.
+_LORA_SHAPE = {"rank", "alpha", "rslora", "targets"}
+
+
+def identity(programs: Programs) -> dict[str, Any]:
+    """Return everything that decides the result of a training, as JSON."""
+    spec, plan = programs.spec, programs.plan
+    deciding: dict[str, Any] = {
+        "training": spec.training.model_dump(mode="json", exclude=set(FREE_TO_CHANGE)),
+        "model": spec.model.model_dump(mode="json", include={"compute_dtype", "remat"}),
+        "objective": spec.objective.model_dump(mode="json"),
+        "architecture": repr(programs.model),
+        "lengths": plan.lengths,
+    }
+    lora = None
+    if spec.lora is not None:
+        deciding |= {"lora": spec.lora.model_dump(mode="json"), "base_dtype": spec.base_dtype}
+        lora = spec.lora.model_dump(mode="json", include=_LORA_SHAPE)
+    if programs.held_out:
+        deciding["validation"] = programs.held_out.digest
+    return {
+        "members": list(plan.members),
+        "population": spec.population.members,
+        "seed": spec.seed,
+        "level": spec.population.level,
+        "orders": plan.digests,
+        "data": plan.examples.digest,
+        "lora": lora,
+        "config": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def check_same(checkpoints: Checkpoints, done: int, programs: Programs) -> None:
+    """Refuse a checkpoint of another training.
+
+    Raises:
+        UserError: the first thing that differs is named.
+    """
+    metadata = checkpoints.metadata(done)
+    for name, value in identity(programs).items():
+        if metadata.get(name) != value:
+            raise UserError(
+                f"checkpoint {done} in {checkpoints.directory.parent} is of another training"
+                f" ({name} differs); choose another output directory"
+            )
+
+
+def save(
+    checkpoints: Checkpoints,
+    done: int,
+    programs: Programs,
+    recorder: Recorder,
+    state: TrainState,
+    best: Best,
+) -> None:
+    """Start saving a checkpoint after `done` steps."""
+    # a copy: the checkpoint is written while the next steps fill in their losses
+    losses = jax.make_array_from_callback(
+        recorder.losses.shape,
+        NamedSharding(programs.mesh, P()),
+        lambda index: recorder.losses[index].copy(),
+    )
+    tree = {
+        "params": state.params,
+        "optimizer": state.opt_state,
+        "step": state.step,
+        "losses": losses,
+    }
+    if programs.held_out:
+        tree["best"] = best
+    metadata = {
+        **identity(programs),
+        "steps": programs.plan.steps,
+        "weights": programs.members_branch,
+        "mesh": dict(programs.mesh.shape),
+        "recorder": recorder.to_metadata(),
+    }
+    checkpoints.save(done, tree, metadata)
+
+
+def restore(
+    checkpoints: Checkpoints, done: int, programs: Programs, recorder: Recorder
+) -> tuple[TrainState | None, Best]:
+    """Restore a checkpoint, onto the mesh of this session.
+
+    Returns:
+        The state, and the best weights. Of a complete training the state is None and the best
+        weights are `{}`: no weights are read.
+    """
+    losses = jax.ShapeDtypeStruct(
+        recorder.losses.shape, jnp.float32, sharding=NamedSharding(programs.mesh, P())
+    )
+    wanted: dict[str, Any] = {"losses": losses}
+    complete = done == programs.plan.steps
+    if not complete:
+        abstract = programs.state
+        wanted |= {
+            "params": abstract.params,
+            "optimizer": abstract.opt_state,
+            "step": abstract.step,
+        }
+    if programs.held_out:
+        wanted["best"] = programs.best._replace(weights={}) if complete else programs.best
+    restored = checkpoints.restore(done, wanted)
+    recorder.restore(np.asarray(restored["losses"]), checkpoints.metadata(done)["recorder"])
+    best = restored["best"] if programs.held_out else validation.initial(programs.best)
+    if complete:
+        return None, best
+    return TrainState(restored["params"], restored["optimizer"], restored["step"]), best

@@ -1,0 +1,66 @@
+"""What a training needs of the settings of an experiment, and nothing else of them."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any
+
+from jax_ordermerge import config
+
+# Settings of `training` that may differ when a training continues: they decide when something is
+# written or checked, not what is trained.
+FREE_TO_CHANGE = frozenset({"log_every", "checkpoint_every", "keep_checkpoints", "spike"})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingSpec:
+    """Where metrics are shown besides the log.
+
+    Attributes:
+        name: name of the experiment.
+        settings: which trackers.
+        config: the resolved config as plain data, shown with each W&B run.
+    """
+
+    name: str = "experiment"
+    settings: config.Tracking = field(default_factory=config.Tracking)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSpec:
+    """Settings of the training of a population. `experiment.specs` makes one from a config.
+
+    Attributes:
+        seed: seed of the experiment.
+        model: the base and the numerics of the training step.
+        base_dtype: dtype that the base is loaded in: that of a frozen base, else float32.
+        data: padding and packing of the examples.
+        population: number of members and the kind of their orders.
+        objective: what is minimized.
+        training: optimizer, schedule, logging, checkpoints.
+        lora: settings of the adapters; None trains all parameters.
+        sample_every: steps between answers to fixed prompts; None asks for none.
+        tracking: trackers.
+
+    Example:
+        >>> TrainingSpec(population=config.Population(members=2)).first_wave
+        (0, 1)
+    """
+
+    seed: int = 0
+    model: config.Model = field(default_factory=config.Model)
+    base_dtype: str = "float32"
+    data: config.Data = field(default_factory=config.Data)
+    population: config.Population = field(default_factory=config.Population)
+    objective: config.Objective = field(default_factory=config.Objective)
+    training: config.Training = field(default_factory=config.Training)
+    lora: config.Lora | None = None
+    sample_every: int | None = None
+    tracking: TrackingSpec = field(default_factory=TrackingSpec)
+
+    @property
+    def first_wave(self) -> tuple[int, ...]:
+        """Members that are trained together first: all, or as many as `population.wave` says."""
+        members = self.population.members
+        return tuple(range(min(self.population.wave or members, members)))
