@@ -66,10 +66,12 @@ def test_frozen_weights_have_no_gradient():
 
 
 def test_peaks():
-    assert flops.peak("TPU v6 lite", "bfloat16") == 918e12
-    assert flops.peak("TPU v5p", "bfloat16") == flops.peak("TPU v5", "bfloat16") == 459e12
-    assert flops.peak("NVIDIA H100 PCIe", "bfloat16") < flops.peak(
+    assert flops.peak_flops("TPU v6 lite", "bfloat16") == 918e12
+    assert (
+        flops.peak_flops("TPU v5p", "bfloat16") == flops.peak_flops("TPU v5", "bfloat16") == 459e12
+    )
+    assert flops.peak_flops("NVIDIA H100 PCIe", "bfloat16") < flops.peak_flops(
         "NVIDIA H100 80GB HBM3", "bfloat16"
     )
-    assert flops.peak("NVIDIA B200", "float32") == 1125e12
-    assert flops.peak(jax.devices("cpu")[0].device_kind, "bfloat16") is None
+    assert flops.peak_flops("NVIDIA B200", "float32") == 1125e12
+    assert flops.peak_flops(jax.devices("cpu")[0].device_kind, "bfloat16") is None
