@@ -1,4 +1,4 @@
-"""A look at some steps leaves the run alone; compiled programs that are kept are not compiled again."""
+"""The benchmark of some steps leaves the run alone; cached programs are not compiled again."""
 
 import os
 import pathlib
@@ -13,18 +13,18 @@ from jax_ordermerge.experiment import pipeline
 from tests.commands.test_cli import call
 
 
-def test_a_look_writes_nothing_but_the_profile(folder, tmp_path):
-    said = []
+def test_a_benchmark_writes_nothing_but_the_profile(folder, tmp_path):
+    messages = []
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
-    pipeline.benchmark(config, steps=6, profile=tmp_path / "profile", log=said.append)
-    assert "s per step" in said[-1]
-    assert "tokens/s, MFU unknown for this device, host outside the compiled step" in said[-1]
+    pipeline.benchmark(config, steps=6, profile=tmp_path / "profile", log=messages.append)
+    assert "s per step" in messages[-1]
+    assert "tokens/s, MFU unknown for this device, host outside the compiled step" in messages[-1]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert [path.name for path in tmp_path.iterdir()] == ["profile"]
     with pytest.raises(
         UserError, match="--steps 99: expected 2 to 10, the steps of the whole training"
     ):
-        pipeline.benchmark(config, steps=99, log=said.append)
+        pipeline.benchmark(config, steps=99, log=messages.append)
 
 
 def test_a_profile_goes_with_steps(folder, tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_a_second_start_compiles_nothing_anew(folder, tmp_path):
         for name, value in os.environ.items()
         if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
     }
-    said = [
+    messages = [
         subprocess.run(
             [sys.executable, "-c", PROGRAM, str(folder / "tiny.yaml"), str(tmp_path / "compiled")],
             cwd=root,
@@ -64,7 +64,7 @@ def test_a_second_start_compiles_nothing_anew(folder, tmp_path):
         for _ in range(2)
     ]
     (asked, found), (asked_again, found_again) = (
-        [int(count) for count in one[-2:]] for one in said
+        [int(count) for count in one[-2:]] for one in messages
     )
     assert asked_again == asked > found
     assert found_again == asked
