@@ -1,8 +1,10 @@
-"""Prompt templates, and tokens with a mask of what is learned. Pure, given a tokenizer.
+"""Prompt templates, and tokens with a mask of what is learned. Pure functions of a tokenizer.
 
-What a model is given when it generates are the very tokens it was trained on: the prompt is tokenized alone, and the training example
-is the tokens of the whole text where these begin with the prompt's, else the prompt's tokens followed by those of the response
-tokenized alone (a merge across the border, such as of a space that ends the prompt, would otherwise change the prompt).
+A model is trained on exactly the prompt tokens from which it generates. The prompt is tokenized
+alone. The training example is the tokens of prompt and response together where these begin with the
+tokens of the prompt. Elsewhere it is the tokens of the prompt followed by those of the response,
+tokenized apart: a token across the border, such as of a space that ends the prompt, would otherwise
+change the prompt.
 """
 
 import re
@@ -29,8 +31,8 @@ GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # The two prompts of Stanford Alpaca, as published in tatsu-lab/stanford_alpaca (Apache-2.0).
 ALPACA_WITH_INPUT: Final = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 ALPACA_WITHOUT_INPUT: Final = (
@@ -41,14 +43,14 @@ ALPACA_WITHOUT_INPUT: Final = (
 
 
 class Encoded(NamedTuple):
-    """One example: token numbers, and for each whether it belongs to a response."""
+    """Token numbers of one example, and whether each belongs to a response."""
 
     tokens: list[int]
     answers: list[bool]
 
 
 class Piece(NamedTuple):
-    """A stretch of rendered text."""
+    """A part of the rendered text."""
 
     text: str
     learned: bool
@@ -57,30 +59,31 @@ class Piece(NamedTuple):
 def resolve_template(
     template: str, form: str, records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
 ) -> str:
-    """Return the template that `auto` stands for; any other is returned as it is.
+    """Return the template that `auto` stands for. Any other name is returned unchanged.
 
-    `auto` is `chat` where the data are messages and the tokenizer has a chat template; else it follows the format: Alpaca's prompt for
-    `alpaca`, GSM8K's for `question_answer`, and `plain` for prompt and completion strings.
+    `auto` is `chat` for messages. Otherwise it follows the format: the prompt of Alpaca for
+    `alpaca`, of GSM8K for `question_answer`, and `plain` for prompt and completion strings.
 
     Args:
         template: a name of `TEMPLATES`, or `auto`.
         form: format of the data.
-        records: the data; only the first is looked at.
-        tokenizer: of the base model.
+        records: the data; only the first record is read.
+        tokenizer: tokenizer of the base model.
 
     Raises:
-        UserError: unknown template; `chat` without a chat template; messages without a chat template.
+        UserError: unknown template; `chat` or messages without a chat template.
     """
     if template not in (*TEMPLATES, "auto"):
         raise UserError(
             f"data.template = '{template}' is not a template{did_you_mean(template, TEMPLATES)}"
         )
-    messages = form in ("messages", "sharegpt") or (bool(records) and records[0].given > 0)
+    messages = form in ("messages", "sharegpt") or (bool(records) and records[0].context > 0)
     if template == "auto":
         template = "chat" if messages else BY_FORMAT[form]
     if template == "chat" and not tokenizer.chat_template:
         raise UserError(
-            "the tokenizer has no chat template; set data.template to plain, alpaca or gsm8k, or add a chat_template.jinja to the base"
+            "the tokenizer has no chat template; set data.template to plain, alpaca or gsm8k,"
+            " or add a chat_template.jinja to the base"
         )
     return template
 
@@ -90,9 +93,10 @@ def encode(
 ) -> list[Encoded]:
     """Tokenize examples and mark what is learned.
 
-    Learned are the responses with the token that ends them. BOS stands first where the tokenizer puts it (at `chat`, where its
-    template writes it), never twice; EOS is appended to what does not end in it (at `chat`, in any special token). Of a text, every
-    token but BOS is learned.
+    The responses are learned, each with the token that ends it. BOS comes first where the tokenizer
+    adds it (with `chat`, where the template writes it), never twice. EOS is appended where the last
+    token is not EOS (with `chat`, where it is not a special token). For a text, every token but BOS
+    is learned.
 
     Args:
         records: examples of one source.
@@ -100,61 +104,59 @@ def encode(
         tokenizer: a fast tokenizer.
 
     Raises:
-        UserError: no EOS; a conversation under a template for one prompt and one response; a chat template whose turns cannot be told
-            apart.
+        UserError: no EOS; a conversation with a template for one prompt and one response; a chat
+            template whose turns cannot be separated.
     """
-    ends = _ends(tokenizer)
+    special = _special_tokens(tokenizer)
     if records and records[0].text is not None:
-        return [
-            _closed(Encoded(ids, [True] * len(ids)), ends)
-            for ids in _ids([str(r.text) for r in records], tokenizer)
-        ]
+        texts = _ids([str(record.text) for record in records], tokenizer)
+        return [_add_bos_and_eos(Encoded(ids, [True] * len(ids)), special) for ids in texts]
     if template != "chat":
-        pieces = [
-            [Piece(prompt, False), Piece(response, True)]
-            for prompt, response in (render(r, template) for r in records)
-        ]
-        return [_closed(encoded, ends) for encoded in _encode_pieces(pieces, tokenizer)]
+        pieces = []
+        for record in records:
+            prompt, response = render(record, template)
+            pieces.append([Piece(prompt, False), Piece(response, True)])
+        return [_add_bos_and_eos(each, special) for each in _encode_pieces(pieces, tokenizer)]
     if GENERATION.search(str(tokenizer.chat_template)):
-        encoded = [_by_template(record, tokenizer, ends) for record in records]
+        encoded = [_encode_marked(record, tokenizer, special) for record in records]
     else:
-        encoded = _encode_pieces(
-            [_by_turns(record, tokenizer, ends) for record in records], tokenizer
-        )
-    return [_ended(one, ends) for one in encoded]
+        pieces = [_split_turns(record, tokenizer, special) for record in records]
+        encoded = _encode_pieces(pieces, tokenizer)
+    return [_end_turn(each, special) for each in encoded]
 
 
 def prompt_tokens(
     record: Record, template: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> np.ndarray:
-    """Return what the model is given to answer the last message of a record: int32[n], the prompt's tokens of `encode`.
+    """Return the prompt of the last message of a record, int32[n]: the same tokens as in `encode`.
 
-    The last message itself is not looked at: `Record.asked("2 + 3?")` will do.
+    The last message itself is not read: `Record.single_turn("2 + 3?")` is enough.
     """
     if template == "chat":
-        ids = _ids([_rendered(tokenizer, record.messages[:-1], asking=True)], tokenizer)[0]
-    else:
-        ids = _with_bos(_ids([render(record, template)[0]], tokenizer)[0], _ends(tokenizer))
-    return np.asarray(ids, np.int32)
+        return np.asarray(_generation_prompt(record, tokenizer), np.int32)
+    ids = _ids([render(record, template)[0]], tokenizer)[0]
+    return np.asarray(_with_bos(ids, _special_tokens(tokenizer)), np.int32)
 
 
 def render(record: Record, template: str) -> tuple[str, str]:
     """Return prompt and response of a template for one prompt and one response.
 
-    `plain` joins them with nothing between. `alpaca` is Stanford's wording, the response directly after `### Response:`. `gsm8k` is
-    `Question: {prompt}\\nAnswer:` and a space before the response, as lm-evaluation-harness asks it.
+    `plain` concatenates them. `alpaca` is Stanford's text with the response directly after
+    `### Response:`. `gsm8k` is `Question: {prompt}\\nAnswer:` and a space before the response, as
+    in lm-evaluation-harness.
 
     Raises:
         UserError: the record is not one user message and one response.
 
     Example:
-        >>> render(Record.asked("2 + 3?", "5"), "gsm8k")
+        >>> render(Record.single_turn("2 + 3?", "5"), "gsm8k")
         ('Question: 2 + 3?\\nAnswer:', ' 5')
     """
     roles = [message["role"] for message in record.messages]
     if roles != ["user", "assistant"]:
         raise UserError(
-            f"template {template} takes one user and one assistant message, an example has {', '.join(roles)}; use chat"
+            f"template {template} takes one user and one assistant message,"
+            f" an example has {', '.join(roles)}; use chat"
         )
     prompt, response = record.prompt, record.response
     if template == "gsm8k":
@@ -165,19 +167,20 @@ def render(record: Record, template: str) -> tuple[str, str]:
     return f"{prompt}\n{record.input}" if record.input else prompt, response
 
 
-class Ends(NamedTuple):
-    """What a tokenizer begins and ends with."""
+class SpecialTokens(NamedTuple):
+    """BOS, EOS and all special tokens of a tokenizer."""
 
-    bos: int | None  # None where the tokenizer does not put one
+    bos: int | None  # None where the tokenizer does not add one
     eos: int
-    special: frozenset[int]
-    special_texts: tuple[str, ...]
+    ids: frozenset[int]
+    texts: tuple[str, ...]
 
 
-def _ends(tokenizer: "PreTrainedTokenizerBase") -> Ends:
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer has no eos_token, so no response could end; name one in tokenizer_config.json"
+            "the tokenizer has no eos_token, so no response could end;"
+            " name one in tokenizer_config.json"
         )
     special = {
         number: token.content
@@ -185,141 +188,153 @@ def _ends(tokenizer: "PreTrainedTokenizerBase") -> Ends:
         if token.special
     }
     special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    # asked of what it does and not of what it has: a Qwen has a BOS that it never writes
-    adds = (
-        tokenizer.bos_token_id is not None
-        and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    )
-    return Ends(
-        tokenizer.bos_token_id if adds else None,
-        tokenizer.eos_token_id,
-        frozenset(special),
-        tuple(special.values()),
+    # Tested by what the tokenizer does, not by what it has: Qwen has a BOS that it never adds.
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    texts = tuple(special.values())
+    return SpecialTokens(
+        bos if adds_bos else None, tokenizer.eos_token_id, frozenset(special), texts
     )
 
 
 def _ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    # no special tokens here: templates write their own, and adding them again would double BOS
-    return (
-        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        if texts
-        else []
-    )
+    if not texts:
+        return []
+    # without special tokens: templates write their own, and BOS would stand twice
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _with_bos(ids: list[int], ends: Ends) -> list[int]:
-    return ids if ends.bos is None or ids[:1] == [ends.bos] else [ends.bos, *ids]
+def _with_bos(ids: list[int], special: SpecialTokens) -> list[int]:
+    return ids if special.bos is None or ids[:1] == [special.bos] else [special.bos, *ids]
 
 
-def _closed(encoded: Encoded, ends: Ends) -> Encoded:
-    ids = _with_bos(encoded.tokens, ends)
+def _add_bos_and_eos(encoded: Encoded, special: SpecialTokens) -> Encoded:
+    ids = _with_bos(encoded.tokens, special)
     answers = [False] * (len(ids) - len(encoded.tokens)) + encoded.answers
-    if ids[:1] == [ends.bos]:
+    if ids[:1] == [special.bos]:
         answers[0] = False
-    if ids[-1:] != [ends.eos]:
-        ids, answers = [*ids, ends.eos], [*answers, True]
+    if ids[-1:] != [special.eos]:
+        ids, answers = [*ids, special.eos], [*answers, True]
     return Encoded(ids, answers)
 
 
-def _ended(encoded: Encoded, ends: Ends) -> Encoded:
-    if encoded.tokens[-1] in ends.special:
+def _end_turn(encoded: Encoded, special: SpecialTokens) -> Encoded:
+    if encoded.tokens[-1] in special.ids:
         return encoded
-    return Encoded([*encoded.tokens, ends.eos], [*encoded.answers, True])
+    return Encoded([*encoded.tokens, special.eos], [*encoded.answers, True])
 
 
 def _encode_pieces(
     examples: Sequence[Sequence[Piece]], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Encoded]:
+    """Tokenize texts whose pieces alternate between context and response, all in one call.
+
+    Every prefix of pieces is tokenized, so that the border between two pieces is known in tokens.
+    """
     prefixes = [
         "".join(piece.text for piece in pieces[: end + 1])
         for pieces in examples
         for end in range(len(pieces))
     ]
-    numbers = iter(_ids(prefixes, tokenizer))
+    prefix_ids = iter(_ids(prefixes, tokenizer))
     encoded = []
     for pieces in examples:
-        *begun, whole = [next(numbers) for _ in pieces]
-        if whole[: len(begun[-1])] != begun[-1]:
-            whole = begun[-1] + _ids([pieces[-1].text], tokenizer)[0]
+        *starts, tokens = [next(prefix_ids) for _ in pieces]
+        if tokens[: len(starts[-1])] != starts[-1]:
+            tokens = starts[-1] + _ids([pieces[-1].text], tokenizer)[0]
         answers: list[bool] = []
-        for ids, piece in zip([*begun, whole], pieces, strict=True):
-            answers += [piece.learned] * (_common(ids, whole) - len(answers))
-        encoded.append(Encoded(whole, answers))
+        for ids, piece in zip([*starts, tokens], pieces, strict=True):
+            answers += [piece.learned] * (_common_prefix(ids, tokens) - len(answers))
+        encoded.append(Encoded(tokens, answers))
     return encoded
 
 
-def _common(ids: list[int], whole: list[int]) -> int:
-    # only before an earlier response can the border lie inside a token; it then counts as that response's
-    if whole[: len(ids)] == ids:
+def _common_prefix(ids: list[int], tokens: list[int]) -> int:
+    # Only before an earlier response can a border lie inside a token. The token then counts as part
+    # of that response.
+    if tokens[: len(ids)] == ids:
         return len(ids)
-    return next(at for at, (one, other) in enumerate(zip(ids, whole, strict=False)) if one != other)
+    return next(index for index in range(len(ids)) if ids[index] != tokens[index])
 
 
-# --- chat ---
+# ------------------------------------------------------------------ chat templates
 
 
-def _rendered(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, asking: bool = False
+def _render_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, generation: bool = False
 ) -> str:
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=asking
-            )
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation
         )
-    except Exception as error:  # a template raises whatever it likes on roles it does not take
+    except Exception as error:  # templates raise errors of any kind on roles they do not take
         roles = ", ".join(str(message["role"]) for message in messages) or "none"
-        raise UserError(
-            f"the chat template refuses the roles {roles}: {' '.join(str(error).split())[:120]}"
-        ) from error
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"the chat template refuses the roles {roles}: {reason}") from error
+    return str(text)
 
 
-def _by_turns(record: Record, tokenizer: "PreTrainedTokenizerBase", ends: Ends) -> list[Piece]:
-    whole = _rendered(tokenizer, record.messages)
+def _generation_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    text = _render_chat(tokenizer, record.messages[:-1], generation=True)
+    return _ids([text], tokenizer)[0]
+
+
+def _split_turns(
+    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
+) -> list[Piece]:
+    """Split a conversation into context and responses with a template that does not mark them."""
+    text = _render_chat(tokenizer, record.messages)
     pieces: list[Piece] = []
     done = 0
-    for at, message in enumerate(record.messages):
-        if at < record.given or message["role"] != "assistant":
+    for number, message in enumerate(record.messages):
+        if number < record.context or message["role"] != "assistant":
             continue
-        asked = _rendered(tokenizer, record.messages[:at], asking=True)
-        said = _rendered(tokenizer, record.messages[: at + 1])
-        if not (whole.startswith(said) and said.startswith(asked)):
+        prompt = _render_chat(tokenizer, record.messages[:number], generation=True)
+        answered = _render_chat(tokenizer, record.messages[: number + 1])
+        if not (text.startswith(answered) and answered.startswith(prompt)):
             raise UserError(
-                f"the chat template writes what stands before the response in message {at} differently once it is answered, so the "
-                "response cannot be told apart; mark responses in the template with {% generation %} or set data.template"
+                f"the chat template changes the text before the response in message {number} once"
+                " it is answered, so the response cannot be separated; mark responses in the"
+                " template with {% generation %} or set data.template"
             )
-        # white space after the end of a turn separates it from the next one: nothing that the model has to write
-        end = len(said.rstrip()) if said.rstrip().endswith(ends.special_texts) else len(said)
-        pieces += [Piece(whole[done : len(asked)], False), Piece(whole[len(asked) : end], True)]
+        # White space after the end of a turn separates it from the next one. The model does not
+        # have to write it.
+        stripped = answered.rstrip()
+        end = len(stripped) if stripped.endswith(special.texts) else len(answered)
+        pieces += [Piece(text[done : len(prompt)], False), Piece(text[len(prompt) : end], True)]
         done = end
     return pieces
 
 
-def _by_template(record: Record, tokenizer: "PreTrainedTokenizerBase", ends: Ends) -> Encoded:
-    whole = tokenizer.apply_chat_template(
+def _encode_marked(
+    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
+) -> Encoded:
+    """Encode a conversation with a template that marks responses with {% generation %}."""
+    encoding = tokenizer.apply_chat_template(
         list(record.messages),
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"verbose": False},
     )
-    ids, marked = list(whole["input_ids"]), np.asarray(whole["assistant_masks"], bool)
-    asked = _ids([_rendered(tokenizer, record.messages[:-1], asking=True)], tokenizer)[0]
-    if ids[: len(asked)] != asked or not marked[len(asked) :].any():
+    ids, learned = list(encoding["input_ids"]), np.asarray(encoding["assistant_masks"], bool)
+    prompt = _generation_prompt(record, tokenizer)
+    if ids[: len(prompt)] != prompt or not learned[len(prompt) :].any():
         raise UserError(
-            "the chat template's generation prompt does not begin the last response that it marks with {% generation %}: a model would "
-            "be asked otherwise than it is trained; mend the template or set data.template"
+            "the generation prompt of the chat template does not precede the last response that it"
+            " marks with {% generation %}: generation would use another prompt than training; mend"
+            " the template or set data.template"
         )
-    if record.given:
-        marked[
-            : len(_ids([_rendered(tokenizer, record.messages[: record.given])], tokenizer)[0])
-        ] = False
-    # the token that ends a turn is learned with it, also where the template closes {% endgeneration %} before it
-    for end in np.flatnonzero(marked[:-1] & ~marked[1:]) + 1:
-        marked[end] |= ids[end] in ends.special and ids[end - 1] not in ends.special
-    # the last response begins where the generation prompt ends, wherever the template marks it: this is what the model has to write
-    last = int(np.flatnonzero(marked)[-1]) + 1
-    marked[len(asked) : last] = True
-    before = np.flatnonzero(~marked[: len(asked)])
-    marked[before[-1] + 1 if before.size else 0 : len(asked)] = False
-    return Encoded(ids[:last], marked[:last].tolist())
+    if record.context:
+        context = _render_chat(tokenizer, record.messages[: record.context])
+        learned[: len(_ids([context], tokenizer)[0])] = False
+    # The token that ends a turn is learned with it, also where {% endgeneration %} precedes it.
+    for end in np.flatnonzero(learned[:-1] & ~learned[1:]) + 1:
+        learned[end] |= ids[end] in special.ids and ids[end - 1] not in special.ids
+    # The last response begins where the generation prompt ends, wherever the template marks it:
+    # from there on the model has to write.
+    stop = int(np.flatnonzero(learned)[-1]) + 1
+    learned[len(prompt) : stop] = True
+    before = np.flatnonzero(~learned[: len(prompt)])
+    learned[before[-1] + 1 if before.size else 0 : len(prompt)] = False
+    return Encoded(ids[:stop], learned[:stop].tolist())

@@ -1,4 +1,7 @@
-"""Tokenized examples in flat arrays: two arrays and their offsets, whatever the number of examples."""
+"""Tokenized examples in flat arrays.
+
+Why not lists of arrays? Millions of small numpy objects take ten times the memory of their tokens.
+"""
 
 import dataclasses
 import hashlib
@@ -31,13 +34,13 @@ class Ragged(Sequence[np.ndarray]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64[n]."""
+        """Length of each row, int64[n]."""
         return np.diff(self.offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, row):  # type: ignore[no-untyped-def]  # rows by one number only, never by slice
+    def __getitem__(self, row):  # type: ignore[no-untyped-def]  # a number, never a slice
         row = range(len(self))[row]
         return self.flat[self.offsets[row] : self.offsets[row + 1]]
 
@@ -52,24 +55,25 @@ class Examples:
     Attributes:
         tokens: row i is int32[length], prompt and response.
         answers: row i is bool[length], True where the token belongs to the response.
-        ids: int64[n], the example's number in its file, from 0, each once; of texts, the number of the window cut from them.
-        prompts: n texts before the last response, as in the file and not templated.
+        ids: int64[n], distinct numbers of the examples in their file, from 0; for texts, the
+            numbers of the windows that they are cut into.
+        prompts: n texts before the last response, as in the file, without the template.
         responses: n texts of the last response, as in the file: the references of an evaluation.
-        counts: `read`, `used`, and what was dropped or truncated and why.
+        counts: `read`, `used`, and how many were dropped or truncated for which reason.
         sources: where the examples came from, e.g. file and SHA-256.
-        rejected: of preference pairs, the other response to each prompt, row by row; everything else is of the chosen one. None where
-            there are no pairs.
-        reference: float32[n, 2], log-probabilities of the chosen and the rejected response under the reference model, which training
-            on pairs needs; None where not known.
+        rejected: the rejected responses of preference pairs, row by row; all other attributes
+            describe the chosen ones. None where the examples are not pairs.
+        reference: float32[n, 2], log-probabilities of the chosen and the rejected response under
+            the reference model, which training on pairs needs. None before they are measured.
 
     Example:
-        >>> two = Examples(
+        >>> examples = Examples(
         ...     Ragged.of([[1, 2, 3], [4, 5]], np.int32),
         ...     Ragged.of([[0, 1, 1], [0, 1]], np.bool_),
         ...     np.arange(2),
         ... )
-        >>> len(two), two.longest, two.tokens[1].tolist(), two.answers[0].tolist(), two.digest[:8]
-        (2, 3, [4, 5], [False, True, True], '96d91af4')
+        >>> len(examples), examples.longest, examples.tokens[1].tolist(), examples.digest[:8]
+        (2, 3, [4, 5], '96d91af4')
     """
 
     tokens: Ragged
@@ -87,9 +91,11 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64[n], tokens an example; of a pair, of its longer sequence."""
-        own = self.tokens.lengths
-        return own if self.rejected is None else np.maximum(own, self.rejected.tokens.lengths)
+        """Tokens per example, int64[n]; for a pair, those of its longer sequence."""
+        lengths = self.tokens.lengths
+        if self.rejected is None:
+            return lengths
+        return np.maximum(lengths, self.rejected.tokens.lengths)
 
     @property
     def longest(self) -> int:
@@ -98,14 +104,14 @@ class Examples:
 
     @property
     def parts(self) -> "tuple[Examples, ...]":
-        """The sequences of an example one by one: these examples, or of pairs the chosen and the rejected ones."""
+        """These examples, or for pairs the chosen and the rejected ones apart."""
         if self.rejected is None:
             return (self,)
         return dataclasses.replace(self, rejected=None, reference=None), self.rejected
 
     @property
     def sequences(self) -> "Examples":
-        """What a forward pass reads: these examples, or of n pairs 2 n rows, chosen and rejected in turn, numbered from 0.
+        """These examples, or for n pairs 2 n rows: chosen and rejected in turn, with ids from 0.
 
         Example:
             >>> chosen, rejected = (
@@ -117,44 +123,40 @@ class Examples:
         """
         if self.rejected is None:
             return self
-        tokens = [
-            row for pair in zip(self.tokens, self.rejected.tokens, strict=True) for row in pair
-        ]
-        answers = [
-            row for pair in zip(self.answers, self.rejected.answers, strict=True) for row in pair
-        ]
-        return Examples(
-            Ragged.of(tokens, np.int32), Ragged.of(answers, np.bool_), np.arange(2 * len(self))
-        )
+
+        def interleave(chosen: Ragged, rejected: Ragged, dtype: type[np.generic]) -> Ragged:
+            rows = [row for pair in zip(chosen, rejected, strict=True) for row in pair]
+            return Ragged.of(rows, dtype)
+
+        tokens = interleave(self.tokens, self.rejected.tokens, np.int32)
+        answers = interleave(self.answers, self.rejected.answers, np.bool_)
+        return Examples(tokens, answers, np.arange(2 * len(self)))
 
     def prompt(self, row: int) -> np.ndarray:
-        """Return the tokens before the last response of a row, int32: what the model is given when it has to answer.
+        """Return the tokens before the last response of a row, int32: the prompt of generation.
 
         Example:
-            >>> one = Examples(
-            ...     Ragged.of([[1, 7, 8, 9]], np.int32),
-            ...     Ragged.of([[0, 0, 1, 1]], np.bool_),
-            ...     np.arange(1),
-            ... )
-            >>> one.prompt(0).tolist()
+            >>> tokens = Ragged.of([[1, 7, 8, 9]], np.int32)
+            >>> answers = Ragged.of([[0, 0, 1, 1]], np.bool_)
+            >>> Examples(tokens, answers, np.arange(1)).prompt(0).tolist()
             [1, 7]
         """
-        given = np.flatnonzero(~self.answers[row])
-        return self.tokens[row][: given[-1] + 1 if given.size else 0]
+        context = np.flatnonzero(~self.answers[row])
+        return self.tokens[row][: context[-1] + 1 if context.size else 0]
 
     @property
     def digest(self) -> str:
         """SHA-256 over lengths, tokens, response masks and ids, as hexadecimal."""
-        kinds = ("<i8", "<i4", "u1", "<i8")
-        whole = hashlib.sha256()
+        dtypes = ("<i8", "<i4", "u1", "<i8")  # little endian: the digest is the same everywhere
+        sha256 = hashlib.sha256()
         for part in self.parts:
             arrays = (part.tokens.offsets, part.tokens.flat, part.answers.flat, part.ids)
-            for array, kind in zip(arrays, kinds, strict=True):
-                whole.update(np.ascontiguousarray(array, dtype=kind).tobytes())
-        return whole.hexdigest()
+            for array, dtype in zip(arrays, dtypes, strict=True):
+                sha256.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
+        return sha256.hexdigest()
 
     def take(self, rows: np.ndarray) -> "Examples":
-        """Return the examples of `rows` (int[m]), in that order, with the same counts and sources."""
+        """Return the examples of `rows`, int[m], in that order. Counts and sources stay."""
         return Examples(
             tokens=Ragged.of([self.tokens[row] for row in rows], np.int32),
             answers=Ragged.of([self.answers[row] for row in rows], np.bool_),

@@ -1,4 +1,4 @@
-"""The formats users bring, each turned into the same record: messages with roles, or a text. Pure."""
+"""The formats of rows that users bring, each turned into one kind of record. Pure functions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -29,25 +29,25 @@ class Record:
 
     Attributes:
         messages: `{"role": ..., "content": ...}`, ending in a response; empty for a text.
-        given: so many leading messages are context: their assistant turns are not learned.
+        context: number of leading messages whose assistant turns are not learned.
         input: the input beside an Alpaca instruction, else "".
         text: the text of format `text`, else None.
-        rejected: of a preference pair, the record that ends in the other response, else None.
+        rejected: for a preference pair, the record that ends in the rejected response, else None.
 
     Example:
-        >>> record = Record.asked("2 + 3?", "5")
+        >>> record = Record.single_turn("2 + 3?", "5")
         >>> record.prompt, record.response
         ('2 + 3?', '5')
     """
 
     messages: Sequence[Message] = ()
-    given: int = 0
+    context: int = 0
     input: str = ""
     text: str | None = None
     rejected: "Record | None" = None
 
     @classmethod
-    def asked(cls, prompt: str, response: str = "", system_input: str = "") -> "Record":
+    def single_turn(cls, prompt: str, response: str = "", system_input: str = "") -> "Record":
         """Make a record of one user and one assistant message."""
         return cls(
             messages=(
@@ -59,7 +59,7 @@ class Record:
 
     @property
     def prompt(self) -> str:
-        """What stands before the last message, one message a paragraph."""
+        """The messages before the last one, separated by empty lines."""
         return "\n\n".join(str(message["content"]) for message in self.messages[:-1])
 
     @property
@@ -69,11 +69,11 @@ class Record:
 
 
 class NoResponse(Exception):
-    """A row has nothing to learn from; its message says which part is empty."""
+    """A row has no response to learn; the message says which part is empty."""
 
 
 class MissingColumn(Exception):
-    """A row lacks a column; its message is the column's name."""
+    """A row lacks a column; the message is its name."""
 
 
 def _value(row: Row, column: str) -> Any:
@@ -89,7 +89,7 @@ def _string(row: Row, column: str) -> str:
     return str(value)
 
 
-def _answered(row: Row, column: str) -> str:
+def _response(row: Row, column: str) -> str:
     if column in row and row[column] is None:
         raise NoResponse(f"column '{column}' is null")
     response = _string(row, column)
@@ -114,22 +114,19 @@ def _turns(value: Any, column: str, role: str, content: str) -> list[Message]:
     return list(value)
 
 
-def _conversation(messages: Sequence[Message], column: str, given: int = 0) -> Record:
+def _conversation(messages: Sequence[Message], column: str, context: int = 0) -> Record:
     learned = [
-        at for at, message in enumerate(messages) if at >= given and message["role"] == "assistant"
+        number
+        for number, message in enumerate(messages)
+        if number >= context and message["role"] == "assistant"
     ]
-    # what follows the last response is never learned
-    messages = messages[: learned[-1] + 1] if learned else []
-    if not messages or not any(
-        str(messages[at].get("content") or "").strip() or messages[at].get("tool_calls")
-        for at in learned
-    ):
-        raise NoResponse(
-            f"column '{column}' has no assistant message"
-            if not learned
-            else f"column '{column}' has empty responses"
-        )
-    return Record(messages=tuple(messages), given=given)
+    if not learned:
+        raise NoResponse(f"column '{column}' has no assistant message")
+    responses = [messages[number] for number in learned]
+    if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in responses):
+        raise NoResponse(f"column '{column}' has empty responses")
+    # messages after the last response are never learned
+    return Record(messages=tuple(messages[: learned[-1] + 1]), context=context)
 
 
 def _from_messages(row: Row) -> Record:
@@ -141,7 +138,8 @@ def _from_sharegpt(row: Row) -> Record:
     unknown = [turn["from"] for turn in turns if turn["from"] not in SHAREGPT_ROLES]
     if unknown:
         raise UserError(
-            f"column 'conversations': unknown speaker '{unknown[0]}'{did_you_mean(str(unknown[0]), SHAREGPT_ROLES)}"
+            f"column 'conversations': unknown speaker '{unknown[0]}'"
+            f"{did_you_mean(str(unknown[0]), SHAREGPT_ROLES)}"
         )
     messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
     return _conversation(messages, "conversations")
@@ -150,78 +148,76 @@ def _from_sharegpt(row: Row) -> Record:
 def _from_prompt_completion(row: Row) -> Record:
     prompt, completion = _value(row, "prompt"), row.get("completion")
     if isinstance(prompt, (str, int, float)):
-        return Record.asked(_string(row, "prompt"), _answered(row, "completion"))
-    given = _turns(prompt, "prompt", "role", "content")
+        return Record.single_turn(_string(row, "prompt"), _response(row, "completion"))
+    context = _turns(prompt, "prompt", "role", "content")
     if completion is None and "completion" in row:
         raise NoResponse("column 'completion' is null")
     answers = _turns(_value(row, "completion"), "completion", "role", "content")
-    return _conversation([*given, *answers], "completion", len(given))
+    return _conversation([*context, *answers], "completion", len(context))
 
 
 def _from_alpaca(row: Row) -> Record:
-    return Record.asked(
-        _string(row, "instruction"), _answered(row, "output"), str(row.get("input") or "")
+    return Record.single_turn(
+        _string(row, "instruction"), _response(row, "output"), str(row.get("input") or "")
     )
 
 
 def _from_question_answer(row: Row) -> Record:
-    return Record.asked(_string(row, "question"), _answered(row, "answer"))
+    return Record.single_turn(_string(row, "question"), _response(row, "answer"))
 
 
 def _from_text(row: Row) -> Record:
-    return Record(text=_answered(row, "text"))
+    return Record(text=_response(row, "text"))
 
 
 def _from_preference(row: Row) -> Record:
-    """Read a pair whose prompt stands in a column of its own, or is what both responses begin with."""
-    prompt = row.get("prompt")
+    """Read a pair whose prompt is a column of its own, or the common start of both responses."""
+    prompt, columns = row.get("prompt"), ("chosen", "rejected")
     if isinstance(row.get("chosen"), str):
-        chosen, rejected = _answered(row, "chosen"), _answered(row, "rejected")
+        chosen, rejected = (_response(row, column) for column in columns)
         if prompt is None:
-            at = _shared(chosen, rejected)
-            prompt, chosen, rejected = chosen[:at], chosen[at:], rejected[at:]
+            length = _common_prefix(chosen, rejected)
+            prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         elif not isinstance(prompt, str):
             raise UserError(
-                f"column 'prompt' holds {type(prompt).__name__} and column 'chosen' a string, expected two of a kind"
+                f"column 'prompt' holds {type(prompt).__name__} and column 'chosen' a string,"
+                " expected the same type"
             )
-        pair = [Record.asked(prompt, response) for response in (chosen, rejected)]
+        pair = [Record.single_turn(prompt, response) for response in (chosen, rejected)]
     else:
-        turns = [
-            _turns(_value(row, column), column, "role", "content")
-            for column in ("chosen", "rejected")
-        ]
+        turns = [_turns(_value(row, column), column, "role", "content") for column in columns]
         if prompt is None or isinstance(prompt, str):
-            # a prompt in words beside messages is there for its readers: the messages begin with it
-            at = _shared(*turns)
-            given, turns = turns[0][:at], [part[at:] for part in turns]
+            # a string prompt beside messages repeats what the messages begin with
+            length = _common_prefix(*turns)
+            context, turns = turns[0][:length], [messages[length:] for messages in turns]
         else:
-            given = _turns(prompt, "prompt", "role", "content")
-        if not given:
+            context = _turns(prompt, "prompt", "role", "content")
+        if not context:
             raise UserError(
-                "columns 'chosen' and 'rejected' begin with different messages; give a column 'prompt' with messages"
+                "columns 'chosen' and 'rejected' begin with different messages;"
+                " give a column 'prompt' with messages"
             )
-        columns = ("chosen", "rejected")
         pair = [
-            _conversation([*given, *part], column, len(given))
-            for part, column in zip(turns, columns, strict=True)
+            _conversation([*context, *messages], column, len(context))
+            for messages, column in zip(turns, columns, strict=True)
         ]
     return dataclasses.replace(pair[0], rejected=pair[1])
 
 
-def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Return how many characters or messages two responses begin with alike, at least one less than they have.
+def _common_prefix(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """Return the length of the common start of two responses, in characters or messages.
 
-    A space before the difference is left to the responses, as in TRL: tokenizers glue it to what follows.
+    At least the last element is left to each. So is a space before the difference, as in TRL:
+    tokenizers attach it to the word that follows.
     """
-    least = min(len(chosen), len(rejected))
-    at = next(
-        (place for place in range(least) if chosen[place] != rejected[place]), max(least - 1, 0)
-    )
-    return at - 1 if at and chosen[at - 1] == " " else at
+    shorter = min(len(chosen), len(rejected))
+    differing = (index for index in range(shorter) if chosen[index] != rejected[index])
+    length = next(differing, max(shorter - 1, 0))
+    return length - 1 if length and chosen[length - 1] == " " else length
 
 
 class Format(NamedTuple):
-    """How a format is read and by which columns it is known."""
+    """The reader of a format, and the columns that identify it."""
 
     read: Callable[[Row], Record]
     columns: tuple[str, ...]
@@ -248,62 +244,62 @@ def detect(row: Row, where: str) -> str:
         >>> detect({"question": "2 + 3?", "answer": "5"}, "train.jsonl")
         'question_answer'
     """
-    found = next((name for name, form in FORMATS.items() if set(form.columns) <= set(row)), None)
-    if found is None:
-        known = "; ".join(f"{name} ({', '.join(form.columns)})" for name, form in FORMATS.items())
-        raise UserError(
-            f"{where}: the columns {_listed(row)} are no known format; expected those of {known}"
-        )
-    return found
+    for name, form in FORMATS.items():
+        if set(form.columns) <= set(row):
+            return name
+    expected = "; ".join(f"{name} ({', '.join(form.columns)})" for name, form in FORMATS.items())
+    raise UserError(
+        f"{where}: the columns {_column_names(row)} match no format; expected those of {expected}"
+    )
 
 
 def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
     """Turn rows of one format into records.
 
     Args:
-        rows: as read, numbered from 0 in messages.
+        rows: rows of a source; error messages number them from 0.
         form: a key of `FORMATS`.
-        where: name of the source, for messages.
+        where: name of the source, for error messages.
 
     Raises:
-        UserError: unknown format; a missing column (with row and columns present); rows without a response (all their numbers).
+        UserError: unknown format; a missing column (with row and columns present); rows without a
+            response (with all their numbers).
 
     Example:
-        >>> normalize([{"question": "2 + 3?", "answer": 5}], "question_answer", "train.jsonl")[
-        ...     0
-        ... ].response
+        >>> rows = [{"question": "2 + 3?", "answer": 5}]
+        >>> normalize(rows, "question_answer", "train.jsonl")[0].response
         '5'
         >>> normalize([{"question": "2 + 3?"}], "question_answer", "train.jsonl")
         Traceback (most recent call last):
         ...
-        jax_ordermerge.errors.UserError: train.jsonl: row 0 has no column 'answer' (format question_answer); it has 'question'
+        jax_ordermerge.errors.UserError: train.jsonl: row 0 has no column 'answer'
+            (format question_answer); it has 'question'
     """
     if form not in FORMATS:
         raise UserError(f"data.format = '{form}' is not a format{did_you_mean(form, FORMATS)}")
-    records, silent, reason = [], [], ""
+    records, without_response, reason = [], [], ""
     for number, row in enumerate(rows):
         try:
             records.append(FORMATS[form].read(row))
         except NoResponse as error:
-            silent.append(number)
+            without_response.append(number)
             reason = reason or str(error)
         except MissingColumn as error:
             raise UserError(
-                f"{where}: row {number} has no column '{error}' (format {form}); it has {_listed(row)}"
+                f"{where}: row {number} has no column '{error}' (format {form});"
+                f" it has {_column_names(row)}"
             ) from None
         except UserError as error:
             raise UserError(f"{where}: row {number}: {error}") from None
-    if silent:
-        others = (
-            f"; {len(silent) - 1} more rows too: {', '.join(map(str, silent[1:21]))}"
-            if len(silent) > 1
-            else ""
-        )
+    if without_response:
+        first, *rest = without_response
+        further = f"; {len(rest)} more rows too: {', '.join(map(str, rest[:20]))}" if rest else ""
         raise UserError(
-            f"{where}: row {silent[0]} has no response ({reason}){others}; remove what has nothing to learn from"
+            f"{where}: row {first} has no response ({reason}){further};"
+            " remove rows without a response"
         )
     return records
 
 
-def _listed(row: Row) -> str:
+def _column_names(row: Row) -> str:
     return ", ".join(f"'{column}'" for column in row if row[column] is not None) or "none"

@@ -1,6 +1,7 @@
-"""The order in which a member sees the examples: a pure function of (level, seed, member, epoch). Integers in, integers out.
+"""The order in which a member sees the examples: a pure function of (level, seed, member, epoch).
 
-There is no iterator state to save: resume, another number of hosts and another mesh all continue at the same example.
+There is no iterator state to save. A resumed run, another number of hosts and another mesh all
+continue at the same example.
 """
 
 import hashlib
@@ -20,9 +21,10 @@ PADDING: Final = -1
 def permutation(n: int, seed: int, *names: str | int) -> np.ndarray:
     """Return a random permutation of `range(n)`, int32[n], on the host.
 
-    It sorts n raw 64-bit words of Philox4x64-10 under the key of the named stream. numpy promises that raw words never change,
-    which it does not promise for `Generator.permutation`, and a stable sort leaves nothing to a version, platform or device.
-    Equal words, which alone would favour the smaller index, have a chance below n^2 / 2^65.
+    It sorts n raw 64-bit words of Philox4x64-10 under the key of the named stream. Why not
+    `Generator.permutation`? numpy promises that raw words never change, but not that distributions
+    do not. With a stable sort the result depends on no version, platform or device. Equal words,
+    which alone would favour the smaller index, have a probability below n^2 / 2^65.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox).
 
@@ -46,26 +48,30 @@ def order_indices(
     epoch: int,
     reshuffle: Reshuffle = "each_epoch",
 ) -> np.ndarray:
-    """Return the rows of the examples that one member sees in one epoch, step by step: int32[steps, batch].
+    """Return the rows of the examples that one member sees in one epoch, int32[steps, batch].
 
     Levels:
-        sample: a fresh permutation of the samples; batches change composition.
-        batch: batches are composed once from the seed, alike for all members and epochs; the full ones are permuted.
-        balanced: one base permutation an epoch; member m starts m/members of the way round, so that over the members every sample
-            visits equally spaced positions and the position effect cancels by design.
+        sample: a new permutation of the samples; batches change composition.
+        batch: batches are composed once from the seed, equal for all members and epochs; the full
+            batches are permuted.
+        balanced: one base permutation per epoch, in which member m starts m/members of the way
+            round. Over the members every sample visits equally spaced positions, so the position
+            effect cancels by design.
         same: one order for all members (control).
-        reverse: members 2j and 2j+1 are an order and its exact reverse; with an odd number the last one has no partner.
+        reverse: members 2j and 2j+1 have an order and its exact reverse. With an odd number of
+            members the last one has no partner.
 
-    Every row appears once. At every level only the end of the last step is padded, with -1, when `batch` does not divide `examples`:
-    the sequence of samples is permuted, rotated or reversed first and cut into steps after. At level `batch` the short batch
-    therefore keeps the last place, since elsewhere its few samples would make one noisy update at a high learning rate; its samples
-    have one position at every member, so they say nothing about position and bias nothing. Member 0 has the same order at all
-    levels but `batch`, and at level `sample` an order does not depend on how many members there are.
+    Every row appears once. Where `batch` does not divide `examples`, the end of the last step is
+    padded with -1: the samples are permuted, rotated or reversed first and cut into steps after.
+    At level `batch` the short batch therefore keeps the last place. Elsewhere its few samples would
+    make one noisy update at a high learning rate. Its samples have the same position in every
+    member, so they carry no information about position and do not bias it. Member 0 has the same
+    order at all levels but `batch`. At level `sample` an order does not depend on `members`.
 
     Args:
         level: what is permuted.
         examples: number of samples, at least 1.
-        batch: samples a step, at least 1.
+        batch: samples per step, at least 1.
         seed: seed of the run.
         member: 0 <= member < members.
         members: number of members.
@@ -76,16 +82,14 @@ def order_indices(
         UserError: unknown level.
         ValueError: a number out of range.
 
-    Source: the ablation of Ju et al. 2024 (arXiv 2410.03743) is `batch`; `balanced` is a cyclic Latin square over the members.
+    Source: the ablation of Ju et al. 2024 (arXiv 2410.03743) is `batch`; `balanced` is a cyclic
+    Latin square over the members.
 
     Example:
-        >>> order_indices(
-        ...     level="sample", examples=5, batch=2, seed=0, member=0, members=1, epoch=0
-        ... ).tolist()
+        >>> settings = dict(examples=5, batch=2, seed=0, members=2, epoch=0)
+        >>> order_indices(level="sample", member=0, **settings).tolist()
         [[2, 0], [1, 3], [4, -1]]
-        >>> order_indices(
-        ...     level="reverse", examples=5, batch=2, seed=0, member=1, members=2, epoch=0
-        ... ).tolist()
+        >>> order_indices(level="reverse", member=1, **settings).tolist()
         [[4, 3], [1, 0], [2, -1]]
     """
     if level not in LEVELS:
@@ -94,19 +98,20 @@ def order_indices(
         )
     if min(examples, batch, members) < 1 or not 0 <= member < members or epoch < 0:
         raise ValueError(
-            f"{examples=}, {batch=}, {members=} must be at least 1, {member=} in [0, members), {epoch=} at least 0"
+            f"out of range: {examples=}, {batch=}, {members=} must be at least 1,"
+            f" {member=} in [0, members), {epoch=} at least 0"
         )
     epoch = 0 if reshuffle == "never" else epoch
     if level == "batch":
         sequence = permutation(examples, seed, "order", "composition")
         full = examples - examples % batch
-        places = permutation(full // batch, seed, "order", "batches", member, epoch)
-        sequence = np.concatenate(
-            [sequence[:full].reshape(-1, batch)[places].reshape(-1), sequence[full:]]
-        )
+        batches = permutation(full // batch, seed, "order", "batches", member, epoch)
+        permuted = sequence[:full].reshape(-1, batch)[batches].reshape(-1)
+        sequence = np.concatenate([permuted, sequence[full:]])
     else:
-        owner = {"sample": member, "balanced": 0, "same": 0, "reverse": member // 2 * 2}[level]
-        sequence = permutation(examples, seed, "order", owner, epoch)
+        # the member whose permutation this member uses
+        source = {"sample": member, "balanced": 0, "same": 0, "reverse": member // 2 * 2}[level]
+        sequence = permutation(examples, seed, "order", source, epoch)
         if level == "balanced":
             sequence = np.roll(sequence, -(member * examples // members))
         elif level == "reverse" and member % 2:
@@ -114,49 +119,51 @@ def order_indices(
     return np.pad(sequence, (0, -examples % batch), constant_values=PADDING).reshape(-1, batch)
 
 
-def places(indices: np.ndarray, examples: int) -> np.ndarray:
-    """Return where each sample stands in an epoch: int64[examples, 2] of (step, row), or of packed rows [examples, 3] with the segment.
+def locate(indices: np.ndarray, examples: int) -> np.ndarray:
+    """Return the (step, row) of each sample in an epoch, int64[examples, 2].
+
+    Packed rows give [examples, 3]: step, row and segment.
 
     Args:
-        indices: int[steps, batch], or int[steps, batch, segments], of one epoch, -1 on padding.
+        indices: int[steps, batch] of one epoch, packed int[steps, batch, segments]; -1 on padding.
         examples: number of samples.
 
     Raises:
         ValueError: the epoch does not hold every sample exactly once.
 
     Example:
-        >>> places(np.array([[2, 0], [1, -1]]), 3).tolist()
+        >>> locate(np.array([[2, 0], [1, -1]]), 3).tolist()
         [[0, 1], [1, 0], [0, 0]]
     """
-    found = np.argwhere(indices != PADDING)
-    rows = indices[tuple(found.T)]
+    coordinates = np.argwhere(indices != PADDING)
+    rows = indices[tuple(coordinates.T)]
     if not np.array_equal(np.sort(rows), np.arange(examples)):
         raise ValueError(
-            f"an epoch holds each of {examples} samples once; this one has {rows.size}, {np.unique(rows).size} different"
+            f"an epoch holds each of {examples} samples once;"
+            f" given {rows.size}, {np.unique(rows).size} of them different"
         )
-    return found[np.argsort(rows)]
+    return coordinates[np.argsort(rows)]
 
 
 def positions(indices: np.ndarray, examples: int) -> np.ndarray:
-    """Return when each sample is seen: float64[examples], its step divided by the last step, 0 the first and 1 the last.
+    """Return the position of each sample in an epoch, float64[examples]: 0 first step, 1 last step.
 
-    Args and errors are those of `places`.
+    Args and errors are those of `locate`.
 
     Example:
         >>> positions(np.array([[2, 0], [1, 3], [4, -1]]), 5).tolist()
         [0.0, 0.5, 0.0, 0.5, 1.0]
     """
-    return places(indices, examples)[:, 0] / max(len(indices) - 1, 1)
+    return locate(indices, examples)[:, 0] / max(len(indices) - 1, 1)
 
 
 def digest(indices: np.ndarray) -> str:
-    """Return SHA-256 over the shape and the rows of an order, as hexadecimal; the same on every platform.
+    """Return the SHA-256 of shape and rows of an order, as hexadecimal; equal on every platform.
 
     Example:
         >>> digest(np.array([[1, 0]]))[:16], digest(np.array([[1], [0]]))[:16]
         ('e640fcf7bcf5b1b2', 'b5841383b2a95282')
     """
-    text = "x".join(str(size) for size in indices.shape).encode()
-    return hashlib.sha256(
-        text + b":" + np.ascontiguousarray(indices, dtype="<i4").tobytes()
-    ).hexdigest()
+    shape = "x".join(str(size) for size in indices.shape).encode()
+    rows = np.ascontiguousarray(indices, dtype="<i4").tobytes()
+    return hashlib.sha256(shape + b":" + rows).hexdigest()

@@ -1,9 +1,13 @@
-"""Text that is made and not found: a small arithmetic world, its word problems, and what a base model reads before it meets them.
+"""Synthetic data: arithmetic word problems, and texts to pretrain a base model for them.
 
-`quickstart` are word problems of two steps whose answer is written out and ends in `#### number`, as in GSM8K. `quickstart_pretrain` is
-what lies beneath them in another form (sums, who has what, what a verb does to an amount, copying, counting, sorting), so that a
-base model brings the parts. `quickstart_told` are stories with the sums that follow, so that only the task itself is left to learn.
-`quickstart_preferences` are the problems with a right answer and one whose last sum is a little off.
+- `quickstart`: word problems of two steps. The answer shows the steps and ends in `#### number`, as
+  in GSM8K.
+- `quickstart_pretrain`: the skills behind them in another form (sums, who has what, what a verb
+  does to an amount, copying, counting, sorting).
+- `quickstart_told`: stories with the sums that follow, so that only the task itself is left to
+  learn.
+- `quickstart_preferences`: the problems with a right answer and one whose last sum is slightly
+  wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,64 +21,27 @@ from jax_ordermerge.rng import stream_key_bits
 Item = TypeVar("Item")
 Record = dict[str, str]
 
-NAMES: Final = (
-    "Ann",
-    "Ben",
-    "Carl",
-    "Dora",
-    "Emma",
-    "Finn",
-    "Gina",
-    "Hugo",
-    "Iris",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Mary",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Tom",
-    "Uma",
-    "Vera",
-    "Will",
-    "Zoe",
+_NAMES = (
+    "Ann Ben Carl Dora Emma Finn Gina Hugo Iris Jack Kate Leo Mary Noah Olga Paul Rosa Sam "
+    "Tina Tom Uma Vera Will Zoe"
 )
-THINGS: Final = (
-    "apples",
-    "books",
-    "boxes",
-    "cards",
-    "coins",
-    "cups",
-    "eggs",
-    "hats",
-    "keys",
-    "lemons",
-    "maps",
-    "nuts",
-    "pears",
-    "pens",
-    "plums",
-    "rings",
-    "roses",
-    "shells",
-    "stamps",
-    "stones",
-    "toys",
+_THINGS = (
+    "apples books boxes cards coins cups eggs hats keys lemons maps nuts pears pens plums "
+    "rings roses shells stamps stones toys"
 )
+NAMES: Final = tuple(_NAMES.split())
+THINGS: Final = tuple(_THINGS.split())
 GAINS: Final = ("buys", "finds", "gets", "makes", "wins")
 LOSSES: Final = ("drops", "gives away", "lends", "loses", "sells")
-LARGEST: Final = (
-    60  # no amount is above it, so that every number is one token and has been added before
-)
+# The largest amount. Each number up to it is one token, and its sums occur in the pretraining
+# texts.
+LARGEST: Final = 60
 
 
 class Draws:
-    """Uniform integers from the raw bits of PCG64, which numpy promises never to change (its distributions may).
+    """Uniform integers from the raw bits of PCG64.
+
+    numpy promises that raw bits never change, but not that distributions do not.
 
     Example:
         >>> draws = Draws(0, "example")
@@ -99,11 +66,11 @@ class Draws:
 
     def sample(self, items: Sequence[Item], count: int) -> list[Item]:
         """Return `count` different items in random order."""
-        rest = list(items)
-        return [rest.pop(self.below(len(rest))) for _ in range(count)]
+        remaining = list(items)
+        return [remaining.pop(self.below(len(remaining))) for _ in range(count)]
 
 
-# --- word problems -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ word problems
 
 
 def _change(draws: Draws, amount: int) -> tuple[str, str, int]:
@@ -116,45 +83,52 @@ def _change(draws: Draws, amount: int) -> tuple[str, str, int]:
 
 
 def _changes(draws: Draws) -> Record:
-    (name,), things, start = draws.sample(NAMES, 1), draws.pick(THINGS), draws.between(2, 40)
+    (name,), items, start = draws.sample(NAMES, 1), draws.pick(THINGS), draws.between(2, 40)
     first, step, amount = _change(draws, start)
     second, last, amount = _change(draws, amount)
-    question = f"{name} has {start} {things}. {name} {first} and then {second}. How many {things} does {name} have?"
+    question = (
+        f"{name} has {start} {items}. {name} {first} and then {second}."
+        f" How many {items} does {name} have?"
+    )
     return {"question": question, "answer": f"{step}, {last}. #### {amount}"}
 
 
 def _bystander(draws: Draws) -> Record:
-    name, other = draws.sample(NAMES, 2)
-    things, own = draws.pick(THINGS), draws.between(2, 40)
-    facts = [f"{name} has {own} {things}.", f"{other} has {draws.between(2, 40)} {things}."]
-    first, step, amount = _change(draws, own)
+    name, bystander = draws.sample(NAMES, 2)
+    items, start = draws.pick(THINGS), draws.between(2, 40)
+    facts = [f"{name} has {start} {items}.", f"{bystander} has {draws.between(2, 40)} {items}."]
+    first, step, amount = _change(draws, start)
     second, last, amount = _change(draws, amount)
-    told = " ".join(draws.sample(facts, 2))
-    question = f"{told} {name} {first} and {second}. How many {things} does {name} have?"
+    story = " ".join(draws.sample(facts, 2))
+    question = f"{story} {name} {first} and {second}. How many {items} does {name} have?"
     return {"question": question, "answer": f"{step}, {last}. #### {amount}"}
 
 
-def _together(draws: Draws) -> Record:
-    name, other = draws.sample(NAMES, 2)
-    things, own = draws.pick(THINGS), draws.between(4, 28)
+def _two_people(draws: Draws) -> Record:
+    first, second = draws.sample(NAMES, 2)
+    items, a = draws.pick(THINGS), draws.between(4, 28)
     if draws.below(2):
-        by = draws.between(2, min(20, LARGEST - 2 * own))
-        word, sign, theirs = "more", "+", own + by
+        by = draws.between(2, min(20, LARGEST - 2 * a))
+        word, sign, b = "more", "+", a + by
     else:
-        by = draws.between(2, own - 1)
-        word, sign, theirs = "fewer", "-", own - by
-    question = f"{name} has {own} {things}. {other} has {by} {word} than {name}. How many {things} do {name} and {other} have?"
+        by = draws.between(2, a - 1)
+        word, sign, b = "fewer", "-", a - by
+    question = (
+        f"{first} has {a} {items}. {second} has {by} {word} than {first}."
+        f" How many {items} do {first} and {second} have?"
+    )
     return {
         "question": question,
-        "answer": f"{own} {sign} {by} = {theirs}, {own} + {theirs} = {own + theirs}. #### {own + theirs}",
+        "answer": f"{a} {sign} {by} = {b}, {a} + {b} = {a + b}. #### {a + b}",
     }
 
 
-PROBLEMS: Final = (_changes, _bystander, _together)
+PROBLEMS: Final = (_changes, _bystander, _two_people)
 
 
 def _is_test(record: Record) -> bool:
-    # by the solution and not by the question: no member has seen the numbers of a test problem in another dress
+    # Split by the solution, not by the question: no training problem has the numbers of a test
+    # problem in other words.
     return int(stream_key_bits(0, "synthetic", "split", record["answer"])[0]) < 2**29
 
 
@@ -165,7 +139,7 @@ def _problem(draws: Draws, split: str) -> Record:
             return record
 
 
-# --- what the base model reads -------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ what the base model reads
 
 
 def _equation(draws: Draws) -> str:
@@ -185,23 +159,25 @@ def _sums(draws: Draws) -> str:
 
 
 def _holdings(draws: Draws) -> str:
-    people, things = draws.sample(NAMES, 3), draws.sample(THINGS, 3)
+    people, items = draws.sample(NAMES, 3), draws.sample(THINGS, 3)
     amounts = [str(n) for n in draws.sample(range(2, LARGEST + 1), 3)]
-    facts = [f"{p} has {n} {t}." for p, n, t in zip(people, amounts, things, strict=True)]
-    asked = draws.sample(range(3), 2)
+    facts = [f"{p} has {n} {t}." for p, n, t in zip(people, amounts, items, strict=True)]
+    selected = draws.sample(range(3), 2)
     if draws.below(2):
-        return f"{' '.join(facts)} Again: {' '.join(facts[i] for i in asked)}"
-    return f"{' '.join(facts)} {' '.join(f'Who has {amounts[i]} {things[i]}? {people[i]}.' for i in asked)}"
+        return f"{' '.join(facts)} Again: {' '.join(facts[i] for i in selected)}"
+    questions = [f"Who has {amounts[i]} {items[i]}? {people[i]}." for i in selected]
+    return f"{' '.join(facts)} {' '.join(questions)}"
 
 
 def _verbs(draws: Draws) -> str:
     parts = []
     for name in draws.sample(NAMES, 2):
-        start, things = draws.between(4, 40), draws.pick(THINGS)
+        start, items = draws.between(4, 40), draws.pick(THINGS)
         phrase, _, amount = _change(draws, start)
         word = "more" if amount > start else "fewer"
         parts.append(
-            f"{name} has {start} {things} and then {phrase}. Now {abs(amount - start)} {word} than {start}."
+            f"{name} has {start} {items} and then {phrase}."
+            f" Now {abs(amount - start)} {word} than {start}."
         )
     return " ".join(parts)
 
@@ -219,7 +195,7 @@ def _lists(draws: Draws) -> str:
     return f"Sort: {' '.join(map(str, numbers))}. Again: {' '.join(map(str, sorted(numbers)))}."
 
 
-# kinds are drawn uniformly: a kind that stands twice is twice as frequent
+# Kinds are drawn uniformly: a kind that is listed twice is twice as frequent.
 TEXTS: Final = (_sums, _sums, _sums, _holdings, _holdings, _holdings, _copies, _verbs, _lists)
 
 
@@ -227,15 +203,15 @@ def _text(draws: Draws, split: str) -> Record:
     return {"text": draws.pick(TEXTS)(draws)}
 
 
-def _told(draws: Draws, split: str) -> Record:
-    """A problem as a story: its facts and the sums that follow from them, but no question and no answer."""
+def _story(draws: Draws, split: str) -> Record:
+    """A problem as a story: its facts and the sums that follow, without question and answer."""
     problem = _problem(draws, split)
     facts, steps = problem["question"].split(" How many")[0], problem["answer"].split(" ####")[0]
     return {"text": f"{facts} Sums: {steps}"}
 
 
 def _preference(draws: Draws, split: str) -> Record:
-    """A problem with its answer and with the same answer but for its last sum, which is a little off."""
+    """A problem with its answer, and with the same answer except for a wrong last sum."""
     problem = _problem(draws, split)
     steps, amount = problem["answer"].split(". #### ")
     result = int(amount)
@@ -246,7 +222,7 @@ def _preference(draws: Draws, split: str) -> Record:
     return {"prompt": problem["question"], "chosen": problem["answer"], "rejected": rejected}
 
 
-# --- the table -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the table
 
 
 class Dataset(NamedTuple):
@@ -260,7 +236,7 @@ DATASETS: Final = {
     "quickstart": Dataset(_problem, {"train": 1536, "test": 400}),
     "quickstart_preferences": Dataset(_preference, {"train": 2048, "test": 400}),
     "quickstart_pretrain": Dataset(_text, {"train": 128_000, "test": 1_000}),
-    "quickstart_told": Dataset(_told, {"train": 32_000, "test": 400}),
+    "quickstart_told": Dataset(_story, {"train": 32_000, "test": 400}),
 }
 
 
@@ -269,10 +245,12 @@ def generated(name: str, split: str = "train") -> list[Record]:
 
     Args:
         name: a key of `DATASETS`.
-        split: `train` or `test`. Nothing of `quickstart` test, neither question nor solution, is in its train split.
+        split: `train` or `test`. No question or solution of the test split of `quickstart` is in
+            its train split.
 
     Returns:
-        Records with the strings `question` and `answer`, or `prompt`, `chosen` and `rejected`, or `text`.
+        Records with the strings `question` and `answer`, or `prompt`, `chosen` and `rejected`, or
+        `text`.
 
     Raises:
         UserError: there is no such dataset or split.

@@ -85,7 +85,7 @@ def read_prompts(
     held_out = splits.get("validation") or splits.get("test")
     if settings.prompts:
         template = splits["train"].sources.get("template", "plain")
-        records = [Record.asked(prompt) for prompt in settings.prompts]
+        records = [Record.single_turn(prompt) for prompt in settings.prompts]
         tokens = [chat.prompt_tokens(record, template, tokenizer).tolist() for record in records]
         prompts = Prompts(list(settings.prompts), tokens)
     elif held_out is not None and held_out.prompts:

@@ -1,4 +1,4 @@
-"""Tiny tokenizers made on the spot: bytes as tokens, and pieces that merge across spaces, as SentencePiece's do."""
+"""Tiny tokenizers: bytes as tokens, and pieces that merge across spaces as in SentencePiece."""
 
 import pytest
 from tokenizers import (
@@ -16,7 +16,8 @@ SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "OPEN{{ message['content'] }}CLOSE"
-    "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -28,8 +29,11 @@ def chatml():
 
 @pytest.fixture(scope="session")
 def chatml_marked():
-    """The same with `{% generation %}` around the content of assistant turns, closed before the token that ends the turn."""
-    role = "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}"
+    """The same with `{% generation %}` around the content of assistant turns, without the end."""
+    role = (
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+        "{% endgeneration %}{% else %}"
+    )
     return CHATML.replace(
         "OPEN{{ message['content'] }}CLOSE", role + "{{ message['content'] }}{% endif %}"
     )
@@ -37,7 +41,7 @@ def chatml_marked():
 
 @pytest.fixture
 def byte_tokenizer():
-    """make(bos=True, chat_template=None): one token a byte, special tokens after them; BOS written where `bos`."""
+    """make(bos=True, chat_template=None): one token per byte, then special tokens."""
 
     def make(*, bos=True, chat_template=None, eos="</s>"):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

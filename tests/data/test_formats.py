@@ -41,7 +41,7 @@ def test_prompts_that_are_messages_are_given():
     (record,) = normalize(
         [{"prompt": [*TALK, TALK[0]], "completion": [TALK[1]]}], "prompt_completion", "x"
     )
-    assert (record.given, len(record.messages)) == (3, 4)
+    assert (record.context, len(record.messages)) == (3, 4)
 
 
 def test_what_follows_the_last_response_is_left_out():
@@ -73,11 +73,11 @@ def test_a_number_is_a_response_also_when_it_is_nought():
 @pytest.mark.parametrize("form", [*ROWS, "text"])
 def test_missing_column(form):
     column = FORMATS[form].columns[-1]
-    whole = ROWS.get(form, {"text": "Once"})
-    row = {name: value for name, value in whole.items() if name != column} | {"id": 7}
+    complete = ROWS.get(form, {"text": "Once"})
+    row = {name: value for name, value in complete.items() if name != column} | {"id": 7}
     present = ", ".join(f"'{name}'" for name in row)
     with pytest.raises(UserError) as caught:
-        normalize([whole, row], form, "train.json")
+        normalize([complete, row], form, "train.json")
     assert (
         str(caught.value)
         == f"train.json: row 1 has no column '{column}' (format {form}); it has {present}"
@@ -116,7 +116,7 @@ def test_no_response(form, row, reason):
         normalize([row], form, "x.json")
     assert (
         str(caught.value)
-        == f"x.json: row 0 has no response ({reason}); remove what has nothing to learn from"
+        == f"x.json: row 0 has no response ({reason}); remove rows without a response"
     )
 
 
@@ -164,14 +164,14 @@ def test_wrong_types(form, row, message):
 def test_unknown_formats():
     with pytest.raises(
         UserError,
-        match="the columns 'input', 'label' are no known format; expected those of messages",
+        match="the columns 'input', 'label' match no format; expected those of messages",
     ):
         detect({"input": "a", "label": 1}, "x.json")
     with pytest.raises(UserError, match="did you mean 'alpaca'"):
         normalize([], "alpacca", "x.json")
 
 
-# ------------------------------------------------------------------------------------------------------------------ preference pairs
+# ------------------------------------------------------------------ preference pairs
 
 USER, YES, NO = TALK[0], TALK[1], {"role": "assistant", "content": "Go away"}
 
@@ -190,7 +190,9 @@ def test_pairs_of_every_kind_are_the_same_messages(row):
     assert detect(row, "x") == "preference"
     (record,) = normalize([row], "preference", "x")
     assert (list(record.messages), list(record.rejected.messages)) == ([USER, YES], [USER, NO])
-    assert record.given == record.rejected.given == (1 if isinstance(row["chosen"], list) else 0)
+    assert (
+        record.context == record.rejected.context == (1 if isinstance(row["chosen"], list) else 0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_an_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prom
 def test_an_implicit_prompt_of_several_turns():
     chosen, rejected = [*TALK, USER, YES], [*TALK, USER, NO]
     (record,) = normalize([{"chosen": chosen, "rejected": rejected}], "preference", "x")
-    assert (record.given, list(record.messages), list(record.rejected.messages)) == (
+    assert (record.context, list(record.messages), list(record.rejected.messages)) == (
         3,
         chosen,
         rejected,

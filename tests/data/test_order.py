@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_ordermerge.data.order import LEVELS, digest, order_indices, permutation, places, positions
+from jax_ordermerge.data.order import LEVELS, digest, locate, order_indices, permutation, positions
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_key_bits
 
-# member 0 epoch 0, member 1 epoch 0, member 3 epoch 2 of 103 examples in batches of 8 at seed 7, 4 members
+# (member, epoch) = (0, 0), (1, 0), (3, 2) of 103 examples, batch 8, seed 7, 4 members
 GOLDEN = {
     "sample": ["5cda327242879c2d", "afa3ba7ed179218f", "02808e087fa0aa6b"],
     "batch": ["1e555a9a0ccaf4c4", "221e7b1190817b82", "f80a0f625e3fc26f"],
@@ -19,7 +19,7 @@ GOLDEN = {
 }
 
 
-def order(level="sample", examples=103, batch=8, seed=7, member=0, members=4, epoch=0, **more):
+def order(level="sample", examples=103, batch=8, seed=7, member=0, members=4, epoch=0, **settings):
     return order_indices(
         level=level,
         examples=examples,
@@ -28,7 +28,7 @@ def order(level="sample", examples=103, batch=8, seed=7, member=0, members=4, ep
         member=member,
         members=members,
         epoch=epoch,
-        **more,
+        **settings,
     )
 
 
@@ -114,20 +114,20 @@ def test_balanced_cancels_position_exactly_when_blocks_are_whole():
 @given(**sizes)
 def test_reverse_pairs(examples, batch, seed, members, epoch):
     for pair in range(members // 2):
-        one, other = (
+        forward, backward = (
             sequence(order("reverse", examples, batch, seed, 2 * pair + end, members, epoch))
             for end in (0, 1)
         )
-        assert one.tolist() == other[::-1].tolist()
+        assert forward.tolist() == backward[::-1].tolist()
 
 
 @settings(max_examples=30, deadline=None)
 @given(**sizes)
 def test_batch_keeps_composition(examples, batch, seed, members, epoch):
     first = order("batch", examples, batch, seed, 0, members, 0)
-    other = order("batch", examples, batch, seed, members - 1, members, epoch)
-    assert {tuple(step) for step in first} == {tuple(step) for step in other}
-    assert (first[-1] == other[-1]).all() or examples % batch == 0
+    last = order("batch", examples, batch, seed, members - 1, members, epoch)
+    assert {tuple(step) for step in first} == {tuple(step) for step in last}
+    assert (first[-1] == last[-1]).all() or examples % batch == 0
 
 
 def test_same_is_the_same_and_changes_by_epoch():
@@ -157,7 +157,7 @@ def test_never_repeats_the_first_epoch(level):
     ).all()
 
 
-def test_places_are_uniform():
+def test_positions_are_uniform():
     counts = np.zeros((6, 6))
     for epoch in range(6000):
         counts[np.arange(6), sequence(order(examples=6, batch=6, epoch=epoch))] += 1
@@ -167,12 +167,12 @@ def test_places_are_uniform():
     )  # 25 degrees of freedom, p = 0.001; the orders are fixed, so this cannot flicker
 
 
-def test_places_of_packed_rows():
+def test_coordinates_in_packed_rows():
     indices = np.array([[[4, 1], [0, -1]], [[3, 2], [-1, -1]]])
-    assert places(indices, 5).tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 0, 0], [0, 0, 0]]
+    assert locate(indices, 5).tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 0, 0], [0, 0, 0]]
     assert positions(indices, 5).tolist() == [0, 0, 1, 1, 0]
-    with pytest.raises(ValueError, match="each of 6 samples once; this one has 5, 5 different"):
-        places(indices, 6)
+    with pytest.raises(ValueError, match="each of 6 samples once; given 5, 5 of them different"):
+        locate(indices, 6)
 
 
 def test_positions_by_hand():

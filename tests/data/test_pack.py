@@ -73,7 +73,7 @@ def test_collate_equals_loops(lengths, extra, data):
 
 
 def test_collate_never_cuts():
-    with pytest.raises(ValueError, match="an example of 9 tokens does not fit 8"):
+    with pytest.raises(ValueError, match="given 9 tokens, expected at most 8"):
         collate(make([3, 9]), np.array([0, 1]), 8)
 
 
@@ -177,14 +177,14 @@ def test_a_batch_costs_well_under_a_millisecond():
     )  # the best of many: what the code costs, not what else the machine does
 
 
-# ------------------------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------ packing
 
 
 def in_order_by_loops(sizes, length):
     """Rows as lists; the open ones are looked through from the oldest."""
     closed, rows = [], []
     for number, size in enumerate(sizes):
-        fitting = [row for row in rows if sum(sizes[one] for one in row) + size <= length]
+        fitting = [row for row in rows if sum(sizes[number] for number in row) + size <= length]
         if fitting:
             fitting[0].append(number)
             continue
@@ -197,10 +197,12 @@ def in_order_by_loops(sizes, length):
 def tightly_by_loops(sizes, length):
     """Rows as lists; all are looked through."""
     rows = []
-    for number in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
-        fitting = [row for row in rows if sum(sizes[one] for one in row) + sizes[number] <= length]
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        fitting = [
+            row for row in rows if sum(sizes[number] for number in row) + sizes[number] <= length
+        ]
         if fitting:
-            max(fitting, key=lambda row: sum(sizes[one] for one in row)).append(number)
+            max(fitting, key=lambda row: sum(sizes[number] for number in row)).append(number)
         else:
             rows.append([number])
     return rows
@@ -210,13 +212,13 @@ def tightly_by_loops(sizes, length):
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_packing_equals_loops(sizes):
     in_order, tight = (pack(np.array(sizes), 20) for pack in (pack_in_order, pack_tightly))
-    assert [[one for one in row if one >= 0] for row in in_order.tolist()] == in_order_by_loops(
-        sizes, 20
-    )
-    totals = [sum(sizes[one] for one in row if one >= 0) for row in tight.tolist()]
+    assert [
+        [number for number in row if number >= 0] for row in in_order.tolist()
+    ] == in_order_by_loops(sizes, 20)
+    totals = [sum(sizes[number] for number in row if number >= 0) for row in tight.tolist()]
     # of rows equally full it does not matter which is chosen
     assert sorted(totals) == sorted(
-        sum(sizes[one] for one in row) for row in tightly_by_loops(sizes, 20)
+        sum(sizes[number] for number in row) for row in tightly_by_loops(sizes, 20)
     )
     for packed in (in_order, tight):
         assert packed.dtype == np.int32
@@ -247,20 +249,20 @@ def test_packed_rows_are_rows_side_by_side(sizes, extra, seed):
     batch = collate(examples, packed, 30 + extra)
     assert batch["ids"].tolist() == np.where(packed < 0, -1, examples.ids[packed]).tolist()
     for place, rows in enumerate(packed):
-        alone = collate_by_loops(examples, rows, 30)
+        expected_batch = collate_by_loops(examples, rows, 30)
         for name in ("tokens", "targets", "positions", "segments", "weights"):
             side_by_side = [
-                alone[name][s, : sizes[row]] * (s + 1 if name == "segments" else 1)
+                expected_batch[name][s, : sizes[row]] * (s + 1 if name == "segments" else 1)
                 for s, row in enumerate(rows)
                 if row >= 0
             ]
             expected = np.concatenate([*side_by_side, np.zeros(30 + extra)])[: 30 + extra]
             np.testing.assert_array_equal(batch[name][place], expected, err_msg=name)
-            assert batch[name].dtype == alone[name].dtype
+            assert batch[name].dtype == expected_batch[name].dtype
 
 
 def test_packed_rows_are_not_cut():
-    with pytest.raises(ValueError, match="12 tokens does not fit 8"):
+    with pytest.raises(ValueError, match="given 12 tokens, expected at most 8"):
         collate(make([5, 7]), np.array([[0, 1]]), 8)
 
 
@@ -274,7 +276,7 @@ def test_a_step_of_packed_rows():
     assert batch["bucket"].tolist() == [0, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------------ preference pairs
+# ------------------------------------------------------------------ preference pairs
 
 
 def make_pairs(chosen, rejected):
@@ -308,14 +310,14 @@ def test_pairs_are_padded_to_the_longer_sequence():
 
 def test_pairs_need_a_reference():
     pairs = dataclasses.replace(make_pairs([4], [5]), reference=None)
-    with pytest.raises(ValueError, match="have no reference log-probabilities yet"):
+    with pytest.raises(ValueError, match="have no reference log-probabilities"):
         collate(pairs, np.array([0]), 8)
 
 
 def test_take_and_digest_of_pairs():
     pairs = make_pairs([4, 9, 5], [7, 3, 6])
-    some = pairs.take(np.array([2, 0]))
-    np.testing.assert_array_equal(some.reference, pairs.reference[[2, 0]])
-    assert some.rejected.tokens[0].tolist() == pairs.rejected.tokens[2].tolist()
+    batch_pairs = pairs.take(np.array([2, 0]))
+    np.testing.assert_array_equal(batch_pairs.reference, pairs.reference[[2, 0]])
+    assert batch_pairs.rejected.tokens[0].tolist() == pairs.rejected.tokens[2].tolist()
     assert pairs.take(np.arange(3)).digest == pairs.digest != pairs.parts[0].digest
     assert dataclasses.replace(pairs, rejected=make([7, 3, 6], seed=2)).digest != pairs.digest

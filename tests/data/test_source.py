@@ -1,4 +1,4 @@
-"""Files of each kind into examples, what is dropped and counted, validation, and errors of one line."""
+"""Files of each kind into examples: what is dropped and counted, validation, one-line errors."""
 
 import csv
 import gzip
@@ -102,7 +102,7 @@ def test_hub_out_of_reach_is_one_line(monkeypatch):
     [
         ("a.json", None, "data file .*a.json not found"),
         ("a", None, "data .*a not found; expected a file"),
-        ("a.xlsx", b"x", "is of no known kind; expected .json .jsonl"),
+        ("a.xlsx", b"x", "has an unknown suffix; expected .json .jsonl"),
         ("a.json", b"{", "a.json cannot be read: Expecting property name"),
         ("a.json", b'{"rows": []}', r'expected a list of objects, or \{"data"'),
         ("a.json", b"[]", "holds no rows"),
@@ -217,7 +217,7 @@ def test_a_first_token_is_no_target(tmp_path, byte_tokenizer):
 def test_nothing_left_says_why(tmp_path, byte_tokenizer):
     with pytest.raises(
         UserError,
-        match=r"no example is left with data.max_length = 4 \(read 5, dropped too long 5,.*raise it",
+        match=r"no example is left with data.max_length = 4 \(read 5, dropped too long 5,.*raise",
     ):
         load_train(Data(train=lengths_file(tmp_path), max_length=4), byte_tokenizer())
 
@@ -238,10 +238,10 @@ def test_texts_are_cut_into_windows_that_learn_each_token_once(tmp_path, byte_to
 
 def test_records_beyond_one_chunk(tmp_path, byte_tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl")
-    whole = load_train(Data(train=path), byte_tokenizer())
+    examples = load_train(Data(train=path), byte_tokenizer())
     monkeypatch.setattr(source, "CHUNK", 5)
     parts = load_train(Data(train=path), byte_tokenizer())
-    assert (parts.digest, parts.responses) == (whole.digest, whole.responses)
+    assert (parts.digest, parts.responses) == (examples.digest, examples.responses)
 
 
 def test_validation_is_disjoint_and_keyed_by_the_seed(tmp_path, byte_tokenizer):
@@ -262,7 +262,7 @@ def test_splits_that_the_config_has_not(tmp_path, byte_tokenizer):
     data = Data(train=write(tmp_path / "a.jsonl"))
     assert load_examples(data, byte_tokenizer(), "validation", seed=0) is None
     assert load_examples(data, byte_tokenizer(), "test", seed=0) is None
-    with pytest.raises(UserError, match="validation_examples = 12 leaves nothing of 12"):
+    with pytest.raises(UserError, match="validation_examples = 12 leaves none of 12"):
         load_examples(
             data.model_copy(update={"validation_examples": 12}), byte_tokenizer(), "train", seed=0
         )
@@ -283,16 +283,16 @@ def test_held_out_examples_without_a_file_of_their_own(tmp_path, byte_tokenizer)
         load_splits(data, byte_tokenizer(), seed=2)["test"].ids.tolist()
         != parts["test"].ids.tolist()
     )
-    with pytest.raises(UserError, match="test_examples = 12 leaves nothing of 12"):
+    with pytest.raises(UserError, match="test_examples = 12 leaves none of 12"):
         load_splits(data.model_copy(update={"test_examples": 12}), byte_tokenizer(), seed=0)
 
 
 def test_columns_under_other_names(tmp_path, byte_tokenizer):
-    other = [
+    rows = [
         {"problem": row["question"], "solution": row["answer"], "answer": "short"} for row in ROWS
     ]
     data = Data(
-        train=write(tmp_path / "other.jsonl", other),
+        train=write(tmp_path / "other.jsonl", rows),
         test=write(tmp_path / "a.jsonl"),
         template="gsm8k",
     )
@@ -300,20 +300,22 @@ def test_columns_under_other_names(tmp_path, byte_tokenizer):
     parts = load_splits(named, byte_tokenizer(), seed=0)
     assert parts["train"].digest == parts["test"].digest
     assert parts["train"].responses == [row["answer"] for row in ROWS]
-    with pytest.raises(UserError, match="are no known format"):
+    with pytest.raises(UserError, match="match no format"):
         load_train(data, byte_tokenizer())
 
 
 def test_a_limit_counts_windows_of_a_text(tmp_path, byte_tokenizer):
     (tmp_path / "a.txt").write_text("One long text.<|endoftext|>And a second one.")
     data = Data(train=str(tmp_path / "a.txt"), max_length=4)
-    whole, cut = (
+    complete, limited = (
         load_train(data.model_copy(update={"limit": limit}), byte_tokenizer())
         for limit in (None, 3)
     )
-    assert len(whole) > 6
-    assert [row.tolist() for row in cut.tokens] == [row.tolist() for row in whole.tokens][:3]
-    assert [row.tolist() for row in cut.answers] == [row.tolist() for row in whole.answers][:3]
+    assert len(complete) > 6
+    assert [row.tolist() for row in limited.tokens] == [row.tolist() for row in complete.tokens][:3]
+    assert [row.tolist() for row in limited.answers] == [row.tolist() for row in complete.answers][
+        :3
+    ]
 
 
 def test_test_split(tmp_path, byte_tokenizer):
@@ -325,12 +327,12 @@ def test_errors_of_rows_name_the_file(tmp_path, byte_tokenizer):
     path = write(tmp_path / "a.jsonl", [*ROWS[:2], {"question": "Why?"}])
     with pytest.raises(
         UserError,
-        match=r"a.jsonl: row 2 has no column 'answer' \(format question_answer\); it has 'question'",
+        match=r"a.jsonl: row 2 has no column 'answer' \(format question_answer\); .* 'question'",
     ):
         load_train(Data(train=path), byte_tokenizer())
     with pytest.raises(
         UserError,
-        match=r"a.jsonl: row 0 has no column 'instruction' \(format alpaca\); it has 'question', 'answer'",
+        match=r"row 0 has no column 'instruction' \(format alpaca\); it has 'question', 'answer'",
     ):
         load_train(Data(train=path, format="alpaca"), byte_tokenizer())
 
@@ -344,7 +346,7 @@ def test_tokenizers(tmp_path, byte_tokenizer):
     with pytest.raises(UserError, match=r"tokenizer directory .*absent not found"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         load_tokenizer(tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read") as caught:
@@ -382,7 +384,7 @@ def test_real_files(shared_data):
         tokenize(str(shared_data / "alpaca" / "random_9k.json"), Data(), tokenizer)
 
 
-# ------------------------------------------------------------------------------------------------------------------ preference pairs
+# ------------------------------------------------------------------ preference pairs
 
 
 def pairs_of(tmp_path, rows, tokenizer, **data):
@@ -411,11 +413,11 @@ def test_a_pair_is_one_example_whose_sequences_share_their_prompt(tmp_path, piec
         )
         assert not pairs.answers[row][: len(prompt)].any()
         assert pairs.answers[row][len(prompt) :].all()
-    found = [
+    responses = [
         (learned_of(pairs, row, piece_tokenizer), learned_of(pairs.rejected, row, piece_tokenizer))
         for row in range(2)
     ]
-    assert found == [("▁42 </s>", "▁y ▁y </s>"), ("▁4 </s>", "▁42 </s>")]
+    assert responses == [("▁42 </s>", "▁y ▁y </s>"), ("▁4 </s>", "▁42 </s>")]
     assert pairs.lengths.tolist() == [
         max(len(part.tokens[row]) for part in pairs.parts) for row in range(2)
     ]

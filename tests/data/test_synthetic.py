@@ -1,4 +1,4 @@
-"""The generated data: always the same, its splits disjoint, its answers right, and every word of it one token of the shipped tokenizer."""
+"""Generated data: always the same, splits disjoint, answers right, each word one token."""
 
 import collections
 import hashlib
@@ -67,33 +67,34 @@ def test_splits_share_neither_question_nor_solution(train, test):
 
 
 def test_pretraining_never_shows_the_task(texts):
-    # neither the frame of a problem nor the marker of an answer: the base must fail for want of the task, not of the parts
+    # Neither the form of a problem nor the marker of an answer: the base lacks the task, not the
+    # skills.
     for record in texts:
         assert not re.search(r"####|How many|Question|Answer", record["text"])
 
 
 def test_stories_hold_no_question_and_nothing_of_the_test_split(test):
-    told = [record["text"] for record in generated("quickstart_told", "train")]
-    solutions = {text.split(" Sums: ")[1] for text in told}
+    stories = [record["text"] for record in generated("quickstart_told", "train")]
+    solutions = {text.split(" Sums: ")[1] for text in stories}
     assert not solutions & {record["answer"].split(" ####")[0] for record in test}
-    assert not [text for text in told if re.search(r"####|How many|Question|Answer", text)]
+    assert not [text for text in stories if re.search(r"####|How many|Question|Answer", text)]
 
 
 def solve(question):
     """Answer a problem from its words alone, by rules that know nothing of the generator's."""
     asked = re.search(r"How many \w+ (?:does (\w+)|do (\w+) and (\w+)) have\?", question)
     story = question[: asked.start()]
-    held = {
+    amounts = {
         name: int(n)
         for name, n in re.findall(r"(\w+) has (\d+) (?!more than|fewer than)\w+\.", story)
     }
     for name, n, word, than in re.findall(r"(\w+) has (\d+) (more|fewer) than (\w+)\.", story):
-        held[name] = held[than] + (int(n) if word == "more" else -int(n))
+        amounts[name] = amounts[than] + (int(n) if word == "more" else -int(n))
     if asked[2]:
-        return held[asked[2]] + held[asked[3]]
+        return amounts[asked[2]] + amounts[asked[3]]
     changes = re.findall(rf"({'|'.join(GAINS + LOSSES)}) (\d+)", story)
     assert len(changes) == 2
-    return held[asked[1]] + sum(int(n) if verb in GAINS else -int(n) for verb, n in changes)
+    return amounts[asked[1]] + sum(int(n) if verb in GAINS else -int(n) for verb, n in changes)
 
 
 def test_answers_are_right_and_steps_add_up(train, test):
@@ -160,7 +161,7 @@ def test_unknown_names_are_told(name, split, message):
         generated(name, split)
 
 
-# --- the shipped base ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the shipped base
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def tokenizer():
 
 def test_every_word_is_one_token(tokenizer, train, test, texts):
     space = tokenizer.convert_tokens_to_ids("Ġ")
-    # the frames of the prompt templates: an answer follows a space, so that its first number is a token of its own
+    # In the prompt templates an answer follows a space, so that its first number is one token.
     problems = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in train + test]
     for text in problems + [r["text"] for r in texts]:
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -196,8 +197,8 @@ def test_the_recipe_gives_the_shipped_tokenizer():
     recipe = (
         pathlib.Path(__file__).parents[2] / "examples" / "quickstart_base" / "make_tokenizer.py"
     )
-    made = runpy.run_path(str(recipe))["make_tokenizer"]()
-    assert json.loads(made.to_str()) == json.loads((ASSETS / "tokenizer.json").read_text())
+    tokenizer = runpy.run_path(str(recipe))["make_tokenizer"]()
+    assert json.loads(tokenizer.to_str()) == json.loads((ASSETS / "tokenizer.json").read_text())
 
 
 def test_config_and_tokenizer_agree(tokenizer):

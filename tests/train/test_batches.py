@@ -85,7 +85,7 @@ def test_feed_hands_on_what_went_wrong(plan):
     broken = dataclasses.replace(plan, lengths=(8,))  # some examples are longer
     abstract = batches.abstract_batch(plan, make_mesh())
     with (
-        pytest.raises(ValueError, match="does not fit 8"),
+        pytest.raises(ValueError, match="expected at most 8"),
         batches.Feed(broken, abstract, 0) as feed,
     ):
         list(feed)

@@ -45,7 +45,7 @@ def test_every_sample_once_an_epoch(packed_spec, tiny_examples, kind, level):
     assert plan.lengths == (ROW,)
     for own in plan.orders:
         for epoch in own:
-            places = order.places(epoch, 21)
+            places = order.locate(epoch, 21)
             assert places.shape == (21, 3)
             assert [epoch[tuple(place)] for place in places] == list(range(21))
             assert (epoch >= 0).any((1, 2)).all()  # no step is empty
