@@ -99,7 +99,7 @@ class TaskInputs:
                 "a file of instructions needs the column instruction, its columns are "
                 f"{', '.join(row)}"
             )
-        record = Record.asked(row["instruction"], system_input=str(row.get("input") or ""))
+        record = Record.single_turn(row["instruction"], system_input=str(row.get("input") or ""))
         template = chat.resolve_template(self.data.template, "alpaca", [record], self.tokenizer)
         return chat.prompt_tokens(record, template, self.tokenizer).tolist()
 

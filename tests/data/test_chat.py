@@ -125,7 +125,7 @@ def test_a_border_inside_a_token_keeps_the_prompt(piece_tokenizer):
 def test_several_turns_need_chat(byte_tokenizer):
     with pytest.raises(
         UserError,
-        match="template alpaca takes one user .* message, an example has user, assistant, user",
+        match=r"template alpaca takes one user .* message, an example has user, assistant, user",
     ):
         chat.encode([talk("a", "b", "c", "d")], "alpaca", byte_tokenizer())
 
