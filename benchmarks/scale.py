@@ -16,7 +16,7 @@ from jax_ordermerge.arch import ARCHITECTURES, parameter_count
 from jax_ordermerge.config import make_config
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.hardware import parse
-from jax_ordermerge.plan import compiled
+from jax_ordermerge.plan import compiled, devices
 
 GIB = 2**30
 LENGTH = 2048
@@ -52,8 +52,8 @@ def measure(row: Row) -> tuple[str, list[str]]:
     }
     topology, model = parse(row.topology), ARCHITECTURES[row.name]
     assert topology.device is not None
-    mesh = meshes.make_mesh(**row.mesh, devices=compiled.devices(topology))
-    needs = compiled.step(training_spec(make_config(config)), model, mesh)
+    mesh = meshes.make_mesh(**row.mesh, devices=devices.topology_devices(topology))
+    needs = compiled.step_requirements(training_spec(make_config(config)), model, mesh)
     where = (
         f"| {row.name}, {parameter_count(model) / 1e9:.2f} B | {row.members} | {row.topology} | "
     )
@@ -63,7 +63,7 @@ def measure(row: Row) -> tuple[str, list[str]]:
     first = f"{where}{shape} | {held} | {part:.0%} | {needs.seconds:.0f} |"
     return first, [
         f"{where}{kind} | {' '.join(axes)} | {count:,.0f} | {size / GIB:.2f} |"
-        for (kind, axes), (count, size) in needs.exchanges.items()
+        for (kind, axes), (count, size) in needs.collectives.items()
     ]
 
 

@@ -108,7 +108,7 @@ def plan(
         examples=examples,
         tests=test_examples,
         analytic_only=analytic,
-        look_further=search,
+        find_better=search,
         as_json=as_json,
         log=lambda message: typer.echo(message, err=True),
     )

@@ -1,7 +1,10 @@
 """Specifications for the packages that must not see the whole config, each built once from it."""
 
+import dataclasses
+
 from jax_ordermerge import config as schema
 from jax_ordermerge.config import Config
+from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train.spec import TrackingSpec, TrainingSpec
 
 
@@ -23,4 +26,21 @@ def training_spec(config: Config) -> TrainingSpec:
         lora=config.lora,
         sample_every=config.samples.every,
         tracking=TrackingSpec(config.name, config.tracking, schema.to_dict(config)),
+    )
+
+
+def plan_spec(config: Config) -> PlanSpec:
+    """Return what a plan needs of a config.
+
+    Example:
+        >>> plan_spec(Config()).mesh.fsdp
+        -1
+    """
+    training = training_spec(config)
+    return PlanSpec(
+        **{field.name: getattr(training, field.name) for field in dataclasses.fields(training)},
+        mesh=config.mesh,
+        merge=config.merge,
+        analysis=config.analysis,
+        evaluation=config.evaluation,
     )

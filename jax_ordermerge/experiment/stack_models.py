@@ -28,7 +28,7 @@ def fitting(members: int, config: ModelConfig, mesh: Mesh, dtype: str) -> int:
     if limit is None:  # CPU devices do not report their memory
         return members
     groups = mesh.shape["order"]
-    model_bytes = analytic.held(convert.abstract_params(config, mesh, dtype=dtype))
+    model_bytes = analytic.bytes_per_device(convert.abstract_params(config, mesh, dtype=dtype))
     return groups * max(1, min(members // groups, int(_MEMORY_FRACTION * limit / model_bytes)))
 
 

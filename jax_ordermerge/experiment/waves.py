@@ -125,7 +125,7 @@ def member_layout(layout: RunLayout, member: int) -> RunLayout:
 # ---------------------------------------------------------------------------------- dividing
 
 
-def wave_size(members: int, groups: int, needs: compiled.Needs, limit: int) -> int:
+def wave_size(members: int, groups: int, needs: compiled.Requirements, limit: int) -> int:
     """Return how many members are trained at once, a multiple of the device groups.
 
     Args:
@@ -138,7 +138,7 @@ def wave_size(members: int, groups: int, needs: compiled.Needs, limit: int) -> i
         UserError: not even one member per group fits.
 
     Example:
-        >>> needs = compiled.Needs(arguments=80, temporaries=10, exchanges={}, seconds=0)
+        >>> needs = compiled.Requirements(arguments=80, temporaries=10, collectives={}, seconds=0)
         >>> wave_size(8, 2, needs, limit=1000), wave_size(8, 2, needs, limit=60)
         (8, 4)
     """
@@ -192,18 +192,20 @@ def _divide(
     return waves
 
 
-def _memory_needs(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> compiled.Needs:
+def _memory_needs(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> compiled.Requirements:
     """Return what training all members at once needs.
 
     Where the compiler refuses that, it is computed from what one member per group needs.
     """
     try:
-        return compiled.step(spec, model, mesh)
+        return compiled.step_requirements(spec, model, mesh)
     except compiled.TooLarge:
         members, groups = spec.population.members, mesh.shape["order"]
         smallest = spec.population.model_copy(update={"wave": groups})
         try:
-            needs = compiled.step(dataclasses.replace(spec, population=smallest), model, mesh)
+            needs = compiled.step_requirements(
+                dataclasses.replace(spec, population=smallest), model, mesh
+            )
         except compiled.TooLarge as error:
             raise UserError(
                 "one member does not fit the devices; divide it over more of them (mesh.fsdp,"

@@ -1,1 +1,1 @@
-"""What an experiment needs on hardware that need not be here: its real programs compiled for it, an estimate on paper, better settings."""
+"""Plans of experiments for devices that need not be present: memory, time, better settings."""

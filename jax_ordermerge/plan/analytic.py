@@ -1,14 +1,15 @@
-"""An estimate on paper: memory, arithmetic, traffic and time of a training step, from the tensor table and the data sheets alone.
+"""An estimate of a training step: memory, FLOPs, traffic and time, from tables alone.
 
-What a device holds between steps (parameters, optimizer, base, batch) is exact: shapes and shardings are those of the training itself.
-Temporaries, traffic and times are a model, whose assumptions are `ASSUMED` and the comments here.
+It needs neither a device nor a compiler. Bytes that stay between steps (parameters, optimizer,
+base, batch) are exact, because shapes and shardings are those of the training itself. Temporaries,
+traffic and times are a model: `ASSUMPTIONS` and the comments below state it.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -16,16 +17,22 @@ from jax.sharding import AbstractMesh, AxisType
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, TensorSpec, parameter_count, tensor_table
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Training
 from jax_ordermerge.hardware import Topology
 from jax_ordermerge.model import lora
+from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train import flops, optimizers
 from jax_ordermerge.train import step as steps
 
-_PRODUCTS, _MEMORY, _LINKS, _SEEN = 0.65, 0.8, 0.8, 0.2
-ASSUMED = (
-    f"products reach {_PRODUCTS:.0%} of the peak, memory {_MEMORY:.0%} and links {_LINKS:.0%} of the data sheet",
-    f"products, memory and exchanges overlap: a step takes the longest of them and {_SEEN:.0%} of the others",
+# Fractions of the data sheet that programs reach in practice, and the fraction of the shorter of
+# overlapping times that still shows in the time of a step.
+MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.65, 0.8, 0.8
+_EXPOSED = 0.2
+ASSUMPTIONS = (
+    f"matmuls reach {MATMUL_EFFICIENCY:.0%} of the peak, memory {MEMORY_EFFICIENCY:.0%} and links"
+    f" {LINK_EFFICIENCY:.0%} of the data sheet",
+    "matmuls, memory and collectives overlap: a step takes the longest of them and"
+    f" {_EXPOSED:.0%} of the others",
     "members of a device group run one after another",
     "reading data, saving checkpoints, compilation and the network's latency take no time",
 )
@@ -33,8 +40,15 @@ ASSUMED = (
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes a device, by kind. `base` is held in common by all members (adapters); `temporaries` are gradients, activations and all
-    else that lives within a step."""
+    """Bytes per device, by kind.
+
+    Attributes:
+        parameters: weights of the members; twice with `training.checkpoint = best`.
+        optimizer: state of the optimizer.
+        base: frozen base of adapters, shared by all members.
+        batch: inputs of a step.
+        temporaries: gradients, activations and all else that lives within a step only.
+    """
 
     parameters: float
     optimizer: float
@@ -44,20 +58,20 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes a device in all."""
+        """Bytes per device in all."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What a step of one member is given.
+class Workload:
+    """Inputs of one training step of one member.
 
     Attributes:
-        rows: sequences, padding rows included; of preference pairs twice their number.
-        length: that rows are padded to.
-        tokens: that are no padding, on average.
-        flops: of the model on them, on average (`flops.training_flops`).
-        steps: of the whole training, None where the number of examples is not known.
+        rows: sequences, padding rows included; two per preference pair.
+        length: tokens per row, padding included.
+        tokens: tokens that are not padding, on average.
+        flops: FLOPs of the model on these tokens, on average (`flops.training_flops`).
+        steps: steps of the whole training; None if the number of examples is not known.
     """
 
     rows: int
@@ -68,377 +82,313 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One step of all members that are trained together.
+class StepEstimate:
+    """Costs of one step of all members that are trained together.
 
     Attributes:
-        memory: see `Memory`.
-        executed: FLOPs a device, what is computed again and padding included.
-        moved: bytes a device reads and writes in its memory.
-        traffic: bytes a device receives, by the mesh axes crossed (`"fsdp"`, `"fsdp tensor"`).
-        times: seconds by `products`, `memory`, `exchanges`; None where the devices are not in the table.
+        memory: bytes per device.
+        flops: FLOPs per device, recomputation and padding included.
+        moved: bytes per device read from and written to its memory.
+        traffic: bytes per device received, by the mesh axes crossed (`"fsdp"`, `"fsdp tensor"`).
+        times: seconds of `matmuls`, `memory` and `collectives`; None without a data sheet.
     """
 
     memory: Memory
-    executed: float
+    flops: float
     moved: float
     traffic: Mapping[str, float]
-    times: Mapping[str, float] | None
+    times: Mapping[str, float] | None = None
 
     @property
     def seconds(self) -> float | None:
-        """Of the step: the longest of its times, and what is seen of the others."""
+        """Seconds of the step: the longest of its times and the exposed part of the others."""
         if self.times is None:
             return None
         longest = max(self.times.values())
-        return longest + _SEEN * (sum(self.times.values()) - longest)
+        return longest + _EXPOSED * (sum(self.times.values()) - longest)
 
 
-class _Shape(NamedTuple):
-    """What a device sees of a microbatch and of the model."""
-
-    sizes: Mapping[str, int]
-    split: int
-    microbatches: int
-    tokens: float
-    rows: float
-    item: int  # bytes of the compute dtype
+# --------------------------------------------------------------------------------------- settings
 
 
-def abstract_mesh(config: Config, topology: Topology) -> AbstractMesh:
-    """Return the mesh of a config on so many devices, without devices.
+def abstract_mesh(spec: PlanSpec, topology: Topology) -> AbstractMesh:
+    """Return the mesh of a spec over a topology, without devices.
 
     Raises:
-        UserError: the sizes do not fit.
+        UserError: the sizes do not fit the number of devices.
     """
-    sizes = meshes.axis_sizes(config.mesh.sizes, topology.size)
-    return AbstractMesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    sizes = meshes.axis_sizes(spec.mesh.sizes, topology.size)
+    types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
-def at_once(config: Config) -> int:
-    """Return how many members are trained together."""
-    return min(config.population.wave or config.population.members, config.population.members)
-
-
-def kernel(config: Config, topology: Topology) -> str:
-    """Return the kernel of attention that is most likely chosen; see `kernels.choose`, which needs the devices."""
-    if config.model.attention != "auto":
-        return config.model.attention
+def attention_kernel(spec: PlanSpec, topology: Topology) -> str:
+    """Return the attention kernel that `kernels.choose` is likely to choose; it needs devices."""
+    if spec.model.attention != "auto":
+        return spec.model.attention
     if topology.device is None:
         return "xla"
-    fused = config.model.compute_dtype == "bfloat16" and config.data.packing == "none"
-    return "splash" if topology.tpu else "cudnn" if fused else "xla"
+    if topology.tpu:
+        return "splash"
+    fused = spec.model.compute_dtype == "bfloat16" and spec.data.packing == "none"
+    return "cudnn" if fused else "xla"
 
 
-def tables(
-    config: Config, model: ModelConfig
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Return what each member trains and what is held once, as `split.split` cuts a model."""
-    table = tensor_table(model)
-    return (table, ()) if config.lora is None else (lora.table(model, config.lora), table)
+def peak_flops(spec: PlanSpec, topology: Topology) -> float:
+    """Return the peak FLOP/s per device for matmuls of the compute dtype; see `flops.peak`."""
+    assert topology.device is not None
+    half = spec.model.compute_dtype == "float32" and not topology.tpu
+    return topology.device.flops / (2 if half else 1)
 
 
-def step(config: Config, model: ModelConfig, topology: Topology, work: Work) -> Step:
-    """Estimate a training step.
+def link_speed(axes: str, spec: PlanSpec, topology: Topology) -> float:
+    """Return the bytes/s per device of collectives over mesh axes, such as `"fsdp tensor"`.
 
-    Args:
-        config: of the run; its mesh is laid over the topology.
-        model: the architecture.
-        topology: where it is trained.
-        work: of one member and step.
+    Collectives between slices run over the network that joins the slices.
     """
-    mesh = abstract_mesh(config, topology)
-    sizes, batch = dict(mesh.shape), config.training.microbatch or config.training.batch
-    over = sizes["data"] * sizes["fsdp"]
-    microbatches = config.training.batch // batch
-    rows = work.rows / microbatches / (over if batch % over == 0 else 1)
-    split = sizes["sequence"] * sizes["tensor"] * (over if batch % over == 0 else 1)
-    item = 2 if config.model.compute_dtype == "bfloat16" else 4
-    shape = _Shape(sizes, split, microbatches, rows * work.length / sizes["sequence"], rows, item)
-    members = -(-at_once(config) // sizes["order"])
-    held = state(config, model, mesh)
-    fed = (
-        members
-        * work.rows
-        * (5 * 4 * work.length + 8)
-        / (over if batch % over == 0 else 1)
-        / sizes["sequence"]
-    )
-    memory = Memory(
-        **held, batch=fed, temporaries=_temporaries(config, model, topology, work, shape)
-    )
-    executed = members * _executed(config, model, topology, work) / split
-    moved = members * _moved(config, model, topology, work, shape)
-    traffic = {
-        axis: members * size for axis, size in _traffic(config, model, work, shape).items() if size
-    }
-    return timed(Step(memory, executed, moved, traffic, None), config, topology)
-
-
-def timed(one: Step, config: Config, topology: Topology) -> Step:
-    """Return a step with the times that its figures take on the devices."""
-    if topology.device is None:
-        return one
-    device, sizes = topology.device, meshes.axis_sizes(config.mesh.sizes, topology.size)
-    times = {
-        "products": one.executed / (_PRODUCTS * peak(config, topology)),
-        "memory": one.moved / (_MEMORY * device.bandwidth),
-        "exchanges": sum(
-            size / (_LINKS * _speed(axes, sizes, config, topology))
-            for axes, size in one.traffic.items()
-        ),
-    }
-    return dataclasses.replace(one, times=times)
-
-
-def _speed(axes: str, sizes: Mapping[str, int], config: Config, topology: Topology) -> float:
-    """Return bytes/s that a device receives over mesh axes; what crosses slices goes over the network that joins them."""
-    across = config.mesh.dcn or {"order": topology.slices}
+    assert topology.device is not None
     names = axes.split()
-    if topology.slices > 1 and any(across.get(name, 1) != 1 for name in names):  # type: ignore[call-overload]
-        assert topology.device is not None
+    across: Mapping[Any, int] = spec.mesh.dcn or {"order": topology.slices}
+    if topology.slices > 1 and any(across.get(name, 1) != 1 for name in names):
         return topology.device.network
+    sizes = meshes.axis_sizes(spec.mesh.sizes, topology.size)
     return topology.speed(math.prod(sizes[name] for name in names))
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- step
 
 
-def state(config: Config, model: ModelConfig, mesh: AbstractMesh) -> dict[str, int]:
-    """Return the bytes a device of parameters, optimizer and frozen base: exact, from the shardings of the training.
+def estimate_step(
+    spec: PlanSpec, model: ModelConfig, topology: Topology, work: Workload
+) -> StepEstimate:
+    """Estimate a training step.
 
-    Parameters are there twice where each member's best are kept.
+    Args:
+        spec: settings; the mesh is laid over the topology.
+        model: architecture.
+        topology: devices.
+        work: inputs of one member.
+
+    Raises:
+        UserError: the mesh does not fit the topology.
+    """
+    costs = _StepCosts(spec, model, topology, work)
+    estimate = StepEstimate(costs.memory(), costs.flops(), costs.moved(), costs.traffic())
+    return with_times(estimate, spec, topology)
+
+
+def with_times(estimate: StepEstimate, spec: PlanSpec, topology: Topology) -> StepEstimate:
+    """Return an estimate with the times that its FLOPs and bytes take on the devices."""
+    device = topology.device
+    if device is None:
+        return estimate
+    times = {
+        "matmuls": estimate.flops / (MATMUL_EFFICIENCY * peak_flops(spec, topology)),
+        "memory": estimate.moved / (MEMORY_EFFICIENCY * device.bandwidth),
+        "collectives": sum(
+            size / (LINK_EFFICIENCY * link_speed(axes, spec, topology))
+            for axes, size in estimate.traffic.items()
+        ),
+    }
+    return dataclasses.replace(estimate, times=times)
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def state_bytes(spec: PlanSpec, model: ModelConfig, mesh: AbstractMesh) -> dict[str, int]:
+    """Return the exact bytes per device of parameters, optimizer and frozen base.
 
     Example:
         >>> model = ModelConfig(
         ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
         ... )
-        >>> state(Config(), model, AbstractMesh((2, 1, 2, 1, 1), meshes.AXES))[
-        ...     "parameters"
-        ... ]  # 2 members, float32, all but norms halved
+        >>> mesh = AbstractMesh((2, 1, 2, 1, 1), meshes.AXES)
+        >>> state_bytes(PlanSpec(), model, mesh)["parameters"]  # 2 members, all but norms halved
         7488
     """
-    trained, frozen = tables(config, model)
-    return _state(config.training, trained, frozen, config.base_dtype, at_once(config), mesh)
+    trained, frozen = _tables(spec, model)
+    members = len(spec.first_wave)
+    return dict(_state_bytes(spec.training, trained, frozen, spec.base_dtype, members, mesh))
 
 
+# The search asks for the same states again and again: microbatch and rematerialization do not
+# change them, and tracing the optimizer takes most of the time of an estimate.
 @functools.lru_cache(maxsize=256)
-def _state(
-    training: Any, trained: Any, frozen: Any, base_dtype: str, members: int, mesh: AbstractMesh
+def _state_bytes(
+    training: Training,
+    trained: tuple[TensorSpec, ...],
+    frozen: tuple[TensorSpec, ...],
+    base_dtype: str,
+    members: int,
+    mesh: AbstractMesh,
 ) -> dict[str, int]:
-    tx = optimizers.optimizer(training, 1, trained)
-    whole = steps.abstract_state(convert.abstract_tensors(trained, mesh, members=members), tx, mesh)
-    base = convert.abstract_tensors(frozen, mesh, dtype=base_dtype)
+    optimizer = optimizers.optimizer(training, 1, trained)
+    params = convert.abstract_tensors(trained, mesh, members=members)
+    state = steps.abstract_state(params, optimizer, mesh)
+    # the best weights of each member are a second copy of the parameters
+    copies = 2 if training.checkpoint == "best" else 1
     return {
-        "parameters": held(whole.params) * (2 if training.checkpoint == "best" else 1),
-        "optimizer": held((whole.opt_state, whole.step)),
-        "base": held(base),
+        "parameters": bytes_per_device(state.params) * copies,
+        "optimizer": bytes_per_device((state.opt_state, state.step)),
+        "base": bytes_per_device(convert.abstract_tensors(frozen, mesh, dtype=base_dtype)),
     }
 
 
-def held(abstract: Any) -> int:
-    """Return the bytes a device of arrays that are only described."""
+def bytes_per_device(abstract: Any) -> int:
+    """Return the bytes per device of a pytree of `jax.ShapeDtypeStruct` with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(abstract)
     )
 
 
-def _temporaries(
-    config: Config, model: ModelConfig, topology: Topology, work: Work, shape: _Shape
-) -> float:
-    sizes, t, item = shape.sizes, shape.tokens, shape.item
-    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
-    trained, frozen = tables(config, model)
-    own = _count(trained) / fsdp / tensor
-    D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
-    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    # gradients; while they are accumulated, those so far and those of the microbatch
-    gradients = 4 * own * (2 if shape.microbatches > 1 else 1)
-    # weights in the compute dtype, cast outside the loop over layers
-    cast = (
-        item * _count(frozen or trained) / fsdp / tensor
-        if item < 4 and (not frozen or config.base_dtype == "float32")
-        else 0
-    )
-    # the whole vocabulary, for lookup and for the head, not at the same time
-    embedding = item * V * D / tensor * (1 if config.lora else 2) if fsdp > 1 else 0
-    # the layer at work: its weights gathered, and the next ones
-    gathered = item * _layer(model) / tensor * (2 if config.lora else 3) if fsdp > 1 else 0
-    kept = (
-        D
-        + {
+def _tables(
+    spec: PlanSpec, model: ModelConfig
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return the tensors that each member trains, and the frozen ones; see `trainable.make_trainable`."""
+    table = tensor_table(model)
+    return (table, ()) if spec.lora is None else (lora.table(model, spec.lora), table)
+
+
+class _StepCosts:
+    """The costs of a step per device, by kind.
+
+    Members of a device group run one after another, so temporaries are those of one member, while
+    FLOPs and traffic are those of all members of the group.
+    """
+
+    def __init__(
+        self, spec: PlanSpec, model: ModelConfig, topology: Topology, work: Workload
+    ) -> None:
+        self.spec, self.model, self.topology, self.work = spec, model, topology, work
+        self.mesh = abstract_mesh(spec, topology)
+        self.order, self.data, self.fsdp, self.sequence, self.tensor = self.mesh.shape.values()
+        self.members = -(-len(spec.first_wave) // self.order)
+        self.microbatches = spec.training.batch // spec.microbatch
+        # a microbatch that the batch axes do not divide is replicated over them
+        batch_axes = self.data * self.fsdp
+        self.batch_shards = batch_axes if spec.microbatch % batch_axes == 0 else 1
+        self.rows = work.rows / self.microbatches / self.batch_shards  # per microbatch
+        self.tokens = self.rows * work.length / self.sequence  # per microbatch
+        self.kernel = attention_kernel(spec, topology)
+        self.item = spec.compute_bytes
+        trained, frozen = _tables(spec, model)
+        self.trained, self.frozen = _size(trained), _size(frozen)
+        self.parameters = parameter_count(model)
+        self.heads = model.num_heads * model.head_dim
+        self.kv = model.num_kv_heads * model.head_dim
+        self.recomputes = spec.model.remat == "full"
+
+    def memory(self) -> Memory:
+        # five arrays of four bytes per token (tokens, targets, positions, segments, weights), two
+        # numbers per row
+        inputs = self.members * self.work.rows * (5 * 4 * self.work.length + 8)
+        return Memory(
+            **state_bytes(self.spec, self.model, self.mesh),
+            batch=inputs / self.batch_shards / self.sequence,
+            temporaries=self.temporaries(),
+        )
+
+    def temporaries(self) -> float:
+        """Return the bytes that live within a step."""
+        fsdp, tensor, tokens, item = self.fsdp, self.tensor, self.tokens, self.item
+        heads, kv, adapters = self.heads, self.kv, self.frozen > 0
+        D, F, V = self.model.hidden_size, self.model.intermediate_size, self.model.vocab_size
+        # gradients in float32; while they accumulate, the sum and those of the microbatch
+        gradients = 4 * (self.trained / fsdp / tensor) * (2 if self.microbatches > 1 else 1)
+        # weights in the compute dtype: XLA casts all of them ahead of the loop over layers
+        casts = item < 4 and (not adapters or self.spec.base_dtype == "float32")
+        cast = item * (self.frozen or self.trained) / fsdp / tensor if casts else 0
+        # FSDP gathers the whole vocabulary, for the lookup and for the head, not at the same time
+        embedding = item * V * D / tensor * (1 if adapters else 2) if fsdp > 1 else 0
+        # the gathered weights of the current layer, those of the next one, the layer's gradients
+        layer = sum(
+            math.prod(entry.hf_shape) for entry in tensor_table(self.model) if entry.stacked
+        )
+        gathered = item * layer / tensor * (2 if adapters else 3) if fsdp > 1 else 0
+        # kept for the backward pass per token and layer: its input, and results not recomputed
+        results = {
             "full": 0,
             "dots": (2 * heads + 2 * kv + 2 * F) / tensor + D,
             "none": (5 * heads + 5 * kv + 4 * F) / tensor + 8 * D,
-        }[config.model.remat]
-    )
-    activations = model.num_layers * t * kept * item
-    working = t * (item * (6 * D + (3 * heads + 3 * kv + 5 * F) / tensor) + 4 * 2 * D)
-    block = max(64, -(-work.length // 8))
-    scores = (
-        3 * 4 * shape.rows * model.num_heads / tensor * block * work.length
-        if kernel(config, topology) == "xla"
-        else 0
-    )
-    rows = min(512, t)
-    logits = (
-        2 * 4 * rows * V / tensor
-        + 4 * V * D / fsdp / tensor
-        + (0 if embedding else item * V * D / tensor)
-    )
-    return gradients + cast + embedding + gathered + activations + max(working + scores, logits)
+        }
+        saved = D + results[self.spec.model.remat]
+        activations = self.model.num_layers * tokens * saved * item
+        # the layer at work: its intermediate results, and two float32 residuals
+        working = tokens * (item * (6 * D + (3 * heads + 3 * kv + 5 * F) / tensor) + 4 * 2 * D)
+        # only plain attention holds scores, of a block of queries: logits, weights, gradients
+        scores = 0.0
+        if self.kernel == "xla":
+            block = max(64, -(-self.work.length // 8))
+            queries = self.rows * self.model.num_heads / tensor * block
+            scores = 3 * 4 * queries * self.work.length
+        # the head runs over blocks of 512 tokens: float32 logits and their gradients, and the
+        # gradient of the head
+        logits = (
+            2 * 4 * min(512, tokens) * V / tensor
+            + 4 * V * D / fsdp / tensor
+            + (0 if embedding else item * V * D / tensor)
+        )
+        return gradients + cast + embedding + gathered + activations + max(working + scores, logits)
+
+    def flops(self) -> float:
+        """Return the FLOPs that are executed."""
+        executed = flops.executed_flops(
+            self.model,
+            self.work.rows,
+            self.work.length,
+            remat=self.spec.model.remat,
+            kernel=self.kernel,
+            adapters=self.spec.lora,
+            pairs=self.spec.has_pairs,
+        )
+        return self.members * executed / (self.sequence * self.tensor * self.batch_shards)
+
+    def moved(self) -> float:
+        """Return the bytes that are read and written."""
+        fsdp, tensor, item, layers = self.fsdp, self.tensor, self.item, self.model.num_layers
+        # forward, backward with respect to inputs and to weights, and recomputed
+        passes = 3 + self.recomputes
+        # gathered weights are written before they are read
+        weights = item * self.parameters / tensor * passes * (2 if fsdp > 1 else 1)
+        # float32 weights, gradients and two moments, read and written, and the cast copy
+        update = (32 + 4 + item) * self.trained / fsdp / tensor
+        # operands and results of the matmuls, and the elementwise results between them
+        D, F = self.model.hidden_size, self.model.intermediate_size
+        width = 2 * D + (2 * self.heads + 2 * self.kv + 4 * F) / tensor + 12 * D
+        activations = layers * self.tokens * width * passes * item
+        scores = 0.0
+        if self.kernel == "xla":
+            pairs = self.rows * self.work.length**2 / 2 / self.sequence
+            scores = 4 * 6 * passes * layers * self.model.num_heads / tensor * pairs
+        logits = 4 * 4 * self.tokens * self.model.vocab_size / tensor
+        microbatch = weights + activations + scores + logits
+        return self.members * (self.microbatches * microbatch + update)
+
+    def traffic(self) -> dict[str, float]:
+        """Return the bytes received, by mesh axis. Nothing crosses `order`."""
+        times, layers = self.microbatches, self.model.num_layers
+        weights = self.item * self.parameters / self.tensor
+        trained = self.trained / self.tensor
+        # weights are gathered forward, backward and recomputed; gradients are reduced to shards
+        gathers = 3 if self.recomputes else 2
+        fsdp = _remote(self.fsdp) * times * (gathers * weights + self.item * trained)
+        data = 2 * _remote(self.data) * times * 4 * trained / self.fsdp
+        # all-reduces per layer: two forward, two backward, two recomputed
+        reduces = layers * (6 if self.recomputes else 4)
+        width = self.model.hidden_size
+        tensor = 2 * _remote(self.tensor) * times * reduces * self.tokens * width * self.item
+        keys = 2 * self.kv * self.item * self.rows * self.work.length
+        sequence = _remote(self.sequence) * times * layers * gathers * keys
+        traffic = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+        return {axis: self.members * size for axis, size in traffic.items() if size}
 
 
-def _count(table: tuple[TensorSpec, ...]) -> int:
-    return sum(math.prod(spec.shape) for spec in table)
+def _size(table: tuple[TensorSpec, ...]) -> int:
+    return sum(math.prod(entry.shape) for entry in table)
 
 
-def _layer(model: ModelConfig) -> float:
-    return sum(math.prod(spec.hf_shape) for spec in tensor_table(model) if spec.stacked)
-
-
-# ------------------------------------------------------------------------------------------------------- arithmetic, memory, exchanges
-
-
-def _executed(config: Config, model: ModelConfig, topology: Topology, work: Work) -> float:
-    """Return the FLOPs of a step of one member, on all its devices together."""
-    return flops.executed_flops(
-        model,
-        work.rows,
-        work.length,
-        remat=config.model.remat,
-        kernel=kernel(config, topology),
-        adapters=config.lora,
-        pairs=config.objective.kind == "dpo",
-    )
-
-
-def _moved(
-    config: Config, model: ModelConfig, topology: Topology, work: Work, shape: _Shape
-) -> float:
-    """Return the bytes that a device reads and writes for one member: weights, the optimizer's pass, activations."""
-    sizes, t, item = shape.sizes, shape.tokens, shape.item
-    fsdp, tensor, passes = sizes["fsdp"], sizes["tensor"], 3 + (config.model.remat == "full")
-    trained, _ = tables(config, model)
-    weights = item * parameter_count(model) / tensor * passes * (2 if fsdp > 1 else 1)
-    # masters, gradients and two moments, read and written; the cast copy
-    update = (32 + 4 + item) * _count(trained) / fsdp / tensor
-    D, F = model.hidden_size, model.intermediate_size
-    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    # operands and results of the products, and what lies between them
-    width = 2 * D + (2 * heads + 2 * kv + 4 * F) / tensor + 12 * D
-    activations = model.num_layers * t * width * passes * item
-    pairs = shape.rows * work.length**2 / 2 / sizes["sequence"]
-    scores = (
-        4 * 6 * passes * model.num_layers * model.num_heads / tensor * pairs
-        if kernel(config, topology) == "xla"
-        else 0
-    )
-    logits = 4 * 4 * t * model.vocab_size / tensor
-    return shape.microbatches * (weights + activations + scores + logits) + update
-
-
-def _traffic(config: Config, model: ModelConfig, work: Work, shape: _Shape) -> dict[str, float]:
-    """Return the bytes that a device receives for one member, by mesh axis. Nothing crosses `order`."""
-    sizes, t, item, times = shape.sizes, shape.tokens, shape.item, shape.microbatches
-    full = config.model.remat == "full"
-    trained, _ = tables(config, model)
-    weights, changed = (
-        item * parameter_count(model) / sizes["tensor"],
-        _count(trained) / sizes["tensor"],
-    )
-    # gathered forward and backward, and to compute again; gradients reduced to where they are kept
-    fsdp = _share(sizes["fsdp"]) * times * ((3 if full else 2) * weights + item * changed)
-    data = 2 * _share(sizes["data"]) * times * 4 * changed / sizes["fsdp"]
-    # two sums a layer forward, two backward, and what is computed again
-    tensor = (
-        2
-        * _share(sizes["tensor"])
-        * times
-        * model.num_layers
-        * (6 if full else 4)
-        * t
-        * model.hidden_size
-        * item
-    )
-    keys = 2 * model.num_kv_heads * model.head_dim * item * shape.rows * work.length
-    sequence = _share(sizes["sequence"]) * times * model.num_layers * (3 if full else 2) * keys
-    return {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
-
-
-def _share(size: int) -> float:
+def _remote(size: int) -> float:
+    """Return the fraction of an array over an axis of this size that lies on other devices."""
     return (size - 1) / size
-
-
-# ------------------------------------------------------------------------------------------------------------------------ other stages
-
-
-def forward_seconds(
-    config: Config, model: ModelConfig, topology: Topology, tokens: float, length: int
-) -> float | None:
-    """Return the seconds of measuring losses of one model over `tokens` tokens, on all devices together."""
-    if topology.device is None:
-        return None
-    return flops.forward_flops(model, tokens, length) / (
-        topology.size * _PRODUCTS * peak(config, topology)
-    )
-
-
-def token_seconds(
-    config: Config, model: ModelConfig, topology: Topology, slots: int
-) -> float | None:
-    """Return the seconds of one round of generation, a token for each row of `evaluation.batch`: weights and cache read once.
-
-    Rows are not divided over devices; the weights are, over `fsdp` and `tensor`.
-    """
-    if topology.device is None:
-        return None
-    sizes, rows = meshes.axis_sizes(config.mesh.sizes, topology.size), config.evaluation.batch
-    item, parts = (
-        2 if config.model.compute_dtype == "bfloat16" else 4,
-        sizes["fsdp"] * sizes["tensor"],
-    )
-    cache = (
-        rows
-        * slots
-        * 2
-        * model.num_layers
-        * model.num_kv_heads
-        * model.head_dim
-        * item
-        / sizes["tensor"]
-    )
-    read = item * parameter_count(model) / parts + cache
-    products = 2 * parameter_count(model) * rows / parts
-    return max(
-        read / (_MEMORY * topology.device.bandwidth),
-        products / (_PRODUCTS * peak(config, topology)),
-    )
-
-
-def merge_seconds(config: Config, model: ModelConfig, topology: Topology) -> float | None:
-    """Return the seconds of one merge in device memory: members and base read, the result written, members moved over `order` once."""
-    if topology.device is None:
-        return None
-    sizes = meshes.axis_sizes(config.mesh.sizes, topology.size)
-    item = 4 if config.merge.dtype == "float32" else 2
-    size = (
-        (config.population.members + 2)
-        * item
-        * parameter_count(model)
-        / (sizes["fsdp"] * sizes["tensor"])
-    )
-    crossing = (
-        0.0 if sizes["order"] == 1 else size / (_LINKS * _speed("order", sizes, config, topology))
-    )
-    return max(size / (_MEMORY * topology.device.bandwidth), crossing)
-
-
-def peak(config: Config, topology: Topology) -> float:
-    """Return the peak FLOP/s of a device of the topology with products of the compute dtype; see `flops.peak`."""
-    assert topology.device is not None
-    half = config.model.compute_dtype == "float32" and not topology.tpu
-    return topology.device.flops / (2 if half else 1)

@@ -1,4 +1,8 @@
-"""What a compiled program sends between devices, read from its HLO text: by kind, and by the mesh axes that it crosses."""
+"""Collectives of a compiled program, read from its HLO text: by kind and by mesh axes crossed.
+
+The text is the only place where they can be read: shardings say what must move, the compiler
+decides how. XLA's cost analysis does not tell collectives apart and counts loop bodies once.
+"""
 
 import collections
 import dataclasses
@@ -10,166 +14,168 @@ import numpy as np
 from jax.sharding import Mesh
 
 Axes = tuple[str, ...]
-Exchanges = dict[tuple[str, Axes], tuple[float, float]]
+# (kind, mesh axes crossed) -> (operations, bytes per device received)
+Collectives = dict[tuple[str, Axes], tuple[float, float]]
 
 _COLLECTIVE = re.compile(
-    r"= (?P<shape>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
+    r"= (?P<shape>\S.*?)"
+    r" (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
+# The three notations of groups of devices: listed, by strides of an iota, by axes of a named mesh.
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
+# Which computation calls which.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=\{?%?([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+# How often a loop runs: `known_trip_count` where XLA writes it, else `counter < constant` in the
+# condition and `counter + constant` in the body.
 _TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
-# what counts the rounds of a loop: in its condition `place < constant`, in its body `place + constant`
 _CONSTANT = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
-_PLACE = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* get-tuple-element\(.*index=(\d+)")
+_ELEMENT = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* get-tuple-element\(.*index=(\d+)")
 _SUM = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* add\(%?([\w.-]+), %?([\w.-]+)\)")
-_COMPARED = re.compile(r"ROOT .* compare\(%?([\w.-]+), %?([\w.-]+)\), direction=LT")
+_COMPARISON = re.compile(r"ROOT .* compare\(%?([\w.-]+), %?([\w.-]+)\), direction=LT")
 _RESULTS = re.compile(r"ROOT .* tuple\((.*?)\)(?:,|$)")
 
 
 @dataclasses.dataclass
 class _Computation:
-    """One computation of a program: its own exchanges, the others that it runs, and what tells how often a loop runs.
+    """One computation of a program.
 
     Attributes:
-        exchanges: kind, axes crossed, bytes received.
-        runs: names, and how often: a number, or the name of a loop's condition.
-        constants, places, sums: whole numbers by name: constants, elements of the parameter, sums of two others.
-        compared: the two sides of `<`, of a condition.
-        results: names of what it returns, if that is a tuple.
+        collectives: kind, axes crossed, bytes per device received.
+        calls: callee and how often: a number, or the name of the condition of a loop.
+        constants: scalar integer constants by name.
+        elements: indices of scalar integer elements of the parameter by name.
+        sums: the two terms of scalar integer sums by name.
+        comparison: both sides of the `<` that a condition returns.
+        results: names of the elements of the tuple that is returned.
     """
 
-    exchanges: list[tuple[str, Axes, float]] = dataclasses.field(default_factory=list)
-    runs: list[tuple[str, str | int]] = dataclasses.field(default_factory=list)
+    collectives: list[tuple[str, Axes, float]] = dataclasses.field(default_factory=list)
+    calls: list[tuple[str, str | int]] = dataclasses.field(default_factory=list)
     constants: dict[str, int] = dataclasses.field(default_factory=dict)
-    places: dict[str, int] = dataclasses.field(default_factory=dict)
+    elements: dict[str, int] = dataclasses.field(default_factory=dict)
     sums: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    compared: tuple[str, str] | None = None
+    comparison: tuple[str, str] | None = None
     results: list[str] = dataclasses.field(default_factory=list)
 
 
-def exchanges(program: str, mesh: Mesh, *, rounds: int = 1) -> Exchanges:
-    """Return the exchanges between devices while a compiled program runs once.
+def read_collectives(program: str, mesh: Mesh, *, rounds: int = 1) -> Collectives:
+    """Return the collectives of one execution of a compiled program.
 
-    A loop counts as often as it runs. Of the branches of a conditional the last is taken: that of the longest rows.
+    Collectives in a loop count once per iteration. Of a conditional the last branch counts, which
+    in this package is that of the longest rows.
 
     Args:
-        program: HLO text after compilation; numbers in it are positions in `mesh.devices`.
-        mesh: the mesh.
-        rounds: of loops whose number of rounds the program does not say.
+        program: HLO text after compilation. Device numbers in it are positions in `mesh.devices`.
+        mesh: mesh of the program.
+        rounds: iterations of loops whose number cannot be read from the text.
 
     Returns:
-        `(kind, axes) -> (operations, bytes)`: bytes that one device receives, of an all-reduce those of the best algorithm,
-        2 (n - 1) / n of its size.
+        `(kind, axes) -> (operations, bytes)`, with bytes per device received. An all-reduce counts
+        as in the best algorithm, with 2 (n - 1) / n of its size.
 
     Example:
         >>> from jax_ordermerge.mesh import make_mesh
         >>> mesh = make_mesh(2, 2)
-        >>> line = "  %r = f32[8,4]{1,0} all-reduce(f32[8,4]{1,0} %x), replica_groups={{0,1},{2,3}}, to_apply=%add"
-        >>> exchanges(line, mesh)
+        >>> line = "  %r = f32[8,4]{1,0} all-reduce(f32[8,4]{1,0} %x), replica_groups={{0,1},{2,3}}"
+        >>> read_collectives(line, mesh)
         {('all-reduce', ('fsdp',)): (1.0, 128.0)}
     """
-    computations, entry = _computations(program, mesh)
-    times: dict[str, float] = collections.defaultdict(float)
+    computations, entry = _parse(program, mesh)
+    executions: dict[str, float] = collections.defaultdict(float)
 
-    def run(name: str, often: float) -> None:
-        times[name] += often
-        for callee, count in computations[name].runs:
+    def execute(name: str, times: float) -> None:
+        executions[name] += times
+        for callee, count in computations[name].calls:
             if isinstance(count, str):
-                count = _rounds(computations[count], computations[callee]) or rounds
+                count = _iterations(computations[count], computations[callee]) or rounds
             if callee in computations:
-                run(callee, often * count)
+                execute(callee, times * count)
 
-    run(entry, 1.0)
-    found: Exchanges = collections.defaultdict(lambda: (0.0, 0.0))
-    for name, often in times.items():
-        for kind, axes, size in computations[name].exchanges:
-            count, total = found[kind, axes]
-            found[kind, axes] = count + often, total + often * size
-    return dict(sorted(found.items()))
+    execute(entry, 1.0)
+    totals: Collectives = collections.defaultdict(lambda: (0.0, 0.0))
+    for name, times in executions.items():
+        for kind, axes, size in computations[name].collectives:
+            count, total = totals[kind, axes]
+            totals[kind, axes] = count + times, total + times * size
+    return dict(sorted(totals.items()))
 
 
-def _computations(program: str, mesh: Mesh) -> tuple[dict[str, _Computation], str]:
-    """Return the computations by name, and the name of the first to run."""
+def _parse(program: str, mesh: Mesh) -> tuple[dict[str, _Computation], str]:
+    """Return the computations by name, and the name of the entry computation."""
     name = entry = ""
-    found: dict[str, _Computation] = collections.defaultdict(_Computation)
-    found[name] = _Computation()
+    computations: dict[str, _Computation] = collections.defaultdict(_Computation)
+    computations[name] = _Computation()  # of lines outside any computation
     for line in program.splitlines():
-        header = _HEADER.match(line)
-        if header:
+        if header := _HEADER.match(line):
             name = header[2]
-            found[name] = _Computation()
+            computations[name] = _Computation()
             entry = name if header[1] else entry
             continue
-        here, loop, branches = found[name], _LOOP.search(line), _BRANCHES.search(line)
-        _note_numbers(here, line)
-        if loop:
+        computation = computations[name]
+        _read_integers(computation, line)
+        if loop := _LOOP.search(line):
             trips = _TRIPS.search(line)
-            here.runs.append((loop[2], int(trips[1]) if trips else loop[1]))
-        elif branches:
-            here.runs.append((branches[1].split(",")[-1].strip().lstrip("%"), 1))
+            computation.calls.append((loop[2], int(trips[1]) if trips else loop[1]))
+        elif branches := _BRANCHES.search(line):
+            computation.calls.append((branches[1].split(",")[-1].strip().lstrip("%"), 1))
         else:
-            here.runs += [(callee, 1) for callee in _CALLED.findall(line)]
-        exchange = _COLLECTIVE.search(line)
-        if exchange:
-            groups = list(_groups(line, mesh.size))
-            axes = _crossed(groups, mesh)
+            computation.calls += [(callee, 1) for callee in _CALLED.findall(line)]
+        if collective := _COLLECTIVE.search(line):
+            axes = _crossed_axes(_device_groups(line, mesh.size), mesh)
             if axes:
-                here.exchanges.append(
-                    (
-                        exchange["kind"],
-                        axes,
-                        _received(exchange, math.prod(mesh.shape[axis] for axis in axes)),
-                    )
-                )
-    return dict(found), entry
+                size = _received_bytes(collective, math.prod(mesh.shape[axis] for axis in axes))
+                computation.collectives.append((collective["kind"], axes, size))
+    return dict(computations), entry
 
 
-def _note_numbers(here: _Computation, line: str) -> None:
-    constant, place, total = _CONSTANT.search(line), _PLACE.search(line), _SUM.search(line)
-    compared, results = _COMPARED.search(line), _RESULTS.search(line)
-    if constant:
-        here.constants[constant[1]] = int(constant[2])
-    if place:
-        here.places[place[1]] = int(place[2])
-    if total:
-        here.sums[total[1]] = (total[2], total[3])
-    if compared:
-        here.compared = (compared[1], compared[2])
-    if results:
-        here.results = [
-            one.split()[-1].split("*/")[-1].lstrip("%") for one in results[1].split(", ")
+def _read_integers(computation: _Computation, line: str) -> None:
+    """Note what a line contributes to the number of iterations of a loop."""
+    if match := _CONSTANT.search(line):
+        computation.constants[match[1]] = int(match[2])
+    if match := _ELEMENT.search(line):
+        computation.elements[match[1]] = int(match[2])
+    if match := _SUM.search(line):
+        computation.sums[match[1]] = (match[2], match[3])
+    if match := _COMPARISON.search(line):
+        computation.comparison = (match[1], match[2])
+    if match := _RESULTS.search(line):
+        # an element may be written `f32[2]{0} /*index=1*/%name`
+        computation.results = [
+            element.split()[-1].split("*/")[-1].lstrip("%") for element in match[1].split(", ")
         ]
 
 
-def _rounds(condition: _Computation, body: _Computation) -> int | None:
-    """Return how often a loop runs that counts from 0; None where that cannot be read."""
-    if condition.compared is None:
+def _iterations(condition: _Computation, body: _Computation) -> int | None:
+    """Return the iterations of a loop that counts from 0; None if the text does not say."""
+    if condition.comparison is None:
         return None
-    counter, limit = condition.compared
-    place = condition.places.get(counter)
-    if place is None or limit not in condition.constants:
+    counter, limit = condition.comparison
+    index = condition.elements.get(counter)
+    if index is None or limit not in condition.constants:
         return None
-    terms = body.sums.get(body.results[place], ()) if place < len(body.results) else ()
-    stride = next((body.constants[one] for one in terms if one in body.constants), 1)
+    terms = body.sums.get(body.results[index], ()) if index < len(body.results) else ()
+    stride = next((body.constants[term] for term in terms if term in body.constants), 1)
     return -(-condition.constants[limit] // stride)
 
 
-def _received(exchange: re.Match[str], group: int) -> float:
-    """Return the bytes that a device receives."""
-    kind, arrays = exchange["kind"], _sizes(exchange["shape"])
-    # what is started gives operands, results and, of a permutation, two numbers
+def _received_bytes(collective: re.Match[str], group: int) -> float:
+    """Return the bytes that each device of a group of this size receives."""
+    kind, arrays = collective["kind"], _array_bytes(collective["shape"])
     size = sum(arrays)
-    if exchange["start"] and kind == "collective-permute":
+    # The result of an asynchronous start is a tuple of operands, results and, for a permutation,
+    # two numbers: only the results are received.
+    if collective["start"] and kind == "collective-permute":
         size = arrays[1]
-    elif exchange["start"] and kind == "all-gather":
+    elif collective["start"] and kind == "all-gather":
         size = sum(arrays[len(arrays) // 2 :])
     factors = {
         "all-reduce": 2 * (group - 1) / group,
@@ -179,57 +185,61 @@ def _received(exchange: re.Match[str], group: int) -> float:
     return size * factors.get(kind, (group - 1) / group)
 
 
-def _sizes(shape: str) -> list[int]:
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _array_bytes(shape: str) -> list[int]:
+    """Return the bytes of each array of a shape such as `(f32[2]{0}, pred[3]{0})`."""
     return [
-        math.prod(int(one) for one in extents.split(",") if one)
-        * (1 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8)
-        for kind, extents in _ARRAY.findall(shape)
+        math.prod(_integers(extents))
+        * (1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8)
+        for dtype, extents in _ARRAY.findall(shape)
     ]
 
 
-def _groups(line: str, devices: int) -> Iterator[Sequence[int]]:
-    """Yield the numbers of the devices that exchange with each other."""
-    listed = _LISTED.search(line) or _PAIRS.search(line)
-    if listed:
+def _device_groups(line: str, devices: int) -> Iterator[Sequence[int]]:
+    """Yield the numbers of the devices of each group of a collective."""
+    if listed := _LISTED.search(line) or _PAIRS.search(line):
         for group in re.findall(r"\{([\d,]*)\}", listed[1]):
-            yield [int(one) for one in group.split(",")]
-        return
-    named = _NAMED.search(line)
-    if named:
+            yield _integers(group)
+    elif named := _NAMED.search(line):
         yield from _groups_of_axes(named[1], named[2])
-        return
-    iota = _IOTA.search(line)
-    if iota is None:
+    elif iota := _IOTA.search(line):
+        order = np.arange(devices).reshape(_integers(iota[3]))
+        if iota[4]:
+            order = order.transpose(_integers(iota[4]))
+        yield from order.reshape(int(iota[1]), int(iota[2])).tolist()
+    else:
         yield range(devices)
-        return
-    order = np.arange(devices).reshape([int(one) for one in iota[3].split(",")])
-    if iota[4]:
-        order = order.transpose([int(one) for one in iota[4].split(",")])
-    yield from order.reshape(int(iota[1]), int(iota[2])).tolist()
 
 
 def _groups_of_axes(mesh: str, axes: str) -> list[list[int]]:
-    """Read `'a'=2,'b'=8` and `'a','b':(2)4`: the whole of a, and of b the part of size 4 after one of size 2."""
+    """Return the groups of axes `'a','b':(2)4` of a mesh `'a'=2,'b'=8`.
+
+    That is all of `a`, and of `b` the sub-axis of size 4 that follows a sub-axis of size 2.
+    """
     sizes = {name: int(size) for name, size, _, _ in _AXIS.findall(mesh)}
-    inside = {
-        name: (int(before or 1), int(size or sizes[name]))
-        for name, _, before, size in _AXIS.findall(axes)
+    parts = {
+        name: (int(outer or 1), int(size or sizes[name]))
+        for name, _, outer, size in _AXIS.findall(axes)
     }
+    # each axis of the mesh becomes three: outside the sub-axis, the sub-axis, inside of it
     shape: list[int] = []
     grouped = []
     for name, size in sizes.items():
-        before, own = inside.get(name, (size, 1))
-        grouped += [len(shape) + 1] if name in inside else []
-        shape += [before, own, size // (before * own)]
-    order = np.moveaxis(
-        np.arange(math.prod(shape)).reshape(shape), grouped, range(-len(grouped), 0)
-    )
-    return order.reshape(-1, math.prod(shape[axis] for axis in grouped)).tolist()
+        outer, extent = parts.get(name, (size, 1))
+        grouped += [len(shape) + 1] if name in parts else []
+        shape += [outer, extent, size // (outer * extent)]
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    devices = np.moveaxis(devices, grouped, range(-len(grouped), 0))
+    return devices.reshape(-1, math.prod(shape[axis] for axis in grouped)).tolist()
 
 
-def _crossed(groups: list[Sequence[int]], mesh: Mesh) -> tuple[str, ...]:
+def _crossed_axes(groups: Iterator[Sequence[int]], mesh: Mesh) -> Axes:
+    """Return the mesh axes along which the devices of some group differ."""
     crossed = np.zeros(len(mesh.axis_names), bool)
     for group in groups:
-        places = np.stack(np.unravel_index(np.asarray(group), mesh.devices.shape))
-        crossed |= (places != places[:, :1]).any(axis=1)
-    return tuple(name for name, one in zip(mesh.axis_names, crossed, strict=True) if one)
+        coordinates = np.stack(np.unravel_index(np.asarray(group), mesh.devices.shape))
+        crossed |= (coordinates != coordinates[:, :1]).any(axis=1)
+    return tuple(name for name, differs in zip(mesh.axis_names, crossed, strict=True) if differs)

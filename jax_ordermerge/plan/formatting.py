@@ -1,228 +1,276 @@
-"""A plan as text for a terminal."""
+"""A plan as JSON for programs, and as text for a terminal."""
 
+import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jax_ordermerge.plan import analytic
+from jax_ordermerge.plan.collectives import Collectives
+from jax_ordermerge.plan.results import OptionPlan, Plan, ProgramPlan, Settings
+
 _WIDTH = 130
+_MEMORY_KINDS = ("parameters", "optimizer", "base", "batch", "temporaries", "total")
+# The keys of the JSON document are its interface: they stay when fields of a plan are renamed.
+_TIME_KEYS = {"matmuls": "products", "memory": "memory", "collectives": "exchanges"}
+_TIMED_KEYS = ("tokens_per_second", "mfu", "training_hours", "population_step_seconds")
+
+Json = dict[str, Any]
 
 
-def as_json(plan: dict[str, Any]) -> str:
-    """Return a plan of `planner.make` as JSON.
-
-    Example:
-        >>> as_json({"source": "analytic"})
-        '{\\n "source": "analytic"\\n}\\n'
-    """
-    return json.dumps(plan, indent=1, allow_nan=False) + "\n"
+# ------------------------------------------------------------------------------------------- JSON
 
 
-def as_text(plan: dict[str, Any]) -> str:
-    """Return a plan of `planner.make` as tables and a verdict."""
+def as_json(plan: Plan) -> str:
+    """Return a plan as a JSON document. Bytes are per device, except those of `experiment`."""
+    device, experiment = plan.topology.device, dataclasses.asdict(plan.experiment)
+    experiment["hours"]["total"] = plan.experiment.total_hours
+    document = {
+        "topology": {
+            "name": plan.topology.name,
+            "devices": plan.topology.size,
+            "device": device and dataclasses.asdict(device),
+        },
+        "model": {"name": plan.model_name, "parameters": plan.parameters},
+        "work": dataclasses.asdict(plan.work),
+        "source": plan.configured.source,
+        "given": _option_json(plan.configured),
+        "recommended": plan.recommended and _option_json(plan.recommended),
+        "candidates": [_option_json(candidate) for candidate in plan.candidates],
+        "programs": {name: _program_json(program) for name, program in plan.programs.items()},
+        "experiment": experiment,
+        "assumed": plan.assumptions,
+        "notes": plan.notes,
+    }
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def _option_json(option: OptionPlan) -> Json:
+    step = option.step
+    seconds: dict[str, float | None] | None = None
+    memory = dataclasses.asdict(step.memory)
+    if step.times is not None:
+        seconds = {_TIME_KEYS[kind]: value for kind, value in step.times.items()}
+        seconds["step"] = step.seconds
+    document: Json = {
+        "settings": option.settings,
+        "changes": option.changes,
+        "members_at_once": option.members,
+        "memory": memory | {"total": step.memory.total, "limit": option.memory_limit},
+        "fits": option.fits,
+        "flops": {"model": option.model_flops, "executed_a_device": step.flops},
+        "moved_bytes": step.moved,
+        "traffic_bytes": step.traffic,
+        "seconds": seconds,
+    }
+    if seconds is not None:
+        document |= {name: getattr(option, name) for name in _TIMED_KEYS}
+    document["source"] = option.source
+    if option.refused:
+        document["refused"] = True
+    if option.requirements is not None:
+        document |= {
+            "compiled_seconds": option.requirements.seconds,
+            "analytic_bytes": option.analytic_bytes,
+            "exchanges": _collectives_json(option.requirements.collectives),
+        }
+    return document
+
+
+def _program_json(program: ProgramPlan) -> Json:
+    document: Json = {"bytes": program.bytes, "fits": program.fits}
+    if program.requirements is not None:
+        document |= {
+            "arguments": program.requirements.arguments,
+            "temporaries": program.requirements.temporaries,
+            "compiled_seconds": program.requirements.seconds,
+            "exchanges": _collectives_json(program.collectives),
+        }
+    if program.fitting:
+        document["fitting"] = program.fitting
+    return document
+
+
+def _collectives_json(collectives: Collectives) -> list[Json]:
+    return [
+        {"kind": kind, "axes": list(axes), "operations": count, "bytes": size}
+        for (kind, axes), (count, size) in collectives.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def as_text(plan: Plan) -> str:
+    """Return a plan as tables and a verdict."""
     file = io.StringIO()
     console = Console(file=file, width=_WIDTH, highlight=False, markup=False)
-    topology, work = plan["topology"], plan["work"]
+    work = plan.work
     console.print(
-        f"{plan['model']['name']}, {plan['model']['parameters'] / 1e9:.2f} B parameters, on {topology['name']} ({topology['devices']} devices)"
+        f"{plan.model_name}, {plan.parameters / 1e9:.2f} B parameters, on {plan.topology.name}"
+        f" ({plan.topology.size} devices)"
     )
-    known = f"{work['steps']:,} steps" if work["steps"] else "steps not known"
+    steps = f"{work.steps:,} steps" if work.steps else "number of steps not known"
     console.print(
-        f"a step of a member: {work['rows']} rows of {work['length']} tokens, {work['tokens']:,.0f} of them no padding; {known}\n"
+        f"each step of a member: {work.rows} rows of {work.length} tokens, {work.tokens:,.0f} of"
+        f" them not padding; {steps}\n"
     )
-    options = [plan["given"], *([plan["recommended"]] if plan["recommended"] else [])]
-    console.print(_options(options))
-    if plan["programs"]:
-        console.print(_programs(plan["programs"]))
-    if plan["candidates"]:
-        console.print(_candidates(plan["candidates"]))
-    console.print(_experiment(plan))
-    console.print("\n" + verdict(plan), soft_wrap=True)
-    for note in plan["notes"]:
+    console.print(_options_table(plan))
+    if plan.programs:
+        console.print(_programs_table(plan))
+    if plan.candidates:
+        console.print(_candidates_table(plan))
+    console.print(_experiment_table(plan))
+    console.print(
+        "\n" + describe_verdict(plan.configured, plan.recommended, plan.programs), soft_wrap=True
+    )
+    for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    console.print("assumed: " + "; ".join(plan["assumed"]), soft_wrap=True)
+    console.print("assumed: " + "; ".join(plan.assumptions), soft_wrap=True)
     return file.getvalue()
 
 
-def verdict(plan: dict[str, Any]) -> str:
-    """Return in a sentence whether the config fits, and what to change.
-
-    Example:
-        >>> verdict({"given": {"fits": True}, "recommended": None, "programs": {}})
-        'It fits, and no settings that were tried are much better.'
-        >>> better = {"changes": {"model.remat": "dots"}, "source": "compiled"}
-        >>> large = {"losses": {"fits": False, "fitting": {"analysis.batch": 32}}}
-        >>> print(verdict({"given": {"fits": False}, "recommended": better, "programs": large}))
-        It does not fit. Better (compiled): --set model.remat=dots
-        losses does not fit; it does with --set analysis.batch=32.
-    """
-    given, recommended = plan["given"], plan["recommended"]
+def describe_verdict(
+    configured: OptionPlan, recommended: OptionPlan | None, programs: dict[str, ProgramPlan]
+) -> str:
+    """Return whether the config fits and what to change, one sentence per line."""
     fits = {
         True: "It fits",
         False: "It does not fit",
-        None: "How much memory these devices have is not known",
-    }[given["fits"]]
+        None: "The memory of these devices is not known",
+    }[configured.fits]
     if recommended:
-        said = f"{fits}. Better ({recommended['source']}): {settings(recommended['changes'])}"
-    elif given["fits"]:
-        said = f"{fits}, and no settings that were tried are much better."
+        changes = format_changes(recommended.changes)
+        sentences = [f"{fits}. Better ({recommended.source}): {changes}"]
+    elif configured.fits:
+        sentences = [f"{fits}, and no settings that were tried are much better."]
     else:
-        said = f"{fits}."
-    large = [
-        f"{name} does not fit{_remedy(name, one)}."
-        for name, one in plan["programs"].items()
-        if one["fits"] is False
-    ]
-    return "\n".join([said, *large])
+        sentences = [f"{fits}."]
+    for name, program in programs.items():
+        if program.fits is not False:
+            continue
+        remedy = ""
+        if program.fitting:
+            remedy = f"; it does with {format_changes(program.fitting)}"
+        elif name == "merge":
+            remedy = ": merge the exported members as files (ordermerge merge MODEL...)"
+        sentences.append(f"{name} does not fit{remedy}.")
+    return "\n".join(sentences)
 
 
-def _remedy(name: str, program: dict[str, Any]) -> str:
-    if program.get("fitting"):
-        return f"; it does with {settings(program['fitting'])}"
-    return (
-        ": merge the exported members as files (ordermerge merge MODEL...)"
-        if name == "merge"
-        else ""
-    )
-
-
-def settings(changes: dict[str, Any]) -> str:
-    """Return changes as they are typed.
+def format_changes(changes: Settings) -> str:
+    """Return changes of settings as options of the command line.
 
     Example:
-        >>> settings({"mesh.fsdp": 8, "population.wave": None, "mesh.dcn": {"order": 2}})
+        >>> format_changes({"mesh.fsdp": 8, "population.wave": None, "mesh.dcn": {"order": 2}})
         "--set mesh.fsdp=8 --set population.wave=null --set 'mesh.dcn={order: 2}'"
     """
-    typed = []
+    options = []
     for name, value in changes.items():
         if isinstance(value, dict):
-            typed.append(
-                f"--set '{name}={{{', '.join(f'{key}: {one}' for key, one in value.items())}}}'"
-            )
+            entries = ", ".join(f"{key}: {size}" for key, size in value.items())
+            options.append(f"--set '{name}={{{entries}}}'")
         else:
-            typed.append(f"--set {name}={'null' if value is None else value}")
-    return " ".join(typed) or "as it is"
+            options.append(f"--set {name}={'null' if value is None else value}")
+    return " ".join(options) or "as configured"
 
 
-def _options(options: Sequence[dict[str, Any]]) -> Table:
-    """Return a column for the config and one for what is recommended."""
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=box.HORIZONTALS, show_edge=False)
+
+
+def _options_table(plan: Plan) -> Table:
+    """Return a table with a column for the config and one for the recommended settings."""
+    options = [plan.configured, *([plan.recommended] if plan.recommended else [])]
     table = Table(box=box.HORIZONTALS, show_edge=False, header_style="bold")
-    table.add_column("a step of the training, each device")
+    table.add_column("training step, per device")
     for name, option in zip(("as configured", "recommended"), options, strict=False):
-        table.add_column(f"{name}, {option['source']}", justify="right")
+        table.add_column(f"{name}, {option.source}", justify="right")
 
-    def row(name: str, values: Sequence[str]) -> None:
+    def row(name: str, values: Iterable[str]) -> None:
         table.add_row(name, *values)
 
-    row("mesh", [_mesh(one["settings"]) for one in options])
-    row("members at once, microbatch, remat", [_pieces(one) for one in options])
-    for kind in ("parameters", "optimizer", "base", "batch", "temporaries", "total"):
-        if any(one["memory"][kind] for one in options):
-            row(f"memory: {kind}, GiB", [_gib(one["memory"][kind]) for one in options])
-    if options[0]["memory"]["limit"]:
-        row("memory: may be used, GiB", [_gib(one["memory"]["limit"]) for one in options])
-        row("fits", ["yes" if one["fits"] else "no" for one in options])
-    row("FLOPs of the model, all devices", [f"{one['flops']['model']:.3g}" for one in options])
-    row(
-        "FLOPs computed (again, padding), a device",
-        [f"{one['flops']['executed_a_device']:.3g}" for one in options],
-    )
-    for axes in sorted({axes for one in options for axes in one["traffic_bytes"]}):
-        row(
-            f"received over {axes}, GiB",
-            [_gib(one["traffic_bytes"].get(axes, 0)) for one in options],
-        )
-    if options[0]["seconds"]:
-        for kind in ("products", "memory", "exchanges", "step"):
-            label = f"seconds: {kind}" if kind != "step" else "seconds of a step (analytic)"
-            row(label, [f"{one['seconds'][kind]:.3f}" for one in options])
-        row("tokens/s, all devices", [f"{one['tokens_per_second']:,.0f}" for one in options])
-        row("MFU", [f"{one['mfu']:.0%}" for one in options])
-        row("hours of the whole training", [_hours(one["training_hours"]) for one in options])
-    row(
-        "compiled in, s",
-        [f"{one['compiled_seconds']:.0f}" if "compiled_seconds" in one else "-" for one in options],
-    )
+    row("mesh", map(_format_mesh, options))
+    row("members trained together, microbatch, remat", map(_format_pieces, options))
+    for kind in _MEMORY_KINDS:
+        sizes = [getattr(option.step.memory, kind) for option in options]
+        if any(sizes):
+            row(f"memory: {kind}, GiB", map(_gib, sizes))
+    if plan.configured.memory_limit is not None:
+        row("memory: limit, GiB", (_gib(option.memory_limit) for option in options))
+        row("fits", ("yes" if option.fits else "no" for option in options))
+    row("FLOPs of the model, all devices", (f"{option.model_flops:.3g}" for option in options))
+    row("FLOPs with recomputation and padding", (f"{option.step.flops:.3g}" for option in options))
+    for axes in sorted({axes for option in options for axes in option.step.traffic}):
+        received = [option.step.traffic.get(axes, 0) for option in options]
+        row(f"received over {axes}, GiB", map(_gib, received))
+    if plan.configured.step.times is not None:
+        times = [option.step.times or {} for option in options]
+        for kind in plan.configured.step.times:
+            row(f"seconds: {kind}", (f"{seconds[kind]:.3f}" for seconds in times))
+        row("seconds per step (analytic)", (f"{option.step.seconds:.3f}" for option in options))
+        row("tokens per second, all devices", (f"{o.tokens_per_second:,.0f}" for o in options))
+        row("MFU", (f"{option.mfu:.0%}" for option in options))
+        row("hours of the whole training", (_hours(option.training_hours) for option in options))
+    compiled = [option.requirements for option in options]
+    row("seconds of compilation", (f"{needs.seconds:.0f}" if needs else "-" for needs in compiled))
     return table
 
 
-def _programs(programs: dict[str, dict[str, Any]]) -> Table:
-    table = Table(
-        "other programs, compiled",
-        "GiB a device",
-        "fits",
-        "received, GiB",
-        box=box.HORIZONTALS,
-        show_edge=False,
-    )
-    for name, one in programs.items():
-        size = "not said" if one["bytes"] is None else _gib(one["bytes"])
-        received = _gib(sum(exchange["bytes"] for exchange in one.get("exchanges", ())))
-        table.add_row(name, size, {True: "yes", False: "no", None: "?"}[one["fits"]], received)
+def _programs_table(plan: Plan) -> Table:
+    table = _table("other programs, compiled", "GiB per device", "fits", "received, GiB")
+    for name, program in plan.programs.items():
+        received = sum(size for _, size in program.collectives.values())
+        fits = {True: "yes", False: "no", None: "?"}[program.fits]
+        table.add_row(name, _gib(program.bytes), fits, _gib(received))
     return table
 
 
-def _candidates(candidates: Sequence[dict[str, Any]]) -> Table:
-    table = Table(
-        "other settings, best first (analytic)",
-        "GiB",
-        "hours",
-        "MFU",
-        box=box.HORIZONTALS,
-        show_edge=False,
-    )
-    for one in candidates:
-        hours = _hours(one["training_hours"])
+def _candidates_table(plan: Plan) -> Table:
+    table = _table("other settings, best first (analytic)", "GiB", "hours", "MFU")
+    for option in plan.candidates:
         table.add_row(
-            settings(one["changes"]), _gib(one["memory"]["total"]), hours, f"{one['mfu']:.0%}"
+            format_changes(option.changes),
+            _gib(option.step.memory.total),
+            _hours(option.training_hours),
+            f"{option.mfu:.0%}",
         )
     return table
 
 
-def _experiment(plan: dict[str, Any]) -> Table:
-    whole = plan["experiment"]
-    which = "as recommended" if plan["recommended"] else "as configured"
-    table = Table(
-        f"the whole experiment {which}",
-        "hours (analytic), or GB",
-        box=box.HORIZONTALS,
-        show_edge=False,
-    )
-    for stage, hours in whole["hours"].items():
-        table.add_row(
-            f"{stage} ({whole['models']} models)" if stage in ("analysis", "evaluation") else stage,
-            _hours(hours),
-        )
-    table.add_row(
-        f"checkpoint in GB ({whole['checkpoints_kept']} are kept)",
-        f"{whole['checkpoint_bytes'] / 1e9:,.1f}",
-    )
-    table.add_row("merged models in GB", f"{whole['merged_bytes'] / 1e9:,.1f}")
+def _experiment_table(plan: Plan) -> Table:
+    experiment = plan.experiment
+    settings = "as recommended" if plan.recommended else "as configured"
+    table = _table(f"the whole experiment {settings}", "hours (analytic), or GB")
+    for stage, hours in experiment.hours.items():
+        models = f" ({experiment.models} models)" if stage in ("analysis", "evaluation") else ""
+        table.add_row(stage + models, _hours(hours))
+    table.add_row("total", _hours(experiment.total_hours))
+    kept = f"checkpoint in GB ({experiment.checkpoints_kept} are kept)"
+    table.add_row(kept, f"{experiment.checkpoint_bytes / 1e9:,.1f}")
+    table.add_row("merged models in GB", f"{experiment.merged_bytes / 1e9:,.1f}")
     return table
 
 
-def _mesh(chosen: dict[str, Any]) -> str:
-    sizes = {
-        name.removeprefix("mesh."): size
-        for name, size in chosen.items()
-        if name.startswith("mesh.") and name != "mesh.dcn"
-    }
+def _format_mesh(option: OptionPlan) -> str:
+    sizes = analytic.abstract_mesh(option.spec, option.topology).shape
     return " x ".join(
         f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("order", "fsdp")
     )
 
 
-def _pieces(one: dict[str, Any]) -> str:
-    chosen = one["settings"]
-    return f"{one['members_at_once']}, {chosen['training.microbatch'] or 'whole batch'}, {chosen['model.remat']}"
+def _format_pieces(option: OptionPlan) -> str:
+    microbatch = option.spec.training.microbatch or "whole batch"
+    return f"{option.members}, {microbatch}, {option.spec.model.remat}"
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+def _gib(size: float | None) -> str:
+    return "not known" if size is None else f"{size / 2**30:.2f}"
 
 
 def _hours(hours: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a plan is made for: the architecture, and the examples where they are at hand. Weights are never read."""
+"""Inputs of a plan: the architecture, and the examples if they can be read. Weights never are."""
 
 import dataclasses
 from pathlib import Path
@@ -7,150 +7,157 @@ import numpy as np
 
 from jax_ordermerge.arch import ARCHITECTURES, ModelConfig, architecture_of
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.config import Config
 from jax_ordermerge.data import pack, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.plan import compiled
-from jax_ordermerge.plan.analytic import Work
+from jax_ordermerge.plan.analytic import Workload
+from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train import batches, flops
+
+_PROMPT_FRACTION = 0.5  # of data.max_length, if no test example is there to measure prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the experiment is made of.
+    """Model and data of an experiment.
 
     Attributes:
-        model: the architecture.
-        named: where it is from.
-        train: tokenized examples; None where they are not at hand.
-        examples, tests: how many are trained on, and tested with; None where that is not known.
-        test: tokenized test examples, if they are at hand.
-        notes: what could not be read and what was taken in its place.
+        model: architecture.
+        model_name: where the architecture is from.
+        train: tokenized training examples; None if they cannot be read.
+        test: tokenized test examples; None if they cannot be read or there are none.
+        train_count: number of training examples; None if it is not known.
+        test_count: number of test examples; None if it is not known.
+        notes: what could not be read, and what is used in its place.
     """
 
     model: ModelConfig
-    named: str
+    model_name: str
     train: Examples | None
     test: Examples | None
-    examples: int | None
-    tests: int | None
+    train_count: int | None
+    test_count: int | None
     notes: tuple[str, ...]
 
+    def prompt_length(self, spec: PlanSpec) -> int:
+        """Return the tokens of the longest test prompt, or a guess without test examples."""
+        if self.test is None:
+            return max(int(_PROMPT_FRACTION * spec.data.max_length), 1)
+        return max(len(self.test.prompt(row)) for row in range(len(self.test)))
 
-def read(
-    config: Config,
+
+def read_inputs(
+    spec: PlanSpec,
     architecture: str | None = None,
     examples: int | None = None,
     tests: int | None = None,
 ) -> Inputs:
-    """Find the architecture and the examples of a config.
+    """Read the architecture and the examples that settings name.
 
     Args:
-        config: of the run.
-        architecture: a name of `arch.ARCHITECTURES`, a config.json or a directory with one; by default that of `model.base`.
-        examples, tests: numbers to plan with, in place of the data of the config, which then are not read.
+        spec: settings.
+        architecture: a name of `arch.ARCHITECTURES`, a config.json or a directory with one; by
+            default that of `model.base`.
+        examples: number of training examples to plan with; data files are then not read.
+        tests: number of test examples to plan with if none are read.
 
     Raises:
-        UserError: there is no such architecture.
+        UserError: the architecture is not known.
     """
     notes: list[str] = []
     base = None
-    if architecture is None:
-        try:
-            base = convert.resolve(config.model.base, weights=False)
-            model, named = (
-                convert.load_config(base, config.model.ignore_config_keys),
-                config.model.base,
-            )
-        except UserError as error:
-            known = architecture_of(config.model.base)
-            if known is None:
-                raise UserError(
-                    f"{error}; or give --architecture, a config.json or one of {', '.join(ARCHITECTURES)}"
-                ) from error
-            model, named = known, f"{config.model.base} by its name"
-            notes.append(
-                f"the files of {config.model.base} are not at hand: its published shape is taken"
-            )
+    if architecture is not None:
+        model, name = _read_architecture(architecture, spec), architecture
     else:
-        model, named = _architecture(architecture, config), architecture
+        try:
+            base = convert.resolve(spec.model.base, weights=False)
+            model, name = convert.load_config(base, spec.model.ignore_config_keys), spec.model.base
+        except UserError as error:
+            published = architecture_of(spec.model.base)
+            if published is None:
+                raise UserError(
+                    f"{error}; or give --architecture, a config.json or one of"
+                    f" {', '.join(ARCHITECTURES)}"
+                ) from error
+            model, name = published, f"{spec.model.base} by its name"
+            notes.append(f"{spec.model.base} cannot be read: its published shape is used")
     train = test = None
     if base is not None and examples is None:
         try:
-            train, test = _examples(config, base)
+            train, test = _read_examples(spec, base)
         except UserError as error:
             notes.append(f"data not read: {error}")
     if train is None:
         notes.append(
-            f"every example is taken to be {config.data.max_length} tokens long (data.max_length)"
+            f"every example counts as {spec.data.max_length} tokens long (data.max_length)"
         )
     if train is None and examples is None:
-        notes.append("the number of examples is not known: give --examples for hours")
-    held = config.data.validation_examples + config.data.test_examples
-    counted = (
-        len(train) if train is not None else None if examples is None else max(examples - held, 1)
-    )
-    tested = len(test) if test is not None else tests or config.data.test_examples or None
-    return Inputs(model, named, train, test, counted, tested, tuple(notes))
+        notes.append("the number of examples is not known: give --examples to get hours")
+    train_count = None
+    if train is not None:
+        train_count = len(train)
+    elif examples is not None:
+        train_count = max(examples - spec.data.validation_examples - spec.data.test_examples, 1)
+    test_count = len(test) if test is not None else tests or spec.data.test_examples or None
+    return Inputs(model, name, train, test, train_count, test_count, tuple(notes))
 
 
-def _architecture(name: str, config: Config) -> ModelConfig:
-    known = architecture_of(name)
-    if known is not None:
-        return known
+def _read_architecture(name: str, spec: PlanSpec) -> ModelConfig:
+    published = architecture_of(name)
+    if published is not None:
+        return published
     path = Path(name).expanduser()
     if path.name == "config.json" and path.is_file():
         path = path.parent
     if not path.is_dir():
         raise UserError(
-            f"--architecture {name}: neither a config.json, nor a directory with one, nor a known name{did_you_mean(name, ARCHITECTURES)}"
+            f"--architecture {name}: expected a config.json, a directory with one or a known"
+            f" name{did_you_mean(name, ARCHITECTURES)}"
         )
-    return convert.load_config(path, config.model.ignore_config_keys)
+    return convert.load_config(path, spec.model.ignore_config_keys)
 
 
-def _examples(config: Config, base: Path) -> tuple[Examples, Examples | None]:
-    tokenizer = source.load_tokenizer(base)
-    pairs = config.objective.kind == "dpo"
-    data = config.data.model_copy(update={"format": "preference"}) if pairs else config.data
-    splits = source.load_splits(data, tokenizer, seed=config.seed)
+def _read_examples(spec: PlanSpec, base: Path) -> tuple[Examples, Examples | None]:
+    data = spec.data.model_copy(update={"format": "preference"}) if spec.has_pairs else spec.data
+    splits = source.load_splits(data, source.load_tokenizer(base), seed=spec.seed)
     train = splits["train"]
-    if pairs:  # only their values are measured in a run; the program is the same
+    if spec.has_pairs:
+        # a run measures the log-probabilities of the base; only their values depend on it
         train = dataclasses.replace(train, reference=np.zeros((len(train), 2), np.float32))
     return train, splits.get("test")
 
 
-def work(config: Config, inputs: Inputs) -> Work:
-    """Return what a step of one member is given, on average over a training."""
-    spec = training_spec(config)
-    examples = inputs.train or compiled.made_up(spec)
+def measure_workload(spec: PlanSpec, inputs: Inputs) -> Workload:
+    """Return the inputs of a training step of one member, on average over the training."""
+    examples = inputs.train or compiled.longest_examples(spec)
     plan = batches.make_plan(spec, examples, (0,))
     lengths = np.concatenate([part.lengths for part in examples.parts])
-    epoch = plan.epoch_steps
     steps = None
     if inputs.train is not None:
         steps = plan.steps
-    elif inputs.examples is not None:
-        steps = config.training.epochs * -(-inputs.examples // config.training.batch)
-    rows = config.training.batch * len(list(examples.parts))
-    return Work(
-        rows,
-        plan.lengths[-1],
-        float(lengths.sum()) / epoch,
-        flops.training_flops(inputs.model, lengths, config.lora) / epoch,
-        steps,
+    elif inputs.train_count is not None:
+        steps = spec.training.epochs * -(-inputs.train_count // spec.training.batch)
+    return Workload(
+        rows=spec.training.batch * len(list(examples.parts)),
+        length=plan.lengths[-1],
+        tokens=float(lengths.sum()) / plan.epoch_steps,
+        flops=flops.training_flops(inputs.model, lengths, spec.lora) / plan.epoch_steps,
+        steps=steps,
     )
 
 
-def padded(
-    examples: Examples | None, count: int | None, config: Config
-) -> tuple[float, int] | None:
-    """Return the tokens of a pass over examples, padding included, and the longest row; None where their number is not known."""
+def padded_tokens(
+    examples: Examples | None, count: int | None, spec: PlanSpec
+) -> tuple[int, int] | None:
+    """Return the tokens of a pass over examples with padding, and the length of the longest row.
+
+    None if neither the examples nor their number is known.
+    """
     if examples is not None:
-        longest = pack.bucket_lengths(examples.sequences.longest, config.data.buckets)[-1]
-        return float(len(examples.sequences) * longest), longest
+        longest = pack.bucket_lengths(examples.sequences.longest, spec.data.buckets)[-1]
+        return len(examples.sequences) * longest, longest
     if count is None:
         return None
-    sequences = count * (2 if config.objective.kind == "dpo" else 1)
-    return float(sequences * config.data.max_length), config.data.max_length
+    sequences = count * (2 if spec.has_pairs else 1)
+    return sequences * spec.data.max_length, spec.data.max_length

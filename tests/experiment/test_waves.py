@@ -9,7 +9,7 @@ from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.merge.sources.references import open_model
-from jax_ordermerge.plan.compiled import Needs
+from jax_ordermerge.plan.compiled import Requirements
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_wave_must_fill_the_device_groups(folder, tmp_path):
 
 
 def test_sizes_of_waves_follow_from_memory():
-    needs = Needs(
+    needs = Requirements(
         arguments=400, temporaries=100, exchanges={}, seconds=0
     )  # 8 members in 2 groups: 100 bytes each
     sizes = {limit: waves.wave_size(8, 2, needs, limit) for limit in (600, 520, 400, 300, 220)}

@@ -313,11 +313,11 @@ PROGRAM = """
     from jax_ordermerge.config import make_config
     from jax_ordermerge.data.examples import Examples, Ragged
     from jax_ordermerge.experiment.specs import training_spec
-    from jax_ordermerge.plan import compiled
+    from jax_ordermerge.plan import devices
     from jax_ordermerge.train import batches
     from jax_ordermerge.train.programs import Programs
 
-    mesh = meshes.make_mesh(devices=compiled.devices(hardware.parse("{topology}")), **{axes})
+    mesh = meshes.make_mesh(devices=devices.topology_devices(hardware.parse("{topology}")), **{axes})
     model = ModelConfig(
         vocab_size=512, hidden_size=8 * {head}, intermediate_size=256, num_layers=2,
         num_heads=8, num_kv_heads=2, sliding_window={window},

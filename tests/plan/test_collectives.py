@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs."""
+"""Collectives read from the text of compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.plan.collectives import exchanges
+from jax_ordermerge.plan.collectives import read_collectives
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from jax_ordermerge.plan.collectives import exchanges
             ("all-reduce", ("tensor",), 128),
         ),
         (
-            "%a = bf16[3]{0} all-gather(bf16[1] %x), replica_groups=[4,2]<=[2,2,2]T(0,2,1), dims={0}",
+            "%a = bf16[3]{0} all-gather(bf16[1] %x), replica_groups=[4,2]<=[2,2,2]T(0,2,1)",
             ("all-gather", ("fsdp",), 3),
         ),
         (
@@ -26,7 +26,7 @@ from jax_ordermerge.plan.collectives import exchanges
             ("all-reduce", ("order", "fsdp", "tensor"), 7),
         ),
         (
-            "%a = f32[2] all-gather(%x), replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}, dimensions={0}",
+            "%a = f32[2] all-gather(%x), replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}, dims={0}",
             ("all-gather", ("fsdp",), 4),
         ),
         (
@@ -58,19 +58,24 @@ from jax_ordermerge.plan.collectives import exchanges
             ("reduce-scatter", ("tensor",), 8),
         ),
         (
-            "%a = (f32[3]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}",
+            "%a = (f32[3]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%x),"
+            " source_target_pairs={{0,1},{1,0}}",
             ("collective-permute", ("tensor",), 12),
         ),
     ],
 )
-def test_received_bytes_are_read(line, expected):
+def test_received_bytes_by_kind_and_axes(line, expected):
     kind, axes, size = expected
-    assert exchanges(f"  {line}", make_mesh(2, 2, 2)) == {(kind, axes): (1, size)}
+    assert read_collectives(f"  {line}", make_mesh(2, 2, 2)) == {(kind, axes): (1, size)}
 
 
-def test_other_lines_are_no_exchanges():
-    text = "%all-reduce.1 = f32[2] get-tuple-element(%x), index=0\n%b = f32[2] all-gather-done(%a)\n%c = f32[2] add(%all-reduce.1, %b)"
-    assert exchanges(text, make_mesh(2, 2, 2)) == {}
+def test_other_lines_are_no_read_collectives():
+    text = (
+        "%all-reduce.1 = f32[2] get-tuple-element(%x), index=0\n"
+        "%b = f32[2] all-gather-done(%a)\n"
+        "%c = f32[2] add(%all-reduce.1, %b)"
+    )
+    assert read_collectives(text, make_mesh(2, 2, 2)) == {}
 
 
 LOOP = """
@@ -110,17 +115,17 @@ ENTRY %main (a: (u32[], f32[2])) -> (u32[], f32[2]) {
     ("stride", "compared", "rounds"),
     [("1", "%last", 6), ("2", "%last", 3), ("4", "%last", 2), ("1", "%n", 9)],
 )
-def test_loops_count_as_often_as_they_run_and_of_branches_the_last(stride, compared, rounds):
-    found = exchanges(
+def test_loops_count_per_iteration_and_conditionals_by_their_last_branch(stride, compared, rounds):
+    collectives = read_collectives(
         LOOP.replace("STRIDE", stride).replace("COMPARED", compared), make_mesh(2, 2, 2), rounds=9
     )
-    assert found == {
+    assert collectives == {
         ("all-reduce", ("tensor",)): (rounds, rounds * 8),
         ("collective-permute", ("tensor",)): (1, 8),
     }
 
 
-def test_a_loop_of_a_real_program():
+def test_a_loop_of_a_program_that_xla_compiled():
     mesh = make_mesh(1, 8)
 
     def program(x_LIO, y_RI):
@@ -137,5 +142,5 @@ def test_a_loop_of_a_real_program():
         .compile()
         .as_text()
     )
-    ((kind, axes), (count, size)) = next(iter(exchanges(text, mesh).items()))
+    ((kind, axes), (count, size)) = next(iter(read_collectives(text, mesh).items()))
     assert (kind, axes, count, size) == ("all-gather", ("fsdp",), 5, 5 * 64 * 64 * 4 * 7 / 8)

@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are here, and for some that are not."""
+"""Programs compiled for present devices, and for absent ones."""
 
 import importlib.util
 import json
@@ -10,10 +10,10 @@ import pytest
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.config import make_config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment.specs import training_spec
+from jax_ordermerge.experiment.specs import plan_spec
 from jax_ordermerge.hardware import parse
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.plan import compiled
+from jax_ordermerge.plan import compiled, devices
 
 SIZES = {
     "vocab_size": 64,
@@ -24,20 +24,28 @@ SIZES = {
     "num_kv_heads": 2,
 }
 SECTIONS = {"population": {"members": 4}, "data": {"max_length": 32}, "training": {"batch": 8}}
-MODEL, CONFIG = ModelConfig(**SIZES), make_config(SECTIONS)
+MODEL, SPEC = ModelConfig(**SIZES), plan_spec(make_config(SECTIONS))
 
 
-def test_what_the_compiler_says_of_a_program_that_is_too_large():
-    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
-    assert compiled.TooLarge(said).bytes == int(20.5 * 2**30)
+def test_the_bytes_of_a_program_that_the_compiler_refuses():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+        " Exceeded hbm capacity by 4.75G."
+    )
+    assert compiled.TooLarge(message).bytes == int(20.5 * 2**30)
     assert compiled.TooLarge("RESOURCE_EXHAUSTED: no").bytes is None
 
 
-def test_more_cpu_devices_than_there_are():
-    with pytest.raises(
-        UserError, match=r"64 CPU devices are asked for and \d+ are there; set XLA_FLAGS"
-    ):
-        compiled.devices(parse("cpu:64"))
+def test_more_cpu_devices_than_the_process_has():
+    message = r"the topology has 64 CPU devices, this process has \d+; set XLA_FLAGS"
+    with pytest.raises(UserError, match=message):
+        devices.topology_devices(parse("cpu:64"))
+
+
+def test_a_compiler_whose_package_is_absent_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_plugins", None)
+    assert not devices.has_compiler(parse("h100:8"))
+    assert devices.has_compiler(parse("cpu:8"))
 
 
 @pytest.mark.parametrize(
@@ -45,63 +53,57 @@ def test_more_cpu_devices_than_there_are():
     ["average", "selection", "ties", "dare_ties", "karcher", "model_stock", "breadcrumbs", "sce"],
 )
 def test_merges_are_compiled_from_descriptions(method):
-    base = {"density": 0.5} if method in ("ties", "dare_ties") else {}
-    config = make_config(
-        SECTIONS
-        | {"merge": {"dtype": "float32", "methods": [{"method": method, "parameters": base}]}}
-    )
-    needs = compiled.merge(config, MODEL, make_mesh(2, 4))
-    held = 4 * parameter_count(MODEL)
-    assert (
-        needs.arguments > (4 / 2 + 1) * held / 4 * 0.9
-    )  # two members and the base, a quarter of each; norms whole
-    assert needs.temporaries > held / 4
-    assert {axis for _, axes in needs.exchanges for axis in axes} <= {"order", "fsdp"}
+    parameters = {"density": 0.5} if method in ("ties", "dare_ties") else {}
+    methods = [{"method": method, "parameters": parameters}]
+    spec = plan_spec(make_config(SECTIONS | {"merge": {"dtype": "float32", "methods": methods}}))
+    needs = compiled.merge_requirements(spec, MODEL, make_mesh(2, 4))
+    model_bytes = 4 * parameter_count(MODEL)
+    # two members and the base, a quarter of each; norms are not divided
+    assert needs.arguments > (4 / 2 + 1) * model_bytes / 4 * 0.9
+    assert needs.temporaries > model_bytes / 4
+    assert {axis for _, axes in needs.collectives for axis in axes} <= {"order", "fsdp"}
 
 
 @pytest.mark.slow
 def test_a_training_step_is_measured_and_nothing_crosses_the_members():
-    mesh = make_mesh(2, 2, 2)
-    needs = compiled.step(training_spec(CONFIG), MODEL, mesh)
-    # 4 members on 2 groups of 4 devices; parameters and two moments in float32, norms on all devices; batch and counters are small
+    needs = compiled.step_requirements(SPEC, MODEL, make_mesh(2, 2, 2))
+    # 4 members on 2 groups of 4 devices; parameters and two moments in float32, norms on all
+    # devices; batch and counters are small
     state = 3 * 4 * parameter_count(MODEL) * 2 / 4
     assert state < needs.arguments < 1.2 * state
     assert needs.temporaries > 0
     assert needs.bytes == needs.arguments + needs.temporaries
-    crossed = {axis for _, axes in needs.exchanges for axis in axes}
-    assert crossed == {"fsdp", "tensor"}
-    alone = compiled.step(training_spec(CONFIG), MODEL, make_mesh(2))
-    assert alone.exchanges == {}
+    assert {axis for _, axes in needs.collectives for axis in axes} == {"fsdp", "tensor"}
+    assert compiled.step_requirements(SPEC, MODEL, make_mesh(2)).collectives == {}
 
 
 @pytest.mark.slow
 def test_the_other_programs_of_a_run():
     mesh = make_mesh(2, 2, 2)
-    losses, new = (
-        compiled.losses(CONFIG, MODEL, mesh, 32),
-        compiled.generation(CONFIG, MODEL, mesh, 16, 8),
-    )
-    held = 2 * parameter_count(MODEL) / 4  # bfloat16, over fsdp and tensor
-    assert held < losses.arguments
-    assert held < new.arguments
-    assert not any("order" in axes for _, axes in losses.exchanges)
+    losses = compiled.losses_requirements(SPEC, MODEL, mesh, 32)
+    generation = compiled.generation_requirements(SPEC, MODEL, mesh, 16, 8)
+    model_bytes = 2 * parameter_count(MODEL) / 4  # bfloat16, over fsdp and tensor
+    assert model_bytes < losses.arguments
+    assert model_bytes < generation.arguments
+    assert not any("order" in axes for _, axes in losses.collectives)
 
 
 @pytest.mark.slow
-def test_a_step_for_a_tpu_that_is_not_here():
+def test_a_step_for_a_tpu_that_is_absent():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the compiler for TPUs, is not installed")
     code = f"""
 import json
 from jax_ordermerge import arch, config, hardware, mesh
-from jax_ordermerge.experiment.specs import training_spec
-from jax_ordermerge.plan import compiled
-config = training_spec(config.make_config({SECTIONS!r}))
-devices = compiled.devices(hardware.parse("v5e:4x4", slices=2))
-placed = mesh.make_mesh(2, -1, devices=devices)
-needs = compiled.step(config, arch.ModelConfig(**{SIZES!r}), placed)
+from jax_ordermerge.experiment.specs import plan_spec
+from jax_ordermerge.plan import compiled, devices
+spec = plan_spec(config.make_config({SECTIONS!r}))
+targets = devices.topology_devices(hardware.parse("v5e:4x4", slices=2))
+placed = mesh.make_mesh(2, -1, devices=targets)
+needs = compiled.step_requirements(spec, arch.ModelConfig(**{SIZES!r}), placed)
 slices = sorted([sorted({{d.slice_index for d in group.flat}}) for group in placed.devices])
-print(json.dumps([slices, needs.bytes, sorted({{axis for _, axes in needs.exchanges for axis in axes}})]))
+crossed = sorted({{axis for _, axes in needs.collectives for axis in axes}})
+print(json.dumps([slices, needs.bytes, crossed]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,5 +1,6 @@
-"""Whole plans: against the program that a run really executes, and as the command line prints them."""
+"""Plans compared with the program that a run executes, and as the command line prints them."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -12,19 +13,24 @@ from jax_ordermerge.cli import app
 from jax_ordermerge.config import load_config, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline
+from jax_ordermerge.experiment.specs import plan_spec
 from jax_ordermerge.plan import planner
+from jax_ordermerge.plan.formatting import as_json, describe_verdict
+from jax_ordermerge.plan.results import ProgramPlan
 from jax_ordermerge.train import step as steps
 
 
-def plan(config, topology, **more):
-    return planner.make(
-        make_config(config), topology, architecture="llama-2-7b", analytic_only=True, **more
+def plan(sections, topology, **options):
+    spec = plan_spec(make_config(sections))
+    return planner.plan_experiment(
+        spec, topology, architecture="llama-2-7b", analytic_only=True, **options
     )
 
 
 @pytest.mark.slow
 def test_memory_and_flops_are_those_of_the_program_that_a_run_executes(tmp_path, monkeypatch):
-    # one layer, one member a group, one microbatch: XLA counts the body of a loop once, and here each runs once
+    # One layer, one member per group, one microbatch: XLA counts the body of a loop once, and here
+    # each loop runs once.
     sys.path.insert(0, "tests/experiment")
     from tiny import make_base, make_config
 
@@ -42,35 +48,36 @@ def test_memory_and_flops_are_those_of_the_program_that_a_run_executes(tmp_path,
         mesh={"order": 2, "fsdp": 2},
         merge={"methods": [{"method": "average"}]},
     )
-    executed = []
+    programs = []
     compile_step = steps.compile_step
     monkeypatch.setattr(
-        steps, "compile_step", lambda *given: executed.append(compile_step(*given)) or executed[-1]
+        steps,
+        "compile_step",
+        lambda *arguments: programs.append(compile_step(*arguments)) or programs[-1],
     )
     pipeline.run(load_config(file), through="train", log=lambda text: None)
     monkeypatch.undo()
-    memory = executed[0].memory_analysis()
-    found = planner.make(load_config(file), "cpu:4", look_further=False)
+    executed = programs[0].memory_analysis()
+    plan = planner.plan_experiment(plan_spec(load_config(file)), "cpu:4", find_better=False)
     total = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
+        executed.argument_size_in_bytes
+        + executed.temp_size_in_bytes
+        + executed.output_size_in_bytes
+        - executed.alias_size_in_bytes
     )
-    assert found["source"] == "compiled"
-    assert found["given"]["memory"]["total"] == pytest.approx(total, rel=0.05)
-    kinds = ("parameters", "optimizer", "base", "batch")
-    assert sum(found["given"]["memory"][kind] for kind in kinds) == pytest.approx(
-        memory.argument_size_in_bytes, rel=0.05
+    assert plan.configured.source == "compiled"
+    memory = plan.configured.step.memory
+    assert memory.total == pytest.approx(total, rel=0.05)
+    arguments = memory.parameters + memory.optimizer + memory.base + memory.batch
+    assert arguments == pytest.approx(executed.argument_size_in_bytes, rel=0.05)
+    assert plan.configured.step.flops == pytest.approx(
+        programs[0].cost_analysis()["flops"], rel=0.05
     )
-    assert found["given"]["flops"]["executed_a_device"] == pytest.approx(
-        executed[0].cost_analysis()["flops"], rel=0.05
-    )
-    assert {"losses", "merge", "generation"} == set(found["programs"])
-    assert found["given"]["fits"] is None
+    assert {"losses", "merge", "generation"} == set(plan.programs)
+    assert plan.configured.fits is None
 
 
-def test_what_fits_and_what_does_not():
+def test_settings_that_fit_and_settings_that_do_not():
     sections = {
         "population": {"members": 4},
         "data": {"max_length": 512},
@@ -79,24 +86,81 @@ def test_what_fits_and_what_does_not():
         "mesh": {"order": 4, "fsdp": -1},
     }
     fits = plan(sections, "v5p:4x4x2", examples=7473)
-    assert fits["given"]["fits"] is True
-    assert fits["work"]["steps"] == 3 * 59
-    assert 0.2 < fits["given"]["mfu"] < 0.65
+    assert fits.configured.fits is True
+    assert fits.work.steps == 3 * 59
+    assert 0.2 < fits.configured.mfu < 0.65
     large = plan(sections, "h100:8", examples=7473)
-    assert large["given"]["fits"] is False
-    assert large["recommended"]["fits"] is True
-    assert large["recommended"]["changes"]
+    assert large.configured.fits is False
+    assert large.recommended.fits is True
+    assert large.recommended.changes
     # parameters and two moments of 4 members, float32; two counters
-    assert large["experiment"]["checkpoint_bytes"] == pytest.approx(
-        4 * 12 * large["model"]["parameters"], rel=1e-6
-    )
-    json.dumps(large, allow_nan=False)
+    assert large.experiment.checkpoint_bytes == pytest.approx(4 * 12 * large.parameters, rel=1e-6)
     nothing = plan(sections | {"mesh": {"order": 1}}, "a100:1")
-    assert nothing["given"]["fits"] is False
-    assert nothing["candidates"]
-    assert all("lora.rank" in one["changes"] for one in nothing["candidates"])
-    assert any("another training" in note for note in nothing["notes"])
-    assert nothing["experiment"]["hours"]["training"] is None
+    assert nothing.configured.fits is False
+    assert nothing.candidates
+    assert all("lora.rank" in option.changes for option in nothing.candidates)
+    assert any("another training" in note for note in nothing.notes)
+    assert nothing.experiment.hours["training"] is None
+
+
+def test_adapters_are_not_proposed_for_a_random_base():
+    sections = {"population": {"members": 4}, "model": {"init": "random"}}
+    nothing = plan(sections, "a100:1")
+    assert not nothing.candidates
+    assert "no settings fit by the estimate: take more devices" in nothing.notes
+
+
+def test_the_keys_of_the_json_document():
+    """Programs read them: a field of a plan may be renamed, a key may not."""
+    sections = {"training": {"batch": 64}, "mesh": {"order": 4, "fsdp": -1}}
+    document = json.loads(as_json(plan(sections, "h100:8", examples=1000)))
+    assert " ".join(document) == (
+        "topology model work source given recommended candidates programs experiment assumed notes"
+    )
+    option = document["given"]
+    assert " ".join(option) == (
+        "settings changes members_at_once memory fits flops moved_bytes traffic_bytes seconds"
+        " tokens_per_second mfu training_hours population_step_seconds source"
+    )
+    assert list(option["flops"]) == ["model", "executed_a_device"]
+    assert list(option["seconds"]) == ["products", "memory", "exchanges", "step"]
+    assert list(option["memory"])[-2:] == ["total", "limit"]
+
+
+def make_program(fits, **options):
+    return ProgramPlan(bytes=2**30, fits=fits, **options)
+
+
+@pytest.mark.parametrize(
+    ("topology", "programs", "expected"),
+    [
+        ("v5p:4x4x2", {}, "It fits, and no settings that were tried are much better."),
+        ("a100:1", {}, "It does not fit."),
+        ("cpu:8", {}, "The memory of these devices is not known."),
+        (
+            "cpu:8",
+            {"losses": make_program(False, fitting={"analysis.batch": 32})},
+            "The memory of these devices is not known.\n"
+            "losses does not fit; it does with --set analysis.batch=32.",
+        ),
+        (
+            "cpu:8",
+            {"merge": make_program(False), "generation": make_program(True)},
+            "The memory of these devices is not known.\nmerge does not fit: merge the exported"
+            " members as files (ordermerge merge MODEL...).",
+        ),
+    ],
+)
+def test_the_verdict(topology, programs, expected):
+    configured = plan({}, topology, find_better=False).configured
+    assert describe_verdict(configured, None, programs) == expected
+
+
+def test_the_verdict_names_better_settings():
+    configured = plan({}, "a100:1", find_better=False).configured
+    better = dataclasses.replace(configured, changes={"model.remat": "dots"}, source="compiled")
+    expected = "It does not fit. Better (compiled): --set model.remat=dots"
+    assert describe_verdict(configured, better, {}) == expected
 
 
 def run(*arguments):
@@ -116,12 +180,11 @@ def test_the_command(tmp_path):
     )
     done = run(str(file), "--topology", "v5e:2x2", "--analytic", "--json")
     assert done.exit_code == 0
-    found = json.loads(done.stdout)
-    assert found["source"] == "analytic"
-    assert found["given"]["fits"] is True
-    assert (
-        found["experiment"]["hours"]["training"] > 0
-    )  # the base and its task come with the package
+    document = json.loads(done.stdout)
+    assert document["source"] == "analytic"
+    assert document["given"]["fits"] is True
+    # the base and its task come with the package
+    assert document["experiment"]["hours"]["training"] > 0
     text = run(str(file), "--topology", "v5e:2x2", "--analytic", "--no-search").stdout
     assert "as configured, analytic" in text
     assert "It fits" in text
@@ -155,19 +218,17 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("name", ["alpaca", "gsm8k", "gsm8k_rft", "code", "math"])
-def test_the_large_configs_are_planned_on_paper(name):
+def test_the_large_configs_fit_by_the_estimate(name):
     config = load_config(pathlib.Path(__file__).parents[2] / "configs" / f"llama2_7b_{name}.yaml")
-    made = planner.make(
-        config,
+    plan = planner.plan_experiment(
+        plan_spec(config),
         "v5p:4x4x2",
         architecture="llama-2-7b",
         examples=10_000,
         tests=500,
         analytic_only=True,
-        look_further=False,
+        find_better=False,
     )
-    assert made["given"]["fits"] is True
-    assert made["work"]["steps"] == 3 * -(
-        -(10_000 - config.data.validation_examples - config.data.test_examples)
-        // config.training.batch
-    )
+    assert plan.configured.fits is True
+    examples = 10_000 - config.data.validation_examples - config.data.test_examples
+    assert plan.work.steps == 3 * -(-examples // config.training.batch)

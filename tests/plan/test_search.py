@@ -1,75 +1,103 @@
-"""Settings that serve better, on paper."""
+"""The search for better settings, by the estimate."""
 
 import pytest
 
 from jax_ordermerge.arch import ARCHITECTURES
 from jax_ordermerge.config import make_config
+from jax_ordermerge.experiment.specs import plan_spec
 from jax_ordermerge.hardware import MEMORY_FRACTION, parse
 from jax_ordermerge.plan import analytic, search
-from jax_ordermerge.plan.analytic import Work
+from jax_ordermerge.plan.analytic import Workload
+from jax_ordermerge.plan.results import OptionPlan, list_settings
 from jax_ordermerge.train import flops
 
 MODEL = ARCHITECTURES["llama-2-7b"]
-CONFIG = make_config(
-    {
-        "model": {"remat": "full"},
-        "population": {"members": 4},
-        "data": {"max_length": 512},
-        "training": {"batch": 64},
-        "mesh": {"order": 4, "fsdp": -1},
-    }
-)
-WORK = Work(64, 512, 64 * 512, flops.training_flops(MODEL, [512] * 64), 100)
+SECTIONS = {
+    "model": {"remat": "full"},
+    "population": {"members": 4},
+    "data": {"max_length": 512},
+    "training": {"batch": 64},
+    "mesh": {"order": 4, "fsdp": -1},
+}
+SPEC = plan_spec(make_config(SECTIONS))
+WORK = Workload(64, 512, 64 * 512, flops.training_flops(MODEL, [512] * 64), 100)
 
 
-def test_the_best_come_first_and_always_the_same():
+def find(spec, topology):
+    return search.search(spec, MODEL, parse(topology), WORK)
+
+
+def test_options_are_sorted_and_the_same_each_time():
     topology = parse("v5p:2x2x4")
-    found = search.search(CONFIG, MODEL, topology, WORK)
-    assert found == search.search(CONFIG, MODEL, topology, WORK)
-    assert len(found) > 20
-    assert len({repr(one.config) for one in found}) == len(found)
-    costs = [one.cost for one in found]
+    options = find(SPEC, "v5p:2x2x4")
+    assert options == find(SPEC, "v5p:2x2x4")
+    assert len(options) > 20
+    assert len({repr(option.spec) for option in options}) == len(options)
+    costs = [option.population_step_seconds for option in options]
     assert all(later > 0.97 * best for later, best in zip(costs[1:], costs, strict=False))
     assert costs[0] < 1.02 * min(costs)
-    for one in found:
-        assert one.step.memory.total <= MEMORY_FRACTION * topology.device.memory
-        changed = search.settings(CONFIG, topology) | one.changes
-        assert changed == search.settings(one.config, topology)
+    for option in options:
+        assert option.step.memory.total <= MEMORY_FRACTION * topology.device.memory
+        changed = list_settings(SPEC, topology) | option.changes
+        assert changed == list_settings(option.spec, topology)
 
 
-def test_what_is_learned_is_not_changed():
-    kept = {"batch", "epochs", "learning_rate", "optimizer", "schedule"}
-    for one in search.search(CONFIG, MODEL, parse("h100:8"), WORK):
-        assert one.config.training.model_dump(include=kept) == CONFIG.training.model_dump(
-            include=kept
-        )
-        assert one.config.lora is None
-        assert one.config.population.members == 4
+def test_the_search_does_not_change_what_is_learned():
+    fixed = {"batch", "epochs", "learning_rate", "optimizer", "schedule"}
+    for option in find(SPEC, "h100:8"):
+        training = option.spec.training.model_dump(include=fixed)
+        assert training == SPEC.training.model_dump(include=fixed)
+        assert option.spec.lora is None
+        assert option.spec.population.members == 4
 
 
-def test_where_all_members_do_not_fit_there_are_waves_and_then_nothing():
-    waves = search.search(CONFIG, MODEL, parse("h100:4"), WORK)
-    assert waves
-    assert all(one.config.population.wave for one in waves)
-    alone = search.with_changes(CONFIG, {"mesh": {"order": 1}})
-    assert search.search(alone, MODEL, parse("a100:1"), WORK) == []
-    assert search.search(search.with_adapters(alone), MODEL, parse("a100:1"), WORK)
+def test_waves_where_all_members_do_not_fit_and_adapters_where_none_does():
+    options = find(SPEC, "h100:4")
+    assert options
+    assert all(option.spec.population.wave for option in options)
+    single = SPEC.change(mesh={"order": 1})
+    assert find(single, "a100:1") == []
+    assert find(single.with_adapters(), "a100:1")
+
+
+def test_members_that_mix_are_not_divided_into_waves():
+    mixing = {"kind": "papa"}
+    spec = plan_spec(make_config(SECTIONS | {"training": {"batch": 64, "mixing": mixing}}))
+    options = find(spec, "v5p:2x2x4")
+    assert options
+    assert all(option.spec.population.wave is None for option in options)
+
+
+def test_a_changed_spec_is_the_spec_of_the_changed_config():
+    """The planner changes sections without validating them: the result must be a valid config."""
+    for option in find(SPEC, "v5p:2x2x4")[:20]:
+        sections = {
+            name: getattr(option.spec, name).model_dump(mode="json")
+            for name in ("mesh", "training", "model", "population")
+        }
+        assert make_config(SECTIONS | sections).mesh == option.spec.mesh
+    lora = {"rank": 16, "alpha": 32.0}
+    adapters = SPEC.with_adapters()
+    expected = plan_spec(make_config(SECTIONS | {"lora": lora}))
+    assert (adapters.lora, adapters.base_dtype) == (expected.lora, expected.base_dtype)
 
 
 @pytest.mark.parametrize(
     ("order", "fsdp", "slices", "dcn"),
     [(4, 8, 2, {}), (1, 8, 2, {"order": 1, "fsdp": 2}), (1, 3, 2, None)],
 )
-def test_members_lie_on_different_slices_as_far_as_they_can(order, fsdp, slices, dcn):
-    assert search._across(order, fsdp, slices) == dcn
+def test_members_lie_on_different_slices_as_far_as_possible(order, fsdp, slices, dcn):
+    assert search.divide_over_slices(order, fsdp, slices) == dcn
 
 
-def test_cost_is_of_all_members():
+def test_options_are_compared_by_the_time_of_all_members():
     topology = parse("v5p:2x2x4")
-    whole = analytic.step(CONFIG, MODEL, topology, WORK)
-    waves = search.with_changes(
-        CONFIG, {"mesh": {"order": 2, "fsdp": 8}, "population": {"wave": 2}}
-    )
-    half = analytic.step(waves, MODEL, topology, WORK)
-    assert search.cost(CONFIG, whole) == whole.seconds
-    assert search.cost(waves, half) == 2 * half.seconds
+
+    def option(spec):
+        step = analytic.estimate_step(spec, MODEL, topology, WORK)
+        return OptionPlan(spec, {}, topology, WORK, step)
+
+    at_once = option(SPEC)
+    assert at_once.population_step_seconds == at_once.step.seconds
+    waves = option(SPEC.change(mesh={"order": 2, "fsdp": 8}, population={"wave": 2}))
+    assert waves.population_step_seconds == 2 * waves.step.seconds

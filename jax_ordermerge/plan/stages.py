@@ -1,0 +1,120 @@
+"""Analytic hours of each stage of an experiment, and the bytes that it writes."""
+
+import math
+
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge.arch import ModelConfig, parameter_count
+from jax_ordermerge.hardware import Device, Topology, parse
+from jax_ordermerge.plan import analytic
+from jax_ordermerge.plan.inputs import Inputs, padded_tokens
+from jax_ordermerge.plan.results import ExperimentPlan
+from jax_ordermerge.plan.spec import PlanSpec
+from jax_ordermerge.train import flops
+
+
+def plan_stages(
+    spec: PlanSpec, inputs: Inputs, topology: Topology, training_hours: float | None
+) -> ExperimentPlan:
+    """Plan the stages of an experiment.
+
+    Args:
+        spec: settings.
+        inputs: model and data.
+        topology: devices.
+        training_hours: those of the training, None if they are not known.
+    """
+    merges, model = len(spec.merge.methods), inputs.model
+    models = 1 + spec.population.members + merges  # the base, the members, the merges
+    evaluates = bool(spec.data.test is not None or spec.evaluation.tasks)
+    hours = {"training": training_hours, "merges": None, "analysis": None}
+    hours["evaluation"] = None if evaluates else 0.0
+    if topology.device is not None:
+        times = _StageTimes(spec, inputs, topology, topology.device)
+        train = padded_tokens(inputs.train, inputs.train_count, spec)
+        hours["merges"] = merges * times.merge() / 3600
+        if train is not None:
+            hours["analysis"] = models * times.forward(*train) / 3600
+        evaluation = times.evaluation() if evaluates else 0.0
+        if evaluation is not None:
+            hours["evaluation"] = models * evaluation / 3600
+    return ExperimentPlan(
+        hours=hours,
+        models=models,
+        checkpoint_bytes=_checkpoint_bytes(spec, model),
+        checkpoints_kept=spec.training.keep_checkpoints,
+        merged_bytes=merges * spec.merge_bytes * parameter_count(model),
+    )
+
+
+def _checkpoint_bytes(spec: PlanSpec, model: ModelConfig) -> int:
+    """Return the bytes of parameters and optimizer of all members, those of all waves together."""
+    # on a single device nothing is replicated: bytes per device are bytes in all
+    sizes = dict.fromkeys(meshes.AXES, 1)
+    spec = spec.change(mesh={**sizes, "dcn": {}}, population={"wave": None})
+    state = analytic.state_bytes(spec, model, analytic.abstract_mesh(spec, parse("cpu:1")))
+    return state["parameters"] + state["optimizer"]
+
+
+class _StageTimes:
+    """Seconds of each stage after the training, for one model."""
+
+    def __init__(self, spec: PlanSpec, inputs: Inputs, topology: Topology, device: Device) -> None:
+        self.spec, self.inputs, self.model, self.topology = spec, inputs, inputs.model, topology
+        self.sizes = meshes.axis_sizes(spec.mesh.sizes, topology.size)
+        self.shards = self.sizes["fsdp"] * self.sizes["tensor"]
+        self.parameters = parameter_count(inputs.model)
+        self.bandwidth = analytic.MEMORY_EFFICIENCY * device.bandwidth
+        self.peak = analytic.peak_flops(spec, topology)
+
+    def merge(self) -> float:
+        """Return the seconds of one merge in device memory.
+
+        Members and base are read, the result is written, and members cross `order` once.
+        """
+        models = self.spec.population.members + 2
+        size = models * self.spec.merge_bytes * self.parameters / self.shards
+        crossing = 0.0
+        if self.sizes["order"] > 1:
+            speed = analytic.link_speed("order", self.spec, self.topology)
+            crossing = size / (analytic.LINK_EFFICIENCY * speed)
+        return max(size / self.bandwidth, crossing)
+
+    def forward(self, tokens: int, length: int) -> float:
+        """Return the seconds of a forward pass over `tokens` tokens in rows of `length`."""
+        speed = self.topology.size * analytic.MATMUL_EFFICIENCY * self.peak
+        return flops.forward_flops(self.model, tokens, length) / speed
+
+    def token(self, positions: int) -> float:
+        """Return the seconds of one generated token for each row of `evaluation.batch`.
+
+        Generation is bound by memory: every token reads all weights and the cache of `positions`
+        positions. Rows are not divided over devices, weights are, over `fsdp` and `tensor`.
+        """
+        model, rows, item = self.model, self.spec.evaluation.batch, self.spec.compute_bytes
+        cached = rows * positions * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+        read = item * self.parameters / self.shards + cached * item / self.sizes["tensor"]
+        matmuls = 2 * self.parameters * rows / self.shards
+        return max(read / self.bandwidth, matmuls / (analytic.MATMUL_EFFICIENCY * self.peak))
+
+    def evaluation(self) -> float | None:
+        """Return the seconds of the losses and of all tasks; None without the number of examples.
+
+        Every answer counts with all tokens that its task allows.
+        """
+        spec, count = self.spec, self.inputs.test_count
+        evaluation = spec.evaluation
+        test = padded_tokens(self.inputs.test, count, spec)
+        if test is None or count is None:
+            return None
+        seconds = self.forward(*test) if evaluation.loss else 0.0
+        prompt = self.inputs.prompt_length(spec)
+        # prompts are read by the devices of one group alone: the other groups compute the same
+        groups = self.topology.size // self.shards
+        for task in evaluation.tasks:
+            items = min(task.limit or count, count)
+            batches = math.ceil(items / evaluation.batch)
+            seconds += (
+                batches * task.new_tokens * self.token(prompt + task.new_tokens)
+                + self.forward(items * prompt, prompt) * groups
+            )
+        return seconds
