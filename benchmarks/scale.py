@@ -1,11 +1,12 @@
-"""Memory and traffic of training large models on TPU slices that are not here, read from the compiled programs.
+"""Memory and traffic of training large models on TPU slices, read from the compiled programs.
 
     pip install "jax[tpu]"
-    JAX_PLATFORMS=cpu python benchmarks/scale.py             # all rows of docs/scale.md, a minute or two each
+    JAX_PLATFORMS=cpu python benchmarks/scale.py             # all rows, a minute or two each
     JAX_PLATFORMS=cpu python benchmarks/scale.py --only 7b
 
-Prints the tables of docs/scale.md. Full fine-tuning, AdamW with float32 masters and moments, bfloat16 products, whole layers recomputed,
-sequences of 2048 tokens.
+The slices need not be present. Prints the tables of docs/scale.md: full fine-tuning, AdamW with
+float32 masters and moments, bfloat16 matmuls, rematerialization of whole layers, sequences of 2048
+tokens.
 """
 
 import argparse
@@ -23,13 +24,13 @@ LENGTH = 2048
 
 
 class Row(NamedTuple):
-    """A model, its number of members, where it is trained, the mesh, and sequences a chip and step."""
+    """A training to measure: model, members, slice, mesh, and sequences per chip and step."""
 
     name: str
     members: int
     topology: str
     mesh: dict[str, int]
-    each: int = 1
+    sequences: int = 1
 
 
 ROWS = [
@@ -42,29 +43,33 @@ ROWS = [
 
 
 def measure(row: Row) -> tuple[str, list[str]]:
-    """Compile the step of a row; return a line of the first table and lines of the second."""
-    config: dict[str, Any] = {
+    """Return the row's line of the table of memory, and its lines of the table of collectives."""
+    sections: dict[str, Any] = {
         "model": {"compute_dtype": "bfloat16", "remat": "full", "attention": "splash"},
         "population": {"members": row.members},
         "data": {"max_length": LENGTH},
-        "training": {"batch": row.mesh["fsdp"] * row.each},
+        "training": {"batch": row.mesh["fsdp"] * row.sequences},
         "mesh": row.mesh,
     }
     topology, model = parse(row.topology), ARCHITECTURES[row.name]
     assert topology.device is not None
     mesh = meshes.make_mesh(**row.mesh, devices=devices.topology_devices(topology))
-    needs = compiled.step_requirements(training_spec(make_config(config)), model, mesh)
-    where = (
-        f"| {row.name}, {parameter_count(model) / 1e9:.2f} B | {row.members} | {row.topology} | "
-    )
+    needs = compiled.step_requirements(training_spec(make_config(sections)), model, mesh)
+    size = f"{parameter_count(model) / 1e9:.2f} B"
+    setup = f"| {row.name}, {size} | {row.members} | {row.topology} | "
     shape = " x ".join(f"{name} {size}" for name, size in row.mesh.items())
-    held = f"{needs.arguments / GIB:.1f} | {needs.temporaries / GIB:.1f} | {needs.bytes / GIB:.1f}"
-    part = needs.bytes / topology.device.memory
-    first = f"{where}{shape} | {held} | {part:.0%} | {needs.seconds:.0f} |"
-    return first, [
-        f"{where}{kind} | {' '.join(axes)} | {count:,.0f} | {size / GIB:.2f} |"
+    sizes = (needs.arguments, needs.temporaries, needs.bytes)
+    gib = " | ".join(f"{size / GIB:.1f}" for size in sizes)
+    fraction = needs.bytes / topology.device.memory
+    return f"{setup}{shape} | {gib} | {fraction:.0%} | {needs.seconds:.0f} |", [
+        f"{setup}{kind} | {' '.join(axes)} | {count:,.0f} | {size / GIB:.2f} |"
         for (kind, axes), (count, size) in needs.collectives.items()
     ]
+
+
+def print_table(columns: list[str], lines: list[str]) -> None:
+    """Print a table of Markdown."""
+    print("\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines]))
 
 
 def main() -> None:
@@ -74,14 +79,13 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="part of a model's name, any case")
     only = parser.parse_args().only.lower()
-    found = [measure(row) for row in ROWS if only in row.name.lower()]
-    heads = "state GiB a chip | temporaries GiB a chip | in all GiB | of the chip's memory | compiled in s |"
-    print(f"| model | members | slice | mesh | {heads}\n|---|---|---|---|---|---|---|---|---|")
-    print("\n".join(first for first, _ in found))
-    print(
-        "\n| model | members | slice | exchange | mesh axes crossed | operations a step | GiB received a chip |\n|---|---|---|---|---|---|---|"
-    )
-    print("\n".join(line for _, rest in found for line in rest))
+    results = [measure(row) for row in ROWS if only in row.name.lower()]
+    memory = ["state GiB per chip", "temporaries GiB per chip", "total GiB", "of the chip's memory"]
+    setup = ["model", "members", "slice"]
+    print_table([*setup, "mesh", *memory, "compiled in s"], [line for line, _ in results])
+    print()
+    traffic = ["collective", "mesh axes crossed", "operations per step", "GiB received per chip"]
+    print_table([*setup, *traffic], [line for _, lines in results for line in lines])
 
 
 if __name__ == "__main__":

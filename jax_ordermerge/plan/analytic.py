@@ -246,7 +246,7 @@ def bytes_per_device(abstract: Any) -> int:
 def _tables(
     spec: PlanSpec, model: ModelConfig
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Return the tensors that each member trains, and the frozen ones; see `trainable.make_trainable`."""
+    """Return the trained and the frozen tensors; see `trainable.make_trainable`."""
     table = tensor_table(model)
     return (table, ()) if spec.lora is None else (lora.table(model, spec.lora), table)
 

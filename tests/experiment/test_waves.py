@@ -99,7 +99,7 @@ def test_a_wave_must_fill_the_device_groups(folder, tmp_path):
 
 def test_sizes_of_waves_follow_from_memory():
     needs = Requirements(
-        arguments=400, temporaries=100, exchanges={}, seconds=0
+        arguments=400, temporaries=100, collectives={}, seconds=0
     )  # 8 members in 2 groups: 100 bytes each
     sizes = {limit: waves.wave_size(8, 2, needs, limit) for limit in (600, 520, 400, 300, 220)}
     assert sizes == {600: 8, 520: 4, 400: 4, 300: 2, 220: 2}
