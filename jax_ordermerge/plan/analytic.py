@@ -135,7 +135,7 @@ def attention_kernel(spec: PlanSpec, topology: Topology) -> str:
 
 
 def peak_flops(spec: PlanSpec, topology: Topology) -> float:
-    """Return the peak FLOP/s per device for matmuls of the compute dtype; see `flops.peak`."""
+    """Return the peak FLOP/s per device for matmuls of the compute dtype; see `flops.peak_flops`."""
     assert topology.device is not None
     half = spec.model.compute_dtype == "float32" and not topology.tpu
     return topology.device.flops / (2 if half else 1)
