@@ -1,1 +1,1 @@
-"""What the order did to the losses, and its pictures."""
+"""Statistics of a run: arrays in, results out. Nothing here reads files or writes sentences."""

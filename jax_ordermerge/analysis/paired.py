@@ -1,16 +1,48 @@
-"""Two models on the same items: paired bootstrap of losses or scores, McNemar's exact test of right and wrong answers."""
+"""Two models on the same items: paired bootstrap, McNemar's test, corrections, and claims."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from jax_ordermerge.analysis.resample import BLOCK, TAILS
+from jax_ordermerge.analysis.resample import BLOCK
+from jax_ordermerge.analysis.result import TAILS, Estimate
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_key_bits
 
-_LEAST = 1e-25  # p values that are searched for go no lower
+CLEAR, WEAK = 0.01, 0.05  # p values below which a difference is called clear, or weak
+_SMALLEST_P = 1e-25  # lower end of the search for a p value
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean difference over `n` items, with the p value of its two-sided paired t-test."""
+
+    p: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Claim(Difference):
+    """A difference to one of several rivals; `holm` is p corrected for their number."""
+
+    holm: float
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the winner may be called better than the rival."""
+        return self.estimate < 0 and self.holm < WEAK
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """McNemar's exact test: numbers of items that only one of the models answers correctly."""
+
+    only_first: int
+    only_second: int
+    p: float
 
 
 def difference(
@@ -20,34 +52,38 @@ def difference(
     weights: ArrayLike | None = None,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, float]:
-    """Return the mean of `first - second` over items with standard error, bootstrap interval and t-test p.
+) -> Difference:
+    """Return the mean of `first - second` over items, with bootstrap interval and t-test.
 
-    The resamples depend on the seed and the number of items only, so that all comparisons on one set of items share them.
+    The resamples depend on the seed and the number of items only, so that all comparisons on one
+    set of items share them.
 
     Args:
-        first, second: [n], losses or scores of the same items in the same order; the mean over several models is fine.
-        weights: [n], e.g. tokens an item: the weighted mean, with the error of a ratio of means; items stay what is resampled.
+        first, second: [n], losses or scores of the same items in the same order; each may be a
+            mean over several models.
+        weights: [n], for example tokens per item. The estimate is then a ratio of means with the
+            error of one. Items remain the unit of resampling.
         resamples: of the items.
         seed: of the run.
 
     Returns:
-        `estimate`, `se` (over items), `low`, `high` (95 %, percentile), `p` (paired t-test, two-sided), `n`.
+        `se` over items; `low`, `high` are percentiles of the resampled means.
 
     Raises:
         UserError: different lengths, or fewer than two items.
 
     Example:
-        >>> found = difference([1.0, 2.0, 4.0, 3.0], [1.5, 2.0, 4.5, 4.0])
-        >>> found["estimate"], round(found["se"], 3), found["n"]
+        >>> gap = difference([1.0, 2.0, 4.0, 3.0], [1.5, 2.0, 4.5, 4.0])
+        >>> gap.estimate, round(gap.se, 3), gap.n
         (-0.5, 0.204, 4)
     """
-    gaps = _pair(first, second)
+    gaps = _gaps(first, second)
     count = gaps.size
     share = np.ones(count) if weights is None else np.asarray(weights, np.float64)
     if share.shape != gaps.shape or not (share > 0).all():
         raise UserError(
-            f"a paired comparison of {count} items got {share.size} weights; expected one above 0 for each item"
+            f"a paired comparison of {count} items got {share.size} weights; "
+            "expected one above 0 for each item"
         )
     share = share / share.mean()
     generator = np.random.default_rng(stream_key_bits(seed, "analysis", "paired", count))
@@ -56,110 +92,93 @@ def difference(
     for start in range(0, resamples, step):
         rows = generator.integers(0, count, (min(step, resamples - start), count))
         blocks.append((gaps * share)[rows].sum(axis=1) / share[rows].sum(axis=1))
-    means = np.concatenate(blocks)
-    low, high = np.quantile(means, TAILS)
+    low, high = np.quantile(np.concatenate(blocks), TAILS)
     estimate = float((gaps * share).mean())
     error = float((share * (gaps - estimate)).std(ddof=1) / np.sqrt(count))
     if error > 0:
         p = float(2 * stats.t.sf(abs(estimate / error), count - 1))
     else:
-        # all items differ alike: what is left is the chance that n signs agree
+        # Without variance the t-test is undefined: use the probability that n signs agree.
         p = 1.0 if estimate == 0 else 2.0 ** (1 - count)
-    return {
-        "estimate": estimate,
-        "se": error,
-        "low": float(low),
-        "high": float(high),
-        "p": p,
-        "n": count,
-    }
+    return Difference(estimate, error, float(low), float(high), p, count)
 
 
-def over_seeds(gap: Mapping[str, float], estimates: ArrayLike) -> dict[str, float]:
-    """Return a difference that is a mean over random seeds, with their spread in its error, interval and p.
+def over_seeds(gap: Difference, estimates: ArrayLike) -> Difference:
+    """Add the spread between random seeds to the error, interval and p of a mean over seeds.
 
-    The variance is that over items and that between the seeds over their number. Its quantiles are the mean of Student's for items and for
-    seeds, weighted by the two variances, which errs on the safe side.
+    The variance is the sum of the variance over items and the variance between seeds divided by
+    their number. Its quantiles are the mean of Student's for items and for seeds, weighted by the
+    two variances (Cochran's approximation), which is conservative.
 
     Args:
-        gap: of `difference`, of the mean over the seeds on each item.
-        estimates: [S], the difference with each seed alone, S >= 2.
-
-    Returns:
-        as `difference`.
+        gap: the mean over the seeds on each item, compared with another model.
+        estimates: [S], the difference of each seed by itself, S >= 2.
 
     Example:
         >>> gap = difference([1.0, 2.0, 4.0, 3.0], [1.5, 2.0, 4.5, 4.0])
-        >>> (
-        ...     round(over_seeds(gap, [-0.4, -0.6])["se"], 3),
-        ...     round(over_seeds(gap, [-0.5, -0.5])["se"], 3),
-        ... )
+        >>> round(over_seeds(gap, [-0.4, -0.6]).se, 3), round(over_seeds(gap, [-0.5, -0.5]).se, 3)
         (0.227, 0.204)
 
     Source: Cochran and Cox, "Experimental designs", 2nd edition 1957, section 4.14.
     """
-    each = np.asarray(estimates, np.float64)
-    items, seeds = gap["se"] ** 2, float(each.var(ddof=1)) / each.size
+    by_seed = np.asarray(estimates, np.float64)
+    items, seeds = gap.se**2, float(by_seed.var(ddof=1)) / by_seed.size
     if seeds == 0:
-        return dict(gap)
+        return gap
     error = float(np.sqrt(items + seeds))
 
     def quantile(level: float) -> float:
         of_items, of_seeds = (
-            float(stats.t.isf(level / 2, freedom)) for freedom in (gap["n"] - 1, each.size - 1)
+            float(stats.t.isf(level / 2, freedom)) for freedom in (gap.n - 1, by_seed.size - 1)
         )
         return (items * of_items + seeds * of_seeds) / (items + seeds)
 
-    reach, found = error * quantile(2 * TAILS[0]), abs(gap["estimate"]) / error
-    if quantile(_LEAST) < found:
-        p = _LEAST
-    else:
-        p = float(
-            np.exp(
-                optimize.brentq(
-                    lambda power: quantile(float(np.exp(power))) - found, np.log(_LEAST), 0.0
-                )
-            )
+    half_width, observed = error * quantile(2 * TAILS[0]), abs(gap.estimate) / error
+    p = _SMALLEST_P
+    if quantile(p) >= observed:
+        # the mixed quantile has no closed inverse; the root is searched for in log p
+        log_p = optimize.brentq(
+            lambda power: quantile(float(np.exp(power))) - observed, np.log(_SMALLEST_P), 0.0
         )
-    return {
-        **gap,
-        "se": error,
-        "low": gap["estimate"] - reach,
-        "high": gap["estimate"] + reach,
-        "p": p,
-    }
+        p = float(np.exp(log_p))
+    low, high = gap.estimate - half_width, gap.estimate + half_width
+    return Difference(gap.estimate, error, low, high, p, gap.n)
 
 
-def mcnemar(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
-    """Return McNemar's exact test: do the items that only one of two models answers rightly fall to both sides alike?
+def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
+    """Test whether the items that only one of two models answers correctly favour either.
 
     Args:
-        first, second: bool[n], right or wrong on the same items.
+        first, second: bool[n], correct or not on the same items.
 
     Returns:
-        `only_first`, `only_second` (numbers of items) and the two-sided binomial `p`; 1 where the models never differ.
+        `p` of the two-sided binomial test; 1 where the models never differ.
 
     Raises:
         UserError: different lengths, or fewer than two items.
 
     Example:
         >>> mcnemar([1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0])
-        {'only_first': 6, 'only_second': 0, 'p': 0.03125}
+        McNemar(only_first=6, only_second=0, p=0.03125)
 
-    Source: McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
+    Source: McNemar, "Note on the sampling error of the difference between correlated
+        proportions", 1947.
     """
-    gaps = _pair(np.asarray(first, bool), np.asarray(second, bool))
+    gaps = _gaps(np.asarray(first, bool), np.asarray(second, bool))
     only_first, only_second = int((gaps > 0).sum()), int((gaps < 0).sum())
     differing = only_first + only_second
     p = float(stats.binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0
-    return {"only_first": only_first, "only_second": only_second, "p": p}
+    return McNemar(only_first, only_second, p)
 
 
 def holm(p_values: ArrayLike) -> list[float]:
-    """Return p values corrected for their number: the chance that any true null among them is rejected stays below the level.
+    """Return p values corrected for their number, by Holm's step-down method.
+
+    The probability that any true null hypothesis is rejected stays below the level, whatever the
+    dependence between the tests.
 
     Args:
-        p_values: [n], of n tests, however they depend on each other.
+        p_values: [n].
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -175,12 +194,55 @@ def holm(p_values: ArrayLike) -> list[float]:
     return corrected.tolist()
 
 
-def _pair(first: ArrayLike, second: ArrayLike) -> np.ndarray:
-    one, two = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if one.shape != two.shape or one.ndim != 1:
+def claim(
+    winner: ArrayLike,
+    rivals: Mapping[str, ArrayLike],
+    weights: ArrayLike | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Claim]:
+    """Compare the winner of a search with its rivals on items that had no part in the choice.
+
+    One candidate is tested here, however many were tried, so the search needs no correction. The
+    rivals are several, so p values are corrected for their number.
+
+    Args:
+        winner: [n], losses of the winner on test items.
+        rivals: by name, [n] on the same items.
+        weights: [n], for example tokens per item.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        Winner less rival by the rival's name. A rival with the same losses is left out.
+
+    Example:
+        >>> claims = claim(
+        ...     [1.0, 2.0, 3.0, 4.0],
+        ...     {"best_member": [1.5, 2.4, 3.5, 4.4], "average": [1.0, 2.0, 3.0, 4.0]},
+        ... )
+        >>> list(claims), round(claims["best_member"].estimate, 2), claims["best_member"].is_better
+        (['best_member'], -0.45, True)
+    """
+    gaps = {
+        name: difference(winner, losses, weights=weights, resamples=resamples, seed=seed)
+        for name, losses in rivals.items()
+        if not np.array_equal(winner, losses)
+    }
+    corrected = holm([gap.p for gap in gaps.values()])
+    return {
+        name: Claim(**asdict(gap), holm=p)
+        for (name, gap), p in zip(gaps.items(), corrected, strict=True)
+    }
+
+
+def _gaps(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    x, y = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if x.shape != y.shape or x.ndim != 1:
         raise UserError(
-            f"a paired comparison got {one.size} and {two.size} items; evaluate both models on the same items"
+            f"a paired comparison got {x.size} and {y.size} items; "
+            "evaluate both models on the same items"
         )
-    if one.size < 2:
+    if x.size < 2:
         raise UserError("a paired comparison needs at least two items; raise data.test_limit")
-    return one - two
+    return x - y

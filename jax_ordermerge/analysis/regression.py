@@ -1,20 +1,28 @@
-"""Least squares with cluster-robust errors, for losses that depend on where a sample stood in the order.
+"""Least squares with cluster-robust errors, for losses that depend on positions in the order.
 
 Axis letters here: `M` member, `n` sample, `R` regressor.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-CONFIDENCE = 0.95
+from jax_ordermerge.analysis.result import CONFIDENCE, Undetermined
 
 
-class Undetermined(ValueError):
-    """A statistic that these data cannot determine; the message is the reason that a reader is shown."""
+@dataclass(frozen=True)
+class Effect:
+    """A regression coefficient: t statistic, two-sided p value and 95 % interval."""
+
+    estimate: float
+    se: float
+    z: float
+    p: float
+    low: float
+    high: float
 
 
 class Fit(NamedTuple):
@@ -23,10 +31,10 @@ class Fit(NamedTuple):
     Attributes:
         estimate: float64[R].
         covariance: float64[R, R], cluster-robust by sample.
-        influence: float64[n, R], what each sample contributes to the error of the estimate; sums of estimates have as
-            influence the sum of influences, which keeps their dependence.
-        residual_sd: standard deviation of what is left, degrees of freedom counted.
-        correction: the small-sample factor within `covariance`.
+        influence: float64[n, R], contribution of each sample to the error of the estimate. A sum
+            of estimates has the sum of their influences, which keeps their dependence.
+        residual_sd: standard deviation of the residuals, corrected for degrees of freedom.
+        correction: small-sample factor within `covariance`.
     """
 
     estimate: np.ndarray
@@ -35,20 +43,27 @@ class Fit(NamedTuple):
     residual_sd: float
     correction: float
 
+    def effects(self) -> list[Effect]:
+        """Return each coefficient with its inference; see `summarize`."""
+        variances = np.diag(self.covariance)
+        clusters = self.influence.shape[0]
+        return [summarize(b, v, clusters) for b, v in zip(self.estimate, variances, strict=True)]
+
 
 def fixed_effects(losses: ArrayLike, regressors: ArrayLike) -> Fit:
-    """Fit `losses[i, s] = a_s + c_i + sum_r b_r x[r, i, s] + e`, with errors robust to dependence within a sample.
+    """Fit `losses[i, s] = a_s + c_i + sum_r b_r x[r, i, s] + e`, with errors clustered by sample.
 
-    The difficulty `a_s` of a sample and the level `c_i` of a member cancel in the two-way within transformation, which for a
-    complete panel equals a regression with a dummy for each sample and member. The sample effects are nested in the clusters
-    and so not counted as parameters in the small-sample factor `n / (n - 1) * (N - 1) / (N - K)`.
+    The difficulty `a_s` of a sample and the level `c_i` of a member cancel in the two-way within
+    transformation. For a complete panel that equals a regression with one dummy per sample and
+    member.
 
     Args:
         losses: [M, n].
         regressors: [R, M, n].
 
     Raises:
-        Undetermined: fewer than two members, no variation within samples, collinear regressors, too few samples.
+        Undetermined: fewer than two members, no variation within samples, collinear regressors,
+            too few samples.
 
     Example:
         >>> positions = [[0.0, 0.5, 1.0, 0.2], [1.0, 0.0, 0.5, 0.7]]
@@ -56,23 +71,26 @@ def fixed_effects(losses: ArrayLike, regressors: ArrayLike) -> Fit:
         >>> fixed_effects(losses, [positions]).estimate.round(6).tolist()
         [-1.37037]
 
-    Source: Cameron and Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015, sections II and III.B.
+    Source: Cameron and Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015,
+        sections II and III.B.
     """
     y, x = np.asarray(losses, np.float64), np.asarray(regressors, np.float64)
     members = y.shape[0]
     if members < 2:
         raise Undetermined(
-            "one member only: the difficulty of a sample cannot be told from the effect of its position"
+            "one member only: the difficulty of a sample cannot be separated from the effect of "
+            "its position"
         )
-    moved = np.abs(within(x)).max(axis=(1, 2))
     if not (np.ptp(x, axis=1) > 1e-9).any():
         raise Undetermined(
             "every sample has the same positions in all members: nothing varies within a sample"
         )
-    if (moved < 1e-9).any():
+    if (np.abs(within(x)).max(axis=(1, 2)) < 1e-9).any():
         raise Undetermined(
             "a regressor does not vary once the means of samples and members are taken out"
         )
+    # The sample effects are nested in the clusters. The small-sample factor
+    # n / (n - 1) * (N - 1) / (N - K) therefore does not count them among its K parameters.
     return _sandwich(within(y), within(x), parameters=x.shape[0] + members)
 
 
@@ -90,16 +108,18 @@ def ols(values: ArrayLike, regressors: ArrayLike) -> Fit:
         >>> ols([0.0, 1.1, 1.9, 3.0], [[0, 1, 2, 3]]).estimate.round(6).tolist()
         [0.98]
 
-    Source: MacKinnon and White, "Some heteroskedasticity-consistent covariance matrix estimators", 1985.
+    Source: MacKinnon and White, "Some heteroskedasticity-consistent covariance matrix
+        estimators", 1985.
     """
     y, x = np.asarray(values, np.float64)[None], np.asarray(regressors, np.float64)[:, None]
-    if (np.ptp(x, axis=(1, 2)) < 1e-9).any():
+    # no samples at all: a warm-up of one step may hold the whole first epoch
+    if not x.size or (np.ptp(x, axis=(1, 2)) < 1e-9).any():
         raise Undetermined("the positions do not vary between samples")
     return _sandwich(y - y.mean(), x - x.mean(axis=2, keepdims=True), parameters=x.shape[0] + 1)
 
 
 def within(values: np.ndarray) -> np.ndarray:
-    """Take the means of samples and members out of `[..., M, n]`.
+    """Subtract the means of samples and members from `[..., M, n]`.
 
     Example:
         >>> within(np.array([[1.0, 2.0], [3.0, 6.0]])).tolist()
@@ -110,43 +130,33 @@ def within(values: np.ndarray) -> np.ndarray:
     return values - by_sample - by_member + values.mean(axis=(-2, -1), keepdims=True)
 
 
-def summarize(estimate: float, variance: float, clusters: int) -> dict[str, float]:
-    """Return estimate, standard error, z, p and the 95 % interval; p and interval by Student's t with `clusters - 1` degrees.
+def summarize(estimate: float, variance: float, clusters: int) -> Effect:
+    """Return the inference on one coefficient, by Student's t with `clusters - 1` degrees.
 
     Raises:
         Undetermined: the variance is zero.
 
     Example:
-        >>> {name: round(value, 3) for name, value in summarize(2.0, 1.0, 1000).items()}
-        {'estimate': 2.0, 'se': 1.0, 'z': 2.0, 'p': 0.046, 'low': 0.038, 'high': 3.962}
+        >>> effect = summarize(2.0, 1.0, 1000)
+        >>> effect.z, round(effect.p, 3), round(effect.low, 3), round(effect.high, 3)
+        (2.0, 0.046, 0.038, 3.962)
     """
     if not variance > 0:
         raise Undetermined("no residual variation: a standard error cannot be estimated")
-    error = float(np.sqrt(variance))
-    z, half = estimate / error, stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1) * error
-    p = 2 * stats.t.sf(abs(z), clusters - 1)
-    return {
-        "estimate": float(estimate),
-        "se": error,
-        "z": float(z),
-        "p": float(p),
-        "low": float(estimate - half),
-        "high": float(estimate + half),
-    }
-
-
-def coefficients(fit: Fit, labels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one dict a coefficient: its label and `summarize`."""
-    variances = np.diag(fit.covariance)
-    clusters = fit.influence.shape[0]
-    return [
-        {**label, **summarize(b, v, clusters)}
-        for label, b, v in zip(labels, fit.estimate, variances, strict=True)
-    ]
+    se = float(np.sqrt(variance))
+    z, half_width = estimate / se, stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1) * se
+    return Effect(
+        estimate=float(estimate),
+        se=se,
+        z=float(z),
+        p=float(2 * stats.t.sf(abs(z), clusters - 1)),
+        low=float(estimate - half_width),
+        high=float(estimate + half_width),
+    )
 
 
 def _sandwich(y: np.ndarray, x: np.ndarray, *, parameters: int) -> Fit:
-    """Least squares of y[M, n] on x[R, M, n], both with the means taken out, clustered by sample."""
+    """Regress y[M, n] on x[R, M, n], both without their means, with errors clustered by sample."""
     count, clusters = y.size, y.shape[1]
     freedom = count - parameters - (clusters - 1 if y.shape[0] > 1 else 0)
     if freedom < 1 or clusters <= x.shape[0] + 1:
@@ -154,10 +164,11 @@ def _sandwich(y: np.ndarray, x: np.ndarray, *, parameters: int) -> Fit:
     if np.abs(y).max() < 1e-12:
         raise Undetermined("the losses do not vary")
     gram = np.einsum("rmn,qmn->rq", x, x)
+    # eigenvalues of the correlation matrix: the test must not depend on the regressors' scales
     scale = np.sqrt(np.diag(gram))
     if np.linalg.eigvalsh(gram / np.outer(scale, scale))[0] < 1e-8:
         raise Undetermined(
-            "the positions of different epochs cannot be told apart (they are linearly dependent)"
+            "the positions of different epochs cannot be separated (they are linearly dependent)"
         )
     inverse = np.linalg.inv(gram)
     estimate = inverse @ np.einsum("rmn,mn->r", x, y)

@@ -4,16 +4,29 @@ Axis letters here: `M` member, `n` sample, `U` bin, `P` resample or permutation.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from jax_ordermerge.analysis.regression import CONFIDENCE, Undetermined
+from jax_ordermerge.analysis.result import TAILS, Estimate, Undetermined
 
-TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-# values a block of resamples may hold: 32 MB of float64, whatever the number of samples
+# Elements of a block of resamples: 32 MB of float64, whatever the number of samples.
 BLOCK = 4_000_000
+
+
+class Job(NamedTuple):
+    """One curve to compute.
+
+    Attributes:
+        values, positions: [M, n].
+        bins: number of bins of position.
+    """
+
+    values: np.ndarray
+    positions: np.ndarray
+    bins: int
 
 
 class Curve(NamedTuple):
@@ -21,7 +34,7 @@ class Curve(NamedTuple):
 
     Attributes:
         position, mean: float64[U].
-        samples: int[U], how many in a bin.
+        samples: int[U], number of samples in each bin.
         replicates: float64[P, U], bootstrap means; NaN where a resample left a bin empty.
     """
 
@@ -31,13 +44,26 @@ class Curve(NamedTuple):
     replicates: np.ndarray
 
 
-def bin_numbers(position: np.ndarray, bins: int) -> np.ndarray:
-    """Return the quantile bin of each sample, int[n] from 0; samples of one optimizer step stay in one bin.
+@dataclass(frozen=True)
+class Band:
+    """A curve with the bounds of its 95 % bootstrap band, [U] each, and the gap of its ends."""
 
-    Bins without samples do not exist: with fewer distinct positions than bins, each position is a bin.
+    position: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    samples: np.ndarray
+    gap: Estimate
+
+
+def bin_numbers(position: np.ndarray, bins: int) -> np.ndarray:
+    """Return the quantile bin of each sample, int[n] from 0.
+
+    Samples of one optimizer step stay in one bin. Bins without samples do not exist: with fewer
+    distinct positions than bins, each position is a bin.
 
     Raises:
-        Undetermined: fewer than two samples a bin.
+        Undetermined: fewer than two samples per bin.
 
     Example:
         >>> bin_numbers(np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), 3).tolist()
@@ -48,38 +74,30 @@ def bin_numbers(position: np.ndarray, bins: int) -> np.ndarray:
     if position.size < 2 * bins:
         raise Undetermined(f"{position.size} samples are too few for {bins} bins")
     rank = stats.rankdata(position, "average") - 0.5
-    wanted = np.minimum((rank * bins / position.size).astype(np.int64), bins - 1)
-    return np.unique(wanted, return_inverse=True)[1]
+    quantiles = np.minimum((rank * bins / position.size).astype(np.int64), bins - 1)
+    return np.unique(quantiles, return_inverse=True)[1]
 
 
-def curves(
-    jobs: Sequence[tuple[np.ndarray, np.ndarray]],
-    *,
-    bins: Sequence[int],
-    resamples: int,
-    generator: np.random.Generator,
-) -> list[Curve]:
+def curves(jobs: Sequence[Job], *, resamples: int, generator: np.random.Generator) -> list[Curve]:
     """Bin the values of every job by position and bootstrap the bin means.
 
-    Samples are resampled, not rows: a job with several members keeps the members of a sample together, and all jobs share
-    the resamples, so that differences of two curves may be taken replicate by replicate. The weights of samples are Poisson(1)
-    instead of multinomial, which lets the sum run over blocks of samples.
+    Samples are resampled, not rows: a job with several members keeps the members of a sample
+    together. All jobs share the resamples, so differences of two curves may be taken replicate
+    by replicate. The weights of samples are Poisson(1) instead of multinomial, so the sums can
+    run over blocks of samples.
 
     Args:
-        jobs: pairs of values [M, n] and positions [M, n]; n is common to all.
-        bins: the number of bins of each job.
+        jobs: with the same number of samples n.
 
     Raises:
-        Undetermined: fewer than two samples a bin.
+        Undetermined: fewer than two samples per bin.
 
-    Source: Hanley and MacGibbon, "Creating non-parametric bootstrap samples using Poisson frequencies", 2006.
+    Source: Hanley and MacGibbon, "Creating non-parametric bootstrap samples using Poisson
+        frequencies", 2006.
     """
-    binned = [
-        np.stack([bin_numbers(p, u) for p in positions])
-        for (_, positions), u in zip(jobs, bins, strict=True)
-    ]
-    widths = [int(b.max()) + 1 for b in binned]
-    samples = jobs[0][0].shape[1]
+    binned = [np.stack([bin_numbers(row, job.bins) for row in job.positions]) for job in jobs]
+    widths = [int(numbers.max()) + 1 for numbers in binned]
+    samples = jobs[0].values.shape[1]
     totals = np.zeros((resamples, 2 * sum(widths)))
     step = max(1, BLOCK // max(resamples, 1))
     for start in range(0, samples, step):
@@ -87,30 +105,30 @@ def curves(
         weights = generator.poisson(1.0, (resamples, block.stop - block.start)).astype(np.float64)
         totals += weights @ _columns(jobs, binned, widths, block)
     results, left = [], 0
-    for (values, positions), numbers, width in zip(jobs, binned, widths, strict=True):
+    for job, numbers, width in zip(jobs, binned, widths, strict=True):
         sums, counts = totals[:, left : left + width], totals[:, left + width : left + 2 * width]
         left += 2 * width
         # a resample may miss a thin bin altogether
         replicates = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-        here = np.bincount(numbers.ravel(), minlength=width)
-        mean = np.bincount(numbers.ravel(), values.ravel(), minlength=width) / here
-        position = np.bincount(numbers.ravel(), positions.ravel(), minlength=width) / here
-        results.append(Curve(position, mean, here, replicates))
+        size = np.bincount(numbers.ravel(), minlength=width)
+        mean = np.bincount(numbers.ravel(), job.values.ravel(), minlength=width) / size
+        position = np.bincount(numbers.ravel(), job.positions.ravel(), minlength=width) / size
+        results.append(Curve(position, mean, size, replicates))
     return results
 
 
 def _columns(
-    jobs: Sequence[tuple[np.ndarray, np.ndarray]],
-    binned: Sequence[np.ndarray],
-    widths: Sequence[int],
-    block: slice,
+    jobs: Sequence[Job], binned: Sequence[np.ndarray], widths: Sequence[int], block: slice
 ) -> np.ndarray:
-    """Return, for each job, its values and its counts spread over the bins: float64[samples of the block, 2 U of all jobs]."""
+    """Return values and counts of each job spread over its bins, float64[block, 2 U of all jobs].
+
+    One matrix product with the resampling weights then gives the sums of all jobs.
+    """
     rows = np.arange(block.stop - block.start)
     columns = np.zeros((rows.size, 2 * sum(widths)))
     left = 0
-    for (values, _), numbers, width in zip(jobs, binned, widths, strict=True):
-        for value, number in zip(values[:, block], numbers[:, block], strict=True):
+    for job, numbers, width in zip(jobs, binned, widths, strict=True):
+        for value, number in zip(job.values[:, block], numbers[:, block], strict=True):
             columns[rows, left + number] += value
             columns[rows, left + width + number] += 1
         left += 2 * width
@@ -118,21 +136,15 @@ def _columns(
 
 
 def band(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lower and upper 95 % percentile bounds of bootstrap replicates [P, ...]; NaN replicates are left out."""
+    """Return the 95 % percentile bounds of bootstrap replicates [P, ...]; NaN are left out."""
     low, high = np.nanquantile(replicates, TAILS, axis=0)
     return low, high
 
 
-def curve_dict(curve: Curve) -> dict[str, Any]:
-    """Return a curve with its bands as plain lists."""
+def summarize(curve: Curve) -> Band:
+    """Return a curve with its band and its gap."""
     low, high = band(curve.replicates)
-    return {
-        "position": curve.position.tolist(),
-        "mean": curve.mean.tolist(),
-        "low": low.tolist(),
-        "high": high.tolist(),
-        "samples": curve.samples.tolist(),
-    }
+    return Band(curve.position, curve.mean, low, high, curve.samples, gap(curve))
 
 
 def shifted(curve: Curve, plus: Curve, minus: Curve) -> Curve:
@@ -141,26 +153,21 @@ def shifted(curve: Curve, plus: Curve, minus: Curve) -> Curve:
     return curve._replace(mean=curve.mean + plus.mean - minus.mean, replicates=replicates)
 
 
-def gap(curve: Curve, other: Curve | None = None) -> dict[str, float]:
-    """Return the first bin's mean less the last bin's, with its standard error and 95 % interval; less the gap of `other`."""
+def gap(curve: Curve, reference: Curve | None = None) -> Estimate:
+    """Return the first bin's mean less the last bin's, less the same gap of `reference`."""
     estimate = curve.mean[0] - curve.mean[-1]
     replicates = curve.replicates[:, 0] - curve.replicates[:, -1]
-    if other is not None:
-        estimate = estimate - (other.mean[0] - other.mean[-1])
-        replicates = replicates - (other.replicates[:, 0] - other.replicates[:, -1])
+    if reference is not None:
+        estimate = estimate - (reference.mean[0] - reference.mean[-1])
+        replicates = replicates - (reference.replicates[:, 0] - reference.replicates[:, -1])
     low, high = band(replicates)
-    return {
-        "estimate": float(estimate),
-        "se": float(np.nanstd(replicates)),
-        "low": float(low),
-        "high": float(high),
-    }
+    return Estimate(float(estimate), float(np.nanstd(replicates)), float(low), float(high))
 
 
 def permutation_p(
     values: np.ndarray, positions: np.ndarray, *, permutations: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Test whether values depend on position: two-sided p of the correlation when the samples are dealt out anew.
+    """Test whether values depend on position: two-sided p of the correlation under permutation.
 
     Args:
         values: [Q, n], each row tested against each row of positions.
@@ -182,11 +189,11 @@ def permutation_p(
     extreme = np.zeros(observed.shape)
     step = max(1, BLOCK // samples)
     for start in range(0, permutations, step):
-        deals = np.tile(np.arange(samples), (min(step, permutations - start), 1))
-        generator.permuted(deals, axis=1, out=deals)
+        indices = np.tile(np.arange(samples), (min(step, permutations - start), 1))
+        generator.permuted(indices, axis=1, out=indices)
         for row, target in enumerate(y):
             # the margin counts ties, which rounding would otherwise decide
-            extreme[row] += (np.abs(target[deals] @ x.T) >= observed[row] - 1e-12).sum(axis=0)
+            extreme[row] += (np.abs(target[indices] @ x.T) >= observed[row] - 1e-12).sum(axis=0)
     return (1 + extreme) / (1 + permutations)
 
 

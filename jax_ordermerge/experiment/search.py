@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_ordermerge.analysis import choice
+from jax_ordermerge.analysis import paired
+from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config.merge import AUTO, Search
 from jax_ordermerge.data import source
 from jax_ordermerge.experiment import export, losses, models
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.layout import Json, SearchLayout, write_json
+from jax_ordermerge.report import findings
 from jax_ordermerge.search import search
 from jax_ordermerge.search.candidates import MEMBER, Candidate, Population
 from jax_ordermerge.tree import Tree
@@ -65,7 +67,7 @@ def choose_merge(
     if len(ctx.splits.get("test") or ()) > 1:
         result = dataclasses.replace(result, claim=_compare_on_test(ctx, population, result))
     write_json(layout.results, result.to_dict())
-    ctx.log(f"  {choice.sentence(result.to_dict())}")
+    ctx.log(f"  {findings.search_sentence(result.to_dict())}")
     merged = population.build(result.winning_candidate)
     if target is not None:
         export.export(ctx, AUTO, merged, _recipe(result), _origin(result), target)
@@ -96,21 +98,21 @@ def _compare_on_test(ctx: RunContext, population: Population, result: search.Sea
         "average": measure(Candidate("average")).means,
     }
     evaluation = ctx.config.evaluation
-    against = choice.claim(
+    against = paired.claim(
         winner, rivals, tokens, resamples=evaluation.bootstrap, seed=ctx.config.seed
     )
     loss = {
         name: float((means * tokens).sum() / tokens.sum())
         for name, means in {"winner": winner, **rivals}.items()
     }
-    return {"examples": len(test), "loss": loss, "against": against}
+    return {"examples": len(test), "loss": loss, "against": asdict(against)}
 
 
 def _origin(result: search.SearchResult) -> str:
     """Return what the model card says about the choice."""
     kinds = {"base": "It is the base itself.", "member": "It is one of the members itself."}
     kind = kinds.get(result.winning_candidate.kind, "")
-    return f"{choice.sentence(result.to_dict())} {kind}".strip()
+    return f"{findings.search_sentence(result.to_dict())} {kind}".strip()
 
 
 def _settings(winner: Candidate) -> Json:

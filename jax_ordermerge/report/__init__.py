@@ -1,1 +1,1 @@
-"""TODO."""
+"""Pages about finished runs: reads a run directory through its layout, writes HTML and Markdown."""

@@ -1,22 +1,35 @@
-"""Numbers as people read them: p values, errors, intervals, and the words that a p value allows."""
+"""Numbers as text: p values, errors, intervals, and the words that a p value allows."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-CLEAR, WEAK = 0.01, 0.05
+from jax_ordermerge.analysis.paired import CLEAR, WEAK, Difference
+from jax_ordermerge.analysis.result import Estimate
+from jax_ordermerge.layout import Json
+
+INDISTINGUISHABLE = "not distinguishable"
 LONGEST_ANSWER = 700
 
 
 def p_text(p: float) -> str:
-    """Return a p value for people.
+    """Return a p value with two digits.
 
     Example:
         >>> p_text(0.0312), p_text(1e-9)
         ('p = 0.031', 'p < 0.0001')
     """
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+
+
+def p_texts(p: float, holm: float) -> str:
+    """Return a p value, and beside it the corrected one where that is larger.
+
+    Example:
+        >>> p_texts(0.03, 0.03), p_texts(0.03, 0.06)
+        ('p = 0.03', 'p = 0.03, by Holm = 0.06')
+    """
+    return p_text(p) + (f", by Holm {p_text(holm).removeprefix('p ')}" if holm > p else "")
 
 
 def strength(p: float) -> str:
@@ -27,6 +40,28 @@ def strength(p: float) -> str:
         ('clearly', 'weakly', '')
     """
     return "clearly" if p < CLEAR else "weakly" if p < WEAK else ""
+
+
+def verdict(estimate: float, corrected: float, *, lower_is_better: bool = True) -> str:
+    """Return the verdict on a difference, by its corrected p value.
+
+    Example:
+        >>> verdict(-0.1, 0.001), verdict(-0.1, 0.03, lower_is_better=False), verdict(0.1, 0.2)
+        ('clearly better', 'weakly worse', 'not distinguishable')
+    """
+    if not strength(corrected):
+        return INDISTINGUISHABLE
+    return f"{strength(corrected)} {'better' if (estimate < 0) == lower_is_better else 'worse'}"
+
+
+def versus(verdict: str, size: str, rival: str) -> str:
+    """Return a clause about a model and its rival.
+
+    Example:
+        >>> versus("clearly better", "-0.1", "the average")
+        'clearly better (-0.1) than the average'
+    """
+    return f"{verdict} ({size}) {'from' if verdict == INDISTINGUISHABLE else 'than'} {rival}"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -40,7 +75,7 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def number(value: float | None, digits: int) -> str:
-    """Return a number with so many digits, a dash for None.
+    """Return a number with a fixed number of digits, a dash for None.
 
     Example:
         >>> number(1.25, 1), number(None, 1)
@@ -49,14 +84,14 @@ def number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def percent(value: float | None) -> str:
-    """Return a share in per cent, a dash for None.
+def percents(shares: Sequence[float] | None) -> str:
+    """Return shares in per cent, a dash where there are none.
 
     Example:
-        >>> percent(0.125)
-        '12.5'
+        >>> percents([0.125, 0.5]), percents(None)
+        ('12.5 50.0', '–')
     """
-    return "–" if value is None else f"{100 * value:.1f}"
+    return " ".join(f"{100 * share:.1f}" for share in shares or ()) or "–"
 
 
 def plus_minus(value: float | None, error: float | None, digits: int) -> str:
@@ -71,67 +106,93 @@ def plus_minus(value: float | None, error: float | None, digits: int) -> str:
     )
 
 
+def signed(estimate: float, error: float, digits: int = 4) -> str:
+    """Return a difference or slope with its standard error.
+
+    Example:
+        >>> signed(0.1, 0.02)
+        '+0.1000 ± 0.0200'
+    """
+    return f"{estimate:+.{digits}f} ± {error:.{digits}f}"
+
+
 def mean_sd(values: Sequence[float | None], digits: int) -> str:
-    """Return mean and, in brackets, standard deviation; a dash when a value is unknown.
+    """Return the mean and, in brackets, the standard deviation; a dash where a value is None.
 
     Example:
         >>> mean_sd([1.0, 3.0], 2)
         '2.00 (1.41)'
     """
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
         return "–"
-    mean, sd = spread(known)
+    mean, sd = spread(numbers)
     return number(mean, digits) + (f" ({sd:.{digits}f})" if sd is not None else "")
 
 
-def interval(gap: Mapping[str, float], scale: float, digits: int) -> str:
-    """Return estimate, standard error, interval and, where there is one, p of a `paired.difference` or a gap.
+def bounds(low: float, high: float, digits: int = 4) -> str:
+    """Return an interval.
 
     Example:
-        >>> interval({"estimate": 0.1, "se": 0.02, "low": 0.06, "high": 0.14, "p": 0.002}, 100, 1)
+        >>> bounds(-0.1, 0.2, 1)
+        '[-0.1, +0.2]'
+    """
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def interval(gap: Estimate, scale: float = 1, digits: int = 4) -> str:
+    """Return estimate, standard error, interval and, of a paired difference, its p value.
+
+    Example:
+        >>> interval(Difference(0.1, 0.02, 0.06, 0.14, 0.002, 50), 100, 1)
         '+10.0 ± 2.0 [+6.0, +14.0], p = 0.002'
     """
-    value, error, low, high = (scale * gap[key] for key in ("estimate", "se", "low", "high"))
-    p = f", {p_text(gap['p'])}" if "p" in gap else ""
-    return f"{value:+.{digits}f} ± {error:.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{p}"
+    p = f", {p_text(gap.p)}" if isinstance(gap, Difference) else ""
+    size = signed(scale * gap.estimate, scale * gap.se, digits)
+    return f"{size} {bounds(scale * gap.low, scale * gap.high, digits)}{p}"
 
 
-def gap_or_reason(gap: Mapping[str, Any]) -> str:
-    """Return a gap between losses, or why it could not be determined.
+def gap_or_reason(gap: Json) -> str:
+    """Return a gap of analysis.json, or the reason why it is undetermined.
 
     Example:
         >>> gap_or_reason({"reason": "one member only"})
         '– (one member only)'
     """
-    return f"– ({gap['reason']})" if "reason" in gap else interval(gap, 1, 4)
+    return f"– ({gap['reason']})" if "reason" in gap else interval(Estimate(**gap))
 
 
-def loss_unit(objective: Mapping[str, Any]) -> str:
+def epochs(row: Json) -> str:
+    """Return the epochs of a coefficient of analysis.json, which share one slope.
+
+    Example:
+        >>> epochs({"epochs": [1, 2]})
+        '1 = 2'
+    """
+    return " = ".join(map(str, row["epochs"]))
+
+
+def loss_unit(objective: Json) -> str:
     """Return the unit of the losses of an objective, a section of the config.
 
     Example:
-        >>> (
-        ...     loss_unit({}),
-        ...     loss_unit({"kind": "dpo", "loss": "sigmoid"}),
-        ...     loss_unit({"kind": "dpo", "loss": "ipo"}),
-        ... )
-        ('nats a token', 'nats a pair', 'squared nats a pair')
+        >>> loss_unit({}), loss_unit({"kind": "dpo", "loss": "ipo"})
+        ('nats per token', 'squared nats per pair')
+        >>> loss_unit({"kind": "dpo", "loss": "sigmoid"})
+        'nats per pair'
     """
     if objective.get("kind", "sft") == "sft":
-        return "nats a token"
-    return "squared nats a pair" if objective.get("loss") == "ipo" else "nats a pair"
+        return "nats per token"
+    return "squared nats per pair" if objective.get("loss") == "ipo" else "nats per pair"
 
 
 def shortened(text: str) -> str:
-    """Return text of at most `LONGEST_ANSWER` characters, the cut marked.
+    """Return at most `LONGEST_ANSWER` characters of a text, and its length where it is cut.
 
     Example:
         >>> len(shortened("a" * 1000))
         720
     """
-    return (
-        text
-        if len(text) <= LONGEST_ANSWER
-        else text[:LONGEST_ANSWER] + f" … ({len(text)} characters)"
-    )
+    if len(text) <= LONGEST_ANSWER:
+        return text
+    return f"{text[:LONGEST_ANSWER]} … ({len(text)} characters)"

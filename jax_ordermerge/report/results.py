@@ -1,344 +1,317 @@
-"""Run directories -> one page of Markdown: what each run found, what they show together, and what they do not."""
+"""Several runs on one page of Markdown: the findings of each, and those of all together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.report import document, findings, formatting, run_report
+from jax_ordermerge.layout import Json
+from jax_ordermerge.report import document, findings, formatting
+from jax_ordermerge.report.chapters import models
+from jax_ordermerge.report.differences import (
+    AVERAGE,
+    BEST_MEMBER,
+    MEAN_MEMBER,
+    RIVALS,
+)
 from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Table
-from jax_ordermerge.report.run_report import Run
+from jax_ordermerge.report.formatting import INDISTINGUISHABLE
+from jax_ordermerge.report.run import Run, read_runs
 
-_AGAINST = {
-    "mean_member": "the mean member",
-    "best_member": "the member chosen on validation",
-    "average": "the average",
-}
+_RIVALS = RIVALS | {BEST_MEMBER: "the member chosen on validation"}
+_VERDICTS = (
+    "clearly better",
+    "weakly better",
+    INDISTINGUISHABLE,
+    "weakly worse",
+    "clearly worse",
+)
 
 
 def write(directories: Sequence[str | Path], out: str | Path) -> Path:
     """Write one page about several runs.
 
-    Nothing on it depends on where the runs or their data lie: of paths the last part is named.
+    The page does not depend on where the runs or their data lie: of paths only the last part is
+    shown.
 
     Args:
         directories: run directories that are evaluated.
         out: the file, which ends in `.md`.
 
     Raises:
-        UserError: no run directory, one that was not evaluated, two of one name, or losses of different kinds.
+        UserError: no run directory, one that was not evaluated, two of one name, or losses of
+            different kinds.
     """
     page = Path(out)
     if page.suffix != ".md":
         raise UserError(f"--out {out}: expected a file that ends in .md")
-    runs = [run_report.read(Path(directory)) for directory in directories]
-    unfinished = [run.name for run in runs if not (run.evaluations and run.analysis)]
-    if unfinished:
-        raise UserError(
-            f"the run {unfinished[0]} was not analyzed and evaluated; let ordermerge run finish it first"
-        )
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"two of the runs have the same name ({', '.join(names)}); give each config a name of its own"
-        )
-    if len({run.loss_unit for run in runs}) > 1:
-        raise UserError(
-            "the losses of these runs are of different kinds; give runs of one objective"
-        )
+    runs = read_runs(directories)
+    for run in runs:
+        if not (run.evaluations and run.analysis):
+            raise UserError(
+                f"the run {run.name} was not analyzed and evaluated; "
+                "let ordermerge run finish it first"
+            )
     atomic.replace(page, document.render_markdown("Results", build(runs), pictures=".").encode())
     return page
 
 
 def build(runs: Sequence[Run]) -> list[Block]:
     """Return the blocks of the page, for runs that are analyzed and evaluated."""
-    compared = [run_report.compare(run) for run in runs]
     blocks: list[Block] = [
         Paragraph(
-            "Written by ordermerge results from the run directories: every number and every verdict is computed, none is typed. "
-            "An error after ± is one standard error. Clearly: p < 0.01 after Holm's correction over the merges of a run, weakly: p < 0.05."
+            "Written by ordermerge results from the run directories: every number and every "
+            "verdict is computed, none is typed. The error after ± is one standard error. "
+            "Clearly: p < 0.01 after Holm's correction over the merges of a run; weakly: p < 0.05."
         ),
         Heading("All runs"),
-        _overview(runs, compared),
-        _verdicts(runs, compared),
+        _overview(runs),
+        _verdict_table(runs),
         Heading("What is shown, and what is not"),
-        Bullets([*_shown(runs, compared), *_not_shown(runs, compared)]),
+        Bullets([*_position_effects(runs), *_consistent_merges(runs), *_limits(runs)]),
     ]
-    for run, found in zip(runs, compared, strict=True):
-        told = findings.sentences(run.analysis, run.evaluations, found, run.merge, run.loss_unit)
+    for run in runs:
         blocks += [
             Heading(run.name),
-            Paragraph(_setting(run)),
-            Bullets(told),
-            run_report.result_table(run, found),
-            run_report.difference_table(found),
-            _positions(run, found),
+            Paragraph(_setup(run)),
+            Bullets(findings.sentences(run)),
+            models.result_table(run),
+            models.difference_table(run.comparison),
+            _position_table(run),
         ]
     return blocks
 
 
-# --- over all runs ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- over all runs
 
 
-def _overview(runs: Sequence[Run], compared: Sequence[findings.Comparison]) -> Table:
+def _overview(runs: Sequence[Run]) -> Table:
     rows = []
-    for run, found in zip(runs, compared, strict=True):
-        models = _models(run)
-        members = [model for model in models.values() if model["kind"] == "member"]
-        best = found["best"]
-        chosen, on = _chosen(run, found)
-        gap = found["merges"][chosen]["loss"] if chosen else None
+    for run in runs:
+        best, merge = run.comparison.best, _best_merge(run)
+        member_cell = merge_cell = gap = "–"
+        if best:
+            loss = formatting.mean_sd(_values(run, [best.name], "loss"), 4)
+            member_cell = f"{loss} ({best.name}, by {best.chosen_on})"
+        if best and merge:
+            comparison = run.comparison.merges[merge]
+            loss = formatting.mean_sd(_values(run, comparison.names, "loss"), 4)
+            merge_cell = f"{loss} ({merge}, by {best.chosen_on})"
+            if comparison.loss:
+                gap = formatting.interval(comparison.loss.gaps[MEAN_MEMBER])
         rows.append(
             [
                 run.name,
-                formatting.number(models["base"].get("loss"), 4),
-                formatting.mean_sd([model.get("loss") for model in members], 4),
-                f"{formatting.number(models[best['name']].get('loss'), 4)} ({best['name']}, by {best['chosen_on']})"
-                if best
-                else "–",
-                f"{_loss_of(run, found, chosen)} ({chosen}, by {on})" if chosen else "–",
-                formatting.interval(gap["mean_member"], 1, 4) if gap else "–",
-                formatting.number(run.cosine, 3),
+                formatting.number(_values(run, ["base"], "loss")[0], 4),
+                formatting.mean_sd([member.get("loss") for member in run.members], 4),
+                member_cell,
+                merge_cell,
+                gap,
+                formatting.number(run.mean_cosine, 3),
             ]
         )
-    return Table(
-        [
-            "run",
-            "base",
-            "mean member (sd)",
-            "best member",
-            "best merge",
-            "best merge less mean member",
-            "cosine",
-        ],
-        rows,
-        f"Held-out loss in {runs[0].loss_unit}. Best: of the lowest validation loss, reported on test examples; of several merge seeds "
-        "the mean. The difference with its 95 % paired bootstrap interval. Cosine: mean over pairs of the members' task vectors.",
-        text=(0, 3, 4),
+    header = ["run", "base", "mean member (sd)", "best member", "best merge"]
+    header += ["best merge less mean member", "cosine"]
+    caption = (
+        f"Held-out loss in {runs[0].loss_unit}. Best: of the lowest validation loss, "
+        "reported on test examples; of several merge seeds the mean. The difference with its "
+        "95 % paired bootstrap interval. Cosine: mean over pairs of the members' task vectors."
     )
+    return Table(header, rows, caption, text=(0, 3, 4))
 
 
-def _chosen(run: Run, found: findings.Comparison) -> tuple[str | None, str]:
-    """Return the merge of the lowest validation loss, of several seeds the mean, and what it was chosen on."""
-    key = (
-        "validation_loss"
-        if found["best"] and found["best"]["chosen_on"] == "validation"
-        else "loss"
-    )
-    models = _models(run)
-    known = {
-        name: fmean(models[one][key] for one in row["names"])
-        for name, row in found["merges"].items()
-        if all(models[one].get(key) is not None for one in row["names"])
-    }
-    return min(
-        known, key=lambda name: known[name]
-    ) if known else None, "validation" if key != "loss" else "test"
+def _values(run: Run, names: Sequence[str], key: str) -> list[float | None]:
+    models = {model["name"]: model for model in run.models}
+    return [models[name].get(key) for name in names]
 
 
-def _loss_of(run: Run, found: findings.Comparison, name: str) -> str:
-    models = _models(run)
-    return formatting.mean_sd(
-        [models[one].get("loss") for one in found["merges"][name]["names"]], 4
-    )
+def _best_merge(run: Run) -> str | None:
+    """Return the merge of the lowest mean loss over its seeds, on the split that chose a member."""
+    best, means = run.comparison.best, {}
+    key = "validation_loss" if best and best.chosen_on == "validation" else "loss"
+    for name, merge in run.comparison.merges.items():
+        losses = [loss for loss in _values(run, merge.names, key) if loss is not None]
+        if len(losses) == len(merge.names):
+            means[name] = fmean(losses)
+    return min(means, key=lambda name: means[name], default=None)
 
 
-def _verdicts(runs: Sequence[Run], compared: Sequence[findings.Comparison]) -> Table:
-    merges = dict.fromkeys(name for found in compared for name in found["merges"])
+def _verdict_table(runs: Sequence[Run]) -> Table:
     rows = [
-        [
-            name,
-            *(
-                _counts(findings.verdict(*one) for one in _tested(name, compared, against))
-                for against in _AGAINST
-            ),
-        ]
-        for name in merges
+        [name, *(_counts(_verdicts(runs, name, rival)) for rival in _RIVALS)]
+        for name in _merge_names(runs)
     ]
-    return Table(
-        ["merge", *(f"against {whom}" for whom in _AGAINST.values())],
-        rows,
-        f"Held-out loss: in how many of {len(runs)} runs a merge is clearly or weakly better or worse, after Holm's correction in each run.",
-        text=(0, 1, 2, 3),
+    caption = (
+        f"Held-out loss: in how many of {len(runs)} runs a merge is clearly or weakly better "
+        "or worse, after Holm's correction in each run."
     )
+    header = ["merge", *(f"against {text}" for text in _RIVALS.values())]
+    return Table(header, rows, caption, text=range(len(header)))
 
 
-def _tested(
-    name: str, compared: Sequence[findings.Comparison], against: str
-) -> list[tuple[float, float, bool]]:
-    rows = [found["merges"][name]["loss"] for found in compared if name in found["merges"]]
+def _merge_names(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.comparison.merges))
+
+
+def _verdicts(runs: Sequence[Run], name: str, rival: str) -> list[str]:
+    """Return the verdict on a merge's loss against a rival in each run that has both."""
+    merges = [run.comparison.merges.get(name) for run in runs]
+    measures = [merge.loss for merge in merges if merge and merge.loss]
     return [
-        (row[against]["estimate"], row["holm"][against], True)
-        for row in rows
-        if row and against in row
+        formatting.verdict(measure.gaps[rival].estimate, measure.holm[rival])
+        for measure in measures
+        if rival in measure.gaps
     ]
 
 
-def _counts(verdicts: Iterable[str]) -> str:
-    """Return how often each verdict came.
+def _counts(verdicts: Sequence[str]) -> str:
+    """Return how often each verdict occurs.
 
     Example:
-        >>> _counts(["clearly worse", "not told apart", "clearly worse"])
-        'not told apart 1, clearly worse 2'
+        >>> _counts(["clearly worse", "not distinguishable", "clearly worse"])
+        'not distinguishable 1, clearly worse 2'
     """
-    found = list(verdicts)
-    order = ("clearly better", "weakly better", findings.APART, "weakly worse", "clearly worse")
-    return (
-        ", ".join(f"{name} {found.count(name)}" for name in sorted(set(found), key=order.index))
-        or "–"
-    )
+    counts = Counter(verdicts)
+    return ", ".join(f"{name} {counts[name]}" for name in _VERDICTS if counts[name]) or "–"
 
 
-def _shown(runs: Sequence[Run], compared: Sequence[findings.Comparison]) -> list[str]:
-    told = []
-    epochs = dict.fromkeys(tuple(row["epochs"]) for run in runs for row in _effects(run))
-    for label in epochs:
-        rows = [row for run in runs for row in _effects(run) if tuple(row["epochs"]) == label]
-        early, late = (
-            sum(
-                bool(formatting.strength(row["p"])) and (row["estimate"] < 0) == first
-                for row in rows
+def _position_effects(runs: Sequence[Run]) -> list[str]:
+    sentences = []
+    rows = [row for run in runs for row in run.coefficients]
+    for label in dict.fromkeys(map(formatting.epochs, rows)):
+        of_epoch = [row for row in rows if formatting.epochs(row) == label]
+        significant = [row for row in of_epoch if formatting.strength(row["p"])]
+        early = sum(row["estimate"] < 0 for row in significant)
+        late = len(significant) - early
+        slopes = ", ".join(f"{row['estimate']:+.3f}" for row in of_epoch)
+        sentences.append(
+            f"Position in epoch {label}: samples seen early end with the higher loss in {early} "
+            f"of {len(of_epoch)} runs, those seen late in {late}; no effect is distinguishable "
+            f"in {len(of_epoch) - len(significant)} (slopes {slopes} {runs[0].loss_unit}; "
+            "p < 0.05 in each run by itself)."
+        )
+    return sentences
+
+
+def _consistent_merges(runs: Sequence[Run]) -> list[str]:
+    sentences = []
+    for name in _merge_names(runs):
+        for rival in (MEAN_MEMBER, AVERAGE):
+            verdicts = _verdicts(runs, name, rival)
+            better, worse = (
+                sum(word in verdict for verdict in verdicts) for word in ("better", "worse")
             )
-            for first in (True, False)
-        )
-        sizes = ", ".join(f"{row['estimate']:+.3f}" for row in rows)
-        told.append(
-            f"Position in epoch {' = '.join(map(str, label))}: samples seen early end with the higher loss in {early} of {len(rows)} runs, "
-            f"those seen late in {late}, no effect can be told in {len(rows) - early - late} "
-            f"(slopes {sizes} {runs[0].loss_unit}; p < 0.05 in each run by itself)."
-        )
-    for name in dict.fromkeys(name for found in compared for name in found["merges"]):
-        verdicts = {
-            against: [findings.verdict(*one) for one in _tested(name, compared, against)]
-            for against in ("mean_member", "average")
-        }
-        for against, seen in verdicts.items():
-            better, worse = (sum(word in one for one in seen) for word in ("better", "worse"))
-            if better == len(seen) > 0:
-                told.append(f"{name} is better than {_AGAINST[against]} in all {len(seen)} runs.")
-            elif worse == len(seen) > 0:
-                told.append(f"{name} is worse than {_AGAINST[against]} in all {len(seen)} runs.")
+            count, text = len(verdicts), _RIVALS[rival]
+            if better == count > 0:
+                sentences.append(f"{name} is better than {text} in all {count} runs.")
+            elif worse == count > 0:
+                sentences.append(f"{name} is worse than {text} in all {count} runs.")
             elif better and worse:
-                told.append(
-                    f"{name} is better than {_AGAINST[against]} in {better} and worse in {worse} of {len(seen)} runs: it depends on the data."
+                sentences.append(
+                    f"{name} is better than {text} in {better} and worse in {worse} of {count} "
+                    "runs: it depends on the data."
                 )
-    return told
+    return sentences
 
 
-def _not_shown(runs: Sequence[Run], compared: Sequence[findings.Comparison]) -> list[str]:
-    sizes = sorted(
-        {int(run.state["parameters"]) for run in runs if run.state and "parameters" in run.state}
-    )
-    examples = sorted(int(run.data["train"]["examples"]) for run in runs if run.data)
-    told = []
+def _limits(runs: Sequence[Run]) -> list[str]:
+    limits = []
     undecided = [
         name
-        for name in dict.fromkeys(name for found in compared for name in found["merges"])
-        if all(
-            findings.verdict(*one) == findings.APART
-            for one in _tested(name, compared, "mean_member")
-        )
+        for name in _merge_names(runs)
+        if set(_verdicts(runs, name, MEAN_MEMBER)) <= {INDISTINGUISHABLE}
     ]
     if undecided:
-        told.append(
-            f"Not shown: any difference of {', '.join(undecided)} to the mean member. That is not equality: see the intervals of each run."
+        limits.append(
+            f"Not shown: any difference of {', '.join(undecided)} to the mean member. That is not "
+            "equality: see the intervals of each run."
         )
+    states = [run.state for run in runs if run.state]
+    sizes = sorted({int(state["parameters"]) for state in states if "parameters" in state})
+    examples = sorted(int(run.data["train"]["examples"]) for run in runs if run.data)
     if sizes and examples:
-        told.append(
-            f"Not shown: what larger models do. These have {' and '.join(f'{size:,}' for size in sizes)} parameters and "
-            f"{examples[0]} to {examples[-1]} training examples a run."
+        limits.append(
+            f"Not shown: larger models. These have {' and '.join(f'{size:,}' for size in sizes)} "
+            f"parameters and {examples[0]} to {examples[-1]} training examples per run."
         )
-    told.append(
-        "Not shown: another population. Each run is one set of orders; the errors are over test items for these trained models, and what "
-        "another training would add is seen in the spread of the members alone. Holm's correction is within a run, not over the runs."
+    limits.append(
+        "Not shown: another population. Each run is one set of orders, and the errors are over "
+        "test items for these trained models. Only the spread of the members shows what another "
+        "training would add. Holm's correction is within a run, not over the runs."
     )
-    if not any(model.get("tasks") for run in runs for model in _models(run).values()):
-        told.append(
-            "Not shown: right answers. Held-out loss is all that was measured, and a lower loss need not answer better."
+    if not any(run.tasks for run in runs):
+        limits.append(
+            "Not shown: correct answers. Only the held-out loss was measured, and a lower loss "
+            "need not mean better answers."
         )
-    return told
+    return limits
 
 
-# --- of one run -------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- of one run
 
 
-def _setting(run: Run) -> str:
-    config, data = run.config, run.data or {}
+def _setup(run: Run) -> str:
+    config, data, state = run.config, run.data or {}, run.state or {}
     training, population = config["training"], config["population"]
     counts = ", ".join(
         f"{part['examples']} {split} examples"
         for split, part in data.items()
         if isinstance(part, Mapping)
     )
-    long = data.get("train", {}).get("counts", {}).get("dropped_too_long", 0)
-    counts += (
-        f" ({long} of {data['train']['counts']['read']} read for training were above {config['data']['max_length']} tokens)"
-        if long
-        else ""
-    )
-    state = run.state or {}
-    took = f" Trained in {state['seconds']:.0f} s." if "seconds" in state else ""
+    read = data.get("train", {}).get("counts", {})
+    if dropped := read.get("dropped_too_long", 0):
+        counts += (
+            f" ({dropped} of {read['read']} read for training were above "
+            f"{config['data']['max_length']} tokens)"
+        )
+    duration = f" Trained in {state['seconds']:.0f} s." if "seconds" in state else ""
     return (
-        f"{_last(config['model']['base'])} ({state.get('parameters', 0):,} parameters) on {_last(config['data']['train'])}: {counts}; "
-        f"{population['members']} orders of level {population['level']}, {training['epochs']} epochs, batch {training['batch']}, "
-        f"{training['optimizer']}, learning rate {training['learning_rate']:g} ({training['schedule']}), seed {config['seed']}, merged in "
-        f"{config['merge']['dtype']}.{took}"
+        f"{_last_part(config['model']['base'])} ({state.get('parameters', 0):,} parameters) on "
+        f"{_last_part(config['data']['train'])}: {counts}; {population['members']} orders of "
+        f"level {population['level']}, {training['epochs']} epochs, batch {training['batch']}, "
+        f"{training['optimizer']}, learning rate {training['learning_rate']:g} "
+        f"({training['schedule']}), seed {config['seed']}, merged in "
+        f"{config['merge']['dtype']}.{duration}"
     )
 
 
-def _last(path: str) -> str:
+def _last_part(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def _positions(run: Run, found: findings.Comparison) -> Table:
-    """Return the gap between early and late samples, and the slope by position, in the members and after each merge."""
+def _position_table(run: Run) -> Table:
+    """Return the gaps of early and late samples and the slopes, in members and merges."""
     assert run.analysis is not None
-    effects, gaps = _effects(run), run.analysis["pooled"]["early_late"]
+    slopes, gaps = run.coefficients, run.analysis["pooled"]["early_late"]
     merged = run.analysis["merged"]
-    rows = [
-        ["members", *(_estimate([gap]) for gap in gaps), *(_estimate([row]) for row in effects)]
-    ]
-    for name, row in found["merges"].items():
-        own = [merged[one] for one in row["names"] if one in merged]
-        if own:
-            halves = [
-                [one["early_late"][epoch].get("merged", one["early_late"][epoch]) for one in own]
-                for epoch in range(len(gaps))
-            ]
-            left = [one["after"].get("coefficients", []) for one in own]
-            slopes = [
-                [rows_of[number] for rows_of in left if number < len(rows_of)]
-                for number in range(len(effects))
-            ]
-            rows.append([name, *map(_estimate, halves), *map(_estimate, slopes)])
-    labels = [" = ".join(map(str, row["epochs"])) for row in effects]
-    return Table(
-        [
-            "",
-            *(f"gap, epoch {epoch + 1}" for epoch in range(len(gaps))),
-            *(f"slope, epoch {label}" for label in labels),
-        ],
-        rows,
-        f"Position effects on the training samples in {run.loss_unit}. Gap: the half that a member saw early less the half that it saw late, mean "
-        "over the members' orders. Slope: from the first place to the last; of a merge by a sample's mean position in all members. Averaging "
-        "over orders alone divides the gap by the number of members and leaves the slope. Of several merge seeds mean estimate ± mean error.",
+    rows = [["members", *(_mean_estimate([row]) for row in (*gaps, *slopes))]]
+    for name, merge in run.comparison.merges.items():
+        seeds = [merged[seed] for seed in merge.names if seed in merged]
+        if not seeds:
+            continue
+        # in the place of a gap that is undetermined stands its reason, without an estimate
+        halves = (
+            [seed["early_late"][e].get("merged", {}) for seed in seeds] for e in range(len(gaps))
+        )
+        left = [seed["after"].get("coefficients", []) for seed in seeds]
+        after = ([fit[index] for fit in left if index < len(fit)] for index in range(len(slopes)))
+        rows.append([name, *map(_mean_estimate, halves), *map(_mean_estimate, after)])
+    header = ["", *(f"gap, epoch {epoch + 1}" for epoch in range(len(gaps)))]
+    header += [f"slope, epoch {formatting.epochs(row)}" for row in slopes]
+    caption = (
+        f"Position effects on the training samples in {run.loss_unit}. Gap: the half that "
+        "a member saw early less the half that it saw late, mean over the members' orders. Slope: "
+        "from the first place to the last; of a merge by a sample's mean position in all members. "
+        "Averaging over orders by itself divides the gap by the number of members and leaves the "
+        "slope. Of several merge seeds mean estimate ± mean error."
     )
+    return Table(header, rows, caption)
 
 
-def _estimate(rows: Sequence[Mapping[str, Any]]) -> str:
+def _mean_estimate(rows: Sequence[Json]) -> str:
     if not rows or any("estimate" not in row for row in rows):
         return "–"
-    return f"{fmean(row['estimate'] for row in rows):+.4f} ± {fmean(row['se'] for row in rows):.4f}"
-
-
-def _effects(run: Run) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = (
-        (run.analysis or {}).get("fixed_effects", {}).get("coefficients", [])
-    )
-    return found
-
-
-def _models(run: Run) -> dict[str, dict[str, Any]]:
-    return {model["name"]: model for model in run.models}
+    estimate, error = (fmean(row[key] for row in rows) for key in ("estimate", "se"))
+    return formatting.signed(estimate, error)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_ordermerge.analysis import paired
+from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.rng import stream_key_bits
 from jax_ordermerge.search.candidates import BASE, Candidate, Population, baselines
 from jax_ordermerge.tree import Tree
@@ -201,7 +202,7 @@ def compare(
                 "kind": control.candidate.kind if control else "other",
                 "loss": mean_loss(name),
                 "validation_loss": model_losses.validation,
-                "against": against,
+                "against": asdict(against),
             }
         )
     return {

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_ordermerge.analysis import imbalance, regression
+from jax_ordermerge.analysis import imbalance, position_effects, regression
+from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.errors import UserError
 
 SLOPES = (-0.2, 0.0, 0.3)
@@ -39,7 +40,7 @@ def planted(samples=300, members=4, slopes=SLOPES, steps=None, seed=0, noise=0.0
 
 def run(losses, x, merged=None, base=None, **changes):
     settings = {"warmup_fraction": 0.03, "bootstrap": 100, "permutations": 99, "seed": 1} | changes
-    return imbalance.analyze(losses, x, merged, base_losses=base, **settings)
+    return asdict(imbalance.analyze(losses, x, merged, base_losses=base, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +174,9 @@ def test_change_and_after_cover_nominally():
     inside = np.zeros(2)
     for seed in range(200):
         losses, x, merged, _ = planted(samples=60, members=3, slopes=(-0.1,), seed=seed)
-        found = imbalance.merged_effect(merged["half"], losses, x, None)
+        effect = asdict(position_effects.merged_effect(merged["half"], losses, x, None))
         for row, (key, truth) in enumerate((("change", 0.05), ("after", -0.05))):
-            c = found[key]["coefficients"][0]
+            c = effect[key]["coefficients"][0]
             inside[row] += c["low"] <= truth <= c["high"]
     low, high = stats.binom.interval(0.9999, 200, 0.95)
     assert (low <= inside).all()
@@ -242,7 +243,7 @@ def test_constant_losses_are_no_crash():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a | {"positions": a["positions"][:, :, :5]}, "do not belong together"),
+        (lambda a: a | {"positions": a["positions"][:, :, :5]}, "do not match"),
         (lambda a: a | {"positions": a["positions"] + 1}, r"must lie in \[0, 1\]"),
         (lambda a: a | {"merged": {"x": np.ones(3)}}, "x has losses of shape"),
         (

@@ -1,6 +1,7 @@
-"""Paired comparisons: intervals against the formula, coverage, McNemar against a table worked by hand."""
+"""Paired comparisons and claims: formulas, coverage, McNemar against a table worked by hand."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,36 +17,31 @@ def test_difference_is_the_mean_gap_and_its_interval_close_to_the_normal_one():
     first, second = difficulty + rng.normal(0.05, 0.1, 500), difficulty + rng.normal(0, 0.1, 500)
     found = paired.difference(first, second, resamples=4000)
     gaps = first - second
-    assert found["estimate"] == pytest.approx(gaps.mean())
-    assert found["se"] == pytest.approx(stats.sem(gaps))
-    assert found["low"] == pytest.approx(gaps.mean() - 1.96 * found["se"], abs=0.15 * found["se"])
-    assert found["high"] == pytest.approx(gaps.mean() + 1.96 * found["se"], abs=0.15 * found["se"])
-    assert found["p"] == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    assert found.estimate == pytest.approx(gaps.mean())
+    assert found.se == pytest.approx(stats.sem(gaps))
+    assert found.low == pytest.approx(gaps.mean() - 1.96 * found.se, abs=0.15 * found.se)
+    assert found.high == pytest.approx(gaps.mean() + 1.96 * found.se, abs=0.15 * found.se)
+    assert found.p == pytest.approx(stats.ttest_rel(first, second).pvalue)
     back = paired.difference(second, first, resamples=4000)
-    assert back["low"] == pytest.approx(-found["high"])
+    assert back.low == pytest.approx(-found.high)
 
 
 def test_equal_models_differ_by_nothing():
-    assert paired.difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == {
-        "estimate": 0.0,
-        "se": 0.0,
-        "low": 0.0,
-        "high": 0.0,
-        "p": 1.0,
-        "n": 3,
-    }
+    assert paired.difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == paired.Difference(
+        0.0, 0.0, 0.0, 0.0, p=1.0, n=3
+    )
 
 
 def test_all_items_alike_are_as_sure_as_their_number():
-    assert paired.difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5])["p"] == 0.25
+    assert paired.difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]).p == 0.25
 
 
 def test_interval_covers_and_p_rejects_nominally():
     rng, covered, rejected = np.random.default_rng(1), 0, 0
     for _ in range(300):
         found = paired.difference(rng.normal(size=50), rng.normal(size=50), resamples=300)
-        covered += found["low"] <= 0 <= found["high"]
-        rejected += found["p"] < 0.05
+        covered += found.low <= 0 <= found.high
+        rejected += found.p < 0.05
     assert 0.89 <= covered / 300 <= 0.985
     assert 0.015 <= rejected / 300 <= 0.11
 
@@ -58,11 +54,13 @@ def test_weights_make_a_ratio_of_means():
     gaps = first - second
     estimate = (gaps * weights).sum() / weights.sum()
     error = np.sqrt(((weights * (gaps - estimate)) ** 2).sum() * 400 / 399) / weights.sum()
-    assert found["estimate"] == pytest.approx(estimate)
-    assert found["se"] == pytest.approx(error)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert found.estimate == pytest.approx(estimate)
+    assert found.se == pytest.approx(error)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     plain = paired.difference(first, second)
-    assert paired.difference(first, second, weights=np.full(400, 7)) == pytest.approx(plain)
+    assert asdict(paired.difference(first, second, weights=np.full(400, 7))) == pytest.approx(
+        asdict(plain)
+    )
     with pytest.raises(UserError, match="expected one above 0"):
         paired.difference([1, 2], [2, 3], weights=[1, 0])
 
@@ -80,9 +78,9 @@ def test_mcnemar_is_the_binomial_sum():
     second = [False] * 9 + [True] * 3 + [True] * 20 + [False] * 10
     tail = sum(math.comb(12, k) for k in range(4)) / 2**12
     found = paired.mcnemar(first, second)
-    assert (found["only_first"], found["only_second"]) == (9, 3)
-    assert found["p"] == pytest.approx(2 * tail)
-    assert paired.mcnemar([True, False], [True, False])["p"] == 1.0
+    assert (found.only_first, found.only_second) == (9, 3)
+    assert found.p == pytest.approx(2 * tail)
+    assert paired.mcnemar([True, False], [True, False]).p == 1.0
 
 
 def test_other_items_are_refused():
@@ -109,9 +107,9 @@ def test_a_planted_effect_is_found_and_a_null_is_not():
         member = rng.gamma(2, 1, 100)
         better, same = (member + rng.normal(shift, 0.3, 100) for shift in (-0.1, 0))
         one, null = (paired.difference(losses, member, resamples=300) for losses in (better, same))
-        covered += one["low"] <= -0.1 <= one["high"]
-        found += one["p"] < 0.05
-        claimed += null["p"] < 0.05
+        covered += one.low <= -0.1 <= one.high
+        found += one.p < 0.05
+        claimed += null.p < 0.05
     # binomial bands of four standard errors around the nominal 95 % and 5 %, and the power of the t test
     assert 0.922 < covered / 1000 < 0.978
     assert 0.022 < claimed / 1000 < 0.078
@@ -125,8 +123,8 @@ def test_right_answers_of_a_planted_effect():
     for _ in range(1000):
         ability = rng.random((3, 400)) < rng.beta(2, 2, 400)
         better = ability[1] | (rng.random(400) < 0.24)
-        found += paired.mcnemar(better, ability[0])["p"] < 0.05
-        claimed += paired.mcnemar(ability[2], ability[0])["p"] < 0.05
+        found += paired.mcnemar(better, ability[0]).p < 0.05
+        claimed += paired.mcnemar(ability[2], ability[0]).p < 0.05
     assert claimed / 1000 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 1000)
     assert found / 1000 > 0.9
 
@@ -140,10 +138,44 @@ def test_the_spread_between_seeds_is_in_the_error(sd):
         effects = rng.normal(0, sd, (3, 1))
         values = rng.normal(0, 0.1, 40) + effects + rng.normal(0, 0.01, (3, 40))
         gap = paired.difference(values.mean(axis=0), np.zeros(40), resamples=1)
-        alone.append(gap["p"] < 0.05)
+        alone.append(gap.p < 0.05)
         whole = paired.over_seeds(gap, values.mean(axis=1))
-        found.append(whole["p"] < 0.05)
-        assert (whole["low"] > 0 or whole["high"] < 0) == (whole["p"] < 0.05)
+        found.append(whole.p < 0.05)
+        assert (whole.low > 0 or whole.high < 0) == (whole.p < 0.05)
     assert np.mean(found) < 0.073  # 5 % and two and a half standard errors of 600 simulations
     if sd == 0.2:
         assert np.mean(alone) > 0.5
+
+
+def losses(shift, seed=0):
+    difficulty = np.random.default_rng(9).normal(2, 0.5, 100)
+    return difficulty + shift + np.random.default_rng(seed).normal(0, 0.02, 100)
+
+
+def test_a_claim_is_the_paired_difference_corrected_for_its_rivals():
+    winner = losses(0)
+    rivals = {
+        "best_member": losses(0.1, seed=1),
+        "mean_member": losses(0.0, seed=2),
+        "average": losses(-0.1, seed=3),
+    }
+    tokens = np.random.default_rng(4).integers(1, 50, 100)
+    claims = paired.claim(winner, rivals, tokens)
+    gaps = {name: paired.difference(winner, row, weights=tokens) for name, row in rivals.items()}
+    corrected = paired.holm([gap.p for gap in gaps.values()])
+    for (name, gap), p in zip(gaps.items(), corrected, strict=True):
+        assert claims[name] == paired.Claim(**asdict(gap), holm=p)
+    assert claims["best_member"].is_better
+    assert not claims["mean_member"].is_better
+    assert not claims["average"].is_better
+
+
+def test_a_winner_that_is_its_rival_claims_nothing_against_it():
+    winner = losses(0)
+    rivals = {"best_member": winner, "average": losses(0.1, seed=1)}
+    assert list(paired.claim(winner, rivals)) == ["average"]
+
+
+@pytest.mark.parametrize(("estimate", "holm"), [(-0.1, 0.2), (0.1, 0.001)])
+def test_a_claim_needs_a_lower_loss_and_a_small_p(estimate, holm):
+    assert not paired.Claim(estimate, 0.1, 0.0, 0.0, p=0.001, n=9, holm=holm).is_better

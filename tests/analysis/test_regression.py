@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from jax_ordermerge.analysis import regression
-from jax_ordermerge.analysis.regression import Undetermined
+from jax_ordermerge.analysis.result import Undetermined
 
 
 def panel(
@@ -93,8 +93,8 @@ def test_planted_slopes_are_recovered_and_intervals_cover_nominally():
     inside, truth = np.zeros(2), np.array([-0.1, 0.0])
     for seed in range(300):
         fit = regression.fixed_effects(*panel(seed, 3, 2, 40, tuple(truth)))
-        for r, found in enumerate(regression.coefficients(fit, [{}, {}])):
-            inside[r] += found["low"] <= truth[r] <= found["high"]
+        for r, effect in enumerate(fit.effects()):
+            inside[r] += effect.low <= truth[r] <= effect.high
     # 300 simulations at 95 %: the number covered lies in this interval with probability 0.9999
     low, high = stats.binom.interval(0.9999, 300, 0.95)
     assert (low <= inside).all()
@@ -102,10 +102,10 @@ def test_planted_slopes_are_recovered_and_intervals_cover_nominally():
 
 
 def test_summarize_is_students_t():
-    found = regression.summarize(1.0, 0.25, 11)
-    assert found["z"] == 2.0
-    assert found["p"] == pytest.approx(2 * stats.t.sf(2.0, 10))
-    assert found["high"] - found["estimate"] == pytest.approx(0.5 * stats.t.ppf(0.975, 10))
+    effect = regression.summarize(1.0, 0.25, 11)
+    assert effect.z == 2.0
+    assert effect.p == pytest.approx(2 * stats.t.sf(2.0, 10))
+    assert effect.high - effect.estimate == pytest.approx(0.5 * stats.t.ppf(0.975, 10))
 
 
 def test_what_cannot_be_determined_says_why():
@@ -118,6 +118,7 @@ def test_what_cannot_be_determined_says_why():
         (lambda: regression.fixed_effects(y[:, :2], x[:, :, :2]), "too few"),
         (lambda: regression.fixed_effects(np.ones_like(y), x), "do not vary"),
         (lambda: regression.ols(y[0], np.ones((1, 30))), "positions do not vary"),
+        (lambda: regression.ols(np.ones(0), np.ones((1, 0))), "positions do not vary"),
         (lambda: regression.summarize(1.0, 0.0, 10), "no residual variation"),
     ]
     for call, reason in cases:

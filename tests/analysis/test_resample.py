@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from jax_ordermerge.analysis import resample
-from jax_ordermerge.analysis.regression import Undetermined
+from jax_ordermerge.analysis.resample import Job
+from jax_ordermerge.analysis.result import Estimate, Undetermined
 
 
 def test_bins_are_deciles_of_about_equal_size_and_keep_steps_together():
@@ -23,7 +24,7 @@ def test_curve_means_are_plain_means_and_members_of_a_sample_stay_together():
         rng.normal(size=(3, 200)),
         np.stack([rng.permutation(200) / 199 for _ in range(3)]),
     )
-    (curve,) = resample.curves([(values, positions)], bins=[5], resamples=400, generator=rng)
+    (curve,) = resample.curves([Job(values, positions, 5)], resamples=400, generator=rng)
     numbers = np.stack([resample.bin_numbers(p, 5) for p in positions])
     for u in range(5):
         assert curve.mean[u] == pytest.approx(values[numbers == u].mean())
@@ -32,8 +33,7 @@ def test_curve_means_are_plain_means_and_members_of_a_sample_stay_together():
     difficulty = np.broadcast_to(rng.normal(size=200), (3, 200))
     same = np.broadcast_to(positions[0], (3, 200))
     three, one = resample.curves(
-        [(difficulty, same), (difficulty[:1], same[:1])],
-        bins=[5, 5],
+        [Job(difficulty, same, 5), Job(difficulty[:1], same[:1], 5)],
         resamples=400,
         generator=np.random.default_rng(2),
     )
@@ -45,7 +45,7 @@ def test_bootstrap_spread_is_the_standard_error_whatever_the_block(monkeypatch):
     values, positions = rng.normal(size=(1, 600)), rng.permutation(600)[None] / 599
     monkeypatch.setattr(resample, "BLOCK", 2000 * 70)
     (curve,) = resample.curves(
-        [(values, positions)], bins=[3], resamples=2000, generator=np.random.default_rng(0)
+        [Job(values, positions, 3)], resamples=2000, generator=np.random.default_rng(0)
     )
     numbers = resample.bin_numbers(positions[0], 3)
     expected = [values[0, numbers == u].std() / np.sqrt((numbers == u).sum()) for u in range(3)]
@@ -57,10 +57,10 @@ def test_bootstrap_spread_is_the_standard_error_whatever_the_block(monkeypatch):
 def test_a_curve_less_itself_has_no_gap():
     rng = np.random.default_rng(0)
     (curve,) = resample.curves(
-        [(rng.normal(size=(1, 60)), rng.random((1, 60)))], bins=[4], resamples=50, generator=rng
+        [Job(rng.normal(size=(1, 60)), rng.random((1, 60)), 4)], resamples=50, generator=rng
     )
-    assert resample.gap(curve)["estimate"] == curve.mean[0] - curve.mean[-1]
-    assert resample.gap(curve, curve) == {"estimate": 0.0, "se": 0.0, "low": 0.0, "high": 0.0}
+    assert resample.gap(curve).estimate == curve.mean[0] - curve.mean[-1]
+    assert resample.gap(curve, curve) == Estimate(0.0, 0.0, 0.0, 0.0)
 
 
 def test_permutation_p_equals_a_loop_over_the_same_deals(monkeypatch):

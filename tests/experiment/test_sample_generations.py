@@ -12,6 +12,7 @@ from jax_ordermerge.evaluate import generation
 from jax_ordermerge.experiment import pipeline, sample_generations
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.report import run_report
+from jax_ordermerge.report.run import read_run
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import member
 
@@ -84,7 +85,7 @@ def test_the_last_answers_are_those_of_the_trained_members(both, folder):
 def test_the_report_shows_them(both):
     _, asked = both
     said = lines(asked, "samples")
-    blocks = run_report.build(run_report.read(asked))
+    blocks = run_report.build(read_run(asked))
     table = next(
         block
         for block in blocks

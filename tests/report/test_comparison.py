@@ -130,7 +130,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     (other / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(
         UserError,
-        match=r"different kinds \(nats a pair, nats a token\); compare runs of one objective",
+        match=r"different kinds \(nats per pair, nats per token\); give runs of one objective",
     ):
         comparison.write([one, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()

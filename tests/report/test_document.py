@@ -17,7 +17,7 @@ BLOCKS = [
     Bullets(["x", "y*"]),
     Picture("p", "<svg/>", "seen"),
     Fold("more", "```\ncode <\n```"),
-    Table(["name", "n"], [["a|b\nc", "1"], ["mean", "2"]], "cap", strong=(1,)),
+    Table(["name", "n"], [["a|b\nc<", "1"], ["mean", "2"]], "cap", strong=(1,)),
 ]
 
 
@@ -29,7 +29,7 @@ def test_html():
         "<li>y*</li>",
         "<figure>\n<svg/>\n<figcaption>seen</figcaption>",
         "<pre>```\ncode &lt;\n```</pre>",
-        '<td class="text">a|b\nc</td><td>1</td>',
+        '<td class="text">a|b\nc&lt;</td><td>1</td>',
         '<tr class="strong">',
         "<caption>cap</caption>",
     ):
@@ -44,6 +44,6 @@ def test_markdown():
         "- x\n- y\\*",
         "![p](report/p.svg)\n\n*seen*",
         "````\n```\ncode <\n```\n````",
-        "| a\\|b<br>c | 1 |\n| **mean** | **2** |\n\n*cap*",
+        "| a\\|b<br>c&lt; | 1 |\n| **mean** | **2** |\n\n*cap*",
     ):
         assert part in page

@@ -6,9 +6,11 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from jax_ordermerge.analysis import imbalance
-from jax_ordermerge.report import plots
+from jax_ordermerge.analysis.imbalance import analyze
+from jax_ordermerge.analysis.result import asdict
+from jax_ordermerge.report.plots import controls, imbalance, models
 
+UNIT = "nats per token"
 SVG = "{http://www.w3.org/2000/svg}"
 LINES = [{"step": s, "loss": [3 / s, 4 / s], "learning_rate": 1e-3 / s} for s in range(1, 9)]
 MODELS = [
@@ -34,14 +36,8 @@ def analysis(members=2, samples=80):
         [[rng.permutation(samples) / (samples - 1) for _ in range(2)] for _ in range(members)]
     )
     losses = rng.normal(2, 0.3, samples) + rng.normal(0, 0.1, (members, samples))
-    return imbalance.analyze(
-        losses,
-        x,
-        {"ties": losses.mean(axis=0) ** 1.01},
-        warmup_fraction=0.1,
-        bootstrap=40,
-        permutations=9,
-    )
+    merged = {"ties": losses.mean(axis=0) ** 1.01}
+    return asdict(analyze(losses, x, merged, warmup_fraction=0.1, bootstrap=40, permutations=9))
 
 
 def control(name, group, at, loss, kind="merge"):
@@ -76,25 +72,28 @@ TRIED = [
 ]
 
 DRAWN = {
-    "lambda line": lambda: plots.lambda_line(LINE, "test"),
-    "barrier": lambda: plots.barrier(LINE, "validation"),
-    "plane": lambda: plots.plane(GRID, "test"),
-    "splits": lambda: plots.splits(
+    "lambda line": lambda: controls.lambda_line(LINE, "test", UNIT),
+    "barrier": lambda: controls.barrier(LINE, "validation", UNIT),
+    "plane": lambda: controls.plane(GRID, "test", UNIT),
+    "splits": lambda: controls.splits(
         [*LINE, control("member_0", "anchor", [], 1.1, "member")],
         MODELS[1] | {"validation_loss": 1.9},
+        UNIT,
     ),
-    "splits without a choice": lambda: plots.splits(LINE, None),
-    "candidates": lambda: plots.candidates(TRIED, 0),
-    "training": lambda: plots.training(LINES),
-    "many": lambda: plots.training([line | {"loss": [line["loss"][0]] * 12} for line in LINES]),
-    "positions": lambda: plots.positions(analysis()),
-    "effects": lambda: plots.effects(analysis(), LINES),
-    "effects without a log": lambda: plots.effects(analysis(), []),
-    "merging": lambda: plots.merging(analysis()),
-    "cosines": lambda: plots.cosines([[1, -0.25], [-0.25, 1]]),
-    "accuracies": lambda: plots.accuracies(MODELS, "sums"),
-    "losses": lambda: plots.losses(MODELS),
-    "one model": lambda: plots.losses(MODELS[:1]),
+    "splits without a choice": lambda: controls.splits(LINE, None, UNIT),
+    "candidates": lambda: controls.candidates(TRIED, 0, UNIT),
+    "training": lambda: imbalance.training(LINES, UNIT),
+    "many": lambda: imbalance.training(
+        [line | {"loss": [line["loss"][0]] * 12} for line in LINES], UNIT
+    ),
+    "positions": lambda: imbalance.positions(analysis(), UNIT),
+    "effects": lambda: imbalance.effects(analysis(), LINES, UNIT),
+    "effects without a log": lambda: imbalance.effects(analysis(), [], UNIT),
+    "merging": lambda: imbalance.merging(analysis(), UNIT),
+    "cosines": lambda: models.cosines([[1, -0.25], [-0.25, 1]]),
+    "accuracies": lambda: models.accuracies(MODELS, "sums"),
+    "losses": lambda: models.losses(MODELS, UNIT),
+    "one model": lambda: models.losses(MODELS[:1], UNIT),
 }
 
 
@@ -134,21 +133,22 @@ def test_a_base_far_away_does_not_squeeze_the_others():
     shown = words(DRAWN["losses"]())
     assert "base" not in shown
     assert any("the base, at 5.250, lies outside" in text for text in shown)
-    assert "base" in words(plots.losses([MODELS[0] | {"loss": 1.84}, *MODELS[1:]]))
+    assert "base" in words(models.losses([MODELS[0] | {"loss": 1.84}, *MODELS[1:]], UNIT))
 
 
 def test_what_was_not_determined_is_not_drawn():
     few = analysis(samples=10)
-    assert plots.positions(few) is None
-    assert plots.merging(few) is None
-    assert plots.effects(analysis(members=1), LINES) is None
-    assert plots.positions(analysis(members=1)) is not None
-    assert plots.merging(analysis() | {"merged": {}}) is None
+    assert imbalance.positions(few, UNIT) is None
+    assert imbalance.merging(few, UNIT) is None
+    assert imbalance.effects(analysis(members=1), LINES, UNIT) is None
+    assert imbalance.positions(analysis(members=1), UNIT) is not None
+    assert imbalance.merging(analysis() | {"merged": {}}, UNIT) is None
 
 
 def test_a_base_far_outside_the_lambda_line_is_named_and_not_drawn():
     far = [LINE[0] | {"loss": 9.5}, *LINE[1:]]
     assert any(
-        "the base, at 9.500, lies outside" in word for word in words(plots.lambda_line(far, "test"))
+        "the base, at 9.500, lies outside" in word
+        for word in words(controls.lambda_line(far, "test", UNIT))
     )
     assert not any("outside" in word for word in words(DRAWN["lambda line"]()))

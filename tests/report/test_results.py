@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from jax_ordermerge.analysis import imbalance, paired
+from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import make_config, to_dict
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.report import results
@@ -57,7 +58,7 @@ def make(folder, name, *, average, seed=0):
     }
     dump(
         directory / "analysis.json",
-        imbalance.analyze(losses, places, merged, bootstrap=50, permutations=9),
+        asdict(imbalance.analyze(losses, places, merged, bootstrap=50, permutations=9)),
     )
     difficulty, models = rng.normal(2, 0.5, 200), []
     shifts = (
@@ -132,7 +133,7 @@ def test_the_page_counts_what_was_planted(page):
         "clearly better 1, clearly worse 1",
         "–",
     ]
-    assert cells(text, "plain")[0][0] == "not told apart 2"
+    assert cells(text, "plain")[0][0] == "not distinguishable 2"
     assert "- drawn is worse than the mean member in all 2 runs." in text
     assert (
         "- average is better than the mean member in 1 and worse in 1 of 2 runs: it depends on the data."
@@ -140,7 +141,7 @@ def test_the_page_counts_what_was_planted(page):
     )
     assert "- Not shown: any difference of plain to the mean member." in text
     assert "Position in epoch 1: samples seen early end with the higher loss in 2 of 2 runs" in text
-    assert "Not shown: right answers." in text
+    assert "Not shown: correct answers." in text
 
 
 def test_the_best_are_chosen_on_validation_and_reported_on_test(page):
@@ -173,14 +174,12 @@ def test_seeds_are_summed_up_and_tested_once_with_holm_over_the_methods(page):
     ]
     gap = paired.difference(np.mean(own, axis=0), np.mean(members, axis=0), resamples=200, seed=0)
     gap = paired.over_seeds(gap, np.mean(own, axis=1) - np.mean(members))
-    assert (
-        f"{gap['estimate']:+.4f} ± {gap['se']:.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" in text
-    )
+    assert f"{gap.estimate:+.4f} ± {gap.se:.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" in text
     raw = []
     for one in ("average", "plain"):
         rows = json.loads((folder / "first" / "evaluations" / f"{one}.json").read_text())["losses"]
-        raw.append(paired.difference(rows, np.mean(members, axis=0), resamples=200, seed=0)["p"])
-    corrected = paired.holm([raw[0], gap["p"], raw[1]])[2]
+        raw.append(paired.difference(rows, np.mean(members, axis=0), resamples=200, seed=0).p)
+    corrected = paired.holm([raw[0], gap.p, raw[1]])[2]
     assert f"p = {corrected:.2g}" in cells(text, "plain")[2][1]
 
 

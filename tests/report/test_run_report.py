@@ -11,10 +11,12 @@ import pytest
 import yaml
 
 from jax_ordermerge.analysis import imbalance
+from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import Config, to_dict
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import diagnostics
 from jax_ordermerge.report import run_report
+from jax_ordermerge.report.chapters import models as chapter
 
 MEMBERS = ["member_0", "member_1", "member_2"]
 NAMES = ["base", *MEMBERS, "average", "selection"]
@@ -138,11 +140,11 @@ def analysis(directory, members=3):
         "average": losses.mean(axis=0) + rng.normal(0, 0.01, 200),
         "selection": losses.mean(axis=0) + rng.normal(0, 0.02, 200),
     }
-    found = imbalance.analyze(
-        losses, x, merged, warmup_fraction=0.03, bootstrap=50, permutations=49
+    document = asdict(
+        imbalance.analyze(losses, x, merged, warmup_fraction=0.03, bootstrap=50, permutations=49)
     )
-    dump(directory / "analysis.json", found)
-    return found
+    dump(directory / "analysis.json", document)
+    return document
 
 
 def merges(directory):
@@ -261,7 +263,7 @@ def test_what_models_wrote_is_text_and_not_markup(run):
 def test_items_on_which_the_models_differ_come_first(run):
     directory, _, markdown, _, _ = run
     shown = [int(key) for key in re.findall(r"### sums, item (\d+)", markdown)]
-    assert len(shown) == run_report.SAMPLES_SHOWN
+    assert len(shown) == chapter.ITEMS_SHOWN
     right = [
         [
             row["correct"]

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_ordermerge.analysis import choice, paired
+from jax_ordermerge.analysis import paired
 from jax_ordermerge.search.successive_halving import SuccessiveHalving, paired_gap, subset_sizes
 
 
@@ -43,8 +43,8 @@ def test_gap_equals_the_paired_comparison():
     )
     estimate, error = paired_gap(first, second, tokens)
     expected = paired.difference(first, second, weights=tokens)
-    assert estimate == pytest.approx(expected["estimate"])
-    assert error == pytest.approx(expected["se"])
+    assert estimate == pytest.approx(expected.estimate)
+    assert error == pytest.approx(expected.se)
 
 
 def test_the_best_is_found_with_few_measurements():
@@ -123,17 +123,17 @@ def test_equal_candidates_are_called_better_at_the_nominal_rate():
         winner, best = halving.leader(), min(range(members), key=halving.loss)
         fresh = generator.normal(2, 0.5, test) + generator.normal(0, 0.1, (count, test))
         rivals = {"best_member": fresh[best]}
-        claim = choice.claim(fresh[winner], rivals, resamples=1)
-        claimed += any(map(choice.better, claim.values()))
-        claims = choice.claim(
+        claim = paired.claim(fresh[winner], rivals, resamples=1)
+        claimed += any(rival.is_better for rival in claim.values())
+        claims = paired.claim(
             fresh[winner],
             rivals | {"mean_member": fresh[:members].mean(0), "average": fresh[members]},
             resamples=1,
         )
-        against_any += any(map(choice.better, claims.values()))
+        against_any += any(rival.is_better for rival in claims.values())
         if winner != members:
             gap = paired.difference(losses[winner], losses[members], resamples=1)
-            naive += gap["estimate"] < 0 and gap["p"] < 0.05
+            naive += gap.estimate < 0 and gap.p < 0.05
     # Binomial, 1,000 draws at 0.025: outside these bounds once in a thousand. A winner that is
     # itself a member claims nothing.
     assert 0.010 <= claimed / simulations <= 0.042

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_ordermerge.analysis import imbalance
+from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import Config
 from jax_ordermerge.data import order
 from jax_ordermerge.data.examples import Examples
@@ -48,7 +49,7 @@ def run(ctx: RunContext) -> None:
         permutations=config.analysis.permutations,
         seed=config.seed,
     )
-    write_json(ctx.layout.analysis, analysis)
+    write_json(ctx.layout.analysis, asdict(analysis))
 
 
 def is_complete(config: Config) -> bool:

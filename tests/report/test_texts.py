@@ -1,11 +1,14 @@
-"""The chapter on texts: the numbers of evaluations.json, and paired differences that a plain computation gives too."""
+"""Perplexities of texts: numbers of evaluations.json, and differences against a plain formula."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 
-from jax_ordermerge.analysis import texts
+from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.report.chapters import models
 from jax_ordermerge.report.document import Table
+from jax_ordermerge.report.run import Run
 
 SIZES = [10, 40, 25]
 
@@ -29,19 +32,24 @@ def model(name, kind, logps):
     return summary, {"texts": {"pages": items}}
 
 
-def run(**logps):
+def texts(summaries, items):
+    """Return the tables of the chapter."""
+    config = {"evaluation": {"bootstrap": 200}}
+    run = Run(RunLayout(Path("run")), config, evaluations={"models": summaries}, items=items)
+    return [block for block in models.texts(run) if isinstance(block, Table)]
+
+
+def tables(**logps):
     kinds = {"base": "base", "average": "merge"}
     made = {name: model(name, kinds.get(name, "member"), values) for name, values in logps.items()}
-    items = {name: items for name, (_, items) in made.items()}
-    return [
-        one
-        for one in texts.blocks([one for one, _ in made.values()], items, resamples=200, seed=0)
-        if isinstance(one, Table)
-    ]
+    return texts(
+        [summary for summary, _ in made.values()],
+        {name: items for name, (_, items) in made.items()},
+    )
 
 
 def test_merges_against_the_mean_member_by_bytes():
-    values, gaps = run(
+    values, gaps = tables(
         base=[-30, -90, -50],
         member_0=[-20, -60, -40],
         member_1=[-22, -64, -38],
@@ -59,7 +67,5 @@ def test_merges_against_the_mean_member_by_bytes():
 
 
 def test_nothing_to_compare_with():
-    assert len(run(base=[-30, -90, -50])) == 1
-    assert (
-        texts.blocks([{"name": "base", "kind": "base", "tasks": {}}], {}, resamples=9, seed=0) == []
-    )
+    assert len(tables(base=[-30, -90, -50])) == 1
+    assert texts([{"name": "base", "kind": "base", "tasks": {}}], {}) == []

@@ -1,10 +1,13 @@
-"""The claim of a winner, and what the report says of a search and of controls."""
+"""The chapters of the report about a search and about controls."""
 
 import numpy as np
 import pytest
 
-from jax_ordermerge.analysis import choice, paired
+from jax_ordermerge.analysis import paired
+from jax_ordermerge.analysis.result import asdict
+from jax_ordermerge.report.chapters import merges
 from jax_ordermerge.report.document import Picture, Table, render_markdown
+from jax_ordermerge.report.findings import search_sentence
 from jax_ordermerge.search import controls
 from jax_ordermerge.search.candidates import Candidate
 
@@ -12,35 +15,6 @@ from jax_ordermerge.search.candidates import Candidate
 def losses(shift, noise=0.02, seed=0):
     difficulty = np.random.default_rng(9).normal(2, 0.5, 100)
     return difficulty + shift + np.random.default_rng(seed).normal(0, noise, 100)
-
-
-def test_a_claim_is_the_paired_difference_corrected_for_its_rivals():
-    own, rivals = (
-        losses(0),
-        {
-            "best_member": losses(0.1, seed=1),
-            "mean_member": losses(0.0, seed=2),
-            "average": losses(-0.1, seed=3),
-        },
-    )
-    tokens = np.random.default_rng(4).integers(1, 50, 100)
-    found = choice.claim(own, rivals, tokens)
-    alone = {name: paired.difference(own, other, weights=tokens) for name, other in rivals.items()}
-    for name, gap in alone.items():
-        assert {key: found[name][key] for key in gap} == gap
-    assert [one["holm"] for one in found.values()] == paired.holm(
-        [gap["p"] for gap in alone.values()]
-    )
-    assert choice.better(found["best_member"])
-    assert not choice.better(found["mean_member"])
-    assert not choice.better(found["average"])
-
-
-def test_a_winner_that_is_its_rival_claims_nothing_against_it():
-    own = losses(0)
-    assert list(choice.claim(own, {"best_member": own, "average": losses(0.1, seed=1)})) == [
-        "average"
-    ]
 
 
 def search(claim=True):
@@ -76,7 +50,7 @@ def search(claim=True):
     for row in rows:
         gap = {"estimate": (row["loss"] or 0) - 1.25, "se": 0.01, "examples": row["examples"]}
         row["to_winner"] = row["to_best_member"] = gap if row["loss"] else None
-    against = choice.claim(
+    against = paired.claim(
         losses(0), {"best_member": losses(0.1, seed=1), "mean_member": losses(0.0, seed=2)}
     )
     found = {
@@ -87,21 +61,21 @@ def search(claim=True):
         "best_member": 1,
         "candidates": rows,
     }
-    return found | {"claim": {"examples": 100, "against": against} if claim else None}
+    return found | {"claim": {"examples": 100, "against": asdict(against)} if claim else None}
 
 
 def test_the_report_of_a_search_says_what_was_chosen_and_what_may_be_claimed():
-    text = render_markdown("search", choice.search_blocks(search(), "nats a token"), pictures=".")
+    text = render_markdown("search", merges.search(search(), "nats per token"), pictures=".")
     assert (
-        "The search chose average among 3 candidates on 64 validation examples (1.2500; the best member, member_0, 1.5000)"
+        "The search chose average among 3 candidates on 64 validation examples (loss 1.2500; the best member, member_0, 1.5000)"
         in text
     )
     assert "clearly better (-0.0969 ± 0.0026" in text
     assert "than the best member; not distinguishable (" in text
     assert "the same as the average" in text
     assert "| ties | 16 | – | – | – | 1 |" in text
-    assert "Nothing is claimed: there is no test split" in choice.sentence(search(claim=False))
-    assert choice.search_blocks(None, "nats a token") == []
+    assert "There is no test split, so nothing is claimed" in search_sentence(search(claim=False))
+    assert merges.search(None, "nats per token") == []
 
 
 def test_controls_are_compared_with_members_and_average_item_by_item():
@@ -126,10 +100,10 @@ def test_controls_are_compared_with_members_and_average_item_by_item():
     )
     mean = (found["member_0"].losses + found["member_1"].losses) / 2
     expected = paired.difference(found["average"].losses, mean, weights=tokens, resamples=50)
-    assert rows["average"]["against"]["mean_member"] == expected
+    assert rows["average"]["against"]["mean_member"] == asdict(expected)
     assert "average" not in rows["average"]["against"]
-    blocks = choice.control_blocks(
-        {"split": "test", **compared}, "nats a token", {"validation_loss": 1.9, "loss": 2.0}
+    blocks = merges.control_blocks(
+        {"split": "test", **compared}, "nats per token", {"validation_loss": 1.9, "loss": 2.0}
     )
     assert [one.name for one in blocks if isinstance(one, Picture)] == [
         "lambda-line",
@@ -141,22 +115,3 @@ def test_controls_are_compared_with_members_and_average_item_by_item():
     assert len(table.rows) == len(listed) - 49 + 1
     assert table.rows[table.strong[0]][0] == "mean member (sd between members)"
     assert any(row[0] == "member_0 (best on validation)" for row in table.rows)
-
-
-def test_selections_are_drawn_again_and_their_length_is_matched():
-    one = Candidate("selection", {"resample": "exhaustive"}, seed=3)
-    found = {
-        c.name: c.candidate
-        for c in controls.make_controls(
-            ["lambda_matched", "seeds", "children"], 3, {"pick": one}, 0
-        )
-    }
-    assert found["average as long as pick"] == Candidate(
-        "lambda_matched", {"resample": "exhaustive"}, seed=3
-    )
-    draws = [found[f"pick, draw {draw}"] for draw in (2, 3, 4)]
-    assert len({draw.seed for draw in [one, *draws]}) == 4
-    assert all(draw.parameters == one.parameters for draw in draws)
-    assert [found[f"selection, child {child} of 3"].parameters for child in range(3)] == [
-        {"child": child} for child in range(3)
-    ]

@@ -1,0 +1,81 @@
+"""What the statistics of this package share: they may be undetermined, and they become JSON."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+CONFIDENCE = 0.95
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+# A field with this metadata is written into the JSON object of its parent, without a key.
+INLINE = {"inline": True}
+
+
+class Undetermined(ValueError):
+    """The data do not determine a statistic; the message is the reason that a reader is shown."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Stands in place of a statistic that the data do not determine."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A point estimate with its standard error and the bounds of its 95 % interval."""
+
+    estimate: float
+    se: float
+    low: float
+    high: float
+
+
+def or_missing(statistic: Callable[..., T], *args: Any) -> T | Missing:
+    """Return `statistic(*args)`, or `Missing` with the reason where it is undetermined.
+
+    Example:
+        >>> def fail():
+        ...     raise Undetermined("one member only")
+        >>> or_missing(fail)
+        Missing(reason='one member only')
+    """
+    try:
+        return statistic(*args)
+    except Undetermined as error:
+        return Missing(str(error))
+
+
+def asdict(result: Any) -> Any:
+    """Return results of this package as plain data for JSON. Fields that are None are left out.
+
+    `dataclasses.asdict` would keep them, and would nest the fields marked `INLINE`.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Epoch:
+        ...     epoch: int
+        ...     gap: Estimate | Missing = dataclasses.field(metadata=INLINE)
+        ...     note: str | None = None
+        >>> asdict([Epoch(1, Missing("too few samples"))])
+        [{'epoch': 1, 'reason': 'too few samples'}]
+    """
+    if dataclasses.is_dataclass(result):
+        document: dict[str, Any] = {}
+        for field in dataclasses.fields(result):
+            value = asdict(getattr(result, field.name))
+            if field.metadata.get("inline"):
+                document |= value
+            elif value is not None:
+                document[field.name] = value
+        return document
+    if isinstance(result, dict):
+        return {key: asdict(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [asdict(value) for value in result]
+    return result.tolist() if isinstance(result, np.ndarray) else result

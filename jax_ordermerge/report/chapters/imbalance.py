@@ -1,0 +1,171 @@
+"""Chapters: the training, and the effect of the position in the order, also after merging."""
+
+from collections.abc import Sequence
+
+from jax_ordermerge.layout import Json
+from jax_ordermerge.report import formatting
+from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
+from jax_ordermerge.report.plots import imbalance as plots
+from jax_ordermerge.report.run import Run, missing
+
+STEPS_SHOWN = 8  # of the answers while training
+
+
+def training(run: Run) -> list[Block]:
+    """Return the picture of the losses, the last losses and the generated samples."""
+    heading = Heading("Training")
+    if not run.training_log:
+        return [heading, missing(run, "train", run.layout.training_log)]
+    last = run.training_log[-1]
+    losses = ", ".join(f"{loss:.4f}" for loss in last["loss"])
+    picture = plots.training(run.training_log, run.loss_unit)
+    return [
+        heading,
+        Picture("training", picture, "Training loss of the members and learning rate."),
+        Paragraph(f"After step {last['step']} the members' training losses were {losses}."),
+        *_generated_samples(run),
+    ]
+
+
+def _generated_samples(run: Run) -> list[Block]:
+    if not run.generated_samples:
+        return []
+    first = run.generated_samples[0]
+    every = -(-len(run.generated_samples) // STEPS_SHOWN)
+    # evenly spaced from the end, so that the last step is among them
+    steps = run.generated_samples[::-1][::every][::-1]
+    rows = [
+        [str(step["step"]), *(formatting.shortened(texts[0]) for texts in step["texts"])]
+        for step in steps
+    ]
+    header = ["step", *(f"member {member}" for member in first["members"])]
+    prompts = first["prompts"]
+    caption = (
+        f"Answers while training to the first of {len(prompts)} prompts: "
+        f"{formatting.shortened(prompts[0])}"
+    )
+    return [Table(header, rows, caption, text=range(1, len(header)))]
+
+
+def imbalance(run: Run) -> list[Block]:
+    """Return curves, fixed effects and the statistics of single members."""
+    blocks: list[Block] = [Heading("Training imbalance: final loss by position in the order")]
+    analysis = run.analysis
+    if not analysis:
+        return [*blocks, missing(run, "analyze", run.layout.analysis)]
+    design = analysis["design"]
+    if picture := plots.positions(analysis, run.loss_unit):
+        caption = (
+            f"Loss of the {design['samples']} training samples after training, by position, in "
+            f"{design['bins']} bins with 95 % bootstrap bands. Shaded: warm-up. On the right each "
+            "sample is compared with itself in the other members."
+        )
+        blocks.append(Picture("positions", picture, caption))
+    blocks.append(Heading("Fixed effects: each sample compared with itself", 3))
+    fits = {
+        "Fixed effects": analysis["fixed_effects"],
+        "Fixed effects with warm-up": analysis["fixed_effects_warmup"],
+    }
+    if rows := [row for fit in fits.values() for row in fit.get("coefficients", [])]:
+        blocks.append(_coefficient_table(rows))
+    blocks += [
+        Paragraph(f"{name}: not determined, {fit['reason']}.")
+        for name, fit in fits.items()
+        if "reason" in fit
+    ]
+    if picture := plots.effects(analysis, run.training_log, run.loss_unit):
+        caption = "Slope of the final loss by position in each epoch, with 95 % intervals."
+        blocks.append(Picture("effects", picture, caption))
+    return [*blocks, Heading("One member at a time", 3), _member_table(analysis)]
+
+
+def _coefficient_table(rows: Sequence[Json]) -> Table:
+    cells = [
+        [
+            formatting.epochs(row) + (f", {row['part']}" if "part" in row else ""),
+            f"{row['estimate']:+.4f}",
+            f"{row['se']:.4f}",
+            f"{row['z']:.1f}",
+            formatting.p_text(row["p"]),
+            formatting.bounds(row["low"], row["high"]),
+        ]
+        for row in rows
+    ]
+    caption = (
+        "loss[i, s] = a_s + c_i + sum over epochs of b_e position[i, s, e]; errors clustered by "
+        "sample. Below 0: samples seen early end with the higher loss. The rows with a warm-up "
+        "are a second fit, in which the line of epoch 1 may bend where the warm-up ends."
+    )
+    return Table(["epoch", "slope", "se", "z", "p", "95 %"], cells, caption)
+
+
+def _member_table(analysis: Json) -> Table:
+    def correlation(row: Json, name: str, symbol: str) -> str:
+        return f"{row[name][symbol]:+.3f} ({formatting.p_text(row[name]['p'])})"
+
+    cells = []
+    for member in analysis["members"]:
+        for row in member["epochs"]:
+            label = f"{member['member']}, epoch {row['epoch']}"
+            if "reason" in row:
+                cells.append([label, row["reason"], "", "", "", ""])
+                continue
+            cells.append(
+                [
+                    label,
+                    correlation(row, "spearman", "rho"),
+                    correlation(row, "pearson", "r"),
+                    formatting.signed(row["slope"]["estimate"], row["slope"]["se"]),
+                    formatting.gap_or_reason(row["decile_gap"]),
+                    formatting.p_text(row["permutation_p"]),
+                ]
+            )
+    header = ["member", "Spearman rho", "Pearson r", "slope ± se"]
+    header += ["first less last bin", "permutation p"]
+    caption = "The difficulty of the samples is noise here, so a single member often shows nothing."
+    return Table(header, cells, caption)
+
+
+def mitigation(run: Run) -> list[Block]:
+    """Return the gap between early and late samples, and the slopes, in members and merges."""
+    heading = Heading("The position effect before and after merging")
+    analysis = run.analysis
+    if not analysis:
+        return [heading, missing(run, "analyze", run.layout.analysis)]
+    if not analysis["merged"]:
+        return [heading, Paragraph("The analysis holds no merges.")]
+    blocks: list[Block] = [heading]
+    if picture := plots.merging(analysis, run.loss_unit):
+        caption = "Samples that a member saw early less those it saw late, with 95 % intervals."
+        blocks.append(Picture("merging", picture, caption))
+    rows = []
+    for name, merge in analysis["merged"].items():
+        for epoch, gap in enumerate(merge["early_late"], start=1):
+            gaps = (
+                gap if "reason" in gap else gap[key] for key in ("members", "merged", "difference")
+            )
+            slopes = (merge[key] for key in ("after", "change", "mean_position"))
+            rows.append(
+                [
+                    f"{name}, epoch {epoch}",
+                    *map(formatting.gap_or_reason, gaps),
+                    *(_slope(fit, epoch) for fit in slopes),
+                ]
+            )
+    header = ["merge", "gap in members", "gap in merge", "difference"]
+    header += ["slope left", "change of slope", "plain slope"]
+    caption = (
+        "Gap: loss of the half of the samples that a member saw early less the half it saw late, "
+        "mean over the members' orders. Slopes are by a sample's mean position in all members: "
+        "the slope that is left, its change against the members, and the plain regression of the "
+        "merge's losses, with the base's loss as a covariate where it was measured. Averaging "
+        "over orders closes a part of the gap by itself."
+    )
+    return [*blocks, Table(header, rows, caption)]
+
+
+def _slope(fit: Json, epoch: int) -> str:
+    if "reason" in fit:
+        return f"– ({fit['reason']})"
+    row = next(row for row in fit["coefficients"] if epoch in row["epochs"])
+    return f"{formatting.signed(row['estimate'], row['se'])} ({formatting.p_text(row['p'])})"

@@ -1,0 +1,193 @@
+"""Chapters: diagnostics of the merges, the search for one, and the controls to compare with."""
+
+import math
+from collections.abc import Sequence
+
+from jax_ordermerge.analysis.paired import Difference
+from jax_ordermerge.config.merge import AUTO
+from jax_ordermerge.layout import Json, member_name
+from jax_ordermerge.report import formatting
+from jax_ordermerge.report.differences import AVERAGE, BEST_MEMBER, MEAN_MEMBER, RIVALS
+from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
+from jax_ordermerge.report.findings import search_sentence
+from jax_ordermerge.report.plots import controls as plots
+from jax_ordermerge.report.plots.models import cosines as cosine_map
+from jax_ordermerge.report.run import Run, missing
+
+CANDIDATES_SHOWN = 25
+_CONTROL_RIVALS = (BEST_MEMBER, MEAN_MEMBER, AVERAGE)  # order of the columns
+
+
+def merges(run: Run) -> list[Block]:
+    """Return a row per merge and the cosines of the task vectors."""
+    heading = Heading("Merges and task vectors")
+    if not run.merge:
+        return [heading, missing(run, "merge", run.layout.merges)]
+    rows, cosines = [], None
+    for merge in run.merge["merges"]:
+        total = merge.get("diagnostics", {}).get("total", {})
+        cosines = cosines or total.get("cosines")
+        settings = {"weights": merge["weights"]} if merge.get("weights") else {}
+        settings |= merge.get("parameters") or {}
+        shared = total.get("unchanged_by_all")
+        rows.append(
+            [
+                merge["name"],
+                merge["method"],
+                ", ".join(f"{key}={value}" for key, value in settings.items()),
+                str(merge.get("seed", "")),
+                formatting.percents(total.get("unchanged")),
+                formatting.percents(None if shared is None else [shared]),
+                formatting.percents(total.get("redrawn")),
+                formatting.number(total.get("norm_ratio"), 3),
+                formatting.number(total.get("lambda_eff"), 3),
+            ]
+        )
+    header = ["merge", "method", "parameters", "seed", "zeros by member, %", "zero in all, %"]
+    header += ["drawn again, %", "norm ratio", "lambda_eff"]
+    caption = (
+        f"Stored and merged as {run.merge.get('dtype')}; the dtype decides how many elements of "
+        "the task vectors are exactly zero. Drawn again: elements in each round of a selection's "
+        "resampling, of those that any member changed. Norm ratio: norm of the merged task vector "
+        "over the mean norm of the members'. lambda_eff: its length along the mean task vector, 1 "
+        "for the average."
+    )
+    blocks: list[Block] = [heading, Table(header, rows, caption, text=(0, 1, 2))]
+    if cosines and len(cosines) > 1:
+        caption = "Cosines between the members' task vectors, all tensors together."
+        blocks.append(Picture("cosines", cosine_map(cosines), caption))
+    return blocks
+
+
+def search(results: Json | None, unit: str) -> list[Block]:
+    """Return the chapter about a search; empty where there was none.
+
+    Args:
+        results: results.json.
+        unit: of losses.
+    """
+    if not results:
+        return []
+    rows = sorted(
+        results["candidates"],
+        key=lambda row: (-row["examples"], math.inf if row["loss"] is None else row["loss"]),
+    )[:CANDIDATES_SHOWN]
+    cells = [
+        [
+            row["name"],
+            str(row["examples"]),
+            formatting.number(row["loss"], 4),
+            *(_gap(row[key]) for key in ("to_winner", "to_best_member")),
+            "" if row["dropped"] is None else str(row["dropped"]),
+        ]
+        for row in rows
+    ]
+    caption = (
+        f"{results['tried']} candidates, of which {results['measured_fully']} were measured on all "
+        f"{results['examples']} validation examples; the table shows the best {len(rows)} of those "
+        "that came furthest. Differences are paired, on the examples that both saw, ± standard "
+        "error. They are measured on the data that chose, so they flatter the winner. Dropped: "
+        "the round after which a candidate was given up."
+    )
+    header = [
+        "candidate",
+        "examples",
+        f"validation loss ({unit})",
+        "less the winner's",
+        "less the best member's",
+        "dropped",
+    ]
+    strong = [index for index, row in enumerate(rows) if row["number"] == results["winner"]]
+    return [
+        Heading("The chosen merge"),
+        Paragraph(search_sentence(results)),
+        Table(header, cells, caption, strong=strong),
+        Picture(
+            "search",
+            plots.candidates(results["candidates"], results["winner"], unit),
+            "Candidates by their loss on all validation examples. Where a candidate saw only part "
+            "of them, its loss is estimated.",
+        ),
+    ]
+
+
+def _gap(gap: Json | None) -> str:
+    return "–" if gap is None else formatting.signed(gap["estimate"], gap["se"])
+
+
+def controls(run: Run) -> list[Block]:
+    """Return the table of the controls and their pictures; empty where there are none."""
+    if not run.controls:
+        return []
+    chosen = next((model for model in run.models if model["name"] == AUTO), None)
+    return control_blocks(run.controls, run.loss_unit, chosen)
+
+
+def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> list[Block]:
+    """Return the blocks of the chapter.
+
+    Args:
+        controls: controls.json.
+        unit: of losses.
+        chosen: summary of the merge that a search chose, for the picture of both splits.
+    """
+    # the plane has 49 models: it is a picture only
+    rows = [row for row in controls["rows"] if row["group"] != "plane"]
+    split = controls["split"]
+    cells = [_cells(row, controls["best_member"]) for row in rows]
+    members = [index for index, row in enumerate(rows) if row["kind"] == "member"]
+    means = [
+        formatting.mean_sd([rows[index][key] for index in members], 4)
+        for key in ("loss", "validation_loss")
+    ]
+    after_members = members[-1] + 1
+    cells.insert(after_members, ["mean member (sd between members)", *means, "", "", ""])
+    header = ["model", f"{split} loss ({unit})", "validation loss"]
+    header += [f"less {RIVALS[rival]}" for rival in _CONTROL_RIVALS]
+    caption = (
+        f"On {controls['examples']} {split} examples. Difference ± standard error [95 % paired "
+        "bootstrap interval], p of the paired t-test, not corrected for their number. All "
+        "controls were made in device memory; none was written."
+    )
+    table = Table(header, cells, caption, strong=[after_members])
+    return [Heading("Controls"), table, *_pictures(controls["rows"], split, unit, chosen)]
+
+
+def _cells(row: Json, best: Json) -> list[str]:
+    mark = f" (best on {best['chosen_on']})" if row["name"] == best["name"] else ""
+    gaps = (row["against"].get(rival) for rival in _CONTROL_RIVALS)
+    return [
+        row["name"] + mark,
+        formatting.number(row["loss"], 4),
+        formatting.number(row["validation_loss"], 4),
+        *("" if gap is None else formatting.interval(Difference(**gap)) for gap in gaps),
+    ]
+
+
+def _pictures(rows: Sequence[Json], split: str, unit: str, chosen: Json | None) -> list[Block]:
+    def at(row: Json) -> float:
+        return float(row["at"][0])
+
+    by_name = {row["name"]: row for row in rows}
+    pictures: list[Block] = []
+    line = [
+        row for row in rows if row["group"] == "lambda_line" or row["name"] in ("base", AVERAGE)
+    ]
+    if len(line) > 2:
+        picture = plots.lambda_line(sorted(line, key=at), split, unit)
+        caption = "From the base (0) to the average (1) and beyond."
+        pictures.append(Picture("lambda-line", picture, caption))
+    if between := [row for row in rows if row["group"] == "barrier"]:
+        ends = [{**by_name[member_name(end)], "at": [end]} for end in (0, 1)]
+        picture = plots.barrier(sorted([*between, *ends], key=at), split, unit)
+        caption = "On the straight line from one member to another."
+        pictures.append(Picture("barrier", picture, caption))
+    if plane := [row for row in rows if row["group"] == "plane"]:
+        picture = plots.plane(plane, split, unit)
+        pictures.append(Picture("plane", picture, "The plane of the base and two members."))
+    both = [row for row in rows if row["validation_loss"] is not None and row["group"] != "plane"]
+    if split == "test" and both:
+        picture = plots.splits(both, chosen, unit)
+        caption = "Does validation order the models as the test does?"
+        pictures.append(Picture("splits", picture, caption))
+    return pictures

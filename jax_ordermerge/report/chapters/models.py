@@ -1,0 +1,215 @@
+"""Chapters: loss and accuracy of every model, perplexities of texts, answers side by side."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from jax_ordermerge.analysis import paired
+from jax_ordermerge.layout import Json
+from jax_ordermerge.report import formatting
+from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Comparison, Measure
+from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
+from jax_ordermerge.report.findings import percentages
+from jax_ordermerge.report.formatting import shortened
+from jax_ordermerge.report.plots import models as plots
+from jax_ordermerge.report.run import Run, missing
+
+ITEMS_SHOWN = 5  # answers per task
+
+
+def results(run: Run) -> list[Block]:
+    """Return the table of the models, their pictures and the table of differences."""
+    blocks: list[Block] = [Heading("Base, members and merges")]
+    if not run.evaluations:
+        return [*blocks, missing(run, "evaluate", run.layout.evaluations)]
+    blocks.append(result_table(run))
+    if with_loss := [model for model in run.models if model.get("loss") is not None]:
+        picture = plots.losses(with_loss, run.loss_unit)
+        blocks.append(Picture("losses", picture, "Held-out loss of every model."))
+    for task in run.tasks:
+        with_task = [model for model in run.models if task in model.get("tasks", {})]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"accuracy-{task}")
+        picture = plots.accuracies(with_task, task)
+        blocks.append(Picture(name, picture, f"Correct answers on {task}."))
+    if run.comparison.merges:
+        heading = Heading("Paired differences, merge less rival", 3)
+        blocks += [heading, difference_table(run.comparison)]
+    return blocks
+
+
+def result_table(run: Run) -> Table:
+    """Return a row per model, and rows of means: of the members, and of the seeds of a merge."""
+    means = {"mean member (sd between members)": run.members}
+    for name, merge in run.comparison.merges.items():
+        if len(merge.names) > 1:
+            means[f"mean {name} (sd between merge seeds)"] = [
+                model for model in run.models if model["name"] in merge.names
+            ]
+    best, rows, strong = run.comparison.best, [], []
+    for model in run.models:
+        mark = f" (best on {best.chosen_on})" if best and best.name == model["name"] else ""
+        cells = [
+            model["name"] + mark,
+            formatting.plus_minus(model.get("loss"), model.get("loss_se"), 4),
+            formatting.number(model.get("perplexity"), 3),
+            formatting.number(model.get("validation_loss"), 4),
+        ]
+        for score in (model.get("tasks", {}).get(task) for task in run.tasks):
+            share, se = (100 * score[key] if score else None for key in ("accuracy", "se"))
+            cells.append(formatting.plus_minus(share, se, 1))
+        rows.append(cells)
+        for name, models in means.items():
+            if models and models[-1] is model:
+                strong.append(len(rows))
+                rows.append([name, *_mean_cells(models, run.tasks)])
+    header = ["model", "loss ± se", "perplexity", "validation loss"]
+    header += [f"{task}, % ± se" for task in run.tasks]
+    return Table(header, rows, _result_caption(run), strong=strong)
+
+
+def _mean_cells(models: Sequence[Json], tasks: Sequence[str]) -> list[str]:
+    digits = {"loss": 4, "perplexity": 3, "validation_loss": 4}
+    return [
+        *(formatting.mean_sd([model.get(key) for model in models], digits[key]) for key in digits),
+        *(formatting.mean_sd(percentages(models, task), 1) for task in tasks),
+    ]
+
+
+def _result_caption(run: Run) -> str:
+    caption = f"On the {(run.evaluations or {}).get('split', 'test')} split"
+    if run.models and run.models[0].get("tokens"):
+        caption += f"; {run.models[0]['tokens']} answer tokens"
+    for task in run.tasks:
+        first = next(model for model in run.models if task in model.get("tasks", {}))
+        caption += f"; {task}: {first['tasks'][task]['n']} items"
+    return f"{caption}. Loss in {run.loss_unit}."
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """Return a row per merge (or group of seeds) and measure, with differences to the rivals."""
+    rows = []
+    for name, merge in comparison.merges.items():
+        count = len(merge.names)
+        label = f"{name} (mean of {count} seeds)" if count > 1 else name
+        for task, measure in merge.measures.items():
+            title, scale, digits = (f"{task}, points", 100, 1) if task else ("loss", 1, 4)
+            gaps = [_difference(measure, rival, scale, digits) for rival in RIVALS]
+            test = measure.mcnemar.get(BEST_MEMBER)
+            counts = f"{test.only_first} : {test.only_second}, " if test else ""
+            rows.append([label, title, *gaps, counts + formatting.p_text(test.p) if test else ""])
+    header = ["merge", "measure", *(f"against {text}" for text in RIVALS.values())]
+    caption = (
+        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test. "
+        "Where it differs, also p corrected by Holm's method over the merges (for answers of "
+        "single models, of McNemar's test). Losses weigh tokens where their numbers are stored, "
+        "else examples equally. Of several merge seeds the mean over them is compared on each "
+        "item, and their spread is in error, interval and p. Less loss and more points are better."
+    )
+    if any(row[-1] for row in rows):
+        header.append("McNemar, best member")
+        caption += " McNemar: items that only the merge : only the member answers correctly."
+    return Table(header, [row[: len(header)] for row in rows], caption, text=(0, 1))
+
+
+def _difference(measure: Measure, rival: str, scale: int, digits: int) -> str:
+    gap = measure.gaps.get(rival)
+    if gap is None:
+        return ""
+    text, corrected = (
+        formatting.interval(gap, scale, digits),
+        formatting.p_text(measure.holm[rival]),
+    )
+    if corrected == formatting.p_text(gap.p):
+        return text
+    return f"{text}, by Holm {corrected.removeprefix('p ')}"
+
+
+def texts(run: Run) -> list[Block]:
+    """Return perplexities of texts, and merges against members; empty without such a task."""
+    models = [model for model in run.models if model.get("texts")]
+    if not models:
+        return []
+    units = ("word", "byte", "token")
+    rows = []
+    for task in models[0]["texts"]:
+        for model in models:
+            text = model["texts"][task]
+            bits = formatting.plus_minus(text["bits_per_byte"], text["se"], 4)
+            perplexities = (formatting.number(text[f"{unit}_perplexity"], 3) for unit in units)
+            rows.append([task, model["name"], bits, *perplexities])
+    header = ["texts", "model", "bits per byte ± se", *(f"perplexity per {unit}" for unit in units)]
+    counts = ", ".join(f"{task} {text['n']}" for task, text in models[0]["texts"].items())
+    blocks: list[Block] = [
+        Heading("Perplexity of texts"),
+        Table(header, rows, f"Number of texts: {counts}.", text=(0, 1)),
+    ]
+    if gaps := list(_text_differences(models, run)):
+        caption = (
+            "Bits per byte, merge less the mean member; ± standard error [95 % paired bootstrap "
+            "interval] over texts, p not corrected."
+        )
+        blocks.append(Table(["texts", "merge", "against the mean member"], gaps, caption, (0, 1)))
+    return blocks
+
+
+def _text_differences(models: Sequence[Json], run: Run) -> Iterator[list[str]]:
+    members = [model["name"] for model in models if model["kind"] == "member"]
+    for model in models:
+        names = [model["name"], *members]
+        if model["kind"] != "merge" or not members or any(name not in run.items for name in names):
+            continue
+        for task in model["texts"]:
+            by_model = [run.items[name].get("texts", {}).get(task, []) for name in names]
+            sizes = np.array([text["bytes"] for text in by_model[0]], float)
+            ids = [[text["id"] for text in texts] for texts in by_model]
+            if len(sizes) < 2 or not sizes.all() or any(row != ids[0] for row in ids):
+                continue
+            merge, *of_members = (
+                np.array([-text["logp"] for text in texts]) / sizes / math.log(2)
+                for texts in by_model
+            )
+            mean = np.mean(of_members, axis=0)
+            gap = paired.difference(merge, mean, weights=sizes, **run.resampling)
+            yield [task, model["name"], formatting.interval(gap)]
+
+
+def answers(run: Run) -> list[Block]:
+    """Return the answers to a few items of each task; empty where no task kept its answers."""
+    tasks = dict.fromkeys(task for items in run.items.values() for task in items.get("tasks", {}))
+    blocks: list[Block] = []
+    for task in tasks:
+        by_model = {
+            name: {str(item["id"]): item for item in items["tasks"][task]}
+            for name, items in run.items.items()
+            if task in items.get("tasks", {})
+        }
+        for key in _most_telling(by_model):
+            items = {name: items[key] for name, items in by_model.items()}
+            question = next(iter(items.values()))
+            parts = [[part, shortened(question[part])] for part in ("prompt", "reference")]
+            rows = [
+                [name, shortened(item["answer"]), "right" if item["correct"] else "wrong"]
+                for name, item in items.items()
+            ]
+            blocks += [
+                Heading(f"{task}, item {key}", 3),
+                Table(["", ""], parts, text=(0, 1)),
+                Table(["model", "answer", ""], rows, text=(0, 1, 2)),
+            ]
+    if not blocks:
+        return []
+    note = Paragraph("The first items on which the models differ come first.")
+    return [Heading("Answers side by side"), note, *blocks]
+
+
+def _most_telling(by_model: Mapping[str, Mapping[str, Json]]) -> list[str]:
+    """Return ids of items that all models answered; those on which they differ come first."""
+
+    def agree(key: str) -> bool:
+        return len({bool(items[key]["correct"]) for items in by_model.values()}) == 1
+
+    first, *rest = by_model.values()
+    common = [key for key in first if all(key in items for items in rest)]
+    return sorted(common, key=agree)[:ITEMS_SHOWN]

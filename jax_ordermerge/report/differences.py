@@ -1,0 +1,234 @@
+"""Paired comparisons of the merges of a run with its members and with the average."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jax_ordermerge.analysis import paired
+from jax_ordermerge.analysis.paired import Difference, McNemar
+from jax_ordermerge.layout import Json
+
+# `average` is also the name of the merge that the others are compared with.
+MEAN_MEMBER, BEST_MEMBER, AVERAGE = "mean_member", "best_member", "average"
+RIVALS = {
+    MEAN_MEMBER: "the mean member",
+    BEST_MEMBER: "the best member",
+    AVERAGE: "the average",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Differences of one merge to its rivals, in its loss or in the answers of one task.
+
+    Attributes:
+        gaps: merge less rival, by rival.
+        mcnemar: exact tests of correct answers, by rival; of single models only.
+        holm: p values corrected over the merges, by rival.
+    """
+
+    gaps: dict[str, Difference] = field(default_factory=dict)
+    mcnemar: dict[str, McNemar] = field(default_factory=dict)
+    holm: dict[str, float] = field(default_factory=dict)
+
+    def p(self, rival: str) -> float:
+        """Return the p value that counts: McNemar's where there is one, else the t-test's."""
+        return (self.mcnemar.get(rival) or self.gaps[rival]).p
+
+
+@dataclass(frozen=True)
+class MergeComparison:
+    """One merge, or all seeds of one.
+
+    Attributes:
+        names: of the merges.
+        measures: by task; None stands for the loss. A task is absent where the models were
+            evaluated on different items.
+    """
+
+    names: list[str]
+    measures: dict[str | None, Measure]
+
+    @property
+    def loss(self) -> Measure | None:
+        """Differences in loss, None where it was measured on different items."""
+        return self.measures.get(None)
+
+
+@dataclass(frozen=True)
+class BestMember:
+    """The member of the lowest loss on the "validation" examples, else on the "test" examples."""
+
+    name: str
+    chosen_on: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All merges of a run against their rivals."""
+
+    best: BestMember | None = None
+    merges: dict[str, MergeComparison] = field(default_factory=dict)
+
+
+def compare(
+    models: Sequence[Json],
+    items: Mapping[str, Json],
+    *,
+    resamples: int,
+    seed: int,
+    merge: Json | None = None,
+) -> Comparison:
+    """Compare every merge with the mean member, the best one and the average, item by item.
+
+    Merges that differ only in their seed are compared as one, by their mean on each item, with
+    their spread in the error.
+
+    Args:
+        models: of evaluations.json.
+        items: for each model its evaluations/{name}.json: `losses`, `ids`, `tasks`; with
+            `tokens`, one number per item, loss differences are means over tokens.
+        resamples: bootstrap resamples of the items.
+        seed: of the run.
+        merge: merge.json, which names the seeds; None compares every merge by itself.
+    """
+    members = [model for model in models if model["kind"] == "member"]
+    if not members:
+        return Comparison()
+    best = _best_member(members)
+    merges = [
+        model["name"] for model in models if model["kind"] == "merge" and model["name"] in items
+    ]
+    comparisons: dict[str, MergeComparison] = {}
+    if all(model["name"] in items for model in members):
+        for name, seeds in _complete_groups(merges, merge).items():
+            rivals = {
+                MEAN_MEMBER: [items[model["name"]] for model in members],
+                BEST_MEMBER: [items[best.name]],
+            }
+            if name != AVERAGE and AVERAGE in merges:
+                rivals[AVERAGE] = [items[AVERAGE]]
+            of_seeds = [items[seed_name] for seed_name in seeds]
+            comparisons[name] = MergeComparison(seeds, {})
+            for task in (None, *of_seeds[0].get("tasks", ())):
+                if measure := _measure(task, of_seeds, rivals, resamples, seed):
+                    comparisons[name].measures[task] = measure
+    _correct(comparisons)
+    return Comparison(best, comparisons)
+
+
+def seed_groups(merge: Json | None) -> dict[str, list[str]]:
+    """Return the merges that differ only in their seed, under one name.
+
+    Args:
+        merge: merge.json. Names that end in `-seedS` form a group where method, weights and
+            parameters are the same.
+
+    Returns:
+        Names of merges by group; a merge without a group keeps its name.
+
+    Example:
+        >>> seeds = [
+        ...     {"name": f"drawn-seed{seed}", "method": "selection", "seed": seed}
+        ...     for seed in (0, 1)
+        ... ]
+        >>> seed_groups({"merges": [{"name": "average", "method": "average", "seed": 0}, *seeds]})
+        {'average': ['average'], 'drawn': ['drawn-seed0', 'drawn-seed1']}
+    """
+    rows = (merge or {"merges": []})["merges"]
+    by_settings: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        stem = row["name"].removesuffix(f"-seed{row.get('seed')}")
+        settings = (stem, row["method"], str(row.get("weights")), str(row.get("parameters")))
+        by_settings.setdefault(settings, []).append(row["name"])
+    groups, used = {}, {row["name"] for row in rows}
+    for (stem, *_), names in by_settings.items():
+        # another merge may have the name of the stem
+        group = names[0] if len(names) == 1 else ", ".join(names) if stem in used else stem
+        groups[group] = names
+        used.add(group)
+    return groups
+
+
+def _best_member(members: Sequence[Json]) -> BestMember:
+    validated = all(model.get("validation_loss") is not None for model in members)
+    key = "validation_loss" if validated else "loss"
+    with_loss = [model for model in members if model.get(key) is not None]
+    best = min(with_loss, key=lambda model: float(model[key])) if with_loss else members[0]
+    return BestMember(best["name"], "validation" if validated else "test")
+
+
+def _complete_groups(merges: Sequence[str], merge: Json | None) -> dict[str, list[str]]:
+    """Return the groups of evaluated merges; where a seed of a group is absent, single merges."""
+    groups = {
+        group: names for group, names in seed_groups(merge).items() if set(names) <= set(merges)
+    }
+    group_of = {name: group for group, names in groups.items() for name in names}
+    ordered = dict.fromkeys(group_of.get(name, name) for name in merges)
+    return {group: groups.get(group, [group]) for group in ordered}
+
+
+def _measure(
+    task: str | None,
+    seeds: Sequence[Json],
+    rivals: Mapping[str, Sequence[Json]],
+    resamples: int,
+    seed: int,
+) -> Measure | None:
+    """Compare the mean over the seeds of a merge with the mean over the models of each rival.
+
+    Returns:
+        None where the models have no results, or results on different items. An average on other
+        items is only left out.
+    """
+    ids, _ = _items(seeds[0], task)
+    rivals = {
+        name: models
+        for name, models in rivals.items()
+        if name != AVERAGE or _items(models[0], task)[0] == ids
+    }
+    for model in (model for models in (seeds, *rivals.values()) for model in models):
+        model_ids, results = _items(model, task)
+        if model_ids != ids or len(results) < 2:
+            return None
+
+    def stack(models: Sequence[Json]) -> np.ndarray:
+        return np.array([_items(model, task)[1] for model in models])
+
+    weights = seeds[0].get("tokens") if task is None else None
+    values, measure = stack(seeds), Measure()
+    for name, models in rivals.items():
+        reference = stack(models).mean(axis=0)
+        gap = paired.difference(
+            values.mean(axis=0), reference, weights=weights, resamples=resamples, seed=seed
+        )
+        if len(seeds) > 1:
+            by_seed = np.average(values - reference, axis=1, weights=weights)
+            gap = paired.over_seeds(gap, by_seed)
+        elif task is not None and name != MEAN_MEMBER:
+            # Only the answer of one model is correct or not: means keep the t-test.
+            measure.mcnemar[name] = paired.mcnemar(values[0] > 0.5, reference > 0.5)
+        measure.gaps[name] = gap
+    return measure
+
+
+def _items(model: Json, task: str | None) -> tuple[Sequence[object], Sequence[float]]:
+    """Return ids and values of a model: its losses, or 1 for each correct answer of a task."""
+    if task is None:
+        return model.get("ids", ()), model.get("losses") or ()
+    rows = model.get("tasks", {}).get(task, ())
+    return [row["id"] for row in rows], [float(row["correct"]) for row in rows]
+
+
+def _correct(merges: Mapping[str, MergeComparison]) -> None:
+    """Correct p values over the merges, apart for each measure and rival: fill `Measure.holm`."""
+    families: dict[tuple[str | None, str], list[Measure]] = {}
+    for comparison in merges.values():
+        for task, measure in comparison.measures.items():
+            for rival in measure.gaps:
+                families.setdefault((task, rival), []).append(measure)
+    for (_, rival), measures in families.items():
+        corrected = paired.holm([measure.p(rival) for measure in measures])
+        for measure, p in zip(measures, corrected, strict=True):
+            measure.holm[rival] = p

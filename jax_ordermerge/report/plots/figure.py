@@ -1,0 +1,130 @@
+"""One style for all pictures, and their way to SVG text: no dates, no links to other files."""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jax_ordermerge.layout import Json
+
+# Okabe and Ito's palette, distinguishable with any colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
+KIND = {"base": "#777777", "member": "#0072B2", "merge": "#D55E00"}
+INK, FAINT, SHADE = "#222222", "#9a9a9a", "#efe9dc"
+DASHED = (0, (4, 3))
+MARKS: dict[str, Any] = {"fmt": "o", "capsize": 3, "elinewidth": 1.2}  # of an error bar
+WIDTH = 7.6  # inches
+_MOST_NAMES = 8  # a longer legend would hide the curves
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
+    "font.size": 9,
+    "svg.fonttype": "none",
+    # without a salt matplotlib draws its ids at random
+    "svg.hashsalt": "ordermerge",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.5,
+}
+
+
+class SvgFigure(Figure):
+    """A figure; `svg` is its text once the block of `draw` has ended."""
+
+    svg = ""
+
+
+@contextmanager
+def draw(name: str, height: float, width: float = WIDTH) -> Iterator[SvgFigure]:
+    """Yield an empty figure and render it at the end of the block.
+
+    Args:
+        name: of the picture; makes its ids unlike those of the others on a page.
+        height, width: inches.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure = SvgFigure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    prefix = re.sub(r"[^A-Za-z0-9]+", "-", name)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    figure.svg = svg.replace("<svg ", f'<svg role="img" aria-label="{prefix}" ', 1)
+
+
+def colours(count: int) -> list[Any]:
+    """Return colours for curves: the palette, or shades of one map where it is too short."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    return [mpl.colormaps["cividis"](x) for x in np.linspace(0, 0.92, count)]
+
+
+def legend(axes: Axes, count: int) -> None:
+    """Draw a legend, unless it would have too many names."""
+    if count <= _MOST_NAMES:
+        axes.legend(ncols=2 if count > 4 else 1)
+
+
+def interval(
+    axes: Axes,
+    at: float,
+    row: Json,
+    colour: str,
+    *,
+    vertical: bool = False,
+    **marks: Any,
+) -> None:
+    """Draw an estimate with its interval `low`, `high` at a place on the other axis."""
+    estimate = row["estimate"]
+    # rounding may put a bound of a narrow interval on the wrong side, which matplotlib refuses
+    reach = np.maximum([[estimate - row["low"]], [row["high"] - estimate]], 0)
+    marks = MARKS | {"color": colour} | marks
+    if vertical:
+        axes.errorbar(at, estimate, yerr=reach, **marks)
+    else:
+        axes.errorbar(estimate, at, xerr=reach, **marks)
+
+
+def learning_rate(axes: Axes, at: Sequence[float], training_log: Sequence[Json]) -> None:
+    """Shade the learning rate behind axes, on an axis of its own."""
+    rate = axes.twinx()
+    rates = [line["learning_rate"] for line in training_log]
+    rate.fill_between(at, rates, color=SHADE, linewidth=0)
+    rate.set(ylabel="learning rate (shaded)", ylim=(0, None))
+    rate.grid(visible=False)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    # matplotlib draws a twin on top of its axes
+    axes.set_zorder(rate.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    rate.spines["top"].set_visible(False)
+
+
+def names_down(axes: Axes, names: Sequence[str], *, above: float = 0.6) -> None:
+    """Write names on the vertical axis, the first on top."""
+    axes.set(yticks=range(len(names)), ylim=(len(names) - 1 + above, -above))
+    axes.set_yticklabels(names)
+    axes.grid(visible=False, axis="y")

@@ -1,0 +1,171 @@
+"""Pictures of the training and of the effect of position, from its log and from analysis.json."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from jax_ordermerge.layout import Json
+from jax_ordermerge.report.plots.figure import (
+    COLOURS,
+    FAINT,
+    INK,
+    KIND,
+    MARKS,
+    colours,
+    draw,
+    interval,
+    learning_rate,
+    legend,
+    names_down,
+)
+
+
+def training(log: Sequence[Json], unit: str) -> str:
+    """Draw the training loss of every member and the learning rate by step.
+
+    Args:
+        log: of metrics/train.jsonl, with `step`, `loss` (one per member) and `learning_rate`.
+        unit: of losses.
+    """
+    steps = [line["step"] for line in log]
+    losses = np.array([line["loss"] for line in log], dtype=np.float64).T
+
+    with draw("training", 3.3) as figure:
+        axes = figure.subplots()
+        learning_rate(axes, steps, log)
+        for member, (row, colour) in enumerate(zip(losses, colours(len(losses)), strict=True)):
+            axes.plot(steps, row, color=colour, label=f"member {member}")
+        axes.set(xlabel="optimizer step", ylabel=f"training loss ({unit})")
+        axes.margins(x=0.01)
+        legend(axes, len(losses))
+    return figure.svg
+
+
+def positions(analysis: Json, unit: str) -> str | None:
+    """Draw final losses by position: in epoch 1 as measured; in every epoch without difficulty.
+
+    Returns:
+        SVG, or None where the data determined no curve.
+    """
+    raw, within = (analysis["pooled"][key] for key in ("raw", "within"))
+    if "mean" not in raw[0]:
+        return None
+
+    def band(axes: Axes, curve: Json, colour: str, label: str) -> None:
+        if "mean" in curve:
+            position, low, high = curve["position"], curve["low"], curve["high"]
+            axes.fill_between(position, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(position, curve["mean"], color=colour, linewidth=2.2, label=label)
+
+    with draw("positions", 3.3) as figure:
+        panels = figure.subplots(1, 2 if "mean" in within[0] else 1, squeeze=False)[0]
+        members = analysis["members"]
+        for member, colour in zip(members, colours(len(members)), strict=True):
+            curve = member["epochs"][0]["curve"]
+            panels[0].plot(curve["position"], curve["mean"], color=colour, linewidth=1)
+        band(panels[0], raw[0], INK, "all members")
+        panels[0].set(
+            title="As measured, epoch 1",
+            xlabel="position in epoch 1",
+            ylabel=f"final loss ({unit})",
+        )
+        panels[0].legend()
+        for axes in panels[1:]:
+            for epoch, curve in enumerate(within):
+                band(axes, curve, COLOURS[epoch % len(COLOURS)], f"epoch {epoch + 1}")
+            axes.set(title="Difficulty of samples taken out", xlabel="position in that epoch")
+            axes.legend()
+        window = analysis["design"]["warmup_window"]
+        for axes in panels:
+            axes.set_xlim(0, 1)
+            if 0 < window < 1:
+                axes.axvspan(0, window, color="#f3efe6", zorder=0, linewidth=0)
+    return figure.svg
+
+
+def effects(analysis: Json, log: Sequence[Json], unit: str) -> str | None:
+    """Draw the fixed-effects slope of each epoch, over the learning rate of the run.
+
+    Returns:
+        SVG, or None where the data determined no coefficient.
+    """
+    coefficients = analysis["fixed_effects"].get("coefficients")
+    if not coefficients:
+        return None
+    epochs = analysis["design"]["epochs"]
+
+    with draw("effects", 3.0) as figure:
+        axes = figure.subplots()
+        if log:
+            last = max(line["step"] for line in log)
+            learning_rate(axes, [line["step"] / last * epochs for line in log], log)
+        axes.axhline(0, color=FAINT, linewidth=1)
+        for row in coefficients:
+            # epochs that share a slope share a point, in their middle
+            centre = float(np.mean(row["epochs"])) - 0.5
+            interval(axes, centre, row, COLOURS[0], vertical=True, capsize=4, markersize=6)
+            label, place = f"{row['estimate']:+.4f}", (centre, row["estimate"])
+            axes.annotate(label, place, (9, 3), textcoords="offset points")
+        axes.set(
+            xlim=(0, epochs),
+            xticks=np.arange(epochs) + 0.5,
+            ylabel=f"slope of the final loss ({unit})",
+        )
+        axes.set_xticklabels([f"epoch {epoch + 1}" for epoch in range(epochs)])
+        axes.margins(y=0.2)
+    return figure.svg
+
+
+def slopes(runs: Mapping[str, Sequence[Json]], unit: str) -> str:
+    """Draw the fixed-effects slopes of several runs side by side.
+
+    Args:
+        runs: name -> `coefficients` of analysis.json.
+        unit: of losses.
+    """
+    epochs = sorted({epoch for rows in runs.values() for row in rows for epoch in row["epochs"]})
+
+    with draw("slopes", 3.0) as figure:
+        axes = figure.subplots()
+        axes.axhline(0, color="#888", linewidth=0.8)
+        for index, ((name, rows), colour) in enumerate(
+            zip(runs.items(), colours(len(runs)), strict=True)
+        ):
+            # the runs of an epoch share half a unit around it
+            at = [row["epochs"][0] + 0.5 * ((index + 0.5) / len(runs) - 0.5) for row in rows]
+            values = [row["estimate"] for row in rows]
+            reach = [
+                [row["estimate"] - row["low"] for row in rows],
+                [row["high"] - row["estimate"] for row in rows],
+            ]
+            axes.errorbar(at, values, yerr=reach, color=colour, label=name, **MARKS)
+        axes.set(xticks=epochs, xlabel="epoch", ylabel=f"slope of the final loss ({unit})")
+        legend(axes, len(runs))
+    return figure.svg
+
+
+def merging(analysis: Json, unit: str) -> str | None:
+    """Draw the loss of early less late samples in the members and in every merge, by epoch.
+
+    Returns:
+        SVG, or None where there are no merges or no gaps.
+    """
+    merged = {name: row["early_late"] for name, row in analysis["merged"].items()}
+    if not merged or any("reason" in row for rows in merged.values() for row in rows):
+        return None
+    names = ["members", *merged]
+
+    with draw("merging", 1.15 + 0.3 * len(names)) as figure:
+        epochs = analysis["design"]["epochs"]
+        panels = figure.subplots(1, epochs, sharex=True, sharey=True, squeeze=False)[0]
+        for epoch, axes in enumerate(panels):
+            interval(axes, 0, analysis["pooled"]["early_late"][epoch], KIND["member"])
+            for index, rows in enumerate(merged.values(), start=1):
+                interval(axes, index, rows[epoch]["merged"], KIND["merge"])
+            axes.axvline(0, color=FAINT, linewidth=1)
+            axes.set(title=f"epoch {epoch + 1}")
+            names_down(axes, names, above=0.5)
+            axes.locator_params(axis="x", nbins=4)
+        figure.supxlabel(f"loss of the early half minus the late half ({unit})", fontsize=9)
+    return figure.svg

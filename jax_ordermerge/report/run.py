@@ -1,0 +1,171 @@
+"""The contents of a run directory, as the pages read it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import Json, RunLayout, read_json, read_jsonl
+from jax_ordermerge.report import formatting
+from jax_ordermerge.report.differences import Comparison, compare
+from jax_ordermerge.report.document import Paragraph
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The contents of a run directory; None or empty where a stage has no output yet."""
+
+    layout: RunLayout
+    config: Json
+    data: Json | None = None
+    digests: Json | None = None
+    training_log: Sequence[Json] = ()
+    generated_samples: Sequence[Json] = ()
+    state: Json | None = None
+    analysis: Json | None = None
+    merge: Json | None = None
+    evaluations: Json | None = None
+    items: Mapping[str, Json] = field(default_factory=dict)  # results by item of each model
+    controls: Json | None = None
+    search: Json | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the run: of the config, else of the directory."""
+        return str(self.config.get("name", self.layout.root.name))
+
+    @property
+    def models(self) -> Sequence[Json]:
+        """Summaries of the evaluated models: base, members, merges."""
+        return self.evaluations["models"] if self.evaluations else []
+
+    @property
+    def members(self) -> list[Json]:
+        """Summaries of the evaluated members."""
+        return [model for model in self.models if model["kind"] == "member"]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that any model was evaluated on."""
+        return list(dict.fromkeys(task for model in self.models for task in model.get("tasks", ())))
+
+    @property
+    def coefficients(self) -> Sequence[Json]:
+        """Fixed-effects slopes by epoch; empty where they are undetermined."""
+        return (self.analysis or {}).get("fixed_effects", {}).get("coefficients", [])
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """Paired comparisons of the merges; computed once, for all pages and chapters."""
+        return compare(self.models, self.items, merge=self.merge, **self.resampling)
+
+    @property
+    def resampling(self) -> dict[str, int]:
+        """Arguments of a paired comparison: `resamples`, `seed`."""
+        evaluation = self.config.get("evaluation", {})
+        return {
+            "resamples": evaluation.get("bootstrap", 1000),
+            "seed": self.config.get("seed", 0),
+        }
+
+    @property
+    def mean_cosine(self) -> float | None:
+        """Mean cosine between the members' task vectors; None where no merge measured it."""
+        for merge in (self.merge or {"merges": []})["merges"]:
+            matrix = merge.get("diagnostics", {}).get("total", {}).get("cosines") or []
+            if pairs := pair_cosines(matrix):
+                return sum(pairs) / len(pairs)
+        return None
+
+    @property
+    def loss_unit(self) -> str:
+        """Unit of all losses."""
+        return formatting.loss_unit(self.config.get("objective", {}))
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        UserError: there is no config.yaml, or a file is not valid JSON.
+    """
+    layout = RunLayout(Path(directory))
+    if not layout.is_run:
+        raise UserError(
+            f"{directory} is not a run directory (it has no config.yaml); "
+            "give the output directory of a run"
+        )
+    evaluations = parsed(read_json, layout.evaluations)
+    names = [model["name"] for model in evaluations["models"]] if evaluations else []
+    items = {name: parsed(read_json, layout.evaluation(name)) for name in names}
+    return Run(
+        layout=layout,
+        config=yaml.safe_load(layout.config.read_text()) or {},
+        data=parsed(read_json, layout.data),
+        digests=parsed(read_json, layout.order_digests),
+        training_log=parsed(read_jsonl, layout.training_log),
+        generated_samples=parsed(read_jsonl, layout.generated_samples),
+        state=parsed(read_json, layout.training_state),
+        analysis=parsed(read_json, layout.analysis),
+        merge=parsed(read_json, layout.merges),
+        evaluations=evaluations,
+        items={name: results for name, results in items.items() if results},
+        controls=parsed(read_json, layout.controls),
+        search=parsed(read_json, layout.search.results),
+    )
+
+
+def read_runs(directories: Sequence[str | Path]) -> list[Run]:
+    """Read runs for one page about all of them.
+
+    Raises:
+        UserError: no run directory, two runs of one name, or losses of different kinds.
+    """
+    runs = [read_run(directory) for directory in directories]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"two of the runs have the same name ({', '.join(names)}); "
+            "give each config a name of its own"
+        )
+    units = sorted({run.loss_unit for run in runs})
+    if len(units) > 1:
+        raise UserError(
+            f"the losses of these runs are of different kinds ({', '.join(units)}); "
+            "give runs of one objective"
+        )
+    return runs
+
+
+def missing(run: Run, stage: str, file: Path) -> Paragraph:
+    """Return what a chapter says where its stage has no output yet."""
+    path = file.relative_to(run.layout.root)
+    return Paragraph(f"The stage {stage} has no output yet: {path} is missing.")
+
+
+def pair_cosines(matrix: Sequence[Sequence[float | None]]) -> list[float]:
+    """Return the cosines of all pairs from a matrix [M, M]; None, of a zero vector, is left out.
+
+    Example:
+        >>> pair_cosines([[1, 0.5, None], [0.5, 1, 0.7], [None, 0.7, 1]])
+        [0.5, 0.7]
+    """
+    return [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
+
+
+def parsed(read: Callable[[Path], T], path: Path) -> T:
+    """Return `read(path)`, with one clear line where the file is not valid JSON."""
+    try:
+        return read(path)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error.msg}, line {error.lineno}); "
+            "remove it and run the stage again"
+        ) from error
