@@ -103,6 +103,25 @@ class Examples:
         return int(self.lengths.max(initial=0))
 
     @property
+    def loss_counts(self) -> np.ndarray:
+        """What summed losses are divided by, float64[n]: response tokens; 1 for a preference pair.
+
+        The first token of an example has no context to be predicted from, so it never counts. No
+        model is needed for these numbers.
+
+        Example:
+            >>> rows = [[1, 2, 3], [4, 5]]
+            >>> masks = [[1, 1, 1], [0, 1]]
+            >>> Examples(
+            ...     Ragged.of(rows, np.int32), Ragged.of(masks, np.bool_), np.arange(2)
+            ... ).loss_counts.tolist()
+            [2.0, 1.0]
+        """
+        if self.rejected is not None:
+            return np.ones(len(self))
+        return np.array([mask[1:].sum() for mask in self.answers], np.float64)
+
+    @property
     def parts(self) -> "tuple[Examples, ...]":
         """These examples, or for pairs the chosen and the rejected ones apart."""
         if self.rejected is None:

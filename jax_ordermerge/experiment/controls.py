@@ -1,7 +1,7 @@
 """Controls of a run: the models that its merges have to be compared with, and their losses."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import Json, RunLayout, write_json, write_npz
 from jax_ordermerge.search import controls
-from jax_ordermerge.search.candidates import BASE, MEMBER, Candidate, Population
+from jax_ordermerge.search.candidates import Candidate, Population
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import Tree
 
@@ -51,11 +51,11 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
             means, None if validation is None else loss_function(validation).mean
         )
 
-    tokens = losses.example_losses(ctx, population.base, examples).counts
+    tokens = examples.loss_counts
     measured = controls.measure(
         population,
         listed,
-        _evaluated_controls(evaluated, listed) if use_test else {},
+        _evaluated_controls(config, evaluated, listed) if use_test else {},
         lambda params: measure(functools.partial(losses.example_losses, ctx, params)),
         ctx.log,
     )
@@ -91,17 +91,31 @@ def _selections(config: Config) -> dict[str, Candidate]:
 
 
 def _evaluated_controls(
-    evaluated: Mapping[str, Json], listed: list[controls.Control]
+    config: Config, evaluated: Mapping[str, Json], listed: Sequence[controls.Control]
 ) -> dict[str, controls.ControlLosses]:
-    """Return the losses of the controls that the evaluation has measured: base and members."""
-    return {
-        control.name: controls.ControlLosses(
-            np.asarray(evaluated[control.name]["losses"], np.float64),
-            evaluated[control.name]["summary"]["validation_loss"],
+    """Return the losses of the controls that the evaluation has measured.
+
+    These are the base, the members, and the average where it is among the merges of the config:
+    with equal weights, under whatever name it was exported. Its files have the bits of the control.
+    """
+    averages = [
+        merge_name(spec, config.seed)
+        for spec in config.merge.methods
+        if spec.method == "average" and spec.weights is None and not spec.parameters
+    ]
+    measured = {}
+    for control in listed:
+        if control.candidate.kind != "merge":
+            name = control.name
+        elif control.name == "average" and averages:
+            name = averages[0]
+        else:
+            continue
+        result = evaluated[name]
+        measured[control.name] = controls.ControlLosses(
+            np.asarray(result["losses"], np.float64), result["summary"]["validation_loss"]
         )
-        for control in listed
-        if control.candidate.method in (BASE, MEMBER) and control.name in evaluated
-    }
+    return measured
 
 
 def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]]:

@@ -110,4 +110,4 @@ def objective_losses(ctx: RunContext, examples: Examples, sequences: Losses) -> 
         jnp.asarray(sequences.counts),
         ctx.config.objective,
     )
-    return Losses(np.asarray(losses).astype(np.float64), np.ones(len(examples)))
+    return Losses(np.asarray(losses).astype(np.float64), examples.loss_counts)

@@ -300,12 +300,10 @@ class SearchLoop:
         self._population, self._subsets = population, subsets
         self._measure, self._cache, self._log = measure, cache, log
         self.candidates: list[Candidate] = []
-        # Token counts are the same for all models. The base gives them, which costs no merge.
-        tokens = [measure(population.base, subset)[1] for subset in subsets]
+        # the same for all models, so none has to run for them
+        counts = np.concatenate([subset.loss_counts for subset in subsets])
         self._sizes = [int(size) for size in np.cumsum([len(subset) for subset in subsets])]
-        self.halving = SuccessiveHalving(
-            np.concatenate(tokens).astype(np.float64), self._sizes, self._sum_losses
-        )
+        self.halving = SuccessiveHalving(counts, self._sizes, self._sum_losses)
 
     def measure_baselines(self, candidates: Sequence[Candidate]) -> None:
         """Measure the candidates of every search on all examples."""

@@ -1,5 +1,6 @@
 """Controls and a search in a run: nothing written before the winner, little memory, resumed to the same bytes, refused where it must be."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,9 +14,10 @@ from jax_ordermerge import tree
 from jax_ordermerge.config import load_config, read_search
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import losses, models, pipeline, preflight
+from jax_ordermerge.experiment import controls, losses, models, pipeline, preflight
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.search.candidates import Candidate, Population
 
 METHODS = [
     {"method": "task_arithmetic", "parameters": {"scale": {"low": 0.5, "high": 2.0, "steps": 4}}},
@@ -91,6 +93,72 @@ def test_a_control_is_what_is_measured_from_the_exported_files(run):
         assert saved["losses"].shape == (len(found["rows"]), 20)
         mean = (saved["losses"] * saved["tokens"]).sum(1) / saved["tokens"].sum()
     np.testing.assert_allclose(mean, [row["loss"] for row in found["rows"]], rtol=1e-6)
+
+
+def test_what_the_evaluation_measured_is_not_measured_again(run, tmp_path, monkeypatch):
+    """The average of equal weights counts, under any name, and its control has the same bits."""
+    ctx = open_run(read_config(run), lambda line: None)
+    population = models.load_population(ctx)
+    average = json.loads((run / "evaluations" / "average.json").read_text())
+    measured = losses.example_losses(
+        ctx, population.build(Candidate("average")), ctx.splits["test"]
+    )
+    assert measured.means.tolist() == average["losses"]
+    rows = json.loads((run / "controls.json").read_text())["rows"]
+    assert {row["name"]: row["loss"] for row in rows}["average"] == average["summary"]["loss"]
+
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "controls.json").unlink()
+    merge = ctx.config.merge.model_copy(
+        update={"methods": [ctx.config.merge.methods[0].model_copy(update={"name": "mean"})]}
+    )
+    config = ctx.config.model_copy(update={"output": str(tmp_path / "run"), "merge": merge})
+    names = {"base": "base", "member_0": "member_0", "member_1": "member_1", "mean": "average"}
+    evaluated = {
+        name: json.loads((run / "evaluations" / f"{file}.json").read_text())
+        for name, file in names.items()
+    }
+    built = []
+    build = Population.build
+    monkeypatch.setattr(
+        Population,
+        "build",
+        lambda self, candidate: built.append(candidate) or build(self, candidate),
+    )
+    controls.measure_controls(dataclasses.replace(ctx, config=config), evaluated)
+    assert built
+    assert not [candidate for candidate in built if candidate.name in ("average", *names)]
+
+
+def test_token_counts_need_no_model(run):
+    ctx = open_run(read_config(run), lambda line: None)
+    base = models.base_params(ctx, "float32")
+    for examples in ctx.splits.values():
+        measured = losses.example_losses(ctx, base, examples).counts
+        assert measured.dtype == examples.loss_counts.dtype
+        np.testing.assert_array_equal(measured, examples.loss_counts)
+
+
+def test_a_search_measures_the_base_once(run, tmp_path, monkeypatch):
+    """Once on each subset, for its own losses and not for token counts."""
+    config, bases, measured = read_config(run), [], []
+    load, original = models.load_population, losses.example_losses
+
+    def load_population(ctx):
+        population = load(ctx)
+        bases.append(population.base)
+        return population
+
+    def example_losses(ctx, params, examples, **options):
+        if params is bases[0]:
+            measured.append(examples.digest)
+        return original(ctx, params, examples, **options)
+
+    monkeypatch.setattr(models, "load_population", load_population)
+    monkeypatch.setattr(losses, "example_losses", example_losses)
+    space = read_search(None, config.merge.auto, {})
+    pipeline.search(config, space, out=tmp_path, export=False, log=lambda line: None)
+    assert len(measured) == len(set(measured)) > 0
 
 
 def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path, monkeypatch):
