@@ -453,6 +453,16 @@ class TensorSpec:
         """The shape of one Hugging Face tensor, which is the unit of merging."""
         return self.shape[1:] if self.stacked else self.shape
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is neither a norm nor a bias."""
+        return len(self.hf_shape) >= 2
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it is a matrix of a layer: neither norm, bias, embedding nor head."""
+        return self.is_matrix and self.kind not in ("embedding", "head")
+
     def hf_names(self) -> tuple[str, ...]:
         """The Hugging Face names in layer order; one name when not stacked."""
         return (

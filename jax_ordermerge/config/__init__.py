@@ -1,42 +1,73 @@
-"""The schema of every YAML file and flag. Strict: an unknown key or a wrong type is an error that names the nearest key."""
+"""The schema of every YAML file and `--set` flag.
 
-from jax_ordermerge.config.evaluation import TASK_KINDS, Evaluation, Task, TaskKind, make_task
-from jax_ordermerge.config.experiment import (
+It is strict: an unknown key or a wrong type is an error that names the nearest key.
+"""
+
+from jax_ordermerge.config.data import Data
+from jax_ordermerge.config.evaluation import (
     PREFERENCES,
+    TASK_KINDS,
+    Evaluation,
+    Task,
+    TaskKind,
+    make_task,
+)
+from jax_ordermerge.config.experiment import (
     Analysis,
     Config,
-    Data,
     Distributed,
-    Lora,
     Mesh,
     Model,
-    Objective,
-    Population,
-    Tracking,
-    Training,
     load_config,
     make_config,
     read_search,
     to_dict,
 )
+from jax_ordermerge.config.section import fixed_settings
+from jax_ordermerge.config.training import (
+    OPTIMIZERS,
+    Dpo,
+    Lora,
+    Mixing,
+    Objective,
+    Optimizer,
+    OptimizerSettings,
+    Papa,
+    Population,
+    Samples,
+    Sft,
+    Tracking,
+    Training,
+    Wash,
+)
 
 __all__ = [
+    "OPTIMIZERS",
     "PREFERENCES",
     "TASK_KINDS",
     "Analysis",
     "Config",
     "Data",
     "Distributed",
+    "Dpo",
     "Evaluation",
     "Lora",
     "Mesh",
+    "Mixing",
     "Model",
     "Objective",
+    "Optimizer",
+    "OptimizerSettings",
+    "Papa",
     "Population",
+    "Samples",
+    "Sft",
     "Task",
     "TaskKind",
     "Tracking",
     "Training",
+    "Wash",
+    "fixed_settings",
     "load_config",
     "make_config",
     "make_task",

@@ -6,13 +6,15 @@ family of kinds. They bring their settings with them.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
 from jax_ordermerge.config.section import Section, parse, registered
 from jax_ordermerge.registry import Registry
+
+PREFERENCES: Final = "preferences"  # the name under which held-out pairs are evaluated
 
 
 class Task(Section):

@@ -226,15 +226,17 @@ class Merge(Section):
         return filled
 
 
-def merge_name(spec: MergeSpec, seed: int) -> str:
-    """Return the directory name of a merge: its own, else `method` or `method-seedS`.
+def merge_name(spec: MergeSpec) -> str:
+    """Return the directory name of a merge: its `name`, else `METHOD` or `METHOD-seedS`.
+
+    A merge that takes the seed of the run is named by its method alone, so that a run with
+    another seed has the same names.
 
     Example:
-        >>> (
-        ...     merge_name(MergeSpec(method="selection", seed=3), 0),
-        ...     merge_name(MergeSpec(method="average"), 0),
-        ... )
-        ('selection-seed3', 'average')
+        >>> merge_name(MergeSpec(method="average"))
+        'average'
+        >>> merge_name(MergeSpec(method="selection", seed=3))
+        'selection-seed3'
     """
     if spec.name:
         return spec.name

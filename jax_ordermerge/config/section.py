@@ -1,7 +1,7 @@
 """Sections of YAML: strict validation, choices by `kind`, and error messages of one line."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import pydantic
 import yaml
@@ -9,6 +9,9 @@ import yaml
 from jax_ordermerge.errors import UserError, did_you_mean
 
 Path = tuple[str | int, ...]
+# Marks a field that may change when a run continues: `Annotated[int, FREE_TO_CHANGE]`. It decides
+# where and when something is computed or written, never what.
+FREE_TO_CHANGE: Final = "free to change"
 
 
 class Section(pydantic.BaseModel):
@@ -18,6 +21,26 @@ class Section(pydantic.BaseModel):
 
 
 SectionType = TypeVar("SectionType", bound=Section)
+
+
+def fixed_settings(section: Section) -> dict[str, Any]:
+    """Return the settings that must stay the same when a run continues, as plain data.
+
+    Example:
+        >>> class Run(Section):
+        ...     seed: int = 0
+        ...     log_every: Annotated[int, FREE_TO_CHANGE] = 10
+        >>> fixed_settings(Run(log_every=5))
+        {'seed': 0}
+    """
+    settings = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if FREE_TO_CHANGE in field.metadata:
+            settings.pop(name, None)
+        elif isinstance(value, Section):
+            settings[name] = fixed_settings(value)
+    return settings
 
 
 class HasSettings(Protocol):
@@ -66,7 +89,7 @@ def one_of(
         default: the kind where the settings name none.
 
     Example:
-        >>> from typing import Annotated, Literal
+        >>> from typing import Literal
         >>> class Circle(Section):
         ...     kind: Literal["circle"] = "circle"
         ...     radius: float = 1.0

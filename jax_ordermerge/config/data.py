@@ -1,0 +1,61 @@
+"""The section `data`: where examples come from and how they become rows of tokens."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from jax_ordermerge.config.section import Section
+
+
+class Data(Section):
+    """Training, validation and test examples."""
+
+    train: str = Field(
+        "generated:quickstart",
+        description="json, jsonl, parquet or csv file (also gs:// and s3://), hub dataset, or"
+        " generated:NAME",
+    )
+    test: str | None = Field(None, description="held-out examples, never trained on")
+    validation_examples: NonNegativeInt = Field(
+        0,
+        description="examples set aside from train by seed; the best member, merge or checkpoint"
+        " is chosen on them",
+    )
+    test_examples: NonNegativeInt = Field(
+        0, description="examples set aside from train by seed, where test has no file of its own"
+    )
+    format: Literal[
+        "auto",
+        "messages",
+        "prompt_completion",
+        "text",
+        "sharegpt",
+        "alpaca",
+        "question_answer",
+        "preference",
+    ] = "auto"
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="names in the files of columns of the format, e.g. {question: problem}",
+    )
+    template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field(
+        "auto", description="how prompt and response become text"
+    )
+    max_length: PositiveInt = Field(512, description="tokens per example")
+    too_long: Literal["drop", "truncate"] = "drop"
+    limit: PositiveInt | None = Field(
+        None,
+        description="use only the first so many training examples: rows of the file, or windows"
+        " of texts",
+    )
+    test_limit: PositiveInt | None = Field(
+        None, description="use only the first so many test examples"
+    )
+    packing: Literal["none", "packs", "bins"] = Field(
+        "none",
+        description="several examples in one row of max_length tokens. packs: examples are packed"
+        " once, and packs are ordered; bins: each order is packed by itself",
+    )
+    buckets: tuple[PositiveInt, ...] = Field(
+        (), description="padded lengths below max_length; () pads to the longest example"
+    )

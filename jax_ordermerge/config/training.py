@@ -1,0 +1,330 @@
+"""Sections on training: members and orders, objective, optimizer, adapters, what is logged.
+
+The optimizers are registered by the modules of `jax_ordermerge.train.optimizers`, one module for
+each. They bring their settings with them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+)
+
+from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, one_of, registered
+from jax_ordermerge.registry import Registry
+
+if TYPE_CHECKING:
+    import optax
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]  # a decay rate: 1 would never learn
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Population(Section):
+    """The members and the orders in which they see the data."""
+
+    members: PositiveInt = Field(4, description="how many times the base is fine-tuned")
+    wave: PositiveInt | None = Field(
+        None,
+        description="members trained at the same time; by default as many as fit in memory",
+    )
+    level: Literal["sample", "batch", "balanced", "same", "reverse"] = Field(
+        "sample", description="what the orders permute"
+    )
+    reshuffle: Literal["each_epoch", "never"] = "each_epoch"
+
+
+# -------------------------------------------------------------------------------------- objective
+
+
+class Sft(Section):
+    """Supervised fine-tuning: the loss of the responses."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class Dpo(Section):
+    """Direct preference optimization: the loss of preference pairs, with the base as reference."""
+
+    kind: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = Field(
+        0.1, description="strength of the pull towards the base; tau in the paper on ipo"
+    )
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid", description="-log sigmoid of the margin, or its squared distance to a target"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="sigmoid: share of pairs whose preference is assumed to be flipped"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _smoothing_goes_with_sigmoid(self) -> "Dpo":
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(
+                "label_smoothing goes with loss = sigmoid; set it to 0, or the loss to sigmoid"
+            )
+        return self
+
+
+Objective = Annotated[
+    Sft | Dpo, Field(discriminator="kind"), one_of(Sft, Dpo, noun="objective", default="sft")
+]
+
+# --------------------------------------------------------------------------------------- schedule
+
+
+class Cosine(Section):
+    """Half a cosine from the peak to the end."""
+
+    kind: Literal["cosine"] = "cosine"
+
+
+class Linear(Section):
+    """A straight line from the peak to the end."""
+
+    kind: Literal["linear"] = "linear"
+
+
+class Wsd(Section):
+    """Constant, then linear over the last steps (warmup-stable-decay)."""
+
+    kind: Literal["wsd"] = "wsd"
+    decay: PositiveFloat = Field(
+        0.1, description="length of the decay: a fraction of all steps if below 1, else steps"
+    )
+
+
+class Constant(Section):
+    """The peak until the end."""
+
+    kind: Literal["constant"] = "constant"
+
+
+Schedule = Annotated[
+    Cosine | Linear | Wsd | Constant,
+    Field(discriminator="kind"),
+    one_of(Cosine, Linear, Wsd, Constant, noun="schedule", default="cosine"),
+]
+
+# -------------------------------------------------------------------------------------- optimizer
+
+
+class OptimizerSettings(Section):
+    """Base class for the settings of an optimizer."""
+
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimizer: its settings, and how the direction of an update is computed.
+
+    Attributes:
+        settings: the section that a config writes for it.
+        direction: `(settings, table) -> optax.GradientTransformation`, where `table` declares
+            the trainable tensors (`arch.TensorSpec`). Clipping, weight decay, schedule and the
+            dtype of the moments are added to it.
+        decoupled_decay: whether weight decay is added to the update (as in AdamW). Otherwise it
+            is added to the gradient, as the gradient of a penalty.
+    """
+
+    settings: type[OptimizerSettings]
+    direction: Callable[..., "optax.GradientTransformation"]
+    decoupled_decay: bool = True
+
+
+OPTIMIZERS = Registry[Optimizer]("optimizer", "jax_ordermerge.train.optimizers")
+
+
+def _adamw() -> OptimizerSettings:
+    return OPTIMIZERS["adamw"].settings(kind="adamw")
+
+
+AnyOptimizer = Annotated[
+    SerializeAsAny[OptimizerSettings],
+    registered(OPTIMIZERS, noun="optimizer", default="adamw"),
+]
+
+
+class Float32Moments(Section):
+    """Optimizer state in float32."""
+
+    kind: Literal["float32"] = "float32"
+
+
+class Bfloat16Moments(Section):
+    """Optimizer state in bfloat16, which halves its memory."""
+
+    kind: Literal["bfloat16"] = "bfloat16"
+    rounding: Literal["stochastic", "nearest"] = Field(
+        "stochastic",
+        description="nearest loses the small changes that a beta2 of 0.999 makes",
+    )
+
+
+Moments = Annotated[
+    Float32Moments | Bfloat16Moments,
+    Field(discriminator="kind"),
+    one_of(Float32Moments, Bfloat16Moments, noun="dtype of moments", default="float32"),
+]
+
+# ----------------------------------------------------------------------------------------- mixing
+
+
+class Wash(Section):
+    """Members that swap a few of their parameters."""
+
+    kind: Literal["wash"] = "wash"
+    every: PositiveInt = Field(1, description="steps from one mixing to the next")
+    fraction: Share = Field(0.001, description="share of the elements that are swapped each time")
+    depth: Literal["constant", "decreasing"] = Field(
+        "decreasing",
+        description="the same fraction in every layer, or one that falls from the embedding to 0"
+        " at the head",
+    )
+
+
+class Papa(Section):
+    """Members that are drawn to their mean."""
+
+    kind: Literal["papa"] = "papa"
+    every: PositiveInt = Field(10, description="steps from one mixing to the next")
+    rate: Share = Field(
+        0.01, description="how far members move to the mean each time; 1 is all of the way"
+    )
+
+
+Mixing = Annotated[Wash | Papa, Field(discriminator="kind"), one_of(Wash, Papa, noun="mixing")]
+
+# --------------------------------------------------------------------------------------- sections
+
+
+class Training(Section):
+    """Optimization of every member."""
+
+    epochs: PositiveInt = 3
+    batch: PositiveInt = Field(32, description="examples, or packed rows, per optimizer step")
+    microbatch: PositiveInt | None = Field(
+        None,
+        description="examples, or packed rows, per forward pass; below batch it accumulates"
+        " gradients",
+    )
+    optimizer: AnyOptimizer = Field(default_factory=_adamw)
+    learning_rate: PositiveFloat = Field(
+        2e-5, description="at its peak; optimizers need different magnitudes"
+    )
+    schedule: Schedule = Field(Cosine(), description="learning rate after the warm-up")
+    warmup: NonNegativeFloat = Field(
+        0.03, description="length of the warm-up: a fraction of all steps if below 1, else steps"
+    )
+    final_fraction: NonNegativeFloat = Field(
+        0.0, description="learning rate at the end, as a fraction of its peak"
+    )
+    weight_decay: NonNegativeFloat = Field(
+        0.0,
+        description="times the learning rate; for sgd it is added to the gradient, as in torch",
+    )
+    decay_on: Literal["matrices", "hidden", "all"] = Field(
+        "matrices",
+        description="matrices: all but norms and biases; hidden: also not embeddings and head;"
+        " all: every tensor",
+    )
+    moments: Moments = Field(Float32Moments(), description="dtype of the optimizer state")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of an exponential moving average of the weights, bias-corrected; the"
+        " averages are then analyzed, merged and exported as the members",
+    )
+    clip_norm: PositiveFloat | None = Field(
+        1.0, description="largest global gradient norm; null does not clip"
+    )
+    mixing: Mixing | None = Field(None, description="null: members train independently")
+    checkpoint_every: Annotated[PositiveInt | None, FREE_TO_CHANGE] = Field(
+        None, description="steps; null saves at the end of each epoch"
+    )
+    keep_checkpoints: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
+        2, description="how many of the latest checkpoints are kept"
+    )
+    checkpoint: Literal["last", "best"] = Field(
+        "last",
+        description="weights of each member that are analyzed, merged and exported: the last, or"
+        " those with its lowest validation loss (needs data.validation_examples, and memory for"
+        " one more copy of the trained parameters)",
+    )
+    validate_every: PositiveInt | None = Field(
+        None,
+        description="steps between validation losses; null is the end of each epoch with"
+        " checkpoint: best, else never",
+    )
+    log_every: Annotated[PositiveInt, FREE_TO_CHANGE] = 10
+    spike: Annotated[float | None, Field(gt=1), FREE_TO_CHANGE] = Field(
+        None,
+        description="stop where a member's loss exceeds its median of the last 50 steps by this"
+        " factor; null does not",
+    )
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation losses are measured while training."""
+        return self.checkpoint == "best" or self.validate_every is not None
+
+
+class Lora(Section):
+    """Low-rank adapters instead of full fine-tuning: W + alpha / rank B A.
+
+    W is frozen, and one copy serves all members. There is no dropout: the order of the data must
+    be all that differs between members.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = Field(16.0, description="the change is scaled by alpha / rank")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    targets: tuple[str, ...] = Field(
+        ("all-linear",),
+        description="q, k, v, o, gate, up, down or their Hugging Face names (q_proj); all-linear"
+        " is all of them",
+    )
+    base_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the frozen base in training; null is model.compute_dtype"
+    )
+
+    @pydantic.field_validator("targets", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class Samples(Section):
+    """Greedy answers to fixed prompts while training, in metrics/samples.jsonl.
+
+    They change nothing in the training: no order and no random choice depends on them.
+    """
+
+    every: PositiveInt | None = Field(
+        None, description="steps between answers, and after the last step; null asks nothing"
+    )
+    prompts: tuple[str, ...] = Field(
+        (),
+        description="in the template of the data; by default the first validation examples, else"
+        " the first test examples",
+    )
+    count: PositiveInt = Field(4, description="number of examples where no prompts are given")
+    max_new_tokens: PositiveInt = 64
+
+
+class Tracking(Section):
+    """Trackers of metrics, one run per member; `metrics/train.jsonl` is always written."""
+
+    tensorboard: bool = Field(
+        False, description="event files in tracking/ of the run directory (extra: tensorboard)"
+    )
+    wandb: str | None = Field(
+        None, description="project on Weights & Biases (extra: wandb); null does not use it"
+    )

@@ -1,0 +1,29 @@
+"""Stochastic gradient descent."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jax_ordermerge.arch import TensorSpec
+from jax_ordermerge.config.training import OPTIMIZERS, Fraction, Optimizer, OptimizerSettings
+
+if TYPE_CHECKING:
+    import optax
+
+
+class Sgd(OptimizerSettings):
+    """Gradient descent with momentum; weight decay is a penalty on the loss, as in torch."""
+
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+
+
+def direction(settings: Sgd, table: Sequence[TensorSpec]) -> "optax.GradientTransformation":
+    """Return the momentum, or the gradient itself where there is none."""
+    import optax
+
+    if not settings.momentum:
+        return optax.identity()  # saves the memory of a trace
+    return optax.trace(settings.momentum, settings.nesterov)
+
+
+OPTIMIZERS.register("sgd", Optimizer(Sgd, direction, decoupled_decay=False))
