@@ -41,7 +41,7 @@ from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.model import llama
-from jax_ordermerge.train import loop, objective, optimizers
+from jax_ordermerge.train import loop, objective, optimizer
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.spec import TrainingSpec
 
@@ -105,14 +105,14 @@ class Ours:
     def __init__(self, members: int, rows: str = "full") -> None:
         mesh = meshes.make_mesh()
         batch = full(members) if rows == "full" else examples(rows == "packed")
-        tx = optimizers.optimizer(TRAINING, 1000, tensor_table(CONFIG))
+        tx = optimizer.make_optimizer(TRAINING, 1000, tensor_table(CONFIG))
         abstract = steps.abstract_state(
             convert.abstract_params(CONFIG, mesh, members=members), tx, mesh
         )
         one = steps.train_step(
             objective.sft(CONFIG, dtype="float32"),
             tx,
-            optimizers.schedule(TRAINING, 1000),
+            optimizer.make_schedule(TRAINING, 1000),
             lengths=[batch["tokens"].shape[-1]],
         )
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("order"))

@@ -48,6 +48,10 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
             raise ValueError(f"{self._noun} '{name}' is registered already")
         self._entries[name] = entry
 
+    def unregister(self, name: str) -> None:
+        """Remove an entry, so that a test leaves the table as it was."""
+        del self._entries[name]
+
     def _load(self) -> None:
         package, self._package = self._package, None  # first, because modules may read the table
         if package is not None:

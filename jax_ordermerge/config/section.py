@@ -1,7 +1,7 @@
 """Sections of YAML: strict validation, choices by `kind`, and error messages of one line."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import pydantic
 import yaml
@@ -27,6 +27,7 @@ def fixed_settings(section: Section) -> dict[str, Any]:
     """Return the settings that must stay the same when a run continues, as plain data.
 
     Example:
+        >>> from typing import Annotated
         >>> class Run(Section):
         ...     seed: int = 0
         ...     log_every: Annotated[int, FREE_TO_CHANGE] = 10
@@ -89,7 +90,7 @@ def one_of(
         default: the kind where the settings name none.
 
     Example:
-        >>> from typing import Literal
+        >>> from typing import Annotated, Literal
         >>> class Circle(Section):
         ...     kind: Literal["circle"] = "circle"
         ...     radius: float = 1.0

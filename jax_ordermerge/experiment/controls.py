@@ -79,7 +79,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
 def _selections(config: Config) -> dict[str, Candidate]:
     """Return the selections of the config by the name of the merge."""
     return {
-        merge_name(spec, config.seed): Candidate(
+        merge_name(spec): Candidate(
             spec.method,
             dict(spec.parameters),
             spec.weights,

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ordermerge.config import Dpo
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.evaluate import scoring
@@ -103,11 +104,13 @@ def objective_losses(ctx: RunContext, examples: Examples, sequences: Losses) -> 
     """Return the losses that the objective defines, from the cross-entropy of the responses."""
     if examples.rejected is None:
         return sequences
+    objective = ctx.config.objective
+    assert isinstance(objective, Dpo)  # no other objective has pairs
     assert examples.reference is not None
     losses = preference.pair_losses(
         jnp.asarray(-sequences.sums),
         jnp.asarray(examples.reference),
         jnp.asarray(sequences.counts),
-        ctx.config.objective,
+        objective,
     )
     return Losses(np.asarray(losses).astype(np.float64), examples.loss_counts)

@@ -13,19 +13,6 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json, RunLayout, member_name
 
-# A run may continue on other hardware or in another place; every other key decides its result.
-_FREE_TO_CHANGE = (
-    "mesh",
-    "distributed",
-    "output",
-    "tracking",
-    "samples",
-    "compilation_cache",
-    "training.log_every",
-    "training.keep_checkpoints",
-    "training.spike",
-)
-
 
 def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, or the resolved config of a run directory; both may be in a bucket.
@@ -66,11 +53,11 @@ def model_names(config: Config) -> dict[str, str]:
 
 
 def difference(old: Json, new: Json) -> list[str]:
-    """Return `"key: old -> new"` for every key that decides the result and differs.
+    """Return `"key: old -> new"` for every key that differs.
 
     Example:
-        >>> difference({"seed": 0, "mesh": {"fsdp": 1}}, {"seed": 1, "mesh": {"fsdp": 2}})
-        ['seed: 0 -> 1']
+        >>> difference({"seed": 0, "model": {"init": "random"}}, {"seed": 1})
+        ['model.init: random -> None', 'seed: 0 -> 1']
     """
 
     def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -84,7 +71,7 @@ def difference(old: Json, new: Json) -> list[str]:
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before | after)
-        if before.get(key) != after.get(key) and not key.startswith(_FREE_TO_CHANGE)
+        if before.get(key) != after.get(key)
     ]
 
 
@@ -97,7 +84,8 @@ def check_same_config(config: Config) -> None:
     run = RunLayout(config.directory)
     if not run.is_run:
         return
-    changed = difference(yaml.safe_load(run.config.read_text()), schema.to_dict(config))
+    before = schema.load_config(run.config)
+    changed = difference(schema.fixed_settings(before), schema.fixed_settings(config))
     if changed:
         raise UserError(
             f"{run.root} was made with another config ({'; '.join(changed)});"

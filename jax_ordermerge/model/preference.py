@@ -6,11 +6,11 @@ Axis letters: `B` pair, `C` its responses (0 chosen, 1 rejected).
 import jax
 import jax.numpy as jnp
 
-from jax_ordermerge.config import Objective
+from jax_ordermerge.config import Dpo
 
 
 def pair_losses(
-    logps_BC: jax.Array, reference_BC: jax.Array, tokens_BC: jax.Array, settings: Objective
+    logps_BC: jax.Array, reference_BC: jax.Array, tokens_BC: jax.Array, settings: Dpo
 ) -> jax.Array:
     """Return the loss of each pair, float32[B].
 
@@ -28,7 +28,7 @@ def pair_losses(
     Example:
         >>> even = jnp.zeros((1, 2))
         >>> better = jnp.array([[2.0, -3.0]])
-        >>> sigmoid, ipo = Objective(beta=1.0), Objective(beta=1.0, loss="ipo")
+        >>> sigmoid, ipo = Dpo(beta=1.0), Dpo(beta=1.0, loss="ipo")
         >>> [
         ...     round(pair_losses(logps, even, even + 1, sigmoid).item(), 4)
         ...     for logps in (even, better)

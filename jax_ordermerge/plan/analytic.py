@@ -21,8 +21,9 @@ from jax_ordermerge.config import Training
 from jax_ordermerge.hardware import Topology
 from jax_ordermerge.model import lora
 from jax_ordermerge.plan.spec import PlanSpec
-from jax_ordermerge.train import flops, optimizers
+from jax_ordermerge.train import flops
 from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.optimizer import make_optimizer
 
 # Fractions of the data sheet that programs reach in practice, and the fraction of the shorter of
 # overlapping times that still shows in the time of a step.
@@ -223,7 +224,7 @@ def _state_bytes(
     members: int,
     mesh: AbstractMesh,
 ) -> dict[str, int]:
-    optimizer = optimizers.optimizer(training, 1, trained)
+    optimizer = make_optimizer(training, 1, trained)
     params = convert.abstract_tensors(trained, mesh, members=members)
     state = steps.abstract_state(params, optimizer, mesh)
     # the best weights of each member are a second copy of the parameters

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import hash_rng, rng, tree
 from jax_ordermerge.arch import TensorSpec
-from jax_ordermerge.config.mixing import Mixing
+from jax_ordermerge.config import Mixing, Papa, Wash
 from jax_ordermerge.merge import population
 from jax_ordermerge.merge.methods import average, selection
 from jax_ordermerge.merge.methods.parts import rounded
@@ -44,13 +44,13 @@ def compile_mixing(
     Returns:
         `(state, steps done) -> state`; the state's parameters are donated.
     """
-    flat, every = tree.flatten(params), settings.every or 1
+    flat = tree.flatten(params)
 
     def mix(params: Tree, done: jax.Array) -> Tree:
         own = tree.flatten(params)
-        if settings.kind == "papa":
+        if isinstance(settings, Papa):
             return tree.unflatten(
-                {path: _papa(own[path], flat[path], settings.rate or 0.0) for path in own}
+                {path: _papa(own[path], flat[path], settings.rate) for path in own}
             )
         chances = _chances(table, settings)
         return tree.unflatten(
@@ -66,7 +66,7 @@ def compile_mixing(
     compiled = program.lower(params, step).compile(steps.EXACT)
 
     def mixed(state: steps.TrainState, done: int) -> steps.TrainState:
-        if done % every:
+        if done % settings.every:
             return state
         return state._replace(
             params=compiled(state.params, jax.device_put(np.uint32(done), counter_place))
@@ -185,12 +185,9 @@ def _wash_leaf(
     )
 
 
-def _chances(table: Sequence[TensorSpec], settings: Mixing) -> dict[str, np.ndarray]:
+def _chances(table: Sequence[TensorSpec], settings: Wash) -> dict[str, np.ndarray]:
     """Return for every tensor the fraction of each of its layers, float64[L] (or [1])."""
-    fraction, layers = (
-        settings.fraction or 0.0,
-        max((s.shape[0] for s in table if s.stacked), default=0),
-    )
+    layers = max((s.shape[0] for s in table if s.stacked), default=0)
 
     def depths(spec: TensorSpec) -> np.ndarray:
         if spec.stacked:
@@ -198,4 +195,6 @@ def _chances(table: Sequence[TensorSpec], settings: Mixing) -> dict[str, np.ndar
         return np.array([0 if spec.kind == "embedding" else layers + 1])
 
     falls = settings.depth == "decreasing"
-    return {spec.path: fraction * (1 - depths(spec) / (layers + 1) * falls) for spec in table}
+    return {
+        spec.path: settings.fraction * (1 - depths(spec) / (layers + 1) * falls) for spec in table
+    }

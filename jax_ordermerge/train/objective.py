@@ -104,7 +104,7 @@ def sft(
 
 def dpo(
     model: ModelConfig,
-    settings: config.Objective,
+    settings: config.Dpo,
     *,
     dtype: DTypeLike,
     remat: llama.Remat = "dots",
@@ -147,7 +147,7 @@ def dpo(
         ...     "weights": jnp.ones((1, 2, 3)),
         ... }
         >>> batch["reference"] = jnp.full((1, 2), -3 * jnp.log(4))
-        >>> settings = config.Objective(kind="dpo")
+        >>> settings = config.Dpo()
         >>> total, sums = dpo(model, settings, dtype="float32")(zeros, batch)
         >>> round(total.item(), 4), sums.weights.tolist()  # log 2
         (0.6931, [1.0])

@@ -120,11 +120,11 @@ class RoundedState(NamedTuple):
     """State of `in_bfloat16`.
 
     Attributes:
-        count: int32 scalar, number of updates; it selects the random bits.
+        step: int32 scalar, number of updates; it selects the random bits.
         inner: state of the optimizer, its moments in bfloat16.
     """
 
-    count: jax.Array
+    step: jax.Array
     inner: optax.OptState
 
 
@@ -151,13 +151,13 @@ def in_bfloat16(
     # undoes every time: `nu` never falls, and it grows only where the squared gradient is some 3
     # to 5 times larger. Stochastic rounding preserves the mean.
 
-    def round_moment(path: tuple[Any, ...], moment: jax.Array, count: jax.Array) -> jax.Array:
+    def round_moment(path: tuple[Any, ...], moment: jax.Array, step: jax.Array) -> jax.Array:
         if not stochastic:
             return moment.astype(jnp.bfloat16)
         # The bits depend on parameter and step alone, so they are the same on every mesh and for
         # every member: a member in a population stays equal to the member alone.
         key_bits = jnp.asarray(rng.stream_key_bits(0, "moments", jax.tree_util.keystr(path)))
-        random_bits = hash_rng.random_words(key_bits, hash_rng.element_index(moment.shape), count)
+        random_bits = hash_rng.random_words(key_bits, hash_rng.element_index(moment.shape), step)
         return hash_rng.round_stochastically(moment, random_bits)
 
     def init(params: Tree) -> RoundedState:
@@ -169,8 +169,8 @@ def in_bfloat16(
     ) -> tuple[Tree, RoundedState]:
         wide = _map_moments(lambda _, moment: moment.astype(jnp.float32), state.inner)
         updates, inner = tx.update(grads, wide, params)
-        inner = _map_moments(lambda path, moment: round_moment(path, moment, state.count), inner)
-        return updates, RoundedState(state.count + 1, inner)
+        inner = _map_moments(lambda path, moment: round_moment(path, moment, state.step), inner)
+        return updates, RoundedState(state.step + 1, inner)
 
     return optax.GradientTransformation(init, update)
 
@@ -187,12 +187,12 @@ class AveragedState(NamedTuple):
     """State of `averaged`.
 
     Attributes:
-        count: int32 scalar, number of updates.
+        step: int32 scalar, number of updates.
         ema: float32 averages, shaped like the parameters; before the first update the parameters.
         inner: state of the optimizer.
     """
 
-    count: jax.Array
+    step: jax.Array
     ema: Tree
     inner: optax.OptState
 
@@ -226,11 +226,11 @@ def averaged(tx: optax.GradientTransformation, decay: float) -> optax.GradientTr
 
     def update(grads: Tree, state: AveragedState, params: Tree) -> tuple[Tree, AveragedState]:
         updates, inner = tx.update(grads, state.inner, params)
-        count = optax.safe_increment(state.count)
+        step = optax.safe_increment(state.step)
         log = jnp.log(jnp.float32(decay))
         # (1 - decay) / (1 - decay^t), by expm1 because 1 - decay cancels for a decay near 1
-        step_size = jnp.expm1(log) / jnp.expm1(log * count)
+        step_size = jnp.expm1(log) / jnp.expm1(log * step)
         ema = optax.incremental_update(optax.apply_updates(params, updates), state.ema, step_size)
-        return updates, AveragedState(count, ema, inner)
+        return updates, AveragedState(step, ema, inner)
 
     return optax.GradientTransformation(init, update)

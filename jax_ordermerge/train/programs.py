@@ -13,7 +13,7 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
-from jax_ordermerge.train import batches, mixing, optimizers, validation
+from jax_ordermerge.train import batches, mixing, optimizer, validation
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.step import TrainState
@@ -46,7 +46,7 @@ class Programs:
         self.trainable = make_trainable(self.spec, model, mesh)
         trained, frozen = self.trainable.trained, self.trainable.frozen
         members = len(plan.members)
-        self.tx = optimizers.optimizer(self.spec.training, plan.steps, trained)
+        self.tx = optimizer.make_optimizer(self.spec.training, plan.steps, trained)
         params = convert.abstract_tensors(trained, mesh, members=members)
         self.state = steps.abstract_state(params, self.tx, mesh)
         self.frozen = convert.abstract_tensors(frozen, mesh, dtype=self.spec.base_dtype)
@@ -63,7 +63,7 @@ class Programs:
         """Where in a checkpoint the members are."""
         if self.spec.training.checkpoint == "best":
             return validation.BRANCH
-        return "params" if self.spec.training.ema is None else optimizers.AVERAGES
+        return "params" if self.spec.training.ema is None else optimizer.AVERAGES
 
     # ------------------------------------------------------------------------------ arrays
 
@@ -84,7 +84,7 @@ class Programs:
         step = steps.train_step(
             self.trainable.objective,
             self.tx,
-            optimizers.schedule(self.spec.training, self.plan.steps),
+            optimizer.make_schedule(self.spec.training, self.plan.steps),
             lengths=self.plan.lengths,
             specs=unflatten(specs),
         )

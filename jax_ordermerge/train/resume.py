@@ -15,11 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge.checkpoint.orbax import Checkpoints
+from jax_ordermerge.config import fixed_settings
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.train import validation
 from jax_ordermerge.train.programs import Programs
 from jax_ordermerge.train.recorder import Recorder
-from jax_ordermerge.train.spec import FREE_TO_CHANGE
 from jax_ordermerge.train.step import TrainState
 from jax_ordermerge.train.validation import Best
 
@@ -31,7 +31,7 @@ def identity(programs: Programs) -> dict[str, Any]:
     """Return everything that decides the result of a training, as JSON."""
     spec, plan = programs.spec, programs.plan
     deciding: dict[str, Any] = {
-        "training": spec.training.model_dump(mode="json", exclude=set(FREE_TO_CHANGE)),
+        "training": fixed_settings(spec.training),
         "model": spec.model.model_dump(mode="json", include={"compute_dtype", "remat"}),
         "objective": spec.objective.model_dump(mode="json"),
         "architecture": repr(programs.model),

@@ -7,10 +7,6 @@ from typing import Any
 
 from jax_ordermerge import config
 
-# Settings of `training` that may differ when a training continues: they decide when something is
-# written or checked, not what is trained.
-FREE_TO_CHANGE = frozenset({"log_every", "checkpoint_every", "keep_checkpoints", "spike"})
-
 
 @dataclasses.dataclass(frozen=True)
 class TrackingSpec:
@@ -53,7 +49,7 @@ class TrainingSpec:
     base_dtype: str = "float32"
     data: config.Data = field(default_factory=config.Data)
     population: config.Population = field(default_factory=config.Population)
-    objective: config.Objective = field(default_factory=config.Objective)
+    objective: config.Objective = field(default_factory=config.Sft)
     training: config.Training = field(default_factory=config.Training)
     lora: config.Lora | None = None
     sample_every: int | None = None

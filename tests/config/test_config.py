@@ -1,11 +1,13 @@
 """Strictness of the schema, and the texts of its errors."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from jax_ordermerge.config import load_config, make_config, to_dict
+from jax_ordermerge.config import fixed_settings, load_config, make_config, to_dict
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.methods import registry
 
@@ -43,27 +45,39 @@ CONFIGS = sorted(
         ),
         (
             {"training": {"optimizer": "adam"}},
-            "training.optimizer = 'adam': input should be 'adamw', 'adafactor', 'lion', 'sgd' or 'muon'",
+            "training.optimizer = 'adam': unknown optimizer (did you mean 'adamw'?)",
         ),
         (
-            {"training": {"optimizer": "lion", "epsilon": 1e-8}},
-            "training.epsilon = 1e-08 is not a setting of training.optimizer = lion (it has: beta1, beta2); remove it",
+            {"training": {"optimizer": {"kind": "adan"}}},
+            "training.optimizer.kind = 'adan': unknown optimizer (did you mean 'adamw'?)",
         ),
         (
-            {"training": {"momentum": 0.9}},
-            "training.momentum = 0.9 is not a setting of training.optimizer = adamw",
+            {"training": {"schedule": "polynomial"}},
+            "training.schedule = 'polynomial': unknown schedule (known: cosine, linear, wsd, constant)",
         ),
         (
-            {"training": {"optimizer": "sgd", "momentum": 1}},
-            "training.momentum = 1: input should be less than 1",
+            {"training": {"optimizer": {"kind": "lion", "epsilon": 1e-8}}},
+            "unknown key training.optimizer.epsilon (kind lion has: beta1, beta2)",
         ),
         (
-            {"training": {"decay": 0.1}},
-            "training.decay = 0.1 is not a setting of training.schedule = cosine",
+            {"training": {"optimizer": {"momentum": 0.9}}},
+            "unknown key training.optimizer.momentum (kind adamw has: beta1, beta2, epsilon)",
         ),
         (
-            {"training": {"moments_rounding": "nearest"}},
-            "is not a setting of training.moments_dtype = float32",
+            {"training": {"optimizer": {"kind": "sgd", "momentum": 1}}},
+            "training.optimizer.momentum = 1: input should be less than 1",
+        ),
+        (
+            {"training": {"schedule": {"decay": 0.1}}},
+            "unknown key training.schedule.decay (kind cosine has: no settings)",
+        ),
+        (
+            {"training": {"moments": {"kind": "float32", "rounding": "nearest"}}},
+            "unknown key training.moments.rounding (kind float32 has: no settings)",
+        ),
+        (
+            {"training": {"mixing": {"every": 4}}},
+            "training.mixing.kind is missing: wash or papa",
         ),
         ({"training": {"ema": 1}}, "training.ema = 1: input should be less than 1"),
         ({"data": {"buckets": [1024]}}, "data.buckets [1024] are above data.max_length = 512"),
@@ -81,7 +95,7 @@ CONFIGS = sorted(
         ),
         (
             {"data": {"packing": "bins"}, "population": {"level": "batch"}},
-            "data.packing = bins composes anew; give packs",
+            "data.packing = bins composes new ones; give packs",
         ),
         (
             {"data": {"packing": "packs"}, "model": {"attention": "cudnn"}},
@@ -92,8 +106,12 @@ CONFIGS = sorted(
             "dpo learns from preference pairs, not data.format = messages",
         ),
         (
-            {"objective": {"loss": "ipo", "label_smoothing": 0.1}},
-            "label_smoothing goes with objective.loss = sigmoid",
+            {"objective": {"kind": "dpo", "loss": "ipo", "label_smoothing": 0.1}},
+            "objective: label_smoothing goes with loss = sigmoid",
+        ),
+        (
+            {"objective": {"kind": "sft", "beta": 0.1}},
+            "unknown key objective.beta (kind sft has: no settings)",
         ),
         (
             {"objective": {"kind": "dpo"}, "evaluation": {"tasks": [{"name": "preferences"}]}},
@@ -181,7 +199,7 @@ def test_large_configs_have_the_published_settings(name):
     assert PUBLISHED[name] == (
         training.batch,
         training.learning_rate,
-        training.schedule,
+        training.schedule.kind,
         training.warmup,
         training.epochs,
         config.data.max_length,
@@ -219,29 +237,34 @@ def test_committed_benchmarks_are_valid_and_say_how_to_run_them(file):
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "sgd", "muon"])
 def test_resolved_config_reads_back(optimizer):
     config = make_config(
-        {"training": {"optimizer": optimizer, "schedule": "wsd", "moments_dtype": "bfloat16"}}
+        {"training": {"optimizer": optimizer, "schedule": "wsd", "moments": "bfloat16"}}
     )
     assert make_config(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
 
-def test_defaults_are_those_of_the_choices_made():
-    lion = make_config({"training": {"optimizer": "lion", "beta1": 0.95}}).training
-    assert (lion.beta1, lion.beta2, lion.epsilon, lion.momentum, lion.decay) == (
-        0.95,
-        0.99,
-        None,
-        None,
-        None,
-    )
-    adamw = make_config(
-        {"training": {"schedule": "wsd", "moments_dtype": "bfloat16", "epsilon": None}}
-    ).training
-    assert (adamw.beta2, adamw.epsilon, adamw.decay, adamw.moments_rounding) == (
-        0.999,
-        1e-8,
-        0.1,
-        "stochastic",
-    )
+def test_a_bare_name_means_the_defaults_of_the_choice():
+    lion = make_config({"training": {"optimizer": "lion"}}).training.optimizer
+    assert lion.model_dump() == {"kind": "lion", "beta1": 0.9, "beta2": 0.99}
+    training = make_config({"training": {"schedule": "wsd", "moments": "bfloat16"}}).training
+    assert (training.schedule.decay, training.moments.rounding) == (0.1, "stochastic")
+    assert make_config({"objective": "dpo"}).objective.beta == 0.1
+
+
+def test_settings_without_a_kind_are_those_of_the_default():
+    adamw = make_config({"training": {"optimizer": {"beta1": 0.8}}}).training.optimizer
+    assert (adamw.kind, adamw.beta1, adamw.beta2) == ("adamw", 0.8, 0.999)
+
+
+@pytest.mark.parametrize("text", ["{}", "training: {optimizer: lion}", "training: {mixing: null}"])
+def test_overrides_of_a_choice(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    changed = load_config(file, ["training.optimizer.beta1=0.8", "training.mixing=papa"]).training
+    assert changed.optimizer.kind == ("lion" if "lion" in text else "adamw")
+    assert (changed.optimizer.beta1, changed.mixing.rate) == (0.8, 0.01)
+    assert load_config(file, ["training.optimizer=sgd"]).training.optimizer.momentum == 0.9
+    with pytest.raises(UserError, match=r"unknown key training.optimizer.epsilon \(kind lion has"):
+        load_config(file, ["training.optimizer=lion", "training.optimizer.epsilon=1"])
 
 
 def test_several_seeds_of_a_merge_are_several_merges_also_when_read_back():
@@ -279,3 +302,39 @@ def test_held_out_examples_come_from_one_place():
         match=r"data.test_examples = 5 sets examples aside from train, data.test = a.json is a file",
     ):
         make_config({"data": {"test": "a.json", "test_examples": 5}})
+
+
+def test_what_may_change_when_a_run_continues():
+    free = {
+        "output": "elsewhere",
+        "mesh": {"fsdp": 2},
+        "distributed": {"timeout": 5},
+        "samples": {"every": 3},
+        "tracking": {"tensorboard": True},
+        "compilation_cache": "cache",
+        "training": {"log_every": 1, "checkpoint_every": 5, "keep_checkpoints": 9, "spike": 8.0},
+    }
+    assert fixed_settings(make_config(free)) == fixed_settings(make_config({}))
+    for fixed in (
+        {"seed": 1},
+        {"training": {"epochs": 1}},
+        {"training": {"optimizer": {"beta1": 0.8}}},
+        {"population": {"members": 2}},
+        {"evaluation": {"tasks": [{"name": "sums", "kind": "number"}]}},
+    ):
+        assert fixed_settings(make_config(fixed)) != fixed_settings(make_config({}))
+
+
+def test_the_name_of_a_merge_does_not_depend_on_the_seed_of_the_run():
+    methods = [{"method": "average"}, {"method": "selection", "seed": 3}]
+    names = [make_config({"seed": seed, "merge": {"methods": methods}}) for seed in (0, 3)]
+    assert [config.merge_names for config in names] == [["average", "selection-seed3"]] * 2
+
+
+def test_reading_a_config_does_not_import_jax():
+    code = (
+        "import sys; from jax_ordermerge.config import make_config\n"
+        "make_config({'evaluation': {'tasks': [{'name': 'a'}]}, 'training': {'optimizer': 'muon'}})\n"
+        "sys.exit('jax' in sys.modules or 'optax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

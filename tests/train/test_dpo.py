@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jax_ordermerge import tree
-from jax_ordermerge.config import Objective
+from jax_ordermerge.config import Dpo
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.evaluate import scoring
@@ -88,7 +88,7 @@ def test_losses_and_scores_against_loops(settings):
         random.normal(-9, 3, (5, 2)),
         random.integers(1, 9, (5, 2)),
     )
-    objective = Objective(kind="dpo", **settings)
+    objective = Dpo(**settings)
     found = preference.pair_losses(*map(jnp.float32, (logps, reference, tokens)), objective)
     scores = preference.scores(jnp.float32(logps), jnp.float32(reference), beta=objective.beta)
     for pair in range(5):
@@ -118,7 +118,7 @@ def test_a_margin_too_large_for_exp():
         jnp.array([[-1e4, 0.0], [0.0, -1e4]]),
         jnp.zeros((2, 2)),
         jnp.ones((2, 2)),
-        Objective(beta=1.0),
+        Dpo(beta=1.0),
     )
     assert found.tolist() == [1e4, 0.0]
 
@@ -126,7 +126,7 @@ def test_a_margin_too_large_for_exp():
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_the_gradient_is_that_of_the_plain_formula(tiny_model, pairs, kind):
     """The weights trick against differentiating through whole logits."""
-    settings = Objective(kind="dpo", beta=0.5, loss=kind)
+    settings = Dpo(beta=0.5, loss=kind)
     params = llama.init_params(tiny_model, 1)
     batch = {
         name: jnp.asarray(array)
@@ -159,7 +159,7 @@ def test_the_gradient_is_that_of_the_plain_formula(tiny_model, pairs, kind):
 
 
 def test_accumulation_has_the_same_gradient(tiny_model, pairs):
-    loss = objective.dpo(tiny_model, Objective(kind="dpo"), dtype="float32")
+    loss = objective.dpo(tiny_model, Dpo(), dtype="float32")
     params = llama.init_params(tiny_model, 1)
     seen = []
     for microbatch in (8, 2):
@@ -180,7 +180,7 @@ def test_accumulation_has_the_same_gradient(tiny_model, pairs):
 
 @pytest.mark.slow
 def test_fisher_of_pairs(tiny_model, pairs, tiny_base):
-    loss = objective.dpo(tiny_model, Objective(kind="dpo"), dtype="float32", remat="none")
+    loss = objective.dpo(tiny_model, Dpo(), dtype="float32", remat="none")
     found = fisher.diagonal(
         loss, tree.stack([tiny_base]), pairs, count=2, lengths=(24,), mesh=make_mesh(), seed=0
     )

@@ -13,8 +13,9 @@ from jax_ordermerge.data import order
 from jax_ordermerge.errors import Stopped, UserError
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import batches, loop, members, optimizers
+from jax_ordermerge.train import batches, loop, members
 from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.optimizer import make_optimizer
 
 STEPS = 6  # 2 epochs of 3
 
@@ -119,7 +120,7 @@ def test_member_alone_by_every_optimizer(tmp_path, tiny_train, tiny_model, same_
     sections["training"] = sections["training"] | {
         "optimizer": optimizer,
         "ema": 0.9,
-        "moments_dtype": "bfloat16",
+        "moments": "bfloat16",
     }
     population_orders, own = make_mesh(2, 4, 1), make_mesh(1, 4, 1)
     both = tiny_train(tmp_path / "both", population_orders, **sections)
@@ -135,7 +136,7 @@ def test_member_alone_by_every_optimizer(tmp_path, tiny_train, tiny_model, same_
 
 def everything(run, model, mesh):
     """Parameters, optimizer state, counters and losses of the last checkpoint."""
-    tx = optimizers.optimizer(run.spec.training, STEPS, tensor_table(model))
+    tx = make_optimizer(run.spec.training, STEPS, tensor_table(model))
     state = steps.abstract_state(convert.abstract_params(model, mesh, members=2), tx, mesh)
     wanted = {"params": state.params, "optimizer": state.opt_state, "step": state.step}
     return orbax.restore(run.file("checkpoints"), STEPS, wanted)
@@ -178,9 +179,8 @@ def averaged(tmp_path_factory, tiny_train):
 
 AVERAGED = {
     "optimizer": "muon",
-    "schedule": "wsd",
-    "decay": 2,
-    "moments_dtype": "bfloat16",
+    "schedule": {"kind": "wsd", "decay": 2},
+    "moments": "bfloat16",
     "ema": 0.7,
     "checkpoint_every": 1,
     "keep_checkpoints": STEPS,

@@ -19,8 +19,9 @@ from jax_ordermerge.merge.sources import peft_files
 from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, lora
-from jax_ordermerge.train import batches, loop, members, objective, optimizers
+from jax_ordermerge.train import batches, loop, members, objective
 from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.optimizer import make_optimizer, make_schedule
 from jax_ordermerge.train.trainable import make_trainable
 
 # PEFT calls what transformers will remove
@@ -72,7 +73,7 @@ def drawn(model, settings, seed=0):
 def state_of(run, model, count=2):
     """Adapters, optimizer state and counters of the last checkpoint."""
     parts = make_trainable(run.spec, model, make_mesh())
-    tx = optimizers.optimizer(run.spec.training, STEPS, parts.trained)
+    tx = make_optimizer(run.spec.training, STEPS, parts.trained)
     state = steps.abstract_state(
         convert.abstract_tensors(parts.trained, make_mesh(), members=count), tx, make_mesh()
     )
@@ -169,15 +170,16 @@ def test_training_is_that_of_peft(whole, tiny_model, tiny_base, tiny_examples):
     settings, training = whole.spec.lora, whole.spec.training
     twin = peft_model(tiny_model, tiny_base, lora.init_params(tiny_model, settings, 0), settings)
     parameters = [p for p in twin.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(
+    adamw = training.optimizer
+    optimizer = torch.optim.AdamW(
         parameters,
         lr=1.0,
-        betas=(training.beta1, training.beta2),
-        eps=training.epsilon,
+        betas=(adamw.beta1, adamw.beta2),
+        eps=adamw.epsilon,
         weight_decay=training.weight_decay,
     )
     plan, losses = batches.make_plan(whole.spec, tiny_examples), []
-    rate = optimizers.schedule(training, plan.steps)
+    rate = make_schedule(training, plan.steps)
 
     def loss(step):
         batch = {
@@ -192,11 +194,11 @@ def test_training_is_that_of_peft(whole, tiny_model, tiny_base, tiny_examples):
 
     for step in range(plan.steps):
         now = loss(step)
-        adamw.zero_grad()
+        optimizer.zero_grad()
         now.backward()
         torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
-        adamw.param_groups[0]["lr"] = float(rate(step))
-        adamw.step()
+        optimizer.param_groups[0]["lr"] = float(rate(step))
+        optimizer.step()
         losses.append(now.item())
     np.testing.assert_allclose([line["loss"][0] for line in whole.lines()], losses, rtol=1e-5)
     with twin.disable_adapter():
@@ -402,13 +404,13 @@ def memory(members, config, model, rows=4, length=64):
     """Bytes of the arguments and the temporaries of a compiled step."""
     mesh = make_mesh()
     parts = make_trainable(config, model, mesh)
-    tx = optimizers.optimizer(config.training, 10, parts.trained)
+    tx = make_optimizer(config.training, 10, parts.trained)
     state = steps.abstract_state(
         convert.abstract_tensors(parts.trained, mesh, members=members), tx, mesh
     )
     frozen = convert.abstract_tensors(parts.frozen, mesh, dtype=config.base_dtype)
     one = steps.train_step(
-        parts.objective, tx, optimizers.schedule(config.training, 10), lengths=[length]
+        parts.objective, tx, make_schedule(config.training, 10), lengths=[length]
     )
     place = NamedSharding(mesh, P("order"))
     shapes = dict.fromkeys(steps.SEQUENCES, (members, 1, rows, length)) | {

@@ -10,8 +10,7 @@ import pytest
 from jax_ordermerge import rng, tree
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.config import make_config
-from jax_ordermerge.config.mixing import Mixing
+from jax_ordermerge.config import Wash, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import members, mixing
@@ -150,7 +149,7 @@ def mixed(settings, mesh, *dones):
 
 @pytest.mark.parametrize("kind", MIXINGS)
 def test_every_mesh_gives_the_same_bits(kind, same_bits):
-    settings = Mixing(**MIXINGS[kind])
+    settings = make_config({"training": {"mixing": MIXINGS[kind]}}).training.mixing
     params, plain, none, later = mixed(settings, make_mesh(), 2, 3, 4)
     for mesh in (make_mesh(2), make_mesh(4), make_mesh(2, 2, 2)):
         assert same_bits(mixed(settings, mesh, 2)[1], plain), mesh
@@ -160,9 +159,7 @@ def test_every_mesh_gives_the_same_bits(kind, same_bits):
 
 
 def test_the_fraction_falls_with_depth():
-    params, out = (
-        tree.flatten(x) for x in mixed(Mixing(kind="wash", fraction=0.3), make_mesh(), 1)
-    )
+    params, out = (tree.flatten(x) for x in mixed(Wash(fraction=0.3), make_mesh(), 1))
     share = {path: (out[path] != params[path]).any(0) for path in params}
     up = share["layers/mlp/up/weight"].mean((1, 2))
     assert 0.2 < share["embed/weight"].mean() < 0.35
@@ -212,22 +209,26 @@ def test_a_member_cannot_be_mixed_alone(tmp_path, tiny_train):
         (
             {"members": 4, "wave": 2},
             {"kind": "wash"},
-            "all of them trained at once; population has members = 4, wave = 2",
+            "all trained at once; population has members = 4, wave = 2",
         ),
-        ({"members": 1}, {"kind": "wash"}, "needs two members or more"),
+        ({"members": 1}, {"kind": "wash"}, "needs two or more members"),
         (
             {},
             {"kind": "wash", "rate": 0.5},
-            r"mixing.rate = 0.5 is not a setting of kind = wash \(it has: every, fraction, depth\)",
+            r"unknown key training.mixing.rate \(kind wash has: every, fraction, depth\)",
         ),
         (
             {},
             {"kind": "papa", "fraction": 0.5},
-            "mixing.fraction = 0.5 is not a setting of kind = papa",
+            r"unknown key training.mixing.fraction \(kind papa has: every, rate\)",
         ),
-        ({}, {"kind": "wush"}, "training.mixing.kind"),
+        (
+            {},
+            {"kind": "wush"},
+            "training.mixing.kind = 'wush': unknown mixing .did you mean 'wash'",
+        ),
         ({}, {"kind": "wash", "fraction": 0}, "training.mixing.fraction"),
-        ({}, {"kind": "papa", "rte": 0.5}, r"training.mixing.rte \(did you mean 'rate'\?\)"),
+        ({}, {"kind": "papa", "rte": 0.5}, r"training.mixing.rte \(kind papa has: every, rate\)"),
     ],
 )
 def test_what_is_refused(population, given, message):

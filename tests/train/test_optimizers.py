@@ -12,34 +12,44 @@ import pytest
 from jax_ordermerge import tree
 from jax_ordermerge.arch import hf_tensors, tensor_table
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.config import Training
+from jax_ordermerge.config import (
+    OPTIMIZERS,
+    Optimizer,
+    OptimizerSettings,
+    Training,
+    make_config,
+    to_dict,
+)
+from jax_ordermerge.config.training import Constant
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import optimizers
+from jax_ordermerge.train import optimizer
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.objective import ExampleSums
 
 STEPS, MEMBERS, LENGTH = 5, 4, 4
 COMMON = {
     "learning_rate": 0.02,
-    "schedule": "wsd",
+    "schedule": {"kind": "wsd", "decay": 2},
     "warmup": 2,
-    "decay": 2,
     "weight_decay": 0.3,
     "clip_norm": 2.0,
 }
 CASES = {
-    "adamw": {"beta2": 0.95},
-    "adafactor": {"min_dim_size_to_factor": 8},
-    "lion": {},
-    "sgd": {"momentum": 0.8},
-    "sgd-nesterov": {"momentum": 0.8, "nesterov": True, "decay_on": "all"},
-    "muon": {"decay_on": "hidden"},
+    "adamw": {"optimizer": {"kind": "adamw", "beta2": 0.95}},
+    "adafactor": {"optimizer": {"kind": "adafactor", "min_dim_size_to_factor": 8}},
+    "lion": {"optimizer": "lion"},
+    "sgd": {"optimizer": {"kind": "sgd", "momentum": 0.8}},
+    "sgd-nesterov": {
+        "optimizer": {"kind": "sgd", "momentum": 0.8, "nesterov": True},
+        "decay_on": "all",
+    },
+    "muon": {"optimizer": "muon", "decay_on": "hidden"},
 }
 
 
 def training(case, **changes):
-    return Training(optimizer=case.partition("-")[0], **{**COMMON, **CASES[case], **changes})
+    return Training(**{**COMMON, **CASES[case], **changes})
 
 
 # ------------------------------------------------------------------------------------------- a training with a gradient known by hand
@@ -82,7 +92,7 @@ def run(settings, model, base, members, shape):
     """Train; return the state, the learning rates reported, and the program."""
     mesh = make_mesh(*shape)
     table = tensor_table(model)
-    tx = optimizers.optimizer(settings, STEPS, table)
+    tx = optimizer.make_optimizer(settings, STEPS, table)
     abstract = steps.abstract_state(
         convert.abstract_params(model, mesh, members=len(members)), tx, mesh
     )
@@ -91,7 +101,9 @@ def run(settings, model, base, members, shape):
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         for name, x in batch_of(0, members).items()
     }
-    step = steps.train_step(objective, tx, optimizers.schedule(settings, STEPS), lengths=[LENGTH])
+    step = steps.train_step(
+        objective, tx, optimizer.make_schedule(settings, STEPS), lengths=[LENGTH]
+    )
     program = steps.compile_step(step, mesh, abstract, kinds, {})
     state, rates = steps.initial_state(base, tx, abstract), []
     for number in range(STEPS):
@@ -181,7 +193,7 @@ def reference(s, model, base, member, rates):
         name: {"all": True, "matrices": x.ndim == 2, "hidden": hidden[name]}[s.decay_on]
         for name, x in theta.items()
     }
-    directions = {name: DIRECTIONS[s.optimizer](s, hidden[name]) for name in whole}
+    directions = {name: DIRECTIONS[s.optimizer.kind](s.optimizer, hidden[name]) for name in whole}
     for number, rate in enumerate(rates):
         gradient = pulls(np, flat, 3 * number + 7 * member)
         g = {
@@ -193,7 +205,7 @@ def reference(s, model, base, member, rates):
             pull = g[name] * min(1, s.clip_norm / norm)
             penalty = s.weight_decay * theta[name] * decayed[name]
             next(direction)
-            if s.optimizer == "sgd":
+            if s.optimizer.kind == "sgd":
                 theta[name] = theta[name] - rate * direction.send((pull + penalty, theta[name]))
             else:
                 theta[name] = theta[name] - rate * (direction.send((pull, theta[name])) + penalty)
@@ -228,7 +240,7 @@ def test_every_tensor_of_every_layer_and_member_is_that_of_numpy(trained, tiny_m
             moved = np.abs(expected[name] - start).max()
             assert moved > 1e-5
             # Muon's iteration multiplies small singular values, and their rounding, by up to 3.4^5
-            tolerance = 1e-3 if settings.optimizer == "muon" else 1e-4
+            tolerance = 1e-3 if settings.optimizer.kind == "muon" else 1e-4
             np.testing.assert_allclose(
                 mine,
                 expected[name],
@@ -263,9 +275,9 @@ def rate(step, *, peak, warmup, steps_, kind, last):
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize(("warmup", "taken"), [(0, 0), (0.1, 4), (5, 5)])
 def test_schedule(kind, warmup, taken):
-    own = {"decay": 0.2} if kind == "wsd" else {}
-    schedule = optimizers.schedule(
-        Training(learning_rate=3e-4, schedule=kind, warmup=warmup, final_fraction=0.1, **own), 40
+    settings = {"kind": "wsd", "decay": 0.2} if kind == "wsd" else kind
+    schedule = optimizer.make_schedule(
+        Training(learning_rate=3e-4, schedule=settings, warmup=warmup, final_fraction=0.1), 40
     )
     expected = [rate(s, peak=3e-4, warmup=taken, steps_=40, kind=kind, last=0.1) for s in range(41)]
     np.testing.assert_allclose(
@@ -274,13 +286,13 @@ def test_schedule(kind, warmup, taken):
 
 
 def test_warmup_longer_than_the_training():
-    schedule = optimizers.schedule(Training(learning_rate=1.0, warmup=100), 10)
+    schedule = optimizer.make_schedule(Training(learning_rate=1.0, warmup=100), 10)
     assert [round(float(schedule(s)), 3) for s in (0, 5, 10)] == [0.0, 0.5, 1.0]
 
 
 def test_a_decay_longer_than_what_is_left_begins_after_the_warmup():
-    schedule = optimizers.schedule(
-        Training(learning_rate=1.0, schedule="wsd", warmup=2, decay=100), 10
+    schedule = optimizer.make_schedule(
+        Training(learning_rate=1.0, schedule={"kind": "wsd", "decay": 100}, warmup=2), 10
     )
     assert [round(float(schedule(s)), 3) for s in (0, 2, 6, 10)] == [0.0, 1.0, 0.5, 0.0]
 
@@ -296,7 +308,7 @@ def test_weight_decay_spares(tiny_model, tiny_base, decay_on, spared):
     settings = Training(
         learning_rate=0.1, warmup=0, schedule="constant", weight_decay=0.5, decay_on=decay_on
     )
-    tx = optimizers.optimizer(settings, 10, tensor_table(tiny_model))
+    tx = optimizer.make_optimizer(settings, 10, tensor_table(tiny_model))
     zeros = jax.tree.map(jnp.zeros_like, tiny_base)
     updates, _ = tx.update(zeros, tx.init(tiny_base), tiny_base)
     flat, params = tree.flatten(updates), tree.flatten(tiny_base)
@@ -306,8 +318,10 @@ def test_weight_decay_spares(tiny_model, tiny_base, decay_on, spared):
 
 
 def test_clipping_is_by_the_norm_of_all_parameters(tiny_model, tiny_base):
-    settings = Training(learning_rate=1.0, warmup=0, clip_norm=0.5, beta1=0.0, epsilon=1e3)
-    tx = optimizers.optimizer(settings, 10, tensor_table(tiny_model))
+    settings = Training(
+        learning_rate=1.0, warmup=0, clip_norm=0.5, optimizer={"beta1": 0.0, "epsilon": 1e3}
+    )
+    tx = optimizer.make_optimizer(settings, 10, tensor_table(tiny_model))
     ones = jax.tree.map(jnp.ones_like, tiny_base)
     updates, _ = tx.update(ones, tx.init(tiny_base), tiny_base)
     count = sum(x.size for x in jax.tree.leaves(ones))
@@ -323,7 +337,7 @@ def test_an_optax_without_muon(monkeypatch, tiny_model):
         UserError,
         match=r"training\.optimizer = muon: optax .* has no optax\.contrib\.scale_by_muon; install",
     ):
-        optimizers.optimizer(Training(optimizer="muon"), 10, tensor_table(tiny_model))
+        optimizer.make_optimizer(Training(optimizer="muon"), 10, tensor_table(tiny_model))
 
 
 # ------------------------------------------------------------------------------------------------------------------------- placement
@@ -332,7 +346,7 @@ def test_an_optax_without_muon(monkeypatch, tiny_model):
 def placements(settings, model, shape=(2, 2, 2)):
     """Return {field of the state and path: spec} of the abstract state."""
     mesh = make_mesh(*shape)
-    tx = optimizers.optimizer(settings, 10, tensor_table(model))
+    tx = optimizer.make_optimizer(settings, 10, tensor_table(model))
     state = steps.abstract_state(convert.abstract_params(model, mesh, members=4), tx, mesh)
     found = jax.tree_util.tree_leaves_with_path(state.opt_state)
     assert all(leaf.sharding.mesh == mesh for _, leaf in found)
@@ -363,7 +377,7 @@ def test_factored_moments_keep_the_axes_that_are_left(tiny_model):
 
 @pytest.mark.parametrize("case", ["adamw", "lion", "sgd", "muon"])
 def test_moments_and_averages_are_sharded_like_their_parameters(tiny_model, case):
-    found = placements(training(case, ema=0.9, moments_dtype="bfloat16"), tiny_model)
+    found = placements(training(case, ema=0.9, moments="bfloat16"), tiny_model)
     fields = {"adamw": ("mu", "nu"), "sgd": ("trace",)}.get(case, ("mu",))
     for field in (*fields, "ema"):
         assert of(found, field, "gate") == ("order", None, "tensor", "fsdp")
@@ -376,10 +390,10 @@ def test_moments_and_averages_are_sharded_like_their_parameters(tiny_model, case
 @pytest.mark.parametrize("case", list(CASES))
 def test_all_moments_are_bfloat16_and_nothing_else_is(tiny_model, tiny_base, case):
     plain = jax.eval_shape(
-        optimizers.optimizer(training(case), 10, tensor_table(tiny_model)).init, tiny_base
+        optimizer.make_optimizer(training(case), 10, tensor_table(tiny_model)).init, tiny_base
     )
-    tx = optimizers.optimizer(
-        training(case, moments_dtype="bfloat16", ema=0.9), 10, tensor_table(tiny_model)
+    tx = optimizer.make_optimizer(
+        training(case, moments="bfloat16", ema=0.9), 10, tensor_table(tiny_model)
     )
     state = jax.eval_shape(lambda params: tx.update(params, tx.init(params), params)[1], tiny_base)
     moments = [
@@ -390,7 +404,7 @@ def test_all_moments_are_bfloat16_and_nothing_else_is(tiny_model, tiny_base, cas
 
 
 def test_rounding_to_nearest_is_that_of_numpy():
-    tx = optimizers.in_bfloat16(optax.scale_by_adam(0.9, 0.95), stochastic=False)
+    tx = optimizer.in_bfloat16(optax.scale_by_adam(0.9, 0.95), stochastic=False)
     random = np.random.default_rng(0)
     params = {"w": jnp.zeros(1000)}
     state, mu, nu = tx.init(params), np.zeros(1000, np.float32), np.zeros(1000, np.float32)
@@ -412,7 +426,7 @@ def test_rounding_to_nearest_is_that_of_numpy():
 
 @pytest.mark.parametrize(("stochastic", "expected"), [(False, 1.0), (True, 0.999**500)])
 def test_a_second_moment_that_should_fall(stochastic, expected):
-    tx = optimizers.in_bfloat16(optax.scale_by_adam(0.9, 0.999), stochastic=stochastic)
+    tx = optimizer.in_bfloat16(optax.scale_by_adam(0.9, 0.999), stochastic=stochastic)
     zeros = {"w": jnp.zeros(10000)}
     state = tx.init(zeros)
     state = state._replace(inner=state.inner._replace(nu={"w": jnp.ones(10000, jnp.bfloat16)}))
@@ -424,7 +438,7 @@ def test_a_second_moment_that_should_fall(stochastic, expected):
 
 @pytest.mark.slow
 def test_rounding_bits_follow_no_mesh(tiny_model, tiny_base, same_bits):
-    settings = training("adamw", moments_dtype="bfloat16")
+    settings = training("adamw", moments="bfloat16")
     one, many = (
         run(settings, tiny_model, tiny_base, range(2), shape)[0] for shape in ((1, 1, 1), (2, 4, 1))
     )
@@ -435,7 +449,7 @@ def test_rounding_bits_follow_no_mesh(tiny_model, tiny_base, same_bits):
 
 
 def test_the_average_is_weighted_by_powers_of_the_decay():
-    tx = optimizers.averaged(optax.sgd(0.1), 0.8)
+    tx = optimizer.averaged(optax.sgd(0.1), 0.8)
     params = {"w": jnp.float32(5.0)}
     state, seen = tx.init(params), []
     assert float(state.ema["w"]) == 5.0
@@ -447,3 +461,41 @@ def test_the_average_is_weighted_by_powers_of_the_decay():
         assert float(state.ema["w"]) == pytest.approx(
             float(np.average(seen, weights=powers)), rel=1e-6
         )
+
+
+# ------------------------------------------------------------------------ an optimizer from outside
+
+
+class SignSettings(OptimizerSettings):
+    """Settings of a toy optimizer: gradient descent by the sign of the gradient."""
+
+    scale: float = 1.0
+
+
+def sign_direction(settings, table):
+    return optax.stateless_with_tree_map(lambda g, _: settings.scale * jnp.sign(g))
+
+
+@pytest.fixture
+def sign():
+    OPTIMIZERS.register("sign", Optimizer(SignSettings, sign_direction))
+    yield "sign"
+    OPTIMIZERS.unregister("sign")
+
+
+def test_a_registered_optimizer_trains_a_population(sign, tiny_model, tiny_base):
+    config = make_config({"training": {"optimizer": {"kind": sign, "scale": 0.5}, "warmup": 0}})
+    assert make_config(to_dict(config)) == config
+    with pytest.raises(UserError, match=r"optimizer\.beta1 \(kind sign has: scale\)"):
+        make_config({"training": {"optimizer": {"kind": sign, "beta1": 0.5}}})
+    settings = config.training.model_copy(update={"learning_rate": 0.01, "schedule": Constant()})
+    state, _ = run(settings, tiny_model, tiny_base, range(2), (2, 4, 1))
+    moved = state.params["embed"]["weight"] - np.asarray(tiny_base["embed"]["weight"])
+    # five steps of 0.005, up or down; a zero gradient does not move
+    np.testing.assert_allclose(moved / 0.005, np.round(moved / 0.005), atol=1e-3)
+    assert 0 < np.abs(moved).max() < 0.0251
+
+
+def test_an_optimizer_is_registered_once():
+    with pytest.raises(ValueError, match="optimizer 'adamw' is registered already"):
+        OPTIMIZERS.register("adamw", Optimizer(SignSettings, sign_direction))

@@ -10,7 +10,7 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Training
 from jax_ordermerge.data import pack
 from jax_ordermerge.mesh import make_mesh, partition
-from jax_ordermerge.train import objective, optimizers
+from jax_ordermerge.train import objective, optimizer
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.objective import ExampleSums
 
@@ -121,7 +121,7 @@ def test_accumulated_model_gradients(tiny_model, tiny_base, tiny_examples):
 
 def test_optimizer_state_is_sharded_like_its_parameters(tiny_model, tiny_base):
     mesh = make_mesh(2, 2, 2)
-    tx = optimizers.optimizer(Training(), 10, tensor_table(tiny_model))
+    tx = optimizer.make_optimizer(Training(), 10, tensor_table(tiny_model))
     abstract = steps.abstract_state(convert.abstract_params(tiny_model, mesh, members=4), tx, mesh)
     state = steps.initial_state(tiny_base, tx, abstract)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)

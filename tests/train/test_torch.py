@@ -13,7 +13,8 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.data import pack
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama
-from jax_ordermerge.train import batches, objective, optimizers
+from jax_ordermerge.train import batches, objective
+from jax_ordermerge.train.optimizer import make_schedule
 
 torch = pytest.importorskip("torch")
 SETTINGS = {
@@ -51,21 +52,22 @@ def torch_training(twin, plan, training):
         {"params": matrices, "weight_decay": training.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    settings = training.optimizer
     optimizer = {
         "adamw": lambda: torch.optim.AdamW(
-            groups, lr=1.0, betas=(training.beta1, training.beta2), eps=training.epsilon
+            groups, lr=1.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon
         ),
         "sgd": lambda: torch.optim.SGD(
-            groups, lr=1.0, momentum=training.momentum, nesterov=training.nesterov
+            groups, lr=1.0, momentum=settings.momentum, nesterov=settings.nesterov
         ),
         "adafactor": lambda: torch.optim.Adafactor(
             groups,
             lr=1.0,
-            beta2_decay=-training.decay_rate,
-            eps=(training.epsilon**0.5, 1e-3),  # torch squares the first
+            beta2_decay=-settings.decay_rate,
+            eps=(settings.epsilon**0.5, 1e-3),  # torch squares the first
         ),
-    }[training.optimizer]()
-    rate = optimizers.schedule(training, plan.steps)
+    }[settings.kind]()
+    rate = make_schedule(training, plan.steps)
     losses = []
     for step in range(20):
         batch = {name: torch.tensor(array[0]) for name, array in plan.batch(step, 0).items()}
@@ -87,15 +89,16 @@ def torch_training(twin, plan, training):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"beta2": 0.95},
+        {"optimizer": {"kind": "adamw", "beta2": 0.95}},
         {
-            "optimizer": "sgd",
+            "optimizer": {"kind": "sgd", "momentum": 0.8, "nesterov": True},
             "learning_rate": 0.3,
-            "momentum": 0.8,
-            "nesterov": True,
             "weight_decay": 0.01,
         },
-        {"optimizer": "adafactor", "learning_rate": 0.3, "min_dim_size_to_factor": 1},
+        {
+            "optimizer": {"kind": "adafactor", "min_dim_size_to_factor": 1},
+            "learning_rate": 0.3,
+        },
     ],
     ids=["adamw", "sgd", "adafactor"],
 )
@@ -158,7 +161,7 @@ def torch_pairs(twin, batch, settings):
 
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}, {"loss": "ipo", "beta": 0.5}])
 def test_pairs_are_those_of_torch(tiny_model, tiny_examples, settings):
-    settings = schema.Objective(kind="dpo", **settings)
+    settings = schema.Dpo(**settings)
     params = llama.init_params(tiny_model, 1)
     reference = np.random.default_rng(0).normal(-40, 20, (21, 2)).astype(np.float32)
     pairs = dataclasses.replace(

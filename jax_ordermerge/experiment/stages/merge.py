@@ -23,7 +23,7 @@ def run(ctx: RunContext) -> None:
         write_json(run.merges, {"dtype": config.merge.dtype, "merges": list(rows.values())})
 
     for spec in config.merge.methods:
-        name = merge_name(spec, config.seed)
+        name = merge_name(spec)
         if name in rows and run.is_merged(name):
             continue
         settings: Json = {

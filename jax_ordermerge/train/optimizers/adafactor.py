@@ -28,9 +28,7 @@ class Adafactor(OptimizerSettings):
     )
 
 
-def direction(
-    settings: Adafactor, table: Sequence[TensorSpec]
-) -> "optax.GradientTransformation":
+def direction(settings: Adafactor, table: Sequence[TensorSpec]) -> "optax.GradientTransformation":
     """Return Adafactor without weight decay and learning rate."""
     import jax
     import optax

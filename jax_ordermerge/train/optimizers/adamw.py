@@ -23,9 +23,7 @@ class AdamW(OptimizerSettings):
     epsilon: PositiveFloat = 1e-8
 
 
-def direction(
-    settings: AdamW, table: Sequence[TensorSpec]
-) -> "optax.GradientTransformation":
+def direction(settings: AdamW, table: Sequence[TensorSpec]) -> "optax.GradientTransformation":
     """Return Adam without weight decay and learning rate."""
     import optax
 
