@@ -99,7 +99,7 @@ def _evaluated_controls(
     with equal weights, under whatever name it was exported. Its files have the bits of the control.
     """
     averages = [
-        merge_name(spec, config.seed)
+        merge_name(spec)
         for spec in config.merge.methods
         if spec.method == "average" and spec.weights is None and not spec.parameters
     ]
