@@ -1,4 +1,4 @@
-"""What `checkpoint.compare` found, as tables for a terminal and as plain values for JSON."""
+"""Results of `checkpoint.compare` as tables for a terminal and as JSON."""
 
 import dataclasses
 import math
@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jax_ordermerge.checkpoint.compare import Difference, Inventory, Numbers, Stats
+from jax_ordermerge.layout import Json
 
-_WIDEST = 10_000  # characters
+_MAX_WIDTH = 10_000  # characters; tensor names are long, and a file has no edge to wrap at
 
 
 def inspect_table(inventory: Inventory) -> Table:
-    """Return a row a tensor and a last one with the totals; the statistics too, where there are some.
+    """Return one row per tensor and a last one with the totals, with statistics if there are any.
 
     Example:
         >>> from jax_ordermerge.checkpoint.compare import Tensor
@@ -57,7 +58,7 @@ def inspect_table(inventory: Inventory) -> Table:
 
 
 def difference_table(difference: Difference) -> Table:
-    """Return a row for each tensor that is not the same in both, and a last one of all tensors together.
+    """Return one row per tensor that differs, and a last one over all tensors.
 
     Example:
         >>> show(difference_table(Difference((), ("w",), (), (), None)), sys.stdout)
@@ -71,8 +72,15 @@ def difference_table(difference: Difference) -> Table:
     rows = []
     for pair in difference.pairs:
         if not pair.equal:
-            kind = _kinds(pair.dtype_a, pair.dtype_b, _shape(pair.shape_a), _shape(pair.shape_b))
-            rows.append((pair.name, kind, *_numbers_cells(pair.numbers, based)))
+            changes = [
+                f"{a} | {b}"
+                for a, b in (
+                    (pair.dtype_a, pair.dtype_b),
+                    (_shape(pair.shape_a), _shape(pair.shape_b)),
+                )
+                if a != b
+            ]
+            rows.append((pair.name, ", ".join(changes), *_numbers_cells(pair.numbers, based)))
     blank = _numbers_cells(None, based)
     rows += [(name, "only in a", *blank) for name in difference.only_a]
     rows += [(name, "only in b", *blank) for name in difference.only_b]
@@ -89,7 +97,8 @@ def difference_table(difference: Difference) -> Table:
     notes = []
     if difference.total is not None and difference.total.nonfinite:
         notes.append(
-            f"{difference.total.nonfinite:,} elements are NaN or infinite; maxima and cosines leave them out"
+            f"{difference.total.nonfinite:,} elements are NaN or infinite; maxima and cosines leave"
+            " them out"
         )
     if difference.not_in_base:
         notes.append(
@@ -99,8 +108,8 @@ def difference_table(difference: Difference) -> Table:
     return table
 
 
-def inspect_json(inventory: Inventory) -> dict[str, Any]:
-    """Return an inventory as JSON takes it; a number that JSON has no sign for is None.
+def inspect_json(inventory: Inventory) -> Json:
+    """Return an inventory as JSON; NaN and infinities become None.
 
     Example:
         >>> inspect_json(Inventory((), 0, 0, 0, None))
@@ -109,22 +118,26 @@ def inspect_json(inventory: Inventory) -> dict[str, Any]:
     return _plain(inventory)
 
 
-def difference_json(difference: Difference) -> dict[str, Any]:
-    """Return a difference as JSON takes it, every pair included; a number that JSON has no sign for is None.
+def difference_json(difference: Difference) -> Json:
+    """Return a difference as JSON, equal pairs included; NaN and infinities become None.
 
     Example:
         >>> difference_json(Difference((), ("w",), (), (), None))
-        {'equal': False, 'pairs': [], 'only_a': ['w'], 'only_b': [], 'not_in_base': [], 'total': None}
+        {'equal': False, 'pairs': [], 'only_a': ['w'], 'only_b': [], 'not_in_base': [],
+         'total': None}
     """
     return {"equal": difference.equal, **_plain(difference)}
 
 
 def show(table: Table, file: IO[str] | None = None) -> None:
-    """Print a table, by default to stdout: as wide as the terminal, or as it needs to be where the output is no terminal."""
+    """Print a table, by default to stdout, as wide as the terminal.
+
+    Where the output is not a terminal, the table is as wide as its content: scripts read it.
+    """
     console = Console(file=file or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = console.measure(
-            table, options=console.options.update(width=_WIDEST)
+            table, options=console.options.update(width=_MAX_WIDTH)
         ).maximum
     console.print(table)
 
@@ -155,13 +168,8 @@ def _table(
 
 
 def _text(cell: str) -> Text:
-    """Names come from files: nothing in them may be taken for markup or move the cursor."""
+    # names come from files: nothing in them may act as markup or move the cursor
     return Text("".join(c if c.isprintable() else "?" for c in cell))
-
-
-def _kinds(dtype_a: str, dtype_b: str, shape_a: str, shape_b: str) -> str:
-    changes = [f"{a} | {b}" for a, b in ((dtype_a, dtype_b), (shape_a, shape_b)) if a != b]
-    return ", ".join(changes)
 
 
 def _stats_cells(stats: Stats | None) -> tuple[str, ...]:
