@@ -196,7 +196,7 @@ def _options_table(plan: Plan) -> Table:
         table.add_row(name, *values)
 
     row("mesh", map(_format_mesh, options))
-    row("members trained together, microbatch, remat", map(_format_pieces, options))
+    row("members at once, microbatch, remat", map(_format_pieces, options))
     for kind in _MEMORY_KINDS:
         sizes = [getattr(option.step.memory, kind) for option in options]
         if any(sizes):
