@@ -1,4 +1,8 @@
-"""Files and directories that appear under their name only when they are whole and on the disk."""
+"""Files and directories that appear under their name only when they are complete and on the disk.
+
+A rename within a file system is atomic, so everything is written beside its name and renamed. A
+killed process leaves the old content or the new one, never a part.
+"""
 
 import contextlib
 import fcntl
@@ -7,13 +11,15 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from jax_ordermerge.errors import UserError
 
+_FINGERPRINT = "fingerprint"  # file that says which work a partial directory holds
+
 
 def check_vacant(target: str | Path) -> None:
-    """Refuse a target that something would be lost in.
+    """Refuse a target whose content would be lost.
 
     Raises:
         UserError: the target is a file or a directory that is not empty.
@@ -27,9 +33,10 @@ def check_vacant(target: str | Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: str | Path) -> Iterator[Path]:
-    """Yield a directory beside the target and rename it when the block ends; after an error nothing is left.
+    """Yield a directory beside the target and rename it when the block ends.
 
-    What an earlier, killed write of the same target left beside it is removed. Modes follow the umask.
+    After an error it is removed. So is what an earlier, killed write of the target left. Modes
+    follow the umask.
 
     Raises:
         UserError: the target is not empty, or cannot be created.
@@ -45,20 +52,14 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     path = Path(target).absolute()
     check_vacant(path)
     partial = path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
-    try:
+    with _writable(target):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{path.name}.partial-" + "[0-9a-f]" * 8):
-            shutil.rmtree(left)
+        for abandoned in path.parent.glob(f"{path.name}.partial-" + "[0-9a-f]" * 8):
+            shutil.rmtree(abandoned)
         partial.mkdir()
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror}); give a directory you may write to"
-        ) from error
     try:
         yield partial
-        sync_directory(partial)
-        partial.rename(path)
-        sync_directory(path.parent)
+        _rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -66,17 +67,19 @@ def new_directory(target: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[Path, bool]]:
-    """Yield `(directory, resumed)`: a directory beside the target, renamed when the block ends, and kept when it is cut off.
+    """Yield `(directory, resumed)`: a directory beside the target, renamed when the block ends.
 
-    What an earlier call with the same fingerprint left is handed back; of another fingerprint it is removed, as it is after a
-    `UserError`. A directory in use by another process is refused.
+    If the block is cut off, the directory stays, and the next call with the same fingerprint yields
+    it again. With another fingerprint it is emptied. After a `UserError` it is removed: the same
+    call would fail again.
 
     Args:
-        target: the final name; it must not exist or be empty.
-        fingerprint: text that is equal exactly where the earlier work may be gone on with.
+        target: final name; it must not exist or be empty.
+        fingerprint: text that is equal exactly if earlier work can be continued.
 
     Raises:
-        UserError: the target is not empty, cannot be created, or is being written by another process.
+        UserError: the target is not empty, cannot be created, or is being written by another
+            process.
 
     Example:
         >>> import tempfile
@@ -95,44 +98,56 @@ def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[
     """
     path = Path(target).absolute()
     check_vacant(path)
-    partial, mark = partial_of(target), "fingerprint"
+    partial = partial_path(target)
+    mark = partial / _FINGERPRINT
     with contextlib.ExitStack() as stack:
-        try:
+        with _writable(target):
             partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(partial))
-            same = (partial / mark).is_file() and (partial / mark).read_text() == fingerprint
-            if not same:
-                for left in partial.iterdir():
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-                write_text(partial / mark, fingerprint)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{target} is being written by another process; wait for it, or give another directory"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"{target} cannot be written ({error.strerror}); give a directory you may write to"
-            ) from error
+            resumed = mark.is_file() and mark.read_text() == fingerprint
+            if not resumed:
+                for old in partial.iterdir():
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+                write_text(mark, fingerprint)
         try:
-            yield partial, same
+            yield partial, resumed
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        (partial / mark).unlink()
-        sync_directory(partial)
-        partial.rename(path)
-        sync_directory(path.parent)
+        mark.unlink()
+        _rename(partial, path)
 
 
-def partial_of(target: str | Path) -> Path:
-    """Return where `resumable_directory` keeps what is not whole yet."""
+def partial_path(target: str | Path) -> Path:
+    """Return where `resumable_directory` keeps unfinished work for a target."""
     path = Path(target).absolute()
     return path.parent / f"{path.name}.partial"
 
 
 @contextlib.contextmanager
+def _writable(target: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"{target} is being written by another process; wait for it, or give another directory"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror}); give a directory you may write to"
+        ) from error
+
+
+def _rename(partial: Path, path: Path) -> None:
+    # the entries first: a renamed directory must not lack one after a loss of power
+    sync_directory(partial)
+    partial.rename(path)
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory, which ends with the process, however it ends."""
+    """Hold the lock of a directory. The system releases it with the process, however that ends."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,36 +157,34 @@ def _lock(directory: Path) -> Iterator[None]:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file beside its name and rename it when whole, so that a reader never meets half of it.
+    """Write a file beside its name and rename it, so that no reader sees a part of it.
 
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "new" / "a.txt"
-        >>> replace(file, b"whole")
+        >>> replace(file, b"content")
         >>> file.read_text(), len(list(file.parent.iterdir()))
-        ('whole', 1)
+        ('content', 1)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file through to the disk. Meant for inside `new_directory`: it is not atomic by itself."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        sync(file)
+    """Write a UTF-8 file as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file through to the disk. Meant for inside `new_directory`: it is not atomic by itself."""
+    """Write a file through to the disk, for use inside `new_directory`: it is not atomic itself."""
     with path.open("wb") as file:
         file.write(content)
         sync(file)
 
 
-def sync(file: IO[Any]) -> None:
+def sync(file: IO[bytes]) -> None:
     """Flush an open file through to the disk."""
     file.flush()
     os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""Orbax checkpoints of trees of arrays: asynchronous saving, restoring onto any mesh, whole, in part, or one member.
+"""Orbax checkpoints of pytrees: saved asynchronously, restored onto any mesh, also in part.
 
-A checkpoint is the directory `STEP/` below a run's `checkpoints/`. Orbax writes it beside and renames it, so one that was cut off
-is never taken for the latest.
+A checkpoint is the directory `STEP/` below a directory of checkpoints. Orbax writes it beside its
+name and renames it, so one that was cut off is never taken for the latest.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import numpy as np
 
 from jax_ordermerge.checkpoint import placement
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.tree import unflatten
 
 T = TypeVar("T")
 _STATE, _COMPLETE = "state", "_CHECKPOINT_METADATA"
@@ -27,7 +28,7 @@ _CACHE_BYTES = 100_000_000
 
 
 class Checkpoints:
-    """The checkpoints of one run. Use it as a context manager: leaving it waits for the save under way.
+    """The checkpoints of one run, a context manager: leaving it waits for the save in progress.
 
     With several processes all of them make the same calls in the same order.
 
@@ -46,38 +47,39 @@ class Checkpoints:
         self,
         directory: str | Path,
         keep: int | None = None,
-        saved: Callable[[], None] | None = None,
+        on_saved: Callable[[], None] | None = None,
     ) -> None:
-        """Open or create a directory of checkpoints and remove what an interrupted save left there.
+        """Open or create a directory of checkpoints and remove what an interrupted save left.
 
         Args:
             directory: created if absent.
-            keep: how many of the latest to keep; None keeps all.
-            saved: is called in a thread of its own when a save is complete on the disk, and what it raises is raised by `wait`.
+            keep: number of latest checkpoints to keep; None keeps all.
+            on_saved: called in a thread of its own when a save is complete on the disk. `wait`
+                raises what it raises.
         """
-        _quiet()
+        _silence_orbax()
         self.directory = Path(directory).absolute()
         if jax.process_index() == 0:
-            _sweep(self.directory)
-        ocp = _ocp()
+            _remove_partial(self.directory)
+        ocp = _import_orbax()
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
         )
-        self._saved, self._thread = saved, ThreadPoolExecutor(1)
-        self._told: Future[None] | None = None
+        self._on_saved, self._thread = on_saved, ThreadPoolExecutor(1)
+        self._notification: Future[None] | None = None
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
-        """Start saving and return as soon as the arrays may change again; a save still under way is waited for.
+        """Wait for the save in progress, start this one, and return when arrays may change again.
 
         Args:
-            step: its number; a checkpoint of the same step is replaced.
-            tree: any tree of jax arrays, such as `{"params": ..., "optimizer": ...}`.
-            metadata: JSON data kept with it.
+            step: number of the checkpoint; one of the same number is replaced.
+            tree: pytree of jax arrays, such as `{"params": ..., "optimizer": ...}`.
+            metadata: JSON data stored with it.
         """
         self.wait()
-        # without force Orbax skips steps by a policy of its own, in silence
+        # without `force` Orbax skips saves that follow each other too fast, and does not say so
         self._checkpointer.save_async(
             step,
             tree,
@@ -86,18 +88,18 @@ class Checkpoints:
             overwrite=True,
             custom_metadata=metadata,
         )
-        if self._saved is not None:
-            self._told = self._thread.submit(self._tell, self._saved)
+        if self._on_saved is not None:
+            self._notification = self._thread.submit(self._notify, self._on_saved)
 
-    def _tell(self, saved: Callable[[], None]) -> None:
+    def _notify(self, on_saved: Callable[[], None]) -> None:
         self._checkpointer.wait()
-        saved()
+        on_saved()
 
     def wait(self) -> None:
-        """Wait until the save under way is complete on the disk, and until `saved` has returned."""
-        if self._told is not None:
-            told, self._told = self._told, None
-            told.result()
+        """Wait until the save in progress is complete and `on_saved` has returned."""
+        if self._notification is not None:
+            notification, self._notification = self._notification, None
+            notification.result()
         self._checkpointer.wait()
 
     def latest(self) -> int | None:
@@ -115,7 +117,7 @@ class Checkpoints:
         return metadata(self.directory, step)
 
     def close(self) -> None:
-        """Wait for the save under way and release the threads."""
+        """Wait for the save in progress and release the threads."""
         try:
             self.wait()
         finally:
@@ -131,7 +133,7 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # the save under way would wait for a lost process
+        # after the loss of a process the save in progress would wait for it forever
         if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
             self.close()
 
@@ -160,77 +162,74 @@ def metadata(directory: str | Path, step: int) -> dict[str, Any]:
     Raises:
         UserError: there is no such checkpoint.
     """
-    return dict(_stored(directory, step).custom_metadata or {})
+    return dict(_read_metadata(directory, step).custom_metadata or {})
 
 
 def restore(directory: str | Path, step: int, abstract_tree: T) -> T:
-    """Restore arrays onto the shardings and into the dtypes asked for.
+    """Restore arrays with given shardings and dtypes.
 
     Args:
-        directory: of the checkpoints.
-        step: which one.
-        abstract_tree: tree of `jax.ShapeDtypeStruct`, with shardings (without one: the first local device). It may leave out
-            branches: `{"params": ...}` restores the parameters without reading the optimizer state.
+        directory: directory of checkpoints.
+        step: number of the checkpoint.
+        abstract_tree: pytree of `jax.ShapeDtypeStruct`; without a sharding an array goes to the
+            first local device. Branches may be left out: `{"params": ...}` restores the parameters
+            without reading the optimizer state.
 
     Returns:
-        The tree of `jax.Array`.
+        The pytree of `jax.Array`.
 
     Raises:
         UserError: there is no such checkpoint, or an array in it is absent or has another shape.
     """
-    _match(directory, step, abstract_tree)
-    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    _check_arrays(directory, step, abstract_tree)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
-        lambda leaf: (
-            leaf
-            if leaf.sharding is not None
-            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=local)
-        ),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device),
         abstract_tree,
     )
-    ocp = _ocp()
+    ocp = _import_orbax()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    path = _path(directory, step)
-    with context, _damage(path):
+    path = _checkpoint_path(directory, step)
+    with context, _damage_as_user_error(path):
         return ocp.load(path, placed, checkpointable_name=_STATE)
 
 
 def restore_member(directory: str | Path, step: int, member: int, abstract_tree: T) -> T:
-    """Restore one member of a population; the bytes of the others are not read.
+    """Restore one member of a population without reading the bytes of the others.
 
     Args:
-        directory: of the checkpoints.
-        step: which one.
-        member: index along the leading axis `M` of every array asked for.
-        abstract_tree: of one member, without the axis `M`; otherwise as in `restore`.
+        directory: directory of checkpoints.
+        step: number of the checkpoint.
+        member: index along the leading axis `M` of every array.
+        abstract_tree: as in `restore`, of one member: without the axis `M`.
 
     Raises:
         UserError: as in `restore`, and if the member does not exist.
     """
-    _match(directory, step, abstract_tree, member)
-    where = _path(directory, step)
+    _check_arrays(directory, step, abstract_tree, member)
+    checkpoint = _checkpoint_path(directory, step)
 
-    def load(path: Any, leaf: Any) -> jax.Array:
-        store = _open_store(where, ".".join(_key(path)))
+    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        store = _open_store(checkpoint, ".".join(_leaf_name(path)))
         return placement.place(leaf, lambda index: store[member][index].read().result())
 
-    with _damage(where):
+    with _damage_as_user_error(checkpoint):
         return jax.tree_util.tree_map_with_path(load, abstract_tree)
 
 
 class MemberArray:
     """One array of a checkpoint, or one member of it, to be read in parts."""
 
-    def __init__(self, store: Any, member: int | None, path: Path) -> None:
-        self._store, self._path = store, path
-        self._lead = () if member is None else (member,)
+    def __init__(self, store: Any, member: int | None, checkpoint: Path) -> None:
+        self._store, self._checkpoint = store, checkpoint
+        self._member = () if member is None else (member,)
         self.dtype = np.dtype(store.dtype.numpy_dtype)
 
     def read(self, *index: int | slice) -> np.ndarray:
-        """Return the part of the (member's) array at this index."""
-        with _damage(self._path):
-            return np.asarray(self._store[(*self._lead, *index)].read().result())
+        """Return the part of the (member's) array at an index."""
+        with _damage_as_user_error(self._checkpoint):
+            return np.asarray(self._store[(*self._member, *index)].read().result())
 
 
 def open_member(
@@ -239,26 +238,22 @@ def open_member(
     """Open arrays of one member of a population without reading them.
 
     Args:
-        directory: of the checkpoints.
-        step: which one.
-        member: index along the leading axis `M`; None of arrays that have no such axis.
+        directory: directory of checkpoints.
+        step: number of the checkpoint.
+        member: index along the leading axis `M`; None if the arrays have no such axis.
         shapes: `{"branch/leaf": shape of one member}`.
 
     Raises:
         UserError: as in `restore_member`.
     """
-    abstract: dict[str, Any] = {}
-    for name, shape in shapes.items():
-        *parents, last = name.split("/")
-        node = abstract
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jax.ShapeDtypeStruct(shape, "float32")
-    _match(directory, step, abstract, member)
-    where = _path(directory, step)
-    with _damage(where):
+    abstract = unflatten(
+        {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    )
+    _check_arrays(directory, step, abstract, member)
+    checkpoint = _checkpoint_path(directory, step)
+    with _damage_as_user_error(checkpoint):
         return {
-            name: MemberArray(_open_store(where, name.replace("/", ".")), member, where)
+            name: MemberArray(_open_store(checkpoint, name.replace("/", ".")), member, checkpoint)
             for name in shapes
         }
 
@@ -267,7 +262,7 @@ def _open_store(path: Path, name: str) -> Any:
     import tensorstore
 
     kvstore = {"driver": "ocdbt", "base": f"file://{path / _STATE}/", "path": f"{name}/"}
-    # the cache serves those who come back for the next rows of the same chunk
+    # consecutive rows are read one by one, and many lie in one chunk
     context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
     return tensorstore.open(
         {"driver": "zarr3", "kvstore": kvstore, "context": context}, open=True, read=True
@@ -284,31 +279,32 @@ def _steps(directory: Path) -> list[int]:
     ]
 
 
-def _path(directory: str | Path, step: int) -> Path:
+def _checkpoint_path(directory: str | Path, step: int) -> Path:
     path = Path(directory).absolute() / str(step)
     if not (path / _COMPLETE).is_file():
-        found = sorted(_steps(Path(directory)))
+        present = ", ".join(map(str, sorted(_steps(Path(directory)))))
         raise UserError(
-            f"no checkpoint of step {step} in {directory} (present: {', '.join(map(str, found)) or 'none'})"
+            f"no checkpoint of step {step} in {directory} (present: {present or 'none'})"
         )
     return path
 
 
-def _stored(directory: str | Path, step: int) -> Any:
-    _quiet()
-    path = _path(directory, step)
-    with _damage(path):
-        # Orbax only logs what it cannot read, and goes on without it
+def _read_metadata(directory: str | Path, step: int) -> Any:
+    """Return Orbax's metadata of a checkpoint: names and shapes of the arrays, custom metadata."""
+    _silence_orbax()
+    path = _checkpoint_path(directory, step)
+    with _damage_as_user_error(path):
+        # Orbax only logs what it cannot read, and continues without it
         json.loads((path / _COMPLETE).read_text())
-        found = _ocp().metadata(path, checkpointable_name=_STATE)
-        if found.metadata is None:
+        stored = _import_orbax().metadata(path, checkpointable_name=_STATE)
+        if stored.metadata is None:
             raise ValueError("its list of arrays cannot be read")
-    return found
+    return stored
 
 
 @contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Names and shapes have been compared before: what still fails inside is a damaged file."""
+def _damage_as_user_error(path: Path) -> Iterator[None]:
+    """Report errors as damage: names and shapes were checked, so the files are what is wrong."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
@@ -318,55 +314,62 @@ def _damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _match(directory: str | Path, step: int, abstract_tree: Any, member: int | None = None) -> None:
-    """Compare names and shapes first: Orbax hands back an absent array as its own placeholder, without a word."""
+def _check_arrays(
+    directory: str | Path, step: int, abstract_tree: Any, member: int | None = None
+) -> None:
+    """Compare names and shapes. Orbax itself returns a placeholder for an absent array."""
     stored = {
-        _key(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(_stored(directory, step).metadata)
+        _leaf_name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            _read_metadata(directory, step).metadata
+        )
     }
-    where = f"checkpoint {Path(directory) / str(step)}"
+    checkpoint = f"checkpoint {Path(directory) / str(step)}"
+    leading = 0 if member is None else 1
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_tree):
-        name = _key(path)
+        name = _leaf_name(path)
         if name not in stored:
             raise UserError(
-                f"{where} has no array {'/'.join(name)}; it was saved by another kind of run or model"
+                f"{checkpoint} has no array {'/'.join(name)}; it was saved by another kind of run"
+                " or model"
             )
-        shape = tuple(stored[name].shape)
-        if shape[0 if member is None else 1 :] != tuple(leaf.shape):
+        shape = stored[name]
+        expected = (*shape[:leading], *leaf.shape)
+        if shape != expected:
             raise UserError(
-                f"{where}: {'/'.join(name)} has shape {shape}, expected {(*shape[: member is not None], *leaf.shape)};"
-                " it is of another model or another number of members"
+                f"{checkpoint}: {'/'.join(name)} has shape {shape}, expected {expected}; it is of"
+                " another model or another number of members"
             )
         if member is not None and not 0 <= member < shape[0]:
-            raise UserError(f"{where} has members 0 to {shape[0] - 1}, not {member}")
+            raise UserError(f"{checkpoint} has members 0 to {shape[0] - 1}, not {member}")
 
 
-def _key(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Names of a leaf as Orbax stores them: dict key, field name, or position."""
+def _leaf_name(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Return the name of a leaf as Orbax stores it: dict keys, field names, or positions."""
     return tuple(
         str(next(getattr(part, a) for a in ("key", "idx", "name") if hasattr(part, a)))
         for part in path
     )
 
 
-def _sweep(directory: Path) -> None:
-    """Remove what a killed save or deletion left; Orbax would count a directory without its metadata as a checkpoint."""
+def _remove_partial(directory: Path) -> None:
+    """Remove what a killed save or deletion left.
+
+    Orbax would count a directory without its metadata as a checkpoint.
+    """
     for path in directory.iterdir() if directory.is_dir() else ():
         step, _, _ = path.name.partition(_PARTIAL)
-        if (
-            step.isdecimal()
-            and path.is_dir()
-            and not (path.name == step and (path / _COMPLETE).is_file())
-        ):
+        complete = path.name == step and (path / _COMPLETE).is_file()
+        if step.isdecimal() and path.is_dir() and not complete:
             shutil.rmtree(path)
 
 
-def _ocp() -> Any:
-    """Return the library, imported when it is first needed: a merge of files never needs it, and it costs a third of a second."""
+def _import_orbax() -> Any:
+    """Import the library when it is first needed: it takes a third of a second."""
     from orbax.checkpoint import v1
 
     return v1
 
 
-def _quiet() -> None:
+def _silence_orbax() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)

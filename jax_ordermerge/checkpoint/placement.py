@@ -10,13 +10,11 @@ Index = tuple[slice, ...]
 
 
 def place(abstract: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
-    """Return the array of this shape, dtype and sharding; each process reads only the slices of its own devices.
-
-    `jax.make_array_from_callback` calls once a device; here, what several devices hold in common is read and kept once.
+    """Return an array of this shape, dtype and sharding; each process reads its own slices only.
 
     Args:
         abstract: without a sharding the array goes to the default device, uncommitted.
-        read: takes one slice for each axis and returns that part, in any dtype.
+        read: takes one slice per axis and returns that part, in any dtype.
 
     Example:
         >>> place(
@@ -25,17 +23,18 @@ def place(abstract: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -
         ... ).tolist()
         [[0.0, 1.0], [2.0, 3.0]]
     """
+    # `make_array_from_callback` calls once per device: replicas share what is read once
     parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
 
-    def part(index: Index | None) -> np.ndarray:
+    def read_part(index: Index | None) -> np.ndarray:
         index = index or ()
-        key = tuple((one.start, one.stop) for one in index)
+        key = tuple((axis.start, axis.stop) for axis in index)
         if key not in parts:
             parts[key] = np.asarray(read(index), abstract.dtype)
         return parts[key]
 
     if abstract.sharding is None:
-        return jnp.asarray(part((slice(None),) * len(abstract.shape)))
+        return jnp.asarray(read_part((slice(None),) * len(abstract.shape)))
     return jax.make_array_from_callback(
-        abstract.shape, abstract.sharding, part, dtype=abstract.dtype
+        abstract.shape, abstract.sharding, read_part, dtype=abstract.dtype
     )

@@ -1,8 +1,9 @@
-"""Buckets (gs:// and s3://): what is in one is worked on in a copy on this machine's disk, and copied back whenever something in it is whole.
+"""Buckets (gs:// and s3://): work happens in a copy on the local disk, which is copied back.
 
-Tensors are mapped into memory, journals are appended to, and what is whole is renamed: an object store has none of that. What it has is
-that an object appears whole or not at all, so a list of the files with their digests, written last, says of a directory what is whole.
-A copy that was cut off leaves the list that was there before, and every file in it as it was.
+Tensors are memory-mapped, logs are appended to and complete files are renamed: an object store has
+none of that. What it has is that an object appears completely or not at all. So a list of the files
+of a directory with their digests, written last, says what is complete. A copy that is cut off
+leaves the previous list, and every file in it as it was.
 """
 
 import contextlib
@@ -22,14 +23,14 @@ from typing import Any, NamedTuple
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
 
-_PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # extra, and what it installs
+_PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # extra, and the package it installs
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/+([^/].*)")
-_OWN = ".ordermerge"  # a directory for what is ours: the list, and files that wait to take the place of others
-_LIST, _WAITING = f"{_OWN}/files.json", f"{_OWN}/waiting"
+# Directory for bookkeeping: the list, and new versions of listed files until the list names them.
+_BOOKKEEPING = ".ordermerge"
+_LIST, _STAGING = f"{_BOOKKEEPING}/files.json", f"{_BOOKKEEPING}/waiting"
 _UNFINISHED = re.compile(r"\.partial\b|\.orbax-checkpoint-tmp")
-_AT_ONCE = (
-    64 * 2**20
-)  # bytes: smaller files may change while they are copied, so they are read once, digest and content alike
+# Smaller files may change while they are copied: they are read once, for digest and content alike.
+_READ_ONCE_BYTES = 64 * 2**20
 
 
 class File(NamedTuple):
@@ -39,20 +40,20 @@ class File(NamedTuple):
     size: int
 
 
-class Wanted(NamedTuple):
-    """A file to be copied here: what it is known by, and how it is got."""
+class _RemoteFile(NamedTuple):
+    """A file to copy here: an identifier of its content, and a function that copies it to a path."""
 
     version: str
-    get: Callable[[Path], None]
+    download: Callable[[Path], None]
 
 
 class Listing(NamedTuple):
-    """What is whole in a directory of a bucket.
+    """The complete files of a directory in a bucket.
 
     Attributes:
-        version: another one after every change.
+        version: changes with every change of the files.
         files: by path below the directory.
-        gone: paths that the version before had.
+        gone: paths that the previous version had.
     """
 
     version: str
@@ -60,11 +61,13 @@ class Listing(NamedTuple):
     gone: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------------------------- addresses
+# ------------------------------------------------------------------------------------- addresses
 
 
 def address(path: str | Path) -> str | None:
-    """Return the address of what is in a bucket, None of anything else. pathlib leaves out one of two slashes; that is mended.
+    """Return the address of a path in a bucket, None for any other path.
+
+    pathlib drops one of two slashes; the address has both.
 
     Raises:
         UserError: an address of another kind.
@@ -73,45 +76,45 @@ def address(path: str | Path) -> str | None:
         >>> address("s3://orders/runs/one/"), address(Path("gs://orders/base")), address("runs/one")
         ('s3://orders/runs/one', 'gs://orders/base', None)
     """
-    found = _ADDRESS.fullmatch(str(path))
-    if found is None:
+    match = _ADDRESS.fullmatch(str(path))
+    if match is None:
         return None
-    if found[1] not in _PACKAGES:
-        raise UserError(
-            f"{path}: addresses of {found[1]}:// are not offered, only {' and '.join(f'{one}://' for one in _PACKAGES)}"
-        )
-    parts = found[2].rstrip("/").split("/")
+    scheme = match[1]
+    if scheme not in _PACKAGES:
+        supported = " and ".join(f"{name}://" for name in _PACKAGES)
+        raise UserError(f"{path}: {scheme}:// is not supported, only {supported}")
+    parts = match[2].rstrip("/").split("/")
     if {"", ".", ".."} & set(parts):
-        raise UserError(f"{path}: expected {found[1]}://BUCKET/PATH without empty parts, . and ..")
-    return f"{found[1]}://{'/'.join(parts)}"
+        raise UserError(f"{path}: expected {scheme}://BUCKET/PATH without empty parts, . and ..")
+    return f"{scheme}://{'/'.join(parts)}"
 
 
 def cache() -> Path:
-    """Return the directory that holds the copies: `ORDERMERGE_CACHE`, by default `jax_ordermerge` below the user's caches."""
-    given = os.environ.get("ORDERMERGE_CACHE")
-    return Path(given or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / (
-        "" if given else "jax_ordermerge"
-    )
+    """Return the directory of the copies: `ORDERMERGE_CACHE`, by default in the user's cache."""
+    directory = os.environ.get("ORDERMERGE_CACHE")
+    if directory:
+        return Path(directory).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jax_ordermerge"
 
 
-def _near(kind: str, url: str) -> Path:
+def _local(kind: str, url: str) -> Path:
     return (cache() / kind / url.replace("://", "/")).absolute()
 
 
-# ------------------------------------------------------------------------------------------------------------------------ reading
+# --------------------------------------------------------------------------------------- reading
 
 
 def fetch(path: str | Path, *, without: str | None = None) -> Path:
-    """Return where a file or directory can be read: its copy if it is in a bucket, brought up to date, else the path itself.
+    """Return a local path of a file or directory: an up-to-date copy if it is in a bucket.
 
-    Of a directory that was copied there from here only what is in its list is read, of any other one all that is there.
+    Of a directory that this package wrote only listed files are read, of any other one all files.
 
     Args:
         path: a local path, or an address.
         without: pattern of names that are not needed, such as `"*.safetensors"`.
 
     Raises:
-        UserError: it is not there, or cannot be read.
+        UserError: it does not exist, or cannot be read.
 
     Example:
         >>> fetch("data/train.jsonl").as_posix()
@@ -120,98 +123,107 @@ def fetch(path: str | Path, *, without: str | None = None) -> Path:
     url = address(path)
     if url is None:
         return Path(path).expanduser()
-    with _failures(url, "read"):
-        root = _root(url)
+    with _one_line_errors(url, "read"):
+        root = _listed_root(url)
         if root == url:
             mirror = Mirror(url)
             mirror.open()
             return mirror.local
-        wanted = _plain(url) if root is None else _listed(root, url.removeprefix(root).strip("/"))
+        if root is None:
+            files = _unlisted_files(url)
+        else:
+            files = _listed_files(root, url.removeprefix(root).strip("/"))
         if without is not None:
-            wanted = {
-                name: one for name, one in wanted.items() if not fnmatch.fnmatch(name, without)
+            files = {
+                name: file for name, file in files.items() if not fnmatch.fnmatch(name, without)
             }
-        local = _near("copies", url)
-        with _turn(local):
-            _bring(local, wanted, whole=without is None)
+        local = _local("copies", url)
+        with _exclusive(local):
+            _update(local, files, complete=without is None)
     return local
 
 
-def _root(url: str) -> str | None:
-    """Return the directory with a list that an address lies in."""
+def _listed_root(url: str) -> str | None:
+    """Return the directory with a list that an address lies in, None if there is none."""
     scheme, _, rest = url.partition("://")
     parts, store = rest.split("/"), _store(url)
     for end in range(len(parts), 0, -1):
         root = f"{scheme}://{'/'.join(parts[:end])}"
-        with contextlib.suppress(PermissionError):  # who may read this directory alone
+        # a user may be allowed to read the inner directory only
+        with contextlib.suppress(PermissionError):
             if store.exists(f"{root}/{_LIST}"):
                 return root
     return None
 
 
-def _listed(root: str, below: str) -> dict[str, Wanted]:
-    """Return what a list has of a file (under the empty name) or directory."""
-    listing = _listing(root)
+def _listed_files(root: str, below: str) -> dict[str, _RemoteFile]:
+    """Return the listed files of a file (under the empty name) or directory."""
+    listing = _read_listing(root)
     assert listing is not None
-    found = {}
+    files = {}
     for name, file in listing.files.items():
         if name == below or name.startswith(f"{below}/"):
-            found[name.removeprefix(below).strip("/")] = Wanted(
-                file.digest, functools.partial(_download, root, name, file)
-            )
-    if not found:
-        known = ", ".join(sorted({name.split("/")[0] for name in listing.files}))
-        raise UserError(f"{root} holds no whole {below}; it has {known or 'nothing'}")
-    return found
+            download = functools.partial(_download, root, name, file)
+            files[name.removeprefix(below).strip("/")] = _RemoteFile(file.digest, download)
+    if not files:
+        present = ", ".join(sorted({name.split("/")[0] for name in listing.files}))
+        raise UserError(f"{root} holds no complete {below}; it has {present or 'nothing'}")
+    return files
 
 
-def _plain(url: str) -> dict[str, Wanted]:
-    """Return what is there of a file (under the empty name) or directory that has no list."""
-    store, found = _store(url), {}
+def _unlisted_files(url: str) -> dict[str, _RemoteFile]:
+    """Return the objects of a file (under the empty name) or directory without a list."""
+    store, files = _store(url), {}
     for name, info in store.find(url, detail=True).items():
-        if not name.endswith("/"):
-            version = f"{info['size']} {info.get('ETag') or info.get('etag')}"
-            below = name.removeprefix(url.partition("://")[2]).strip("/")
-            found[_inside(below) if below else ""] = Wanted(
-                version, functools.partial(_get, store, name)
-            )
-    if not found:
+        if name.endswith("/"):
+            continue
+        version = f"{info['size']} {info.get('ETag') or info.get('etag')}"
+        below = name.removeprefix(url.partition("://")[2]).strip("/")
+        download = functools.partial(_get, store, name)
+        files[_check_inside(below) if below else ""] = _RemoteFile(version, download)
+    if not files:
         raise UserError(f"{url} not found; give the address of a file or directory")
-    return found
+    return files
 
 
-def _bring(local: Path, wanted: Mapping[str, Wanted], *, whole: bool) -> None:
-    """Copy the files whose versions differ from those that are here."""
-    mark = local.with_name(f".{local.name}.versions")
-    known = json.loads(mark.read_text()) if mark.is_file() else {}
-    for name, one in wanted.items():
+def _update(local: Path, files: Mapping[str, _RemoteFile], *, complete: bool) -> None:
+    """Copy the files whose versions differ from those of the local copy."""
+    record = local.with_name(f".{local.name}.versions")
+    versions = json.loads(record.read_text()) if record.is_file() else {}
+    for name, file in files.items():
         target = local / name if name else local
-        if known.get(name) != one.version or not target.is_file():
-            one.get(target)
-    if whole and "" not in wanted:
-        _remove_others(local, set(wanted))
-    versions = ({} if whole else known) | {name: one.version for name, one in wanted.items()}
-    atomic.replace(mark, json.dumps(versions).encode())
+        if versions.get(name) != file.version or not target.is_file():
+            file.download(target)
+    if complete:
+        versions = {}
+        if "" not in files:
+            _remove_all_but(set(files), local)
+    versions |= {name: file.version for name, file in files.items()}
+    atomic.replace(record, json.dumps(versions).encode())
 
 
 def _download(root: str, name: str, file: File, target: Path) -> None:
-    """Copy a file of a list unless it is here; it lies under its name, or waits where a copy to the bucket was cut off."""
+    """Copy a listed file unless the target has its content.
+
+    It lies under its name, or in the staging directory if a copy to the bucket was cut off.
+    """
     if target.is_file() and target.stat().st_size == file.size and _digest(target) == file.digest:
         return
-    for origin in (f"{root}/{name}", f"{root}/{_WAITING}/{file.digest}"):
+    for origin in (f"{root}/{name}", f"{root}/{_STAGING}/{file.digest}"):
         with contextlib.suppress(FileNotFoundError):
             _get(_store(root), origin, target, file.digest)
             return
     raise UserError(
-        f"{root}/{name} is lost or was changed from outside; restore it, or remove {root} to start over"
+        f"{root}/{name} is lost or was changed from outside; restore it, or remove {root} to start"
+        " over"
     )
 
 
 def _get(store: Any, origin: str, target: Path, digest: str | None = None) -> None:
-    """Copy an object beside its target and rename it when whole.
+    """Copy an object beside its target and rename it when it is complete.
 
     Raises:
-        FileNotFoundError: there is no such object, or it is another one than the digest says.
+        FileNotFoundError: there is no such object, or it has another digest.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
@@ -224,11 +236,11 @@ def _get(store: Any, origin: str, target: Path, digest: str | None = None) -> No
         partial.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- directories
+# ----------------------------------------------------------------------------------- directories
 
 
 class Mirror:
-    """A directory of a bucket and the copy that is worked on, `local`. One process opens and saves it.
+    """A directory in a bucket and its local copy, `local`. One process opens and saves it.
 
     Example:
         >>> Mirror("s3://orders/runs/one").local.as_posix()
@@ -236,101 +248,109 @@ class Mirror:
     """
 
     def __init__(self, url: str) -> None:
-        self.url, self.local = url, _near("runs", url)
-        self._known: dict[str, tuple[File, int]] = {}  # with the time of change of the local file
-        self._written: str | None = None
+        self.url, self.local = url, _local("runs", url)
+        # uploaded files, with the modification time that they had: unchanged ones are not hashed
+        self._uploaded: dict[str, tuple[File, int]] = {}
+        self._last_version: str | None = None
 
     def open(self) -> bool:
-        """Make the local copy what the list says, unless it is that already, or goes on from it; say whether files were fetched.
+        """Bring the local copy up to date and return whether files were fetched.
 
-        Where another machine went on from what this one had copied, the bucket counts, and what is here alone is removed.
+        If another machine has continued from this copy, the bucket counts, and files that are here
+        only are removed.
 
         Raises:
-            UserError: the bucket cannot be read, or holds other things.
+            UserError: the bucket cannot be read, or holds files of others.
         """
-        with _failures(self.url, "read"), _turn(self.local):
-            listing, had = _listing(self.url), self.record
-            if listing is not None and had is not None and listing.version == had.version:
+        with _one_line_errors(self.url, "read"), _exclusive(self.local):
+            listing, record = _read_listing(self.url), self.record
+            if listing is not None and record is not None and listing.version == record.version:
                 return False
             if listing is None:
-                if _holds(self.url):
+                if _has_objects(self.url):
                     raise UserError(
-                        f"{self.url} is not empty and was not written by a run; give another address, or remove what is there"
+                        f"{self.url} is not empty and was not written by a run; give another"
+                        " address, or remove what is there"
                     )
                 listing = Listing(secrets.token_hex(8), {})
                 _write_listing(self.url, listing)
             for name, file in listing.files.items():
                 _download(self.url, name, file, self.local / name)
-            _remove_others(self.local, set(listing.files))
-            self._keep(listing)
+            _remove_all_but(set(listing.files), self.local)
+            self._write_record(listing)
             return bool(listing.files)
 
     def save(self) -> None:
-        """Copy what has changed to the bucket. Until that is done it holds what it held before.
+        """Copy what has changed to the bucket. Until the end the bucket holds what it held before.
 
-        Files in the making (`atomic.py`, Orbax) are left out. Nobody may remove files meanwhile; appending to them is allowed.
+        Unfinished files (of `atomic`, of Orbax) are left out. No file may be removed meanwhile;
+        appending is allowed.
 
         Raises:
-            UserError: the bucket cannot be written, or another process has written to this address meanwhile.
+            UserError: the bucket cannot be written, or another process has written to it.
         """
-        with _failures(self.url, "written"):
-            before, had = _listing(self.url), self.record
-            # a list may have been written although the store's answer was lost
-            if before is None or had is None or before.version not in (had.version, self._written):
+        with _one_line_errors(self.url, "written"):
+            before, record = _read_listing(self.url), self.record
+            # a list may have been written although the answer of the store was lost
+            expected = record and (record.version, self._last_version)
+            if before is None or not expected or before.version not in expected:
                 raise UserError(
-                    f"{self.url} was written by another process meanwhile; nothing was changed there, end one of the two"
+                    f"{self.url} was written by another process meanwhile; nothing was changed"
+                    " there, end one of the two"
                 )
-            _settle(self.url, before)
-            files = {name: self._upload(name, before.files) for name in _names(self.local)}
+            _finish_staging(self.url, before)
+            files = {name: self._upload(name, before.files) for name in _finished(self.local)}
             if files == before.files:
                 return
-            listing = Listing(
-                secrets.token_hex(8), files, tuple(sorted(before.files.keys() - files.keys()))
-            )
-            self._written = listing.version
+            gone = tuple(sorted(before.files.keys() - files.keys()))
+            listing = Listing(secrets.token_hex(8), files, gone)
+            self._last_version = listing.version
             _write_listing(self.url, listing)
-            self._keep(listing)
-            _settle(self.url, listing)
+            self._write_record(listing)
+            _finish_staging(self.url, listing)
 
-    def _upload(self, name: str, there: Mapping[str, File]) -> File:
-        """Copy a file unless it is there: under its name, or where it waits if the list has another one of that name."""
+    def _upload(self, name: str, listed: Mapping[str, File]) -> File:
+        """Copy a file unless it is listed: under its name, or to staging if the name is taken."""
         path = self.local / name
-        changed = path.stat().st_mtime_ns
-        known = self._known.get(name)
-        if known and known[1] == changed and there.get(name) == known[0]:
-            return known[0]
+        modified = path.stat().st_mtime_ns
+        previous = self._uploaded.get(name)
+        if previous and previous[1] == modified and listed.get(name) == previous[0]:
+            return previous[0]
         size, content = path.stat().st_size, None
-        if size < _AT_ONCE:
+        if size < _READ_ONCE_BYTES:
             content = path.read_bytes()
-            size = len(content)
-        file = File(_digest(path) if content is None else hashlib.sha256(content).hexdigest(), size)
-        if there.get(name) != file:
+            file = File(hashlib.sha256(content).hexdigest(), len(content))
+        else:
+            file = File(_digest(path), size)
+        if listed.get(name) != file:
             store = _store(self.url)
-            target = (
-                f"{self.url}/{_WAITING}/{file.digest}" if name in there else f"{self.url}/{name}"
-            )
-            store.put_file(str(path), target) if content is None else store.pipe_file(
-                target, content
-            )
-        self._known[name] = (file, changed)
+            target = f"{_STAGING}/{file.digest}" if name in listed else name
+            if content is None:
+                store.put_file(str(path), f"{self.url}/{target}")
+            else:
+                store.pipe_file(f"{self.url}/{target}", content)
+        self._uploaded[name] = (file, modified)
         return file
 
     @property
     def record(self) -> Listing | None:
-        """What the bucket held when this copy was last the same."""
-        file = self.local / _LIST
-        return _parse(file.read_bytes()) if file.is_file() else None
+        """The list of the bucket when this copy was last equal to it."""
+        path = self.local / _LIST
+        return _parse_listing(path.read_bytes()) if path.is_file() else None
 
-    def _keep(self, listing: Listing) -> None:
-        atomic.replace(self.local / _LIST, _text(listing))
+    def _write_record(self, listing: Listing) -> None:
+        atomic.replace(self.local / _LIST, _listing_bytes(listing))
 
 
 @contextlib.contextmanager
 def new_directory(target: str | Path) -> Iterator[Path]:
-    """Yield where to write a directory: the target itself, or a local one that is copied to the bucket when the block ends.
+    """Yield where to write a directory.
+
+    That is the target itself, or for an address a local directory that is copied to the bucket when
+    the block ends.
 
     Raises:
-        UserError: something is in the bucket under that address, or it cannot be written.
+        UserError: the address is not empty, or cannot be written.
 
     Example:
         >>> with new_directory("merged") as directory:
@@ -341,62 +361,62 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     if url is None:
         yield Path(target)
         return
-    with _failures(url, "written"):
-        listing = _listing(url)
-        if listing.files if listing is not None else _holds(url):
+    with _one_line_errors(url, "written"):
+        listing = _read_listing(url)
+        if listing.files if listing is not None else _has_objects(url):
             raise UserError(f"{url} is not empty; give a new address, or remove it")
     mirror = Mirror(url)
     shutil.rmtree(mirror.local, ignore_errors=True)
     yield mirror.local
-    with _failures(url, "written"):
+    with _one_line_errors(url, "written"):
         listing = listing or Listing(secrets.token_hex(8), {})
         _write_listing(url, listing)
-        mirror._keep(listing)
+        mirror._write_record(listing)
     mirror.save()
     shutil.rmtree(mirror.local)
 
 
-def try_out(url: str) -> None:
+def check_writable(url: str) -> None:
     """Write, read and remove an object below an address.
 
     Raises:
         UserError: one of these failed.
     """
-    store, name = _store(url), f"{url}/{_OWN}/try-{secrets.token_hex(8)}"
-    with _failures(url, "written"):
-        store.pipe_file(name, b"whole")
-        whole = store.cat_file(name) == b"whole"
+    store, name = _store(url), f"{url}/{_BOOKKEEPING}/try-{secrets.token_hex(8)}"
+    content = b"complete"
+    with _one_line_errors(url, "written"):
+        store.pipe_file(name, content)
+        read = store.cat_file(name)
         store.rm_file(name)
-    if not whole:
-        raise UserError(f"{url}: what was written there was read back otherwise")
+    if read != content:
+        raise UserError(f"{url}: an object that was written there has other content when read")
 
 
-def _settle(url: str, listing: Listing) -> None:
-    """Give waiting files their names and remove what the list has no more. Done again by the next save where it was cut off."""
+def _finish_staging(url: str, listing: Listing) -> None:
+    """Give staged files their names and remove unlisted ones; after a cut the next save does it."""
     store = _store(url)
-    waiting = [key.rsplit("/", 1)[-1] for key in store.find(f"{url}/{_WAITING}")]
-    for digest in waiting:
+    staged = [key.rsplit("/", 1)[-1] for key in store.find(f"{url}/{_STAGING}")]
+    for digest in staged:
         for name, file in listing.files.items():
             if file.digest == digest:
-                store.cp_file(f"{url}/{_WAITING}/{digest}", f"{url}/{name}")
-        store.rm_file(f"{url}/{_WAITING}/{digest}")
+                store.cp_file(f"{url}/{_STAGING}/{digest}", f"{url}/{name}")
+        store.rm_file(f"{url}/{_STAGING}/{digest}")
     for name in listing.gone:
         with contextlib.suppress(FileNotFoundError):
             store.rm_file(f"{url}/{name}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- parts
+# ----------------------------------------------------------------------------------------- parts
 
 
-def _listing(url: str) -> Listing | None:
-    store = _store(url)
+def _read_listing(url: str) -> Listing | None:
     try:
-        return _parse(store.cat_file(f"{url}/{_LIST}"))
+        return _parse_listing(_store(url).cat_file(f"{url}/{_LIST}"))
     except FileNotFoundError:
         return None
 
 
-def _holds(url: str) -> bool:
+def _has_objects(url: str) -> bool:
     try:
         return bool(_store(url).ls(url))
     except FileNotFoundError:
@@ -404,43 +424,49 @@ def _holds(url: str) -> bool:
 
 
 def _write_listing(url: str, listing: Listing) -> None:
-    _store(url).pipe_file(f"{url}/{_LIST}", _text(listing))
+    _store(url).pipe_file(f"{url}/{_LIST}", _listing_bytes(listing))
 
 
-def _text(listing: Listing) -> bytes:
+def _listing_bytes(listing: Listing) -> bytes:
     return json.dumps(listing._asdict(), indent=1).encode()
 
 
-def _parse(text: bytes) -> Listing:
+def _parse_listing(text: bytes) -> Listing:
     raw = json.loads(text)
-    files = {_inside(name): File(*file) for name, file in raw["files"].items()}
-    return Listing(raw["version"], files, tuple(_inside(name) for name in raw["gone"]))
+    files = {_check_inside(name): File(*file) for name, file in raw["files"].items()}
+    return Listing(raw["version"], files, tuple(_check_inside(name) for name in raw["gone"]))
 
 
-def _inside(name: str) -> str:
-    """Return a path below a directory as it is, and refuse what leads out of it: who may write to a bucket may not write to this disk."""
-    if {"", ".", ".."} & set(name.split("/")) or _OWN in name.split("/"):
+def _check_inside(name: str) -> str:
+    """Return a path below a directory, and refuse one that leads out of it.
+
+    Who may write to a bucket may not, by names of objects, write anywhere on this disk.
+    """
+    parts = name.split("/")
+    if {"", ".", ".."} & set(parts) or _BOOKKEEPING in parts:
         raise UserError(
             f"an object is named {name!r}, which is no path below a directory; rename or remove it"
         )
     return name
 
 
-def _names(directory: Path) -> list[str]:
-    """Return the paths of the files that are whole, below a directory."""
-    found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+def _finished(directory: Path) -> list[str]:
+    """Return the paths of the complete files below a directory."""
+    files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return sorted(
-        p.as_posix() for p in found if p.parts[0] != _OWN and not _UNFINISHED.search(p.as_posix())
+        path.as_posix()
+        for path in files
+        if path.parts[0] != _BOOKKEEPING and not _UNFINISHED.search(path.as_posix())
     )
 
 
-def _remove_others(directory: Path, names: set[str]) -> None:
-    for path in sorted(directory.rglob("*"), reverse=True):
+def _remove_all_but(names: set[str], directory: Path) -> None:
+    for path in sorted(directory.rglob("*"), reverse=True):  # a directory after its content
         name = path.relative_to(directory).as_posix()
         if path.is_dir():
             with contextlib.suppress(OSError):
                 path.rmdir()
-        elif name not in names and not name.startswith(f"{_OWN}/"):
+        elif name not in names and not name.startswith(f"{_BOOKKEEPING}/"):
             path.unlink()
 
 
@@ -450,8 +476,8 @@ def _digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _turn(local: Path) -> Iterator[None]:
-    """Let the processes of this machine bring a copy up to date one after another."""
+def _exclusive(local: Path) -> Iterator[None]:
+    """Let one process of this machine at a time bring a copy up to date."""
     local.parent.mkdir(parents=True, exist_ok=True)
     with local.with_name(f".{local.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -459,14 +485,14 @@ def _turn(local: Path) -> Iterator[None]:
 
 
 def _store(url: str) -> Any:
-    """Return the file system of an address. Credentials and endpoints are those of the environment; none are kept."""
+    """Return the fsspec file system of an address, with credentials of the environment."""
     import fsspec
 
     scheme = url.partition("://")[0]
     extra, package = _PACKAGES[scheme]
     try:
         store = fsspec.filesystem(scheme)
-        store.invalidate_cache()  # what is there is asked anew: others write too
+        store.invalidate_cache()  # other machines write to the same bucket
         return store
     except ImportError as error:
         raise UserError(
@@ -475,8 +501,8 @@ def _store(url: str) -> Any:
 
 
 @contextlib.contextmanager
-def _failures(url: str, what: str) -> Iterator[None]:
-    """Say in one line what a store refused: each has errors of its own."""
+def _one_line_errors(url: str, action: str) -> Iterator[None]:
+    """Turn the errors of a store, which has types of its own, into one line."""
     try:
         yield
     except UserError:
@@ -484,5 +510,6 @@ def _failures(url: str, what: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(
-            f"{url} cannot be {what} ({type(error).__name__}: {reason}); check the address, the endpoint and the credentials"
+            f"{url} cannot be {action} ({type(error).__name__}: {reason}); check the address, the"
+            " endpoint and the credentials"
         ) from error

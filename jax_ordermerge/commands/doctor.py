@@ -254,7 +254,7 @@ def _check_bucket(output: str) -> Finding:
     try:
         url = remote.address(output)
         assert url is not None
-        remote.try_out(url)
+        remote.check_writable(url)
     except UserError as error:
         return Finding("output", "error", str(error))
     return Finding("output", "ok", f"{url} can be written")

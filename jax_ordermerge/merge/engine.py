@@ -113,7 +113,7 @@ def _workspace(out: str | Path, fingerprint: str) -> Iterator[tuple[Path, bool]]
             if jax.process_index() == 0:
                 found = stack.enter_context(atomic.resumable_directory(out, fingerprint))
         resumed = processes.broadcast(found is not None and found[1])
-        yield atomic.partial_of(out) if found is None else found[0], resumed
+        yield atomic.partial_path(out) if found is None else found[0], resumed
 
 
 def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:

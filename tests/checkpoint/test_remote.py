@@ -137,7 +137,7 @@ class Killed(BaseException):
 def test_killed_at_any_operation_it_holds_the_old_or_the_new_and_can_be_gone_on_with(
     bucket, tmp_path, monkeypatch, at_once
 ):
-    monkeypatch.setattr(remote, "_AT_ONCE", at_once)
+    monkeypatch.setattr(remote, "_READ_ONCE_BYTES", at_once)
     third = SECOND | {"log": b"1\n2\n3\n", "merge.json": b"{}"}
     seen = set()
     for count in itertools.count():
@@ -280,7 +280,7 @@ def test_data_are_read_again_when_they_have_changed(bucket):
     ("path", "message"),
     [
         ("s3://orders/../other", "expected s3://BUCKET/PATH without empty parts"),
-        ("az://orders/run", "addresses of az:// are not offered, only gs:// and s3://"),
+        ("az://orders/run", "az:// is not supported, only gs:// and s3://"),
     ],
 )
 def test_addresses_that_are_refused(path, message):
@@ -292,7 +292,7 @@ def test_what_is_not_there_is_one_line(bucket):
     saved(f"{bucket}/run", FIRST)
     for path, message in {
         f"{bucket}/none": "none not found",
-        f"{bucket}/run/merged/average": "run holds no whole merged/average; it has checkpoints, config.yaml, log",
+        f"{bucket}/run/merged/average": "run holds no complete merged/average; it has checkpoints, config.yaml, log",
         "s3://no-such-bucket-here/run": "The specified bucket does not exist",
     }.items():
         with pytest.raises(UserError, match=message):

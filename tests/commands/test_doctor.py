@@ -92,7 +92,7 @@ def test_a_bucket_out_of_reach_is_one_line():
     assert finding == (
         "output",
         "error",
-        "nowhere://bucket/run: addresses of nowhere:// are not offered, only gs:// and s3://",
+        "nowhere://bucket/run: nowhere:// is not supported, only gs:// and s3://",
     )
 
 
