@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from jax_ordermerge import rng
-from jax_ordermerge.hash_rng import element_index, random_words
+from jax_ordermerge.hash_rng import element_index, random_bits
 
 ROWS, COLUMNS, MEMBERS = 1024, 4096, 3
 SHAPE = (ROWS, COLUMNS)
@@ -25,7 +25,7 @@ Draw = Callable[[int, str, int], np.ndarray]
 
 @jax.jit
 def _hash(words: jax.Array, round_: int) -> jax.Array:
-    return random_words(words, element_index(SHAPE), round_)
+    return random_bits(words, element_index(SHAPE), round_)
 
 
 @jax.jit

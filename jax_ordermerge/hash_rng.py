@@ -40,17 +40,7 @@ def mix(x: Words) -> Words:
     return x ^ (x >> 16)
 
 
-def key_words(key: jax.Array) -> jax.Array:
-    """Return the 64 bits of a typed threefry key (scalar key array) as uint32[2].
-
-    Example:
-        >>> key_words(jax.random.key(7)).tolist()
-        [0, 7]
-    """
-    return jax.random.key_data(key)
-
-
-def random_words(words: jax.Array, index: Index, round_: int | jax.Array = 0) -> jax.Array:
+def random_bits(key_bits: jax.Array, index: Index, round_: int | jax.Array = 0) -> jax.Array:
     """Return one uint32 for every index: h = L(L(lo ^ a) ^ b ^ hi) with L = lowbias32 and a key schedule of scalars.
 
     The schedule is a = L(k0 + GOLDEN * round), b = L(k1 ^ a), so another round is another key and costs nothing per element.
@@ -65,11 +55,11 @@ def random_words(words: jax.Array, index: Index, round_: int | jax.Array = 0) ->
 
     Example:
         >>> index = Index(jnp.arange(2, dtype=jnp.uint32), jnp.zeros(2, jnp.uint32))
-        >>> [f"{h:08x}" for h in random_words(jnp.array([1, 2], jnp.uint32), index).tolist()]
+        >>> [f"{h:08x}" for h in random_bits(jnp.array([1, 2], jnp.uint32), index).tolist()]
         ['03a7b1ba', 'c0a12a8a']
     """
-    a = mix(words[0] + jnp.uint32(GOLDEN) * jnp.asarray(round_).astype(jnp.uint32))
-    b = mix(words[1] ^ a)
+    a = mix(key_bits[0] + jnp.uint32(GOLDEN) * jnp.asarray(round_).astype(jnp.uint32))
+    b = mix(key_bits[1] ^ a)
     return mix(mix(index.lo ^ a) ^ (index.hi ^ b))
 
 

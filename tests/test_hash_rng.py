@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from jax_ordermerge import rng
-from jax_ordermerge.hash_rng import Index, _times, element_index, mix, random_words
+from jax_ordermerge.hash_rng import Index, _times, element_index, mix, random_bits
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "random_choice.md").read_text()
 WORD = 0xFFFFFFFF
@@ -41,7 +41,7 @@ def draws(key, shape, round_=0):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _draws(key, shape, round_):
-    return random_words(key, element_index(shape), round_)
+    return random_bits(key, element_index(shape), round_)
 
 
 def test_mix_has_the_published_vectors():
@@ -60,7 +60,7 @@ def test_hash_has_the_published_vectors():
         i = int(number)
         index = Index(jnp.uint32(i & WORD), jnp.uint32(i >> 32))
         for round_, word in enumerate(expected):
-            got = int(random_words(jnp.array([1, 2], jnp.uint32), index, round_))
+            got = int(random_bits(jnp.array([1, 2], jnp.uint32), index, round_))
             assert got == int(word, 16) == naive_hash(1, 2, i, round_)
 
 
@@ -93,7 +93,7 @@ def test_a_slab_draws_what_the_whole_draws():
     whole = draws(key, shape)
     for start in (1, 6, 10):
         offset = jnp.array([start * 7, 0], jnp.uint32)
-        part = jax.jit(lambda k, o, rows=11 - start: random_words(k, element_index((rows, 7), o)))(
+        part = jax.jit(lambda k, o, rows=11 - start: random_bits(k, element_index((rows, 7), o)))(
             key, offset
         )
         assert np.array_equal(part, whole[start:])
@@ -121,7 +121,7 @@ def pair(kind):
     if kind == "the two sides of 2^32":
         low = jax.lax.iota(jnp.uint32, n)
         return tuple(
-            np.asarray(random_words(words("pair"), Index(low, jnp.full(n, hi, jnp.uint32))))
+            np.asarray(random_bits(words("pair"), Index(low, jnp.full(n, hi, jnp.uint32))))
             for hi in (0, 1)
         )
     return {
@@ -179,14 +179,14 @@ def test_every_index_bit_flips_half_of_the_word(bit):
     index = Index(jnp.arange(n, dtype=jnp.uint32) * 7919, jnp.arange(n, dtype=jnp.uint32) % 5)
     moved = Index(index.lo ^ flip, index.hi) if bit < 32 else Index(index.lo, index.hi ^ flip)
     key = words("avalanche")
-    changed = np.asarray(random_words(key, index) ^ random_words(key, moved))
+    changed = np.asarray(random_bits(key, index) ^ random_bits(key, moved))
     rates = np.unpackbits(changed.view(np.uint8)).reshape(n, 32).mean(axis=0)
     assert np.abs(rates - 0.5).max() < 5 * 0.5 / np.sqrt(n)
 
 
 def test_many_rounds_of_one_element_are_uniform():
     index = element_index((20_000,))
-    h = jax.vmap(lambda r: random_words(words("rounds"), Index(index.lo[0], index.hi[0]), r))(
+    h = jax.vmap(lambda r: random_bits(words("rounds"), Index(index.lo[0], index.hi[0]), r))(
         index.lo
     )
     assert stats.kstest(np.asarray(h) / 2**32, "uniform").pvalue > 1e-4

@@ -1,7 +1,6 @@
-"""Merges that look at data: the greedy soup on validation examples, and the average by Fisher information of training samples."""
+"""Merges by methods that need data beside the models: Fisher information, or validation losses."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -9,49 +8,51 @@ import numpy as np
 from jax_ordermerge.data import pack
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.context import RunContext
+from jax_ordermerge.layout import Json
 from jax_ordermerge.merge import population
-from jax_ordermerge.merge.methods import greedy_soup
-from jax_ordermerge.train import fisher as information
-from jax_ordermerge.train import objective
+from jax_ordermerge.merge.methods import table
+from jax_ordermerge.train import fisher, objective
 from jax_ordermerge.tree import Tree, member
 
-
-def merge_greedily(
-    ctx: RunContext, members: Tree, loss: Callable[[Tree], float]
-) -> tuple[Tree, dict[str, Any]]:
-    """Return the soup, and which members are in it with the validation losses that decided.
-
-    Args:
-        ctx: of the run.
-        members: the population, in the dtype that is merged.
-        loss: of a model on the validation examples.
-    """
-
-    def average(chosen: tuple[int, ...]) -> Tree:
-        some = jax.jit(lambda p: jax.tree.map(lambda x: x[np.array(chosen)], p))(members)
-        return population.merge(
-            some, None, ctx.model, method="average", seed=0, dtype=ctx.config.merge.dtype
-        )
-
-    alone = [loss(member(members, m)) for m in range(ctx.config.population.members)]
-    chosen, seen = greedy_soup.greedy(alone, lambda some: loss(average(some)))
-    return average(chosen), {
-        "members": list(chosen),
-        "validation_losses": alone,
-        "after_each": seen,
-    }
+Loss = Callable[[Tree], float]
+Result = tuple[Tree, Json]  # the merge, and its parameters for the record
+Supplier = Callable[[RunContext, Json, Tree, Tree | None, Loss], Result]
 
 
-def fisher(ctx: RunContext, settings: dict[str, Any]) -> Tree:
-    """Return the merge by method fisher, of the members in float32 and the diagonals of their Fisher matrices.
+def merge_with_data(
+    ctx: RunContext, settings: Json, members: Tree, base: Tree, loss: Loss
+) -> Result:
+    """Merge the population, with the data that the method needs.
 
     Args:
-        ctx: of the run.
+        ctx: the run.
         settings: method, seed, weights and parameters of the merge.
+        members: the population, in the dtype that is merged.
+        base: in the same dtype.
+        loss: of a model on the validation examples.
+
+    Returns:
+        The merge, and the parameters for the record: those given, and what the data decided.
     """
+    method = table.METHODS[settings["method"]]
+    if method.needs is None:
+        return _merge(ctx, settings, members, base), settings["parameters"]
+    checked = table.check_parameters(settings["method"], settings["parameters"])
+    used_base = base if method.needs_base(checked) else None
+    return SUPPLIERS[method.needs](ctx, settings, members, used_base, loss)
+
+
+def _merge(ctx: RunContext, settings: Json, members: Tree, base: Tree | None) -> Tree:
+    return population.merge(members, base, ctx.model, dtype=ctx.config.merge.dtype, **settings)
+
+
+def _merge_with_fisher(
+    ctx: RunContext, settings: Json, members: Tree, base: Tree | None, loss: Loss
+) -> Result:
+    """Merge the members, in float32, followed by the diagonals of their Fisher matrices."""
     members = waves.restore(ctx.training, ctx.model, ctx.mesh, ctx.layout)
     train = ctx.splits["train"]
-    diagonals = information.diagonal(
+    diagonals = fisher.diagonal(
         objective.build(ctx.training, ctx.model),
         members,
         train,
@@ -63,8 +64,39 @@ def fisher(ctx: RunContext, settings: dict[str, Any]) -> Tree:
     both = jax.jit(lambda a, b: jax.tree.map(lambda x, y: jax.numpy.concatenate([x, y]), a, b))(
         members, diagonals
     )
-    given = settings["weights"]
-    weights = None if given is None else [*given, *([0.0] * ctx.config.population.members)]
-    return population.merge(
-        both, None, ctx.model, dtype=ctx.config.merge.dtype, **(settings | {"weights": weights})
-    )
+    weights = settings["weights"]
+    if weights is not None:  # of which only those of the members count
+        weights = [*weights, *([0.0] * ctx.config.population.members)]
+    merged = _merge(ctx, settings | {"weights": weights}, both, base)
+    return merged, settings["parameters"]
+
+
+def _merge_chosen(
+    ctx: RunContext, settings: Json, members: Tree, base: Tree | None, loss: Loss
+) -> Result:
+    """Merge the members that the method chooses by validation losses."""
+    choose = table.METHODS[settings["method"]].choose
+    assert choose is not None, "a method that needs validation data has a function `choose`"
+
+    def merge(chosen: Sequence[int]) -> Tree:
+        numbers = np.array(chosen)
+        subset = jax.jit(lambda p: jax.tree.map(lambda x: x[numbers], p))(members)
+        weights = settings["weights"]
+        if weights is not None:
+            weights = [weights[number] for number in chosen]
+        return _merge(ctx, settings | {"weights": weights}, subset, base)
+
+    losses = [loss(member(members, m)) for m in range(ctx.config.population.members)]
+    choice = choose(losses, lambda chosen: loss(merge(chosen)))
+    return merge(choice.members), {
+        **settings["parameters"],
+        "members": list(choice.members),
+        "validation_losses": losses,
+        "after_each": choice.losses,
+    }
+
+
+SUPPLIERS: dict[table.Need, Supplier] = {
+    "fisher": _merge_with_fisher,
+    "validation": _merge_chosen,
+}

@@ -16,12 +16,10 @@ from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import sample_generations
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 from jax_ordermerge.model import lora
 from jax_ordermerge.search import search
 from jax_ordermerge.train import trackers
-
-GREEDY_SOUP = "greedy_soup"  # the one method that measures its candidates
 
 
 def check_config(config: Config) -> None:
@@ -31,14 +29,14 @@ def check_config(config: Config) -> None:
         UserError: a method is unknown, its parameters are wrong, or it needs data that are not there.
     """
     for spec in config.merge.methods:
-        if spec.method != GREEDY_SOUP:
-            registry.check(spec.method, spec.parameters)
-        elif not config.data.validation_examples:
+        table.check_parameters(spec.method, spec.parameters)
+        table.refuse_weights(spec.method, spec.weights)
+        needs = table.METHODS[spec.method].needs
+        if needs == "validation" and not config.data.validation_examples:
             raise UserError(
-                "merge method greedy_soup chooses on validation data: set data.validation_examples"
+                f"merge method {spec.method} chooses on validation data: "
+                "set data.validation_examples"
             )
-        elif spec.weights or spec.parameters:
-            raise UserError("merge method greedy_soup takes neither weights nor parameters")
 
 
 def check_tracking(config: Config) -> None:

@@ -30,7 +30,7 @@ from jax_ordermerge.checkpoint.shards import SHARD_BYTES, ShardFiles
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import diagnostics, manifest
 from jax_ordermerge.merge.manifest import Done
-from jax_ordermerge.merge.methods import parts, registry, selection
+from jax_ordermerge.merge.methods import parts, reductions, table
 from jax_ordermerge.merge.plan import Output, Plan, View
 
 SLAB_ELEMENTS = (
@@ -229,7 +229,7 @@ class _Job:
         journal: Path,
     ) -> None:
         self.plan, self.files, self.with_diagnostics = plan, files, with_diagnostics
-        self.slab = -(-slab_elements // parts.BLOCK) * parts.BLOCK
+        self.slab = -(-slab_elements // reductions.BLOCK) * reductions.BLOCK
         self.memory = _Memory(HELD_BYTES)
         self.holds = False  # whether some method asked for sums over a whole tensor
         self._journal, self._lock, self._stop = journal, threading.Lock(), threading.Event()
@@ -278,9 +278,9 @@ class _Job:
             return self._merge_slabs(tensor, output)
 
     def _merge_slabs(self, tensor: "_FileTensor", output: Output) -> Done:
-        known, static = parts.split(registry.learn(tensor, output.method, output.parameters))
+        known, static = parts.split_static(table.prepare(tensor, output.method, output.parameters))
 
-        needs_base = registry.METHODS[output.method].needs_base(output.parameters)
+        needs_base = table.METHODS[output.method].needs_base(output.parameters)
         rounding = (
             rng.stream_key_bits(self.plan.seed, "round", output.name)
             if self.plan.stochastic
@@ -330,12 +330,12 @@ class _FileTensor:
         self.shape, self.count, self.weights = output.shape, len(output.members), output.weights
         self.base = output.base
         self._size = math.prod(output.shape)
-        self._unit = registry.METHODS[output.method].unit(output.parameters)
+        self._unit = table.METHODS[output.method].unit(output.parameters)
         self._held: dict[View, np.ndarray] = {}
         self._parts: list[parts.Part] = []
         self._memory: np.ndarray | None = None
         self._words = jax.device_put(
-            registry.key_words(
+            table.key_bits(
                 output.method, output.parameters, job.plan.seed, output.name, output.layer
             )
         )
@@ -376,7 +376,7 @@ class _FileTensor:
             for start in range(0, self._size, step):
                 yield start, (min(step, self._size - start),)
             return
-        least = parts.BLOCK // math.gcd(width, parts.BLOCK)
+        least = reductions.BLOCK // math.gcd(width, reductions.BLOCK)
         rows = max(self._job.slab // width // least, 1) * least
         for first in range(0, self.shape[0], rows):
             yield first * width, (min(rows, self.shape[0] - first), *self.shape[1:])
@@ -442,8 +442,10 @@ class _FileTensor:
 
     def _blocks(self, among: Sequence[int]) -> Iterator[parts.Part]:
         """Yield the blocks that hold these elements of what is held: one small program serves tensors of all shapes."""
-        for start in sorted({one // parts.BLOCK * parts.BLOCK for one in among}):
-            yield self.part(start, (min(parts.BLOCK, self._size - start),), self.base is not None)
+        for start in sorted({one // reductions.BLOCK * reductions.BLOCK for one in among}):
+            yield self.part(
+                start, (min(reductions.BLOCK, self._size - start),), self.base is not None
+            )
 
 
 def _read(plan: Plan, view: View, start: int, out: np.ndarray) -> np.ndarray:
@@ -492,28 +494,29 @@ def _merge_slab(
     *,
     count: int,
     method: str,
-    static: registry.Static,
+    static: table.Static,
     dtype: np.dtype[Any],
     out: np.dtype[Any],
 ) -> tuple[jax.Array, jax.Array, diagnostics.Moments | None]:
     """Return the merged slab, checksums of what was read, and moments of its first elements if a base is given: one call, one wait."""
-    result = registry.apply(
+    result = table.merge_part(
         part, known, rounding, method=method, static=static, dtype=dtype, out=out
     )
     models = (*part.members, *([] if part.base is None else [part.base]))
     checksums = diagnostics.checksums(models, part.offset)
     if base is None:
         return result, checksums, None
-    width = math.gcd(count, parts.BLOCK)
+    width = math.gcd(count, reductions.BLOCK)
     own = [x.reshape(-1)[:count].reshape(-1, width) for x in (*part.members, base, result)]
     # compared in what is stored in the end
-    *task_vectors, start, end = [parts.as_stored(x, out) for x in own]
+    *task_vectors, start, end = [parts.round_to(x, out) for x in own]
     moments = diagnostics.moments(task_vectors, start, end)
-    if registry.redraws(method, dict(static)):
+    count_redrawn = table.METHODS[method].count_redrawn(dict(static))
+    if count_redrawn is not None:
         first = jax.tree.map(lambda x: x.reshape(-1)[:count], (part.members, part.base))
         looked_at = part._replace(members=first[0], base=first[1])
         moments = moments._replace(
-            redrawn=selection.redrawn(looked_at, known["weights"], **dict(static))
+            redrawn=count_redrawn(looked_at, known["weights"], **dict(static))
         )
     return result, checksums, moments
 

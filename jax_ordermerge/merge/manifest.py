@@ -13,7 +13,7 @@ import yaml
 import jax_ordermerge
 from jax_ordermerge.checkpoint import atomic, sidecar_files
 from jax_ordermerge.merge import diagnostics
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.plan import Plan
 
 
@@ -104,7 +104,7 @@ def card(plan: Plan, measured: Mapping[str, Any] | None) -> str:
     recipe, notes = _recipe(plan), plan.notes
     models = len({view.source for output in plan.outputs for view in output.members})
     used = dict.fromkeys(output.method for output in plan.outputs)
-    sources = ", ".join(f"{name}: {registry.METHODS[name].reference}" for name in used)
+    sources = ", ".join(f"{name}: {table.METHODS[name].reference}" for name in used)
     text = (
         f"{models} models of one architecture were merged by `{recipe['merge_method']}` ({sources}).\n\n"
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"

@@ -13,7 +13,7 @@ from jax_ordermerge import arch
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.sources.storage import Source
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -42,8 +42,8 @@ class Output:
         name, shape, layer: of the merged model; `layer` is None outside the layers.
         members: in the order that weights and random choices refer to.
         base: None where the method can do without and none was given.
-        method, parameters: of this tensor, as `methods.check` returned them.
-        weights: as `methods.check_weights` returned them.
+        method, parameters: of this tensor, as `table.check_parameters` returned them.
+        weights: as `table.check_weights` returned them.
     """
 
     name: str
@@ -128,13 +128,14 @@ def uniform(
     Raises:
         UserError: bad input; the architectures differ (the difference is named).
     """
-    checked = registry.check(method, parameters)
+    checked = table.check_parameters(method, parameters)
+    table.refuse_without_validation(method)
     if not members:
         raise UserError("nothing to merge: give the directories of the members")
-    if registry.METHODS[method].needs_base(checked) and base is None:
+    if table.METHODS[method].needs_base(checked) and base is None:
         needs = "with resample " if method == "selection" else ""
         raise UserError(f"merge method {method} {needs}needs the base model; give it with --base")
-    prepared = registry.check_weights(method, weights, len(members), checked)
+    prepared = table.check_weights(method, weights, len(members), checked)
     sources = (*members, *([] if base is None else [base]))
     for other in sources[1:]:
         check_same(sources[0], other)

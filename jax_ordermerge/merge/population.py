@@ -18,7 +18,7 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import diagnostics
-from jax_ordermerge.merge.methods import parts, registry, selection
+from jax_ordermerge.merge.methods import parts, reductions, selection, table
 
 
 def merge(
@@ -42,7 +42,7 @@ def merge(
         members: parameter dict with a leading axis `M`, on any mesh.
         base: parameter dict; may be None for methods that do not need it.
         config: the model.
-        method: a name of `methods.METHODS`.
+        method: a name of `methods.table.METHODS`.
         seed: of the methods that draw.
         weights: one a member.
         parameters: of the method.
@@ -70,8 +70,8 @@ def merge(
         >>> merged["norm"]["weight"].tolist()
         [0.75, 0.75]
     """
-    checked = registry.check(method, parameters)
-    if (registry.METHODS[method].needs_base(checked) or scales is not None) and base is None:
+    checked = table.check_parameters(method, parameters)
+    if (table.METHODS[method].needs_base(checked) or scales is not None) and base is None:
         raise UserError(f"merge method {method} with {checked} needs the base; give it")
     flat, flat_base = tree.flatten(members), tree.flatten(base or {})
     run = functools.partial(
@@ -112,7 +112,7 @@ def merge_leaf(
         names: Hugging Face name of each layer, or of the one tensor.
         stacked: whether there is a layer axis.
         method, seed, weights, dtype: as in `merge`.
-        parameters: as `methods.check` returned them.
+        parameters: as `table.check_parameters` returned them.
         out: dtype of the result, by default `dtype`.
 
     Returns:
@@ -122,7 +122,7 @@ def merge_leaf(
         >>> members = jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])
         >>> settings = {
         ...     "method": "average",
-        ...     "parameters": methods.check("average"),
+        ...     "parameters": table.check_parameters("average"),
         ...     "seed": 0,
         ...     "weights": None,
         ... }
@@ -139,9 +139,11 @@ def _rescaled(
     merged: jax.Array, base: jax.Array, scales: jax.Array, *, stacked: bool, dtype: DTypeLike
 ) -> jax.Array:
     """Return theta_0 + lambda (theta - theta_0) in `dtype`: bit for bit the task arithmetic of one member, theta."""
-    start = parts.as_stored(base, dtype).astype(jnp.float32)
+    start = parts.round_to(base, dtype).astype(jnp.float32)
     lambdas = scales.reshape(-1, *(1,) * (merged.ndim - 1)) if stacked else scales[0]
-    return parts.as_stored(start + parts.rounded(lambdas * parts.rounded(merged - start)), dtype)
+    return parts.round_to(
+        start + reductions.rounded(lambdas * reductions.rounded(merged - start)), dtype
+    )
 
 
 def compile_merge(
@@ -170,14 +172,14 @@ def compile_merge(
         convert.abstract_tensors([spec], mesh, members=members, dtype=dtype)
     ).values()
     (base,) = tree.flatten(convert.abstract_tensors([spec], mesh, dtype=dtype)).values()
-    checked = registry.check(method, parameters)
+    checked = table.check_parameters(method, parameters)
     chosen = _Chosen(method, 0, weights, checked, dtype)
     arguments, settings = _prepared(population, base, spec.hf_names(), spec.stacked, chosen)
     return _merge_leaf.lower(*arguments, **settings).compile()
 
 
 class _Chosen(NamedTuple):
-    """A method and what it is given; `parameters` as `methods.check` returned them."""
+    """A method and what it is given; `parameters` as `table.check_parameters` returned them."""
 
     method: str
     seed: int
@@ -193,7 +195,8 @@ def _prepared(
     tensors = _tensors(members, base, names, stacked, chosen)
     inner = without_members(members)
     learned = [
-        parts.split(registry.learn(tensor, chosen.method, chosen.parameters)) for tensor in tensors
+        parts.split_static(table.prepare(tensor, chosen.method, chosen.parameters))
+        for tensor in tensors
     ]
     known = {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]}
     settings = {
@@ -271,10 +274,10 @@ def _tensors(
     method, seed, weights, parameters, dtype = chosen
     layers = range(len(names)) if stacked else (None,)
     words = [
-        registry.key_words(method, parameters, seed, name, layer)
+        table.key_bits(method, parameters, seed, name, layer)
         for name, layer in zip(names, layers, strict=True)
     ]
-    given = registry.check_weights(method, weights, members.shape[0], parameters)
+    given = table.check_weights(method, weights, members.shape[0], parameters)
     inner = without_members(members)
     leaf = _Leaf(members, base, stacked, None if inner is None else inner[0])
     return [_Tensor(leaf, i, words[i], given, jnp.dtype(dtype)) for i in range(len(names))]
@@ -288,7 +291,7 @@ def _measure_leaf(
     layer: int,
     *arrays: Any,
     function: Callable[..., Any],
-    static: registry.Static,
+    static: table.Static,
     dtype: DTypeLike,
     stacked: bool,
     spread: NamedSharding | None,
@@ -320,7 +323,7 @@ def _merge_leaf(
     known: dict[str, jax.Array],
     *,
     method: str,
-    static: registry.Static,
+    static: table.Static,
     dtype: DTypeLike,
     stacked: bool,
     spread: NamedSharding | None,
@@ -335,7 +338,7 @@ def _merge_leaf(
         words: jax.Array,
         known: dict[str, jax.Array],
     ) -> jax.Array:
-        return registry.apply(
+        return table.merge_part(
             parts.Part(members, base, words),
             known,
             method=method,
@@ -359,7 +362,7 @@ def _apart(
     Over the mesh this is one all-to-all, and the result comes back by one all-gather: together the traffic of one all-reduce. But
     each device has all members of its elements, so the additions keep the order that they have everywhere else.
     """
-    stored = parts.as_stored(members, dtype)
+    stored = parts.round_to(members, dtype)
     if spread is not None:
         bits = (
             selection.to_bits(stored) if stored.dtype.itemsize < 4 else stored
@@ -371,7 +374,7 @@ def _apart(
     own = selection.unstack(stored)
     if base is None:
         return own, None
-    own_base = parts.as_stored(base, dtype)
+    own_base = parts.round_to(base, dtype)
     return own, own_base if spread is None else jax.lax.with_sharding_constraint(own_base, spread)
 
 
@@ -435,7 +438,11 @@ def measure_diagnostics(
     Returns:
         `{"total": numbers, "tensors": {hf_name: numbers}}`, plain Python (see `geometry.summarize`).
     """
-    checked = registry.check(method, parameters) if method in registry.METHODS else {}
+    checked: dict[str, Any] = {}
+    count_redrawn = None
+    if method in table.METHODS:
+        checked = table.check_parameters(method, parameters)
+        count_redrawn = table.METHODS[method].count_redrawn(checked)
     flat, flat_base, flat_merged = tree.flatten(members), tree.flatten(base), tree.flatten(merged)
     found: dict[str, tuple[diagnostics.Moments, int]] = {}
     for spec in arch.tensor_table(config):
@@ -445,7 +452,7 @@ def measure_diagnostics(
         everywhere = None if inner is None else NamedSharding(inner[0].mesh, P())
         moments = jax.device_get(_moments(own, own_base, own_merged, everywhere))
         tensors: list[_Tensor] | None = None
-        if registry.redraws(method, checked):
+        if count_redrawn is not None:
             chosen = _Chosen(method, seed, weights, checked, own_merged.dtype)
             tensors = _tensors(own, own_base, spec.hf_names(), spec.stacked, chosen)
         for layer, name in enumerate(spec.hf_names()):
@@ -454,12 +461,10 @@ def measure_diagnostics(
                 if spec.stacked
                 else moments
             )
-            if tensors is not None:
-                known, static = parts.split(registry.learn(tensors[layer], method, checked))
+            if tensors is not None and count_redrawn is not None:
+                known, static = parts.split_static(table.prepare(tensors[layer], method, checked))
                 one = one._replace(
-                    redrawn=tensors[layer].total(
-                        selection.redrawn, known["weights"], **dict(static)
-                    )
+                    redrawn=tensors[layer].total(count_redrawn, known["weights"], **dict(static))
                 )
             found[name] = diagnostics.total(one), math.prod(spec.hf_shape)
     return diagnostics.report((name, *found[name]) for name, _, _ in arch.hf_tensors(config))
@@ -470,6 +475,6 @@ def _moments(
     members: jax.Array, base: jax.Array, merged: jax.Array, everywhere: NamedSharding | None
 ) -> diagnostics.Moments:
     found = diagnostics.moments(
-        parts.as_stored(members, merged.dtype), parts.as_stored(base, merged.dtype), merged
+        parts.round_to(members, merged.dtype), parts.round_to(base, merged.dtype), merged
     )
     return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)

@@ -21,6 +21,7 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.evaluate import decode, scoring
 from jax_ordermerge.merge import population
+from jax_ordermerge.merge.methods.table import METHODS
 from jax_ordermerge.model import kernels
 from jax_ordermerge.plan.analytic import bytes_per_device
 from jax_ordermerge.plan.collectives import Collectives, read_collectives
@@ -176,17 +177,18 @@ def _merge_programs(
     seen: list[tuple[Any, ...]] = []
     for entry in spec.merge.methods:
         method, weights, parameters = entry.method, entry.weights, entry.parameters
-        if method == "greedy_soup":  # its last step is an average of the members that it chose
-            method, weights, parameters = "average", None, {}
         if (method, weights, parameters) in seen:
             continue
         seen.append((method, weights, parameters))
+        members = spec.population.members
+        if METHODS[method].needs == "fisher":
+            # the Fisher information is merged like further members, to which weights do not apply
+            members, weights = 2 * members, None
         yield functools.partial(
             population.compile_merge,
             model,
             mesh,
-            # the Fisher information of each member has the size of the member
-            members=spec.population.members * (2 if method == "fisher" else 1),
+            members=members,
             method=method,
             weights=weights,
             parameters=parameters,

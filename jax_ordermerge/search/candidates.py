@@ -19,7 +19,7 @@ from jax_ordermerge.arch import ModelConfig, TensorSpec
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.merge import population
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 
 BASE, MEMBER = "base", "member"  # candidates that are no merges
 KINDS = ("embedding", "attention", "mlp", "norm", "head")
@@ -71,7 +71,7 @@ class Candidate:
         parts += [f"{key}={_short(value)}" for key, value in self.parameters.items()]
         if self.weights is not None:
             parts.append("weights=" + "/".join(map(_short, self.weights)))
-        if self.method in registry.METHODS and registry.METHODS[self.method].draws:
+        if self.method in table.METHODS and table.METHODS[self.method].draws:
             parts.append(f"seed={self.seed}")
         if self.scale != 1:
             parts.append(f"lambda={_short(self.scale)}")
@@ -197,13 +197,13 @@ def check(candidate: Candidate, members: int, model: ModelConfig) -> None:
     """
     if candidate.kind != "merge":
         return
-    if candidate.method in ("fisher", "greedy_soup"):
+    if table.METHODS[candidate.method].needs is not None:
         raise UserError(
             f"a search does not offer {candidate.method}, which looks at data itself; "
             "add it to merge.methods"
         )
-    checked = registry.check(candidate.method, candidate.parameters)
-    registry.check_weights(candidate.method, candidate.weights, members, checked)
+    checked = table.check_parameters(candidate.method, candidate.parameters)
+    table.check_weights(candidate.method, candidate.weights, members, checked)
     for group in candidate.groups:
         check_group(group, model)
 

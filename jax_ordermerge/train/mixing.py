@@ -21,8 +21,9 @@ from jax_ordermerge import hash_rng, rng, tree
 from jax_ordermerge.arch import TensorSpec
 from jax_ordermerge.config import Mixing, Papa, Wash
 from jax_ordermerge.merge import population
-from jax_ordermerge.merge.methods import average, selection
-from jax_ordermerge.merge.methods.parts import rounded
+from jax_ordermerge.merge.methods import selection
+from jax_ordermerge.merge.methods.linear import combine
+from jax_ordermerge.merge.methods.reductions import rounded
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.tree import Tree
 
@@ -89,7 +90,7 @@ def papa(members: Sequence[jax.Array], rate: float) -> jax.Array:
     Source: Jolicoeur-Martineau et al. 2023, https://arxiv.org/abs/2304.03094 (the variant that it calls PAPA; with rate 1 PAPA-all). The
     rate does not follow the learning rate.
     """
-    mean = average.combine(members, jnp.ones(len(members))) / len(members)
+    mean = combine(members, jnp.ones(len(members))) / len(members)
     return jnp.stack([rounded((1 - rate) * one) + rounded(rate * mean) for one in members])
 
 
@@ -154,7 +155,7 @@ def wash(
     R, C = rows // height, columns // width
     index = hash_rng.Index(*(word[None] for word in hash_rng.element_index((R, C))))
     rounds = done * jnp.uint32(M + 2) + jnp.arange(M + 2, dtype=jnp.uint32)
-    drawn = hash_rng.random_words(words, index, rounds[:, None, None])
+    drawn = hash_rng.random_bits(words, index, rounds[:, None, None])
     place_RC = drawn[0] % jnp.uint32(height * width)
     taken_RC = (drawn[1] >> 8).astype(jnp.float32) * 2.0**-24 < fraction * (height * width)
     inside = jnp.arange(height * width, dtype=jnp.uint32).reshape(1, height, 1, width)

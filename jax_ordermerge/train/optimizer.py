@@ -157,7 +157,7 @@ def in_bfloat16(
         # The bits depend on parameter and step alone, so they are the same on every mesh and for
         # every member: a member in a population stays equal to the member alone.
         key_bits = jnp.asarray(rng.stream_key_bits(0, "moments", jax.tree_util.keystr(path)))
-        random_bits = hash_rng.random_words(key_bits, hash_rng.element_index(moment.shape), step)
+        random_bits = hash_rng.random_bits(key_bits, hash_rng.element_index(moment.shape), step)
         return hash_rng.round_stochastically(moment, random_bits)
 
     def init(params: Tree) -> RoundedState:

@@ -9,7 +9,7 @@ import yaml
 
 from jax_ordermerge.config import fixed_settings, load_config, make_config, to_dict
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(
@@ -179,7 +179,7 @@ def test_committed_configs_are_valid_short_and_say_how_to_run_them(file):
     assert len(text.splitlines()) <= 45
     assert f"ordermerge run configs/{file.relative_to(FOLDER)}" in text.split("name:")[0]
     for spec in config.merge.methods:
-        registry.check(spec.method, spec.parameters)
+        table.check_parameters(spec.method, spec.parameters)
 
 
 # batch, learning rate, schedule, warm-up, epochs, longest example: as published, in the order of the fields below

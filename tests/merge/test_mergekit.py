@@ -7,7 +7,7 @@ import pytest
 
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.merge import engine
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.recipe import planner
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -58,12 +58,12 @@ def execute(plan, seed=0, only=None):
         for view, array in arrays.items():
             plan.sources[view.source].read_into(view.name, 0, array)
         merged[out.name] = np.asarray(
-            registry.merge_tensor(
+            table.merge_tensor(
                 out.method,
                 [arrays[view] for view in out.members],
                 base=arrays.get(out.base),
                 weights=out.weights,
-                words=registry.key_words(out.method, out.parameters, seed, out.name, out.layer),
+                key_bits=table.key_bits(out.method, out.parameters, seed, out.name, out.layer),
                 dtype=plan.dtype,
                 **out.parameters,
             )

@@ -11,7 +11,7 @@ from jax_ordermerge import arch, rng, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import population
-from jax_ordermerge.merge.methods import parts, registry
+from jax_ordermerge.merge.methods import parts, table
 from jax_ordermerge.merge.methods.selection import select
 
 MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1)]
@@ -207,10 +207,10 @@ def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
         np.zeros(shape[1:], np.float32), meshes.sharding(axes[1:], shape[1:], mesh)
     )
     for name, parameters in (("average", {}), ("selection", {"resample": "exhaustive"})):
-        checked = registry.check(name, parameters)
+        checked = table.check_parameters(name, parameters)
         spread, out = population.without_members(members)
-        known, static = parts.split(
-            registry.learn(parts.InMemoryTensor([np.ones((64, 128))] * 4, None), name, checked)
+        known, static = parts.split_static(
+            table.prepare(parts.InMemoryTensor([np.ones((64, 128))] * 4, None), name, checked)
         )
         given = {
             "method": name,
@@ -221,7 +221,7 @@ def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
             "out": out,
         }
         arrays = {key: value[None] for key, value in known.items()}
-        needed = base if registry.METHODS[name].needs_base(checked) else None
+        needed = base if table.METHODS[name].needs_base(checked) else None
         program = (
             population._merge_leaf.lower(
                 members, needed, np.zeros((1, 2), np.uint32), arrays, **given

@@ -10,13 +10,13 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.merge import engine, plan, population
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.sources.storage import Checkpoint, Directory
 
 MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2)]
 # what a method cannot do without
 GIVEN = {"nearswap": {"t": 0.05}}
-TABLE = [(name, {}, None) for name in registry.METHODS]
+TABLE = [(name, {}, None) for name in table.METHODS]
 MORE = [
     ("average", {"normalize": False}, (0.1, 0.7, -0.3, 0.2)),
     ("task_arithmetic", {"scale": 0.3}, (0.1, 0.7, -0.3, 0.2)),
@@ -41,7 +41,7 @@ IDS = [
 
 
 def count_of(name):
-    low, high = registry.METHODS[name].members
+    low, high = table.METHODS[name].members
     return int(min(max(4, low), high))
 
 
@@ -73,7 +73,7 @@ def test_on_every_mesh(name, parameters, weights):
     members, base = sparse((2, 24, 256), np.random.default_rng(0))
     members, checked = (
         members[: count_of(name)],
-        registry.check(name, {**GIVEN.get(name, {}), **parameters}),
+        table.check_parameters(name, {**GIVEN.get(name, {}), **parameters}),
     )
     settings = {
         "method": name,
@@ -87,14 +87,14 @@ def test_on_every_mesh(name, parameters, weights):
         population.merge_leaf(jnp.asarray(members), jnp.asarray(base), names, True, **settings)
     )
     for i, name_ in enumerate(names):
-        words = registry.key_words(name, checked, 7, name_, i)
-        needed = jnp.asarray(base[i]) if registry.METHODS[name].needs_base(checked) else None
-        alone = registry.merge_tensor(
+        key_bits = table.key_bits(name, checked, 7, name_, i)
+        needed = jnp.asarray(base[i]) if table.METHODS[name].needs_base(checked) else None
+        alone = table.merge_tensor(
             name,
             list(jnp.asarray(members[:, i])),
             base=needed,
             weights=weights,
-            words=words,
+            key_bits=key_bits,
             **checked,
         )
         assert alone.tobytes() == expected[i].tobytes()
@@ -143,11 +143,15 @@ def tensors(directory):
     return {name: reader.read(name).tobytes() for name in reader.names}
 
 
-FILES = [(name, {}) for name, _, _ in TABLE] + [("selection", {"resample": 1})]
+FILES = [name for name in table.METHODS if table.METHODS[name].needs != "validation"]
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), slow_unless_quick(FILES, [*IDS[: len(TABLE)], "selection-resample=1"])
+    ("name", "parameters"),
+    slow_unless_quick(
+        [*((name, {}) for name in FILES), ("selection", {"resample": 1})],
+        [*FILES, "selection-resample=1"],
+    ),
 )
 def test_from_files_and_checkpoints(stored, tmp_path, name, parameters):
     members, base, root = stored

@@ -4,7 +4,6 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import AUTO, merge_name
 from jax_ordermerge.experiment import data_dependent, export, losses, models, search
 from jax_ordermerge.experiment.context import RunContext, Stage
-from jax_ordermerge.experiment.preflight import GREEDY_SOUP
 from jax_ordermerge.layout import Json, RunLayout, read_json, write_json
 from jax_ordermerge.merge import population as merging
 from jax_ordermerge.search.candidates import Population
@@ -17,9 +16,14 @@ def run(ctx: RunContext) -> None:
     population = models.load_population(ctx)
     rows = {row["name"]: row for row in (read_json(run.merges) or {"merges": []})["merges"]}
 
-    def record(name: str, settings: Json, merged: Tree) -> None:
+    def record(name: str, settings: Json, merged: Tree, parameters: Json) -> None:
         diagnostics = _measure_diagnostics(ctx, name, population, merged, settings)
-        rows[name] = {"name": name, **settings, "diagnostics": diagnostics}
+        rows[name] = {
+            "name": name,
+            **settings,
+            "parameters": parameters,
+            "diagnostics": diagnostics,
+        }
         write_json(run.merges, {"dtype": config.merge.dtype, "merges": list(rows.values())})
 
     for spec in config.merge.methods:
@@ -32,18 +36,13 @@ def run(ctx: RunContext) -> None:
             "weights": spec.weights,
             "parameters": spec.parameters,
         }
-        if spec.method == GREEDY_SOUP:
-            merged, settings["parameters"] = data_dependent.merge_greedily(
-                ctx,
-                population.members,
-                lambda params: losses.example_losses(ctx, params, ctx.splits["validation"]).mean,
-            )
-        elif spec.method == "fisher":
-            merged = data_dependent.fisher(ctx, settings)
-        else:
-            merged = merging.merge(
-                population.members, population.base, ctx.model, dtype=config.merge.dtype, **settings
-            )
+        merged, recorded = data_dependent.merge_with_data(
+            ctx,
+            settings,
+            population.members,
+            population.base,
+            lambda params: losses.example_losses(ctx, params, ctx.splits["validation"]).mean,
+        )
         recipe = {
             "merge_method": spec.method,
             "weights": None if spec.weights is None else list(spec.weights),
@@ -51,13 +50,13 @@ def run(ctx: RunContext) -> None:
             "seed": settings["seed"],
         }
         export.export(ctx, name, merged, recipe)
-        record(name, settings, merged)
+        record(name, settings, merged, recorded)
         del merged  # the next merge needs its memory
     if config.merge.auto is not None and not (AUTO in rows and run.is_merged(AUTO)):
         chosen = search.choose_merge(
             ctx, config.merge.auto, run.search, population, target=run.merged(AUTO)
         )
-        record(AUTO, chosen.settings, chosen.params)
+        record(AUTO, chosen.settings, chosen.params, chosen.settings["parameters"])
 
 
 def is_complete(config: Config) -> bool:

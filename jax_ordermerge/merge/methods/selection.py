@@ -1,7 +1,15 @@
-"""Parameter selection: every element is taken from one member. No arithmetic on values, bits in and bits out."""
+"""Parameter selection: every element is taken from one member.
 
+There is no arithmetic on values: bits in, bits out.
+
+Source: Ju et al., "Selective Parameter Merging", EMNLP 2024, https://arxiv.org/abs/2410.03743:
+element-wise selection and resampling. Rounds, the exhaustive limit, `resample_from`, the other
+granularities and the children are ours.
+"""
+
+import functools
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +17,16 @@ import numpy as np
 from pydantic import Field
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.hash_rng import Index, element_index, key_words, random_words
-from jax_ordermerge.merge.methods.parts import Part, Tensor, counts
+from jax_ordermerge.hash_rng import Index, element_index, random_bits
+from jax_ordermerge.merge.methods.parameters import PROBABILITY_UNITS, quantize, weights_or_ones
+from jax_ordermerge.merge.methods.parts import Part, Prepared, Tensor
+from jax_ordermerge.merge.methods.reductions import count_true
+from jax_ordermerge.merge.methods.table import METHODS, Method, Parameters, Unit
 
 Granularity = Literal["element", "row", "column", "tensor", "layer"]
 Rounds = Annotated[int, Field(ge=0)] | Literal["exhaustive"]
-ONE = 1 << 16  # probabilities are multiples of 2^-16
-CHILDREN = 1 << 30  # the first round of the draws for children; those of resampling start at 0
+ResampleFrom = Literal["all", "others"]
+FIRST_ROUND_OF_CHILDREN = 1 << 30  # of the hash; the rounds of resampling start at 0
 UNROLLED = 8  # up to so many rounds are one fused pass; beyond, a loop keeps compilation short
 
 
@@ -30,45 +41,14 @@ def to_bits(x: jax.Array) -> jax.Array:
 
 
 def unstack(x: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the M arrays of a stack, bit by bit: even slicing a bfloat16 array may quiet a NaN on CPU.
+    """Return the M arrays of a stack, with every bit.
 
     Example:
-        >>> [one.tolist() for one in unstack(jnp.array([[1.0], [2.0]]))]
+        >>> [member.tolist() for member in unstack(jnp.array([[1.0], [2.0]]))]
         [[1.0], [2.0]]
     """
-    return tuple(jax.lax.bitcast_convert_type(one, x.dtype) for one in to_bits(x))
-
-
-def quantize(weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return probabilities as multiples of 2^-16, by largest remainder; the draw is then integer arithmetic throughout.
-
-    Args:
-        weights: [M], not negative, with a positive sum.
-
-    Returns:
-        uint32[M] with sum 65536.
-
-    Raises:
-        UserError: a weight is negative, the sum is not positive, or a positive weight is too small to be drawn.
-
-    Example:
-        >>> quantize([1, 1, 1]).tolist(), quantize([0, 1]).tolist()
-        ([21846, 21845, 21845], [0, 65536])
-    """
-    w = np.asarray(weights, np.float64)
-    if not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
-        raise UserError(
-            f"selection weights {w.tolist()}: probabilities are not negative and their sum is positive; change the weights"
-        )
-    exact = w / w.sum() * ONE
-    whole = np.floor(exact).astype(np.int64)
-    order = np.argsort(-(exact - whole), kind="stable")
-    whole[order[: ONE - whole.sum()]] += 1
-    if ((whole == 0) & (w > 0)).any():
-        raise UserError(
-            f"selection weights {w.tolist()}: a probability is below 1/{2 * ONE}; make it 0 or larger"
-        )
-    return whole.astype(np.uint32)
+    # as integers, since even slicing a bfloat16 array may quiet a NaN on CPU
+    return tuple(jax.lax.bitcast_convert_type(bits, x.dtype) for bits in to_bits(x))
 
 
 def select(
@@ -79,27 +59,31 @@ def select(
     key: jax.Array,
     offset: jax.Array | None = None,
     resample: Rounds = 0,
-    resample_from: Literal["all", "others"] = "all",
+    resample_from: ResampleFrom = "all",
     granularity: Granularity = "element",
 ) -> jax.Array:
-    """Parameter selection: theta_j = theta_{s_j, j} with s_j ~ Categorical(p), independently for every unit j.
+    """Parameter selection: theta_j = theta_{s_j, j} with s_j ~ Categorical(p), per unit j.
 
-    A unit whose chosen member left it at the base is drawn again, `resample` times; "exhaustive" draws at once among the members
-    that changed the unit, with their probabilities renormalized: the limit of many rounds. "Left at the base" is equality of bits
-    after casting the base to the members' dtype; a unit of many elements was changed if one of them was.
+    A unit whose member left it at the base is drawn again, `resample` times. "exhaustive" draws at
+    once among the members that changed the unit, with their probabilities renormalized: the limit of
+    many rounds. "Left at the base" is equality of bits after casting the base to the members' dtype.
+    A unit of many elements was changed if one of them was.
 
     Args:
         members: [M, *S], any dtype.
         base: [*S], needed when resampling.
-        weights: [M] probabilities p, as concrete numbers or already quantized (uint32, see `quantize`). 1/M by default.
+        weights: [M] probabilities p, as concrete numbers or already quantized (uint32, see
+            `quantize`). 1/M by default.
         key: typed key (scalar) named by the tensor, or by the layer for granularity "layer".
-        offset: uint32[2], number of a slab's first unit; for "element" and "row", with slabs of whole leading rows.
-        resample: redraws: a number of rounds, or "exhaustive".
+        offset: uint32[2], number of a slab's first unit. For "element" and "row", with slabs of
+            complete leading rows.
+        resample: a number of rounds of redraws, or "exhaustive".
         resample_from: redraw among all members, or among those not yet drawn for the unit.
-        granularity: what is taken from one member together; "layer" is the whole tensor under a key shared by the layer.
+        granularity: what is taken from one member as a unit. "layer" is the tensor under a key that
+            the tensors of a layer share.
 
     Returns:
-        [*S] in the dtype of `members`; every element has the bits of one member's.
+        [*S] in the dtype of `members`. Every element has the bits of one member's.
 
     Example:
         >>> members = jnp.stack([jnp.zeros(6), jnp.ones(6)])
@@ -109,50 +93,60 @@ def select(
         ...     members, base=jnp.zeros(6), key=jax.random.key(0), resample="exhaustive"
         ... ).tolist()
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-
-    Source: Ju et al., "Selective Parameter Merging" (EMNLP 2024, arXiv 2410.03743): element-wise selection and resampling. Rounds,
-    the exhaustive limit, `resample_from` and the other granularities are ours.
     """
-    # as integers before anything else: even slicing a bfloat16 array may quiet a NaN on CPU
+    # as integers before anything else, see `unstack`
     bits = tuple(to_bits(members))
-    kept = None if base is None else to_bits(base.astype(members.dtype))
-    part = Part(bits, kept, key_words(key), offset, None if offset is None else offset[0])
-    p = _thresholds(weights, len(bits))
-    out = selection_part(
+    base_bits = None if base is None else to_bits(base.astype(members.dtype))
+    row = None if offset is None else offset[0]
+    part = Part(bits, base_bits, jax.random.key_data(key), offset, row)
+    if weights is None:
+        p = jnp.asarray(quantize(np.ones(len(bits))))
+    elif jnp.issubdtype(weights.dtype, jnp.integer):
+        p = jnp.asarray(weights, jnp.uint32)
+    else:
+        # on the host in float64: a sum on a device could differ in its last bit between programs
+        p = jnp.asarray(quantize(np.asarray(weights)))
+    out = apply(
         part, weights=p, resample=resample, resample_from=resample_from, granularity=granularity
     )
     return jax.lax.bitcast_convert_type(out, members.dtype)
 
 
-def selection(
+def prepare(
     tensor: Tensor,
     *,
     resample: Rounds = 0,
-    resample_from: Literal["all", "others"] = "all",
+    resample_from: ResampleFrom = "all",
     granularity: Granularity = "element",
     child: Annotated[int, Field(ge=0)] | None = None,
-) -> dict[str, Any]:
+) -> Prepared:
     """Parameter selection; see `select`.
 
     Args:
         tensor: its weights are the probabilities p. 1/M by default.
-        resample, resample_from, granularity: as for `select`.
-        child: number c = 0 .. M-1 of one of M merges that share the members out: unit j comes from member pi_j(c), with one random
-            permutation pi_j of the members a unit. So every member's value is in exactly one child, each child alone is a selection
-            with equal probabilities, and the mean of the M children is exactly the average. None draws without regard to others.
+        resample: as for `select`.
+        resample_from: as for `select`.
+        granularity: as for `select`.
+        child: number c = 0 .. M-1 of one of M merges that share the members out. Unit j comes from
+            member pi_j(c), with one random permutation pi_j of the members per unit. Every member's
+            value is thus in exactly one child, each child alone is a selection with equal
+            probabilities, and the mean of the children is exactly the average. None: no child.
 
     Raises:
-        UserError: there is no such child, or resampling or unequal weights are asked for with it: then no permutation fits.
+        UserError: there is no such child, or resampling or unequal weights come with it. Then no
+            permutation fits.
     """
-    p = quantize(np.ones(tensor.count) if tensor.weights is None else tensor.weights)
+    p = quantize(weights_or_ones(tensor))
     if child is not None and child >= tensor.count:
         raise UserError(
-            f"merge method selection: child = {child}, but {tensor.count} members have the children 0 to {tensor.count - 1}"
+            f"merge method selection: child = {child}, but {tensor.count} members have the "
+            f"children 0 to {tensor.count - 1}"
         )
     equal = tensor.weights is None or np.ptp(tensor.weights) == 0
     if child is not None and (resample != 0 or not equal):
         raise UserError(
-            "merge method selection: the children are permutations of the members, so child goes with resample: 0 and equal weights"
+            "merge method selection: the children are permutations of the members, "
+            "so child goes with resample: 0 and equal weights"
         )
     return {
         "weights": p,
@@ -163,147 +157,139 @@ def selection(
     }
 
 
-def selection_part(
-    p: Part,
+def apply(
+    part: Part,
     *,
     weights: jax.Array,
     resample: int | str,
-    resample_from: Literal["all", "others"],
+    resample_from: ResampleFrom,
     granularity: Granularity,
     child: int | None = None,
 ) -> jax.Array:
     """Select within a part; `weights` are quantized."""
-    if resample != 0 and p.base is None:
+    if resample != 0 and part.base is None:
         raise ValueError("selection with resample needs the base")
-    dtype, shape = p.members[0].dtype, p.members[0].shape
-    bits = _bits(p)
-    unit, thresholds = _unit_index(bits[0].shape, granularity, p), list(weights)
+    dtype, shape = part.members[0].dtype, part.members[0].shape
+    bits = _member_bits(part)
+    unit, thresholds = _unit_index(bits[0].shape, granularity, part), list(weights)
+    out = bits[0]
     if child is not None:
-        choice, kept = permuted(p.words, unit, len(bits), child), bits[0]
-    elif resample == 0 or p.base is None:
-        choice, kept = _draw(random_words(p.words, unit), thresholds), bits[0]
+        choice = permuted(part.key_bits, unit, len(bits), child)
+    elif resample == 0 or part.base is None:
+        choice = _draw(random_bits(part.key_bits, unit), thresholds)
     else:
-        kept = to_bits(p.base).reshape(bits[0].shape)
-        changed = [_any_in_unit(member != kept, unit.lo.shape) for member in bits]
+        # where no member is chosen the base stays
+        out = to_bits(part.base).reshape(bits[0].shape)
+        changed = [_any_in_unit(member != out, unit.lo.shape) for member in bits]
         if isinstance(resample, str):
-            choice = _draw(
-                random_words(p.words, unit),
-                [jnp.where(c, q, 0) for c, q in zip(changed, thresholds, strict=True)],
-            )
+            among_changed = [
+                jnp.where(flag, q, 0) for flag, q in zip(changed, thresholds, strict=True)
+            ]
+            choice = _draw(random_bits(part.key_bits, unit), among_changed)
         else:
-            choice, _ = _draw_rounds(p.words, unit, weights, changed, resample, resample_from)
-    out = kept
+            choice, _ = _draw_rounds(part.key_bits, unit, weights, changed, resample, resample_from)
     for i in range(len(bits)):
         out = jnp.where(choice == i, bits[i], out)
     return jax.lax.bitcast_convert_type(out, dtype).reshape(shape)
 
 
-def redrawn(
-    p: Part,
+def count_redrawn(
+    part: Part,
     weights: jax.Array,
     *,
     resample: Rounds,
-    resample_from: Literal["all", "others"],
+    resample_from: ResampleFrom,
     granularity: Granularity,
     child: None = None,
 ) -> jax.Array:
-    """Return how many units were drawn again in each round of a selection, uint32[rounds]: those of which some member left the base.
+    """Count the units drawn again in each round of a selection, uint32[rounds].
 
-    Of exhaustive resampling, one number: of how many the first draw, made among all members, falls on one that left it at the base.
+    Counted are units that some member changed. For exhaustive resampling it is one number: of how
+    many units the first draw, among all members, falls on a member that left the unit at the base.
 
     Args:
-        p: a part.
+        part: a part.
         weights: quantized probabilities, uint32[M].
-        resample: not 0; the rest as for `selection`, whose children are not redrawn.
+        resample: not 0.
+        resample_from: as for `select`.
+        granularity: as for `select`.
+        child: None: children are not redrawn.
 
     Example:
-        >>> one, zero = jnp.ones(600), jnp.zeros(600)
-        >>> part = Part((zero, one), zero, jnp.zeros(2, jnp.uint32))
-        >>> redrawn(
-        ...     part,
-        ...     jnp.asarray(quantize([1, 1])),
-        ...     resample=3,
-        ...     resample_from="all",
-        ...     granularity="element",
-        ... ).tolist()
+        >>> ones, zeros = jnp.ones(600), jnp.zeros(600)
+        >>> part = Part((zeros, ones), zeros, jnp.zeros(2, jnp.uint32))
+        >>> settings = {"resample": 3, "resample_from": "all", "granularity": "element"}
+        >>> count_redrawn(part, jnp.asarray(quantize([1, 1])), **settings).tolist()
         [297, 145, 69]
     """
-    bits = _bits(p)
-    unit = _unit_index(bits[0].shape, granularity, p)
+    bits = _member_bits(part)
+    unit = _unit_index(bits[0].shape, granularity, part)
     changed = [
-        _any_in_unit(member != to_bits(p.base).reshape(member.shape), unit.lo.shape)
+        _any_in_unit(member != to_bits(part.base).reshape(member.shape), unit.lo.shape)
         for member in bits
     ]
     if not isinstance(resample, str):
-        return _draw_rounds(p.words, unit, weights, changed, resample, resample_from)[1]
-    first = _draw(random_words(p.words, unit), list(weights))
-    return counts([_any(changed) & ~_settled(first, changed)])
+        return _draw_rounds(part.key_bits, unit, weights, changed, resample, resample_from)[1]
+    first = _draw(random_bits(part.key_bits, unit), list(weights))
+    return count_true([_any(changed) & ~_settled(first, changed)])
 
 
-def _bits(p: Part) -> list[jax.Array]:
-    return [to_bits(member).reshape(member.shape or (1,)) for member in p.members]
+def permuted(key_bits: jax.Array, unit: Index, count: int, child: int) -> jax.Array:
+    """Return pi_j(child) for every unit j, where pi_j is a random permutation of 0 .. count-1.
 
-
-def permuted(words: jax.Array, unit: Index, count: int, child: int) -> jax.Array:
-    """Return pi_j(child), int32 of the shape of `unit`: a permutation of 0 .. count-1 for every unit j, all count! equally likely.
-
-    pi_j is named by digits d_0, d_1, ..., d_c uniform on 0 .. count-1-c: pi_j(c) is number d_c of those not among pi_j(0 .. c-1). The
-    digits are those of a hash as a fraction in mixed radix; a hash gives digits while the product of their ranges is at most 2^16, so
-    that each hash makes no permutation more likely than another by more than 2^-16 of it (docs/random_choice.md).
+    All count! permutations are equally likely. pi_j is named by digits d_0 .. d_c, with d_c uniform
+    on 0 .. count-1-c: pi_j(c) is number d_c of the members that are not among pi_j(0 .. c-1).
 
     Args:
-        words: uint32[2], the key.
+        key_bits: uint32[2], the key.
         unit: number of each unit.
         count: number of members M.
         child: position in the permutation.
 
+    Returns:
+        int32 of the shape of `unit`.
+
     Example:
-        >>> unit = element_index((4,))
-        >>> [permuted(jnp.array([1, 2], jnp.uint32), unit, 3, child).tolist() for child in range(3)]
+        >>> unit, key_bits = element_index((4,)), jnp.array([1, 2], jnp.uint32)
+        >>> [permuted(key_bits, unit, 3, child).tolist() for child in range(3)]
         [[2, 0, 0, 1], [0, 2, 1, 0], [1, 1, 2, 2]]
     """
+    # The digits are those of a hash, read as a fraction in mixed radix. A hash gives digits while the
+    # product of their ranges is at most 2^16. No permutation is then likelier than another by more
+    # than 2^-16 of its probability per hash (docs/random_choice.md).
     digits: list[jax.Array] = []
-    number, product = 0, ONE + 1
+    number, product = 0, PROBABILITY_UNITS + 1
     for c in range(child + 1):
         choices = count - c
         product *= choices
-        if product > ONE:
-            fraction, number, product = (
-                random_words(words, unit, CHILDREN + number),
-                number + 1,
-                choices,
-            )
-        # the integer part and the fraction of choices * fraction / 2^32
+        if product > PROBABILITY_UNITS:
+            fraction = random_bits(key_bits, unit, FIRST_ROUND_OF_CHILDREN + number)
+            number, product = number + 1, choices
+        # integer part and fraction of choices * fraction / 2^32, without 64-bit integers
         low = (fraction & 0xFFFF) * choices
         high = (fraction >> 16) * choices + (low >> 16)
         digits.append(high >> 16)
         fraction = (high << 16) | (low & 0xFFFF)
+    # from the last digit back: skip the members that earlier positions took
     member = digits.pop()
     for digit in reversed(digits):
         member = member + (member >= digit).astype(jnp.uint32)
     return member.astype(jnp.int32)
 
 
-def _thresholds(weights: jax.Array | None, count: int) -> jax.Array:
-    if weights is None:
-        return jnp.asarray(quantize(np.ones(count)))
-    if jnp.issubdtype(weights.dtype, jnp.integer):
-        return jnp.asarray(weights, jnp.uint32)
-    # on the host in float64: a float sum on a device could differ in its last bit between programs
-    return jnp.asarray(quantize(np.asarray(weights)))
+def _member_bits(part: Part) -> list[jax.Array]:
+    return [to_bits(member).reshape(member.shape or (1,)) for member in part.members]
 
 
-def _unit_index(shape: tuple[int, ...], granularity: Granularity, p: Part) -> Index:
+def _unit_index(shape: tuple[int, ...], granularity: Granularity, part: Part) -> Index:
     """Return the number of each unit, in a shape that broadcasts to `shape`."""
     ones = (1,) * len(shape)
     if granularity == "element":
-        return element_index(shape, p.offset)
+        return element_index(shape, part.offset)
     if granularity == "row":
-        return element_index(
-            (shape[0], *ones[1:]),
-            None if p.row is None else jnp.stack([p.row, jnp.zeros_like(p.row)]),
-        )
-    if p.offset is not None:
+        offset = None if part.row is None else jnp.stack([part.row, jnp.zeros_like(part.row)])
+        return element_index((shape[0], *ones[1:]), offset)
+    if part.offset is not None:
         raise ValueError(f"granularity {granularity} cannot be computed on slabs")
     return element_index((*ones[1:], shape[-1]) if granularity == "column" else ones)
 
@@ -313,10 +299,19 @@ def _any_in_unit(differs: jax.Array, unit: tuple[int, ...]) -> jax.Array:
     return jnp.any(differs, axis=axes, keepdims=True) if axes else differs
 
 
-def _draw(words: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
-    """Return the first member whose cumulative weight exceeds t = (h >> 16) W >> 16, or M where all weights are 0; int32."""
+def _draw(bits: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+    """Return the first member whose cumulative weight exceeds t = (h >> 16) W >> 16.
+
+    Args:
+        bits: h, uint32[*s], one random number per unit.
+        weights: M quantized weights, scalars or [*s]. W is their sum.
+
+    Returns:
+        int32[*s]; M where all weights are 0.
+    """
+    # 16 bits of h times W <= 2^16 fit into 32 bits; the bias is below 2^-16
     total = sum(weights[1:], weights[0])
-    t = ((words >> 16) * total) >> 16
+    t = ((bits >> 16) * total) >> 16
     choice, cumulative = jnp.zeros(t.shape, jnp.int32), jnp.zeros_like(total)
     for weight in weights:
         cumulative = cumulative + weight
@@ -325,49 +320,83 @@ def _draw(words: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
 
 
 def _draw_rounds(
-    words: jax.Array,
+    key_bits: jax.Array,
     unit: Index,
     p: jax.Array,
     changed: list[jax.Array],
     rounds: int,
-    resample_from: Literal["all", "others"],
+    resample_from: ResampleFrom,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw, then `rounds` times draw again where the chosen member left the unit at the base; see `redrawn` for what is counted."""
+    """Draw, then `rounds` times draw again where the chosen member left the unit at the base.
+
+    Returns:
+        The choice, int32 of the shape of `unit`, and what `count_redrawn` returns.
+    """
 
     State = tuple[jax.Array, list[jax.Array], jax.Array]
 
     def redraw(round_: int | jax.Array, state: State) -> State:
-        choice, drawn, again = state
-        weights = (
-            list(p)
-            if resample_from == "all"
-            else [jnp.where(d, 0, q) for d, q in zip(drawn, p, strict=True)]
-        )
-        new = _draw(random_words(words, unit, round_), weights)
+        choice, drawn, redrawn = state
+        weights = list(p)
+        if resample_from == "others":
+            weights = [jnp.where(flag, 0, q) for flag, q in zip(drawn, p, strict=True)]
+        new = _draw(random_bits(key_bits, unit, round_), weights)
         settled = _settled(choice, changed)
-        # new == M: everyone was drawn and none changed the unit, so nothing is left to draw from
+        # new == M: every member was drawn and none changed the unit, so nothing is left to draw from
         choice = jnp.where(settled | (new == len(changed)), choice, new)
-        again = again.at[round_ - 1].set(counts([_any(changed) & ~settled])[0])
-        return choice, [d | (choice == i) for i, d in enumerate(drawn)], again
+        redrawn = redrawn.at[round_ - 1].set(count_true([_any(changed) & ~settled])[0])
+        return choice, [flag | (choice == i) for i, flag in enumerate(drawn)], redrawn
 
-    choice = _draw(random_words(words, unit), list(p))
+    choice = _draw(random_bits(key_bits, unit), list(p))
     if resample_from == "others":
         rounds = min(rounds, len(changed) - 1)
     state = choice, [choice == i for i in range(len(changed))], jnp.zeros(rounds, jnp.uint32)
     if rounds > UNROLLED:
-        choice, _, again = jax.lax.fori_loop(1, rounds + 1, redraw, state)
-        return choice, again
+        choice, _, redrawn = jax.lax.fori_loop(1, rounds + 1, redraw, state)
+        return choice, redrawn
     for round_ in range(1, rounds + 1):
         state = redraw(round_, state)
     return state[0], state[2]
 
 
 def _settled(choice: jax.Array, changed: Sequence[jax.Array]) -> jax.Array:
-    return _any([(choice == i) & c for i, c in enumerate(changed)])
+    """Return whether the chosen member changed the unit."""
+    return _any([(choice == i) & flag for i, flag in enumerate(changed)])
 
 
 def _any(flags: Sequence[jax.Array]) -> jax.Array:
-    found = flags[0]
-    for flag in flags[1:]:
-        found = found | flag
-    return found
+    return functools.reduce(jnp.bitwise_or, flags)
+
+
+def _check(parameters: Parameters) -> None:
+    if parameters["granularity"] == "layer" and parameters["resample"] != 0:
+        raise UserError(
+            "merge method selection: resample with granularity layer is not offered, since a layer "
+            "is never left at the base as a unit; give resample: 0 or granularity: tensor"
+        )
+
+
+def _unit(parameters: Parameters) -> Unit:
+    granularity = parameters["granularity"]
+    return granularity if granularity in ("element", "row") else "tensor"
+
+
+METHODS.register(
+    "selection",
+    Method(
+        prepare,
+        apply,
+        "arXiv 2410.03743",
+        needs_base=lambda parameters: bool(parameters["resample"] != 0),
+        weights="probabilities",
+        unit=_unit,
+        draws="select",
+        exact=True,
+        check=_check,
+        count_redrawn=lambda parameters: (
+            count_redrawn
+            if parameters["granularity"] == "element" and parameters["resample"] != 0
+            else None
+        ),
+    ),
+)

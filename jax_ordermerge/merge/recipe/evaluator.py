@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.plan import Output, View
 from jax_ordermerge.merge.recipe import rules
 from jax_ordermerge.merge.recipe.rules import Parameter, Rule, Values
@@ -138,11 +138,12 @@ class Evaluator:
                 value = _first_value(name, layers.scopes, tensor.name, tensor.position)
                 if value is not None:
                     parameters[name] = value
-            parameters = registry.check(rule.method, parameters)
-            weights = registry.check_weights(rule.method, call.weights, len(members), parameters)
+            table.refuse_without_validation(rule.method)
+            parameters = table.check_parameters(rule.method, parameters)
+            weights = table.check_weights(rule.method, call.weights, len(members), parameters)
         except UserError as error:
             raise UserError(f"{error} (first for {tensor.name})") from error
-        if base is None and registry.METHODS[rule.method].needs_base(parameters):
+        if base is None and table.METHODS[rule.method].needs_base(parameters):
             raise UserError(f"merge_method {self.method} needs base_model here")
         views = [
             View(entry.source, name)

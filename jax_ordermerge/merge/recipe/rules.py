@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.merge.methods import registry
+from jax_ordermerge.merge.methods import table
 
 
 class Parameter(NamedTuple):
@@ -326,8 +326,8 @@ def find_rule(name: str) -> Rule:
     if name in MERGEKIT:
         return MERGEKIT[name]
     method = _ALIASES.get(name, name)
-    if method not in registry.METHODS:
-        hint = did_you_mean(name, [*MERGEKIT, *_ALIASES, *registry.METHODS])
+    if method not in table.METHODS:
+        hint = did_you_mean(name, [*MERGEKIT, *_ALIASES, *table.METHODS])
         raise UserError(f"unknown merge_method '{name}'{hint}")
     per_member = {name: _number() for name in ("weight", *_PER_MEMBER.get(method, ()))}
     return Rule(method, _our_method, per_member)
@@ -335,7 +335,7 @@ def find_rule(name: str) -> Rule:
 
 def extra_parameters(rule: Rule) -> list[str]:
     """Return the parameters that only our method has. A recipe may give them by our names."""
-    signature = inspect.signature(registry.find(rule.method).known)
+    signature = inspect.signature(table.METHODS[rule.method].prepare)
     return [
         name
         for name, parameter in signature.parameters.items()
@@ -347,7 +347,7 @@ def extra_parameters(rule: Rule) -> list[str]:
 
 def parameter_names() -> list[str]:
     """Return the names of all parameters of all methods."""
-    rules = [*MERGEKIT.values(), *map(find_rule, registry.METHODS)]
+    rules = [*MERGEKIT.values(), *map(find_rule, table.METHODS)]
     names = [[*rule.per_member, *rule.shared, *extra_parameters(rule)] for rule in rules]
     return sorted(set().union(*names))
 

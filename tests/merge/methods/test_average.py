@@ -6,8 +6,9 @@ import pytest
 
 from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.methods.average import combine
-from jax_ordermerge.merge.methods.registry import key_words, merge_tensor
+from jax_ordermerge.merge.methods import table
+from jax_ordermerge.merge.methods.linear import combine
+from jax_ordermerge.merge.methods.table import merge_tensor
 
 generator = np.random.default_rng(0)
 MEMBERS = generator.normal(size=(3, 6, 5)).astype(np.float32)
@@ -53,7 +54,7 @@ def test_members_are_added_in_order():
     assert combine(terms[jnp.array([0, 2, 1])], jnp.ones(3)).tolist() == [1.0]
 
 
-# ------------------------------------------------------------------------------------------------------------------- matched lengths
+# ---------------------------------------------------------------------------------- matched lengths
 
 
 def norm(x):
@@ -106,11 +107,11 @@ def test_lambda_matched(settings, weights, dtype):
         jnp.where(one, base + jnp.asarray(generator.normal(size=(40, 50)), dtype), base)
         for one in changed
     ]
-    words = key_words("selection", {}, 7, "a.weight", None)
-    assert np.array_equal(words, key_words("lambda_matched", {}, 7, "a.weight", None))
+    key_bits = table.key_bits("selection", {}, 7, "a.weight", None)
+    assert np.array_equal(key_bits, table.key_bits("lambda_matched", {}, 7, "a.weight", None))
     own = {"resample": "exhaustive", **settings}
     selected = merge_tensor(
-        "selection", members, base=base, weights=weights, words=words, dtype=dtype, **own
+        "selection", members, base=base, weights=weights, key_bits=key_bits, dtype=dtype, **own
     )
     task_vectors = [
         np.asarray(x, np.float64) - np.asarray(base, np.float64) for x in (*members, selected)
@@ -123,7 +124,13 @@ def test_lambda_matched(settings, weights, dtype):
     scale = (task_vectors[3] * mean).sum() / (mean * mean).sum()
     assert scale > 1.3 if own["resample"] == "exhaustive" else scale > 0.8
     got = merge_tensor(
-        "lambda_matched", members, base=base, weights=weights, words=words, dtype=dtype, **settings
+        "lambda_matched",
+        members,
+        base=base,
+        weights=weights,
+        key_bits=key_bits,
+        dtype=dtype,
+        **settings,
     )
     expected = np.asarray(base, np.float64) + scale * mean
     np.testing.assert_allclose(
@@ -132,9 +139,9 @@ def test_lambda_matched(settings, weights, dtype):
 
 
 def test_lambda_matched_of_an_unchanged_tensor_is_the_base():
-    words = rng.stream_key_bits(0, "select", "a")
+    key_bits = rng.stream_key_bits(0, "select", "a")
     assert np.array_equal(
-        merge_tensor("lambda_matched", [BASE, BASE], base=BASE, words=words), BASE
+        merge_tensor("lambda_matched", [BASE, BASE], base=BASE, key_bits=key_bits), BASE
     )
 
 

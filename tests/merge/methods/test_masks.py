@@ -9,8 +9,8 @@ import pytest
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.hash_rng import mix
-from jax_ordermerge.merge.methods import masks, parts, top_k
-from jax_ordermerge.merge.methods.registry import merge_tensor
+from jax_ordermerge.merge.methods import arcee_fusion, parts, top_k
+from jax_ordermerge.merge.methods.table import merge_tensor
 
 
 def population(shape, members=3, dtype="float32", seed=0, size=1.0):
@@ -31,7 +31,7 @@ def as_float64(*models):
     return [np.asarray(x, np.float64) for x in models]
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- SCE
+# ---------------------------------------------------------------------------------------------- SCE
 
 
 def place(j):
@@ -53,8 +53,8 @@ def naive_sce(members, base, topk, at_least=1, floor=0.0):
         chosen[sorted(range(base.size), key=lambda j: (-variance[j], *place(j)))[:keep]] = True
         task_vectors = task_vectors * chosen
     energy = (task_vectors**2).mean(axis=1)
-    known = energy.sum() > 0 and energy.sum() >= floor
-    eta = energy / energy.sum() if known else np.full(count, 1 / count)
+    usable = energy.sum() > 0 and energy.sum() >= floor
+    eta = energy / energy.sum() if usable else np.full(count, 1 / count)
     out = base.ravel().copy()
     for j in range(base.size):
         sign = 1 if task_vectors[:, j].sum() >= 0 else -1
@@ -98,7 +98,7 @@ def test_sce_selects_among_elements_that_vary_alone_and_breaks_ties_by_block():
     assert np.array_equal(same, base)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- RAM
+# ---------------------------------------------------------------------------------------------- RAM
 
 
 def naive_ram(members, base, epsilon, factors=None):
@@ -142,7 +142,7 @@ def test_ramplus_tl(r, alpha, epsilon):
     np.testing.assert_allclose(got, naive_ram(m, b, epsilon, factors), rtol=2e-6, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- consensus
+# ---------------------------------------------------------------------------------------- consensus
 
 
 def naive_consensus(members, base, thresholds, k, scale, weights):
@@ -188,7 +188,7 @@ def test_more_members_than_there_are_cannot_agree():
         merge_tensor("consensus", members, base=base, k=4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- one member
+# --------------------------------------------------------------------------------------- one member
 
 
 @pytest.mark.parametrize("t", [0.0, 1e-7, 0.3, 100.0])
@@ -252,19 +252,21 @@ def test_the_divergence_of_realistic_rows_is_not_rounding():
     member = base + jnp.asarray(
         1e-4 * generator.normal(size=(40, 1)) * generator.normal(size=(40, 2048)), jnp.float32
     )
-    known = masks.arcee_fusion(parts.InMemoryTensor([member], base))
+    prepared = arcee_fusion.prepare(parts.InMemoryTensor([member], base))
     m, b = as_float64(member, base)
     p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (m, b))
-    np.testing.assert_allclose(known["divergence"], (p * np.log(p / q)).sum(axis=1), rtol=1e-3)
+    np.testing.assert_allclose(prepared["divergence"], (p * np.log(p / q)).sum(axis=1), rtol=1e-3)
 
 
 def test_exp_is_exact_to_two_units_in_the_last_place():
     x = np.concatenate([np.linspace(-87, 0, 200_001), np.linspace(-1, 1, 20_001)]).astype(
         np.float32
     )
-    np.testing.assert_allclose(jax.jit(masks._exp)(x), np.exp(x.astype(np.float64)), rtol=2.4e-7)
+    np.testing.assert_allclose(
+        jax.jit(arcee_fusion._exp)(x), np.exp(x.astype(np.float64)), rtol=2.4e-7
+    )
     for n in range(1, 20):
-        assert np.array_equal(jax.jit(masks._exp)(x[:n]), jax.jit(masks._exp)(x)[:n])
+        assert np.array_equal(jax.jit(arcee_fusion._exp)(x[:n]), jax.jit(arcee_fusion._exp)(x)[:n])
 
 
 @pytest.mark.parametrize(
@@ -277,11 +279,11 @@ def test_methods_that_take_no_weights_refuse_them(name):
         merge_tensor(name, members, base=base, weights=[1.0], **parameters)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- orders
+# ------------------------------------------------------------------------------------------- orders
 
 
 def _bits(part):
-    return part.members[0]
+    return [part.members[0]]
 
 
 @pytest.mark.parametrize("distinct", [2, 1000, 2**32])

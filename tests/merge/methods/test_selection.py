@@ -9,8 +9,9 @@ import pytest
 
 from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.methods.parameters import quantize
 from jax_ordermerge.merge.methods.parts import Part
-from jax_ordermerge.merge.methods.selection import quantize, redrawn, select, to_bits, unstack
+from jax_ordermerge.merge.methods.selection import count_redrawn, select, to_bits, unstack
 
 WORD = 0xFFFFFFFF
 
@@ -23,9 +24,9 @@ def naive_mix(x):
     return x ^ x >> 16
 
 
-def naive_hash(words, index, round_):
-    a = naive_mix(words[0] + 0x9E3779B9 * round_ & WORD)
-    b = naive_mix(words[1] ^ a)
+def naive_hash(key_bits, index, round_):
+    a = naive_mix(key_bits[0] + 0x9E3779B9 * round_ & WORD)
+    b = naive_mix(key_bits[1] ^ a)
     return naive_mix(naive_mix(index & WORD ^ a) ^ (index >> 32) ^ b)
 
 
@@ -39,7 +40,7 @@ def naive_draw(h, weights):
     return None
 
 
-def naive_select(members, base, p, words, resample, resample_from, granularity):
+def naive_select(members, base, p, key_bits, resample, resample_from, granularity):
     """Element by element; members [M, n rows, n columns] and base as integers."""
     out = np.zeros_like(members[0])
     columns = out.shape[1]
@@ -52,11 +53,11 @@ def naive_select(members, base, p, words, resample, resample_from, granularity):
         changed = [bool((m[part] != base[part]).any()) for m in members] if base is not None else []
         if resample == "exhaustive":
             chosen = naive_draw(
-                naive_hash(words, unit, 0),
+                naive_hash(key_bits, unit, 0),
                 [q if ch else 0 for q, ch in zip(p, changed, strict=True)],
             )
         else:
-            chosen = naive_draw(naive_hash(words, unit, 0), p)
+            chosen = naive_draw(naive_hash(key_bits, unit, 0), p)
             drawn = {chosen}
             for round_ in range(1, resample + 1):
                 if changed[chosen]:
@@ -64,7 +65,7 @@ def naive_select(members, base, p, words, resample, resample_from, granularity):
                 left = [
                     0 if resample_from == "others" and i in drawn else q for i, q in enumerate(p)
                 ]
-                again = naive_draw(naive_hash(words, unit, round_), left)
+                again = naive_draw(naive_hash(key_bits, unit, round_), left)
                 if again is None:
                     break
                 chosen = again
@@ -151,7 +152,7 @@ def test_units_drawn_again_are_counted(resample, source, weights):
             expected[round_] += 1
     part = Part(unstack(members), base, jnp.array(WORDS, jnp.uint32))
     count = jax.jit(
-        lambda part, p: redrawn(
+        lambda part, p: count_redrawn(
             part, p, resample=resample, resample_from=source, granularity="element"
         )
     )

@@ -7,8 +7,8 @@ import pytest
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.methods import parts, registry
-from jax_ordermerge.merge.methods.registry import merge_tensor
+from jax_ordermerge.merge.methods import gram, parts, table
+from jax_ordermerge.merge.methods.table import merge_tensor
 
 AS_MERGEKIT = {"lerp_above": 0.9995, "zero": "right_angle"}
 SHAPES = [(), (5,), (1, 7), (7, 1), (40, 300), (3, 4, 5)]
@@ -48,7 +48,7 @@ def back(rows, like, along):
     return rows.reshape(like.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------- naive references
+# --------------------------------------------------------------------------------- naive references
 
 
 def naive_arc(a, b, t, above=1.0):
@@ -123,7 +123,7 @@ def naive_model_stock(members, base, along="tensor", clamp=1e-6, least=-np.inf):
     return base + back(np.stack(out), base, along)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- arcs
+# --------------------------------------------------------------------------------------------- arcs
 
 
 @shapes
@@ -223,7 +223,7 @@ def test_opposite_and_parallel_models_are_joined_by_the_line(along):
         close(got, (0.7 + 0.3 * factor) * a, [3 * a])
 
 
-# --------------------------------------------------------------------------------------------------------------- means on the sphere
+# ------------------------------------------------------------------------------ means on the sphere
 
 
 @shapes
@@ -327,7 +327,7 @@ def test_karcher_without_directions():
     close(merge_tensor("karcher", small) * 1e9, naive_karcher([a, b], np.full(2, 0.5)), [a, b])
 
 
-# ---------------------------------------------------------------------------------------------------------------------- Model Stock
+# -------------------------------------------------------------------------------------- Model Stock
 
 
 @shapes
@@ -388,7 +388,7 @@ def test_model_stock_without_a_common_direction(along):
     assert float(np.abs(np.asarray(clamped) - base).mean()) < 1e-9
 
 
-# ------------------------------------------------------------------------------------------------------- the contract of all methods
+# ---------------------------------------------------------------------- the contract of all methods
 
 
 METHODS = [
@@ -422,10 +422,12 @@ class Cut(parts.InMemoryTensor):
         self.size = size
 
     def total(self, function, *arrays, **static):
-        sums, flat = parts.Sums(), jax.tree.map(jnp.ravel, self.part._replace(words=None))
+        sums, flat = parts.Sums(), jax.tree.map(jnp.ravel, self.part._replace(key_bits=None))
         for start in range(0, flat.members[0].size, self.size):
             part = jax.tree.map(lambda x, i=start: x[i : i + self.size], flat)
-            part = part._replace(words=self.part.words, offset=jnp.array([start, 0], jnp.uint32))
+            part = part._replace(
+                key_bits=self.part.key_bits, offset=jnp.array([start, 0], jnp.uint32)
+            )
             chosen = tuple(static.items())
             sums.add(
                 parts.measure(
@@ -439,12 +441,12 @@ class Cut(parts.InMemoryTensor):
         return sums.result()
 
     def merge(self, name, checked):
-        known, static = parts.split(registry.learn(self, name, checked))
-        unit, shape = registry.METHODS[name].unit(checked), self.shape
+        prepared, static = parts.split_static(table.prepare(self, name, checked))
+        unit, shape = table.METHODS[name].unit(checked), self.shape
         run = {"method": name, "static": static, "dtype": jnp.dtype(self.part.members[0].dtype)}
-        whole = self.part._replace(words=None)
+        whole = self.part._replace(key_bits=None)
         if unit == "tensor" or (unit == "row" and len(shape) < 2):
-            return registry.run(self.part, known, **run)
+            return table.merge_part_jit(self.part, prepared, **run)
         step = 3 if unit == "row" else self.size
         whole = whole if unit == "row" else jax.tree.map(jnp.ravel, whole)
         found = []
@@ -452,11 +454,11 @@ class Cut(parts.InMemoryTensor):
             part = jax.tree.map(lambda x, i=start: x[i : i + step], whole)
             first = start * (np.prod(shape[1:], dtype=int) if unit == "row" else 1)
             part = part._replace(
-                words=self.part.words,
+                key_bits=self.part.key_bits,
                 offset=jnp.array([first, 0], jnp.uint32),
                 row=jnp.uint32(start),
             )
-            found.append(registry.run(part, known, **run))
+            found.append(table.merge_part_jit(part, prepared, **run))
         return jnp.concatenate(found).reshape(shape)
 
 
@@ -473,7 +475,7 @@ class Cut(parts.InMemoryTensor):
     ids=str,
 )
 def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shape):
-    count = int(min(4, registry.METHODS[name].members[1]))
+    count = int(min(4, table.METHODS[name].members[1]))
     members, base = (
         jax.tree.map(lambda x: jnp.asarray(x, dtype), given) for given in draw(shape, count)
     )
@@ -483,18 +485,18 @@ def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shap
         members,
         base=base,
         weights=weights,
-        words=np.array([1, 2], np.uint32),
+        key_bits=np.array([1, 2], np.uint32),
         dtype=dtype,
         **parameters,
     )
-    checked = registry.check(name, parameters)
-    given = registry.check_weights(name, weights, count)
+    checked = table.check_parameters(name, parameters)
+    given = table.check_weights(name, weights, count)
     cut = Cut(
         768 if dtype == "bfloat16" else 256,
         members,
         base,
         weights=given,
-        words=np.array([1, 2], np.uint32),
+        key_bits=np.array([1, 2], np.uint32),
     )
     assert np.array_equal(cut.merge(name, checked), whole)
 
@@ -503,30 +505,30 @@ def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shap
 def test_inner_products_on_a_mesh_have_the_same_bits(of):
     """A row is one block, cut over 8 devices: there XLA would contract a product and an addition that it keeps apart elsewhere."""
     members, base = draw((64, 256), 3)
-    whole = parts.gram_matrix(
+    whole = gram.gram_matrix(
         parts.InMemoryTensor([jnp.asarray(x) for x in members], jnp.asarray(base)), of
     )
     layout = jax.sharding.NamedSharding(
         meshes.make_mesh(1, 8, 1), jax.sharding.PartitionSpec(None, "fsdp")
     )
     *members, base = jax.device_put((*members, base), layout)
-    assert np.array_equal(parts.gram_matrix(parts.InMemoryTensor(members, base), of), whole)
+    assert np.array_equal(gram.gram_matrix(parts.InMemoryTensor(members, base), of), whole)
 
 
 @sweep
 def test_one_program_for_all_values(name, parameters, weights):
     """Numbers of a recipe vary by layer: no value of them compiles again."""
-    count = 2 if registry.METHODS[name].members[1] == 2 else 4
+    count = 2 if table.METHODS[name].members[1] == 2 else 4
     members, base = draw((4, 5), count)
     merge_tensor(name, members, base=base, weights=weights, **parameters)
-    before = registry.run._cache_size(), parts.measure._cache_size()
+    before = table.merge_part_jit._cache_size(), parts.measure._cache_size()
     other = {
         key: value / 2 if isinstance(value, float) else value for key, value in parameters.items()
     }
     merge_tensor(
         name, [x + 1 for x in members], base=base, weights=weights and weights[::-1], **other
     )
-    assert (registry.run._cache_size(), parts.measure._cache_size()) == before
+    assert (table.merge_part_jit._cache_size(), parts.measure._cache_size()) == before
 
 
 @pytest.mark.parametrize(

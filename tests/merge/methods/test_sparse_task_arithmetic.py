@@ -9,24 +9,54 @@ import pytest
 
 from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.hash_rng import element_index, mix, random_words
-from jax_ordermerge.merge.methods import parts, sparsify, top_k
-from jax_ordermerge.merge.methods.registry import merge_tensor
+from jax_ordermerge.hash_rng import element_index, mix, random_bits
+from jax_ordermerge.merge.methods import (
+    breadcrumbs,
+    dare,
+    della,
+    parts,
+    row_ranks,
+    sparse_task_arithmetic,
+    ties,
+)
+from jax_ordermerge.merge.methods.table import merge_tensor
 from jax_ordermerge.mesh import make_mesh, sharding
 
-WORDS = rng.stream_key_bits(3, "drop", "t")
+KEY_BITS = rng.stream_key_bits(3, "drop", "t")
 
 
 def hashes(shape, key, round_=0):
-    return np.asarray(random_words(jnp.array(key, jnp.uint32), element_index(shape), round_))
+    return np.asarray(random_bits(jnp.array(key, jnp.uint32), element_index(shape), round_))
 
 
-def thin(rule, delta, *arguments, member=0):
-    """What a thinning leaves of one task vector, of `member + 1` equal ones."""
-    tensor = parts.InMemoryTensor([delta] * (member + 1), jnp.zeros_like(delta), words=WORDS)
-    known, static = parts.split(rule(tensor, *arguments))
-    (name,) = dict(static).values()
-    return jax.jit(sparsify.masked, static_argnums=1)(tensor.part, name, known)[member]
+def thin(arrays, function, delta, member=0):
+    """Return what a thinning leaves of one task vector, of `member + 1` equal ones."""
+    tensor = tensor_of(delta, member + 1)
+    arrays = arrays(tensor)
+    if not arrays:  # everything is kept
+        return delta
+    return jax.jit(function)(tensor.part, **arrays)[member]
+
+
+def tensor_of(delta, members=1):
+    return parts.InMemoryTensor([delta] * members, jnp.zeros_like(delta), key_bits=KEY_BITS)
+
+
+def trim(delta, density):
+    return thin(lambda tensor: ties.trim(tensor, density), ties.apply_trim, delta)
+
+
+def drop(delta, density, member=0):
+    return thin(lambda tensor: dare.drop(tensor, density), dare.apply_drop, delta, member)
+
+
+def band(delta, *settings):
+    return thin(lambda tensor: breadcrumbs.band(tensor, *settings), breadcrumbs.apply_band, delta)
+
+
+def sample(delta, density, epsilon, unbiased, member=0):
+    function = della.apply_sample_unbiased if unbiased else della.apply_sample
+    return thin(lambda tensor: della.sample(tensor, density, epsilon), function, delta, member)
 
 
 def naive_order(delta):
@@ -92,7 +122,7 @@ def population(shape, members=3, dtype=np.float32, seed=0):
     ), base
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- trim
+# --------------------------------------------------------------------------------------------- trim
 
 
 @pytest.mark.parametrize(
@@ -109,9 +139,7 @@ def population(shape, members=3, dtype=np.float32, seed=0):
 )
 def test_trim(shape, density):
     delta = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    assert np.array_equal(
-        thin(sparsify.trim, jnp.asarray(delta), density), naive_trim(delta, density)
-    )
+    assert np.array_equal(trim(jnp.asarray(delta), density), naive_trim(delta, density))
 
 
 @pytest.mark.parametrize("values", [1, 2, 5])
@@ -123,7 +151,7 @@ def test_trim_breaks_ties_by_block_and_keeps_the_exact_number(values, density):
     delta = generator.choice(levels, (400, 25)) * generator.choice(
         np.array([-1, 1], np.float32), (400, 25)
     )
-    got = np.asarray(thin(sparsify.trim, jnp.asarray(delta), density))
+    got = np.asarray(trim(jnp.asarray(delta), density))
     assert np.array_equal(got, naive_trim(delta, density))
     if values == 1:
         kept = got != 0
@@ -138,57 +166,52 @@ def test_trim_keeps_the_same_elements_when_the_tensor_is_sharded():
     sharded = jax.device_put(
         jnp.asarray(delta), sharding(("embed", "mlp"), delta.shape, make_mesh(1, 4, 2))
     )
-    assert np.array_equal(thin(sparsify.trim, sharded, 0.3), naive_trim(delta, 0.3))
+    assert np.array_equal(trim(sharded, 0.3), naive_trim(delta, 0.3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- drop
+# --------------------------------------------------------------------------------------------- drop
 
 
 def test_drop_masks_are_bernoulli_and_independent():
-    kept = np.stack(
-        [
-            np.asarray(thin(sparsify.drop, jnp.ones((200, 300)), 0.3, member=i)) != 0
-            for i in range(3)
-        ]
-    )
+    kept = np.stack([np.asarray(drop(jnp.ones((200, 300)), 0.3, member=i)) != 0 for i in range(3)])
     n = kept[0].size
     assert (np.abs(kept.reshape(3, -1).sum(axis=1) - 0.3 * n) < 4 * np.sqrt(n * 0.21)).all()
     assert abs((kept[0] & kept[1]).sum() - 0.09 * n) < 4 * np.sqrt(n * 0.09 * 0.91)
     for i in range(3):
-        assert np.array_equal(kept[i], hashes((200, 300), WORDS.tolist(), i) < round(0.3 * 2**32))
+        assert np.array_equal(
+            kept[i], hashes((200, 300), KEY_BITS.tolist(), i) < round(0.3 * 2**32)
+        )
 
 
 @pytest.mark.parametrize("start", [1, 8])
 def test_drop_of_a_slab_is_the_slab_of_the_drop(start):
-    tensor = parts.InMemoryTensor([jnp.ones((9, 4))] * 2, jnp.zeros((9, 4)), words=WORDS)
-    known = sparsify.drop(tensor, 0.5)
-    arrays = {"last": jnp.asarray(known["last"])}
-    whole = sparsify.masked(tensor.part, "drop", arrays)[1]
-    part = parts.Part(
+    tensor = tensor_of(jnp.ones((9, 4)), 2)
+    arrays = dare.drop(tensor, 0.5)
+    expected = dare.apply_drop(tensor.part, **arrays)[1]
+    slab = parts.Part(
         tuple(x[start:] for x in tensor.part.members),
         jnp.zeros((9 - start, 4)),
-        tensor.part.words,
+        tensor.part.key_bits,
         jnp.array([4 * start, 0], jnp.uint32),
     )
-    assert np.array_equal(sparsify.masked(part, "drop", arrays)[1], whole[start:])
+    assert np.array_equal(dare.apply_drop(slab, **arrays)[1], expected[start:])
 
 
 def test_rescaling_keeps_the_expectation_or_the_norm():
     delta = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
-    tensor = parts.InMemoryTensor([delta], jnp.zeros_like(delta), words=WORDS)
-    thinned = sparsify.drop(tensor, 0.2)
-    sparse = np.asarray(thin(sparsify.drop, delta, 0.2))
-    by_density, by_norm = (
-        sparse * sparsify.rescaling(tensor, thinned, 0.2, rule)[0] for rule in ("density", "norm")
-    )
+
+    def factor(delta, rule):
+        return dare.prepare_linear(tensor_of(delta), density=0.2, rescale=rule)["factors"][0]
+
+    sparse = np.asarray(drop(delta, 0.2))
+    by_density, by_norm = (sparse * factor(delta, rule) for rule in ("density", "norm"))
     np.testing.assert_allclose(by_density, sparse / 0.2, rtol=1e-6)
     np.testing.assert_allclose(np.abs(by_norm).sum(), np.abs(delta).sum(), rtol=1e-5)
-    assert sparsify.rescaling(tensor, thinned, 0.2, "none") == 1
-    nothing = parts.InMemoryTensor([jnp.zeros_like(delta)], jnp.zeros_like(delta), words=WORDS)
-    assert sparsify.rescaling(nothing, sparsify.drop(nothing, 0.2), 0.2, "norm") == 1
+    assert factor(delta, "none") == 1
+    assert factor(jnp.zeros_like(delta), "norm") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- band
+# --------------------------------------------------------------------------------------------- band
 
 
 @pytest.mark.parametrize(
@@ -208,7 +231,7 @@ def test_rescaling_keeps_the_expectation_or_the_norm():
 def test_band(shape, density, gamma, at_least):
     """Also where fewer than gamma are left to drop, and, with at_least 0, where a tiny tensor loses everything."""
     delta = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    got = np.asarray(thin(sparsify.band, jnp.asarray(delta), density, gamma, at_least))
+    got = np.asarray(band(jnp.asarray(delta), density, gamma, at_least))
     assert np.array_equal(got, naive_band(delta, density, gamma, at_least))
     assert (got != 0).sum() == max(at_least, int(density * delta.size))
 
@@ -217,11 +240,11 @@ def test_band_with_ties_at_both_cuts():
     delta = np.random.default_rng(0).choice(
         np.array([1.0, -1.0, 2.0, -2.0, 0.0], np.float32), (30, 20)
     )
-    got = np.asarray(thin(sparsify.band, jnp.asarray(delta), 0.3, 0.2, 1))
+    got = np.asarray(band(jnp.asarray(delta), 0.3, 0.2, 1))
     assert np.array_equal(got, naive_band(delta, 0.3, 0.2))
 
 
-# -------------------------------------------------------------------------------------------------------------------------- sample
+# ------------------------------------------------------------------------------------------- sample
 
 
 @pytest.mark.parametrize("shape", [(7, 300), (1000,), (5, 1), (40, 6, 5), ()])
@@ -236,15 +259,15 @@ def test_row_ranks_are_the_same_on_the_host_and_on_the_device(shape):
         given = jnp.asarray(values, jnp.uint32)
         rows = given.reshape(given.shape[0] if given.ndim > 1 else 1, -1)
         expected = np.argsort(np.argsort(np.asarray(rows), axis=1, kind="stable"), axis=1)
-        assert np.array_equal(jax.jit(top_k.row_ranks)(given).reshape(rows.shape), expected)
-        assert np.array_equal(jax.jit(top_k._row_ranks_on_host)(rows), expected)
-        assert np.array_equal(jax.jit(top_k._row_ranks_on_device)(rows), expected)
+        assert np.array_equal(jax.jit(row_ranks.row_ranks)(given).reshape(rows.shape), expected)
+        assert np.array_equal(jax.jit(row_ranks._rank_on_host)(rows), expected)
+        assert np.array_equal(jax.jit(row_ranks._rank_on_device)(rows), expected)
 
 
 def test_row_ranks_of_many_rows_and_under_vmap():
     values = jnp.asarray(np.random.default_rng(0).integers(0, 1000, (3, 150, 700)), jnp.uint32)
     expected = np.argsort(np.argsort(np.asarray(values), axis=2, kind="stable"), axis=2)
-    assert np.array_equal(jax.jit(jax.vmap(top_k.row_ranks))(values), expected)
+    assert np.array_equal(jax.jit(jax.vmap(row_ranks.row_ranks))(values), expected)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +277,9 @@ def test_row_ranks_of_many_rows_and_under_vmap():
 def test_sample(shape, density, epsilon):
     delta = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     p = naive_probabilities(delta, density, epsilon)
-    kept = hashes(shape, WORDS.tolist(), 1) < np.round(p * 2.0**32)
+    kept = hashes(shape, KEY_BITS.tolist(), 1) < np.round(p * 2.0**32)
     for unbiased in (False, True):
-        got = thin(sparsify.sample, jnp.asarray(delta), density, epsilon, unbiased, member=1)
+        got = sample(jnp.asarray(delta), density, epsilon, unbiased, member=1)
         np.testing.assert_allclose(
             got, np.where(kept, delta / p if unbiased else delta, 0), rtol=1e-6
         )
@@ -266,7 +289,7 @@ def test_sample_keeps_large_elements_more_often():
     """400 rows of the same 50 magnitudes in another order each: 400 draws of every probability."""
     generator = np.random.default_rng(0)
     delta = generator.permuted(np.tile(np.arange(1, 51, dtype=np.float32), (400, 1)), axis=1)
-    got = np.asarray(thin(sparsify.sample, jnp.asarray(delta), 0.5, 0.4, False))
+    got = np.asarray(sample(jnp.asarray(delta), 0.5, 0.4, False))
     share = np.bincount(got[got != 0].astype(int) - 1, minlength=50) / 400
     p = 0.1 + 0.8 * np.arange(50) / 49
     assert (np.abs(share - p) < 4 * np.sqrt(p * (1 - p) / 400)).all()
@@ -283,7 +306,7 @@ def test_probabilities_outside_of_0_to_1_are_refused(density, epsilon, message):
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- methods
+# ------------------------------------------------------------------------------------------ methods
 
 
 @pytest.mark.parametrize(
@@ -314,7 +337,9 @@ def test_dare(rule, method, consensus):
     weights = None if rule == "none" else (1.0, 0.5, 2.0)
     members, base = population((12, 10))
     m, b = np.asarray(members), np.asarray(base)
-    masks = np.stack([hashes((12, 10), WORDS.tolist(), i) < round(0.4 * 2**32) for i in range(3)])
+    masks = np.stack(
+        [hashes((12, 10), KEY_BITS.tolist(), i) < round(0.4 * 2**32) for i in range(3)]
+    )
     sparse = (m - b) * masks
     if rule == "density":
         sparse = sparse / 0.4
@@ -328,7 +353,7 @@ def test_dare(rule, method, consensus):
         method,
         members,
         base=base,
-        words=WORDS,
+        key_bits=KEY_BITS,
         weights=weights,
         density=0.4,
         scale=0.7,
@@ -340,14 +365,16 @@ def test_dare(rule, method, consensus):
 def test_dare_has_the_members_mean_in_expectation():
     members, base = population((6, 6))
     tensor = parts.InMemoryTensor(list(members), base)
-    known, static = parts.split(sparsify.dare_linear(tensor, density=0.5))
+    prepared, static = parts.split_static(dare.prepare_linear(tensor, density=0.5))
 
-    def one(words):
-        return sparsify.generalized_part(tensor.part._replace(words=words), **known, **dict(static))
+    def one(key_bits):
+        return sparse_task_arithmetic.apply(
+            tensor.part._replace(key_bits=key_bits), **prepared, **dict(static)
+        )
 
-    words = np.stack([rng.stream_key_bits(0, "drop", i) for i in range(400)])
-    found = np.asarray(jax.jit(jax.vmap(one))(words))
-    sigma = found.std(axis=0) / np.sqrt(len(words))
+    key_bits = np.stack([rng.stream_key_bits(0, "drop", i) for i in range(400)])
+    found = np.asarray(jax.jit(jax.vmap(one))(key_bits))
+    sigma = found.std(axis=0) / np.sqrt(len(key_bits))
     assert (
         np.abs(found.mean(axis=0) - np.asarray(members).mean(axis=0)) <= 4.5 * sigma + 1e-6
     ).all()
@@ -405,7 +432,7 @@ def test_della(method, consensus, normalize, rule):
         [naive_probabilities(x - b, *own) for x, *own in zip(m, densities, epsilons, strict=True)]
     )
     masks = np.stack(
-        [hashes((12, 10), WORDS.tolist(), i) < np.round(p[i] * 2.0**32) for i in range(3)]
+        [hashes((12, 10), KEY_BITS.tolist(), i) < np.round(p[i] * 2.0**32) for i in range(3)]
     )
     sparse = (m - b) * masks
     if rule == "probability":
@@ -424,18 +451,18 @@ def test_della(method, consensus, normalize, rule):
         "normalize": normalize,
         "rescale": rule,
     }
-    got = merge_tensor(method, members, base=base, words=WORDS, weights=weights, **own)
+    got = merge_tensor(method, members, base=base, key_bits=KEY_BITS, weights=weights, **own)
     np.testing.assert_allclose(got, expected, rtol=5e-6, atol=5e-6)
 
 
 def test_della_has_the_members_mean_in_expectation():
     members, base = population((6, 6))
     tensor = parts.InMemoryTensor(list(members), base)
-    known, static = parts.split(sparsify.della_linear(tensor, density=0.5, epsilon=0.4))
-    merge = jax.jit(functools.partial(sparsify.generalized_part, **known, **dict(static)))
+    prepared, static = parts.split_static(della.prepare_linear(tensor, density=0.5, epsilon=0.4))
+    merge = jax.jit(functools.partial(sparse_task_arithmetic.apply, **prepared, **dict(static)))
     found = np.stack(
         [
-            merge(tensor.part._replace(words=jnp.asarray(rng.stream_key_bits(0, "drop", i))))
+            merge(tensor.part._replace(key_bits=jnp.asarray(rng.stream_key_bits(0, "drop", i))))
             for i in range(400)
         ]
     )

@@ -11,10 +11,10 @@ import pytest
 
 from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.hash_rng import Index, random_words
-from jax_ordermerge.merge.methods import parts, registry
-from jax_ordermerge.merge.methods.registry import METHODS, check, check_weights
+from jax_ordermerge.hash_rng import Index, random_bits
+from jax_ordermerge.merge.methods import parts, table
 from jax_ordermerge.merge.methods.selection import permuted
+from jax_ordermerge.merge.methods.table import METHODS, check_parameters, check_weights
 
 REQUIRED = {"nearswap": {"t": 0.5}}
 # what thins the task vectors, and the value that switches it off
@@ -50,22 +50,22 @@ EVERY = [(name, REQUIRED.get(name, {})) for name in METHODS] + [
     ("passthrough", {"scale": 0.7}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in parameters.items())]) for name, parameters in EVERY]
-WORDS = rng.stream_key_bits(0, "test")
+KEY_BITS = rng.stream_key_bits(0, "test")
 sweep = pytest.mark.parametrize(("name", "parameters"), EVERY, ids=IDS)
 
 
-def merge(name, parameters, members, base, weights=None, dtype="float32", words=WORDS):
-    return registry.merge_tensor(
-        name, members, base=base, weights=weights, words=words, dtype=dtype, **parameters
+def merge(name, parameters, members, base, weights=None, dtype="float32", key_bits=KEY_BITS):
+    return table.merge_tensor(
+        name, members, base=base, weights=weights, key_bits=key_bits, dtype=dtype, **parameters
     )
 
 
-def learn(name, parameters, members, base, weights=None):
+def prepare(name, parameters, members, base, weights=None):
     """What the method's parts must know: arrays, and what selects the program."""
     tensor = parts.InMemoryTensor(
-        list(members), base, weights=check_weights(name, weights, len(members)), words=WORDS
+        list(members), base, weights=check_weights(name, weights, len(members)), key_bits=KEY_BITS
     )
-    return parts.split(registry.learn(tensor, name, check(name, parameters)))
+    return parts.split_static(table.prepare(tensor, name, check_parameters(name, parameters)))
 
 
 def population_of(shape, count=3, dtype="float32", seed=0):
@@ -83,7 +83,7 @@ def dense(name, parameters):
     """The parameters with whatever thins the task vectors switched off."""
     return {
         **parameters,
-        **{key: value for key, value in DENSE.items() if key in check(name, parameters)},
+        **{key: value for key, value in DENSE.items() if key in check_parameters(name, parameters)},
         **DENSE_OF.get(name, {}),
     }
 
@@ -114,7 +114,7 @@ def weights_for(name, weights):
     """The weights, or None if the method takes none."""
     members, base = population_for(name, (2,), len(weights))
     try:
-        learn(name, REQUIRED.get(name, {}), members, base, weights)
+        prepare(name, REQUIRED.get(name, {}), members, base, weights)
     except UserError as error:
         if "takes no weights" in str(error):
             return None
@@ -181,10 +181,12 @@ def test_permuting_members_with_their_weights_changes_nothing(name, parameters, 
 @pytest.mark.parametrize("count", [1, 3])
 def test_small_shapes(name, parameters, shape, count):
     members, base = population_for(name, shape, count)
-    tensor = Abstract(list(members), base, words=WORDS)
-    known, static = parts.split(registry.learn(tensor, name, check(name, parameters)))
+    tensor = Abstract(list(members), base, key_bits=KEY_BITS)
+    prepared, static = parts.split_static(
+        table.prepare(tensor, name, check_parameters(name, parameters))
+    )
     got = jax.eval_shape(
-        lambda part: registry.apply(part, known, method=name, static=static, dtype="bfloat16"),
+        lambda part: table.merge_part(part, prepared, method=name, static=static, dtype="bfloat16"),
         tensor.part,
     )
     assert got.shape == shape
@@ -232,7 +234,7 @@ def test_one_trace_a_shape(name, parameters):
     members, base = population_for(name, (4, 3), count)
     if name == "sce":
         parameters = {"select_topk": 0.8}
-    first = check(name, parameters)
+    first = check_parameters(name, parameters)
     second = {
         key: 0.9 * value if isinstance(value, float) else value for key, value in first.items()
     }
@@ -243,18 +245,18 @@ def test_one_trace_a_shape(name, parameters):
     if "child" in parameters:
         given = other = None
     merge(name, first, members, base, given)
-    before = registry.run._cache_size(), parts.measure._cache_size()
-    merge(name, second, members + 1, base, other, words=rng.stream_key_bits(1, "other"))
-    assert (registry.run._cache_size(), parts.measure._cache_size()) == before
+    before = table.merge_part_jit._cache_size(), parts.measure._cache_size()
+    merge(name, second, members + 1, base, other, key_bits=rng.stream_key_bits(1, "other"))
+    assert (table.merge_part_jit._cache_size(), parts.measure._cache_size()) == before
 
 
 @sweep
 def test_parts_take_abstract_input(name, parameters):
     count = allowed(name, 3)
-    known, static = learn(name, parameters, *population_for(name, (4, 5), count, "bfloat16"))
+    prepared, static = prepare(name, parameters, *population_for(name, (4, 5), count, "bfloat16"))
     one = jax.ShapeDtypeStruct((4, 5), jnp.bfloat16)
     part = parts.Part((one,) * count, one, jax.ShapeDtypeStruct((2,), jnp.uint32))
-    got = jax.eval_shape(lambda part: METHODS[name].part(part, **known, **dict(static)), part)
+    got = jax.eval_shape(lambda part: METHODS[name].apply(part, **prepared, **dict(static)), part)
     assert got.shape == (4, 5)
     assert got.dtype == (
         jnp.bfloat16
@@ -276,7 +278,7 @@ class Cut(parts.InMemoryTensor):
     """A tensor that is only seen in parts: runs of 512 elements, or of 16 rows, as the method allows."""
 
     def __init__(self, unit, members, base):
-        super().__init__(members, base, words=WORDS)
+        super().__init__(members, base, key_bits=KEY_BITS)
         self.unit = unit
 
     def parts(self):
@@ -300,7 +302,7 @@ class Cut(parts.InMemoryTensor):
             yield parts.Part(
                 members,
                 base,
-                self.part.words,
+                self.part.key_bits,
                 jnp.array([start, 0], jnp.uint32),
                 jnp.uint32(start // width),
             )
@@ -331,11 +333,11 @@ def same_bits(one, two):
 )
 def test_parts_give_the_bits_of_the_whole(name, parameters, shape, dtype):
     members, base = population_for(name, shape, 3, dtype)
-    checked = check(name, parameters)
+    checked = check_parameters(name, parameters)
     cut = Cut(METHODS[name].unit(checked), list(members), base)
-    known, static = parts.split(registry.learn(cut, name, checked))
+    prepared, static = parts.split_static(table.prepare(cut, name, checked))
     found = [
-        registry.run(part, known, method=name, static=static, dtype=jnp.dtype(dtype))
+        table.merge_part_jit(part, prepared, method=name, static=static, dtype=jnp.dtype(dtype))
         for part in cut.parts()
     ]
     whole = merge(name, parameters, members, base, dtype=dtype)
@@ -396,28 +398,28 @@ def test_members_are_rounded_to_the_dtype_before_they_are_merged():
 )
 def test_wrong_parameters_are_refused_in_one_line(name, parameters, message):
     with pytest.raises(UserError, match=message) as caught:
-        check(name, parameters)
+        check_parameters(name, parameters)
     assert "\n" not in str(caught.value)
 
 
 def test_defaults_are_filled_in():
-    assert check("selection") == {
+    assert check_parameters("selection") == {
         "resample": 0,
         "resample_from": "all",
         "granularity": "element",
         "child": None,
     }
-    assert check("task_arithmetic", {"scale": 1}) == {"scale": 1.0, "normalize": False}
+    assert check_parameters("task_arithmetic", {"scale": 1}) == {"scale": 1.0, "normalize": False}
 
 
-def naive_permutation(words, unit, count):
+def naive_permutation(key_bits, unit, count):
     """The permutation of one unit in Python integers, by taking members out of a list."""
     left, out, number, product = list(range(count)), [], 0, None
     for choices in range(count, 0, -1):
         product = None if product is None else product * choices
         if product is None or product > 2**16:
             index = Index(jnp.uint32(unit & 0xFFFFFFFF), jnp.uint32(unit >> 32))
-            fraction = int(random_words(jnp.array(words, jnp.uint32), index, 2**30 + number))
+            fraction = int(random_bits(jnp.array(key_bits, jnp.uint32), index, 2**30 + number))
             number, product = number + 1, choices
         digit, fraction = divmod(fraction * choices, 2**32)
         out.append(left.pop(digit))
@@ -467,14 +469,14 @@ def test_permutations_are_uniform_and_independent():
     """Counts of the 24 permutations, and of pairs of them of neighbours, of tensors and of a child with the plain draw."""
     n, origin = 240_000, jnp.broadcast_to(jnp.arange(4.0)[:, None], (4, 240_000))
 
-    def permutations(words):
+    def permutations(key_bits):
         found = [
-            np.asarray(merge("selection", {"child": c}, origin, None, words=words), int)
+            np.asarray(merge("selection", {"child": c}, origin, None, key_bits=key_bits), int)
             for c in range(4)
         ]
         return np.unique(np.stack(found), axis=1, return_inverse=True)[1].reshape(-1)
 
-    one, other = permutations(WORDS), permutations(rng.stream_key_bits(0, "another tensor"))
+    one, other = permutations(KEY_BITS), permutations(rng.stream_key_bits(0, "another tensor"))
     assert one.max() == 23
     within_four_sigma(np.bincount(one), n, 1 / 24)
     within_four_sigma(np.bincount(24 * one + other), n, 1 / 576)
@@ -524,25 +526,29 @@ def test_wrong_weights_are_refused_in_one_line(name, weights, message):
 
 
 def test_keys_are_named_by_tensor_method_and_seed():
-    parameters = check("selection")
-    words = {
+    parameters = check_parameters("selection")
+    key_bits = {
         tuple(
-            registry.key_words(
-                method, parameters if method == "selection" else check(method), seed, name, layer
+            table.key_bits(
+                method,
+                parameters if method == "selection" else check_parameters(method),
+                seed,
+                name,
+                layer,
             ).tolist()
         )
         for method in ("selection", "dare_linear")
         for seed in (0, 1)
         for name, layer in (("a.0", 0), ("a.1", 1), ("b.0", 0))
     }
-    assert len(words) == 12
-    by_layer = check("selection", {"granularity": "layer"})
+    assert len(key_bits) == 12
+    by_layer = check_parameters("selection", {"granularity": "layer"})
     own = [
-        registry.key_words("selection", by_layer, 0, name, layer).tolist()
+        table.key_bits("selection", by_layer, 0, name, layer).tolist()
         for name, layer in (("a.0", 0), ("b.0", 0), ("a.1", 1))
     ]
     assert own[0] == own[1] != own[2]
     assert (
-        registry.key_words("selection", by_layer, 0, "embed", None).tolist()
+        table.key_bits("selection", by_layer, 0, "embed", None).tolist()
         == rng.stream_key_bits(0, "select", "embed").tolist()
     )

@@ -1,0 +1,103 @@
+"""DARE: drop elements of the task vectors at random, and rescale the others.
+
+Source: Yu et al., "Language Models are Super Mario", https://arxiv.org/abs/2311.03099, section 3.1
+and equations 1 to 3.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_ordermerge.hash_rng import random_bits
+from jax_ordermerge.merge.methods import sparse_task_arithmetic
+from jax_ordermerge.merge.methods.parameters import Densities, Finite, per_member
+from jax_ordermerge.merge.methods.parts import Part, Prepared, Tensor
+from jax_ordermerge.merge.methods.table import METHODS, Method
+
+
+def last_kept(probability: np.ndarray) -> np.ndarray:
+    """Return round(p 2^32) - 1 as int64: hashes up to this are kept. A positive p is >= 2^-32."""
+    # inclusive, since p = 1 would be 2^32, which is no uint32
+    return np.maximum(np.round(probability * 2.0**32), 1).astype(np.int64) - 1
+
+
+def drop(tensor: Tensor, density: Densities) -> Prepared:
+    """Return the thresholds below which `apply_drop` keeps an element; an empty dict keeps all."""
+    densities = per_member(tensor, "density", density)
+    return {} if (densities == 1).all() else {"last": last_kept(densities).astype(np.uint32)}
+
+
+def apply_drop(part: Part, *, last: jax.Array) -> list[jax.Array]:
+    """Keep each element with probability `density`, independently.
+
+    Element j of member i is kept where the hash of (key, j, round = i) lies below density 2^32
+    (docs/random_choice.md).
+    """
+    index = part.indices()
+    masks = [random_bits(part.key_bits, index, i) <= last[i] for i in range(len(part.members))]
+    return sparse_task_arithmetic.apply_masks(part, masks)
+
+
+def _prepare(tensor: Tensor, density: Densities, **settings: Any) -> Prepared:
+    thresholds = drop(tensor, density)
+    thin = apply_drop if thresholds else None
+    return sparse_task_arithmetic.prepare(tensor, thin, thresholds, density=density, **settings)
+
+
+def prepare_linear(
+    tensor: Tensor,
+    *,
+    density: Densities = 0.5,
+    scale: Finite = 1.0,
+    rescale: sparse_task_arithmetic.Rescaling = "density",
+    normalize: bool = False,
+) -> Prepared:
+    """DARE: theta = theta_0 + lambda sum_i w_i m_i tau_i / density, m_ij ~ Bernoulli(density).
+
+    Args:
+        tensor: its weights are used as they are. 1/M by default.
+        density: probability to keep an element, 1 - the paper's drop rate p. The default is ours.
+        scale: lambda.
+        rescale: divide by the density (the paper), match the L1 norm (mergekit), or none.
+        normalize: divide by the sum of the weights.
+    """
+    return _prepare(tensor, density, rescale=rescale, scale=scale, elect=False, normalize=normalize)
+
+
+def prepare_ties(
+    tensor: Tensor,
+    *,
+    density: Densities = 0.5,
+    scale: Finite = 1.0,
+    rescale: sparse_task_arithmetic.Rescaling = "density",
+    normalize: bool = False,
+) -> Prepared:
+    """DARE with sign election: only the terms w_i m_i tau_i of the elected sign are added.
+
+    Arguments as `prepare_linear`. `normalize` divides by the weights of the members that agree.
+
+    Source: DARE in place of the trim of TIES-Merging, https://arxiv.org/abs/2306.01708; mergekit's
+    `dare_ties`.
+    """
+    return _prepare(tensor, density, rescale=rescale, scale=scale, elect=True, normalize=normalize)
+
+
+METHODS.register(
+    "dare_linear",
+    Method(
+        prepare_linear,
+        sparse_task_arithmetic.apply,
+        "arXiv 2311.03099, equations 1 to 3",
+        draws="drop",
+    ),
+)
+METHODS.register(
+    "dare_ties",
+    Method(
+        prepare_ties,
+        sparse_task_arithmetic.apply,
+        "arXiv 2311.03099 with 2306.01708",
+        draws="drop",
+    ),
+)

@@ -1,0 +1,93 @@
+"""Types of the methods' parameters, and how weights and per-member parameters are read."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.methods.parts import Tensor
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Density = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+# one number for all members, or one per member
+Densities = Density | list[Density]
+Fractions = Fraction | list[Fraction]
+NonNegatives = NonNegative | list[NonNegative]
+Finites = Finite | list[Finite]
+# what is combined: the models theta_i, or the task vectors tau_i, whose result is added to the base
+Of = Literal["members", "task_vectors"]
+
+PROBABILITY_UNITS = 1 << 16  # probabilities are multiples of 2^-16
+
+
+def per_member(tensor: Tensor, name: str, value: float | list[float]) -> np.ndarray:
+    """Return a parameter as float64[M].
+
+    Raises:
+        UserError: the length of a list is not the number of members.
+    """
+    if isinstance(value, list) and len(value) != tensor.count:
+        raise UserError(
+            f"{name} = {value}: give one number for all of the {tensor.count} members, "
+            "or one per member"
+        )
+    return np.broadcast_to(np.asarray(value, np.float64), tensor.count)
+
+
+def weights_or_ones(tensor: Tensor) -> np.ndarray:
+    """Return float64[M]: the weights as given, by default 1 each."""
+    return np.ones(tensor.count) if tensor.weights is None else tensor.weights
+
+
+def weights_or_mean(tensor: Tensor) -> np.ndarray:
+    """Return float64[M]: the weights as given, by default 1/M each."""
+    return np.full(tensor.count, 1 / tensor.count) if tensor.weights is None else tensor.weights
+
+
+def normalized_weights(tensor: Tensor) -> np.ndarray:
+    """Return float64[M]: the weights divided by their sum, by default 1/M each."""
+    return weights_or_mean(tensor) / weights_or_mean(tensor).sum()
+
+
+def quantize(weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return probabilities as multiples of 2^-16, by the method of largest remainders.
+
+    A draw from them is integer arithmetic throughout, so every device draws the same member.
+
+    Args:
+        weights: [M], not negative, with a positive sum.
+
+    Returns:
+        uint32[M] with sum 65536.
+
+    Raises:
+        UserError: a weight is negative, the sum is not positive, or a positive weight is too small
+            to be drawn.
+
+    Example:
+        >>> quantize([1, 1, 1]).tolist(), quantize([0, 1]).tolist()
+        ([21846, 21845, 21845], [0, 65536])
+    """
+    w = np.asarray(weights, np.float64)
+    if not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
+        raise UserError(
+            f"selection weights {w.tolist()}: probabilities are not negative and their sum is "
+            "positive; change the weights"
+        )
+    exact = w / w.sum() * PROBABILITY_UNITS
+    units = np.floor(exact).astype(np.int64)
+    # stable: equal remainders go to the first members, on every platform
+    by_remainder = np.argsort(-(exact - units), kind="stable")
+    units[by_remainder[: PROBABILITY_UNITS - units.sum()]] += 1
+    if ((units == 0) & (w > 0)).any():
+        raise UserError(
+            f"selection weights {w.tolist()}: a probability is below "
+            f"1/{2 * PROBABILITY_UNITS}; make it 0 or larger"
+        )
+    return units.astype(np.uint32)
