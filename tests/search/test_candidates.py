@@ -176,7 +176,7 @@ def test_other_hyperparameters_do_not_compile_again(stored):
         ),
         (
             Candidate("average", weights=(1.0, 2.0)),
-            "merge method average: 2 weights for 3 members; give one a member",
+            "merge method average: 2 weights for 3 members; give one per member",
         ),
         (Candidate("fisher"), "a search does not offer fisher, which looks at data itself"),
         (

@@ -481,6 +481,6 @@ def test_a_list_has_one_number_a_member():
     assert np.array_equal(one, each)
     with pytest.raises(
         UserError,
-        match=r"density = \[0.5, 0.2\]: give one number for all of the 3 members, or one a member",
+        match=r"density = \[0.5, 0.2\]: give one number for all of the 3 members, or one per member",
     ):
         merge_tensor("ties", members, base=base, density=[0.5, 0.2])

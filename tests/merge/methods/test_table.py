@@ -32,7 +32,7 @@ SQUARES = (
 )
 TOP = {
     **dict.fromkeys(SQUARES, 2.0**60),
-    **dict.fromkeys(("ram", "ramplus_tl", "consensus", "fisher"), 2.0**126),
+    **dict.fromkeys(("greedy_soup", "ram", "ramplus_tl", "consensus", "fisher"), 2.0**126),
 }
 PAIRS = {"fisher"}  # the second half of the members are positive numbers that belong to the first
 EVERY = [(name, REQUIRED.get(name, {})) for name in METHODS] + [
