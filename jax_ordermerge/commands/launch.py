@@ -10,6 +10,13 @@ from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.context import Log
 from jax_ordermerge.launch import render
 from jax_ordermerge.launch.submit import submit as submit_file
+from jax_ordermerge.launch.target import Job
+
+
+def make_job(config: Config) -> Job:
+    """Return an experiment as launch targets see it: with what the user wrote, not the defaults."""
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    return Job(config.name, settings, config.mesh.sizes, config.output)
 
 
 def render_script(config: Config, target: str, options: Sequence[str]) -> str:
@@ -30,7 +37,7 @@ def render_script(config: Config, target: str, options: Sequence[str]) -> str:
         if not (name and sign):
             raise UserError(f"{item}: expected OPTION=VALUE, e.g. nodes=4")
         pairs[name] = value
-    return render.render(config, target, pairs)
+    return render.render(make_job(config), target, pairs)
 
 
 def deliver(text: str, target: str, out: Path | None, *, submit: bool, log: Log) -> int:

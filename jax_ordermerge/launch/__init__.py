@@ -1,1 +1,1 @@
-"""What runs an experiment elsewhere: scripts and manifests, written from a config to be read and kept."""
+"""Scripts and manifests that run an experiment on other machines."""

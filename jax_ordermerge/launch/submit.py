@@ -1,21 +1,15 @@
-"""Hand a rendered text to the program that runs it."""
+"""Submission of a rendered file: `sbatch FILE`, `kubectl apply -f FILE` or `bash FILE`."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
 from jax_ordermerge.errors import UserError
-
-_PROGRAMS = {
-    "tpu-vm": ("bash",),
-    "gke": ("kubectl", "apply", "-f"),
-    "slurm": ("sbatch",),
-    "ssh": ("bash",),
-}
+from jax_ordermerge.launch.target import TARGETS
 
 
-def submit(target: str, file: Path) -> int:
-    """Run `sbatch FILE`, `kubectl apply -f FILE` or `bash FILE`, and return its exit code.
+def submit(target_name: str, path: Path) -> int:
+    """Run a rendered file with the program of its target, and return the exit code.
 
     Raises:
         UserError: the program is not installed.
@@ -27,9 +21,10 @@ def submit(target: str, file: Path) -> int:
         >>> submit("ssh", script)
         3
     """
-    program, *arguments = _PROGRAMS[target]
-    if shutil.which(program) is None:
+    command = TARGETS[target_name].submit_command
+    if shutil.which(command[0]) is None:
         raise UserError(
-            f"--submit needs {program}, which is not installed here; write a file with --out and take it where it is"
+            f"--submit needs {command[0]}, which is not installed here; write a file with --out"
+            " and submit it where the program is"
         )
-    return subprocess.run([program, *arguments, str(file)], check=False).returncode
+    return subprocess.run([*command, str(path)], check=False).returncode

@@ -18,7 +18,7 @@ import yaml
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from jax_ordermerge.launch import render
-from tests.launch.test_launch import CONFIG, GPU, JOBSET, TPU, VOLUME
+from tests.launch.test_launch import GPU, JOB, JOBSET, TPU, VOLUME
 
 
 def strict(node: Any) -> Any:
@@ -75,7 +75,7 @@ def main() -> int:
     checker = jsonschema.Draft202012Validator(strict(theirs) | {"required": ["spec"]})
     checker.schema["properties"]["metadata"] = {"type": "object"}
     for options in (TPU, TPU | {"slices": "2"} | VOLUME, GPU, GPU | VOLUME):
-        for document in yaml.safe_load_all(render.render(CONFIG, "gke", options)):
+        for document in yaml.safe_load_all(render.render(JOB, "gke", options)):
             if document["kind"] == "JobSet":
                 wrong += [
                     f"{json.dumps(options)}: {error.json_path}: {error.message[:200]}"

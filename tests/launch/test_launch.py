@@ -1,4 +1,4 @@
-"""What `launch` writes: valid for those who read it, whole in itself, and refused where it could not run."""
+"""Launch scripts and manifests: valid, complete, and refused where they could not run."""
 
 import json
 import os
@@ -8,18 +8,22 @@ import shlex
 import shutil
 import subprocess
 import sys
+from typing import ClassVar
 
 import jsonschema
 import kubernetes_validate
 import pytest
 import typer.testing
 import yaml
+from pydantic import Field
 
 from jax_ordermerge.cli import app
+from jax_ordermerge.commands.launch import make_job
 from jax_ordermerge.config import load_config, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.launch import render
-from jax_ordermerge.launch.targets import TARGETS
+from jax_ordermerge.launch.submit import submit
+from jax_ordermerge.launch.target import TARGETS, Target
 
 ROOT = pathlib.Path(__file__).parents[2]
 JOBSET = json.loads((pathlib.Path(__file__).parent / "jobset-v1alpha2.json").read_text())
@@ -30,7 +34,7 @@ EXPERIMENT = {
     "mesh": {"order": 4, "fsdp": -1},
     "population": {"members": 4},
 }
-CONFIG = make_config(EXPERIMENT)
+JOB = make_job(make_config(EXPERIMENT))
 TPU = {"image": "r/i:1", "accelerator": "tpu-v5p-slice", "topology": "4x4x2"}
 GPU = {"image": "r/i:1", "accelerator": "nvidia-h100-80gb", "nodes": "2", "gpus": "8"}
 VOLUME = {
@@ -52,15 +56,15 @@ OPTIONS = {
 }
 
 
-def checked(text):
-    """The documents of a manifest, each valid for Kubernetes or JobSet."""
+def validate(text):
+    """Validate the documents of a manifest for Kubernetes or JobSet; return them by kind."""
     documents = list(yaml.safe_load_all(text))
-    for one in documents:
-        if one["kind"] != "JobSet":
-            kubernetes_validate.validate(one, KUBERNETES, strict=True)
+    for document in documents:
+        if document["kind"] != "JobSet":
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
             continue
-        jsonschema.validate(one, JOBSET)
-        for job in one["spec"]["replicatedJobs"]:
+        jsonschema.validate(document, JOBSET)
+        for job in document["spec"]["replicatedJobs"]:
             template = {
                 "apiVersion": "batch/v1",
                 "kind": "Job",
@@ -68,14 +72,14 @@ def checked(text):
                 **job["template"],
             }
             kubernetes_validate.validate(template, KUBERNETES, strict=True)
-    return {one["kind"]: one for one in documents}
+    return {document["kind"]: document for document in documents}
 
 
 @pytest.mark.parametrize("options", [TPU, TPU | {"slices": "2"} | VOLUME, GPU, GPU | VOLUME])
 def test_manifest_is_valid(options):
-    found = checked(render.render(CONFIG, "gke", options))
-    assert ("PersistentVolumeClaim" in found) == ("storage" in options)
-    (job,) = found["JobSet"]["spec"]["replicatedJobs"]
+    manifests = validate(render.render(JOB, "gke", options))
+    assert ("PersistentVolumeClaim" in manifests) == ("storage" in options)
+    (job,) = manifests["JobSet"]["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
     tpu = "topology" in options
     assert job["replicas"] == int(options.get("slices", 1))
@@ -83,14 +87,13 @@ def test_manifest_is_valid(options):
     assert pod["containers"][0]["resources"]["limits"] == (
         {"google.com/tpu": 4} if tpu else {"nvidia.com/gpu": 8}
     )
-    assert {one["name"] for one in pod["volumes"]} == {
-        one["name"] for one in pod["containers"][0]["volumeMounts"]
-    }
-    inside = yaml.safe_load(found["ConfigMap"]["data"]["config.yaml"])
+    mounts = pod["containers"][0]["volumeMounts"]
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in mounts}
+    inside = yaml.safe_load(manifests["ConfigMap"]["data"]["config.yaml"])
     if tpu:
         assert inside["distributed"] == {"coordinator": "auto"}
     else:
-        name = found["JobSet"]["metadata"]["name"]
+        name = manifests["JobSet"]["metadata"]["name"]
         assert inside["distributed"] == {
             "coordinator": f"{name}-nodes-0-0.{name}:8476",
             "processes": 2,
@@ -121,30 +124,33 @@ def test_manifest_is_valid(options):
     ],
 )
 def test_the_schemas_notice_a_mistake(path, value):
-    documents = list(yaml.safe_load_all(render.render(CONFIG, "gke", TPU)))
+    documents = list(yaml.safe_load_all(render.render(JOB, "gke", TPU)))
     node = documents[-1]
     for part in path[:-1]:
         node = node[part]
     node[path[-1]] = value
     with pytest.raises(jsonschema.ValidationError):
-        checked(yaml.safe_dump_all(documents))
+        validate(yaml.safe_dump_all(documents))
 
 
 def written_config(target, text):
     if target == "gke":
-        return next(one for one in yaml.safe_load_all(text) if one["kind"] == "ConfigMap")["data"][
-            "config.yaml"
+        (data,) = [
+            document["data"]
+            for document in yaml.safe_load_all(text)
+            if document["kind"] == "ConfigMap"
         ]
+        return data["config.yaml"]
     return re.search(r"<<'CONFIG'\n(.*?)^CONFIG$", text, re.DOTALL | re.MULTILINE).group(1)
 
 
 def test_a_run_in_a_bucket_has_a_place_for_its_copy_and_fetches_nothing():
-    config = make_config(EXPERIMENT | {"output": "s3://orders/runs/{name}"})
-    found = checked(render.render(config, "gke", GPU | VOLUME))
-    (job,) = found["JobSet"]["spec"]["replicatedJobs"]
-    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    job = make_job(make_config(EXPERIMENT | {"output": "s3://orders/runs/{name}"}))
+    manifests = validate(render.render(job, "gke", GPU | VOLUME))
+    (replicated,) = manifests["JobSet"]["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
     assert {"name": "ORDERMERGE_CACHE", "value": "/mnt/shared/copies"} in container["env"]
-    assert "--fetch" not in render.render(config, "tpu-vm", OPTIONS["tpu-vm"])
+    assert "--fetch" not in render.render(job, "tpu-vm", OPTIONS["tpu-vm"])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -157,7 +163,9 @@ def test_the_config_is_in_the_text(target, tmp_path):
         }
     )
     file = tmp_path / "config.yaml"
-    file.write_text(written_config(target, render.render(config, target, OPTIONS[target])))
+    file.write_text(
+        written_config(target, render.render(make_job(config), target, OPTIONS[target]))
+    )
     there = load_config(file)
     assert there.distributed.coordinator is not None
     assert there.distributed.timeout == 7
@@ -201,7 +209,7 @@ def test_the_config_is_in_the_text(target, tmp_path):
 )
 def test_scripts_satisfy_shellcheck(target, options, tmp_path):
     script = tmp_path / "script.sh"
-    script.write_text(render.render(CONFIG, target, options))
+    script.write_text(render.render(JOB, target, options))
     checker = shutil.which(
         "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     )
@@ -211,18 +219,18 @@ def test_scripts_satisfy_shellcheck(target, options, tmp_path):
 
 
 def test_one_process_a_node_sees_all_its_gpus():
-    each = render.render(CONFIG, "slurm", {"nodes": "4", "gpus": "8"})
-    one = render.render(CONFIG, "slurm", {"nodes": "4", "gpus": "8", "tasks": "1"})
-    assert "--ntasks-per-node=8\n" in each
-    assert "JAX_LOCAL_DEVICE_IDS" not in each
-    assert "--ntasks-per-node=1\n" in one
-    assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in one
+    per_gpu = render.render(JOB, "slurm", {"nodes": "4", "gpus": "8"})
+    per_node = render.render(JOB, "slurm", {"nodes": "4", "gpus": "8", "tasks": "1"})
+    assert "--ntasks-per-node=8\n" in per_gpu
+    assert "JAX_LOCAL_DEVICE_IDS" not in per_gpu
+    assert "--ntasks-per-node=1\n" in per_node
+    assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in per_node
 
 
 @pytest.mark.parametrize(
-    ("target", "options", "change", "says"),
+    ("target", "options", "change", "message"),
     [
-        ("slum", {}, {}, r"unknown target slum \(did you mean 'slurm'\?\)"),
+        ("slum", {}, {}, r"unknown launch target 'slum' \(did you mean 'slurm'\?\)"),
         ("slurm", {"node": "4"}, {}, r"slurm: unknown key node \(did you mean 'nodes'\?\)"),
         ("slurm", {"nodes": "four"}, {}, "slurm: nodes = 'four'"),
         ("slurm", {"partition": "a b"}, {}, "slurm: partition = 'a b'"),
@@ -230,7 +238,7 @@ def test_one_process_a_node_sees_all_its_gpus():
             "slurm",
             {"nodes": "1", "gpus": "2"},
             {},
-            "mesh order=4, fsdp=-1 does not take the 2 devices",
+            "mesh order=4, fsdp=-1 does not use all of the 2 devices",
         ),
         ("slurm", {"gpus": "8", "tasks": "3"}, {}, "give 1 .all GPUs. or 8"),
         ("gke", {"image": "x"}, {}, "gke: accelerator is missing"),
@@ -246,13 +254,13 @@ def test_one_process_a_node_sees_all_its_gpus():
             "gke",
             GPU,
             {"output": "gs://orders/runs"},
-            "several hosts need a disk that all of them see .*; give volume=NAME",
+            "several hosts need a common disk .*; give volume=NAME",
         ),
         (
             "gke",
             TPU,
             {"output": "runs/{name}"},
-            r"on a disk that goes with its machine; give --set output=/mnt/shared/runs/\{name\}",
+            r"on a disk that is deleted with its machine; give --set output=/mnt/shared/runs/\{name\}",
         ),
         (
             "tpu-vm",
@@ -263,9 +271,45 @@ def test_one_process_a_node_sees_all_its_gpus():
         ("ssh", {}, {}, "ssh: hosts is missing"),
     ],
 )
-def test_refused(target, options, change, says):
-    with pytest.raises(UserError, match=says):
-        render.render(make_config(EXPERIMENT | change), target, options)
+def test_refused(target, options, change, message):
+    with pytest.raises(UserError, match=message):
+        render.render(make_job(make_config(EXPERIMENT | change)), target, options)
+
+
+# --------------------------------------------------------------------------- a target from outside
+
+
+class Queue(Target):
+    """A toy queue. Its template is the file queue.sh beside this test."""
+
+    template: ClassVar[str] = "queue.sh"
+    submit_command: ClassVar[tuple[str, ...]] = ("sh",)
+    priority: int = Field(0, description="place in the queue")
+
+    def distributed(self, job):
+        return {"coordinator": f"{job.slug}:1", "processes": 2}
+
+
+@pytest.fixture
+def queue():
+    TARGETS.register("queue", Queue)
+    yield "queue"
+    TARGETS.unregister("queue")
+
+
+def test_a_registered_target_is_rendered_described_and_submitted(queue, tmp_path):
+    text = render.render(JOB, queue, {"priority": "3"})
+    assert (
+        text.splitlines()[0] == "echo llama-2-7b with priority 3 in '/mnt/shared/runs/Llama_2 7b'"
+    )
+    config = yaml.safe_load(text.partition("CONFIG\n")[2].partition("CONFIG\n")[0])
+    assert config["distributed"] == {"coordinator": "llama-2-7b:1", "processes": 2}
+    assert render.describe(queue) == [("priority", "0", "place in the queue")]
+    script = tmp_path / "job"
+    script.write_text("exit 5")
+    assert submit(queue, script) == 5
+    with pytest.raises(UserError, match=r"queue: unknown key prio \(did you mean 'priority'\?\)"):
+        render.render(JOB, queue, {"prio": "3"})
 
 
 def command(*arguments, cwd, path=None):
@@ -351,8 +395,6 @@ def test_commands_of_the_documentation(line, tmp_path, monkeypatch):
 
 
 def test_submit_without_the_program(tmp_path, monkeypatch):
-    from jax_ordermerge.launch.submit import submit
-
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="needs sbatch, which is not installed here"):
         submit("slurm", tmp_path / "x")

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# {{ name }} on {{ place.hosts | length }} hosts, one process each. Ctrl-C saves a checkpoint; the same script continues.
+# {{ name }} on {{ target.hosts | length }} hosts, one process each. Ctrl-C saves a checkpoint; the same script continues.
 set -euo pipefail
 
-hosts=({{ place.hosts | join(" ") }})
+hosts=({{ target.hosts | join(" ") }})
 logs=logs/{{ name }}
 mkdir -p "$logs"
 
 for host in "${hosts[@]}"; do
-  ssh "$host" "mkdir -p {{ place.directory }} && cat > {{ place.directory }}/{{ name }}.yaml" <<'CONFIG'
+  ssh "$host" "mkdir -p {{ target.directory }} && cat > {{ target.directory }}/{{ name }}.yaml" <<'CONFIG'
 {{ config -}}
 CONFIG
 done
@@ -16,7 +16,7 @@ done
 stop() {
   echo "stopping all processes; they save a checkpoint" >&2
   for host in "${hosts[@]}"; do
-    ssh -n "$host" "kill -TERM \$(cat {{ place.directory }}/{{ name }}.pid)" || true
+    ssh -n "$host" "kill -TERM \$(cat {{ target.directory }}/{{ name }}.pid)" || true
   done
 }
 trap stop INT TERM
@@ -26,7 +26,7 @@ for index in "${!hosts[@]}"; do
   # in a group of its own, which Ctrl-C does not reach
   set -m
   # shellcheck disable=SC2029  # the index is of this side
-  ssh -n "${hosts[index]}" "cd {{ place.directory }} && {{ (place.setup ~ " && ") if place.setup else "" }}echo \$\$ > {{ name }}.pid && exec {{ place.command }} run {{ name }}.yaml --set distributed.index=$index" \
+  ssh -n "${hosts[index]}" "cd {{ target.directory }} && {{ (target.setup ~ " && ") if target.setup else "" }}echo \$\$ > {{ name }}.pid && exec {{ target.command }} run {{ name }}.yaml --set distributed.index=$index" \
     > "$logs/$index.log" 2>&1 &
   started+=($!)
   set +m

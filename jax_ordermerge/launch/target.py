@@ -1,0 +1,135 @@
+"""The base class of launch targets, their registry, and checks that several targets share."""
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from jax_ordermerge.config.section import Section
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.registry import Registry
+
+# A value that is safe between double quotes of a shell, and unquoted.
+Word = Annotated[str, Field(pattern=r"^[^\s'\"`$\\]+$")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An experiment as a target sees it.
+
+    Attributes:
+        name: name of the experiment.
+        settings: the config as the user wrote it, without defaults.
+        mesh: sizes of the mesh axes; -1 is all remaining devices.
+        output: address or path of the run directory.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    mesh: Mapping[str, int]
+    output: str
+
+    @property
+    def slug(self) -> str:
+        """The name in the form that clouds accept.
+
+        These are lower-case letters, digits and dashes, and at most 40 of them, because the names
+        of pods are longer.
+
+        Example:
+            >>> Job("Llama_2 7b", {}, {}, "runs/x").slug
+            'llama-2-7b'
+        """
+        slug = re.sub("[^a-z0-9]+", "-", self.name.lower())[:40].strip("-")
+        return slug if slug[:1].isalpha() else f"run-{slug}".strip("-")
+
+
+class Target(Section):
+    """A kind of machines that can run an experiment. The fields are the options of the target.
+
+    Subclasses name a Jinja template, a file beside their module. The template sees `target` (this
+    object), `name` (`job.slug`), `config` (YAML text) and `run` (the run directory).
+
+    Attributes:
+        template: name of the template.
+        submit_command: program and arguments that run the rendered file.
+    """
+
+    template: ClassVar[str]
+    submit_command: ClassVar[tuple[str, ...]] = ("bash",)
+
+    @classmethod
+    def template_text(cls) -> str:
+        """Return the text of the template."""
+        return Path(inspect.getfile(cls)).with_name(cls.template).read_text()
+
+    def distributed(self, job: Job) -> dict[str, Any]:
+        """Return the section `distributed` of the config there: how the processes find each other.
+
+        By default jax detects it: on TPU pods and SLURM the machines know their peers.
+        """
+        return {"coordinator": "auto"}
+
+    def check(self, job: Job) -> None:
+        """Refuse an experiment that could not run there.
+
+        Raises:
+            UserError: the mesh or the output does not fit the machines.
+        """
+
+
+TARGETS = Registry[type[Target]]("launch target", "jax_ordermerge.launch.targets")
+
+
+def check_output(output: str, mount: str, *, separate_disks: bool = False) -> None:
+    """Refuse an output that would be lost with the machine that wrote it.
+
+    Args:
+        output: the output of the config.
+        mount: where the storage that outlives the machines is mounted.
+        separate_disks: whether there are several hosts without a common disk.
+
+    Raises:
+        UserError: the output is neither below `mount` nor in a bucket, or it is in a bucket and
+            the hosts share no disk for its local copy.
+
+    Example:
+        >>> check_output("/mnt/shared/runs/one", "/mnt/shared")
+    """
+    if separate_disks and output.startswith(("gs://", "s3://")):
+        raise UserError(
+            f"output = {output}: several hosts need a common disk for the local copy of a bucket;"
+            " give volume=NAME"
+        )
+    if not output.startswith((mount.rstrip("/") + "/", "gs://", "s3://")):
+        raise UserError(
+            f"output = {output} is on a disk that is deleted with its machine;"
+            f" give --set output={mount.rstrip('/')}/runs/{{name}}"
+        )
+
+
+def check_mesh(sizes: Mapping[str, int], devices: int) -> None:
+    """Refuse a mesh that does not use all devices.
+
+    Args:
+        sizes: sizes of the mesh axes; -1 is all remaining devices.
+        devices: number of devices.
+
+    Raises:
+        UserError: devices would be idle or are lacking.
+
+    Example:
+        >>> check_mesh({"order": 4, "fsdp": -1}, 32)
+    """
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if devices % fixed or (fixed != devices and -1 not in sizes.values()):
+        shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        raise UserError(
+            f"mesh {shown or 'of one device'} does not use all of the {devices} devices;"
+            " change it with --set mesh.fsdp=-1"
+        )

@@ -1,0 +1,1 @@
+"""Launch targets: each module registers one. Its template lies beside it."""
