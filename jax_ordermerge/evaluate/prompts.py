@@ -31,10 +31,10 @@ def render(template: str, row: Row) -> str:
     Example:
         >>> render("Question: {{question}}\\nAnswer:", {"question": "2 + 3?"})
         'Question: 2 + 3?\\nAnswer:'
-        >>> render("{{problem}}", {"question": "?"})
+        >>> render("{{a}}", {"b": 1})
         Traceback (most recent call last):
         ...
-        jax_ordermerge.errors.UserError: template '{{problem}}': 'problem' is undefined; the columns are question
+        jax_ordermerge.errors.UserError: template '{{a}}': 'a' is undefined; the columns are b
     """
     try:
         return _JINJA.from_string(template).render(row)

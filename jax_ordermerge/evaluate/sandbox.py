@@ -1,12 +1,14 @@
-"""Generated programs against their tests, kept away from the machine. Texts in, verdicts out; knows nothing of models or tasks.
+"""Tests of generated programs, isolated from the machine. Texts in, verdicts out.
 
-Every program gets an interpreter of its own, and its tests get another one: see `sandbox_worker.py`. Both are closed in by the stronger of
+A program runs in one interpreter and its tests in another; see `sandbox_worker.py`. Both are
+isolated by the stronger of
 
-- `namespaces` (of processes, network, mounts and, unless root starts it, users, by unshare, mount, pivot_root and setpriv of
-  util-linux): no network, no other processes, no files but the interpreter's, read-only, and an empty /tmp in memory that is gone at
-  the end;
-- `rlimits-only`: limits of memory, CPU, files and processes alone. A program can then read and delete what its user can, and reach the
-  network, and what it leaves behind may live on. Root becomes nobody where nobody can read the interpreter.
+- `namespaces` of processes, network, mounts and, unless root starts it, users (unshare, mount,
+  pivot_root and setpriv of util-linux). There is no network and no other process. The only files
+  are those of the interpreter, read-only, and an empty /tmp in memory that is gone at the end.
+- `rlimits-only`: limits of memory, CPU, files and processes. A program can then read and delete
+  what its user can and reach the network, and processes that it leaves behind may live on. Root
+  becomes nobody, where nobody can read the interpreter.
 
 The verdict says which one was in force.
 """
@@ -29,17 +31,17 @@ from pathlib import Path
 from jax_ordermerge.errors import UserError
 
 ISOLATIONS = ("namespaces", "rlimits-only")
-MEMORY = 1 << 30  # bytes a process
+MEMORY = 1 << 30  # bytes per process
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
+    """The result of a program.
 
     Attributes:
-        passed: all tests ran to their end.
-        detail: `"passed"`, or what went wrong: `"failed: AssertionError"`, `"timeout"`.
-        isolation: one of `ISOLATIONS`, which was in force.
+        passed: whether all tests ran to their end.
+        detail: `"passed"`, `"timeout"`, or an error such as `"failed: AssertionError"`.
+        isolation: the one of `ISOLATIONS` that was in force.
     """
 
     passed: bool
@@ -61,14 +63,16 @@ def judge(
     Args:
         program: Python source, not trusted.
         tests: Python source that ends without an exception where the program is right.
-        names: functions of the program that the tests call. Arguments and results must be plain data (numbers, strings, bytes, lists,
-            tuples, sets, dicts, None); a result of another type fails.
-        setup: Python source the tests need, run before; the program's functions then replace those of `names`.
-        timeout: seconds for all of it.
+        names: functions of the program that the tests call. Arguments and results must be plain
+            data (numbers, strings, bytes, lists, tuples, sets, dicts, None); a result of another
+            type fails.
+        setup: Python source that runs before the tests; functions of `names` then replace those
+            that it defines.
+        timeout: seconds for the program and its tests together.
         isolation: one of `ISOLATIONS`; None is the strongest that works here.
 
     Raises:
-        UserError: an isolation that does not work here.
+        UserError: the isolation does not work here.
 
     Example:
         >>> judge("def add(a, b): return a + b", "assert add(1, 2) == 3", ["add"]).passed
@@ -76,16 +80,17 @@ def judge(
         >>> judge("def add(a, b): return a - b", "assert add(1, 2) == 3", ["add"]).detail
         'failed: AssertionError: '
     """
-    chosen = available()[0] if isolation is None else isolation
-    if chosen not in available():
-        raise UserError(f"isolation {chosen} does not work here; working: {', '.join(available())}")
-    detail = _run(chosen, program, setup, tests, list(names), timeout)
-    return Verdict(detail == "passed", detail, chosen)
+    isolation = isolation or available()[0]
+    if isolation not in available():
+        works = ", ".join(available())
+        raise UserError(f"isolation {isolation} does not work here; working: {works}")
+    detail = _run(isolation, program, setup, tests, list(names), timeout)
+    return Verdict(detail == "passed", detail, isolation)
 
 
 @functools.cache
 def available() -> tuple[str, ...]:
-    """Return which of `ISOLATIONS` work here, the strongest first, as a trial says.
+    """Return the `ISOLATIONS` that work here, the strongest first. Each is tried once.
 
     Example:
         >>> available()[-1]
@@ -93,62 +98,52 @@ def available() -> tuple[str, ...]:
     """
     tools = ("unshare", "mount", "umount", "pivot_root", "setpriv", "env", "sh")
     present = all(shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin") for tool in tools)
-    works = (
-        present
-        and _run("namespaces", "def f(x): return x", "", "assert f(1) == 1", ["f"], 20.0)
-        == "passed"
-    )
-    return ISOLATIONS if works else ISOLATIONS[1:]
+    # Kernels and containers forbid namespaces in many ways: only a trial tells.
+    trial = ("namespaces", "def f(x): return x", "", "assert f(1) == 1", ["f"], 20.0)
+    return ISOLATIONS if present and _run(*trial) == "passed" else ISOLATIONS[1:]
 
 
 def _run(
     isolation: str, program: str, setup: str, tests: str, names: list[str], timeout: float
 ) -> str:
+    """Run a program and its tests, and return the detail of the verdict."""
     deadline = time.monotonic() + timeout
-    near, far = socket.socketpair()
-    with near, far, contextlib.ExitStack() as stack:
-        parts = []
-        for part, channel, given in (
-            ("program", near, {"source": program}),
-            ("tests", far, {"setup": setup, "tests": tests, "names": names}),
+    program_end, tests_end = socket.socketpair()
+    with program_end, tests_end, contextlib.ExitStack() as stack:
+        workers = []
+        for role, channel, inputs in (
+            ("program", program_end, {"source": program}),
+            ("tests", tests_end, {"setup": setup, "tests": tests, "names": names}),
         ):
-            process = _start(isolation, part, channel.fileno(), timeout)
-            stack.callback(_end, process)
-            parts.append(process)
-            pipe, process.stdin = process.stdin, None  # else communicate would flush it once more
+            process = _start(isolation, role, channel.fileno(), timeout)
+            stack.callback(_kill, process)
+            workers.append(process)
+            # Taken from the process, because communicate would flush the closed pipe again.
+            pipe, process.stdin = process.stdin, None
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError), pipe:
-                pipe.write(json.dumps(given).encode())
-        near.close()
-        far.close()
+                pipe.write(json.dumps(inputs).encode())
+        # Open copies here would keep a worker waiting for the other after that one has ended.
+        program_end.close()
+        tests_end.close()
         try:
-            found, _ = parts[1].communicate(timeout=max(deadline - time.monotonic(), 0))
+            # The verdict comes from the process of the tests alone. The program cannot write there.
+            verdict, _ = workers[1].communicate(timeout=max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             return "timeout"
-    return (
-        found.decode(errors="replace")
-        or f"failed: the tests ended with exit code {parts[1].returncode}"
-    )
+    exit_code = workers[1].returncode
+    return verdict.decode(errors="replace") or f"failed: the tests ended with exit code {exit_code}"
 
 
-def _start(isolation: str, part: str, handle: int, timeout: float) -> subprocess.Popen[bytes]:
+def _start(isolation: str, role: str, handle: int, timeout: float) -> subprocess.Popen[bytes]:
     source = Path(__file__).with_name("sandbox_worker.py").read_text()
-    inner = [
-        _python(),
-        "-I",
-        "-S",
-        "-c",
-        source,
-        part,
-        str(handle),
-        str(MEMORY),
-        str(int(timeout) + 1),
-    ]
-    command = _namespaces() if isolation == "namespaces" else _plain()
+    limits = [str(MEMORY), str(int(timeout) + 1)]
+    worker = [_python(), "-I", "-S", "-c", source, role, str(handle), *limits]
+    wrapper = _namespaces() if isolation == "namespaces" else _without_root()
     return subprocess.Popen(
-        [*command, *inner],
+        [*wrapper, *worker],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE if part == "tests" else subprocess.DEVNULL,
+        stdout=subprocess.PIPE if role == "tests" else subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
         cwd="/",
@@ -157,7 +152,8 @@ def _start(isolation: str, part: str, handle: int, timeout: float) -> subprocess
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # The whole group: a program may have started processes.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -166,42 +162,40 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _python() -> str:
-    # the interpreter itself, not a virtual environment's link to it: no installed package is wanted inside
+    # The interpreter itself and not the link to it in a virtual environment, so that a program sees
+    # no installed package.
     return os.path.realpath(sys.executable)
 
 
 @functools.cache
-def _needed() -> tuple[str, ...]:
-    """Return the directories that an interpreter reads: its own and those of the system's libraries."""
-    own = {
+def _interpreter_directories() -> tuple[str, ...]:
+    """Return the directories that an interpreter reads: its files and the system's libraries."""
+    python = {
         os.path.realpath(sys.base_prefix),
         str(Path(_python()).parent),
         os.path.realpath(sysconfig.get_path("stdlib")),
     }
     system = [path for path in ("/usr", "/lib", "/lib64", "/bin") if Path(path).is_dir()]
-    return (*system, *sorted(path for path in own if not path.startswith("/usr")))
+    return (*system, *sorted(path for path in python if not path.startswith("/usr")))
 
 
-def _plain() -> list[str]:
-    return (
-        list(_ROOT_DROPS)
-        if os.geteuid() == 0 and _works([*_ROOT_DROPS, _python(), "-I", "-S", "-c", ""])
-        else []
+def _without_root() -> list[str]:
+    """Return the command that turns root into nobody, nothing where that does not work."""
+    if os.geteuid() != 0 or shutil.which(_ROOT_DROPS[0]) is None:
+        return []
+    # Nobody may not be allowed to read an interpreter below the home of root.
+    trial = subprocess.run(
+        [*_ROOT_DROPS, _python(), "-I", "-S", "-c", ""], capture_output=True, check=False
     )
+    return list(_ROOT_DROPS) if trial.returncode == 0 else []
 
 
-def _works(command: list[str]) -> bool:
-    return (
-        shutil.which(command[0]) is not None
-        and subprocess.run(command, capture_output=True, check=False).returncode == 0
-    )
-
-
-# The kernel exempts root from the limit of processes, so that root becomes nobody at the end.
+# The kernel exempts root from the limit on processes, so root becomes nobody at the end.
 _DROPS = ("setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
 _ROOT_DROPS = (*_DROPS, "--reuid=65534", "--regid=65534", "--clear-groups")
 
-# A root of its own, made in memory over /mnt: then nothing of the old one is left to be seen.
+# Builds a new root file system in memory over /mnt and detaches the old one, so that nothing of it
+# can be seen.
 _ENTER = """
 set -e
 mount --make-rprivate /
@@ -213,7 +207,10 @@ for path in $NEEDED; do
   mount -o remount,bind,ro "/mnt$path"
 done
 mkdir -p /mnt/dev /mnt/proc /mnt/tmp /mnt/old
-for name in null zero random urandom; do : > "/mnt/dev/$name"; mount --bind "/dev/$name" "/mnt/dev/$name"; done
+for name in null zero random urandom; do
+  : > "/mnt/dev/$name"
+  mount --bind "/dev/$name" "/mnt/dev/$name"
+done
 mount -t proc -o nosuid,nodev,noexec proc /mnt/proc
 mount -t tmpfs -o size=16m,nr_inodes=4k,mode=1777,nosuid,nodev tmpfs /mnt/tmp
 cd /mnt
@@ -227,18 +224,8 @@ exec env -i PYTHONHASHSEED=0 "$@"
 
 def _namespaces() -> list[str]:
     path = "/usr/sbin:/usr/bin:/sbin:/bin"
-    enter = ["unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root-user"))]
-    enter += ["--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child"]
-    drops = _ROOT_DROPS if os.geteuid() == 0 else _DROPS
-    return [
-        *enter,
-        "env",
-        "-i",
-        f"PATH={path}",
-        f"NEEDED={' '.join(_needed())}",
-        "sh",
-        "-c",
-        _ENTER,
-        "sh",
-        *drops,
-    ]
+    is_root = os.geteuid() == 0
+    command = ["unshare", *(() if is_root else ("--user", "--map-root-user"))]
+    command += ["--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child"]
+    command += ["env", "-i", f"PATH={path}", f"NEEDED={' '.join(_interpreter_directories())}"]
+    return [*command, "sh", "-c", _ENTER, "sh", *(_ROOT_DROPS if is_root else _DROPS)]

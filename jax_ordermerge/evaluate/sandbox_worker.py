@@ -1,7 +1,11 @@
-"""What runs inside a sandbox. Standard library only: the text of this file is handed to `python -I -S -c`, see `sandbox.py`.
+"""The processes inside of a sandbox.
 
-Two processes that share nothing but a socket: one holds the program under test, the other its tests. The tests call functions of the
-program by name; arguments and results travel as plain data. Whatever the program does, it can only answer calls.
+The text of this file is passed to `python -I -S -c` (see `sandbox.py`), so it imports the standard
+library alone.
+
+There are two processes that share nothing but a socket: one runs the program, the other its tests.
+The tests call functions of the program by name; arguments and results are sent as plain data. So
+whatever the program does, it can only answer calls.
 """
 
 import json
@@ -12,22 +16,32 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-LONGEST = 1 << 24  # bytes of a message
-PLAIN = (str, type(None))
-GROUPS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+Value = Any  # of plain Python types
+Json = Any
+MAX_MESSAGE = 1 << 24  # bytes
+MAX_DETAIL = 500  # characters of an error
+COLLECTIONS: dict[str, type[Value]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+}
 
 
-def encode(value: Any) -> Any:
-    """Return a value of plain Python types as JSON-able data; floats keep their bits, tuples stay tuples.
+def encode(value: Value) -> Json:
+    """Return a value as JSON that `decode` turns back: floats keep their bits, tuples their type.
+
+    A subclass becomes its plain type: the methods of a program must not reach the tests, where
+    an `__eq__` that is always true would pass them.
 
     Raises:
-        TypeError: another type.
+        TypeError: the value is no plain data.
 
     Example:
         >>> decode(encode({1: [(2.5, float("inf")), {"a"}]}))
         {1: [(2.5, inf), {'a'}]}
     """
-    if isinstance(value, PLAIN) or type(value) is bool:
+    if isinstance(value, (str, type(None))) or type(value) is bool:
         return value
     if isinstance(value, int):
         return int(value)
@@ -37,39 +51,37 @@ def encode(value: Any) -> Any:
         return ["dict", [[encode(key), encode(item)] for key, item in value.items()]]
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", value.hex()]
-    for name, kind in GROUPS.items():
+    for name, kind in COLLECTIONS.items():
         if isinstance(value, kind):
             return [name, [encode(item) for item in value]]
     raise TypeError(f"{type(value).__name__} is not plain data")
 
 
-def decode(data: Any) -> Any:
-    """Invert `encode`."""
+def decode(data: Json) -> Value:
+    """Return the value that `encode` got."""
     if not isinstance(data, list):
         return data
     name, inner = data
-    if name in GROUPS:
-        return GROUPS[name](decode(item) for item in inner)
+    if name in COLLECTIONS:
+        return COLLECTIONS[name](decode(item) for item in inner)
     if name == "dict":
         return {decode(key): decode(item) for key, item in inner}
-    return (
-        bytes.fromhex(inner)
-        if name == "bytes"
-        else {"float": float, "complex": complex}[name](inner)
-    )
+    if name == "bytes":
+        return bytes.fromhex(inner)
+    return {"float": float, "complex": complex}[name](inner)
 
 
-def send(channel: socket.socket, data: Any) -> None:
+def send(channel: socket.socket, data: Json) -> None:
     """Write one message."""
     text = json.dumps(data).encode()
     channel.sendall(len(text).to_bytes(8, "big") + text)
 
 
-def receive(channel: socket.socket) -> Any:
+def receive(channel: socket.socket) -> Json:
     """Read one message.
 
     Raises:
-        EOFError: the other side is gone, or sends too much.
+        EOFError: the other process has ended, or sends too much.
     """
 
     def read(count: int) -> bytes:
@@ -82,14 +94,19 @@ def receive(channel: socket.socket) -> Any:
         return bytes(parts)
 
     size = int.from_bytes(read(8), "big")
-    if size > LONGEST:
+    if size > MAX_MESSAGE:
         raise EOFError(f"the program answered {size} bytes")
     return json.loads(read(size))
 
 
 def limit(memory: int, seconds: int) -> None:
-    """Set limits that nothing started from here can raise: bytes of memory, CPU seconds, files, processes."""
-    for name, most in (
+    """Set limits that neither this process nor its children can raise.
+
+    Args:
+        memory: bytes of address space.
+        seconds: of CPU time.
+    """
+    for name, maximum in (
         ("AS", memory),
         ("CPU", seconds),
         ("FSIZE", 1 << 20),
@@ -100,32 +117,32 @@ def limit(memory: int, seconds: int) -> None:
     ):
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+        maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+        resource.setrlimit(kind, (maximum, maximum))
 
 
-def answer(channel: socket.socket, source: str) -> None:
-    """Run the program under test, then its functions as they are called."""
-    space: dict[str, Any] = {"__name__": "__main__"}
+def run_program(channel: socket.socket, source: str) -> None:
+    """Run the program, then its functions as the tests call them."""
+    space: dict[str, Value] = {"__name__": "__main__"}
     try:
         exec(compile(source, "<program>", "exec"), space)
         send(channel, ["ready", None])
         while True:
-            name, arguments, named = receive(channel)
-            found = space[name](*decode(arguments), **decode(named))
-            send(channel, ["value", encode(found)])
+            name, args, kwargs = receive(channel)
+            result = space[name](*decode(args), **decode(kwargs))
+            send(channel, ["value", encode(result)])
     except EOFError:
         return
-    except BaseException as error:
-        send(channel, ["error", f"{type(error).__name__}: {error}"[:500]])
+    except BaseException as error:  # also SystemExit, which a program may raise
+        send(channel, ["error", f"{type(error).__name__}: {error}"[:MAX_DETAIL]])
 
 
-def examine(channel: socket.socket, setup: str, tests: str, names: list[str]) -> str:
-    """Run tests against the functions of the program; return "passed", or what went wrong."""
+def run_tests(channel: socket.socket, setup: str, tests: str, names: list[str]) -> str:
+    """Run tests against the functions of the program; return "passed" or the error."""
 
-    def remote(name: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            send(channel, [name, encode(arguments), encode(named)])
+    def remote(name: str) -> Callable[..., Value]:
+        def call(*args: Value, **kwargs: Value) -> Value:
+            send(channel, [name, encode(args), encode(kwargs)])
             kind, value = receive(channel)
             if kind != "value":
                 raise RuntimeError(value)
@@ -137,29 +154,38 @@ def examine(channel: socket.socket, setup: str, tests: str, names: list[str]) ->
         kind, value = receive(channel)
         if kind != "ready":
             return f"failed: {value}"
-        space: dict[str, Any] = {"__name__": "tests"}
+        space: dict[str, Value] = {"__name__": "tests"}
         exec(compile(setup, "<setup>", "exec"), space)
         space |= {name: remote(name) for name in names}
         exec(compile(tests, "<tests>", "exec"), space)
     except BaseException as error:
-        return f"failed: {type(error).__name__}: {error}"[:500]
+        return f"failed: {type(error).__name__}: {error}"[:MAX_DETAIL]
     return "passed"
 
 
-def main(part: str, handle: int, memory: int, seconds: int) -> None:
-    """Take one part; what it needs is JSON on the standard input. The tests write their verdict on the standard output."""
-    given = json.load(sys.stdin)
+def main(role: str, handle: int, memory: int, seconds: int) -> None:
+    """Run as one of the two processes.
+
+    Args:
+        role: "program" or "tests". Its inputs are JSON on the standard input; the tests write
+            their verdict to the standard output.
+        handle: file descriptor of the socket.
+        memory, seconds: see `limit`.
+    """
+    inputs = json.load(sys.stdin)
     channel = socket.socket(fileno=handle)
+    # The standard streams go nowhere: what a program prints cannot be taken for a verdict.
     verdict = os.dup(1)
-    quiet = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
-        os.dup2(quiet, number)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
     limit(memory, seconds)
-    if part == "program":
+    if role == "program":
         os.close(verdict)
-        answer(channel, given["source"])
+        run_program(channel, inputs["source"])
     else:
-        os.write(verdict, examine(channel, given["setup"], given["tests"], given["names"]).encode())
+        detail = run_tests(channel, inputs["setup"], inputs["tests"], inputs["names"])
+        os.write(verdict, detail.encode())
 
 
 if __name__ == "__main__" and len(sys.argv) == 5:

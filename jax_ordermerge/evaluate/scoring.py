@@ -1,4 +1,4 @@
-"""Losses of a model, or of all members of a population, over all examples, and scores of given continuations. Forward passes only.
+"""Losses of a model or a population on examples, and scores of given continuations.
 
 Axis letters: `M` member, `n` example, `B` example of a batch, `T` position.
 """
@@ -6,7 +6,7 @@ Axis letters: `M` member, `n` example, `B` example of a batch, `T` position.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,10 @@ from jax_ordermerge.model import llama, loss
 from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.tree import Tree, flatten
 
+# A jitted function (params, batch) -> two float32[M, B], or [order, B / order] of one model. JAX
+# has no static type for it with `lower`.
+_Program: TypeAlias = Any
+
 
 def losses(
     config: ModelConfig,
@@ -37,27 +41,29 @@ def losses(
     mesh: Mesh,
     kernel: Kernel = "xla",
     members: Literal["each", "ensemble"] = "each",
-    tell: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the summed response loss of every example under every member, and its number of response tokens.
+    """Return the summed response loss of every example, and its number of response tokens.
 
-    Examples are batched by length, so padding is small; one program is compiled a length and kept for the next call. The groups of
-    the mesh axis `order` share the members of a population, or the examples when there is one model only.
+    Examples are batched by length, so padding is small; one program is compiled per length and
+    kept for the next call. The groups of the mesh axis `order` share the members of a population,
+    or the examples where there is one model.
 
     Args:
         config: the model.
-        params: of one model, or of a population with a leading `M`.
+        params: of one model, or of a population with a leading axis `M`.
         examples: tokenized examples.
-        batch: examples a forward pass, rounded up so that the device groups share it.
-        lengths: padded lengths, ascending (`pack.bucket_lengths`).
+        batch: examples per forward pass, rounded up so that the device groups share it.
+        lengths: padded lengths, ascending; see `pack.bucket_lengths`.
         dtype: of the products, `"float32"` or `"bfloat16"`.
         mesh: where the parameters are.
         kernel: of attention, from `kernels.choose`.
-        members: of a population, the losses of each, or those of the one model whose logits are the mean of theirs.
-        tell: is told now and then how many examples are done.
+        members: the losses of each member, or of the one model whose logits are their mean.
+        on_progress: receives now and then the number of examples that are done.
 
     Returns:
-        `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model, and for an ensemble) and int32[n].
+        `(sums, tokens)`: float32[M, n] in nats (M = 1 for one model and for an ensemble) and
+        int32[n].
     """
     population = _is_population(config, params)
     program = (
@@ -65,18 +71,25 @@ def losses(
         if members == "ensemble"
         else _program(config, dtype, mesh, population, kernel)
     )
-    sums, counts = _over_all(
-        program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh, tell=tell
+    sums, counts = _run_batches(
+        program,
+        params,
+        examples,
+        population,
+        batch=batch,
+        lengths=lengths,
+        mesh=mesh,
+        on_progress=on_progress,
     )
     return sums, counts[0].round().astype(np.int32)
 
 
 class Scores(NamedTuple):
-    """What models think of given continuations.
+    """Scores of given continuations.
 
     Attributes:
         logps: float64[M, n], log-probability of all tokens of a continuation, in nats.
-        greedy: bool[M, n], whether each of its tokens is the likeliest one: what greedy decoding would write.
+        greedy: bool[M, n], whether greedy decoding would write the continuation.
     """
 
     logps: np.ndarray
@@ -93,12 +106,12 @@ def score(
     mesh: Mesh,
     kernel: Kernel = "xla",
 ) -> Scores:
-    """Return how likely one model (M = 1), or each member of a population, finds continuations of contexts.
+    """Return how likely one model (M = 1), or each member of a population, finds continuations.
 
     Args:
         config, params, dtype, mesh, kernel: see `losses`.
-        pairs: n times the tokens of a context and those of what follows it, at least one each.
-        batch: pairs a forward pass.
+        pairs: n times the tokens of a context and of its continuation, at least one each.
+        batch: pairs per forward pass.
 
     Raises:
         UserError: a context or a continuation without tokens, or an id outside the vocabulary.
@@ -107,18 +120,11 @@ def score(
         >>> config = ModelConfig(
         ...     vocab_size=4, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
         ... )
-        >>> even = jax.tree.map(
-        ...     lambda x: 0 * x, llama.init_params(config, 0)
-        ... )  # all tokens are alike to it
-        >>> found = score(
-        ...     config,
-        ...     even,
-        ...     [([1], [2, 3]), ([1, 2], [3])],
-        ...     batch=2,
-        ...     dtype="float32",
-        ...     mesh=meshes.make_mesh(),
-        ... )
-        >>> (found.logps / np.log(4)).round(4).tolist(), found.greedy.tolist()
+        >>> uniform = jax.tree.map(jnp.zeros_like, llama.init_params(config, 0))
+        >>> pairs = [([1], [2, 3]), ([1, 2], [3])]
+        >>> mesh = meshes.make_mesh()
+        >>> scores = score(config, uniform, pairs, batch=2, dtype="float32", mesh=mesh)
+        >>> (scores.logps / np.log(4)).round(4).tolist(), scores.greedy.tolist()
         ([[-2.0, -1.0]], [[True, True]])
     """
     population = _is_population(config, params)
@@ -127,30 +133,31 @@ def score(
         return Scores(np.empty((members, 0)), np.empty((members, 0), bool))
     for number, (context, continuation) in enumerate(pairs):
         if not (len(context) and len(continuation)):
-            raise UserError(
-                f"pair {number} has no tokens in its {'continuation' if len(context) else 'context'}; give at least one"
-            )
+            part = "continuation" if len(context) else "context"
+            raise UserError(f"pair {number} has no tokens in its {part}; give at least one")
         if min(*context, *continuation) < 0 or max(*context, *continuation) >= config.vocab_size:
             raise UserError(
-                f"pair {number} holds an id outside the vocabulary of {config.vocab_size}; check the tokenizer"
+                f"pair {number} holds an id outside the vocabulary of {config.vocab_size}; check "
+                "the tokenizer"
             )
     rows = [[*context, *continuation] for context, continuation in pairs]
-    asked = [
+    masks = [
         np.arange(len(row)) >= len(context) for row, (context, _) in zip(rows, pairs, strict=True)
     ]
-    examples = Examples(Ragged.of(rows, np.int32), Ragged.of(asked, np.bool_), np.arange(len(rows)))
+    examples = Examples(Ragged.of(rows, np.int32), Ragged.of(masks, np.bool_), np.arange(len(rows)))
+    # Powers of two: a task has continuations of any length, and each length is a compilation.
     lengths = pack.bucket_lengths(
         examples.longest, [16 << power for power in range(examples.longest.bit_length())]
     )
     program = _program(config, dtype, mesh, population, kernel, scores=True)
-    sums, missed = _over_all(
+    sums, missed = _run_batches(
         program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh
     )
     return Scores(-sums.astype(np.float64), missed == 0)
 
 
-def _over_all(
-    program: Any,
+def _run_batches(
+    program: _Program,
     params: Tree,
     examples: Examples,
     population: bool,
@@ -158,29 +165,32 @@ def _over_all(
     batch: int,
     lengths: Sequence[int],
     mesh: Mesh,
-    tell: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """Return what a program of `_program` gives of every example, float32[M, n] each."""
+    """Return both results of a program for every example, float32[M, n] each."""
     groups = mesh.shape["order"]
     rows, pending = [], []
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
-    for one in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
-        rows.append(one["ids"])
-        pending.append(program(params, _place(one, mesh, population)))
-        if tell is not None and len(pending) > 1:
-            jax.block_until_ready(pending[-2])  # one batch behind, so that the devices never wait
-            tell(sum(ids.size for ids in rows[:-1]))
+    for batch_arrays in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
+        rows.append(batch_arrays["ids"])
+        # Results stay on the devices until all batches are dispatched: fetching one would wait
+        # for it and leave the devices idle.
+        pending.append(program(params, _place(batch_arrays, mesh, population)))
+        if on_progress is not None and len(pending) > 1:
+            jax.block_until_ready(pending[-2])  # one batch behind, so the devices never wait
+            on_progress(sum(ids.size for ids in rows[:-1]))
     fetched = [
         [part if population else part.reshape(1, -1) for part in parts] for parts in _fetch(pending)
     ]
+    # Batches are ordered by length and padded with rows of id -1: back to the order of examples.
     order = np.concatenate(rows)
-    real, found = order >= 0, []
+    real, results = order >= 0, []
     for parts in zip(*fetched, strict=True):
-        whole = np.concatenate(parts, axis=-1)
-        out = np.empty((whole.shape[0], len(examples)), np.float32)
-        out[:, order[real]] = whole[:, real]
-        found.append(out)
-    return found
+        batched = np.concatenate(parts, axis=-1)
+        result = np.empty((batched.shape[0], len(examples)), np.float32)
+        result[:, order[real]] = batched[:, real]
+        results.append(result)
+    return results
 
 
 def compile_losses(
@@ -189,40 +199,41 @@ def compile_losses(
     *,
     batch: int,
     length: int,
-    held: str,
+    params_dtype: str,
     dtype: str,
     kernel: Kernel = "xla",
-) -> Any:
-    """Return the compiled program with which `losses` measures one model, `jax.stages.Compiled`; the devices need not be here.
+) -> jax.stages.Compiled:
+    """Compile the program of `losses` for one model. The devices may be absent.
 
     Args:
         config: the model.
         mesh: as in `losses`.
         batch, dtype, kernel: as in `losses`.
-        length: that rows are padded to.
-        held: dtype of the parameters.
+        length: padded length of the rows.
+        params_dtype: of the parameters.
     """
     groups = mesh.shape["order"]
     shape = groups, -(-batch // groups), length
-    place = _rows_over(mesh, shape)
+    sharding = _row_sharding(mesh, shape)
     arrays = {name: np.float32 if name == "weights" else np.int32 for name in pack.SEQUENCES}
     rows = {
-        name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in arrays.items()
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in arrays.items()
     }
-    params = convert.abstract_params(config, mesh, dtype=held)
-    return (
-        _program(config, dtype, mesh, population=False, kernel=kernel).lower(params, rows).compile()
-    )
+    params = convert.abstract_params(config, mesh, dtype=params_dtype)
+    program = _program(config, dtype, mesh, population=False, kernel=kernel)
+    compiled: jax.stages.Compiled = program.lower(params, rows).compile()
+    return compiled
 
 
 def _is_population(config: ModelConfig, params: Tree) -> bool:
     spec = tensor_table(config)[0]
-    given = flatten(params)[spec.path].ndim
-    if given not in (len(spec.shape), len(spec.shape) + 1):
+    rank = flatten(params)[spec.path].ndim
+    if rank not in (len(spec.shape), len(spec.shape) + 1):
         raise ValueError(
-            f"{spec.path} has {given} dimensions, expected {len(spec.shape)}, or one more for a population"
+            f"{spec.path} has {rank} dimensions, expected {len(spec.shape)}, or one more for a "
+            "population"
         )
-    return given > len(spec.shape)
+    return rank > len(spec.shape)
 
 
 @functools.lru_cache(maxsize=16)
@@ -233,10 +244,10 @@ def _program(
     population: bool,
     kernel: Kernel,
     scores: bool = False,
-) -> Any:
-    """Return `(params, batch) -> (sums, counts)`, or with `scores` what `loss.linear_scores` gives, float32[M, B] each or [order, B / order].
+) -> _Program:
+    """Return the jitted `(params, batch) -> (sums, counts)`, or that of `loss.linear_scores`.
 
-    It is jitted and kept; jit keeps a program for each length.
+    It is cached because jit compiles anew for another function object, even of the same code.
     """
 
     def sums(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -258,8 +269,8 @@ def _program(
 
 
 @functools.lru_cache(maxsize=16)
-def _ensemble(config: ModelConfig, dtype: str) -> Any:
-    """Return `(population, batch) -> (sums, counts)` of the mean of the members' logits, one member after another."""
+def _ensemble(config: ModelConfig, dtype: str) -> _Program:
+    """Return `(population, batch) -> (sums, counts)` under the mean of the members' logits."""
 
     def program(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         where = batch["tokens"], batch["positions"], batch["segments"]
@@ -268,13 +279,14 @@ def _ensemble(config: ModelConfig, dtype: str) -> Any:
             logits_BTV, _ = llama.forward(config, member, *where, dtype=dtype)
             return total + logits_BTV, None
 
-        nothing = jnp.zeros((*where[0].shape, config.vocab_size), jnp.float32)
-        total_BTV, _ = jax.lax.scan(add, nothing, params)
+        # One member after another: all logits at once would not fit.
+        zeros_BTV = jnp.zeros((*where[0].shape, config.vocab_size), jnp.float32)
+        total_BTV, _ = jax.lax.scan(add, zeros_BTV, params)
         log_p_BTV = jax.nn.log_softmax(total_BTV / jax.tree.leaves(params)[0].shape[0])
         losses_BT = -jnp.take_along_axis(log_p_BTV, batch["targets"][..., None], axis=-1)[..., 0]
-        return (losses_BT * batch["weights"]).sum(-1)[None], batch["weights"].sum(-1)[
-            None
-        ]  # as of a population of one
+        weights_BT = batch["weights"]
+        # The shape [1, B] of a population of one.
+        return (losses_BT * weights_BT).sum(-1)[None], weights_BT.sum(-1)[None]
 
     return jax.jit(program)
 
@@ -284,20 +296,20 @@ def _place(batch: pack.Batch, mesh: Mesh, population: bool) -> dict[str, jax.Arr
 
     def put(array: np.ndarray) -> jax.Array:
         if population:
-            place = meshes.sharding(("batch", None), array.shape, mesh)
+            sharding = meshes.sharding(("batch", None), array.shape, mesh)
         else:
             array = array.reshape(mesh.shape["order"], -1, *array.shape[1:])
-            place = _rows_over(mesh, array.shape)
-        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+            sharding = _row_sharding(mesh, array.shape)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return {name: put(batch[name]) for name in pack.SEQUENCES}
 
 
-def _rows_over(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+def _row_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, P("order", *meshes.partition(("batch", None), shape[1:], mesh)))
 
 
 def _fetch(pending: list[tuple[jax.Array, jax.Array]]) -> list[tuple[np.ndarray, np.ndarray]]:
     if jax.process_count() == 1:
         return jax.device_get(pending)
-    return [multihost_utils.process_allgather(one, tiled=True) for one in pending]
+    return [multihost_utils.process_allgather(parts, tiled=True) for parts in pending]

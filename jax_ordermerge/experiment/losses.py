@@ -92,7 +92,7 @@ def sequence_losses(
         mesh=ctx.mesh,
         kernel=kernels.choose(config.model.attention, ctx.model, ctx.mesh, dtype=dtype),
         members=members,
-        tell=on_progress,
+        on_progress=on_progress,
     )
     shape = (-1,) if examples.rejected is None else (-1, 2)
     return Losses(

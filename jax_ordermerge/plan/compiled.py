@@ -118,7 +118,7 @@ def losses_requirements(
         mesh,
         batch=spec.analysis.batch,
         length=length,
-        held=spec.merge.dtype,
+        params_dtype=spec.merge.dtype,
         dtype=dtype,
         kernel=kernels.choose(spec.model.attention, model, mesh, dtype=dtype),
     )
@@ -136,7 +136,7 @@ def generation_requirements(
         batch=spec.evaluation.batch,
         prompt=prompt,
         max_new_tokens=new,
-        held=spec.merge.dtype,
+        params_dtype=spec.merge.dtype,
         dtype=spec.model.compute_dtype,
     )
     return _compile(program, mesh, rounds=new)

@@ -1,4 +1,4 @@
-"""Generation against a reference without cache, against itself under other batches and paddings, and transformers."""
+"""Generation against a reference without cache, other batches and paddings, and transformers."""
 
 import contextlib
 import dataclasses
@@ -40,10 +40,10 @@ def next_token(params, tokens, length):
 def without_cache(prompt, new=NEW, ends=(), length=40):
     row = np.zeros((1, length), np.int32)
     row[0, : len(prompt)] = prompt
-    for at in range(len(prompt), len(prompt) + new):
-        row[0, at] = next_token(PARAMS, row, at)
-        if row[0, at] in ends:
-            return row[0, len(prompt) : at].tolist()
+    for position in range(len(prompt), len(prompt) + new):
+        row[0, position] = next_token(PARAMS, row, position)
+        if row[0, position] in ends:
+            return row[0, len(prompt) : position].tolist()
     return row[0, len(prompt) : len(prompt) + new].tolist()
 
 
@@ -72,19 +72,19 @@ def test_other_batches_give_the_same(reference, batch):
 
 
 def test_other_padding_gives_the_same(reference):
-    # beside a longer prompt the others are padded to 32 instead of 16 or 24
+    # Beside a longer prompt the others are padded to 32 instead of 16 or 24.
     longer = families.tokens(CONFIG, 30)[0].tolist()
     assert generate([*PROMPTS, longer])[:-1] == reference
 
 
-def test_the_cache_grows_with_what_is_in_it():
-    assert decode._stops(16, 1, cpu=True) == []
-    assert decode._stops(16, 80, cpu=True) == [80]
-    assert decode._stops(96, 256, cpu=True) == [65, 129, 204, 256]
-    assert decode._stops(96, 256, cpu=False) == [256]
+def test_the_cache_grows_with_its_content():
+    assert decode._cache_growth(16, 1, cpu=True) == []
+    assert decode._cache_growth(16, 80, cpu=True) == [80]
+    assert decode._cache_growth(96, 256, cpu=True) == [65, 129, 204, 256]
+    assert decode._cache_growth(96, 256, cpu=False) == [256]
     for prompt in (16, 96, 1024):
         for new in range(2, 1500, 7):
-            stops = [1, *decode._stops(prompt, new, cpu=True)]
+            stops = [1, *decode._cache_growth(prompt, new, cpu=True)]
             assert stops[-1] == new
             assert all(
                 b > a and prompt + b <= max(prompt + a + 96, 1.5 * (prompt + a))
@@ -96,10 +96,10 @@ def test_the_cache_grows_with_what_is_in_it():
 def test_a_long_continuation(reference):
     prompts = [PROMPTS[1], PROMPTS[2]]
     ends = [reference[0][0]]
-    assert len(decode._stops(24, 150, cpu=True)) == 2
-    found = generate(prompts, max_new_tokens=150)
-    assert found == [without_cache(prompt, 150, length=172) for prompt in prompts]
-    cut = [row[: row.index(ends[0])] if ends[0] in row else row for row in found]
+    assert len(decode._cache_growth(24, 150, cpu=True)) == 2
+    rows = generate(prompts, max_new_tokens=150)
+    assert rows == [without_cache(prompt, 150, length=172) for prompt in prompts]
+    cut = [row[: row.index(ends[0])] if ends[0] in row else row for row in rows]
     assert generate(prompts, max_new_tokens=150, eos_ids=ends) == cut
 
 
@@ -126,14 +126,13 @@ def test_stops_early_when_all_rows_are_done(monkeypatch, reference):
     monkeypatch.setattr(llama, "hidden", counted)
     ends = [ids[2] for ids in reference[:2]]
     assert max(ids.index(end) for ids, end in zip(reference[:2], ends, strict=True)) == 2
-    generate(
-        PROMPTS[:2], eos_ids=ends, max_new_tokens=11
-    )  # 11: a program of its own, traced with the counter
+    # No other test generates 11 tokens, so the program is traced with the counter.
+    generate(PROMPTS[:2], eos_ids=ends, max_new_tokens=11)
     jax.effects_barrier()
     assert sorted(steps) == [1, 1, 24]
 
 
-def test_one_compilation_a_bucket():
+def test_one_compilation_per_bucket():
     decode._decode.clear_cache()
     for length in (17, 20, 24):
         generate([list(range(length)), [5]])
@@ -164,34 +163,32 @@ def placed(params, grid, config=CONFIG, axes=()):
 def test_a_sharded_model_gives_the_same(reference):
     grid = mesh.make_mesh(1, 2, 2)
     with jax.set_mesh(grid):
-        found = decode.generate(
+        rows = decode.generate(
             CONFIG, placed(PARAMS, grid), PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32"
         )
-    assert found == reference
+    assert rows == reference
 
 
 # --- several models in one program ---
 
-OTHERS = [llama.init_params(CONFIG, seed) for seed in (1, 2, 3)]
-FOUR = tree.stack([PARAMS, *OTHERS])
+FURTHER_MEMBERS = [llama.init_params(CONFIG, seed) for seed in (1, 2, 3)]
+FOUR = tree.stack([PARAMS, *FURTHER_MEMBERS])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
 def test_members_in_one_program_are_the_members_alone(shape, reference):
-    ends = sorted({ids[3] for ids in reference})  # the first member stops early, the others do not
+    # The first member stops early, the others do not.
+    ends = sorted({ids[3] for ids in reference})
     options = {"max_new_tokens": NEW, "eos_ids": ends, "dtype": "float32"}
-    alone = [decode.generate(CONFIG, one, PROMPTS, **options) for one in (PARAMS, *OTHERS)]
-    assert len({str(rows) for rows in alone}) == 4
-    assert max(map(len, alone[0])) <= 3 < max(map(len, alone[1]))
+    members = [PARAMS, *FURTHER_MEMBERS]
+    expected = [decode.generate(CONFIG, params, PROMPTS, **options) for params in members]
+    assert len({str(rows) for rows in expected}) == 4
+    assert max(map(len, expected[0])) <= 3 < max(map(len, expected[1]))
     grid = mesh.make_mesh(*shape)
     with jax.set_mesh(grid):
-        assert (
-            decode.generate_members(
-                CONFIG, placed(FOUR, grid, axes=("member",)), PROMPTS, **options
-            )
-            == alone
-        )
-    assert decode.generate_members(CONFIG, FOUR, PROMPTS, **options) == alone
+        population = placed(FOUR, grid, axes=("member",))
+        assert decode.generate_members(CONFIG, population, PROMPTS, **options) == expected
+    assert decode.generate_members(CONFIG, FOUR, PROMPTS, **options) == expected
 
 
 # --- drawn tokens ---
@@ -204,7 +201,7 @@ def drawn():
     return generate(PROMPTS, sampling=DRAW, names="abcde")
 
 
-def test_draws_follow_the_name_and_not_the_place(drawn, reference):
+def test_draws_depend_on_the_name_and_not_the_position(drawn, reference):
     assert drawn != reference
     for batch in (1, 2):
         assert generate(PROMPTS, sampling=DRAW, names="abcde", batch=batch) == drawn
@@ -212,7 +209,7 @@ def test_draws_follow_the_name_and_not_the_place(drawn, reference):
     assert generate([longer, *PROMPTS[::-1]], sampling=DRAW, names="zedcba")[1:] == drawn[::-1]
 
 
-def test_other_names_seeds_and_steps_draw_anew(drawn):
+def test_names_seeds_and_steps_draw_differently(drawn):
     same = [PROMPTS[0]] * 32
     rows = generate(same, sampling=Sampling(temperature=1.0))
     assert len({tuple(row) for row in rows}) == 32
@@ -220,15 +217,8 @@ def test_other_names_seeds_and_steps_draw_anew(drawn):
     compiled = decode._decode._cache_size()
     assert generate(PROMPTS, sampling=dataclasses.replace(DRAW, seed=6), names="abcde") != drawn
     assert decode._decode._cache_size() == compiled
-    assert (
-        len(
-            {
-                tuple(row)
-                for row in generate(same[:3], sampling=Sampling(temperature=1.0), names=["x"] * 3)
-            }
-        )
-        == 1
-    )
+    repeated = generate(same[:3], sampling=Sampling(temperature=1.0), names=["x"] * 3)
+    assert len({tuple(row) for row in repeated}) == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2), (1, 8, 1), (1, 1, 8)])
@@ -255,22 +245,22 @@ def test_draws_are_the_same_on_meshes(shape, drawn):
 # --- transformers ---
 
 
-def theirs(model, prompts, new, torch):
-    """Greedy continuations, each prompt beside those of its own length alone: no padding that could matter."""
+def transformers_greedy(model, prompts, new, torch):
+    """Greedy continuations of transformers, in batches of equal length: nothing is padded."""
     rows = {}
     for length in {len(prompt) for prompt in prompts}:
         numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        given = torch.tensor([prompts[i] for i in numbers])
+        ids = torch.tensor([prompts[i] for i in numbers])
         with torch.no_grad():
-            found = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+            generated = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=new,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
             )
-        rows |= dict(zip(numbers, found[:, length:].tolist(), strict=True))
+        rows |= dict(zip(numbers, generated[:, length:].tolist(), strict=True))
     return [rows[i] for i in range(len(prompts))]
 
 
@@ -281,22 +271,21 @@ def test_equals_transformers(name):
 
     config = families.FAMILIES[name]
     params = families.weights(config)
-    found = decode.generate(
-        config, params, PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32"
-    )
-    assert found == theirs(make_model_goldens.torch_model(config, params), PROMPTS, NEW, torch)
+    rows = decode.generate(config, params, PROMPTS, max_new_tokens=NEW, eos_ids=(), dtype="float32")
+    model = make_model_goldens.torch_model(config, params)
+    assert rows == transformers_greedy(model, PROMPTS, NEW, torch)
 
 
 BATCHES = 1, 5, 16, 64
 MESHES = None, (1, 1, 1), (1, 2, 2), (1, 8, 1)
-# two buckets of lengths: each one is a compilation for each batch and mesh
+# Two buckets of lengths: each one is a compilation per batch and mesh.
 LENGTHS = 1, 2, 3, 5, 7, 8, 11, 16, 33, 34, 37, 40, 42, 45, 47, 48
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), list(enumerate(families.FAMILIES)))
 def test_equals_transformers_for_any_batch_and_mesh(number, name):
-    """Every family meets every batch and every mesh; all pairs of the two are met by one family or another."""
+    """Every family with every batch and every mesh; all pairs of the two over the families."""
     torch = pytest.importorskip("torch")
     import make_model_goldens
 
@@ -307,17 +296,19 @@ def test_equals_transformers_for_any_batch_and_mesh(number, name):
     prompts = [
         ((ids[i, :n] * (7 + i) + i * i) % config.vocab_size).tolist() for i, n in enumerate(lengths)
     ]
-    expected = theirs(make_model_goldens.torch_model(config, params), prompts, NEW, torch)
+    expected = transformers_greedy(
+        make_model_goldens.torch_model(config, params), prompts, NEW, torch
+    )
     assert len({tuple(row) for row in expected}) > 32
-    for at, batch in enumerate(BATCHES):
-        shape = MESHES[(at + number) % len(MESHES)]
+    for i, batch in enumerate(BATCHES):
+        shape = MESHES[(i + number) % len(MESHES)]
         grid = mesh.make_mesh(*shape) if shape else None
         with jax.set_mesh(grid) if grid else contextlib.nullcontext():
             model = placed(params, grid, config) if grid else params
-            found = decode.generate(
+            rows = decode.generate(
                 config, model, prompts, max_new_tokens=NEW, eos_ids=(), dtype="float32", batch=batch
             )
-        assert found == expected, (batch, shape)
+        assert rows == expected, (batch, shape)
 
 
 def test_stories260k_golden_tokens(shared_data):
@@ -334,15 +325,13 @@ def test_stories260k_golden_tokens(shared_data):
             for s in tensor_table(config)
         }
     )
-    golden = json.loads((shared_data / "golden" / "stories260K" / "golden.json").read_text())[
-        "bos_prompt_greedy_200_ids"
-    ]
+    goldens = json.loads((shared_data / "golden" / "stories260K" / "golden.json").read_text())
+    golden = goldens["bos_prompt_greedy_200_ids"]
     assert len(golden) == 201
-    found = decode.generate(
-        config, params, [golden[:1], golden[:40]], max_new_tokens=200, eos_ids=(), dtype="float32"
-    )
-    assert found[0] == golden[1:]
-    assert found[1][:161] == golden[40:]
+    prompts = [golden[:1], golden[:40]]
+    rows = decode.generate(config, params, prompts, max_new_tokens=200, eos_ids=(), dtype="float32")
+    assert rows[0] == golden[1:]
+    assert rows[1][:161] == golden[40:]
 
 
 def test_bfloat16_runs_and_no_prompts_give_nothing():
@@ -360,6 +349,6 @@ def test_bfloat16_runs_and_no_prompts_give_nothing():
         ([[1]], {"names": ["a", "b"]}, "2 names for 1 prompts"),
     ],
 )
-def test_bad_input_is_named(prompts, options, message):
+def test_bad_input_is_refused(prompts, options, message):
     with pytest.raises(UserError, match=message):
         generate(prompts, **options)

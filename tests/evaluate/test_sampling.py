@@ -1,4 +1,4 @@
-"""Draws of tokens: which are kept, against transformers; how often each is drawn, against its probability."""
+"""Draws of tokens: masks against transformers, frequencies against probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +14,32 @@ LOGITS = np.random.default_rng(0).normal(size=(16, 50)).astype(np.float32) * 3
 
 
 def naive(row, top_k, top_p):
-    """The kept tokens of one row, in a loop."""
+    """The tokens of one row that may be drawn, in a loop."""
     order = sorted(range(len(row)), key=lambda i: -row[i])[: top_k or len(row)]
     shares = np.exp(row[order].astype(np.float64) - row.max())
     shares /= shares.sum()
-    kept, total = [], 0.0
+    drawable, total = [], 0.0
     for token, share in zip(order, shares, strict=True):
         if top_p is not None and total >= top_p:
             break
-        kept.append(token)
+        drawable.append(token)
         total += share
-    return set(kept)
+    return set(drawable)
 
 
 @pytest.mark.parametrize(
     ("top_k", "top_p"),
     [(1, None), (7, None), (500, None), (None, 0.01), (None, 0.9), (None, 1.0), (9, 0.7)],
 )
-def test_kept_tokens(top_k, top_p):
-    found = np.asarray(sampling.kept(jnp.asarray(LOGITS), top_k, top_p))
-    for row, own in zip(LOGITS, found, strict=True):
-        assert set(np.flatnonzero(np.isfinite(own))) == naive(row, top_k, top_p)
-        assert (own[np.isfinite(own)] == row[np.isfinite(own)]).all()
+def test_mask(top_k, top_p):
+    masked = np.asarray(sampling.mask_unlikely(jnp.asarray(LOGITS), top_k, top_p))
+    for logits, row in zip(LOGITS, masked, strict=True):
+        assert set(np.flatnonzero(np.isfinite(row))) == naive(logits, top_k, top_p)
+        assert (row[np.isfinite(row)] == logits[np.isfinite(row)]).all()
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (None, 0.8), (12, 0.6)])
-def test_kept_tokens_are_those_of_transformers(top_k, top_p):
+def test_mask_equals_that_of_transformers(top_k, top_p):
     torch = pytest.importorskip("torch")
     from transformers.generation import logits_process
 
@@ -48,13 +48,15 @@ def test_kept_tokens_are_those_of_transformers(top_k, top_p):
         scores = logits_process.TopKLogitsWarper(top_k)(None, scores)
     if top_p:
         scores = logits_process.TopPLogitsWarper(top_p)(None, scores)
-    assert (np.asarray(sampling.kept(jnp.asarray(LOGITS), top_k, top_p)) == scores.numpy()).all()
+    masked = np.asarray(sampling.mask_unlikely(jnp.asarray(LOGITS), top_k, top_p))
+    assert (masked == scores.numpy()).all()
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says():
-    how, n = Sampling(temperature=0.7, top_k=6), 4000
+    settings, n = Sampling(temperature=0.7, top_k=6), 4000
     logits = jnp.broadcast_to(jnp.asarray(LOGITS[0]), (n, 50))
-    drawn = np.asarray(sampling.choose(logits, sampling.row_words(how.seed, range(n)), 3, how))
+    key_bits = sampling.row_key_bits(settings.seed, range(n))
+    drawn = np.asarray(sampling.next_token(logits, key_bits, 3, settings))
     best = np.argsort(-LOGITS[0])[:6]
     shares = np.exp(LOGITS[0][best] / 0.7)
     counts = np.bincount(drawn, minlength=50)
@@ -63,24 +65,24 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
 
 
 def test_steps_and_rows_are_independent():
-    how, n = Sampling(temperature=1.0), 2000
+    settings, n = Sampling(temperature=1.0), 2000
     logits = jnp.zeros((n, 4))
-    words = sampling.row_words(0, range(n))
-    one, two = (np.asarray(sampling.choose(logits, words, step, how)) for step in (0, 1))
-    for first, second in ((one, two), (one[:-1], one[1:])):
+    key_bits = sampling.row_key_bits(0, range(n))
+    steps = [np.asarray(sampling.next_token(logits, key_bits, step, settings)) for step in (0, 1)]
+    for first, second in (steps, (steps[0][:-1], steps[0][1:])):
         table = np.histogram2d(first, second, bins=4)[0]
         assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
 def test_a_draw_is_a_pinned_function_of_seed_name_and_step():
-    how = Sampling(temperature=1.0, seed=3)
-    words = sampling.row_words(3, ["first", 7])
-    found = [sampling.choose(jnp.zeros((2, 1000)), words, step, how).tolist() for step in (0, 1)]
-    key = jax.random.fold_in(
-        jax.random.wrap_key_data(jnp.asarray(words[1]), impl="threefry2x32"), 1
-    )
-    assert found[1][1] == int(jnp.argmax(jax.random.gumbel(key, (1000,))))
-    assert found == [[506, 164], [135, 117]]
+    settings = Sampling(temperature=1.0, seed=3)
+    key_bits = sampling.row_key_bits(3, ["first", 7])
+    logits = jnp.zeros((2, 1000))
+    drawn = [sampling.next_token(logits, key_bits, step, settings).tolist() for step in (0, 1)]
+    key = jax.random.wrap_key_data(jnp.asarray(key_bits[1]), impl="threefry2x32")
+    key = jax.random.fold_in(key, 1)
+    assert drawn[1][1] == int(jnp.argmax(jax.random.gumbel(key, (1000,))))
+    assert drawn == [[506, 164], [135, 117]]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,6 @@ def test_a_draw_is_a_pinned_function_of_seed_name_and_step():
         ({"top_p": 0.5}, "give a temperature above 0"),
     ],
 )
-def test_bad_settings_are_named(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         Sampling(**settings)

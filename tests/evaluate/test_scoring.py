@@ -1,3 +1,5 @@
+"""Losses and scores against one forward pass per example."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def members():
 
 @pytest.fixture(scope="module")
 def naive(members, examples):
-    """Sums of response losses [M, n], one example at a time and without padding behind it that could matter."""
+    """Sums of response losses [M, n], one example at a time, with padding behind it alone."""
     score = jax.jit(
         lambda p, t: llama.forward(
             MODEL, p, t, jnp.arange(16)[None], jnp.ones((1, 16), int), dtype="float32"
@@ -45,9 +47,8 @@ def naive(members, examples):
 
     def loss(params, row):
         tokens = examples.tokens[row]
-        logits = np.asarray(
-            score(params, np.pad(tokens, (0, 16 - len(tokens)))[None])[0], np.float64
-        )
+        padded = np.pad(tokens, (0, 16 - len(tokens)))
+        logits = np.asarray(score(params, padded[None])[0], np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return -sum(
             log_p[t, tokens[t + 1]] for t in range(len(tokens) - 1) if examples.answers[row][t + 1]
@@ -95,7 +96,7 @@ def test_one_model_is_shared_by_the_groups_of_a_mesh(members, examples, naive):
     np.testing.assert_allclose(sums[0], naive[0], rtol=1e-5)
 
 
-def test_the_next_model_compiles_nothing(members, examples):
+def test_the_next_model_does_not_compile_again(members, examples):
     run(members[0], examples, make_mesh())
     compilations = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -126,9 +127,9 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def naive_scores(members):
-    """Log-probabilities and greediness of PAIRS, [M, n] each: one forward pass a pair, without padding."""
+    """Log-probabilities and greediness of PAIRS, [M, n] each: a forward pass per pair, unpadded."""
 
-    def one(params, context, continuation):
+    def score_pair(params, context, continuation):
         tokens = jnp.array([context + continuation])
         where = jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
         logits = np.asarray(
@@ -139,18 +140,17 @@ def naive_scores(members):
             logits.argmax(-1) == continuation
         ).all()
 
-    found = [[one(params, *pair) for pair in PAIRS] for params in members]
-    return np.array([[x[0] for x in row] for row in found]), np.array(
-        [[x[1] for x in row] for row in found]
-    )
+    scores = [[score_pair(params, *pair) for pair in PAIRS] for params in members]
+    logprobs, greedy = (np.array([[pair[i] for pair in row] for row in scores]) for i in (0, 1))
+    return logprobs, greedy
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (4, 1, 2)], ids=str)
 def test_scores_of_continuations(members, naive_scores, sizes):
     mesh = make_mesh(*sizes)
-    found = scoring.score(MODEL, on(mesh, members[0]), PAIRS, batch=2, dtype="float32", mesh=mesh)
-    np.testing.assert_allclose(found.logps, naive_scores[0][:1], rtol=1e-5)
-    np.testing.assert_array_equal(found.greedy, naive_scores[1][:1])
+    scores = scoring.score(MODEL, on(mesh, members[0]), PAIRS, batch=2, dtype="float32", mesh=mesh)
+    np.testing.assert_allclose(scores.logps, naive_scores[0][:1], rtol=1e-5)
+    np.testing.assert_array_equal(scores.greedy, naive_scores[1][:1])
     if sizes[0] <= 2:
         both = scoring.score(
             MODEL, on(mesh, tree.stack(members), 2), PAIRS, batch=3, dtype="float32", mesh=mesh
@@ -159,32 +159,26 @@ def test_scores_of_continuations(members, naive_scores, sizes):
         np.testing.assert_array_equal(both.greedy, naive_scores[1])
 
 
-def test_what_greedy_decoding_writes_is_greedy(members):
+def test_continuations_of_greedy_decoding_are_greedy(members):
     written = decode.generate(
         MODEL, members[0], [[3, 5, 7]], max_new_tokens=6, eos_ids=(), dtype="float32"
     )[0]
-    other = [*written[:-1], (written[-1] + 1) % MODEL.vocab_size]
-    found = scoring.score(
-        MODEL,
-        members[0],
-        [([3, 5, 7], written), ([3, 5, 7], other)],
-        batch=2,
-        dtype="float32",
-        mesh=make_mesh(),
-    )
-    assert found.greedy.tolist() == [[True, False]]
+    changed = [*written[:-1], (written[-1] + 1) % MODEL.vocab_size]
+    pairs = [([3, 5, 7], written), ([3, 5, 7], changed)]
+    scores = scoring.score(MODEL, members[0], pairs, batch=2, dtype="float32", mesh=make_mesh())
+    assert scores.greedy.tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize(
-    ("pair", "said"),
+    ("pair", "message"),
     [
         (([], [1]), "no tokens in its context"),
         (([1], []), "in its continuation"),
         (([1], [32]), "vocabulary of 32"),
     ],
 )
-def test_pairs_that_cannot_be_scored(members, pair, said):
-    with pytest.raises(UserError, match=said):
+def test_pairs_that_cannot_be_scored(members, pair, message):
+    with pytest.raises(UserError, match=message):
         scoring.score(
             MODEL, members[0], [([1], [2]), pair], batch=2, dtype="float32", mesh=make_mesh()
         )

@@ -59,7 +59,8 @@ class AnswerTask(GeneratedTask, ShotsTask):
             raise ValueError("prompt and response go together; give both or neither")
         if self.reference is not None and self.prompt is None:
             raise ValueError(
-                "reference goes with a task that has a prompt; remove it or give prompt and response"
+                "reference goes with a task that has a prompt; remove it or give prompt and"
+                " response"
             )
         return self
 
