@@ -19,6 +19,7 @@ from jax_ordermerge.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# The template that `auto` stands for, where the data are not messages.
 BY_FORMAT: Final = {
     "alpaca": "alpaca",
     "question_answer": "gsm8k",
@@ -27,6 +28,7 @@ BY_FORMAT: Final = {
     "preference": "plain",
 }
 TEMPLATES: Final = ("plain", "alpaca", "gsm8k", "chat")
+# A template with this mark says itself what assistants write.
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # The two prompts of Stanford Alpaca, as published in tatsu-lab/stanford_alpaca (Apache-2.0).
@@ -159,6 +161,8 @@ def render(record: Record, template: str) -> tuple[str, str]:
             f" an example has {', '.join(roles)}; use chat"
         )
     prompt, response = record.prompt, record.response
+    # The space belongs to the response: "Answer:" ends in a token of its own, and the first number
+    # keeps the space that tokenizers attach to it.
     if template == "gsm8k":
         return f"Question: {prompt}\nAnswer:", f" {response}"
     if template == "alpaca":
@@ -182,6 +186,8 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
             "the tokenizer has no eos_token, so no response could end;"
             " name one in tokenizer_config.json"
         )
+    # Both sources are needed: added tokens such as <|im_end|> need not have a role, and tokens with
+    # a role (`eos_token`) need not be added tokens.
     special = {
         number: token.content
         for number, token in tokenizer.added_tokens_decoder.items()
@@ -211,6 +217,7 @@ def _with_bos(ids: list[int], special: SpecialTokens) -> list[int]:
 def _add_bos_and_eos(encoded: Encoded, special: SpecialTokens) -> Encoded:
     ids = _with_bos(encoded.tokens, special)
     answers = [False] * (len(ids) - len(encoded.tokens)) + encoded.answers
+    # BOS starts every sequence; nothing predicts it
     if ids[:1] == [special.bos]:
         answers[0] = False
     if ids[-1:] != [special.eos]:
@@ -219,6 +226,8 @@ def _add_bos_and_eos(encoded: Encoded, special: SpecialTokens) -> Encoded:
 
 
 def _end_turn(encoded: Encoded, special: SpecialTokens) -> Encoded:
+    # A template that ends turns with a special token ends the response by it. A second end token
+    # would be learned after the end.
     if encoded.tokens[-1] in special.ids:
         return encoded
     return Encoded([*encoded.tokens, special.eos], [*encoded.answers, True])
@@ -240,6 +249,7 @@ def _encode_pieces(
     encoded = []
     for pieces in examples:
         *starts, tokens = [next(prefix_ids) for _ in pieces]
+        # see the module docstring: the prompt keeps its own tokens
         if tokens[: len(starts[-1])] != starts[-1]:
             tokens = starts[-1] + _ids([pieces[-1].text], tokenizer)[0]
         answers: list[bool] = []
@@ -291,6 +301,8 @@ def _split_turns(
             continue
         prompt = _render_chat(tokenizer, record.messages[:number], generation=True)
         answered = _render_chat(tokenizer, record.messages[: number + 1])
+        # Some templates rewrite earlier turns (drop the reasoning, add a date). Then no split of
+        # the final text is what generation would have seen.
         if not (text.startswith(answered) and answered.startswith(prompt)):
             raise UserError(
                 f"the chat template changes the text before the response in message {number} once"
@@ -317,6 +329,7 @@ def _encode_marked(
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"verbose": False},
     )
+    # transformers marks the tokens between {% generation %} and {% endgeneration %}
     ids, learned = list(encoding["input_ids"]), np.asarray(encoding["assistant_masks"], bool)
     prompt = _generation_prompt(record, tokenizer)
     if ids[: len(prompt)] != prompt or not learned[len(prompt) :].any():

@@ -25,6 +25,7 @@ class Ragged(Sequence[np.ndarray]):
     @classmethod
     def of(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: type[np.generic]) -> "Ragged":
         """Copy rows into one flat array of `dtype`."""
+        # int64: a corpus may have more than 2^31 tokens
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         flat = np.empty(offsets[-1], dtype)
@@ -41,7 +42,7 @@ class Ragged(Sequence[np.ndarray]):
         return len(self.offsets) - 1
 
     def __getitem__(self, row):  # type: ignore[no-untyped-def]  # a number, never a slice
-        row = range(len(self))[row]
+        row = range(len(self))[row]  # raises IndexError and takes negative numbers as lists do
         return self.flat[self.offsets[row] : self.offsets[row + 1]]
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -168,6 +169,7 @@ class Examples:
         """SHA-256 over lengths, tokens, response masks and ids, as hexadecimal."""
         dtypes = ("<i8", "<i4", "u1", "<i8")  # little endian: the digest is the same everywhere
         sha256 = hashlib.sha256()
+        # Texts and counts do not enter: the digest is of what is trained on.
         for part in self.parts:
             arrays = (part.tokens.offsets, part.tokens.flat, part.answers.flat, part.ids)
             for array, dtype in zip(arrays, dtypes, strict=True):

@@ -8,6 +8,8 @@ from jax_ordermerge.errors import UserError, did_you_mean
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
+# Speakers of ShareGPT files and their roles in chat templates. An unknown speaker is an error: a
+# turn under a wrong role would be learned, or not, without notice.
 SHAREGPT_ROLES: Final = {
     "human": "user",
     "user": "user",
@@ -84,12 +86,14 @@ def _value(row: Row, column: str) -> Any:
 
 def _string(row: Row, column: str) -> str:
     value = _value(row, column)
+    # numbers are answers too (`"answer": 5`); bool is a subclass of int and no text
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"column '{column}' holds {type(value).__name__}, expected a string")
     return str(value)
 
 
 def _response(row: Row, column: str) -> str:
+    # A null response is a row without an answer; an absent column is a wrong format.
     if column in row and row[column] is None:
         raise NoResponse(f"column '{column}' is null")
     response = _string(row, column)
@@ -99,6 +103,7 @@ def _response(row: Row, column: str) -> str:
 
 
 def _turns(value: Any, column: str, role: str, content: str) -> list[Message]:
+    # Parquet gives arrays where JSON gives lists, so any sequence but a string is accepted.
     if isinstance(value, (Mapping, str)) or not isinstance(value, Sequence):
         raise UserError(
             f"column '{column}' holds {type(value).__name__}, expected a list of messages"
@@ -244,6 +249,7 @@ def detect(row: Row, where: str) -> str:
         >>> detect({"question": "2 + 3?", "answer": "5"}, "train.jsonl")
         'question_answer'
     """
+    # The first format whose columns are all there. Further columns do not count.
     for name, form in FORMATS.items():
         if set(form.columns) <= set(row):
             return name
@@ -277,6 +283,7 @@ def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
     """
     if form not in FORMATS:
         raise UserError(f"data.format = '{form}' is not a format{did_you_mean(form, FORMATS)}")
+    # All rows without a response are reported at once: a user mends them in one go.
     records, without_response, reason = [], [], ""
     for number, row in enumerate(rows):
         try:

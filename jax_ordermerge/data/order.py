@@ -32,6 +32,7 @@ def permutation(n: int, seed: int, *names: str | int) -> np.ndarray:
         >>> permutation(8, 0, "example").tolist()
         [6, 2, 7, 1, 0, 4, 5, 3]
     """
+    # The 64-bit key of the stream is the lower half of Philox's 128-bit key.
     low, high = (int(word) for word in stream_key_bits(seed, *names))
     words = np.random.Philox(key=low | high << 32).random_raw(n)
     return np.argsort(words, kind="stable").astype(np.int32)
@@ -102,6 +103,7 @@ def order_indices(
             f" {member=} in [0, members), {epoch=} at least 0"
         )
     epoch = 0 if reshuffle == "never" else epoch
+    # The stream names are part of the format: a checkpoint is continued with the same orders.
     if level == "batch":
         sequence = permutation(examples, seed, "order", "composition")
         full = examples - examples % batch
@@ -112,6 +114,8 @@ def order_indices(
         # the member whose permutation this member uses
         source = {"sample": member, "balanced": 0, "same": 0, "reverse": member // 2 * 2}[level]
         sequence = permutation(examples, seed, "order", source, epoch)
+        # Member m starts m n / k samples further on, rounded down: over the members the positions
+        # of a sample are n / k apart, up to rounding.
         if level == "balanced":
             sequence = np.roll(sequence, -(member * examples // members))
         elif level == "reverse" and member % 2:
@@ -137,6 +141,7 @@ def locate(indices: np.ndarray, examples: int) -> np.ndarray:
     """
     coordinates = np.argwhere(indices != PADDING)
     rows = indices[tuple(coordinates.T)]
+    # checked here because statistics of wrong positions would look plausible
     if not np.array_equal(np.sort(rows), np.arange(examples)):
         raise ValueError(
             f"an epoch holds each of {examples} samples once;"

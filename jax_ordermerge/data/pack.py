@@ -106,6 +106,8 @@ def pack_in_order(sizes: np.ndarray, length: int) -> np.ndarray:
         >>> pack_in_order(np.array([5, 4, 3, 8, 2]), 8).tolist()
         [[0, 2], [1, 4], [3, -1]]
     """
+    # Why not best fit over all rows, as in `pack_tightly`? It would move examples far from their
+    # positions in the order, and the order is what is studied.
     rows: list[list[int]] = []
     opened: list[tuple[list[int], int]] = []  # the examples and the tokens of each open row
     for number, size in enumerate(sizes.tolist()):
@@ -134,6 +136,8 @@ def pack_tightly(sizes: np.ndarray, length: int) -> np.ndarray:
         >>> pack_tightly(np.array([5, 4, 3, 8, 2]), 8).tolist()
         [[3, -1], [0, 2], [1, 4]]
     """
+    # Rows by free space, with a sorted list of the spaces in use: O(n log n) for any number of
+    # examples, where a search over all rows would be O(n^2).
     rows: list[list[int]] = []
     by_space: dict[int, list[list[int]]] = {}  # rows by their number of free tokens
     spaces: list[int] = []  # the keys that have rows, ascending
@@ -184,6 +188,7 @@ def bucket_lengths(longest: int, buckets: Sequence[int] = ()) -> tuple[int, ...]
         >>> bucket_lengths(300, (256, 128, 512)), bucket_lengths(64)
         ((128, 256, 304), (64,))
     """
+    # a multiple of 8, so that few lengths are in use and all are aligned
     last = -(-longest // 8) * 8
     return (*sorted({size for size in buckets if size < last}), last)
 
@@ -228,11 +233,14 @@ def step_batch(
             f"a step of {len(rows)} rows is not a multiple of microbatch = {microbatch}"
         )
     sizes = _sizes(examples, rows).reshape(len(rows), -1).sum(1)
+    # A stable sort: rows of one length keep their order, so the result does not depend on numpy.
     if len(lengths) > 1:
         by_length = np.argsort(sizes, kind="stable")
         rows, sizes = rows[by_length], sizes[by_length]
     flat = collate(examples, rows, lengths[-1])
     batch = {name: array.reshape(-1, microbatch, *array.shape[1:]) for name, array in flat.items()}
+    # The longest row of a microbatch decides. The step runs the program of that length, `lengths`
+    # being few, and reads the first columns only.
     longest = sizes.reshape(-1, microbatch).max(1)
     batch["bucket"] = np.searchsorted(lengths, longest).astype(np.int32)
     return batch
@@ -273,6 +281,7 @@ def length_batches(examples: Examples, batch: int, lengths: Sequence[int]) -> It
 
 
 def _sizes(examples: Examples, rows: np.ndarray) -> np.ndarray:
-    # from the offsets of these rows alone: a step must not cost a pass over all examples
+    # From the offsets of these rows alone: a step must not cost a pass over all examples. An index
+    # of -1 reads an arbitrary row, which the mask replaces.
     sizes = [part.tokens.offsets[rows + 1] - part.tokens.offsets[rows] for part in examples.parts]
     return np.where(rows == PADDING, 0, np.max(sizes, axis=0))

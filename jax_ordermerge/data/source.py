@@ -148,7 +148,8 @@ def tokenize(
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
     records = formats.normalize(rows, form, path)
     template = chat.resolve_template(data.template, form, records, tokenizer)
-    sides = [records]  # pairs have two: chosen and rejected
+    # A pair has two sequences. They are tokenized side by side, so that both are used or dropped.
+    sides = [records]
     if records[0].rejected is not None:
         sides.append([record.rejected for record in records if record.rejected])
     builder = _ExampleBuilder(data.max_length, data.too_long, len(sides))
@@ -198,6 +199,7 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
             f"data.{split}_examples = {count} leaves none of {len(examples)} training examples;"
             " lower it"
         )
+    # by a mask, so that both parts keep the order of the file
     selected = np.zeros(len(examples), bool)
     selected[permutation(len(examples), seed, split)[:count]] = True
     return examples.take(np.flatnonzero(~selected)), examples.take(np.flatnonzero(selected))
@@ -252,6 +254,7 @@ class _ExampleBuilder:
             self.counts["dropped_same_tokens"] = 0
 
     def add_windows(self, text: chat.Encoded) -> None:
+        # a window starts with the last token of the one before it, which predicts the next token
         for start in range(0, max(len(text.tokens) - 1, 1), max(self.length - 1, 1)):
             self._append([text], start, len(self.ids))
 
@@ -320,6 +323,7 @@ def _read_file(path: Path) -> list[JsonRow]:
 
 
 def _parse(text: str, path: Path) -> list[JsonRow]:
+    # `utf-8-sig` above drops a byte order mark, which spreadsheets write before the first column
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     if kind == "txt":
         texts = (part.strip("\n") for part in text.split(TEXT_END))
@@ -336,11 +340,13 @@ def _parse(text: str, path: Path) -> list[JsonRow]:
             )
     else:
         rows = []
+        # split("\n") and not splitlines(), which also splits at U+2028 inside JSON strings
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 raise UserError(f"data file {path}: line {number} is not JSON: {error}") from error
+    # csv.DictReader collects surplus fields under the key None
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or None in row:
             shown = "more fields than the header" if isinstance(row, dict) else type(row).__name__

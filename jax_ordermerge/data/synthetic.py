@@ -133,6 +133,8 @@ def _is_test(record: Record) -> bool:
 
 
 def _problem(draws: Draws, split: str) -> Record:
+    # Rejection: a problem of the wrong split is drawn again, so both splits have one distribution
+    # up to the solutions that the other has.
     while True:
         record = draws.pick(PROBLEMS)(draws)
         if _is_test(record) == (split == "test"):
@@ -269,6 +271,7 @@ def generated(name: str, split: str = "train") -> list[Record]:
         raise UserError(f"generated:{name} has no split '{split}'{did_you_mean(split, sizes)}")
     draws = Draws(0, "synthetic", name, split)
     records: dict[tuple[str, ...], Record] = {}
+    # Duplicates are dropped by their key, in the order of their first draw.
     while len(records) < sizes[split]:
         record = make(draws, split)
         records[tuple(record.values())] = record

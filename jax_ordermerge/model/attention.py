@@ -109,12 +109,15 @@ def _attend(
 ) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
+    # Grouped queries get an axis `G` of their own. Repeating the keys N / K times would multiply
+    # their memory traffic instead.
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     size = max(_BLOCK, -(-T // _BLOCKS))
     blocks = []
     for begin in range(0, T, size):
         end = min(begin + size, T)
+        # the keys that some query of the block can see, where query t is the token of key t
         first, last = (max(0, begin + 1 - window) if window else 0, end) if T == S else (0, S)
         block_queries = Tokens(*(x[:, begin:end] for x in queries))
         block_keys = Tokens(*(x[:, first:last] for x in keys))
@@ -130,10 +133,12 @@ def _attend(
 def _block(
     q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
+    # one bias for all heads: it is broadcast over K and G
     bias_BTS = jnp.where(mask_BTS, 0.0, _MASKED)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
     scores = scores * q_BKGTH.shape[-1] ** -0.5 + bias_BTS[:, None, None]
     # The softmax is normalized after the product with v: H columns are divided instead of S.
+    # The maximum cancels in the quotient, so its gradient is zero and need not be computed.
     powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = powers.sum(-1, keepdims=True)
     mixed = jnp.einsum(

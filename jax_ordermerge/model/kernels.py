@@ -56,6 +56,7 @@ def choose(
         ...
         jax_ordermerge.errors.UserError: model.attention = splash runs on TPU, the devices are ...
     """
+    # Each entry completes the sentence "model.attention = KERNEL ...", for the error message.
     platform = mesh.devices.flat[0].platform
     obstacles: dict[Kernel, str] = {}
     if platform != "tpu":
@@ -72,7 +73,8 @@ def choose(
         )
     elif mesh.shape.get("sequence", 1) > 1:
         obstacles["cudnn"] = "takes whole sequences, mesh.sequence divides them"
-    kernels: tuple[Kernel, ...] = ("splash", "cudnn", "xla")  # the order of preference
+    # in the order of preference; `xla` has no obstacles
+    kernels: tuple[Kernel, ...] = ("splash", "cudnn", "xla")
     for kernel in kernels:
         if requested == kernel and kernel in obstacles:
             raise UserError(f"model.attention = {kernel} {obstacles[kernel]}; give auto or xla")
@@ -147,6 +149,8 @@ def splash(
 
 def _repeat_kv_heads(x_BTKH: jax.Array, heads: int) -> jax.Array:
     """Return kv heads repeated until the mesh divides them where it divides the query heads."""
+    # The mesh may have more parts than the model kv heads. The kernel then needs copies of a head;
+    # the least common multiple makes as few as possible.
     parts, K = meshes.extent("heads"), x_BTKH.shape[2]
     return x_BTKH if heads % parts else jnp.repeat(x_BTKH, math.lcm(K, parts) // K, axis=2)
 
@@ -156,6 +160,7 @@ def _splash_kernel(
 ) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
+    # Masks are by index. Inside a segment this equals causal by position, see the module docstring.
     mask = (
         kernels.CausalMask((size, size))
         if window is None
@@ -165,6 +170,7 @@ def _splash_kernel(
         next(block for block in (512, 256, _LANES) if extent % block == 0)
         for extent in (size // parts, size)
     )
+    # Large blocks amortize the loads of keys and values; they must divide the sizes exactly.
     blocks = kernels.BlockSizes(
         block_q=q,
         block_kv=kv,
@@ -212,6 +218,7 @@ def cudnn(
     """
     T, N = q_BTNH.shape[1:3]
     k_BTKH, v_BTKH = (_repeat_kv_heads(x, N) for x in (k_BTKH, v_BTKH))
+    # cuDNN takes the number of valid tokens per row instead of segments.
     is_token_BT = segments_BT > 0
     lengths_B = is_token_BT.sum(-1, dtype=jnp.int32)
     is_single_B = (segments_BT == (jnp.arange(T)[None] < lengths_B[:, None])).all(-1)

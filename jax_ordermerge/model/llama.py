@@ -117,8 +117,10 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        # bfloat16 has 8 significant bits: a mean of squares over D would be off in the third digit
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        # broadcast by name: the tests raise on implicit rank promotion, which hides wrong axes
         return (x * jnp.broadcast_to(weight, x.shape)).astype(self.dtype)
 
 
@@ -179,9 +181,11 @@ class Attention(nn.Module):
         q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(x_q_BTD).reshape(B, -1, N, H)
         k = Linear(K * H, c.qkv_bias, self.dtype, name="k")(x_BTD).reshape(B, T, K, H)
         v = Linear(K * H, c.qkv_bias, self.dtype, name="v")(x_BTD).reshape(B, T, K, H)
-        if c.qk_norm:
+        if c.qk_norm:  # Qwen3: per head, before the rotation
             q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
+        # Queries are divided over `length`, keys are not: each device attends from its own
+        # positions to all of them (context parallel).
         q = meshes.constrain(_rotate(q, cos_BTH, sin_BTH), "batch", "length", "heads", None)
         k = meshes.constrain(
             _rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None
@@ -191,6 +195,7 @@ class Attention(nn.Module):
             kv = _update(kv[0], k, shared.start), _update(kv[1], v, shared.start)
             # attention transposes them back, and the compiler drops both transposes
             k, v = (x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv)
+        # the kernels of accelerators need queries and keys of the same tokens
         kernel: Kernel = self.kernel if kv is None else "xla"
         mixed = attend(q, k, v, queries, shared.keys, window=c.sliding_window, kernel=kernel)
         return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, -1, N * H)), kv
@@ -278,6 +283,7 @@ class Llama(nn.Module):
             # inside a scan the compiler cannot merge the recomputation with the forward pass, so
             # no barrier against common subexpression elimination is needed
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
+        # One traced layer, whatever their number: compile time does not grow with depth.
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -389,6 +395,7 @@ def hidden(
         >>> x.shape
         (1, 3, 8)
     """
+    # Angles are computed once per call and not per layer; float32 is exact for positions to 2^24.
     T, positions = tokens_BT.shape[1], positions_BT.astype(jnp.float32)
     angles = positions[:, :, None] * rope_frequencies(config.rope, config.head_dim)[None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -400,6 +407,8 @@ def hidden(
     slots = cache.positions.shape[1]
     if slots < T:
         raise ValueError(f"the cache is too short: given {T} tokens, it has {slots} slots")
+    # dynamic_update_slice clamps a start that is too large instead of failing. The caller counts
+    # the slots, because `cache.length` is traced.
     keys = Tokens(
         *(
             jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, cache.length))
@@ -446,6 +455,7 @@ def forward(
     """
     inputs = tokens_BT, positions_BT, segments_BT, cache
     x_BTD, cache = hidden(config, params, *inputs, dtype=dtype, last_only=last_only)
+    # float32 logits from products in `dtype`: bfloat16 logits would make ties of close tokens
     logits = _project(x_BTD, head(config, params).astype(dtype), jnp.float32)
     return meshes.constrain(logits, "batch", "length", "vocab"), cache
 

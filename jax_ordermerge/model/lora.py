@@ -54,6 +54,7 @@ def targets(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
         jax_ordermerge.errors.UserError: lora.targets: q_prj is not a matrix of this model
             (did you mean 'q_proj'?); it has q, k, v, ...
     """
+    # Embeddings and head get no adapter: PEFT's "all-linear" leaves them out too.
     matrices = [
         spec
         for spec in tensor_table(config)
@@ -144,6 +145,7 @@ def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
         >>> sorted(joined["layers"]["mlp"]["up"])
         ['lora_a', 'lora_b', 'weight']
     """
+    # s goes into B, so that the model needs no setting of the adapter
     scaled = {
         path: scale * x if path.endswith("lora_b") else x
         for path, x in tree.flatten(adapter).items()

@@ -55,6 +55,8 @@ def linear_losses(
         (2.7726, (1,))
     """
     total, sums = _sums(count, x_BTD, head_VD, (targets_BT, weights_BT, segments_BT))
+    # `_sums_backward` ignores the cotangent of the sums; without this a gradient would be wrong
+    # instead of zero
     return total, jax.lax.stop_gradient(sums)
 
 
@@ -84,6 +86,7 @@ def linear_scores(
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x_BCD, targets_BC, weights_BC = chunk
         logits_BCV, _, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
+        # strictly greater: a tie with the target is no miss
         missed_BC = (logits_BCV.max(-1) > _target_logits(logits_BCV, targets_BC)) * weights_BC
         return (carry[0] + losses_BC.sum(-1), carry[1] + missed_BC.sum(-1)), None
 
@@ -148,6 +151,7 @@ def _sums_forward(
         grad_RV = grad_BCV.astype(head.dtype).reshape(-1, V)
         grad_RD = jnp.einsum("RV,VD->RD", grad_RV, head, preferred_element_type=head.dtype)
         x_RD = x_BCD.reshape(-1, D)
+        # the gradient of the head is summed over chunks in float32, whatever the dtype of products
         chunk_VD = jnp.einsum("RV,RD->VD", grad_RV, x_RD, preferred_element_type=jnp.float32)
         grad_VD = meshes.constrain(grad_VD + chunk_VD, "vocab", "embed")
         grad_BCD = meshes.constrain(grad_RD.reshape(x_BCD.shape), "batch", "length", None)
@@ -163,6 +167,8 @@ def _sums_backward(
     count: int, grads: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
     grad_BTD, grad_VD = grads
+    # The loss is divided by a number of tokens outside, so the cotangent is one scalar and the
+    # gradients that the forward pass computed are multiplied by it.
     scale, _ = cotangents
     return grad_BTD * scale.astype(grad_BTD.dtype), grad_VD * scale, None
 
@@ -180,6 +186,7 @@ def _chunks(x_BTD: jax.Array, *labels: jax.Array | None) -> tuple[Any, ...]:
     parts = _length_parts(T)
     size = min(T // parts, max(1, _ROWS * meshes.extent("batch") // B))
     chunks = -(-T // parts // size)
+    # the same size for all chunks: a scan has one shape, and equal chunks pad least
     size = -(-T // parts // chunks)
 
     def cut(array: jax.Array) -> jax.Array:
