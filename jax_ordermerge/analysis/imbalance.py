@@ -4,7 +4,7 @@ A statistic that the data cannot determine is a `Missing` with a reason, never a
 letters here: `M` member, `E` epoch, `n` sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,43 +126,17 @@ def analyze(
         member_losses, positions, merged_losses or {}, base_losses
     )
     members, epochs, samples = places.shape
-    window = min(1.0, warmup_fraction * epochs)
+    window = min(1.0, warmup_fraction * epochs)  # as a position in epoch 1
+    curves = position_curves.curves(
+        losses, places, merged, bins=bins, resamples=bootstrap, seed=seed
+    )
+    # [models, M, E]: every model is tested against the positions of every member
     p_values = resample.permutation_p(
         np.concatenate([losses, *(values[None] for values in merged.values())]),
         places.reshape(members * epochs, samples),
         permutations=permutations,
         generator=np.random.default_rng(stream_key_bits(seed, "analysis", "permutation")),
     ).reshape(-1, members, epochs)
-    curves = position_curves.curves(
-        losses, places, merged, bins=bins, resamples=bootstrap, seed=seed
-    )
-
-    def effects(values: np.ndarray, row: int, member: int) -> list[EpochEffect]:
-        return [
-            EpochEffect(
-                epoch=e + 1,
-                permutation_p=float(p_values[row, member, e]),
-                marginal=or_missing(position_effects.marginal, values, places[member, e]),
-            )
-            for e in range(epochs)
-        ]
-
-    def member_effect(m: int) -> MemberEffect:
-        pairs = zip(effects(losses[m], m, m), curves.members[m], strict=True)
-        return MemberEffect(
-            member=m,
-            level=Level.of(losses[m]),
-            epochs=[
-                MemberEpoch(
-                    **vars(effect),
-                    curve=curve,
-                    decile_gap=curve if isinstance(curve, Missing) else curve.gap,
-                )
-                for effect, curve in pairs
-            ],
-            warmup=or_missing(position_effects.split_at, losses[m], places[m, 0], window),
-        )
-
     return Imbalance(
         design=Design(
             samples=samples,
@@ -175,20 +149,61 @@ def analyze(
             permutations=permutations,
             seed=seed,
         ),
-        members=[member_effect(m) for m in range(members)],
+        members=[
+            _member_effect(m, losses[m], places[m], p_values[m, m], curves.members[m], window)
+            for m in range(members)
+        ],
         pooled=curves.pooled,
+        # The estimate that counts. Each sample is compared with itself in the other members, so
+        # the difficulty of samples, far larger than any effect of position, cancels.
         fixed_effects=or_missing(position_effects.joint_effect, losses, places),
         fixed_effects_warmup=or_missing(position_effects.joint_effect, losses, places, window),
         merged={
             name: MergeEffect(
                 level=Level.of(values),
-                by_member=[effects(values, members + row, m) for m in range(members)],
+                by_member=list(map(_epoch_effects, [values] * members, places, p)),
                 effect=position_effects.merged_effect(values, losses, places, base),
                 curves=curves.merged[name],
             )
-            for row, (name, values) in enumerate(merged.items())
+            for (name, values), p in zip(merged.items(), p_values[members:], strict=True)
         },
     )
+
+
+def _member_effect(
+    member: int,
+    losses: np.ndarray,
+    positions: np.ndarray,
+    p_values: np.ndarray,
+    curves: Sequence[Band | Missing],
+    window: float,
+) -> MemberEffect:
+    """Return the statistics of one member, from losses [n] and positions [E, n]."""
+    return MemberEffect(
+        member=member,
+        level=Level.of(losses),
+        epochs=[
+            MemberEpoch(
+                **vars(effect),
+                curve=curve,
+                decile_gap=curve if isinstance(curve, Missing) else curve.gap,
+            )
+            for effect, curve in zip(
+                _epoch_effects(losses, positions, p_values), curves, strict=True
+            )
+        ],
+        warmup=or_missing(position_effects.split_at, losses, positions[0], window),
+    )
+
+
+def _epoch_effects(
+    losses: np.ndarray, positions: np.ndarray, p_values: np.ndarray
+) -> list[EpochEffect]:
+    """Return the effect of positions [E, n] on the losses [n] of one model."""
+    return [
+        EpochEffect(e, float(p), or_missing(position_effects.marginal, losses, position))
+        for e, (position, p) in enumerate(zip(positions, p_values, strict=True), start=1)
+    ]
 
 
 def _checked(
@@ -197,6 +212,7 @@ def _checked(
     merged_losses: Mapping[str, ArrayLike],
     base_losses: ArrayLike | None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
+    # losses are stored in float32, whose rounding would add up in sums over samples
     losses, places = np.asarray(member_losses, np.float64), np.asarray(positions, np.float64)
     if losses.ndim != 2 or places.ndim != 3 or places.shape[::2] != losses.shape:
         raise UserError(
@@ -219,6 +235,7 @@ def _checked(
                 f"analysis: {name} has losses of shape {list(row.shape)}, "
                 f"expected [{losses.shape[1]}]"
             )
+        # one NaN would make every statistic a NaN, and JSON has no sign for it
         if not np.isfinite(row).all():
             raise UserError(
                 f"analysis: {np.count_nonzero(~np.isfinite(row))} losses of {name} are not "

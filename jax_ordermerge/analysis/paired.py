@@ -12,7 +12,8 @@ from jax_ordermerge.analysis.result import TAILS, Estimate
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_key_bits
 
-CLEAR, WEAK = 0.01, 0.05  # p values below which a difference is called clear, or weak
+# p values below which a difference is called clear, or weak; above, it is not called one.
+CLEAR, WEAK = 0.01, 0.05
 _SMALLEST_P = 1e-25  # lower end of the search for a p value
 
 
@@ -55,9 +56,6 @@ def difference(
 ) -> Difference:
     """Return the mean of `first - second` over items, with bootstrap interval and t-test.
 
-    The resamples depend on the seed and the number of items only, so that all comparisons on one
-    set of items share them.
-
     Args:
         first, second: [n], losses or scores of the same items in the same order; each may be a
             mean over several models.
@@ -85,15 +83,20 @@ def difference(
             f"a paired comparison of {count} items got {share.size} weights; "
             "expected one above 0 for each item"
         )
+    # weights of mean 1 make the mean of `gaps * share` the ratio of sums
     share = share / share.mean()
+    # The stream depends on the number of items, not on the models. Two comparisons on the same
+    # items then share their resamples, and the result does not depend on what was compared before.
     generator = np.random.default_rng(stream_key_bits(seed, "analysis", "paired", count))
     step = max(1, BLOCK // count)
     blocks = []
     for start in range(0, resamples, step):
+        # the denominator is resampled, too: items with many tokens may come twice or not at all
         rows = generator.integers(0, count, (min(step, resamples - start), count))
         blocks.append((gaps * share)[rows].sum(axis=1) / share[rows].sum(axis=1))
     low, high = np.quantile(np.concatenate(blocks), TAILS)
     estimate = float((gaps * share).mean())
+    # the linearized error of a ratio; with equal weights the usual error of a mean
     error = float((share * (gaps - estimate)).std(ddof=1) / np.sqrt(count))
     if error > 0:
         p = float(2 * stats.t.sf(abs(estimate / error), count - 1))
@@ -124,7 +127,7 @@ def over_seeds(gap: Difference, estimates: ArrayLike) -> Difference:
     by_seed = np.asarray(estimates, np.float64)
     items, seeds = gap.se**2, float(by_seed.var(ddof=1)) / by_seed.size
     if seeds == 0:
-        return gap
+        return gap  # identical seeds, as of a method that draws nothing
     error = float(np.sqrt(items + seeds))
 
     def quantile(level: float) -> float:
@@ -164,6 +167,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
     Source: McNemar, "Note on the sampling error of the difference between correlated
         proportions", 1947.
     """
+    # items on which both are right, or both wrong, say nothing about which model is better
     gaps = _gaps(np.asarray(first, bool), np.asarray(second, bool))
     only_first, only_second = int((gaps > 0).sum()), int((gaps < 0).sum())
     differing = only_first + only_second
@@ -186,6 +190,7 @@ def holm(p_values: ArrayLike) -> list[float]:
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
     """
+    # p of rank r (from 0) is multiplied by n - r, and never falls below the one before it
     values = np.asarray(p_values, np.float64)
     order = np.argsort(values, kind="stable")
     raised = np.minimum(np.maximum.accumulate(values[order] * np.arange(values.size, 0, -1)), 1.0)
@@ -227,7 +232,7 @@ def claim(
     gaps = {
         name: difference(winner, losses, weights=weights, resamples=resamples, seed=seed)
         for name, losses in rivals.items()
-        if not np.array_equal(winner, losses)
+        if not np.array_equal(winner, losses)  # the winner may be one of its rivals
     }
     corrected = holm([gap.p for gap in gaps.values()])
     return {

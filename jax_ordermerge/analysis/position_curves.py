@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_ordermerge.analysis import regression, resample
-from jax_ordermerge.analysis.resample import Band, Job
+from jax_ordermerge.analysis.resample import Band, Curve, Job
 from jax_ordermerge.analysis.result import Estimate, Missing, Undetermined
 from jax_ordermerge.rng import stream_key_bits
 
@@ -44,7 +44,7 @@ class Pooled:
 class MergedCurves:
     """Curves of one merge by the members' positions, one per epoch."""
 
-    curves: list[Band | Missing]
+    curves: list[Band | Missing]  # raw: one model has no other to compare a sample with
     early_late: list[MergedGap | Missing]
 
 
@@ -76,49 +76,37 @@ def curves(
         resamples: of the bootstrap.
         seed: of the run.
     """
-    members, epochs = positions.shape[:2]
-    at = [positions[:, e] for e in range(epochs)]
-    within = [within_sample(losses, at[e]) for e in range(epochs)]
-    jobs: dict[tuple[str | int, ...], Job] = {}
-    for m in range(members):
-        for e in range(epochs):
-            jobs["member", m, e] = Job(losses[m : m + 1], positions[m : m + 1, e], bins)
-    for e in range(epochs):
-        jobs["raw", e] = Job(losses, at[e], bins)
-    for e, values in enumerate(within):
-        if values is not None:
-            jobs["within", e] = Job(values, at[e], bins)
-    for e, values in enumerate(within):
-        jobs["raw halves", e] = Job(losses, at[e], 2)
-        if values is not None:
-            jobs["within halves", e] = Job(values, at[e], 2)
-    for name, values in merged.items():
-        for e in range(epochs):
-            repeated = np.broadcast_to(values, losses.shape)  # one model, at M positions
-            jobs["merge", name, e] = Job(repeated, at[e], bins)
-            jobs["merge halves", name, e] = Job(repeated, at[e], 2)
+    members, epochs, _ = positions.shape
+    jobs = _jobs(losses, positions, merged, bins)
+    reason = "every sample has the same positions in all members: nothing varies within a sample"
+    if members == 1:
+        reason = "one member only: the difficulty of samples cannot be taken out"
+    generator = np.random.default_rng(stream_key_bits(seed, "analysis", "bootstrap"))
     try:
-        generator = np.random.default_rng(stream_key_bits(seed, "analysis", "bootstrap"))
-        resampled = resample.curves(list(jobs.values()), resamples=resamples, generator=generator)
+        results = resample.curves(list(jobs.values()), resamples=resamples, generator=generator)
+        by_key = dict(zip(jobs, results, strict=True))
     except Undetermined as error:
-        missing = [Missing(str(error))] * epochs
-        return Curves(
-            [[*missing] for _ in range(members)],
-            Pooled([*missing], [*missing], [*missing]),
-            {name: MergedCurves([*missing], [*missing]) for name in merged},
-        )
-    by_key = dict(zip(jobs, resampled, strict=True))
+        # too few samples for one job are too few for all: they have the same samples
+        by_key, reason = {}, str(error)
 
     def band(*key: str | int) -> Band | Missing:
-        return resample.summarize(by_key[key]) if key in by_key else _no_variation(members)
+        return resample.summarize(by_key[key]) if key in by_key else Missing(reason)
 
-    def member_halves(e: int) -> resample.Curve:
+    def member_halves(e: int) -> Curve:
         # the sharper curve, where there is one
         return by_key.get(("within halves", e), by_key["raw halves", e])
 
-    def merged_gap(name: str, e: int) -> MergedGap:
-        # Merge less members has no difficulty in it: added to the members' sharp estimate it
-        # stays sharp, where the merge's own curve would bring the difficulty back.
+    def member_gap(e: int) -> EpochGap | Missing:
+        if not by_key:
+            return Missing(reason)
+        return EpochGap(**vars(resample.gap(member_halves(e))), epoch=e + 1)
+
+    def merged_gap(name: str, e: int) -> MergedGap | Missing:
+        if not by_key:
+            return Missing(reason)
+        # The difference of merge and members, both raw, has no difficulty in it. Added to the
+        # members' sharp curve it stays sharp. The merge's own curve would be as noisy as a raw
+        # one: of one model, the difficulty of samples cannot be taken out.
         before = member_halves(e)
         after = resample.shifted(before, by_key["merge halves", name, e], by_key["raw halves", e])
         return MergedGap(
@@ -133,9 +121,7 @@ def curves(
         pooled=Pooled(
             raw=[band("raw", e) for e in range(epochs)],
             within=[band("within", e) for e in range(epochs)],
-            early_late=[
-                EpochGap(**vars(resample.gap(member_halves(e))), epoch=e + 1) for e in range(epochs)
-            ],
+            early_late=[member_gap(e) for e in range(epochs)],
         ),
         merged={
             name: MergedCurves(
@@ -147,28 +133,52 @@ def curves(
     )
 
 
+def _jobs(
+    losses: np.ndarray, positions: np.ndarray, merged: Mapping[str, np.ndarray], bins: int
+) -> dict[tuple[str | int, ...], Job]:
+    """Return every curve to compute, by kind and epoch (and member or merge)."""
+    # The order of the jobs is part of the result: it is the order of columns in one matrix
+    # product with the resampling weights, and so decides the last bits of the sums.
+    jobs: dict[tuple[str | int, ...], Job] = {}
+    members, epochs, _ = positions.shape
+    at = [positions[:, e] for e in range(epochs)]
+    within = [within_sample(losses, position) for position in at]
+    for m in range(members):
+        for e in range(epochs):
+            jobs["member", m, e] = Job(losses[m : m + 1], positions[m : m + 1, e], bins)
+    for e in range(epochs):
+        jobs["raw", e] = Job(losses, at[e], bins)
+    for e, values in enumerate(within):
+        if values is not None:
+            jobs["within", e] = Job(values, at[e], bins)
+    for e, values in enumerate(within):
+        jobs["raw halves", e] = Job(losses, at[e], 2)
+        if values is not None:
+            jobs["within halves", e] = Job(values, at[e], 2)
+    for name, row in merged.items():
+        repeated = np.broadcast_to(row, losses.shape)  # one model, at the positions of M members
+        for e in range(epochs):
+            jobs["merge", name, e] = Job(repeated, at[e], bins)
+            jobs["merge halves", name, e] = Job(repeated, at[e], 2)
+    return jobs
+
+
 def within_sample(losses: np.ndarray, position: np.ndarray) -> np.ndarray | None:
     """Return losses [M, n] without the levels of samples and members, on the scale of the effect.
 
-    The mean of a sample's losses takes part of the effect of position away: 1 / M of it with
-    independent orders, none with reversed pairs. The slope of the within-sample position on the
-    position is the part that is left, and the losses are divided by it. With reversed pairs only
-    the part of the effect that is odd about the middle is visible: the even part is the same in
-    both members.
+    The mean of a sample's losses takes part of the effect of position away. The slope of the
+    within-sample position on the position is the share that is left, and the losses are divided
+    by it. With reversed pairs only the part of the effect that is odd about the middle is visible:
+    the even part is the same in both members.
 
     Returns:
         None where the position does not vary within samples.
     """
+    # Reversed pairs, say: the within-sample position is the position itself about the middle, the
+    # share is 1. With M independent orders the sample's mean takes 1 / M away: the share is
+    # 1 - 1 / M. Dividing by it puts all designs on the scale of the effect.
     residual = regression.within(position)
     centred = position - position.mean(axis=1, keepdims=True)
     spread = float((centred**2).sum())
     share = float((residual**2).sum()) / spread if spread > 1e-9 else 0.0
     return regression.within(losses) / share + losses.mean() if share > 1e-6 else None
-
-
-def _no_variation(members: int) -> Missing:
-    if members == 1:
-        return Missing("one member only: the difficulty of samples cannot be taken out")
-    return Missing(
-        "every sample has the same positions in all members: nothing varies within a sample"
-    )

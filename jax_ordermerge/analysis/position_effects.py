@@ -38,13 +38,14 @@ class Marginal:
     samples: int
     spearman: dict[str, float]  # rho, p
     pearson: dict[str, float]  # r, p
-    slope: Effect
+    slope: Effect  # errors of type HC1: one model has one loss per sample, no clusters
 
 
 @dataclass(frozen=True)
 class Part:
     """Samples on one side of the end of the warm-up."""
 
+    # two objects, so that a part of too few samples still shows its level
     level: Level = field(metadata=INLINE)
     marginal: Marginal | Missing = field(metadata=INLINE)
 
@@ -110,6 +111,7 @@ def marginal(values: np.ndarray, position: np.ndarray) -> Marginal:
         >>> marginal(np.array([4.0, 3.1, 2.0, 1.5, 0.0]), np.linspace(0, 1, 5)).spearman["rho"]
         -1.0
     """
+    # first: it refuses constant values, for which scipy only warns and returns NaN
     (slope,) = regression.ols(values, position[None]).effects()
     rho, r = stats.spearmanr(position, values), stats.pearsonr(position, values)
     return Marginal(
@@ -156,12 +158,15 @@ def joint_effect(
     if window is not None:
         _check_window(window)
         first, epochs, _ = regressors[0]
+        # A linear spline with its knot at the end of the warm-up. Two separate lines would have
+        # a jump there, which nothing in the training explains.
         regressors[:1] = [
             _Regressor(np.minimum(first, window), epochs, "warm-up"),
             _Regressor(np.maximum(first - window, 0), epochs, "after warm-up"),
         ]
     columns = np.stack([regressor.position for regressor in regressors])
     fit = regression.fixed_effects(losses, columns)
+    # the within transformation removed the levels c_i of the members; here they come back
     levels = losses.mean(axis=1) - np.einsum("r,rm->m", fit.estimate, columns.mean(axis=2))
     return JointEffect(
         coefficients=_coefficients(fit, regressors),
@@ -194,6 +199,8 @@ def merged_effect(
     """
     regressors = _regressors(positions)
     members = np.stack([regressor.position for regressor in regressors])
+    # A merge has one loss per sample, and M positions. A linear effect in each member gives a
+    # merge that averages them the same slope by the mean position.
     means = np.stack([regressor.position.mean(axis=0) for regressor in regressors])
 
     def change_fit() -> Fit:
@@ -211,7 +218,7 @@ def merged_effect(
         before, moved = regression.fixed_effects(losses, members), change_fit()
         # Both fits use the same samples. Adding influences, not variances, keeps their covariance.
         influence = before.influence + moved.influence
-        factor = max(before.correction, moved.correction)
+        factor = max(before.correction, moved.correction)  # the two differ little: be conservative
         fit = before._replace(
             estimate=before.estimate + moved.estimate, covariance=factor * influence.T @ influence
         )
@@ -233,6 +240,7 @@ def _regressors(positions: np.ndarray) -> list[_Regressor]:
     regressors: list[_Regressor] = []
     for epoch in range(positions.shape[1]):
         for regressor in regressors:
+            # exactly equal: `reshuffle: never` repeats an order, it does not resemble it
             if np.array_equal(regressor.position, positions[:, epoch]):
                 regressor.epochs.append(epoch + 1)
                 break

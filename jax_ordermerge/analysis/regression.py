@@ -54,8 +54,7 @@ def fixed_effects(losses: ArrayLike, regressors: ArrayLike) -> Fit:
     """Fit `losses[i, s] = a_s + c_i + sum_r b_r x[r, i, s] + e`, with errors clustered by sample.
 
     The difficulty `a_s` of a sample and the level `c_i` of a member cancel in the two-way within
-    transformation. For a complete panel that equals a regression with one dummy per sample and
-    member.
+    transformation.
 
     Args:
         losses: [M, n].
@@ -89,6 +88,8 @@ def fixed_effects(losses: ArrayLike, regressors: ArrayLike) -> Fit:
         raise Undetermined(
             "a regressor does not vary once the means of samples and members are taken out"
         )
+    # Two-way demeaning equals a fit with dummies, without a matrix of n + M columns. It needs
+    # every member to have every sample, which holds here: all train on the same data.
     # The sample effects are nested in the clusters. The small-sample factor
     # n / (n - 1) * (N - 1) / (N - K) therefore does not count them among its K parameters.
     return _sandwich(within(y), within(x), parameters=x.shape[0] + members)
@@ -143,6 +144,8 @@ def summarize(estimate: float, variance: float, clusters: int) -> Effect:
     """
     if not variance > 0:
         raise Undetermined("no residual variation: a standard error cannot be estimated")
+    # Student's t with the number of clusters, not the normal distribution: with few samples
+    # the cluster-robust variance is itself uncertain.
     se = float(np.sqrt(variance))
     z, half_width = estimate / se, stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1) * se
     return Effect(
@@ -161,6 +164,7 @@ def _sandwich(y: np.ndarray, x: np.ndarray, *, parameters: int) -> Fit:
     freedom = count - parameters - (clusters - 1 if y.shape[0] > 1 else 0)
     if freedom < 1 or clusters <= x.shape[0] + 1:
         raise Undetermined(f"{clusters} samples are too few for {x.shape[0]} coefficients")
+    # without variation the residuals are rounding errors, and so would be every z value
     if np.abs(y).max() < 1e-12:
         raise Undetermined("the losses do not vary")
     gram = np.einsum("rmn,qmn->rq", x, x)
@@ -173,6 +177,8 @@ def _sandwich(y: np.ndarray, x: np.ndarray, *, parameters: int) -> Fit:
     inverse = np.linalg.inv(gram)
     estimate = inverse @ np.einsum("rmn,mn->r", x, y)
     residuals = y - np.einsum("r,rmn->mn", estimate, x)
+    # Scores are summed over the members of a sample before they are squared: errors of one
+    # sample depend on each other, errors of different samples do not.
     influence = np.einsum("rmn,mn->nr", x, residuals) @ inverse
     correction = clusters / (clusters - 1) * (count - 1) / (count - parameters)
     residual_sd = float(np.sqrt((residuals**2).sum() / freedom))

@@ -73,9 +73,11 @@ def bin_numbers(position: np.ndarray, bins: int) -> np.ndarray:
     """
     if position.size < 2 * bins:
         raise Undetermined(f"{position.size} samples are too few for {bins} bins")
+    # Samples of one step have one average rank, and so one bin. The half centres ranks on
+    # [0, n]: the bins then have equal sizes where all positions differ.
     rank = stats.rankdata(position, "average") - 0.5
     quantiles = np.minimum((rank * bins / position.size).astype(np.int64), bins - 1)
-    return np.unique(quantiles, return_inverse=True)[1]
+    return np.unique(quantiles, return_inverse=True)[1]  # without the numbers of empty bins
 
 
 def curves(jobs: Sequence[Job], *, resamples: int, generator: np.random.Generator) -> list[Curve]:
@@ -83,8 +85,7 @@ def curves(jobs: Sequence[Job], *, resamples: int, generator: np.random.Generato
 
     Samples are resampled, not rows: a job with several members keeps the members of a sample
     together. All jobs share the resamples, so differences of two curves may be taken replicate
-    by replicate. The weights of samples are Poisson(1) instead of multinomial, so the sums can
-    run over blocks of samples.
+    by replicate. The weights of samples are Poisson(1) instead of multinomial.
 
     Args:
         jobs: with the same number of samples n.
@@ -96,47 +97,53 @@ def curves(jobs: Sequence[Job], *, resamples: int, generator: np.random.Generato
         frequencies", 2006.
     """
     binned = [np.stack([bin_numbers(row, job.bins) for row in job.positions]) for job in jobs]
+    # Fewer distinct positions than bins leave a job with fewer bins than it asked for.
     widths = [int(numbers.max()) + 1 for numbers in binned]
+    edges = np.cumsum(np.repeat(widths, 2))  # of sums and counts of each job, among all columns
     samples = jobs[0].values.shape[1]
-    totals = np.zeros((resamples, 2 * sum(widths)))
+    totals = np.zeros((resamples, edges[-1]))
     step = max(1, BLOCK // max(resamples, 1))
     for start in range(0, samples, step):
         block = slice(start, min(start + step, samples))
+        # Multinomial weights (the plain bootstrap) would depend on each other over all samples.
+        # Poisson weights are independent, so a block of samples can be drawn and forgotten.
         weights = generator.poisson(1.0, (resamples, block.stop - block.start)).astype(np.float64)
-        totals += weights @ _columns(jobs, binned, widths, block)
-    results, left = [], 0
-    for job, numbers, width in zip(jobs, binned, widths, strict=True):
-        sums, counts = totals[:, left : left + width], totals[:, left + width : left + 2 * width]
-        left += 2 * width
+        totals += weights @ _columns(jobs, binned, edges, block)
+    results = []
+    parts = np.split(totals, edges[:-1], axis=1)
+    for job, numbers, sums, counts in zip(jobs, binned, parts[::2], parts[1::2], strict=True):
         # a resample may miss a thin bin altogether
         replicates = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-        size = np.bincount(numbers.ravel(), minlength=width)
-        mean = np.bincount(numbers.ravel(), job.values.ravel(), minlength=width) / size
-        position = np.bincount(numbers.ravel(), job.positions.ravel(), minlength=width) / size
+        bins, width = numbers.ravel(), sums.shape[1]
+        size = np.bincount(bins, minlength=width)
+        mean = np.bincount(bins, job.values.ravel(), minlength=width) / size
+        position = np.bincount(bins, job.positions.ravel(), minlength=width) / size
         results.append(Curve(position, mean, size, replicates))
     return results
 
 
 def _columns(
-    jobs: Sequence[Job], binned: Sequence[np.ndarray], widths: Sequence[int], block: slice
+    jobs: Sequence[Job], binned: Sequence[np.ndarray], edges: np.ndarray, block: slice
 ) -> np.ndarray:
     """Return values and counts of each job spread over its bins, float64[block, 2 U of all jobs].
 
     One matrix product with the resampling weights then gives the sums of all jobs.
     """
     rows = np.arange(block.stop - block.start)
-    columns = np.zeros((rows.size, 2 * sum(widths)))
-    left = 0
-    for job, numbers, width in zip(jobs, binned, widths, strict=True):
+    columns = np.zeros((rows.size, edges[-1]))
+    parts = np.split(columns, edges[:-1], axis=1)  # views
+    for job, numbers, sums, counts in zip(jobs, binned, parts[::2], parts[1::2], strict=True):
+        # Members one after another: two of them may fall into one bin of a sample, and an
+        # indexed `+=` adds to an element only once.
         for value, number in zip(job.values[:, block], numbers[:, block], strict=True):
-            columns[rows, left + number] += value
-            columns[rows, left + width + number] += 1
-        left += 2 * width
+            sums[rows, number] += value
+            counts[rows, number] += 1
     return columns
 
 
 def band(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the 95 % percentile bounds of bootstrap replicates [P, ...]; NaN are left out."""
+    # percentiles, not a normal interval: bin means of losses are skewed
     low, high = np.nanquantile(replicates, TAILS, axis=0)
     return low, high
 
@@ -149,6 +156,7 @@ def summarize(curve: Curve) -> Band:
 
 def shifted(curve: Curve, plus: Curve, minus: Curve) -> Curve:
     """Return `curve + plus - minus`, replicate by replicate."""
+    # the resamples are shared: their covariance stays in the result
     replicates = curve.replicates + plus.replicates - minus.replicates
     return curve._replace(mean=curve.mean + plus.mean - minus.mean, replicates=replicates)
 
@@ -188,16 +196,20 @@ def permutation_p(
     observed = np.abs(y @ x.T)
     extreme = np.zeros(observed.shape)
     step = max(1, BLOCK // samples)
+    # One permutation serves all rows and columns: it keeps the dependence between the tests, and
+    # a row costs a matrix product instead of a correlation per pair.
     for start in range(0, permutations, step):
         indices = np.tile(np.arange(samples), (min(step, permutations - start), 1))
         generator.permuted(indices, axis=1, out=indices)
         for row, target in enumerate(y):
             # the margin counts ties, which rounding would otherwise decide
             extreme[row] += (np.abs(target[indices] @ x.T) >= observed[row] - 1e-12).sum(axis=0)
+    # the identity is one of the permutations, so p is never 0
     return (1 + extreme) / (1 + permutations)
 
 
 def _standardize(values: np.ndarray) -> np.ndarray:
     centred = values - values.mean(axis=1, keepdims=True)
     norm = np.linalg.norm(centred, axis=1, keepdims=True)
+    # A constant row becomes zeros. All its correlations tie then, and p is 1.
     return np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 1e-12)

@@ -9,7 +9,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # of every interval and band
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 # A field with this metadata is written into the JSON object of its parent, without a key.
 INLINE = {"inline": True}
@@ -54,8 +54,6 @@ def or_missing(statistic: Callable[..., T], *args: Any) -> T | Missing:
 def asdict(result: Any) -> Any:
     """Return results of this package as plain data for JSON. Fields that are None are left out.
 
-    `dataclasses.asdict` would keep them, and would nest the fields marked `INLINE`.
-
     Example:
         >>> @dataclass(frozen=True)
         ... class Epoch:
@@ -66,6 +64,7 @@ def asdict(result: Any) -> Any:
         [{'epoch': 1, 'reason': 'too few samples'}]
     """
     if dataclasses.is_dataclass(result):
+        # by hand: `dataclasses.asdict` keeps None, nests everything and copies the arrays
         document: dict[str, Any] = {}
         for field in dataclasses.fields(result):
             value = asdict(getattr(result, field.name))

@@ -72,6 +72,7 @@ def _settings(runs: Sequence[Run]) -> Block:
         values = [str(config.get(key, "–")) for config in configs]
         if key not in _IDENTITY and len(set(values)) > 1:
             rows.append([key, *values])
+    # the same path may hold other data
     digests = [str((run.data or {}).get("train", {}).get("digest", "–")) for run in runs]
     if len(set(digests)) > 1:
         rows.append(["digest of the training data", *digests])
@@ -93,6 +94,7 @@ def _flatten(config: Json, prefix: str = "") -> Json:
 
 
 def _imbalance(runs: Sequence[Run]) -> list[Block]:
+    # by epochs: a run that never reshuffles has one slope for several
     first = {tuple(row["epochs"]): row for row in runs[0].coefficients}
     rows = []
     for run in runs:
@@ -120,6 +122,8 @@ def _imbalance(runs: Sequence[Run]) -> list[Block]:
 
 
 def _difference(row: Json, reference: Json) -> str:
+    # Taken as independent: the runs may share their samples, but the fixed effects have taken
+    # the difficulty of samples out.
     gap, se = row["estimate"] - reference["estimate"], math.hypot(row["se"], reference["se"])
     p = float(2 * stats.norm.sf(abs(gap) / se)) if se > 0 else 1.0
     return f"{formatting.signed(gap, se)}, {formatting.p_text(p)}"

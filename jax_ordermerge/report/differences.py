@@ -1,6 +1,6 @@
 """Paired comparisons of the merges of a run with its members and with the average."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,12 +101,14 @@ def compare(
         model["name"] for model in models if model["kind"] == "merge" and model["name"] in items
     ]
     comparisons: dict[str, MergeComparison] = {}
+    # the mean member is a mean over all of them, or none
     if all(model["name"] in items for model in members):
-        for name, seeds in _complete_groups(merges, merge).items():
+        for name, seeds in seed_groups(merges, merge).items():
             rivals = {
                 MEAN_MEMBER: [items[model["name"]] for model in members],
                 BEST_MEMBER: [items[best.name]],
             }
+            # the plain average is the merge that every other one has to beat
             if name != AVERAGE and AVERAGE in merges:
                 rivals[AVERAGE] = [items[AVERAGE]]
             of_seeds = [items[seed_name] for seed_name in seeds]
@@ -118,55 +120,49 @@ def compare(
     return Comparison(best, comparisons)
 
 
-def seed_groups(merge: Json | None) -> dict[str, list[str]]:
-    """Return the merges that differ only in their seed, under one name.
+def seed_groups(names: Collection[str], merge: Json | None) -> dict[str, list[str]]:
+    """Group merges that differ only in their seed.
 
     Args:
+        names: of the merges to group.
         merge: merge.json. Names that end in `-seedS` form a group where method, weights and
-            parameters are the same.
+            parameters are the same. None groups nothing.
 
     Returns:
         Names of merges by group; a merge without a group keeps its name.
 
     Example:
-        >>> seeds = [
+        >>> rows = [
         ...     {"name": f"drawn-seed{seed}", "method": "selection", "seed": seed}
         ...     for seed in (0, 1)
         ... ]
-        >>> seed_groups({"merges": [{"name": "average", "method": "average", "seed": 0}, *seeds]})
+        >>> seed_groups(["average", "drawn-seed0", "drawn-seed1"], {"merges": rows})
         {'average': ['average'], 'drawn': ['drawn-seed0', 'drawn-seed1']}
     """
-    rows = (merge or {"merges": []})["merges"]
+    rows = {row["name"]: row for row in (merge or {}).get("merges", ())}
     by_settings: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
-        stem = row["name"].removesuffix(f"-seed{row.get('seed')}")
-        settings = (stem, row["method"], str(row.get("weights")), str(row.get("parameters")))
-        by_settings.setdefault(settings, []).append(row["name"])
-    groups, used = {}, {row["name"] for row in rows}
-    for (stem, *_), names in by_settings.items():
+    for name in names:
+        row = rows.get(name, {})
+        stem = name.removesuffix(f"-seed{row.get('seed')}")
+        # as text: weights and parameters are lists and dicts, which cannot be keys
+        settings = (str(row.get(key)) for key in ("method", "weights", "parameters"))
+        by_settings.setdefault((stem, *settings), []).append(name)
+    groups, used = {}, set(names)
+    for (stem, *_), members in by_settings.items():
         # another merge may have the name of the stem
-        group = names[0] if len(names) == 1 else ", ".join(names) if stem in used else stem
-        groups[group] = names
+        group = members[0] if len(members) == 1 else ", ".join(members) if stem in used else stem
+        groups[group] = members
         used.add(group)
     return groups
 
 
 def _best_member(members: Sequence[Json]) -> BestMember:
+    # A member chosen on the test split looks better on it than it is; the pages then say so.
     validated = all(model.get("validation_loss") is not None for model in members)
     key = "validation_loss" if validated else "loss"
     with_loss = [model for model in members if model.get(key) is not None]
     best = min(with_loss, key=lambda model: float(model[key])) if with_loss else members[0]
     return BestMember(best["name"], "validation" if validated else "test")
-
-
-def _complete_groups(merges: Sequence[str], merge: Json | None) -> dict[str, list[str]]:
-    """Return the groups of evaluated merges; where a seed of a group is absent, single merges."""
-    groups = {
-        group: names for group, names in seed_groups(merge).items() if set(names) <= set(merges)
-    }
-    group_of = {name: group for group, names in groups.items() for name in names}
-    ordered = dict.fromkeys(group_of.get(name, name) for name in merges)
-    return {group: groups.get(group, [group]) for group in ordered}
 
 
 def _measure(
@@ -188,6 +184,7 @@ def _measure(
         for name, models in rivals.items()
         if name != AVERAGE or _items(models[0], task)[0] == ids
     }
+    # Item by item means by position: another order of the same items is refused, too.
     for model in (model for models in (seeds, *rivals.values()) for model in models):
         model_ids, results = _items(model, task)
         if model_ids != ids or len(results) < 2:
@@ -196,6 +193,8 @@ def _measure(
     def stack(models: Sequence[Json]) -> np.ndarray:
         return np.array([_items(model, task)[1] for model in models])
 
+    # Weighted by tokens the difference is that of the losses in the tables, which are means over
+    # all tokens of a split.
     weights = seeds[0].get("tokens") if task is None else None
     values, measure = stack(seeds), Measure()
     for name, models in rivals.items():
@@ -204,6 +203,7 @@ def _measure(
             values.mean(axis=0), reference, weights=weights, resamples=resamples, seed=seed
         )
         if len(seeds) > 1:
+            # the mean over seeds is as uncertain as the seeds differ, however many the items
             by_seed = np.average(values - reference, axis=1, weights=weights)
             gap = paired.over_seeds(gap, by_seed)
         elif task is not None and name != MEAN_MEMBER:
@@ -223,6 +223,7 @@ def _items(model: Json, task: str | None) -> tuple[Sequence[object], Sequence[fl
 
 def _correct(merges: Mapping[str, MergeComparison]) -> None:
     """Correct p values over the merges, apart for each measure and rival: fill `Measure.holm`."""
+    # A family is what a reader scans for the best merge: one column of the table of differences.
     families: dict[tuple[str | None, str], list[Measure]] = {}
     for comparison in merges.values():
         for task, measure in comparison.measures.items():

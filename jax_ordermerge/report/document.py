@@ -100,6 +100,7 @@ def publish(page: Path, title: str, blocks: Sequence[Block], *, pictures: str) -
         blocks: of both pages.
         pictures: directory of the pictures, relative to the page.
     """
+    # pictures first: a page never refers to a file that is not there
     for block in blocks:
         if isinstance(block, Picture):
             file = page.parent / pictures / f"{block.name}.svg"
@@ -112,6 +113,7 @@ def publish(page: Path, title: str, blocks: Sequence[Block], *, pictures: str) -
 
 def _plain(text: str) -> Markup:
     """Escape text of a user or a model, so that it cannot act as Markdown or HTML."""
+    # HTML first: Markdown passes tags through. Backslashes before the marks that they escape.
     escaped = html.escape(text, quote=False).replace("\\", "\\\\")
     for mark in "*`[]":
         escaped = escaped.replace(mark, f"\\{mark}")
@@ -133,7 +135,8 @@ def _fenced(text: str) -> Markup:
 
 
 def _environment() -> jinja2.Environment:
-    # autoescape: tables hold texts of data sets and answers of models
+    # Autoescape: tables hold texts of data sets and answers of models. StrictUndefined: a wrong
+    # name in a template is an error, not an empty cell.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jax_ordermerge.report"),
         autoescape=True,
@@ -149,4 +152,4 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-_ENVIRONMENT = _environment()
+_ENVIRONMENT = _environment()  # templates are compiled once, when first rendered

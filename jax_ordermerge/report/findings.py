@@ -1,6 +1,6 @@
 """The findings of a run in sentences, which claim no more than the numbers support."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def sentences(run: Run) -> list[str]:
     sentences = []
     if run.analysis is not None:
         sentences += _position(run.analysis, run.loss_unit)
-        sentences += _mitigation(run.analysis, seed_groups(run.merge))
+        sentences += _mitigation(run.analysis, run.merge)
     if run.merge is not None:
         sentences += _task_vectors(run.merge)
     if run.evaluations is not None:
@@ -94,6 +94,7 @@ def _position(analysis: Json, unit: str) -> list[str]:
     for row in effects["coefficients"]:
         outcome = "no effect on the final loss is distinguishable from zero"
         if word := strength(row["p"]):
+            # position 0 is the first step: a negative slope is a higher loss of early samples
             end = "early" if row["estimate"] < 0 else "late"
             outcome = f"samples seen {end} end with the higher loss, {word}"
         sentences.append(
@@ -101,6 +102,7 @@ def _position(analysis: Json, unit: str) -> list[str]:
             f"{signed(row['estimate'], row['se'])} {unit} from first to last, z {row['z']:.1f}, "
             f"{p_text(row['p'])})."
         )
+    # A significant slope may still be small: samples differ far more from each other.
     sd = np.mean([row["sd_loss"] for row in analysis["members"]])
     largest = max(abs(row["estimate"]) for row in effects["coefficients"])
     sentences.append(
@@ -110,31 +112,32 @@ def _position(analysis: Json, unit: str) -> list[str]:
     return sentences
 
 
-def _mitigation(analysis: Json, groups: Mapping[str, Sequence[str]]) -> list[str]:
+def _mitigation(analysis: Json, merge: Json | None) -> list[str]:
     gaps = analysis["pooled"]["early_late"]
     merges = {name: row["early_late"] for name, row in analysis["merged"].items()}
     if not merges or any("reason" in gap for gap in gaps):
         return []
+    # one epoch, chosen by the members alone: the merges had no part in the choice
     epoch = max(range(len(gaps)), key=lambda e: abs(gaps[e]["estimate"]))
     before = gaps[epoch]
+    # a gap that is noise shrinks in any average, which would look like a success
     if before["low"] <= 0 <= before["high"]:
         return [
             "After merging: the members show no gap between early and late samples that a merge "
             "could close."
         ]
-    group_of = {name: group for group, names in groups.items() for name in names}
-    rows: dict[str, list[Json]] = {}
-    for name, by_epoch in merges.items():
-        rows.setdefault(group_of.get(name, name), []).append(by_epoch[epoch])
     parts = []
-    for name, seeds in rows.items():
+    for group, names in seed_groups(merges, merge).items():
+        seeds = [merges[name][epoch] for name in names]
         estimate, error = (
             float(np.mean([row["merged"][key] for row in seeds])) for key in ("estimate", "se")
         )
         note = f" (mean of {len(seeds)} merge seeds)" if len(seeds) > 1 else ""
         if any(row["difference"]["low"] <= 0 <= row["difference"]["high"] for row in seeds):
             note += " (not distinguishable from the members)"
-        parts.append(f"{name} {signed(estimate, error)}{note}")
+        parts.append(f"{group} {signed(estimate, error)}{note}")
+    # With unrelated orders a sample's positions are independent: a mean of M losses keeps 1 / M
+    # of the effect of each. Only a merge below that has done more than average.
     members = len(analysis["members"])
     return [
         f"After merging: the gap is largest in epoch {epoch + 1}, where the early half of a "
@@ -147,6 +150,7 @@ def _mitigation(analysis: Json, groups: Mapping[str, Sequence[str]]) -> list[str
 
 def _task_vectors(merge: Json) -> list[str]:
     totals = [row.get("diagnostics", {}).get("total", {}) for row in merge["merges"]]
+    # of the members, so the same in every merge that measured them
     total = next((t for t in totals if t.get("cosines") and t.get("unchanged")), None)
     if total is None or len(total["cosines"]) < 2:
         return []
@@ -155,6 +159,7 @@ def _task_vectors(merge: Json) -> list[str]:
         f"have a mean cosine of {np.mean(cosines):.3f} to each other" if cosines else "are zero"
     )
     low, high = 100 * min(total["unchanged"]), 100 * max(total["unchanged"])
+    # a selection draws again where the drawn member did not change the base
     resampling = ", so resampling has almost nothing to draw again" if high < 1 else ""
     return [
         f"The members' task vectors {vectors}; {low:.1f} to {high:.1f} % of a member's elements "
@@ -190,6 +195,7 @@ def _merge(run: Run, name: str) -> list[str]:
     assert run.comparison.best is not None  # there are members, else no merge is compared
     best, split = run.comparison.best.name, run.comparison.best.chosen_on
     optimism = "" if split == "validation" else ": optimistic"
+    # the best of several on the test split is lucky in part, which the sentence has to say
     rivals = RIVALS | {BEST_MEMBER: f"the best member ({best}, chosen on {split}{optimism})"}
     merge = run.comparison.merges[name]
     seeds = [model for model in run.models if model["name"] in merge.names]

@@ -9,7 +9,7 @@ from jax_ordermerge.analysis.result import Estimate
 from jax_ordermerge.layout import Json
 
 INDISTINGUISHABLE = "not distinguishable"
-LONGEST_ANSWER = 700
+LONGEST_ANSWER = 700  # characters; more would hide the other rows of a table
 
 
 def p_text(p: float) -> str:
@@ -19,6 +19,7 @@ def p_text(p: float) -> str:
         >>> p_text(0.0312), p_text(1e-9)
         ('p = 0.031', 'p < 0.0001')
     """
+    # below that the approximations behind the p value are worse than its digits
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
@@ -49,6 +50,7 @@ def verdict(estimate: float, corrected: float, *, lower_is_better: bool = True) 
         >>> verdict(-0.1, 0.001), verdict(-0.1, 0.03, lower_is_better=False), verdict(0.1, 0.2)
         ('clearly better', 'weakly worse', 'not distinguishable')
     """
+    # never "equal": a large p value is no evidence for equality
     if not strength(corrected):
         return INDISTINGUISHABLE
     return f"{strength(corrected)} {'better' if (estimate < 0) == lower_is_better else 'worse'}"
@@ -123,6 +125,7 @@ def mean_sd(values: Sequence[float | None], digits: int) -> str:
         >>> mean_sd([1.0, 3.0], 2)
         '2.00 (1.41)'
     """
+    # a mean over some of the models would not be comparable with that of another row
     numbers = [value for value in values if value is not None]
     if not numbers or len(numbers) < len(values):
         return "–"
@@ -181,6 +184,7 @@ def loss_unit(objective: Json) -> str:
         >>> loss_unit({"kind": "dpo", "loss": "sigmoid"})
         'nats per pair'
     """
+    # IPO squares the margin of a pair; the other losses are negative log-likelihoods
     if objective.get("kind", "sft") == "sft":
         return "nats per token"
     return "squared nats per pair" if objective.get("loss") == "ipo" else "nats per pair"

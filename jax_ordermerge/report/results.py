@@ -54,6 +54,7 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
                 f"the run {run.name} was not analyzed and evaluated; "
                 "let ordermerge run finish it first"
             )
+    # no pictures: one file, to be kept under version control (docs/results.md is such a page)
     atomic.replace(page, document.render_markdown("Results", build(runs), pictures=".").encode())
     return page
 
@@ -129,9 +130,11 @@ def _values(run: Run, names: Sequence[str], key: str) -> list[float | None]:
 
 def _best_merge(run: Run) -> str | None:
     """Return the merge of the lowest mean loss over its seeds, on the split that chose a member."""
+    # chosen on the split that chose the best member, else the two columns were not comparable
     best, means = run.comparison.best, {}
     key = "validation_loss" if best and best.chosen_on == "validation" else "loss"
     for name, merge in run.comparison.merges.items():
+        # several seeds are one method: the luckiest seed must not stand for it
         losses = [loss for loss in _values(run, merge.names, key) if loss is not None]
         if len(losses) == len(merge.names):
             means[name] = fmean(losses)
@@ -157,6 +160,7 @@ def _merge_names(runs: Sequence[Run]) -> list[str]:
 
 def _verdicts(runs: Sequence[Run], name: str, rival: str) -> list[str]:
     """Return the verdict on a merge's loss against a rival in each run that has both."""
+    # runs need not have the same merges, nor an average to compare with
     merges = [run.comparison.merges.get(name) for run in runs]
     measures = [merge.loss for merge in merges if merge and merge.loss]
     return [
@@ -203,6 +207,7 @@ def _consistent_merges(runs: Sequence[Run]) -> list[str]:
             better, worse = (
                 sum(word in verdict for verdict in verdicts) for word in ("better", "worse")
             )
+            # a sentence only where all runs agree, or where they contradict each other
             count, text = len(verdicts), _RIVALS[rival]
             if better == count > 0:
                 sentences.append(f"{name} is better than {text} in all {count} runs.")
@@ -278,6 +283,7 @@ def _setup(run: Run) -> str:
 
 
 def _last_part(path: str) -> str:
+    # hub names have a slash as well, and are shown in full
     return Path(path).name if Path(path).is_absolute() else path
 
 
@@ -295,6 +301,7 @@ def _position_table(run: Run) -> Table:
         halves = (
             [seed["early_late"][e].get("merged", {}) for seed in seeds] for e in range(len(gaps))
         )
+        # the slope that is left after merging; a fit may be undetermined, or have fewer epochs
         left = [seed["after"].get("coefficients", []) for seed in seeds]
         after = ([fit[index] for fit in left if index < len(fit)] for index in range(len(slopes)))
         rows.append([name, *map(_mean_estimate, halves), *map(_mean_estimate, after)])

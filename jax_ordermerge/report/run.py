@@ -25,13 +25,13 @@ class Run:
     layout: RunLayout
     config: Json
     data: Json | None = None
-    digests: Json | None = None
+    digests: Json | None = None  # of the orders, by member
     training_log: Sequence[Json] = ()
     generated_samples: Sequence[Json] = ()
-    state: Json | None = None
+    state: Json | None = None  # totals of the training
     analysis: Json | None = None
     merge: Json | None = None
-    evaluations: Json | None = None
+    evaluations: Json | None = None  # summaries of the models
     items: Mapping[str, Json] = field(default_factory=dict)  # results by item of each model
     controls: Json | None = None
     search: Json | None = None
@@ -69,6 +69,7 @@ class Run:
     @property
     def resampling(self) -> dict[str, int]:
         """Arguments of a paired comparison: `resamples`, `seed`."""
+        # the defaults of the config, for a directory with a part of one
         evaluation = self.config.get("evaluation", {})
         return {
             "resamples": evaluation.get("bootstrap", 1000),
@@ -78,6 +79,7 @@ class Run:
     @property
     def mean_cosine(self) -> float | None:
         """Mean cosine between the members' task vectors; None where no merge measured it."""
+        # The cosines are of the members, the same for every merge that has diagnostics.
         for merge in (self.merge or {"merges": []})["merges"]:
             matrix = merge.get("diagnostics", {}).get("total", {}).get("cosines") or []
             if pairs := pair_cosines(matrix):
@@ -103,6 +105,8 @@ def read_run(directory: str | Path) -> Run:
             "give the output directory of a run"
         )
     evaluations = parsed(read_json, layout.evaluations)
+    # The summary names the models. Other files in the directory are of an evaluation that did
+    # not end.
     names = [model["name"] for model in evaluations["models"]] if evaluations else []
     items = {name: parsed(read_json, layout.evaluation(name)) for name in names}
     return Run(
@@ -130,6 +134,7 @@ def read_runs(directories: Sequence[str | Path]) -> list[Run]:
     """
     runs = [read_run(directory) for directory in directories]
     names = [run.name for run in runs]
+    # the rows of a page are named by run
     if len(set(names)) < len(names):
         raise UserError(
             f"two of the runs have the same name ({', '.join(names)}); "
@@ -137,6 +142,7 @@ def read_runs(directories: Sequence[str | Path]) -> list[Run]:
         )
     units = sorted({run.loss_unit for run in runs})
     if len(units) > 1:
+        # nats per token and nats per pair cannot stand in one column
         raise UserError(
             f"the losses of these runs are of different kinds ({', '.join(units)}); "
             "give runs of one objective"

@@ -41,6 +41,7 @@ def write_search(run_directory: Path, directory: Path) -> Path:
 
 def build(run: Run) -> list[Block]:
     """Return the blocks of the report."""
+    # from the findings down to what they rest on; what only reproduces the run comes last
     return [
         Paragraph(_introduction(run)),
         Heading("What was found"),

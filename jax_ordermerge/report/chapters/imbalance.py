@@ -66,6 +66,7 @@ def imbalance(run: Run) -> list[Block]:
         "Fixed effects": analysis["fixed_effects"],
         "Fixed effects with warm-up": analysis["fixed_effects_warmup"],
     }
+    # one of the fits may be undetermined, as without a warm-up
     if rows := [row for fit in fits.values() for row in fit.get("coefficients", [])]:
         blocks.append(_coefficient_table(rows))
     blocks += [
@@ -107,6 +108,7 @@ def _member_table(analysis: Json) -> Table:
     for member in analysis["members"]:
         for row in member["epochs"]:
             label = f"{member['member']}, epoch {row['epoch']}"
+            # constant losses, say: the other cells are undetermined with it
             if "reason" in row:
                 cells.append([label, row["reason"], "", "", "", ""])
                 continue
@@ -141,6 +143,7 @@ def mitigation(run: Run) -> list[Block]:
     rows = []
     for name, merge in analysis["merged"].items():
         for epoch, gap in enumerate(merge["early_late"], start=1):
+            # a reason stands for all three gaps
             gaps = (
                 gap if "reason" in gap else gap[key] for key in ("members", "merged", "difference")
             )
@@ -167,5 +170,6 @@ def mitigation(run: Run) -> list[Block]:
 def _slope(fit: Json, epoch: int) -> str:
     if "reason" in fit:
         return f"– ({fit['reason']})"
+    # epochs in which no order changed share one slope
     row = next(row for row in fit["coefficients"] if epoch in row["epochs"])
     return f"{formatting.signed(row['estimate'], row['se'])} ({formatting.p_text(row['p'])})"

@@ -26,7 +26,7 @@ def merges(run: Run) -> list[Block]:
     rows, cosines = [], None
     for merge in run.merge["merges"]:
         total = merge.get("diagnostics", {}).get("total", {})
-        cosines = cosines or total.get("cosines")
+        cosines = cosines or total.get("cosines")  # of the members: the same in every merge
         settings = {"weights": merge["weights"]} if merge.get("weights") else {}
         settings |= merge.get("parameters") or {}
         shared = total.get("unchanged_by_all")
@@ -68,6 +68,8 @@ def search(results: Json | None, unit: str) -> list[Block]:
     """
     if not results:
         return []
+    # Losses are comparable on the same examples only, so those measured on most come first. A
+    # candidate that was dropped has no loss on all of them.
     rows = sorted(
         results["candidates"],
         key=lambda row: (-row["examples"], math.inf if row["loss"] is None else row["loss"]),
@@ -135,6 +137,7 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
     rows = [row for row in controls["rows"] if row["group"] != "plane"]
     split = controls["split"]
     cells = [_cells(row, controls["best_member"]) for row in rows]
+    # the mean is no model, and has no paired differences here
     members = [index for index, row in enumerate(rows) if row["kind"] == "member"]
     means = [
         formatting.mean_sd([rows[index][key] for index in members], 4)
@@ -173,11 +176,13 @@ def _pictures(rows: Sequence[Json], split: str, unit: str, chosen: Json | None) 
     line = [
         row for row in rows if row["group"] == "lambda_line" or row["name"] in ("base", AVERAGE)
     ]
+    # base and average are always among the controls: alone they are no line
     if len(line) > 2:
         picture = plots.lambda_line(sorted(line, key=at), split, unit)
         caption = "From the base (0) to the average (1) and beyond."
         pictures.append(Picture("lambda-line", picture, caption))
     if between := [row for row in rows if row["group"] == "barrier"]:
+        # the members themselves are the ends of the line, and were measured under their names
         ends = [{**by_name[member_name(end)], "at": [end]} for end in (0, 1)]
         picture = plots.barrier(sorted([*between, *ends], key=at), split, unit)
         caption = "On the straight line from one member to another."
@@ -186,6 +191,7 @@ def _pictures(rows: Sequence[Json], split: str, unit: str, chosen: Json | None) 
         picture = plots.plane(plane, split, unit)
         pictures.append(Picture("plane", picture, "The plane of the base and two members."))
     both = [row for row in rows if row["validation_loss"] is not None and row["group"] != "plane"]
+    # with validation on both axes the picture would be a diagonal
     if split == "test" and both:
         picture = plots.splits(both, chosen, unit)
         caption = "Does validation order the models as the test does?"

@@ -30,6 +30,7 @@ def results(run: Run) -> list[Block]:
         blocks.append(Picture("losses", picture, "Held-out loss of every model."))
     for task in run.tasks:
         with_task = [model for model in run.models if task in model.get("tasks", {})]
+        # names of tasks are free text, those of pictures become file names
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"accuracy-{task}")
         picture = plots.accuracies(with_task, task)
         blocks.append(Picture(name, picture, f"Correct answers on {task}."))
@@ -60,6 +61,7 @@ def result_table(run: Run) -> Table:
             share, se = (100 * score[key] if score else None for key in ("accuracy", "se"))
             cells.append(formatting.plus_minus(share, se, 1))
         rows.append(cells)
+        # a mean follows the last of its models
         for name, models in means.items():
             if models and models[-1] is model:
                 strong.append(len(rows))
@@ -107,6 +109,7 @@ def difference_table(comparison: Comparison) -> Table:
         "else examples equally. Of several merge seeds the mean over them is compared on each "
         "item, and their spread is in error, interval and p. Less loss and more points are better."
     )
+    # only tasks with answers have the test; pages on losses alone go without its column
     if any(row[-1] for row in rows):
         header.append("McNemar, best member")
         caption += " McNemar: items that only the merge : only the member answers correctly."
@@ -121,6 +124,7 @@ def _difference(measure: Measure, rival: str, scale: int, digits: int) -> str:
         formatting.interval(gap, scale, digits),
         formatting.p_text(measure.holm[rival]),
     )
+    # as printed: p values that round to the same text need no second one
     if corrected == formatting.p_text(gap.p):
         return text
     return f"{text}, by Holm {corrected.removeprefix('p ')}"
@@ -164,12 +168,14 @@ def _text_differences(models: Sequence[Json], run: Run) -> Iterator[list[str]]:
             by_model = [run.items[name].get("texts", {}).get(task, []) for name in names]
             sizes = np.array([text["bytes"] for text in by_model[0]], float)
             ids = [[text["id"] for text in texts] for texts in by_model]
+            # an empty text has no bits per byte; texts must be the same, in one order
             if len(sizes) < 2 or not sizes.all() or any(row != ids[0] for row in ids):
                 continue
             merge, *of_members = (
                 np.array([-text["logp"] for text in texts]) / sizes / math.log(2)
                 for texts in by_model
             )
+            # weighted by bytes: a ratio of total bits to total bytes, as in the table above
             mean = np.mean(of_members, axis=0)
             gap = paired.difference(merge, mean, weights=sizes, **run.resampling)
             yield [task, model["name"], formatting.interval(gap)]
@@ -212,4 +218,5 @@ def _most_telling(by_model: Mapping[str, Mapping[str, Json]]) -> list[str]:
 
     first, *rest = by_model.values()
     common = [key for key in first if all(key in items for items in rest)]
+    # the sort is stable: among equals the order of the data set stays
     return sorted(common, key=agree)[:ITEMS_SHOWN]

@@ -33,7 +33,9 @@ def _training(run: Run) -> Iterator[list[str]]:
     yield ["orders", ", ".join(f"{k} {v}" for k, v in config.get("population", {}).items())]
     output = str(config.get("output", "")).replace("{name}", str(config.get("name")))
     command = f"ordermerge run {remote.address(output) or run.layout.config}"
+    # what was typed, where the training wrote it down; else a command that continues the run
     yield ["command", str(state.get("command", command))]
+    # an unfinished training has no totals yet
     for key in ("device", "devices", "parameters", "tokens", "compilations"):
         if key in state:
             yield [key, str(state[key])]
@@ -44,6 +46,7 @@ def _training(run: Run) -> Iterator[list[str]]:
 def _versions(run: Run) -> Iterator[list[str]]:
     for name, version in (run.state or {}).get("versions", {}).items():
         yield [f"version of {name}", str(version)]
+    # the report may be written later, elsewhere, by another version than the training
     package = f"jax_ordermerge {metadata.version('jax_ordermerge')}"
     yield ["version of report", f"{package}, Python {platform.python_version()}"]
 

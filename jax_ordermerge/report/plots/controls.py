@@ -98,6 +98,7 @@ def splits(rows: Sequence[Json], chosen: Json | None, unit: str) -> str:
 
     with draw("splits", 3.6, width=5.4) as figure:
         axes = figure.subplots()
+        # the base lies far outside, and would squeeze the others together
         for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] != "base"):
             of_kind = [row for row in rows if row["kind"] == kind]
             x, y = ([row[key] for row in of_kind] for key in ("validation_loss", "loss"))
@@ -129,6 +130,7 @@ def candidates(rows: Sequence[Json], winner: int, unit: str) -> str:
         axes = figure.subplots()
         for row in compared:
             colour = KIND["member" if row["kind"] == "member" else "merge"]
+            # hollow: estimated, not measured on all examples
             fill = colour if row["dropped"] is None else "none"
             x, y = best + row["to_winner"]["estimate"], methods.index(row["candidate"]["method"])
             axes.plot(x, y, "o", color=colour, markersize=4.5, markerfacecolor=fill)

@@ -25,7 +25,7 @@ _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
     "font.size": 9,
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text: it can be searched and selected
     # without a salt matplotlib draws its ids at random
     "svg.hashsalt": "ordermerge",
     "text.color": INK,
@@ -62,11 +62,14 @@ def draw(name: str, height: float, width: float = WIDTH) -> Iterator[SvgFigure]:
         name: of the picture; makes its ids unlike those of the others on a page.
         height, width: inches.
     """
+    # `Figure` instead of `pyplot`: no global figures, no display, safe in threads
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure = SvgFigure(figsize=(width, height), layout="constrained")
         yield figure
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    # The text goes into HTML. Several pictures share its ids, and a prolog, a date or a link to
+    # a schema have no place there.
     prefix = re.sub(r"[^A-Za-z0-9]+", "-", name)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()

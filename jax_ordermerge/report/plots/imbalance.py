@@ -48,6 +48,8 @@ def positions(analysis: Json, unit: str) -> str | None:
     Returns:
         SVG, or None where the data determined no curve.
     """
+    # Raw curves show the noise that one member has; the others what the comparison of a sample
+    # with itself brings. Beside each other, the reader sees why the latter is needed.
     raw, within = (analysis["pooled"][key] for key in ("raw", "within"))
     if "mean" not in raw[0]:
         return None
@@ -99,6 +101,7 @@ def effects(analysis: Json, log: Sequence[Json], unit: str) -> str | None:
         axes = figure.subplots()
         if log:
             last = max(line["step"] for line in log)
+            # in epochs, as the slopes are
             learning_rate(axes, [line["step"] / last * epochs for line in log], log)
         axes.axhline(0, color=FAINT, linewidth=1)
         for row in coefficients:
@@ -158,6 +161,7 @@ def merging(analysis: Json, unit: str) -> str | None:
 
     with draw("merging", 1.15 + 0.3 * len(names)) as figure:
         epochs = analysis["design"]["epochs"]
+        # shared axes: the epochs are to be compared
         panels = figure.subplots(1, epochs, sharex=True, sharey=True, squeeze=False)[0]
         for epoch, axes in enumerate(panels):
             interval(axes, 0, analysis["pooled"]["early_late"][epoch], KIND["member"])

@@ -18,6 +18,7 @@ def losses(models: Sequence[Json], unit: str) -> str:
     A base far above the others is named below, not drawn: it would squeeze them together.
     """
     trained = [model["loss"] for model in models if model["kind"] != "base"]
+    # above by more than all the others spread; at least 0.05, for members that are almost equal
     limit = max(trained) + max(max(trained) - min(trained), 0.05) if trained else np.inf
     outside = [model for model in models if model["kind"] == "base" and model["loss"] > limit]
     shown = [model for model in models if model not in outside]
@@ -70,6 +71,7 @@ def cosines(matrix: Sequence[Sequence[float | None]]) -> str:
     """Draw the cosines [M, M] between task vectors as a heat map; None, of zeros, as a dash."""
     values = np.array(matrix, dtype=np.float64)
     size = len(values)
+    # one colour scale for all runs, from 0 to 1, unless a cosine is negative
     low = min(0.0, float(np.nanmin(values, initial=0.0)))
 
     height, width = min(6.0, 1.4 + 0.5 * size), min(WIDTH, 2.2 + 0.62 * size)
