@@ -1,18 +1,14 @@
-"""What each member sees at each step: the orders, and a feed that builds batches on the host.
-
-The feed works in a thread of its own, so that batches are built while the devices compute.
+"""What each member sees at each step: the orders, and the batches that follow from them.
 
 Axis letters: `M` member, `A` accumulation step, `B` example, `T` position, `S` example of a row.
 """
 
-import contextlib
+import collections
 import dataclasses
 import functools
 import itertools
-import queue
-import threading
-from collections.abc import Iterator, Sequence
-from types import TracebackType
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypedDict
 
 import jax
@@ -27,7 +23,9 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import member_name
 from jax_ordermerge.train.spec import TrainingSpec
 
-_AHEAD = 2  # batches that are built before they are asked for
+# Batches that are built before they are asked for. Two hide a batch that takes longer than its step;
+# more would only take memory of the devices.
+_AHEAD = 2
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
@@ -45,6 +43,8 @@ def epoch_order(spec: TrainingSpec, examples: int, member: int, epoch: int) -> n
 
     See `order.order_indices`.
     """
+    # A pure function of its arguments: no state of an iterator is stored in a checkpoint, and a
+    # member trained alone draws what it draws in the population.
     return order.order_indices(
         level=spec.population.level,
         examples=examples,
@@ -62,11 +62,9 @@ def draw_orders(spec: TrainingSpec, sizes: np.ndarray, members: Sequence[int]) -
 
     Padding is -1. Packed rows have one more axis, [..., batch, S].
 
-    With `packs` the examples are packed once, by their sizes alone, and the orders permute packs.
-    All members then have the same rows and the same number of steps, and the position of a sample
-    is that of its pack. With `bins` each order is packed by itself, so the number of rows differs.
-    Every epoch then has as many steps as the longest epoch of the population needs, and its rows
-    are spread evenly over them.
+    With `packs` the examples are packed once, and the orders permute packs: the position of a
+    sample is that of its pack. With `bins` each order is packed by itself, and every epoch has as
+    many steps as the longest epoch of the population needs.
 
     Args:
         spec: settings of the training.
@@ -95,10 +93,12 @@ def draw_orders(spec: TrainingSpec, sizes: np.ndarray, members: Sequence[int]) -
     if spec.data.packing == "none":
         return draw(len(sizes), members)
     if spec.data.packing == "packs":
+        # by sizes alone, so all members have the same rows and the same number of steps
         packs = pack.pack_tightly(sizes, length)
         return _take_rows(packs, draw(len(packs), members))
-    # Steps must not depend on which members are trained here: a member alone is the member of the
-    # population. So the orders of all members are packed, whoever asks.
+    # The number of rows now depends on the order, but one program trains all members, so they must
+    # take the same number of steps. It must not depend on who is trained here either: a member alone
+    # is the member of the population. So the orders of all members are packed, whoever asks.
     packed = []
     for epochs in draw(len(sizes), range(spec.population.members)):
         sequences = [indices[indices >= 0] for indices in epochs]
@@ -127,6 +127,8 @@ def _take_rows(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
 
 def _spread_rows(rows: np.ndarray, steps: int, batch: int, width: int) -> np.ndarray:
     """Cut rows [R, S] into steps of nearly equal numbers of rows: int32[steps, batch, width]."""
+    # Evenly, and not full steps with a rest at the end: an order that fills fewer rows than another
+    # one would end with steps of nothing but padding.
     spread = np.full((steps, batch, width), order.PADDING, np.int32)
     cuts = np.arange(steps + 1) * len(rows) // steps
     for step, (start, end) in enumerate(itertools.pairwise(cuts)):
@@ -252,7 +254,8 @@ class Plan:
         )
         if self.population_orders is not None:
             rows = self._at(self.population_orders, step)
-            # as `pack.step_batch` does: microbatches are cut from the rows in ascending length
+            # `pack.step_batch` cuts microbatches from the rows in ascending length; so does this, for
+            # every member of the population, and takes the longest of them
             sizes = np.sort(np.where(rows < 0, 0, self.examples.lengths[rows]), axis=1)
             longest = sizes.reshape(len(rows), -1, self.microbatch).max((0, 2))
             batch["bucket"] = np.searchsorted(self.lengths, longest).astype(np.int32)
@@ -273,16 +276,20 @@ def make_plan(
         examples: tokenized examples.
         members: numbers of the members to train, by default all.
         mesh: the mesh to train on. Where a member spans several of its devices, a microbatch is
-            padded to the longest of all members of the population, trained here or not. Device
-            groups that train different members then take the same branch: XLA's collectives wait
-            for all groups, so groups in different branches would wait for each other forever.
+            padded to the longest of all members of the population, trained here or not.
     """
     population = range(spec.population.members)
     members = tuple(population if members is None else members)
     lengths = row_lengths(spec, examples.longest)
+    # The padded length selects a branch of the compiled step. Device groups that train different
+    # members must take the same one: XLA's collectives over the inner axes wait for all groups, so
+    # groups in different branches would wait for each other forever. All members of the population
+    # count, not only those trained here, so that a member alone is padded as in the population.
     pad_alike = mesh is not None and mesh.size > mesh.shape["order"] and len(lengths) > 1
     return Plan(
         spec=spec,
+        # Row numbers in place of sample ids: they index the array of losses, and ids of a file may be
+        # any numbers. They become sample ids again when something is written.
         examples=dataclasses.replace(examples, ids=np.arange(len(examples))),
         ids=np.asarray(examples.ids),
         members=members,
@@ -301,6 +308,8 @@ def abstract_batch(plan: Plan, mesh: Mesh) -> AbstractBatch:
     Members, examples and positions are divided over their mesh axes.
     """
 
+    # All batches of a training have one shape, that of the longest padded length, so one program
+    # takes them; `bucket` says how many of the positions a microbatch really uses.
     def abstract(name: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = (len(plan.members), *array.shape)
         axes = ("member", None, "batch", *[None] * array.ndim)[: len(shape)]
@@ -314,6 +323,8 @@ def abstract_batch(plan: Plan, mesh: Mesh) -> AbstractBatch:
 
 def device_batch(plan: Plan, step: int, abstract: AbstractBatch) -> dict[str, jax.Array]:
     """Build the batch of a step. A process builds only the members of its own devices."""
+    # `bucket` has a member axis alone, so its shards say which members a process holds. The work of a
+    # host stays the same however many hosts share the population.
     bucket = abstract["bucket"]
     members = len(plan.members)
     local = {
@@ -335,50 +346,25 @@ def device_batch(plan: Plan, step: int, abstract: AbstractBatch) -> dict[str, ja
     }
 
 
-class Feed:
-    """Iterate over the device batches of steps `start, start + 1, ...`, built ahead in a thread.
+def feed(
+    plan: Plan, abstract: AbstractBatch, start: int
+) -> Generator[dict[str, jax.Array], None, None]:
+    """Yield the device batches of steps `start, start + 1, ...`, built ahead in a thread.
 
-    Use it as a context manager: leaving it ends the thread.
+    Close the generator (`contextlib.closing`) where it may be left early: that ends the thread.
     """
-
-    def __init__(self, plan: Plan, abstract: AbstractBatch, start: int) -> None:
-        self._plan, self._abstract, self._start = plan, abstract, start
-        self._ready: queue.Queue[dict[str, jax.Array] | BaseException] = queue.Queue(_AHEAD)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._build, name="batches", daemon=True)
-
-    def _build(self) -> None:
+    # a thread is enough: the main thread waits for the devices, without the interpreter lock
+    steps = iter(range(start, plan.steps))
+    building: collections.deque[Future[dict[str, jax.Array]]] = collections.deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         try:
-            for step in range(self._start, self._plan.steps):
-                self._put(device_batch(self._plan, step, self._abstract))
-                if self._stopped.is_set():
+            while True:
+                for step in itertools.islice(steps, _AHEAD + 1 - len(building)):
+                    building.append(thread.submit(device_batch, plan, step, abstract))
+                if not building:
                     return
-        except BaseException as error:  # handed to the consumer, who raises it
-            self._put(error)
-
-    def _put(self, item: dict[str, jax.Array] | BaseException) -> None:
-        # a put without timeout would never return when the consumer leaves early
-        while not self._stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                self._ready.put(item, timeout=0.2)
-                return
-
-    def __enter__(self) -> "Feed":
-        self._thread.start()
-        return self
-
-    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        for _ in range(self._start, self._plan.steps):
-            item = self._ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stopped.set()
-        self._thread.join()
+                yield building.popleft().result()  # raises what was raised in the thread
+        finally:
+            # leaving the executor waits for what was submitted: do not build what nobody takes
+            for future in building:
+                future.cancel()

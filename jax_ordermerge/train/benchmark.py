@@ -1,5 +1,6 @@
 """Timing of the first steps of a training, and a profile of them. Only the profile is written."""
 
+import contextlib
 import itertools
 import time
 from pathlib import Path
@@ -79,12 +80,13 @@ def measure_steps(
     start = time.monotonic()
     compiled_step, mix = programs.compile_step(), programs.compile_mixing()
     compilation = time.monotonic() - start
+    # after the compilation: nothing of the population is in memory while the compiler works
     state, frozen = programs.initial_state(load_base), programs.load_frozen(load_base)
     clock = Clock(record.totals)
     pending: list[tuple[int, Metrics]] = []
     rows: dict[int, dict[str, Any]] = {}
     timed = count - traced
-    with batches.Feed(plan, programs.batch, 0) as feed:
+    with contextlib.closing(batches.feed(plan, programs.batch, 0)) as feed:
         for step, batch in enumerate(itertools.islice(feed, count)):
             if profile and step == timed:
                 jax.profiler.start_trace(str(profile))
@@ -93,7 +95,8 @@ def measure_steps(
                 state = mix(state, step + 1)
                 pending.append((step, metrics))
                 loop.limit_run_ahead(pending)
-            # the first step is read apart and not timed: it still loads the program
+            # Rates are those since the row before. The first step has a row of its own and is not
+            # timed, since it still loads the program; nor are traced steps, since tracing slows them.
             if step + 1 in (1, timed, count):
                 with clock.devices():
                     jax.block_until_ready(metrics)

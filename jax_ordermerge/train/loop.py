@@ -25,7 +25,7 @@ from jax_ordermerge.train import batches, flops, recorder, resume, trackers, val
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.programs import LoadBase, Programs
 from jax_ordermerge.train.progress import Display, Watcher
-from jax_ordermerge.train.recorder import Clock, CompilationCounter, Recorder
+from jax_ordermerge.train.recorder import Clock, Recorder
 from jax_ordermerge.train.spec import TrainingSpec
 from jax_ordermerge.train.step import Metrics, TrainState
 from jax_ordermerge.train.validation import Best
@@ -34,7 +34,10 @@ from jax_ordermerge.tree import Tree
 T = TypeVar("T")
 # (what members have for themselves, what they share) -> texts for a row of the generated samples
 Sample = Callable[[Tree, Tree], dict[str, Any]]
-_AHEAD = 2  # steps that the host may be ahead of the devices; see `limit_run_ahead`
+# Steps that the host may be ahead of the devices. JAX starts steps without waiting for them. A little
+# ahead, the devices never wait for the host; not far ahead, a request to stop is answered soon and
+# few batches are in memory.
+_AHEAD = 2
 
 
 def train(
@@ -78,7 +81,7 @@ def train(
         PeerLost: another process ended.
     """
     plan = batches.make_plan(spec, examples, members, mesh=mesh)
-    _check(plan, mesh, held_out)
+    _check(plan, mesh, held_out)  # before anything is written
     programs = Programs(model, plan, mesh, held_out)
     try:
         with contextlib.ExitStack() as stack:
@@ -86,6 +89,7 @@ def train(
             training = Training(programs, layout, shown, sample)
             return training.run(base if callable(base) else lambda: base, on_checkpoint)
     except jax.errors.JaxRuntimeError as error:
+        # with several processes a broken collective is how the loss of one of them shows
         if jax.process_count() == 1:
             raise
         reason = str(error).splitlines()[0][:200]
@@ -96,7 +100,7 @@ def train(
 
 
 def _check(plan: Plan, mesh: Mesh, held_out: Examples | None) -> None:
-    """Refuse what cannot be trained, before anything is written."""
+    """Refuse what cannot be trained."""
     training, population = plan.spec.training, plan.spec.population.members
     if training.validates and held_out is None:
         raise UserError(
@@ -147,6 +151,8 @@ class Training:
         keep = self.spec.training.keep_checkpoints
         with Checkpoints(layout.checkpoints, keep, on_checkpoint) as checkpoints:
             # ---------------------------------------------------------------- start or continue
+            # Processes that disagree on data, orders or checkpoint would wait in different collectives
+            # or train on mixed batches; so they are compared before the first step.
             start = checkpoints.latest()
             processes.check_alike({**resume.identity(programs), "checkpoints": start})
             state: TrainState | None
@@ -158,7 +164,8 @@ class Training:
                 if start < plan.steps:
                     self.watch.log(f"continuing from step {start} of {plan.steps} ({layout.root})")
                 state, best = resume.restore(checkpoints, start, programs, self.recorder)
-            # rows of steps after the checkpoint were lost with the process; these are taken again
+            # Rows may be there of steps after the checkpoint, whose weights were lost with the process.
+            # Those steps are taken again.
             for path in (layout.training_log, layout.generated_samples):
                 recorder.truncate_rows(path, start or 0)
             self._describe_members()
@@ -167,10 +174,16 @@ class Training:
             if state is None:
                 self.watch.log(f"training is already complete: {plan.steps} steps ({layout.root})")
             else:
+                if self.recorder.peak_flops is None:
+                    kind = programs.mesh.devices.flat[0].device_kind
+                    self.watch.log(
+                        f"MFU is not shown: the peak FLOP/s of device kind {kind!r} is not known"
+                    )
                 best = self._take_steps(start or 0, state, best, load_base, checkpoints)
 
             # ---------------------------------------------------------------- what follows
             best_losses, best_steps = to_host((best.loss, best.step))
+        # only now: leaving the block waited until the last checkpoint is complete on the disk
         return self._finish(best_losses, best_steps)
 
     def _take_steps(
@@ -182,34 +195,44 @@ class Training:
         checkpoints: Checkpoints,
     ) -> Best:
         """Take the steps after `start`, and return the best weights."""
-        programs, plan, record = self.programs, self.plan, self.recorder
+        programs, plan, spec, record = self.programs, self.plan, self.spec, self.recorder
         with contextlib.ExitStack() as stack:
-            watch = self._with_trackers(start, stack)
+            opened = trackers.open_trackers(spec.tracking, self.layout, plan.members, start)
+            for tracker in opened:
+                stack.callback(tracker.close)
+            watchers: tuple[trackers.Tracker | Watcher, ...] = (*opened, self.watch)
             frozen = programs.load_frozen(load_base)
-            stack.enter_context(CompilationCounter(record.totals))
+            stack.enter_context(recorder.count_compilations(record.totals))
+            # ahead of time, so that no rate of the log contains the compilation
             before = time.monotonic()
             compiled_step, mix = programs.compile_step(), programs.compile_mixing()
             validate = programs.compile_validation()
             record.exclude(time.monotonic() - before)
-            feed = stack.enter_context(batches.Feed(plan, programs.batch, start))
+            feed = stack.enter_context(
+                contextlib.closing(batches.feed(plan, programs.batch, start))
+            )
             stop = stack.enter_context(processes.StopSignal())
             clock = Clock(record.totals)
             pending: list[tuple[int, Metrics]] = []  # metrics that are still on the devices
             for step, batch in enumerate(feed, start=start):
                 # ------------------------------------------------------------ the step
+                # The state is donated to the step and replaced by its result: nothing else may hold
+                # on to it. A checkpoint copies it before the next step begins.
                 done = step + 1
                 with clock.devices():
                     state, metrics = compiled_step(state, batch, frozen)
                     state = mix(state, done)
                     pending.append((step, metrics))
                     limit_run_ahead(pending)
+                # every process asks after every step: they agree on the step to stop at
                 due, stops = self._due(done), stop.reached(done)
                 if not (any(due) or stops):
                     continue
 
                 # ------------------------------------------------------------ its metrics
-                # The only transfer from the devices. A loss that is not finite is seen here, before
-                # anything is saved.
+                # Metrics stay on the devices until they are needed: a transfer after each step would
+                # make the devices wait. A loss that is not finite is seen here, so before anything is
+                # saved, if some steps late.
                 with clock.devices():
                     jax.block_until_ready(metrics)
                 for number, fetched in fetch(pending):
@@ -226,19 +249,19 @@ class Training:
                     answers = self.sample(programs.weights(state), frozen)
                     row = {"step": done, "members": list(plan.members), **answers}
                     layouts.append_jsonl(self.layout.generated_samples, row)
-                    clock.skip()  # no rate of the training contains the time of generation
+                    clock.skip()  # generation is no part of the speed of training
                 if due.log or due.validate:
                     row = record.next_row(done, float(fetched.learning_rate[0]))
                     layouts.append_jsonl(self.layout.training_log, row)
-                    watch.metrics(row)
+                    for watcher in watchers:  # the last one may end the training
+                        watcher.metrics(row)
+                # last, so that the recorder in the checkpoint knows of the row above
                 if due.save or stops:
                     resume.save(checkpoints, done, programs, record, state, best)
                 if stops:
-                    raise Stopped(
-                        f"stopped by {stop.name} after step {done} of {plan.steps}, with a"
-                        f" checkpoint; the same command continues ({self.layout.root})",
-                        stop.code,
-                    )
+                    message = f"stopped by {stop.name} after step {done} of {plan.steps}, with a"
+                    message += f" checkpoint; the same command continues ({self.layout.root})"
+                    raise Stopped(message, stop.code)
         return best
 
     def _due(self, done: int) -> Due:
@@ -273,22 +296,10 @@ class Training:
                 " (training.checkpoint = best)"
             )
 
-    def _with_trackers(self, start: int, stack: contextlib.ExitStack) -> Watcher:
-        if self.recorder.peak_flops is None:
-            kind = self.programs.mesh.devices.flat[0].device_kind
-            self.watch.log(
-                f"MFU is not shown: the peak FLOP/s of device kind {kind!r} is not known"
-            )
-        opened = trackers.open_trackers(self.spec.tracking, self.layout, self.plan.members, start)
-        for tracker in opened:
-            stack.callback(tracker.close)
-        return trackers.Several(self.watch, opened) if opened else self.watch
-
     def _finish(self, best_losses: jax.Array, best_steps: jax.Array) -> dict[str, Any]:
-        """Write what is derived from the last checkpoint.
-
-        The state is written last: where it exists, everything is complete.
-        """
+        """Write what is derived from the last checkpoint."""
+        # The state comes last: where it exists, everything is complete. A process that is killed
+        # before leaves a complete checkpoint, from which the same call writes these files.
         arrays = {"losses": self.recorder.losses, "ids": self.plan.ids}
         layouts.write_npz(self.layout.training_losses, arrays)
         totals = self.recorder.totals
@@ -319,11 +330,7 @@ def make_recorder(programs: Programs) -> Recorder:
 
 
 def limit_run_ahead(pending: Sequence[tuple[int, Metrics]]) -> None:
-    """Wait until the devices are no more than `_AHEAD` steps behind the host.
-
-    JAX starts steps without waiting for them. The host stays a little ahead, so that devices never
-    wait for it, but not far: a request to stop is answered soon, and few batches are in memory.
-    """
+    """Wait until the devices are no more than `_AHEAD` steps behind the host."""
     if len(pending) > _AHEAD:
         jax.block_until_ready(pending[-1 - _AHEAD][1].loss)
 

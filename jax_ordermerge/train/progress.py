@@ -57,6 +57,7 @@ class Display:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._steps, self._clock = steps, clock
+        # stderr, so that the output of a command can be piped
         self._console = Console(
             file=file or sys.stderr, soft_wrap=True, highlight=False, quiet=jax.process_index() != 0
         )
@@ -106,6 +107,7 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], text=text)
             return
+        # in a file of a batch system every row would be a line; the last one is always shown
         now = self._clock()
         if now - self._last_line >= _PAUSE or row["step"] >= self._steps:
             self._last_line = now

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypedDict
 
 import jax
@@ -22,8 +21,9 @@ from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.flops import training_flops
 from jax_ordermerge.train.step import Metrics
 
-# A spike is measured against the median loss of the last _WINDOW steps. Fewer than _ENOUGH steps
-# say too little: the first losses of a training fall fast.
+# A spike is measured against the median loss of the last _WINDOW steps: a median, because a mean
+# would rise with the spikes that it should find. Fewer than _ENOUGH steps say too little: the first
+# losses of a training fall fast.
 _WINDOW, _ENOUGH = 50, 10
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -94,41 +94,32 @@ class Clock:
         self._last = self._now()
 
 
-class CompilationCounter:
-    """Counts in `totals.compilations` what this thread compiles while the context is open.
-
-    JAX reports each compilation, so one that nobody asked for is counted too: a step that is
-    compiled anew because a shape or a sharding changed.
+@contextlib.contextmanager
+def count_compilations(totals: Totals) -> Iterator[None]:
+    """Count in `totals.compilations` what this thread compiles in the block.
 
     Example:
         >>> totals = Totals()
-        >>> with CompilationCounter(totals):
+        >>> with count_compilations(totals):
         ...     _ = jax.jit(lambda x: x + 1).lower(1.0).compile()
         >>> totals.compilations
         1
     """
+    # JAX reports each compilation, so those that nobody asked for are counted too. Other threads are
+    # not: saving and feeding may compile small helpers there.
+    thread = threading.get_ident()
 
-    def __init__(self, totals: Totals) -> None:
-        self._totals = totals
+    def count(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _COMPILED and threading.get_ident() == thread:
+            totals.compilations += 1
 
-    def _count(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        # saving and feeding have threads of their own, which may compile small helpers
-        if event == _COMPILED and threading.get_ident() == self._thread:
-            self._totals.compilations += 1
-
-    def __enter__(self) -> None:
-        self._thread = threading.get_ident()
-        jax.monitoring.register_event_duration_secs_listener(self._count)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # a caller who cleared all listeners meanwhile took this one with them
-        with contextlib.suppress(ValueError, AssertionError):
-            jax.monitoring.unregister_event_duration_listener(self._count)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield
+    finally:
+        # whoever cleared all listeners meanwhile removed this one too
+        with contextlib.suppress(AssertionError):
+            jax.monitoring.unregister_event_duration_listener(count)
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -175,11 +166,12 @@ class Recorder:
             UserError: a loss or gradient is not finite, or a loss is a spike. Step, member and
                 samples are named.
         """
+        # before anything is recorded: a checkpoint never holds a step that was refused
         self._check_finite(step, metrics)
         self._check_spike(step, metrics)
         epoch = step // self._plan.epoch_steps
         losses, weights, scores = metrics.examples
-        seen = weights > 0
+        seen = weights > 0  # padding, and samples without a response token, have no loss
         for position, ids in enumerate(metrics.ids):
             mask = seen[position]
             means = losses[position][mask] / weights[position][mask]
@@ -261,6 +253,7 @@ class Recorder:
             step: steps done.
             learning_rate: of the last step.
         """
+        # of Python floats, as JSON restores them: a resumed window has a mean of the same bits
         means = {
             name: np.mean([step[name] for step in self.window], axis=0, dtype=np.float64).tolist()
             for name in self.window[0]
@@ -269,7 +262,7 @@ class Recorder:
             means["validation_loss"] = self._validation
         new = self.totals.since(self._last)
         self.window, self._last, self._validation = [], dataclasses.replace(self.totals), None
-        seconds = max(new.seconds, 1e-9)
+        seconds = max(new.seconds, 1e-9)  # a clock of low resolution may not have moved
         return {
             "step": step,
             "epoch": step / self._plan.epoch_steps,
@@ -308,6 +301,7 @@ class Recorder:
 
 def truncate_rows(path: Path, step: int) -> None:
     """Keep the rows up to a step: what came after it was lost and is trained again."""
+    # no file where there was none: an empty one would look like a log without rows
     if path.is_file():
         rows = layouts.read_jsonl(path)
         layouts.write_jsonl(path, [row for row in rows if row["step"] <= step])

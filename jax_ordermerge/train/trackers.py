@@ -14,7 +14,6 @@ from jax_ordermerge import config
 from jax_ordermerge import layout as layouts
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import RunLayout, member_name
-from jax_ordermerge.train.progress import Watcher
 from jax_ordermerge.train.spec import TrackingSpec
 
 
@@ -66,27 +65,13 @@ def open_trackers(
         []
     """
     if jax.process_index() != 0:
-        return []
+        return []  # all processes have the same rows
     trackers: list[Tracker] = []
     if tracking.settings.tensorboard:
         trackers.append(TensorBoard(layout, members, step))
     if tracking.settings.wandb is not None:
         trackers.append(Wandb(tracking, layout, members))
     return trackers
-
-
-class Several:
-    """A watcher together with trackers that take the same rows."""
-
-    def __init__(self, watch: Watcher, trackers: Sequence[Tracker]) -> None:
-        self._watch, self._trackers = watch, trackers
-        self.log = watch.log
-
-    def metrics(self, row: Mapping[str, Any]) -> None:
-        """Pass a row on. The trackers come first: the watcher may end the training."""
-        for tracker in self._trackers:
-            tracker.metrics(row)
-        self._watch.metrics(row)
 
 
 def scalars(row: Mapping[str, Any], position: int) -> dict[str, float]:
@@ -105,14 +90,12 @@ def scalars(row: Mapping[str, Any], position: int) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files, one directory per member.
-
-    TensorBoard hides what a killed session wrote after `step`; those steps are trained again.
-    """
+    """Event files, one directory per member."""
 
     def __init__(self, layout: RunLayout, members: Sequence[int], step: int) -> None:
         from tensorboardX import SummaryWriter
 
+        # `purge_step` hides what a killed session wrote after the checkpoint; the files stay
         self._writers = [
             SummaryWriter(str(layout.tracking / member_name(m)), purge_step=step + 1)
             for m in members
@@ -131,14 +114,13 @@ class TensorBoard:
 
 
 class Wandb:
-    """Runs on Weights & Biases, in a group per run directory.
-
-    Their ids are stored in the run directory, so that a resumed training goes on in them.
-    """
+    """Runs on Weights & Biases, in one group."""
 
     def __init__(self, tracking: TrackingSpec, layout: RunLayout, members: Sequence[int]) -> None:
         import wandb
 
+        # The ids are stored in the run directory: a resumed training goes on in the same runs. They
+        # are random because a name may be used again for another run directory.
         if not layout.wandb_runs.is_file():
             identity = {
                 "group": f"{tracking.name}-{secrets.token_hex(4)}",
@@ -155,13 +137,14 @@ class Wandb:
                 config=dict(tracking.config),
                 dir=str(layout.tracking),
                 resume="allow",
-                reinit="create_new",
+                reinit="create_new",  # several runs are open in one process
             )
             for m in members
         ]
 
     def metrics(self, row: Mapping[str, Any]) -> None:
-        """See `Tracker.metrics`. A row that W&B has already has the same bits; it is not resent."""
+        """See `Tracker.metrics`."""
+        # W&B refuses steps that go back. A row that it has already has the same bits.
         for position, run in enumerate(self._runs):
             if row["step"] >= run.step:
                 run.log(scalars(row, position), step=row["step"])

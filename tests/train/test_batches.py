@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import threading
 
@@ -68,24 +69,31 @@ def test_members_that_pad_alike(tiny_examples, plan):
 
 def test_feed_gives_the_batches_from_a_step_on(plan):
     abstract = batches.abstract_batch(plan, make_mesh())
-    with batches.Feed(plan, abstract, 9) as feed:
-        found = [jax.device_get(batch["ids"]) for batch in feed]
-    assert len(found) == 3
-    for step, ids in enumerate(found, start=9):
-        np.testing.assert_array_equal(np.sort(ids.reshape(4, -1)), np.sort(plan.rows(step)))
+    ids = [jax.device_get(batch["ids"]) for batch in batches.feed(plan, abstract, 9)]
+    assert len(ids) == 3
+    for step, step_ids in enumerate(ids, start=9):
+        np.testing.assert_array_equal(np.sort(step_ids.reshape(4, -1)), np.sort(plan.rows(step)))
+
+
+def test_feed_builds_ahead_but_not_far(plan, monkeypatch):
+    steps = []
+    monkeypatch.setattr(batches, "device_batch", lambda plan, step, abstract: steps.append(step))
+    with contextlib.closing(batches.feed(plan, {}, 0)) as feed:
+        for _ in range(4):
+            next(feed)
+    assert 4 <= len(steps) <= 6
+    assert steps == sorted(steps)
 
 
 def test_feed_stops_when_it_is_left_early(plan):
-    with batches.Feed(plan, batches.abstract_batch(plan, make_mesh()), 0) as feed:
-        next(iter(feed))
-    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+    feed = batches.feed(plan, batches.abstract_batch(plan, make_mesh()), 0)
+    with contextlib.closing(feed):
+        next(feed)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_feed_hands_on_what_went_wrong(plan):
+def test_feed_raises_what_was_raised_in_its_thread(plan):
     broken = dataclasses.replace(plan, lengths=(8,))  # some examples are longer
     abstract = batches.abstract_batch(plan, make_mesh())
-    with (
-        pytest.raises(ValueError, match="expected at most 8"),
-        batches.Feed(broken, abstract, 0) as feed,
-    ):
-        list(feed)
+    with pytest.raises(ValueError, match="expected at most 8"):
+        list(batches.feed(broken, abstract, 0))

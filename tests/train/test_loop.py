@@ -169,6 +169,7 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, tiny_train, tiny_m
     state = json.loads(resumed.file("metrics/state.json").read_text())
     assert state["tokens"] == json.loads(whole.file("metrics/state.json").read_text())["tokens"]
     assert state["seconds"] == resumed.lines()[-1]["seconds"] > resumed.lines()[0]["seconds"]
+    assert state["compilations"] == 2  # one per session
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +395,7 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(tmp_path, tiny_t
     assert f"on samples {fake.fake.bad + 100};" in str(caught.value)
     assert orbax.latest(tmp_path / "checkpoints") == 3  # of the end of epoch 1
     assert not (tmp_path / "losses" / "train.npz").exists()
-    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 @pytest.mark.parametrize(
