@@ -140,9 +140,7 @@ class MergeSpec(Section):
     """One merge: a method of the table and its parameters."""
 
     name: str | None = Field(None, description="directory name, by default method and seed")
-    method: str = Field(
-        description="a name of the table of methods, or greedy_soup (needs data.validation_examples)"
-    )
+    method: str = Field(description="a merge method; greedy_soup needs data.validation_examples")
     seed: int | None = Field(None, description="by default the seed of the run")
     seeds: tuple[int, ...] = Field(
         (),

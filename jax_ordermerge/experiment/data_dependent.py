@@ -11,12 +11,15 @@ from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.layout import Json
 from jax_ordermerge.merge import population
 from jax_ordermerge.merge.methods import table
+from jax_ordermerge.registry import Registry
 from jax_ordermerge.train import fisher, objective
 from jax_ordermerge.tree import Tree, member
 
 Loss = Callable[[Tree], float]
 Result = tuple[Tree, Json]  # the merge, and its parameters for the record
 Supplier = Callable[[RunContext, Json, Tree, Tree | None, Loss], Result]
+
+SUPPLIERS = Registry[Supplier]("kind of data that merge methods need")
 
 
 def merge_with_data(
@@ -96,7 +99,5 @@ def _merge_chosen(
     }
 
 
-SUPPLIERS: dict[table.Need, Supplier] = {
-    "fisher": _merge_with_fisher,
-    "validation": _merge_chosen,
-}
+SUPPLIERS.register("fisher", _merge_with_fisher)
+SUPPLIERS.register("validation", _merge_chosen)

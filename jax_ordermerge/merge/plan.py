@@ -129,7 +129,7 @@ def uniform(
         UserError: bad input; the architectures differ (the difference is named).
     """
     checked = table.check_parameters(method, parameters)
-    table.refuse_without_validation(method)
+    table.refuse_data_dependent(method)
     if not members:
         raise UserError("nothing to merge: give the directories of the members")
     if table.METHODS[method].needs_base(checked) and base is None:

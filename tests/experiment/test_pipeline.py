@@ -1,5 +1,6 @@
 """The whole path on a tiny model: run, again, interrupted, refused."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -17,6 +18,7 @@ from jax_ordermerge.evaluate import decode, generation, harness
 from jax_ordermerge.experiment import losses, models, pipeline
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.merge.methods.table import METHODS, Choice
 from jax_ordermerge.train import loop
 
 
@@ -245,13 +247,31 @@ def test_packed_rows_are_described_and_analyzed_by_sample(folder, tmp_path):
     assert json.loads((directory / "analysis.json").read_text())
 
 
+def choose_worst(losses, loss_of):
+    """Choose the member of highest loss: a toy of a method that looks at validation losses."""
+    worst = int(np.argmax(losses))
+    return Choice((worst,), [loss_of([worst])])
+
+
+@pytest.fixture
+def worst_member():
+    """A method that needs data, registered from outside the package."""
+    passthrough = METHODS["passthrough"]
+    settings = {"needs": "validation", "choose": choose_worst, "weights": "none"}
+    METHODS.register("worst_member", dataclasses.replace(passthrough, **settings))
+    yield
+    METHODS.unregister("worst_member")
+
+
 @pytest.mark.slow
-def test_merges_that_look_at_data(folder, tmp_path):
+def test_merges_that_look_at_data(worst_member, folder, tmp_path):
     """Fisher information from training samples, and a soup chosen on validation samples; another seed changes neither."""
     raw = yaml.safe_load((folder / "tiny.yaml").read_text())
     raw["output"] = str(tmp_path / "run")
     raw["merge"] = {
-        "methods": [{"method": "average"}, {"method": "fisher"}, {"method": "greedy_soup"}],
+        "methods": [
+            {"method": name} for name in ("average", "fisher", "greedy_soup", "worst_member")
+        ],
         "fisher_examples": 5,
     }
     raw["evaluation"] = {"batch": 8}
@@ -266,6 +286,10 @@ def test_merges_that_look_at_data(folder, tmp_path):
     assert soup["members"][0] == best
     assert soup["after_each"][0] == soup["validation_losses"][best]
     assert len(soup["after_each"]) == 2
+    worst = merges["worst_member"]["parameters"]
+    assert worst["validation_losses"] == soup["validation_losses"]
+    assert worst["members"] == [int(np.argmax(worst["validation_losses"]))]
+    assert worst["after_each"] == [max(worst["validation_losses"])]
     average, fisher = (
         directory / "merged" / name / "model.safetensors" for name in ("average", "fisher")
     )

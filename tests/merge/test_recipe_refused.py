@@ -51,7 +51,7 @@ REFUSED = {
     "merge_method: [": "is not valid YAML",
     "- a\n- b": "expected keys such as merge_method and models, got list",
     # parameters
-    "merge_method: greedy_soup\nmodels: [{model: a}]": "greedy_soup chooses members on validation",
+    "merge_method: greedy_soup\nmodels: [{model: a}]": "merge method greedy_soup needs validation data",
     "merge_method: tis\nmodels: [{model: a}]": "unknown merge_method 'tis' (did you mean 'ties'?)",
     TIES
     + "parameters: {densty: 1}": "merge_method ties has no parameter 'densty' (did you mean 'density'?)",

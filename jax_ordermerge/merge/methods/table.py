@@ -35,7 +35,6 @@ from jax_ordermerge.registry import Registry
 
 Parameters = Mapping[str, Any]
 Unit = Literal["element", "row", "tensor"]
-Need = Literal["fisher", "validation"]
 
 
 class Choice(NamedTuple):
@@ -67,9 +66,10 @@ class Method:
             the tensor as a whole.
         draws: name of the stream of random numbers, "" for a method that draws none.
         exact: the result consists of bits of the inputs, without any arithmetic on them.
-        needs: data that the method needs beside the models. "fisher": the M models are followed
-            by the diagonals of their M Fisher matrices. "validation": `choose` picks the members
-            by losses on validation data.
+        needs: the kind of data that the method needs beside the models, supplied by
+            `experiment.data_dependent`. "fisher": the M models are followed by the diagonals of
+            their M Fisher matrices. "validation": `choose` picks the members by losses on
+            validation data.
         choose: `(losses, loss_of) -> Choice`, for "validation": the loss of each member, and a
             function from numbers of members to the loss of their merge.
         check: raises `UserError` for parameters that do not go together.
@@ -86,7 +86,7 @@ class Method:
     unit: Callable[[Parameters], Unit] = lambda parameters: "element"
     draws: str = ""
     exact: bool = False
-    needs: Need | None = None
+    needs: str | None = None
     choose: Callable[[Sequence[float], Callable[[Sequence[int]], float]], Choice] | None = None
     check: Callable[[Parameters], None] = lambda parameters: None
     count_redrawn: Callable[[Parameters], Callable[..., jax.Array] | None] = lambda parameters: None
@@ -214,16 +214,18 @@ def check_weights(
     return np.asarray(values, np.float64)
 
 
-def refuse_without_validation(name: str) -> None:
-    """Refuse a method that needs validation data, where there are models only.
+def refuse_data_dependent(name: str) -> None:
+    """Refuse a method that needs data, for a merge of models alone.
 
     Raises:
-        UserError: the method chooses members on validation data.
+        UserError: the method needs data. Fisher matrices are no obstacle: their diagonals may be
+            given as further models.
     """
-    if METHODS[name].needs == "validation":
+    needs = METHODS[name].needs
+    if needs not in (None, "fisher"):
         raise UserError(
-            f"merge method {name} chooses members on validation data: "
-            "add it to merge.methods of an experiment and use `ordermerge run`"
+            f"merge method {name} needs {needs} data, which a merge of models alone does not have: "
+            "add it to merge.methods of an experiment, for `ordermerge run`"
         )
 
 

@@ -138,7 +138,7 @@ class Evaluator:
                 value = _first_value(name, layers.scopes, tensor.name, tensor.position)
                 if value is not None:
                     parameters[name] = value
-            table.refuse_without_validation(rule.method)
+            table.refuse_data_dependent(rule.method)
             parameters = table.check_parameters(rule.method, parameters)
             weights = table.check_weights(rule.method, call.weights, len(members), parameters)
         except UserError as error:
