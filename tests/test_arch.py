@@ -3,10 +3,24 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jax_ordermerge.arch import ModelConfig, Rope, hf_tensors, parameter_count, tensor_table
+from jax_ordermerge import tree
+from jax_ordermerge.arch import (
+    FAMILIES,
+    Family,
+    ModelConfig,
+    Rope,
+    hf_tensors,
+    parameter_count,
+    tensor_table,
+)
+from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.model import llama
 
 TINY = {
     "vocab_size": 32,
@@ -168,3 +182,58 @@ def test_paths_and_names_are_unique():
     assert sum(math.prod(spec.hf_shape) for _, spec, _ in hf_tensors(config)) == parameter_count(
         config
     )
+
+
+# --------------------------------------------------------------------------- a family from outside
+
+
+@pytest.fixture
+def toy_family():
+    """A row of flags: biases of q, k and v as in Qwen2, norms of q and k as in Qwen3."""
+    FAMILIES.register(
+        "toy",
+        Family(
+            "ToyForCausalLM",
+            default_kv_heads=1,
+            qkv_bias=True,
+            qk_norm=True,
+            sliding_window=True,
+            written_keys=("sliding_window",),
+        ),
+    )
+    yield "toy"
+    FAMILIES.unregister("toy")
+
+
+def test_a_registered_family_is_initialized_exported_and_read_back(toy_family, tmp_path):
+    config = ModelConfig.from_hf({"model_type": toy_family, **TINY, "sliding_window": 4})
+    assert (config.num_kv_heads, config.qkv_bias, config.qk_norm) == (1, True, True)
+    raw = config.to_hf("float32")
+    assert (raw["architectures"], raw["sliding_window"]) == (["ToyForCausalLM"], 4)
+    assert ModelConfig.from_hf(raw) == config
+
+    params = llama.init_params(config, seed=0)
+    convert.export(params, config, tmp_path / "model", dtype=jnp.float32)
+    read_config, read_params = convert.load_params(tmp_path / "model")
+    assert read_config == config
+    assert jax.tree.map(lambda x: x.shape, read_params) == jax.tree.map(lambda x: x.shape, params)
+    for path, array in tree.flatten(params).items():
+        np.testing.assert_array_equal(tree.flatten(read_params)[path], array, err_msg=path)
+
+    tokens = jnp.arange(6).reshape(1, 6)
+    hidden, _ = llama.hidden(
+        config, params, tokens, jnp.arange(6)[None], jnp.ones_like(tokens), dtype="float32"
+    )
+    assert bool(jnp.isfinite(hidden).all())
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(UserError, match=r"unknown model family 'lama' \(did you mean 'llama'\?\)"):
+        ModelConfig(
+            family="lama",
+            vocab_size=32,
+            hidden_size=8,
+            intermediate_size=16,
+            num_layers=1,
+            num_heads=2,
+        )

@@ -1,0 +1,18 @@
+"""What a model is: its config, from and to Hugging Face, and the table of its tensors."""
+
+from jax_ordermerge.arch.config import ARCHITECTURES, ModelConfig, Rope, architecture_of
+from jax_ordermerge.arch.families import FAMILIES, Family
+from jax_ordermerge.arch.table import TensorSpec, hf_tensors, parameter_count, tensor_table
+
+__all__ = [
+    "ARCHITECTURES",
+    "FAMILIES",
+    "Family",
+    "ModelConfig",
+    "Rope",
+    "TensorSpec",
+    "architecture_of",
+    "hf_tensors",
+    "parameter_count",
+    "tensor_table",
+]

@@ -1,0 +1,146 @@
+"""Keys of a Hugging Face `config.json`: which are read, refused or ignored."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from jax_ordermerge.errors import UserError
+
+# Keys that change the model in ways that are not implemented, and the values without effect.
+_MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1, None),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_decoder": (False, True, None),
+    "logit_scale": (1, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "residual_multiplier": (1, None),
+    "embedding_multiplier": (1, None),
+    "attention_multiplier": (None,),
+    "logits_scaling": (1, None),
+    "num_experts": (0, None),
+    "num_local_experts": (0, None),
+    "pruned_heads": ({}, None),
+}
+_READ: Final = frozenset(
+    [
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "sliding_window",
+        "attention_bias",
+        "mlp_bias",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "layer_types",
+    ]
+)
+# Keys on training, serving and bookkeeping, which do not change the forward pass.
+_NEUTRAL: Final = frozenset(
+    [
+        "architectures",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "_name_or_path",
+        "attention_dropout",
+        "auto_map",
+        "pretraining_tp",
+        "max_window_layers",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torchscript",
+        "id2label",
+        "label2id",
+        "finetuning_task",
+        "task_specific_params",
+        "problem_type",
+        "chunk_size_feed_forward",
+        "tokenizer_class",
+        "prefix",
+        "unk_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "rope_interleaved",
+        "hidden_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "unsloth_version",
+        "unsloth_fixed",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "cross_attention_hidden_size",
+        "tie_encoder_decoder",
+        "remove_invalid_values",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "num_beams",
+        "length_penalty",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "bad_words_ids",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "num_return_sequences",
+    ]
+)
+
+
+def check_keys(config: Mapping[str, Any], ignore: frozenset[str]) -> None:
+    """Refuse keys that are unknown or change the model in a way that is not implemented.
+
+    Args:
+        config: the parsed file.
+        ignore: keys that are not checked.
+
+    Raises:
+        UserError: the first such key is named.
+    """
+    for key, value in config.items():
+        if key in ignore:
+            continue
+        if key in _MUST_BE:
+            if value not in _MUST_BE[key]:
+                supported = [repr(value) for value in _MUST_BE[key] if value is not None]
+                raise UserError(
+                    f"config.json: {key} = {value!r} is not supported"
+                    f" (supported: {', '.join(supported) or 'absent'})"
+                )
+        elif key == "layer_types":
+            unsupported = sorted(set(value or ()) - {"full_attention"})
+            if unsupported:
+                raise UserError(f"config.json: layer_types with {unsupported} is not supported")
+        # transformers writes defaults of options that a model does not have; null and false of an
+        # unknown key are taken for such
+        elif key not in _READ and key not in _NEUTRAL and value not in (None, False):
+            raise UserError(
+                f"config.json: unknown key {key} = {value!r}; if it does not change the model,"
+                " name it in model.ignore_config_keys"
+            )
