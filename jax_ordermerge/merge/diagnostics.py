@@ -1,9 +1,10 @@
-"""Inner products of task vectors, and what follows from them: cosines, norms, the length of a merge."""
+"""Inner products of task vectors, and what follows from them: cosines, norms, scale of a merge."""
 
 import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,45 +13,92 @@ import numpy as np
 from jax_ordermerge.hash_rng import element_index, mix
 from jax_ordermerge.merge.methods.selection import to_bits
 
+Array = jax.Array | np.ndarray
+
 
 class Moments(NamedTuple):
     """Sums over the last axis of a tensor; `rows` is the rest of its shape.
 
     Attributes:
-        products: float32[(M+1)(M+2)/2, *rows], <tau_i, tau_j> for i <= j; number M is the merged model.
-        unchanged: float32[M+2, *rows], counts of elements at the base: of each member, of the merged model, of all members at once.
-        redrawn: [R, *rows], counts of elements that a selection drew again in each round (`select.redrawn`).
+        products: float32[(M+1)(M+2)/2, *rows], <tau_i, tau_j> for i <= j; index M is the merged
+            model.
+        unchanged: float32[M+2, *rows], counts of elements equal to the base: in each member, in
+            the merged model, in all members at once.
+        redrawn: [R, *rows], counts of elements that a selection drew again in each round.
     """
 
-    products: jax.Array
-    unchanged: jax.Array
-    redrawn: jax.Array | np.ndarray = np.zeros(0)
+    products: Array
+    unchanged: Array
+    redrawn: Array = np.zeros(0)
+
+
+class Summary(TypedDict):
+    """Diagnostics of a tensor or a model, as they are written to JSON.
+
+    A ratio is None where it is 0 / 0. Fractions are of all elements.
+
+    Attributes:
+        elements: their number.
+        cosines: [M, M], between the task vectors of the members.
+        norms: [M], of the task vectors of the members.
+        merged_norm: of the merged task vector.
+        unchanged: [M], fraction equal to the base, of each member.
+        merged_unchanged: the same of the merged model.
+        unchanged_by_all: fraction that every member left at the base.
+        redrawn: fraction drawn again in each round, up to the last round that drew any. Only of
+            selections with resampling.
+        norm_ratio: |tau_merged| / mean |tau_i|.
+        lambda_eff: <tau_merged, m> / |m|^2, with m the mean task vector.
+    """
+
+    elements: int
+    cosines: list[list[float | None]]
+    norms: list[float]
+    merged_norm: float
+    unchanged: list[float]
+    merged_unchanged: float
+    unchanged_by_all: float
+    redrawn: NotRequired[list[float]]
+    norm_ratio: float | None
+    lambda_eff: float | None
+
+
+class Report(TypedDict):
+    """Diagnostics of a merge, as they are written to JSON.
+
+    Attributes:
+        total: of the model; None where tensors have different numbers of members.
+        tensors: by Hugging Face name.
+    """
+
+    total: Summary | None
+    tensors: dict[str, Summary]
 
 
 def checksums(models: Sequence[jax.Array], offset: jax.Array | None = None) -> jax.Array:
-    """Return sum_j a_j x_j mod 2^32 of the bit patterns of each model, with odd a_j made from the index: uint32[K].
+    """Return sum_j a_j x_j mod 2^32 of the bit patterns of each model, a_j odd: uint32[K].
 
-    Sums of parts add up to that of the tensor, in any order. One changed element always changes it, and chance changes leave it as it
-    was once in 2^32. It tells accidents and mistaken files apart; it is no protection against intent.
+    The factors a_j are hashes of the index j, so the checksums of parts add up to that of the
+    tensor in any order. A change of one element always changes the checksum, other accidents pass
+    with a probability of 2^-32. It does not protect against intent.
 
     Args:
-        models: K arrays [*s] of elements of at most 4 bytes.
-        offset: uint32[2], number of the first element.
+        models: K arrays [*s] with elements of at most 4 bytes.
+        offset: uint32[2], index of the first element.
 
     Example:
-        >>> one, two = jnp.arange(4.0), jnp.arange(4.0)[::-1]
-        >>> checksums([one, one, two]).tolist()
+        >>> x, reverse = jnp.arange(4.0), jnp.arange(4.0)[::-1]
+        >>> checksums([x, x, reverse]).tolist()
         [3602907136, 3602907136, 4290772992]
 
-    Source: multilinear hashing, Carter and Wegman 1979, with the multipliers of `counter.mix`.
+    Source: multilinear hashing, Carter and Wegman 1979, with the multipliers of `hash_rng.mix`.
     """
     index = element_index(models[0].shape, offset)
     factor = mix(index.lo ^ mix(index.hi)) | 1
     terms = tuple(to_bits(x).astype(jnp.uint32) * factor for x in models)
     add = functools.partial(jax.tree.map, jnp.add)
-    return jnp.stack(
-        jax.lax.reduce(terms, tuple(jnp.uint32(0) for _ in terms), add, tuple(range(terms[0].ndim)))
-    )
+    zeros = tuple(jnp.uint32(0) for _ in terms)
+    return jnp.stack(jax.lax.reduce(terms, zeros, add, tuple(range(terms[0].ndim))))
 
 
 def moments(
@@ -58,10 +106,12 @@ def moments(
 ) -> Moments:
     """Sum the products of task vectors and count unchanged elements in one pass.
 
-    Row by row in float32; `summarize` adds the rows in float64. Unchanged is equality of bits.
+    Unchanged is equality of bits. Each row is summed in float32, `total` adds the rows in float64.
 
     Args:
-        members: [M, *S]; base, merged: [*S], all in the stored dtype.
+        members: [M, *S], or M arrays [*S], in the stored dtype.
+        base: [*S].
+        merged: [*S].
 
     Example:
         >>> m = moments(jnp.array([[1.0, 0.0], [2.0, 1.0]]), jnp.zeros(2), jnp.array([2.0, 0.0]))
@@ -71,13 +121,12 @@ def moments(
     models = [jnp.atleast_1d(x) for x in (*members, merged)]
     base = jnp.atleast_1d(base)
     task_vectors = [x.astype(jnp.float32) - base.astype(jnp.float32) for x in models]
-    same = [to_bits(x) == to_bits(base) for x in models]
-    everywhere = same[0]
-    for flag in same[1:-1]:
-        everywhere = everywhere & flag
+    unchanged = [to_bits(x) == to_bits(base) for x in models]
+    unchanged_by_all = functools.reduce(operator.and_, unchanged[:-1])
     products = [task_vectors[i] * task_vectors[j] for i, j in _pairs(len(task_vectors))]
-    operands = products + [flag.astype(jnp.float32) for flag in (*same, everywhere)]
-    # one reduction of many operands reads the tensors once; counts below 2^24 a row are exact in float32
+    operands = products + [x.astype(jnp.float32) for x in (*unchanged, unchanged_by_all)]
+    # One reduction with many operands reads the tensors once. The counts are exact in float32, as
+    # long as a row has fewer than 2^24 elements.
     sums = jax.lax.reduce(
         tuple(operands),
         tuple(jnp.float32(0) for _ in operands),
@@ -103,41 +152,38 @@ def total(moment: Moments) -> Moments:
     )
 
 
-def add(moments: Sequence[Moments]) -> Moments:
-    """Add `total` moments of several tensors, or of parts of one. A tensor of which nothing was redrawn counts as 0.
+def add(totals: Sequence[Moments]) -> Moments:
+    """Add `total` moments of several tensors, or of parts of one.
+
+    Without a round of redrawing, its count is 0.
 
     Example:
-        >>> one = Moments(np.ones(1), np.ones(3), np.ones(2))
-        >>> [x.tolist() for x in add([one, one._replace(redrawn=np.zeros(0))])]
+        >>> selection = Moments(np.ones(1), np.ones(3), np.ones(2))
+        >>> average = Moments(np.ones(1), np.ones(3))
+        >>> [x.tolist() for x in add([selection, average])]
         [[2.0], [2.0, 2.0, 2.0], [1.0, 1.0]]
     """
-    redrawn = np.zeros(max(len(one.redrawn) for one in moments))
-    for one in moments:
-        redrawn[: len(one.redrawn)] += one.redrawn
+    redrawn = np.zeros(max(len(moment.redrawn) for moment in totals))
+    for moment in totals:
+        redrawn[: len(moment.redrawn)] += moment.redrawn
     return Moments(
-        np.sum([one.products for one in moments], axis=0),
-        np.sum([one.unchanged for one in moments], axis=0),
+        np.sum([moment.products for moment in totals], axis=0),
+        np.sum([moment.unchanged for moment in totals], axis=0),
         redrawn,
     )
 
 
-def summarize(moment: Moments, elements: int) -> dict[str, Any]:
+def summarize(moment: Moments, elements: int) -> Summary:
     """Turn `total` moments into the numbers that are reported.
 
     Args:
         moment: products float64[(M+1)(M+2)/2], unchanged float64[M+2].
         elements: how many elements were summed.
 
-    Returns:
-        elements; cosines (M x M, of the members' task vectors); norms (M) and merged_norm; unchanged (fraction per member),
-        unchanged_by_all and merged_unchanged; redrawn (fraction of the elements drawn again in each round up to the last in which any was, of a
-        selection with resampling); norm_ratio = |tau_merged| / mean |tau_i|; lambda_eff = <tau_merged, m> / |m|^2 with
-        m the mean task vector. Plain Python; None where it is 0 / 0.
-
     Example:
         >>> m = moments(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.zeros(2), jnp.array([0.5, 0.5]))
-        >>> numbers = summarize(total(m), 2)
-        >>> numbers["cosines"], round(numbers["norm_ratio"], 4), numbers["lambda_eff"]
+        >>> summary = summarize(total(m), 2)
+        >>> summary["cosines"], round(summary["norm_ratio"], 4), summary["lambda_eff"]
         ([[1.0, 0.0], [0.0, 1.0]], 0.7071, 1.0)
     """
     count = len(moment.unchanged) - 2
@@ -145,8 +191,10 @@ def summarize(moment: Moments, elements: int) -> dict[str, Any]:
     for (i, j), value in zip(_pairs(count + 1), moment.products, strict=True):
         gram[i, j] = gram[j, i] = value
     members, norms = gram[:count, :count], np.sqrt(np.diag(gram))
-    fractions = [float(value) / elements for value in moment.unchanged]
-    return {
+    *unchanged, merged_unchanged, unchanged_by_all = (
+        float(value) / elements for value in moment.unchanged
+    )
+    summary: Summary = {
         "elements": elements,
         "cosines": [
             [_ratio(members[i, j], math.sqrt(members[i, i] * members[j, j])) for j in range(count)]
@@ -154,42 +202,35 @@ def summarize(moment: Moments, elements: int) -> dict[str, Any]:
         ],
         "norms": norms[:count].tolist(),
         "merged_norm": float(norms[count]),
-        "unchanged": fractions[:count],
-        "merged_unchanged": fractions[count],
-        "unchanged_by_all": fractions[count + 1],
-        **(
-            {
-                "redrawn": [
-                    float(x) / elements
-                    for x in np.trim_zeros(np.asarray(moment.redrawn), "b").tolist()
-                ]
-            }
-            if len(moment.redrawn)
-            else {}
-        ),
+        "unchanged": unchanged,
+        "merged_unchanged": merged_unchanged,
+        "unchanged_by_all": unchanged_by_all,
         "norm_ratio": _ratio(norms[count], norms[:count].mean()),
+        # the means over members are <tau_merged, m> and |m|^2 without forming m
         "lambda_eff": _ratio(gram[count, :count].mean(), members.mean()),
     }
+    if len(moment.redrawn):
+        redrawn = np.trim_zeros(np.asarray(moment.redrawn), "b")
+        summary["redrawn"] = [float(x) / elements for x in redrawn.tolist()]
+    return summary
 
 
-def report(tensors: Iterable[tuple[str, Moments, int]]) -> dict[str, Any]:
-    """Return `{"total": numbers, "tensors": {name: numbers}}` from (name, `total` moments, elements) of every tensor.
-
-    The total is None where the tensors have different numbers of members (slices of different models).
+def report(tensors: Iterable[tuple[str, Moments, int]]) -> Report:
+    """Summarize (name, `total` moments, elements) of every tensor, and their sum.
 
     Example:
         >>> m = total(moments(jnp.ones((2, 3)), jnp.zeros(3), jnp.ones(3)))
         >>> report([("a", m, 3), ("b", m, 3)])["total"]["elements"]
         6
     """
-    found = list(tensors)
-    alone = {name: summarize(moment, elements) for name, moment, elements in found}
-    if len({len(moment.unchanged) for _, moment, _ in found}) != 1:
-        return {"total": None, "tensors": alone}
-    everything = summarize(
-        add([moment for _, moment, _ in found]), sum(elements for _, _, elements in found)
-    )
-    return {"total": everything, "tensors": alone}
+    names, totals, elements = zip(*tensors, strict=True)
+    summaries = map(summarize, totals, elements)
+    # slices of different models may have different numbers of members: nothing to add up
+    is_uniform = len({len(moment.unchanged) for moment in totals}) == 1
+    return {
+        "total": summarize(add(totals), sum(elements)) if is_uniform else None,
+        "tensors": dict(zip(names, summaries, strict=True)),
+    }
 
 
 def _ratio(a: float, b: float) -> float | None:

@@ -1,10 +1,10 @@
-"""What stands beside merged tensors, so that a person can see what was done: merge.json, manifest.json, the model card."""
+"""Files beside merged tensors that say what was done: merge.json, manifest.json, the model card."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -13,35 +13,51 @@ import yaml
 import jax_ordermerge
 from jax_ordermerge.checkpoint import atomic, sidecar_files
 from jax_ordermerge.merge import diagnostics
+from jax_ordermerge.merge.journal import TensorRecord
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.plan import Plan
 
+REPORT, MANIFEST = "merge.json", "manifest.json"
 
-class Done(NamedTuple):
-    """What is noted of a finished tensor.
+
+class ModelDigest(TypedDict):
+    """A model and the digest of what was read of it; None if some tensor was not read as a whole."""
+
+    label: str
+    digest: str | None
+
+
+class Report(TypedDict):
+    """The content of `merge.json`.
 
     Attributes:
-        name: of the tensor.
-        crc32: of its bytes, hexadecimal.
-        checksums: of the members and the base as they were merged; None of one that was not read whole.
-        moments: of the task vectors, see `geometry.Moments`; None without a base.
-        elements: how many elements the moments are of.
+        recipe: of the plan, with the version of this package.
+        models: with digests of what was read.
+        seed: of the methods that draw random numbers.
+        versions: of the libraries.
+        notes: of the plan.
+        diagnostics: of the task vectors; None without a base.
     """
 
-    name: str
-    crc32: str
-    checksums: list[int | None]
-    moments: diagnostics.Moments | None
-    elements: int
+    recipe: dict[str, Any]
+    models: list[ModelDigest]
+    seed: int
+    versions: dict[str, str]
+    notes: list[str]
+    diagnostics: diagnostics.Report | None
 
 
-def report(plan: Plan, done: Sequence[Done]) -> dict[str, Any]:
-    """Return what `merge.json` holds of a merge whose tensors are all done."""
-    moments = [(one.name, one.moments, one.elements) for one in done if one.moments is not None]
+def report(plan: Plan, records: Sequence[TensorRecord]) -> Report:
+    """Describe a merge from the records of its tensors, in the order of `plan.outputs`."""
+    moments = [
+        (record.name, record.moments, record.elements)
+        for record in records
+        if record.moments is not None
+    ]
     return {
-        "recipe": _recipe(plan),
+        "recipe": {**plan.recipe, "jax_ordermerge": jax_ordermerge.__version__},
         "models": [
-            {"label": source.label, "digest": _digest(plan, done, i)}
+            {"label": source.label, "digest": _digest(plan, records, i)}
             for i, source in enumerate(plan.sources)
         ],
         "seed": plan.seed,
@@ -55,99 +71,82 @@ def report(plan: Plan, done: Sequence[Done]) -> dict[str, Any]:
     }
 
 
-def write(directory: Path, plan: Plan, done: Sequence[Done]) -> None:
+def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
     """Write every file but the tensors into the directory of a merge."""
-    found = report(plan, done)
-    manifest = {
-        "algorithm": "crc32",
-        "dtype": plan.out_dtype.name,
-        "tensors": {one.name: one.crc32 for one in done},
-    }
+    content = report(plan, records)
     sidecar_files.write(
         directory,
         plan.config,
         plan.out_dtype.name,
         tokenizer_from=plan.tokenizer_from,
-        card=card(plan, found["diagnostics"]),
-        recipe=yaml.safe_dump(_recipe(plan), sort_keys=False),
+        card=_card(plan, content),
+        recipe=yaml.safe_dump(content["recipe"], sort_keys=False),
     )
     for name, text in plan.tokenizer_files.items():
         atomic.write_text(directory / name, text)
     if plan.chat_template is not None:
         sidecar_files.write_chat_template(directory, plan.chat_template)
-    atomic.write_text(directory / "merge.json", json.dumps(found, indent=1) + "\n")
-    atomic.write_text(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    manifest = {
+        "algorithm": "crc32",
+        "dtype": plan.out_dtype.name,
+        "tensors": {record.name: record.crc32 for record in records},
+    }
+    for name, document in ((REPORT, content), (MANIFEST, manifest)):
+        atomic.write_text(directory / name, json.dumps(document, indent=1) + "\n")
 
 
-def _recipe(plan: Plan) -> dict[str, Any]:
-    return {**plan.recipe, "jax_ordermerge": jax_ordermerge.__version__}
-
-
-def _digest(plan: Plan, done: Sequence[Done], source: int) -> str | None:
-    """Return one digest of what was read of a model (see `geometry.checksums`), or None if it was read in part only."""
-    found = hashlib.blake2b(digest_size=16)
-    for output, one in zip(plan.outputs, done, strict=True):
-        views = [*output.members, *([] if output.base is None else [output.base])]
-        for view, checksum in zip(views, one.checksums, strict=True):
+def _digest(plan: Plan, records: Sequence[TensorRecord], source: int) -> str | None:
+    """Return a digest of the checksums of all tensors of a model, None if one is missing."""
+    digest = hashlib.blake2b(digest_size=16)
+    for output, record in zip(plan.outputs, records, strict=True):
+        for view, checksum in zip(output.views, record.checksums, strict=True):
             if view.source != source:
                 continue
             if checksum is None:
                 return None
-            found.update(
-                json.dumps([view.name, list(output.shape), plan.dtype.name, checksum]).encode()
-            )
-    return found.hexdigest()
+            entry = [view.name, list(output.shape), plan.dtype.name, checksum]
+            digest.update(json.dumps(entry).encode())
+    return digest.hexdigest()
 
 
-def card(plan: Plan, measured: Mapping[str, Any] | None) -> str:
-    """Return the text of the model card of a merge."""
-    recipe, notes = _recipe(plan), plan.notes
+def _card(plan: Plan, content: Report) -> str:
+    """Return the text of the model card."""
+    recipe, measured = content["recipe"], content["diagnostics"]
     models = len({view.source for output in plan.outputs for view in output.members})
-    used = dict.fromkeys(output.method for output in plan.outputs)
-    sources = ", ".join(f"{name}: {table.METHODS[name].reference}" for name in used)
+    methods = dict.fromkeys(output.method for output in plan.outputs)
+    references = ", ".join(f"{name}: {table.METHODS[name].reference}" for name in methods)
     text = (
-        f"{models} models of one architecture were merged by `{recipe['merge_method']}` ({sources}).\n\n"
-        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
+        f"{models} models of one architecture were merged by `{recipe['merge_method']}` "
+        f"({references}).\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
     )
-    if notes:
-        text += "\n\n" + "\n".join(f"- {note}" for note in notes)
+    if plan.notes:
+        text += "\n\n" + "\n".join(f"- {note}" for note in plan.notes)
     if measured is not None and measured["total"] is not None:
-        text += "\n\n" + _table(measured["total"])
-    return sidecar_files.model_card(
-        f"Merge of {models} models by {recipe['merge_method']}",
-        text,
-        relation="merge",
-        tags=["merge"],
-    )
+        text += "\n\n" + _diagnostics_table(measured["total"])
+    title = f"Merge of {models} models by {recipe['merge_method']}"
+    return sidecar_files.model_card(title, text, relation="merge", tags=["merge"])
 
 
-def _table(total: Mapping[str, Any]) -> str:
-    rows = [
-        (f"elements that member {i} left at the base", f"{100 * fraction:.2f} %")
+def _diagnostics_table(total: diagnostics.Summary) -> str:
+    """Return a Markdown table without a heading."""
+    rows = {
+        f"elements that member {i} left at the base": _percent(fraction)
         for i, fraction in enumerate(total["unchanged"])
-    ]
-    rows.append(
-        ("elements that every member left at the base", f"{100 * total['unchanged_by_all']:.2f} %")
-    )
+    }
+    rows["elements that every member left at the base"] = _percent(total["unchanged_by_all"])
     if "redrawn" in total:
-        rows.append(
-            (
-                "elements drawn again, by round",
-                ", ".join(f"{100 * fraction:.2f} %" for fraction in total["redrawn"]),
-            )
-        )
-    between = [c for i, row in enumerate(total["cosines"]) for c in row[i + 1 :] if c is not None]
-    if between:
-        rows.append(
-            (
-                "cosines between the members' task vectors",
-                f"{min(between):.4f} to {max(between):.4f}",
-            )
-        )
-    for label, name in (
-        ("norm of the merged task vector / mean norm", "norm_ratio"),
-        ("lambda_eff", "lambda_eff"),
-    ):
-        if total[name] is not None:
-            rows.append((label, f"{total[name]:.4f}"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])
+        rows["elements drawn again, by round"] = ", ".join(map(_percent, total["redrawn"]))
+    cosines = [x for i, row in enumerate(total["cosines"]) for x in row[i + 1 :] if x is not None]
+    if cosines:
+        value = f"{min(cosines):.4f} to {max(cosines):.4f}"
+        rows["cosines between the members' task vectors"] = value
+    if total["norm_ratio"] is not None:
+        rows["norm of the merged task vector / mean norm"] = f"{total['norm_ratio']:.4f}"
+    if total["lambda_eff"] is not None:
+        rows["lambda_eff"] = f"{total['lambda_eff']:.4f}"
+    lines = [f"| {label} | {value} |" for label, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"

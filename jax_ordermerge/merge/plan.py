@@ -1,4 +1,4 @@
-"""What a merge of models will do, tensor by tensor, with every input checked: made before anything is computed or written."""
+"""The plan of a merge, tensor by tensor: every input is checked before anything is written."""
 
 import dataclasses
 import math
@@ -17,8 +17,8 @@ from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.sources.storage import Source
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
-# what a fine-tune may change without being another architecture
-MAY_DIFFER = {
+# fields that a fine-tune may change; the merged model has those of the first model
+_MAY_DIFFER = {
     "bos_token_id",
     "eos_token_ids",
     "pad_token_id",
@@ -28,7 +28,12 @@ MAY_DIFFER = {
 
 
 class View(NamedTuple):
-    """A tensor of a source: its number in the plan, and the name there."""
+    """A tensor of a model.
+
+    Attributes:
+        source: index of the model in the plan.
+        name: Hugging Face name of the tensor in that model.
+    """
 
     source: int
     name: str
@@ -36,14 +41,15 @@ class View(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One tensor to be written.
+    """The plan of one tensor.
 
     Attributes:
-        name, shape, layer: of the merged model; `layer` is None outside the layers.
+        name, shape, layer: in the merged model; `layer` is None outside the layers.
         members: in the order that weights and random choices refer to.
-        base: None where the method can do without and none was given.
-        method, parameters: of this tensor, as `table.check_parameters` returned them.
-        weights: as `table.check_weights` returned them.
+        base: None if there is none and the method does not need it.
+        method: name of the method.
+        parameters: from `table.check_parameters`.
+        weights: from `table.check_weights`.
     """
 
     name: str
@@ -55,24 +61,34 @@ class Output:
     parameters: Mapping[str, Any]
     weights: np.ndarray | None
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The members, and the base if there is one."""
+        return self.members if self.base is None else (*self.members, self.base)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A merge with everything checked and resolved.
+    """A merge with all inputs checked and all settings resolved.
 
     Attributes:
         config: of the merged model.
         sources: the models, each once.
         outputs: every tensor of `config`, in file order.
-        seed: of the methods that draw.
+        seed: of the methods that draw random numbers.
         dtype: models are rounded to it before merging.
         out_dtype: of the tensors written.
+        recipe: is written beside the output; it has no paths of this machine.
         stochastic: round to bfloat16 at random instead of to nearest even.
-        recipe: what is written into the output about all this, without paths of this machine.
         tokenizer_from: directory of the tokenizer files, if any.
-        notes: what a user should know (a stated rule that was applied).
+        notes: what the user should know, e.g. a rule that was applied.
         chat_template: text that replaces that of the tokenizer.
-        tokenizer_files: name -> text, of files that replace those in `tokenizer_from`.
+        tokenizer_files: name -> text of files that replace those in `tokenizer_from`.
     """
 
     config: ModelConfig
@@ -91,18 +107,14 @@ class Plan:
     @property
     def input_bytes(self) -> int:
         """Bytes that are read at least once."""
-        views = {
-            view
-            for out in self.outputs
-            for view in (*out.members, *([out.base] if out.base else []))
-        }
+        views = {view for output in self.outputs for view in output.views}
         infos = [self.sources[view.source].info(view.name) for view in views]
         return sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
 
     @property
     def output_bytes(self) -> int:
         """Bytes of the tensors that are written."""
-        return sum(math.prod(out.shape) for out in self.outputs) * self.out_dtype.itemsize
+        return sum(output.size for output in self.outputs) * self.out_dtype.itemsize
 
 
 def uniform(
@@ -116,98 +128,109 @@ def uniform(
     dtype: str | None = None,
     tokenizer_from: Path | None = None,
 ) -> Plan:
-    """Plan a merge of models of one architecture by one method throughout.
+    """Plan a merge of all tensors of some models by one method with the same parameters.
 
     Args:
-        members: in the order that weights and random choices refer to. Config and tokenizer are those of the first.
-        base: may be None for methods that do not need it, and then no diagnostics are made.
-        method, seed, weights, parameters: as for `population.merge`.
-        dtype: models are rounded to it before merging, and the output is stored in it; None is that of the members.
-        tokenizer_from: by default the first member's directory.
+        members: in the order that weights and random choices refer to. The merged model has config
+            and tokenizer of the first.
+        base: may be None for methods that do not need it; there are no diagnostics then.
+        method: name of the method.
+        seed: of the methods that draw random numbers.
+        weights: one per member.
+        parameters: of the method.
+        dtype: models are rounded to it before merging, and the output is stored in it; None is the
+            dtype of the members.
+        tokenizer_from: directory of the tokenizer files, by default that of the first member.
 
     Raises:
-        UserError: bad input; the architectures differ (the difference is named).
+        UserError: bad input, or the architectures differ (the message names the difference).
     """
     checked = table.check_parameters(method, parameters)
     table.refuse_data_dependent(method)
     if not members:
         raise UserError("nothing to merge: give the directories of the members")
     if table.METHODS[method].needs_base(checked) and base is None:
-        needs = "with resample " if method == "selection" else ""
-        raise UserError(f"merge method {method} {needs}needs the base model; give it with --base")
-    prepared = table.check_weights(method, weights, len(members), checked)
+        condition = "with resample " if method == "selection" else ""
+        raise UserError(
+            f"merge method {method} {condition}needs the base model; give it with --base"
+        )
+    checked_weights = table.check_weights(method, weights, len(members), checked)
     sources = (*members, *([] if base is None else [base]))
-    for other in sources[1:]:
-        check_same(sources[0], other)
-    config, stored = members[0].config, resolve_dtype(dtype, members)
-    views = range(len(members))
+    for source in sources[1:]:
+        check_same(sources[0], source)
+    config, resolved_dtype = members[0].config, resolve_dtype(dtype, members)
     outputs = tuple(
         Output(
             name,
             spec.hf_shape,
             layer,
-            tuple(View(i, name) for i in views),
+            tuple(View(member, name) for member in range(len(members))),
             None if base is None else View(len(members), name),
             method,
             checked,
-            prepared,
+            checked_weights,
         )
         for name, spec, layer in arch.hf_tensors(config)
     )
     recipe = {
         "merge_method": method,
-        "models": [Path(one.label).name for one in members],
+        "models": [Path(member.label).name for member in members],
         "base_model": None if base is None else Path(base.label).name,
-        "weights": None if weights is None else [float(w) for w in weights],
+        "weights": None if weights is None else [float(weight) for weight in weights],
         "parameters": checked,
         "seed": seed,
-        "dtype": stored.name,
+        "dtype": resolved_dtype.name,
     }
     return Plan(
         config,
         sources,
         outputs,
         seed,
-        stored,
-        stored,
+        resolved_dtype,
+        resolved_dtype,
         recipe,
         tokenizer_from=tokenizer_from or members[0].directory,
     )
 
 
-def check_same(one: Source, other: Source, but: Collection[str] = ()) -> None:
+def check_same(first: Source, second: Source, may_differ: Collection[str] = ()) -> None:
     """Require equal architectures.
 
     Args:
-        one, other: the models.
-        but: fields of `ModelConfig` in which they may differ.
+        first, second: the models.
+        may_differ: fields of `ModelConfig` in which they may differ.
 
     Raises:
-        UserError: the first difference is named.
+        UserError: the architectures differ; the message names the first difference.
     """
     for field in dataclasses.fields(ModelConfig):
-        a, b = getattr(one.config, field.name), getattr(other.config, field.name)
-        if field.name not in MAY_DIFFER and field.name not in but and a != b:
+        a, b = getattr(first.config, field.name), getattr(second.config, field.name)
+        if a != b and field.name not in {*_MAY_DIFFER, *may_differ}:
             raise UserError(
-                f"{one.label} and {other.label} are of different architectures: {field.name} is {a!r} and {b!r};"
-                " only equal ones can be merged"
+                f"{first.label} and {second.label} are of different architectures: {field.name} is "
+                f"{a!r} and {b!r}; only equal ones can be merged"
             )
 
 
 def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype[Any]:
-    """Return the dtype asked for, or the one in which all members are stored.
+    """Return the given dtype, or the one in which all members are stored.
 
     Raises:
-        UserError: it is not offered, or the members differ.
+        UserError: the dtype is not offered, or the members differ.
     """
     if dtype is not None:
         if dtype not in DTYPES:
             raise UserError(f"dtype '{dtype}' is not offered{did_you_mean(dtype, DTYPES)}")
         return np.dtype(jax.numpy.dtype(dtype))
-    found = {one.info(name).dtype for one in members for name, _, _ in arch.hf_tensors(one.config)}
-    names = sorted(one.name for one in found)
-    if len(found) > 1 or names[0] not in DTYPES:
+    dtypes = {
+        member.info(name).dtype
+        for member in members
+        for name, _, _ in arch.hf_tensors(member.config)
+    }
+    names = sorted(dtype.name for dtype in dtypes)
+    if len(dtypes) > 1 or names[0] not in DTYPES:
         raise UserError(
-            f"the members are stored in {' and '.join(names)}; choose one of {', '.join(DTYPES)} with dtype"
+            f"the members are stored in {' and '.join(names)}; "
+            f"choose one of {', '.join(DTYPES)} with dtype"
         )
-    return found.pop()
+    return dtypes.pop()

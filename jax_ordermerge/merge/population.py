@@ -1,4 +1,4 @@
-"""Merging a population in device memory: the kernels over stacked, sharded parameter dicts. Pure."""
+"""Merging a population in device memory: methods on stacked, sharded parameter dicts. Pure."""
 
 import dataclasses
 import functools
@@ -20,6 +20,9 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import diagnostics
 from jax_ordermerge.merge.methods import parts, reductions, selection, table
 
+# `merge` takes arrays, `compile_merge` their descriptions.
+Array = jax.Array | jax.ShapeDtypeStruct
+
 
 def merge(
     members: Mapping[str, Any],
@@ -35,23 +38,25 @@ def merge(
 ) -> tree.Tree:
     """Merge the members of a population, Hugging Face tensor by Hugging Face tensor.
 
-    Members and base are rounded to `dtype` first, as if they had been exported; the arithmetic is float32 with one rounding at the
-    end, in the same order everywhere. So the result has the bits of merging the exported files (`engine.merge`), on any mesh.
+    Members and base are first rounded to `dtype`, as if they had been exported. The arithmetic is
+    in float32 with one rounding at the end, in the same order everywhere. So the result has, on any
+    mesh, the bits of a merge of the exported files (`engine.merge_plan`).
 
     Args:
         members: parameter dict with a leading axis `M`, on any mesh.
         base: parameter dict; may be None for methods that do not need it.
         config: the model.
-        method: a name of `methods.table.METHODS`.
-        seed: of the methods that draw.
-        weights: one a member.
+        method: name of the method.
+        seed: of the methods that draw random numbers.
+        weights: one per member.
         parameters: of the method.
-        scales: lambda of every Hugging Face tensor: the result is theta_0 + lambda (theta - theta_0), theta what the method gives in
-            float32, with one rounding at the end. Lambdas are traced: other values compile nothing anew.
+        scales: lambda of every Hugging Face tensor. The result is theta_0 + lambda (theta -
+            theta_0), with theta the merge in float32, and one rounding at the end. Lambdas are
+            traced: other values compile nothing again.
         dtype: what is merged and returned.
 
     Returns:
-        The parameter dict in `dtype`, sharded as the members are without their leading axis.
+        The parameter dict in `dtype`, sharded as the members without their leading axis.
 
     Raises:
         UserError: the method, a parameter or the weights are wrong, or the base is missing.
@@ -74,21 +79,26 @@ def merge(
     if (table.METHODS[method].needs_base(checked) or scales is not None) and base is None:
         raise UserError(f"merge method {method} with {checked} needs the base; give it")
     flat, flat_base = tree.flatten(members), tree.flatten(base or {})
-    run = functools.partial(
-        merge_leaf, method=method, seed=seed, weights=weights, parameters=checked, dtype=dtype
-    )
-    found: dict[str, jax.Array] = {}
+    merged: dict[str, jax.Array] = {}
     for spec in arch.tensor_table(config):
-        own, own_base, names = flat[spec.path], flat_base.get(spec.path), spec.hf_names()
-        if scales is None:
-            found[spec.path] = run(own, own_base, names, spec.stacked)
-        else:  # a leaf at a time, so that no whole model is ever in float32
-            whole = run(own, own_base, names, spec.stacked, out="float32")
+        names, base_leaf = spec.hf_names(), flat_base.get(spec.path)
+        leaf = merge_leaf(
+            flat[spec.path],
+            base_leaf,
+            names,
+            spec.stacked,
+            method=method,
+            seed=seed,
+            weights=weights,
+            parameters=checked,
+            dtype=dtype,
+            out=None if scales is None else jnp.float32,
+        )
+        if scales is not None:  # leaf by leaf, so that there is never a whole model in float32
             lambdas = np.asarray([scales[name] for name in names], np.float32)
-            found[spec.path] = _rescaled(
-                whole, own_base, lambdas, stacked=spec.stacked, dtype=jnp.dtype(dtype)
-            )
-    return tree.unflatten(found)
+            leaf = _rescale(leaf, base_leaf, lambdas, stacked=spec.stacked, dtype=jnp.dtype(dtype))
+        merged[spec.path] = leaf
+    return tree.unflatten(merged)
 
 
 def merge_leaf(
@@ -112,38 +122,36 @@ def merge_leaf(
         names: Hugging Face name of each layer, or of the one tensor.
         stacked: whether there is a layer axis.
         method, seed, weights, dtype: as in `merge`.
-        parameters: as `table.check_parameters` returned them.
-        out: dtype of the result, by default `dtype`.
+        parameters: from `table.check_parameters`.
+        out: dtype of the result, `dtype` by default.
 
     Returns:
         [*S] or [L, *S] in `out`.
 
     Example:
         >>> members = jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])
-        >>> settings = {
-        ...     "method": "average",
-        ...     "parameters": table.check_parameters("average"),
-        ...     "seed": 0,
-        ...     "weights": None,
-        ... }
-        >>> merge_leaf(members, None, ["w"], False, dtype="float32", **settings).tolist()
+        >>> settings = {"method": "average", "seed": 0, "weights": None, "dtype": "float32"}
+        >>> parameters = table.check_parameters("average")
+        >>> merge_leaf(members, None, ["w"], False, parameters=parameters, **settings).tolist()
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
-    chosen = _Chosen(method, seed, weights, parameters, dtype)
-    arguments, settings = _prepared(members, base, names, stacked, chosen)
-    return _merge_leaf(*arguments, **settings, result=None if out is None else jnp.dtype(out))
+    settings = _Settings(method, seed, weights, parameters, jnp.dtype(dtype))
+    arguments, program = _prepare_leaf(members, base, names, stacked, settings)
+    return _merge_leaf(*arguments, **program, result=None if out is None else jnp.dtype(out))
 
 
 @functools.partial(jax.jit, static_argnames=("stacked", "dtype"))
-def _rescaled(
+def _rescale(
     merged: jax.Array, base: jax.Array, scales: jax.Array, *, stacked: bool, dtype: DTypeLike
 ) -> jax.Array:
-    """Return theta_0 + lambda (theta - theta_0) in `dtype`: bit for bit the task arithmetic of one member, theta."""
-    start = parts.round_to(base, dtype).astype(jnp.float32)
+    """Return theta_0 + lambda (theta - theta_0) in `dtype`.
+
+    These are the bits of method task_arithmetic with theta as its only member.
+    """
+    base = parts.round_to(base, dtype).astype(jnp.float32)
     lambdas = scales.reshape(-1, *(1,) * (merged.ndim - 1)) if stacked else scales[0]
-    return parts.round_to(
-        start + reductions.rounded(lambdas * reductions.rounded(merged - start)), dtype
-    )
+    task_vector = reductions.rounded(merged - base)
+    return parts.round_to(base + reductions.rounded(lambdas * task_vector), dtype)
 
 
 def compile_merge(
@@ -155,8 +163,8 @@ def compile_merge(
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
-) -> Any:
-    """Return the compiled merge of the largest tensor of a population, `jax.stages.Compiled`; the devices need not be here.
+) -> jax.stages.Compiled:
+    """Compile the merge of the largest tensor of a population, also for absent devices.
 
     Args:
         config: the model.
@@ -173,69 +181,78 @@ def compile_merge(
     ).values()
     (base,) = tree.flatten(convert.abstract_tensors([spec], mesh, dtype=dtype)).values()
     checked = table.check_parameters(method, parameters)
-    chosen = _Chosen(method, 0, weights, checked, dtype)
-    arguments, settings = _prepared(population, base, spec.hf_names(), spec.stacked, chosen)
-    return _merge_leaf.lower(*arguments, **settings).compile()
+    settings = _Settings(method, 0, weights, checked, jnp.dtype(dtype))
+    arguments, program = _prepare_leaf(population, base, spec.hf_names(), spec.stacked, settings)
+    return _merge_leaf.lower(*arguments, **program).compile()
 
 
-class _Chosen(NamedTuple):
-    """A method and what it is given; `parameters` as `table.check_parameters` returned them."""
+# -------------------------------------------------------------------------- one leaf of the dicts
+
+
+class _Settings(NamedTuple):
+    """A method and its arguments; `parameters` are from `table.check_parameters`."""
 
     method: str
     seed: int
     weights: Sequence[float] | None
     parameters: Mapping[str, Any]
-    dtype: DTypeLike
+    dtype: np.dtype[Any]
 
 
-def _prepared(
-    members: Any, base: Any, names: Sequence[str], stacked: bool, chosen: _Chosen
+def _prepare_leaf(
+    members: Array, base: Array | None, names: Sequence[str], stacked: bool, settings: _Settings
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of `_merge_leaf`, arrays or their descriptions, and what selects its program."""
-    tensors = _tensors(members, base, names, stacked, chosen)
-    inner = without_members(members)
-    learned = [
-        parts.split_static(table.prepare(tensor, chosen.method, chosen.parameters))
+    """Return the arguments of `_merge_leaf`, and the static ones that select its program."""
+    tensors = _leaf_tensors(members, base, names, stacked, settings)
+    shardings = member_shardings(members)
+    prepared = [
+        parts.split_static(table.prepare(tensor, settings.method, settings.parameters))
         for tensor in tensors
     ]
-    known = {name: np.stack([arrays[name] for arrays, _ in learned]) for name in learned[0][0]}
-    settings = {
-        "method": chosen.method,
-        "static": learned[0][1],
-        "dtype": jnp.dtype(chosen.dtype),
+    first_arrays, static = prepared[0]
+    arrays = {name: np.stack([layer[name] for layer, _ in prepared]) for name in first_arrays}
+    program = {
+        "method": settings.method,
+        "static": static,
+        "dtype": settings.dtype,
         "stacked": stacked,
-        "spread": tensors[0].leaf.spread,
-        "out": None if inner is None else inner[1],
+        "spread": tensors[0].spread,
+        "out": None if shardings is None else shardings.out,
     }
-    return (members, base, np.stack([tensor.words for tensor in tensors]), known), settings
-
-
-class _Leaf(NamedTuple):
-    """One entry of the tensor table: [M, (L), *S] and [(L), *S]. `spread` shards a member so that no axis holds members."""
-
-    members: jax.Array
-    base: jax.Array | None
-    stacked: bool
-    spread: NamedSharding | None
+    return (members, base, np.stack([tensor.key_bits for tensor in tensors]), arrays), program
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """One Hugging Face tensor of a leaf, as a `parts.Tensor`."""
+class _LeafTensor:
+    """One Hugging Face tensor of an entry of the tensor table, as a `parts.Tensor`.
 
-    leaf: _Leaf
+    Attributes:
+        members: [M, (L), *S], all layers.
+        base: [(L), *S].
+        stacked: whether there is a layer axis.
+        spread: sharding of one member with the order axis over its elements.
+        layer: which one the tensor is, 0 if not stacked.
+        key_bits: uint32[2].
+        weights: float64[M] or None.
+        dtype: what is merged.
+    """
+
+    members: Array
+    base: Array | None
+    stacked: bool
+    spread: NamedSharding | None
     layer: int
-    words: np.ndarray
+    key_bits: np.ndarray
     weights: np.ndarray | None
     dtype: np.dtype[Any]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.leaf.members.shape[1 + self.leaf.stacked :])
+        return tuple(self.members.shape[1 + self.stacked :])
 
     @property
     def count(self) -> int:
-        return int(self.leaf.members.shape[0])
+        return int(self.members.shape[0])
 
     def total(
         self,
@@ -245,49 +262,49 @@ class _Tensor:
         among: Sequence[int] | None = None,
         **static: Any,
     ) -> Any:
-        """See `parts.Tensor.total`: the leaf in one piece, wherever it lies."""
+        """See `parts.Tensor.total`. The tensor is measured in one piece, on its devices."""
         measure = functools.partial(
             _measure_leaf,
             function=function,
             static=tuple(static.items()),
             dtype=self.dtype,
-            stacked=self.leaf.stacked,
-            spread=self.leaf.spread,
+            stacked=self.stacked,
+            spread=self.spread,
         )
-        given = self.leaf.members, self.leaf.base, self.words, self.layer, *arrays
-        sums = parts.Sums(reduce)
-        if isinstance(
-            self.leaf.members, jax.ShapeDtypeStruct
-        ):  # only described: the program does not depend on what the sums are
-            sums.add(
-                jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(measure, *given))
-            )
+        arguments = (self.members, self.base, self.key_bits, self.layer, *arrays)
+        if isinstance(self.members, jax.ShapeDtypeStruct):
+            # nothing to measure: the merge compiles to the same program whatever the sums are
+            shapes = jax.eval_shape(measure, *arguments)
+            result = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
         else:
-            sums.add(measure(*given))
+            result = measure(*arguments)
+        sums = parts.Sums(reduce)
+        sums.add(result)
         return sums.result()
 
 
-def _tensors(
-    members: Any, base: Any, names: Sequence[str], stacked: bool, chosen: _Chosen
-) -> list[_Tensor]:
-    """Return the Hugging Face tensors of a leaf, of arrays or of their descriptions."""
-    method, seed, weights, parameters, dtype = chosen
-    layers = range(len(names)) if stacked else (None,)
-    words = [
-        table.key_bits(method, parameters, seed, name, layer)
-        for name, layer in zip(names, layers, strict=True)
-    ]
-    given = table.check_weights(method, weights, members.shape[0], parameters)
-    inner = without_members(members)
-    leaf = _Leaf(members, base, stacked, None if inner is None else inner[0])
-    return [_Tensor(leaf, i, words[i], given, jnp.dtype(dtype)) for i in range(len(names))]
+def _leaf_tensors(
+    members: Array, base: Array | None, names: Sequence[str], stacked: bool, settings: _Settings
+) -> list[_LeafTensor]:
+    """Return the Hugging Face tensors of an entry of the tensor table."""
+    method, seed, weights, parameters, dtype = settings
+    checked_weights = table.check_weights(method, weights, members.shape[0], parameters)
+    shardings = member_shardings(members)
+    spread = None if shardings is None else shardings.spread
+    tensors = []
+    for layer, name in enumerate(names):
+        bits = table.key_bits(method, parameters, seed, name, layer if stacked else None)
+        tensors.append(
+            _LeafTensor(members, base, stacked, spread, layer, bits, checked_weights, dtype)
+        )
+    return tensors
 
 
 @functools.partial(jax.jit, static_argnames=("function", "static", "dtype", "stacked", "spread"))
 def _measure_leaf(
     members: jax.Array,
     base: jax.Array | None,
-    words: jax.Array,
+    key_bits: jax.Array,
     layer: int,
     *arrays: Any,
     function: Callable[..., Any],
@@ -296,21 +313,17 @@ def _measure_leaf(
     stacked: bool,
     spread: NamedSharding | None,
 ) -> Any:
-    own, own_base = _apart(members, base, dtype, spread)
+    """Return `function` of one layer. The layer is traced, so all layers share one program."""
+    member_list, base = _unstack(members, base, dtype, spread)
     if stacked:
-        own = tuple(jax.lax.dynamic_index_in_dim(one, layer, keepdims=False) for one in own)
-        own_base = (
-            None
-            if own_base is None
-            else jax.lax.dynamic_index_in_dim(own_base, layer, keepdims=False)
-        )
-    found = function(parts.Part(own, own_base, words), *arrays, **dict(static))
-    # every process reads the sums, so they must lie on all devices
-    return (
-        found
-        if spread is None
-        else jax.lax.with_sharding_constraint(found, NamedSharding(spread.mesh, P()))
-    )
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        member_list = tuple(map(take, member_list))
+        base = None if base is None else take(base)
+    result = function(parts.Part(member_list, base, key_bits), *arrays, **dict(static))
+    if spread is None:
+        return result
+    # every process reads the sums on its host, so they must be on all devices
+    return jax.lax.with_sharding_constraint(result, NamedSharding(spread.mesh, P()))
 
 
 @functools.partial(
@@ -319,8 +332,8 @@ def _measure_leaf(
 def _merge_leaf(
     members: jax.Array,
     base: jax.Array | None,
-    words: jax.Array,
-    known: dict[str, jax.Array],
+    key_bits: jax.Array,
+    arrays: dict[str, jax.Array],
     *,
     method: str,
     static: table.Static,
@@ -330,89 +343,104 @@ def _merge_leaf(
     out: NamedSharding | None,
     result: DTypeLike | None = None,
 ) -> jax.Array:
-    own, own_base = _apart(members, base, dtype, spread)
+    """Merge all layers of an entry of the tensor table.
 
-    def one(
+    Args:
+        members: [M, (L), *S].
+        base: [(L), *S], or None.
+        key_bits: uint32[L, 2]; L is 1 if not stacked, here and below.
+        arrays: what the method's `prepare` returned, [L, ...].
+        method, static, dtype: see `table.merge_part`; `result` is its `out`.
+        stacked: whether there is a layer axis.
+        spread, out: from `member_shardings`.
+    """
+    member_list, base = _unstack(members, base, dtype, spread)
+
+    def merge_tensor(
         members: tuple[jax.Array, ...],
         base: jax.Array | None,
-        words: jax.Array,
-        known: dict[str, jax.Array],
+        key_bits: jax.Array,
+        arrays: dict[str, jax.Array],
     ) -> jax.Array:
-        return table.merge_part(
-            parts.Part(members, base, words),
-            known,
-            method=method,
-            static=static,
-            dtype=dtype,
-            out=result,
-        )
+        part = parts.Part(members, base, key_bits)
+        return table.merge_part(part, arrays, method=method, static=static, dtype=dtype, out=result)
 
     if stacked:
-        merged = jax.vmap(one)(own, own_base, words, known)
+        merged = jax.vmap(merge_tensor)(member_list, base, key_bits, arrays)
     else:
-        merged = one(own, own_base, words[0], {name: x[0] for name, x in known.items()})
+        arrays = {name: x[0] for name, x in arrays.items()}
+        merged = merge_tensor(member_list, base, key_bits[0], arrays)
     return merged if out is None else jax.lax.with_sharding_constraint(merged, out)
 
 
-def _apart(
+def _unstack(
     members: jax.Array, base: jax.Array | None, dtype: DTypeLike, spread: NamedSharding | None
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-    """Return the members as M arrays, and the base, rounded to `dtype` and with the order axis of the mesh over their elements.
+    """Return M members and the base in `dtype`, with the order axis over their elements.
 
-    Over the mesh this is one all-to-all, and the result comes back by one all-gather: together the traffic of one all-reduce. But
-    each device has all members of its elements, so the additions keep the order that they have everywhere else.
+    Over the mesh this is one all-to-all, and the result comes back by one all-gather: together the
+    traffic of one all-reduce. But an all-reduce would add in an order that depends on the mesh.
+    Here each device has all members of its elements and adds them in the order of everywhere else.
     """
     stored = parts.round_to(members, dtype)
     if spread is not None:
-        bits = (
-            selection.to_bits(stored) if stored.dtype.itemsize < 4 else stored
-        )  # collectives of bfloat16 may quiet a NaN on CPU
-        bits = jax.lax.with_sharding_constraint(
-            bits, NamedSharding(spread.mesh, P(None, *spread.spec))
-        )
+        # collectives of bfloat16 may quiet a NaN on CPU, so its bits are sent
+        bits = selection.to_bits(stored) if stored.dtype.itemsize < 4 else stored
+        over_elements = NamedSharding(spread.mesh, P(None, *spread.spec))
+        bits = jax.lax.with_sharding_constraint(bits, over_elements)
         stored = jax.lax.bitcast_convert_type(bits, stored.dtype)
-    own = selection.unstack(stored)
-    if base is None:
-        return own, None
-    own_base = parts.round_to(base, dtype)
-    return own, own_base if spread is None else jax.lax.with_sharding_constraint(own_base, spread)
+    member_list = selection.unstack(stored)
+    if base is not None:
+        base = parts.round_to(base, dtype)
+        base = base if spread is None else jax.lax.with_sharding_constraint(base, spread)
+    return member_list, base
 
 
-def without_members(leaf: Any) -> tuple[NamedSharding, NamedSharding] | None:
-    """Return two shardings of one member of a leaf: with the order axis over its elements, and without it.
+class MemberShardings(NamedTuple):
+    """Shardings of one member of a population.
 
-    Under an outer jit both are left to the compiler.
+    Attributes:
+        spread: with the mesh axis that holds members over its elements, if an axis can be divided.
+        out: without that mesh axis.
+    """
+
+    spread: NamedSharding
+    out: NamedSharding
+
+
+def member_shardings(leaf: Array) -> MemberShardings | None:
+    """Return shardings for one member of a leaf.
+
+    Under an outer jit, and on no mesh, the result is None: both are left to the compiler.
 
     Args:
         leaf: [M, *s], an array or its description.
 
     Example:
-        >>> without_members(jnp.ones((2, 3))) is None  # on no mesh
+        >>> member_shardings(jnp.ones((2, 3))) is None  # on no mesh
         True
     """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
-    mesh, entries = sharding.mesh, list(sharding.spec) + [None] * (leaf.ndim - len(sharding.spec))
-    held, inner = entries[0], entries[1:]
+    mesh = sharding.mesh
+    entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+    member_axis, inner = entries[0], entries[1:]
     out = NamedSharding(mesh, P(*inner))
-    if held is None or mesh.shape[held] == 1:
-        return out, out
+    if member_axis is None or mesh.shape[member_axis] == 1:
+        return MemberShardings(out, out)
+    # from the last axis on: the first may be the layer axis, which `_measure_leaf` indexes
     for axis in reversed(range(len(inner))):
-        names = (
-            ()
-            if inner[axis] is None
-            else inner[axis]
-            if isinstance(inner[axis], tuple)
-            else (inner[axis],)
-        )
-        if (
-            leaf.shape[1 + axis]
-            % (math.prod(mesh.shape[name] for name in names) * mesh.shape[held])
-            == 0
-        ):
-            return NamedSharding(mesh, P(*inner[:axis], (*names, held), *inner[axis + 1 :])), out
-    return out, out
+        entry = inner[axis]
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        names = (*names, member_axis)
+        if leaf.shape[1 + axis] % math.prod(mesh.shape[name] for name in names) == 0:
+            spec = P(*inner[:axis], names, *inner[axis + 1 :])
+            return MemberShardings(NamedSharding(mesh, spec), out)
+    return MemberShardings(out, out)
+
+
+# ------------------------------------------------------------------------------------ diagnostics
 
 
 def measure_diagnostics(
@@ -425,7 +453,7 @@ def measure_diagnostics(
     seed: int,
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> diagnostics.Report:
     """Describe a merge by its task vectors, per Hugging Face tensor and in total.
 
     Args:
@@ -433,48 +461,46 @@ def measure_diagnostics(
         base: parameter dict.
         merged: parameter dict; members and base are rounded to its dtype first.
         config: the model.
-        method, seed, weights, parameters: of the merge; a selection with resampling draws again, to say how often it did.
-
-    Returns:
-        `{"total": numbers, "tensors": {hf_name: numbers}}`, plain Python (see `geometry.summarize`).
+        method, seed, weights, parameters: of the merge. A selection with resampling draws again,
+            to count how many elements each round redrew.
     """
     checked: dict[str, Any] = {}
     count_redrawn = None
-    if method in table.METHODS:
+    if method in table.METHODS:  # the merge that a search chose has no method of the table
         checked = table.check_parameters(method, parameters)
         count_redrawn = table.METHODS[method].count_redrawn(checked)
     flat, flat_base, flat_merged = tree.flatten(members), tree.flatten(base), tree.flatten(merged)
-    found: dict[str, tuple[diagnostics.Moments, int]] = {}
+    results: dict[str, tuple[diagnostics.Moments, int]] = {}
     for spec in arch.tensor_table(config):
-        own, own_base, own_merged = flat[spec.path], flat_base[spec.path], flat_merged[spec.path]
-        inner = without_members(own)
-        # every process reads the sums, so they must lie on all devices
-        everywhere = None if inner is None else NamedSharding(inner[0].mesh, P())
-        moments = jax.device_get(_moments(own, own_base, own_merged, everywhere))
-        tensors: list[_Tensor] | None = None
+        leaf, base_leaf = flat[spec.path], flat_base[spec.path]
+        merged_leaf = flat_merged[spec.path]
+        shardings = member_shardings(leaf)
+        everywhere = None if shardings is None else NamedSharding(shardings.out.mesh, P())
+        leaf_moments = jax.device_get(_moments(leaf, base_leaf, merged_leaf, everywhere))
+        names = spec.hf_names()
+        settings = _Settings(method, seed, weights, checked, merged_leaf.dtype)
+        tensors: Sequence[_LeafTensor | None] = [None] * len(names)
         if count_redrawn is not None:
-            chosen = _Chosen(method, seed, weights, checked, own_merged.dtype)
-            tensors = _tensors(own, own_base, spec.hf_names(), spec.stacked, chosen)
-        for layer, name in enumerate(spec.hf_names()):
-            one = (
-                diagnostics.Moments(*(x[:, layer] for x in moments[:2]))
-                if spec.stacked
-                else moments
-            )
-            if tensors is not None and count_redrawn is not None:
-                known, static = parts.split_static(table.prepare(tensors[layer], method, checked))
-                one = one._replace(
-                    redrawn=tensors[layer].total(count_redrawn, known["weights"], **dict(static))
-                )
-            found[name] = diagnostics.total(one), math.prod(spec.hf_shape)
-    return diagnostics.report((name, *found[name]) for name, _, _ in arch.hf_tensors(config))
+            tensors = _leaf_tensors(leaf, base_leaf, names, spec.stacked, settings)
+        for layer, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+            moments = leaf_moments
+            if spec.stacked:
+                products, unchanged = leaf_moments.products, leaf_moments.unchanged
+                moments = diagnostics.Moments(products[:, layer], unchanged[:, layer])
+            if tensor is not None and count_redrawn is not None:
+                arrays, static = parts.split_static(table.prepare(tensor, method, checked))
+                redrawn = tensor.total(count_redrawn, arrays["weights"], **dict(static))
+                moments = moments._replace(redrawn=redrawn)
+            results[name] = diagnostics.total(moments), math.prod(spec.hf_shape)
+    return diagnostics.report((name, *results[name]) for name, _, _ in arch.hf_tensors(config))
 
 
 @functools.partial(jax.jit, static_argnames="everywhere")
 def _moments(
     members: jax.Array, base: jax.Array, merged: jax.Array, everywhere: NamedSharding | None
 ) -> diagnostics.Moments:
-    found = diagnostics.moments(
+    moments = diagnostics.moments(
         parts.round_to(members, merged.dtype), parts.round_to(base, merged.dtype), merged
     )
-    return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)
+    # every process reads them on its host, so they must be on all devices
+    return moments if everywhere is None else jax.lax.with_sharding_constraint(moments, everywhere)

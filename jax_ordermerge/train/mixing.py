@@ -96,7 +96,7 @@ def papa(members: Sequence[jax.Array], rate: float) -> jax.Array:
 
 def _papa(x: jax.Array, abstract: jax.ShapeDtypeStruct, rate: float) -> jax.Array:
     # as in merging: one exchange puts the axis order over elements, so that every device adds whole sets of members
-    spread, _ = population.without_members(abstract) or (None, None)
+    spread, _ = population.member_shardings(abstract) or (None, None)
     if spread is not None:
         x = jax.lax.with_sharding_constraint(x, NamedSharding(spread.mesh, P(None, *spread.spec)))
     return papa(tuple(x), rate)

@@ -100,11 +100,11 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(models, expected, tmp_pat
     assert len(done) >= 9
     journal.write_text(journal.read_text() + '\n{"name": "cut off')
     merged = []
-    original = engine._Job.merge
+    original = engine._Merger.merge
     monkeypatch.setattr(
-        engine._Job,
+        engine._Merger,
         "merge",
-        lambda job, output: merged.append(output.name) or original(job, output),
+        lambda merger, output: merged.append(output.name) or original(merger, output),
     )
     engine.merge_plan(planned(models), out, shard_bytes=40_000)
     assert sorted(merged) == sorted({name for name, _, _ in arch.hf_tensors(CONFIG)} - set(done))

@@ -208,7 +208,7 @@ def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
     )
     for name, parameters in (("average", {}), ("selection", {"resample": "exhaustive"})):
         checked = table.check_parameters(name, parameters)
-        spread, out = population.without_members(members)
+        spread, out = population.member_shardings(members)
         known, static = parts.split_static(
             table.prepare(parts.InMemoryTensor([np.ones((64, 128))] * 4, None), name, checked)
         )

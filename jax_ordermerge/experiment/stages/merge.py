@@ -76,12 +76,12 @@ def _measure_diagnostics(
         population.members, population.base, merged, ctx.model, **settings
     )
     total = diagnostics["total"]
+    assert total is not None  # all tensors are of the same members
+    values = {key: total[key] for key in ("norm_ratio", "lambda_eff")}
     # both are None where no member has left the base
-    ratios = [
-        f"{key} {total[key]:.3f}" for key in ("norm_ratio", "lambda_eff") if total[key] is not None
-    ]
+    ratios = [f"{key} {value:.3f}" for key, value in values.items() if value is not None]
     ctx.log(f"  {name}: {', '.join(ratios) or 'equal to the base'} -> {ctx.layout.merged(name)}")
-    return diagnostics
+    return dict(diagnostics)
 
 
 STAGE = Stage("merge", run, is_complete)
