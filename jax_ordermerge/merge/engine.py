@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -309,8 +309,8 @@ def _merge_slab(
     count: int,
     method: str,
     static: table.Static,
-    dtype: np.dtype[Any],
-    out: np.dtype[Any],
+    dtype: np.dtype,
+    out: np.dtype,
 ) -> _SlabResult:
     """Merge a slab and measure it in one program, so that each slab is dispatched once.
 

@@ -95,8 +95,8 @@ class Plan:
     sources: tuple[Source, ...]
     outputs: tuple[Output, ...]
     seed: int
-    dtype: np.dtype[Any]
-    out_dtype: np.dtype[Any]
+    dtype: np.dtype
+    out_dtype: np.dtype
     recipe: Mapping[str, Any]
     stochastic: bool = False
     tokenizer_from: Path | None = None
@@ -212,7 +212,7 @@ def check_same(first: Source, second: Source, may_differ: Collection[str] = ()) 
             )
 
 
-def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype[Any]:
+def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype:
     """Return the given dtype, or the one in which all members are stored.
 
     Raises:

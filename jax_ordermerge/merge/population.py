@@ -25,14 +25,14 @@ Array = jax.Array | jax.ShapeDtypeStruct
 
 
 def merge(
-    members: Mapping[str, Any],
-    base: Mapping[str, Any] | None,
+    members: tree.Tree,
+    base: tree.Tree | None,
     config: ModelConfig,
     *,
     method: str,
     seed: int,
     weights: Sequence[float] | None = None,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: table.Parameters | None = None,
     scales: Mapping[str, float] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> tree.Tree:
@@ -110,7 +110,7 @@ def merge_leaf(
     method: str,
     seed: int,
     weights: Sequence[float] | None,
-    parameters: Mapping[str, Any],
+    parameters: table.Parameters,
     dtype: DTypeLike,
     out: DTypeLike | None = None,
 ) -> jax.Array:
@@ -135,8 +135,8 @@ def merge_leaf(
         >>> merge_leaf(members, None, ["w"], False, parameters=parameters, **settings).tolist()
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
-    settings = _Settings(method, seed, weights, parameters, jnp.dtype(dtype))
-    arguments, program = _prepare_leaf(members, base, names, stacked, settings)
+    leaf = _Leaf(members, base, names, stacked, method, seed, weights, parameters, jnp.dtype(dtype))
+    arguments, program = leaf.prepare()
     return _merge_leaf(*arguments, **program, result=None if out is None else jnp.dtype(out))
 
 
@@ -161,7 +161,7 @@ def compile_merge(
     members: int,
     method: str,
     weights: Sequence[float] | None = None,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: table.Parameters | None = None,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> jax.stages.Compiled:
     """Compile the merge of the largest tensor of a population, also for absent devices.
@@ -180,99 +180,110 @@ def compile_merge(
         convert.abstract_tensors([spec], mesh, members=members, dtype=dtype)
     ).values()
     (base,) = tree.flatten(convert.abstract_tensors([spec], mesh, dtype=dtype)).values()
-    checked = table.check_parameters(method, parameters)
-    settings = _Settings(method, 0, weights, checked, jnp.dtype(dtype))
-    arguments, program = _prepare_leaf(population, base, spec.hf_names(), spec.stacked, settings)
+    leaf = _Leaf(
+        population,
+        base,
+        spec.hf_names(),
+        spec.stacked,
+        method,
+        0,
+        weights,
+        table.check_parameters(method, parameters),
+        jnp.dtype(dtype),
+    )
+    arguments, program = leaf.prepare()
     return _merge_leaf.lower(*arguments, **program).compile()
 
 
 # -------------------------------------------------------------------------- one leaf of the dicts
 
 
-class _Settings(NamedTuple):
-    """A method and its arguments; `parameters` are from `table.check_parameters`."""
+class _Leaf(NamedTuple):
+    """An entry of the tensor table, and how it is merged; see `merge_leaf`."""
 
+    members: Array
+    base: Array | None
+    names: Sequence[str]
+    stacked: bool
     method: str
     seed: int
     weights: Sequence[float] | None
-    parameters: Mapping[str, Any]
-    dtype: np.dtype[Any]
+    parameters: table.Parameters
+    dtype: np.dtype
 
+    def tensors(self) -> list["_LeafTensor"]:
+        """Return the Hugging Face tensors of the entry."""
+        weights = table.check_weights(
+            self.method, self.weights, self.members.shape[0], self.parameters
+        )
+        return [_LeafTensor(self, layer, weights) for layer in range(len(self.names))]
 
-def _prepare_leaf(
-    members: Array, base: Array | None, names: Sequence[str], stacked: bool, settings: _Settings
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of `_merge_leaf`, and the static ones that select its program."""
-    tensors = _leaf_tensors(members, base, names, stacked, settings)
-    shardings = member_shardings(members)
-    prepared = [
-        parts.split_static(table.prepare(tensor, settings.method, settings.parameters))
-        for tensor in tensors
-    ]
-    first_arrays, static = prepared[0]
-    arrays = {name: np.stack([layer[name] for layer, _ in prepared]) for name in first_arrays}
-    program = {
-        "method": settings.method,
-        "static": static,
-        "dtype": settings.dtype,
-        "stacked": stacked,
-        "spread": tensors[0].spread,
-        "out": None if shardings is None else shardings.out,
-    }
-    return (members, base, np.stack([tensor.key_bits for tensor in tensors]), arrays), program
+    def prepare(self) -> tuple[tuple[parts.ArrayTree, ...], dict[str, Any]]:
+        """Return the arguments of `_merge_leaf`, and the static ones that select its program."""
+        shardings = member_shardings(self.members)
+        tensors = self.tensors()
+        prepared = [tensor.prepare() for tensor in tensors]
+        first_arrays, static = prepared[0]
+        arrays = {name: np.stack([layer[name] for layer, _ in prepared]) for name in first_arrays}
+        key_bits = np.stack([tensor.key_bits for tensor in tensors])
+        program = {
+            "method": self.method,
+            "static": static,
+            "dtype": self.dtype,
+            "stacked": self.stacked,
+            "shardings": shardings,
+        }
+        return (self.members, self.base, key_bits, arrays), program
 
 
 @dataclasses.dataclass(frozen=True)
 class _LeafTensor:
-    """One Hugging Face tensor of an entry of the tensor table, as a `parts.Tensor`.
+    """One Hugging Face tensor of an entry of the tensor table, as a `parts.Tensor`."""
 
-    Attributes:
-        members: [M, (L), *S], all layers.
-        base: [(L), *S].
-        stacked: whether there is a layer axis.
-        spread: sharding of one member with the order axis over its elements.
-        layer: which one the tensor is, 0 if not stacked.
-        key_bits: uint32[2].
-        weights: float64[M] or None.
-        dtype: what is merged.
-    """
-
-    members: Array
-    base: Array | None
-    stacked: bool
-    spread: NamedSharding | None
-    layer: int
-    key_bits: np.ndarray
+    leaf: _Leaf
+    layer: int  # 0 if the entry is not stacked
     weights: np.ndarray | None
-    dtype: np.dtype[Any]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.members.shape[1 + self.stacked :])
+        return tuple(self.leaf.members.shape[1 + self.leaf.stacked :])
 
     @property
     def count(self) -> int:
-        return int(self.members.shape[0])
+        return int(self.leaf.members.shape[0])
+
+    @property
+    def key_bits(self) -> np.ndarray:
+        """The random key, uint32[2]."""
+        leaf, layer = self.leaf, self.layer if self.leaf.stacked else None
+        return table.key_bits(
+            leaf.method, leaf.parameters, leaf.seed, leaf.names[self.layer], layer
+        )
+
+    def prepare(self) -> tuple[dict[str, np.ndarray], parts.Static]:
+        """Return what the method's `apply` needs to know of the tensor."""
+        return parts.split_static(table.prepare(self, self.leaf.method, self.leaf.parameters))
 
     def total(
         self,
-        function: Callable[..., Any],
-        *arrays: Any,
+        function: Callable[..., parts.ArrayTree],
+        *arrays: parts.ArrayTree,
         reduce: parts.Reduce = "sum",
         among: Sequence[int] | None = None,
         **static: Any,
     ) -> Any:
         """See `parts.Tensor.total`. The tensor is measured in one piece, on its devices."""
+        leaf = self.leaf
         measure = functools.partial(
             _measure_leaf,
             function=function,
             static=tuple(static.items()),
-            dtype=self.dtype,
-            stacked=self.stacked,
-            spread=self.spread,
+            dtype=leaf.dtype,
+            stacked=leaf.stacked,
+            shardings=member_shardings(leaf.members),
         )
-        arguments = (self.members, self.base, self.key_bits, self.layer, *arrays)
-        if isinstance(self.members, jax.ShapeDtypeStruct):
+        arguments = (leaf.members, leaf.base, self.key_bits, self.layer, *arrays)
+        if isinstance(leaf.members, jax.ShapeDtypeStruct):
             # nothing to measure: the merge compiles to the same program whatever the sums are
             shapes = jax.eval_shape(measure, *arguments)
             result = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
@@ -283,51 +294,31 @@ class _LeafTensor:
         return sums.result()
 
 
-def _leaf_tensors(
-    members: Array, base: Array | None, names: Sequence[str], stacked: bool, settings: _Settings
-) -> list[_LeafTensor]:
-    """Return the Hugging Face tensors of an entry of the tensor table."""
-    method, seed, weights, parameters, dtype = settings
-    checked_weights = table.check_weights(method, weights, members.shape[0], parameters)
-    shardings = member_shardings(members)
-    spread = None if shardings is None else shardings.spread
-    tensors = []
-    for layer, name in enumerate(names):
-        bits = table.key_bits(method, parameters, seed, name, layer if stacked else None)
-        tensors.append(
-            _LeafTensor(members, base, stacked, spread, layer, bits, checked_weights, dtype)
-        )
-    return tensors
-
-
-@functools.partial(jax.jit, static_argnames=("function", "static", "dtype", "stacked", "spread"))
+@functools.partial(jax.jit, static_argnames=("function", "static", "dtype", "stacked", "shardings"))
 def _measure_leaf(
     members: jax.Array,
     base: jax.Array | None,
     key_bits: jax.Array,
     layer: int,
-    *arrays: Any,
-    function: Callable[..., Any],
-    static: table.Static,
+    *arrays: parts.ArrayTree,
+    function: Callable[..., parts.ArrayTree],
+    static: parts.Static,
     dtype: DTypeLike,
     stacked: bool,
-    spread: NamedSharding | None,
-) -> Any:
+    shardings: "MemberShardings | None",
+) -> parts.ArrayTree:
     """Return `function` of one layer. The layer is traced, so all layers share one program."""
-    member_list, base = _unstack(members, base, dtype, spread)
+    member_list, base = _unstack(members, base, dtype, shardings)
     if stacked:
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
         member_list = tuple(map(take, member_list))
         base = None if base is None else take(base)
     result = function(parts.Part(member_list, base, key_bits), *arrays, **dict(static))
-    if spread is None:
-        return result
-    # every process reads the sums on its host, so they must be on all devices
-    return jax.lax.with_sharding_constraint(result, NamedSharding(spread.mesh, P()))
+    return _replicate(result, shardings)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("method", "static", "dtype", "stacked", "spread", "out", "result")
+    jax.jit, static_argnames=("method", "static", "dtype", "stacked", "shardings", "result")
 )
 def _merge_leaf(
     members: jax.Array,
@@ -336,11 +327,10 @@ def _merge_leaf(
     arrays: dict[str, jax.Array],
     *,
     method: str,
-    static: table.Static,
+    static: parts.Static,
     dtype: DTypeLike,
     stacked: bool,
-    spread: NamedSharding | None,
-    out: NamedSharding | None,
+    shardings: "MemberShardings | None",
     result: DTypeLike | None = None,
 ) -> jax.Array:
     """Merge all layers of an entry of the tensor table.
@@ -352,9 +342,9 @@ def _merge_leaf(
         arrays: what the method's `prepare` returned, [L, ...].
         method, static, dtype: see `table.merge_part`; `result` is its `out`.
         stacked: whether there is a layer axis.
-        spread, out: from `member_shardings`.
+        shardings: from `member_shardings`.
     """
-    member_list, base = _unstack(members, base, dtype, spread)
+    member_list, base = _unstack(members, base, dtype, shardings)
 
     def merge_tensor(
         members: tuple[jax.Array, ...],
@@ -370,11 +360,16 @@ def _merge_leaf(
     else:
         arrays = {name: x[0] for name, x in arrays.items()}
         merged = merge_tensor(member_list, base, key_bits[0], arrays)
-    return merged if out is None else jax.lax.with_sharding_constraint(merged, out)
+    if shardings is None:
+        return merged
+    return jax.lax.with_sharding_constraint(merged, shardings.out)
 
 
 def _unstack(
-    members: jax.Array, base: jax.Array | None, dtype: DTypeLike, spread: NamedSharding | None
+    members: jax.Array,
+    base: jax.Array | None,
+    dtype: DTypeLike,
+    shardings: "MemberShardings | None",
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """Return M members and the base in `dtype`, with the order axis over their elements.
 
@@ -383,17 +378,23 @@ def _unstack(
     Here each device has all members of its elements and adds them in the order of everywhere else.
     """
     stored = parts.round_to(members, dtype)
-    if spread is not None:
+    base = None if base is None else parts.round_to(base, dtype)
+    if shardings is not None:
         # collectives of bfloat16 may quiet a NaN on CPU, so its bits are sent
         bits = selection.to_bits(stored) if stored.dtype.itemsize < 4 else stored
+        spread = shardings.spread
         over_elements = NamedSharding(spread.mesh, P(None, *spread.spec))
         bits = jax.lax.with_sharding_constraint(bits, over_elements)
         stored = jax.lax.bitcast_convert_type(bits, stored.dtype)
-    member_list = selection.unstack(stored)
-    if base is not None:
-        base = parts.round_to(base, dtype)
-        base = base if spread is None else jax.lax.with_sharding_constraint(base, spread)
-    return member_list, base
+        base = None if base is None else jax.lax.with_sharding_constraint(base, spread)
+    return selection.unstack(stored), base
+
+
+def _replicate(values: parts.ArrayTree, shardings: "MemberShardings | None") -> parts.ArrayTree:
+    """Put sums on all devices of the mesh, since every process reads them on its host."""
+    if shardings is None:
+        return values
+    return jax.lax.with_sharding_constraint(values, NamedSharding(shardings.out.mesh, P()))
 
 
 class MemberShardings(NamedTuple):
@@ -444,15 +445,15 @@ def member_shardings(leaf: Array) -> MemberShardings | None:
 
 
 def measure_diagnostics(
-    members: Mapping[str, Any],
-    base: Mapping[str, Any],
-    merged: Mapping[str, Any],
+    members: tree.Tree,
+    base: tree.Tree,
+    merged: tree.Tree,
     config: ModelConfig,
     *,
     method: str,
     seed: int,
     weights: Sequence[float] | None = None,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: table.Parameters | None = None,
 ) -> diagnostics.Report:
     """Describe a merge by its task vectors, per Hugging Face tensor and in total.
 
@@ -464,7 +465,7 @@ def measure_diagnostics(
         method, seed, weights, parameters: of the merge. A selection with resampling draws again,
             to count how many elements each round redrew.
     """
-    checked: dict[str, Any] = {}
+    checked: table.Parameters = {}
     count_redrawn = None
     if method in table.METHODS:  # the merge that a search chose has no method of the table
         checked = table.check_parameters(method, parameters)
@@ -472,35 +473,40 @@ def measure_diagnostics(
     flat, flat_base, flat_merged = tree.flatten(members), tree.flatten(base), tree.flatten(merged)
     results: dict[str, tuple[diagnostics.Moments, int]] = {}
     for spec in arch.tensor_table(config):
-        leaf, base_leaf = flat[spec.path], flat_base[spec.path]
+        members_leaf, base_leaf = flat[spec.path], flat_base[spec.path]
         merged_leaf = flat_merged[spec.path]
-        shardings = member_shardings(leaf)
-        everywhere = None if shardings is None else NamedSharding(shardings.out.mesh, P())
-        leaf_moments = jax.device_get(_moments(leaf, base_leaf, merged_leaf, everywhere))
         names = spec.hf_names()
-        settings = _Settings(method, seed, weights, checked, merged_leaf.dtype)
-        tensors: Sequence[_LeafTensor | None] = [None] * len(names)
-        if count_redrawn is not None:
-            tensors = _leaf_tensors(leaf, base_leaf, names, spec.stacked, settings)
-        for layer, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+        leaf_moments = jax.device_get(
+            _moments(members_leaf, base_leaf, merged_leaf, member_shardings(members_leaf))
+        )
+        leaf = _Leaf(
+            members_leaf,
+            base_leaf,
+            names,
+            spec.stacked,
+            method,
+            seed,
+            weights,
+            checked,
+            merged_leaf.dtype,
+        )
+        tensors = leaf.tensors() if count_redrawn is not None else []
+        for layer, name in enumerate(names):
             moments = leaf_moments
             if spec.stacked:
                 products, unchanged = leaf_moments.products, leaf_moments.unchanged
                 moments = diagnostics.Moments(products[:, layer], unchanged[:, layer])
-            if tensor is not None and count_redrawn is not None:
-                arrays, static = parts.split_static(table.prepare(tensor, method, checked))
-                redrawn = tensor.total(count_redrawn, arrays["weights"], **dict(static))
+            if count_redrawn is not None:
+                arrays, static = tensors[layer].prepare()
+                redrawn = tensors[layer].total(count_redrawn, arrays["weights"], **dict(static))
                 moments = moments._replace(redrawn=redrawn)
             results[name] = diagnostics.total(moments), math.prod(spec.hf_shape)
     return diagnostics.report((name, *results[name]) for name, _, _ in arch.hf_tensors(config))
 
 
-@functools.partial(jax.jit, static_argnames="everywhere")
+@functools.partial(jax.jit, static_argnames="shardings")
 def _moments(
-    members: jax.Array, base: jax.Array, merged: jax.Array, everywhere: NamedSharding | None
+    members: jax.Array, base: jax.Array, merged: jax.Array, shardings: MemberShardings | None
 ) -> diagnostics.Moments:
-    moments = diagnostics.moments(
-        parts.round_to(members, merged.dtype), parts.round_to(base, merged.dtype), merged
-    )
-    # every process reads them on its host, so they must be on all devices
-    return moments if everywhere is None else jax.lax.with_sharding_constraint(moments, everywhere)
+    members, base = (parts.round_to(x, merged.dtype) for x in (members, base))
+    return _replicate(diagnostics.moments(members, base, merged), shardings)

@@ -199,7 +199,7 @@ class FileTensor:
 _thread = threading.local()
 
 
-def _thread_buffer(size: int, dtype: np.dtype[Any], slot: int) -> np.ndarray:
+def _thread_buffer(size: int, dtype: np.dtype, slot: int) -> np.ndarray:
     """Return an array in the buffer of this thread and slot, which grows as needed."""
     buffers: dict[int, np.ndarray] = _thread.__dict__.setdefault("buffers", {})
     nbytes = size * dtype.itemsize

@@ -11,7 +11,7 @@ from jax_ordermerge import arch, rng, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import population
-from jax_ordermerge.merge.methods import parts, table
+from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.methods.selection import select
 
 MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1)]
@@ -208,29 +208,21 @@ def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
     )
     for name, parameters in (("average", {}), ("selection", {"resample": "exhaustive"})):
         checked = table.check_parameters(name, parameters)
-        spread, out = population.member_shardings(members)
-        known, static = parts.split_static(
-            table.prepare(parts.InMemoryTensor([np.ones((64, 128))] * 4, None), name, checked)
+        leaf = population._Leaf(
+            members,
+            base if table.METHODS[name].needs_base(checked) else None,
+            ["w"],
+            stacked=False,
+            method=name,
+            seed=0,
+            weights=None,
+            parameters=checked,
+            dtype=np.dtype("float32"),
         )
-        given = {
-            "method": name,
-            "static": static,
-            "dtype": np.dtype("float32"),
-            "stacked": False,
-            "spread": spread,
-            "out": out,
-        }
-        arrays = {key: value[None] for key, value in known.items()}
-        needed = base if table.METHODS[name].needs_base(checked) else None
-        program = (
-            population._merge_leaf.lower(
-                members, needed, np.zeros((1, 2), np.uint32), arrays, **given
-            )
-            .compile()
-            .as_text()
-        )
-        found = {
-            kind: len(re.findall(rf" {kind}(?:-start)?\(", program))
+        arguments, program = leaf.prepare()
+        text = population._merge_leaf.lower(*arguments, **program).compile().as_text()
+        counts = {
+            kind: len(re.findall(rf" {kind}(?:-start)?\(", text))
             for kind in ("all-to-all", "all-gather", "all-reduce")
         }
-        assert found == {"all-to-all": 1, "all-gather": 1, "all-reduce": 0}, name
+        assert counts == {"all-to-all": 1, "all-gather": 1, "all-reduce": 0}, name

@@ -132,9 +132,9 @@ def _task_arithmetic(values: Values) -> Call:
 def _sparsify_rule(
     method: str,
     *,
-    consensus: bool,
-    normalize: bool,
-    rescale: bool,
+    consensus: bool = False,
+    normalize: bool = False,
+    rescale: bool = False,
     per_member: Mapping[str, float] | None = None,
     **fixed: Any,
 ) -> Rule:
@@ -252,35 +252,17 @@ MERGEKIT: dict[str, Rule] = {
         },
         needs_base=True,
     ),
-    "ties": _sparsify_rule("ties", consensus=True, normalize=True, rescale=False),
-    "dare_linear": _sparsify_rule("dare_linear", consensus=False, normalize=False, rescale=True),
-    "dare_ties": _sparsify_rule("dare_ties", consensus=True, normalize=False, rescale=True),
-    "breadcrumbs": _sparsify_rule(
-        "breadcrumbs",
-        consensus=False,
-        normalize=False,
-        rescale=False,
-        per_member={"gamma": 0.01},
-        at_least=0,
-    ),
+    "ties": _sparsify_rule("ties", consensus=True, normalize=True),
+    "dare_linear": _sparsify_rule("dare_linear", rescale=True),
+    "dare_ties": _sparsify_rule("dare_ties", consensus=True, rescale=True),
+    "breadcrumbs": _sparsify_rule("breadcrumbs", per_member={"gamma": 0.01}, at_least=0),
     "breadcrumbs_ties": _sparsify_rule(
-        "breadcrumbs_ties",
-        consensus=True,
-        normalize=False,
-        rescale=False,
-        per_member={"gamma": 0.01},
-        at_least=0,
+        "breadcrumbs_ties", consensus=True, per_member={"gamma": 0.01}, at_least=0
     ),
     "della": _sparsify_rule(
         "della", consensus=True, normalize=True, rescale=True, per_member={"epsilon": 0.15}
     ),
-    "della_linear": _sparsify_rule(
-        "della_linear",
-        consensus=False,
-        normalize=False,
-        rescale=True,
-        per_member={"epsilon": 0.15},
-    ),
+    "della_linear": _sparsify_rule("della_linear", rescale=True, per_member={"epsilon": 0.15}),
     "model_stock": Rule(
         "model_stock", _model_stock, shared={"filter_wise": _switch(False)}, needs_base=True
     ),

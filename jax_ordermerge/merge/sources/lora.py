@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class LoRA:
         *,
         label: str,
         identity: str,
-        dtype: np.dtype[Any] | None = None,
+        dtype: np.dtype | None = None,
         saved: Mapping[str, tuple[safetensors.Reader, str]] | None = None,
         rows: int | None = None,
         directory: Path | None = None,
