@@ -1,4 +1,7 @@
-"""What the stages of a run share: `open_run` reads and checks every input before anything is written."""
+"""What the stages of a run share.
+
+`open_run` reads and checks every input before anything is written.
+"""
 
 import dataclasses
 import functools
@@ -49,6 +52,8 @@ class RunContext:
     log: Log
     on_checkpoint: Callable[[], None] | None = None
 
+    # Derived from the config, not a field of its own: a context with another `output` (a scratch
+    # directory, a local copy of a bucket) then can never write into the old directory.
     @property
     def layout(self) -> RunLayout:
         """Paths of the run directory."""
@@ -82,12 +87,16 @@ def open_run(
     Raises:
         UserError: the first input that does not fit. Nothing has been written.
     """
+    # Cheap checks come first: a typo in the config must not cost the start of a cluster. Only then
+    # may the devices be touched, and from there on all processes take the same path.
     preflight.check_config(config)
     preflight.check_tracking(config)
     start_devices(config)
     shared = schema.to_dict(config)
-    for local in ("distributed", "compilation_cache"):  # may differ between processes
-        del shared[local]
+    # addresses and cache directories belong to a machine; everything else must agree, or the
+    # processes would wait for each other in different programs
+    for key in ("distributed", "compilation_cache"):
+        del shared[key]
     processes.check_alike(shared)
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     preflight.check_groups(config, mesh.shape["order"])
@@ -97,9 +106,11 @@ def open_run(
     tokenizer = source.load_tokenizer(base_dir)
     data = config.data
     if config.objective.kind == "dpo":
+        # `format: auto` would read a file without rejected responses as plain responses
         data = data.model_copy(update={"format": "preference"})
     splits = source.load_splits(data, tokenizer, seed=config.seed)
     preflight.check_data(config, model, tokenizer, splits)
+    # a file may differ between hosts under the same path: compare what was tokenized
     digests = {f"data.{name}": examples.digest for name, examples in splits.items()}
     processes.check_alike(digests)
     return RunContext(config, mesh, base_dir, model, tokenizer, splits, log, on_checkpoint)
@@ -109,6 +120,7 @@ def start_devices(config: Config) -> None:
     """Start the processes and set what XLA reads at its start. A second call changes nothing."""
     if config.compilation_cache:
         meshes.keep_programs(config.compilation_cache)
+    # XLA reads the number of CPU devices when the backend starts; several processes bring their own
     if config.distributed.coordinator is None:
         meshes.provide_cpu_devices(config.mesh.sizes.values())
     processes.start_distributed(**config.distributed.model_dump())

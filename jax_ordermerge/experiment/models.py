@@ -23,6 +23,7 @@ from jax_ordermerge.tree import Tree
 def base_params(ctx: RunContext, dtype: str) -> Tree:
     """Return the base model, read from its files or drawn at random as `model.init` says."""
     if ctx.config.model.init == "random":
+        # drawn in float32 and rounded: the same model in every dtype, up to rounding
         params = llama.init_params(ctx.model, ctx.config.seed, ctx.mesh)
         return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
     ignore = ctx.config.model.ignore_config_keys
@@ -32,7 +33,7 @@ def base_params(ctx: RunContext, dtype: str) -> Tree:
 def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tree]]:
     """Yield `(name, parameters)` in the dtype that is merged and served.
 
-    Merges are read from the files that were exported, so every later number is about those.
+    The models are loaded one at a time, when the caller asks for the next.
     """
     dtype = ctx.config.merge.dtype
     for name in names:
@@ -45,6 +46,7 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
                 ctx.training, ctx.model, ctx.mesh, layout, member, dtype=dtype
             )
         else:
+            # from the exported files, so that every later number is about what users load
             params = convert.load_params(ctx.layout.merged(name), ctx.mesh, dtype=dtype)[1]
         yield name, params
 

@@ -53,10 +53,14 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
         location = _location(config)
         if through == "report":
             location = f"{location}/{layout.report_html.name}"
+        # decided before anything is loaded, so that a complete run costs a look at some files
         missing = [stage for stage in stages if not stage.is_complete(local)]
         if not missing:
             log(f"everything is done: {location}")
             return layout.root
+        # Order matters: open_run may refuse, and must leave no trace then. The config is the first
+        # file, because it makes the directory a run and guards it against another config. It names
+        # the bucket, not the local copy, so that the run continues on another machine.
         ctx = open_run(local, log, copy.try_save)
         write_config(config, layout)
         ctx = add_reference_logprobs(ctx)
@@ -67,7 +71,7 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
                     # only training stops at a step; elsewhere SIGTERM must not be swallowed
                     processes.let_sigterm_end()
                 stage.run(ctx)
-                copy.save()
+                copy.save()  # per stage: a lost machine then costs one stage at most
         log(f"done: {location}")
         return layout.root
 
@@ -108,9 +112,11 @@ def search(
         ctx = open_run(local, log, copy.try_save)
         if validation is not None:
             ctx = searching.with_validation_file(ctx, validation)
+        # before a training of hours; open_run has checked only the search of the config
         preflight.check_search(local, ctx.model, ctx.splits, space)
         trained = train.STAGE.is_complete(local)
         if not trained:
+            # a trained run has its config already; a search adds to it and leaves it unchanged
             write_config(config, ctx.layout)
         ctx = add_reference_logprobs(ctx)
         if not trained:

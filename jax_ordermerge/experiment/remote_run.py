@@ -32,10 +32,9 @@ class BucketCopy:
             self._copy()
 
     def try_save(self) -> None:
-        """Copy the complete files while a stage goes on. A failure is logged; a later copy repeats it.
-
-        Only one process calls it, so there must be no barrier.
-        """
+        """Copy the complete files while a stage goes on; log a failure instead of raising it."""
+        # Only one process calls this, so there must be no barrier. A bucket out of reach for a
+        # minute must not end a training of days: the next copy includes what this one missed.
         try:
             self._copy()
         except UserError as error:
@@ -58,6 +57,7 @@ def local_run(config: Config, log: Log) -> Iterator[tuple[Config, BucketCopy]]:
         yield config, BucketCopy(None, log)
         return
     mirror = remote.Mirror(url)
+    # One process copies: several writers of one listing would undo each other.
     first = True
     if several:
         first = _open_on_first_process(config, mirror)
@@ -67,17 +67,19 @@ def local_run(config: Config, log: Log) -> Iterator[tuple[Config, BucketCopy]]:
     try:
         yield config.model_copy(update={"output": str(mirror.local)}), copy
     except Stopped:
+        # a preempted machine has some seconds left, and its disk is lost after them
         copy.save()
         raise
 
 
 def _open_on_first_process(config: Config, mirror: remote.Mirror) -> bool:
     """Open a copy by process 0, check that the others see it, and return whether this is it."""
-    start_devices(config)
+    start_devices(config)  # the barrier needs the processes to be connected
     with processes.barrier(f"read {mirror.url}"):
         if jax.process_index() == 0:
             mirror.open()
     try:
+        # the record names the version that the copy holds: on another disk it is absent or older
         processes.check_alike({"the copy of the run": mirror.record})
     except UserError as error:
         raise UserError(
