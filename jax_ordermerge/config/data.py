@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from jax_ordermerge.config.section import Section
+from jax_ordermerge.errors import UserError
 
 
 class Data(Section):
@@ -59,3 +60,22 @@ class Data(Section):
     buckets: tuple[PositiveInt, ...] = Field(
         (), description="padded lengths below max_length; () pads to the longest example"
     )
+
+    def check_length(self, positions: int, model: str) -> None:
+        """Check that rows of `max_length` tokens fit the context of a model.
+
+        Args:
+            positions: of the model.
+            model: its name, for the message.
+
+        Raises:
+            UserError: they do not.
+
+        Example:
+            >>> Data(max_length=512).check_length(2048, "llama-7b")
+        """
+        if self.max_length > positions:
+            raise UserError(
+                f"data.max_length = {self.max_length} is above the {positions} positions of"
+                f" {model}; lower it"
+            )

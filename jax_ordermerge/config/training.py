@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, one_of, registered
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.registry import Registry
 
 if TYPE_CHECKING:
@@ -39,6 +40,25 @@ class Population(Section):
         "sample", description="what the orders permute"
     )
     reshuffle: Literal["each_epoch", "never"] = "each_epoch"
+
+    def check_groups(self, groups: int) -> None:
+        """Check that the device groups of a mesh share the members evenly.
+
+        Args:
+            groups: size of the mesh axis `order`.
+
+        Raises:
+            UserError: they do not.
+
+        Example:
+            >>> Population(members=4).check_groups(2)
+        """
+        for key, members in (("members", self.members), ("wave", self.wave or groups)):
+            if members % groups:
+                raise UserError(
+                    f"population.{key} = {members} is not a multiple of the order axis"
+                    f" ({groups} device groups); change one"
+                )
 
 
 # -------------------------------------------------------------------------------------- objective

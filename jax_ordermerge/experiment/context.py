@@ -22,6 +22,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.train import trackers
 from jax_ordermerge.train.spec import TrainingSpec
 
 Log = Callable[[str], None]
@@ -90,7 +91,7 @@ def open_run(
     # Cheap checks come first: a typo in the config must not cost the start of a cluster. Only then
     # may the devices be touched, and from there on all processes take the same path.
     preflight.check_config(config)
-    preflight.check_tracking(config)
+    trackers.check(config.tracking)  # only the machine that trains needs their packages
     start_devices(config)
     shared = schema.to_dict(config)
     # addresses and cache directories belong to a machine; everything else must agree, or the
@@ -99,7 +100,7 @@ def open_run(
         del shared[key]
     processes.check_alike(shared)
     mesh = meshes.make_mesh(**config.mesh.model_dump())
-    preflight.check_groups(config, mesh.shape["order"])
+    config.population.check_groups(mesh.shape["order"])
     base_dir = convert.resolve(config.model.base)
     model = convert.load_config(base_dir, config.model.ignore_config_keys)
     preflight.check_model(config, base_dir, model)

@@ -1,7 +1,8 @@
-"""Every check of a run that is made before anything is written, each in one place.
+"""Every check of a run that is made before anything is written.
 
-`ordermerge plan` and `launch` read neither weights nor data. They call `check_config`, which needs
-the config alone.
+`ordermerge plan` and `launch` call `check_config`, too: it needs the config alone, where the others
+need devices, weights or data. Checks of one section against a number, which the planner makes as
+well, are methods of the section: `Population.check_groups`, `Data.check_length`.
 """
 
 from collections.abc import Mapping
@@ -19,49 +20,29 @@ from jax_ordermerge.experiment import sample_generations
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.model import lora
 from jax_ordermerge.search import search
-from jax_ordermerge.train import trackers
 
 
 def check_config(config: Config) -> None:
-    """Check what the schema cannot: the merge methods and their parameters.
+    """Check what the schema cannot: the merge methods, their parameters and weights.
 
     Raises:
-        UserError: a method is unknown, its parameters are wrong, or it needs data that are not there.
+        UserError: a method is unknown, does not take these parameters, weights or number of
+            members, or needs data that are absent.
     """
+    members = config.population.members
     for spec in config.merge.methods:
-        table.check_parameters(spec.method, spec.parameters)
-        table.refuse_weights(spec.method, spec.weights)
+        parameters = table.check_parameters(spec.method, spec.parameters)
         needs = table.METHODS[spec.method].needs
+        if needs is None:
+            table.check_weights(spec.method, spec.weights, members, parameters)
+            continue
+        # the models that such a method merges are not the members alone: with `fisher` there are
+        # as many diagonals beside them, with `validation` it is a choice of them
+        table.refuse_weights(spec.method, spec.weights)
         if needs == "validation" and not config.data.validation_examples:
             raise UserError(
-                f"merge method {spec.method} chooses on validation data: "
-                "set data.validation_examples"
-            )
-
-
-def check_tracking(config: Config) -> None:
-    """Check the libraries of `tracking`; only the machine that trains needs them."""
-    trackers.check(config.tracking)
-
-
-def check_groups(config: Config, groups: int) -> None:
-    """Check that the device groups share the members evenly.
-
-    Args:
-        config: of the run.
-        groups: size of the mesh axis `order`.
-
-    Raises:
-        UserError: they do not.
-    """
-    for key, members in (
-        ("members", config.population.members),
-        ("wave", config.population.wave or groups),
-    ):
-        if members % groups:
-            raise UserError(
-                f"population.{key} = {members} is not a multiple of the order axis"
-                f" ({groups} device groups); change one"
+                f"merge method {spec.method} chooses on validation data:"
+                " set data.validation_examples"
             )
 
 
@@ -75,12 +56,9 @@ def check_model(config: Config, base_dir: Path, model: ModelConfig) -> None:
     if config.lora is not None:
         lora.targets(model, config.lora)
     if config.model.init == "pretrained":
+        # by the headers of the files; the tensors themselves are read when they are needed
         convert.check_tensors(Reader(base_dir), model)
-    if config.data.max_length > model.max_position_embeddings:
-        raise UserError(
-            f"data.max_length = {config.data.max_length} is above the"
-            f" {model.max_position_embeddings} positions of {config.model.base}"
-        )
+    config.data.check_length(model.max_position_embeddings, config.model.base)
 
 
 def check_data(
@@ -96,6 +74,7 @@ def check_data(
             f"data.train = {config.data.train} holds preference pairs, objective.kind = sft learns"
             " responses; set it to dpo"
         )
+    # a token beyond the table would read the row of another token: gathers clamp on devices
     if len(tokenizer) > model.vocab_size:
         raise UserError(
             f"{config.model.base}: the tokenizer has {len(tokenizer)} tokens,"
@@ -121,7 +100,9 @@ def check_search(
             "a merge is chosen on validation examples: set data.validation_examples,"
             " or give ordermerge search --validation FILE"
         )
-    others = {name: examples for name, examples in splits.items() if name != "validation"}
-    search.check_disjoint(splits["validation"], others)
+    # A member has learned the training examples, and the claim rests on the test examples: on
+    # either of them the choice would be biased.
+    reserved = {name: examples for name, examples in splits.items() if name != "validation"}
+    search.check_disjoint(splits["validation"], reserved)
     seed = config.seed if space.seed is None else space.seed
     search.check_space(space, config.population.members, model, seed)

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import parameter_count
-from jax_ordermerge.errors import UserError
 from jax_ordermerge.hardware import MEMORY_FRACTION, Topology, find, parse
 from jax_ordermerge.plan import analytic, compiled, devices, search
 from jax_ordermerge.plan.analytic import Workload
@@ -61,7 +60,9 @@ def plan_experiment(
         # the devices are only compiled for: without this jax would look for others, and take them
         jax.config.update("jax_platforms", "cpu")
     inputs = read_inputs(spec, architecture, examples, tests)
-    _check(spec, inputs, target)
+    # what a run would refuse on these devices
+    spec.data.check_length(inputs.model.max_position_embeddings, inputs.model_name)
+    spec.population.check_groups(meshes.axis_sizes(spec.mesh.sizes, target.size)["order"])
     notes = list(inputs.notes)
     compiles = not analytic_only and devices.has_compiler(target)
     if not compiles and not analytic_only:
@@ -101,24 +102,6 @@ def _present_topology(spec: PlanSpec) -> Topology:
     sizes = meshes.axis_sizes(spec.mesh.sizes, len(present))
     device = find(present[0].device_kind)
     return Topology(device, (math.prod(sizes.values()),), present=device is not None)
-
-
-def _check(spec: PlanSpec, inputs: Inputs, topology: Topology) -> None:
-    """Refuse what a run would refuse on these devices."""
-    positions = inputs.model.max_position_embeddings
-    if spec.data.max_length > positions:
-        raise UserError(
-            f"data.max_length = {spec.data.max_length} is above the {positions} positions of"
-            f" {inputs.model_name}; lower it"
-        )
-    groups = meshes.axis_sizes(spec.mesh.sizes, topology.size)["order"]
-    population = spec.population
-    for name, members in (("members", population.members), ("wave", population.wave or groups)):
-        if members % groups:
-            raise UserError(
-                f"population.{name} = {members} is not a multiple of the order axis ({groups}"
-                " device groups); change one"
-            )
 
 
 # compiles a program for settings and a mesh

@@ -146,7 +146,7 @@ def test_interrupted_and_called_again_ends_with_the_same_bytes(
     directory, _ = run
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
     module, name, after = {
-        "train": (loop, "_log", 2),
+        "train": (loop.Display, "metrics", 2),
         "merge": (convert, "export", 2),
         "analyze": (losses, "sequence_losses", 3),
         "evaluate": (harness, "run", 3),
@@ -191,6 +191,27 @@ def test_stages_alone_do_the_same(run, folder, tmp_path):
         assert not pipeline.find_stage("evaluate").is_complete(config)
     name = "merged/selection/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_a_merge_without_its_diagnostics_is_not_complete(run, folder, tmp_path):
+    """It was exported, and the process was killed before it was recorded."""
+    directory, _ = run
+    shutil.copytree(directory, tmp_path / "run")
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
+    stage = pipeline.find_stage("merge")
+    assert stage.is_complete(config)
+    path = tmp_path / "run" / "merge.json"
+    merges = json.loads(path.read_text())
+    path.write_text(json.dumps(merges | {"merges": merges["merges"][:-1]}))
+    assert not stage.is_complete(config)
+
+
+def test_a_merge_of_too_many_members_is_refused_before_training(folder, tmp_path):
+    methods = "merge.methods=[{method: nearswap, parameters: {t: 0.1}}]"
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}", methods])
+    with pytest.raises(UserError, match="merge method nearswap takes 1 models, 2 were given"):
+        pipeline.run(config, log=lambda line: None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_lost_merge_is_made_again(run, folder, tmp_path):

@@ -14,6 +14,7 @@ def run(ctx: RunContext) -> None:
     """Merge the population in device memory, export each merge, and record its diagnostics."""
     config, run = ctx.config, ctx.layout
     population = models.load_population(ctx)
+    # what an earlier, interrupted call has recorded; rewritten after each merge
     rows = {row["name"]: row for row in (read_json(run.merges) or {"merges": []})["merges"]}
 
     def record(name: str, settings: Json, merged: Tree, parameters: Json) -> None:
@@ -62,7 +63,11 @@ def run(ctx: RunContext) -> None:
 def is_complete(config: Config) -> bool:
     """Whether every merge of the config is exported and recorded."""
     run = RunLayout(config.directory)
-    return run.merges.is_file() and all(map(run.is_merged, config.merge_names))
+    recorded = {row["name"] for row in (read_json(run.merges) or {"merges": []})["merges"]}
+    # a merge is exported before its diagnostics are measured: an export alone is not complete
+    return run.merges.is_file() and all(
+        name in recorded and run.is_merged(name) for name in config.merge_names
+    )
 
 
 def _measure_diagnostics(
