@@ -1,4 +1,4 @@
-r"""The two regimes of configs/regimes: effects of position, and `auto` against a dense lambda sweep.
+r"""The two regimes of configs/regimes: effects of position, `auto` against a dense lambda sweep.
 
     ordermerge run configs/regimes/underfitted.yaml \
         --set model.base=BASE --set data.train=TRAIN.jsonl --set data.test=TEST.jsonl

@@ -27,15 +27,15 @@ from jax_ordermerge.rng import stream_key_bits
 
 @dataclass(frozen=True)
 class Design:
-    """Sizes and settings of an analysis; the warm-up window is a position in epoch 1."""
+    """Sizes and settings of an analysis."""
 
     samples: int
     members: int
     epochs: int
-    warmup_fraction: float
-    warmup_window: float
+    warmup_fraction: float  # of all steps
+    warmup_window: float  # of epoch 1: the position where the warm-up ends, at most 1
     bins: int
-    bootstrap: int
+    bootstrap: int  # number of resamples
     permutations: int
     seed: int
     confidence: float = CONFIDENCE
@@ -46,6 +46,7 @@ class EpochEffect:
     """One model's losses by the positions of one member in one epoch."""
 
     epoch: int
+    # of Pearson's r; assumes nothing about the distribution of losses, which are skewed
     permutation_p: float
     marginal: Marginal | Missing = field(metadata=INLINE)
 
@@ -55,7 +56,7 @@ class MemberEpoch(EpochEffect):
     """The same of a member and its positions, with its curve."""
 
     curve: Band | Missing
-    decile_gap: Estimate | Missing
+    decile_gap: Estimate | Missing  # that of the curve, whatever the number of bins
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Imbalance:
     members: list[MemberEffect]
     pooled: Pooled
     fixed_effects: JointEffect | Missing
-    fixed_effects_warmup: JointEffect | Missing
+    fixed_effects_warmup: JointEffect | Missing  # epoch 1 with a slope of its own for the warm-up
     merged: dict[str, MergeEffect]
 
 
@@ -219,6 +220,7 @@ def _checked(
             f"analysis: losses {list(losses.shape)} and positions {list(places.shape)} do not "
             "match; expected [members, samples] and [members, epochs, samples]"
         )
+    # step numbers instead of fractions are the likely mistake
     if not (np.isfinite(places).all() and places.min() >= 0 and places.max() <= 1):
         raise UserError(
             "analysis: positions must lie in [0, 1]; "

@@ -20,7 +20,7 @@ class Level:
     """Mean and standard deviation of losses; of fewer than two samples only their number."""
 
     mean_loss: float | None = None
-    sd_loss: float | None = None
+    sd_loss: float | None = None  # between samples
     samples: int | None = None
 
     @classmethod
@@ -54,7 +54,7 @@ class Part:
 class WarmupSplit:
     """Samples inside the warm-up of epoch 1, and those after it."""
 
-    window: float
+    window: float  # a position in epoch 1
     inside: Part
     after: Part
 
@@ -72,10 +72,10 @@ class JointEffect:
     """The fixed-effects estimate over all members and epochs."""
 
     coefficients: list[Coefficient]
-    observations: int
-    clusters: int
+    observations: int  # members times samples
+    clusters: int  # samples
     residual_sd: float
-    member_effects: list[float]
+    member_effects: list[float]  # [M], levels of the members about their mean
 
 
 @dataclass(frozen=True)

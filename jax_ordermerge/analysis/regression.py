@@ -19,8 +19,8 @@ class Effect:
 
     estimate: float
     se: float
-    z: float
-    p: float
+    z: float  # estimate / se
+    p: float  # by Student's t
     low: float
     high: float
 

@@ -46,6 +46,7 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
 
 def build(runs: Sequence[Run]) -> list[Block]:
     """Return the blocks of the comparison."""
+    # a comparison is useful while a run is still under way
     absent = [
         f"{run.name} has no {file.name} yet"
         for run in runs
@@ -86,6 +87,7 @@ def _flatten(config: Json, prefix: str = "") -> Json:
     """Return a nested config as `{"training.epochs": 3}`."""
     flat: Json = {}
     for key, value in config.items():
+        # lists stay whole: the merges of two runs have no common numbering
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:

@@ -38,6 +38,7 @@ def sentences(run: Run) -> list[str]:
         tests = sum(
             len(measure.gaps) for merge in merges.values() for measure in merge.measures.values()
         )
+        # one merge against one or two rivals needs no lecture on multiple comparisons
         if tests > 2:
             sentences.append(
                 f"These are {tests} comparisons. The verdicts follow p values corrected by Holm's "
@@ -78,7 +79,8 @@ def search_sentence(search: Json) -> str:
         )
         for rival, gap in claims.items()
     ]
-    # a rival with the same losses is not tested
+    # A rival with the same losses is not tested. It is the same model as far as anyone can tell,
+    # as where the search chose the average itself.
     clauses += [f"the same as {text}" for rival, text in RIVALS.items() if rival not in claims]
     return (
         f"{text} On the {search['claim']['examples']} test examples, which had no part in the "
@@ -142,7 +144,7 @@ def _mitigation(analysis: Json, merge: Json | None) -> list[str]:
     return [
         f"After merging: the gap is largest in epoch {epoch + 1}, where the early half of a "
         "member's samples differs from its late half by "
-        f"{signed(before['estimate'], before['se'])}. By the same orders it is, in the merges: "
+        f"{signed(before['estimate'], before['se'])}. In the merges, by the same orders: "
         f"{'; '.join(parts)}. An average of {members} members with unrelated orders would be "
         f"expected at about {before['estimate'] / members:+.4f}."
     ]
@@ -156,7 +158,7 @@ def _task_vectors(merge: Json) -> list[str]:
         return []
     cosines = pair_cosines(total["cosines"])
     vectors = (
-        f"have a mean cosine of {np.mean(cosines):.3f} to each other" if cosines else "are zero"
+        f"have a mean cosine of {np.mean(cosines):.3f} between pairs" if cosines else "are zero"
     )
     low, high = 100 * min(total["unchanged"]), 100 * max(total["unchanged"])
     # a selection draws again where the drawn member did not change the base
@@ -182,6 +184,7 @@ def _members(run: Run) -> list[str]:
         mean, sd = spread(losses)
         before = "".join(f", base {loss:.4f}" for loss in base_loss)
         sentences.append(f"Held-out loss: mean member {mean:.4f}{between(sd, 4)}{before}.")
+    # all members have the same tasks
     for task in run.members[0].get("tasks", {}) if run.members else ():
         mean, sd = spread(percentages(run.members, task))
         before = "".join(f", base {share:.1f} %" for share in percentages(base, task))

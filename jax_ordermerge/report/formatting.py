@@ -150,6 +150,7 @@ def interval(gap: Estimate, scale: float = 1, digits: int = 4) -> str:
         >>> interval(Difference(0.1, 0.02, 0.06, 0.14, 0.002, 50), 100, 1)
         '+10.0 ± 2.0 [+6.0, +14.0], p = 0.002'
     """
+    # a bootstrap gap has an interval, but no test
     p = f", {p_text(gap.p)}" if isinstance(gap, Difference) else ""
     size = signed(scale * gap.estimate, scale * gap.se, digits)
     return f"{size} {bounds(scale * gap.low, scale * gap.high, digits)}{p}"

@@ -20,6 +20,7 @@ from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, T
 from jax_ordermerge.report.formatting import INDISTINGUISHABLE
 from jax_ordermerge.report.run import Run, read_runs
 
+# over several runs "the best member" is a different one in each
 _RIVALS = RIVALS | {BEST_MEMBER: "the member chosen on validation"}
 _VERDICTS = (
     "clearly better",
@@ -186,6 +187,7 @@ def _position_effects(runs: Sequence[Run]) -> list[str]:
     rows = [row for run in runs for row in run.coefficients]
     for label in dict.fromkeys(map(formatting.epochs, rows)):
         of_epoch = [row for row in rows if formatting.epochs(row) == label]
+        # each run by itself: no correction over epochs or runs, as the sentence says
         significant = [row for row in of_epoch if formatting.strength(row["p"])]
         early = sum(row["estimate"] < 0 for row in significant)
         late = len(significant) - early
@@ -236,6 +238,7 @@ def _limits(runs: Sequence[Run]) -> list[str]:
     states = [run.state for run in runs if run.state]
     sizes = sorted({int(state["parameters"]) for state in states if "parameters" in state})
     examples = sorted(int(run.data["train"]["examples"]) for run in runs if run.data)
+    # what the runs cannot show is computed, too, so that no reader has to remember it
     if sizes and examples:
         limits.append(
             f"Not shown: larger models. These have {' and '.join(f'{size:,}' for size in sizes)} "
@@ -265,6 +268,7 @@ def _setup(run: Run) -> str:
         for split, part in data.items()
         if isinstance(part, Mapping)
     )
+    # dropped samples change what the losses mean, so they are not left out
     read = data.get("train", {}).get("counts", {})
     if dropped := read.get("dropped_too_long", 0):
         counts += (

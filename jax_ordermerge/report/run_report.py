@@ -34,6 +34,7 @@ def write_search(run_directory: Path, directory: Path) -> Path:
         The path of search.html.
     """
     run, layout = read_run(run_directory), SearchLayout(directory)
+    # the same chapter as in the report, for a search that was started by itself
     blocks = merges.search(parsed(read_json, layout.results), run.loss_unit)
     document.publish(layout.page, f"Search for a merge: {run.name}", blocks, pictures=".")
     return layout.page

@@ -1,4 +1,4 @@
-"""The whole of analysis.json: planted effects come out, degenerate designs give reasons, everything is plain finite json."""
+"""All of analysis.json: planted effects, reasons in degenerate designs, plain finite JSON."""
 
 import json
 
@@ -14,7 +14,11 @@ SLOPES = (-0.2, 0.0, 0.3)
 
 
 def planted(samples=300, members=4, slopes=SLOPES, steps=None, seed=0, noise=0.05):
-    """Losses with a known position effect; a merge that halves it, in the mean of the members, and one that keeps it."""
+    """Return losses with a known position effect, merges that halve and keep it, and the base.
+
+    Returns:
+        losses [M, n], positions [M, E, n], merged losses by name, base losses [n].
+    """
     rng = np.random.default_rng(seed)
     steps = steps or samples
     x = np.stack(
@@ -49,39 +53,39 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def found(data):
+def document(data):
     losses, x, merged, base = data
     return run(losses, x, merged, base)
 
 
-def test_is_plain_finite_json_and_the_same_twice(data, found):
+def test_is_plain_finite_json_and_the_same_twice(data, document):
     losses, x, merged, base = data
-    text = json.dumps(found, allow_nan=False)
+    text = json.dumps(document, allow_nan=False)
     assert json.dumps(run(losses, x, merged, base)) == text
     assert json.dumps(run(losses, x, merged, base, seed=2)) != text
 
 
-def test_planted_effects_come_out_of_the_fixed_effects(found):
-    for coefficient, truth in zip(found["fixed_effects"]["coefficients"], SLOPES, strict=True):
+def test_planted_effects_come_out_of_the_fixed_effects(document):
+    for coefficient, truth in zip(document["fixed_effects"]["coefficients"], SLOPES, strict=True):
         assert abs(coefficient["estimate"] - truth) < 4 * coefficient["se"]
         assert coefficient["se"] < 0.015
-    first, second, _ = found["fixed_effects"]["coefficients"]
+    first, second, _ = document["fixed_effects"]["coefficients"]
     assert first["epochs"] == [1]
     assert first["p"] < 1e-6 < 1e-4 < second["p"]
-    assert found["fixed_effects"]["clusters"] == 300
-    assert found["fixed_effects"]["residual_sd"] == pytest.approx(0.05, rel=0.15)
+    assert document["fixed_effects"]["clusters"] == 300
+    assert document["fixed_effects"]["residual_sd"] == pytest.approx(0.05, rel=0.15)
 
 
-def test_fixed_effects_are_the_regression_of_the_same_arrays(data, found):
+def test_fixed_effects_are_the_regression_of_the_same_arrays(data, document):
     losses, x, _, _ = data
     fit = regression.fixed_effects(losses, x.transpose(1, 0, 2))
-    estimates = [c["estimate"] for c in found["fixed_effects"]["coefficients"]]
+    estimates = [c["estimate"] for c in document["fixed_effects"]["coefficients"]]
     np.testing.assert_allclose(estimates, fit.estimate, rtol=1e-12)
 
 
-def test_one_members_statistics_are_scipys(data, found):
+def test_one_members_statistics_are_scipys(data, document):
     losses, x, _, _ = data
-    row = found["members"][2]["epochs"][0]
+    row = document["members"][2]["epochs"][0]
     line = stats.linregress(x[2, 0], losses[2])
     assert row["spearman"]["rho"] == pytest.approx(stats.spearmanr(x[2, 0], losses[2]).statistic)
     assert row["pearson"]["p"] == pytest.approx(line.pvalue)
@@ -94,8 +98,8 @@ def test_one_members_statistics_are_scipys(data, found):
     assert 0.01 <= row["permutation_p"] <= 1
 
 
-def test_taking_difficulty_out_sharpens_the_pooled_curve(found):
-    raw, clean = found["pooled"]["raw"][2], found["pooled"]["within"][2]
+def test_taking_difficulty_out_sharpens_the_pooled_curve(document):
+    raw, clean = document["pooled"]["raw"][2], document["pooled"]["within"][2]
     width = [np.mean(np.subtract(c["high"], c["low"])) for c in (raw, clean)]
     assert width[1] < width[0] / 3
     slope = np.polyfit(clean["position"], clean["mean"], 1)[0]
@@ -116,13 +120,13 @@ def test_the_pooled_curve_has_the_scale_of_the_effect_in_any_design(design, powe
     )
 
 
-def test_warmup_is_split_off(data, found):
-    inside, after = found["fixed_effects_warmup"]["coefficients"][:2]
+def test_warmup_is_split_off(data, document):
+    inside, after = document["fixed_effects_warmup"]["coefficients"][:2]
     assert (inside["part"], after["part"]) == ("warm-up", "after warm-up")
     assert abs(inside["estimate"] + 0.2) < 4 * inside["se"]
     assert abs(after["estimate"] + 0.2) < 4 * after["se"]
     assert inside["se"] > 5 * after["se"]
-    warmup = found["members"][0]["warmup"]
+    warmup = document["members"][0]["warmup"]
     assert warmup["window"] == pytest.approx(0.09)
     assert warmup["inside"]["samples"] + warmup["after"]["samples"] == 300
     losses, x, _, _ = data
@@ -137,27 +141,29 @@ def test_an_effect_in_the_warmup_only_is_found_there():
     assert abs(after["estimate"]) < 4 * after["se"]
 
 
-def test_merges_that_keep_and_halve_the_effect_are_told_apart(found):
-    for name, kept in (("half", 0.5), ("average", 1.0)):
-        merged = found["merged"][name]
+def test_merges_that_keep_and_halve_the_effect_are_told_apart(document):
+    for name, remaining in (("half", 0.5), ("average", 1.0)):
+        merged = document["merged"][name]
         for epoch, truth in enumerate(SLOPES):
             after, change = (merged[key]["coefficients"][epoch] for key in ("after", "change"))
-            assert after["estimate"] == pytest.approx(kept * truth, abs=4 * after["se"])
-            assert change["estimate"] == pytest.approx((kept - 1) * truth, abs=4 * change["se"])
+            assert after["estimate"] == pytest.approx(remaining * truth, abs=4 * after["se"])
+            assert change["estimate"] == pytest.approx(
+                (remaining - 1) * truth, abs=4 * change["se"]
+            )
             assert after["se"] < 0.05
         plain = merged["mean_position"]
         assert plain["covariates"] == ["base loss"]
         assert plain["coefficients"][2]["estimate"] == pytest.approx(
-            kept * 0.3, abs=4 * plain["coefficients"][2]["se"]
+            remaining * 0.3, abs=4 * plain["coefficients"][2]["se"]
         )
         assert len(merged["by_member"]) == 4
         assert len(merged["by_member"][0]) == 3
-    assert found["merged"]["half"]["change"]["coefficients"][2]["p"] < 0.01
+    assert document["merged"]["half"]["change"]["coefficients"][2]["p"] < 0.01
 
 
-def test_averaging_four_members_leaves_a_quarter_of_the_gap_between_early_and_late(found):
-    row = found["merged"]["average"]["early_late"][2]
-    # early half against late half: half of the slope in a member, a quarter of that in the average of four
+def test_averaging_four_members_leaves_a_quarter_of_the_gap_between_early_and_late(document):
+    row = document["merged"]["average"]["early_late"][2]
+    # early half against late half: half of the slope in a member, a quarter of that in the average
     assert row["members"]["estimate"] - row["merged"]["estimate"] == pytest.approx(
         -row["difference"]["estimate"]
     )
@@ -167,7 +173,7 @@ def test_averaging_four_members_leaves_a_quarter_of_the_gap_between_early_and_la
     assert row["members"]["estimate"] == pytest.approx(-0.15, abs=4 * row["members"]["se"])
     assert row["merged"]["estimate"] == pytest.approx(-0.15 / 4, abs=4 * row["merged"]["se"])
     assert max(row[key]["se"] for key in ("members", "merged", "difference")) < 0.01
-    assert found["pooled"]["early_late"][2]["estimate"] == row["members"]["estimate"]
+    assert document["pooled"]["early_late"][2]["estimate"] == row["members"]["estimate"]
 
 
 def test_change_and_after_cover_nominally():
@@ -185,47 +191,47 @@ def test_change_and_after_cover_nominally():
 
 def test_one_member_has_its_own_statistics_and_says_what_is_missing():
     losses, x, merged, _ = planted(members=1)
-    found = run(losses, x, merged)
-    assert "one member" in found["fixed_effects"]["reason"]
-    assert "one member" in found["pooled"]["within"][0]["reason"]
-    assert "one member" in found["merged"]["half"]["after"]["reason"]
-    assert found["members"][0]["epochs"][2]["slope"]["estimate"] == pytest.approx(0.3, abs=0.3)
-    json.dumps(found, allow_nan=False)
+    document = run(losses, x, merged)
+    assert "one member" in document["fixed_effects"]["reason"]
+    assert "one member" in document["pooled"]["within"][0]["reason"]
+    assert "one member" in document["merged"]["half"]["after"]["reason"]
+    assert document["members"][0]["epochs"][2]["slope"]["estimate"] == pytest.approx(0.3, abs=0.3)
+    json.dumps(document, allow_nan=False)
 
 
 def test_the_same_order_in_all_members():
     losses, x, merged, _ = planted()
-    found = run(losses, np.broadcast_to(x[:1], x.shape), merged)
-    assert "same positions in all members" in found["fixed_effects"]["reason"]
-    assert "same positions in all members" in found["pooled"]["within"][0]["reason"]
-    json.dumps(found, allow_nan=False)
+    document = run(losses, np.broadcast_to(x[:1], x.shape), merged)
+    assert "same positions in all members" in document["fixed_effects"]["reason"]
+    assert "same positions in all members" in document["pooled"]["within"][0]["reason"]
+    json.dumps(document, allow_nan=False)
 
 
 def test_reversed_pairs_have_no_mean_position():
     losses, x, merged, _ = planted(members=2)
     x = np.stack([x[0], 1 - x[0]])
-    found = run(losses, x, merged)
-    assert "positions do not vary" in found["merged"]["half"]["change"]["reason"]
-    assert "coefficients" in found["fixed_effects"]
+    document = run(losses, x, merged)
+    assert "positions do not vary" in document["merged"]["half"]["change"]["reason"]
+    assert "coefficients" in document["fixed_effects"]
 
 
 def test_orders_that_never_change_share_one_coefficient():
     losses, x, _, _ = planted()
-    found = run(losses, np.broadcast_to(x[:, :1], x.shape))
-    (only,) = found["fixed_effects"]["coefficients"]
+    document = run(losses, np.broadcast_to(x[:, :1], x.shape))
+    (only,) = document["fixed_effects"]["coefficients"]
     assert only["epochs"] == [1, 2, 3]
 
 
 def test_few_samples_few_steps_and_no_warmup():
     losses, x, merged, _ = planted(samples=12, slopes=(0.1,))
-    found = run(losses, x, merged, warmup_fraction=0.0)
-    assert found["members"][0]["epochs"][0]["decile_gap"] == {
+    document = run(losses, x, merged, warmup_fraction=0.0)
+    assert document["members"][0]["epochs"][0]["decile_gap"] == {
         "reason": "12 samples are too few for 10 bins"
     }
-    assert found["members"][0]["warmup"] == {"reason": "no warm-up"}
-    assert "too few" in found["merged"]["half"]["early_late"][0]["reason"]
-    assert "coefficients" in found["fixed_effects"]
-    json.dumps(found, allow_nan=False)
+    assert document["members"][0]["warmup"] == {"reason": "no warm-up"}
+    assert "too few" in document["merged"]["half"]["early_late"][0]["reason"]
+    assert "coefficients" in document["fixed_effects"]
+    json.dumps(document, allow_nan=False)
     for samples in (1, 2, 3):
         losses, x, merged, base = planted(samples=samples, steps=1)
         json.dumps(run(losses, x, merged, base, warmup_fraction=0.5), allow_nan=False)
@@ -235,9 +241,9 @@ def test_few_samples_few_steps_and_no_warmup():
 
 def test_constant_losses_are_no_crash():
     _, x, _, _ = planted(samples=40)
-    found = run(np.ones((4, 40)), x, {"flat": np.ones(40)})
-    assert found["members"][0]["epochs"][0]["reason"] == "the losses do not vary"
-    json.dumps(found, allow_nan=False)
+    document = run(np.ones((4, 40)), x, {"flat": np.ones(40)})
+    assert document["members"][0]["epochs"][0]["reason"] == "the losses do not vary"
+    json.dumps(document, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +260,6 @@ def test_constant_losses_are_no_crash():
 )
 def test_arrays_that_cannot_be_right_are_refused(change, message):
     losses, x, merged, _ = planted(samples=20)
-    given = change({"losses": losses, "positions": x, "merged": merged})
+    arrays = change({"losses": losses, "positions": x, "merged": merged})
     with pytest.raises(UserError, match=message):
-        run(given["losses"], given["positions"], given["merged"])
+        run(arrays["losses"], arrays["positions"], arrays["merged"])

@@ -15,15 +15,15 @@ def test_difference_is_the_mean_gap_and_its_interval_close_to_the_normal_one():
     rng = np.random.default_rng(0)
     difficulty = rng.normal(2, 1, 500)
     first, second = difficulty + rng.normal(0.05, 0.1, 500), difficulty + rng.normal(0, 0.1, 500)
-    found = paired.difference(first, second, resamples=4000)
+    result = paired.difference(first, second, resamples=4000)
     gaps = first - second
-    assert found.estimate == pytest.approx(gaps.mean())
-    assert found.se == pytest.approx(stats.sem(gaps))
-    assert found.low == pytest.approx(gaps.mean() - 1.96 * found.se, abs=0.15 * found.se)
-    assert found.high == pytest.approx(gaps.mean() + 1.96 * found.se, abs=0.15 * found.se)
-    assert found.p == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    assert result.estimate == pytest.approx(gaps.mean())
+    assert result.se == pytest.approx(stats.sem(gaps))
+    assert result.low == pytest.approx(gaps.mean() - 1.96 * result.se, abs=0.15 * result.se)
+    assert result.high == pytest.approx(gaps.mean() + 1.96 * result.se, abs=0.15 * result.se)
+    assert result.p == pytest.approx(stats.ttest_rel(first, second).pvalue)
     back = paired.difference(second, first, resamples=4000)
-    assert back.low == pytest.approx(-found.high)
+    assert back.low == pytest.approx(-result.high)
 
 
 def test_equal_models_differ_by_nothing():
@@ -39,9 +39,9 @@ def test_all_items_alike_are_as_sure_as_their_number():
 def test_interval_covers_and_p_rejects_nominally():
     rng, covered, rejected = np.random.default_rng(1), 0, 0
     for _ in range(300):
-        found = paired.difference(rng.normal(size=50), rng.normal(size=50), resamples=300)
-        covered += found.low <= 0 <= found.high
-        rejected += found.p < 0.05
+        result = paired.difference(rng.normal(size=50), rng.normal(size=50), resamples=300)
+        covered += result.low <= 0 <= result.high
+        rejected += result.p < 0.05
     assert 0.89 <= covered / 300 <= 0.985
     assert 0.015 <= rejected / 300 <= 0.11
 
@@ -50,13 +50,13 @@ def test_weights_make_a_ratio_of_means():
     rng = np.random.default_rng(2)
     weights = rng.integers(1, 40, 400)
     first, second = rng.normal(size=(2, 400)) / np.sqrt(weights)
-    found = paired.difference(first, second, weights=weights, resamples=3000)
+    result = paired.difference(first, second, weights=weights, resamples=3000)
     gaps = first - second
     estimate = (gaps * weights).sum() / weights.sum()
     error = np.sqrt(((weights * (gaps - estimate)) ** 2).sum() * 400 / 399) / weights.sum()
-    assert found.estimate == pytest.approx(estimate)
-    assert found.se == pytest.approx(error)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert result.estimate == pytest.approx(estimate)
+    assert result.se == pytest.approx(error)
+    assert result.high - result.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     plain = paired.difference(first, second)
     assert asdict(paired.difference(first, second, weights=np.full(400, 7))) == pytest.approx(
         asdict(plain)
@@ -68,18 +68,18 @@ def test_weights_make_a_ratio_of_means():
 def test_blocks_do_not_matter(monkeypatch):
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 30))
-    whole = paired.difference(first, second, resamples=100)
+    expected = paired.difference(first, second, resamples=100)
     monkeypatch.setattr(paired, "BLOCK", 30 * 7)
-    assert paired.difference(first, second, resamples=100) == whole
+    assert paired.difference(first, second, resamples=100) == expected
 
 
 def test_mcnemar_is_the_binomial_sum():
     first = [True] * 9 + [False] * 3 + [True] * 20 + [False] * 10
     second = [False] * 9 + [True] * 3 + [True] * 20 + [False] * 10
     tail = sum(math.comb(12, k) for k in range(4)) / 2**12
-    found = paired.mcnemar(first, second)
-    assert (found.only_first, found.only_second) == (9, 3)
-    assert found.p == pytest.approx(2 * tail)
+    result = paired.mcnemar(first, second)
+    assert (result.only_first, result.only_second) == (9, 3)
+    assert result.p == pytest.approx(2 * tail)
     assert paired.mcnemar([True, False], [True, False]).p == 1.0
 
 
@@ -100,51 +100,59 @@ def test_holm_rejects_what_the_step_down_rule_rejects(seed):
         assert {i for i, p in enumerate(paired.holm(p_values)) if p <= level} == rejected
 
 
-def test_a_planted_effect_is_found_and_a_null_is_not():
-    """1,000 evaluations of a merge that is better by 0.1 and of one that is not, on items whose difficulty both share."""
-    rng, covered, found, claimed = np.random.default_rng(5), 0, 0, 0
+def test_a_planted_effect_is_detected_and_a_null_is_not():
+    """1,000 evaluations of a merge that is better by 0.1, and of a merge that is not.
+
+    The difficulty of the items is shared.
+    """
+    rng, covered, detected, claimed = np.random.default_rng(5), 0, 0, 0
     for _ in range(1000):
         member = rng.gamma(2, 1, 100)
         better, same = (member + rng.normal(shift, 0.3, 100) for shift in (-0.1, 0))
-        one, null = (paired.difference(losses, member, resamples=300) for losses in (better, same))
-        covered += one.low <= -0.1 <= one.high
-        found += one.p < 0.05
+        effect, null = (
+            paired.difference(losses, member, resamples=300) for losses in (better, same)
+        )
+        covered += effect.low <= -0.1 <= effect.high
+        detected += effect.p < 0.05
         claimed += null.p < 0.05
-    # binomial bands of four standard errors around the nominal 95 % and 5 %, and the power of the t test
+    # binomial bands of four standard errors around 95 % and 5 %, and the power of the t-test
     assert 0.922 < covered / 1000 < 0.978
     assert 0.022 < claimed / 1000 < 0.078
     power = stats.nct.sf(stats.t.isf(0.025, 99), 99, 0.1 / 0.3 * 10)
-    assert abs(found / 1000 - power) < 4 * math.sqrt(power * (1 - power) / 1000)
+    assert abs(detected / 1000 - power) < 4 * math.sqrt(power * (1 - power) / 1000)
 
 
-def test_right_answers_of_a_planted_effect():
-    """The same for right answers: McNemar's exact test holds its level, and finds 12 points at 400 items."""
-    rng, found, claimed = np.random.default_rng(6), 0, 0
+def test_correct_answers_of_a_planted_effect():
+    """McNemar's exact test keeps its level, and detects 12 points at 400 items."""
+    rng, detected, claimed = np.random.default_rng(6), 0, 0
     for _ in range(1000):
         ability = rng.random((3, 400)) < rng.beta(2, 2, 400)
         better = ability[1] | (rng.random(400) < 0.24)
-        found += paired.mcnemar(better, ability[0]).p < 0.05
+        detected += paired.mcnemar(better, ability[0]).p < 0.05
         claimed += paired.mcnemar(ability[2], ability[0]).p < 0.05
     assert claimed / 1000 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 1000)
-    assert found / 1000 > 0.9
+    assert detected / 1000 > 0.9
 
 
 @pytest.mark.parametrize("sd", [0.02, 0.2])
 def test_the_spread_between_seeds_is_in_the_error(sd):
-    """Three seeds of a method that on average makes no difference: at most 5 % are called one, where the items alone would call far more."""
+    """Three seeds of a method without an effect: at most 5 % are called a difference.
+
+    By the errors over items it would be far more.
+    """
     rng = np.random.default_rng(1)
-    alone, found = [], []
+    over_items, with_seeds = [], []
     for _ in range(600):
         effects = rng.normal(0, sd, (3, 1))
         values = rng.normal(0, 0.1, 40) + effects + rng.normal(0, 0.01, (3, 40))
         gap = paired.difference(values.mean(axis=0), np.zeros(40), resamples=1)
-        alone.append(gap.p < 0.05)
-        whole = paired.over_seeds(gap, values.mean(axis=1))
-        found.append(whole.p < 0.05)
-        assert (whole.low > 0 or whole.high < 0) == (whole.p < 0.05)
-    assert np.mean(found) < 0.073  # 5 % and two and a half standard errors of 600 simulations
+        over_items.append(gap.p < 0.05)
+        total = paired.over_seeds(gap, values.mean(axis=1))
+        with_seeds.append(total.p < 0.05)
+        assert (total.low > 0 or total.high < 0) == (total.p < 0.05)
+    assert np.mean(with_seeds) < 0.073  # 5 % and two and a half standard errors of 600 simulations
     if sd == 0.2:
-        assert np.mean(alone) > 0.5
+        assert np.mean(over_items) > 0.5
 
 
 def losses(shift, seed=0):

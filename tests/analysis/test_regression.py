@@ -1,4 +1,4 @@
-"""Regressions against explicit dummy variables and explicit cluster sums, planted effects, coverage under the null."""
+"""Regressions against explicit dummies and cluster sums, planted effects, coverage."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def panel(
 
 
 def naive_fixed_effects(y: np.ndarray, x: np.ndarray):
-    """Least squares with a dummy for every sample and all members but one; the sandwich summed sample by sample."""
+    """Fit with a dummy per sample and member; the sandwich is summed sample by sample."""
     regressors, members, samples = x.shape
     rows = []
     for m in range(members):

@@ -29,15 +29,15 @@ def test_curve_means_are_plain_means_and_members_of_a_sample_stay_together():
     for u in range(5):
         assert curve.mean[u] == pytest.approx(values[numbers == u].mean())
         assert curve.position[u] == pytest.approx(positions[numbers == u].mean())
-    # a value that depends on the sample only, in every member: the band must be as wide as if there were one member a bin
+    # Values that depend on the sample only: the band must be as wide as that of one member.
     difficulty = np.broadcast_to(rng.normal(size=200), (3, 200))
     same = np.broadcast_to(positions[0], (3, 200))
-    three, one = resample.curves(
+    three_members, one_member = resample.curves(
         [Job(difficulty, same, 5), Job(difficulty[:1], same[:1], 5)],
         resamples=400,
         generator=np.random.default_rng(2),
     )
-    np.testing.assert_allclose(three.replicates, one.replicates)
+    np.testing.assert_allclose(three_members.replicates, one_member.replicates)
 
 
 def test_bootstrap_spread_is_the_standard_error_whatever_the_block(monkeypatch):
@@ -68,7 +68,7 @@ def test_permutation_p_equals_a_loop_over_the_same_deals(monkeypatch):
     values, positions = rng.normal(size=(2, 25)), rng.random((3, 25))
     values[1] += 0.8 * positions[2]
     monkeypatch.setattr(resample, "BLOCK", 25 * 40)
-    found = resample.permutation_p(
+    p_values = resample.permutation_p(
         values, positions, permutations=100, generator=np.random.default_rng(7)
     )
     generator, deals = np.random.default_rng(7), []
@@ -81,15 +81,15 @@ def test_permutation_p_equals_a_loop_over_the_same_deals(monkeypatch):
                 abs(np.corrcoef(values[q][deal], positions[c])[0, 1]) >= observed - 1e-12
                 for deal in deals
             )
-            assert found[q, c] == pytest.approx((1 + extreme) / 101)
+            assert p_values[q, c] == pytest.approx((1 + extreme) / 101)
 
 
 def test_permutation_p_is_uniform_under_the_null():
     rng = np.random.default_rng(6)
-    found = resample.permutation_p(
+    p_values = resample.permutation_p(
         rng.normal(size=(200, 15)), rng.random((1, 15)), permutations=199, generator=rng
     )
-    assert stats.kstest(found[:, 0], "uniform").pvalue > 0.001
+    assert stats.kstest(p_values[:, 0], "uniform").pvalue > 0.001
 
 
 def test_a_constant_row_is_no_evidence():

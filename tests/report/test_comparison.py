@@ -29,7 +29,7 @@ def coefficient(epoch, estimate, se, p):
 
 
 def make(directory, name, level, slope, gain, cosine=0.9):
-    """Two members of the same losses but for noise; the average is better by `gain` on every item."""
+    """Write a run of two members that differ by noise; the average is better by `gain`."""
     directory.mkdir()
     config = make_config(
         {
@@ -52,18 +52,18 @@ def make(directory, name, level, slope, gain, cosine=0.9):
     )
     rng = np.random.default_rng(0)
     difficulty, models = rng.normal(2, 0.5, 50), []
-    for one, kind, shift in (
+    for model, kind, shift in (
         ("member_0", "member", 0.0),
         ("member_1", "member", 0.0),
         ("average", "merge", -gain),
     ):
         losses = difficulty + shift + rng.normal(0, 1e-6, 50)
         dump(
-            directory / "evaluations" / f"{one}.json",
+            directory / "evaluations" / f"{model}.json",
             {"losses": losses.tolist(), "ids": list(range(50)), "tasks": {}},
         )
         models.append(
-            {"name": one, "kind": kind, "loss": losses.mean(), "loss_se": 0.07, "tasks": {}}
+            {"name": model, "kind": kind, "loss": losses.mean(), "loss_se": 0.07, "tasks": {}}
         )
     dump(directory / "evaluations.json", {"models": models, "split": "test"})
     average = {
@@ -101,13 +101,11 @@ def test_the_numbers_of_both_runs_and_their_difference(tmp_path):
     assert page.read_text().count("<svg") == 1
 
 
-def test_runs_that_are_not_whole_say_what_is_missing(tmp_path):
-    whole, part = (
-        make(tmp_path / "a", "whole", "sample", -0.01, 0.05),
-        make(tmp_path / "b", "part", "sample", -0.01, 0.05),
-    )
+def test_incomplete_runs_name_what_is_missing(tmp_path):
+    complete = make(tmp_path / "a", "complete", "sample", -0.01, 0.05)
+    part = make(tmp_path / "b", "part", "sample", -0.01, 0.05)
     (part / "evaluations.json").unlink()
-    comparison.write([whole, part], tmp_path / "out")
+    comparison.write([complete, part], tmp_path / "out")
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "part has no evaluations.json yet" in text
     assert "part: average" not in text
@@ -115,22 +113,20 @@ def test_runs_that_are_not_whole_say_what_is_missing(tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
-    one, other = (
-        make(tmp_path / "a", "same", "sample", 0.1, 0),
-        make(tmp_path / "b", "same", "batch", 0.1, 0),
-    )
+    first = make(tmp_path / "a", "same", "sample", 0.1, 0)
+    second = make(tmp_path / "b", "same", "batch", 0.1, 0)
     with pytest.raises(UserError, match="1 run was given; a comparison takes two or more"):
-        comparison.write([one], tmp_path / "out")
+        comparison.write([first], tmp_path / "out")
     with pytest.raises(UserError, match="the same name"):
-        comparison.write([one, other], tmp_path / "out")
+        comparison.write([first, second], tmp_path / "out")
     with pytest.raises(UserError, match="is not a run directory"):
-        comparison.write([one, tmp_path / "none"], tmp_path / "out")
-    config = yaml.safe_load((other / "config.yaml").read_text())
+        comparison.write([first, tmp_path / "none"], tmp_path / "out")
+    config = yaml.safe_load((second / "config.yaml").read_text())
     config |= {"name": "pairs", "objective": {"kind": "dpo"}}
-    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    (second / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(
         UserError,
         match=r"different kinds \(nats per pair, nats per token\); give runs of one objective",
     ):
-        comparison.write([one, other], tmp_path / "out")
+        comparison.write([first, second], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -53,7 +53,7 @@ def search(claim=True):
     against = paired.claim(
         losses(0), {"best_member": losses(0.1, seed=1), "mean_member": losses(0.0, seed=2)}
     )
-    found = {
+    results = {
         "tried": 3,
         "examples": 64,
         "measured_fully": 2,
@@ -61,14 +61,14 @@ def search(claim=True):
         "best_member": 1,
         "candidates": rows,
     }
-    return found | {"claim": {"examples": 100, "against": asdict(against)} if claim else None}
+    return results | {"claim": {"examples": 100, "against": asdict(against)} if claim else None}
 
 
 def test_the_report_of_a_search_says_what_was_chosen_and_what_may_be_claimed():
     text = render_markdown("search", merges.search(search(), "nats per token"), pictures=".")
     assert (
-        "The search chose average among 3 candidates on 64 validation examples (loss 1.2500; the best member, member_0, 1.5000)"
-        in text
+        "The search chose average among 3 candidates on 64 validation examples (loss 1.2500; "
+        "the best member, member_0, 1.5000)" in text
     )
     assert "clearly better (-0.0969 ± 0.0026" in text
     assert "than the best member; not distinguishable (" in text
@@ -79,39 +79,43 @@ def test_the_report_of_a_search_says_what_was_chosen_and_what_may_be_claimed():
 
 
 def test_controls_are_compared_with_members_and_average_item_by_item():
-    listed = controls.make_controls(
+    population_controls = controls.make_controls(
         ["lambda_line", "barrier", "plane", "norm_matched"], 2, {"pick": Candidate("selection")}, 0
     )
-    assert len({one.name for one in listed}) == len(listed) == 4 + 7 + 3 + 49 + 1
+    assert (
+        len({control.name for control in population_controls})
+        == len(population_controls)
+        == 4 + 7 + 3 + 49 + 1
+    )
     tokens = np.random.default_rng(5).integers(1, 50, 100).astype(float)
-    own = {"member_0": 0.2, "member_1": 0.1, "average": 0.0, "base": 3.0}
-    found = {
-        one.name: controls.ControlLosses(
-            losses(own.get(one.name, 0.05), seed=number), 2.0 - (one.name == "member_0")
+    shifts = {"member_0": 0.2, "member_1": 0.1, "average": 0.0, "base": 3.0}
+    by_name = {
+        control.name: controls.ControlLosses(
+            losses(shifts.get(control.name, 0.05), seed=number), 2.0 - (control.name == "member_0")
         )
-        for number, one in enumerate(listed)
+        for number, control in enumerate(population_controls)
     }
-    compared = controls.compare(listed, found, tokens, resamples=50, seed=0)
-    # member_1 has the lower loss here, but the best member is the one that validation says
+    compared = controls.compare(population_controls, by_name, tokens, resamples=50, seed=0)
+    # member_1 has the lower loss here, but the best member is the control that validation says
     assert compared["best_member"] == {"name": "member_0", "chosen_on": "validation"}
     rows = {row["name"]: row for row in compared["rows"]}
     assert rows["average"]["loss"] == pytest.approx(
-        (found["average"].losses * tokens).sum() / tokens.sum()
+        (by_name["average"].losses * tokens).sum() / tokens.sum()
     )
-    mean = (found["member_0"].losses + found["member_1"].losses) / 2
-    expected = paired.difference(found["average"].losses, mean, weights=tokens, resamples=50)
+    mean = (by_name["member_0"].losses + by_name["member_1"].losses) / 2
+    expected = paired.difference(by_name["average"].losses, mean, weights=tokens, resamples=50)
     assert rows["average"]["against"]["mean_member"] == asdict(expected)
     assert "average" not in rows["average"]["against"]
     blocks = merges.control_blocks(
         {"split": "test", **compared}, "nats per token", {"validation_loss": 1.9, "loss": 2.0}
     )
-    assert [one.name for one in blocks if isinstance(one, Picture)] == [
+    assert [block.name for block in blocks if isinstance(block, Picture)] == [
         "lambda-line",
         "barrier",
         "plane",
         "splits",
     ]
-    (table,) = [one for one in blocks if isinstance(one, Table)]
-    assert len(table.rows) == len(listed) - 49 + 1
+    (table,) = [block for block in blocks if isinstance(block, Table)]
+    assert len(table.rows) == len(population_controls) - 49 + 1
     assert table.rows[table.strong[0]][0] == "mean member (sd between members)"
     assert any(row[0] == "member_0 (best on validation)" for row in table.rows)

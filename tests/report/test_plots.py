@@ -1,4 +1,4 @@
-"""Pictures: well-formed, the same bytes twice, ids of their own, the right marks for the right numbers."""
+"""Pictures: well-formed, the same bytes twice, unique ids, the right marks for the numbers."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -118,7 +118,7 @@ def words(svg):
 
 def test_ids_of_two_pictures_differ():
     pictures = [DRAWN[name]() for name in ("training", "losses", "accuracies", "cosines")]
-    ids = [found for text in pictures for found in set(re.findall(r'id="([^"]+)"', text))]
+    ids = [name for text in pictures for name in set(re.findall(r'id="([^"]+)"', text))]
     assert len(ids) == len(set(ids))
 
 

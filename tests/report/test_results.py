@@ -1,4 +1,4 @@
-"""Runs written here, with effects planted in them, become a page that names the effects, what is not told apart, and no paths."""
+"""Runs with planted effects become a page that names the effects, and shows no paths."""
 
 import json
 
@@ -21,7 +21,10 @@ def dump(path, value):
 
 
 def make(folder, name, *, average, seed=0):
-    """Four members; the average is better by `average`, drawn worse by 0.1, plain like a member; early samples end worse by 0.2."""
+    """Write a run of four members in which early samples end worse by 0.2.
+
+    Of its merges the average is better by `average`, drawn worse by 0.1, plain like a member.
+    """
     directory = folder / name
     directory.mkdir()
     methods = [
@@ -54,7 +57,8 @@ def make(folder, name, *, average, seed=0):
     places = np.stack([[rng.permutation(150) / 149 for _ in range(2)] for _ in range(4)])
     losses = rng.normal(2, 0.4, 150) - 0.2 * places[:, 0] + rng.normal(0, 0.02, (4, 150))
     merged = {
-        one: losses.mean(axis=0) + rng.normal(0, 0.01, 150) for one in ("average", *SEEDS, "plain")
+        model: losses.mean(axis=0) + rng.normal(0, 0.01, 150)
+        for model in ("average", *SEEDS, "plain")
     }
     dump(
         directory / "analysis.json",
@@ -68,25 +72,25 @@ def make(folder, name, *, average, seed=0):
         | dict.fromkeys(SEEDS, 0.1)
         | {"plain": 0.0}
     )
-    for one, shift in shifts.items():
-        own = (
+    for model, shift in shifts.items():
+        model_losses = (
             difficulty
             + shift
             + rng.normal(0, 0.02, 200)
-            + (0.01 * rng.normal() if one in SEEDS else 0)
+            + (0.01 * rng.normal() if model in SEEDS else 0)
         )
         dump(
-            directory / "evaluations" / f"{one}.json",
-            {"losses": own.tolist(), "ids": list(range(200)), "tasks": {}},
+            directory / "evaluations" / f"{model}.json",
+            {"losses": model_losses.tolist(), "ids": list(range(200)), "tasks": {}},
         )
-        kind = "base" if one == "base" else "member" if one.startswith("member") else "merge"
+        kind = "base" if model == "base" else "member" if model.startswith("member") else "merge"
         # the member that is chosen on validation is not the best one on test
-        chosen = {"member_2": 1.0, "plain": 0.5}.get(one, 2.0)
+        chosen = {"member_2": 1.0, "plain": 0.5}.get(model, 2.0)
         models.append(
             {
-                "name": one,
+                "name": model,
                 "kind": kind,
-                "loss": own.mean(),
+                "loss": model_losses.mean(),
                 "loss_se": 0.03,
                 "validation_loss": chosen,
                 "tasks": {},
@@ -96,12 +100,12 @@ def make(folder, name, *, average, seed=0):
     total = {"cosines": [[1.0, 0.9], [0.9, 1.0]], "unchanged": [0.1, 0.1]}
     rows = [
         {
-            "name": one,
-            "method": "selection" if one in SEEDS else one,
-            "seed": int(one[-1]) if one in SEEDS else 0,
+            "name": model,
+            "method": "selection" if model in SEEDS else model,
+            "seed": int(model[-1]) if model in SEEDS else 0,
             "diagnostics": {"total": total},
         }
-        for one in ("average", *SEEDS, "plain")
+        for model in ("average", *SEEDS, "plain")
     ]
     dump(directory / "merge.json", {"dtype": "bfloat16", "merges": rows})
     return directory
@@ -136,8 +140,8 @@ def test_the_page_counts_what_was_planted(page):
     assert cells(text, "plain")[0][0] == "not distinguishable 2"
     assert "- drawn is worse than the mean member in all 2 runs." in text
     assert (
-        "- average is better than the mean member in 1 and worse in 1 of 2 runs: it depends on the data."
-        in text
+        "- average is better than the mean member in 1 and worse in 1 of 2 runs: it depends on "
+        "the data." in text
     )
     assert "- Not shown: any difference of plain to the mean member." in text
     assert "Position in epoch 1: samples seen early end with the higher loss in 2 of 2 runs" in text
@@ -147,10 +151,10 @@ def test_the_page_counts_what_was_planted(page):
 def test_the_best_are_chosen_on_validation_and_reported_on_test(page):
     folder, text = page
     losses = {
-        one: np.mean(
-            json.loads((folder / "first" / "evaluations" / f"{one}.json").read_text())["losses"]
+        model: np.mean(
+            json.loads((folder / "first" / "evaluations" / f"{model}.json").read_text())["losses"]
         )
-        for one in ("member_2", "plain")
+        for model in ("member_2", "plain")
     }
     row = cells(text, "first")[0]
     assert row[2] == f"{losses['member_2']:.4f} (member_2, by validation)"
@@ -160,24 +164,26 @@ def test_the_best_are_chosen_on_validation_and_reported_on_test(page):
 
 def test_seeds_are_summed_up_and_tested_once_with_holm_over_the_methods(page):
     folder, text = page
-    own = [
-        json.loads((folder / "first" / "evaluations" / f"{one}.json").read_text())["losses"]
-        for one in SEEDS
+    seeds = [
+        json.loads((folder / "first" / "evaluations" / f"{model}.json").read_text())["losses"]
+        for model in SEEDS
     ]
     assert (
-        f"{np.mean(own):.4f} ({np.std(np.mean(own, axis=1), ddof=1):.4f})"
+        f"{np.mean(seeds):.4f} ({np.std(np.mean(seeds, axis=1), ddof=1):.4f})"
         in cells(text, "mean drawn (sd between merge seeds)")[0]
     )
     members = [
         json.loads((folder / "first" / "evaluations" / f"member_{m}.json").read_text())["losses"]
         for m in range(4)
     ]
-    gap = paired.difference(np.mean(own, axis=0), np.mean(members, axis=0), resamples=200, seed=0)
-    gap = paired.over_seeds(gap, np.mean(own, axis=1) - np.mean(members))
+    gap = paired.difference(np.mean(seeds, axis=0), np.mean(members, axis=0), resamples=200, seed=0)
+    gap = paired.over_seeds(gap, np.mean(seeds, axis=1) - np.mean(members))
     assert f"{gap.estimate:+.4f} ± {gap.se:.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" in text
     raw = []
-    for one in ("average", "plain"):
-        rows = json.loads((folder / "first" / "evaluations" / f"{one}.json").read_text())["losses"]
+    for model in ("average", "plain"):
+        rows = json.loads((folder / "first" / "evaluations" / f"{model}.json").read_text())[
+            "losses"
+        ]
         raw.append(paired.difference(rows, np.mean(members, axis=0), resamples=200, seed=0).p)
     corrected = paired.holm([raw[0], gap.p, raw[1]])[2]
     assert f"p = {corrected:.2g}" in cells(text, "plain")[2][1]
@@ -188,7 +194,7 @@ def test_position_effects_stand_before_and_after_merging(page):
     analysis = json.loads((folder / "first" / "analysis.json").read_text())
     slope = analysis["fixed_effects"]["coefficients"][0]
     assert cells(text, "members")[0][2] == f"{slope['estimate']:+.4f} ± {slope['se']:.4f}"
-    left = [analysis["merged"][one]["early_late"][0]["merged"]["estimate"] for one in SEEDS]
+    left = [analysis["merged"][model]["early_late"][0]["merged"]["estimate"] for model in SEEDS]
     assert any(row[0].startswith(f"{np.mean(left):+.4f} ± ") for row in cells(text, "drawn"))
 
 
@@ -197,8 +203,8 @@ def test_no_path_of_the_machine_is_on_the_page(page):
     assert str(folder) not in text
     assert "secret" not in text
     assert (
-        "small (1,234 parameters) on rows.json: 150 train examples (20 of 170 read for training were above 512 tokens)"
-        in text
+        "small (1,234 parameters) on rows.json: 150 train examples (20 of 170 read for training "
+        "were above 512 tokens)" in text
     )
 
 

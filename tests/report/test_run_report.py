@@ -1,4 +1,4 @@
-"""A run directory made here becomes a page that parses, needs nothing from elsewhere and says what the numbers say."""
+"""A run directory becomes a page that parses, loads nothing, and says what the numbers say."""
 
 import html.parser
 import json
@@ -56,7 +56,7 @@ def dump(path, value):
 
 
 def evaluation(directory):
-    """The average is better than the members by 0.05 on every item, selection is a member with noise."""
+    """Write items: the average is better than the members by 0.05, selection is like a member."""
     rng = np.random.default_rng(0)
     difficulty = rng.normal(2, 0.5, 120)
     models = []
@@ -173,10 +173,10 @@ def merges(directory):
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     training(directory)
-    models, found = evaluation(directory), analysis(directory)
+    models, statistics = evaluation(directory), analysis(directory)
     merges(directory)
     page = run_report.write(directory)
-    return directory, page.read_text(), (directory / "report.md").read_text(), models, found
+    return directory, page.read_text(), (directory / "report.md").read_text(), models, statistics
 
 
 def test_the_page_is_one_whole_file(run):
@@ -200,8 +200,8 @@ def test_the_page_is_one_whole_file(run):
 
 
 def test_the_page_says_what_the_numbers_say(run):
-    _, text, markdown, models, found = run
-    slope = found["fixed_effects"]["coefficients"][0]
+    _, text, markdown, models, statistics = run
+    slope = statistics["fixed_effects"]["coefficients"][0]
     assert slope["estimate"] < -0.15
     for page in (text, markdown):
         for model in models:
@@ -276,7 +276,7 @@ def test_items_on_which_the_models_differ_come_first(run):
     assert all(len({row[key] for row in right}) == 2 for key in shown)
 
 
-def test_diagnostics_of_the_merge_room_are_read(tmp_path):
+def test_diagnostics_of_a_merge_are_read(tmp_path):
     (tmp_path / "config.yaml").write_text("name: vectors\n")
     for members, shown in (
         (jnp.array([[1.0, 0.0], [1.0, 1.0]]), "mean cosine of 0.707"),
@@ -329,8 +329,8 @@ def test_each_stage_alone_makes_a_page(tmp_path, stage):
 
 def test_one_member_without_validation_or_items(tmp_path):
     (tmp_path / "config.yaml").write_text("name: one\n")
-    found = analysis(tmp_path, members=1)
-    assert "reason" in found["fixed_effects"]
+    statistics = analysis(tmp_path, members=1)
+    assert "reason" in statistics["fixed_effects"]
     model = {
         "kind": "member",
         "loss": 2.0,

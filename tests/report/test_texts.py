@@ -41,10 +41,12 @@ def texts(summaries, items):
 
 def tables(**logps):
     kinds = {"base": "base", "average": "merge"}
-    made = {name: model(name, kinds.get(name, "member"), values) for name, values in logps.items()}
+    by_name = {
+        name: model(name, kinds.get(name, "member"), values) for name, values in logps.items()
+    }
     return texts(
-        [summary for summary, _ in made.values()],
-        {name: items for name, (_, items) in made.items()},
+        [summary for summary, _ in by_name.values()],
+        {name: items for name, (_, items) in by_name.items()},
     )
 
 

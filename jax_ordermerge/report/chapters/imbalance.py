@@ -16,6 +16,7 @@ def training(run: Run) -> list[Block]:
     heading = Heading("Training")
     if not run.training_log:
         return [heading, missing(run, "train", run.layout.training_log)]
+    # of the last batches, and so noisy: the losses to compare are those of the evaluation
     last = run.training_log[-1]
     losses = ", ".join(f"{loss:.4f}" for loss in last["loss"])
     picture = plots.training(run.training_log, run.loss_unit)
@@ -74,6 +75,7 @@ def imbalance(run: Run) -> list[Block]:
         for name, fit in fits.items()
         if "reason" in fit
     ]
+    # over the learning rate: the effect of a step should be larger where the steps are
     if picture := plots.effects(analysis, run.training_log, run.loss_unit):
         caption = "Slope of the final loss by position in each epoch, with 95 % intervals."
         blocks.append(Picture("effects", picture, caption))
@@ -147,6 +149,7 @@ def mitigation(run: Run) -> list[Block]:
             gaps = (
                 gap if "reason" in gap else gap[key] for key in ("members", "merged", "difference")
             )
+            # from the sharpest estimate to the plain one
             slopes = (merge[key] for key in ("after", "change", "mean_position"))
             rows.append(
                 [

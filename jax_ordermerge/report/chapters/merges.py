@@ -29,6 +29,7 @@ def merges(run: Run) -> list[Block]:
         cosines = cosines or total.get("cosines")  # of the members: the same in every merge
         settings = {"weights": merge["weights"]} if merge.get("weights") else {}
         settings |= merge.get("parameters") or {}
+        # where no member moved, no method can change anything
         shared = total.get("unchanged_by_all")
         rows.append(
             [
@@ -121,6 +122,7 @@ def controls(run: Run) -> list[Block]:
     """Return the table of the controls and their pictures; empty where there are none."""
     if not run.controls:
         return []
+    # a searched merge is evaluated under the name of its method
     chosen = next((model for model in run.models if model["name"] == AUTO), None)
     return control_blocks(run.controls, run.loss_unit, chosen)
 

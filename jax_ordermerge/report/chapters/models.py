@@ -42,6 +42,7 @@ def results(run: Run) -> list[Block]:
 
 def result_table(run: Run) -> Table:
     """Return a row per model, and rows of means: of the members, and of the seeds of a merge."""
+    # (sd): how much a model owes to its order, which the errors over test items do not contain
     means = {"mean member (sd between members)": run.members}
     for name, merge in run.comparison.merges.items():
         if len(merge.names) > 1:
@@ -96,6 +97,7 @@ def difference_table(comparison: Comparison) -> Table:
         count = len(merge.names)
         label = f"{name} (mean of {count} seeds)" if count > 1 else name
         for task, measure in merge.measures.items():
+            # losses as they are, accuracies as percentage points
             title, scale, digits = (f"{task}, points", 100, 1) if task else ("loss", 1, 4)
             gaps = [_difference(measure, rival, scale, digits) for rival in RIVALS]
             test = measure.mcnemar.get(BEST_MEMBER)
@@ -132,6 +134,7 @@ def _difference(measure: Measure, rival: str, scale: int, digits: int) -> str:
 
 def texts(run: Run) -> list[Block]:
     """Return perplexities of texts, and merges against members; empty without such a task."""
+    # perplexities are no task of right answers, and stand apart in evaluations.json
     models = [model for model in run.models if model.get("texts")]
     if not models:
         return []
@@ -186,6 +189,7 @@ def answers(run: Run) -> list[Block]:
     tasks = dict.fromkeys(task for items in run.items.values() for task in items.get("tasks", {}))
     blocks: list[Block] = []
     for task in tasks:
+        # by id: a model may have been evaluated on a part of the items
         by_model = {
             name: {str(item["id"]): item for item in items["tasks"][task]}
             for name, items in run.items.items()

@@ -20,6 +20,7 @@ def lambda_line(rows: Sequence[Json], split: str, unit: str) -> str:
         unit: of losses.
     """
     trained = [row["loss"] for row in rows if row["at"][0] > 0]
+    # a random base is far worse than any merge, a pretrained one may be near
     limit = max(trained) + 2 * (max(trained) - min(trained))
     outside = [row for row in rows if row["at"][0] == 0 and row["loss"] > limit]
 
@@ -60,6 +61,7 @@ def plane(rows: Sequence[Json], split: str, unit: str) -> str:
         split: that `loss` was measured on.
         unit: of losses.
     """
+    # contours need a grid: rows of it by the second coordinate
     across, up = (sorted({row["at"][axis] for row in rows}) for axis in (0, 1))
     by_place = {tuple(row["at"]): row["loss"] for row in rows}
     values = np.array([[by_place[a, b] for a in across] for b in up], dtype=np.float64)

@@ -46,6 +46,7 @@ def accuracies(models: Sequence[Json], task: str) -> str:
     """
     shares = percentages(models, task)
     errors = [100 * model["tasks"][task]["se"] for model in models]
+    # room to the right of the longest bar, for the numbers
     end = max(share + error for share, error in zip(shares, errors, strict=True))
 
     with draw(f"accuracy-{task}", 0.9 + 0.27 * len(models)) as figure:
@@ -80,6 +81,7 @@ def cosines(matrix: Sequence[Sequence[float | None]]) -> str:
         image = axes.imshow(values, cmap="cividis", vmin=low, vmax=1)
         for (row, column), value in np.ndenumerate(values) if size <= _MOST_NUMBERS else ():
             dark = value < low + 0.6 * (1 - low)
+            # readable on both ends of the colour scale
             text, colour = "–" if np.isnan(value) else f"{value:.2f}", "white" if dark else "black"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
         axes.set(xticks=range(size), yticks=range(size), xlabel="member", ylabel="member")
