@@ -1,7 +1,8 @@
-"""Hugging Face directories <-> parameters: rename, stack layers, cast. No arithmetic and no transposes.
+"""Conversion between Hugging Face directories and parameters: rename, stack layers, cast.
 
-Loading reads on each process only the slices of its own devices. Exporting gathers one Hugging Face tensor at a time; with
-several processes all of them take part in the gathering, and process 0 writes.
+There is no arithmetic and no transpose. Loading reads on each process only the slices of its own
+devices. Exporting gathers one Hugging Face tensor at a time; with several processes all of them
+take part in the gathering, and process 0 writes.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from jax_ordermerge.checkpoint import atomic, placement, remote, safetensors
 from jax_ordermerge.errors import UserError
 
 _READABLE = ("float64", "float32", "float16", "bfloat16")
-_BUFFER = "rotary_emb.inv_freq"  # written by old libraries, recomputed by everyone
+_ROTARY_BUFFER = "rotary_emb.inv_freq"  # old libraries write it, every library recomputes it
 _HUB_FILES = (
     "*.safetensors",
     "*.json",
@@ -41,12 +42,13 @@ def resolve(base: str, *, weights: bool = True) -> Path:
     """Return the local directory of a base model.
 
     Args:
-        base: an existing directory, `embedded:NAME` (shipped with the package), an address (gs://, s3://) of a directory, which is
-            copied here, or a hub name such as `meta-llama/Llama-2-7b-hf`, which is downloaded once (safetensors, configs and tokenizer only).
-        weights: False downloads configs and tokenizer alone.
+        base: an existing directory, `embedded:NAME` (shipped with the package), an address (gs://,
+            s3://) of a directory, which is copied here, or a hub name such as
+            `meta-llama/Llama-2-7b-hf`, which is downloaded once.
+        weights: False leaves out safetensors: config and tokenizer only.
 
     Raises:
-        UserError: nothing of that name exists, or it may not or cannot be downloaded.
+        UserError: there is no such model, or it cannot be downloaded.
 
     Example:
         >>> resolve("embedded:nothing")
@@ -58,26 +60,29 @@ def resolve(base: str, *, weights: bool = True) -> Path:
         return _embedded(base.removeprefix("embedded:"))
     if remote.address(base) is not None:
         return remote.fetch(base, without=None if weights else "*.safetensors")
-    if Path(base).expanduser().is_dir():
-        return Path(base).expanduser()
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError(
-            f"base model directory {base} not found; give an existing directory, a hub name or embedded:NAME"
+            f"base model directory {base} not found; give an existing directory, a hub name or"
+            " embedded:NAME"
         )
     return _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
 
 
 def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfig:
-    """Read the `config.json` of a model directory, and the end-of-sequence tokens of its `generation_config.json`.
+    """Read the `config.json` of a model directory.
 
-    Instruction models often name their end of turn only in the latter; the union of both is kept.
+    The end-of-sequence tokens are the union of those in `config.json` and in
+    `generation_config.json`: instruction models often name their end of turn in the latter only.
 
     Args:
         directory: a Hugging Face directory.
-        ignore: unknown keys to pass over.
+        ignore: unknown keys to ignore.
 
     Raises:
-        UserError: absent, malformed or unsupported; the key is named.
+        UserError: the file is absent, malformed or not supported; the message names the key.
     """
     path = Path(directory) / "config.json"
     raw = safetensors.read_json(path)
@@ -85,12 +90,12 @@ def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfi
         config = ModelConfig.from_hf(raw, ignore)
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} has a value of the wrong type: {error}") from error
-    beside = Path(directory) / "generation_config.json"
-    eos = safetensors.read_json(beside).get("eos_token_id") if beside.is_file() else None
-    generation = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    return dataclasses.replace(
-        config, eos_token_ids=tuple(dict.fromkeys((*generation, *config.eos_token_ids)))
-    )
+    generation = Path(directory) / "generation_config.json"
+    eos = safetensors.read_json(generation).get("eos_token_id") if generation.is_file() else None
+    if eos is None:
+        return config
+    ids = dict.fromkeys((*(eos if isinstance(eos, list) else [eos]), *config.eos_token_ids))
+    return dataclasses.replace(config, eos_token_ids=tuple(ids))
 
 
 def load_params(
@@ -104,11 +109,12 @@ def load_params(
     """Load a Hugging Face directory straight into (sharded) arrays.
 
     Args:
-        directory: with `config.json` and safetensors.
-        mesh: where the arrays go, by the logical axes of the tensor table; None is the default device.
-        dtype: of the arrays.
-        members: if given, all arrays get a leading axis `M` of this size along which the model is repeated.
-        ignore: unknown keys of `config.json` to pass over.
+        directory: a directory with `config.json` and safetensors.
+        mesh: where the arrays go, by the logical axes of the tensor table; None is the default
+            device.
+        dtype: dtype of the arrays.
+        members: size of a leading axis `M` along which the model is repeated, if any.
+        ignore: unknown keys of `config.json` to ignore.
 
     Returns:
         The config and the parameter dict.
@@ -130,33 +136,35 @@ def load_params(
 
 
 def check_tensors(reader: safetensors.Reader, config: ModelConfig) -> None:
-    """Require exactly the tensors of the model, in the right shapes and floating point.
+    """Require exactly the tensors of a model, in the right shapes and floating point.
 
-    Rotary buffers are passed over, and so is an output head equal to the tied embedding.
+    Rotary buffers are ignored, and so is an output head that equals the tied embedding.
 
     Raises:
-        UserError: the first tensor that is missing, unknown, misshaped, or of another dtype.
+        UserError: a tensor is missing, unknown, misshaped, or of another dtype; the first is named.
     """
-    where, names = reader.directory, set(reader.names)
+    directory, unknown = reader.directory, set(reader.names)
     for name, spec, _ in arch.hf_tensors(config):
-        if name not in names:
+        if name not in unknown:
             raise UserError(
-                f"{where} lacks the tensor {name}; config.json and weights must belong together"
+                f"{directory} lacks the tensor {name}; config.json and weights must belong together"
             )
         info = reader.info(name)
         if info.shape != spec.hf_shape:
             raise UserError(
-                f"{where}: {name} has shape {info.shape}, config.json asks for {spec.hf_shape}"
+                f"{directory}: {name} has shape {info.shape}, config.json asks for {spec.hf_shape}"
             )
         if info.dtype.name not in _READABLE:
             raise UserError(
-                f"{where}: {name} has dtype {info.dtype.name}; supported are {', '.join(_READABLE)}"
+                f"{directory}: {name} has dtype {info.dtype.name}; supported are"
+                f" {', '.join(_READABLE)}"
             )
-        names.remove(name)
-    for name in sorted(names):
-        if not name.endswith(_BUFFER) and not _is_tied_copy(reader, config, name):
+        unknown.remove(name)
+    for name in sorted(unknown):
+        if not name.endswith(_ROTARY_BUFFER) and not _is_tied_copy(reader, config, name):
             raise UserError(
-                f"{where} has the tensor {name}, which this architecture does not have; check model_type in config.json"
+                f"{directory} has the tensor {name}, which this architecture does not have; check"
+                " model_type in config.json"
             )
 
 
@@ -176,14 +184,14 @@ def export(
 
     Args:
         params: the parameter dict, on any mesh.
-        config: the model.
-        directory: the target; it must not exist or be empty.
-        dtype: of the tensors written, rounded to nearest even.
+        config: config of the model.
+        directory: target; it must not exist or be empty.
+        dtype: dtype of the files, rounded to nearest even.
         source: directory whose tokenizer files are copied.
         card: text of `README.md`.
         recipe: text of `merge_config.yaml`.
-        member: which member to write if `params` is a population (leading axis `M`).
-        shard_bytes: largest size of a file.
+        member: member to write if `params` is a population (leading axis `M`).
+        shard_bytes: largest size of the tensors of a file.
 
     Raises:
         UserError: the target is not empty; a value overflows float16; the member does not exist.
@@ -207,7 +215,7 @@ def export(
             shard_bytes=shard_bytes,
         )
     else:
-        for _ in tensors:  # take part in the gathering
+        for _ in tensors:  # gathering is collective: process 0 would wait for this one
             pass
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"export {directory}")
@@ -223,10 +231,10 @@ def abstract_params(
     """Return the parameter dict as `jax.ShapeDtypeStruct`s with their shardings.
 
     Args:
-        config: the model.
-        mesh: None leaves the shardings out.
+        config: config of the model.
+        mesh: mesh of the shardings; None leaves them out.
         members: size of a leading axis `M`, if any.
-        dtype: of the arrays.
+        dtype: dtype of the arrays.
 
     Example:
         >>> config = ModelConfig(
@@ -245,7 +253,7 @@ def abstract_tensors(
     members: int | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tree.Tree:
-    """Return the dict of any table of tensors as `abstract_params` does that of a model.
+    """Return the abstract arrays of a table of tensors; see `abstract_params`.
 
     Example:
         >>> spec = TensorSpec("a/weight", (4, 2), ("mlp", "embed"), "zeros", "a.weight", "mlp")
@@ -269,22 +277,21 @@ def _read_part(
     members: int | None,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """Return `array[index]` of one entry of the table, reading only those parts of the files."""
-    lead, inner = (index[:1], index[1:]) if members is not None else ((), index)
+    """Return `array[index]` of one entry of the table, reading only that part of the files."""
+    lead, inner = ((), index) if members is None else (index[:1], index[1:])
     if spec.stacked:
         names = spec.hf_names()[inner[0]]
-        shape = tuple(
-            len(range(*part.indices(extent)))
-            for part, extent in zip(inner, spec.shape, strict=True)
-        )
-        out = np.empty(shape, dtype)
-        for row, name in enumerate(names):
-            out[row] = reader.read_slice(name, inner[1:])
+        extents = zip(inner, spec.shape, strict=True)
+        shape = tuple(len(range(*part.indices(extent))) for part, extent in extents)
+        array = np.empty(shape, dtype)
+        for layer, name in enumerate(names):
+            array[layer] = reader.read_slice(name, inner[1:])
     else:
-        out = np.array(reader.read_slice(spec.hf_name, inner), dtype)
-    if lead:
-        out = np.broadcast_to(out, (len(range(*lead[0].indices(members or 0))), *out.shape))
-    return out
+        array = np.array(reader.read_slice(spec.hf_name, inner), dtype)
+    if members is not None:
+        copies = len(range(*lead[0].indices(members)))
+        array = np.broadcast_to(array, (copies, *array.shape))
+    return array
 
 
 def _is_tied_copy(reader: safetensors.Reader, config: ModelConfig, name: str) -> bool:
@@ -299,31 +306,31 @@ def _is_tied_copy(reader: safetensors.Reader, config: ModelConfig, name: str) ->
         reader.read(name), reader.read(embedding.hf_name)
     ):
         raise UserError(
-            f"{reader.directory}: config.json ties the embeddings, but {name} differs from {embedding.hf_name}"
+            f"{reader.directory}: config.json ties the embeddings, but {name} differs from"
+            f" {embedding.hf_name}"
         )
     return True
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
-    # row by row, so that two embeddings of gigabytes are never in memory at once
+    # row by row: two copies of an embedding may be gigabytes
     return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
 def _check_params(flat: Mapping[str, Any], config: ModelConfig, member: int | None) -> None:
     expected = {spec.path: spec.shape for spec in arch.tensor_table(config)}
-    wrong = sorted(expected.keys() ^ flat.keys())
-    if wrong:
-        raise ValueError(
-            f"parameters do not fit the config: {wrong[0]} is {'missing' if wrong[0] in expected else 'not part of it'}"
-        )
+    for path in sorted(expected.keys() ^ flat.keys()):
+        problem = "missing" if path in expected else "not part of it"
+        raise ValueError(f"parameters do not fit the config: {path} is {problem}")
+    leading = 0 if member is None else 1
     for path, shape in expected.items():
-        given = tuple(flat[path].shape)
-        if given[0 if member is None else 1 :] != shape:
-            what = "" if member is None else " after the member axis"
-            raise ValueError(f"parameter {path} has shape {given}, expected {shape}{what}")
-        if member is not None and not 0 <= member < given[0]:
+        actual = tuple(flat[path].shape)
+        if actual[leading:] != shape:
+            axis = " after the member axis" if leading else ""
+            raise ValueError(f"parameter {path} has shape {actual}, expected {shape}{axis}")
+        if member is not None and not 0 <= member < actual[0]:
             raise UserError(
-                f"member {member} does not exist; the population has members 0 to {given[0] - 1}"
+                f"member {member} does not exist; the population has members 0 to {actual[0] - 1}"
             )
 
 
@@ -331,19 +338,8 @@ def _hf_tensors(
     flat: Mapping[str, Any], config: ModelConfig, member: int | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name, spec, layer in arch.hf_tensors(config):
-        # bound to no name here: while the next tensor is gathered, this one is gone
-        yield (
-            name,
-            _gather(
-                _pick(
-                    flat[spec.path],
-                    layer,
-                    member,
-                    stacked=layer is not None,
-                    population=member is not None,
-                )
-            ),
-        )
+        # bound to no name: while the next tensor is gathered, this one is already freed
+        yield name, _gather(_select(flat[spec.path], layer, member))
 
 
 def _gather(array: jax.Array) -> np.ndarray:
@@ -352,26 +348,24 @@ def _gather(array: jax.Array) -> np.ndarray:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("stacked", "population"))
-def _pick(
-    array: jax.Array, layer: int | None, member: int | None, *, stacked: bool, population: bool
-) -> jax.Array:
-    # the layer first: it is never sharded, so at most the members of one layer cross devices
-    if stacked:
-        array = jax.lax.dynamic_index_in_dim(array, layer, axis=int(population), keepdims=False)
-    if population:
+@jax.jit
+def _select(array: jax.Array, layer: int | None, member: int | None) -> jax.Array:
+    # the layer first: its axis is never sharded, so only the members of one layer cross devices
+    if layer is not None:
+        axis = 0 if member is None else 1
+        array = jax.lax.dynamic_index_in_dim(array, layer, axis, keepdims=False)
+    if member is not None:
         array = jax.lax.dynamic_index_in_dim(array, member, axis=0, keepdims=False)
     return array
 
 
 def _embedded(name: str) -> Path:
     assets = importlib.resources.files("jax_ordermerge") / "assets"
-    shipped = (
-        sorted(item.name for item in assets.iterdir() if item.is_dir()) if assets.is_dir() else []
-    )
+    shipped = [item.name for item in assets.iterdir() if item.is_dir()] if assets.is_dir() else []
     if name not in shipped:
         raise UserError(
-            f"embedded:{name} is not shipped with this package (shipped: {', '.join(shipped) or 'none'})"
+            f"embedded:{name} is not shipped with this package"
+            f" (shipped: {', '.join(sorted(shipped)) or 'none'})"
         )
     return Path(str(assets / name))
 
@@ -380,9 +374,10 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    ignore = ["consolidated*", "original/*"]  # the same weights in other formats
     try:
-        found = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(patterns), ignore_patterns=["consolidated*", "original/*"]
+        directory = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(patterns), ignore_patterns=ignore
         )
     except errors.HFValidationError as error:
         raise UserError(
@@ -390,15 +385,17 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
         ) from error
     except errors.GatedRepoError as error:
         raise UserError(
-            f"base model {name} is gated: accept its licence on the hub, then log in with `hf auth login`"
+            f"base model {name} is gated: accept its licence on the hub, then log in with `hf auth"
+            " login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"base model {name} is not on the hub (or private), and no directory of that name exists"
+            f"base model {name} is not on the hub (or private), and no directory of that name"
+            " exists"
         ) from error
     except (OSError, errors.HTTPError) as error:  # all network failures of the hub are one of these
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"base model {name} is no directory and could not be downloaded: {reason}"
         ) from error
-    return Path(found)
+    return Path(directory)

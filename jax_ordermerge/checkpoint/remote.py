@@ -41,7 +41,7 @@ class File(NamedTuple):
 
 
 class _RemoteFile(NamedTuple):
-    """A file to copy here: an identifier of its content, and a function that copies it to a path."""
+    """A file to copy: an identifier of its content, and a function that copies it to a path."""
 
     version: str
     download: Callable[[Path], None]

@@ -1,7 +1,7 @@
-"""Safetensors files: a lazy reader that verifies every header, and a streaming writer of whole Hugging Face directories.
+"""Safetensors: a lazy reader that verifies headers, and a streaming writer of HF directories.
 
-The format is described in `shards`. Both sides are written out here: the library's numpy writer takes all tensors at once and
-silently corrupts arrays that are not contiguous.
+`shards` describes the format. The library is not used: its numpy writer takes all tensors at once
+and silently corrupts arrays that are not contiguous, and its reader accepts contradictory headers.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from jax_ordermerge.checkpoint import atomic, shards, sidecar_files
 from jax_ordermerge.checkpoint.shards import DTYPES, INDEX, SHARD_BYTES, SINGLE
 from jax_ordermerge.errors import UserError
 
-_MAX_HEADER = 100_000_000  # the format's own bound
+_MAX_HEADER = 100_000_000  # bytes, a rule of the format
 
 
 class TensorInfo(NamedTuple):
-    """What the header says of one tensor."""
+    """Dtype and shape of a tensor."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -41,38 +41,31 @@ class _Entry:
 
 
 class Reader:
-    """The tensors of a file, or of a Hugging Face directory (one `model.safetensors`, or an index with shards).
+    """The tensors of a safetensors file, or of a Hugging Face directory, sharded or not.
 
-    Opening reads and verifies all headers, no tensors. `read` returns views of the memory-mapped file: pages are loaded when
-    touched, and the system may drop them again.
+    Opening reads and verifies all headers, but no tensor. `read` returns views of the memory-mapped
+    file: pages are loaded when they are used, and the system may drop them again.
 
     Attributes:
-        directory: where the files lie.
-        names: all tensor names in file order.
+        directory: directory of the files.
+        names: names of all tensors, in file order.
 
     Raises:
-        UserError: one line naming the file, if anything is missing, truncated or contradictory.
+        UserError: one line that names the file if anything is missing, truncated or contradictory.
 
     Example:
         >>> import tempfile
         >>> config = arch.ModelConfig(
-        ...     vocab_size=2,
-        ...     hidden_size=2,
-        ...     intermediate_size=2,
-        ...     num_layers=1,
-        ...     num_heads=1,
-        ...     tie_embeddings=True,
+        ...     vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1
         ... )
         >>> target = Path(tempfile.mkdtemp()) / "model"
         >>> ones = ((name, np.ones(spec.hf_shape)) for name, spec, _ in arch.hf_tensors(config))
         >>> write(target, ones, config=config, dtype="bfloat16")
         >>> reader = Reader(target)
-        >>> (
-        ...     reader.names[0],
-        ...     reader.info(reader.names[0]).shape,
-        ...     reader.read("model.norm.weight").tolist(),
-        ... )
-        ('model.embed_tokens.weight', (2, 2), [1.0, 1.0])
+        >>> reader.names[0], reader.info(reader.names[0]).shape
+        ('model.embed_tokens.weight', (2, 2))
+        >>> reader.read("model.norm.weight").tolist()
+        [1.0, 1.0]
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -91,7 +84,7 @@ class Reader:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All tensor names in file order."""
+        """Names of all tensors, in file order."""
         return tuple(self._entries)
 
     @property
@@ -100,7 +93,7 @@ class Reader:
         return read_json(self.directory / "config.json")
 
     def info(self, name: str) -> TensorInfo:
-        """Return dtype and shape of a tensor without touching it."""
+        """Return dtype and shape of a tensor without reading it."""
         entry = self._entry(name)
         return TensorInfo(entry.dtype, entry.shape)
 
@@ -121,15 +114,17 @@ class Reader:
         return self.read(name)[index]
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Read consecutive elements of a tensor into an array, from any thread and without mapping the file.
+        """Read consecutive elements of a tensor into an array, from any thread.
+
+        The file is not mapped: pages of mapped files count as memory of the process.
 
         Args:
-            name: of the tensor.
+            name: name of the tensor.
             start: row-major number of the first element.
             out: contiguous, of the tensor's dtype, any shape.
 
         Raises:
-            UserError: the file ended early; it was changed since it was opened.
+            UserError: the file ends early, so it was changed since it was opened.
         """
         entry = self._entry(name)
         with self._lock:
@@ -145,16 +140,16 @@ class Reader:
                 )
             view, position = view[count:], position + count
 
-    def __del__(
-        self, close: Callable[[int], None] = os.close
-    ) -> None:  # bound here: at the end of the interpreter os may be gone
+    # a default argument, because at the end of the interpreter `os` may be gone
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for handle in getattr(self, "_handles", {}).values():
             close(handle)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise UserError(
-                f"{self.directory} has no tensor {name}; it is not a complete model of this architecture"
+                f"{self.directory} has no tensor {name}; it is not a complete model of this"
+                " architecture"
             )
         return self._entries[name]
 
@@ -183,144 +178,150 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
     if not index.is_file():
         if single.is_file():
             return _read_header(single)
-        others = sorted(
-            p.name
-            for p in directory.iterdir()
-            if p.suffix in (".safetensors", ".bin", ".pth", ".gguf")
+        raise _printable_error(
+            f"{directory} has neither {SINGLE} nor {INDEX}: {_describe_weights(directory)}"
         )
-        has = (
-            f"it has {', '.join(others[:3])}; convert to safetensors, or restore the index"
-            if others
-            else "it has no weights"
-        )
-        raise _bad(f"{directory} has neither {SINGLE} nor {INDEX}: {has}")
     weight_map = read_json(index).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
-        or not all(isinstance(v, str) for v in weight_map.values())
+        or not all(isinstance(file, str) for file in weight_map.values())
     ):
         raise UserError(f"{index}: weight_map must name the file of each tensor")
-    placed: dict[str, set[str]] = {}
+    indexed: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        placed.setdefault(file, set()).add(name)
-    files = sorted(placed)
-    if single.is_file() and files != [SINGLE]:
+        indexed.setdefault(file, set()).add(name)
+    if single.is_file() and list(indexed) != [SINGLE]:
         raise UserError(
-            f"{directory} has both {SINGLE} and an index with shards; engines read it differently, remove one of them"
+            f"{directory} has both {SINGLE} and an index with shards; engines read it differently,"
+            " remove one of them"
         )
-    for file in files:
+    for file in sorted(indexed):
         if Path(file).name != file:
-            raise _bad(f"{index}: '{file}' is not the plain name of a file beside the index")
-        if not os.path.isfile(
-            directory / file
-        ):  # unlike Path.is_file, false also of names that no file can have
-            raise _bad(
+            raise _printable_error(
+                f"{index}: '{file}' is not the plain name of a file beside the index"
+            )
+        # unlike Path.is_file, this is False, not an error, for names that no file can have
+        if not os.path.isfile(directory / file):
+            raise _printable_error(
                 f"{index} names the shard {file}, which is absent; download or copy it again"
             )
     entries: dict[str, _Entry] = {}
-    for file in files:
-        found = _read_header(directory / file)
-        wrong = sorted(placed[file] ^ found.keys())
-        if wrong:
-            side = (
-                "is not in it" if wrong[0] in placed[file] else "is not placed there by the index"
-            )
-            raise _bad(f"{index} and {file} disagree: {wrong[0]} {side}")
-        entries |= found
+    for file in sorted(indexed):
+        shard = _read_header(directory / file)
+        for name in sorted(indexed[file] ^ shard.keys()):
+            where = "is not in it" if name in indexed[file] else "is not placed there by the index"
+            raise _printable_error(f"{index} and {file} disagree: {name} {where}")
+        entries |= shard
     return entries
 
 
+def _describe_weights(directory: Path) -> str:
+    """Return what weights a directory has under names that are not expected."""
+    suffixes = (".safetensors", ".bin", ".pth", ".gguf")
+    names = sorted(path.name for path in directory.iterdir() if path.suffix in suffixes)
+    if not names:
+        return "it has no weights"
+    return f"it has {', '.join(names[:3])}; convert to safetensors, or restore the index"
+
+
 def _read_header(path: Path) -> dict[str, _Entry]:
-    """Read and verify one header."""
+    """Read and verify the header of a file."""
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise _bad(
-                    f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of {size})"
+                raise _printable_error(
+                    f"{path} is truncated or not a safetensors file (header of {length} bytes in a"
+                    f" file of {size})"
                 )
             text = file.read(length)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     try:
-        header = json.loads(
-            text.decode(), object_pairs_hook=_no_duplicates
-        )  # not from bytes: those may be UTF-16 to json
+        # decoded here: json takes bytes for UTF-16 if they look like it
+        header = json.loads(text.decode(), object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _bad(
-            f"{path} has a header that is not valid JSON: {' '.join(str(error).split())[:200]}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise _printable_error(f"{path} has a header that is not valid JSON: {reason}") from error
     if not isinstance(header, dict):
-        raise _bad(f"{path} has a header that is not a JSON object")
+        raise _printable_error(f"{path} has a header that is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise _bad(f"{path}: __metadata__ must map strings to strings")
+        raise _printable_error(f"{path}: __metadata__ must map strings to strings")
     entries = [(name, *_check_entry(path, name, raw)) for name, raw in header.items()]
-    entries.sort(key=lambda item: item[3:])
-    end = 0
+    entries.sort(key=lambda entry: entry[3:])
+    end, available = 0, size - 8 - length
     for name, _, _, begin, stop in entries:
         if begin != end:
-            raise _bad(
-                f"{path}: {name} begins at byte {begin} of the data, expected {end}; the tensors overlap or leave a gap"
+            raise _printable_error(
+                f"{path}: {name} begins at byte {begin} of the data, expected {end}; the tensors"
+                " overlap or leave a gap"
             )
         end = stop
-    if end != size - 8 - length:
-        what = "is truncated" if end > size - 8 - length else "has bytes after the last tensor"
-        raise _bad(f"{path} {what}: {end} bytes of tensors expected, {size - 8 - length} present")
+    if end != available:
+        problem = "is truncated" if end > available else "has bytes after the last tensor"
+        raise _printable_error(
+            f"{path} {problem}: {end} bytes of tensors expected, {available} present"
+        )
     return {
         name: _Entry(path, dtype, shape, 8 + length + begin)
         for name, dtype, shape, begin, _ in entries
     }
 
 
-def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
     for key, value in pairs:
-        key.encode()  # a ValueError where escapes spell half a surrogate pair, which nothing can print
-        if key in out:
+        key.encode()  # a ValueError for half a surrogate pair, which cannot be printed
+        if key in entries:
             raise ValueError(f"{key} occurs twice")
-        out[key] = value
-    return out
+        entries[key] = value
+    return entries
 
 
 def _check_entry(
     path: Path, name: str, raw: Any
 ) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+    """Return dtype, shape, begin and end of a tensor from its entry in a header."""
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _bad(f"{path}: the entry of {name} must have exactly dtype, shape and data_offsets")
-    shape, offsets = raw["shape"], raw["data_offsets"]
-    if not isinstance(raw["dtype"], str) or raw["dtype"] not in DTYPES:
-        raise _bad(
-            f"{path}: {name} has dtype {raw['dtype']!r}, which is not supported (supported: {', '.join(DTYPES)})"
+        raise _printable_error(
+            f"{path}: the entry of {name} must have exactly dtype, shape and data_offsets"
         )
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise _bad(
-            f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}; both must be lists of numbers from 0"
+    code, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise _printable_error(
+            f"{path}: {name} has dtype {code!r}, which is not supported"
+            f" (supported: {', '.join(DTYPES)})"
         )
-    dtype = DTYPES[raw["dtype"]]
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise _printable_error(
+            f"{path}: {name} has shape {shape!r} and data_offsets {offsets!r}; both must be lists"
+            " of numbers from 0"
+        )
+    dtype = DTYPES[code]
     if len(shape) > 32 or math.prod(max(extent, 1) for extent in shape) * dtype.itemsize >= 2**63:
-        raise _bad(f"{path}: {name} has shape {shape}, which no array can have")
-    needed = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != needed:
-        raise _bad(
-            f"{path}: {name} {raw['dtype']}{shape} needs {needed} bytes, its data_offsets {offsets} are wrong"
+        raise _printable_error(f"{path}: {name} has shape {shape}, which no array can have")
+    size = math.prod(shape) * dtype.itemsize
+    begin, end = offsets
+    if end - begin != size:
+        raise _printable_error(
+            f"{path}: {name} {code}{shape} needs {size} bytes, its data_offsets {offsets} are wrong"
         )
-    return dtype, tuple(shape), offsets[0], offsets[1]
+    return dtype, tuple(shape), begin, end
 
 
-def _bad(message: str) -> UserError:
-    """Names come from the file and may hold anything: keep the message one printable line."""
+def _printable_error(message: str) -> UserError:
+    """Return an error of one printable line: names come from the file and may hold anything."""
     # cut first: a header may hold names of many megabytes
-    return UserError(
-        "".join(c if c.isprintable() else "?" for c in " ".join(message[:4000].split()))[:500]
-    )
+    line = " ".join(message[:4000].split())
+    return UserError("".join(c if c.isprintable() else "?" for c in line)[:500])
 
 
-def _counts(value: Any) -> bool:
+def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < 2**63 for item in value
     )
@@ -337,24 +338,25 @@ def write(
     recipe: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face directory that appears under its name only when it is whole.
+    """Write a Hugging Face directory that appears under its name only when it is complete.
 
-    Files and offsets are planned from the tensor table, so tensors may come in any order and only one is held at a time. A tensor
-    in another dtype is cast, rounding to the nearest even.
+    Files and offsets are planned from the tensor table, so tensors may come in any order and only
+    one is in memory at a time. A tensor of another dtype is cast, rounding to nearest even.
 
     Args:
-        directory: the target; it must not exist or be empty.
+        directory: target; it must not exist or be empty.
         tensors: `(hf_name, array)`, every tensor of the model exactly once.
         config: written as `config.json` and `generation_config.json`.
         dtype: dtype of all tensors in the files.
-        tokenizer_from: directory whose tokenizer files are copied; one without any is fine.
-        card: text of `README.md`, by default `companions.model_card()`.
+        tokenizer_from: directory whose tokenizer files are copied, if it has any.
+        card: text of `README.md`, by default `sidecar_files.model_card()`.
         recipe: text of `merge_config.yaml`, if any.
-        shard_bytes: largest size of a file's tensors; one file is named `model.safetensors` and has no index.
+        shard_bytes: largest size of the tensors of a file. A single file is named
+            `model.safetensors` and has no index.
 
     Raises:
         UserError: the target is not empty, or a value overflows float16.
-        ValueError: a tensor is missing, unknown, given twice, or has another shape.
+        ValueError: a tensor is missing, unknown, a duplicate, or has another shape.
     """
     target_dtype = np.dtype(dtype)
     table = {name: spec.hf_shape for name, spec, _ in arch.hf_tensors(config)}
@@ -372,24 +374,24 @@ def write(
             missing = dict.fromkeys(table)
             for name, array in tensors:
                 if name not in missing:
-                    raise ValueError(
-                        f"tensor {name} is {'given twice' if name in table else 'not part of the model'}"
-                    )
+                    problem = "given twice" if name in table else "not part of the model"
+                    raise ValueError(f"tensor {name} is {problem}")
                 if array.shape != table[name]:
                     raise ValueError(
                         f"tensor {name} has shape {array.shape}, expected {table[name]}"
                     )
                 del missing[name]
                 files.write(name, 0, cast(array, target_dtype, name))
-                del array  # before the next one is made
+                del array  # the iterator makes the next one: never two in memory
             if missing:
                 raise ValueError(
-                    f"tensor {next(iter(missing))} was not given ({len(missing)} of {len(table)} are missing)"
+                    f"tensor {next(iter(missing))} was not given ({len(missing)} of {len(table)}"
+                    " are missing)"
                 )
 
 
 def cast(array: np.ndarray, dtype: DTypeLike, name: str = "an array") -> np.ndarray:
-    """Return `array` in `dtype` (round to nearest even) and C order; the same bits if it has that dtype already.
+    """Return an array in a dtype, rounded to nearest even, and in C order.
 
     Raises:
         UserError: a finite value is too large for float16.
@@ -399,15 +401,12 @@ def cast(array: np.ndarray, dtype: DTypeLike, name: str = "an array") -> np.ndar
         [1.0, 1.015625]
     """
     with np.errstate(over="ignore"):
-        out = np.ascontiguousarray(array, np.dtype(dtype))
-    # bfloat16 has float32's range
-    if (
-        out.dtype == np.float16
-        and array.dtype != np.float16
-        and np.isinf(out).any()
-        and np.isfinite(array[np.isinf(out)]).any()
-    ):
-        raise UserError(
-            f"{name} has values that overflow float16; choose dtype bfloat16 or float32"
-        )
-    return out
+        result = np.ascontiguousarray(array, np.dtype(dtype))
+    # only float16 has a smaller range than float32
+    if result.dtype == np.float16 and array.dtype != np.float16:
+        infinite = np.isinf(result)
+        if infinite.any() and np.isfinite(array[infinite]).any():
+            raise UserError(
+                f"{name} has values that overflow float16; choose dtype bfloat16 or float32"
+            )
+    return result

@@ -1,7 +1,8 @@
-"""The layout of safetensors files on the disk, and writing into it at any place, from several threads or processes.
+"""Safetensors files for writing: planned first, then filled at any place by threads or processes.
 
-A file is 8 bytes of header length (little endian), a JSON header `name -> {dtype, shape, data_offsets}`, and the tensors in C order
-without gaps. All headers are planned and written first, with the space of the tensors reserved; the tensors then come in any order.
+A file is 8 bytes of header length (little endian), a JSON header
+`name -> {dtype, shape, data_offsets}`, and the tensors in C order without gaps. All headers are
+written first, and the space of the tensors is reserved; the tensors then come in any order.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # what hubs and servers are used to
+SHARD_BYTES = 5_000_000_000  # the default of transformers
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -43,18 +44,20 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CHUNK = 1 << 22
+_READ_BYTES = 1 << 22
 _FLUSH_BYTES = 1 << 27
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
+    """Where the bytes of a tensor lie."""
+
     file: str
     start: int
     size: int
 
 
 class ShardFiles:
-    """The files of a model, open for writing. Leaving the context flushes them through to the disk.
+    """The files of a model, a context manager: leaving it flushes them through to the disk.
 
     Example:
         >>> import tempfile
@@ -74,16 +77,16 @@ class ShardFiles:
         dtype: DTypeLike,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Plan the files; nothing is touched yet.
+        """Plan the files; nothing is written yet.
 
         Args:
-            directory: exists.
+            directory: an existing directory.
             table: name -> shape, in the order of the files.
-            dtype: of all tensors.
-            shard_bytes: largest size of a file's tensors; a single file is named `model.safetensors` and has no index.
+            dtype: dtype of all tensors.
+            shard_bytes: largest size of the tensors of a file. A single file is named
+                `model.safetensors` and has no index.
         """
-        self._directory, self._dtype = directory, np.dtype(dtype)
-        self._table = dict(table)
+        self._directory, self._dtype, self._table = directory, np.dtype(dtype), dict(table)
         sizes = {name: math.prod(shape) * self._dtype.itemsize for name, shape in table.items()}
         shards: list[list[str]] = [[]]
         filled = 0
@@ -94,28 +97,25 @@ class ShardFiles:
             shards[-1].append(name)
             filled += size
         count = len(shards)
-        names = (
-            [SINGLE]
-            if count == 1
-            else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        )
-        self._shards = dict(zip(names, shards, strict=True))
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        self._shards = dict(zip([SINGLE] if count == 1 else names, shards, strict=True))
         self._headers: dict[str, bytes] = {}
-        self._places: dict[str, _Place] = {}
-        for file, members in self._shards.items():
-            header = self._headers[file] = self._header(members, sizes)
+        self._locations: dict[str, _Location] = {}
+        for file, tensors in self._shards.items():
+            header = self._headers[file] = self._header(tensors, sizes)
             start = len(header)
-            for name in members:
-                self._places[name] = _Place(file, start, sizes[name])
+            for name in tensors:
+                self._locations[name] = _Location(file, start, sizes[name])
                 start += sizes[name]
         self.bytes = sum(sizes.values())
-        self._open: dict[str, int] = {}
-        self._lock, self._flushing, self._dirty = threading.Lock(), threading.Lock(), 0
+        self._handles: dict[str, int] = {}
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
+        self._unflushed = 0
 
-    def _header(self, members: list[str], sizes: Mapping[str, int]) -> bytes:
+    def _header(self, tensors: list[str], sizes: Mapping[str, int]) -> bytes:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name in members:
+        for name in tensors:
             offsets = [end, end := end + sizes[name]]
             header[name] = {
                 "dtype": _NAMES[self._dtype],
@@ -123,7 +123,7 @@ class ShardFiles:
                 "data_offsets": offsets,
             }
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # aligned, so that tensors can be memory-mapped
         return len(text).to_bytes(8, "little") + text
 
     @property
@@ -137,49 +137,44 @@ class ShardFiles:
         Raises:
             UserError: the disk has not enough space.
         """
-        for file, header in self._headers.items():
-            size = len(header) + sum(self._places[name].size for name in self._shards[file])
-            path = self._directory / file
-            with path.open("wb") as opened:
-                opened.write(header)
-                opened.flush()
-                _reserve(opened.fileno(), size, path)
+        for name, header in self._headers.items():
+            size = len(header) + sum(self._locations[tensor].size for tensor in self._shards[name])
+            path = self._directory / name
+            with path.open("wb") as file:
+                file.write(header)
+                file.flush()
+                _reserve(file.fileno(), size, path)
         if len(self._shards) > 1:
-            weight_map = {name: self._places[name].file for name in self._table}
-            text = (
-                json.dumps(
-                    {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}, indent=2
-                )
-                + "\n"
-            )
-            atomic.write_text(self._directory / INDEX, text)
+            weight_map = {name: self._locations[name].file for name in self._table}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
+            atomic.write_text(self._directory / INDEX, json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, start: int, data: np.ndarray) -> None:
         """Write part of a tensor, from any thread.
 
         Args:
-            name: of the tensor.
+            name: name of the tensor.
             start: first byte within the tensor.
             data: contiguous, in the dtype of the files.
         """
-        place = self._places[name]
+        location = self._locations[name]
+        handle, position = self._handle(location.file), location.start + start
         view = data.reshape(-1).view(np.uint8).data
-        handle, position = self._handle(place.file), place.start + start
         while len(view):
-            with no_space(self._directory / place.file):
+            with no_space(self._directory / location.file):
                 written = os.pwrite(handle, view, position)
             view, position = view[written:], position + written
-        self._flush_sometimes(place.file, data.nbytes)
+        self._flush_early(handle, data.nbytes)
 
-    def _flush_sometimes(self, file: str, size: int) -> None:
-        """Have the disk begin while there is more to come, so that the end need not wait for all of it."""
+    def _flush_early(self, handle: int, size: int) -> None:
+        """Start flushing now and then: a flush of everything at the end would have to wait."""
         with self._lock:
-            self._dirty += size
-            if self._dirty < _FLUSH_BYTES or self._flushing.locked():
+            self._unflushed += size
+            if self._unflushed < _FLUSH_BYTES or self._flushing.locked():
                 return
-            self._dirty = 0
+            self._unflushed = 0
             self._flushing.acquire()
-        threading.Thread(target=self._flush, args=(self._handle(file),), daemon=True).start()
+        threading.Thread(target=self._flush, args=(handle,), daemon=True).start()
 
     def _flush(self, handle: int) -> None:
         try:
@@ -188,22 +183,23 @@ class ShardFiles:
             self._flushing.release()
 
     def digest(self, name: str) -> str:
-        """Return the CRC-32 of a tensor's bytes as they are in the file now, hexadecimal."""
-        place = self._places[name]
-        found, position, end = 0, place.start, place.start + place.size
+        """Return the CRC-32 of the bytes of a tensor as they are in the file, in hex."""
+        location = self._locations[name]
+        crc, position, end = 0, location.start, location.start + location.size
         while position < end:
-            chunk = os.pread(self._handle(place.file), min(_CHUNK, end - position), position)
+            size = min(_READ_BYTES, end - position)
+            chunk = os.pread(self._handle(location.file), size, position)
             if not chunk:
                 break
-            found = zlib.crc32(chunk, found)
+            crc = zlib.crc32(chunk, crc)
             position += len(chunk)
-        return f"{found:08x}"
+        return f"{crc:08x}"
 
     def _handle(self, file: str) -> int:
         with self._lock:
-            if file not in self._open:
-                self._open[file] = os.open(self._directory / file, os.O_RDWR)
-            return self._open[file]
+            if file not in self._handles:
+                self._handles[file] = os.open(self._directory / file, os.O_RDWR)
+            return self._handles[file]
 
     def __enter__(self) -> "ShardFiles":
         return self
@@ -214,28 +210,28 @@ class ShardFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._flushing.acquire()  # no handle is closed under a flush
-        for handle in self._open.values():
-            if kind is None:
-                os.fsync(handle)
-            os.close(handle)
-        self._open.clear()
-        self._flushing.release()
+        with self._flushing:  # a flush in progress needs its handle
+            for handle in self._handles.values():
+                if kind is None:
+                    os.fsync(handle)
+                os.close(handle)
+            self._handles.clear()
 
 
 def _reserve(handle: int, size: int, path: Path) -> None:
+    # a full disk is an error now, not after hours of writing
     with no_space(path):
         try:
             os.posix_fallocate(handle, 0, size)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
-            os.ftruncate(handle, size)  # a file system that cannot reserve
+            os.ftruncate(handle, size)  # this file system cannot reserve space
 
 
 @contextlib.contextmanager
 def no_space(path: Path) -> Iterator[None]:
-    """Turn a full disk into one line."""
+    """Turn the error of a full disk into a `UserError`."""
     try:
         yield
     except OSError as error:

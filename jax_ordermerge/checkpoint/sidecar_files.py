@@ -1,4 +1,4 @@
-"""What stands beside the tensors in a Hugging Face directory: configs, tokenizer files, model card."""
+"""Files beside the tensors of a Hugging Face directory: configs, tokenizer files, model card."""
 
 import json
 import re
@@ -9,6 +9,8 @@ from typing import Any, Literal
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
+
+Json = dict[str, Any]
 
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 TOKENIZER_FILES = (
@@ -31,18 +33,19 @@ def write(
     card: str | None = None,
     recipe: str | None = None,
 ) -> None:
-    """Write every file but the tensors into an existing directory.
+    """Write all files but the tensors into a directory.
 
     Args:
         directory: an existing directory.
-        config: becomes `config.json` and `generation_config.json`, which name the same end-of-sequence tokens.
+        config: written as `config.json` and `generation_config.json`, with the same
+            end-of-sequence tokens in both.
         dtype: dtype of the tensors, e.g. `"bfloat16"`.
         tokenizer_from: directory to copy tokenizer files from.
         card: text of `README.md`.
         recipe: text of `merge_config.yaml`.
     """
     raw = config.to_hf(dtype)
-    # Servers take the sampling values of generation_config.json as their defaults, so it holds token ids only.
+    # servers use sampling values of this file as their defaults, so it holds token ids only
     generation = {
         key: raw[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -58,58 +61,62 @@ def write(
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy tokenizer files byte for byte, except where a server could not read them.
+    """Copy tokenizer files byte for byte, except for what a server could not read.
 
-    `tokenizer_class: TokenizersBackend` (unknown before transformers 5) becomes `PreTrainedTokenizerFast`, the chat template is put
-    both in its own file and in `tokenizer_config.json`, and its `{% generation %}` marks (training only) become plain blocks.
+    `tokenizer_class: TokenizersBackend`, unknown before transformers 5, becomes
+    `PreTrainedTokenizerFast`. The chat template is written both to its own file and to
+    `tokenizer_config.json`, and its `{% generation %}` marks, for training only, become plain
+    blocks.
 
     Raises:
-        UserError: the source is no directory, or its `tokenizer_config.json` is not a JSON object.
+        UserError: the source is not a directory, or its `tokenizer_config.json` is not a JSON
+            object.
     """
     if not source.is_dir():
         raise UserError(f"directory {source}, to copy the tokenizer from, does not exist")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             atomic.write_bytes(directory / name, (source / name).read_bytes())
-    own, beside = source / TOKENIZER_CONFIG, source / CHAT_TEMPLATE
-    template = beside.read_bytes().decode() if beside.is_file() else None
-    if own.is_file():
-        content = own.read_bytes()
+    config_path, template_path = source / TOKENIZER_CONFIG, source / CHAT_TEMPLATE
+    template = template_path.read_bytes().decode() if template_path.is_file() else None
+    if config_path.is_file():
+        content = config_path.read_bytes()
         try:
-            given = json.loads(content)
+            config = json.loads(content)
         except ValueError as error:
-            raise UserError(f"{own} is not valid JSON: {error}") from error
-        if not isinstance(given, dict):
-            raise UserError(f"{own}: expected a JSON object, got {type(given).__name__}")
-        served = _served_tokenizer_config(given, template)
-        if served == given:
+            raise UserError(f"{config_path} is not valid JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{config_path}: expected a JSON object, got {type(config).__name__}")
+        served = _served_tokenizer_config(config, template)
+        if served == config:
             atomic.write_bytes(directory / TOKENIZER_CONFIG, content)
         else:
             _write_json(directory / TOKENIZER_CONFIG, served)
         if isinstance(served.get("chat_template"), str):
             template = served["chat_template"]
     if template is not None:
-        atomic.write_bytes(directory / CHAT_TEMPLATE, inference_template(template).encode())
+        atomic.write_text(directory / CHAT_TEMPLATE, inference_template(template))
 
 
 def write_chat_template(directory: Path, template: str) -> None:
-    """Put a chat template in place of the one that the tokenizer files of a directory have, if any."""
-    atomic.write_bytes(directory / CHAT_TEMPLATE, inference_template(template).encode())
-    own = directory / TOKENIZER_CONFIG
-    if own.is_file():
-        _write_json(
-            own, {**json.loads(own.read_bytes()), "chat_template": inference_template(template)}
-        )
+    """Write a chat template in place of the one that a directory has, if any."""
+    template = inference_template(template)
+    atomic.write_text(directory / CHAT_TEMPLATE, template)
+    path = directory / TOKENIZER_CONFIG
+    if path.is_file():
+        _write_json(path, {**json.loads(path.read_bytes()), "chat_template": template})
 
 
 def inference_template(template: str) -> str:
-    """Return a chat template without `{% generation %}`, which plain jinja2 refuses; the text it renders is unchanged.
+    """Return a chat template without `{% generation %}`, which plain jinja2 refuses.
+
+    The text that it renders is unchanged.
 
     Example:
         >>> inference_template("a {%- generation %} b {%- endgeneration %}")
         'a {%- if true %} b {%- endif %}'
     """
-    # another block in its place, not nothing: tags steer the whitespace around them
+    # replaced by another block and not removed, because tags control the whitespace around them
     template = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
     return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
 
@@ -127,20 +134,14 @@ def model_card(
     Args:
         title: the heading.
         text: Markdown below it.
-        base_model: hub name of the base; leave out a path of this machine.
-        relation: what the model is to its base.
-        tags: besides `jax_ordermerge`.
+        base_model: hub name of the base; a local path would not help a reader.
+        relation: relation of the model to its base.
+        tags: tags besides `jax_ordermerge`.
 
     Example:
-        >>> print(
-        ...     model_card(
-        ...         "Merge of 4",
-        ...         "By average.",
-        ...         base_model="meta-llama/Llama-2-7b-hf",
-        ...         relation="merge",
-        ...         tags=["merge"],
-        ...     )
-        ... )
+        >>> base = "meta-llama/Llama-2-7b-hf"
+        >>> card = model_card("Merge of 4", base_model=base, relation="merge", tags=["merge"])
+        >>> print(card)
         ---
         base_model: meta-llama/Llama-2-7b-hf
         library_name: transformers
@@ -153,42 +154,39 @@ def model_card(
         <BLANKLINE>
         # Merge of 4
         <BLANKLINE>
-        By average.
-        <BLANKLINE>
     """
     from huggingface_hub import ModelCardData
 
-    more: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
+    # ModelCardData takes keys that it does not know, and writes them last
+    relations = {"base_model_relation": relation} if base_model else {}
     data = ModelCardData(
         base_model=base_model,
         library_name="peft" if relation == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=[*tags, "jax_ordermerge"],
-        **more,
+        **relations,  # type: ignore[arg-type]
     )
     body = "\n\n".join(part for part in (f"# {title}", text.strip()) if part)
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def _served_tokenizer_config(given: dict[str, Any], template: str | None) -> dict[str, Any]:
-    out = dict(given)
-    if out.get("tokenizer_class") == "TokenizersBackend":
-        out["tokenizer_class"] = "PreTrainedTokenizerFast"
-        extra = out.get("extra_special_tokens")
-        if isinstance(
-            extra, list
-        ):  # transformers 4 takes a dict under this name and the list under the other
-            del out["extra_special_tokens"]
+def _served_tokenizer_config(config: Json, template: str | None) -> Json:
+    """Return a tokenizer config that older readers take, with the chat template in it."""
+    served = dict(config)
+    if served.get("tokenizer_class") == "TokenizersBackend":
+        served["tokenizer_class"] = "PreTrainedTokenizerFast"
+        extra = served.get("extra_special_tokens")
+        # transformers 4 expects a dict under this name, and the list under another
+        if isinstance(extra, list):
+            del served["extra_special_tokens"]
             if extra:
-                out["additional_special_tokens"] = extra
-    if (
-        template is not None
-    ):  # the file is what newer readers prefer, so older ones must find the same
-        out["chat_template"] = template
-    if isinstance(out.get("chat_template"), str):
-        out["chat_template"] = inference_template(out["chat_template"])
-    return out
+                served["additional_special_tokens"] = extra
+    # newer readers prefer the file, older ones know the config only: both must be the same
+    template = served.get("chat_template") if template is None else template
+    if isinstance(template, str):
+        served["chat_template"] = inference_template(template)
+    return served
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Json) -> None:
     atomic.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
