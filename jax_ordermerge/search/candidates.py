@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +18,12 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.layout import Json
 from jax_ordermerge.merge import population
 from jax_ordermerge.merge.methods import table
 
 BASE, MEMBER = "base", "member"  # candidates that are no merges
+# Groups of tensors; the kinds of the tensor table.
 KINDS = ("embedding", "attention", "mlp", "norm", "head")
 _LAYERS = re.compile(r"layers:(\d+)-(\d+)")
 # Of one model on examples: (summed losses, their token counts), float64[n] each.
@@ -49,11 +51,9 @@ class Candidate:
     groups: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
-    def kind(self) -> Literal["base", "member", "merge"]:
+    def kind(self) -> str:
         """`base`, `member` or `merge`."""
-        if self.method == BASE:
-            return "base"
-        return "member" if self.method == MEMBER else "merge"
+        return self.method if self.method in (BASE, MEMBER) else "merge"
 
     @property
     def name(self) -> str:
@@ -88,25 +88,14 @@ class Candidate:
         """
         return json.dumps(self.to_dict(), sort_keys=True)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return the candidate as JSON.
 
         Example:
             >>> Candidate("average", scale=1.2).to_dict()["scale"]
             1.2
         """
-        parameters = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in self.parameters.items()
-        }
-        return {
-            "method": self.method,
-            "parameters": parameters,
-            "weights": None if self.weights is None else list(self.weights),
-            "seed": self.seed,
-            "scale": self.scale,
-            "groups": dict(self.groups),
-        }
+        return dataclasses.asdict(self)
 
 
 def _short(value: object) -> str:
@@ -173,6 +162,7 @@ class Population:
     def _scales(self, candidate: Candidate) -> dict[str, float] | None:
         if candidate.scale == 1 and all(value == 1 for value in candidate.groups.values()):
             return None
+        # One factor per tensor, so that groups may overlap: their factors are multiplied.
         scales = {}
         for spec in arch.tensor_table(self.model):
             for layer, name in enumerate(spec.hf_names()):

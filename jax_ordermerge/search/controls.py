@@ -1,20 +1,23 @@
 """Controls: models that a merge is compared with. Which models they are, and their comparison."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.result import asdict
+from jax_ordermerge.layout import Json
 from jax_ordermerge.rng import stream_key_bits
 from jax_ordermerge.search.candidates import BASE, Candidate, Population, baselines
 from jax_ordermerge.tree import Tree
 
-LAMBDAS = (0.5, 0.7, 0.8, 0.9, 1.1, 1.2, 1.4)  # besides 0, the base, and 1, the average
+# Besides 0, the base, and 1, the average. Merges differ in the length of their task vectors as well
+# as in their direction; this line shows what length alone does.
+LAMBDAS = (0.5, 0.7, 0.8, 0.9, 1.1, 1.2, 1.4)
 BARRIER = (0.25, 0.5, 0.75)  # positions between member 0 and member 1
 PLANE = (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # factors of the task vectors of members 0 and 1
-SEEDS = 3  # further draws of each selection
+SEEDS = 3  # further draws of each selection, for the spread between draws
 
 
 class Control(NamedTuple):
@@ -85,6 +88,7 @@ def make_controls(
         for child in range(members):
             candidate = Candidate("selection", {"child": child}, seed=seed)
             add(f"selection, child {child} of {members}", "children", candidate)
+    # The other members have weight 0: line and plane are those of members 0 and 1.
     rest = (0.0,) * (members - 2)
     for t in BARRIER:
         candidate = Candidate("average", weights=(1 - t, t, *rest), seed=seed)
@@ -151,7 +155,7 @@ def compare(
     *,
     resamples: int,
     seed: int,
-) -> dict[str, Any]:
+) -> Json:
     """Compare every control with the mean member, the best member and the average, item by item.
 
     Args:

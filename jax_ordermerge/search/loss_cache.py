@@ -1,15 +1,15 @@
 """A file of measured losses: a search that continues reads them instead of measuring again."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from jax_ordermerge import processes
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import Json
 
 
 class LossCache:
@@ -35,7 +35,7 @@ class LossCache:
         ([1.5, 2.0], 1)
     """
 
-    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, settings: Json) -> None:
         self._file, self._losses, self.hits = file, dict[tuple[str, int], np.ndarray](), 0
         # A round trip through JSON: tuples become lists, as in the file.
         header = json.loads(json.dumps(settings))
@@ -44,6 +44,7 @@ class LossCache:
         processes.check_alike({"search cache": len(self._losses)})
         if jax.process_index() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
+            # Cut off half a line, else the next one would be appended to it.
             with file.open("a") as out:
                 out.truncate(complete)
         self._out = file.open("a") if jax.process_index() == 0 else None
@@ -71,7 +72,7 @@ class LossCache:
         self._append({"candidate": candidate, "subset": subset, "sums": losses.tolist()})
         return losses
 
-    def _read(self, header: Mapping[str, Any]) -> int:
+    def _read(self, header: Json) -> int:
         """Read the complete lines and return the number of their bytes."""
         if not self._file.is_file():
             return 0
@@ -92,7 +93,8 @@ class LossCache:
             self._losses[text, row["subset"]] = np.asarray(row["sums"], np.float64)
         return sum(map(len, lines))
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def _append(self, row: Json) -> None:
         if self._out is not None:
             self._out.write(json.dumps(row, allow_nan=True) + "\n")
+            # At once: a measurement may take minutes, and the process may be killed.
             self._out.flush()

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.order import permutation
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import SearchLayout
+from jax_ordermerge.layout import Json, SearchLayout
 from jax_ordermerge.search import sampling
 from jax_ordermerge.search.candidates import (
     MEMBER,
@@ -51,6 +50,7 @@ class CandidateResult:
 
     Attributes:
         number: position in the order of proposals.
+        name, kind: of the candidate.
         candidate: the candidate.
         loss: mean loss on the examples seen, None where it is not finite.
         examples: number of examples seen.
@@ -60,26 +60,14 @@ class CandidateResult:
     """
 
     number: int
+    name: str
+    kind: str
     candidate: Candidate
     loss: float | None
     examples: int
     dropped: int | None
     to_winner: Gap | None
     to_best_member: Gap | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON."""
-        return {
-            "number": self.number,
-            "name": self.candidate.name,
-            "kind": self.candidate.kind,
-            "candidate": self.candidate.to_dict(),
-            "loss": self.loss,
-            "examples": self.examples,
-            "dropped": self.dropped,
-            "to_winner": self.to_winner and dataclasses.asdict(self.to_winner),
-            "to_best_member": self.to_best_member and dataclasses.asdict(self.to_best_member),
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +78,8 @@ class SearchResult:
         seed: of draws and subsets.
         settings: everything that decides the result, as JSON.
         examples: number of validation examples.
+        tried: number of candidates.
+        measured_fully: number of candidates that were measured on all examples.
         stopped_early: whether the last rounds were skipped because the leader could not change.
         winner: number of the candidate with the lowest loss on all examples.
         best_member: number of the member with the lowest loss.
@@ -102,8 +92,10 @@ class SearchResult:
     """
 
     seed: int
-    settings: Mapping[str, Any]
+    settings: Json
     examples: int
+    tried: int
+    measured_fully: int
     stopped_early: bool
     winner: int
     best_member: int
@@ -111,7 +103,7 @@ class SearchResult:
     candidates: Sequence[CandidateResult]
     seconds: float
     cache_hits: int
-    claim: Mapping[str, Any] | None = None
+    claim: Json | None = None
 
     @property
     def winning_candidate(self) -> Candidate:
@@ -123,24 +115,9 @@ class SearchResult:
         """Number of the best member in the population."""
         return int(self.candidates[self.best_member].candidate.parameters["number"])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return the result as JSON."""
-        complete = [row for row in self.candidates if row.examples == self.examples]
-        return {
-            "seed": self.seed,
-            "settings": dict(self.settings),
-            "examples": self.examples,
-            "tried": len(self.candidates),
-            "measured_fully": len(complete),
-            "stopped_early": self.stopped_early,
-            "winner": self.winner,
-            "best_member": self.best_member,
-            "edges": list(self.edges),
-            "candidates": [row.to_dict() for row in self.candidates],
-            "seconds": self.seconds,
-            "cache_hits": self.cache_hits,
-            "claim": self.claim,
-        }
+        return dataclasses.asdict(self)
 
 
 def check_disjoint(validation: Examples, splits: Mapping[str, Examples]) -> None:
@@ -158,6 +135,7 @@ def check_disjoint(validation: Examples, splits: Mapping[str, Examples]) -> None
             f"{len(validation)} validation examples are too few to choose a merge on; "
             f"set data.validation_examples to {MIN_EXAMPLES} or more"
         )
+    # Tokens and not ids are compared: the same example may be in two files.
     rows = [tuple(row.tolist()) for row in validation.tokens]
     for name, examples in splits.items():
         split_rows = {tuple(row.tolist()) for row in examples.tokens}
@@ -176,6 +154,7 @@ def check_space(space: Search, members: int, model: ModelConfig, seed: int) -> N
     Raises:
         UserError: a method, parameter, group of tensors, the grid or the sampler is wrong.
     """
+    # Methods check types and names, so one candidate per entry is enough.
     for candidate in sampling.first_candidates(space, members, seed):
         check(candidate, members, model)
     sampling.make_sampler(space, members, seed)
@@ -189,7 +168,7 @@ def run_search(
     *,
     seed: int,
     layout: SearchLayout,
-    provenance: Mapping[str, Any],
+    provenance: Json,
     log: Callable[[str], None],
 ) -> SearchResult:
     """Choose among the base, the members, their average and the candidates of a space.
@@ -214,11 +193,14 @@ def run_search(
     """
     start = time.perf_counter()
     sampler = sampling.make_sampler(space, population.count, seed)
+    # Shuffled, because files are often sorted: the first subset would not be like all of it. By
+    # seed, so that a search that continues has the same subsets.
     rows = permutation(len(validation), seed, "search", "items")
     sizes = subset_sizes(len(rows), space.smallest)
     subsets = [
         validation.take(rows[first:end]) for first, end in zip([0, *sizes], sizes, strict=False)
     ]
+    # A cache of other settings would give losses of other models or examples.
     settings = {
         **provenance,
         "seed": seed,
@@ -230,19 +212,21 @@ def run_search(
         loop.measure_baselines(baselines(population.count, seed))
         stopped_early = loop.run(sampler)
     winner = loop.halving.leader()
+    # Members have seen all examples, so their losses can be compared directly.
     members = [i for i, candidate in enumerate(loop.candidates) if candidate.method == MEMBER]
     best_member = min(members, key=loop.halving.loss)
+    results = [loop.result(number, winner, best_member) for number in range(len(loop.candidates))]
     return SearchResult(
         seed=seed,
         settings={**settings, "sizes": sizes},
         examples=len(validation),
+        tried=len(results),
+        measured_fully=sum(result.examples == len(validation) for result in results),
         stopped_early=stopped_early,
         winner=winner,
         best_member=best_member,
         edges=range_edges(loop.candidates[winner], loop.candidates),
-        candidates=[
-            loop.result(number, winner, best_member) for number in range(len(loop.candidates))
-        ],
+        candidates=results,
         seconds=time.perf_counter() - start,
         cache_hits=cache.hits,
     )
@@ -308,6 +292,7 @@ class SearchLoop:
     def measure_baselines(self, candidates: Sequence[Candidate]) -> None:
         """Measure the candidates of every search on all examples."""
         self.candidates = list(candidates)
+        # The winner is then never worse on validation than the best member.
         for number in range(len(candidates)):
             self.halving.measure_fully(number)
         rounds = ", ".join(map(str, self._sizes))
@@ -339,15 +324,20 @@ class SearchLoop:
                 f"  best of {len(self.candidates)}: {self.candidates[leader].name}, "
                 f"{self.halving.loss(leader):.4f}"
             )
+            # Estimates on all examples, not means over those seen: an optimizer compares candidates
+            # that were dropped after different rounds.
             sampler.tell([self.halving.value(numbers[candidate.key]) for candidate in batch])
         return stopped_early
 
     def result(self, number: int, winner: int, best_member: int) -> CandidateResult:
         """Return the result of a candidate, with its gaps to the winner and the best member."""
         loss, standing = self.halving.loss(number), self.halving.standings[number]
+        candidate = self.candidates[number]
         return CandidateResult(
             number=number,
-            candidate=self.candidates[number],
+            name=candidate.name,
+            kind=candidate.kind,
+            candidate=candidate,
             loss=loss if math.isfinite(loss) else None,
             examples=len(standing.losses),
             dropped=standing.dropped,
@@ -357,6 +347,7 @@ class SearchLoop:
 
     def _gap(self, number: int, rival: int) -> Gap | None:
         estimate, error, examples = self.halving.gap(number, rival)
+        # JSON has no infinities: a loss that diverged has no gap.
         finite = math.isfinite(estimate) and math.isfinite(error)
         return Gap(estimate, error, examples) if finite else None
 
@@ -366,9 +357,11 @@ class SearchLoop:
     def _sum_losses(self, number: int, subset: int) -> np.ndarray:
         candidate = self.candidates[number]
 
+        # Not built at all where the cache has the losses.
         def measure() -> np.ndarray:
             with self._population.build_temporarily(candidate) as params:
                 sums, _ = self._measure(params, self._subsets[subset])
+            # NaN compares false with everything; infinity ranks last.
             return np.where(np.isnan(sums), np.inf, sums)
 
         return self._cache.get_or_measure(candidate.key, subset, measure)

@@ -23,6 +23,7 @@ def subset_sizes(items: int, smallest: int) -> list[int]:
         ([25, 50, 100], [10])
     """
     sizes = [items]
+    # From the end, so that the last is exact and rounding falls on the small ones.
     while sizes[0] // 2 >= smallest:
         sizes.insert(0, -(-sizes[0] // 2))
     return sizes
@@ -40,6 +41,7 @@ def paired_gap(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> tu
         >>> paired_gap(np.array([1.0, 2.0]), np.array([0.0, 2.0]), weights)
         (0.5, 0.5)
     """
+    # A mean per token: items with more tokens weigh more, as in the training loss.
     share = weights / weights.mean()
     diverged = not np.isfinite(first).all(), not np.isfinite(second).all()
     # A model with a loss that is not finite is worse than any model without one.
@@ -117,12 +119,13 @@ class SuccessiveHalving:
         """
         leader = self.leader()
         running = list(numbers)
-        tests = len(numbers) + 1
+        tests = len(numbers) + 1  # per round: each candidate, and the leader
         for subset, size in enumerate(self._sizes):
             for number in running:
                 self._extend(number, subset)
             if size == self._sizes[-1]:
                 break
+            # The leader has seen all items, so it is compared on those of this round.
             ranked = sorted(running, key=lambda number: self._mean(number, size))
             best = min([leader, *ranked[:1]], key=lambda number: self._mean(number, size))
             half = ranked[: -(-len(ranked) // 2)]
@@ -161,6 +164,7 @@ class SuccessiveHalving:
             return False
         first, second = (self.standings[number].losses[:size] for number in (worse, better))
         estimate, error = paired_gap(first, second, self._tokens[:size])
+        # Candidates that differ by a constant have no error at all.
         return estimate > 0 and (
             error == 0 or stats.t.sf(estimate / error, size - 1) < LEVEL / tests
         )
@@ -168,6 +172,7 @@ class SuccessiveHalving:
     def _extend(self, number: int, subset: int) -> None:
         start = 0 if subset == 0 else self._sizes[subset - 1]
         standing = self.standings.setdefault(number, Standing(np.empty(0)))
+        # A candidate that was measured fully has seen this subset already.
         if len(standing.losses) == start:
             losses = self._measure(number, subset) / self._tokens[start : self._sizes[subset]]
             standing.losses = np.concatenate([standing.losses, losses])

@@ -68,7 +68,7 @@ def test_the_winner_is_never_worse_on_validation_than_the_best_member(run):
     assert (
         f"The search chose {winner['name']} among 12 candidates on 10 validation examples" in card
     )
-    assert "test examples, which had no part in that" in card
+    assert "test examples, which had no part in the" in card
     assert winner["name"] in (run / "report.md").read_text()
 
 
