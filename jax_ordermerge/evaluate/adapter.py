@@ -110,6 +110,7 @@ def language_model(model: EvalModel, *, seed: int = 0) -> "TemplateLM":
 
     class Adapter(TemplateLM):
         tokenizer = model.tokenizer
+        # The harness names caches by it, so it must be a file name.
         tokenizer_name = str(model.tokenizer.name_or_path).replace("/", "__")
         eot_token_id = model.tokenizer.eos_token_id
         prefix_token_id = model.start
@@ -163,6 +164,7 @@ def _generate(model: EvalModel, requests: "Sequence[Instance]", seed: int) -> li
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
     groups: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = collections.defaultdict(list)
+    # Settings are part of the compiled program, so each group is a call of its own.
     for number, request in enumerate(requests):
         settings: Json = dict(normalize_gen_kwargs(request.args[1], _MAX_NEW_TOKENS))
         until, max_new_tokens = settings.pop("until", None) or [], settings.pop("max_gen_toks")
@@ -178,6 +180,7 @@ def _generate(model: EvalModel, requests: "Sequence[Instance]", seed: int) -> li
                 f"model holds {model.positions} in all; set max_gen_toks in a YAML of your own "
                 "(--harness-include)"
             )
+        # Long prompts lose their beginning: shots are there, the question is at the end.
         prompts = [model.encode(requests[i].args[0])[-longest_prompt:] for i in numbers]
         texts = model.generate(prompts, max_new_tokens, sampling, [names[i] for i in numbers])
         for number, text in zip(numbers, texts, strict=True):
@@ -246,6 +249,7 @@ def _to_json(value: Untyped) -> Untyped:
         return {str(name): _to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_to_json(item) for item in value]
+    # JSON has neither NaN nor infinities.
     if isinstance(value, float) and not float("-inf") < value < float("inf"):
         return str(value)
     if isinstance(value, bool | int | float | str) or value is None:

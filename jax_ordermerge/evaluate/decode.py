@@ -156,12 +156,14 @@ def compile_generation(
 def bucket(size: int, smallest: int = 1) -> int:
     """Return the smallest of 1, 2, 4, 6, 8, 12, 16, 24, ... that is at least `size` and `smallest`.
 
-    At most half of a bucket is padding, and there are two buckets per power of two.
+    There are two buckets per power of two; at most a third of one is padding.
 
     Example:
         >>> [bucket(n) for n in (1, 3, 5, 9, 13, 100)], bucket(3, 16)
         ([1, 4, 6, 12, 16, 128], 16)
     """
+    # Powers of two alone would waste up to half of a bucket. A step between them makes it a third,
+    # at twice the number of compilations.
     size = max(size, smallest)
     power = 1 << (size - 1).bit_length()
     return power // 4 * 3 if power >= 8 and power // 4 * 3 >= size else power
@@ -204,6 +206,7 @@ def _generate(
     for first in range(0, len(queue), batch):
         rows = queue[first : first + batch]
         tokens_BT, lengths_B = _left_pad([prompts[i] for i in rows], batch)
+        # Keys go with the rows, wherever the sorting has put them.
         key_bits_B2 = np.zeros((len(lengths_B), 2), np.uint32)
         key_bits_B2[: len(rows)] = key_bits[rows]
         arrays = _Prompts(tokens_BT, lengths_B, key_bits_B2, ends)
@@ -244,6 +247,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray,
 
     Rows that only fill the bucket have length 0.
     """
+    # The last batch is smaller than the others; it gets a bucket instead of a batch of padding.
     rows = min(bucket(len(prompts)), batch)
     tokens_BT = np.zeros((rows, bucket(max(map(len, prompts)), _MIN_PROMPT)), np.int32)
     lengths_B = np.zeros(rows, np.int32)
@@ -297,6 +301,7 @@ def _decode(
     """
     decode: Callable[..., tuple[jax.Array, jax.Array]] = functools.partial(_decode_member, options)
     if members:
+        # Without `jax.set_mesh` the members are on one device, one after another.
         current = jax.sharding.get_abstract_mesh()
         decode = mesh.map_members(decode, mesh.make_mesh() if current.empty else current)
     # Replicated, so that every process can read all results.
@@ -308,12 +313,11 @@ def _decode_member(
 ) -> tuple[jax.Array, jax.Array]:
     config, max_new_tokens, dtype, sampling, cpu = options
     params = _cast(config, params, dtype)
-    tokens_BT, lengths_B = (
-        mesh.constrain(jnp.asarray(prompts.tokens_BT), "batch", None),
-        jnp.asarray(prompts.lengths_B),
-    )
+    tokens_BT = mesh.constrain(jnp.asarray(prompts.tokens_BT), "batch", None)
+    lengths_B = jnp.asarray(prompts.lengths_B)
     B, T = tokens_BT.shape
     real_B = lengths_B > 0
+    # Padding has segment 0, which no token attends to.
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None] - (T - lengths_B)[:, None]
     cache = llama.init_cache(config, B, T, dtype)
     x_B1D, filled = llama.hidden(
@@ -326,7 +330,7 @@ def _decode_member(
         dtype=dtype,
         last_only=True,
     )
-    assert filled is not None
+    assert filled is not None  # for mypy: there is a cache, since one was given
 
     def append_token(state: _State, x_B1D: jax.Array, table_VD: jax.Array) -> _State:
         # The table stays on the left and is not transposed: CPUs multiply it faster by few rows so.
@@ -340,6 +344,7 @@ def _decode_member(
         key_bits_B2, eos_ids = jnp.asarray(prompts.key_bits_B2), jnp.asarray(prompts.eos_ids)
         token_B = next_token(logits_BV, key_bits_B2, state.step, sampling)
         done_B = state.done_B | (token_B[:, None] == eos_ids[None]).any(-1)
+        # All rows write the same column, thanks to the padding on the left.
         new_BT = jax.lax.dynamic_update_slice(state.new_BT, token_B[:, None], (0, state.step))
         # The groups of `order` run one program: were one to leave the loop before the others, its
         # devices would miss the collectives inside of it. So all groups end the loop together.
@@ -371,6 +376,7 @@ def _decode_member(
         params["layers"] = llama.unstack(config, params["layers"])
         transposed = jax.lax.optimization_barrier(_transpose_matrices(params))
 
+    # Rows of padding have ended before they start, so they do not keep the loop running.
     zeros_B = jnp.zeros(B, jnp.int32)
     new_BT = jnp.zeros((B, max_new_tokens), jnp.int32)
     start = _State(filled, jnp.int32(0), zeros_B, new_BT, zeros_B, ~real_B, jnp.bool_(True))
@@ -397,6 +403,7 @@ def _cache_growth(prompt: int, new: int, cpu: bool) -> list[int]:
     while stops[-1] < new:
         stretch = max(_MIN_STRETCH, (prompt + stops[-1]) // 3)
         stop = stops[-1] + stretch
+        # A last stretch of less than half the size is not worth a loop of its own.
         stops.append(stop if cpu and stop + stretch // 2 < new else new)
     return stops[1:]
 

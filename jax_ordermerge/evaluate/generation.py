@@ -18,7 +18,7 @@ from jax_ordermerge.tree import Tree, size
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# (prompts, max_new_tokens, sampling, names)
+# (prompts, max_new_tokens, sampling, names). Names belong to it: other names draw other tokens.
 _Request: TypeAlias = tuple[
     tuple[tuple[int, ...], ...], int, Sampling, tuple[str | int, ...] | None
 ]
@@ -44,7 +44,14 @@ def make_generator(
     Raises:
         UserError: the model names no end-of-sequence token.
     """
-    eos_ids = _eos_ids(config, tokenizer)
+    continue_tokens = functools.partial(
+        decode.generate,
+        config,
+        params,
+        eos_ids=_eos_ids(config, tokenizer),
+        dtype=dtype,
+        batch=batch,
+    )
 
     def generate(
         prompts: Sequence[Sequence[int]],
@@ -52,18 +59,10 @@ def make_generator(
         sampling: Sampling = GREEDY,
         names: Sequence[str | int] | None = None,
     ) -> list[str]:
-        rows = decode.generate(
-            config,
-            params,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            eos_ids=eos_ids,
-            dtype=dtype,
-            batch=batch,
-            sampling=sampling,
-            names=names,
+        rows = continue_tokens(
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, names=names
         )
-        return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        return _decode_texts(tokenizer, rows)
 
     return generate
 
@@ -91,7 +90,14 @@ def make_generators(
     Raises:
         UserError: the model names no end-of-sequence token.
     """
-    eos_ids = _eos_ids(config, tokenizer)
+    continue_tokens = functools.partial(
+        decode.generate_members,
+        config,
+        population,
+        eos_ids=_eos_ids(config, tokenizer),
+        dtype=dtype,
+        batch=batch,
+    )
     texts: dict[_Request, list[list[str]]] = {}
 
     def generate(
@@ -107,29 +113,26 @@ def make_generators(
             sampling,
             None if names is None else tuple(names),
         )
+        # All processes get the same requests in the same order, so all of them generate here or
+        # none does.
         if request not in texts:
+            # A generator may be called outside of the mesh context that its parameters need.
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                members = decode.generate_members(
-                    config,
-                    population,
-                    prompts,
-                    max_new_tokens=max_new_tokens,
-                    eos_ids=eos_ids,
-                    dtype=dtype,
-                    batch=batch,
-                    sampling=sampling,
-                    names=names,
+                members = continue_tokens(
+                    prompts, max_new_tokens=max_new_tokens, sampling=sampling, names=names
                 )
-            texts[request] = [
-                [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-                for rows in members
-            ]
+            texts[request] = [_decode_texts(tokenizer, rows) for rows in members]
         return texts[request][member]
 
     return [functools.partial(generate, member) for member in range(size(population))]
 
 
+def _decode_texts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[list[int]]) -> list[str]:
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+
+
 def _eos_ids(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    # A config may name several, e.g. one for turns of a chat; a tokenizer names one.
     if config.eos_token_ids:
         return tuple(config.eos_token_ids)
     if tokenizer.eos_token_id is None:

@@ -53,6 +53,7 @@ class TaskInputs:
             UserError: there are no data, a row does not fit, or there are too few shots.
         """
         path = self._path(task)
+        # The limit is passed on: of a hub dataset no more rows are downloaded.
         rows = source.load(path, "test", limit=task.limit)
         formatter = formatter or self._training_formatter(rows, path)
         pool = self._shot_pool(task)
@@ -69,6 +70,8 @@ class TaskInputs:
         Raises:
             UserError: see `questions`.
         """
+        # The same tokens as in training, by the same code: a prompt that is tokenized as one text
+        # may differ in the tokens around the borders of the template.
         if formatter is None and not task.shots:
             examples = self._examples(task)
             return [
@@ -99,6 +102,7 @@ class TaskInputs:
                 "a file of instructions needs the column instruction, its columns are "
                 f"{', '.join(row)}"
             )
+        # AlpacaEval's instructions have the Alpaca template unless the config says otherwise.
         record = Record.single_turn(row["instruction"], system_input=str(row.get("input") or ""))
         template = chat.resolve_template(self.data.template, "alpaca", [record], self.tokenizer)
         return chat.prompt_tokens(record, template, self.tokenizer).tolist()
@@ -111,6 +115,7 @@ class TaskInputs:
 
     def _examples(self, task: Task) -> Examples:
         data, examples = self.data, self.test
+        # The limit of data.test does not apply to the file of a task.
         if task.data is not None:
             data = data.model_copy(update={"test": task.data, "test_limit": None})
         if task.data is not None or examples is None:
@@ -122,10 +127,13 @@ class TaskInputs:
     def _tokens(self, context: str | Sequence[Message]) -> list[int]:
         if isinstance(context, str):
             return encode(self.tokenizer, context)
+        # The empty answer marks where generation starts; the chat template adds its header.
         record = Record(messages=(*context, {"role": "assistant", "content": ""}))
         return chat.prompt_tokens(record, "chat", self.tokenizer).tolist()
 
     def _training_formatter(self, rows: Sequence[Row], path: str) -> Formatter:
+        # One format and template for all rows, from the first: rows of one file that differ in
+        # their columns are an error.
         form = formats.detect(rows[0], path) if self.data.format == "auto" else self.data.format
 
         def record(row: Row) -> Record:

@@ -56,6 +56,7 @@ class Endpoint:
 
     url: str
     model: str
+    # Not in the repr, so that no log or traceback shows it.
     key: str | None = dataclasses.field(default=None, repr=False)
     timeout: float = 120.0
 
@@ -69,6 +70,7 @@ class Endpoint:
             "model": self.model,
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
+            # Some models write a few words before the letter.
             "max_tokens": 16,
         }
         headers = {"Content-Type": "application/json"}
@@ -84,6 +86,7 @@ class Endpoint:
         for pause in (*_PAUSES, None):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    # Servers differ in the fields around it; this one is the same everywhere.
                     return str(json.load(reply)["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
                 error.close()
@@ -107,6 +110,7 @@ class Endpoint:
 def prefers(endpoint: Endpoint, instruction: str, first: str, second: str) -> float:
     """Return 1 if the judge prefers the first answer, 0 if the second, 1/2 if it names neither."""
     answer = endpoint.ask(QUESTION.format(instruction=instruction, first=first, second=second))
+    # A whole word: the A of "Answer" is none.
     letter = re.search(r"\b([AB])\b", answer)
     return 0.5 if letter is None else float(letter.group(1) == "A")
 
@@ -133,6 +137,7 @@ def compare(
     Raises:
         UserError: the instructions differ, there are none, or the endpoint does not answer.
     """
+    # Compared by text: files of other runs may have other items or another order.
     if [row["instruction"] for row in ours] != [row["instruction"] for row in theirs]:
         raise UserError(
             "the two files of outputs have different instructions; judge models on the same ones, "
@@ -148,6 +153,7 @@ def compare(
         win = (first + second) / 2
         return {"instruction": instruction, "first": first, "second": second, "win": win}
 
+    # Threads wait for the network; the endpoint batches what arrives at the same time.
     with ThreadPoolExecutor(workers) as pool:
         items = list(pool.map(judge_both_orders, ours, theirs))
     mean, error = mean_and_error([item["win"] for item in items])

@@ -34,8 +34,11 @@ def make_pair(
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     tokens = encode(context + continuation)
+    # Without a context the first token is scored too, after `start`, which a tokenizer may have
+    # added by itself.
     if not context:
         return [start], tokens[tokens[:1] == [start] :]
+    # A token across the border belongs to the continuation, as in lm-evaluation-harness.
     size = len(encode(context))
     return tokens[:size], tokens[size:]
 
@@ -55,6 +58,7 @@ def truncate_pair(context: Sequence[int], continuation: Sequence[int], positions
             f"a continuation of {len(continuation)} tokens does not fit the {positions} positions "
             "of the model; shorten it"
         )
+    # Plus one, because the last token is predicted and never read.
     return list(context)[-(positions + 1 - len(continuation)) :], list(continuation)
 
 
@@ -75,6 +79,7 @@ def windows(tokens: Sequence[int], start: int, positions: int) -> list[Pair]:
     """
     pairs: list[Pair] = [([start], list(tokens[:positions]))] if len(tokens) else []
     for first in range(positions, len(tokens), positions):
+        # Counted from the end of the window: a shorter last one then has a longer context.
         end = min(first + positions, len(tokens))
         pairs.append((list(tokens[end - positions - 1 : first]), list(tokens[first:end])))
     return pairs
@@ -98,4 +103,5 @@ def rolling_logprobs(
     pairs = [windows(tokens, start, positions) for tokens in texts]
     # One call for all texts, so that batches are full.
     logprobs = iter(score([pair for text_pairs in pairs for pair in text_pairs])[0])
+    # fsum rounds once, whatever the number of windows.
     return [math.fsum(float(next(logprobs)) for _ in text_pairs) for text_pairs in pairs]

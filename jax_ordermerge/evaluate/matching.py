@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from jax_ordermerge.errors import UserError
 
+# The patterns are those of the publications and of lm-evaluation-harness, oddities included: another
+# pattern would give numbers that cannot be compared with published ones. COT_NUMBER, for example,
+# needs one more character after the number.
 GSM8K_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 COT_NUMBER = re.compile(r"The answer is (-?[0-9.,]+).")
 FLEXIBLE_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -18,6 +21,7 @@ def truncate(text: str, stops: Sequence[str]) -> str:
         >>> truncate("5\\n\\nQuestion: 6?", ("Question:", "\\n\\n"))
         '5'
     """
+    # An empty text would be found at the start of every text.
     for stop in filter(None, stops):
         text = text.split(stop, 1)[0]
     return text
@@ -61,6 +65,7 @@ def gsm8k(answer: str, reference: str) -> bool:
         >>> gsm8k("5", "#### 5"), gsm8k("#### 5.0", "#### 5")
         (False, False)
     """
+    # As strings: "5.0" is not "5", as in the published evaluation.
     return gsm8k_number(answer) == _gsm8k_reference(reference)
 
 
@@ -127,6 +132,7 @@ def number(answer: str, reference: str) -> bool:
         >>> number("none", "0")
         False
     """
+    # References of ASDiv have a unit in brackets behind the number.
     expected = PLAIN_NUMBER.search(reference)
     if expected is None:
         raise UserError(
@@ -149,6 +155,7 @@ def boxed(text: str) -> str | None:
         >>> boxed(r"so \\boxed{\\frac{1}{2}} holds"), boxed(r"\\boxed 5."), boxed(r"\\boxed{1")
         ('\\\\frac{1}{2}', '5.', None)
     """
+    # The last one is the answer; those before it are intermediate results.
     ends = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)", text)]
     if not ends:
         return None
@@ -215,4 +222,5 @@ def _normalize(text: str) -> str:
     text = _IGNORED.sub("", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    # The one decimal that the published normalization knows.
     return r"\frac{1}{2}" if text == "0.5" else _THOUSANDS.sub("", text)

@@ -18,6 +18,7 @@ def accuracy(correct: Sequence[bool]) -> tuple[float, float]:
         >>> accuracy([True, True, True, False])
         (0.75, 0.21650635094610965)
     """
+    # Without items the mean would be NaN, which looks like a result.
     if not len(correct):
         raise UserError("no answers to score; the task has no items, check its data and limit")
     share = float(np.mean(np.asarray(correct, bool)))
@@ -33,6 +34,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """
     mean, count = sum(values) / len(values), len(values)
     squares = sum((value - mean) ** 2 for value in values)
+    # One value has no spread; 0 instead of a division by 0.
     return mean, (squares / max(count - 1, 1) / count) ** 0.5
 
 

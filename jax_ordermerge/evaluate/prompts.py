@@ -55,9 +55,11 @@ def render_value(template: str, row: Row) -> Any:
     if match is None:
         return render(template, row)
     try:
+        # Rendering would turn lists and numbers into text.
         value = _JINJA.compile_expression(match[1], undefined_to_none=False)(row)
     except _ERRORS as error:
         raise _template_error(template, str(error), row) from error
+    # An undefined expression raises only when it is printed.
     if value is None or isinstance(value, jinja2.Undefined):
         reason = str(getattr(value, "_undefined_message", "it is null"))
         raise _template_error(template, reason, row)
@@ -130,6 +132,7 @@ def make_question(
     solved = [(formatter.prompt(shot), formatter.response(shot)) for shot in shots]
     context: str | list[Message]
     if formatter.chat:
+        # Shots are turns of the chat, the form in which chat models saw dialogues.
         context = [{"role": "system", "content": task.description}] if task.description else []
         for question, answer in solved:
             context.append({"role": "user", "content": question})

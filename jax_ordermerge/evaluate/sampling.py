@@ -52,6 +52,7 @@ class Sampling:
             raise UserError(
                 f"top_p = {self.top_p} must be above 0 and at most 1; leave it out for no limit"
             )
+        # Ignoring them would look like a draw that happens to be greedy.
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 raise UserError(
@@ -100,15 +101,18 @@ def next_token(
     Source: Holtzman et al., "The curious case of neural text degeneration", 2020,
     https://arxiv.org/abs/1904.09751 (top_p).
     """
+    # Static, so that a greedy program draws no noise.
     if sampling.temperature == 0:
         return _argmax(logits_BV)
     scaled_BV = logits_BV / jnp.float32(sampling.temperature)
     masked_BV = mask_unlikely(scaled_BV, sampling.top_k, sampling.top_p)
 
     def noise(key_bits: jax.Array) -> jax.Array:
+        # threefry by name: the default implementation may differ between configurations.
         key = jax.random.fold_in(jax.random.wrap_key_data(key_bits, impl="threefry2x32"), step)
         return jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32)
 
+    # Gumbel-max: argmax(logits + noise) is a sample of softmax(logits), without normalizing.
     return _argmax(masked_BV + jax.vmap(noise)(jnp.asarray(key_bits_B2)))
 
 
@@ -123,6 +127,7 @@ def mask_unlikely(logits_BV: jax.Array, top_k: int | None, top_p: float | None) 
         [[False, True, True]]
     """
     V = logits_BV.shape[-1]
+    # top_k first, as in transformers: top_p then sums the probabilities of those tokens alone.
     if top_k is not None and top_k < V:
         least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)

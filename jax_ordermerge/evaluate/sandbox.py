@@ -31,6 +31,7 @@ from pathlib import Path
 from jax_ordermerge.errors import UserError
 
 ISOLATIONS = ("namespaces", "rlimits-only")
+# Enough for the tests of HumanEval and MBPP. Programs run one after another.
 MEMORY = 1 << 30  # bytes per process
 
 
@@ -96,6 +97,7 @@ def available() -> tuple[str, ...]:
         >>> available()[-1]
         'rlimits-only'
     """
+    # Only directories of the system: a user's PATH could shadow the tools.
     tools = ("unshare", "mount", "umount", "pivot_root", "setpriv", "env", "sh")
     present = all(shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin") for tool in tools)
     # Kernels and containers forbid namespaces in many ways: only a trial tells.
@@ -136,7 +138,9 @@ def _run(
 
 
 def _start(isolation: str, role: str, handle: int, timeout: float) -> subprocess.Popen[bytes]:
+    # As text: the new root has no directory of this package.
     source = Path(__file__).with_name("sandbox_worker.py").read_text()
+    # The limit in CPU seconds also ends processes that a program leaves behind.
     limits = [str(MEMORY), str(int(timeout) + 1)]
     worker = [_python(), "-I", "-S", "-c", source, role, str(handle), *limits]
     wrapper = _namespaces() if isolation == "namespaces" else _without_root()
@@ -145,9 +149,12 @@ def _start(isolation: str, role: str, handle: int, timeout: float) -> subprocess
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE if role == "tests" else subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # Nothing of this environment, which may hold credentials. A fixed hash seed makes the order
+        # of sets, and so verdicts, repeatable.
         env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
         cwd="/",
         pass_fds=(handle,),
+        # A group of its own, by which all that it starts can be killed.
         start_new_session=True,
     )
 
@@ -175,6 +182,7 @@ def _interpreter_directories() -> tuple[str, ...]:
         str(Path(_python()).parent),
         os.path.realpath(sysconfig.get_path("stdlib")),
     }
+    # Of merged systems /bin and /lib are links, which are copied as links.
     system = [path for path in ("/usr", "/lib", "/lib64", "/bin") if Path(path).is_dir()]
     return (*system, *sorted(path for path in python if not path.startswith("/usr")))
 
@@ -225,6 +233,7 @@ exec env -i PYTHONHASHSEED=0 "$@"
 def _namespaces() -> list[str]:
     path = "/usr/sbin:/usr/bin:/sbin:/bin"
     is_root = os.geteuid() == 0
+    # As a user a namespace of users comes first: in it one may make the others.
     command = ["unshare", *(() if is_root else ("--user", "--map-root-user"))]
     command += ["--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child"]
     command += ["env", "-i", f"PATH={path}", f"NEEDED={' '.join(_interpreter_directories())}"]

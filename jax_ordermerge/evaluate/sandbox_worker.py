@@ -45,8 +45,10 @@ def encode(value: Value) -> Json:
         return value
     if isinstance(value, int):
         return int(value)
+    # repr of a float is read back to the same bits; JSON has neither infinities nor NaN.
     if isinstance(value, (float, complex)):
         return [type(value).__name__ if type(value) in (float, complex) else "float", repr(value)]
+    # As pairs: keys of JSON objects are strings.
     if isinstance(value, dict):
         return ["dict", [[encode(key), encode(item)] for key, item in value.items()]]
     if isinstance(value, (bytes, bytearray)):
@@ -93,6 +95,7 @@ def receive(channel: socket.socket) -> Json:
             parts += part
         return bytes(parts)
 
+    # A hostile program may announce any size.
     size = int.from_bytes(read(8), "big")
     if size > MAX_MESSAGE:
         raise EOFError(f"the program answered {size} bytes")
@@ -116,6 +119,7 @@ def limit(memory: int, seconds: int) -> None:
         ("STACK", 64 << 20),
     ):
         kind = getattr(resource, f"RLIMIT_{name}")
+        # A limit above the hard one of this process would be refused.
         hard = resource.getrlimit(kind)[1]
         maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
         resource.setrlimit(kind, (maximum, maximum))
@@ -142,6 +146,7 @@ def run_tests(channel: socket.socket, setup: str, tests: str, names: list[str]) 
 
     def remote(name: str) -> Callable[..., Value]:
         def call(*args: Value, **kwargs: Value) -> Value:
+            # Each call is a round trip; the program keeps its state between calls.
             send(channel, [name, encode(args), encode(kwargs)])
             kind, value = receive(channel)
             if kind != "value":
@@ -156,6 +161,7 @@ def run_tests(channel: socket.socket, setup: str, tests: str, names: list[str]) 
             return f"failed: {value}"
         space: dict[str, Value] = {"__name__": "tests"}
         exec(compile(setup, "<setup>", "exec"), space)
+        # After the setup, which for HumanEval defines the same names as stubs.
         space |= {name: remote(name) for name in names}
         exec(compile(tests, "<tests>", "exec"), space)
     except BaseException as error:
@@ -179,6 +185,7 @@ def main(role: str, handle: int, memory: int, seconds: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
+    # Here and not in the parent, whose own limits must stay.
     limit(memory, seconds)
     if role == "program":
         os.close(verdict)

@@ -128,6 +128,7 @@ def score(
         ([[-2.0, -1.0]], [[True, True]])
     """
     population = _is_population(config, params)
+    # No batch can be made of nothing.
     if not pairs:
         members = jax.tree.leaves(params)[0].shape[0] if population else 1
         return Scores(np.empty((members, 0)), np.empty((members, 0), bool))
@@ -153,6 +154,7 @@ def score(
     sums, missed = _run_batches(
         program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh
     )
+    # Greedy decoding writes a continuation exactly if it misses none of its tokens.
     return Scores(-sums.astype(np.float64), missed == 0)
 
 
@@ -226,6 +228,7 @@ def compile_losses(
 
 
 def _is_population(config: ModelConfig, params: Tree) -> bool:
+    # Any tensor tells; the first one of the table is there in every architecture.
     spec = tensor_table(config)[0]
     rank = flatten(params)[spec.path].ndim
     if rank not in (len(spec.shape), len(spec.shape) + 1):
@@ -262,6 +265,8 @@ def _program(
         )
         return losses, batch["weights"].sum(-1)
 
+    # Of a population the members are mapped over the groups and share the batch; one model is
+    # shared by the groups and the batch is mapped.
     if population:
         return jax.jit(meshes.map_members(sums, mesh))
     groups = meshes.map_members(lambda batch, params: sums(params, batch), mesh)
@@ -300,6 +305,7 @@ def _place(batch: pack.Batch, mesh: Mesh, population: bool) -> dict[str, jax.Arr
         else:
             array = array.reshape(mesh.shape["order"], -1, *array.shape[1:])
             sharding = _row_sharding(mesh, array.shape)
+        # Every process has the whole batch and places its shards of it.
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return {name: put(batch[name]) for name in pack.SEQUENCES}
@@ -310,6 +316,7 @@ def _row_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def _fetch(pending: list[tuple[jax.Array, jax.Array]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    # Shards on devices of other processes cannot be read here without an exchange.
     if jax.process_count() == 1:
         return jax.device_get(pending)
     return [multihost_utils.process_allgather(parts, tiled=True) for parts in pending]

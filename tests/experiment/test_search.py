@@ -110,7 +110,7 @@ def test_what_the_evaluation_measured_is_not_measured_again(run, tmp_path, monke
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "controls.json").unlink()
     merge = ctx.config.merge.model_copy(
-        update={"methods": [ctx.config.merge.methods[0].model_copy(update={"name": "mean"})]}
+        update={"methods": (ctx.config.merge.methods[0].model_copy(update={"name": "mean"}),)}
     )
     config = ctx.config.model_copy(update={"output": str(tmp_path / "run"), "merge": merge})
     names = {"base": "base", "member_0": "member_0", "member_1": "member_1", "mean": "average"}

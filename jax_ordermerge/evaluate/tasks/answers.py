@@ -99,6 +99,8 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
     generated = model.generate([prompt.tokens for prompt in prompts], task.max_new_tokens)
     items: list[Json] = []
     for prompt, text in zip(prompts, generated, strict=True):
+        # Generation itself stops at end tokens alone, since a text may span tokens. So the stops
+        # are applied here.
         text = matching.truncate(text, task.stop)
         items.append(
             {

@@ -63,12 +63,14 @@ def read_choices(task: ChoiceTask, row: Row) -> tuple[list[str], int]:
         (['red', 'blue'], 1)
     """
     value, answer = render_value(task.choices, row), render_value(task.answer, row)
+    # A string is a sequence of letters, which is never meant.
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) < 2:
         raise UserError(
             f"evaluation task {task.name}: {task.choices} is {str(value)[:60]!r}, expected a list "
             "of at least two choices"
         )
     choices = [str(choice) for choice in value]
+    # A text first: of the choices "1", "2", "3" the answer "2" is the second and not the third.
     if isinstance(answer, str) and answer in choices:
         return choices, choices.index(answer)
     try:
@@ -123,6 +125,8 @@ def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) ->
     items: list[Json] = []
     for question, (choices, right) in zip(questions, choices_of, strict=True):
         sums = np.array([float(next(logprobs)) for _ in choices])
+        # Longer choices have lower sums. Dividing by their length, in characters as in acc_norm of
+        # lm-evaluation-harness, makes them comparable.
         picks = {
             "correct": int(np.argmax(sums)),
             "correct_norm": int(np.argmax(sums / [len(choice) for choice in choices])),

@@ -52,6 +52,7 @@ def follow(
     items: list[Json] = []
     for row, text in zip(rows, model.generate(prompts, task.max_new_tokens), strict=True):
         instruction = row["instruction"]
+        # AlpacaEval has one field for both.
         if row.get("input"):
             instruction = f"{instruction}\n\n{row['input']}"
         items.append(

@@ -120,6 +120,7 @@ def humaneval(rows: Sequence[Row]) -> list[Problem]:
                 stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
                 tests=f"{test}\ncheck({function})",
                 names=(function,),
+                # Tests may call helpers that the prompt defines beside the function.
                 setup=prompt,
                 reference=row.get("canonical_solution", ""),
             )
@@ -157,6 +158,7 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
     for row in rows:
         if row.get("task_id") in _SHOTS:
             continue
+        # Only the sanitized version has test_imports, only the full one test_setup_code.
         setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code", "")])
         tests = "\n".join(_column(row, "test_list", "mbpp"))
         problems.append(
@@ -233,6 +235,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
         raise UserError(
             f"pass@{k} needs at least {k} samples per problem, got {samples}; raise samples"
         )
+    # 1 - (1 - c/n)^k would be biased: draws of k programs out of n are without replacement.
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
@@ -260,6 +263,7 @@ def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int
     if not problems:
         raise UserError(f"evaluation task {task.name} has no problems, check its data and limit")
     drawn = [problem for problem in problems for _ in range(task.samples)]
+    # Noise by name: a program does not depend on limit or on the other problems.
     names = [f"{problem.id}/{sample}" for problem in problems for sample in range(task.samples)]
     texts = model.generate(
         [model.encode(problem.prompt) for problem in drawn],

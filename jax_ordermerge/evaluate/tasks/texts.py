@@ -57,6 +57,7 @@ def measure(task: TextTask, rows: Sequence[Row], model: EvalModel) -> TaskResult
         >>> summary["words"], summary["tokens"], round(summary["byte_perplexity"], 6)
         (3, 5, 2.0)
     """
+    # Perplexities are of all texts together: a mean over texts would give short ones more weight.
     texts = [render(task.text, row) for row in rows]
     tokens = [model.encode(text) for text in texts]
     logprobs = rolling_logprobs(model.score, tokens, model.start, model.positions)
@@ -78,6 +79,7 @@ def measure(task: TextTask, rows: Sequence[Row], model: EvalModel) -> TaskResult
         f"{name[:-1]}_perplexity": math.exp(min(-total / count, MAX_LOG_PERPLEXITY))
         for name, count in counts.items()
     }
+    # Bits per byte, not per token, is what models with other tokenizers can be compared by.
     nats, error = ratio_and_error([-x for x in logprobs], [item["bytes"] for item in items])
     summary |= {"bits_per_byte": nats / math.log(2), "se": error / math.log(2)}
     return TaskResult(summary | counts | {"n": len(items)}, items)
