@@ -280,8 +280,8 @@ def _setup(run: Run) -> str:
         f"{_last_part(config['model']['base'])} ({state.get('parameters', 0):,} parameters) on "
         f"{_last_part(config['data']['train'])}: {counts}; {population['members']} orders of "
         f"level {population['level']}, {training['epochs']} epochs, batch {training['batch']}, "
-        f"{training['optimizer']}, learning rate {training['learning_rate']:g} "
-        f"({training['schedule']}), seed {config['seed']}, merged in "
+        f"{training['optimizer']['kind']}, learning rate {training['learning_rate']:g} "
+        f"({training['schedule']['kind']}), seed {config['seed']}, merged in "
         f"{config['merge']['dtype']}.{duration}"
     )
 

@@ -206,6 +206,7 @@ def test_no_path_of_the_machine_is_on_the_page(page):
         "small (1,234 parameters) on rows.json: 150 train examples (20 of 170 read for training "
         "were above 512 tokens)" in text
     )
+    assert "batch 32, adamw, learning rate 2e-05 (cosine), seed 0" in text
 
 
 def test_what_cannot_be_put_on_a_page_is_refused(tmp_path):
