@@ -1,13 +1,14 @@
-"""Generation speed as ratios, measured side by side, each program in a process of its own.
+"""Generation speed as ratios, measured side by side, each program in a separate process.
 
-    python benchmarks/generate.py            # about 6 minutes on two idle CPU cores; --rounds 1 for a look
+    python benchmarks/generate.py    # about 6 minutes on two idle CPU cores; --rounds 1 is quick
 
-1. One model against transformers on torch (its defaults: a dynamic cache, sdpa): the same small Llama, the same prompts, fp32, greedy,
-   no end token. Generated tokens a second of the whole call, then apart: the prompt (one new token) and a further token.
+1. One model against transformers on torch with its defaults (dynamic cache, sdpa): the same small
+   Llama and prompts, fp32, greedy, no end token. Generated tokens per second of a call, then
+   separately for the prompt (one new token) and for further tokens.
 2. Four members in one program against four runs one after another.
 
-Only one worker computes at a time. Appends the table to benchmarks/RESULTS.md. Needs torch for the first part and says so where it is
-absent.
+Only one worker computes at a time. The table is appended to benchmarks/RESULTS.md. The first part
+needs torch; its row says where it is absent.
 """
 
 import argparse
@@ -36,11 +37,11 @@ PROMPTS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (BATCH, PROMPT
 
 
 class Ours:
-    """The project's generator; members 0 is one model without a member axis."""
+    """Our generator; with 0 members it is one model without a member axis."""
 
     def __init__(self, members: int, new: int) -> None:
-        made = [llama.init_params(CONFIG, seed) for seed in range(max(members, 1))]
-        self.params = jax.block_until_ready(tree.stack(made) if members else made[0])
+        models = [llama.init_params(CONFIG, seed) for seed in range(max(members, 1))]
+        self.params = jax.block_until_ready(tree.stack(models) if members else models[0])
         self.generate: Any = decode.generate_members if members else decode.generate
         self.new = new
         self.facts = {"device": jax.devices()[0].device_kind}
@@ -58,7 +59,7 @@ class Ours:
         )
 
 
-class Theirs:
+class Transformers:
     """Transformers on torch."""
 
     def __init__(self, new: int) -> None:
@@ -87,12 +88,10 @@ class Theirs:
 # ---------------------------------------------------------------- in the parent
 
 
-def medians(workers: list[Worker], rounds: int) -> list[list[float]]:
-    """Return the seconds of each worker in each round, all workers in turn."""
-    return [
-        list(column)
-        for column in zip(*([one.step() for one in workers] for _ in range(rounds)), strict=True)
-    ]
+def measure(workers: list[Worker], rounds: int) -> list[list[float]]:
+    """Return the seconds of each worker in each round. The workers take turns."""
+    times = [[worker.step() for worker in workers] for _ in range(rounds)]
+    return [list(column) for column in zip(*times, strict=True)]
 
 
 def against_torch(rounds: int) -> list[str]:
@@ -101,42 +100,47 @@ def against_torch(rounds: int) -> list[str]:
         return ["| one model | | torch is not installed | |"]
     with contextlib.ExitStack() as stack:
         workers = [
-            stack.enter_context(contextlib.closing(Worker(build, *given, new)))
-            for build, given in ((Ours, (0,)), (Theirs, ()))
+            stack.enter_context(contextlib.closing(Worker(build, *arguments, new)))
+            for build, arguments in ((Ours, (0,)), (Transformers, ()))
             for new in (NEW, 1)
         ]
         version = workers[2].facts["version"]
-        own, own_first, other, other_first = (
-            np.array(column) for column in medians(workers, rounds)
-        )
+        ours, ours_first, torch, torch_first = map(np.array, measure(workers, rounds))
     rows = []
-    for what, count, ours, theirs in (
-        ("generated tokens/s", BATCH * NEW, own, other),
-        ("prompt tokens/s (first new token)", BATCH * PROMPT, own_first, other_first),
-        ("further tokens/s", BATCH * (NEW - 1), own - own_first, other - other_first),
+    for name, count, our_seconds, torch_seconds in (
+        ("generated tokens/s", BATCH * NEW, ours, torch),
+        ("prompt tokens/s (first new token)", BATCH * PROMPT, ours_first, torch_first),
+        ("further tokens/s", BATCH * (NEW - 1), ours - ours_first, torch - torch_first),
     ):
-        one, two, ratio = (
-            float(np.median(x)) for x in (count / ours, count / theirs, theirs / ours)
-        )
+        our_rate, torch_rate = np.median(count / our_seconds), np.median(count / torch_seconds)
+        ratio = np.median(torch_seconds / our_seconds)
         rows.append(
-            f"| one model, {what} | {one:,.0f} | transformers + torch {version} {two:,.0f} | {ratio:.2f} times theirs |"
+            f"| one model, {name} | {our_rate:,.0f} | transformers + torch {version} "
+            f"{torch_rate:,.0f} | {ratio:.2f} times theirs |"
         )
     return rows
 
 
 def population(rounds: int) -> tuple[str, str]:
-    """Measure four members in one program against four runs; return a row of the table and the device."""
+    """Measure four members in one program against four runs.
+
+    Returns:
+        a row of the table, and the device.
+    """
     with (
-        contextlib.closing(Worker(Ours, MEMBERS, NEW)) as together,
-        contextlib.closing(Worker(Ours, 0, NEW)) as alone,
+        contextlib.closing(Worker(Ours, MEMBERS, NEW)) as members,
+        contextlib.closing(Worker(Ours, 0, NEW)) as single,
     ):
         pairs = [
-            (together.step(), sum(alone.step() for _ in range(MEMBERS))) for _ in range(rounds)
+            (members.step(), sum(single.step() for _ in range(MEMBERS))) for _ in range(rounds)
         ]
-    one, four = (statistics.median(column) for column in zip(*pairs, strict=True))
+    program, runs = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    row = f"| {MEMBERS} members, seconds a call | {one:.2f} | {MEMBERS} runs one after another {four:.2f} | {ratio:.3f} of theirs |"
-    return row, alone.facts["device"]
+    row = (
+        f"| {MEMBERS} members, seconds per call | {program:.2f} | {MEMBERS} runs one after another "
+        f"{runs:.2f} | {ratio:.3f} of theirs |"
+    )
+    return row, single.facts["device"]
 
 
 def main() -> None:
@@ -148,21 +152,19 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     rows = against_torch(rounds)
     row, device = population(rounds)
-    text = "\n".join(
-        [
-            f"\n## Generation, {dt.date.today()}, {os.cpu_count()} x {platform.machine()} {device}, jax {jax.__version__}",
-            "",
-            f"`python benchmarks/generate.py --rounds {rounds}`: {parameter_count(CONFIG) / 1e6:.1f} M parameters (hidden"
-            f" {CONFIG.hidden_size}, {CONFIG.num_layers} layers, vocabulary {CONFIG.vocab_size}), batch {BATCH}, {PROMPT} prompt tokens,"
-            f" {NEW} new ones, fp32, greedy; medians; each program in a process of its own.",
-            "",
-            "| what | ours | against | ratio |",
-            "|---|---|---|---|",
-            *rows,
-            row,
-            "",
-        ]
-    )
+    cpu = f"{os.cpu_count()} x {platform.machine()} {device}"
+    text = f"""
+## Generation, {dt.date.today()}, {cpu}, jax {jax.__version__}
+
+`python benchmarks/generate.py --rounds {rounds}`: {parameter_count(CONFIG) / 1e6:.1f} M parameters \
+(hidden {CONFIG.hidden_size}, {CONFIG.num_layers} layers, vocabulary {CONFIG.vocab_size}), batch \
+{BATCH}, {PROMPT} prompt tokens, {NEW} new ones, fp32, greedy; medians; each program in a separate \
+process.
+
+| what | ours | against | ratio |
+|---|---|---|---|
+"""
+    text += "\n".join([*rows, row, ""])
     print(text)
     with (pathlib.Path(__file__).parent / "RESULTS.md").open("a") as file:
         file.write(text)
