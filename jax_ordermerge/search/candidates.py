@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -160,6 +160,7 @@ class Population:
             jax.tree.map(lambda leaf: leaf.delete(), params)
 
     def _scales(self, candidate: Candidate) -> dict[str, float] | None:
+        # None and not factors of 1: in float32 theta_0 + 1 (theta - theta_0) may differ from theta.
         if candidate.scale == 1 and all(value == 1 for value in candidate.groups.values()):
             return None
         # One factor per tensor, so that groups may overlap: their factors are multiplied.
@@ -234,6 +235,7 @@ def _is_in(group: str, spec: TensorSpec, layer: int) -> bool:
     match = _LAYERS.fullmatch(group)
     if match is None:
         return spec.kind == group
+    # Embedding, head and the last norm are not stacked: they belong to no layer.
     return spec.stacked and int(match[1]) <= layer <= int(match[2])
 
 
@@ -244,15 +246,6 @@ def baselines(members: int, seed: int) -> list[Candidate]:
         >>> [candidate.name for candidate in baselines(2, seed=0)]
         ['average', 'member_0', 'member_1', 'base']
     """
+    # The average first: of equal losses the first wins, and it is the simplest merge.
     single = [Candidate(MEMBER, {"number": number}) for number in range(members)]
     return [Candidate("average", seed=seed), *single, Candidate(BASE)]
-
-
-def unique(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return each candidate once, in the order of first occurrence.
-
-    Example:
-        >>> len(unique([Candidate("average"), Candidate("average")]))
-        1
-    """
-    return list({candidate.key: candidate for candidate in candidates}.values())

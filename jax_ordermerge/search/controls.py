@@ -181,6 +181,7 @@ def compare(
         return mean_loss(name) if validation is None else validation
 
     best = min(members, key=criterion)
+    # The mean member is what a user gets who trains one model and does not choose.
     rivals = {
         "mean_member": np.mean([losses[name].losses for name in members], axis=0),
         "best_member": losses[best].losses,
@@ -195,6 +196,7 @@ def compare(
                 model_losses.losses, rival_losses, weights=tokens, resamples=resamples, seed=seed
             )
             for rival, rival_losses in rivals.items()
+            # The same model: a test of zero differences has no meaning.
             if not np.array_equal(model_losses.losses, rival_losses)
         }
         rows.append(

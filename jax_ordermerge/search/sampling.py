@@ -112,6 +112,7 @@ def _weights(entry: Entry, choose: Choose, members: int) -> tuple[float, ...]:
     uniform = Range(low=0.0, high=1.0 - 1e-6)
     drawn = np.array([-np.log(1 - choose(f"weight {i}", uniform)) for i in range(members)])
     shares = (drawn + 1e-9) / (drawn + 1e-9).sum()
+    # Nine digits, as `Range.at` gives them: they can be typed into a config again.
     return tuple(float(f"{share:.9g}") for share in shares)
 
 
@@ -164,6 +165,7 @@ def _draw(space: Search, members: int, seed: int) -> list[Candidate]:
             return domain.at(generator.random())
         return domain[generator.integers(len(domain))]
 
+    # Entries have equal shares of the budget, however many values they have open.
     entries = generator.integers(0, len(space.methods), space.budget)
     return [_candidate(space.methods[entry], choose, members, seed) for entry in entries]
 
@@ -179,6 +181,7 @@ class _OptunaSampler:
                 f"sampler {space.sampler} needs the extra search: pip install "
                 "'jax_ordermerge[search]', or use grid or random"
             ) from error
+        # A line per trial would drown the progress of the search.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         key = int(stream_key_bits(seed, "search", space.sampler)[0])
         sampler: optuna.samplers.BaseSampler
@@ -195,6 +198,7 @@ class _OptunaSampler:
         self._budget, self._trials = space.budget, list["optuna.Trial"]()
 
     def ask(self) -> list[Candidate]:
+        # In batches, because successive halving needs candidates to compare.
         size = min(self._budget, max(1, -(-self._space.budget // ROUNDS)))
         self._budget -= size
         self._trials = [self._study.ask() for _ in range(size)]

@@ -21,27 +21,11 @@ from jax_ordermerge.search.candidates import (
     Population,
     baselines,
     check,
-    unique,
 )
 from jax_ordermerge.search.loss_cache import LossCache
-from jax_ordermerge.search.successive_halving import SuccessiveHalving, subset_sizes
+from jax_ordermerge.search.successive_halving import Gap, SuccessiveHalving, subset_sizes
 
 MIN_EXAMPLES = 8  # with fewer validation examples a paired difference says nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class Gap:
-    """Mean paired difference of losses.
-
-    Attributes:
-        estimate: mean difference, nats per token.
-        se: its standard error.
-        examples: number of examples that both candidates have seen.
-    """
-
-    estimate: float
-    se: float
-    examples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +296,7 @@ class SearchLoop:
                 check(candidate, self._population.count, self._population.model)
             numbers = {candidate.key: number for number, candidate in enumerate(self.candidates)}
             # A sampler may propose a candidate again, and a batch may hold it twice.
-            fresh = [candidate for candidate in unique(batch) if candidate.key not in numbers]
+            fresh = list({x.key: x for x in batch if x.key not in numbers}.values())
             first = len(self.candidates)
             self.candidates += fresh
             numbers |= {candidate.key: first + i for i, candidate in enumerate(fresh)}
@@ -346,10 +330,9 @@ class SearchLoop:
         )
 
     def _gap(self, number: int, rival: int) -> Gap | None:
-        estimate, error, examples = self.halving.gap(number, rival)
+        gap = self.halving.gap(number, rival)
         # JSON has no infinities: a loss that diverged has no gap.
-        finite = math.isfinite(estimate) and math.isfinite(error)
-        return Gap(estimate, error, examples) if finite else None
+        return gap if math.isfinite(gap.estimate) and math.isfinite(gap.se) else None
 
     def _log_round(self, number: int, ran: Sequence[int], onward: Sequence[int]) -> None:
         self._log(f"  round {number}: {len(ran)} candidates, {len(onward)} go on")

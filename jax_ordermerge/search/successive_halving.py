@@ -57,6 +57,21 @@ def paired_gap(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> tu
     return estimate, float((share * (gaps - estimate)).std(ddof=1) / np.sqrt(len(gaps)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Mean paired difference of losses.
+
+    Attributes:
+        estimate: mean difference per token.
+        se: its standard error.
+        examples: number of items that both candidates have seen.
+    """
+
+    estimate: float
+    se: float
+    examples: int
+
+
 @dataclasses.dataclass
 class Standing:
     """Progress of one candidate.
@@ -152,11 +167,11 @@ class SuccessiveHalving:
         leader, seen = self.leader(), len(self.standings[number].losses)
         return self.loss(leader) + self._mean(number, seen) - self._mean(leader, seen)
 
-    def gap(self, number: int, rival: int) -> tuple[float, float, int]:
-        """Return the mean difference on the items seen by both, its standard error, their count."""
+    def gap(self, number: int, rival: int) -> Gap:
+        """Return the difference of the losses on the items that both have seen."""
         first, second = self.standings[number].losses, self.standings[rival].losses
         seen = min(len(first), len(second))
-        return *paired_gap(first[:seen], second[:seen], self._tokens[:seen]), seen
+        return Gap(*paired_gap(first[:seen], second[:seen], self._tokens[:seen]), seen)
 
     def _is_worse(self, worse: int, better: int, size: int, tests: int) -> bool:
         """Test whether a candidate is worse than another: paired, one-sided, Bonferroni."""
