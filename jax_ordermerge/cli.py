@@ -29,8 +29,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# ---------------------------------------------------------------------- options of several commands
-
 RunArgument = Annotated[
     Path, Argument(metavar="CONFIG|RUN", help="YAML config, or the run directory that it made.")
 ]
@@ -47,6 +45,8 @@ Runs = Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")
 Model = Annotated[str, Argument(metavar="MODEL", help="HF directory, hub name or embedded:NAME.")]
 
 
+# Commands import what they need when they run. Typer calls one of them per process, so imports at the
+# top would only make all others, and --help, as slow as the slowest.
 def _read_config(target: Path, overrides: list[str] | None) -> "Config":
     from jax_ordermerge.experiment.run_config import read_config
 
@@ -57,9 +57,6 @@ def _run_through(stage: str, target: Path, overrides: list[str] | None) -> None:
     from jax_ordermerge.experiment import pipeline
 
     pipeline.run(_read_config(target, overrides), through=stage, log=typer.echo)
-
-
-# ---------------------------------------------------------------------- experiments
 
 
 @app.command()
@@ -354,7 +351,7 @@ def diff(
 
     text, equal = command.compare_models(a, b, base=base, as_json=as_json)
     typer.echo(text, nl=False)
-    raise typer.Exit(0 if equal else 1)
+    raise typer.Exit(0 if equal else 1)  # as diff(1) does, for scripts
 
 
 @app.command()
@@ -471,7 +468,9 @@ def main() -> NoReturn:
     Exit codes: 0 done, 2 bad input, 130 interrupted by SIGINT and 143 by SIGTERM (a training has
     then saved a checkpoint), 1 a failure.
     """
-    # A process that fails before its peers waits for them; one that ends as all others do need not.
+    # Typer ends with SystemExit for its own errors. Ours are one line without a traceback: they are
+    # about the input, not about this program. A process that fails waits some seconds for its peers,
+    # which may be failing for the same reason; one that ends as all others do need not.
     code, patience = 0, None
     try:
         app(standalone_mode=True)
@@ -485,13 +484,14 @@ def main() -> NoReturn:
         code = stopped.code
     except PeerLost as lost:
         print(f"error: {lost}", file=sys.stderr)
-        code, patience = 1, 0.0
+        code, patience = 1, 0.0  # there is no peer left to wait for
     except KeyboardInterrupt:
         print("interrupted; the same command continues at the last checkpoint", file=sys.stderr)
         code, patience = 130, _PATIENCE
     except Exception:
         traceback.print_exc()
         code, patience = 1, _PATIENCE
+    # jax at work means that there may be peers; importing it here would start it for nothing
     if patience is not None and "jax" in sys.modules:
         from jax_ordermerge import processes
 

@@ -57,6 +57,7 @@ def convert_checkpoint(
         raise UserError(f"--to {to}: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    # names are checked before a bucket is read: fetching a model to refuse a typo wastes hours
     with remote.new_directory(out) as target:
         local = remote.fetch(source)
         if target.exists():
@@ -76,7 +77,7 @@ def convert_checkpoint(
                 card=card,
             )
         else:
-            # with config and tokenizer in the metadata the way back needs nothing else
+            # Orbax stores arrays alone; with these in the metadata the way back needs nothing else
             metadata = {
                 "config": model.config.to_hf(model.dtype),
                 "dtype": model.dtype,
@@ -98,6 +99,7 @@ def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
         raise UserError(f"--member goes with a run directory; {source} has no {CONFIG}")
     step = orbax.latest(source) if source.is_dir() else None
     if step is not None:
+        # an Orbax directory of a training has another tree, of which a member must be picked
         metadata = orbax.metadata(source, step)
         if "config" not in metadata:
             raise UserError(
@@ -107,9 +109,11 @@ def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
         config, dtype = ModelConfig.from_hf(metadata["config"]), dtype or metadata["dtype"]
         abstract = {"params": convert.abstract_params(config, dtype=dtype)}
         params = orbax.restore(source, step, abstract)["params"]
+        # it may have been converted on another machine: weights without a tokenizer are still useful
         tokenizer_dir = Path(metadata["tokenizer"])
         return LoadedModel(config, params, dtype, tokenizer_dir if tokenizer_dir.is_dir() else None)
     directory = convert.resolve(str(source))
+    # config.json may name another dtype than the files have; the tensors decide
     reader = Reader(directory)
     dtype = dtype or reader.info(reader.names[0]).dtype.name
     config, params = convert.load_params(directory, dtype=dtype)

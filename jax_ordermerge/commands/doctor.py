@@ -64,6 +64,7 @@ def diagnose(config: Config | None, *, only_versions: bool, log: Log) -> bool:
         log: receives one-line messages.
     """
     if only_versions:
+        # the header of a bug report: plain lines that can be pasted
         for name, version in installed():
             log(f"{name} {version}")
         findings = [finding for finding in check_versions() if finding.verdict == "error"]
@@ -91,6 +92,7 @@ def installed() -> list[tuple[str, str]]:
         >>> dict(installed())["python"].startswith("3.")
         True
     """
+    # by metadata: importing jax would already start what may be broken
     python = ".".join(str(part) for part in sys.version_info[:3])
     packages = [(name, _version(name)) for name in ("jax_ordermerge", *_SHOWN)]
     return [("python", python), *((name, version) for name, version in packages if version)]
@@ -142,8 +144,10 @@ def check_output(output: str) -> list[Finding]:
         ['disk', 'output']
     """
     if "://" in output:
+        # a run in a bucket works on a local copy, so both places must be writable
         disk, copy = check_output(str(remote.cache()))
         return [disk, copy._replace(subject="copy"), _check_bucket(output)]
+    # nothing is created: the run directory is checked at its nearest existing parent
     parent = Path(output).absolute()
     while not parent.exists():
         parent = parent.parent
@@ -155,6 +159,7 @@ def check_output(output: str) -> list[Finding]:
         disk = Finding("disk", "error", f"only {size}; free some space")
     try:
         with tempfile.TemporaryDirectory(dir=parent, prefix=".doctor-") as scratch:
+            # what every writer does: some network file systems allow all of it but the rename
             path = Path(scratch) / "written"
             path.write_bytes(b"complete")
             content = path.rename(path.with_name("renamed")).read_bytes()
@@ -213,6 +218,7 @@ def _check_devices(config: Config | None) -> Iterator[Finding]:
             mesh.provide_cpu_devices(config.mesh.sizes.values())
         import jax  # after the number of CPU devices is set
 
+        # in a thread, because a TPU that another process holds blocks for ever
         if not processes.within(jax.devices, _PATIENCE):
             detail = (
                 f"no answer within {_PATIENCE:.0f} s; does another program hold them,"
@@ -236,6 +242,7 @@ def _check_devices(config: Config | None) -> Iterator[Finding]:
     else:
         detail = f"a sum of eight ones on each local device gave {sums}"
         yield Finding("devices", "error", detail)
+    # jax falls back to the CPU with a warning only, and a run would be slow for no visible reason
     unused = [name for name in _ACCELERATORS if _version(name)]
     if devices[0].platform == "cpu" and unused and not os.environ.get("JAX_PLATFORMS"):
         detail = f"{', '.join(unused)} is installed, but only CPU devices are found"

@@ -47,6 +47,7 @@ def check_options(
     Raises:
         UserError: an option would have no effect.
     """
+    # An option without an effect is an error: a user who gives --shots expects shots.
     include, shots, limit, chat = harness_options
     harness_only = {
         "--harness-include": include,
@@ -102,6 +103,7 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log) -> Json:
     Raises:
         UserError: there are no tasks, or a task does not fit its data.
     """
+    # refused before the model is loaded
     tasks = config.evaluation.tasks
     if not tasks:
         raise UserError(
@@ -120,6 +122,7 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log) -> Json:
     for task in tasks:
         summaries[task.name], items = harness.run(task, model, config.data, seed=config.seed)
         log(f"{task.name}: {format_summary(summaries[task.name])}")
+        # per task, so that an interrupted evaluation leaves the items of the tasks before
         if out is not None:
             if task.kind in judged:
                 # AlpacaEval's files name the model that wrote each answer
@@ -148,10 +151,11 @@ def evaluate_harness(
     """
     from jax_ordermerge.evaluate import adapter
 
-    adapter.check()
+    adapter.check()  # the package is optional: say so before a model is loaded
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     results, table = adapter.run(load_model(config), names, seed=config.seed, **options._asdict())
     if out is not None:
+        # items are large: they have files of their own, and results.json stays readable
         for name, items in results.pop("samples").items():
             write_json(out / f"{name}.json", items)
         model = {"model": config.model.base, "dtype": config.model.compute_dtype}
@@ -188,7 +192,7 @@ def format_summary(summary: Json) -> str:
 
 def load_model(config: Config) -> EvalModel:
     """Start the processes, build the mesh and load the model `model.base` onto it."""
-    start_devices(config)
+    start_devices(config)  # sets the number of CPU devices: nothing may use jax before
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     directory = convert.resolve(config.model.base)
     tokenizer = source.load_tokenizer(directory)

@@ -9,7 +9,7 @@ from jax_ordermerge.evaluate import generation
 from jax_ordermerge.evaluate.eval_model import encode
 from jax_ordermerge.evaluate.sampling import Sampling
 
-_BATCH = 8
+_BATCH = 8  # prompts per program; a caller with thousands uses `ordermerge evaluate`
 
 
 def complete(

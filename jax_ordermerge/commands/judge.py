@@ -18,6 +18,7 @@ def judge_files(
         key_variable: environment variable of its API key, which is never printed.
         out: JSON file for the verdicts.
     """
+    # keys are read from the environment: options of a command end in histories and process lists
     server = judge.Endpoint(endpoint, model, os.environ.get(key_variable))
     summary = judge.compare_files(server, ours, theirs, out)
     return (

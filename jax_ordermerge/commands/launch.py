@@ -30,7 +30,7 @@ def render_script(config: Config, target: str, options: Sequence[str]) -> str:
     Raises:
         UserError: the config or an option is wrong.
     """
-    preflight.check_config(config)
+    preflight.check_config(config)  # here, not after hours in the queue of a cluster
     pairs = {}
     for item in options:
         name, sign, value = item.partition("=")
@@ -46,6 +46,7 @@ def deliver(text: str, target: str, out: Path | None, *, submit: bool, log: Log)
     Raises:
         UserError: the program that submits is not installed.
     """
+    # without --out the file is needed only until the submission has read it
     with tempfile.TemporaryDirectory() as scratch:
         path = out or Path(scratch) / "launch"
         path.write_text(text)

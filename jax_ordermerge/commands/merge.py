@@ -53,6 +53,7 @@ def plan_sources(
     Raises:
         UserError: bad input, or no directory to write.
     """
+    # `merge recipe.yml MERGED` is the form of mergekit-yaml, so that its users type what they know
     recipe = is_recipe(sources[0])
     target = sources[1] if recipe and out is None and len(sources) > 1 else out
     if target is None and not dry_run:
@@ -102,6 +103,7 @@ def plan_models(
     """
     if dtype is not None and dtype not in plan.DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(plan.DTYPES)}")
+    # before the models are opened: a model in a bucket or on a hub is fetched first
     method_parameters = read_parameters(parameters)
     method_weights = None if weights is None else read_weights(weights)
     members = [references.open_model(remote.address(model) or str(model)) for model in models]
@@ -131,7 +133,7 @@ def read_parameters(items: Sequence[str]) -> Json:
         name, sign, value = item.partition("=")
         if not (name and sign):
             raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
-        parameters[name] = yaml.safe_load(value)
+        parameters[name] = yaml.safe_load(value)  # the types that a recipe has: 0.5, true, [1, 2]
     return parameters
 
 
@@ -192,6 +194,7 @@ def merge_models(
     if to not in ("hf", "orbax"):
         raise UserError(f"--to {to}: expected hf or orbax")
     with remote.new_directory(out) as target:
+        # the engine writes safetensors only: an Orbax checkpoint is made of a finished HF directory
         hf_dir = target
         if to == "orbax":
             atomic.check_vacant(target)
@@ -214,6 +217,7 @@ def _progress_bar() -> Iterator[engine.Progress | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    # on stderr, so that stdout can be piped
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
         task = bar.add_task("merging")

@@ -17,7 +17,8 @@ from jax_ordermerge.search.candidates import Candidate, Population
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import Tree
 
-# gives the losses of one model on examples
+# The losses of one model on any examples. A function instead of parameters, because the ensemble has
+# the parameters of all members and is measured by another program.
 LossFunction = Callable[[Examples], losses.Losses]
 
 
@@ -40,6 +41,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         or ctx.layout.controls.is_file()
     ):
         return
+    # loaded only now: the evaluation before needs the memory for other models
     population = models.load_population(ctx)
     listed = controls.make_controls(
         config.merge.controls, population.count, _selections(config), config.seed
@@ -59,6 +61,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         lambda params: measure(functools.partial(losses.example_losses, ctx, params)),
         ctx.log,
     )
+    # last, since a single run is trained for as long as the whole population
     for name, make in _unmerged(ctx).items():
         measured[name] = measure(make(population))
         mean = float((measured[name].losses * tokens).sum() / tokens.sum())
@@ -72,6 +75,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         "losses": np.stack([control.losses for control in measured.values()]),
         "tokens": tokens,
     }
+    # json last: its existence says that the controls are complete
     write_npz(ctx.layout.control_losses, arrays)
     write_json(ctx.layout.controls, {"split": split, **compared})
 
@@ -106,7 +110,7 @@ def _evaluated_controls(
     measured = {}
     for control in listed:
         if control.candidate.kind != "merge":
-            name = control.name
+            name = control.name  # base and members have the same names everywhere
         elif control.name == "average" and averages:
             name = averages[0]
         else:
@@ -136,6 +140,7 @@ def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]
 
 def _train_single(ctx: RunContext) -> Tree:
     """Return a model trained at the cost of the whole population: k times the epochs in one run."""
+    # It answers the question whether k orders and a merge are better spent compute than training on.
     config = _single_config(ctx.config, groups=ctx.mesh.shape["order"])
     spec, layout = training_spec(config), RunLayout(config.directory)
     if not layout.training_state.is_file():
@@ -162,7 +167,8 @@ def _train_single(ctx: RunContext) -> Tree:
 
 def _single_config(config: Config, groups: int) -> Config:
     population = config.population
-    # a mesh trains at least one member per device group; the first of them is the one that counts
+    # A mesh trains at least one member per device group, and the first of them is the control.
+    # Mixing is off: it would make the others take part in it.
     members = population.model_copy(update={"members": groups, "wave": None})
     training = config.training.model_copy(
         update={"epochs": population.members * config.training.epochs, "mixing": None}

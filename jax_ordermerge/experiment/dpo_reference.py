@@ -39,6 +39,7 @@ def add_reference_logprobs(ctx: RunContext) -> RunContext:
         return ctx
     # in the dtype in which training holds the base, so that the first margins are exactly 0
     base_dtype = ctx.config.base_dtype
+    # loaded for the first split that is measured, and not at all where all of them are stored
     base = functools.cache(lambda: models.base_params(ctx, base_dtype))
     digest = base_digest(ctx.config, ctx.base_dir)
     key = f"{digest} {base_dtype} {ctx.config.model.compute_dtype}"
@@ -48,7 +49,7 @@ def add_reference_logprobs(ctx: RunContext) -> RunContext:
         ctx.log(f"reference: the base on {len(examples)} pairs of {name}")
         progress = Progress(ctx.log, name, 2 * len(examples))
         sequences = losses.sequence_losses(ctx, base(), examples, on_progress=progress)
-        return -sequences.sums.astype(np.float32)
+        return -sequences.sums.astype(np.float32)  # a loss is a negative log-probability
 
     splits = {
         name: with_reference(
@@ -71,6 +72,7 @@ def base_digest(config: Config, base_dir: Path) -> str:
     if model.init == "pretrained":
         for name in sorted(reader.names):
             info = reader.info(name)
+            # whole rows from the start of a tensor are one contiguous read per file
             rows = max(1, _DIGESTED * info.shape[0] // max(1, int(np.prod(info.shape))))
             index = (slice(0, rows), *[slice(None)] * (len(info.shape) - 1))
             first = np.ascontiguousarray(reader.read_slice(name, index))
@@ -92,6 +94,7 @@ def with_reference(
     Raises:
         UserError: the file is of other pairs or of another base.
     """
+    # Values of other pairs would not fail but train towards something else, silently.
     key = f"{key} {examples.digest}"
     # all processes decide alike: each of them takes part in the measurement
     if not processes.broadcast(path.is_file()):

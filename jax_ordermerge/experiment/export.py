@@ -30,7 +30,8 @@ def export(
         target: directory; `merged/NAME` of the run by default.
     """
     target = target or ctx.layout.merged(name)
-    # config.json is written with the rest and renamed into place, so it stands for all of it
+    # The directory is renamed into place when it is complete, so config.json stands for all of it.
+    # An interrupted merge stage exports again only what is missing.
     if (target / "config.json").is_file():
         return
     recipe = _complete_recipe(ctx, recipe)
@@ -57,6 +58,7 @@ def _complete_recipe(ctx: RunContext, recipe: Json) -> Json:
             "epochs": training.epochs,
         },
     }
+    # named only where they differ from plain training: most recipes are then without them
     if training.ema is not None:
         complete["averages"] = {"ema": training.ema}
     if training.checkpoint != "last":
@@ -65,7 +67,7 @@ def _complete_recipe(ctx: RunContext, recipe: Json) -> Json:
 
 
 def _public_base(ctx: RunContext) -> str | None:
-    # a path on the machine that trained means nothing to a reader of the card
+    # a path on the machine that trained, or a name embedded in this package, means nothing on a hub
     base = ctx.config.model.base
     return None if Path(base).exists() or ":" in base else base
 

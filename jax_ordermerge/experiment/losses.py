@@ -40,7 +40,8 @@ class Losses(NamedTuple):
     @property
     def standard_error(self) -> float:
         """Standard error of `mean` as a ratio estimator with whole examples as sampling unit."""
-        # tokens of one example are not independent draws, examples are
+        # Tokens of one example are not independent draws, examples are. The variance is that of
+        # the residuals s_i - m c_i, with n / (n - 1) because m is estimated from the same examples.
         n, total = len(self.sums), self.counts.sum()
         mean = self.sums.sum() / total
         residuals = self.sums - mean * self.counts
@@ -61,6 +62,7 @@ def example_losses(
         examples: of any split; pairs need their reference log-probabilities.
         members: how a population is treated.
     """
+    # two steps, because an evaluation of pairs needs the losses of both responses as well
     sequences = sequence_losses(ctx, params, examples, members=members)
     return objective_losses(ctx, examples, sequences)
 
@@ -94,6 +96,8 @@ def sequence_losses(
         members=members,
         on_progress=on_progress,
     )
+    # Row 0: one model, or an ensemble, is a population of one. Sums over a data set are taken in
+    # float64 from here on, so that their order does not show in the digits that are reported.
     shape = (-1,) if examples.rejected is None else (-1, 2)
     return Losses(
         sums[0].astype(np.float64).reshape(shape), counts.astype(np.float64).reshape(shape)

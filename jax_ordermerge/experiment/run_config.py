@@ -20,6 +20,8 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file is absent or not valid, or the directory is not a run directory.
     """
+    # A run keeps the name that it is reached by: the stored config may name the directory or bucket
+    # where it was first written, and the run may have been moved or copied since.
     url = remote.address(target)
     if url is not None and not url.endswith((".yaml", ".yml")):
         path = remote.fetch(f"{url}/{layout.CONFIG}")
@@ -67,6 +69,7 @@ def difference(old: Json, new: Json) -> list[str]:
         else:
             yield prefix, node
 
+    # by leaf, so that a message names `training.epochs` and not the whole section
     before, after = dict(leaves(old)), dict(leaves(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"

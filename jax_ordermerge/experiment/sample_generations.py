@@ -60,7 +60,7 @@ def sampler(
             model,
             merge_adapters(shared, trained) if merge_adapters else trained,
             tokenizer,
-            batch=len(prompts.tokens),
+            batch=len(prompts.tokens),  # one batch: the prompts are few
             dtype=config.model.compute_dtype,
             mesh=mesh,
         )
@@ -81,9 +81,12 @@ def read_prompts(
     Raises:
         UserError: there are none, or a prompt and its answer exceed the context.
     """
+    # not training examples: the answers are to show what generalizes
     settings = config.samples
     held_out = splits.get("validation") or splits.get("test")
     if settings.prompts:
+        # prompts of the config are templated as the training data were, else the members would be
+        # asked in a form that they have never seen
         template = splits["train"].sources.get("template", "plain")
         records = [Record.single_turn(prompt) for prompt in settings.prompts]
         tokens = [chat.prompt_tokens(record, template, tokenizer).tolist() for record in records]
@@ -99,6 +102,7 @@ def read_prompts(
             "samples.every is set, but there are no prompts: give samples.prompts,"
             " or data with held-out prompts"
         )
+    # refused here, since in the loop it would end a training at its first samples
     longest = max(map(len, prompts.tokens))
     if longest + settings.max_new_tokens > model.max_position_embeddings:
         raise UserError(

@@ -64,10 +64,15 @@ def choose_merge(
         },
         log=ctx.log,
     )
+    # Only now, for one winner and few rivals: a test split that took part in the choice among many
+    # candidates would make the winner look better than it is.
     if len(ctx.splits.get("test") or ()) > 1:
         result = dataclasses.replace(result, claim=_compare_on_test(ctx, population, result))
+    # written before the export: the export reads nothing from it, and a reader can see the choice
+    # while a large model is still being written
     write_json(layout.results, result.to_dict())
     ctx.log(f"  {findings.search_sentence(result.to_dict())}")
+    # built again: the search frees each candidate after its measurement
     merged = population.build(result.winning_candidate)
     if target is not None:
         export.export(ctx, AUTO, merged, _recipe(result), _origin(result), target)
@@ -76,6 +81,7 @@ def choose_merge(
 
 def with_validation_file(ctx: RunContext, path: Path) -> RunContext:
     """Return the context with validation examples read from a file, by the rules of the config."""
+    # the rules for a file of held-out examples are those of the test split
     data = ctx.config.data.model_copy(update={"test": str(path), "test_limit": None})
     examples = source.load_examples(data, ctx.tokenizer, "test", seed=ctx.config.seed)
     assert examples is not None
@@ -89,11 +95,13 @@ def _compare_on_test(ctx: RunContext, population: Population, result: search.Sea
     def measure(candidate: Candidate) -> losses.Losses:
         return losses.example_losses(ctx, population.build(candidate), test)
 
+    # one model at a time in memory beside the population: the losses are kept, not the parameters
     members = [measure(Candidate(MEMBER, {"number": m})) for m in range(population.count)]
     tokens = members[0].counts
     winner = measure(result.winning_candidate).means
     rivals = {
         "best_member": members[result.best_member_number].means,
+        # by example, so that the difference to the winner is paired as the others are
         "mean_member": np.mean([member.means for member in members], axis=0),
         "average": measure(Candidate("average")).means,
     }

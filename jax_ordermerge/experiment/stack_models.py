@@ -27,6 +27,7 @@ def fitting(members: int, config: ModelConfig, mesh: Mesh, dtype: str) -> int:
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:  # CPU devices do not report their memory
         return members
+    # a device group holds its models side by side, and at least one of them
     groups = mesh.shape["order"]
     model_bytes = analytic.bytes_per_device(convert.abstract_params(config, mesh, dtype=dtype))
     return groups * max(1, min(members // groups, int(_MEMORY_FRACTION * limit / model_bytes)))
@@ -58,12 +59,15 @@ def stack(models: Iterable[Tree], count: int, config: ModelConfig, mesh: Mesh, d
             model,
         )
 
+    # Written slot by slot into zeros on the devices. Stacking a list of models would need all of
+    # them and the stack at the same time.
     stacked = jax.jit(zeros, out_shardings=shardings)()
     # donated, else the stack itself would be in memory twice
     write = jax.jit(put, donate_argnums=0, out_shardings=shardings)
     index = 0
     for index, model in enumerate(models):
         stacked = write(stacked, model, index)
+    # every group takes part in the collectives of generation, so a spare slot needs a valid model
     for spare in range(index + 1, size):
         stacked = write(stacked, model, spare)
     return stacked

@@ -24,6 +24,8 @@ def run(ctx: RunContext) -> None:
     kinds = model_names(config)
     measured = _read_losses(path, train)
     unit = formatting.loss_unit(config.objective.model_dump())
+    # one pass over the training samples per model, on all of them under the final weights: losses
+    # from the training log were measured at different times and do not compare
     missing = [name for name in kinds if name not in measured]
     for name, params in models.load_models(ctx, missing):
         model_losses = losses.example_losses(ctx, params, train)
@@ -36,6 +38,7 @@ def run(ctx: RunContext) -> None:
             "tokens": model_losses.counts,
         }
         write_npz(path, arrays)  # after each model, so that an interrupted stage continues
+    # the orders are a pure function of the config, so they are drawn again instead of read
     orders = batches.draw_orders(ctx.training, train.lengths, range(config.population.members))
     positions = [[order.positions(epoch, len(train)) for epoch in epochs] for epochs in orders]
     analysis = imbalance.analyze(

@@ -20,11 +20,13 @@ def run(ctx: RunContext) -> None:
     """Measure loss, perplexity and tasks of every model, then the controls."""
     kinds, run = model_names(ctx.config), ctx.layout
     results = {name: read_json(run.evaluation(name)) for name in kinds}
+    # one file per model, so that an interrupted stage repeats one model at most
     missing = [name for name, result in results.items() if result is None]
     for name, params, generate in _load_with_generators(ctx, missing):
         results[name] = _evaluate_model(ctx, name, kinds[name], params, generate)
         write_json(run.evaluation(name), results[name])
         _log_summary(ctx, results[name]["summary"])
+    # before the summary, which marks the stage as complete
     controls.measure_controls(ctx, results)
     summaries = [results[name]["summary"] for name in kinds]
     write_json(run.evaluations, {"split": "test", "models": summaries})
@@ -79,6 +81,8 @@ def _evaluate_model(
     text_items: Json = {}
 
     # -------------------------------------------------------------- losses of the splits
+    # The test split is summarized with its standard error; the validation split has one number,
+    # which chooses the best member and is not reported as a result.
     if test is not None and config.evaluation.loss:
         sequences = losses.sequence_losses(ctx, params, test)
         measured = losses.objective_losses(ctx, test, sequences)

@@ -17,6 +17,7 @@ from jax_ordermerge.train import batches
 def run(ctx: RunContext) -> None:
     """Describe the data, then fine-tune the members, each in its own order."""
     config = ctx.config
+    # written before the training, so that a run that is stopped early still says what it read
     splits = {name: _describe(examples) for name, examples in ctx.splits.items()}
     if config.data.packing != "none":
         splits["train"]["packing"] = batches.make_plan(ctx.training, ctx.splits["train"]).packing
@@ -41,6 +42,7 @@ def run(ctx: RunContext) -> None:
     waves.train(
         ctx.training,
         ctx.model,
+        # a function: full fine-tuning that resumes reads its checkpoint and does not load the base
         functools.partial(models.base_params, ctx, config.base_dtype),
         ctx.splits["train"],
         ctx.mesh,
