@@ -1,10 +1,9 @@
-"""Fine-tune one model in k data orders, measure what the order did, and merge the k models into one.
+"""Fine-tune a model in k data orders, measure the effect of the order, and merge the k models.
 
-`import jax_ordermerge as jom` costs milliseconds: names are loaded when they are first used (PEP 562).
+`import jax_ordermerge` costs milliseconds: names are loaded on first use (PEP 562).
 """
 
 import importlib
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -26,7 +25,7 @@ _PUBLIC = {
 __all__ = sorted([*_PUBLIC, "__version__"])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'jax_ordermerge' has no attribute '{name}'")
     return getattr(importlib.import_module(f"jax_ordermerge.{_PUBLIC[name]}"), name)

@@ -1,4 +1,4 @@
-"""Errors a user can mend: what was given, what was expected, what to do."""
+"""Errors that a user can correct: what was given, what was expected, what to do."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,12 +11,15 @@ class UserError(ValueError):
         >>> raise UserError("data file x.json not found; give an existing path in data.train")
         Traceback (most recent call last):
             ...
-        jax_ordermerge.errors.UserError: data file x.json not found; give an existing path in data.train
+        jax_ordermerge.errors.UserError: data file x.json not found; give an existing path in
+        data.train
     """
 
 
 class Stopped(Exception):
-    """A training was asked to stop and saved a checkpoint; the same command continues. The command line exits with `code`.
+    """A training was asked to stop, and saved a checkpoint. The same command continues it.
+
+    The command line exits with `code`.
 
     Example:
         >>> Stopped("stopped by SIGTERM after step 7 of 9", 143).code
@@ -29,11 +32,14 @@ class Stopped(Exception):
 
 
 class PeerLost(Exception):
-    """Another process is not there, or no longer. The command line exits with code 1; starting all of them again continues."""
+    """Another process could not be reached, or was lost. The command line exits with code 1.
+
+    Starting all processes again continues at the last checkpoint.
+    """
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` for the nearest known name, or `" (known: ...)"` when none is near.
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` for the nearest of `names`, else `" (known: ...)"`.
 
     Example:
         >>> did_you_mean("avrage", ["average", "ties"])
@@ -41,6 +47,6 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
         >>> did_you_mean("zzz", ["average", "ties"])
         ' (known: average, ties)'
     """
-    known = list(known)
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f" (did you mean '{near[0]}'?)" if near else f" (known: {', '.join(known)})"
+    names = list(names)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (did you mean '{nearest[0]}'?)" if nearest else f" (known: {', '.join(names)})"

@@ -1,28 +1,30 @@
-"""What devices can do, from their makers' public data sheets, and the names of arrangements of them (`v5p:4x4x2`, `h100:8`).
+"""Devices by their makers' public data sheets, and names of topologies (`v5p:4x4x2`, `h100:8`).
 
-The one table of devices: MFU of a training, and plans for hardware that is not here, read it.
+This is the only table of devices. The MFU of a training and plans for absent hardware read it.
 """
 
 import dataclasses
 import math
 import re
+from typing import Final
 
 from jax_ordermerge.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One jax device: a chip (of TPU v4 and later chips both cores), or a GPU.
+    """One jax device: a chip (of TPU v4 and later, with both cores), or a GPU.
 
     Attributes:
-        name: in topologies.
+        name: name in topologies.
         kinds: a jax `device_kind` that contains one of these is such a device.
-        flops: peak FLOP/s with bfloat16 products, dense.
+        flops: peak FLOP/s of dense bfloat16 products.
         memory: bytes of its memory.
         bandwidth: bytes/s of its memory.
-        link: bytes/s it receives over all its fast links together (ICI, NVLink).
-        network: bytes/s it receives over the network that joins slices or nodes, its share of the host's.
-        sides: of the torus that its links make; 0 where a switch joins all.
+        link: bytes/s that it receives over all its fast links (ICI, NVLink).
+        network: bytes/s that it receives over the network between slices or nodes: its share of
+            the network of its host.
+        sides: dimensions of the torus of its links; 0 where a switch connects all devices.
     """
 
     name: str
@@ -35,16 +37,18 @@ class Device:
     sides: int = 0
 
 
-# Found by the first of `kinds` that a device_kind contains, so the particular stand before the general.
-DEVICES = (
-    # cloud.google.com/tpu/docs/v6e, v5e, v5p and v4: memory in GiB; links in one direction, half of what the pages give for both; network a
-    # chip (v6e: four network cards of 200 Gbit/s a host of eight; v4: as v5p, its page says nothing).
+# A device_kind is looked up in this order, so specific kinds stand before general ones.
+DEVICES: Final = (
+    # Sources: cloud.google.com/tpu/docs/v6e, v5e, v5p, v4. Memory in GiB. Links in one direction:
+    # half of the bidirectional rates of the pages. Network per chip: v6e has four cards of 200
+    # Gbit/s per host of eight chips; for v4 the page has no figure, that of v5p is used.
     Device("v6e", ("TPU v6",), 918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, sides=2),
     Device("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, sides=2),
     Device("v5p", ("TPU v5",), 459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, sides=3),
     Device("v4", ("TPU v4",), 275e12, 32 * 2**30, 1200e9, 300e9, 6.25e9, sides=3),
-    # NVIDIA's data sheets (B200 and GB200: Blackwell; H200; H100; GH200: Grace Hopper; A100): half of the rates given with sparsity;
-    # NVLink, or PCIe where cards are joined in pairs at most, in one direction; one network card a GPU as in DGX and HGX systems.
+    # Sources: NVIDIA's data sheets of B200, GB200 (Blackwell), H200, H100, GH200 and A100. FLOP/s
+    # are half of the rates with sparsity. Links are NVLink in one direction, or PCIe where cards
+    # are linked in pairs at most. One network card per GPU, as in DGX and HGX systems.
     Device("gb200", ("GB200",), 2500e12, 186e9, 8000e9, 900e9, 50e9),
     Device("b200", ("B200",), 2250e12, 180e9, 8000e9, 900e9, 50e9),
     Device("gh200", ("GH200",), 989.4e12, 96e9, 4000e9, 450e9, 50e9),
@@ -57,27 +61,32 @@ DEVICES = (
     Device("a100-40gb", ("A100-SXM4-40GB", "A100-PCIE-40GB"), 312e12, 40e9, 1555e9, 300e9, 25e9),
     Device("a100", ("A100",), 312e12, 80e9, 2039e9, 300e9, 25e9),
 )
-MEMORY_FRACTION = 0.92  # of a device's memory that a program may take; the rest goes to fragments and to what other programs hold
+# Share of a device's memory that a program may use. The rest is left for fragmentation and for
+# what other programs hold.
+MEMORY_FRACTION: Final = 0.92
 
 
 def find(device_kind: str) -> Device | None:
-    """Return the entry of a jax `device_kind`, None where the table has none.
+    """Return the device of a jax `device_kind`, or None if the table lacks it.
 
     Example:
         >>> find("NVIDIA H100 80GB HBM3").name, find("TPU v5 lite").name, find("cpu")
         ('h100', 'v5e', None)
     """
-    return next((one for one in DEVICES if any(kind in device_kind for kind in one.kinds)), None)
+    for device in DEVICES:
+        if any(kind in device_kind for kind in device.kinds):
+            return device
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """An arrangement of like devices.
+    """An arrangement of equal devices.
 
     Attributes:
-        device: None for devices that the table does not have, such as CPUs.
-        shape: sides of a TPU slice, or the GPUs of a node.
-        slices: slices, or nodes, joined by a slower network.
+        device: None for devices that the table lacks, such as CPUs.
+        shape: sides of a TPU slice, or the number of GPUs per node.
+        slices: number of slices, or nodes, which a slower network connects.
         present: whether these are the devices of this process.
     """
 
@@ -88,7 +97,7 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Total number of devices."""
         return math.prod(self.shape) * self.slices
 
     @property
@@ -98,7 +107,7 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """Such as `v5p:4x4x2`, `2 x v5e:8x8` or `h200:8x4`."""
+        """The name, e.g. `v5p:4x4x2`, `2 x v5e:8x8` or `h200:8x4`."""
         kind = self.device.name if self.device else "cpu"
         sides = "x".join(map(str, self.shape))
         if self.device and not self.tpu:
@@ -106,20 +115,18 @@ class Topology:
         return (f"{self.slices} x " if self.slices > 1 else "") + f"{kind}:{sides}"
 
     def speed(self, size: int) -> float:
-        """Return bytes/s that a device receives from a group of `size` devices of its slice, by data sheet.
-
-        On a torus a group has the links along as many sides as it needs, the longest first; a switch gives everyone all.
+        """Return the bytes/s that a device receives within a group of `size` devices of a slice.
 
         Example:
-            >>> (
-            ...     [parse("v5p:4x4x2").speed(size) / 1e9 for size in (4, 8, 32)],
-            ...     parse("h100:8").speed(2) / 1e9,
-            ... )
-            ([200.0, 400.0, 600.0], 450.0)
+            >>> [parse("v5p:4x4x2").speed(size) / 1e9 for size in (4, 8, 32)]
+            [200.0, 400.0, 600.0]
+            >>> parse("h100:8").speed(2) / 1e9
+            450.0
         """
         assert self.device is not None
         if not self.device.sides:
-            return self.device.link
+            return self.device.link  # a switch gives every group the full rate
+        # on a torus a group uses the links along the sides that it covers, the longest side first
         covered, sides = 1, 0
         for side in sorted(self.shape, reverse=True):
             if covered >= size:
@@ -132,11 +139,12 @@ def parse(text: str, slices: int = 1) -> Topology:
     """Read the name of a topology.
 
     Args:
-        text: `v5p:4x4x2` and `v5e:8x8`, sides of a TPU slice; `h100:8` and `h200:8x4`, GPUs of a node and nodes; `cpu:8`.
-        slices: TPU slices of this kind.
+        text: sides of a TPU slice (`v5p:4x4x2`, `v5e:8x8`), GPUs per node and number of nodes
+            (`h100:8`, `h200:8x4`), or a number of CPU devices (`cpu:8`).
+        slices: number of TPU slices.
 
     Raises:
-        UserError: what is wrong with the name; a near one where there is one.
+        UserError: the device is unknown, or the sizes do not fit it.
 
     Example:
         >>> parse("h200:8x4").size, parse("v5e:4x4", slices=2).name
@@ -144,33 +152,35 @@ def parse(text: str, slices: int = 1) -> Topology:
         >>> parse("v5q:4x4x2")
         Traceback (most recent call last):
         ...
-        jax_ordermerge.errors.UserError: --topology v5q:4x4x2: there is no device v5q (did you mean 'v5p'?)
+        jax_ordermerge.errors.UserError: --topology v5q:4x4x2: unknown device v5q (did you mean
+        'v5p'?)
     """
     match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", text.strip().lower())
     if match is None:
         raise UserError(
-            f"--topology {text}: expected DEVICE:SIZES, such as v5p:4x4x2, v5e:8x8, h100:8, h200:8x4 or cpu:8"
+            f"--topology {text}: expected DEVICE:SIZES, such as v5p:4x4x2, v5e:8x8, h100:8,"
+            " h200:8x4 or cpu:8"
         )
     name, shape = match[1], tuple(int(side) for side in match[2].split("x"))
-    known = {one.name: one for one in DEVICES}
-    if name != "cpu" and name not in known:
-        raise UserError(
-            f"--topology {text}: there is no device {name}{did_you_mean(name, [*known, 'cpu'])}"
-        )
+    devices = {device.name: device for device in DEVICES}
+    if name != "cpu" and name not in devices:
+        near = did_you_mean(name, [*devices, "cpu"])
+        raise UserError(f"--topology {text}: unknown device {name}{near}")
     if min(shape) < 1 or slices < 1:
         raise UserError(f"--topology {text}, --slices {slices}: sizes are at least 1")
-    device = known.get(name)
+    device = devices.get(name)
     if device is None or not device.sides:
         if slices > 1:
             raise UserError(
-                f"--slices {slices}: slices are of TPUs; nodes are the second size, as in h200:8x{slices}"
+                f"--slices {slices}: only TPUs have slices; give nodes as the second size, as in"
+                f" h200:8x{slices}"
             )
         if len(shape) > (2 if device else 1):
-            expected = (
-                "GPUs a node and nodes, as in h200:8x4"
-                if device
-                else "a number of devices, as in cpu:8"
+            gpus, cpus = (
+                "GPUs per node and nodes, as in h200:8x4",
+                "a number of devices, as in cpu:8",
             )
+            expected = gpus if device else cpus
             raise UserError(f"--topology {text}: expected {expected}")
         return Topology(device, shape[:1], shape[1] if len(shape) > 1 else 1)
     if len(shape) != device.sides:

@@ -1,15 +1,16 @@
-"""The device mesh, and the one table from logical to mesh axes.
+"""The device mesh, and the table from logical axes to mesh axes.
 
-Mesh axes, the outermost first: `order` holds members (no communication crosses it while training), `data` divides batches alone,
-`fsdp` divides parameters and batches, `sequence` the positions of long inputs, `tensor` heads and the mlp. This file sees logical
-axis names only, never a model.
+Mesh axes from the outermost to the innermost: `order` holds members, and nothing crosses it in
+training; `data` divides batches; `fsdp` divides parameters and batches; `sequence` divides the
+positions of long inputs; `tensor` divides heads and the mlp. This module knows names of logical
+axes only, never a model.
 """
 
 import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 from jax.experimental import mesh_utils
@@ -17,11 +18,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.tree import PyTree
 
-AXES = ("order", "data", "fsdp", "sequence", "tensor")
+AXES: Final = ("order", "data", "fsdp", "sequence", "tensor")
 
-# logical axis -> mesh axes. What is not named is replicated.
-RULES: dict[str, tuple[str, ...]] = {
+# Logical axis -> mesh axes. Other logical axes are replicated.
+RULES: Final[dict[str, tuple[str, ...]]] = {
     "member": ("order",),
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
@@ -42,17 +44,19 @@ def make_mesh(
     data: int = 1,
     sequence: int = 1,
     dcn: Mapping[str, int] | None = None,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """Return a mesh with the axes `AXES`; one size may be -1 for all remaining devices.
 
-    Devices of one slice (a TPU slice; they are connected faster than slices are) stay together on the inner parts of the axes.
+    Devices of one TPU slice stay together on the inner parts of the axes, because the network
+    between slices is slower.
 
     Args:
         order, fsdp, tensor, data, sequence: axis sizes.
-        dcn: how many parts of which axis lie on different slices, `{"order": 2}`; one may be -1. By default `order` is divided over
-            all slices: nothing crosses it while training. Of no effect on devices of one slice.
-        devices: the devices to use, by default as many of `jax.devices()` as the sizes ask for.
+        dcn: number of slices that an axis is divided over, e.g. `{"order": 2}`; one may be -1. By
+            default `order` is divided over all slices, because nothing crosses it in training.
+            Ignored if all devices are in one slice.
+        devices: the devices; by default as many of `jax.devices()` as the sizes need.
 
     Raises:
         UserError: the sizes do not fit the devices or the slices.
@@ -62,38 +66,37 @@ def make_mesh(
         {'order': 1, 'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
     """
     present = list(jax.devices() if devices is None else devices)
-    given = {"order": order, "data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
-    asked, sizes = _asked(given), axis_sizes(given, len(present))
-    chosen = present[: math.prod(sizes.values())]
-    slices = len({getattr(device, "slice_index", 0) for device in chosen})
+    requested = {"order": order, "data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    sizes = axis_sizes(requested, len(present))
+    used = present[: math.prod(sizes.values())]
+    slices = len({getattr(device, "slice_index", 0) for device in used})
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
-        # an axis may take a part of a physical axis of the torus: 8 x 8 x 8 chips are then also 2 x 256
-        placed = mesh_utils.create_device_mesh(
-            tuple(sizes.values()), chosen, allow_split_physical_axes=True
+        # An axis may take part of a physical axis of the torus: 8 x 8 x 8 chips are also 2 x 256.
+        grid = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), used, allow_split_physical_axes=True
         )
-        return Mesh(placed, AXES, axis_types=types)
+        return Mesh(grid, AXES, axis_types=types)
     outer = _fill(
         {**dict.fromkeys(AXES, 1), **(dcn or {"order": slices})},
         slices,
-        f"mesh.dcn {dict(dcn or {})}",
-        "slices",
+        label=f"mesh.dcn {dict(dcn or {})}",
+        noun="slices",
     )
     for name, factor in outer.items():
         if sizes[name] % factor:
             raise UserError(
-                f"{asked}: {name} = {sizes[name]} cannot be divided over {factor} slices; change it, or say with mesh.dcn which axis can"
+                f"{_describe(requested)}: {name} = {sizes[name]} cannot be divided over {factor}"
+                " slices; change it, or name another axis in mesh.dcn"
             )
     inner = [sizes[name] // outer[name] for name in AXES]
     across = [outer[name] for name in AXES]
-    placed = mesh_utils.create_hybrid_device_mesh(
-        inner, across, chosen, allow_split_physical_axes=True
-    )
-    return Mesh(placed, AXES, axis_types=types)
+    grid = mesh_utils.create_hybrid_device_mesh(inner, across, used, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def axis_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """Return the sizes of the mesh axes with -1 replaced by all that remains of so many devices.
+    """Return the sizes of the mesh axes with -1 replaced by all remaining devices.
 
     Raises:
         UserError: the sizes do not fit the devices.
@@ -102,32 +105,32 @@ def axis_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
         >>> axis_sizes({"order": 2, "fsdp": -1}, 8)
         {'order': 2, 'fsdp': 4}
     """
-    return _fill(dict(sizes), devices, _asked(sizes), "devices")
+    return _fill(dict(sizes), devices, label=_describe(sizes), noun="devices")
 
 
-def _asked(sizes: Mapping[str, int]) -> str:
+def _describe(sizes: Mapping[str, int]) -> str:
     return "mesh " + ", ".join(
         f"{name}={size}" for name, size in sizes.items() if size != 1 or name == "order"
     )
 
 
-def _fill(sizes: dict[str, int], present: int, asked: str, what: str) -> dict[str, int]:
-    """Return the sizes with -1 replaced by all that remains of the devices (or slices)."""
-    unknown = [name for name, size in sizes.items() if size == -1]
-    if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+def _fill(sizes: dict[str, int], present: int, *, label: str, noun: str) -> dict[str, int]:
+    """Return the sizes with -1 replaced by all remaining devices (or slices)."""
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
-            f"{asked}: sizes are positive, and at most one is -1 (all remaining {what})"
+            f"{label}: sizes are positive, and at most one is -1 (all remaining {noun})"
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if unknown:
+    if open_axes:
         if present % fixed:
             raise UserError(
-                f"{asked}: {present} {what} cannot be divided by {fixed}; change the sizes"
+                f"{label}: {present} {noun} cannot be divided by {fixed}; change the sizes"
             )
-        return {**sizes, unknown[0]: present // fixed}
+        return {**sizes, open_axes[0]: present // fixed}
     if fixed > present:
         raise UserError(
-            f"{asked} needs {fixed} {what}, {present} are present; make an axis smaller or give -1"
+            f"{label} needs {fixed} {noun}, {present} are present; make an axis smaller or give -1"
         )
     return sizes
 
@@ -135,15 +138,15 @@ def _fill(sizes: dict[str, int], present: int, asked: str, what: str) -> dict[st
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """Return the PartitionSpec of an array with these logical axes.
 
-    An axis whose size its mesh axes do not divide is replicated, and no mesh axis is used twice. Mesh axes of size 1 are left out.
+    An axis whose size is not a multiple of its mesh axes is replicated. No mesh axis is used twice,
+    and mesh axes of size 1 are left out.
 
     Example:
         >>> mesh = make_mesh(1, 2, 2, data=2)
-        >>> (
-        ...     tuple(partition(("layer", "mlp", "embed"), (2, 8, 4), mesh)),
-        ...     tuple(partition(("batch", None), (8, 3), mesh)),
-        ... )
-        ((None, 'tensor', 'fsdp'), (('data', 'fsdp'), None))
+        >>> tuple(partition(("layer", "mlp", "embed"), (2, 8, 4), mesh))
+        (None, 'tensor', 'fsdp')
+        >>> tuple(partition(("batch", None), (8, 3), mesh))
+        (('data', 'fsdp'), None)
     """
     return _spec(axes, shape, {name: size for name, size in mesh.shape.items() if size > 1})
 
@@ -152,11 +155,13 @@ def _spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, 
     entries: list[str | tuple[str, ...] | None] = []
     used: set[str] = set()
     for name, extent in zip(axes, shape, strict=True):
-        target = tuple(one for one in RULES.get(name or "", ()) if one in sizes and one not in used)
-        if extent % math.prod(sizes[one] for one in target):
-            target = ()
-        used.update(target)
-        entries.append(target if len(target) > 1 else target[0] if target else None)
+        targets = tuple(
+            axis for axis in RULES.get(name or "", ()) if axis in sizes and axis not in used
+        )
+        if extent % math.prod(sizes[axis] for axis in targets):
+            targets = ()
+        used.update(targets)
+        entries.append(targets if len(targets) > 1 else targets[0] if targets else None)
     return P(*entries)
 
 
@@ -173,9 +178,9 @@ def sharding(
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrain an activation by logical axes under `jax.set_mesh`; without a mesh return it unchanged.
+    """Constrain an activation by logical axes under `jax.set_mesh`.
 
-    Manual axes (inside a shard_map over `order`) are left alone.
+    Without a mesh it is returned unchanged. Manual axes (in a shard_map over `order`) are ignored.
 
     Example:
         >>> import jax.numpy as jnp
@@ -192,31 +197,29 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def extent(axis: str) -> int:
-    """Return over how many devices a logical axis is divided under `jax.set_mesh`; 1 without a mesh.
+    """Return the number of shards of a logical axis under `jax.set_mesh`; 1 without a mesh.
 
     Example:
         >>> extent("batch")
         1
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return (
-        1
-        if mesh.empty
-        else math.prod(mesh.shape[name] for name in RULES[axis] if name not in mesh.manual_axes)
-    )
+    if mesh.empty:
+        return 1
+    return math.prod(mesh.shape[name] for name in RULES[axis] if name not in mesh.manual_axes)
 
 
 def divide(
     fn: Callable[..., jax.Array], axis: str, arguments: Sequence[int | None], result: int
 ) -> Callable[..., jax.Array]:
-    """Return `fn` that sees its share of a logical axis and all of the others; outside it is called on whole arrays.
+    """Return `fn` mapped over the shards of one logical axis; the other axes stay automatic.
 
-    For what the compiler would not divide well by itself. Call it under `jax.set_mesh`.
+    It is for programs that the compiler would not divide well. Call it under `jax.set_mesh`.
 
     Args:
-        fn: of arrays (or trees of them).
+        fn: a function of arrays (or trees of them).
         axis: logical axis.
-        arguments: for each argument the dimension that is divided; None is given whole to everyone.
+        arguments: for each argument the dimension that is divided; None is replicated.
         result: the dimension of the result that is divided.
 
     Example:
@@ -228,23 +231,23 @@ def divide(
         [4, 5, 6, 7]
     """
     names = RULES[axis]
-    specs = [P() if at is None else P(*[None] * at, names) for at in (*arguments, result)]
+    specs = [P() if dim is None else P(*[None] * dim, names) for dim in (*arguments, result)]
     return jax.shard_map(
         fn, in_specs=tuple(specs[:-1]), out_specs=specs[-1], axis_names=set(names), check_vma=False
     )
 
 
-def by_hand(fn: Callable[..., Any], arguments: Any, result: Any) -> Callable[..., Any]:
-    """Return `fn` that every device calls on its own parts: what kernels written by hand need. Call it under `jax.set_mesh`.
+def per_device(fn: Callable[..., Any], arguments: PyTree, result: PyTree) -> Callable[..., Any]:
+    """Return `fn` mapped over all devices, as custom kernels need. Call it under `jax.set_mesh`.
 
     Args:
-        fn: of the parts of arrays.
+        fn: a function of the shards of a device.
         arguments, result: PartitionSpecs, see `partition`.
 
     Example:
         >>> import jax.numpy as jnp
         >>> with jax.set_mesh(make_mesh(1, 2)):
-        ...     jax.jit(by_hand(lambda x: x.sum(keepdims=True), (P("fsdp"),), P("fsdp")))(
+        ...     jax.jit(per_device(lambda x: x.sum(keepdims=True), (P("fsdp"),), P("fsdp")))(
         ...         jnp.arange(4)
         ...     ).tolist()
         [1, 5]
@@ -257,20 +260,20 @@ def by_hand(fn: Callable[..., Any], arguments: Any, result: Any) -> Callable[...
 
 
 def update_members(
-    fn: Callable[[Any, Any, Any], tuple[Any, Any]], mesh: Mesh
-) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Turn `fn(state, inputs, shared) -> (state, outputs)` of one member into the same over a population.
+    fn: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh
+) -> Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]:
+    """Map `fn(state, inputs, shared) -> (state, outputs)` of one member over a population.
 
-    The mesh axis `order` is manual, so that nothing crosses members; those of one device group run one after another, each updating
-    its part of the carried states in place (`lax.map` would hold the population twice). The inner axes stay automatic.
+    The mesh axis `order` is manual, so nothing crosses members. The members of one device group run
+    one after another. The other axes stay automatic.
 
     Args:
-        fn: of one member.
+        fn: a function of one member.
         mesh: its `order` axis divides the number of members.
 
     Returns:
-        The function of states, inputs and outputs with a leading member axis; `shared` has none and is held once. Call it under
-        `jax.jit`.
+        The function of states, inputs and outputs with a leading member axis. `shared` has no
+        member axis and is in memory once. Call it under `jax.jit`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -279,16 +282,19 @@ def update_members(
         [[1.0, 2.0, 3.0], [0.0, 2.0, 4.0]]
     """
 
-    def local(states: Any, inputs: Any, shared: Any) -> tuple[Any, Any]:
-        def body(states: Any, item: tuple[jax.Array, Any]) -> tuple[Any, Any]:
-            index, own = item
-            mine = jax.tree.map(
+    def local(states: PyTree, inputs: PyTree, shared: PyTree) -> tuple[PyTree, PyTree]:
+        # Each member updates its part of the carry in place. `lax.map` would return the states as
+        # new arrays, and hold the population twice.
+        def body(states: PyTree, step: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
+            index, member_inputs = step
+            state = jax.tree.map(
                 lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), states
             )
-            new, outputs = fn(mine, own, shared)
-            return jax.tree.map(
-                lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), states, new
-            ), outputs
+            state, outputs = fn(state, member_inputs, shared)
+            states = jax.tree.map(
+                lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), states, state
+            )
+            return states, outputs
 
         count = jax.tree.leaves(states)[0].shape[0]
         return jax.lax.scan(body, states, (jax.numpy.arange(count), inputs))
@@ -305,9 +311,11 @@ def update_members(
 
 
 def any_member(flag: jax.Array) -> jax.Array:
-    """Return whether a flag holds for any of the members that run at the same time; outside `map_members` the flag itself.
+    """Return whether a flag is set for any member that runs at the same time.
 
-    A loop whose length depends on data goes on by this: its exchanges over the inner axes need all devices of the mesh.
+    Outside of `map_members` it is the flag itself. A loop whose length depends on data continues by
+    this flag: its collectives over the inner axes need all devices of the mesh, so no device group
+    may leave the loop early.
 
     Example:
         >>> import jax.numpy as jnp
@@ -322,11 +330,11 @@ def any_member(flag: jax.Array) -> jax.Array:
 
 
 def map_members(
-    fn: Callable[[Any, Any], Any], mesh: Mesh | AbstractMesh
-) -> Callable[[Any, Any], Any]:
-    """Turn `fn(member, shared) -> outputs` into the same over a population; `shared` has no member axis.
+    fn: Callable[[PyTree, PyTree], PyTree], mesh: Mesh | AbstractMesh
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """Map `fn(member, shared) -> outputs` over a population; `shared` has no member axis.
 
-    Runs as `update_members` does.
+    The members run as in `update_members`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -336,8 +344,8 @@ def map_members(
         [1.0, 2.0, 3.0]
     """
 
-    def local(members: Any, shared: Any) -> Any:
-        return jax.lax.map(lambda one: fn(one, shared), members)
+    def local(members: PyTree, shared: PyTree) -> PyTree:
+        return jax.lax.map(lambda member: fn(member, shared), members)
 
     specs = (P("order"), P())
     return jax.shard_map(
@@ -351,13 +359,14 @@ def map_members(
 
 
 def provide_cpu_devices(sizes: Iterable[int]) -> None:
-    """Let a machine without accelerators act as the devices a mesh asks for. Call before any other use of jax.
+    """Divide the CPU into as many devices as a mesh needs. Call it before any other use of jax.
 
-    Members on devices of their own train faster than one after another on all cores together. Accelerators, and a number of CPU
-    devices given in `XLA_FLAGS`, are left as they are; so is a jax that has started already (`make_mesh` then says what lacks).
+    Members that each have a device train faster than one after another on all cores. Accelerators,
+    and a number of CPU devices in `XLA_FLAGS`, are not changed. If jax has started already, nothing
+    happens, and `make_mesh` reports the missing devices.
 
     Args:
-        sizes: of the mesh axes; -1 asks for nothing.
+        sizes: sizes of the mesh axes; -1 needs no device.
 
     Example:
         >>> provide_cpu_devices([1, -1])
@@ -368,18 +377,17 @@ def provide_cpu_devices(sizes: Iterable[int]) -> None:
             jax.config.update("jax_num_cpu_devices", wanted)
 
 
-def keep_programs(directory: str) -> None:
-    """Keep compiled programs in a directory, for this and every later start with the same versions and devices.
+def cache_programs(directory: str) -> None:
+    """Cache compiled programs in a directory, for later starts with equal versions and devices.
 
     Args:
         directory: created if absent; `~` is the home directory.
 
     Example:
         >>> before = jax.config.jax_compilation_cache_dir
-        >>> keep_programs("compiled")
+        >>> cache_programs("compiled")
         >>> jax.config.update("jax_compilation_cache_dir", before)
     """
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    jax.config.update(
-        "jax_persistent_cache_min_compile_time_secs", 0.0
-    )  # else what compiles fast is compiled at every start
+    # by default jax does not cache programs that compile fast, so each start would compile them
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

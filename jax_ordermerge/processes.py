@@ -1,4 +1,7 @@
-"""Several processes as one: they start from the same things, stop at the same step, and none waits long for one that is gone."""
+"""Several processes that act as one.
+
+They start with the same inputs and stop at the same step, and none waits long for a lost one.
+"""
 
 import contextlib
 import hashlib
@@ -18,28 +21,31 @@ from jax.experimental import multihost_utils
 from jax_ordermerge.errors import PeerLost, UserError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_GRACE = 60  # seconds
+# Seconds by which the timeout of jax exceeds ours. At its own timeout jax aborts the process, so
+# ours must come first to end with a message.
+_GRACE = 60
 
 
-def check_alike(what: Mapping[str, Any]) -> None:
-    """Refuse to go on where a process was given something else than process 0. All processes call it at the same point.
+def check_alike(inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs that differ between processes. All processes call it at the same point.
 
     Args:
-        what: JSON data by name, the same names on every process; only digests are exchanged.
+        inputs: JSON data by name, with the same names on every process. Only digests are
+            exchanged.
 
     Raises:
-        UserError: on every process: which processes differ, and in what.
+        UserError: on every process: which processes differ, and in which inputs.
 
     Example:
         >>> check_alike({"config": {"seed": 0}})
     """
     if jax.process_count() == 1:
         return
-    texts = [json.dumps(value, sort_keys=True, default=str) for value in what.values()]
+    texts = [json.dumps(value, sort_keys=True, default=str) for value in inputs.values()]
     digests = np.stack(
         [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts]
     )
-    message = differences(list(what), multihost_utils.process_allgather(digests))
+    message = differences(list(inputs), multihost_utils.process_allgather(digests))
     if message:
         raise UserError(
             f"{message}; start every process with the same config, files and directories"
@@ -47,10 +53,10 @@ def check_alike(what: Mapping[str, Any]) -> None:
 
 
 def differences(names: list[str], digests: np.ndarray) -> str:
-    """Say which processes differ from process 0 and in what; empty where none does.
+    """Return which processes differ from process 0 in which inputs; empty if none does.
 
     Args:
-        names: of what was digested.
+        names: names of the inputs.
         digests: uint8[processes, names, bytes].
 
     Example:
@@ -58,18 +64,19 @@ def differences(names: list[str], digests: np.ndarray) -> str:
         'process 1 differs from process 0 in data'
     """
     differs = (digests != digests[0]).any(-1)
-    return "; ".join(
-        f"process {index} differs from process 0 in {', '.join(name for name, one in zip(names, row, strict=True) if one)}"
-        for index, row in enumerate(differs)
-        if row.any()
-    )
+    messages = []
+    for process, row in enumerate(differs):
+        if row.any():
+            differing = [name for name, flag in zip(names, row, strict=True) if flag]
+            messages.append(f"process {process} differs from process 0 in {', '.join(differing)}")
+    return "; ".join(messages)
 
 
 class StopSignal:
-    """SIGTERM, or SIGINT once, asks a loop to stop; a second SIGINT interrupts at once. Use it as a context manager.
+    """A context manager in which SIGTERM, or the first SIGINT, asks a loop to stop.
 
-    Several processes stop at the same step, whichever of them got the signal: that is the preemption service of jax, which holds
-    SIGTERM from the start of the processes on.
+    A second SIGINT interrupts at once. Several processes stop at the same step, whichever of them
+    got the signal: they use the preemption service of jax, which handles SIGTERM from the start.
 
     Example:
         >>> with StopSignal() as stop:
@@ -92,29 +99,27 @@ class StopSignal:
 
     @property
     def code(self) -> int:
-        """The exit code by which shells and launchers know the signal: 128 + its number."""
+        """The exit code that shells and launchers expect: 128 + the number of the signal."""
         return 128 + self._number
 
     def reached(self, step: int) -> bool:
-        """Say whether to stop after `step`. Call it after every step, with the same steps on every process."""
-        return (
-            self._asked
-            if jax.process_count() == 1
-            else multihost_utils.reached_preemption_sync_point(step)
-        )
+        """Return whether to stop after `step`. Every process calls it after every step."""
+        if jax.process_count() == 1:
+            return self._asked
+        return multihost_utils.reached_preemption_sync_point(step)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if jax.process_count() == 1:
             self._number, self._asked = number, True
         else:
-            os.kill(os.getpid(), signal.SIGTERM)  # which jax tells to all processes
+            os.kill(os.getpid(), signal.SIGTERM)  # jax forwards it to all processes
 
     def __enter__(self) -> "StopSignal":
-        # Python hands signals to the main thread alone
+        # Python delivers signals to the main thread only
         if threading.current_thread() is threading.main_thread():
             caught = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
-            self._before = {number: signal.signal(number, self._note) for number in caught}
+            self._before = {number: signal.signal(number, self._handle) for number in caught}
         return self
 
     def __exit__(
@@ -128,22 +133,21 @@ class StopSignal:
 
 
 def let_sigterm_end() -> None:
-    """Let SIGTERM end a process of several at once. Outside of training the preemption service of jax would only swallow it.
+    """Let SIGTERM end one of several processes at once.
 
-    There is no way back: jax does not hand out its own handler.
+    Outside of training nothing polls the preemption service of jax, which would swallow the signal.
+    This cannot be undone, because jax does not give access to its handler.
     """
     if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def end(code: int, patience: float) -> None:
-    """End this process. One of several waits `patience` seconds for the others and no longer: they may be waiting for it.
-
-    Leaving by `sys.exit` would wait for a lost process until its heartbeat is missed, and then abort.
-    """
+    """End this process. One of several waits at most `patience` seconds for the others."""
     if "jax" in sys.modules and jax.distributed.is_initialized():
         if patience:
             within(jax.distributed.shutdown, patience)
+        # `sys.exit` would wait for a lost process until its heartbeat is missed, and then abort
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -151,37 +155,39 @@ def end(code: int, patience: float) -> None:
 
 
 def within(work: Callable[[], Any], seconds: float) -> bool:
-    """Run `work` in a thread and say whether it ended in time; what it raises is raised. Left behind, it does not keep the process.
+    """Run `work` in a thread, and return whether it ended in time. Its exceptions are raised.
+
+    A thread that did not end is a daemon: it does not keep the process alive.
 
     Example:
         >>> within(lambda: None, 5.0), within(lambda: threading.Event().wait(0.5), 0.01)
         (True, False)
     """
-    failed: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # raised in the thread that waits
-            failed.append(error)
+        except BaseException as error:  # re-raised in the thread that waits
+            errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
     return not thread.is_alive()
 
 
 @contextlib.contextmanager
-def barrier(what: str) -> Iterator[None]:
-    """Wait for all processes at the end of the block, and fail on all of them where one failed, lest the others wait forever.
+def barrier(action: str) -> Iterator[None]:
+    """Wait for all processes at the end of the block, and fail on all of them if one failed.
 
     Args:
-        what: is done in the block, for the message.
+        action: what the block does, for the error message, e.g. "create the output".
 
     Raises:
-        UserError: another process failed; its own message says why.
+        UserError: another process failed. Its own message says why.
 
     Example:
         >>> with barrier("create the output"):
@@ -190,20 +196,21 @@ def barrier(what: str) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    failed: BaseException | None = None
+    # the error is held back until all processes know of it: they would wait forever otherwise
+    error: Exception | None = None
     try:
         yield
-    except Exception as error:
-        failed = error
-    found = multihost_utils.process_allgather(np.int32(failed is not None))
-    if failed is not None:
-        raise failed
-    if found.any():
-        raise UserError(f"process {int(found.argmax())} could not {what}; see its message")
+    except Exception as raised:
+        error = raised
+    failed = multihost_utils.process_allgather(np.int32(error is not None))
+    if error is not None:
+        raise error
+    if failed.any():
+        raise UserError(f"process {int(failed.argmax())} could not {action}; see its message")
 
 
 def broadcast(flag: bool) -> bool:
-    """Return what process 0 says.
+    """Return the flag of process 0.
 
     Example:
         >>> broadcast(True)
@@ -221,43 +228,45 @@ def start_distributed(
     timeout: int = 300,
     heartbeat_timeout: int = 100,
 ) -> None:
-    """Join the other processes, or fail with one line; joined already, do nothing. Call before any other use of jax.
+    """Join the other processes. A process that has joined already does nothing.
+
+    Call it before any other use of jax.
 
     Args:
-        coordinator: `"host:port"` of process 0, or `"auto"` where the cluster environment knows (TPU pods, SLURM).
-        processes, index: number of processes and the number of this one; not needed with `"auto"`.
+        coordinator: `"host:port"` of process 0, or `"auto"` where the cluster tells jax (TPU pods,
+            SLURM).
+        processes, index: number of processes, and the index of this one; not used with `"auto"`.
         timeout: seconds to wait for the peers.
-        heartbeat_timeout: seconds after which a silent process is taken for lost, and ends the others.
+        heartbeat_timeout: seconds after which a silent process counts as lost and ends the others.
 
     Raises:
         PeerLost: the peers could not be reached in time.
-        UserError: the addresses or numbers make no sense.
+        UserError: jax refuses the address or the numbers.
     """
     if coordinator is None or jax.distributed.is_initialized():
         return
-    place: dict[str, Any] = (
-        {}
-        if coordinator == "auto"
-        else {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
-    )
+    auto = coordinator == "auto"
 
     def join() -> None:
-        # jax aborts the process at its own timeout, which therefore is the later one
         jax.distributed.initialize(
-            **place,
+            coordinator_address=None if auto else coordinator,
+            num_processes=None if auto else processes,
+            process_id=None if auto else index,
             initialization_timeout=timeout + _GRACE,
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
 
-    who = "this process" if index is None else f"process {index} of {processes}"
+    process = "this process" if index is None else f"process {index} of {processes}"
     hint = "check that every process runs and that the port is reachable"
     try:
         joined = within(join, timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{who} could not start with coordinator {coordinator}: {str(error).splitlines()[0]}; {hint}"
+            f"{process} could not start with coordinator {coordinator}:"
+            f" {str(error).splitlines()[0]}; {hint}"
         ) from error
     if not joined:
         raise PeerLost(
-            f"{who} did not find all its peers within {timeout} s (coordinator {coordinator}); {hint}"
+            f"{process} did not find all its peers within {timeout} s (coordinator"
+            f" {coordinator}); {hint}"
         )

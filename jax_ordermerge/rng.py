@@ -1,4 +1,4 @@
-"""Randomness by name: every key of the project comes from `stream`."""
+"""Random streams by name: every key of the package comes from `stream`."""
 
 import hashlib
 
@@ -8,14 +8,11 @@ import numpy as np
 
 
 def stream_key_bits(seed: int, *names: str | int) -> np.ndarray:
-    """Return the 64 key bits of a named stream as two words, without touching a device.
-
-    The bits are the first 8 bytes of BLAKE2b over the seed and the names, each written with its type and length, so that
-    neither `("a", "bc")` and `("ab", "c")` nor `1` and `"1"` collide, and no arithmetic on seeds can make two streams meet.
+    """Return the 64 key bits of a named stream as two words, on the host.
 
     Args:
         seed: any Python integer.
-        names: what the stream is for, from coarse to fine, e.g. `("merge", "select", hf_name)`.
+        names: purpose of the stream, from coarse to fine, e.g. `("merge", "select", hf_name)`.
 
     Returns:
         uint32[2].
@@ -29,6 +26,9 @@ def stream_key_bits(seed: int, *names: str | int) -> np.ndarray:
         >>> (stream_key_bits(0, "a", 1) == stream_key_bits(1, "a", 0)).all()
         np.False_
     """
+    # A hash, not arithmetic on seeds: `seed + epoch` makes streams of neighbouring seeds meet. Type
+    # and length go in with each part, so that neither ("a", "bc") and ("ab", "c") nor 1 and "1"
+    # collide.
     digest = hashlib.blake2b(digest_size=8, person=b"ordermerge")
     for part in (seed, *names):
         if isinstance(part, bool) or not isinstance(part, (int, str)):
@@ -39,12 +39,13 @@ def stream_key_bits(seed: int, *names: str | int) -> np.ndarray:
 
 
 def stream(seed: int, *names: str | int) -> jax.Array:
-    """Return the typed threefry key of a named stream (scalar key array). Same rules as `stream_words`.
+    """Return the key of a named stream, a scalar key array; see `stream_key_bits`.
 
     Example:
         >>> key = stream(0, "init", "model.norm.weight")
         >>> key.shape
         ()
     """
-    # threefry is named outright: its bits do not depend on the backend or on the sharding of what is drawn
+    # threefry explicitly, not the default implementation: its bits depend neither on the backend
+    # nor on the sharding of the array that is drawn
     return jax.random.wrap_key_data(jnp.asarray(stream_key_bits(seed, *names)), impl="threefry2x32")

@@ -1,4 +1,4 @@
-"""Flat views of nested dicts of arrays, and populations (the same dict with a leading member axis `M`)."""
+"""Nested dicts of arrays: flat views, and populations, which have a leading member axis `M`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Tree = dict[str, Any]
+Tree = dict[str, Any]  # of arrays
+PyTree = Any  # any structure that jax.tree understands
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -43,7 +44,7 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def stack(members: Sequence[Any]) -> Any:
+def stack(members: Sequence[PyTree]) -> PyTree:
     """Stack trees of equal structure on a new leading axis `M`.
 
     Example:
@@ -53,7 +54,7 @@ def stack(members: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
-def member(population: Any, index: int) -> Any:
+def member(population: PyTree, index: int) -> PyTree:
     """Return one member of a population.
 
     Example:
@@ -63,7 +64,7 @@ def member(population: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], population)
 
 
-def size(population: Any) -> int:
+def size(population: PyTree) -> int:
     """Return the number of members `M`.
 
     Example:

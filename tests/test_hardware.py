@@ -24,15 +24,15 @@ def test_topologies(text, slices, size, name):
     [
         ("v5p", 1, "expected DEVICE:SIZES, such as v5p:4x4x2"),
         ("v5p:4by4", 1, "expected DEVICE:SIZES"),
-        ("v5:4x4", 1, r"there is no device v5 \(did you mean 'v5"),
-        ("h10:8", 1, r"there is no device h10 \(did you mean 'h100'\?\)"),
+        ("v5:4x4", 1, r"unknown device v5 \(did you mean 'v5"),
+        ("h10:8", 1, r"unknown device h10 \(did you mean 'h100'\?\)"),
         ("v5p:4x4", 1, "a slice of v5p has 3 sides, as in v5p:4x4x4"),
         ("v5e:4x4x4", 1, "a slice of v5e has 2 sides, as in v5e:4x4"),
-        ("h100:8x2x2", 1, "expected GPUs a node and nodes, as in h200:8x4"),
+        ("h100:8x2x2", 1, "expected GPUs per node and nodes, as in h200:8x4"),
         ("cpu:2x4", 1, "expected a number of devices, as in cpu:8"),
         ("v5e:0x4", 1, "sizes are at least 1"),
         ("v5e:4x4", 0, "sizes are at least 1"),
-        ("h100:8", 2, "slices are of TPUs; nodes are the second size, as in h200:8x2"),
+        ("h100:8", 2, "only TPUs have slices; give nodes as the second size, as in h200:8x2"),
     ],
 )
 def test_names_that_are_none(text, slices, message):

@@ -1,4 +1,4 @@
-"""The section `merge` of the config: what is merged, what it is seen beside, and how the best of many merges is looked for."""
+"""The section `merge`: methods, controls, and the search for the best of many merges."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from jax_ordermerge.config.section import Section, parse
 
-AUTO = "auto"  # the name of the merge that a search chose
+AUTO = "auto"  # name of the merge that a search selects
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["grid", "random", "tpe", "cma-es"]
 Control = Literal[
@@ -33,7 +33,7 @@ DEFAULT_CONTROLS: tuple[Control, ...] = (
 
 
 class Range(Section):
-    """A range of numbers: all of it for samplers that draw, `steps` evenly spaced values of it for a grid."""
+    """A range of numbers. Samplers draw from all of it, a grid takes `steps` spaced values."""
 
     low: float
     high: float
@@ -44,7 +44,8 @@ class Range(Section):
     def _ascending(self) -> "Range":
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(
-                f"a range from low = {self.low} to high = {self.high}: give finite numbers, low below high"
+                f"a range from low = {self.low} to high = {self.high}: give finite numbers, low"
+                " below high"
             )
         if self.log and self.low <= 0:
             raise ValueError(f"a range from low = {self.low} with log: true; give low above 0")
@@ -59,43 +60,47 @@ class Range(Section):
         """
         return [self.at(step / (self.steps - 1)) for step in range(self.steps)]
 
-    def at(self, share: float) -> float:
-        """Return the value at a share of the way, 0 to 1, to nine digits.
+    def at(self, fraction: float) -> float:
+        """Return the value at a fraction of the way, rounded to nine digits.
 
         Example:
             >>> Range(low=1, high=100, log=True).at(0.5)
             10.0
         """
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        value = low + share * (high - low)
+        value = low + fraction * (high - low)
         return float(f"{math.exp(value) if self.log else value:.9g}")
 
 
-def _knob(given: Any) -> Any:
-    """A mapping is a range, a list holds choices, anything else is constant."""
-    if isinstance(given, dict):
-        return parse(Range, given, "a range")
-    return tuple(given) if isinstance(given, list) else given
+def _search_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return parse(Range, value, "a range")
+    return tuple(value) if isinstance(value, list) else value
 
 
-Knob = Annotated[Any, pydantic.BeforeValidator(_knob)]
+# What a search varies: a mapping is a range, a list holds choices, anything else is constant.
+SearchValue = Annotated[Any, pydantic.BeforeValidator(_search_value)]
 
 
 class Entry(Section):
-    """A family of candidates: a method of merging, with a value, a list of choices, or a range for whatever may vary."""
+    """A family of candidates: a merge method, and a value, choices or a range for each setting."""
 
     method: str
-    parameters: dict[str, Knob] = Field(default_factory=dict)
-    scale: Knob = Field(1.0, description="lambda: the merged task vector times that")
-    groups: dict[str, Knob] = Field(
+    parameters: dict[str, SearchValue] = Field(default_factory=dict)
+    scale: SearchValue = Field(1.0, description="lambda, a factor of the merged task vector")
+    groups: dict[str, SearchValue] = Field(
         default_factory=dict,
-        description="lambda of some tensors, times `scale`: embedding, attention, mlp, norm, head, or layers:FIRST-LAST (from 0)",
+        description="lambda of groups of tensors, times `scale`: embedding, attention, mlp, norm,"
+        " head, or layers:FIRST-LAST (from 0)",
     )
     weights: Literal["equal", "simplex"] | tuple[tuple[NonNegativeFloat, ...], ...] = Field(
         "equal",
-        description="of the members: a list of choices, or simplex: any that sum to 1 (not of a grid)",
+        description="weights of the members. A list holds choices; simplex: any weights that sum to"
+        " 1 (not with a grid)",
     )
-    seed: Knob = Field(None, description="of methods that draw; by default the seed of the run")
+    seed: SearchValue = Field(
+        None, description="seed of methods that draw; by default the seed of the run"
+    )
 
 
 def _default_entries() -> tuple[Entry, ...]:
@@ -120,19 +125,20 @@ def _default_entries() -> tuple[Entry, ...]:
 
 
 class Search(Section):
-    """How a merge is chosen on validation examples, and among which: base, members and their average are always there."""
+    """How a merge is selected on validation examples, and from which candidates.
+
+    The base, the members and their average are always candidates.
+    """
 
     methods: tuple[Entry, ...] = Field(default_factory=_default_entries)
-    budget: PositiveInt = Field(
-        200, description="candidates at most, beside base, members and average"
-    )
+    budget: PositiveInt = Field(200, description="largest number of other candidates")
     sampler: Sampler = Field("grid", description="grid, random; tpe, cma-es (extra: search)")
     smallest: PositiveInt = Field(
         16,
         description="validation examples of the first round, in which all candidates are measured",
     )
     seed: int | None = Field(
-        None, description="of the draws and of the subsets; by default the seed of the run"
+        None, description="seed of draws and subsets; by default the seed of the run"
     )
 
 
@@ -144,84 +150,85 @@ class MergeSpec(Section):
     seed: int | None = Field(None, description="by default the seed of the run")
     seeds: tuple[int, ...] = Field(
         (),
-        description="several seeds: one merge each, named NAME-seedS, which the report sums up together",
+        description="one merge per seed, named NAME-seedS; the report summarizes them together",
         exclude=True,
     )
     weights: tuple[NonNegativeFloat, ...] | None = Field(
-        None, description="one a member, by default equal"
+        None, description="one weight per member; by default equal"
     )
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
-    def _one_way(self) -> "MergeSpec":
+    def _seed_or_seeds(self) -> "MergeSpec":
         if self.seeds and self.seed is not None:
             raise ValueError(
-                f"merge.methods: {self.method} has both seed = {self.seed} and seeds = {list(self.seeds)}; give one"
+                f"merge.methods: {self.method} has both seed = {self.seed} and seeds ="
+                f" {list(self.seeds)}; give one"
             )
         return self
 
-    def each(self) -> "tuple[MergeSpec, ...]":
-        """Return the merges that this entry asks for: itself, or one for each of its seeds."""
+    def by_seed(self) -> "tuple[MergeSpec, ...]":
+        """Return one merge for each of `seeds`, or this one if there are none."""
         if not self.seeds:
             return (self,)
-        named = self.name or self.method
+        prefix = self.name or self.method
         return tuple(
-            self.model_copy(update={"name": f"{named}-seed{seed}", "seed": seed, "seeds": ()})
+            self.model_copy(update={"name": f"{prefix}-seed{seed}", "seed": seed, "seeds": ()})
             for seed in self.seeds
         )
 
 
 class Merge(Section):
-    """What is merged, and in which dtype members are exported, merged and served."""
+    """Which merges are exported, and what the report compares them with."""
 
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = Field("bfloat16", description="dtype of exported members and merges")
     fisher_examples: PositiveInt = Field(
-        256, description="training examples from which method fisher estimates the information"
+        256, description="training examples on which method fisher estimates the information"
     )
     methods: tuple[MergeSpec, ...] = Field(
         (MergeSpec(method="average"), MergeSpec(method="selection")),
-        description="none by default where auto is given",
+        description="none by default if auto is given",
     )
     auto: Search | None = Field(
         None,
-        description="the best of many merges on validation data, exported as merge `auto`; `merge: auto` is short for it",
+        description="search for the best merge on validation data, exported as `auto`;"
+        " `merge: auto` is short for it",
     )
     controls: tuple[Control, ...] = Field(
         DEFAULT_CONTROLS,
-        description="what the report sets the merges beside, as losses, nothing is written: default, none, or a list",
+        description="models whose losses the report shows beside the merges; they are not"
+        " exported: default, none, or a list",
     )
 
     @pydantic.field_validator("methods", mode="after")
     @classmethod
-    def _each_seed(cls, given: tuple[MergeSpec, ...]) -> tuple[MergeSpec, ...]:
-        return tuple(one for spec in given for one in spec.each())
+    def _expand_seeds(cls, methods: tuple[MergeSpec, ...]) -> tuple[MergeSpec, ...]:
+        return tuple(merge for spec in methods for merge in spec.by_seed())
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _short_forms(cls, given: Any) -> Any:
-        """Take `auto` for the whole section, and `default` and `none` for the controls."""
-        if isinstance(given, str):
-            if given != AUTO:
-                raise ValueError(f"merge = {given!r}: expected a section, or auto")
-            given = {"auto": {}}
-        if not isinstance(given, dict):
-            return given
-        filled: dict[str, Any] = (
-            {"methods": ()} | given if given.get("auto") is not None else dict(given)
-        )
-        asked = filled.get("controls", ())
-        if asked is None or isinstance(asked, str):
-            named: dict[str | None, tuple[Control, ...]] = {
-                "default": DEFAULT_CONTROLS,
-                "none": (),
-                None: (),
-            }
-            if asked not in named:
-                raise ValueError(
-                    f"merge.controls = {asked!r}: expected default, none, or a list such as [lambda_line, seeds]"
-                )
-            filled["controls"] = named[asked]
-        return filled
+    def _expand_names(cls, value: Any) -> Any:
+        """Expand `auto` for the whole section, and `default` and `none` for the controls."""
+        if isinstance(value, str):
+            if value != AUTO:
+                raise ValueError(f"merge = {value!r}: expected a section, or auto")
+            value = {"auto": {}}
+        if not isinstance(value, dict):
+            return value
+        section = dict(value)
+        if section.get("auto") is not None:
+            section.setdefault("methods", ())
+        controls = section.get("controls", ())
+        if controls in ("none", None):
+            section["controls"] = ()
+        elif controls == "default":
+            section["controls"] = DEFAULT_CONTROLS
+        elif isinstance(controls, str):
+            raise ValueError(
+                f"merge.controls = {controls!r}: expected default, none, or a list such as"
+                " [lambda_line, seeds]"
+            )
+        return section
 
 
 def merge_name(spec: MergeSpec) -> str:

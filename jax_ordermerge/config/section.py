@@ -156,7 +156,7 @@ class _KindError(ValueError):
 def _one_line(
     error: pydantic.ValidationError, section: type[Section], path: Path = (), kind: str = ""
 ) -> str:
-    # a misspelt key also makes its right name "missing": the misspelling is what to show
+    # A misspelt key also makes its right name "missing", so the misspelling goes first.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     path = (*path, *first["loc"])
     if first["type"] == "extra_forbidden":

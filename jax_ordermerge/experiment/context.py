@@ -120,7 +120,7 @@ def open_run(
 def start_devices(config: Config) -> None:
     """Start the processes and set what XLA reads at its start. A second call changes nothing."""
     if config.compilation_cache:
-        meshes.keep_programs(config.compilation_cache)
+        meshes.cache_programs(config.compilation_cache)
     # XLA reads the number of CPU devices when the backend starts; several processes bring their own
     if config.distributed.coordinator is None:
         meshes.provide_cpu_devices(config.mesh.sizes.values())

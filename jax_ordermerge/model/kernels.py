@@ -143,7 +143,7 @@ def splash(
         spec_k = P(*spec_q[:2], None, None)
         spec_segments = P(spec_q[0], spec_q[2]), P(spec_q[0], None)
         specs = spec_kernel, spec_q, spec_k, spec_k, *spec_segments
-        attention = meshes.by_hand(attention, specs, spec_q)
+        attention = meshes.per_device(attention, specs, spec_q)
     return attention(kernel, q, k, v, segments, segments).transpose(0, 2, 1, 3)[:, :T]
 
 
@@ -226,7 +226,7 @@ def cudnn(
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         spec = meshes.partition(("batch", None, "heads", None), q_BTNH.shape, mesh)
-        attention = meshes.by_hand(attention, (spec, spec, spec, P(spec[0])), spec)
+        attention = meshes.per_device(attention, (spec, spec, spec, P(spec[0])), spec)
     # a row of padding alone sees one token, so that its softmax is not empty
     out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, jnp.maximum(lengths_B, 1))
     out_BTNH = jnp.where(is_token_BT[:, :, None, None], out_BTNH, 0)

@@ -193,7 +193,7 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology", "v5q:4x4"], "there is no device v5q"),
+        (["--topology", "v5q:4x4"], "unknown device v5q"),
         (["--architecture", "llama-2-7c"], "did you mean 'llama-2-7b'"),
         (
             ["--set", "mesh.order=3", "--set", "population.members=3"],
