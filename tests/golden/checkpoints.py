@@ -1,8 +1,10 @@
-"""A tiny Llama base and three fine-tuned members, the same to the last bit wherever they are made: the inputs of the merge goldens.
+"""A tiny Llama base and three fine-tuned members: the inputs of the merge goldens.
 
-Every value is one of bfloat16, so float32 and bfloat16 files hold the same numbers, and every difference to the base is exact in float32. As
-bfloat16 fine-tuning leaves them, about half of a member's elements are bit for bit the base's. No two differences of a tensor, over all
-members, have the same size: a cut by size has one answer. Three tensors are special, see `TINY`, `NEAR` and `UNTOUCHED`.
+They are the same to the last bit wherever they are made. Every value is one of bfloat16, so float32
+and bfloat16 files hold the same numbers, and every difference to the base is exact in float32. As
+after fine-tuning in bfloat16, about half of a member's elements are bit for bit those of the base.
+No two differences of a tensor, over all members, have the same size: a cut by size has one answer.
+Three tensors are special, see `TINY`, `NEAR` and `UNTOUCHED`.
 """
 
 import hashlib
@@ -32,8 +34,10 @@ CONFIG = {
 }
 MEMBERS = ("a", "b", "c")
 SEED = 20260131
-TINY = "model.layers.0.self_attn.k_proj.weight"  # 256 times smaller than the others, some differences below 1e-5
-NEAR = "model.layers.1.mlp.down_proj.weight"  # only small elements changed: members at a cosine above 0.9995 to the base
+# 256 times smaller than the others, some differences below 1e-5
+TINY = "model.layers.0.self_attn.k_proj.weight"
+# only small elements changed: the members have a cosine above 0.9995 to the base
+NEAR = "model.layers.1.mlp.down_proj.weight"
 UNTOUCHED = "model.layers.1.input_layernorm.weight"  # member c left it at the base
 
 
@@ -70,12 +74,15 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def _bell(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Mean 0, variance 1, nearly normal; of uniform numbers alone, whose stream no version of numpy changes."""
+    """Nearly normal numbers, mean 0, variance 1.
+
+    Sums of uniform numbers, whose stream is the same in every version of numpy.
+    """
     return generator.random((12, *shape)).sum(axis=0) - 6
 
 
 def _distinct(values: np.ndarray, base: np.ndarray, changed: np.ndarray) -> np.ndarray:
-    """Move changed elements [m, n] to the next bfloat16 away from zero until all |values - base| differ and none is zero."""
+    """Move changed elements [m, n] away from zero, bfloat16 by bfloat16, until all differ in size."""
     bits = values.view(np.uint32).copy()
     seen = {np.float32(0.0)}
     for member, element in np.argwhere(changed):
@@ -88,13 +95,13 @@ def _distinct(values: np.ndarray, base: np.ndarray, changed: np.ndarray) -> np.n
 def _tensor(
     name: str, shape: tuple[int, ...], generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Base [*s] and members [m, *s]: differences of a common part and an own part, half of them zero."""
+    """Base [*s] and members [m, *s]; differences are partly common, and half of them zero."""
     unit = _bell(generator, shape)
-    shared, own = _bell(generator, shape), _bell(generator, (len(MEMBERS), *shape))
+    shared, individual = _bell(generator, shape), _bell(generator, (len(MEMBERS), *shape))
     changed = generator.random((len(MEMBERS), *shape)) < 0.5
     scale = 2.0**-10 if name == TINY else 0.25
     base = 1 + 0.1 * unit if len(shape) == 1 else scale * unit
-    task_vectors = 0.4 * scale * (0.8 * shared + 0.6 * own)
+    task_vectors = 0.4 * scale * (0.8 * shared + 0.6 * individual)
     if name == NEAR:
         small = generator.random(shape) < 0.6
         base, task_vectors = np.where(small, base / 128, base), task_vectors / 32

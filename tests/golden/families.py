@@ -1,4 +1,4 @@
-"""Tiny models of every family with weights and tokens that need no random numbers, shared by parity tests and goldens."""
+"""Tiny models of every family, with weights and tokens that need no random numbers."""
 
 import numpy as np
 

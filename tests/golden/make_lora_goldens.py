@@ -1,8 +1,11 @@
-"""Write tests/golden/merge/lora.npz: what PEFT merges of adapters on the base of `checkpoints`. Run by hand: python tests/golden/make_lora_goldens.py
+"""Write tests/golden/merge/lora.npz: merges of adapters with the base of `checkpoints` by PEFT.
 
-It needs an environment of its own: `pip install torch==2.13.0 peft==0.21.2 transformers==5.24.0`. Keys of the file:
+Run by hand: python tests/golden/make_lora_goldens.py
 
-    digest, versions            of the inputs; of what made the outputs
+It needs its own environment: `pip install torch==2.13.0 peft==0.21.2 transformers==5.24.0`. Keys of
+the file:
+
+    digest, versions            of the inputs; of the libraries
     CASE/config                 adapter_config.json, word for word
     CASE/adapter/TENSOR         of adapter_model.safetensors
     CASE/merged/TENSOR          float32, tensors of `merge_and_unload` that differ from the base
@@ -57,20 +60,20 @@ def merged(
             values = 0.2 * (generator.random(tuple(parameter.shape)) - 0.5)
             parameter.data = torch.from_numpy(values.astype(np.float32))
     model.save_pretrained(f"{directory}/adapter")
-    found = {
+    arrays = {
         "config": np.array(
             (pathlib.Path(directory) / "adapter" / "adapter_config.json").read_text()
         )
     }
-    found |= {
+    arrays |= {
         f"adapter/{name}": values
         for name, values in load_file(f"{directory}/adapter/adapter_model.safetensors").items()
     }
     base = load_file(f"{directory}/base/model.safetensors")
     for name, values in model.merge_and_unload().state_dict().items():
         if not np.array_equal(values.numpy(), base[name]):
-            found[f"merged/{name}"] = values.numpy()
-    return found
+            arrays[f"merged/{name}"] = values.numpy()
+    return arrays
 
 
 if __name__ == "__main__":

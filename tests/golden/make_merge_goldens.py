@@ -1,15 +1,21 @@
-"""Write tests/golden/merge/mergekit.npz: what mergekit 0.1.5 makes of the models of `checkpoints`. Run by hand: python tests/golden/make_merge_goldens.py
+"""Write tests/golden/merge/mergekit.npz: merges of the models of `checkpoints` by mergekit 0.1.5.
 
-It needs an environment of its own: `pip install torch==2.13.0 mergekit==0.1.5`. Each recipe goes through mergekit as YAML, in a directory
-where `base`, `a`, `b` and `c` are the models. Keys of the file:
+Run by hand: python tests/golden/make_merge_goldens.py
 
-    digest, versions            of the inputs; of what made the outputs
+It needs its own environment: `pip install torch==2.13.0 mergekit==0.1.5`. mergekit runs each recipe
+as YAML, in a directory where `base`, `a`, `b` and `c` are the models. Keys of the file:
+
+    digest, versions            of the inputs; of the libraries
     CASE/yaml                   the recipe, word for word
-    CASE/TENSOR                 float32, the tensors that `recorded` names (one of every kind: the file is small enough to commit)
+    CASE/TENSOR                 float32, the tensors that `recorded` names, one of every kind:
+                                the file is small enough to commit
     random/CASE/yaml, seeds
-    random/CASE/mean/TENSOR     over the seeds, and std/TENSOR (population): recipes of three members
-    random/CASE/kept            uint8, recipes of one member: in how many seeds an element left the base, all tensors of `shapes` one after another
-    random/CASE/fraction, l1    float32[seeds, tensors of `shapes`], one member: share of the changed elements kept; |out - base|_1 / |tau|_1
+    random/CASE/mean/TENSOR     over the seeds, and std/TENSOR (population): recipes with three
+                                members
+    random/CASE/kept            uint8, recipes with one member: in how many seeds an element differs
+                                from the base, all tensors of `shapes` one after another
+    random/CASE/fraction, l1    float32[seeds, tensors of `shapes`], one member: share of the
+                                changed elements that are kept; |out - base|_1 / |tau|_1
 """
 
 import importlib.metadata
@@ -53,7 +59,8 @@ def recipe(
 ) -> str:
     """The YAML text of a recipe over whole models."""
     models = [
-        {"model": name, **({"parameters": own} if own else {})} for name, own in members.items()
+        {"model": name, **({"parameters": settings} if settings else {})}
+        for name, settings in members.items()
     ]
     text = {"merge_method": method, **({"base_model": base} if base else {}), "models": models}
     text |= {"parameters": parameters} if parameters else {}
@@ -122,7 +129,7 @@ dtype: float32
 """
 
 CASES = {
-    # one kernel in one setting on the tensors of KERNEL; what the tensor's name and layer decide is below
+    # one kernel in one setting on the tensors of KERNEL; names and layers of tensors matter below
     "linear": recipe("linear", None, weighted(0.5, 0.2, 0.9)),
     "linear_unnormalized": recipe("linear", None, weighted(0.5, 0.2, 0.9), {"normalize": False}),
     "linear_base_listed": recipe("linear", "base", {"base": {"weight": 0.4}, **weighted(0.5, 0.2)}),
@@ -271,28 +278,28 @@ def _load_with_torch(path: str) -> checkpoints.Tensors:
 def spread(text: str) -> dict[str, np.ndarray]:
     """Mean and deviation of a random recipe over the seeds."""
     runs = [merge(text, seed) for seed in range(SEEDS)]
-    found = {"yaml": np.array(text), "seeds": np.array(SEEDS)}
+    arrays = {"yaml": np.array(text), "seeds": np.array(SEEDS)}
     for tensor in KERNEL:
         values = np.stack([run[tensor] for run in runs]).astype(np.float64)
-        found[f"mean/{tensor}"] = values.mean(axis=0).astype(np.float32)
-        found[f"std/{tensor}"] = values.std(axis=0).astype(np.float32)
-    return found
+        arrays[f"mean/{tensor}"] = values.mean(axis=0).astype(np.float32)
+        arrays[f"std/{tensor}"] = values.std(axis=0).astype(np.float32)
+    return arrays
 
 
 def masks(text: str, inputs: dict[str, checkpoints.Tensors]) -> dict[str, np.ndarray]:
     """What a random recipe of member a alone keeps."""
     runs = [merge(text, seed) for seed in range(SEEDS)]
-    kept, fractions, lengths = [], [], []
+    changed, fractions, lengths = [], [], []
     for tensor, base in inputs["base"].items():
         tau = (inputs["a"][tensor] - base).reshape(-1)
         moved = np.stack([run[tensor] - base for run in runs]).reshape(SEEDS, -1)
-        kept.append((moved != 0).sum(axis=0))
+        changed.append((moved != 0).sum(axis=0))
         fractions.append((moved != 0).sum(axis=1) / (tau != 0).sum())
         lengths.append(abs(moved).sum(axis=1, dtype=np.float64) / abs(tau).sum(dtype=np.float64))
     return {
         "yaml": np.array(text),
         "seeds": np.array(SEEDS),
-        "kept": np.concatenate(kept).astype(np.uint8),
+        "kept": np.concatenate(changed).astype(np.uint8),
         "fraction": np.stack(fractions, axis=1).astype(np.float32),
         "l1": np.stack(lengths, axis=1).astype(np.float32),
     }
@@ -319,10 +326,11 @@ if __name__ == "__main__":
                 if recorded(name, tensor)
             }
         for name, text in RANDOM.items():
-            found = masks(text, inputs) if "alone" in name else spread(text)
-            goldens |= {f"random/{name}/{key}": values for key, values in found.items()}
+            arrays = masks(text, inputs) if "alone" in name else spread(text)
+            goldens |= {f"random/{name}/{key}": values for key, values in arrays.items()}
         os.chdir(target.parent)
     np.savez_compressed(target, **goldens)
     print(
-        f"{len(recipes)} recipes and {len(RANDOM)} random ones: {target.stat().st_size / 1000:.0f} kB"
+        f"{len(recipes)} recipes and {len(RANDOM)} random ones: "
+        f"{target.stat().st_size / 1000:.0f} kB"
     )

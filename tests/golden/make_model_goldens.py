@@ -1,6 +1,9 @@
-"""Write tests/golden/model/*.npz: logits of transformers on torch for every tiny family. Run: python tests/golden/make_model_goldens.py
+"""Write tests/golden/model/*.npz: logits of transformers on torch for every tiny family.
 
-The weights come from `families.weights` (sines of indices), so only logits are stored: float32[2, 24, 96] each.
+Run by hand: python tests/golden/make_model_goldens.py
+
+The weights come from `families.weights` (sines of indices), so only logits are stored:
+float32[8, 96] each.
 """
 
 import pathlib
@@ -31,7 +34,8 @@ def torch_model(config: ModelConfig, params: tree.Tree) -> transformers.PreTrain
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     if set(missing) - tied or unexpected:
         raise ValueError(
-            f"the tensor table does not name transformers' tensors: missing {missing}, unexpected {unexpected}"
+            "the tensor table does not name the tensors of transformers: "
+            f"missing {missing}, unexpected {unexpected}"
         )
     return model
 

@@ -1,4 +1,4 @@
-"""Tiny models for the merge room."""
+"""Tiny models for the tests of merging."""
 
 import importlib.util
 import pathlib
@@ -27,7 +27,7 @@ def tiny() -> arch.ModelConfig:
 
 @pytest.fixture(scope="session")
 def models(tiny):
-    """Four members, sparsely changed as bfloat16 training leaves them, and their base, float32 in numpy."""
+    """Four members, sparsely changed as by bfloat16 training, and their base, float32 in numpy."""
     generator = np.random.default_rng(0)
     members, base = {}, {}
     for spec in arch.tensor_table(tiny):

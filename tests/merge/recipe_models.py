@@ -1,4 +1,4 @@
-"""Small models of one architecture, and some that differ from it in one thing, for recipes to name."""
+"""Small models for recipes: of one architecture, and some that differ from it in one thing."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Merging files: the bits of the population, whatever the slabs; refusals that leave nothing behind."""
+"""Merging files: the bits of the population for any slabs; errors leave nothing behind."""
 
 import dataclasses
 import json
@@ -28,13 +28,13 @@ def exported(tiny, models, tmp_path_factory):
 
 
 def merge(members, base, out, *, slab_elements=engine.SLAB_ELEMENTS, progress=None, **settings):
-    sources = [Directory(one) for one in members]
-    made = plan.uniform(sources, None if base is None else Directory(base), **settings)
-    return engine.merge_plan(made, out, slab_elements=slab_elements, progress=progress)
+    sources = [Directory(member) for member in members]
+    merge_plan = plan.uniform(sources, None if base is None else Directory(base), **settings)
+    return engine.merge_plan(merge_plan, out, slab_elements=slab_elements, progress=progress)
 
 
-def same_bits(one, two):
-    a, b = Reader(one), Reader(two)
+def same_bits(first, second):
+    a, b = Reader(first), Reader(second)
     return a.names == b.names and all(a.read(n).tobytes() == b.read(n).tobytes() for n in a.names)
 
 
@@ -58,9 +58,9 @@ def test_selection_of_files_has_the_bits_of_the_population(
     merged = population.merge(members, base, tiny, dtype="bfloat16", **settings)
     convert.export(merged, tiny, tmp_path / "population", dtype="bfloat16")
     assert same_bits(tmp_path / "files", tmp_path / "population")
-    found = population.measure_diagnostics(members, base, merged, tiny, **settings)["total"]
-    assert found.get("redrawn") == report["diagnostics"]["total"].get("redrawn")
-    assert ("redrawn" in found) == (parameters == {"resample": "exhaustive"})
+    total = population.measure_diagnostics(members, base, merged, tiny, **settings)["total"]
+    assert total.get("redrawn") == report["diagnostics"]["total"].get("redrawn")
+    assert ("redrawn" in total) == (parameters == {"resample": "exhaustive"})
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
@@ -68,10 +68,10 @@ def test_arithmetic_of_files_is_that_of_the_population(tiny, models, exported, t
     members, base = models
     report = merge(*exported, tmp_path / "files", method=method, seed=5, slab_elements=100)
     merged = population.merge(members, base, tiny, method=method, seed=5)
-    found = tree.flatten(convert.load_params(tmp_path / "files")[1])
+    from_files = tree.flatten(convert.load_params(tmp_path / "files")[1])
     for path, leaf in tree.flatten(merged).items():
         np.testing.assert_allclose(
-            found[path], leaf.astype(jnp.float32), rtol=2**-7, atol=1e-6, err_msg=path
+            from_files[path], leaf.astype(jnp.float32), rtol=2**-7, atol=1e-6, err_msg=path
         )
     expected = population.measure_diagnostics(members, base, merged, tiny, method=method, seed=5)[
         "total"
@@ -112,10 +112,10 @@ def test_the_same_command_gives_the_same_bytes_and_says_what_it_did(exported, tm
         "granularity": "element",
         "child": None,
     }
-    assert [one["label"] for one in report["models"]] == [
+    assert [model["label"] for model in report["models"]] == [
         str(path) for path in (*exported[0], exported[1])
     ]
-    assert len({one["digest"] for one in report["models"]}) == 5
+    assert len({model["digest"] for model in report["models"]}) == 5
     assert len(report["diagnostics"]["tensors"]) == len(Reader(tmp_path / "a").names)
     assert yaml.safe_load((tmp_path / "a" / "merge_config.yaml").read_text())["models"] == [
         "member_0",
@@ -152,9 +152,9 @@ def test_members_are_rounded_to_the_dtype_of_the_output(tiny, models, tmp_path, 
 
 def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, tmp_path):
     base = models[1]
-    one = exported[0][0]
-    other = dataclasses.replace(tiny, rms_norm_eps=1e-5)
-    convert.export(base, other, tmp_path / "eps", dtype="bfloat16")
+    member = exported[0][0]
+    changed = dataclasses.replace(tiny, rms_norm_eps=1e-5)
+    convert.export(base, changed, tmp_path / "eps", dtype="bfloat16")
     short = tree.unflatten(
         {path: x[:1] if path.startswith("layers/") else x for path, x in tree.flatten(base).items()}
     )
@@ -163,27 +163,35 @@ def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, 
     )
     cases = [
         (
-            ([one, tmp_path / "eps"], None),
+            ([member, tmp_path / "eps"], None),
             {"method": "average"},
             "different architectures: rms_norm_eps is 1e-06 and 1e-05",
         ),
         (
-            ([one, one], tmp_path / "short"),
+            ([member, member], tmp_path / "short"),
             {"method": "ties"},
             "different architectures: num_layers is 2 and 1",
         ),
-        (([one, tmp_path / "absent"], None), {"method": "average"}, "absent not found"),
+        (([member, tmp_path / "absent"], None), {"method": "average"}, "absent not found"),
         (([], None), {"method": "average"}, "nothing to merge"),
-        (([one, one], None), {"method": "ties"}, "ties needs the base model"),
+        (([member, member], None), {"method": "ties"}, "ties needs the base model"),
         (
-            ([one, one], None),
+            ([member, member], None),
             {"method": "selection", "parameters": {"resample": 1}},
             "selection with resample needs the base model",
         ),
-        (([one, one], None), {"method": "avrage"}, "did you mean 'average'"),
-        (([one, one], None), {"method": "average", "weights": (1,)}, "1 weights for 2 members"),
-        (([one, one], None), {"method": "average", "dtype": "float61"}, "did you mean 'float16'"),
-        (([one, one], None), {"method": "average", "slab_elements": 0}, "must be positive"),
+        (([member, member], None), {"method": "avrage"}, "did you mean 'average'"),
+        (
+            ([member, member], None),
+            {"method": "average", "weights": (1,)},
+            "1 weights for 2 members",
+        ),
+        (
+            ([member, member], None),
+            {"method": "average", "dtype": "float61"},
+            "did you mean 'float16'",
+        ),
+        (([member, member], None), {"method": "average", "slab_elements": 0}, "must be positive"),
     ]
     for sources, settings, message in cases:
         with pytest.raises(UserError, match=message):

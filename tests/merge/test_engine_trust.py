@@ -1,4 +1,4 @@
-"""A merge that is cut off goes on and ends with the same bytes; a full disk and a second writer are refused; nothing half is left."""
+"""An interrupted merge continues to the same bytes; a full disk or a second writer is refused."""
 
 import errno
 import json
@@ -83,9 +83,9 @@ def test_the_number_of_workers_and_the_slabs_change_nothing(models, expected, tm
         [{"workers": 1}, {"workers": 7}, {"slab_elements": 256, "workers": 3}]
     ):
         engine.merge_plan(planned(models), tmp_path / str(i), shard_bytes=40_000, **settings)
-        found = contents(tmp_path / str(i))
-        assert found.keys() == expected.keys()
-        assert all(found[name] == expected[name] for name in found if name != "merge.json")
+        files = contents(tmp_path / str(i))
+        assert files.keys() == expected.keys()
+        assert all(files[name] == expected[name] for name in files if name != "merge.json")
 
 
 def test_an_interrupted_merge_goes_on_where_it_stopped(models, expected, tmp_path, monkeypatch):
@@ -181,18 +181,20 @@ sys.path.insert(0, sys.argv[4])
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
-made = plan.uniform([Directory(root / "one"), Directory(root / "two")], Directory(root / "base"), method="selection",
-                    parameters={"resample": "exhaustive"})
+members = [Directory(root / "one"), Directory(root / "two")]
+merge_plan = plan.uniform(members, Directory(root / "base"), method="selection",
+                          parameters={"resample": "exhaustive"})
 print("ready", flush=True)
 # slow on purpose, so that the moments spread over the work
-engine.merge_plan(made, out, shard_bytes=40_000, workers=2, progress=lambda *_: time.sleep(float(sys.argv[3])))
+engine.merge_plan(merge_plan, out, shard_bytes=40_000, workers=2,
+                  progress=lambda *_: time.sleep(float(sys.argv[3])))
 print("done", flush=True)
 """
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(models, expected, tmp_path):
-    """SIGKILL: the final name never shows anything half, and what is resumed ends with the same bytes."""
+    """SIGKILL: the output is absent or complete, and a resumed merge ends with the same bytes."""
     draw, out = random.Random(0), tmp_path / "out"
     root = str(engine.Path(__file__).resolve().parents[2])
     killed = 0
@@ -231,13 +233,15 @@ from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
 processes.start_distributed(f"127.0.0.1:{port}", 2, int(index), 60)
 root, out = Path(root), Path(out)
-made = plan.uniform([Directory(root / "one"), Directory(root / "two")], Directory(root / "base"), method="selection",
-                    parameters={"resample": "exhaustive"})
-own = []
-engine.merge_plan(made, out, shard_bytes=40_000, progress=lambda done, count, name: own.append(name))
-print(len(own))
+members = [Directory(root / "one"), Directory(root / "two")]
+merge_plan = plan.uniform(members, Directory(root / "base"), method="selection",
+                          parameters={"resample": "exhaustive"})
+names = []
+engine.merge_plan(merge_plan, out, shard_bytes=40_000,
+                  progress=lambda done, count, name: names.append(name))
+print(len(names))
 try:
-    engine.merge_plan(made, out)
+    engine.merge_plan(merge_plan, out)
 except UserError as error:
     print(error)
 """

@@ -1,4 +1,4 @@
-"""Recipes that mergekit 0.1.5 ran, run from the same YAML: its numbers, or its distribution where it draws."""
+"""Recipes of mergekit 0.1.5, run from the same YAML: its numbers, or its random distribution."""
 
 import pathlib
 
@@ -79,11 +79,11 @@ def recorded(case):
     }
 
 
-def assert_same_numbers(found, case):
+def assert_same_numbers(tensors, case):
     """Within 1e-6 of the largest element; half a unit of bfloat16 more where that was stored."""
     for name, expected in recorded(case).items():
-        off = np.abs(found[name].astype(np.float64) - expected)
-        rounding = np.abs(expected) * 2.0**-8 if found[name].dtype.name == "bfloat16" else 0
+        off = np.abs(tensors[name].astype(np.float64) - expected)
+        rounding = np.abs(expected) * 2.0**-8 if tensors[name].dtype.name == "bfloat16" else 0
         assert (off <= 1e-6 * np.abs(expected).max() + rounding).all(), (
             f"{name}: {off.max() / np.abs(expected).max():.2g} off"
         )
@@ -98,8 +98,8 @@ def test_a_recipe_gives_the_numbers_of_mergekit(case, resolve):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_gives_the_numbers_of_mergekit_from_files_in_slabs(case, resolve, tmp_path):
-    made = planner.plan_recipe(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
-    engine.merge_plan(made, tmp_path / "out", slab_elements=256, with_diagnostics=False)
+    recipe_plan = planner.plan_recipe(str(GOLDENS[f"{case}/yaml"]), resolve=resolve)
+    engine.merge_plan(recipe_plan, tmp_path / "out", slab_elements=256, with_diagnostics=False)
     reader = Reader(tmp_path / "out")
     assert_same_numbers({name: reader.read(name) for name in reader.names}, case)
 
@@ -122,7 +122,8 @@ def runs(resolve):
         )
         merged = [execute(plan, seed, only) for seed in range(seeds)]
         return {
-            name: np.stack([one[name] for one in merged]).astype(np.float64) for name in merged[0]
+            name: np.stack([tensors[name] for tensors in merged]).astype(np.float64)
+            for name in merged[0]
         }
 
     return run
@@ -159,9 +160,9 @@ def test_a_random_recipe_of_three_members_is_distributed_as_in_mergekit(case, ru
 def test_a_random_recipe_of_one_member_keeps_what_mergekit_keeps(
     case, runs, inputs, golden_checkpoints
 ):
-    expected, found = recorded(f"random/{case}"), runs(case)
+    expected, tensors = recorded(f"random/{case}"), runs(case)
     names = list(golden_checkpoints.shapes())
-    moved = [found[name] - inputs["base"][name] for name in names]
+    moved = [tensors[name] - inputs["base"][name] for name in names]
     task_vectors = [(inputs["a"][name] - inputs["base"][name]).astype(np.float64) for name in names]
     seeds = int(GOLDENS[f"random/{case}/seeds"])
     ours, theirs = (
@@ -180,19 +181,19 @@ def test_a_random_recipe_of_one_member_keeps_what_mergekit_keeps(
         ("fraction", lambda x, tau: (x != 0).sum() / (tau != 0).sum()),
         ("l1", lambda x, tau: np.abs(x).sum() / np.abs(tau).sum()),
     ):
-        own = np.array(
+        values = np.array(
             [
-                [of(x, tau) for x, tau in zip(one, task_vectors, strict=True)]
-                for one in zip(*moved, strict=True)
+                [of(x, tau) for x, tau in zip(changes, task_vectors, strict=True)]
+                for changes in zip(*moved, strict=True)
             ]
         )
-        error = np.sqrt((own.var(axis=0) + expected[quantity].var(axis=0)) / seeds) + 1e-5
-        assert (np.abs(own.mean(axis=0) - expected[quantity].mean(axis=0)) < 5 * error).all(), (
+        error = np.sqrt((values.var(axis=0) + expected[quantity].var(axis=0)) / seeds) + 1e-5
+        assert (np.abs(values.mean(axis=0) - expected[quantity].mean(axis=0)) < 5 * error).all(), (
             quantity
         )
         # the median: a small vector sometimes loses everything, which is rare and far
         np.testing.assert_allclose(
-            np.median(own.std(axis=0)),
+            np.median(values.std(axis=0)),
             np.median(expected[quantity].std(axis=0)),
             rtol=0.15,
             atol=1e-6,

@@ -1,4 +1,4 @@
-"""Merging in memory: on every mesh the same bits, tensor by tensor what the kernel gives, and the diagnostics."""
+"""Merging in memory: the same bits on every mesh and as tensor by tensor, and diagnostics."""
 
 import re
 
@@ -78,9 +78,9 @@ def test_every_hf_tensor_has_its_own_key(tiny, models):
     flat = tree.flatten(members)
     for name, spec, layer in arch.hf_tensors(tiny):
         leaf = flat[spec.path] if layer is None else flat[spec.path][:, layer]
-        one = draw(jnp.asarray(leaf), rng.stream(7, "select", name))
+        expected = draw(jnp.asarray(leaf), rng.stream(7, "select", name))
         assert np.array_equal(
-            merged[spec.path] if layer is None else merged[spec.path][layer], one
+            merged[spec.path] if layer is None else merged[spec.path][layer], expected
         ), name
 
 
@@ -107,14 +107,14 @@ def test_a_layer_comes_from_one_member(tiny, models):
             )
         )
         for layer in range(2):
-            found = {
+            origins = {
                 float(v)
                 for path, x in merged.items()
                 if path.startswith("layers/")
                 for v in np.unique(x[layer].astype(jnp.float32))
             }
-            assert len(found) == 1
-            chosen |= found
+            assert len(origins) == 1
+            chosen |= origins
     assert len(chosen) > 1
 
 
@@ -122,8 +122,11 @@ def test_it_works_under_jit(tiny, models, bits):
     members, base = models
     settings = {"method": "selection", "seed": 1, "parameters": {"resample": "exhaustive"}}
     merge = jax.jit(lambda m, b: population.merge(m, b, tiny, **settings))
-    one, two = bits(merge(members, base)), bits(population.merge(members, base, tiny, **settings))
-    assert all(np.array_equal(one[path], two[path]) for path in one)
+    jitted, eager = (
+        bits(merge(members, base)),
+        bits(population.merge(members, base, tiny, **settings)),
+    )
+    assert all(np.array_equal(jitted[path], eager[path]) for path in jitted)
 
 
 def test_the_base_is_asked_for_by_those_that_need_it(tiny, models):
@@ -145,8 +148,8 @@ def test_diagnostics_against_numpy(tiny, models):
         dtype="bfloat16",
         parameters={"resample": "exhaustive"},
     )
-    found = population.measure_diagnostics(members, base, merged, tiny, method="selection", seed=0)
-    assert list(found["tensors"]) == [name for name, _, _ in arch.hf_tensors(tiny)]
+    report = population.measure_diagnostics(members, base, merged, tiny, method="selection", seed=0)
+    assert list(report["tensors"]) == [name for name, _, _ in arch.hf_tensors(tiny)]
 
     def stored(params):
         return {
@@ -156,13 +159,13 @@ def test_diagnostics_against_numpy(tiny, models):
 
     m, b, out = stored(members), stored(base), stored(merged)
     name, spec = "model.layers.1.mlp.down_proj.weight", "layers/mlp/down/weight"
-    check_numbers(found["tensors"][name], m[spec][:, 1], b[spec][1], out[spec][1])
-    whole = [
+    check_numbers(report["tensors"][name], m[spec][:, 1], b[spec][1], out[spec][1])
+    everything = [
         np.concatenate([x.reshape(*lead, -1) for x in tree_.values()], axis=-1)
         for tree_, lead in ((m, (4,)), (b, ()), (out, ()))
     ]
-    check_numbers(found["total"], *whole)
-    assert found["total"]["elements"] == arch.parameter_count(tiny)
+    check_numbers(report["total"], *everything)
+    assert report["total"]["elements"] == arch.parameter_count(tiny)
 
 
 def check_numbers(numbers, members, base, merged):
@@ -199,7 +202,7 @@ def test_diagnostics_of_the_average_and_of_an_unchanged_population(tiny, models)
 
 
 def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
-    """Members over the order axis: one all-to-all to where all members of an element are, one all-gather of the result, no more."""
+    """With members over the order axis: one all-to-all, and one all-gather of the result."""
     mesh = meshes.make_mesh(4, 2, 1)
     shape, axes = (4, 64, 128), ("member", "mlp", "embed")
     members = jax.device_put(np.ones(shape, np.float32), meshes.sharding(axes, shape, mesh))
