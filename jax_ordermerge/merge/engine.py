@@ -243,7 +243,7 @@ class _Merger:
         self, plan: Plan, files: ShardFiles | None, slab_elements: int, with_diagnostics: bool
     ) -> None:
         self.plan, self.files, self.with_diagnostics = plan, files, with_diagnostics
-        # whole blocks, so that floating sums do not depend on the slabs; see `reductions.block_sums`
+        # whole blocks: floating sums must not depend on the slabs, see `reductions.block_sums`
         self.slab_elements = -(-slab_elements // reductions.BLOCK) * reductions.BLOCK
         self.pool = MemoryPool(LOADED_BYTES)
 

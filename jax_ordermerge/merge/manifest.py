@@ -21,7 +21,7 @@ REPORT, MANIFEST = "merge.json", "manifest.json"
 
 
 class ModelDigest(TypedDict):
-    """A model and the digest of what was read of it; None if some tensor was not read as a whole."""
+    """A model, and a digest of what was read; None if a tensor was not read as a whole."""
 
     label: str
     digest: str | None

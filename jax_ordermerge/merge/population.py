@@ -82,62 +82,21 @@ def merge(
     merged: dict[str, jax.Array] = {}
     for spec in arch.tensor_table(config):
         names, base_leaf = spec.hf_names(), flat_base.get(spec.path)
-        leaf = merge_leaf(
-            flat[spec.path],
-            base_leaf,
-            names,
-            spec.stacked,
-            method=method,
-            seed=seed,
-            weights=weights,
-            parameters=checked,
-            dtype=dtype,
-            out=None if scales is None else jnp.float32,
+        leaf = Leaf(
+            flat[spec.path], base_leaf, names, spec.stacked, method, seed, weights, checked, dtype
         )
-        if scales is not None:  # leaf by leaf, so that there is never a whole model in float32
+        if scales is None:
+            merged[spec.path] = leaf.merge()
+        else:  # leaf by leaf, so that there is never a whole model in float32
             lambdas = np.asarray([scales[name] for name in names], np.float32)
-            leaf = _rescale(leaf, base_leaf, lambdas, stacked=spec.stacked, dtype=jnp.dtype(dtype))
-        merged[spec.path] = leaf
+            merged[spec.path] = _rescale(
+                leaf.merge(jnp.float32),
+                base_leaf,
+                lambdas,
+                stacked=spec.stacked,
+                dtype=jnp.dtype(dtype),
+            )
     return tree.unflatten(merged)
-
-
-def merge_leaf(
-    members: jax.Array,
-    base: jax.Array | None,
-    names: Sequence[str],
-    stacked: bool,
-    *,
-    method: str,
-    seed: int,
-    weights: Sequence[float] | None,
-    parameters: table.Parameters,
-    dtype: DTypeLike,
-    out: DTypeLike | None = None,
-) -> jax.Array:
-    """Merge one entry of the tensor table.
-
-    Args:
-        members: [M, *S], or [M, L, *S] if stacked.
-        base: the same without `M`, or None.
-        names: Hugging Face name of each layer, or of the one tensor.
-        stacked: whether there is a layer axis.
-        method, seed, weights, dtype: as in `merge`.
-        parameters: from `table.check_parameters`.
-        out: dtype of the result, `dtype` by default.
-
-    Returns:
-        [*S] or [L, *S] in `out`.
-
-    Example:
-        >>> members = jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])
-        >>> settings = {"method": "average", "seed": 0, "weights": None, "dtype": "float32"}
-        >>> parameters = table.check_parameters("average")
-        >>> merge_leaf(members, None, ["w"], False, parameters=parameters, **settings).tolist()
-        [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
-    """
-    leaf = _Leaf(members, base, names, stacked, method, seed, weights, parameters, jnp.dtype(dtype))
-    arguments, program = leaf.prepare()
-    return _merge_leaf(*arguments, **program, result=None if out is None else jnp.dtype(out))
 
 
 @functools.partial(jax.jit, static_argnames=("stacked", "dtype"))
@@ -180,16 +139,16 @@ def compile_merge(
         convert.abstract_tensors([spec], mesh, members=members, dtype=dtype)
     ).values()
     (base,) = tree.flatten(convert.abstract_tensors([spec], mesh, dtype=dtype)).values()
-    leaf = _Leaf(
+    leaf = Leaf(
         population,
         base,
         spec.hf_names(),
         spec.stacked,
         method,
-        0,
-        weights,
-        table.check_parameters(method, parameters),
-        jnp.dtype(dtype),
+        seed=0,
+        weights=weights,
+        parameters=table.check_parameters(method, parameters),
+        dtype=dtype,
     )
     arguments, program = leaf.prepare()
     return _merge_leaf.lower(*arguments, **program).compile()
@@ -198,8 +157,24 @@ def compile_merge(
 # -------------------------------------------------------------------------- one leaf of the dicts
 
 
-class _Leaf(NamedTuple):
-    """An entry of the tensor table, and how it is merged; see `merge_leaf`."""
+class Leaf(NamedTuple):
+    """An entry of the tensor table, and how it is merged.
+
+    Attributes:
+        members: [M, *S], or [M, L, *S] if stacked.
+        base: the same without `M`, or None.
+        names: Hugging Face name of each layer, or of the one tensor.
+        stacked: whether there is a layer axis.
+        method, seed, weights, dtype: as in `merge`.
+        parameters: from `table.check_parameters`.
+
+    Example:
+        >>> members = jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])
+        >>> parameters = table.check_parameters("average")
+        >>> leaf = Leaf(members, None, ["w"], False, "average", 0, None, parameters, "float32")
+        >>> leaf.merge().tolist()
+        [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
+    """
 
     members: Array
     base: Array | None
@@ -209,7 +184,12 @@ class _Leaf(NamedTuple):
     seed: int
     weights: Sequence[float] | None
     parameters: table.Parameters
-    dtype: np.dtype
+    dtype: DTypeLike
+
+    def merge(self, out: DTypeLike | None = None) -> jax.Array:
+        """Return the merged entry, [*S] or [L, *S], in dtype `out`, by default the one merged."""
+        arguments, program = self.prepare()
+        return _merge_leaf(*arguments, **program, result=None if out is None else jnp.dtype(out))
 
     def tensors(self) -> list["_LeafTensor"]:
         """Return the Hugging Face tensors of the entry."""
@@ -220,7 +200,6 @@ class _Leaf(NamedTuple):
 
     def prepare(self) -> tuple[tuple[parts.ArrayTree, ...], dict[str, Any]]:
         """Return the arguments of `_merge_leaf`, and the static ones that select its program."""
-        shardings = member_shardings(self.members)
         tensors = self.tensors()
         prepared = [tensor.prepare() for tensor in tensors]
         first_arrays, static = prepared[0]
@@ -229,9 +208,9 @@ class _Leaf(NamedTuple):
         program = {
             "method": self.method,
             "static": static,
-            "dtype": self.dtype,
+            "dtype": jnp.dtype(self.dtype),
             "stacked": self.stacked,
-            "shardings": shardings,
+            "shardings": member_shardings(self.members),
         }
         return (self.members, self.base, key_bits, arrays), program
 
@@ -240,7 +219,7 @@ class _Leaf(NamedTuple):
 class _LeafTensor:
     """One Hugging Face tensor of an entry of the tensor table, as a `parts.Tensor`."""
 
-    leaf: _Leaf
+    leaf: Leaf
     layer: int  # 0 if the entry is not stacked
     weights: np.ndarray | None
 
@@ -278,7 +257,7 @@ class _LeafTensor:
             _measure_leaf,
             function=function,
             static=tuple(static.items()),
-            dtype=leaf.dtype,
+            dtype=jnp.dtype(leaf.dtype),
             stacked=leaf.stacked,
             shardings=member_shardings(leaf.members),
         )
@@ -479,7 +458,7 @@ def measure_diagnostics(
         leaf_moments = jax.device_get(
             _moments(members_leaf, base_leaf, merged_leaf, member_shardings(members_leaf))
         )
-        leaf = _Leaf(
+        leaf = Leaf(
             members_leaf,
             base_leaf,
             names,

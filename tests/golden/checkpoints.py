@@ -82,7 +82,7 @@ def _bell(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _distinct(values: np.ndarray, base: np.ndarray, changed: np.ndarray) -> np.ndarray:
-    """Move changed elements [m, n] away from zero, bfloat16 by bfloat16, until all differ in size."""
+    """Move changed elements [m, n] away from zero until no two differ in size."""
     bits = values.view(np.uint32).copy()
     seen = {np.float32(0.0)}
     for member, element in np.argwhere(changed):

@@ -211,7 +211,7 @@ def test_a_merge_on_the_mesh_moves_what_an_all_reduce_would():
     )
     for name, parameters in (("average", {}), ("selection", {"resample": "exhaustive"})):
         checked = table.check_parameters(name, parameters)
-        leaf = population._Leaf(
+        leaf = population.Leaf(
             members,
             base if table.METHODS[name].needs_base(checked) else None,
             ["w"],

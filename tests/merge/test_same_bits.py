@@ -1,4 +1,4 @@
-"""Every method: the same bits from files, from an Orbax checkpoint and from device memory, for any slabs, workers and mesh."""
+"""Every method gives the same bits from files, an Orbax checkpoint and memory, on any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def slow_unless_quick(cases, ids):
 
 @pytest.mark.parametrize(("name", "parameters", "weights"), slow_unless_quick(TABLE + MORE, IDS))
 def test_on_every_mesh(name, parameters, weights):
-    """Two layers of one tensor, its rows sharded, its columns, within a block of sums, or both; members over the order axis or not."""
+    """Two layers of a tensor. Rows, columns, both, or members are sharded."""
     members, base = sparse((2, 24, 256), np.random.default_rng(0))
     members, checked = (
         members[: count_of(name)],
@@ -84,7 +84,7 @@ def test_on_every_mesh(name, parameters, weights):
     }
     names = ["layers.0.w", "layers.1.w"]
     expected = np.asarray(
-        population.merge_leaf(jnp.asarray(members), jnp.asarray(base), names, True, **settings)
+        population.Leaf(jnp.asarray(members), jnp.asarray(base), names, True, **settings).merge()
     )
     for i, name_ in enumerate(names):
         key_bits = table.key_bits(name, checked, 7, name_, i)
@@ -103,13 +103,8 @@ def test_on_every_mesh(name, parameters, weights):
             continue
         mesh, axes = meshes.make_mesh(*sizes), ("layer", "mlp", "embed")
         placed = jax.device_put(members, meshes.sharding(("member", *axes), members.shape, mesh))
-        got = population.merge_leaf(
-            placed,
-            jax.device_put(base, meshes.sharding(axes, base.shape, mesh)),
-            names,
-            True,
-            **settings,
-        )
+        placed_base = jax.device_put(base, meshes.sharding(axes, base.shape, mesh))
+        got = population.Leaf(placed, placed_base, names, True, **settings).merge()
         assert np.asarray(got).tobytes() == expected.tobytes(), sizes
 
 
@@ -127,7 +122,7 @@ CONFIG = arch.ModelConfig(
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Four members and the base: in memory, as directories, and as an Orbax checkpoint. Rows are no multiple of anything."""
+    """Four members and the base in three storages. Sizes of rows divide no block or mesh."""
     root, generator = tmp_path_factory.mktemp("stored"), np.random.default_rng(0)
     both = {spec.path: sparse(spec.shape, generator) for spec in arch.tensor_table(CONFIG)}
     members, base = (tree.unflatten({path: x[i] for path, x in both.items()}) for i in (0, 1))

@@ -94,7 +94,7 @@ class Slice(Section):
 
 
 class Module(Section):
-    """The section `modules.default`: models, or slices."""
+    """What is merged: models, or slices of models."""
 
     models: Annotated[list[Entry], Field(min_length=1)] | None = None
     slices: Annotated[list[Slice], Field(min_length=1)] | None = None
@@ -116,15 +116,12 @@ class Tokenizer(Section):
     pad_to_multiple_of: PositiveInt = 1
 
 
-class Recipe(Section):
-    """A recipe."""
+class Recipe(Module):
+    """A recipe. It has models or slices as a module has, or one module with them."""
 
     merge_method: str
     base_model: ModelName | None = None
-    models: Annotated[list[Entry], Field(min_length=1)] | None = None
-    slices: Annotated[list[Slice], Field(min_length=1)] | None = None
     modules: dict[str, Module] | None = None
-    parameters: Parameters = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: ModelName | None = None
@@ -150,10 +147,8 @@ class Recipe(Section):
 
     @property
     def module(self) -> Module:
-        """What is merged, as a module, in whichever form it was written."""
-        if self.modules is not None:
-            return self.modules["default"]
-        return Module(models=self.models, slices=self.slices)
+        """What is merged, in whichever form it was written."""
+        return self if self.modules is None else self.modules["default"]
 
     def references(self) -> list[Reference]:
         """Return the models, each once: in the order of the file, an unlisted base last."""

@@ -1,4 +1,4 @@
-"""Values of parameters in a recipe: constants, gradients over the layers, filters by tensor name."""
+"""Values of parameters in a recipe: constants, gradients over layers, filters by tensor name."""
 
 import math
 from collections.abc import Mapping, Sequence

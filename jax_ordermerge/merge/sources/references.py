@@ -1,4 +1,4 @@
-"""Names of models: a directory, a hub name, `RUN/member_3`, an Orbax directory, or `MODEL+ADAPTER`."""
+"""Names of models: a directory, hub name, `RUN/member_3`, Orbax directory, or `MODEL+ADAPTER`."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -125,7 +125,7 @@ class Checkpoint:
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """See `Source.read_into`."""
         spec, layer = self._specs[name]
-        # the store reads boxes of indices, and a run of elements is none: read its rows, cut the ends
+        # the store reads boxes of indices, so whole rows are read and their ends dropped
         width = math.prod(spec.hf_shape[1:])
         first, last = start // width, -(-(start + out.size) // width)
         index = (slice(first, last),) if layer is None else (layer, slice(first, last))

@@ -321,5 +321,5 @@ def _notes(models: Sequence[_Rows], target: Sequence[Key], donor: int) -> list[s
 
 def _list_rows(keys: Sequence[Key]) -> str:
     names = [repr(key) if isinstance(key, str) else f"row {key}" for key in keys[:_ROWS_IN_NOTE]]
-    more = f" and {len(keys) - _ROWS_IN_NOTE} more rows" if len(keys) > _ROWS_IN_NOTE else ""
-    return ", ".join(names) + more
+    rest = f" and {len(keys) - _ROWS_IN_NOTE} more rows" if len(keys) > _ROWS_IN_NOTE else ""
+    return ", ".join(names) + rest
