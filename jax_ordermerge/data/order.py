@@ -2,6 +2,18 @@
 
 There is no iterator state to save. A resumed run, another number of hosts and another mesh all
 continue at the same example.
+
+Levels:
+
+    sample: a new permutation of the samples; batches change composition.
+    batch: batches are composed once from the seed, equal for all members and epochs; the full
+        batches are permuted.
+    balanced: one base permutation per epoch, in which member m starts m/members of the way
+        round. Over the members every sample visits equally spaced positions, so the position
+        effect cancels by design.
+    same: one order for all members (control).
+    reverse: members 2j and 2j+1 have an order and its exact reverse. With an odd number of
+        members the last one has no partner.
 """
 
 import hashlib
@@ -51,17 +63,6 @@ def order_indices(
 ) -> np.ndarray:
     """Return the rows of the examples that one member sees in one epoch, int32[steps, batch].
 
-    Levels:
-        sample: a new permutation of the samples; batches change composition.
-        batch: batches are composed once from the seed, equal for all members and epochs; the full
-            batches are permuted.
-        balanced: one base permutation per epoch, in which member m starts m/members of the way
-            round. Over the members every sample visits equally spaced positions, so the position
-            effect cancels by design.
-        same: one order for all members (control).
-        reverse: members 2j and 2j+1 have an order and its exact reverse. With an odd number of
-            members the last one has no partner.
-
     Every row appears once. Where `batch` does not divide `examples`, the end of the last step is
     padded with -1: the samples are permuted, rotated or reversed first and cut into steps after.
     At level `batch` the short batch therefore keeps the last place. Elsewhere its few samples would
@@ -70,7 +71,7 @@ def order_indices(
     order at all levels but `batch`. At level `sample` an order does not depend on `members`.
 
     Args:
-        level: what is permuted.
+        level: what is permuted, see the module docstring.
         examples: number of samples, at least 1.
         batch: samples per step, at least 1.
         seed: seed of the run.

@@ -11,23 +11,22 @@ Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Jiang et al. 2023
 https://arxiv.org/abs/2310.06825.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
-from jax_ordermerge.arch import ModelConfig, Rope, tensor_table
+from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.model import initial
 from jax_ordermerge.model.attention import Tokens, attend
 from jax_ordermerge.model.kernels import MIXED, Kernel
+from jax_ordermerge.model.rope import rope_frequencies, rotate
 
 Remat = Literal["none", "full", "dots"]
 _ADAPTED = "adapted"
@@ -70,42 +69,6 @@ class _LayerInputs(NamedTuple):
     cos_BTH: jax.Array
     sin_BTH: jax.Array
     start: jax.Array
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return the rotation of each pair of dimensions in radians per position, float32[H / 2].
-
-    `default`: theta^(-2i/H). `linear`: divided by `factor`. `llama3`: low frequencies are divided
-    by `factor`, high ones are unchanged, and those between are interpolated.
-
-    Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; Llama 3.1,
-    https://arxiv.org/abs/2407.21783.
-
-    Example:
-        >>> rope_frequencies(Rope(theta=100.0, kind="linear", factor=2.0), 4).round(3).tolist()
-        [0.5, 0.05000000074505806]
-    """
-    # float32 throughout, as transformers computes them: float64 gives other last bits
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / rope.theta**exponents).astype(np.float32)
-    if rope.kind == "linear":
-        return frequencies / np.float32(rope.factor)
-    if rope.kind == "llama3":
-        turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        unscaled = np.clip((turns - low) / (high - low), 0, 1)
-        scaled = (1 - unscaled) * frequencies / rope.factor + unscaled * frequencies
-        return scaled.astype(np.float32)
-    return frequencies
-
-
-def _rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    # Dimension i pairs with i + H/2, as in Hugging Face checkpoints. In the paper neighbours pair.
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x_BTNH.dtype)
 
 
 class Norm(nn.Module):
@@ -186,9 +149,9 @@ class Attention(nn.Module):
             k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
         # Queries are divided over `length`, keys are not: each device attends from its own
         # positions to all of them (context parallel).
-        q = meshes.constrain(_rotate(q, cos_BTH, sin_BTH), "batch", "length", "heads", None)
+        q = meshes.constrain(rotate(q, cos_BTH, sin_BTH), "batch", "length", "heads", None)
         k = meshes.constrain(
-            _rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None
+            rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None
         )
         v = meshes.constrain(v, "batch", None, "kv_heads", None)
         if kv is not None:
