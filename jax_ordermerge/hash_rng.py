@@ -1,7 +1,9 @@
-"""The random number of an element: a counter-based hash of (key, index, round), documented in docs/random_choice.md.
+"""The random number of an element: a counter-based hash of (key, index, round).
 
-No generator state, no draw per shard: an element's number does not depend on the mesh, on slabs, on the order in which tensors
-are visited, or on what else is in the program.
+There is no generator state. The number of an element does not depend on the mesh, on slabs, on the
+order in which tensors are visited, or on what else is in the program. Why not `jax.random.bits`: it
+numbers the elements of the array that it makes, so a slab would not draw what the tensor draws.
+Specification, test vectors and statistics: docs/random_choice.md.
 """
 
 import math
@@ -12,28 +14,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Words = TypeVar("Words", jax.Array, np.ndarray)
-GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, odd: multiples of it visit every word once
+Uint32 = TypeVar("Uint32", jax.Array, np.ndarray)
+GOLDEN = 0x9E3779B9  # 2^32 / golden ratio; odd, so its multiples visit every uint32 once
 
 
 class Index(NamedTuple):
-    """Row-major numbers as two words, uint32 of one shape: index = hi * 2^32 + lo."""
+    """Row-major numbers of elements as two uint32 arrays: index = hi * 2^32 + lo.
+
+    Two halves, since jax has no 64-bit integers by default.
+    """
 
     lo: jax.Array
     hi: jax.Array
 
 
-def mix(x: Words) -> Words:
+def mix(x: Uint32) -> Uint32:
     """Return lowbias32(x), a bijection of uint32 with low avalanche bias (0.174).
 
     Args:
-        x: uint32, any shape; an array of numpy stays one.
+        x: uint32, any shape. An array of numpy stays one.
 
     Example:
         >>> [f"{int(mix(jnp.uint32(x))):08x}" for x in (0, 1, 0xFFFFFFFF)]
         ['00000000', '688990c0', '6768824a']
 
-    Source: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/, function lowbias32.
+    Source: C. Wellons, "Prospecting for Hash Functions" (2018),
+    https://nullprogram.com/blog/2018/07/31/, function lowbias32.
     """
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
@@ -41,14 +47,15 @@ def mix(x: Words) -> Words:
 
 
 def random_bits(key_bits: jax.Array, index: Index, round_: int | jax.Array = 0) -> jax.Array:
-    """Return one uint32 for every index: h = L(L(lo ^ a) ^ b ^ hi) with L = lowbias32 and a key schedule of scalars.
+    """Return one uint32 per index: h = L(L(lo ^ a) ^ b ^ hi), with L = lowbias32.
 
-    The schedule is a = L(k0 + GOLDEN * round), b = L(k1 ^ a), so another round is another key and costs nothing per element.
+    The key schedule is a = L(k0 + GOLDEN * round) and b = L(k1 ^ a). Another round is thus another
+    key. The schedule is scalar, so it costs nothing per element.
 
     Args:
-        words: uint32[2], the key (k0, k1).
+        key_bits: uint32[2], the key (k0, k1).
         index: the element numbers, any shape.
-        round_: number of the draw (resampling) or of the member (dropping), a non-negative integer.
+        round_: number of the draw (resampling) or of the member (dropping), not negative.
 
     Returns:
         uint32 of the shape of `index`.
@@ -60,20 +67,19 @@ def random_bits(key_bits: jax.Array, index: Index, round_: int | jax.Array = 0) 
     """
     a = mix(key_bits[0] + jnp.uint32(GOLDEN) * jnp.asarray(round_).astype(jnp.uint32))
     b = mix(key_bits[1] ^ a)
+    # why twice: with one L two keys would draw the same numbers in another order, index ^ a ^ a'
     return mix(mix(index.lo ^ a) ^ (index.hi ^ b))
 
 
 def element_index(shape: Sequence[int], offset: jax.Array | None = None) -> Index:
-    """Return the row-major index of every element of an array, without 64-bit integers.
-
-    Built from one iota a dimension, so that it follows any sharding of the array and stays right beyond 2^32 elements.
+    """Return the row-major index of every element of an array.
 
     Args:
         shape: the shape of the tensor, or of a slab of it.
-        offset: uint32[2] = (lo, hi), the index of the slab's first element; None is 0.
+        offset: uint32[2] = (lo, hi), the index of the slab's first element. None is 0.
 
     Returns:
-        uint32 words of shape `shape`.
+        Two arrays uint32 of shape `shape`.
 
     Example:
         >>> index = element_index((2, 2), jnp.array([0xFFFFFFFE, 0], jnp.uint32))
@@ -82,22 +88,21 @@ def element_index(shape: Sequence[int], offset: jax.Array | None = None) -> Inde
     """
     shape = tuple(shape)
     ones = (1,) * len(shape)
-    zero = jnp.zeros(ones, jnp.uint32)
-    index = (
-        Index(zero, zero)
-        if offset is None
-        else Index(*(jnp.reshape(word, ones) for word in (offset[0], offset[1])))
-    )
+    first = np.zeros(2, np.uint32) if offset is None else offset
+    index = Index(jnp.reshape(first[0], ones), jnp.reshape(first[1], ones))
+    # one iota per dimension: it follows any sharding of the array, and each is below 2^32 where
+    # their weighted sum is not
     for axis, extent in enumerate(shape):
-        along = jax.lax.broadcasted_iota(
-            jnp.uint32, (*ones[:axis], extent, *ones[axis + 1 :]), axis
-        )
-        index = _add(index, _times(along, math.prod(shape[axis + 1 :])))
+        iota_shape = (*ones[:axis], extent, *ones[axis + 1 :])
+        position = jax.lax.broadcasted_iota(jnp.uint32, iota_shape, axis)
+        index = _add(index, _times(position, math.prod(shape[axis + 1 :])))
     return index
 
 
 def round_stochastically(x: jax.Array, random: jax.Array) -> jax.Array:
-    """Round float32 to one of the two nearest bfloat16, up with the probability of what is cut off; the expectation is x.
+    """Round float32 to one of the two nearest bfloat16, such that the expectation is x.
+
+    The probability to round up is the fraction that is cut off, in steps of 2^-16.
 
     Args:
         x: float32[*s]. NaN and infinities stay what they are.
@@ -111,20 +116,22 @@ def round_stochastically(x: jax.Array, random: jax.Array) -> jax.Array:
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # a carry out of the mantissa goes into the exponent, which is what rounding up means there
-    cut = (bits + (random >> 16)) >> 16
-    rounded = jax.lax.bitcast_convert_type(cut.astype(jnp.uint16), jnp.bfloat16)
+    upper_half = (bits + (random >> 16)) >> 16
+    rounded = jax.lax.bitcast_convert_type(upper_half.astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def _add(x: Index, y: Index) -> Index:
     lo = x.lo + y.lo
-    return Index(lo, x.hi + y.hi + (lo < x.lo).astype(jnp.uint32))
+    carry = (lo < x.lo).astype(jnp.uint32)
+    return Index(lo, x.hi + y.hi + carry)
 
 
 def _times(x: jax.Array, stride: int) -> Index:
-    """Return x * stride in 64 bits, for one word x and a stride below 2^48, by 16-bit limbs."""
+    """Return x * stride in 64 bits, for uint32 x and a stride below 2^48."""
     if stride == 1:
         return Index(x, jnp.zeros_like(x))
+    # limbs of 16 bits, whose products fit into uint32
     x0, x1 = x & 0xFFFF, x >> 16
     s0, s1, s2 = (jnp.uint32(stride >> shift & 0xFFFF) for shift in (0, 16, 32))
     middle = (x0 * s0 >> 16) + (x0 * s1 & 0xFFFF) + (x1 * s0 & 0xFFFF)
