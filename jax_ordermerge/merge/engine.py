@@ -259,7 +259,7 @@ class _Merger:
 
     def _merge_slabs(self, tensor: FileTensor, output: Output) -> TensorRecord:
         plan, method = self.plan, table.METHODS[output.method]
-        arrays, static = parts.split_static(table.prepare(tensor, output.method, output.parameters))
+        arrays, static = parts.split_static(method.prepare(tensor, **output.parameters))
         needs_base = method.needs_base(output.parameters)
         rounding = rng.stream_key_bits(plan.seed, "round", output.name) if plan.stochastic else None
         program = {

@@ -241,7 +241,9 @@ class _LeafTensor:
 
     def prepare(self) -> tuple[dict[str, np.ndarray], parts.Static]:
         """Return what the method's `apply` needs to know of the tensor."""
-        return parts.split_static(table.prepare(self, self.leaf.method, self.leaf.parameters))
+        return parts.split_static(
+            table.METHODS[self.leaf.method].prepare(self, **self.leaf.parameters)
+        )
 
     def total(
         self,

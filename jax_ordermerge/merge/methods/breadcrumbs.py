@@ -4,6 +4,7 @@ Source: Davari and Belilovsky, "Model Breadcrumbs", https://arxiv.org/abs/2312.0
 section 3.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -52,17 +53,10 @@ def apply_band(part: Part, **cuts: Any) -> list[jax.Array]:
     return sparse_task_arithmetic.apply_masks(part, masks)
 
 
-def _prepare(
-    tensor: Tensor, density: Densities, gamma: Fractions, at_least: int, **settings: Any
-) -> Prepared:
-    cuts = band(tensor, density, gamma, at_least)
-    thin = apply_band if cuts else None
-    return sparse_task_arithmetic.prepare(tensor, thin, cuts, density=density, **settings)
-
-
 def prepare(
     tensor: Tensor,
     *,
+    elect: bool,
     density: Densities = 0.9,
     gamma: Fractions = 0.01,
     at_least: Count = 1,
@@ -77,41 +71,40 @@ def prepare(
 
     Args:
         tensor: its weights are used as they are. 1/M by default.
+        elect: add only the terms w_i m_i tau_i of the elected sign (`breadcrumbs_ties`): these masks
+            in place of the trim of TIES-Merging.
         density: fraction of each task vector that is kept. The default is ours.
         gamma: fraction of the largest that is dropped; less where nothing is left to drop below.
         at_least: the least number of elements kept. mergekit: 0, so that a tensor of fewer than
             1 / density elements loses all.
         scale: lambda.
-        normalize: divide by the sum of the weights.
+        normalize: divide by the sum of the weights: with election, of the members that agree.
         rescale: of the thinned task vectors, see `sparse_task_arithmetic.prepare`.
     """
-    settings = {"scale": scale, "normalize": normalize, "rescale": rescale}
-    return _prepare(tensor, density, gamma, at_least, elect=False, **settings)
+    cuts = band(tensor, density, gamma, at_least)
+    return sparse_task_arithmetic.prepare(
+        tensor,
+        apply_band if cuts else None,
+        cuts,
+        density=density,
+        rescale=rescale,
+        scale=scale,
+        elect=elect,
+        normalize=normalize,
+    )
 
 
-def prepare_ties(
-    tensor: Tensor,
-    *,
-    density: Densities = 0.9,
-    gamma: Fractions = 0.01,
-    at_least: Count = 1,
-    scale: Finite = 1.0,
-    normalize: bool = False,
-    rescale: sparse_task_arithmetic.Rescaling = "none",
-) -> Prepared:
-    """Model Breadcrumbs with sign election: only terms w_i m_i tau_i of the elected sign are added.
-
-    Arguments as `prepare`. `normalize` divides by the weights of the members that agree.
-
-    Source: the masks of Model Breadcrumbs in place of the trim of TIES-Merging,
-    https://arxiv.org/abs/2306.01708; mergekit's `breadcrumbs_ties`.
-    """
-    settings = {"scale": scale, "normalize": normalize, "rescale": rescale}
-    return _prepare(tensor, density, gamma, at_least, elect=True, **settings)
-
-
-METHODS.register("breadcrumbs", Method(prepare, sparse_task_arithmetic.apply, "arXiv 2312.06795"))
+METHODS.register(
+    "breadcrumbs",
+    Method(
+        functools.partial(prepare, elect=False), sparse_task_arithmetic.apply, "arXiv 2312.06795"
+    ),
+)
 METHODS.register(
     "breadcrumbs_ties",
-    Method(prepare_ties, sparse_task_arithmetic.apply, "arXiv 2312.06795 with 2306.01708"),
+    Method(
+        functools.partial(prepare, elect=True),
+        sparse_task_arithmetic.apply,
+        "arXiv 2312.06795 with 2306.01708",
+    ),
 )

@@ -4,7 +4,7 @@ Source: Yu et al., "Language Models are Super Mario", https://arxiv.org/abs/2311
 and equations 1 to 3.
 """
 
-from typing import Any
+import functools
 
 import jax
 import numpy as np
@@ -39,15 +39,10 @@ def apply_drop(part: Part, *, last: jax.Array) -> list[jax.Array]:
     return sparse_task_arithmetic.apply_masks(part, masks)
 
 
-def _prepare(tensor: Tensor, density: Densities, **settings: Any) -> Prepared:
-    thresholds = drop(tensor, density)
-    thin = apply_drop if thresholds else None
-    return sparse_task_arithmetic.prepare(tensor, thin, thresholds, density=density, **settings)
-
-
-def prepare_linear(
+def prepare(
     tensor: Tensor,
     *,
+    elect: bool,
     density: Densities = 0.5,
     scale: Finite = 1.0,
     rescale: sparse_task_arithmetic.Rescaling = "density",
@@ -57,36 +52,30 @@ def prepare_linear(
 
     Args:
         tensor: its weights are used as they are. 1/M by default.
+        elect: add only the terms w_i m_i tau_i of the elected sign (`dare_ties`): DARE in place of
+            the trim of TIES-Merging.
         density: probability to keep an element, 1 - the paper's drop rate p. The default is ours.
         scale: lambda.
         rescale: divide by the density (the paper), match the L1 norm (mergekit), or none.
-        normalize: divide by the sum of the weights.
+        normalize: divide by the sum of the weights: with election, of the members that agree.
     """
-    return _prepare(tensor, density, rescale=rescale, scale=scale, elect=False, normalize=normalize)
-
-
-def prepare_ties(
-    tensor: Tensor,
-    *,
-    density: Densities = 0.5,
-    scale: Finite = 1.0,
-    rescale: sparse_task_arithmetic.Rescaling = "density",
-    normalize: bool = False,
-) -> Prepared:
-    """DARE with sign election: only the terms w_i m_i tau_i of the elected sign are added.
-
-    Arguments as `prepare_linear`. `normalize` divides by the weights of the members that agree.
-
-    Source: DARE in place of the trim of TIES-Merging, https://arxiv.org/abs/2306.01708; mergekit's
-    `dare_ties`.
-    """
-    return _prepare(tensor, density, rescale=rescale, scale=scale, elect=True, normalize=normalize)
+    thresholds = drop(tensor, density)
+    return sparse_task_arithmetic.prepare(
+        tensor,
+        apply_drop if thresholds else None,
+        thresholds,
+        density=density,
+        rescale=rescale,
+        scale=scale,
+        elect=elect,
+        normalize=normalize,
+    )
 
 
 METHODS.register(
     "dare_linear",
     Method(
-        prepare_linear,
+        functools.partial(prepare, elect=False),
         sparse_task_arithmetic.apply,
         "arXiv 2311.03099, equations 1 to 3",
         draws="drop",
@@ -95,7 +84,7 @@ METHODS.register(
 METHODS.register(
     "dare_ties",
     Method(
-        prepare_ties,
+        functools.partial(prepare, elect=True),
         sparse_task_arithmetic.apply,
         "arXiv 2311.03099 with 2306.01708",
         draws="drop",

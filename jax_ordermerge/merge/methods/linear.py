@@ -1,12 +1,17 @@
-"""Linear combinations of models, to which many methods reduce once their coefficients are known."""
+"""Linear combinations of models, and their inner products.
+
+Many methods reduce to a linear combination once its coefficients are known. Where the result lies in
+the span of the models, the coefficients follow from the matrix of inner products.
+"""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_ordermerge.merge.methods.parts import Part
-from jax_ordermerge.merge.methods.reductions import rounded
+from jax_ordermerge.merge.methods.parts import Part, Tensor
+from jax_ordermerge.merge.methods.reductions import block_sums, rounded
 
 
 def combine(terms: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
@@ -34,3 +39,50 @@ def apply_linear(part: Part, *, coefficients: jax.Array, of: str) -> jax.Array:
     if of == "task_vectors":
         return part.base_float() + combine(part.task_vectors(), coefficients)
     return combine(part.members, coefficients)
+
+
+def gram(part: Part, *, of: str) -> list[jax.Array]:
+    """Return the partial sums of the inner products of all pairs, for `Tensor.total`.
+
+    Args:
+        part: a part of a tensor.
+        of: see `gram_matrix`.
+
+    Returns:
+        The upper triangle row by row, each float32[blocks, 32]. A list: stacking the pairs would
+        take longer than adding them up.
+    """
+    vectors = part.task_vectors() if of == "task_vectors" else part.floats()
+    return [
+        block_sums(vectors[i] * vectors[j])
+        for i in range(len(vectors))
+        for j in range(i, len(vectors))
+    ]
+
+
+def symmetric(upper: list[np.ndarray], size: int) -> np.ndarray:
+    """Return the symmetric matrix [size, size] whose upper triangle is given row by row.
+
+    Example:
+        >>> symmetric([np.float64(1), np.float64(2), np.float64(3)], 2).tolist()
+        [[1.0, 2.0], [2.0, 3.0]]
+    """
+    matrix = np.zeros((size, size))
+    matrix[np.triu_indices(size)] = np.array(upper)
+    return matrix + np.triu(matrix, 1).T
+
+
+def gram_matrix(tensor: Tensor, of: str) -> np.ndarray:
+    """Return the matrix of inner products <x_i, x_j>, float64.
+
+    Args:
+        tensor: the tensor.
+        of: "members" (x_i = theta_i) or "task_vectors" (x_i = theta_i - theta_0).
+
+    Example:
+        >>> from jax_ordermerge.merge.methods.parts import InMemoryTensor
+        >>> members = [jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])]
+        >>> gram_matrix(InMemoryTensor(members, None), "members").tolist()
+        [[5.0, 2.0], [2.0, 1.0]]
+    """
+    return symmetric(tensor.total(gram, of=of), tensor.count)

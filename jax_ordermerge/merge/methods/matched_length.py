@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jax_ordermerge.merge.methods import selection, task_arithmetic
-from jax_ordermerge.merge.methods.gram import gram, gram_matrix, symmetric
+from jax_ordermerge.merge.methods.linear import gram, gram_matrix, symmetric
 from jax_ordermerge.merge.methods.parameters import normalized_weights, quantize, weights_or_ones
 from jax_ordermerge.merge.methods.parts import Part, Prepared, Tensor
 from jax_ordermerge.merge.methods.table import METHODS, Method

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ordermerge.merge.methods.gram import gram_matrix
-from jax_ordermerge.merge.methods.linear import apply_linear, combine
+from jax_ordermerge.merge.methods.linear import apply_linear, combine, gram_matrix
 from jax_ordermerge.merge.methods.parameters import Finite, NonNegative
 from jax_ordermerge.merge.methods.parts import Part, Prepared, Tensor
 from jax_ordermerge.merge.methods.reductions import rounded, sum_along

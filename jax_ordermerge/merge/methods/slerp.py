@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from jax_ordermerge.merge.methods.gram import gram_matrix
-from jax_ordermerge.merge.methods.linear import apply_linear
+from jax_ordermerge.merge.methods.linear import apply_linear, gram_matrix
 from jax_ordermerge.merge.methods.parameters import Finite, Of, weights_or_ones
 from jax_ordermerge.merge.methods.parts import Part, Prepared, Tensor
 from jax_ordermerge.merge.methods.reductions import rounded, sum_along

@@ -9,8 +9,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from jax_ordermerge.merge.methods.gram import gram_matrix
-from jax_ordermerge.merge.methods.linear import apply_linear
+from jax_ordermerge.merge.methods.linear import apply_linear, gram_matrix
 from jax_ordermerge.merge.methods.parameters import (
     NonNegative,
     Of,

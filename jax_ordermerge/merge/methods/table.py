@@ -1,7 +1,8 @@
 """The table of merge methods, the check of their parameters, and the one way a tensor is merged.
 
 Each module of this package that defines a method registers it here. The parameters of a method are
-the keyword-only arguments of its `prepare` function: the signature is the schema.
+the keyword-only arguments of its `prepare` function: the signature is the schema. Arguments that
+`functools.partial` binds are not parameters.
 """
 
 import functools
@@ -26,7 +27,6 @@ from jax_ordermerge.merge.methods.parts import (
     Part,
     Prepared,
     Static,
-    Tensor,
     round_models,
     round_to,
     split_static,
@@ -117,7 +117,7 @@ def check_parameters(name: str, parameters: Parameters | None = None) -> dict[st
     schema = _schema(METHODS[name].prepare)
     for key in parameters or {}:
         if key not in schema.model_fields:
-            names = list(schema.model_fields)
+            names = parameter_names(name)
             hint = did_you_mean(str(key), names) if names else "; it takes none"
             raise UserError(f"merge method {name} has no parameter '{key}'{hint}")
     try:
@@ -128,13 +128,26 @@ def check_parameters(name: str, parameters: Parameters | None = None) -> dict[st
     return checked
 
 
+def parameter_names(name: str) -> list[str]:
+    """Return the names of the parameters that a method takes.
+
+    Example:
+        >>> parameter_names("task_arithmetic")
+        ['scale', 'normalize']
+    """
+    return list(_schema(METHODS[name].prepare).model_fields)
+
+
 @functools.cache
 def _schema(prepare: Callable[..., Prepared]) -> type[pydantic.BaseModel]:
-    hints = get_type_hints(prepare, include_extras=True)
+    function, bound = prepare, {}
+    if isinstance(prepare, functools.partial):
+        function, bound = prepare.func, prepare.keywords
+    hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {
         key: (hints[key], ... if field.default is inspect.Parameter.empty else field.default)
-        for key, field in inspect.signature(prepare).parameters.items()
-        if field.kind is inspect.Parameter.KEYWORD_ONLY
+        for key, field in inspect.signature(function).parameters.items()
+        if field.kind is inspect.Parameter.KEYWORD_ONLY and key not in bound
     }
     # strict: a text such as "0.5" or "false" in a config is a mistake, not a number or a switch
     config = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -257,11 +270,6 @@ def key_bits(
     return rng.stream_key_bits(seed, draws, hf_name)
 
 
-def prepare(tensor: Tensor, name: str, checked: Parameters) -> Prepared:
-    """Return what `apply` needs to know of a tensor; `checked` is from `check_parameters`."""
-    return METHODS[name].prepare(tensor, **checked)
-
-
 def merge_part(
     part: Part,
     prepared: Mapping[str, Any],
@@ -338,5 +346,5 @@ def merge_tensor(
         base = round_to(jnp.asarray(base), dtype) if needs_base else None
     checked_weights = check_weights(name, weights, len(models), checked)
     tensor = InMemoryTensor(models, base, weights=checked_weights, key_bits=key_bits)
-    arrays, static = split_static(prepare(tensor, name, checked))
+    arrays, static = split_static(METHODS[name].prepare(tensor, **checked))
     return merge_part_jit(tensor.part, arrays, method=name, static=static, dtype=jnp.dtype(dtype))

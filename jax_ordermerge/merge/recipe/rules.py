@@ -7,7 +7,6 @@ parameters that only our method has may be given, too. docs/recipes.md lists the
 Source: mergekit 0.1.5, https://github.com/arcee-ai/mergekit.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -317,13 +316,10 @@ def find_rule(name: str) -> Rule:
 
 def extra_parameters(rule: Rule) -> list[str]:
     """Return the parameters that only our method has. A recipe may give them by our names."""
-    signature = inspect.signature(table.METHODS[rule.method].prepare)
     return [
         name
-        for name, parameter in signature.parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        and name not in rule.per_member
-        and name not in rule.shared
+        for name in table.parameter_names(rule.method)
+        if name not in rule.per_member and name not in rule.shared
     ]
 
 

@@ -201,7 +201,7 @@ def test_rescaling_keeps_the_expectation_or_the_norm():
     delta = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
 
     def factor(delta, rule):
-        return dare.prepare_linear(tensor_of(delta), density=0.2, rescale=rule)["factors"][0]
+        return dare.prepare(tensor_of(delta), elect=False, density=0.2, rescale=rule)["factors"][0]
 
     sparse = np.asarray(drop(delta, 0.2))
     by_density, by_norm = (sparse * factor(delta, rule) for rule in ("density", "norm"))
@@ -365,7 +365,7 @@ def test_dare(rule, method, consensus):
 def test_dare_has_the_members_mean_in_expectation():
     members, base = population((6, 6))
     tensor = parts.InMemoryTensor(list(members), base)
-    prepared, static = parts.split_static(dare.prepare_linear(tensor, density=0.5))
+    prepared, static = parts.split_static(dare.prepare(tensor, elect=False, density=0.5))
 
     def one(key_bits):
         return sparse_task_arithmetic.apply(

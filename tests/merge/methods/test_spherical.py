@@ -7,7 +7,7 @@ import pytest
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.methods import gram, parts, table
+from jax_ordermerge.merge.methods import linear, parts, table
 from jax_ordermerge.merge.methods.table import merge_tensor
 
 AS_MERGEKIT = {"lerp_above": 0.9995, "zero": "right_angle"}
@@ -441,7 +441,7 @@ class Cut(parts.InMemoryTensor):
         return sums.result()
 
     def merge(self, name, checked):
-        prepared, static = parts.split_static(table.prepare(self, name, checked))
+        prepared, static = parts.split_static(table.METHODS[name].prepare(self, **checked))
         unit, shape = table.METHODS[name].unit(checked), self.shape
         run = {"method": name, "static": static, "dtype": jnp.dtype(self.part.members[0].dtype)}
         whole = self.part._replace(key_bits=None)
@@ -505,14 +505,14 @@ def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shap
 def test_inner_products_on_a_mesh_have_the_same_bits(of):
     """A row is one block, cut over 8 devices: there XLA would contract a product and an addition that it keeps apart elsewhere."""
     members, base = draw((64, 256), 3)
-    whole = gram.gram_matrix(
+    whole = linear.gram_matrix(
         parts.InMemoryTensor([jnp.asarray(x) for x in members], jnp.asarray(base)), of
     )
     layout = jax.sharding.NamedSharding(
         meshes.make_mesh(1, 8, 1), jax.sharding.PartitionSpec(None, "fsdp")
     )
     *members, base = jax.device_put((*members, base), layout)
-    assert np.array_equal(gram.gram_matrix(parts.InMemoryTensor(members, base), of), whole)
+    assert np.array_equal(linear.gram_matrix(parts.InMemoryTensor(members, base), of), whole)
 
 
 @sweep

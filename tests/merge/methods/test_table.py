@@ -65,7 +65,9 @@ def prepare(name, parameters, members, base, weights=None):
     tensor = parts.InMemoryTensor(
         list(members), base, weights=check_weights(name, weights, len(members)), key_bits=KEY_BITS
     )
-    return parts.split_static(table.prepare(tensor, name, check_parameters(name, parameters)))
+    return parts.split_static(
+        table.METHODS[name].prepare(tensor, **check_parameters(name, parameters))
+    )
 
 
 def population_of(shape, count=3, dtype="float32", seed=0):
@@ -183,7 +185,7 @@ def test_small_shapes(name, parameters, shape, count):
     members, base = population_for(name, shape, count)
     tensor = Abstract(list(members), base, key_bits=KEY_BITS)
     prepared, static = parts.split_static(
-        table.prepare(tensor, name, check_parameters(name, parameters))
+        table.METHODS[name].prepare(tensor, **check_parameters(name, parameters))
     )
     got = jax.eval_shape(
         lambda part: table.merge_part(part, prepared, method=name, static=static, dtype="bfloat16"),
@@ -335,7 +337,7 @@ def test_parts_give_the_bits_of_the_whole(name, parameters, shape, dtype):
     members, base = population_for(name, shape, 3, dtype)
     checked = check_parameters(name, parameters)
     cut = Cut(METHODS[name].unit(checked), list(members), base)
-    prepared, static = parts.split_static(table.prepare(cut, name, checked))
+    prepared, static = parts.split_static(table.METHODS[name].prepare(cut, **checked))
     found = [
         table.merge_part_jit(part, prepared, method=name, static=static, dtype=jnp.dtype(dtype))
         for part in cut.parts()
