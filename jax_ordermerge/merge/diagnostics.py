@@ -94,6 +94,7 @@ def checksums(models: Sequence[jax.Array], offset: jax.Array | None = None) -> j
     Source: multilinear hashing, Carter and Wegman 1979, with the multipliers of `hash_rng.mix`.
     """
     index = element_index(models[0].shape, offset)
+    # An odd factor is invertible modulo 2^32, so a change of one element always shows.
     factor = mix(index.lo ^ mix(index.hi)) | 1
     terms = tuple(to_bits(x).astype(jnp.uint32) * factor for x in models)
     add = functools.partial(jax.tree.map, jnp.add)
@@ -121,6 +122,7 @@ def moments(
     models = [jnp.atleast_1d(x) for x in (*members, merged)]
     base = jnp.atleast_1d(base)
     task_vectors = [x.astype(jnp.float32) - base.astype(jnp.float32) for x in models]
+    # bits and not values: 0 and -0 differ, a NaN equals itself, as in a comparison of files
     unchanged = [to_bits(x) == to_bits(base) for x in models]
     unchanged_by_all = functools.reduce(operator.and_, unchanged[:-1])
     products = [task_vectors[i] * task_vectors[j] for i, j in _pairs(len(task_vectors))]
@@ -210,6 +212,7 @@ def summarize(moment: Moments, elements: int) -> Summary:
         "lambda_eff": _ratio(gram[count, :count].mean(), members.mean()),
     }
     if len(moment.redrawn):
+        # once a round has redrawn nothing, those after it do not either
         redrawn = np.trim_zeros(np.asarray(moment.redrawn), "b")
         summary["redrawn"] = [float(x) / elements for x in redrawn.tolist()]
     return summary

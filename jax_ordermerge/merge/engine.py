@@ -82,12 +82,14 @@ def merge_plan(
         with ShardFiles(directory, shapes, plan.out_dtype, shard_bytes) as files:
             finished = journal.read(directory, shapes) if is_resumed else {}
             with processes.barrier(f"create {out}"):
+                # headers and layout follow from the plan: an interrupted merge has the same files
                 if not finished and process == 0:
                     files.create()
             merger = _Merger(plan, files, slab_elements, with_diagnostics)
             with processes.barrier(f"merge {out}"):
                 _merge_all(
                     merger,
+                    # tensors of all layers take turns, so that the shares are of about one size
                     plan.outputs[process::process_count],
                     finished,
                     journal.path_of(directory, process),
@@ -95,6 +97,7 @@ def merge_plan(
                     progress,
                 )
         with processes.barrier(f"finish {out}"):
+            # the other processes have recorded their shares
             finished = journal.read(directory, shapes)
         records = [finished[output.name] for output in plan.outputs]
         if process == 0:
@@ -150,6 +153,7 @@ def _fingerprint(plan: Plan, shard_bytes: int) -> str:
         for output in plan.outputs
     ]
     content = [
+        # another version may round in another order
         jax_ordermerge.__version__,
         dict(plan.recipe),
         plan.stochastic,
@@ -166,6 +170,7 @@ def _fingerprint(plan: Plan, shard_bytes: int) -> str:
 def _open_workspace(out: str | Path, fingerprint: str) -> Iterator[tuple[Path, bool]]:
     """Enter `atomic.resumable_directory`, which process 0 creates and renames for all processes."""
     with contextlib.ExitStack() as stack:
+        # the others neither lock nor rename: they write into the directory that process 0 made
         directory, is_resumed = atomic.partial_path(out), False
         with processes.barrier(f"open {out}"):
             if jax.process_index() == 0:
@@ -196,6 +201,7 @@ def _merge_all(
         # two is flushed to the disk before the end. So the bytes in the file decide.
         is_finished = record is not None and merger.is_written(record)
         new_record = None if is_finished else merger.merge(output)
+        # the lock also covers `progress`, which need not be safe to call from several threads
         with lock:
             if new_record is not None:
                 journal.append(journal_path, new_record)
@@ -262,6 +268,7 @@ class _Merger:
         arrays, static = parts.split_static(method.prepare(tensor, **output.parameters))
         needs_base = method.needs_base(output.parameters)
         rounding = rng.stream_key_bits(plan.seed, "round", output.name) if plan.stochastic else None
+        # static arguments: few values occur in a model, so few programs are compiled
         program = {
             "method": output.method,
             "static": static,
@@ -281,6 +288,7 @@ class _Merger:
             _refuse_overflow(output.name, merged, part)
             if self.files is not None:
                 self.files.write(output.name, start * merged.itemsize, merged)
+            # here and not from the file afterwards: the slab is in the cache
             crc = zlib.crc32(merged.reshape(-1).view(np.uint8).data, crc)
             checksums.append(np.asarray(result.checksums, np.uint64))
             if result.moments is not None:
@@ -289,6 +297,7 @@ class _Merger:
         # checksums are sums modulo 2^32, so those of the slabs add up to that of the tensor
         model_checksums: list[int | None] = [int(x) & 0xFFFFFFFF for x in np.sum(checksums, axis=0)]
         if output.base is not None and not needs_base:
+            # only the sampled elements of the base were read
             model_checksums.append(None)
         return TensorRecord(
             output.name,
@@ -329,6 +338,7 @@ def _merge_slab(
     checksums = diagnostics.checksums(models, part.offset)
     if base is None:
         return _SlabResult(merged, checksums, None)
+    # Rows of at most 256 elements: float32 sums of rows are exact enough, float64 adds up the rows.
     width = math.gcd(count, reductions.BLOCK)
     rows = [x.reshape(-1)[:count].reshape(-1, width) for x in (*part.members, base, merged)]
     # compared in the dtype of the output: the merged model is at the base if the files are equal

@@ -82,10 +82,12 @@ def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
         card=_card(plan, content),
         recipe=yaml.safe_dump(content["recipe"], sort_keys=False),
     )
+    # after the tokenizer was copied, since these replace some of its files
     for name, text in plan.tokenizer_files.items():
         atomic.write_text(directory / name, text)
     if plan.chat_template is not None:
         sidecar_files.write_chat_template(directory, plan.chat_template)
+    # CRC-32 finds damaged bytes and costs little: it was computed while the slabs were written
     manifest = {
         "algorithm": "crc32",
         "dtype": plan.out_dtype.name,
@@ -97,6 +99,7 @@ def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
 
 def _digest(plan: Plan, records: Sequence[TensorRecord], source: int) -> str | None:
     """Return a digest of the checksums of all tensors of a model, None if one is missing."""
+    # Of the numbers that were merged, not of files: a member of a run and its export are equal.
     digest = hashlib.blake2b(digest_size=16)
     for output, record in zip(plan.outputs, records, strict=True):
         for view, checksum in zip(output.views, record.checksums, strict=True):
@@ -112,6 +115,7 @@ def _digest(plan: Plan, records: Sequence[TensorRecord], source: int) -> str | N
 def _card(plan: Plan, content: Report) -> str:
     """Return the text of the model card."""
     recipe, measured = content["recipe"], content["diagnostics"]
+    # a base that only task vectors start from is not counted
     models = len({view.source for output in plan.outputs for view in output.members})
     methods = dict.fromkeys(output.method for output in plan.outputs)
     references = ", ".join(f"{name}: {table.METHODS[name].reference}" for name in methods)
@@ -136,6 +140,7 @@ def _diagnostics_table(total: diagnostics.Summary) -> str:
     rows["elements that every member left at the base"] = _percent(total["unchanged_by_all"])
     if "redrawn" in total:
         rows["elements drawn again, by round"] = ", ".join(map(_percent, total["redrawn"]))
+    # above the diagonal: the matrix is symmetric; None is of a member that equals the base
     cosines = [x for i, row in enumerate(total["cosines"]) for x in row[i + 1 :] if x is not None]
     if cosines:
         value = f"{min(cosines):.4f} to {max(cosines):.4f}"

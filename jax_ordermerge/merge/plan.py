@@ -155,6 +155,7 @@ def uniform(
             f"merge method {method} {condition}needs the base model; give it with --base"
         )
     checked_weights = table.check_weights(method, weights, len(members), checked)
+    # The base is also there for methods that do not need it: diagnostics measure from it.
     sources = (*members, *([] if base is None else [base]))
     for source in sources[1:]:
         check_same(sources[0], source)
@@ -172,6 +173,7 @@ def uniform(
         )
         for name, spec, layer in arch.hf_tensors(config)
     )
+    # the last part of each path only: the recipe is published with the merge
     recipe = {
         "merge_method": method,
         "models": [Path(member.label).name for member in members],
@@ -227,6 +229,8 @@ def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype:
         for member in members
         for name, _, _ in arch.hf_tensors(member.config)
     }
+    # No dtype is preferred: rounding float32 members down, or widening the others, changes the
+    # merge, so the user decides.
     names = sorted(dtype.name for dtype in dtypes)
     if len(dtypes) > 1 or names[0] not in DTYPES:
         raise UserError(

@@ -108,6 +108,7 @@ def _rescale(
     These are the bits of method task_arithmetic with theta as its only member.
     """
     base = parts.round_to(base, dtype).astype(jnp.float32)
+    # `rounded` keeps XLA from contracting products with the additions, as in the method
     lambdas = scales.reshape(-1, *(1,) * (merged.ndim - 1)) if stacked else scales[0]
     task_vector = reductions.rounded(merged - base)
     return parts.round_to(base + reductions.rounded(lambdas * task_vector), dtype)
@@ -145,7 +146,7 @@ def compile_merge(
         spec.hf_names(),
         spec.stacked,
         method,
-        seed=0,
+        seed=0,  # key bits are an argument: the program is the same for every seed
         weights=weights,
         parameters=table.check_parameters(method, parameters),
         dtype=dtype,
@@ -155,6 +156,50 @@ def compile_merge(
 
 
 # -------------------------------------------------------------------------- one leaf of the dicts
+
+
+class MemberShardings(NamedTuple):
+    """Shardings of one member of a population.
+
+    Attributes:
+        spread: with the mesh axis that holds members over its elements, if an axis can be divided.
+        out: without that mesh axis.
+    """
+
+    spread: NamedSharding
+    out: NamedSharding
+
+
+def member_shardings(leaf: Array) -> MemberShardings | None:
+    """Return shardings for one member of a leaf.
+
+    Under an outer jit, and on no mesh, the result is None: both are left to the compiler.
+
+    Args:
+        leaf: [M, *s], an array or its description.
+
+    Example:
+        >>> member_shardings(jnp.ones((2, 3))) is None  # on no mesh
+        True
+    """
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    mesh = sharding.mesh
+    entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+    member_axis, inner = entries[0], entries[1:]
+    out = NamedSharding(mesh, P(*inner))
+    if member_axis is None or mesh.shape[member_axis] == 1:
+        return MemberShardings(out, out)
+    # from the last axis on: the first may be the layer axis, which `_measure_leaf` indexes
+    for axis in reversed(range(len(inner))):
+        entry = inner[axis]
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        names = (*names, member_axis)
+        if leaf.shape[1 + axis] % math.prod(mesh.shape[name] for name in names) == 0:
+            spec = P(*inner[:axis], names, *inner[axis + 1 :])
+            return MemberShardings(NamedSharding(mesh, spec), out)
+    return MemberShardings(out, out)
 
 
 class Leaf(NamedTuple):
@@ -200,6 +245,8 @@ class Leaf(NamedTuple):
 
     def prepare(self) -> tuple[tuple[parts.ArrayTree, ...], dict[str, Any]]:
         """Return the arguments of `_merge_leaf`, and the static ones that select its program."""
+        # Each layer is a Hugging Face tensor with sums of its own. The static values follow from
+        # the parameters, so those of all layers are equal.
         tensors = self.tensors()
         prepared = [tensor.prepare() for tensor in tensors]
         first_arrays, static = prepared[0]
@@ -286,7 +333,7 @@ def _measure_leaf(
     static: parts.Static,
     dtype: DTypeLike,
     stacked: bool,
-    shardings: "MemberShardings | None",
+    shardings: MemberShardings | None,
 ) -> parts.ArrayTree:
     """Return `function` of one layer. The layer is traced, so all layers share one program."""
     member_list, base = _unstack(members, base, dtype, shardings)
@@ -311,7 +358,7 @@ def _merge_leaf(
     static: parts.Static,
     dtype: DTypeLike,
     stacked: bool,
-    shardings: "MemberShardings | None",
+    shardings: MemberShardings | None,
     result: DTypeLike | None = None,
 ) -> jax.Array:
     """Merge all layers of an entry of the tensor table.
@@ -336,6 +383,7 @@ def _merge_leaf(
         part = parts.Part(members, base, key_bits)
         return table.merge_part(part, arrays, method=method, static=static, dtype=dtype, out=result)
 
+    # vmap instead of a loop over layers: one small program, whatever the depth of the model
     if stacked:
         merged = jax.vmap(merge_tensor)(member_list, base, key_bits, arrays)
     else:
@@ -350,7 +398,7 @@ def _unstack(
     members: jax.Array,
     base: jax.Array | None,
     dtype: DTypeLike,
-    shardings: "MemberShardings | None",
+    shardings: MemberShardings | None,
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """Return M members and the base in `dtype`, with the order axis over their elements.
 
@@ -371,55 +419,11 @@ def _unstack(
     return selection.unstack(stored), base
 
 
-def _replicate(values: parts.ArrayTree, shardings: "MemberShardings | None") -> parts.ArrayTree:
+def _replicate(values: parts.ArrayTree, shardings: MemberShardings | None) -> parts.ArrayTree:
     """Put sums on all devices of the mesh, since every process reads them on its host."""
     if shardings is None:
         return values
     return jax.lax.with_sharding_constraint(values, NamedSharding(shardings.out.mesh, P()))
-
-
-class MemberShardings(NamedTuple):
-    """Shardings of one member of a population.
-
-    Attributes:
-        spread: with the mesh axis that holds members over its elements, if an axis can be divided.
-        out: without that mesh axis.
-    """
-
-    spread: NamedSharding
-    out: NamedSharding
-
-
-def member_shardings(leaf: Array) -> MemberShardings | None:
-    """Return shardings for one member of a leaf.
-
-    Under an outer jit, and on no mesh, the result is None: both are left to the compiler.
-
-    Args:
-        leaf: [M, *s], an array or its description.
-
-    Example:
-        >>> member_shardings(jnp.ones((2, 3))) is None  # on no mesh
-        True
-    """
-    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return None
-    mesh = sharding.mesh
-    entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-    member_axis, inner = entries[0], entries[1:]
-    out = NamedSharding(mesh, P(*inner))
-    if member_axis is None or mesh.shape[member_axis] == 1:
-        return MemberShardings(out, out)
-    # from the last axis on: the first may be the layer axis, which `_measure_leaf` indexes
-    for axis in reversed(range(len(inner))):
-        entry = inner[axis]
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        names = (*names, member_axis)
-        if leaf.shape[1 + axis] % math.prod(mesh.shape[name] for name in names) == 0:
-            spec = P(*inner[:axis], names, *inner[axis + 1 :])
-            return MemberShardings(NamedSharding(mesh, spec), out)
-    return MemberShardings(out, out)
 
 
 # ------------------------------------------------------------------------------------ diagnostics

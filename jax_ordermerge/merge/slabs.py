@@ -40,8 +40,10 @@ class MemoryPool:
         """Return aligned memory, uint8[size]. Blocks until there is some below the limit."""
         with self._changed:
             self.was_used = True
+            # without the first condition a tensor above the limit would wait for ever
             self._changed.wait_for(lambda: self._in_use == 0 or self._in_use + size <= self._limit)
             self._in_use += size
+            # exactly this size: layers repeat, so most tensors have a predecessor of their size
             for i, memory in enumerate(self._free):
                 if memory.size == size:
                     return self._free.pop(i)
@@ -75,6 +77,7 @@ class FileTensor:
         self._memory: np.ndarray | None = None
         self._loaded: dict[View, np.ndarray] = {}
         self._parts: list[parts.Part] = []
+        # on the device once, and not with every slab
         self._key_bits = jax.device_put(
             table.key_bits(output.method, output.parameters, plan.seed, output.name, output.layer)
         )
@@ -167,6 +170,7 @@ class FileTensor:
         if shape == self.shape:
             # no offset instead of 0: the program of a whole tensor need not add it
             return parts.Part(members, base_part, self._key_bits)
+        # in two words: jax has no 64-bit integers by default, and 2^32 elements are not unheard of
         offset = np.array([start & 0xFFFFFFFF, start >> 32], np.uint32)
         row = np.uint32(0 if len(self.shape) < 2 else start // math.prod(self.shape[1:]))
         return parts.Part(members, base_part, self._key_bits, offset, row)
@@ -190,6 +194,7 @@ class FileTensor:
         if stored_dtype == out.dtype:
             source.read_into(view.name, start, out)
         else:
+            # `cast` refuses values that the dtype cannot hold, which `out[:] =` would make infinite
             stored = np.empty(out.size, stored_dtype)
             source.read_into(view.name, start, stored)
             out[:] = safetensors.cast(stored, out.dtype, f"{source.label}: {view.name}")
@@ -201,6 +206,7 @@ _thread = threading.local()
 
 def _thread_buffer(size: int, dtype: np.dtype, slot: int) -> np.ndarray:
     """Return an array in the buffer of this thread and slot, which grows as needed."""
+    # one buffer per model, since a slab of all models is in memory at once
     buffers: dict[int, np.ndarray] = _thread.__dict__.setdefault("buffers", {})
     nbytes = size * dtype.itemsize
     if slot not in buffers or buffers[slot].nbytes < nbytes:

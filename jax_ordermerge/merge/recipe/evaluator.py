@@ -118,6 +118,7 @@ class Evaluator:
         """
         rule, layers = self.rule, tensor.layers
         members = self._members(layers)
+        # a base among the members is merged as one of them, so no task vectors start from it
         base = None if layers.base in members else layers.base
         try:
             call = rule.translate(
@@ -133,6 +134,7 @@ class Evaluator:
                     has_base=base is not None,
                 )
             )
+            # what only our method has is taken under its own name, and overrides the translation
             parameters = dict(call.parameters)
             for name in rules.extra_parameters(rule):
                 value = _first_value(name, layers.scopes, tensor.name, tensor.position)
@@ -166,7 +168,7 @@ class Evaluator:
         without_base = [i for i in range(len(layers.inputs)) if i != base]
         if base is None or role == "start":
             return without_base
-        if role == "first":
+        if role == "first":  # mergekit interpolates from the base, wherever it is listed
             return [base, *without_base]
         if role == "weighted" and not (
             layers.inputs[base].listed or any("weight" in scope for scope in layers.scopes)
@@ -181,6 +183,7 @@ class Evaluator:
         scopes, name = tensor.layers.scopes, tensor.name
         if index is not None:
             scopes = (tensor.layers.inputs[index].settings, *scopes)
+            # in stacked slices a filter on layer numbers means those of the input model
             name = tensor.input_names[index]
         value = _first_value(key, scopes, name, tensor.position)
         if value is None:

@@ -97,6 +97,7 @@ def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Pl
     outputs = tuple(evaluator.output(tensor) for tensor in _merged_tensors(config, layers))
 
     merged = sorted({view.source for out in outputs for view in out.members})
+    # The dtype of the members decides. A base in another dtype is rounded to it, with a note.
     dtype = resolve_dtype(settings.dtype, [models.sources[i] for i in merged])
     out_dtype = resolve_dtype(settings.out_dtype or dtype.name, [])
     is_stochastic = settings.rounding == "stochastic"
@@ -118,7 +119,7 @@ def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Pl
         {**_shorten_paths(raw, settings), **resolved},
         stochastic=is_stochastic,
         tokenizer_from=models.sources[models.donor].directory,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys(notes)),  # slices repeat them
         chat_template=chat_template,
         tokenizer_files=models.files,
     )
@@ -134,6 +135,7 @@ def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
         open_model(reference.name, reference.adapter, resolve=resolve) for reference in references
     ]
     notes = []
+    # a tied head can be made a copy of the embedding, an untied one cannot be tied again
     tied = [source for source in sources if source.config.tie_embeddings]
     if 0 < len(tied) < len(sources):
         sources = [Untied(source) if source in tied else source for source in sources]
@@ -141,6 +143,7 @@ def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
             f"{source.label} ties its output head to its embedding: the head is the embedding there"
             for source in tied
         ]
+    # vocabularies are aligned below; slices say which layers they take
     may_differ = {"vocab_size", *(["num_layers"] if recipe.module.slices else [])}
     for source in sources[1:]:
         check_same(sources[0], source, may_differ)
@@ -198,6 +201,7 @@ def _layer_ranges(recipe: Recipe, models: _Models) -> list[LayerRange]:
             Input(models.indices[entry.model], 0, entry.parameters) for entry in module.models
         ]
         if models.base is not None and models.base not in {entry.source for entry in inputs}:
+            # an unlisted base has no parameters of its own; see `Rule.base` for what it is
             inputs.append(Input(models.base, 0, {}, listed=False))
         lengths = [models.sources[entry.source].config.num_layers for entry in inputs]
         return [_layer_range(inputs, models.base, lengths, outer, models)]
@@ -337,6 +341,7 @@ def _shorten_paths(raw: Any, recipe: Recipe) -> Any:
         if reference.adapter is not None and adapter is not None:
             short[reference.adapter] = adapter
 
+    # names may occur anywhere: in lists, as base_model, in tokenizer sources
     def replace(node: Any) -> Any:
         if isinstance(node, Mapping):
             return {key: replace(value) for key, value in node.items()}

@@ -100,6 +100,7 @@ def _linear(values: Values) -> Call:
 
 
 def _slerp(values: Values) -> Call:
+    # mergekit interpolates linearly above this cosine
     return Call({"t": values.shared["t"], "lerp_above": 0.9995, **_RIGHT_ANGLE})
 
 
@@ -157,6 +158,7 @@ def _sparsify_rule(
                 "give a positive one, or weight: 0"
             )
         parameters = {
+            # mergekit takes a density above 1 as 1
             "density": [min(value, 1.0) for value in density],
             "scale": values.shared["lambda"],
             "normalize": bool(values.shared["normalize"]) if consensus else _normalizes(values),
@@ -185,6 +187,7 @@ def _sparsify_rule(
 
 def _model_stock(values: Values) -> Call:
     granularity = "row" if values.shared["filter_wise"] else "tensor"
+    # mergekit does not bound t, and bounds norms from below
     return Call({"granularity": granularity, "norm_floor": 1e-6, "t_floor": None})
 
 

@@ -68,6 +68,7 @@ def _parse_path(raw: Any) -> str:
     return str(raw["path"])
 
 
+# plain: the two forms, text and a mapping, are parsed in one place, with errors in our words
 ModelName = Annotated[Reference, PlainValidator(_parse_reference)]
 Parameters = Annotated[Settings, PlainValidator(parse_settings)]
 

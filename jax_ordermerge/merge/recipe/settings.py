@@ -51,6 +51,7 @@ def _interpolate(values: Sequence[Scalar], position: float) -> Scalar | None:
         return values[low]
     share, high = index - low, values[min(low + 1, len(values) - 1)]
     value = (1 - share) * float(values[low]) + share * float(high)
+    # parameters such as `resample` and `max_iter` must stay integers
     are_integers = all(isinstance(value, int) for value in values)
     return int(value) if are_integers and value.is_integer() else value
 

@@ -40,6 +40,7 @@ class Product(NamedTuple):
         """Return `size` elements of s B A from row-major index `start` on, float32."""
         b, a = self.read_factors()
         width = a.shape[1]
+        # from the border of a block on, see `_ROWS`
         first, last = start // width // _ROWS * _ROWS, -(-(start + size) // width)
         blocks = [b[row : row + _ROWS] @ a for row in range(first, last, _ROWS)]
         elements = np.concatenate(blocks).reshape(-1)[start - first * width :][:size]

@@ -217,6 +217,8 @@ class _AdapterFile(NamedTuple):
 
 
 def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    # Unknown keys are errors: releases of PEFT add variants, and a merge that ignored one would be
+    # wrong without a sign of it.
     for key, value in settings.items() if "peft_type" in settings else [("peft_type", None)]:
         allowed = _REQUIRED.get(key, _ABSENT)
         # types count: 1 equals True, and is not what PEFT writes

@@ -71,6 +71,7 @@ class Directory:
         self.label = str(directory) if label is None else label
         self.directory = Path(directory)
         self.config = convert.load_config(directory, ignore)
+        # now, and not in the middle of a merge that has run for an hour
         convert.check_tensors(self._reader, self.config)
         self.info, self.read_into = self._reader.info, self._reader.read_into
 
@@ -150,6 +151,7 @@ def open_orbax(directory: str | Path, label: str) -> Checkpoint:
             f"{label} is not an Orbax directory made by `ordermerge convert`; "
             "convert it to Hugging Face's format"
         )
+    # the directory may have been moved or removed since; the merge then has no tokenizer
     tokenizer = Path(metadata["tokenizer"])
     return Checkpoint(
         directory,
@@ -248,7 +250,7 @@ run the training first
         raise UserError(
             f"{prefix}the checkpoint of step {step} in {checkpoints} is not that of a training"
         )
-    if step < steps:
+    if step < steps:  # a merge of half-trained members would look like any other
         raise UserError(
             f"{prefix}the training in {checkpoints} stands at step {step} of {steps}; "
             "run it again to continue"

@@ -112,6 +112,7 @@ class RemappedVocabulary:
 
     def identity(self) -> str:
         """See `Source.identity`."""
+        # the mapping depends on tokenizer files, whose changes the identities of models do not show
         mapping = hashlib.sha256(self._owner.tobytes() + self._row.tobytes()).hexdigest()
         owners = [source.identity() for source in self._read_from]
         return " ".join([self.inner.identity(), mapping, *owners])
@@ -202,7 +203,7 @@ def _find_owner(
     token_sources: Mapping[str, TokenSource],
 ) -> int:
     """Return the index of the model that gives model `index` its row of a key, -1 for zeros."""
-    candidates: Sequence[int] = (index, *order)
+    candidates: Sequence[int] = (index, *order)  # a model keeps its own rows
     if isinstance(key, str) and key in token_sources:
         source, force = token_sources[key]
         if key not in models[source].rows:
