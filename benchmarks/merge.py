@@ -1,19 +1,26 @@
-"""Merging speed and memory, each program in a fresh process and measured from outside.
+"""Merging speed and memory. Each program runs in a fresh process and is measured from outside.
 
-    python benchmarks/merge.py --mergekit ENV/bin/mergekit-yaml     # 1.1 B, three members; builds 8.8 GB under --work once
-    python benchmarks/merge.py --layers 2 --hidden 256 --intermediate 704 --vocabulary 4000 --methods average,ties   # a look
+    # 1.1 B parameters, three members; builds 8.8 GB under --work once
+    python benchmarks/merge.py --mergekit ENV/bin/mergekit-yaml
+    # a quick look
+    python benchmarks/merge.py --layers 2 --hidden 256 --intermediate 704 --vocabulary 4000 \\
+        --methods average,ties
 
-1. The floor: a plain single-threaded loop of numpy that reads all members, averages in float32, writes bfloat16 and syncs.
+1. The floor: a plain single-threaded loop of numpy that reads all members, averages in float32,
+   writes bfloat16 and syncs.
 2. Ours, by the command line.
 3. mergekit, by its command line: as it comes, and with the flags that made it fastest here.
 
-Every round runs all programs one after another, and medians are shown. Wall time runs from the start of the process to its end; CPU
-time is that of the process and its children, user and system; memory is the largest resident set of any one process, pages of mapped
-files included. Before each program starts, the output of the last one is removed, the disks are synced, and all models are read once:
-a program that takes 12 GB, or a system that reclaims idle pages, would else leave the next one with a cold page cache.
+Every round runs all programs one after another, and medians are shown. Wall time runs from the
+start of the process to its end. CPU time is that of the process and its children, user and system.
+Memory is the largest resident set of any one process, pages of mapped files included. Before each
+program starts, the output of the last one is removed, the disks are synced, and all models are read
+once: after a program that takes 12 GB, or on a system that reclaims idle pages, the next one would
+otherwise find a cold page cache.
 
-The checkpoints are random, in the shape of TinyLlama by default, with members that leave about 60 % of the elements exactly at the
-base, as fine-tuning in bfloat16 does. Appends a table to benchmarks/RESULTS.md.
+The checkpoints are random, in the shape of TinyLlama by default. About 60 % of the elements of a
+member are exactly those of the base, as after fine-tuning in bfloat16. Appends a table to
+benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -35,11 +42,13 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
-# numpy and the project are imported in the workers: what the parent holds would count as memory of its children
+# numpy and the project are imported in the workers: memory of the parent would count as memory of
+# its children
 
 METHODS = (
-    "average,average:base=no,task_arithmetic,selection:resample=exhaustive,ties:density=0.2,dare_linear:density=0.5,"
-    "dare_ties:density=0.5,slerp:models=2,karcher,model_stock,della:density=0.5,breadcrumbs:density=0.9"
+    "average,average:base=no,task_arithmetic,selection:resample=exhaustive,ties:density=0.2,"
+    "dare_linear:density=0.5,dare_ties:density=0.5,slerp:models=2,karcher,model_stock,"
+    "della:density=0.5,breadcrumbs:density=0.9"
 )
 BEST_FLAGS = ("--async-write", "--write-threads", "2", "--out-shard-size", "500M", "-j", "2")
 CHUNK = 1 << 20  # elements at a time
@@ -48,7 +57,10 @@ FLOOR, OURS, THEIRS, BEST = "floor", "jax_ordermerge", "mergekit", "mergekit, be
 
 
 class Method(NamedTuple):
-    """An item of --methods: `name[:key=value...]`; the keys `base` (no) and `models` (how many) are not parameters."""
+    """An item of --methods: `name[:key=value...]`.
+
+    The keys `base` (no) and `models` (how many) are not parameters.
+    """
 
     text: str
     name: str
@@ -74,7 +86,7 @@ def build(directory: pathlib.Path, shape: dict[str, Any], members: int) -> None:
     import numpy as np
 
     from jax_ordermerge import arch
-    from jax_ordermerge.checkpoint import safetensors
+    from jax_ordermerge.checkpoint import convert, safetensors
 
     config = arch.ModelConfig(**shape, bos_token_id=1, eos_token_ids=(2,))
     table = [(name, spec.hf_shape) for name, spec, _ in arch.hf_tensors(config)]
@@ -101,32 +113,35 @@ def build(directory: pathlib.Path, shape: dict[str, Any], members: int) -> None:
             yield name, out.reshape(extents)
 
     # a tokenizer, since without one mergekit looks for it long; one file, which the floor counts on
-    tokenizer = pathlib.Path(arch.__file__).parent / "assets" / "quickstart"
-    given: dict[str, Any] = {
+    tokenizer = convert.resolve("embedded:quickstart")
+    options: dict[str, Any] = {
         "config": config,
         "dtype": "bfloat16",
         "tokenizer_from": tokenizer,
         "shard_bytes": 1 << 62,
     }
     if not (directory / "base").exists():
-        safetensors.write(directory / "base", base(), **given)
+        safetensors.write(directory / "base", base(), **options)
     for which in range(members):
         if not (directory / f"member{which}").exists():
             safetensors.write(
                 directory / f"member{which}",
                 member(which, safetensors.Reader(directory / "base")),
-                **given,
+                **options,
             )
 
 
 def average(out: pathlib.Path, members: list[pathlib.Path]) -> None:
-    """Do what every averaging of files must: read, add, divide, round, write, sync. Knows nothing of the project."""
+    """Do what every averaging of files must: read, add, divide, round, write, sync.
+
+    Uses nothing of the project.
+    """
     import ml_dtypes
     import numpy as np
 
     headers, maps = [], []
-    for one in members:
-        with (one / "model.safetensors").open("rb") as file:
+    for directory in members:
+        with (directory / "model.safetensors").open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             headers.append((8 + length, json.loads(file.read(length))))
             maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -170,7 +185,7 @@ def our_command(
     parameters = [
         part for key, value in method.parameters.items() for part in ("--param", f"{key}={value}")
     ]
-    given = ["--base", str(base)] if method.base else []
+    base_option = ["--base", str(base)] if method.base else []
     command = [
         sys.executable,
         "-m",
@@ -179,7 +194,7 @@ def our_command(
         "--method",
         method.name,
         *parameters,
-        *given,
+        *base_option,
     ]
     return [*command, "--out", str(out), *map(str, members)]
 
@@ -209,7 +224,7 @@ def their_config(
         "merge_method": name,
         "dtype": "bfloat16",
         "models": [
-            {"model": str(one), **({"parameters": each} if each else {})} for one in members
+            {"model": str(member), **({"parameters": each} if each else {})} for member in members
         ],
     }
     if name == "slerp":
@@ -271,23 +286,23 @@ def run(
 ) -> dict[tuple[str, str], list[Usage] | str]:
     """Measure all programs in turns; one that failed is not tried again."""
     out, log = arguments.work / "out", arguments.work / "log.txt"
-    found: dict[tuple[str, str], list[Usage] | str] = {}
+    results: dict[tuple[str, str], list[Usage] | str] = {}
     for number in range(arguments.rounds):
         for key, command in programs(arguments, models).items():
-            if isinstance(found.get(key), str):
+            if isinstance(results.get(key), str):
                 continue
             shutil.rmtree(out, ignore_errors=True)
             warm(models)
             usage = measure(command, log)
             shutil.rmtree(out, ignore_errors=True)
             if isinstance(usage, str):
-                found[key] = usage
+                results[key] = usage
                 print(f"round {number + 1}  {key[0]}  {key[1]}  {usage}", flush=True)
                 continue
-            found.setdefault(key, []).append(usage)  # type: ignore[union-attr]
+            results.setdefault(key, []).append(usage)  # type: ignore[union-attr]
             shown = f"{usage.wall:8.2f} s wall  {usage.cpu:8.2f} s CPU  {usage.peak / 1e9:6.2f} GB"
             print(f"round {number + 1}  {key[0]:32}  {key[1]:22}  {shown}", flush=True)
-    return found
+    return results
 
 
 def warm(models: pathlib.Path) -> None:
@@ -304,28 +319,28 @@ def median(usages: list[Usage]) -> Usage:
     return Usage(*(statistics.median(column) for column in zip(*usages, strict=True)))
 
 
-def row(key: tuple[str, str], found: dict[tuple[str, str], list[Usage] | str]) -> str:
+def row(key: tuple[str, str], results: dict[tuple[str, str], list[Usage] | str]) -> str:
     """Return a row of the table."""
-    usages, floor = found[key], found["average", FLOOR]
+    usages, floor = results[key], results["average", FLOOR]
     if isinstance(usages, str):
         return f"| {key[0]} | {key[1]} | {usages.replace('|', '/')} | | | | | |"
-    own = median(usages)
+    ours = median(usages)
     walls = [usage.wall for usage in usages]
     cells = [
-        f"{own.wall:.1f} ({min(walls):.1f} to {max(walls):.1f})",
-        f"{own.cpu:.1f}",
-        f"{own.peak / 1e9:.2f}",
+        f"{ours.wall:.1f} ({min(walls):.1f} to {max(walls):.1f})",
+        f"{ours.cpu:.1f}",
+        f"{ours.peak / 1e9:.2f}",
     ]
     cells.append(
         ""
         if isinstance(floor, str)
-        else f"{own.wall / median(floor).wall:.2f} / {own.cpu / median(floor).cpu:.2f}"
+        else f"{ours.wall / median(floor).wall:.2f} / {ours.cpu / median(floor).cpu:.2f}"
     )
-    for other in (THEIRS, BEST):
-        theirs = found.get((key[0].replace(":base=no", ""), other), "")
+    for program in (THEIRS, BEST):
+        theirs = results.get((key[0].replace(":base=no", ""), program), "")
         compared = key[1] == OURS and not isinstance(theirs, str)
         cells.append(
-            f"{median(theirs).wall / own.wall:.2f} / {median(theirs).cpu / own.cpu:.2f}"
+            f"{median(theirs).wall / ours.wall:.2f} / {median(theirs).cpu / ours.cpu:.2f}"
             if compared
             else ""
         )  # type: ignore[arg-type]
@@ -348,20 +363,23 @@ def machine() -> str:
 
 def versions(mergekit: pathlib.Path | None) -> str:
     """Return the versions of both sides."""
-    own = [f"{name} {metadata.version(name)}" for name in ("jax", "numpy")]
+    packages = [f"{name} {metadata.version(name)}" for name in ("jax", "numpy")]
     if mergekit is not None:
-        code = "from importlib.metadata import version as v; print(f\"mergekit {v('mergekit')}, torch {v('torch')}\")"
+        code = (
+            "from importlib.metadata import version as v; "
+            "print(f\"mergekit {v('mergekit')}, torch {v('torch')}\")"
+        )
         asked = subprocess.run(
             [str(mergekit.parent / "python"), "-c", code], capture_output=True, text=True
         )
-        own.append(asked.stdout.strip() or f"mergekit at {mergekit}")
-    return f"Python {platform.python_version()}, " + ", ".join(own)
+        packages.append(asked.stdout.strip() or f"mergekit at {mergekit}")
+    return f"Python {platform.python_version()}, " + ", ".join(packages)
 
 
 def report(
     arguments: argparse.Namespace,
     parameters: int,
-    found: dict[tuple[str, str], list[Usage] | str],
+    results: dict[tuple[str, str], list[Usage] | str],
     load: float,
 ) -> str:
     """Return the section for RESULTS.md."""
@@ -370,14 +388,17 @@ def report(
         [
             f"\n## Merging, {dt.date.today()}, {machine()}",
             "",
-            f"`python benchmarks/merge.py {shlex.join(sys.argv[1:])}`: {parameters / 1e6:,.0f} M parameters, bfloat16 ({size:.2f} GB a"
-            f" model), base + {arguments.members} members; {versions(arguments.mergekit)}; medians of {arguments.rounds} rounds, page cache"
-            f" warm; load average {load:.2f} at the start. Ratios are wall / CPU. mergekit does not sync its output to the disk; the"
-            f" floor and ours do. Best flags: `{' '.join(BEST_FLAGS)}`.",
+            f"`python benchmarks/merge.py {shlex.join(sys.argv[1:])}`: {parameters / 1e6:,.0f} M"
+            f" parameters, bfloat16 ({size:.2f} GB per model), base + {arguments.members} members;"
+            f" {versions(arguments.mergekit)}; medians of {arguments.rounds} rounds, page cache"
+            f" warm; load average {load:.2f} at the start. Ratios are wall / CPU. mergekit does not"
+            " sync its output to the disk; the floor and ours do."
+            f" Best flags: `{' '.join(BEST_FLAGS)}`.",
             "",
-            "| method | program | wall s | CPU s | peak GB | times the floor | mergekit over ours | its best over ours |",
+            "| method | program | wall s | CPU s | peak GB | times the floor | mergekit over ours"
+            " | its best over ours |",
             "|---|---|---|---|---|---|---|---|",
-            *(row(key, found) for key in found),
+            *(row(key, results) for key in results),
             "",
         ]
     )
@@ -452,13 +473,13 @@ def main() -> None:
     if arguments.build_only:
         return
     load = os.getloadavg()[0]
-    found = run(arguments, models)
+    results = run(arguments, models)
     from jax_ordermerge import arch
 
-    text = report(arguments, arch.parameter_count(arch.ModelConfig(**shape)), found, load)
+    text = report(arguments, arch.parameter_count(arch.ModelConfig(**shape)), results, load)
     print(text)
-    with (pathlib.Path(__file__).parent / "RESULTS.md").open("a") as results:
-        results.write(text)
+    with (pathlib.Path(__file__).parent / "RESULTS.md").open("a") as file:
+        file.write(text)
 
 
 if __name__ == "__main__":
