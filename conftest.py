@@ -1,4 +1,8 @@
-"""The test rig: offline, 8 CPU devices, rank promotion raises, warnings are errors, matmuls at highest precision."""
+"""Settings and fixtures of all tests.
+
+Tests run offline on 8 CPU devices. Rank promotion raises, warnings are errors, and matmuls have the
+highest precision.
+"""
 
 import contextlib
 import os
@@ -28,7 +32,7 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-collect_ignore_glob = ["tests/golden/make_*.py"]  # scripts that make goldens: run by hand
+collect_ignore_glob = ["tests/golden/make_*.py"]  # they make goldens and are run by hand
 
 SHARED = pathlib.Path(__file__).resolve().parents[1] / "shared" / "data"
 
@@ -38,14 +42,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one test, or a command that it starts, compiled is there for the others of this session, and gone with it.
+    """Share compiled programs between the tests of this session, and the commands that they start.
 
-    A directory given in JAX_COMPILATION_CACHE_DIR is shared with other sessions; workers find it there too.
+    With JAX_COMPILATION_CACHE_DIR they are shared with other sessions, too. The variable also tells
+    the workers of pytest-xdist where they are.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-        jax.config.update("jax_compilation_cache_dir", compiled)
-        config.add_cleanup(lambda: shutil.rmtree(compiled, ignore_errors=True))
+        cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+        jax.config.update("jax_compilation_cache_dir", cache)
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An emulation of S3 on loopback, without which nothing here speaks to a network; its address."""
+    """Address of an emulation of S3 on loopback; it is the only network that tests use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,10 +74,10 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             stderr=out,
         )
     try:
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while True:
             assert server.poll() is None, log.read_text()
-            assert time.monotonic() < until, "the object store did not start"
+            assert time.monotonic() < deadline, "the object store did not start"
             with (
                 contextlib.suppress(OSError),
                 socket.create_connection(("127.0.0.1", port), timeout=1),
@@ -87,7 +92,7 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def bucket(object_store: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of an empty bucket of this test, whose copies lie in `tmp_path / "cache"`."""
+    """Address of an empty bucket for one test; local copies lie in `tmp_path / "cache"`."""
     import fsspec
 
     for name, value in {
@@ -108,7 +113,7 @@ def bucket(object_store: str, tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-    """Real models and data beside the project; absent on most machines."""
+    """Directory of real models and data beside the project; absent on most machines."""
     if not SHARED.is_dir():
         pytest.skip("the folder ../shared/data (real models and data) is absent")
     return SHARED

@@ -1,4 +1,4 @@
-"""The images pin what the project asks for. Where docker is not here they are not built."""
+"""Docker images pin the dependencies of the project. The images themselves are not built here."""
 
 import pathlib
 import re
@@ -32,9 +32,11 @@ def test_every_dependency_is_pinned_within_its_range():
         for text in project["optional-dependencies"][extra]
     ]
     assert not [
-        str(one)
-        for one in direct
-        if not one.specifier.contains(PINS.get(name(one.name), ""), prereleases=True)
+        str(requirement)
+        for requirement in direct
+        if not requirement.specifier.contains(
+            PINS.get(name(requirement.name), ""), prereleases=True
+        )
     ]
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A whole SLURM on this machine: munge, controller and one node with four CPUs, all on loopback and below one directory, as the
-# user who calls it. Needs Debian's packages slurm-wlm and munge.
+# Start SLURM on this machine: munge, controller and one node with four CPUs, all on loopback and
+# below one directory, as the calling user. Needs Debian's packages slurm-wlm and munge.
 #
 #   tests/slurm/start.sh DIRECTORY      start; then: export SLURM_CONF=DIRECTORY/slurm.conf
 #   tests/slurm/start.sh --stop DIRECTORY

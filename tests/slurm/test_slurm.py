@@ -1,4 +1,4 @@
-"""A real SLURM on this machine runs what `ordermerge launch --target slurm` writes; see start.sh for what it is."""
+"""Jobs of `ordermerge launch --target slurm` on a real SLURM on this machine; see start.sh."""
 
 import fcntl
 import os
@@ -28,8 +28,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
-    turn = (tmp_path_factory.getbasetemp().parent / "slurm.lock").open("w")
-    fcntl.flock(turn, fcntl.LOCK_EX)  # one SLURM at a time on a machine; it is let go with the file
+    lock = (tmp_path_factory.getbasetemp().parent / "slurm.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # one SLURM at a time per machine; closing releases the lock
     subprocess.run([START, folder], check=True, timeout=120)
     yield {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
@@ -38,12 +38,12 @@ def slurm(tmp_path_factory):
         "JAX_PLATFORMS": "cpu",
     }
     subprocess.run([START, "--stop", folder], check=True)
-    turn.close()
+    lock.close()
 
 
 @pytest.fixture
 def submit(slurm, tmp_path):
-    """Submit an experiment of two processes; returns the number of the job."""
+    """Return `submit(*overrides) -> job number` of an experiment with two processes."""
     tiny.make_base(tmp_path / "base")
     config = tiny.make_config(
         tmp_path,
@@ -56,7 +56,7 @@ def submit(slurm, tmp_path):
             "gpus=0",
             "tasks=2",
             f"command={' '.join(ORDERMERGE)}",
-            *(part for one in overrides for part in ("--set", one)),
+            *(part for override in overrides for part in ("--set", override)),
         ]
         command = [
             *ORDERMERGE,
@@ -78,17 +78,16 @@ def submit(slurm, tmp_path):
 
 
 def job(slurm, number):
-    """What SLURM says of a job."""
-    told = subprocess.run(
-        ["scontrol", "show", "job", number], env=slurm, check=True, capture_output=True, text=True
-    ).stdout
-    return dict(part.partition("=")[::2] for part in told.split())
+    """Return SLURM's description of a job as a dict."""
+    command = ["scontrol", "show", "job", number]
+    done = subprocess.run(command, env=slurm, check=True, capture_output=True, text=True)
+    return dict(part.partition("=")[::2] for part in done.stdout.split())
 
 
-def wait(condition, what, seconds=240):
+def wait(condition, event, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        assert time.monotonic() < deadline, f"no {event} within {seconds} s"
         time.sleep(0.2)
 
 
@@ -108,21 +107,22 @@ def test_runs_to_the_end(slurm, submit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "command",
     [
-        ("scontrol", "requeue"),  # what a preemption does
-        pytest.param(  # what the script is sent before the time limit; it requeues itself
+        ("scontrol", "requeue"),  # as a preemption does
+        pytest.param(  # as before the time limit; the script requeues itself
             ("scancel", "--batch", "--signal=TERM"),
             marks=pytest.mark.xfail(
-                reason="SLURM 22.05 takes the job for failed, though by hand it requeued itself and continued"
+                reason="SLURM 22.05 counts the job as failed, though by hand it requeued itself"
+                " and continued"
             ),
         ),
     ],
 )
-def test_stopped_and_requeued_it_resumes(how, slurm, submit, tmp_path):
+def test_a_requeued_job_resumes(command, slurm, submit, tmp_path):
     number = submit("training.epochs=60", "training.checkpoint_every=1000000")
     wait(lambda: lines(tmp_path) >= 5, "training")
-    subprocess.run([*how, number], env=slurm, check=True)
+    subprocess.run([*command, number], env=slurm, check=True)
     wait(lambda: job(slurm, number)["JobState"] == "PENDING", "requeue")
     output = tmp_path / f"tiny-{number}.out"
     stopped = output.read_text().partition("stopped by SIGTERM after step ")[2].split()[0]

@@ -1,4 +1,4 @@
-"""The scripts for Cloud TPU against a stand-in for gcloud, whose slices are folders here: what they do, and what they leave behind."""
+"""The scripts for Cloud TPU, run against a fake gcloud whose slices are local directories."""
 
 import json
 import os
@@ -25,7 +25,7 @@ EVERYTHING = (
 
 
 class Cloud:
-    """A folder that acts as the cloud."""
+    """A directory that acts as the cloud."""
 
     def __init__(self, root):
         self.root = root
@@ -33,8 +33,9 @@ class Cloud:
         (root / "one.yaml").write_text("name: one\n")
         self.plan()
 
-    def plan(self, **what):
-        (self.root / "plan.json").write_text(json.dumps({"steps": 3} | what))
+    def plan(self, **settings):
+        """Say what happens: steps of a run, states, failures, preemptions."""
+        (self.root / "plan.json").write_text(json.dumps({"steps": 3} | settings))
 
     def call(self, script, *options):
         environment = os.environ | {"PATH": f"{HERE}:{os.environ['PATH']}", "STUB": str(self.root)}
@@ -49,11 +50,11 @@ class Cloud:
         return file.read_text().splitlines() if file.exists() else []
 
     def steps(self, *wanted):
-        """The calls of these kinds, in their order."""
-        found = (" ".join(line.split()[2:4]) for line in self.calls)
-        return [step for step in found if step in wanted]
+        """Return the calls of these kinds, in order."""
+        steps = (" ".join(line.split()[2:4]) for line in self.calls)
+        return [step for step in steps if step in wanted]
 
-    def left(self):
+    def resources(self):
         file = self.root / "state.json"
         state = json.loads(file.read_text()) if file.exists() else {"resources": {}, "nodes": {}}
         return {**state["resources"], **state["nodes"]}
@@ -71,7 +72,7 @@ def cloud(tmp_path):
 
 
 @pytest.mark.parametrize("script", [*COMMANDS, "lib"])
-def test_shellcheck_has_nothing_to_say(script):
+def test_shellcheck_finds_nothing(script):
     checker = shutil.which(
         "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     )
@@ -145,7 +146,7 @@ def test_dry_run_prints_and_calls_nothing(script, options, cloud):
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "says"),
+    ("script", "options", "message"),
     [
         ("create", ("--typ", "x"), "unknown option --typ"),
         ("create", ("--runtime", "x"), "--type is missing"),
@@ -157,10 +158,10 @@ def test_dry_run_prints_and_calls_nothing(script, options, cloud):
         ("delete", ("--name", "Not-good"), "expected lower-case letters"),
     ],
 )
-def test_bad_input(script, options, says, cloud):
+def test_bad_input(script, options, message, cloud):
     done = cloud.call(script, *options)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert cloud.calls == []
 
 
@@ -189,9 +190,9 @@ def test_slices_are_created_as_asked(cloud):
         "--network=net",
         "--project=mine",
     }
-    assert sorted(cloud.left()) == ["slice", "slice-0", "slice-1"]
+    assert sorted(cloud.resources()) == ["slice", "slice-0", "slice-1"]
     assert "slice may be there (state ACTIVE)" in cloud.call("create", *CREATE).stderr
-    assert sorted(cloud.left()) == ["slice", "slice-0", "slice-1"]
+    assert sorted(cloud.resources()) == ["slice", "slice-0", "slice-1"]
 
 
 @pytest.mark.parametrize(
@@ -210,20 +211,20 @@ def test_creation_that_fails_leaves_nothing(plan, cloud):
     cloud.plan(**plan)
     done = cloud.call("create", *CREATE, "--timeout", "1", "--interval", "0.2")
     assert done.returncode == 1
-    assert cloud.left() == {}
+    assert cloud.resources() == {}
 
 
-def test_a_look_that_fails_is_not_the_end(cloud):
+def test_a_failed_describe_is_repeated(cloud):
     cloud.plan(fail=[{"step": "queued-resources describe", "times": 2, "holding": "never"}])
     assert cloud.call("create", *CREATE, "--interval", "0.05").returncode == 0
     cloud.plan(
         fail=[{"step": "queued-resources describe", "times": 1, "message": "network is down"}]
     )
     assert cloud.call("delete", "--interval", "0.05").returncode == 0
-    assert cloud.left() == {}
+    assert cloud.resources() == {}
 
 
-def test_other_versions_on_a_worker_are_named(cloud):
+def test_different_versions_on_a_worker_are_named(cloud):
     cloud.plan(other_versions=["1"])
     cloud.call("create", *CREATE, "--interval", "0.05")
     done = cloud.call("setup", "--package", "jax_ordermerge[tpu] @ git+https://example.org/it's")
@@ -259,7 +260,7 @@ def test_preempted_twice_resumed_finished_deleted(slices, cloud):
         == ["queued-resources create", "queued-resources delete"] * 3
     )
     assert done.stderr.count("preempted (") == 2
-    assert cloud.left() == {}
+    assert cloud.resources() == {}
     assert (shared / "checkpoint").read_text() == "6"
     assert (cloud.root / "results" / "report.html").read_text() == "the report"
     logs = cloud.logs()
@@ -290,12 +291,12 @@ def test_preempted_twice_resumed_finished_deleted(slices, cloud):
         pytest.param([143, 143], 0, 3, marks=pytest.mark.slow),  # stopped with a checkpoint
     ],
 )
-def test_what_a_run_ends_with(codes, code, runs, cloud):
+def test_exit_codes_of_a_run(codes, code, runs, cloud):
     cloud.plan(codes=codes)
     done = cloud.call("watch", *EVERYTHING)
     assert done.returncode == code, done.stderr
     assert len(cloud.steps("queued-resources create")) == runs
-    assert cloud.left() == {}
+    assert cloud.resources() == {}
 
 
 @pytest.mark.parametrize(
@@ -312,17 +313,17 @@ def test_a_step_that_fails_leaves_nothing(fail, cloud):
     done = cloud.call("watch", *EVERYTHING, "--preemptions", "1")
     assert done.returncode not in (0, 2)
     assert len(cloud.steps("queued-resources create")) == 2
-    assert cloud.left() == {}
+    assert cloud.resources() == {}
 
 
-def test_preemptions_have_a_bound(cloud):
+def test_preemptions_are_limited(cloud):
     cloud.plan(preempt=[1, 2, 3])
     done = cloud.call("watch", *EVERYTHING, "--preemptions", "1")
     assert done.returncode == 143
-    assert cloud.left() == {}
+    assert cloud.resources() == {}
 
 
-def test_run_joins_a_run_that_goes_on(cloud):
+def test_run_joins_a_run_in_progress(cloud):
     cloud.call("create", *CREATE, "--interval", "0.05")
     cloud.call("setup", "--package", "jax_ordermerge")
     cloud.plan(steps=4, fail=[{"step": "tpu-vm ssh", "holding": "exit_code", "times": 1000}])
@@ -336,11 +337,11 @@ def test_run_joins_a_run_that_goes_on(cloud):
         "x",
         "x",
     ]  # each worker began once
-    assert "slice" in cloud.left()
+    assert "slice" in cloud.resources()
 
 
 def test_kept_slices_are_named(cloud):
     done = cloud.call("watch", *EVERYTHING, "--keep")
     assert done.returncode == 0, done.stderr
     assert "slice is kept" in done.stderr
-    assert "slice" in cloud.left()
+    assert "slice" in cloud.resources()
