@@ -52,6 +52,8 @@ def train(
     `population.wave` says how many members are trained at once, by default as many as the memory of
     the devices holds.
     """
+    # A wave is one call of `loop.train`, which continues or does nothing where it is done: an
+    # interrupted training in waves goes on in the wave that it stopped in.
     waves = _divide(spec, model, mesh, layout, log)
     for number, wave in enumerate(waves):
         if len(waves) > 1:
@@ -104,7 +106,7 @@ def restore(
         members.restore_members(spec, model, mesh, wave_layout, dtype=dtype)
         for wave_layout in map(layout.wave, waves)
     ]
-    if not populations:
+    if not populations:  # all members were trained at once
         return members.restore_members(spec, model, mesh, layout, dtype=dtype)
     shardings = jax.tree.map(lambda x: x.sharding, populations[0])
     concatenate = jax.jit(
@@ -164,10 +166,8 @@ def _divide(
     layout: RunLayout,
     log: Callable[[str], None],
 ) -> list[list[int]]:
-    """Return the members of each wave.
-
-    What was decided once is read from the run directory: a training may continue on other devices.
-    """
+    """Return the members of each wave."""
+    # stays as it was decided, whatever the memory of the devices is now
     stored = _stored_waves(layout)
     if stored:
         return stored
@@ -175,6 +175,7 @@ def _divide(
     undivided = layout.checkpoints.is_dir()
     size = spec.population.wave
     if size is None:
+        # CPUs have no limit; and a training that was begun undivided did fit
         limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         size = members
         if limit and not undivided:
@@ -187,16 +188,16 @@ def _divide(
                 " directory for waves"
             )
         log(f"  {members} members in {len(waves)} waves of {size}")
+        # written before anything is trained: member numbers say where a checkpoint is
         with processes.barrier("write the waves"):
             layouts.write_json(layout.waves, waves)
     return waves
 
 
 def _memory_needs(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> compiled.Requirements:
-    """Return what training all members at once needs.
-
-    Where the compiler refuses that, it is computed from what one member per group needs.
-    """
+    """Return what training all members at once needs."""
+    # Compilers of accelerators refuse a program that does not fit. Then it is computed from the
+    # needs of one member per group: only the states grow with the members.
     try:
         return compiled.step_requirements(spec, model, mesh)
     except compiled.TooLarge:
@@ -225,11 +226,8 @@ def _stored_waves(layout: RunLayout) -> list[list[int]]:
 
 
 def _combine(waves: Sequence[RunLayout], layout: RunLayout) -> None:
-    """Write what one training of all members would have written.
-
-    The state is written last: where it exists, everything is complete.
-    """
-    # orders
+    """Write what one training of all members would have written."""
+    # orders, with the same bytes
     digests: dict[str, list[str]] = {}
     for wave in waves:
         digests |= layouts.read_json(wave.order_digests)
@@ -237,7 +235,8 @@ def _combine(waves: Sequence[RunLayout], layout: RunLayout) -> None:
             layouts.write_bytes(layout.orders / path.name, path.read_bytes())
     layouts.write_json(layout.order_digests, digests)
 
-    # rows of metrics and of generated samples
+    # Rows of metrics and of generated samples. A wave may lack rows: it is free to log at other
+    # steps when it continues.
     logs = [_rows_by_step(wave.training_log) for wave in waves]
     common_steps = sorted(set.intersection(*map(set, logs)))
     rows = [_combine_metrics([log[step] for log in logs]) for step in common_steps]
@@ -258,7 +257,7 @@ def _combine(waves: Sequence[RunLayout], layout: RunLayout) -> None:
     }
     layouts.write_npz(layout.training_losses, arrays)
 
-    # the state
+    # the state comes last: where it exists, everything is complete
     states = [layouts.read_json(wave.training_state) for wave in waves]
     state = _concatenate(
         states, [key for key, value in states[0].items() if isinstance(value, list)]

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.data import order, pack
@@ -23,8 +23,8 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import member_name
 from jax_ordermerge.train.spec import TrainingSpec
 
-# Batches that are built before they are asked for. Two hide a batch that takes longer than its step;
-# more would only take memory of the devices.
+# Batches that are built before they are asked for. Two hide a batch that takes longer than its
+# step; more would only take memory of the devices.
 _AHEAD = 2
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
@@ -97,8 +97,8 @@ def draw_orders(spec: TrainingSpec, sizes: np.ndarray, members: Sequence[int]) -
         packs = pack.pack_tightly(sizes, length)
         return _take_rows(packs, draw(len(packs), members))
     # The number of rows now depends on the order, but one program trains all members, so they must
-    # take the same number of steps. It must not depend on who is trained here either: a member alone
-    # is the member of the population. So the orders of all members are packed, whoever asks.
+    # take the same number of steps. It must not depend on who is trained here either: a member
+    # alone is the member of the population. So the orders of all members are packed, whoever asks.
     packed = []
     for epochs in draw(len(sizes), range(spec.population.members)):
         sequences = [indices[indices >= 0] for indices in epochs]
@@ -108,8 +108,8 @@ def draw_orders(spec: TrainingSpec, sizes: np.ndarray, members: Sequence[int]) -
     steps = -(-max(row_counts) // spec.training.batch)
     if min(row_counts) < steps:
         raise UserError(
-            f"data.packing = bins: an epoch fills {min(row_counts)} rows, too few for {steps} steps;"
-            " set packs, or a larger training.batch"
+            f"data.packing = bins: an epoch fills {min(row_counts)} rows, too few for {steps}"
+            " steps; set packs, or a larger training.batch"
         )
     return np.stack(
         [
@@ -254,8 +254,8 @@ class Plan:
         )
         if self.population_orders is not None:
             rows = self._at(self.population_orders, step)
-            # `pack.step_batch` cuts microbatches from the rows in ascending length; so does this, for
-            # every member of the population, and takes the longest of them
+            # `pack.step_batch` cuts microbatches from the rows in ascending length; so does this,
+            # for every member of the population, and takes the longest of them
             sizes = np.sort(np.where(rows < 0, 0, self.examples.lengths[rows]), axis=1)
             longest = sizes.reshape(len(rows), -1, self.microbatch).max((0, 2))
             batch["bucket"] = np.searchsorted(self.lengths, longest).astype(np.int32)
@@ -288,8 +288,8 @@ def make_plan(
     pad_alike = mesh is not None and mesh.size > mesh.shape["order"] and len(lengths) > 1
     return Plan(
         spec=spec,
-        # Row numbers in place of sample ids: they index the array of losses, and ids of a file may be
-        # any numbers. They become sample ids again when something is written.
+        # Row numbers in place of sample ids: they index the array of losses, and ids of a file may
+        # be any numbers. They become sample ids again when something is written.
         examples=dataclasses.replace(examples, ids=np.arange(len(examples))),
         ids=np.asarray(examples.ids),
         members=members,
@@ -302,6 +302,16 @@ def make_plan(
 # ---------------------------------------------------------------------------------- device batches
 
 
+def batch_sharding(
+    name: str, shape: Sequence[int], leading: Sequence[str | None], mesh: Mesh
+) -> NamedSharding:
+    """Return the sharding of an array of a batch: its first axes are named, positions come last."""
+    axes = (*leading, *[None] * len(shape))[: len(shape)]
+    if name in pack.SEQUENCES:
+        axes = (*axes[:-1], "length")
+    return meshes.sharding(axes, shape, mesh)
+
+
 def abstract_batch(plan: Plan, mesh: Mesh) -> AbstractBatch:
     """Return the batch of a step over all members as shapes with shardings.
 
@@ -312,10 +322,7 @@ def abstract_batch(plan: Plan, mesh: Mesh) -> AbstractBatch:
     # takes them; `bucket` says how many of the positions a microbatch really uses.
     def abstract(name: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = (len(plan.members), *array.shape)
-        axes = ("member", None, "batch", *[None] * array.ndim)[: len(shape)]
-        if name in pack.SEQUENCES:
-            axes = (*axes[:-1], "length")
-        sharding = meshes.sharding(axes, shape, mesh)
+        sharding = batch_sharding(name, shape, ("member", None, "batch"), mesh)
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
 
     return {name: abstract(name, array) for name, array in plan.batch(0, 0).items()}
@@ -323,8 +330,8 @@ def abstract_batch(plan: Plan, mesh: Mesh) -> AbstractBatch:
 
 def device_batch(plan: Plan, step: int, abstract: AbstractBatch) -> dict[str, jax.Array]:
     """Build the batch of a step. A process builds only the members of its own devices."""
-    # `bucket` has a member axis alone, so its shards say which members a process holds. The work of a
-    # host stays the same however many hosts share the population.
+    # `bucket` has a member axis alone, so its shards say which members a process holds. The work of
+    # a host stays the same however many hosts share the population.
     bucket = abstract["bucket"]
     members = len(plan.members)
     local = {

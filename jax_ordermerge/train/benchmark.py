@@ -96,7 +96,8 @@ def measure_steps(
                 pending.append((step, metrics))
                 loop.limit_run_ahead(pending)
             # Rates are those since the row before. The first step has a row of its own and is not
-            # timed, since it still loads the program; nor are traced steps, since tracing slows them.
+            # timed, since it still loads the program; nor are traced steps, since tracing slows
+            # them.
             if step + 1 in (1, timed, count):
                 with clock.devices():
                     jax.block_until_ready(metrics)

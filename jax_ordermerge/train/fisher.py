@@ -50,13 +50,17 @@ def diagonal(
     section 3.
     """
     n = min(count, len(examples))
+    # the same examples for all members: a difference of Fisher values is one of the members
     rows = jax.device_get(
         jax.random.permutation(stream(seed, "fisher", "examples"), len(examples))[:n]
     )
+    # A sum that is updated in place, and not a mean over a batch of gradients: a gradient per
+    # example is as large as the model.
     total = jax.tree.map(jnp.zeros_like, population)
     add_squares = _compile_add_squares(objective, mesh)
     for row in rows:
-        # one example per backward pass: the gradients of single examples are squared, not their sum
+        # One example per backward pass: the gradients of single examples are squared, and no sum of
+        # gradients gives them back. Padded to few lengths, so that few programs are compiled.
         length = next(length for length in lengths if length >= examples.lengths[row])
         batch = pack.collate(examples, np.array([row]), length)
         total = add_squares(population, total, batch)

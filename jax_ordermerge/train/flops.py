@@ -33,7 +33,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     device = hardware.find(device_kind)
     if device is None:
         return None
-    on_gpu = not device.sides
+    on_gpu = not device.sides  # the table gives the sides of a torus for TPUs alone
     return device.flops / 2 if dtype == "float32" and on_gpu else device.flops
 
 
@@ -62,6 +62,8 @@ def training_flops(config: ModelConfig, lengths: np.ndarray, adapters: Lora | No
     Source: Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311. It also counts the
     pairs that causality forbids; we do not.
     """
+    # 6 N: a multiply and an add per weight forward, twice that backward, for the gradients of
+    # inputs and of weights. Attention: 2 matmuls of 2 FLOPs per pair and head dimension, times 3.
     weights = sum(_matmul_weights(config))
     n = np.asarray(lengths, np.float64)
     window = np.minimum(n, config.sliding_window or math.inf)
@@ -143,6 +145,8 @@ class _Weights(NamedTuple):
 
 def _matmul_weights(config: ModelConfig) -> _Weights:
     """Return the number of weights that a token is multiplied by."""
+    # The head counts also where it is tied to the embedding. Norms and biases are left out: they
+    # are vectors, and their work is that of memory.
     matrices = (s for s in tensor_table(config) if s.stacked and len(s.hf_shape) == 2)
     layers = sum(math.prod(spec.shape) for spec in matrices)
     return _Weights(layers, config.vocab_size * config.hidden_size)

@@ -34,9 +34,9 @@ from jax_ordermerge.tree import Tree
 T = TypeVar("T")
 # (what members have for themselves, what they share) -> texts for a row of the generated samples
 Sample = Callable[[Tree, Tree], dict[str, Any]]
-# Steps that the host may be ahead of the devices. JAX starts steps without waiting for them. A little
-# ahead, the devices never wait for the host; not far ahead, a request to stop is answered soon and
-# few batches are in memory.
+# Steps that the host may be ahead of the devices. JAX starts steps without waiting for them. A
+# little ahead, the devices never wait for the host; not far ahead, a request to stop is answered
+# soon and few batches are in memory.
 _AHEAD = 2
 
 
@@ -60,7 +60,8 @@ def train(
         spec: settings of the training.
         model: the architecture.
         base: float32 parameters of the base, or a function that loads them. It is called only when
-            they are needed: at the start, and, in any dtype, wherever a frozen base is read (`lora`).
+            they are needed: at the start, and, in any dtype, wherever a frozen base is read
+            (`lora`).
         examples: tokenized training examples.
         mesh: its `order` axis divides the number of members.
         layout: run directory that is written.
@@ -151,8 +152,8 @@ class Training:
         keep = self.spec.training.keep_checkpoints
         with Checkpoints(layout.checkpoints, keep, on_checkpoint) as checkpoints:
             # ---------------------------------------------------------------- start or continue
-            # Processes that disagree on data, orders or checkpoint would wait in different collectives
-            # or train on mixed batches; so they are compared before the first step.
+            # Processes that disagree on data, orders or checkpoint would wait in different
+            # collectives or train on mixed batches; so they are compared before the first step.
             start = checkpoints.latest()
             processes.check_alike({**resume.identity(programs), "checkpoints": start})
             state: TrainState | None
@@ -164,8 +165,8 @@ class Training:
                 if start < plan.steps:
                     self.watch.log(f"continuing from step {start} of {plan.steps} ({layout.root})")
                 state, best = resume.restore(checkpoints, start, programs, self.recorder)
-            # Rows may be there of steps after the checkpoint, whose weights were lost with the process.
-            # Those steps are taken again.
+            # Rows may be there of steps after the checkpoint, whose weights were lost with the
+            # process. Those steps are taken again.
             for path in (layout.training_log, layout.generated_samples):
                 recorder.truncate_rows(path, start or 0)
             self._describe_members()
@@ -230,9 +231,9 @@ class Training:
                     continue
 
                 # ------------------------------------------------------------ its metrics
-                # Metrics stay on the devices until they are needed: a transfer after each step would
-                # make the devices wait. A loss that is not finite is seen here, so before anything is
-                # saved, if some steps late.
+                # Metrics stay on the devices until they are needed: a transfer after each step
+                # would make the devices wait. A loss that is not finite is seen here, so before
+                # anything is saved, if some steps late.
                 with clock.devices():
                     jax.block_until_ready(metrics)
                 for number, fetched in fetch(pending):
@@ -326,7 +327,7 @@ def make_recorder(programs: Programs) -> Recorder:
     return Recorder(programs.plan, programs.model, peak and peak * mesh.size)
 
 
-# ---------------------------------------------------------------------------------- host and devices
+# ---------------------------------------------------------------------------------- transfers
 
 
 def limit_run_ahead(pending: Sequence[tuple[int, Metrics]]) -> None:

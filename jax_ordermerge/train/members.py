@@ -29,13 +29,14 @@ def restore_members(
 ) -> Tree:
     """Return the trained population [M, ...] of a run, cast to `dtype`.
 
-    A member with adapters is base + s B A, with the base read from its files, computed in float32
-    and rounded once.
+    A member with adapters is base + s B A, with the base read from its files.
 
     Raises:
         UserError: there is no checkpoint, or the training has not come to its end.
     """
     final = storage.final_checkpoint(layout.checkpoints)
+    # Through the same reader as a merge of files: base and adapter are added on the host in float32
+    # and rounded once, so a member has the same bits in memory and in files.
     if spec.lora is not None:
         sources = [_adapted(spec, spec.lora, layout, final, m) for m in final.members]
         return storage.load(sources, mesh, dtype=dtype)
@@ -115,4 +116,5 @@ def _index(final: storage.FinalCheckpoint, member: int, layout: RunLayout) -> in
 
 
 def _branch(checkpoint: Tree, final: storage.FinalCheckpoint) -> Tree:
+    # "best/weights" is the branch `checkpoint["best"]["weights"]`
     return functools.reduce(operator.getitem, final.branch.split("/"), checkpoint)

@@ -91,7 +91,10 @@ def sft(
     ) -> tuple[jax.Array, ExampleSums]:
         inputs = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = llama.hidden(model, params, *inputs, dtype=dtype, remat=remat, kernel=kernel)
+        # From the last hidden states and the head, in blocks: the logits of a batch [B, T, V] would
+        # be the largest array of the step.
         targets, weights = batch["targets"], batch["weights"]
+        # in packed rows the segments say which example a token belongs to
         packed = "ids" in batch and batch["ids"].ndim > 1
         segments, count = (batch["segments"], batch["ids"].shape[1]) if packed else (None, 0)
         total, sums = loss.linear_losses(
@@ -111,12 +114,6 @@ def dpo(
     kernel: Kernel = "xla",
 ) -> Objective:
     """Return the objective of direct preference optimization: losses of pairs, summed.
-
-    The loss of a pair is a function f(s_chosen, s_rejected) of two sums over tokens. Its gradient
-    is that of these sums with the constant factors df/ds. So the sums are computed first, and the
-    factors at them are the weights with which the token losses are then differentiated. As in
-    `sft`, the logits of all tokens never exist at once; the price is one more product with the
-    head.
 
     Args:
         model: the architecture.
@@ -158,6 +155,12 @@ def dpo(
     def objective(
         params: Tree, batch: Microbatch, frozen: Tree | None = None
     ) -> tuple[jax.Array, ExampleSums]:
+        # The loss of a pair is a function f(s_chosen, s_rejected) of two sums over tokens. Its
+        # gradient is that of these sums with the constant factors df/ds. So the sums are computed
+        # first, and the factors at them are the weights with which the token losses are then
+        # differentiated. As in `sft`, the logits of all tokens never exist at once. The price is
+        # one more matmul with the head; `jax.grad` of the plain formula would keep the logits of
+        # both responses.
         flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in SEQUENCES}
         inputs = flat["tokens"], flat["positions"], flat["segments"]
         x, _ = llama.hidden(model, params, *inputs, dtype=dtype, remat=remat, kernel=kernel)

@@ -51,6 +51,7 @@ class Programs:
         self.state = steps.abstract_state(params, self.tx, mesh)
         self.frozen = convert.abstract_tensors(frozen, mesh, dtype=self.spec.base_dtype)
         self.batch = batches.abstract_batch(plan, mesh)
+        # a second copy of the weights costs memory, so there is one only where it is asked for
         stored = self.weights(self.state) if self.spec.training.checkpoint == "best" else {}
         self.best = validation.abstract(stored, members, mesh)
 
@@ -79,6 +80,7 @@ class Programs:
 
     def compile_step(self) -> steps.Step:
         """Compile the training step of all members."""
+        # accumulated gradients are divided over the devices as the parameters are
         trained = self.trainable.trained
         specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in trained}
         step = steps.train_step(
@@ -92,6 +94,8 @@ class Programs:
 
     def compile_mixing(self) -> Callable[[TrainState, int], TrainState]:
         """Return `(state, steps done) -> state`, the mixing after a step; by default nothing."""
+        # Not a part of the step: mixing is the one thing that crosses members, and is not due after
+        # every step.
         settings = self.spec.training.mixing
         if settings is None:
             return lambda state, done: state
@@ -100,11 +104,9 @@ class Programs:
         )
 
     def compile_validation(self) -> validation.Measure | None:
-        """Compile the validation losses; None where they are not measured.
-
-        It is a program of its own: a step without validation is the same program with or without
-        it, so a member has the same bits.
-        """
+        """Compile the validation losses; None where they are not measured."""
+        # A program of its own, so that the training step is the same program with or without it:
+        # what is watched must not change the bits of what is trained.
         if self.held_out is None:
             return None
         lengths = pack.bucket_lengths(self.held_out.longest, self.spec.data.buckets)

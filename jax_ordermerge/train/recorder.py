@@ -105,8 +105,8 @@ def count_compilations(totals: Totals) -> Iterator[None]:
         >>> totals.compilations
         1
     """
-    # JAX reports each compilation, so those that nobody asked for are counted too. Other threads are
-    # not: saving and feeding may compile small helpers there.
+    # JAX reports each compilation, so those that nobody asked for are counted too. Other threads
+    # are not: saving and feeding may compile small helpers there.
     thread = threading.get_ident()
 
     def count(event: str, duration_secs: float, **kwargs: str | int) -> None:

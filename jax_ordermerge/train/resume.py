@@ -23,12 +23,15 @@ from jax_ordermerge.train.recorder import Recorder
 from jax_ordermerge.train.step import TrainState
 from jax_ordermerge.train.validation import Best
 
-# Settings of adapters that are stored in the open, so that a message can name what differs.
+# Settings of adapters that are stored in the open and not only in the digest: for a reader of the
+# checkpoint, and so that a message can name what differs.
 _LORA_SHAPE = {"rank", "alpha", "rslora", "targets"}
 
 
 def identity(programs: Programs) -> dict[str, Any]:
     """Return everything that decides the result of a training, as JSON."""
+    # The mesh is not in it: a training may continue on other devices. Padded lengths and `remat`
+    # are: they change the order of floating point additions, so the bits.
     spec, plan = programs.spec, programs.plan
     deciding: dict[str, Any] = {
         "training": fixed_settings(spec.training),
@@ -97,7 +100,7 @@ def save(
         **identity(programs),
         "steps": programs.plan.steps,
         "weights": programs.members_branch,
-        "mesh": dict(programs.mesh.shape),
+        "mesh": dict(programs.mesh.shape),  # for the reader alone
         "recorder": recorder.to_metadata(),
     }
     checkpoints.save(done, tree, metadata)
@@ -115,6 +118,8 @@ def restore(
     losses = jax.ShapeDtypeStruct(
         recorder.losses.shape, jnp.float32, sharding=NamedSharding(programs.mesh, P())
     )
+    # Of a complete training only its records are read, which may happen where no device has the
+    # memory for its state.
     wanted: dict[str, Any] = {"losses": losses}
     complete = done == programs.plan.steps
     if not complete:

@@ -15,12 +15,12 @@ class TrackingSpec:
     Attributes:
         name: name of the experiment.
         settings: which trackers.
-        config: the resolved config as plain data, shown with each W&B run.
+        resolved_config: the whole config as plain data, shown with each W&B run.
     """
 
     name: str = "experiment"
     settings: config.Tracking = field(default_factory=config.Tracking)
-    config: Mapping[str, Any] = field(default_factory=dict)
+    resolved_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

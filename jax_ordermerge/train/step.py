@@ -1,6 +1,7 @@
 """One optimizer step of one member, and how it becomes one program over a population.
 
-Axis letters: `M` member, `A` accumulation step (microbatch), `B` example of a microbatch, `T` position.
+Axis letters: `M` member, `A` accumulation step (microbatch), `B` example of a microbatch,
+`T` position.
 """
 
 import functools
@@ -74,8 +75,7 @@ def train_step(
     """Return the step of one member.
 
     The gradient is that of the mean over what the objective counts in the whole batch (response
-    tokens, or pairs), however it is cut into microbatches: sums are accumulated in float32 and
-    divided once.
+    tokens, or pairs), however it is cut into microbatches.
 
     Args:
         objective: see `objective.py`.
@@ -96,18 +96,24 @@ def train_step(
     ) -> tuple[Tree, ExampleSums]:
         short = shorten(microbatch, length)
         grads, sums = jax.grad(objective, has_aux=True)(params, short, frozen)
+        # Gradients are as large as the parameters. Without the constraint XLA may choose to hold
+        # the sum that the scan carries undivided on every device.
         if specs is not None:
             grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, specs)
         return grads, sums
 
+    # One program with a branch per padded length, instead of a program per length: members that run
+    # at the same time may need different lengths at the same step.
     by_length = [functools.partial(gradients, length) for length in lengths]
 
     def step(state: TrainState, batch: Batch, frozen: Tree) -> tuple[TrainState, Metrics]:
         def microbatch_gradients(microbatch: Batch) -> tuple[Tree, ExampleSums]:
             return switch(microbatch["bucket"], by_length, state.params, microbatch, frozen)
 
+        # Sum first and divide once: microbatches have different numbers of response tokens, and a
+        # mean of their means would weigh the tokens of a short one more.
         summed, examples = _accumulate(microbatch_gradients, batch, state.params)
-        weight = jnp.maximum(examples.weights.sum(), 1.0)
+        weight = jnp.maximum(examples.weights.sum(), 1.0)  # 1 where all of the batch is padding
         mean = jax.tree.map(lambda g: g / weight, summed)
         updates, opt_state = tx.update(mean, state.opt_state, state.params)
         loss = examples.losses.sum() / weight
@@ -136,6 +142,7 @@ def _accumulate(
     gradients: Callable[[Batch], tuple[Tree, ExampleSums]], batch: Batch, params: Tree
 ) -> tuple[Tree, ExampleSums]:
     """Sum gradients over the microbatches; return them with the sums per example, [A, B]."""
+    # a single microbatch needs no second buffer for the sum
     if batch["tokens"].shape[0] == 1:
         grads, sums = gradients(jax.tree.map(lambda x: x[0], batch))
         return grads, jax.tree.map(lambda x: x[None], sums)
@@ -155,16 +162,17 @@ def abstract_state(
 ) -> TrainState:
     """Return the state of a population as `jax.ShapeDtypeStruct`s.
 
-    The state of the optimizer is sharded as its parameters are. A leaf with fewer axes than its
-    parameter, such as Adafactor's means over rows and columns, keeps the sharding of the axes that
-    are left. JAX finds it: `init` of the optimizer is traced with shardings as part of the types.
+    The state of the optimizer is sharded as its parameters are.
 
     Args:
         params: parameters of the population, abstract, with shardings
             (`convert.abstract_params(..., members=M)`).
         tx: the optimizer.
-        mesh: where counters live. One that is not on the mesh would compile the step twice.
+        mesh: where counters live.
     """
+    # A leaf of the optimizer may have fewer axes than its parameter, such as Adafactor's means over
+    # rows and columns. It keeps the sharding of the axes that are left, and JAX itself says which:
+    # `init` is traced on a mesh with explicit axes, so that shardings are part of the types.
     names = mesh.axis_names
     explicit = AbstractMesh(
         tuple(mesh.shape.values()), names, axis_types=(AxisType.Explicit,) * len(names)
@@ -183,6 +191,8 @@ def abstract_state(
         sharding = NamedSharding(mesh, P("order", *inner))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    # A counter that is not on the mesh would differ from the one that the step returns, and the
+    # step would be compiled twice.
     counter = jax.ShapeDtypeStruct((tree.size(params),), jnp.int32)
     return TrainState(params, jax.tree.map(on_mesh, opt_state), on_mesh(counter))
 
@@ -199,6 +209,7 @@ def initial_state(
     """
     members = abstract.step.shape[0]
 
+    # under jit, so that no device ever holds more than its shards of the population
     def build(start: Tree) -> TrainState:
         params = jax.tree.map(lambda x: jnp.broadcast_to(x, (members, *x.shape)), start)
         return TrainState(params, jax.vmap(tx.init)(params), jnp.zeros(members, jnp.int32))
@@ -216,23 +227,26 @@ def compile_step(
     """Compile a step of one member over the population.
 
     It is compiled once, ahead of time: an argument of another shape or sharding is an error, not a
-    new program. Members of a device group run one after another, by `lax.scan` and not by
-    `jax.vmap`: vmap would fuse their matmuls and sums into other ones, with other roundings, and a
-    member would no longer have the bits that it has alone. It would also need the activations of
-    all members at once.
+    new program.
 
     Args:
         step: from `train_step`.
         mesh: the mesh.
-        state: from `abstract_state`. It is donated: parameters and moments are updated in place,
-            else two copies of the population would be in memory.
+        state: from `abstract_state`; it is donated.
         batch: abstract, with a leading `M` and shardings.
         frozen: abstract, with shardings and without `M`: one copy for all members.
     """
+    # Why not `jax.vmap` over members: it turns their matmuls into batched ones, which sum in
+    # another order, so a member would not have the bits that it has alone. It also needs the
+    # activations of all members at once. So members of a device group run one after another
+    # (`lax.scan`), and device groups next to each other (`shard_map` over `order`), without any
+    # communication.
     population = jax.jit(
         meshes.update_members(step, mesh),
         in_shardings=(shardings(state), shardings(batch), shardings(frozen)),
         out_shardings=(shardings(state), NamedSharding(mesh, P("order"))),
+        # Parameters and moments are updated in place. Without donation two copies of the population
+        # would be in memory.
         donate_argnums=0,
     )
     return population.lower(state, batch, frozen).compile(EXACT)
@@ -240,6 +254,7 @@ def compile_step(
 
 def place(arrays: Tree, abstract: Tree) -> Tree:
     """Return arrays in the dtypes and shardings of an abstract tree, as a frozen base is stored."""
+    # one copy for all members: the base of adapters is read and never updated
     cast = jax.jit(
         lambda x: jax.tree.map(lambda a, like: a.astype(like.dtype), x, abstract),
         out_shardings=shardings(abstract),

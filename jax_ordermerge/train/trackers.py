@@ -134,7 +134,7 @@ class Wandb:
                 group=identity["group"],
                 name=f"{tracking.name}/{member_name(m)}",
                 id=identity["ids"][str(m)],
-                config=dict(tracking.config),
+                config=dict(tracking.resolved_config),
                 dir=str(layout.tracking),
                 resume="allow",
                 reinit="create_new",  # several runs are open in one process

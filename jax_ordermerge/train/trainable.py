@@ -46,6 +46,7 @@ def make_trainable(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> Traina
         >>> [tensor.path for tensor in adapters.trained], len(adapters.frozen)
         (['layers/attention/q/lora_a', 'layers/attention/q/lora_b'], 12)
     """
+    # chosen here and not in the model: which kernel is right depends on mesh, dtype and packing
     kernel = kernels.choose(
         spec.model.attention,
         model,
@@ -57,6 +58,8 @@ def make_trainable(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> Traina
     settings = spec.lora
     if settings is None:
         return Trainable(table, (), dense, lambda load: load())
+    # An adapter starts at B = 0, so the member starts as the base, which is not loaded here: it is
+    # loaded once, as the frozen tree. All members draw the same A, by the seed of the experiment.
     return Trainable(
         trained=lora.table(model, settings),
         frozen=table,

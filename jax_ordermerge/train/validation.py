@@ -20,6 +20,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.order import PADDING
+from jax_ordermerge.train import batches
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.objective import Objective
 from jax_ordermerge.tree import Tree
@@ -83,14 +84,12 @@ def device_batches(
 
     They are the same for every member; see `pack.step_batch`.
     """
+    # padded to full microbatches; padding has weight 0 in every sum
     rows = np.full(-(-len(examples) // microbatch) * microbatch, PADDING)
     rows[: len(examples)] = np.arange(len(examples))
 
     def put(name: str, array: np.ndarray) -> jax.Array:
-        axes = (None, "batch", *[None] * array.ndim)[: array.ndim]
-        if name in pack.SEQUENCES:
-            axes = (*axes[:-1], "length")
-        sharding = meshes.sharding(axes, array.shape, mesh)
+        sharding = batches.batch_sharding(name, array.shape, (None, "batch"), mesh)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     batch = pack.step_batch(examples, rows, microbatch=microbatch, lengths=lengths)
@@ -107,8 +106,6 @@ def compile_measure(
     lengths: tuple[int, ...],
 ) -> Measure:
     """Compile `(best, weights, step, frozen) -> (best, loss)` over a population.
-
-    Nothing crosses members, as in the training step.
 
     Args:
         objective: whose loss is measured, over what it counts in all examples together.
@@ -134,17 +131,23 @@ def compile_measure(
         def microbatch_sums(microbatch: steps.Batch) -> jax.Array:
             return steps.switch(microbatch["bucket"], by_length, microbatch)
 
+        # One microbatch after another: the activations of one are the memory that training has too.
+        # Sums of all examples are divided once, as in training.
         total = jax.lax.map(microbatch_sums, batch).sum(0)
         loss = total[0] / jnp.maximum(total[1], 1.0)
-        lower = loss < best.loss  # False where the loss is not a number
+        # Strictly lower, so of equal losses the first step counts; a loss that is NaN never does.
+        lower = loss < best.loss
 
+        # `where` and not `cond`: a select is one pass over the weights
         def keep_lower(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(lower, new, old)
 
         lowest = jax.tree.map(keep_lower, weights, best.weights) if best.weights else {}
         return Best(lowest, keep_lower(loss, best.loss), keep_lower(step, best.step)), loss
 
-    # the batch goes in as an argument: closed over, it would be a constant of the program
+    # Batch and frozen base are arguments: closed over, they would be constants of the program.
+    # Members are handled as in the training step, with the same compiler options, so that a member
+    # has the same validation loss alone and in the population.
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     shared = (batch, step, frozen)
     population = jax.jit(

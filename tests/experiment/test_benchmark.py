@@ -40,7 +40,8 @@ from jax_ordermerge.experiment import pipeline
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
 pipeline.benchmark(load_config(sys.argv[1], [f"compilation_cache={sys.argv[2]}"]), steps=2)
-print(*(seen.count(f"/jax/compilation_cache/{what}") for what in ("compile_requests_use_cache", "cache_hits")))
+for event in ("compile_requests_use_cache", "cache_hits"):
+    print(seen.count(f"/jax/compilation_cache/{event}"))
 """
 
 
@@ -63,8 +64,8 @@ def test_a_second_start_compiles_nothing_anew(folder, tmp_path):
         ).stdout.split()
         for _ in range(2)
     ]
-    (asked, found), (asked_again, found_again) = (
-        [int(count) for count in one[-2:]] for one in messages
+    (requests, hits), (requests_again, hits_again) = (
+        [int(count) for count in output[-2:]] for output in messages
     )
-    assert asked_again == asked > found
-    assert found_again == asked
+    assert requests_again == requests > hits
+    assert hits_again == requests

@@ -14,33 +14,35 @@ from jax_ordermerge.plan.compiled import Requirements
 
 @pytest.fixture(scope="module")
 def both(folder, tmp_path_factory):
-    """The run directories of one training of both members, and of a wave for each; and what the latter said."""
-    made, said, asks = [], [], ["samples.every=4", "samples.max_new_tokens=4"]
+    """Run directories of one training of both members and of a wave for each, and the messages."""
+    directories, messages, asks = [], [], ["samples.every=4", "samples.max_new_tokens=4"]
     for name, wave in (("whole", "null"), ("waves", "1")):
         directory = tmp_path_factory.mktemp(name) / "run"
         config = load_config(
             folder / "tiny.yaml", [f"output={directory}", f"population.wave={wave}", *asks]
         )
-        made.append(pipeline.run(config, through="merge", log=said.append))
-    return *made, said
+        directories.append(pipeline.run(config, through="merge", log=messages.append))
+    return *directories, messages
 
 
 def test_the_same_members_merges_and_records(both):
-    whole, parts, said = both
-    assert "  2 members in 2 waves of 1" in said
-    assert "  wave 2 of 2: members 1" in said
+    undivided, in_waves, messages = both
+    assert "  2 members in 2 waves of 1" in messages
+    assert "  wave 2 of 2: members 1" in messages
     for name in ("average", "selection"):
-        files = [directory / "merged" / name / "model.safetensors" for directory in (whole, parts)]
+        files = [
+            directory / "merged" / name / "model.safetensors" for directory in (undivided, in_waves)
+        ]
         assert files[0].read_bytes() == files[1].read_bytes()
     with (
-        np.load(whole / "losses" / "train.npz") as one,
-        np.load(parts / "losses" / "train.npz") as other,
+        np.load(undivided / "losses" / "train.npz") as expected,
+        np.load(in_waves / "losses" / "train.npz") as actual,
     ):
-        assert one["losses"].tobytes() == other["losses"].tobytes()
-        assert one["ids"].tolist() == other["ids"].tolist()
+        assert expected["losses"].tobytes() == actual["losses"].tobytes()
+        assert expected["ids"].tolist() == actual["ids"].tolist()
     digests = [
         json.loads((directory / "orders" / "digests.json").read_text())
-        for directory in (whole, parts)
+        for directory in (undivided, in_waves)
     ]
     assert digests[0] == digests[1]
     lines = [
@@ -48,42 +50,44 @@ def test_the_same_members_merges_and_records(both):
             json.loads(text)
             for text in (directory / "metrics" / "train.jsonl").read_text().splitlines()
         ]
-        for directory in (whole, parts)
+        for directory in (undivided, in_waves)
     ]
-    for one, other in zip(*lines, strict=True):
-        assert [one[key] for key in ("step", "loss", "grad_norm")] == [
-            other[key] for key in ("step", "loss", "grad_norm")
+    for expected, actual in zip(*lines, strict=True):
+        assert [expected[key] for key in ("step", "loss", "grad_norm")] == [
+            actual[key] for key in ("step", "loss", "grad_norm")
         ]
     answers = [
-        (directory / "metrics" / "samples.jsonl").read_text() for directory in (whole, parts)
+        (directory / "metrics" / "samples.jsonl").read_text() for directory in (undivided, in_waves)
     ]
     assert answers[0] == answers[1]
     assert [json.loads(line)["members"] for line in answers[0].splitlines()] == [[0, 1]] * 3
     states = [
         json.loads((directory / "metrics" / "state.json").read_text())
-        for directory in (whole, parts)
+        for directory in (undivided, in_waves)
     ]
     assert states[0]["tokens"] == states[1]["tokens"]
     assert states[1]["waves"] == 2
 
 
 def test_members_of_waves_are_models_that_can_be_named(both):
-    whole, parts, _ = both
+    undivided, in_waves, _ = both
     for member in (0, 1):
-        one, other = (open_model(f"{directory}/member_{member}") for directory in (whole, parts))
-        assert one.info("model.norm.weight").shape == other.info("model.norm.weight").shape
-        read = [np.empty(one.info("model.norm.weight").shape, np.float32) for _ in range(2)]
-        one.read_into("model.norm.weight", 0, read[0])
-        other.read_into("model.norm.weight", 0, read[1])
+        expected, actual = (
+            open_model(f"{directory}/member_{member}") for directory in (undivided, in_waves)
+        )
+        assert expected.info("model.norm.weight").shape == actual.info("model.norm.weight").shape
+        read = [np.empty(expected.info("model.norm.weight").shape, np.float32) for _ in range(2)]
+        expected.read_into("model.norm.weight", 0, read[0])
+        actual.read_into("model.norm.weight", 0, read[1])
         assert read[0].tobytes() == read[1].tobytes()
 
 
 def test_what_was_decided_stays(both, folder):
-    _, parts, _ = both
-    config = load_config(folder / "tiny.yaml", [f"output={parts}", "population.wave=1"])
-    said = []
-    pipeline.run(config, through="merge", log=said.append)
-    assert said == [f"everything is done: {parts}"]
+    _, in_waves, _ = both
+    config = load_config(folder / "tiny.yaml", [f"output={in_waves}", "population.wave=1"])
+    messages = []
+    pipeline.run(config, through="merge", log=messages.append)
+    assert messages == [f"everything is done: {in_waves}"]
 
 
 def test_a_wave_must_fill_the_device_groups(folder, tmp_path):

@@ -1,4 +1,7 @@
-"""A tiny model and tiny data; every program a test compiles costs seconds, so trainings are shared where a test only reads them."""
+"""A tiny model and tiny data.
+
+Every program that a test compiles costs seconds, so trainings are shared where possible.
+"""
 
 import dataclasses
 import json
@@ -26,10 +29,10 @@ class Recorder:
     """Watches a training; stops it, as a kill would, when it comes to a step."""
 
     def __init__(self, stop_at: int | None = None, on_line=None) -> None:
-        self.said, self.lines, self.stop_at, self.on_line = [], [], stop_at, on_line
+        self.messages, self.lines, self.stop_at, self.on_line = [], [], stop_at, on_line
 
     def log(self, text):
-        self.said.append(text)
+        self.messages.append(text)
 
     def metrics(self, row):
         self.lines.append(row)

@@ -1,4 +1,4 @@
-"""A member alone is the member of every population, in every arrangement of the same inner mesh: bit for bit."""
+"""A member alone is, bit for bit, the member of every population on the same inner mesh."""
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ VARIANTS = {
 }
 
 
-# On CPU the update of two local members is fused otherwise than that of one, and a multiplication and an addition may be rounded once
-# or twice; nowhere else was this seen.
+# On CPU the update of two local members is fused otherwise than that of one, and a multiplication
+# and an addition may be rounded once or twice; nowhere else was this seen.
 ONE_ROUNDING = pytest.mark.xfail(
     reason="two adapters in one device group, accumulated: the last bit of a few elements differs"
 )
@@ -55,6 +55,6 @@ def test_alone_and_in_populations_of_2_4_and_8(
 
     weights, losses = train(8, 1, chosen=(1,))
     for count, order in ((2, 1), (4, 2), (8, 4)):
-        others, seen = train(count, order)
-        assert same_bits(others, weights), (count, order)
-        np.testing.assert_array_equal(seen, losses)
+        population_member, population_losses = train(count, order)
+        assert same_bits(population_member, weights), (count, order)
+        np.testing.assert_array_equal(population_losses, losses)

@@ -33,9 +33,9 @@ def test_every_sample_once_an_epoch(plan, tiny_examples):
 
 
 def test_members_alone_have_the_same_batches(plan, tiny_examples):
-    alone = batches.make_plan(plan.spec, tiny_examples, (2,))
+    single = batches.make_plan(plan.spec, tiny_examples, (2,))
     for step in range(plan.steps):
-        for name, array in alone.batch(step, 0).items():
+        for name, array in single.batch(step, 0).items():
             np.testing.assert_array_equal(array, plan.batch(step, 2)[name])
 
 
@@ -43,8 +43,8 @@ def test_members_alone_have_the_same_batches(plan, tiny_examples):
 def test_batches_on_the_mesh(plan, shape):
     mesh = make_mesh(*shape)
     abstract = batches.abstract_batch(plan, mesh)
-    whole = batches.device_batch(plan, 5, abstract)
-    for name, array in whole.items():
+    on_devices = batches.device_batch(plan, 5, abstract)
+    for name, array in on_devices.items():
         expected = np.stack([plan.batch(5, place)[name] for place in range(4)])
         np.testing.assert_array_equal(array, expected)
         assert (array.shape, array.dtype, array.sharding) == (
@@ -52,19 +52,19 @@ def test_batches_on_the_mesh(plan, shape):
             abstract[name].dtype,
             abstract[name].sharding,
         )
-    assert {shard.data.shape for shard in whole["tokens"].addressable_shards} == {
+    assert {shard.data.shape for shard in on_devices["tokens"].addressable_shards} == {
         (4 // shape[0], 2, 2 // shape[1], 24)
     }
 
 
 def test_members_that_pad_alike(tiny_examples, plan):
     alike = batches.make_plan(plan.spec, tiny_examples, mesh=make_mesh(4, 2))
-    alone = batches.make_plan(plan.spec, tiny_examples, (3,), mesh=make_mesh(4, 2))
+    single = batches.make_plan(plan.spec, tiny_examples, (3,), mesh=make_mesh(4, 2))
     for step in range(plan.steps):
-        own = np.stack([plan.batch(step, place)["bucket"] for place in range(4)])
+        buckets = np.stack([plan.batch(step, place)["bucket"] for place in range(4)])
         for place in range(4):
-            np.testing.assert_array_equal(alike.batch(step, place)["bucket"], own.max(0))
-        np.testing.assert_array_equal(alone.batch(step, 0)["bucket"], own.max(0))
+            np.testing.assert_array_equal(alike.batch(step, place)["bucket"], buckets.max(0))
+        np.testing.assert_array_equal(single.batch(step, 0)["bucket"], buckets.max(0))
 
 
 def test_feed_gives_the_batches_from_a_step_on(plan):

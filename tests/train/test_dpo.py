@@ -1,4 +1,4 @@
-"""Preference pairs through the whole training: a pair is a sample, its reference is the base, and all that holds of training holds."""
+"""Training on preference pairs: a pair is a sample, and its reference is the base."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def sequence_sums(model, params, examples):
 
 @pytest.fixture(scope="module")
 def pairs(tiny_model, tiny_base):
-    """21 pairs of 4 to 23 tokens with prompts of 3 tokens; file numbers that are not row numbers."""
+    """21 pairs of 4 to 23 tokens with prompts of 3 tokens; ids that are not row numbers."""
     random = np.random.default_rng(3)
     prompts = random.integers(1, tiny_model.vocab_size, (21, 3))
 
@@ -71,11 +71,11 @@ def train(pairs, tiny_model, tiny_base, tiny_spec, recorder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, train):
+def trained(tmp_path_factory, train):
     return train(tmp_path_factory.mktemp("whole"), make_mesh())
 
 
-# ------------------------------------------------------------------------------------------------------------------ the loss itself
+# ---------------------------------------------------------------------- the loss itself
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_losses_and_scores_against_loops(settings):
         random.integers(1, 9, (5, 2)),
     )
     objective = Dpo(**settings)
-    found = preference.pair_losses(*map(jnp.float32, (logps, reference, tokens)), objective)
+    losses = preference.pair_losses(*map(jnp.float32, (logps, reference, tokens)), objective)
     scores = preference.scores(jnp.float32(logps), jnp.float32(reference), beta=objective.beta)
     for pair in range(5):
         chosen, rejected = logps[pair] - reference[pair]
@@ -100,7 +100,7 @@ def test_losses_and_scores_against_loops(settings):
             expected = (
                 chosen / tokens[pair, 0] - rejected / tokens[pair, 1] - 1 / (2 * objective.beta)
             ) ** 2
-        assert found[pair] == pytest.approx(expected, rel=1e-5)
+        assert losses[pair] == pytest.approx(expected, rel=1e-5)
         assert [float(scores[name][pair]) for name in NAMES] == pytest.approx(
             [
                 objective.beta * chosen,
@@ -114,13 +114,13 @@ def test_losses_and_scores_against_loops(settings):
 
 
 def test_a_margin_too_large_for_exp():
-    found = preference.pair_losses(
+    losses = preference.pair_losses(
         jnp.array([[-1e4, 0.0], [0.0, -1e4]]),
         jnp.zeros((2, 2)),
         jnp.ones((2, 2)),
         Dpo(beta=1.0),
     )
-    assert found.tolist() == [1e4, 0.0]
+    assert losses.tolist() == [1e4, 0.0]
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
@@ -135,16 +135,16 @@ def test_the_gradient_is_that_of_the_plain_formula(tiny_model, pairs, kind):
 
     def plain(params):
         def logps(side):
-            given = (batch[name][:, side] for name in ("tokens", "positions", "segments"))
-            logits, _ = llama.forward(tiny_model, params, *given, dtype="float32")
+            inputs = (batch[name][:, side] for name in ("tokens", "positions", "segments"))
+            logits, _ = llama.forward(tiny_model, params, *inputs, dtype="float32")
             chosen = jnp.take_along_axis(
                 jax.nn.log_softmax(logits), batch["targets"][:, side, :, None], axis=-1
             )[..., 0]
             return (chosen * batch["weights"][:, side]).sum(-1)
 
-        found = jnp.stack([logps(0), logps(1)], axis=1)
+        sums_of_logps = jnp.stack([logps(0), logps(1)], axis=1)
         losses = preference.pair_losses(
-            found, batch["reference"], batch["weights"].sum(-1), settings
+            sums_of_logps, batch["reference"], batch["weights"].sum(-1), settings
         )
         return losses[jnp.array([0, 1, 3])].sum()
 
@@ -154,8 +154,12 @@ def test_the_gradient_is_that_of_the_plain_formula(tiny_model, pairs, kind):
     expected, theirs = jax.value_and_grad(plain)(params)
     assert total == pytest.approx(float(expected), rel=1e-5)
     assert (sums.losses[2], sums.weights.tolist()) == (0, [1, 1, 0, 1])
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert jnp.linalg.norm(one - other) < 1e-5 * jnp.linalg.norm(other)
+    for gradient, expected_gradient in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        assert jnp.linalg.norm(gradient - expected_gradient) < 1e-5 * jnp.linalg.norm(
+            expected_gradient
+        )
 
 
 def test_accumulation_has_the_same_gradient(tiny_model, pairs):
@@ -169,30 +173,32 @@ def test_accumulation_has_the_same_gradient(tiny_model, pairs):
         seen.append(
             jax.jit(steps.train_step(loss, tx, lambda _: 1.0, lengths=(24,)))(state, batch, {})
         )
-    (one, of_one), (four, of_four) = seen
-    for start, a, b in zip(*map(jax.tree.leaves, (params, one.params, four.params)), strict=True):
+    (state, metrics), (accumulated_state, accumulated_metrics) = seen
+    for start, a, b in zip(
+        *map(jax.tree.leaves, (params, state.params, accumulated_state.params)), strict=True
+    ):
         assert jnp.linalg.norm(a - b) < 1e-6 * jnp.linalg.norm(start - a) + 1e-7
-    assert of_one.loss == pytest.approx(float(of_four.loss), rel=1e-6)
+    assert metrics.loss == pytest.approx(float(accumulated_metrics.loss), rel=1e-6)
     np.testing.assert_allclose(
-        of_one.examples.losses.ravel(), of_four.examples.losses.ravel(), rtol=1e-5
+        metrics.examples.losses.ravel(), accumulated_metrics.examples.losses.ravel(), rtol=1e-5
     )
 
 
 @pytest.mark.slow
 def test_fisher_of_pairs(tiny_model, pairs, tiny_base):
     loss = objective.dpo(tiny_model, Dpo(), dtype="float32", remat="none")
-    found = fisher.diagonal(
+    information = fisher.diagonal(
         loss, tree.stack([tiny_base]), pairs, count=2, lengths=(24,), mesh=make_mesh(), seed=0
     )
-    assert all(bool((leaf >= 0).all()) for leaf in jax.tree.leaves(found))
-    assert max(float(leaf.max()) for leaf in jax.tree.leaves(found)) > 0
+    assert all(bool((leaf >= 0).all()) for leaf in jax.tree.leaves(information))
+    assert max(float(leaf.max()) for leaf in jax.tree.leaves(information)) > 0
 
 
-# -------------------------------------------------------------------------------------------------------------------- the training
+# ---------------------------------------------------------------------- the training
 
 
-def test_training_starts_at_the_reference_and_learns_to_prefer(whole):
-    _, lines, _ = whole
+def test_training_starts_at_the_reference_and_learns_to_prefer(trained):
+    _, lines, _ = trained
     assert set(NAMES) < set(lines[0])
     assert lines[0]["loss"] == pytest.approx([np.log(2)] * 2, rel=1e-4)
     assert lines[0]["rewards/margins"] == pytest.approx([0, 0], abs=1e-4)
@@ -204,8 +210,8 @@ def test_training_starts_at_the_reference_and_learns_to_prefer(whole):
         assert last["rewards/margins"][member] == pytest.approx(margin, rel=1e-4)
 
 
-def test_losses_are_stored_by_pair(whole, pairs):
-    (spec, _), lines, losses = whole
+def test_losses_are_stored_by_pair(trained, pairs):
+    (spec, _), lines, losses = trained
     assert np.isfinite(losses).all()
     for step, line in enumerate(lines):
         for member in range(2):
@@ -215,18 +221,18 @@ def test_losses_are_stored_by_pair(whole, pairs):
             )
 
 
-def test_what_is_measured_afterwards_is_what_was_trained(whole, pairs, tiny_model):
-    """The loss of a pair from two sums over sequences, as the analysis makes it, against the objective."""
-    (spec, layout), _, _ = whole
+def test_what_is_measured_afterwards_is_what_was_trained(trained, pairs, tiny_model):
+    """The loss of a pair from two sums over sequences, as in the analysis, is the objective."""
+    (spec, layout), _, _ = trained
     params = tree.member(members.restore_members(spec, tiny_model, make_mesh(), layout), 0)
     sums = sequence_sums(tiny_model, params, pairs)
     tokens = np.array([mask.sum() for mask in pairs.sequences.answers]).reshape(-1, 2)
-    found = preference.pair_losses(
+    losses = preference.pair_losses(
         *map(jnp.float32, (-sums, pairs.reference, tokens)), spec.objective
     )
     batch = pack.collate(pairs, np.arange(len(pairs)), 24)
     _, expected = objective.build(spec, tiny_model)(params, batch)
-    np.testing.assert_allclose(found, expected.losses, rtol=1e-4)
+    np.testing.assert_allclose(losses, expected.losses, rtol=1e-4)
 
 
 def same_weights(a, b, of_a, of_b, model, same_bits, mesh_a=None, mesh_b=None):
@@ -238,11 +244,11 @@ def same_weights(a, b, of_a, of_b, model, same_bits, mesh_a=None, mesh_b=None):
 
 
 def test_member_alone_is_the_member_of_the_population(
-    whole, tmp_path, train, tiny_model, same_bits
+    trained, tmp_path, train, tiny_model, same_bits
 ):
-    alone, lines, losses = train(tmp_path, make_mesh(), members=(1,))
-    config, all_lines, all_losses = whole
-    assert same_weights(alone, config, 0, 1, tiny_model, same_bits)
+    single, lines, losses = train(tmp_path, make_mesh(), members=(1,))
+    config, all_lines, all_losses = trained
+    assert same_weights(single, config, 0, 1, tiny_model, same_bits)
     assert not same_weights(config, config, 0, 1, tiny_model, same_bits)
     np.testing.assert_array_equal(losses[0], all_losses[1])
     for name in ("loss", "grad_norm", *NAMES):
@@ -255,10 +261,10 @@ def test_member_alone_is_the_member_on_a_mesh_of_groups(
     tmp_path, train, tiny_model, same_bits, dtype
 ):
     sections = {"training": {"epochs": 1}, "model": {"compute_dtype": dtype}}
-    population_orders, own = make_mesh(2, 2, 2), make_mesh(1, 2, 2)
-    both, _, _ = train(tmp_path / "both", population_orders, **sections)
-    alone, _, _ = train(tmp_path / "alone", own, members=(1,), **sections)
-    assert same_weights(alone, both, 0, 1, tiny_model, same_bits, own, population_orders)
+    mesh, single_mesh = make_mesh(2, 2, 2), make_mesh(1, 2, 2)
+    both, _, _ = train(tmp_path / "both", mesh, **sections)
+    single, _, _ = train(tmp_path / "alone", single_mesh, members=(1,), **sections)
+    assert same_weights(single, both, 0, 1, tiny_model, same_bits, single_mesh, mesh)
 
 
 @pytest.mark.slow
@@ -270,26 +276,27 @@ def test_adapters_on_the_frozen_base(tmp_path, train):
     _, lines, losses = train(tmp_path / "both", make_mesh(), **low)
     assert lines[0]["loss"] == pytest.approx([np.log(2)] * 2, rel=1e-4)
     assert all(accuracy > 0.8 for accuracy in lines[-1]["rewards/accuracies"])
-    _, alone, own = train(tmp_path / "alone", make_mesh(), members=(1,), **low)
-    np.testing.assert_array_equal(own[0], losses[1])
-    assert [line["loss"][0] for line in alone] == [line["loss"][1] for line in lines]
+    _, single, single_losses = train(tmp_path / "alone", make_mesh(), members=(1,), **low)
+    np.testing.assert_array_equal(single_losses[0], losses[1])
+    assert [line["loss"][0] for line in single] == [line["loss"][1] for line in lines]
 
 
 @pytest.mark.slow
-def test_positions_divided_over_devices(whole, tmp_path, train):
+def test_positions_divided_over_devices(trained, tmp_path, train):
     _, lines, _ = train(tmp_path, make_mesh(sequence=2), training={"epochs": 1})
-    for line, expected in zip(lines, whole[1], strict=False):
+    for line, expected in zip(lines, trained[1], strict=False):
         np.testing.assert_allclose(line["loss"], expected["loss"], rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, train, tiny_model, same_bits):
-    # killed at step 3, the last checkpoint is at 2: the line of step 3 has a step from before the kill
-    other = {"training": {"checkpoint_every": 2, "log_every": 3}}
+def test_killed_and_resumed_is_uninterrupted(trained, tmp_path, train, tiny_model, same_bits):
+    # killed at step 3, the last checkpoint is at 2: the line of step 3 has a step from before the
+    # kill
+    changes = {"training": {"checkpoint_every": 2, "log_every": 3}}
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, make_mesh(), stop_at=3, **other)
-    resumed, lines, losses = train(tmp_path, make_mesh(), **other)
-    config, all_lines, all_losses = whole
+        train(tmp_path, make_mesh(), stop_at=3, **changes)
+    resumed, lines, losses = train(tmp_path, make_mesh(), **changes)
+    config, all_lines, all_losses = trained
     for member in range(2):
         assert same_weights(resumed, config, member, member, tiny_model, same_bits)
     np.testing.assert_array_equal(losses, all_losses)
@@ -304,12 +311,12 @@ def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, train, tiny_model,
 def test_batches_of_pairs_on_the_mesh(tiny_spec, pairs, shape):
     plan = batches.make_plan(tiny_spec(**DPO), pairs)
     abstract = batches.abstract_batch(plan, make_mesh(*shape))
-    whole = batches.device_batch(plan, 1, abstract)
-    for name, array in whole.items():
+    batch = batches.device_batch(plan, 1, abstract)
+    for name, array in batch.items():
         np.testing.assert_array_equal(
             array, np.stack([plan.batch(1, place)[name] for place in range(2)])
         )
-    assert {shard.data.shape for shard in whole["tokens"].addressable_shards} == {
+    assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {
         (2 // shape[0], 2, 4 // shape[1], 2, 24)
     }
     assert plan.sequence_lengths(1).sum() == sum(

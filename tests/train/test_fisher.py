@@ -19,7 +19,7 @@ def test_it_is_the_mean_square_of_the_gradients_of_single_examples(tiny_model, t
     loss = objective.sft(tiny_model, dtype="float32", remat="none")
     lengths = pack.bucket_lengths(tiny_examples.longest)
     settings = {"count": 3, "lengths": lengths, "seed": 5}
-    found = fisher.diagonal(
+    information = fisher.diagonal(
         loss, tree.stack(members), tiny_examples, mesh=meshes.make_mesh(2, 1, 1), **settings
     )
     rows = np.asarray(
@@ -38,7 +38,7 @@ def test_it_is_the_mean_square_of_the_gradients_of_single_examples(tiny_model, t
         expected = jax.tree.map(lambda *xs: sum(xs) / 3, *squares)
         jax.tree.map(
             lambda a, b, m=m: np.testing.assert_allclose(a[m], b, rtol=1e-4, atol=1e-9),
-            found,
+            information,
             expected,
         )
-    assert max(float(x.max()) for x in jax.tree.leaves(found)) > 0
+    assert max(float(x.max()) for x in jax.tree.leaves(information)) > 0

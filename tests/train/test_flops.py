@@ -61,8 +61,8 @@ def test_frozen_weights_have_no_gradient():
     D, F, Q = 12, 20, 4 * 6
     matrices = 3 * (4 * D * Q + 3 * D * F) + 50 * D  # of 3 layers and the head
     low = 3 * rank * ((D + Q) + (F + D))  # of q and down
-    found = flops.training_flops(config, lengths, Lora(rank=rank, targets=("q", "down")))
-    assert found == counted(config, lengths) - lengths.sum() * (2 * matrices - 6 * low)
+    counted_flops = flops.training_flops(config, lengths, Lora(rank=rank, targets=("q", "down")))
+    assert counted_flops == counted(config, lengths) - lengths.sum() * (2 * matrices - 6 * low)
 
 
 def test_peaks():

@@ -21,8 +21,11 @@ STEPS = 6  # 2 epochs of 3
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_train):
-    """Both members, uninterrupted; float32, accumulation, buckets. `compiled` holds the compilations so far at each line."""
+def trained(tmp_path_factory, tiny_train):
+    """Both members, uninterrupted; float32, accumulation, buckets.
+
+    `compiled` holds the number of compilations so far at each row of metrics.
+    """
     compilations, seen = [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: (
@@ -43,39 +46,39 @@ def weights(run, model, mesh=None):
     return members.restore_members(run.spec, model, mesh or make_mesh(), run.layout)
 
 
-# ---------------------------------------------------------------------------------------------------- a member alone and in company
+# ---------------------------------------------------------------------- alone and in populations
 
 
 def test_member_alone_is_the_member_of_the_population(
-    whole, tmp_path, tiny_train, tiny_model, same_bits
+    trained, tmp_path, tiny_train, tiny_model, same_bits
 ):
-    alone = tiny_train(tmp_path, make_mesh(), members=(1,))
+    single = tiny_train(tmp_path, make_mesh(), members=(1,))
     assert same_bits(
-        tree.member(weights(alone, tiny_model), 0), tree.member(weights(whole, tiny_model), 1)
+        tree.member(weights(single, tiny_model), 0), tree.member(weights(trained, tiny_model), 1)
     )
     assert not same_bits(
-        tree.member(weights(whole, tiny_model), 0), tree.member(weights(whole, tiny_model), 1)
+        tree.member(weights(trained, tiny_model), 0), tree.member(weights(trained, tiny_model), 1)
     )
-    np.testing.assert_array_equal(alone.losses()[0], whole.losses()[1])
-    assert [line["loss"][0] for line in alone.lines()] == [
-        line["loss"][1] for line in whole.lines()
+    np.testing.assert_array_equal(single.losses()[0], trained.losses()[1])
+    assert [line["loss"][0] for line in single.lines()] == [
+        line["loss"][1] for line in trained.lines()
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 2, "sequence": 2}, {"data": 2, "fsdp": 2}])
 def test_batches_and_positions_divided_over_devices_change_no_more_than_the_last_digits(
-    whole, tmp_path, tiny_train, tiny_model, same_bits, axes
+    trained, tmp_path, tiny_train, tiny_model, same_bits, axes
 ):
     divided = tiny_train(tmp_path / "both", make_mesh(2, **axes))
-    np.testing.assert_allclose(divided.losses(), whole.losses(), rtol=1e-5)
+    np.testing.assert_allclose(divided.losses(), trained.losses(), rtol=1e-5)
     both = weights(divided, tiny_model, make_mesh(2, **axes))
-    for one, other in zip(
-        jax.tree.leaves(both), jax.tree.leaves(weights(whole, tiny_model)), strict=True
+    for divided_leaf, leaf in zip(
+        jax.tree.leaves(both), jax.tree.leaves(weights(trained, tiny_model)), strict=True
     ):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
-    alone = tiny_train(tmp_path / "alone", make_mesh(**axes), members=(1,))
-    assert same_bits(tree.member(weights(alone, tiny_model), 0), tree.member(both, 1))
+        np.testing.assert_allclose(divided_leaf, leaf, rtol=1e-4, atol=2e-6)
+    single = tiny_train(tmp_path / "alone", make_mesh(**axes), members=(1,))
+    assert same_bits(tree.member(weights(single, tiny_model), 0), tree.member(both, 1))
 
 
 # one padded length instead of two: half of what such a program takes to compile
@@ -104,12 +107,12 @@ def test_member_alone_everywhere(
 ):
     sections = {"population": {"members": 4}, "model": {"compute_dtype": dtype}} | sections
     chosen = sections["population"]["members"] // 2
-    population_orders, own = (make_mesh(*shape) for shape in shapes)
-    both = tiny_train(tmp_path / "both", population_orders, **sections)
-    alone = tiny_train(tmp_path / "alone", own, members=(chosen,), **sections)
+    mesh, single_mesh = (make_mesh(*shape) for shape in shapes)
+    both = tiny_train(tmp_path / "both", mesh, **sections)
+    single = tiny_train(tmp_path / "alone", single_mesh, members=(chosen,), **sections)
     assert same_bits(
-        tree.member(weights(alone, tiny_model), 0),
-        tree.member(weights(both, tiny_model, population_orders), chosen),
+        tree.member(weights(single, tiny_model), 0),
+        tree.member(weights(both, tiny_model, mesh), chosen),
     )
 
 
@@ -122,16 +125,16 @@ def test_member_alone_by_every_optimizer(tmp_path, tiny_train, tiny_model, same_
         "ema": 0.9,
         "moments": "bfloat16",
     }
-    population_orders, own = make_mesh(2, 4, 1), make_mesh(1, 4, 1)
-    both = tiny_train(tmp_path / "both", population_orders, **sections)
-    alone = tiny_train(tmp_path / "alone", own, members=(2,), **sections)
+    mesh, single_mesh = make_mesh(2, 4, 1), make_mesh(1, 4, 1)
+    both = tiny_train(tmp_path / "both", mesh, **sections)
+    single = tiny_train(tmp_path / "alone", single_mesh, members=(2,), **sections)
     assert same_bits(
-        tree.member(weights(alone, tiny_model), 0),
-        tree.member(weights(both, tiny_model, population_orders), 2),
+        tree.member(weights(single, tiny_model), 0),
+        tree.member(weights(both, tiny_model, mesh), 2),
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- killed and continued
+# ---------------------------------------------------------------------- killed and continued
 
 
 def everything(run, model, mesh):
@@ -142,39 +145,40 @@ def everything(run, model, mesh):
     return orbax.restore(run.file("checkpoints"), STEPS, wanted)
 
 
-def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, tiny_train, tiny_model, same_bits):
-    # killed at step 3, the last checkpoint is at 2: the line of step 3 goes, and the new one has two steps from before the kill
-    other = {"training": {"checkpoint_every": 2, "log_every": 3}}
+def test_killed_and_resumed_is_uninterrupted(trained, tmp_path, tiny_train, tiny_model, same_bits):
+    # killed at step 3, the last checkpoint is at 2: the line of step 3 goes, and the new one has
+    # two steps from before the kill
+    changes = {"training": {"checkpoint_every": 2, "log_every": 3}}
     with pytest.raises(KeyboardInterrupt):
-        tiny_train(tmp_path, make_mesh(), stop_at=3, **other)
+        tiny_train(tmp_path, make_mesh(), stop_at=3, **changes)
     assert orbax.latest(tmp_path / "checkpoints") == 2
     assert not (tmp_path / "metrics" / "state.json").exists()
     with (tmp_path / "metrics" / "train.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # half a line
-    resumed = tiny_train(tmp_path, make_mesh(), **other)
-    assert resumed.watch.said[0] == f"continuing from step 2 of {STEPS} ({tmp_path})"
-    assert resumed.watch.said[1:] == [
+    resumed = tiny_train(tmp_path, make_mesh(), **changes)
+    assert resumed.watch.messages[0] == f"continuing from step 2 of {STEPS} ({tmp_path})"
+    assert resumed.watch.messages[1:] == [
         "MFU is not shown: the peak FLOP/s of device kind 'cpu' is not known"
     ]
     assert same_bits(
-        everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh())
+        everything(resumed, tiny_model, make_mesh()), everything(trained, tiny_model, make_mesh())
     )
-    np.testing.assert_array_equal(resumed.losses(), whole.losses())
+    np.testing.assert_array_equal(resumed.losses(), trained.losses())
     assert [line["step"] for line in resumed.lines()] == [3, 6]
     for name in ("loss", "grad_norm"):  # a line is the mean over its steps
-        single = np.array([line[name] for line in whole.lines()])
+        values = np.array([line[name] for line in trained.lines()])
         np.testing.assert_allclose(
-            [line[name] for line in resumed.lines()], single.reshape(2, 3, 2).mean(1), rtol=1e-12
+            [line[name] for line in resumed.lines()], values.reshape(2, 3, 2).mean(1), rtol=1e-12
         )
     state = json.loads(resumed.file("metrics/state.json").read_text())
-    assert state["tokens"] == json.loads(whole.file("metrics/state.json").read_text())["tokens"]
+    assert state["tokens"] == json.loads(trained.file("metrics/state.json").read_text())["tokens"]
     assert state["seconds"] == resumed.lines()[-1]["seconds"] > resumed.lines()[0]["seconds"]
     assert state["compilations"] == 2  # one per session
 
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory, tiny_train):
-    """Both members with averages of their weights and moments in bfloat16; a checkpoint of every step."""
+    """Both members with averages of their weights and bfloat16 moments; a checkpoint per step."""
     return tiny_train(tmp_path_factory.mktemp("averaged"), make_mesh(), training=AVERAGED)
 
 
@@ -204,41 +208,44 @@ def test_with_averages_and_bfloat16_moments_killed_and_resumed_is_uninterrupted(
 
 def test_the_members_are_the_averages(averaged, tiny_model):
     assert (
-        averaged.watch.said[0] == "the members are averages of their weights (training.ema = 0.7)"
+        averaged.watch.messages[0]
+        == "the members are averages of their weights (training.ema = 0.7)"
     )
     abstract = {"params": convert.abstract_params(tiny_model, make_mesh(), members=2)}
-    seen = [
+    checkpoints = [
         tree.flatten(orbax.restore(averaged.file("checkpoints"), step, abstract)["params"])
         for step in range(1, STEPS + 1)
     ]
     powers = 0.7 ** np.arange(STEPS)[::-1]
-    for path, found in tree.flatten(weights(averaged, tiny_model)).items():
+    for path, average in tree.flatten(weights(averaged, tiny_model)).items():
         expected = np.average(
-            [np.asarray(params[path], np.float64) for params in seen], axis=0, weights=powers
+            [np.asarray(params[path], np.float64) for params in checkpoints], axis=0, weights=powers
         )
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-        assert np.abs(found - seen[-1][path]).max() > 1e-4
+        np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
+        assert np.abs(average - checkpoints[-1][path]).max() > 1e-4
 
 
-def test_complete_training_is_not_repeated(whole, tiny_model, tiny_examples, same_bits):
-    watch = type(whole.watch)()
-    before = whole.file("metrics/train.jsonl").read_text()
-    whole.file(
+def test_complete_training_is_not_repeated(trained, tiny_model, tiny_examples, same_bits):
+    watch = type(trained.watch)()
+    before = trained.file("metrics/train.jsonl").read_text()
+    trained.file(
         "losses/train.npz"
     ).unlink()  # killed between the last checkpoint and the files that follow from it
 
     def base():
         raise AssertionError("the base is not needed")
 
-    loop.train(whole.spec, tiny_model, base, tiny_examples, make_mesh(), whole.layout, watch=watch)
-    assert watch.said == [f"training is already complete: {STEPS} steps ({whole.directory})"]
-    assert whole.file("metrics/train.jsonl").read_text() == before
-    assert np.isfinite(whole.losses()).all()
+    loop.train(
+        trained.spec, tiny_model, base, tiny_examples, make_mesh(), trained.layout, watch=watch
+    )
+    assert watch.messages == [f"training is already complete: {STEPS} steps ({trained.directory})"]
+    assert trained.file("metrics/train.jsonl").read_text() == before
+    assert np.isfinite(trained.losses()).all()
 
 
-def test_resume_on_another_mesh_goes_on(whole, tiny_model, tiny_examples):
+def test_resume_on_another_mesh_goes_on(trained, tiny_model, tiny_examples):
     mesh = make_mesh(2, 2, 2)
-    state = loop.train(whole.spec, tiny_model, dict, tiny_examples, mesh, whole.layout)
+    state = loop.train(trained.spec, tiny_model, dict, tiny_examples, mesh, trained.layout)
     assert state["devices"] == 8
 
 
@@ -251,13 +258,13 @@ def test_resume_on_another_mesh_goes_on(whole, tiny_model, tiny_examples):
     ],
 )
 def test_checkpoint_of_another_training_is_refused(
-    whole, tiny_spec, tiny_model, tiny_examples, name, sections
+    trained, tiny_spec, tiny_model, tiny_examples, name, sections
 ):
-    other = tiny_spec(**sections)
+    changed = tiny_spec(**sections)
     with pytest.raises(
         UserError, match=rf"is of another training \({name} differs\); choose another output"
     ):
-        loop.train(other, tiny_model, dict, tiny_examples, make_mesh(), whole.layout)
+        loop.train(changed, tiny_model, dict, tiny_examples, make_mesh(), trained.layout)
 
 
 def test_members_must_fill_the_order_axis(tiny_spec, tiny_model, tiny_examples, tmp_path):
@@ -269,27 +276,27 @@ def test_members_must_fill_the_order_axis(tiny_spec, tiny_model, tiny_examples, 
     assert not (tmp_path / "new").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------------- what is left
+# ---------------------------------------------------------------------- what is left
 
 
-def test_one_compilation(whole):
-    assert len(whole.compiled) == STEPS
-    assert whole.compiled[0] > 0
-    assert whole.compiled[0] == whole.compiled[-1]
-    assert json.loads(whole.file("metrics/state.json").read_text())["compilations"] == 1
+def test_one_compilation(trained):
+    assert len(trained.compiled) == STEPS
+    assert trained.compiled[0] > 0
+    assert trained.compiled[0] == trained.compiled[-1]
+    assert json.loads(trained.file("metrics/state.json").read_text())["compilations"] == 1
 
 
-def test_metrics(whole, tiny_examples, tiny_model):
-    lines = whole.lines()
+def test_metrics(trained, tiny_examples, tiny_model):
+    lines = trained.lines()
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[2]["epoch"] == 1.0
     assert all(len(line["loss"]) == len(line["grad_norm"]) == 2 for line in lines)
-    assert lines == whole.watch.lines
+    assert lines == trained.watch.lines
     assert lines[-1]["loss"][0] < lines[0]["loss"][0]
     assert lines[0]["learning_rate"] == 0.0
     assert lines[1]["learning_rate"] == pytest.approx(1e-2)
     assert all(0 <= line["host_fraction"] <= 1 and line["mfu"] is None for line in lines)
-    state = json.loads(whole.file("metrics/state.json").read_text())
+    state = json.loads(trained.file("metrics/state.json").read_text())
     assert state["tokens"] == 2 * 2 * tiny_examples.lengths.sum()
     assert state["parameters"] == sum(
         x.size for x in jax.tree.leaves(convert.abstract_params(tiny_model))
@@ -305,44 +312,46 @@ def test_metrics(whole, tiny_examples, tiny_model):
     }
 
 
-def test_losses_are_stored_by_sample(whole, tiny_examples):
-    losses = whole.losses()
+def test_losses_are_stored_by_sample(trained, tiny_examples):
+    losses = trained.losses()
     assert losses.shape == (2, 2, len(tiny_examples))
     assert np.isfinite(losses).all()
     # the loss of a step is the token mean over its samples
     counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
-    for step, line in enumerate(whole.lines()):
+    for step, line in enumerate(trained.lines()):
         for member in range(2):
-            rows = batches.epoch_order(whole.spec, len(tiny_examples), member, step // 3)[step % 3]
+            rows = batches.epoch_order(trained.spec, len(tiny_examples), member, step // 3)[
+                step % 3
+            ]
             rows = rows[rows >= 0]
             mean = (losses[member, step // 3, rows] * counts[rows]).sum() / counts[rows].sum()
             assert line["loss"][member] == pytest.approx(mean, rel=1e-5)
 
 
-def test_orders_are_saved_by_sample_id(whole, tiny_examples):
-    digests = json.loads(whole.file("orders/digests.json").read_text())
+def test_orders_are_saved_by_sample_id(trained, tiny_examples):
+    digests = json.loads(trained.file("orders/digests.json").read_text())
     for member in range(2):
-        with np.load(whole.file(f"orders/member_{member}.npz")) as saved:
+        with np.load(trained.file(f"orders/member_{member}.npz")) as saved:
             for epoch in range(2):
-                rows = batches.epoch_order(whole.spec, len(tiny_examples), member, epoch)
+                rows = batches.epoch_order(trained.spec, len(tiny_examples), member, epoch)
                 np.testing.assert_array_equal(
                     saved[f"epoch_{epoch}"], np.where(rows < 0, -1, rows + 100)
                 )
                 assert digests[f"member_{member}"][epoch] == order.digest(rows)
 
 
-def test_checkpoints_say_what_they_are(whole):
-    kept = orbax.metadata(whole.file("checkpoints"), STEPS)
-    assert kept["members"] == [0, 1]
-    assert (kept["seed"], kept["level"], kept["steps"]) == (0, "sample", STEPS)
-    assert kept["mesh"] == {"order": 1, "data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
-    assert kept["orders"] == json.loads(whole.file("orders/digests.json").read_text())
+def test_checkpoints_say_what_they_are(trained):
+    metadata = orbax.metadata(trained.file("checkpoints"), STEPS)
+    assert metadata["members"] == [0, 1]
+    assert (metadata["seed"], metadata["level"], metadata["steps"]) == (0, "sample", STEPS)
+    assert metadata["mesh"] == {"order": 1, "data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+    assert metadata["orders"] == json.loads(trained.file("orders/digests.json").read_text())
 
 
-def test_members_are_restored_in_another_dtype(whole, tiny_model):
-    full = weights(whole, tiny_model)
+def test_members_are_restored_in_another_dtype(trained, tiny_model):
+    full = weights(trained, tiny_model)
     half = members.restore_members(
-        whole.spec, tiny_model, make_mesh(2, 2, 2), whole.layout, dtype="bfloat16"
+        trained.spec, tiny_model, make_mesh(2, 2, 2), trained.layout, dtype="bfloat16"
     )
     for ours, theirs in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs).astype(ours.dtype))
@@ -353,7 +362,7 @@ def test_members_of_no_training(tiny_spec, tiny_model, tmp_path):
         members.restore_members(tiny_spec(), tiny_model, make_mesh(), RunLayout(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- failures
+# ---------------------------------------------------------------------- failures
 
 
 def diverging(at, place, bad=np.nan):
@@ -368,7 +377,7 @@ def diverging(at, place, bad=np.nan):
                 loss[place] = bad
             fake.calls += 1
             ids = np.asarray(batch["ids"])
-            found = steps.Metrics(
+            metrics = steps.Metrics(
                 loss,
                 np.ones(2, np.float32),
                 np.zeros(2, np.float32),
@@ -376,7 +385,7 @@ def diverging(at, place, bad=np.nan):
                 steps.ExampleSums(sums, np.ones_like(sums)),
             )
             fake.bad = ids[place, 0, 1] if counted == at else getattr(fake, "bad", None)
-            return state, found
+            return state, metrics
 
         fake.calls = 0
         compile_step.fake = fake
@@ -405,7 +414,10 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(tmp_path, tiny_t
 def test_a_loss_spike_stops_where_it_is_asked_for(
     tmp_path, tiny_train, monkeypatch, at, spike, stops
 ):
-    """6 nats after ten steps of 1 nat are a spike above 3 times the usual, not above 7 times; nine steps say too little."""
+    """6 nats after ten steps of 1 nat are above 3 times the usual loss, and not above 7 times.
+
+    Nine steps say too little.
+    """
     fake = diverging(at, place=0, bad=6.0)
     monkeypatch.setattr(steps, "compile_step", fake)
     sections = {"training": {"epochs": 4, "spike": spike, "log_every": 5}}
@@ -427,11 +439,11 @@ def test_a_loss_spike_stops_where_it_is_asked_for(
         tiny_train(tmp_path, make_mesh(), **sections)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- signals
+# ---------------------------------------------------------------------- signals
 
 
 def test_sigterm_stops_after_a_step_with_a_checkpoint(
-    whole, tmp_path, tiny_train, tiny_model, same_bits
+    trained, tmp_path, tiny_train, tiny_model, same_bits
 ):
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(
@@ -448,12 +460,12 @@ def test_sigterm_stops_after_a_step_with_a_checkpoint(
     assert orbax.latest(tmp_path / "checkpoints") == 2
     assert not (tmp_path / "metrics" / "state.json").exists()
     resumed = tiny_train(tmp_path, make_mesh())
-    assert resumed.watch.said[0] == f"continuing from step 2 of {STEPS} ({tmp_path})"
+    assert resumed.watch.messages[0] == f"continuing from step 2 of {STEPS} ({tmp_path})"
     assert same_bits(
-        everything(resumed, tiny_model, make_mesh()), everything(whole, tiny_model, make_mesh())
+        everything(resumed, tiny_model, make_mesh()), everything(trained, tiny_model, make_mesh())
     )
-    np.testing.assert_array_equal(resumed.losses(), whole.losses())
-    assert [line["loss"] for line in resumed.lines()] == [line["loss"] for line in whole.lines()]
+    np.testing.assert_array_equal(resumed.losses(), trained.losses())
+    assert [line["loss"] for line in resumed.lines()] == [line["loss"] for line in trained.lines()]
 
 
 @pytest.fixture

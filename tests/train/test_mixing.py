@@ -26,7 +26,7 @@ MIXINGS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- naive, number by number
+# ---------------------------------------------------------------------- naive, number by number
 
 
 def lowbias(x):
@@ -40,9 +40,9 @@ def word(key, index, number):
     return lowbias(lowbias(index ^ a) ^ lowbias(key[1] ^ a))
 
 
-def naive_wash(x, key, done, fraction, cut):
+def naive_wash(x, key, done, fraction, tile_shape):
     """Tile by tile; x is [M, rows, columns]."""
-    out, (height, width) = x.copy(), cut
+    out, (height, width) = x.copy(), tile_shape
     R, C = x.shape[1] // height, x.shape[2] // width
     swapped = 0
     for number, (r, c) in enumerate(itertools.product(range(R), range(C))):
@@ -55,8 +55,8 @@ def naive_wash(x, key, done, fraction, cut):
             continue
         down, right = divmod(place % (height * width), width)
         at = r * height + down, c * width + right
-        for member, other in enumerate(np.argsort(deal, kind="stable")):
-            out[(member, *at)] = x[(other, *at)]
+        for member, source in enumerate(np.argsort(deal, kind="stable")):
+            out[(member, *at)] = x[(source, *at)]
         swapped += 1
     return out, swapped
 
@@ -67,25 +67,25 @@ def naive_wash(x, key, done, fraction, cut):
 )
 def test_wash_is_the_naive_loop(shape, fraction):
     x = np.random.default_rng(0).standard_normal((M, *shape)).astype(np.float32)
-    key, cut = rng.stream_key_bits(3, "wash", "w"), mixing.tile(shape, fraction)
-    ours = jax.jit(mixing.wash, static_argnames="cut")(
-        x, key, jnp.uint32(5), jnp.float32(fraction), cut=cut
+    key, tile_shape = rng.stream_key_bits(3, "wash", "w"), mixing.tile(shape, fraction)
+    ours = jax.jit(mixing.wash, static_argnames="tile_shape")(
+        x, key, jnp.uint32(5), jnp.float32(fraction), tile_shape=tile_shape
     )
-    expected, swapped = naive_wash(x, key.tolist(), 5, fraction, cut)
+    expected, swapped = naive_wash(x, key.tolist(), 5, fraction, tile_shape)
     np.testing.assert_array_equal(ours, expected)
-    assert 0 < swapped <= -(-x[0].size // (cut[0] * cut[1]))
+    assert 0 < swapped <= -(-x[0].size // (tile_shape[0] * tile_shape[1]))
 
 
 def test_wash_takes_its_fraction_and_permutes_uniformly():
     x = jnp.broadcast_to(jnp.arange(3.0)[:, None, None], (3, 600, 1000))
-    cut = mixing.tile((600, 1000), 0.01)
+    tile_shape = mixing.tile((600, 1000), 0.01)
     out = np.asarray(
         mixing.wash(
             x,
             jnp.asarray(rng.stream_key_bits(0, "wash", "w")),
             jnp.uint32(1),
             jnp.float32(0.01),
-            cut=cut,
+            tile_shape=tile_shape,
         )
     )
     np.testing.assert_array_equal(np.sort(out, axis=0), x)  # nothing is lost or doubled
@@ -106,7 +106,9 @@ def test_wash_takes_its_fraction_and_permutes_uniformly():
 def test_wash_keeps_bits():
     odd = np.array([0x7FC00001, 0x80000000, 0x00000001, 0xFF800000], np.uint32).view(np.float32)
     x = np.broadcast_to(odd[:, None, None], (4, 8, 8))
-    out = mixing.wash(x, jnp.array([1, 2], jnp.uint32), jnp.uint32(1), jnp.float32(1), cut=(1, 1))
+    out = mixing.wash(
+        x, jnp.array([1, 2], jnp.uint32), jnp.uint32(1), jnp.float32(1), tile_shape=(1, 1)
+    )
     np.testing.assert_array_equal(
         np.sort(np.asarray(out).view(np.uint32), 0),
         np.sort(np.ascontiguousarray(x).view(np.uint32), 0),
@@ -117,15 +119,15 @@ def test_wash_keeps_bits():
 def test_papa_is_the_naive_sum(rate):
     x = np.random.default_rng(0).standard_normal((M, 5, 7)).astype(np.float32)
     total = x[0]
-    for one in x[1:]:
-        total = total + one
+    for member in x[1:]:
+        total = total + member
     expected = np.float32(1 - rate) * x + np.float32(rate) * (total / np.float32(M))
     np.testing.assert_array_equal(jax.jit(lambda x: mixing.papa(tuple(x), rate))(x), expected)
     if rate == 1:
         assert (expected == expected[0]).all()
 
 
-# ------------------------------------------------------------------------------------------------------------------------- on meshes
+# ---------------------------------------------------------------------- on meshes
 
 
 def mixed(settings, mesh, *dones):
@@ -168,7 +170,7 @@ def test_the_fraction_falls_with_depth():
     assert not share["norm/weight"].any()
 
 
-# --------------------------------------------------------------------------------------------------------------------- through the loop
+# ---------------------------------------------------------------------- through the loop
 
 
 def weights(run, model):
@@ -177,25 +179,25 @@ def weights(run, model):
 
 @pytest.mark.parametrize("kind", [pytest.param("wash", marks=pytest.mark.slow), "papa"])
 def test_killed_and_resumed_is_uninterrupted(tmp_path, tiny_train, tiny_model, same_bits, kind):
-    other = {
+    changes = {
         "training": {"mixing": MIXINGS[kind], "checkpoint_every": 2, "microbatch": 8},
         "data": {"buckets": []},
     }
-    whole = tiny_train(tmp_path / "whole", make_mesh(), **other)
+    trained = tiny_train(tmp_path / "whole", make_mesh(), **changes)
     with pytest.raises(KeyboardInterrupt):
-        tiny_train(tmp_path / "killed", make_mesh(), stop_at=5, **other)
-    resumed = tiny_train(tmp_path / "killed", make_mesh(), **other)
-    assert same_bits(weights(resumed, tiny_model), weights(whole, tiny_model))
-    assert resumed.lines()[-1]["loss"] == whole.lines()[-1]["loss"]
-    alone = tiny_train(
+        tiny_train(tmp_path / "killed", make_mesh(), stop_at=5, **changes)
+    resumed = tiny_train(tmp_path / "killed", make_mesh(), **changes)
+    assert same_bits(weights(resumed, tiny_model), weights(trained, tiny_model))
+    assert resumed.lines()[-1]["loss"] == trained.lines()[-1]["loss"]
+    unmixed = tiny_train(
         tmp_path / "apart",
         make_mesh(),
-        **other | {"training": other["training"] | {"mixing": None}},
+        **changes | {"training": changes["training"] | {"mixing": None}},
     )
-    assert not same_bits(weights(alone, tiny_model), weights(whole, tiny_model))
+    assert not same_bits(weights(unmixed, tiny_model), weights(trained, tiny_model))
 
 
-# --------------------------------------------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------- refusals
 
 
 def test_a_member_cannot_be_mixed_alone(tmp_path, tiny_train):
@@ -204,7 +206,7 @@ def test_a_member_cannot_be_mixed_alone(tmp_path, tiny_train):
 
 
 @pytest.mark.parametrize(
-    ("population", "given", "message"),
+    ("population", "mixing", "message"),
     [
         (
             {"members": 4, "wave": 2},
@@ -231,7 +233,7 @@ def test_a_member_cannot_be_mixed_alone(tmp_path, tiny_train):
         ({}, {"kind": "papa", "rte": 0.5}, r"training.mixing.rte \(kind papa has: every, rate\)"),
     ],
 )
-def test_what_is_refused(population, given, message):
+def test_what_is_refused(population, mixing, message):
     with pytest.raises(UserError, match=message) as error:
-        make_config({"population": population, "training": {"mixing": given}})
+        make_config({"population": population, "training": {"mixing": mixing}})
     assert "\n" not in str(error.value)

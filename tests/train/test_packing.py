@@ -1,4 +1,4 @@
-"""Training on packed rows: the same gradients as unpacked, nothing between documents, orders that hold every sample once."""
+"""Training on packed rows: gradients, isolation of documents, and orders."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def packed_spec(tiny_spec):
     return build
 
 
-# -------------------------------------------------------------------------------------------------------------------------- orders
+# ---------------------------------------------------------------------- orders
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_every_sample_once_an_epoch(packed_spec, tiny_examples, kind, level):
     plan = batches.make_plan(spec, tiny_examples)
     assert plan.orders.shape[:2] == (4, 2)
     assert plan.lengths == (ROW,)
-    for own in plan.orders:
-        for epoch in own:
+    for member_orders in plan.orders:
+        for epoch in member_orders:
             places = order.locate(epoch, 21)
             assert places.shape == (21, 3)
             assert [epoch[tuple(place)] for place in places] == list(range(21))
@@ -67,25 +67,25 @@ def test_packs_are_the_same_rows_for_all_and_bins_follow_the_order(packed_spec, 
         )
         for kind in ("packs", "bins")
     )
-    assert all(rows_of(epoch) == rows_of(packs[0, 0]) for own in packs for epoch in own)
-    assert any(rows_of(epoch) != rows_of(bins[0, 0]) for own in bins for epoch in own)
+    assert all(rows_of(epoch) == rows_of(packs[0, 0]) for epochs in packs for epoch in epochs)
+    assert any(rows_of(epoch) != rows_of(bins[0, 0]) for epochs in bins for epoch in epochs)
     for member in range(3):
         for epoch in range(2):
             spec = packed_spec("bins", population={"members": 3})
             sequence = batches.epoch_order(spec, 21, member, epoch).reshape(-1)
             sequence = sequence[sequence >= 0]
             expected = sequence[pack.pack_in_order(tiny_examples.lengths[sequence], ROW)[:, 0]]
-            found = bins[member, epoch].reshape(-1, bins.shape[-1])
-            np.testing.assert_array_equal(found[found[:, 0] >= 0, 0], expected)
+            rows = bins[member, epoch].reshape(-1, bins.shape[-1])
+            np.testing.assert_array_equal(rows[rows[:, 0] >= 0, 0], expected)
 
 
 @pytest.mark.parametrize("kind", ["packs", "bins"])
 def test_members_alone_have_the_same_batches(packed_spec, tiny_examples, kind):
     spec = packed_spec(kind, population={"members": 3})
-    whole, alone = (batches.make_plan(spec, tiny_examples, members) for members in (None, (2,)))
-    for step in range(whole.steps):
-        for name, array in alone.batch(step, 0).items():
-            np.testing.assert_array_equal(array, whole.batch(step, 2)[name])
+    trained, single = (batches.make_plan(spec, tiny_examples, members) for members in (None, (2,)))
+    for step in range(trained.steps):
+        for name, array in single.batch(step, 0).items():
+            np.testing.assert_array_equal(array, trained.batch(step, 2)[name])
 
 
 def test_orders_of_very_different_numbers_of_rows_are_refused(packed_spec):
@@ -99,7 +99,7 @@ def test_orders_of_very_different_numbers_of_rows_are_refused(packed_spec):
         batches.draw_orders(spec, sizes, range(4))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------- gradients
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,15 @@ def test_gradients_and_losses_are_those_of_rows_of_one(packed_spec, tiny_example
     rows = plan.rows(0)[0]
     packed, sums = step_of(pack.collate(tiny_examples, rows, ROW))
     unpacked, expected = step_of(pack.collate(tiny_examples, rows[rows >= 0], 24))
-    for one, other in zip(jax.tree.leaves(packed), jax.tree.leaves(unpacked), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))
+    for gradient, expected_gradient in zip(
+        jax.tree.leaves(packed), jax.tree.leaves(unpacked), strict=True
+    ):
+        np.testing.assert_allclose(
+            gradient,
+            expected_gradient,
+            rtol=1e-5,
+            atol=1e-5 * float(jnp.abs(expected_gradient).max()),
+        )
     np.testing.assert_allclose(sums.losses[rows >= 0], expected.losses, rtol=1e-5)
     np.testing.assert_array_equal(sums.weights[rows >= 0], expected.weights)
     assert not sums.losses[rows < 0].any()
@@ -141,13 +148,13 @@ def test_a_document_changes_nothing_of_the_others(tiny_examples, step_of):
     for path in flat:
         if path != "embed/weight":
             np.testing.assert_array_equal(flat[path], flat_2[path], err_msg=path)
-    own = np.unique(batch["tokens"][0][batch["segments"][0] == 2])
-    others = np.setdiff1d(np.arange(32), own)
+    document_tokens = np.unique(batch["tokens"][0][batch["segments"][0] == 2])
+    absent_tokens = np.setdiff1d(np.arange(32), document_tokens)
     for table in (gradient, gradient_2):
-        assert not np.asarray(table["embed"]["weight"])[others].any()
+        assert not np.asarray(table["embed"]["weight"])[absent_tokens].any()
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the trainer
+# ---------------------------------------------------------------------- the trainer
 
 
 @pytest.fixture(scope="module", params=["packs", "bins"])
@@ -171,7 +178,7 @@ def train_packed(tiny_train):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, train_packed, kind):
+def trained(tmp_path_factory, train_packed, kind):
     return train_packed(tmp_path_factory.mktemp("whole"), kind)
 
 
@@ -180,34 +187,34 @@ def weights(run, model):
 
 
 def test_member_alone_is_the_member_of_the_population(
-    whole, tmp_path, train_packed, kind, tiny_model, same_bits
+    trained, tmp_path, train_packed, kind, tiny_model, same_bits
 ):
-    alone = train_packed(tmp_path, kind, members=(1,))
+    single = train_packed(tmp_path, kind, members=(1,))
     assert same_bits(
-        tree.member(weights(alone, tiny_model), 0), tree.member(weights(whole, tiny_model), 1)
+        tree.member(weights(single, tiny_model), 0), tree.member(weights(trained, tiny_model), 1)
     )
-    np.testing.assert_array_equal(alone.losses()[0], whole.losses()[1])
+    np.testing.assert_array_equal(single.losses()[0], trained.losses()[1])
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(
-    whole, tmp_path, train_packed, kind, tiny_model, same_bits
+    trained, tmp_path, train_packed, kind, tiny_model, same_bits
 ):
     with pytest.raises(KeyboardInterrupt):
         train_packed(tmp_path, kind, stop_at=3)
     resumed = train_packed(tmp_path, kind)
-    assert resumed.watch.said[0].startswith("continuing from step 2 of ")
-    assert same_bits(weights(resumed, tiny_model), weights(whole, tiny_model))
-    np.testing.assert_array_equal(resumed.losses(), whole.losses())
+    assert resumed.watch.messages[0].startswith("continuing from step 2 of ")
+    assert same_bits(weights(resumed, tiny_model), weights(trained, tiny_model))
+    np.testing.assert_array_equal(resumed.losses(), trained.losses())
 
 
-def test_losses_and_orders_are_stored_by_sample(whole, tiny_examples):
-    losses = whole.losses()
+def test_losses_and_orders_are_stored_by_sample(trained, tiny_examples):
+    losses = trained.losses()
     assert np.isfinite(losses).all()
     counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
-    orders = batches.draw_orders(whole.spec, tiny_examples.lengths, range(2))
+    orders = batches.draw_orders(trained.spec, tiny_examples.lengths, range(2))
     steps = orders.shape[2]
-    for step, line in enumerate(whole.lines()):
+    for step, line in enumerate(trained.lines()):
         for member in range(2):
             rows = orders[member, step // steps, step % steps]
             mean = (
@@ -215,7 +222,7 @@ def test_losses_and_orders_are_stored_by_sample(whole, tiny_examples):
             ).sum() / counts[rows[rows >= 0]].sum()
             assert line["loss"][member] == pytest.approx(mean, rel=1e-5)
     for member in range(2):
-        with np.load(whole.file(f"orders/member_{member}.npz")) as saved:
+        with np.load(trained.file(f"orders/member_{member}.npz")) as saved:
             for epoch in range(2):
                 np.testing.assert_array_equal(
                     saved[f"epoch_{epoch}"],
@@ -224,18 +231,18 @@ def test_losses_and_orders_are_stored_by_sample(whole, tiny_examples):
 
 
 @pytest.mark.slow
-def test_training_on_a_mesh(tmp_path, tiny_train, kind, whole):
+def test_training_on_a_mesh(tmp_path, tiny_train, kind, trained):
     data = {"packing": kind, "max_length": ROW, "buckets": []}
     on_mesh = tiny_train(
         tmp_path, make_mesh(2, 2, sequence=2), data=data, training={"batch": 4, "microbatch": 2}
     )
-    np.testing.assert_allclose(on_mesh.losses(), whole.losses(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(on_mesh.losses(), trained.losses(), rtol=1e-3, atol=1e-4)
 
 
-def test_another_packing_is_another_training(whole, kind, tiny_spec, tiny_model, tiny_examples):
-    other = {"packs": "bins", "bins": "packs"}[kind]
-    data = {"packing": other, "max_length": ROW, "buckets": []}
+def test_another_packing_is_another_training(trained, kind, tiny_spec, tiny_model, tiny_examples):
+    other_kind = {"packs": "bins", "bins": "packs"}[kind]
+    data = {"packing": other_kind, "max_length": ROW, "buckets": []}
     training = {"batch": 4, "microbatch": 2, "checkpoint_every": 2}
     spec = tiny_spec(data=data, training=training)
     with pytest.raises(UserError, match="is of another training"):
-        loop.train(spec, tiny_model, dict, tiny_examples, make_mesh(), whole.layout)
+        loop.train(spec, tiny_model, dict, tiny_examples, make_mesh(), trained.layout)

@@ -106,17 +106,17 @@ def test_buckets_cut_what_lies_behind_them(run):
 
 def test_accumulated_model_gradients(tiny_model, tiny_base, tiny_examples):
     sums = jax.jit(jax.grad(objective.sft(tiny_model, dtype="float32"), has_aux=True))
-    whole = pack.step_batch(tiny_examples, np.arange(8), microbatch=8, lengths=(24,))
-    parts = pack.step_batch(tiny_examples, np.arange(8), microbatch=4, lengths=(24,))
-    one, _ = sums(tiny_base, {k: v[0] for k, v in whole.items()})
-    two = [sums(tiny_base, {k: v[i] for k, v in parts.items()})[0] for i in range(2)]
-    for expected, *found in zip(*map(jax.tree.leaves, (one, *two)), strict=True):
+    batch = pack.step_batch(tiny_examples, np.arange(8), microbatch=8, lengths=(24,))
+    microbatches = pack.step_batch(tiny_examples, np.arange(8), microbatch=4, lengths=(24,))
+    gradient, _ = sums(tiny_base, {k: v[0] for k, v in batch.items()})
+    partial = [sums(tiny_base, {k: v[i] for k, v in microbatches.items()})[0] for i in range(2)]
+    for expected, *terms in zip(*map(jax.tree.leaves, (gradient, *partial)), strict=True):
         np.testing.assert_allclose(
-            sum(found), expected, rtol=1e-5, atol=1e-6 * float(jnp.abs(expected).max())
+            sum(terms), expected, rtol=1e-5, atol=1e-6 * float(jnp.abs(expected).max())
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- placement
+# ---------------------------------------------------------------------- placement
 
 
 def test_optimizer_state_is_sharded_like_its_parameters(tiny_model, tiny_base):
@@ -131,12 +131,12 @@ def test_optimizer_state_is_sharded_like_its_parameters(tiny_model, tiny_base):
         for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
         if hasattr(s, "mu")
     )
-    for found in (state.params, adam.mu, adam.nu):
-        whole = tree.flatten(found)[path]
-        assert whole.shape == (4, 2, 16, 8)
-        assert {shard.data.shape for shard in whole.addressable_shards} == {(2, 2, 8, 4)}
-    for leaf, planned in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
-        assert leaf.sharding.is_equivalent_to(planned.sharding, leaf.ndim)
+    for branch in (state.params, adam.mu, adam.nu):
+        leaf = tree.flatten(branch)[path]
+        assert leaf.shape == (4, 2, 16, 8)
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, 2, 8, 4)}
+    for placed, planned in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert placed.sharding.is_equivalent_to(planned.sharding, placed.ndim)
     assert {shard.data.shape for shard in adam.count.addressable_shards} == {(2,)}
     for member in range(4):
         np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""The same training in torch: same weights, same batches, the same optimizer with the same hyperparameters, float32."""
+"""The same training in torch: weights, batches, optimizer and hyperparameters; float32."""
 
 import dataclasses
 
@@ -114,8 +114,8 @@ def test_twenty_steps_are_those_of_torch(
     plan = batches.make_plan(run.spec, tiny_examples)
     twin = torch_model(tiny_model, tiny_base)
     expected = torch_training(twin, plan, run.spec.training)
-    found = np.array([line["loss"][0] for line in run.lines()])[:20]
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    losses = np.array([line["loss"][0] for line in run.lines()])[:20]
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert expected[-1] < expected[0] - 0.2
     ours = tree.flatten(
         jax.device_get(
@@ -132,7 +132,7 @@ def wanted(run, model):
     return {"params": convert.abstract_params(model, make_mesh(), members=1)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- preference pairs
+# ---------------------------------------------------------------------- preference pairs
 
 
 def torch_pairs(twin, batch, settings):

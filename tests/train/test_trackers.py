@@ -1,4 +1,4 @@
-"""What trackers hold is what metrics/train.jsonl holds, once, also where a training was killed and continued."""
+"""Trackers hold the rows of the training log once each, also after a resume."""
 
 import json
 import sys
@@ -15,10 +15,13 @@ from jax_ordermerge.train.spec import TrackingSpec
 
 
 def events(directory):
-    """Return `{(name, step): values}` of event files as TensorBoard shows them: a restart hides what came at its step or later."""
+    """Return (name, step, value) of event files as TensorBoard shows them.
+
+    A restart hides what came at its step or later.
+    """
     from tensorboardX.proto import event_pb2
 
-    found = []
+    scalars = []
     for file in sorted(directory.glob("events.out.tfevents.*")):
         raw, at = file.read_bytes(), 0
         while at < len(raw):  # length (8 bytes), its checksum (4), record, its checksum (4)
@@ -26,9 +29,11 @@ def events(directory):
             event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
             at += size + 16
             if event.session_log.status == event_pb2.SessionLog.START:
-                found = [one for one in found if one[1] < event.step]
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-    return found
+                scalars = [scalar for scalar in scalars if scalar[1] < event.step]
+            scalars += [
+                (value.tag, event.step, value.simple_value) for value in event.summary.value
+            ]
+    return scalars
 
 
 def test_tensorboard_holds_the_lines_of_each_member_once(tmp_path, tiny_train):
@@ -38,9 +43,9 @@ def test_tensorboard_holds_the_lines_of_each_member_once(tmp_path, tiny_train):
         tiny_train(tmp_path, make_mesh(), stop_at=3, **sections)
     run = tiny_train(tmp_path, make_mesh(), **sections)
     for member in range(2):
-        found = events(tmp_path / "tracking" / f"member_{member}")
+        scalars = events(tmp_path / "tracking" / f"member_{member}")
         for name in ("loss", "grad_norm"):
-            seen = [(step, value) for tag, step, value in found if tag == name]
+            seen = [(step, value) for tag, step, value in scalars if tag == name]
             assert [step for step, _ in seen] == [line["step"] for line in run.lines()]
             assert [value for _, value in seen] == pytest.approx(
                 [line[name][member] for line in run.lines()], rel=1e-6
@@ -72,12 +77,12 @@ def test_wandb_continues_its_runs(tmp_path, monkeypatch):
             tracker.metrics({"step": 4, "loss": [1.5, 2.5]})
             tracker.close()
     first, again = opened[:2], opened[2:]
-    assert [one["id"] for one in first] == [one["id"] for one in again]
-    assert len({one["id"] for one in first}) == 2
-    assert len({one["group"] for one in opened}) == 1
-    assert [one["name"] for one in first] == ["tiny/member_0", "tiny/member_1"]
-    assert {one["project"] for one in opened} == {"orders"}
-    steps = [one[0] for one in logged if one != "finished"]
+    assert [entry["id"] for entry in first] == [entry["id"] for entry in again]
+    assert len({entry["id"] for entry in first}) == 2
+    assert len({entry["group"] for entry in opened}) == 1
+    assert [entry["name"] for entry in first] == ["tiny/member_0", "tiny/member_1"]
+    assert {entry["project"] for entry in opened} == {"orders"}
+    steps = [entry[0] for entry in logged if entry != "finished"]
     assert steps == [3, 3, 4, 4, 4, 4]
     assert (
         json.loads((tmp_path / "tracking" / "wandb.json").read_text())["ids"]["1"] == first[1]["id"]

@@ -33,7 +33,7 @@ BEST = {
 
 @pytest.fixture(scope="module")
 def held_out(tiny_model):
-    """6 examples of several lengths, of random tokens: what fits the training examples fits them worse and worse."""
+    """6 examples of random tokens: what fits the training examples fits them worse and worse."""
     random = np.random.default_rng(1)
     rows = [random.integers(1, tiny_model.vocab_size, n) for n in (5, 9, 12, 18, 22, 23)]
     return Examples(
@@ -67,6 +67,7 @@ def test_each_member_is_what_it_was_at_its_lowest_loss(best, tiny_model, same_bi
     assert state["best_steps"] == (losses.argmin(0) + 1).tolist()
     assert state["best_validation_losses"] == losses.min(0).tolist()
     assert min(state["best_steps"]) < STEPS
+    assert state["compilations"] == 2  # the training step and the validation losses
     for member, step in enumerate(state["best_steps"]):
         assert same_bits(
             tree.member(weights(best, tiny_model), member),
@@ -74,18 +75,18 @@ def test_each_member_is_what_it_was_at_its_lowest_loss(best, tiny_model, same_bi
         )
     assert (
         "each member is what it was at its lowest validation loss (training.checkpoint = best)"
-        in best.watch.said
+        in best.watch.messages
     )
 
 
 def test_the_loss_is_that_of_all_examples_together(best, tiny_model, held_out):
     from jax_ordermerge.data import pack
 
-    whole = pack.collate(held_out, np.arange(6), 24)
+    batch = pack.collate(held_out, np.arange(6), 24)
     for step in (1, STEPS):
         for member in range(2):
             _, sums = objective.sft(tiny_model, dtype="float32")(
-                tree.member(at_step(best, tiny_model, step), member), whole
+                tree.member(at_step(best, tiny_model, step), member), batch
             )
             expected = float(sums.losses.sum() / sums.weights.sum())
             assert best.lines()[step - 1]["validation_loss"][member] == pytest.approx(
@@ -103,11 +104,11 @@ def test_training_does_not_see_it(best, tmp_path, tiny_train, tiny_model, same_b
 def test_a_member_alone_is_best_with_the_same_bits(
     best, tmp_path, tiny_train, tiny_model, held_out, same_bits
 ):
-    alone = tiny_train(tmp_path, make_mesh(), members=(1,), held_out=held_out, **BEST)
+    single = tiny_train(tmp_path, make_mesh(), members=(1,), held_out=held_out, **BEST)
     assert same_bits(
-        tree.member(weights(alone, tiny_model), 0), tree.member(weights(best, tiny_model), 1)
+        tree.member(weights(single, tiny_model), 0), tree.member(weights(best, tiny_model), 1)
     )
-    assert [line["validation_loss"][0] for line in alone.lines()] == [
+    assert [line["validation_loss"][0] for line in single.lines()] == [
         line["validation_loss"][1] for line in best.lines()
     ]
 
@@ -126,27 +127,27 @@ def test_killed_and_resumed_is_uninterrupted(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [{"lora": {"rank": 2}}, {"training": BEST["training"] | {"ema": 0.5}}]
+    "changes", [{"lora": {"rank": 2}}, {"training": BEST["training"] | {"ema": 0.5}}]
 )
 def test_on_device_groups_with_adapters_and_with_averages(
-    tmp_path, tiny_train, tiny_base, tiny_model, held_out, same_bits, more
+    tmp_path, tiny_train, tiny_base, tiny_model, held_out, same_bits, changes
 ):
-    sections = BEST | more
+    sections = BEST | changes
     both = tiny_train(tmp_path / "both", make_mesh(2, 2), held_out=held_out, **sections)
-    alone = tiny_train(
+    single = tiny_train(
         tmp_path / "alone", make_mesh(1, 2), members=(1,), held_out=held_out, **sections
     )
     branch = orbax.metadata(both.file("checkpoints"), STEPS)["weights"]
     assert branch == "best/weights"
-    found = []
-    for run, member in ((both, 1), (alone, 0)):
+    lowest = []
+    for run, member in ((both, 1), (single, 0)):
         store = orbax.restore(
             run.file("checkpoints"),
             STEPS,
-            {"best": {"loss": jax.ShapeDtypeStruct((2 - (run is alone),), "float32")}},
+            {"best": {"loss": jax.ShapeDtypeStruct((2 - (run is single),), "float32")}},
         )
-        found.append(float(store["best"]["loss"][member]))
-    assert found[0] == found[1] == min(line["validation_loss"][1] for line in both.lines())
+        lowest.append(float(store["best"]["loss"][member]))
+    assert lowest[0] == lowest[1] == min(line["validation_loss"][1] for line in both.lines())
 
 
 def test_losses_alone_may_be_asked_for(tmp_path, tiny_train, tiny_model, held_out, same_bits):
