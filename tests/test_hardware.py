@@ -15,8 +15,8 @@ from jax_ordermerge.hardware import DEVICES, find, parse
     ],
 )
 def test_topologies(text, slices, size, name):
-    found = parse(text, slices)
-    assert (found.size, found.name) == (size, name)
+    topology = parse(text, slices)
+    assert (topology.size, topology.name) == (size, name)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Check the manifests that `launch` writes, and the fields of jobset-v1alpha2.json, against JobSet's own CustomResourceDefinition.
+"""Check manifests and jobset-v1alpha2.json against the CustomResourceDefinition of JobSet.
 
     python tests/launch/check_crd.py jobset.x-k8s.io_jobsets.yaml
 
-The file is config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml of kubernetes-sigs/jobset (Apache 2.0), of 750 kB, which is not copied here.
-Exit code 1 where something differs, and what.
+The file is config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml of kubernetes-sigs/jobset
+(Apache 2.0). It has 750 kB and is not copied here. The exit code is 1 if something differs.
 """
 
 import json
@@ -22,30 +22,33 @@ from tests.launch.test_launch import GPU, JOB, JOBSET, TPU, VOLUME
 
 
 def strict(node: Any) -> Any:
-    """A structural schema of Kubernetes as a JSON schema that refuses unknown fields, as the server does when it is asked to be strict."""
+    """Return a structural schema as a JSON schema that refuses unknown fields.
+
+    That is what the server does under strict field validation.
+    """
     if isinstance(node, list):
-        return [strict(one) for one in node]
+        return [strict(item) for item in node]
     if not isinstance(node, dict):
         return node
     if node.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
-    made = {
+    schema = {
         key: strict(value)
         for key, value in node.items()
         if not key.startswith("x-kubernetes-") and key != "format"
     }
     if isinstance(node.get("properties"), dict):
-        made["properties"] = {name: strict(value) for name, value in node["properties"].items()}
+        schema["properties"] = {name: strict(value) for name, value in node["properties"].items()}
         if (
             not node.get("x-kubernetes-preserve-unknown-fields")
             and "additionalProperties" not in node
         ):
-            made["additionalProperties"] = False
-    return made
+            schema["additionalProperties"] = False
+    return schema
 
 
 def fields(node: dict[str, Any], path: str = "") -> Iterator[str]:
-    """The fields of a schema with their choices; what is below a Job's spec is Kubernetes' own."""
+    """Yield the fields of a schema with their choices, except those below the spec of a Job."""
     for name, below in node.get("properties", {}).items():
         where = f"{path}.{name}"
         item = below.get("items", below)
@@ -62,13 +65,13 @@ def main() -> int:
     """Print what differs."""
     definition = yaml.safe_load(pathlib.Path(sys.argv[1]).read_text())
     (theirs,) = (
-        one["schema"]["openAPIV3Schema"]
-        for one in definition["spec"]["versions"]
-        if one["name"] == "v1alpha2"
+        version["schema"]["openAPIV3Schema"]
+        for version in definition["spec"]["versions"]
+        if version["name"] == "v1alpha2"
     )
     wrong = [
-        f"{one}: not in both"
-        for one in sorted(
+        f"{field}: not in both"
+        for field in sorted(
             set(fields(theirs["properties"]["spec"])) ^ set(fields(JOBSET["properties"]["spec"]))
         )
     ]

@@ -260,7 +260,7 @@ def test_one_process_a_node_sees_all_its_gpus():
             "gke",
             TPU,
             {"output": "runs/{name}"},
-            r"on a disk that is deleted with its machine; give --set output=/mnt/shared/runs/\{name\}",
+            r"is deleted with its machine; give --set output=/mnt/shared/runs/\{name\}",
         ),
         (
             "tpu-vm",

@@ -1,4 +1,4 @@
-"""Every optimizer against numpy, tensor by tensor of every layer of every member, in the program that trains populations."""
+"""Every optimizer against numpy, per tensor, layer and member, in the program of populations."""
 
 import math
 
@@ -52,11 +52,14 @@ def training(case, **changes):
     return Training(**{**COMMON, **CASES[case], **changes})
 
 
-# ------------------------------------------------------------------------------------------- a training with a gradient known by hand
+# ------------------------------------------------------------ a training with an analytic gradient
 
 
 def pulls(xp, params, c):
-    """A gradient for every parameter, {path: array}: sixteenths that depend on the data `c`, so that sums of squares are exact."""
+    """Return a gradient for every parameter, {path: array}.
+
+    They are sixteenths that depend on the data `c`, so that sums of squares are exact.
+    """
     numbers = {
         path: (37 * xp.arange(x.size, dtype=xp.int32) + 11 * c + place) % 61 - 30
         for place, (path, x) in enumerate(params.items())
@@ -67,7 +70,7 @@ def pulls(xp, params, c):
 
 
 def objective(params, batch, frozen=None):
-    """A loss a token, linear in the parameters, whose gradient is `pulls`."""
+    """Return a loss per token that is linear in the parameters; its gradient is `pulls`."""
     flat = tree.flatten(params)
     gradient = pulls(jnp, flat, batch["tokens"][0, 0])
     loss = sum(jnp.vdot(x, gradient[path]) for path, x in flat.items())
@@ -78,18 +81,18 @@ def objective(params, batch, frozen=None):
 def batch_of(step, members):
     tokens = np.stack([np.full((1, 4, LENGTH), 3 * step + 7 * m, np.int32) for m in members])
     ones = np.ones_like(tokens)
-    whole = {
+    batch = {
         "tokens": tokens,
         "targets": ones,
         "positions": ones,
         "segments": ones,
         "weights": ones.astype(np.float32),
     }
-    return whole | {"ids": ones[..., 0], "bucket": ones[:, :, 0, 0] * 0}
+    return batch | {"ids": ones[..., 0], "bucket": ones[:, :, 0, 0] * 0}
 
 
 def run(settings, model, base, members, shape):
-    """Train; return the state, the learning rates reported, and the program."""
+    """Train, and return the state and the reported learning rates."""
     mesh = make_mesh(*shape)
     table = tensor_table(model)
     tx = optimizer.make_optimizer(settings, STEPS, table)
@@ -112,7 +115,7 @@ def run(settings, model, base, members, shape):
     return jax.device_get(state), rates
 
 
-# ----------------------------------------------------------------------------------- directions in float64, for one tensor of one layer
+# ---------------------------------------------- directions in float64, for one tensor of one layer
 
 
 def adam(s, hidden):
@@ -141,7 +144,7 @@ def sgd(s, hidden):
 
 
 def adafactor(s, hidden):
-    """Algorithm 4 of Shazeer and Stern: rows and columns where both sides are large enough, else every element."""
+    """Algorithm 4 of Shazeer and Stern: factored where both sides are large enough."""
     row = column = full = 0
     for t in range(1, STEPS + 1):
         g, theta = yield
@@ -180,25 +183,25 @@ DIRECTIONS = {"adamw": adam, "adafactor": adafactor, "lion": lion, "sgd": sgd, "
 def reference(s, model, base, member, rates):
     """Weights of a member after the training, {Hugging Face name: float64}."""
     flat = {path: np.asarray(x, np.float64) for path, x in tree.flatten(base).items()}
-    whole = {name: (spec, layer) for name, spec, layer in hf_tensors(model)}
+    tensors = {name: (spec, layer) for name, spec, layer in hf_tensors(model)}
     theta = {
         name: np.array(flat[spec.path] if layer is None else flat[spec.path][layer])
-        for name, (spec, layer) in whole.items()
+        for name, (spec, layer) in tensors.items()
     }
     hidden = {
         name: spec.kind in ("attention", "mlp") and theta[name].ndim == 2
-        for name, (spec, _) in whole.items()
+        for name, (spec, _) in tensors.items()
     }
     decayed = {
         name: {"all": True, "matrices": x.ndim == 2, "hidden": hidden[name]}[s.decay_on]
         for name, x in theta.items()
     }
-    directions = {name: DIRECTIONS[s.optimizer.kind](s.optimizer, hidden[name]) for name in whole}
+    directions = {name: DIRECTIONS[s.optimizer.kind](s.optimizer, hidden[name]) for name in tensors}
     for number, rate in enumerate(rates):
         gradient = pulls(np, flat, 3 * number + 7 * member)
         g = {
             name: gradient[spec.path] if layer is None else gradient[spec.path][layer]
-            for name, (spec, layer) in whole.items()
+            for name, (spec, layer) in tensors.items()
         }
         norm = math.sqrt(sum((x**2).sum() for x in g.values()))
         for name, direction in directions.items():
@@ -227,22 +230,19 @@ def trained(request, tiny_model, tiny_base):
 def test_every_tensor_of_every_layer_and_member_is_that_of_numpy(trained, tiny_model, tiny_base):
     settings, state, rates = trained
     np.testing.assert_allclose(rates, [0, 0.01, 0.02, 0.02, 0.01], rtol=1e-6)
-    found = tree.flatten(state.params)
+    params = tree.flatten(state.params)
     for member in range(MEMBERS):
         expected = reference(settings, tiny_model, tiny_base, member, rates)
         for name, spec, layer in hf_tensors(tiny_model):
-            mine = found[spec.path][member] if layer is None else found[spec.path][member, layer]
-            start = np.asarray(
-                tree.flatten(tiny_base)[spec.path]
-                if layer is None
-                else tree.flatten(tiny_base)[spec.path][layer]
-            )
+            index = () if layer is None else (layer,)
+            actual = params[spec.path][member, *index]
+            start = np.asarray(tree.flatten(tiny_base)[spec.path][index])
             moved = np.abs(expected[name] - start).max()
             assert moved > 1e-5
             # Muon's iteration multiplies small singular values, and their rounding, by up to 3.4^5
             tolerance = 1e-3 if settings.optimizer.kind == "muon" else 1e-4
             np.testing.assert_allclose(
-                mine,
+                actual,
                 expected[name],
                 rtol=0,
                 atol=tolerance * moved,
@@ -252,12 +252,12 @@ def test_every_tensor_of_every_layer_and_member_is_that_of_numpy(trained, tiny_m
 
 def test_a_member_alone_has_the_same_bits(trained, tiny_model, tiny_base, same_bits):
     settings, state, _ = trained
-    alone, _ = run(settings, tiny_model, tiny_base, [2], (1, 4, 1))
-    assert same_bits(tree.member(alone, 0), tree.member(state, 2))
+    single, _ = run(settings, tiny_model, tiny_base, [2], (1, 4, 1))
+    assert same_bits(tree.member(single, 0), tree.member(state, 2))
     assert not same_bits(tree.member(state, 1), tree.member(state, 2))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- schedules
+# --------------------------------------------------------------------------------------- schedules
 
 
 def rate(step, *, peak, warmup, steps_, kind, last):
@@ -273,13 +273,15 @@ def rate(step, *, peak, warmup, steps_, kind, last):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize(("warmup", "taken"), [(0, 0), (0.1, 4), (5, 5)])
-def test_schedule(kind, warmup, taken):
+@pytest.mark.parametrize(("warmup", "warmup_steps"), [(0, 0), (0.1, 4), (5, 5)])
+def test_schedule(kind, warmup, warmup_steps):
     settings = {"kind": "wsd", "decay": 0.2} if kind == "wsd" else kind
     schedule = optimizer.make_schedule(
         Training(learning_rate=3e-4, schedule=settings, warmup=warmup, final_fraction=0.1), 40
     )
-    expected = [rate(s, peak=3e-4, warmup=taken, steps_=40, kind=kind, last=0.1) for s in range(41)]
+    expected = [
+        rate(s, peak=3e-4, warmup=warmup_steps, steps_=40, kind=kind, last=0.1) for s in range(41)
+    ]
     np.testing.assert_allclose(
         [float(schedule(s)) for s in range(41)], expected, rtol=2e-5, atol=1e-10
     )
@@ -297,7 +299,7 @@ def test_a_decay_longer_than_what_is_left_begins_after_the_warmup():
     assert [round(float(schedule(s)), 3) for s in (0, 2, 6, 10)] == [0.0, 1.0, 0.5, 0.0]
 
 
-# ---------------------------------------------------------------------------------------------------------- weight decay and clipping
+# ----------------------------------------------------------------------- weight decay and clipping
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_an_optax_without_muon(monkeypatch, tiny_model):
         optimizer.make_optimizer(Training(optimizer="muon"), 10, tensor_table(tiny_model))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- placement
+# --------------------------------------------------------------------------------------- placement
 
 
 def placements(settings, model, shape=(2, 2, 2)):
@@ -348,43 +350,44 @@ def placements(settings, model, shape=(2, 2, 2)):
     mesh = make_mesh(*shape)
     tx = optimizer.make_optimizer(settings, 10, tensor_table(model))
     state = steps.abstract_state(convert.abstract_params(model, mesh, members=4), tx, mesh)
-    found = jax.tree_util.tree_leaves_with_path(state.opt_state)
-    assert all(leaf.sharding.mesh == mesh for _, leaf in found)
-    return {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in found}
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    assert all(leaf.sharding.mesh == mesh for _, leaf in leaves)
+    return {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in leaves}
 
 
-def of(found, field, name):
+def spec_of(specs, field, name):
     (spec,) = [
         tuple(spec)
-        for path, spec in found.items()
+        for path, spec in specs.items()
         if f".{field}[" in path and path.endswith(f"['{name}']['weight']")
     ]
     return spec
 
 
 def test_factored_moments_keep_the_axes_that_are_left(tiny_model):
-    found = placements(training("adafactor"), tiny_model)
-    # gate [M, L, F, D]: the longer axis is averaged over for rows, the shorter for columns; q is square
-    assert of(found, "v_row", "gate") == ("order", None, "fsdp")
-    assert of(found, "v_col", "gate") == ("order", None, "tensor")
-    assert (of(found, "v_row", "q"), of(found, "v_col", "q")) == (
+    specs = placements(training("adafactor"), tiny_model)
+    # gate [M, L, F, D]: rows are averages over the longer axis, columns over the shorter one; q is
+    # square
+    assert spec_of(specs, "v_row", "gate") == ("order", None, "fsdp")
+    assert spec_of(specs, "v_col", "gate") == ("order", None, "tensor")
+    assert (spec_of(specs, "v_row", "q"), spec_of(specs, "v_col", "q")) == (
         ("order", None, "tensor"),
         ("order", None, "fsdp"),
     )
-    assert of(found, "v", "k") == ("order", None, "tensor", "fsdp")  # too small to factor
-    assert all(spec[0] == "order" for spec in found.values())
+    assert spec_of(specs, "v", "k") == ("order", None, "tensor", "fsdp")  # too small to factor
+    assert all(spec[0] == "order" for spec in specs.values())
 
 
 @pytest.mark.parametrize("case", ["adamw", "lion", "sgd", "muon"])
 def test_moments_and_averages_are_sharded_like_their_parameters(tiny_model, case):
-    found = placements(training(case, ema=0.9, moments="bfloat16"), tiny_model)
+    specs = placements(training(case, ema=0.9, moments="bfloat16"), tiny_model)
     fields = {"adamw": ("mu", "nu"), "sgd": ("trace",)}.get(case, ("mu",))
     for field in (*fields, "ema"):
-        assert of(found, field, "gate") == ("order", None, "tensor", "fsdp")
-    assert all(spec[0] == "order" for spec in found.values())
+        assert spec_of(specs, field, "gate") == ("order", None, "tensor", "fsdp")
+    assert all(spec[0] == "order" for spec in specs.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------- bfloat16 moments
+# -------------------------------------------------------------------------------- bfloat16 moments
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -439,13 +442,13 @@ def test_a_second_moment_that_should_fall(stochastic, expected):
 @pytest.mark.slow
 def test_rounding_bits_follow_no_mesh(tiny_model, tiny_base, same_bits):
     settings = training("adamw", moments="bfloat16")
-    one, many = (
+    one_device, eight_devices = (
         run(settings, tiny_model, tiny_base, range(2), shape)[0] for shape in ((1, 1, 1), (2, 4, 1))
     )
-    assert same_bits(one, many)
+    assert same_bits(one_device, eight_devices)
 
 
-# --------------------------------------------------------------------------------------------------------------------------- averages
+# ---------------------------------------------------------------------------------------- averages
 
 
 def test_the_average_is_weighted_by_powers_of_the_decay():
@@ -463,7 +466,7 @@ def test_the_average_is_weighted_by_powers_of_the_decay():
         )
 
 
-# ------------------------------------------------------------------------ an optimizer from outside
+# ----------------------------------------------------------------------- an optimizer from outside
 
 
 class SignSettings(OptimizerSettings):
