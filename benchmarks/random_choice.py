@@ -1,9 +1,9 @@
-"""The hash of the random choice beside jax.random: the same statistics of both, and what a number costs.
+"""The hash of the random choice beside jax.random: statistics of both, and the cost per number.
 
     python benchmarks/random_choice.py      # under a minute on two CPU cores
 
-Prints the table of docs/random_choice.md. A p-value says how often good numbers would look worse than these: good ones are spread
-evenly between 0 and 1, and bad ones are near 0.
+Prints the table of docs/random_choice.md. A p-value says how often good numbers would look worse
+than these: good ones are spread evenly between 0 and 1, and bad ones are near 0.
 """
 
 import time
@@ -24,13 +24,13 @@ Draw = Callable[[int, str, int], np.ndarray]
 
 
 @jax.jit
-def _hash(words: jax.Array, round_: int) -> jax.Array:
-    return random_bits(words, element_index(SHAPE), round_)
+def _hash(key_bits: jax.Array, round_: int) -> jax.Array:
+    return random_bits(key_bits, element_index(SHAPE), round_)
 
 
 @jax.jit
-def _threefry(words: jax.Array, round_: int) -> jax.Array:
-    key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), round_)
+def _threefry(key_bits: jax.Array, round_: int) -> jax.Array:
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_bits, impl="threefry2x32"), round_)
     return jax.random.bits(key, SHAPE)
 
 
@@ -73,13 +73,13 @@ def statistics_of(draw: Draw) -> dict[str, float]:
 
 
 def nanoseconds(program: Callable[..., jax.Array]) -> float:
-    """Return the CPU time of one number, median of 7."""
-    words = jnp.asarray(rng.stream_key_bits(0, "t"))
-    jax.block_until_ready(program(words, 0))
+    """Return the CPU time per number in nanoseconds, median of 7."""
+    key_bits = jnp.asarray(rng.stream_key_bits(0, "t"))
+    jax.block_until_ready(program(key_bits, 0))
     times = []
     for i in range(7):
         start = time.process_time()
-        jax.block_until_ready(program(words, i))
+        jax.block_until_ready(program(key_bits, i))
         times.append(time.process_time() - start)
     return float(np.median(times)) / (ROWS * COLUMNS) * 1e9
 
@@ -95,7 +95,7 @@ def main() -> None:
         )
         columns[name] = {
             **{k: f"{v:.3f}" for k, v in found.items()},
-            "CPU ns a number": f"{nanoseconds(program):.2f}",
+            "CPU ns per number": f"{nanoseconds(program):.2f}",
         }
     print(f"| p-value of | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in next(iter(columns.values())):

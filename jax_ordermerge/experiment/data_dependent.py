@@ -53,6 +53,7 @@ def _merge_with_fisher(
     ctx: RunContext, settings: Json, members: Tree, base: Tree | None, loss: Loss
 ) -> Result:
     """Merge the members, in float32, followed by the diagonals of their Fisher matrices."""
+    # not the members in the dtype that is merged: the information belongs to unrounded parameters
     members = waves.restore(ctx.training, ctx.model, ctx.mesh, ctx.layout)
     train = ctx.splits["train"]
     diagonals = fisher.diagonal(
@@ -89,6 +90,7 @@ def _merge_chosen(
             weights = [weights[number] for number in chosen]
         return _merge(ctx, settings | {"weights": weights}, subset, base)
 
+    # one model at a time: members and candidates need not fit into memory beside each other
     losses = [loss(member(members, m)) for m in range(ctx.config.population.members)]
     choice = choose(losses, lambda chosen: loss(merge(chosen)))
     return merge(choice.members), {

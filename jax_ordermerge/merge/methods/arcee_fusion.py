@@ -23,8 +23,8 @@ def prepare(tensor: Tensor, *, spread: Finite = 1.5) -> Prepared:
 
     Elsewhere it is the base's. I_j = |tau_j| KL_r with KL_r = sum_c p_c log(p_c / q_c) in the row r
     of j, where p and q are the softmax of the row in the member and in the base. The quantile at a
-    fraction f is the element at position floor(f (n - 1)) of the sorted tensor: exact, where mergekit
-    samples a million elements without a seed.
+    fraction f is the element at position floor(f (n - 1)) of the sorted tensor: exact, where
+    mergekit samples a million elements without a seed.
 
     Args:
         tensor: of one member. Takes no weights.
@@ -36,10 +36,12 @@ def prepare(tensor: Tensor, *, spread: Finite = 1.5) -> Prepared:
     shift = np.float32(sums[0] - sums[2] + np.log(sums[1] / sums[3]))
     base = np.float32(sums[2:])
     divergence = _as_float(tensor.total(_divergences, shift, base, width=width, reduce="join"))
+    # three order statistics, found in the same counting passes
     last = math.prod(tensor.shape) - 1
     positions = [int(f * last) for f in (0.5, 0.25, 0.75)]
     quartiles = order_statistics(tensor, positions, _importance_bits, divergence)
     median, first, third = quartiles.view(np.float32).astype(np.float64)
+    # in float64: spread times the range may leave float32
     threshold = np.clip(median + spread * (third - first), -LARGEST, LARGEST)
     return {"divergence": divergence, "threshold": np.float32(threshold)}
 

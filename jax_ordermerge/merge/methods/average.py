@@ -20,10 +20,11 @@ def prepare(tensor: Tensor, *, normalize: bool = True) -> Prepared:
         tensor: its weights are 1 each by default. `check_weights` refuses a sum of zero.
         normalize: false leaves out the division.
     """
-    w = weights_or_ones(tensor)
+    weights = weights_or_ones(tensor)
     # one division at the end: equal weights then give the correctly rounded mean, which weights of
     # 1/M would not
-    return {"weights": np.float32(w), "divisor": np.float32(w.sum() if normalize else 1)}
+    divisor = weights.sum() if normalize else 1
+    return {"weights": np.float32(weights), "divisor": np.float32(divisor)}
 
 
 def apply(part: Part, *, weights: jax.Array, divisor: jax.Array) -> jax.Array:

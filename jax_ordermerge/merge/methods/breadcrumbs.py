@@ -40,6 +40,7 @@ def band(tensor: Tensor, density: Densities, gamma: Fractions, at_least: int) ->
 
 
 def _magnitudes_twice(part: Part) -> list[jax.Array]:
+    # two cuts per member, found in the same passes
     return 2 * magnitudes(part)
 
 
@@ -71,8 +72,8 @@ def prepare(
 
     Args:
         tensor: its weights are used as they are. 1/M by default.
-        elect: add only the terms w_i m_i tau_i of the elected sign (`breadcrumbs_ties`): these masks
-            in place of the trim of TIES-Merging.
+        elect: add only the terms w_i m_i tau_i of the elected sign (`breadcrumbs_ties`): these
+            masks in place of the trim of TIES-Merging.
         density: fraction of each task vector that is kept. The default is ours.
         gamma: fraction of the largest that is dropped; less where nothing is left to drop below.
         at_least: the least number of elements kept. mergekit: 0, so that a tensor of fewer than

@@ -34,11 +34,12 @@ def prepare(
     """Consensus Merging: theta = theta_0 + scale / M c tau, with tau = M sum_i w_i tau_i.
 
     c_j is 1 where at least k members use element j. Member i uses it where
-    |tau_ij| >= lambda_i |tau_j - tau_ij| (its TALL mask): its own change is no small part of the sum.
+    |tau_ij| >= lambda_i |tau_j - tau_ij| (its TALL mask): its own change is no small part of the
+    sum.
 
     Args:
-        tensor: of at least k members. Its weights are 1/M by default; tau is then the sum of the task
-            vectors, as in the paper.
+        tensor: of at least k members. Its weights are 1/M by default; tau is then the sum of the
+            task vectors, as in the paper.
         threshold: lambda, one for all members or one each. The paper chooses it on validation data;
             the default is ours.
         k: how many members must use an element. 1 drops elements that no member uses, 2 also those
@@ -53,6 +54,7 @@ def prepare(
             f"merge method consensus: k = {k} of {tensor.count} members keeps nothing; "
             f"give a k up to {tensor.count}"
         )
+    # k is an array, not a Python int: another k would compile another program
     return {
         "weights": np.float32(weights_or_mean(tensor) * tensor.count),
         "scale": np.float32(scale / tensor.count),
@@ -67,6 +69,7 @@ def apply(
     """Add the multi-task vector where enough members use it."""
     task_vectors = part.task_vectors()
     multi_task = combine(task_vectors, weights)
+    # a count, since the masks need not be stored: each is used once
     users = jnp.zeros(multi_task.shape, jnp.int32)
     for i, tau in enumerate(task_vectors):
         users = users + (jnp.abs(tau) >= threshold[i] * jnp.abs(multi_task - tau)).astype(jnp.int32)

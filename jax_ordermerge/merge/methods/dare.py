@@ -25,6 +25,7 @@ def last_kept(probability: np.ndarray) -> np.ndarray:
 def drop(tensor: Tensor, density: Densities) -> Prepared:
     """Return the thresholds below which `apply_drop` keeps an element; an empty dict keeps all."""
     densities = per_member(tensor, "density", density)
+    # nothing to drop: the dense program is a sum, without a hash per element
     return {} if (densities == 1).all() else {"last": last_kept(densities).astype(np.uint32)}
 
 
@@ -34,6 +35,7 @@ def apply_drop(part: Part, *, last: jax.Array) -> list[jax.Array]:
     Element j of member i is kept where the hash of (key, j, round = i) lies below density 2^32
     (docs/random_choice.md).
     """
+    # the member is the round of the hash, so that members drop independently
     index = part.indices()
     masks = [random_bits(part.key_bits, index, i) <= last[i] for i in range(len(part.members))]
     return sparse_task_arithmetic.apply_masks(part, masks)

@@ -33,6 +33,7 @@ def sample(tensor: Tensor, density: Densities, epsilon: Fractions) -> Prepared:
     Raises:
         UserError: a probability would not lie in (0, 1].
     """
+    # a density of 1 keeps all, whatever epsilon
     middle = per_member(tensor, "density", density)
     half = np.where(middle == 1, 0, per_member(tensor, "epsilon", epsilon))
     for d, e in zip(middle.tolist(), half.tolist(), strict=True):
@@ -43,6 +44,7 @@ def sample(tensor: Tensor, density: Densities, epsilon: Fractions) -> Prepared:
             )
     if (middle == 1).all():
         return {}
+    # rows as in mergekit: what one index of the first axis holds
     width = math.prod(tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape)
     half = half if width > 1 else 0 * half
     low = last_kept(middle - half)
@@ -72,6 +74,7 @@ def apply_sample_unbiased(part: Part, *, low: jax.Array, step: jax.Array) -> lis
     for i, (threshold, tau) in enumerate(
         zip(_thresholds(part, low, step), part.task_vectors(), strict=True)
     ):
+        # p of the threshold itself, in whole steps: what is divided by is what was drawn with
         probability = (threshold.astype(jnp.float32) + 1) * jnp.float32(2.0**-32)
         kept = random_bits(part.key_bits, index, i) <= threshold
         thinned.append(jnp.where(kept, tau / probability, 0.0))
@@ -110,7 +113,8 @@ def prepare(
 
     Args:
         tensor: its weights are 1/M by default.
-        density: mean probability to keep an element, 1 - the paper's drop rate. The default is ours.
+        density: mean probability to keep an element, 1 - the paper's drop rate. The default is
+            ours.
         epsilon: half the range of the probabilities.
         scale: lambda.
         normalize: divide by the weights of the members that agree (mergekit's default).

@@ -41,12 +41,13 @@ def apply(part: Part, *, weights: jax.Array) -> jax.Array:
     """Average the first half of the members, weighted by the second half."""
     count = len(part.members) // 2
     models, fisher = part.floats()[:count], part.floats()[count:]
+    # products are rounded and terms added in the order of the members, as in `combine`
     weighted_fisher = [rounded(weights[i] * fisher[i]) for i in range(count)]
     divisor = functools.reduce(jnp.add, weighted_fisher)
     numerator = functools.reduce(
         jnp.add, [rounded(f * x) for f, x in zip(weighted_fisher, models, strict=True)]
     )
-    # where F is 0 for all members the weights alone decide; the paper adds a small constant to F
+    # where F is 0 for all members the weights alone decide; the paper's equation is 0 / 0 there
     plain = combine(models, weights) / jnp.sum(weights)
     return jnp.where(divisor > 0, numerator / jnp.where(divisor > 0, divisor, 1.0), plain)
 

@@ -22,10 +22,10 @@ def choose(losses: Sequence[float], loss_of: Callable[[Sequence[int]], float]) -
         Choice(members=(1, 2), losses=[1.0, 0.5, 0.9])
     """
     # equal losses: the lower number first, so that every process chooses the same
-    first, *others = sorted(range(len(losses)), key=lambda member: (losses[member], member))
+    first, *candidates = sorted(range(len(losses)), key=lambda member: (losses[member], member))
     soup: tuple[int, ...] = (first,)
     best, history = losses[first], [losses[first]]
-    for member in others:
+    for member in candidates:
         loss = loss_of((*soup, member))
         history.append(loss)
         if loss <= best:

@@ -1,7 +1,7 @@
 """Linear combinations of models, and their inner products.
 
-Many methods reduce to a linear combination once its coefficients are known. Where the result lies in
-the span of the models, the coefficients follow from the matrix of inner products.
+Many methods reduce to a linear combination once its coefficients are known. Where the result lies
+in the span of the models, the coefficients follow from the matrix of inner products.
 """
 
 from collections.abc import Sequence
@@ -67,6 +67,7 @@ def symmetric(upper: list[np.ndarray], size: int) -> np.ndarray:
         >>> symmetric([np.float64(1), np.float64(2), np.float64(3)], 2).tolist()
         [[1.0, 2.0], [2.0, 3.0]]
     """
+    # each pair was summed once: both halves have the same bits
     matrix = np.zeros((size, size))
     matrix[np.triu_indices(size)] = np.array(upper)
     return matrix + np.triu(matrix, 1).T

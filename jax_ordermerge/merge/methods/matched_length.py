@@ -1,9 +1,9 @@
 """Controls: averages as long as something that they are compared with.
 
 Averaging shortens task vectors: with a cosine rho between M members of one length, the mean has the
-length sqrt((1 + (M-1) rho) / M). Selection and resampling do not shorten. These two methods have the
-direction of the average, so a comparison with them separates the effect of length from the effect of
-selection. Both are ours.
+length sqrt((1 + (M-1) rho) / M). Selection and resampling do not shorten. These two methods have
+the direction of the average, so a comparison with them separates the effect of length from the
+effect of selection. Both are ours.
 """
 
 from typing import Literal
@@ -26,13 +26,15 @@ def prepare_norm_matched(tensor: Tensor) -> Prepared:
     Args:
         tensor: its weights are divided by their sum. 1/M by default.
     """
-    w = normalized_weights(tensor)
+    weights = normalized_weights(tensor)
     products = gram_matrix(tensor, "task_vectors")
-    length, mean = w @ np.sqrt(np.diag(products)), np.sqrt(max(w @ products @ w, 0.0))
-    # Where the task vectors cancel, m has no direction worth lengthening. So a tensor that no member
-    # changed stays at the base.
+    length = weights @ np.sqrt(np.diag(products))
+    # |m|^2 is a quadratic form of the inner products, which rounding may leave below 0
+    mean = np.sqrt(max(weights @ products @ weights, 0.0))
+    # Where the task vectors cancel, m has no direction worth lengthening. So a tensor that no
+    # member changed stays at the base.
     scale = length / mean if mean > 1e-3 * length else 1
-    return {"weights": np.float32(w), "scale": np.float32(scale)}
+    return {"weights": np.float32(weights), "scale": np.float32(scale)}
 
 
 def prepare_lambda_matched(
@@ -52,14 +54,15 @@ def prepare_lambda_matched(
             noise of the draw.
         resample_from: of the selection.
     """
-    p, w = quantize(weights_or_ones(tensor)), normalized_weights(tensor)
+    p, weights = quantize(weights_or_ones(tensor)), normalized_weights(tensor)
+    # one pass over the models gives the products with the selection as well
     products = symmetric(
         tensor.total(_gram_with_selected, p, resample=resample, resample_from=resample_from),
         tensor.count + 1,
     )
-    square, along = w @ products[:-1, :-1] @ w, w @ products[:-1, -1]
+    square, along = weights @ products[:-1, :-1] @ weights, weights @ products[:-1, -1]
     scale = along / square if square > 0 else 1  # 1 where no member changed anything
-    return {"weights": np.float32(w), "scale": np.float32(scale)}
+    return {"weights": np.float32(weights), "scale": np.float32(scale)}
 
 
 def _gram_with_selected(

@@ -49,6 +49,7 @@ def prepare(
     divisors = np.maximum(np.sqrt(products[i, i] * products[j, j]), norm_floor)
     cosine = np.mean(np.clip(products[i, j] / np.where(divisors > 0, divisors, 1), -1, 1))
     below = 1 + (tensor.count - 1) * cosine
+    # at the pole c = -1 / (M-1) the task vectors sum to nothing
     t = tensor.count * cosine / below if abs(below) >= 1e-6 else 0.0
     t = t if t_floor is None else max(t, t_floor)
     coefficients = np.full(tensor.count, t / tensor.count, np.float32)
@@ -60,6 +61,7 @@ def apply(part: Part, *, granularity: str, **prepared: Any) -> jax.Array:
     if granularity == "tensor":
         return apply_linear(part, of="task_vectors", **prepared)
     task_vectors, count = part.task_vectors(), len(part.members)
+    # a row is a vector along the last axis, which every part holds in full
     last_axis = task_vectors[0].ndim - 1
     products = [
         [sum_along(task_vectors[i] * task_vectors[j], last_axis) for j in range(i, count)]
@@ -71,7 +73,12 @@ def apply(part: Part, *, granularity: str, **prepared: Any) -> jax.Array:
 
 
 def _ratios(products: list[list[jax.Array]], floors: jax.Array) -> jax.Array:
-    """Return t from <tau_i, tau_j>, the upper triangle row by row; `floors` of the norms and of t."""
+    """Return t per row of the tensor, from the inner products of its task vectors.
+
+    Args:
+        products: <tau_i, tau_j>, the upper triangle row by row.
+        floors: float32[2], the least product of norms and the least t.
+    """
     count = len(products)
     norms = [jnp.sqrt(row[0]) for row in products]
     cosines = []

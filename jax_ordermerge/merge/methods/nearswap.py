@@ -15,13 +15,14 @@ from jax_ordermerge.merge.methods.table import METHODS, Method
 def prepare(tensor: Tensor, *, t: NonNegative) -> Prepared:
     """Near swap: theta = theta_0 + min(1, t / |tau|) tau.
 
-    A change up to the length t is taken as it is, and a longer one is cut to t. In mergekit |tau| is
-    at least 1e-6.
+    A change up to the length t is taken as it is, and a longer one is cut to t. In mergekit |tau|
+    is at least 1e-6.
 
     Args:
         tensor: of one member. Takes no weights.
         t: the largest change of an element.
     """
+    # the cut compares float32 magnitudes, so the limit is rounded the same way
     return {"t": np.float32(t)}
 
 

@@ -74,20 +74,20 @@ def quantize(weights: Sequence[float] | np.ndarray) -> np.ndarray:
         >>> quantize([1, 1, 1]).tolist(), quantize([0, 1]).tolist()
         ([21846, 21845, 21845], [0, 65536])
     """
-    w = np.asarray(weights, np.float64)
-    if not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
+    values = np.asarray(weights, np.float64)
+    if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
         raise UserError(
-            f"selection weights {w.tolist()}: probabilities are not negative and their sum is "
+            f"selection weights {values.tolist()}: probabilities are not negative and their sum is "
             "positive; change the weights"
         )
-    exact = w / w.sum() * PROBABILITY_UNITS
+    exact = values / values.sum() * PROBABILITY_UNITS
     units = np.floor(exact).astype(np.int64)
     # stable: equal remainders go to the first members, on every platform
     by_remainder = np.argsort(-(exact - units), kind="stable")
     units[by_remainder[: PROBABILITY_UNITS - units.sum()]] += 1
-    if ((units == 0) & (w > 0)).any():
+    if ((units == 0) & (values > 0)).any():
         raise UserError(
-            f"selection weights {w.tolist()}: a probability is below "
+            f"selection weights {values.tolist()}: a probability is below "
             f"1/{2 * PROBABILITY_UNITS}; make it 0 or larger"
         )
     return units.astype(np.uint32)

@@ -61,6 +61,7 @@ class Part(NamedTuple):
 
     def task_vectors(self) -> list[jax.Array]:
         """Return the task vectors tau_i = theta_i - theta_0, M arrays float32[*s]."""
+        # subtracted in float32: in bfloat16 a small difference would round
         base = self.base_float()
         return [member - base for member in self.floats()]
 
@@ -125,6 +126,7 @@ class InMemoryTensor:
         key_bits: np.ndarray | None = None,
     ) -> None:
         key_bits = np.zeros(2, np.uint32) if key_bits is None else key_bits
+        # a key also for methods that draw none: one signature for all programs
         self.part = Part(tuple(members), base, jnp.asarray(key_bits))
         self.shape, self.count, self.weights = tuple(members[0].shape), len(members), weights
 

@@ -18,11 +18,13 @@ def prepare(tensor: Tensor, *, scale: Finites | None = None) -> Prepared:
         tensor: of one member. Takes no weights.
         scale: a factor. None keeps every bit.
     """
+    # a recipe gives a list, one number per member; there is one member
     return {} if scale is None else {"scale": np.float32(per_member(tensor, "scale", scale)[0])}
 
 
 def apply(part: Part, *, scale: jax.Array | None = None) -> jax.Array:
     """Return the member, multiplied if there is a factor."""
+    # without a factor no arithmetic: even times 1 in float32 would quiet a NaN
     return part.members[0] if scale is None else scale * part.floats()[0]
 
 

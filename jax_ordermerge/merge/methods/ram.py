@@ -42,6 +42,7 @@ def prepare_ramplus_tl(
         epsilon: the largest difference that is no change.
     """
     shared, unique = np.split(tensor.total(_shared_and_unique, np.float32(epsilon)), 2)
+    # a member without unique changes has no element to which its factor applies
     factors = 1 + r * np.minimum(shared / np.maximum(unique, 1), alpha)
     return {"epsilon": np.float32(epsilon), "unique": np.float32(factors)}
 
@@ -51,6 +52,7 @@ def apply(part: Part, *, epsilon: jax.Array, unique: jax.Array) -> jax.Array:
     task_vectors = part.task_vectors()
     changed, count = _changed(task_vectors, epsilon)
     changes = [jnp.where(flag, tau, 0.0) for flag, tau in zip(changed, task_vectors, strict=True)]
+    # where one member changed an element, the sum has one term, and 1 x tau is exact
     ones = jnp.ones(len(task_vectors), jnp.float32)
     return part.base_float() + jnp.where(
         count > 1,
@@ -63,6 +65,7 @@ def _changed(
     task_vectors: list[jax.Array], epsilon: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
     """Return which elements each member changed, M arrays bool[*s], and by how many, int32[*s]."""
+    # strictly greater, as in mergekit: with epsilon = 0 an equal element is no change
     changed = [jnp.abs(tau) > epsilon for tau in task_vectors]
     count = changed[0].astype(jnp.int32)
     for flag in changed[1:]:
@@ -73,6 +76,7 @@ def _changed(
 def _shared_and_unique(part: Part, epsilon: jax.Array) -> jax.Array:
     changed, count = _changed(part.task_vectors(), epsilon)
     shared = [flag & (count > 1) for flag in changed]
+    # both halves in one pass over the models
     return count_true(shared + [flag & (count == 1) for flag in changed])
 
 

@@ -75,6 +75,7 @@ def _rank_rows(values: np.ndarray, ranks: np.ndarray) -> None:
     else:
         positions = positions[np.argsort(high, kind="stable")]
         positions = positions[np.argsort(positions // values.shape[1], kind="stable")]
-    others = values.shape[1] - zeros  # nonzero elements per row, which follow its zeros
-    first_rank = zeros - (np.cumsum(others) - others)
-    ranks.reshape(-1)[positions] = np.arange(positions.size) + np.repeat(first_rank, others)
+    # the nonzero elements of a row follow its zeros
+    nonzeros = values.shape[1] - zeros
+    first_rank = zeros - (np.cumsum(nonzeros) - nonzeros)
+    ranks.reshape(-1)[positions] = np.arange(positions.size) + np.repeat(first_rank, nonzeros)

@@ -27,9 +27,9 @@ def prepare(
 ) -> Prepared:
     """SCE: theta = theta_0 + sum_{i in A} eta_i s tau_i / sum_{i in A} eta_i.
 
-    s_j is 1 for the elements of largest variance over the members (select). The weight of a member is
-    the energy of its task vector, eta_i = mean_j (s_j tau_ij)^2 / sum of these means (calculate). A
-    are the members whose s tau_i has the sign of sum_i s tau_i (erase).
+    s_j is 1 for the elements of largest variance over the members (select). The weight of a member
+    is the energy of its task vector, eta_i = mean_j (s_j tau_ij)^2 / sum of these means
+    (calculate). A are the members whose s tau_i has the sign of sum_i s tau_i (erase).
 
     Args:
         tensor: of M members. Takes no weights.
@@ -38,8 +38,8 @@ def prepare(
         at_least: the least number selected. mergekit: 0, which leaves a tensor of few elements at
             the base.
         floor: where the sum of the means is below it the weights are 1/M, and no divisor is below
-            it. mergekit has 1e-6, so that fine-tunes of common size, where tau^2 is 1e-8, all get the
-            weight 1/M. By default only exact zeros do.
+            it. mergekit has 1e-6, so that fine-tunes of common size, where tau^2 is 1e-8, all get
+            the weight 1/M. By default only exact zeros do.
     """
     cut: Prepared = {}
     if select_topk < 1:
@@ -47,6 +47,7 @@ def prepare(
         # in float32 as in mergekit
         keep = min(max(int(np.float32(varied) * np.float32(select_topk)), at_least), varied)
         cut = find_largest(tensor, np.array([keep]), _variances)
+    # a second pass: the energies are those of the selected elements
     energies = tensor.total(_energies, cut, selects=bool(cut))
     total = energies.sum()
     # a sum that overflowed does not determine the weights either
@@ -66,6 +67,7 @@ def apply(
     total = combine(
         [jnp.where(flag, tau, 0.0) for flag, tau in zip(agree, task_vectors, strict=True)], weights
     )
+    # in one program with `total`: the agreeing weights are summed in the same order
     divisor = jnp.maximum(combine(agree, weights), floor)
     return part.base_float() + total / jnp.where(divisor == 0, 1.0, divisor)
 

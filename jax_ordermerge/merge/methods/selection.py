@@ -65,9 +65,9 @@ def select(
     """Parameter selection: theta_j = theta_{s_j, j} with s_j ~ Categorical(p), per unit j.
 
     A unit whose member left it at the base is drawn again, `resample` times. "exhaustive" draws at
-    once among the members that changed the unit, with their probabilities renormalized: the limit of
-    many rounds. "Left at the base" is equality of bits after casting the base to the members' dtype.
-    A unit of many elements was changed if one of them was.
+    once among the members that changed the unit, with their probabilities renormalized: the limit
+    of many rounds. "Left at the base" is equality of bits after casting the base to the members'
+    dtype. A unit of many elements was changed if one of them was.
 
     Args:
         members: [M, *S], any dtype.
@@ -136,6 +136,7 @@ def prepare(
         UserError: there is no such child, or resampling or unequal weights come with it. Then no
             permutation fits.
     """
+    # exact probabilities also with children, where they are equal and not used
     p = quantize(weights_or_ones(tensor))
     if child is not None and child >= tensor.count:
         raise UserError(
@@ -188,6 +189,7 @@ def apply(
             choice = _draw(random_bits(part.key_bits, unit), among_changed)
         else:
             choice, _ = _draw_rounds(part.key_bits, unit, weights, changed, resample, resample_from)
+    # why not a gather over a stack: it would copy the members
     for i in range(len(bits)):
         out = jnp.where(choice == i, bits[i], out)
     return jax.lax.bitcast_convert_type(out, dtype).reshape(shape)
@@ -230,6 +232,7 @@ def count_redrawn(
     ]
     if not isinstance(resample, str):
         return _draw_rounds(part.key_bits, unit, weights, changed, resample, resample_from)[1]
+    # what exhaustive resampling replaces: the plain draw of round 0
     first = _draw(random_bits(part.key_bits, unit), list(weights))
     return count_true([_any(changed) & ~_settled(first, changed)])
 
@@ -254,9 +257,9 @@ def permuted(key_bits: jax.Array, unit: Index, count: int, child: int) -> jax.Ar
         >>> [permuted(key_bits, unit, 3, child).tolist() for child in range(3)]
         [[2, 0, 0, 1], [0, 2, 1, 0], [1, 1, 2, 2]]
     """
-    # The digits are those of a hash, read as a fraction in mixed radix. A hash gives digits while the
-    # product of their ranges is at most 2^16. No permutation is then likelier than another by more
-    # than 2^-16 of its probability per hash (docs/random_choice.md).
+    # The digits are those of a hash, read as a fraction in mixed radix. A hash gives digits while
+    # the product of their ranges is at most 2^16. No permutation is then likelier than another by
+    # more than 2^-16 of its probability per hash (docs/random_choice.md).
     digits: list[jax.Array] = []
     number, product = 0, PROBABILITY_UNITS + 1
     for c in range(child + 1):
@@ -289,6 +292,7 @@ def _unit_index(shape: tuple[int, ...], granularity: Granularity, part: Part) ->
     if granularity == "row":
         offset = None if part.row is None else jnp.stack([part.row, jnp.zeros_like(part.row)])
         return element_index((shape[0], *ones[1:]), offset)
+    # columns and tensors have no number within a slab
     if part.offset is not None:
         raise ValueError(f"granularity {granularity} cannot be computed on slabs")
     return element_index((*ones[1:], shape[-1]) if granularity == "column" else ones)
@@ -312,6 +316,7 @@ def _draw(bits: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
     # 16 bits of h times W <= 2^16 fit into 32 bits; the bias is below 2^-16
     total = sum(weights[1:], weights[0])
     t = ((bits >> 16) * total) >> 16
+    # as many cumulative weights as lie at or below t
     choice, cumulative = jnp.zeros(t.shape, jnp.int32), jnp.zeros_like(total)
     for weight in weights:
         cumulative = cumulative + weight
@@ -342,13 +347,14 @@ def _draw_rounds(
             weights = [jnp.where(flag, 0, q) for flag, q in zip(drawn, p, strict=True)]
         new = _draw(random_bits(key_bits, unit, round_), weights)
         settled = _settled(choice, changed)
-        # new == M: every member was drawn and none changed the unit, so nothing is left to draw from
+        # new == M: every member was drawn and none changed the unit, so nothing is left to draw
+        # from
         choice = jnp.where(settled | (new == len(changed)), choice, new)
         redrawn = redrawn.at[round_ - 1].set(count_true([_any(changed) & ~settled])[0])
         return choice, [flag | (choice == i) for i, flag in enumerate(drawn)], redrawn
 
     choice = _draw(random_bits(key_bits, unit), list(p))
-    if resample_from == "others":
+    if resample_from == "others":  # after M - 1 redraws every member was drawn
         rounds = min(rounds, len(changed) - 1)
     state = choice, [choice == i for i in range(len(changed))], jnp.zeros(rounds, jnp.uint32)
     if rounds > UNROLLED:

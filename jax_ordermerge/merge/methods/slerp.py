@@ -43,7 +43,8 @@ def prepare_slerp(
         t: 0 is the first model (mergekit's base), 1 the second.
         lerp_above: take the line where |cos Omega| exceeds this. mergekit has 0.9995. None leaves
             only what float32 cannot distinguish.
-        zero: a model of zeros has no direction: take the line, or (mergekit) an angle of 90 degrees.
+        zero: a model of zeros has no direction: take the line, or (mergekit) an angle of 90
+            degrees.
     """
     # why no 0.9995 by default: fine-tunes of one base have cosines on both sides of it, so that one
     # model would mix two formulas
@@ -70,8 +71,8 @@ def prepare_nuslerp(
         lerp_above: as for `slerp`.
         zero: as for `slerp`. A task vector is zero where a member left everything at the base.
     """
-    w = weights_or_ones(tensor)
-    t = w[1] / w.sum() if abs(w.sum()) >= 1e-6 else 0.5
+    weights = weights_or_ones(tensor)
+    t = weights[1] / weights.sum() if abs(weights.sum()) >= 1e-6 else 0.5
     if granularity == "tensor" or len(tensor.shape) < 2:
         coefficients = _arc(gram_matrix(tensor, of), t, lerp_above, zero)
         return {"coefficients": coefficients, "of": of, "granularity": "tensor"}
@@ -94,6 +95,7 @@ def apply_nuslerp(part: Part, *, of: str, granularity: Granularity, **prepared: 
         sum_along(x * y, axis) for x, y in ((first, first), (second, second), (first, second))
     ]
     a, b = _arcs(products, **prepared)
+    # rounded: a part of rows and the tensor are different programs
     merged = rounded(a * first) + rounded(b * second)
     return part.base_float() + merged if of == "task_vectors" else merged
 
@@ -101,6 +103,7 @@ def apply_nuslerp(part: Part, *, of: str, granularity: Granularity, **prepared: 
 def _arc(products: np.ndarray, t: float, lerp_above: float | None, zero: Zero) -> np.ndarray:
     """Return the coefficients of the two ends, float32[2], from their inner products [2, 2]."""
     lengths, ends = np.sqrt(np.diag(products)), np.array([1 - t, t])
+    # divided by one length after the other: their product may overflow or underflow
     cosine = 0.0 if zero == "right_angle" else 1.0
     if lengths.all():
         cosine = float(np.clip(products[0, 1] / lengths[0] / lengths[1], -1, 1))

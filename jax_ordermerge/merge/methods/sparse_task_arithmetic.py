@@ -4,8 +4,8 @@ TIES, DARE, Breadcrumbs and DELLA are this equation with different masks:
 
     theta = theta_0 + lambda sum_i a_i w_i s_i m_i tau_i (/ sum_i a_i w_i)
 
-with masks m_i, factors s_i of the rescaling and, with sign election, a_i = 1 where w_i s_i m_i tau_i
-has the elected sign. Without election all a_i are 1.
+with masks m_i, factors s_i of the rescaling and, with sign election, a_i = 1 where w_i s_i m_i
+tau_i has the elected sign. Without election all a_i are 1.
 """
 
 import functools
@@ -59,9 +59,12 @@ def prepare(
     if thin is not None and rescale == "density":
         factors = 1 / densities
     elif thin is not None and rescale == "norm":
+        # in float32 on the device, added in float64: the ratio of two sums of many elements
         before, after = tensor.total(_norms, arrays, thin=thin)
+        # a member that kept everything, or lost everything, has no factor to match
         matched = (before > 0) & (after > 0) & (densities < 1)
         factors = np.where(matched, before / np.where(matched, after, 1), 1)
+    # `thin`, `elect` and `normalize` select a program; all else are arrays
     return {
         **arrays,
         "thin": thin,
@@ -137,6 +140,7 @@ def disjoint_sum(deltas: Sequence[jax.Array], weights: jax.Array, normalize: boo
 
     Source: TIES-Merging, step 3.
     """
+    # rounded: the sign is elected by the same bits that are added
     terms = [rounded(weights[i] * delta) for i, delta in enumerate(deltas)]
     positive = elect_sign(terms)
     agree = [jnp.where(positive, term > 0, term < 0) for term in terms]
@@ -145,6 +149,7 @@ def disjoint_sum(deltas: Sequence[jax.Array], weights: jax.Array, normalize: boo
     )
     if not normalize:
         return total
+    # weights of both signs may cancel, and where no member agrees the sum is empty
     divisor = functools.reduce(
         jnp.add, [jnp.where(flag, weights[i], 0.0) for i, flag in enumerate(agree)]
     )

@@ -32,8 +32,8 @@ def prepare_multislerp(
     direction, and shortens the result.
 
     mergekit moves from m / |m| along the exponential map by the weighted mean of the logarithms at
-    that point. This mean is 0, since m vanishes when projected on the tangent plane. Nothing is thus
-    left out here.
+    that point. This mean is 0, since m vanishes when projected on the tangent plane. Nothing is
+    thus left out here.
 
     Args:
         tensor: its weights are 1/M by default.
@@ -43,15 +43,17 @@ def prepare_multislerp(
 
     Source: mergekit's `multislerp`.
     """
-    w = normalized_weights(tensor) if normalize else weights_or_mean(tensor)
+    weights = normalized_weights(tensor) if normalize else weights_or_mean(tensor)
     products = gram_matrix(tensor, of)
     lengths = np.sqrt(np.diag(products))
-    direction = w / np.where(lengths > 0, lengths + eps, 1)
+    direction = weights / np.where(lengths > 0, lengths + eps, 1)
     norm = np.sqrt(max(direction @ products @ direction, 0.0))
-    # Where the directions cancel (rounding leaves up to 1e-7) the result is sum_i w_i x_i, so that a
-    # tensor that no member changed stays at the base. mergekit does so for 2 models and stops with an
-    # error for more.
-    coefficients = w if norm < max(eps, 1e-7) else (w @ lengths) / norm * direction
+    # Where the directions cancel (rounding leaves up to 1e-7) the result is sum_i w_i x_i, so that
+    # a tensor that no member changed stays at the base. mergekit does so for 2 models and stops
+    # with an error for more.
+    coefficients = weights
+    if norm >= max(eps, 1e-7):
+        coefficients = (weights @ lengths) / norm * direction
     return {"coefficients": np.float32(coefficients), "of": of}
 
 
@@ -66,11 +68,12 @@ def prepare_karcher(
 
     The angle is that between mu and x_i. From mu = m / |m| as in `multislerp`, repeat
     mu <- exp_mu(sum_i w_i log_mu(x_i / |x_i|)). An x_i that is zero has no direction, and shortens
-    the result. One that is opposite to mu is skipped. Where |m| is below `tol`, the first x_i is the
-    start.
+    the result. One that is opposite to mu is skipped. Where |m| is below `tol`, the first x_i is
+    the start.
 
     Args:
-        tensor: its weights are divided by their sum. 1/M by default. mergekit has equal weights only.
+        tensor: its weights are divided by their sum. 1/M by default. mergekit has equal weights
+            only.
         of: the models, or their task vectors (and add the base).
         max_iter: the largest number of iterations.
         tol: stop at a step shorter than this, in radians.
@@ -78,24 +81,28 @@ def prepare_karcher(
     Source: Karcher, "Riemannian center of mass and mollifier smoothing", CPAM 30 (1977); mergekit's
     `karcher`.
     """
-    w, products = normalized_weights(tensor), gram_matrix(tensor, of)
+    weights, products = normalized_weights(tensor), gram_matrix(tensor, of)
     lengths = np.sqrt(np.diag(products))
     # why not mergekit's |x_i| > tol: a small tensor of that length would become zero
     valid = lengths > 0
     coefficients = np.zeros(tensor.count)
-    if valid.any() and w[valid].sum() > 0:
+    if valid.any() and weights[valid].sum() > 0:
         cosines = products[np.ix_(valid, valid)] / np.outer(lengths[valid], lengths[valid])
-        mean = _mean_direction(cosines, w[valid] / w[valid].sum(), max_iter, tol)
-        coefficients[valid] = (w @ lengths) * mean / lengths[valid]
+        directed = weights[valid] / weights[valid].sum()
+        mean = _mean_direction(cosines, directed, max_iter, tol)
+        # all lengths count, also those without a direction: they shorten the result
+        coefficients[valid] = (weights @ lengths) * mean / lengths[valid]
     return {"coefficients": np.float32(coefficients), "of": of}
 
 
-def _mean_direction(cosines: np.ndarray, w: np.ndarray, max_iter: int, tol: float) -> np.ndarray:
-    """Return the Karcher mean of M unit vectors u_i as coefficients a, the mean being sum_i a_i u_i.
+def _mean_direction(
+    cosines: np.ndarray, weights: np.ndarray, max_iter: int, tol: float
+) -> np.ndarray:
+    """Return the Karcher mean sum_i a_i u_i of M unit vectors u_i, as its coefficients a.
 
     Args:
         cosines: <u_i, u_j>, float64[M, M]. All vectors here are coefficients of the u_i.
-        w: float64[M], with the sum 1.
+        weights: float64[M], with the sum 1.
         max_iter: see `prepare_karcher`.
         tol: see `prepare_karcher`.
     """
@@ -103,18 +110,21 @@ def _mean_direction(cosines: np.ndarray, w: np.ndarray, max_iter: int, tol: floa
     def length(a: np.ndarray) -> float:
         return float(np.sqrt(max(a @ cosines @ a, 0.0)))
 
-    mean = w / length(w) if length(w) >= tol else np.eye(len(w))[0]
+    mean = np.eye(len(weights))[0]
+    if length(weights) >= tol:
+        mean = weights / length(weights)
     for _ in range(max_iter):
         along = np.clip(cosines @ mean, -1, 1)
         angles = np.arccos(along)
         # why no cut at small angles as in mergekit: the factor angle / sin(angle) is smooth at 0
-        factors = np.where(angles < OPPOSITE, w / np.sinc(angles / np.pi), 0)
+        factors = np.where(angles < OPPOSITE, weights / np.sinc(angles / np.pi), 0)
+        # the sum of the logarithms: its part along the mean is removed
         step = factors - (factors @ along) * mean
         size = length(step)
         if size < tol:
             break
         mean = np.cos(size) * mean + np.sin(size) / size * step
-        mean = mean / length(mean)
+        mean = mean / length(mean)  # rounding would add up over the iterations
     return mean
 
 

@@ -92,6 +92,8 @@ class Method:
     count_redrawn: Callable[[Parameters], Callable[..., jax.Array] | None] = lambda parameters: None
 
 
+# Filled by the modules of this package, which the table imports when it is first read. This module
+# imports none of them, so that each of them may import it.
 METHODS = Registry[Method]("merge method", "jax_ordermerge.merge.methods")
 
 
@@ -124,7 +126,7 @@ def check_parameters(name: str, parameters: Parameters | None = None) -> dict[st
         checked = schema.model_validate(dict(parameters or {})).model_dump()
     except pydantic.ValidationError as error:
         raise UserError(f"merge method {name}: {_describe(error)}") from error
-    METHODS[name].check(checked)
+    METHODS[name].check(checked)  # last: it may assume that each value alone is right
     return checked
 
 
@@ -175,9 +177,9 @@ def refuse_weights(name: str, weights: Sequence[float] | None) -> None:
         UserError: the method takes no weights, and some were given.
     """
     if weights is not None and METHODS[name].weights == "none":
+        values = [float(weight) for weight in weights]
         raise UserError(
-            f"merge method {name} takes no weights, {[float(w) for w in weights]} were given; "
-            "leave them out"
+            f"merge method {name} takes no weights, {values} were given; leave them out"
         )
 
 
@@ -212,15 +214,15 @@ def check_weights(
     refuse_weights(name, weights)
     if weights is None:
         return None
-    values = [float(w) for w in weights]
+    values = [float(weight) for weight in weights]
     if len(values) != members:
         raise UserError(
             f"merge method {name}: {len(values)} weights for {members} members; give one per member"
         )
-    if not all(math.isfinite(w) for w in values):
+    if not all(math.isfinite(value) for value in values):
         raise UserError(f"merge method {name}: weights {values} must be finite numbers")
     if method.weights == "probabilities":
-        quantize(values)
+        quantize(values)  # raises where they are none
     divided = method.weights == "mean" and (parameters or {}).get("normalize", True)
     if divided and sum(values) <= 0:
         raise UserError(f"merge method {name}: weights {values} must have a positive sum")
@@ -263,7 +265,7 @@ def key_bits(
         np.True_
     """
     draws = METHODS[name].draws
-    if not draws:
+    if not draws:  # a key all the same, so that all methods have the same arguments
         return np.zeros(2, np.uint32)
     if parameters.get("granularity") == "layer" and layer is not None:
         return rng.stream_key_bits(seed, draws, "layer", layer)
@@ -287,7 +289,8 @@ def merge_part(
     Args:
         part: of one Hugging Face tensor.
         prepared: the arrays that the method's `prepare` returned, see `parts.split_static`.
-        rounding: uint32[2], the key of stochastic rounding to bfloat16. None rounds to nearest even.
+        rounding: uint32[2], the key of stochastic rounding to bfloat16. None rounds to nearest
+            even.
         method: selects the program, as do all arguments below.
         static: the other values that `prepare` returned.
         dtype: what is merged.
@@ -296,12 +299,16 @@ def merge_part(
     Returns:
         [*s] in `out`.
     """
+    # the models as they would be exported: a merge of files sees no other values
     merged = METHODS[method].apply(round_models(part, dtype), **prepared, **dict(static))
+    # a method that moves bits returns `dtype`; where that is bfloat16 nothing is left to round
     if rounding is not None and merged.dtype == jnp.float32 and (out or dtype) == jnp.bfloat16:
         return round_stochastically(merged, random_bits(rounding, part.indices()))
     return round_to(merged, out or dtype)
 
 
+# The method is named by a string and its choices by a tuple, which jit can compare. Numbers of a
+# recipe vary by layer; they are arrays, so that no value of them compiles again.
 merge_part_jit = jax.jit(merge_part, static_argnames=("method", "static", "dtype", "out"))
 
 
@@ -342,6 +349,7 @@ def merge_tensor(
     checked = check_parameters(name, parameters)
     models = [round_to(jnp.asarray(member), dtype) for member in members]
     if base is not None:
+        # an unused base would be read and moved for nothing
         needs_base = METHODS[name].needs_base(checked)
         base = round_to(jnp.asarray(base), dtype) if needs_base else None
     checked_weights = check_weights(name, weights, len(models), checked)

@@ -23,8 +23,10 @@ def prepare(tensor: Tensor, *, scale: Finite = 1.0, normalize: bool = False) -> 
         scale: lambda.
         normalize: divide by the sum of the weights.
     """
-    w = weights_or_mean(tensor)
-    return {"weights": np.float32(w), "scale": np.float32(scale / (w.sum() if normalize else 1))}
+    weights = weights_or_mean(tensor)
+    divisor = weights.sum() if normalize else 1
+    # divided in float64 and rounded once
+    return {"weights": np.float32(weights), "scale": np.float32(scale / divisor)}
 
 
 def apply(part: Part, *, weights: jax.Array, scale: jax.Array) -> jax.Array:

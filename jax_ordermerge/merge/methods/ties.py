@@ -22,8 +22,10 @@ def trim(tensor: Tensor, density: Densities) -> Prepared:
     Returns:
         The arguments of `apply_trim`; an empty dict where everything is kept.
     """
+    # at least one, so that a tensor of few elements does not lose all
     size = math.prod(tensor.shape)
     keep = [max(1, math.floor(d * size)) for d in per_member(tensor, "density", density).tolist()]
+    # why an exact number: a quantile as a threshold keeps all of the many bfloat16 values that tie
     return {} if min(keep) >= size else find_largest(tensor, np.array(keep), magnitudes)
 
 

@@ -1,8 +1,8 @@
 """The k largest values of a tensor and its order statistics, found by counting.
 
-Why not by sorting: a sort of a sharded tensor gathers it, and costs many passes over memory. Counting
-how many values reach a few thresholds is one pass, works slab by slab and on any mesh, and is exact
-because counts are integers. Ties are broken in a defined way everywhere.
+Why not by sorting: a sort of a sharded tensor gathers it, and costs many passes over memory.
+Counting how many values reach a few thresholds is one pass, works slab by slab and on any mesh, and
+is exact because counts are integers. Ties are broken in a defined way everywhere.
 """
 
 import functools
@@ -192,9 +192,9 @@ def cut_of_largest(tensor: Tensor, keep: np.ndarray, values: Values, *arrays: Ar
     Args:
         tensor: the tensor.
         keep: int[K], from 1 to the number of elements: how many of each kind of value to keep.
-        values: `values(part, *arrays)` returns K arrays uint32[*s]. For floats that are not negative
-            the order of the bits is the order of the numbers. Where only some elements compete, the
-            others have the value 0.
+        values: `values(part, *arrays)` returns K arrays uint32[*s]. For floats that are not
+            negative the order of the bits is the order of the numbers. Where only some elements
+            compete, the others have the value 0.
         arrays: what `values` takes.
 
     Returns:
@@ -247,8 +247,8 @@ class _Search:
     def thresholds(self) -> np.ndarray:
         """Return the values at which to count next, int64[K, 3].
 
-        Where fewer than 64 values are left in the interval: its quarters. Elsewhere: its middle, and
-        both sides of where a straight line through the counts reaches `keep`.
+        Where fewer than 64 values are left in the interval: its quarters. Elsewhere: its middle,
+        and both sides of where a straight line through the counts reaches `keep`.
         """
         # three thresholds give most for the time they take: two bits per pass
         low, width = self.low[:, None], (self.high - self.low)[:, None]

@@ -28,7 +28,7 @@ def test_average(weights, normalize):
 @pytest.mark.parametrize("scale", [1.0, 0.9, -0.5])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_task_arithmetic(weights, scale, normalize):
-    """Weights are used as they are, which is what mergekit does (normalize: false); by default 1/M."""
+    """Weights are used as they are, as in mergekit (normalize: false); by default 1/M."""
     w = np.array((1 / 3, 1 / 3, 1 / 3) if weights is None else weights, float)
     w = w / w.sum() if normalize else w
     expected = BASE + scale * sum(

@@ -1,4 +1,4 @@
-"""The methods of masks.py, each against a naive reference in numpy float64, element by element where that is how it is defined."""
+"""SCE, RAM, consensus and methods of one member against naive references in numpy float64."""
 
 import math
 
@@ -40,7 +40,7 @@ def place(j):
 
 
 def naive_sce(members, base, topk, at_least=1, floor=0.0):
-    """Select by a sort of the variance, ties by `place`; calculate the weights; erase the minority."""
+    """Select by sorted variance, ties by `place`; calculate the weights; erase the minority."""
     count, shape = len(members), base.shape
     task_vectors = (members - base).reshape(count, -1)
     if topk < 1:
@@ -67,7 +67,7 @@ def naive_sce(members, base, topk, at_least=1, floor=0.0):
 @pytest.mark.parametrize("topk", [1.0, 0.5, 0.1, 1e-6])
 @pytest.mark.parametrize(("floor", "size"), [(0.0, 1.0), (1e-6, 1.0), (1e-6, 1e-4), (0.0, 1e-4)])
 def test_sce(topk, floor, size):
-    """With mergekit's floor and task vectors of realistic size all weights are equal; without it they are not."""
+    """mergekit's floor makes all weights equal for task vectors of realistic size."""
     members, base = population((12, 10), size=size)
     got = merge_tensor("sce", members, base=base, select_topk=topk, floor=floor)
     m, b = as_float64(members, base)
@@ -86,7 +86,10 @@ def test_sce_of_tiny_tensors(at_least):
 
 
 def test_sce_selects_among_elements_that_vary_alone_and_breaks_ties_by_block():
-    """Two magnitudes: many variances are equal. Where all members agree, the variance is 0 and not the rounding of a mean."""
+    """Of two magnitudes, many variances are equal.
+
+    Where all members agree, the variance is 0 and not the rounding of a mean.
+    """
     generator = np.random.default_rng(0)
     base = jnp.zeros((30, 20))
     members = jnp.asarray(generator.choice(np.array([1.0, 1.0, 3.0], np.float32), (4, 30, 20)))
@@ -175,7 +178,8 @@ def test_consensus(k, threshold, weights):
 def test_consensus_drops_what_one_member_alone_uses():
     members = jnp.array([[3.0, 1.0, 1.0], [0.0, 1.0, 1.5], [0.0, 0.0, -2.5]])
     got = merge_tensor("consensus", members, base=jnp.zeros(3), threshold=0.5, k=2, scale=3.0)
-    # alone, together, and cancelled by another: each is larger than half of its distance from the sum 0
+    # alone, together, and cancelled by another: each is larger than half of its distance from the
+    # sum 0
     assert got.tolist() == [0.0, 2.0, 0.0]
     assert merge_tensor(
         "consensus", members, base=jnp.zeros(3), threshold=0.5, k=1, scale=3.0
@@ -246,7 +250,10 @@ def test_arcee_fusion(shape, size, spread):
 
 
 def test_the_divergence_of_realistic_rows_is_not_rounding():
-    """Weights of 0.02 and changes of 1e-4: KL is 5e-9, about what is lost in a sum of float32 terms that cancel."""
+    """Weights of 0.02 and changes of 1e-4 have a KL of 5e-9.
+
+    That is about what is lost in a sum of float32 terms that cancel.
+    """
     generator = np.random.default_rng(0)
     base = jnp.asarray(0.02 * generator.normal(size=(40, 2048)), jnp.float32)
     member = base + jnp.asarray(

@@ -1,4 +1,4 @@
-"""Thin, rescale, elect and combine against naive numpy; generalized task arithmetic as mergekit defines it."""
+"""TIES, DARE, Breadcrumbs and DELLA against naive numpy, as mergekit defines them."""
 
 import functools
 
@@ -60,7 +60,7 @@ def sample(delta, density, epsilon, unbiased, member=0):
 
 
 def naive_order(delta):
-    """Numbers of the elements by magnitude, largest first, then by hash of the block of 256, then as they stand, with a sort."""
+    """Sort elements by magnitude, descending, then by hash of the block of 256, then by index."""
     number = np.arange(delta.size)
     return np.lexsort(
         (number, np.asarray(mix(jnp.asarray(number // 256, jnp.uint32))), -np.abs(delta.ravel()))
@@ -229,7 +229,7 @@ def test_rescaling_keeps_the_expectation_or_the_norm():
 )
 @pytest.mark.parametrize("at_least", [0, 1])
 def test_band(shape, density, gamma, at_least):
-    """Also where fewer than gamma are left to drop, and, with at_least 0, where a tiny tensor loses everything."""
+    """Also where fewer than gamma are left to drop; with at_least 0 a tiny tensor loses all."""
     delta = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     got = np.asarray(band(jnp.asarray(delta), density, gamma, at_least))
     assert np.array_equal(got, naive_band(delta, density, gamma, at_least))
@@ -481,6 +481,7 @@ def test_a_list_has_one_number_a_member():
     assert np.array_equal(one, each)
     with pytest.raises(
         UserError,
-        match=r"density = \[0.5, 0.2\]: give one number for all of the 3 members, or one per member",
+        match=r"density = \[0.5, 0.2\]: give one number for all of the 3 members, "
+        "or one per member",
     ):
         merge_tensor("ties", members, base=base, density=[0.5, 0.2])

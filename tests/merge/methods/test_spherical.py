@@ -1,4 +1,4 @@
-"""Arcs, spherical means and Model Stock against the formulas in naive float64; and the same bits in parts and on meshes."""
+"""Arcs, spherical means and Model Stock against naive float64; same bits in parts and on meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,10 @@ def draw(shape, count, spread=0.5, seed=0):
 
 
 def close(got, expected, models):
-    """Within 1e-6 of the size of the models: coefficients of opposite sign cancel, so the result itself may be smaller."""
+    """Compare within 1e-6 of the size of the models.
+
+    Coefficients of opposite sign cancel, so the result itself may be smaller.
+    """
     size = max(np.abs(np.asarray(x, np.float64)).max() for x in models)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=1e-6 * size)
 
@@ -156,7 +159,10 @@ def test_nuslerp_weights():
 
 
 def test_the_line_of_mergekit_is_off_by_the_square_of_the_angle():
-    """arc - line = Omega^2 t (1-t) ((2-t) x_1 + (1+t) x_2) / 6 + O(Omega^4); mergekit's switch lies at Omega = 0.0316."""
+    """arc - line = Omega^2 t (1-t) ((2-t) x_1 + (1+t) x_2) / 6 + O(Omega^4).
+
+    mergekit's switch lies at Omega = 0.0316.
+    """
     t, measured = 0.3, []
     for spread in (0.02, 0.01, 0.005):
         members, _ = draw((64, 256), 2, spread)
@@ -503,7 +509,10 @@ def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shap
 
 @pytest.mark.parametrize("of", ["members", "task_vectors"])
 def test_inner_products_on_a_mesh_have_the_same_bits(of):
-    """A row is one block, cut over 8 devices: there XLA would contract a product and an addition that it keeps apart elsewhere."""
+    """A row is one block, cut over 8 devices.
+
+    There XLA would contract a product and an addition that it keeps apart elsewhere.
+    """
     members, base = draw((64, 256), 3)
     whole = linear.gram_matrix(
         parts.InMemoryTensor([jnp.asarray(x) for x in members], jnp.asarray(base)), of

@@ -20,7 +20,8 @@ REQUIRED = {"nearswap": {"t": 0.5}}
 # what thins the task vectors, and the value that switches it off
 DENSE = {"density": 1.0, "select_topk": 1.0, "threshold": 0.0, "spread": -1e9}
 DENSE_OF = {"nearswap": {"t": 3.4e38}, "ram": {"epsilon": 0.0}, "ramplus_tl": {"epsilon": 0.0}}
-# the largest element for methods that square elements, and for those that add before they divide; the range of bfloat16 for others
+# the largest element for methods that square elements, and for those that add before they divide;
+# the range of bfloat16 for others
 SQUARES = (
     "norm_matched",
     "lambda_matched",
@@ -158,7 +159,10 @@ def test_identical_members_give_the_member(name, parameters, shape):
 @sweep
 @pytest.mark.parametrize("weights", [None, (0.5, 1.0, 0.25)])
 def test_permuting_members_with_their_weights_changes_nothing(name, parameters, weights):
-    """Methods that draw name a member by its position, so for them only the choice that needs no draw can be compared."""
+    """Methods that draw are compared where the draw does not matter.
+
+    They name a member by its position, which the permutation changes.
+    """
     count = allowed(name, 3)
     if "child" in parameters:
         weights = None
@@ -210,7 +214,8 @@ def test_scalars_and_single_elements_have_values(name, parameters):
 def test_bfloat16_edges(name, parameters):
     """The ends of the range pass through float32 without overflow or loss.
 
-    The lower end is four times the smallest normal number: XLA flushes subnormal terms to zero on CPU.
+    The lower end is four times the smallest normal number: XLA flushes subnormal terms to zero on
+    CPU.
     """
     top = TOP.get(name, 3.3895e38)
     edge = jnp.array([top, -top, 2.0**-124, 0.0, -0.0, 1.0], jnp.bfloat16)
@@ -231,7 +236,7 @@ def test_bfloat16_edges(name, parameters):
 
 @sweep
 def test_one_trace_a_shape(name, parameters):
-    """Neither other values of models, keys and weights nor other numeric parameters make it compile again."""
+    """Other models, keys, weights and numeric parameters do not compile again."""
     count = allowed(name, 3)
     members, base = population_for(name, (4, 3), count)
     if name == "sce":
@@ -277,7 +282,7 @@ def test_a_list_of_members_is_a_stack(name, parameters):
 
 
 class Cut(parts.InMemoryTensor):
-    """A tensor that is only seen in parts: runs of 512 elements, or of 16 rows, as the method allows."""
+    """A tensor seen in parts only: runs of 512 elements or of 16 rows, as the method allows."""
 
     def __init__(self, unit, members, base):
         super().__init__(members, base, key_bits=KEY_BITS)
@@ -347,7 +352,10 @@ def test_parts_give_the_bits_of_the_whole(name, parameters, shape, dtype):
 
 
 def test_members_are_rounded_to_the_dtype_before_they_are_merged():
-    """1 + 2^-9 is 1 in bfloat16, so the task vector is zero; rounded at the end only, 512 times it would be 1."""
+    """1 + 2^-9 is 1 in bfloat16, so the task vector is zero.
+
+    Rounded at the end only, 512 times it would be 1.
+    """
     members, base = jnp.full((2, 4), 1 + 2.0**-9), jnp.ones(4)
     got = merge("task_arithmetic", {"scale": 512.0}, members, base, dtype="bfloat16")
     assert got.tolist() == [1.0] * 4
@@ -373,7 +381,8 @@ def test_members_are_rounded_to_the_dtype_before_they_are_merged():
         (
             "selection",
             {"resample": -1},
-            "resample = -1: input should be greater than or equal to 0 or input should be 'exhaustive'",
+            "resample = -1: input should be greater than or equal to 0 "
+            "or input should be 'exhaustive'",
         ),
         (
             "selection",
@@ -383,7 +392,8 @@ def test_members_are_rounded_to_the_dtype_before_they_are_merged():
         (
             "selection",
             {"granularity": "block"},
-            "granularity = 'block': input should be 'element', 'row', 'column', 'tensor' or 'layer'",
+            "granularity = 'block': input should be "
+            "'element', 'row', 'column', 'tensor' or 'layer'",
         ),
         (
             "selection",
@@ -450,7 +460,7 @@ def test_permutations_of_the_children_have_the_published_vectors():
 @pytest.mark.parametrize("granularity", ["element", "row", "column", "tensor"])
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_the_children_share_the_members_out(granularity, count):
-    """Each element of the children together is a permutation of the members' elements, so their mean is the average."""
+    """At each element the children permute the members, so their mean is the average."""
     patterns = (
         np.random.default_rng(0)
         .integers(0, 2**16, (count, 12, 10), dtype=np.uint64)
@@ -468,7 +478,7 @@ def test_the_children_share_the_members_out(granularity, count):
 
 
 def test_permutations_are_uniform_and_independent():
-    """Counts of the 24 permutations, and of pairs of them of neighbours, of tensors and of a child with the plain draw."""
+    """Count the 24 permutations, and pairs: of neighbours, of tensors, and with the plain draw."""
     n, origin = 240_000, jnp.broadcast_to(jnp.arange(4.0)[:, None], (4, 240_000))
 
     def permutations(key_bits):
