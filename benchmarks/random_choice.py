@@ -88,13 +88,13 @@ def main() -> None:
     """Print the table."""
     columns = {}
     for name, program in PROGRAMS.items():
-        found = statistics_of(
+        p_values = statistics_of(
             lambda seed, of, round_, run=program: np.asarray(
                 run(jnp.asarray(rng.stream_key_bits(seed, of)), round_)
             )
         )
         columns[name] = {
-            **{k: f"{v:.3f}" for k, v in found.items()},
+            **{k: f"{v:.3f}" for k, v in p_values.items()},
             "CPU ns per number": f"{nanoseconds(program):.2f}",
         }
     print(f"| p-value of | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")

@@ -90,13 +90,13 @@ def test_index_is_right_beyond_two_to_the_32_inside_one_array():
 
 def test_a_slab_draws_what_the_whole_draws():
     key, shape = words("slab"), (11, 7)
-    whole = draws(key, shape)
+    full = draws(key, shape)
     for start in (1, 6, 10):
         offset = jnp.array([start * 7, 0], jnp.uint32)
         part = jax.jit(lambda k, o, rows=11 - start: random_bits(k, element_index((rows, 7), o)))(
             key, offset
         )
-        assert np.array_equal(part, whole[start:])
+        assert np.array_equal(part, full[start:])
 
 
 def member_of(words_, members):

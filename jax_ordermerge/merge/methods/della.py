@@ -76,8 +76,8 @@ def apply_sample_unbiased(part: Part, *, low: jax.Array, step: jax.Array) -> lis
     ):
         # p of the threshold itself, in whole steps: what is divided by is what was drawn with
         probability = (threshold.astype(jnp.float32) + 1) * jnp.float32(2.0**-32)
-        kept = random_bits(part.key_bits, index, i) <= threshold
-        thinned.append(jnp.where(kept, tau / probability, 0.0))
+        keep = random_bits(part.key_bits, index, i) <= threshold
+        thinned.append(jnp.where(keep, tau / probability, 0.0))
     return thinned
 
 

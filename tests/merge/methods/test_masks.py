@@ -300,7 +300,7 @@ def test_order_statistics_are_those_of_a_sort(distinct):
     )
     values.ravel()[:3] = 0, 2**32 - 1, 2**32 - 1
     positions = [0, 1, 450, 900, math.prod(values.shape) - 1]
-    found = top_k.order_statistics(
+    results = top_k.order_statistics(
         parts.InMemoryTensor([jnp.asarray(values)], None), positions, _bits
     )
-    assert np.array_equal(found, np.sort(values.ravel())[positions])
+    assert np.array_equal(results, np.sort(values.ravel())[positions])

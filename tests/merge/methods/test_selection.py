@@ -230,12 +230,12 @@ def test_base_is_compared_after_the_cast_to_the_members_dtype():
 def test_slabs_give_the_bits_of_the_whole(granularity):
     members, base = sparse_members((13, 6))
     merge = jax.jit(functools.partial(select, key=KEY, resample=2, granularity=granularity))
-    whole = merge(members, base=base)
+    full = merge(members, base=base)
     for start in (1, 12):
         first = start * (6 if granularity == "element" else 1)
         offset = jnp.array([first, 0], jnp.uint32)
         part = merge(members[:, start:], base=base[start:], offset=offset)
-        assert np.array_equal(to_bits(part), to_bits(whole[start:]))
+        assert np.array_equal(to_bits(part), to_bits(full[start:]))
 
 
 @pytest.mark.parametrize("first", [2**32 - 17, 2**33 + 5])

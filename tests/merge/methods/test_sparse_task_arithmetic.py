@@ -80,9 +80,9 @@ def naive_band(delta, density, gamma, at_least=1):
     flat, n = delta.ravel(), delta.size
     target, top = min(max(int(density * n), at_least), n), int(gamma * n)
     bot = max(0, n - target - top)
-    kept = naive_order(delta)[::-1][bot : bot + target]
+    mask = naive_order(delta)[::-1][bot : bot + target]
     out = np.zeros_like(flat)
-    out[kept] = flat[kept]
+    out[mask] = flat[mask]
     return out.reshape(delta.shape)
 
 
@@ -154,9 +154,9 @@ def test_trim_breaks_ties_by_block_and_keeps_the_exact_number(values, density):
     got = np.asarray(trim(jnp.asarray(delta), density))
     assert np.array_equal(got, naive_trim(delta, density))
     if values == 1:
-        kept = got != 0
-        assert kept.sum() == int(density * 10000)
-        assert abs(kept[:200].sum() - kept[200:].sum()) < 4 * 256 * np.sqrt(
+        mask = got != 0
+        assert mask.sum() == int(density * 10000)
+        assert abs(mask[:200].sum() - mask[200:].sum()) < 4 * 256 * np.sqrt(
             10000 / 256 * density * (1 - density)
         )
 
@@ -173,13 +173,13 @@ def test_trim_keeps_the_same_elements_when_the_tensor_is_sharded():
 
 
 def test_drop_masks_are_bernoulli_and_independent():
-    kept = np.stack([np.asarray(drop(jnp.ones((200, 300)), 0.3, member=i)) != 0 for i in range(3)])
-    n = kept[0].size
-    assert (np.abs(kept.reshape(3, -1).sum(axis=1) - 0.3 * n) < 4 * np.sqrt(n * 0.21)).all()
-    assert abs((kept[0] & kept[1]).sum() - 0.09 * n) < 4 * np.sqrt(n * 0.09 * 0.91)
+    mask = np.stack([np.asarray(drop(jnp.ones((200, 300)), 0.3, member=i)) != 0 for i in range(3)])
+    n = mask[0].size
+    assert (np.abs(mask.reshape(3, -1).sum(axis=1) - 0.3 * n) < 4 * np.sqrt(n * 0.21)).all()
+    assert abs((mask[0] & mask[1]).sum() - 0.09 * n) < 4 * np.sqrt(n * 0.09 * 0.91)
     for i in range(3):
         assert np.array_equal(
-            kept[i], hashes((200, 300), KEY_BITS.tolist(), i) < round(0.3 * 2**32)
+            mask[i], hashes((200, 300), KEY_BITS.tolist(), i) < round(0.3 * 2**32)
         )
 
 
@@ -277,11 +277,11 @@ def test_row_ranks_of_many_rows_and_under_vmap():
 def test_sample(shape, density, epsilon):
     delta = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     p = naive_probabilities(delta, density, epsilon)
-    kept = hashes(shape, KEY_BITS.tolist(), 1) < np.round(p * 2.0**32)
+    mask = hashes(shape, KEY_BITS.tolist(), 1) < np.round(p * 2.0**32)
     for unbiased in (False, True):
         got = sample(jnp.asarray(delta), density, epsilon, unbiased, member=1)
         np.testing.assert_allclose(
-            got, np.where(kept, delta / p if unbiased else delta, 0), rtol=1e-6
+            got, np.where(mask, delta / p if unbiased else delta, 0), rtol=1e-6
         )
 
 
@@ -373,10 +373,10 @@ def test_dare_has_the_members_mean_in_expectation():
         )
 
     key_bits = np.stack([rng.stream_key_bits(0, "drop", i) for i in range(400)])
-    found = np.asarray(jax.jit(jax.vmap(one))(key_bits))
-    sigma = found.std(axis=0) / np.sqrt(len(key_bits))
+    results = np.asarray(jax.jit(jax.vmap(one))(key_bits))
+    sigma = results.std(axis=0) / np.sqrt(len(key_bits))
     assert (
-        np.abs(found.mean(axis=0) - np.asarray(members).mean(axis=0)) <= 4.5 * sigma + 1e-6
+        np.abs(results.mean(axis=0) - np.asarray(members).mean(axis=0)) <= 4.5 * sigma + 1e-6
     ).all()
 
 
@@ -460,15 +460,15 @@ def test_della_has_the_members_mean_in_expectation():
     tensor = parts.InMemoryTensor(list(members), base)
     prepared, static = parts.split_static(della.prepare_linear(tensor, density=0.5, epsilon=0.4))
     merge = jax.jit(functools.partial(sparse_task_arithmetic.apply, **prepared, **dict(static)))
-    found = np.stack(
+    results = np.stack(
         [
             merge(tensor.part._replace(key_bits=jnp.asarray(rng.stream_key_bits(0, "drop", i))))
             for i in range(400)
         ]
     )
-    sigma = found.std(axis=0) / np.sqrt(len(found))
+    sigma = results.std(axis=0) / np.sqrt(len(results))
     assert (
-        np.abs(found.mean(axis=0) - np.asarray(members).mean(axis=0)) <= 4.5 * sigma + 1e-6
+        np.abs(results.mean(axis=0) - np.asarray(members).mean(axis=0)) <= 4.5 * sigma + 1e-6
     ).all()
 
 

@@ -450,22 +450,22 @@ class Cut(parts.InMemoryTensor):
         prepared, static = parts.split_static(table.METHODS[name].prepare(self, **checked))
         unit, shape = table.METHODS[name].unit(checked), self.shape
         run = {"method": name, "static": static, "dtype": jnp.dtype(self.part.members[0].dtype)}
-        whole = self.part._replace(key_bits=None)
+        full = self.part._replace(key_bits=None)
         if unit == "tensor" or (unit == "row" and len(shape) < 2):
             return table.merge_part_jit(self.part, prepared, **run)
         step = 3 if unit == "row" else self.size
-        whole = whole if unit == "row" else jax.tree.map(jnp.ravel, whole)
-        found = []
-        for start in range(0, len(whole.members[0]), step):
-            part = jax.tree.map(lambda x, i=start: x[i : i + step], whole)
+        full = full if unit == "row" else jax.tree.map(jnp.ravel, full)
+        results = []
+        for start in range(0, len(full.members[0]), step):
+            part = jax.tree.map(lambda x, i=start: x[i : i + step], full)
             first = start * (np.prod(shape[1:], dtype=int) if unit == "row" else 1)
             part = part._replace(
                 key_bits=self.part.key_bits,
                 offset=jnp.array([first, 0], jnp.uint32),
                 row=jnp.uint32(start),
             )
-            found.append(table.merge_part_jit(part, prepared, **run))
-        return jnp.concatenate(found).reshape(shape)
+            results.append(table.merge_part_jit(part, prepared, **run))
+        return jnp.concatenate(results).reshape(shape)
 
 
 @sweep
@@ -486,7 +486,7 @@ def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shap
         jax.tree.map(lambda x: jnp.asarray(x, dtype), given) for given in draw(shape, count)
     )
     members[0] = jnp.where(jnp.arange(shape[-1]) % 3 == 0, base, members[0])
-    whole = merge_tensor(
+    full = merge_tensor(
         name,
         members,
         base=base,
@@ -504,7 +504,7 @@ def test_parts_have_the_bits_of_the_whole(name, parameters, weights, dtype, shap
         weights=given,
         key_bits=np.array([1, 2], np.uint32),
     )
-    assert np.array_equal(cut.merge(name, checked), whole)
+    assert np.array_equal(cut.merge(name, checked), full)
 
 
 @pytest.mark.parametrize("of", ["members", "task_vectors"])
@@ -514,14 +514,14 @@ def test_inner_products_on_a_mesh_have_the_same_bits(of):
     There XLA would contract a product and an addition that it keeps apart elsewhere.
     """
     members, base = draw((64, 256), 3)
-    whole = linear.gram_matrix(
+    full = linear.gram_matrix(
         parts.InMemoryTensor([jnp.asarray(x) for x in members], jnp.asarray(base)), of
     )
     layout = jax.sharding.NamedSharding(
         meshes.make_mesh(1, 8, 1), jax.sharding.PartitionSpec(None, "fsdp")
     )
     *members, base = jax.device_put((*members, base), layout)
-    assert np.array_equal(linear.gram_matrix(parts.InMemoryTensor(members, base), of), whole)
+    assert np.array_equal(linear.gram_matrix(parts.InMemoryTensor(members, base), of), full)
 
 
 @sweep

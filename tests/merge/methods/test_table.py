@@ -130,12 +130,12 @@ class Abstract(parts.InMemoryTensor):
 
     def total(self, function, *arrays, reduce="sum", among=None, **static):
         part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.part)
-        found = jax.eval_shape(
+        results = jax.eval_shape(
             lambda part, *arrays: function(part, *arrays, **static), part, *arrays
         )
         return jax.tree.map(
             lambda x: np.ones(x.shape, np.int64) if x.dtype == np.uint32 else np.ones(x.shape[:-2]),
-            found,
+            results,
         )
 
 
@@ -173,10 +173,10 @@ def test_permuting_members_with_their_weights_changes_nothing(name, parameters, 
             members = jnp.broadcast_to(members[0], members.shape)
         else:
             parameters = {**parameters, "density": 1.0}
-    given = None if weights is None else weights_for(name, (*weights, 1.0)[:count])
-    permuted = None if given is None else tuple(np.array(given)[order].tolist())
+    member_weights = None if weights is None else weights_for(name, (*weights, 1.0)[:count])
+    permuted = None if member_weights is None else tuple(np.array(member_weights)[order].tolist())
     one, two = (
-        merge(name, parameters, members, base, given),
+        merge(name, parameters, members, base, member_weights),
         merge(name, parameters, members[jnp.array(order)], base, permuted),
     )
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
@@ -220,7 +220,7 @@ def test_bfloat16_edges(name, parameters):
     top = TOP.get(name, 3.3895e38)
     edge = jnp.array([top, -top, 2.0**-124, 0.0, -0.0, 1.0], jnp.bfloat16)
     count = allowed(name, 2)
-    given = weights_for(name, (0.5, 0.5)[:count])
+    member_weights = weights_for(name, (0.5, 0.5)[:count])
     if "scale" in parameters:
         parameters = {**parameters, "scale": 1.0}
     got = merge(
@@ -228,7 +228,7 @@ def test_bfloat16_edges(name, parameters):
         dense(name, parameters),
         meant_for(name, [edge] * count),
         jnp.zeros(6, jnp.bfloat16),
-        weights=given,
+        weights=member_weights,
         dtype="bfloat16",
     )
     assert np.array_equal(got, edge)
@@ -245,13 +245,13 @@ def test_one_trace_a_shape(name, parameters):
     second = {
         key: 0.9 * value if isinstance(value, float) else value for key, value in first.items()
     }
-    given, other = (
+    member_weights, other = (
         weights_for(name, weights[:count])
         for weights in ((1.0, 2.0, 3.0, 4.0), (3.0, 2.0, 1.0, 4.0))
     )
     if "child" in parameters:
-        given = other = None
-    merge(name, first, members, base, given)
+        member_weights = other = None
+    merge(name, first, members, base, member_weights)
     before = table.merge_part_jit._cache_size(), parts.measure._cache_size()
     merge(name, second, members + 1, base, other, key_bits=rng.stream_key_bits(1, "other"))
     assert (table.merge_part_jit._cache_size(), parts.measure._cache_size()) == before
@@ -276,7 +276,8 @@ def test_parts_take_abstract_input(name, parameters):
 def test_a_list_of_members_is_a_stack(name, parameters):
     members, base = population_for(name, (6, 5), 3, dtype="bfloat16")
     one, two = (
-        merge(name, parameters, given, base, dtype="bfloat16") for given in (members, list(members))
+        merge(name, parameters, models, base, dtype="bfloat16")
+        for models in (members, list(members))
     )
     assert np.array_equal(one, two)
 
@@ -317,14 +318,14 @@ class Cut(parts.InMemoryTensor):
     def total(self, function, *arrays, reduce="sum", among=None, **static):
         sums = parts.Sums(reduce)
         for part in self.parts():
-            found = parts.measure(
+            results = parts.measure(
                 part,
                 *arrays,
                 function=function,
                 static=tuple(static.items()),
                 dtype=part.members[0].dtype,
             )
-            sums.add(found)
+            sums.add(results)
         return sums.result()
 
 
@@ -343,12 +344,12 @@ def test_parts_give_the_bits_of_the_whole(name, parameters, shape, dtype):
     checked = check_parameters(name, parameters)
     cut = Cut(METHODS[name].unit(checked), list(members), base)
     prepared, static = parts.split_static(table.METHODS[name].prepare(cut, **checked))
-    found = [
+    results = [
         table.merge_part_jit(part, prepared, method=name, static=static, dtype=jnp.dtype(dtype))
         for part in cut.parts()
     ]
-    whole = merge(name, parameters, members, base, dtype=dtype)
-    assert same_bits(jnp.concatenate([x.ravel() for x in found]), whole.ravel())
+    full = merge(name, parameters, members, base, dtype=dtype)
+    assert same_bits(jnp.concatenate([x.ravel() for x in results]), full.ravel())
 
 
 def test_members_are_rounded_to_the_dtype_before_they_are_merged():
@@ -449,12 +450,12 @@ def test_permutations_of_the_children_have_the_published_vectors():
         unit = Index(jnp.uint32(i & 0xFFFFFFFF), jnp.uint32(i >> 32))
         for text in expected:
             count = len(text.split())
-            found = [
+            results = [
                 int(permuted(jnp.array([1, 2], jnp.uint32), unit, count, child))
                 for child in range(count)
             ]
-            assert " ".join(map(str, found)) == text
-            assert found == naive_permutation([1, 2], i, count)
+            assert " ".join(map(str, results)) == text
+            assert results == naive_permutation([1, 2], i, count)
 
 
 @pytest.mark.parametrize("granularity", ["element", "row", "column", "tensor"])
@@ -473,8 +474,8 @@ def test_the_children_share_the_members_out(granularity, count):
         )
         for c in range(count)
     ]
-    found = np.stack([np.asarray(child).view(np.uint16) for child in children])
-    assert np.array_equal(np.sort(found, axis=0), np.sort(patterns, axis=0))
+    results = np.stack([np.asarray(child).view(np.uint16) for child in children])
+    assert np.array_equal(np.sort(results, axis=0), np.sort(patterns, axis=0))
 
 
 def test_permutations_are_uniform_and_independent():
@@ -482,11 +483,11 @@ def test_permutations_are_uniform_and_independent():
     n, origin = 240_000, jnp.broadcast_to(jnp.arange(4.0)[:, None], (4, 240_000))
 
     def permutations(key_bits):
-        found = [
+        results = [
             np.asarray(merge("selection", {"child": c}, origin, None, key_bits=key_bits), int)
             for c in range(4)
         ]
-        return np.unique(np.stack(found), axis=1, return_inverse=True)[1].reshape(-1)
+        return np.unique(np.stack(results), axis=1, return_inverse=True)[1].reshape(-1)
 
     one, other = permutations(KEY_BITS), permutations(rng.stream_key_bits(0, "another tensor"))
     assert one.max() == 23
