@@ -70,6 +70,7 @@ def make_mesh(
     sizes = axis_sizes(requested, len(present))
     used = present[: math.prod(sizes.values())]
     slices = len({getattr(device, "slice_index", 0) for device in used})
+    # Auto axes: the compiler inserts the collectives of `data`, `fsdp`, `sequence` and `tensor`
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         # An axis may take part of a physical axis of the torus: 8 x 8 x 8 chips are also 2 x 256.
@@ -190,6 +191,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+    # within a shard_map over `order` the array is one member's, which `order` cannot divide
     sizes = {
         name: size for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes
     }

@@ -86,6 +86,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         FAMILIES[self.family]  # refuses an unknown family
+        # `object.__setattr__`, because the dataclass is frozen
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if not self.num_kv_heads:
@@ -142,6 +143,7 @@ class ModelConfig:
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=_rope_from_hf(config),
+            # Qwen2 files have a sliding_window too; `use_sliding_window: false` turns it off
             sliding_window=config.get("sliding_window") if family.sliding_window else None,
             qkv_bias=bias or family.qkv_bias,
             output_bias=bias,

@@ -31,6 +31,8 @@ class Family:
     written_keys: tuple[str, ...] = ()
 
 
+# The defaults are those of transformers for files that leave a key out. Qwen2 has biases and Qwen3
+# has norms of q and k without any key in the file that says so.
 FAMILIES = Registry[Family]("model family")
 
 FAMILIES.register(

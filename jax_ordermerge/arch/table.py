@@ -82,6 +82,8 @@ def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
     heads = (config.num_heads * H, "heads")
     kv_heads = (config.num_kv_heads * H, "kv_heads")
     qkv_bias, output_bias, mlp_bias = config.qkv_bias, config.output_bias, config.mlp_bias
+    # q, k and v, and gate and up, are separate matrices: a merge treats each Hugging Face tensor on
+    # its own, and in a fused matrix their norms and thresholds would mix.
     specs = [
         _single("embed", (V, D), ("vocab", "embed"), "normal", "model.embed_tokens", "embedding"),
         _norm(config, "input_norm", D, "input_layernorm"),
@@ -102,6 +104,7 @@ def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
         *_linear(config, "mlp/down", "mlp.down_proj", embed, mlp, bias=mlp_bias),
         _single("norm", (D,), ("norm",), "ones", "model.norm", "norm"),
     ]
+    # a tied head is the embedding: it is no tensor of its own, in memory or in files
     if not config.tie_embeddings:
         specs.append(_single("head", (V, D), ("vocab", "embed"), "normal", "lm_head", "head"))
     return tuple(specs)
@@ -131,6 +134,7 @@ def _linear(
     shape = (config.num_layers, out_axis[0], in_axis[0])
     axes = ("layer", out_axis[1], in_axis[1])
     path, hf = f"layers/{path}", f"model.layers.{{}}.{hf}"
+    # Hugging Face matrices are [out, in]; memory keeps this layout, so conversion copies bytes
     kind: Kind = "mlp" if path.startswith("layers/mlp") else "attention"
     yield TensorSpec(f"{path}/weight", shape, axes, "normal", f"{hf}.weight", kind)
     if bias:

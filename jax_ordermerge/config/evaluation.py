@@ -98,9 +98,12 @@ class TaskKind:
 
 TASK_KINDS = Registry[TaskKind]("task kind", "jax_ordermerge.evaluate.tasks")
 
+# SerializeAsAny: pydantic dumps a field by its declared class, which would drop the settings that a
+# kind adds to those of `Task`.
 AnyTask = Annotated[SerializeAsAny[Task], registered(TASK_KINDS, noun="task kind", default="exact")]
 
 
+# `parse` validates sections; a task alone is a choice, and becomes one as the field of a section.
 class _OneTask(Section):
     task: AnyTask
 

@@ -154,6 +154,7 @@ class Config(Section):
         """The dtype of the base in training: float32 where members start as copies of it."""
         return "float32" if self.lora is None else self.lora.base_dtype or self.model.compute_dtype
 
+    # What involves several sections is checked here: a section does not know the others.
     @pydantic.model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         for conflicts in (_training_conflicts, _data_conflicts, _merge_conflicts):
@@ -174,6 +175,7 @@ def _training_conflicts(config: Config) -> Iterator[str]:
             f"training.batch = {training.batch} is not a multiple of training.microbatch ="
             f" {training.microbatch}"
         )
+    # members of different waves are never in memory together, so they cannot be mixed
     trained_at_once = population.wave or population.members
     if training.mixing and trained_at_once < max(population.members, 2):
         yield (
@@ -213,6 +215,7 @@ def _data_conflicts(config: Config) -> Iterator[str]:
             "population.level = batch permutes fixed batches, data.packing = bins composes new"
             " ones; give packs"
         )
+    # jax gives cudnn one length per row and no segments: documents would attend to each other
     if data.packing != "none" and config.model.attention == "cudnn":
         yield (
             "model.attention = cudnn mixes packed documents (data.packing ="
@@ -239,6 +242,7 @@ def _data_conflicts(config: Config) -> Iterator[str]:
 def _merge_conflicts(config: Config) -> Iterator[str]:
     if config.merge.auto is not None and not config.data.validation_examples:
         yield "merge.auto chooses a merge on validation examples: set data.validation_examples"
+    # merges, members and the base are directories and columns side by side, so names must differ
     names = config.merge_names
     for name in names:
         if name == "base" or name.startswith("member_") or "/" in name:
@@ -303,6 +307,7 @@ def read_search(file: Path | None, configured: Search | None, changes: Mapping[s
         10
     """
     raw = {} if configured is None else configured.model_dump(mode="json")
+    # a file replaces the settings of the config; it does not extend them
     if file is not None:
         raw = _read_yaml(file, "space", "methods:")
     return parse(Search, raw | dict(changes), "search" if file is None else str(file))

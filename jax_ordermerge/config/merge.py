@@ -67,6 +67,7 @@ class Range(Section):
             >>> Range(low=1, high=100, log=True).at(0.5)
             10.0
         """
+        # nine digits: a grid from 0.5 to 1.5 has 0.7, not 0.7000000000000001, in names and reports
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         value = low + fraction * (high - low)
         return float(f"{math.exp(value) if self.log else value:.9g}")
@@ -148,6 +149,7 @@ class MergeSpec(Section):
     name: str | None = Field(None, description="directory name, by default method and seed")
     method: str = Field(description="a merge method; greedy_soup needs data.validation_examples")
     seed: int | None = Field(None, description="by default the seed of the run")
+    # Excluded from dumps: a resolved config lists the single merges that this stands for.
     seeds: tuple[int, ...] = Field(
         (),
         description="one merge per seed, named NAME-seedS; the report summarizes them together",
@@ -215,7 +217,7 @@ class Merge(Section):
             value = {"auto": {}}
         if not isinstance(value, dict):
             return value
-        section = dict(value)
+        section = dict(value)  # the caller's dict stays as it is
         if section.get("auto") is not None:
             section.setdefault("methods", ())
         controls = section.get("controls", ())

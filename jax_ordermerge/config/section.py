@@ -17,6 +17,8 @@ FREE_TO_CHANGE: Final = "free to change"
 class Section(pydantic.BaseModel):
     """A section of the config. It is frozen and refuses unknown keys."""
 
+    # Unknown keys are refused because an ignored setting would change an experiment silently. Types
+    # are not pydantic's strict ones: YAML has no tuples, and it reads 1e-5 without a dot as text.
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
@@ -38,7 +40,7 @@ def fixed_settings(section: Section) -> dict[str, Any]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if FREE_TO_CHANGE in field.metadata:
-            settings.pop(name, None)
+            settings.pop(name, None)  # None: a field may be excluded from dumps
         elif isinstance(value, Section):
             settings[name] = fixed_settings(value)
     return settings
@@ -120,6 +122,9 @@ def registered(
     return _by_kind(registry, lambda kind: registry[kind].settings, noun, default)
 
 
+# pydantic validates unions by a discriminator too, but it puts the tag into the path of an error
+# (training.schedule.wsd.decay), which nobody writes, and it knows no alternatives that are
+# registered later. So a choice is validated here, and pydantic receives the resulting section.
 def _by_kind(
     kinds: Iterable[str], settings: Callable[[str], type[Section]], noun: str, default: str | None
 ) -> pydantic.BeforeValidator:
@@ -223,6 +228,7 @@ def override(raw: dict[str, Any], item: str) -> None:
     for name in parents:
         child = node.get(name)
         if isinstance(child, str):
+            # the bare name of a choice; where it is none, validation refuses the key `kind`
             child = {"kind": child}
         if child is not None and not isinstance(child, dict):
             raise UserError(f"--set {item}: {name} is not a section")

@@ -24,7 +24,7 @@ from jax_ordermerge.registry import Registry
 if TYPE_CHECKING:
     import optax
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]  # a decay rate: 1 would never learn
+Fraction = Annotated[float, Field(ge=0, lt=1)]  # of a running mean: 1 would never change it
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -139,6 +139,7 @@ Schedule = Annotated[
 class OptimizerSettings(Section):
     """Base class for the settings of an optimizer."""
 
+    # No literal: the name is the key in the registry, and one class may serve several names.
     kind: str
 
 
@@ -163,6 +164,7 @@ class Optimizer:
 OPTIMIZERS = Registry[Optimizer]("optimizer", "jax_ordermerge.train.optimizers")
 
 
+# A factory: the registry is filled when it is first read, not when this module is imported.
 def _adamw() -> OptimizerSettings:
     return OPTIMIZERS["adamw"].settings(kind="adamw")
 

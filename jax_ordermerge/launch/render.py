@@ -33,6 +33,7 @@ def render(job: Job, target_name: str, options: Mapping[str, Any]) -> str:
     """
     target = section.parse(TARGETS[target_name], options, target_name)
     target.check(job)
+    # The target decides how processes find each other; what the user says on waiting remains.
     written = job.settings.get("distributed", {})
     timeouts = {key: value for key, value in written.items() if key.endswith("timeout")}
     config = {
@@ -41,7 +42,7 @@ def render(job: Job, target_name: str, options: Mapping[str, Any]) -> str:
         "distributed": target.distributed(job) | timeouts,
     }
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelt name must not render as nothing
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

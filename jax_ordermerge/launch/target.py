@@ -45,6 +45,7 @@ class Job:
             >>> Job("Llama_2 7b", {}, {}, "runs/x").slug
             'llama-2-7b'
         """
+        # a pod or a host name must also begin with a letter
         slug = re.sub("[^a-z0-9]+", "-", self.name.lower())[:40].strip("-")
         return slug if slug[:1].isalpha() else f"run-{slug}".strip("-")
 
@@ -60,12 +61,14 @@ class Target(Section):
         submit_command: program and arguments that run the rendered file.
     """
 
+    # Class variables, so that pydantic does not take them for options.
     template: ClassVar[str]
     submit_command: ClassVar[tuple[str, ...]] = ("bash",)
 
     @classmethod
     def template_text(cls) -> str:
         """Return the text of the template."""
+        # found by the module of the class, so that a target outside of this package has its own
         return Path(inspect.getfile(cls)).with_name(cls.template).read_text()
 
     def distributed(self, job: Job) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Gke(Target):
     @property
     def pods(self) -> int:
         """Pods per Job."""
+        # a topology smaller than a node, such as 2x2, is one pod with fewer chips
         return max(1, self.slice_chips // self.chips) if self.tpu else self.nodes
 
     @property
@@ -102,6 +103,7 @@ class Gke(Target):
 
     def check(self, job: Job) -> None:
         """Refuse an output on the disk of a pod, and a mesh of another size."""
+        # without a common volume each pod has a disk of its own
         separate = self.volume is None and self.slices * self.pods > 1
         check_output(job.output, self.mount, separate_disks=separate)
         check_mesh(job.mesh, self.slices * self.pods * self.pod_devices)

@@ -44,6 +44,7 @@ class Slurm(Target):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
+        # jax gives a process of SLURM one GPU, or by JAX_LOCAL_DEVICE_IDS all of its node
         if self.gpus and self.processes not in (1, self.gpus):
             raise ValueError(
                 f"tasks = {self.processes} for {self.gpus} GPUs per node: give 1 (all GPUs) or"

@@ -33,6 +33,7 @@ class Ssh(Target):
 
     def distributed(self, job: Job) -> dict[str, Any]:
         """Return the address of the first host."""
+        # USER@ is for ssh; the other hosts connect to the address alone
         host = self.hosts[0].rpartition("@")[2]
         return {"coordinator": f"{host}:{self.port}", "processes": len(self.hosts)}
 
