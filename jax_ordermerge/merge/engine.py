@@ -142,25 +142,18 @@ def _default_workers() -> int:
 
 def _fingerprint(plan: Plan, shard_bytes: int) -> str:
     """Return a digest of all that the bytes of the output depend on."""
-    sources = [[source.label, source.identity()] for source in plan.sources]
-    outputs = [
-        [
-            output.name,
-            output.method,
-            dict(output.parameters),
-            None if output.weights is None else output.weights.tolist(),
-        ]
-        for output in plan.outputs
-    ]
     content = [
         # another version may round in another order
         jax_ordermerge.__version__,
-        dict(plan.recipe),
+        plan.recipe,
         plan.stochastic,
         plan.seed,
         plan.out_dtype.name,
-        sources,
-        outputs,
+        [[source.label, source.identity()] for source in plan.sources],
+        [
+            [output.name, output.method, output.parameters, np.array(output.weights).tolist()]
+            for output in plan.outputs
+        ],
         shard_bytes,
     ]
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()

@@ -468,7 +468,7 @@ def test_trained_vocabularies_that_differ_have_no_union(tmp_path):
         model(tmp_path / "other", 2, tokenizer("a", "z")),
     )
     with pytest.raises(
-        UserError, match="other has the token 'z' in its trained vocabulary and first_model has not"
+        UserError, match="other has the token 'z' in its trained vocabulary and one has not"
     ):
         vocabulary.align([first_model, second_model], first=0, donor=0, union=True)
     with pytest.raises(UserError, match=r"three has no tokenizer\.json to extend"):

@@ -44,6 +44,11 @@ class Values(NamedTuple):
     shared: Mapping[str, Any]
     has_base: bool
 
+    @property
+    def weights(self) -> list[float]:
+        """One weight per member."""
+        return self.per_member["weight"]
+
 
 class Call(NamedTuple):
     """What our method is called with."""
@@ -96,7 +101,7 @@ def _vectors(values: Values) -> dict[str, str]:
 
 
 def _linear(values: Values) -> Call:
-    return Call({"normalize": values.shared["normalize"]}, values.per_member["weight"])
+    return Call({"normalize": values.shared["normalize"]}, values.weights)
 
 
 def _slerp(values: Values) -> Call:
@@ -110,23 +115,23 @@ def _nuslerp(values: Values) -> Call:
     if values.shared["nuslerp_flatten"]:
         granularity = "tensor"
     parameters = {**_vectors(values), **_RIGHT_ANGLE, "granularity": granularity}
-    return Call(parameters, values.per_member["weight"])
+    return Call(parameters, values.weights)
 
 
 def _multislerp(values: Values) -> Call:
     normalize, eps = values.shared["normalize_weights"], values.shared["eps"]
     parameters = {**_vectors(values), "normalize": normalize, "eps": eps}
-    return Call(parameters, values.per_member["weight"])
+    return Call(parameters, values.weights)
 
 
 def _normalizes(values: Values) -> bool:
     # mergekit divides by 1 if the weights sum to nothing
-    return bool(values.shared["normalize"]) and abs(sum(values.per_member["weight"])) >= 1e-8
+    return bool(values.shared["normalize"]) and abs(sum(values.weights)) >= 1e-8
 
 
 def _task_arithmetic(values: Values) -> Call:
     parameters = {"scale": values.shared["lambda"], "normalize": _normalizes(values)}
-    return Call(parameters, values.per_member["weight"])
+    return Call(parameters, values.weights)
 
 
 def _sparsify_rule(
@@ -165,7 +170,7 @@ def _sparsify_rule(
             "rescale": rescale if isinstance(rescale, str) else "norm" if rescale else "none",
             **{name: values.per_member[name] for name in extra},
         }
-        return Call({**parameters, **fixed}, values.per_member["weight"])
+        return Call({**parameters, **fixed}, values.weights)
 
     return Rule(
         method,

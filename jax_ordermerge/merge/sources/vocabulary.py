@@ -152,22 +152,30 @@ def align(
         for source, tokenizer in zip(sources, tokenizers, strict=True)
     ]
     target += [-1 - i for i in range(-len(target) % multiple)]  # keys that no model has: zeros
-    token_sources = token_sources or {}
-    unknown = sorted(token_sources.keys() - set(target), key=str)
-    if unknown:
-        raise UserError(f"tokenizer.tokens: the merged vocabulary has no token {unknown[0]!r}")
+    # Where a row comes from, as (owner, row): the model's own, else by `token_sources`, else the
+    # first model in `order` that has it. Forced tokens come before the model's own.
+    first_rows = {key: (i, row) for i in reversed(order) for key, row in models[i].rows.items()}
+    requested: dict[Key, tuple[int, int]] = {}
+    forced: dict[Key, tuple[int, int]] = {}
+    for token, (source, force) in (token_sources or {}).items():
+        if token not in target:
+            raise UserError(f"tokenizer.tokens: the merged vocabulary has no token {token!r}")
+        if token not in models[source].rows:
+            label = models[source].source.label
+            raise UserError(f"tokenizer.tokens: {label} has no token {token!r}")
+        (forced if force else requested)[token] = (source, models[source].rows[token])
     aligned = []
     for index, model in enumerate(models):
-        owner = np.array([_find_owner(models, index, order, key, token_sources) for key in target])
-        row = np.array(
-            [models[i].rows[key] if i >= 0 else 0 for i, key in zip(owner, target, strict=True)]
+        own_rows = {key: (index, row) for key, row in model.rows.items()}
+        origins = {**first_rows, **requested, **own_rows, **forced}
+        owner, row = np.array([origins.get(key, (-1, 0)) for key in target]).T
+        is_unchanged = (
+            len(target) == model.source.config.vocab_size
+            and (owner == index).all()
+            and (row == np.arange(len(row))).all()
         )
-        is_unchanged = len(target) == model.source.config.vocab_size and np.array_equal(
-            (owner, row), (np.full(len(row), index), np.arange(len(row)))
-        )
-        aligned.append(
-            model.source if is_unchanged else RemappedVocabulary(model.source, sources, owner, row)
-        )
+        remapped = RemappedVocabulary(model.source, sources, owner, row)
+        aligned.append(model.source if is_unchanged else remapped)
     return Aligned(tuple(aligned), files, tuple(_notes(models, target, donor)))
 
 
@@ -193,23 +201,6 @@ class _Rows(NamedTuple):
     source: Source
     tokenizer: _Tokenizer | None
     rows: dict[Key, int]
-
-
-def _find_owner(
-    models: Sequence[_Rows],
-    index: int,
-    order: Sequence[int],
-    key: Key,
-    token_sources: Mapping[str, TokenSource],
-) -> int:
-    """Return the index of the model that gives model `index` its row of a key, -1 for zeros."""
-    candidates: Sequence[int] = (index, *order)  # a model keeps its own rows
-    if isinstance(key, str) and key in token_sources:
-        source, force = token_sources[key]
-        if key not in models[source].rows:
-            raise UserError(f"tokenizer.tokens: {models[source].source.label} has no token {key!r}")
-        candidates = (source,) if force else (index, source)
-    return next((i for i in candidates if key in models[i].rows), -1)
 
 
 def _read_tokenizer(directory: Path | None) -> _Tokenizer | None:
