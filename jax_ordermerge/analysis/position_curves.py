@@ -86,7 +86,7 @@ def curves(
         results = resample.curves(list(jobs.values()), resamples=resamples, generator=generator)
         by_key = dict(zip(jobs, results, strict=True))
     except Undetermined as error:
-        # too few samples for one job are too few for all: they have the same samples
+        # one reason for all of them, also for the halves: fewer bins would determine the rest
         by_key, reason = {}, str(error)
 
     def band(*key: str | int) -> Band | Missing:
@@ -174,9 +174,9 @@ def within_sample(losses: np.ndarray, position: np.ndarray) -> np.ndarray | None
     Returns:
         None where the position does not vary within samples.
     """
-    # Reversed pairs, say: the within-sample position is the position itself about the middle, the
-    # share is 1. With M independent orders the sample's mean takes 1 / M away: the share is
-    # 1 - 1 / M. Dividing by it puts all designs on the scale of the effect.
+    # The share is 1 with reversed pairs, where the within-sample position is the position less
+    # its middle. With M independent orders the sample's mean takes 1 / M away: it is 1 - 1 / M.
+    # Dividing by it puts all designs on the scale of the effect.
     residual = regression.within(position)
     centred = position - position.mean(axis=1, keepdims=True)
     spread = float((centred**2).sum())

@@ -12,9 +12,8 @@ from jax_ordermerge.layout import Json
 from jax_ordermerge.report import document, formatting
 from jax_ordermerge.report.differences import MEAN_MEMBER, MergeComparison
 from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Picture, Table
-from jax_ordermerge.report.findings import percentages
 from jax_ordermerge.report.plots import imbalance as plots
-from jax_ordermerge.report.run import Run, read_runs
+from jax_ordermerge.report.run import Run, percentages, read_runs
 
 _IDENTITY = ("name", "output")  # settings that differ between any two runs
 

@@ -17,7 +17,7 @@ from jax_ordermerge.report.formatting import (
     verdict,
     versus,
 )
-from jax_ordermerge.report.run import Run, pair_cosines
+from jax_ordermerge.report.run import Run, pair_cosines, percentages
 
 
 def sentences(run: Run) -> list[str]:
@@ -38,7 +38,7 @@ def sentences(run: Run) -> list[str]:
         tests = sum(
             len(measure.gaps) for merge in merges.values() for measure in merge.measures.values()
         )
-        # one merge against one or two rivals needs no lecture on multiple comparisons
+        # one or two comparisons need no remark on their number
         if tests > 2:
             sentences.append(
                 f"These are {tests} comparisons. The verdicts follow p values corrected by Holm's "
@@ -81,7 +81,7 @@ def search_sentence(search: Json) -> str:
     ]
     # A rival with the same losses is not tested. It is the same model as far as anyone can tell,
     # as where the search chose the average itself.
-    clauses += [f"the same as {text}" for rival, text in RIVALS.items() if rival not in claims]
+    clauses += [f"the same as {name}" for rival, name in RIVALS.items() if rival not in claims]
     return (
         f"{text} On the {search['claim']['examples']} test examples, which had no part in the "
         f"choice, it is {'; '.join(clauses)}."
@@ -229,10 +229,3 @@ def _merge(run: Run, name: str) -> list[str]:
             exact = ", by McNemar's test against single models" if measure.mcnemar else ""
             sentences.append(f"{name}, {task} {share}: {clauses(measure, 100, 1)}{exact}.")
     return sentences
-
-
-def percentages(models: Sequence[Json], task: str) -> list[float]:
-    """Return the accuracies in per cent of the models that have the task."""
-    return [
-        100 * model["tasks"][task]["accuracy"] for model in models if task in model.get("tasks", {})
-    ]

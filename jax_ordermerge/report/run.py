@@ -166,6 +166,13 @@ def pair_cosines(matrix: Sequence[Sequence[float | None]]) -> list[float]:
     return [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
 
 
+def percentages(models: Sequence[Json], task: str) -> list[float]:
+    """Return the accuracies in per cent of the models that have the task."""
+    return [
+        100 * model["tasks"][task]["accuracy"] for model in models if task in model.get("tasks", {})
+    ]
+
+
 def parsed(read: Callable[[Path], T], path: Path) -> T:
     """Return `read(path)`, with one clear line where the file is not valid JSON."""
     try:

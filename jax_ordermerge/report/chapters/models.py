@@ -11,10 +11,9 @@ from jax_ordermerge.layout import Json
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Comparison, Measure
 from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
-from jax_ordermerge.report.findings import percentages
 from jax_ordermerge.report.formatting import shortened
 from jax_ordermerge.report.plots import models as plots
-from jax_ordermerge.report.run import Run, missing
+from jax_ordermerge.report.run import Run, missing, percentages
 
 ITEMS_SHOWN = 5  # answers per task
 

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jax_ordermerge.layout import Json
-from jax_ordermerge.report.findings import percentages
 from jax_ordermerge.report.plots.figure import DASHED, INK, KIND, MARKS, WIDTH, draw, names_down
+from jax_ordermerge.report.run import percentages
 
 _MOST_NUMBERS = 16  # members whose cosines are written into the cells
 
