@@ -251,9 +251,11 @@ def _experiment_table(plan: Plan) -> Table:
         models = f" ({experiment.models} models)" if stage in ("analysis", "evaluation") else ""
         table.add_row(stage + models, _hours(hours))
     table.add_row("total", _hours(experiment.total_hours))
-    kept = f"checkpoint in GB ({experiment.checkpoints_kept} are kept)"
-    table.add_row(kept, f"{experiment.checkpoint_bytes / 1e9:,.1f}")
-    table.add_row("merged models in GB", f"{experiment.merged_bytes / 1e9:,.1f}")
+    for name, size in (
+        (f"checkpoint in GB ({experiment.checkpoints_kept} are kept)", experiment.checkpoint_bytes),
+        ("merged models in GB", experiment.merged_bytes),
+    ):
+        table.add_row(name, f"{size / 1e9:,.1f}")
     return table
 
 

@@ -1,4 +1,4 @@
-"""Tiny models as other programs write them: with the safetensors library, whole or in shards."""
+"""Tiny models as other programs write them: by the safetensors library, in one file or shards."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ CONFIGS = {
 
 
 def tensors(config: arch.ModelConfig, dtype: str) -> dict[str, np.ndarray]:
-    """Random values over a wide range of magnitudes, with denormals and negative zeros."""
+    """Return random values over many magnitudes, with denormals and negative zeros."""
     generator = np.random.default_rng(7)
     out = {}
     for name, spec, _ in arch.hf_tensors(config):
@@ -39,27 +39,27 @@ def tensors(config: arch.ModelConfig, dtype: str) -> dict[str, np.ndarray]:
 def write_directory(
     directory: pathlib.Path, config: arch.ModelConfig, dtype: str, shards: int
 ) -> dict[str, np.ndarray]:
-    """Write a model directory without any of our own code but the config."""
+    """Write a model directory without code of this package except for the config."""
     directory.mkdir()
-    given = tensors(config, dtype)
-    names = list(given)
+    arrays = tensors(config, dtype)
+    names = list(arrays)
     (directory / "config.json").write_text(json.dumps(config.to_hf(dtype)))
     if shards == 1:
-        safetensors.numpy.save_file(given, directory / "model.safetensors", {"format": "pt"})
-        return given
+        safetensors.numpy.save_file(arrays, directory / "model.safetensors", {"format": "pt"})
+        return arrays
     weight_map = {
         name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors"
         for i, name in enumerate(names)
     }
     for file in set(weight_map.values()):
-        part = {name: given[name] for name in names if weight_map[name] == file}
+        part = {name: arrays[name] for name in names if weight_map[name] == file}
         safetensors.numpy.save_file(part, directory / file, {"format": "pt"})
     index = {
-        "metadata": {"total_size": sum(a.nbytes for a in given.values())},
+        "metadata": {"total_size": sum(a.nbytes for a in arrays.values())},
         "weight_map": weight_map,
     }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return given
+    return arrays
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Inventories and differences of checkpoints against naive numpy in float64, over dtypes, shapes, slabs and values that are no numbers."""
+"""Inventories and differences of checkpoints against naive numpy in float64.
+
+The tests cover dtypes, shapes, slabs, and values that are not numbers.
+"""
 
 import io
 import json
@@ -51,13 +54,13 @@ def random(dtype, seed=0, *, zeros=0.2) -> dict[str, np.ndarray]:
     return out
 
 
-def changed(arrays: dict[str, np.ndarray], seed: int, *, kept=0.6) -> dict[str, np.ndarray]:
-    """A fine-tune of `arrays`: part of the elements exactly as they were."""
+def changed(arrays: dict[str, np.ndarray], seed: int, *, unchanged=0.6) -> dict[str, np.ndarray]:
+    """Return a fine-tune of `arrays`: part of the elements are unchanged."""
     generator = np.random.default_rng(seed)
     out = {}
     for name, array in arrays.items():
         delta = np.where(
-            generator.random(array.shape) < kept, 0.0, generator.normal(size=array.shape) * 0.1
+            generator.random(array.shape) < unchanged, 0.0, generator.normal(size=array.shape) * 0.1
         )
         out[name] = (array.astype(np.float64) + delta).astype(array.dtype)
     return out
@@ -81,9 +84,9 @@ def close(value, expected):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_statistics(save, dtype):
     arrays = random(dtype)
-    found = inspect(save("a", arrays), stats=True)
-    assert {row.name for row in found.tensors} == set(arrays)
-    for row in found.tensors:
+    inventory = inspect(save("a", arrays), stats=True)
+    assert {row.name for row in inventory.tensors} == set(arrays)
+    for row in inventory.tensors:
         check_stats(row.stats, arrays[row.name].astype(np.float64))
         assert (row.dtype, row.shape, row.elements) == (
             np.dtype(dtype).name,
@@ -91,10 +94,10 @@ def test_statistics(save, dtype):
             arrays[row.name].size,
         )
         assert (row.bytes, row.file) == (arrays[row.name].nbytes, "a")
-    check_stats(found.stats, flat(arrays))
-    assert found.elements == sum(array.size for array in arrays.values())
-    assert found.bytes == sum(array.nbytes for array in arrays.values())
-    assert found.files == 1
+    check_stats(inventory.stats, flat(arrays))
+    assert inventory.elements == sum(array.size for array in arrays.values())
+    assert inventory.bytes == sum(array.nbytes for array in arrays.values())
+    assert inventory.files == 1
 
 
 def check_stats(stats, values):
@@ -113,7 +116,7 @@ def test_every_dtype_has_statistics(save, dtype):
     check_stats(inspect(save("a", {"w": values}), stats=True).stats, values.astype(np.float64))
 
 
-def test_values_that_are_no_numbers(save):
+def test_values_that_are_not_numbers(save):
     values = random("float32")["matrix"]
     values[3, 4], values[20], values[30, :7] = np.nan, np.inf, -np.inf
     arrays = {
@@ -122,11 +125,11 @@ def test_values_that_are_no_numbers(save):
         "zero": -np.zeros(3, np.float32),
         "empty": np.zeros((0, 3), np.float32),
     }
-    found = {row.name: row.stats for row in inspect(save("a", arrays), stats=True).tensors}
+    stats = {row.name: row.stats for row in inspect(save("a", arrays), stats=True).tensors}
     for name, array in arrays.items():
-        check_stats(found[name], array.astype(np.float64))
-    assert found["zero"].zeros == 3
-    assert found["some"].infs == 48
+        check_stats(stats[name], array.astype(np.float64))
+    assert stats["zero"].zeros == 3
+    assert stats["some"].infs == 48
 
 
 def test_a_small_spread_far_from_zero(save):
@@ -136,14 +139,14 @@ def test_a_small_spread_far_from_zero(save):
 
 def test_shards_and_headers_alone(make_directory):
     directory, _, arrays = make_directory("tied", "bfloat16", 3)
-    found = inspect(directory)
-    assert found.files == 3
-    assert found.stats is None
-    assert all(row.stats is None for row in found.tensors)
+    inventory = inspect(directory)
+    assert inventory.files == 3
+    assert inventory.stats is None
+    assert all(row.stats is None for row in inventory.tensors)
     index = json.loads((directory / "model.safetensors.index.json").read_text())
-    assert {row.name: row.file for row in found.tensors} == index["weight_map"]
+    assert {row.name: row.file for row in inventory.tensors} == index["weight_map"]
     assert (
-        found.bytes
+        inventory.bytes
         == index["metadata"]["total_size"]
         == sum(array.nbytes for array in arrays.values())
     )
@@ -187,38 +190,38 @@ def check(numbers, expected):
 def test_differences(save, dtype, with_base):
     base = random(dtype, 0)
     a, b = changed(base, 1), changed(base, 2)
-    found = difference(save("a", a), save("b", b), save("base", base) if with_base else None)
-    assert not found.equal
-    for pair in found.pairs:
+    result = difference(save("a", a), save("b", b), save("base", base) if with_base else None)
+    assert not result.equal
+    for pair in result.pairs:
         check(
             pair.numbers, naive(a[pair.name], b[pair.name], base[pair.name] if with_base else None)
         )
         assert pair.equal == (a[pair.name].tobytes() == b[pair.name].tobytes())
     both = [flat({name: arrays[name] for name in SHAPES}) for arrays in (a, b, base)]
-    check(found.total, naive(*both) if with_base else naive(*both[:2]))
-    assert (found.only_a, found.only_b, found.not_in_base) == ((), (), ())
+    check(result.total, naive(*both) if with_base else naive(*both[:2]))
+    assert (result.only_a, result.only_b, result.not_in_base) == ((), (), ())
 
 
 def test_a_checkpoint_equals_itself_and_its_shards(make_directory):
     directory, _, _ = make_directory("untied", "bfloat16", 3)
-    whole, *_ = make_directory("untied", "bfloat16", 1)
-    found = difference(directory, whole, whole)
-    assert found.equal
-    assert found.total.same == found.total.elements
-    assert (found.total.max_abs, found.total.max_rel, found.total.cosine) == (0.0, 0.0, 1.0)
-    assert (found.total.kept_a, found.total.kept_b, found.total.task_cosine) == (1.0, 1.0, None)
+    single, *_ = make_directory("untied", "bfloat16", 1)
+    result = difference(directory, single, single)
+    assert result.equal
+    assert result.total.same == result.total.elements
+    assert (result.total.max_abs, result.total.max_rel, result.total.cosine) == (0.0, 0.0, 1.0)
+    assert (result.total.kept_a, result.total.kept_b, result.total.task_cosine) == (1.0, 1.0, None)
 
 
 def test_other_dtypes_compare_by_value(save):
     wide = random("float32")
     narrow = {name: array.astype(BF16) for name, array in wide.items()}
-    found = difference(save("a", wide), save("b", narrow), save("base", wide))
-    for pair in found.pairs:
+    result = difference(save("a", wide), save("b", narrow), save("base", wide))
+    for pair in result.pairs:
         assert not pair.equal
         assert (pair.dtype_a, pair.dtype_b) == ("float32", "bfloat16")
         check(pair.numbers, naive(wide[pair.name], narrow[pair.name], wide[pair.name]))
-    assert found.total.kept_a == 1.0
-    assert 0.1 < found.total.kept_b < 0.5
+    assert result.total.kept_a == 1.0
+    assert 0.1 < result.total.kept_b < 0.5
 
 
 def test_shapes_and_names_that_differ(save):
@@ -232,23 +235,23 @@ def test_shapes_and_names_that_differ(save):
         "shape": np.ones((3, 2), np.float32),
         "b": np.ones(1, np.float32),
     }
-    found = difference(save("a", a), save("b", b), save("base", {"both": np.ones(3, np.float32)}))
-    assert (found.only_a, found.only_b, found.not_in_base) == (("a",), ("b",), ("shape",))
-    pairs = {pair.name: pair for pair in found.pairs}
+    result = difference(save("a", a), save("b", b), save("base", {"both": np.ones(3, np.float32)}))
+    assert (result.only_a, result.only_b, result.not_in_base) == (("a",), ("b",), ("shape",))
+    pairs = {pair.name: pair for pair in result.pairs}
     assert pairs["both"].equal
     assert not pairs["shape"].equal
     assert pairs["shape"].numbers is None
     assert (pairs["shape"].shape_a, pairs["shape"].shape_b) == ((2, 3), (3, 2))
-    assert found.total.elements == 3
-    assert not found.equal
+    assert result.total.elements == 3
+    assert not result.equal
 
 
 def test_nothing_in_common(save):
-    found = difference(save("a", {"x": np.ones(2)}), save("b", {"y": np.ones(2)}))
-    assert (found.pairs, found.total, found.equal) == ((), None, False)
+    result = difference(save("a", {"x": np.ones(2)}), save("b", {"y": np.ones(2)}))
+    assert (result.pairs, result.total, result.equal) == ((), None, False)
 
 
-def test_a_base_of_something_else_is_refused(save):
+def test_an_unrelated_base_is_refused(save):
     with pytest.raises(UserError, match="has none of the tensors"):
         difference(
             save("a", {"x": np.ones(2)}), save("b", {"x": np.ones(2)}), save("c", {"x": np.ones(3)})
@@ -262,23 +265,23 @@ def test_tensors_without_elements(save):
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_elements_that_are_no_numbers_are_counted_and_left_out(save, with_base):
+def test_elements_that_are_not_numbers_are_counted_and_left_out(save, with_base):
     base = random("float32")["matrix"]
     a, b = base + np.float32(0.5), base * np.float32(2)
     a[0, :3], b[0, 2:5], b[30, 1] = np.nan, np.inf, np.nan
     a[1, 1] = b[1, 1] = np.nan
-    found = difference(
+    total = difference(
         save("a", {"w": a}), save("b", {"w": b}), save("base", {"w": base}) if with_base else None
     ).total
     finite = np.isfinite(a) & np.isfinite(b)
     expected = naive(a[finite], b[finite], base[finite] if with_base else None)
-    assert found.nonfinite == 7
-    assert found.same == (a.view(np.uint32) == b.view(np.uint32)).sum()
+    assert total.nonfinite == 7
+    assert total.same == (a.view(np.uint32) == b.view(np.uint32)).sum()
     for name in ("max_abs", "max_rel", "cosine", "task_cosine"):
-        close(getattr(found, name), expected[name])
+        close(getattr(total, name), expected[name])
 
 
-def test_equal_bits_are_equal_whatever_they_are(save):
+def test_equal_bits_are_equal_for_any_value(save):
     values = np.array([np.nan, np.inf, -np.inf, -0.0, 1.0], np.float32)
     assert difference(save("a", {"w": values}), save("b", {"w": values.copy()})).equal
     signs = difference(save("c", {"w": np.zeros(2)}), save("d", {"w": -np.zeros(2)}))
@@ -294,9 +297,9 @@ def test_equal_bits_are_equal_whatever_they_are(save):
 def test_the_ends_of_the_range(save):
     for size in (1e-300, 1e300, 5e-324, 1.7e308):
         a, b = np.array([size, size]), np.array([size, -size])
-        found = difference(save("a", {"w": a}), save("b", {"w": b})).total
-        assert found.cosine in (0.0, None)
-        assert found.max_rel > 0.99
+        total = difference(save("a", {"w": a}), save("b", {"w": b})).total
+        assert total.cosine in (0.0, None)
+        assert total.max_rel > 0.99
 
 
 def test_opposite_vectors(save):
@@ -350,10 +353,10 @@ def test_json_has_every_pair_and_no_nan(save):
         tables.inspect_json(inspect(save("a", a), stats=True)),
     ):
         assert json.loads(json.dumps(value, allow_nan=False)) == value
-    found = tables.difference_json(difference(save("a", a), save("a", a)))
-    assert found["equal"] is True
-    assert [pair["name"] for pair in found["pairs"]] == list(inspect_names(save("a", a)))
-    assert found["pairs"][0]["numbers"]["cosine"] == 1.0
+    document = tables.difference_json(difference(save("a", a), save("a", a)))
+    assert document["equal"] is True
+    assert [pair["name"] for pair in document["pairs"]] == list(inspect_names(save("a", a)))
+    assert document["pairs"][0]["numbers"]["cosine"] == 1.0
 
 
 def inspect_names(path):

@@ -1,4 +1,4 @@
-"""Hugging Face -> parameters -> Hugging Face and over Orbax gives the same bytes, on every mesh; everything wrong is refused."""
+"""Hugging Face -> parameters -> Hugging Face, also by Orbax, gives the same bytes on every mesh."""
 
 import dataclasses
 import json
@@ -26,16 +26,16 @@ def mesh_of(name: str):
     return None if MESHES[name] is None else make_mesh(*MESHES[name])
 
 
-def assert_same_bytes(directory, given) -> None:
+def assert_same_bytes(directory, arrays) -> None:
     reader = Reader(directory)
-    assert set(reader.names) == set(given)
-    for name, array in given.items():
+    assert set(reader.names) == set(arrays)
+    for name, array in arrays.items():
         assert reader.read(name).dtype == array.dtype
         assert reader.read(name).tobytes() == array.tobytes(), name
 
 
 def flushed(array: np.ndarray) -> np.ndarray:
-    """XLA's CPU multiplication flushes denormals to zero."""
+    """Return the array as a multiplication by XLA on CPU leaves it: denormals become zero."""
     return np.where(np.abs(array) < np.finfo(np.float32).tiny, array * np.float32(0), array)
 
 
@@ -54,38 +54,38 @@ def flushed(array: np.ndarray) -> np.ndarray:
     ],
 )
 def test_hf_to_params_to_orbax_to_hf(make_directory, tmp_path, mesh, kind, dtype, shards):
-    directory, config, given = make_directory(kind, dtype, shards)
+    directory, config, arrays = make_directory(kind, dtype, shards)
     loaded, params = convert.load_params(directory, mesh_of(mesh))
     assert loaded == config
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     convert.export(
         params, config, tmp_path / "direct", dtype=dtype, shard_bytes=10**9 if shards == 1 else 3000
     )
-    assert_same_bytes(tmp_path / "direct", given)
+    assert_same_bytes(tmp_path / "direct", arrays)
 
     orbax.save(tmp_path / "orbax", 3, {"params": params})
-    # onto the other mesh: the checkpoint must not care where it was written
-    other = mesh_of("1x8x1" if mesh == "2x2x2" else "2x2x2")
+    # onto another mesh: a checkpoint does not depend on the mesh that wrote it
+    other_mesh = mesh_of("1x8x1" if mesh == "2x2x2" else "2x2x2")
     restored = orbax.restore(
-        tmp_path / "orbax", 3, {"params": convert.abstract_params(config, other)}
+        tmp_path / "orbax", 3, {"params": convert.abstract_params(config, other_mesh)}
     )
     convert.export(restored["params"], config, tmp_path / "over_orbax", dtype=dtype)
-    assert_same_bytes(tmp_path / "over_orbax", given)
+    assert_same_bytes(tmp_path / "over_orbax", arrays)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_loading_in_bfloat16_rounds_once(make_directory, mesh):
-    directory, _, given = make_directory("untied", "float32")
+    directory, _, arrays = make_directory("untied", "float32")
     config, params = convert.load_params(directory, mesh_of(mesh), dtype=jnp.bfloat16)
     flat = tree.flatten(params)
     for name, spec, layer in arch.hf_tensors(config):
         array = flat[spec.path] if layer is None else flat[spec.path][layer]
-        assert np.asarray(array).tobytes() == given[name].astype(ml_dtypes.bfloat16).tobytes()
+        assert np.asarray(array).tobytes() == arrays[name].astype(ml_dtypes.bfloat16).tobytes()
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_population_round_trip(make_directory, tmp_path, mesh):
-    directory, config, given = make_directory("tied", "float32")
+    directory, config, arrays = make_directory("tied", "float32")
     _, population = convert.load_params(directory, mesh_of(mesh), members=4)
     chex.assert_trees_all_equal_shapes_and_dtypes(
         population, convert.abstract_params(config, members=4)
@@ -96,7 +96,7 @@ def test_population_round_trip(make_directory, tmp_path, mesh):
         convert.export(population, config, tmp_path / str(member), dtype="float32", member=member)
         assert_same_bytes(
             tmp_path / str(member),
-            {n: np.float32([1, -2, 4, -8][member]) * flushed(a) for n, a in given.items()},
+            {n: np.float32([1, -2, 4, -8][member]) * flushed(a) for n, a in arrays.items()},
         )
 
 
@@ -114,7 +114,7 @@ def test_arrays_are_placed_by_the_tensor_table(make_directory):
         "tensor",
         "fsdp",
     )
-    # donation of buffers that several devices were given from one host array
+    # donation of buffers that several devices got from one host array
     before = jax.tree.map(np.array, params)
     step = jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)
     after = step(step(params))
@@ -137,7 +137,7 @@ def test_only_the_slices_of_a_device_are_read(make_directory, monkeypatch):
     monkeypatch.setattr(Reader, "read_slice", counting)
     convert.load_params(directory, make_mesh(2, 2, 2))
     total = {name: Reader(directory).read(name).nbytes for name in Reader(directory).names}
-    # order replicates: each part is read once, not once a device, and all parts make one tensor
+    # order replicates: each part is read once, not once per device, and all parts make one tensor
     assert {name: sum(size for n, size in read if n == name) for name in total} == total
     assert (
         max(size for name, size in read if "q_proj" in name) * 4
@@ -145,7 +145,7 @@ def test_only_the_slices_of_a_device_are_read(make_directory, monkeypatch):
     )
 
 
-def test_nothing_but_the_config_decides_the_tensors(make_directory, tmp_path):
+def test_only_the_config_decides_the_tensors(make_directory, tmp_path):
     directory, config, _ = make_directory("tied")
     _, params = convert.load_params(directory)
     convert.export(params, config, tmp_path / "out", dtype="bfloat16")
@@ -190,13 +190,13 @@ def test_wrong_tensors_are_refused_by_name(make_directory, change, text):
     assert "\n" not in str(caught.value)
 
 
-def test_rotary_buffers_and_tied_copies_are_passed_over(make_directory):
-    directory, config, given = make_directory("tied")
+def test_rotary_buffers_and_tied_copies_are_ignored(make_directory):
+    directory, config, arrays = make_directory("tied")
     _, clean = convert.load_params(directory)
 
     def add(content):
         content["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
-        content["lm_head.weight"] = given["model.embed_tokens.weight"].copy()
+        content["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
 
     rewrite(directory, add)
     loaded, params = convert.load_params(directory)
@@ -205,11 +205,11 @@ def test_rotary_buffers_and_tied_copies_are_passed_over(make_directory):
 
 
 def test_tied_head_that_differs_is_refused(make_directory):
-    directory, _, given = make_directory("tied")
+    directory, _, arrays = make_directory("tied")
     rewrite(
         directory,
         lambda content: content.update(
-            {"lm_head.weight": given["model.embed_tokens.weight"][::-1].copy()}
+            {"lm_head.weight": arrays["model.embed_tokens.weight"][::-1].copy()}
         ),
     )
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_ends_of_sequence_come_from_both_configs(make_directory, tmp_path):
         json.loads((tmp_path / "out" / name).read_text())
         for name in ("config.json", "generation_config.json")
     ]
-    assert [w["eos_token_id"] for w in written] == [[1, 2], [1, 2]]
+    assert [content["eos_token_id"] for content in written] == [[1, 2], [1, 2]]
 
 
 # ---------------------------------------------------------------- bad exports

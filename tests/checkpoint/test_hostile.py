@@ -1,7 +1,7 @@
-"""Files made to break the reader: it reads the bytes that are there, or refuses in one printable line. Nothing else may happen.
+"""Files made to break the reader: it reads the bytes of the file, or refuses in one printable line.
 
-Hundreds of damaged headers and indexes, the same in every run. Whatever the reader accepts, the safetensors library must accept
-too, and with the same bytes.
+Hundreds of damaged headers and indexes, the same in every run. What the reader accepts the
+safetensors library must accept too, with the same bytes.
 """
 
 import copy
@@ -135,13 +135,13 @@ def written(header: object, data: bytes = DATA, *, length: int | None = None) ->
 
 
 def check(directory: pathlib.Path) -> str:
-    """Read everything that is there; return the message where it is refused."""
+    """Read all tensors and return ""; return the message if the directory is refused."""
     allowed = SLACK + TIMES * sum(file.stat().st_size for file in directory.iterdir())
     tracemalloc.start()
     began = time.perf_counter()
     try:
         reader = Reader(directory)
-        found = {name: (reader.info(name), reader.read(name)) for name in reader.names}
+        tensors = {name: (reader.info(name), reader.read(name)) for name in reader.names}
         parts = [
             reader.read_slice(name, (slice(1, 2),))
             for name in reader.names
@@ -159,14 +159,14 @@ def check(directory: pathlib.Path) -> str:
         assert peak <= allowed
         assert time.perf_counter() - began < SECONDS
     assert all(
-        part.size <= found[name][1].size
-        for part, name in zip(parts, (n for n in found if found[n][0].shape), strict=True)
+        part.size <= tensors[name][1].size
+        for part, name in zip(parts, (n for n in tensors if tensors[n][0].shape), strict=True)
     )
-    same_as_the_library(directory, found)
+    same_as_the_library(directory, tensors)
     return ""
 
 
-def same_as_the_library(directory: pathlib.Path, found: dict[str, Any]) -> None:
+def same_as_the_library(directory: pathlib.Path, tensors: dict[str, Any]) -> None:
     theirs: dict[str, Any] = {}
     index = directory / INDEX
     files = (
@@ -174,8 +174,8 @@ def same_as_the_library(directory: pathlib.Path, found: dict[str, Any]) -> None:
     )
     for file in files:
         theirs |= dict(safetensors.deserialize((directory / file).read_bytes()))
-    assert found.keys() == theirs.keys()
-    for name, (info, array) in found.items():
+    assert tensors.keys() == theirs.keys()
+    for name, (info, array) in tensors.items():
         assert array.shape == info.shape == tuple(theirs[name]["shape"])
         assert array.dtype == info.dtype
         assert array.tobytes() == bytes(theirs[name]["data"])
@@ -191,7 +191,7 @@ def check_single(folder: pathlib.Path, content: bytes) -> str:
     return check(folder)
 
 
-# ---------------------------------------------------------------- headers that lie
+# ---------------------------------------------------------------- wrong headers
 
 PATHS = [
     (name, key)
@@ -213,8 +213,8 @@ SLIDES = st.tuples(st.integers(-70, 70), st.integers(-70, 70))
 
 
 @st.composite
-def lies(draw: st.DrawFn) -> bytes:
-    """A valid header with one to three lies in it."""
+def wrong_headers(draw: st.DrawFn) -> bytes:
+    """A valid header with one to three wrong values."""
     header = copy.deepcopy(HEADER)
     twice = b""
     for _ in range(draw(st.integers(1, 3))):
@@ -271,19 +271,19 @@ def lies(draw: st.DrawFn) -> bytes:
 
 
 @MANY
-@hypothesis.given(text=lies())
-def test_headers_that_lie(folder, text):
+@hypothesis.given(text=wrong_headers())
+def test_wrong_headers(folder, text):
     check_single(folder, written(text))
 
 
 @MANY
 @hypothesis.given(
-    text=st.just(json.dumps(HEADER).encode()) | lies(),
+    text=st.just(json.dumps(HEADER).encode()) | wrong_headers(),
     length=st.integers(-8, 80)
     | st.sampled_from([2**20, 10**8, 10**8 + 1, 2**31, 2**40, 2**63, 2**64]),
     data=st.integers(-5, 5),
 )
-def test_lengths_that_lie(folder, text, length, data):
+def test_wrong_lengths(folder, text, length, data):
     content = written(
         text,
         DATA[: 64 + min(data, 0)] + bytes(max(data, 0)),
@@ -354,7 +354,7 @@ def sharded(tmp_path_factory) -> pathlib.Path:
 
 @st.composite
 def indexes(draw: st.DrawFn) -> bytes:
-    """A valid index with one to three lies in it."""
+    """A valid index with one to three wrong values."""
     index = copy.deepcopy(INDEXED)
     twice = b""
     for _ in range(draw(st.integers(1, 3))):
@@ -420,7 +420,7 @@ def indexes(draw: st.DrawFn) -> bytes:
 
 @MANY
 @hypothesis.given(text=indexes())
-def test_indexes_that_lie(sharded, text):
+def test_wrong_indexes(sharded, text):
     (sharded / INDEX).write_bytes(text)
     check(sharded)
 

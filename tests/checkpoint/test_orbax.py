@@ -1,4 +1,4 @@
-"""Orbax checkpoints: what was saved comes back on any mesh; what is half-written is never seen; what does not fit is refused."""
+"""Orbax checkpoints are restored on any mesh; partial and mismatching ones are refused."""
 
 import shutil
 
@@ -49,7 +49,7 @@ def saved(tmp_path_factory):
     return directory, tree
 
 
-def test_whole_tree_comes_back_with_its_types(saved):
+def test_a_tree_is_restored_with_its_types(saved):
     directory, tree = saved
     restored = orbax.restore(directory, 4, abstract(tree))
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
@@ -86,29 +86,29 @@ def test_part_is_restored_onto_another_mesh_and_dtype(saved, sizes, dtype):
 
 
 @pytest.mark.parametrize("mesh", [None, (1, 8, 1), (2, 2, 2)])
-def test_one_member_alone(saved, mesh):
+def test_one_member_is_restored(saved, mesh):
     directory, tree = saved
     sharding = None if mesh is None else NamedSharding(make_mesh(*mesh), P("fsdp"))
     asked = {
         "params": {"layer": {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}}
     }
     for member in (0, 3):
-        found = orbax.restore_member(directory, 4, member, asked)["params"]["layer"]["a"]
-        assert found.tolist() == tree["params"]["layer"]["a"][member].tolist()
-        assert sharding is None or found.sharding == sharding
+        restored = orbax.restore_member(directory, 4, member, asked)["params"]["layer"]["a"]
+        assert restored.tolist() == tree["params"]["layer"]["a"][member].tolist()
+        assert sharding is None or restored.sharding == sharding
 
 
 def test_one_member_does_not_need_the_bytes_of_the_others(tmp_path):
-    # incompressible and larger than what Orbax writes inline, so that each member's bytes are their own
+    # incompressible, and larger than what Orbax writes inline, so that members share no bytes
     noise = np.random.default_rng(0).normal(size=(4, 512, 256)).astype(np.float32)
     sharding = NamedSharding(make_mesh(4, 1, 1), P("order"))
     orbax.save(tmp_path, 1, {"w": jax.device_put(noise, sharding)})
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert size > 0.8 * noise.nbytes
-    found = orbax.restore_member(
+    restored = orbax.restore_member(
         tmp_path, 1, 2, {"w": jax.ShapeDtypeStruct((512, 256), jnp.float32)}
     )
-    np.testing.assert_array_equal(found["w"], noise[2])
+    np.testing.assert_array_equal(restored["w"], noise[2])
 
 
 def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
@@ -127,15 +127,11 @@ def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
             assert np.unique(restored["x"]).tolist() == [2 * number - 1]
 
 
-def test_every_save_counts_and_only_the_last_are_kept(tmp_path):
+def test_every_save_is_written_and_only_the_last_ones_stay(tmp_path):
     with orbax.Checkpoints(tmp_path / "new" / "directory", keep=2) as checkpoints:
         assert checkpoints.latest() is None
-        for step in (
-            1,
-            2,
-            3,
-            10,
-        ):  # Orbax's own policy would drop those that come while one is under way
+        # without `force` Orbax would skip saves during another one
+        for step in (1, 2, 3, 10):
             checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step})
         checkpoints.save(10, {"x": jnp.full(3, 11)}, {"step": 11})
     with orbax.Checkpoints(tmp_path / "new" / "directory", keep=2) as checkpoints:
@@ -147,7 +143,7 @@ def test_every_save_counts_and_only_the_last_are_kept(tmp_path):
         ].tolist() == [11, 11, 11]
 
 
-def test_half_written_checkpoints_are_never_seen(saved, tmp_path):
+def test_partial_checkpoints_are_not_listed(saved, tmp_path):
     directory, tree = saved
     here = tmp_path / "checkpoints"
     shutil.copytree(directory, here)
@@ -178,7 +174,7 @@ def test_absent_checkpoints(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_fit_is_refused_by_name(saved):
+def test_arrays_that_do_not_fit_are_named(saved):
     directory, _ = saved
     leaf = jax.ShapeDtypeStruct
     with pytest.raises(
@@ -208,13 +204,13 @@ def test_damage_is_one_line(saved, tmp_path, damage):
             path.name == damage or (damage == "data" and path.parent.name == "d")
         ):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    whole, member = (
+    population, member = (
         {"params": {"layer": {"a": jax.ShapeDtypeStruct(shape, jnp.float32)}}}
         for shape in ((4, 8, 4), (8, 4))
     )
     calls = [lambda: orbax.restore_member(tmp_path / "c", 4, 0, member)]
-    if damage != "data":  # then Orbax leaves futures behind that complain in later tests
-        calls.append(lambda: orbax.restore(tmp_path / "c", 4, whole))
+    if damage != "data":  # otherwise Orbax leaves futures that raise in later tests
+        calls.append(lambda: orbax.restore(tmp_path / "c", 4, population))
     for call in calls:
         with pytest.raises(UserError, match=r"c/4 is damaged \(.+\); remove it") as caught:
             call()

@@ -1,4 +1,4 @@
-"""Two processes of four devices load, save, restore and export what one process of eight does."""
+"""Two processes of four devices load, save, restore and export as one process of eight does."""
 
 import os
 import pathlib
@@ -27,13 +27,15 @@ with orbax.Checkpoints(out + "/orbax", keep=1) as checkpoints:
     checkpoints.save(2, {"params": population}, {"k": 2})
     checkpoints.wait()
     assert checkpoints.latest() == 2
-    restored = checkpoints.restore(2, {"params": convert.abstract_params(config, mesh.make_mesh(1, 8, 1), members=2)})
-one = orbax.restore_member(out + "/orbax", 2, 1, {"params": convert.abstract_params(config, grid)})
+    abstract = convert.abstract_params(config, mesh.make_mesh(1, 8, 1), members=2)
+    restored = checkpoints.restore(2, {"params": abstract})
+abstract = {"params": convert.abstract_params(config, grid)}
+member = orbax.restore_member(out + "/orbax", 2, 1, abstract)
 convert.export(population, config, out + "/direct", dtype="float32", member=1)
 convert.export(restored["params"], config, out + "/restored", dtype="float32", member=0)
-convert.export(one["params"], config, out + "/member", dtype="float32")
+convert.export(member["params"], config, out + "/member", dtype="float32")
 try:
-    convert.export(one["params"], config, source, dtype="float32")
+    convert.export(member["params"], config, source, dtype="float32")
 except UserError:
     print("refused on", index)
 """
@@ -41,7 +43,7 @@ except UserError:
 
 @pytest.mark.slow
 def test_two_processes(make_directory, tmp_path):
-    directory, _, given = make_directory("untied", "float32", 2)
+    directory, _, arrays = make_directory("untied", "float32", 2)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -81,5 +83,5 @@ def test_two_processes(make_directory, tmp_path):
     for name in ("direct", "restored", "member"):
         reader = Reader(tmp_path / "out" / name)
         assert {n: reader.read(n).tobytes() for n in reader.names} == {
-            n: a.tobytes() for n, a in given.items()
+            n: a.tobytes() for n, a in arrays.items()
         }

@@ -1,4 +1,4 @@
-"""Directories in a bucket, on an S3 emulation: what is copied, what another machine finds, and a kill at every operation."""
+"""Directories in a bucket, on an S3 emulation, with another machine and a kill at any operation."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ def objects(url):
 
 
 def elsewhere(url, monkeypatch, folder):
-    """What a machine finds that has seen nothing yet."""
+    """Return the files that a machine without a local copy fetches."""
     with monkeypatch.context() as patch:
         patch.setenv("ORDERMERGE_CACHE", str(folder))
         mirror = remote.Mirror(url)
@@ -68,9 +68,7 @@ def saved(url, files):
     return mirror
 
 
-def test_another_machine_finds_what_was_saved_and_what_was_removed_is_gone(
-    bucket, tmp_path, monkeypatch
-):
+def test_another_machine_finds_saved_files_and_no_removed_ones(bucket, tmp_path, monkeypatch):
     mirror = saved(f"{bucket}/runs/one", FIRST)
     assert elsewhere(mirror.url, monkeypatch, tmp_path / "b") == FIRST
     write(mirror.local, SECOND)
@@ -87,14 +85,15 @@ def test_another_machine_finds_what_was_saved_and_what_was_removed_is_gone(
     } == SECOND
 
 
-def test_what_is_not_changed_is_not_copied_again(bucket, monkeypatch):
+def test_unchanged_files_are_not_copied_again(bucket, monkeypatch):
     mirror = saved(f"{bucket}/run", FIRST)
     with (mirror.local / "log").open("a") as file:
         file.write("2\n")
     done = []
     watched(monkeypatch, lambda name, path: done.append((name, path.rpartition("/run/")[2])))
     mirror.save()
-    waiting = f".ordermerge/waiting/{remote.File(*json.loads(objects(mirror.url)['.ordermerge/files.json'])['files']['log']).digest}"
+    listing = json.loads(objects(mirror.url)[".ordermerge/files.json"])
+    waiting = f".ordermerge/waiting/{remote.File(*listing['files']['log']).digest}"
     assert done == [
         ("pipe_file", waiting),
         ("pipe_file", ".ordermerge/files.json"),
@@ -106,8 +105,8 @@ def test_what_is_not_changed_is_not_copied_again(bucket, monkeypatch):
     assert done == []
 
 
-def watched(monkeypatch, tell):
-    """Tell of every change of the bucket before it is made."""
+def watched(monkeypatch, before_operation):
+    """Call a function before every change of the bucket."""
     real = remote._store
 
     class Store:
@@ -119,22 +118,22 @@ def watched(monkeypatch, tell):
             if name not in ("pipe_file", "put_file", "cp_file", "rm_file"):
                 return method
 
-            def told(*arguments):
-                tell(name, arguments[1] if name == "put_file" else arguments[0])
+            def call(*arguments):
+                before_operation(name, arguments[1] if name == "put_file" else arguments[0])
                 return method(*arguments)
 
-            return told
+            return call
 
     monkeypatch.setattr(remote, "_store", lambda url: Store(real(url)))
 
 
 class Killed(BaseException):
-    """What no program catches."""
+    """An exception that no code catches."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [2**20, 4], ids=["small files", "large files"])
-def test_killed_at_any_operation_it_holds_the_old_or_the_new_and_can_be_gone_on_with(
+def test_a_kill_at_any_operation_leaves_the_old_or_the_new_content(
     bucket, tmp_path, monkeypatch, at_once
 ):
     monkeypatch.setattr(remote, "_READ_ONCE_BYTES", at_once)
@@ -146,22 +145,22 @@ def test_killed_at_any_operation_it_holds_the_old_or_the_new_and_can_be_gone_on_
         write(mirror.local, SECOND)
         left = iter(range(count))
 
-        def tell(name, path, left=left):
+        def before_operation(name, path, left=left):
             if next(left, None) is None:
                 raise Killed
 
         with monkeypatch.context() as patch:
-            watched(patch, tell)
+            watched(patch, before_operation)
             try:
                 mirror.save()
                 ended = True
             except Killed:
                 ended = False
-        found = elsewhere(url, monkeypatch, tmp_path / f"b{count}")
-        assert found in (FIRST, SECOND)
-        seen.add("new" if found == SECOND else "old")
-        assert remote.fetch(f"{url}/log").read_bytes() == found["log"]
-        # the same machine goes on, whatever it had copied
+        content = elsewhere(url, monkeypatch, tmp_path / f"b{count}")
+        assert content in (FIRST, SECOND)
+        seen.add("new" if content == SECOND else "old")
+        assert remote.fetch(f"{url}/log").read_bytes() == content["log"]
+        # the same machine continues, no matter what it had copied
         again = remote.Mirror(url)
         again.open()
         assert read(again.local) == SECOND
@@ -175,10 +174,10 @@ def test_killed_at_any_operation_it_holds_the_old_or_the_new_and_can_be_gone_on_
     assert count >= 8
 
 
-def test_the_bucket_counts_where_another_machine_went_on(bucket, tmp_path, monkeypatch):
+def test_the_bucket_counts_if_another_machine_continued(bucket, tmp_path, monkeypatch):
     here = saved(f"{bucket}/run", FIRST)
     (here.local / "unsaved").write_text("")
-    assert remote.Mirror(here.url).open() is False  # nobody else was there: what is unsaved stays
+    assert remote.Mirror(here.url).open() is False  # no other machine: unsaved files stay
     assert (here.local / "unsaved").is_file()
     with monkeypatch.context() as patch:
         patch.setenv("ORDERMERGE_CACHE", str(tmp_path / "b"))
@@ -189,7 +188,7 @@ def test_the_bucket_counts_where_another_machine_went_on(bucket, tmp_path, monke
     assert read(here.local) == SECOND
 
 
-def test_what_others_wrote_is_not_written_over(bucket):
+def test_files_of_others_are_not_overwritten(bucket):
     fsspec.filesystem("s3").pipe_file(f"{bucket}/run/notes.txt", b"mine")
     with pytest.raises(
         UserError, match=r"run is not empty and was not written by a run; give another address"
@@ -239,7 +238,7 @@ def test_models_and_data_are_read_from_a_bucket(bucket, monkeypatch):
     watched_reads = []
     monkeypatch.setattr(remote, "_get", lambda *arguments: watched_reads.append(arguments))
     assert references.open_model(f"{bucket}/base").label == f"{bucket}/base"
-    assert watched_reads == []  # it is here already
+    assert watched_reads == []  # the copy is up to date
     monkeypatch.undo()
 
 
@@ -288,11 +287,12 @@ def test_addresses_that_are_refused(path, message):
         remote.address(path)
 
 
-def test_what_is_not_there_is_one_line(bucket):
+def test_absent_files_are_one_line(bucket):
     saved(f"{bucket}/run", FIRST)
     for path, message in {
         f"{bucket}/none": "none not found",
-        f"{bucket}/run/merged/average": "run holds no complete merged/average; it has checkpoints, config.yaml, log",
+        f"{bucket}/run/merged/average": "run holds no complete merged/average; it has checkpoints,"
+        " config.yaml, log",
         "s3://no-such-bucket-here/run": "The specified bucket does not exist",
     }.items():
         with pytest.raises(UserError, match=message):

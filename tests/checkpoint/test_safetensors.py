@@ -1,4 +1,4 @@
-"""The reader refuses every broken file with one line, and the written files are what the safetensors library reads."""
+"""The reader refuses broken files in one line; the safetensors library reads written ones."""
 
 import json
 import os
@@ -33,7 +33,8 @@ def library_read(directory: pathlib.Path) -> dict[str, np.ndarray]:
     for file in sorted(directory.glob("*.safetensors")):
         with safetensors.safe_open(file, "np") as handle:
             assert handle.metadata() == {"format": "pt"}
-            out |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            names = handle.keys()
+            out |= {name: handle.get_tensor(name) for name in names}
     return out
 
 
@@ -60,12 +61,12 @@ def values(config: arch.ModelConfig = TINY):
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reads_what_the_library_wrote(make_directory, dtype, shards):
-    directory, _, given = make_directory("untied", dtype, shards)
+def test_reads_files_of_the_library(make_directory, dtype, shards):
+    directory, _, arrays = make_directory("untied", dtype, shards)
     reader = Reader(directory)
-    assert set(reader.names) == set(given)
+    assert set(reader.names) == set(arrays)
     assert reader.config["dtype"] == dtype
-    for name, array in given.items():
+    for name, array in arrays.items():
         assert reader.info(name) == (array.dtype, array.shape)
         assert reader.read(name).tobytes() == array.tobytes()
         assert not reader.read(name).flags.writeable
@@ -88,14 +89,14 @@ def test_all_dtypes_and_empty_tensors(tmp_path):
         "uint8",
         "bool",
     ]
-    given = {kind: np.arange(5).astype(kind) for kind in kinds}
-    given |= {
+    arrays = {kind: np.arange(5).astype(kind) for kind in kinds}
+    arrays |= {
         "bf16": np.arange(5).astype(ml_dtypes.bfloat16),
         "empty": np.zeros((0, 3), np.float32),
     }
-    safetensors.numpy.save_file(given, tmp_path / "a.safetensors")
+    safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
     reader = Reader(tmp_path / "a.safetensors")
-    for name, array in given.items():
+    for name, array in arrays.items():
         assert reader.read(name).dtype == array.dtype
         np.testing.assert_array_equal(reader.read(name), array)
 
@@ -287,30 +288,31 @@ def test_broken_json_files(make_directory, content):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shard_bytes", [10**9, 300, 1])
-def test_library_reads_what_was_written(tmp_path, dtype, shard_bytes):
+def test_the_library_reads_written_files(tmp_path, dtype, shard_bytes):
     target = tmp_path / "deep" / "out"
-    given = values()
-    write(target, reversed(given), config=TINY, dtype=dtype, shard_bytes=shard_bytes)
-    found = library_read(target)
-    assert set(found) == {name for name, _ in given}
-    for name, array in given:
+    tensors = values()
+    write(target, reversed(tensors), config=TINY, dtype=dtype, shard_bytes=shard_bytes)
+    stored = library_read(target)
+    assert set(stored) == {name for name, _ in tensors}
+    for name, array in tensors:
         expected = array.astype(np.dtype(dtype))
-        assert found[name].dtype == expected.dtype
-        assert found[name].tobytes() == expected.tobytes()
+        assert stored[name].dtype == expected.dtype
+        assert stored[name].tobytes() == expected.tobytes()
     files = sorted(p.name for p in target.glob("*.safetensors*"))
     if shard_bytes == 10**9:
         assert files == ["model.safetensors"]
         return
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert (
-        index["metadata"]["total_size"] == sum(a.size for _, a in given) * np.dtype(dtype).itemsize
+        index["metadata"]["total_size"]
+        == sum(a.size for _, a in tensors) * np.dtype(dtype).itemsize
     )
     shards = len(files) - 1
     assert set(index["weight_map"].values()) == {
         f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)
     }
     assert list(index["weight_map"]) == list(Reader(target).names)
-    assert shards == len(given) if shard_bytes == 1 else 1 < shards < len(given)
+    assert shards == len(tensors) if shard_bytes == 1 else 1 < shards < len(tensors)
 
 
 def test_shards_stay_within_the_bound(tmp_path):
@@ -320,15 +322,15 @@ def test_shards_stay_within_the_bound(tmp_path):
 
 
 def test_arrays_that_are_not_contiguous(tmp_path):
-    given = dict(values())
+    arrays = dict(values())
     strided = {
         name: np.asfortranarray(a) if a.ndim == 2 else np.stack([a, a], axis=1)[:, 0]
-        for name, a in given.items()
+        for name, a in arrays.items()
     }
     assert not any(a.flags.c_contiguous for a in strided.values())
     write(tmp_path / "out", strided.items(), config=TINY, dtype="float32")
     for name, array in library_read(tmp_path / "out").items():
-        np.testing.assert_array_equal(array, given[name])
+        np.testing.assert_array_equal(array, arrays[name])
 
 
 def test_casts_round_to_nearest_even():
@@ -338,28 +340,28 @@ def test_casts_round_to_nearest_even():
 
 
 def test_overflow_of_float16_is_refused(tmp_path):
-    given = values()
-    given[0][1][0, 0] = 70000.0
+    tensors = values()
+    tensors[0][1][0, 0] = 70000.0
     with pytest.raises(
         UserError, match=r"model\.embed_tokens\.weight has values that overflow float16"
     ):
-        write(tmp_path / "out", given, config=TINY, dtype="float16")
+        write(tmp_path / "out", tensors, config=TINY, dtype="float16")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_tensor_is_held_at_a_time(tmp_path):
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     alive: list[weakref.ref[np.ndarray]] = []
 
-    def one_by_one():
+    def tensors():
         for name, spec, _ in arch.hf_tensors(TINY):
-            assert all(ref() is None for ref in alive), f"a tensor before {name} is still held"
+            assert all(ref() is None for ref in alive), f"a tensor before {name} is still in memory"
             array = np.ones(spec.hf_shape, np.float32)
             alive.append(weakref.ref(array))
             pair = [(name, array)]
             del array
             yield pair.pop()
 
-    write(tmp_path / "out", one_by_one(), config=TINY, dtype="bfloat16")
+    write(tmp_path / "out", tensors(), config=TINY, dtype="bfloat16")
     assert len(alive) == len(list(arch.hf_tensors(TINY)))
 
 

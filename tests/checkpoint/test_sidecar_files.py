@@ -1,4 +1,4 @@
-"""What stands beside the tensors is what servers read, and transformers loads the whole without a word of complaint."""
+"""Files beside the tensors suit servers, and transformers loads models without warnings."""
 
 import json
 
@@ -132,12 +132,14 @@ def test_source_without_a_tokenizer_is_fine_and_an_absent_one_is_not(tmp_path):
 
 
 def test_classes_unknown_to_transformers_4_are_renamed(tmp_path):
-    given = {
+    tokenizer_config = {
         "tokenizer_class": "TokenizersBackend",
         "extra_special_tokens": ["<a>", "é"],
         "model_max_length": 512,
     }
-    target = written(tmp_path, tokenizer_from=source_of(tmp_path, tokenizer_config__json=given))
+    target = written(
+        tmp_path, tokenizer_from=source_of(tmp_path, tokenizer_config__json=tokenizer_config)
+    )
     assert read(target / "tokenizer_config.json") == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": ["<a>", "é"],
@@ -146,7 +148,7 @@ def test_classes_unknown_to_transformers_4_are_renamed(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["file", "config", "both"])
-def test_chat_template_stands_in_both_places_without_training_marks(tmp_path, where):
+def test_the_chat_template_is_in_both_files_without_training_marks(tmp_path, where):
     files = {
         "tokenizer_config__json": {"chat_template": TEMPLATE if where == "config" else "stale"}
         if where != "file"
@@ -191,7 +193,7 @@ def test_broken_tokenizer_config_is_refused(tmp_path, content):
 def test_transformers_loads_it_clean(make_directory, tmp_path, kind, dtype, shard_bytes):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    directory, config, given = make_directory(kind, dtype)
+    directory, config, arrays = make_directory(kind, dtype)
     _, params = convert.load_params(directory)
     convert.export(params, config, tmp_path / "out", dtype=dtype, shard_bytes=shard_bytes)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -203,8 +205,8 @@ def test_transformers_loads_it_clean(make_directory, tmp_path, kind, dtype, shar
     state = model.state_dict()
     if config.tie_embeddings:
         assert torch.equal(state.pop("lm_head.weight"), state["model.embed_tokens.weight"])
-    assert state.keys() == given.keys()
-    for name, array in given.items():
+    assert state.keys() == arrays.keys()
+    for name, array in arrays.items():
         assert state[name].float().numpy().tobytes() == array.astype(np.float32).tobytes()
 
 

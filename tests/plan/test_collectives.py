@@ -129,7 +129,7 @@ def test_a_loop_of_a_program_that_xla_compiled():
     mesh = make_mesh(1, 8)
 
     def program(x_LIO, y_RI):
-        return jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), y_RI, x_LIO)[0]
+        return jax.lax.scan(lambda y, weights_IO: (jnp.tanh(y @ weights_IO), None), y_RI, x_LIO)[0]
 
     rows, weights = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P(None, None, "fsdp"))
     shapes = (
