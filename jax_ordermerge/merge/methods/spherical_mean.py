@@ -51,9 +51,8 @@ def prepare_multislerp(
     # Where the directions cancel (rounding leaves up to 1e-7) the result is sum_i w_i x_i, so that
     # a tensor that no member changed stays at the base. mergekit does so for 2 models and stops
     # with an error for more.
-    coefficients = weights
-    if norm >= max(eps, 1e-7):
-        coefficients = (weights @ lengths) / norm * direction
+    cancels = norm < max(eps, 1e-7)
+    coefficients = weights if cancels else (weights @ lengths) / norm * direction
     return {"coefficients": np.float32(coefficients), "of": of}
 
 
@@ -90,7 +89,7 @@ def prepare_karcher(
         cosines = products[np.ix_(valid, valid)] / np.outer(lengths[valid], lengths[valid])
         directed = weights[valid] / weights[valid].sum()
         mean = _mean_direction(cosines, directed, max_iter, tol)
-        # all lengths count, also those without a direction: they shorten the result
+        # all weights count in the length: models without a direction shorten the result
         coefficients[valid] = (weights @ lengths) * mean / lengths[valid]
     return {"coefficients": np.float32(coefficients), "of": of}
 
