@@ -14,7 +14,7 @@ from jax_ordermerge.rng import stream_key_bits
 
 # p values below which a difference is called clear, or weak; above, it is not called one.
 CLEAR, WEAK = 0.01, 0.05
-_SMALLEST_P = 1e-25  # lower end of the search for a p value
+_SMALLEST_P = 1e-25  # lower end of the search for a p value; far below any level
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Undetermined(ValueError):
 class Missing:
     """Stands in place of a statistic that the data do not determine."""
 
-    reason: str
+    reason: str  # written into analysis.json, and shown in the report
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ def _plain(text: str) -> Markup:
 
 def _cell(text: str, strong: bool = False) -> Markup:
     """Escape a cell of a Markdown table, which must stay on one line."""
+    # `Markup.replace` would escape the tag that it inserts, hence the plain string
     escaped = Markup(str(_plain(text)).replace("|", "\\|").replace("\n", "<br>"))
     return Markup("**{}**").format(escaped) if strong and text else escaped
 

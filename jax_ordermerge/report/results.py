@@ -178,7 +178,7 @@ def _counts(verdicts: Sequence[str]) -> str:
         >>> _counts(["clearly worse", "not distinguishable", "clearly worse"])
         'not distinguishable 1, clearly worse 2'
     """
-    counts = Counter(verdicts)
+    counts = Counter(verdicts)  # shown from better to worse, not by number
     return ", ".join(f"{name} {counts[name]}" for name in _VERDICTS if counts[name]) or "–"
 
 
@@ -294,6 +294,7 @@ def _last_part(path: str) -> str:
 def _position_table(run: Run) -> Table:
     """Return the gaps of early and late samples and the slopes, in members and merges."""
     assert run.analysis is not None
+    # both measures of the effect: halves assume no shape, slopes use all samples
     slopes, gaps = run.coefficients, run.analysis["pooled"]["early_late"]
     merged = run.analysis["merged"]
     rows = [["members", *(_mean_estimate([row]) for row in (*gaps, *slopes))]]

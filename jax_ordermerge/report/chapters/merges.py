@@ -115,6 +115,7 @@ def search(results: Json | None, unit: str) -> list[Block]:
 
 
 def _gap(gap: Json | None) -> str:
+    # None: the loss of the candidate is not finite
     return "–" if gap is None else formatting.signed(gap["estimate"], gap["se"])
 
 
@@ -173,6 +174,7 @@ def _pictures(rows: Sequence[Json], split: str, unit: str, chosen: Json | None) 
     def at(row: Json) -> float:
         return float(row["at"][0])
 
+    # each picture only where its group of controls was asked for
     by_name = {row["name"]: row for row in rows}
     pictures: list[Block] = []
     line = [

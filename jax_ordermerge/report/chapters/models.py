@@ -80,6 +80,7 @@ def _mean_cells(models: Sequence[Json], tasks: Sequence[str]) -> list[str]:
 
 
 def _result_caption(run: Run) -> str:
+    # all models share the split, so its sizes are read from any of them
     caption = f"On the {(run.evaluations or {}).get('split', 'test')} split"
     if run.models and run.models[0].get("tokens"):
         caption += f"; {run.models[0]['tokens']} answer tokens"
@@ -164,6 +165,7 @@ def _text_differences(models: Sequence[Json], run: Run) -> Iterator[list[str]]:
     members = [model["name"] for model in models if model["kind"] == "member"]
     for model in models:
         names = [model["name"], *members]
+        # a model without results by item cannot be paired
         if model["kind"] != "merge" or not members or any(name not in run.items for name in names):
             continue
         for task in model["texts"]:

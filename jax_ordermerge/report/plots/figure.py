@@ -62,7 +62,7 @@ def draw(name: str, height: float, width: float = WIDTH) -> Iterator[SvgFigure]:
         name: of the picture; makes its ids unlike those of the others on a page.
         height, width: inches.
     """
-    # `Figure` instead of `pyplot`: no global figures, no display, safe in threads
+    # `Figure` instead of `pyplot`: no display is needed, and no figure stays behind in a registry
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure = SvgFigure(figsize=(width, height), layout="constrained")
@@ -83,6 +83,7 @@ def colours(count: int) -> list[Any]:
     """Return colours for curves: the palette, or shades of one map where it is too short."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
+    # cividis is readable with any colour vision; its last shades are too pale for a line
     return [mpl.colormaps["cividis"](x) for x in np.linspace(0, 0.92, count)]
 
 
@@ -128,6 +129,7 @@ def learning_rate(axes: Axes, at: Sequence[float], training_log: Sequence[Json])
 
 def names_down(axes: Axes, names: Sequence[str], *, above: float = 0.6) -> None:
     """Write names on the vertical axis, the first on top."""
+    # limits from high to low: tables and pictures show the models in the same order
     axes.set(yticks=range(len(names)), ylim=(len(names) - 1 + above, -above))
     axes.set_yticklabels(names)
     axes.grid(visible=False, axis="y")

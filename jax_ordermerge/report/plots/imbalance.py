@@ -73,6 +73,7 @@ def positions(analysis: Json, unit: str) -> str | None:
             ylabel=f"final loss ({unit})",
         )
         panels[0].legend()
+        # with one member there is only the raw panel
         for axes in panels[1:]:
             for epoch, curve in enumerate(within):
                 band(axes, curve, COLOURS[epoch % len(COLOURS)], f"epoch {epoch + 1}")
