@@ -1,0 +1,85 @@
+"""YAML on the pages: every block and every inline section parses in the schema of today."""
+
+import pathlib
+import re
+import textwrap
+
+import pytest
+import yaml
+
+from jax_ordermerge.config import Config, make_config, read_search
+from jax_ordermerge.merge.recipe import schema
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTIONS = set(Config.model_fields)
+# What a fragment needs besides itself to be a config.
+CONTEXT = {
+    "mixing": {"population": {"members": 2}},
+    "merge": {"data": {"validation_examples": 8}},
+}
+
+
+def blocks(text: str) -> list[str]:
+    """Return the indented and the fenced blocks of a page."""
+    fenced = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
+    return fenced + [textwrap.dedent(block).strip("\n") for block in indented]
+
+
+def fragments() -> list[tuple[str, str]]:
+    """Return `(page, yaml)` of everything that begins with a section of the config."""
+    examples = []
+    for page in PAGES:
+        if page.name == "recipes.md":  # recipes have a schema of their own
+            continue
+        text = page.read_text()
+        for block in blocks(text):
+            # consecutive one-line sections may repeat a key: each is an example of its own
+            lines = block.splitlines()
+            one_line = all(re.match(r"[a-z]+: \{.*\}$", line) for line in lines)
+            for example in lines if one_line else [block]:
+                if re.match(r"[a-z_]+:", example) and example.split(":")[0] in SECTIONS:
+                    examples.append((page.name, example))
+        for example in re.findall(r"`([a-z_]+: \{[^`]*\})`", text):
+            if example.split(":")[0] in SECTIONS and "..." not in example:
+                examples.append((page.name, example))
+    return examples
+
+
+FRAGMENTS = fragments()
+
+
+@pytest.mark.parametrize(("page", "text"), FRAGMENTS, ids=[page for page, _ in FRAGMENTS])
+def test_sections_on_pages_are_valid(page, text):
+    raw = yaml.safe_load(text)
+    for key, context in CONTEXT.items():
+        if key in text:
+            raw = {**context, **raw}
+    assert make_config(raw)
+
+
+def test_there_are_sections_on_pages():
+    assert len(FRAGMENTS) >= 6
+
+
+def test_the_search_space_of_the_readme_is_valid(tmp_path):
+    text = next(block for block in blocks(PAGES[0].read_text()) if block.startswith("methods:"))
+    (tmp_path / "space.yaml").write_text(text)
+    space = read_search(tmp_path / "space.yaml", None, {})
+    assert [entry.method for entry in space.methods] == ["task_arithmetic", "ties", "average"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "{kind: adamw, beta2: 0.95}"])
+def test_optimizers_as_the_readme_writes_them(kind):
+    assert f"`optimizer: {kind}`" in PAGES[0].read_text()
+    assert make_config({"training": {"optimizer": yaml.safe_load(kind)}})
+
+
+def test_the_recipe_of_its_page_is_valid():
+    text = next(
+        text for text in blocks((ROOT / "docs" / "recipes.md").read_text()) if "models" in text
+    )
+    recipe = schema.parse(yaml.safe_load(text), "recipes.md")
+    assert recipe.merge_method == "parameter_selection"
+    assert len(recipe.models) == 3
