@@ -1,5 +1,6 @@
 """Controls of a run: the models that its merges have to be compared with, and their losses."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,7 +11,6 @@ from jax_ordermerge.config.merge import merge_name
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import losses, models, waves
 from jax_ordermerge.experiment.context import RunContext
-from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import Json, RunLayout, write_json, write_npz
 from jax_ordermerge.search import controls
 from jax_ordermerge.search.candidates import Candidate, Population
@@ -142,26 +142,13 @@ def _train_single(ctx: RunContext) -> Tree:
     """Return a model trained at the cost of the whole population: k times the epochs in one run."""
     # It answers the question whether k orders and a merge are better spent compute than training on.
     config = _single_config(ctx.config, groups=ctx.mesh.shape["order"])
-    spec, layout = training_spec(config), RunLayout(config.directory)
-    if not layout.training_state.is_file():
+    ctx = dataclasses.replace(ctx, config=config, on_checkpoint=None)
+    if not ctx.layout.training_state.is_file():
         ctx.log(f"  training of one run of {config.training.epochs} epochs")
-        waves.train(
-            spec,
-            ctx.model,
-            functools.partial(models.base_params, ctx, config.base_dtype),
-            ctx.splits["train"],
-            ctx.mesh,
-            layout,
-            log=ctx.log,
-            held_out=ctx.splits.get("validation"),
-        )
+        waves.train(ctx, functools.partial(models.base_params, ctx, config.base_dtype))
+    layout = waves.member_layout(ctx.layout, 0)
     return members.restore_member(
-        spec,
-        ctx.model,
-        ctx.mesh,
-        waves.member_layout(layout, 0),
-        0,
-        dtype=config.merge.dtype,
+        ctx.training, ctx.model, ctx.mesh, layout, 0, dtype=config.merge.dtype
     )
 
 

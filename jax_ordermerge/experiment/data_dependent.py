@@ -54,7 +54,7 @@ def _merge_with_fisher(
 ) -> Result:
     """Merge the members, in float32, followed by the diagonals of their Fisher matrices."""
     # not the members in the dtype that is merged: the information belongs to unrounded parameters
-    members = waves.restore(ctx.training, ctx.model, ctx.mesh, ctx.layout)
+    members = waves.restore(ctx)
     train = ctx.splits["train"]
     diagonals = fisher.diagonal(
         objective.build(ctx.training, ctx.model),

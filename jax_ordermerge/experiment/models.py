@@ -54,7 +54,7 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
 def load_population(ctx: RunContext) -> Population:
     """Return the trained members and their base in the dtype that is merged and served."""
     dtype = ctx.config.merge.dtype
-    trained = waves.restore(ctx.training, ctx.model, ctx.mesh, ctx.layout, dtype=dtype)
+    trained = waves.restore(ctx, dtype=dtype)
     return Population(ctx.model, trained, base_params(ctx, dtype), dtype)
 
 

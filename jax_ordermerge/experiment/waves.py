@@ -8,110 +8,80 @@ population, so how a population is divided decides nothing but the time it takes
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jax_ordermerge import layout as layouts
 from jax_ordermerge import processes
-from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.hardware import MEMORY_FRACTION
-from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.layout import Json, RunLayout
 from jax_ordermerge.plan import compiled
 from jax_ordermerge.train import batches, benchmark, loop, members
 from jax_ordermerge.train.benchmark import StepTiming
 from jax_ordermerge.train.programs import LoadBase
-from jax_ordermerge.train.spec import TrainingSpec
 from jax_ordermerge.tree import Tree
 
 GIB = 2**30
 
 
-def train(
-    spec: TrainingSpec,
-    model: ModelConfig,
-    base: LoadBase,
-    examples: Examples,
-    mesh: Mesh,
-    layout: RunLayout,
-    *,
-    log: Callable[[str], None],
-    held_out: Examples | None = None,
-    on_checkpoint: Callable[[], None] | None = None,
-    sample: loop.Sample | None = None,
-) -> None:
-    """Fine-tune the members, in as many waves as needed; see `loop.train`.
+def train(ctx: RunContext, load_base: LoadBase, sample: loop.Sample | None = None) -> None:
+    """Fine-tune the members of a run, in as many waves as needed; see `loop.train`.
 
     `population.wave` says how many members are trained at once, by default as many as the memory of
     the devices holds.
     """
     # A wave is one call of `loop.train`, which continues or does nothing where it is done: an
     # interrupted training in waves goes on in the wave that it stopped in.
-    waves = _divide(spec, model, mesh, layout, log)
+    waves = _divide(ctx)
     for number, wave in enumerate(waves):
         if len(waves) > 1:
             numbers = ", ".join(map(str, wave))
-            log(f"  wave {number + 1} of {len(waves)}: members {numbers}")
+            ctx.log(f"  wave {number + 1} of {len(waves)}: members {numbers}")
         loop.train(
-            spec,
-            model,
-            base,
-            examples,
-            mesh,
-            layout.wave(number) if len(waves) > 1 else layout,
+            ctx.training,
+            ctx.model,
+            load_base,
+            ctx.splits["train"],
+            ctx.mesh,
+            ctx.layout.wave(number) if len(waves) > 1 else ctx.layout,
             members=wave,
-            held_out=held_out,
-            on_checkpoint=on_checkpoint,
+            held_out=ctx.splits.get("validation"),
+            on_checkpoint=ctx.on_checkpoint,
             sample=sample,
         )
     if len(waves) > 1 and jax.process_index() == 0:
-        _combine([layout.wave(number) for number in range(len(waves))], layout)
+        _combine([ctx.layout.wave(number) for number in range(len(waves))], ctx.layout)
 
 
 def measure_steps(
-    spec: TrainingSpec,
-    model: ModelConfig,
-    base: LoadBase,
-    examples: Examples,
-    mesh: Mesh,
-    layout: RunLayout,
-    *,
-    count: int,
-    profile: Path | None,
+    ctx: RunContext, load_base: LoadBase, *, count: int, profile: Path | None
 ) -> StepTiming:
     """Time the first steps of the training, or of its first wave; see `train/benchmark.py`."""
-    wave = _divide(spec, model, mesh, layout, lambda text: None)[0]
-    plan = batches.make_plan(spec, examples, wave, mesh=mesh)
-    return benchmark.measure_steps(model, base, plan, mesh, count=count, profile=profile)
+    wave = _divide(dataclasses.replace(ctx, log=lambda text: None))[0]
+    plan = batches.make_plan(ctx.training, ctx.splits["train"], wave, mesh=ctx.mesh)
+    return benchmark.measure_steps(
+        ctx.model, load_base, plan, ctx.mesh, count=count, profile=profile
+    )
 
 
-def restore(
-    spec: TrainingSpec,
-    model: ModelConfig,
-    mesh: Mesh,
-    layout: RunLayout,
-    *,
-    dtype: str = "float32",
-) -> Tree:
+def restore(ctx: RunContext, *, dtype: str = "float32") -> Tree:
     """Return the trained population [M, ...]; see `members.restore_members`."""
-    waves = range(len(_stored_waves(layout)))
+    waves = [ctx.layout.wave(number) for number in range(len(_stored_waves(ctx.layout)))]
     populations = [
-        members.restore_members(spec, model, mesh, wave_layout, dtype=dtype)
-        for wave_layout in map(layout.wave, waves)
+        members.restore_members(ctx.training, ctx.model, ctx.mesh, layout, dtype=dtype)
+        for layout in waves or [ctx.layout]
     ]
-    if not populations:  # all members were trained at once
-        return members.restore_members(spec, model, mesh, layout, dtype=dtype)
-    shardings = jax.tree.map(lambda x: x.sharding, populations[0])
+    if not waves:  # all members were trained at once
+        return populations[0]
     concatenate = jax.jit(
         lambda parts: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts),
-        out_shardings=shardings,
+        out_shardings=jax.tree.map(lambda x: x.sharding, populations[0]),
     )
     return concatenate(populations)
 
@@ -159,53 +129,44 @@ def wave_size(members: int, groups: int, needs: compiled.Requirements, limit: in
     return groups * math.ceil(members / groups / waves)
 
 
-def _divide(
-    spec: TrainingSpec,
-    model: ModelConfig,
-    mesh: Mesh,
-    layout: RunLayout,
-    log: Callable[[str], None],
-) -> list[list[int]]:
+def _divide(ctx: RunContext) -> list[list[int]]:
     """Return the members of each wave."""
     # stays as it was decided, whatever the memory of the devices is now
-    stored = _stored_waves(layout)
+    stored = _stored_waves(ctx.layout)
     if stored:
         return stored
-    members, groups = spec.population.members, mesh.shape["order"]
-    undivided = layout.checkpoints.is_dir()
-    size = spec.population.wave
-    if size is None:
-        # CPUs have no limit; and a training that was begun undivided did fit
-        limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-        size = members
-        if limit and not undivided:
-            size = wave_size(members, groups, _memory_needs(spec, model, mesh), limit)
+    population, undivided = ctx.training.population, ctx.layout.checkpoints.is_dir()
+    members, size = population.members, population.wave or population.members
+    # CPUs have no limit; and a training that was begun undivided did fit
+    limit = (ctx.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if population.wave is None and limit and not undivided:
+        size = wave_size(members, ctx.mesh.shape["order"], _requirements(ctx), limit)
     waves = [list(range(start, min(start + size, members))) for start in range(0, members, size)]
     if len(waves) > 1:
         if undivided:
             raise UserError(
-                f"{layout.root} holds a training of all members at once; choose another output"
+                f"{ctx.layout.root} holds a training of all members at once; choose another output"
                 " directory for waves"
             )
-        log(f"  {members} members in {len(waves)} waves of {size}")
+        ctx.log(f"  {members} members in {len(waves)} waves of {size}")
         # written before anything is trained: member numbers say where a checkpoint is
         with processes.barrier("write the waves"):
-            layouts.write_json(layout.waves, waves)
+            layouts.write_json(ctx.layout.waves, waves)
     return waves
 
 
-def _memory_needs(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> compiled.Requirements:
-    """Return what training all members at once needs."""
+def _requirements(ctx: RunContext) -> compiled.Requirements:
+    """Return the memory that training all members at once needs."""
     # Compilers of accelerators refuse a program that does not fit. Then it is computed from the
     # needs of one member per group: only the states grow with the members.
+    spec, groups = ctx.training, ctx.mesh.shape["order"]
     try:
-        return compiled.step_requirements(spec, model, mesh)
+        return compiled.step_requirements(spec, ctx.model, ctx.mesh)
     except compiled.TooLarge:
-        members, groups = spec.population.members, mesh.shape["order"]
         smallest = spec.population.model_copy(update={"wave": groups})
         try:
             needs = compiled.step_requirements(
-                dataclasses.replace(spec, population=smallest), model, mesh
+                dataclasses.replace(spec, population=smallest), ctx.model, ctx.mesh
             )
         except compiled.TooLarge as error:
             raise UserError(
@@ -213,7 +174,7 @@ def _memory_needs(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> compile
                 " mesh.tensor), lower training.microbatch, or set model.remat = full"
                 f" ({str(error).splitlines()[0][:200]})"
             ) from error
-        states = (needs.arguments - needs.shared) * (members // groups)
+        states = (needs.arguments - needs.shared) * (spec.population.members // groups)
         return dataclasses.replace(needs, arguments=needs.shared + states)
 
 
@@ -267,11 +228,11 @@ def _combine(waves: Sequence[RunLayout], layout: RunLayout) -> None:
     layouts.write_json(layout.training_state, state | {"waves": len(waves)})
 
 
-def _rows_by_step(path: Path) -> dict[int, dict[str, Any]]:
+def _rows_by_step(path: Path) -> dict[int, Json]:
     return {row["step"]: row for row in layouts.read_jsonl(path)}
 
 
-def _combine_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _combine_metrics(rows: Sequence[Json]) -> Json:
     """Combine the rows of one step: members are concatenated, times are added."""
     combined = _concatenate(
         rows, [key for key, value in rows[0].items() if isinstance(value, list)]
@@ -285,7 +246,7 @@ def _combine_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return combined
 
 
-def _concatenate(rows: Sequence[dict[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
+def _concatenate(rows: Sequence[Json], keys: Iterable[str]) -> Json:
     """Return the first row, with the lists of all rows concatenated under some keys."""
     lists = {key: list(itertools.chain.from_iterable(row[key] for row in rows)) for key in keys}
     return rows[0] | lists

@@ -4,17 +4,18 @@ import contextlib
 import itertools
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import Json
 from jax_ordermerge.train import batches, loop
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.programs import LoadBase, Programs
-from jax_ordermerge.train.recorder import Clock
+from jax_ordermerge.train.recorder import Clock, Recorder
 from jax_ordermerge.train.step import Metrics
 
 _TRACED = 3  # steps in a profile
@@ -76,7 +77,7 @@ def measure_steps(
             " training"
         )
     programs = Programs(model, plan, mesh)
-    record = loop.make_recorder(programs)
+    record = Recorder(plan, model, mesh)
     start = time.monotonic()
     compiled_step, mix = programs.compile_step(), programs.compile_mixing()
     compilation = time.monotonic() - start
@@ -84,7 +85,7 @@ def measure_steps(
     state, frozen = programs.initial_state(load_base), programs.load_frozen(load_base)
     clock = Clock(record.totals)
     pending: list[tuple[int, Metrics]] = []
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, Json] = {}
     timed = count - traced
     with contextlib.closing(batches.feed(plan, programs.batch, 0)) as feed:
         for step, batch in enumerate(itertools.islice(feed, count)):

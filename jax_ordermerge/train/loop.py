@@ -8,7 +8,7 @@ of samples.
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -20,8 +20,8 @@ from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.checkpoint.orbax import Checkpoints
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
-from jax_ordermerge.layout import RunLayout
-from jax_ordermerge.train import batches, flops, recorder, resume, trackers, validation
+from jax_ordermerge.layout import Json, RunLayout
+from jax_ordermerge.train import batches, recorder, resume, trackers, validation
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.programs import LoadBase, Programs
 from jax_ordermerge.train.progress import Display, Watcher
@@ -33,7 +33,7 @@ from jax_ordermerge.tree import Tree
 
 T = TypeVar("T")
 # (what members have for themselves, what they share) -> texts for a row of the generated samples
-Sample = Callable[[Tree, Tree], dict[str, Any]]
+Sample = Callable[[Tree, Tree], Json]
 # Steps that the host may be ahead of the devices. JAX starts steps without waiting for them. A
 # little ahead, the devices never wait for the host; not far ahead, a request to stop is answered
 # soon and few batches are in memory.
@@ -53,7 +53,7 @@ def train(
     watch: Watcher | None = None,
     on_checkpoint: Callable[[], None] | None = None,
     sample: Sample | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Fine-tune the members of a population, each in its own order, or continue doing so.
 
     Args:
@@ -142,11 +142,9 @@ class Training:
     ) -> None:
         self.programs, self.layout, self.watch, self.sample = programs, layout, watch, sample
         self.spec, self.plan = programs.spec, programs.plan
-        self.recorder = make_recorder(programs)
+        self.recorder = Recorder(programs.plan, programs.model, programs.mesh)
 
-    def run(
-        self, load_base: LoadBase, on_checkpoint: Callable[[], None] | None = None
-    ) -> dict[str, Any]:
+    def run(self, load_base: LoadBase, on_checkpoint: Callable[[], None] | None = None) -> Json:
         """Start or continue, take the steps that are left, and write what follows from them."""
         programs, plan, layout = self.programs, self.plan, self.layout
         keep = self.spec.training.keep_checkpoints
@@ -297,14 +295,14 @@ class Training:
                 " (training.checkpoint = best)"
             )
 
-    def _finish(self, best_losses: jax.Array, best_steps: jax.Array) -> dict[str, Any]:
+    def _finish(self, best_losses: jax.Array, best_steps: jax.Array) -> Json:
         """Write what is derived from the last checkpoint."""
         # The state comes last: where it exists, everything is complete. A process that is killed
         # before leaves a complete checkpoint, from which the same call writes these files.
         arrays = {"losses": self.recorder.losses, "ids": self.plan.ids}
         layouts.write_npz(self.layout.training_losses, arrays)
         totals = self.recorder.totals
-        state: dict[str, Any] = {
+        state: Json = {
             "seconds": totals.seconds,
             "tokens": totals.tokens,
             "device": jax.devices()[0].device_kind,
@@ -318,13 +316,6 @@ class Training:
             state["best_validation_losses"] = best_losses.tolist()
         layouts.write_json(self.layout.training_state, state)
         return state
-
-
-def make_recorder(programs: Programs) -> Recorder:
-    """Return an empty record of a training on a mesh."""
-    mesh, dtype = programs.mesh, programs.spec.model.compute_dtype
-    peak = flops.peak_flops(mesh.devices.flat[0].device_kind, dtype)
-    return Recorder(programs.plan, programs.model, peak and peak * mesh.size)
 
 
 # ---------------------------------------------------------------------------------- transfers

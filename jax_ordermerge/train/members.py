@@ -60,6 +60,7 @@ def restore_member(
     Raises:
         UserError: as `restore_members`, and if the member was not trained.
     """
+    # with adapters the base is read too, through the same reader as in `restore_members`
     if spec.lora is not None:
         final = storage.final_checkpoint(layout.checkpoints)
         return storage.load(_adapted(spec, spec.lora, layout, final, member), mesh, dtype=dtype)
@@ -81,6 +82,7 @@ def restore_adapter(spec: TrainingSpec, model: ModelConfig, layout: RunLayout, m
 
 
 def _read_member(layout: RunLayout, member: int, abstract: Tree) -> Tree:
+    # A member is a row of every array of the checkpoint; Orbax reads the chunks of that row alone.
     final = storage.final_checkpoint(layout.checkpoints)
     checkpoint = orbax.restore_member(
         layout.checkpoints,

@@ -18,7 +18,8 @@ from rich.progress import (
 )
 
 _PAUSE = 10.0  # seconds between plain lines
-# metrics that are shown: label and number of digits
+# Metrics that are shown: label and number of digits. All others are in the log; a terminal has one
+# line for all members.
 _SHOWN = {
     "loss": ("loss", 4),
     "rewards/accuracies": ("accuracy", 2),

@@ -8,17 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_ordermerge import layout as layouts
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.layout import Json, RunLayout
+from jax_ordermerge.train import flops
 from jax_ordermerge.train.batches import Plan
-from jax_ordermerge.train.flops import training_flops
 from jax_ordermerge.train.step import Metrics
 
 # A spike is measured against the median loss of the last _WINDOW steps: a median, because a mean
@@ -125,15 +125,6 @@ def count_compilations(totals: Totals) -> Iterator[None]:
 # ---------------------------------------------------------------------------------- metrics
 
 
-class RecorderState(TypedDict):
-    """What a checkpoint holds of a `Recorder` besides its losses, as JSON."""
-
-    window: list[dict[str, list[float]]]
-    recent: list[list[float]]
-    totals: dict[str, Any]
-    last: dict[str, Any]
-
-
 class Recorder:
     """The record of a training. It is exact after a resume: all of it is in the checkpoint.
 
@@ -147,14 +138,17 @@ class Recorder:
         peak_flops: FLOP/s of all devices together; None where the device is not in the table.
     """
 
-    def __init__(self, plan: Plan, model: ModelConfig, peak_flops: float | None = None) -> None:
-        """Start an empty record of a plan; FLOPs are counted for `model`."""
+    def __init__(self, plan: Plan, model: ModelConfig, mesh: Mesh) -> None:
+        """Start an empty record of a plan; MFU is that of a model on the devices of a mesh."""
         shape = (len(plan.members), plan.orders.shape[1], len(plan.examples))
+        # small: one number per member, epoch and sample
         self.losses = np.full(shape, np.nan, np.float32)
         self.window: list[dict[str, list[float]]] = []
         self.recent: collections.deque[list[float]] = collections.deque(maxlen=_WINDOW)
         self.totals = Totals()
-        self.peak_flops = peak_flops
+        device_kind, dtype = mesh.devices.flat[0].device_kind, plan.spec.model.compute_dtype
+        peak = flops.peak_flops(device_kind, dtype)
+        self.peak_flops = None if peak is None else peak * mesh.size
         self._plan, self._model = plan, model
         self._last = Totals()  # at the last row
         self._validation: list[float] | None = None  # measured since the last row
@@ -183,7 +177,7 @@ class Recorder:
         self.recent.append(row["loss"])
         lengths = self._plan.sequence_lengths(step)
         self.totals.tokens += int(lengths.sum())
-        self.totals.flops += training_flops(self._model, lengths, self._plan.spec.lora)
+        self.totals.flops += flops.training_flops(self._model, lengths, self._plan.spec.lora)
 
     def record_validation(self, step: int, losses: jax.Array | np.ndarray) -> None:
         """Record the validation losses of the members after a step, for the row that follows.
@@ -198,6 +192,7 @@ class Recorder:
                     f" {loss}; nothing was overwritten, lower training.learning_rate or mend the"
                     " validation examples"
                 )
+        # not in the checkpoint: a row follows at once, before anything is saved
         self._validation = losses.tolist()
 
     def _check_finite(self, step: int, metrics: Metrics) -> None:
@@ -242,11 +237,13 @@ class Recorder:
 
     def exclude(self, seconds: float) -> None:
         """Count seconds in which nothing was trained (compiling), so that no rate contains them."""
+        # Into the totals and into those at the last row: their difference, from which rates are
+        # computed, stays as it is, while `seconds` of the log is all of the wall time.
         for totals in (self.totals, self._last):
             totals.seconds += seconds
             totals.device_seconds += seconds
 
-    def next_row(self, step: int, learning_rate: float) -> dict[str, Any]:
+    def next_row(self, step: int, learning_rate: float) -> Json:
         """Return the metrics since the last row, means over its steps, and start a new window.
 
         Args:
@@ -276,21 +273,21 @@ class Recorder:
 
     # ------------------------------------------------------------------------------ checkpoints
 
-    def to_metadata(self) -> RecorderState:
+    def to_metadata(self) -> Json:
         """Return what a checkpoint holds of it besides `losses`.
 
         It is a copy: a checkpoint is written while the training goes on.
         """
-        return RecorderState(
-            window=list(self.window),
-            recent=list(self.recent),
-            totals=dataclasses.asdict(self.totals),
-            last=dataclasses.asdict(self._last),
-        )
+        return {
+            "window": list(self.window),
+            "recent": list(self.recent),
+            "totals": dataclasses.asdict(self.totals),
+            "last": dataclasses.asdict(self._last),
+        }
 
-    def restore(self, losses: np.ndarray, state: RecorderState) -> None:
+    def restore(self, losses: np.ndarray, state: Json) -> None:
         """Continue from `losses` and from what `to_metadata` returned."""
-        self.losses = np.array(losses)
+        self.losses = np.array(losses)  # a copy: arrays of JAX cannot be written to
         self.window = list(state["window"])
         self.recent.extend(state["recent"])
         self.totals, self._last = Totals(**state["totals"]), Totals(**state["last"])

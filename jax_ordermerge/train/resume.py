@@ -6,7 +6,6 @@ validation losses are measured. Its metadata identify the training.
 
 import hashlib
 import json
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax_ordermerge.checkpoint.orbax import Checkpoints
 from jax_ordermerge.config import fixed_settings
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import Json
 from jax_ordermerge.train import validation
 from jax_ordermerge.train.programs import Programs
 from jax_ordermerge.train.recorder import Recorder
@@ -28,12 +28,12 @@ from jax_ordermerge.train.validation import Best
 _LORA_SHAPE = {"rank", "alpha", "rslora", "targets"}
 
 
-def identity(programs: Programs) -> dict[str, Any]:
+def identity(programs: Programs) -> Json:
     """Return everything that decides the result of a training, as JSON."""
     # The mesh is not in it: a training may continue on other devices. Padded lengths and `remat`
     # are: they change the order of floating point additions, so the bits.
     spec, plan = programs.spec, programs.plan
-    deciding: dict[str, Any] = {
+    deciding: Json = {
         "training": fixed_settings(spec.training),
         "model": spec.model.model_dump(mode="json", include={"compute_dtype", "remat"}),
         "objective": spec.objective.model_dump(mode="json"),
@@ -120,7 +120,7 @@ def restore(
     )
     # Of a complete training only its records are read, which may happen where no device has the
     # memory for its state.
-    wanted: dict[str, Any] = {"losses": losses}
+    wanted: Json = {"losses": losses}
     complete = done == programs.plan.steps
     if not complete:
         abstract = programs.state

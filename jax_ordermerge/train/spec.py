@@ -44,6 +44,8 @@ class TrainingSpec:
         (0, 1)
     """
 
+    # Whole sections and not single settings: a new setting needs no change here, and a checkpoint
+    # identifies a training by its sections. Sections of other stages are left out.
     seed: int = 0
     model: config.Model = field(default_factory=config.Model)
     base_dtype: str = "float32"

@@ -36,6 +36,7 @@ def check(tracking: config.Tracking) -> None:
     Example:
         >>> check(config.Tracking())
     """
+    # asked without importing: W&B takes seconds to load, and only process 0 needs it
     packages = {
         "tensorboard": ("tensorboardX", tracking.tensorboard),
         "wandb": ("wandb", tracking.wandb is not None),

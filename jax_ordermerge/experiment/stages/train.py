@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from jax_ordermerge.arch import tensor_table
@@ -12,6 +13,7 @@ from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.layout import Json, RunLayout, write_json
 from jax_ordermerge.model import lora
 from jax_ordermerge.train import batches
+from jax_ordermerge.tree import Tree
 
 
 def run(ctx: RunContext) -> None:
@@ -39,19 +41,8 @@ def run(ctx: RunContext) -> None:
             f"  lora: {adapter:,} parameters per member are trained, {dense:,} of the base are"
             f" shared in {config.base_dtype}"
         )
-    waves.train(
-        ctx.training,
-        ctx.model,
-        # a function: full fine-tuning that resumes reads its checkpoint and does not load the base
-        functools.partial(models.base_params, ctx, config.base_dtype),
-        ctx.splits["train"],
-        ctx.mesh,
-        ctx.layout,
-        log=ctx.log,
-        held_out=ctx.splits.get("validation"),
-        sample=sample_generations.sampler(config, ctx.model, ctx.tokenizer, ctx.mesh, ctx.splits),
-        on_checkpoint=ctx.on_checkpoint,
-    )
+    sample = sample_generations.sampler(config, ctx.model, ctx.tokenizer, ctx.mesh, ctx.splits)
+    waves.train(ctx, _base_loader(ctx), sample)
 
 
 def is_complete(config: Config) -> bool:
@@ -61,18 +52,13 @@ def is_complete(config: Config) -> bool:
 
 def benchmark(ctx: RunContext, steps: int, profile: Path | None) -> None:
     """Log how fast the first steps of the training are. Only the profile is written."""
-    base = functools.partial(models.base_params, ctx, ctx.config.base_dtype)
-    timing = waves.measure_steps(
-        ctx.training,
-        ctx.model,
-        base,
-        ctx.splits["train"],
-        ctx.mesh,
-        ctx.layout,
-        count=steps,
-        profile=profile,
-    )
+    timing = waves.measure_steps(ctx, _base_loader(ctx), count=steps, profile=profile)
     ctx.log(str(timing))
+
+
+def _base_loader(ctx: RunContext) -> Callable[[], Tree]:
+    # a function: full fine-tuning that resumes reads its checkpoint and does not load the base
+    return functools.partial(models.base_params, ctx, ctx.config.base_dtype)
 
 
 def _describe(examples: Examples) -> Json:
