@@ -3,6 +3,8 @@
 import ast
 import pathlib
 import re
+import sys
+import tomllib
 
 import pytest
 
@@ -30,7 +32,6 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 LIBRARIES = {
     "flax": ("model/",),
     "orbax": ("checkpoint/",),
-    "safetensors": ("checkpoint/",),
     "matplotlib": ("report/",),
     "transformers": ("data/", "evaluate/"),
     "datasets": ("data/", "evaluate/"),
@@ -119,6 +120,23 @@ def test_the_rules_guard_something():
     imported = {name.split(".")[0] for names in IMPORTS.values() for name in names}
     assert set(LIBRARIES) <= imported
     assert {package(path) for path in FILES} - {"__init__", "__main__"} == set(LEVELS)
+
+
+def test_what_is_imported_is_declared_and_the_reverse():
+    """Core dependencies are what the package imports; the other imports belong to an extra."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    modules = {"orbax-checkpoint": "orbax", "pyyaml": "yaml", "jax": "jax", "lm-eval": "lm_eval"}
+
+    def imported_as(requirements: list[str]) -> set[str]:
+        names = {re.split(r"[\[<>=!~ ]", requirement)[0] for requirement in requirements}
+        return {modules.get(name, name.replace("-", "_")) for name in names}
+
+    core = imported_as(project["dependencies"])
+    extras = set().union(*map(imported_as, project["optional-dependencies"].values()))
+    imported = {name.split(".")[0] for names in IMPORTS.values() for name in names}
+    imported -= {"jax_ordermerge", *sys.stdlib_module_names}
+    assert core <= imported
+    assert imported <= core | extras
 
 
 @pytest.mark.parametrize("path", FILES, ids=identify)
