@@ -1,4 +1,4 @@
-"""What the README prints is what a newcomer types: the files are there, the commands parse, and the first one does what it says."""
+"""The README against the code: files exist, commands parse, and the first one works."""
 
 import json
 import os
@@ -61,20 +61,26 @@ def test_ci_runs_the_test_command_that_it_prints():
 
 @pytest.mark.slow
 def test_quickstart_killed_and_called_again(tmp_path):
-    """The first command of the README, and once more with a SIGKILL in the middle of training: bitwise the same merges."""
+    """The first command of the README, with and without a SIGKILL: the same bits."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu"
     }
 
-    def command(name, *more):
-        return [*ORDERMERGE, *more, "configs/quickstart.yaml", "--set", f"output={tmp_path / name}"]
+    def command(name, *arguments):
+        return [
+            *ORDERMERGE,
+            *arguments,
+            "configs/quickstart.yaml",
+            "--set",
+            f"output={tmp_path / name}",
+        ]
 
     subprocess.run(command("whole", "run"), check=True, cwd=ROOT, env=environment)
     models = {
-        one["name"]: one
-        for one in json.loads((tmp_path / "whole" / "evaluations.json").read_text())["models"]
+        model["name"]: model
+        for model in json.loads((tmp_path / "whole" / "evaluations.json").read_text())["models"]
     }
-    accuracy = {name: one["tasks"]["problems"]["accuracy"] for name, one in models.items()}
+    accuracy = {name: model["tasks"]["problems"]["accuracy"] for name, model in models.items()}
     assert accuracy["base"] < 0.05
     assert all(0.2 < accuracy[f"member_{m}"] < 0.95 for m in range(4))
 

@@ -1,4 +1,4 @@
-"""The command line: bad input is one clear line, exit code 2, and nothing written. Small commands do what they say."""
+"""The command line: bad input is one line and exit code 2, with nothing written; small commands."""
 
 import json
 import shutil
@@ -122,7 +122,9 @@ def test_bad_input(copy, capsys, case):
     if spoil:
         spoil(copy)
     before = sorted(path for path in copy.rglob("*"))
-    code = call("run", copy / "tiny.yaml", *(part for one in overrides for part in ("--set", one)))
+    code = call(
+        "run", copy / "tiny.yaml", *(part for override in overrides for part in ("--set", override))
+    )
     error = capsys.readouterr().err.strip()
     assert code == 2, error
     assert error.startswith("error: ")
@@ -132,8 +134,8 @@ def test_bad_input(copy, capsys, case):
 
 
 def test_members_of_different_architectures(folder, tmp_path, capsys):
-    other = tiny.make_base(tmp_path / "other", intermediate_size=48)
-    code = call("merge", folder / "base", other, "--method", "average", "--out", tmp_path / "out")
+    wider = tiny.make_base(tmp_path / "other", intermediate_size=48)
+    code = call("merge", folder / "base", wider, "--method", "average", "--out", tmp_path / "out")
     error = capsys.readouterr().err.strip()
     assert code == 2
     assert "\n" not in error
@@ -178,7 +180,16 @@ def test_help_is_quick_and_names_every_command():
         "report",
     ):
         assert f"\n  {command} " in done.stdout
-    code = "import sys; sys.argv = ['ordermerge', '--help']\ntry:\n import jax_ordermerge.cli as c; c.main()\nexcept SystemExit: pass\nprint(sorted(m for m in ('jax', 'flax', 'transformers', 'numpy') if m in sys.modules))"
+    code = """
+import sys
+sys.argv = ["ordermerge", "--help"]
+try:
+    import jax_ordermerge.cli
+    jax_ordermerge.cli.main()
+except SystemExit:
+    pass
+print(sorted({"jax", "flax", "transformers", "numpy"} & set(sys.modules)))
+"""
     assert subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.endswith("[]\n")

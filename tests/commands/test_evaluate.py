@@ -101,11 +101,11 @@ def test_a_model_on_tasks_of_a_config(folder, tasks, tmp_path, capsys):
         )
         == 0
     )
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said] == ["choosing", "pages", "told", "shown"]
+    messages = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in messages] == ["choosing", "pages", "told", "shown"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["model"], results["dtype"]) == (str(folder / "base"), "float32")
-    assert {name: one["n"] for name, one in results["tasks"].items()} == {
+    assert {name: task["n"] for name, task in results["tasks"].items()} == {
         "choosing": 8,
         "pages": 2,
         "told": 2,
@@ -113,7 +113,7 @@ def test_a_model_on_tasks_of_a_config(folder, tasks, tmp_path, capsys):
     }
     items = json.loads((tmp_path / "out" / "choosing.json").read_text())
     assert [len(item["logps"]) for item in items] == [3] * 8
-    # the only files are those, whole
+    # nothing else is left there, such as a partial file
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "results.json",
         *(f"{name}.json" for name in results["tasks"]),
@@ -133,18 +133,18 @@ def test_scores_do_not_depend_on_batch_and_mesh(folder, tasks):
         )
         return harness.run(make_task(**tasks[0]), evaluate.load_model(config), config.data)[1]
 
-    alone = run("evaluation.batch=1", "mesh.fsdp=1")
+    single = run("evaluation.batch=1", "mesh.fsdp=1")
     for changes in (
         ["evaluation.batch=7", "mesh.fsdp=1"],
         ["mesh.order=2", "mesh.fsdp=2", "mesh.tensor=2"],
     ):
         np.testing.assert_allclose(
-            [item["logps"] for item in run(*changes)], [item["logps"] for item in alone], rtol=1e-5
+            [item["logps"] for item in run(*changes)], [item["logps"] for item in single], rtol=1e-5
         )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["{base}"], "no tasks to evaluate on"),
         (["{base}", "--shots", "2"], "--shots goes with --harness"),
@@ -173,13 +173,13 @@ def test_scores_do_not_depend_on_batch_and_mesh(folder, tasks):
         (["{base}", "--set", "evaluation.tasks=[{name: a}]"], "task a has no data"),
     ],
 )
-def test_bad_input_is_one_line(folder, arguments, said, capsys):
+def test_bad_input_is_one_line(folder, arguments, message, capsys):
     places = {"{base}": folder / "base", "{config}": folder / "tiny.yaml"}
-    given = [places.get(one, one) for one in arguments]
-    assert call("evaluate", *given) == 2
+    arguments = [places.get(argument, argument) for argument in arguments]
+    assert call("evaluate", *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert said in error
+    assert message in error
     assert len(error.splitlines()) == 1
 
 

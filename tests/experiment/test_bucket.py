@@ -1,4 +1,4 @@
-"""A run directory in a bucket, with base and data in it too: killed, gone on with on another machine, merged, exported, reported."""
+"""A run in a bucket, with base and data there, too: it is killed and continues elsewhere."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def saved_files(url):
 
 
 def options(settings):
-    return [part for one in settings for part in ("--set", one)]
+    return [part for item in settings for part in ("--set", item)]
 
 
 @pytest.mark.slow
@@ -63,18 +63,18 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(
     ]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         until = time.monotonic() + 120
-        while not any(name.startswith("checkpoints/") for name in found(run)):
+        while not any(name.startswith("checkpoints/") for name in bucket_files(run)):
             assert process.poll() is None
             assert time.monotonic() < until
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    assert not any(name.startswith("metrics/state") for name in found(run))
+    assert not any(name.startswith("metrics/state") for name in bucket_files(run))
 
     monkeypatch.setenv("ORDERMERGE_CACHE", str(tmp_path / "another"))
-    said = []
-    copy = pipeline.run(load_config(folder / "tiny.yaml", settings), log=said.append)
-    assert said[0] == f"{run} is copied to {copy}"
-    assert said[-1] == f"done: {run}/report.html"
+    messages = []
+    copy = pipeline.run(load_config(folder / "tiny.yaml", settings), log=messages.append)
+    assert messages[0] == f"{run} is copied to {copy}"
+    assert messages[-1] == f"done: {run}/report.html"
     lines = [
         json.loads(line)
         for line in store.cat_file(f"{run}/metrics/train.jsonl").decode().splitlines()
@@ -83,7 +83,7 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(
 
     on_disk = pipeline.run(
         load_config(folder / "tiny.yaml", [*SETTINGS, "name=disk", f"output={tmp_path / 'disk'}"]),
-        log=said.append,
+        log=messages.append,
     )
     for name in (
         "merged/average/model.safetensors",
@@ -129,7 +129,7 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(
     assert call("merge", str(recipe), f"{bucket}/again").endswith(f"wrote {bucket}/again\n")
 
 
-def found(run):
+def bucket_files(run):
     with contextlib.suppress(FileNotFoundError):
         return saved_files(run)
     return {}
@@ -168,7 +168,7 @@ def test_a_run_is_read_by_its_address(bucket, folder):
 
 
 def together(folder, run, caches):
-    """Train by two processes, each with its own idea of where copies lie, and return their exit codes and messages."""
+    """Train by two processes with different copy directories; return exit codes and messages."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -201,23 +201,23 @@ def together(folder, run, caches):
         )
         for index, cache in enumerate(caches)
     ]
-    said = [process.communicate(timeout=200)[1] for process in running]
-    return [process.returncode for process in running], said
+    messages = [process.communicate(timeout=200)[1] for process in running]
+    return [process.returncode for process in running], messages
 
 
 @pytest.mark.slow
 def test_several_processes_share_the_copy_or_are_refused(bucket, folder, tmp_path):
-    codes, said = together(folder, f"{bucket}/apart", [tmp_path / "a", tmp_path / "b"])
+    codes, messages = together(folder, f"{bucket}/apart", [tmp_path / "a", tmp_path / "b"])
     assert codes == [2, 2]
     assert all(
-        "is not seen by all processes" in one
-        and "set ORDERMERGE_CACHE to a directory on a file system" in one
-        for one in said
+        "is not seen by all processes" in item
+        and "set ORDERMERGE_CACHE to a directory on a file system" in item
+        for item in messages
     )
-    assert found(f"{bucket}/apart") == {}
-    codes, said = together(folder, f"{bucket}/run", [tmp_path / "a", tmp_path / "a"])
-    assert codes == [0, 0], "\n".join(said)
-    names = found(f"{bucket}/run")
+    assert bucket_files(f"{bucket}/apart") == {}
+    codes, messages = together(folder, f"{bucket}/run", [tmp_path / "a", tmp_path / "a"])
+    assert codes == [0, 0], "\n".join(messages)
+    names = bucket_files(f"{bucket}/run")
     assert {
         "merged/average/model.safetensors",
         "checkpoints/20/_CHECKPOINT_METADATA",
@@ -226,10 +226,10 @@ def test_several_processes_share_the_copy_or_are_refused(bucket, folder, tmp_pat
 
 
 def test_a_bucket_out_of_reach_does_not_end_a_training_but_a_stage(bucket, monkeypatch):
-    mirror, said = remote.Mirror(f"{bucket}/run"), []
+    mirror, messages = remote.Mirror(f"{bucket}/run"), []
     mirror.open()
     (mirror.local / "file").write_text("whole")
-    copy = remote_run.BucketCopy(mirror, said.append)
+    copy = remote_run.BucketCopy(mirror, messages.append)
 
     def unreachable(url):
         raise OSError("connection refused")
@@ -242,7 +242,7 @@ def test_a_bucket_out_of_reach_does_not_end_a_training_but_a_stage(bucket, monke
             match=r"run cannot be written \(OSError: connection refused\); check the address",
         ):
             copy.save()
-    assert len(said) == 1
-    assert said[0].endswith("the run goes on and copies again with the next complete files")
+    assert len(messages) == 1
+    assert messages[0].endswith("the run goes on and copies again with the next complete files")
     copy.try_save()
-    assert list(found(mirror.url)) == ["file"]
+    assert list(bucket_files(mirror.url)) == ["file"]

@@ -1,4 +1,4 @@
-"""Preference pairs through a run: the reference is measured once and kept, and every stage goes by it."""
+"""Preference pairs in a run: their reference is measured once, and every stage uses it."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ QUIET = {"log": lambda line: None}
 
 
 def make_config(folder, **sections):
-    """The tiny task with pairs: the words the other way round are preferred to the words as they come."""
+    """The tiny task with pairs: words in reverse order are preferred to words in order."""
     file = tiny.make_config(
         folder,
         **({"objective": {"kind": "dpo"}, "evaluation": {"batch": 8, "tasks": []}} | sections),
@@ -62,33 +62,35 @@ def test_a_reference_is_measured_once(pairs, tmp_path):
 
     file = tmp_path / "reference" / "train.npz"
     for _ in range(2):
-        found = dpo_reference.with_reference(pairs, file, "base", measured)
-        np.testing.assert_array_equal(found.reference, [[0, 1], [2, 3], [4, 5]])
+        examples = dpo_reference.with_reference(pairs, file, "base", measured)
+        np.testing.assert_array_equal(examples.reference, [[0, 1], [2, 3], [4, 5]])
     assert len(calls) == 1
-    for of, given in (("another base", pairs), ("base", pairs.take(np.array([0, 1])))):
+    for of, examples in (("another base", pairs), ("base", pairs.take(np.array([0, 1])))):
         with pytest.raises(
             UserError,
             match="was measured on other pairs or with another base; restore them, or choose another",
         ):
-            dpo_reference.with_reference(given, file, of, measured)
+            dpo_reference.with_reference(examples, file, of, measured)
 
 
 def test_a_base_is_known_by_its_tensors(tmp_path):
     config = load_config(make_config(tmp_path))
-    one, same, other = (
+    first, same, different = (
         tiny.make_base(tmp_path / name, seed)
         for name, seed in (("one", 0), ("same", 0), ("other", 1))
     )
-    digests = [dpo_reference.base_digest(config, base) for base in (one, same, other)]
+    digests = [dpo_reference.base_digest(config, base) for base in (first, same, different)]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_choices(pairs):
     reference = np.array([[-1.0, -1.0], [-1.0, -1.0], [-2.0, -1.0]], np.float32)
-    known = Examples(**(vars(pairs) | {"reference": reference}))
+    with_logps = Examples(**(vars(pairs) | {"reference": reference}))
     # rewards: the chosen one is higher, the rejected one is higher, the chosen one has gained more
-    found, items = dpo_reference.choices(known, np.array([[0.5, 1.5], [2.0, 1.0], [1.5, 1.0]]))
-    assert found == {"accuracy": 2 / 3, "se": pytest.approx((2 / 27) ** 0.5), "n": 3}
+    summary, items = dpo_reference.choices(
+        with_logps, np.array([[0.5, 1.5], [2.0, 1.0], [1.5, 1.0]])
+    )
+    assert summary == {"accuracy": 2 / 3, "se": pytest.approx((2 / 27) ** 0.5), "n": 3}
     assert [(item["answer"], item["correct"]) for item in items] == [
         ("5", True),
         ("6", False),
@@ -177,7 +179,7 @@ def test_a_run_interrupted_and_called_again(tmp_path, monkeypatch, loss):
         patch.setattr(
             losses,
             "sequence_losses",
-            lambda *args, **more: pytest.fail("the reference was measured again"),
+            lambda *args, **options: pytest.fail("the reference was measured again"),
         )
         pipeline.run(load_config(file), through="train", **QUIET)
         patch.setattr(losses, "sequence_losses", measure)

@@ -1,4 +1,4 @@
-"""The whole path with adapters: members are dense models wherever they are read, and adapters where they are asked for."""
+"""A run with adapters: members are read as dense models, and exported as adapters on request."""
 
 import json
 
@@ -28,12 +28,12 @@ def run(folder, tmp_path_factory):
         lora=LORA,
         samples={"every": 3, "max_new_tokens": 4},
     )
-    said = []
-    return pipeline.run(read_config(config), log=said.append), said
+    messages = []
+    return pipeline.run(read_config(config), log=messages.append), messages
 
 
-def assert_same_tensors(one, other):
-    ours, theirs = Reader(one), Reader(other)
+def assert_same_tensors(a, b):
+    ours, theirs = Reader(a), Reader(b)
     assert sorted(ours.names) == sorted(theirs.names)
     for name in ours.names:
         assert ours.read(name).tobytes() == theirs.read(name).tobytes(), name
@@ -41,10 +41,10 @@ def assert_same_tensors(one, other):
 
 @pytest.mark.slow
 def test_every_stage_works_on_adapters(run):
-    directory, said = run
+    directory, messages = run
     assert (
-        "  lora: 624 parameters a member are trained, 4,944 of the base are held once in float32"
-        in said
+        "  lora: 624 parameters per member are trained, 4,944 of the base are shared in float32"
+        in messages
     )
     models = json.loads((directory / "evaluations.json").read_text())["models"]
     assert [model["name"] for model in models] == [
@@ -121,10 +121,10 @@ def test_an_exported_adapter_is_described_as_peft_does(run, folder, tmp_path):
         )
         == 0
     )
-    found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (found["peft_type"], found["r"], found["lora_alpha"]) == ("LORA", 3, 6)
-    assert found["target_modules"] == ["down_proj", "q_proj", "v_proj"]
-    assert found["base_model_name_or_path"] == str(folder / "base")
+    peft_config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (peft_config["peft_type"], peft_config["r"], peft_config["lora_alpha"]) == ("LORA", 3, 6)
+    assert peft_config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    assert peft_config["base_model_name_or_path"] == str(folder / "base")
     reader = Reader(tmp_path / "adapter" / "adapter_model.safetensors")
     assert reader.info("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight") == (
         "bfloat16",
@@ -153,7 +153,7 @@ def test_an_exported_adapter_is_described_as_peft_does(run, folder, tmp_path):
 )
 def test_what_cannot_be_exported(run, folder, tmp_path, capsys, arguments, message):
     names = {"BASE": folder / "base", "RUN": run[0], "OUT": tmp_path / "out"}
-    assert call("convert", *(names.get(one, one) for one in arguments)) == 2
+    assert call("convert", *(names.get(argument, argument) for argument in arguments)) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error

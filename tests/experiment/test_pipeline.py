@@ -1,4 +1,4 @@
-"""The whole path on a tiny model: run, again, interrupted, refused."""
+"""A run on a tiny model: complete, repeated, interrupted, refused."""
 
 import dataclasses
 import hashlib
@@ -32,9 +32,9 @@ def digests(directory: pathlib.Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run(folder):
-    said = []
-    directory = pipeline.run(load_config(folder / "tiny.yaml"), log=said.append)
-    return directory, said
+    messages = []
+    directory = pipeline.run(load_config(folder / "tiny.yaml"), log=messages.append)
+    return directory, messages
 
 
 def test_every_part_of_the_run_directory_is_there(run):
@@ -76,9 +76,9 @@ def test_every_part_of_the_run_directory_is_there(run):
 
 def test_second_call_does_nothing(run):
     directory, _ = run
-    before, said = digests(directory), []
-    pipeline.run(read_config(directory), log=said.append)
-    assert said == [f"everything is done: {directory / 'report.html'}"]
+    before, messages = digests(directory), []
+    pipeline.run(read_config(directory), log=messages.append)
+    assert messages == [f"everything is done: {directory / 'report.html'}"]
     assert digests(directory) == before
 
 
@@ -91,10 +91,10 @@ def test_another_config_is_refused_with_the_difference(run, folder):
 
 
 def test_other_hardware_is_not_another_config(run, folder):
-    said = []
+    messages = []
     changes = ["mesh.order=2", "training.log_every=1", "training.checkpoint_every=7"]
-    pipeline.run(load_config(folder / "tiny.yaml", changes), log=said.append)
-    assert said[0].startswith("everything is done")
+    pipeline.run(load_config(folder / "tiny.yaml", changes), log=messages.append)
+    assert messages[0].startswith("everything is done")
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -132,11 +132,11 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
         generate = generation.make_generator(
             ctx.model, params, ctx.tokenizer, batch=8, dtype="float32"
         )
-        alone = generate([test.prompt(row).tolist() for row in range(len(test))], 4)
+        answers = generate([test.prompt(row).tolist() for row in range(len(test))], 4)
         items = json.loads((tmp_path / "run" / "evaluations" / f"{name}.json").read_text())[
             "tasks"
         ]["swap"]
-        assert [item["answer"] for item in items] == alone
+        assert [item["answer"] for item in items] == answers
 
 
 @pytest.mark.parametrize("stage", ["train", "merge", "analyze", "evaluate"])
@@ -243,9 +243,9 @@ def test_packed_rows_are_described_and_analyzed_by_sample(folder, tmp_path):
         "merge.methods=[]",
         "training.epochs=3",
     ]
-    said = []
+    messages = []
     directory = pipeline.run(
-        load_config(folder / "tiny.yaml", overrides), through="analyze", log=said.append
+        load_config(folder / "tiny.yaml", overrides), through="analyze", log=messages.append
     )
     data = json.loads((directory / "data.json").read_text())["train"]
     # 40 examples of 9 tokens, three in a row of 32: 14 rows, in two steps of up to 8
@@ -258,7 +258,7 @@ def test_packed_rows_are_described_and_analyzed_by_sample(folder, tmp_path):
         "rows": 8,
         "filled": 360 / (2 * 8 * 32),
     }
-    assert "  packs: up to 3 examples in a row of 32 tokens, 70.3% no padding" in said
+    assert "  packs: up to 3 examples in a row of 32 tokens, 70.3% no padding" in messages
     with (
         np.load(directory / "orders" / "member_1.npz") as orders,
         np.load(directory / "losses" / "final.npz") as final,
@@ -286,7 +286,7 @@ def worst_member():
 
 @pytest.mark.slow
 def test_merges_that_look_at_data(worst_member, folder, tmp_path):
-    """Fisher information from training samples, and a soup chosen on validation samples; another seed changes neither."""
+    """Fisher information from training samples, and a soup chosen on validation samples."""
     raw = yaml.safe_load((folder / "tiny.yaml").read_text())
     raw["output"] = str(tmp_path / "run")
     raw["merge"] = {
@@ -300,7 +300,8 @@ def test_merges_that_look_at_data(worst_member, folder, tmp_path):
     config.write_text(yaml.safe_dump(raw))
     directory = pipeline.run(load_config(config))
     merges = {
-        one["method"]: one for one in json.loads((directory / "merge.json").read_text())["merges"]
+        merge["method"]: merge
+        for merge in json.loads((directory / "merge.json").read_text())["merges"]
     }
     soup = merges["greedy_soup"]["parameters"]
     best = int(np.argmin(soup["validation_losses"]))

@@ -1,4 +1,4 @@
-"""Real processes that train by the command line, together and as one would: asked to stop, killed, given different things, left alone."""
+"""Several processes train by the command line as one does: stopped, killed, misconfigured."""
 
 import contextlib
 import functools
@@ -33,8 +33,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def training(folders, output, *overrides, devices=2, flags=(), indices=None, own=None):
-    """Start `ordermerge train` in a process for each folder, of so many devices each; `own` are overrides for one of them."""
+def training(
+    folders, output, *overrides, devices=2, flags=(), indices=None, process_overrides=None
+):
+    """Start `ordermerge train` in one process per folder.
+
+    `process_overrides` are overrides of single processes, by index.
+    """
     port = free_port()
     environment = {
         **os.environ,
@@ -62,8 +67,12 @@ def training(folders, output, *overrides, devices=2, flags=(), indices=None, own
             [sys.executable, "-m", "jax_ordermerge", "train", "tiny.yaml", *flags]
             + [
                 part
-                for one in [*settings, f"distributed.index={index}", *(own or {}).get(index, [])]
-                for part in ("--set", one)
+                for override in [
+                    *settings,
+                    f"distributed.index={index}",
+                    *(process_overrides or {}).get(index, []),
+                ]
+                for part in ("--set", override)
             ],
             env=environment,
             cwd=folders[index],
@@ -112,14 +121,14 @@ def result(folder, output):
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
+def uninterrupted(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
     complete(folder, output)
     return result(folder, output)
 
 
-def assert_same(found, expected):
-    ours, theirs = jax.device_get((jax.tree.leaves(found), jax.tree.leaves(expected)))
+def assert_same(population, expected):
+    ours, theirs = jax.device_get((jax.tree.leaves(population), jax.tree.leaves(expected)))
     assert all(x.tobytes() == y.tobytes() for x, y in zip(ours, theirs, strict=True))
 
 
@@ -156,8 +165,8 @@ def test_two_processes_have_the_bits_of_one_where_members_are_not_divided(
 def test_two_processes_do_as_one_where_members_are_divided(folder, tmp_path, one_process):
     complete(folder, tmp_path / "run", *ACROSS, devices=4)
     ours, theirs = (
-        jax.device_get(jax.tree.leaves(found))
-        for found in (result(folder, tmp_path / "run"), one_process(*ACROSS))
+        jax.device_get(jax.tree.leaves(population))
+        for population in (result(folder, tmp_path / "run"), one_process(*ACROSS))
     )
     for x, y in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
@@ -189,58 +198,61 @@ def test_two_processes_take_a_look_as_one(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_stops_both_at_the_same_step(folder, tmp_path, whole):
+def test_sigterm_to_one_stops_both_at_the_same_step(folder, tmp_path, uninterrupted):
     output = tmp_path / "run"
     with training([folder, folder], output) as both:
         wait_for_lines(output, 6)
         both[1].send_signal(signal.SIGTERM)
-        said = [ended(process, 60) for process in both]
-    assert [code for code, _ in said] == [143, 143], said
+        messages = [ended(process, 60) for process in both]
+    assert [code for code, _ in messages] == [143, 143], messages
     step = orbax.latest(output / "checkpoints")
     assert all(
         f"stopped by SIGTERM after step {step} of 40, with a checkpoint" in stderr
-        for _, stderr in said
+        for _, stderr in messages
     )
     assert not (output / "metrics" / "state.json").exists()
     complete(folder, output)
-    assert_same(result(folder, output), whole)
+    assert_same(result(folder, output), uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_restart_continues(folder, tmp_path, whole, lost):
+def test_a_killed_process_ends_the_other_and_the_restart_continues(
+    folder, tmp_path, uninterrupted, lost
+):
     output = tmp_path / "run"
     with training([folder, folder], output) as both:
         wait_for_lines(output, 7)
         both[lost].kill()
         code, stderr = ended(both[1 - lost], HEARTBEAT + 20)
-    # collectives notice at once and end with our line; who waits outside of them is ended by jax when heartbeats are missed
+    # collectives notice at once and end with our line; a process that waits elsewhere is ended by
+    # jax when heartbeats are missed
     assert code in (1, -signal.SIGABRT), (code, stderr[-3000:])
     assert "one of them has ended, its own log says why" in stderr or "another task died" in stderr
     complete(folder, output)
-    assert_same(result(folder, output), whole)
+    assert_same(result(folder, output), uninterrupted)
 
 
 @pytest.mark.slow
 def test_processes_with_different_data_or_config_do_not_start(folder, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    rows = (other / "train.jsonl").read_text().splitlines()
-    (other / "train.jsonl").write_text("\n".join([*rows[1:], rows[0]]))
-    with training([folder, other], tmp_path / "run", "data.train=train.jsonl") as both:
-        said = [ended(process, 120) for process in both]
-    assert [code for code, _ in said] == [2, 2], said
-    for _, stderr in said:
+    changed = tmp_path / "other"
+    shutil.copytree(folder, changed)
+    rows = (changed / "train.jsonl").read_text().splitlines()
+    (changed / "train.jsonl").write_text("\n".join([*rows[1:], rows[0]]))
+    with training([folder, changed], tmp_path / "run", "data.train=train.jsonl") as both:
+        messages = [ended(process, 120) for process in both]
+    assert [code for code, _ in messages] == [2, 2], messages
+    for _, stderr in messages:
         assert (
             "error: process 1 differs from process 0 in data.train, data.validation; start every process with the same"
             in stderr
         )
     with training(
-        [folder, folder], tmp_path / "run2", own={1: ["seed=5", "training.epochs=3"]}
+        [folder, folder], tmp_path / "run2", process_overrides={1: ["seed=5", "training.epochs=3"]}
     ) as both:
-        said = [ended(process, 120) for process in both]
-    assert [code for code, _ in said] == [2, 2], said
-    for _, stderr in said:
+        messages = [ended(process, 120) for process in both]
+    assert [code for code, _ in messages] == [2, 2], messages
+    for _, stderr in messages:
         assert "error: process 1 differs from process 0 in seed, training; start" in stderr
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "run2").exists()

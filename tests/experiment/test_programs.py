@@ -1,4 +1,4 @@
-"""HumanEval and MBPP from their files to the report, on a model that has learned one right and one wrong program of each."""
+"""HumanEval and MBPP in a run, on a model that learned a right and a wrong program of each."""
 
 import json
 
@@ -89,8 +89,8 @@ def run(tmp_path_factory):
         "def neg(x): return x\n[DONE]\n",
     ]
     lessons = [
-        {"prompt": one.prompt, "completion": answer}
-        for one, answer in zip(ours, answers, strict=True)
+        {"prompt": problem.prompt, "completion": answer}
+        for problem, answer in zip(ours, answers, strict=True)
     ]
     (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lessons))
     raw = {
@@ -132,9 +132,9 @@ def test_the_right_program_passes_and_the_wrong_one_fails(run):
         for model in json.loads((run / "evaluations.json").read_text())["models"]
     }
     for name in ("member_0", "member_1"):
-        found = json.loads((run / "evaluations" / f"{name}.json").read_text())["tasks"]
+        tasks = json.loads((run / "evaluations" / f"{name}.json").read_text())["tasks"]
         for kind in ("humaneval", "mbpp"):
-            right, wrong = found[kind]
+            right, wrong = tasks[kind]
             assert right["correct"], right
             assert not wrong["correct"]
             assert wrong["detail"] != right["detail"]

@@ -1,4 +1,4 @@
-"""Answers while training: they are those of the members as they are at that step, and the training does not notice."""
+"""Samples while training: they are of the members at that step, and training is unchanged."""
 
 import json
 import shutil
@@ -19,9 +19,9 @@ from jax_ordermerge.tree import member
 ASKS = ["samples.every=3", "samples.max_new_tokens=4"]
 
 
-def trained(folder, directory, *more):
+def trained(folder, directory, *overrides):
     pipeline.run(
-        load_config(folder / "tiny.yaml", [f"output={directory}", *more]),
+        load_config(folder / "tiny.yaml", [f"output={directory}", *overrides]),
         through="train",
         log=lambda line: None,
     )
@@ -38,7 +38,7 @@ def lines(directory, name):
 @pytest.fixture(scope="module")
 def both(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("sampling")
-    return trained(folder, path / "silent"), trained(folder, path / "asked", *ASKS)
+    return trained(folder, path / "silent"), trained(folder, path / "sampled", *ASKS)
 
 
 def weights(folder, directory):
@@ -47,64 +47,66 @@ def weights(folder, directory):
 
 
 def test_members_are_bitwise_the_same_with_and_without(both, folder):
-    silent, asked = both
-    for one, other in zip(
+    silent, sampled = both
+    for a, b in zip(
         *(jax.tree.leaves(weights(folder, directory)[1]) for directory in both), strict=True
     ):
-        assert jax.device_get(one).tobytes() == jax.device_get(other).tobytes()
+        assert jax.device_get(a).tobytes() == jax.device_get(b).tobytes()
     assert (silent / "losses" / "train.npz").read_bytes() == (
-        asked / "losses" / "train.npz"
+        sampled / "losses" / "train.npz"
     ).read_bytes()
     assert not (silent / "metrics" / "samples.jsonl").exists()
-    kept = [
-        [(line["step"], line["loss"], line["grad_norm"]) for line in lines(one, "train")]
-        for one in both
+    metrics = [
+        [(line["step"], line["loss"], line["grad_norm"]) for line in lines(a, "train")]
+        for a in both
     ]
-    assert kept[0] == kept[1]
+    assert metrics[0] == metrics[1]
 
 
 def test_the_last_answers_are_those_of_the_trained_members(both, folder):
-    _, asked = both
-    said = lines(asked, "samples")
-    assert [line["step"] for line in said] == [3, 6, 9, 10]
-    ctx, population = weights(folder, asked)
+    _, sampled = both
+    samples = lines(sampled, "samples")
+    assert [line["step"] for line in samples] == [3, 6, 9, 10]
+    ctx, population = weights(folder, sampled)
     validation = ctx.splits["validation"]
-    assert all(line["prompts"] == validation.prompts and line["members"] == [0, 1] for line in said)
+    assert all(
+        line["prompts"] == validation.prompts and line["members"] == [0, 1] for line in samples
+    )
     for number in (0, 1):
         generate = generation.make_generator(
             ctx.model, member(population, number), ctx.tokenizer, batch=4, dtype="float32"
         )
-        assert said[-1]["texts"][number] == generate(
+        assert samples[-1]["texts"][number] == generate(
             [validation.prompt(row).tolist() for row in range(len(validation))], 4
         )
     assert (
-        said[0]["texts"] != said[-1]["texts"]
+        samples[0]["texts"] != samples[-1]["texts"]
     )  # else nothing was learned between, and this would show little
 
 
 def test_the_report_shows_them(both):
-    _, asked = both
-    said = lines(asked, "samples")
-    blocks = run_report.build(read_run(asked))
+    _, sampled = both
+    samples = lines(sampled, "samples")
+    blocks = run_report.build(read_run(sampled))
     table = next(
         block
         for block in blocks
         if getattr(block, "caption", "").startswith("Answers while training")
     )
     assert table.rows == [
-        [str(line["step"]), line["texts"][0][0], line["texts"][1][0]] for line in said
+        [str(line["step"]), line["texts"][0][0], line["texts"][1][0]] for line in samples
     ]
-    assert table.caption.endswith(said[0]["prompts"][0])
+    assert table.caption.endswith(samples[0]["prompts"][0])
 
 
 def test_what_a_lost_process_wrote_is_written_again(both, folder, tmp_path):
-    _, asked = both
-    shutil.copytree(asked, tmp_path / "run")
+    _, sampled = both
+    shutil.copytree(sampled, tmp_path / "run")
     (tmp_path / "run" / "metrics" / "state.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")
     (tmp_path / "run" / "config.yaml").unlink()
     trained(folder, tmp_path / "run", *ASKS)
-    assert lines(tmp_path / "run", "samples") == lines(asked, "samples")
+    assert lines(tmp_path / "run", "samples") == lines(sampled, "samples")
 
 
 def test_prompts_of_ones_own_are_put_in_the_template(folder, tmp_path):
@@ -122,7 +124,7 @@ def test_prompts_of_ones_own_are_put_in_the_template(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("overrides", "message"),
     [
         (
             ["data.test=null", "data.validation_examples=0"],
@@ -131,7 +133,9 @@ def test_prompts_of_ones_own_are_put_in_the_template(folder, tmp_path):
         (["samples.max_new_tokens=30"], "samples.max_new_tokens = 30 exceed the context of 32"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_before_training(folder, tmp_path, more, message):
+def test_unusable_prompts_are_refused_before_anything_is_written(
+    folder, tmp_path, overrides, message
+):
     with pytest.raises(UserError, match=message):
-        trained(folder, tmp_path / "run", *ASKS, *more)
+        trained(folder, tmp_path / "run", *ASKS, *overrides)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Controls and a search in a run: nothing written before the winner, little memory, resumed to the same bytes, refused where it must be."""
+"""Controls and search of a run: what is written, memory, resuming, refusals."""
 
 import dataclasses
 import json
@@ -51,11 +51,11 @@ def results(directory):
 
 
 def test_the_winner_is_never_worse_on_validation_than_the_best_member(run):
-    found = results(run / "search")
-    rows = {row["name"]: row for row in found["candidates"]}
-    winner = found["candidates"][found["winner"]]
-    assert found["tried"] == 4 + 4 + 2 + 2
-    assert winner["examples"] == found["examples"] == 10
+    summary = results(run / "search")
+    rows = {row["name"]: row for row in summary["candidates"]}
+    winner = summary["candidates"][summary["winner"]]
+    assert summary["tried"] == 4 + 4 + 2 + 2
+    assert winner["examples"] == summary["examples"] == 10
     assert winner["loss"] == min(row["loss"] for row in rows.values() if row["examples"] == 10)
     assert winner["loss"] <= min(rows["member_0"]["loss"], rows["member_1"]["loss"])
     evaluated = {
@@ -63,7 +63,7 @@ def test_the_winner_is_never_worse_on_validation_than_the_best_member(run):
     }
     # what was exported, read from its files and measured by another stage, is what was chosen
     assert evaluated["auto"]["validation_loss"] == pytest.approx(winner["loss"], abs=1e-6)
-    assert evaluated["auto"]["loss"] == pytest.approx(found["claim"]["loss"]["winner"], abs=1e-6)
+    assert evaluated["auto"]["loss"] == pytest.approx(summary["claim"]["loss"]["winner"], abs=1e-6)
     card = (run / "merged" / "auto" / "README.md").read_text()
     assert (
         f"The search chose {winner['name']} among 12 candidates on 10 validation examples" in card
@@ -73,15 +73,15 @@ def test_the_winner_is_never_worse_on_validation_than_the_best_member(run):
 
 
 def test_a_control_is_what_is_measured_from_the_exported_files(run):
-    found = json.loads((run / "controls.json").read_text())
-    rows = {row["name"]: row for row in found["rows"]}
+    summary = json.loads((run / "controls.json").read_text())
+    rows = {row["name"]: row for row in summary["rows"]}
     for name in ("base", "member_0", "member_1", "average"):
         stored = json.loads((run / "evaluations" / f"{name}.json").read_text())["summary"]
         assert rows[name]["loss"] == pytest.approx(stored["loss"], abs=1e-6), name
         assert rows[name]["validation_loss"] == pytest.approx(
             stored["validation_loss"], abs=1e-6
         ), name
-    assert {row["group"] for row in found["rows"]} == {
+    assert {row["group"] for row in summary["rows"]} == {
         "anchor",
         "lambda_line",
         "lambda_matched",
@@ -90,9 +90,9 @@ def test_a_control_is_what_is_measured_from_the_exported_files(run):
     }
     assert "mean_member" in rows["average, lambda 1.2"]["against"]
     with np.load(run / "losses" / "controls.npz") as saved:
-        assert saved["losses"].shape == (len(found["rows"]), 20)
+        assert saved["losses"].shape == (len(summary["rows"]), 20)
         mean = (saved["losses"] * saved["tokens"]).sum(1) / saved["tokens"].sum()
-    np.testing.assert_allclose(mean, [row["loss"] for row in found["rows"]], rtol=1e-6)
+    np.testing.assert_allclose(mean, [row["loss"] for row in summary["rows"]], rtol=1e-6)
 
 
 def test_what_the_evaluation_measured_is_not_measured_again(run, tmp_path, monkeypatch):
@@ -109,9 +109,8 @@ def test_what_the_evaluation_measured_is_not_measured_again(run, tmp_path, monke
 
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "controls.json").unlink()
-    merge = ctx.config.merge.model_copy(
-        update={"methods": (ctx.config.merge.methods[0].model_copy(update={"name": "mean"}),)}
-    )
+    renamed = ctx.config.merge.methods[0].model_copy(update={"name": "mean"})
+    merge = ctx.config.merge.model_copy(update={"methods": (renamed,)})
     config = ctx.config.model_copy(update={"output": str(tmp_path / "run"), "merge": merge})
     names = {"base": "base", "member_0": "member_0", "member_1": "member_1", "mean": "average"}
     evaluated = {
@@ -164,7 +163,7 @@ def test_a_search_measures_the_base_once(run, tmp_path, monkeypatch):
 def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path, monkeypatch):
     config = read_config(run)
     space = read_search(None, config.merge.auto, {})
-    whole = results(run / "search")
+    uninterrupted = results(run / "search")
     original, calls = losses.example_losses, []
 
     def fails(*args, **kwargs):
@@ -182,9 +181,9 @@ def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl"}
     page = pipeline.search(config, space, out=tmp_path / "out", log=lambda line: None)
     again = results(tmp_path / "out")
-    assert again.pop("cache_hits") > whole.pop("cache_hits") == 0
-    assert again.pop("seconds") != whole.pop("seconds")
-    assert again == whole
+    assert again.pop("cache_hits") > uninterrupted.pop("cache_hits") == 0
+    assert again.pop("seconds") != uninterrupted.pop("seconds")
+    assert again == uninterrupted
     name = "model.safetensors"
     assert (tmp_path / "out" / "winner" / name).read_bytes() == (
         run / "merged" / "auto" / name
@@ -296,8 +295,8 @@ def test_the_single_run_costs_as_much_as_the_population(folder, tmp_path):
         row["name"]: row for row in json.loads((directory / "controls.json").read_text())["rows"]
     }
     assert "one run of 2 times the epochs" in rows
-    one, two = (
+    population_tokens, single_tokens = (
         json.loads((d / "metrics" / "state.json").read_text())["tokens"]
         for d in (directory, directory / "single")
     )
-    assert one == two
+    assert population_tokens == single_tokens

@@ -1,4 +1,4 @@
-"""What we export is read by others as we meant it: transformers on torch, and an engine that reads the directory by itself."""
+"""Exported models give the same answers in transformers and in another serving engine."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A selection of three disturbed copies of the embedded base, exported in bfloat16, and its parameters in float32."""
+    """An exported selection in bfloat16, and its parameters in float32."""
     directory, base_directory = (
         tmp_path_factory.mktemp("served") / "merged",
         convert.resolve("embedded:quickstart"),
@@ -57,7 +57,7 @@ def served(tmp_path_factory):
 
 
 def ours(served, tokenizer, prompt, new=12):
-    """Return prompt ids, greedy ids and log-probabilities of the prompt, all by our own forward pass."""
+    """Return prompt ids, greedy ids and log-probabilities of the prompt by our forward pass."""
     _, config, params = served
     ids = tokenizer(prompt)["input_ids"]
     tokens = jnp.array([ids])

@@ -20,18 +20,18 @@ def test_models_come_out_as_they_were_put_in(sizes, places):
     population = stack_models.stack(iter(models), 3, CONFIG, mesh, "float32")
     assert {leaf.shape[0] for leaf in jax.tree.leaves(population)} == {places}
     for at in range(places):
-        found = stack_models.take(population, at, CONFIG, mesh, "float32")
-        for one, other in zip(
-            jax.tree.leaves(found), jax.tree.leaves(models[min(at, 2)]), strict=True
+        model = stack_models.take(population, at, CONFIG, mesh, "float32")
+        for leaf, expected in zip(
+            jax.tree.leaves(model), jax.tree.leaves(models[min(at, 2)]), strict=True
         ):
-            assert jax.device_get(one).tobytes() == jax.device_get(other).tobytes()
-            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+            assert jax.device_get(leaf).tobytes() == jax.device_get(expected).tobytes()
+            assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
 
 
-@pytest.mark.parametrize(("models_of_memory", "found"), [(None, 4), (20, 4), (5, 2), (1, 1)])
-def test_as_many_as_fit_in_half_of_the_memory(monkeypatch, models_of_memory, found):
-    one = 4 * parameter_count(CONFIG)
-    stats = None if models_of_memory is None else {"bytes_limit": models_of_memory * one}
+@pytest.mark.parametrize(("models_of_memory", "expected"), [(None, 4), (20, 4), (5, 2), (1, 1)])
+def test_as_many_as_fit_in_half_of_the_memory(monkeypatch, models_of_memory, expected):
+    model_bytes = 4 * parameter_count(CONFIG)
+    stats = None if models_of_memory is None else {"bytes_limit": models_of_memory * model_bytes}
     device = types.SimpleNamespace(memory_stats=lambda: stats)
     monkeypatch.setattr(type(make_mesh()), "local_devices", property(lambda mesh: [device]))
-    assert stack_models.fitting(4, CONFIG, make_mesh(fsdp=1), "float32") == found
+    assert stack_models.fitting(4, CONFIG, make_mesh(fsdp=1), "float32") == expected
