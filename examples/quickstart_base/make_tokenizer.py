@@ -1,9 +1,10 @@
-"""Write the directory that pretraining starts from: the tokenizer and the config of the quickstart base.
+"""Write the tokenizer and the config that the pretraining of the quickstart base starts from.
 
     python examples/quickstart_base/make_tokenizer.py runs/quickstart_start
 
-The vocabulary is the 256 bytes and every word of the generated text, so that a word or a number is one token and any other text is
-still spelled out. Words are taken whole (`ignore_merges`): there are no merges to learn.
+The vocabulary is the 256 bytes and all words of the generated texts. So a word or a number is one
+token, and any other text is spelled in bytes. `ignore_merges` looks up whole words: no merges are
+learned.
 """
 
 import json
@@ -16,12 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.data.synthetic import DATASETS, generated
 
-SOURCES = (
-    "quickstart",
-    "quickstart_pretrain",
-)  # what is added to DATASETS later must not renumber the tokens of the shipped base
+# listed, because a data set that is added later must not renumber the tokens of the shipped base
+SOURCES = ("quickstart", "quickstart_pretrain")
 SPECIAL = ("<pad>", "<s>", "</s>")
-FRAME = "Question: Answer:\nAnswer: ####"  # what prompt templates add to the records
+FRAME = "Question: Answer:\nAnswer: ####"  # words that prompt templates add
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 320,
@@ -74,7 +73,7 @@ def main(directory: Path) -> None:
         **SHAPE,
     )
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both know
+        "tokenizer_class": "PreTrainedTokenizerFast",  # known to transformers 4 and 5
         "pad_token": "<pad>",
         "bos_token": "<s>",
         "eos_token": "</s>",

@@ -54,12 +54,14 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     partial = path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
     with _writable(target):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # a killed process could not remove its directory; the random suffix tells them from others
         for abandoned in path.parent.glob(f"{path.name}.partial-" + "[0-9a-f]" * 8):
             shutil.rmtree(abandoned)
         partial.mkdir()
     try:
         yield partial
         _rename(partial, path)
+    # also on KeyboardInterrupt: a new call starts from nothing anyway
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -103,8 +105,10 @@ def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[
     with contextlib.ExitStack() as stack:
         with _writable(target):
             partial.mkdir(parents=True, exist_ok=True)
+            # the lock comes first: another process may be at work in this directory
             stack.enter_context(_lock(partial))
             resumed = mark.is_file() and mark.read_text() == fingerprint
+            # work of another recipe or other inputs must not mix with this one
             if not resumed:
                 for old in partial.iterdir():
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -114,6 +118,7 @@ def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        # the fingerprint is bookkeeping and no part of the result
         mark.unlink()
         _rename(partial, path)
 
@@ -168,6 +173,7 @@ def replace(path: Path, content: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    # no fsync: this protects from killed processes, not from a loss of power, and is called often
     partial.write_bytes(content)
     os.replace(partial, path)
 
@@ -192,6 +198,7 @@ def sync(file: IO[bytes]) -> None:
 
 def sync_directory(path: Path) -> None:
     """Flush the entries of a directory through to the disk."""
+    # POSIX: fsync of a file does not write its entry in the directory
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

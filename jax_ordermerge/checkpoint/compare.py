@@ -176,6 +176,7 @@ def inspect(path: str | Path, *, stats: bool = False) -> Inventory:
         (-1.0, 3.0, 1)
     """
     reader = Reader(path)
+    # all tensors are measured together: small ones share the threads
     moments = _measure(dict.fromkeys(reader.names, (reader,)), _moments) if stats else {}
     tensors = []
     for name in reader.names:
@@ -231,6 +232,7 @@ def difference(a: str | Path, b: str | Path, base: str | Path | None = None) -> 
     left, right = Reader(a), Reader(b)
     reference = None if base is None else Reader(base)
     names_a, names_b = dict.fromkeys(left.names), dict.fromkeys(right.names)
+    # dicts as ordered sets: results are in the order of the first checkpoint
     common = [name for name in names_a if name in names_b]
     base_shapes = (
         {name: reference.info(name).shape for name in reference.names} if reference else {}
@@ -255,6 +257,7 @@ def difference(a: str | Path, b: str | Path, base: str | Path | None = None) -> 
     for name in common:
         (dtype_a, shape_a), (dtype_b, shape_b) = left.info(name), right.info(name)
         numbers = _combine_products(products.get(name, []))
+        # a pair without numbers has equal bytes if it has no elements; shapes decide
         equal = (
             dtype_a == dtype_b
             and shape_a == shape_b
@@ -311,6 +314,7 @@ def _measure(
         for start in range(0, elements, PIECE):
             pieces.append(_Piece(name, readers, start, min(start + PIECE, elements)))
     results: dict[str, list[_T]] = {}
+    # numpy releases the lock of the interpreter; results come in the order of the pieces
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for piece, slabs in zip(pieces, pool.map(measure, pieces), strict=True):
             results.setdefault(piece.name, []).extend(slabs)
@@ -355,6 +359,8 @@ class _Moments(NamedTuple):
 
 
 def _moments(scratch: np.ndarray, values: np.ndarray) -> _Moments:
+    # One sum tells whether all elements are finite, which is cheaper than a mask. It may overflow
+    # for tensors of float64; the masks below are then right, too.
     x = _float64(values, scratch[0], scratch[1])
     size, nans, zeros, total = x.size, 0, _count_zeros(x), float(x.sum())
     if not math.isfinite(total):
@@ -394,7 +400,7 @@ class _Products(NamedTuple):
     nonfinite: int
     max_abs: float
     max_rel: float
-    aa: float  # inner products of a and b
+    aa: float  # inner products, of finite elements only
     bb: float
     ab: float
     zeros_a: int
@@ -421,6 +427,7 @@ def _products(scratch: np.ndarray, *arrays: np.ndarray) -> _Products:
         values = [value[finite] for value in values]
         x, y = values[:2]
     spare = scratch[3:, : x.size]
+    # equal slabs are the common case in a comparison of fine-tunes: skip three passes
     maxima = (0.0, 0.0) if same == a.size or not x.size else _max_differences(x, y, spare)
     gram, task_gram = _gram(x, y), (0.0, 0.0, 0.0)
     if len(arrays) > 2:
@@ -433,6 +440,7 @@ def _count_equal(a: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray) -> 
     """Count equal bits of a and b, or equal values x and y if their dtypes differ."""
     if a.dtype != b.dtype:
         return int(np.count_nonzero(x == y))
+    # bits, so that NaN equals itself and -0.0 differs from 0.0
     bits = f"u{a.dtype.itemsize}"
     return int(np.count_nonzero(a.view(bits) == b.view(bits)))
 

@@ -27,10 +27,11 @@ from jax_ordermerge.errors import UserError
 
 _READABLE = ("float64", "float32", "float16", "bfloat16")
 _ROTARY_BUFFER = "rotary_emb.inv_freq"  # old libraries write it, every library recomputes it
+# safetensors first: `resolve(weights=False)` leaves it out
 _HUB_FILES = (
     "*.safetensors",
     "*.json",
-    "*.jinja",
+    "*.jinja",  # chat templates
     "tokenizer.model",
     "merges.txt",
     "vocab.txt",
@@ -60,9 +61,11 @@ def resolve(base: str, *, weights: bool = True) -> Path:
         return _embedded(base.removeprefix("embedded:"))
     if remote.address(base) is not None:
         return remote.fetch(base, without=None if weights else "*.safetensors")
+    # a directory wins over a hub name that is spelled the same
     path = Path(base).expanduser()
     if path.is_dir():
         return path
+    # a hub name has at most one slash, so this can only be a path
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError(
             f"base model directory {base} not found; give an existing directory, a hub name or"
@@ -88,6 +91,7 @@ def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfi
     raw = safetensors.read_json(path)
     try:
         config = ModelConfig.from_hf(raw, ignore)
+    # from_hf checks keys and ranges; a value of another JSON type fails wherever it is first used
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} has a value of the wrong type: {error}") from error
     generation = Path(directory) / "generation_config.json"
@@ -126,6 +130,7 @@ def load_params(
     reader = safetensors.Reader(directory)
     check_tensors(reader, config)
     target = np.dtype(dtype)
+    # shardings decide which slices each process reads
     abstract = tree.flatten(abstract_params(config, mesh, members=members, dtype=target))
     flat = {}
     for spec in arch.tensor_table(config):
@@ -160,6 +165,7 @@ def check_tensors(reader: safetensors.Reader, config: ModelConfig) -> None:
                 f" {', '.join(_READABLE)}"
             )
         unknown.remove(name)
+    # a tensor that no one reads would be dropped in silence
     for name in sorted(unknown):
         if not name.endswith(_ROTARY_BUFFER) and not _is_tied_copy(reader, config, name):
             raise UserError(
@@ -199,9 +205,11 @@ def export(
     """
     flat = tree.flatten(params)
     _check_params(flat, config, member)
+    # all processes must fail together, or the others would wait for process 0 in the gathering
     with processes.barrier(f"export to {directory}"):
         if jax.process_index() == 0:
             atomic.check_vacant(directory)
+    # a generator: each tensor is gathered when the writer asks for it
     tensors = _hf_tensors(flat, config, member)
     if jax.process_index() == 0:
         safetensors.write(
@@ -217,6 +225,7 @@ def export(
     else:
         for _ in tensors:  # gathering is collective: process 0 would wait for this one
             pass
+    # no process may read the directory before process 0 has renamed it
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"export {directory}")
 
@@ -265,6 +274,7 @@ def abstract_tensors(
         shape, axes = spec.shape, spec.axes
         if members is not None:
             shape, axes = (members, *shape), ("member", *axes)
+        # the only place where parameters get their shardings
         sharding = None if mesh is None else meshes.sharding(axes, shape, mesh)
         flat[spec.path] = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
     return tree.unflatten(flat)
@@ -283,6 +293,7 @@ def _read_part(
         names = spec.hf_names()[inner[0]]
         extents = zip(inner, spec.shape, strict=True)
         shape = tuple(len(range(*part.indices(extent))) for part, extent in extents)
+        # one array for all layers, filled slice by slice: no list of layers is stacked
         array = np.empty(shape, dtype)
         for layer, name in enumerate(names):
             array[layer] = reader.read_slice(name, inner[1:])
@@ -290,6 +301,7 @@ def _read_part(
         array = np.array(reader.read_slice(spec.hf_name, inner), dtype)
     if members is not None:
         copies = len(range(*lead[0].indices(members)))
+        # a view: the members of a device share one host array
         array = np.broadcast_to(array, (copies, *array.shape))
     return array
 
@@ -297,7 +309,9 @@ def _read_part(
 def _is_tied_copy(reader: safetensors.Reader, config: ModelConfig, name: str) -> bool:
     if not config.tie_embeddings:
         return False
+    # the head is not in the table of a tied model, so its name comes from the untied one
     untied = arch.tensor_table(dataclasses.replace(config, tie_embeddings=False))
+    # the embedding has the same name either way
     head = next(spec for spec in untied if spec.kind == "head")
     embedding = next(spec for spec in untied if spec.kind == "embedding")
     if name != head.hf_name:
@@ -319,6 +333,7 @@ def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _check_params(flat: Mapping[str, Any], config: ModelConfig, member: int | None) -> None:
     expected = {spec.path: spec.shape for spec in arch.tensor_table(config)}
+    # sorted, so that the error is the same every time
     for path in sorted(expected.keys() ^ flat.keys()):
         problem = "missing" if path in expected else "not part of it"
         raise ValueError(f"parameters do not fit the config: {path} is {problem}")
@@ -348,6 +363,7 @@ def _gather(array: jax.Array) -> np.ndarray:
     )
 
 
+# one program per shape, whatever the layer and the member: both are traced
 @jax.jit
 def _select(array: jax.Array, layer: int | None, member: int | None) -> jax.Array:
     # the layer first: its axis is never sharded, so only the members of one layer cross devices

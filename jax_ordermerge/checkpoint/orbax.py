@@ -22,8 +22,14 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.tree import unflatten
 
 T = TypeVar("T")
+# checkpoints/
+#   4/                          step 4
+#     _CHECKPOINT_METADATA      written last: without it the checkpoint is partial
+#     state/                    the arrays, an OCDBT database
+#   6.orbax-checkpoint-tmp.../  a save in progress, or one that was cut off
 _STATE, _COMPLETE = "state", "_CHECKPOINT_METADATA"
 _PARTIAL = ".orbax-checkpoint-tmp"
+# bytes of decompressed chunks per open array
 _CACHE_BYTES = 100_000_000
 
 
@@ -59,6 +65,7 @@ class Checkpoints:
         """
         _silence_orbax()
         self.directory = Path(directory).absolute()
+        # before Orbax lists the directory
         if jax.process_index() == 0:
             _remove_partial(self.directory)
         ocp = _import_orbax()
@@ -67,6 +74,7 @@ class Checkpoints:
             self.directory,
             preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
         )
+        # one thread: notifications keep the order of the saves
         self._on_saved, self._thread = on_saved, ThreadPoolExecutor(1)
         self._notification: Future[None] | None = None
 
@@ -98,6 +106,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until the save in progress is complete and `on_saved` has returned."""
         if self._notification is not None:
+            # cleared first, so that an error is raised once
             notification, self._notification = self._notification, None
             notification.result()
         self._checkpointer.wait()
@@ -182,6 +191,7 @@ def restore(directory: str | Path, step: int, abstract_tree: T) -> T:
         UserError: there is no such checkpoint, or an array in it is absent or has another shape.
     """
     _check_arrays(directory, step, abstract_tree)
+    # Orbax would restore onto the devices that the checkpoint was saved from, which may be absent
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device),
@@ -189,6 +199,7 @@ def restore(directory: str | Path, step: int, abstract_tree: T) -> T:
     )
     ocp = _import_orbax()
     context = ocp.Context()
+    # branches that are not in the abstract tree, such as the optimizer state, are not read
     context.pytree.loading.partial_load = True
     path = _checkpoint_path(directory, step)
     with context, _damage_as_user_error(path):
@@ -208,6 +219,7 @@ def restore_member(directory: str | Path, step: int, member: int, abstract_tree:
         UserError: as in `restore`, and if the member does not exist.
     """
     _check_arrays(directory, step, abstract_tree, member)
+    # Orbax restores whole arrays only. tensorstore, which it writes with, reads any part.
     checkpoint = _checkpoint_path(directory, step)
 
     def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -249,6 +261,7 @@ def open_member(
     abstract = unflatten(
         {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     )
+    # now, and not at the first read in the middle of a merge
     _check_arrays(directory, step, abstract, member)
     checkpoint = _checkpoint_path(directory, step)
     with _damage_as_user_error(checkpoint):
@@ -261,6 +274,7 @@ def open_member(
 def _open_store(path: Path, name: str) -> Any:
     import tensorstore
 
+    # the layout of Orbax: one zarr3 array per leaf, all in one OCDBT database
     kvstore = {"driver": "ocdbt", "base": f"file://{path / _STATE}/", "path": f"{name}/"}
     # consecutive rows are read one by one, and many lie in one chunk
     context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
@@ -275,6 +289,7 @@ def _steps(directory: Path) -> list[int]:
     return [
         int(path.name)
         for path in directory.iterdir()
+        # Orbax writes this file last
         if path.name.isdecimal() and (path / _COMPLETE).is_file()
     ]
 
@@ -325,6 +340,7 @@ def _check_arrays(
         )
     }
     checkpoint = f"checkpoint {Path(directory) / str(step)}"
+    # the member axis of the checkpoint is not in the abstract tree of one member
     leading = 0 if member is None else 1
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_tree):
         name = _leaf_name(path)
@@ -372,4 +388,5 @@ def _import_orbax() -> Any:
 
 
 def _silence_orbax() -> None:
+    # Orbax logs every save and restore at levels that the user would see
     logging.getLogger("absl").setLevel(logging.ERROR)

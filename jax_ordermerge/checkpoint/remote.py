@@ -25,7 +25,10 @@ from jax_ordermerge.errors import UserError
 
 _PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # extra, and the package it installs
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/+([^/].*)")
-# Directory for bookkeeping: the list, and new versions of listed files until the list names them.
+# Objects below an address:
+#   config.yaml, checkpoints/4/...    the files, under their names
+#   .ordermerge/files.json            the list, written last: version, files, removed files
+#   .ordermerge/waiting/DIGEST        new content of listed files, until the list names it
 _BOOKKEEPING = ".ordermerge"
 _LIST, _STAGING = f"{_BOOKKEEPING}/files.json", f"{_BOOKKEEPING}/waiting"
 _UNFINISHED = re.compile(r"\.partial\b|\.orbax-checkpoint-tmp")
@@ -83,6 +86,7 @@ def address(path: str | Path) -> str | None:
     if scheme not in _PACKAGES:
         supported = " and ".join(f"{name}://" for name in _PACKAGES)
         raise UserError(f"{path}: {scheme}:// is not supported, only {supported}")
+    # an address becomes a path of the local cache, which must stay inside of it
     parts = match[2].rstrip("/").split("/")
     if {"", ".", ".."} & set(parts):
         raise UserError(f"{path}: expected {scheme}://BUCKET/PATH without empty parts, . and ..")
@@ -124,7 +128,10 @@ def fetch(path: str | Path, *, without: str | None = None) -> Path:
     if url is None:
         return Path(path).expanduser()
     with _one_line_errors(url, "read"):
+        # a directory of this package is read by its list: a reader never mixes two saves; parents
+        # are searched, too, since the address may be that of a file or a member inside
         root = _listed_root(url)
+        # a whole run: share the working copy, it may be here already
         if root == url:
             mirror = Mirror(url)
             mirror.open()
@@ -138,6 +145,7 @@ def fetch(path: str | Path, *, without: str | None = None) -> Path:
                 name: file for name, file in files.items() if not fnmatch.fnmatch(name, without)
             }
         local = _local("copies", url)
+        # two commands may fetch the same model at the same time
         with _exclusive(local):
             _update(local, files, complete=without is None)
     return local
@@ -177,6 +185,7 @@ def _unlisted_files(url: str) -> dict[str, _RemoteFile]:
     for name, info in store.find(url, detail=True).items():
         if name.endswith("/"):
             continue
+        # the ETag changes with the content; the size helps stores that have none
         version = f"{info['size']} {info.get('ETag') or info.get('etag')}"
         below = name.removeprefix(url.partition("://")[2]).strip("/")
         download = functools.partial(_get, store, name)
@@ -194,6 +203,7 @@ def _update(local: Path, files: Mapping[str, _RemoteFile], *, complete: bool) ->
         target = local / name if name else local
         if versions.get(name) != file.version or not target.is_file():
             file.download(target)
+    # a partial fetch must not forget what an earlier one copied
     if complete:
         versions = {}
         if "" not in files:
@@ -207,6 +217,7 @@ def _download(root: str, name: str, file: File, target: Path) -> None:
 
     It lies under its name, or in the staging directory if a copy to the bucket was cut off.
     """
+    # the size first: hashing gigabytes takes seconds
     if target.is_file() and target.stat().st_size == file.size and _digest(target) == file.digest:
         return
     for origin in (f"{root}/{name}", f"{root}/{_STAGING}/{file.digest}"):
@@ -229,6 +240,7 @@ def _get(store: Any, origin: str, target: Path, digest: str | None = None) -> No
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
         store.get_file(origin, str(partial))
+        # an object under its name may be of a newer save, while the staged one is the listed one
         if digest is not None and _digest(partial) != digest:
             raise FileNotFoundError(origin)
         os.replace(partial, target)
@@ -266,6 +278,7 @@ class Mirror:
             listing, record = _read_listing(self.url), self.record
             if listing is not None and record is not None and listing.version == record.version:
                 return False
+            # without a list nothing says whose objects these are
             if listing is None:
                 if _has_objects(self.url):
                     raise UserError(
@@ -274,6 +287,7 @@ class Mirror:
                     )
                 listing = Listing(secrets.token_hex(8), {})
                 _write_listing(self.url, listing)
+            # files that are here with the right digest are not copied
             for name, file in listing.files.items():
                 _download(self.url, name, file, self.local / name)
             _remove_all_but(set(listing.files), self.local)
@@ -298,12 +312,14 @@ class Mirror:
                     f"{self.url} was written by another process meanwhile; nothing was changed"
                     " there, end one of the two"
                 )
+            # the previous save may have been cut off between its list and its last rename
             _finish_staging(self.url, before)
             files = {name: self._upload(name, before.files) for name in _finished(self.local)}
             if files == before.files:
                 return
             gone = tuple(sorted(before.files.keys() - files.keys()))
             listing = Listing(secrets.token_hex(8), files, gone)
+            # remembered before the write, whose answer may get lost
             self._last_version = listing.version
             _write_listing(self.url, listing)
             self._write_record(listing)
@@ -322,6 +338,8 @@ class Mirror:
             file = File(hashlib.sha256(content).hexdigest(), len(content))
         else:
             file = File(_digest(path), size)
+        # A new name is invisible until the list names it. A listed name must keep its content until
+        # then, so its new content waits in staging.
         if listed.get(name) != file:
             store = _store(self.url)
             target = f"{_STAGING}/{file.digest}" if name in listed else name
@@ -365,6 +383,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         listing = _read_listing(url)
         if listing.files if listing is not None else _has_objects(url):
             raise UserError(f"{url} is not empty; give a new address, or remove it")
+    # remains of an earlier call that was cut off
     mirror = Mirror(url)
     shutil.rmtree(mirror.local, ignore_errors=True)
     yield mirror.local
@@ -372,6 +391,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         listing = listing or Listing(secrets.token_hex(8), {})
         _write_listing(url, listing)
         mirror._write_record(listing)
+    # the copy has done its work: a merge may be tens of gigabytes
     mirror.save()
     shutil.rmtree(mirror.local)
 
@@ -401,6 +421,7 @@ def _finish_staging(url: str, listing: Listing) -> None:
             if file.digest == digest:
                 store.cp_file(f"{url}/{_STAGING}/{digest}", f"{url}/{name}")
         store.rm_file(f"{url}/{_STAGING}/{digest}")
+    # last, so that a reader of the previous list can still finish
     for name in listing.gone:
         with contextlib.suppress(FileNotFoundError):
             store.rm_file(f"{url}/{name}")
@@ -478,6 +499,7 @@ def _digest(path: Path) -> str:
 @contextlib.contextmanager
 def _exclusive(local: Path) -> Iterator[None]:
     """Let one process of this machine at a time bring a copy up to date."""
+    # a lock file beside the copy, since the copy itself may be removed
     local.parent.mkdir(parents=True, exist_ok=True)
     with local.with_name(f".{local.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -507,6 +529,7 @@ def _one_line_errors(url: str, action: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    # gcsfs, s3fs and their HTTP clients share no base class of errors
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(

@@ -75,6 +75,7 @@ class Reader:
             raise UserError(
                 f"model {path} not found; give an existing directory or safetensors file"
             )
+        # all headers now, so that a damaged shard is an error before hours of work
         self._entries: dict[str, _Entry] = (
             _open_directory(source) if source.is_dir() else _read_header(source)
         )
@@ -127,12 +128,15 @@ class Reader:
             UserError: the file ends early, so it was changed since it was opened.
         """
         entry = self._entry(name)
+        # many threads read, each file is opened once
         with self._lock:
             if entry.file not in self._handles:
                 self._handles[entry.file] = os.open(entry.file, os.O_RDONLY)
         view = out.reshape(-1).view(np.uint8).data
+        # a byte view, since preadv knows no bfloat16
         position = entry.start + start * entry.dtype.itemsize
         while len(view):
+            # positional reads: threads share the handle without a common file position
             count = os.preadv(self._handles[entry.file], [view], position)
             if not count:
                 raise UserError(
@@ -196,6 +200,7 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
             f"{directory} has both {SINGLE} and an index with shards; engines read it differently,"
             " remove one of them"
         )
+    # an index from elsewhere must not make this process read outside of the directory
     for file in sorted(indexed):
         if Path(file).name != file:
             raise _printable_error(
@@ -253,6 +258,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     ):
         raise _printable_error(f"{path}: __metadata__ must map strings to strings")
     entries = [(name, *_check_entry(path, name, raw)) for name, raw in header.items()]
+    # Sorted by offsets, adjacent tensors must touch: no byte may belong to two tensors, or to none.
+    # The format demands it, so that no data can hide in a file.
     entries.sort(key=lambda entry: entry[3:])
     end, available = 0, size - 8 - length
     for name, _, _, begin, stop in entries:
@@ -303,6 +310,8 @@ def _check_entry(
             " of numbers from 0"
         )
     dtype = DTYPES[code]
+    # Numpy takes 32 axes (64 since 2.0) and sizes of int64. A zero counts as one here: numpy checks
+    # the product of the other extents even if the array is empty.
     if len(shape) > 32 or math.prod(max(extent, 1) for extent in shape) * dtype.itemsize >= 2**63:
         raise _printable_error(f"{path}: {name} has shape {shape}, which no array can have")
     size = math.prod(shape) * dtype.itemsize
@@ -371,6 +380,7 @@ def write(
         )
         with shards.ShardFiles(partial, table, target_dtype, shard_bytes) as files:
             files.create()
+            # a dict keeps the order, so that the error names the first missing tensor
             missing = dict.fromkeys(table)
             for name, array in tensors:
                 if name not in missing:

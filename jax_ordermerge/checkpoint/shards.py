@@ -44,10 +44,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# bytes per read of a digest; bytes written before an early flush
 _READ_BYTES = 1 << 22
 _FLUSH_BYTES = 1 << 27
 
 
+#   bytes  0 to 8   8 to 8 + n      8 + n to the end
+#         n       JSON header     tensors, in the order of the header
 class _Location(NamedTuple):
     """Where the bytes of a tensor lie."""
 
@@ -91,6 +94,7 @@ class ShardFiles:
         shards: list[list[str]] = [[]]
         filled = 0
         for name, size in sizes.items():
+            # a tensor larger than the bound gets a file of its own
             if shards[-1] and filled + size > shard_bytes:
                 shards.append([])
                 filled = 0
@@ -107,8 +111,10 @@ class ShardFiles:
             for name in tensors:
                 self._locations[name] = _Location(file, start, sizes[name])
                 start += sizes[name]
+        # absolute positions, so that writers need no header
         self.bytes = sum(sizes.values())
         self._handles: dict[str, int] = {}
+        # `_lock` guards handles and counters, `_flushing` is held while a flush is in progress
         self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._unflushed = 0
 
@@ -137,6 +143,7 @@ class ShardFiles:
         Raises:
             UserError: the disk has not enough space.
         """
+        # headers first: readers and other processes find a valid layout from the start
         for name, header in self._headers.items():
             size = len(header) + sum(self._locations[tensor].size for tensor in self._shards[name])
             path = self._directory / name
@@ -144,6 +151,7 @@ class ShardFiles:
                 file.write(header)
                 file.flush()
                 _reserve(file.fileno(), size, path)
+        # the index is what makes shards one model; a single file needs none
         if len(self._shards) > 1:
             weight_map = {name: self._locations[name].file for name in self._table}
             index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
@@ -163,6 +171,7 @@ class ShardFiles:
         while len(view):
             with no_space(self._directory / location.file):
                 written = os.pwrite(handle, view, position)
+            # a write may be partial, in particular beyond 2 GiB
             view, position = view[written:], position + written
         self._flush_early(handle, data.nbytes)
 
@@ -185,6 +194,7 @@ class ShardFiles:
     def digest(self, name: str) -> str:
         """Return the CRC-32 of the bytes of a tensor as they are in the file, in hex."""
         location = self._locations[name]
+        # read from the file and not from memory: the digest vouches for what was stored
         crc, position, end = 0, location.start, location.start + location.size
         while position < end:
             size = min(_READ_BYTES, end - position)

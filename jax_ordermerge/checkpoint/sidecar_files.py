@@ -14,13 +14,13 @@ Json = dict[str, Any]
 
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    "tokenizer.json",  # fast tokenizers
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "vocab.json",  # byte-level BPE, with merges.txt
+    "vocab.txt",  # WordPiece
     "merges.txt",
-    "tokenizer.model",
+    "tokenizer.model",  # SentencePiece, which llama.cpp reads
 )
 
 
@@ -44,6 +44,7 @@ def write(
         card: text of `README.md`.
         recipe: text of `merge_config.yaml`.
     """
+    # written from the config, not copied: keys of the source that are not understood would lie
     raw = config.to_hf(dtype)
     # servers use sampling values of this file as their defaults, so it holds token ids only
     generation = {
@@ -74,10 +75,12 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     """
     if not source.is_dir():
         raise UserError(f"directory {source}, to copy the tokenizer from, does not exist")
+    # byte for byte: a tokenizer that is parsed and written again may differ in its details
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             atomic.write_bytes(directory / name, (source / name).read_bytes())
     config_path, template_path = source / TOKENIZER_CONFIG, source / CHAT_TEMPLATE
+    # read as bytes: text mode would change line ends, which the model sees
     template = template_path.read_bytes().decode() if template_path.is_file() else None
     if config_path.is_file():
         content = config_path.read_bytes()
@@ -88,12 +91,14 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
         if not isinstance(config, dict):
             raise UserError(f"{config_path}: expected a JSON object, got {type(config).__name__}")
         served = _served_tokenizer_config(config, template)
+        # unchanged files keep their bytes, order and spaces included
         if served == config:
             atomic.write_bytes(directory / TOKENIZER_CONFIG, content)
         else:
             _write_json(directory / TOKENIZER_CONFIG, served)
         if isinstance(served.get("chat_template"), str):
             template = served["chat_template"]
+    # a directory without a chat template is a base model and stays one
     if template is not None:
         atomic.write_text(directory / CHAT_TEMPLATE, inference_template(template))
 

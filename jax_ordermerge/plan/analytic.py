@@ -136,8 +136,9 @@ def attention_kernel(spec: PlanSpec, topology: Topology) -> str:
 
 
 def peak_flops(spec: PlanSpec, topology: Topology) -> float:
-    """Return the peak FLOP/s per device for matmuls of the compute dtype; see `flops.peak_flops`."""
+    """Return the peak FLOP/s per device for matmuls of the compute dtype."""
     assert topology.device is not None
+    # see `flops.peak_flops`: float32 runs as TF32 on a GPU, in one pass of bfloat16 on a TPU
     half = spec.model.compute_dtype == "float32" and not topology.tpu
     return topology.device.flops / (2 if half else 1)
 

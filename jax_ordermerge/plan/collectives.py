@@ -17,19 +17,27 @@ Axes = tuple[str, ...]
 # (kind, mesh axes crossed) -> (operations, bytes per device received)
 Collectives = dict[tuple[str, Axes], tuple[float, float]]
 
+# Examples of the lines that the patterns below find, in this order:
+#   %r = f32[8,4]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+#   replica_groups={{0,1},{2,3}}            groups listed
+#   replica_groups=[4,2]<=[2,2,2]T(0,2,1)   4 groups of 2: an iota, reshaped and transposed
+#   replica_groups=mesh['a'=2,'b'=8] {'b'}  axes of a mesh
+#   source_target_pairs={{0,1},{1,0}}       pairs of a permutation
 _COLLECTIVE = re.compile(
     r"= (?P<shape>\S.*?)"
     r" (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
     r"(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
-# The three notations of groups of devices: listed, by strides of an iota, by axes of a named mesh.
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
-# Which computation calls which.
+# Which computation calls which:
+#   %body (p: (u32[], f32[2])) -> (u32[], f32[2]) {
+#   %w = (...) while(%a), condition=%condition, body=%body
+#   %c = f32[2] conditional(%i, %x, %x), branch_computations={%short, %long}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=\{?%?([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
@@ -90,6 +98,8 @@ def read_collectives(program: str, mesh: Mesh, *, rounds: int = 1) -> Collective
         {('all-reduce', ('fsdp',)): (1.0, 128.0)}
     """
     computations, entry = _parse(program, mesh)
+    # A computation may be called from several places, and a loop within a loop multiplies: so walk
+    # the calls from the entry and add up how often each computation is executed.
     executions: dict[str, float] = collections.defaultdict(float)
 
     def execute(name: str, times: float) -> None:
@@ -97,6 +107,7 @@ def read_collectives(program: str, mesh: Mesh, *, rounds: int = 1) -> Collective
         for callee, count in computations[name].calls:
             if isinstance(count, str):
                 count = _iterations(computations[count], computations[callee]) or rounds
+            # reducers such as %add of a collective are computations of their own, some are left out
             if callee in computations:
                 execute(callee, times * count)
 
@@ -122,6 +133,7 @@ def _parse(program: str, mesh: Mesh) -> tuple[dict[str, _Computation], str]:
             continue
         computation = computations[name]
         _read_integers(computation, line)
+        # the condition of a loop runs as often as the body but has no collectives
         if loop := _LOOP.search(line):
             trips = _TRIPS.search(line)
             computation.calls.append((loop[2], int(trips[1]) if trips else loop[1]))
@@ -130,6 +142,7 @@ def _parse(program: str, mesh: Mesh) -> tuple[dict[str, _Computation], str]:
         else:
             computation.calls += [(callee, 1) for callee in _CALLED.findall(line)]
         if collective := _COLLECTIVE.search(line):
+            # a group of one device sends nothing and crosses no axis
             axes = _crossed_axes(_device_groups(line, mesh.size), mesh)
             if axes:
                 size = _received_bytes(collective, math.prod(mesh.shape[axis] for axis in axes))
@@ -224,6 +237,7 @@ def _groups_of_axes(mesh: str, axes: str) -> list[list[int]]:
         name: (int(outer or 1), int(size or sizes[name]))
         for name, _, outer, size in _AXIS.findall(axes)
     }
+    # row-major device numbers, as jax and XLA number the devices of a mesh
     # each axis of the mesh becomes three: outside the sub-axis, the sub-axis, inside of it
     shape: list[int] = []
     grouped = []

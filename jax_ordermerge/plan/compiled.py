@@ -85,6 +85,8 @@ def step_requirements(
     Raises:
         TooLarge: the compiler says that the step does not fit.
     """
+    # The plan decides the padded lengths, and so the branches of the program. Only shapes of the
+    # examples matter: their values never reach the compiler.
     plan = batches.make_plan(spec, examples or longest_examples(spec), spec.first_wave, mesh=mesh)
     programs = Programs(model, plan, mesh)
     needs = _compile(programs.compile_step, mesh)
@@ -96,11 +98,13 @@ def step_requirements(
 
 def longest_examples(spec: TrainingSpec) -> Examples:
     """Return one batch of artificial examples, each as long as the settings allow."""
+    # the longest rows need most memory: a step that fits them fits all
     size, length = spec.training.batch, spec.data.max_length
     offsets = np.arange(size + 1) * length
     tokens = Ragged(np.ones(size * length, np.int32), offsets)
     response = Ragged(np.ones(size * length, np.bool_), offsets)
     examples = Examples(tokens, response, np.arange(size))
+    # two sequences per pair, and the log-probabilities of the base, which a run measures first
     if spec.objective.kind == "dpo":
         reference = np.zeros((size, 2), np.float32)
         examples = dataclasses.replace(examples, rejected=examples, reference=reference)
@@ -149,6 +153,7 @@ def merge_requirements(spec: PlanSpec, model: ModelConfig, mesh: Mesh) -> Requir
     the merged model lie in memory beside it. Collectives are those of that one tensor, by the
     method that sends most.
     """
+    # compiled on shapes: no member exists yet
     dtype, members = spec.merge.dtype, spec.population.members
     merges = [_compile(program, mesh) for program in _merge_programs(spec, model, mesh)]
     population_bytes, model_bytes = (
@@ -160,6 +165,7 @@ def merge_requirements(spec: PlanSpec, model: ModelConfig, mesh: Mesh) -> Requir
     )
     return Requirements(
         arguments=population_bytes + model_bytes,
+        # the merged model grows while members and base are still there
         temporaries=model_bytes + max((needs.temporaries for needs in merges), default=0),
         collectives=max((needs.collectives for needs in merges), key=_total_bytes, default={}),
         seconds=sum(needs.seconds for needs in merges),
@@ -197,6 +203,8 @@ def _merge_programs(
 
 
 def _compile(program: Callable[[], Any], mesh: Mesh, rounds: int = 1) -> Requirements:
+    # A refusal for lack of memory is a result of the plan. Any other error of the compiler is a
+    # defect and is raised as it is.
     start = time.monotonic()
     try:
         compiled = program()

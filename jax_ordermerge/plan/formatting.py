@@ -70,6 +70,7 @@ def _option_json(option: OptionPlan) -> Json:
     }
     if seconds is not None:
         document |= {name: getattr(option, name) for name in _TIMED_KEYS}
+    # optional keys come last: a reader that does not know them sees the same document as ever
     document["source"] = option.source
     if option.refused:
         document["refused"] = True
@@ -108,6 +109,7 @@ def _collectives_json(collectives: Collectives) -> list[Json]:
 
 def as_text(plan: Plan) -> str:
     """Return a plan as tables and a verdict."""
+    # a fixed width, so that the text does not depend on the terminal and can be tested
     file = io.StringIO()
     console = Console(file=file, width=_WIDTH, highlight=False, markup=False)
     work = plan.work
@@ -139,6 +141,7 @@ def describe_verdict(
     configured: OptionPlan, recommended: OptionPlan | None, programs: dict[str, ProgramPlan]
 ) -> str:
     """Return whether the config fits and what to change, one sentence per line."""
+    # None is a third answer: CPUs and unknown devices have no data sheet
     fits = {
         True: "It fits",
         False: "It does not fit",
@@ -151,6 +154,7 @@ def describe_verdict(
         sentences = [f"{fits}, and no settings that were tried are much better."]
     else:
         sentences = [f"{fits}."]
+    # the training step has its own sentence; here are the programs that would fail after it
     for name, program in programs.items():
         if program.fits is not False:
             continue
@@ -172,6 +176,7 @@ def format_changes(changes: Settings) -> str:
     """
     options = []
     for name, value in changes.items():
+        # flow style of YAML, quoted for the shell
         if isinstance(value, dict):
             entries = ", ".join(f"{key}: {size}" for key, size in value.items())
             options.append(f"--set '{name}={{{entries}}}'")
@@ -186,6 +191,7 @@ def _table(*columns: str) -> Table:
 
 def _options_table(plan: Plan) -> Table:
     """Return a table with a column for the config and one for the recommended settings."""
+    # two options side by side show at a glance what the recommendation costs and saves
     options = [plan.configured, *([plan.recommended] if plan.recommended else [])]
     table = Table(box=box.HORIZONTALS, show_edge=False, header_style="bold")
     table.add_column("training step, per device")
@@ -199,6 +205,7 @@ def _options_table(plan: Plan) -> Table:
     row("members at once, microbatch, remat", map(_format_pieces, options))
     for kind in _MEMORY_KINDS:
         sizes = [getattr(option.step.memory, kind) for option in options]
+        # the base is 0 in full fine-tuning
         if any(sizes):
             row(f"memory: {kind}, GiB", map(_gib, sizes))
     if plan.configured.memory_limit is not None:
@@ -260,6 +267,7 @@ def _experiment_table(plan: Plan) -> Table:
 
 
 def _format_mesh(option: OptionPlan) -> str:
+    # `order` and `fsdp` always, the other axes only if they divide something
     sizes = analytic.abstract_mesh(option.spec, option.topology).shape
     return " x ".join(
         f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("order", "fsdp")

@@ -74,6 +74,7 @@ def read_inputs(
             base = convert.resolve(spec.model.base, weights=False)
             model, name = convert.load_config(base, spec.model.ignore_config_keys), spec.model.base
         except UserError as error:
+            # gated models need a login, but their shapes are public, and a plan needs no more
             published = architecture_of(spec.model.base)
             if published is None:
                 raise UserError(
@@ -83,6 +84,7 @@ def read_inputs(
             model, name = published, f"{spec.model.base} by its name"
             notes.append(f"{spec.model.base} cannot be read: its published shape is used")
     train = test = None
+    # without the base there is no tokenizer, so lengths cannot be measured
     if base is not None and examples is None:
         try:
             train, test = _read_examples(spec, base)
@@ -98,6 +100,7 @@ def read_inputs(
     if train is not None:
         train_count = len(train)
     elif examples is not None:
+        # as a run does: held-out examples are taken from the training file
         train_count = max(examples - spec.data.validation_examples - spec.data.test_examples, 1)
     test_count = len(test) if test is not None else tests or spec.data.test_examples or None
     return Inputs(model, name, train, test, train_count, test_count, tuple(notes))
@@ -130,10 +133,12 @@ def _read_examples(spec: PlanSpec, base: Path) -> tuple[Examples, Examples | Non
 
 def measure_workload(spec: PlanSpec, inputs: Inputs) -> Workload:
     """Return the inputs of a training step of one member, on average over the training."""
+    # Orders permute examples, so every member has the same tokens per epoch: one member is enough.
     examples = inputs.train or compiled.longest_examples(spec)
     plan = batches.make_plan(spec, examples, (0,))
     lengths = np.concatenate([part.lengths for part in examples.parts])
     steps = None
+    # with packing the number of steps is that of the packs, which only the plan knows
     if inputs.train is not None:
         steps = plan.steps
     elif inputs.train_count is not None:

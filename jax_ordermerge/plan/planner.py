@@ -75,10 +75,12 @@ def plan_experiment(
             "attention is compiled as plain XLA; cuDNN, which `run` uses where possible, needs less"
             " memory"
         )
+    # the workload does not depend on the settings that the search changes
     planner = _Planner(target, inputs, measure_workload(spec, inputs), compiles, log)
     configured = planner.plan_step(spec, {})
     candidates = planner.search(spec, notes) if find_better and target.device else []
     recommended = planner.recommend(configured, candidates)
+    # hours and programs of settings that do not fit would help nobody
     best = recommended or configured
     return Plan(
         topology=target,
@@ -127,6 +129,7 @@ class _Planner:
         settings = f" with {format_changes(changes)}" if changes else ""
         self.log(f"compiling the training step for {self.topology.name}{settings}")
         memory = estimate.memory
+        # XLA reports one number for all arguments: the state is exact, so the batch is the rest
         state = memory.parameters + memory.optimizer + memory.base
         option = dataclasses.replace(option, source="compiled")
         try:
@@ -134,6 +137,7 @@ class _Planner:
                 self.compilable(spec), self.inputs.model, self.mesh(spec), self.inputs.train
             )
         except compiled.TooLarge as error:
+            # the compiler names the total at most, so the excess counts as temporaries
             temporaries = memory.temporaries
             if error.bytes is not None:
                 temporaries = max(error.bytes - (state + memory.batch), 0.0)
@@ -141,9 +145,9 @@ class _Planner:
             step = dataclasses.replace(estimate, memory=memory)
             return dataclasses.replace(option, step=step, refused=True)
         traffic: dict[str, float] = {}
+        # the time of a collective depends on the links it uses, not on its kind
         for (_, axes), (_, size) in needs.collectives.items():
             traffic[" ".join(axes)] = traffic.get(" ".join(axes), 0.0) + size
-        # the state is exact in the estimate, so what remains of the arguments is the batch
         compiled_memory = dataclasses.replace(
             memory, batch=needs.arguments - state, temporaries=float(needs.temporaries)
         )
@@ -201,6 +205,8 @@ class _Planner:
         limit = math.inf
         if configured.fits:
             limit = _WORTHWHILE * configured.population_step_seconds
+        # The estimate ranks, the compiler decides: it may refuse what the estimate accepts, so some
+        # candidates are tried, but not all, since each compilation takes up to minutes.
         faster = [o for o in candidates if o.changes and o.population_step_seconds < limit]
         for candidate in faster[:_COMPILED]:
             option = self.plan_step(candidate.spec, candidate.changes)

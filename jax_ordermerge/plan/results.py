@@ -10,6 +10,7 @@ from jax_ordermerge.plan.collectives import Collectives
 from jax_ordermerge.plan.compiled import Requirements
 from jax_ordermerge.plan.spec import PlanSpec
 
+# values as `--set` takes them; null is None
 Settings = dict[str, int | float | str | dict[str, int] | None]
 
 
@@ -23,6 +24,7 @@ def list_settings(spec: PlanSpec, topology: Topology) -> Settings:
         >>> list_settings(PlanSpec(), parse("cpu:8"))["mesh.fsdp"]
         8
     """
+    # with sizes in place of -1, so that two specs that mean the same mesh have no differences
     sizes = dict(analytic.abstract_mesh(spec, topology).shape)
     return {f"mesh.{name}": size for name, size in sizes.items()} | {
         "mesh.dcn": {str(name): size for name, size in spec.mesh.dcn.items()},
@@ -36,6 +38,7 @@ def list_settings(spec: PlanSpec, topology: Topology) -> Settings:
 
 def list_changes(before: PlanSpec, after: PlanSpec, topology: Topology) -> Settings:
     """Return the settings of `after` that differ from those of `before`."""
+    # only what a plan may change: other settings are equal
     old, new = list_settings(before, topology), list_settings(after, topology)
     return {name: value for name, value in new.items() if value != old[name]}
 
@@ -86,6 +89,7 @@ class OptionPlan:
     def fits(self) -> bool | None:
         """Whether the step fits the memory; None without a data sheet."""
         limit = self.memory_limit
+        # the compiler may refuse for reasons that the total does not show, such as fragmentation
         return None if limit is None else self.step.memory.total <= limit and not self.refused
 
     @property
@@ -105,6 +109,7 @@ class OptionPlan:
         seconds = self.step.seconds
         if seconds is None:
             return None
+        # of the model only: counting recomputation would reward settings that waste FLOPs
         peak = analytic.peak_flops(self.spec, self.topology) * self.topology.size
         return self.model_flops / seconds / peak
 
@@ -116,6 +121,7 @@ class OptionPlan:
         infinite without a data sheet.
         """
         seconds = self.step.seconds
+        # infinity compares as slower than anything, so options without times are never recommended
         if seconds is None:
             return float("inf")
         return seconds * self.spec.population.members / self.members
@@ -171,6 +177,7 @@ class ExperimentPlan:
     @property
     def total_hours(self) -> float | None:
         """Hours of all stages; None if those of a stage are not known."""
+        # a sum over known stages only would look like a total
         hours = [value for value in self.hours.values() if value is not None]
         return sum(hours) if len(hours) == len(self.hours) else None
 

@@ -9,6 +9,7 @@ from jax_ordermerge import config
 from jax_ordermerge.config.merge import Merge
 from jax_ordermerge.train.spec import TrainingSpec
 
+# small enough for any device that holds the frozen base; a user chooses rank and alpha later
 _ADAPTERS = config.Lora(rank=16, alpha=32.0)
 
 
@@ -59,6 +60,7 @@ class PlanSpec(TrainingSpec):
 
         The values are not validated: the search proposes only values that a config accepts.
         """
+        # `model_copy` skips validation, which would cost more than the estimate of an option
         changed = {
             name: getattr(self, name).model_copy(update=dict(settings))
             for name, settings in sections.items()
@@ -67,4 +69,5 @@ class PlanSpec(TrainingSpec):
 
     def with_adapters(self) -> "PlanSpec":
         """Return a spec that trains low-rank adapters on a frozen base in place of all weights."""
+        # a frozen base is only read, so it needs no float32 masters
         return dataclasses.replace(self, lora=_ADAPTERS, base_dtype=self.model.compute_dtype)

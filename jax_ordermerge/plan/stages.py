@@ -25,6 +25,7 @@ def plan_stages(
     """
     merges, model = len(spec.merge.methods), inputs.model
     models = 1 + spec.population.members + merges  # the base, the members, the merges
+    # without tasks and test examples there is no evaluation, which takes no time anywhere
     evaluates = bool(spec.data.test is not None or spec.evaluation.tasks)
     hours = {"training": training_hours, "merges": None, "analysis": None}
     hours["evaluation"] = None if evaluates else 0.0
@@ -71,6 +72,7 @@ class _StageTimes:
 
         Members and base are read, the result is written, and members cross `order` once.
         """
+        # a merge is bound by memory or links: its arithmetic is a few operations per element
         models = self.spec.population.members + 2
         size = models * self.spec.merge_bytes * self.parameters / self.shards
         crossing = 0.0
@@ -81,6 +83,7 @@ class _StageTimes:
 
     def forward(self, tokens: int, length: int) -> float:
         """Return the seconds of a forward pass over `tokens` tokens in rows of `length`."""
+        # examples are independent, so all devices work on them; the head and padding are included
         speed = self.topology.size * analytic.MATMUL_EFFICIENCY * self.peak
         return flops.forward_flops(self.model, tokens, length) / speed
 
@@ -111,6 +114,7 @@ class _StageTimes:
         # prompts are read by the devices of one group alone: the other groups compute the same
         groups = self.topology.size // self.shards
         for task in evaluation.tasks:
+            # answers usually end early; how early is not known before there are models
             items = min(task.limit or count, count)
             batches = math.ceil(items / evaluation.batch)
             seconds += (
