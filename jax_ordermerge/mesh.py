@@ -32,6 +32,7 @@ RULES: Final[dict[str, tuple[str, ...]]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    # An embedding table whose rows are gathered. Its vocabulary stays whole, see model/llama.py.
     "looked_up": ("tensor",),
 }
 
@@ -65,6 +66,8 @@ def make_mesh(
         >>> dict(make_mesh(1, 1, 1).shape)
         {'order': 1, 'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
     """
+    # Described devices (of a topology that is not here) take the same path as real ones, so that a
+    # plan compiles for the mesh that a run would build.
     present = list(jax.devices() if devices is None else devices)
     requested = {"order": order, "data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
     sizes = axis_sizes(requested, len(present))
@@ -78,6 +81,7 @@ def make_mesh(
             tuple(sizes.values()), used, allow_split_physical_axes=True
         )
         return Mesh(grid, AXES, axis_types=types)
+    # Several slices: the outer part of each axis lies across slices, the inner part within one.
     outer = _fill(
         {**dict.fromkeys(AXES, 1), **(dcn or {"order": slices})},
         slices,
@@ -117,6 +121,7 @@ def _describe(sizes: Mapping[str, int]) -> str:
 
 def _fill(sizes: dict[str, int], present: int, *, label: str, noun: str) -> dict[str, int]:
     """Return the sizes with -1 replaced by all remaining devices (or slices)."""
+    # A product smaller than `present` is allowed: tests and small runs use some of the devices.
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
@@ -159,6 +164,8 @@ def _spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, 
         targets = tuple(
             axis for axis in RULES.get(name or "", ()) if axis in sizes and axis not in used
         )
+        # Padding an axis would change sums over it; replicating costs memory only. It happens to
+        # kv heads, fewer than the devices of `tensor`, and to odd vocabularies.
         if extent % math.prod(sizes[axis] for axis in targets):
             targets = ()
         used.update(targets)
@@ -232,6 +239,8 @@ def divide(
         ...     ).tolist()
         [4, 5, 6, 7]
     """
+    # check_vma=False here and below: jax's check of replicated outputs rejects custom gradients and
+    # kernels, which it cannot see into.
     names = RULES[axis]
     specs = [P() if dim is None else P(*[None] * dim, names) for dim in (*arguments, result)]
     return jax.shard_map(
@@ -254,6 +263,7 @@ def per_device(fn: Callable[..., Any], arguments: PyTree, result: PyTree) -> Cal
         ...     ).tolist()
         [1, 5]
     """
+    # inside the map over members `order` is manual already and must not be named again
     mesh = jax.sharding.get_abstract_mesh()
     names = set(mesh.axis_names) - set(mesh.manual_axes)
     return jax.shard_map(
@@ -301,6 +311,8 @@ def update_members(
         count = jax.tree.leaves(states)[0].shape[0]
         return jax.lax.scan(body, states, (jax.numpy.arange(count), inputs))
 
+    # Why not `vmap`? It batches the products of all members into one, whose sums round otherwise:
+    # a member would not equal the member trained alone.
     specs = P("order")
     return jax.shard_map(
         local,
@@ -328,6 +340,7 @@ def any_member(flag: jax.Array) -> jax.Array:
     """
     if "order" not in jax.sharding.get_abstract_mesh().manual_axes:
         return flag
+    # psum has no boolean form
     return jax.lax.psum(flag.astype("int32"), "order") > 0
 
 
@@ -373,6 +386,7 @@ def provide_cpu_devices(sizes: Iterable[int]) -> None:
     Example:
         >>> provide_cpu_devices([1, -1])
     """
+    # A user's own XLA_FLAGS win: the tests set 8 devices there for every mesh.
     wanted = math.prod(size for size in sizes if size > 0)
     if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):

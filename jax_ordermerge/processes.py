@@ -41,6 +41,7 @@ def check_alike(inputs: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
+    # sort_keys: dicts that were built in another order are alike
     texts = [json.dumps(value, sort_keys=True, default=str) for value in inputs.values()]
     digests = np.stack(
         [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts]
@@ -109,6 +110,7 @@ class StopSignal:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # from here on a second Ctrl-C interrupts at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if jax.process_count() == 1:
             self._number, self._asked = number, True
@@ -118,6 +120,7 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         # Python delivers signals to the main thread only
         if threading.current_thread() is threading.main_thread():
+            # with several processes SIGTERM stays with jax's preemption service
             caught = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
             self._before = {number: signal.signal(number, self._handle) for number in caught}
         return self
@@ -128,6 +131,7 @@ class StopSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # handlers of a caller, e.g. a notebook, come back
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -171,6 +175,7 @@ def within(work: Callable[[], Any], seconds: float) -> bool:
         except BaseException as error:  # re-raised in the thread that waits
             errors.append(error)
 
+    # A thread and not SIGALRM: the work blocks inside C++ code, which Python signals do not leave.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -245,6 +250,7 @@ def start_distributed(
     """
     if coordinator is None or jax.distributed.is_initialized():
         return
+    # None lets jax ask the cluster; naming one value turns its detection off
     auto = coordinator == "auto"
 
     def join() -> None:
