@@ -1,1 +1,1 @@
-"""TODO."""
+"""Merge methods, and the kernels that they share."""

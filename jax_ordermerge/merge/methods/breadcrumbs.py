@@ -31,8 +31,11 @@ def band(tensor: Tensor, density: Densities, gamma: Fractions, at_least: int) ->
     size = math.prod(tensor.shape)
     densities = per_member(tensor, "density", density)
     gammas = per_member(tensor, "gamma", gamma)
+    # Exact numbers and no quantiles: in bfloat16 many magnitudes tie, see `ties.trim`. What is kept
+    # goes before what is dropped at the top, so that a small tensor is not emptied by gamma.
     keep = np.minimum(np.maximum(np.floor(densities * size), at_least), size).astype(np.int64)
     top = np.minimum(np.floor(gammas * size).astype(np.int64), size - keep)
+    # a density of 1: no pass that counts, and the program without masks
     if keep.min() >= size:
         return {}
     # the band lies between two cuts: below the `top` largest, among the `top + keep` largest
@@ -47,6 +50,7 @@ def _magnitudes_twice(part: Part) -> list[jax.Array]:
 def apply_band(part: Part, **cuts: Any) -> list[jax.Array]:
     """Return the task vectors without what `band` drops."""
     place, count = places(part), len(part.members)
+    # cuts 0 .. M-1 are the lower ends of the tops, M .. 2M-1 those of the bands
     masks = [
         is_largest(bits, place, cuts, count + i) & ~is_largest(bits, place, cuts, i)
         for i, bits in enumerate(magnitudes(part))

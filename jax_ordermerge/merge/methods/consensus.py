@@ -68,9 +68,11 @@ def apply(
 ) -> jax.Array:
     """Add the multi-task vector where enough members use it."""
     task_vectors = part.task_vectors()
+    # M times the mean, since the masks compare with the sum of the task vectors, as in the paper
     multi_task = combine(task_vectors, weights)
     # a count, since the masks need not be stored: each is used once
     users = jnp.zeros(multi_task.shape, jnp.int32)
+    # the product is only compared: no addition follows that XLA could fuse it with (see `rounded`)
     for i, tau in enumerate(task_vectors):
         users = users + (jnp.abs(tau) >= threshold[i] * jnp.abs(multi_task - tau)).astype(jnp.int32)
     return part.base_float() + rounded(scale * jnp.where(users >= k, multi_task, 0.0))

@@ -18,7 +18,8 @@ from jax_ordermerge.merge.methods.table import METHODS, Method
 
 def last_kept(probability: np.ndarray) -> np.ndarray:
     """Return round(p 2^32) - 1 as int64: hashes up to this are kept. A positive p is >= 2^-32."""
-    # inclusive, since p = 1 would be 2^32, which is no uint32
+    # Inclusive, since p = 1 would be 2^32, which is no uint32. An integer on the host: mergekit
+    # draws in the dtype of the tensor, where a density of 0.9 becomes 0.8984 in bfloat16.
     return np.maximum(np.round(probability * 2.0**32), 1).astype(np.int64) - 1
 
 
@@ -61,6 +62,8 @@ def prepare(
         rescale: divide by the density (the paper), match the L1 norm (mergekit), or none.
         normalize: divide by the sum of the weights: with election, of the members that agree.
     """
+    # The default divides by the density, which keeps the expectation (the paper); mergekit matches
+    # the L1 norm instead, which `rescale: norm` does.
     thresholds = drop(tensor, density)
     return sparse_task_arithmetic.prepare(
         tensor,

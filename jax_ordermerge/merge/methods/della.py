@@ -46,6 +46,7 @@ def sample(tensor: Tensor, density: Densities, epsilon: Fractions) -> Prepared:
         return {}
     # rows as in mergekit: what one index of the first axis holds
     width = math.prod(tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape)
+    # a row of one element has one rank and no spread of probabilities; mergekit stops there
     half = half if width > 1 else 0 * half
     low = last_kept(middle - half)
     # whole steps: the threshold of a rank is then exact in uint32 arithmetic
@@ -55,6 +56,7 @@ def sample(tensor: Tensor, density: Densities, epsilon: Fractions) -> Prepared:
 
 def _thresholds(part: Part, low: jax.Array, step: jax.Array) -> list[jax.Array]:
     """Return the largest hash that is kept of every element, M arrays uint32[*s]."""
+    # no overflow: rank n - 1 gives at most the threshold of density + epsilon, below 2^32
     return [low[i] + step[i] * row_ranks(bits) for i, bits in enumerate(magnitudes(part))]
 
 
@@ -74,7 +76,8 @@ def apply_sample_unbiased(part: Part, *, low: jax.Array, step: jax.Array) -> lis
     for i, (threshold, tau) in enumerate(
         zip(_thresholds(part, low, step), part.task_vectors(), strict=True)
     ):
-        # p of the threshold itself, in whole steps: what is divided by is what was drawn with
+        # The p of the threshold itself, in whole steps, since it was drawn with. The + 1 counts the
+        # hash that is equal to the threshold, which is kept as well.
         probability = (threshold.astype(jnp.float32) + 1) * jnp.float32(2.0**-32)
         keep = random_bits(part.key_bits, index, i) <= threshold
         thinned.append(jnp.where(keep, tau / probability, 0.0))

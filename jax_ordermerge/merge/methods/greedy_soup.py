@@ -28,6 +28,7 @@ def choose(losses: Sequence[float], loss_of: Callable[[Sequence[int]], float]) -
     for member in candidates:
         loss = loss_of((*soup, member))
         history.append(loss)
+        # equality counts as no worse, as in recipe 1
         if loss <= best:
             soup, best = (*soup, member), loss
     return Choice(soup, history)

@@ -52,6 +52,8 @@ def gram(part: Part, *, of: str) -> list[jax.Array]:
         The upper triangle row by row, each float32[blocks, 32]. A list: stacking the pairs would
         take longer than adding them up.
     """
+    # Task vectors are subtracted first. Why not <theta_i, theta_j> less the products with theta_0:
+    # task vectors are far shorter than models, so nearly all digits would cancel.
     vectors = part.task_vectors() if of == "task_vectors" else part.floats()
     return [
         block_sums(vectors[i] * vectors[j])

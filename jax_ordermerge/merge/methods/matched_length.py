@@ -60,6 +60,7 @@ def prepare_lambda_matched(
         tensor.total(_gram_with_selected, p, resample=resample, resample_from=resample_from),
         tensor.count + 1,
     )
+    # |m|^2 and <tau_sel, m>: the last row and column of the products are those of the selection
     square, along = weights @ products[:-1, :-1] @ weights, weights @ products[:-1, -1]
     scale = along / square if square > 0 else 1  # 1 where no member changed anything
     return {"weights": np.float32(weights), "scale": np.float32(scale)}
@@ -99,6 +100,7 @@ METHODS.register(
         task_arithmetic.apply,
         "the average at the length of a selection",
         weights="probabilities",
+        # the stream of `selection`: with one seed both draw the same members
         draws="select",
     ),
 )

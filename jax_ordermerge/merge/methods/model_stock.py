@@ -46,6 +46,8 @@ def prepare(
         return {"floors": floors, "granularity": "row"}
     products = gram_matrix(tensor, "task_vectors")
     i, j = np.triu_indices(tensor.count, 1)
+    # A zero task vector has zero products, so any positive divisor gives it the cosine 0. The clip
+    # below undoes rounding beyond 1.
     divisors = np.maximum(np.sqrt(products[i, i] * products[j, j]), norm_floor)
     cosine = np.mean(np.clip(products[i, j] / np.where(divisors > 0, divisors, 1), -1, 1))
     below = 1 + (tensor.count - 1) * cosine
@@ -80,6 +82,8 @@ def _ratios(products: list[list[jax.Array]], floors: jax.Array) -> jax.Array:
         floors: float32[2], the least product of norms and the least t.
     """
     count = len(products)
+    # As in `prepare`, but in float32 and for every row: a part has complete rows, so that no sum
+    # has to leave the device.
     norms = [jnp.sqrt(row[0]) for row in products]
     cosines = []
     for i in range(count):
@@ -87,7 +91,8 @@ def _ratios(products: list[list[jax.Array]], floors: jax.Array) -> jax.Array:
             divisor = jnp.maximum(norms[i] * norms[j], floors[0])
             cosines.append(jnp.clip(products[i][j - i] / jnp.where(divisor > 0, divisor, 1), -1, 1))
     total = functools.reduce(jnp.add, cosines)
-    # M c / (1 + (M-1) c) with c = total / pairs and pairs = M (M-1) / 2
+    # M c / (1 + (M-1) c) with c = total / pairs and pairs = M (M-1) / 2. M times the divisor of
+    # `prepare`, hence the pole within 1e-6 M; dividing by infinity gives t = 0.
     below = count + 2 * total
     t = 2 * count / (count - 1) * total / jnp.where(jnp.abs(below) < 1e-6 * count, jnp.inf, below)
     return jnp.maximum(t, floors[1])

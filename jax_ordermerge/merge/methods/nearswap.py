@@ -29,7 +29,8 @@ def prepare(tensor: Tensor, *, t: NonNegative) -> Prepared:
 def apply(part: Part, *, t: jax.Array) -> jax.Array:
     """Cut the change of each element to [-t, t]."""
     (tau,), (member,) = part.task_vectors(), part.floats()
-    # the member itself, and not theta_0 + tau, which may round
+    # The member itself, and not theta_0 + tau, which may round. sign(tau) t and not (t / |tau|)
+    # tau: a quotient would round, and need a case for tau = 0.
     return jnp.where(jnp.abs(tau) <= t, member, part.base_float() + jnp.sign(tau) * t)
 
 

@@ -12,6 +12,7 @@ from jax_ordermerge.merge.methods.parts import Tensor
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# a density of 0 would keep nothing, and 1 / density is a factor
 Density = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -23,6 +24,7 @@ Finites = Finite | list[Finite]
 # what is combined: the models theta_i, or the task vectors tau_i, whose result is added to the base
 Of = Literal["members", "task_vectors"]
 
+# 2^16, so that 16 random bits times a sum of units fit into 32 bits (docs/random_choice.md)
 PROBABILITY_UNITS = 1 << 16  # probabilities are multiples of 2^-16
 
 
@@ -80,11 +82,14 @@ def quantize(weights: Sequence[float] | np.ndarray) -> np.ndarray:
             f"selection weights {values.tolist()}: probabilities are not negative and their sum is "
             "positive; change the weights"
         )
+    # Rounding each probability alone would miss the sum 2^16. The floors fall short of it by fewer
+    # than M units, which go to the largest remainders.
     exact = values / values.sum() * PROBABILITY_UNITS
     units = np.floor(exact).astype(np.int64)
     # stable: equal remainders go to the first members, on every platform
     by_remainder = np.argsort(-(exact - units), kind="stable")
     units[by_remainder[: PROBABILITY_UNITS - units.sum()]] += 1
+    # an error: the user asks for a member, and it would silently never be drawn
     if ((units == 0) & (values > 0)).any():
         raise UserError(
             f"selection weights {values.tolist()}: a probability is below "

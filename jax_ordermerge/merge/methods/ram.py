@@ -25,6 +25,7 @@ def prepare_ram(tensor: Tensor, *, epsilon: NonNegative = 1e-5) -> Prepared:
         tensor: takes no weights.
         epsilon: the largest difference that is no change.
     """
+    # `ramplus_tl` with factors of 1: one `apply` serves both
     return {"epsilon": np.float32(epsilon), "unique": np.ones(tensor.count, np.float32)}
 
 
@@ -54,6 +55,8 @@ def apply(part: Part, *, epsilon: jax.Array, unique: jax.Array) -> jax.Array:
     changes = [jnp.where(flag, tau, 0.0) for flag, tau in zip(changed, task_vectors, strict=True)]
     # where one member changed an element, the sum has one term, and 1 x tau is exact
     ones = jnp.ones(len(task_vectors), jnp.float32)
+    # `where` computes both branches everywhere: without the maximum, elements that nobody changed
+    # would divide by 0
     return part.base_float() + jnp.where(
         count > 1,
         combine(changes, ones) / jnp.maximum(count, 1).astype(jnp.float32),

@@ -25,7 +25,8 @@ def rounded(x: jax.Array) -> jax.Array:
         >>> rounded(jnp.array([0.1, jnp.inf, jnp.nan])).tolist()
         [0.10000000149011612, inf, nan]
     """
-    # why not `optimization_barrier` or a no-op `reduce_precision`: XLA removes both before fusion
+    # Why not `optimization_barrier` or a no-op `reduce_precision`: XLA removes both before fusion.
+    # A select that XLA cannot prove to be the identity stays between product and addition.
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
@@ -48,9 +49,12 @@ def block_sums(x: jax.Array) -> jax.Array:
     if x.size == 0:
         return jnp.zeros((0, _LANES), jnp.float32)
     x = rounded(x)
+    # Flattened only where blocks would cross rows: splitting the last axis alone leaves the
+    # sharding of the other axes as it is. The blocks are the same either way.
     if x.ndim == 0 or x.shape[-1] % BLOCK:
         x = jnp.pad(x.ravel(), (0, -x.size % BLOCK))
     x = x.reshape(*x.shape[:-1], -1, BLOCK // _LANES, _LANES)
+    # a tree of additions that the program spells out; the order within `jnp.sum` is XLA's choice
     while x.shape[-2] > 1:
         half = x.shape[-2] // 2
         x = x[..., :half, :] + x[..., half:, :]
@@ -86,6 +90,7 @@ def sum_along(x: jax.Array, axis: int) -> jax.Array:
     # every row starts a new block, so that the sum of a row does not depend on its neighbours
     x = jnp.pad(x, [*unpadded, (0, -x.shape[-1] % BLOCK)])
     sums = fold(block_sums(x)).reshape(*x.shape[:-1], -1)
+    # as in `block_sums`; an odd block is paired with zero, which changes no bit of a sum but -0.0
     while sums.shape[-1] > 1:
         half = -(-sums.shape[-1] // 2)
         right = jnp.pad(sums[..., half:], [*unpadded, (0, 2 * half - sums.shape[-1])])
@@ -107,7 +112,8 @@ def count_true(flags: Sequence[jax.Array], axes: Sequence[int] | None = None) ->
         >>> count_true([jnp.array([True, False]), jnp.array([True, True])]).tolist()
         [1, 2]
     """
-    # one variadic reduce: K separate sums would each read the models again
+    # One variadic reduce: K separate sums would each read the models again. Integers: any order of
+    # additions, on any mesh, gives the same count.
     zeros = tuple(jnp.uint32(0) for _ in flags)
     axes = tuple(range(flags[0].ndim)) if axes is None else tuple(axes)
     add = functools.partial(jax.tree.map, jnp.add)

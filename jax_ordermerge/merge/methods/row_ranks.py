@@ -30,6 +30,7 @@ def row_ranks(values: jax.Array) -> jax.Array:
 
 
 def _rank_on_device(rows: jax.Array) -> jax.Array:
+    # ranks are the inverse of the sorting permutation; only the first sort can see equal values
     return jnp.argsort(jnp.argsort(rows, axis=-1, stable=True), axis=-1).astype(jnp.uint32)
 
 
@@ -65,6 +66,7 @@ def _rank_rows(values: np.ndarray, ranks: np.ndarray) -> None:
         return
     nonzero = values.reshape(-1)[positions]
     low, high = nonzero.astype(np.uint16), (nonzero >> 16).astype(np.uint16)
+    # least significant digit first: each later stable sort keeps the order of those before it
     by_low = np.argsort(low, kind="stable")
     positions, high = positions[by_low], high[by_low]
     span = int(high.max()) - int(high.min()) + 1

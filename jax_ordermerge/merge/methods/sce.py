@@ -63,6 +63,7 @@ def apply(
     task_vectors = _selected(part, cut, selects)
     # the sign is elected by the task vectors themselves, and not by the weighted ones as in TIES
     positive = combine(task_vectors, jnp.ones(len(task_vectors), jnp.float32)) >= 0
+    # strict: an exact zero agrees with no sign, so its member does not count in the divisor
     agree = [jnp.where(positive, tau > 0, tau < 0) for tau in task_vectors]
     total = combine(
         [jnp.where(flag, tau, 0.0) for flag, tau in zip(agree, task_vectors, strict=True)], weights
@@ -91,6 +92,8 @@ def _variance(task_vectors: list[jax.Array]) -> jax.Array:
     # rounded: one program finds the cut and another uses it; both must agree to the last bit
     mean = rounded(functools.reduce(jnp.add, shifted) * jnp.float32(1 / len(task_vectors)))
     square = functools.reduce(jnp.add, [rounded((x - mean) * (x - mean)) for x in shifted])
+    # Without the division by M, which does not change the order. No square is negative, so the
+    # order of the bits is that of the numbers.
     return jax.lax.bitcast_convert_type(square, jnp.uint32)
 
 

@@ -171,6 +171,8 @@ def apply(
     if resample != 0 and part.base is None:
         raise ValueError("selection with resample needs the base")
     dtype, shape = part.members[0].dtype, part.members[0].shape
+    # Integers throughout: floating-point operations may quiet a NaN, flush a subnormal or lose the
+    # sign of a zero.
     bits = _member_bits(part)
     unit, thresholds = _unit_index(bits[0].shape, granularity, part), list(weights)
     out = bits[0]
@@ -181,6 +183,7 @@ def apply(
     else:
         # where no member is chosen the base stays
         out = to_bits(part.base).reshape(bits[0].shape)
+        # by bits: -0.0 in place of 0.0 is a change, and a NaN that the base has as well is none
         changed = [_any_in_unit(member != out, unit.lo.shape) for member in bits]
         if isinstance(resample, str):
             among_changed = [
@@ -281,6 +284,7 @@ def permuted(key_bits: jax.Array, unit: Index, count: int, child: int) -> jax.Ar
 
 
 def _member_bits(part: Part) -> list[jax.Array]:
+    # a scalar tensor becomes a vector of one element, so that it has an axis with units
     return [to_bits(member).reshape(member.shape or (1,)) for member in part.members]
 
 
@@ -290,6 +294,7 @@ def _unit_index(shape: tuple[int, ...], granularity: Granularity, part: Part) ->
     if granularity == "element":
         return element_index(shape, part.offset)
     if granularity == "row":
+        # 32 bits are enough here: no tensor has 2^32 rows
         offset = None if part.row is None else jnp.stack([part.row, jnp.zeros_like(part.row)])
         return element_index((shape[0], *ones[1:]), offset)
     # columns and tensors have no number within a slab

@@ -78,6 +78,7 @@ def prepare_nuslerp(
         return {"coefficients": coefficients, "of": of, "granularity": "tensor"}
     return {
         "ends": np.array([1 - t, t], np.float32),
+        # numbers as arrays: a recipe may give each layer its own without compiling again
         "above": np.float32(min(lerp_above or 1, STRAIGHT)),
         "zero": zero,
         "of": of,
@@ -110,6 +111,7 @@ def _arc(products: np.ndarray, t: float, lerp_above: float | None, zero: Zero) -
     if abs(cosine) > min(lerp_above or 1, STRAIGHT):
         return ends.astype(np.float32)
     angle = np.arccos(cosine)
+    # no division by 0: |cos| is at most 1 - 2^-22 here
     return (np.sin(ends * angle) / np.sin(angle)).astype(np.float32)
 
 
@@ -117,11 +119,13 @@ def _arcs(
     products: list[jax.Array], ends: jax.Array, above: jax.Array, zero: Zero
 ) -> tuple[jax.Array, jax.Array]:
     """Return the coefficients as `_arc` does, for many arcs: products <a, a>, <b, b>, <a, b>."""
+    # two roots: in float32 the product of two squared lengths may overflow or underflow
     lengths = jnp.sqrt(products[0]) * jnp.sqrt(products[1])
     no_direction = 0.0 if zero == "right_angle" else 1.0
     cosine = jnp.where(lengths > 0, jnp.clip(products[2] / lengths, -1, 1), no_direction)
     straight = jnp.abs(cosine) > above
-    # arctan2 of both: in float32 arccos alone loses half of the digits of a small angle
+    # From sine and cosine: in float32 arccos alone loses half of the digits of a small angle. The
+    # sine is factored: 1 - cos^2 would round the square first and cancel near |cos| = 1.
     sine = jnp.sqrt((1 - cosine) * (1 + cosine))
     angle = jnp.arctan2(sine, cosine)
     a, b = (

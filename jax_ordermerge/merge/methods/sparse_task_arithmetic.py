@@ -57,6 +57,7 @@ def prepare(
     densities = per_member(tensor, "density", density)
     factors = np.ones(tensor.count)
     if thin is not None and rescale == "density":
+        # unbiased: the expectation of a random m_i tau_i is density tau_i
         factors = 1 / densities
     elif thin is not None and rescale == "norm":
         # in float32 on the device, added in float64: the ratio of two sums of many elements
@@ -99,12 +100,14 @@ def apply(
 ) -> jax.Array:
     """Merge by the equation at the top of this module."""
     thinned = part.task_vectors() if thin is None else thin(part, **arrays)
+    # not `rounded`: the next operation on it is a product as well, never an addition
     deltas = [factors[i] * delta for i, delta in enumerate(thinned)]
     if elect:
         merged = disjoint_sum(deltas, weights, normalize)
     else:
         merged = combine(deltas, weights)
         if normalize:
+            # the weights are added as the terms are, in float32 and in the order of the members
             total = combine([jnp.float32(1)] * len(deltas), weights)
             # weights of both signs may sum to nothing; mergekit divides by 1 there
             merged = merged / jnp.where(jnp.abs(total) < 1e-8, 1.0, total)

@@ -86,6 +86,7 @@ def prepare_karcher(
     valid = lengths > 0
     coefficients = np.zeros(tensor.count)
     if valid.any() and weights[valid].sum() > 0:
+        # everything below happens in the span of the models: M x M numbers instead of tensors
         cosines = products[np.ix_(valid, valid)] / np.outer(lengths[valid], lengths[valid])
         directed = weights[valid] / weights[valid].sum()
         mean = _mean_direction(cosines, directed, max_iter, tol)
@@ -115,13 +116,16 @@ def _mean_direction(
     for _ in range(max_iter):
         along = np.clip(cosines @ mean, -1, 1)
         angles = np.arccos(along)
-        # why no cut at small angles as in mergekit: the factor angle / sin(angle) is smooth at 0
+        # Why no cut at small angles as in mergekit: the factor angle / sin(angle) is smooth at 0.
+        # log_mu(u) = (angle / sin(angle)) (u - cos(angle) mu), and
+        # numpy's sinc(x) is sin(pi x) / (pi x).
         factors = np.where(angles < OPPOSITE, weights / np.sinc(angles / np.pi), 0)
         # the sum of the logarithms: its part along the mean is removed
         step = factors - (factors @ along) * mean
         size = length(step)
         if size < tol:
             break
+        # exp_mu(v) = cos(|v|) mu + sin(|v|) v / |v|
         mean = np.cos(size) * mean + np.sin(size) / size * step
         mean = mean / length(mean)  # rounding would add up over the iterations
     return mean

@@ -93,7 +93,8 @@ class Method:
 
 
 # Filled by the modules of this package, which the table imports when it is first read. This module
-# imports none of them, so that each of them may import it.
+# imports none of them, so that each of them may import it. A method is data: engine, population,
+# recipes and command line read this table alone.
 METHODS = Registry[Method]("merge method", "jax_ordermerge.merge.methods")
 
 
@@ -142,9 +143,11 @@ def parameter_names(name: str) -> list[str]:
 
 @functools.cache
 def _schema(prepare: Callable[..., Prepared]) -> type[pydantic.BaseModel]:
+    # cached, since a recipe checks the parameters of every tensor, and the model is slow to build
     function, bound = prepare, {}
     if isinstance(prepare, functools.partial):
         function, bound = prepare.func, prepare.keywords
+    # with the extras: the bounds of the values stand in `Annotated`
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {
         key: (hints[key], ... if field.default is inspect.Parameter.empty else field.default)
@@ -224,6 +227,7 @@ def check_weights(
     if method.weights == "probabilities":
         quantize(values)  # raises where they are none
     divided = method.weights == "mean" and (parameters or {}).get("normalize", True)
+    # mergekit divides by a sum of zero: infinities in the files, and exit code 0
     if divided and sum(values) <= 0:
         raise UserError(f"merge method {name}: weights {values} must have a positive sum")
     return np.asarray(values, np.float64)

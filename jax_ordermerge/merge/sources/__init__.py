@@ -1,1 +1,1 @@
-"""TODO."""
+"""Models on disk, as a merge reads them."""
