@@ -35,6 +35,7 @@ def member_name(member: int) -> str:
 
 def member_number(name: str) -> int | None:
     """Return the number of a member from its name, or None where the name is of something else."""
+    # fullmatch: `member_3.npz` names an order, not a member
     match = _MEMBER.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -79,6 +80,7 @@ class RunLayout:
 
     def member_orders(self) -> list[Path]:
         """Orders of all members."""
+        # `glob` follows the directory of the file system, whose order differs between machines.
         return sorted(self.orders.glob("member_*.npz"))
 
     @property
@@ -127,6 +129,7 @@ class RunLayout:
 
     def wave(self, number: int) -> "RunLayout":
         """Layout of the training of one wave."""
+        # The same layout as a run, so that training, resuming and restoring need no case for waves.
         return RunLayout(self.root / "waves" / str(number))
 
     def wave_checkpoints(self) -> list[Path]:
@@ -189,6 +192,7 @@ class RunLayout:
     @property
     def single(self) -> "RunLayout":
         """Layout of the single run among the controls, which costs as much as the population."""
+        # A run directory of its own: the control is trained and restored by the code of any run.
         return RunLayout(self.root / "single")
 
     @property
@@ -291,6 +295,8 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Appending cannot rename, unlike the writers above: a long log would be copied for each
+        # line.
         with path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
@@ -306,6 +312,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         >>> read_jsonl(file)
         [{'step': 1}]
     """
+    # Lines end in "\n" only when they are complete, so an unfinished last line is told from a whole
+    # one without parsing it.
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -320,6 +328,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         >>> read_npz(file)["x"].tolist()
         [0, 1]
     """
+    # In memory first: `savez` writes a path piece by piece, and a reader must never see a part.
     buffer = io.BytesIO()
     # the stubs of numpy take any keyword for allow_pickle
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
@@ -328,5 +337,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of an npz file by name."""
+    # `dict` reads the arrays: those of an open npz are loaded lazily, from a file that is closed
+    # here.
     with np.load(path) as arrays:
         return dict(arrays)

@@ -20,6 +20,7 @@ _ROPE_PARAMETERS: Final[dict[RopeType, tuple[str, ...]]] = {
         "original_max_position_embeddings",
     ),
 }
+# No default is safe for these: a wrong size would only show when the tensors are read.
 _REQUIRED: Final = (
     "vocab_size",
     "hidden_size",
@@ -68,6 +69,7 @@ class ModelConfig:
     intermediate_size: int
     num_layers: int
     num_heads: int
+    # 0 and not None: `__post_init__` fills both in, so readers always see an int.
     num_kv_heads: int = 0  # 0: as many as heads
     head_dim: int = 0  # 0: hidden_size / num_heads
     max_position_embeddings: int = 2048
@@ -80,6 +82,7 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = False
     bos_token_id: int | None = None
+    # A tuple, because a list would make the config unhashable; chat models have several.
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     initializer_range: float = 0.02
@@ -91,6 +94,7 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
+        # Grouped-query attention reshapes heads to [kv heads, group], which needs equal groups.
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} kv heads;"
@@ -122,7 +126,9 @@ class ModelConfig:
                 f" (supported: {', '.join(FAMILIES)})"
             )
         family = FAMILIES[name]
+        # Before any value is read: an unsupported option must not be hidden by a missing key.
         check_keys(config, frozenset(ignore))
+        # `mlp_bias` is a known key, so `check_keys` lets it pass; only Llama acts on it.
         if config.get("mlp_bias") and not family.mlp_bias:
             raise UserError(f"config.json: mlp_bias = True is not supported for {name}")
         missing = [key for key in _REQUIRED if key not in config]
@@ -130,6 +136,7 @@ class ModelConfig:
             raise UserError(f"config.json lacks {', '.join(missing)}")
         bias = bool(config.get("attention_bias", False))
         eos = config.get("eos_token_id")
+        # Hugging Face writes one id as an int and several as a list.
         eos_ids = () if eos is None else eos if isinstance(eos, list | tuple) else (eos,)
         return cls(
             family=name,
@@ -138,6 +145,7 @@ class ModelConfig:
             intermediate_size=config["intermediate_size"],
             num_layers=config["num_hidden_layers"],
             num_heads=config["num_attention_heads"],
+            # `or` and not a default of `get`: a file may hold an explicit null.
             num_kv_heads=config.get("num_key_value_heads") or family.default_kv_heads or 0,
             head_dim=config.get("head_dim") or family.default_head_dim or 0,
             max_position_embeddings=config.get("max_position_embeddings", 2048),
@@ -146,6 +154,8 @@ class ModelConfig:
             # Qwen2 files have a sliding_window too; `use_sliding_window: false` turns it off
             sliding_window=config.get("sliding_window") if family.sliding_window else None,
             qkv_bias=bias or family.qkv_bias,
+            # `attention_bias` covers all four matrices. The fixed biases of Qwen2 are of q, k and v
+            # alone.
             output_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
@@ -173,6 +183,7 @@ class ModelConfig:
         rope: dict[str, Any] = {"rope_type": self.rope.kind}
         rope |= {name: getattr(self.rope, name) for name in _ROPE_PARAMETERS[self.rope.kind]}
         eos = self.eos_token_ids
+        # Keys that a family of transformers does not know are left out of its file.
         optional = {
             "attention_bias": self.output_bias,
             "mlp_bias": self.mlp_bias,
@@ -188,7 +199,10 @@ class ModelConfig:
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
+            # Always written, because readers that lack it assume hidden_size / heads: wrong for
+            # Qwen3.
             "head_dim": self.head_dim,
+            # The only activation that `check_keys` lets through; `swish` is another name of it.
             "hidden_act": "silu",
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
@@ -203,6 +217,7 @@ class ModelConfig:
             "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
             "pad_token_id": self.pad_token_id,
             "use_cache": True,
+            # transformers 5 reads `dtype`, transformers 4 reads `torch_dtype`.
             "dtype": dtype,
             "torch_dtype": dtype,
         } | {key: optional[key] for key in family.written_keys}
@@ -212,6 +227,7 @@ def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
     # `rope_parameters` is the form of transformers 5, `rope_scaling` and `rope_theta` the older one
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     theta = new.get("rope_theta", config.get("rope_theta", 10000.0))
+    # One form alone, never a mixture: files such as those of `to_hf` hold both.
     scaling = new or old
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in _ROPE_PARAMETERS:
@@ -219,6 +235,8 @@ def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
             f"config.json: rope type '{kind}' is not supported"
             f" (supported: {', '.join(_ROPE_PARAMETERS)})"
         )
+    # A parameter that is not read would change the frequencies, so it is refused. A partial rotary
+    # factor of 1 rotates every dimension, which is what the model does.
     readable = {"rope_theta", "rope_type", "type"} | {f.name for f in dataclasses.fields(Rope)}
     for key, value in scaling.items():
         if key not in readable and (key, value) != ("partial_rotary_factor", 1):
@@ -241,6 +259,8 @@ _LLAMA_2 = ModelConfig(
 )
 ARCHITECTURES: Final = {
     "llama-2-7b": _LLAMA_2,
+    # `replace` copies what `__post_init__` filled in: `head_dim` stays 128, which is right for all
+    # of these, but `num_kv_heads` would stay 32 and has to be given.
     "llama-2-13b": dataclasses.replace(
         _LLAMA_2,
         hidden_size=5120,
@@ -275,6 +295,7 @@ def architecture_of(name: str) -> ModelConfig | None:
         >>> architecture_of("meta-llama/Llama-2-7b-hf").num_layers, architecture_of("my/own-7b")
         (32, None)
     """
+    # Fine-tuned variants of the publisher have the shape of their base.
     short = name.split("/")[-1].lower()
     for ending in ("-hf", "-instruct", "-chat"):
         short = short.removesuffix(ending)

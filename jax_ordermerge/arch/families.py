@@ -44,6 +44,7 @@ FAMILIES.register(
     Family(
         "MistralForCausalLM",
         default_kv_heads=8,
+        # The first Mistral attends to a window; later ones have null under the same key.
         sliding_window=True,
         written_keys=("sliding_window",),
     ),
@@ -62,6 +63,7 @@ FAMILIES.register(
     Family(
         "Qwen3ForCausalLM",
         default_kv_heads=32,
+        # 128 in every size, so heads * head_dim may differ from hidden_size
         default_head_dim=128,
         qk_norm=True,
         written_keys=("attention_bias", "use_sliding_window"),

@@ -7,6 +7,7 @@ from jax_ordermerge.errors import UserError
 
 # Keys that change the model in ways that are not implemented, and the values without effect.
 _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
+    # two names of the same function
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1, None),
     "use_sliding_window": (False, None),
@@ -15,12 +16,15 @@ _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
     "add_cross_attention": (False, None),
     "is_decoder": (False, True, None),
     "logit_scale": (1, None),
+    # Multipliers and caps are of relatives of Llama (Gemma 2, Cohere, Granite). A converted model
+    # may keep such a key under the model_type of Llama.
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "residual_multiplier": (1, None),
     "embedding_multiplier": (1, None),
     "attention_multiplier": (None,),
     "logits_scaling": (1, None),
+    # mixtures of experts have other tensors than the table
     "num_experts": (0, None),
     "num_local_experts": (0, None),
     "pruned_heads": ({}, None),
@@ -60,9 +64,13 @@ _NEUTRAL: Final = frozenset(
         "transformers_version",
         "use_cache",
         "_name_or_path",
+        # Rates of dropout are neutral, because nothing here drops: the order of the data must be
+        # all that differs between members.
         "attention_dropout",
         "auto_map",
+        # splits matmuls to repeat the rounding of the pretraining; the function is the same
         "pretraining_tp",
+        # only read with `use_sliding_window`, which must be off
         "max_window_layers",
         "output_attentions",
         "output_hidden_states",
@@ -92,6 +100,7 @@ _NEUTRAL: Final = frozenset(
         "cross_attention_hidden_size",
         "tie_encoder_decoder",
         "remove_invalid_values",
+        # From here on: defaults of generation, which older transformers wrote into this file.
         "max_length",
         "min_length",
         "do_sample",
@@ -123,6 +132,8 @@ def check_keys(config: Mapping[str, Any], ignore: frozenset[str]) -> None:
     Raises:
         UserError: the first such key is named.
     """
+    # An allow list: a key of tomorrow may change the mathematics, and a model that is computed
+    # wrongly still gives plausible losses.
     for key, value in config.items():
         if key in ignore:
             continue
@@ -133,6 +144,7 @@ def check_keys(config: Mapping[str, Any], ignore: frozenset[str]) -> None:
                     f"config.json: {key} = {value!r} is not supported"
                     f" (supported: {', '.join(supported) or 'absent'})"
                 )
+        # One mask serves all layers, so a model that mixes window and full attention is refused.
         elif key == "layer_types":
             unsupported = sorted(set(value or ()) - {"full_attention"})
             if unsupported:

@@ -61,6 +61,7 @@ class TensorSpec:
 
     def hf_names(self) -> tuple[str, ...]:
         """Return the Hugging Face names in layer order; one name if not stacked."""
+        # A stacked array has one Hugging Face tensor per layer: files and merges know no stacks.
         if not self.stacked:
             return (self.hf_name,)
         return tuple(self.hf_name.format(layer) for layer in range(self.shape[0]))
@@ -78,6 +79,7 @@ def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
         ('layers/attention/q/weight', (2, 8, 8), 'model.layers.1.self_attn.q_proj.weight')
     """
     D, V, H = config.hidden_size, config.vocab_size, config.head_dim
+    # An axis is a pair of size and logical name, so that a shape and its sharding cannot diverge.
     embed, mlp = (D, "embed"), (config.intermediate_size, "mlp")
     heads = (config.num_heads * H, "heads")
     kv_heads = (config.num_kv_heads * H, "kv_heads")
@@ -117,6 +119,7 @@ def _single(
 
 
 def _norm(config: ModelConfig, path: str, width: int, hf: str) -> TensorSpec:
+    # Norms are small and read by every device: the logical axis `norm` is never divided.
     shape, hf_name = (config.num_layers, width), f"model.layers.{{}}.{hf}.weight"
     return TensorSpec(f"layers/{path}/weight", shape, ("layer", "norm"), "ones", hf_name, "norm")
 
@@ -138,6 +141,7 @@ def _linear(
     kind: Kind = "mlp" if path.startswith("layers/mlp") else "attention"
     yield TensorSpec(f"{path}/weight", shape, axes, "normal", f"{hf}.weight", kind)
     if bias:
+        # a bias is divided as the output of its matrix is, so adding it needs no collective
         yield TensorSpec(f"{path}/bias", shape[:2], axes[:2], "zeros", f"{hf}.bias", kind)
 
 

@@ -11,12 +11,15 @@ from jax_ordermerge.errors import UserError
 class Data(Section):
     """Training, validation and test examples."""
 
+    # The defaults need no network and no files, so an empty config is an experiment.
     train: str = Field(
         "generated:quickstart",
         description="json, jsonl, parquet or csv file (also gs:// and s3://), hub dataset, or"
         " generated:NAME",
     )
     test: str | None = Field(None, description="held-out examples, never trained on")
+    # Apart from the test examples: the loss of a model that was chosen on examples is too low on
+    # them.
     validation_examples: NonNegativeInt = Field(
         0,
         description="examples set aside from train by seed; the best member, merge or checkpoint"
@@ -42,7 +45,9 @@ class Data(Section):
     template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field(
         "auto", description="how prompt and response become text"
     )
+    # 512 is the length of the recipe of Alpaca, as are the defaults of `Training`.
     max_length: PositiveInt = Field(512, description="tokens per example")
+    # Truncation would teach a response without its end, and the model would not learn to stop.
     too_long: Literal["drop", "truncate"] = "drop"
     limit: PositiveInt | None = Field(
         None,
@@ -52,15 +57,19 @@ class Data(Section):
     test_limit: PositiveInt | None = Field(
         None, description="use only the first so many test examples"
     )
+    # With packs all members see the same rows in other orders, which is what an experiment
+    # compares. Bins compose new rows for each order.
     packing: Literal["none", "packs", "bins"] = Field(
         "none",
         description="several examples in one row of max_length tokens. packs: examples are packed"
         " once, and packs are ordered; bins: each order is packed by itself",
     )
+    # Off by default: each length is a compilation of its own, and waste depends on the data.
     buckets: tuple[PositiveInt, ...] = Field(
         (), description="padded lengths below max_length; () pads to the longest example"
     )
 
+    # A method and no validator: the number of positions is known when the model is resolved.
     def check_length(self, positions: int, model: str) -> None:
         """Check that rows of `max_length` tokens fit the context of a model.
 

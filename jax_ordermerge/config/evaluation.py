@@ -25,6 +25,7 @@ class Task(Section):
     """
 
     name: str
+    # No literal: kinds are the keys of a registry, to which other packages may add.
     kind: str
     data: str | None = Field(None, description="file or hub dataset; by default data.test")
     limit: PositiveInt | None = Field(None, description="use only the first so many items")
@@ -38,6 +39,7 @@ class Task(Section):
 class GeneratedTask(Task):
     """Settings of a task for which a model writes text."""
 
+    # 256 as in the published evaluations of GSM8K (greedy, 256 new tokens)
     max_new_tokens: PositiveInt = 256
 
     @property
@@ -46,6 +48,8 @@ class GeneratedTask(Task):
         return self.max_new_tokens
 
 
+# Two small classes and no flags on `Task`: a kind inherits the settings that it reads, and a
+# setting without an effect is an unknown key.
 class FileTask(Task):
     """Settings of a task that reads columns of its own, so that `data.test` cannot stand in."""
 
@@ -73,6 +77,8 @@ class ShotsTask(Task):
 
     @pydantic.model_validator(mode="after")
     def _shots_or_no_settings_of_shots(self) -> "ShotsTask":
+        # Compared with the default, not by `model_fields_set`: a resolved config writes every
+        # default, and reading it again must give the same config.
         for name in ("shots_from", "shots_order", "shots_between"):
             if not self.shots and getattr(self, name) != ShotsTask.model_fields[name].default:
                 raise ValueError(f"{name} needs shots above 0; give both or neither")

@@ -36,6 +36,7 @@ class Model(Section):
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: take only config and tokenizer of the base"
     )
+    # Masters in float32: bfloat16 keeps 8 bits, and an update below |w| / 512 would be lost.
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of matmuls; trained parameters stay in float32"
     )
@@ -44,11 +45,14 @@ class Model(Section):
         description="kernel of training. auto: splash on TPU, cudnn on GPU where it is correct"
         " (not for packed rows), else xla",
     )
+    # Not `none` by default: keeping everything costs memory, and in the benchmark on CPU it was not
+    # faster (benchmarks/RESULTS.md).
     remat: Literal["none", "full", "dots"] = Field(
         "dots",
         description="what the backward pass recomputes. dots: all but matmuls, often the fastest;"
         " full: whole layers, the least memory",
     )
+    # A list and no switch: an unknown key may change the mathematics, so each is a decision.
     ignore_config_keys: tuple[str, ...] = Field(
         (), description="unknown config.json keys to ignore"
     )
@@ -61,11 +65,13 @@ class Mesh(Section):
         1, description="device groups that train different members at the same time"
     )
     data: AxisSize = Field(1, description="divides the batch alone")
+    # The remaining devices by default, so that the defaults run on any number of them.
     fsdp: AxisSize = Field(-1, description="divides parameters and the batch")
     sequence: AxisSize = Field(
         1, description="divides the positions of long inputs (context parallel)"
     )
     tensor: AxisSize = Field(1, description="divides heads and mlp")
+    # Nothing crosses `order` while members train, so it is the axis for the slow network.
     dcn: dict[Literal["order", "data", "fsdp", "sequence", "tensor"], AxisSize] = Field(
         default_factory=dict,
         description="how axes are divided over TPU slices, e.g. {order: 2}; by default order takes"
@@ -86,6 +92,7 @@ class Distributed(Section):
     )
     processes: PositiveInt | None = None
     index: NonNegativeInt | None = None
+    # Both times are the defaults of `jax.distributed.initialize`.
     timeout: PositiveInt = Field(300, description="seconds to wait for the peers")
     heartbeat_timeout: PositiveInt = Field(
         100,
@@ -107,6 +114,7 @@ class Config(Section):
     """An experiment. Everything random in it follows from `seed`."""
 
     name: str = "experiment"
+    # Free to change, because a run directory may be moved or copied before it continues.
     output: Annotated[str, FREE_TO_CHANGE] = Field(
         "runs/{name}",
         description="run directory, or its address: gs:// or s3://; {name} is replaced",
@@ -136,6 +144,7 @@ class Config(Section):
     @property
     def location(self) -> str:
         """The run directory as the config names it: a path, or an address in a bucket."""
+        # `replace` and not `format`: other braces in a path stay as they are
         return self.output.replace("{name}", self.name)
 
     @property
@@ -155,9 +164,11 @@ class Config(Section):
         return "float32" if self.lora is None else self.lora.base_dtype or self.model.compute_dtype
 
     # What involves several sections is checked here: a section does not know the others.
+    # "after": the sections are valid by then, so conflicts may compute with their values.
     @pydantic.model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         for conflicts in (_training_conflicts, _data_conflicts, _merge_conflicts):
+            # The first conflict only: an error is one line, and later ones often follow from it.
             for conflict in conflicts(self):
                 raise ValueError(conflict)
         return self
@@ -165,6 +176,7 @@ class Config(Section):
 
 def _training_conflicts(config: Config) -> Iterator[str]:
     population, training = config.population, config.training
+    # -1 depends on the number of devices; `Population.check_groups` decides when it is known.
     if config.mesh.order > 0 and population.members % config.mesh.order:
         yield (
             f"population.members = {population.members} is not a multiple of mesh.order ="
@@ -240,6 +252,7 @@ def _data_conflicts(config: Config) -> Iterator[str]:
 
 
 def _merge_conflicts(config: Config) -> Iterator[str]:
+    # The test split is no substitute: a merge chosen on it could not be tested any more.
     if config.merge.auto is not None and not config.data.validation_examples:
         yield "merge.auto chooses a merge on validation examples: set data.validation_examples"
     # merges, members and the base are directories and columns side by side, so names must differ
@@ -272,6 +285,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         UserError: one line that names the key, what was given and what was expected.
     """
     raw = {} if path is None else _read_yaml(Path(path), "config", "training:")
+    # Before validation: a file may be complete only with its overrides, and conflicts are those of
+    # the final values.
     for item in overrides:
         override(raw, item)
     return make_config(raw, str(path or "config"))
@@ -320,6 +335,7 @@ def to_dict(config: Config) -> dict[str, Any]:
         >>> make_config(to_dict(Config())) == Config()
         True
     """
+    # "json" turns tuples into lists: YAML has no tuples
     return config.model_dump(mode="json")
 
 
@@ -327,6 +343,8 @@ def _read_yaml(file: Path, what: str, expected: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{what} file {file} not found")
     try:
+        # safe_load: a config may come from others, and the full loader would build any object that
+        # it names. An empty file is None, and a valid config of defaults.
         raw = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error

@@ -11,6 +11,9 @@ from jax_ordermerge.config.section import Section, parse
 AUTO = "auto"  # name of the merge that a search selects
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["grid", "random", "tpe", "cma-es"]
+# Why controls: in expectation selection is the average plus noise of mean zero, and resampling
+# lengthens the task vector. A gain counts only beside models that have the same length, or the same
+# noise.
 Control = Literal[
     "lambda_line",
     "norm_matched",
@@ -22,6 +25,8 @@ Control = Literal[
     "ensemble",
     "single",
 ]
+# Without `single`, which trains for as long as the whole population, and without the plane and the
+# ensemble, which need many more forward passes.
 DEFAULT_CONTROLS: tuple[Control, ...] = (
     "lambda_line",
     "norm_matched",
@@ -37,11 +42,13 @@ class Range(Section):
 
     low: float
     high: float
+    # at least both ends: `values` divides by steps - 1
     steps: Annotated[int, Field(ge=2)] = 5
     log: bool = Field(False, description="evenly spaced in the logarithm")
 
     @pydantic.model_validator(mode="after")
     def _ascending(self) -> "Range":
+        # YAML reads .inf and .nan as numbers, which pass as floats.
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(
                 f"a range from low = {self.low} to high = {self.high}: give finite numbers, low"
@@ -76,6 +83,7 @@ class Range(Section):
 def _search_value(value: Any) -> Any:
     if isinstance(value, dict):
         return parse(Range, value, "a range")
+    # a tuple, as all sequences of a frozen section: a list in it could still be changed
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -105,6 +113,8 @@ class Entry(Section):
 
 
 def _default_entries() -> tuple[Entry, ...]:
+    # 76 candidates in all; the 31 scales are steps of 0.05. They lie on both sides of 1, because an
+    # average is shorter than its members, and resampling makes a task vector longer.
     lengths = {"low": 0.7, "high": 1.6, "steps": 4}
     return (
         Entry(
@@ -131,8 +141,10 @@ class Search(Section):
     The base, the members and their average are always candidates.
     """
 
+    # A factory: the entries are validated when they are needed, not at import.
     methods: tuple[Entry, ...] = Field(default_factory=_default_entries)
     budget: PositiveInt = Field(200, description="largest number of other candidates")
+    # The grid needs no optional package, and its candidates do not depend on a seed.
     sampler: Sampler = Field("grid", description="grid, random; tpe, cma-es (extra: search)")
     smallest: PositiveInt = Field(
         16,
@@ -183,6 +195,8 @@ class MergeSpec(Section):
 class Merge(Section):
     """Which merges are exported, and what the report compares them with."""
 
+    # The dtype is part of the experiment: it decides how many elements of a member equal the base,
+    # and so what resampling draws again.
     dtype: Dtype = Field("bfloat16", description="dtype of exported members and merges")
     fisher_examples: PositiveInt = Field(
         256, description="training examples on which method fisher estimates the information"
@@ -202,11 +216,13 @@ class Merge(Section):
         " exported: default, none, or a list",
     )
 
+    # "after": the specs are parsed by then. Everything downstream sees one merge per seed.
     @pydantic.field_validator("methods", mode="after")
     @classmethod
     def _expand_seeds(cls, methods: tuple[MergeSpec, ...]) -> tuple[MergeSpec, ...]:
         return tuple(merge for spec in methods for merge in spec.by_seed())
 
+    # "before", because the type of the field would refuse a name in place of a section.
     @pydantic.model_validator(mode="before")
     @classmethod
     def _expand_names(cls, value: Any) -> Any:
@@ -219,6 +235,7 @@ class Merge(Section):
             return value
         section = dict(value)  # the caller's dict stays as it is
         if section.get("auto") is not None:
+            # Who asks for a search gets its winner alone, unless methods are named, too.
             section.setdefault("methods", ())
         controls = section.get("controls", ())
         if controls in ("none", None):

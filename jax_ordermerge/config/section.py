@@ -22,6 +22,7 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
+# Frozen, because sections are shared by all stages, and some are keys of caches.
 SectionType = TypeVar("SectionType", bound=Section)
 
 
@@ -39,6 +40,7 @@ def fixed_settings(section: Section) -> dict[str, Any]:
     settings = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        # pydantic keeps what it does not know of an `Annotated` type in `metadata`
         if FREE_TO_CHANGE in field.metadata:
             settings.pop(name, None)  # None: a field may be excluded from dumps
         elif isinstance(value, Section):
@@ -76,6 +78,8 @@ def parse(section: type[SectionType], raw: Mapping[str, Any], where: str) -> Sec
         jax_ordermerge.errors.UserError: size: unknown key row (did you mean 'rows'?)
     """
     try:
+        # A validator raises ValueError (or UserError, which is one): pydantic catches it and adds
+        # the path of the key. Any other type would leave without the path.
         return section.model_validate(dict(raw))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_one_line(error, section)}") from error
@@ -132,6 +136,8 @@ def _by_kind(
         raw = {"kind": value} if isinstance(value, str) else value
         if not isinstance(raw, dict):
             return raw  # a section already, or of a type that the field itself refuses
+        # The default fills in for settings without a kind: {beta1: 0.8} adjusts the usual
+        # optimizer.
         kind = raw.get("kind", default)
         if kind is None:
             raise _KindError(lambda path: f"{_dotted(path)}.kind is missing: {' or '.join(kinds)}")
@@ -141,6 +147,8 @@ def _by_kind(
             near = did_you_mean(str(kind), names)
             raise _KindError(lambda path: f"{_dotted(path)}{key} = {kind!r}: unknown {noun}{near}")
         try:
+            # `kind` is written into the section, too: a resolved config must not depend on the
+            # default.
             return settings(kind).model_validate({"kind": kind, **raw})
         except pydantic.ValidationError as error:
             # `error` is unbound after the block, and the lambda is called later
@@ -175,6 +183,7 @@ def _one_line(
         if isinstance(cause, _KindError):
             return cause.text(path)
         return f"{_dotted(path)}: {cause}" if kind and path else str(cause)
+    # pydantic says "Field required", which names no key
     if first["type"] == "missing":
         return f"{_dotted(path)} is missing"
     return f"{_dotted(path)} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
@@ -188,9 +197,11 @@ def _field_names(section: type[Section], path: Path) -> list[str]:
     """Return the keys of the section at a path below another one."""
     node: Any = section
     for part in path:
+        # a number is the place in a list, whose elements have one schema
         if isinstance(part, int):
             continue
         node = node.model_fields[part].annotation
+        # `Lora | None` and `tuple[Task, ...]` hold the section among their arguments
         arguments = getattr(node, "__args__", ())
         node = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), node)
     return list(node.model_fields) if isinstance(node, type) and issubclass(node, Section) else []
@@ -214,12 +225,14 @@ def override(raw: dict[str, Any], item: str) -> None:
         >>> raw["training"]
         {'epochs': 3, 'optimizer': {'kind': 'lion', 'beta1': 0.8}, 'batch': 8}
     """
+    # at the first "=": a value may hold others, as addresses do
     path, sign, text = item.partition("=")
     if not sign:
         raise UserError(
             f"--set {item}: expected section.key=value, e.g. --set training.learning_rate=1e-5"
         )
     try:
+        # The same types as in a file. So `null` and `true` are values, and a list needs brackets.
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {item}: the value is not valid YAML: {text}") from error
@@ -232,6 +245,7 @@ def override(raw: dict[str, Any], item: str) -> None:
             child = {"kind": child}
         if child is not None and not isinstance(child, dict):
             raise UserError(f"--set {item}: {name} is not a section")
+        # a copy, because the caller may hold the inner dicts
         node[name] = dict(child or {})
         node = node[name]
     node[last] = value

@@ -36,11 +36,14 @@ class Population(Section):
         None,
         description="members trained at the same time; by default as many as fit in memory",
     )
+    # `batch` keeps the composition of batches (is it position or diversity?), `same` is a control
+    # without any effect of order, `balanced` and `reverse` cancel position effects by design.
     level: Literal["sample", "batch", "balanced", "same", "reverse"] = Field(
         "sample", description="what the orders permute"
     )
     reshuffle: Literal["each_epoch", "never"] = "each_epoch"
 
+    # A method and no validator: `mesh.order` may be -1, which only the devices resolve.
     def check_groups(self, groups: int) -> None:
         """Check that the device groups of a mesh share the members evenly.
 
@@ -53,6 +56,7 @@ class Population(Section):
         Example:
             >>> Population(members=4).check_groups(2)
         """
+        # Each group trains the same number of members: a group that waits is paid for as well.
         for key, members in (("members", self.members), ("wave", self.wave or groups)):
             if members % groups:
                 raise UserError(
@@ -80,12 +84,14 @@ class Dpo(Section):
     loss: Literal["sigmoid", "ipo"] = Field(
         "sigmoid", description="-log sigmoid of the margin, or its squared distance to a target"
     )
+    # below 0.5, where a preference would say nothing
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.0, description="sigmoid: share of pairs whose preference is assumed to be flipped"
     )
 
     @pydantic.model_validator(mode="after")
     def _smoothing_goes_with_sigmoid(self) -> "Dpo":
+        # the loss ipo has no term for it, so it would be ignored silently
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError(
                 "label_smoothing goes with loss = sigmoid; set it to 0, or the loss to sigmoid"
@@ -157,6 +163,7 @@ class Optimizer:
     """
 
     settings: type[OptimizerSettings]
+    # A string, since importing optax imports jax, which a reader of configs does not need.
     direction: Callable[..., "optax.GradientTransformation"]
     decoupled_decay: bool = True
 
@@ -185,6 +192,7 @@ class Bfloat16Moments(Section):
     """Optimizer state in bfloat16, which halves its memory."""
 
     kind: Literal["bfloat16"] = "bfloat16"
+    # bfloat16 neighbours are 0.4 to 0.8 % apart, while beta2 = 0.999 moves by 0.1 % of the gap.
     rounding: Literal["stochastic", "nearest"] = Field(
         "stochastic",
         description="nearest loses the small changes that a beta2 of 0.999 makes",
@@ -218,6 +226,7 @@ class Papa(Section):
 
     kind: Literal["papa"] = "papa"
     every: PositiveInt = Field(10, description="steps from one mixing to the next")
+    # 1 - alpha of the paper (https://arxiv.org/abs/2304.03094); 1 is its PAPA-all.
     rate: Share = Field(
         0.01, description="how far members move to the mean each time; 1 is all of the way"
     )
@@ -231,8 +240,11 @@ Mixing = Annotated[Wash | Papa, Field(discriminator="kind"), one_of(Wash, Papa, 
 class Training(Section):
     """Optimization of every member."""
 
+    # Epochs, learning rate, schedule, warm-up and weight decay are the published recipe of Alpaca
+    # for Llama-7B, which GSM8K and code recipes share.
     epochs: PositiveInt = 3
     batch: PositiveInt = Field(32, description="examples, or packed rows, per optimizer step")
+    # A matter of memory only: the sum over microbatches is the gradient of the batch.
     microbatch: PositiveInt | None = Field(
         None,
         description="examples, or packed rows, per forward pass; below batch it accumulates"
@@ -243,6 +255,7 @@ class Training(Section):
         2e-5, description="at its peak; optimizers need different magnitudes"
     )
     schedule: Schedule = Field(Cosine(), description="learning rate after the warm-up")
+    # Published recipes give either form: 3 % of the steps, or 10 steps. One key takes both.
     warmup: NonNegativeFloat = Field(
         0.03, description="length of the warm-up: a fraction of all steps if below 1, else steps"
     )
@@ -259,6 +272,7 @@ class Training(Section):
         " all: every tensor",
     )
     moments: Moments = Field(Float32Moments(), description="dtype of the optimizer state")
+    # Bias-corrected: a short training would otherwise average in its initial weights.
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
         description="decay of an exponential moving average of the weights, bias-corrected; the"
@@ -267,13 +281,16 @@ class Training(Section):
     clip_norm: PositiveFloat | None = Field(
         1.0, description="largest global gradient norm; null does not clip"
     )
+    # Off by default: a mixed member has learned from other orders than its own.
     mixing: Mixing | None = Field(None, description="null: members train independently")
+    # How often to save changes no result, so it may change when a run continues.
     checkpoint_every: Annotated[PositiveInt | None, FREE_TO_CHANGE] = Field(
         None, description="steps; null saves at the end of each epoch"
     )
     keep_checkpoints: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
         2, description="how many of the latest checkpoints are kept"
     )
+    # Not free to change: it decides which weights are merged.
     checkpoint: Literal["last", "best"] = Field(
         "last",
         description="weights of each member that are analyzed, merged and exported: the last, or"
@@ -286,6 +303,7 @@ class Training(Section):
         " checkpoint: best, else never",
     )
     log_every: Annotated[PositiveInt, FREE_TO_CHANGE] = 10
+    # A median and no mean, which would rise with the spikes that it should find.
     spike: Annotated[float | None, Field(gt=1), FREE_TO_CHANGE] = Field(
         None,
         description="stop where a member's loss exceeds its median of the last 50 steps by this"
@@ -307,16 +325,19 @@ class Lora(Section):
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = Field(16.0, description="the change is scaled by alpha / rank")
+    # rsLoRA (https://arxiv.org/abs/2312.03732): alpha / rank shrinks updates of high ranks.
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     targets: tuple[str, ...] = Field(
         ("all-linear",),
         description="q, k, v, o, gate, up, down or their Hugging Face names (q_proj); all-linear"
         " is all of them",
     )
+    # A frozen base is only read: it needs no float32 masters.
     base_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="dtype of the frozen base in training; null is model.compute_dtype"
     )
 
+    # "before": pydantic takes no string for a tuple
     @pydantic.field_validator("targets", mode="before")
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
@@ -344,6 +365,7 @@ class Samples(Section):
 class Tracking(Section):
     """Trackers of metrics, one run per member; `metrics/train.jsonl` is always written."""
 
+    # Trackers hold nothing that is not in the log, so a run without them loses no data.
     tensorboard: bool = Field(
         False, description="event files in tracking/ of the run directory (extra: tensorboard)"
     )

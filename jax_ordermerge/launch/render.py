@@ -31,6 +31,7 @@ def render(job: Job, target_name: str, options: Mapping[str, Any]) -> str:
         >>> text.splitlines()[0], "#SBATCH --nodes=1" in text
         ('#!/bin/bash', True)
     """
+    # Options are text from a command line; `parse` reads them by the schema, as it does a config.
     target = section.parse(TARGETS[target_name], options, target_name)
     target.check(job)
     # The target decides how processes find each other; what the user says on waiting remains.
@@ -47,11 +48,14 @@ def render(job: Job, target_name: str, options: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    # Free text must not end a shell word or a YAML value; options of type `Word` need no quotes.
     environment.filters |= {"quote": shlex.quote, "json": json.dumps}
     return environment.from_string(target.template_text()).render(
         name=job.slug,
         target=target,
+        # keys in the order in which the user wrote them
         config=yaml.safe_dump(config, sort_keys=False, width=120),
+        # as `Config.location` does
         run=job.output.replace("{name}", job.name),
     )
 
@@ -77,6 +81,7 @@ def describe(target_name: str) -> list[OptionHelp]:
     options = []
     for name, field in TARGETS[target_name].model_fields.items():
         default = "" if field.default is None else str(field.default)
+        # without a default `field.default` is a marker of pydantic, which must not be shown
         default = "required" if field.is_required() else default
         options.append(OptionHelp(name, default, field.description or ""))
     return options

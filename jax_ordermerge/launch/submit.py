@@ -21,10 +21,12 @@ def submit(target_name: str, path: Path) -> int:
         >>> submit("ssh", script)
         3
     """
+    # Checked first: subprocess would raise FileNotFoundError, with a traceback.
     command = TARGETS[target_name].submit_command
     if shutil.which(command[0]) is None:
         raise UserError(
             f"--submit needs {command[0]}, which is not installed here; write a file with --out"
             " and submit it where the program is"
         )
+    # no shell, so a path with spaces is one argument
     return subprocess.run([*command, str(path)], check=False).returncode

@@ -46,6 +46,7 @@ class Job:
             'llama-2-7b'
         """
         # a pod or a host name must also begin with a letter
+        # cut before the strip, so that a cut at a dash leaves no dash at the end
         slug = re.sub("[^a-z0-9]+", "-", self.name.lower())[:40].strip("-")
         return slug if slug[:1].isalpha() else f"run-{slug}".strip("-")
 
@@ -104,11 +105,14 @@ def check_output(output: str, mount: str, *, separate_disks: bool = False) -> No
     Example:
         >>> check_output("/mnt/shared/runs/one", "/mnt/shared")
     """
+    # Hosts write one checkpoint together in the local copy, and have to see the parts of each
+    # other.
     if separate_disks and output.startswith(("gs://", "s3://")):
         raise UserError(
             f"output = {output}: several hosts need a common disk for the local copy of a bucket;"
             " give volume=NAME"
         )
+    # With a slash, so that /mnt/shared2 does not count as below /mnt/shared.
     if not output.startswith((mount.rstrip("/") + "/", "gs://", "s3://")):
         raise UserError(
             f"output = {output} is on a disk that is deleted with its machine;"
@@ -129,8 +133,11 @@ def check_mesh(sizes: Mapping[str, int], devices: int) -> None:
     Example:
         >>> check_mesh({"order": 4, "fsdp": -1}, 32)
     """
+    # Here, because the job would start, wait in a queue, and fail at its mesh. -1 takes what is
+    # left: the other sizes must divide the devices, and without it fill them.
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if devices % fixed or (fixed != devices and -1 not in sizes.values()):
+        # axes of size 1 are the defaults; the user did not write them
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
         raise UserError(
             f"mesh {shown or 'of one device'} does not use all of the {devices} devices;"

@@ -15,7 +15,9 @@ from jax_ordermerge.launch.target import (
     check_output,
 )
 
+# A slice is a torus of two sides (v5e, v6e) or three (v4, v5p).
 Topology = Annotated[str, Field(pattern=r"^\d+(x\d+){1,2}$")]
+# also a containerPort of the template
 _PORT: Final = 8476
 
 
@@ -48,7 +50,10 @@ class Gke(Target):
         None, description="Secret with the key HF_TOKEN, for gated models"
     )
     spot: bool = False
+    # Many, because a preemption counts as a failure. Bad input (exit code 2) ends the JobSet at
+    # once.
     restarts: PositiveInt = Field(100, description="preemptions and failures to survive")
+    # Kubernetes kills the pod after it: a checkpoint that takes longer is lost.
     grace: PositiveInt = Field(
         120, description="seconds to save a checkpoint when a pod is asked to stop"
     )
@@ -63,6 +68,7 @@ class Gke(Target):
             raise ValueError(
                 f"topology and slices are of TPUs, not of {self.accelerator}; give nodes and gpus"
             )
+        # pods of one Job have equal resources, so the hosts of a slice must be full
         if self.tpu and self.slice_chips > self.chips and self.slice_chips % self.chips:
             raise ValueError(
                 f"topology {self.topology} has {self.slice_chips} chips, not a multiple of"
@@ -75,6 +81,7 @@ class Gke(Target):
     @property
     def tpu(self) -> bool:
         """Whether the node pool has TPUs."""
+        # by the label that GKE gives to its node pools
         return self.accelerator.startswith("tpu-")
 
     @property

@@ -15,28 +15,34 @@ class Slurm(Target):
     submit_command: ClassVar[tuple[str, ...]] = ("sbatch",)
 
     nodes: PositiveInt = 1
+    # 0 is for clusters of CPUs, on which the scripts are tested with a real SLURM.
     gpus: Annotated[int, Field(ge=0)] = Field(8, description="GPUs per node; 0 for CPU")
     tasks: PositiveInt | None = Field(
         None, description="processes per node: one per GPU by default, or 1 for all of its GPUs"
     )
     cpus: PositiveInt | None = Field(None, description="cores per process")
+    # text, because SLURM has suffixes of its own and reads 0 as all
     memory: Word | None = Field(None, description="memory per node, such as 200G; 0 for all")
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
+    # text, as SLURM writes it (days-hours:minutes:seconds)
     time: Word | None = Field(
         None, description="time limit, such as 12:00:00; the job is requeued when it is reached"
     )
+    # SLURM signals the script so long before the limit. It must cover the step and the checkpoint.
     signal: PositiveInt = Field(
         300, description="seconds before the limit at which a checkpoint is saved"
     )
+    # A limit, because a job that is requeued without progress would do so for ever.
     requeues: PositiveInt = Field(100, description="how often the job may start again")
     image: Word | None = Field(None, description="container image; none by default")
     container: Literal["pyxis", "apptainer"] = Field("pyxis", description="what starts the image")
     mounts: Word | None = Field(
         None, description="directories of the container, HOST:CONTAINER, separated by commas"
     )
+    # no `Word`: it is a line of shell, quotes and variables included
     setup: str | None = Field(
         None, description="shell line before the run, such as 'source venv/bin/activate'"
     )
@@ -61,6 +67,7 @@ class Slurm(Target):
 
     def check(self, job: Job) -> None:
         """Refuse a mesh of another size. On CPU each process has one device."""
+        # No check of the output: nodes are not deleted with the job, unlike VMs and pods.
         check_mesh(job.mesh, self.nodes * (self.gpus or self.processes))
 
 

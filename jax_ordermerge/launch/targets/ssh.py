@@ -20,12 +20,14 @@ class Ssh(Target):
         "ordermerge",
         description="working directory there; output must be on a file system that all hosts see",
     )
+    # The process on the first host listens there; the others must reach it through firewalls.
     port: PositiveInt = Field(8476, description="port of the first host")
     setup: str | None = Field(
         None, description="shell line before the run, such as 'source venv/bin/activate'"
     )
     command: str = Field("ordermerge", description="how ordermerge is called")
 
+    # "before": an option is one text, which pydantic would not take for a tuple
     @pydantic.field_validator("hosts", mode="before")
     @classmethod
     def _split(cls, hosts: object) -> object:
@@ -35,6 +37,8 @@ class Ssh(Target):
         """Return the address of the first host."""
         # USER@ is for ssh; the other hosts connect to the address alone
         host = self.hosts[0].rpartition("@")[2]
+        # No check of mesh or output: GPUs and disks of the hosts are not known here. The index of
+        # each process is added by the script.
         return {"coordinator": f"{host}:{self.port}", "processes": len(self.hosts)}
 
 

@@ -13,14 +13,18 @@ class TpuVm(Target):
 
     template: ClassVar[str] = "tpu_vm.sh"
 
+    # The number counts cores for some types (v5p-64 has 32 chips), so it is no number of devices,
+    # and the mesh cannot be checked by it.
     type: Word = Field(description="accelerator type, such as v5p-64")
     runtime: Word = Field(description="software of the VMs, such as v2-alpha-tpuv5")
+    # no `Word`: requirements hold brackets, spaces and @; the template quotes it
     package: str = Field(description="what pip installs there, or a wheel of this machine")
     slices: PositiveInt = 1
     spot: bool = False
     reserved: bool = False
     nfs: Word | None = Field(None, description="HOST:/SHARE that all workers mount")
     mount: Word = Field("/mnt/shared", description="where they mount it")
+    # Before the slice is deleted. An output in a bucket outlives it, and needs no copy.
     fetch: Word | None = Field(
         None, description="path copied to this machine at the end; the report by default"
     )
@@ -36,6 +40,7 @@ class TpuVm(Target):
 
     def check(self, job: Job) -> None:
         """Refuse an output on the disk of a VM."""
+        # the disk of a VM goes with the slice, which is deleted at the end and at preemptions
         check_output(job.output, self.mount)
 
 
