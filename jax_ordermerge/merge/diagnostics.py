@@ -121,6 +121,7 @@ def moments(
     """
     models = [jnp.atleast_1d(x) for x in (*members, merged)]
     base = jnp.atleast_1d(base)
+    # in float32: the difference of two bfloat16 numbers need not be a bfloat16 number
     task_vectors = [x.astype(jnp.float32) - base.astype(jnp.float32) for x in models]
     # bits and not values: 0 and -0 differ, a NaN equals itself, as in a comparison of files
     unchanged = [to_bits(x) == to_bits(base) for x in models]
@@ -150,6 +151,7 @@ def total(moment: Moments) -> Moments:
         [3.0]
     """
     return Moments(
+        # float64: float32 would lose counts beyond 2^24 and small products beside a large sum
         *(np.asarray(x, np.float64).sum(axis=tuple(range(1, np.ndim(x)))) for x in moment)
     )
 
@@ -167,6 +169,7 @@ def add(totals: Sequence[Moments]) -> Moments:
     """
     redrawn = np.zeros(max(len(moment.redrawn) for moment in totals))
     for moment in totals:
+        # shorter where a tensor has another method, or fewer members to draw from
         redrawn[: len(moment.redrawn)] += moment.redrawn
     return Moments(
         np.sum([moment.products for moment in totals], axis=0),
@@ -189,6 +192,7 @@ def summarize(moment: Moments, elements: int) -> Summary:
         ([[1.0, 0.0], [0.0, 1.0]], 0.7071, 1.0)
     """
     count = len(moment.unchanged) - 2
+    # the merged model is number `count`, after the members
     gram = np.zeros((count + 1, count + 1))
     for (i, j), value in zip(_pairs(count + 1), moment.products, strict=True):
         gram[i, j] = gram[j, i] = value
@@ -237,4 +241,5 @@ def report(tensors: Iterable[tuple[str, Moments, int]]) -> Report:
 
 
 def _ratio(a: float, b: float) -> float | None:
+    # None and not NaN: JSON has neither NaN nor infinity
     return float(a / b) if b > 0 and math.isfinite(a) and math.isfinite(b) else None

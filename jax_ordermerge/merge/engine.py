@@ -99,6 +99,7 @@ def merge_plan(
         with processes.barrier(f"finish {out}"):
             # the other processes have recorded their shares
             finished = journal.read(directory, shapes)
+        # in the order of the plan, whichever thread or process was first
         records = [finished[output.name] for output in plan.outputs]
         if process == 0:
             journal.remove(directory)
@@ -131,6 +132,7 @@ def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory += workers * SLAB_ELEMENTS * element_bytes
     if merger.pool.was_used:
+        # the pool holds whole tensors, at some time the largest
         memory += largest.size * element_bytes
     return memory, seconds
 
@@ -142,6 +144,8 @@ def _default_workers() -> int:
 
 def _fingerprint(plan: Plan, shard_bytes: int) -> str:
     """Return a digest of all that the bytes of the output depend on."""
+    # Not in it are workers, slabs and processes, since no byte depends on them: a merge may
+    # continue with others.
     content = [
         # another version may round in another order
         jax_ordermerge.__version__,
@@ -202,6 +206,8 @@ def _merge_all(
             if progress is not None:
                 progress(count, len(outputs), output.name)
 
+    # Threads and not processes: reading, compiled programs and CRC-32 run without Python's lock,
+    # and memory is shared.
     with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
         futures = [pool.submit(work, output) for output in outputs]
         try:
@@ -260,6 +266,7 @@ class _Merger:
         plan, method = self.plan, table.METHODS[output.method]
         arrays, static = parts.split_static(method.prepare(tensor, **output.parameters))
         needs_base = method.needs_base(output.parameters)
+        # a stream of its own: rounding at random does not change what the method draws
         rounding = rng.stream_key_bits(plan.seed, "round", output.name) if plan.stochastic else None
         # static arguments: few values occur in a model, so few programs are compiled
         program = {
@@ -277,6 +284,8 @@ class _Merger:
                 # in a buffer of its own: a method that needs the base has it in the one before
                 base = tensor.read(output.base, start, sampled, len(output.members) + 1)
             result = _merge_slab(part, arrays, rounding, base, count=sampled, **program)
+            # This waits for the program. Only then may the next `part` overwrite the buffers, which
+            # the device reads in place.
             merged = np.asarray(result.merged)
             _refuse_overflow(output.name, merged, part)
             if self.files is not None:
@@ -342,6 +351,7 @@ def _merge_slab(
         members, base_part = jax.tree.map(
             lambda x: x.reshape(-1)[:count], (part.members, part.base)
         )
+        # the first elements of a part keep their offset, so they draw the same numbers again
         sample = part._replace(members=members, base=base_part)
         redrawn = count_redrawn(sample, arrays["weights"], **dict(static))
         moments = moments._replace(redrawn=redrawn)
@@ -357,5 +367,6 @@ def _refuse_overflow(name: str, merged: np.ndarray, part: parts.Part) -> None:
     """Refuse infinities that no member has. Only float16 has less range than float32."""
     if merged.dtype != np.float16 or not np.isinf(merged).any():
         return
+    # an infinity that a member has is passed on like any other value
     if not any(np.isinf(np.asarray(member)).any() for member in part.members):
         raise UserError(f"the merged {name} overflows float16; choose dtype bfloat16 or float32")

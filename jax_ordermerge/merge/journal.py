@@ -50,6 +50,8 @@ def append(path: Path, record: TensorRecord) -> None:
         '0badcafe'
     """
     moments = None if record.moments is None else [np.asarray(x).tolist() for x in record.moments]
+    # Opened for every record: closing hands the line to the system, so that a killed process loses
+    # none.
     with path.open("a") as file:
         # The newline comes first: an interrupted write leaves half a line, and what follows must
         # not be joined to it.
@@ -71,6 +73,8 @@ def read(directory: Path, names: Collection[str]) -> dict[str, TensorRecord]:
             if fields["name"] in names:
                 if fields["moments"] is not None:
                     fields["moments"] = Moments(*map(np.array, fields["moments"]))
+                # A tensor that was merged again has two records. The later one of a file replaces
+                # the earlier.
                 records[fields["name"]] = TensorRecord(**fields)
     return records
 

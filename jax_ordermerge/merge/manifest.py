@@ -99,7 +99,8 @@ def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
 
 def _digest(plan: Plan, records: Sequence[TensorRecord], source: int) -> str | None:
     """Return a digest of the checksums of all tensors of a model, None if one is missing."""
-    # Of the numbers that were merged, not of files: a member of a run and its export are equal.
+    # Of the numbers that were merged, not of files: a member of a run and its export are equal. The
+    # order of the outputs is that of the plan, so it does not matter which thread ended first.
     digest = hashlib.blake2b(digest_size=16)
     for output, record in zip(plan.outputs, records, strict=True):
         for view, checksum in zip(output.views, record.checksums, strict=True):

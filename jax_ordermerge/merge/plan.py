@@ -107,6 +107,7 @@ class Plan:
     @property
     def input_bytes(self) -> int:
         """Bytes that are read at least once."""
+        # a set: stacked slices may take one layer several times
         views = {view for output in self.outputs for view in output.views}
         infos = [self.sources[view.source].info(view.name) for view in views]
         return sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
@@ -166,6 +167,7 @@ def uniform(
             spec.hf_shape,
             layer,
             tuple(View(member, name) for member in range(len(members))),
+            # the base follows the members in `sources`
             None if base is None else View(len(members), name),
             method,
             checked,
@@ -178,6 +180,7 @@ def uniform(
         "merge_method": method,
         "models": [Path(member.label).name for member in members],
         "base_model": None if base is None else Path(base.label).name,
+        # plain floats: `yaml.safe_dump` refuses those of numpy
         "weights": None if weights is None else [float(weight) for weight in weights],
         "parameters": checked,
         "seed": seed,

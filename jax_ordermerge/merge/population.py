@@ -135,6 +135,7 @@ def compile_merge(
     Raises:
         UserError: as `merge`.
     """
+    # the merge goes leaf by leaf, so the largest one decides how much memory it takes
     spec = max(arch.tensor_table(config), key=lambda spec: math.prod(spec.shape))
     (population,) = tree.flatten(
         convert.abstract_tensors([spec], mesh, members=members, dtype=dtype)
@@ -186,6 +187,7 @@ def member_shardings(leaf: Array) -> MemberShardings | None:
     if not isinstance(sharding, NamedSharding):
         return None
     mesh = sharding.mesh
+    # a PartitionSpec may be shorter than the array has axes
     entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
     member_axis, inner = entries[0], entries[1:]
     out = NamedSharding(mesh, P(*inner))
@@ -199,6 +201,7 @@ def member_shardings(leaf: Array) -> MemberShardings | None:
         if leaf.shape[1 + axis] % math.prod(mesh.shape[name] for name in names) == 0:
             spec = P(*inner[:axis], names, *inner[axis + 1 :])
             return MemberShardings(NamedSharding(mesh, spec), out)
+    # no axis can be divided further: every device of the member axis merges the same elements
     return MemberShardings(out, out)
 
 
@@ -281,6 +284,8 @@ class _LeafTensor:
     @property
     def key_bits(self) -> np.ndarray:
         """The random key, uint32[2]."""
+        # a tensor outside the layers has no number, hence a stream of its own with granularity
+        # "layer"
         leaf, layer = self.leaf, self.layer if self.leaf.stacked else None
         return table.key_bits(
             leaf.method, leaf.parameters, leaf.seed, leaf.names[self.layer], layer
@@ -391,6 +396,7 @@ def _merge_leaf(
         merged = merge_tensor(member_list, base, key_bits[0], arrays)
     if shardings is None:
         return merged
+    # the all-gather of `_unstack`: the result has the layout of a member, without the member axis
     return jax.lax.with_sharding_constraint(merged, shardings.out)
 
 
@@ -450,6 +456,7 @@ def measure_diagnostics(
         method, seed, weights, parameters: of the merge. A selection with resampling draws again,
             to count how many elements each round redrew.
     """
+    # a pass of its own: `merge` compiles to one program, with and without diagnostics
     checked: table.Parameters = {}
     count_redrawn = None
     if method in table.METHODS:  # the merge that a search chose has no method of the table

@@ -86,6 +86,7 @@ class FileTensor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # the views go first: once it is released, another thread may overwrite the memory
         self._loaded.clear()
         self._parts.clear()
         if self._memory is not None:
@@ -102,6 +103,8 @@ class FileTensor:
         """See `parts.Tensor.total`. The first call loads the tensor, since others will follow."""
         if not self._loaded:
             self._load()
+        # One thread measures a tensor, in file order: sums from several threads would come in
+        # another order each time.
         sums, choices = parts.Sums(reduce), tuple(static.items())
         for part in self._parts if among is None else self._blocks(among):
             sums.add(
@@ -113,6 +116,7 @@ class FileTensor:
 
     def slabs(self) -> Iterator[Slab]:
         """Yield the slabs in which the tensor is merged: what the unit of the method allows."""
+        # flat, whatever the shape: full slabs of all tensors then run one compiled program
         if self._unit == "element":
             for start in range(0, self._output.size, self._slab):
                 yield start, (min(self._slab, self._output.size - start),)
@@ -124,6 +128,7 @@ class FileTensor:
     def _row_slabs(self, multiple: int = 1) -> Iterator[Slab]:
         """Yield runs of whole rows, a multiple of some number in each but the last."""
         width = math.prod(self.shape[1:])
+        # at least one row, however wide: a method of rows cannot merge a part of one
         rows = max(self._slab // width // multiple, 1) * multiple
         for first in range(0, self.shape[0], rows):
             yield first * width, (min(rows, self.shape[0] - first), *self.shape[1:])
@@ -192,6 +197,7 @@ class FileTensor:
         source = self._plan.sources[view.source]
         stored_dtype = source.info(view.name).dtype
         if stored_dtype == out.dtype:
+            # the common case: straight into the memory that the device reads
             source.read_into(view.name, start, out)
         else:
             # `cast` refuses values that the dtype cannot hold, which `out[:] =` would make infinite
@@ -206,7 +212,8 @@ _thread = threading.local()
 
 def _thread_buffer(size: int, dtype: np.dtype, slot: int) -> np.ndarray:
     """Return an array in the buffer of this thread and slot, which grows as needed."""
-    # one buffer per model, since a slab of all models is in memory at once
+    # One buffer per model, since a slab of all models is in memory at once. Per thread, without a
+    # lock; a worker uses the same pages for all of its tensors.
     buffers: dict[int, np.ndarray] = _thread.__dict__.setdefault("buffers", {})
     nbytes = size * dtype.itemsize
     if slot not in buffers or buffers[slot].nbytes < nbytes:

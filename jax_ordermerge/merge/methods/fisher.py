@@ -41,7 +41,8 @@ def apply(part: Part, *, weights: jax.Array) -> jax.Array:
     """Average the first half of the members, weighted by the second half."""
     count = len(part.members) // 2
     models, fisher = part.floats()[:count], part.floats()[count:]
-    # products are rounded and terms added in the order of the members, as in `combine`
+    # Products are rounded and terms added in the order of the members, as in `combine`. The divisor
+    # adds the very products w_i F_i that the numerator multiplies.
     weighted_fisher = [rounded(weights[i] * fisher[i]) for i in range(count)]
     divisor = functools.reduce(jnp.add, weighted_fisher)
     numerator = functools.reduce(

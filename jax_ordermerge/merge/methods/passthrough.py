@@ -18,7 +18,8 @@ def prepare(tensor: Tensor, *, scale: Finites | None = None) -> Prepared:
         tensor: of one member. Takes no weights.
         scale: a factor. None keeps every bit.
     """
-    # a recipe gives a list, one number per member; there is one member
+    # A recipe gives a list, one number per member; there is one member. `per_member` also refuses a
+    # longer list.
     return {} if scale is None else {"scale": np.float32(per_member(tensor, "scale", scale)[0])}
 
 

@@ -186,6 +186,8 @@ def apply(
         # by bits: -0.0 in place of 0.0 is a change, and a NaN that the base has as well is none
         changed = [_any_in_unit(member != out, unit.lo.shape) for member in bits]
         if isinstance(resample, str):
+            # Probabilities are renormalized by W in `_draw`. Where W is no power of two that adds
+            # an error of up to 2^-16 (docs/random_choice.md).
             among_changed = [
                 jnp.where(flag, q, 0) for flag, q in zip(changed, thresholds, strict=True)
             ]

@@ -215,6 +215,7 @@ def check_weights(
             expected = f"at least {low}"
         raise UserError(f"merge method {name} takes {expected} models, {members} were given")
     refuse_weights(name, weights)
+    # None and no list of ones: the defaults differ, 1 or 1/M by method
     if weights is None:
         return None
     values = [float(weight) for weight in weights]
@@ -351,6 +352,7 @@ def merge_tensor(
         [1.5, 3.0]
     """
     checked = check_parameters(name, parameters)
+    # before `prepare` as well, which must measure the numbers that `apply` merges
     models = [round_to(jnp.asarray(member), dtype) for member in members]
     if base is not None:
         # an unused base would be read and moved for nothing

@@ -23,6 +23,7 @@ def prepare(tensor: Tensor, *, scale: Finite = 1.0, normalize: bool = False) -> 
         scale: lambda.
         normalize: divide by the sum of the weights.
     """
+    # 1/M and not 1: with a sum the length of the merged task vector would grow with M
     weights = weights_or_mean(tensor)
     divisor = weights.sum() if normalize else 1
     # divided in float64 and rounded once

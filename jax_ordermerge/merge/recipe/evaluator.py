@@ -82,6 +82,7 @@ class Evaluator:
             UserError: the method has no such parameter, or not in that place.
         """
         rule, notes = self.rule, []
+        # an error below a model, where mergekit ignores it without a word
         shared = [*rule.shared, *rules.extra_parameters(rule)]
         for index, entry in enumerate(layers.inputs):
             label = sources[entry.source].label
@@ -144,6 +145,8 @@ class Evaluator:
             parameters = table.check_parameters(rule.method, parameters)
             weights = table.check_weights(rule.method, call.weights, len(members), parameters)
         except UserError as error:
+            # most errors hold for every tensor; the first is named, since filters may have chosen
+            # its value
             raise UserError(f"{error} (first for {tensor.name})") from error
         if base is None and table.METHODS[rule.method].needs_base(parameters):
             raise UserError(f"merge_method {self.method} needs base_model here")
@@ -170,6 +173,7 @@ class Evaluator:
             return without_base
         if role == "first":  # mergekit interpolates from the base, wherever it is listed
             return [base, *without_base]
+        # an unlisted base counts only where a weight of the slice or the recipe reaches it
         if role == "weighted" and not (
             layers.inputs[base].listed or any("weight" in scope for scope in layers.scopes)
         ):
@@ -192,6 +196,7 @@ class Evaluator:
                 raise UserError(
                     f"merge_method {self.method} needs the parameter {key}{whose}; {name} has none"
                 )
+            # no place has a value: those whose filters match nothing were passed over
             return parameter.default
         try:
             return rules.convert(parameter, value)

@@ -82,11 +82,13 @@ def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Pl
     if rule.needs_base and any(part.base is None for part in layers):
         raise UserError(f"{where}: merge_method {settings.merge_method} needs base_model")
     notes = [*models.notes]
+    # names before values: a misspelt parameter is reported as such, not as one that is missing
     for part in layers:
         notes += evaluator.check_names(part, models.sources)
 
     donor = models.sources[models.donor].config
     config = dataclasses.replace(
+        # the base, or the first model where there is none; mergekit then takes a random one
         models.sources[models.base or 0].config,
         num_layers=sum(part.length for part in layers),
         # special tokens belong to the tokenizer
@@ -154,6 +156,7 @@ def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
 
 def _unite_vocabularies(recipe: Recipe, models: _Models) -> _Models:
     """Give the models one vocabulary, if the recipe says so or if they differ in size."""
+    # Equal sizes are taken as one vocabulary. Comparing tokenizers is for recipes that ask for it.
     is_default = recipe.tokenizer is None and recipe.tokenizer_source is None
     if is_default and len({source.config.vocab_size for source in models.sources}) == 1:
         return models
@@ -267,6 +270,7 @@ def _merged_tensors(config: arch.ModelConfig, layers: Sequence[LayerRange]) -> l
         else:
             part, index = layer_of[layer]
             names = [spec.hf_name.format(entry.start + index) for entry in part.inputs]
+            # within the slice, not within the model; one layer alone stands at the end
             position = index / (part.length - 1) if part.length > 1 else 1.0
         tensors.append(MergedTensor(name, spec.hf_shape, layer, part, names, position))
     return tensors

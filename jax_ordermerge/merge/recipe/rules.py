@@ -197,6 +197,7 @@ def _model_stock(values: Values) -> Call:
 
 
 def _sce(values: Values) -> Call:
+    # as mergekit: any number of elements may be selected, and energies have a floor of 1e-6
     return Call(
         {"select_topk": min(values.shared["select_topk"], 1.0), "at_least": 0, "floor": 1e-6}
     )
@@ -210,6 +211,7 @@ def _our_method(values: Values) -> Call:
     """Call a method of ours that is named by its own name: absent values leave its defaults."""
     lists = {}
     for name, per_member in values.per_member.items():
+        # our methods take one number per member, or none at all
         present = [value for value in per_member if value is not None]
         if present and len(present) < len(per_member):
             raise UserError(
@@ -241,6 +243,7 @@ MERGEKIT: dict[str, Rule] = {
         {"weight": _WEIGHT},
         {"normalize_weights": _switch(True), "eps": _number(1e-8)},
     ),
+    # mergekit has neither weights nor a base here: a base model is one more member
     "karcher": Rule(
         "karcher",
         lambda values: Call({"of": "members", **values.shared}),
@@ -250,6 +253,7 @@ MERGEKIT: dict[str, Rule] = {
     "task_arithmetic": Rule(
         "task_arithmetic",
         _task_arithmetic,
+        # mergekit reads these for the family as a whole; task arithmetic thins nothing
         {"weight": _WEIGHT, "density": _number(1.0, ignored=True)},
         {
             "lambda": _number(1.0),
@@ -262,6 +266,7 @@ MERGEKIT: dict[str, Rule] = {
     "ties": _sparsify_rule("ties", consensus=True, normalize=True),
     "dare_linear": _sparsify_rule("dare_linear", rescale=True),
     "dare_ties": _sparsify_rule("dare_ties", consensus=True, rescale=True),
+    # at_least=0: mergekit lets a tensor of few elements lose all; ours keeps one by default
     "breadcrumbs": _sparsify_rule("breadcrumbs", per_member={"gamma": 0.01}, at_least=0),
     "breadcrumbs_ties": _sparsify_rule(
         "breadcrumbs_ties", consensus=True, per_member={"gamma": 0.01}, at_least=0
@@ -318,6 +323,7 @@ def find_rule(name: str) -> Rule:
     if method not in table.METHODS:
         hint = did_you_mean(name, [*MERGEKIT, *_ALIASES, *table.METHODS])
         raise UserError(f"unknown merge_method '{name}'{hint}")
+    # not required: without a weight our method has its own default
     per_member = {name: _number() for name in ("weight", *_PER_MEMBER.get(method, ()))}
     return Rule(method, _our_method, per_member)
 

@@ -158,6 +158,8 @@ class Recipe(Module):
             references += [source.model for source in part.sources]
         if self.base_model is not None:
             references.append(self.base_model)
+        # Each once, in order. Not a set: random choices name members by position, and the order of
+        # a set of texts changes from process to process, as results of mergekit do.
         return list(dict.fromkeys(references))
 
 
@@ -184,6 +186,7 @@ def load(source: str | Path) -> dict[str, Any]:
         raise UserError(f"recipe {source} not found")
     where = "recipe" if is_text else str(source)
     try:
+        # `_Loader` is a safe loader: no tag of a recipe constructs an object
         raw = yaml.load(str(source) if is_text else Path(source).read_text(), _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error

@@ -95,6 +95,7 @@ def _parse_scalar(raw: Any) -> Scalar:
             raw = float(raw)  # YAML 1.1 reads 1e-4, which has no point, as text
         except ValueError:
             return raw
+    # NaN and infinities would pass every later comparison or spoil all tensors
     if isinstance(raw, float) and not math.isfinite(raw):
         raise ValueError(f"{raw} is not finite")
     return raw

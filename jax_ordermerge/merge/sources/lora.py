@@ -89,6 +89,7 @@ class LoRA:
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """See `Source.read_into`."""
+        # a saved matrix replaces that of the base, and may have a change of its own on top
         reader, stored_name = self._saved.get(name, (self._base, name))
         stored_dtype = reader.info(stored_name).dtype
         if name not in self._products and stored_dtype == out.dtype:
@@ -98,6 +99,8 @@ class LoRA:
         reader.read_into(stored_name, start, values)
         if name in self._products:
             change = self._products[name].elements(start, out.size)
+            # in float32 and rounded once by `cast` below; in bfloat16 s B A would round before it
+            # is added
             values = values.astype(np.float32) + change
         out.reshape(-1)[:] = safetensors.cast(values, out.dtype, f"{self.label}: {name}")
 

@@ -130,6 +130,7 @@ class _AdapterFile(NamedTuple):
         for name in self.reader.names:
             suffix = next((suffix for suffix in _FACTORS if name.endswith(suffix)), None)
             target = name.removesuffix(suffix or "").removeprefix(PREFIX)
+            # parts of the name that the wrapper modules of PEFT add
             target = target.replace(".modules_to_save", "").replace(".base_layer", "")
             target = f"{target}.weight" if suffix else target
             if not name.startswith(PREFIX) or target not in matrices:
@@ -156,6 +157,8 @@ class _AdapterFile(NamedTuple):
                 "this is not offered"
             )
         a, b = (self.reader.info(names[factor]).shape for factor in "AB")
+        # the factors of an embedding [V, D] are A [r, V] and B [D, r], those of a linear layer
+        # [out, in] are A [r, in] and B [out, r]
         is_embedding = "embedding" in names["A"]
         shape = (a[-1], b[0]) if is_embedding else (b[0], a[-1])
         expected = (self.base.info(target) if saved is None else self.reader.info(saved)).shape
@@ -173,6 +176,7 @@ class _AdapterFile(NamedTuple):
         alpha = _match_pattern(
             self.settings.get("alpha_pattern"), module, self.settings["lora_alpha"]
         )
+        # rank-stabilized LoRA divides by sqrt(r), so that its change keeps its size as r grows
         scale = alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
         read_factors = functools.partial(self._read_factors, names["A"], names["B"], is_embedding)
         return Product(read_factors, float(scale))
@@ -186,6 +190,7 @@ class _AdapterFile(NamedTuple):
 
     def drop_tied_head(self, saved: dict[str, str]) -> None:
         """Remove a saved head from `saved` if the base ties it and it equals the embedding."""
+        # A head that equals the embedding is redundant. One that differs would untie the model.
         embedding, head = vocabulary_tensors(self.base.config)
         if not self.base.config.tie_embeddings or head not in saved:
             return
@@ -299,6 +304,7 @@ def write_adapter(
         with shards.ShardFiles(partial, shapes, dtype, sys.maxsize) as files:
             files.create()
             for spec in specs:
+                # the dict stacks the layers, PEFT has a tensor for each
                 layers = np.asarray(arrays[spec.path])
                 for name, values in zip(spec.hf_names(), layers, strict=True):
                     files.write(name, 0, safetensors.cast(values, dtype, name))

@@ -53,6 +53,7 @@ def _open_base(name: str, resolve: Resolve) -> Source:
     if in_bucket:
         # a bucket holds the run but nothing of the name RUN/member_3: fetch the run
         path = remote.fetch(path) if number is None else remote.fetch(path.parent) / path.name
+    # a directory of that name, the export of the member, goes before its checkpoint
     if number is not None and not path.exists() and RunLayout(path.parent).is_run:
         return _open_member(RunLayout(path.parent), number, name)
     if "@" in name and not path.exists():
@@ -67,6 +68,7 @@ def _open_base(name: str, resolve: Resolve) -> Source:
         raise UserError(
             f"{name} is an adapter; give the model that it belongs to as well, BASE+{name}"
         )
+    # `config.json` makes a Hugging Face directory, also where checkpoints lie in it
     if not (path / "config.json").is_file() and orbax.latest(path) is not None:
         return storage.open_orbax(path, name)
     return storage.Directory(path, name)

@@ -169,6 +169,7 @@ class Untied:
         self.inner, self.label, self.directory = inner, inner.label, inner.directory
         self.config = dataclasses.replace(inner.config, tie_embeddings=False)
         embedding, head = vocabulary_tensors(inner.config)
+        # nothing is copied: the head is read from where the embedding is
         self._names = {head: embedding}
 
     def info(self, name: str) -> TensorInfo:
@@ -246,6 +247,7 @@ run the training first
         raise UserError(f"{prefix}no checkpoint in {checkpoints}; run the training first")
     metadata = orbax.metadata(checkpoints, step)
     steps, members = metadata.get("steps"), metadata.get("members")
+    # a model that `convert` wrote is a checkpoint as well, with other metadata
     if not isinstance(steps, int) or not isinstance(members, list):
         raise UserError(
             f"{prefix}the checkpoint of step {step} in {checkpoints} is not that of a training"
@@ -291,6 +293,7 @@ def load(
             chosen, index = members[index[0]], index[1:]
         if spec.stacked:
             names, index = names[index[0]], index[1:]
+        # both leading axes are made here, and those that the entry lacks are removed below
         shard = np.stack(
             [[_read_part(model, name, spec.hf_shape, index) for name in names] for model in chosen]
         )

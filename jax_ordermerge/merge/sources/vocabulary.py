@@ -84,6 +84,7 @@ class RemappedVocabulary:
         if name not in self._remapped:
             return TensorInfo(dtype, shape)
         for source in self._read_from:
+            # the widest, so that no row is rounded when it moves to another model
             dtype = np.dtype(jnp.promote_types(dtype, source.info(name).dtype))
         return TensorInfo(dtype, (len(self._row), *shape[1:]))
 
@@ -106,6 +107,7 @@ class RemappedVocabulary:
                 part[:] = 0
                 continue
             source = self._owners[owner[begin]]
+            # in the dtype of that model; the assignment widens it, see `info`
             values = np.empty(part.size, source.info(name).dtype)
             source.read_into(name, int(row[begin]) * width + here - run_start, values)
             part[:] = values
@@ -153,11 +155,13 @@ def align(
     ]
     target += [-1 - i for i in range(-len(target) % multiple)]  # keys that no model has: zeros
     # Where a row comes from, as (owner, row): the model's own, else by `token_sources`, else the
-    # first model in `order` that has it. Forced tokens come before the model's own.
+    # first model in `order` that has it, which overwrites the others in `first_rows`. Forced tokens
+    # come before the model's own.
     first_rows = {key: (i, row) for i in reversed(order) for key, row in models[i].rows.items()}
     requested: dict[Key, tuple[int, int]] = {}
     forced: dict[Key, tuple[int, int]] = {}
     for token, (source, force) in (token_sources or {}).items():
+        # an error and no note: the recipe names this token, which a misspelling would silently drop
         if token not in target:
             raise UserError(f"tokenizer.tokens: the merged vocabulary has no token {token!r}")
         if token not in models[source].rows:
@@ -169,6 +173,7 @@ def align(
         own_rows = {key: (index, row) for key, row in model.rows.items()}
         origins = {**first_rows, **requested, **own_rows, **forced}
         owner, row = np.array([origins.get(key, (-1, 0)) for key in target]).T
+        # A model with all of its own rows needs no wrapper, and its rows are read in one piece.
         is_unchanged = (
             len(target) == model.source.config.vocab_size
             and (owner == index).all()
@@ -214,6 +219,7 @@ def _read_tokenizer(directory: Path | None) -> _Tokenizer | None:
             vocabulary = {token: i for i, (token, *_) in enumerate(vocabulary)}
         added = {entry["content"]: entry for entry in content.get("added_tokens") or ()}
         ids = {**vocabulary, **{token: entry["id"] for token, entry in added.items()}}
+        # ids of added tokens may leave gaps after those of the vocabulary
         next_id = max([len(vocabulary), *(entry["id"] + 1 for entry in added.values())])
         return _Tokenizer(content, {str(k): int(v) for k, v in ids.items()}, added, next_id)
     except (KeyError, TypeError, ValueError, IndexError) as error:
