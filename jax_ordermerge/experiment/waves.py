@@ -124,7 +124,7 @@ def wave_size(members: int, groups: int, needs: compiled.Requirements, limit: in
             f" {limit / GIB:.1f}; divide it over more devices (mesh.fsdp, mesh.tensor), lower"
             " training.microbatch, or set model.remat = full"
         )
-    # waves of equal size, not full ones and a small rest: the slowest wave is what takes time
+    # as few waves as fit, of equal size: none takes more memory than it must
     waves = math.ceil(members / groups / fitting)
     return groups * math.ceil(members / groups / waves)
 
@@ -204,6 +204,7 @@ def _combine(waves: Sequence[RunLayout], layout: RunLayout) -> None:
     layouts.write_jsonl(layout.training_log, rows)
     samples = [_rows_by_step(wave.generated_samples) for wave in waves]
     if all(samples):
+        # the prompts are a list too, but the same for all members
         rows = [
             _concatenate([wave[step] for wave in samples], ("members", "texts"))
             for step in samples[0]
@@ -220,9 +221,7 @@ def _combine(waves: Sequence[RunLayout], layout: RunLayout) -> None:
 
     # the state comes last: where it exists, everything is complete
     states = [layouts.read_json(wave.training_state) for wave in waves]
-    state = _concatenate(
-        states, [key for key, value in states[0].items() if isinstance(value, list)]
-    )
+    state = _concatenate(states)
     for key in ("seconds", "tokens", "compilations"):
         state[key] = sum(wave[key] for wave in states)
     layouts.write_json(layout.training_state, state | {"waves": len(waves)})
@@ -234,9 +233,7 @@ def _rows_by_step(path: Path) -> dict[int, Json]:
 
 def _combine_metrics(rows: Sequence[Json]) -> Json:
     """Combine the rows of one step: members are concatenated, times are added."""
-    combined = _concatenate(
-        rows, [key for key, value in rows[0].items() if isinstance(value, list)]
-    )
+    combined = _concatenate(rows)
     combined["seconds"] = sum(row["seconds"] for row in rows)
     # waves of equal work, one after another: the harmonic mean of their speeds
     seconds_per_token = sum(
@@ -246,7 +243,10 @@ def _combine_metrics(rows: Sequence[Json]) -> Json:
     return combined
 
 
-def _concatenate(rows: Sequence[Json], keys: Iterable[str]) -> Json:
-    """Return the first row, with the lists of all rows concatenated under some keys."""
+def _concatenate(rows: Sequence[Json], keys: Iterable[str] | None = None) -> Json:
+    """Return the first row, with the lists of all rows concatenated under `keys`, or all keys."""
+    # a list has a value per member, and everything else is the same in all waves or added apart
+    if keys is None:
+        keys = [key for key, value in rows[0].items() if isinstance(value, list)]
     lists = {key: list(itertools.chain.from_iterable(row[key] for row in rows)) for key in keys}
     return rows[0] | lists
