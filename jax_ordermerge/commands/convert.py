@@ -89,14 +89,17 @@ def convert_checkpoint(
 def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
     if RunLayout(source).is_run:
         run, number, base_dir, config = _open_member(source, member)
+        # by default the dtype of the export, so that the bytes are those of the exported member
         dtype = dtype or run.merge.dtype
         layout = waves.member_layout(RunLayout(source), number)
         params = members.restore_member(
             training_spec(run), config, meshes.make_mesh(), layout, number, dtype=dtype
         )
+        # members share the tokenizer of the base: training does not change it
         return LoadedModel(config, params, dtype, base_dir)
     if member is not None:
         raise UserError(f"--member goes with a run directory; {source} has no {CONFIG}")
+    # a hub name is no directory, and is resolved below
     step = orbax.latest(source) if source.is_dir() else None
     if step is not None:
         # an Orbax directory of a training has another tree, of which a member must be picked
@@ -109,7 +112,7 @@ def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
         config, dtype = ModelConfig.from_hf(metadata["config"]), dtype or metadata["dtype"]
         abstract = {"params": convert.abstract_params(config, dtype=dtype)}
         params = orbax.restore(source, step, abstract)["params"]
-        # it may have been converted on another machine: weights without a tokenizer are still useful
+        # it may have been converted on another machine: weights without tokenizer are still useful
         tokenizer_dir = Path(metadata["tokenizer"])
         return LoadedModel(config, params, dtype, tokenizer_dir if tokenizer_dir.is_dir() else None)
     directory = convert.resolve(str(source))
@@ -124,6 +127,7 @@ def _open_member(run_dir: Path, member: int | None) -> tuple[Config, int, Path, 
     """Return the config of a run, the member, and directory and architecture of the base."""
     run = read_config(run_dir)
     count = run.population.members
+    # No default: member 0 in place of a forgotten option would look like a result.
     if member is None:
         raise UserError(f"{run_dir} is a run of {count} members; choose one with --member")
     if not 0 <= member < count:
@@ -141,6 +145,7 @@ def _export_adapter(source: Path, out: Path, member: int | None, dtype: str | No
     layout = waves.member_layout(RunLayout(source), number)
     adapter = members.restore_adapter(training_spec(run), config, layout, number)
     assert run.lora is not None  # restore_adapter refuses a run without it
+    # The adapter names its base, which PEFT loads by that name: a hub name works anywhere.
     base = run.model.base
     if base.startswith("embedded:") or Path(base).exists():
         base = str(base_dir.absolute())  # PEFT loads it from any working directory

@@ -20,12 +20,15 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.errors import PeerLost, UserError
 from jax_ordermerge.experiment.context import Log
 
+# packages that bring devices to jax; without one jax has CPUs only
 _ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _SHOWN = (
     *("jax", "jaxlib", *_ACCELERATORS, "flax", "optax", "orbax-checkpoint"),
     *("transformers", "datasets", "safetensors", "numpy"),
 )
+# Only packages whose versions have to match; numpy and others are checked as their requirements.
 _CHECKED = ("jax_ordermerge", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+# "" is no extra: requirements that always count
 _EXTRAS = ("", "tpu", "cuda12", "cuda13")
 # packages that do not work together, or with any version of jax that is supported
 _CONFLICTS = {
@@ -201,9 +204,11 @@ def _unmet_requirements() -> Iterator[str]:
                 continue
             present = _version(requirement.name)
             specifier = requirement.specifier
+            # prereleases=True: nightly builds of jax are installed on purpose
             if extras and present and not specifier.contains(present, prereleases=True):
                 wanted = f"{requirement.name}{specifier}"
                 yield f"{name} {version} needs {wanted}, not {present}; pip install '{wanted}'"
+            # requirements of an extra may be absent: nobody asked for the extra
             if "" in extras and present is None:
                 yield f"{name} {version} needs {requirement.name}, which is not installed"
 
@@ -213,6 +218,8 @@ def _check_devices(config: Config | None) -> Iterator[Finding]:
 
     try:
         if config and config.distributed.coordinator:
+            # The start of processes comes before any look at devices: jax cannot join peers
+            # afterwards.
             processes.start_distributed(**config.distributed.model_dump())
         elif config:
             mesh.provide_cpu_devices(config.mesh.sizes.values())
@@ -229,6 +236,7 @@ def _check_devices(config: Config | None) -> Iterator[Finding]:
     except (UserError, PeerLost, RuntimeError) as error:
         yield Finding("devices", "error", str(error).splitlines()[0])
         return
+    # jax.devices() holds those of all processes; only the local ones can be computed on here
     devices, local, count = jax.devices(), jax.local_devices(), jax.process_count()
     detail = f"{count}, this is number {jax.process_index()}" if count > 1 else "1"
     yield Finding("processes", "ok", detail)
@@ -249,6 +257,7 @@ def _check_devices(config: Config | None) -> Iterator[Finding]:
         yield Finding("devices", "note", detail)
     if config:
         try:
+            # by the function that a run uses, so that both refuse the same
             shape = mesh.make_mesh(**config.mesh.model_dump()).shape
         except UserError as error:
             yield Finding("mesh", "error", str(error))

@@ -56,6 +56,7 @@ def check_options(
         "--chat": chat or None,
     }
     model_only = {"--config": config, "--harness": harness_tasks, "--out": out, **harness_only}
+    # `is not None`, because 0 and False are given values; a flag that is off is made None above
     unused = [option for option, value in model_only.items() if value is not None]
     if unused and not is_model(target):
         raise UserError(
@@ -76,6 +77,7 @@ def is_model(target: Path) -> bool:
         >>> is_model(Path("configs/quickstart.yaml")), is_model(Path("embedded:quickstart"))
         (False, True)
     """
+    # A hub name or embedded:NAME is no file, so a model is what is neither config nor run.
     return target.suffix not in (".yaml", ".yml") and not RunLayout(target).is_run
 
 
@@ -86,6 +88,8 @@ def model_config(model: str, path: Path | None, overrides: Sequence[str] = ()) -
         >>> model_config("embedded:quickstart", None, ["evaluation.batch=8"]).evaluation.batch
         8
     """
+    # The last override wins: the model of the command line is the base, whatever the file says. As
+    # JSON, because the value of an override is YAML, where a name could be read as a number.
     return schema.load_config(path, [*overrides, f"model.base={json.dumps(model)}"])
 
 
@@ -117,6 +121,7 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log) -> Json:
         )
     model = load_model(config)
     summaries: Json = {}
+    # The dtype belongs to the result: the same model in float32 and bfloat16 gives other answers.
     results: Json = {"model": config.model.base, "dtype": config.model.compute_dtype}
     results["tasks"] = summaries
     for task in tasks:

@@ -28,6 +28,7 @@ def complete(
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
     directory = convert.resolve(model)
     tokenizer = source.load_tokenizer(directory)
+    # float32 in memory, whatever the files have; `dtype` is that of the products alone
     config, params = convert.load_params(directory)
     generate = generation.make_generator(config, params, tokenizer, batch=_BATCH, dtype=dtype)
     return generate([encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)

@@ -14,6 +14,7 @@ def inspect_model(model: str, *, stats: bool, as_json: bool) -> str:
     """Return the tensors of a checkpoint as a table or JSON; see `checkpoint.compare.inspect`."""
     inventory = compare.inspect(convert.resolve(model), stats=stats)
     if as_json:
+        # the exact numbers; the table rounds them
         return _json_text(tables.inspect_json(inventory))
     return _table_text(tables.inspect_table(inventory))
 
@@ -41,5 +42,6 @@ def _json_text(value: Json) -> str:
 
 def _table_text(table: Table) -> str:
     text = io.StringIO()
+    # Into a string: nothing is printed here, so tests and notebooks get the text.
     tables.show(table, text)
     return text.getvalue()

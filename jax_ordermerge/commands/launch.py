@@ -15,6 +15,7 @@ from jax_ordermerge.launch.target import Job
 
 def make_job(config: Config) -> Job:
     """Return an experiment as launch targets see it: with what the user wrote, not the defaults."""
+    # A default is that of the version installed there; what a user wrote is shown as written.
     settings = config.model_dump(mode="json", exclude_unset=True)
     return Job(config.name, settings, config.mesh.sizes, config.output)
 
@@ -33,9 +34,11 @@ def render_script(config: Config, target: str, options: Sequence[str]) -> str:
     preflight.check_config(config)  # here, not after hours in the queue of a cluster
     pairs = {}
     for item in options:
+        # at the first "=": values such as setup="A=1 run" hold others
         name, sign, value = item.partition("=")
         if not (name and sign):
             raise UserError(f"{item}: expected OPTION=VALUE, e.g. nodes=4")
+        # text: the schema of the target turns it into numbers and lists
         pairs[name] = value
     return render.render(make_job(config), target, pairs)
 

@@ -24,9 +24,11 @@ _WIDTH = 120  # characters of the table of a plan
 
 def is_recipe(path: Path) -> bool:
     """Return whether a file is a merge recipe and not the config of an experiment."""
+    # by the name first: a model in a bucket must not be fetched to see whether it is a recipe
     if path.suffix not in (".yml", ".yaml"):
         return False
     local = remote.fetch(path)
+    # Configs of experiments are YAML, too; the keys tell them apart.
     return local.is_file() and planner.is_recipe(local)
 
 
@@ -148,6 +150,7 @@ def read_weights(text: str) -> tuple[float, ...]:
         (0.5, 0.25, 0.25)
     """
     try:
+        # Not normalized here: whether weights must sum to 1 is up to the method.
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(
@@ -162,6 +165,7 @@ def describe_plan(merge_plan: plan.Plan) -> str:
     """
     memory, seconds = engine.estimate(merge_plan)
     table = rich.table.Table(show_header=False, box=None)
+    # a recipe may name another method for each tensor
     methods = sorted({output.method for output in merge_plan.outputs})
     table.add_row("methods", ", ".join(methods))
     for source in merge_plan.sources:
@@ -172,6 +176,7 @@ def describe_plan(merge_plan: plan.Plan) -> str:
     table.add_row("memory about", f"{memory / 1e9:.2f} GB")
     table.add_row("time about", f"{seconds:.1f} s, plus the time of the disk beyond that")
     text = io.StringIO()
+    # A fixed width, so that the text depends neither on the terminal nor on a pipe.
     rich.console.Console(file=text, width=_WIDTH).print(table)
     return text.getvalue()
 
@@ -198,6 +203,7 @@ def merge_models(
         hf_dir = target
         if to == "orbax":
             atomic.check_vacant(target)
+            # beside the target, so on the same disk, which must hold both for a moment
             hf_dir = target.with_name(f"{target.name}.hf")
         with _progress_bar() as progress:
             engine.merge_plan(

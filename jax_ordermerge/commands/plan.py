@@ -19,6 +19,7 @@ def plan_experiment(config: Config, *, as_json: bool, **options: Any) -> str:
     Raises:
         UserError: the config, the topology or an option is wrong.
     """
+    # Refuse what a run would refuse: a plan of an impossible experiment would help nobody.
     preflight.check_config(config)
     plan = planner.plan_experiment(plan_spec(config), **options)
     return formatting.as_json(plan) if as_json else formatting.as_text(plan)

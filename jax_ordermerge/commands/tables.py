@@ -68,9 +68,11 @@ def difference_table(difference: Difference) -> Table:
         ──────────────────────────────────────────────────────────────────────────────────────────────
         all 0 in both   0 have equal bytes
     """
+    # without a base there are no task vectors, and no columns for them
     based = difference.total is not None and difference.total.kept_a is not None
     rows = []
     for pair in difference.pairs:
+        # equal tensors are counted in the last row; only changes are listed
         if not pair.equal:
             changes = [
                 f"{a} | {b}"
@@ -81,6 +83,7 @@ def difference_table(difference: Difference) -> Table:
                 if a != b
             ]
             rows.append((pair.name, ", ".join(changes), *_numbers_cells(pair.numbers, based)))
+    # rows of one table need the same number of cells
     blank = _numbers_cells(None, based)
     rows += [(name, "only in a", *blank) for name in difference.only_a]
     rows += [(name, "only in b", *blank) for name in difference.only_b]
@@ -135,6 +138,7 @@ def show(table: Table, file: IO[str] | None = None) -> None:
     Where the output is not a terminal, the table is as wide as its content: scripts read it.
     """
     console = Console(file=file or sys.stdout, highlight=False)
+    # rich assumes 80 columns where there is no terminal, and would wrap names of tensors
     if not console.is_terminal:
         console.width = console.measure(
             table, options=console.options.update(width=_MAX_WIDTH)
@@ -151,6 +155,7 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value._asdict().items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    # JSON has neither NaN nor infinities
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -159,6 +164,7 @@ def _table(
 ) -> Table:
     table = Table(box=box.HORIZONTALS, show_edge=False, header_style="bold")
     for head in heads:
+        # fold: rich cuts by default, and a name of a tensor that is cut is no name
         table.add_column(head, justify="left" if head in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_text(cell) for cell in row))
@@ -209,6 +215,7 @@ def _cosine(value: float | None) -> str:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
+    # a scalar has an empty shape, and an empty cell would look like a missing one
     return " x ".join(map(str, shape)) or "scalar"
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from jax_ordermerge.errors import UserError
 
-# The patterns are those of the publications and of lm-evaluation-harness, oddities included: another
-# pattern would give numbers that cannot be compared with published ones. COT_NUMBER, for example,
-# needs one more character after the number.
+# The patterns are those of the publications and of lm-evaluation-harness, oddities included:
+# another pattern would give numbers that cannot be compared with published ones. COT_NUMBER, for
+# example, needs one more character after the number.
 GSM8K_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 COT_NUMBER = re.compile(r"The answer is (-?[0-9.,]+).")
 FLEXIBLE_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")

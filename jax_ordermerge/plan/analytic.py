@@ -75,10 +75,12 @@ class Workload:
         steps: steps of the whole training; None if the number of examples is not known.
     """
 
+    # padding is computed as any row is, so it costs time; it is left out of tokens and MFU
     rows: int
     length: int
     tokens: float
     flops: float
+    # None and not 0: hours of an unknown number of steps are unknown
     steps: int | None
 
 
@@ -105,6 +107,8 @@ class StepEstimate:
         """Seconds of the step: the longest of its times and the exposed part of the others."""
         if self.times is None:
             return None
+        # Not the sum, since the three overlap, and not the longest alone, since they never overlap
+        # fully.
         longest = max(self.times.values())
         return longest + _EXPOSED * (sum(self.times.values()) - longest)
 
@@ -119,18 +123,21 @@ def abstract_mesh(spec: PlanSpec, topology: Topology) -> AbstractMesh:
         UserError: the sizes do not fit the number of devices.
     """
     sizes = meshes.axis_sizes(spec.mesh.sizes, topology.size)
+    # Auto, as in the mesh of a training: the compiler decides the shardings in between.
     types = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
 def attention_kernel(spec: PlanSpec, topology: Topology) -> str:
     """Return the attention kernel that `kernels.choose` is likely to choose; it needs devices."""
+    # not `kernels.choose`, which asks devices for their kind, and there are none
     if spec.model.attention != "auto":
         return spec.model.attention
     if topology.device is None:
         return "xla"
     if topology.tpu:
         return "splash"
+    # cuDNN computes in bfloat16, and cannot keep packed documents apart
     fused = spec.model.compute_dtype == "bfloat16" and spec.data.packing == "none"
     return "cudnn" if fused else "xla"
 
@@ -151,6 +158,7 @@ def link_speed(axes: str, spec: PlanSpec, topology: Topology) -> float:
     assert topology.device is not None
     names = axes.split()
     across: Mapping[Any, int] = spec.mesh.dcn or {"order": topology.slices}
+    # one axis over the network is enough: the slowest link sets the time of a collective
     if topology.slices > 1 and any(across.get(name, 1) != 1 for name in names):
         return topology.device.network
     sizes = meshes.axis_sizes(spec.mesh.sizes, topology.size)
@@ -182,6 +190,7 @@ def estimate_step(
 def with_times(estimate: StepEstimate, spec: PlanSpec, topology: Topology) -> StepEstimate:
     """Return an estimate with the times that its FLOPs and bytes take on the devices."""
     device = topology.device
+    # CPUs have no data sheet here; memory and FLOPs are counted all the same
     if device is None:
         return estimate
     times = {
@@ -225,6 +234,7 @@ def _state_bytes(
     members: int,
     mesh: AbstractMesh,
 ) -> dict[str, int]:
+    # one step in all: the length of the schedule changes no shape
     optimizer = make_optimizer(training, 1, trained)
     params = convert.abstract_tensors(trained, mesh, members=members)
     state = steps.abstract_state(params, optimizer, mesh)
@@ -240,6 +250,7 @@ def _state_bytes(
 def bytes_per_device(abstract: Any) -> int:
     """Return the bytes per device of a pytree of `jax.ShapeDtypeStruct` with shardings."""
     return sum(
+        # shard_shape and not size / devices: an axis that does not divide is replicated
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(abstract)
     )
@@ -266,6 +277,7 @@ class _StepCosts:
         self.spec, self.model, self.topology, self.work = spec, model, topology, work
         self.mesh = abstract_mesh(spec, topology)
         self.order, self.data, self.fsdp, self.sequence, self.tensor = self.mesh.shape.values()
+        # those of one device group
         self.members = -(-len(spec.first_wave) // self.order)
         self.microbatches = spec.training.batch // spec.microbatch
         # a microbatch that the batch axes do not divide is replicated over them
@@ -277,9 +289,11 @@ class _StepCosts:
         self.item = spec.compute_bytes
         trained, frozen = _tables(spec, model)
         self.trained, self.frozen = _size(trained), _size(frozen)
+        # all of them, trained or not: the forward pass reads every weight
         self.parameters = parameter_count(model)
         self.heads = model.num_heads * model.head_dim
         self.kv = model.num_kv_heads * model.head_dim
+        # `dots` repeats elementwise work only, which no count of matmuls sees
         self.recomputes = spec.model.remat == "full"
 
     def memory(self) -> Memory:
@@ -315,6 +329,7 @@ class _StepCosts:
             "dots": (2 * heads + 2 * kv + 2 * F) / tensor + D,
             "none": (5 * heads + 5 * kv + 4 * F) / tensor + 8 * D,
         }
+        # The input of a layer is kept in every mode: recomputation starts from it.
         saved = D + results[self.spec.model.remat]
         activations = self.model.num_layers * tokens * saved * item
         # the layer at work: its intermediate results, and two float32 residuals
@@ -332,6 +347,7 @@ class _StepCosts:
             + 4 * V * D / fsdp / tensor
             + (0 if embedding else item * V * D / tensor)
         )
+        # The layer at work and the head are never in memory together, so the larger of them counts.
         return gradients + cast + embedding + gathered + activations + max(working + scores, logits)
 
     def flops(self) -> float:
@@ -362,6 +378,7 @@ class _StepCosts:
         activations = layers * self.tokens * width * passes * item
         scores = 0.0
         if self.kernel == "xla":
+            # causal: half of the pairs of positions
             pairs = self.rows * self.work.length**2 / 2 / self.sequence
             scores = 4 * 6 * passes * layers * self.model.num_heads / tensor * pairs
         logits = 4 * 4 * self.tokens * self.model.vocab_size / tensor
@@ -376,14 +393,17 @@ class _StepCosts:
         # weights are gathered forward, backward and recomputed; gradients are reduced to shards
         gathers = 3 if self.recomputes else 2
         fsdp = _remote(self.fsdp) * times * (gathers * weights + self.item * trained)
+        # an all-reduce is a reduce-scatter and an all-gather: twice the remote part, in float32
         data = 2 * _remote(self.data) * times * 4 * trained / self.fsdp
         # all-reduces per layer: two forward, two backward, two recomputed
         reduces = layers * (6 if self.recomputes else 4)
         width = self.model.hidden_size
         tensor = 2 * _remote(self.tensor) * times * reduces * self.tokens * width * self.item
+        # keys and values of all positions, while queries stay where they are
         keys = 2 * self.kv * self.item * self.rows * self.work.length
         sequence = _remote(self.sequence) * times * layers * gathers * keys
         traffic = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+        # Members of a group run one after another, so their traffic adds up.
         return {axis: self.members * size for axis, size in traffic.items() if size}
 
 

@@ -30,6 +30,7 @@ from jax_ordermerge.train import batches
 from jax_ordermerge.train.programs import Programs
 from jax_ordermerge.train.spec import TrainingSpec
 
+# XLA has no field for it: the size is in the text of the error, such as "Used 20.1G of 15.75G".
 _USED = re.compile(r"Used ([\d.]+)([KMGT])i?B? of")
 
 
@@ -68,6 +69,7 @@ class TooLarge(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         used = _USED.search(message)
+        # binary units, whatever the suffix: XLA prints powers of 1024
         self.bytes = int(float(used[1]) * 1024 ** " KMGT".index(used[2])) if used else None
 
 
@@ -101,6 +103,7 @@ def longest_examples(spec: TrainingSpec) -> Examples:
     # the longest rows need most memory: a step that fits them fits all
     size, length = spec.training.batch, spec.data.max_length
     offsets = np.arange(size + 1) * length
+    # ones and not random: only shapes reach the compiler
     tokens = Ragged(np.ones(size * length, np.int32), offsets)
     response = Ragged(np.ones(size * length, np.bool_), offsets)
     examples = Examples(tokens, response, np.arange(size))
@@ -143,6 +146,8 @@ def generation_requirements(
         params_dtype=spec.merge.dtype,
         dtype=spec.model.compute_dtype,
     )
+    # The loop of generation ends when all rows have ended, so its trip count is not in the text; at
+    # most it runs once per new token.
     return _compile(program, mesh, rounds=new)
 
 
@@ -180,6 +185,7 @@ def _merge_programs(
     spec: PlanSpec, model: ModelConfig, mesh: Mesh
 ) -> Iterator[Callable[[], jax.stages.Compiled]]:
     """Yield functions that compile the merges, one per different program: seeds do not matter."""
+    # a list and no set: parameters are dicts, which cannot be hashed
     seen: list[tuple[Any, ...]] = []
     for entry in spec.merge.methods:
         method, weights, parameters = entry.method, entry.weights, entry.parameters
@@ -213,6 +219,7 @@ def _compile(program: Callable[[], Any], mesh: Mesh, rounds: int = 1) -> Require
             raise
         raise TooLarge(str(error)) from error
     seconds = time.monotonic() - start
+    # of one device: the compiler plans a single program that all devices execute
     memory = compiled.memory_analysis()
     # outputs that alias a donated input take no memory of their own
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -37,10 +37,13 @@ _GPUS = {
 
 def has_compiler(topology: Topology) -> bool:
     """Return whether what is installed can compile programs for a topology."""
+    # the devices of this process bring their compiler, and jaxlib always has that of CPUs
     if topology.device is None or topology.present:
         return True
     if topology.tpu:
         return _is_installed("libtpu")
+    # The data sheets of `hardware` lack what XLA asks for: a GPU that is not described here can
+    # only be estimated.
     return topology.device.name in _GPUS and _is_installed("jax_plugins.xla_cuda13")
 
 
@@ -72,12 +75,14 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 def _cpu_devices(count: int) -> list[Any]:
     meshes.provide_cpu_devices([count])
+    # by platform, because a GPU may be there, too
     present = jax.devices("cpu")
     if len(present) < count:
         raise UserError(
             f"the topology has {count} CPU devices, this process has {len(present)}; set"
             f" XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
+    # jax may have started with more before the number was asked for
     return present[:count]
 
 
@@ -89,6 +94,7 @@ def _describe_tpus(topology: Topology) -> list[Any]:
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at the same time
     }.items():
+        # setdefault: on a real TPU machine its own values stay
         os.environ.setdefault(name, value)
     assert topology.device is not None
     name = f"{topology.device.name}:{'x'.join(map(str, topology.shape))}"
@@ -133,6 +139,7 @@ device_description_str: "NVIDIA {device.kinds[0]}"
 
 
 def _describe(platform: str, requested: Topology, **description: Any) -> list[Any]:
+    # experimental: a change of jax breaks plans for absent devices, and nothing else
     from jax.experimental import topologies
 
     try:

@@ -14,6 +14,7 @@ from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.collectives import Collectives
 from jax_ordermerge.plan.results import OptionPlan, Plan, ProgramPlan, Settings
 
+# wide enough for both options side by side; docs/planning.md shows the text as it is
 _WIDTH = 130
 _MEMORY_KINDS = ("parameters", "optimizer", "base", "batch", "temporaries", "total")
 # The keys of the JSON document are its interface: they stay when fields of a plan are renamed.
@@ -29,6 +30,7 @@ Json = dict[str, Any]
 def as_json(plan: Plan) -> str:
     """Return a plan as a JSON document. Bytes are per device, except those of `experiment`."""
     device, experiment = plan.topology.device, dataclasses.asdict(plan.experiment)
+    # asdict has fields alone, and the total is a property
     experiment["hours"]["total"] = plan.experiment.total_hours
     document = {
         "topology": {
@@ -47,6 +49,7 @@ def as_json(plan: Plan) -> str:
         "assumed": plan.assumptions,
         "notes": plan.notes,
     }
+    # allow_nan=False: an infinite time must not reach a reader as the word Infinity
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
@@ -54,6 +57,7 @@ def _option_json(option: OptionPlan) -> Json:
     step = option.step
     seconds: dict[str, float | None] | None = None
     memory = dataclasses.asdict(step.memory)
+    # without a data sheet there are no times, and `seconds` is null
     if step.times is not None:
         seconds = {_TIME_KEYS[kind]: value for kind, value in step.times.items()}
         seconds["step"] = step.seconds
@@ -208,11 +212,13 @@ def _options_table(plan: Plan) -> Table:
         # the base is 0 in full fine-tuning
         if any(sizes):
             row(f"memory: {kind}, GiB", map(_gib, sizes))
+    # without a data sheet a column of "no" would be wrong: nothing is known
     if plan.configured.memory_limit is not None:
         row("memory: limit, GiB", (_gib(option.memory_limit) for option in options))
         row("fits", ("yes" if option.fits else "no" for option in options))
     row("FLOPs of the model, all devices", (f"{option.model_flops:.3g}" for option in options))
     row("FLOPs with recomputation and padding", (f"{option.step.flops:.3g}" for option in options))
+    # Both options in one row, though one of them may not cross these axes.
     for axes in sorted({axes for option in options for axes in option.step.traffic}):
         received = [option.step.traffic.get(axes, 0) for option in options]
         row(f"received over {axes}, GiB", map(_gib, received))
@@ -224,6 +230,7 @@ def _options_table(plan: Plan) -> Table:
         row("tokens per second, all devices", (f"{o.tokens_per_second:,.0f}" for o in options))
         row("MFU", (f"{option.mfu:.0%}" for option in options))
         row("hours of the whole training", (_hours(option.training_hours) for option in options))
+    # A dash tells an estimate from a compilation in 0 s.
     compiled = [option.requirements for option in options]
     row("seconds of compilation", (f"{needs.seconds:.0f}" if needs else "-" for needs in compiled))
     return table
@@ -275,6 +282,7 @@ def _format_mesh(option: OptionPlan) -> str:
 
 
 def _format_pieces(option: OptionPlan) -> str:
+    # null in a config, which a reader could take for unknown
     microbatch = option.spec.training.microbatch or "whole batch"
     return f"{option.members}, {microbatch}, {option.spec.model.remat}"
 

@@ -43,6 +43,7 @@ class Inputs:
     def prompt_length(self, spec: PlanSpec) -> int:
         """Return the tokens of the longest test prompt, or a guess without test examples."""
         if self.test is None:
+            # at least one token, because no program has an empty prompt
             return max(int(_PROMPT_FRACTION * spec.data.max_length), 1)
         return max(len(self.test.prompt(row)) for row in range(len(self.test)))
 
@@ -71,6 +72,7 @@ def read_inputs(
         model, name = _read_architecture(architecture, spec), architecture
     else:
         try:
+            # config and tokenizer alone: the plan of a model must not begin with its download
             base = convert.resolve(spec.model.base, weights=False)
             model, name = convert.load_config(base, spec.model.ignore_config_keys), spec.model.base
         except UserError as error:
@@ -111,6 +113,7 @@ def _read_architecture(name: str, spec: PlanSpec) -> ModelConfig:
     if published is not None:
         return published
     path = Path(name).expanduser()
+    # the reader takes directories; a user may have the file alone
     if path.name == "config.json" and path.is_file():
         path = path.parent
     if not path.is_dir():
@@ -122,7 +125,9 @@ def _read_architecture(name: str, spec: PlanSpec) -> ModelConfig:
 
 
 def _read_examples(spec: PlanSpec, base: Path) -> tuple[Examples, Examples | None]:
+    # `auto` under dpo means pairs, as in a run
     data = spec.data.model_copy(update={"format": "preference"}) if spec.has_pairs else spec.data
+    # the splits of a run, by its seed: lengths are those of the very examples that are trained on
     splits = source.load_splits(data, source.load_tokenizer(base), seed=spec.seed)
     train = splits["train"]
     if spec.has_pairs:
@@ -144,7 +149,9 @@ def measure_workload(spec: PlanSpec, inputs: Inputs) -> Workload:
     elif inputs.train_count is not None:
         steps = spec.training.epochs * -(-inputs.train_count // spec.training.batch)
     return Workload(
+        # two parts, chosen and rejected, for preference pairs
         rows=spec.training.batch * len(list(examples.parts)),
+        # the longest bucket: memory must hold for it
         length=plan.lengths[-1],
         tokens=float(lengths.sum()) / plan.epoch_steps,
         flops=flops.training_flops(inputs.model, lengths, spec.lora) / plan.epoch_steps,
@@ -160,6 +167,7 @@ def padded_tokens(
     None if neither the examples nor their number is known.
     """
     if examples is not None:
+        # all at the longest bucket: an upper bound, as hours of a plan should not be too low
         longest = pack.bucket_lengths(examples.sequences.longest, spec.data.buckets)[-1]
         return len(examples.sequences) * longest, longest
     if count is None:

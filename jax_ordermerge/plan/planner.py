@@ -78,6 +78,7 @@ def plan_experiment(
     # the workload does not depend on the settings that the search changes
     planner = _Planner(target, inputs, measure_workload(spec, inputs), compiles, log)
     configured = planner.plan_step(spec, {})
+    # options are ranked by time, which takes a data sheet
     candidates = planner.search(spec, notes) if find_better and target.device else []
     recommended = planner.recommend(configured, candidates)
     # hours and programs of settings that do not fit would help nobody
@@ -89,6 +90,7 @@ def plan_experiment(
         work=planner.work,
         configured=configured,
         recommended=recommended,
+        # by the estimate, even if one of them was compiled: figures of one list must compare
         candidates=tuple(candidates[:_LISTED]),
         programs=planner.plan_programs(best.spec) if compiles else {},
         experiment=plan_stages(best.spec, inputs, target, best.training_hours),
@@ -123,6 +125,7 @@ class _Planner:
     def plan_step(self, spec: PlanSpec, changes: Settings) -> OptionPlan:
         """Plan the training step, by the compiler if there is one."""
         estimate = analytic.estimate_step(spec, self.inputs.model, self.topology, self.work)
+        # The estimate comes first, since its times stay: a compiler gives memory and traffic only.
         option = OptionPlan(spec, changes, self.topology, self.work, estimate)
         if not self.compiles:
             return option
@@ -166,6 +169,7 @@ class _Planner:
         """
         if self.topology.present or self.topology.tpu or self.topology.device is None:
             return spec
+        # plain XLA needs more memory, so the plan errs on the safe side
         return spec.change(model={"attention": "xla"})
 
     def mesh(self, spec: PlanSpec) -> Mesh:
@@ -185,6 +189,7 @@ class _Planner:
             notes.append("no settings fit by the estimate: take more devices")
             return []
         options = self._search(spec.with_adapters())
+        # Adapters are offered and never recommended silently: they change what is learned.
         adapters = "adapters (lora), which are another training, would"
         notes.append(
             "full fine-tuning fits with no settings by the estimate; "
@@ -203,6 +208,7 @@ class _Planner:
     ) -> OptionPlan | None:
         """Return the first candidate that is worth the change, by the compiler if there is one."""
         limit = math.inf
+        # settings that do not fit have no time to beat
         if configured.fits:
             limit = _WORTHWHILE * configured.population_step_seconds
         # The estimate ranks, the compiler decides: it may refuse what the estimate accepts, so some
@@ -219,6 +225,7 @@ class _Planner:
     def plan_programs(self, spec: PlanSpec) -> dict[str, ProgramPlan]:
         """Compile the other programs of a run."""
         model, length, prompt = self.inputs.model, self.work.length, self.inputs.prompt_length(spec)
+        # the longest answers need the largest cache, so one program stands for all tasks
         new = max((task.new_tokens for task in spec.evaluation.tasks), default=0)
 
         def losses(spec: PlanSpec, mesh: Mesh) -> Requirements:
@@ -248,6 +255,7 @@ class _Planner:
         program = self._compile(compile_program, spec)
         if program.fits is not False or section is None:
             return program
+        # The batches of analysis and evaluation change no result, so a smaller one may be proposed.
         batch = getattr(spec, section).batch
         for _ in range(_HALVINGS):
             if batch == 1:
@@ -265,5 +273,6 @@ class _Planner:
             needs = compile_program(self.compilable(spec), self.mesh(spec))
         except compiled.TooLarge as error:
             return ProgramPlan(error.bytes, fits=False)
+        # no limit is known for CPUs: the answer is None and not True
         fits = None if device is None else needs.bytes <= MEMORY_FRACTION * device.memory
         return ProgramPlan(needs.bytes, fits, needs)

@@ -17,6 +17,7 @@ from jax_ordermerge.plan.analytic import Workload
 from jax_ordermerge.plan.results import OptionPlan, list_changes
 from jax_ordermerge.plan.spec import PlanSpec
 
+# Up to 8, as many GPUs as a node has: each layer waits for the all-reduces of this axis.
 _TENSOR_SIZES = (1, 2, 4, 8)
 _REMAT = ("none", "dots", "full")
 # Times within this ratio count as equal: the estimate is not more precise than that, and simpler
@@ -54,6 +55,8 @@ def search(
 def _rank(option: OptionPlan) -> tuple[float | str, ...]:
     spec = option.spec
     return (
+        # Whole powers of the ratio, so that times that are nearly equal compare as equal, and the
+        # order stays transitive.
         round(math.log(option.population_step_seconds, _EQUAL_RATIO)),
         math.ceil(spec.population.members / option.members),
         spec.training.batch // spec.microbatch,
@@ -69,15 +72,18 @@ def _enumerate_changes(
     """Yield changes of sections that are valid together, `{section: {setting: value}}`."""
     members, batch = spec.population.members, spec.training.batch
     fixed = spec.mesh.data * spec.mesh.sequence
+    # -1, or sizes of other hardware: the axes that stay cannot be kept here
     if fixed < 1 or topology.size % fixed:
         fixed = 1
     devices = topology.size // fixed
+    # a group must hold equally many members and devices as every other
     orders = [n for n in range(1, members + 1) if members % n == 0 and devices % n == 0]
     tensors = [
         size
         for size in _TENSOR_SIZES
         if model.num_heads % size == 0 and model.intermediate_size % size == 0
     ]
+    # halvings only: each candidate is estimated, and other divisors lie between two of them
     microbatches = [batch // 2**i for i in range(batch.bit_length()) if batch % 2**i == 0]
     for order, tensor, microbatch, remat in itertools.product(
         orders, tensors, microbatches, _REMAT

@@ -30,6 +30,7 @@ class PlanSpec(TrainingSpec):
         8
     """
 
+    # the parts of a config that a training does not need
     mesh: config.Mesh = field(default_factory=config.Mesh)
     merge: Merge = field(default_factory=Merge)
     analysis: config.Analysis = field(default_factory=config.Analysis)

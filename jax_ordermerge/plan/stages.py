@@ -27,6 +27,7 @@ def plan_stages(
     models = 1 + spec.population.members + merges  # the base, the members, the merges
     # without tasks and test examples there is no evaluation, which takes no time anywhere
     evaluates = bool(spec.data.test is not None or spec.evaluation.tasks)
+    # None is "not known", which is not the same as no time: a total needs all of them
     hours = {"training": training_hours, "merges": None, "analysis": None}
     hours["evaluation"] = None if evaluates else 0.0
     if topology.device is not None:
@@ -34,6 +35,8 @@ def plan_stages(
         train = padded_tokens(inputs.train, inputs.train_count, spec)
         hours["merges"] = merges * times.merge() / 3600
         if train is not None:
+            # Losses of all training samples under every model: forward passes, as many as there are
+            # models.
             hours["analysis"] = models * times.forward(*train) / 3600
         evaluation = times.evaluation() if evaluates else 0.0
         if evaluation is not None:
@@ -53,6 +56,7 @@ def _checkpoint_bytes(spec: PlanSpec, model: ModelConfig) -> int:
     sizes = dict.fromkeys(meshes.AXES, 1)
     spec = spec.change(mesh={**sizes, "dcn": {}}, population={"wave": None})
     state = analytic.state_bytes(spec, model, analytic.abstract_mesh(spec, parse("cpu:1")))
+    # the frozen base of adapters is not saved: it is read again from its files
     return state["parameters"] + state["optimizer"]
 
 
@@ -97,6 +101,7 @@ class _StageTimes:
         cached = rows * positions * 2 * model.num_layers * model.num_kv_heads * model.head_dim
         read = item * self.parameters / self.shards + cached * item / self.sizes["tensor"]
         matmuls = 2 * self.parameters * rows / self.shards
+        # the slower of memory and matmuls: small batches wait for memory, large ones for matmuls
         return max(read / self.bandwidth, matmuls / (analytic.MATMUL_EFFICIENCY * self.peak))
 
     def evaluation(self) -> float | None:
