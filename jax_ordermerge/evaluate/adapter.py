@@ -171,6 +171,7 @@ def _generate(model: EvalModel, requests: "Sequence[Instance]", seed: int) -> li
         stops = (until,) if isinstance(until, str) else tuple(until)
         sampling = _sampling(settings, str(request.task_name), seed)
         groups[max_new_tokens, sampling, stops].append(number)
+    # Answers in the order of the requests, which the groups have lost.
     names, answers = _request_names(requests), [""] * len(requests)
     for (max_new_tokens, sampling, stops), numbers in groups.items():
         longest_prompt = model.positions - max_new_tokens
@@ -184,6 +185,7 @@ def _generate(model: EvalModel, requests: "Sequence[Instance]", seed: int) -> li
         prompts = [model.encode(requests[i].args[0])[-longest_prompt:] for i in numbers]
         texts = model.generate(prompts, max_new_tokens, sampling, [names[i] for i in numbers])
         for number, text in zip(numbers, texts, strict=True):
+            # by the function of the harness, so that stops cut as in its own models
             answers[number] = postprocess_generated_text(text, list(stops), None)
     return answers
 

@@ -199,6 +199,7 @@ def _generate(
     key_bits = row_key_bits(options.sampling.seed, range(len(prompts)) if names is None else names)
     # The seed is in the key bits. Without it in the static options one program serves all seeds.
     options = options._replace(sampling=dataclasses.replace(options.sampling, seed=0))
+    # An argument of the program and not static: other ends need no compilation.
     ends = np.asarray(config.eos_token_ids if eos_ids is None else eos_ids, np.int32)
     # Longest first: rows of similar length share a bucket, and a batch that does not fit the memory
     # fails at once.

@@ -89,5 +89,6 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
     A text that begins with the token, as chat templates write it, gets no second one.
     """
+    # Two of them would be an input that the model was not trained on.
     has_start = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     return list(tokenizer(text, add_special_tokens=not has_start, verbose=False)["input_ids"])

@@ -124,10 +124,13 @@ def make_generators(
             texts[request] = [_decode_texts(tokenizer, rows) for rows in members]
         return texts[request][member]
 
+    # The models are evaluated one after another, but generate at the first call: this list is what
+    # lets a task treat each as a single model.
     return [functools.partial(generate, member) for member in range(size(population))]
 
 
 def _decode_texts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[list[int]]) -> list[str]:
+    # special tokens would stand in answers that are compared as text
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
 

@@ -39,6 +39,7 @@ class TaskInputs:
 
     def rows(self, task: Task) -> list[dict[str, Any]]:
         """Return all rows of the file of a task, its limit not yet applied."""
+        # all rows: the shots of MBPP are among them, and a limit could cut them off
         return source.load(self._path(task), "test")
 
     def questions(self, task: ShotsTask, formatter: Formatter | None = None) -> list[Question]:
@@ -118,6 +119,7 @@ class TaskInputs:
         # The limit of data.test does not apply to the file of a task.
         if task.data is not None:
             data = data.model_copy(update={"test": task.data, "test_limit": None})
+        # loaded once per run where possible: all models share the tokenized test examples
         if task.data is not None or examples is None:
             examples = source.load_examples(data, self.tokenizer, "test", seed=self.seed)
         if examples is None:

@@ -83,6 +83,8 @@ class Endpoint:
                 f"judge {self.url}: expected an address such as http://localhost:8000/v1"
             )
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        # None marks the last try. Only a busy server is asked again: a wrong key does not get
+        # right.
         for pause in (*_PAUSES, None):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
@@ -96,6 +98,7 @@ class Endpoint:
                         "model and key"
                     ) from error
                 time.sleep(pause)
+            # After HTTPError, which is an OSError, too.
             except OSError as error:
                 raise UserError(
                     f"judge {address} cannot be reached ({error}); check the address"
@@ -150,6 +153,8 @@ def compare(
         instruction = our_row["instruction"]
         first = prefers(endpoint, instruction, our_row["output"], their_row["output"])
         second = 1.0 - prefers(endpoint, instruction, their_row["output"], our_row["output"])
+        # a verdict that turns with the order is a tie, which keeps the bias of the judge out of the
+        # mean
         win = (first + second) / 2
         return {"instruction": instruction, "first": first, "second": second, "win": win}
 

@@ -49,6 +49,8 @@ def gsm8k_number(text: str) -> str | None:
     Source: the pattern published with GSM8K (Cobbe et al., "Training Verifiers to Solve Math Word
     Problems", 2021); the full stop as in the filter `strict-match` of lm-evaluation-harness.
     """
+    # The first and not the last: a model that goes on with questions of its own writes more of
+    # them.
     match = GSM8K_NUMBER.search(text)
     return _without_marks(match[1]) if match else None
 
@@ -84,6 +86,7 @@ def gsm8k_flexible(answer: str, reference: str) -> bool:
     Source: the filter `flexible-extract` of lm-evaluation-harness, with the characters it ignores.
     """
     expected = _gsm8k_reference(reference)
+    # the pattern has two groups, of which one is empty at each match
     numbers = [first or second for first, second in FLEXIBLE_NUMBER.findall(answer)]
     return bool(numbers) and _without_marks(numbers[-1]) == expected
 
@@ -159,6 +162,7 @@ def boxed(text: str) -> str | None:
     ends = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)", text)]
     if not ends:
         return None
+    # `\boxed 5`, without braces, ends at the end of the formula
     rest = text[ends[-1] :].lstrip()
     if not rest.startswith("{"):
         return rest.split("$")[0].strip() or None
@@ -218,6 +222,7 @@ _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
 def _normalize(text: str) -> str:
+    # units first: the next step removes the space that marks them
     text = re.sub(r"\\(?:text|mbox|mathrm)\{ [^{}]*\}$", "", text.strip().rstrip("."))
     text = _IGNORED.sub("", text)
     for pattern, replacement in _REWRITES:

@@ -49,6 +49,7 @@ def ratio_and_error(numerators: Sequence[float], counts: Sequence[int]) -> tuple
         (2.0, 1.0)
     """
     total, n = sum(counts), len(counts)
+    # fsum, so that the order of the items does not matter
     ratio = math.fsum(numerators) / total
     residuals = [x - ratio * count for x, count in zip(numerators, counts, strict=True)]
     return ratio, math.sqrt(math.fsum(x * x for x in residuals) * n / max(n - 1, 1)) / total

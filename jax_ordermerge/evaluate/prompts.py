@@ -51,6 +51,7 @@ def render_value(template: str, row: Row) -> Any:
         >>> render_value("{{label}} ", {"label": 1}), render_value("x{{label}}", {"label": 1})
         (1, 'x1')
     """
+    # One expression alone: text around it makes a text of everything.
     match = _SINGLE_EXPRESSION.fullmatch(template)
     if match is None:
         return render(template, row)
@@ -67,6 +68,7 @@ def render_value(template: str, row: Row) -> Any:
 
 
 def _template_error(template: str, reason: str, row: Row) -> UserError:
+    # names and not values: a row of a test set does not belong into a log
     columns = ", ".join(map(str, row))
     return UserError(f"template {template!r}: {reason}; the columns are {columns}")
 
@@ -139,6 +141,7 @@ def make_question(
             context.append({"role": "assistant", "content": answer})
         context.append({"role": "user", "content": prompt})
     else:
+        # The separator stands after each shot, so also before the item.
         texts = [f"{question}{answer}{task.shots_between}" for question, answer in solved]
         context = task.description + "".join(texts) + prompt
     return Question(number, row, prompt, context, formatter.reference(row))

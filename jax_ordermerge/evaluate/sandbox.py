@@ -109,7 +109,9 @@ def _run(
     isolation: str, program: str, setup: str, tests: str, names: list[str], timeout: float
 ) -> str:
     """Run a program and its tests, and return the detail of the verdict."""
+    # one deadline for start, program and tests: a program cannot gain time by starting slowly
     deadline = time.monotonic() + timeout
+    # A pair of sockets: both directions on one descriptor, without a name that others could open.
     program_end, tests_end = socket.socketpair()
     with program_end, tests_end, contextlib.ExitStack() as stack:
         workers = []
@@ -134,6 +136,7 @@ def _run(
         except subprocess.TimeoutExpired:
             return "timeout"
     exit_code = workers[1].returncode
+    # no verdict: the tests ended before they wrote one, killed by a limit for example
     return verdict.decode(errors="replace") or f"failed: the tests ended with exit code {exit_code}"
 
 
@@ -142,6 +145,7 @@ def _start(isolation: str, role: str, handle: int, timeout: float) -> subprocess
     source = Path(__file__).with_name("sandbox_worker.py").read_text()
     # The limit in CPU seconds also ends processes that a program leaves behind.
     limits = [str(MEMORY), str(int(timeout) + 1)]
+    # -I ignores variables and the directory of a user, -S leaves site-packages out.
     worker = [_python(), "-I", "-S", "-c", source, role, str(handle), *limits]
     wrapper = _namespaces() if isolation == "namespaces" else _without_root()
     return subprocess.Popen(
@@ -235,6 +239,7 @@ def _namespaces() -> list[str]:
     is_root = os.geteuid() == 0
     # As a user a namespace of users comes first: in it one may make the others.
     command = ["unshare", *(() if is_root else ("--user", "--map-root-user"))]
+    # --kill-child: when unshare is killed, the namespace of processes ends with it
     command += ["--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child"]
     command += ["env", "-i", f"PATH={path}", f"NEEDED={' '.join(_interpreter_directories())}"]
     return [*command, "sh", "-c", _ENTER, "sh", *(_ROOT_DROPS if is_root else _DROPS)]

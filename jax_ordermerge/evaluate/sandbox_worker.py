@@ -113,6 +113,7 @@ def limit(memory: int, seconds: int) -> None:
         ("AS", memory),
         ("CPU", seconds),
         ("FSIZE", 1 << 20),
+        # few files and processes: a program that opens or forks without end fails, not the machine
         ("NOFILE", 64),
         ("NPROC", 32),
         ("CORE", 0),
@@ -127,14 +128,17 @@ def limit(memory: int, seconds: int) -> None:
 
 def run_program(channel: socket.socket, source: str) -> None:
     """Run the program, then its functions as the tests call them."""
+    # as a script, so that a guarded main part runs as it does for its author
     space: dict[str, Value] = {"__name__": "__main__"}
     try:
         exec(compile(source, "<program>", "exec"), space)
+        # The tests wait for it: errors of the program itself are reported before any call.
         send(channel, ["ready", None])
         while True:
             name, args, kwargs = receive(channel)
             result = space[name](*decode(args), **decode(kwargs))
             send(channel, ["value", encode(result)])
+    # the tests have ended, and nobody is left to answer
     except EOFError:
         return
     except BaseException as error:  # also SystemExit, which a program may raise

@@ -142,6 +142,7 @@ def score(
                 "the tokenizer"
             )
     rows = [[*context, *continuation] for context, continuation in pairs]
+    # Only continuations are scored: the mask is that of the response in training.
     masks = [
         np.arange(len(row)) >= len(context) for row, (context, _) in zip(rows, pairs, strict=True)
     ]
@@ -172,6 +173,7 @@ def _run_batches(
     """Return both results of a program for every example, float32[M, n] each."""
     groups = mesh.shape["order"]
     rows, pending = [], []
+    # By row and not by the ids of the file: those may have gaps, and results are put back by row.
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
     for batch_arrays in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
         rows.append(batch_arrays["ids"])

@@ -35,6 +35,7 @@ def sentences(run: Run) -> list[str]:
     if run.evaluations is not None:
         merges = run.comparison.merges
         sentences += [*_members(run), *(text for name in merges for text in _merge(run, name))]
+        # counted, because a reader has to weigh p values by their number
         tests = sum(
             len(measure.gaps) for merge in merges.values() for measure in merge.measures.values()
         )
@@ -67,6 +68,7 @@ def search_sentence(search: Json) -> str:
             f" These settings lie at the edge of the search space: {', '.join(search['edges'])}; "
             "the best value may lie beyond."
         )
+    # the validation loss of a winner is too good, so without a test split nothing is claimed
     if not search.get("claim"):
         return f"{text} There is no test split, so nothing is claimed."
     claims = search["claim"]["against"]

@@ -73,6 +73,7 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
         >>> spread([1.0, 3.0]), spread([1.0])
         ((2.0, 1.4142135623730951), (1.0, None))
     """
+    # ddof=1: members and seeds are a sample of those that could have been trained
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 

@@ -70,6 +70,7 @@ class AnswerTask(GeneratedTask, ShotsTask):
         prompt, response = self.prompt, self.response
         if prompt is None or response is None:
             return None
+        # the response of a shot is the right answer, unless it also holds the reasoning
         reference = response if self.reference is None else self.reference
         return Formatter(
             lambda row: render(prompt, row),
@@ -121,5 +122,6 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
     return TaskResult(summary, items)
 
 
+# One class and one `run` for all: the kinds differ only in how answers are compared.
 for _kind in MATCHES:
     TASK_KINDS.register(_kind, TaskKind(AnswerTask, run))

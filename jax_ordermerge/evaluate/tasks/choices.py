@@ -115,6 +115,7 @@ def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) ->
     choices_of = [read_choices(task, question.row) for question in questions]
     pairs = []
     for question, (choices, _) in zip(questions, choices_of, strict=True):
+        # for mypy: the formatter of choices is never a chat
         assert isinstance(question.context, str)
         for choice in choices:
             continuation = f"{task.delimiter}{choice}"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs
 
 _SHOTS = (2, 3, 4)  # task_id of the examples that the MBPP paper shows before each problem
+# the k of the paper on HumanEval
 _PASS_AT = (1, 10, 100)
 
 
@@ -117,6 +118,8 @@ def humaneval(rows: Sequence[Row]) -> list[Problem]:
                 id=str(task_id),
                 prompt=prompt,
                 before=prompt,
+                # the stop sequences of the paper: a completion of the body ends with the next
+                # top-level line
                 stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
                 tests=f"{test}\ncheck({function})",
                 names=(function,),
@@ -166,6 +169,7 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
                 id=str(_column(row, "task_id", "mbpp")),
                 prompt=shots + _mbpp_prompt(row),
                 before="",
+                # the end mark that the shots show
                 stops=("[DONE]",),
                 tests=tests,
                 names=_called_names(tests, setup),

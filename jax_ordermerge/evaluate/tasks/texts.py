@@ -65,6 +65,7 @@ def measure(task: TextTask, rows: Sequence[Row], model: EvalModel) -> TaskResult
         {
             "id": number,
             "logp": logprobs[number],
+            # the count of lm-evaluation-harness, in which a text has one word more than gaps
             "words": len(re.split(r"\s+", text)),
             "bytes": len(text.encode()),
             "tokens": len(tokens[number]),
@@ -76,6 +77,7 @@ def measure(task: TextTask, rows: Sequence[Row], model: EvalModel) -> TaskResult
         raise UserError(f"evaluation task {task.name} has no text, check its data and limit")
     total = math.fsum(logprobs)
     summary: Json = {
+        # clipped: exp would overflow on a broken model, and inf is no JSON
         f"{name[:-1]}_perplexity": math.exp(min(-total / count, MAX_LOG_PERPLEXITY))
         for name, count in counts.items()
     }

@@ -147,6 +147,7 @@ def candidates(rows: Sequence[Json], winner: int, unit: str) -> str:
 
 def _line(axes: Axes, rows: Sequence[Json], split: str) -> None:
     """Draw the loss on the reported split and, where it is another, on validation examples."""
+    # Both splits, because a lambda that is best on one need not be best on the other.
     curves = {"loss": (split, KIND["merge"])}
     if split != "validation" and all(row["validation_loss"] is not None for row in rows):
         curves["validation_loss"] = ("validation", KIND["member"])

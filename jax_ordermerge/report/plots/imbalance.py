@@ -79,6 +79,7 @@ def positions(analysis: Json, unit: str) -> str | None:
                 band(axes, curve, COLOURS[epoch % len(COLOURS)], f"epoch {epoch + 1}")
             axes.set(title="Difficulty of samples taken out", xlabel="position in that epoch")
             axes.legend()
+        # shaded, since a small learning rate there is another cause of the same effect
         window = analysis["design"]["warmup_window"]
         for axes in panels:
             axes.set_xlim(0, 1)

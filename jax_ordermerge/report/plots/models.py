@@ -51,6 +51,7 @@ def accuracies(models: Sequence[Json], task: str) -> str:
 
     with draw(f"accuracy-{task}", 0.9 + 0.27 * len(models)) as figure:
         axes = figure.subplots()
+        # bars begin at 0: a cut axis would enlarge small differences
         axes.barh(
             range(len(models)),
             shares,
