@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 
+# A ValueError, so that pydantic catches it in a validator and adds the key of the config.
 class UserError(ValueError):
     """Bad input. The command line prints the message as one line and exits with code 2.
 
@@ -31,6 +32,7 @@ class Stopped(Exception):
         self.code = code
 
 
+# No UserError: the input is right, and starting again is the remedy.
 class PeerLost(Exception):
     """Another process could not be reached, or was lost. The command line exits with code 1.
 

@@ -110,6 +110,7 @@ class Topology:
         """The name, e.g. `v5p:4x4x2`, `2 x v5e:8x8` or `h200:8x4`."""
         kind = self.device.name if self.device else "cpu"
         sides = "x".join(map(str, self.shape))
+        # the form that `parse` reads: nodes are a second size of GPUs, slices an option of TPUs
         if self.device and not self.tpu:
             return f"{kind}:{sides}" + (f"x{self.slices}" if self.slices > 1 else "")
         return (f"{self.slices} x " if self.slices > 1 else "") + f"{kind}:{sides}"
@@ -155,6 +156,7 @@ def parse(text: str, slices: int = 1) -> Topology:
         jax_ordermerge.errors.UserError: --topology v5q:4x4x2: unknown device v5q (did you mean
         'v5p'?)
     """
+    # lower-case and stripped, as names come from command lines
     match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", text.strip().lower())
     if match is None:
         raise UserError(
@@ -162,6 +164,7 @@ def parse(text: str, slices: int = 1) -> Topology:
             " h200:8x4 or cpu:8"
         )
     name, shape = match[1], tuple(int(side) for side in match[2].split("x"))
+    # cpu is no device of the table: it has no data sheet, and any number of devices
     devices = {device.name: device for device in DEVICES}
     if name != "cpu" and name not in devices:
         near = did_you_mean(name, [*devices, "cpu"])

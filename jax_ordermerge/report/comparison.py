@@ -58,6 +58,7 @@ def build(runs: Sequence[Run]) -> list[Block]:
     blocks: list[Block] = [Heading("What differs"), _settings(runs)]
     if absent:
         blocks.append(Bullets(absent))
+    # chapters of those runs that have the stage: one that is under way does not hide the rest
     if analyzed := [run for run in runs if run.coefficients]:
         blocks += [Heading("Imbalance: slope of the final loss by position"), *_imbalance(analyzed)]
     if evaluated := [run for run in runs if run.evaluations]:

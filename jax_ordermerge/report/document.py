@@ -40,6 +40,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    # numbers are aligned right, so that digits stand below each other
     text: Sequence[int] = (0,)
     strong: Sequence[int] = ()
 
@@ -58,9 +59,12 @@ class Fold:
     """Preformatted text that opens on a click."""
 
     summary: str
+    # an answer of a model may be long, and a repr stands in the messages of failed tests
     text: str = field(repr=False)
 
 
+# A closed union: each kind has a branch in both templates, so HTML and Markdown cannot differ in
+# content.
 Block = Heading | Paragraph | Bullets | Table | Picture | Fold
 
 
@@ -129,6 +133,7 @@ def _cell(text: str, strong: bool = False) -> Markup:
 
 def _fenced(text: str) -> Markup:
     """Return a Markdown code block; the fence is longer than any fence in the text."""
+    # an answer may hold code blocks of its own, which would end ours
     fence = "```"
     while fence in text:
         fence += "`"
@@ -149,6 +154,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {"plain": _plain, "cell": _cell, "fenced": _fenced}
     for kind in (Heading, Paragraph, Bullets, Table, Picture, Fold):
         # `{% if block is table %}`
+        # `kind=kind` binds the class of this round: a closure would see the last one
         environment.tests[kind.__name__.lower()] = lambda block, kind=kind: isinstance(block, kind)
     return environment
 

@@ -8,6 +8,7 @@ from jax_ordermerge.analysis.paired import CLEAR, WEAK, Difference
 from jax_ordermerge.analysis.result import Estimate
 from jax_ordermerge.layout import Json
 
+# one constant, because pages count and compare verdicts by their text
 INDISTINGUISHABLE = "not distinguishable"
 LONGEST_ANSWER = 700  # characters; more would hide the other rows of a table
 
@@ -174,6 +175,7 @@ def epochs(row: Json) -> str:
         >>> epochs({"epochs": [1, 2]})
         '1 = 2'
     """
+    # "1 = 2": without reshuffling the positions in both epochs are the same, with one slope
     return " = ".join(map(str, row["epochs"]))
 
 

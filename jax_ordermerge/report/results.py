@@ -204,6 +204,7 @@ def _position_effects(runs: Sequence[Run]) -> list[str]:
 def _consistent_merges(runs: Sequence[Run]) -> list[str]:
     sentences = []
     for name in _merge_names(runs):
+        # not against the best member, which is another one in each run
         for rival in (MEAN_MEMBER, AVERAGE):
             verdicts = _verdicts(runs, name, rival)
             better, worse = (
@@ -225,6 +226,7 @@ def _consistent_merges(runs: Sequence[Run]) -> list[str]:
 
 def _limits(runs: Sequence[Run]) -> list[str]:
     limits = []
+    # absence of evidence is listed, since a reader takes silence for equality
     undecided = [
         name
         for name in _merge_names(runs)
@@ -323,6 +325,7 @@ def _position_table(run: Run) -> Table:
 
 
 def _mean_estimate(rows: Sequence[Json]) -> str:
+    # a mean over some of the seeds would not be comparable with that of another row
     if not rows or any("estimate" not in row for row in rows):
         return "–"
     estimate, error = (fmean(row[key] for row in rows) for key in ("estimate", "se"))

@@ -32,6 +32,7 @@ class Run:
     analysis: Json | None = None
     merge: Json | None = None
     evaluations: Json | None = None  # summaries of the models
+    # by item and not only summaries: differences are paired, and pairs need the same items
     items: Mapping[str, Json] = field(default_factory=dict)  # results by item of each model
     controls: Json | None = None
     search: Json | None = None
@@ -54,6 +55,7 @@ class Run:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks that any model was evaluated on."""
+        # dict.fromkeys keeps the order of the config, which a set would lose
         return list(dict.fromkeys(task for model in self.models for task in model.get("tasks", ())))
 
     @property
@@ -111,6 +113,8 @@ def read_run(directory: str | Path) -> Run:
     items = {name: parsed(read_json, layout.evaluation(name)) for name in names}
     return Run(
         layout=layout,
+        # As plain data, not by the schema: a page needs few keys, and reads a part of a config,
+        # too.
         config=yaml.safe_load(layout.config.read_text()) or {},
         data=parsed(read_json, layout.data),
         digests=parsed(read_json, layout.order_digests),
@@ -120,6 +124,7 @@ def read_run(directory: str | Path) -> Run:
         analysis=parsed(read_json, layout.analysis),
         merge=parsed(read_json, layout.merges),
         evaluations=evaluations,
+        # a model without its items is shown, but not compared
         items={name: results for name, results in items.items() if results},
         controls=parsed(read_json, layout.controls),
         search=parsed(read_json, layout.search.results),
