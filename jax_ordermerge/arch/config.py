@@ -199,7 +199,7 @@ class ModelConfig:
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
-            # Always written, because readers that lack it assume hidden_size / heads: wrong for
+            # Always written: where it is absent, readers assume hidden_size / heads, wrong for
             # Qwen3.
             "head_dim": self.head_dim,
             # The only activation that `check_keys` lets through; `swish` is another name of it.

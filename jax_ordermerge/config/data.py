@@ -45,7 +45,8 @@ class Data(Section):
     template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field(
         "auto", description="how prompt and response become text"
     )
-    # 512 is the length of the recipe of Alpaca, as are the defaults of `Training`.
+    # 512 is the length in the recipe of Alpaca, from which the defaults of `Training` are, too,
+    # except for the batch.
     max_length: PositiveInt = Field(512, description="tokens per example")
     # Truncation would teach a response without its end, and the model would not learn to stop.
     too_long: Literal["drop", "truncate"] = "drop"

@@ -26,7 +26,7 @@ Control = Literal[
     "single",
 ]
 # Without `single`, which trains for as long as the whole population, and without the plane and the
-# ensemble, which need many more forward passes.
+# ensemble, which cost further forward passes.
 DEFAULT_CONTROLS: tuple[Control, ...] = (
     "lambda_line",
     "norm_matched",

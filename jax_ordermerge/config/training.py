@@ -36,8 +36,9 @@ class Population(Section):
         None,
         description="members trained at the same time; by default as many as fit in memory",
     )
-    # `batch` keeps the composition of batches (is it position or diversity?), `same` is a control
-    # without any effect of order, `balanced` and `reverse` cancel position effects by design.
+    # `batch` keeps the composition of batches (is it position or diversity?), `same` gives all
+    # members one order as a control, `balanced` and `reverse` spread the positions of each sample
+    # by design.
     level: Literal["sample", "batch", "balanced", "same", "reverse"] = Field(
         "sample", description="what the orders permute"
     )
@@ -303,7 +304,7 @@ class Training(Section):
         " checkpoint: best, else never",
     )
     log_every: Annotated[PositiveInt, FREE_TO_CHANGE] = 10
-    # A median and no mean, which would rise with the spikes that it should find.
+    # A median, because a mean would rise with the spikes that it should find.
     spike: Annotated[float | None, Field(gt=1), FREE_TO_CHANGE] = Field(
         None,
         description="stop where a member's loss exceeds its median of the last 50 steps by this"
