@@ -20,27 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.checkpoint import atomic, object_store
+from jax_ordermerge.checkpoint.object_store import File, Listing
 from jax_ordermerge.errors import UserError
 
-_PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # extra, and the package it installs
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/+([^/].*)")
-# Objects below an address:
-#   config.yaml, checkpoints/4/...    the files, under their names
-#   .ordermerge/files.json            the list, written last: version, files, removed files
-#   .ordermerge/waiting/DIGEST        new content of listed files, until the list names it
-_BOOKKEEPING = ".ordermerge"
-_LIST, _STAGING = f"{_BOOKKEEPING}/files.json", f"{_BOOKKEEPING}/waiting"
 _UNFINISHED = re.compile(r"\.partial\b|\.orbax-checkpoint-tmp")
 # Smaller files may change while they are copied: they are read once, for digest and content alike.
 _READ_ONCE_BYTES = 64 * 2**20
-
-
-class File(NamedTuple):
-    """A file of a list: SHA-256 in hex, and bytes."""
-
-    digest: str
-    size: int
 
 
 class _RemoteFile(NamedTuple):
@@ -48,20 +35,6 @@ class _RemoteFile(NamedTuple):
 
     version: str
     download: Callable[[Path], None]
-
-
-class Listing(NamedTuple):
-    """The complete files of a directory in a bucket.
-
-    Attributes:
-        version: changes with every change of the files.
-        files: by path below the directory.
-        gone: paths that the previous version had.
-    """
-
-    version: str
-    files: dict[str, File]
-    gone: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------- addresses
@@ -83,8 +56,8 @@ def address(path: str | Path) -> str | None:
     if match is None:
         return None
     scheme = match[1]
-    if scheme not in _PACKAGES:
-        supported = " and ".join(f"{name}://" for name in _PACKAGES)
+    if scheme not in object_store.PACKAGES:
+        supported = " and ".join(f"{name}://" for name in object_store.PACKAGES)
         raise UserError(f"{path}: {scheme}:// is not supported, only {supported}")
     # an address becomes a path of the local cache, which must stay inside of it
     parts = match[2].rstrip("/").split("/")
@@ -127,7 +100,7 @@ def fetch(path: str | Path, *, without: str | None = None) -> Path:
     url = address(path)
     if url is None:
         return Path(path).expanduser()
-    with _one_line_errors(url, "read"):
+    with object_store.one_line_errors(url, "read"):
         # a directory of this package is read by its list: a reader never mixes two saves; parents
         # are searched, too, since the address may be that of a file or a member inside
         root = _listed_root(url)
@@ -154,19 +127,19 @@ def fetch(path: str | Path, *, without: str | None = None) -> Path:
 def _listed_root(url: str) -> str | None:
     """Return the directory with a list that an address lies in, None if there is none."""
     scheme, _, rest = url.partition("://")
-    parts, store = rest.split("/"), _store(url)
+    parts, store = rest.split("/"), object_store.open_store(url)
     for end in range(len(parts), 0, -1):
         root = f"{scheme}://{'/'.join(parts[:end])}"
         # a user may be allowed to read the inner directory only
         with contextlib.suppress(PermissionError):
-            if store.exists(f"{root}/{_LIST}"):
+            if store.exists(f"{root}/{object_store.LIST}"):
                 return root
     return None
 
 
 def _listed_files(root: str, below: str) -> dict[str, _RemoteFile]:
     """Return the listed files of a file (under the empty name) or directory."""
-    listing = _read_listing(root)
+    listing = object_store.read_listing(root)
     assert listing is not None
     files = {}
     for name, file in listing.files.items():
@@ -181,7 +154,7 @@ def _listed_files(root: str, below: str) -> dict[str, _RemoteFile]:
 
 def _unlisted_files(url: str) -> dict[str, _RemoteFile]:
     """Return the objects of a file (under the empty name) or directory without a list."""
-    store, files = _store(url), {}
+    store, files = object_store.open_store(url), {}
     for name, info in store.find(url, detail=True).items():
         if name.endswith("/"):
             continue
@@ -189,7 +162,7 @@ def _unlisted_files(url: str) -> dict[str, _RemoteFile]:
         version = f"{info['size']} {info.get('ETag') or info.get('etag')}"
         below = name.removeprefix(url.partition("://")[2]).strip("/")
         download = functools.partial(_get, store, name)
-        files[_check_inside(below) if below else ""] = _RemoteFile(version, download)
+        files[object_store.check_inside(below) if below else ""] = _RemoteFile(version, download)
     if not files:
         raise UserError(f"{url} not found; give the address of a file or directory")
     return files
@@ -220,9 +193,9 @@ def _download(root: str, name: str, file: File, target: Path) -> None:
     # the size first: hashing gigabytes takes seconds
     if target.is_file() and target.stat().st_size == file.size and _digest(target) == file.digest:
         return
-    for origin in (f"{root}/{name}", f"{root}/{_STAGING}/{file.digest}"):
+    for origin in (f"{root}/{name}", f"{root}/{object_store.STAGING}/{file.digest}"):
         with contextlib.suppress(FileNotFoundError):
-            _get(_store(root), origin, target, file.digest)
+            _get(object_store.open_store(root), origin, target, file.digest)
             return
     raise UserError(
         f"{root}/{name} is lost or was changed from outside; restore it, or remove {root} to start"
@@ -274,19 +247,19 @@ class Mirror:
         Raises:
             UserError: the bucket cannot be read, or holds files of others.
         """
-        with _one_line_errors(self.url, "read"), _exclusive(self.local):
-            listing, record = _read_listing(self.url), self.record
+        with object_store.one_line_errors(self.url, "read"), _exclusive(self.local):
+            listing, record = object_store.read_listing(self.url), self.record
             if listing is not None and record is not None and listing.version == record.version:
                 return False
             # without a list nothing says whose objects these are
             if listing is None:
-                if _has_objects(self.url):
+                if object_store.has_objects(self.url):
                     raise UserError(
                         f"{self.url} is not empty and was not written by a run; give another"
                         " address, or remove what is there"
                     )
                 listing = Listing(secrets.token_hex(8), {})
-                _write_listing(self.url, listing)
+                object_store.write_listing(self.url, listing)
             # files that are here with the right digest are not copied
             for name, file in listing.files.items():
                 _download(self.url, name, file, self.local / name)
@@ -303,8 +276,8 @@ class Mirror:
         Raises:
             UserError: the bucket cannot be written, or another process has written to it.
         """
-        with _one_line_errors(self.url, "written"):
-            before, record = _read_listing(self.url), self.record
+        with object_store.one_line_errors(self.url, "written"):
+            before, record = object_store.read_listing(self.url), self.record
             # a list may have been written although the answer of the store was lost
             expected = record and (record.version, self._last_version)
             if before is None or not expected or before.version not in expected:
@@ -321,7 +294,7 @@ class Mirror:
             listing = Listing(secrets.token_hex(8), files, gone)
             # remembered before the write, whose answer may get lost
             self._last_version = listing.version
-            _write_listing(self.url, listing)
+            object_store.write_listing(self.url, listing)
             self._write_record(listing)
             _finish_staging(self.url, listing)
 
@@ -341,8 +314,8 @@ class Mirror:
         # A new name is invisible until the list names it. A listed name must keep its content until
         # then, so its new content waits in staging.
         if listed.get(name) != file:
-            store = _store(self.url)
-            target = f"{_STAGING}/{file.digest}" if name in listed else name
+            store = object_store.open_store(self.url)
+            target = f"{object_store.STAGING}/{file.digest}" if name in listed else name
             if content is None:
                 store.put_file(str(path), f"{self.url}/{target}")
             else:
@@ -353,11 +326,11 @@ class Mirror:
     @property
     def record(self) -> Listing | None:
         """The list of the bucket when this copy was last equal to it."""
-        path = self.local / _LIST
-        return _parse_listing(path.read_bytes()) if path.is_file() else None
+        path = self.local / object_store.LIST
+        return object_store.parse_listing(path.read_bytes()) if path.is_file() else None
 
     def _write_record(self, listing: Listing) -> None:
-        atomic.replace(self.local / _LIST, _listing_bytes(listing))
+        atomic.replace(self.local / object_store.LIST, object_store.listing_bytes(listing))
 
 
 @contextlib.contextmanager
@@ -379,17 +352,17 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     if url is None:
         yield Path(target)
         return
-    with _one_line_errors(url, "written"):
-        listing = _read_listing(url)
-        if listing.files if listing is not None else _has_objects(url):
+    with object_store.one_line_errors(url, "written"):
+        listing = object_store.read_listing(url)
+        if listing.files if listing is not None else object_store.has_objects(url):
             raise UserError(f"{url} is not empty; give a new address, or remove it")
     # remains of an earlier call that was cut off
     mirror = Mirror(url)
     shutil.rmtree(mirror.local, ignore_errors=True)
     yield mirror.local
-    with _one_line_errors(url, "written"):
+    with object_store.one_line_errors(url, "written"):
         listing = listing or Listing(secrets.token_hex(8), {})
-        _write_listing(url, listing)
+        object_store.write_listing(url, listing)
         mirror._write_record(listing)
     # the copy has done its work: a merge may be tens of gigabytes
     mirror.save()
@@ -402,9 +375,12 @@ def check_writable(url: str) -> None:
     Raises:
         UserError: one of these failed.
     """
-    store, name = _store(url), f"{url}/{_BOOKKEEPING}/try-{secrets.token_hex(8)}"
+    store, name = (
+        object_store.open_store(url),
+        f"{url}/{object_store.BOOKKEEPING}/try-{secrets.token_hex(8)}",
+    )
     content = b"complete"
-    with _one_line_errors(url, "written"):
+    with object_store.one_line_errors(url, "written"):
         store.pipe_file(name, content)
         read = store.cat_file(name)
         store.rm_file(name)
@@ -414,13 +390,13 @@ def check_writable(url: str) -> None:
 
 def _finish_staging(url: str, listing: Listing) -> None:
     """Give staged files their names and remove unlisted ones; after a cut the next save does it."""
-    store = _store(url)
-    staged = [key.rsplit("/", 1)[-1] for key in store.find(f"{url}/{_STAGING}")]
+    store = object_store.open_store(url)
+    staged = [key.rsplit("/", 1)[-1] for key in store.find(f"{url}/{object_store.STAGING}")]
     for digest in staged:
         for name, file in listing.files.items():
             if file.digest == digest:
-                store.cp_file(f"{url}/{_STAGING}/{digest}", f"{url}/{name}")
-        store.rm_file(f"{url}/{_STAGING}/{digest}")
+                store.cp_file(f"{url}/{object_store.STAGING}/{digest}", f"{url}/{name}")
+        store.rm_file(f"{url}/{object_store.STAGING}/{digest}")
     # last, so that a reader of the previous list can still finish
     for name in listing.gone:
         with contextlib.suppress(FileNotFoundError):
@@ -430,54 +406,13 @@ def _finish_staging(url: str, listing: Listing) -> None:
 # ----------------------------------------------------------------------------------------- parts
 
 
-def _read_listing(url: str) -> Listing | None:
-    try:
-        return _parse_listing(_store(url).cat_file(f"{url}/{_LIST}"))
-    except FileNotFoundError:
-        return None
-
-
-def _has_objects(url: str) -> bool:
-    try:
-        return bool(_store(url).ls(url))
-    except FileNotFoundError:
-        return False
-
-
-def _write_listing(url: str, listing: Listing) -> None:
-    _store(url).pipe_file(f"{url}/{_LIST}", _listing_bytes(listing))
-
-
-def _listing_bytes(listing: Listing) -> bytes:
-    return json.dumps(listing._asdict(), indent=1).encode()
-
-
-def _parse_listing(text: bytes) -> Listing:
-    raw = json.loads(text)
-    files = {_check_inside(name): File(*file) for name, file in raw["files"].items()}
-    return Listing(raw["version"], files, tuple(_check_inside(name) for name in raw["gone"]))
-
-
-def _check_inside(name: str) -> str:
-    """Return a path below a directory, and refuse one that leads out of it.
-
-    Who may write to a bucket may not, by names of objects, write anywhere on this disk.
-    """
-    parts = name.split("/")
-    if {"", ".", ".."} & set(parts) or _BOOKKEEPING in parts:
-        raise UserError(
-            f"an object is named {name!r}, which is no path below a directory; rename or remove it"
-        )
-    return name
-
-
 def _finished(directory: Path) -> list[str]:
     """Return the paths of the complete files below a directory."""
     files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return sorted(
         path.as_posix()
         for path in files
-        if path.parts[0] != _BOOKKEEPING and not _UNFINISHED.search(path.as_posix())
+        if path.parts[0] != object_store.BOOKKEEPING and not _UNFINISHED.search(path.as_posix())
     )
 
 
@@ -487,7 +422,7 @@ def _remove_all_but(names: set[str], directory: Path) -> None:
         if path.is_dir():
             with contextlib.suppress(OSError):
                 path.rmdir()
-        elif name not in names and not name.startswith(f"{_BOOKKEEPING}/"):
+        elif name not in names and not name.startswith(f"{object_store.BOOKKEEPING}/"):
             path.unlink()
 
 
@@ -504,35 +439,3 @@ def _exclusive(local: Path) -> Iterator[None]:
     with local.with_name(f".{local.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _store(url: str) -> Any:
-    """Return the fsspec file system of an address, with credentials of the environment."""
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    extra, package = _PACKAGES[scheme]
-    try:
-        store = fsspec.filesystem(scheme)
-        store.invalidate_cache()  # other machines write to the same bucket
-        return store
-    except ImportError as error:
-        raise UserError(
-            f"{url} needs the package {package}: pip install 'jax_ordermerge[{extra}]'"
-        ) from error
-
-
-@contextlib.contextmanager
-def _one_line_errors(url: str, action: str) -> Iterator[None]:
-    """Turn the errors of a store, which has types of its own, into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    # gcsfs, s3fs and their HTTP clients share no base class of errors
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(
-            f"{url} cannot be {action} ({type(error).__name__}: {reason}); check the address, the"
-            " endpoint and the credentials"
-        ) from error

@@ -8,7 +8,7 @@ import shutil
 import fsspec
 import pytest
 
-from jax_ordermerge.checkpoint import convert, remote
+from jax_ordermerge.checkpoint import convert, object_store, remote
 from jax_ordermerge.data import source
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.sources import references
@@ -93,7 +93,7 @@ def test_unchanged_files_are_not_copied_again(bucket, monkeypatch):
     watched(monkeypatch, lambda name, path: done.append((name, path.rpartition("/run/")[2])))
     mirror.save()
     listing = json.loads(objects(mirror.url)[".ordermerge/files.json"])
-    waiting = f".ordermerge/waiting/{remote.File(*listing['files']['log']).digest}"
+    waiting = f".ordermerge/waiting/{object_store.File(*listing['files']['log']).digest}"
     assert done == [
         ("pipe_file", waiting),
         ("pipe_file", ".ordermerge/files.json"),
@@ -107,7 +107,7 @@ def test_unchanged_files_are_not_copied_again(bucket, monkeypatch):
 
 def watched(monkeypatch, before_operation):
     """Call a function before every change of the bucket."""
-    real = remote._store
+    real = object_store.open_store
 
     class Store:
         def __init__(self, store):
@@ -124,7 +124,7 @@ def watched(monkeypatch, before_operation):
 
             return call
 
-    monkeypatch.setattr(remote, "_store", lambda url: Store(real(url)))
+    monkeypatch.setattr(object_store, "open_store", lambda url: Store(real(url)))
 
 
 class Killed(BaseException):
@@ -247,14 +247,14 @@ def test_models_and_data_are_read_from_a_bucket(bucket, monkeypatch):
 )
 def test_names_that_lead_out_of_the_directory_are_refused(bucket, tmp_path, monkeypatch, name):
     store, url = fsspec.filesystem("s3"), f"{bucket}/run"
-    file = remote.File("0", 1)
+    file = object_store.File("0", 1)
     store.pipe_file(
         f"{url}/.ordermerge/files.json",
         json.dumps({"version": "a", "files": {name: file}, "gone": []}).encode(),
     )
     with pytest.raises(UserError, match="which is no path below a directory"):
         remote.Mirror(url).open()
-    monkeypatch.setattr(remote, "_store", lambda url: Listed())
+    monkeypatch.setattr(object_store, "open_store", lambda url: Listed())
 
     class Listed:
         def exists(self, name):

@@ -15,7 +15,7 @@ import pytest
 import typer.testing
 import yaml
 
-from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.checkpoint import object_store, remote
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.cli import app
 from jax_ordermerge.config import load_config, to_dict
@@ -235,7 +235,7 @@ def test_a_bucket_out_of_reach_does_not_end_a_training_but_a_stage(bucket, monke
         raise OSError("connection refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "_store", unreachable)
+        patch.setattr(object_store, "open_store", unreachable)
         copy.try_save()
         with pytest.raises(
             UserError,
