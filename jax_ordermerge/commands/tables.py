@@ -62,10 +62,10 @@ def difference_table(difference: Difference) -> Table:
 
     Example:
         >>> show(difference_table(Difference((), ("w",), (), (), None)), sys.stdout)
-        tensor                               same   max |a-b|   max rel   cosine   zeros a   zeros b
-        ──────────────────────────────────────────────────────────────────────────────────────────────
+        tensor                               same   max |a-b|   max rel   cosine   zeros a ...
+        ────────...
         w               only in a
-        ──────────────────────────────────────────────────────────────────────────────────────────────
+        ────────...
         all 0 in both   0 have equal bytes
     """
     # without a base there are no task vectors, and no columns for them

@@ -17,8 +17,8 @@ from jax_ordermerge.search.candidates import Candidate, Population
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import Tree
 
-# The losses of one model on any examples. A function instead of parameters, because the ensemble has
-# the parameters of all members and is measured by another program.
+# The losses of one model on any examples. A function instead of parameters, because the ensemble
+# has the parameters of all members and is measured by another program.
 LossFunction = Callable[[Examples], losses.Losses]
 
 
@@ -140,7 +140,7 @@ def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]
 
 def _train_single(ctx: RunContext) -> Tree:
     """Return a model trained at the cost of the whole population: k times the epochs in one run."""
-    # It answers the question whether k orders and a merge are better spent compute than training on.
+    # It tells whether k orders and a merge are better spent compute than training on.
     config = _single_config(ctx.config, groups=ctx.mesh.shape["order"])
     ctx = dataclasses.replace(ctx, config=config, on_checkpoint=None)
     if not ctx.layout.training_state.is_file():

@@ -1,4 +1,4 @@
-"""The models of a run as parameters on its mesh: base, members, merges, and the whole population."""
+"""The models of a run as parameters on its mesh: base, members, merges, the population."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The config of a run: where it is read from, the models that it names, and what may change in it."""
+"""The config of a run: where it is read from, which models it names, what may change in it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which merge to ship: the search of a run, and the comparison of its winner on the test examples."""
+"""Which merge to ship: the search of a run, and the test of its winner on other examples."""
 
 import dataclasses
 import functools

@@ -330,8 +330,8 @@ def abstract_batch(plan: Plan, mesh: Mesh) -> AbstractBatch:
 
 def device_batch(plan: Plan, step: int, abstract: AbstractBatch) -> dict[str, jax.Array]:
     """Build the batch of a step. A process builds only the members of its own devices."""
-    # `bucket` has a member axis alone, so its shards say which members each process has. The work of
-    # a host stays the same however many hosts share the population.
+    # `bucket` has a member axis alone, so its shards say which members each process has. The work
+    # of a host stays the same however many hosts share the population.
     bucket = abstract["bucket"]
     members = len(plan.members)
     local = {
