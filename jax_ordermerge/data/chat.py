@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from jax_ordermerge.data.formats import Message, Record
+from jax_ordermerge.data.formats import Record
+from jax_ordermerge.data.messages import Message
 from jax_ordermerge.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:

@@ -4,25 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from jax_ordermerge.data.messages import Message, read_messages, read_sharegpt
 from jax_ordermerge.errors import UserError, did_you_mean
 
 Row = Mapping[str, Any]
-Message = Mapping[str, Any]
-# Speakers of ShareGPT files and their roles in chat templates. An unknown speaker is an error: a
-# turn under a wrong role would be learned, or not, without notice.
-SHAREGPT_ROLES: Final = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,23 +87,6 @@ def _response(row: Row, column: str) -> str:
     return response
 
 
-def _turns(value: Any, column: str, role: str, content: str) -> list[Message]:
-    # Parquet gives arrays where JSON gives lists, so any sequence but a string is accepted.
-    if isinstance(value, (Mapping, str)) or not isinstance(value, Sequence):
-        raise UserError(
-            f"column '{column}' holds {type(value).__name__}, expected a list of messages"
-        )
-    for message in value:
-        if not isinstance(message, Mapping) or role not in message:
-            raise UserError(f"column '{column}': a message without '{role}': {str(message)[:60]}")
-        # a call of a tool has no content
-        if not isinstance(message.get(content), str) and not message.get("tool_calls"):
-            raise UserError(
-                f"column '{column}': a message without the string '{content}': {str(message)[:60]}"
-            )
-    return list(value)
-
-
 def _conversation(messages: Sequence[Message], column: str, context: int = 0) -> Record:
     learned = [
         number
@@ -135,29 +103,22 @@ def _conversation(messages: Sequence[Message], column: str, context: int = 0) ->
 
 
 def _from_messages(row: Row) -> Record:
-    return _conversation(_turns(_value(row, "messages"), "messages", "role", "content"), "messages")
+    return _conversation(read_messages(_value(row, "messages"), "messages"), "messages")
 
 
 def _from_sharegpt(row: Row) -> Record:
-    turns = _turns(_value(row, "conversations"), "conversations", "from", "value")
-    unknown = [turn["from"] for turn in turns if turn["from"] not in SHAREGPT_ROLES]
-    if unknown:
-        raise UserError(
-            f"column 'conversations': unknown speaker '{unknown[0]}'"
-            f"{did_you_mean(str(unknown[0]), SHAREGPT_ROLES)}"
-        )
-    messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
-    return _conversation(messages, "conversations")
+    turns = read_sharegpt(_value(row, "conversations"), "conversations")
+    return _conversation(turns, "conversations")
 
 
 def _from_prompt_completion(row: Row) -> Record:
     prompt, completion = _value(row, "prompt"), row.get("completion")
     if isinstance(prompt, (str, int, float)):
         return Record.single_turn(_string(row, "prompt"), _response(row, "completion"))
-    context = _turns(prompt, "prompt", "role", "content")
+    context = read_messages(prompt, "prompt")
     if completion is None and "completion" in row:
         raise NoResponse("column 'completion' is null")
-    answers = _turns(_value(row, "completion"), "completion", "role", "content")
+    answers = read_messages(_value(row, "completion"), "completion")
     return _conversation([*context, *answers], "completion", len(context))
 
 
@@ -190,13 +151,13 @@ def _from_preference(row: Row) -> Record:
             )
         pair = [Record.single_turn(prompt, response) for response in (chosen, rejected)]
     else:
-        turns = [_turns(_value(row, column), column, "role", "content") for column in columns]
+        turns = [read_messages(_value(row, column), column) for column in columns]
         if prompt is None or isinstance(prompt, str):
             # a string prompt beside messages repeats what the messages begin with
             length = _common_prefix(*turns)
             context, turns = turns[0][:length], [messages[length:] for messages in turns]
         else:
-            context = _turns(prompt, "prompt", "role", "content")
+            context = read_messages(prompt, "prompt")
         if not context:
             raise UserError(
                 "columns 'chosen' and 'rejected' begin with different messages;"

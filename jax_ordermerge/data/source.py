@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[J
         limit: largest number of rows; the first ones are returned.
 
     Returns:
-        One dict per row. All values of a csv are strings.
+        One dict per row. All values of a csv are strings. NaN is null.
 
     Raises:
         UserError: the source is absent, unreadable, of an unknown kind, or empty.
@@ -309,7 +310,7 @@ def _read_file(path: Path) -> list[JsonRow]:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
+            return [_nan_to_null(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
         with (
             gzip.open(path, "rt", encoding="utf-8-sig")
             if path.suffix == ".gz"
@@ -331,7 +332,7 @@ def _parse(text: str, path: Path) -> list[JsonRow]:
     if kind == "csv":
         rows: Any = list(csv.DictReader(io.StringIO(text, newline="")))
     elif kind == "json":
-        document = json.loads(text)
+        document = _parse_json(text)
         rows = document.get("data") if isinstance(document, dict) else document
         if not isinstance(rows, list):
             raise UserError(
@@ -343,7 +344,7 @@ def _parse(text: str, path: Path) -> list[JsonRow]:
         # split("\n") and not splitlines(), which also splits at U+2028 inside JSON strings
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                rows += [_parse_json(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 raise UserError(f"data file {path}: line {number} is not JSON: {error}") from error
     # csv.DictReader collects surplus fields under the key None
@@ -354,6 +355,22 @@ def _parse(text: str, path: Path) -> list[JsonRow]:
                 f"data file {path}: row {number} is {shown}, expected an object with named columns"
             )
     return rows
+
+
+def _parse_json(text: str) -> Any:
+    # pandas writes NaN for an empty cell. Python's parser would make a number of it, which a
+    # template prints as the text "nan".
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+
+def _nan_to_null(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _nan_to_null(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_nan_to_null(part) for part in value]
+    return value
 
 
 def _file_digest(path: str) -> dict[str, str]:
@@ -373,7 +390,8 @@ def _read_hub(name: str, subset: str | None, split: str, limit: int | None) -> l
             f"hub dataset {name} (split {split}) cannot be loaded: {_first_line(error)};"
             " or is this a missing file?"
         ) from error
-    return table.select(range(min(limit or len(table), len(table)))).to_list()
+    rows = table.select(range(min(limit or len(table), len(table)))).to_list()
+    return [_nan_to_null(row) for row in rows]
 
 
 def _first_line(error: Exception) -> str:

@@ -337,6 +337,81 @@ def test_errors_of_rows_name_the_file(tmp_path, byte_tokenizer):
         load_train(Data(train=path, format="alpaca"), byte_tokenizer())
 
 
+# --- the same rows from every kind of file ---
+
+TOOL_ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}],
+            },
+            {"role": "tool", "content": "rain"},
+            {"role": "assistant", "content": "It rains."},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Time?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {
+                        "id": "c1",
+                        "type": "function",
+                        "function": {"name": "time", "arguments": {"zone": "CET"}},
+                    }
+                ],
+            },
+        ]
+    },
+]
+CALLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or () %}{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_parquet_and_json_lines_give_the_same_tokens(tmp_path, byte_tokenizer):
+    """Arrow fills `arguments` with the keys of other rows; a string of JSON is one object."""
+    as_strings = json.loads(json.dumps(TOOL_ROWS))
+    for row in as_strings:
+        function = row["messages"][1]["tool_calls"][0]["function"]
+        function["arguments"] = json.dumps(function["arguments"])
+    tokenizer = byte_tokenizer(chat_template=CALLS)
+    paths = [
+        write(tmp_path / "a.jsonl", TOOL_ROWS),
+        write(tmp_path / "a.parquet", TOOL_ROWS),
+        write(tmp_path / "strings.jsonl", as_strings),
+        write(tmp_path / "strings.parquet", as_strings),
+    ]
+    examples = [load_train(Data(train=path), tokenizer) for path in paths]
+    assert len({part.digest for part in examples}) == 1
+    assert tokenizer.decode(examples[0].tokens[0][examples[0].answers[0]]) == (
+        'weather{"city": "Oslo"}<|im_end|>It rains.<|im_end|>'
+    )
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_nan_is_null(tmp_path, byte_tokenizer, name):
+    rows = [
+        {"instruction": "Name a color.", "input": value, "output": "Blue."}
+        for value in (float("nan"), 1.5)
+    ]
+    path = write(tmp_path / name, rows)
+    assert [row["input"] for row in load(path)] == [None, 1.5]
+    examples = load_train(Data(train=path), byte_tokenizer())
+    assert "### Input" not in byte_tokenizer().decode(examples.tokens[0])
+    write(tmp_path / name, [rows[1], rows[1] | {"output": float("nan")}])
+    with pytest.raises(UserError, match=r"row 1 has no response \(column 'output' is null\)"):
+        load_train(Data(train=path), byte_tokenizer())
+
+
 # --- tokenizers ---
 
 
