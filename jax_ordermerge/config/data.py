@@ -42,6 +42,12 @@ class Data(Section):
         default_factory=dict,
         description="names in the files of columns of the format, e.g. {question: problem}",
     )
+    ignore_columns: tuple[str, ...] = Field(
+        (),
+        description="columns of rows, or keys such as messages.name, that are passed over. All"
+        " others that nothing reads are refused, except for names of metadata such as id, source,"
+        " category or *_id",
+    )
     template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field(
         "auto", description="how prompt and response become text"
     )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from jax_ordermerge.data.formats import Record
-from jax_ordermerge.data.messages import Message
 from jax_ordermerge.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -120,12 +119,10 @@ def encode(
             prompt, response = render(record, template)
             pieces.append([Piece(prompt, False), Piece(response, True)])
         return [_add_bos_and_eos(each, special) for each in _encode_pieces(pieces, tokenizer)]
-    if GENERATION.search(str(tokenizer.chat_template)):
-        encoded = [_encode_marked(record, tokenizer, special) for record in records]
-    else:
-        pieces = [_split_turns(record, tokenizer, special) for record in records]
-        encoded = _encode_pieces(pieces, tokenizer)
-    return [_end_turn(each, special) for each in encoded]
+    marked = GENERATION.search(str(tokenizer.chat_template))
+    split = _split_marked_turns if marked else _split_turns
+    pieces = [split(record, tokenizer, special) for record in records]
+    return [_end_turn(each, special) for each in _encode_pieces(pieces, tokenizer)]
 
 
 def prompt_tokens(
@@ -161,6 +158,10 @@ def render(record: Record, template: str) -> tuple[str, str]:
             f"template {template} takes one user and one assistant message,"
             f" an example has {', '.join(roles)}; use chat"
         )
+    if record.tools or record.template_kwargs:
+        raise UserError(
+            f"template {template} has no place for tools and chat_template_kwargs; use chat"
+        )
     prompt, response = record.prompt, record.response
     # The space belongs to the response: "Answer:" ends in a token of its own, and the first number
     # keeps the space that tokenizers attach to it.
@@ -168,8 +169,9 @@ def render(record: Record, template: str) -> tuple[str, str]:
         return f"Question: {prompt}\nAnswer:", f" {response}"
     if template == "alpaca":
         with_input = ALPACA_WITH_INPUT if record.input else ALPACA_WITHOUT_INPUT
-        return with_input.format(instruction=prompt, input=record.input), response
-    return f"{prompt}\n{record.input}" if record.input else prompt, response
+        instruction = prompt.removesuffix(f"\n{record.input}") if record.input else prompt
+        return with_input.format(instruction=instruction, input=record.input), response
+    return prompt, response
 
 
 class SpecialTokens(NamedTuple):
@@ -271,12 +273,26 @@ def _common_prefix(ids: list[int], tokens: list[int]) -> int:
 # ------------------------------------------------------------------ chat templates
 
 
-def _render_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, generation: bool = False
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    record: Record,
+    end: int | None = None,
+    *,
+    generation: bool = False,
 ) -> str:
+    """Return the text of the messages before number `end`, perhaps with a generation prompt.
+
+    Raises:
+        UserError: the template refuses the messages.
+    """
+    messages = record.messages[:end]
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation
+            list(messages),
+            tools=list(record.tools) or None,
+            tokenize=False,
+            add_generation_prompt=generation,
+            **record.template_kwargs,
         )
     except Exception as error:  # templates raise errors of any kind on roles they do not take
         roles = ", ".join(str(message["role"]) for message in messages) or "none"
@@ -286,7 +302,7 @@ def _render_chat(
 
 
 def _generation_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    text = _render_chat(tokenizer, record.messages[:-1], generation=True)
+    text = render_chat(tokenizer, record, -1, generation=True)
     return _ids([text], tokenizer)[0]
 
 
@@ -294,14 +310,12 @@ def _split_turns(
     record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
 ) -> list[Piece]:
     """Split a conversation into context and responses with a template that does not mark them."""
-    text = _render_chat(tokenizer, record.messages)
+    text = render_chat(tokenizer, record)
     pieces: list[Piece] = []
     done = 0
-    for number, message in enumerate(record.messages):
-        if number < record.context or message["role"] != "assistant":
-            continue
-        prompt = _render_chat(tokenizer, record.messages[:number], generation=True)
-        answered = _render_chat(tokenizer, record.messages[: number + 1])
+    for number in record.learned:
+        prompt = render_chat(tokenizer, record, number, generation=True)
+        answered = render_chat(tokenizer, record, number + 1)
         # Some templates rewrite earlier turns (drop the reasoning, add a date). Then no split of
         # the final text is what generation would have seen.
         if not (text.startswith(answered) and answered.startswith(prompt)):
@@ -310,45 +324,77 @@ def _split_turns(
                 " it is answered, so the response cannot be separated; mark responses in the"
                 " template with {% generation %} or set data.template"
             )
-        # White space after the end of a turn separates it from the next one. The model does not
-        # have to write it.
-        stripped = answered.rstrip()
-        end = len(stripped) if stripped.endswith(special.texts) else len(answered)
+        end = len(_without_separator(answered, special))
         pieces += [Piece(text[done : len(prompt)], False), Piece(text[len(prompt) : end], True)]
         done = end
     return pieces
 
 
-def _encode_marked(
+def _split_marked_turns(
     record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> Encoded:
-    """Encode a conversation with a template that marks responses with {% generation %}."""
-    encoding = tokenizer.apply_chat_template(
-        list(record.messages),
-        tokenize=True,
-        return_dict=True,
+) -> list[Piece]:
+    """Split a conversation with a template that marks responses with {% generation %}.
+
+    The marks say only which text belongs to which response. As without marks, a response begins
+    after its generation prompt and ends with its end token: templates mark the line feeds around
+    it, or the head of the turn, which a model does not write.
+    """
+    text, spans = _render_marked(tokenizer, record, len(record.messages))
+    pieces: list[Piece] = []
+    done = 0
+    for number in record.learned:
+        # Counted in prefixes, because a template may mark a turn in several parts, or not at all.
+        before = len(_render_marked(tokenizer, record, number)[1])
+        answered, answered_spans = _render_marked(tokenizer, record, number + 1)
+        turn = spans[before : len(answered_spans)]
+        if not turn:
+            continue
+        context = render_chat(tokenizer, record, number)
+        prompt = render_chat(tokenizer, record, number, generation=True)
+        header = prompt.removeprefix(context)
+        first, last = turn[0][0], turn[-1][1]
+        start = text.rfind(header, max(0, first - len(header)), first + len(header)) + len(header)
+        is_last = number == record.learned[-1]
+        if start < len(header) or (is_last and not text.startswith(prompt)):
+            raise UserError(
+                f"the generation prompt of the chat template does not precede the response in"
+                f" message {number} that it marks with {{% generation %}}: generation would use"
+                " another prompt than training; mend the template or set data.template"
+            )
+        # What closes the turn where nothing follows it. The next turn's start is never in it.
+        closing = answered[answered_spans[-1][1] :]
+        end = last + len(closing) if text[last:].startswith(closing) else last
+        end = start + len(_without_separator(text[start:end], special))
+        pieces += [Piece(text[done:start], False), Piece(text[start:end], True)]
+        done = end
+    if not pieces:
+        raise UserError("the chat template marks no response with {% generation %}")
+    return pieces
+
+
+def _without_separator(turn: str, special: SpecialTokens) -> str:
+    # White space after the end of a turn separates it from the next one. The model does not have
+    # to write it.
+    stripped = turn.rstrip()
+    return stripped if stripped.endswith(special.texts) else turn
+
+
+def _render_marked(
+    tokenizer: "PreTrainedTokenizerBase", record: Record, end: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of the messages before number `end`, and its marked spans in characters."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+
+    # `apply_chat_template` gives marks in tokens only, where borders inside a token are lost.
+    if end == 0:
+        return "", []
+    text = render_chat(tokenizer, record, end)
+    (marked,), (spans,) = render_jinja_template(
+        [list(record.messages[:end])],
+        tools=list(record.tools) or None,
+        chat_template=tokenizer.get_chat_template(tools=list(record.tools) or None),
         return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
+        **{**tokenizer.special_tokens_map, **record.template_kwargs},
     )
-    # transformers marks the tokens between {% generation %} and {% endgeneration %}
-    ids, learned = list(encoding["input_ids"]), np.asarray(encoding["assistant_masks"], bool)
-    prompt = _generation_prompt(record, tokenizer)
-    if ids[: len(prompt)] != prompt or not learned[len(prompt) :].any():
-        raise UserError(
-            "the generation prompt of the chat template does not precede the last response that it"
-            " marks with {% generation %}: generation would use another prompt than training; mend"
-            " the template or set data.template"
-        )
-    if record.context:
-        context = _render_chat(tokenizer, record.messages[: record.context])
-        learned[: len(_ids([context], tokenizer)[0])] = False
-    # The token that ends a turn is learned with it, also where {% endgeneration %} precedes it.
-    for end in np.flatnonzero(learned[:-1] & ~learned[1:]) + 1:
-        learned[end] |= ids[end] in special.ids and ids[end - 1] not in special.ids
-    # The last response begins where the generation prompt ends, wherever the template marks it:
-    # from there on the model has to write.
-    stop = int(np.flatnonzero(learned)[-1]) + 1
-    learned[len(prompt) : stop] = True
-    before = np.flatnonzero(~learned[: len(prompt)])
-    learned[before[-1] + 1 if before.size else 0 : len(prompt)] = False
-    return Encoded(ids[:stop], learned[:stop].tolist())
+    assert marked == text, "transformers rendered a marked template in two ways"
+    return text, [(start, stop) for start, stop in spans if stop > start]

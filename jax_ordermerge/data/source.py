@@ -23,6 +23,7 @@ from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.data import chat, formats
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.order import permutation
+from jax_ordermerge.data.unused import check_unused
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
@@ -149,6 +150,16 @@ def tokenize(
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
     records = formats.normalize(rows, form, path)
     template = chat.resolve_template(data.template, form, records, tokenizer)
+    ignored = check_unused(
+        rows,
+        records,
+        form,
+        template,
+        tokenizer,
+        aliases=data.columns,
+        ignore=data.ignore_columns,
+        where=path,
+    )
     # A pair has two sequences. They are tokenized side by side, so that both are used or dropped.
     sides = [records]
     if records[0].rejected is not None:
@@ -171,6 +182,8 @@ def tokenize(
             f" ({reasons}); raise it"
         )
     sources = {"data": path, "format": form, "template": template} | _file_digest(path)
+    if ignored:
+        sources["ignored"] = ", ".join(ignored)
     chosen, *rejected = (
         builder.build(side, [] if form == "text" else records) for side, records in enumerate(sides)
     )

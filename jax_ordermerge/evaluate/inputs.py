@@ -104,7 +104,7 @@ class TaskInputs:
                 f"{', '.join(row)}"
             )
         # AlpacaEval's instructions have the Alpaca template unless the config says otherwise.
-        record = Record.single_turn(row["instruction"], system_input=str(row.get("input") or ""))
+        record = Record.single_turn(row["instruction"], alpaca_input=str(row.get("input") or ""))
         template = chat.resolve_template(self.data.template, "alpaca", [record], self.tokenizer)
         return chat.prompt_tokens(record, template, self.tokenizer).tolist()
 
