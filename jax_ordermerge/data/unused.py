@@ -14,44 +14,12 @@ if TYPE_CHECKING:
 
 # Names that describe a row and are not meant to be learned, in any format and at any depth, as are
 # names that end in "_id". Many templates do not print the name of the tool that answers.
-NEUTRAL: Final = frozenset(
-    [
-        "id",
-        "idx",
-        "index",
-        "uuid",
-        "row",
-        "source",
-        "origin",
-        "dataset",
-        "split",
-        "category",
-        "topic",
-        "subject",
-        "type",
-        "task",
-        "domain",
-        "level",
-        "difficulty",
-        "tag",
-        "tags",
-        "language",
-        "lang",
-        "license",
-        "url",
-        "created",
-        "date",
-        "time",
-        "timestamp",
-        "model",
-        "generator",
-        "metadata",
-        "meta",
-        "score",
-        "score_chosen",
-        "score_rejected",
-    ]
+_NEUTRAL = (
+    "id idx index uuid row source origin dataset split category topic subject type task domain "
+    "level difficulty tag tags language lang license url created date time timestamp model "
+    "generator metadata meta score score_chosen score_rejected messages.name"
 )
+NEUTRAL: Final = frozenset(_NEUTRAL.split())
 # tatsu-lab/alpaca has the rendered row beside its parts.
 NEUTRAL_OF_FORMAT: Final = {"alpaca": ("text",)}
 # A key is tried in so many records: a template may use it in some places only, as Qwen3 does with
