@@ -55,6 +55,11 @@ class Data(Section):
     max_length: PositiveInt = Field(512, description="tokens per example")
     # Truncation would teach a response without its end, and the model would not learn to stop.
     too_long: Literal["drop", "truncate"] = "drop"
+    bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="rows without a response, of another form, or that the template refuses or"
+        " shortens: refuse names all of them, drop counts them",
+    )
     limit: PositiveInt | None = Field(
         None,
         description="use only the first so many training examples: rows of the file, or windows"

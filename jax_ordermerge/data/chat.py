@@ -7,13 +7,14 @@ tokenized apart: a token across the border, such as of a space that ends the pro
 change the prompt.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from jax_ordermerge.data import turns
 from jax_ordermerge.data.formats import Record
+from jax_ordermerge.data.turns import Piece, SpecialTokens
 from jax_ordermerge.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ BY_FORMAT: Final = {
     "preference": "plain",
 }
 TEMPLATES: Final = ("plain", "alpaca", "gsm8k", "chat")
-# A template with this mark says itself what assistants write.
-GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
 
 # The two prompts of Stanford Alpaca, as published in tatsu-lab/stanford_alpaca (Apache-2.0).
 ALPACA_WITH_INPUT: Final = (
@@ -49,13 +49,6 @@ class Encoded(NamedTuple):
 
     tokens: list[int]
     answers: list[bool]
-
-
-class Piece(NamedTuple):
-    """A part of the rendered text."""
-
-    text: str
-    learned: bool
 
 
 def resolve_template(
@@ -109,20 +102,58 @@ def encode(
         UserError: no EOS; a conversation with a template for one prompt and one response; a chat
             template whose turns cannot be separated.
     """
+    encoded, bad = encode_rows(dict(enumerate(records)), template, tokenizer)
+    for reason in bad.values():
+        raise UserError(reason.removeprefix(": "))
+    return list(encoded.values())
+
+
+def encode_rows(
+    records: Mapping[int, Record], template: str, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[dict[int, Encoded], dict[int, str]]:
+    """Tokenize records by row number, and say what is wrong with the others: see `encode`.
+
+    Raises:
+        UserError: no EOS.
+    """
     special = _special_tokens(tokenizer)
-    if records and records[0].text is not None:
-        texts = _ids([str(record.text) for record in records], tokenizer)
-        return [_add_bos_and_eos(Encoded(ids, [True] * len(ids)), special) for ids in texts]
-    if template != "chat":
-        pieces = []
-        for record in records:
-            prompt, response = render(record, template)
-            pieces.append([Piece(prompt, False), Piece(response, True)])
-        return [_add_bos_and_eos(each, special) for each in _encode_pieces(pieces, tokenizer)]
-    marked = GENERATION.search(str(tokenizer.chat_template))
-    split = _split_marked_turns if marked else _split_turns
-    pieces = [split(record, tokenizer, special) for record in records]
-    return [_end_turn(each, special) for each in _encode_pieces(pieces, tokenizer)]
+    split = _splitter(template, tokenizer, special)
+    pieces: dict[int, list[Piece]] = {}
+    bad: dict[int, str] = {}
+    for number, record in records.items():
+        try:
+            pieces[number] = split(record)
+            # Tokenizers raise a TypeError for all texts at once where one cannot be encoded.
+            "".join(piece.text for piece in pieces[number]).encode()
+        except UserError as error:
+            bad[number] = f": {error}"
+        except UnicodeEncodeError as error:
+            del pieces[number]
+            half = ascii(str(error.object)[error.start])
+            bad[number] = f": {half} is half of a character (a lone surrogate); mend the text"
+    finish = _end_turn if template == "chat" else _add_bos_and_eos
+    encoded = _encode_pieces(list(pieces.values()), tokenizer)
+    # The template `chat` says nothing about texts.
+    return {
+        number: (_add_bos_and_eos if records[number].text is not None else finish)(each, special)
+        for number, each in zip(pieces, encoded, strict=True)
+    }, bad
+
+
+def _splitter(
+    template: str, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
+) -> Callable[[Record], list[Piece]]:
+    """Return the function that splits a record into context and what is learned."""
+
+    def split(record: Record) -> list[Piece]:
+        if record.text is not None:
+            return [Piece(record.text, True)]
+        if template == "chat":
+            return turns.split_turns(record, tokenizer, special)
+        prompt, response = render(record, template)
+        return [Piece(prompt, False), Piece(response, True)]
+
+    return split
 
 
 def prompt_tokens(
@@ -133,7 +164,8 @@ def prompt_tokens(
     The last message itself is not read: `Record.single_turn("2 + 3?")` is enough.
     """
     if template == "chat":
-        return np.asarray(_generation_prompt(record, tokenizer), np.int32)
+        text = turns.render_chat(tokenizer, record, -1, generation=True)
+        return np.asarray(_ids([text], tokenizer)[0], np.int32)
     ids = _ids([render(record, template)[0]], tokenizer)[0]
     return np.asarray(_with_bos(ids, _special_tokens(tokenizer)), np.int32)
 
@@ -172,15 +204,6 @@ def render(record: Record, template: str) -> tuple[str, str]:
         instruction = prompt.removesuffix(f"\n{record.input}") if record.input else prompt
         return with_input.format(instruction=instruction, input=record.input), response
     return prompt, response
-
-
-class SpecialTokens(NamedTuple):
-    """BOS, EOS and all special tokens of a tokenizer."""
-
-    bos: int | None  # None where the tokenizer does not add one
-    eos: int
-    ids: frozenset[int]
-    texts: tuple[str, ...]
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
@@ -253,7 +276,7 @@ def _encode_pieces(
     for pieces in examples:
         *starts, tokens = [next(prefix_ids) for _ in pieces]
         # see the module docstring: the prompt keeps its own tokens
-        if tokens[: len(starts[-1])] != starts[-1]:
+        if starts and tokens[: len(starts[-1])] != starts[-1]:
             tokens = starts[-1] + _ids([pieces[-1].text], tokenizer)[0]
         answers: list[bool] = []
         for ids, piece in zip([*starts, tokens], pieces, strict=True):
@@ -268,133 +291,3 @@ def _common_prefix(ids: list[int], tokens: list[int]) -> int:
     if tokens[: len(ids)] == ids:
         return len(ids)
     return next(index for index in range(len(ids)) if ids[index] != tokens[index])
-
-
-# ------------------------------------------------------------------ chat templates
-
-
-def render_chat(
-    tokenizer: "PreTrainedTokenizerBase",
-    record: Record,
-    end: int | None = None,
-    *,
-    generation: bool = False,
-) -> str:
-    """Return the text of the messages before number `end`, perhaps with a generation prompt.
-
-    Raises:
-        UserError: the template refuses the messages.
-    """
-    messages = record.messages[:end]
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(record.tools) or None,
-            tokenize=False,
-            add_generation_prompt=generation,
-            **record.template_kwargs,
-        )
-    except Exception as error:  # templates raise errors of any kind on roles they do not take
-        roles = ", ".join(str(message["role"]) for message in messages) or "none"
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"the chat template refuses the roles {roles}: {reason}") from error
-    return str(text)
-
-
-def _generation_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    text = render_chat(tokenizer, record, -1, generation=True)
-    return _ids([text], tokenizer)[0]
-
-
-def _split_turns(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> list[Piece]:
-    """Split a conversation into context and responses with a template that does not mark them."""
-    text = render_chat(tokenizer, record)
-    pieces: list[Piece] = []
-    done = 0
-    for number in record.learned:
-        prompt = render_chat(tokenizer, record, number, generation=True)
-        answered = render_chat(tokenizer, record, number + 1)
-        # Some templates rewrite earlier turns (drop the reasoning, add a date). Then no split of
-        # the final text is what generation would have seen.
-        if not (text.startswith(answered) and answered.startswith(prompt)):
-            raise UserError(
-                f"the chat template changes the text before the response in message {number} once"
-                " it is answered, so the response cannot be separated; mark responses in the"
-                " template with {% generation %} or set data.template"
-            )
-        end = len(_without_separator(answered, special))
-        pieces += [Piece(text[done : len(prompt)], False), Piece(text[len(prompt) : end], True)]
-        done = end
-    return pieces
-
-
-def _split_marked_turns(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> list[Piece]:
-    """Split a conversation with a template that marks responses with {% generation %}.
-
-    The marks say only which text belongs to which response. As without marks, a response begins
-    after its generation prompt and ends with its end token: templates mark the line feeds around
-    it, or the head of the turn, which a model does not write.
-    """
-    text, spans = _render_marked(tokenizer, record, len(record.messages))
-    pieces: list[Piece] = []
-    done = 0
-    for number in record.learned:
-        # Counted in prefixes, because a template may mark a turn in several parts, or not at all.
-        before = len(_render_marked(tokenizer, record, number)[1])
-        answered, answered_spans = _render_marked(tokenizer, record, number + 1)
-        turn = spans[before : len(answered_spans)]
-        if not turn:
-            continue
-        context = render_chat(tokenizer, record, number)
-        prompt = render_chat(tokenizer, record, number, generation=True)
-        header = prompt.removeprefix(context)
-        first, last = turn[0][0], turn[-1][1]
-        start = text.rfind(header, max(0, first - len(header)), first + len(header)) + len(header)
-        is_last = number == record.learned[-1]
-        if start < len(header) or (is_last and not text.startswith(prompt)):
-            raise UserError(
-                f"the generation prompt of the chat template does not precede the response in"
-                f" message {number} that it marks with {{% generation %}}: generation would use"
-                " another prompt than training; mend the template or set data.template"
-            )
-        # What closes the turn where nothing follows it. The next turn's start is never in it.
-        closing = answered[answered_spans[-1][1] :]
-        end = last + len(closing) if text[last:].startswith(closing) else last
-        end = start + len(_without_separator(text[start:end], special))
-        pieces += [Piece(text[done:start], False), Piece(text[start:end], True)]
-        done = end
-    if not pieces:
-        raise UserError("the chat template marks no response with {% generation %}")
-    return pieces
-
-
-def _without_separator(turn: str, special: SpecialTokens) -> str:
-    # White space after the end of a turn separates it from the next one. The model does not have
-    # to write it.
-    stripped = turn.rstrip()
-    return stripped if stripped.endswith(special.texts) else turn
-
-
-def _render_marked(
-    tokenizer: "PreTrainedTokenizerBase", record: Record, end: int
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of the messages before number `end`, and its marked spans in characters."""
-    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
-
-    # `apply_chat_template` gives marks in tokens only, where borders inside a token are lost.
-    if end == 0:
-        return "", []
-    text = render_chat(tokenizer, record, end)
-    (marked,), (spans,) = render_jinja_template(
-        [list(record.messages[:end])],
-        tools=list(record.tools) or None,
-        chat_template=tokenizer.get_chat_template(tools=list(record.tools) or None),
-        return_assistant_tokens_mask=True,
-        **{**tokenizer.special_tokens_map, **record.template_kwargs},
-    )
-    assert marked == text, "transformers rendered a marked template in two ways"
-    return text, [(start, stop) for start, stop in spans if stop > start]

@@ -94,8 +94,10 @@ class MissingColumn(Exception):
 
 
 def _value(row: Row, column: str) -> Any:
-    if row.get(column) is None:
+    if column not in row:
         raise MissingColumn(column)
+    if row[column] is None:
+        raise UserError(f"column '{column}' is null, expected a value")
     return row[column]
 
 
@@ -325,8 +327,8 @@ def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
         where: name of the source, for error messages.
 
     Raises:
-        UserError: unknown format; a missing column (with row and columns present); rows without a
-            response (with all their numbers).
+        UserError: unknown format, or bad rows: the first with what is wrong, and the numbers of the
+            others.
 
     Example:
         >>> rows = [{"question": "2 + 3?", "answer": 5}]
@@ -340,30 +342,48 @@ def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
     """
     if form not in FORMATS:
         raise UserError(f"data.format = '{form}' is not a format{did_you_mean(form, FORMATS)}")
-    # All rows without a response are reported at once: a user mends them in one go.
-    records, without_response, reason = [], [], ""
+    records, bad = read_rows(rows, form)
+    if bad:
+        raise bad_rows_error(bad, where)
+    return list(records.values())
+
+
+def read_rows(rows: Sequence[Row], form: str) -> tuple[dict[int, Record], dict[int, str]]:
+    """Turn rows of one format into records by row number, and say what is wrong with the others.
+
+    Returns:
+        The records, and a reason for each row that is none.
+    """
+    records, bad = {}, {}
     for number, row in enumerate(rows):
         try:
             record = FORMATS[form].read(row)
-            records.append(record if form == "text" else _add_shared_columns(record, row))
+            records[number] = record if form == "text" else _add_shared_columns(record, row)
         except NoResponse as error:
-            without_response.append(number)
-            reason = reason or str(error)
+            bad[number] = f" has no response ({error})"
         except MissingColumn as error:
-            raise UserError(
-                f"{where}: row {number} has no column '{error}' (format {form});"
-                f" it has {_column_names(row)}"
-            ) from None
+            bad[number] = f" has no column '{error}' (format {form}); it has {_column_names(row)}"
         except UserError as error:
-            raise UserError(f"{where}: row {number}: {error}") from None
-    if without_response:
-        first, *rest = without_response
-        further = f"; {len(rest)} more rows too: {', '.join(map(str, rest[:20]))}" if rest else ""
-        raise UserError(
-            f"{where}: row {first} has no response ({reason}){further};"
-            " remove rows without a response"
-        )
-    return records
+            bad[number] = f": {error}"
+    return records, bad
+
+
+def bad_rows_error(bad: Mapping[int, str], where: str) -> UserError:
+    """Return one error for all bad rows of a source: a user mends them in one go.
+
+    Args:
+        bad: what is wrong by row number, as of `read_rows`.
+        where: name of the source.
+
+    Example:
+        >>> str(bad_rows_error({1: ": no text", 4: ": no text"}, "train.jsonl"))
+        'train.jsonl: row 1: no text; 1 more rows too: 4'
+    """
+    (first, reason), *others = bad.items()
+    rest = [number for number, _ in others]
+    further = f"; {len(rest)} more rows too: {', '.join(map(str, rest[:20]))}" if rest else ""
+    remedy = "; remove rows without a response" if reason.startswith(" has no response") else ""
+    return UserError(f"{where}: row {first}{reason}{further}{remedy}")
 
 
 def _column_names(row: Row) -> str:

@@ -7,12 +7,13 @@ import csv
 import dataclasses
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -148,11 +149,15 @@ def tokenize(
         for row in load(path, split, limit=limit)
     ]
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
-    records = formats.normalize(rows, form, path)
-    template = chat.resolve_template(data.template, form, records, tokenizer)
+    if form not in formats.FORMATS:
+        formats.normalize([], form, path)  # raises the error that names the formats
+    records, bad = formats.read_rows(rows, form)
+    if bad and (data.bad_rows == "refuse" or not records):
+        raise formats.bad_rows_error(bad, path)
+    template = chat.resolve_template(data.template, form, list(records.values()), tokenizer)
     ignored = check_unused(
         rows,
-        records,
+        list(records.values()),
         form,
         template,
         tokenizer,
@@ -160,21 +165,14 @@ def tokenize(
         ignore=data.ignore_columns,
         where=path,
     )
-    # A pair has two sequences. They are tokenized side by side, so that both are used or dropped.
-    sides = [records]
-    if records[0].rejected is not None:
-        sides.append([record.rejected for record in records if record.rejected])
-    builder = _ExampleBuilder(data.max_length, data.too_long, len(sides))
-    for start in range(0, len(records), CHUNK):
-        chunks = (side[start : start + CHUNK] for side in sides)
-        encoded = zip(*(chat.encode(chunk, template, tokenizer) for chunk in chunks), strict=True)
-        for number, sequences in enumerate(encoded, start):
-            if form == "text":
-                builder.add_windows(sequences[0])
-            else:
-                builder.add(sequences, number)
+    builder, template_bad = _encode_all(records, form, template, data, tokenizer)
+    bad |= template_bad
+    if bad and (data.bad_rows == "refuse" or len(bad) == len(rows)):
+        raise formats.bad_rows_error(dict(sorted(bad.items())), path)
     builder.truncate(limit)  # a row of texts gives several windows
     counts = {"read": len(rows), **builder.counts, "used": len(builder.ids)}
+    if bad:
+        counts["dropped_bad_rows"] = len(bad)
     if not builder.ids:
         reasons = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
         raise UserError(
@@ -184,12 +182,45 @@ def tokenize(
     sources = {"data": path, "format": form, "template": template} | _file_digest(path)
     if ignored:
         sources["ignored"] = ", ".join(ignored)
-    chosen, *rejected = (
-        builder.build(side, [] if form == "text" else records) for side, records in enumerate(sides)
-    )
+    chosen, *rejected = builder.build({} if form == "text" else records)
     return dataclasses.replace(
         chosen, counts=counts, sources=sources, rejected=rejected[0] if rejected else None
     )
+
+
+def _encode_all(
+    records: dict[int, formats.Record],
+    form: str,
+    template: str,
+    data: schema.Data,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> tuple["_ExampleBuilder", dict[int, str]]:
+    """Tokenize the records of a source, and say what is wrong with those that are refused."""
+    # A pair has two sequences. They are tokenized side by side, so that both are used or dropped.
+    sides = [records]
+    rejected = {row: record.rejected for row, record in records.items() if record.rejected}
+    if rejected:
+        sides.append(rejected)
+    builder = _ExampleBuilder(data.max_length, data.too_long, len(sides))
+    bad: dict[int, str] = {}
+    numbers = list(records)
+    for start in range(0, len(numbers), CHUNK):
+        chunk = numbers[start : start + CHUNK]
+        encoded = []
+        for side in sides:
+            sequences, reasons = chat.encode_rows(
+                {row: side[row] for row in chunk}, template, tokenizer
+            )
+            encoded.append(sequences)
+            bad |= reasons
+        for row in chunk:
+            if row in bad:
+                continue
+            if form == "text":
+                builder.add_windows(encoded[0][row])
+            else:
+                builder.add([sequences[row] for sequences in encoded], row)
+    return builder, bad
 
 
 def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Examples, Examples]:
@@ -234,6 +265,15 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"tokenizer directory {directory} not found; give the Hugging Face directory of the"
             " base model"
+        )
+    # transformers asks for tiktoken, which does not read this file either
+    only_model = (folder / "tokenizer.model").is_file() and not (
+        (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    )
+    if only_model and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{directory} has only tokenizer.model, which needs sentencepiece; install it, or copy"
+            " the tokenizer.json of the base model"
         )
     files = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder / name).is_file() for name in files):
@@ -299,14 +339,23 @@ class _ExampleBuilder:
             answers.append(np.asarray(sequence.answers[start:end], np.bool_))
         self.ids.append(number)
 
-    def build(self, side: int, records: Sequence[formats.Record]) -> Examples:
-        return Examples(
-            tokens=Ragged.of(self.tokens[side], np.int32),
-            answers=Ragged.of(self.answers[side], np.bool_),
-            ids=np.asarray(self.ids, np.int64),
-            prompts=[records[row].prompt for row in self.ids] if records else (),
-            responses=[records[row].response for row in self.ids] if records else (),
-        )
+    def build(self, records: Mapping[int, formats.Record]) -> list[Examples]:
+        """Return the examples of each side; `records` are the chosen ones by row, or none."""
+        examples = []
+        for side, (tokens, answers) in enumerate(zip(self.tokens, self.answers, strict=True)):
+            used = [records[row] for row in self.ids] if records else []
+            if side:
+                used = [record.rejected for record in used if record.rejected]
+            examples.append(
+                Examples(
+                    tokens=Ragged.of(tokens, np.int32),
+                    answers=Ragged.of(answers, np.bool_),
+                    ids=np.asarray(self.ids, np.int64),
+                    prompts=[record.prompt for record in used],
+                    responses=[record.response for record in used],
+                )
+            )
+        return examples
 
 
 # ------------------------------------------------------------------ files and the hub
@@ -343,9 +392,16 @@ def _parse(text: str, path: Path) -> list[JsonRow]:
         texts = (part.strip("\n") for part in text.split(TEXT_END))
         return [{"text": part} for part in texts if part.strip()]
     if kind == "csv":
+        csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
         rows: Any = list(csv.DictReader(io.StringIO(text, newline="")))
     elif kind == "json":
-        document = _parse_json(text)
+        try:
+            document = _parse_json(text)
+        except json.JSONDecodeError as error:
+            # JSON Lines under the name of JSON: a second object follows the first
+            if not error.msg.startswith("Extra data"):
+                raise
+            return _parse(text, path.with_name("lines.jsonl"))
         rows = document.get("data") if isinstance(document, dict) else document
         if not isinstance(rows, list):
             raise UserError(

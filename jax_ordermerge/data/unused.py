@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from jax_ordermerge.data import chat
+from jax_ordermerge.data import turns
 from jax_ordermerge.data.formats import FORMATS, SHARED_COLUMNS, Record, Row
 from jax_ordermerge.errors import UserError
 
@@ -125,7 +125,7 @@ def _changes_text(record: Record, key: str, tokenizer: "PreTrainedTokenizerBase"
 
 def _texts(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     # Some variables, such as enable_thinking, stand in the generation prompt alone.
-    return chat.render_chat(tokenizer, record), chat.render_chat(
+    return turns.render_chat(tokenizer, record), turns.render_chat(
         tokenizer, record, -1, generation=True
     )
 

@@ -237,6 +237,64 @@ def test_no_key_can_change_without_changing_the_tokens(load):
         assert (load([changed])[1].digest == examples.digest) == (name in ignored), name
 
 
+# ------------------------------------------------------------------ what a template leaves out
+
+
+def without(name):
+    """FULL with one part of messages left out."""
+    return {
+        "reasoning": FULL.replace("m.content }}", "m.content.split('</think>')[-1] }}"),
+        "calls": FULL.replace("m.tool_calls or ()", "()"),
+        "developer": FULL.replace(
+            "{% for m in messages %}", "{% for m in messages if m.role != 'developer' %}"
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "message"),
+    [
+        (
+            "reasoning",
+            [TALK[0], {"role": "assistant", "content": "<think>Why?</think>Hello"}],
+            r"row 1: the chat template leaves '<think>Why\?</think>Hello' out of .* message 1",
+        ),
+        (
+            "calls",
+            [TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"function": WEATHER}]}],
+            "row 1: the chat template leaves 'weather' out of the response in message 1",
+        ),
+        (
+            "developer",
+            [{"role": "developer", "content": "Be kind."}, *TALK],
+            r"row 1: the chat template leaves out message 0 \(developer\): 'Be kind.'",
+        ),
+    ],
+)
+def test_what_is_left_out_is_an_error(load, name, messages, message):
+    rows = [{"messages": TALK}, {"messages": messages}]
+    ignore = ["parameters"]
+    with pytest.raises(UserError, match=message):
+        load(rows, chat_template=without(name), ignore_columns=ignore)
+    assert len(load(rows, ignore_columns=ignore)[0]) == 2
+
+
+def test_reasoning_in_another_layout_is_not_left_out(load):
+    template = FULL.replace("m.content }}", "m.content.replace('<think>', '<think>\\n') }}")
+    talk = [TALK[0], {"role": "assistant", "content": " <think>Why?</think>Hello\n"}]
+    assert load([{"messages": talk}], chat_template=template)[0][0][1] == [
+        " <think>\nWhy?</think>Hello\n<|im_end|>"
+    ]
+
+
+def test_numbers_and_texts_of_calls_may_stand_as_json(load):
+    arguments = {"at": {"x": 1.5, "on": True, "none": [None]}, "text": 'a "b"\né'}
+    call = {"function": {"name": "f", "arguments": arguments}}
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    ((_, (learned,)),), _ = load([{"messages": talk}])
+    assert json.loads(learned.removesuffix("<|im_end|>")) == call["function"]
+
+
 # ------------------------------------------------------------------ published templates
 
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}

@@ -407,9 +407,77 @@ def test_nan_is_null(tmp_path, byte_tokenizer, name):
     assert [row["input"] for row in load(path)] == [None, 1.5]
     examples = load_train(Data(train=path), byte_tokenizer())
     assert "### Input" not in byte_tokenizer().decode(examples.tokens[0])
-    write(tmp_path / name, [rows[1], rows[1] | {"output": float("nan")}])
-    with pytest.raises(UserError, match=r"row 1 has no response \(column 'output' is null\)"):
+    write(tmp_path / name, [rows[1] | {"output": value} for value in (1.5, float("nan"))])
+    with pytest.raises(UserError, match=r"row 1 has no response .column 'output' is null."):
         load_train(Data(train=path), byte_tokenizer())
+
+
+# --- bad rows ---
+
+
+def test_bad_rows_are_named_at_once_or_dropped_and_counted(tmp_path, byte_tokenizer, chatml):
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('No.') }}{% endif %}"
+    tokenizer = byte_tokenizer(chat_template=refusing + chatml)
+    rows = [
+        {"messages": [user, answer]},
+        {"messages": [user | {"content": "no"}, answer]},
+        {"messages": [user, answer | {"content": "half \ud83d"}]},
+        {"messages": [user | {"content": "no"}, answer]},
+        {"messages": [user, answer | {"content": "c"}]},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        UserError,
+        match=r"a.jsonl: row 1: .* refuses the roles user: No.; 2 more rows too: 2, 3",
+    ):
+        load_train(Data(train=path), tokenizer)
+    write(tmp_path / "a.jsonl", [*rows, {"messages": [user]}])
+    examples = load_train(Data(train=path, bad_rows="drop"), tokenizer)
+    assert (examples.ids.tolist(), examples.responses) == ([0, 4], ["b", "c"])
+    assert (examples.counts["dropped_bad_rows"], examples.counts["used"]) == (4, 2)
+    write(tmp_path / "a.jsonl", [{"messages": [user]}])
+    with pytest.raises(UserError, match="row 0 has no response"):
+        load_train(Data(train=path, bad_rows="drop"), tokenizer)
+
+
+def test_a_pair_with_one_bad_side_is_dropped(tmp_path, byte_tokenizer):
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "half \ud83d"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    data = Data(train=write(tmp_path / "a.jsonl", rows), bad_rows="drop")
+    pairs = load_train(data, byte_tokenizer())
+    assert (pairs.ids.tolist(), pairs.rejected.responses) == ([1], ["c"])
+
+
+def test_half_of_a_character(tmp_path, byte_tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"text": "Once"}, {"text": "Hi \ud83d there"}])
+    with pytest.raises(UserError, match=r"row 1: '\\ud83d' is half of a character"):
+        load_train(Data(train=path), byte_tokenizer())
+
+
+def test_null_is_not_a_missing_column(tmp_path, byte_tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"prompt": None, "completion": "b"}])
+    with pytest.raises(UserError, match="row 0: column 'prompt' is null"):
+        load_train(Data(train=path), byte_tokenizer())
+
+
+def test_long_cells_and_lines_under_the_name_of_json(tmp_path):
+    rows = [{"text": "x" * 200_000}, {"text": "y"}]
+    assert load(write(tmp_path / "a.csv", rows)) == rows
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert load(str(tmp_path / "lines.json")) == ROWS
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text"')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        load(str(tmp_path / "lines.json"))
+
+
+def test_a_tokenizer_that_needs_sentencepiece(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"has only tokenizer\.model, which needs sentencepiece"):
+        load_tokenizer(tmp_path)
 
 
 # --- tokenizers ---
