@@ -55,6 +55,12 @@ class Data(Section):
     max_length: PositiveInt = Field(512, description="tokens per example")
     # Truncation would teach a response without its end, and the model would not learn to stop.
     too_long: Literal["drop", "truncate"] = "drop"
+    learn: Literal["all", "last"] = Field(
+        "all",
+        description="answers of a conversation that are learned. all: in one example, or in one"
+        " example each where the chat template changes earlier turns; weight: 0 on a message"
+        " leaves it out",
+    )
     bad_rows: Literal["refuse", "drop"] = Field(
         "refuse",
         description="rows without a response, of another form, or that the template refuses or"

@@ -7,7 +7,7 @@ tokenized apart: a token across the border, such as of a space that ends the pro
 change the prompt.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -49,6 +49,13 @@ class Encoded(NamedTuple):
 
     tokens: list[int]
     answers: list[bool]
+
+
+class TrainingSequence(NamedTuple):
+    """The tokens of a record, or of its beginning up to one of its answers."""
+
+    record: Record
+    encoded: Encoded
 
 
 def resolve_template(
@@ -105,55 +112,81 @@ def encode(
     encoded, bad = encode_rows(dict(enumerate(records)), template, tokenizer)
     for reason in bad.values():
         raise UserError(reason.removeprefix(": "))
-    return list(encoded.values())
+    return [sequence.encoded for sequences in encoded.values() for sequence in sequences]
 
 
 def encode_rows(
-    records: Mapping[int, Record], template: str, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[dict[int, Encoded], dict[int, str]]:
+    records: Mapping[int, Record],
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    by_answer: bool = True,
+) -> tuple[dict[int, list[TrainingSequence]], dict[int, str]]:
     """Tokenize records by row number, and say what is wrong with the others: see `encode`.
+
+    Args:
+        records: examples of one source.
+        template: a name of `TEMPLATES`.
+        tokenizer: a fast tokenizer.
+        by_answer: make a sequence of each learned answer where the template changes the text
+            before an answer once the conversation goes on.
+
+    Returns:
+        The sequences of each row, one but for such templates, and a reason for each row that has
+        none.
 
     Raises:
         UserError: no EOS.
     """
     special = _special_tokens(tokenizer)
-    split = _splitter(template, tokenizer, special)
-    pieces: dict[int, list[Piece]] = {}
+    pieces: dict[int, list[list[Piece]]] = {}
+    parts: dict[int, list[Record]] = {}
     bad: dict[int, str] = {}
     for number, record in records.items():
         try:
-            pieces[number] = split(record)
+            parts[number], pieces[number] = _split(record, template, tokenizer, special, by_answer)
             # Tokenizers raise a TypeError for all texts at once where one cannot be encoded.
-            "".join(piece.text for piece in pieces[number]).encode()
+            "".join(piece.text for sequence in pieces[number] for piece in sequence).encode()
         except UserError as error:
             bad[number] = f": {error}"
         except UnicodeEncodeError as error:
             del pieces[number]
             half = ascii(str(error.object)[error.start])
             bad[number] = f": {half} is half of a character (a lone surrogate); mend the text"
-    finish = _end_turn if template == "chat" else _add_bos_and_eos
-    encoded = _encode_pieces(list(pieces.values()), tokenizer)
+    encoded = iter(
+        _encode_pieces([sequence for group in pieces.values() for sequence in group], tokenizer)
+    )
     # The template `chat` says nothing about texts.
+    is_chat = template == "chat" and not any(record.text is not None for record in records.values())
+    finish = _end_turn if is_chat else _add_bos_and_eos
     return {
-        number: (_add_bos_and_eos if records[number].text is not None else finish)(each, special)
-        for number, each in zip(pieces, encoded, strict=True)
+        number: [TrainingSequence(part, finish(next(encoded), special)) for part in parts[number]]
+        for number in pieces
     }, bad
 
 
-def _splitter(
-    template: str, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> Callable[[Record], list[Piece]]:
-    """Return the function that splits a record into context and what is learned."""
-
-    def split(record: Record) -> list[Piece]:
-        if record.text is not None:
-            return [Piece(record.text, True)]
-        if template == "chat":
-            return turns.split_turns(record, tokenizer, special)
+def _split(
+    record: Record,
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    special: SpecialTokens,
+    by_answer: bool,
+) -> tuple[list[Record], list[list[Piece]]]:
+    """Split a record, or each of its beginnings, into context and what is learned."""
+    if record.text is not None:
+        return [record], [[Piece(record.text, True)]]
+    if template != "chat":
         prompt, response = render(record, template)
-        return [Piece(prompt, False), Piece(response, True)]
-
-    return split
+        return [record], [[Piece(prompt, False), Piece(response, True)]]
+    try:
+        return [record], [turns.split_turns(record, tokenizer, special)]
+    except turns.ChangedPrefix:
+        # Qwen3's template drops the reasoning of earlier answers. Each answer then has its own
+        # prefix, the one that generation sees, so each needs a sequence of its own.
+        parts = record.by_answer
+        if not by_answer or len(parts) < 2:
+            raise
+        return parts, [turns.split_turns(part, tokenizer, special) for part in parts]
 
 
 def prompt_tokens(

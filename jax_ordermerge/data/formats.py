@@ -75,6 +75,24 @@ class Record:
         ]
 
     @property
+    def by_answer(self) -> "list[Record]":
+        """One record for each learned answer, which ends in it and learns nothing else."""
+        return [
+            dataclasses.replace(
+                self,
+                messages=self.messages[: number + 1],
+                unlearned=self.unlearned | frozenset(self.learned) - {number},
+            )
+            for number in self.learned
+        ]
+
+    @property
+    def last_answer(self) -> "Record":
+        """This record, in which only the last answer is learned."""
+        rejected = self.rejected and self.rejected.last_answer
+        return dataclasses.replace(self.by_answer[-1], rejected=rejected)
+
+    @property
     def prompt(self) -> str:
         """The messages before the last one, separated by empty lines."""
         return "\n\n".join(str(message["content"]) for message in self.messages[:-1])

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -154,6 +154,8 @@ def tokenize(
     records, bad = formats.read_rows(rows, form)
     if bad and (data.bad_rows == "refuse" or not records):
         raise formats.bad_rows_error(bad, path)
+    if data.learn == "last" and form != "text":
+        records = {row: record.last_answer for row, record in records.items()}
     template = chat.resolve_template(data.template, form, list(records.values()), tokenizer)
     ignored = check_unused(
         rows,
@@ -169,7 +171,8 @@ def tokenize(
     bad |= template_bad
     if bad and (data.bad_rows == "refuse" or len(bad) == len(rows)):
         raise formats.bad_rows_error(dict(sorted(bad.items())), path)
-    builder.truncate(limit)  # a row of texts gives several windows
+    if form == "text" and limit is not None:
+        builder.truncate(limit)  # a row of texts gives several windows
     counts = {"read": len(rows), **builder.counts, "used": len(builder.ids)}
     if bad:
         counts["dropped_bad_rows"] = len(bad)
@@ -182,7 +185,7 @@ def tokenize(
     sources = {"data": path, "format": form, "template": template} | _file_digest(path)
     if ignored:
         sources["ignored"] = ", ".join(ignored)
-    chosen, *rejected = builder.build({} if form == "text" else records)
+    chosen, *rejected = builder.build()
     return dataclasses.replace(
         chosen, counts=counts, sources=sources, rejected=rejected[0] if rejected else None
     )
@@ -209,7 +212,7 @@ def _encode_all(
         encoded = []
         for side in sides:
             sequences, reasons = chat.encode_rows(
-                {row: side[row] for row in chunk}, template, tokenizer
+                {row: side[row] for row in chunk}, template, tokenizer, by_answer=len(sides) == 1
             )
             encoded.append(sequences)
             bad |= reasons
@@ -217,9 +220,10 @@ def _encode_all(
             if row in bad:
                 continue
             if form == "text":
-                builder.add_windows(encoded[0][row])
+                builder.add_windows(encoded[0][row][0])
             else:
-                builder.add([sequences[row] for sequences in encoded], row)
+                for pair in zip(*(sequences[row] for sequences in encoded), strict=True):
+                    builder.add(pair, row)
     return builder, bad
 
 
@@ -244,9 +248,20 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
             f"data.{split}_examples = {count} leaves none of {len(examples)} training examples;"
             " lower it"
         )
+    order = permutation(len(examples), seed, split)
+    if examples.rows is not None:
+        # Answers of one conversation stay on one side: each is in the prompt of the next.
+        order = np.concatenate(
+            [np.flatnonzero(examples.rows == row) for row in dict.fromkeys(examples.rows[order])]
+        )
+        while (
+            0 < count < len(order)
+            and examples.rows[order[count - 1]] == examples.rows[order[count]]
+        ):
+            count -= 1
     # by a mask, so that both parts keep the order of the file
     selected = np.zeros(len(examples), bool)
-    selected[permutation(len(examples), seed, split)[:count]] = True
+    selected[order[:count]] = True
     return examples.take(np.flatnonzero(~selected)), examples.take(np.flatnonzero(selected))
 
 
@@ -302,55 +317,65 @@ class _ExampleBuilder:
         self.length, self.too_long = length, too_long
         self.tokens: list[list[np.ndarray]] = [[] for _ in range(sequences)]
         self.answers: list[list[np.ndarray]] = [[] for _ in range(sequences)]
+        self.records: list[list[formats.Record]] = [[] for _ in range(sequences)]
         self.ids: list[int] = []
+        self.rows: list[int] = []
+        self.number = -1
         self.counts = {"dropped_too_long": 0, "truncated": 0, "dropped_no_response_tokens": 0}
         if sequences > 1:
             self.counts["dropped_same_tokens"] = 0
 
-    def add_windows(self, text: chat.Encoded) -> None:
+    def add_windows(self, text: chat.TrainingSequence) -> None:
         # a window starts with the last token of the one before it, which predicts the next token
-        for start in range(0, max(len(text.tokens) - 1, 1), max(self.length - 1, 1)):
+        for start in range(0, max(len(text.encoded.tokens) - 1, 1), max(self.length - 1, 1)):
             self._append([text], start, len(self.ids))
 
-    def add(self, sequences: Sequence[chat.Encoded], number: int) -> None:
-        visible = [sequence.tokens[: self.length] for sequence in sequences]
-        is_long = any(len(sequence.tokens) > self.length for sequence in sequences)
+    def add(self, sequences: Sequence[chat.TrainingSequence], row: int) -> None:
+        self.number += 1
+        encoded = [sequence.encoded for sequence in sequences]
+        visible = [sequence.tokens[: self.length] for sequence in encoded]
+        is_long = any(len(sequence.tokens) > self.length for sequence in encoded)
         if is_long and self.too_long == "drop":
             self.counts["dropped_too_long"] += 1
         # the first token of a sequence is no target
-        elif not all(any(sequence.answers[1 : self.length]) for sequence in sequences):
+        elif not all(any(sequence.answers[1 : self.length]) for sequence in encoded):
             self.counts["dropped_no_response_tokens"] += 1
         elif len(visible) > 1 and visible[0] == visible[1]:
             self.counts["dropped_same_tokens"] += 1
         else:
             self.counts["truncated"] += is_long
-            self._append(sequences, 0, number)
+            self._append(sequences, 0, self.number)
+            self.rows.append(row)
 
-    def truncate(self, limit: int | None) -> None:
-        if limit is not None:
-            del self.ids[limit:]
-            for rows in (*self.tokens, *self.answers):
-                del rows[limit:]
+    def truncate(self, limit: int) -> None:
+        """Keep the first `limit` examples."""
+        del self.ids[limit:], self.rows[limit:]
+        for tokens, answers, records in zip(self.tokens, self.answers, self.records, strict=True):
+            del tokens[limit:], answers[limit:], records[limit:]
 
-    def _append(self, sequences: Sequence[chat.Encoded], start: int, number: int) -> None:
+    def _append(self, sequences: Sequence[chat.TrainingSequence], start: int, number: int) -> None:
         end = start + self.length
-        for sequence, tokens, answers in zip(sequences, self.tokens, self.answers, strict=True):
-            tokens.append(np.asarray(sequence.tokens[start:end], np.int32))
-            answers.append(np.asarray(sequence.answers[start:end], np.bool_))
+        for side, (record, encoded) in enumerate(sequences):
+            self.tokens[side].append(np.asarray(encoded.tokens[start:end], np.int32))
+            self.answers[side].append(np.asarray(encoded.answers[start:end], np.bool_))
+            self.records[side].append(record)
         self.ids.append(number)
 
-    def build(self, records: Mapping[int, formats.Record]) -> list[Examples]:
-        """Return the examples of each side; `records` are the chosen ones by row, or none."""
+    def build(self) -> list[Examples]:
+        """Return the examples of each side."""
+        # The number of a row is the number of its example, unless a row gave several.
+        has_rows = len(self.rows) == len(self.ids) and len(set(self.rows)) == len(self.rows)
+        ids = self.rows if has_rows else self.ids
+        rows = None if has_rows or not self.rows else np.asarray(self.rows, np.int64)
         examples = []
-        for side, (tokens, answers) in enumerate(zip(self.tokens, self.answers, strict=True)):
-            used = [records[row] for row in self.ids] if records else []
-            if side:
-                used = [record.rejected for record in used if record.rejected]
+        for tokens, answers, records in zip(self.tokens, self.answers, self.records, strict=True):
+            used = [record for record in records if record.text is None]
             examples.append(
                 Examples(
                     tokens=Ragged.of(tokens, np.int32),
                     answers=Ragged.of(answers, np.bool_),
-                    ids=np.asarray(self.ids, np.int64),
+                    ids=np.asarray(ids, np.int64),
+                    rows=rows,
                     prompts=[record.prompt for record in used],
                     responses=[record.response for record in used],
                 )

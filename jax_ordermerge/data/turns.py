@@ -17,6 +17,10 @@ GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 COMMENT: Final = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
+class ChangedPrefix(UserError):
+    """The text of a conversation does not begin with that of its first messages."""
+
+
 class Piece(NamedTuple):
     """A part of the rendered text."""
 
@@ -94,7 +98,7 @@ def _split_unmarked_turns(
         # Some templates rewrite earlier turns (drop the reasoning, add a date). Then no split of
         # the final text is what generation would have seen.
         if not (text.startswith(answered) and answered.startswith(prompt)):
-            raise UserError(
+            raise ChangedPrefix(
                 f"the chat template changes the text before the response in message {number} once"
                 " it is answered, so the response cannot be separated; mark responses in the"
                 " template with {% generation %} or set data.template"

@@ -335,3 +335,77 @@ def test_marked_templates_learn_what_unmarked_ones_do(load, shared_data, family,
     assert len(learned) == sum(turn["role"] == "assistant" for turn in row["messages"])
     assert all(run.count("<|im_end|>") == 1 and run.endswith("<|im_end|>") for run in learned)
     assert not any("<|im_start|>" in run for run in learned)
+
+
+# ------------------------------------------------------------------ templates that change a prefix
+
+# As Qwen3's: only the last answer has reasoning, be it empty.
+CHANGING = FULL.replace(
+    "m.content }}",
+    "('<think></think>' if m.role == 'assistant' and loop.last else '') + m.content }}",
+)
+TWO = {"messages": [*TALK, {"role": "user", "content": "2 + 3?"}, TALK[1] | {"content": "5"}]}
+
+
+def test_each_answer_has_the_prefix_that_generation_sees(load):
+    parts, examples = load([TWO, {"messages": TALK}], chat_template=CHANGING)
+    first = [("user", "Hi"), ("assistant", "<think></think>Hello")]
+    second = [
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "2 + 3?"),
+        ("assistant", "<think></think>5"),
+    ]
+    assert parts == [
+        (render(*first), ["<think></think>Hello<|im_end|>"]),
+        (render(*second), ["<think></think>5<|im_end|>"]),
+        (render(*first), ["<think></think>Hello<|im_end|>"]),
+    ]
+    assert examples.ids.tolist() == [0, 1, 2]
+    assert examples.rows.tolist() == [0, 0, 1]
+    assert examples.responses == ["Hello", "5", "Hello"]
+    assert (examples.counts["read"], examples.counts["used"]) == (2, 3)
+
+
+def test_only_the_last_answer(load):
+    for template in (FULL, CHANGING):
+        ((text, learned),), examples = load([TWO], chat_template=template, learn="last")
+        thought = "<think></think>" if template == CHANGING else ""
+        assert learned == [f"{thought}5<|im_end|>"]
+        assert text.count("<|im_start|>") == 4
+        assert (examples.ids.tolist(), examples.rows) == ([0], None)
+
+
+def test_answers_of_one_conversation_are_set_aside_together(load):
+    rows = [
+        {"messages": [turn | {"content": turn["content"] + str(n)} for turn in TWO["messages"]]}
+        for n in range(6)
+    ]
+    _, examples = load(rows, chat_template=CHANGING)
+    for seed in range(4):
+        train, validation = source.set_aside(examples, 4, seed, "validation")
+        assert len(validation) == 4
+        assert not set(train.rows) & set(validation.rows)
+        assert sorted([*train.ids, *validation.ids]) == list(range(12))
+    assert len(source.set_aside(examples, 5, 0, "validation")[1]) == 4
+
+
+def test_stock_template_of_qwen3(load, shared_data):
+    folder = shared_data / "templates"
+    if not folder.is_dir():
+        pytest.skip("published templates are absent")
+    text = (folder / "qwen3.jinja").read_text()
+    parts, _ = load([CONVERSATIONS["two answers"]], chat_template=text)
+    empty = "<think>\n\n</think>\n\n"
+    assert parts == [
+        (render(("user", "Hi"), ("assistant", f"{empty}Hello")), [f"{empty}Hello<|im_end|>"]),
+        (
+            render(
+                ("user", "Hi"),
+                ("assistant", "Hello"),
+                ("user", "Hi"),
+                ("assistant", f"{empty}Hello"),
+            ),
+            [f"{empty}Hello<|im_end|>"],
+        ),
+    ]
