@@ -149,8 +149,6 @@ def tokenize(
         for row in load(path, split, limit=limit)
     ]
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
-    if form not in formats.FORMATS:
-        formats.normalize([], form, path)  # raises the error that names the formats
     records, bad = formats.read_rows(rows, form)
     if bad and (data.bad_rows == "refuse" or not records):
         raise formats.bad_rows_error(bad, path)
@@ -243,22 +241,21 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
         >>> train.ids.tolist(), validation.ids.tolist()
         ([2, 3, 4], [0, 1])
     """
-    if count >= len(examples):
-        raise UserError(
-            f"data.{split}_examples = {count} leaves none of {len(examples)} training examples;"
-            " lower it"
-        )
     order = permutation(len(examples), seed, split)
     if examples.rows is not None:
         # Answers of one conversation stay on one side: each is in the prompt of the next.
         order = np.concatenate(
             [np.flatnonzero(examples.rows == row) for row in dict.fromkeys(examples.rows[order])]
         )
-        while (
-            0 < count < len(order)
-            and examples.rows[order[count - 1]] == examples.rows[order[count]]
-        ):
-            count -= 1
+        ends = np.flatnonzero(np.diff(examples.rows[order], append=-1)) + 1
+        # As many conversations as do not exceed the count, but at least one.
+        fitting = int(np.searchsorted(ends, count, "right"))
+        count = int(ends[max(fitting - 1, 0)])
+    if count >= len(examples):
+        raise UserError(
+            f"data.{split}_examples = {count} leaves none of {len(examples)} training examples;"
+            " lower it"
+        )
     # by a mask, so that both parts keep the order of the file
     selected = np.zeros(len(examples), bool)
     selected[order[:count]] = True
@@ -410,9 +407,9 @@ def _read_file(path: Path) -> list[JsonRow]:
         raise UserError(f"data file {path} cannot be read: {_first_line(error)}") from error
 
 
-def _parse(text: str, path: Path) -> list[JsonRow]:
+def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
     # `utf-8-sig` above drops a byte order mark, which spreadsheets write before the first column
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    kind = kind or path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     if kind == "txt":
         texts = (part.strip("\n") for part in text.split(TEXT_END))
         return [{"text": part} for part in texts if part.strip()]
@@ -426,7 +423,7 @@ def _parse(text: str, path: Path) -> list[JsonRow]:
             # JSON Lines under the name of JSON: a second object follows the first
             if not error.msg.startswith("Extra data"):
                 raise
-            return _parse(text, path.with_name("lines.jsonl"))
+            return _parse(text, path, "jsonl")
         rows = document.get("data") if isinstance(document, dict) else document
         if not isinstance(rows, list):
             raise UserError(

@@ -469,7 +469,7 @@ def test_long_cells_and_lines_under_the_name_of_json(tmp_path):
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
     assert load(str(tmp_path / "lines.json")) == ROWS
     (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text"')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match=r"lines.json: line 2 is not JSON"):
         load(str(tmp_path / "lines.json"))
 
 
