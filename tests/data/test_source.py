@@ -429,7 +429,7 @@ def test_bad_rows_are_named_at_once_or_dropped_and_counted(tmp_path, byte_tokeni
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(
         UserError,
-        match=r"a.jsonl: row 1: .* refuses the roles user: No.; 2 more rows too: 2, 3",
+        match=r"a.jsonl: row 1: .* refuses the roles user, assistant: No.; 2 more rows too: 2, 3",
     ):
         load_train(Data(train=path), tokenizer)
     write(tmp_path / "a.jsonl", [*rows, {"messages": [user]}])
