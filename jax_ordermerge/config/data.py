@@ -42,6 +42,12 @@ class Data(Section):
         default_factory=dict,
         description="names in the files of columns of the format, e.g. {question: problem}",
     )
+    ignore_columns: tuple[str, ...] = Field(
+        (),
+        description="columns of rows, or keys such as messages.name, that are passed over. All"
+        " others that nothing reads are refused, except for names of metadata such as id, source,"
+        " category or *_id",
+    )
     template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field(
         "auto", description="how prompt and response become text"
     )
@@ -50,6 +56,17 @@ class Data(Section):
     max_length: PositiveInt = Field(512, description="tokens per example")
     # Truncation would teach a response without its end, and the model would not learn to stop.
     too_long: Literal["drop", "truncate"] = "drop"
+    learn: Literal["all", "last"] = Field(
+        "all",
+        description="answers of a conversation that are learned. all: in one example, or in one"
+        " example each where the chat template changes earlier turns; weight: 0 on a message"
+        " leaves it out",
+    )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="rows without a response, of another form, or that the template refuses or"
+        " shortens: refuse names all of them, drop counts them",
+    )
     limit: PositiveInt | None = Field(
         None,
         description="use only the first so many training examples: rows of the file, or windows"

@@ -7,13 +7,14 @@ tokenized apart: a token across the border, such as of a space that ends the pro
 change the prompt.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from jax_ordermerge.data.formats import Message, Record
+from jax_ordermerge.data import turns
+from jax_ordermerge.data.formats import Record
+from jax_ordermerge.data.turns import Piece, SpecialTokens
 from jax_ordermerge.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ BY_FORMAT: Final = {
     "preference": "plain",
 }
 TEMPLATES: Final = ("plain", "alpaca", "gsm8k", "chat")
-# A template with this mark says itself what assistants write.
-GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
 
 # The two prompts of Stanford Alpaca, as published in tatsu-lab/stanford_alpaca (Apache-2.0).
 ALPACA_WITH_INPUT: Final = (
@@ -51,11 +51,11 @@ class Encoded(NamedTuple):
     answers: list[bool]
 
 
-class Piece(NamedTuple):
-    """A part of the rendered text."""
+class TrainingSequence(NamedTuple):
+    """The tokens of a record, or of its beginning up to one of its answers."""
 
-    text: str
-    learned: bool
+    record: Record
+    encoded: Encoded
 
 
 def resolve_template(
@@ -109,22 +109,84 @@ def encode(
         UserError: no EOS; a conversation with a template for one prompt and one response; a chat
             template whose turns cannot be separated.
     """
+    encoded, bad = encode_rows(dict(enumerate(records)), template, tokenizer)
+    for reason in bad.values():
+        raise UserError(reason.removeprefix(": "))
+    return [sequence.encoded for sequences in encoded.values() for sequence in sequences]
+
+
+def encode_rows(
+    records: Mapping[int, Record],
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    by_answer: bool = True,
+) -> tuple[dict[int, list[TrainingSequence]], dict[int, str]]:
+    """Tokenize records by row number, and say what is wrong with the others: see `encode`.
+
+    Args:
+        records: examples of one source.
+        template: a name of `TEMPLATES`.
+        tokenizer: a fast tokenizer.
+        by_answer: make a sequence of each learned answer where the template changes the text
+            before an answer once the conversation goes on.
+
+    Returns:
+        The sequences of each row, one but for such templates, and a reason for each row that has
+        none.
+
+    Raises:
+        UserError: no EOS.
+    """
     special = _special_tokens(tokenizer)
-    if records and records[0].text is not None:
-        texts = _ids([str(record.text) for record in records], tokenizer)
-        return [_add_bos_and_eos(Encoded(ids, [True] * len(ids)), special) for ids in texts]
+    pieces: dict[int, list[list[Piece]]] = {}
+    parts: dict[int, list[Record]] = {}
+    bad: dict[int, str] = {}
+    for number, record in records.items():
+        try:
+            parts[number], pieces[number] = _split(record, template, tokenizer, special, by_answer)
+            # Tokenizers raise a TypeError for all texts at once where one cannot be encoded.
+            "".join(piece.text for sequence in pieces[number] for piece in sequence).encode()
+        except UserError as error:
+            bad[number] = f": {error}"
+        except UnicodeEncodeError as error:
+            del pieces[number]
+            half = ascii(str(error.object)[error.start])
+            bad[number] = f": {half} is half of a character (a lone surrogate); mend the text"
+    encoded = iter(
+        _encode_pieces([sequence for group in pieces.values() for sequence in group], tokenizer)
+    )
+    # The template `chat` says nothing about texts.
+    is_chat = template == "chat" and not any(record.text is not None for record in records.values())
+    finish = _end_turn if is_chat else _add_bos_and_eos
+    return {
+        number: [TrainingSequence(part, finish(next(encoded), special)) for part in parts[number]]
+        for number in pieces
+    }, bad
+
+
+def _split(
+    record: Record,
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    special: SpecialTokens,
+    by_answer: bool,
+) -> tuple[list[Record], list[list[Piece]]]:
+    """Split a record, or each of its beginnings, into context and what is learned."""
+    if record.text is not None:
+        return [record], [[Piece(record.text, True)]]
     if template != "chat":
-        pieces = []
-        for record in records:
-            prompt, response = render(record, template)
-            pieces.append([Piece(prompt, False), Piece(response, True)])
-        return [_add_bos_and_eos(each, special) for each in _encode_pieces(pieces, tokenizer)]
-    if GENERATION.search(str(tokenizer.chat_template)):
-        encoded = [_encode_marked(record, tokenizer, special) for record in records]
-    else:
-        pieces = [_split_turns(record, tokenizer, special) for record in records]
-        encoded = _encode_pieces(pieces, tokenizer)
-    return [_end_turn(each, special) for each in encoded]
+        prompt, response = render(record, template)
+        return [record], [[Piece(prompt, False), Piece(response, True)]]
+    try:
+        return [record], [turns.split_turns(record, tokenizer, special)]
+    except turns.ChangedPrefix:
+        # Qwen3's template drops the reasoning of earlier answers. Each answer then has its own
+        # prefix, the one that generation sees, so each needs a sequence of its own.
+        parts = record.by_answer
+        if not by_answer or len(parts) < 2:
+            raise
+        return parts, [turns.split_turns(part, tokenizer, special) for part in parts]
 
 
 def prompt_tokens(
@@ -135,7 +197,8 @@ def prompt_tokens(
     The last message itself is not read: `Record.single_turn("2 + 3?")` is enough.
     """
     if template == "chat":
-        return np.asarray(_generation_prompt(record, tokenizer), np.int32)
+        text = turns.render_chat(tokenizer, record, -1, generation=True)
+        return np.asarray(_ids([text], tokenizer)[0], np.int32)
     ids = _ids([render(record, template)[0]], tokenizer)[0]
     return np.asarray(_with_bos(ids, _special_tokens(tokenizer)), np.int32)
 
@@ -160,6 +223,10 @@ def render(record: Record, template: str) -> tuple[str, str]:
             f"template {template} takes one user and one assistant message,"
             f" an example has {', '.join(roles)}; use chat"
         )
+    if record.tools or record.template_kwargs:
+        raise UserError(
+            f"template {template} has no place for tools and chat_template_kwargs; use chat"
+        )
     prompt, response = record.prompt, record.response
     # The space belongs to the response: "Answer:" ends in a token of its own, and the first number
     # keeps the space that tokenizers attach to it.
@@ -167,17 +234,9 @@ def render(record: Record, template: str) -> tuple[str, str]:
         return f"Question: {prompt}\nAnswer:", f" {response}"
     if template == "alpaca":
         with_input = ALPACA_WITH_INPUT if record.input else ALPACA_WITHOUT_INPUT
-        return with_input.format(instruction=prompt, input=record.input), response
-    return f"{prompt}\n{record.input}" if record.input else prompt, response
-
-
-class SpecialTokens(NamedTuple):
-    """BOS, EOS and all special tokens of a tokenizer."""
-
-    bos: int | None  # None where the tokenizer does not add one
-    eos: int
-    ids: frozenset[int]
-    texts: tuple[str, ...]
+        instruction = prompt.removesuffix(f"\n{record.input}") if record.input else prompt
+        return with_input.format(instruction=instruction, input=record.input), response
+    return prompt, response
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
@@ -250,7 +309,7 @@ def _encode_pieces(
     for pieces in examples:
         *starts, tokens = [next(prefix_ids) for _ in pieces]
         # see the module docstring: the prompt keeps its own tokens
-        if tokens[: len(starts[-1])] != starts[-1]:
+        if starts and tokens[: len(starts[-1])] != starts[-1]:
             tokens = starts[-1] + _ids([pieces[-1].text], tokenizer)[0]
         answers: list[bool] = []
         for ids, piece in zip([*starts, tokens], pieces, strict=True):
@@ -265,89 +324,3 @@ def _common_prefix(ids: list[int], tokens: list[int]) -> int:
     if tokens[: len(ids)] == ids:
         return len(ids)
     return next(index for index in range(len(ids)) if ids[index] != tokens[index])
-
-
-# ------------------------------------------------------------------ chat templates
-
-
-def _render_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, generation: bool = False
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation
-        )
-    except Exception as error:  # templates raise errors of any kind on roles they do not take
-        roles = ", ".join(str(message["role"]) for message in messages) or "none"
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"the chat template refuses the roles {roles}: {reason}") from error
-    return str(text)
-
-
-def _generation_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    text = _render_chat(tokenizer, record.messages[:-1], generation=True)
-    return _ids([text], tokenizer)[0]
-
-
-def _split_turns(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> list[Piece]:
-    """Split a conversation into context and responses with a template that does not mark them."""
-    text = _render_chat(tokenizer, record.messages)
-    pieces: list[Piece] = []
-    done = 0
-    for number, message in enumerate(record.messages):
-        if number < record.context or message["role"] != "assistant":
-            continue
-        prompt = _render_chat(tokenizer, record.messages[:number], generation=True)
-        answered = _render_chat(tokenizer, record.messages[: number + 1])
-        # Some templates rewrite earlier turns (drop the reasoning, add a date). Then no split of
-        # the final text is what generation would have seen.
-        if not (text.startswith(answered) and answered.startswith(prompt)):
-            raise UserError(
-                f"the chat template changes the text before the response in message {number} once"
-                " it is answered, so the response cannot be separated; mark responses in the"
-                " template with {% generation %} or set data.template"
-            )
-        # White space after the end of a turn separates it from the next one. The model does not
-        # have to write it.
-        stripped = answered.rstrip()
-        end = len(stripped) if stripped.endswith(special.texts) else len(answered)
-        pieces += [Piece(text[done : len(prompt)], False), Piece(text[len(prompt) : end], True)]
-        done = end
-    return pieces
-
-
-def _encode_marked(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> Encoded:
-    """Encode a conversation with a template that marks responses with {% generation %}."""
-    encoding = tokenizer.apply_chat_template(
-        list(record.messages),
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    # transformers marks the tokens between {% generation %} and {% endgeneration %}
-    ids, learned = list(encoding["input_ids"]), np.asarray(encoding["assistant_masks"], bool)
-    prompt = _generation_prompt(record, tokenizer)
-    if ids[: len(prompt)] != prompt or not learned[len(prompt) :].any():
-        raise UserError(
-            "the generation prompt of the chat template does not precede the last response that it"
-            " marks with {% generation %}: generation would use another prompt than training; mend"
-            " the template or set data.template"
-        )
-    if record.context:
-        context = _render_chat(tokenizer, record.messages[: record.context])
-        learned[: len(_ids([context], tokenizer)[0])] = False
-    # The token that ends a turn is learned with it, also where {% endgeneration %} precedes it.
-    for end in np.flatnonzero(learned[:-1] & ~learned[1:]) + 1:
-        learned[end] |= ids[end] in special.ids and ids[end - 1] not in special.ids
-    # The last response begins where the generation prompt ends, wherever the template marks it:
-    # from there on the model has to write.
-    stop = int(np.flatnonzero(learned)[-1]) + 1
-    learned[len(prompt) : stop] = True
-    before = np.flatnonzero(~learned[: len(prompt)])
-    learned[before[-1] + 1 if before.size else 0 : len(prompt)] = False
-    return Encoded(ids[:stop], learned[:stop].tolist())

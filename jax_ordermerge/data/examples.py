@@ -57,7 +57,8 @@ class Examples:
         tokens: row i is int32[length], prompt and response.
         answers: row i is bool[length], True where the token belongs to the response.
         ids: int64[n], distinct numbers of the examples in their file, from 0; for texts, the
-            numbers of the windows that they are cut into.
+            numbers of the windows that they are cut into; the numbers of the answers where each
+            answer of a conversation is an example.
         prompts: n texts before the last response, as in the file, without the template.
         responses: n texts of the last response, as in the file: the references of an evaluation.
         counts: `read`, `used`, and how many were dropped or truncated for which reason.
@@ -66,6 +67,7 @@ class Examples:
             describe the chosen ones. None where the examples are not pairs.
         reference: float32[n, 2], log-probabilities of the chosen and the rejected response under
             the reference model, which training on pairs needs. None before they are measured.
+        rows: int64[n], numbers of the rows where a row gave several examples, else None.
 
     Example:
         >>> examples = Examples(
@@ -86,6 +88,7 @@ class Examples:
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rejected: "Examples | None" = None
     reference: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -182,6 +185,7 @@ class Examples:
             tokens=Ragged.of([self.tokens[row] for row in rows], np.int32),
             answers=Ragged.of([self.answers[row] for row in rows], np.bool_),
             ids=self.ids[rows],
+            rows=None if self.rows is None else self.rows[rows],
             prompts=[self.prompts[row] for row in rows] if self.prompts else (),
             responses=[self.responses[row] for row in rows] if self.responses else (),
             counts=dict(self.counts),

@@ -7,8 +7,10 @@ import csv
 import dataclasses
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.data import chat, formats
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.order import permutation
+from jax_ordermerge.data.unused import check_unused
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[J
         limit: largest number of rows; the first ones are returned.
 
     Returns:
-        One dict per row. All values of a csv are strings.
+        One dict per row. All values of a csv are strings. NaN is null.
 
     Raises:
         UserError: the source is absent, unreadable, of an unknown kind, or empty.
@@ -146,23 +149,31 @@ def tokenize(
         for row in load(path, split, limit=limit)
     ]
     form = formats.detect(rows[0], path) if data.format == "auto" else data.format
-    records = formats.normalize(rows, form, path)
-    template = chat.resolve_template(data.template, form, records, tokenizer)
-    # A pair has two sequences. They are tokenized side by side, so that both are used or dropped.
-    sides = [records]
-    if records[0].rejected is not None:
-        sides.append([record.rejected for record in records if record.rejected])
-    builder = _ExampleBuilder(data.max_length, data.too_long, len(sides))
-    for start in range(0, len(records), CHUNK):
-        chunks = (side[start : start + CHUNK] for side in sides)
-        encoded = zip(*(chat.encode(chunk, template, tokenizer) for chunk in chunks), strict=True)
-        for number, sequences in enumerate(encoded, start):
-            if form == "text":
-                builder.add_windows(sequences[0])
-            else:
-                builder.add(sequences, number)
-    builder.truncate(limit)  # a row of texts gives several windows
+    records, bad = formats.read_rows(rows, form)
+    if bad and (data.bad_rows == "refuse" or not records):
+        raise formats.bad_rows_error(bad, path)
+    if data.learn == "last" and form != "text":
+        records = {row: record.last_answer for row, record in records.items()}
+    template = chat.resolve_template(data.template, form, list(records.values()), tokenizer)
+    ignored = check_unused(
+        rows,
+        list(records.values()),
+        form,
+        template,
+        tokenizer,
+        aliases=data.columns,
+        ignore=data.ignore_columns,
+        where=path,
+    )
+    builder, template_bad = _encode_all(records, form, template, data, tokenizer)
+    bad |= template_bad
+    if bad and (data.bad_rows == "refuse" or len(bad) == len(rows)):
+        raise formats.bad_rows_error(dict(sorted(bad.items())), path)
+    if form == "text" and limit is not None:
+        builder.truncate(limit)  # a row of texts gives several windows
     counts = {"read": len(rows), **builder.counts, "used": len(builder.ids)}
+    if bad:
+        counts["dropped_bad_rows"] = len(bad)
     if not builder.ids:
         reasons = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
         raise UserError(
@@ -170,12 +181,48 @@ def tokenize(
             f" ({reasons}); raise it"
         )
     sources = {"data": path, "format": form, "template": template} | _file_digest(path)
-    chosen, *rejected = (
-        builder.build(side, [] if form == "text" else records) for side, records in enumerate(sides)
-    )
+    if ignored:
+        sources["ignored"] = ", ".join(ignored)
+    chosen, *rejected = builder.build()
     return dataclasses.replace(
         chosen, counts=counts, sources=sources, rejected=rejected[0] if rejected else None
     )
+
+
+def _encode_all(
+    records: dict[int, formats.Record],
+    form: str,
+    template: str,
+    data: schema.Data,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> tuple["_ExampleBuilder", dict[int, str]]:
+    """Tokenize the records of a source, and say what is wrong with those that are refused."""
+    # A pair has two sequences. They are tokenized side by side, so that both are used or dropped.
+    sides = [records]
+    rejected = {row: record.rejected for row, record in records.items() if record.rejected}
+    if rejected:
+        sides.append(rejected)
+    builder = _ExampleBuilder(data.max_length, data.too_long, len(sides))
+    bad: dict[int, str] = {}
+    numbers = list(records)
+    for start in range(0, len(numbers), CHUNK):
+        chunk = numbers[start : start + CHUNK]
+        encoded = []
+        for side in sides:
+            sequences, reasons = chat.encode_rows(
+                {row: side[row] for row in chunk}, template, tokenizer, by_answer=len(sides) == 1
+            )
+            encoded.append(sequences)
+            bad |= reasons
+        for row in chunk:
+            if row in bad:
+                continue
+            if form == "text":
+                builder.add_windows(encoded[0][row][0])
+            else:
+                for pair in zip(*(sequences[row] for sequences in encoded), strict=True):
+                    builder.add(pair, row)
+    return builder, bad
 
 
 def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Examples, Examples]:
@@ -194,6 +241,16 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
         >>> train.ids.tolist(), validation.ids.tolist()
         ([2, 3, 4], [0, 1])
     """
+    order = permutation(len(examples), seed, split)
+    if examples.rows is not None:
+        # Answers of one conversation stay on one side: each is in the prompt of the next.
+        order = np.concatenate(
+            [np.flatnonzero(examples.rows == row) for row in dict.fromkeys(examples.rows[order])]
+        )
+        ends = np.flatnonzero(np.diff(examples.rows[order], append=-1)) + 1
+        # As many conversations as do not exceed the count, but at least one.
+        fitting = int(np.searchsorted(ends, count, "right"))
+        count = int(ends[max(fitting - 1, 0)])
     if count >= len(examples):
         raise UserError(
             f"data.{split}_examples = {count} leaves none of {len(examples)} training examples;"
@@ -201,7 +258,7 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
         )
     # by a mask, so that both parts keep the order of the file
     selected = np.zeros(len(examples), bool)
-    selected[permutation(len(examples), seed, split)[:count]] = True
+    selected[order[:count]] = True
     return examples.take(np.flatnonzero(~selected)), examples.take(np.flatnonzero(selected))
 
 
@@ -220,6 +277,15 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"tokenizer directory {directory} not found; give the Hugging Face directory of the"
             " base model"
+        )
+    # transformers asks for tiktoken, which does not read this file either
+    only_model = (folder / "tokenizer.model").is_file() and not (
+        (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    )
+    if only_model and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{directory} has only tokenizer.model, which needs sentencepiece; install it, or copy"
+            " the tokenizer.json of the base model"
         )
     files = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder / name).is_file() for name in files):
@@ -248,51 +314,70 @@ class _ExampleBuilder:
         self.length, self.too_long = length, too_long
         self.tokens: list[list[np.ndarray]] = [[] for _ in range(sequences)]
         self.answers: list[list[np.ndarray]] = [[] for _ in range(sequences)]
+        self.records: list[list[formats.Record]] = [[] for _ in range(sequences)]
         self.ids: list[int] = []
+        self.rows: list[int] = []
+        self.number = -1
         self.counts = {"dropped_too_long": 0, "truncated": 0, "dropped_no_response_tokens": 0}
         if sequences > 1:
             self.counts["dropped_same_tokens"] = 0
 
-    def add_windows(self, text: chat.Encoded) -> None:
+    def add_windows(self, text: chat.TrainingSequence) -> None:
         # a window starts with the last token of the one before it, which predicts the next token
-        for start in range(0, max(len(text.tokens) - 1, 1), max(self.length - 1, 1)):
+        for start in range(0, max(len(text.encoded.tokens) - 1, 1), max(self.length - 1, 1)):
             self._append([text], start, len(self.ids))
 
-    def add(self, sequences: Sequence[chat.Encoded], number: int) -> None:
-        visible = [sequence.tokens[: self.length] for sequence in sequences]
-        is_long = any(len(sequence.tokens) > self.length for sequence in sequences)
+    def add(self, sequences: Sequence[chat.TrainingSequence], row: int) -> None:
+        self.number += 1
+        encoded = [sequence.encoded for sequence in sequences]
+        visible = [sequence.tokens[: self.length] for sequence in encoded]
+        is_long = any(len(sequence.tokens) > self.length for sequence in encoded)
         if is_long and self.too_long == "drop":
             self.counts["dropped_too_long"] += 1
         # the first token of a sequence is no target
-        elif not all(any(sequence.answers[1 : self.length]) for sequence in sequences):
+        elif not all(any(sequence.answers[1 : self.length]) for sequence in encoded):
             self.counts["dropped_no_response_tokens"] += 1
         elif len(visible) > 1 and visible[0] == visible[1]:
             self.counts["dropped_same_tokens"] += 1
         else:
             self.counts["truncated"] += is_long
-            self._append(sequences, 0, number)
+            self._append(sequences, 0, self.number)
+            self.rows.append(row)
 
-    def truncate(self, limit: int | None) -> None:
-        if limit is not None:
-            del self.ids[limit:]
-            for rows in (*self.tokens, *self.answers):
-                del rows[limit:]
+    def truncate(self, limit: int) -> None:
+        """Keep the first `limit` examples."""
+        del self.ids[limit:], self.rows[limit:]
+        for tokens, answers, records in zip(self.tokens, self.answers, self.records, strict=True):
+            del tokens[limit:], answers[limit:], records[limit:]
 
-    def _append(self, sequences: Sequence[chat.Encoded], start: int, number: int) -> None:
+    def _append(self, sequences: Sequence[chat.TrainingSequence], start: int, number: int) -> None:
         end = start + self.length
-        for sequence, tokens, answers in zip(sequences, self.tokens, self.answers, strict=True):
-            tokens.append(np.asarray(sequence.tokens[start:end], np.int32))
-            answers.append(np.asarray(sequence.answers[start:end], np.bool_))
+        for side, (record, encoded) in enumerate(sequences):
+            self.tokens[side].append(np.asarray(encoded.tokens[start:end], np.int32))
+            self.answers[side].append(np.asarray(encoded.answers[start:end], np.bool_))
+            self.records[side].append(record)
         self.ids.append(number)
 
-    def build(self, side: int, records: Sequence[formats.Record]) -> Examples:
-        return Examples(
-            tokens=Ragged.of(self.tokens[side], np.int32),
-            answers=Ragged.of(self.answers[side], np.bool_),
-            ids=np.asarray(self.ids, np.int64),
-            prompts=[records[row].prompt for row in self.ids] if records else (),
-            responses=[records[row].response for row in self.ids] if records else (),
-        )
+    def build(self) -> list[Examples]:
+        """Return the examples of each side."""
+        # The number of a row is the number of its example, unless a row gave several.
+        has_rows = len(self.rows) == len(self.ids) and len(set(self.rows)) == len(self.rows)
+        ids = self.rows if has_rows else self.ids
+        rows = None if has_rows or not self.rows else np.asarray(self.rows, np.int64)
+        examples = []
+        for tokens, answers, records in zip(self.tokens, self.answers, self.records, strict=True):
+            used = [record for record in records if record.text is None]
+            examples.append(
+                Examples(
+                    tokens=Ragged.of(tokens, np.int32),
+                    answers=Ragged.of(answers, np.bool_),
+                    ids=np.asarray(ids, np.int64),
+                    rows=rows,
+                    prompts=[record.prompt for record in used],
+                    responses=[record.response for record in used],
+                )
+            )
+        return examples
 
 
 # ------------------------------------------------------------------ files and the hub
@@ -309,7 +394,7 @@ def _read_file(path: Path) -> list[JsonRow]:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
+            return [_nan_to_null(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
         with (
             gzip.open(path, "rt", encoding="utf-8-sig")
             if path.suffix == ".gz"
@@ -322,16 +407,23 @@ def _read_file(path: Path) -> list[JsonRow]:
         raise UserError(f"data file {path} cannot be read: {_first_line(error)}") from error
 
 
-def _parse(text: str, path: Path) -> list[JsonRow]:
+def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
     # `utf-8-sig` above drops a byte order mark, which spreadsheets write before the first column
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    kind = kind or path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     if kind == "txt":
         texts = (part.strip("\n") for part in text.split(TEXT_END))
         return [{"text": part} for part in texts if part.strip()]
     if kind == "csv":
+        csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
         rows: Any = list(csv.DictReader(io.StringIO(text, newline="")))
     elif kind == "json":
-        document = json.loads(text)
+        try:
+            document = _parse_json(text)
+        except json.JSONDecodeError as error:
+            # JSON Lines under the name of JSON: a second object follows the first
+            if not error.msg.startswith("Extra data"):
+                raise
+            return _parse(text, path, "jsonl")
         rows = document.get("data") if isinstance(document, dict) else document
         if not isinstance(rows, list):
             raise UserError(
@@ -343,7 +435,7 @@ def _parse(text: str, path: Path) -> list[JsonRow]:
         # split("\n") and not splitlines(), which also splits at U+2028 inside JSON strings
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                rows += [_parse_json(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 raise UserError(f"data file {path}: line {number} is not JSON: {error}") from error
     # csv.DictReader collects surplus fields under the key None
@@ -354,6 +446,22 @@ def _parse(text: str, path: Path) -> list[JsonRow]:
                 f"data file {path}: row {number} is {shown}, expected an object with named columns"
             )
     return rows
+
+
+def _parse_json(text: str) -> Any:
+    # pandas writes NaN for an empty cell. Python's parser would make a number of it, which a
+    # template prints as the text "nan".
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+
+def _nan_to_null(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _nan_to_null(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_nan_to_null(part) for part in value]
+    return value
 
 
 def _file_digest(path: str) -> dict[str, str]:
@@ -373,7 +481,8 @@ def _read_hub(name: str, subset: str | None, split: str, limit: int | None) -> l
             f"hub dataset {name} (split {split}) cannot be loaded: {_first_line(error)};"
             " or is this a missing file?"
         ) from error
-    return table.select(range(min(limit or len(table), len(table)))).to_list()
+    rows = table.select(range(min(limit or len(table), len(table)))).to_list()
+    return [_nan_to_null(row) for row in rows]
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,8 @@ from jax_ordermerge.config import Data
 from jax_ordermerge.config.evaluation import ShotsTask, Task
 from jax_ordermerge.data import chat, formats, source
 from jax_ordermerge.data.examples import Examples
-from jax_ordermerge.data.formats import Message, Record
+from jax_ordermerge.data.formats import Record
+from jax_ordermerge.data.messages import Message
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate.eval_model import encode
 from jax_ordermerge.evaluate.prompts import Formatter, Prompt, Question, Row, make_question
@@ -104,7 +105,7 @@ class TaskInputs:
                 f"{', '.join(row)}"
             )
         # AlpacaEval's instructions have the Alpaca template unless the config says otherwise.
-        record = Record.single_turn(row["instruction"], system_input=str(row.get("input") or ""))
+        record = Record.single_turn(row["instruction"], alpaca_input=str(row.get("input") or ""))
         template = chat.resolve_template(self.data.template, "alpaca", [record], self.tokenizer)
         return chat.prompt_tokens(record, template, self.tokenizer).tolist()
 

@@ -9,7 +9,7 @@ import jinja2
 import jinja2.sandbox
 
 from jax_ordermerge.config.evaluation import ShotsTask
-from jax_ordermerge.data.formats import Message
+from jax_ordermerge.data.messages import Message
 from jax_ordermerge.errors import UserError
 
 Row: TypeAlias = Mapping[str, Any]

@@ -228,7 +228,7 @@ def test_a_generation_prompt_that_training_does_not_have(byte_tokenizer, chatml_
     template = chatml_marked.replace(
         "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>model\n' }}"
     )
-    with pytest.raises(UserError, match="does not precede the last response"):
+    with pytest.raises(UserError, match="does not precede the response in message 1"):
         chat.encode([talk("a", "b")], "chat", byte_tokenizer(chat_template=template))
 
 

@@ -32,9 +32,9 @@ def test_text():
     assert (record.text, record.response, list(record.messages)) == ("Once", "Once", [])
 
 
-def test_alpaca_input_is_kept_apart():
+def test_alpaca_input_is_below_the_instruction_for_every_template():
     (record,) = normalize([{"instruction": "Add.", "input": "2, 3", "output": "5"}], "alpaca", "x")
-    assert (record.prompt, record.input) == ("Add.", "2, 3")
+    assert (record.prompt, record.input) == ("Add.\n2, 3", "2, 3")
 
 
 def test_prompts_that_are_messages_are_given():

@@ -337,6 +337,149 @@ def test_errors_of_rows_name_the_file(tmp_path, byte_tokenizer):
         load_train(Data(train=path, format="alpaca"), byte_tokenizer())
 
 
+# --- the same rows from every kind of file ---
+
+TOOL_ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}],
+            },
+            {"role": "tool", "content": "rain"},
+            {"role": "assistant", "content": "It rains."},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Time?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {
+                        "id": "c1",
+                        "type": "function",
+                        "function": {"name": "time", "arguments": {"zone": "CET"}},
+                    }
+                ],
+            },
+        ]
+    },
+]
+CALLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or () %}{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_parquet_and_json_lines_give_the_same_tokens(tmp_path, byte_tokenizer):
+    """Arrow fills `arguments` with the keys of other rows; a string of JSON is one object."""
+    as_strings = json.loads(json.dumps(TOOL_ROWS))
+    for row in as_strings:
+        function = row["messages"][1]["tool_calls"][0]["function"]
+        function["arguments"] = json.dumps(function["arguments"])
+    tokenizer = byte_tokenizer(chat_template=CALLS)
+    paths = [
+        write(tmp_path / "a.jsonl", TOOL_ROWS),
+        write(tmp_path / "a.parquet", TOOL_ROWS),
+        write(tmp_path / "strings.jsonl", as_strings),
+        write(tmp_path / "strings.parquet", as_strings),
+    ]
+    examples = [load_train(Data(train=path), tokenizer) for path in paths]
+    assert len({part.digest for part in examples}) == 1
+    assert tokenizer.decode(examples[0].tokens[0][examples[0].answers[0]]) == (
+        'weather{"city": "Oslo"}<|im_end|>It rains.<|im_end|>'
+    )
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_nan_is_null(tmp_path, byte_tokenizer, name):
+    rows = [
+        {"instruction": "Name a color.", "input": value, "output": "Blue."}
+        for value in (float("nan"), 1.5)
+    ]
+    path = write(tmp_path / name, rows)
+    assert [row["input"] for row in load(path)] == [None, 1.5]
+    examples = load_train(Data(train=path), byte_tokenizer())
+    assert "### Input" not in byte_tokenizer().decode(examples.tokens[0])
+    write(tmp_path / name, [rows[1] | {"output": value} for value in (1.5, float("nan"))])
+    with pytest.raises(UserError, match=r"row 1 has no response .column 'output' is null."):
+        load_train(Data(train=path), byte_tokenizer())
+
+
+# --- bad rows ---
+
+
+def test_bad_rows_are_named_at_once_or_dropped_and_counted(tmp_path, byte_tokenizer, chatml):
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('No.') }}{% endif %}"
+    tokenizer = byte_tokenizer(chat_template=refusing + chatml)
+    rows = [
+        {"messages": [user, answer]},
+        {"messages": [user | {"content": "no"}, answer]},
+        {"messages": [user, answer | {"content": "half \ud83d"}]},
+        {"messages": [user | {"content": "no"}, answer]},
+        {"messages": [user, answer | {"content": "c"}]},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        UserError,
+        match=r"a.jsonl: row 1: .* refuses the roles user, assistant: No.; 2 more rows too: 2, 3",
+    ):
+        load_train(Data(train=path), tokenizer)
+    write(tmp_path / "a.jsonl", [*rows, {"messages": [user]}])
+    examples = load_train(Data(train=path, bad_rows="drop"), tokenizer)
+    assert (examples.ids.tolist(), examples.responses) == ([0, 4], ["b", "c"])
+    assert (examples.counts["dropped_bad_rows"], examples.counts["used"]) == (4, 2)
+    write(tmp_path / "a.jsonl", [{"messages": [user]}])
+    with pytest.raises(UserError, match="row 0 has no response"):
+        load_train(Data(train=path, bad_rows="drop"), tokenizer)
+
+
+def test_a_pair_with_one_bad_side_is_dropped(tmp_path, byte_tokenizer):
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "half \ud83d"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    data = Data(train=write(tmp_path / "a.jsonl", rows), bad_rows="drop")
+    pairs = load_train(data, byte_tokenizer())
+    assert (pairs.ids.tolist(), pairs.rejected.responses) == ([1], ["c"])
+
+
+def test_half_of_a_character(tmp_path, byte_tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"text": "Once"}, {"text": "Hi \ud83d there"}])
+    with pytest.raises(UserError, match=r"row 1: '\\ud83d' is half of a character"):
+        load_train(Data(train=path), byte_tokenizer())
+
+
+def test_null_is_not_a_missing_column(tmp_path, byte_tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"prompt": None, "completion": "b"}])
+    with pytest.raises(UserError, match="row 0: column 'prompt' is null"):
+        load_train(Data(train=path), byte_tokenizer())
+
+
+def test_long_cells_and_lines_under_the_name_of_json(tmp_path):
+    rows = [{"text": "x" * 200_000}, {"text": "y"}]
+    assert load(write(tmp_path / "a.csv", rows)) == rows
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert load(str(tmp_path / "lines.json")) == ROWS
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text"')
+    with pytest.raises(UserError, match=r"lines.json: line 2 is not JSON"):
+        load(str(tmp_path / "lines.json"))
+
+
+def test_a_tokenizer_that_needs_sentencepiece(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"has only tokenizer\.model, which needs sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
 # --- tokenizers ---
 
 
