@@ -13,7 +13,6 @@ from typer import Argument, Option
 
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
 
-# for an annotation only: importing the config would make --help slow
 if TYPE_CHECKING:
     from jax_ordermerge.config import Config
 
@@ -24,8 +23,6 @@ app = typer.Typer(
     help="Fine-tune one base model in k data orders, measure what the order did, and merge the k"
     " models into one.",
     no_args_is_help=True,
-    # Without completion, whose two options would stand in the help, and without the frames of rich,
-    # which logs do not show well.
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -35,8 +32,6 @@ app = typer.Typer(
 RunArgument = Annotated[
     Path, Argument(metavar="CONFIG|RUN", help="YAML config, or the run directory that it made.")
 ]
-# Shared by commands, so that an option has one text. None and no list: a default must not be
-# mutable.
 Overrides = Annotated[
     list[str] | None,
     Option(
@@ -61,7 +56,6 @@ def _read_config(target: Path, overrides: list[str] | None) -> "Config":
 def _run_through(stage: str, target: Path, overrides: list[str] | None) -> None:
     from jax_ordermerge.experiment import pipeline
 
-    # A command names the last stage. Those before it run first, unless they are complete.
     pipeline.run(_read_config(target, overrides), through=stage, log=typer.echo)
 
 
@@ -113,7 +107,6 @@ def plan(
         analytic_only=analytic,
         find_better=search,
         as_json=as_json,
-        # Progress on stderr: stdout is the plan, which may be piped as JSON.
         log=lambda message: typer.echo(message, err=True),
     )
     typer.echo(text, nl=False)
@@ -179,7 +172,6 @@ def evaluate(
 
     harness_options = command.HarnessOptions(harness_include, shots, limit, chat)
     command.check_options(target, config, harness, harness_options, out)
-    # The form of the target decides: a run evaluates all its models, a model is evaluated alone.
     if not command.is_model(target):
         _run_through("evaluate", target, overrides)
         return
@@ -208,7 +200,6 @@ def compare(
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.report import comparison
 
-    # For an address in a bucket this is a local directory that is copied at the end.
     with remote.new_directory(out) as directory:
         page = comparison.write([remote.fetch(path) for path in runs], directory)
     typer.echo(f"wrote {remote.address(out) or out}/{page.name}")
@@ -272,8 +263,6 @@ def merge(
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.commands import merge as command
 
-    # One command for both, because a user of mergekit has a recipe, and one of this package a run.
-    # A single source that is no recipe can only be a config or a run.
     if len(sources) == 1 and not command.is_recipe(sources[0]):
         _run_through("merge", sources[0], overrides)
         return
@@ -289,9 +278,7 @@ def merge(
         dtype=dtype,
     )
     for note in merge_plan.notes:
-        # on stderr, so that the plan of --dry-run stays clean on stdout
         typer.echo(f"note: {note}", err=True)
-    # no directory means --dry-run; otherwise `plan_sources` has refused it
     if target is None:
         typer.echo(command.describe_plan(merge_plan), nl=False)
         return
@@ -328,7 +315,6 @@ def search(
 
     resolved = _read_config(config, overrides)
     options = {"budget": budget, "sampler": sampler, "seed": seed}
-    # None is an option that was not given: it must not replace the setting of the config.
     changes = {key: value for key, value in options.items() if value is not None}
     page = pipeline.search(
         resolved,
@@ -438,7 +424,6 @@ def doctor(
     """Check versions, devices, processes, disk and output. Exit code 1 where a run would fail."""
     from jax_ordermerge.commands import doctor
 
-    # a config is not read with --versions: the report must work where reading fails
     settings = _read_config(config, overrides) if config and not only_versions else None
     if not doctor.diagnose(settings, only_versions=only_versions, log=typer.echo):
         raise typer.Exit(1)
@@ -464,7 +449,6 @@ def launch(
     """
     from jax_ordermerge.launch import render
 
-    # before the config is read: the list depends on the target alone
     if list_options:
         for name, default, meaning in render.describe(target):
             typer.echo(f"{name:16} {default:12} {meaning}".rstrip())
@@ -474,7 +458,6 @@ def launch(
     text = command.render_script(_read_config(config, overrides), target, options or ())
     if not (out or submit):
         typer.echo(text, nl=False)
-    # The exit code of sbatch or kubectl is that of this command, for scripts.
     elif code := command.deliver(text, target, out, submit=submit, log=typer.echo):
         raise typer.Exit(code)
 
@@ -492,7 +475,6 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except SystemExit as ended:
-        # SystemExit may hold None (success) or a message (failure)
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
