@@ -9,7 +9,7 @@ import pytest
 from jax_ordermerge.config import load_config
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import dpo_reference, pipeline
+from jax_ordermerge.experiment import dpo_reference, losses, pipeline
 from jax_ordermerge.train import loop
 from tests.experiment import tiny
 
@@ -144,10 +144,12 @@ def test_a_run_interrupted_and_called_again(tmp_path, monkeypatch, loss):
         np.load(directory / "losses" / "final.npz") as final,
     ):
         assert saved["logps"].shape == (len(final["ids"]), 2)
-        losses = dict(zip(final["names"].tolist(), final["losses"], strict=True))
+        final_losses = dict(zip(final["names"].tolist(), final["losses"], strict=True))
     # the base is the reference; in float32 it is measured as it was then
-    np.testing.assert_allclose(losses["base"], np.log(2) if loss == "sigmoid" else 1.0, rtol=1e-6)
-    assert losses["member_0"].mean() < 0.9 * losses["base"].mean()
+    np.testing.assert_allclose(
+        final_losses["base"], np.log(2) if loss == "sigmoid" else 1.0, rtol=1e-6
+    )
+    assert final_losses["member_0"].mean() < 0.9 * final_losses["base"].mean()
     models = {
         model["name"]: model
         for model in json.loads((directory / "evaluations.json").read_text())["models"]
@@ -156,9 +158,9 @@ def test_a_run_interrupted_and_called_again(tmp_path, monkeypatch, loss):
     right = models["member_0"]["tasks"]["preferences"]["accuracy"]
     assert right > 0.7
     if loss == "sigmoid":  # a pair is right where its loss is below that of no preference
-        assert right == pytest.approx((losses["member_0"] < np.log(2)).mean())
+        assert right == pytest.approx((final_losses["member_0"] < np.log(2)).mean())
     assert models["average"]["perplexity"] is None
-    assert "nats a pair" in (directory / "report.md").read_text()
+    assert "nats per pair" in (directory / "report.md").read_text()
 
     shutil.copytree(directory, tmp_path / "first")
     shutil.rmtree(directory)
