@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ordermerge.hash_rng import element_index, mix
+from jax_ordermerge.merge.methods.reductions import sum_each
 from jax_ordermerge.merge.methods.selection import to_bits
 
 Array = jax.Array | np.ndarray
@@ -96,10 +97,7 @@ def checksums(models: Sequence[jax.Array], offset: jax.Array | None = None) -> j
     index = element_index(models[0].shape, offset)
     # An odd factor is invertible modulo 2^32, so a change of one element always shows.
     factor = mix(index.lo ^ mix(index.hi)) | 1
-    terms = tuple(to_bits(x).astype(jnp.uint32) * factor for x in models)
-    add = functools.partial(jax.tree.map, jnp.add)
-    zeros = tuple(jnp.uint32(0) for _ in terms)
-    return jnp.stack(jax.lax.reduce(terms, zeros, add, tuple(range(terms[0].ndim))))
+    return jnp.stack(sum_each([to_bits(x).astype(jnp.uint32) * factor for x in models]))
 
 
 def moments(
@@ -127,15 +125,9 @@ def moments(
     unchanged = [to_bits(x) == to_bits(base) for x in models]
     unchanged_by_all = functools.reduce(operator.and_, unchanged[:-1])
     products = [task_vectors[i] * task_vectors[j] for i, j in _pairs(len(task_vectors))]
-    operands = products + [x.astype(jnp.float32) for x in (*unchanged, unchanged_by_all)]
-    # One reduction with many operands reads the tensors once. The counts are exact in float32, as
-    # long as a row has fewer than 2^24 elements.
-    sums = jax.lax.reduce(
-        tuple(operands),
-        tuple(jnp.float32(0) for _ in operands),
-        lambda xs, ys: tuple(x + y for x, y in zip(xs, ys, strict=True)),
-        (base.ndim - 1,),
-    )
+    # counts are exact in float32, as long as a row has fewer than 2^24 elements
+    counts = [x.astype(jnp.float32) for x in (*unchanged, unchanged_by_all)]
+    sums = sum_each(products + counts, (base.ndim - 1,))
     return Moments(jnp.stack(sums[: len(products)]), jnp.stack(sums[len(products) :]))
 
 

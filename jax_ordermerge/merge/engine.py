@@ -280,7 +280,8 @@ class _Merger:
             part = tensor.part(start, shape, needs_base)
             base, sampled = None, 0
             if self.with_diagnostics and output.base is not None:
-                sampled = _sampled_elements(math.prod(shape))
+                size = math.prod(shape)
+                sampled = size if size <= SAMPLED_ABOVE else size // SAMPLED_SHARE
                 # in a buffer of its own: a method that needs the base has it in the one before
                 base = tensor.read(output.base, start, sampled, len(output.members) + 1)
             result = _merge_slab(part, arrays, rounding, base, count=sampled, **program)
@@ -356,11 +357,6 @@ def _merge_slab(
         redrawn = count_redrawn(sample, arrays["weights"], **dict(static))
         moments = moments._replace(redrawn=redrawn)
     return _SlabResult(merged, checksums, moments)
-
-
-def _sampled_elements(size: int) -> int:
-    """Return how many elements of a slab the diagnostics look at."""
-    return size if size <= SAMPLED_ABOVE else size // SAMPLED_SHARE
 
 
 def _refuse_overflow(name: str, merged: np.ndarray, part: parts.Part) -> None:

@@ -55,6 +55,7 @@ def report(plan: Plan, records: Sequence[TensorRecord]) -> Report:
         if record.moments is not None
     ]
     return {
+        # the version is a key of the schema, so that the recipe beside a merge can be run again
         "recipe": {**plan.recipe, "jax_ordermerge": jax_ordermerge.__version__},
         "models": [
             {"label": source.label, "digest": _digest(plan, records, i)}

@@ -412,6 +412,7 @@ def _unstack(
     traffic of one all-reduce. But an all-reduce would add in an order that depends on the mesh.
     Here each device has all members of its elements and adds them in the order of everywhere else.
     """
+    # rounded before they are sent: float32 members cross the mesh in bfloat16 where that is merged
     stored = parts.round_to(members, dtype)
     base = None if base is None else parts.round_to(base, dtype)
     if shardings is not None:

@@ -86,11 +86,10 @@ def prepare(
         normalize: divide by the sum of the weights: with election, of the members that agree.
         rescale: of the thinned task vectors, see `sparse_task_arithmetic.prepare`.
     """
-    cuts = band(tensor, density, gamma, at_least)
     return sparse_task_arithmetic.prepare(
         tensor,
-        apply_band if cuts else None,
-        cuts,
+        apply_band,
+        band(tensor, density, gamma, at_least),
         density=density,
         rescale=rescale,
         scale=scale,

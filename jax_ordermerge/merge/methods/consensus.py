@@ -75,6 +75,7 @@ def apply(
     # the product is only compared: no addition follows that XLA could fuse it with (see `rounded`)
     for i, tau in enumerate(task_vectors):
         users = users + (jnp.abs(tau) >= threshold[i] * jnp.abs(multi_task - tau)).astype(jnp.int32)
+    # theta_0 + (scale / M) c tau
     return part.base_float() + rounded(scale * jnp.where(users >= k, multi_task, 0.0))
 
 

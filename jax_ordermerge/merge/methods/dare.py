@@ -64,11 +64,10 @@ def prepare(
     """
     # The default divides by the density, which keeps the expectation (the paper); mergekit matches
     # the L1 norm instead, which `rescale: norm` does.
-    thresholds = drop(tensor, density)
     return sparse_task_arithmetic.prepare(
         tensor,
-        apply_drop if thresholds else None,
-        thresholds,
+        apply_drop,
+        drop(tensor, density),
         density=density,
         rescale=rescale,
         scale=scale,

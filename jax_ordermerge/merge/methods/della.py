@@ -87,12 +87,10 @@ def apply_sample_unbiased(part: Part, *, low: jax.Array, step: jax.Array) -> lis
 def _prepare(
     tensor: Tensor, density: Densities, epsilon: Fractions, rescale: Rescaling, **settings: Any
 ) -> Prepared:
-    thresholds = sample(tensor, density, epsilon)
-    thin = apply_sample_unbiased if rescale == "probability" else apply_sample
     return sparse_task_arithmetic.prepare(
         tensor,
-        thin if thresholds else None,
-        thresholds,
+        apply_sample_unbiased if rescale == "probability" else apply_sample,
+        sample(tensor, density, epsilon),
         density=density,
         # the division by p is part of the thinning
         rescale="norm" if rescale == "norm" else "none",

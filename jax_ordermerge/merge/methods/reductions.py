@@ -112,11 +112,22 @@ def count_true(flags: Sequence[jax.Array], axes: Sequence[int] | None = None) ->
         >>> count_true([jnp.array([True, False]), jnp.array([True, True])]).tolist()
         [1, 2]
     """
-    # One variadic reduce: K separate sums would each read the models again. Integers: any order of
-    # additions, on any mesh, gives the same count.
-    zeros = tuple(jnp.uint32(0) for _ in flags)
-    axes = tuple(range(flags[0].ndim)) if axes is None else tuple(axes)
-    add = functools.partial(jax.tree.map, jnp.add)
-    return jnp.stack(
-        jax.lax.reduce(tuple(flag.astype(jnp.uint32) for flag in flags), zeros, add, axes)
-    )
+    # integers: any order of additions, on any mesh, gives the same count
+    return jnp.stack(sum_each([flag.astype(jnp.uint32) for flag in flags], axes))
+
+
+def sum_each(terms: Sequence[jax.Array], axes: Sequence[int] | None = None) -> Sequence[jax.Array]:
+    """Sum each of K arrays, in one pass over memory. XLA chooses the order of additions.
+
+    Args:
+        terms: K arrays [*s] of one dtype.
+        axes: the axes to sum along, all by default.
+
+    Example:
+        >>> [x.item() for x in sum_each([jnp.arange(3), jnp.ones(3, jnp.int32)])]
+        [3, 3]
+    """
+    # one variadic reduce: K separate sums would each read the models again
+    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+    axes = tuple(range(terms[0].ndim)) if axes is None else tuple(axes)
+    return jax.lax.reduce(tuple(terms), zeros, functools.partial(jax.tree.map, jnp.add), axes)

@@ -183,8 +183,7 @@ def apply(
     else:
         # where no member is chosen the base stays
         out = to_bits(part.base).reshape(bits[0].shape)
-        # by bits: -0.0 in place of 0.0 is a change, and a NaN that the base has as well is none
-        changed = [_any_in_unit(member != out, unit.lo.shape) for member in bits]
+        changed = _changed_units(bits, out, unit)
         if isinstance(resample, str):
             # Probabilities are renormalized by W in `_draw`. Where W is no power of two that adds
             # an error of up to 2^-16 (docs/random_choice.md).
@@ -231,10 +230,7 @@ def count_redrawn(
     """
     bits = _member_bits(part)
     unit = _unit_index(bits[0].shape, granularity, part)
-    changed = [
-        _any_in_unit(member != to_bits(part.base).reshape(member.shape), unit.lo.shape)
-        for member in bits
-    ]
+    changed = _changed_units(bits, to_bits(part.base).reshape(bits[0].shape), unit)
     if not isinstance(resample, str):
         return _draw_rounds(part.key_bits, unit, weights, changed, resample, resample_from)[1]
     # what exhaustive resampling replaces: the plain draw of round 0
@@ -305,9 +301,12 @@ def _unit_index(shape: tuple[int, ...], granularity: Granularity, part: Part) ->
     return element_index((*ones[1:], shape[-1]) if granularity == "column" else ones)
 
 
-def _any_in_unit(differs: jax.Array, unit: tuple[int, ...]) -> jax.Array:
-    axes = tuple(axis for axis, extent in enumerate(unit) if extent != differs.shape[axis])
-    return jnp.any(differs, axis=axes, keepdims=True) if axes else differs
+def _changed_units(bits: Sequence[jax.Array], base: jax.Array, unit: Index) -> list[jax.Array]:
+    """Return which units each member changed, M arrays bool of the shape of `unit`."""
+    # by bits: -0.0 in place of 0.0 is a change, and a NaN that the base has as well is none
+    differs = [member != base for member in bits]
+    axes = tuple(axis for axis, extent in enumerate(unit.lo.shape) if extent != base.shape[axis])
+    return [jnp.any(x, axis=axes, keepdims=True) for x in differs] if axes else differs
 
 
 def _draw(bits: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:

@@ -32,7 +32,7 @@ def apply_masks(part: Part, masks: Sequence[jax.Array]) -> list[jax.Array]:
 
 def prepare(
     tensor: Tensor,
-    thin: Thin | None,
+    thin: Thin,
     arrays: Prepared,
     *,
     density: Densities,
@@ -45,8 +45,8 @@ def prepare(
 
     Args:
         tensor: its weights are 1/M by default.
-        thin: thins the task vectors, a function at module level. None keeps everything.
-        arrays: what `thin` takes.
+        thin: thins the task vectors, a function at module level.
+        arrays: what `thin` takes. An empty dict keeps everything.
         density: fraction of the elements that `thin` keeps.
         rescale: how s_i makes up for thinned elements: divide by the density (DARE), match the L1
             norm of the task vector (mergekit), or not at all.
@@ -56,10 +56,10 @@ def prepare(
     """
     densities = per_member(tensor, "density", density)
     factors = np.ones(tensor.count)
-    if thin is not None and rescale == "density":
+    if arrays and rescale == "density":
         # unbiased: the expectation of a random m_i tau_i is density tau_i
         factors = 1 / densities
-    elif thin is not None and rescale == "norm":
+    elif arrays and rescale == "norm":
         # in float32 on the device, added in float64: the ratio of two sums of many elements
         before, after = tensor.total(_norms, arrays, thin=thin)
         # a member that kept everything, or lost everything, has no factor to match
@@ -68,7 +68,7 @@ def prepare(
     # `thin`, `elect` and `normalize` select a program; all else are arrays
     return {
         **arrays,
-        "thin": thin,
+        "thin": thin if arrays else None,
         "weights": np.float32(weights_or_mean(tensor)),
         "factors": np.float32(factors),
         "scale": np.float32(scale),

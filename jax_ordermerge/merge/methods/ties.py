@@ -58,11 +58,10 @@ def prepare(
         rescale: of the trimmed task vectors, see `sparse_task_arithmetic.prepare`.
     """
     # trimmed within each tensor like mergekit; the paper ranks all parameters of the model together
-    cut = trim(tensor, density)
     return sparse_task_arithmetic.prepare(
         tensor,
-        apply_trim if cut else None,
-        cut,
+        apply_trim,
+        trim(tensor, density),
         density=density,
         rescale=rescale,
         scale=scale,

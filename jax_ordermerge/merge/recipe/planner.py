@@ -341,6 +341,7 @@ def _shorten_paths(raw: Any, recipe: Recipe) -> Any:
     for reference in recipe.references():
         name = _last_part(reference.name)
         adapter = None if reference.adapter is None else _last_part(reference.adapter)
+        # a text may name the model alone, the adapter alone, or both as MODEL+ADAPTER
         short |= {str(reference): str(Reference(name, adapter)), reference.name: name}
         if reference.adapter is not None and adapter is not None:
             short[reference.adapter] = adapter

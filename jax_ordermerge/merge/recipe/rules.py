@@ -166,6 +166,8 @@ def _sparsify_rule(
             # mergekit takes a density above 1 as 1
             "density": [min(value, 1.0) for value in density],
             "scale": values.shared["lambda"],
+            # with consensus every element has its own divisor; a zero sum of all weights is no
+            # obstacle
             "normalize": bool(values.shared["normalize"]) if consensus else _normalizes(values),
             "rescale": rescale if isinstance(rescale, str) else "norm" if rescale else "none",
             **{name: values.per_member[name] for name in extra},

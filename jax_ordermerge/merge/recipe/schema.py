@@ -39,6 +39,7 @@ class Reference(NamedTuple):
 
 
 def _parse_reference(raw: Any) -> Reference:
+    # from code and not from a file, as in `Tokenizer(source=Reference(...))`
     if isinstance(raw, Reference):
         return raw
     if isinstance(raw, str) and raw:
@@ -255,6 +256,7 @@ def _unknown_key(key: str, path: str, valid: Sequence[str]) -> str:
 
 def _valid_keys(location: Sequence[str | int]) -> list[str]:
     section: type[Section] | None = Recipe
+    # numbers are positions in lists, which do not change the section
     for step in location:
         if isinstance(step, str) and section is not None and step in section.model_fields:
             section = _section_in(section.model_fields[step].annotation)

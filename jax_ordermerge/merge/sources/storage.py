@@ -112,6 +112,7 @@ class Checkpoint:
         self.member, self.label, self.config, self.directory = member, label, config, tokenizer
         self._path = Path(checkpoints) / str(step)
         self._specs = {name: (spec, layer) for name, spec, layer in arch.hf_tensors(config)}
+        # compared with the checkpoint here: a member of another architecture fails before the merge
         shapes = {f"{branch}/{spec.path}": spec.shape for spec in arch.tensor_table(config)}
         arrays = orbax.open_member(checkpoints, step, member, shapes)
         self._arrays = {path.removeprefix(f"{branch}/"): array for path, array in arrays.items()}
@@ -192,6 +193,7 @@ def vocabulary_tensors(config: ModelConfig) -> tuple[str, str]:
         >>> vocabulary_tensors(convert.load_config(convert.resolve("embedded:quickstart")))
         ('model.embed_tokens.weight', 'lm_head.weight')
     """
+    # untied, since the table of a tied model has no head
     table = arch.tensor_table(dataclasses.replace(config, tie_embeddings=False))
     names = {spec.kind: spec.hf_name for spec in table}
     return names["embedding"], names["head"]

@@ -241,6 +241,7 @@ def _find_rows(size: int, tokenizer: _Tokenizer | None, target: Sequence[Key]) -
     """Return the row of each key of a model with `size` rows."""
     if tokenizer is None:
         return {(target[row] if row < len(target) else row): row for row in range(size)}
+    # by token where there is one: equal tokens have different ids in different tokenizers
     rows = {key: row for row, key in enumerate(_row_keys(size, tokenizer))}
     # two tokens may share an id: `_row_keys` names the last of them only
     return rows | {token: row for token, row in tokenizer.ids.items() if row < size}
