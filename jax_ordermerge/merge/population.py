@@ -156,9 +156,6 @@ def compile_merge(
     return _merge_leaf.lower(*arguments, **program).compile()
 
 
-# -------------------------------------------------------------------------- one leaf of the dicts
-
-
 class MemberShardings(NamedTuple):
     """Shardings of one member of a population.
 
@@ -431,9 +428,6 @@ def _replicate(values: parts.ArrayTree, shardings: MemberShardings | None) -> pa
     if shardings is None:
         return values
     return jax.lax.with_sharding_constraint(values, NamedSharding(shardings.out.mesh, P()))
-
-
-# ------------------------------------------------------------------------------------ diagnostics
 
 
 def measure_diagnostics(
