@@ -163,7 +163,9 @@ def _check_learned(
         # Qwen3 with enable_thinking: false has the empty reasoning in its generation prompt.
         context = render_chat(tokenizer, record, number)
         turn = render_chat(tokenizer, record, number + 1).removeprefix(context)
-        missing = _first_missing(said, turn) if turn.endswith(learned.rstrip()) else missing
+        missing = (
+            _first_missing(said, turn) if turn.rstrip().endswith(learned.rstrip()) else missing
+        )
     if missing is not None:
         raise UserError(
             f"the chat template leaves {missing[:60]!r} out of the response in message {number},"
