@@ -397,8 +397,8 @@ def bad_rows_error(bad: Mapping[int, str], where: str) -> UserError:
         >>> str(bad_rows_error({1: ": no text", 4: ": no text"}, "train.jsonl"))
         'train.jsonl: row 1: no text; 1 more rows too: 4'
     """
-    (first, reason), *others = bad.items()
-    rest = [number for number, _ in others]
+    first, *rest = bad
+    reason = bad[first]
     further = f"; {len(rest)} more rows too: {', '.join(map(str, rest[:20]))}" if rest else ""
     remedy = "; remove rows without a response" if reason.startswith(" has no response") else ""
     return UserError(f"{where}: row {first}{reason}{further}{remedy}")

@@ -157,15 +157,14 @@ def _check_learned(
     record: Record, number: int, learned: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
     """Check that all that an assistant message says is in the text that is learned."""
-    said = list(_said(record.messages[number]))
-    missing = _first_missing(said, learned)
+    content = list(_content_of(record.messages[number]))
+    missing = _first_missing(content, learned)
     if missing is not None:
         # Qwen3 with enable_thinking: false has the empty reasoning in its generation prompt.
         context = render_chat(tokenizer, record, number)
         turn = render_chat(tokenizer, record, number + 1).removeprefix(context)
-        missing = (
-            _first_missing(said, turn) if turn.rstrip().endswith(learned.rstrip()) else missing
-        )
+        if turn.rstrip().endswith(learned.rstrip()):
+            missing = _first_missing(content, turn)
     if missing is not None:
         raise UserError(
             f"the chat template leaves {missing[:60]!r} out of the response in message {number},"
@@ -184,7 +183,7 @@ def _check_context(record: Record, text: str) -> None:
             )
 
 
-def _said(message: Message) -> Iterator[str]:
+def _content_of(message: Message) -> Iterator[str]:
     """Yield what must be in the text of an assistant message."""
     yield str(message["content"])
     for key in ("reasoning_content", "reasoning", "thinking"):
