@@ -96,9 +96,15 @@ class TensorBoard:
     def __init__(self, layout: RunLayout, members: Sequence[int], step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # `purge_step` hides what a killed session wrote after the checkpoint; the files stay
+        # `purge_step` hides what a killed session wrote after the checkpoint; the files stay. Their
+        # names have the time in seconds alone: without the suffix a session that is resumed within
+        # a second would overwrite the file of the one before.
         self._writers = [
-            SummaryWriter(str(layout.tracking / member_name(m)), purge_step=step + 1)
+            SummaryWriter(
+                str(layout.tracking / member_name(m)),
+                purge_step=step + 1,
+                filename_suffix=f".{step:08d}",
+            )
             for m in members
         ]
 
