@@ -52,3 +52,14 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     names = list(names)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (did you mean '{nearest[0]}'?)" if nearest else f" (known: {', '.join(names)})"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, at most 160 characters, or the name of its class.
+
+    Example:
+        >>> first_line(ValueError("no such table: x\\nhint: ..."))
+        'no such table: x'
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

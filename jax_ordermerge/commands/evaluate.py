@@ -10,7 +10,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.evaluation import TASK_KINDS
-from jax_ordermerge.data import source
+from jax_ordermerge.data import tokenizers
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.evaluate.eval_model import EvalModel
@@ -200,7 +200,7 @@ def load_model(config: Config) -> EvalModel:
     start_devices(config)  # sets the number of CPU devices: nothing may use jax before
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     directory = convert.resolve(config.model.base)
-    tokenizer = source.load_tokenizer(directory)
+    tokenizer = tokenizers.load_tokenizer(directory)
     model, params = convert.load_params(
         directory, mesh, dtype=config.model.compute_dtype, ignore=config.model.ignore_config_keys
     )

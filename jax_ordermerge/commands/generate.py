@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.data import source
+from jax_ordermerge.data import tokenizers
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
 from jax_ordermerge.evaluate.eval_model import encode
@@ -27,7 +27,7 @@ def complete(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
     directory = convert.resolve(model)
-    tokenizer = source.load_tokenizer(directory)
+    tokenizer = tokenizers.load_tokenizer(directory)
     # float32 in memory, whatever the files have; `dtype` is that of the products alone
     config, params = convert.load_params(directory)
     generate = generation.make_generator(config, params, tokenizer, batch=_BATCH, dtype=dtype)

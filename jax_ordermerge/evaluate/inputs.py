@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_ordermerge.config import Data
 from jax_ordermerge.config.evaluation import ShotsTask, Task
-from jax_ordermerge.data import chat, formats, source
+from jax_ordermerge.data import chat, files, formats, source
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.data.messages import Message
@@ -41,7 +41,7 @@ class TaskInputs:
     def rows(self, task: Task) -> list[dict[str, Any]]:
         """Return all rows of the file of a task, its limit not yet applied."""
         # all rows: the shots of MBPP are among them, and a limit could cut them off
-        return source.load(self._path(task), "test")
+        return files.load(self._path(task), "test")
 
     def questions(self, task: ShotsTask, formatter: Formatter | None = None) -> list[Question]:
         """Return the items of a task, each after its shots.
@@ -56,7 +56,7 @@ class TaskInputs:
         """
         path = self._path(task)
         # The limit is passed on: of a hub dataset no more rows are downloaded.
-        rows = source.load(path, "test", limit=task.limit)
+        rows = files.load(path, "test", limit=task.limit)
         formatter = formatter or self._training_formatter(rows, path)
         pool = self._shot_pool(task)
         return [
@@ -164,7 +164,7 @@ class TaskInputs:
         path = task.shots_from or self.data.train
         # One more than needed, because a row is never its own shot.
         limit = task.shots + 1 if task.shots_order == "first" else None
-        rows = source.load(path, "train", limit=limit)
+        rows = files.load(path, "train", limit=limit)
         if len(rows) < task.shots:
             raise UserError(
                 f"evaluation task {task.name}: {path} has {len(rows)} rows, fewer than shots = "

@@ -17,7 +17,7 @@ from jax_ordermerge import processes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
-from jax_ordermerge.data import source
+from jax_ordermerge.data import source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import training_spec
@@ -104,7 +104,7 @@ def open_run(
     base_dir = convert.resolve(config.model.base)
     model = convert.load_config(base_dir, config.model.ignore_config_keys)
     preflight.check_model(config, base_dir, model)
-    tokenizer = source.load_tokenizer(base_dir)
+    tokenizer = tokenizers.load_tokenizer(base_dir)
     data = config.data
     if config.objective.kind == "dpo":
         # `format: auto` would read a file without rejected responses as plain responses

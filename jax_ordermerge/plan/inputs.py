@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_ordermerge.arch import ARCHITECTURES, ModelConfig, architecture_of
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.data import pack, source
+from jax_ordermerge.data import pack, source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.plan import compiled
@@ -128,7 +128,7 @@ def _read_examples(spec: PlanSpec, base: Path) -> tuple[Examples, Examples | Non
     # `auto` under dpo means pairs, as in a run
     data = spec.data.model_copy(update={"format": "preference"}) if spec.has_pairs else spec.data
     # the splits of a run, by its seed: lengths are those of the very examples that are trained on
-    splits = source.load_splits(data, source.load_tokenizer(base), seed=spec.seed)
+    splits = source.load_splits(data, tokenizers.load_tokenizer(base), seed=spec.seed)
     train = splits["train"]
     if spec.has_pairs:
         # a run measures the log-probabilities of the base; only their values depend on it

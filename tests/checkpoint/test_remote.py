@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from jax_ordermerge.checkpoint import convert, object_store, remote
-from jax_ordermerge.data import source
+from jax_ordermerge.data import files
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.sources import references
 
@@ -272,7 +272,7 @@ def test_data_are_read_again_when_they_have_changed(bucket):
     store = fsspec.filesystem("s3")
     for count in (1, 2):
         store.pipe_file(f"{bucket}/train.jsonl", b'{"text": "a"}\n' * count)
-        assert len(source.load(f"{bucket}/train.jsonl")) == count
+        assert len(files.load(f"{bucket}/train.jsonl")) == count
 
 
 @pytest.mark.parametrize(

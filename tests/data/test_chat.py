@@ -7,7 +7,7 @@ import pytest
 
 from jax_ordermerge.data import chat
 from jax_ordermerge.data.formats import Record, normalize
-from jax_ordermerge.data.source import load_tokenizer
+from jax_ordermerge.data.tokenizers import load_tokenizer
 from jax_ordermerge.errors import UserError
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from jax_ordermerge import tree
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.data import source
+from jax_ordermerge.data import tokenizers
 from jax_ordermerge.evaluate import decode
 from jax_ordermerge.merge import population
 from jax_ordermerge.model import llama
@@ -84,7 +84,7 @@ def test_transformers_reads_the_same_model(served):
         directory, dtype=torch.float32, output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tokenizer = source.load_tokenizer(directory)
+    tokenizer = tokenizers.load_tokenizer(directory)
     for prompt in PROMPTS:
         ids, out, logits = ours(served, tokenizer, prompt)
         with torch.no_grad():
@@ -126,7 +126,7 @@ def test_an_independent_engine_says_the_same(served, tmp_path):
         timeout=300,
         env={**os.environ, "MISTRALRS_CPU_KV_F32": "1"},
     )
-    tokenizer = source.load_tokenizer(directory)
+    tokenizer = tokenizers.load_tokenizer(directory)
     expected = [
         tokenizer.decode(ours(served, tokenizer, prompt)[1], skip_special_tokens=True)
         for prompt in PROMPTS

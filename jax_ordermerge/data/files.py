@@ -1,0 +1,162 @@
+"""Rows of data sources: files, hub datasets and generated records, as dicts of columns."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.errors import UserError, first_line
+
+JsonRow = dict[str, Any]
+GENERATED: Final = "generated:"
+SUFFIXES: Final = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".txt")
+HUB_NAME: Final = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@]+))?"
+)
+# Separates texts, as in the files of TinyStories. A text file without it is one text.
+TEXT_END: Final = "<|endoftext|>"
+
+
+def load(path: str, split: str = "train", *, limit: int | None = None) -> list[JsonRow]:
+    """Read the rows of a data source.
+
+    Args:
+        path: a file (json list or `{"data": [...]}`, jsonl, either also .gz, parquet, csv with a
+            header, txt: one text, or several separated by `<|endoftext|>`) or its address in a
+            bucket (gs://, s3://); a hub dataset `owner/name[:config][@split]`; or
+            `generated:NAME[@split]`.
+        split: split of a hub or generated dataset whose path names none.
+        limit: largest number of rows; the first ones are returned.
+
+    Returns:
+        One dict per row. All values of a csv are strings. NaN is null.
+
+    Raises:
+        UserError: the source is absent, unreadable, of an unknown kind, or empty.
+    """
+    if path.startswith(GENERATED):
+        from jax_ordermerge.data import synthetic  # only this branch needs it
+
+        name, _, named_split = path.removeprefix(GENERATED).partition("@")
+        rows: list[JsonRow] = [dict(row) for row in synthetic.generated(name, named_split or split)]
+    elif remote.address(path) is not None or Path(path).exists() or path.endswith(SUFFIXES):
+        rows = _read_file(remote.fetch(path))
+    elif match := HUB_NAME.fullmatch(path):
+        rows = _read_hub(match["name"], match["config"], match["split"] or split, limit)
+    else:
+        raise UserError(
+            f"data {path} not found; expected a file ({' '.join(SUFFIXES)}), a hub dataset"
+            " owner/name, or generated:NAME"
+        )
+    if not rows:
+        raise UserError(f"data {path} holds no rows")
+    return rows[:limit]
+
+
+def _read_file(path: Path) -> list[JsonRow]:
+    if not path.exists():
+        raise UserError(f"data file {path} not found")
+    if not path.is_file():
+        raise UserError(f"data {path} is a directory; give a file of it")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"data file {path} has an unknown suffix; expected {' '.join(SUFFIXES)}")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return [_nan_to_null(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8-sig", newline="") as file
+        ):
+            return _parse(file.read(), path)
+    except (OSError, ValueError, csv.Error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"data file {path} cannot be read: {first_line(error)}") from error
+
+
+def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
+    # `utf-8-sig` above drops a byte order mark, which spreadsheets write before the first column
+    kind = kind or path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if kind == "txt":
+        texts = (part.strip("\n") for part in text.split(TEXT_END))
+        return [{"text": part} for part in texts if part.strip()]
+    if kind == "csv":
+        csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
+        rows: Any = list(csv.DictReader(io.StringIO(text, newline="")))
+    elif kind == "json":
+        try:
+            document = _parse_json(text)
+        except json.JSONDecodeError as error:
+            # JSON Lines under the name of JSON: a second object follows the first
+            if not error.msg.startswith("Extra data"):
+                raise
+            return _parse(text, path, "jsonl")
+        rows = document.get("data") if isinstance(document, dict) else document
+        if not isinstance(rows, list):
+            raise UserError(
+                f'data file {path}: expected a list of objects, or {{"data": [...]}};'
+                " jsonl files end in .jsonl"
+            )
+    else:
+        rows = []
+        # split("\n") and not splitlines(), which also splits at U+2028 inside JSON strings
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [_parse_json(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise UserError(f"data file {path}: line {number} is not JSON: {error}") from error
+    # csv.DictReader collects surplus fields under the key None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or None in row:
+            shown = "more fields than the header" if isinstance(row, dict) else type(row).__name__
+            raise UserError(
+                f"data file {path}: row {number} is {shown}, expected an object with named columns"
+            )
+    return rows
+
+
+def _parse_json(text: str) -> Any:
+    # pandas writes NaN for an empty cell. Python's parser would make a number of it, which a
+    # template prints as the text "nan".
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+
+def _nan_to_null(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _nan_to_null(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_nan_to_null(part) for part in value]
+    return value
+
+
+def file_digest(path: str) -> dict[str, str]:
+    """Return `{"sha256": ...}` of the bytes of a file; nothing where there is no single file."""
+    if path.startswith(GENERATED) or not (local := remote.fetch(path)).is_file():
+        return {}
+    with local.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _read_hub(name: str, subset: str | None, split: str, limit: int | None) -> list[JsonRow]:
+    import datasets  # slow to import
+
+    try:
+        table = datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"hub dataset {name} (split {split}) cannot be loaded: {first_line(error)};"
+            " or is this a missing file?"
+        ) from error
+    rows = table.select(range(min(limit or len(table), len(table)))).to_list()
+    return [_nan_to_null(row) for row in rows]

@@ -1,0 +1,53 @@
+"""The tokenizer of a base model, from its directory."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jax_ordermerge.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a Hugging Face directory from local files, without running its code.
+
+    Raises:
+        UserError: the directory or its tokenizer is absent or cannot be read.
+    """
+    # its import warns where torch is absent, which no tokenizer needs
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer  # slow to import
+
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise UserError(
+            f"tokenizer directory {directory} not found; give the Hugging Face directory of the"
+            " base model"
+        )
+    # transformers asks for tiktoken, which does not read this file either
+    only_model = (folder / "tokenizer.model").is_file() and not (
+        (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    )
+    if only_model and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{directory} has only tokenizer.model, which needs sentencepiece; install it, or copy"
+            " the tokenizer.json of the base model"
+        )
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in files):
+        raise UserError(
+            f"{directory} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json);"
+            " copy that of the base model"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises errors of many kinds on a broken file
+        raise UserError(
+            f"the tokenizer in {directory} cannot be read: {first_line(error)}"
+        ) from error
+    return tokenizer

@@ -1,0 +1,106 @@
+"""Every kind of file, and hub datasets, into rows."""
+
+import json
+
+import pytest
+
+from jax_ordermerge.data.files import load
+from jax_ordermerge.errors import UserError
+from tests.data.rows import ROWS, write
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "wrapped.json", "a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "a.csv"]
+)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    assert load(write(tmp_path / name)) == ROWS
+    assert load(write(tmp_path / name), limit=5) == ROWS[:5]
+
+
+def test_text_files(tmp_path):
+    (tmp_path / "one.txt").write_text("To be,\n\nor not.\n")
+    (tmp_path / "two.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n")
+    assert load(str(tmp_path / "one.txt")) == [{"text": "To be,\n\nor not."}]
+    assert load(str(tmp_path / "two.txt")) == [{"text": "One."}, {"text": "Two."}]
+
+
+def test_generated():
+    train, test = load("generated:quickstart"), load("generated:quickstart", "test")
+    assert load("generated:quickstart@test") == test != train
+    assert load("generated:quickstart", limit=3) == train[:3]
+    with pytest.raises(UserError, match="did you mean 'quickstart'"):
+        load("generated:quikstart")
+
+
+def test_hub_names_reach_datasets(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, subset, *, split):
+        asked.append((name, subset, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load("openai/gsm8k:main@train[:50%]", limit=2) == ROWS[:2]
+    assert load("tatsu-lab/alpaca", "test") == ROWS
+    assert asked == [("openai/gsm8k", "main", "train[:50%]"), ("tatsu-lab/alpaca", None, "test")]
+
+
+def test_hub_out_of_reach_is_one_line(monkeypatch):
+    import datasets
+
+    def load_dataset(name, subset, *, split):
+        raise ConnectionError(
+            "Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)\nand more"
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError) as caught:
+        load("owner/name")
+    assert "hub dataset owner/name (split train) cannot be loaded: Couldn't reach" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", None, "data file .*a.json not found"),
+        ("a", None, "data .*a not found; expected a file"),
+        ("a.xlsx", b"x", "has an unknown suffix; expected .json .jsonl"),
+        ("a.json", b"{", "a.json cannot be read: Expecting property name"),
+        ("a.json", b'{"rows": []}', r'expected a list of objects, or \{"data"'),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.json", b"[1]", "row 0 is int, expected an object"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text"\n', "line 3 is not JSON"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.jsonl.gz", b"plain", "a.jsonl.gz cannot be read: Not a gzipped file"),
+        ("a.parquet", b"plain", "a.parquet cannot be read"),
+        ("a.csv", b"text\na,b\n", "row 0 is more fields than the header"),
+        ("a.txt", b"\xff\xfe\xff", "a.txt cannot be read: 'utf-8' codec"),
+        ("a.txt", b" \n", "holds no rows"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_is_not_data(tmp_path):
+    with pytest.raises(UserError, match="is a directory"):
+        load(str(tmp_path))
+
+
+def test_long_cells_and_lines_under_the_name_of_json(tmp_path):
+    rows = [{"text": "x" * 200_000}, {"text": "y"}]
+    assert load(write(tmp_path / "a.csv", rows)) == rows
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert load(str(tmp_path / "lines.json")) == ROWS
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text"')
+    with pytest.raises(UserError, match=r"lines.json: line 2 is not JSON"):
+        load(str(tmp_path / "lines.json"))
