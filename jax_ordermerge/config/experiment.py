@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from jax_ordermerge.config.data import Data
 from jax_ordermerge.config.evaluation import PREFERENCES, Evaluation
 from jax_ordermerge.config.merge import AUTO, Merge, Search, merge_name
-from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, override, parse
+from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, load_yaml, override, parse
 from jax_ordermerge.config.training import (
     Lora,
     Objective,
@@ -343,9 +343,9 @@ def _read_yaml(file: Path, what: str, expected: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{what} file {file} not found")
     try:
-        # safe_load: a config may come from others, and the full loader would build any object that
+        # The safe loader: a config may come from others, and the full loader would build any object that
         # it names. An empty file is None, and a valid config of defaults.
-        raw = yaml.safe_load(file.read_text()) or {}
+        raw = load_yaml(file.read_text(), str(file)) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):

@@ -26,6 +26,54 @@ class Section(pydantic.BaseModel):
 SectionType = TypeVar("SectionType", bound=Section)
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, which also refuses a mapping with two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # the nodes as written: a key merged by `<<` may be written again, to replace its value
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise _DuplicateKeyError(
+                    f"the key {key.value} is given twice, in lines {lines[key.value]} and {line};"
+                    " remove one"
+                )
+            lines[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
+
+class _DuplicateKeyError(ValueError):
+    """The text of an error about two equal keys."""
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Return what a YAML text holds; two equal keys in one mapping are an error.
+
+    The YAML standard forbids them, but PyYAML lets the last one win. A setting above it would then
+    be ignored without a word.
+
+    Args:
+        text: the YAML text.
+        where: what the text is, for the error message, e.g. the name of a file.
+
+    Raises:
+        UserError: two keys are equal.
+        yaml.YAMLError: the text is not YAML.
+
+    Example:
+        >>> load_yaml("seed: 0\\nname: a\\nseed: 1", "run.yaml")
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: run.yaml: the key seed is given twice, in lines 1 and 3;
+            remove one
+    """
+    try:
+        return yaml.load(text, _UniqueKeyLoader)  # it derives from the safe loader
+    except _DuplicateKeyError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
 def fixed_settings(section: Section) -> dict[str, Any]:
     """Return the settings that must stay the same when a run continues, as plain data.
 
@@ -233,7 +281,7 @@ def override(raw: dict[str, Any], item: str) -> None:
         )
     try:
         # The same types as in a file. So `null` and `true` are values, and a list needs brackets.
-        value = yaml.safe_load(text)
+        value = load_yaml(text, f"--set {item}")
     except yaml.YAMLError as error:
         raise UserError(f"--set {item}: the value is not valid YAML: {text}") from error
     *parents, last = path.strip().split(".")

@@ -21,6 +21,7 @@ from jax_ordermerge.data import source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import training_spec
+from jax_ordermerge.experiment.splits import check_same_data
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.train import trackers
 from jax_ordermerge.train.spec import TrainingSpec
@@ -81,6 +82,20 @@ class Stage(NamedTuple):
 
 
 def open_run(
+    config: Config, log: Log, on_checkpoint: Callable[[], None] | None = None
+) -> RunContext:
+    """Return the context of a run directory: `load_context`, and the data are those of the run.
+
+    Raises:
+        UserError: the first input that does not fit. Nothing has been written.
+    """
+    ctx = load_context(config, log, on_checkpoint)
+    # here and not in the stages: each of them trusts that a sample is the one that was trained on
+    check_same_data(ctx.layout, ctx.splits)
+    return ctx
+
+
+def load_context(
     config: Config, log: Log, on_checkpoint: Callable[[], None] | None = None
 ) -> RunContext:
     """Start the processes, build the mesh, read model and data, and check them against each other.

@@ -11,7 +11,7 @@ from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment import search as searching
-from jax_ordermerge.experiment.context import Log, Stage, open_run
+from jax_ordermerge.experiment.context import Log, Stage, load_context, open_run
 from jax_ordermerge.experiment.dpo_reference import add_reference_logprobs
 from jax_ordermerge.experiment.remote_run import local_run
 from jax_ordermerge.experiment.run_config import check_same_config, write_config
@@ -143,7 +143,7 @@ def benchmark(config: Config, *, steps: int, profile: Path | None = None, log: L
     """
     # opened before the scratch directory enters the config: processes compare their configs, and
     # each has a scratch directory of its own
-    ctx = open_run(config, log)
+    ctx = load_context(config, log)
     with tempfile.TemporaryDirectory(prefix="ordermerge-") as scratch:
         ctx = dataclasses.replace(ctx, config=config.model_copy(update={"output": scratch}))
         train.benchmark(add_reference_logprobs(ctx), steps, profile)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from jax_ordermerge.config import fixed_settings, load_config, make_config, to_dict
+from jax_ordermerge.config.section import load_yaml
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.methods import table
 
@@ -339,3 +340,33 @@ def test_reading_a_config_does_not_import_jax():
         "sys.exit('jax' in sys.modules or 'optax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nname: a\nseed: 2\n", "the key seed is given twice, in lines 1 and 3"),
+        (
+            "training:\n  epochs: 1\n  batch: 4\n\n  epochs: 2\n",
+            "the key epochs is given twice, in lines 2 and 5",
+        ),
+        (
+            "merge:\n  methods:\n  - {method: ties, method: average}\n",
+            "the key method is given twice, in lines 3 and 3",
+        ),
+        ("training: {}\n'training': {}\n", "the key training is given twice, in lines 1 and 2"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_its_lines(tmp_path, text, message):
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(file)
+    assert str(error.value) == f"{file}: {message}; remove one"
+    with pytest.raises(UserError, match=r"training=\{batch: 1, batch: 2\}: the key batch is"):
+        load_config(None, ["training={batch: 1, batch: 2}"])
+
+
+def test_a_key_that_a_merge_key_brings_may_be_replaced():
+    text = "{common: &common {epochs: 1, batch: 4}, training: {<<: *common, epochs: 2}}"
+    assert load_yaml(text, "text")["training"] == {"epochs": 2, "batch": 4}

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from jax_ordermerge.arch import tensor_table
 from jax_ordermerge.config import Config
-from jax_ordermerge.data.examples import Examples
-from jax_ordermerge.experiment import models, sample_generations, waves
+from jax_ordermerge.experiment import models, sample_generations, splits, waves
 from jax_ordermerge.experiment.context import RunContext, Stage
-from jax_ordermerge.layout import Json, RunLayout, write_json
+from jax_ordermerge.layout import RunLayout, write_json
 from jax_ordermerge.model import lora
 from jax_ordermerge.train import batches
 from jax_ordermerge.tree import Tree
@@ -20,11 +19,12 @@ def run(ctx: RunContext) -> None:
     """Describe the data, then fine-tune the members, each in its own order."""
     config = ctx.config
     # written before the training, so that a run that is stopped early still says what it read
-    splits = {name: _describe(examples) for name, examples in ctx.splits.items()}
+    descriptions = {name: splits.describe(examples) for name, examples in ctx.splits.items()}
     if config.data.packing != "none":
-        splits["train"]["packing"] = batches.make_plan(ctx.training, ctx.splits["train"]).packing
-    write_json(ctx.layout.data, splits)
-    for name, description in splits.items():
+        plan = batches.make_plan(ctx.training, ctx.splits["train"])
+        descriptions["train"]["packing"] = plan.packing
+    write_json(ctx.layout.data, descriptions)
+    for name, description in descriptions.items():
         counts = ", ".join(f"{count} {what}" for what, count in description["counts"].items())
         ctx.log(f"  {name}: {description['source']}, {counts}")
         if "packing" in description:
@@ -59,17 +59,6 @@ def benchmark(ctx: RunContext, steps: int, profile: Path | None) -> None:
 def _base_loader(ctx: RunContext) -> Callable[[], Tree]:
     # a function: full fine-tuning that resumes reads its checkpoint and does not load the base
     return functools.partial(models.base_params, ctx, ctx.config.base_dtype)
-
-
-def _describe(examples: Examples) -> Json:
-    return {
-        "source": examples.sources.get("data", ""),
-        "sources": dict(examples.sources),
-        "digest": examples.digest,
-        "examples": len(examples),
-        "tokens": sum(int(part.lengths.sum()) for part in examples.parts),
-        "counts": dict(examples.counts),
-    }
 
 
 STAGE = Stage("train", run, is_complete)

@@ -1,0 +1,113 @@
+"""Data that change under a run are refused, and so are splits that share examples."""
+
+import functools
+import hashlib
+import json
+import re
+import shutil
+
+import pytest
+
+from jax_ordermerge.config import load_config
+from jax_ordermerge.config.merge import Search
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import pipeline
+from jax_ordermerge.experiment.run_config import read_config
+
+
+def ignore(line):
+    """Take the place of the log."""
+
+
+def digests(directory):
+    """Return the SHA-256 of every file below a directory."""
+    return {
+        path.relative_to(directory): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A folder of its own with a run that is trained and goes no further."""
+    copy = tmp_path_factory.mktemp("trained")
+    for name in ("train.jsonl", "test.jsonl"):
+        shutil.copy(folder / name, copy)
+    changes = [f"output={copy / 'run'}"]
+    changes += [f"data.{name}={copy / name}.jsonl" for name in ("train", "test")]
+    pipeline.run(load_config(folder / "tiny.yaml", changes), through="train", log=ignore)
+    return copy
+
+
+def change_file(path, change):
+    """Rewrite a JSON Lines file, row by row."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+
+
+def reverse(rows):
+    return rows[::-1]
+
+
+def shorten(rows):
+    return rows[:-3]
+
+
+def answer_otherwise(rows):
+    return [rows[0] | {"completion": "a a ."}, *rows[1:]]
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "change", "message"),
+    [
+        ("train", "train", reverse, "other content, 40 examples as before"),
+        ("merge", "train", shorten, "40 examples -> 37"),
+        ("analyze", "train", reverse, "other content, 40 examples as before"),
+        ("evaluate", "test", shorten, "20 examples -> 17"),
+        ("report", "test", answer_otherwise, "other content, 20 examples as before"),
+        ("search", "train", reverse, "other content, 40 examples as before"),
+    ],
+)
+def test_no_stage_takes_other_rows_for_those_of_the_training(
+    trained, tmp_path, stage, name, change, message
+):
+    shutil.copytree(trained, tmp_path / "copy")
+    run, path = tmp_path / "copy" / "run", tmp_path / "copy" / f"{name}.jsonl"
+    if stage == "train":
+        (run / "metrics" / "state.json").unlink()  # as where the training was stopped
+    change_file(path, change)
+    both = [f"data.{split}={tmp_path / 'copy' / split}.jsonl" for split in ("train", "test")]
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace(str(trained), str(tmp_path / "copy"))
+    )
+    config, before = read_config(run, both), digests(run)
+    start = functools.partial(pipeline.run, config, through=stage)
+    if stage == "search":
+        start = functools.partial(pipeline.search, config, Search())
+    with pytest.raises(UserError, match=re.escape(f"{name} ({path}: {message})")) as error:
+        start(log=ignore)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"the data of {run} changed since its training began: ")
+    # validation examples are set aside from the training file, so they change with its order
+    assert ("validation (" in str(error.value)) == (change is reverse)
+    assert digests(run) == before
+
+
+def test_a_split_that_appears_is_named(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    recorded = json.loads((run / "data.json").read_text())
+    del recorded["validation"]
+    (run / "data.json").write_text(json.dumps(recorded))
+    with pytest.raises(UserError, match="training began: validation was absent; restore them"):
+        pipeline.run(read_config(run), log=ignore)
+
+
+def test_a_benchmark_does_not_read_the_run_directory(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    (run / "data.json").write_text("{}x")
+    lines = []
+    pipeline.benchmark(read_config(run), steps=2, log=lines.append)
+    assert lines
