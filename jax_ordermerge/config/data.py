@@ -28,6 +28,11 @@ class Data(Section):
     test_examples: NonNegativeInt = Field(
         0, description="examples set aside from train by seed, where test has no file of its own"
     )
+    allow_overlap: bool = Field(
+        False,
+        description="count and report examples that two splits share, instead of refusing them; a"
+        " search for a merge refuses shared validation examples all the same",
+    )
     format: Literal[
         "auto",
         "messages",

@@ -17,6 +17,7 @@ from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import sample_generations
+from jax_ordermerge.experiment.splits import find_overlaps, refuse_overlaps
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.model import lora
 from jax_ordermerge.search import search
@@ -64,7 +65,7 @@ def check_model(config: Config, base_dir: Path, model: ModelConfig) -> None:
 def check_data(
     config: Config, model: ModelConfig, tokenizer: Any, splits: Mapping[str, Examples]
 ) -> None:
-    """Check the examples against the objective, the model, the prompts and the search.
+    """Check the examples against each other, the objective, the model, prompts and search.
 
     Raises:
         UserError: the first of these that does not fit.
@@ -79,6 +80,12 @@ def check_data(
         raise UserError(
             f"{config.model.base}: the tokenizer has {len(tokenizer)} tokens,"
             f" the model {model.vocab_size}"
+        )
+    if not config.data.allow_overlap:
+        refuse_overlaps(
+            find_overlaps(splits),
+            "a loss on learned examples is not held out; remove them from one of the files, or"
+            " set data.allow_overlap to true to count and report them",
         )
     if config.samples.every is not None:
         sample_generations.read_prompts(config, model, tokenizer, splits)
@@ -100,9 +107,17 @@ def check_search(
             "a merge is chosen on validation examples: set data.validation_examples,"
             " or give ordermerge search --validation FILE"
         )
+    validation = splits["validation"]
+    if len(validation) < search.MIN_EXAMPLES:
+        raise UserError(
+            f"{len(validation)} validation examples are too few to choose a merge on;"
+            f" set data.validation_examples to {search.MIN_EXAMPLES} or more"
+        )
     # A member has learned the training examples, and the claim rests on the test examples: on
-    # either of them the choice would be biased.
-    reserved = {name: examples for name, examples in splits.items() if name != "validation"}
-    search.check_disjoint(splits["validation"], reserved)
+    # either of them the choice would be biased. data.allow_overlap does not change that.
+    refuse_overlaps(
+        [overlap for overlap in find_overlaps(splits) if overlap.split == "validation"],
+        "a merge is chosen on examples that are in no other split; remove them",
+    )
     seed = config.seed if space.seed is None else space.seed
     search.check_space(space, config.population.members, model, seed)

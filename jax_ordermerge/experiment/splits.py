@@ -1,22 +1,106 @@
-"""The splits of a run: what data.json records of them, and whether they are still the same."""
+"""The splits of a run: what data.json records of them, whether they changed, what they share."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
 
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json, RunLayout, read_json
 
 
-def describe(examples: Examples) -> Json:
-    """Return what data.json records of one split."""
-    return {
-        "source": examples.sources.get("data", ""),
-        "sources": dict(examples.sources),
-        "digest": examples.digest,
-        "examples": len(examples),
-        "tokens": sum(int(part.lengths.sum()) for part in examples.parts),
-        "counts": dict(examples.counts),
+class Overlap(NamedTuple):
+    """Examples of a split that are examples of another split, too.
+
+    Attributes:
+        split, other: names.
+        examples: number of the examples of `split` that are in `other`.
+        total: number of the examples of `split`.
+        first_ids: of the first three of them, in the file of `split`.
+    """
+
+    split: str
+    other: str
+    examples: int
+    total: int
+    first_ids: list[int]
+
+    def __str__(self) -> str:
+        rows = f"row{'s' * (len(self.first_ids) > 1)} {', '.join(map(str, self.first_ids))}"
+        return (
+            f"{self.examples} of {self.total} {self.split} examples are {self.other} examples too"
+            f" (the first: {rows})"
+        )
+
+
+def find_overlaps(splits: Mapping[str, Examples]) -> list[Overlap]:
+    """Return what the validation and the test split share with any other split.
+
+    Tokens are compared, not ids: the same example may be in two files. Of preference pairs the
+    chosen sequences are compared, since these are what a member has learned.
+
+    Example:
+        >>> from jax_ordermerge.data.examples import Ragged
+        >>> train, test = (
+        ...     Examples(Ragged.of(rows, np.int32), Ragged.of(rows, np.bool_), np.arange(len(rows)))
+        ...     for rows in ([[1, 2], [3]], [[4], [3]])
+        ... )
+        >>> [str(overlap) for overlap in find_overlaps({"train": train, "test": test})]
+        ['1 of 2 test examples are train examples too (the first: row 1)']
+    """
+    # the bytes of rows and not tuples: a tuple of Python integers takes ten times the memory
+    rows = {
+        name: [np.ascontiguousarray(row, "<i4").tobytes() for row in examples.tokens]
+        for name, examples in splits.items()
     }
+    distinct = {name: set(split_rows) for name, split_rows in rows.items()}
+    overlaps = []
+    for split in (name for name in splits if name != "train"):
+        for other in (name for name in splits if name != split):
+            shared = [
+                int(id_)
+                for id_, row in zip(splits[split].ids, rows[split], strict=True)
+                if row in distinct[other]
+            ]
+            if shared:
+                overlaps.append(Overlap(split, other, len(shared), len(rows[split]), shared[:3]))
+    return overlaps
+
+
+def refuse_overlaps(overlaps: Iterable[Overlap], remedy: str) -> None:
+    """Refuse splits that share examples.
+
+    Args:
+        overlaps: of the splits.
+        remedy: what the reader can do.
+
+    Raises:
+        UserError: one line with every pair of splits, counts and first rows.
+    """
+    # validation and test are in the list both ways
+    pairs = {frozenset((overlap.split, overlap.other)): str(overlap) for overlap in overlaps}
+    if pairs:
+        raise UserError(f"{'; '.join(pairs.values())}: {remedy}")
+
+
+def describe(splits: Mapping[str, Examples]) -> dict[str, Json]:
+    """Return what data.json records, by split."""
+    descriptions: dict[str, Json] = {
+        name: {
+            "source": examples.sources.get("data", ""),
+            "sources": dict(examples.sources),
+            "digest": examples.digest,
+            "examples": len(examples),
+            "tokens": sum(int(part.lengths.sum()) for part in examples.parts),
+            "counts": dict(examples.counts),
+        }
+        for name, examples in splits.items()
+    }
+    for overlap in find_overlaps(splits):
+        record = {"examples": overlap.examples, "first_ids": overlap.first_ids}
+        descriptions[overlap.split].setdefault("overlaps", {})[overlap.other] = record
+    return descriptions
 
 
 def check_same_data(run: RunLayout, splits: Mapping[str, Examples]) -> None:

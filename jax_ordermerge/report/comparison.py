@@ -13,7 +13,7 @@ from jax_ordermerge.report import document, formatting
 from jax_ordermerge.report.differences import MEAN_MEMBER, MergeComparison
 from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Picture, Table
 from jax_ordermerge.report.plots import imbalance as plots
-from jax_ordermerge.report.run import Run, percentages, read_runs
+from jax_ordermerge.report.run import Run, loss_name, percentages, read_runs
 
 _IDENTITY = ("name", "output")  # settings that differ between any two runs
 
@@ -153,8 +153,8 @@ def _models(runs: Sequence[Run]) -> Table:
             rows.append([f"{run.name}: {name}", *_merge_cells(run, merge)])
     header = ["model", "loss", "against the mean member", "cosine of members", "tasks"]
     caption = (
-        f"Held-out loss in {runs[0].loss_unit}. Difference: merge less the mean member of its own "
-        "run, ± standard error [95 % paired bootstrap interval]; of several merge seeds their "
+        f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. "
+        "Difference: merge less the mean member of its own run, ± standard error [95 % paired bootstrap interval]; of several merge seeds their "
         "mean (sd). Cosine: mean over pairs of the members' task vectors; the closer to 1, the "
         "more alike the members."
     )

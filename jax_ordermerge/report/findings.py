@@ -185,7 +185,8 @@ def _members(run: Run) -> list[str]:
     if losses:
         mean, sd = spread(losses)
         before = "".join(f", base {loss:.4f}" for loss in base_loss)
-        sentences.append(f"Held-out loss: mean member {mean:.4f}{between(sd, 4)}{before}.")
+        name = run.loss_name.capitalize()
+        sentences.append(f"{name}: mean member {mean:.4f}{between(sd, 4)}{before}.")
     # all members have the same tasks
     for task in run.members[0].get("tasks", {}) if run.members else ():
         mean, sd = spread(percentages(run.members, task))
@@ -225,7 +226,7 @@ def _merge(run: Run, name: str) -> list[str]:
     for task, measure in merge.measures.items():
         if task is None:
             loss = level([model["loss"] for model in seeds], 4)
-            sentences.append(f"{name}, held-out loss {loss}: {clauses(measure, 1, 4)}.")
+            sentences.append(f"{name}, {run.loss_name} {loss}: {clauses(measure, 1, 4)}.")
         else:
             share = level(percentages(seeds, task), 1, " %")
             exact = ", by McNemar's test against single models" if measure.mcnemar else ""

@@ -18,7 +18,7 @@ from jax_ordermerge.report.differences import (
 )
 from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Table
 from jax_ordermerge.report.formatting import INDISTINGUISHABLE
-from jax_ordermerge.report.run import Run, read_runs
+from jax_ordermerge.report.run import Run, loss_name, read_runs
 
 # over several runs "the best member" is a different one in each
 _RIVALS = RIVALS | {BEST_MEMBER: "the member chosen on validation"}
@@ -117,7 +117,7 @@ def _overview(runs: Sequence[Run]) -> Table:
     header = ["run", "base", "mean member (sd)", "best member", "best merge"]
     header += ["best merge less mean member", "cosine"]
     caption = (
-        f"Held-out loss in {runs[0].loss_unit}. Best: of the lowest validation loss, "
+        f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. Best: of the lowest validation loss, "
         "reported on test examples; of several merge seeds the mean. The difference with its "
         "95 % paired bootstrap interval. Cosine: mean over pairs of the members' task vectors."
     )
@@ -148,7 +148,7 @@ def _verdict_table(runs: Sequence[Run]) -> Table:
         for name in _merge_names(runs)
     ]
     caption = (
-        f"Held-out loss: in how many of {len(runs)} runs a merge is clearly or weakly better "
+        f"{loss_name(runs).capitalize()}: in how many of {len(runs)} runs a merge is clearly or weakly better "
         "or worse, after Holm's correction in each run."
     )
     header = ["merge", *(f"against {text}" for text in _RIVALS.values())]
@@ -253,8 +253,8 @@ def _limits(runs: Sequence[Run]) -> list[str]:
     )
     if not any(run.tasks for run in runs):
         limits.append(
-            "Not shown: correct answers. Only the held-out loss was measured, and a lower loss "
-            "need not mean better answers."
+            f"Not shown: correct answers. Only the {loss_name(runs)} was measured, and a lower "
+            "loss need not mean better answers."
         )
     return limits
 

@@ -89,6 +89,16 @@ class Run:
         return None
 
     @property
+    def test_overlaps(self) -> Json:
+        """Records of data.json on test examples that are in another split, by that split."""
+        return ((self.data or {}).get("test") or {}).get("overlaps", {})
+
+    @property
+    def loss_name(self) -> str:
+        """Name of the loss on the test split: it is held out where it shares no example."""
+        return loss_name([self])
+
+    @property
     def loss_unit(self) -> str:
         """Unit of all losses."""
         return formatting.loss_unit(self.config.get("objective", {}))
@@ -153,6 +163,12 @@ def read_runs(directories: Sequence[str | Path]) -> list[Run]:
             "give runs of one objective"
         )
     return runs
+
+
+def loss_name(runs: Sequence[Run]) -> str:
+    """Return the name of the loss on the test splits of some runs, for a text about all of them."""
+    overlapping = any(run.test_overlaps for run in runs)
+    return "loss on overlapping test examples" if overlapping else "held-out loss"
 
 
 def missing(run: Run, stage: str, file: Path) -> Paragraph:

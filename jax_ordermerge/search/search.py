@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.order import permutation
-from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json, SearchLayout
 from jax_ordermerge.search import sampling
 from jax_ordermerge.search.candidates import (
@@ -104,34 +103,6 @@ class SearchResult:
         return dataclasses.asdict(self)
 
 
-def check_disjoint(validation: Examples, splits: Mapping[str, Examples]) -> None:
-    """Refuse validation examples that are also examples of another split.
-
-    Args:
-        validation: the examples that a merge is chosen on.
-        splits: the other splits by name.
-
-    Raises:
-        UserError: a split shares examples with them, or they are too few.
-    """
-    if len(validation) < MIN_EXAMPLES:
-        raise UserError(
-            f"{len(validation)} validation examples are too few to choose a merge on; "
-            f"set data.validation_examples to {MIN_EXAMPLES} or more"
-        )
-    # Tokens and not ids are compared: the same example may be in two files.
-    rows = [tuple(row.tolist()) for row in validation.tokens]
-    for name, examples in splits.items():
-        split_rows = {tuple(row.tolist()) for row in examples.tokens}
-        shared = [id_ for id_, row in zip(validation.ids, rows, strict=True) if row in split_rows]
-        if shared:
-            raise UserError(
-                f"{len(shared)} of {len(rows)} validation examples are {name} examples too (the "
-                f"first is row {shared[0]}); a merge is chosen on examples that are in no other "
-                "split: remove them"
-            )
-
-
 def check_space(space: Search, members: int, model: ModelConfig, seed: int) -> None:
     """Refuse a space that no search can start with, before any training is spent on it.
 
@@ -165,7 +136,7 @@ def run_search(
     Args:
         population: the members and their base.
         space: what to try, and how.
-        validation: examples that are in no other split; see `check_disjoint`.
+        validation: examples that are in no other split.
         measure: losses of a model on examples.
         seed: of draws and subsets.
         layout: directory of the search. Only the cache in it is written.

@@ -6,13 +6,16 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from jax_ordermerge.config import load_config
 from jax_ordermerge.config.merge import Search
+from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline
 from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.experiment.splits import find_overlaps, refuse_overlaps
 
 
 def ignore(line):
@@ -111,3 +114,71 @@ def test_a_benchmark_does_not_read_the_run_directory(trained, tmp_path):
     lines = []
     pipeline.benchmark(read_config(run), steps=2, log=lines.append)
     assert lines
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def overlapping(folder, tmp_path):
+    """Overrides for a test file whose rows 1 and 3 are training examples of another file."""
+    train, test = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    )
+    write_rows(tmp_path / "test.jsonl", [test[0], train[7], test[1], train[7], test[2]])
+    return [
+        f"data.test={tmp_path / 'test.jsonl'}",
+        f"output={tmp_path / 'run'}",
+        "data.validation_examples=0",
+    ]
+
+
+def test_a_test_split_with_training_examples_is_refused(folder, tmp_path, overlapping):
+    message = (
+        "2 of 5 test examples are train examples too (the first: rows 1, 3): a loss on learned "
+        "examples is not held out; remove them from one of the files, or set data.allow_overlap"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        pipeline.run(load_config(folder / "tiny.yaml", overlapping), log=ignore)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_overlap_that_is_allowed_is_counted_and_reported(folder, overlapping):
+    changes = [*overlapping, "data.allow_overlap=true", "training.epochs=1"]
+    lines = []
+    directory = pipeline.run(load_config(folder / "tiny.yaml", changes), log=lines.append)
+    assert "  test: overlapping, not held out: 2 of 5 examples are train examples too" in lines
+    recorded = json.loads((directory / "data.json").read_text())
+    assert recorded["test"]["overlaps"] == {"train": {"examples": 2, "first_ids": [1, 3]}}
+    assert "overlaps" not in recorded["train"]
+    report = (directory / "report.md").read_text()
+    assert "held-out" not in report.lower()
+    assert "Loss on overlapping test examples: mean member" in report
+    assert "overlapping: 2 of its examples are train examples too" in report
+
+
+def test_overlaps_are_of_tokens_between_every_two_splits():
+    def examples(*rows):
+        masks = [[True] * len(row) for row in rows]
+        ids = np.arange(len(rows)) + 10
+        return Examples(Ragged.of(rows, np.int32), Ragged.of(masks, np.bool_), ids)
+
+    splits = {
+        "train": examples([1, 2], [3], [4, 5]),
+        # [1] and [2] are not [1, 2]: a row counts as one
+        "validation": examples([1], [2], [3], [6]),
+        "test": examples([6], [4, 5], [7]),
+    }
+    assert find_overlaps(splits) == [
+        ("validation", "train", 1, 4, [12]),
+        ("validation", "test", 1, 4, [13]),
+        ("test", "train", 1, 3, [11]),
+        ("test", "validation", 1, 3, [10]),
+    ]
+    with pytest.raises(UserError) as error:
+        refuse_overlaps(find_overlaps(splits), "remove them")
+    # validation and test once
+    assert str(error.value).count("examples too") == 3
+    refuse_overlaps(find_overlaps({"train": splits["train"]}), "remove them")

@@ -19,7 +19,7 @@ def run(ctx: RunContext) -> None:
     """Describe the data, then fine-tune the members, each in its own order."""
     config = ctx.config
     # written before the training, so that a run that is stopped early still says what it read
-    descriptions = {name: splits.describe(examples) for name, examples in ctx.splits.items()}
+    descriptions = splits.describe(ctx.splits)
     if config.data.packing != "none":
         plan = batches.make_plan(ctx.training, ctx.splits["train"])
         descriptions["train"]["packing"] = plan.packing
@@ -27,6 +27,11 @@ def run(ctx: RunContext) -> None:
     for name, description in descriptions.items():
         counts = ", ".join(f"{count} {what}" for what, count in description["counts"].items())
         ctx.log(f"  {name}: {description['source']}, {counts}")
+        for other, overlap in description.get("overlaps", {}).items():
+            ctx.log(
+                f"  {name}: overlapping, not held out: {overlap['examples']} of"
+                f" {description['examples']} examples are {other} examples too"
+            )
         if "packing" in description:
             ctx.log(
                 "  {kind}: up to {examples} examples in a row of {length} tokens,"

@@ -25,8 +25,8 @@ def results(run: Run) -> list[Block]:
         return [*blocks, missing(run, "evaluate", run.layout.evaluations)]
     blocks.append(result_table(run))
     if with_loss := [model for model in run.models if model.get("loss") is not None]:
-        picture = plots.losses(with_loss, run.loss_unit)
-        blocks.append(Picture("losses", picture, "Held-out loss of every model."))
+        picture = plots.losses(with_loss, run.loss_unit, run.loss_name)
+        blocks.append(Picture("losses", picture, f"{run.loss_name.capitalize()} of every model."))
     for task in run.tasks:
         with_task = [model for model in run.models if task in model.get("tasks", {})]
         # names of tasks are free text, those of pictures become file names
@@ -82,6 +82,8 @@ def _mean_cells(models: Sequence[Json], tasks: Sequence[str]) -> list[str]:
 def _result_caption(run: Run) -> str:
     # all models share the split, so its sizes are read from any of them
     caption = f"On the {(run.evaluations or {}).get('split', 'test')} split"
+    for other, overlap in run.test_overlaps.items():
+        caption += f" (overlapping: {overlap['examples']} of its examples are {other} examples too)"
     if run.models and run.models[0].get("tokens"):
         caption += f"; {run.models[0]['tokens']} answer tokens"
     for task in run.tasks:

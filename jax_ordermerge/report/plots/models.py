@@ -12,8 +12,8 @@ from jax_ordermerge.report.run import percentages
 _MOST_NUMBERS = 16  # members whose cosines are written into the cells
 
 
-def losses(models: Sequence[Json], unit: str) -> str:
-    """Draw the held-out loss of every model with one standard error.
+def losses(models: Sequence[Json], unit: str, name: str = "held-out loss") -> str:
+    """Draw the loss of every model on the test split with one standard error.
 
     A base far above the others is named below, not drawn: it would squeeze them together.
     """
@@ -32,7 +32,7 @@ def losses(models: Sequence[Json], unit: str) -> str:
         note = "".join(
             f"; the {model['name']}, at {model['loss']:.3f}, lies outside" for model in outside
         )
-        axes.set_xlabel(f"held-out loss ({unit}) ± one standard error; dashed: mean member{note}")
+        axes.set_xlabel(f"{name} ({unit}) ± one standard error; dashed: mean member{note}")
         axes.margins(x=0.08)
     return figure.svg
 
