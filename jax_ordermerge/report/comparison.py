@@ -154,7 +154,8 @@ def _models(runs: Sequence[Run]) -> Table:
     header = ["model", "loss", "against the mean member", "cosine of members", "tasks"]
     caption = (
         f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. "
-        "Difference: merge less the mean member of its own run, ± standard error [95 % paired bootstrap interval]; of several merge seeds their "
+        "Difference: merge less the mean member of its own run, ± standard error "
+        "[95 % paired bootstrap interval]; of several merge seeds their "
         "mean (sd). Cosine: mean over pairs of the members' task vectors; the closer to 1, the "
         "more alike the members."
     )

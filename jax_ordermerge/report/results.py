@@ -117,8 +117,8 @@ def _overview(runs: Sequence[Run]) -> Table:
     header = ["run", "base", "mean member (sd)", "best member", "best merge"]
     header += ["best merge less mean member", "cosine"]
     caption = (
-        f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. Best: of the lowest validation loss, "
-        "reported on test examples; of several merge seeds the mean. The difference with its "
+        f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. "
+        "Best: of the lowest validation loss, reported on test examples; of several merge seeds the mean. The difference with its "
         "95 % paired bootstrap interval. Cosine: mean over pairs of the members' task vectors."
     )
     return Table(header, rows, caption, text=(0, 3, 4))
@@ -148,8 +148,8 @@ def _verdict_table(runs: Sequence[Run]) -> Table:
         for name in _merge_names(runs)
     ]
     caption = (
-        f"{loss_name(runs).capitalize()}: in how many of {len(runs)} runs a merge is clearly or weakly better "
-        "or worse, after Holm's correction in each run."
+        f"{loss_name(runs).capitalize()}: in how many of {len(runs)} runs a merge is "
+        "clearly or weakly better or worse, after Holm's correction in each run."
     )
     header = ["merge", *(f"against {text}" for text in _RIVALS.values())]
     return Table(header, rows, caption, text=range(len(header)))
