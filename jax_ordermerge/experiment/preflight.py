@@ -13,6 +13,7 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config
+from jax_ordermerge.config.evaluation import ShotsTask
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
@@ -87,6 +88,12 @@ def check_data(
             "a loss on learned examples is not held out; remove them from one of the files, or"
             " set data.allow_overlap to true to count and report them",
         )
+    for task in config.evaluation.tasks:
+        # the evaluation would find out as well, after the training
+        if isinstance(task, ShotsTask) and task.data is None and "test" not in splits:
+            raise UserError(
+                f"evaluation task {task.name} has no data; set data.test or the task's own data"
+            )
     if config.samples.every is not None:
         sample_generations.read_prompts(config, model, tokenizer, splits)
     if config.merge.auto is not None:

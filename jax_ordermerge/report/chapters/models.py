@@ -33,7 +33,7 @@ def results(run: Run) -> list[Block]:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"accuracy-{task}")
         picture = plots.accuracies(with_task, task)
         blocks.append(Picture(name, picture, f"Correct answers on {task}."))
-    if run.comparison.merges:
+    if any(merge.measures for merge in run.comparison.merges.values()):
         heading = Heading("Paired differences, merge less rival", 3)
         blocks += [heading, difference_table(run.comparison)]
     return blocks
@@ -48,7 +48,10 @@ def result_table(run: Run) -> Table:
             means[f"mean {name} (sd between merge seeds)"] = [
                 model for model in run.models if model["name"] in merge.names
             ]
+    with_loss = any(model.get("loss") is not None for model in run.models)
     best, rows, strong = run.comparison.best, [], []
+    if best and best.chosen_on == "test" and not with_loss:
+        best = None  # without a loss on test examples nothing was chosen on them
     for model in run.models:
         mark = f" (best on {best.chosen_on})" if best and best.name == model["name"] else ""
         cells = [
@@ -68,6 +71,14 @@ def result_table(run: Run) -> Table:
                 rows.append([name, *_mean_cells(models, run.tasks)])
     header = ["model", "loss ± se", "perplexity", "validation loss"]
     header += [f"{task}, % ± se" for task in run.tasks]
+    if not with_loss:
+        # a run without test data: columns that no model fills would look like a failure
+        filled = [
+            i
+            for i in range(len(header))
+            if any(row[i] != formatting.number(None, 0) for row in rows)
+        ]
+        header, rows = [header[i] for i in filled], [[row[i] for i in filled] for row in rows]
     return Table(header, rows, _result_caption(run), strong=strong)
 
 

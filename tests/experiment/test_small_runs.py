@@ -1,0 +1,61 @@
+"""The smallest runs: every stage ends, or the run is refused before it trains."""
+
+import json
+
+import pytest
+
+from jax_ordermerge.config import load_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import pipeline
+
+NO_VALIDATION = "data.validation_examples=0"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["population.members=1"],
+        ["training.epochs=1"],
+        ["training.batch=64", "training.epochs=1"],  # one step
+        ["data.limit=1", NO_VALIDATION],
+        ["data.test_limit=1"],
+        ["data.validation_examples=1"],
+        ["data.limit=30", NO_VALIDATION, "training.warmup=0.5"],  # it covers epoch 1
+        [
+            "data.limit=1",
+            "data.test_limit=1",
+            NO_VALIDATION,
+            "population.members=1",
+            "training.epochs=1",
+            "training.batch=64",
+        ],
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_a_small_run_ends_with_a_report(folder, tmp_path, changes):
+    config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}", *changes])
+    directory = pipeline.run(config, log=lambda line: None)
+    assert (directory / "report.html").is_file()
+    # NaN is no JSON, and a statistic that the data cannot determine is a reason
+    for name in ("analysis.json", "evaluations.json", "merge.json"):
+        json.loads((directory / name).read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("validation", [0, 4])
+def test_a_report_without_test_data_has_no_empty_columns(folder, tmp_path, validation):
+    changes = [f"output={tmp_path / 'run'}", "data.test=null", "evaluation.tasks=[]"]
+    changes.append(f"data.validation_examples={validation}")
+    directory = pipeline.run(load_config(folder / "tiny.yaml", changes), log=lambda line: None)
+    report = (directory / "report.md").read_text()
+    expected = "| model | validation loss |" if validation else "| model |"
+    assert expected in report
+    assert "best on test" not in report
+    assert ("best on validation" in report) == bool(validation)
+    assert "Paired differences" not in report
+
+
+def test_a_task_without_data_is_refused_before_the_training(folder, tmp_path):
+    changes = [f"output={tmp_path / 'run'}", "data.test=null"]
+    with pytest.raises(UserError, match=r"evaluation task swap has no data; set data\.test"):
+        pipeline.run(load_config(folder / "tiny.yaml", changes), log=lambda line: None)
+    assert not (tmp_path / "run").exists()
