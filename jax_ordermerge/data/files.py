@@ -5,12 +5,13 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import re
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
 from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.data import values
 from jax_ordermerge.errors import UserError, first_line
 
 JsonRow = dict[str, Any]
@@ -70,14 +71,20 @@ def _read_file(path: Path) -> list[JsonRow]:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return [_nan_to_null(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+            # Without the option a map is a list of pairs, which templates print as one.
+            rows = pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
+            return [values.plain(row) for row in rows]
         with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
             if path.suffix == ".gz"
             else path.open(encoding="utf-8-sig", newline="") as file
         ):
             return _parse(file.read(), path)
-    except (OSError, ValueError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data file {path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
+        ) from error
+    except (OSError, EOFError, ValueError, KeyError, csv.Error, zlib.error) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"data file {path} cannot be read: {first_line(error)}") from error
@@ -86,15 +93,18 @@ def _read_file(path: Path) -> list[JsonRow]:
 def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
     # `utf-8-sig` above drops a byte order mark, which spreadsheets write before the first column
     kind = kind or path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if "\0" in text:
+        # UTF-16 without a byte order mark passes for UTF-8 with a null after each letter.
+        raise UserError(f"data file {path} holds null characters; is it UTF-16? save it as UTF-8")
     if kind == "txt":
+        text = text.replace("\r\n", "\n")  # line ends of Windows, as open() reads them
         texts = (part.strip("\n") for part in text.split(TEXT_END))
         return [{"text": part} for part in texts if part.strip()]
     if kind == "csv":
-        csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
-        rows: Any = list(csv.DictReader(io.StringIO(text, newline="")))
+        rows: Any = _parse_csv(text, path)
     elif kind == "json":
         try:
-            document = _parse_json(text)
+            document = values.parse_json(text)
         except json.JSONDecodeError as error:
             # JSON Lines under the name of JSON: a second object follows the first
             if not error.msg.startswith("Extra data"):
@@ -106,13 +116,19 @@ def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
                 f'data file {path}: expected a list of objects, or {{"data": [...]}};'
                 " jsonl files end in .jsonl"
             )
+        if isinstance(document, dict) and (
+            lists := [name for name, part in document.items() if isinstance(part, list)][1:]
+        ):
+            raise UserError(
+                f"data file {path} has several lists: data, {', '.join(lists)}; one is expected"
+            )
     else:
         rows = []
         # split("\n") and not splitlines(), which also splits at U+2028 inside JSON strings
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                rows += [_parse_json(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
+                rows += [values.parse_json(line)] if line.strip() else []
+            except ValueError as error:
                 raise UserError(f"data file {path}: line {number} is not JSON: {error}") from error
     # csv.DictReader collects surplus fields under the key None
     for number, row in enumerate(rows):
@@ -124,20 +140,18 @@ def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
     return rows
 
 
-def _parse_json(text: str) -> Any:
-    # pandas writes NaN for an empty cell. Python's parser would make a number of it, which a
-    # template prints as the text "nan".
-    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
-
-
-def _nan_to_null(value: Any) -> Any:
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, dict):
-        return {name: _nan_to_null(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_nan_to_null(part) for part in value]
-    return value
+def _parse_csv(text: str, path: Path) -> list[dict[Any, Any]]:
+    csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
+    # Not strict, a quote that is never closed would take in the rest of the file as one cell.
+    reader = csv.DictReader(io.StringIO(text.lstrip("\r\n"), newline=""), strict=True)
+    names = list(reader.fieldnames or ())
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"data file {path}: the header names {', '.join(map(repr, twice))} more than once"
+        )
+    # pandas writes its index under no name, and reads it under this one
+    reader.fieldnames = [name or "Unnamed: 0" for name in names]
+    return list(reader)
 
 
 def file_digest(path: str) -> dict[str, str]:
@@ -159,4 +173,4 @@ def _read_hub(name: str, subset: str | None, split: str, limit: int | None) -> l
             " or is this a missing file?"
         ) from error
     rows = table.select(range(min(limit or len(table), len(table)))).to_list()
-    return [_nan_to_null(row) for row in rows]
+    return [values.plain(row) for row in rows]
