@@ -1,8 +1,9 @@
 """Files beside the tensors of a Hugging Face directory: configs, tokenizer files, model card."""
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,12 @@ from jax_ordermerge.errors import UserError
 
 Json = dict[str, Any]
 
-TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+# Inside a directory of Orbax checkpoints, beside the directories of the steps.
+CHECKPOINT_TOKENIZER = "tokenizer"
 TOKENIZER_FILES = (
-    "tokenizer.json",  # fast tokenizers
+    TOKENIZER,  # fast tokenizers
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",  # byte-level BPE, with merges.txt
@@ -65,8 +69,8 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     """Copy tokenizer files byte for byte, except for what a server could not read.
 
     `tokenizer_class: TokenizersBackend`, unknown before transformers 5, becomes
-    `PreTrainedTokenizerFast`. The chat template is written both to its own file and to
-    `tokenizer_config.json`, and its `{% generation %}` marks, for training only, become plain
+    `PreTrainedTokenizerFast`. Chat templates are written both to their own files and to
+    `tokenizer_config.json`, and their `{% generation %}` marks, for training only, become plain
     blocks.
 
     Raises:
@@ -79,37 +83,127 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             atomic.write_bytes(directory / name, (source / name).read_bytes())
-    config_path, template_path = source / TOKENIZER_CONFIG, source / CHAT_TEMPLATE
-    # read as bytes: text mode would change line ends, which the model sees
-    template = template_path.read_bytes().decode() if template_path.is_file() else None
-    if config_path.is_file():
-        content = config_path.read_bytes()
-        try:
-            config = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{config_path} is not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{config_path}: expected a JSON object, got {type(config).__name__}")
-        served = _served_tokenizer_config(config, template)
+    # a directory without a chat template is a base model and stays one
+    templates = {
+        name: inference_template(text) for name, text in read_chat_templates(source).items()
+    }
+    if (source / TOKENIZER_CONFIG).is_file():
+        content = (source / TOKENIZER_CONFIG).read_bytes()
+        config = _read_object(source / TOKENIZER_CONFIG)
+        served = _served_tokenizer_config(config, templates)
         # unchanged files keep their bytes, order and spaces included
         if served == config:
             atomic.write_bytes(directory / TOKENIZER_CONFIG, content)
         else:
             _write_json(directory / TOKENIZER_CONFIG, served)
-        if isinstance(served.get("chat_template"), str):
-            template = served["chat_template"]
-    # a directory without a chat template is a base model and stays one
-    if template is not None:
-        atomic.write_text(directory / CHAT_TEMPLATE, inference_template(template))
+    _write_template_files(directory, templates)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory has files of a tokenizer."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def tokenizer_in_checkpoint(checkpoints: str | Path) -> Path | None:
+    """Return the directory of the tokenizer files inside a directory of Orbax checkpoints, if any.
+
+    `ordermerge convert --to orbax` writes it, so that a checkpoint can be moved.
+
+    Example:
+        >>> tokenizer_in_checkpoint("nowhere") is None
+        True
+    """
+    directory = Path(checkpoints) / CHECKPOINT_TOKENIZER
+    return directory if directory.is_dir() else None
+
+
+def add_tokens(directory: Path, entries: Sequence[Json]) -> None:
+    """Add tokens to the tokenizer of a directory, in each file that lists added tokens.
+
+    Which of the files a tokenizer reads depends on its class and on the version of transformers:
+    Llama's and Qwen2's read `added_tokens_decoder` of `tokenizer_config.json`.
+
+    Args:
+        directory: a directory with `tokenizer.json`.
+        entries: as in `added_tokens` of `tokenizer.json`, with `id` and `content`.
+    """
+    path = directory / TOKENIZER
+    tokenizer = _read_object(path)
+    _write_json(
+        path, {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or ()), *entries]}
+    )
+    path = directory / "added_tokens.json"
+    if path.is_file():
+        _write_json(path, _read_object(path) | {entry["content"]: entry["id"] for entry in entries})
+    special = [entry["content"] for entry in entries if entry.get("special")]
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        content = _read_object(path)
+        if "added_tokens_decoder" in content:
+            content["added_tokens_decoder"] |= {
+                str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+                for entry in entries
+            }
+        # The first is the name in transformers 4, the second in 5.
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            if isinstance(content.get(key), list):
+                content[key] = [*content[key], *special]
+        _write_json(path, content)
+
+
+def read_chat_templates(directory: Path) -> dict[str, str]:
+    """Return the chat templates of a directory by name, `default` first; empty where it has none.
+
+    As in transformers, templates in files of their own replace those in `tokenizer_config.json`.
+
+    Raises:
+        UserError: `tokenizer_config.json` is not a JSON object, or its templates have another form.
+    """
+    files = {"default": directory / CHAT_TEMPLATE} | {
+        path.name.removesuffix(".jinja"): path
+        for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))
+    }
+    # read as bytes: text mode would change line ends, which the model sees
+    templates = {name: path.read_bytes().decode() for name, path in files.items() if path.is_file()}
+    path = directory / TOKENIZER_CONFIG
+    if templates or not path.is_file():
+        return templates
+    entry = _read_object(path).get("chat_template")
+    if isinstance(entry, list):
+        with contextlib.suppress(KeyError, TypeError):
+            entry = {part["name"]: part["template"] for part in entry}
+    elif isinstance(entry, str):
+        entry = {"default": entry}
+    if entry is None:
+        return {}
+    if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
+        raise UserError(
+            f"{path}: chat_template is neither a text nor a list of objects with name and template"
+        )
+    if odd := [name for name in entry if not re.fullmatch(r"[\w.-]+", name)]:
+        raise UserError(f"{path}: {odd[0]!r} names a chat template and cannot name a file")
+    return dict(sorted(entry.items(), key=lambda item: item[0] != "default"))
 
 
 def write_chat_template(directory: Path, template: str) -> None:
-    """Write a chat template in place of the one that a directory has, if any."""
-    template = inference_template(template)
-    atomic.write_text(directory / CHAT_TEMPLATE, template)
+    """Write a chat template in place of the default one that a directory has, if any."""
+    templates = {"default": inference_template(template)}
+    templates = templates | read_chat_templates(directory) | templates
+    _write_template_files(directory, templates)
     path = directory / TOKENIZER_CONFIG
     if path.is_file():
-        _write_json(path, {**json.loads(path.read_bytes()), "chat_template": template})
+        _write_json(path, _served_tokenizer_config(_read_object(path), templates))
+
+
+def _write_template_files(directory: Path, templates: Mapping[str, str]) -> None:
+    for name, text in templates.items():
+        if name == "default":
+            atomic.write_text(directory / CHAT_TEMPLATE, text)
+        else:
+            (directory / MORE_TEMPLATES).mkdir(exist_ok=True)
+            atomic.write_text(directory / MORE_TEMPLATES / f"{name}.jinja", text)
 
 
 def inference_template(template: str) -> str:
@@ -175,8 +269,8 @@ def model_card(
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def _served_tokenizer_config(config: Json, template: str | None) -> Json:
-    """Return a tokenizer config that older readers take, with the chat template in it."""
+def _served_tokenizer_config(config: Json, templates: Mapping[str, str]) -> Json:
+    """Return a tokenizer config that older readers take, with the chat templates in it."""
     served = dict(config)
     if served.get("tokenizer_class") == "TokenizersBackend":
         served["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -186,11 +280,24 @@ def _served_tokenizer_config(config: Json, template: str | None) -> Json:
             del served["extra_special_tokens"]
             if extra:
                 served["additional_special_tokens"] = extra
-    # newer readers prefer the file, older ones know the config only: both must be the same
-    template = served.get("chat_template") if template is None else template
-    if isinstance(template, str):
-        served["chat_template"] = inference_template(template)
+    # newer readers prefer the files, older ones know the config only: both must be the same
+    if list(templates) == ["default"]:
+        served["chat_template"] = templates["default"]
+    elif templates:
+        served["chat_template"] = [
+            {"name": name, "template": text} for name, text in templates.items()
+        ]
     return served
+
+
+def _read_object(path: Path) -> Json:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _write_json(path: Path, value: Json) -> None:

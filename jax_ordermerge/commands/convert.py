@@ -1,5 +1,6 @@
 """Conversion of checkpoints: Hugging Face directories, Orbax checkpoints, and members of a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,13 @@ class LoadedModel(NamedTuple):
 
 
 def convert_checkpoint(
-    source: Path, out: Path, *, to: str, member: int | None, dtype: str | None
+    source: Path,
+    out: Path,
+    *,
+    to: str,
+    member: int | None,
+    dtype: str | None,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Write a checkpoint in another format.
 
@@ -48,6 +55,7 @@ def convert_checkpoint(
         to: "hf", "orbax", or "peft" for the adapter of a member that was trained with `lora`.
         member: of a run directory.
         dtype: of the tensors; that of the source by default.
+        log: receives one-line messages.
 
     Raises:
         UserError: an unknown target or dtype, a source of another kind, or a member that does not
@@ -66,6 +74,8 @@ def convert_checkpoint(
             _export_adapter(local, target, member, dtype)
             return
         model = _load(local, member, dtype)
+        if model.tokenizer_dir is None or not sidecar_files.has_tokenizer(model.tokenizer_dir):
+            log(f"note: {source} has no tokenizer files, so {out} has none")
         if to == "hf":
             card = sidecar_files.model_card(target.name)
             convert.export(
@@ -77,12 +87,14 @@ def convert_checkpoint(
                 card=card,
             )
         else:
-            # Orbax stores arrays alone; with these in the metadata the way back needs nothing else
-            metadata = {
-                "config": model.config.to_hf(model.dtype),
-                "dtype": model.dtype,
-                "tokenizer": str(model.tokenizer_dir),
-            }
+            # Orbax stores arrays alone; with these and the tokenizer the way back needs nothing
+            # else, wherever the checkpoint is moved.
+            metadata = {"config": model.config.to_hf(model.dtype), "dtype": model.dtype}
+            if model.tokenizer_dir is not None:
+                inside = target / sidecar_files.CHECKPOINT_TOKENIZER
+                inside.mkdir(parents=True)
+                sidecar_files.copy_tokenizer(model.tokenizer_dir, inside)
+            # the arrays last: a step that is complete has its tokenizer
             orbax.save(target, 0, {"params": model.params}, metadata)
 
 
@@ -112,9 +124,8 @@ def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
         config, dtype = ModelConfig.from_hf(metadata["config"]), dtype or metadata["dtype"]
         abstract = {"params": convert.abstract_params(config, dtype=dtype)}
         params = orbax.restore(source, step, abstract)["params"]
-        # it may have been converted on another machine: weights without tokenizer are still useful
-        tokenizer_dir = Path(metadata["tokenizer"])
-        return LoadedModel(config, params, dtype, tokenizer_dir if tokenizer_dir.is_dir() else None)
+        tokenizer_dir = sidecar_files.tokenizer_in_checkpoint(source)
+        return LoadedModel(config, params, dtype, tokenizer_dir)
     directory = convert.resolve(str(source))
     # config.json may name another dtype than the files have; the tensors decide
     reader = Reader(directory)

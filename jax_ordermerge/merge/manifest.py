@@ -83,9 +83,9 @@ def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
         card=_card(plan, content),
         recipe=yaml.safe_dump(content["recipe"], sort_keys=False),
     )
-    # after the tokenizer was copied, since these replace some of its files
-    for name, text in plan.tokenizer_files.items():
-        atomic.write_text(directory / name, text)
+    # after the tokenizer was copied, since these change its files
+    if plan.added_tokens:
+        sidecar_files.add_tokens(directory, plan.added_tokens)
     if plan.chat_template is not None:
         sidecar_files.write_chat_template(directory, plan.chat_template)
     # CRC-32 finds damaged bytes and costs little: it was computed while the slabs were written

@@ -88,7 +88,7 @@ class Plan:
         tokenizer_from: directory of the tokenizer files, if any.
         notes: what the user should know, e.g. a rule that was applied.
         chat_template: text that replaces that of the tokenizer.
-        tokenizer_files: name -> text of files that replace those in `tokenizer_from`.
+        added_tokens: entries as in `tokenizer.json`, added to the tokenizer of `tokenizer_from`.
     """
 
     config: ModelConfig
@@ -102,7 +102,7 @@ class Plan:
     tokenizer_from: Path | None = None
     notes: tuple[str, ...] = ()
     chat_template: str | None = None
-    tokenizer_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    added_tokens: tuple[dict[str, Any], ...] = ()
 
     @property
     def input_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Files beside the tensors suit servers, and transformers loads models without warnings."""
 
 import json
+import shutil
 
 import huggingface_hub
 import jax
@@ -160,6 +161,50 @@ def test_the_chat_template_is_in_both_files_without_training_marks(tmp_path, whe
     template = (target / "chat_template.jinja").read_text()
     assert read(target / "tokenizer_config.json")["chat_template"] == template
     assert "generation" not in template
+
+
+@pytest.mark.parametrize("where", ["files", "config"])
+def test_named_chat_templates_are_read_by_transformers(tmp_path, where):
+    from transformers import AutoTokenizer
+
+    source = convert.resolve("embedded:quickstart")
+    texts = {"default": "D", "rag": "R {% generation %}x{% endgeneration %}", "tool_use": "T"}
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    config = read(copy / "tokenizer_config.json")
+    config.pop("chat_template", None)
+    if where == "config":
+        config["chat_template"] = [{"name": n, "template": t} for n, t in texts.items()]
+    else:
+        (copy / "additional_chat_templates").mkdir()
+        (copy / "chat_template.jinja").write_text("D")
+        for name in ("rag", "tool_use"):
+            (copy / "additional_chat_templates" / f"{name}.jinja").write_text(texts[name])
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    target = written(tmp_path, tokenizer_from=copy)
+    expected = {**texts, "rag": "R {% if true %}x{% endif %}"}
+    assert sidecar_files.read_chat_templates(target) == expected
+    loaded = AutoTokenizer.from_pretrained(target, local_files_only=True)
+    assert loaded.chat_template == expected
+    # the default alone is replaced
+    sidecar_files.write_chat_template(target, "new")
+    loaded = AutoTokenizer.from_pretrained(target, local_files_only=True)
+    assert loaded.chat_template == {**expected, "default": "new"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ([{"name": "default"}], "neither a text nor a list"),
+        (["text"], "neither a text nor a list"),
+        (7, "neither a text nor a list"),
+        ([{"name": "../up", "template": "x"}], "cannot name a file"),
+    ],
+)
+def test_chat_templates_of_another_form_are_refused(tmp_path, entry, message):
+    source = source_of(tmp_path, tokenizer_config__json={"chat_template": entry})
+    with pytest.raises(UserError, match=message):
+        written(tmp_path, tokenizer_from=source)
 
 
 def test_inference_template_renders_the_same_text():

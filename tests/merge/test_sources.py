@@ -15,7 +15,7 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.commands.convert import convert_checkpoint
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.recipe import planner
-from jax_ordermerge.merge.sources import peft_files, storage, vocabulary
+from jax_ordermerge.merge.sources import peft_files, storage
 from jax_ordermerge.merge.sources.references import open_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -309,181 +309,25 @@ def test_adapters_that_are_not_whole_are_refused(checkpoints, tmp_path):
         open_model(f"{directory}+{adapter}")
 
 
-# ------------------------------------------------------------------------------------ vocabularies
-
-
-def tokenizer(*tokens, added=()):
-    entries = [
-        {"id": len(tokens) + i, "content": token, "special": True} for i, token in enumerate(added)
-    ]
-    return {
-        "model": {
-            "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [],
-        },
-        "added_tokens": entries,
+def test_a_tokenizer_travels_inside_an_orbax_directory(tiny, models, tmp_path, capsys):
+    source = tmp_path / "hf"
+    convert.export(models[1], tiny, source, dtype="float32")
+    convert_checkpoint(source, tmp_path / "bare", to="orbax", member=None, dtype=None)
+    assert "has no tokenizer files, so" in capsys.readouterr().out
+    texts = {
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": '{"a": 1}',
+        "chat_template.jinja": "x",
     }
-
-
-def model(directory, rows, tokens=None, *, tied=False, dtype="float32", seed=0):
-    """A tiny model with r + seed / 8 in row r of the embedding, and minus that in the head."""
-    config = arch.ModelConfig(
-        vocab_size=rows,
-        hidden_size=4,
-        intermediate_size=4,
-        num_layers=2,
-        num_heads=2,
-        tie_embeddings=tied,
-    )
-    generator = np.random.default_rng(seed)
-    flat = {
-        spec.path: generator.normal(size=spec.shape).astype(np.float32)
-        for spec in arch.tensor_table(config)
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    convert_checkpoint(source, tmp_path / "orbax", to="orbax", member=None, dtype=None)
+    # moved, and what it was made from removed
+    (tmp_path / "orbax").rename(tmp_path / "moved")
+    source.rename(tmp_path / "gone")
+    convert_checkpoint(tmp_path / "moved", tmp_path / "back", to="hf", member=None, dtype=None)
+    assert {name: (tmp_path / "back" / name).read_text() for name in texts} == texts | {
+        "tokenizer_config.json": '{\n  "a": 1,\n  "chat_template": "x"\n}\n'
     }
-    number = np.arange(rows, dtype=np.float32)[:, None] + np.float32(seed / 8)
-    flat["embed/weight"] = np.broadcast_to(number, (rows, 4))
-    if not tied:
-        flat["head/weight"] = -flat["embed/weight"]
-    convert.export(tree.unflatten(flat), config, directory, dtype=dtype)
-    if tokens is not None:
-        (directory / "tokenizer.json").write_text(json.dumps(tokens))
-    return storage.Directory(directory, directory.name)
-
-
-def rows_of(source, name="model.embed_tokens.weight"):
-    values = read_tensor(source, name)
-    assert (values == values[:, :1]).all()
-    assert_reads_in_any_run(source, name, np.random.default_rng(4))
-    return values[:, 0].astype(float).tolist()
-
-
-def test_the_vocabulary_is_that_of_the_donor_and_rows_go_by_token(tmp_path):
-    first_model = model(tmp_path / "one", 3, tokenizer("a", "b", "c"))
-    second_model = model(tmp_path / "other", 4, tokenizer("c", "a", "b", added=["[PAD]"]), seed=1)
-    aligned = vocabulary.align([first_model, second_model], first=0, donor=0)
-    assert aligned.sources[0] is first_model
-    assert rows_of(aligned.sources[1]) == [1.125, 2.125, 0.125]
-    assert rows_of(aligned.sources[1], "lm_head.weight") == [-1.125, -2.125, -0.125]
-    assert aligned.notes == ("other has '[PAD]', which the merged vocabulary has not: left out",)
-    assert not aligned.files
-
-
-def test_a_row_that_a_model_lacks_is_that_of_the_first_which_has_it(tmp_path):
-    base = model(tmp_path / "base", 2, tokenizer("a", "b"))
-    first_model = model(tmp_path / "one", 3, tokenizer("a", "b", added=["[PAD]"]), seed=1)
-    second_model = model(tmp_path / "two", 3, tokenizer("a", "b", added=["[PAD]"]), seed=2)
-    aligned = vocabulary.align([first_model, second_model, base], first=2, donor=1)
-    assert [rows_of(source) for source in aligned.sources] == [
-        [0.125, 1.125, 2.125],
-        [0.25, 1.25, 2.25],
-        [0, 1, 2.125],
-    ]
-    assert (
-        "base lacks '[PAD]': taken from the first model that has it, the base first"
-        in aligned.notes
-    )
-
-
-def test_the_union_appends_added_tokens_and_writes_them_into_the_tokenizer(tmp_path):
-    base = model(
-        tmp_path / "base", 5, tokenizer("a", "b", added=["<s>"])
-    )  # second_model rows of padding
-    first_model = model(tmp_path / "one", 4, tokenizer("a", "b", added=["<s>", "[PAD]"]), seed=1)
-    second_model = model(
-        tmp_path / "two", 6, tokenizer("a", "b", added=["<s>", "<x>", "<y>", "[PAD]"]), seed=2
-    )
-    aligned = vocabulary.align([base, first_model, second_model], first=0, donor=0, union=True)
-    # [PAD] and <x> take the padding, <y> is a new row
-    assert rows_of(aligned.sources[0]) == [0, 1, 2, 3.125, 3.25, 4.25]
-    assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125, 3.125, 3.25, 4.25]
-    assert rows_of(aligned.sources[2]) == [0.25, 1.25, 2.25, 5.25, 3.25, 4.25]
-    added = json.loads(aligned.files["tokenizer.json"])["added_tokens"]
-    assert [(entry["content"], entry["id"]) for entry in added] == [
-        ("<s>", 2),
-        ("[PAD]", 3),
-        ("<x>", 4),
-        ("<y>", 5),
-    ]
-
-
-def test_the_written_tokenizer_is_read_by_the_library(tmp_path):
-    base = open_model("embedded:quickstart").directory
-    content = json.loads((base / "tokenizer.json").read_text())
-    size = len(content["model"]["vocab"])
-    content["added_tokens"].append({**content["added_tokens"][0], "content": "[NEW]", "id": size})
-    first = model(tmp_path / "one", size, json.loads((base / "tokenizer.json").read_text()))
-    second = model(tmp_path / "two", size + 1, content)
-    aligned = vocabulary.align([first, second], first=0, donor=0, union=True)
-    from tokenizers import Tokenizer
-
-    read = Tokenizer.from_str(aligned.files["tokenizer.json"])
-    assert read.token_to_id("[NEW]") == size == aligned.sources[0].config.vocab_size - 1
-
-
-def test_models_without_a_tokenizer_go_by_number(tmp_path):
-    first_model = model(tmp_path / "one", 3, tokenizer("a", "b", "c"))
-    second_model = model(tmp_path / "other", 5, seed=1)
-    aligned = vocabulary.align([first_model, second_model], first=0, donor=0)
-    assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125]
-    assert aligned.notes == (
-        "other has no tokenizer.json: its rows are matched by number",
-        "other has row 3, row 4, which the merged vocabulary has not: left out",
-    )
-    aligned = vocabulary.align([first_model, second_model], first=0, donor=1)
-    assert rows_of(aligned.sources[0]) == [0, 1, 2, 3.125, 4.125]
-
-
-def test_rows_of_a_wider_dtype_are_kept(tmp_path):
-    first_model = model(tmp_path / "one", 2, dtype="bfloat16")
-    second_model = model(tmp_path / "other", 3, seed=1)
-    aligned = vocabulary.align([first_model, second_model], first=0, donor=1).sources[0]
-    assert aligned.info("model.embed_tokens.weight").dtype == np.float32
-    assert aligned.info("model.norm.weight").dtype.name == "bfloat16"
-    assert rows_of(aligned) == [0, 1, 2.125]
-
-
-def test_rows_asked_for_and_padding(tmp_path):
-    first_model = model(tmp_path / "one", 2, tokenizer("a", "b"))
-    second_model = model(tmp_path / "other", 3, tokenizer("b", "a", added=["<x>"]), seed=1)
-    forced = {"a": vocabulary.TokenSource(1, True), "<x>": vocabulary.TokenSource(1, False)}
-    aligned = vocabulary.align(
-        [first_model, second_model], first=0, donor=1, token_sources=forced, multiple=4
-    )
-    assert rows_of(aligned.sources[0]) == [1, 1.125, 2.125, 0]
-    assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125, 0]
-    assert "1 rows of the embedding are zero: no model has them" in aligned.notes
-    with pytest.raises(UserError, match="the merged vocabulary has no token 'q'"):
-        vocabulary.align(
-            [first_model, second_model],
-            first=0,
-            donor=1,
-            token_sources={"q": vocabulary.TokenSource(1, False)},
-        )
-
-
-def test_trained_vocabularies_that_differ_have_no_union(tmp_path):
-    first_model, second_model = (
-        model(tmp_path / "one", 2, tokenizer("a", "b")),
-        model(tmp_path / "other", 2, tokenizer("a", "z")),
-    )
-    with pytest.raises(
-        UserError, match="other has the token 'z' in its trained vocabulary and one has not"
-    ):
-        vocabulary.align([first_model, second_model], first=0, donor=0, union=True)
-    with pytest.raises(UserError, match=r"three has no tokenizer\.json to extend"):
-        vocabulary.align([model(tmp_path / "three", 2), first_model], first=0, donor=0, union=True)
-    (tmp_path / "other" / "tokenizer.json").write_text('{"model": {}}')
-    with pytest.raises(UserError, match="has no vocabulary of tokens and numbers"):
-        vocabulary.align([first_model, second_model], first=0, donor=0)
-
-
-def test_a_tied_model_untied_has_its_embedding_for_a_head(tmp_path):
-    tied = model(tmp_path / "tied", 3, tied=True)
-    source = storage.Untied(tied)
-    assert not source.config.tie_embeddings
-    assert rows_of(source, "lm_head.weight") == rows_of(tied) == [0, 1, 2]
-    assert (
-        read_tensor(source, "model.norm.weight").tobytes()
-        == read_tensor(tied, "model.norm.weight").tobytes()
-    )
+    merged = open_model(str(tmp_path / "moved"))
+    assert (merged.directory / "tokenizer.json").read_text() == "{}"

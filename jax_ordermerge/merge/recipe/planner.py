@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import convert, safetensors, sidecar_files
+from jax_ordermerge.checkpoint import convert, sidecar_files
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.plan import Plan, check_same, resolve_dtype
 from jax_ordermerge.merge.recipe import rules, schema
@@ -33,7 +33,7 @@ class _Models(NamedTuple):
         indices: name in the recipe -> index.
         base: index of the base.
         donor: index of the model that the tokenizer is from.
-        files: tokenizer files that differ from those of the donor, name -> text.
+        added_tokens: entries of tokens that the tokenizer of the donor lacks.
         notes: for the user.
     """
 
@@ -41,7 +41,7 @@ class _Models(NamedTuple):
     indices: Mapping[Reference, int]
     base: int | None
     donor: int
-    files: Mapping[str, str]
+    added_tokens: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
 
@@ -123,7 +123,7 @@ def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Pl
         tokenizer_from=models.sources[models.donor].directory,
         notes=tuple(dict.fromkeys(notes)),  # slices repeat them
         chat_template=chat_template,
-        tokenizer_files=models.files,
+        added_tokens=models.added_tokens,
     )
 
 
@@ -150,16 +150,18 @@ def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
     for source in sources[1:]:
         check_same(sources[0], source, may_differ)
     base = None if recipe.base_model is None else indices[recipe.base_model]
-    models = _Models(tuple(sources), indices, base, base or 0, {}, tuple(notes))
+    models = _Models(tuple(sources), indices, base, base or 0, (), tuple(notes))
     return _unite_vocabularies(recipe, models)
 
 
 def _unite_vocabularies(recipe: Recipe, models: _Models) -> _Models:
     """Give the models one vocabulary, if the recipe says so or if they differ in size."""
-    # Equal sizes are taken as one vocabulary. Comparing tokenizers is for recipes that ask for it.
     is_default = recipe.tokenizer is None and recipe.tokenizer_source is None
     if is_default and len({source.config.vocab_size for source in models.sources}) == 1:
-        return models
+        moved, notes = vocabulary.compare(models.sources, models.donor)
+        models = models._replace(notes=(*models.notes, *notes))
+        if not moved:
+            return models
     tokenizer = recipe.tokenizer or schema.Tokenizer(
         source=recipe.tokenizer_source or Reference("base")
     )
@@ -181,7 +183,9 @@ def _unite_vocabularies(recipe: Recipe, models: _Models) -> _Models:
         multiple=tokenizer.pad_to_multiple_of,
     )
     notes = (*models.notes, *aligned.notes)
-    return models._replace(sources=aligned.sources, donor=donor, files=aligned.files, notes=notes)
+    return models._replace(
+        sources=aligned.sources, donor=donor, added_tokens=aligned.added_tokens, notes=notes
+    )
 
 
 def _index_of(reference: Reference, what: str, models: _Models) -> int:
@@ -299,9 +303,7 @@ def _source_notes(
                 f"{source.label} is stored in {' and '.join(sorted(dtypes))} and rounded to {dtype}"
             )
         directory = source.directory
-        if directory is None or not any(
-            (directory / name).is_file() for name in sidecar_files.TOKENIZER_FILES
-        ):
+        if directory is None or not sidecar_files.has_tokenizer(directory):
             notes.append(f"{source.label} has no tokenizer files")
     return notes
 
@@ -314,22 +316,16 @@ def _chat_template(setting: str | None, sources: Sequence[Source], notes: list[s
         raise UserError(
             f"chat_template '{setting}' is not offered; give auto, or the text of a Jinja template"
         )
-    templates = [_read_chat_template(source.directory) for source in sources if source.directory]
-    counts = collections.Counter(text for text in templates if text is not None)
+    directories = [source.directory for source in sources if source.directory]
+    templates = [sidecar_files.read_chat_templates(directory) for directory in directories]
+    counts = collections.Counter(
+        by_name["default"] for by_name in templates if "default" in by_name
+    )
     if not counts:
         notes.append("no model has a chat template")
         return None
     # `max` returns the first of the most common, so the order of the models decides a tie
     return max(counts, key=counts.__getitem__)
-
-
-def _read_chat_template(directory: Path) -> str | None:
-    file = directory / sidecar_files.CHAT_TEMPLATE
-    if file.is_file():
-        return file.read_text()
-    config = directory / sidecar_files.TOKENIZER_CONFIG
-    template = safetensors.read_json(config).get("chat_template") if config.is_file() else None
-    return template if isinstance(template, str) else None
 
 
 def _shorten_paths(raw: Any, recipe: Recipe) -> Any:

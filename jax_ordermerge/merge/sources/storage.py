@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec
-from jax_ordermerge.checkpoint import convert, orbax, placement, safetensors
+from jax_ordermerge.checkpoint import convert, orbax, placement, safetensors, sidecar_files
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
 from jax_ordermerge.errors import UserError
 
@@ -152,13 +152,11 @@ def open_orbax(directory: str | Path, label: str) -> Checkpoint:
             f"{label} is not an Orbax directory made by `ordermerge convert`; "
             "convert it to Hugging Face's format"
         )
-    # the directory may have been moved or removed since; the merge then has no tokenizer
-    tokenizer = Path(metadata["tokenizer"])
     return Checkpoint(
         directory,
         None,
         ModelConfig.from_hf(metadata["config"]),
-        tokenizer=tokenizer if tokenizer.is_dir() else None,
+        tokenizer=sidecar_files.tokenizer_in_checkpoint(directory),
         label=label,
     )
 

@@ -7,8 +7,8 @@ model lacks is copied from the first model that has it, the base first.
 """
 
 import dataclasses
+import filecmp
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,12 +45,12 @@ class Aligned(NamedTuple):
 
     Attributes:
         sources: the models in the given order.
-        files: tokenizer files of the result that differ from those of the donor, name -> text.
+        added_tokens: entries of `tokenizer.json` for tokens that the donor lacks, with their ids.
         notes: what was done, for the user.
     """
 
     sources: tuple[Source, ...]
-    files: Mapping[str, str]
+    added_tokens: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
 
@@ -145,7 +145,7 @@ def align(
     tokenizers = [_read_tokenizer(source.directory) for source in sources]
     order = [first, *(i for i in range(len(sources)) if i != first)]
     target = _row_keys(sources[donor].config.vocab_size, tokenizers[donor])
-    files = _extend(sources, tokenizers, donor, order, target) if union else {}
+    added = _extend(sources, tokenizers, donor, order, target) if union else []
     if tokenizers[donor] is None:
         # the rows of the result have no tokens that those of the others could be matched with
         tokenizers = [None] * len(sources)
@@ -181,20 +181,75 @@ def align(
         )
         remapped = RemappedVocabulary(model.source, sources, owner, row)
         aligned.append(model.source if is_unchanged else remapped)
-    return Aligned(tuple(aligned), files, tuple(_notes(models, target, donor)))
+    return Aligned(tuple(aligned), tuple(added), tuple(_notes(models, target, donor)))
+
+
+def compare(sources: Sequence[Source], donor: int) -> tuple[bool, tuple[str, ...]]:
+    """Compare the vocabularies of models whose embeddings have the same number of rows.
+
+    A row that has a token in one model and another token in the other is not a moved token where
+    neither model has both: a fine-tune that gives a reserved row a name keeps the row.
+
+    Args:
+        sources: the models.
+        donor: index of the model whose vocabulary the result has.
+
+    Returns:
+        Whether a token has another row in one of the models than in the donor, so that rows must be
+        matched by token; and notes for the user.
+
+    Raises:
+        UserError: a tokenizer cannot be read.
+    """
+    moved, notes = False, []
+    for source in sources:
+        if _same_file(source.directory, sources[donor].directory):
+            continue  # before parsing: tokenizers have megabytes, and mostly they are copies
+        reference, tokenizer = map(_read_tokenizer, (sources[donor].directory, source.directory))
+        if reference is None or tokenizer is None or tokenizer.ids == reference.ids:
+            continue
+        shared = tokenizer.ids.keys() & reference.ids.keys()
+        different = sorted(
+            token for token in shared if tokenizer.ids[token] != reference.ids[token]
+        )
+        label = sources[donor].label
+        if different:
+            moved = True
+            notes.append(
+                f"{source.label} has {_list_rows(different)} in other rows than {label}:"
+                " its rows are matched by token"
+            )
+            continue
+        ours, theirs = ({i: token for token, i in t.ids.items()} for t in (tokenizer, reference))
+        size = source.config.vocab_size
+        renamed = [
+            i for i in sorted(ours.keys() & theirs.keys()) if i < size and ours[i] != theirs[i]
+        ]
+        if renamed:
+            names = ", ".join(f"{ours[i]!r} for {theirs[i]!r}" for i in renamed[:_ROWS_IN_NOTE])
+            notes.append(
+                f"{source.label} has other tokens than {label} in {len(renamed)} rows ({names}):"
+                " they are merged row by row, under the names of the latter"
+            )
+    return moved, tuple(notes)
+
+
+def _same_file(first: Path | None, second: Path | None) -> bool:
+    if first is None or second is None:
+        return False
+    files = first / TOKENIZER, second / TOKENIZER
+    return all(map(Path.is_file, files)) and filecmp.cmp(files[0], files[1], shallow=False)
 
 
 class _Tokenizer(NamedTuple):
     """A `tokenizer.json`.
 
     Attributes:
-        content: of the file.
         ids: token -> id.
         added: entries of the tokens that were added to the trained vocabulary, by token.
         next_id: the id that the next token gets.
     """
 
-    content: dict[str, Any]
     ids: dict[str, int]
     added: dict[str, dict[str, Any]]
     next_id: int
@@ -221,7 +276,7 @@ def _read_tokenizer(directory: Path | None) -> _Tokenizer | None:
         ids = {**vocabulary, **{token: entry["id"] for token, entry in added.items()}}
         # ids of added tokens may leave gaps after those of the vocabulary
         next_id = max([len(vocabulary), *(entry["id"] + 1 for entry in added.values())])
-        return _Tokenizer(content, {str(k): int(v) for k, v in ids.items()}, added, next_id)
+        return _Tokenizer({str(k): int(v) for k, v in ids.items()}, added, next_id)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
             f"{directory / TOKENIZER} has no vocabulary of tokens and numbers ({error!r})"
@@ -253,8 +308,8 @@ def _extend(
     donor: int,
     order: Sequence[int],
     target: list[Key],
-) -> dict[str, str]:
-    """Add the added tokens that the donor lacks to `target`; return the file with all of them."""
+) -> list[dict[str, Any]]:
+    """Add the added tokens that the donor lacks to `target`; return their entries."""
     label, tokenizer = sources[donor].label, tokenizers[donor]
     if tokenizer is None:
         raise UserError(
@@ -275,17 +330,14 @@ def _extend(
                 )
             new[token] = current.added[token]
     if not new:
-        return {}
+        return []
     new_ids = {token: tokenizer.next_id + i for i, token in enumerate(new)}
     # the donor's own tokens beyond its embedding get rows, too, so that no id is without one
     beyond = {token: i for token, i in tokenizer.ids.items() if i >= len(target)}
     for token, number in [*beyond.items(), *new_ids.items()]:
         target.extend(range(len(target), number + 1))
         target[number] = token
-    entries = [{**new[token], "id": number} for token, number in new_ids.items()]
-    added = [*(tokenizer.content.get("added_tokens") or ()), *entries]
-    content = {**tokenizer.content, "added_tokens": added}
-    return {TOKENIZER: json.dumps(content, indent=2, ensure_ascii=False)}
+    return [{**new[token], "id": number} for token, number in new_ids.items()]
 
 
 def _notes(models: Sequence[_Rows], target: Sequence[Key], donor: int) -> list[str]:
