@@ -166,6 +166,31 @@ class ModelConfig:
             initializer_range=config.get("initializer_range", 0.02),
         )
 
+    def with_ends(self, ends: Iterable[int]) -> "ModelConfig":
+        """Return this config with further end-of-sequence tokens before its own.
+
+        Some readers know one end only and take the first. So ends that a fine-tune has learned go
+        before those of its base, unless the base has all of them.
+
+        Example:
+            >>> config = ModelConfig(
+            ...     vocab_size=32,
+            ...     hidden_size=8,
+            ...     intermediate_size=16,
+            ...     num_layers=2,
+            ...     num_heads=2,
+            ...     eos_token_ids=(1, 2),
+            ... )
+            >>> config.with_ends([2]).eos_token_ids, config.with_ends([2, 5]).eos_token_ids
+            ((1, 2), (2, 5, 1))
+        """
+        ends = tuple(ends)
+        if set(ends) <= set(self.eos_token_ids):
+            return self
+        return dataclasses.replace(
+            self, eos_token_ids=tuple(dict.fromkeys((*ends, *self.eos_token_ids)))
+        )
+
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """Return a `config.json` that transformers 4 and 5, vLLM, SGLang and llama.cpp read alike.
 

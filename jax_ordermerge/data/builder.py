@@ -1,6 +1,6 @@
 """Collecting tokenized sequences as `Examples`, with counts of those that are dropped."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -12,10 +12,20 @@ class ExampleBuilder:
     """Collects the tokens of examples that are used and counts the others.
 
     An example has one sequence, or two for pairs; `tokens` and `answers` are lists per sequence.
+
+    Args:
+        length: largest number of tokens of an example.
+        too_long: what happens to a longer one, `data.too_long`.
+        sequences: per example.
+        special: ids of special tokens. Only these can be ends: where a template lets a turn end in
+            an ordinary word, the word does not end a response anywhere else.
     """
 
-    def __init__(self, length: int, too_long: str, sequences: int = 1) -> None:
-        self.length, self.too_long = length, too_long
+    def __init__(
+        self, length: int, too_long: str, sequences: int = 1, special: Collection[int] = ()
+    ) -> None:
+        self.length, self.too_long, self.special = length, too_long, special
+        self.ends: set[int] = set()
         self.tokens: list[list[np.ndarray]] = [[] for _ in range(sequences)]
         self.answers: list[list[np.ndarray]] = [[] for _ in range(sequences)]
         self.records: list[list[formats.Record]] = [[] for _ in range(sequences)]
@@ -60,7 +70,16 @@ class ExampleBuilder:
             self.tokens[side].append(np.asarray(encoded.tokens[start:end], np.int32))
             self.answers[side].append(np.asarray(encoded.answers[start:end], np.bool_))
             self.records[side].append(record)
+        self._add_ends(sequences[0].encoded, start, end)
         self.ids.append(number)
+
+    def _add_ends(self, encoded: chat.Encoded, start: int, end: int) -> None:
+        # One token further than the example: a response that is cut there has no end.
+        learned = np.asarray([*encoded.answers[start : end + 1], False])
+        last = np.flatnonzero(learned[:-1] & ~learned[1:])
+        self.ends.update(
+            encoded.tokens[start + index] for index in last.tolist() if start + index < end
+        )
 
     def build(self) -> list[Examples]:
         """Return the examples of each side."""
@@ -79,6 +98,7 @@ class ExampleBuilder:
                     rows=rows,
                     prompts=[record.prompt for record in used],
                     responses=[record.response for record in used],
+                    ends=tuple(sorted(self.ends.intersection(self.special))),
                 )
             )
         return examples

@@ -138,7 +138,7 @@ def encode_rows(
     Raises:
         UserError: no EOS.
     """
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     pieces: dict[int, list[list[Piece]]] = {}
     parts: dict[int, list[Record]] = {}
     bad: dict[int, str] = {}
@@ -200,7 +200,7 @@ def prompt_tokens(
         text = turns.render_chat(tokenizer, record, -1, generation=True)
         return np.asarray(_ids([text], tokenizer)[0], np.int32)
     ids = _ids([render(record, template)[0]], tokenizer)[0]
-    return np.asarray(_with_bos(ids, _special_tokens(tokenizer)), np.int32)
+    return np.asarray(_with_bos(ids, special_tokens(tokenizer)), np.int32)
 
 
 def render(record: Record, template: str) -> tuple[str, str]:
@@ -239,7 +239,12 @@ def render(record: Record, template: str) -> tuple[str, str]:
     return prompt, response
 
 
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
+    """Return BOS, EOS and all special tokens of a tokenizer but the one for unknown text.
+
+    Raises:
+        UserError: the tokenizer has no EOS.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no eos_token, so no response could end;"
@@ -253,6 +258,9 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
         if token.special
     }
     special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    # It stands for text, so it ends nothing, unless the tokenizer has no other EOS (as GPT-2).
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:
+        special.pop(tokenizer.unk_token_id, None)
     # Tested by what the tokenizer does, not by what it has: Qwen has a BOS that it never adds.
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos

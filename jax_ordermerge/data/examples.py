@@ -68,6 +68,8 @@ class Examples:
         reference: float32[n, 2], log-probabilities of the chosen and the rejected response under
             the reference model, which training on pairs needs. None before they are measured.
         rows: int64[n], numbers of the rows where a row gave several examples, else None.
+        ends: the special tokens that end learned responses, in the order of their numbers. A model
+            that is trained on these examples ends its responses by them.
 
     Example:
         >>> examples = Examples(
@@ -89,6 +91,7 @@ class Examples:
     rejected: "Examples | None" = None
     reference: np.ndarray | None = None
     rows: np.ndarray | None = None
+    ends: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -192,4 +195,5 @@ class Examples:
             sources=dict(self.sources),
             rejected=None if self.rejected is None else self.rejected.take(rows),
             reference=None if self.reference is None else self.reference[rows],
+            ends=self.ends,
         )

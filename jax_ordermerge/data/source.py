@@ -144,7 +144,8 @@ def _encode_all(
     rejected = {row: record.rejected for row, record in records.items() if record.rejected}
     if rejected:
         sides.append(rejected)
-    builder = ExampleBuilder(data.max_length, data.too_long, len(sides))
+    special = chat.special_tokens(tokenizer).ids
+    builder = ExampleBuilder(data.max_length, data.too_long, len(sides), special)
     bad: dict[int, str] = {}
     numbers = list(records)
     for start in range(0, len(numbers), CHUNK):

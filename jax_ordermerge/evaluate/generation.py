@@ -135,12 +135,13 @@ def _decode_texts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[list[int]
 
 
 def _eos_ids(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    # A config may name several, e.g. one for turns of a chat; a tokenizer names one.
-    if config.eos_token_ids:
-        return tuple(config.eos_token_ids)
-    if tokenizer.eos_token_id is None:
+    # A config may name several, e.g. one for turns of a chat; a tokenizer names one. Servers stop
+    # at either, and a fine-tune with another tool may have changed that of the tokenizer alone.
+    ids = dict.fromkeys((*config.eos_token_ids, tokenizer.eos_token_id))
+    ids.pop(None, None)
+    if not ids:
         raise UserError(
             "neither config.json nor the tokenizer names an end-of-sequence token; generation "
             "could not stop"
         )
-    return (tokenizer.eos_token_id,)
+    return tuple(ids)

@@ -37,7 +37,8 @@ class RunContext:
         config: the resolved config; its `output` is a directory on a disk.
         mesh: the devices.
         base_dir: directory of the base model.
-        model: its architecture.
+        model: its architecture. Generation and exports stop at its `eos_token_ids`: those of the
+            base, and the tokens that end learned responses.
         tokenizer: its tokenizer.
         splits: tokenized examples under `train` and, where the config asks for them, `validation`
             and `test`.
@@ -129,6 +130,9 @@ def load_context(
     # a file may differ between hosts under the same path: compare what was tokenized
     digests = {f"data.{name}": examples.digest for name, examples in splits.items()}
     processes.check_alike(digests)
+    # The members are to stop where they have learned to, and where their base does.
+    base_ends = model.eos_token_ids or (tokenizer.eos_token_id,)
+    model = model.with_ends((*splits["train"].ends, *base_ends))
     return RunContext(config, mesh, base_dir, model, tokenizer, splits, log, on_checkpoint)
 
 

@@ -12,7 +12,7 @@ from jax_ordermerge.model import llama
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh", "plus", "is", "?", "."]
 
 
-def make_base(directory: pathlib.Path, seed: int = 0, **change) -> pathlib.Path:
+def make_tokenizer():
     import tokenizers
     import transformers
 
@@ -20,15 +20,19 @@ def make_base(directory: pathlib.Path, seed: int = 0, **change) -> pathlib.Path:
         tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     )
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=words,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
     )
-    tokenizer = directory.with_name(directory.name + "-tokenizer")
-    fast.save_pretrained(tokenizer)
+
+
+def make_base(directory: pathlib.Path, seed: int = 0, tokenizer=None, **change) -> pathlib.Path:
+    fast = tokenizer or make_tokenizer()
+    files = directory.with_name(directory.name + "-tokenizer")
+    fast.save_pretrained(files)
     shape = {
         "vocab_size": len(WORDS),
         "hidden_size": 16,
@@ -44,7 +48,7 @@ def make_base(directory: pathlib.Path, seed: int = 0, **change) -> pathlib.Path:
     }
     config = ModelConfig(**(shape | change))
     convert.export(
-        llama.init_params(config, seed), config, directory, dtype="float32", source=tokenizer
+        llama.init_params(config, seed), config, directory, dtype="float32", source=files
     )
     return directory
 
