@@ -1,23 +1,111 @@
 """The section `data`: where examples come from and how they become rows of tokens."""
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
 
+import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from jax_ordermerge.config.section import Section
+from jax_ordermerge.config.section import Section, parse
 from jax_ordermerge.errors import UserError
+
+FormatName = Literal[
+    "auto",
+    "messages",
+    "prompt_completion",
+    "text",
+    "sharegpt",
+    "alpaca",
+    "question_answer",
+    "preference",
+]
+TemplateName = Literal["auto", "plain", "alpaca", "gsm8k", "chat"]
+
+
+class DataSource(Section):
+    """One source of examples. What it leaves out is as the section `data` says."""
+
+    path: str = Field(min_length=1, description="as data.train")
+    name: str | None = Field(
+        None, min_length=1, description="in reports and data.json; by default the path"
+    )
+    # A multiple of the rows and no share of the mixture: the meaning of one weight then does not
+    # depend on the sizes and weights of the other sources.
+    weight: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how often an epoch has each row. 0.5: a random half of the rows, chosen once"
+        " by the seed; 2: each row twice; 2.5: twice, and that half a third time. For data.train"
+        " alone",
+    )
+    split: str | None = Field(
+        None, min_length=1, description="of a hub dataset, e.g. train[:10%]; as owner/name@split"
+    )
+    format: FormatName | None = None
+    template: TemplateName | None = None
+    columns: dict[str, str] | None = None
+    ignore_columns: tuple[str, ...] | None = None
+    limit: PositiveInt | None = None
+
+    @property
+    def label(self) -> str:
+        """The name of the source, by default its path."""
+        return self.name or self.path
+
+
+def _read_sources(value: object, info: pydantic.ValidationInfo) -> object:
+    """Make a section of each mapping: the errors of a pydantic union name every alternative."""
+    where = f"data.{info.field_name}" if info.field_name in ("train", "test") else info.field_name
+    is_list = isinstance(value, (list, tuple))
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not items:
+        raise UserError(f"{where} is an empty list; give a source")
+    sources = []
+    for number, item in enumerate(items):
+        place = f"{where}[{number}]" if is_list else str(where)
+        if isinstance(item, Mapping):
+            item = parse(DataSource, item, place)
+        if item == "" or not isinstance(item, (str, DataSource)):
+            raise UserError(
+                f"{place} = {item!r}: expected a path or name, a mapping with path, or a list of"
+                " these"
+            )
+        sources.append(item)
+    return tuple(sources) if is_list else sources[0]
+
+
+# A path alone stays a text: the resolved config says what was written.
+DataSources = Annotated[
+    str | DataSource | tuple[str | DataSource, ...], pydantic.BeforeValidator(_read_sources)
+]
+
+
+def list_sources(sources: DataSources) -> tuple[DataSource, ...]:
+    """Return the sources of a value of `data.train` or `data.test`, in its order.
+
+    Example:
+        >>> [source.path for source in list_sources(("a.jsonl", DataSource(path="b.jsonl")))]
+        ['a.jsonl', 'b.jsonl']
+    """
+    listed = sources if isinstance(sources, tuple) else (sources,)
+    return tuple(DataSource(path=item) if isinstance(item, str) else item for item in listed)
 
 
 class Data(Section):
     """Training, validation and test examples."""
 
     # The defaults need no network and no files, so an empty config is an experiment.
-    train: str = Field(
+    train: DataSources = Field(
         "generated:quickstart",
-        description="json, jsonl, parquet or csv file (also gs:// and s3://), hub dataset, or"
-        " generated:NAME",
+        description="jsonl, json, parquet, csv, tsv or txt file (also .gz and .zst, gs:// and"
+        " s3://), a directory or a glob of such files, a hub dataset owner/name[:config][@split],"
+        " generated:NAME, or a list of these; each may be a mapping with path, name, weight, split,"
+        " format, template, columns, ignore_columns and limit",
     )
-    test: str | None = Field(None, description="held-out examples, never trained on")
+    test: DataSources | None = Field(
+        None, description="held-out examples, never trained on; as train, without weights"
+    )
     # Apart from the test examples: the loss of a model that was chosen on examples is too low on
     # them.
     validation_examples: NonNegativeInt = Field(
@@ -33,16 +121,7 @@ class Data(Section):
         description="count and report examples that two splits share, instead of refusing them; a"
         " search for a merge refuses shared validation examples all the same",
     )
-    format: Literal[
-        "auto",
-        "messages",
-        "prompt_completion",
-        "text",
-        "sharegpt",
-        "alpaca",
-        "question_answer",
-        "preference",
-    ] = "auto"
+    format: FormatName = "auto"
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="names in the files of columns of the format, e.g. {question: problem}",
@@ -53,9 +132,7 @@ class Data(Section):
         " others that nothing reads are refused, except for names of metadata such as id, source,"
         " category or *_id",
     )
-    template: Literal["auto", "plain", "alpaca", "gsm8k", "chat"] = Field(
-        "auto", description="how prompt and response become text"
-    )
+    template: TemplateName = Field("auto", description="how prompt and response become text")
     # 512 is the length in the recipe of Alpaca, from which the defaults of `Training` are, too,
     # except for the batch.
     max_length: PositiveInt = Field(512, description="tokens per example")
@@ -74,11 +151,11 @@ class Data(Section):
     )
     limit: PositiveInt | None = Field(
         None,
-        description="use only the first so many training examples: rows of the file, or windows"
+        description="use only the first so many training examples of each source: rows, or windows"
         " of texts",
     )
     test_limit: PositiveInt | None = Field(
-        None, description="use only the first so many test examples"
+        None, description="use only the first so many test examples of each source"
     )
     # With packs all members see the same rows in other orders, which is what an experiment
     # compares. Bins compose new rows for each order.
@@ -91,6 +168,13 @@ class Data(Section):
     buckets: tuple[PositiveInt, ...] = Field(
         (), description="padded lengths below max_length; () pads to the longest example"
     )
+
+    @pydantic.model_validator(mode="after")
+    def _check_sources(self) -> "Data":
+        for split, sources in (("train", self.train), ("test", self.test)):
+            for problem in _source_conflicts(split, list_sources(sources) if sources else ()):
+                raise UserError(problem)
+        return self
 
     # A method and no validator: the number of positions is known when the model is resolved.
     def check_length(self, positions: int, model: str) -> None:
@@ -111,3 +195,20 @@ class Data(Section):
                 f"data.max_length = {self.max_length} is above the {positions} positions of"
                 f" {model}; lower it"
             )
+
+
+def _source_conflicts(split: str, sources: tuple[DataSource, ...]) -> Iterator[str]:
+    labels = [source.label for source in sources]
+    for source in sources:
+        if labels.count(source.label) > 1:
+            yield (
+                f"data.{split} has the source {source.label} twice; give weight: 2 to use its rows"
+                " twice, or each a name of its own"
+            )
+        if split == "test" and source.weight != 1:
+            yield (
+                f"data.test: weight {source.weight:g} of {source.label}: each held-out example"
+                " counts once; remove it, or give limit"
+            )
+        if source.split and "@" in source.path:
+            yield f"data.{split}: {source.path} names a split, and so does split; give one of them"

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from jax_ordermerge.data.provenance import SourceInfo
+
 
 class Ragged(Sequence[np.ndarray]):
     """Rows of different lengths over one flat array; a row is a view.
@@ -33,6 +35,22 @@ class Ragged(Sequence[np.ndarray]):
             flat[start:end] = row
         return cls(flat, offsets)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["Ragged"]) -> "Ragged":
+        """Return the rows of all parts, in their order.
+
+        Example:
+            >>> rows = Ragged.of([[5, 6], [7]], np.int32)
+            >>> Ragged.concatenate([rows, rows]).offsets.tolist()
+            [0, 2, 3, 5, 6]
+        """
+        starts = np.cumsum([0, *(len(part.flat) for part in parts)])
+        offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+        return cls(
+            np.concatenate([part.flat for part in parts]),
+            np.concatenate([np.zeros(1, np.int64), *offsets]),
+        )
+
     @property
     def lengths(self) -> np.ndarray:
         """Length of each row, int64[n]."""
@@ -56,20 +74,23 @@ class Examples:
     Attributes:
         tokens: row i is int32[length], prompt and response.
         answers: row i is bool[length], True where the token belongs to the response.
-        ids: int64[n], distinct numbers of the examples in their file, from 0; for texts, the
-            numbers of the windows that they are cut into; the numbers of the answers where each
-            answer of a conversation is an example.
+        ids: int64[n], distinct numbers of the examples in their source, from its `first_id`; for
+            texts, the numbers of the windows that they are cut into; the numbers of the answers
+            where each answer of a conversation is an example. The second and further copies of a
+            row that an epoch has several times follow the ids of the last source.
         prompts: n texts before the last response, as in the file, without the template.
         responses: n texts of the last response, as in the file: the references of an evaluation.
         counts: `read`, `used`, and how many were dropped or truncated for which reason.
-        sources: where the examples came from, e.g. file and SHA-256.
+        sources: where the examples came from.
         rejected: the rejected responses of preference pairs, row by row; all other attributes
             describe the chosen ones. None where the examples are not pairs.
         reference: float32[n, 2], log-probabilities of the chosen and the rejected response under
             the reference model, which training on pairs needs. None before they are measured.
-        rows: int64[n], numbers of the rows where a row gave several examples, else None.
         ends: the special tokens that end learned responses, in the order of their numbers. A model
             that is trained on these examples ends its responses by them.
+        rows: int64[n], numbers of the rows (of texts: windows) in their source. None where these
+            are the ids.
+        source: int32[n], numbers of the sources in `sources`. None where all are of the first.
 
     Example:
         >>> examples = Examples(
@@ -87,11 +108,12 @@ class Examples:
     prompts: Sequence[str] = ()
     responses: Sequence[str] = ()
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sources: tuple[SourceInfo, ...] = ()
     rejected: "Examples | None" = None
     reference: np.ndarray | None = None
     rows: np.ndarray | None = None
     ends: tuple[int, ...] = ()
+    source: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -127,6 +149,16 @@ class Examples:
         if self.rejected is not None:
             return np.ones(len(self))
         return np.array([mask[1:].sum() for mask in self.answers], np.float64)
+
+    @property
+    def source_numbers(self) -> np.ndarray:
+        """Number of the source of each example, int32[n]."""
+        return np.zeros(len(self), np.int32) if self.source is None else self.source
+
+    @property
+    def row_numbers(self) -> np.ndarray:
+        """Number of the row of each example in its source, int64[n]; of texts, of the window."""
+        return self.ids if self.rows is None else self.rows
 
     @property
     def parts(self) -> "tuple[Examples, ...]":
@@ -192,8 +224,9 @@ class Examples:
             prompts=[self.prompts[row] for row in rows] if self.prompts else (),
             responses=[self.responses[row] for row in rows] if self.responses else (),
             counts=dict(self.counts),
-            sources=dict(self.sources),
+            sources=self.sources,
             rejected=None if self.rejected is None else self.rejected.take(rows),
             reference=None if self.reference is None else self.reference[rows],
             ends=self.ends,
+            source=None if self.source is None else self.source[rows],
         )

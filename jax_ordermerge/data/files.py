@@ -8,10 +8,11 @@ import json
 import re
 import zlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.data import values
+from jax_ordermerge.data.provenance import DataFile
 from jax_ordermerge.errors import UserError, first_line
 
 JsonRow = dict[str, Any]
@@ -24,8 +25,21 @@ HUB_NAME: Final = re.compile(
 TEXT_END: Final = "<|endoftext|>"
 
 
+class Table(NamedTuple):
+    """The rows of a data source, and the files that they were read from, in the same order."""
+
+    rows: list[JsonRow]
+    files: tuple[DataFile, ...]
+    passed_over: tuple[str, ...] = ()
+
+
 def load(path: str, split: str = "train", *, limit: int | None = None) -> list[JsonRow]:
-    """Read the rows of a data source.
+    """Return the rows of a data source, see `read`."""
+    return read(path, split, limit=limit).rows
+
+
+def read(path: str, split: str = "train", *, limit: int | None = None) -> Table:
+    """Read a data source.
 
     Args:
         path: a file (json list or `{"data": [...]}`, jsonl, either also .gz, parquet, csv with a
@@ -36,18 +50,21 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[J
         limit: largest number of rows; the first ones are returned.
 
     Returns:
-        One dict per row. All values of a csv are strings. NaN is null.
+        Rows as one dict each. All values of a csv are strings. NaN is null.
 
     Raises:
         UserError: the source is absent, unreadable, of an unknown kind, or empty.
     """
+    sha256 = ""
     if path.startswith(GENERATED):
         from jax_ordermerge.data import synthetic  # only this branch needs it
 
         name, _, named_split = path.removeprefix(GENERATED).partition("@")
         rows: list[JsonRow] = [dict(row) for row in synthetic.generated(name, named_split or split)]
     elif remote.address(path) is not None or Path(path).exists() or path.endswith(SUFFIXES):
-        rows = _read_file(remote.fetch(path))
+        local = remote.fetch(path)
+        rows = _read_file(local)
+        sha256 = _digest(local)
     elif match := HUB_NAME.fullmatch(path):
         rows = _read_hub(match["name"], match["config"], match["split"] or split, limit)
     else:
@@ -57,7 +74,8 @@ def load(path: str, split: str = "train", *, limit: int | None = None) -> list[J
         )
     if not rows:
         raise UserError(f"data {path} holds no rows")
-    return rows[:limit]
+    rows = rows[:limit]
+    return Table(rows, (DataFile(path, len(rows), sha256),))
 
 
 def _read_file(path: Path) -> list[JsonRow]:
@@ -154,12 +172,9 @@ def _parse_csv(text: str, path: Path) -> list[dict[Any, Any]]:
     return list(reader)
 
 
-def file_digest(path: str) -> dict[str, str]:
-    """Return `{"sha256": ...}` of the bytes of a file; nothing where there is no single file."""
-    if path.startswith(GENERATED) or not (local := remote.fetch(path)).is_file():
-        return {}
-    with local.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_hub(name: str, subset: str | None, split: str, limit: int | None) -> list[JsonRow]:

@@ -362,7 +362,7 @@ def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
         raise UserError(f"data.format = '{form}' is not a format{did_you_mean(form, FORMATS)}")
     records, bad = read_rows(rows, form)
     if bad:
-        raise bad_rows_error(bad, where)
+        raise bad_rows_error(bad, lambda row: (where, row))
     return list(records.values())
 
 
@@ -386,22 +386,27 @@ def read_rows(rows: Sequence[Row], form: str) -> tuple[dict[int, Record], dict[i
     return records, bad
 
 
-def bad_rows_error(bad: Mapping[int, str], where: str) -> UserError:
+def bad_rows_error(bad: Mapping[int, str], locate: Callable[[int], tuple[str, int]]) -> UserError:
     """Return one error for all bad rows of a source: a user mends them in one go.
 
     Args:
         bad: what is wrong by row number, as of `read_rows`.
-        where: name of the source.
+        locate: gives the file of a row, and the number of the row in that file.
 
     Example:
-        >>> str(bad_rows_error({1: ": no text", 4: ": no text"}, "train.jsonl"))
+        >>> str(bad_rows_error({1: ": no text", 4: ": no text"}, lambda row: ("train.jsonl", row)))
         'train.jsonl: row 1: no text; 1 more rows too: 4'
     """
     first, *rest = bad
+    path, row = locate(first)
     reason = bad[first]
-    further = f"; {len(rest)} more rows too: {', '.join(map(str, rest[:20]))}" if rest else ""
+    places = [
+        f"{number}" if file == path else f"{file} row {number}"
+        for file, number in map(locate, rest[:20])
+    ]
+    further = f"; {len(rest)} more rows too: {', '.join(places)}" if rest else ""
     remedy = "; remove rows without a response" if reason.startswith(" has no response") else ""
-    return UserError(f"{where}: row {first}{reason}{further}{remedy}")
+    return UserError(f"{path}: row {row}{reason}{further}{remedy}")
 
 
 def _column_names(row: Row) -> str:

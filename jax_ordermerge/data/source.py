@@ -3,13 +3,13 @@
 import dataclasses
 from typing import TYPE_CHECKING, Final, Literal
 
-import numpy as np
-
 from jax_ordermerge import config as schema
+from jax_ordermerge.config.data import DataSource, DataSources, list_sources
 from jax_ordermerge.data import chat, files, formats
 from jax_ordermerge.data.builder import ExampleBuilder
 from jax_ordermerge.data.examples import Examples
-from jax_ordermerge.data.order import permutation
+from jax_ordermerge.data.mixture import apply_weights, concatenate, set_aside
+from jax_ordermerge.data.provenance import SourceInfo
 from jax_ordermerge.data.unused import check_unused
 from jax_ordermerge.errors import UserError
 
@@ -27,7 +27,7 @@ def load_examples(
     """Load, template and tokenize one split. Return None where the config has no such split.
 
     `validation` is set aside from `data.train`, and so is `test` where it has no file: see
-    `set_aside`. `limit` counts rows of the file before any is dropped, and windows of texts.
+    `set_aside`. `limit` counts rows of a source before any is dropped, and windows of texts.
 
     Args:
         data: the section of the config.
@@ -39,7 +39,7 @@ def load_examples(
         UserError: bad input, with the source and the row; nothing left after dropping.
     """
     if split == "test" and data.test is not None:
-        return tokenize(data.test, data, tokenizer, "test", limit=data.test_limit)
+        return tokenize(data.test, data, tokenizer, "test")
     if split != "train" and not (
         data.validation_examples if split == "validation" else data.test_examples
     ):
@@ -52,29 +52,30 @@ def load_splits(
 ) -> dict[str, Examples]:
     """Return all splits of the config, see `load_examples`. Each source is tokenized once.
 
+    Weights apply to what is left to train on, so that held-out examples depend on no weight and no
+    copy of them is trained on.
+
     Raises:
         UserError: see `load_examples`.
     """
-    train = tokenize(data.train, data, tokenizer, "train", limit=data.limit)
+    train = tokenize(data.train, data, tokenizer, "train")
     held_out: dict[str, Examples] = {}
     sizes = {"test": data.test_examples, "validation": data.validation_examples}
     for split, count in sizes.items():
         if count:
             train, held_out[split] = set_aside(train, count, seed, split)
     if data.test is not None:
-        held_out["test"] = tokenize(data.test, data, tokenizer, "test", limit=data.test_limit)
-    return {"train": train, **held_out}
+        held_out["test"] = tokenize(data.test, data, tokenizer, "test")
+    return {"train": apply_weights(train, seed), **held_out}
 
 
 def tokenize(
-    path: str,
+    sources: DataSources,
     data: schema.Data,
     tokenizer: "PreTrainedTokenizerBase",
-    split: str = "train",
-    *,
-    limit: int | None = None,
+    split: Literal["train", "test"] = "train",
 ) -> Examples:
-    """Load one source and tokenize it with the format, template and length of the config.
+    """Load sources and tokenize each with its format and template, and the length of the config.
 
     Examples longer than `max_length` are dropped or truncated at their end (`too_long`). Examples
     without a learned token are dropped. A text is cut into windows that overlap by one token, so
@@ -85,15 +86,65 @@ def tokenize(
     Raises:
         UserError: see `load_examples`.
     """
+    return concatenate(
+        [
+            _tokenize_source(source, settings_of(source, data, split), tokenizer, split)
+            for source in list_sources(sources)
+        ]
+    )
+
+
+def settings_of(source: DataSource, data: schema.Data, split: str) -> schema.Data:
+    """Return the section of the config as it is for one source, its limit under `limit`.
+
+    Example:
+        >>> source = DataSource(path="a.jsonl", template="plain")
+        >>> settings = settings_of(source, schema.Data(template="chat", test_limit=5), "test")
+        >>> settings.template, settings.limit
+        ('plain', 5)
+    """
+    names = ("format", "template", "columns", "ignore_columns", "limit")
+    settings = {name: getattr(source, name) for name in names if getattr(source, name) is not None}
+    limit = data.test_limit if split == "test" else data.limit
+    return data.model_copy(update={"limit": limit} | settings)
+
+
+def read_table(source: DataSource, data: schema.Data, split: str) -> files.Table:
+    """Read a source and name its columns as its format does.
+
+    Args:
+        source: what to read.
+        data: the settings of the source, see `settings_of`.
+        split: of a hub or generated dataset that names none.
+
+    Raises:
+        UserError: see `files.read`.
+    """
+    table = files.read(source.path, source.split or split, limit=data.limit)
+    if not data.columns:
+        return table
     # `columns` applies where a file has the name: training and test files may differ
-    rows = [
-        row | {name: row[alias] for name, alias in data.columns.items() if alias in row}
-        for row in files.load(path, split, limit=limit)
-    ]
-    form = formats.detect(rows[0], path) if data.format == "auto" else data.format
+    names = data.columns.items()
+    rows = [row | {name: row[alias] for name, alias in names if alias in row} for row in table.rows]
+    return table._replace(rows=rows)
+
+
+def _tokenize_source(
+    source: DataSource, data: schema.Data, tokenizer: "PreTrainedTokenizerBase", split: str
+) -> Examples:
+    table = read_table(source, data, split)
+    rows = table.rows
+    info = SourceInfo(
+        source.label,
+        source.path,
+        weight=source.weight,
+        files=table.files,
+        passed_over=table.passed_over,
+    )
+    form = formats.detect(rows[0], source.path) if data.format == "auto" else data.format
     records, bad = formats.read_rows(rows, form)
     if bad and (data.bad_rows == "refuse" or not records):
-        raise formats.bad_rows_error(bad, path)
+        raise formats.bad_rows_error(bad, info.locate)
     if data.learn == "last" and form != "text":
         records = {row: record.last_answer for row, record in records.items()}
     template = chat.resolve_template(data.template, form, list(records.values()), tokenizer)
@@ -105,29 +156,35 @@ def tokenize(
         tokenizer,
         aliases=data.columns,
         ignore=data.ignore_columns,
-        where=path,
+        where=source.path,
     )
     builder, template_bad = _encode_all(records, form, template, data, tokenizer)
     bad |= template_bad
     if bad and (data.bad_rows == "refuse" or len(bad) == len(rows)):
-        raise formats.bad_rows_error(dict(sorted(bad.items())), path)
-    if form == "text" and limit is not None:
-        builder.truncate(limit)  # a row of texts gives several windows
+        raise formats.bad_rows_error(dict(sorted(bad.items())), info.locate)
+    if form == "text" and data.limit is not None:
+        builder.truncate(data.limit)  # a row of texts gives several windows
     counts = {"read": len(rows), **builder.counts, "used": len(builder.ids)}
     if bad:
         counts["dropped_bad_rows"] = len(bad)
     if not builder.ids:
         reasons = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
         raise UserError(
-            f"data {path}: no example is left with data.max_length = {data.max_length}"
+            f"data {source.path}: no example is left with data.max_length = {data.max_length}"
             f" ({reasons}); raise it"
         )
-    sources = {"data": path, "format": form, "template": template} | files.file_digest(path)
-    if ignored:
-        sources["ignored"] = ", ".join(ignored)
     chosen, *rejected = builder.build()
+    info = dataclasses.replace(
+        info,
+        format=form,
+        template=template,
+        ignored=tuple(ignored),
+        counts=counts,
+        # numbers of rows, or of windows or answers where a row gave several
+        id_count=max(len(rows), builder.number + 1, len(builder.ids)),
+    )
     return dataclasses.replace(
-        chosen, counts=counts, sources=sources, rejected=rejected[0] if rejected else None
+        chosen, counts=counts, sources=(info,), rejected=rejected[0] if rejected else None
     )
 
 
@@ -166,41 +223,3 @@ def _encode_all(
                 for pair in zip(*(sequences[row] for sequences in encoded), strict=True):
                     builder.add(pair, row)
     return builder, bad
-
-
-def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Examples, Examples]:
-    """Return (rest, selected): `count` examples selected by the stream `(split,)` of the seed.
-
-    Both are in the order of the file.
-
-    Raises:
-        UserError: no example would be left to train on.
-
-    Example:
-        >>> from jax_ordermerge.data.examples import Ragged
-        >>> tokens, answers = Ragged.of([[1, 2]] * 5, np.int32), Ragged.of([[0, 1]] * 5, np.bool_)
-        >>> train, validation = set_aside(
-        ...     Examples(tokens, answers, np.arange(5)), 2, 0, "validation"
-        ... )
-        >>> train.ids.tolist(), validation.ids.tolist()
-        ([2, 3, 4], [0, 1])
-    """
-    order = permutation(len(examples), seed, split)
-    if examples.rows is not None:
-        # Answers of one conversation stay on one side: each is in the prompt of the next.
-        order = np.concatenate(
-            [np.flatnonzero(examples.rows == row) for row in dict.fromkeys(examples.rows[order])]
-        )
-        ends = np.flatnonzero(np.diff(examples.rows[order], append=-1)) + 1
-        # As many conversations as do not exceed the count, but at least one.
-        fitting = int(np.searchsorted(ends, count, "right"))
-        count = int(ends[max(fitting - 1, 0)])
-    if count >= len(examples):
-        raise UserError(
-            f"data.{split}_examples = {count} leaves none of {len(examples)} training examples;"
-            " lower it"
-        )
-    # by a mask, so that both parts keep the order of the file
-    selected = np.zeros(len(examples), bool)
-    selected[order[:count]] = True
-    return examples.take(np.flatnonzero(~selected)), examples.take(np.flatnonzero(selected))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jax_ordermerge.config import Data
+from jax_ordermerge.config.data import DataSource, list_sources
 from jax_ordermerge.config.evaluation import ShotsTask, Task
 from jax_ordermerge.data import chat, files, formats, source
 from jax_ordermerge.data.examples import Examples
@@ -41,7 +42,11 @@ class TaskInputs:
     def rows(self, task: Task) -> list[dict[str, Any]]:
         """Return all rows of the file of a task, its limit not yet applied."""
         # all rows: the shots of MBPP are among them, and a limit could cut them off
-        return files.load(self._path(task), "test")
+        return [
+            row
+            for item in self._sources(task)
+            for row in files.load(item.path, item.split or "test", limit=item.limit)
+        ]
 
     def questions(self, task: ShotsTask, formatter: Formatter | None = None) -> list[Question]:
         """Return the items of a task, each after its shots.
@@ -54,15 +59,25 @@ class TaskInputs:
         Raises:
             UserError: there are no data, a row does not fit, or there are too few shots.
         """
-        path = self._path(task)
-        # The limit is passed on: of a hub dataset no more rows are downloaded.
-        rows = files.load(path, "test", limit=task.limit)
-        formatter = formatter or self._training_formatter(rows, path)
+        # The limit of data.test does not apply to the file of a task.
+        data = self.data if task.data is None else self.data.model_copy(update={"test_limit": None})
         pool = self._shot_pool(task)
-        return [
-            make_question(task, formatter, row, self._shots(task, pool, row, number), number)
-            for number, row in enumerate(rows)
-        ]
+        questions: list[Question] = []
+        for item in self._sources(task):
+            settings = source.settings_of(item, data, "test")
+            if task.limit is not None:
+                # The limit is passed on: of a hub dataset no more rows are downloaded.
+                left = task.limit - len(questions)
+                settings = settings.model_copy(update={"limit": min(settings.limit or left, left)})
+            rows = source.read_table(item, settings, "test").rows
+            format_rows = formatter or self._training_formatter(rows, settings, item.path)
+            for row in rows:
+                number = len(questions)
+                shots = self._shots(task, pool, row, number)
+                questions.append(make_question(task, format_rows, row, shots, number))
+            if len(questions) == task.limit:
+                break
+        return questions
 
     def prompts(self, task: ShotsTask, formatter: Formatter | None = None) -> list[Prompt]:
         """Return the items of a task as tokens that a model continues.
@@ -109,11 +124,11 @@ class TaskInputs:
         template = chat.resolve_template(self.data.template, "alpaca", [record], self.tokenizer)
         return chat.prompt_tokens(record, template, self.tokenizer).tolist()
 
-    def _path(self, task: Task) -> str:
-        path = task.data or self.data.test
-        if path is None:
+    def _sources(self, task: Task) -> tuple[DataSource, ...]:
+        sources = task.data or self.data.test
+        if sources is None:
             raise _no_data(task)
-        return path
+        return list_sources(sources)
 
     def _examples(self, task: Task) -> Examples:
         data, examples = self.data, self.test
@@ -134,17 +149,15 @@ class TaskInputs:
         record = Record(messages=(*context, {"role": "assistant", "content": ""}))
         return chat.prompt_tokens(record, "chat", self.tokenizer).tolist()
 
-    def _training_formatter(self, rows: Sequence[Row], path: str) -> Formatter:
-        # One format and template for all rows, from the first: rows of one file that differ in
+    def _training_formatter(self, rows: Sequence[Row], settings: Data, path: str) -> Formatter:
+        # One format and template for all rows of a source, from the first: rows that differ in
         # their columns are an error.
-        form = formats.detect(rows[0], path) if self.data.format == "auto" else self.data.format
+        form = formats.detect(rows[0], path) if settings.format == "auto" else settings.format
 
         def record(row: Row) -> Record:
             return formats.normalize([row], form, path)[0]
 
-        template = chat.resolve_template(
-            self.data.template, form, [record(rows[0])], self.tokenizer
-        )
+        template = chat.resolve_template(settings.template, form, [record(rows[0])], self.tokenizer)
         if template == "chat":
             return Formatter(
                 lambda row: record(row).prompt,
@@ -161,14 +174,22 @@ class TaskInputs:
     def _shot_pool(self, task: ShotsTask) -> list[dict[str, Any]]:
         if not task.shots:
             return []
-        path = task.shots_from or self.data.train
+        sources = list_sources(task.shots_from or self.data.train)
         # One more than needed, because a row is never its own shot.
         limit = task.shots + 1 if task.shots_order == "first" else None
-        rows = files.load(path, "train", limit=limit)
+        rows = [
+            row
+            for item in sources
+            for row in source.read_table(
+                item,
+                source.settings_of(item, self.data, "train").model_copy(update={"limit": limit}),
+                "train",
+            ).rows
+        ]
         if len(rows) < task.shots:
             raise UserError(
-                f"evaluation task {task.name}: {path} has {len(rows)} rows, fewer than shots = "
-                f"{task.shots}; lower it"
+                f"evaluation task {task.name}: {', '.join(item.path for item in sources)} has"
+                f" {len(rows)} rows, fewer than shots = {task.shots}; lower it"
             )
         return rows
 

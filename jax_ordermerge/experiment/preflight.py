@@ -73,8 +73,14 @@ def check_data(
     """
     if splits["train"].rejected is not None and config.objective.kind != "dpo":
         raise UserError(
-            f"data.train = {config.data.train} holds preference pairs, objective.kind = sft learns"
-            " responses; set it to dpo"
+            f"data.train: {splits['train'].sources[0].name} holds preference pairs, objective.kind ="
+            " sft learns responses; set it to dpo"
+        )
+    if splits["train"].rejected is None and config.objective.kind == "dpo":
+        raise UserError(
+            f"data.train: {splits['train'].sources[0].name} has format"
+            f" {splits['train'].sources[0].format}, objective.kind = dpo learns preference pairs;"
+            " remove format"
         )
     # a token beyond the table would read the row of another token: gathers clamp on devices
     if len(tokenizer) > model.vocab_size:

@@ -87,7 +87,7 @@ def read_prompts(
     if settings.prompts:
         # prompts of the config are templated as the training data were, else the members would be
         # asked in a form that they have never seen
-        template = splits["train"].sources.get("template", "plain")
+        template = splits["train"].sources[0].template
         records = [Record.single_turn(prompt) for prompt in settings.prompts]
         tokens = [chat.prompt_tokens(record, template, tokenizer).tolist() for record in records]
         prompts = Prompts(list(settings.prompts), tokens)

@@ -1,5 +1,6 @@
 """The splits of a run: what data.json records of them, whether they changed, what they share."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -88,8 +89,8 @@ def describe(splits: Mapping[str, Examples]) -> dict[str, Json]:
     """Return what data.json records, by split."""
     descriptions: dict[str, Json] = {
         name: {
-            "source": examples.sources.get("data", ""),
-            "sources": dict(examples.sources),
+            "source": _names(examples),
+            "sources": _describe_sources(examples),
             "digest": examples.digest,
             "examples": len(examples),
             "tokens": sum(int(part.lengths.sum()) for part in examples.parts),
@@ -135,13 +136,32 @@ def check_same_data(run: RunLayout, splits: Mapping[str, Examples]) -> None:
         )
 
 
+def _describe_sources(examples: Examples) -> list[Json]:
+    lengths = np.sum([part.lengths for part in examples.parts], 0)
+    numbers = examples.source_numbers
+    return [
+        dataclasses.asdict(source)
+        | {
+            "files": [file._asdict() for file in source.files],
+            "examples": int((numbers == number).sum()),
+            "tokens": int(lengths[numbers == number].sum()),
+        }
+        for number, source in enumerate(examples.sources)
+    ]
+
+
+def _names(examples: Examples) -> str:
+    return ", ".join(source.name for source in examples.sources)
+
+
 def _change(before: Json, examples: Examples) -> str:
-    """Return the file of a split, and how it differs from its record."""
-    source = examples.sources.get("data", "")
+    """Return the sources of a split, and how they differ from their record."""
+    names = _names(examples)
     if before["examples"] != len(examples):
-        return f"{source}: {before['examples']} examples -> {len(examples)}"
-    # The examples are of tokens, so they may differ while the bytes of their file are the same.
-    digest = examples.sources.get("sha256")
-    if digest is not None and digest == before["sources"].get("sha256"):
-        return f"{source}: same content, other tokens; the template or the tokenizer changed"
-    return f"{source}: other content, {len(examples)} examples as before"
+        return f"{names}: {before['examples']} examples -> {len(examples)}"
+    # The examples are of tokens, so they may differ while the bytes of their files are the same.
+    digests = [file.sha256 for source in examples.sources for file in source.files]
+    recorded = [file["sha256"] for source in before["sources"] for file in source["files"]]
+    if "" not in digests and digests == recorded:
+        return f"{names}: same content, other tokens; the template or the tokenizer changed"
+    return f"{names}: other content, {len(examples)} examples as before"

@@ -9,6 +9,7 @@ import pytest
 from jax_ordermerge.config import Data
 from jax_ordermerge.data import chat, source
 from jax_ordermerge.data.formats import normalize
+from jax_ordermerge.data.mixture import set_aside
 from jax_ordermerge.errors import UserError
 
 # ChatML with all that a template may use.
@@ -182,7 +183,7 @@ def test_what_nothing_reads_is_refused_once_and_by_name(load):
     with pytest.raises(UserError, match=r"nothing reads hint, messages\.mood, rating \(format"):
         load(rows)
     _, examples = load(rows, ignore_columns=["hint", "messages.mood", "rating"])
-    assert examples.sources["ignored"] == "hint, id, messages.mood, rating, source"
+    assert ", ".join(examples.sources[0].ignored) == "hint, id, messages.mood, rating, source"
     with pytest.raises(UserError, match="nothing reads tools"):
         load(
             [{"messages": TALK, "tools": [WEATHER]}], chat_template=FULL.replace("if tools", "if 0")
@@ -223,8 +224,8 @@ def test_no_key_can_change_without_changing_the_tokens(load):
         "url": "x.org",
     }
     _, examples = load([row])
-    ignored = examples.sources["ignored"].split(", ")
-    assert ignored == ["messages.id", "messages.tool_call_id", "messages.tool_calls.id", "url"]
+    ignored = examples.sources[0].ignored
+    assert ignored == ("messages.id", "messages.tool_call_id", "messages.tool_calls.id", "url")
     for *path, last in leaves(row):
         changed = copy.deepcopy(row)
         target = changed
@@ -383,13 +384,13 @@ def test_answers_of_one_conversation_are_set_aside_together(load):
     ]
     _, examples = load(rows, chat_template=CHANGING)
     for seed in range(4):
-        train, validation = source.set_aside(examples, 4, seed, "validation")
+        train, validation = set_aside(examples, 4, seed, "validation")
         assert len(validation) == 4
         assert not set(train.rows) & set(validation.rows)
         assert sorted([*train.ids, *validation.ids]) == list(range(12))
     sizes = {1: 2, 2: 2, 3: 2, 5: 4, 11: 10}  # never a half, and never none
     for count, size in sizes.items():
-        assert len(source.set_aside(examples, count, 0, "validation")[1]) == size
+        assert len(set_aside(examples, count, 0, "validation")[1]) == size
 
 
 def test_stock_template_of_qwen3(load, shared_data):

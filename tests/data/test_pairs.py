@@ -76,7 +76,7 @@ def test_turns_of_the_prompt_are_not_learned(tmp_path, byte_tokenizer, chatml):
     pairs = pairs_of(
         tmp_path, [{"chosen": chosen, "rejected": rejected}], tokenizer, template="auto"
     )
-    assert (pairs.sources["format"], pairs.sources["template"]) == ("preference", "chat")
+    assert (pairs.sources[0].format, pairs.sources[0].template) == ("preference", "chat")
     assert learned_of(pairs, 0, tokenizer) == "See you<|im_end|>"
     assert learned_of(pairs.rejected, 0, tokenizer) == "Go<|im_end|>"
 

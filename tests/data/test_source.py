@@ -1,6 +1,8 @@
 """Sources into examples: what is dropped and counted, splits, errors of rows."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,9 +37,11 @@ def test_examples_of_a_file(tmp_path, byte_tokenizer):
         "dropped_no_response_tokens": 0,
         "used": 12,
     }
-    assert examples.sources["format"] == "question_answer"
-    assert examples.sources["template"] == "gsm8k"
-    assert len(examples.sources["sha256"]) == 64
+    assert examples.sources[0].format == "question_answer"
+    assert examples.sources[0].template == "gsm8k"
+    assert (
+        examples.sources[0].files[0].sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    )
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.csv"])
@@ -336,12 +340,11 @@ def test_real_files(shared_data):
     tokenizer = load_tokenizer(shared_data / "models" / "stories260K")
     alpaca = tokenize(
         str(shared_data / "alpaca" / "random_9k.json"),
-        Data(format="alpaca", too_long="truncate"),
+        Data(format="alpaca", too_long="truncate", limit=200),
         tokenizer,
-        limit=200,
     )
     assert alpaca.counts["used"] + alpaca.counts["dropped_no_response_tokens"] == 200
-    gsm8k = tokenize(str(shared_data / "gsm8k" / "test.jsonl"), Data(), tokenizer, limit=100)
+    gsm8k = tokenize(str(shared_data / "gsm8k" / "test.jsonl"), Data(limit=100), tokenizer)
     assert gsm8k.counts["used"] + gsm8k.counts["dropped_too_long"] == 100
     assert gsm8k.longest <= 512
     with pytest.raises(
