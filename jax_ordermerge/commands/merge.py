@@ -1,5 +1,6 @@
 """Merging checkpoints outside a run: from a recipe, or from models named on the command line."""
 
+import functools
 import io
 import shutil
 import sys
@@ -108,10 +109,11 @@ def plan_models(
     # before the models are opened: a model in a bucket or on a hub is fetched first
     method_parameters = read_parameters(parameters)
     method_weights = None if weights is None else read_weights(weights)
-    members = [references.open_model(remote.address(model) or str(model)) for model in models]
+    open_model = functools.partial(references.open_model, dtype=dtype)
+    members = [open_model(remote.address(model) or str(model)) for model in models]
     return plan.uniform(
         members,
-        None if base is None else references.open_model(base),
+        None if base is None else open_model(base),
         method=method,
         seed=seed,
         weights=method_weights,

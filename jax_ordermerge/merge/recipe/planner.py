@@ -133,8 +133,11 @@ def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Pl
 def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
     references = recipe.references()
     indices = {reference: index for index, reference in enumerate(references)}
+    # Known before the models are opened, so that an adapter on its base is rounded to it once.
+    dtype = None if recipe.dtype is None else resolve_dtype(recipe.dtype, [])
     sources: list[Source] = [
-        open_model(reference.name, reference.adapter, resolve=resolve) for reference in references
+        open_model(reference.name, reference.adapter, resolve=resolve, dtype=dtype)
+        for reference in references
     ]
     notes = []
     # a tied head can be made a copy of the embedding, an untied one cannot be tied again

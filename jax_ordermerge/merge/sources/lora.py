@@ -1,5 +1,8 @@
 """A base model with low-rank adapters on it, read as the dense model W + s B A.
 
+DoRA scales the rows of W + s B A to trained lengths (Liu et al. 2024,
+https://arxiv.org/abs/2402.09353). Trained rows of an embedding replace those of the base.
+
 The product is added in float32 on the host, in blocks of rows with fixed borders. So the bits of an
 element depend neither on which elements are read together nor on the storage of the adapter.
 
@@ -8,6 +11,7 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +35,15 @@ class Product(NamedTuple):
     Attributes:
         read_factors: returns B [out, r] and A [r, in], float32.
         scale: s.
+        magnitude: length that DoRA gives to each row of W + s B A, float32[out], or to each column
+            of an embedding, float32[in]; None for LoRA.
+        of_columns: whether the magnitudes are of columns.
     """
 
     read_factors: Callable[[], tuple[np.ndarray, np.ndarray]]
     scale: float
+    magnitude: np.ndarray | None = None
+    of_columns: bool = False
 
     def elements(self, start: int, size: int) -> np.ndarray:
         """Return `size` elements of s B A from row-major index `start` on, float32."""
@@ -45,6 +54,18 @@ class Product(NamedTuple):
         blocks = [b[row : row + _ROWS] @ a for row in range(first, last, _ROWS)]
         elements = np.concatenate(blocks).reshape(-1)[start - first * width :][:size]
         return np.float32(self.scale) * elements
+
+
+class TrainedRows(NamedTuple):
+    """Rows of a matrix that replace those of the base.
+
+    Attributes:
+        numbers: int[n], sorted.
+        values: float32[n, in].
+    """
+
+    numbers: np.ndarray
+    values: np.ndarray
 
 
 class LoRA:
@@ -59,6 +80,8 @@ class LoRA:
             computed in float32 and rounded to it once.
         saved: name -> tensor that replaces that of the base, as (reader, name in it).
         rows: of the embedding, if the saved one has other rows than the base.
+        trained_rows: name -> rows that replace those of the base.
+        biases: name -> float32 array that is added to the bias of the base.
         directory: where the tokenizer files may be; None is the directory of the base.
     """
 
@@ -72,9 +95,13 @@ class LoRA:
         dtype: np.dtype | None = None,
         saved: Mapping[str, tuple[safetensors.Reader, str]] | None = None,
         rows: int | None = None,
+        trained_rows: Mapping[str, TrainedRows] | None = None,
+        biases: Mapping[str, np.ndarray] | None = None,
         directory: Path | None = None,
     ) -> None:
         self._base, self._products, self._saved = base, products, saved or {}
+        self._trained_rows, self._biases = trained_rows or {}, biases or {}
+        self._column_scales: dict[str, np.ndarray] = {}
         self._identity, self._dtype = identity, dtype
         self.label, self.directory = label, directory or base.directory
         self.config = dataclasses.replace(base.config, vocab_size=rows or base.config.vocab_size)
@@ -89,20 +116,77 @@ class LoRA:
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """See `Source.read_into`."""
-        # a saved matrix replaces that of the base, and may have a change of its own on top
+        is_changed = any(
+            name in changes for changes in (self._products, self._trained_rows, self._biases)
+        )
         reader, stored_name = self._saved.get(name, (self._base, name))
-        stored_dtype = reader.info(stored_name).dtype
-        if name not in self._products and stored_dtype == out.dtype:
+        if not is_changed and reader.info(stored_name).dtype == out.dtype:
             reader.read_into(stored_name, start, out)
             return
-        values = np.empty(out.size, stored_dtype)
-        reader.read_into(stored_name, start, values)
-        if name in self._products:
-            change = self._products[name].elements(start, out.size)
-            # in float32 and rounded once by `cast` below; in bfloat16 s B A would round before it
-            # is added
-            values = values.astype(np.float32) + change
+        # in float32 and rounded once by `cast`; in bfloat16 s B A would round before it is added
+        values = (
+            self._changed(name, start, out.size)
+            if is_changed
+            else self._stored(name, start, out.size)
+        )
         out.reshape(-1)[:] = safetensors.cast(values, out.dtype, f"{self.label}: {name}")
+
+    def _stored(self, name: str, start: int, size: int) -> np.ndarray:
+        """Return elements of a tensor without its change, in their dtype."""
+        # a saved matrix replaces that of the base, and may have a change of its own on top
+        reader, stored_name = self._saved.get(name, (self._base, name))
+        values = np.empty(size, reader.info(stored_name).dtype)
+        reader.read_into(stored_name, start, values)
+        return values
+
+    def _changed(self, name: str, start: int, size: int) -> np.ndarray:
+        """Return elements of a changed tensor, float32."""
+        product = self._products.get(name)
+        width = math.prod(self.info(name).shape[1:])
+        if product is not None and product.magnitude is not None and not product.of_columns:
+            # the length of a row needs the whole row
+            first, last = start // width, -(-(start + size) // width)
+            rows = self._sum(name, product, first * width, (last - first) * width)
+            rows = rows.reshape(-1, width)
+            norms = np.linalg.norm(rows, axis=1)
+            rows = rows * (product.magnitude[first:last] / norms)[:, None]
+            values = rows.reshape(-1)[start - first * width :][:size]
+        elif product is not None:
+            values = self._sum(name, product, start, size)
+            if product.of_columns:
+                columns = np.arange(start, start + size) % width
+                values = values * self._scales_of_columns(name, product)[columns]
+        else:
+            values = self._stored(name, start, size).astype(np.float32)
+        if name in self._biases:
+            values = values + self._biases[name][start : start + size]
+        for number, row in zip(*self._trained_rows.get(name, ((), ())), strict=True):
+            begin = max(number * width, start)
+            end = min((number + 1) * width, start + size)
+            if begin < end:
+                row_start = begin - number * width
+                values[begin - start : end - start] = row[row_start : row_start + end - begin]
+        return values
+
+    def _sum(self, name: str, product: Product, start: int, size: int) -> np.ndarray:
+        """Return elements of W + s B A, float32."""
+        values = self._stored(name, start, size).astype(np.float32)
+        return values + product.elements(start, size)
+
+    def _scales_of_columns(self, name: str, product: Product) -> np.ndarray:
+        """Return magnitude per length of each column of W + s B A, float32[in]."""
+        # Once per matrix. Two threads may both compute it, with the same bits.
+        if name not in self._column_scales:
+            assert product.magnitude is not None
+            rows, width = self.info(name).shape
+            squares = np.zeros(width)
+            for first in range(0, rows, _ROWS):
+                count = min(_ROWS, rows - first)
+                block = self._sum(name, product, first * width, count * width)
+                squares += np.square(block.reshape(-1, width), dtype=np.float64).sum(axis=0)
+            scales = product.magnitude / np.sqrt(squares)
+            self._column_scales[name] = scales.astype(np.float32)
+        return self._column_scales[name]
 
     def identity(self) -> str:
         """See `Source.identity`."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -20,22 +21,44 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import atomic, safetensors, shards, sidecar_files
 from jax_ordermerge.config import Lora
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.sources.lora import LoRA, Product
-from jax_ordermerge.merge.sources.storage import Source, vocabulary_tensors
+from jax_ordermerge.merge.sources.lora import LoRA, Product, TrainedRows
+from jax_ordermerge.merge.sources.storage import Source, Untied, vocabulary_tensors
 from jax_ordermerge.model.lora import PREFIX, A, B, table, targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FACTORS = {A: "A", B: "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+# Ends of the names in the weights file -> the part of the adapter.
+_PARTS = {
+    A: "A",
+    B: "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_B.bias": "bias",
+    ".token_adapter.trainable_tokens_delta": "rows",
+}
+# In the name of a weight that `modules_to_save` replaces: written where the vocabulary grew.
+_ORIGINAL = ".original_module"
 # Keys of adapter_config.json that change W + s B A, and the values with which they do not. All
 # other values of `init_lora_weights` (pissa, olora, corda, loftq) change the base, too.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none", None),
+    "bias": ("none", "lora_only", "all", None),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 # Values with which any other key is as good as absent.
 _ABSENT: tuple[Any, ...] = (False, None, "", [], {})
-_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+_READ = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "ensure_weight_tying",
+    "trainable_token_indices",
+}
 # Keys without influence on the merged matrix. The names in the weights file say which modules are
 # adapted, so `target_modules` and the like are not needed. PEFT ignores `fan_in_fan_out` for the
 # linear layers of these architectures.
@@ -49,7 +72,6 @@ _IGNORED = {
     "lora_dropout",
     "target_modules",
     "exclude_modules",
-    "modules_to_save",
     "layers_to_transform",
     "layers_pattern",
     "megatron_core",
@@ -59,7 +81,6 @@ _IGNORED = {
     "corda_config",
     "loftq_config",
     "lora_ga_config",
-    "ensure_weight_tying",
     "fan_in_fan_out",
     "runtime_config",
 }
@@ -70,30 +91,43 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
 
 
-def open_adapter(base: Source, adapter: str | Path, label: str) -> LoRA:
-    """Open a base with a PEFT adapter on it: W + s B A, rounded to the dtype of W.
+def open_adapter(
+    base: Source, adapter: str | Path, label: str, *, dtype: DTypeLike | None = None
+) -> LoRA:
+    """Open a base with a PEFT adapter on it, as the dense model that PEFT's forward computes.
 
-    s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`. Modules that the adapter saves
-    as a whole replace those of the base, in its dtype. Embeddings may then have other rows.
+    A changed matrix is W + s B A with s = lora_alpha / r, or lora_alpha / sqrt(r) with
+    `use_rslora`; DoRA then scales its rows. Modules that the adapter saves as a whole replace those
+    of the base, and trained tokens replace rows of the embedding. Embeddings may have other rows
+    than the base.
+
+    An adapter of the embedding alone, or of the head alone, unties a base that ties the two: PEFT
+    changes one of the two modules, and the other keeps the weights of the base. With
+    `ensure_weight_tying`, and where the vocabulary merely grew, the model stays tied.
 
     Args:
         base: the model that the adapter was trained on.
         adapter: directory with `adapter_config.json` and `adapter_model.safetensors`.
         label: what the user called both.
+        dtype: of the result, to which the float32 sum is rounded once; None is the dtype of each
+            tensor of the base.
 
     Raises:
-        UserError: the adapter changes more than W + s B A, or does not fit the base.
+        UserError: the adapter changes what cannot be read, or does not fit the base.
     """
     directory = Path(adapter)
     settings = safetensors.read_json(directory / CONFIG)
     _check_settings(directory, settings)
     path = directory / WEIGHTS
     file = _AdapterFile(base, path, safetensors.Reader(path), settings)
-    factors, saved = file.tensors()
+    parts, saved, originals = file.tensors()
+    base = file.untie(parts, saved, originals)
+    file = file._replace(base=base)
     products = {
-        target: file.product(target, names, saved.get(target)) for target, names in factors.items()
+        target: file.product(target, names, saved.get(target))
+        for target, names in parts.items()
+        if names.keys() != {"rows"}
     }
-    file.drop_tied_head(saved)
     rows = file.check_saved(saved, label)
     stat = path.stat()
     return LoRA(
@@ -101,8 +135,15 @@ def open_adapter(base: Source, adapter: str | Path, label: str) -> LoRA:
         products,
         label=label,
         identity=f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}",
+        dtype=None if dtype is None else jnp.dtype(dtype),
         saved={target: (file.reader, name) for target, name in saved.items()},
         rows=rows,
+        trained_rows={
+            target: file.trained_rows(target, names["rows"], rows)
+            for target, names in parts.items()
+            if "rows" in names
+        },
+        biases=file.biases(parts),
         directory=directory if (directory / "tokenizer.json").is_file() else None,
     )
 
@@ -115,21 +156,26 @@ class _AdapterFile(NamedTuple):
     reader: safetensors.Reader
     settings: Mapping[str, Any]
 
-    def tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    def tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
         """Return the tensors of the file by the Hugging Face name of the matrix that they change.
 
         Returns:
-            Factors, `{matrix: {"A": name in the file, "B": name}}`, and matrices saved as a whole,
-            `{matrix: name in the file}`.
+            Parts, `{matrix: {"A": name in the file, ...}}` with the parts of `_PARTS`; matrices
+            saved as a whole, `{matrix: name in the file}`; and weights that a base with a grown
+            vocabulary had in place of a saved module, in the same form.
         """
-        factors: dict[str, dict[str, str]] = {}
+        parts: dict[str, dict[str, str]] = {}
         saved: dict[str, str] = {}
-        # an adapter may hold a head of its own although the base ties it; see `drop_tied_head`
+        originals: dict[str, str] = {}
+        # an adapter may hold a head of its own although the base ties it; see `untie`
         matrices = {name for name, _, _ in arch.hf_tensors(self.base.config)}
         matrices.update(vocabulary_tensors(self.base.config))
         for name in self.reader.names:
-            suffix = next((suffix for suffix in _FACTORS if name.endswith(suffix)), None)
+            suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
             target = name.removesuffix(suffix or "").removeprefix(PREFIX)
+            if _ORIGINAL in target:
+                originals[target.replace(_ORIGINAL, "")] = name
+                continue
             # parts of the name that the wrapper modules of PEFT add
             target = target.replace(".modules_to_save", "").replace(".base_layer", "")
             target = f"{target}.weight" if suffix else target
@@ -141,20 +187,109 @@ class _AdapterFile(NamedTuple):
             if suffix is None:
                 saved[target] = name
             else:
-                factors.setdefault(target, {})[_FACTORS[suffix]] = name
-        return factors, saved
+                parts.setdefault(target, {})[_PARTS[suffix]] = name
+        return parts, saved, originals
+
+    def untie(
+        self,
+        parts: dict[str, dict[str, str]],
+        saved: dict[str, str],
+        originals: Mapping[str, str],
+    ) -> Source:
+        """Return the base, untied where the adapter makes embedding and head differ.
+
+        What the file says of the head is removed from `parts` and `saved` where the model stays
+        tied, and completed where it does not.
+
+        Raises:
+            UserError: the file has a head that contradicts its settings.
+        """
+        if not self.base.config.tie_embeddings:
+            return self.base
+        embedding, head = vocabulary_tensors(self.base.config)
+        modules = [str(name).split(".")[-1] for name in self.settings.get("modules_to_save") or ()]
+        # With tying, PEFT gives the head the very weights of the embedding, and writes them twice.
+        # Trained tokens are tied without being asked to.
+        if self.settings.get("ensure_weight_tying") or "rows" in parts.get(embedding, ()):
+            parts.pop(head, None)
+            saved.pop(head, None)
+            return self.base
+        if embedding in parts or head in parts or {"embed_tokens", "lm_head"} & {*modules}:
+            # The module that is not trained keeps the weights of the base. They are in the file
+            # where the vocabulary grew, under the name of either.
+            grown = {"embed_tokens": embedding, "lm_head": head}
+            whole = [name for module, name in grown.items() if module not in modules]
+            in_file = [saved[name] for name in whole if name in saved] + [*originals.values()]
+            for name in whole:
+                if in_file:
+                    saved.setdefault(name, in_file[0])
+            return Untied(self.base)
+        # A head that equals the embedding is redundant: the vocabulary grew.
+        if head in saved:
+            values = self.reader.read(saved.pop(head))
+            if embedding not in saved or not np.array_equal(
+                values, self.reader.read(saved[embedding])
+            ):
+                raise UserError(
+                    f"{self.path} saves {head}, which {self.base.label} ties to its embedding and"
+                    f" which modules_to_save of {CONFIG} does not name; the two files must belong"
+                    " together"
+                )
+        return self.base
+
+    def trained_rows(self, target: str, name: str, rows: int) -> TrainedRows:
+        """Return the rows of `trainable_token_indices` of one matrix."""
+        given = self.settings.get("trainable_token_indices")
+        module = target.removesuffix(".weight")
+        if isinstance(given, Mapping):
+            given = _match_pattern(
+                {re.escape(key): value for key, value in given.items()}, module, None
+            )
+        values = self.reader.read(name).astype(np.float32)
+        numbers = np.asarray(given if given is not None else [], np.int64)
+        width = self.base.info(target).shape[1]
+        if values.shape != (len(numbers), width) or not len(numbers):
+            raise UserError(
+                f"{self.path}: {name} has shape {values.shape}, trainable_token_indices of {CONFIG}"
+                f" names {len(numbers)} rows of {width}; the two files must belong together"
+            )
+        if numbers.min() < 0 or numbers.max() >= rows or len({*numbers.tolist()}) < len(numbers):
+            raise UserError(
+                f"{self.path}: trainable_token_indices of {CONFIG} names row {numbers.max()};"
+                f" {self.base.label} has {rows} rows, and each may be named once"
+            )
+        order = np.argsort(numbers)
+        return TrainedRows(numbers[order], values[order])
+
+    def biases(self, parts: Mapping[str, Mapping[str, str]]) -> dict[str, np.ndarray]:
+        """Return the changes of biases (`lora_bias`): name -> float32[out]."""
+        changes = {}
+        names = {name for name, _, _ in arch.hf_tensors(self.base.config)}
+        for target, tensors in parts.items():
+            if "bias" not in tensors:
+                continue
+            bias = target.removesuffix(".weight") + ".bias"
+            if bias not in names:
+                raise UserError(
+                    f"{self.path} adds a bias to {target} (lora_bias), and {self.base.label} has"
+                    f" none there; a model with {bias} is not offered"
+                )
+            scale = self.product(target, tensors, None).scale
+            changes[bias] = np.float32(scale) * self.reader.read(tensors["bias"]).astype(np.float32)
+        return changes
 
     def product(self, target: str, names: Mapping[str, str], saved: str | None) -> Product:
         """Return the change of one matrix, having checked shapes and rank."""
-        if names.keys() != {"A", "B"}:
+        if not {"A", "B"} <= names.keys():
             raise UserError(
                 f"{self.path} has only one of the two matrices for {target}; "
                 "the file is not complete"
             )
-        if target not in {name for name, _, _ in arch.hf_tensors(self.base.config)}:
+        if ("magnitude" in names) != bool(self.settings.get("use_dora")):
             raise UserError(
-                f"{self.path} changes {target}, which {self.base.label} ties to its embedding; "
-                "this is not offered"
+                f"{self.path}: use_dora of {CONFIG} is {self.settings.get('use_dora')}, and"
+                f" {target} has {'a' if 'magnitude' in names else 'no'} lora_magnitude_vector; the"
+                " two files must belong together"
             )
         a, b = (self.reader.info(names[factor]).shape for factor in "AB")
         # the factors of an embedding [V, D] are A [r, V] and B [D, r], those of a linear layer
@@ -179,7 +314,16 @@ class _AdapterFile(NamedTuple):
         # rank-stabilized LoRA divides by sqrt(r), so that its change keeps its size as r grows
         scale = alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
         read_factors = functools.partial(self._read_factors, names["A"], names["B"], is_embedding)
-        return Product(read_factors, float(scale))
+        if "magnitude" not in names:
+            return Product(read_factors, float(scale))
+        magnitude = self.reader.read(names["magnitude"]).astype(np.float32).reshape(-1)
+        if len(magnitude) != shape[is_embedding]:
+            raise UserError(
+                f"{self.path}: {names['magnitude']} has {len(magnitude)} elements,"
+                f" expected {shape[is_embedding]}"
+            )
+        # PEFT transposes an embedding first, so that its magnitudes are of columns
+        return Product(read_factors, float(scale), magnitude, is_embedding)
 
     def _read_factors(
         self, a_name: str, b_name: str, is_embedding: bool
@@ -187,19 +331,6 @@ class _AdapterFile(NamedTuple):
         a, b = (self.reader.read(name).astype(np.float32) for name in (a_name, b_name))
         # PEFT computes an embedding as a lookup in A^T, so the weight is (B A)^T = A^T B^T
         return (a.T, b.T) if is_embedding else (b, a)
-
-    def drop_tied_head(self, saved: dict[str, str]) -> None:
-        """Remove a saved head from `saved` if the base ties it and it equals the embedding."""
-        # A head that equals the embedding is redundant. One that differs would untie the model.
-        embedding, head = vocabulary_tensors(self.base.config)
-        if not self.base.config.tie_embeddings or head not in saved:
-            return
-        values = self.reader.read(saved.pop(head))
-        if embedding not in saved or not np.array_equal(values, self.reader.read(saved[embedding])):
-            raise UserError(
-                f"{self.path} saves {head}, which {self.base.label} ties to its embedding; "
-                "this is not offered"
-            )
 
     def check_saved(self, saved: Mapping[str, str], label: str) -> int:
         """Compare saved matrices with those of the base; return the rows of the embedding."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from jax.typing import DTypeLike
 
 from jax_ordermerge.checkpoint import convert, orbax, remote
 from jax_ordermerge.config import Lora, Model
@@ -17,7 +18,11 @@ Resolve = Callable[[str], Path]
 
 
 def open_model(
-    name: str, adapter: str | None = None, *, resolve: Resolve = convert.resolve
+    name: str,
+    adapter: str | None = None,
+    *,
+    resolve: Resolve = convert.resolve,
+    dtype: DTypeLike | None = None,
 ) -> Source:
     """Open a model by name. Headers and shapes are checked, tensors are not read.
 
@@ -27,6 +32,8 @@ def open_model(
             `MODEL+ADAPTER`. The name of an existing directory is never split or parsed.
         adapter: directory or hub name of a LoRA adapter, if it is not part of the name.
         resolve: maps a name to a directory.
+        dtype: that the caller reads tensors in. A model with an adapter is rounded to it once;
+            None is the dtype of its base.
 
     Raises:
         UserError: there is no such model, or it is not complete.
@@ -43,7 +50,8 @@ def open_model(
             )
     if adapter is None:
         return _open_base(name, resolve)
-    return peft_files.open_adapter(_open_base(name, resolve), resolve(adapter), f"{name}+{adapter}")
+    base, label = _open_base(name, resolve), f"{name}+{adapter}"
+    return peft_files.open_adapter(base, resolve(adapter), label, dtype=dtype)
 
 
 def _open_base(name: str, resolve: Resolve) -> Source:
