@@ -13,7 +13,7 @@ from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.data import tokenizers
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
-from jax_ordermerge.evaluate.eval_model import EvalModel
+from jax_ordermerge.evaluate.eval_model import EvalModel, NotFiniteError
 from jax_ordermerge.experiment import models
 from jax_ordermerge.experiment.context import Log, start_devices
 from jax_ordermerge.layout import Json, RunLayout, write_json
@@ -158,13 +158,17 @@ def evaluate_harness(
 
     adapter.check()  # the package is optional: say so before a model is loaded
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    results, table = adapter.run(load_model(config), names, seed=config.seed, **options._asdict())
+    model = load_model(config)
+    try:
+        results, table = adapter.run(model, names, seed=config.seed, **options._asdict())
+    except NotFiniteError as error:
+        raise error.named(model=model.name) from error
     if out is not None:
         # items are large: they have files of their own, and results.json stays readable
         for name, items in results.pop("samples").items():
             write_json(out / f"{name}.json", items)
-        model = {"model": config.model.base, "dtype": config.model.compute_dtype}
-        write_json(out / "results.json", {**model, **results})
+        origin = {"model": config.model.base, "dtype": config.model.compute_dtype}
+        write_json(out / "results.json", {**origin, **results})
     log(table)
     return results
 
@@ -204,4 +208,4 @@ def load_model(config: Config) -> EvalModel:
     model, params = convert.load_params(
         directory, mesh, dtype=config.model.compute_dtype, ignore=config.model.ignore_config_keys
     )
-    return models.make_eval_model(config, model, params, tokenizer, mesh)
+    return models.make_eval_model(config, model, params, tokenizer, mesh, name=config.model.base)

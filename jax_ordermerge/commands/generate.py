@@ -6,7 +6,7 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.data import tokenizers
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
-from jax_ordermerge.evaluate.eval_model import encode
+from jax_ordermerge.evaluate.eval_model import NotFiniteError, encode
 from jax_ordermerge.evaluate.sampling import Sampling
 
 _BATCH = 8  # prompts per program; a caller with thousands uses `ordermerge evaluate`
@@ -31,4 +31,7 @@ def complete(
     # float32 in memory, whatever the files have; `dtype` is that of the products alone
     config, params = convert.load_params(directory)
     generate = generation.make_generator(config, params, tokenizer, batch=_BATCH, dtype=dtype)
-    return generate([encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)
+    try:
+        return generate([encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)
+    except NotFiniteError as error:
+        raise error.named(model=model) from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import likelihood
-from jax_ordermerge.evaluate.eval_model import EvalModel
+from jax_ordermerge.evaluate.eval_model import EvalModel, name_items
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
 from jax_ordermerge.layout import Json
 
@@ -183,7 +183,8 @@ def _generate(model: EvalModel, requests: "Sequence[Instance]", seed: int) -> li
             )
         # Long prompts lose their beginning: shots are there, the question is at the end.
         prompts = [model.encode(requests[i].args[0])[-longest_prompt:] for i in numbers]
-        texts = model.generate(prompts, max_new_tokens, sampling, [names[i] for i in numbers])
+        with name_items([names[i] for i in numbers]):
+            texts = model.generate(prompts, max_new_tokens, sampling, [names[i] for i in numbers])
         for number, text in zip(numbers, texts, strict=True):
             # by the function of the harness, so that stops cut as in its own models
             answers[number] = postprocess_generated_text(text, list(stops), None)

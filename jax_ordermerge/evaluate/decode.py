@@ -23,6 +23,7 @@ from jax_ordermerge import mesh, tree
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate.eval_model import NotFiniteError
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling, next_token, row_key_bits
 from jax_ordermerge.model import llama
 
@@ -64,6 +65,7 @@ def generate(
 
     Raises:
         UserError: a prompt is empty, has an id outside the vocabulary, or is too long.
+        NotFiniteError: a logit is NaN or infinite.
 
     Example:
         >>> config = ModelConfig(
@@ -77,7 +79,22 @@ def generate(
     options = _Options(
         config, max_new_tokens, jnp.dtype(dtype), sampling, jax.default_backend() == "cpu"
     )
-    return _generate(options, params, prompts, 0, eos_ids, batch, names)[0]
+    rows = _generate(options, params, prompts, 0, eos_ids, batch, names)[0]
+    return require_finite(rows)
+
+
+def require_finite(rows: Sequence[list[int] | None]) -> list[list[int]]:
+    """Return the continuations, of which none is None.
+
+    Raises:
+        NotFiniteError: one is None: a logit on the way was NaN or infinite.
+    """
+    broken = [number for number, row in enumerate(rows) if row is None]
+    if broken:
+        raise NotFiniteError(
+            f"a logit is NaN or infinite, as after {len(broken)} of {len(rows)} prompts", broken[0]
+        )
+    return [row for row in rows if row is not None]
 
 
 def generate_members(
@@ -91,12 +108,13 @@ def generate_members(
     batch: int = 64,
     sampling: Sampling = GREEDY,
     names: Sequence[str | int] | None = None,
-) -> list[list[list[int]]]:
+) -> list[list[list[int] | None]]:
     """Return the continuations of `generate` for each of several models, from one program.
 
     Models on different groups of the mesh axis `order` generate at the same time, those of one
     group one after another. Models that generate at the same time stop when the rows of all of
-    them have ended. Rows with the same name draw the same noise in all models.
+    them have ended. Rows with the same name draw the same noise in all models. A row with a logit
+    that is NaN or infinite is None, and no error: it is one of one model; see `require_finite`.
 
     Args:
         population: parameters with a leading member axis; the mesh axis `order` divides it.
@@ -187,13 +205,13 @@ def _generate(
     eos_ids: Sequence[int] | None,
     batch: int,
     names: Sequence[str | int] | None,
-) -> list[list[list[int]]]:
+) -> list[list[list[int] | None]]:
     """Return the continuations of each member; `members` is 0 for parameters without that axis."""
     config = options.config
     _check(config, prompts, options.max_new_tokens, batch)
     if names is not None and len(names) != len(prompts):
         raise UserError(f"{len(names)} names for {len(prompts)} prompts; give each prompt one")
-    results: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(max(members, 1))]
+    results: list[list[list[int] | None]] = [[[] for _ in prompts] for _ in range(members or 1)]
     if not prompts:
         return results
     key_bits = row_key_bits(options.sampling.seed, range(len(prompts)) if names is None else names)
@@ -212,10 +230,11 @@ def _generate(
         key_bits_B2[: len(rows)] = key_bits[rows]
         arrays = _Prompts(tokens_BT, lengths_B, key_bits_B2, ends)
         decoded = _decode(options, params, arrays, members=members)
-        new_MBT, counts_MB = (np.asarray(x) if members else np.asarray(x)[None] for x in decoded)
-        for continuations, new_BT, counts_B in zip(results, new_MBT, counts_MB, strict=True):
+        by_member = (np.asarray(x) if members else np.asarray(x)[None] for x in decoded)
+        for continuations, new_BT, counts_B, finite_B in zip(results, *by_member, strict=True):
             for row, i in enumerate(rows):
-                continuations[i] = new_BT[row, : counts_B[row]].tolist()
+                new = new_BT[row, : counts_B[row]].tolist()
+                continuations[i] = new if finite_B[row] else None
     return results
 
 
@@ -280,6 +299,7 @@ class _State(NamedTuple):
         new_BT: new tokens.
         counts_B: number of new tokens of each row before its end token.
         done_B: whether the row has ended.
+        finite_B: whether all logits of the row were finite until it ended.
         running: whether a row of any member that generates at the same time has not ended.
     """
 
@@ -289,18 +309,21 @@ class _State(NamedTuple):
     new_BT: jax.Array
     counts_B: jax.Array
     done_B: jax.Array
+    finite_B: jax.Array
     running: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("options", "members"))
 def _decode(
     options: _Options, params: tree.Tree, prompts: _Prompts, *, members: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return the new tokens and how many of them each continuation has.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the new tokens, how many of them each continuation has, and if its logits are finite.
 
-    They are int32[B, max_new_tokens] and int32[B], with a leading `M` for members.
+    They are int32[B, max_new_tokens], int32[B] and bool[B], with a leading `M` for members.
     """
-    decode: Callable[..., tuple[jax.Array, jax.Array]] = functools.partial(_decode_member, options)
+    decode: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = functools.partial(
+        _decode_member, options
+    )
     if members:
         # Without `jax.set_mesh` the members are on one device, one after another.
         current = jax.sharding.get_abstract_mesh()
@@ -311,7 +334,7 @@ def _decode(
 
 def _decode_member(
     options: _Options, params: tree.Tree, prompts: _Prompts
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     config, max_new_tokens, dtype, sampling, cpu = options
     params = _cast(config, params, dtype)
     tokens_BT = mesh.constrain(jnp.asarray(prompts.tokens_BT), "batch", None)
@@ -344,6 +367,8 @@ def _decode_member(
             logits_BV = mesh.constrain(logits_BV, "batch", None)
         key_bits_B2, eos_ids = jnp.asarray(prompts.key_bits_B2), jnp.asarray(prompts.eos_ids)
         token_B = next_token(logits_BV, key_bits_B2, state.step, sampling)
+        # NaN would be taken for the largest logit, and its token, the first, often ends a text.
+        finite_B = state.finite_B & (state.done_B | jnp.isfinite(logits_BV).all(-1))
         done_B = state.done_B | (token_B[:, None] == eos_ids[None]).any(-1)
         # All rows write the same column, thanks to the padding on the left.
         new_BT = jax.lax.dynamic_update_slice(state.new_BT, token_B[:, None], (0, state.step))
@@ -351,7 +376,9 @@ def _decode_member(
         # devices would miss the collectives inside of it. So all groups end the loop together.
         running = mesh.any_member(~done_B.all())
         counts_B = state.counts_B + ~done_B
-        return _State(state.cache, state.step + 1, token_B, new_BT, counts_B, done_B, running)
+        return _State(
+            state.cache, state.step + 1, token_B, new_BT, counts_B, done_B, finite_B, running
+        )
 
     def advance(state: _State) -> _State:
         # A row that has ended is computed on beside the others; its tokens are not counted.
@@ -380,13 +407,14 @@ def _decode_member(
     # Rows of padding have ended before they start, so they do not keep the loop running.
     zeros_B = jnp.zeros(B, jnp.int32)
     new_BT = jnp.zeros((B, max_new_tokens), jnp.int32)
-    start = _State(filled, jnp.int32(0), zeros_B, new_BT, zeros_B, ~real_B, jnp.bool_(True))
+    finite_B, running = jnp.ones(B, bool), jnp.bool_(True)
+    start = _State(filled, jnp.int32(0), zeros_B, new_BT, zeros_B, ~real_B, finite_B, running)
     state = append_token(start, x_B1D, llama.head(config, params))
     # One loop per size of the cache, because the shapes in a loop are fixed.
     for stop in _cache_growth(T, max_new_tokens, cpu):
         state = state._replace(cache=_grow(state.cache, T + stop - 1))
         state = jax.lax.while_loop(functools.partial(_unfinished, stop), advance, state)
-    return state.new_BT, state.counts_B
+    return state.new_BT, state.counts_B, state.finite_B
 
 
 def _unfinished(stop: int, state: _State) -> jax.Array:

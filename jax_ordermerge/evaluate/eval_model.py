@@ -3,8 +3,9 @@
 JAX is not imported here: the modules of task kinds build on this one and are read with a config.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from jax_ordermerge.errors import UserError
@@ -19,6 +20,51 @@ Pair: TypeAlias = tuple[list[int], list[int]]  # tokens of a context and of its 
 # Of each pair the log-probability of the continuation, and whether it is what greedy decoding
 # would write.
 ScoreFn: TypeAlias = Callable[[Sequence[Pair]], tuple[Sequence[float], Sequence[bool]]]
+
+
+class NotFiniteError(UserError):
+    """Log-probabilities or logits of a model are NaN or infinite.
+
+    Where it is raised neither the model nor the item is known: the callers add both.
+
+    Attributes:
+        problem: what is not finite.
+        number: of the first pair or prompt with it, among those of the call.
+
+    Example:
+        >>> raise NotFiniteError("log-probability nan", 2).named(model="merged/x", item="17")
+        Traceback (most recent call last):
+            ...
+        jax_ordermerge.evaluate.eval_model.NotFiniteError: merged/x: item 17: log-probability nan;
+        the weights hold NaN or infinity, or overflow: check how the model was made
+    """
+
+    def __init__(
+        self, problem: str, number: int, model: str = "the model", item: str | None = None
+    ) -> None:
+        where = f"input {number}" if item is None else f"item {item}"
+        super().__init__(
+            f"{model}: {where}: {problem}; the weights hold NaN or infinity, or overflow: check "
+            "how the model was made"
+        )
+        self.problem, self.number = problem, number
+        self._names = {"model": model, "item": item}
+
+    def named(self, **names: str) -> "NotFiniteError":
+        """Return the error with the name of its `model` or `item`."""
+        merged = self._names | names
+        return NotFiniteError(
+            self.problem, self.number, merged["model"] or "the model", merged["item"]
+        )
+
+
+@contextlib.contextmanager
+def name_items(items: Sequence[object]) -> Iterator[None]:
+    """Name the item in errors of scoring or generating one pair or prompt for each of `items`."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise error.named(item=str(items[error.number])) from error
 
 
 class TextGenerator(Protocol):
@@ -55,12 +101,14 @@ class EvalModel:
         generate: continues prompts.
         score: scores given continuations.
         positions: the largest number of tokens that the model reads.
+        name: of the model, for messages.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     generate: TextGenerator
     score: ScoreFn
     positions: int
+    name: str = "the model"
 
     @property
     def start(self) -> int:

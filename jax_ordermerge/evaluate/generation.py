@@ -42,7 +42,7 @@ def make_generator(
         dtype: of the products, `"float32"` or `"bfloat16"`.
 
     Raises:
-        UserError: the model names no end-of-sequence token.
+        UserError: the model names no end-of-sequence token. The generator raises NotFiniteError.
     """
     continue_tokens = functools.partial(
         decode.generate,
@@ -98,7 +98,7 @@ def make_generators(
         dtype=dtype,
         batch=batch,
     )
-    texts: dict[_Request, list[list[str]]] = {}
+    rows: dict[_Request, list[list[list[int] | None]]] = {}
 
     def generate(
         member: int,
@@ -115,14 +115,14 @@ def make_generators(
         )
         # All processes get the same requests in the same order, so all of them generate here or
         # none does.
-        if request not in texts:
+        if request not in rows:
             # A generator may be called outside of the mesh context that its parameters need.
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-                members = continue_tokens(
+                rows[request] = continue_tokens(
                     prompts, max_new_tokens=max_new_tokens, sampling=sampling, names=names
                 )
-            texts[request] = [_decode_texts(tokenizer, rows) for rows in members]
-        return texts[request][member]
+        # Checked member by member: an error names the model whose logits are not finite.
+        return _decode_texts(tokenizer, decode.require_finite(rows[request][member]))
 
     # The models are evaluated one after another, but generate at the first call: this list is what
     # lets a task treat each as a single model.

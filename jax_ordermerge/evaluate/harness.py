@@ -3,7 +3,7 @@
 from jax_ordermerge.config import Data
 from jax_ordermerge.config.evaluation import TASK_KINDS, Task
 from jax_ordermerge.data.examples import Examples
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
+from jax_ordermerge.evaluate.eval_model import EvalModel, NotFiniteError, TaskResult
 from jax_ordermerge.evaluate.inputs import TaskInputs
 
 
@@ -21,8 +21,12 @@ def run(
 
     Raises:
         UserError: the data of the task are absent, or do not fit it.
+        NotFiniteError: the model computes NaN.
     """
     # No `if` on the kind: a kind that is registered elsewhere runs like the ones here.
     inputs = TaskInputs(data, model.tokenizer, test, seed)
-    result: TaskResult = TASK_KINDS[task.kind].run(task, model, inputs)
+    try:
+        result: TaskResult = TASK_KINDS[task.kind].run(task, model, inputs)
+    except NotFiniteError as error:
+        raise error.named(model=f"{model.name}: evaluation task {task.name}") from error
     return result

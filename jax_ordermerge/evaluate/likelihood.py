@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate.eval_model import Pair, ScoreFn
+from jax_ordermerge.evaluate.eval_model import Pair, ScoreFn, name_items
 
 
 def make_pair(
@@ -102,6 +102,7 @@ def rolling_logprobs(
     """
     pairs = [windows(tokens, start, positions) for tokens in texts]
     # One call for all texts, so that batches are full.
-    logprobs = iter(score([pair for text_pairs in pairs for pair in text_pairs])[0])
+    with name_items([text for text, text_pairs in enumerate(pairs) for _ in text_pairs]):
+        logprobs = iter(score([pair for text_pairs in pairs for pair in text_pairs])[0])
     # fsum rounds once, whatever the number of windows.
     return [math.fsum(float(next(logprobs)) for _ in text_pairs) for text_pairs in pairs]

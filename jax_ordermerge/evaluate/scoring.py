@@ -21,6 +21,7 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate.eval_model import NotFiniteError
 from jax_ordermerge.model import llama, loss
 from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.tree import Tree, flatten
@@ -115,6 +116,7 @@ def score(
 
     Raises:
         UserError: a context or a continuation without tokens, or an id outside the vocabulary.
+        NotFiniteError: a log-probability is NaN or infinite.
 
     Example:
         >>> config = ModelConfig(
@@ -155,6 +157,15 @@ def score(
     sums, missed = _run_batches(
         program, params, examples, population, batch=batch, lengths=lengths, mesh=mesh
     )
+    # Comparisons with NaN are all false: it would choose the first answer, and miss no token.
+    broken = np.flatnonzero(~np.isfinite(sums).all(0))
+    if broken.size:
+        values = -sums[:, broken[0]]
+        raise NotFiniteError(
+            f"log-probability {values[~np.isfinite(values)][0]}, as of {broken.size} of "
+            f"{len(pairs)} texts",
+            int(broken[0]),
+        )
     # Greedy decoding writes a continuation exactly if it misses none of its tokens.
     return Scores(-sums.astype(np.float64), missed == 0)
 

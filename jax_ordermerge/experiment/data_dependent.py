@@ -1,11 +1,13 @@
 """Merges by methods that need data beside the models: Fisher information, or validation losses."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from jax_ordermerge.data import pack
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.layout import Json
@@ -92,6 +94,13 @@ def _merge_chosen(
 
     # one model at a time: members and candidates need not fit into memory beside each other
     losses = [loss(member(members, m)) for m in range(ctx.config.population.members)]
+    for m, value in enumerate(losses):
+        # NaN is below nothing: the choice would depend on where the member stands in the list
+        if not math.isfinite(value):
+            raise UserError(
+                f"member {m}: its validation loss is {value}; a member whose weights are not finite"
+                " cannot be chosen: train it again with a lower learning rate"
+            )
     choice = choose(losses, lambda chosen: loss(merge(chosen)))
     return merge(choice.members), {
         **settings["parameters"],

@@ -49,6 +49,7 @@ def add_reference_logprobs(ctx: RunContext) -> RunContext:
         ctx.log(f"reference: the base on {len(examples)} pairs of {name}")
         progress = Progress(ctx.log, name, 2 * len(examples))
         sequences = losses.sequence_losses(ctx, base(), examples, on_progress=progress)
+        losses.require_finite(sequences, examples, "base")
         return -sequences.sums.astype(np.float32)  # a loss is a negative log-probability
 
     splits = {

@@ -10,6 +10,7 @@ import numpy as np
 from jax_ordermerge.config import Dpo
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import scoring
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.model import kernels, preference
@@ -46,6 +47,23 @@ class Losses(NamedTuple):
         mean = self.sums.sum() / total
         residuals = self.sums - mean * self.counts
         return float(math.sqrt((residuals**2).sum() * n / max(n - 1, 1)) / total)
+
+
+def require_finite(losses: Losses, examples: Examples, model: str) -> Losses:
+    """Return the losses of a model, all of which are finite.
+
+    Raises:
+        UserError: with the model, the number and the first of the examples whose loss is not.
+    """
+    # One NaN makes every mean NaN, which JSON does not hold; a comparison with it is always false.
+    broken = np.flatnonzero(~np.isfinite(losses.sums).reshape(len(losses.sums), -1).all(1))
+    if broken.size:
+        raise UserError(
+            f"{model}: the losses of {broken.size} of {len(losses.sums)} examples are NaN or "
+            f"infinite, first that of example {examples.ids[broken[0]]}; its weights hold NaN or "
+            "infinity, or overflow: check how it was made"
+        )
+    return losses
 
 
 def example_losses(

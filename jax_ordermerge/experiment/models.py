@@ -64,6 +64,8 @@ def make_eval_model(
     params: Tree,
     tokenizer: Any,
     mesh: Mesh,
+    *,
+    name: str,
     generate: TextGenerator | None = None,
 ) -> EvalModel:
     """Return a model as evaluation tasks see it.
@@ -74,6 +76,7 @@ def make_eval_model(
         params: its parameters, on the mesh.
         tokenizer: of the model.
         mesh: where the parameters are.
+        name: of the model, for messages.
         generate: writes answers; by default `generation.make_generator` makes it from `params`.
     """
     batch, dtype = config.evaluation.batch, config.model.compute_dtype
@@ -88,4 +91,4 @@ def make_eval_model(
     generate = generate or generation.make_generator(
         model, params, tokenizer, batch=batch, dtype=dtype
     )
-    return EvalModel(tokenizer, generate, score, model.max_position_embeddings)
+    return EvalModel(tokenizer, generate, score, model.max_position_embeddings, name)

@@ -7,6 +7,7 @@ import numpy as np
 
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.result import asdict
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json
 from jax_ordermerge.rng import stream_key_bits
 from jax_ordermerge.search.candidates import BASE, Candidate, Population, baselines
@@ -143,6 +144,11 @@ def measure(
         else:
             with population.build_temporarily(control.candidate) as params:
                 losses[control.name] = measure_model(params)
+        if not np.isfinite(losses[control.name].losses).all():
+            raise UserError(
+                f"control {control.name!r}: a loss is NaN or infinite; its weights overflow: leave "
+                f"its group {control.group} out of merge.controls"
+            )
     fresh = len(controls) - len(measured.keys() & losses.keys())
     log(f"  {len(controls)} controls, {fresh} of them measured now")
     return losses

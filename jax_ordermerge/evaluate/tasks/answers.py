@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, GeneratedTask, ShotsTask, TaskKind
 from jax_ordermerge.evaluate import matching
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
+from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
 from jax_ordermerge.evaluate.metrics import accuracy
 from jax_ordermerge.evaluate.prompts import Formatter, Prompt, render
 from jax_ordermerge.layout import Json
@@ -97,7 +97,8 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
         >>> answer(AnswerTask(name="echo", kind="exact"), prompts, model).summary
         {'accuracy': 0.5, 'se': 0.3535533905932738, 'n': 2}
     """
-    generated = model.generate([prompt.tokens for prompt in prompts], task.max_new_tokens)
+    with name_items([prompt.id for prompt in prompts]):
+        generated = model.generate([prompt.tokens for prompt in prompts], task.max_new_tokens)
     items: list[Json] = []
     for prompt, text in zip(prompts, generated, strict=True):
         # Generation itself stops at end tokens alone, since a text may span tokens. So the stops

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, ShotsTask, TaskKind
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
+from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
 from jax_ordermerge.evaluate.likelihood import make_pair, truncate_pair
 from jax_ordermerge.evaluate.metrics import accuracy
 from jax_ordermerge.evaluate.prompts import Formatter, Question, Row, render, render_value
@@ -113,7 +113,7 @@ def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) ->
         (0.0, 1.0, 'no')
     """
     choices_of = [read_choices(task, question.row) for question in questions]
-    pairs = []
+    pairs, owners = [], []
     for question, (choices, _) in zip(questions, choices_of, strict=True):
         # for mypy: the formatter of choices is never a chat
         assert isinstance(question.context, str)
@@ -121,8 +121,10 @@ def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) ->
             continuation = f"{task.delimiter}{choice}"
             pair = make_pair(model.encode, question.context, continuation, model.start)
             pairs.append(truncate_pair(*pair, model.positions))
+            owners.append(question.id)
     # One call for all pairs, so that batches are full.
-    logprobs, greedy = map(iter, model.score(pairs))
+    with name_items(owners):
+        logprobs, greedy = map(iter, model.score(pairs))
     items: list[Json] = []
     for question, (choices, right) in zip(questions, choices_of, strict=True):
         sums = np.array([float(next(logprobs)) for _ in choices])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, GeneratedTask, TaskKind
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
+from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.prompts import Row
 from jax_ordermerge.layout import Json
@@ -50,7 +50,9 @@ def follow(
         [{'instruction': 'Greet.', 'output': 'Hi', 'dataset': 'a'}]
     """
     items: list[Json] = []
-    for row, text in zip(rows, model.generate(prompts, task.max_new_tokens), strict=True):
+    with name_items(range(len(rows))):
+        texts = model.generate(prompts, task.max_new_tokens)
+    for row, text in zip(rows, texts, strict=True):
         instruction = row["instruction"]
         # AlpacaEval has one field for both.
         if row.get("input"):

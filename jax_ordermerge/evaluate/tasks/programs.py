@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, GeneratedTask, TaskKind
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import sandbox
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
+from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.metrics import mean_and_error
 from jax_ordermerge.evaluate.prompts import Row
@@ -269,12 +269,13 @@ def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int
     drawn = [problem for problem in problems for _ in range(task.samples)]
     # Noise by name: a program does not depend on limit or on the other problems.
     names = [f"{problem.id}/{sample}" for problem in problems for sample in range(task.samples)]
-    texts = model.generate(
-        [model.encode(problem.prompt) for problem in drawn],
-        task.max_new_tokens,
-        Sampling(task.temperature, task.top_k, task.top_p, seed),
-        names,
-    )
+    with name_items(names):
+        texts = model.generate(
+            [model.encode(problem.prompt) for problem in drawn],
+            task.max_new_tokens,
+            Sampling(task.temperature, task.top_k, task.top_p, seed),
+            names,
+        )
     verdicts = [problem.judge(text) for problem, text in zip(drawn, texts, strict=True)]
     items: list[Json] = [
         {

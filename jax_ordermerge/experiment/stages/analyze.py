@@ -28,7 +28,7 @@ def run(ctx: RunContext) -> None:
     # from the training log were measured at different times and do not compare
     missing = [name for name in kinds if name not in measured]
     for name, params in models.load_models(ctx, missing):
-        model_losses = losses.example_losses(ctx, params, train)
+        model_losses = losses.require_finite(losses.example_losses(ctx, params, train), train, name)
         measured[name] = model_losses.means.astype(np.float32)
         ctx.log(f"  {name}: {model_losses.mean:.4f} {unit} on the training samples")
         arrays = {

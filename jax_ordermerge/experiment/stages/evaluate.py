@@ -84,7 +84,7 @@ def _evaluate_model(
     # The test split is summarized with its standard error; the validation split has one number,
     # which chooses the best member and is not reported as a result.
     if test is not None and config.evaluation.loss:
-        sequences = losses.sequence_losses(ctx, params, test)
+        sequences = losses.require_finite(losses.sequence_losses(ctx, params, test), test, name)
         measured = losses.objective_losses(ctx, test, sequences)
         summary |= {"loss": measured.mean, "loss_se": measured.standard_error}
         if test.rejected is None:
@@ -100,13 +100,14 @@ def _evaluate_model(
             "losses": measured.means.tolist(),
             "tokens": measured.counts.tolist(),
         }
-    summary["validation_loss"] = (
-        None if validation is None else losses.example_losses(ctx, params, validation).mean
-    )
+    summary["validation_loss"] = None
+    if validation is not None:
+        measured = losses.example_losses(ctx, params, validation)
+        summary["validation_loss"] = losses.require_finite(measured, validation, name).mean
 
     # -------------------------------------------------------------- tasks
     eval_model = models.make_eval_model(
-        config, ctx.model, params, ctx.tokenizer, ctx.mesh, generate
+        config, ctx.model, params, ctx.tokenizer, ctx.mesh, name=name, generate=generate
     )
     for task in config.evaluation.tasks:
         task_summary, items = harness.run(
