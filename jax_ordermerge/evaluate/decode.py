@@ -404,17 +404,21 @@ def _decode_member(
         params["layers"] = llama.unstack(config, params["layers"])
         transposed = jax.lax.optimization_barrier(_transpose_matrices(params))
 
-    # Rows of padding have ended before they start, so they do not keep the loop running.
-    zeros_B = jnp.zeros(B, jnp.int32)
-    new_BT = jnp.zeros((B, max_new_tokens), jnp.int32)
-    finite_B, running = jnp.ones(B, bool), jnp.bool_(True)
-    start = _State(filled, jnp.int32(0), zeros_B, new_BT, zeros_B, ~real_B, finite_B, running)
+    start = _start(filled, real_B, max_new_tokens)
     state = append_token(start, x_B1D, llama.head(config, params))
     # One loop per size of the cache, because the shapes in a loop are fixed.
     for stop in _cache_growth(T, max_new_tokens, cpu):
         state = state._replace(cache=_grow(state.cache, T + stop - 1))
         state = jax.lax.while_loop(functools.partial(_unfinished, stop), advance, state)
     return state.new_BT, state.counts_B, state.finite_B
+
+
+def _start(cache: llama.Cache, real_B: jax.Array, max_new_tokens: int) -> _State:
+    B = len(real_B)
+    zeros_B, new_BT = jnp.zeros(B, jnp.int32), jnp.zeros((B, max_new_tokens), jnp.int32)
+    finite_B, running = jnp.ones(B, bool), jnp.bool_(True)
+    # Rows of padding have ended before they start, so they do not keep the loop running.
+    return _State(cache, jnp.int32(0), zeros_B, new_BT, zeros_B, ~real_B, finite_B, running)
 
 
 def _unfinished(stop: int, state: _State) -> jax.Array:
