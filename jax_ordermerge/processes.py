@@ -214,16 +214,16 @@ def barrier(action: str) -> Iterator[None]:
         raise UserError(f"process {int(failed.argmax())} could not {action}; see its message")
 
 
-def broadcast(flag: bool) -> bool:
-    """Return the flag of process 0.
+def broadcast(value: int) -> int:
+    """Return the value of process 0: a flag, or a number below 2^31.
 
     Example:
-        >>> broadcast(True)
-        True
+        >>> broadcast(True), broadcast(7)
+        (True, 7)
     """
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def start_distributed(

@@ -181,6 +181,7 @@ def export(
     *,
     dtype: DTypeLike,
     source: str | Path | None = None,
+    chat_template: str | None = None,
     card: str | None = None,
     recipe: str | None = None,
     member: int | None = None,
@@ -194,6 +195,7 @@ def export(
         directory: target; it must not exist or be empty.
         dtype: dtype of the files, rounded to nearest even.
         source: directory whose tokenizer files are copied.
+        chat_template: text of a chat template that replaces that of the tokenizer.
         card: text of `README.md`.
         recipe: text of `merge_config.yaml`.
         member: member to write if `params` is a population (leading axis `M`).
@@ -218,6 +220,7 @@ def export(
             config=config,
             dtype=np.dtype(dtype),
             tokenizer_from=source,
+            chat_template=chat_template,
             card=card,
             recipe=recipe,
             shard_bytes=shard_bytes,

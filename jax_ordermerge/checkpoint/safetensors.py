@@ -343,6 +343,7 @@ def write(
     config: arch.ModelConfig,
     dtype: DTypeLike,
     tokenizer_from: str | Path | None = None,
+    chat_template: str | None = None,
     card: str | None = None,
     recipe: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -358,6 +359,7 @@ def write(
         config: written as `config.json` and `generation_config.json`.
         dtype: dtype of all tensors in the files.
         tokenizer_from: directory whose tokenizer files are copied, if it has any.
+        chat_template: text of a chat template that replaces that of the tokenizer.
         card: text of `README.md`, by default `sidecar_files.model_card()`.
         recipe: text of `merge_config.yaml`, if any.
         shard_bytes: largest size of the tensors of a file. A single file is named
@@ -375,6 +377,7 @@ def write(
             config,
             target_dtype.name,
             tokenizer_from=tokenizer_from,
+            chat_template=chat_template,
             card=card,
             recipe=recipe,
         )

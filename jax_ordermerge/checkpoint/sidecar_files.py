@@ -34,6 +34,7 @@ def write(
     dtype: str,
     *,
     tokenizer_from: str | Path | None = None,
+    chat_template: str | None = None,
     card: str | None = None,
     recipe: str | None = None,
 ) -> None:
@@ -45,6 +46,7 @@ def write(
             end-of-sequence tokens in both.
         dtype: dtype of the tensors, e.g. `"bfloat16"`.
         tokenizer_from: directory to copy tokenizer files from.
+        chat_template: text that replaces that of the tokenizer.
         card: text of `README.md`.
         recipe: text of `merge_config.yaml`.
     """
@@ -60,6 +62,8 @@ def write(
     _write_json(directory / "generation_config.json", generation)
     if tokenizer_from is not None:
         copy_tokenizer(Path(tokenizer_from), directory)
+    if chat_template is not None:
+        write_chat_template(directory, chat_template)
     atomic.write_text(directory / "README.md", model_card() if card is None else card)
     if recipe is not None:
         atomic.write_text(directory / "merge_config.yaml", recipe)

@@ -1,5 +1,6 @@
 """The section `data`: where examples come from and how they become rows of tokens."""
 
+import datetime as dt
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
@@ -133,6 +134,11 @@ class Data(Section):
         " category or *_id",
     )
     template: TemplateName = Field("auto", description="how prompt and response become text")
+    date: dt.date | None = Field(
+        None,
+        description="what chat templates that read the clock print, as 2026-12-31; by default the"
+        " day on which the run was started first",
+    )
     # 512 is the length in the recipe of Alpaca, from which the defaults of `Training` are, too,
     # except for the batch.
     max_length: PositiveInt = Field(512, description="tokens per example")

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import datetime as dt
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,14 @@ from jax_ordermerge import processes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
-from jax_ordermerge.data import source, tokenizers
+from jax_ordermerge.data import dates, prompt_format, source, tokenizers
 from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.experiment.splits import check_same_data
 from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.merge.sources.references import read_prompt_format
 from jax_ordermerge.train import trackers
 from jax_ordermerge.train.spec import TrainingSpec
 
@@ -40,6 +43,7 @@ class RunContext:
         model: its architecture. Generation and exports stop at its `eos_token_ids`: those of the
             base, and the tokens that end learned responses.
         tokenizer: its tokenizer.
+        date: what the chat template prints as today's, None where it prints none.
         splits: tokenized examples under `train` and, where the config asks for them, `validation`
             and `test`.
         log: receives one-line messages.
@@ -51,6 +55,7 @@ class RunContext:
     base_dir: Path
     model: ModelConfig
     tokenizer: Any
+    date: dt.date | None
     splits: dict[str, Examples]
     log: Log
     on_checkpoint: Callable[[], None] | None = None
@@ -66,6 +71,11 @@ class RunContext:
     def training(self) -> TrainingSpec:
         """Settings of the training."""
         return training_spec(self.config)
+
+    @functools.cached_property
+    def prompt_format(self) -> PromptFormat:
+        """How the members are asked, and how they end their responses."""
+        return prompt_format.describe(self.splits["train"], self.tokenizer, self.date)
 
 
 class Stage(NamedTuple):
@@ -121,6 +131,9 @@ def load_context(
     model = convert.load_config(base_dir, config.model.ignore_config_keys)
     preflight.check_model(config, base_dir, model)
     tokenizer = tokenizers.load_tokenizer(base_dir)
+    # before anything is tokenized: the date is part of the tokens
+    recorded = read_prompt_format(RunLayout(config.directory))
+    date = dates.pin_date(tokenizer, config.data.date, recorded.date)
     data = config.data
     if config.objective.kind == "dpo":
         # `format: auto` would read a file without rejected responses as plain responses
@@ -133,7 +146,7 @@ def load_context(
     # The members are to stop where they have learned to, and where their base does.
     base_ends = model.eos_token_ids or (tokenizer.eos_token_id,)
     model = model.with_ends((*splits["train"].ends, *base_ends))
-    return RunContext(config, mesh, base_dir, model, tokenizer, splits, log, on_checkpoint)
+    return RunContext(config, mesh, base_dir, model, tokenizer, date, splits, log, on_checkpoint)
 
 
 def start_devices(config: Config) -> None:

@@ -41,6 +41,7 @@ def export(
         target,
         dtype=ctx.config.merge.dtype,
         source=ctx.base_dir,
+        chat_template=ctx.prompt_format.chat_template,
         card=_card(ctx, name, recipe, origin),
         recipe=yaml.safe_dump(recipe),
     )

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Config
-from jax_ordermerge.data import chat
+from jax_ordermerge.data import chat, prompt_format
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.errors import UserError
@@ -87,7 +87,7 @@ def read_prompts(
     if settings.prompts:
         # prompts of the config are templated as the training data were, else the members would be
         # asked in a form that they have never seen
-        template = splits["train"].sources[0].template
+        template = prompt_format.served_template(splits["train"]) or "plain"
         records = [Record.single_turn(prompt) for prompt in settings.prompts]
         tokens = [chat.prompt_tokens(record, template, tokenizer).tolist() for record in records]
         prompts = Prompts(list(settings.prompts), tokens)

@@ -174,7 +174,7 @@ def _open_workspace(out: str | Path, fingerprint: str) -> Iterator[tuple[Path, b
                 directory, is_resumed = stack.enter_context(
                     atomic.resumable_directory(out, fingerprint)
                 )
-        yield directory, processes.broadcast(is_resumed)
+        yield directory, bool(processes.broadcast(is_resumed))
 
 
 def _merge_all(

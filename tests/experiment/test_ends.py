@@ -22,7 +22,7 @@ CHATML = (
 )
 
 
-def make_base(directory: pathlib.Path) -> pathlib.Path:
+def make_base(directory: pathlib.Path, chat_template: str = CHATML) -> pathlib.Path:
     import tokenizers
     import transformers
 
@@ -36,7 +36,7 @@ def make_base(directory: pathlib.Path) -> pathlib.Path:
         eos_token="<|endoftext|>",
         pad_token="<pad>",
         unk_token="<unk>",
-        chat_template=CHATML,
+        chat_template=chat_template,
     )
     ids = {"bos_token_id": None, "eos_token_ids": (EOS,), "pad_token_id": 0}
     return tiny.make_base(directory, tokenizer=fast, vocab_size=len(WORDS), **ids)

@@ -20,6 +20,7 @@ def run(ctx: RunContext) -> None:
     config = ctx.config
     # written before the training, so that a run that is stopped early still says what it read
     descriptions = splits.describe(ctx.splits)
+    descriptions["train"] |= ctx.prompt_format.to_json()
     if config.data.packing != "none":
         plan = batches.make_plan(ctx.training, ctx.splits["train"])
         descriptions["train"]["packing"] = plan.packing
@@ -37,6 +38,8 @@ def run(ctx: RunContext) -> None:
                 "  {kind}: up to {examples} examples in a row of {length} tokens,"
                 " {filled:.1%} no padding".format(**description["packing"])
             )
+    for note in ctx.prompt_format.notes:
+        ctx.log(f"  {note}")
     if config.lora is not None:
         adapter, dense = (
             sum(math.prod(spec.shape) for spec in table)

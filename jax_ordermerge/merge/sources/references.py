@@ -9,8 +9,9 @@ from jax.typing import DTypeLike
 from jax_ordermerge.checkpoint import convert, orbax, remote
 from jax_ordermerge.config import Lora, Model
 from jax_ordermerge.config.section import parse
+from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import RunLayout, member_number
+from jax_ordermerge.layout import RunLayout, member_number, read_json
 from jax_ordermerge.merge.sources import lora, peft_files, storage
 from jax_ordermerge.merge.sources.storage import Source
 
@@ -106,6 +107,11 @@ def _open_member(layout: RunLayout, number: int, label: str) -> Source:
     return storage.Checkpoint(
         checkpoints, index, config, tokenizer=base, label=label, branch=final.branch
     )
+
+
+def read_prompt_format(layout: RunLayout) -> PromptFormat:
+    """Return how the members of a run are asked; defaults where the run does not record it."""
+    return PromptFormat.from_json((read_json(layout.data) or {}).get("train", {}))
 
 
 def _member_checkpoints(layout: RunLayout, number: int) -> Path:
