@@ -14,7 +14,8 @@ import numpy as np
 
 from jax_ordermerge.data import turns
 from jax_ordermerge.data.formats import Record
-from jax_ordermerge.data.turns import Piece, SpecialTokens
+from jax_ordermerge.data.pieces import Encoded, Piece, encode_pieces, tokenize_texts
+from jax_ordermerge.data.turns import SpecialTokens, TurnSplitter
 from jax_ordermerge.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -42,13 +43,6 @@ ALPACA_WITHOUT_INPUT: Final = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-
-
-class Encoded(NamedTuple):
-    """Token numbers of one example, and whether each belongs to a response."""
-
-    tokens: list[int]
-    answers: list[bool]
 
 
 class TrainingSequence(NamedTuple):
@@ -139,12 +133,13 @@ def encode_rows(
         UserError: no EOS.
     """
     special = special_tokens(tokenizer)
+    splitter = TurnSplitter(tokenizer, special)
     pieces: dict[int, list[list[Piece]]] = {}
     parts: dict[int, list[Record]] = {}
     bad: dict[int, str] = {}
     for number, record in records.items():
         try:
-            parts[number], pieces[number] = _split(record, template, tokenizer, special, by_answer)
+            parts[number], pieces[number] = _split(record, template, splitter, by_answer)
             # Tokenizers raise a TypeError for all texts at once where one cannot be encoded.
             "".join(piece.text for sequence in pieces[number] for piece in sequence).encode()
         except UserError as error:
@@ -154,7 +149,7 @@ def encode_rows(
             half = ascii(str(error.object)[error.start])
             bad[number] = f": {half} is half of a character (a lone surrogate); mend the text"
     encoded = iter(
-        _encode_pieces([sequence for group in pieces.values() for sequence in group], tokenizer)
+        encode_pieces([sequence for group in pieces.values() for sequence in group], tokenizer)
     )
     # The template `chat` says nothing about texts.
     is_chat = template == "chat" and not any(record.text is not None for record in records.values())
@@ -166,11 +161,7 @@ def encode_rows(
 
 
 def _split(
-    record: Record,
-    template: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    special: SpecialTokens,
-    by_answer: bool,
+    record: Record, template: str, splitter: TurnSplitter, by_answer: bool
 ) -> tuple[list[Record], list[list[Piece]]]:
     """Split a record, or each of its beginnings, into context and what is learned."""
     if record.text is not None:
@@ -179,14 +170,14 @@ def _split(
         prompt, response = render(record, template)
         return [record], [[Piece(prompt, False), Piece(response, True)]]
     try:
-        return [record], [turns.split_turns(record, tokenizer, special)]
+        return [record], [splitter.split(record)]
     except turns.ChangedPrefix:
         # Qwen3's template drops the reasoning of earlier answers. Each answer then has its own
         # prefix, the one that generation sees, so each needs a sequence of its own.
         parts = record.by_answer
         if not by_answer or len(parts) < 2:
             raise
-        return parts, [turns.split_turns(part, tokenizer, special) for part in parts]
+        return parts, [splitter.split(part) for part in parts]
 
 
 def prompt_tokens(
@@ -198,8 +189,8 @@ def prompt_tokens(
     """
     if template == "chat":
         text = turns.render_chat(tokenizer, record, -1, generation=True)
-        return np.asarray(_ids([text], tokenizer)[0], np.int32)
-    ids = _ids([render(record, template)[0]], tokenizer)[0]
+        return np.asarray(tokenize_texts([text], tokenizer)[0][0], np.int32)
+    ids = tokenize_texts([render(record, template)[0]], tokenizer)[0][0]
     return np.asarray(_with_bos(ids, special_tokens(tokenizer)), np.int32)
 
 
@@ -270,13 +261,6 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
     )
 
 
-def _ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    if not texts:
-        return []
-    # without special tokens: templates write their own, and BOS would stand twice
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def _with_bos(ids: list[int], special: SpecialTokens) -> list[int]:
     return ids if special.bos is None or ids[:1] == [special.bos] else [special.bos, *ids]
 
@@ -298,37 +282,3 @@ def _end_turn(encoded: Encoded, special: SpecialTokens) -> Encoded:
     if encoded.tokens[-1] in special.ids:
         return encoded
     return Encoded([*encoded.tokens, special.eos], [*encoded.answers, True])
-
-
-def _encode_pieces(
-    examples: Sequence[Sequence[Piece]], tokenizer: "PreTrainedTokenizerBase"
-) -> list[Encoded]:
-    """Tokenize texts whose pieces alternate between context and response, all in one call.
-
-    Every prefix of pieces is tokenized, so that the border between two pieces is known in tokens.
-    """
-    prefixes = [
-        "".join(piece.text for piece in pieces[: end + 1])
-        for pieces in examples
-        for end in range(len(pieces))
-    ]
-    prefix_ids = iter(_ids(prefixes, tokenizer))
-    encoded = []
-    for pieces in examples:
-        *starts, tokens = [next(prefix_ids) for _ in pieces]
-        # see the module docstring: the prompt keeps its own tokens
-        if starts and tokens[: len(starts[-1])] != starts[-1]:
-            tokens = starts[-1] + _ids([pieces[-1].text], tokenizer)[0]
-        answers: list[bool] = []
-        for ids, piece in zip([*starts, tokens], pieces, strict=True):
-            answers += [piece.learned] * (_common_prefix(ids, tokens) - len(answers))
-        encoded.append(Encoded(tokens, answers))
-    return encoded
-
-
-def _common_prefix(ids: list[int], tokens: list[int]) -> int:
-    # Only before an earlier response can a border lie inside a token. The token then counts as part
-    # of that response.
-    if tokens[: len(ids)] == ids:
-        return len(ids)
-    return next(index for index in range(len(ids)) if ids[index] != tokens[index])

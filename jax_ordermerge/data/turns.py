@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.data.messages import Message
+from jax_ordermerge.data.pieces import Piece
+from jax_ordermerge.data.turn_layout import Turn, TurnLayout, shape, with_placeholders
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,13 +23,6 @@ class ChangedPrefix(UserError):
     """The text of a conversation does not begin with that of its first messages."""
 
 
-class Piece(NamedTuple):
-    """A part of the rendered text."""
-
-    text: str
-    learned: bool
-
-
 class SpecialTokens(NamedTuple):
     """BOS, EOS and all special tokens of a tokenizer."""
 
@@ -37,24 +32,78 @@ class SpecialTokens(NamedTuple):
     texts: tuple[str, ...]
 
 
-def split_turns(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> list[Piece]:
-    """Split the text of a conversation into context and responses, in turn, ending in a response.
+class TurnSplitter:
+    """Splits conversations into context and responses with the template of one tokenizer.
 
-    A response begins after its generation prompt and ends with its end token.
-
-    Raises:
-        UserError: the template refuses the record, leaves out a part of it, or does not let the
-            responses be separated.
+    Args:
+        tokenizer: its chat template is used.
+        special: its special tokens.
     """
-    # The comment on top of a published template names the marks, too.
-    if GENERATION.search(COMMENT.sub("", str(tokenizer.chat_template))):
-        pieces = _split_marked_turns(record, tokenizer, special)
-    else:
-        pieces = _split_unmarked_turns(record, tokenizer, special)
-    _check_context(record, render_chat(tokenizer, record))
-    return pieces
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens) -> None:
+        self.tokenizer, self.special = tokenizer, special
+        # The comment on top of a published template names the marks, too.
+        is_marked = GENERATION.search(COMMENT.sub("", str(tokenizer.chat_template)))
+        self._find_turns = _find_marked_turns if is_marked else _find_unmarked_turns
+        self._seen: set[bytes] = set()
+        self._layouts: dict[bytes, TurnLayout | None] = {}
+
+    def split(self, record: Record) -> list[Piece]:
+        """Split the text of a conversation into context and responses, ending in a response.
+
+        A response begins after its generation prompt and ends with its end token.
+
+        Raises:
+            UserError: the template refuses the record, leaves out a part of it, or does not let the
+                responses be separated.
+        """
+        text = render_chat(self.tokenizer, record)
+        turns = self._look_up(record, text)
+        if turns is None:
+            turns = self._find_turns(record, text, self.tokenizer, self.special)
+            for turn in turns:
+                _check_learned(record, turn.message, text[turn.start : turn.end], self.tokenizer)
+        _check_context(record, text)
+        pieces, done = [], 0
+        for turn in turns:
+            pieces += [
+                Piece(text[done : turn.start], False),
+                Piece(text[turn.start : turn.end], True),
+            ]
+            done = turn.end
+        return pieces
+
+    def _look_up(self, record: Record, text: str) -> list[Turn] | None:
+        """Return the turns by the layout of the record's shape, None where they must be found."""
+        placeholders = with_placeholders(record)
+        key = shape(placeholders)
+        # A layout takes as many renderings as a record, so the first of a shape is not worth one.
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        if key not in self._layouts:
+            self._layouts[key] = self._find_layout(placeholders)
+        layout = self._layouts[key]
+        turns = None if layout is None else layout.find(text, record)
+        if turns is None or any(
+            # The end of the turn may then be that of the content.
+            str(record.messages[turn.message]["content"]).rstrip().endswith(self.special.texts)
+            or _first_missing(
+                _content_of(record.messages[turn.message]), text[turn.start : turn.end]
+            )
+            is not None
+            for turn in turns
+        ):
+            return None
+        return turns
+
+    def _find_layout(self, placeholders: Record) -> TurnLayout | None:
+        try:
+            text = render_chat(self.tokenizer, placeholders)
+            turns = self._find_turns(placeholders, text, self.tokenizer, self.special)
+        except UserError:
+            return None
+        return TurnLayout.of(text, turns, placeholders)
 
 
 def render_chat(
@@ -85,13 +134,11 @@ def render_chat(
     return str(text)
 
 
-def _split_unmarked_turns(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> list[Piece]:
-    """Split a conversation into context and responses with a template that does not mark them."""
-    text = render_chat(tokenizer, record)
-    pieces: list[Piece] = []
-    done = 0
+def _find_unmarked_turns(
+    record: Record, text: str, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
+) -> list[Turn]:
+    """Find the responses in the text of a template that does not mark them."""
+    turns: list[Turn] = []
     for number in record.learned:
         prompt = render_chat(tokenizer, record, number, generation=True)
         answered = render_chat(tokenizer, record, number + 1)
@@ -103,33 +150,30 @@ def _split_unmarked_turns(
                 " it is answered, so the response cannot be separated; mark responses in the"
                 " template with {% generation %} or set data.template"
             )
-        end = len(_without_separator(answered, special))
-        _check_learned(record, number, text[len(prompt) : end], tokenizer)
-        pieces += [Piece(text[done : len(prompt)], False), Piece(text[len(prompt) : end], True)]
-        done = end
-    return pieces
+        turns.append(Turn(number, len(prompt), len(_without_separator(answered, special))))
+    return turns
 
 
-def _split_marked_turns(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> list[Piece]:
-    """Split a conversation with a template that marks responses with {% generation %}.
+def _find_marked_turns(
+    record: Record, text: str, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
+) -> list[Turn]:
+    """Find the responses in the text of a template that marks them with {% generation %}.
 
     The marks say only which text belongs to which response. As without marks, a response begins
     after its generation prompt and ends with its end token: templates mark the line feeds around
     it, or the head of the turn, which a model does not write.
     """
-    text, spans = _render_marked(tokenizer, record, len(record.messages))
-    pieces: list[Piece] = []
-    done = 0
+    spans = _marked_spans(tokenizer, record, text, len(record.messages))
+    turns: list[Turn] = []
     for number in record.learned:
+        context = render_chat(tokenizer, record, number)
+        answered = render_chat(tokenizer, record, number + 1)
         # Counted in prefixes, because a template may mark a turn in several parts, or not at all.
-        before = len(_render_marked(tokenizer, record, number)[1])
-        answered, answered_spans = _render_marked(tokenizer, record, number + 1)
+        before = len(_marked_spans(tokenizer, record, context, number))
+        answered_spans = _marked_spans(tokenizer, record, answered, number + 1)
         turn = spans[before : len(answered_spans)]
         if not turn:
             continue
-        context = render_chat(tokenizer, record, number)
         prompt = render_chat(tokenizer, record, number, generation=True)
         header = prompt.removeprefix(context)
         first, last = turn[0][0], turn[-1][1]
@@ -144,13 +188,10 @@ def _split_marked_turns(
         # What closes the turn where nothing follows it. The next turn's start is never in it.
         closing = answered[answered_spans[-1][1] :]
         end = last + len(closing) if text[last:].startswith(closing) else last
-        end = start + len(_without_separator(text[start:end], special))
-        _check_learned(record, number, text[start:end], tokenizer)
-        pieces += [Piece(text[done:start], False), Piece(text[start:end], True)]
-        done = end
-    if not pieces:
+        turns.append(Turn(number, start, start + len(_without_separator(text[start:end], special))))
+    if not turns:
         raise UserError("the chat template marks no response with {% generation %}")
-    return pieces
+    return turns
 
 
 def _check_learned(
@@ -174,9 +215,16 @@ def _check_learned(
 
 def _check_context(record: Record, text: str) -> None:
     # Earlier answers may be shortened on purpose, e.g. without their reasoning.
+    position = 0
     for number, message in enumerate(record.messages):
         content = str(message["content"])
-        if message["role"] != "assistant" and _first_missing([content], text) is not None:
+        if message["role"] == "assistant":
+            continue
+        # Contents stand in order: a search from the start for each is quadratic.
+        place = text.find(content, position)
+        if place >= 0:
+            position = place + len(content)
+        elif _first_missing([content], text) is not None:
             raise UserError(
                 f"the chat template leaves out message {number} ({message['role']}):"
                 f" {content[:60]!r}; use another role, or a template that prints it"
@@ -206,14 +254,17 @@ def _leaves(value: object) -> Iterator[str]:
         yield value if isinstance(value, str) else json.dumps(value)
 
 
-def _first_missing(parts: Sequence[str], text: str) -> str | None:
+def _first_missing(parts: Iterable[str], text: str) -> str | None:
     """Return the first part that is not in a text, whatever the white space of both.
 
     A part may stand in the text as it is or as JSON, as templates print calls and their results.
     """
-    # Templates trim contents and put line feeds around reasoning.
-    squeezed = "".join(text.split())
+    squeezed = ""
     for part in parts:
+        if part in text:
+            continue
+        # Templates trim contents and put line feeds around reasoning.
+        squeezed = squeezed or "".join(text.split())
         forms = [part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]]
         # as templates without `tojson` print booleans
         forms += [part.capitalize()] if part in ("true", "false") else []
@@ -229,16 +280,15 @@ def _without_separator(turn: str, special: SpecialTokens) -> str:
     return stripped if stripped.endswith(special.texts) else turn
 
 
-def _render_marked(
-    tokenizer: "PreTrainedTokenizerBase", record: Record, end: int
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of the messages before number `end`, and its marked spans in characters."""
+def _marked_spans(
+    tokenizer: "PreTrainedTokenizerBase", record: Record, text: str, end: int
+) -> list[tuple[int, int]]:
+    """Return the marked spans of the messages before number `end`, in characters of their text."""
     from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
 
     # `apply_chat_template` gives marks in tokens only, where borders inside a token are lost.
     if end == 0:
-        return "", []
-    text = render_chat(tokenizer, record, end)
+        return []
     (marked,), (spans,) = render_jinja_template(
         [list(record.messages[:end])],
         tools=list(record.tools) or None,
@@ -247,4 +297,4 @@ def _render_marked(
         **{**tokenizer.special_tokens_map, **record.template_kwargs},
     )
     assert marked == text, "transformers rendered a marked template in two ways"
-    return text, [(start, stop) for start, stop in spans if stop > start]
+    return [(start, stop) for start, stop in spans if stop > start]
