@@ -1,0 +1,51 @@
+"""The application, and the arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from jax_ordermerge.config import Config
+
+
+app = typer.Typer(
+    name="ordermerge",
+    help="Fine-tune one base model in k data orders, measure what the order did, and merge the k"
+    " models into one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunArgument = Annotated[
+    Path, Argument(metavar="CONFIG|RUN", help="YAML config, or the run directory that it made.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key, e.g. --set training.learning_rate=1e-5. May be repeated.",
+    ),
+]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+Runs = Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")]
+Model = Annotated[str, Argument(metavar="MODEL", help="HF directory, hub name or embedded:NAME.")]
+
+
+# Commands import what they need when they run. Typer calls one of them per process, so imports at
+# the top would only make all others, and --help, as slow as the slowest.
+def read_config(target: Path, overrides: list[str] | None) -> "Config":
+    from jax_ordermerge.experiment import run_config
+
+    return run_config.read_config(target, overrides or ())
+
+
+def run_through(stage: str, target: Path, overrides: list[str] | None) -> None:
+    from jax_ordermerge.experiment import pipeline
+
+    pipeline.run(read_config(target, overrides), through=stage, log=typer.echo)

@@ -1,0 +1,265 @@
+"""Commands about experiments and their runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from jax_ordermerge.cli.app import (
+    AsJson,
+    Overrides,
+    RunArgument,
+    Runs,
+    app,
+    read_config,
+    run_through,
+)
+from jax_ordermerge.errors import UserError
+
+
+@app.command()
+def run(config: RunArgument, overrides: Overrides = None) -> None:
+    """Run everything: train, merge, analyze, evaluate, report. Resume; skip what is complete.
+
+    Start with: ordermerge run configs/quickstart.yaml
+    """
+    run_through("report", config, overrides)
+
+
+@app.command()
+def plan(
+    config: RunArgument,
+    *,
+    topology: Annotated[
+        str | None,
+        Option(
+            help="v5p:4x4x2, v5e:8x8, h100:8, h200:8x4 (GPUs per node x nodes), cpu:8;"
+            " by default the devices of this machine."
+        ),
+    ] = None,
+    slices: Annotated[int, Option(help="Number of TPU slices.")] = 1,
+    architecture: Annotated[
+        str | None,
+        Option(help="config.json, directory or a name: llama-2-7b; by default that of model.base."),
+    ] = None,
+    examples: Annotated[int | None, Option(min=1, help="Number of training examples.")] = None,
+    test_examples: Annotated[int | None, Option(min=1, help="Number of test examples.")] = None,
+    analytic: Annotated[bool, Option("--analytic", help="Do not compile; use formulas.")] = False,
+    search: Annotated[bool, Option(help="Search for better settings.")] = True,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Estimate memory and time of an experiment on hardware that need not be present.
+
+    ordermerge plan configs/llama2_7b_gsm8k.yaml --topology v5p:4x4x2 --examples 7473
+    """
+    from jax_ordermerge.commands import plan as command
+
+    text = command.plan_experiment(
+        read_config(config, overrides),
+        topology=topology,
+        slices=slices,
+        architecture=architecture,
+        examples=examples,
+        tests=test_examples,
+        analytic_only=analytic,
+        find_better=search,
+        as_json=as_json,
+        log=lambda message: typer.echo(message, err=True),
+    )
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def train(
+    config: RunArgument,
+    overrides: Overrides = None,
+    *,
+    steps: Annotated[int | None, Option(help="Only measure so many first steps.")] = None,
+    profile: Annotated[Path | None, Option(help="Trace directory, with --steps.")] = None,
+) -> None:
+    """Fine-tune the members, each in its own order. Resume from the last checkpoint."""
+    if steps is None:
+        if profile is not None:
+            raise UserError("--profile needs --steps, as in --steps 20 --profile DIR")
+        run_through("train", config, overrides)
+        return
+    from jax_ordermerge.experiment import pipeline
+
+    pipeline.benchmark(read_config(config, overrides), steps=steps, profile=profile, log=typer.echo)
+
+
+@app.command()
+def analyze(config: RunArgument, overrides: Overrides = None) -> None:
+    """Measure how the final loss of every training sample depends on when it was seen."""
+    run_through("analyze", config, overrides)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        Path,
+        Argument(
+            metavar="CONFIG|RUN|MODEL",
+            help="A config or run; or a model: HF directory, hub name or embedded:NAME.",
+        ),
+    ],
+    overrides: Overrides = None,
+    *,
+    config: Annotated[Path | None, Option(help="With MODEL: YAML with evaluation.tasks.")] = None,
+    harness: Annotated[
+        str | None, Option(metavar="TASK,...", help="With MODEL: tasks of lm-evaluation-harness.")
+    ] = None,
+    harness_include: Annotated[Path | None, Option(help="With --harness: YAML tasks.")] = None,
+    shots: Annotated[int | None, Option(min=0, help="With --harness: shots per item.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="With --harness: items per task.")] = None,
+    chat: Annotated[bool, Option("--chat", help="With --harness: use the chat template.")] = False,
+    out: Annotated[Path | None, Option(help="With MODEL: directory of results and items.")] = None,
+) -> None:
+    """Evaluate base, members and merges of a run on held-out data and tasks; or one model on tasks.
+
+    ordermerge evaluate runs/quickstart
+
+    ordermerge evaluate MODEL --config configs/benchmarks/gsm8k_5shot.yaml --out results
+
+    ordermerge evaluate MODEL --harness arc_easy,hellaswag --set mesh.fsdp=8
+    """
+    from jax_ordermerge.commands import evaluate as command
+
+    harness_options = command.HarnessOptions(harness_include, shots, limit, chat)
+    command.check_options(target, config, harness, harness_options, out)
+    if not command.is_model(target):
+        run_through("evaluate", target, overrides)
+        return
+    settings = command.model_config(str(target), config, overrides or ())
+    if harness is None:
+        command.evaluate_tasks(settings, out, typer.echo)
+    else:
+        command.evaluate_harness(settings, harness, out, typer.echo, harness_options)
+
+
+@app.command()
+def report(config: RunArgument, overrides: Overrides = None) -> None:
+    """Write report.html and report.md of a run from the stages that are complete."""
+    from jax_ordermerge.experiment import pipeline
+
+    typer.echo(f"wrote {pipeline.write_report(read_config(config, overrides))}")
+
+
+@app.command()
+def compare(
+    runs: Runs,
+    *,
+    out: Annotated[Path, Option(help="Directory of the pages.")] = Path("comparison"),
+) -> None:
+    """Compare runs: the differences of their configs, imbalance, members and merges."""
+    from jax_ordermerge.checkpoint import remote
+    from jax_ordermerge.report import comparison
+
+    with remote.new_directory(out) as directory:
+        page = comparison.write([remote.fetch(path) for path in runs], directory)
+    typer.echo(f"wrote {remote.address(out) or out}/{page.name}")
+
+
+@app.command()
+def results(
+    runs: Runs,
+    *,
+    out: Annotated[Path, Option(help="Markdown file to write.")] = Path("results.md"),
+) -> None:
+    """Write one page about several runs: their tables, and what they show and do not show."""
+    from jax_ordermerge.report import results
+
+    typer.echo(f"wrote {results.write(runs, out)}")
+
+
+@app.command()
+def search(
+    config: RunArgument,
+    *,
+    space: Annotated[Path | None, Option(help="YAML, in place of merge.auto.")] = None,
+    budget: Annotated[
+        int | None, Option(help="Largest number of candidates besides base, members and average.")
+    ] = None,
+    sampler: Annotated[str | None, Option(help="grid, random, tpe or cma-es.")] = None,
+    validation: Annotated[
+        Path | None, Option(help="Examples to choose on; by default data.validation_examples.")
+    ] = None,
+    seed: Annotated[int | None, Option(help="Seed of draws; that of the run by default.")] = None,
+    out: Annotated[Path | None, Option(help="Directory of results; RUN/search by default.")] = None,
+    export: Annotated[bool, Option(help="Write the winner as an HF directory.")] = True,
+    overrides: Overrides = None,
+) -> None:
+    """Choose the merge to ship among many, on validation examples.
+
+    Candidates are built in device memory; only the winner is written.
+
+    ordermerge search runs/quickstart --budget 200 --sampler random
+    """
+    from jax_ordermerge.config import read_search
+    from jax_ordermerge.experiment import pipeline
+
+    resolved = read_config(config, overrides)
+    options = {"budget": budget, "sampler": sampler, "seed": seed}
+    changes = {key: value for key, value in options.items() if value is not None}
+    page = pipeline.search(
+        resolved,
+        read_search(space, resolved.merge.auto, changes),
+        out=out,
+        validation=validation,
+        export=export,
+        log=typer.echo,
+    )
+    typer.echo(f"wrote {page}")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None,
+        Argument(metavar="[CONFIG|RUN]", help="Check its processes, mesh and output, too."),
+    ] = None,
+    *,
+    only_versions: Annotated[bool, Option("--versions", help="Check versions only.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Check versions, devices, processes, disk and output. Exit code 1 where a run would fail."""
+    from jax_ordermerge.commands import doctor
+
+    settings = read_config(config, overrides) if config and not only_versions else None
+    if not doctor.diagnose(settings, only_versions=only_versions, log=typer.echo):
+        raise typer.Exit(1)
+
+
+@app.command()
+def launch(
+    config: RunArgument,
+    options: Annotated[
+        list[str] | None,
+        Argument(metavar="[OPTION=VALUE]...", help="Options of the target; see --options."),
+    ] = None,
+    *,
+    target: Annotated[str, Option(help="tpu-vm, gke, slurm or ssh.")],
+    out: Annotated[Path | None, Option(help="File to write; printed by default.")] = None,
+    submit: Annotated[bool, Option("--submit", help="Run it: sbatch, kubectl, bash.")] = False,
+    list_options: Annotated[bool, Option("--options", help="List the options.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Write the script or manifest that runs an experiment on TPU VMs, GKE, SLURM or ssh hosts.
+
+    ordermerge launch CONFIG --target slurm nodes=4 gpus=8 partition=h100 time=12:00:00
+    """
+    from jax_ordermerge.launch import render
+
+    if list_options:
+        for name, default, meaning in render.describe(target):
+            typer.echo(f"{name:16} {default:12} {meaning}".rstrip())
+        return
+    from jax_ordermerge.commands import launch as command
+
+    text = command.render_script(read_config(config, overrides), target, options or ())
+    if not (out or submit):
+        typer.echo(text, nl=False)
+    elif code := command.deliver(text, target, out, submit=submit, log=typer.echo):
+        raise typer.Exit(code)

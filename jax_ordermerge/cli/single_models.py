@@ -1,0 +1,169 @@
+"""Commands about single models and checkpoints, inside runs or not."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from jax_ordermerge.cli.app import (
+    AsJson,
+    Model,
+    Overrides,
+    app,
+    run_through,
+)
+
+
+@app.command()
+def merge(
+    sources: Annotated[
+        list[Path],
+        Argument(
+            metavar="CONFIG|RUN|RECIPE|MODEL...",
+            help="A config or run; a recipe and the directory to write; or models.",
+        ),
+    ],
+    *,
+    out: Annotated[Path | None, Option(help="Directory to write. It must not exist.")] = None,
+    base: Annotated[str | None, Option(help="With MODEL...: their base model.")] = None,
+    method: Annotated[str, Option(help="Merge method, e.g. average.")] = "selection",
+    parameters: Annotated[
+        list[str] | None,
+        Option(
+            "--param",
+            metavar="KEY=VALUE",
+            help="A parameter of the method, e.g. --param resample=exhaustive. May be repeated.",
+        ),
+    ] = None,
+    weights: Annotated[str | None, Option(help="One per model, separated by commas.")] = None,
+    seed: Annotated[int, Option(help="Seed of the random methods.")] = 0,
+    dtype: Annotated[
+        str | None, Option(help="float32, bfloat16 or float16; that of the models by default.")
+    ] = None,
+    to: Annotated[str, Option(help="Format to write: hf or orbax.")] = "hf",
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    workers: Annotated[int | None, Option(help="Threads; one per core by default.")] = None,
+    shard_gb: Annotated[float, Option(help="Largest output file, in 10^9 bytes.")] = 5.0,
+    overrides: Overrides = None,
+) -> None:
+    """Merge the members of a run as its config says, or any checkpoints of one architecture.
+
+    ordermerge merge runs/quickstart
+
+    ordermerge merge recipe.yml MERGED
+
+    ordermerge merge --method selection --base BASE --out MERGED MODEL_A MODEL_B MODEL_C
+
+    A recipe is YAML of ours or of mergekit. A MODEL is an HF directory, a hub name, MODEL+ADAPTER
+    (a LoRA), or RUN/member_0.
+    """
+    from jax_ordermerge.checkpoint import remote
+    from jax_ordermerge.commands import merge as command
+
+    if len(sources) == 1 and not command.is_recipe(sources[0]):
+        run_through("merge", sources[0], overrides)
+        return
+    merge_plan, target = command.plan_sources(
+        sources,
+        out,
+        dry_run=dry_run,
+        base=base,
+        method=method,
+        parameters=parameters or (),
+        weights=weights,
+        seed=seed,
+        dtype=dtype,
+    )
+    for note in merge_plan.notes:
+        typer.echo(f"note: {note}", err=True)
+    if target is None:
+        typer.echo(command.describe_plan(merge_plan), nl=False)
+        return
+    shard_bytes = int(shard_gb * 1e9)
+    command.merge_models(merge_plan, target, to=to, workers=workers, shard_bytes=shard_bytes)
+    typer.echo(f"wrote {remote.address(target) or target}")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    stats: Annotated[bool, Option("--stats", help="Add range, mean, zeros and NaN.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the table of a checkpoint's tensors."""
+    from jax_ordermerge.commands import inspect as command
+
+    typer.echo(command.inspect_model(model, stats=stats, as_json=as_json), nl=False)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, Argument(metavar="A", help="HF directory, hub name or embedded:NAME.")],
+    b: Annotated[str, Argument(metavar="B", help="Likewise.")],
+    base: Annotated[str | None, Option(help="Compare task vectors from it, too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor. Exit code 0 if all bytes are equal, else 1."""
+    from jax_ordermerge.commands import inspect as command
+
+    text, equal = command.compare_models(a, b, base=base, as_json=as_json)
+    typer.echo(text, nl=False)
+    raise typer.Exit(0 if equal else 1)  # as diff(1) does, for scripts
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, Argument(help="HF directory, run directory, or Orbax directory of this command.")
+    ],
+    out: Annotated[Path, Argument(help="Directory to write. It must not exist.")],
+    to: Annotated[str, Option(help="hf, orbax, or peft (adapter of a member).")] = "hf",
+    member: Annotated[int | None, Option(help="Number of a member of a run, from 0.")] = None,
+    dtype: Annotated[str | None, Option(help="That of the source by default.")] = None,
+) -> None:
+    """Convert between Hugging Face directories and Orbax checkpoints, or export one member."""
+    from jax_ordermerge.checkpoint import remote
+    from jax_ordermerge.commands import convert as command
+
+    command.convert_checkpoint(source, out, to=to, member=member, dtype=dtype)
+    typer.echo(f"wrote {remote.address(out) or out}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    *,
+    prompt: Annotated[list[str], Option(help="A prompt. May be repeated.")],
+    max_new_tokens: Annotated[int, Option(help="Largest number of tokens to write.")] = 128,
+    dtype: Annotated[str, Option(help="Compute dtype, float32 or bfloat16.")] = "float32",
+    temperature: Annotated[float, Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int | None, Option(help="Draw among so many likely tokens.")] = None,
+    top_p: Annotated[float | None, Option(help="Draw within this probability.")] = None,
+    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Complete prompts with a model: greedily, or drawn by seed and number of the prompt."""
+    from jax_ordermerge.commands import generate as command
+    from jax_ordermerge.evaluate.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    for text in command.complete(
+        model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, sampling=sampling
+    ):
+        typer.echo(text)
+
+
+@app.command()
+def judge(
+    ours: Annotated[Path, Argument(help="JSON of AlpacaEval: instruction and output.")],
+    theirs: Annotated[Path, Argument(help="The same of the other model.")],
+    *,
+    endpoint: Annotated[str, Option(help="OpenAI-compatible address: http://HOST/v1.")],
+    model: Annotated[str, Option(help="Name of the judge there.")],
+    key_variable: Annotated[str, Option(help="Variable of its API key.")] = "OPENAI_API_KEY",
+    out: Annotated[Path | None, Option(help="JSON file for the verdicts.")] = None,
+) -> None:
+    """Let a judge choose between the outputs of two models, each pair in both orders."""
+    from jax_ordermerge.commands.judge import judge_files
+
+    typer.echo(judge_files(ours, theirs, endpoint, model, key_variable, out))
