@@ -85,6 +85,21 @@ def has_objects(url: str) -> bool:
         return False
 
 
+def match(pattern: str) -> list[str]:
+    """Return the addresses of the objects and directories that a glob matches, hidden ones not.
+
+    Raises:
+        UserError: the bucket cannot be read.
+    """
+    scheme, _, rest = pattern.partition("://")
+    with one_line_errors(pattern, "read"):
+        names = [str(name) for name in open_store(pattern).glob(rest)]
+    # as in glob.glob: a dot at the start of a name is matched by a dot alone
+    if "/." not in rest:
+        names = [name for name in names if "/." not in name]
+    return [f"{scheme}://{name}" for name in names]
+
+
 def write_listing(url: str, listing: Listing) -> None:
     """Replace the list below an address: one object, so readers see the old or the new one."""
     open_store(url).pipe_file(f"{url}/{LIST}", listing_bytes(listing))

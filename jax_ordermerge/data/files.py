@@ -5,22 +5,20 @@ import gzip
 import hashlib
 import io
 import json
-import re
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.data import values
+from jax_ordermerge.data.listing import EXPECTED, HUB_NAME, list_files
 from jax_ordermerge.data.provenance import DataFile
 from jax_ordermerge.errors import UserError, first_line
 
 JsonRow = dict[str, Any]
 GENERATED: Final = "generated:"
-SUFFIXES: Final = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".txt")
-HUB_NAME: Final = re.compile(
-    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@]+))?"
-)
+# Quotes in .tsv files are those of .csv files, as pandas and spreadsheets write and read them.
+DELIMITERS: Final = {"csv": ",", "tsv": "\t"}
 # Separates texts, as in the files of TinyStories. A text file without it is one text.
 TEXT_END: Final = "<|endoftext|>"
 
@@ -42,84 +40,103 @@ def read(path: str, split: str = "train", *, limit: int | None = None) -> Table:
     """Read a data source.
 
     Args:
-        path: a file (json list or `{"data": [...]}`, jsonl, either also .gz, parquet, csv with a
-            header, txt: one text, or several separated by `<|endoftext|>`) or its address in a
-            bucket (gs://, s3://); a hub dataset `owner/name[:config][@split]`; or
+        path: a file (json list or `{"data": [...]}`, jsonl, csv or tsv with a header, parquet, txt:
+            one text, or several separated by `<|endoftext|>`; all but parquet also .gz and .zst),
+            or a directory or a glob of such files, see `listing`, or one of these in a bucket
+            (gs://, s3://); a hub dataset `owner/name[:config][@split]`; or
             `generated:NAME[@split]`.
         split: split of a hub or generated dataset whose path names none.
         limit: largest number of rows; the first ones are returned.
 
     Returns:
-        Rows as one dict each. All values of a csv are strings. NaN is null.
+        Rows as one dict each. All values of a csv or tsv are strings. NaN is null.
 
     Raises:
         UserError: the source is absent, unreadable, of an unknown kind, or empty.
     """
-    sha256 = ""
+    passed_over: tuple[str, ...] = ()
     if path.startswith(GENERATED):
         from jax_ordermerge.data import synthetic  # only this branch needs it
 
         name, _, named_split = path.removeprefix(GENERATED).partition("@")
         rows: list[JsonRow] = [dict(row) for row in synthetic.generated(name, named_split or split)]
-    elif remote.address(path) is not None or Path(path).exists() or path.endswith(SUFFIXES):
-        local = remote.fetch(path)
-        rows = _read_file(local)
-        sha256 = _digest(local)
+        files = [DataFile(path, len(rows[:limit]))]
+    elif (listing := list_files(path)) is not None:
+        rows, files, passed_over = *_read_files(listing.files, limit), listing.passed_over
     elif match := HUB_NAME.fullmatch(path):
         rows = _read_hub(match["name"], match["config"], match["split"] or split, limit)
+        files = [DataFile(path, len(rows))]
     else:
         raise UserError(
-            f"data {path} not found; expected a file ({' '.join(SUFFIXES)}), a hub dataset"
-            " owner/name, or generated:NAME"
+            f"data {path} not found; expected a file ({EXPECTED}), a directory, a glob, a hub"
+            " dataset owner/name, or generated:NAME"
         )
     if not rows:
         raise UserError(f"data {path} holds no rows")
-    rows = rows[:limit]
-    return Table(rows, (DataFile(path, len(rows), sha256),))
+    return Table(rows[:limit], tuple(files), passed_over)
 
 
-def _read_file(path: Path) -> list[JsonRow]:
-    if not path.exists():
-        raise UserError(f"data file {path} not found")
-    if not path.is_file():
-        raise UserError(f"data {path} is a directory; give a file of it")
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"data file {path} has an unknown suffix; expected {' '.join(SUFFIXES)}")
+def _read_files(
+    paths: Iterable[tuple[str, Path]], limit: int | None
+) -> tuple[list[JsonRow], list[DataFile]]:
+    """Read files one after another, until there are `limit` rows."""
+    rows: list[JsonRow] = []
+    files = []
+    for name, path in paths:
+        left = None if limit is None else limit - len(rows)
+        if left == 0:
+            break
+        part = _read_file(path, name)[:left]
+        files.append(DataFile(name, len(part), _digest(path)))
+        rows += part
+    return rows, files
+
+
+def _read_file(path: Path, name: str) -> list[JsonRow]:
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             import pyarrow.parquet
 
             # Without the option a map is a list of pairs, which templates print as one.
             rows = pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
             return [values.plain(row) for row in rows]
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8-sig", newline="") as file
-        ):
-            return _parse(file.read(), path)
+        # `utf-8-sig` drops a byte order mark, which spreadsheets write before the first column
+        return _parse(_read_bytes(path).decode("utf-8-sig"), name)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"data file {path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
+            f"data file {name} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
         ) from error
     except (OSError, EOFError, ValueError, KeyError, csv.Error, zlib.error) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"data file {path} cannot be read: {first_line(error)}") from error
+        raise UserError(f"data file {name} cannot be read: {first_line(error)}") from error
 
 
-def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
-    # `utf-8-sig` above drops a byte order mark, which spreadsheets write before the first column
-    kind = kind or path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+def _read_bytes(path: Path) -> bytes:
+    codec = path.suffix.lower()
+    if codec == ".gz":
+        with gzip.open(path) as file:
+            return file.read()
+    if codec == ".zst":
+        import pyarrow as pa
+
+        with pa.input_stream(str(path), compression="zstd") as stream:
+            return bytes(stream.read())
+    return path.read_bytes()
+
+
+def _parse(text: str, name: str, kind: str = "") -> list[JsonRow]:
+    plain_name = name.lower().removesuffix(".gz").removesuffix(".zst")
+    kind = kind or plain_name.rsplit(".", 1)[-1]
     if "\0" in text:
         # UTF-16 without a byte order mark passes for UTF-8 with a null after each letter.
-        raise UserError(f"data file {path} holds null characters; is it UTF-16? save it as UTF-8")
+        raise UserError(f"data file {name} holds null characters; is it UTF-16? save it as UTF-8")
     if kind == "txt":
         text = text.replace("\r\n", "\n")  # line ends of Windows, as open() reads them
         texts = (part.strip("\n") for part in text.split(TEXT_END))
         return [{"text": part} for part in texts if part.strip()]
-    if kind == "csv":
-        rows: Any = _parse_csv(text, path)
+    if kind in DELIMITERS:
+        rows: Any = _parse_csv(text, name, DELIMITERS[kind])
     elif kind == "json":
         try:
             document = values.parse_json(text)
@@ -127,18 +144,18 @@ def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
             # JSON Lines under the name of JSON: a second object follows the first
             if not error.msg.startswith("Extra data"):
                 raise
-            return _parse(text, path, "jsonl")
+            return _parse(text, name, "jsonl")
         rows = document.get("data") if isinstance(document, dict) else document
         if not isinstance(rows, list):
             raise UserError(
-                f'data file {path}: expected a list of objects, or {{"data": [...]}};'
+                f'data file {name}: expected a list of objects, or {{"data": [...]}};'
                 " jsonl files end in .jsonl"
             )
         if isinstance(document, dict) and (
-            lists := [name for name, part in document.items() if isinstance(part, list)][1:]
+            lists := [key for key, part in document.items() if isinstance(part, list)][1:]
         ):
             raise UserError(
-                f"data file {path} has several lists: data, {', '.join(lists)}; one is expected"
+                f"data file {name} has several lists: data, {', '.join(lists)}; one is expected"
             )
     else:
         rows = []
@@ -147,29 +164,50 @@ def _parse(text: str, path: Path, kind: str = "") -> list[JsonRow]:
             try:
                 rows += [values.parse_json(line)] if line.strip() else []
             except ValueError as error:
-                raise UserError(f"data file {path}: line {number} is not JSON: {error}") from error
+                raise UserError(f"data file {name}: line {number} is not JSON: {error}") from error
     # csv.DictReader collects surplus fields under the key None
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or None in row:
             shown = "more fields than the header" if isinstance(row, dict) else type(row).__name__
             raise UserError(
-                f"data file {path}: row {number} is {shown}, expected an object with named columns"
+                f"data file {name}: row {number} is {shown}, expected an object with named columns"
             )
     return rows
 
 
-def _parse_csv(text: str, path: Path) -> list[dict[Any, Any]]:
+def _parse_csv(text: str, name: str, delimiter: str) -> list[dict[Any, Any]]:
     csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
     # Not strict, a quote that is never closed would take in the rest of the file as one cell.
-    reader = csv.DictReader(io.StringIO(text.lstrip("\r\n"), newline=""), strict=True)
-    names = list(reader.fieldnames or ())
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    lines = io.StringIO(text.lstrip("\r\n"), newline="")
+    reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+    columns = list(reader.fieldnames or ())
+    if twice := sorted({column for column in columns if columns.count(column) > 1}):
         raise UserError(
-            f"data file {path}: the header names {', '.join(map(repr, twice))} more than once"
+            f"data file {name}: the header names {', '.join(map(repr, twice))} more than once"
         )
     # pandas writes its index under no name, and reads it under this one
-    reader.fieldnames = [name or "Unnamed: 0" for name in names]
+    reader.fieldnames = [column or "Unnamed: 0" for column in columns]
     return list(reader)
+
+
+def identify(path: str, split: str | None) -> list[str]:
+    """Return a name for each file of a path, equal where two paths lead to one file.
+
+    Args:
+        path: as of `read`.
+        split: of a hub or generated dataset.
+
+    Raises:
+        UserError: a split is given for files; or see `list_files`.
+    """
+    listing = None if path.startswith(GENERATED) else list_files(path)
+    if listing is None:
+        return [path if "@" in path else f"{path}@{split or 'train'}"]
+    if split is not None:
+        raise UserError(
+            f"data {path}: split = {split} is of hub datasets, files have none; remove it"
+        )
+    return [str(local.resolve()) for _, local in listing.files]
 
 
 def _digest(path: Path) -> str:

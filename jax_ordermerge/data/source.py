@@ -1,6 +1,7 @@
 """Sources into tokenized examples, and the splits of a run."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 from jax_ordermerge import config as schema
@@ -86,12 +87,28 @@ def tokenize(
     Raises:
         UserError: see `load_examples`.
     """
+    listed = list_sources(sources)
+    _refuse_same_files(listed)
     return concatenate(
         [
             _tokenize_source(source, settings_of(source, data, split), tokenizer, split)
-            for source in list_sources(sources)
+            for source in listed
         ]
     )
+
+
+def _refuse_same_files(sources: Sequence[DataSource]) -> None:
+    """Refuse a file that is read twice, unless its sources have different names on purpose."""
+    readers: dict[str, DataSource] = {}
+    for source in sources:
+        for file in files.identify(source.path, source.split):
+            other = readers.get(file)
+            if other and (other is source or not (other.name and source.name)):
+                raise UserError(
+                    f"data: {file} is read twice, by {other.label} and {source.label}; give"
+                    " weight: 2 to use its rows twice, or a name to each source"
+                )
+            readers[file] = source
 
 
 def settings_of(source: DataSource, data: schema.Data, split: str) -> schema.Data:

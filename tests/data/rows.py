@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 
 from jax_ordermerge.data.source import load_examples
@@ -10,23 +11,29 @@ ROWS = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}, é\n#### {2 * n}"
 
 
 def write(path, rows=ROWS):
-    name = path.name
+    name = path.name.lower()
     if name.endswith(".parquet"):
         import pyarrow as pa
         from pyarrow import parquet
 
         parquet.write_table(pa.Table.from_pylist(rows), path)
-    elif name.endswith(".csv"):
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        return str(path)
+    if ".csv" in name or ".tsv" in name:
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, rows[0].keys(), delimiter="," if ".csv" in name else "\t")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = file.getvalue()
+    elif "jsonl" in name:
+        text = "\n".join(map(json.dumps, rows)) + "\n"
     else:
-        text = (
-            "\n".join(map(json.dumps, rows)) + "\n"
-            if "jsonl" in name
-            else json.dumps({"data": rows} if "wrapped" in name else rows)
-        )
+        text = json.dumps({"data": rows} if "wrapped" in name else rows)
+    if name.endswith(".zst"):
+        import pyarrow as pa
+
+        with pa.output_stream(path, compression="zstd") as stream:
+            stream.write(text.encode())
+    else:
         data = text.encode()
         path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     return str(path)

@@ -106,11 +106,6 @@ def test_bad_files(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_is_not_data(tmp_path):
-    with pytest.raises(UserError, match="is a directory"):
-        load(str(tmp_path))
-
-
 def test_long_cells_and_lines_under_the_name_of_json(tmp_path):
     rows = [{"text": "x" * 200_000}, {"text": "y"}]
     assert load(write(tmp_path / "a.csv", rows)) == rows

@@ -1,0 +1,108 @@
+"""The data files that a path stands for: a file, a directory or a glob, on a disk or in a bucket."""
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from jax_ordermerge.checkpoint import object_store, remote
+from jax_ordermerge.errors import UserError
+
+KINDS: Final = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+CODECS: Final = (".gz", ".zst")
+SUFFIXES: Final = (
+    *KINDS,
+    ".parquet",
+    *(f"{kind}{codec}" for codec in CODECS for kind in KINDS),
+)
+# For messages: all of them would hide what is wrong.
+EXPECTED: Final = f"{' '.join((*KINDS, '.parquet'))}; all but parquet also {' '.join(CODECS)}"
+HUB_NAME: Final = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@]+))?"
+)
+
+
+class Listing(NamedTuple):
+    """The data files of a path, in the order in which they are read.
+
+    Attributes:
+        files: the name of each for readers, and where it lies on this machine.
+        passed_over: names of files of a directory or glob that are no data.
+    """
+
+    files: tuple[tuple[str, Path], ...]
+    passed_over: tuple[str, ...] = ()
+
+
+def list_files(path: str) -> Listing | None:
+    """Return the data files of a path, or None where it is neither a file, a directory nor a glob.
+
+    A directory stands for all files below it, a glob for the files and directories that it matches;
+    `**` matches any number of directories. They are read in the order of their names, part by part.
+    Hidden files are passed over, as a shell does. Other files that are no data by their suffix are
+    passed over and named.
+
+    Args:
+        path: on a disk, or an address in a bucket (gs://, s3://), whose files are fetched.
+
+    Raises:
+        UserError: there is no such file, it is of an unknown kind, or nothing matches.
+    """
+    url = remote.address(path)
+    # A name with brackets may be that of a file, or the split of a hub dataset.
+    is_name = url is None and (Path(path).expanduser().exists() or HUB_NAME.fullmatch(path))
+    if glob.has_magic(path) and not is_name:
+        return _list_glob(path, url)
+    local = remote.fetch(path)
+    if local.is_dir():
+        files = [(f"{path.rstrip('/')}/{name}", file) for name, file in _walk(local)]
+        return _select(path, files)
+    if not local.exists():
+        if not path.lower().endswith(SUFFIXES):
+            return None
+        raise UserError(f"data file {path} not found")
+    if not local.name.lower().endswith(SUFFIXES):
+        raise UserError(f"data file {path} has an unknown suffix; expected {EXPECTED}")
+    return Listing(((path, local),))
+
+
+def _list_glob(path: str, url: str | None) -> Listing:
+    if url is None:
+        matches = [
+            (name, Path(name)) for name in glob.glob(str(Path(path).expanduser()), recursive=True)
+        ]
+    else:
+        matches = [(name, remote.fetch(name)) for name in object_store.match(url)]
+    # A dict, since `**` matches a directory and what is in it.
+    files: dict[str, Path] = {}
+    for name, local in matches:
+        below = _walk(local) if local.is_dir() else [("", local)]
+        files |= {f"{name.rstrip('/')}/{inner}".rstrip("/"): file for inner, file in below}
+    return _select(path, list(files.items()))
+
+
+def _select(path: str, files: list[tuple[str, Path]]) -> Listing:
+    """Sort files and take the data among them."""
+    files = sorted(files, key=lambda item: item[0].split("/"))
+    data = tuple(item for item in files if item[0].lower().endswith(SUFFIXES))
+    others = tuple(name for name, _ in files if not name.lower().endswith(SUFFIXES))
+    if not data:
+        named = f"only {', '.join(others[:5])}" if others else "nothing"
+        raise UserError(f"data {path} matches no data file, {named}; expected {EXPECTED}")
+    return Listing(data, others)
+
+
+def _walk(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Path]]:
+    """Yield the path of each file below a directory, and the file. Links are followed."""
+    resolved = directory.resolve()
+    if resolved in above:
+        raise UserError(f"data {directory} is a link to a directory above it; remove it")
+    for entry in directory.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            below = _walk(entry, (*above, resolved))
+            yield from ((f"{entry.name}/{name}", file) for name, file in below)
+        else:
+            yield entry.name, entry
