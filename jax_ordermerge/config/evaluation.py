@@ -27,7 +27,9 @@ class Task(Section):
     name: str
     # No literal: kinds are the keys of a registry, to which other packages may add.
     kind: str
-    data: str | None = Field(None, description="file or hub dataset; by default data.test")
+    data: str | None = Field(
+        None, description="file, directory, glob or hub dataset; by default data.test"
+    )
     limit: PositiveInt | None = Field(None, description="use only the first so many items")
 
     @property
@@ -66,7 +68,7 @@ class ShotsTask(Task):
     description: str = Field("", description="text before the shots")
     shots: NonNegativeInt = Field(0, description="solved examples before each item")
     shots_from: str | None = Field(
-        None, description="file or hub dataset of the shots; by default data.train"
+        None, description="file, directory, glob or hub dataset of the shots; by default data.train"
     )
     shots_order: Literal["first", "random"] = Field(
         "first",

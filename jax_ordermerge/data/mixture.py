@@ -120,7 +120,7 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
 
 
 def apply_weights(examples: Examples, seed: int) -> Examples:
-    """Leave out and repeat rows by the weights of their sources.
+    """Leave out and repeat rows by the weights of their sources, and count them.
 
     A weight is cut into an integer and a fraction f. Each of the n rows of the source is there as
     often as the integer says. round(f n) of them, the first of the permutation by the stream
@@ -143,6 +143,8 @@ def apply_weights(examples: Examples, seed: int) -> Examples:
     group, first = _groups(examples)
     group_source = examples.source_numbers[first]
     copies = np.zeros(len(first), np.int64)  # of each row
+    sizes = np.bincount(group)
+    sources, counts = [], dict(examples.counts)
     for number, source in enumerate(examples.sources):
         rows = np.flatnonzero(group_source == number)
         complete = int(source.weight)
@@ -154,6 +156,12 @@ def apply_weights(examples: Examples, seed: int) -> Examples:
             )
         copies[rows] = complete
         copies[rows[permutation(len(rows), seed, "weight", number)[:further]]] += 1
+        changes = {
+            "left_out_by_weight": int(sizes[rows][copies[rows] == 0].sum()),
+            "repeated_by_weight": int((sizes * np.maximum(copies - 1, 0))[rows].sum()),
+        }
+        sources.append(dataclasses.replace(source, counts={**source.counts, **changes}))
+        counts |= {name: counts.get(name, 0) + count for name, count in changes.items()}
     # All first copies, then all second ones: the ids of first copies are those without weights.
     id_count = sum(source.id_count for source in examples.sources)
     largest = int(copies.max(initial=0))
@@ -168,7 +176,9 @@ def apply_weights(examples: Examples, seed: int) -> Examples:
     rejected = weighted.rejected
     if rejected is not None:
         rejected = dataclasses.replace(rejected, ids=ids, rows=rows)
-    return dataclasses.replace(weighted, ids=ids, rows=rows, rejected=rejected)
+    return dataclasses.replace(
+        weighted, ids=ids, rows=rows, rejected=rejected, sources=tuple(sources), counts=counts
+    )
 
 
 def _groups(examples: Examples) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """The splits of a run: what data.json records of them, whether they changed, what they share."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +102,28 @@ def describe(splits: Mapping[str, Examples]) -> dict[str, Json]:
         record = {"examples": overlap.examples, "first_ids": overlap.first_ids}
         descriptions[overlap.split].setdefault("overlaps", {})[overlap.other] = record
     return descriptions
+
+
+def source_lines(sources: Sequence[Json]) -> list[str]:
+    """Return lines about the sources of a split, as data.json describes them.
+
+    A source alone needs no line, since the line of the split is about it, but for files that were
+    passed over.
+
+    Example:
+        >>> source = {"name": "a", "examples": 6, "weight": 0.5, "passed_over": ["README.md"]}
+        >>> source_lines([source])
+        ['a: 6 examples, weight 0.5', 'a: passed over README.md']
+    """
+    lines = []
+    for source in sources:
+        if len(sources) > 1 or source["weight"] != 1:
+            lines.append(
+                f"{source['name']}: {source['examples']} examples, weight {source['weight']:g}"
+            )
+        if source["passed_over"]:
+            lines.append(f"{source['name']}: passed over {', '.join(source['passed_over'])}")
+    return lines
 
 
 def check_same_data(run: RunLayout, splits: Mapping[str, Examples]) -> None:

@@ -93,6 +93,12 @@ def test_a_weight_is_how_often_an_epoch_has_each_row(tmp_path, byte_tokenizer, w
     assert Counter(count for (source, _), count in copies.items() if source) == expected
     assert [copies[0, row] for row in range(7)] == [1] * 7
     assert len(set(examples.ids)) == len(examples)
+    counts = examples.sources[1].counts
+    assert counts.get("left_out_by_weight", 0) == 12 - sum(expected.values())
+    assert counts.get("repeated_by_weight", 0) == sum(
+        (count - 1) * rows for count, rows in expected.items()
+    )
+    assert examples.counts["used"] == 19
     # a copy has the tokens of its row
     plain = train_of(byte_tokenizer(), train=sources)
     rows = {

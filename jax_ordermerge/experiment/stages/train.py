@@ -28,6 +28,8 @@ def run(ctx: RunContext) -> None:
     for name, description in descriptions.items():
         counts = ", ".join(f"{count} {what}" for what, count in description["counts"].items())
         ctx.log(f"  {name}: {description['source']}, {counts}")
+        for line in splits.source_lines(description["sources"]):
+            ctx.log(f"    {line}")
         for other, overlap in description.get("overlaps", {}).items():
             ctx.log(
                 f"  {name}: overlapping, not held out: {overlap['examples']} of"
