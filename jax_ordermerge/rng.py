@@ -1,10 +1,12 @@
 """Random streams by name: every key of the package comes from `stream`."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 
 def stream_key_bits(seed: int, *names: str | int) -> np.ndarray:
@@ -38,7 +40,7 @@ def stream_key_bits(seed: int, *names: str | int) -> np.ndarray:
     return np.frombuffer(digest.digest(), dtype="<u4").astype(np.uint32)
 
 
-def stream(seed: int, *names: str | int) -> jax.Array:
+def stream(seed: int, *names: str | int) -> "jax.Array":
     """Return the key of a named stream, a scalar key array; see `stream_key_bits`.
 
     Example:
@@ -46,6 +48,9 @@ def stream(seed: int, *names: str | int) -> jax.Array:
         >>> key.shape
         ()
     """
+    import jax  # orders and previews of data need the bits alone
+    import jax.numpy as jnp
+
     # threefry explicitly, not the default implementation: its bits depend neither on the backend
     # nor on the sharding of the array that is drawn
     return jax.random.wrap_key_data(jnp.asarray(stream_key_bits(seed, *names)), impl="threefry2x32")

@@ -7,8 +7,7 @@ take part in the gathering, and process 0 writes.
 
 import dataclasses
 import functools
-import importlib.resources
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +21,12 @@ from jax.typing import DTypeLike
 from jax_ordermerge import arch, processes, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, TensorSpec
-from jax_ordermerge.checkpoint import atomic, placement, remote, safetensors
+from jax_ordermerge.checkpoint import atomic, placement, safetensors
+from jax_ordermerge.checkpoint.resolve import resolve as resolve
 from jax_ordermerge.errors import UserError
 
 _READABLE = ("float64", "float32", "float16", "bfloat16")
 _ROTARY_BUFFER = "rotary_emb.inv_freq"  # old libraries write it, every library recomputes it
-# safetensors first: `resolve(weights=False)` leaves it out
-_HUB_FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",  # chat templates
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-    "README.md",
-)
-
-
-def resolve(base: str, *, weights: bool = True) -> Path:
-    """Return the local directory of a base model.
-
-    Args:
-        base: an existing directory, `embedded:NAME` (shipped with the package), an address (gs://,
-            s3://) of a directory, which is copied here, or a hub name such as
-            `meta-llama/Llama-2-7b-hf`, which is downloaded once.
-        weights: False leaves out safetensors: config and tokenizer only.
-
-    Raises:
-        UserError: there is no such model, or it cannot be downloaded.
-
-    Example:
-        >>> resolve("embedded:nothing")
-        Traceback (most recent call last):
-        ...
-        jax_ordermerge.errors.UserError: embedded:nothing is not shipped with this package...
-    """
-    if base.startswith("embedded:"):
-        return _embedded(base.removeprefix("embedded:"))
-    if remote.address(base) is not None:
-        return remote.fetch(base, without=None if weights else "*.safetensors")
-    # a directory wins over a hub name that is spelled the same
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return path
-    # a hub name has at most one slash, so this can only be a path
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise UserError(
-            f"base model directory {base} not found; give an existing directory, a hub name or"
-            " embedded:NAME"
-        )
-    return _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
 
 
 def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfig:
@@ -376,45 +331,3 @@ def _select(array: jax.Array, layer: int | None, member: int | None) -> jax.Arra
     if member is not None:
         array = jax.lax.dynamic_index_in_dim(array, member, axis=0, keepdims=False)
     return array
-
-
-def _embedded(name: str) -> Path:
-    assets = importlib.resources.files("jax_ordermerge") / "assets"
-    shipped = [item.name for item in assets.iterdir() if item.is_dir()] if assets.is_dir() else []
-    if name not in shipped:
-        raise UserError(
-            f"embedded:{name} is not shipped with this package"
-            f" (shipped: {', '.join(sorted(shipped)) or 'none'})"
-        )
-    return Path(str(assets / name))
-
-
-def _download(name: str, patterns: Sequence[str]) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    ignore = ["consolidated*", "original/*"]  # the same weights in other formats
-    try:
-        directory = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(patterns), ignore_patterns=ignore
-        )
-    except errors.HFValidationError as error:
-        raise UserError(
-            f"base model {name} is neither an existing directory nor a valid hub name"
-        ) from error
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"base model {name} is gated: accept its licence on the hub, then log in with `hf auth"
-            " login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"base model {name} is not on the hub (or private), and no directory of that name"
-            " exists"
-        ) from error
-    except (OSError, errors.HTTPError) as error:  # all network failures of the hub are one of these
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"base model {name} is no directory and could not be downloaded: {reason}"
-        ) from error
-    return Path(directory)

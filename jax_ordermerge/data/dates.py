@@ -10,7 +10,6 @@ import json
 import re
 from typing import TYPE_CHECKING, Final
 
-from jax_ordermerge import processes
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +40,14 @@ def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
     )
 
 
+def reads_clock(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a chat template prints another date tomorrow: it is not pinned."""
+    pinned = _MACRO.partition("CODES")[0]
+    return prints_date(tokenizer) and not all(
+        template.startswith(pinned) for template in _templates(tokenizer).values()
+    )
+
+
 def pin_date(
     tokenizer: "PreTrainedTokenizerBase",
     configured: dt.date | None = None,
@@ -62,18 +69,43 @@ def pin_date(
     Raises:
         UserError: a date is configured, and no template prints one.
     """
-    if not prints_date(tokenizer):
-        if configured is None:
-            return None
-        raise UserError(
-            f"data.date = {configured}: the chat template does not read the clock (strftime_now);"
-            " remove it"
-        )
-    date = configured or recorded or today()
-    date = dt.date.fromordinal(processes.broadcast(date.toordinal()))
+    from jax_ordermerge import processes  # imports jax, which `pin_local_date` does without
+
+    date = _choose_date(tokenizer, configured, recorded)
+    if date is not None:
+        date = dt.date.fromordinal(processes.broadcast(date.toordinal()))
+        _pin_all(tokenizer, date)
+    return date
+
+
+def pin_local_date(
+    tokenizer: "PreTrainedTokenizerBase",
+    configured: dt.date | None = None,
+    recorded: dt.date | None = None,
+) -> dt.date | None:
+    """Do what `pin_date` does in a process that has no peers."""
+    date = _choose_date(tokenizer, configured, recorded)
+    if date is not None:
+        _pin_all(tokenizer, date)
+    return date
+
+
+def _choose_date(
+    tokenizer: "PreTrainedTokenizerBase", configured: dt.date | None, recorded: dt.date | None
+) -> dt.date | None:
+    if prints_date(tokenizer):
+        return configured or recorded or today()
+    if configured is None:
+        return None
+    raise UserError(
+        f"data.date = {configured}: the chat template does not read the clock (strftime_now);"
+        " remove it"
+    )
+
+
+def _pin_all(tokenizer: "PreTrainedTokenizerBase", date: dt.date) -> None:
     pinned = {name: _pin(template, date) for name, template in _templates(tokenizer).items()}
     tokenizer.chat_template = pinned if isinstance(tokenizer.chat_template, dict) else pinned[""]
-    return date
 
 
 def today() -> dt.date:

@@ -1,6 +1,7 @@
 """Hugging Face -> parameters -> Hugging Face, also by Orbax, gives the same bytes on every mesh."""
 
 import dataclasses
+import importlib.resources
 import json
 
 import chex
@@ -303,7 +304,7 @@ def test_paths_that_do_not_exist(base):
 
 def test_embedded_names(monkeypatch, tmp_path):
     (tmp_path / "assets" / "small").mkdir(parents=True)
-    monkeypatch.setattr(convert.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
     assert convert.resolve("embedded:small") == tmp_path / "assets" / "small"
     with pytest.raises(
         UserError, match=r"embedded:other is not shipped with this package \(shipped: small\)"

@@ -1,0 +1,96 @@
+"""The local directory of a base model, wherever it comes from. It takes no jax to find it."""
+
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.errors import UserError
+
+# safetensors first: `resolve(weights=False)` leaves it out
+_HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",  # chat templates
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "README.md",
+)
+
+
+def resolve(base: str, *, weights: bool = True) -> Path:
+    """Return the local directory of a base model.
+
+    Args:
+        base: an existing directory, `embedded:NAME` (shipped with the package), an address (gs://,
+            s3://) of a directory, which is copied here, or a hub name such as
+            `meta-llama/Llama-2-7b-hf`, which is downloaded once.
+        weights: False leaves out safetensors: config and tokenizer only.
+
+    Raises:
+        UserError: there is no such model, or it cannot be downloaded.
+
+    Example:
+        >>> resolve("embedded:nothing")
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: embedded:nothing is not shipped with this package...
+    """
+    if base.startswith("embedded:"):
+        return _embedded(base.removeprefix("embedded:"))
+    if remote.address(base) is not None:
+        return remote.fetch(base, without=None if weights else "*.safetensors")
+    # a directory wins over a hub name that is spelled the same
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
+    # a hub name has at most one slash, so this can only be a path
+    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise UserError(
+            f"base model directory {base} not found; give an existing directory, a hub name or"
+            " embedded:NAME"
+        )
+    return _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
+
+
+def _embedded(name: str) -> Path:
+    assets = importlib.resources.files("jax_ordermerge") / "assets"
+    shipped = [item.name for item in assets.iterdir() if item.is_dir()] if assets.is_dir() else []
+    if name not in shipped:
+        raise UserError(
+            f"embedded:{name} is not shipped with this package"
+            f" (shipped: {', '.join(sorted(shipped)) or 'none'})"
+        )
+    return Path(str(assets / name))
+
+
+def _download(name: str, patterns: Sequence[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    ignore = ["consolidated*", "original/*"]  # the same weights in other formats
+    try:
+        directory = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(patterns), ignore_patterns=ignore
+        )
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"base model {name} is neither an existing directory nor a valid hub name"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"base model {name} is gated: accept its licence on the hub, then log in with `hf auth"
+            " login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"base model {name} is not on the hub (or private), and no directory of that name"
+            " exists"
+        ) from error
+    except (OSError, errors.HTTPError) as error:  # all network failures of the hub are one of these
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"base model {name} is no directory and could not be downloaded: {reason}"
+        ) from error
+    return Path(directory)
