@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import quantities
 
 # The patterns are those of the publications and of lm-evaluation-harness, oddities included:
 # another pattern would give numbers that cannot be compared with published ones. COT_NUMBER, for
@@ -11,7 +12,6 @@ from jax_ordermerge.errors import UserError
 GSM8K_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 COT_NUMBER = re.compile(r"The answer is (-?[0-9.,]+).")
 FLEXIBLE_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-PLAIN_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
 
 
 def truncate(text: str, stops: Sequence[str]) -> str:
@@ -123,32 +123,43 @@ def _without_marks(number: str) -> str:
     return re.sub(r"[,$]|\.$", "", number)
 
 
-def number(answer: str, reference: str) -> bool:
-    """Return whether the last number of an answer has the value of the reference: SVAMP, ASDiv.
+def gsm8k_value(answer: str, reference: str) -> bool:
+    """Return whether the last number of an answer has the value of the reference.
+
+    Not as published: 5.0 is 5, and a Unicode minus is a sign.
 
     Raises:
-        UserError: the reference has no number.
+        UserError: the reference has no `#### number`.
+
+    Example:
+        >>> gsm8k_value("so it is $5.00", "#### 5"), gsm8k_flexible("so it is $5.00", "#### 5")
+        (True, False)
+    """
+    return number(answer, _gsm8k_reference(reference))
+
+
+def number(answer: str, reference: str) -> bool:
+    """Return whether an answer ends with the numbers of the reference: SVAMP, ASDiv.
+
+    Numbers may be ratios, times, fractions and lists, see `quantities`. A reference that does not
+    begin with a number is compared as words.
+
+    Raises:
+        UserError: the reference is empty.
 
     Example:
         >>> number("He has 8 - 3.0 = 5.0 left.", "5"), number("1,000", "1000 (apples)")
         (True, True)
-        >>> number("none", "0")
-        False
+        >>> number("It is 3:4.", "3:4"), number("2,3", "23"), number("−3", "3"), number("0", "none")
+        (True, False, False, False)
     """
-    # References of ASDiv have a unit in brackets behind the number.
-    expected = PLAIN_NUMBER.search(reference)
-    if expected is None:
-        raise UserError(
-            f"a reference is '{reference.strip()[:40]}', expected a number; use kind: exact for "
-            "other answers"
-        )
-    numbers = PLAIN_NUMBER.findall(answer)
-    # As printed in the data sets the numbers have at most a few decimals.
-    return bool(numbers) and abs(_value(numbers[-1]) - _value(expected.group())) < 1e-6
-
-
-def _value(text: str) -> float:
-    return float(text.replace(",", ""))
+    # Digits and letters: "-" or "?" says nothing that an answer could be.
+    if not re.search(r"[^\W_]", reference):
+        raise UserError(f"a reference is '{reference.strip()[:40]}', expected a number or words")
+    expected = quantities.numeric(reference)
+    if expected:
+        return quantities.ends_with(answer, expected)
+    return quantities.same_words(answer, reference)
 
 
 def boxed(text: str) -> str | None:

@@ -125,8 +125,6 @@ def test_a_math_answer_that_is_not_boxed_is_wrong():
     assert not matching.math("7", r"\boxed{7}")
     with pytest.raises(UserError, match=r"expected .boxed"):
         matching.math(r"\boxed{7}", "7")
-    with pytest.raises(UserError, match="expected a number"):
-        matching.number("7", "seven")
 
 
 def test_a_reference_without_a_number_is_refused():
@@ -141,6 +139,7 @@ def test_every_published_reference_has_a_number_and_agrees_with_itself(shared_da
         for line in (shared_data / "gsm8k" / f"{name}.jsonl").read_text().splitlines():
             text = json.loads(line)["answer"]
             assert matching.gsm8k(text, text)
+            assert matching.gsm8k_value(text, text)
             float(matching.gsm8k_number(text))
 
 

@@ -7,6 +7,7 @@ import pydantic
 from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, GeneratedTask, ShotsTask, TaskKind
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import matching
 from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
 from jax_ordermerge.evaluate.metrics import accuracy
@@ -27,7 +28,9 @@ MATCHES: dict[str, Match] = {
 }
 # Further metrics of the same answers. A strict match also fails on the form of an answer.
 EXTRA_MATCHES: dict[str, dict[str, Match]] = {
-    kind: {"flexible": matching.gsm8k_flexible} for kind in ("gsm8k", "gsm8k_cot")
+    "gsm8k": {"flexible": matching.gsm8k_flexible, "value": matching.gsm8k_value},
+    "gsm8k_cot": {"flexible": matching.gsm8k_flexible, "value": matching.gsm8k_value},
+    "gsm8k_flexible": {"value": matching.gsm8k_value},
 }
 
 
@@ -35,7 +38,7 @@ class AnswerTask(GeneratedTask, ShotsTask):
     """A task that a model answers in words.
 
     exact: the whole answer; gsm8k: the number after ####; gsm8k_cot: after "The answer is";
-    gsm8k_flexible, number: the last number; math: the last boxed answer.
+    gsm8k_flexible: the last number; number: the last numbers, or words; math: the last boxed answer.
     """
 
     prompt: str | None = Field(
@@ -89,7 +92,10 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
 
     Returns:
         `accuracy`, `se` and `n`, and per item `id`, `prompt`, `reference`, `answer` and `correct`.
-        Kinds with a further match have its share, error and `correct_...`, too: `flexible`.
+        Kinds with a further match have its share, error and `correct_...`, too: `flexible`, `value`.
+
+    Raises:
+        UserError: a reference is of another form than the kind compares.
 
     Example:
         >>> prompts = [Prompt(0, "a", [1], "A"), Prompt(1, "b", [1], "B")]
@@ -97,6 +103,13 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
         >>> answer(AnswerTask(name="echo", kind="exact"), prompts, model).summary
         {'accuracy': 0.5, 'se': 0.3535533905932738, 'n': 2}
     """
+    match = MATCHES[task.kind]
+    for prompt in prompts:
+        # Before the generation, which may take hours: no answer changes what a reference is.
+        try:
+            match("", prompt.reference)
+        except UserError as error:
+            raise UserError(f"evaluation task {task.name}, item {prompt.id}: {error}") from error
     with name_items([prompt.id for prompt in prompts]):
         generated = model.generate([prompt.tokens for prompt in prompts], task.max_new_tokens)
     items: list[Json] = []
@@ -110,11 +123,12 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
                 "prompt": prompt.prompt,
                 "reference": prompt.reference,
                 "answer": text,
-                "correct": MATCHES[task.kind](text, prompt.reference),
+                "correct": match(text, prompt.reference),
             }
         )
-    share, error = accuracy([item["correct"] for item in items])
-    summary: Json = {"accuracy": share, "se": error, "n": len(items)}
+    summary: Json = {}
+    summary["accuracy"], summary["se"] = accuracy([item["correct"] for item in items])
+    summary["n"] = len(items)
     for name, match in EXTRA_MATCHES.get(task.kind, {}).items():
         for item in items:
             item[f"correct_{name}"] = match(item["answer"], item["reference"])
