@@ -1,6 +1,7 @@
 """The formats of rows that users bring, each turned into one kind of record. Pure functions."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -8,11 +9,13 @@ from jax_ordermerge.data.messages import (
     Message,
     Tool,
     parse_json,
+    parse_messages,
     read_messages,
-    read_sharegpt,
     read_tools,
+    take_weight,
     without_nulls,
 )
+from jax_ordermerge.data.synonyms import suggest_columns
 from jax_ordermerge.errors import UserError, did_you_mean
 
 Row = Mapping[str, Any]
@@ -54,7 +57,7 @@ class Record:
         The input of an Alpaca instruction is a line below it, as LLaMA-Factory has it, so that no
         template can lose it. Alpaca's own template takes the two apart again.
         """
-        content = f"{prompt}\n{alpaca_input}" if alpaca_input else prompt
+        content = "\n".join(text for text in (prompt, alpaca_input) if text)
         return cls(
             messages=(
                 {"role": "user", "content": content},
@@ -111,6 +114,11 @@ class MissingColumn(Exception):
     """A row lacks a column; the message is its name."""
 
 
+def is_filled(value: Any) -> bool:
+    """Return whether a cell says something; 0 and False do. Arrow and CSV have all columns."""
+    return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
+
+
 def _value(row: Row, column: str) -> Any:
     if column not in row:
         raise MissingColumn(column)
@@ -124,7 +132,25 @@ def _string(row: Row, column: str) -> str:
     # numbers are answers too (`"answer": 5`); bool is a subclass of int and no text
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"column '{column}' holds {type(value).__name__}, expected a string")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"column '{column}' holds the number {value}, which is not finite")
     return str(value)
+
+
+def _prompt(row: Row, column: str) -> str:
+    # An empty cell of CSV is an absent value, which is refused in every other kind of file.
+    if not (prompt := _string(row, column)):
+        raise UserError(f"column '{column}' is empty; a text without a prompt has format text")
+    return prompt
+
+
+def optional_string(row: Row, column: str) -> str:
+    """Return the text of a column that may be absent, null or empty: then it is "".
+
+    Raises:
+        UserError: the column holds something else than a string or a number.
+    """
+    return _string(row, column) if is_filled(row.get(column)) else ""
 
 
 def _response(row: Row, column: str) -> str:
@@ -141,13 +167,9 @@ def _conversation(messages: Sequence[Message], column: str, context: int = 0) ->
     """Make a record of messages, the first `context` of which are not learned."""
     unlearned, bare = set(), []
     for number, message in enumerate(messages):
-        weight = message.get("weight", 1)
-        # OpenAI's files know only these two; a fraction that counts as 1 would be a silent error.
-        if isinstance(weight, bool) or weight not in (0, 1):
-            raise UserError(f"column '{column}': weight {weight!r} of a message, expected 0 or 1")
-        if weight == 0:
-            unlearned.add(number)
-        bare.append({name: value for name, value in message.items() if name != "weight"})
+        message, is_learned = take_weight(message, column)
+        unlearned |= set() if is_learned else {number}
+        bare.append(message)
     # A greeting before the first question answers nothing, so it is context.
     users = [number for number, message in enumerate(bare) if message["role"] == "user"]
     unlearned |= set(range(users[0] if users else 0))
@@ -156,51 +178,53 @@ def _conversation(messages: Sequence[Message], column: str, context: int = 0) ->
     if not record.learned:
         reason = " with weight 1 after a user message" if unlearned else ""
         raise NoResponse(f"column '{column}' has no assistant message{reason}")
-    responses = [bare[number] for number in record.learned]
-    if not any(str(m["content"]).strip() or m.get("tool_calls") for m in responses):
-        raise NoResponse(f"column '{column}' has empty responses")
+    for number in record.learned:
+        further = [name for name in bare[number] if name not in ("role", "content")]
+        if not bare[number]["content"].strip() and not further:
+            raise NoResponse(f"column '{column}' has an empty response in message {number}")
     # messages after the last response are never learned
     return dataclasses.replace(record, messages=tuple(bare[: record.learned[-1] + 1]))
 
 
-def _from_messages(row: Row) -> Record:
-    return _conversation(read_messages(_value(row, "messages"), "messages"), "messages")
-
-
-def _from_sharegpt(row: Row) -> Record:
-    turns = read_sharegpt(_value(row, "conversations"), "conversations")
-    return _conversation(turns, "conversations")
+def _read_conversation(column: str) -> Callable[[Row], Record]:
+    return lambda row: _conversation(read_messages(_value(row, column), column), column)
 
 
 def _from_prompt_completion(row: Row) -> Record:
-    prompt, completion = _value(row, "prompt"), row.get("completion")
-    if isinstance(prompt, (str, int, float)):
-        return Record.single_turn(_string(row, "prompt"), _response(row, "completion"))
-    context = read_messages(prompt, "prompt")
+    prompt = parse_messages(_value(row, "prompt"))
+    completion = parse_messages(row.get("completion"))
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return Record.single_turn(_prompt(row, "prompt"), _response(row, "completion"))
     if completion is None and "completion" in row:
         raise NoResponse("column 'completion' is null")
+    context = read_messages(prompt, "prompt")
     answers = read_messages(_value(row, "completion"), "completion")
     return _conversation([*context, *answers], "completion", len(context))
 
 
 def _from_alpaca(row: Row) -> Record:
+    alpaca_input = optional_string(row, "input")
+    # A few sets have the whole task in the input.
+    read_instruction = optional_string if alpaca_input else _prompt
     record = Record.single_turn(
-        _string(row, "instruction"), _response(row, "output"), str(row.get("input") or "")
+        read_instruction(row, "instruction"), _response(row, "output"), alpaca_input
     )
     # Rounds before the instruction are learned too, as in LLaMA-Factory, whose column this is.
     rounds = _json_value(row, "history", list, [])
-    if any(not isinstance(turns, Sequence) or len(turns) != 2 for turns in rounds):
-        raise UserError("column 'history': expected pairs of a question and an answer")
-    history = [
-        {"role": role, "content": str(content)}
-        for turns in rounds
-        for role, content in zip(("user", "assistant"), turns, strict=True)
-    ]
+    history: list[Message] = []
+    for turns in rounds:
+        if (
+            not isinstance(turns, (list, tuple))
+            or len(turns) != 2
+            or not all(isinstance(text, str) and text.strip() for text in turns)
+        ):
+            raise UserError("column 'history': expected pairs of a question and an answer")
+        history += Record.single_turn(*turns).messages
     return dataclasses.replace(record, messages=(*history, *record.messages))
 
 
 def _from_question_answer(row: Row) -> Record:
-    return Record.single_turn(_string(row, "question"), _response(row, "answer"))
+    return Record.single_turn(_prompt(row, "question"), _response(row, "answer"))
 
 
 def _from_text(row: Row) -> Record:
@@ -209,44 +233,81 @@ def _from_text(row: Row) -> Record:
 
 def _from_preference(row: Row) -> Record:
     """Read a pair whose prompt is a column of its own, or the common start of both responses."""
-    prompt, columns = row.get("prompt"), ("chosen", "rejected")
-    if isinstance(row.get("chosen"), Mapping):
-        # LLaMA-Factory: a conversation, and one turn for each response
-        context = read_sharegpt(_value(row, "conversations"), "conversations")
-        answers = [read_sharegpt([_value(row, column)], column) for column in columns]
-        pair = [
-            _conversation([*context, *turns], column, len(context))
-            for turns, column in zip(answers, columns, strict=True)
-        ]
-    elif isinstance(row.get("chosen"), str):
+    columns = ("chosen", "rejected")
+    responses = [parse_messages(row.get(column)) for column in columns]
+    context = _read_pair_context(row)
+    if not any(isinstance(response, (list, Mapping)) for response in responses):
         chosen, rejected = (_response(row, column) for column in columns)
-        if prompt is None:
+        if isinstance(context, list):
+            raise UserError(
+                "the prompt is a list of messages and column 'chosen' holds a string;"
+                " give both in the same form"
+            )
+        if context is None:
             length = _common_prefix(chosen, rejected)
-            prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-        elif not isinstance(prompt, str):
-            raise UserError(
-                f"column 'prompt' holds {type(prompt).__name__} and column 'chosen' a string,"
-                " expected the same type"
-            )
-        pair = [Record.single_turn(prompt, response) for response in (chosen, rejected)]
+            context, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+        pair = [Record.single_turn(context, response) for response in (chosen, rejected)]
     else:
-        turns = [read_messages(_value(row, column), column) for column in columns]
-        if prompt is None or isinstance(prompt, str):
-            # a string prompt beside messages repeats what the messages begin with
-            length = _common_prefix(*turns)
-            context, turns = turns[0][:length], [messages[length:] for messages in turns]
-        else:
-            context = read_messages(prompt, "prompt")
-        if not context:
-            raise UserError(
-                "columns 'chosen' and 'rejected' begin with different messages;"
-                " give a column 'prompt' with messages"
-            )
+        turns = []
+        for response, column in zip(responses, columns, strict=True):
+            if response is None:
+                _response(row, column)  # raises: the column is absent or null
+            # LLaMA-Factory has one turn instead of a list
+            response = [response] if isinstance(response, Mapping) else response
+            turns.append(read_messages(response, column))
+        context, turns = _split_pair(context, turns)
         pair = [
             _conversation([*context, *messages], column, len(context))
             for messages, column in zip(turns, columns, strict=True)
         ]
     return dataclasses.replace(pair[0], rejected=pair[1])
+
+
+def _read_pair_context(row: Row) -> list[Message] | str | None:
+    """Return the prompt of a pair; None where it is the common start of both responses."""
+    prompts = [name for name in _PAIR_PROMPTS if is_filled(row.get(name))]
+    if len(prompts) > 1:
+        raise UserError(
+            f"columns {' and '.join(map(repr, prompts))} both hold a prompt;"
+            " name one of them in data.ignore_columns"
+        )
+    column = prompts[0] if prompts else ""
+    # LLaMA-Factory's pairs with the columns of Alpaca
+    if alpaca_input := optional_string(row, "input"):
+        if column != "instruction":
+            raise UserError("column 'input' stands without 'instruction'; give both, or a prompt")
+        return Record.single_turn(_string(row, column), alpaca_input=alpaca_input).prompt
+    if not column:
+        return None
+    prompt = parse_messages(row[column])
+    if column == "conversations" or isinstance(prompt, (list, Mapping)):
+        return read_messages(prompt, column)
+    return _string(row, column)
+
+
+def _split_pair(
+    prompt: list[Message] | str | None, turns: list[list[Message]]
+) -> tuple[list[Message], list[list[Message]]]:
+    """Split the messages of a pair into those of the prompt and those of the two responses."""
+    # Many sets repeat the prompt at the start of both responses. Twice, it would be read twice.
+    if isinstance(prompt, list) and not all(side[: len(prompt)] == prompt for side in turns):
+        return prompt, turns
+    length = len(prompt) if isinstance(prompt, list) else _common_prefix(*turns)
+    context = turns[0][:length]
+    if isinstance(prompt, str):
+        if not context:
+            return list(Record.single_turn(prompt).messages[:1]), turns
+        if prompt.strip() not in (str(message["content"]).strip() for message in context):
+            raise UserError(
+                f"column 'prompt' is none of the messages that 'chosen' and 'rejected' begin with:"
+                f" {prompt[:60]!r}; name it in data.ignore_columns, or give responses alone"
+            )
+    if not context:
+        raise UserError(
+            "columns 'chosen' and 'rejected' begin with different messages;"
+            " give a column 'prompt' with messages"
+        )
+    return context, [messages[length:] for messages in turns]
 
 
 def _common_prefix(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
@@ -275,7 +336,7 @@ def _json_value(row: Row, column: str, kind: type, default: Any) -> Any:
 def _add_shared_columns(record: Record, row: Row) -> Record:
     """Put the columns that any conversation may have where they belong: `SHARED_COLUMNS`."""
     changes: dict[str, Any] = {}
-    if system := str(row.get("system") or ""):
+    if system := optional_string(row, "system"):
         first = record.messages[0]
         if first["role"] != "system":
             changes["messages"] = ({"role": "system", "content": system}, *record.messages)
@@ -302,38 +363,50 @@ class Format(NamedTuple):
 
 # Columns that every format but `text` reads.
 SHARED_COLUMNS: Final = ("system", "tools", "chat_template_kwargs")
+# Columns in which the prompt of a preference pair may stand.
+_PAIR_PROMPTS: Final = ("prompt", "conversations", "instruction")
 FORMATS: Final = {
-    "messages": Format(_from_messages, ("messages",)),
-    "sharegpt": Format(_from_sharegpt, ("conversations",)),
+    "messages": Format(_read_conversation("messages"), ("messages",)),
+    "sharegpt": Format(_read_conversation("conversations"), ("conversations",)),
     "prompt_completion": Format(_from_prompt_completion, ("prompt", "completion")),
     "alpaca": Format(_from_alpaca, ("instruction", "output"), ("input", "history")),
     "question_answer": Format(_from_question_answer, ("question", "answer")),
     "text": Format(_from_text, ("text",)),
-    "preference": Format(_from_preference, ("chosen", "rejected"), ("prompt", "conversations")),
+    "preference": Format(_from_preference, ("chosen", "rejected"), (*_PAIR_PROMPTS, "input")),
 }
 
 
-def detect(row: Row, where: str) -> str:
-    """Return the format whose columns a row has.
+def detect(rows: Sequence[Row], where: str) -> str:
+    """Return the format whose columns the rows have.
 
     Raises:
         UserError: it is none of them.
 
     Example:
-        >>> detect({"question": "2 + 3?", "answer": "5"}, "train.jsonl")
+        >>> detect([{"question": "2 + 3?", "answer": "5"}], "train.jsonl")
         'question_answer'
     """
-    # Only LLaMA-Factory's pairs have one turn, not a list of turns, as the chosen response.
-    if isinstance(row.get("chosen"), Mapping) and {"conversations", "rejected"} <= set(row):
+    # Arrow has every column in every row, so those that hold something come before all others.
+    columns = {name for row in rows for name, value in row.items() if value is not None}
+    present = {name for row in rows for name in row}
+    # With a pair of single turns, the conversations are its prompt.
+    if "conversations" in columns and any(_is_turn(row.get("chosen")) for row in rows):
         return "preference"
     # The first format whose columns are all there. Further columns do not count.
-    for name, form in FORMATS.items():
-        if set(form.columns) <= set(row):
-            return name
+    for names in (columns, present):
+        for form, (_, required, _) in FORMATS.items():
+            if set(required) <= names:
+                return form
     expected = "; ".join(f"{name} ({', '.join(form.columns)})" for name, form in FORMATS.items())
+    shown = ", ".join(f"'{name}'" for name in sorted(columns)) or "none"
+    advice = suggest_columns(columns, {name: form.columns for name, form in FORMATS.items()})
     raise UserError(
-        f"{where}: the columns {_column_names(row)} match no format; expected those of {expected}"
+        f"{where}: the columns {shown} match no format; expected those of {expected}{advice}"
     )
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(parse_messages(value), Mapping)
 
 
 def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:

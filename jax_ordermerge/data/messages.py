@@ -1,16 +1,17 @@
 """Messages of conversations in one form, whatever file they come from. Pure functions."""
 
-import json
+import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from jax_ordermerge.data import values
 from jax_ordermerge.errors import UserError, did_you_mean
 
 Message = Mapping[str, Any]
 Tool = dict[str, Any]
-# Speakers of ShareGPT files and their roles in chat templates. An unknown speaker is an error: a
-# turn under a wrong role would be learned, or not, without notice.
-SHAREGPT_ROLES: Final = {
+# Roles and ShareGPT's speakers in small letters, and their roles in chat templates.
+ROLES: Final = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -18,110 +19,129 @@ SHAREGPT_ROLES: Final = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
     "system": "system",
+    "developer": "developer",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
 }
+# Lists and objects in one another, of tools and calls. Python gives up at some 400.
+MAX_DEPTH: Final = 64
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: Any, depth: int = 0) -> Any:
     """Remove keys whose value is null from mappings, however deep they lie.
 
     Arrow gives every struct all keys that any row has and fills them with null. Only without them
     do Parquet and JSON Lines have the same tokens. Null elements of lists stay: Arrow adds none.
 
+    Raises:
+        UserError: a value that JSON does not have, such as a date, or more than `MAX_DEPTH` lists
+            and objects in one another.
+
     Example:
         >>> without_nulls({"city": "Oslo", "zone": None, "days": [1, None]})
         {'city': 'Oslo', 'days': [1, None]}
     """
+    if depth > MAX_DEPTH:
+        raise UserError(f"more than {MAX_DEPTH} lists and objects stand in one another")
     if isinstance(value, Mapping):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return [without_nulls(part) for part in value]
+        return {
+            name: without_nulls(part, depth + 1) for name, part in value.items() if part is not None
+        }
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(part, depth + 1) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"the number {value} is not finite, and JSON has no word for it")
+    # Parquet has dates, bytes and decimals. Templates print them each in another way, or not.
+    if not isinstance(value, (str, int, float, type(None))):
+        raise UserError(f"{str(value)[:60]!r} is a {type(value).__name__}; write it as a string")
     return value
 
 
-def read_messages(
-    value: Any, column: str, role: str = "role", content: str = "content"
-) -> list[Message]:
+def read_messages(value: Any, column: str) -> list[Message]:
     """Return messages with the keys `role` and `content`; further keys stay.
 
-    Null keys are removed, text parts become one string, arguments of tool calls that are JSON
-    strings become objects, and calls without content have the content "".
+    Messages may have the keys `from` and `value` instead, as ShareGPT's have, whose speakers
+    become roles. Null keys are removed, text parts become one string, calls without content have
+    the content "", and arguments that are JSON strings become objects. The content of a speaker
+    `function_call` is a JSON object with `name` and `arguments`, or a list of these.
 
     Args:
-        value: the messages of a row.
+        value: the messages of a row, or a JSON string of them, as CSV has it.
         column: its name, for error messages.
-        role: the key of roles in the file.
-        content: the key of contents in the file.
 
     Raises:
         UserError: the value is no list of messages.
 
     Example:
-        >>> read_messages([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "m")
+        >>> read_messages([{"from": "human", "value": [{"type": "text", "text": "Hi"}]}], "m")
         [{'role': 'user', 'content': 'Hi'}]
     """
-    # Parquet gives arrays where JSON gives lists, so any sequence but a string is accepted.
-    if isinstance(value, (Mapping, str)) or not isinstance(value, Sequence):
+    value = parse_messages(value)
+    if not isinstance(value, (list, tuple)):
         raise UserError(
             f"column '{column}' holds {type(value).__name__}, expected a list of messages"
+            + (" or its JSON" if isinstance(value, str) else "")
         )
-    messages: list[Message] = []
-    for item in value:
-        if not isinstance(item, Mapping) or item.get(role) is None:
-            raise UserError(f"column '{column}': a message without '{role}': {str(item)[:60]}")
-        message = without_nulls(item)
-        text = message.pop(content, None)
-        if isinstance(text, list):
-            text = _join_parts(text, column)
-        calls = message.get("tool_calls")
-        # A call of a tool has no content. An empty string and not null: templates that print
-        # contents without a look at them would print the word None.
-        if text is None and calls:
-            text = ""
-        if not isinstance(text, str):
-            raise UserError(
-                f"column '{column}': a message without the string '{content}': {str(item)[:60]}"
-            )
-        normal = {"role": message.pop(role), "content": text} | message
-        if calls:
-            normal["tool_calls"] = [_read_call(call, column) for call in calls]
-        elif calls is not None:
-            del normal["tool_calls"]  # an empty list calls nothing
-        messages.append(normal)
-    return messages
+    return [_read_message(item, column) for item in value]
 
 
-def read_sharegpt(value: Any, column: str) -> list[Message]:
-    """Return the messages of ShareGPT turns (`from`, `value`).
+def parse_messages(value: Any) -> Any:
+    """Return the messages in a JSON string, or the value itself if it is none.
 
-    The value of a `function_call` is a JSON object with `name` and `arguments`, or a list of these.
-
-    Raises:
-        UserError: the value is no list of turns, a speaker is unknown, or a call is not JSON.
+    A text that only looks like it stays a text: a prompt may ask about JSON.
 
     Example:
-        >>> read_sharegpt([{"from": "human", "value": "Hi"}], "conversations")
+        >>> parse_messages('[{"role": "user", "content": "Hi"}]')
         [{'role': 'user', 'content': 'Hi'}]
+        >>> parse_messages("[1, 2]")
+        '[1, 2]'
     """
-    messages: list[Message] = []
-    for message in read_messages(value, column, "from", "value"):
-        speaker = str(message["role"])
-        if speaker not in SHAREGPT_ROLES:
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        parsed = values.parse_json(value)
+    except ValueError:
+        return value
+    items = parsed if isinstance(parsed, list) else [parsed]
+    keys = ({"role", "content"}, {"from", "value"})
+    is_message = (
+        isinstance(item, dict) and any(pair <= set(item) for pair in keys) for item in items
+    )
+    return parsed if all(is_message) else value
+
+
+def take_weight(message: Message, column: str) -> tuple[Message, bool]:
+    """Return a message without `weight` (OpenAI) and `train` (axolotl), and whether it is learned.
+
+    Raises:
+        UserError: a weight between 0 and 1, or one that would let another role than the assistant
+            be learned.
+
+    Example:
+        >>> take_weight({"role": "assistant", "content": "Hi", "weight": 0}, "messages")
+        ({'role': 'assistant', 'content': 'Hi'}, False)
+    """
+    weights = {name: message[name] for name in ("weight", "train") if name in message}
+    for name, weight in weights.items():
+        # A fraction that counts as 1 would be a silent error.
+        if isinstance(weight, bool) != (name == "train") or weight not in (0, 1):
+            expected = "true or false" if name == "train" else "0 or 1"
             raise UserError(
-                f"column '{column}': unknown speaker '{speaker}'"
-                f"{did_you_mean(speaker, SHAREGPT_ROLES)}"
+                f"column '{column}': {name} {weight!r} of a message, expected {expected}"
             )
-        normal = {**message, "role": SHAREGPT_ROLES[speaker]}
-        if speaker == "function_call":
-            calls = parse_json(message["content"], column)
-            calls = calls if isinstance(calls, list) else [calls]
-            normal |= {"content": "", "tool_calls": [_read_call(call, column) for call in calls]}
-        messages.append(normal)
-    return messages
+        if weight and message["role"] != "assistant":
+            raise UserError(
+                f"column '{column}': {name} {weight!r} of a message of {message['role']}:"
+                " only what assistants say is learned"
+            )
+    bare = {name: value for name, value in message.items() if name not in weights}
+    return bare, all(weights.values())
 
 
 def read_tools(value: Any) -> tuple[Tool, ...]:
@@ -138,16 +158,16 @@ def read_tools(value: Any) -> tuple[Tool, ...]:
         >>> read_tools('[{"name": "time"}]')
         ({'type': 'function', 'function': {'name': 'time'}},)
     """
-    tools = parse_json(value, "tools") if isinstance(value, str) else without_nulls(value)
+    tools = parse_json(value, "tools") if isinstance(value, str) else value
     if not isinstance(tools, list):
         raise UserError(f"column 'tools' holds {type(tools).__name__}, expected a list of tools")
     functions = []
     for tool in tools:
-        function = parse_json(tool, "tools") if isinstance(tool, str) else tool
-        if not isinstance(function, Mapping):
+        function = without_nulls(parse_json(tool, "tools") if isinstance(tool, str) else tool)
+        if not isinstance(function, dict):
             raise UserError(f"column 'tools': a tool that is no object: {str(tool)[:60]}")
         wrapped = "function" in function or "name" not in function
-        functions.append(dict(function) if wrapped else {"type": "function", "function": function})
+        functions.append(function if wrapped else _wrapped(function))
     return tuple(functions)
 
 
@@ -158,23 +178,86 @@ def parse_json(text: str, column: str) -> Any:
         UserError: it is not JSON.
     """
     try:
-        return json.loads(text)
+        return values.parse_json(text)
     except ValueError as error:
         raise UserError(f"column '{column}': not JSON ({error}): {text[:60]}") from error
 
 
-def _join_parts(parts: Sequence[Any], column: str) -> str:
+def _read_message(item: Any, column: str) -> Message:
+    message = without_nulls(item) if isinstance(item, Mapping) else {}
+    is_sharegpt = "role" not in message and "from" in message
+    speaker = message.pop("from" if is_sharegpt else "role", None)
+    text = message.pop("value" if "content" not in message else "content", None)
+    if not isinstance(speaker, str):
+        raise UserError(f"column '{column}': a message without 'role' or 'from': {str(item)[:60]}")
+    role = _read_role(speaker, column, is_sharegpt)
+    if isinstance(text, list):
+        text = _join_parts(text, message, column)
+    calls = _read_calls(message, column)
+    if speaker.lower() == "function_call" and isinstance(text, str):
+        calls, text = calls + _call_list(parse_json(text, column), column), ""
+    # A call of a tool has no content. An empty string and not null: templates that print contents
+    # without a look at them would print the word None.
+    if text is None and calls:
+        text = ""
+    if not isinstance(text, str):
+        raise UserError(
+            f"column '{column}': a message without the string 'content' or 'value':"
+            f" {str(item)[:60]}"
+        )
+    normal = {"role": role, "content": text} | message
+    return normal | {"tool_calls": calls} if calls else normal
+
+
+def _read_role(speaker: str, column: str, is_sharegpt: bool) -> str:
+    name = speaker.strip().lower()
+    # OpenAI's old name of a tool that answers. As a speaker it has been a call and an answer.
+    if name == "function" and not is_sharegpt:
+        return "tool"
+    if name in ROLES:
+        return ROLES[name]
+    # A turn under a wrong role would be learned, or not, without notice. Templates have roles of
+    # their own, such as ipython, so only what looks like a slip is refused there.
+    if is_sharegpt or difflib.get_close_matches(name, ROLES, n=1, cutoff=0.75):
+        kind = "speaker" if is_sharegpt else "role"
+        raise UserError(f"column '{column}': unknown {kind} '{speaker}'{did_you_mean(name, ROLES)}")
+    return speaker
+
+
+def _join_parts(parts: Sequence[Any], message: dict[str, Any], column: str) -> str:
+    """Join the text parts of a content; their further keys become keys of the message."""
     texts = []
     for part in parts:
-        text = part.get("text") if isinstance(part, Mapping) else part
+        part = {"text": part} if isinstance(part, str) else part
         # An image that is passed over would leave an answer about nothing.
-        if not isinstance(text, str):
+        if (
+            not isinstance(part, dict)
+            or not isinstance(part.get("text"), str)
+            or part.get("type", "text") not in ("text", "input_text", "output_text")
+        ):
             raise UserError(
                 f"column '{column}': a part of a message is no text: {str(part)[:60]};"
                 " only text is trained"
             )
-        texts.append(text)
+        texts.append(part["text"])
+        further = {name: value for name, value in part.items() if name not in ("type", "text")}
+        message |= {f"content.{name}": value for name, value in further.items()}
     return "".join(texts)
+
+
+def _read_calls(message: dict[str, Any], column: str) -> list[dict[str, Any]]:
+    """Take the calls out of a message."""
+    calls = _call_list(message.pop("tool_calls", []), column)
+    # OpenAI's old key for the only call of a message
+    return calls + _call_list(message.pop("function_call", []), column)
+
+
+def _call_list(calls: Any, column: str) -> list[dict[str, Any]]:
+    # Arrow has one type per column, so files on the hub often hold calls as JSON strings.
+    calls = parse_json(calls, column) if isinstance(calls, str) and calls else calls
+    if calls in ("", [], {}):
+        return []
+    return [_read_call(call, column) for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def _read_call(call: Any, column: str) -> dict[str, Any]:
@@ -182,20 +265,20 @@ def _read_call(call: Any, column: str) -> dict[str, Any]:
 
     Templates print arguments as JSON. A string would be encoded twice.
     """
-    if not isinstance(call, Mapping):
+    if not isinstance(call, dict):
         raise UserError(f"column '{column}': a tool call that is no object: {str(call)[:60]}")
     function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f"column '{column}': a tool call without a name: {str(call)[:60]}")
-    function = dict(function)
-    arguments = function.get("arguments")
+    # Arrow makes null of an object without keys.
+    arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
-            value = json.loads(arguments)
+            value = values.parse_json(arguments)
         except ValueError:
             value = None
-        if isinstance(value, dict):
-            function["arguments"] = value
+        arguments = value if isinstance(value, dict) else arguments
+    function = function | {"arguments": arguments}
     outer = {name: part for name, part in call.items() if name != "function"}
     return outer | {"function": function} if "function" in call else _wrapped(function)
 

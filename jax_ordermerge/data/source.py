@@ -11,7 +11,7 @@ from jax_ordermerge.data.builder import ExampleBuilder
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.mixture import apply_weights, concatenate, set_aside
 from jax_ordermerge.data.provenance import SourceInfo
-from jax_ordermerge.data.unused import check_unused
+from jax_ordermerge.data.unused import check_unused, read_columns, without_keys
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,19 +138,14 @@ def read_table(source: DataSource, data: schema.Data, split: str) -> files.Table
         UserError: see `files.read`.
     """
     table = files.read(source.path, source.split or split, limit=data.limit)
-    if not data.columns:
-        return table
-    # `columns` applies where a file has the name: training and test files may differ
-    names = data.columns.items()
-    rows = [row | {name: row[alias] for name, alias in names if alias in row} for row in table.rows]
-    return table._replace(rows=rows)
+    return table._replace(rows=read_columns(table.rows, data.columns, data.ignore_columns))
 
 
 def _tokenize_source(
     source: DataSource, data: schema.Data, tokenizer: "PreTrainedTokenizerBase", split: str
 ) -> Examples:
-    table = read_table(source, data, split)
-    rows = table.rows
+    table = files.read(source.path, source.split or split, limit=data.limit)
+    rows = read_columns(table.rows, data.columns, data.ignore_columns)
     info = SourceInfo(
         source.label,
         source.path,
@@ -158,7 +153,7 @@ def _tokenize_source(
         files=table.files,
         passed_over=table.passed_over,
     )
-    form = formats.detect(rows[0], source.path) if data.format == "auto" else data.format
+    form = formats.detect(rows, source.path) if data.format == "auto" else data.format
     records, bad = formats.read_rows(rows, form)
     if bad and (data.bad_rows == "refuse" or not records):
         raise formats.bad_rows_error(bad, info.locate)
@@ -166,7 +161,7 @@ def _tokenize_source(
         records = {row: record.last_answer for row, record in records.items()}
     template = chat.resolve_template(data.template, form, list(records.values()), tokenizer)
     ignored = check_unused(
-        rows,
+        table.rows,
         list(records.values()),
         form,
         template,
@@ -175,6 +170,7 @@ def _tokenize_source(
         ignore=data.ignore_columns,
         where=source.path,
     )
+    records = {row: without_keys(record, data.ignore_columns) for row, record in records.items()}
     builder, template_bad = _encode_all(records, form, template, data, tokenizer)
     bad |= template_bad
     if bad and (data.bad_rows == "refuse" or len(bad) == len(rows)):

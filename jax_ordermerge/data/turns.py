@@ -217,17 +217,18 @@ def _check_context(record: Record, text: str) -> None:
     # Earlier answers may be shortened on purpose, e.g. without their reasoning.
     position = 0
     for number, message in enumerate(record.messages):
-        content = str(message["content"])
         if message["role"] == "assistant":
-            continue
+            parts = [str(call["function"]["name"]) for call in message.get("tool_calls", ())]
+        else:
+            parts = [str(message["content"])]
         # Contents stand in order: a search from the start for each is quadratic.
-        place = text.find(content, position)
-        if place >= 0:
-            position = place + len(content)
-        elif _first_missing([content], text) is not None:
+        place = text.find(parts[0], position) if parts else position
+        if place >= 0 and len(parts) == 1:
+            position = place + len(parts[0])
+        elif (missing := _first_missing(parts, text)) is not None:
             raise UserError(
                 f"the chat template leaves out message {number} ({message['role']}):"
-                f" {content[:60]!r}; use another role, or a template that prints it"
+                f" {missing[:60]!r}; use another role, or a template that prints it"
             )
 
 

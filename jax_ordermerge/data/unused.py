@@ -1,12 +1,12 @@
 """Columns and keys of rows that nothing reads. They are refused, not lost. Pure functions."""
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from jax_ordermerge.data import turns
-from jax_ordermerge.data.formats import FORMATS, SHARED_COLUMNS, Record, Row
+from jax_ordermerge.data.formats import FORMATS, SHARED_COLUMNS, Record, Row, is_filled
+from jax_ordermerge.data.synonyms import advise
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,14 +17,55 @@ if TYPE_CHECKING:
 _NEUTRAL = (
     "id idx index uuid row source origin dataset split category topic subject type task domain "
     "level difficulty tag tags language lang license url created date time timestamp model "
-    "generator metadata meta score score_chosen score_rejected messages.name"
+    "generator metadata meta score score_chosen score_rejected parallel_tool_calls messages.name"
 )
-NEUTRAL: Final = frozenset(_NEUTRAL.split())
+# What pandas writes its index under.
+NEUTRAL: Final = frozenset([*_NEUTRAL.split(), "Unnamed: 0", "__index_level_0__"])
 # tatsu-lab/alpaca has the rendered row beside its parts.
 NEUTRAL_OF_FORMAT: Final = {"alpaca": ("text",)}
 # A key is tried in so many records: a template may use it in some places only, as Qwen3 does with
 # the reasoning of the last turn.
 TRIALS: Final = 8
+# The names of arguments are data and no keys: one place stands for all of them.
+_NAMED_BY_USERS: Final = ("properties", "$defs", "definitions", "patternProperties")
+_REMOVED: Final = object()
+
+
+class Place(NamedTuple):
+    """Where a value stands in a record, in all messages of a role and all elements of lists."""
+
+    path: tuple[str, ...]
+    role: str = ""
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+
+def read_columns(
+    rows: Sequence[Row], aliases: Mapping[str, str], ignore: Sequence[str]
+) -> list[Row]:
+    """Return rows without the columns to ignore, and with those of other names under both.
+
+    Args:
+        rows: rows of a source.
+        aliases: `data.columns`. They apply where a row has the name: files may differ.
+        ignore: `data.ignore_columns`.
+
+    Example:
+        >>> read_columns(
+        ...     [{"question": "Hi", "solution": "Hello", "answer": "5"}],
+        ...     {"answer": "solution"},
+        ...     ["answer"],
+        ... )
+        [{'question': 'Hi', 'solution': 'Hello', 'answer': 'Hello'}]
+    """
+    if not aliases and not ignore:
+        return list(rows)
+    bare = [{name: value for name, value in row.items() if name not in ignore} for row in rows]
+    return [
+        row | {name: row[alias] for name, alias in aliases.items() if alias in row} for row in bare
+    ]
 
 
 def check_unused(
@@ -41,7 +82,7 @@ def check_unused(
     """Return the columns and keys that are passed over, and refuse all others that nothing reads.
 
     Args:
-        rows: rows of a source.
+        rows: rows of a source, before `read_columns`.
         records: what was read from them.
         form: their format.
         template: a name of `chat.TEMPLATES`.
@@ -53,72 +94,133 @@ def check_unused(
     Raises:
         UserError: columns or keys are neither used, nor neutral, nor in `ignore`; all are named.
     """
-    used = {*FORMATS[form].columns, *FORMATS[form].optional}
-    used |= set() if form == "text" else set(SHARED_COLUMNS)
-    used |= {alias for name, alias in (aliases or {}).items() if name in used}
-    # An empty cell says nothing: Arrow and CSV have every column in every row.
-    columns = {name for row in rows for name, value in row.items() if _is_filled(value)}
-    unused = (columns - used) | set(unused_keys(records, template, tokenizer))
-    neutral = NEUTRAL | set(NEUTRAL_OF_FORMAT.get(form, ())) | set(ignore)
-    refused = sorted(
+    aliases = aliases or {}
+    readable = {*FORMATS[form].columns, *FORMATS[form].optional}
+    readable |= set() if form == "text" else set(SHARED_COLUMNS)
+    # The user has put another column in the place of these.
+    hidden = {
         name
-        for name in unused
+        for name, alias in aliases.items()
+        if name != alias and any(is_filled(row.get(name)) and alias in row for row in rows)
+    }
+    used = readable - hidden | {alias for name, alias in aliases.items() if name in readable}
+    columns = {name for row in rows for name, value in row.items() if is_filled(value)}
+    unused = {name: name for name in columns - (used - set(ignore))}
+    unused |= unused_keys(records, template, tokenizer, ignore)
+    neutral = NEUTRAL | set(NEUTRAL_OF_FORMAT.get(form, ())) | set(ignore) | hidden
+    refused = sorted(
+        shown
+        for shown, name in unused.items()
         if not {name, name.rpartition(".")[2]} & neutral and not name.endswith("_id")
     )
     if refused:
         raise UserError(
             f"{where}: nothing reads {', '.join(refused)} (format {form}, template {template});"
-            " rename them with data.columns, or name them in data.ignore_columns to pass over them"
+            f" {advise(refused, readable - columns)}"
         )
     return sorted(unused)
 
 
 def unused_keys(
-    records: Sequence[Record], template: str, tokenizer: "PreTrainedTokenizerBase"
-) -> list[str]:
-    """Return the keys of messages, and `tools`, that do not change the text of a chat template.
+    records: Sequence[Record],
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    ignore: Sequence[str] = (),
+) -> dict[str, str]:
+    """Return the keys of messages, tools and variables that do not change a template's text.
 
-    A key counts as used where the text is another one without it. Only this is certain: the text
-    of a template does not tell which variable has the attribute that it names.
+    A key counts as used where the text is another one with another value. Only this is certain: the
+    text of a template does not tell which variable has the attribute that it names.
+
+    Args:
+        records: of a source.
+        template: a name of `chat.TEMPLATES`.
+        tokenizer: with the chat template.
+        ignore: keys that `without_keys` removes.
+
+    Returns:
+        The names by what is shown: with the role where messages of other roles use the key.
     """
-    places: dict[str, list[Record]] = {}
+    holders: dict[Place, list[Record]] = {}
     for record in records:
         for side in (record, record.rejected):
             if side is not None:
-                for key in _keys(side):
-                    places.setdefault(key, []).append(side)
-    return [
-        key
-        for key, holders in places.items()
-        if template != "chat"
-        or not any(_changes_text(record, key, tokenizer) for record in holders[:TRIALS])
-    ]
+                for place in set(_places(side)):
+                    if len(holders.setdefault(place, [])) < TRIALS:
+                        holders[place].append(side)
+    used: set[Place] = set()
+    unused: set[Place] = set()
+    # Outer places first: of a key that is not read, the keys in it are not named too.
+    for place in sorted(holders, key=lambda place: len(place.path)):
+        if any(place._replace(path=place.path[:end]) in unused for end in range(len(place.path))):
+            continue
+        is_used = (
+            place.name not in ignore
+            and template == "chat"
+            and any(_changes_text(record, place, tokenizer) for record in holders[place])
+        )
+        (used if is_used else unused).add(place)
+    if template == "chat":
+        # that the calls of a message are in the text is checked for each row
+        unused.discard(Place(("messages", "tool_calls"), "assistant"))
+    names = {place.name for place in used}
+    return {
+        f"{place.name} ({place.role})" if place.name in names else place.name: place.name
+        for place in sorted(unused)
+    }
 
 
-def _is_filled(value: Any) -> bool:
-    # 0 and False are values; an array has no truth value
-    return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
+def without_keys(record: Record, names: Sequence[str]) -> Record:
+    """Return a record without the keys of messages, tools or variables that have these names.
+
+    Raises:
+        UserError: a name is that of what messages say.
+    """
+    for name in names:
+        path = tuple(name.split("."))
+        if len(path) < 2 or path[0] not in ("messages", "tools", "chat_template_kwargs"):
+            continue
+        if name in ("messages.role", "messages.content", "messages.tool_calls"):
+            raise UserError(f"data.ignore_columns: {name} is what is trained; change the rows")
+        for role in {message["role"] for message in record.messages}:
+            record = _edited(record, Place(path, role), lambda value: _REMOVED)
+        if record.rejected is not None:
+            rejected = without_keys(record.rejected, [name])
+            record = dataclasses.replace(record, rejected=rejected)
+    return record
 
 
-def _keys(record: Record) -> set[str]:
-    keys = {"tools"} if record.tools else set()
-    keys |= {f"chat_template_kwargs.{name}" for name in record.template_kwargs}
+def _places(record: Record) -> Iterator[Place]:
     for message in record.messages:
-        keys |= {f"messages.{name}" for name in message} - {
-            "messages.role",
-            "messages.content",
-            "messages.tool_calls",
-        }
-        for call in message.get("tool_calls", ()):
-            keys |= {f"messages.tool_calls.{name}" for name in call if name != "function"}
-            further = set(call.get("function", ())) - {"name", "arguments"}
-            keys |= {f"messages.tool_calls.function.{name}" for name in further}
-    return keys
+        if len(message) > 2:  # most have no more than role and content
+            bare = {key: value for key, value in message.items() if key not in ("role", "content")}
+            yield from _nested(bare, Place(("messages",), message["role"]))
+    yield from _nested({"tools": record.tools}, Place(()))
+    yield from _nested(record.template_kwargs, Place(("chat_template_kwargs",)))
 
 
-def _changes_text(record: Record, key: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _nested(value: Any, place: Place) -> Iterator[Place]:
+    """Yield the places of all values in a mapping, and in those in it."""
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(item, Mapping):
+            continue
+        for key, part in item.items():
+            if is_filled(part):
+                named = place.path[-1:] and place.path[-1] in _NAMED_BY_USERS
+                inner = place._replace(path=(*place.path, "*" if named else key))
+                yield inner
+                # that what a call says is in the text is checked for each call
+                if key != "arguments":
+                    yield from _nested(part, inner)
+
+
+def _changes_text(record: Record, place: Place, tokenizer: "PreTrainedTokenizerBase") -> bool:
     try:
-        return _texts(record, tokenizer) != _texts(_without(record, key), tokenizer)
+        text = _texts(record, tokenizer)
+        return any(
+            _texts(_edited(record, place, change), tokenizer) != text
+            for change in (_alter, _remove)
+        )
     except UserError:
         return True  # the template needs it, or refuses the record, which is reported elsewhere
 
@@ -130,22 +232,48 @@ def _texts(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, s
     )
 
 
-def _without(record: Record, key: str) -> Record:
-    place, _, name = key.partition(".")
-    if key == "tools":
-        return dataclasses.replace(record, tools=())
-    if place == "chat_template_kwargs":
-        kwargs = {
-            variable: value
-            for variable, value in record.template_kwargs.items()
-            if variable != name
-        }
-        return dataclasses.replace(record, template_kwargs=kwargs)
-    *path, last = name.split(".")
-    messages = copy.deepcopy([dict(message) for message in record.messages])
-    for message in messages:
-        targets = [message] if not path else list(message.get("tool_calls", ()))
-        for target in targets:
-            inner = target.get("function", {}) if len(path) == 2 else target
-            inner.pop(last, None)
-    return dataclasses.replace(record, messages=tuple(messages))
+def _alter(value: Any) -> Any:
+    """Return another value of the same type; what holds others is removed."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return value + "x" if isinstance(value, str) else _REMOVED
+
+
+def _remove(value: Any) -> Any:
+    # A text that matters only by being there is not read.
+    return value if isinstance(value, str) else _REMOVED
+
+
+def _edited(record: Record, place: Place, change: Callable[[Any], Any]) -> Record:
+    outer, *path = place.path
+    if outer == "messages":
+        messages = tuple(
+            _edit(message, path, change) if message["role"] == place.role else message
+            for message in record.messages
+        )
+        return dataclasses.replace(record, messages=messages)
+    parts = {"tools": record.tools, "chat_template_kwargs": record.template_kwargs}
+    edited = _edit(parts, place.path, change)
+    return dataclasses.replace(
+        record,
+        tools=tuple(edited.get("tools", ())),
+        template_kwargs=edited.get("chat_template_kwargs", {}),
+    )
+
+
+def _edit(value: Any, path: Sequence[str], change: Callable[[Any], Any]) -> Any:
+    """Return a value with what stands at a path changed or removed, in all elements of lists."""
+    if isinstance(value, (list, tuple)):
+        return [_edit(item, path, change) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    name, *rest = path
+    edited = {}
+    for key, part in value.items():
+        if name in (key, "*"):
+            part = _edit(part, rest, change) if rest else change(part)
+        if part is not _REMOVED:
+            edited[key] = part
+    return edited

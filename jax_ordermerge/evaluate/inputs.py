@@ -120,7 +120,9 @@ class TaskInputs:
                 f"{', '.join(row)}"
             )
         # AlpacaEval's instructions have the Alpaca template unless the config says otherwise.
-        record = Record.single_turn(row["instruction"], alpaca_input=str(row.get("input") or ""))
+        record = Record.single_turn(
+            row["instruction"], alpaca_input=formats.optional_string(row, "input")
+        )
         template = chat.resolve_template(self.data.template, "alpaca", [record], self.tokenizer)
         return chat.prompt_tokens(record, template, self.tokenizer).tolist()
 
@@ -152,7 +154,7 @@ class TaskInputs:
     def _training_formatter(self, rows: Sequence[Row], settings: Data, path: str) -> Formatter:
         # One format and template for all rows of a source, from the first: rows that differ in
         # their columns are an error.
-        form = formats.detect(rows[0], path) if settings.format == "auto" else settings.format
+        form = formats.detect(rows, path) if settings.format == "auto" else settings.format
 
         def record(row: Row) -> Record:
             return formats.normalize([row], form, path)[0]

@@ -19,7 +19,7 @@ ROWS = {
 
 @pytest.mark.parametrize("form", ROWS)
 def test_every_format_becomes_the_same_messages(form):
-    assert detect(ROWS[form], "x") == form
+    assert detect([ROWS[form]], "x") == form
     (record,) = normalize([ROWS[form]], form, "x")
     assert list(record.messages) == TALK
     assert (record.prompt, record.response) == ("Hi", "Hello")
@@ -27,7 +27,7 @@ def test_every_format_becomes_the_same_messages(form):
 
 
 def test_text():
-    assert detect({"text": "Once"}, "x") == "text"
+    assert detect([{"text": "Once"}], "x") == "text"
     (record,) = normalize([{"text": "Once"}], "text", "x")
     assert (record.text, record.response, list(record.messages)) == ("Once", "Once", [])
 
@@ -92,7 +92,7 @@ def test_missing_column(form):
         (
             "messages",
             {"messages": [TALK[0], {"role": "assistant", "content": " "}]},
-            "column 'messages' has empty responses",
+            "column 'messages' has an empty response in message 1",
         ),
         (
             "sharegpt",
@@ -166,7 +166,7 @@ def test_unknown_formats():
         UserError,
         match="the columns 'input', 'label' match no format; expected those of messages",
     ):
-        detect({"input": "a", "label": 1}, "x.json")
+        detect([{"input": "a", "label": 1}], "x.json")
     with pytest.raises(UserError, match="did you mean 'alpaca'"):
         normalize([], "alpacca", "x.json")
 
@@ -187,7 +187,7 @@ USER, YES, NO = TALK[0], TALK[1], {"role": "assistant", "content": "Go away"}
     ids=["prompt of messages", "implicit prompt", "prompt in words beside messages", "strings"],
 )
 def test_pairs_of_every_kind_are_the_same_messages(row):
-    assert detect(row, "x") == "preference"
+    assert detect([row], "x") == "preference"
     (record,) = normalize([row], "preference", "x")
     assert (list(record.messages), list(record.rejected.messages)) == ([USER, YES], [USER, NO])
     assert (
@@ -225,7 +225,7 @@ def test_an_implicit_prompt_of_several_turns():
 
 
 def test_messages_with_a_pair_beside_them_are_still_messages():
-    assert detect({"messages": TALK, "chosen": TALK, "rejected": [USER, NO]}, "x") == "messages"
+    assert detect([{"messages": TALK, "chosen": TALK, "rejected": [USER, NO]}], "x") == "messages"
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_messages_with_a_pair_beside_them_are_still_messages():
         ),
         (
             {"prompt": [USER], "chosen": "a", "rejected": "b"},
-            "row 0: column 'prompt' holds list and column 'chosen' a string",
+            "row 0: the prompt is a list of messages and column 'chosen' holds a string",
         ),
         (
             {"chosen": [YES], "rejected": [NO]},

@@ -95,7 +95,8 @@ def test_too_long_is_truncated_and_what_keeps_no_response_is_dropped(tmp_path, b
 
 
 def test_a_first_token_is_no_target(tmp_path, byte_tokenizer):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "", "completion": "rr"}])
+    # both responses begin with other letters, so the prompt that they share is empty
+    path = write(tmp_path / "a.jsonl", [{"chosen": "rr", "rejected": "no"}])
     with pytest.raises(UserError, match="dropped no response tokens 1"):
         load_train(Data(train=path, max_length=1, too_long="truncate"), byte_tokenizer(bos=False))
 

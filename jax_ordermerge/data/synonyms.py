@@ -1,0 +1,90 @@
+"""Other names of columns, and what to do about columns that nothing reads."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+# Names in published files of the columns that the formats read. They are suggested and not read:
+# the same name means another thing elsewhere.
+_SYNONYMS: Final = {
+    "messages": ("conversation", "chat", "dialog", "dialogue", "dialogs", "turns", "conversations"),
+    "prompt": ("input", "inputs", "source", "query", "question", "instruction", "problem"),
+    "completion": ("output", "outputs", "target", "targets", "response", "answer", "label"),
+    "instruction": ("prompt", "query", "task"),
+    "output": ("response", "answer", "completion", "target"),
+    "question": ("query", "problem", "prompt", "input"),
+    "answer": ("response", "solution", "output", "final_answer"),
+    "chosen": ("preferred", "preferred_output", "accepted", "response_chosen"),
+    "rejected": ("non_preferred", "non_preferred_output", "dispreferred", "response_rejected"),
+    "text": ("content", "document", "story", "code", "article"),
+    "input": ("context",),
+    "system": ("system_prompt", "system_message"),
+    "tools": ("functions",),
+}
+_UNPAIRED: Final = "unpaired preferences are not trained: make pairs, or use the good rows alone"
+_MEDIA: Final = "only text is trained"
+_EXACT: Final = {
+    "label": _UNPAIRED,
+    "kto_tag": _UNPAIRED,
+    "image": _MEDIA,
+    "images": _MEDIA,
+    "audio": _MEDIA,
+    "audios": _MEDIA,
+    "video": _MEDIA,
+    "videos": _MEDIA,
+    "input_ids": "files of tokens are not read: give the texts",
+    "labels": "files of tokens are not read: give the texts",
+    "messages.train_detail": "a message is learned as a whole or not at all: weight: 0 or 1",
+    "messages.training": "weight: 0 on a message keeps it from being learned",
+    "messages.loss_mask": "weight: 0 on a message keeps it from being learned",
+}
+
+
+def suggest_columns(columns: Collection[str], formats: Mapping[str, Sequence[str]]) -> str:
+    """Return what to write in `data.columns` where columns are those of a format by other names.
+
+    Args:
+        columns: of the rows.
+        formats: the columns of each format.
+
+    Example:
+        >>> suggest_columns({"instruction", "response"}, {"alpaca": ["instruction", "output"]})
+        '; or set data.columns to {output: response}, for format alpaca'
+    """
+    candidates = []
+    for form, names in formats.items():
+        renamed = {name: name if name in columns else _synonym(name, columns) for name in names}
+        values = list(renamed.values())
+        if all(values) and len(set(values)) == len(values):
+            aliases = {name: alias for name, alias in renamed.items() if alias and alias != name}
+            candidates.append((len(aliases), form, aliases))
+    if not candidates:
+        return "; name them with data.columns"
+    _, form, aliases = min(candidates, key=lambda candidate: candidate[0])
+    return f"; or set data.columns to {_shown(aliases)}, for format {form}"
+
+
+def advise(unread: Sequence[str], readable: Collection[str]) -> str:
+    """Return what to do about columns and keys that nothing reads.
+
+    Args:
+        unread: their names.
+        readable: columns that the format would read, and that the rows do not have.
+
+    Example:
+        >>> advise(["hint", "system_prompt"], ["system"])
+        'rename them with data.columns: {system: system_prompt}, or name them in
+        data.ignore_columns to pass over them'
+    """
+    aliases = {name: alias for name in sorted(readable) if (alias := _synonym(name, unread))}
+    remarks = dict.fromkeys(_EXACT[name] for name in unread if name in _EXACT)
+    rename = "rename them with data.columns" + (f": {_shown(aliases)}" if aliases else "")
+    ignore = "or name them in data.ignore_columns to pass over them"
+    return "; ".join([*remarks, f"{rename}, {ignore}"])
+
+
+def _synonym(name: str, columns: Collection[str]) -> str | None:
+    return next((other for other in _SYNONYMS.get(name, ()) if other in columns), None)
+
+
+def _shown(aliases: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{name}: {alias}" for name, alias in aliases.items()) + "}"
