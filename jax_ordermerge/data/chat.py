@@ -58,30 +58,42 @@ def resolve_template(
     """Return the template that `auto` stands for. Any other name is returned unchanged.
 
     `auto` is `chat` for messages. Otherwise it follows the format: the prompt of Alpaca for
-    `alpaca`, of GSM8K for `question_answer`, and `plain` for prompt and completion strings.
+    instructions, of GSM8K for `question_answer`, and `plain` for prompt and completion strings.
 
     Args:
         template: a name of `TEMPLATES`, or `auto`.
         form: format of the data.
-        records: the data; only the first record is read.
+        records: the data.
         tokenizer: tokenizer of the base model.
 
     Raises:
-        UserError: unknown template; `chat` or messages without a chat template.
+        UserError: unknown template; `chat` or messages without a chat template; `auto` where some
+            records would have another template than others.
     """
     if template not in (*TEMPLATES, "auto"):
         raise UserError(
             f"data.template = '{template}' is not a template{did_you_mean(template, TEMPLATES)}"
         )
-    messages = form in ("messages", "sharegpt") or (bool(records) and records[0].context > 0)
     if template == "auto":
-        template = "chat" if messages else BY_FORMAT[form]
+        by_record = dict.fromkeys(_template_of(record, form) for record in records or [Record()])
+        if len(by_record) > 1:
+            raise UserError(
+                f"some rows have messages or instructions and others none, so data.template = auto"
+                f" is ambiguous ({', '.join(by_record)}); set data.template"
+            )
+        (template,) = by_record
     if template == "chat" and not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template; set data.template to plain, alpaca or gsm8k,"
             " or add a chat_template.jinja to the base"
         )
     return template
+
+
+def _template_of(record: Record, form: str) -> str:
+    if form in ("messages", "sharegpt") or record.context > 0:
+        return "chat"
+    return "alpaca" if record.is_instruction else BY_FORMAT[form]
 
 
 def encode(

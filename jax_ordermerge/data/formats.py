@@ -30,6 +30,8 @@ class Record:
         context: number of leading messages whose assistant turns are not learned.
         unlearned: numbers of further assistant messages that are not learned (`weight: 0`).
         input: the input with which the prompt of an Alpaca instruction ends, else "".
+        is_instruction: whether the prompt of a pair is an Alpaca instruction.
+        unanswered: number of messages after the last response, which are left out.
         tools: functions that the model may call, for the chat template.
         template_kwargs: further variables of the chat template, e.g. `enable_thinking`.
         text: the text of format `text`, else None.
@@ -45,6 +47,8 @@ class Record:
     context: int = 0
     unlearned: frozenset[int] = frozenset()
     input: str = ""
+    is_instruction: bool = False
+    unanswered: int = 0
     tools: tuple[Tool, ...] = ()
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     text: str | None = None
@@ -183,7 +187,8 @@ def _conversation(messages: Sequence[Message], column: str, context: int = 0) ->
         if not bare[number]["content"].strip() and not further:
             raise NoResponse(f"column '{column}' has an empty response in message {number}")
     # messages after the last response are never learned
-    return dataclasses.replace(record, messages=tuple(bare[: record.learned[-1] + 1]))
+    end = record.learned[-1] + 1
+    return dataclasses.replace(record, messages=tuple(bare[:end]), unanswered=len(bare) - end)
 
 
 def _read_conversation(column: str) -> Callable[[Row], Record]:
@@ -235,54 +240,53 @@ def _from_preference(row: Row) -> Record:
     """Read a pair whose prompt is a column of its own, or the common start of both responses."""
     columns = ("chosen", "rejected")
     responses = [parse_messages(row.get(column)) for column in columns]
-    context = _read_pair_context(row)
+    column = _pair_prompt(row)
+    prompt = parse_messages(row[column]) if column else None
     if not any(isinstance(response, (list, Mapping)) for response in responses):
-        chosen, rejected = (_response(row, column) for column in columns)
-        if isinstance(context, list):
+        chosen, rejected = (_response(row, name) for name in columns)
+        if column == "conversations" or isinstance(prompt, (list, Mapping)):
             raise UserError(
-                "the prompt is a list of messages and column 'chosen' holds a string;"
+                f"column '{column}' holds messages and column 'chosen' a string;"
                 " give both in the same form"
             )
-        if context is None:
+        if column is None:
             length = _common_prefix(chosen, rejected)
-            context, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-        pair = [Record.single_turn(context, response) for response in (chosen, rejected)]
+            prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+        else:
+            prompt = _string(row, column)
+        alpaca_input = optional_string(row, "input")
+        pair = [Record.single_turn(prompt, text, alpaca_input) for text in (chosen, rejected)]
+        pair = [dataclasses.replace(side, is_instruction=column == "instruction") for side in pair]
     else:
         turns = []
-        for response, column in zip(responses, columns, strict=True):
+        for response, name in zip(responses, columns, strict=True):
             if response is None:
-                _response(row, column)  # raises: the column is absent or null
+                _response(row, name)  # raises: the column is absent or null
             # LLaMA-Factory has one turn instead of a list
             response = [response] if isinstance(response, Mapping) else response
-            turns.append(read_messages(response, column))
-        context, turns = _split_pair(context, turns)
+            turns.append(read_messages(response, name))
+        if column and (column == "conversations" or isinstance(prompt, (list, Mapping))):
+            prompt = read_messages(prompt, column)
+        context, turns = _split_pair(prompt, turns)
         pair = [
-            _conversation([*context, *messages], column, len(context))
-            for messages, column in zip(turns, columns, strict=True)
+            _conversation([*context, *messages], name, len(context))
+            for messages, name in zip(turns, columns, strict=True)
         ]
     return dataclasses.replace(pair[0], rejected=pair[1])
 
 
-def _read_pair_context(row: Row) -> list[Message] | str | None:
-    """Return the prompt of a pair; None where it is the common start of both responses."""
+def _pair_prompt(row: Row) -> str | None:
+    """Return the column with the prompt of a pair; None where both responses begin with it."""
     prompts = [name for name in _PAIR_PROMPTS if is_filled(row.get(name))]
     if len(prompts) > 1:
         raise UserError(
             f"columns {' and '.join(map(repr, prompts))} both hold a prompt;"
             " name one of them in data.ignore_columns"
         )
-    column = prompts[0] if prompts else ""
-    # LLaMA-Factory's pairs with the columns of Alpaca
-    if alpaca_input := optional_string(row, "input"):
-        if column != "instruction":
-            raise UserError("column 'input' stands without 'instruction'; give both, or a prompt")
-        return Record.single_turn(_string(row, column), alpaca_input=alpaca_input).prompt
-    if not column:
-        return None
-    prompt = parse_messages(row[column])
-    if column == "conversations" or isinstance(prompt, (list, Mapping)):
-        return read_messages(prompt, column)
-    return _string(row, column)
+    # LLaMA-Factory's pairs have the columns of Alpaca
+    if is_filled(row.get("input")) and prompts != ["instruction"]:
+        raise UserError("column 'input' stands without 'instruction'; name it with data.columns")
+    return prompts[0] if prompts else None
 
 
 def _split_pair(
@@ -389,24 +393,22 @@ def detect(rows: Sequence[Row], where: str) -> str:
     # Arrow has every column in every row, so those that hold something come before all others.
     columns = {name for row in rows for name, value in row.items() if value is not None}
     present = {name for row in rows for name in row}
-    # With a pair of single turns, the conversations are its prompt.
-    if "conversations" in columns and any(_is_turn(row.get("chosen")) for row in rows):
+    # LLaMA-Factory's pairs, whose conversations are the prompt
+    if {"conversations", "chosen", "rejected"} <= columns:
         return "preference"
     # The first format whose columns are all there. Further columns do not count.
     for names in (columns, present):
-        for form, (_, required, _) in FORMATS.items():
-            if set(required) <= names:
-                return form
+        for name, form in FORMATS.items():
+            if set(form.columns) <= names:
+                return name
     expected = "; ".join(f"{name} ({', '.join(form.columns)})" for name, form in FORMATS.items())
     shown = ", ".join(f"'{name}'" for name in sorted(columns)) or "none"
-    advice = suggest_columns(columns, {name: form.columns for name, form in FORMATS.items()})
+    readable = {name: (*form.optional, *SHARED_COLUMNS) for name, form in FORMATS.items()}
+    required = {name: form.columns for name, form in FORMATS.items()}
+    advice = suggest_columns(columns, required, readable)
     raise UserError(
         f"{where}: the columns {shown} match no format; expected those of {expected}{advice}"
     )
-
-
-def _is_turn(value: Any) -> bool:
-    return isinstance(parse_messages(value), Mapping)
 
 
 def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:

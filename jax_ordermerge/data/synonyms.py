@@ -13,8 +13,8 @@ _SYNONYMS: Final = {
     "output": ("response", "answer", "completion", "target"),
     "question": ("query", "problem", "prompt", "input"),
     "answer": ("response", "solution", "output", "final_answer"),
-    "chosen": ("preferred", "preferred_output", "accepted", "response_chosen"),
-    "rejected": ("non_preferred", "non_preferred_output", "dispreferred", "response_rejected"),
+    "chosen": ("preferred", "accepted", "response_chosen"),
+    "rejected": ("dispreferred", "response_rejected"),
     "text": ("content", "document", "story", "code", "article"),
     "input": ("context",),
     "system": ("system_prompt", "system_message"),
@@ -22,6 +22,7 @@ _SYNONYMS: Final = {
 }
 _UNPAIRED: Final = "unpaired preferences are not trained: make pairs, or use the good rows alone"
 _MEDIA: Final = "only text is trained"
+_TOKENS: Final = "files of tokens are not read: give the texts"
 _EXACT: Final = {
     "label": _UNPAIRED,
     "kto_tag": _UNPAIRED,
@@ -31,36 +32,49 @@ _EXACT: Final = {
     "audios": _MEDIA,
     "video": _MEDIA,
     "videos": _MEDIA,
-    "input_ids": "files of tokens are not read: give the texts",
-    "labels": "files of tokens are not read: give the texts",
+    "input_ids": _TOKENS,
+    "labels": _TOKENS,
+    "segments": "segments are not read: give messages, or prompt and completion",
+    "preferred_output": "OpenAI's pairs are not read: give prompt, chosen and rejected",
     "messages.train_detail": "a message is learned as a whole or not at all: weight: 0 or 1",
     "messages.training": "weight: 0 on a message keeps it from being learned",
     "messages.loss_mask": "weight: 0 on a message keeps it from being learned",
 }
 
 
-def suggest_columns(columns: Collection[str], formats: Mapping[str, Sequence[str]]) -> str:
+def suggest_columns(
+    columns: Collection[str],
+    required: Mapping[str, Sequence[str]],
+    optional: Mapping[str, Sequence[str]],
+) -> str:
     """Return what to write in `data.columns` where columns are those of a format by other names.
 
     Args:
         columns: of the rows.
-        formats: the columns of each format.
+        required: the columns of each format.
+        optional: those that it reads where they are there.
 
     Example:
-        >>> suggest_columns({"instruction", "response"}, {"alpaca": ["instruction", "output"]})
-        '; or set data.columns to {output: response}, for format alpaca'
+        >>> alpaca = {"alpaca": ["instruction", "output"]}, {"alpaca": ["input"]}
+        >>> suggest_columns({"instruction", "context", "response"}, *alpaca)
+        '; or set data.columns to {output: response, input: context}, for format alpaca'
     """
     candidates = []
-    for form, names in formats.items():
+    for form, names in required.items():
         renamed = {name: name if name in columns else _synonym(name, columns) for name in names}
-        values = list(renamed.values())
-        if all(values) and len(set(values)) == len(values):
-            aliases = {name: alias for name, alias in renamed.items() if alias and alias != name}
-            candidates.append((len(aliases), form, aliases))
+        if all(renamed.values()) and len({*renamed.values()}) == len(names):
+            candidates.append((form, {n: alias for n, alias in renamed.items() if n != alias}))
+    remarks = "".join(f"; {remark}" for remark in _remarks(columns))
     if not candidates:
-        return "; name them with data.columns"
-    _, form, aliases = min(candidates, key=lambda candidate: candidate[0])
-    return f"; or set data.columns to {_shown(aliases)}, for format {form}"
+        return remarks or "; name them with data.columns"
+    form, aliases = min(candidates, key=lambda candidate: len(candidate[1]))
+    free = set(columns) - {*aliases.values(), *required[form]}
+    aliases |= {
+        name: alias
+        for name in optional[form]
+        if name not in columns and (alias := _synonym(name, free))
+    }
+    return f"{remarks}; or set data.columns to {_shown(aliases)}, for format {form}"
 
 
 def advise(unread: Sequence[str], readable: Collection[str]) -> str:
@@ -76,15 +90,18 @@ def advise(unread: Sequence[str], readable: Collection[str]) -> str:
         data.ignore_columns to pass over them'
     """
     aliases = {name: alias for name in sorted(readable) if (alias := _synonym(name, unread))}
-    remarks = dict.fromkeys(_EXACT[name] for name in unread if name in _EXACT)
     rename = "rename them with data.columns" + (f": {_shown(aliases)}" if aliases else "")
     ignore = "or name them in data.ignore_columns to pass over them"
-    return "; ".join([*remarks, f"{rename}, {ignore}"])
+    return "; ".join([*_remarks(unread), f"{rename}, {ignore}"])
+
+
+def _remarks(columns: Collection[str]) -> list[str]:
+    return list(dict.fromkeys(remark for name, remark in _EXACT.items() if name in columns))
 
 
 def _synonym(name: str, columns: Collection[str]) -> str | None:
     return next((other for other in _SYNONYMS.get(name, ()) if other in columns), None)
 
 
-def _shown(aliases: Mapping[str, str]) -> str:
+def _shown(aliases: Mapping[str, str | None]) -> str:
     return "{" + ", ".join(f"{name}: {alias}" for name, alias in aliases.items()) + "}"

@@ -43,8 +43,8 @@ class Place(NamedTuple):
 
 
 def read_columns(
-    rows: Sequence[Row], aliases: Mapping[str, str], ignore: Sequence[str]
-) -> list[Row]:
+    rows: Sequence[dict[str, Any]], aliases: Mapping[str, str], ignore: Sequence[str]
+) -> list[dict[str, Any]]:
     """Return rows without the columns to ignore, and with those of other names under both.
 
     Args:

@@ -1,5 +1,6 @@
 """Tiny tokenizers: bytes as tokens, and pieces that merge across spaces as in SentencePiece."""
 
+import numpy as np
 import pytest
 from tokenizers import (
     AddedToken,
@@ -12,12 +13,28 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from jax_ordermerge.config import Data
+from jax_ordermerge.data import source
+from tests.data.rows import write
+
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "OPEN{{ message['content'] }}CLOSE"
     "{{ '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+# ChatML with all that a template may use.
+FULL = (
+    "{% if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or () %}{{ call.function | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if brief %}{{ 'Briefly: ' }}{% endif %}{% endif %}"
 )
 
 
@@ -93,3 +110,26 @@ def piece_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+@pytest.fixture
+def load(tmp_path, byte_tokenizer):
+    """load(rows, template="chat", **settings) -> (text, learned runs) per row, and the examples.
+
+    `file` is the name of the file that is written, whose suffix says its kind.
+    """
+
+    def run(rows, template="chat", chat_template=FULL, file="rows.jsonl", **settings):
+        tokenizer = byte_tokenizer(chat_template=chat_template, bos=False, eos="<|im_end|>")
+        path = write(tmp_path / file, rows)
+        data = Data(template=template, max_length=8000, **settings)
+        examples = source.tokenize(path, data, tokenizer)
+        parts = []
+        for tokens, answers in zip(examples.tokens, examples.answers, strict=True):
+            edges = np.flatnonzero(np.diff([False, *answers, False]))
+            runs = zip(edges[::2], edges[1::2], strict=True)
+            learned = [tokenizer.decode(tokens[start:end]) for start, end in runs]
+            parts.append((tokenizer.decode(tokens), learned))
+        return parts, examples
+
+    return run

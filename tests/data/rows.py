@@ -20,9 +20,17 @@ def write(path, rows=ROWS):
         return str(path)
     if ".csv" in name or ".tsv" in name:
         file = io.StringIO(newline="")
-        writer = csv.DictWriter(file, rows[0].keys(), delimiter="," if ".csv" in name else "\t")
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names, delimiter="," if ".csv" in name else "\t")
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            # lists and objects have no other form in a cell than their JSON
+            writer.writerow(
+                {
+                    name: json.dumps(value) if isinstance(value, (list, dict)) else value
+                    for name, value in row.items()
+                }
+            )
         text = file.getvalue()
     elif "jsonl" in name:
         text = "\n".join(map(json.dumps, rows)) + "\n"

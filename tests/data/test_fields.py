@@ -3,50 +3,18 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 
-from jax_ordermerge.config import Data
-from jax_ordermerge.data import chat, source
+from jax_ordermerge.data import chat
 from jax_ordermerge.data.formats import normalize
 from jax_ordermerge.data.mixture import set_aside
 from jax_ordermerge.errors import UserError
+from tests.data.conftest import FULL
 
-# ChatML with all that a template may use.
-FULL = (
-    "{% if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson }}"
-    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-    "{% for call in m.tool_calls or () %}{{ call.function | tojson }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if brief %}{{ 'Briefly: ' }}{% endif %}{% endif %}"
-)
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHARE = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 WEATHER = {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}
 ALPACA = {"instruction": "Hi", "input": "", "output": "Hello"}
-
-
-@pytest.fixture
-def load(tmp_path, byte_tokenizer):
-    """load(rows, template="chat", **settings) -> (text, learned runs) per row, and the examples."""
-
-    def run(rows, template="chat", chat_template=FULL, **settings):
-        tokenizer = byte_tokenizer(chat_template=chat_template, bos=False, eos="<|im_end|>")
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows)))
-        data = Data(template=template, max_length=8000, **settings)
-        examples = source.tokenize(str(path), data, tokenizer)
-        parts = []
-        for tokens, answers in zip(examples.tokens, examples.answers, strict=True):
-            edges = np.flatnonzero(np.diff([False, *answers, False]))
-            runs = zip(edges[::2], edges[1::2], strict=True)
-            learned = [tokenizer.decode(tokens[start:end]) for start, end in runs]
-            parts.append((tokenizer.decode(tokens), learned))
-        return parts, examples
-
-    return run
 
 
 def render(*turns):

@@ -241,7 +241,7 @@ def test_messages_with_a_pair_beside_them_are_still_messages():
         ),
         (
             {"prompt": [USER], "chosen": "a", "rejected": "b"},
-            "row 0: the prompt is a list of messages and column 'chosen' holds a string",
+            "row 0: column 'prompt' holds messages and column 'chosen' a string; give both",
         ),
         (
             {"chosen": [YES], "rejected": [NO]},
