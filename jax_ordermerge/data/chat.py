@@ -237,9 +237,7 @@ def render(record: Record, template: str) -> tuple[str, str]:
         return f"Question: {prompt}\nAnswer:", f" {response}"
     if template == "alpaca":
         with_input = ALPACA_WITH_INPUT if record.input else ALPACA_WITHOUT_INPUT
-        instruction = (
-            prompt.removesuffix(record.input).removesuffix("\n") if record.input else prompt
-        )
+        instruction = prompt.removesuffix(f"\n{record.input}") if record.input else prompt
         return with_input.format(instruction=instruction, input=record.input), response
     return prompt, response
 

@@ -61,7 +61,7 @@ class Record:
         The input of an Alpaca instruction is a line below it, as LLaMA-Factory has it, so that no
         template can lose it. Alpaca's own template takes the two apart again.
         """
-        content = "\n".join(text for text in (prompt, alpaca_input) if text)
+        content = f"{prompt}\n{alpaca_input}" if alpaca_input else prompt
         return cls(
             messages=(
                 {"role": "user", "content": content},
@@ -208,11 +208,12 @@ def _from_prompt_completion(row: Row) -> Record:
 
 
 def _from_alpaca(row: Row) -> Record:
-    alpaca_input = optional_string(row, "input")
-    # A few sets have the whole task in the input.
-    read_instruction = optional_string if alpaca_input else _prompt
+    instruction, alpaca_input = optional_string(row, "instruction"), optional_string(row, "input")
+    if not instruction and "instruction" in row:
+        # a few sets have the whole task in the input
+        instruction, alpaca_input = alpaca_input, ""
     record = Record.single_turn(
-        read_instruction(row, "instruction"), _response(row, "output"), alpaca_input
+        instruction or _prompt(row, "instruction"), _response(row, "output"), alpaca_input
     )
     # Rounds before the instruction are learned too, as in LLaMA-Factory, whose column this is.
     rounds = _json_value(row, "history", list, [])

@@ -206,10 +206,11 @@ def test_wrong_types_are_refused_by_name(load, row, message):
 def test_an_input_of_nought_is_an_input(load):
     ((text, _),), _ = load([{"instruction": "Add 1.", "input": 0, "output": 1}])
     assert text == render(("user", "Add 1.\n0"), ("assistant", "1"))
-    for template, start in (("chat", "<|im_start|>user\nx"), ("alpaca", "Below")):
-        ((text, _),), _ = load([{"instruction": "", "input": "x", "output": "y"}], template)
-        assert text.startswith(start)
-    assert "### Instruction:\n\n\n### Input:\nx\n" in text
+    row = {"instruction": "", "input": "x", "output": "y"}
+    assert load([row])[0][0][0] == render(("user", "x"), ("assistant", "y"))
+    assert "### Instruction:\nx\n\n### Response:" in load([row], "alpaca")[0][0][0]
+    with pytest.raises(UserError, match="row 1 has no column 'instruction'"):
+        load([row, {"input": "x", "output": "y"}])
 
 
 def test_roles_of_templates_stay_and_are_not_learned(load):
