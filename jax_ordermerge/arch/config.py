@@ -2,51 +2,26 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from jax_ordermerge.arch.families import FAMILIES
+from jax_ordermerge.arch import rope as ropes
+from jax_ordermerge.arch.families import DEFAULTS, FAMILIES, Family
 from jax_ordermerge.arch.hf_keys import check_keys
+from jax_ordermerge.arch.rope import Rope
 from jax_ordermerge.errors import UserError
 
-RopeType = Literal["default", "linear", "llama3"]
-# The parameters that each type of rope needs, besides theta.
-_ROPE_PARAMETERS: Final[dict[RopeType, tuple[str, ...]]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
-# No default is safe for these: a wrong size would only show when the tensors are read.
-_REQUIRED: Final = (
+_SIZES: Final = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "max_position_embeddings",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position parameters.
-
-    Attributes:
-        theta: base of the frequencies.
-        kind: default; linear (positions / factor); llama3 (a factor that depends on frequency).
-        factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: as in
-            transformers.
-    """
-
-    theta: float = 10000.0
-    kind: RopeType = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+_OPTIONAL_SIZES: Final = ("num_key_value_heads", "head_dim")
+_NUMBERS: Final = ("rms_norm_eps", "initializer_range")
+_TOKEN_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # as `layer_types` spells them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +49,11 @@ class ModelConfig:
     head_dim: int = 0  # 0: hidden_size / num_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope: Rope = Rope()
+    rope: Rope = dataclasses.field(default_factory=Rope)
     sliding_window: int | None = None
+    # Layers that see all earlier tokens although there is a window. Numbers and not a flag per
+    # layer: a model of some other depth keeps them.
+    full_attention_layers: tuple[int, ...] = ()
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -100,14 +78,50 @@ class ModelConfig:
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} kv heads;"
                 " heads must be a multiple"
             )
+        # One spelling of each model, because configs are compared: no window where no layer has it.
+        windowed = set(range(self.num_layers)) - set(self.full_attention_layers)
+        window = self.sliding_window if windowed else None
+        full = () if window is None else set(range(self.num_layers)) - windowed
+        object.__setattr__(self, "sliding_window", window)
+        object.__setattr__(self, "full_attention_layers", tuple(sorted(full)))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer: how many keys back a query sees; None is all.
+
+        Example:
+            >>> config = ModelConfig(
+            ...     vocab_size=32,
+            ...     hidden_size=8,
+            ...     intermediate_size=16,
+            ...     num_layers=3,
+            ...     num_heads=2,
+            ...     sliding_window=4,
+            ...     full_attention_layers=(0,),
+            ... )
+            >>> config.windows
+            (None, 4, 4)
+        """
+        full = self.full_attention_layers
+        return tuple(
+            None if layer in full else self.sliding_window for layer in range(self.num_layers)
+        )
+
+    @property
+    def context_length(self) -> int:
+        """How many positions the model reads: those of its files, extended by its rope."""
+        return self.rope.extend(self.max_position_embeddings)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], ignore: Iterable[str] = ()) -> "ModelConfig":
-        """Read the dict of a `config.json`.
+    def from_hf(
+        cls, config: Mapping[str, Any], ignore: Iterable[str] = (), path: str = "config.json"
+    ) -> "ModelConfig":
+        """Read the dict of a `config.json`. A key that it lacks means what transformers takes.
 
         Args:
             config: the parsed file, written by any transformers from 4.3x to 5.x.
             ignore: keys to ignore although they are unknown.
+            path: of the file, for messages.
 
         Raises:
             UserError: a key is unknown, or changes the model in a way that is not supported.
@@ -122,48 +136,41 @@ class ModelConfig:
         name = config.get("model_type")
         if not isinstance(name, str) or name not in FAMILIES:
             raise UserError(
-                f"config.json: model_type = {name!r} is not supported"
-                f" (supported: {', '.join(FAMILIES)})"
+                f"{path}: model_type = {name!r} is not supported (supported: {', '.join(FAMILIES)})"
             )
-        family = FAMILIES[name]
+        family, ignore = FAMILIES[name], frozenset(ignore)
         # Before any value is read: an unsupported option must not be hidden by a missing key.
-        check_keys(config, frozenset(ignore))
-        # `mlp_bias` is a known key, so `check_keys` lets it pass; only Llama acts on it.
-        if config.get("mlp_bias") and not family.mlp_bias:
-            raise UserError(f"config.json: mlp_bias = True is not supported for {name}")
-        missing = [key for key in _REQUIRED if key not in config]
-        if missing:
-            raise UserError(f"config.json lacks {', '.join(missing)}")
-        bias = bool(config.get("attention_bias", False))
-        eos = config.get("eos_token_id")
-        # Hugging Face writes one id as an int and several as a list.
-        eos_ids = () if eos is None else eos if isinstance(eos, list | tuple) else (eos,)
+        check_keys(config, ignore, path)
+        values = {**DEFAULTS, **family.defaults, **config}
+        _check_values(values, path)
+        _check_flags(values, family, path)
+        window, full_attention_layers = _windows(values, family, path)
+        bias = bool(values["attention_bias"]) and family.attention_bias
         return cls(
             family=name,
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            # `or` and not a default of `get`: a file may hold an explicit null.
-            num_kv_heads=config.get("num_key_value_heads") or family.default_kv_heads or 0,
-            head_dim=config.get("head_dim") or family.default_head_dim or 0,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope=_rope_from_hf(config),
-            # Qwen2 files have a sliding_window too; `use_sliding_window: false` turns it off
-            sliding_window=config.get("sliding_window") if family.sliding_window else None,
+            vocab_size=values["vocab_size"],
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=values["num_attention_heads"],
+            num_kv_heads=values["num_key_value_heads"] or 0,
+            head_dim=values["head_dim"] or 0,
+            max_position_embeddings=values["max_position_embeddings"],
+            rms_norm_eps=values["rms_norm_eps"],
+            rope=ropes.from_hf(config, values["max_position_embeddings"], path=path, ignore=ignore),
+            sliding_window=window,
+            full_attention_layers=full_attention_layers,
             qkv_bias=bias or family.qkv_bias,
             # `attention_bias` covers all four matrices. The fixed biases of Qwen2 are of q, k and v
             # alone.
             output_bias=bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            mlp_bias=bool(values["mlp_bias"]),
             qk_norm=family.qk_norm,
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=tuple(eos_ids),
-            pad_token_id=config.get("pad_token_id"),
-            initializer_range=config.get("initializer_range", 0.02),
+            tie_embeddings=bool(values["tie_word_embeddings"]),
+            bos_token_id=values["bos_token_id"],
+            eos_token_ids=_ids(values["eos_token_id"]),
+            pad_token_id=values["pad_token_id"],
+            initializer_range=values["initializer_range"],
         )
 
     def with_ends(self, ends: Iterable[int]) -> "ModelConfig":
@@ -205,16 +212,13 @@ class ModelConfig:
             True
         """
         family = FAMILIES[self.family]
-        rope: dict[str, Any] = {"rope_type": self.rope.kind}
-        rope |= {name: getattr(self.rope, name) for name in _ROPE_PARAMETERS[self.rope.kind]}
-        eos = self.eos_token_ids
+        rope, eos = self.rope.to_hf(), self.eos_token_ids
         # Keys that a family of transformers does not know are left out of its file.
-        optional = {
-            "attention_bias": self.output_bias,
-            "mlp_bias": self.mlp_bias,
-            "sliding_window": self.sliding_window,
-            "use_sliding_window": False,
-        }
+        optional: dict[str, Any] = {}
+        if family.attention_bias:
+            optional["attention_bias"] = self.output_bias
+        if family.mlp_bias:
+            optional["mlp_bias"] = self.mlp_bias
         return {
             "architectures": [family.architecture],
             "model_type": self.family,
@@ -245,32 +249,96 @@ class ModelConfig:
             # transformers 5 reads `dtype`, transformers 4 reads `torch_dtype`.
             "dtype": dtype,
             "torch_dtype": dtype,
-        } | {key: optional[key] for key in family.written_keys}
+            **optional,
+            **self._windows_to_hf(family),
+        }
+
+    def _windows_to_hf(self, family: Family) -> dict[str, Any]:
+        window, windows = self.sliding_window, self.windows
+        if family.window == "none":
+            return {}
+        if family.window == "all":
+            return {"sliding_window": window}
+        if window is None:
+            return {"use_sliding_window": False}
+        return {
+            "use_sliding_window": True,
+            "sliding_window": window,
+            # the form of transformers before 4.53, which has no `layer_types`
+            "max_window_layers": windows.index(window),
+            "layer_types": [_FULL if window is None else _SLIDING for window in windows],
+        }
 
 
-def _rope_from_hf(config: Mapping[str, Any]) -> Rope:
-    # `rope_parameters` is the form of transformers 5, `rope_scaling` and `rope_theta` the older one
-    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    theta = new.get("rope_theta", config.get("rope_theta", 10000.0))
-    # One form alone, never a mixture: files such as those of `to_hf` hold both.
-    scaling = new or old
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _ROPE_PARAMETERS:
-        raise UserError(
-            f"config.json: rope type '{kind}' is not supported"
-            f" (supported: {', '.join(_ROPE_PARAMETERS)})"
-        )
-    # A parameter that is not read would change the frequencies, so it is refused. A partial rotary
-    # factor of 1 rotates every dimension, which is what the model does.
-    readable = {"rope_theta", "rope_type", "type"} | {f.name for f in dataclasses.fields(Rope)}
-    for key, value in scaling.items():
-        if key not in readable and (key, value) != ("partial_rotary_factor", 1):
-            raise UserError(f"config.json: rope parameter {key} is not supported for type '{kind}'")
-    names = _ROPE_PARAMETERS[kind]
-    absent = [name for name in names if name not in scaling]
-    if absent:
-        raise UserError(f"config.json: rope type '{kind}' lacks {', '.join(absent)}")
-    return Rope(theta=float(theta), kind=kind, **{name: scaling[name] for name in names})
+def _ids(value: Any) -> tuple[Any, ...]:
+    # Hugging Face writes one id as an int and several as a list.
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _check_values(values: Mapping[str, Any], path: str) -> None:
+    """Refuse values of another JSON type, which would fail far from the file."""
+    for key in (*_SIZES, *_OPTIONAL_SIZES):
+        value = values[key]
+        # `type` and not `isinstance`: true is no size
+        is_size = type(value) is int and value > 0
+        if not is_size and not (key in _OPTIONAL_SIZES and value is None):
+            raise UserError(f"{path}: {key} = {value!r}; expected a positive integer")
+    for key in _NUMBERS:
+        if type(values[key]) not in (int, float) or not values[key] >= 0:
+            raise UserError(f"{path}: {key} = {values[key]!r}; expected a number")
+    for key in _TOKEN_IDS:
+        if any(type(value) is not int for value in _ids(values[key])):
+            raise UserError(f"{path}: {key} = {values[key]!r}; expected a token id, or null")
+
+
+def _check_flags(values: Mapping[str, Any], family: Family, path: str) -> None:
+    """Refuse options that are set but not read by a family."""
+    unread = {
+        # the fixed biases of Qwen2 are what `attention_bias` asks for
+        "attention_bias": not (family.attention_bias or family.qkv_bias),
+        "mlp_bias": not family.mlp_bias,
+        "use_sliding_window": family.window != "by_layer",
+    }
+    for key, is_unread in unread.items():
+        if values[key] and is_unread:
+            raise UserError(
+                f"{path}: {key} = {values[key]!r} is not supported for {values['model_type']}"
+            )
+
+
+def _windows(
+    values: Mapping[str, Any], family: Family, path: str
+) -> tuple[int | None, tuple[int, ...]]:
+    """Return the window, and the layers that see all earlier tokens in spite of it."""
+    layers, window, types = (
+        values[key] for key in ("num_hidden_layers", "sliding_window", "layer_types")
+    )
+    by_layer = family.window == "by_layer"
+    if family.window == "none" or (by_layer and not values["use_sliding_window"]):
+        window = None
+    if window is not None and (type(window) is not int or window < 1):
+        raise UserError(f"{path}: sliding_window = {window!r}; expected a positive integer or null")
+    if types is not None:
+        unsupported = sorted({str(kind) for kind in types} - {_FULL, _SLIDING})
+        if unsupported:
+            raise UserError(f"{path}: layer_types with {unsupported} is not supported")
+        if len(types) != layers:
+            raise UserError(f"{path}: layer_types has {len(types)} entries for {layers} layers")
+    # what the other keys say; `layer_types` decides only in families that read it
+    if types is None or not by_layer or window is None:
+        first = values["max_window_layers"] if by_layer and window is not None else 0
+        if type(first) is not int:
+            raise UserError(f"{path}: max_window_layers = {first!r}; expected an integer")
+        resolved = [
+            _FULL if window is None or layer < first else _SLIDING for layer in range(layers)
+        ]
+        if types is not None and list(types) != resolved:
+            raise UserError(
+                f"{path}: layer_types asks for {' and '.join(sorted(set(types)))}, but by the other"
+                f" keys every layer of this {values['model_type']} is {resolved[0]}"
+            )
+        types = resolved
+    return window, tuple(layer for layer, kind in enumerate(types) if kind == _FULL)
 
 
 # Shapes of published models, for plans without their files.

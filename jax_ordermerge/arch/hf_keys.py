@@ -5,12 +5,16 @@ from typing import Any, Final
 
 from jax_ordermerge.errors import UserError
 
+# How to pass over keys, for messages.
+IGNORE_HINT: Final = (
+    "if the model does not depend on it, pass over it with model.ignore_config_keys in a config, or"
+    " with --ignore-config-keys"
+)
 # Keys that change the model in ways that are not implemented, and the values without effect.
 _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
     # two names of the same function
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1, None),
-    "use_sliding_window": (False, None),
     "quantization_config": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -44,7 +48,12 @@ _READ: Final = frozenset(
         "rope_theta",
         "rope_scaling",
         "rope_parameters",
+        # read where the rope has none of its own
+        "original_max_position_embeddings",
         "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
         "attention_bias",
         "mlp_bias",
         "tie_word_embeddings",
@@ -52,7 +61,6 @@ _READ: Final = frozenset(
         "eos_token_id",
         "pad_token_id",
         "initializer_range",
-        "layer_types",
     ]
 )
 # Keys on training, serving and bookkeeping, which do not change the forward pass.
@@ -68,10 +76,20 @@ _NEUTRAL: Final = frozenset(
         # all that differs between members.
         "attention_dropout",
         "auto_map",
+        # notes of other trainers and exporters, which transformers does not read
+        "is_llama_config",
+        "rope_interleaved",
+        "transformers.js_config",
+        "neftune_noise_alpha",
+        "model_max_length",
+        "max_sequence_length",
+        "gradient_checkpointing",
+        "keys_to_ignore_at_inference",
+        "ignore_index",
+        "unsloth_version",
+        "unsloth_fixed",
         # splits matmuls to repeat the rounding of the pretraining; the function is the same
         "pretraining_tp",
-        # only read with `use_sliding_window`, which must be off
-        "max_window_layers",
         "output_attentions",
         "output_hidden_states",
         "return_dict",
@@ -87,12 +105,10 @@ _NEUTRAL: Final = frozenset(
         "unk_token_id",
         "sep_token_id",
         "decoder_start_token_id",
-        "rope_interleaved",
         "hidden_dropout",
+        "hidden_dropout_prob",
         "resid_pdrop",
         "embd_pdrop",
-        "unsloth_version",
-        "unsloth_fixed",
         "_attn_implementation_autoset",
         "attn_implementation",
         "use_bfloat16",
@@ -115,6 +131,10 @@ _NEUTRAL: Final = frozenset(
         "suppress_tokens",
         "begin_suppress_tokens",
         "bad_words_ids",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "diversity_penalty",
+        "num_beam_groups",
         "forced_bos_token_id",
         "forced_eos_token_id",
         "num_return_sequences",
@@ -122,18 +142,26 @@ _NEUTRAL: Final = frozenset(
 )
 
 
-def check_keys(config: Mapping[str, Any], ignore: frozenset[str]) -> None:
+def check_keys(config: Mapping[str, Any], ignore: frozenset[str], path: str) -> None:
     """Refuse keys that are unknown or change the model in a way that is not implemented.
 
     Args:
         config: the parsed file.
         ignore: keys that are not checked.
+        path: of the file, for messages.
 
     Raises:
-        UserError: the first such key is named.
+        UserError: such keys are named, or a key of `ignore` that the model reads.
     """
+    # A key that is read would be used in spite of the wish to ignore it.
+    if read := sorted(ignore & _READ & config.keys()):
+        raise UserError(
+            f"{path}: {', '.join(read)} cannot be ignored, because the model depends on it; change"
+            " the file instead"
+        )
     # An allow list: a key of tomorrow may change the mathematics, and a model that is computed
     # wrongly still gives plausible losses.
+    unknown = {}
     for key, value in config.items():
         if key in ignore:
             continue
@@ -141,18 +169,16 @@ def check_keys(config: Mapping[str, Any], ignore: frozenset[str]) -> None:
             if value not in _MUST_BE[key]:
                 supported = [repr(value) for value in _MUST_BE[key] if value is not None]
                 raise UserError(
-                    f"config.json: {key} = {value!r} is not supported"
+                    f"{path}: {key} = {value!r} is not supported"
                     f" (supported: {', '.join(supported) or 'absent'})"
                 )
-        # One mask serves all layers, so a model that mixes window and full attention is refused.
-        elif key == "layer_types":
-            unsupported = sorted(set(value or ()) - {"full_attention"})
-            if unsupported:
-                raise UserError(f"config.json: layer_types with {unsupported} is not supported")
         # transformers writes defaults of options that a model does not have; null and false of an
         # unknown key are taken for such
         elif key not in _READ and key not in _NEUTRAL and value not in (None, False):
-            raise UserError(
-                f"config.json: unknown key {key} = {value!r}; if it does not change the model,"
-                " name it in model.ignore_config_keys"
-            )
+            unknown[key] = value
+    if unknown:
+        listed = ", ".join(f"{key} = {value!r}" for key, value in unknown.items())
+        raise UserError(
+            f"{path}: unknown {'keys' if len(unknown) > 1 else 'key'} {listed}; {IGNORE_HINT}"
+            f" {','.join(unknown)}"
+        )

@@ -45,7 +45,7 @@ def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfi
     path = Path(directory) / "config.json"
     raw = safetensors.read_json(path)
     try:
-        config = ModelConfig.from_hf(raw, ignore)
+        config = ModelConfig.from_hf(raw, ignore, str(path))
     # from_hf checks keys and ranges; a value of another JSON type fails wherever it is first used
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} has a value of the wrong type: {error}") from error

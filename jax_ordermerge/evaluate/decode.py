@@ -254,10 +254,10 @@ def _check(
                 f"prompt {number} holds an id outside the vocabulary of {config.vocab_size}; check "
                 "the tokenizer"
             )
-        if len(prompt) + max_new_tokens > config.max_position_embeddings:
+        if len(prompt) + max_new_tokens > config.context_length:
             raise UserError(
                 f"prompt {number} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
-                f"context of {config.max_position_embeddings}; shorten the prompt or lower "
+                f"context of {config.context_length}; shorten the prompt or lower "
                 "max_new_tokens"
             )
 

@@ -91,4 +91,4 @@ def make_eval_model(
     generate = generate or generation.make_generator(
         model, params, tokenizer, batch=batch, dtype=dtype
     )
-    return EvalModel(tokenizer, generate, score, model.max_position_embeddings, name)
+    return EvalModel(tokenizer, generate, score, model.context_length, name)

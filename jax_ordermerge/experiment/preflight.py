@@ -60,7 +60,7 @@ def check_model(config: Config, base_dir: Path, model: ModelConfig) -> None:
     if config.model.init == "pretrained":
         # by the headers of the files; the tensors themselves are read when they are needed
         convert.check_tensors(Reader(base_dir), model)
-    config.data.check_length(model.max_position_embeddings, config.model.base)
+    config.data.check_length(model.context_length, config.model.base)
 
 
 def check_data(

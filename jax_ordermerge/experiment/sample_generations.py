@@ -104,10 +104,10 @@ def read_prompts(
         )
     # refused here, since in the loop it would end a training at its first samples
     longest = max(map(len, prompts.tokens))
-    if longest + settings.max_new_tokens > model.max_position_embeddings:
+    if longest + settings.max_new_tokens > model.context_length:
         raise UserError(
             f"samples: a prompt of {longest} tokens and samples.max_new_tokens ="
-            f" {settings.max_new_tokens} exceed the context of {model.max_position_embeddings};"
+            f" {settings.max_new_tokens} exceed the context of {model.context_length};"
             " shorten the prompt or lower samples.max_new_tokens"
         )
     return prompts

@@ -11,6 +11,7 @@ Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Jiang et al. 2023
 https://arxiv.org/abs/2310.06825.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.model import initial
 from jax_ordermerge.model.attention import Tokens, attend
 from jax_ordermerge.model.kernels import MIXED, Kernel
-from jax_ordermerge.model.rope import rope_frequencies, rotate
+from jax_ordermerge.model.rope import rope_frequencies, rope_scale, rotate
 
 Remat = Literal["none", "full", "dots"]
 _ADAPTED = "adapted"
@@ -123,17 +124,23 @@ class Linear(nn.Module):
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions, over the cache where there is one.
 
+    `window` is that of this layer. Where scanned layers differ, `has_window` says which have it.
     `last_only` computes the last query alone: in the last layer of a prompt no other is needed.
     """
 
     config: ModelConfig
     dtype: DTypeLike
+    window: int | None
     kernel: Kernel = "xla"
     last_only: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, kv: _KeysValues, shared: _LayerInputs
+        self,
+        x_BTD: jax.Array,
+        kv: _KeysValues,
+        shared: _LayerInputs,
+        has_window: jax.Array | None,
     ) -> tuple[jax.Array, _KeysValues]:
         c, (B, T, D) = self.config, x_BTD.shape
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
@@ -160,7 +167,15 @@ class Attention(nn.Module):
             k, v = (x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv)
         # the kernels of accelerators need queries and keys of the same tokens
         kernel: Kernel = self.kernel if kv is None else "xla"
-        mixed = attend(q, k, v, queries, shared.keys, window=c.sliding_window, kernel=kernel)
+        attention = functools.partial(attend, window=self.window, kernel=kernel)
+        inputs = q, k, v, queries, shared.keys
+        if has_window is None:
+            mixed = attention(*inputs)
+        else:
+            # Why not one mask with a traced window? The window is a constant of every kernel, and
+            # one that is known leaves out the blocks before it.
+            full = functools.partial(attend, window=None, kernel=kernel)
+            mixed = jax.lax.cond(has_window, attention, full, *inputs)
         return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, -1, N * H)), kv
 
 
@@ -193,17 +208,24 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike
+    window: int | None
     kernel: Kernel = "xla"
     last_only: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, kv: _KeysValues, shared: _LayerInputs
+        self,
+        x_BTD: jax.Array,
+        kv: _KeysValues,
+        shared: _LayerInputs,
+        has_window: jax.Array | None = None,
     ) -> tuple[jax.Array, _KeysValues]:
         c = self.config
-        attention = Attention(c, self.dtype, self.kernel, self.last_only, name="attention")
+        attention = Attention(
+            c, self.dtype, self.window, self.kernel, self.last_only, name="attention"
+        )
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
-        change_BTD, kv = attention(normed_BTD, kv, shared)
+        change_BTD, kv = attention(normed_BTD, kv, shared, has_window)
         x_BTD = (_last(x_BTD) if self.last_only else x_BTD) + change_BTD
         x_BTD = meshes.constrain(x_BTD, "batch", "length", None)
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
@@ -246,15 +268,22 @@ class Llama(nn.Module):
             # inside a scan the compiler cannot merge the recomputation with the forward pass, so
             # no barrier against common subexpression elimination is needed
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
+        window, has_window = c.sliding_window, None
+        if window is not None and c.full_attention_layers:
+            # layers differ where rows are longer than the window, and are equal elsewhere
+            if tokens_BT.shape[1] > window:
+                has_window = jnp.array([window is not None for window in c.windows])
+            else:
+                window = None
         # One traced layer, whatever their number: compile time does not grow with depth.
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
-        )(c, self.dtype, self.kernel, name="layers")
-        x_BTD, _ = layers(embed(tokens_BT), None, shared)
+        )(c, self.dtype, window, self.kernel, name="layers")
+        x_BTD, _ = layers(embed(tokens_BT), None, shared, has_window)
         return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD)
 
 
@@ -292,7 +321,8 @@ def _with_cache(
     layers = zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)
     for number, (layer, *kv) in enumerate(layers):
         # below the last layer all tokens are needed for their keys and values
-        block = Block(config, dtype, last_only=last_only and number == config.num_layers - 1)
+        is_last = number == config.num_layers - 1
+        block = Block(config, dtype, config.windows[number], last_only=last_only and is_last)
         x_BTD, (k, v) = block.apply({"params": layer}, x_BTD, kv, shared)
         ks.append(k)
         vs.append(v)
@@ -361,7 +391,8 @@ def hidden(
     # Angles are computed once per call and not per layer; float32 is exact for positions to 2^24.
     T, positions = tokens_BT.shape[1], positions_BT.astype(jnp.float32)
     angles = positions[:, :, None] * rope_frequencies(config.rope, config.head_dim)[None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    scale = rope_scale(config.rope)
+    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
     queries = Tokens(positions_BT, segments_BT)
     if cache is None:
         shared = _LayerInputs(queries, queries, cos, sin, jnp.zeros((), jnp.int32))

@@ -12,11 +12,12 @@ from jax_ordermerge.arch import Rope
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Return the rotation of each pair of dimensions in radians per position, float32[H / 2].
 
-    `default`: theta^(-2i/H). `linear`: divided by `factor`. `llama3`: low frequencies are divided
-    by `factor`, high ones are unchanged, and those between are interpolated.
+    `default`: theta^(-2i/H). `linear`: divided by `factor`. `llama3` and `yarn`: low frequencies
+    are divided by `factor`, high ones are unchanged, and those between are interpolated, linearly
+    in the frequency (`llama3`) or in the number of the dimension (`yarn`).
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; Llama 3.1,
-    https://arxiv.org/abs/2407.21783.
+    https://arxiv.org/abs/2407.21783; Peng et al. 2023 (YaRN), https://arxiv.org/abs/2309.00071.
 
     Example:
         >>> rope_frequencies(Rope(theta=100.0, kind="linear", factor=2.0), 4).round(3).tolist()
@@ -33,7 +34,53 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         unscaled = np.clip((turns - low) / (high - low), 0, 1)
         scaled = (1 - unscaled) * frequencies / rope.factor + unscaled * frequencies
         return scaled.astype(np.float32)
+    if rope.kind == "yarn":
+        divided = _yarn_ramp(rope, head_dim)
+        return frequencies / np.float32(rope.factor) * divided + frequencies * (1 - divided)
     return frequencies
+
+
+def _yarn_ramp(rope: Rope, head_dim: int) -> np.ndarray:
+    """Return how far each frequency is divided by `factor`: 0 not at all, 1 all; float32[H / 2]."""
+
+    def dimension(turns: float) -> float:
+        """Return the pair of dimensions that turns so often within the original length."""
+        wavelength = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # why H - 1 and not H / 2 - 1, the last pair? transformers and the authors' code have it so
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # a step in place of a ramp
+    pairs = np.arange(head_dim // 2, dtype=np.float32)
+    return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+
+
+def rope_scale(rope: Rope) -> float:
+    """Return the factor of rotated queries and of rotated keys: 1 but for `yarn`.
+
+    YaRN sharpens the softmax by the square of 0.1 ln(factor) + 1.
+
+    Example:
+        >>> rope = Rope(kind="yarn", factor=4.0)
+        >>> round(rope_scale(rope), 4), rope_scale(Rope())
+        (1.1386, 1.0)
+    """
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def scale(mscale: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    # models of DeepSeek give both, and move a part of the factor into the softmax
+    if rope.mscale is not None and rope.mscale_all_dim is not None:
+        return scale(rope.mscale) / scale(rope.mscale_all_dim)
+    return scale(1.0)
 
 
 def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:

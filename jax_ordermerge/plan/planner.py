@@ -61,7 +61,7 @@ def plan_experiment(
         jax.config.update("jax_platforms", "cpu")
     inputs = read_inputs(spec, architecture, examples, tests)
     # what a run would refuse on these devices
-    spec.data.check_length(inputs.model.max_position_embeddings, inputs.model_name)
+    spec.data.check_length(inputs.model.context_length, inputs.model_name)
     spec.population.check_groups(meshes.axis_sizes(spec.mesh.sizes, target.size)["order"])
     notes = list(inputs.notes)
     compiles = not analytic_only and devices.has_compiler(target)

@@ -3,6 +3,7 @@
 Their ratio is the model FLOPs utilization (MFU).
 """
 
+import collections
 import math
 from typing import NamedTuple
 
@@ -66,11 +67,13 @@ def training_flops(config: ModelConfig, lengths: np.ndarray, adapters: Lora | No
     # inputs and of weights. Attention: 2 matmuls of 2 FLOPs per pair and head dimension, times 3.
     weights = sum(_matmul_weights(config))
     n = np.asarray(lengths, np.float64)
-    window = np.minimum(n, config.sliding_window or math.inf)
-    pairs = n * window - window * (window - 1) / 2  # sum over queries i = 1..n of min(i, window)
-    width = config.num_layers * config.num_heads * config.head_dim
     weighted = 6 * weights if adapters is None else 4 * weights + 6 * _low_rank(config, adapters)
-    return float(weighted * n.sum() + 12 * width * pairs.sum())
+    attention = 0.0
+    for width, window in _attention_widths(config):
+        seen = np.minimum(n, window)
+        pairs = n * seen - seen * (seen - 1) / 2  # sum over queries i = 1..n of min(i, window)
+        attention += 12 * width * pairs.sum()
+    return float(weighted * n.sum() + attention)
 
 
 def executed_flops(
@@ -116,11 +119,12 @@ def executed_flops(
     matmuls = 2 + 2 * again + {"xla": 6, "cudnn": 5}.get(kernel, 7)
     # the xla kernel cuts the queries into 8 blocks at most, fused kernels into blocks of 512
     block = max(64, -(-length // 8)) if kernel == "xla" else min(length, 512)
-    seen = length * (length + min(block, length)) / 2
-    if config.sliding_window:
-        seen = min(seen, length * (config.sliding_window + block))
-    width = config.num_layers * config.num_heads * config.head_dim
-    return float(2 * weights * rows * length + 2 * matmuls * width * seen * rows)
+    causal = length * (length + min(block, length)) / 2
+    attention = sum(
+        2 * matmuls * width * min(causal, length * (window + block)) * rows
+        for width, window in _attention_widths(config)
+    )
+    return float(2 * weights * rows * length + attention)
 
 
 def forward_flops(config: ModelConfig, tokens: float, length: int) -> float:
@@ -133,9 +137,10 @@ def forward_flops(config: ModelConfig, tokens: float, length: int) -> float:
         >>> forward_flops(tiny, 64, 64)
         327680.0
     """
-    seen = min(length, config.sliding_window or length) / 2
-    width = config.num_layers * config.num_heads * config.head_dim
-    return float(tokens * (2 * sum(_matmul_weights(config)) + 4 * width * seen))
+    attention = sum(
+        4 * width * min(length, window) / 2 for width, window in _attention_widths(config)
+    )
+    return float(tokens * (2 * sum(_matmul_weights(config)) + attention))
 
 
 class _Weights(NamedTuple):
@@ -150,6 +155,15 @@ def _matmul_weights(config: ModelConfig) -> _Weights:
     matrices = (s for s in tensor_table(config) if s.stacked and len(s.hf_shape) == 2)
     layers = sum(math.prod(spec.shape) for spec in matrices)
     return _Weights(layers, config.vocab_size * config.hidden_size)
+
+
+def _attention_widths(config: ModelConfig) -> list[tuple[int, float]]:
+    """Return the dimensions of all heads of the layers of each window, and the window."""
+    layers = collections.Counter(config.windows)
+    return [
+        (count * config.num_heads * config.head_dim, math.inf if window is None else window)
+        for window, count in layers.items()
+    ]
 
 
 def _low_rank(config: ModelConfig, adapters: Lora) -> int:

@@ -234,7 +234,7 @@ def test_tied_head_that_differs_is_refused(make_directory):
                     "num_attention_heads": "4",
                 }
             ),
-            "config.json has a value of the wrong type",
+            "num_attention_heads = '4'; expected a positive integer",
         ),
     ],
 )

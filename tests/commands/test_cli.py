@@ -85,10 +85,10 @@ BAD = {
         lambda c: edit_json(
             c / "base" / "config.json",
             rope_parameters=None,
-            rope_scaling={"rope_type": "yarn", "factor": 4.0},
+            rope_scaling={"rope_type": "dynamic", "factor": 4.0},
         ),
         [],
-        "rope type 'yarn' is not supported",
+        "base/config.json: rope_scaling: rope type 'dynamic' is not supported",
     ),
     "missing column": (
         lambda c: write_rows(c, {"prompt": "a", "text_": "b"}),

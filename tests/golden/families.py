@@ -1,5 +1,7 @@
 """Tiny models of every family, with weights and tokens that need no random numbers."""
 
+import dataclasses
+
 import numpy as np
 
 from jax_ordermerge import tree
@@ -21,6 +23,8 @@ LLAMA3 = Rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+# as Qwen publishes it: everything but these three is derived
+YARN = Rope(theta=500.0, kind="yarn", factor=4.0, original_max_position_embeddings=64)
 FAMILIES = {
     "llama2": ModelConfig(**_SMALL),
     "llama2_tied": ModelConfig(**_SMALL, tie_embeddings=True),
@@ -44,6 +48,39 @@ FAMILIES = {
         qkv_bias=True,
         output_bias=True,
         tie_embeddings=True,
+    ),
+    "llama_yarn": ModelConfig(
+        **_SMALL,
+        head_dim=12,
+        rope=dataclasses.replace(
+            YARN, beta_fast=6.0, beta_slow=1.5, mscale=0.7, mscale_all_dim=0.3, truncate=False
+        ),
+    ),
+    "mistral_yarn": ModelConfig(
+        family="mistral",
+        **_SMALL,
+        num_kv_heads=2,
+        sliding_window=15,
+        rope=dataclasses.replace(YARN, attention_factor=1.5),
+    ),
+    "qwen2_yarn": ModelConfig(family="qwen2", **_SMALL, num_kv_heads=2, qkv_bias=True, rope=YARN),
+    "qwen2_window": ModelConfig(
+        family="qwen2",
+        **_SMALL,
+        num_kv_heads=2,
+        qkv_bias=True,
+        sliding_window=7,
+        full_attention_layers=(0,),
+    ),
+    "qwen3_window": ModelConfig(
+        family="qwen3",
+        **_SMALL | {"num_layers": 4},
+        num_kv_heads=2,
+        head_dim=16,
+        qk_norm=True,
+        sliding_window=5,
+        full_attention_layers=(1, 3),
+        rope=YARN,
     ),
 }
 LENGTH = 24

@@ -134,14 +134,17 @@ def test_splash_on_a_mesh(shape):
         close(gradient[1], reference, 1e-4)
 
 
-def test_gradients_of_a_model(tiny_batch):
+@pytest.mark.parametrize("window", [None, 7])
+def test_gradients_of_a_model(tiny_batch, window):
     config = ModelConfig(
         vocab_size=32,
         hidden_size=16,
         intermediate_size=16,
-        num_layers=2,
+        num_layers=3,
         num_heads=4,
         num_kv_heads=2,
+        sliding_window=window,
+        full_attention_layers=(0, 2),
     )
     params = llama.init_params(config, 0)
 
@@ -197,6 +200,27 @@ def test_cudnn_is_asked_for_causal_rows_with_lengths(window):
     real = tokens.segments > 0
     close(out[real], naive(q, k, v, tokens, tokens, window)[real], 1e-5)
     assert not out[~real].any()
+
+
+@pytest.mark.usefixtures("reference_cudnn")
+def test_layers_with_and_without_a_window_by_cudnn():
+    config = ModelConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=16,
+        num_layers=3,
+        num_heads=4,
+        sliding_window=7,
+        full_attention_layers=(0, 2),
+    )
+    params, tokens = llama.init_params(config, 0), packed(40, (33,))
+    ids = np.random.default_rng(0).integers(0, 32, (2, 40))
+    out, reference = (
+        llama.hidden(config, params, ids, *tokens, dtype="float32", kernel=kernel)[0]
+        for kernel in ("cudnn", "xla")
+    )
+    real = tokens.segments > 0
+    close(np.asarray(out)[real], np.asarray(reference)[real], 1e-5)
 
 
 @pytest.mark.usefixtures("reference_cudnn")
@@ -320,7 +344,7 @@ PROGRAM = """
     mesh = meshes.make_mesh(devices=devices.topology_devices(hardware.parse("{topology}")), **{axes})
     model = ModelConfig(
         vocab_size=512, hidden_size=8 * {head}, intermediate_size=256, num_layers=2,
-        num_heads=8, num_kv_heads=2, sliding_window={window},
+        num_heads=8, num_kv_heads=2, sliding_window={window}, full_attention_layers={full},
     )
     training = {{"batch": 8, "epochs": 1}}
     config = make_config({{"population": {{"members": 2}}, "training": training}})
@@ -334,17 +358,19 @@ PROGRAM = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("topology", "axes", "head", "window"),
+    ("topology", "axes", "head", "window", "full"),
     [
-        ("v5p:2x2x1", {"order": 2, "fsdp": 2}, 128, None),
-        ("v6e:4x2", {"order": 2, "fsdp": 1, "tensor": 4}, 64, 300),
-        ("v6e:4x2", {"order": 2, "fsdp": 2, "sequence": 2}, 80, None),
+        ("v5p:2x2x1", {"order": 2, "fsdp": 2}, 128, None, ()),
+        ("v6e:4x2", {"order": 2, "fsdp": 1, "tensor": 4}, 64, 300, ()),
+        ("v6e:4x2", {"order": 2, "fsdp": 2, "sequence": 2}, 80, None, ()),
+        # the scanned layer has both kernels, and takes one
+        ("v5p:2x2x1", {"order": 2, "fsdp": 2}, 128, 300, (0,)),
     ],
 )
-def test_the_train_step_compiles_for_a_tpu(topology, axes, head, window):
+def test_the_train_step_compiles_for_a_tpu(topology, axes, head, window, full):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
     program = textwrap.dedent(
-        PROGRAM.format(topology=topology, axes=axes, head=head, window=window)
+        PROGRAM.format(topology=topology, axes=axes, head=head, window=window, full=full)
     )
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu"}
@@ -358,4 +384,4 @@ def test_the_train_step_compiles_for_a_tpu(topology, axes, head, window):
     assert done.returncode == 0, done.stderr[-3000:]
     # per scanned layer: forward once (its output is saved for the backward pass), the gradient of
     # queries, the gradient of keys and values
-    assert int(done.stdout) == 3
+    assert int(done.stdout) == 3 * (2 if full else 1)

@@ -66,13 +66,23 @@ def test_what_tells_families_apart_is_seen_by_the_goldens():
     # a golden that stays equal without its own feature would prove nothing
     import dataclasses
 
-    for name, change in {
-        "llama31": {"rope": dataclasses.replace(families.LLAMA3, kind="default")},
-        "llama_linear_rope": {
-            "rope": dataclasses.replace(families.FAMILIES["llama_linear_rope"].rope, kind="default")
-        },
-        "mistral_window": {"sliding_window": None},
-    }.items():
+    def rope(name, **change):
+        return {"rope": dataclasses.replace(families.FAMILIES[name].rope, **change)}
+
+    for name, change in [
+        ("llama31", rope("llama31", kind="default")),
+        ("llama_linear_rope", rope("llama_linear_rope", kind="default")),
+        ("mistral_window", {"sliding_window": None}),
+        ("qwen2_window", {"full_attention_layers": ()}),
+        ("qwen3_window", {"full_attention_layers": (0, 1)}),
+        ("qwen2_yarn", rope("qwen2_yarn", kind="default")),
+        ("mistral_yarn", rope("mistral_yarn", attention_factor=None)),
+        ("llama_yarn", rope("llama_yarn", truncate=True)),
+        ("llama_yarn", rope("llama_yarn", beta_fast=32.0)),
+        ("llama_yarn", rope("llama_yarn", beta_slow=1.0)),
+        ("llama_yarn", rope("llama_yarn", mscale=None)),
+        ("llama_yarn", rope("llama_yarn", original_max_position_embeddings=32)),
+    ]:
         config = families.FAMILIES[name]
         changed = logits_of(
             dataclasses.replace(config, **change), families.weights(config), families.tokens(config)
@@ -119,11 +129,10 @@ def test_init_is_named_and_the_same_on_every_mesh():
         np.testing.assert_array_equal(sharded[spec.path], unsharded[spec.path], err_msg=spec.path)
 
 
-def test_packed_documents_do_not_see_each_other():
-    config, params = (
-        families.FAMILIES["mistral_window"],
-        families.weights(families.FAMILIES["mistral_window"]),
-    )
+@pytest.mark.parametrize("name", ["mistral_window", "qwen3_window"])
+def test_packed_documents_do_not_see_each_other(name):
+    config = families.FAMILIES[name]
+    params = families.weights(config)
     lengths, T = (30, 70, 41), 150  # more than one block of queries, and padding behind
     documents = [families.tokens(config, 100)[i % 2, i : i + n] for i, n in enumerate(lengths)]
     tokens, positions, segments = (np.zeros((1, T), np.int32) for _ in range(3))
@@ -159,11 +168,12 @@ def loss_and_grads(config, params, tokens, remat="none", dtype="float32"):
     return float(value), jax.device_get(grads)
 
 
-def test_gradients_equal_those_of_torch():
+@pytest.mark.parametrize("name", ["qwen3_bias", "qwen3_window"])
+def test_gradients_equal_those_of_torch(name):
     torch = pytest.importorskip("torch")
     import make_model_goldens
 
-    config = families.FAMILIES["qwen3_bias"]
+    config = families.FAMILIES[name]
     params, tokens = families.weights(config), families.tokens(config, 70)
     model = make_model_goldens.torch_model(config, params)
     ids = torch.tensor(tokens, dtype=torch.long)
@@ -181,8 +191,9 @@ def test_gradients_equal_those_of_torch():
             )
 
 
-def test_remat_changes_no_gradient():
-    config = families.FAMILIES["llama2"]
+@pytest.mark.parametrize("name", ["llama2", "qwen2_window"])
+def test_remat_changes_no_gradient(name):
+    config = families.FAMILIES[name]
     params, tokens = families.weights(config), families.tokens(config)
     value, grads = loss_and_grads(config, params, tokens)
     for remat in ("full", "dots"):
@@ -218,7 +229,7 @@ def test_bfloat16_is_near_and_logits_stay_float32():
     assert 0 < abs(rounded - exact).max() < 0.15
 
 
-@pytest.mark.parametrize("name", ["llama31", "mistral_window"])
+@pytest.mark.parametrize("name", ["llama31", "mistral_window", "qwen3_window"])
 def test_cache_in_pieces_equals_the_whole(name):
     config = families.FAMILIES[name]
     params, tokens = families.weights(config), families.tokens(config)

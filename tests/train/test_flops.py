@@ -28,13 +28,13 @@ def counted(config, lengths):
     total = 0
     for length in lengths:
         for query in range(length):
-            for _ in range(config.num_layers):
+            for layer in range(config.num_layers):
+                has_window = config.sliding_window and layer not in config.full_attention_layers
+                window = config.sliding_window if has_window else length
                 total += 2 * D * (N + 2 * K) * H + 2 * N * H * D  # q, k, v and o
                 total += 3 * 2 * D * F  # gate, up, down
                 for key in range(length):
-                    if key <= query and (
-                        config.sliding_window is None or query - key < config.sliding_window
-                    ):
+                    if key <= query and query - key < window:
                         total += N * (2 * H + 2 * H)  # score, weighted value
             total += 2 * D * config.vocab_size
     return 3 * total
@@ -47,6 +47,7 @@ def counted(config, lengths):
         {"num_kv_heads": 2},
         {"tie_embeddings": True},
         {"sliding_window": 4, "family": "mistral"},
+        {"sliding_window": 4, "family": "qwen3", "full_attention_layers": (0, 2)},
         {"qkv_bias": True, "qk_norm": True},
     ],
 )
@@ -54,6 +55,21 @@ def test_training_flops_are_those_counted_one_by_one(change):
     config = ModelConfig(**(SHAPE | change))
     lengths = np.array([1, 3, 4, 5, 11])
     assert flops.training_flops(config, lengths) == counted(config, lengths)
+
+
+def test_executed_and_forward_flops_of_layers_with_and_without_a_window():
+    # two layers without a window and one with: the mean of three models of one kind of layer
+    mixed, full, window = (
+        ModelConfig(**SHAPE | {"sliding_window": 100, "full_attention_layers": layers})
+        for layers in ((0, 2), (0, 1, 2), ())
+    )
+    for count in (
+        lambda config: flops.executed_flops(config, 2, 1000, remat="full"),
+        lambda config: flops.executed_flops(config, 2, 5000, remat="none", kernel="splash"),
+        lambda config: flops.forward_flops(config, 3000, 1000),
+    ):
+        assert count(window) < count(mixed) < count(full)
+        assert 3 * count(mixed) == pytest.approx(2 * count(full) + count(window), rel=1e-12)
 
 
 def test_frozen_weights_have_no_gradient():
