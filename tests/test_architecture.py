@@ -39,6 +39,8 @@ LIBRARIES = {
     "wandb": ("train/trackers.py",),
     "optuna": ("search/sampling.py",),
     "lm_eval": ("evaluate/",),
+    "math_verify": ("evaluate/symbolic_worker.py",),
+    "sympy": ("evaluate/symbolic_worker.py",),
 }
 WITHOUT_JAX = ("errors", "config", "arch", "hardware", "report", "launch")
 # A string that spells a path inside a run directory.

@@ -169,29 +169,60 @@ def boxed(text: str) -> str | None:
         >>> boxed(r"so \\boxed{\\frac{1}{2}} holds"), boxed(r"\\boxed 5."), boxed(r"\\boxed{1")
         ('\\\\frac{1}{2}', '5.', None)
     """
-    # The last one is the answer; those before it are intermediate results.
-    ends = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)", text)]
-    if not ends:
+    rest = _last_box(text)
+    if rest is None:
         return None
     # `\boxed 5`, without braces, ends at the end of the formula
-    rest = text[ends[-1] :].lstrip()
     if not rest.startswith("{"):
         return rest.split("$")[0].strip() or None
-    # Braces nest, which a regular expression cannot follow.
+    end, _ = _closing_brace(rest)
+    return rest[1:end].strip() if end else None
+
+
+def open_boxed(text: str) -> str | None:
+    """Return the content of the last box also where its brace is not closed.
+
+    It then ends with the formula or the line. A text that ends inside of the box, with a number or
+    a word that could go on, was cut.
+
+    Example:
+        >>> open_boxed(r"$\\boxed{\\frac{1}{2}$."), open_boxed(r"\\boxed{\\frac{1}{2")
+        ('\\\\frac{1}{2}', None)
+    """
+    rest, closed = _last_box(text), boxed(text)
+    if closed is not None or rest is None:
+        return closed
+    content = re.split(r"\$|\n", rest[1:])[0].strip()
+    if len(content) == len(rest[1:].strip()) and not content.endswith(("}", ")", "]")):
+        return None
+    _, depth = _closing_brace("{" + content)
+    return (content + "}" * (depth - 1)) or None
+
+
+def _last_box(text: str) -> str | None:
+    # The last one is the answer; those before it are intermediate results.
+    ends = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)", text)]
+    return text[ends[-1] :].lstrip() if ends else None
+
+
+def _closing_brace(text: str) -> tuple[int, int]:
+    """Return where the first brace of a text is closed, else 0, and how many braces stay open."""
+    # Braces nest, which a regular expression cannot follow. `\{` is a character and opens nothing:
+    # \left\{ 1 \right. is balanced.
     depth = 0
-    for position, letter in enumerate(rest):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return rest[1:position].strip()
-    return None
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth == 0 and match[0] == "}":
+            return match.start(), 0
+    return 0, depth
 
 
 def math(answer: str, reference: str) -> bool:
     """Return whether the last boxed answers are the same after normalization.
 
     The normalization removes spaces, sizes of brackets, signs of degree, dollar and percent, a
-    trailing `\\text{ ...}` and a leading `x =`. It also makes the forms of a fraction, of `\\sqrt`
-    and of a decimal uniform: `\\dfrac`, `\\frac12`, `a/b`, `.5`.
+    trailing unit (`\\text{ cm}^2`) and a leading `x =`. It also makes the forms of a fraction, of
+    `\\sqrt` and of a decimal uniform: `\\dfrac`, `\\frac12`, `a/b`, `.5`.
 
     Raises:
         UserError: the reference has no boxed answer.
@@ -211,10 +242,21 @@ def math(answer: str, reference: str) -> bool:
             f"a math reference ends on '{reference.strip()[-40:]}', expected \\boxed{{answer}}; "
             "use kind: exact for plain answers"
         )
-    return boxed_answer is not None and _normalize(boxed_answer) == _normalize(expected)
+    return boxed_answer is not None and same_formula(boxed_answer, expected)
 
 
-_IGNORED = re.compile(r"\\left|\\right|\\[!,;: ]|\\\$|\$|\\%|%|\^\{\\circ\}|\^\\circ|\s")
+def same_formula(answer: str, reference: str) -> bool:
+    """Return whether two formulas are written alike, see `math`.
+
+    Example:
+        >>> same_formula(r"5\\text{ cm}^2", "5"), same_formula("0.25", r"\\frac14")
+        (True, False)
+    """
+    return _normalize(answer) == _normalize(reference)
+
+
+# A backslash before a space is a space, but not the second one of a line break in a matrix.
+_IGNORED = re.compile(r"\\left|\\right|(?<!\\)\\[!,;: ]|\\\$|\$|\\%|%|\^\{\\circ\}|\^\\circ|\s")
 # Applied in this order: the forms of a fraction are completed step by step.
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -234,7 +276,11 @@ _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 def _normalize(text: str) -> str:
     # units first: the next step removes the space that marks them
-    text = re.sub(r"\\(?:text|mbox|mathrm)\{ [^{}]*\}$", "", text.strip().rstrip("."))
+    text = re.sub(
+        r"(?<=.)\\(?:text|mbox|mathrm)\{ [^{}]*\}(?:\^(?:[0-9]|\{[0-9]+\}))?$",
+        "",
+        text.strip().rstrip("."),
+    )
     text = _IGNORED.sub("", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, GeneratedTask, ShotsTask, TaskKind
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import matching
+from jax_ordermerge.evaluate import matching, symbolic
 from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
 from jax_ordermerge.evaluate.metrics import accuracy
 from jax_ordermerge.evaluate.prompts import Formatter, Prompt, render
@@ -17,7 +17,8 @@ from jax_ordermerge.layout import Json
 if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs
 
-Match = Callable[[str, str], bool]  # (answer, reference) -> whether the answer is right
+# (answer, reference) -> whether the answer is right; None where that cannot be decided
+Match = Callable[[str, str], bool | None]
 MATCHES: dict[str, Match] = {
     "exact": matching.exact,
     "gsm8k": matching.gsm8k,
@@ -31,7 +32,10 @@ EXTRA_MATCHES: dict[str, dict[str, Match]] = {
     "gsm8k": {"flexible": matching.gsm8k_flexible, "value": matching.gsm8k_value},
     "gsm8k_cot": {"flexible": matching.gsm8k_flexible, "value": matching.gsm8k_value},
     "gsm8k_flexible": {"value": matching.gsm8k_value},
+    "math": {"symbolic": symbolic.equal} if symbolic.is_available() else {},
 }
+# What a summary says where a further match needs a library that is not installed.
+NOTES = {} if symbolic.is_available() else {"math": symbolic.MISSING}
 
 
 class AnswerTask(GeneratedTask, ShotsTask):
@@ -92,7 +96,9 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
 
     Returns:
         `accuracy`, `se` and `n`, and per item `id`, `prompt`, `reference`, `answer` and `correct`.
-        Kinds with a further match have its share, error and `correct_...`, too: `flexible`, `value`.
+        Kinds with a further match have its share, error and `correct_...`, too: `flexible`, `value`,
+        `symbolic`. `..._undecided` counts answers that took too long to compare; they are not
+        right. `note` says what could not be measured.
 
     Raises:
         UserError: a reference is of another form than the kind compares.
@@ -133,7 +139,11 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
         for item in items:
             item[f"correct_{name}"] = match(item["answer"], item["reference"])
         correct = [item[f"correct_{name}"] for item in items]
-        summary[name], summary[f"{name}_se"] = accuracy(correct)
+        summary[name], summary[f"{name}_se"] = accuracy([verdict is True for verdict in correct])
+        if None in correct:
+            summary[f"{name}_undecided"] = correct.count(None)
+    if task.kind in NOTES:
+        summary["note"] = NOTES[task.kind]
     return TaskResult(summary, items)
 
 
