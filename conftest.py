@@ -22,6 +22,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
+    # tests that change the code by monkeypatch would read what other code has tokenized
+    ORDERMERGE_EXAMPLE_CACHE="off",
     MPLBACKEND="agg",
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

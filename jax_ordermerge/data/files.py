@@ -87,7 +87,7 @@ def _read_files(
         if left == 0:
             break
         part = _read_file(path, name)[:left]
-        files.append(DataFile(name, len(part), _digest(path)))
+        files.append(DataFile(name, len(part), digest(path)))
         rows += part
     return rows, files
 
@@ -210,7 +210,8 @@ def identify(path: str, split: str | None) -> list[str]:
     return [str(local.resolve()) for _, local in listing.files]
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Return the SHA-256 of the bytes of a file, as hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

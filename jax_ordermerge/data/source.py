@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from jax_ordermerge import config as schema
 from jax_ordermerge.config.data import DataSource, DataSources, list_sources
-from jax_ordermerge.data import chat, files, formats
+from jax_ordermerge.data import chat, example_cache, files, formats
 from jax_ordermerge.data.builder import ExampleBuilder
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.mixture import apply_weights, concatenate, set_aside
@@ -82,19 +82,25 @@ def tokenize(
     without a learned token are dropped. A text is cut into windows that overlap by one token, so
     that each token is a target once. A preference pair is one example: it is dropped where either
     of its sequences would be, and where both have the same tokens, because then there is no
-    preference to learn.
+    preference to learn. What was tokenized before is read from the `example_cache`.
 
     Raises:
         UserError: see `load_examples`.
     """
     listed = list_sources(sources)
     _refuse_same_files(listed)
-    return concatenate(
-        [
-            _tokenize_source(source, settings_of(source, data, split), tokenizer, split)
-            for source in listed
-        ]
-    )
+    fingerprint = example_cache.fingerprint(tokenizer)
+    parts = []
+    for source in listed:
+        settings = settings_of(source, data, split)
+        entry = example_cache.locate(source, settings, split, fingerprint)
+        examples = None if entry is None else example_cache.read(entry, source)
+        if examples is None:
+            examples = _tokenize_source(source, settings, tokenizer, split)
+            if entry is not None:
+                example_cache.write(entry, examples)
+        parts.append(examples)
+    return concatenate(parts)
 
 
 def _refuse_same_files(sources: Sequence[DataSource]) -> None:
