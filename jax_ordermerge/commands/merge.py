@@ -4,80 +4,150 @@ import functools
 import io
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import rich.console
 import rich.progress
 import rich.table
 import yaml
 
-from jax_ordermerge.checkpoint import atomic, remote
+from jax_ordermerge.checkpoint import atomic, convert, remote
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json
 from jax_ordermerge.merge import engine, plan
-from jax_ordermerge.merge.recipe import planner
+from jax_ordermerge.merge.recipe import planner, schema
 from jax_ordermerge.merge.sources import references
 
 _WIDTH = 120  # characters of the table of a plan
 
+Write = Callable[[plan.Plan, Path], None]
+Kind = Literal["run", "recipe", "models"]
+_WRITING = ("out", "to", "workers", "shard_gb", "dry_run")
+# What a merge is made from -> why its options are refused, and the options that it reads.
+MODES: dict[Kind, tuple[str, tuple[str, ...]]] = {
+    "run": ("the config of the run says how its members are merged, see --set", ("overrides",)),
+    "recipe": ("the recipe says how its models are merged", _WRITING),
+    "models": (
+        "it goes with a config or run",
+        (*_WRITING, "base", "method", "parameters", "weights", "seed", "dtype"),
+    ),
+}
 
-def is_recipe(path: Path) -> bool:
-    """Return whether a file is a merge recipe and not the config of an experiment."""
-    # by the name first: a model in a bucket must not be fetched to see whether it is a recipe
-    if path.suffix not in (".yml", ".yaml"):
-        return False
-    local = remote.fetch(path)
-    # Configs of experiments are YAML, too; the keys tell them apart.
-    return local.is_file() and planner.is_recipe(local)
 
-
-def plan_sources(
-    sources: Sequence[Path],
-    out: Path | None,
-    *,
-    dry_run: bool,
-    base: str | None,
-    method: str,
-    parameters: Sequence[str],
-    weights: str | None,
-    seed: int,
-    dtype: str | None,
-) -> tuple[plan.Plan, Path | None]:
-    """Return the plan of a merge and the directory to write; None where nothing is to be written.
-
-    Args:
-        sources: a recipe and perhaps the directory to write; or models.
-        out: the directory to write, unless it is among the sources.
-        dry_run: nothing is to be written.
-        base, method, parameters, weights, seed, dtype: of models; see `plan_models`.
+def kind_of(sources: Sequence[Path]) -> Kind:
+    """Return what the arguments of `ordermerge merge` are, by what they are on disk.
 
     Raises:
-        UserError: bad input, or no directory to write.
+        UserError: a YAML file is absent, is not valid, or is a config beside other arguments.
     """
+    first = sources[0]
+    # by the name first: a model in a bucket must not be fetched to see whether it is a recipe
+    if first.suffix in (".yml", ".yaml") and not first.is_dir():
+        local = remote.fetch(first)
+        if not local.is_file():
+            raise UserError(f"{first} not found; give a recipe or the config of an experiment")
+        # Configs of experiments are YAML, too; the keys tell them apart.
+        if schema.is_recipe(local):
+            return "recipe"
+        if len(sources) > 1:
+            raise UserError(
+                f"{first} is no recipe (it has none of {', '.join(schema.KEYS)}), and the config of"
+                f" an experiment takes no other argument; what is {sources[1]}?"
+            )
+    for other in sources[1:]:
+        if other.suffix in (".yml", ".yaml") and other.is_file():
+            raise UserError(
+                f"{other} is a YAML file and stands behind {first}; a recipe comes first, as in"
+                " ordermerge merge recipe.yml MERGED"
+            )
+    return "run" if len(sources) == 1 and not _is_model(first) else "models"
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def find_target(sources: Sequence[Path], out: Path | None, kind: Kind) -> Path | None:
+    """Return the directory to write: `--out`, or what stands behind a recipe; None for neither.
+
+    Raises:
+        UserError: there are too many arguments behind a recipe.
+    """
+    if kind == "models":
+        return out
     # `merge recipe.yml MERGED` is the form of mergekit-yaml, so that its users type what they know
-    recipe = is_recipe(sources[0])
-    target = sources[1] if recipe and out is None and len(sources) > 1 else out
-    if target is None and not dry_run:
-        raise UserError("merging models needs --out DIRECTORY")
-    if not recipe:
-        merge_plan = plan_models(
-            sources,
-            base=base,
-            method=method,
-            parameters=parameters,
-            weights=weights,
-            seed=seed,
-            dtype=dtype,
-        )
-        return merge_plan, None if dry_run else target
     if len(sources) > (2 if out is None else 1):
         raise UserError(
             f"{sources[0]} is a recipe: give it and one directory to write,"
             " as in ordermerge merge recipe.yml MERGED"
         )
-    return planner.plan_recipe(remote.fetch(sources[0])), None if dry_run else target
+    return sources[1] if len(sources) > 1 else out
+
+
+def merge_recipe(recipe: Path, out: Path | None, write: Write) -> None:
+    """Merge by a recipe, or by several that stand in one file and refer to each other.
+
+    Results that only later recipes need lie beside the output until it is complete.
+
+    Args:
+        recipe: YAML file.
+        out: directory to write; None prints the plan.
+        write: carries out a plan.
+
+    Raises:
+        UserError: bad input; nothing is left at `out` then.
+    """
+    *stages, last = schema.load(remote.fetch(recipe))
+    if not stages:
+        carry_out(planner.plan_recipe(last, where=str(recipe)), out, write)
+        return
+    names = [str(stage["name"]) for stage in stages]
+    # all of them before the first is merged, which may take an hour
+    for number, stage in enumerate([*stages, last]):
+        where = f"{recipe}: {[*names, 'the last recipe'][number]}"
+        for reference in planner.check_recipe(stage, where).references():
+            if reference.name in names[number:]:
+                raise UserError(f"{where} takes {reference.name}, which is not merged before it")
+    if out is None:
+        # what later recipes start from is not there to be planned with
+        first = planner.plan_recipe(stages[0], where=f"{recipe}: {names[0]}")
+        print(f"{names[0]}, the first of {len(names) + 1} recipes; the others start from results:")
+        carry_out(first, None, write)
+        return
+    directory = out.with_name(f"{out.name}.stages")
+    if remote.address(out) is not None:
+        directory = Path(tempfile.mkdtemp(prefix="ordermerge-stages-"))
+    # of an earlier try, which may have had another recipe
+    shutil.rmtree(directory, ignore_errors=True)
+
+    def resolve(name: str) -> Path:
+        # a stage goes before a directory of the same name: the recipe is what names it
+        is_stage = name in names and (directory / name).is_dir()
+        return directory / name if is_stage else convert.resolve(name)
+
+    try:
+        for name, stage in zip(names, stages, strict=True):
+            stage_plan = planner.plan_recipe(stage, where=f"{recipe}: {name}", resolve=resolve)
+            carry_out(stage_plan, directory / name, write)
+        where = f"{recipe}: the last recipe"
+        carry_out(planner.plan_recipe(last, where=where, resolve=resolve), out, write)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def carry_out(merge_plan: plan.Plan, out: Path | None, write: Write) -> None:
+    """Print the notes of a plan, and write the merge or print the plan."""
+    for note in merge_plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if out is None:
+        print(describe_plan(merge_plan), end="")
+    else:
+        write(merge_plan, out)
+        print(f"wrote {remote.address(out) or out}")
 
 
 def plan_models(

@@ -26,24 +26,25 @@ class Section(pydantic.BaseModel):
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """The safe loader, which also refuses a mapping with two equal keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         # the nodes as written: a key merged by `<<` may be written again, to replace its value
+        node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                raise _DuplicateKeyError(
+                raise DuplicateKeyError(
                     f"the key {key.value} is given twice, in lines {lines[key.value]} and {line};"
                     " remove one"
                 )
             lines[str(key.value)] = line
-        return super().construct_mapping(node, deep)
+        return node
 
 
-class _DuplicateKeyError(ValueError):
+class DuplicateKeyError(ValueError):
     """The text of an error about two equal keys."""
 
 
@@ -69,8 +70,8 @@ def load_yaml(text: str, where: str) -> Any:
             remove one
     """
     try:
-        return yaml.load(text, _UniqueKeyLoader)  # it derives from the safe loader
-    except _DuplicateKeyError as error:
+        return yaml.load(text, UniqueKeyLoader)  # it derives from the safe loader
+    except DuplicateKeyError as error:
         raise UserError(f"{where}: {error}") from error
 
 

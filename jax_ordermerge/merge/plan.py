@@ -156,6 +156,19 @@ def uniform(
             f"merge method {method} {condition}needs the base model; give it with --base"
         )
     checked_weights = table.check_weights(method, weights, len(members), checked)
+    identities = [member.identity() for member in members]
+    for index, member in enumerate(members):
+        # also under another spelling: it would count twice, or the base as a member
+        if identities[index] in identities[:index]:
+            first = members[identities.index(identities[index])].label
+            raise UserError(
+                f"model {member.label} is given twice (also as {first});"
+                " give each once, with the sum of the weights"
+            )
+        if base is not None and identities[index] == base.identity():
+            raise UserError(
+                f"model {member.label} is the base ({base.label}); leave it out of the models"
+            )
     # The base is also there for methods that do not need it: diagnostics measure from it.
     sources = (*members, *([] if base is None else [base]))
     for source in sources[1:]:

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import convert, sidecar_files
 from jax_ordermerge.errors import UserError
@@ -45,20 +43,33 @@ class _Models(NamedTuple):
     notes: tuple[str, ...]
 
 
-def is_recipe(path: str | Path) -> bool:
-    """Return whether a YAML file is a merge recipe."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(raw, dict) and not raw.keys().isdisjoint({"merge_method", "slices", "models"})
+def check_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
+    """Validate a recipe without opening its models.
+
+    Args:
+        raw: one of the recipes that `schema.load` returns.
+        where: names the recipe in an error.
+
+    Raises:
+        UserError: one line with the first thing that is unknown or of another form.
+    """
+    recipe = schema.parse(raw, where, rules.parameter_names())
+    rules.find_rule(recipe.merge_method)
+    return recipe
 
 
-def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Plan:
+def plan_recipe(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    where: str | None = None,
+    resolve: Resolve = convert.resolve,
+) -> Plan:
     """Read a recipe and plan the merge.
 
     Args:
-        recipe: a YAML file, or a text with more than one line.
+        recipe: a YAML file, a text with more than one line, or one of the recipes that
+            `schema.load` returns.
+        where: names the recipe in an error; by default the file.
         resolve: maps the name of a model to a directory.
 
     Raises:
@@ -73,8 +84,13 @@ def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Pl
         >>> [float(out.weights[0]) for out in norms]
         [0.5, 0.75, 1.0]
     """
-    raw, where = schema.load(recipe), "recipe" if "\n" in str(recipe) else str(recipe)
-    settings = schema.parse(raw, where, rules.parameter_names())
+    if not isinstance(recipe, Mapping):
+        where = where or ("recipe" if "\n" in str(recipe) else str(recipe))
+        recipe, *others = schema.load(recipe)
+        if others:
+            raise UserError(f"{where} has {1 + len(others)} recipes; they are planned one by one")
+    raw, where = recipe, where or "recipe"
+    settings = check_recipe(raw, where)
     rule = rules.find_rule(settings.merge_method)
     evaluator = Evaluator(settings.merge_method, rule)
     models = _open_models(settings, resolve)
@@ -132,12 +148,22 @@ def plan_recipe(recipe: str | Path, *, resolve: Resolve = convert.resolve) -> Pl
 
 def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
     references = recipe.references()
-    indices = {reference: index for index, reference in enumerate(references)}
     # Known before the models are opened, so that an adapter on its base is rounded to it once.
     dtype = None if recipe.dtype is None else resolve_dtype(recipe.dtype, [])
-    sources: list[Source] = [
+    opened = [
         open_model(reference.name, reference.adapter, resolve=resolve, dtype=dtype)
         for reference in references
+    ]
+    # One model may be spelled in several ways (`a`, `./a`, a link, MODEL+ADAPTER): taken for two,
+    # it would count twice, or a base would count as a member.
+    identities = list(dict.fromkeys(source.identity() for source in opened))
+    indices = {
+        reference: identities.index(source.identity())
+        for reference, source in zip(references, opened, strict=True)
+    }
+    sources: list[Source] = [
+        next(source for source in opened if source.identity() == identity)
+        for identity in identities
     ]
     notes = []
     # a tied head can be made a copy of the embedding, an untied one cannot be tied again
@@ -193,6 +219,12 @@ def _unite_vocabularies(recipe: Recipe, models: _Models) -> _Models:
 
 def _index_of(reference: Reference, what: str, models: _Models) -> int:
     if reference not in models.indices:
+        # spelled in another way than among the models
+        local = Path(reference.name).expanduser().exists()
+        identity = open_model(reference.name, reference.adapter).identity() if local else None
+        for index, source in enumerate(models.sources):
+            if source.identity() == identity:
+                return index
         listed = ", ".join(map(str, models.indices))
         raise UserError(
             f"{what} is {reference}, which is none of the models of the recipe ({listed})"
@@ -230,7 +262,8 @@ def _layer_ranges(recipe: Recipe, models: _Models) -> list[LayerRange]:
             inputs.append(Input(source, start, entry.parameters))
             lengths.append(end - start)
         base_model = recipe.base_model if part.base_model is None else part.base_model
-        if base_model is not None and base_model not in {entry.model for entry in part.sources}:
+        used = {models.indices[entry.model] for entry in part.sources}
+        if base_model is not None and models.indices[base_model] not in used:
             raise UserError(
                 f"slices[{number}] lacks its base_model {base_model} among the sources; "
                 "add it with its layer_range"

@@ -1,6 +1,7 @@
 """The schema of a merge recipe: the YAML of mergekit, and ours. Unknown keys are errors."""
 
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -9,10 +10,12 @@ import yaml
 from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 
 from jax_ordermerge.config.merge import Dtype
-from jax_ordermerge.config.section import Section
+from jax_ordermerge.config.section import DuplicateKeyError, Section, UniqueKeyLoader
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.merge.recipe.settings import Settings, parse_settings
 
+# Keys of which a recipe has at least one, and the config of an experiment has none.
+KEYS = ("merge_method", "slices", "models")
 # Keys of mergekit, of its other commands and of its command line, each with a reason or a remedy.
 _NOT_OFFERED = {
     "experts": "mixtures of experts are not made here",
@@ -122,6 +125,9 @@ class Recipe(Module):
     """A recipe. It has models or slices as a module has, or one module with them."""
 
     merge_method: str
+    name: str | None = Field(
+        None, description="by which later recipes of the file name the result; title of the card"
+    )
     base_model: ModelName | None = None
     modules: dict[str, Module] | None = None
     dtype: Dtype | None = None
@@ -175,29 +181,103 @@ def _require_one(section: Section, keys: Sequence[str], where: str) -> None:
 # --------------------------------------------------------------------------------------- reading
 
 
-def load(source: str | Path) -> dict[str, Any]:
-    """Load the YAML of a file, or of a text with more than one line.
+def is_recipe(path: str | Path) -> bool:
+    """Return whether a YAML file is a merge recipe and not the config of an experiment.
 
     Raises:
-        UserError: there is no such file, its content is not YAML with keys and values, or a key is
-            given twice.
+        UserError: the file is not valid YAML.
+    """
+    documents = _read_documents(path)
+    return (
+        any(isinstance(raw, dict) and not raw.keys().isdisjoint(KEYS) for raw in documents)
+        or len(documents) > 1
+    )
+
+
+def load(source: str | Path) -> list[dict[str, Any]]:
+    """Load the recipes of a file, or of a text with more than one line: mostly one.
+
+    A file of several YAML documents merges in stages: each but the last has a `name`, by which
+    later ones refer to its result.
+
+    Raises:
+        UserError: there is no such file, its content is not YAML with keys and values, a key is
+            given twice, or a stage has no name or that of another.
     """
     is_text = isinstance(source, str) and "\n" in source
     if not is_text and not Path(source).is_file():
         raise UserError(f"recipe {source} not found")
     where = "recipe" if is_text else str(source)
+    documents = _read_documents(source)
+    for raw in documents:
+        if not isinstance(raw, dict):
+            raise UserError(
+                f"{where}: expected keys such as merge_method and models, got {type(raw).__name__}"
+            )
+    names = [raw.get("name") for raw in documents]
+    for number, name in enumerate(names[:-1], 1):
+        if not isinstance(name, str) or not name:
+            raise UserError(
+                f"{where}: recipe {number} of {len(names)} has no name, so no later one could refer"
+                " to its result; give it a key name"
+            )
+        if name in names[number:]:
+            raise UserError(f"{where}: two recipes have the name {name}")
+    return documents
+
+
+def _read_documents(source: str | Path) -> list[Any]:
+    """Return the YAML documents of a file or text, without keys that only hold anchors."""
+    is_text = isinstance(source, str) and "\n" in source
+    where = "recipe" if is_text else str(source)
     try:
-        # `_Loader` is a safe loader: no tag of a recipe constructs an object
-        raw = yaml.load(str(source) if is_text else Path(source).read_text(), _Loader)
+        text = str(source) if is_text else Path(source).read_text()
+        # the loader is a safe one: no tag of a recipe constructs an object
+        nodes = list(yaml.compose_all(text, UniqueKeyLoader))
+        documents = list(yaml.load_all(text, UniqueKeyLoader))
+    except DuplicateKeyError as error:
+        raise UserError(f"{where}: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(
-            f"{where}: expected keys such as merge_method and models, got {type(raw).__name__}"
+    # `---` at the end of a file begins a document of nothing
+    while documents and documents[-1] is None:
+        documents.pop()
+    for raw, node in zip(documents, nodes, strict=False):
+        for key in _anchor_keys(node) if isinstance(raw, dict) else ():
+            if key not in Recipe.model_fields:
+                raw.pop(key, None)
+    return documents or [None]
+
+
+def _anchor_keys(document: yaml.MappingNode) -> list[str]:
+    """Return the top-level keys below which a node is defined that another key refers to."""
+    nodes_of = {key.value: dict(_nodes_by_id(value)) for key, value in document.value}
+    return [
+        key.value
+        for key, value in document.value
+        for other, nodes in nodes_of.items()
+        if other != key.value
+        # an alias is the node that it refers to, and stands where that node stands
+        and any(
+            value.start_mark.index <= node.start_mark.index < max(value.end_mark.index, 1)
+            for number, node in nodes.items()
+            if number in nodes_of[key.value]
         )
-    return raw
+    ]
+
+
+def _nodes_by_id(node: yaml.Node) -> Iterator[tuple[int, yaml.Node]]:
+    """Yield a node and all below it; an alias is the node it refers to."""
+    yield id(node), node
+    children: Iterable[yaml.Node] = ()
+    if isinstance(node, yaml.MappingNode):
+        children = itertools.chain.from_iterable(node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    for child in children:
+        yield from _nodes_by_id(child)
 
 
 def parse(raw: Mapping[str, Any], where: str, parameters: Sequence[str] = ()) -> Recipe:
@@ -215,19 +295,6 @@ def parse(raw: Mapping[str, Any], where: str, parameters: Sequence[str] = ()) ->
         return Recipe.model_validate(dict(raw))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_describe(error, parameters)}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def _describe(error: pydantic.ValidationError, parameters: Sequence[str]) -> str:
