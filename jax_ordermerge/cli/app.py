@@ -1,10 +1,13 @@
 """The application, and the arguments and options that several commands share."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
+
+from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
     from jax_ordermerge.config import Config
@@ -43,6 +46,26 @@ def read_config(target: Path, overrides: list[str] | None) -> "Config":
     from jax_ordermerge.experiment import run_config
 
     return run_config.read_config(target, overrides or ())
+
+
+def refuse_options(context: typer.Context, mode: str, allowed: Collection[str] = ()) -> None:
+    """Refuse options that were given although this mode of a command does not read them.
+
+    Args:
+        context: of the command.
+        mode: what the command does here, for the message.
+        allowed: names of the parameters that this mode reads.
+
+    Raises:
+        UserError: an option would be ignored.
+    """
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        is_option = parameter.param_type_name == "option"
+        source = context.get_parameter_source(name)
+        if not is_option or name in allowed or source is None or source.name != "COMMANDLINE":
+            continue
+        raise UserError(f"{parameter.opts[0]} would be ignored: {mode}; leave it out")
 
 
 def run_through(stage: str, target: Path, overrides: list[str] | None) -> None:

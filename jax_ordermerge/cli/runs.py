@@ -13,6 +13,7 @@ from jax_ordermerge.cli.app import (
     Runs,
     app,
     read_config,
+    refuse_options,
     run_through,
 )
 from jax_ordermerge.errors import UserError
@@ -73,6 +74,7 @@ def plan(
 
 @app.command()
 def train(
+    context: typer.Context,
     config: RunArgument,
     overrides: Overrides = None,
     *,
@@ -81,8 +83,7 @@ def train(
 ) -> None:
     """Fine-tune the members, each in its own order. Resume from the last checkpoint."""
     if steps is None:
-        if profile is not None:
-            raise UserError("--profile needs --steps, as in --steps 20 --profile DIR")
+        refuse_options(context, "it goes with --steps, as in --steps 20", ["overrides"])
         run_through("train", config, overrides)
         return
     from jax_ordermerge.experiment import pipeline
@@ -216,6 +217,7 @@ def search(
 
 @app.command()
 def doctor(
+    context: typer.Context,
     config: Annotated[
         Path | None,
         Argument(metavar="[CONFIG|RUN]", help="Check its processes, mesh and output, too."),
@@ -227,13 +229,21 @@ def doctor(
     """Check versions, devices, processes, disk and output. Exit code 1 where a run would fail."""
     from jax_ordermerge.commands import doctor
 
-    settings = read_config(config, overrides) if config and not only_versions else None
+    if config is None or only_versions:
+        mode = (
+            "with --versions only versions are checked" if only_versions else "no config is given"
+        )
+        refuse_options(context, mode, ["only_versions"])
+    if config and only_versions:
+        raise UserError(f"{config} would be ignored: with --versions only versions are checked")
+    settings = read_config(config, overrides) if config else None
     if not doctor.diagnose(settings, only_versions=only_versions, log=typer.echo):
         raise typer.Exit(1)
 
 
 @app.command()
 def launch(
+    context: typer.Context,
     config: RunArgument,
     options: Annotated[
         list[str] | None,
@@ -253,6 +263,7 @@ def launch(
     from jax_ordermerge.launch import render
 
     if list_options:
+        refuse_options(context, "--options only lists", ["list_options", "target"])
         for name, default, meaning in render.describe(target):
             typer.echo(f"{name:16} {default:12} {meaning}".rstrip())
         return

@@ -1,22 +1,19 @@
 """Commands about single models and checkpoints, inside runs or not."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from jax_ordermerge.cli.app import (
-    AsJson,
-    Model,
-    Overrides,
-    app,
-    run_through,
-)
+from jax_ordermerge.cli.app import AsJson, Model, Overrides, app, refuse_options, run_through
+from jax_ordermerge.errors import UserError
 
 
 @app.command()
 def merge(
+    context: typer.Context,
     sources: Annotated[
         list[Path],
         Argument(
@@ -58,16 +55,26 @@ def merge(
     A recipe is YAML of ours or of mergekit. A MODEL is an HF directory, a hub name, MODEL+ADAPTER
     (a LoRA), or RUN/member_0.
     """
-    from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.commands import merge as command
 
-    if len(sources) == 1 and not command.is_recipe(sources[0]):
+    kind = command.kind_of(sources)
+    refuse_options(context, *command.MODES[kind])
+    if kind == "run":
         run_through("merge", sources[0], overrides)
         return
-    merge_plan, target = command.plan_sources(
+    target = command.find_target(sources, out, kind)
+    if target is None and not dry_run:
+        raise UserError(
+            "a merge needs a directory to write: --out DIRECTORY, or one behind the recipe"
+        )
+    target = None if dry_run else target
+    shard_bytes = int(shard_gb * 1e9)
+    write = functools.partial(command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes)
+    if kind == "recipe":
+        command.merge_recipe(sources[0], target, write)
+        return
+    merge_plan = command.plan_models(
         sources,
-        out,
-        dry_run=dry_run,
         base=base,
         method=method,
         parameters=parameters or (),
@@ -75,14 +82,7 @@ def merge(
         seed=seed,
         dtype=dtype,
     )
-    for note in merge_plan.notes:
-        typer.echo(f"note: {note}", err=True)
-    if target is None:
-        typer.echo(command.describe_plan(merge_plan), nl=False)
-        return
-    shard_bytes = int(shard_gb * 1e9)
-    command.merge_models(merge_plan, target, to=to, workers=workers, shard_bytes=shard_bytes)
-    typer.echo(f"wrote {remote.address(target) or target}")
+    command.carry_out(merge_plan, target, write)
 
 
 @app.command()

@@ -29,7 +29,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 class UniqueKeyLoader(yaml.SafeLoader):
     """The safe loader, which also refuses a mapping with two equal keys."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # the nodes as written: a key merged by `<<` may be written again, to replace its value
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}

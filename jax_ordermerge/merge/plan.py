@@ -156,23 +156,11 @@ def uniform(
             f"merge method {method} {condition}needs the base model; give it with --base"
         )
     checked_weights = table.check_weights(method, weights, len(members), checked)
-    identities = [member.identity() for member in members]
-    for index, member in enumerate(members):
-        # also under another spelling: it would count twice, or the base as a member
-        if identities[index] in identities[:index]:
-            first = members[identities.index(identities[index])].label
-            raise UserError(
-                f"model {member.label} is given twice (also as {first});"
-                " give each once, with the sum of the weights"
-            )
-        if base is not None and identities[index] == base.identity():
-            raise UserError(
-                f"model {member.label} is the base ({base.label}); leave it out of the models"
-            )
     # The base is also there for methods that do not need it: diagnostics measure from it.
     sources = (*members, *([] if base is None else [base]))
     for source in sources[1:]:
         check_same(sources[0], source)
+    _check_distinct(members, base)
     config, resolved_dtype = members[0].config, resolve_dtype(dtype, members)
     outputs = tuple(
         Output(
@@ -209,6 +197,22 @@ def uniform(
         recipe,
         tokenizer_from=tokenizer_from or members[0].directory,
     )
+
+
+def _check_distinct(members: Sequence[Source], base: Source | None) -> None:
+    # also under another spelling: a model would count twice, or the base as a member
+    identities = [member.identity() for member in members]
+    for index, member in enumerate(members):
+        if identities[index] in identities[:index]:
+            first = members[identities.index(identities[index])].label
+            raise UserError(
+                f"model {member.label} is given twice (also as {first});"
+                " give each once, with the sum of the weights"
+            )
+        if base is not None and identities[index] == base.identity():
+            raise UserError(
+                f"model {member.label} is the base ({base.label}); leave it out of the models"
+            )
 
 
 def check_same(first: Source, second: Source, may_differ: Collection[str] = ()) -> None:

@@ -146,7 +146,7 @@ def test_members_of_different_architectures(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["merge", "A", "B"], "needs --out"),
+        (["merge", "A", "B"], "needs a directory to write"),
         (["merge", "A", "B", "--out", "O", "--weights", "1,x"], "--weights 1,x: expected numbers"),
         (["merge", "A", "B", "--out", "O", "--param", "density"], "expected KEY=VALUE"),
         (["merge", "A", "B", "--out", "O", "--dtype", "int4"], "--dtype int4: expected one of"),

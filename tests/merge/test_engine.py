@@ -168,30 +168,34 @@ def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, 
             "different architectures: rms_norm_eps is 1e-06 and 1e-05",
         ),
         (
-            ([member, member], tmp_path / "short"),
+            ([member, exported[0][1]], tmp_path / "short"),
             {"method": "ties"},
             "different architectures: num_layers is 2 and 1",
         ),
         (([member, tmp_path / "absent"], None), {"method": "average"}, "absent not found"),
         (([], None), {"method": "average"}, "nothing to merge"),
-        (([member, member], None), {"method": "ties"}, "ties needs the base model"),
+        (([member, exported[0][1]], None), {"method": "ties"}, "ties needs the base model"),
         (
-            ([member, member], None),
+            ([member, exported[0][1]], None),
             {"method": "selection", "parameters": {"resample": 1}},
             "selection with resample needs the base model",
         ),
-        (([member, member], None), {"method": "avrage"}, "did you mean 'average'"),
+        (([member, exported[0][1]], None), {"method": "avrage"}, "did you mean 'average'"),
         (
-            ([member, member], None),
+            ([member, exported[0][1]], None),
             {"method": "average", "weights": (1,)},
             "1 weights for 2 members",
         ),
         (
-            ([member, member], None),
+            ([member, exported[0][1]], None),
             {"method": "average", "dtype": "float61"},
             "did you mean 'float16'",
         ),
-        (([member, member], None), {"method": "average", "slab_elements": 0}, "must be positive"),
+        (
+            ([member, exported[0][1]], None),
+            {"method": "average", "slab_elements": 0},
+            "must be positive",
+        ),
     ]
     for sources, settings, message in cases:
         with pytest.raises(UserError, match=message):
@@ -201,12 +205,12 @@ def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, 
 
 def test_an_overflow_of_float16_is_refused(tiny, models, tmp_path):
     base = models[1]
-    for name, factor in (("base", 0.0), ("large", 1.0)):
+    for name, factor in (("base", 0.0), ("large", 1.0), ("again", 1.0)):
         filled = tree.unflatten(
             {path: np.full_like(x, 60_000.0 * factor) for path, x in tree.flatten(base).items()}
         )
         convert.export(filled, tiny, tmp_path / name, dtype="float16")
-    sources = [tmp_path / "large"] * 2
+    sources = [tmp_path / "large", tmp_path / "again"]
     with pytest.raises(UserError, match="overflows float16; choose dtype bfloat16 or float32"):
         merge(
             sources,

@@ -484,16 +484,3 @@ def test_the_recipe_beside_a_merge_can_be_read_again(read, root, tmp_path):
     assert [out.parameters for out in again.outputs] == [
         out.parameters for out in recipe_plan.outputs
     ]
-
-
-def test_a_recipe_is_told_from_a_config(tmp_path):
-    for name, text, expected in (
-        ("a.yml", "merge_method: linear\nmodels: []", True),
-        ("b.yml", "slices: []", True),
-        ("c.yml", "training: {epochs: 1}\nmerge: {dtype: float32}", False),
-        ("d.yml", "- 1", False),
-        ("e.yml", ": :\n-", False),
-    ):
-        (tmp_path / name).write_text(text)
-        assert planner.is_recipe(tmp_path / name) is expected
-    assert not planner.is_recipe(tmp_path / "absent.yml")

@@ -245,7 +245,7 @@ def _read_documents(source: str | Path) -> list[Any]:
     while documents and documents[-1] is None:
         documents.pop()
     for raw, node in zip(documents, nodes, strict=False):
-        for key in _anchor_keys(node) if isinstance(raw, dict) else ():
+        for key in _anchor_keys(node) if isinstance(node, yaml.MappingNode) else ():
             if key not in Recipe.model_fields:
                 raw.pop(key, None)
     return documents or [None]
@@ -261,7 +261,7 @@ def _anchor_keys(document: yaml.MappingNode) -> list[str]:
         if other != key.value
         # an alias is the node that it refers to, and stands where that node stands
         and any(
-            value.start_mark.index <= node.start_mark.index < max(value.end_mark.index, 1)
+            key.start_mark.index <= node.start_mark.index < value.end_mark.index
             for number, node in nodes.items()
             if number in nodes_of[key.value]
         )

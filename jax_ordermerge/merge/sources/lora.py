@@ -234,6 +234,6 @@ def open_member(
         for layer, name in enumerate(target.hf_names())
     }
     path = checkpoints / str(step)
-    identity = f"{path.resolve()}:{path.stat().st_mtime_ns}"
+    identity = f"{path.resolve()}:{path.stat().st_mtime_ns}:{index}"
     dtype = np.dtype(np.float32)
     return LoRA(base, products, label=label, identity=identity, dtype=dtype)

@@ -136,7 +136,7 @@ class Checkpoint:
 
     def identity(self) -> str:
         """See `Source.identity`."""
-        return f"{self._path.resolve()}:{self._path.stat().st_mtime_ns}"
+        return f"{self._path.resolve()}:{self._path.stat().st_mtime_ns}:{self.member}"
 
 
 def open_orbax(directory: str | Path, label: str) -> Checkpoint:

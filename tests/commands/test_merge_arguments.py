@@ -1,0 +1,73 @@
+"""What the arguments of a command are is decided by what they are, and no option is ignored."""
+
+import json
+
+import pytest
+
+from tests.commands.test_cli import call
+from tests.merge.recipe_models import make
+
+RECIPE = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for seed, name in enumerate(("base", "a", "b")):
+        make(tmp_path / name, 1, seed)
+    (tmp_path / "recipe.yml").write_text(RECIPE)
+    (tmp_path / "broken.yml").write_text(RECIPE.replace("1}", "1"))
+    (tmp_path / "config.yaml").write_text("training: {epochs: 1}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+REFUSED = {
+    "merge recipe.yml out --dtype bfloat16": "--dtype would be ignored",
+    "merge recipe.yml out --method ties": "--method would be ignored",
+    "merge recipe.yml out --base base": "--base would be ignored",
+    "merge recipe.yml out --seed 0": "--seed would be ignored",
+    "merge recipe.yml out --param density=1": "--param would be ignored",
+    "merge recipe.yml out --set seed=1": "--set would be ignored",
+    "merge config.yaml --out out": "--out would be ignored",
+    "merge config.yaml --workers 2": "--workers would be ignored",
+    "merge a b --out out --set nonsense=1": "--set would be ignored",
+    "merge broken.yml out": "broken.yml is not valid YAML",
+    "merge nofile.yml out": "nofile.yml not found",
+    "merge config.yaml out": "config.yaml is no recipe",
+    "merge out recipe.yml": "a recipe comes first",
+    "merge recipe.yml out extra": "give it and one directory to write",
+    "merge recipe.yml": "needs a directory to write",
+    "merge a b": "needs a directory to write",
+    "merge a ./a --out out --method average": "is given twice",
+    "merge a b base --base ./base --out out": "model base is the base",
+    "train config.yaml --profile trace": "--profile would be ignored",
+    "doctor --set seed=1": "--set would be ignored",
+    "doctor config.yaml --versions": "config.yaml would be ignored",
+    "doctor --versions --set seed=1": "--set would be ignored",
+    "launch config.yaml --target slurm --options --submit": "--submit would be ignored",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_an_argument_that_would_be_ignored_is_refused(folder, capsys, line):
+    assert call(*line.split()) == 2
+    captured = capsys.readouterr()
+    assert REFUSED[line] in captured.err
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "merge recipe.yml out --to hf --workers 1",
+        "merge recipe.yml --out out",
+        "merge a b --out out --method average --seed 3 --dtype float32",
+        # one model is merged with itself alone
+        "merge a --out out --method average",
+    ],
+)
+def test_options_of_the_mode_are_read(folder, line):
+    assert call(*line.split()) == 0
+    assert json.loads((folder / "out" / "merge.json").read_text())["recipe"]["dtype"] == "float32"
