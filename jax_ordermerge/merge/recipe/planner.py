@@ -102,16 +102,7 @@ def plan_recipe(
     for part in layers:
         notes += evaluator.check_names(part, models.sources)
 
-    donor = models.sources[models.donor].config
-    config = dataclasses.replace(
-        # the base, or the first model where there is none; mergekit then takes a random one
-        models.sources[models.base or 0].config,
-        num_layers=sum(part.length for part in layers),
-        # special tokens belong to the tokenizer
-        bos_token_id=donor.bos_token_id,
-        eos_token_ids=donor.eos_token_ids,
-        pad_token_id=donor.pad_token_id,
-    )
+    config = _merged_config(models, layers)
     outputs = tuple(evaluator.output(tensor) for tensor in _merged_tensors(config, layers))
 
     merged = sorted({view.source for out in outputs for view in out.members})
@@ -294,6 +285,19 @@ def _layer_range(
             )
     return LayerRange(
         tuple(inputs), None if base is None else sources.index(base), lengths[0], scopes
+    )
+
+
+def _merged_config(models: _Models, layers: Sequence[LayerRange]) -> arch.ModelConfig:
+    donor = models.sources[models.donor].config
+    return dataclasses.replace(
+        # the base, or the first model where there is none; mergekit then takes a random one
+        models.sources[models.base or 0].config,
+        num_layers=sum(part.length for part in layers),
+        # special tokens belong to the tokenizer
+        bos_token_id=donor.bos_token_id,
+        eos_token_ids=donor.eos_token_ids,
+        pad_token_id=donor.pad_token_id,
     )
 
 
