@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_ordermerge.analysis import position_curves, position_effects, resample
+from jax_ordermerge.analysis.by_source import SourceEffect, effects_by_source
 from jax_ordermerge.analysis.position_curves import MergedCurves, Pooled
 from jax_ordermerge.analysis.position_effects import (
     JointEffect,
@@ -89,6 +90,7 @@ class Imbalance:
     fixed_effects: JointEffect | Missing
     fixed_effects_warmup: JointEffect | Missing  # epoch 1 with a slope of its own for the warm-up
     merged: dict[str, MergeEffect]
+    sources: list[SourceEffect] | None = None  # where there are several
 
 
 def analyze(
@@ -97,6 +99,7 @@ def analyze(
     merged_losses: Mapping[str, ArrayLike] | None = None,
     *,
     base_losses: ArrayLike | None = None,
+    sources: Mapping[str, np.ndarray] | None = None,
     warmup_fraction: float = 0.0,
     bins: int = 10,
     bootstrap: int = 1000,
@@ -113,6 +116,7 @@ def analyze(
         merged_losses: for each merge, [n].
         base_losses: [n] under the base. No position can have affected them, so as a covariate
             they sharpen the regressions of the merges.
+        sources: for each source of the samples, their numbers. One source needs no split.
         warmup_fraction: warm-up steps over all steps.
         bins: bins of the position curves (10: deciles).
         bootstrap: resamples of the samples.
@@ -168,6 +172,11 @@ def analyze(
             )
             for (name, values), p in zip(merged.items(), p_values[members:], strict=True)
         },
+        sources=(
+            effects_by_source(losses, places, merged, base, sources)
+            if sources is not None and len(sources) > 1
+            else None
+        ),
     )
 
 

@@ -156,6 +156,15 @@ class Examples:
         return np.zeros(len(self), np.int32) if self.source is None else self.source
 
     @property
+    def rows_by_source(self) -> dict[str, np.ndarray]:
+        """Numbers of the examples of each source that has some, int64[m] by its name."""
+        by_number = {
+            source.name: np.flatnonzero(self.source_numbers == number)
+            for number, source in enumerate(self.sources)
+        }
+        return {name: rows for name, rows in by_number.items() if len(rows)}
+
+    @property
     def row_numbers(self) -> np.ndarray:
         """Number of the row of each example in its source, int64[n]; of texts, of the window."""
         return self.ids if self.rows is None else self.rows

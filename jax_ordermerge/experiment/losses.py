@@ -13,6 +13,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import scoring
 from jax_ordermerge.experiment.context import RunContext
+from jax_ordermerge.layout import Json
 from jax_ordermerge.model import kernels, preference
 from jax_ordermerge.tree import Tree
 
@@ -37,6 +38,20 @@ class Losses(NamedTuple):
     def mean(self) -> float:
         """Loss per token over all examples, as training has it: long examples weigh more."""
         return float(self.sums.sum() / self.counts.sum())
+
+    def by_source(self, examples: Examples) -> Json | None:
+        """Return loss, its standard error and the number of examples by source.
+
+        None where all examples are of one source.
+        """
+        sources = examples.rows_by_source
+        if len(sources) < 2:
+            return None
+        parts = {name: Losses(self.sums[rows], self.counts[rows]) for name, rows in sources.items()}
+        return {
+            name: {"loss": part.mean, "loss_se": part.standard_error, "examples": len(part.sums)}
+            for name, part in parts.items()
+        }
 
     @property
     def standard_error(self) -> float:

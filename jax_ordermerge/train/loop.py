@@ -240,7 +240,8 @@ class Training:
                 if validate and due.validate:
                     with clock.devices():
                         best, losses = validate(best, programs.weights(state), done, frozen)
-                        record.record_validation(step, to_host(losses))
+                        names = programs.source_names
+                        record.record_validation(step, to_host(losses), names)
                 clock.read()
 
                 # ------------------------------------------------------------ what is due

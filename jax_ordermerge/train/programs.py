@@ -103,6 +103,12 @@ class Programs:
             settings, self.trainable.trained, self.spec.seed, self.mesh, self.state.params
         )
 
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the sources of the validation examples, where there are several."""
+        names = [] if self.held_out is None else list(self.held_out.rows_by_source)
+        return names if len(names) > 1 else []
+
     def compile_validation(self) -> validation.Measure | None:
         """Compile the validation losses; None where they are not measured."""
         # A program of its own, so that the training step is the same program with or without it:
@@ -119,4 +125,5 @@ class Programs:
             batch,
             self.frozen,
             lengths,
+            sources=max(len(self.source_names), 1),
         )

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -151,7 +151,7 @@ class Recorder:
         self.peak_flops = None if peak is None else peak * mesh.size
         self._plan, self._model = plan, model
         self._last = Totals()  # at the last row
-        self._validation: list[float] | None = None  # measured since the last row
+        self._validation: dict[str, list[float]] = {}  # measured since the last row
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Record the metrics of a step, fetched to the host, with a leading `M`.
@@ -179,13 +179,21 @@ class Recorder:
         self.totals.tokens += int(lengths.sum())
         self.totals.flops += flops.training_flops(self._model, lengths, self._plan.spec.lora)
 
-    def record_validation(self, step: int, losses: jax.Array | np.ndarray) -> None:
+    def record_validation(
+        self, step: int, losses: jax.Array | np.ndarray, sources: Sequence[str] = ()
+    ) -> None:
         """Record the validation losses of the members after a step, for the row that follows.
+
+        Args:
+            step: which.
+            losses: [M, 1 + S], on all examples and on those of each source.
+            sources: their names, [S].
 
         Raises:
             UserError: a loss is not finite.
         """
-        for member, loss in zip(self._plan.members, losses.tolist(), strict=True):
+        columns = np.asarray(losses).T.tolist()
+        for member, loss in zip(self._plan.members, columns[0], strict=True):
             if not np.isfinite(loss):
                 raise UserError(
                     f"training diverged at step {step + 1}: member {member} has validation loss"
@@ -193,7 +201,8 @@ class Recorder:
                     " validation examples"
                 )
         # not in the checkpoint: a row follows at once, before anything is saved
-        self._validation = losses.tolist()
+        names = ["validation_loss", *(f"validation_loss/{source}" for source in sources)]
+        self._validation = dict(zip(names, columns, strict=True))
 
     def _check_finite(self, step: int, metrics: Metrics) -> None:
         bad = ~(np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm))
@@ -255,10 +264,9 @@ class Recorder:
             name: np.mean([step[name] for step in self.window], axis=0, dtype=np.float64).tolist()
             for name in self.window[0]
         }
-        if self._validation is not None:
-            means["validation_loss"] = self._validation
+        means |= self._validation
         new = self.totals.since(self._last)
-        self.window, self._last, self._validation = [], dataclasses.replace(self.totals), None
+        self.window, self._last, self._validation = [], dataclasses.replace(self.totals), {}
         seconds = max(new.seconds, 1e-9)  # a clock of low resolution may not have moved
         return {
             "step": step,

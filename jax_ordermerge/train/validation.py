@@ -93,6 +93,11 @@ def device_batches(
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     batch = pack.step_batch(examples, rows, microbatch=microbatch, lengths=lengths)
+    if len(examples.rows_by_source) > 1:
+        # padding counts as the first source, where its sums are 0
+        batch["source"] = np.zeros_like(batch["ids"])
+        for number, of_source in enumerate(examples.rows_by_source.values()):
+            batch["source"][np.isin(batch["ids"], examples.ids[of_source])] = number
     return {name: put(name, array) for name, array in batch.items()}
 
 
@@ -104,8 +109,12 @@ def compile_measure(
     batch: Mapping[str, jax.Array],
     frozen: Tree,
     lengths: tuple[int, ...],
+    sources: int = 1,
 ) -> Measure:
-    """Compile `(best, weights, step, frozen) -> (best, loss)` over a population.
+    """Compile `(best, weights, step, frozen) -> (best, losses)` over a population.
+
+    `losses` is float32[M, 1]: the loss on all examples. With S > 1 sources it is [M, 1 + S]: the
+    loss on the examples of each source follows.
 
     Args:
         objective: whose loss is measured, over what it counts in all examples together.
@@ -115,6 +124,7 @@ def compile_measure(
         batch: from `device_batches`.
         frozen: abstract, see `step.compile_step`.
         lengths: padded lengths that the batch was made with.
+        sources: S, number of the sources of the examples.
     """
 
     def measure(
@@ -124,7 +134,13 @@ def compile_measure(
 
         def sums(length: int, microbatch: steps.Batch) -> jax.Array:
             _, examples = objective(weights, steps.shorten(microbatch, length), frozen)
-            return jnp.stack([examples.losses.sum(), examples.weights.sum()])
+            total = jnp.stack([examples.losses.sum(), examples.weights.sum()])
+            if sources == 1:
+                return total
+            # a sum of products and not a matrix product, which TPUs round to bfloat16
+            of_source = jax.nn.one_hot(microbatch["source"], sources)[..., None]
+            pairs = jnp.stack([examples.losses, examples.weights], 1)[:, None]
+            return jnp.concatenate([total[None], (of_source * pairs).sum(0)])
 
         by_length = [functools.partial(sums, length) for length in lengths]
 
@@ -134,7 +150,8 @@ def compile_measure(
         # One microbatch after another: the activations of one are the memory that training has too.
         # Sums of all examples are divided once, as in training.
         total = jax.lax.map(microbatch_sums, batch).sum(0)
-        loss = total[0] / jnp.maximum(total[1], 1.0)
+        losses = total[..., 0] / jnp.maximum(total[..., 1], 1.0)
+        loss = losses if sources == 1 else losses[0]
         # Strictly lower, so of equal losses the first step counts; a loss that is NaN never does.
         lower = loss < best.loss
 
@@ -143,7 +160,8 @@ def compile_measure(
             return jnp.where(lower, new, old)
 
         lowest = jax.tree.map(keep_lower, weights, best.weights) if best.weights else {}
-        return Best(lowest, keep_lower(loss, best.loss), keep_lower(step, best.step)), loss
+        new_best = Best(lowest, keep_lower(loss, best.loss), keep_lower(step, best.step))
+        return new_best, jnp.atleast_1d(losses)
 
     # Batch and frozen base are arguments: closed over, they would be constants of the program.
     # Members are handled as in the training step, with the same compiler options, so that a member

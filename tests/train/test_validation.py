@@ -1,5 +1,6 @@
 """Validation losses disturb nothing, and each member is what it was where its own was lowest."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from jax_ordermerge import tree
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import make_config
 from jax_ordermerge.data.examples import Examples, Ragged
+from jax_ordermerge.data.provenance import SourceInfo
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.mesh import make_mesh
@@ -92,6 +94,33 @@ def test_the_loss_is_that_of_all_examples_together(best, tiny_model, held_out):
             assert best.lines()[step - 1]["validation_loss"][member] == pytest.approx(
                 expected, rel=1e-5
             )
+
+
+def test_losses_of_the_sources_of_the_examples(tmp_path, best, tiny_train, tiny_model, held_out):
+    from jax_ordermerge.data import pack
+
+    names = ["a", "b", "none of it", "c/d"]
+    rows = {"a": [0, 4], "b": [1, 2, 3], "c/d": [5]}
+    mixed = dataclasses.replace(
+        held_out,
+        source=np.array([0, 1, 1, 1, 0, 3], np.int32),
+        sources=tuple(SourceInfo(name, name) for name in names),
+    )
+    run = tiny_train(tmp_path, make_mesh(), held_out=mixed, **BEST)
+    for line, plain in zip(run.lines(), best.lines(), strict=True):
+        assert line["validation_loss"] == plain["validation_loss"]
+        assert {name for name in line if name.startswith("validation_loss/")} == {
+            f"validation_loss/{name}" for name in rows
+        }
+    for name, part in rows.items():
+        batch = pack.collate(held_out, np.array(part), 24)
+        for member in range(2):
+            _, sums = objective.sft(tiny_model, dtype="float32")(
+                tree.member(at_step(run, tiny_model, STEPS), member), batch
+            )
+            expected = float(sums.losses.sum() / sums.weights.sum())
+            measured = run.lines()[-1][f"validation_loss/{name}"][member]
+            assert measured == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_does_not_see_it(best, tmp_path, tiny_train, tiny_model, same_bits):

@@ -46,6 +46,7 @@ def run(ctx: RunContext) -> None:
         np.stack(positions),
         {name: measured[name] for name, kind in kinds.items() if kind == "merge"},
         base_losses=measured["base"],
+        sources=train.rows_by_source,
         warmup_fraction=_warmup_fraction(config, steps=orders.shape[1] * orders.shape[2]),
         bins=config.analysis.bins,
         bootstrap=config.analysis.bootstrap,

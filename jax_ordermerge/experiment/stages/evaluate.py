@@ -87,6 +87,8 @@ def _evaluate_model(
         sequences = losses.require_finite(losses.sequence_losses(ctx, params, test), test, name)
         measured = losses.objective_losses(ctx, test, sequences)
         summary |= {"loss": measured.mean, "loss_se": measured.standard_error}
+        if by_source := measured.by_source(test):
+            summary["sources"] = by_source
         if test.rejected is None:
             summary["perplexity"] = math.exp(min(measured.mean, _LARGEST_LOG))
             summary["tokens"] = int(measured.counts.sum())
@@ -104,6 +106,8 @@ def _evaluate_model(
     if validation is not None:
         measured = losses.example_losses(ctx, params, validation)
         summary["validation_loss"] = losses.require_finite(measured, validation, name).mean
+        if by_source := measured.by_source(validation):
+            summary["validation_sources"] = by_source
 
     # -------------------------------------------------------------- tasks
     eval_model = models.make_eval_model(

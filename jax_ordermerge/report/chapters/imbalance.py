@@ -79,7 +79,45 @@ def imbalance(run: Run) -> list[Block]:
     if picture := plots.effects(analysis, run.training_log, run.loss_unit):
         caption = "Slope of the final loss by position in each epoch, with 95 % intervals."
         blocks.append(Picture("effects", picture, caption))
+    if sources := analysis.get("sources"):
+        blocks += _by_source(sources, run)
     return [*blocks, Heading("One member at a time", 3), _member_table(analysis)]
+
+
+def _by_source(sources: Sequence[Json], run: Run) -> list[Block]:
+    """Return losses and slopes of each source of the training samples."""
+    merges = list(sources[0]["merged"])
+    rows = []
+    for source in sources:
+        levels = [source.get("base", {}), source["members"], *source["merged"].values()]
+        means = [formatting.number(level.get("mean_loss"), 4) for level in levels]
+        fit = source["fixed_effects"]
+        slopes = [
+            f"{formatting.epochs(row)}: {formatting.signed(row['estimate'], row['se'])}"
+            f" ({formatting.p_text(row['p'])})"
+            for row in fit.get("coefficients", [])
+        ]
+        text = "; ".join(slopes) or f"– ({fit['reason']})"
+        rows.append([source["name"], str(source["samples"]), *means, text])
+    header = ["source", "samples", "base", "mean member", *merges, "slope by epoch"]
+    caption = (
+        f"Mean loss of the training samples of each source ({run.loss_unit}), and the fixed "
+        "effects on these samples alone, by their positions in the whole epoch. p is not corrected "
+        "for the number of sources."
+    )
+    blocks: list[Block] = [
+        Heading("By source", 3),
+        Table(header, rows, caption, text=(0, len(header) - 1)),
+    ]
+    coefficients = {
+        source["name"]: source["fixed_effects"]["coefficients"]
+        for source in sources
+        if "coefficients" in source["fixed_effects"]
+    }
+    if coefficients:
+        picture = plots.slopes(coefficients, run.loss_unit)
+        blocks.append(Picture("sources", picture, "Fixed effects of each source, 95 % intervals."))
+    return blocks
 
 
 def _coefficient_table(rows: Sequence[Json]) -> Table:

@@ -24,6 +24,8 @@ def results(run: Run) -> list[Block]:
     if not run.evaluations:
         return [*blocks, missing(run, "evaluate", run.layout.evaluations)]
     blocks.append(result_table(run))
+    if any("sources" in model for model in run.models):
+        blocks += [Heading("By source", 3), _source_table(run)]
     if with_loss := [model for model in run.models if model.get("loss") is not None]:
         picture = plots.losses(with_loss, run.loss_unit, run.loss_name)
         blocks.append(Picture("losses", picture, f"{run.loss_name.capitalize()} of every model."))
@@ -80,6 +82,28 @@ def result_table(run: Run) -> Table:
         ]
         header, rows = [header[i] for i in filled], [[row[i] for i in filled] for row in rows]
     return Table(header, rows, _result_caption(run), strong=strong)
+
+
+def _source_table(run: Run) -> Table:
+    """Return a row per model with its loss on each source of the held-out examples."""
+    models = [model for model in run.models if "sources" in model]
+    sources = models[0]["sources"]
+    rows = [
+        [
+            model["name"],
+            *(
+                formatting.plus_minus(part.get("loss"), part.get("loss_se"), 4)
+                for part in (model["sources"].get(name, {}) for name in sources)
+            ),
+        ]
+        for model in models
+    ]
+    header = ["model", *(f"{name} ({part['examples']})" for name, part in sources.items())]
+    caption = (
+        f"Loss ± se in {run.loss_unit} on each source of the"
+        f" {(run.evaluations or {}).get('split', 'test')} split, with its number of examples."
+    )
+    return Table(header, rows, caption)
 
 
 def _mean_cells(models: Sequence[Json], tasks: Sequence[str]) -> list[str]:
