@@ -32,7 +32,7 @@ def effects_by_source(
     base: np.ndarray | None,
     sources: Mapping[str, np.ndarray],
 ) -> list[SourceEffect]:
-    """Return the statistics of each source.
+    """Return the statistics of each source; none where all samples are of one.
 
     Positions are those in the whole epoch: samples of all sources share its learning rate.
 
@@ -53,6 +53,8 @@ def effects_by_source(
         >>> second.samples, type(second.fixed_effects).__name__
         (1, 'Missing')
     """
+    if len(sources) < 2:
+        return []
     return [
         SourceEffect(
             name=name,

@@ -109,14 +109,13 @@ def analyze(
     """Return every statistic of the position effect, before and after merging.
 
     Args:
-        member_losses: [M, n], loss of each training sample under each member after training, in
-            nats per token.
+        member_losses: [M, n], final loss of each training sample under each member, nats per token.
         positions: [M, E, n] in [0, 1], optimizer step within the epoch in which member m saw the
             sample.
         merged_losses: for each merge, [n].
         base_losses: [n] under the base. No position can have affected them, so as a covariate
             they sharpen the regressions of the merges.
-        sources: for each source of the samples, their numbers. One source needs no split.
+        sources: for each source, the numbers of its samples.
         warmup_fraction: warm-up steps over all steps.
         bins: bins of the position curves (10: deciles).
         bootstrap: resamples of the samples.
@@ -172,11 +171,7 @@ def analyze(
             )
             for (name, values), p in zip(merged.items(), p_values[members:], strict=True)
         },
-        sources=(
-            effects_by_source(losses, places, merged, base, sources)
-            if sources is not None and len(sources) > 1
-            else None
-        ),
+        sources=effects_by_source(losses, places, merged, base, sources or {}) or None,
     )
 
 

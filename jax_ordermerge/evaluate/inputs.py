@@ -177,21 +177,22 @@ class TaskInputs:
         if not task.shots:
             return []
         sources = list_sources(task.shots_from or self.data.train)
+        # Shots are written as the items are, so they must be of one kind, and only the user knows
+        # of which.
+        if len(sources) > 1:
+            raise UserError(
+                f"evaluation task {task.name}: data.train has {len(sources)} sources; give"
+                " shots_from, the source of the shots"
+            )
+        item = sources[0]
         # One more than needed, because a row is never its own shot.
         limit = task.shots + 1 if task.shots_order == "first" else None
-        rows = [
-            row
-            for item in sources
-            for row in source.read_table(
-                item,
-                source.settings_of(item, self.data, "train").model_copy(update={"limit": limit}),
-                "train",
-            ).rows
-        ]
+        settings = source.settings_of(item, self.data, "train").model_copy(update={"limit": limit})
+        rows = source.read_table(item, settings, "train").rows
         if len(rows) < task.shots:
             raise UserError(
-                f"evaluation task {task.name}: {', '.join(item.path for item in sources)} has"
-                f" {len(rows)} rows, fewer than shots = {task.shots}; lower it"
+                f"evaluation task {task.name}: {item.path} has {len(rows)} rows, fewer than shots ="
+                f" {task.shots}; lower it"
             )
         return rows
 

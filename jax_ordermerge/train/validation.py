@@ -22,7 +22,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.order import PADDING
 from jax_ordermerge.train import batches
 from jax_ordermerge.train import step as steps
-from jax_ordermerge.train.objective import Objective
+from jax_ordermerge.train.objective import ExampleSums, Objective
 from jax_ordermerge.tree import Tree
 
 # Where a checkpoint `{"best": Best, ...}` holds the weights of the lowest loss.
@@ -109,6 +109,7 @@ def compile_measure(
     batch: Mapping[str, jax.Array],
     frozen: Tree,
     lengths: tuple[int, ...],
+    *,
     sources: int = 1,
 ) -> Measure:
     """Compile `(best, weights, step, frozen) -> (best, losses)` over a population.
@@ -137,10 +138,7 @@ def compile_measure(
             total = jnp.stack([examples.losses.sum(), examples.weights.sum()])
             if sources == 1:
                 return total
-            # a sum of products and not a matrix product, which TPUs round to bfloat16
-            of_source = jax.nn.one_hot(microbatch["source"], sources)[..., None]
-            pairs = jnp.stack([examples.losses, examples.weights], 1)[:, None]
-            return jnp.concatenate([total[None], (of_source * pairs).sum(0)])
+            return jnp.stack([total, *_source_sums(examples, microbatch["source"], sources)])
 
         by_length = [functools.partial(sums, length) for length in lengths]
 
@@ -182,3 +180,10 @@ def compile_measure(
         )
 
     return call
+
+
+def _source_sums(examples: ExampleSums, source_B: jax.Array, sources: int) -> jax.Array:
+    """Return the sums of losses and weights over the examples of each source, [S, 2]."""
+    pairs = jnp.stack([examples.losses, examples.weights], 1)
+    # a sum of products and not a matrix product, which TPUs round to bfloat16
+    return (jax.nn.one_hot(source_B, sources)[..., None] * pairs[:, None]).sum(0)

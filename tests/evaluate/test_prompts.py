@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jax_ordermerge.config import Data, make_task
+from jax_ordermerge.config import Data, make_config, make_task
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate.eval_model import encode
 from jax_ordermerge.evaluate.inputs import TaskInputs
@@ -73,6 +73,37 @@ def test_shots_in_the_template_of_the_training_data(files, tokenizer):
     assert references(prompts) == [f"v{n}\n#### {n}" for n in range(4)]
     assert [prompt.prompt for prompt in prompts] == [f"Question: t{n}?\nAnswer:" for n in range(4)]
     assert [prompt.id for prompt in prompts] == [0, 1, 2, 3]
+
+
+def test_test_data_of_several_sources(files, tokenizer, tmp_path):
+    named = [{"problem": f"p{n}?", "answer": f"u{n}\n#### {n}"} for n in range(3)]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    (tmp_path / "d/a.tsv").write_text("problem\tanswer\na?\tu #### 9\n")
+    test = [
+        {"path": files["test"], "limit": 2},
+        {"path": f"{tmp_path}/d", "columns": {"question": "problem"}, "template": "alpaca"},
+    ]
+    data = make_config({"data": {"train": files["train"], "test": test}}).data
+    task = make_task(name="t", kind="gsm8k", shots=1)
+    texts, prompts = make_prompts(task, data, tokenizer)
+    assert [prompt.id for prompt in prompts] == list(range(6))
+    assert [text[-20:] for text in texts[:2]] == [f"uestion: t{n}?\nAnswer:"[-20:] for n in (0, 1)]
+    asked = [text.split("### Instruction:\n")[-1].split("?")[0] for text in texts[2:]]
+    assert asked == ["a", "p0", "p1", "p2"]
+    # the same items without shots, by the tokenized examples
+    texts, plain = make_prompts(make_task(name="t", kind="gsm8k"), data, tokenizer)
+    assert references(plain) == references(prompts)
+    assert [prompt.id for prompt in plain] == [0, 1, 2, 3, 4, 5]
+    for limit in (1, 2, 4):
+        limited = task.model_copy(update={"limit": limit})
+        assert references(make_prompts(limited, data, tokenizer)[1]) == references(plain)[:limit]
+    several = data.model_copy(update={"train": (files["train"], f"{tmp_path}/d")})
+    with pytest.raises(UserError, match=r"task t: data.train has 2 sources; give shots_from"):
+        make_prompts(task, several, tokenizer)
+    given = task.model_copy(update={"shots_from": files["train"], "data": f"{tmp_path}/d/*.jsonl"})
+    renamed = several.model_copy(update={"columns": {"question": "problem"}})
+    assert len(make_prompts(given, renamed, tokenizer)[1]) == 3
 
 
 def test_templates_of_the_task(files, tokenizer):

@@ -11,11 +11,14 @@ from typer.testing import CliRunner
 
 from jax_ordermerge.cli import app
 from jax_ordermerge.config import load_config, make_config
+from jax_ordermerge.data import source
+from jax_ordermerge.data.tokenizers import load_tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline
 from jax_ordermerge.experiment.specs import plan_spec
 from jax_ordermerge.plan import planner
 from jax_ordermerge.plan.formatting import as_json, describe_verdict
+from jax_ordermerge.plan.inputs import read_inputs
 from jax_ordermerge.plan.results import ProgramPlan
 from jax_ordermerge.train import step as steps
 
@@ -232,3 +235,18 @@ def test_the_large_configs_fit_by_the_estimate(name):
     assert plan.configured.fits is True
     examples = 10_000 - config.data.validation_examples - config.data.test_examples
     assert plan.work.steps == 3 * -(-examples // config.training.batch)
+
+
+def test_inputs_are_the_examples_of_the_run_with_several_sources(tmp_path):
+    from tests.experiment import tiny
+
+    tiny.make_base(tmp_path / "base")
+    file = tiny.make_config(tmp_path)
+    train = [f"{tmp_path}/train.jsonl", {"path": f"{tmp_path}/test.jsonl", "weight": 1.5}]
+    changes = [f"data.train={json.dumps(train)}", "data.test=null", "data.test_examples=3"]
+    config = load_config(file, [*changes, "evaluation.tasks=[]"])
+    inputs = read_inputs(plan_spec(config))
+    splits = source.load_splits(config.data, load_tokenizer(tmp_path / "base"), seed=config.seed)
+    assert inputs.train.digest == splits["train"].digest
+    assert inputs.train_count > 64 - 7
+    assert (inputs.test_count, inputs.notes) == (3, ())
