@@ -403,6 +403,28 @@ def write(
                 )
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Return whether an array has neither NaN nor infinities.
+
+    Args:
+        array: contiguous, float32, float16 or bfloat16.
+
+    Example:
+        >>> is_finite(np.ones(3, "float16")), is_finite(np.array([1, -np.inf], np.float32))
+        (True, False)
+    """
+    # As integers, NaN and infinities are above all finite numbers of their sign, and the negative
+    # numbers above the positive ones if unsigned, below if signed. Two maxima tell both apart,
+    # which is several times as fast as `np.isfinite` of bfloat16.
+    if not array.size:
+        return True
+    width = array.dtype.itemsize * 8
+    limit = np.array([np.inf, -np.inf], array.dtype).view(f"uint{width}")
+    positive = array.reshape(-1).view(f"int{width}").max()
+    negative = array.reshape(-1).view(f"uint{width}").max()
+    return bool(positive < int(limit[0]) and negative < int(limit[1]))
+
+
 def cast(array: np.ndarray, dtype: DTypeLike, name: str = "an array") -> np.ndarray:
     """Return an array in a dtype, rounded to nearest even, and in C order.
 

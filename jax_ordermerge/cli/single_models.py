@@ -42,6 +42,9 @@ def merge(
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan; write nothing.")] = False,
     workers: Annotated[int | None, Option(help="Threads; one per core by default.")] = None,
     shard_gb: Annotated[float, Option(help="Largest output file, in 10^9 bytes.")] = 5.0,
+    allow_nan: Annotated[
+        bool, Option("--allow-nan", help="Merge NaN and infinities, and count them.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Merge the members of a run as its config says, or any checkpoints of one architecture.
@@ -69,7 +72,9 @@ def merge(
         )
     target = None if dry_run else target
     shard_bytes = int(shard_gb * 1e9)
-    write = functools.partial(command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes)
+    write = functools.partial(
+        command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
+    )
     if kind == "recipe":
         command.merge_recipe(sources[0], target, write)
         return

@@ -26,7 +26,7 @@ _WIDTH = 120  # characters of the table of a plan
 
 Write = Callable[[plan.Plan, Path], None]
 Kind = Literal["run", "recipe", "models"]
-_WRITING = ("out", "to", "workers", "shard_gb", "dry_run")
+_WRITING = ("out", "to", "workers", "shard_gb", "dry_run", "allow_nan")
 # What a merge is made from -> why its options are refused, and the options that it reads.
 MODES: dict[Kind, tuple[str, tuple[str, ...]]] = {
     "run": ("the config of the run says how its members are merged, see --set", ("overrides",)),
@@ -254,7 +254,13 @@ def describe_plan(merge_plan: plan.Plan) -> str:
 
 
 def merge_models(
-    merge_plan: plan.Plan, out: Path, *, to: str, workers: int | None, shard_bytes: int
+    merge_plan: plan.Plan,
+    out: Path,
+    *,
+    to: str,
+    workers: int | None,
+    shard_bytes: int,
+    allow_nan: bool = False,
 ) -> None:
     """Carry out a plan and show its progress on a terminal.
 
@@ -264,6 +270,7 @@ def merge_models(
         to: "hf", or "orbax" for a checkpoint of the parameters, by way of an HF directory.
         workers: number of threads; one per core by default.
         shard_bytes: largest size of a file.
+        allow_nan: whether models may have NaN and infinities; they are counted in a note.
 
     Raises:
         UserError: bad input; nothing is left at `out` then.
@@ -278,9 +285,17 @@ def merge_models(
             # beside the target, so on the same disk, which must hold both for a moment
             hf_dir = target.with_name(f"{target.name}.hf")
         with _progress_bar() as progress:
-            engine.merge_plan(
-                merge_plan, hf_dir, workers=workers, shard_bytes=shard_bytes, progress=progress
+            report = engine.merge_plan(
+                merge_plan,
+                hf_dir,
+                workers=workers,
+                shard_bytes=shard_bytes,
+                allow_nan=allow_nan,
+                progress=progress,
             )
+        # what only the merge itself could see; the other notes were printed before it
+        for note in report["notes"][len(merge_plan.notes) :]:
+            print(f"note: {note}", file=sys.stderr)
         if to == "orbax":
             # imports training and evaluation, which a merge of files does not need
             from jax_ordermerge.commands.convert import convert_checkpoint

@@ -36,7 +36,7 @@ class Moments(NamedTuple):
 class Summary(TypedDict):
     """Diagnostics of a tensor or a model, as they are written to JSON.
 
-    A ratio is None where it is 0 / 0. Fractions are of all elements.
+    A ratio is None where it is 0 / 0, and any number where it is not finite. Fractions are of all elements.
 
     Attributes:
         elements: their number.
@@ -54,8 +54,8 @@ class Summary(TypedDict):
 
     elements: int
     cosines: list[list[float | None]]
-    norms: list[float]
-    merged_norm: float
+    norms: list[float | None]
+    merged_norm: float | None
     unchanged: list[float]
     merged_unchanged: float
     unchanged_by_all: float
@@ -76,10 +76,13 @@ class Report(TypedDict):
     tensors: dict[str, Summary]
 
 
-def checksums(models: Sequence[jax.Array], offset: jax.Array | None = None) -> jax.Array:
+def checksums(
+    models: Sequence[jax.Array], offset: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Return sum_j a_j x_j mod 2^32 of the bit patterns of each model, a_j odd: uint32[K].
 
-    The factors a_j are hashes of the index j, so the checksums of parts add up to that of the
+    Also returns how many elements of each are not finite, uint32[K]: the models are read once for
+    both. The factors a_j are hashes of the index j, so the checksums of parts add up to that of the
     tensor in any order. A change of one element always changes the checksum, other accidents pass
     with a probability of 2^-32. It does not protect against intent.
 
@@ -89,15 +92,25 @@ def checksums(models: Sequence[jax.Array], offset: jax.Array | None = None) -> j
 
     Example:
         >>> x, reverse = jnp.arange(4.0), jnp.arange(4.0)[::-1]
-        >>> checksums([x, x, reverse]).tolist()
-        [3602907136, 3602907136, 4290772992]
+        >>> sums, not_finite = checksums([x, x, reverse])
+        >>> sums.tolist(), not_finite.tolist()
+        ([3602907136, 3602907136, 4290772992], [0, 0, 0])
 
     Source: multilinear hashing, Carter and Wegman 1979, with the multipliers of `hash_rng.mix`.
     """
     index = element_index(models[0].shape, offset)
     # An odd factor is invertible modulo 2^32, so a change of one element always shows.
     factor = mix(index.lo ^ mix(index.hi)) | 1
-    return jnp.stack(sum_each([to_bits(x).astype(jnp.uint32) * factor for x in models]))
+    # By bits: NaN and infinity are the values whose exponent is all ones.
+    not_finite = [
+        (to_bits(x) & to_bits(jnp.array(jnp.inf, x.dtype))) == to_bits(jnp.array(jnp.inf, x.dtype))
+        for x in models
+    ]
+    sums = sum_each(
+        [to_bits(x).astype(jnp.uint32) * factor for x in models]
+        + [mask.astype(jnp.uint32) for mask in not_finite]
+    )
+    return jnp.stack(sums[: len(models)]), jnp.stack(sums[len(models) :])
 
 
 def moments(
@@ -188,7 +201,10 @@ def summarize(moment: Moments, elements: int) -> Summary:
     gram = np.zeros((count + 1, count + 1))
     for (i, j), value in zip(_pairs(count + 1), moment.products, strict=True):
         gram[i, j] = gram[j, i] = value
-    members, norms = gram[:count, :count], np.sqrt(np.diag(gram))
+    members = gram[:count, :count]
+    # a square beyond float32 is infinite, and a sum with infinities of both signs is NaN
+    with np.errstate(invalid="ignore"):
+        norms = np.sqrt(np.diag(gram))
     *unchanged, merged_unchanged, unchanged_by_all = (
         float(value) / elements for value in moment.unchanged
     )
@@ -198,8 +214,8 @@ def summarize(moment: Moments, elements: int) -> Summary:
             [_ratio(members[i, j], math.sqrt(members[i, i] * members[j, j])) for j in range(count)]
             for i in range(count)
         ],
-        "norms": norms[:count].tolist(),
-        "merged_norm": float(norms[count]),
+        "norms": [_finite(norm) for norm in norms[:count]],
+        "merged_norm": _finite(norms[count]),
         "unchanged": unchanged,
         "merged_unchanged": merged_unchanged,
         "unchanged_by_all": unchanged_by_all,
@@ -232,6 +248,10 @@ def report(tensors: Iterable[tuple[str, Moments, int]]) -> Report:
     }
 
 
+def _finite(value: float) -> float | None:
+    # JSON has neither NaN nor infinity
+    return float(value) if math.isfinite(value) else None
+
+
 def _ratio(a: float, b: float) -> float | None:
-    # None and not NaN: JSON has neither NaN nor infinity
     return float(a / b) if b > 0 and math.isfinite(a) and math.isfinite(b) else None

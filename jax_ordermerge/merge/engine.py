@@ -52,6 +52,7 @@ def merge_plan(
     slab_elements: int = SLAB_ELEMENTS,
     shard_bytes: int = SHARD_BYTES,
     with_diagnostics: bool = True,
+    allow_nan: bool = False,
     progress: Progress | None = None,
 ) -> manifest.Report:
     """Merge models into a new Hugging Face directory.
@@ -66,13 +67,16 @@ def merge_plan(
         slab_elements: elements of each model that are in memory at once, if the method allows it.
         shard_bytes: largest size of an output file.
         with_diagnostics: measure the task vectors of tensors with a base.
+        allow_nan: merge elements that are NaN or infinite like any other, and count them in the
+            notes of the report.
         progress: called as `progress(finished tensors, all tensors, name)`.
 
     Returns:
         The content of `merge.json`.
 
     Raises:
-        UserError: bad input, or the disk is full. Nothing is left under `out` then.
+        UserError: bad input, an element of a model is not finite, or the disk is full. Nothing is
+            left under `out` then.
     """
     if slab_elements < 1:
         raise UserError(f"slab_elements = {slab_elements} must be positive")
@@ -85,7 +89,7 @@ def merge_plan(
                 # headers and layout follow from the plan: an interrupted merge has the same files
                 if not finished and process == 0:
                     files.create()
-            merger = _Merger(plan, files, slab_elements, with_diagnostics)
+            merger = _Merger(plan, files, slab_elements, with_diagnostics, allow_nan)
             with processes.barrier(f"merge {out}"):
                 _merge_all(
                     merger,
@@ -211,8 +215,11 @@ def _merge_all(
     with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
         futures = [pool.submit(work, output) for output in outputs]
         try:
-            for future in wait(futures, return_when=FIRST_EXCEPTION)[0]:
-                future.result()
+            done = wait(futures, return_when=FIRST_EXCEPTION)[0]
+            # in file order: of several errors the first is raised
+            for future in futures:
+                if future in done:
+                    future.result()
         finally:
             # after an error the workers end with their tensor, and nothing new is started
             stop.set()
@@ -226,11 +233,13 @@ class _SlabResult(NamedTuple):
     Attributes:
         merged: the slab, in the dtype of the output.
         checksums: uint32[M (+1)], of the slabs of members (and base).
+        not_finite: uint32[M (+1)], numbers of their elements that are NaN or infinite.
         moments: of the first elements; None without diagnostics.
     """
 
     merged: jax.Array
     checksums: jax.Array
+    not_finite: jax.Array
     moments: diagnostics.Moments | None
 
 
@@ -242,12 +251,19 @@ class _Merger:
         files: the output; None computes and writes nothing.
         slab_elements: see `merge_plan`.
         with_diagnostics: see `merge_plan`.
+        allow_nan: see `merge_plan`.
     """
 
     def __init__(
-        self, plan: Plan, files: ShardFiles | None, slab_elements: int, with_diagnostics: bool
+        self,
+        plan: Plan,
+        files: ShardFiles | None,
+        slab_elements: int,
+        with_diagnostics: bool,
+        allow_nan: bool = False,
     ) -> None:
         self.plan, self.files, self.with_diagnostics = plan, files, with_diagnostics
+        self.allow_nan = allow_nan
         # whole blocks: floating sums must not depend on the slabs, see `reductions.block_sums`
         self.slab_elements = -(-slab_elements // reductions.BLOCK) * reductions.BLOCK
         self.pool = MemoryPool(LOADED_BYTES)
@@ -258,7 +274,13 @@ class _Merger:
 
     def merge(self, output: Output) -> TensorRecord:
         """Merge one tensor and write it."""
-        with FileTensor(self.plan, output, self.slab_elements, self.pool) as tensor:
+        with (
+            FileTensor(
+                self.plan, output, self.slab_elements, self.pool, allow_nan=self.allow_nan
+            ) as tensor,
+            # coefficients that come from NaN are NaN, as was asked for
+            np.errstate(all="ignore") if self.allow_nan else contextlib.nullcontext(),
+        ):
             # a function of its own: its local variables refer to memory that is then released
             return self._merge_slabs(tensor, output)
 
@@ -276,6 +298,7 @@ class _Merger:
             "out": plan.out_dtype,
         }
         crc, elements, checksums, moments = 0, 0, [], []
+        not_finite = np.zeros(len(output.members) + (needs_base and output.base is not None), int)
         for start, shape in tensor.slabs():
             part = tensor.part(start, shape, needs_base)
             base, sampled = None, 0
@@ -288,6 +311,9 @@ class _Merger:
             # This waits for the program. Only then may the next `part` overwrite the buffers, which
             # the device reads in place.
             merged = np.asarray(result.merged)
+            not_finite += np.asarray(result.not_finite, int)
+            if not_finite.any() and not self.allow_nan:
+                tensor.refuse_not_finite()
             _refuse_overflow(output.name, merged, part)
             if self.files is not None:
                 self.files.write(output.name, start * merged.itemsize, merged)
@@ -308,6 +334,7 @@ class _Merger:
             model_checksums,
             diagnostics.add(moments) if moments else None,
             elements,
+            not_finite.tolist(),
         )
 
 
@@ -338,9 +365,9 @@ def _merge_slab(
         part, arrays, rounding, method=method, static=static, dtype=dtype, out=out
     )
     models = part.members if part.base is None else (*part.members, part.base)
-    checksums = diagnostics.checksums(models, part.offset)
+    checksums, not_finite = diagnostics.checksums(models, part.offset)
     if base is None:
-        return _SlabResult(merged, checksums, None)
+        return _SlabResult(merged, checksums, not_finite, None)
     # Rows of at most 256 elements: float32 sums of rows are exact enough, float64 adds up the rows.
     width = math.gcd(count, reductions.BLOCK)
     rows = [x.reshape(-1)[:count].reshape(-1, width) for x in (*part.members, base, merged)]
@@ -356,7 +383,7 @@ def _merge_slab(
         sample = part._replace(members=members, base=base_part)
         redrawn = count_redrawn(sample, arrays["weights"], **dict(static))
         moments = moments._replace(redrawn=redrawn)
-    return _SlabResult(merged, checksums, moments)
+    return _SlabResult(merged, checksums, not_finite, moments)
 
 
 def _refuse_overflow(name: str, merged: np.ndarray, part: parts.Part) -> None:

@@ -25,6 +25,7 @@ class TensorRecord(NamedTuple):
             None for a base that was not read as a whole.
         moments: of the task vectors; None without a base.
         elements: number of elements in the moments.
+        not_finite: numbers of elements of members and base that are NaN or infinite.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TensorRecord(NamedTuple):
     checksums: list[int | None]
     moments: Moments | None
     elements: int
+    not_finite: list[int]
 
 
 def path_of(directory: Path, process: int) -> Path:
@@ -45,7 +47,7 @@ def append(path: Path, record: TensorRecord) -> None:
     Example:
         >>> import tempfile
         >>> directory = Path(tempfile.mkdtemp())
-        >>> append(path_of(directory, 0), TensorRecord("a", "0badcafe", [1], None, 0))
+        >>> append(path_of(directory, 0), TensorRecord("a", "0badcafe", [1], None, 0, [0]))
         >>> read(directory, ["a"])["a"].crc32
         '0badcafe'
     """

@@ -67,9 +67,23 @@ def report(plan: Plan, records: Sequence[TensorRecord]) -> Report:
             "jax": jax.__version__,
             "numpy": np.__version__,
         },
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *_not_finite_notes(plan, records)],
         "diagnostics": diagnostics.report(moments) if moments else None,
     }
+
+
+def _not_finite_notes(plan: Plan, records: Sequence[TensorRecord]) -> list[str]:
+    """Say of each model how many of the elements that were read are NaN or infinite."""
+    tensors_of: dict[int, list[tuple[int, str]]] = {}
+    for output, record in zip(plan.outputs, records, strict=True):
+        for view, count in zip(output.views, record.not_finite, strict=False):
+            if count:
+                tensors_of.setdefault(view.source, []).append((count, view.name))
+    return [
+        f"{plan.sources[source].label} has {sum(count for count, _ in tensors)} elements that are NaN"
+        f" or infinite, in {len(tensors)} tensors ({', '.join(name for _, name in tensors[:3])})"
+        for source, tensors in sorted(tensors_of.items())
+    ]
 
 
 def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
@@ -95,7 +109,7 @@ def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
         "tensors": {record.name: record.crc32 for record in records},
     }
     for name, document in ((REPORT, content), (MANIFEST, manifest)):
-        atomic.write_text(directory / name, json.dumps(document, indent=1) + "\n")
+        atomic.write_text(directory / name, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _digest(plan: Plan, records: Sequence[TensorRecord], source: int) -> str | None:
@@ -125,8 +139,8 @@ def _card(plan: Plan, content: Report) -> str:
         f"{models} models of one architecture were merged by `{recipe['merge_method']}` "
         f"({references}).\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
     )
-    if plan.notes:
-        text += "\n\n" + "\n".join(f"- {note}" for note in plan.notes)
+    if content["notes"]:
+        text += "\n\n" + "\n".join(f"- {note}" for note in content["notes"])
     if measured is not None and measured["total"] is not None:
         text += "\n\n" + _diagnostics_table(measured["total"])
     title = f"Merge of {models} models by {recipe['merge_method']}"

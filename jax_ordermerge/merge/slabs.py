@@ -7,12 +7,13 @@ times as long as reading a file from the page cache into pages that are there al
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from jax_ordermerge.checkpoint import safetensors
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.methods import parts, reductions, table
 from jax_ordermerge.merge.plan import Output, Plan, View
 
@@ -68,9 +69,19 @@ class FileTensor:
         output: the tensor.
         slab_elements: elements per slab and model, a multiple of `reductions.BLOCK`.
         pool: memory for tensors that are loaded as a whole.
+        allow_nan: whether elements may be NaN or infinite.
     """
 
-    def __init__(self, plan: Plan, output: Output, slab_elements: int, pool: MemoryPool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        output: Output,
+        slab_elements: int,
+        pool: MemoryPool,
+        *,
+        allow_nan: bool = False,
+    ) -> None:
+        self._allow_nan = allow_nan
         self.shape, self.count, self.weights = output.shape, len(output.members), output.weights
         self._plan, self._output, self._slab, self._pool = plan, output, slab_elements, pool
         self._unit = table.METHODS[output.method].unit(output.parameters)
@@ -141,6 +152,9 @@ class FileTensor:
         for i, view in enumerate(views):
             out = self._memory[i * stride :][: size * dtype.itemsize].view(dtype)
             self._loaded[view] = self._read_into(view, 0, out)
+            # before anything is computed from it: a cut, a norm or a cosine would be NaN
+            if not self._allow_nan and not safetensors.is_finite(out):
+                self.refuse_not_finite()
         slabs = self.slabs()
         if self._unit != "element" and len(self.shape) >= 2:
             # Floating sums are made of blocks of 256 elements. A slab with a part of a block would
@@ -155,6 +169,27 @@ class FileTensor:
             {element // reductions.BLOCK * reductions.BLOCK for element in elements}
         ):
             yield self.part(start, (min(reductions.BLOCK, self._output.size - start),))
+
+    def refuse_not_finite(self) -> NoReturn:
+        """Raise the error about a tensor with NaN or infinities.
+
+        Raises:
+            UserError: with the model, the tensor, and how many elements there are.
+        """
+        for view in self._output.views:
+            source = self._plan.sources[view.source]
+            values = np.empty(self._output.size, source.info(view.name).dtype)
+            source.read_into(view.name, 0, values)
+            count = int(np.count_nonzero(~np.isfinite(values.astype(np.float32))))
+            if count:
+                raise UserError(
+                    f"{source.label}: {view.name} has {count} of {values.size} elements that are"
+                    " NaN or infinite; mend the model, or allow them (--allow-nan)"
+                )
+        # finite in the files, and beyond the range of the dtype that is merged
+        raise UserError(
+            f"{self._output.name} has elements that overflow {self._plan.dtype.name}; choose float32"
+        )
 
     def part(self, start: int, shape: tuple[int, ...], with_base: bool = True) -> parts.Part:
         """Return a slab of all models.
