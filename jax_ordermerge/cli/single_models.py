@@ -166,9 +166,24 @@ def judge(
     endpoint: Annotated[str, Option(help="OpenAI-compatible address: http://HOST/v1.")],
     model: Annotated[str, Option(help="Name of the judge there.")],
     key_variable: Annotated[str, Option(help="Variable of its API key.")] = "OPENAI_API_KEY",
+    max_tokens: Annotated[int, Option(min=1, help="Largest number of tokens of a reply.")] = 1024,
+    temperature: Annotated[float, Option(min=0, help="0 is greedy.")] = 0.0,
+    request: Annotated[
+        str, Option(metavar="JSON", help="Further fields of a request; null leaves one out.")
+    ] = "{}",
+    workers: Annotated[int, Option(min=1, help="Questions at the same time.")] = 4,
     out: Annotated[Path | None, Option(help="JSON file for the verdicts.")] = None,
+    replies: Annotated[
+        Path | None, Option(help="JSON Lines of the replies. By default beside --out, or OURS.")
+    ] = None,
 ) -> None:
-    """Let a judge choose between the outputs of two models, each pair in both orders."""
-    from jax_ordermerge.commands.judge import judge_files
+    """Let a judge choose between the outputs of two models, each pair in both orders.
 
-    typer.echo(judge_files(ours, theirs, endpoint, model, key_variable, out))
+    Replies are written as they come: the same command continues where it was broken off.
+    """
+    from jax_ordermerge.commands import judge as command
+
+    options = command.JudgeOptions(
+        endpoint, model, key_variable, max_tokens, temperature, request, workers
+    )
+    typer.echo(command.judge_files(ours, theirs, options, out=out, replies=replies, log=typer.echo))

@@ -1,27 +1,85 @@
 """A judge's choice between the outputs of two models."""
 
+import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import judge
+from jax_ordermerge.evaluate.endpoint import Endpoint
+from jax_ordermerge.experiment.context import Log
+from jax_ordermerge.layout import Json
+
+
+class JudgeOptions(NamedTuple):
+    """Options of `ordermerge judge` about the judge.
+
+    Attributes:
+        endpoint: address of an OpenAI-compatible server.
+        model: name of the judge there.
+        key_variable: environment variable of its API key, which is never printed.
+        max_tokens: of a reply.
+        temperature: of a reply.
+        request: JSON object of further fields of each request; null leaves a field out.
+        workers: number of questions that are asked at the same time.
+    """
+
+    endpoint: str
+    model: str
+    key_variable: str
+    max_tokens: int
+    temperature: float
+    request: str
+    workers: int
 
 
 def judge_files(
-    ours: Path, theirs: Path, endpoint: str, model: str, key_variable: str, out: Path | None
+    ours: Path,
+    theirs: Path,
+    options: JudgeOptions,
+    *,
+    out: Path | None,
+    replies: Path | None,
+    log: Log,
 ) -> str:
     """Judge two files of outputs and return the result in one sentence.
 
     Args:
         ours, theirs: see `evaluate.judge.read`.
-        endpoint: address of an OpenAI-compatible server.
-        model: name of the judge there.
-        key_variable: environment variable of its API key, which is never printed.
+        options: of the judge.
         out: JSON file for the verdicts.
+        replies: file of the replies, see `evaluate.judge.compare_files`.
+        log: receives lines about the progress.
     """
-    # keys are read from the environment: options of a command end in histories and process lists
-    server = judge.Endpoint(endpoint, model, os.environ.get(key_variable))
-    summary = judge.compare_files(server, ours, theirs, out)
+    server = Endpoint(
+        options.endpoint,
+        options.model,
+        # keys are read from the environment: options end in histories and process lists
+        os.environ.get(options.key_variable),
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        request=_request_fields(options.request),
+    )
+    summary = judge.compare_files(
+        server, ours, theirs, out, replies=replies, workers=options.workers, log=log
+    )
+    unread = summary["unread"]
     return (
         f"preferred in {100 * summary['win_rate']:.1f} % ± {100 * summary['se']:.1f} of"
         f" {summary['n']} instructions; {summary['turned']} verdicts turned with the order"
+        + (f"; {unread} more could not be read and are left out" if unread else "")
     )
+
+
+def _request_fields(text: str) -> Json:
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict) or "messages" in fields or "stream" in fields:
+        raise UserError(
+            f"--request {text}: expected a JSON object of fields of a request, such as "
+            '\'{"max_tokens": null, "max_completion_tokens": 2048}\', without messages and stream'
+        )
+    return fields

@@ -7,19 +7,17 @@ Sources: Dubois et al., "AlpacaFarm", 2023, https://arxiv.org/abs/2305.14387 (fo
 Zheng et al., "Judging LLM-as-a-judge", 2023, https://arxiv.org/abs/2306.05685 (both orders).
 """
 
-import dataclasses
 import json
-import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from jax_ordermerge.checkpoint import atomic
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, first_line
+from jax_ordermerge.evaluate import verdict
+from jax_ordermerge.evaluate.endpoint import Endpoint, Reply
 from jax_ordermerge.evaluate.metrics import mean_and_error
 from jax_ordermerge.layout import Json
 
@@ -36,86 +34,102 @@ helpful, correct and to the point?
 {second}
 
 Reply with one letter, A or B."""
-_PAUSES = (1.0, 4.0, 16.0)  # seconds before further tries, where the endpoint is busy
-_BUSY = (429, 500, 502, 503)  # status codes
+Output: TypeAlias = Mapping[str, Any]  # `instruction`, `output`, and what AlpacaEval adds
 
 
-Output: TypeAlias = Mapping[str, str]  # `instruction`, `output`, and what AlpacaEval adds
+class ReplyFile:
+    """The replies of a judge on a disk: JSON Lines, each written when it came.
 
-
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """The endpoint of a judge.
-
-    Attributes:
-        url: up to the version, e.g. `http://localhost:8000/v1`.
-        model: its name there.
-        key: sent as a bearer token, and never shown.
-        timeout: seconds to wait for an answer.
+    A reply is found again by the digest of its request. So a run that was broken off continues, and
+    asks anew where the judge, its settings or an answer are others.
     """
 
-    url: str
-    model: str
-    # Not in the repr, so that no log or traceback shows it.
-    key: str | None = dataclasses.field(default=None, repr=False)
-    timeout: float = 120.0
-
-    def ask(self, text: str) -> str:
-        """Return the answer of the model to a message, at temperature 0.
+    def __init__(self, path: Path) -> None:
+        """Read the replies of earlier runs.
 
         Raises:
-            UserError: the endpoint is out of reach, refuses, or answers in another form.
+            UserError: the file cannot be read or written, or holds something else.
         """
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            # Some models write a few words before the letter.
-            "max_tokens": 16,
-        }
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        # urlopen would also read file: addresses.
-        if not address.startswith(("http://", "https://")):
+        self.path, self._lock = path, threading.Lock()
+        self._replies: dict[str, Reply] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # opened before anything is asked: what cannot be kept should not be paid for
+            self._file = path.open("a+", encoding="utf-8")
+            self._file.seek(0)
+            lines = self._file.read().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"judge {self.url}: expected an address such as http://localhost:8000/v1"
-            )
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        # None marks the last try. Only a busy server is asked again: a wrong key does not get
-        # right.
-        for pause in (*_PAUSES, None):
+                f"the replies of the judge cannot be kept in {path}: {error}; give another file "
+                "with --replies"
+            ) from error
+        # The last line of a run that was killed may be cut; its question is asked again.
+        if cut := lines.pop():
+            self._file.truncate(self._file.tell() - len(cut.encode()))
+        for number, line in enumerate(lines, 1):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    # Servers differ in the fields around it; this one is the same everywhere.
-                    return str(json.load(reply)["choices"][0]["message"]["content"])
-            except urllib.error.HTTPError as error:
-                error.close()
-                if pause is None or error.code not in _BUSY:
-                    raise UserError(
-                        f"judge {address} answers {error.code} {error.reason}; check address, "
-                        "model and key"
-                    ) from error
-                time.sleep(pause)
-            # After HTTPError, which is an OSError, too.
-            except OSError as error:
-                raise UserError(
-                    f"judge {address} cannot be reached ({error}); check the address"
-                ) from error
+                row = json.loads(line)
+                self._replies[row["digest"]] = Reply(str(row["reply"]), bool(row["cut"]))
             except (ValueError, LookupError, TypeError) as error:
+                self.close()
                 raise UserError(
-                    f"judge {address} does not answer as chat completions do; check the address"
+                    f"{path}, line {number}: no reply of a judge; move the file away, or give "
+                    "another one with --replies"
                 ) from error
-        raise AssertionError("the last try returns or raises")
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def get(self, digest: str) -> Reply | None:
+        """Return the reply to a request, None where there is none yet."""
+        return self._replies.get(digest)
+
+    def add(self, digest: str, reply: Reply, **about: Any) -> None:
+        """Write a reply, with what a reader wants to know about it."""
+        row = {"digest": digest, "reply": reply.text, "cut": reply.cut, **about}
+        with self._lock:
+            self._replies[digest] = reply
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
-def prefers(endpoint: Endpoint, instruction: str, first: str, second: str) -> float:
-    """Return 1 if the judge prefers the first answer, 0 if the second, 1/2 if it names neither."""
-    answer = endpoint.ask(QUESTION.format(instruction=instruction, first=first, second=second))
-    # A whole word: the A of "Answer" is none.
-    letter = re.search(r"\b([AB])\b", answer)
-    return 0.5 if letter is None else float(letter.group(1) == "A")
+def prefers(
+    endpoint: Endpoint,
+    instruction: str,
+    first: str,
+    second: str,
+    *,
+    replies: ReplyFile | None = None,
+    **options: Any,
+) -> tuple[float | None, Reply | None]:
+    """Ask which of two answers a judge prefers.
+
+    Args:
+        endpoint: the judge.
+        instruction, first, second: what it is shown.
+        replies: keeps the reply, or has it already.
+        options: of `Endpoint.ask`.
+
+    Returns:
+        1 for the first answer, 0 for the second, 1/2 for a stated tie, and None where no verdict
+        can be read; and the reply.
+
+    Raises:
+        UserError: the endpoint does not answer, see `Endpoint.ask`.
+    """
+    question = QUESTION.format(instruction=instruction, first=first, second=second)
+    digest = endpoint.digest(question)
+    reply = None if replies is None else replies.get(digest)
+    if reply is None:
+        reply = endpoint.ask(question, **options)
+        # A reply without text is not kept: another run may get one.
+        if reply is not None and replies is not None:
+            replies.add(digest, reply, judge=endpoint.model, instruction=instruction)
+    return (None if reply is None else verdict.parse(reply.text, cut=reply.cut)), reply
 
 
 def compare(
@@ -124,6 +138,10 @@ def compare(
     theirs: Sequence[Output],
     *,
     workers: int = 4,
+    replies: ReplyFile | None = None,
+    sleep: Callable[[float], Any] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    on_retry: Callable[[str], None] | None = None,
 ) -> tuple[Json, list[Json]]:
     """Judge the outputs of two models on the same instructions, each pair in both orders.
 
@@ -131,43 +149,106 @@ def compare(
         endpoint: the judge.
         ours, theirs: rows with `instruction` and `output`, in the same order; see `read`.
         workers: number of questions that are asked at the same time.
+        replies: keeps the replies, and has those of a run that was broken off.
+        sleep: waits so many seconds before a question is asked again.
+        on_progress: receives the number of pairs that are judged.
+        on_retry: receives why a question is asked again.
 
     Returns:
-        `win_rate`, `se`, `n` and `turned`, the number of pairs whose verdict depends on the order.
-        Per instruction `instruction`, `first` and `second` (1 if the judge prefers ours, shown
-        first and second) and their mean `win`.
+        `win_rate`, `se`, `n`, `turned`, the number of pairs whose verdict depends on the order, and
+        `unread`, the number of pairs in which a verdict could not be read; they are not among the
+        `n`. Per instruction `instruction`, `first` and `second` (1 if the judge prefers ours, shown
+        first and second, 1/2 for a tie that it states) and their mean `win`; of unread pairs all
+        three may be None, and `replies` says what the judge wrote.
 
     Raises:
-        UserError: the instructions differ, there are none, or the endpoint does not answer.
+        UserError: the instructions differ, there are none, the endpoint does not answer, or no pair
+            could be read.
     """
+    _check_pairs(ours, theirs)
+    stop = threading.Event()
+
+    def wait(seconds: float) -> bool:
+        if sleep is None:
+            return stop.wait(seconds)
+        sleep(seconds)
+        return stop.is_set()
+
+    def judge_both_orders(our_row: Output, their_row: Output) -> Json:
+        instruction, ours, theirs = our_row["instruction"], our_row["output"], their_row["output"]
+        options: Any = {"replies": replies, "sleep": wait, "on_retry": on_retry}
+        first, first_reply = prefers(endpoint, instruction, ours, theirs, **options)
+        turned, second_reply = prefers(endpoint, instruction, theirs, ours, **options)
+        second = None if turned is None else 1.0 - turned
+        item: Json = {"instruction": instruction, "first": first, "second": second, "win": None}
+        if first is None or second is None:
+            # With one order alone the bias of the judge for a position would enter the mean.
+            texts = [reply and reply.text for reply in (first_reply, second_reply)]
+            return item | {"replies": texts}
+        # A verdict that turns with the order is a tie.
+        return item | {"win": (first + second) / 2}
+
+    with futures.ThreadPoolExecutor(workers) as pool:
+        # Threads wait for the network; the endpoint batches what arrives at the same time.
+        pairs = [pool.submit(judge_both_orders, *rows) for rows in zip(ours, theirs, strict=True)]
+        try:
+            for count, done in enumerate(futures.as_completed(pairs), 1):
+                done.result()
+                if on_progress is not None:
+                    on_progress(count)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    items = [pair.result() for pair in pairs]
+    return _summarize(items), items
+
+
+def _check_pairs(ours: Sequence[Output], theirs: Sequence[Output]) -> None:
     # Compared by text: files of other runs may have other items or another order.
-    if [row["instruction"] for row in ours] != [row["instruction"] for row in theirs]:
+    for number, (our_row, their_row) in enumerate(zip(ours, theirs, strict=False)):
+        if our_row["instruction"] != their_row["instruction"]:
+            raise UserError(
+                f"the two files of outputs have different instructions, first in row {number}; "
+                "judge models on the same ones, in the same order"
+            )
+    if len(ours) != len(theirs):
         raise UserError(
-            "the two files of outputs have different instructions; judge models on the same ones, "
-            "in the same order"
+            f"the two files of outputs have different instructions: {len(ours)} and {len(theirs)}; "
+            "judge models on the same ones, in the same order"
         )
     if not ours:
         raise UserError("the files of outputs are empty; there is nothing to judge")
 
-    def judge_both_orders(our_row: Output, their_row: Output) -> Json:
-        instruction = our_row["instruction"]
-        first = prefers(endpoint, instruction, our_row["output"], their_row["output"])
-        second = 1.0 - prefers(endpoint, instruction, their_row["output"], our_row["output"])
-        # a verdict that turns with the order is a tie, which keeps the bias of the judge out of the
-        # mean
-        win = (first + second) / 2
-        return {"instruction": instruction, "first": first, "second": second, "win": win}
 
-    # Threads wait for the network; the endpoint batches what arrives at the same time.
-    with ThreadPoolExecutor(workers) as pool:
-        items = list(pool.map(judge_both_orders, ours, theirs))
-    mean, error = mean_and_error([item["win"] for item in items])
-    turned = sum(item["first"] != item["second"] for item in items)
-    return {"win_rate": mean, "se": error, "n": len(items), "turned": turned}, items
+def _summarize(items: Sequence[Json]) -> Json:
+    read_items = [item for item in items if item["win"] is not None]
+    if not read_items:
+        texts = [text for item in items for text in item["replies"] if text]
+        sample = f"'{' '.join(texts[0].split())[-80:]}'" if texts else "nothing"
+        raise UserError(
+            f"no verdict of {len(items)} pairs can be read: the judge writes {sample}; a judge that"
+            " thinks needs a larger --max-tokens"
+        )
+    mean, error = mean_and_error([item["win"] for item in read_items])
+    return {
+        "win_rate": mean,
+        "se": error,
+        "n": len(read_items),
+        "turned": sum(item["first"] != item["second"] for item in read_items),
+        "unread": len(items) - len(read_items),
+    }
 
 
 def compare_files(
-    endpoint: Endpoint, ours: str | Path, theirs: str | Path, out: Path | None = None
+    endpoint: Endpoint,
+    ours: str | Path,
+    theirs: str | Path,
+    out: Path | None = None,
+    *,
+    replies: Path | None = None,
+    workers: int = 4,
+    log: Callable[[str], None] | None = None,
 ) -> Json:
     """Judge two files of outputs and return the summary of `compare`.
 
@@ -175,29 +256,78 @@ def compare_files(
         endpoint: the judge.
         ours, theirs: files of outputs.
         out: file for the summary and the verdict on every item.
+        replies: file of the replies, by default beside `out` or else beside `ours`. The same call
+            with the same file continues where another was broken off.
+        workers: see `compare`.
+        log: receives lines about the progress.
+
+    Raises:
+        UserError: see `compare`; it says how many replies are kept.
     """
-    summary, items = compare(endpoint, read(ours), read(theirs))
+    our_rows, their_rows = read(ours), read(theirs)
+    _check_pairs(our_rows, their_rows)
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a directory; give a file")
+    store = ReplyFile(replies or Path(out or ours).with_suffix(".replies.jsonl"))
+    log = log or (lambda line: None)
+    if len(store):
+        log(f"{len(store)} replies are kept in {store.path}; they are not asked for again")
+
+    def progress(count: int) -> None:
+        # ten lines in all
+        if count * 10 // len(our_rows) > (count - 1) * 10 // len(our_rows):
+            log(f"judged {count} of {len(our_rows)} pairs")
+
+    try:
+        summary, items = compare(
+            endpoint,
+            our_rows,
+            their_rows,
+            workers=workers,
+            replies=store,
+            on_progress=progress,
+            on_retry=log,
+        )
+    except UserError as error:
+        kept = f"; {len(store)} replies are kept in {store.path}" if len(store) else ""
+        raise UserError(f"{error}{kept}") from error
+    finally:
+        store.close()
     if out is not None:
-        verdicts = {"judge": endpoint.model, **summary, "items": items}
+        settings = {"temperature": endpoint.temperature, "max_tokens": endpoint.max_tokens}
+        settings |= endpoint.request
+        verdicts = {"judge": endpoint.model, "settings": settings, **summary, "items": items}
         atomic.replace(out, json.dumps(verdicts, indent=1).encode())
     return summary
 
 
 def read(path: str | Path) -> list[Json]:
-    """Read a file of outputs: a JSON list of objects with `instruction` and `output`.
+    """Read a file of outputs: objects with the texts `instruction` and `output`.
+
+    They are a JSON list, or JSON Lines; a byte order mark is passed over.
 
     Raises:
         UserError: there is no such file, or it has another form.
     """
     try:
-        rows = json.loads(Path(path).read_text())
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no file of outputs: {error}") from error
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and {"instruction", "output"} <= set(row) for row in rows
-    ):
-        raise UserError(
-            f"{path}: expected a list of objects with instruction and output, as AlpacaEval's "
-            "model_outputs.json"
-        )
-    return rows
+        raise UserError(f"{path} is no file of outputs: {first_line(error)}") from error
+    expected = "as AlpacaEval's model_outputs.json"
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"instruction", "output"} <= set(row):
+            raise UserError(
+                f"{path}, row {number}: expected an object with instruction and output, {expected}"
+            )
+        for name in ("instruction", "output"):
+            # str(None) would be judged as the answer "None"
+            if not isinstance(row[name], str):
+                raise UserError(
+                    f"{path}, row {number}: {name} is {json.dumps(row[name])[:40]}, expected a "
+                    'text; remove the row from both files, or write "" for an answer without text'
+                )
+    return list(rows)
