@@ -114,7 +114,7 @@ def evaluate(
     ] = None,
     harness_include: Annotated[Path | None, Option(help="With --harness: YAML tasks.")] = None,
     shots: Annotated[int | None, Option(min=0, help="With --harness: shots per item.")] = None,
-    limit: Annotated[int | None, Option(min=1, help="With --harness: items per task.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="With MODEL: items per task.")] = None,
     chat: Annotated[bool, Option("--chat", help="With --harness: use the chat template.")] = False,
     out: Annotated[Path | None, Option(help="With MODEL: directory of results and items.")] = None,
 ) -> None:
@@ -135,7 +135,7 @@ def evaluate(
         return
     settings = command.model_config(str(target), config, overrides or ())
     if harness is None:
-        command.evaluate_tasks(settings, out, typer.echo)
+        command.evaluate_tasks(settings, out, typer.echo, limit)
     else:
         command.evaluate_harness(settings, harness, out, typer.echo, harness_options)
 

@@ -25,7 +25,7 @@ class HarnessOptions(NamedTuple):
     Attributes:
         include: directory with further tasks, as YAML.
         shots: solved examples before each item; None for those of the task.
-        limit: use only the first so many items per task.
+        limit: use only the first so many items per task; also of the tasks of a config.
         chat: use the chat template of the model.
     """
 
@@ -49,13 +49,14 @@ def check_options(
     """
     # An option without an effect is an error: a user who gives --shots expects shots.
     include, shots, limit, chat = harness_options
-    harness_only = {
-        "--harness-include": include,
-        "--shots": shots,
+    harness_only = {"--harness-include": include, "--shots": shots, "--chat": chat or None}
+    model_only = {
+        "--config": config,
+        "--harness": harness_tasks,
+        "--out": out,
         "--limit": limit,
-        "--chat": chat or None,
+        **harness_only,
     }
-    model_only = {"--config": config, "--harness": harness_tasks, "--out": out, **harness_only}
     # `is not None`, because 0 and False are given values; a flag that is off is made None above
     unused = [option for option, value in model_only.items() if value is not None]
     if unused and not is_model(target):
@@ -93,16 +94,18 @@ def model_config(model: str, path: Path | None, overrides: Sequence[str] = ()) -
     return schema.load_config(path, [*overrides, f"model.base={json.dumps(model)}"])
 
 
-def evaluate_tasks(config: Config, out: Path | None, log: Log) -> Json:
+def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None = None) -> Json:
     """Evaluate the model `model.base` on the tasks of the config.
 
     Args:
         config: see `model_config`.
         out: directory for `results.json` and a file of items per task; answers for a judge need it.
         log: receives one line per task.
+        limit: of the items of each task, where its own is not lower.
 
     Returns:
-        the content of `results.json`: `model`, `dtype`, and under `tasks` the summary of each.
+        the content of `results.json`: `model`, `dtype`, `limit` where there is one, and under
+        `tasks` the summary of each.
 
     Raises:
         UserError: there are no tasks, or a task does not fit its data.
@@ -123,6 +126,12 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log) -> Json:
     summaries: Json = {}
     # The dtype belongs to the result: the same model in float32 and bfloat16 gives other answers.
     results: Json = {"model": config.model.base, "dtype": config.model.compute_dtype}
+    if limit is not None:
+        # in the file: numbers of the first items do not compare with those of all
+        results["limit"] = limit
+        tasks = tuple(
+            task.model_copy(update={"limit": min(limit, task.limit or limit)}) for task in tasks
+        )
     results["tasks"] = summaries
     for task in tasks:
         summaries[task.name], items = harness.run(task, model, config.data, seed=config.seed)

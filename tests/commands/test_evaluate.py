@@ -125,6 +125,21 @@ def test_a_model_on_tasks_of_a_config(folder, tasks, tmp_path, capsys):
     ]
 
 
+def test_a_limit_for_all_tasks(folder, tasks, tmp_path, capsys):
+    tasks[2]["limit"] = 1
+    settings = {"evaluation": {"tasks": tasks}, "model": {"compute_dtype": "float32"}}
+    settings["data"] = {"template": "plain"}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(settings))
+    options = ["--config", tmp_path / "tasks.yaml", "--out", tmp_path / "out", "--limit", 2]
+    assert call("evaluate", folder / "base", *options) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    # the lower one of the two limits
+    assert [task["n"] for task in results["tasks"].values()] == [2, 2, 1, 2]
+    assert results["limit"] == 2
+    assert call("evaluate", folder / "tiny.yaml", "--limit", 2) == 2
+    assert "--limit goes with a model" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_scores_do_not_depend_on_batch_and_mesh(folder, tasks):
     def run(*changes):
