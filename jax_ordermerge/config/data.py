@@ -66,6 +66,9 @@ def _read_sources(value: object, info: pydantic.ValidationInfo) -> object:
     for number, item in enumerate(items):
         place = f"{where}[{number}]" if is_list else str(where)
         if isinstance(item, Mapping):
+            if "kind" in item and "path" not in item:
+                # from `--set data.train.weight=2`, which takes a bare text for the name of a kind
+                raise UserError(f"{place} is a path; give a mapping, e.g. {{path: ..., weight: 2}}")
             item = parse(DataSource, item, place)
         if item == "" or not isinstance(item, (str, DataSource)):
             raise UserError(

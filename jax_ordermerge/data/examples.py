@@ -169,6 +169,23 @@ class Examples:
         """Number of the row of each example in its source, int64[n]; of texts, of the window."""
         return self.ids if self.rows is None else self.rows
 
+    def place(self, index: int) -> str:
+        """Return where an example is from, for messages: its row, and the file if there are more.
+
+        Example:
+            >>> tokens, answers = Ragged.of([[1]] * 2, np.int32), Ragged.of([[1]] * 2, np.bool_)
+            >>> Examples(tokens, answers, np.array([4, 7])).place(1)
+            'row 7'
+        """
+        row = int(self.row_numbers[index])
+        files = [file for source in self.sources for file in source.files]
+        if len(files) < 2:
+            return f"row {row}"
+        source = self.sources[self.source_numbers[index]]
+        # a window of a text may be of any of the files
+        file, row = (source.path, row) if source.format == "text" else source.locate(row)
+        return f"{file} row {row}"
+
     @property
     def parts(self) -> "tuple[Examples, ...]":
         """These examples, or for pairs the chosen and the rejected ones apart."""

@@ -47,7 +47,8 @@ def list_files(path: str) -> Listing | None:
         path: on a disk, or an address in a bucket (gs://, s3://), whose files are fetched.
 
     Raises:
-        UserError: there is no such file, it is of an unknown kind, or nothing matches.
+        UserError: there is no such file, it is of an unknown kind, it cannot be read, or nothing
+            matches.
     """
     url = remote.address(path)
     # A name with brackets may be that of a file, or the split of a hub dataset.
@@ -64,7 +65,7 @@ def list_files(path: str) -> Listing | None:
         raise UserError(f"data file {path} not found")
     if not local.name.lower().endswith(SUFFIXES):
         raise UserError(f"data file {path} has an unknown suffix; expected {EXPECTED}")
-    return Listing(((path, local),))
+    return _select(path, [(path, local)])
 
 
 def _list_glob(path: str, url: str | None) -> Listing:
@@ -90,6 +91,9 @@ def _select(path: str, files: list[tuple[str, Path]]) -> Listing:
     if not data:
         named = f"only {', '.join(others[:5])}" if others else "nothing"
         raise UserError(f"data {path} matches no data file, {named}; expected {EXPECTED}")
+    for name, local in data:
+        if not local.is_file():  # reading a pipe would wait for its writer
+            raise UserError(f"data file {name} is a broken link, or no regular file; remove it")
     return Listing(data, others)
 
 

@@ -183,6 +183,8 @@ def apply_weights(examples: Examples, seed: int) -> Examples:
 
 def _groups(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     """Number the rows of all sources: the row of each example, and the first example of each."""
-    keys = np.stack([examples.source_numbers.astype(np.int64), examples.row_numbers], 1)
-    _, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    return group.reshape(-1), first
+    rows = examples.row_numbers
+    # one number for source and row: sorting pairs takes ten times as long
+    keys = examples.source_numbers * (rows.max(initial=0) + 1) + rows
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    return group, first

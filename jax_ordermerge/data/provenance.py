@@ -31,6 +31,7 @@ class SourceInfo:
         weight: how often an epoch has each row.
         files: what was read, in this order; rows are numbered through.
         passed_over: files of a directory or glob that are no data.
+        columns: columns of the format that were read under other names, and these names.
         ignored: columns and keys of rows that nothing reads.
         counts: `read`, `used`, and how many were dropped or truncated for which reason.
         first_id: the lowest id of an example of this source.
@@ -49,6 +50,7 @@ class SourceInfo:
     weight: float = 1.0
     files: tuple[DataFile, ...] = ()
     passed_over: tuple[str, ...] = ()
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     first_id: int = 0

@@ -45,7 +45,7 @@ def load_examples(
         data.validation_examples if split == "validation" else data.test_examples
     ):
         return None
-    return load_splits(data.model_copy(update={"test": None}), tokenizer, seed=seed)[split]
+    return _load_splits(data.model_copy(update={"test": None}), tokenizer, seed)[split]
 
 
 def load_splits(
@@ -57,8 +57,20 @@ def load_splits(
     copy of them is trained on.
 
     Raises:
-        UserError: see `load_examples`.
+        UserError: see `load_examples`; no source has a column of `data.columns`.
     """
+    splits = _load_splits(data, tokenizer, seed)
+    # A misspelt name would leave the column that a file has under the right name.
+    read = {name for part in splits.values() for info in part.sources for name in info.columns}
+    unread = [f"{name}: {alias}" for name, alias in data.columns.items() if name not in read]
+    if unread:
+        raise UserError(f"data.columns: no row of any source has the column of {', '.join(unread)}")
+    return splits
+
+
+def _load_splits(
+    data: schema.Data, tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> dict[str, Examples]:
     train = tokenize(data.train, data, tokenizer, "train")
     held_out: dict[str, Examples] = {}
     sizes = {"test": data.test_examples, "validation": data.validation_examples}
@@ -100,7 +112,22 @@ def tokenize(
             if entry is not None:
                 example_cache.write(entry, examples)
         parts.append(examples)
+        _refuse_same_content(listed, parts)
     return concatenate(parts)
+
+
+def _refuse_same_content(sources: Sequence[DataSource], parts: Sequence[Examples]) -> None:
+    """Refuse copies of a file under other names, as `_refuse_same_files` does for paths to it."""
+    readers: dict[str, tuple[str, DataSource]] = {}
+    for source, part in zip(sources, parts, strict=False):
+        for file in part.sources[0].files:
+            path, other = readers.setdefault(file.sha256, (file.path, source))
+            is_copy = path != file.path and file.sha256 and file.rows
+            if is_copy and (other is source or not (other.name and source.name)):
+                raise UserError(
+                    f"data: {file.path} is a copy of {path}; remove one of them, or give a name to"
+                    " each of their sources"
+                )
 
 
 def _refuse_same_files(sources: Sequence[DataSource]) -> None:
@@ -152,12 +179,20 @@ def _tokenize_source(
 ) -> Examples:
     table = files.read(source.path, source.split or split, limit=data.limit)
     rows = read_columns(table.rows, data.columns, data.ignore_columns)
+    present = {column for row in table.rows for column in row}
+    columns = {name: alias for name, alias in data.columns.items() if alias in present}
+    for name, alias in (source.columns or {}).items():
+        if name not in columns:
+            raise UserError(
+                f"data {source.path}: no row has the column of columns: {name}: {alias}"
+            )
     info = SourceInfo(
         source.label,
         source.path,
         weight=source.weight,
         files=table.files,
         passed_over=table.passed_over,
+        columns=columns,
     )
     form = formats.detect(rows, source.path) if data.format == "auto" else data.format
     records, bad = formats.read_rows(rows, form)

@@ -18,7 +18,8 @@ class Overlap(NamedTuple):
         split, other: names.
         examples: number of the examples of `split` that are in `other`.
         total: number of the examples of `split`.
-        first_ids: of the first three of them, in the file of `split`.
+        first_ids: of the first three of them.
+        first_places: their rows.
     """
 
     split: str
@@ -26,12 +27,12 @@ class Overlap(NamedTuple):
     examples: int
     total: int
     first_ids: list[int]
+    first_places: list[str]
 
     def __str__(self) -> str:
-        rows = f"row{'s' * (len(self.first_ids) > 1)} {', '.join(map(str, self.first_ids))}"
         return (
             f"{self.examples} of {self.total} {self.split} examples are {self.other} examples too"
-            f" (the first: {rows})"
+            f" (the first: {', '.join(self.first_places)})"
         )
 
 
@@ -59,13 +60,13 @@ def find_overlaps(splits: Mapping[str, Examples]) -> list[Overlap]:
     overlaps = []
     for split in (name for name in splits if name != "train"):
         for other in (name for name in splits if name != split):
-            shared = [
-                int(id_)
-                for id_, row in zip(splits[split].ids, rows[split], strict=True)
-                if row in distinct[other]
-            ]
+            shared = [n for n, row in enumerate(rows[split]) if row in distinct[other]]
             if shared:
-                overlaps.append(Overlap(split, other, len(shared), len(rows[split]), shared[:3]))
+                first_ids = splits[split].ids[shared[:3]].tolist()
+                places = [splits[split].place(number) for number in shared[:3]]
+                overlaps.append(
+                    Overlap(split, other, len(shared), len(rows[split]), first_ids, places)
+                )
     return overlaps
 
 

@@ -103,6 +103,7 @@ def filled():
         1.5,
         (DataFile("f", 2, "0a"),),
         ("README",),
+        {"question": "problem"},
         ("id",),
         {"read": 2},
         3,

@@ -109,7 +109,6 @@ def test_the_same_file_twice(folder, byte_tokenizer, monkeypatch):
         return load_train(Data(train=train), byte_tokenizer())
 
     monkeypatch.chdir(folder)
-    os.link("b.jsonl", "other.jsonl")  # another name on the disk, and so another file
     (folder / "link.jsonl").symlink_to("b.jsonl")
     for train in (
         ["b.jsonl", "./b.jsonl"],
@@ -130,6 +129,32 @@ def test_the_same_file_twice(folder, byte_tokenizer, monkeypatch):
         load_sources("generated:quickstart", "generated:quickstart@train")
     with pytest.raises(UserError, match="split = train is of hub datasets"):
         load_sources({"path": "b.jsonl", "split": "train"})
+
+
+def test_copies_of_a_file(folder, byte_tokenizer):
+    shutil.copy(folder / "b.jsonl", folder / "c/copy.jsonl")
+    with pytest.raises(UserError, match=r"d/c/copy.jsonl is a copy of .*/d/b.jsonl; remove one"):
+        load_train(Data(train=str(folder)), byte_tokenizer())
+    one, two = f"{folder}/b.jsonl", f"{folder}/c/copy.jsonl"
+    with pytest.raises(UserError, match=r"copy.jsonl is a copy of .*/b.jsonl"):
+        load_train(Data(train=[one, two]), byte_tokenizer())
+    named = [{"path": one, "name": "one"}, {"path": two, "name": "two"}]
+    assert len(load_train(Data(train=named), byte_tokenizer())) == 6
+    for name in ("e", "f"):
+        (folder / f"c/{name}.jsonl").write_text("")  # shards of few rows may be empty
+    (folder / "c/copy.jsonl").unlink()
+    assert len(load_train(Data(train=str(folder)), byte_tokenizer())) == 12
+
+
+def test_what_is_no_regular_file(folder):
+    (folder / "x.jsonl").symlink_to(folder / "absent.jsonl")
+    with pytest.raises(UserError, match=r"d/x.jsonl is a broken link, or no regular file"):
+        load(str(folder))
+    (folder / "x.jsonl").unlink()
+    os.mkfifo(folder / "pipe.jsonl")  # it would wait for a writer
+    for path in (folder, folder / "pipe.jsonl", folder / "*"):
+        with pytest.raises(UserError, match=r"d/pipe.jsonl is a broken link, or no regular file"):
+            load(str(path))
 
 
 def test_errors_name_the_file_and_its_row(folder, byte_tokenizer):

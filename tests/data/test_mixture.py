@@ -194,6 +194,36 @@ def test_a_weight_that_leaves_nothing(tmp_path, byte_tokenizer):
         train_of(byte_tokenizer(), train={"path": path, "weight": 1e9})
 
 
+def test_columns_that_no_source_has(tmp_path, byte_tokenizer):
+    renamed = [{"answer": row["answer"], "problem": row["question"]} for row in ROWS]
+    paths = [write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl", renamed)]
+    columns = {"question": "problem"}
+    # a source may lack the column, where another has it
+    both = train_of(byte_tokenizer(), train=paths, columns=columns)
+    assert [source.columns for source in both.sources] == [{}, columns]
+    with pytest.raises(
+        UserError, match=r"a.jsonl: no row has the column of columns: question: pro"
+    ):
+        train_of(byte_tokenizer(), train={"path": paths[0], "columns": columns})
+    with pytest.raises(UserError, match=r"data.columns: no row of any source has .* question: pro"):
+        train_of(byte_tokenizer(), train=paths[0], columns=columns)
+    test = load_splits(
+        data_of(train=paths[0], test=paths[1], columns=columns), byte_tokenizer(), seed=0
+    )["test"]
+    assert test.responses == [row["answer"] for row in ROWS]
+
+
+def test_places_of_examples(tmp_path, byte_tokenizer):
+    (tmp_path / "d").mkdir()
+    paths = [write(tmp_path / "d/a.jsonl", ROWS[:3]), write(tmp_path / "d/b.csv", ROWS[3:6])]
+    other = write(tmp_path / "c.jsonl", ROWS[6:])
+    train = train_of(byte_tokenizer(), train=[f"{tmp_path}/d", other])
+    assert train.place(1) == f"{paths[0]} row 1"
+    assert train.place(4) == f"{paths[1]} row 1"
+    assert train.place(8) == f"{other} row 2"
+    assert train_of(byte_tokenizer(), train=other).place(2) == "row 2"
+
+
 def test_take_keeps_source_and_row(tmp_path, byte_tokenizer):
     paths = [write(tmp_path / "a.jsonl", ROWS[:3]), write(tmp_path / "b.jsonl", ROWS[3:6])]
     part = train_of(byte_tokenizer(), train=paths).take(np.array([4, 1]))
@@ -213,6 +243,10 @@ def test_take_keeps_source_and_row(tmp_path, byte_tokenizer):
         ({"path": "b", "weight": float("nan")}, "data.train: weight = nan: input should be"),
         (["a", "a"], "the source a twice; give weight: 2"),
         (["a", {"path": "b", "name": "a"}], "the source a twice"),
+        (
+            {"kind": "a", "weight": 2},
+            "data.train is a path; give a mapping, e.g. {path: ..., weight",
+        ),
         ({"path": "o/n@test", "split": "train"}, "o/n@test names a split, and so does split"),
     ],
 )

@@ -234,7 +234,7 @@ def test_examples_of_two_splits_are_refused(run):
     few = splits["validation"].take(np.arange(2))
     for validation, message in (
         ({"validation": splits["train"]}, r"\d+ of \d+ validation examples are train examples too"),
-        ({"validation": splits["test"]}, r"are test examples too \(the first: rows "),
+        ({"validation": splits["test"]}, r"are test examples too \(the first: row "),
         ({"validation": few}, "2 validation examples are too few"),
     ):
         with pytest.raises(UserError, match=message):

@@ -137,7 +137,7 @@ def overlapping(folder, tmp_path):
 
 def test_a_test_split_with_training_examples_is_refused(folder, tmp_path, overlapping):
     message = (
-        "2 of 5 test examples are train examples too (the first: rows 1, 3): a loss on learned "
+        "2 of 5 test examples are train examples too (the first: row 1, row 3): a loss on learned "
         "examples is not held out; remove them from one of the files, or set data.allow_overlap"
     )
     with pytest.raises(UserError, match=re.escape(message)):
@@ -172,10 +172,10 @@ def test_overlaps_are_of_tokens_between_every_two_splits():
         "test": examples([6], [4, 5], [7]),
     }
     assert find_overlaps(splits) == [
-        ("validation", "train", 1, 4, [12]),
-        ("validation", "test", 1, 4, [13]),
-        ("test", "train", 1, 3, [11]),
-        ("test", "validation", 1, 3, [10]),
+        ("validation", "train", 1, 4, [12], ["row 12"]),
+        ("validation", "test", 1, 4, [13], ["row 13"]),
+        ("test", "train", 1, 3, [11], ["row 11"]),
+        ("test", "validation", 1, 3, [10], ["row 10"]),
     ]
     with pytest.raises(UserError) as error:
         refuse_overlaps(find_overlaps(splits), "remove them")
