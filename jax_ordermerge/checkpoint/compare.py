@@ -7,16 +7,16 @@ per core. The results do not depend on the number of threads.
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.checkpoint.safetensors import Reader, TensorInfo
 from jax_ordermerge.errors import UserError
 
 SLAB = 1 << 15  # elements per slab: 256 KiB per array in float64
@@ -27,6 +27,23 @@ _ROW = 1 << 13
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _T = TypeVar("_T")
+
+
+class Tensors(Protocol):
+    """A model whose tensors can be read in parts: a `Reader`, or anything with its methods."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of all tensors."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of a tensor."""
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill an array of the tensor's dtype with its elements from row-major index `start` on."""
+
+    def file(self, name: str) -> Path:
+        """Return where a tensor lies."""
 
 
 class Stats(NamedTuple):
@@ -154,11 +171,11 @@ class Difference:
         return not self.only_a and not self.only_b and all(pair.equal for pair in self.pairs)
 
 
-def inspect(path: str | Path, *, stats: bool = False) -> Inventory:
-    """List the tensors of a directory or safetensors file.
+def inspect(path: str | Path | Tensors, *, stats: bool = False) -> Inventory:
+    """List the tensors of a directory, a safetensors file, or another model.
 
     Args:
-        path: see `Reader`.
+        path: see `Reader`; or a model that is open.
         stats: whether to read all tensors for statistics; by default only headers are read.
 
     Raises:
@@ -175,7 +192,7 @@ def inspect(path: str | Path, *, stats: bool = False) -> Inventory:
         >>> inventory.stats.minimum, inventory.stats.maximum, inventory.stats.infs
         (-1.0, 3.0, 1)
     """
-    reader = Reader(path)
+    reader = _open(path)
     # all tensors are measured together: small ones share the threads
     moments = _measure(dict.fromkeys(reader.names, (reader,)), _moments) if stats else {}
     tensors = []
@@ -202,11 +219,13 @@ def inspect(path: str | Path, *, stats: bool = False) -> Inventory:
     )
 
 
-def difference(a: str | Path, b: str | Path, base: str | Path | None = None) -> Difference:
+def difference(
+    a: str | Path | Tensors, b: str | Path | Tensors, base: str | Path | Tensors | None = None
+) -> Difference:
     """Compare two checkpoints tensor by tensor, and their task vectors relative to a base.
 
     Args:
-        a, b: directories or safetensors files.
+        a, b: directories, safetensors files, or models that are open.
         base: checkpoint that both started from, to compare task vectors.
 
     Raises:
@@ -229,15 +248,15 @@ def difference(a: str | Path, b: str | Path, base: str | Path | None = None) -> 
         >>> difference(folder / "a", folder / "a").equal
         True
     """
-    left, right = Reader(a), Reader(b)
-    reference = None if base is None else Reader(base)
+    left, right = _open(a), _open(b)
+    reference = None if base is None else _open(base)
     names_a, names_b = dict.fromkeys(left.names), dict.fromkeys(right.names)
     # dicts as ordered sets: results are in the order of the first checkpoint
     common = [name for name in names_a if name in names_b]
     base_shapes = (
         {name: reference.info(name).shape for name in reference.names} if reference else {}
     )
-    readers: dict[str, tuple[Reader, ...]] = {}
+    readers: dict[str, tuple[Tensors, ...]] = {}
     not_in_base = []
     for name in common:
         shape = left.info(name).shape
@@ -276,17 +295,21 @@ def difference(a: str | Path, b: str | Path, base: str | Path | None = None) -> 
 # ------------------------------------------------------------------------------ reading in slabs
 
 
+def _open(model: str | Path | Tensors) -> Tensors:
+    return Reader(model) if isinstance(model, str | Path) else model
+
+
 class _Piece(NamedTuple):
     """A range of elements of a tensor, the same in each of the readers."""
 
     name: str
-    readers: tuple[Reader, ...]
+    readers: tuple[Tensors, ...]
     start: int
     stop: int
 
 
 def _measure(
-    tensors: Mapping[str, tuple[Reader, ...]], measure_slab: Callable[..., _T]
+    tensors: Mapping[str, tuple[Tensors, ...]], measure_slab: Callable[..., _T]
 ) -> dict[str, list[_T]]:
     """Return the results of `measure_slab(scratch, *arrays)` by tensor, slab by slab.
 

@@ -96,7 +96,10 @@ def inspect(
     stats: Annotated[bool, Option("--stats", help="Add range, mean, zeros and NaN.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the table of a checkpoint's tensors."""
+    """Print the table of a checkpoint's tensors.
+
+    MODEL is any name that merge takes, also MODEL+ADAPTER and RUN/member_0; or a safetensors file.
+    """
     from jax_ordermerge.commands import inspect as command
 
     typer.echo(command.inspect_model(model, stats=stats, as_json=as_json), nl=False)
@@ -104,7 +107,7 @@ def inspect(
 
 @app.command()
 def diff(
-    a: Annotated[str, Argument(metavar="A", help="HF directory, hub name or embedded:NAME.")],
+    a: Annotated[str, Argument(metavar="A", help="Any name that merge takes.")],
     b: Annotated[str, Argument(metavar="B", help="Likewise.")],
     base: Annotated[str | None, Option(help="Compare task vectors from it, too.")] = None,
     as_json: AsJson = False,

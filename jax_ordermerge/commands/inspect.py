@@ -2,17 +2,21 @@
 
 import io
 import json
+from pathlib import Path
 
 from rich.table import Table
 
-from jax_ordermerge.checkpoint import compare, convert
+from jax_ordermerge import arch
+from jax_ordermerge.checkpoint import compare, convert, safetensors
 from jax_ordermerge.commands import tables
 from jax_ordermerge.layout import Json
+from jax_ordermerge.merge.sources import references
+from jax_ordermerge.merge.sources.storage import Source
 
 
 def inspect_model(model: str, *, stats: bool, as_json: bool) -> str:
     """Return the tensors of a checkpoint as a table or JSON; see `checkpoint.compare.inspect`."""
-    inventory = compare.inspect(convert.resolve(model), stats=stats)
+    inventory = compare.inspect(_open(model), stats=stats)
     if as_json:
         # the exact numbers; the table rounds them
         return _json_text(tables.inspect_json(inventory))
@@ -23,17 +27,40 @@ def compare_models(a: str, b: str, *, base: str | None, as_json: bool) -> tuple[
     """Return the differences of two checkpoints as text, and whether all bytes are equal.
 
     Args:
-        a, b: HF directories, hub names or `embedded:NAME`.
+        a, b: names of models, see `references.open_model`, or safetensors files.
         base: with it, task vectors are compared, too.
         as_json: return JSON in place of a table.
     """
-    base_dir = None if base is None else convert.resolve(base)
-    difference = compare.difference(convert.resolve(a), convert.resolve(b), base_dir)
+    difference = compare.difference(_open(a), _open(b), None if base is None else _open(base))
     if as_json:
         text = _json_text(tables.difference_json(difference))
     else:
         text = _table_text(tables.difference_table(difference))
     return text, difference.equal
+
+
+class _Model:
+    """A member, an Orbax checkpoint, or a model with an adapter, as `compare.Tensors`."""
+
+    def __init__(self, source: Source) -> None:
+        self.names = [name for name, _, _ in arch.hf_tensors(source.config)]
+        self.info, self.read_into = source.info, source.read_into
+        self._label = source.label
+
+    def file(self, name: str) -> Path:
+        """Return the name of the model: its tensors need not lie in files of their own."""
+        return Path(self._label)
+
+
+def _open(name: str) -> compare.Tensors:
+    """Open a model by any name that `merge` takes, or a safetensors file."""
+    path = Path(name).expanduser()
+    # Read as files where there are any: tensors that no architecture has are listed, too.
+    if path.is_file() or any(path.glob("*.safetensors")):
+        return safetensors.Reader(path)
+    if path.is_dir() or references.is_composed(name):
+        return _Model(references.open_model(name))
+    return safetensors.Reader(convert.resolve(name))
 
 
 def _json_text(value: Json) -> str:

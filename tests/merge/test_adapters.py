@@ -16,6 +16,7 @@ from jax_ordermerge.merge import engine
 from jax_ordermerge.merge.recipe import planner
 from jax_ordermerge.merge.sources import peft_files
 from jax_ordermerge.merge.sources.references import open_model
+from tests.commands.test_cli import call
 from tests.merge.test_sources import assert_reads_in_any_run, read_tensor
 
 VOCABULARY = 40
@@ -235,3 +236,22 @@ def test_an_adapter_is_rounded_once_to_the_dtype_of_the_recipe(tmp_path, dtype):
     merged = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"].astype(np.float64)
     error = np.linalg.norm(merged - start - sum(changes)) / np.linalg.norm(sum(changes))
     assert error < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inspect_and_diff_take_every_name_that_merge_takes(tmp_path, capsys):
+    base = make_base(tmp_path / "base", tied=False)
+    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    name = f"{tmp_path}/base+{tmp_path}/adapter"
+    call("convert", tmp_path / "base", tmp_path / "orbax", "--to", "orbax")
+    capsys.readouterr()
+    assert call("diff", tmp_path / "base", tmp_path / "orbax", "--json") == 0
+    assert call("diff", tmp_path / "base", name, "--json") == 1
+    difference = json.loads(capsys.readouterr().out.split("\n}\n")[1] + "\n}")
+    changed = [pair["name"] for pair in difference["pairs"] if not pair["equal"]]
+    assert changed == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+    assert call("inspect", name, "--json") == 0
+    listed = json.loads(capsys.readouterr().out)["tensors"]
+    assert [row["name"] for row in listed] == [
+        row[0] for row in arch.hf_tensors(open_model(name).config)
+    ]

@@ -55,6 +55,22 @@ def open_model(
     return peft_files.open_adapter(base, resolve(adapter), label, dtype=dtype)
 
 
+def is_composed(name: str) -> bool:
+    """Return whether a name stands for more than a Hugging Face directory or hub name.
+
+    That is a model with an adapter, a member of a run, or an Orbax directory.
+
+    Example:
+        >>> is_composed("base+adapter"), is_composed("embedded:quickstart")
+        (True, False)
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        # RUN/member_0 may be a directory of its own: the export
+        return not (path / "config.json").is_file() and orbax.latest(path) is not None
+    return "+" in name or member_number(path.name) is not None
+
+
 def _open_base(name: str, resolve: Resolve) -> Source:
     path = Path(name).expanduser()
     number = member_number(path.name)
