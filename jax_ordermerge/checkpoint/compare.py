@@ -7,16 +7,16 @@ per core. The results do not depend on the number of threads.
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from jax_ordermerge.checkpoint.safetensors import Reader, TensorInfo
+from jax_ordermerge.checkpoint.safetensors import Reader, Tensors
 from jax_ordermerge.errors import UserError
 
 SLAB = 1 << 15  # elements per slab: 256 KiB per array in float64
@@ -27,23 +27,6 @@ _ROW = 1 << 13
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _T = TypeVar("_T")
-
-
-class Tensors(Protocol):
-    """A model whose tensors can be read in parts: a `Reader`, or anything with its methods."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of all tensors."""
-
-    def info(self, name: str) -> TensorInfo:
-        """Return dtype and shape of a tensor."""
-
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fill an array of the tensor's dtype with its elements from row-major index `start` on."""
-
-    def file(self, name: str) -> Path:
-        """Return where a tensor lies."""
 
 
 class Stats(NamedTuple):

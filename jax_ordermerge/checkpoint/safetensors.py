@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -38,6 +38,23 @@ class _Entry:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
+
+
+class Tensors(Protocol):
+    """A model whose tensors can be read in parts: a `Reader`, or anything with its methods."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of all tensors."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of a tensor."""
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill an array of the tensor's dtype with its elements from row-major index `start` on."""
+
+    def file(self, name: str) -> Path:
+        """Return where a tensor lies."""
 
 
 class Reader:

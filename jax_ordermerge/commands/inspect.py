@@ -40,7 +40,7 @@ def compare_models(a: str, b: str, *, base: str | None, as_json: bool) -> tuple[
 
 
 class _Model:
-    """A member, an Orbax checkpoint, or a model with an adapter, as `compare.Tensors`."""
+    """A member, an Orbax checkpoint, or a model with an adapter, as `safetensors.Tensors`."""
 
     def __init__(self, source: Source) -> None:
         self.names = [name for name, _, _ in arch.hf_tensors(source.config)]
@@ -52,7 +52,7 @@ class _Model:
         return Path(self._label)
 
 
-def _open(name: str) -> compare.Tensors:
+def _open(name: str) -> safetensors.Tensors:
     """Open a model by any name that `merge` takes, or a safetensors file."""
     path = Path(name).expanduser()
     # Read as files where there are any: tensors that no architecture has are listed, too.
