@@ -142,7 +142,16 @@ def convert(
 def generate(
     model: Model,
     *,
-    prompt: Annotated[list[str], Option(help="A prompt. May be repeated.")],
+    prompt: Annotated[list[str] | None, Option(help="A prompt. May be repeated.")] = None,
+    prompts: Annotated[
+        Path | None, Option(help="File of prompts: .txt with one per line, or rows with prompt.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, Option(help="A completion ends before this text. May be repeated.")
+    ] = None,
+    json_lines: Annotated[
+        bool, Option("--json", help="Print the rows with their completion as JSON Lines.")
+    ] = False,
     max_new_tokens: Annotated[int, Option(help="Largest number of tokens to write.")] = 128,
     dtype: Annotated[str, Option(help="Compute dtype, float32 or bfloat16.")] = "float32",
     temperature: Annotated[float, Option(help="0 takes the most likely token.")] = 0.0,
@@ -151,14 +160,25 @@ def generate(
     seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Complete prompts with a model: greedily, or drawn by seed and number of the prompt."""
+    import json
+
     from jax_ordermerge.commands import generate as command
     from jax_ordermerge.evaluate.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    for text in command.complete(
-        model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, sampling=sampling
-    ):
-        typer.echo(text)
+    stops = command.check_stops(stop or ())
+    rows = command.read_prompts(prompt or (), prompts)
+    texts = command.complete(
+        model,
+        [row["prompt"] for row in rows],
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        sampling=sampling,
+    )
+    for row in command.complete_rows(rows, texts, stops):
+        typer.echo(
+            json.dumps(row, ensure_ascii=False, default=str) if json_lines else row["completion"]
+        )
 
 
 @app.command()
