@@ -65,6 +65,16 @@ class RunLayout:
         return self.root / CONFIG
 
     @property
+    def stages(self) -> Path:
+        """The settings that the results of each stage rest on."""
+        return self.root / "stages.json"
+
+    @property
+    def lock(self) -> Path:
+        """Who is writing the run, while someone is."""
+        return self.root / "writer.lock"
+
+    @property
     def data(self) -> Path:
         """Files, digests and counts of the examples."""
         return self.root / "data.json"

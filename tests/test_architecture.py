@@ -19,6 +19,7 @@ LAYERS = [
     ("config",),
     ("analysis", "checkpoint", "model"),
     ("layout", "data"),
+    ("record",),
     ("merge",),
     ("evaluate",),
     ("train",),
@@ -46,7 +47,7 @@ WITHOUT_JAX = ("errors", "config", "arch", "hardware", "report", "launch")
 # A string that spells a path inside a run directory.
 RUN_PATHS = re.compile(
     r"(metrics|waves|orders|losses|merged|evaluations|outputs|reference|tracking|checkpoints)/?"
-    r"|(waves|merge|data|controls|analysis|evaluations|state)\.json|config\.yaml"
+    r"|(stages|waves|merge|data|controls|analysis|evaluations|state)\.json|config\.yaml"
     r"|(train|samples|journal)\.jsonl|(final|train|controls)\.npz|(report|search)\.(html|md)"
 )
 

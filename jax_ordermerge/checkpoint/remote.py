@@ -25,7 +25,8 @@ from jax_ordermerge.checkpoint.object_store import File, Listing
 from jax_ordermerge.errors import UserError
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/+([^/].*)")
-_UNFINISHED = re.compile(r"\.partial\b|\.orbax-checkpoint-tmp")
+# A lock belongs to a process of one machine.
+_UNFINISHED = re.compile(r"\.partial\b|\.orbax-checkpoint-tmp|\.lock$")
 # Smaller files may change while they are copied: they are read once, for digest and content alike.
 _READ_ONCE_BYTES = 64 * 2**20
 
@@ -270,7 +271,7 @@ class Mirror:
     def save(self) -> None:
         """Copy what has changed to the bucket. Until the end the bucket holds what it held before.
 
-        Unfinished files (of `atomic`, of Orbax) are left out. No file may be removed meanwhile;
+        Unfinished files (of `atomic`, of Orbax) and locks are left out. No file may be removed meanwhile;
         appending is allowed.
 
         Raises:

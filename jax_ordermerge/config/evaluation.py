@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
-from jax_ordermerge.config.section import Section, parse, registered
+from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, parse, registered
 from jax_ordermerge.registry import Registry
 
 PREFERENCES: Final = "preferences"  # the name under which held-out pairs are evaluated
@@ -132,7 +132,8 @@ def make_task(**settings: Any) -> Task:
 class Evaluation(Section):
     """What every model (base, members, merges) is evaluated on."""
 
-    batch: PositiveInt = 64
+    # a matter of memory and time, as the mesh is
+    batch: Annotated[PositiveInt, FREE_TO_CHANGE] = 64
     loss: bool = Field(True, description="held-out loss and perplexity on data.test")
     tasks: tuple[AnyTask, ...] = ()
     bootstrap: PositiveInt = 1000

@@ -104,7 +104,10 @@ class Distributed(Section):
 class Analysis(Section):
     """Statistics of the position effect."""
 
-    batch: PositiveInt = Field(64, description="examples per forward pass")
+    # a matter of memory and time, as the mesh is
+    batch: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
+        64, description="examples per forward pass"
+    )
     bins: PositiveInt = 10
     bootstrap: PositiveInt = 1000
     permutations: PositiveInt = 1000

@@ -16,16 +16,19 @@ from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import processes
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Config
 from jax_ordermerge.data import dates, prompt_format, source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.prompt_format import PromptFormat
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
+from jax_ordermerge.experiment.base_digest import base_digest
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.experiment.splits import check_same_data
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.sources.references import read_prompt_format
+from jax_ordermerge.record import Record, training_changes
 from jax_ordermerge.train import trackers
 from jax_ordermerge.train.spec import TrainingSpec
 
@@ -77,9 +80,14 @@ class RunContext:
         """How the members are asked, and how they end their responses."""
         return prompt_format.describe(self.splits["train"], self.tokenizer, self.date)
 
+    @functools.cached_property
+    def base_digest(self) -> str:
+        """Digest of the base model."""
+        return base_digest(self.config, self.base_dir)
+
 
 class Stage(NamedTuple):
-    """A stage of a run.
+    """A stage of a run. What it reads of the config is declared in `record.READS`.
 
     Attributes:
         name: as in `ordermerge NAME`.
@@ -95,15 +103,35 @@ class Stage(NamedTuple):
 def open_run(
     config: Config, log: Log, on_checkpoint: Callable[[], None] | None = None
 ) -> RunContext:
-    """Return the context of a run directory: `load_context`, and the data are those of the run.
+    """Return the context of a run directory: `load_context`, and its inputs are those of the run.
 
     Raises:
         UserError: the first input that does not fit. Nothing has been written.
     """
     ctx = load_context(config, log, on_checkpoint)
-    # here and not in the stages: each of them trusts that a sample is the one that was trained on
+    # here and not in the stages: each of them trusts that base and samples are those of the members
+    _check_same_training(ctx)
     check_same_data(ctx.layout, ctx.splits)
     return ctx
+
+
+def _check_same_training(ctx: RunContext) -> None:
+    """Refuse a run whose checkpoints are of other settings, or whose base was exchanged."""
+    run = ctx.layout
+    # of stages.json the checkpoints are a second witness, which is in binary files
+    for checkpoints in (run.checkpoints, *run.wave_checkpoints()):
+        step = orbax.latest(checkpoints)
+        stored = {} if step is None else orbax.metadata(checkpoints, step).get("settings", {})
+        if changes := training_changes(stored, ctx.config):
+            raise UserError(
+                f"checkpoint {step} in {checkpoints.parent} is of another training"
+                f" ({'; '.join(changes)}); restore the config, or choose another output directory"
+            )
+    if Record(run).base_digest() not in (None, ctx.base_digest):
+        raise UserError(
+            f"the base {ctx.config.model.base} changed since the training of {run.root} began;"
+            " restore its files, or train in another directory with --set output=DIRECTORY"
+        )
 
 
 def load_context(
@@ -140,13 +168,14 @@ def load_context(
         data = data.model_copy(update={"format": "preference"})
     splits = source.load_splits(data, tokenizer, seed=config.seed)
     preflight.check_data(config, model, tokenizer, splits)
-    # a file may differ between hosts under the same path: compare what was tokenized
+    # a file may differ between hosts under the same path: compare what was read
     digests = {f"data.{name}": examples.digest for name, examples in splits.items()}
-    processes.check_alike(digests)
     # The members are to stop where they have learned to, and where their base does.
     base_ends = model.eos_token_ids or (tokenizer.eos_token_id,)
     model = model.with_ends((*splits["train"].ends, *base_ends))
-    return RunContext(config, mesh, base_dir, model, tokenizer, date, splits, log, on_checkpoint)
+    ctx = RunContext(config, mesh, base_dir, model, tokenizer, date, splits, log, on_checkpoint)
+    processes.check_alike({**digests, "model.base": ctx.base_digest})
+    return ctx
 
 
 def start_devices(config: Config) -> None:

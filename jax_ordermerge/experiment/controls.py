@@ -11,7 +11,7 @@ from jax_ordermerge.config.merge import merge_name
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import losses, models, waves
 from jax_ordermerge.experiment.context import RunContext
-from jax_ordermerge.layout import Json, RunLayout, write_json, write_npz
+from jax_ordermerge.layout import Json, RunLayout, read_json, read_npz, write_json, write_npz
 from jax_ordermerge.search import controls
 from jax_ordermerge.search.candidates import Candidate, Population
 from jax_ordermerge.train import members
@@ -34,17 +34,15 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     use_test = "test" in ctx.splits and config.evaluation.loss
     split = "test" if use_test else "validation"
     examples, validation = ctx.splits.get(split), ctx.splits.get("validation")
-    if (
-        not config.merge.controls
-        or examples is None
-        or len(examples) < 2  # paired differences need a standard error
-        or ctx.layout.controls.is_file()
-    ):
+    if not config.merge.controls:
         return
-    # loaded only now: the evaluation before needs the memory for other models
-    population = models.load_population(ctx)
+    if examples is None or len(examples) < 2:  # paired differences need a standard error
+        ctx.log("  controls are not measured: they need two test or validation examples")
+        return
+    # not before it is needed: the evaluation needs the memory for other models
+    population = functools.cache(lambda: models.load_population(ctx))
     listed = controls.make_controls(
-        config.merge.controls, population.count, _selections(config), config.seed
+        config.merge.controls, config.population.members, _selections(config), config.seed
     )
 
     def measure(loss_function: LossFunction) -> controls.ControlLosses:
@@ -54,16 +52,24 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         )
 
     tokens = examples.loss_counts
-    measured = controls.measure(
-        population,
-        listed,
-        _evaluated_controls(config, evaluated, listed) if use_test else {},
-        lambda params: measure(functools.partial(losses.example_losses, ctx, params)),
-        ctx.log,
-    )
+    before = _measured_before(ctx.layout, split)
+    reused = before | (_evaluated_controls(config, evaluated, listed) if use_test else {})
+    if all(control.name in reused for control in listed):
+        measured = {control.name: reused[control.name] for control in listed}
+    else:
+        measured = controls.measure(
+            population(),
+            listed,
+            reused,
+            lambda params: measure(functools.partial(losses.example_losses, ctx, params)),
+            ctx.log,
+        )
     # last, since a single run is trained for as long as the whole population
     for name, make in _unmerged(ctx).items():
-        measured[name] = measure(make(population))
+        if name in before:
+            measured[name] = before[name]
+            continue
+        measured[name] = measure(make(population()))
         mean = float((measured[name].losses * tokens).sum() / tokens.sum())
         ctx.log(f"  {name}: {mean:.4f}")
     compared = controls.compare(
@@ -78,6 +84,19 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     # json last: its existence says that the controls are complete
     write_npz(ctx.layout.control_losses, arrays)
     write_json(ctx.layout.controls, {"split": split, **compared})
+
+
+def _measured_before(layout: RunLayout, split: str) -> dict[str, controls.ControlLosses]:
+    """Return the losses on a split that an earlier evaluation has measured, by name."""
+    before = read_json(layout.controls)
+    if before is None or before["split"] != split:
+        return {}
+    arrays = read_npz(layout.control_losses)
+    by_name = dict(zip(arrays["names"].tolist(), arrays["losses"], strict=True))
+    return {
+        row["name"]: controls.ControlLosses(by_name[row["name"]], row["validation_loss"])
+        for row in before["rows"]
+    }
 
 
 def _selections(config: Config) -> dict[str, Candidate]:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ordermerge import processes
-from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import metrics
@@ -22,7 +18,6 @@ from jax_ordermerge.experiment.context import Log, RunContext
 from jax_ordermerge.layout import Json, read_npz, write_npz
 from jax_ordermerge.model import preference
 
-_DIGESTED = 2**15  # elements of each tensor that enter the digest of a base
 _PAUSE = 10.0  # seconds between messages
 
 
@@ -41,8 +36,7 @@ def add_reference_logprobs(ctx: RunContext) -> RunContext:
     base_dtype = ctx.config.base_dtype
     # loaded for the first split that is measured, and not at all where all of them are stored
     base = functools.cache(lambda: models.base_params(ctx, base_dtype))
-    digest = base_digest(ctx.config, ctx.base_dir)
-    key = f"{digest} {base_dtype} {ctx.config.model.compute_dtype}"
+    key = f"{ctx.base_digest} {base_dtype} {ctx.config.model.compute_dtype}"
 
     def measure(name: str) -> np.ndarray:
         examples = ctx.splits[name]
@@ -59,26 +53,6 @@ def add_reference_logprobs(ctx: RunContext) -> RunContext:
         for name, examples in ctx.splits.items()
     }
     return dataclasses.replace(ctx, splits=splits)
-
-
-def base_digest(config: Config, base_dir: Path) -> str:
-    """Return a SHA-256 of a base: its config, and name, shape, dtype and head of every tensor.
-
-    Two bases are told apart by the first elements of their tensors. All bytes would be safer, but a
-    run that continues would read hundreds of gigabytes again.
-    """
-    reader, model = Reader(base_dir), config.model
-    head = json.dumps([reader.config, model.init, config.seed], sort_keys=True)
-    digest = hashlib.sha256(head.encode())
-    if model.init == "pretrained":
-        for name in sorted(reader.names):
-            info = reader.info(name)
-            # whole rows from the start of a tensor are one contiguous read per file
-            rows = max(1, _DIGESTED * info.shape[0] // max(1, int(np.prod(info.shape))))
-            index = (slice(0, rows), *[slice(None)] * (len(info.shape) - 1))
-            first = np.ascontiguousarray(reader.read_slice(name, index))
-            digest.update(f"{name} {info.dtype} {info.shape}".encode() + first.tobytes())
-    return digest.hexdigest()
 
 
 def with_reference(

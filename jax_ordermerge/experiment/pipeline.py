@@ -2,21 +2,32 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from jax_ordermerge import config as schema
 from jax_ordermerge import processes
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import preflight
+from jax_ordermerge.experiment import preflight, run_lock
 from jax_ordermerge.experiment import search as searching
-from jax_ordermerge.experiment.context import Log, Stage, load_context, open_run
+from jax_ordermerge.experiment.context import (
+    Log,
+    RunContext,
+    Stage,
+    load_context,
+    open_run,
+    start_devices,
+)
 from jax_ordermerge.experiment.dpo_reference import add_reference_logprobs
-from jax_ordermerge.experiment.remote_run import local_run
-from jax_ordermerge.experiment.run_config import check_same_config, write_config
+from jax_ordermerge.experiment.remote_run import BucketCopy, local_run
+from jax_ordermerge.experiment.run_config import read_stored, write_config
 from jax_ordermerge.experiment.stages import analyze, evaluate, merge, report, train
 from jax_ordermerge.layout import RunLayout, SearchLayout
+from jax_ordermerge.record import Record, difference
 from jax_ordermerge.report import run_report
 
 STAGES = (train.STAGE, merge.STAGE, analyze.STAGE, evaluate.STAGE, report.STAGE)
@@ -48,32 +59,91 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
     """
     stages = STAGES[: STAGES.index(find_stage(through)) + 1]
     with local_run(config, log) as (local, copy):
-        check_same_config(local)
         layout = RunLayout(local.directory)
         location = _location(config)
         if through == "report":
             location = f"{location}/{layout.report_html.name}"
         # decided before anything is loaded, so that a complete run costs a look at some files
-        missing = [stage for stage in stages if not stage.is_complete(local)]
-        if not missing:
+        todo = _plan(local, stages)
+        if not todo.stages and not todo.config_changes:
             log(f"everything is done: {location}")
             return layout.root
-        # Order matters: open_run may refuse, and must leave no trace then. The config is the first
-        # file, because it makes the directory a run and guards it against another config. It names
-        # the bucket, not the local copy, so that the run continues on another machine.
-        ctx = open_run(local, log, copy.try_save)
-        write_config(config, layout)
-        ctx = add_reference_logprobs(ctx)
-        for number, stage in enumerate(stages, start=1):
-            if stage in missing:
-                log(f"[{number}/{len(STAGES)}] {stage.name}")
-                if stage is not train.STAGE:
-                    # only training stops at a step; elsewhere SIGTERM must not be swallowed
-                    processes.let_sigterm_end()
-                stage.run(ctx)
-                copy.save()  # per stage: a lost machine then costs one stage at most
+        _check_unlocked(local, log)
+        # Order matters: open_run may refuse, and must leave no trace then.
+        ctx = open_run(todo.config, log, copy.try_save) if todo.stages else None
+        start_devices(local)  # the lock needs the processes to be connected
+        with run_lock.hold(layout, log):
+            # again: another run may have had the lock until now
+            todo = _plan(local, stages)
+            # The config is the first file, because it makes the directory a run. It names the
+            # bucket, not the local copy, so that the run continues on another machine.
+            write_config(todo.config.model_copy(update={"output": config.output}), layout)
+            if ctx is not None:
+                ctx = dataclasses.replace(ctx, config=todo.config)
+                _run_stages(ctx, stages, todo.stages, copy)
+            copy.save()
         log(f"done: {location}")
         return layout.root
+
+
+class _Todo(NamedTuple):
+    """What is left to do in a run directory.
+
+    Attributes:
+        config: that was given, and what the run has already.
+        stages: names of the stages that are not complete with it.
+        config_changes: how it differs from the config of the run.
+    """
+
+    config: Config
+    stages: list[str]
+    config_changes: list[str]
+
+
+def _plan(config: Config, stages: Sequence[Stage]) -> _Todo:
+    """Compare a config with what is in its run directory.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    layout = RunLayout(config.directory)
+    record, stored = Record(layout), read_stored(layout)
+    extended = record.extended(config)
+    missing = [
+        stage.name
+        for stage in stages
+        if not (record.is_current(stage.name, extended) and stage.is_complete(extended))
+    ]
+    changes = [] if stored is None else difference(*map(schema.fixed_settings, (stored, extended)))
+    return _Todo(extended, missing, changes)
+
+
+def _check_unlocked(config: Config, log: Log) -> None:
+    """Refuse a run that another process writes, before model and data are loaded."""
+    # of several processes one has the lock, and none may be refused while the others go on
+    if config.distributed.coordinator is None:
+        run_lock.check_free(RunLayout(config.directory), log)
+
+
+def _run_stages(
+    ctx: RunContext, stages: Sequence[Stage], missing: Sequence[str], copy: BucketCopy
+) -> None:
+    record = Record(ctx.layout)
+    ctx = add_reference_logprobs(ctx)
+    for number, stage in enumerate(stages, start=1):
+        if stage.name in missing:
+            ctx.log(f"[{number}/{len(STAGES)}] {stage.name}")
+            if stage is not train.STAGE:
+                # only training stops at a step; elsewhere SIGTERM must not be swallowed
+                processes.let_sigterm_end()
+            _run_stage(ctx, stage, record)
+            copy.save()  # per stage: a lost machine then costs one stage at most
+
+
+def _run_stage(ctx: RunContext, stage: Stage, record: Record) -> None:
+    record.begin(stage.name, ctx.config, base=ctx.base_digest)
+    stage.run(ctx)
+    record.end(stage.name)
 
 
 def search(
@@ -108,24 +178,26 @@ def search(
             f"--out {out}: a search appends to a file line by line; give a directory on a disk"
         )
     with local_run(config, log) as (local, copy):
-        check_same_config(local)
-        ctx = open_run(local, log, copy.try_save)
+        todo = _plan(local, [train.STAGE])
+        _check_unlocked(local, log)
+        ctx = open_run(todo.config, log, copy.try_save)
         if validation is not None:
             ctx = searching.with_validation_file(ctx, validation)
         # before a training of hours; open_run has checked only the search of the config
-        preflight.check_search(local, ctx.model, ctx.splits, space)
-        trained = train.STAGE.is_complete(local)
-        if not trained:
-            # a trained run has its config already; a search adds to it and leaves it unchanged
-            write_config(config, ctx.layout)
-        ctx = add_reference_logprobs(ctx)
-        if not trained:
-            log(train.STAGE.name)
-            train.STAGE.run(ctx)
-            copy.save()
-        layout = SearchLayout(out) if out else ctx.layout.search
-        searching.choose_merge(ctx, space, layout, target=layout.winner if export else None)
-        page = run_report.write_search(ctx.layout.root, layout.root)
+        preflight.check_search(ctx.config, ctx.model, ctx.splits, space)
+        with run_lock.hold(ctx.layout, log):
+            todo = _plan(local, [train.STAGE])
+            if todo.stages:
+                # a trained run has its config already; a search adds to it and leaves it unchanged
+                write_config(todo.config.model_copy(update={"output": config.output}), ctx.layout)
+            ctx = add_reference_logprobs(ctx)
+            if todo.stages:
+                log(train.STAGE.name)
+                _run_stage(ctx, train.STAGE, Record(ctx.layout))
+                copy.save()
+            layout = SearchLayout(out) if out else ctx.layout.search
+            searching.choose_merge(ctx, space, layout, target=layout.winner if export else None)
+            page = run_report.write_search(ctx.layout.root, layout.root)
         copy.save()
         return page
 
@@ -150,8 +222,19 @@ def benchmark(config: Config, *, steps: int, profile: Path | None = None, log: L
 
 
 def write_report(config: Config) -> str:
-    """Write the report of a run from the stages that are complete, and return its location."""
+    """Write the report of a run from the stages that are complete, and return its location.
+
+    Raises:
+        UserError: the config is not that of the run, which a report cannot change.
+    """
     with local_run(config, lambda message: None) as (local, copy):
+        stored = read_stored(RunLayout(local.directory))
+        changes = [] if stored is None else difference(*map(schema.fixed_settings, (stored, local)))
+        if changes:
+            raise UserError(
+                f"a report shows what {_location(config)} has; it was asked for something else"
+                f" ({'; '.join(changes)}): ordermerge run computes that first"
+            )
         page = run_report.write(local.directory)
         copy.save()
         return f"{_location(config)}/{page.name}"

@@ -1,8 +1,7 @@
-"""The config of a run: where it is read from, which models it names, what may change in it."""
+"""The config of a run: where it is read from, and which models it names."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -11,14 +10,16 @@ from jax_ordermerge import layout
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json, RunLayout, member_name
+from jax_ordermerge.layout import RunLayout, member_name
+from jax_ordermerge.record import Record
 
 
 def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, or the resolved config of a run directory; both may be in a bucket.
 
     Raises:
-        UserError: the file is absent or not valid, or the directory is not a run directory.
+        UserError: the file is absent or not valid, the directory is not a run directory, or its
+            config was edited and contradicts its results.
     """
     # A run keeps the name that it is reached by: the stored config may name the directory or bucket
     # where it was first written, and the run may have been moved or copied since.
@@ -35,7 +36,21 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"{path} is not a run directory (it has no {layout.CONFIG});"
             " give a config file or a run directory"
         )
+    read_stored(run)
     return schema.load_config(run.config, [*overrides, f"output={path}"])
+
+
+def read_stored(run: RunLayout) -> Config | None:
+    """Return the config that a run directory holds, None where it holds none.
+
+    Raises:
+        UserError: it was edited, and contradicts the results of the run.
+    """
+    if not run.is_run:
+        return None
+    stored = schema.load_config(run.config)
+    Record(run).refuse_edited_config(stored)
+    return stored
 
 
 def model_names(config: Config) -> dict[str, str]:
@@ -52,48 +67,6 @@ def model_names(config: Config) -> dict[str, str]:
         | dict.fromkeys(members, "member")
         | dict.fromkeys(config.merge_names, "merge")
     )
-
-
-def difference(old: Json, new: Json) -> list[str]:
-    """Return `"key: old -> new"` for every key that differs.
-
-    Example:
-        >>> difference({"seed": 0, "model": {"init": "random"}}, {"seed": 1})
-        ['model.init: random -> None', 'seed: 0 -> 1']
-    """
-
-    def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                yield from leaves(value, f"{prefix}.{key}" if prefix else key)
-        else:
-            yield prefix, node
-
-    # by leaf, so that a message names `training.epochs` and not the whole section
-    before, after = dict(leaves(old)), dict(leaves(new))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before | after)
-        if before.get(key) != after.get(key)
-    ]
-
-
-def check_same_config(config: Config) -> None:
-    """Refuse a run directory that was written with another config.
-
-    Raises:
-        UserError: the keys that differ, with both values.
-    """
-    run = RunLayout(config.directory)
-    if not run.is_run:
-        return
-    before = schema.load_config(run.config)
-    changed = difference(schema.fixed_settings(before), schema.fixed_settings(config))
-    if changed:
-        raise UserError(
-            f"{run.root} was made with another config ({'; '.join(changed)});"
-            " restore it, or choose another directory with --set output=DIRECTORY"
-        )
 
 
 def write_config(config: Config, run: RunLayout) -> None:

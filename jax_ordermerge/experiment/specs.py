@@ -3,6 +3,7 @@
 import dataclasses
 
 from jax_ordermerge import config as schema
+from jax_ordermerge import record
 from jax_ordermerge.config import Config
 from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train.spec import TrackingSpec, TrainingSpec
@@ -25,6 +26,7 @@ def training_spec(config: Config) -> TrainingSpec:
         training=config.training,
         lora=config.lora,
         sample_every=config.samples.every,
+        settings=record.settings("train", config),
         tracking=TrackingSpec(config.name, config.tracking, schema.to_dict(config)),
     )
 

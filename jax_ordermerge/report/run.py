@@ -11,6 +11,7 @@ import yaml
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json, RunLayout, read_json, read_jsonl
+from jax_ordermerge.record import refuse_edited_config
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import Comparison, compare
 from jax_ordermerge.report.document import Paragraph
@@ -108,7 +109,8 @@ def read_run(directory: str | Path) -> Run:
     """Read a run directory.
 
     Raises:
-        UserError: there is no config.yaml, or a file is not valid JSON.
+        UserError: there is no config.yaml, it was edited and contradicts the results, or a file is
+            not valid JSON.
     """
     layout = RunLayout(Path(directory))
     if not layout.is_run:
@@ -116,6 +118,7 @@ def read_run(directory: str | Path) -> Run:
             f"{directory} is not a run directory (it has no config.yaml); "
             "give the output directory of a run"
         )
+    refuse_edited_config(layout)
     evaluations = parsed(read_json, layout.evaluations)
     # The summary names the models. Other files in the directory are of an evaluation that did
     # not end.

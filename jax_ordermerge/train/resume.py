@@ -98,6 +98,7 @@ def save(
         tree["best"] = best
     metadata = {
         **identity(programs),
+        "settings": dict(programs.spec.settings),  # in the open, so that a reader can name them
         "steps": programs.plan.steps,
         "weights": programs.members_branch,
         "mesh": dict(programs.mesh.shape),  # for the reader alone

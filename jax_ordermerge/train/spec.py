@@ -37,6 +37,7 @@ class TrainingSpec:
         training: optimizer, schedule, logging, checkpoints.
         lora: settings of the adapters; None trains all parameters.
         sample_every: steps between answers to fixed prompts; None asks for none.
+        settings: all settings that the training rests on, as plain data for its checkpoints.
         tracking: trackers.
 
     Example:
@@ -55,6 +56,7 @@ class TrainingSpec:
     training: config.Training = field(default_factory=config.Training)
     lora: config.Lora | None = None
     sample_every: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
 
     @property

@@ -10,6 +10,7 @@ from jax_ordermerge.config import load_config
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import dpo_reference, losses, pipeline
+from jax_ordermerge.experiment.base_digest import base_digest
 from jax_ordermerge.train import loop
 from tests.experiment import tiny
 
@@ -79,7 +80,7 @@ def test_a_base_is_known_by_its_tensors(tmp_path):
         tiny.make_base(tmp_path / name, seed)
         for name, seed in (("one", 0), ("same", 0), ("other", 1))
     )
-    digests = [dpo_reference.base_digest(config, base) for base in (first, same, different)]
+    digests = [base_digest(config, base) for base in (first, same, different)]
     assert digests[0] == digests[1] != digests[2]
 
 

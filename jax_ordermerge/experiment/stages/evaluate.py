@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from jax_ordermerge.config import PREFERENCES, Config
+from jax_ordermerge.config import PREFERENCES, Config, Task
 from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.evaluate import generation, harness
 from jax_ordermerge.evaluate.eval_model import TextGenerator
@@ -16,16 +17,40 @@ from jax_ordermerge.tree import Tree
 _LARGEST_LOG = 700.0  # exp of more overflows float64
 
 
+class Missing(NamedTuple):
+    """What a model has not been evaluated on.
+
+    Attributes:
+        losses: whether its losses are missing.
+        tasks: names of tasks.
+    """
+
+    losses: bool
+    tasks: tuple[str, ...]
+
+
 def run(ctx: RunContext) -> None:
     """Measure loss, perplexity and tasks of every model, then the controls."""
     kinds, run = model_names(ctx.config), ctx.layout
-    results = {name: read_json(run.evaluation(name)) for name in kinds}
     # one file per model, so that an interrupted stage repeats one model at most
-    missing = [name for name, result in results.items() if result is None]
-    for name, params, generate in _load_with_generators(ctx, missing):
-        results[name] = _evaluate_model(ctx, name, kinds[name], params, generate)
-        write_json(run.evaluation(name), results[name])
-        _log_summary(ctx, results[name]["summary"])
+    results = {
+        name: read_json(run.evaluation(name)) or _no_results(name, kind)
+        for name, kind in kinds.items()
+    }
+    # models with the same missing tasks generate in one program
+    groups: dict[Missing, list[str]] = {}
+    for name, result in results.items():
+        missing = _find_missing(ctx, result)
+        if missing.losses or missing.tasks or not run.evaluation(name).is_file():
+            groups.setdefault(missing, []).append(name)
+    for missing, names in groups.items():
+        tasks = [task for task in ctx.config.evaluation.tasks if task.name in missing.tasks]
+        for name, params, generate in _load_with_generators(ctx, names, tasks):
+            if missing.losses:
+                _measure_losses(ctx, results[name], params)
+            _run_tasks(ctx, results[name], params, generate, tasks)
+            write_json(run.evaluation(name), results[name])
+            _log_summary(ctx, results[name]["summary"])
     # before the summary, which marks the stage as complete
     controls.measure_controls(ctx, results)
     summaries = [results[name]["summary"] for name in kinds]
@@ -38,15 +63,46 @@ def is_complete(config: Config) -> bool:
     return [model["name"] for model in evaluations["models"]] == list(model_names(config))
 
 
+def _no_results(name: str, kind: str) -> Json:
+    """Return results of a model that has none: a summary, and losses and answers by item."""
+    losses = {"loss": None, "loss_se": None, "perplexity": None, "tokens": 0}
+    summary = {"name": name, "kind": kind, **losses, "validation_loss": None}
+    return {
+        "summary": summary | {"tasks": {}, "texts": {}},
+        "ids": [],
+        "losses": [],
+        "tokens": [],
+        "tasks": {},
+        "texts": {},
+    }
+
+
+def _find_missing(ctx: RunContext, result: Json) -> Missing:
+    """Compare the results of a model with what the config asks for."""
+    summary, evaluation = result["summary"], ctx.config.evaluation
+    test = "test" in ctx.splits and evaluation.loss and summary["loss"] is None
+    validation = "validation" in ctx.splits and summary["validation_loss"] is None
+    done = {*summary["tasks"], *summary["texts"]}
+    return Missing(
+        test or validation,
+        tuple(
+            task.name
+            for task in evaluation.tasks
+            if task.name not in done
+            and not ctx.layout.outputs(task.name, summary["name"]).is_file()
+        ),
+    )
+
+
 def _load_with_generators(
-    ctx: RunContext, names: Sequence[str]
+    ctx: RunContext, names: Sequence[str], tasks: Sequence[Task]
 ) -> Iterator[tuple[str, Tree, TextGenerator | None]]:
-    """Yield models with their generators, where a task generates.
+    """Yield models with their generators, where one of the tasks generates.
 
     As many models as fit the devices are stacked, so that one program generates for all of them.
     """
     config, dtype = ctx.config, ctx.config.merge.dtype
-    if not any(task.new_tokens for task in config.evaluation.tasks):
+    if not any(task.new_tokens for task in tasks):
         yield from ((name, params, None) for name, params in models.load_models(ctx, names))
         return
     size = stack_models.fitting(config.population.members, ctx.model, ctx.mesh, dtype)
@@ -67,24 +123,15 @@ def _load_with_generators(
             yield name, params, generators[index]
 
 
-def _evaluate_model(
-    ctx: RunContext, name: str, kind: str, params: Tree, generate: TextGenerator | None
-) -> Json:
-    """Return the results of one model: a summary, and losses and answers by item."""
-    config, test, validation = ctx.config, ctx.splits.get("test"), ctx.splits.get("validation")
-    summary: Json = {"name": name, "kind": kind, "loss": None, "loss_se": None}
-    summary |= {"perplexity": None, "tokens": 0}
-    result: Json = {"ids": [], "losses": []}
-    tasks: Json = {}
-    task_items: Json = {}
-    texts: Json = {}
-    text_items: Json = {}
-
-    # -------------------------------------------------------------- losses of the splits
+def _measure_losses(ctx: RunContext, result: Json, params: Tree) -> None:
+    """Add the losses of a model on the splits to its results."""
+    test, validation = ctx.splits.get("test"), ctx.splits.get("validation")
+    summary = result["summary"]
     # The test split is summarized with its standard error; the validation split has one number,
     # which chooses the best member and is not reported as a result.
-    if test is not None and config.evaluation.loss:
-        sequences = losses.require_finite(losses.sequence_losses(ctx, params, test), test, name)
+    if test is not None and ctx.config.evaluation.loss:
+        sequences = losses.sequence_losses(ctx, params, test)
+        losses.require_finite(sequences, test, summary["name"])
         measured = losses.objective_losses(ctx, test, sequences)
         summary |= {"loss": measured.mean, "loss_se": measured.standard_error}
         if by_source := measured.by_source(test):
@@ -92,42 +139,48 @@ def _evaluate_model(
         if test.rejected is None:
             summary["perplexity"] = math.exp(min(measured.mean, _LARGEST_LOG))
             summary["tokens"] = int(measured.counts.sum())
-        elif kind != "base":
+        elif summary["kind"] != "base":
             # the base is the reference of the rewards: under it they are all 0
-            tasks[PREFERENCES], task_items[PREFERENCES] = dpo_reference.choices(
+            summary["tasks"][PREFERENCES], result["tasks"][PREFERENCES] = dpo_reference.choices(
                 test, sequences.sums
             )
-        result = {
+        result |= {
             "ids": test.ids.tolist(),
             "losses": measured.means.tolist(),
             "tokens": measured.counts.tolist(),
         }
-    summary["validation_loss"] = None
     if validation is not None:
         measured = losses.example_losses(ctx, params, validation)
-        summary["validation_loss"] = losses.require_finite(measured, validation, name).mean
+        losses.require_finite(measured, validation, summary["name"])
+        summary["validation_loss"] = measured.mean
         if by_source := measured.by_source(validation):
             summary["validation_sources"] = by_source
 
-    # -------------------------------------------------------------- tasks
+
+def _run_tasks(
+    ctx: RunContext,
+    result: Json,
+    params: Tree,
+    generate: TextGenerator | None,
+    tasks: Sequence[Task],
+) -> None:
+    """Add the results of a model on tasks to its results."""
+    config, summary = ctx.config, result["summary"]
     eval_model = models.make_eval_model(
-        config, ctx.model, params, ctx.tokenizer, ctx.mesh, name=name, generate=generate
+        config, ctx.model, params, ctx.tokenizer, ctx.mesh, name=summary["name"], generate=generate
     )
-    for task in config.evaluation.tasks:
+    for task in tasks:
         task_summary, items = harness.run(
-            task, eval_model, config.data, test=test, seed=config.seed
+            task, eval_model, config.data, test=ctx.splits.get("test"), seed=config.seed
         )
         result_kind = TASK_KINDS[task.kind].result
         if result_kind == "outputs":
             # AlpacaEval's files name the model that wrote each answer
-            signed = [{**item, "generator": f"{config.name}/{name}"} for item in items]
-            write_json(ctx.layout.outputs(task.name, name), signed)
-        elif result_kind == "perplexity":
-            texts[task.name], text_items[task.name] = task_summary, items
+            signed = [{**item, "generator": f"{config.name}/{summary['name']}"} for item in items]
+            write_json(ctx.layout.outputs(task.name, summary["name"]), signed)
         else:
-            tasks[task.name], task_items[task.name] = task_summary, items
-    summary |= {"tasks": tasks, "texts": texts}
-    return {"summary": summary, **result, "tasks": task_items, "texts": text_items}
+            group = "texts" if result_kind == "perplexity" else "tasks"
+            summary[group][task.name], result[group][task.name] = task_summary, items
 
 
 def _log_summary(ctx: RunContext, summary: Json) -> None:
