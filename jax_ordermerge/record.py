@@ -8,11 +8,13 @@ command that reads a run compares it with this record, which the stages wrote wh
 import functools
 import operator
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_ordermerge import config as schema
 from jax_ordermerge import layout as layouts
-from jax_ordermerge.config import Config
+from jax_ordermerge.checkpoint.model_digest import model_digest
+from jax_ordermerge.config import Config, Model
 from jax_ordermerge.config.merge import merge_name
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json, RunLayout
@@ -100,8 +102,48 @@ def training_changes(stored: Json, config: Config) -> list[str]:
     return [text for key in READS["train"].fixed for text in _difference(key, before, config)]
 
 
-def refuse_edited_config(run: RunLayout) -> None:
+def base_digest(model: Model, base_dir: Path) -> str:
+    """Return the digest of a base, of whose files a run reads what `model.init` says."""
+    return model_digest(base_dir, with_tensors=model.init == "pretrained")
+
+
+def refuse_other_base(run: RunLayout, model: Model, digest: str) -> None:
+    """Refuse a base that is not the one that the members of a run were trained from.
+
+    Args:
+        run: layout of the run directory.
+        model: names the base.
+        digest: of its files now.
+
+    Raises:
+        UserError: it differs.
+    """
+    if run.stages.is_file() and Record(run).base_digest not in (None, digest):
+        raise UserError(
+            f"the base {model.base} changed since the training of {run.root} began;"
+            " restore its files, or train in another directory with --set output=DIRECTORY"
+        )
+
+
+def stored_config(run: RunLayout) -> Config | None:
+    """Return the config that a run directory holds, None where it holds none.
+
+    Raises:
+        UserError: it was edited and contradicts the results of the run.
+    """
+    if not run.is_run:
+        return None
+    stored = schema.load_config(run.config)
+    Record(run).refuse_edited_config(stored)
+    return stored
+
+
+def refuse_edited_config(run: RunLayout, *, also_repeated: bool = False) -> None:
     """Refuse to read a run whose config.yaml does not say what its results rest on.
+
+    Args:
+        run: layout of the run directory.
+        also_repeated: refuse settings with which a stage would be done again, too.
 
     Raises:
         UserError: the keys that differ, with both values.
@@ -109,7 +151,19 @@ def refuse_edited_config(run: RunLayout) -> None:
     # a directory of an earlier version has no record, and its config may not be complete
     if run.stages.is_file():
         stored = schema.load_config(run.config)
-        Record(run).refuse_edited_config(stored, also_repeated=True)
+        Record(run).refuse_edited_config(stored, also_repeated=also_repeated)
+
+
+def refuse_model_of_edited_run(model: str | Path) -> None:
+    """Refuse a model in a run directory, RUN/member_0 or RUN/merged/NAME, as the run is refused.
+
+    Raises:
+        UserError: see `refuse_edited_config`.
+    """
+    # of other names, as those of a hub, the parents hold no run
+    for directory in list(Path(model).absolute().parents)[:2]:
+        if RunLayout(directory).is_run:
+            refuse_edited_config(RunLayout(directory))
 
 
 class Record:
@@ -138,8 +192,9 @@ class Record:
                 stage: {"settings": settings(stage, stored), "complete": True} for stage in READS
             }
 
+    @property
     def base_digest(self) -> str | None:
-        """Return the digest of the base that the members were trained from, None if not known."""
+        """Digest of the base that the members were trained from, None where it is not known."""
         return self._stages.get("train", {}).get("base")
 
     # ------------------------------------------------------------------------------ comparing
@@ -163,26 +218,16 @@ class Record:
             )
 
     def refuse_edited_config(self, stored: Config, *, also_repeated: bool = False) -> None:
-        """Refuse a run whose config.yaml does not say what its results rest on.
-
-        Args:
-            stored: what config.yaml says.
-            also_repeated: refuse settings with which a stage would be done again, too. A reader of
-                results cannot do so.
-
-        Raises:
-            UserError: the keys that differ, with both values.
-        """
+        """See the function `refuse_edited_config`; `stored` is what config.yaml says."""
         fixed, items = self._changes(stored)
-        if changes := fixed + items:
+        remedy = "restore it"
+        if not (changes := fixed + items) and also_repeated:
+            changes = self._repeated_changes(stored)
+            remedy += f", or let ordermerge run {self._run.root} compute that"
+        if changes:
             raise UserError(
                 f"{self._run.config} was changed after the run had read it"
-                f" ({'; '.join(changes)}); restore it"
-            )
-        if also_repeated and (changes := self._repeated_changes(stored)):
-            raise UserError(
-                f"{self._run.config} was changed after the run had read it"
-                f" ({'; '.join(changes)}); restore it, or run ordermerge run {self._run.root}"
+                f" ({'; '.join(changes)}); {remedy}"
             )
 
     def is_current(self, stage: str, config: Config) -> bool:
@@ -192,25 +237,26 @@ class Record:
             stage, config
         )
 
-    def extended(self, config: Config) -> Config:
-        """Return a config that lists all results of the run: those of before, then new ones.
+    def extended(self, config: Config) -> tuple[Config, list[str]]:
+        """Return a config that lists all results of the run, and the keys of those that it did not.
+
+        Results of before come first, in their order.
 
         Raises:
-            UserError: it contradicts results of the run.
+            UserError: the config contradicts results of the run.
         """
         self.refuse_changes(config)
-        raw, changed = schema.to_dict(config), False
+        raw, kept = schema.to_dict(config), list[str]()
         for key in _RESULTS:
             listed, items = _items(config, key), dict[str, Any]()
             for stage in self._stages:
                 items |= _items(self._recorded(stage), key) if key in READS[stage].items else {}
-            if items.keys() <= listed.keys():
-                continue
-            changed = True
-            section, name = key.split(".")
-            values = [*(items | listed).values()]
-            raw[section][name] = values if isinstance(raw[section][name], list) else values[0]
-        return schema.make_config(raw, str(self._run.config)) if changed else config
+            if unlisted := [name for name in items if name not in listed]:
+                kept += unlisted
+                section, name = key.split(".")
+                values = [*(items | listed).values()]
+                raw[section][name] = values if isinstance(raw[section][name], list) else values[0]
+        return (schema.make_config(raw, str(self._run.config)) if kept else config), kept
 
     def _changes(self, config: Config) -> tuple[list[str], list[str]]:
         """Return what contradicts the record: fixed settings, and items under the same name."""

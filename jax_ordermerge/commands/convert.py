@@ -15,6 +15,7 @@ from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import CONFIG, RunLayout
 from jax_ordermerge.merge.sources import peft_files
+from jax_ordermerge.record import base_digest, refuse_model_of_edited_run, refuse_other_base
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import Tree
 
@@ -126,6 +127,7 @@ def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
         params = orbax.restore(source, step, abstract)["params"]
         tokenizer_dir = sidecar_files.tokenizer_in_checkpoint(source)
         return LoadedModel(config, params, dtype, tokenizer_dir)
+    refuse_model_of_edited_run(source)
     directory = convert.resolve(str(source))
     # config.json may name another dtype than the files have; the tensors decide
     reader = Reader(directory)
@@ -144,6 +146,7 @@ def _open_member(run_dir: Path, member: int | None) -> tuple[Config, int, Path, 
     if not 0 <= member < count:
         raise UserError(f"--member {member}: the run has members 0 to {count - 1}")
     base_dir = convert.resolve(run.model.base)
+    refuse_other_base(RunLayout(run_dir), run.model, base_digest(run.model, base_dir))
     return run, member, base_dir, convert.load_config(base_dir, run.model.ignore_config_keys)
 
 

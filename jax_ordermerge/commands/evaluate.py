@@ -17,6 +17,7 @@ from jax_ordermerge.evaluate.eval_model import EvalModel, NotFiniteError
 from jax_ordermerge.experiment import models
 from jax_ordermerge.experiment.context import Log, start_devices
 from jax_ordermerge.layout import Json, RunLayout, write_json
+from jax_ordermerge.record import refuse_model_of_edited_run
 
 
 class HarnessOptions(NamedTuple):
@@ -214,6 +215,7 @@ def load_model(config: Config) -> EvalModel:
     """Start the processes, build the mesh and load the model `model.base` onto it."""
     start_devices(config)  # sets the number of CPU devices: nothing may use jax before
     mesh = meshes.make_mesh(**config.mesh.model_dump())
+    refuse_model_of_edited_run(config.model.base)
     directory = convert.resolve(config.model.base)
     tokenizer = tokenizers.load_tokenizer(directory)
     model, params = convert.load_params(

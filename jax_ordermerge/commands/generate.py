@@ -11,6 +11,7 @@ from jax_ordermerge.evaluate.eval_model import NotFiniteError, encode
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.sampling import Sampling
 from jax_ordermerge.layout import Json
+from jax_ordermerge.record import refuse_model_of_edited_run
 
 _BATCH = 8  # prompts per program; a caller with thousands uses `ordermerge evaluate`
 
@@ -91,6 +92,7 @@ def complete(
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
+    refuse_model_of_edited_run(model)
     directory = convert.resolve(model)
     tokenizer = tokenizers.load_tokenizer(directory)
     # float32 in memory, whatever the files have; `dtype` is that of the products alone

@@ -12,6 +12,7 @@ from jax_ordermerge.commands import tables
 from jax_ordermerge.layout import Json
 from jax_ordermerge.merge.sources import references
 from jax_ordermerge.merge.sources.storage import Source
+from jax_ordermerge.record import refuse_model_of_edited_run
 
 
 def inspect_model(model: str, *, stats: bool, as_json: bool) -> str:
@@ -55,6 +56,7 @@ class _Model:
 def _open(name: str) -> safetensors.Tensors:
     """Open a model by any name that `merge` takes, or a safetensors file."""
     path = Path(name).expanduser()
+    refuse_model_of_edited_run(path)
     # Read as files where there are any: tensors that no architecture has are listed, too.
     if path.is_file() or any(path.glob("*.safetensors")):
         return safetensors.Reader(path)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge import processes
+from jax_ordermerge import processes, record
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Config
@@ -23,12 +23,10 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
-from jax_ordermerge.experiment.base_digest import base_digest
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.experiment.splits import check_same_data
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.sources.references import read_prompt_format
-from jax_ordermerge.record import Record, training_changes
 from jax_ordermerge.train import trackers
 from jax_ordermerge.train.spec import TrainingSpec
 
@@ -83,7 +81,7 @@ class RunContext:
     @functools.cached_property
     def base_digest(self) -> str:
         """Digest of the base model."""
-        return base_digest(self.config, self.base_dir)
+        return record.base_digest(self.config.model, self.base_dir)
 
 
 class Stage(NamedTuple):
@@ -122,16 +120,12 @@ def _check_same_training(ctx: RunContext) -> None:
     for checkpoints in (run.checkpoints, *run.wave_checkpoints()):
         step = orbax.latest(checkpoints)
         stored = {} if step is None else orbax.metadata(checkpoints, step).get("settings", {})
-        if changes := training_changes(stored, ctx.config):
+        if changes := record.training_changes(stored, ctx.config):
             raise UserError(
                 f"checkpoint {step} in {checkpoints.parent} is of another training"
                 f" ({'; '.join(changes)}); restore the config, or choose another output directory"
             )
-    if Record(run).base_digest() not in (None, ctx.base_digest):
-        raise UserError(
-            f"the base {ctx.config.model.base} changed since the training of {run.root} began;"
-            " restore its files, or train in another directory with --set output=DIRECTORY"
-        )
+    record.refuse_other_base(run, ctx.config.model, ctx.base_digest)
 
 
 def load_context(

@@ -24,10 +24,10 @@ from jax_ordermerge.experiment.context import (
 )
 from jax_ordermerge.experiment.dpo_reference import add_reference_logprobs
 from jax_ordermerge.experiment.remote_run import BucketCopy, local_run
-from jax_ordermerge.experiment.run_config import read_stored, write_config
+from jax_ordermerge.experiment.run_config import write_config
 from jax_ordermerge.experiment.stages import analyze, evaluate, merge, report, train
 from jax_ordermerge.layout import RunLayout, SearchLayout
-from jax_ordermerge.record import Record, difference
+from jax_ordermerge.record import Record, difference, stored_config
 from jax_ordermerge.report import run_report
 
 STAGES = (train.STAGE, merge.STAGE, analyze.STAGE, evaluate.STAGE, report.STAGE)
@@ -65,6 +65,8 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
             location = f"{location}/{layout.report_html.name}"
         # decided before anything is loaded, so that a complete run costs a look at some files
         todo = _plan(local, stages)
+        if todo.kept:
+            log(f"the run keeps what this config does not list: {', '.join(todo.kept)}")
         if not todo.stages and not todo.config_changes:
             log(f"everything is done: {location}")
             return layout.root
@@ -93,11 +95,13 @@ class _Todo(NamedTuple):
         config: that was given, and what the run has already.
         stages: names of the stages that are not complete with it.
         config_changes: how it differs from the config of the run.
+        kept: merges, tasks and controls that the run has and the given config does not list.
     """
 
     config: Config
     stages: list[str]
     config_changes: list[str]
+    kept: list[str]
 
 
 def _plan(config: Config, stages: Sequence[Stage]) -> _Todo:
@@ -107,15 +111,15 @@ def _plan(config: Config, stages: Sequence[Stage]) -> _Todo:
         UserError: they contradict each other.
     """
     layout = RunLayout(config.directory)
-    record, stored = Record(layout), read_stored(layout)
-    extended = record.extended(config)
+    record, stored = Record(layout), stored_config(layout)
+    extended, kept = record.extended(config)
     missing = [
         stage.name
         for stage in stages
         if not (record.is_current(stage.name, extended) and stage.is_complete(extended))
     ]
     changes = [] if stored is None else difference(*map(schema.fixed_settings, (stored, extended)))
-    return _Todo(extended, missing, changes)
+    return _Todo(extended, missing, changes, kept)
 
 
 def _check_unlocked(config: Config, log: Log) -> None:
@@ -228,7 +232,7 @@ def write_report(config: Config) -> str:
         UserError: the config is not that of the run, which a report cannot change.
     """
     with local_run(config, lambda message: None) as (local, copy):
-        stored = read_stored(RunLayout(local.directory))
+        stored = stored_config(RunLayout(local.directory))
         changes = [] if stored is None else difference(*map(schema.fixed_settings, (stored, local)))
         if changes:
             raise UserError(

@@ -11,7 +11,7 @@ from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import RunLayout, member_name
-from jax_ordermerge.record import Record
+from jax_ordermerge.record import stored_config
 
 
 def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -36,21 +36,8 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"{path} is not a run directory (it has no {layout.CONFIG});"
             " give a config file or a run directory"
         )
-    read_stored(run)
+    stored_config(run)
     return schema.load_config(run.config, [*overrides, f"output={path}"])
-
-
-def read_stored(run: RunLayout) -> Config | None:
-    """Return the config that a run directory holds, None where it holds none.
-
-    Raises:
-        UserError: it was edited, and contradicts the results of the run.
-    """
-    if not run.is_run:
-        return None
-    stored = schema.load_config(run.config)
-    Record(run).refuse_edited_config(stored)
-    return stored
 
 
 def model_names(config: Config) -> dict[str, str]:

@@ -137,7 +137,7 @@ def _refuse_living(run: RunLayout, holder: Holder, log: Log) -> None:
     log(f"{run.root}: waiting up to {PATIENCE:.0f} s for a sign of life of {holder}")
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        time.sleep(min(1.0, PATIENCE))
+        time.sleep(min(1.0, PATIENCE / 10))
         now = _read(run.lock)
         if now is None:
             return

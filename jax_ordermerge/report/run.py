@@ -118,7 +118,7 @@ def read_run(directory: str | Path) -> Run:
             f"{directory} is not a run directory (it has no config.yaml); "
             "give the output directory of a run"
         )
-    refuse_edited_config(layout)
+    refuse_edited_config(layout, also_repeated=True)
     evaluations = parsed(read_json, layout.evaluations)
     # The summary names the models. Other files in the directory are of an evaluation that did
     # not end.

@@ -10,7 +10,6 @@ from jax_ordermerge.config import load_config
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import dpo_reference, losses, pipeline
-from jax_ordermerge.experiment.base_digest import base_digest
 from jax_ordermerge.train import loop
 from tests.experiment import tiny
 
@@ -72,16 +71,6 @@ def test_a_reference_is_measured_once(pairs, tmp_path):
             match="was measured on other pairs or with another base; restore them, or choose another",
         ):
             dpo_reference.with_reference(examples, file, of, measured)
-
-
-def test_a_base_is_known_by_its_tensors(tmp_path):
-    config = load_config(make_config(tmp_path))
-    first, same, different = (
-        tiny.make_base(tmp_path / name, seed)
-        for name, seed in (("one", 0), ("same", 0), ("other", 1))
-    )
-    digests = [base_digest(config, base) for base in (first, same, different)]
-    assert digests[0] == digests[1] != digests[2]
 
 
 def test_choices(pairs):

@@ -127,7 +127,7 @@ def test_prompts_of_ones_own_are_put_in_the_template(folder, tmp_path):
     ("overrides", "message"),
     [
         (
-            ["data.test=null", "data.validation_examples=0"],
+            ["data.test=null", "data.validation_examples=0", "evaluation.tasks=[]"],
             "there are no prompts: give samples.prompts",
         ),
         (["samples.max_new_tokens=30"], "samples.max_new_tokens = 30 exceed the context of 32"),

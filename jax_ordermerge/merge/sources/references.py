@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from jax.typing import DTypeLike
 
+from jax_ordermerge import record
 from jax_ordermerge.checkpoint import convert, orbax, remote
 from jax_ordermerge.config import Lora, Model
 from jax_ordermerge.config.section import parse
@@ -86,6 +87,7 @@ def _open_base(name: str, resolve: Resolve) -> Source:
             f"model {name}: a revision (@) is not offered; download it and give the directory"
         )
     path = path if in_bucket else resolve(name)
+    record.refuse_model_of_edited_run(path)
     layout = RunLayout(path)
     if layout.is_run and layout.checkpoints.is_dir():
         raise UserError(f"{name} is a run; name one of its members, as in {name}/member_0")
@@ -101,6 +103,7 @@ def _open_base(name: str, resolve: Resolve) -> Source:
 
 def _open_member(layout: RunLayout, number: int, label: str) -> Source:
     """Open a member of a run whose training is complete."""
+    record.refuse_edited_config(layout)
     checkpoints = _member_checkpoints(layout, number)
     final = storage.final_checkpoint(checkpoints, label)
     if number not in final.members:
@@ -113,6 +116,7 @@ def _open_member(layout: RunLayout, number: int, label: str) -> Source:
     sections = yaml.safe_load(layout.config.read_text()) or {}
     model = parse(Model, sections.get("model") or {}, f"{layout.config}: model")
     base = convert.resolve(model.base)
+    record.refuse_other_base(layout, model, record.base_digest(model, base))
     if sections.get("lora") is not None:
         settings = parse(Lora, sections["lora"], f"{layout.config}: lora")
         base_model = storage.Directory(base, ignore=model.ignore_config_keys)

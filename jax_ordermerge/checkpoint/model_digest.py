@@ -1,4 +1,4 @@
-"""A digest of the base model, by which a run notices that its files were exchanged."""
+"""A digest of a model, by which a run notices that the files of its base were exchanged."""
 
 import hashlib
 import json
@@ -7,23 +7,24 @@ from pathlib import Path
 import numpy as np
 
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.config import Config
 
 _DIGESTED = 2**15  # elements of each tensor that enter the digest
 
 
-def base_digest(config: Config, base_dir: Path) -> str:
-    """Return a SHA-256 of a base: its config, and name, shape, dtype and head of every tensor.
+def model_digest(directory: Path, *, with_tensors: bool = True) -> str:
+    """Return a SHA-256 of a model: its config, and name, shape, dtype and head of every tensor.
 
-    Two bases are told apart by the first elements of their tensors. All bytes would be safer, but
+    Two models are told apart by the first elements of their tensors. All bytes would be safer, but
     every start of a run would read hundreds of gigabytes.
+
+    Args:
+        directory: a Hugging Face directory.
+        with_tensors: whether the tensors count; of a base that is drawn at random none is read.
     """
-    architecture = json.loads((base_dir / "config.json").read_text())
-    head = json.dumps([architecture, config.model.init, config.seed], sort_keys=True)
-    digest = hashlib.sha256(head.encode())
-    # of a random base no tensor is read, and there need be none
-    if config.model.init == "pretrained":
-        reader = Reader(base_dir)
+    architecture = json.loads((directory / "config.json").read_text())
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    if with_tensors:
+        reader = Reader(directory)
         for name in sorted(reader.names):
             info = reader.info(name)
             # whole rows from the start of a tensor are one contiguous read per file
