@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.errors import UserError
 
 Json = dict[str, Any]  # a JSON object
 
@@ -290,8 +291,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the parsed file, or None where it is absent."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    """Return the parsed file, or None where it is absent.
+
+    Raises:
+        UserError: it is not valid JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); restore it, or remove it and run its stage again"
+        ) from error
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -314,18 +326,39 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file, [] where it is absent. A last line without its end is left out.
 
+    Raises:
+        UserError: a line is not valid JSON.
+
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "a.jsonl"
         >>> append_jsonl(file, {"step": 1})
         >>> _ = file.write_text(file.read_text() + '{"step": ')
-        >>> read_jsonl(file)
-        [{'step': 1}]
+        >>> read_jsonl(file), is_cut_off(file)
+        ([{'step': 1}], True)
     """
     # Lines end in "\n" only when they are complete, so an unfinished last line is told from a whole
-    # one without parsing it.
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # one without parsing it. Not `splitlines`, which also ends lines at characters inside of texts.
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"{path}: line {number} is not valid JSON ({error}); remove this line, the others"
+                " are good"
+            ) from error
+    return rows
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether the last line of a file has no end: the process or machine that wrote it was lost."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, io.SEEK_END)
+        return file.read() != b"\n"
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

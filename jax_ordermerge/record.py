@@ -179,13 +179,7 @@ class Record:
 
     def __init__(self, run: RunLayout) -> None:
         self._run = run
-        try:
-            self._stages: Json = layouts.read_json(run.stages) or {}
-        except ValueError as error:
-            raise UserError(
-                f"{run.stages} is damaged ({error}); restore it, or remove it to believe"
-                f" {run.config.name} as it is"
-            ) from error
+        self._stages: Json = layouts.read_json(run.stages) or {}
         if not self._stages and run.is_run:
             stored = schema.load_config(run.config)
             self._stages = {

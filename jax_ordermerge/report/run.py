@@ -1,22 +1,18 @@
 """The contents of a run directory, as the pages read it."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import yaml
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json, RunLayout, read_json, read_jsonl
+from jax_ordermerge.layout import Json, RunLayout, is_cut_off, read_json, read_jsonl
 from jax_ordermerge.record import refuse_edited_config
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import Comparison, compare
 from jax_ordermerge.report.document import Paragraph
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,28 +115,35 @@ def read_run(directory: str | Path) -> Run:
             "give the output directory of a run"
         )
     refuse_edited_config(layout, also_repeated=True)
-    evaluations = parsed(read_json, layout.evaluations)
+    state = read_json(layout.training_state)
+    # of a training that goes on, a line may be half written at this moment
+    if state and is_cut_off(layout.training_log):
+        raise UserError(
+            f"{layout.training_log} ends within a line; ordermerge train {layout.root} writes it"
+            " again from the checkpoint"
+        )
+    evaluations = read_json(layout.evaluations)
     # The summary names the models. Other files in the directory are of an evaluation that did
     # not end.
     names = [model["name"] for model in evaluations["models"]] if evaluations else []
-    items = {name: parsed(read_json, layout.evaluation(name)) for name in names}
+    items = {name: read_json(layout.evaluation(name)) for name in names}
     return Run(
         layout=layout,
         # As plain data, not by the schema: a page needs few keys, and reads a part of a config,
         # too.
         config=yaml.safe_load(layout.config.read_text()) or {},
-        data=parsed(read_json, layout.data),
-        digests=parsed(read_json, layout.order_digests),
-        training_log=parsed(read_jsonl, layout.training_log),
-        generated_samples=parsed(read_jsonl, layout.generated_samples),
-        state=parsed(read_json, layout.training_state),
-        analysis=parsed(read_json, layout.analysis),
-        merge=parsed(read_json, layout.merges),
+        data=read_json(layout.data),
+        digests=read_json(layout.order_digests),
+        training_log=read_jsonl(layout.training_log),
+        generated_samples=read_jsonl(layout.generated_samples),
+        state=state,
+        analysis=read_json(layout.analysis),
+        merge=read_json(layout.merges),
         evaluations=evaluations,
         # a model without its items is shown, but not compared
         items={name: results for name, results in items.items() if results},
-        controls=parsed(read_json, layout.controls),
-        search=parsed(read_json, layout.search.results),
+        controls=read_json(layout.controls),
+        search=read_json(layout.search.results),
     )
 
 
@@ -195,14 +198,3 @@ def percentages(models: Sequence[Json], task: str) -> list[float]:
     return [
         100 * model["tasks"][task]["accuracy"] for model in models if task in model.get("tasks", {})
     ]
-
-
-def parsed(read: Callable[[Path], T], path: Path) -> T:
-    """Return `read(path)`, with one clear line where the file is not valid JSON."""
-    try:
-        return read(path)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error.msg}, line {error.lineno}); "
-            "remove it and run the stage again"
-        ) from error

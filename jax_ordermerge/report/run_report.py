@@ -6,7 +6,7 @@ from jax_ordermerge.layout import SearchLayout, read_json
 from jax_ordermerge.report import document, findings
 from jax_ordermerge.report.chapters import imbalance, merges, models, provenance
 from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph
-from jax_ordermerge.report.run import Run, parsed, read_run
+from jax_ordermerge.report.run import Run, read_run
 
 
 def write(run_directory: str | Path) -> Path:
@@ -35,7 +35,7 @@ def write_search(run_directory: Path, directory: Path) -> Path:
     """
     run, layout = read_run(run_directory), SearchLayout(directory)
     # the same chapter as in the report, for a search that was started by itself
-    blocks = merges.search(parsed(read_json, layout.results), run.loss_unit)
+    blocks = merges.search(read_json(layout.results), run.loss_unit)
     document.publish(layout.page, f"Search for a merge: {run.name}", blocks, pictures=".")
     return layout.page
 

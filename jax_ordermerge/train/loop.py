@@ -166,7 +166,9 @@ class Training:
             # Rows may be there of steps after the checkpoint, whose weights were lost with the
             # process. Those steps are taken again.
             for path in (layout.training_log, layout.generated_samples):
-                recorder.truncate_rows(path, start or 0)
+                last = self.recorder.last_rows.get(path.name)
+                if recorder.restore_rows(path, start or 0, last):
+                    self.watch.log(f"{path} ended within a line; repaired up to step {start or 0}")
             self._describe_members()
 
             # ---------------------------------------------------------------- the steps
@@ -248,11 +250,11 @@ class Training:
                 if self.sample and due.sample:
                     answers = self.sample(programs.weights(state), frozen)
                     row = {"step": done, "members": list(plan.members), **answers}
-                    layouts.append_jsonl(self.layout.generated_samples, row)
+                    record.append(self.layout.generated_samples, row)
                     clock.skip()  # generation is no part of the speed of training
                 if due.log or due.validate:
                     row = record.next_row(done, float(fetched.learning_rate[0]))
-                    layouts.append_jsonl(self.layout.training_log, row)
+                    record.append(self.layout.training_log, row)
                     for watcher in watchers:  # the last one may end the training
                         watcher.metrics(row)
                 # last, so that the recorder in the checkpoint knows of the row above

@@ -135,6 +135,7 @@ class Recorder:
             and member.
         recent: losses of the members at the last steps, which a spike is measured against.
         totals: see `Totals`.
+        last_rows: the last row of each log, by the name of its file.
         peak_flops: FLOP/s of all devices together; None where the device is not in the table.
     """
 
@@ -152,6 +153,7 @@ class Recorder:
         self._plan, self._model = plan, model
         self._last = Totals()  # at the last row
         self._validation: dict[str, list[float]] = {}  # measured since the last row
+        self.last_rows: dict[str, Json] = {}
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Record the metrics of a step, fetched to the host, with a leading `M`.
@@ -279,6 +281,11 @@ class Recorder:
             "seconds": self.totals.seconds,
         }
 
+    def append(self, log: Path, row: Json) -> None:
+        """Append a row to a log."""
+        layouts.append_jsonl(log, row)
+        self.last_rows[log.name] = row
+
     # ------------------------------------------------------------------------------ checkpoints
 
     def to_metadata(self) -> Json:
@@ -291,6 +298,7 @@ class Recorder:
             "recent": list(self.recent),
             "totals": dataclasses.asdict(self.totals),
             "last": dataclasses.asdict(self._last),
+            "last_rows": dict(self.last_rows),
         }
 
     def restore(self, losses: np.ndarray, state: Json) -> None:
@@ -299,17 +307,33 @@ class Recorder:
         self.window = list(state["window"])
         self.recent.extend(state["recent"])
         self.totals, self._last = Totals(**state["totals"]), Totals(**state["last"])
+        # checkpoints of an earlier version have no rows
+        self.last_rows = dict(state.get("last_rows", {}))
 
 
 # ---------------------------------------------------------------------------------- files
 
 
-def truncate_rows(path: Path, step: int) -> None:
-    """Keep the rows up to a step: what came after it was lost and is trained again."""
+def restore_rows(path: Path, step: int, last: Json | None) -> bool:
+    """Bring a log to what it was after a step: what came later was lost and is trained again.
+
+    Args:
+        path: of the log.
+        step: of the checkpoint; 0 where the training begins.
+        last: the last row until then, from the checkpoint. It is added where a lost machine cut it
+            off or had not written it; its step is not trained again.
+
+    Returns:
+        Whether the last line was cut off.
+    """
+    rows = [row for row in layouts.read_jsonl(path) if row["step"] <= step]
+    cut_off = layouts.is_cut_off(path)
+    if last is not None and all(row["step"] < last["step"] for row in rows):
+        rows.append(last)
     # no file where there was none: an empty one would look like a log without rows
-    if path.is_file():
-        rows = layouts.read_jsonl(path)
-        layouts.write_jsonl(path, [row for row in rows if row["step"] <= step])
+    if rows or path.is_file():
+        layouts.write_jsonl(path, rows)
+    return cut_off
 
 
 def save_orders(layout: RunLayout, plan: Plan) -> None:

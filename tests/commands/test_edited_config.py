@@ -73,5 +73,5 @@ def test_a_damaged_record_is_one_line(edited, tmp_path, capsys):
     (tmp_path / "run" / "stages.json").write_text('{"train": {')
     assert call("report", tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path}/run/stages.json is damaged (")
+    assert error.startswith(f"error: {tmp_path}/run/stages.json is not valid JSON (")
     assert error.count("\n") == 1

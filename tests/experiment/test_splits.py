@@ -109,7 +109,7 @@ def test_a_split_that_appears_is_named(trained, tmp_path):
 def test_a_benchmark_does_not_read_the_run_directory(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "copy")
     run = tmp_path / "copy" / "run"
-    (run / "data.json").write_text("{}x")
+    (run / "data.json").write_text('{"train": {"digest": "of other data", "examples": 1}}')
     lines = []
     pipeline.benchmark(read_config(run), steps=2, log=lines.append)
     assert lines

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from jax_ordermerge import layout as layouts
 from jax_ordermerge.arch import tensor_table
 from jax_ordermerge.config import Config
 from jax_ordermerge.experiment import models, sample_generations, splits, waves
@@ -56,8 +57,12 @@ def run(ctx: RunContext) -> None:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the training has ended: its totals are the last file that it writes."""
-    return RunLayout(config.directory).training_state.is_file()
+    """Whether the training has ended, and its logs are whole."""
+    run = RunLayout(config.directory)
+    # the totals are the last file that it writes
+    return run.training_state.is_file() and not any(
+        layouts.is_cut_off(log) for log in (run.training_log, run.generated_samples)
+    )
 
 
 def benchmark(ctx: RunContext, steps: int, profile: Path | None) -> None:
