@@ -106,7 +106,8 @@ def open_run(
     Raises:
         UserError: the first input that does not fit. Nothing has been written.
     """
-    ctx = load_context(config, log, on_checkpoint)
+    recorded = read_prompt_format(RunLayout(config.directory))
+    ctx = load_context(config, log, on_checkpoint, recorded.date)
     # here and not in the stages: each of them trusts that base and samples are those of the members
     _check_same_training(ctx)
     check_same_data(ctx.layout, ctx.splits)
@@ -129,9 +130,18 @@ def _check_same_training(ctx: RunContext) -> None:
 
 
 def load_context(
-    config: Config, log: Log, on_checkpoint: Callable[[], None] | None = None
+    config: Config,
+    log: Log,
+    on_checkpoint: Callable[[], None] | None = None,
+    recorded_date: dt.date | None = None,
 ) -> RunContext:
     """Start the processes, build the mesh, read model and data, and check them against each other.
+
+    Args:
+        config: a resolved config.
+        log: receives one-line messages.
+        on_checkpoint: see `RunContext`.
+        recorded_date: what the chat template has printed as today's date so far.
 
     Raises:
         UserError: the first input that does not fit. Nothing has been written.
@@ -154,8 +164,7 @@ def load_context(
     preflight.check_model(config, base_dir, model)
     tokenizer = tokenizers.load_tokenizer(base_dir)
     # before anything is tokenized: the date is part of the tokens
-    recorded = read_prompt_format(RunLayout(config.directory))
-    date = dates.pin_date(tokenizer, config.data.date, recorded.date)
+    date = dates.pin_date(tokenizer, config.data.date, recorded_date)
     data = config.data
     if config.objective.kind == "dpo":
         # `format: auto` would read a file without rejected responses as plain responses
