@@ -18,6 +18,7 @@ from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, preference
 from jax_ordermerge.train import batches, fisher, loop, members, objective
 from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.orders import epoch_order
 
 NAMES = (
     "rewards/chosen",
@@ -215,7 +216,7 @@ def test_losses_are_stored_by_pair(trained, pairs):
     assert np.isfinite(losses).all()
     for step, line in enumerate(lines):
         for member in range(2):
-            rows = batches.epoch_order(spec, len(pairs), member, step // 3)[step % 3]
+            rows = epoch_order(spec, len(pairs), member, step // 3)[step % 3]
             assert line["loss"][member] == pytest.approx(
                 losses[member, step // 3, rows[rows >= 0]].mean(), rel=1e-5
             )

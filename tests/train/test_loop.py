@@ -13,9 +13,10 @@ from jax_ordermerge.data import order
 from jax_ordermerge.errors import Stopped, UserError
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.mesh import make_mesh
-from jax_ordermerge.train import batches, loop, members
+from jax_ordermerge.train import loop, members
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.optimizer import make_optimizer
+from jax_ordermerge.train.orders import epoch_order
 
 STEPS = 6  # 2 epochs of 3
 
@@ -321,9 +322,7 @@ def test_losses_are_stored_by_sample(trained, tiny_examples):
     counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
     for step, line in enumerate(trained.lines()):
         for member in range(2):
-            rows = batches.epoch_order(trained.spec, len(tiny_examples), member, step // 3)[
-                step % 3
-            ]
+            rows = epoch_order(trained.spec, len(tiny_examples), member, step // 3)[step % 3]
             rows = rows[rows >= 0]
             mean = (losses[member, step // 3, rows] * counts[rows]).sum() / counts[rows].sum()
             assert line["loss"][member] == pytest.approx(mean, rel=1e-5)
@@ -334,7 +333,7 @@ def test_orders_are_saved_by_sample_id(trained, tiny_examples):
     for member in range(2):
         with np.load(trained.file(f"orders/member_{member}.npz")) as saved:
             for epoch in range(2):
-                rows = batches.epoch_order(trained.spec, len(tiny_examples), member, epoch)
+                rows = epoch_order(trained.spec, len(tiny_examples), member, epoch)
                 np.testing.assert_array_equal(
                     saved[f"epoch_{epoch}"], np.where(rows < 0, -1, rows + 100)
                 )

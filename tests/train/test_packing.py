@@ -10,6 +10,7 @@ from jax_ordermerge.data import order, pack
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import batches, loop, members, objective
+from jax_ordermerge.train.orders import draw_orders, epoch_order
 
 ROW = 40  # tokens; examples have 4 to 23
 
@@ -62,9 +63,7 @@ def rows_of(epoch):
 
 def test_packs_are_the_same_rows_for_all_and_bins_follow_the_order(packed_spec, tiny_examples):
     packs, bins = (
-        batches.draw_orders(
-            packed_spec(kind, population={"members": 3}), tiny_examples.lengths, range(3)
-        )
+        draw_orders(packed_spec(kind, population={"members": 3}), tiny_examples.lengths, range(3))
         for kind in ("packs", "bins")
     )
     assert all(rows_of(epoch) == rows_of(packs[0, 0]) for epochs in packs for epoch in epochs)
@@ -72,7 +71,7 @@ def test_packs_are_the_same_rows_for_all_and_bins_follow_the_order(packed_spec, 
     for member in range(3):
         for epoch in range(2):
             spec = packed_spec("bins", population={"members": 3})
-            sequence = batches.epoch_order(spec, 21, member, epoch).reshape(-1)
+            sequence = epoch_order(spec, 21, member, epoch).reshape(-1)
             sequence = sequence[sequence >= 0]
             expected = sequence[pack.pack_in_order(tiny_examples.lengths[sequence], ROW)[:, 0]]
             rows = bins[member, epoch].reshape(-1, bins.shape[-1])
@@ -96,7 +95,7 @@ def test_orders_of_very_different_numbers_of_rows_are_refused(packed_spec):
         UserError,
         match=r"data.packing = bins: an epoch fills \d+ rows, too few for \d+ steps; set packs",
     ):
-        batches.draw_orders(spec, sizes, range(4))
+        draw_orders(spec, sizes, range(4))
 
 
 # ---------------------------------------------------------------------- gradients
@@ -212,7 +211,7 @@ def test_losses_and_orders_are_stored_by_sample(trained, tiny_examples):
     losses = trained.losses()
     assert np.isfinite(losses).all()
     counts = np.array([answers[1:].sum() for answers in tiny_examples.answers])
-    orders = batches.draw_orders(trained.spec, tiny_examples.lengths, range(2))
+    orders = draw_orders(trained.spec, tiny_examples.lengths, range(2))
     steps = orders.shape[2]
     for step, line in enumerate(trained.lines()):
         for member in range(2):

@@ -15,7 +15,7 @@ from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.experiment.run_config import model_names
 from jax_ordermerge.layout import RunLayout, read_npz, write_json, write_npz
 from jax_ordermerge.report import formatting
-from jax_ordermerge.train import batches
+from jax_ordermerge.train.orders import draw_orders
 
 
 def run(ctx: RunContext) -> None:
@@ -39,7 +39,7 @@ def run(ctx: RunContext) -> None:
         }
         write_npz(path, arrays)  # after each model, so that an interrupted stage continues
     # the orders are a pure function of the config, so they are drawn again instead of read
-    orders = batches.draw_orders(ctx.training, train.lengths, range(config.population.members))
+    orders = draw_orders(ctx.training, train.lengths, range(config.population.members))
     positions = [[order.positions(epoch, len(train)) for epoch in epochs] for epochs in orders]
     analysis = imbalance.analyze(
         np.stack([measured[name] for name, kind in kinds.items() if kind == "member"]),
