@@ -29,6 +29,7 @@ def test_every_command_that_it_names_has_help():
         "analyze",
         "compare",
         "convert",
+        "data",
         "diff",
         "doctor",
         "evaluate",

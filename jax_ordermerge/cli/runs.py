@@ -1,5 +1,6 @@
 """Commands about experiments and their runs."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,40 @@ def run(config: RunArgument, overrides: Overrides = None) -> None:
     Start with: ordermerge run configs/quickstart.yaml
     """
     run_through("report", config, overrides)
+
+
+@app.command()
+def data(
+    config: RunArgument,
+    *,
+    rows: Annotated[int, Option(min=0, help="Examples of each source to show.")] = 2,
+    row: Annotated[int | None, Option(metavar="ID", help="Show the example of this id.")] = None,
+    split: Annotated[str | None, Option(help="Show train, validation or test only.")] = None,
+    order: Annotated[
+        int | None, Option(metavar="MEMBER", help="Show what this member sees first.")
+    ] = None,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Show what would be trained on: counts, lengths, and examples with what is learned marked.
+
+    No device is used. What is learned is in colour on a terminal, else in [[brackets]].
+
+    ordermerge data configs/quickstart.yaml --rows 5
+    """
+    from jax_ordermerge.commands import data as command
+    from jax_ordermerge.data import preview, tokenizers
+
+    selection = command.Selection(rows, row, split, order)
+    with tokenizers.without_torch():
+        loaded = command.load(read_config(config, overrides))
+    if as_json:
+        text = command.describe_json(loaded, selection)
+    else:
+        text = command.describe(loaded, selection, preview.choose_marks(sys.stdout))
+    typer.echo(text, nl=False)
+    # last: what a run refuses can be looked at
+    command.check(loaded)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from jax_ordermerge.data import chat, example_cache, files, formats
 from jax_ordermerge.data.builder import ExampleBuilder
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.mixture import apply_weights, concatenate, set_aside
-from jax_ordermerge.data.provenance import SourceInfo
+from jax_ordermerge.data.provenance import SourceInfo, summarize_bad_rows
 from jax_ordermerge.data.unused import check_unused, read_columns, without_keys
 from jax_ordermerge.errors import UserError
 
@@ -234,6 +234,7 @@ def _tokenize_source(
         template=template,
         ignored=tuple(ignored),
         counts=counts,
+        bad_rows=summarize_bad_rows(bad, table.files),
         # numbers of rows, or of windows or answers where a row gave several
         id_count=max(len(rows), builder.number + 1, len(builder.ids)),
     )

@@ -1,7 +1,10 @@
 """The tokenizer of a base model, from its directory."""
 
+import contextlib
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +12,23 @@ from jax_ordermerge.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Let transformers be imported without torch, for which a tokenizer has no use.
+
+    Where torch is installed, the import of it takes two seconds. For processes that run no model of
+    transformers: it will not look for torch again.
+    """
+    if {"transformers", "torch"} & set(sys.modules):
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # its import fails
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":

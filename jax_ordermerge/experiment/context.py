@@ -23,7 +23,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
-from jax_ordermerge.experiment.specs import training_spec
+from jax_ordermerge.experiment.specs import data_settings, training_spec
 from jax_ordermerge.experiment.splits import check_same_data
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.sources.references import read_prompt_format
@@ -165,11 +165,7 @@ def load_context(
     tokenizer = tokenizers.load_tokenizer(base_dir)
     # before anything is tokenized: the date is part of the tokens
     date = dates.pin_date(tokenizer, config.data.date, recorded_date)
-    data = config.data
-    if config.objective.kind == "dpo":
-        # `format: auto` would read a file without rejected responses as plain responses
-        data = data.model_copy(update={"format": "preference"})
-    splits = source.load_splits(data, tokenizer, seed=config.seed)
+    splits = source.load_splits(data_settings(config), tokenizer, seed=config.seed)
     preflight.check_data(config, model, tokenizer, splits)
     # a file may differ between hosts under the same path: compare what was read
     digests = {f"data.{name}": examples.digest for name, examples in splits.items()}

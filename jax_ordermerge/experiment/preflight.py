@@ -18,7 +18,7 @@ from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import sample_generations
-from jax_ordermerge.experiment.splits import find_overlaps, refuse_overlaps
+from jax_ordermerge.experiment.splits import check_splits, find_overlaps, refuse_overlaps
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.model import lora
 from jax_ordermerge.search import search
@@ -71,28 +71,12 @@ def check_data(
     Raises:
         UserError: the first of these that does not fit.
     """
-    if splits["train"].rejected is not None and config.objective.kind != "dpo":
-        raise UserError(
-            f"data.train: {splits['train'].sources[0].name} holds preference pairs, objective.kind ="
-            " sft learns responses; set it to dpo"
-        )
-    if splits["train"].rejected is None and config.objective.kind == "dpo":
-        raise UserError(
-            f"data.train: {splits['train'].sources[0].name} has format"
-            f" {splits['train'].sources[0].format}, objective.kind = dpo learns preference pairs;"
-            " remove format"
-        )
+    check_splits(config, splits)
     # a token beyond the table would read the row of another token: gathers clamp on devices
     if len(tokenizer) > model.vocab_size:
         raise UserError(
             f"{config.model.base}: the tokenizer has {len(tokenizer)} tokens,"
             f" the model {model.vocab_size}"
-        )
-    if not config.data.allow_overlap:
-        refuse_overlaps(
-            find_overlaps(splits),
-            "a loss on learned examples is not held out; remove them from one of the files, or"
-            " set data.allow_overlap to true to count and report them",
         )
     for task in config.evaluation.tasks:
         # the evaluation would find out as well, after the training

@@ -9,6 +9,19 @@ from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train.spec import TrackingSpec, TrainingSpec
 
 
+def data_settings(config: Config) -> schema.Data:
+    """Return the section of the data with the format that the objective needs.
+
+    Example:
+        >>> data_settings(Config(objective={"kind": "dpo"})).format
+        'preference'
+    """
+    if config.objective.kind != "dpo":
+        return config.data
+    # `format: auto` would read a file without rejected responses as plain responses
+    return config.data.model_copy(update={"format": "preference"})
+
+
 def training_spec(config: Config) -> TrainingSpec:
     """Return what a training needs of a config.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json, RunLayout, read_json
@@ -84,6 +85,31 @@ def refuse_overlaps(overlaps: Iterable[Overlap], remedy: str) -> None:
     pairs = {frozenset((overlap.split, overlap.other)): str(overlap) for overlap in overlaps}
     if pairs:
         raise UserError(f"{'; '.join(pairs.values())}: {remedy}")
+
+
+def check_splits(config: Config, splits: Mapping[str, Examples]) -> None:
+    """Check the examples against the objective and against each other.
+
+    Raises:
+        UserError: pairs or no pairs for the wrong objective, or splits that share examples.
+    """
+    if splits["train"].rejected is not None and config.objective.kind != "dpo":
+        raise UserError(
+            f"data.train: {splits['train'].sources[0].name} holds preference pairs, objective.kind ="
+            " sft learns responses; set it to dpo"
+        )
+    if splits["train"].rejected is None and config.objective.kind == "dpo":
+        raise UserError(
+            f"data.train: {splits['train'].sources[0].name} has format"
+            f" {splits['train'].sources[0].format}, objective.kind = dpo learns preference pairs;"
+            " remove format"
+        )
+    if not config.data.allow_overlap:
+        refuse_overlaps(
+            find_overlaps(splits),
+            "a loss on learned examples is not held out; remove them from one of the files, or"
+            " set data.allow_overlap to true to count and report them",
+        )
 
 
 def describe(splits: Mapping[str, Examples]) -> dict[str, Json]:

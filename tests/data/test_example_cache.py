@@ -106,6 +106,7 @@ def filled():
         {"question": "problem"},
         ("id",),
         {"read": 2},
+        ("no text: 1 row",),
         3,
         9,
     )

@@ -2,12 +2,15 @@
 
 import functools
 import math
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from jax_ordermerge import layout as layouts
 from jax_ordermerge.arch import tensor_table
 from jax_ordermerge.config import Config
+from jax_ordermerge.data import preview
 from jax_ordermerge.experiment import models, sample_generations, splits, waves
 from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.layout import RunLayout, write_json
@@ -43,6 +46,10 @@ def run(ctx: RunContext) -> None:
             )
     for note in ctx.prompt_format.notes:
         ctx.log(f"  {note}")
+    example = preview.show_example(
+        ctx.splits["train"], 0, ctx.tokenizer, preview.choose_marks(sys.stdout), shorten=True
+    )
+    ctx.log(f"  the first example, what is learned is marked:\n{textwrap.indent(example, '    ')}")
     if config.lora is not None:
         adapter, dense = (
             sum(math.prod(spec.shape) for spec in table)
