@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jax_ordermerge import arch
-from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.arch import ModelConfig, Rope
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.merge.methods import table
@@ -18,13 +18,17 @@ from jax_ordermerge.merge.sources.storage import Source
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 # fields that a fine-tune may change; the merged model has those of the first model
-_MAY_DIFFER = {
-    "bos_token_id",
-    "eos_token_ids",
-    "pad_token_id",
-    "initializer_range",
+_MAY_DIFFER = {"bos_token_id", "eos_token_ids", "pad_token_id", "initializer_range"}
+# How the tensors are computed with: the merged model has those of the base, with a note. Versions of
+# one model differ in them (a longer context, another window), and their weights still belong
+# together.
+_OF_BASE = (
+    "rope",
     "max_position_embeddings",
-}
+    "rms_norm_eps",
+    "sliding_window",
+    "full_attention_layers",
+)
 
 
 class View(NamedTuple):
@@ -133,7 +137,7 @@ def uniform(
 
     Args:
         members: in the order that weights and random choices refer to. The merged model has config
-            and tokenizer of the first.
+            and tokenizer of the first, but positions, norms and windows of the base.
         base: may be None for methods that do not need it; there are no diagnostics then.
         method: name of the method.
         seed: of the methods that draw random numbers.
@@ -148,20 +152,15 @@ def uniform(
     """
     checked = table.check_parameters(method, parameters)
     table.refuse_data_dependent(method)
-    if not members:
-        raise UserError("nothing to merge: give the directories of the members")
-    if table.METHODS[method].needs_base(checked) and base is None:
-        condition = "with resample " if method == "selection" else ""
-        raise UserError(
-            f"merge method {method} {condition}needs the base model; give it with --base"
-        )
+    _check_sources(members, base, method, checked)
     checked_weights = table.check_weights(method, weights, len(members), checked)
     # The base is also there for methods that do not need it: diagnostics measure from it.
     sources = (*members, *([] if base is None else [base]))
-    for source in sources[1:]:
-        check_same(sources[0], source)
-    _check_distinct(members, base)
-    config, resolved_dtype = members[0].config, resolve_dtype(dtype, members)
+    lead = members[0] if base is None else base
+    resolved_dtype = resolve_dtype(dtype, members)
+    config = dataclasses.replace(
+        members[0].config, **{name: getattr(lead.config, name) for name in _OF_BASE}
+    )
     outputs = tuple(
         Output(
             name,
@@ -196,7 +195,23 @@ def uniform(
         resolved_dtype,
         recipe,
         tokenizer_from=tokenizer_from or members[0].directory,
+        notes=config_notes(lead, sources),
     )
+
+
+def _check_sources(
+    members: Sequence[Source], base: Source | None, method: str, parameters: Mapping[str, Any]
+) -> None:
+    if not members:
+        raise UserError("nothing to merge: give the directories of the members")
+    if table.METHODS[method].needs_base(parameters) and base is None:
+        condition = "with resample " if method == "selection" else ""
+        raise UserError(
+            f"merge method {method} {condition}needs the base model; give it with --base"
+        )
+    for source in (*members[1:], *([] if base is None else [base])):
+        check_same(members[0], source)
+    _check_distinct(members, base)
 
 
 def _check_distinct(members: Sequence[Source], base: Source | None) -> None:
@@ -227,11 +242,43 @@ def check_same(first: Source, second: Source, may_differ: Collection[str] = ()) 
     """
     for field in dataclasses.fields(ModelConfig):
         a, b = getattr(first.config, field.name), getattr(second.config, field.name)
-        if a != b and field.name not in {*_MAY_DIFFER, *may_differ}:
+        if a != b and field.name not in {*_MAY_DIFFER, *_OF_BASE, *may_differ}:
             raise UserError(
                 f"{first.label} and {second.label} are of different architectures: {field.name} is "
                 f"{a!r} and {b!r}; only equal ones can be merged"
             )
+
+
+def config_notes(
+    lead: Source, sources: Sequence[Source], skip: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Return a note on each value that the merged model has from one model and not from another.
+
+    Args:
+        lead: the model whose values are taken.
+        sources: all models.
+        skip: fields of `ModelConfig` that are taken otherwise.
+    """
+    notes = []
+    for source in sources:
+        for name in _OF_BASE:
+            value, taken = getattr(source.config, name), getattr(lead.config, name)
+            if value != taken and name not in skip:
+                pairs = [(name, value, taken)]
+                if name == "rope":
+                    pairs = _rope_differences(value, taken)
+                listed = ", ".join(f"{key} {a!r} and {b!r}" for key, a, b in pairs)
+                notes.append(
+                    f"{source.label} and {lead.label} differ: {listed}; the merged model has the"
+                    f" value of {lead.label}"
+                )
+    return tuple(notes)
+
+
+def _rope_differences(a: Rope, b: Rope) -> list[tuple[str, Any, Any]]:
+    form_a, form_b = ({"rope_theta": rope.theta, **rope.to_hf()} for rope in (a, b))
+    pairs = [(key, form_a.get(key), form_b.get(key)) for key in {**form_a, **form_b}]
+    return [(key, value_a, value_b) for key, value_a, value_b in pairs if value_a != value_b]
 
 
 def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype:

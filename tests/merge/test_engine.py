@@ -153,8 +153,9 @@ def test_members_are_rounded_to_the_dtype_of_the_output(tiny, models, tmp_path, 
 def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, tmp_path):
     base = models[1]
     member = exported[0][0]
-    changed = dataclasses.replace(tiny, rms_norm_eps=1e-5)
-    convert.export(base, changed, tmp_path / "eps", dtype="bfloat16")
+    changed = dataclasses.replace(tiny, tie_embeddings=True)
+    tied = {key: value for key, value in base.items() if key != "head"}
+    convert.export(tied, changed, tmp_path / "tied", dtype="bfloat16")
     short = tree.unflatten(
         {path: x[:1] if path.startswith("layers/") else x for path, x in tree.flatten(base).items()}
     )
@@ -163,9 +164,9 @@ def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, 
     )
     cases = [
         (
-            ([member, tmp_path / "eps"], None),
+            ([member, tmp_path / "tied"], None),
             {"method": "average"},
-            "different architectures: rms_norm_eps is 1e-06 and 1e-05",
+            "different architectures: tie_embeddings is False and True",
         ),
         (
             ([member, exported[0][1]], tmp_path / "short"),
@@ -200,7 +201,7 @@ def test_refusals_name_the_difference_and_leave_nothing(tiny, models, exported, 
     for sources, settings, message in cases:
         with pytest.raises(UserError, match=message):
             merge(*sources, tmp_path / "out", **settings)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["eps", "short"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["short", "tied"]
 
 
 def test_an_overflow_of_float16_is_refused(tiny, models, tmp_path):

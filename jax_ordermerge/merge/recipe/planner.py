@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import convert, sidecar_files
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.plan import Plan, check_same, resolve_dtype
+from jax_ordermerge.merge.plan import Plan, check_same, config_notes, resolve_dtype
 from jax_ordermerge.merge.recipe import rules, schema
 from jax_ordermerge.merge.recipe.evaluator import Evaluator, Input, LayerRange, MergedTensor
 from jax_ordermerge.merge.recipe.schema import Recipe, Reference
@@ -102,6 +102,9 @@ def plan_recipe(
     for part in layers:
         notes += evaluator.check_names(part, models.sources)
 
+    # of slices, each brings its layers with or without a window
+    skip = ["full_attention_layers"] if settings.module.slices else []
+    notes += config_notes(models.sources[models.base or 0], models.sources, skip)
     config = _merged_config(models, layers)
     outputs = tuple(evaluator.output(tensor) for tensor in _merged_tensors(config, layers))
 
@@ -264,6 +267,24 @@ def _layer_ranges(recipe: Recipe, models: _Models) -> list[LayerRange]:
     return layers
 
 
+def _full_attention_layers(
+    layers: Sequence[LayerRange], sources: Sequence[Source]
+) -> tuple[int, ...]:
+    """Return the layers of the merged model without a window: those made of such layers."""
+    # of the base of a slice, or of its first model
+    leads = (
+        (sources[entry.source].config, entry.start + index)
+        for part in layers
+        for entry in [part.inputs[part.base or 0]]
+        for index in range(part.length)
+    )
+    return tuple(
+        layer
+        for layer, (config, number) in enumerate(leads)
+        if number in config.full_attention_layers
+    )
+
+
 def _layer_range(
     inputs: Sequence[Input],
     base: int | None,
@@ -294,6 +315,7 @@ def _merged_config(models: _Models, layers: Sequence[LayerRange]) -> arch.ModelC
         # the base, or the first model where there is none; mergekit then takes a random one
         models.sources[models.base or 0].config,
         num_layers=sum(part.length for part in layers),
+        full_attention_layers=_full_attention_layers(layers, models.sources),
         # special tokens belong to the tokenizer
         bos_token_id=donor.bos_token_id,
         eos_token_ids=donor.eos_token_ids,
