@@ -36,6 +36,14 @@ Overrides = Annotated[
     ),
 ]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+IgnoreKeys = Annotated[
+    list[str] | None,
+    Option(
+        "--ignore-config-keys",
+        metavar="KEY,...",
+        help="Unknown keys of config.json that the model does not depend on.",
+    ),
+]
 Runs = Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")]
 Model = Annotated[str, Argument(metavar="MODEL", help="HF directory, hub name or embedded:NAME.")]
 
@@ -66,6 +74,11 @@ def refuse_options(context: typer.Context, mode: str, allowed: Collection[str] =
         if not is_option or name in allowed or source is None or source.name != "COMMANDLINE":
             continue
         raise UserError(f"{parameter.opts[0]} would be ignored: {mode}; leave it out")
+
+
+def split_keys(texts: list[str] | None) -> tuple[str, ...]:
+    """Return the keys of `--ignore-config-keys`, which may be repeated."""
+    return tuple(key for text in texts or () for key in text.split(",") if key)
 
 
 def run_through(stage: str, target: Path, overrides: list[str] | None) -> None:

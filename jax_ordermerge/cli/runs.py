@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from jax_ordermerge.cli.app import (
     AsJson,
+    IgnoreKeys,
     Overrides,
     RunArgument,
     Runs,
@@ -16,6 +17,7 @@ from jax_ordermerge.cli.app import (
     read_config,
     refuse_options,
     run_through,
+    split_keys,
 )
 from jax_ordermerge.errors import UserError
 
@@ -152,6 +154,7 @@ def evaluate(
     limit: Annotated[int | None, Option(min=1, help="With MODEL: items per task.")] = None,
     chat: Annotated[bool, Option("--chat", help="With --harness: use the chat template.")] = False,
     out: Annotated[Path | None, Option(help="With MODEL: directory of results and items.")] = None,
+    ignore_config_keys: IgnoreKeys = None,
 ) -> None:
     """Evaluate base, members and merges of a run on held-out data and tasks; or one model on tasks.
 
@@ -164,11 +167,12 @@ def evaluate(
     from jax_ordermerge.commands import evaluate as command
 
     harness_options = command.HarnessOptions(harness_include, shots, limit, chat)
-    command.check_options(target, config, harness, harness_options, out)
+    ignore = split_keys(ignore_config_keys)
+    command.check_options(target, config, harness, harness_options, out, ignore)
     if not command.is_model(target):
         run_through("evaluate", target, overrides)
         return
-    settings = command.model_config(str(target), config, overrides or ())
+    settings = command.model_config(str(target), config, overrides or (), ignore)
     if harness is None:
         command.evaluate_tasks(settings, out, typer.echo, limit)
     else:

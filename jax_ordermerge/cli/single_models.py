@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from jax_ordermerge.cli.app import AsJson, Model, Overrides, app, refuse_options, run_through
+from jax_ordermerge.cli.app import (
+    AsJson,
+    IgnoreKeys,
+    Model,
+    Overrides,
+    app,
+    refuse_options,
+    run_through,
+    split_keys,
+)
 from jax_ordermerge.errors import UserError
 
 
@@ -45,6 +54,7 @@ def merge(
     allow_nan: Annotated[
         bool, Option("--allow-nan", help="Merge NaN and infinities, and count them.")
     ] = False,
+    ignore_config_keys: IgnoreKeys = None,
     overrides: Overrides = None,
 ) -> None:
     """Merge the members of a run as its config says, or any checkpoints of one architecture.
@@ -75,8 +85,9 @@ def merge(
     write = functools.partial(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
     )
+    ignore = split_keys(ignore_config_keys)
     if kind == "recipe":
-        command.merge_recipe(sources[0], target, write)
+        command.merge_recipe(sources[0], target, write, ignore)
         return
     merge_plan = command.plan_models(
         sources,
@@ -86,6 +97,7 @@ def merge(
         weights=weights,
         seed=seed,
         dtype=dtype,
+        ignore=ignore,
     )
     command.carry_out(merge_plan, target, write)
 
@@ -95,6 +107,7 @@ def inspect(
     model: Model,
     stats: Annotated[bool, Option("--stats", help="Add range, mean, zeros and NaN.")] = False,
     as_json: AsJson = False,
+    ignore_config_keys: IgnoreKeys = None,
 ) -> None:
     """Print the table of a checkpoint's tensors.
 
@@ -102,7 +115,9 @@ def inspect(
     """
     from jax_ordermerge.commands import inspect as command
 
-    typer.echo(command.inspect_model(model, stats=stats, as_json=as_json), nl=False)
+    ignore = split_keys(ignore_config_keys)
+    text = command.inspect_model(model, stats=stats, as_json=as_json, ignore=ignore)
+    typer.echo(text, nl=False)
 
 
 @app.command()
@@ -111,11 +126,13 @@ def diff(
     b: Annotated[str, Argument(metavar="B", help="Likewise.")],
     base: Annotated[str | None, Option(help="Compare task vectors from it, too.")] = None,
     as_json: AsJson = False,
+    ignore_config_keys: IgnoreKeys = None,
 ) -> None:
     """Compare two checkpoints tensor by tensor. Exit code 0 if all bytes are equal, else 1."""
     from jax_ordermerge.commands import inspect as command
 
-    text, equal = command.compare_models(a, b, base=base, as_json=as_json)
+    ignore = split_keys(ignore_config_keys)
+    text, equal = command.compare_models(a, b, base=base, as_json=as_json, ignore=ignore)
     typer.echo(text, nl=False)
     raise typer.Exit(0 if equal else 1)  # as diff(1) does, for scripts
 
@@ -129,12 +146,15 @@ def convert(
     to: Annotated[str, Option(help="hf, orbax, or peft (adapter of a member).")] = "hf",
     member: Annotated[int | None, Option(help="Number of a member of a run, from 0.")] = None,
     dtype: Annotated[str | None, Option(help="That of the source by default.")] = None,
+    ignore_config_keys: IgnoreKeys = None,
 ) -> None:
     """Convert between Hugging Face directories and Orbax checkpoints, or export one member."""
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.commands import convert as command
 
-    command.convert_checkpoint(source, out, to=to, member=member, dtype=dtype)
+    command.convert_checkpoint(
+        source, out, to=to, member=member, dtype=dtype, ignore=split_keys(ignore_config_keys)
+    )
     typer.echo(f"wrote {remote.address(out) or out}")
 
 
@@ -158,6 +178,7 @@ def generate(
     top_k: Annotated[int | None, Option(help="Draw among so many likely tokens.")] = None,
     top_p: Annotated[float | None, Option(help="Draw within this probability.")] = None,
     seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
+    ignore_config_keys: IgnoreKeys = None,
 ) -> None:
     """Complete prompts with a model: greedily, or drawn by seed and number of the prompt."""
     import json
@@ -174,6 +195,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         sampling=sampling,
+        ignore=split_keys(ignore_config_keys),
     )
     for row in command.complete_rows(rows, texts, stops):
         typer.echo(

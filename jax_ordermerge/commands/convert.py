@@ -1,9 +1,10 @@
 """Conversion of checkpoints: Hugging Face directories, Orbax checkpoints, and members of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from jax_ordermerge import arch
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax, remote, sidecar_files
@@ -46,6 +47,7 @@ def convert_checkpoint(
     to: str,
     member: int | None,
     dtype: str | None,
+    ignore: Collection[str] = (),
     log: Callable[[str], None] = print,
 ) -> None:
     """Write a checkpoint in another format.
@@ -56,11 +58,12 @@ def convert_checkpoint(
         to: "hf", "orbax", or "peft" for the adapter of a member that was trained with `lora`.
         member: of a run directory.
         dtype: of the tensors; that of the source by default.
+        ignore: unknown keys of the `config.json` of an HF directory to ignore.
         log: receives one-line messages.
 
     Raises:
-        UserError: an unknown target or dtype, a source of another kind, or a member that does not
-            exist.
+        UserError: an unknown target or dtype, a source of another kind or of several dtypes, or a
+            member that does not exist.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to}: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
@@ -71,10 +74,15 @@ def convert_checkpoint(
         local = remote.fetch(source)
         if target.exists():
             raise UserError(f"{target} exists already; give a new directory")
+        if ignore and (RunLayout(local).is_run or _orbax_step(local) is not None):
+            raise UserError(
+                f"--ignore-config-keys goes with an HF directory, and {source} is none; a run has"
+                " model.ignore_config_keys"
+            )
         if to == "peft":
             _export_adapter(local, target, member, dtype)
             return
-        model = _load(local, member, dtype)
+        model = _load(local, member, dtype, ignore)
         if model.tokenizer_dir is None or not sidecar_files.has_tokenizer(model.tokenizer_dir):
             log(f"note: {source} has no tokenizer files, so {out} has none")
         if to == "hf":
@@ -99,7 +107,9 @@ def convert_checkpoint(
             orbax.save(target, 0, {"params": model.params}, metadata)
 
 
-def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
+def _load(
+    source: Path, member: int | None, dtype: str | None, ignore: Collection[str]
+) -> LoadedModel:
     if RunLayout(source).is_run:
         run, number, base_dir, config = _open_member(source, member)
         # by default the dtype of the export, so that the bytes are those of the exported member
@@ -112,8 +122,7 @@ def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
         return LoadedModel(config, params, dtype, base_dir)
     if member is not None:
         raise UserError(f"--member goes with a run directory; {source} has no {CONFIG}")
-    # a hub name is no directory, and is resolved below
-    step = orbax.latest(source) if source.is_dir() else None
+    step = _orbax_step(source)
     if step is not None:
         # an Orbax directory of a training has another tree, of which a member must be picked
         metadata = orbax.metadata(source, step)
@@ -129,11 +138,31 @@ def _load(source: Path, member: int | None, dtype: str | None) -> LoadedModel:
         return LoadedModel(config, params, dtype, tokenizer_dir)
     refuse_model_of_edited_run(source)
     directory = convert.resolve(str(source))
-    # config.json may name another dtype than the files have; the tensors decide
-    reader = Reader(directory)
-    dtype = dtype or reader.info(reader.names[0]).dtype.name
-    config, params = convert.load_params(directory, dtype=dtype)
+    dtype = dtype or _stored_dtype(directory, ignore)
+    config, params = convert.load_params(directory, dtype=dtype, ignore=ignore)
     return LoadedModel(config, params, dtype, directory)
+
+
+def _orbax_step(source: Path) -> int | None:
+    # a hub name is no directory, and is resolved later
+    return orbax.latest(source) if source.is_dir() else None
+
+
+def _stored_dtype(directory: Path, ignore: Collection[str]) -> str:
+    """Return the dtype of all tensors of a model, which config.json need not have."""
+    reader = Reader(directory)
+    dtypes: dict[str, str] = {}
+    for name, _, _ in arch.hf_tensors(convert.load_config(directory, ignore)):
+        if name in reader.names:
+            dtypes.setdefault(reader.info(name).dtype.name, name)
+    # One of them for all would round some tensors, or widen them, without a word.
+    if dtypes and (len(dtypes) > 1 or not dtypes.keys() <= set(DTYPES)):
+        listed = " and ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
+        raise UserError(
+            f"{directory} is stored in {listed}; choose one of {', '.join(DTYPES)} with --dtype"
+        )
+    # without a tensor of the model, loading says what is wrong
+    return next(iter(dtypes), DTYPES[0])
 
 
 def _open_member(run_dir: Path, member: int | None) -> tuple[Config, int, Path, ModelConfig]:

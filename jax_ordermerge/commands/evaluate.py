@@ -1,7 +1,7 @@
 """Evaluation of one model outside a run: on the tasks of a config, or of lm-evaluation-harness."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ def check_options(
     harness_tasks: str | None,
     harness_options: HarnessOptions,
     out: Path | None,
+    ignore: Collection[str] = (),
 ) -> None:
     """Check that the options of `ordermerge evaluate` go with its target and with each other.
 
@@ -56,6 +57,7 @@ def check_options(
         "--harness": harness_tasks,
         "--out": out,
         "--limit": limit,
+        "--ignore-config-keys": ignore or None,
         **harness_only,
     }
     # `is not None`, because 0 and False are given values; a flag that is off is made None above
@@ -83,8 +85,16 @@ def is_model(target: Path) -> bool:
     return target.suffix not in (".yaml", ".yml") and not RunLayout(target).is_run
 
 
-def model_config(model: str, path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def model_config(
+    model: str, path: Path | None, overrides: Sequence[str] = (), ignore: Collection[str] = ()
+) -> Config:
     """Return the config that evaluates one model: of a file, or the defaults, with it as base.
+
+    Args:
+        model: the model.
+        path: of the file, if any.
+        overrides: `KEY=VALUE` each.
+        ignore: unknown keys of `config.json` to ignore, besides those of the file.
 
     Example:
         >>> model_config("embedded:quickstart", None, ["evaluation.batch=8"]).evaluation.batch
@@ -92,7 +102,12 @@ def model_config(model: str, path: Path | None, overrides: Sequence[str] = ()) -
     """
     # The last override wins: the model of the command line is the base, whatever the file says. As
     # JSON, because the value of an override is YAML, where a name could be read as a number.
-    return schema.load_config(path, [*overrides, f"model.base={json.dumps(model)}"])
+    overrides = [*overrides, f"model.base={json.dumps(model)}"]
+    config = schema.load_config(path, overrides)
+    if not ignore:
+        return config
+    keys = json.dumps([*config.model.ignore_config_keys, *ignore])
+    return schema.load_config(path, [*overrides, f"model.ignore_config_keys={keys}"])
 
 
 def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None = None) -> Json:

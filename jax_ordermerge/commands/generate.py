@@ -1,6 +1,6 @@
 """Completion of prompts by one model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from jax_ordermerge.checkpoint import convert
@@ -79,7 +79,13 @@ def complete_rows(rows: Sequence[Json], texts: Sequence[str], stops: Sequence[st
 
 
 def complete(
-    model: str, prompts: Sequence[str], *, max_new_tokens: int, dtype: str, sampling: Sampling
+    model: str,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    dtype: str,
+    sampling: Sampling,
+    ignore: Collection[str] = (),
 ) -> list[str]:
     """Return one completion per prompt.
 
@@ -89,6 +95,7 @@ def complete(
         max_new_tokens: largest number of tokens per completion.
         dtype: of the products, float32 or bfloat16.
         sampling: how tokens are chosen. Draws depend on the number of the prompt, not on the batch.
+        ignore: unknown keys of `config.json` to ignore.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
@@ -96,7 +103,7 @@ def complete(
     directory = convert.resolve(model)
     tokenizer = tokenizers.load_tokenizer(directory)
     # float32 in memory, whatever the files have; `dtype` is that of the products alone
-    config, params = convert.load_params(directory)
+    config, params = convert.load_params(directory, ignore=ignore)
     generate = generation.make_generator(config, params, tokenizer, batch=_BATCH, dtype=dtype)
     try:
         return generate([encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.table import Table
@@ -15,24 +16,28 @@ from jax_ordermerge.merge.sources.storage import Source
 from jax_ordermerge.record import refuse_model_of_edited_run
 
 
-def inspect_model(model: str, *, stats: bool, as_json: bool) -> str:
+def inspect_model(model: str, *, stats: bool, as_json: bool, ignore: Collection[str] = ()) -> str:
     """Return the tensors of a checkpoint as a table or JSON; see `checkpoint.compare.inspect`."""
-    inventory = compare.inspect(_open(model), stats=stats)
+    inventory = compare.inspect(_open(model, ignore), stats=stats)
     if as_json:
         # the exact numbers; the table rounds them
         return _json_text(tables.inspect_json(inventory))
     return _table_text(tables.inspect_table(inventory))
 
 
-def compare_models(a: str, b: str, *, base: str | None, as_json: bool) -> tuple[str, bool]:
+def compare_models(
+    a: str, b: str, *, base: str | None, as_json: bool, ignore: Collection[str] = ()
+) -> tuple[str, bool]:
     """Return the differences of two checkpoints as text, and whether all bytes are equal.
 
     Args:
         a, b: names of models, see `references.open_model`, or safetensors files.
         base: with it, task vectors are compared, too.
         as_json: return JSON in place of a table.
+        ignore: unknown keys of `config.json` to ignore.
     """
-    difference = compare.difference(_open(a), _open(b), None if base is None else _open(base))
+    base_tensors = None if base is None else _open(base, ignore)
+    difference = compare.difference(_open(a, ignore), _open(b, ignore), base_tensors)
     if as_json:
         text = _json_text(tables.difference_json(difference))
     else:
@@ -53,7 +58,7 @@ class _Model:
         return Path(self._label)
 
 
-def _open(name: str) -> safetensors.Tensors:
+def _open(name: str, ignore: Collection[str]) -> safetensors.Tensors:
     """Open a model by any name that `merge` takes, or a safetensors file."""
     path = Path(name).expanduser()
     refuse_model_of_edited_run(path)
@@ -61,7 +66,7 @@ def _open(name: str) -> safetensors.Tensors:
     if path.is_file() or any(path.glob("*.safetensors")):
         return safetensors.Reader(path)
     if path.is_dir() or references.is_composed(name):
-        return _Model(references.open_model(name))
+        return _Model(references.open_model(name, ignore=ignore))
     return safetensors.Reader(convert.resolve(name))
 
 

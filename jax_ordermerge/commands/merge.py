@@ -5,7 +5,7 @@ import io
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ _WIDTH = 120  # characters of the table of a plan
 
 Write = Callable[[plan.Plan, Path], None]
 Kind = Literal["run", "recipe", "models"]
-_WRITING = ("out", "to", "workers", "shard_gb", "dry_run", "allow_nan")
+_WRITING = ("out", "to", "workers", "shard_gb", "dry_run", "ignore_config_keys", "allow_nan")
 # What a merge is made from -> why its options are refused, and the options that it reads.
 MODES: dict[Kind, tuple[str, tuple[str, ...]]] = {
     "run": ("the config of the run says how its members are merged, see --set", ("overrides",)),
@@ -88,7 +88,9 @@ def find_target(sources: Sequence[Path], out: Path | None, kind: Kind) -> Path |
     return sources[1] if len(sources) > 1 else out
 
 
-def merge_recipe(recipe: Path, out: Path | None, write: Write) -> None:
+def merge_recipe(
+    recipe: Path, out: Path | None, write: Write, ignore: Collection[str] = ()
+) -> None:
     """Merge by a recipe, or by several that stand in one file and refer to each other.
 
     Results that only later recipes need lie beside the output until it is complete.
@@ -97,13 +99,15 @@ def merge_recipe(recipe: Path, out: Path | None, write: Write) -> None:
         recipe: YAML file.
         out: directory to write; None prints the plan.
         write: carries out a plan.
+        ignore: unknown keys of `config.json` to ignore.
 
     Raises:
         UserError: bad input; nothing is left at `out` then.
     """
     *stages, last = schema.load(remote.fetch(recipe))
+    plan_recipe = functools.partial(planner.plan_recipe, ignore=ignore)
     if not stages:
-        carry_out(planner.plan_recipe(last, where=str(recipe)), out, write)
+        carry_out(plan_recipe(last, where=str(recipe)), out, write)
         return
     names = [str(stage["name"]) for stage in stages]
     # all of them before the first is merged, which may take an hour
@@ -114,7 +118,7 @@ def merge_recipe(recipe: Path, out: Path | None, write: Write) -> None:
                 raise UserError(f"{where} takes {reference.name}, which is not merged before it")
     if out is None:
         # what later recipes start from is not there to be planned with
-        first = planner.plan_recipe(stages[0], where=f"{recipe}: {names[0]}")
+        first = plan_recipe(stages[0], where=f"{recipe}: {names[0]}")
         print(f"{names[0]}, the first of {len(names) + 1} recipes; the others start from results:")
         carry_out(first, None, write)
         return
@@ -131,10 +135,10 @@ def merge_recipe(recipe: Path, out: Path | None, write: Write) -> None:
 
     try:
         for name, stage in zip(names, stages, strict=True):
-            stage_plan = planner.plan_recipe(stage, where=f"{recipe}: {name}", resolve=resolve)
+            stage_plan = plan_recipe(stage, where=f"{recipe}: {name}", resolve=resolve)
             carry_out(stage_plan, directory / name, write)
         where = f"{recipe}: the last recipe"
-        carry_out(planner.plan_recipe(last, where=where, resolve=resolve), out, write)
+        carry_out(plan_recipe(last, where=where, resolve=resolve), out, write)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -159,6 +163,7 @@ def plan_models(
     weights: str | None,
     seed: int,
     dtype: str | None,
+    ignore: Collection[str] = (),
 ) -> plan.Plan:
     """Plan a merge of models of one architecture by one method.
 
@@ -170,6 +175,7 @@ def plan_models(
         weights: see `read_weights`; equal by default.
         seed: of the methods that draw.
         dtype: of the result; that of the models by default.
+        ignore: unknown keys of `config.json` to ignore.
 
     Raises:
         UserError: bad input.
@@ -179,7 +185,7 @@ def plan_models(
     # before the models are opened: a model in a bucket or on a hub is fetched first
     method_parameters = read_parameters(parameters)
     method_weights = None if weights is None else read_weights(weights)
-    open_model = functools.partial(references.open_model, dtype=dtype)
+    open_model = functools.partial(references.open_model, dtype=dtype, ignore=ignore)
     members = [open_model(remote.address(model) or str(model)) for model in models]
     return plan.uniform(
         members,

@@ -6,7 +6,8 @@ first one given by the model, its slice, the module, the recipe, or the method. 
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class _Models(NamedTuple):
     """The models of a recipe.
 
     Attributes:
+        open_source: opens a model by name and adapter.
         sources: the models, with one vocabulary.
         indices: name in the recipe -> index.
         base: index of the base.
@@ -35,6 +37,7 @@ class _Models(NamedTuple):
         notes: for the user.
     """
 
+    open_source: Callable[..., Source]
     sources: tuple[Source, ...]
     indices: Mapping[Reference, int]
     base: int | None
@@ -63,6 +66,7 @@ def plan_recipe(
     *,
     where: str | None = None,
     resolve: Resolve = convert.resolve,
+    ignore: Collection[str] = (),
 ) -> Plan:
     """Read a recipe and plan the merge.
 
@@ -71,6 +75,7 @@ def plan_recipe(
             `schema.load` returns.
         where: names the recipe in an error; by default the file.
         resolve: maps the name of a model to a directory.
+        ignore: unknown keys of `config.json` to ignore.
 
     Raises:
         UserError: one line with the first thing that is unknown, contradictory or not offered.
@@ -93,7 +98,7 @@ def plan_recipe(
     settings = check_recipe(raw, where)
     rule = rules.find_rule(settings.merge_method)
     evaluator = Evaluator(settings.merge_method, rule)
-    models = _open_models(settings, resolve)
+    models = _open_models(settings, functools.partial(open_model, resolve=resolve, ignore=ignore))
     layers = _layer_ranges(settings, models)
     if rule.needs_base and any(part.base is None for part in layers):
         raise UserError(f"{where}: merge_method {settings.merge_method} needs base_model")
@@ -140,13 +145,12 @@ def plan_recipe(
 # ---------------------------------------------------------------------------------------- models
 
 
-def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
+def _open_models(recipe: Recipe, open_source: Callable[..., Source]) -> _Models:
     references = recipe.references()
     # Known before the models are opened, so that an adapter on its base is rounded to it once.
     dtype = None if recipe.dtype is None else resolve_dtype(recipe.dtype, [])
     opened = [
-        open_model(reference.name, reference.adapter, resolve=resolve, dtype=dtype)
-        for reference in references
+        open_source(reference.name, reference.adapter, dtype=dtype) for reference in references
     ]
     # One model may be spelled in several ways (`a`, `./a`, a link, MODEL+ADAPTER): taken for two,
     # it would count twice, or a base would count as a member.
@@ -173,7 +177,7 @@ def _open_models(recipe: Recipe, resolve: Resolve) -> _Models:
     for source in sources[1:]:
         check_same(sources[0], source, may_differ)
     base = None if recipe.base_model is None else indices[recipe.base_model]
-    models = _Models(tuple(sources), indices, base, base or 0, (), tuple(notes))
+    models = _Models(open_source, tuple(sources), indices, base, base or 0, (), tuple(notes))
     return _unite_vocabularies(recipe, models)
 
 
@@ -215,7 +219,8 @@ def _index_of(reference: Reference, what: str, models: _Models) -> int:
     if reference not in models.indices:
         # spelled in another way than among the models
         local = Path(reference.name).expanduser().exists()
-        identity = open_model(reference.name, reference.adapter).identity() if local else None
+        opened = models.open_source(reference.name, reference.adapter) if local else None
+        identity = None if opened is None else opened.identity()
         for index, source in enumerate(models.sources):
             if source.identity() == identity:
                 return index

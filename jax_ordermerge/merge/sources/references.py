@@ -1,6 +1,6 @@
 """Names of models: a directory, hub name, `RUN/member_3`, Orbax directory, or `MODEL+ADAPTER`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import yaml
@@ -25,6 +25,7 @@ def open_model(
     *,
     resolve: Resolve = convert.resolve,
     dtype: DTypeLike | None = None,
+    ignore: Collection[str] = (),
 ) -> Source:
     """Open a model by name. Headers and shapes are checked, tensors are not read.
 
@@ -36,6 +37,8 @@ def open_model(
         resolve: maps a name to a directory.
         dtype: that the caller reads tensors in. A model with an adapter is rounded to it once;
             None is the dtype of its base.
+        ignore: unknown keys of `config.json` to ignore. Of a member of a run, those of its config
+            are ignored, too.
 
     Raises:
         UserError: there is no such model, or it is not complete.
@@ -51,8 +54,8 @@ def open_model(
                 f"model {name}+{adapter}: expected MODEL or MODEL+ADAPTER, with one adapter"
             )
     if adapter is None:
-        return _open_base(name, resolve)
-    base, label = _open_base(name, resolve), f"{name}+{adapter}"
+        return _open_base(name, resolve, ignore)
+    base, label = _open_base(name, resolve, ignore), f"{name}+{adapter}"
     return peft_files.open_adapter(base, resolve(adapter), label, dtype=dtype)
 
 
@@ -72,7 +75,7 @@ def is_composed(name: str) -> bool:
     return "+" in name or member_number(path.name) is not None
 
 
-def _open_base(name: str, resolve: Resolve) -> Source:
+def _open_base(name: str, resolve: Resolve, ignore: Collection[str]) -> Source:
     path = Path(name).expanduser()
     number = member_number(path.name)
     in_bucket = remote.address(name) is not None
@@ -81,7 +84,7 @@ def _open_base(name: str, resolve: Resolve) -> Source:
         path = remote.fetch(path) if number is None else remote.fetch(path.parent) / path.name
     # a directory of that name, the export of the member, goes before its checkpoint
     if number is not None and not path.exists() and RunLayout(path.parent).is_run:
-        return _open_member(RunLayout(path.parent), number, name)
+        return _open_member(RunLayout(path.parent), number, name, ignore)
     if "@" in name and not path.exists():
         raise UserError(
             f"model {name}: a revision (@) is not offered; download it and give the directory"
@@ -98,10 +101,10 @@ def _open_base(name: str, resolve: Resolve) -> Source:
     # `config.json` makes a Hugging Face directory, also where checkpoints lie in it
     if not (path / "config.json").is_file() and orbax.latest(path) is not None:
         return storage.open_orbax(path, name)
-    return storage.Directory(path, name)
+    return storage.Directory(path, name, ignore)
 
 
-def _open_member(layout: RunLayout, number: int, label: str) -> Source:
+def _open_member(layout: RunLayout, number: int, label: str, ignore: Collection[str]) -> Source:
     """Open a member of a run whose training is complete."""
     record.refuse_edited_config(layout)
     checkpoints = _member_checkpoints(layout, number)
@@ -115,15 +118,15 @@ def _open_member(layout: RunLayout, number: int, label: str) -> Source:
     # here, and may be of another version.
     sections = yaml.safe_load(layout.config.read_text()) or {}
     model = parse(Model, sections.get("model") or {}, f"{layout.config}: model")
-    base = convert.resolve(model.base)
+    base, ignore = convert.resolve(model.base), {*model.ignore_config_keys, *ignore}
     record.refuse_other_base(layout, model, record.base_digest(model, base))
     if sections.get("lora") is not None:
         settings = parse(Lora, sections["lora"], f"{layout.config}: lora")
-        base_model = storage.Directory(base, ignore=model.ignore_config_keys)
+        base_model = storage.Directory(base, ignore=ignore)
         return lora.open_member(
             base_model, checkpoints, index, settings, label=label, branch=final.branch
         )
-    config = convert.load_config(base, model.ignore_config_keys)
+    config = convert.load_config(base, ignore)
     return storage.Checkpoint(
         checkpoints, index, config, tokenizer=base, label=label, branch=final.branch
     )
