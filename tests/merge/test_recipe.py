@@ -443,9 +443,9 @@ def test_chat_templates(root, tmp_path):
     assert planner.plan_recipe(f"{text}chat_template: auto").chat_template == "{{ 2 }}"
     assert planner.plan_recipe(f"{text}chat_template: '{{% if x %}}'").chat_template == "{% if x %}"
     with pytest.raises(
-        UserError, match="chat_template 'chatml' is not offered; give auto, or the text"
+        UserError, match="chat_template 'mistral' is not offered; give auto, chatml, llama3"
     ):
-        planner.plan_recipe(f"{text}chat_template: chatml")
+        planner.plan_recipe(f"{text}chat_template: mistral")
     engine.merge_plan(planner.plan_recipe(f"{text}chat_template: auto"), tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 2 }}"
 

@@ -116,8 +116,8 @@ REFUSED = [
         "the tokenizer's source is c, which is none of the models of the recipe (a, b)",
     ),
     (
-        LINEAR + "tokenizer: {source: base, tokens: {x: {source: {kind: zero}}}}",
-        "unknown key kind",
+        LINEAR + "tokenizer: {source: base, tokens: {x: {source: {kind: nought}}}}",
+        "kind 'nought': expected zero or model_token",
     ),
     (
         LINEAR + "merge_method: ties",

@@ -291,7 +291,7 @@ def test_rows_asked_for_and_padding(tmp_path):
     assert rows_of(aligned.sources[0]) == [1, 1.125, 2.125, 0]
     assert rows_of(aligned.sources[1]) == [0.125, 1.125, 2.125, 0]
     assert "1 rows of the embedding are zero: no model has them" in aligned.notes
-    with pytest.raises(UserError, match="the merged vocabulary has no token 'q'"):
+    with pytest.raises(UserError, match="other has no token 'q'"):
         vocabulary.align(
             [first_model, second_model],
             first=0,
@@ -325,3 +325,101 @@ def test_a_tied_model_untied_has_its_embedding_for_a_head(tmp_path):
         read_tensor(source, "model.norm.weight").tobytes()
         == read_tensor(tied, "model.norm.weight").tobytes()
     )
+
+
+# ------------------------------------------------------------------------- tokens of the recipe
+
+
+def plan_tokens(tmp_path, tokens, source="base"):
+    """Average two models: rows r of `one`, r + 0.5 of `two`, which has <x> besides."""
+    model(tmp_path / "one", 3, tokenizer("a", "b", "c"))
+    model(tmp_path / "two", 4, tokenizer("a", "b", "c", added=["<x>"]), seed=4)
+    return planner.plan_recipe(
+        f"merge_method: linear\nmodels: [{{model: {tmp_path}/one}}, {{model: {tmp_path}/two}}]\n"
+        f"parameters: {{weight: 1}}\ntokenizer: {{source: {source}, tokens: {tokens}}}\n"
+    )
+
+
+def merged_rows(plan, tmp_path):
+    engine.merge_plan(plan, tmp_path / "out")
+    return Reader(tmp_path / "out").read(EMBED)[:, 0].tolist()
+
+
+def test_a_token_takes_the_row_of_another_token(tmp_path):
+    """What mergekit calls model_token: by text or by number, for those that lack it or for all."""
+    plan = plan_tokens(
+        tmp_path,
+        f"{{<x>: {{source: {{kind: model_token, model: {tmp_path}/one, token: b}}}},"
+        f" c: {{source: {{kind: model_token, model: {tmp_path}/two, token_id: 0}}, force: true}}}}",
+        "union",
+    )
+    # <x>: row 1 of `one` (which lacks it) with row 3 of `two`; c: row 0 of `two` in both
+    assert merged_rows(plan, tmp_path) == [0.25, 1.25, 0.5, (1 + 3.5) / 2]
+
+
+def test_a_token_of_zeros_and_tokens_that_are_added(tmp_path):
+    plan = plan_tokens(
+        tmp_path,
+        f"{{<new>: {{source: {{kind: model_token, model: {tmp_path}/two, token: <x>}}}},"
+        " <zero>: {source: {kind: zero}}, b: {source: {kind: zero}, force: true}}",
+    )
+    assert any("added to the vocabulary: '<new>', '<zero>'" in note for note in plan.notes)
+    assert merged_rows(plan, tmp_path) == [0.25, 0, 2.25, 3.5, 0]
+    content = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert [(e["content"], e["id"]) for e in content["added_tokens"]] == [
+        ("<new>", 3),
+        ("<zero>", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("{q: {source: ONE}}", "one has no token 'q'"),
+        ("{a: {source: {kind: model_token, model: ONE, token: q}}}", "one has no token 'q'"),
+        ("{a: {source: {kind: model_token, model: ONE, token_id: 3}}}", "one has no token 3"),
+        ("{a: {source: {kind: model_token, model: ONE}}}", "takes one of token and token_id"),
+        (
+            "{a: {source: {kind: model_token, model: ONE, token: a, token_id: 0}}}",
+            "takes one of token and token_id",
+        ),
+        ("{a: {source: {kind: nothing}}}", "expected zero or model_token"),
+        ("{a: {source: {kind: zero, model: ONE}}}", "model"),
+    ],
+)
+def test_token_sources_that_name_nothing(tmp_path, tokens, message):
+    with pytest.raises(UserError, match=message):
+        plan_tokens(tmp_path, tokens.replace("ONE", str(tmp_path / "one")))
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_named_chat_templates_render_as_published(tmp_path, name, shared_data):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    published = {
+        "chatml": (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        ),
+        "llama3": (shared_data / "templates" / "llama3.jinja").read_text(),
+    }[name]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": 'Say "hi"\nnow.'},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "again"},
+    ]
+    plan = plan_tokens(tmp_path, "{}")
+    assert plan.chat_template is None
+    plan = planner.plan_recipe(
+        f"merge_method: linear\nmodels: [{{model: {tmp_path}/one}}]\nparameters: {{weight: 1}}\n"
+        f"chat_template: {name}\n"
+    )
+    assert any(f"chat_template {name} writes <|" in note for note in plan.notes)
+    rendered = [
+        render_jinja_template(
+            [messages], chat_template=text, add_generation_prompt=True, bos_token="<s>"
+        )[0]
+        for text in (plan.chat_template, published)
+    ]
+    assert rendered[0] == rendered[1]

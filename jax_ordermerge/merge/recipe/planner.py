@@ -16,6 +16,7 @@ from jax_ordermerge.checkpoint import convert, sidecar_files
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.plan import Plan, check_same, config_notes, resolve_dtype
 from jax_ordermerge.merge.recipe import rules, schema
+from jax_ordermerge.merge.recipe.chat_templates import CHAT_TEMPLATES
 from jax_ordermerge.merge.recipe.evaluator import Evaluator, Input, LayerRange, MergedTensor
 from jax_ordermerge.merge.recipe.schema import Recipe, Reference
 from jax_ordermerge.merge.recipe.settings import Settings
@@ -124,7 +125,7 @@ def plan_recipe(
             "leave it out"
         )
     notes += _source_notes(settings, models.sources, merged, dtype.name)
-    chat_template = _chat_template(settings.chat_template, models.sources, notes)
+    chat_template = _chat_template(settings.chat_template, models, notes)
     resolved = {"seed": settings.seed, "dtype": dtype.name, "out_dtype": out_dtype.name}
     return Plan(
         config,
@@ -196,10 +197,7 @@ def _unite_vocabularies(recipe: Recipe, models: _Models) -> _Models:
     if str(tokenizer.source) not in ("union", "base"):
         donor = _index_of(tokenizer.source, "the tokenizer's source", models)
     token_sources = {
-        token: vocabulary.TokenSource(
-            _index_of(rule.source, f"the source of token {token!r}", models), rule.force
-        )
-        for token, rule in tokenizer.tokens.items()
+        token: _token_source(token, rule, models) for token, rule in tokenizer.tokens.items()
     }
     aligned = vocabulary.align(
         models.sources,
@@ -213,6 +211,18 @@ def _unite_vocabularies(recipe: Recipe, models: _Models) -> _Models:
     return models._replace(
         sources=aligned.sources, donor=donor, added_tokens=aligned.added_tokens, notes=notes
     )
+
+
+def _token_source(token: str, rule: schema.Token, models: _Models) -> vocabulary.TokenSource:
+    what = f"the source of token {token!r}"
+    match rule.source:
+        case schema.ZeroRow():
+            return vocabulary.TokenSource(None, rule.force)
+        case schema.TokenRow(model=model, token=other, token_id=number):
+            index = _index_of(model, what, models)
+            return vocabulary.TokenSource(index, rule.force, number if other is None else other)
+        case reference:
+            return vocabulary.TokenSource(_index_of(reference, what, models), rule.force)
 
 
 def _index_of(reference: Reference, what: str, models: _Models) -> int:
@@ -375,15 +385,26 @@ def _source_notes(
     return notes
 
 
-def _chat_template(setting: str | None, sources: Sequence[Source], notes: list[str]) -> str | None:
+def _chat_template(setting: str | None, models: _Models, notes: list[str]) -> str | None:
     """Return the text of the chat template, None for that of the tokenizer; may add a note."""
     if setting is None or "{" in setting:
         return setting
+    if setting in CHAT_TEMPLATES:
+        vocabulary_tokens = vocabulary.tokens_of(models.sources[models.donor].directory) | {
+            entry["content"] for entry in models.added_tokens
+        }
+        template = CHAT_TEMPLATES[setting]
+        if missing := [token for token in template.tokens if token not in vocabulary_tokens]:
+            notes.append(
+                f"chat_template {setting} writes {', '.join(missing)}, which the tokenizer has not"
+            )
+        return template.text
     if setting != "auto":
         raise UserError(
-            f"chat_template '{setting}' is not offered; give auto, or the text of a Jinja template"
+            f"chat_template '{setting}' is not offered; give auto, {', '.join(CHAT_TEMPLATES)}, or"
+            " the text of a Jinja template"
         )
-    directories = [source.directory for source in sources if source.directory]
+    directories = [source.directory for source in models.sources if source.directory]
     templates = [sidecar_files.read_chat_templates(directory) for directory in directories]
     counts = collections.Counter(
         by_name["default"] for by_name in templates if "default" in by_name

@@ -106,10 +106,40 @@ class Module(Section):
     parameters: Parameters = Field(default_factory=dict)
 
 
-class Token(Section):
-    """Where the row of one token comes from."""
+class ZeroRow(Section):
+    """A row of zeros."""
 
-    source: ModelName
+    kind: Literal["zero"]
+
+
+class TokenRow(Section):
+    """The row of a token of a model, by its text or its number."""
+
+    kind: Literal["model_token"]
+    model: ModelName
+    token: str | None = None
+    token_id: NonNegativeInt | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "TokenRow":
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("model_token takes one of token and token_id")
+        return self
+
+
+def _parse_row(raw: Any) -> Reference | ZeroRow | TokenRow:
+    if isinstance(raw, dict) and "kind" in raw:
+        kinds: dict[Any, type[ZeroRow | TokenRow]] = {"zero": ZeroRow, "model_token": TokenRow}
+        if raw["kind"] not in kinds:
+            raise ValueError(f"kind {raw['kind']!r}: expected zero or model_token")
+        return kinds[raw["kind"]].model_validate(raw)
+    return _parse_reference(raw)
+
+
+class Token(Section):
+    """Where the row of one token comes from: a model, the row of another token, or zeros."""
+
+    source: Annotated[Reference | ZeroRow | TokenRow, PlainValidator(_parse_row)]
     force: bool = False
 
 

@@ -32,12 +32,14 @@ class TokenSource(NamedTuple):
     """Where a recipe takes the row of a token from.
 
     Attributes:
-        source: index of the model.
+        source: index of the model; None for a row of zeros.
         force: for all models, and not only for those that lack the token.
+        key: the token, or the number of the row, in that model; None for the same token.
     """
 
-    source: int
+    source: int | None
     force: bool
+    key: Key | None = None
 
 
 class Aligned(NamedTuple):
@@ -136,16 +138,21 @@ def align(
         first: index of the model that others take missing rows from first: the base.
         donor: index of the model whose vocabulary the result has.
         union: add the added tokens that only other models have, in the order of the models.
-        token_sources: token -> where its row is taken from.
+        token_sources: token -> where its row is taken from. A token that the vocabulary lacks is
+            added to it.
         multiple: rows of zeros are added up to a multiple of it.
 
     Raises:
-        UserError: a tokenizer cannot be read or extended, or a token of `token_sources` is unknown.
+        UserError: a tokenizer cannot be read or extended, or a model lacks the token that is to be
+            taken from it.
     """
+    token_sources = token_sources or {}
     tokenizers = [_read_tokenizer(source.directory) for source in sources]
     order = [first, *(i for i in range(len(sources)) if i != first)]
     target = _row_keys(sources[donor].config.vocab_size, tokenizers[donor])
-    added = _extend(sources, tokenizers, donor, order, target) if union else []
+    new = _added_by_others(sources, tokenizers, donor, order) if union else {}
+    new |= _added_by_recipe(token_sources, tokenizers, donor, {*target, *new})
+    added = _extend(sources, tokenizers, donor, new, target) if union or new else []
     if tokenizers[donor] is None:
         # the rows of the result have no tokens that those of the others could be matched with
         tokenizers = [None] * len(sources)
@@ -160,14 +167,9 @@ def align(
     first_rows = {key: (i, row) for i in reversed(order) for key, row in models[i].rows.items()}
     requested: dict[Key, tuple[int, int]] = {}
     forced: dict[Key, tuple[int, int]] = {}
-    for token, (source, force) in (token_sources or {}).items():
-        # an error and no note: the recipe names this token, which a misspelling would silently drop
-        if token not in target:
-            raise UserError(f"tokenizer.tokens: the merged vocabulary has no token {token!r}")
-        if token not in models[source].rows:
-            label = models[source].source.label
-            raise UserError(f"tokenizer.tokens: {label} has no token {token!r}")
-        (forced if force else requested)[token] = (source, models[source].rows[token])
+    for token, (source, force, key) in token_sources.items():
+        origin = (-1, 0) if source is None else (source, _row_of(models[source], token, key))
+        (forced if force else requested)[token] = origin
     aligned = []
     for index, model in enumerate(models):
         own_rows = {key: (index, row) for key, row in model.rows.items()}
@@ -181,7 +183,24 @@ def align(
         )
         remapped = RemappedVocabulary(model.source, sources, owner, row)
         aligned.append(model.source if is_unchanged else remapped)
-    return Aligned(tuple(aligned), tuple(added), tuple(_notes(models, target, donor)))
+    notes = _notes(models, target, donor)
+    if named := [token for token in token_sources if token in new]:
+        notes.append(f"added to the vocabulary: {_list_rows(named)}")
+    return Aligned(tuple(aligned), tuple(added), tuple(notes))
+
+
+def tokens_of(directory: Path | None) -> set[str]:
+    """Return the tokens of the `tokenizer.json` of a directory; none where it has no such file.
+
+    Raises:
+        UserError: the file has another form.
+
+    Example:
+        >>> tokens_of(Path("nowhere"))
+        set()
+    """
+    tokenizer = _read_tokenizer(directory)
+    return set() if tokenizer is None else {*tokenizer.ids}
 
 
 def compare(sources: Sequence[Source], donor: int) -> tuple[bool, tuple[str, ...]]:
@@ -302,20 +321,48 @@ def _find_rows(size: int, tokenizer: _Tokenizer | None, target: Sequence[Key]) -
     return rows | {token: row for token, row in tokenizer.ids.items() if row < size}
 
 
-def _extend(
+def _row_of(model: _Rows, token: str, key: Key | None) -> int:
+    """Return the row of a model that the recipe takes for a token."""
+    wanted = token if key is None else key
+    if isinstance(wanted, int):
+        if 0 <= wanted < model.source.config.vocab_size:
+            return wanted
+    elif wanted in model.rows:
+        return model.rows[wanted]
+    # an error and no note: the recipe names this token, which a misspelling would silently drop
+    raise UserError(f"tokenizer.tokens: {model.source.label} has no token {wanted!r}")
+
+
+def _added_by_recipe(
+    token_sources: Mapping[str, TokenSource],
+    tokenizers: Sequence[_Tokenizer | None],
+    donor: int,
+    known: set[Key],
+) -> dict[str, dict[str, Any]]:
+    """Return the entries of tokens that the recipe names and the vocabulary lacks."""
+    entries = {}
+    for token, (source, _, _) in token_sources.items():
+        if token in known:
+            continue
+        tokenizer = tokenizers[donor if source is None else source]
+        plain = {"content": token, "special": False, "normalized": False}
+        plain |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        # as the model has it that the row is from
+        entries[token] = plain if tokenizer is None else tokenizer.added.get(token, plain)
+    return entries
+
+
+def _added_by_others(
     sources: Sequence[Source],
     tokenizers: Sequence[_Tokenizer | None],
     donor: int,
     order: Sequence[int],
-    target: list[Key],
-) -> list[dict[str, Any]]:
-    """Add the added tokens that the donor lacks to `target`; return their entries."""
+) -> dict[str, dict[str, Any]]:
+    """Return the entries of added tokens that the donor lacks, by token."""
     label, tokenizer = sources[donor].label, tokenizers[donor]
-    if tokenizer is None:
-        raise UserError(
-            f"tokenizer_source union: {label} has no {TOKENIZER} to extend; give another source"
-        )
     new: dict[str, dict[str, Any]] = {}
+    if tokenizer is None:
+        return new  # `_extend` refuses it
     for index in order:
         current = tokenizers[index] or tokenizer
         for token in current.ids:
@@ -329,6 +376,22 @@ def _extend(
                     "give tokenizer_source base or a model"
                 )
             new[token] = current.added[token]
+    return new
+
+
+def _extend(
+    sources: Sequence[Source],
+    tokenizers: Sequence[_Tokenizer | None],
+    donor: int,
+    new: Mapping[str, dict[str, Any]],
+    target: list[Key],
+) -> list[dict[str, Any]]:
+    """Add new tokens to `target`; return their entries with ids."""
+    tokenizer = tokenizers[donor]
+    if tokenizer is None:
+        raise UserError(
+            f"{sources[donor].label} has no {TOKENIZER} to extend; give another tokenizer_source"
+        )
     if not new:
         return []
     new_ids = {token: tokenizer.next_id + i for i, token in enumerate(new)}
