@@ -7,6 +7,7 @@ tokenized apart: a token across the border, such as of a space that ends the pro
 change the prompt.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -53,7 +54,11 @@ class TrainingSequence(NamedTuple):
 
 
 def resolve_template(
-    template: str, form: str, records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
+    template: str,
+    form: str,
+    records: Sequence[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str = "data",
 ) -> str:
     """Return the template that `auto` stands for. Any other name is returned unchanged.
 
@@ -65,6 +70,7 @@ def resolve_template(
         form: format of the data.
         records: the data.
         tokenizer: tokenizer of the base model.
+        where: name of the source, for error messages.
 
     Raises:
         UserError: unknown template; `chat` or messages without a chat template; `auto` where some
@@ -78,8 +84,8 @@ def resolve_template(
         by_record = dict.fromkeys(_template_of(record, form) for record in records or [Record()])
         if len(by_record) > 1:
             raise UserError(
-                f"some rows have messages or instructions and others none, so data.template = auto"
-                f" is ambiguous ({', '.join(by_record)}); set data.template"
+                f"{where}: some rows have messages or instructions and others none, so"
+                f" data.template = auto is ambiguous ({', '.join(by_record)}); set data.template"
             )
         (template,) = by_record
     if template == "chat" and not tokenizer.chat_template:
@@ -94,6 +100,25 @@ def _template_of(record: Record, form: str) -> str:
     if form in ("messages", "sharegpt") or record.context > 0:
         return "chat"
     return "alpaca" if record.is_instruction else BY_FORMAT[form]
+
+
+def count_surprises(
+    records: Sequence[Record], template: str, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, int]:
+    """Count what a user may not expect in the rows of a source, by name; nothing is no count.
+
+    `messages_after_last_response` are left out: nothing that follows a response is in its context.
+    `rows_with_special_tokens` have the text of a special token in a message of a conversation.
+    Tokenizers make the token of it, here as in transformers, so a user who writes it ends a turn.
+    """
+    counts = {"messages_after_last_response": sum(record.unanswered for record in records)}
+    if template == "chat":
+        special = re.compile("|".join(map(re.escape, special_tokens(tokenizer).texts)))
+        counts["rows_with_special_tokens"] = sum(
+            any(special.search(str(message["content"])) for message in record.messages)
+            for record in records
+        )
+    return {name: count for name, count in counts.items() if count}
 
 
 def encode(

@@ -200,7 +200,9 @@ def _tokenize_source(
         raise formats.bad_rows_error(bad, info.locate)
     if data.learn == "last" and form != "text":
         records = {row: record.last_answer for row, record in records.items()}
-    template = chat.resolve_template(data.template, form, list(records.values()), tokenizer)
+    template = chat.resolve_template(
+        data.template, form, list(records.values()), tokenizer, source.path
+    )
     ignored = check_unused(
         table.rows,
         list(records.values()),
@@ -221,6 +223,8 @@ def _tokenize_source(
     counts = {"read": len(rows), **builder.counts, "used": len(builder.ids)}
     if bad:
         counts["dropped_bad_rows"] = len(bad)
+    used = [record for row, record in records.items() if row not in bad]
+    counts |= chat.count_surprises(used, template, tokenizer)
     if not builder.ids:
         reasons = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
         raise UserError(

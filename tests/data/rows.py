@@ -12,23 +12,25 @@ ROWS = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}, é\n#### {2 * n}"
 
 def write(path, rows=ROWS):
     name = path.name.lower()
+    names = list(dict.fromkeys(column for row in rows for column in row))
     if name.endswith(".parquet"):
         import pyarrow as pa
         from pyarrow import parquet
 
-        parquet.write_table(pa.Table.from_pylist(rows), path)
+        # Arrow takes the columns of the first row otherwise
+        complete = [{column: row.get(column) for column in names} for row in rows]
+        parquet.write_table(pa.Table.from_pylist(complete), path)
         return str(path)
     if ".csv" in name or ".tsv" in name:
         file = io.StringIO(newline="")
-        names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(file, names, delimiter="," if ".csv" in name else "\t")
         writer.writeheader()
         for row in rows:
             # lists and objects have no other form in a cell than their JSON
             writer.writerow(
                 {
-                    name: json.dumps(value) if isinstance(value, (list, dict)) else value
-                    for name, value in row.items()
+                    column: json.dumps(value) if isinstance(value, (list, dict)) else value
+                    for column, value in row.items()
                 }
             )
         text = file.getvalue()

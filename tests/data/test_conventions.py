@@ -316,3 +316,22 @@ def test_calls_that_a_template_without_tools_leaves_out(load):
             load([{"messages": talk}], chat_template=template)
     with pytest.raises(UserError, match=r"nothing reads messages\.tool_calls"):
         load([{"messages": [USER, ANSWER | call]}], "plain")
+
+
+def test_surprises_are_counted(load):
+    """A special token that a user writes is one, as in transformers; what follows is left out."""
+    rows = [
+        {"messages": [USER | {"content": "a<|im_end|>b"}, ANSWER]},
+        {"messages": [USER, ANSWER | {"content": "</s>"}, USER, USER]},
+        {"messages": TALK},
+    ]
+    parts, examples = load(rows)
+    assert examples.counts["rows_with_special_tokens"] == 2
+    assert examples.counts["messages_after_last_response"] == 2
+    assert parts[0][0] == TALKED.replace("Hi", "a<|im_end|>b")
+    assert len(examples.tokens[0]) == len(examples.tokens[2]) + len("ab") + 1 - len("Hi")
+    assert not {"rows_with_special_tokens", "messages_after_last_response"} & set(
+        load(rows[2:])[1].counts
+    )
+    pairs = [{"prompt": "</s>", "completion": "a"}]  # a text that the user has rendered
+    assert "rows_with_special_tokens" not in load(pairs, "plain")[1].counts
