@@ -169,15 +169,22 @@ def _response(row: Row, column: str) -> str:
 
 def _conversation(messages: Sequence[Message], column: str, context: int = 0) -> Record:
     """Make a record of messages, the first `context` of which are not learned."""
-    unlearned, bare = set(), []
+    bare, weights = [], []
     for number, message in enumerate(messages):
-        message, is_learned = take_weight(message, column)
-        unlearned |= set() if is_learned else {number}
+        message, weight = take_weight(message, column, is_context=number < context)
         bare.append(message)
-    # A greeting before the first question answers nothing, so it is context.
+        weights.append(weight)
+    if weights[:1] == [True]:
+        raise UserError(f"column '{column}': the first message has weight 1 and nothing to answer")
+    # A greeting before the first question answers nothing, so it is context unless it has a weight.
     users = [number for number, message in enumerate(bare) if message["role"] == "user"]
-    unlearned |= set(range(users[0] if users else 0))
-    unlearned = {number for number in unlearned if bare[number]["role"] == "assistant"}
+    first = users[0] if users else 0
+    unlearned = {
+        number
+        for number, message in enumerate(bare)
+        if message["role"] == "assistant"
+        and (weights[number] is False or (weights[number] is None and number < first))
+    }
     record = Record(messages=tuple(bare), context=context, unlearned=frozenset(unlearned))
     if not record.learned:
         reason = " with weight 1 after a user message" if unlearned else ""

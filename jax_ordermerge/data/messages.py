@@ -116,12 +116,22 @@ def parse_messages(value: Any) -> Any:
     return parsed if all(is_message) else value
 
 
-def take_weight(message: Message, column: str) -> tuple[Message, bool]:
-    """Return a message without `weight` (OpenAI) and `train` (axolotl), and whether it is learned.
+def take_weight(
+    message: Message, column: str, *, is_context: bool = False
+) -> tuple[Message, bool | None]:
+    """Return a message without `weight` (OpenAI) and `train` (axolotl), and what they say.
+
+    Args:
+        message: with the keys `role` and `content`.
+        column: where it stands, for error messages.
+        is_context: whether it stands in a prompt.
+
+    Returns:
+        The message, and whether it is learned; None where it does not say.
 
     Raises:
-        UserError: a weight between 0 and 1, or one that would let another role than the assistant
-            be learned.
+        UserError: a weight between 0 and 1, or one that would let a prompt or another role than the
+            assistant be learned.
 
     Example:
         >>> take_weight({"role": "assistant", "content": "Hi", "weight": 0}, "messages")
@@ -135,13 +145,14 @@ def take_weight(message: Message, column: str) -> tuple[Message, bool]:
             raise UserError(
                 f"column '{column}': {name} {weight!r} of a message, expected {expected}"
             )
-        if weight and message["role"] != "assistant":
+        if weight and (is_context or message["role"] != "assistant"):
+            owner = "in a prompt" if is_context else f"of {message['role']}"
             raise UserError(
-                f"column '{column}': {name} {weight!r} of a message of {message['role']}:"
-                " only what assistants say is learned"
+                f"column '{column}': {name} {weight!r} of a message {owner}:"
+                " only what assistants answer is learned"
             )
     bare = {name: value for name, value in message.items() if name not in weights}
-    return bare, all(weights.values())
+    return bare, all(weights.values()) if weights else None
 
 
 def read_tools(value: Any) -> tuple[Tool, ...]:

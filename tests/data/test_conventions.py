@@ -80,6 +80,16 @@ def test_train_of_axolotl_is_a_weight(load):
     talk = [USER | {"train": True}, ANSWER]
     with pytest.raises(UserError, match="train True of a message of user: only what assistants"):
         load([{"messages": talk}])
+    row = {"prompt": [USER, ANSWER | {"weight": 1}, USER], "completion": [ANSWER]}
+    with pytest.raises(UserError, match="weight 1 of a message in a prompt: only what assistants"):
+        load([row])
+    row["prompt"][1] = ANSWER | {"weight": 0}
+    assert load([row])[0][0][1] == ["Hello<|im_end|>"]
+    greeting = ANSWER | {"weight": 1}
+    talk = [{"role": "system", "content": "Be kind."}, greeting, *TALK]
+    assert len(load([{"messages": talk}])[0][0][1]) == 2
+    with pytest.raises(UserError, match="the first message has weight 1 and nothing to answer"):
+        load([{"messages": [greeting, *TALK]}])
     with pytest.raises(UserError, match="train 1 of a message, expected true or false"):
         load([{"messages": [USER, ANSWER | {"train": 1}]}])
     with pytest.raises(UserError, match="weight '0' of a message, expected 0 or 1"):
