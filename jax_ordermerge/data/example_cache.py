@@ -59,7 +59,10 @@ def directory() -> Path | None:
     setting = os.environ.get("ORDERMERGE_EXAMPLE_CACHE", "")
     if setting.lower() == "off":
         return None
-    return Path(setting).expanduser() if setting else remote.cache() / "examples"
+    try:
+        return Path(setting).expanduser() if setting else remote.cache() / "examples"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -77,6 +80,7 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
+        list(tokenizer.all_special_tokens),
         bool(getattr(tokenizer, "split_special_tokens", False)),
         clock,
     )
@@ -105,7 +109,10 @@ def locate(
     is_hub = listing is None and not source.path.startswith(files.GENERATED)
     if folder is None or tokenizer is None or is_hub:
         return None
-    digests = {name: files.digest(path) for name, path in listing.files} if listing else {}
+    try:
+        digests = {name: files.digest(path) for name, path in listing.files} if listing else {}
+    except OSError:  # the reader says what is wrong with the file
+        return None
     inputs = (
         source.model_dump(mode="json", exclude={"name", "weight"}),
         settings.model_dump(mode="json", exclude=set(OTHER_SETTINGS)),
@@ -188,7 +195,8 @@ def _code_digest() -> str:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    # Keys are not sorted: of two columns of one name, the last one counts.
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _pack(value: Any, arrays: dict[str, np.ndarray]) -> Any:

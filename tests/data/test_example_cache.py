@@ -296,6 +296,27 @@ def test_off_and_directories_that_cannot_be_written(tmp_path, byte_tokenizer, mo
     assert len(list((tmp_path / "user" / "jax_ordermerge" / "examples").iterdir())) == 1
 
 
+def test_a_user_without_a_home_and_a_file_that_cannot_be_opened(
+    tmp_path, byte_tokenizer, monkeypatch
+):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    for name in ("ORDERMERGE_EXAMPLE_CACHE", "ORDERMERGE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as patch:
+        # what expanduser raises where the user is not in /etc/passwd
+        patch.setattr(example_cache.remote, "cache", lambda: (_ for _ in ()).throw(RuntimeError()))
+        assert len(source.tokenize(path, Data(), byte_tokenizer())) == 20
+    monkeypatch.setenv("ORDERMERGE_EXAMPLE_CACHE", str(tmp_path / "cache"))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(source.files, "digest", refuse)
+    monkeypatch.setattr(source.files, "_read_bytes", refuse)
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read: .*Permission denied"):
+        source.tokenize(path, Data(), byte_tokenizer())
+
+
 def test_the_oldest_files_go_first(folder, tmp_path, byte_tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl", ROWS)
     for length in (40, 50, 60):
