@@ -31,6 +31,7 @@ def render_script(config: Config, target: str, options: Sequence[str]) -> str:
     Raises:
         UserError: the config or an option is wrong.
     """
+    preflight.check_inputs_named(config)
     preflight.check_config(config)  # here, not after hours in the queue of a cluster
     pairs = {}
     for item in options:

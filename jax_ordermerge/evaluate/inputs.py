@@ -176,6 +176,12 @@ class TaskInputs:
     def _shot_pool(self, task: ShotsTask) -> list[dict[str, Any]]:
         if not task.shots:
             return []
+        # the default of data.train is a toy
+        if task.shots_from is None and "train" not in self.data.model_fields_set:
+            raise UserError(
+                f"evaluation task {task.name} has shots = {task.shots} and no source of them; give"
+                " shots_from or data.train"
+            )
         sources = list_sources(task.shots_from or self.data.train)
         # Shots are written as the items are, so they must be of one kind, and only the user knows
         # of which.

@@ -148,6 +148,7 @@ def load_context(
     """
     # Cheap checks come first: a typo in the config must not cost the start of a cluster. Only then
     # may the devices be touched, and from there on all processes take the same path.
+    preflight.check_inputs_named(config)
     preflight.check_config(config)
     trackers.check(config.tracking)  # only the machine that trains needs their packages
     start_devices(config)
