@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_ordermerge.checkpoint.resolve import resolve
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Config, check_inputs
 from jax_ordermerge.data import dates, preview, source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.preview import Marks
@@ -53,6 +53,7 @@ def load(config: Config) -> Loaded:
     Raises:
         UserError: base, data or template do not fit, as in a run.
     """
+    check_inputs(config)
     tokenizer = tokenizers.load_tokenizer(resolve(config.model.base, weights=False))
     # a run that was started on another day has that day in its prompts
     record = read_json(RunLayout(config.directory).data) or {}

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Config, check_inputs
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.context import Log
@@ -31,7 +31,7 @@ def render_script(config: Config, target: str, options: Sequence[str]) -> str:
     Raises:
         UserError: the config or an option is wrong.
     """
-    preflight.check_inputs_named(config)
+    check_inputs(config)
     preflight.check_config(config)  # here, not after hours in the queue of a cluster
     pairs = {}
     for item in options:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Config, check_inputs
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import plan_spec
 from jax_ordermerge.plan import formatting, planner
@@ -24,7 +24,7 @@ def plan_experiment(config: Config, *, as_json: bool, **options: Any) -> str:
     # is no tokenizer to read examples with.
     if options.get("architecture") is None:
         data = ["data.train"] if options.get("examples") is None else []
-        preflight.check_inputs_named(config, ["model.base", *data])
+        check_inputs(config, ["model.base", *data])
     preflight.check_config(config)
     plan = planner.plan_experiment(plan_spec(config), **options)
     return formatting.as_json(plan) if as_json else formatting.as_text(plan)

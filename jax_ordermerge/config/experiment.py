@@ -1,6 +1,6 @@
 """The schema of an experiment, and how it is read from YAML and `--set` overrides."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -275,6 +275,38 @@ def _merge_conflicts(config: Config) -> Iterator[str]:
                 f"merge.methods: {spec.method} has {len(spec.weights)} weights for"
                 f" population.members = {config.population.members}"
             )
+
+
+# What a config has to name although the schema has a default. The defaults are a toy, and nobody who
+# forgot the base of an experiment wants to see results of the toy.
+_NAMED = {
+    "model.base": "a Hugging Face directory, a hub name, or embedded:quickstart, the toy of this"
+    " package",
+    "data.train": "a file, a hub dataset, or generated:quickstart, the toy of this package",
+}
+
+
+def check_inputs(config: Config, keys: Collection[str] = tuple(_NAMED)) -> None:
+    """Check that a config names its base and its training examples.
+
+    Args:
+        config: as it was read; a resolved config names everything.
+        keys: what it has to name.
+
+    Raises:
+        UserError: it does not, so that a default would be used without a word.
+
+    Example:
+        >>> check_inputs(Config())
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: model.base is missing; give a Hugging Face directory, a hub
+            name, or embedded:quickstart, the toy of this package
+    """
+    for key in keys:
+        section, name = key.split(".")
+        if name not in getattr(config, section).model_fields_set:
+            raise UserError(f"{key} is missing; give {_NAMED[key]}")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

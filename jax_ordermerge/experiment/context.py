@@ -17,7 +17,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge import processes, record
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Config, check_inputs
 from jax_ordermerge.data import dates, prompt_format, source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.prompt_format import PromptFormat
@@ -148,7 +148,7 @@ def load_context(
     """
     # Cheap checks come first: a typo in the config must not cost the start of a cluster. Only then
     # may the devices be touched, and from there on all processes take the same path.
-    preflight.check_inputs_named(config)
+    check_inputs(config)
     preflight.check_config(config)
     trackers.check(config.tracking)  # only the machine that trains needs their packages
     start_devices(config)

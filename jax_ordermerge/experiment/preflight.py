@@ -5,7 +5,7 @@ need devices, weights or data. Checks of one section against a number, which the
 well, are methods of the section: `Population.check_groups`, `Data.check_length`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,6 @@ from jax_ordermerge.experiment.splits import check_splits, find_overlaps, refuse
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.model import lora
 from jax_ordermerge.search import search
-
-# What a config has to name although the schema has a default. The defaults are a toy, and nobody who
-# forgot the base of an experiment wants to see results of the toy.
-_INPUTS = {
-    "model.base": "a Hugging Face directory, a hub name, or embedded:quickstart, the toy of this"
-    " package",
-    "data.train": "a file, a hub dataset, or generated:quickstart, the toy of this package",
-}
-
-
-def check_inputs_named(config: Config, keys: Collection[str] = tuple(_INPUTS)) -> None:
-    """Check that a config names its base and its training examples.
-
-    Args:
-        config: as it was read; a resolved config names everything.
-        keys: what it has to name.
-
-    Raises:
-        UserError: it does not, so that a default would be used without a word.
-
-    Example:
-        >>> check_inputs_named(Config())
-        Traceback (most recent call last):
-        ...
-        jax_ordermerge.errors.UserError: model.base is missing; give a Hugging Face directory, a hub
-            name, or embedded:quickstart, the toy of this package
-    """
-    for key in keys:
-        section, name = key.split(".")
-        if name not in getattr(config, section).model_fields_set:
-            raise UserError(f"{key} is missing; give {_INPUTS[key]}")
 
 
 def check_config(config: Config) -> None:

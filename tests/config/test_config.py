@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from jax_ordermerge.config import fixed_settings, load_config, make_config, to_dict
+from jax_ordermerge.config import check_inputs, fixed_settings, load_config, make_config, to_dict
 from jax_ordermerge.config.section import load_yaml
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.methods import table
@@ -370,3 +370,24 @@ def test_a_key_that_is_given_twice_is_refused_with_its_lines(tmp_path, text, mes
 def test_a_key_that_a_merge_key_brings_may_be_replaced():
     text = "{common: &common {epochs: 1, batch: 4}, training: {<<: *common, epochs: 2}}"
     assert load_yaml(text, "text")["training"] == {"epochs": 2, "batch": 4}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({}, "model.base is missing; give a Hugging Face directory"),
+        ({"model": {"compute_dtype": "float32"}}, "model.base is missing"),
+        (
+            {"model": {"base": "x"}, "data": {"test": "t.jsonl"}},
+            "data.train is missing; give a file",
+        ),
+    ],
+)
+def test_a_config_has_to_name_its_base_and_its_examples(raw, message):
+    with pytest.raises(UserError, match=message):
+        check_inputs(make_config(raw))
+
+
+def test_a_resolved_config_names_everything():
+    check_inputs(make_config({"model": {"base": "x"}, "data": {"train": "generated:quickstart"}}))
+    check_inputs(make_config(to_dict(make_config({}))))

@@ -29,7 +29,7 @@ def test_a_benchmark_writes_nothing_but_the_profile(folder, tmp_path):
 
 def test_a_profile_goes_with_steps(folder, tmp_path, capsys):
     assert call("train", folder / "tiny.yaml", "--profile", tmp_path) == 2
-    assert "--profile needs --steps" in capsys.readouterr().err
+    assert "--profile would be ignored: it goes with --steps" in capsys.readouterr().err
 
 
 PROGRAM = """

@@ -30,6 +30,8 @@ JOBSET = json.loads((pathlib.Path(__file__).parent / "jobset-v1alpha2.json").rea
 KUBERNETES = "1.32"
 EXPERIMENT = {
     "name": "Llama_2 7b",
+    "model": {"base": "embedded:quickstart"},
+    "data": {"train": "generated:quickstart"},
     "output": "/mnt/shared/runs/{name}",
     "mesh": {"order": 4, "fsdp": -1},
     "population": {"members": 4},

@@ -176,7 +176,7 @@ def test_the_command(tmp_path):
         yaml.safe_dump(
             {
                 "model": {"base": "embedded:quickstart"},
-                "data": {"max_length": 128},
+                "data": {"train": "generated:quickstart", "max_length": 128},
                 "training": {"batch": 32},
             }
         )
