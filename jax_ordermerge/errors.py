@@ -48,9 +48,14 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
         " (did you mean 'average'?)"
         >>> did_you_mean("zzz", ["average", "ties"])
         ' (known: average, ties)'
+        >>> did_you_mean("lr", ["epochs", "learning_rate"])
+        " (did you mean 'learning_rate'?)"
     """
     names = list(names)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    # abbreviations that other trainers use: lr, wd, bs
+    initials = [x for x in names if "".join(part[:1] for part in x.split("_")) == name]
+    nearest = initials if len(initials) == 1 else nearest
     return f" (did you mean '{nearest[0]}'?)" if nearest else f" (known: {', '.join(names)})"
 
 

@@ -6,6 +6,7 @@ killed process leaves the old content or the new one, never a part.
 
 import contextlib
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -55,7 +56,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     with _writable(target):
         path.parent.mkdir(parents=True, exist_ok=True)
         # a killed process could not remove its directory; the random suffix tells them from others
-        for abandoned in path.parent.glob(f"{path.name}.partial-" + "[0-9a-f]" * 8):
+        for abandoned in path.parent.glob(f"{glob.escape(path.name)}.partial-" + "[0-9a-f]" * 8):
             shutil.rmtree(abandoned)
         partial.mkdir()
     try:

@@ -275,7 +275,9 @@ def _open_store(path: Path, name: str) -> Any:
     import tensorstore
 
     # the layout of Orbax: one zarr3 array per leaf, all in one OCDBT database
-    kvstore = {"driver": "ocdbt", "base": f"file://{path / _STATE}/", "path": f"{name}/"}
+    # a path and no URL: directories may have names with %, ? and #
+    base = {"driver": "file", "path": f"{path / _STATE}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     # consecutive rows are read one by one, and many lie in one chunk
     context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
     return tensorstore.open(

@@ -130,7 +130,8 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None
     tasks = config.evaluation.tasks
     if not tasks:
         raise UserError(
-            "no tasks to evaluate on: give --config FILE with evaluation.tasks,"
+            f"{config.model.base} is no config or run, so it is taken for a model, and there are no"
+            " tasks to evaluate it on: give --config FILE with evaluation.tasks,"
             " or --harness TASK,..."
         )
     judged = [task.kind for task in tasks if TASK_KINDS[task.kind].result == "outputs"]

@@ -262,7 +262,7 @@ REFUSED = [
     ),
     (
         "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [2, 5]}]",
-        "layer_range [2, 5] of a, which has the layers 0 to 4",
+        "layer_range [2, 5] of a, which has 4 layers",
     ),
     (
         "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [2, 2]}]",

@@ -266,7 +266,7 @@ def _layer_ranges(recipe: Recipe, models: _Models) -> list[LayerRange]:
             if not start < end <= count:
                 raise UserError(
                     f"slices[{number}]: layer_range [{start}, {end}] of {entry.model}, "
-                    f"which has the layers 0 to {count}"
+                    f"which has {count} layers"
                 )
             inputs.append(Input(source, start, entry.parameters))
             lengths.append(end - start)
