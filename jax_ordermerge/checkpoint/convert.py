@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jax_ordermerge import arch, processes, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, TensorSpec
-from jax_ordermerge.checkpoint import atomic, placement, safetensors
+from jax_ordermerge.checkpoint import atomic, placement, safetensors, sidecar_files
 from jax_ordermerge.checkpoint.resolve import resolve as resolve
 from jax_ordermerge.errors import UserError
 
@@ -49,11 +49,7 @@ def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfi
     # from_hf checks keys and ranges; a value of another JSON type fails wherever it is first used
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} has a value of the wrong type: {error}") from error
-    generation = Path(directory) / "generation_config.json"
-    eos = safetensors.read_json(generation).get("eos_token_id") if generation.is_file() else None
-    if eos is None:
-        return config
-    ids = dict.fromkeys((*(eos if isinstance(eos, list) else [eos]), *config.eos_token_ids))
+    ids = dict.fromkeys((*sidecar_files.generation_stops(directory), *config.eos_token_ids))
     return dataclasses.replace(config, eos_token_ids=tuple(ids))
 
 

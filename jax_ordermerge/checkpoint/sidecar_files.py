@@ -13,6 +13,7 @@ from jax_ordermerge.errors import UserError
 
 Json = dict[str, Any]
 
+GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # Inside a directory of Orbax checkpoints, beside the directories of the steps.
@@ -51,31 +52,54 @@ def write(
         recipe: text of `merge_config.yaml`.
     """
     # written from the config, not copied: keys of the source that are not understood would lie
-    raw = config.to_hf(dtype)
-    # servers use sampling values of this file as their defaults, so it holds token ids only
-    generation = {
-        key: raw[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if raw[key] is not None
-    }
-    _write_json(directory / "config.json", raw)
-    _write_json(directory / "generation_config.json", generation)
+    _write_json(directory / "config.json", config.to_hf(dtype))
+    write_generation_config(directory, config)
     if tokenizer_from is not None:
-        copy_tokenizer(Path(tokenizer_from), directory)
-    if chat_template is not None:
-        write_chat_template(directory, chat_template)
+        copy_tokenizer(Path(tokenizer_from), directory, chat_template)
     atomic.write_text(directory / "README.md", model_card() if card is None else card)
     if recipe is not None:
         atomic.write_text(directory / "merge_config.yaml", recipe)
 
 
-def copy_tokenizer(source: Path, directory: Path) -> None:
+def write_generation_config(directory: Path, config: ModelConfig) -> None:
+    """Write `generation_config.json`, with the special tokens of a config alone."""
+    # servers use sampling values of this file as their defaults, so it holds token ids only
+    tokens = {
+        key: value
+        for key, value in config.to_hf("float32").items()
+        if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None
+    }
+    _write_json(directory / GENERATION, tokens)
+
+
+def generation_stops(directory: str | Path) -> tuple[int, ...]:
+    """Return the end-of-sequence tokens in the `generation_config.json` of a directory, if any.
+
+    Raises:
+        UserError: the file is not a JSON object.
+
+    Example:
+        >>> generation_stops("nowhere")
+        ()
+    """
+    path = Path(directory) / GENERATION
+    eos = _read_object(path).get("eos_token_id") if path.is_file() else None
+    # one id is written as an int, several as a list
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def copy_tokenizer(source: Path, directory: Path, chat_template: str | None = None) -> None:
     """Copy tokenizer files byte for byte, except for what a server could not read.
 
     `tokenizer_class: TokenizersBackend`, unknown before transformers 5, becomes
     `PreTrainedTokenizerFast`. Chat templates are written both to their own files and to
     `tokenizer_config.json`, and their `{% generation %}` marks, for training only, become plain
     blocks.
+
+    Args:
+        source: directory with the files of a tokenizer.
+        directory: an existing directory.
+        chat_template: text that replaces the default chat template of the source.
 
     Raises:
         UserError: the source is not a directory, or its `tokenizer_config.json` is not a JSON
@@ -101,6 +125,8 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
         else:
             _write_json(directory / TOKENIZER_CONFIG, served)
     _write_template_files(directory, templates)
+    if chat_template is not None:
+        write_chat_template(directory, chat_template)
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -10,12 +10,15 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax, remote, sidecar_files
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config
+from jax_ordermerge.data.prompt_card import prompt_section
+from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import CONFIG, RunLayout
 from jax_ordermerge.merge.sources import peft_files
+from jax_ordermerge.merge.sources.references import read_prompt_format
 from jax_ordermerge.record import base_digest, refuse_model_of_edited_run, refuse_other_base
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import Tree
@@ -32,12 +35,14 @@ class LoadedModel(NamedTuple):
         params: its parameters.
         dtype: of the parameters.
         tokenizer_dir: directory of its tokenizer; None where there is none.
+        prompt_format: how it was asked in training, where a run says so.
     """
 
     config: ModelConfig
     params: Tree
     dtype: str
     tokenizer_dir: Path | None
+    prompt_format: PromptFormat = PromptFormat()
 
 
 def convert_checkpoint(
@@ -86,13 +91,14 @@ def convert_checkpoint(
         if model.tokenizer_dir is None or not sidecar_files.has_tokenizer(model.tokenizer_dir):
             log(f"note: {source} has no tokenizer files, so {out} has none")
         if to == "hf":
-            card = sidecar_files.model_card(target.name)
+            card = sidecar_files.model_card(target.name, prompt_section(model.prompt_format))
             convert.export(
                 model.params,
                 model.config,
                 target,
                 dtype=model.dtype,
                 source=model.tokenizer_dir,
+                chat_template=model.prompt_format.chat_template,
                 card=card,
             )
         else:
@@ -102,7 +108,8 @@ def convert_checkpoint(
             if model.tokenizer_dir is not None:
                 inside = target / sidecar_files.CHECKPOINT_TOKENIZER
                 inside.mkdir(parents=True)
-                sidecar_files.copy_tokenizer(model.tokenizer_dir, inside)
+                template = model.prompt_format.chat_template
+                sidecar_files.copy_tokenizer(model.tokenizer_dir, inside, template)
             # the arrays last: a step that is complete has its tokenizer
             orbax.save(target, 0, {"params": model.params}, metadata)
 
@@ -111,7 +118,7 @@ def _load(
     source: Path, member: int | None, dtype: str | None, ignore: Collection[str]
 ) -> LoadedModel:
     if RunLayout(source).is_run:
-        run, number, base_dir, config = _open_member(source, member)
+        run, number, base_dir, config, form = _open_member(source, member)
         # by default the dtype of the export, so that the bytes are those of the exported member
         dtype = dtype or run.merge.dtype
         layout = waves.member_layout(RunLayout(source), number)
@@ -119,7 +126,7 @@ def _load(
             training_spec(run), config, meshes.make_mesh(), layout, number, dtype=dtype
         )
         # members share the tokenizer of the base: training does not change it
-        return LoadedModel(config, params, dtype, base_dir)
+        return LoadedModel(config, params, dtype, base_dir, form)
     if member is not None:
         raise UserError(f"--member goes with a run directory; {source} has no {CONFIG}")
     step = _orbax_step(source)
@@ -165,8 +172,10 @@ def _stored_dtype(directory: Path, ignore: Collection[str]) -> str:
     return next(iter(dtypes), DTYPES[0])
 
 
-def _open_member(run_dir: Path, member: int | None) -> tuple[Config, int, Path, ModelConfig]:
-    """Return the config of a run, the member, and directory and architecture of the base."""
+def _open_member(
+    run_dir: Path, member: int | None
+) -> tuple[Config, int, Path, ModelConfig, PromptFormat]:
+    """Return the config of a run, the member, and the base: directory, architecture, prompts."""
     run = read_config(run_dir)
     count = run.population.members
     # No default: member 0 in place of a forgotten option would look like a result.
@@ -176,7 +185,9 @@ def _open_member(run_dir: Path, member: int | None) -> tuple[Config, int, Path, 
         raise UserError(f"--member {member}: the run has members 0 to {count - 1}")
     base_dir = convert.resolve(run.model.base)
     refuse_other_base(RunLayout(run_dir), run.model, base_digest(run.model, base_dir))
-    return run, member, base_dir, convert.load_config(base_dir, run.model.ignore_config_keys)
+    form = read_prompt_format(RunLayout(run_dir))
+    config = convert.load_config(base_dir, run.model.ignore_config_keys).with_ends(form.stops)
+    return run, member, base_dir, config, form
 
 
 def _export_adapter(source: Path, out: Path, member: int | None, dtype: str | None) -> None:
@@ -184,7 +195,7 @@ def _export_adapter(source: Path, out: Path, member: int | None, dtype: str | No
         raise UserError(
             f"--to peft goes with a run directory and --member; {source} has no {CONFIG}"
         )
-    run, number, base_dir, config = _open_member(source, member)
+    run, number, base_dir, config, form = _open_member(source, member)
     layout = waves.member_layout(RunLayout(source), number)
     adapter = members.restore_adapter(training_spec(run), config, layout, number)
     assert run.lora is not None  # restore_adapter refuses a run without it
@@ -192,4 +203,13 @@ def _export_adapter(source: Path, out: Path, member: int | None, dtype: str | No
     base = run.model.base
     if base.startswith("embedded:") or Path(base).exists():
         base = str(base_dir.absolute())  # PEFT loads it from any working directory
-    peft_files.write_adapter(out, adapter, config, run.lora, base=base, dtype=dtype or "float32")
+    peft_files.write_adapter(
+        out,
+        adapter,
+        config,
+        run.lora,
+        base=base,
+        dtype=dtype or "float32",
+        tokenizer_from=base_dir,
+        prompt_format=form,
+    )

@@ -5,7 +5,7 @@ import datetime as dt
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from jax_ordermerge.data import chat, turns
@@ -25,7 +25,7 @@ class PromptFormat:
     """How the prompts of a training were made, and how its responses end.
 
     Attributes:
-        ends: see `Examples.ends`.
+        stops: tokens at which generation stops: the ends of the responses, and those of the base.
         chat_template: text of a Jinja template that renders the prompts of the training; None where
             the tokenizer's own does, or where there were no prompts.
         date: what the tokenizer's own template printed as today's, None where it prints none.
@@ -33,7 +33,7 @@ class PromptFormat:
         notes: what a user should know, in sentences.
     """
 
-    ends: tuple[int, ...] = ()
+    stops: tuple[int, ...] = ()
     chat_template: str | None = None
     date: dt.date | None = None
     example: str = ""
@@ -55,7 +55,7 @@ class PromptFormat:
 
         Example:
             >>> PromptFormat.from_json(PromptFormat((2,), None, dt.date(2026, 12, 1)).to_json())
-            PromptFormat(ends=(2,), chat_template=None, date=datetime.date(2026, 12, 1), \
+            PromptFormat(stops=(2,), chat_template=None, date=datetime.date(2026, 12, 1), \
 example='', notes=())
         """
         names = {field.name for field in dataclasses.fields(cls)}
@@ -68,24 +68,34 @@ example='', notes=())
 
 
 def describe(
-    examples: Examples, tokenizer: "PreTrainedTokenizerBase", date: dt.date | None = None
+    examples: Examples,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    stops: Sequence[int] = (),
+    date: dt.date | None = None,
 ) -> PromptFormat:
     """Return how a model that is trained on examples is to be asked.
 
     Args:
         examples: of the training.
         tokenizer: which made them.
+        stops: see `PromptFormat`.
         date: which its chat template printed.
     """
     template = served_template(examples)
     if template is None:
-        return PromptFormat(examples.ends, date=date)
+        return PromptFormat(tuple(stops), date=date)
     own, notes = tokenizer.chat_template, []
     others = {source.template for source in examples.sources if _has_prompts(source)} - {template}
     if others:
         notes.append(
             f"Prompts are those of template {template}; some examples were in template"
             f" {' and '.join(sorted(others))}."
+        )
+    if template == "alpaca":
+        notes.append(
+            "The input of an instruction is the key `input` of its message, or `input` among the"
+            " variables of the template (`chat_template_kwargs`)."
         )
     chat_template = None
     if template != "chat" and not (template == "plain" and _are_rendered(examples, tokenizer)):
@@ -106,7 +116,7 @@ def describe(
             " its day."
         )
     text = _example(chat_template, tokenizer) if chat_template or own else ""
-    return PromptFormat(examples.ends, chat_template, date, text, tuple(notes))
+    return PromptFormat(tuple(stops), chat_template, date, text, tuple(notes))
 
 
 def served_template(examples: Examples) -> str | None:

@@ -76,7 +76,12 @@ class RunContext:
     @functools.cached_property
     def prompt_format(self) -> PromptFormat:
         """How the members are asked, and how they end their responses."""
-        return prompt_format.describe(self.splits["train"], self.tokenizer, self.date)
+        return prompt_format.describe(
+            self.splits["train"],
+            self.tokenizer,
+            stops=self.model.eos_token_ids,
+            date=self.date,
+        )
 
     @functools.cached_property
     def base_digest(self) -> str:

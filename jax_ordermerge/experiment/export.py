@@ -6,6 +6,7 @@ import yaml
 
 import jax_ordermerge
 from jax_ordermerge.checkpoint import convert, sidecar_files
+from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.layout import Json, member_name
 from jax_ordermerge.tree import Tree
@@ -81,7 +82,8 @@ def _card(ctx: RunContext, name: str, recipe: Json, origin: str) -> str:
         f" orders (level `{population.level}`, {epochs} epochs), and the {count} models were"
         f" merged by `{recipe['merge_method']}`.\n\n"
         + (f"{origin}\n\n" if origin else "")
-        + f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
+        + f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n"
+        + prompt_section(ctx.prompt_format)
     )
     return sidecar_files.model_card(
         f"{ctx.config.name}: {name}",

@@ -122,6 +122,7 @@ def describe(splits: Mapping[str, Examples]) -> dict[str, Json]:
             "examples": len(examples),
             "tokens": sum(int(part.lengths.sum()) for part in examples.parts),
             "counts": dict(examples.counts),
+            "ends": list(examples.ends),
         }
         for name, examples in splits.items()
     }

@@ -12,6 +12,7 @@ import yaml
 
 import jax_ordermerge
 from jax_ordermerge.checkpoint import atomic, sidecar_files
+from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.merge import diagnostics
 from jax_ordermerge.merge.journal import TensorRecord
 from jax_ordermerge.merge.methods import table
@@ -100,8 +101,9 @@ def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
     # after the tokenizer was copied, since these change its files
     if plan.added_tokens:
         sidecar_files.add_tokens(directory, plan.added_tokens)
-    if plan.chat_template is not None:
-        sidecar_files.write_chat_template(directory, plan.chat_template)
+    template = plan.chat_template or plan.prompt_format.chat_template
+    if template is not None:
+        sidecar_files.write_chat_template(directory, template)
     # CRC-32 finds damaged bytes and costs little: it was computed while the slabs were written
     manifest = {
         "algorithm": "crc32",
@@ -143,6 +145,8 @@ def _card(plan: Plan, content: Report) -> str:
         text += "\n\n" + "\n".join(f"- {note}" for note in content["notes"])
     if measured is not None and measured["total"] is not None:
         text += "\n\n" + _diagnostics_table(measured["total"])
+    if section := prompt_section(plan.prompt_format):
+        text += f"\n\n{section}"
     title = f"Merge of {models} models by {recipe['merge_method']}"
     return sidecar_files.model_card(title, text, relation="merge", tags=["merge"])
 

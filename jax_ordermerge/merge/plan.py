@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -12,6 +12,7 @@ import numpy as np
 from jax_ordermerge import arch
 from jax_ordermerge.arch import ModelConfig, Rope
 from jax_ordermerge.config.merge import Dtype
+from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.sources.storage import Source
@@ -92,6 +93,8 @@ class Plan:
         tokenizer_from: directory of the tokenizer files, if any.
         notes: what the user should know, e.g. a rule that was applied.
         chat_template: text that replaces that of the tokenizer.
+        prompt_format: how the models were asked, for the model card; its chat template replaces
+            that of the tokenizer, too.
         added_tokens: entries as in `tokenizer.json`, added to the tokenizer of `tokenizer_from`.
     """
 
@@ -106,6 +109,7 @@ class Plan:
     tokenizer_from: Path | None = None
     notes: tuple[str, ...] = ()
     chat_template: str | None = None
+    prompt_format: PromptFormat = dataclasses.field(default_factory=PromptFormat)
     added_tokens: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -137,7 +141,8 @@ def uniform(
 
     Args:
         members: in the order that weights and random choices refer to. The merged model has config
-            and tokenizer of the first, but positions, norms and windows of the base.
+            and tokenizer of the first, but positions, norms and windows of the base. It has the
+            end-of-sequence tokens of all.
         base: may be None for methods that do not need it; there are no diagnostics then.
         method: name of the method.
         seed: of the methods that draw random numbers.
@@ -175,7 +180,7 @@ def uniform(
         )
         for name, spec, layer in arch.hf_tensors(config)
     )
-    # the last part of each path only: the recipe is published with the merge
+    # the last part of each path only: the recipe is published
     recipe = {
         "merge_method": method,
         "models": [Path(member.label).name for member in members],
@@ -187,7 +192,7 @@ def uniform(
         "dtype": resolved_dtype.name,
     }
     return Plan(
-        config,
+        with_stops_of(config, members),
         sources,
         outputs,
         seed,
@@ -196,6 +201,7 @@ def uniform(
         recipe,
         tokenizer_from=tokenizer_from or members[0].directory,
         notes=config_notes(lead, sources),
+        prompt_format=members[0].prompt_format,
     )
 
 
@@ -228,6 +234,15 @@ def _check_distinct(members: Sequence[Source], base: Source | None) -> None:
             raise UserError(
                 f"model {member.label} is the base ({base.label}); leave it out of the models"
             )
+
+
+def with_stops_of(config: ModelConfig, members: Iterable[Source]) -> ModelConfig:
+    """Return a config that also has the end-of-sequence tokens of models that are merged.
+
+    The merged model may end a response as any of them does. A base need not know these tokens.
+    """
+    stops = dict.fromkeys(token for member in members for token in member.config.eos_token_ids)
+    return config.with_ends(token for token in stops if token not in config.eos_token_ids)
 
 
 def check_same(first: Source, second: Source, may_differ: Collection[str] = ()) -> None:

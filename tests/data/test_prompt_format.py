@@ -137,7 +137,6 @@ def test_a_tokenizer_keeps_its_own_template_where_that_was_trained(
     path = write(tmp_path / "a.jsonl", rows)
     form = described(path, tokenizer, template="chat")
     assert form.chat_template is None
-    assert tokenizer.convert_ids_to_tokens(list(form.ends)) == ["<|im_end|>"]
     # another template was trained, so it is what is served
     for template in ("alpaca", "gsm8k", "plain"):
         form = described(path, tokenizer, template=template)

@@ -13,8 +13,15 @@ from typing import Any, NamedTuple
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import convert, sidecar_files
+from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.plan import Plan, check_same, config_notes, resolve_dtype
+from jax_ordermerge.merge.plan import (
+    Plan,
+    check_same,
+    config_notes,
+    resolve_dtype,
+    with_stops_of,
+)
 from jax_ordermerge.merge.recipe import rules, schema
 from jax_ordermerge.merge.recipe.chat_templates import CHAT_TEMPLATES
 from jax_ordermerge.merge.recipe.evaluator import Evaluator, Input, LayerRange, MergedTensor
@@ -23,6 +30,7 @@ from jax_ordermerge.merge.recipe.settings import Settings
 from jax_ordermerge.merge.sources import vocabulary
 from jax_ordermerge.merge.sources.references import Resolve, open_model
 from jax_ordermerge.merge.sources.storage import Checkpoint, Source, Untied
+from jax_ordermerge.merge.sources.vocabulary import RemappedVocabulary
 
 
 class _Models(NamedTuple):
@@ -115,8 +123,9 @@ def plan_recipe(
     outputs = tuple(evaluator.output(tensor) for tensor in _merged_tensors(config, layers))
 
     merged = sorted({view.source for out in outputs for view in out.members})
+    members = [models.sources[i] for i in merged]
     # The dtype of the members decides. A base in another dtype is rounded to it, with a note.
-    dtype = resolve_dtype(settings.dtype, [models.sources[i] for i in merged])
+    dtype = resolve_dtype(settings.dtype, members)
     out_dtype = resolve_dtype(settings.out_dtype or dtype.name, [])
     is_stochastic = settings.rounding == "stochastic"
     if is_stochastic and out_dtype.name != "bfloat16":
@@ -125,10 +134,11 @@ def plan_recipe(
             "leave it out"
         )
     notes += _source_notes(settings, models.sources, merged, dtype.name)
-    chat_template = _chat_template(settings.chat_template, models, notes)
+    chat_template, prompt_format = _prompts(settings.chat_template, models, merged, notes)
     resolved = {"seed": settings.seed, "dtype": dtype.name, "out_dtype": out_dtype.name}
     return Plan(
-        config,
+        # the numbers of a rearranged vocabulary are those of other tokens
+        with_stops_of(config, [m for m in members if not isinstance(m, RemappedVocabulary)]),
         models.sources,
         outputs,
         settings.seed,
@@ -139,6 +149,7 @@ def plan_recipe(
         tokenizer_from=models.sources[models.donor].directory,
         notes=tuple(dict.fromkeys(notes)),  # slices repeat them
         chat_template=chat_template,
+        prompt_format=prompt_format,
         added_tokens=models.added_tokens,
     )
 
@@ -385,9 +396,44 @@ def _source_notes(
     return notes
 
 
-def _chat_template(setting: str | None, models: _Models, notes: list[str]) -> str | None:
-    """Return the text of the chat template, None for that of the tokenizer; may add a note."""
-    if setting is None or "{" in setting:
+def _prompts(
+    setting: str | None, models: _Models, merged: Sequence[int], notes: list[str]
+) -> tuple[str | None, PromptFormat]:
+    """Return the text of the chat template, and how the models were asked where they agree."""
+    # a base may be merged, too; what it was not trained on says nothing against the others
+    trained = [i for i in merged if i != models.base] or merged
+    members = [models.sources[i] for i in trained]
+    formats = {member.prompt_format for member in members}
+    is_known = setting is None and len(formats) == 1
+    template = _chat_template(setting, models, members, notes)
+    return template, formats.pop() if is_known else PromptFormat()
+
+
+def _chat_template(
+    setting: str | None, models: _Models, members: Sequence[Source], notes: list[str]
+) -> str | None:
+    """Return the text of the chat template, None for that of the tokenizer; may add a note.
+
+    Without a setting it is that of the tokenizer. But models that were all trained with one
+    template are asked by it where the tokenizer has none, or where they are members of a run.
+    """
+    if setting is None:
+        templates = {_template_of(member) for member in members}
+        common = templates.pop() if len(templates) == 1 else None
+        is_run = any(member.prompt_format.chat_template for member in members)
+        donor = models.sources[models.donor]
+        own = _template_in(donor.directory)
+        if common is None or common == own:
+            return None
+        if own is not None and not is_run:
+            notes.append(
+                f"the chat template is that of {donor.label}, all models that are merged have"
+                " another; chat_template: auto takes the most frequent"
+            )
+            return None
+        notes.append(f"the chat template is that of {members[0].label}")
+        return common
+    if "{" in setting:
         return setting
     if setting in CHAT_TEMPLATES:
         vocabulary_tokens = vocabulary.tokens_of(models.sources[models.donor].directory) | {
@@ -404,16 +450,23 @@ def _chat_template(setting: str | None, models: _Models, notes: list[str]) -> st
             f"chat_template '{setting}' is not offered; give auto, {', '.join(CHAT_TEMPLATES)}, or"
             " the text of a Jinja template"
         )
-    directories = [source.directory for source in models.sources if source.directory]
-    templates = [sidecar_files.read_chat_templates(directory) for directory in directories]
-    counts = collections.Counter(
-        by_name["default"] for by_name in templates if "default" in by_name
-    )
+    counts = collections.Counter(filter(None, map(_template_of, models.sources)))
     if not counts:
         notes.append("no model has a chat template")
         return None
     # `max` returns the first of the most common, so the order of the models decides a tie
     return max(counts, key=counts.__getitem__)
+
+
+def _template_of(source: Source) -> str | None:
+    """Return the chat template by which a model is asked."""
+    return source.prompt_format.chat_template or _template_in(source.directory)
+
+
+def _template_in(directory: Path | None) -> str | None:
+    return (
+        None if directory is None else sidecar_files.read_chat_templates(directory).get("default")
+    )
 
 
 def _shorten_paths(raw: Any, recipe: Recipe) -> Any:

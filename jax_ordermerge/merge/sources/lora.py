@@ -12,7 +12,7 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 from jax_ordermerge.checkpoint import orbax, safetensors
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
 from jax_ordermerge.config import Lora
+from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.merge.sources.storage import Source, latest_step
 from jax_ordermerge.model.lora import scale, table, targets
 
@@ -83,6 +84,7 @@ class LoRA:
         trained_rows: name -> rows that replace those of the base.
         biases: name -> float32 array that is added to the bias of the base.
         directory: where the tokenizer files may be; None is the directory of the base.
+        stops: end-of-sequence tokens before those of the base.
     """
 
     def __init__(
@@ -98,13 +100,17 @@ class LoRA:
         trained_rows: Mapping[str, TrainedRows] | None = None,
         biases: Mapping[str, np.ndarray] | None = None,
         directory: Path | None = None,
+        stops: Iterable[int] = (),
     ) -> None:
         self._base, self._products, self._saved = base, products, saved or {}
         self._trained_rows, self._biases = trained_rows or {}, biases or {}
         self._column_scales: dict[str, np.ndarray] = {}
         self._identity, self._dtype = identity, dtype
         self.label, self.directory = label, directory or base.directory
-        self.config = dataclasses.replace(base.config, vocab_size=rows or base.config.vocab_size)
+        # an adapter with a tokenizer of its own may have been trained with another template
+        self.prompt_format = PromptFormat() if directory else base.prompt_format
+        config = dataclasses.replace(base.config, vocab_size=rows or base.config.vocab_size)
+        self.config = config.with_ends(stops)
 
     def info(self, name: str) -> TensorInfo:
         """See `Source.info`."""

@@ -20,6 +20,8 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import atomic, safetensors, shards, sidecar_files
 from jax_ordermerge.config import Lora
+from jax_ordermerge.data.prompt_card import prompt_section
+from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.sources.lora import LoRA, Product, TrainedRows
 from jax_ordermerge.merge.sources.storage import Source, Untied, vocabulary_tensors
@@ -145,6 +147,7 @@ def open_adapter(
         },
         biases=file.biases(parts),
         directory=directory if (directory / "tokenizer.json").is_file() else None,
+        stops=sidecar_files.generation_stops(directory),
     )
 
 
@@ -391,6 +394,8 @@ def write_adapter(
     *,
     base: str,
     dtype: DTypeLike = np.float32,
+    tokenizer_from: Path | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> None:
     """Write an adapter as PEFT does, with a model card.
 
@@ -401,6 +406,8 @@ def write_adapter(
         settings: rank, alpha and targets.
         base: name or directory of the base model.
         dtype: of the tensors.
+        tokenizer_from: directory whose tokenizer files are copied, if any.
+        prompt_format: how the model was asked in training.
 
     Raises:
         UserError: the target is not empty.
@@ -421,8 +428,10 @@ def write_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    form = prompt_format or PromptFormat()
     card = sidecar_files.model_card(
         Path(directory).name,
+        prompt_section(form, adapter=True),
         # a path of this machine says nothing to a reader of the card
         base_model=None if Path(base).exists() else base,
         relation="adapter",
@@ -430,6 +439,11 @@ def write_adapter(
     with atomic.new_directory(directory) as partial:
         atomic.write_text(partial / CONFIG, json.dumps(content, indent=2) + "\n")
         atomic.write_text(partial / "README.md", card)
+        # An adapter has no config.json, which would make it a model. Who loads it reads here where
+        # its responses end, and how it is asked.
+        sidecar_files.write_generation_config(partial, config)
+        if tokenizer_from is not None:
+            sidecar_files.copy_tokenizer(tokenizer_from, partial, form.chat_template)
         shapes = {name: spec.hf_shape for spec in specs for name in spec.hf_names()}
         # PEFT reads a single file, whatever its size
         with shards.ShardFiles(partial, shapes, dtype, sys.maxsize) as files:

@@ -120,15 +120,22 @@ def _open_member(layout: RunLayout, number: int, label: str, ignore: Collection[
     model = parse(Model, sections.get("model") or {}, f"{layout.config}: model")
     base, ignore = convert.resolve(model.base), {*model.ignore_config_keys, *ignore}
     record.refuse_other_base(layout, model, record.base_digest(model, base))
+    form = read_prompt_format(layout)
     if sections.get("lora") is not None:
         settings = parse(Lora, sections["lora"], f"{layout.config}: lora")
-        base_model = storage.Directory(base, ignore=ignore)
+        base_model = storage.Directory(base, ignore=ignore, prompt_format=form)
         return lora.open_member(
             base_model, checkpoints, index, settings, label=label, branch=final.branch
         )
     config = convert.load_config(base, ignore)
     return storage.Checkpoint(
-        checkpoints, index, config, tokenizer=base, label=label, branch=final.branch
+        checkpoints,
+        index,
+        config,
+        tokenizer=base,
+        prompt_format=form,
+        label=label,
+        branch=final.branch,
     )
 
 

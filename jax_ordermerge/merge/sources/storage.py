@@ -20,6 +20,7 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec
 from jax_ordermerge.checkpoint import convert, orbax, placement, safetensors, sidecar_files
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
+from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 
 
@@ -30,6 +31,7 @@ class Source(Protocol):
         label: what the user called it.
         config: its architecture.
         directory: where its tokenizer files may be, if anywhere.
+        prompt_format: how it was asked in training, where a run says so.
     """
 
     @property
@@ -40,6 +42,9 @@ class Source(Protocol):
 
     @property
     def directory(self) -> Path | None: ...
+
+    @property
+    def prompt_format(self) -> PromptFormat: ...
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype and shape of a tensor.
@@ -58,6 +63,12 @@ class Source(Protocol):
 class Directory:
     """A Hugging Face directory. Opening it checks the config and all headers.
 
+    Args:
+        directory: the directory.
+        label: what the user called it.
+        ignore: unknown keys of `config.json` to ignore.
+        prompt_format: see `Source`; of a base, that of its run.
+
     Example:
         >>> model = Directory(convert.resolve("embedded:quickstart"))
         >>> model.info("model.norm.weight").shape
@@ -65,12 +76,18 @@ class Directory:
     """
 
     def __init__(
-        self, directory: str | Path, label: str | None = None, ignore: Iterable[str] = ()
+        self,
+        directory: str | Path,
+        label: str | None = None,
+        ignore: Iterable[str] = (),
+        *,
+        prompt_format: PromptFormat | None = None,
     ) -> None:
         self._reader = safetensors.Reader(directory)
         self.label = str(directory) if label is None else label
         self.directory = Path(directory)
-        self.config = convert.load_config(directory, ignore)
+        self.prompt_format = prompt_format or PromptFormat()
+        self.config = convert.load_config(directory, ignore).with_ends(self.prompt_format.stops)
         # now, and not in the middle of a merge that has run for an hour
         convert.check_tensors(self._reader, self.config)
         self.info, self.read_into = self._reader.info, self._reader.read_into
@@ -91,6 +108,7 @@ class Checkpoint:
             for arrays without that axis.
         config: the architecture.
         tokenizer: directory of the tokenizer files.
+        prompt_format: see `Source`.
         label: what the user called it.
         branch: branch of the checkpoint with the entries of the tensor table.
 
@@ -105,11 +123,14 @@ class Checkpoint:
         config: ModelConfig,
         *,
         tokenizer: Path | None,
+        prompt_format: PromptFormat | None = None,
         label: str,
         branch: str = "params",
     ) -> None:
         step = latest_step(checkpoints)
-        self.member, self.label, self.config, self.directory = member, label, config, tokenizer
+        self.prompt_format = prompt_format or PromptFormat()
+        self.config = config.with_ends(self.prompt_format.stops)
+        self.member, self.label, self.directory = member, label, tokenizer
         self._path = Path(checkpoints) / str(step)
         self._specs = {name: (spec, layer) for name, spec, layer in arch.hf_tensors(config)}
         # compared with the checkpoint here: a member of another architecture fails before the merge
@@ -166,6 +187,7 @@ class Untied:
 
     def __init__(self, inner: Source) -> None:
         self.inner, self.label, self.directory = inner, inner.label, inner.directory
+        self.prompt_format = inner.prompt_format
         self.config = dataclasses.replace(inner.config, tie_embeddings=False)
         embedding, head = vocabulary_tensors(inner.config)
         # nothing is copied: the head is read from where the embedding is
