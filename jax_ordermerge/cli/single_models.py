@@ -160,7 +160,13 @@ def convert(
 
 @app.command()
 def generate(
-    model: Model,
+    model: Annotated[
+        str,
+        Argument(
+            metavar="MODEL",
+            help="HF directory, hub name, embedded:NAME, RUN/member_0 or MODEL+ADAPTER.",
+        ),
+    ],
     *,
     prompt: Annotated[list[str] | None, Option(help="A prompt. May be repeated.")] = None,
     prompts: Annotated[
@@ -172,6 +178,18 @@ def generate(
     json_lines: Annotated[
         bool, Option("--json", help="Print the rows with their completion as JSON Lines.")
     ] = False,
+    raw: Annotated[
+        bool, Option("--raw", help="Continue the prompt as text, without the chat template.")
+    ] = False,
+    system: Annotated[str | None, Option(help="System message before each prompt.")] = None,
+    variables: Annotated[
+        list[str] | None,
+        Option(
+            "--variable",
+            metavar="KEY=VALUE",
+            help="Of the chat template, e.g. enable_thinking=false. May be repeated.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, Option(help="Largest number of tokens to write.")] = 128,
     dtype: Annotated[str, Option(help="Compute dtype, float32 or bfloat16.")] = "float32",
     temperature: Annotated[float, Option(help="0 takes the most likely token.")] = 0.0,
@@ -180,13 +198,18 @@ def generate(
     seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
     ignore_config_keys: IgnoreKeys = None,
 ) -> None:
-    """Complete prompts with a model: greedily, or drawn by seed and number of the prompt."""
+    """Answer prompts with a model: greedily, or drawn by seed and number of the prompt.
+
+    A prompt is a user message in the chat template of the model, which is the template that it was
+    trained with. A model without one continues the prompt as text.
+    """
     import json
 
     from jax_ordermerge.commands import generate as command
     from jax_ordermerge.evaluate.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
+    asking = command.Asking(raw, system, command.read_variables(variables or ()))
     stops = command.check_stops(stop or ())
     rows = command.read_prompts(prompt or (), prompts)
     texts = command.complete(
@@ -196,6 +219,9 @@ def generate(
         dtype=dtype,
         sampling=sampling,
         ignore=split_keys(ignore_config_keys),
+        asking=asking,
+        # stdout is the answers alone
+        log=lambda message: typer.echo(message, err=True),
     )
     for row in command.complete_rows(rows, texts, stops):
         typer.echo(

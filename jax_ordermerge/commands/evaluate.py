@@ -10,7 +10,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.evaluation import TASK_KINDS
-from jax_ordermerge.data import tokenizers
+from jax_ordermerge.data import dates, tokenizers
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.evaluate.eval_model import EvalModel, NotFiniteError
@@ -139,7 +139,7 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None
         raise UserError(
             f"a task of kind {judged[0]} writes a file for a judge; say where with --out DIRECTORY"
         )
-    model = load_model(config)
+    model = load_model(config, log)
     summaries: Json = {}
     # The dtype belongs to the result: the same model in float32 and bfloat16 gives other answers.
     results: Json = {"model": config.model.base, "dtype": config.model.compute_dtype}
@@ -151,7 +151,10 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None
         )
     results["tasks"] = summaries
     for task in tasks:
-        summaries[task.name], items = harness.run(task, model, config.data, seed=config.seed)
+        result = harness.run(task, model, config.data, seed=config.seed)
+        summaries[task.name], items = result.summary, result.items
+        if result.example is not None:
+            log(harness.format_example(result.example, model, task.name))
         log(f"{task.name}: {format_summary(summaries[task.name])}")
         # per task, so that an interrupted evaluation leaves the items of the tasks before
         if out is not None:
@@ -184,7 +187,7 @@ def evaluate_harness(
 
     adapter.check()  # the package is optional: say so before a model is loaded
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    model = load_model(config)
+    model = load_model(config, log)
     try:
         results, table = adapter.run(model, names, seed=config.seed, **options._asdict())
     except NotFiniteError as error:
@@ -227,13 +230,19 @@ def format_summary(summary: Json) -> str:
     return ", ".join([*parts, f"n {summary['n']}"])
 
 
-def load_model(config: Config) -> EvalModel:
-    """Start the processes, build the mesh and load the model `model.base` onto it."""
+def load_model(config: Config, log: Log = print) -> EvalModel:
+    """Start the processes, build the mesh and load the model `model.base` onto it.
+
+    A chat template that prints today's date prints `data.date`, or that of this moment all along.
+    """
     start_devices(config)  # sets the number of CPU devices: nothing may use jax before
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     refuse_model_of_edited_run(config.model.base)
     directory = convert.resolve(config.model.base)
     tokenizer = tokenizers.load_tokenizer(directory)
+    date = dates.pin_date(tokenizer, config.data.date)
+    if date is not None:
+        log(f"the chat template prints {date} as today's date (data.date)")
     model, params = convert.load_params(
         directory, mesh, dtype=config.model.compute_dtype, ignore=config.model.ignore_config_keys
     )

@@ -1,17 +1,20 @@
 """Completion of prompts by one model."""
 
-from collections.abc import Collection, Sequence
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.data import files, tokenizers
+from jax_ordermerge.data import chat, dates, files, tokenizers, turns
+from jax_ordermerge.data.formats import Record
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
 from jax_ordermerge.evaluate.eval_model import NotFiniteError, encode
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.sampling import Sampling
 from jax_ordermerge.layout import Json
-from jax_ordermerge.record import refuse_model_of_edited_run
+from jax_ordermerge.merge.sources import references, storage
 
 _BATCH = 8  # prompts per program; a caller with thousands uses `ordermerge evaluate`
 
@@ -78,6 +81,21 @@ def complete_rows(rows: Sequence[Json], texts: Sequence[str], stops: Sequence[st
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How prompts are put to a model.
+
+    Attributes:
+        raw: continue the prompts as they are, without the chat template of the model.
+        system: system message before each prompt.
+        variables: further variables of the chat template, e.g. `enable_thinking`.
+    """
+
+    raw: bool = False
+    system: str | None = None
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def complete(
     model: str,
     prompts: Sequence[str],
@@ -86,26 +104,119 @@ def complete(
     dtype: str,
     sampling: Sampling,
     ignore: Collection[str] = (),
+    asking: Asking | None = None,
+    log: Callable[[str], None] = print,
 ) -> list[str]:
     """Return one completion per prompt.
 
     Args:
-        model: directory, hub name or `embedded:NAME`.
-        prompts: texts; the tokenizer puts its first tokens before them.
+        model: directory, hub name, `embedded:NAME`, `RUN/member_0` or `MODEL+ADAPTER`.
+        prompts: user messages for the chat template of the model; texts where it has none.
         max_new_tokens: largest number of tokens per completion.
         dtype: of the products, float32 or bfloat16.
         sampling: how tokens are chosen. Draws depend on the number of the prompt, not on the batch.
         ignore: unknown keys of `config.json` to ignore.
+        asking: how prompts are put to the model.
+        log: receives one-line messages.
+
+    Raises:
+        UserError: bad input, or options that the chat template does not take.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
-    refuse_model_of_edited_run(model)
-    directory = convert.resolve(model)
-    tokenizer = tokenizers.load_tokenizer(directory)
+    source = references.open_model(model, ignore=ignore)
+    if source.directory is None:
+        raise UserError(f"{model} has no tokenizer files; convert it to a directory that has them")
+    tokenizer = tokenizers.load_tokenizer(source.directory)
+    if source.prompt_format.chat_template is not None:
+        tokenizer.chat_template = source.prompt_format.chat_template
+    # a member reads the date that it was trained with; any other model reads today's
+    date = dates.pin_date(tokenizer, recorded=source.prompt_format.date)
+    tokens = _tokens(prompts, asking or Asking(), tokenizer, log)
+    if date is not None:
+        log(f"the chat template prints {date} as today's date")
     # float32 in memory, whatever the files have; `dtype` is that of the products alone
-    config, params = convert.load_params(directory, ignore=ignore)
-    generate = generation.make_generator(config, params, tokenizer, batch=_BATCH, dtype=dtype)
+    params = storage.load(source, dtype="float32")
+    generate = generation.make_generator(
+        source.config, params, tokenizer, batch=_BATCH, dtype=dtype
+    )
     try:
-        return generate([encode(tokenizer, text) for text in prompts], max_new_tokens, sampling)
+        return generate(tokens, max_new_tokens, sampling)
     except NotFiniteError as error:
         raise error.named(model=model) from error
+
+
+def read_variables(items: Sequence[str]) -> dict[str, Any]:
+    """Return the variables of `--variable KEY=VALUE`. A value that is not JSON is a text.
+
+    Raises:
+        UserError: an item has another form.
+
+    Example:
+        >>> read_variables(["enable_thinking=false", "date_string=1 May 2020"])
+        {'enable_thinking': False, 'date_string': '1 May 2020'}
+    """
+    variables: dict[str, Any] = {}
+    for item in items:
+        name, sign, text = item.partition("=")
+        if not (name and sign):
+            raise UserError(f"--variable {item}: expected KEY=VALUE, as in enable_thinking=false")
+        # JSON and not YAML, which makes an object of "a: b"
+        try:
+            variables[name] = json.loads(text)
+        except ValueError:
+            variables[name] = text
+    return variables
+
+
+def _tokens(
+    prompts: Sequence[str],
+    asking: Asking,
+    tokenizer: Any,
+    log: Callable[[str], None],
+) -> list[list[int]]:
+    """Return the tokens of prompts, in the chat template of the model unless it has none."""
+    if asking.raw or not tokenizer.chat_template:
+        if asking.system is not None or asking.variables:
+            option = "--variable" if asking.system is None else "--system"
+            reason = "--raw leaves it out" if asking.raw else "the model has none"
+            raise UserError(f"{option} goes with a chat template; {reason}")
+        return [encode(tokenizer, text) for text in prompts]
+    log("prompts are user messages in the chat template of the model; --raw continues them as text")
+    system = [] if asking.system is None else [{"role": "system", "content": asking.system}]
+    records = [
+        Record(
+            messages=(
+                *system,
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": ""},
+            ),
+            template_kwargs=asking.variables,
+        )
+        for prompt in prompts
+    ]
+    _check_read(records, asking, tokenizer)
+    return [chat.prompt_tokens(record, "chat", tokenizer).tolist() for record in records]
+
+
+def _check_read(records: Sequence[Record], asking: Asking, tokenizer: Any) -> None:
+    """Refuse a system message or a variable that changes no prompt: templates ignore others."""
+
+    def texts(variables: Mapping[str, Any]) -> list[str]:
+        return [
+            turns.render_chat(
+                tokenizer,
+                dataclasses.replace(record, template_kwargs=variables),
+                -1,
+                generation=True,
+            )
+            for record in records
+        ]
+
+    asked = texts(asking.variables)
+    for name in asking.variables:
+        others = {key: value for key, value in asking.variables.items() if key != name}
+        if texts(others) == asked:
+            raise UserError(f"--variable {name}: the chat template of the model does not read it")
+    if asking.system is not None and any(asking.system.strip() not in text for text in asked):
+        raise UserError("--system: the chat template of the model leaves it out")

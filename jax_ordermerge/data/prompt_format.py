@@ -259,7 +259,7 @@ def _jinja(parts: _Parts, glue: str | None) -> str:
         # A server passes the input in one of two ways. At the end of the message, where
         # `Record.single_turn` puts it too, it is the same input.
         lines += [
-            "{%- set extra = messages[0]['input'] or input or '' -%}",
+            "{%- set extra = (messages[0]['input'] or input or '') | string -%}",
             "{%- if extra and prompt.endswith('\\n' + extra) -%}",
             "    {%- set prompt = prompt[:prompt | length - extra | length - 1] -%}",
             "{%- endif -%}",

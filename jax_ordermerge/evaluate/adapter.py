@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.evaluate import likelihood
 from jax_ordermerge.evaluate.eval_model import EvalModel, name_items
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
@@ -127,14 +127,21 @@ def language_model(model: EvalModel, *, seed: int = 0) -> "TemplateLM":
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            return str(
-                model.tokenizer.apply_chat_template(
+            try:
+                text = model.tokenizer.apply_chat_template(
                     chat_history,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=not add_generation_prompt,
                 )
-            )
+            # a template of one prompt refuses shots as turns, others a system message
+            except Exception as error:
+                roles = ", ".join(message["role"] for message in chat_history)
+                raise UserError(
+                    f"--chat: the chat template refuses the roles {roles}: {first_line(error)};"
+                    " leave --chat out, or give --shots 0"
+                ) from error
+            return str(text)
 
         def _loglikelihood_tokens(
             self, requests: Sequence[Untyped], **_: Untyped

@@ -80,16 +80,32 @@ class TextGenerator(Protocol):
         """Return the text after each prompt."""
 
 
+class ItemExample(NamedTuple):
+    """One item of a task, as the model saw it.
+
+    Attributes:
+        tokens: the whole prompt.
+        answer: of the model.
+        reference: the right answer; None where there is none.
+    """
+
+    tokens: Sequence[int]
+    answer: str
+    reference: str | None = None
+
+
 class TaskResult(NamedTuple):
     """Result of a model on a task.
 
     Attributes:
         summary: metrics by name, and the number of items `n`.
         items: one row per item.
+        example: the first item, for readers who check how the model is asked.
     """
 
     summary: Json
     items: list[Json]
+    example: ItemExample | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,13 @@ def test_a_model_on_tasks_of_a_config(folder, tasks, tmp_path, capsys):
         == 0
     )
     messages = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in messages] == ["choosing", "pages", "told", "shown"]
+    summaries = [line.split(":")[0] for line in messages if " n " in line]
+    assert summaries == ["choosing", "pages", "told", "shown"]
+    # one item of each task that has a prompt, as the model saw it
+    shown = messages.index(f"shown, one item of {folder / 'base'}:")
+    assert messages[shown + 1] == "  prompt:    a plus e is ? e a . a plus d is ?"
+    assert messages[shown + 2].startswith("  answer:    ")
+    assert messages[shown + 3] == "  reference: d a ."
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["model"], results["dtype"]) == (str(folder / "base"), "float32")
     assert {name: task["n"] for name, task in results["tasks"].items()} == {

@@ -15,6 +15,7 @@ import yaml
 from jax_ordermerge.commands import evaluate
 from jax_ordermerge.config import Data, make_config, make_task
 from jax_ordermerge.data import synthetic
+from jax_ordermerge.data.prompt_format import to_jinja
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import adapter, harness
 
@@ -255,7 +256,7 @@ def test_our_own_tasks_give_the_same_numbers(case):
             "max_new_tokens": MAX_NEW_TOKENS,
         }
         few = {"shots": shots, "shots_from": files["shots"]} if shots else {}
-        summary, items = run(kind="gsm8k", **asked, **few)
+        summary, items, _ = run(kind="gsm8k", **asked, **few)
         assert [[[item["answer"]]] for item in items] == samples(expected, name)
         for ours, correct, key in (
             ("accuracy", "correct", "strict-match"),
@@ -274,14 +275,14 @@ def test_our_own_tasks_give_the_same_numbers(case):
         "choices": "{{choices.text}}",
         "answer": "{{choices.label.index(answerKey)}}",
     }
-    summary, items = run(kind="multiple_choice", data=files["choices"], **columns)
+    summary, items, _ = run(kind="multiple_choice", data=files["choices"], **columns)
     logprobs = np.array(samples(expected, "local_choices"), object)[..., 0].reshape(len(items), 4)
     np.testing.assert_allclose([item["logps"] for item in items], logprobs.astype(float), atol=1e-4)
     result = expected["results"]["local_choices"]
     for ours, name in (("accuracy", "acc"), ("acc_norm", "acc_norm"), ("acc_bytes", "acc_bytes")):
         assert summary[ours] == pytest.approx(result[f"{name},none"], abs=1e-12)
 
-    summary, items = run(kind="perplexity", data=files["texts"])
+    summary, items, _ = run(kind="perplexity", data=files["texts"])
     logprobs = np.array(samples(expected, "local_texts"), float).reshape(-1)
     np.testing.assert_allclose([item["logp"] for item in items], logprobs, rtol=1e-5, atol=1e-4)
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
@@ -308,6 +309,10 @@ def test_tasks_that_the_harness_cannot_run_are_refused(tmp_path):
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(raw | {"task": "long"}))
     with pytest.raises(UserError, match="task long asks for 256 new tokens, the model holds 256"):
         adapter.run(model, ["long"], include=tmp_path)
+    # the template of a model that was trained on one question and one answer takes no shots
+    model.tokenizer.chat_template = to_jinja("gsm8k", model.tokenizer)
+    with pytest.raises(UserError, match="--chat: the chat template refuses the roles user, assist"):
+        adapter.run(model, ["local_problems"], include=tmp_path, chat=True, shots=1)
     raw["generation_kwargs"] = {"until": [], "repetition_penalty": 1.2, "max_gen_toks": 8}
     (tmp_path / "penalty.yaml").write_text(yaml.safe_dump(raw | {"task": "penalty"}))
     with pytest.raises(

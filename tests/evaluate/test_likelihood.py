@@ -101,7 +101,7 @@ def test_choices_by_sum_by_character_and_by_byte():
         assert [len(context) for context, _ in pairs] == [1] * 4
         return [-2.0, -7.0, -9.0, -4.0], [True, False, True, False]
 
-    summary, items = choices.choose(task, questions, EvalModel(Letters(), None, score, 99))
+    summary, items, _ = choices.choose(task, questions, EvalModel(Letters(), None, score, 99))
     # The first: -2 and -1 per letter. The second: -3 and -2 per character, -1.5 and -2 per byte.
     assert [(item["correct"], item["correct_norm"], item["correct_bytes"]) for item in items] == [
         (False, True, True),
@@ -122,7 +122,7 @@ def test_perplexity_of_texts():
     task = make_task(name="t", kind="perplexity", data="x", text="{{page}}")
     pages = ["one two\n three", "é", "a" * 50]
     model = EvalModel(Letters(), None, score, 7)
-    summary, items = texts.measure(task, [{"page": page} for page in pages], model)
+    summary, items, _ = texts.measure(task, [{"page": page} for page in pages], model)
     logprobs = [sum(logprob(ord(letter)) for letter in page) for page in pages]
     np.testing.assert_allclose([item["logp"] for item in items], logprobs)
     assert [item["words"] for item in items] == [3, 1, 1]

@@ -103,7 +103,7 @@ def test_a_task_of_programs(human):
         max_new_tokens=99,
     )
     model = EvalModel(TextLength(), generate, None, 999)
-    summary, items = programs.write(task, human, model, seed=4)
+    summary, items, _ = programs.write(task, human, model, seed=4)
     assert summary == {
         "accuracy": 0.5,
         "se": 0.0,

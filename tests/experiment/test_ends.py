@@ -208,3 +208,59 @@ def test_the_card_asks_as_the_training_did(run, plain_run, tmp_path, capsys):
     assert call("convert", plain_run[0], tmp_path / "out", "--member", 1, "--to", "peft") == 0
     prompt, _ = run_card(tmp_path / "out", capsys)
     assert prompt == "How many legs do three horses have?"
+
+
+def ask(capsys, model, *options, prompt="a plus h is ?"):
+    """Return the answer, the messages and the exit code of `ordermerge generate`."""
+    capsys.readouterr()
+    code = call("generate", model, "--prompt", prompt, "--max-new-tokens", 8, *options)
+    output = capsys.readouterr()
+    return output.out.rstrip("\n"), output.err, code
+
+
+def test_generate_asks_members_and_merges_as_the_evaluation_did(run, capsys):
+    for name, model in (("member_1", run / "member_1"), ("average", run / "merged" / "average")):
+        (items,) = read(run / "evaluations" / f"{name}.json")["tasks"].values()
+        for item in items[:2]:
+            answer, messages, code = ask(capsys, model, prompt=item["prompt"])
+            assert (answer, code) == (item["answer"], 0)
+            assert "user messages in the chat template" in messages
+    # as text the prompt goes on
+    raw, messages, code = ask(capsys, run / "member_1", "--raw")
+    assert (messages, code) == ("", 0)
+    assert raw != ask(capsys, run / "member_1")[0]
+
+
+def test_generate_knows_the_template_that_was_trained(plain_run, capsys):
+    """The base has a chat template of its own, and was trained on plain prompts."""
+    run, _ = plain_run
+    for model in (run / "member_0", run / "merged" / "average"):
+        answer, messages, _ = ask(capsys, model)
+        assert "user messages in the chat template" in messages
+        assert answer == ask(capsys, model, "--raw")[0]
+        for options, error in (
+            (["--system", "a b"], "refuses the roles system, user: This model was trained on one"),
+            (["--variable", "tone=mild"], "--variable tone: the chat template of the model does"),
+            (["--variable", "tone"], "--variable tone: expected KEY=VALUE"),
+            (["--raw", "--system", "a"], "--system goes with a chat template; --raw leaves it out"),
+        ):
+            _, messages, code = ask(capsys, model, *options)
+            assert code == 2
+            assert error in messages
+    _, messages, code = ask(capsys, run)
+    assert code == 2
+    assert f"{run} is a run; name one of its members, as in {run}/member_0, or" in messages
+
+
+def test_a_system_message_is_in_the_prompt(run, capsys):
+    plain, _, _ = ask(capsys, run / "member_0")
+    system, _, code = ask(capsys, run / "member_0", "--system", "h h h h h h ?")
+    assert code == 0
+    chatml = (
+        "<|im_start|>system\nh h h h h h ?<|im_end|>\n<|im_start|>user\na plus h is ?<|im_end|>\n"
+    )
+    whole = chatml + "<|im_start|>assistant\n"
+    assert system == ask(capsys, run / "member_0", "--raw", prompt=whole)[0]
+    assert (
+        plain == ask(capsys, run / "member_0", "--raw", prompt=whole[whole.index("user") - 12 :])[0]
+    )

@@ -9,7 +9,7 @@ from pydantic import Field
 from jax_ordermerge.config.evaluation import TASK_KINDS, GeneratedTask, ShotsTask, TaskKind
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import matching, symbolic
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
+from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.metrics import accuracy
 from jax_ordermerge.evaluate.prompts import Formatter, Prompt, render
 from jax_ordermerge.layout import Json
@@ -144,7 +144,8 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
             summary[f"{name}_undecided"] = correct.count(None)
     if task.kind in NOTES:
         summary["note"] = NOTES[task.kind]
-    return TaskResult(summary, items)
+    example = ItemExample(prompts[0].tokens, items[0]["answer"], prompts[0].reference)
+    return TaskResult(summary, items, example)
 
 
 # One class and one `run` for all: the kinds differ only in how answers are compared.

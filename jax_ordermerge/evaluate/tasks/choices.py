@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, ShotsTask, TaskKind
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
+from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.likelihood import make_pair, truncate_pair
 from jax_ordermerge.evaluate.metrics import accuracy
 from jax_ordermerge.evaluate.prompts import Formatter, Question, Row, render, render_value
@@ -152,7 +152,8 @@ def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) ->
         ("acc_bytes", "acc_bytes_se", "correct_bytes"),
     ):
         summary[name], summary[error_name] = accuracy([item[key] for item in items])
-    return TaskResult(summary | {"n": len(items)}, items)
+    example = ItemExample(pairs[0][0], items[0]["answer"], questions[0].reference)
+    return TaskResult(summary | {"n": len(items)}, items, example)
 
 
 TASK_KINDS.register("multiple_choice", TaskKind(ChoiceTask, run))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, GeneratedTask, TaskKind
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
+from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.prompts import Row
 from jax_ordermerge.layout import Json
@@ -64,7 +64,7 @@ def follow(
                 "dataset": row.get("dataset", task.name),
             }
         )
-    return TaskResult({"n": len(items)}, items)
+    return TaskResult({"n": len(items)}, items, ItemExample(prompts[0], items[0]["output"]))
 
 
 TASK_KINDS.register("alpaca_outputs", TaskKind(OutputTask, run, result="outputs"))

@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, GeneratedTask, TaskKind
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import sandbox
-from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult, name_items
+from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.metrics import mean_and_error
 from jax_ordermerge.evaluate.prompts import Row
@@ -269,9 +269,10 @@ def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int
     drawn = [problem for problem in problems for _ in range(task.samples)]
     # Noise by name: a program does not depend on limit or on the other problems.
     names = [f"{problem.id}/{sample}" for problem in problems for sample in range(task.samples)]
+    prompts = [model.encode(problem.prompt) for problem in drawn]
     with name_items(names):
         texts = model.generate(
-            [model.encode(problem.prompt) for problem in drawn],
+            prompts,
             task.max_new_tokens,
             Sampling(task.temperature, task.top_k, task.top_p, seed),
             names,
@@ -304,7 +305,8 @@ def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int
         if k <= task.samples:
             estimates = [pass_at_k(task.samples, count, k) for count in correct]
             summary[f"pass@{k}"] = sum(estimates) / len(problems)
-    return TaskResult(summary, items)
+    example = ItemExample(prompts[0], texts[0], problems[0].reference)
+    return TaskResult(summary, items, example)
 
 
 for _kind in PROBLEMS:

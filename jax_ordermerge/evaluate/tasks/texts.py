@@ -53,7 +53,7 @@ def measure(task: TextTask, rows: Sequence[Row], model: EvalModel) -> TaskResult
         >>> half = lambda pairs: ([-math.log(2) * len(pair[1]) for pair in pairs], [])
         >>> task = TextTask(name="t", kind="perplexity", data="x")
         >>> rows = [{"text": "a b"}, {"text": "cd"}]
-        >>> summary, items = measure(task, rows, EvalModel(Letters(), None, half, 2))
+        >>> summary, items, _ = measure(task, rows, EvalModel(Letters(), None, half, 2))
         >>> summary["words"], summary["tokens"], round(summary["byte_perplexity"], 6)
         (3, 5, 2.0)
     """

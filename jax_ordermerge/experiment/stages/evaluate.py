@@ -48,7 +48,9 @@ def run(ctx: RunContext) -> None:
         for name, params, generate in _load_with_generators(ctx, names, tasks):
             if missing.losses:
                 _measure_losses(ctx, results[name], params)
-            _run_tasks(ctx, results[name], params, generate, tasks)
+            # one item of each task, of the first model: how models are asked shows in the log
+            show = name == names[0]
+            _run_tasks(ctx, results[name], params, generate, tasks, show=show)
             write_json(run.evaluation(name), results[name])
             _log_summary(ctx, results[name]["summary"])
     # before the summary, which marks the stage as complete
@@ -163,6 +165,8 @@ def _run_tasks(
     params: Tree,
     generate: TextGenerator | None,
     tasks: Sequence[Task],
+    *,
+    show: bool,
 ) -> None:
     """Add the results of a model on tasks to its results."""
     config, summary = ctx.config, result["summary"]
@@ -170,9 +174,11 @@ def _run_tasks(
         config, ctx.model, params, ctx.tokenizer, ctx.mesh, name=summary["name"], generate=generate
     )
     for task in tasks:
-        task_summary, items = harness.run(
+        task_summary, items, example = harness.run(
             task, eval_model, config.data, test=ctx.splits.get("test"), seed=config.seed
         )
+        if show and example is not None:
+            ctx.log(harness.format_example(example, eval_model, task.name))
         result_kind = TASK_KINDS[task.kind].result
         if result_kind == "outputs":
             # AlpacaEval's files name the model that wrote each answer

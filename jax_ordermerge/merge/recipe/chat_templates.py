@@ -1,8 +1,16 @@
-"""Chat templates that a recipe may name, as in mergekit: `chat_template: chatml`."""
+"""The chat template of a merge: of its tokenizer, its models, or by name (`chatml`)."""
 
+import collections
 import json
 import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
+
+from jax_ordermerge.checkpoint import sidecar_files
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge.sources import vocabulary
+from jax_ordermerge.merge.sources.storage import Source
 
 
 class NamedTemplate(NamedTuple):
@@ -31,6 +39,7 @@ def _turns(head: str, foot: str, *, content: str, start: str = "") -> NamedTempl
     return NamedTemplate(text, tuple(dict.fromkeys(re.findall(r"<\|[^|]+\|>", head + foot))))
 
 
+# As in mergekit.
 CHAT_TEMPLATES: Final = {
     "chatml": _turns("<|im_start|>ROLE\n", "<|im_end|>\n", content="message['content']"),
     "llama3": _turns(
@@ -40,3 +49,81 @@ CHAT_TEMPLATES: Final = {
         start="{{ bos_token }}",
     ),
 }
+
+
+def choose(
+    setting: str | None,
+    sources: Sequence[Source],
+    members: Sequence[Source],
+    donor: Source,
+    added_tokens: Collection[str],
+    notes: list[str],
+) -> str | None:
+    """Return the text of the chat template of a merge, None for that of the tokenizer.
+
+    Without a setting it is that of the tokenizer. But models that were all trained with one
+    template are asked by it where the tokenizer has none, or where they are members of a run.
+
+    Args:
+        setting: `chat_template` of the recipe.
+        sources: all models of the recipe.
+        members: those that are merged, without the base.
+        donor: the model that the tokenizer is from.
+        added_tokens: which the tokenizer of the donor lacks.
+        notes: may get a note for the user.
+
+    Raises:
+        UserError: the setting is not offered.
+    """
+    if setting is None:
+        return _trained_template(members, donor, notes)
+    if "{" in setting:
+        return setting
+    if setting in CHAT_TEMPLATES:
+        known = vocabulary.tokens_of(donor.directory) | set(added_tokens)
+        template = CHAT_TEMPLATES[setting]
+        if missing := [token for token in template.tokens if token not in known]:
+            notes.append(
+                f"chat_template {setting} writes {', '.join(missing)}, which the tokenizer has not"
+            )
+        return template.text
+    if setting != "auto":
+        raise UserError(
+            f"chat_template '{setting}' is not offered; give auto, {', '.join(CHAT_TEMPLATES)}, or"
+            " the text of a Jinja template"
+        )
+    counts = collections.Counter(filter(None, map(_template_of, sources)))
+    if not counts:
+        notes.append("no model has a chat template")
+        return None
+    # `max` returns the first of the most common, so the order of the models decides a tie
+    return max(counts, key=counts.__getitem__)
+
+
+def _trained_template(members: Sequence[Source], donor: Source, notes: list[str]) -> str | None:
+    """Return the template that all members were trained with, where the tokenizer has it not."""
+    templates = {_template_of(member) for member in members}
+    common = templates.pop() if len(templates) == 1 else None
+    own = _template_in(donor.directory)
+    if common is None or common == own:
+        return None
+    is_run = any(member.prompt_format.chat_template for member in members)
+    if own is not None and not is_run:
+        notes.append(
+            f"the chat template is that of {donor.label}, all models that are merged have another;"
+            " chat_template: auto takes the most frequent"
+        )
+        return None
+    notes.append(f"the chat template is that of {members[0].label}")
+    return common
+
+
+def _template_of(source: Source) -> str | None:
+    """Return the chat template by which a model is asked."""
+    return source.prompt_format.chat_template or _template_in(source.directory)
+
+
+def _template_in(directory: Path | None) -> str | None:
+    if directory is None:
+        return None
+    return sidecar_files.read_chat_templates(directory).get("default")

@@ -4,12 +4,13 @@ Scopes, filters and gradients are those of mergekit: the value of a parameter fo
 first one given by the model, its slice, the module, the recipe, or the method. See docs/recipes.md.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import convert, sidecar_files
@@ -22,8 +23,7 @@ from jax_ordermerge.merge.plan import (
     resolve_dtype,
     with_stops_of,
 )
-from jax_ordermerge.merge.recipe import rules, schema
-from jax_ordermerge.merge.recipe.chat_templates import CHAT_TEMPLATES
+from jax_ordermerge.merge.recipe import chat_templates, rules, schema
 from jax_ordermerge.merge.recipe.evaluator import Evaluator, Input, LayerRange, MergedTensor
 from jax_ordermerge.merge.recipe.schema import Recipe, Reference
 from jax_ordermerge.merge.recipe.settings import Settings
@@ -126,13 +126,7 @@ def plan_recipe(
     members = [models.sources[i] for i in merged]
     # The dtype of the members decides. A base in another dtype is rounded to it, with a note.
     dtype = resolve_dtype(settings.dtype, members)
-    out_dtype = resolve_dtype(settings.out_dtype or dtype.name, [])
-    is_stochastic = settings.rounding == "stochastic"
-    if is_stochastic and out_dtype.name != "bfloat16":
-        raise UserError(
-            f"{where}: rounding: stochastic is for bfloat16, the output is {out_dtype.name}; "
-            "leave it out"
-        )
+    out_dtype, is_stochastic = _output_dtype(settings, dtype, where)
     notes += _source_notes(settings, models.sources, merged, dtype.name)
     chat_template, prompt_format = _prompts(settings.chat_template, models, merged, notes)
     resolved = {"seed": settings.seed, "dtype": dtype.name, "out_dtype": out_dtype.name}
@@ -152,6 +146,18 @@ def plan_recipe(
         prompt_format=prompt_format,
         added_tokens=models.added_tokens,
     )
+
+
+def _output_dtype(recipe: Recipe, dtype: np.dtype, where: str) -> tuple[np.dtype, bool]:
+    """Return the dtype of the tensors that are written, and whether they are rounded at random."""
+    out_dtype = resolve_dtype(recipe.out_dtype or dtype.name, [])
+    is_stochastic = recipe.rounding == "stochastic"
+    if is_stochastic and out_dtype.name != "bfloat16":
+        raise UserError(
+            f"{where}: rounding: stochastic is for bfloat16, the output is {out_dtype.name}; "
+            "leave it out"
+        )
+    return out_dtype, is_stochastic
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -405,68 +411,10 @@ def _prompts(
     members = [models.sources[i] for i in trained]
     formats = {member.prompt_format for member in members}
     is_known = setting is None and len(formats) == 1
-    template = _chat_template(setting, models, members, notes)
+    donor = models.sources[models.donor]
+    added = [entry["content"] for entry in models.added_tokens]
+    template = chat_templates.choose(setting, models.sources, members, donor, added, notes)
     return template, formats.pop() if is_known else PromptFormat()
-
-
-def _chat_template(
-    setting: str | None, models: _Models, members: Sequence[Source], notes: list[str]
-) -> str | None:
-    """Return the text of the chat template, None for that of the tokenizer; may add a note.
-
-    Without a setting it is that of the tokenizer. But models that were all trained with one
-    template are asked by it where the tokenizer has none, or where they are members of a run.
-    """
-    if setting is None:
-        templates = {_template_of(member) for member in members}
-        common = templates.pop() if len(templates) == 1 else None
-        is_run = any(member.prompt_format.chat_template for member in members)
-        donor = models.sources[models.donor]
-        own = _template_in(donor.directory)
-        if common is None or common == own:
-            return None
-        if own is not None and not is_run:
-            notes.append(
-                f"the chat template is that of {donor.label}, all models that are merged have"
-                " another; chat_template: auto takes the most frequent"
-            )
-            return None
-        notes.append(f"the chat template is that of {members[0].label}")
-        return common
-    if "{" in setting:
-        return setting
-    if setting in CHAT_TEMPLATES:
-        vocabulary_tokens = vocabulary.tokens_of(models.sources[models.donor].directory) | {
-            entry["content"] for entry in models.added_tokens
-        }
-        template = CHAT_TEMPLATES[setting]
-        if missing := [token for token in template.tokens if token not in vocabulary_tokens]:
-            notes.append(
-                f"chat_template {setting} writes {', '.join(missing)}, which the tokenizer has not"
-            )
-        return template.text
-    if setting != "auto":
-        raise UserError(
-            f"chat_template '{setting}' is not offered; give auto, {', '.join(CHAT_TEMPLATES)}, or"
-            " the text of a Jinja template"
-        )
-    counts = collections.Counter(filter(None, map(_template_of, models.sources)))
-    if not counts:
-        notes.append("no model has a chat template")
-        return None
-    # `max` returns the first of the most common, so the order of the models decides a tie
-    return max(counts, key=counts.__getitem__)
-
-
-def _template_of(source: Source) -> str | None:
-    """Return the chat template by which a model is asked."""
-    return source.prompt_format.chat_template or _template_in(source.directory)
-
-
-def _template_in(directory: Path | None) -> str | None:
-    return (
-        None if directory is None else sidecar_files.read_chat_templates(directory).get("default")
-    )
 
 
 def _shorten_paths(raw: Any, recipe: Recipe) -> Any:

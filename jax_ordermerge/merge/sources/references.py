@@ -93,7 +93,10 @@ def _open_base(name: str, resolve: Resolve, ignore: Collection[str]) -> Source:
     record.refuse_model_of_edited_run(path)
     layout = RunLayout(path)
     if layout.is_run and layout.checkpoints.is_dir():
-        raise UserError(f"{name} is a run; name one of its members, as in {name}/member_0")
+        raise UserError(
+            f"{name} is a run; name one of its members, as in {name}/member_0, or the directory of"
+            f" a merge below {layout.merged('').relative_to(path)}"
+        )
     if peft_files.is_adapter(path):
         raise UserError(
             f"{name} is an adapter; give the model that it belongs to as well, BASE+{name}"
