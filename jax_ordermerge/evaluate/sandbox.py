@@ -13,26 +13,34 @@ isolated by the stronger of
 The verdict says which one was in force.
 """
 
+import ast
+import builtins
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
+import marshal
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import symtable
 import sys
 import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jax_ordermerge.errors import UserError
 
 ISOLATIONS = ("namespaces", "rlimits-only")
 # Enough for the tests of HumanEval and MBPP. Programs run one after another.
 MEMORY = 1 << 30  # bytes per process
+PACKAGES = ("numpy",)  # which programs and tests may import where they are installed
+Json = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +64,28 @@ def judge(
     names: Sequence[str],
     *,
     setup: str = "",
+    reference: str = "",
     timeout: float = 10.0,
     isolation: str | None = None,
 ) -> Verdict:
-    """Run tests against the functions of a program.
+    """Run tests against a program.
+
+    The tests see what they would see if they followed the program in one file that is imported and
+    not run as a script: its functions, classes, imports and global variables, arguments that it
+    changes, exceptions that it raises. There are two exceptions, because a program must not pass
+    by what it defines. Python's own functions are those of Python, unless `names` has them. And an
+    object of a class of the program is equal only to other objects of the program; but one of a
+    class that is derived from a type of Python, such as a named tuple, is compared as that type.
 
     Args:
         program: Python source, not trusted.
         tests: Python source that ends without an exception where the program is right.
-        names: functions of the program that the tests call. Arguments and results must be plain
-            data (numbers, strings, bytes, lists, tuples, sets, dicts, None); a result of another
-            type fails.
-        setup: Python source that runs before the tests; functions of `names` then replace those
-            that it defines.
+        names: functions and classes that the tests check. The program has to define them, even
+            where Python or the setup do.
+        setup: Python source that runs between the program and its tests.
+        reference: a right program. Modules and classes that it imports and that the tests use are
+            imported for them, and not taken from the program. The objects of its classes have the
+            arithmetic of the program also with numbers of the tests.
         timeout: seconds for the program and its tests together.
         isolation: one of `ISOLATIONS`; None is the strongest that works here.
 
@@ -80,12 +97,14 @@ def judge(
         True
         >>> judge("def add(a, b): return a - b", "assert add(1, 2) == 3", ["add"]).detail
         'failed: AssertionError: '
+        >>> judge("def sum(a): return 'wrong'", "assert sum([1, 2]) == 3", ["sum"]).passed
+        False
     """
     isolation = isolation or available()[0]
     if isolation not in available():
         works = ", ".join(available())
         raise UserError(f"isolation {isolation} does not work here; working: {works}")
-    detail = _run(isolation, program, setup, tests, list(names), timeout)
+    detail = _run(isolation, program, setup, tests, list(names), timeout, reference)
     return Verdict(detail == "passed", detail, isolation)
 
 
@@ -106,27 +125,61 @@ def available() -> tuple[str, ...]:
 
 
 def _run(
-    isolation: str, program: str, setup: str, tests: str, names: list[str], timeout: float
+    isolation: str,
+    program: str,
+    setup: str,
+    tests: str,
+    names: list[str],
+    timeout: float,
+    reference: str = "",
 ) -> str:
     """Run a program and its tests, and return the detail of the verdict."""
+    free = free_names(f"{setup}\n{tests}")
+    # Python's functions are not taken from the program, unless they are what is tested.
+    reads = sorted({*names, *(free - set(dir(builtins)))})
+    roles: dict[str, Json] = {
+        "program": {
+            "source": program,
+            "imports": _imports(f"{setup}\n{tests}"),
+            "reads": reads,
+        },
+        "tests": {
+            "setup": setup,
+            "tests": tests,
+            "names": names,
+            "reads": reads,
+            "imports": _imports(reference),
+            "classes": _classes(reference),
+        },
+    }
     # one deadline for start, program and tests: a program cannot gain time by starting slowly
     deadline = time.monotonic() + timeout
     # A pair of sockets: both directions on one descriptor, without a name that others could open.
     program_end, tests_end = socket.socketpair()
     with program_end, tests_end, contextlib.ExitStack() as stack:
         workers = []
-        for role, channel, inputs in (
-            ("program", program_end, {"source": program}),
-            ("tests", tests_end, {"setup": setup, "tests": tests, "names": names}),
-        ):
-            process = _start(isolation, role, channel.fileno(), timeout)
+        for role, channel in (("program", program_end), ("tests", tests_end)):
+            process = _start(isolation, role, channel.fileno())
             stack.callback(_kill, process)
             workers.append(process)
             # Taken from the process, because communicate would flush the closed pipe again.
             pipe, process.stdin = process.stdin, None
             assert pipe is not None
+            inputs = {
+                "role": role,
+                "handle": channel.fileno(),
+                "memory": MEMORY,
+                # The limit in CPU seconds also ends processes that a program leaves behind.
+                "seconds": int(timeout) + 1,
+                "packages": {
+                    name: "/packages" if isolation == "namespaces" else str(directory)
+                    for name, directory in _packages().items()
+                },
+                "arguments": list(roles[role]),
+                **roles[role],
+            }
             with contextlib.suppress(BrokenPipeError), pipe:
-                pipe.write(json.dumps(inputs).encode())
+                pipe.write(json.dumps({"modules": _modules(), "inputs": inputs}).encode())
         # Open copies here would keep a worker waiting for the other after that one has ended.
         program_end.close()
         tests_end.close()
@@ -140,13 +193,9 @@ def _run(
     return verdict.decode(errors="replace") or f"failed: the tests ended with exit code {exit_code}"
 
 
-def _start(isolation: str, role: str, handle: int, timeout: float) -> subprocess.Popen[bytes]:
-    # As text: the new root has no directory of this package.
-    source = Path(__file__).with_name("sandbox_worker.py").read_text()
-    # The limit in CPU seconds also ends processes that a program leaves behind.
-    limits = [str(MEMORY), str(int(timeout) + 1)]
+def _start(isolation: str, role: str, handle: int) -> subprocess.Popen[bytes]:
     # -I ignores variables and the directory of a user, -S leaves site-packages out.
-    worker = [_python(), "-I", "-S", "-c", source, role, str(handle), *limits]
+    worker = [_python(), "-I", "-S", "-c", _BOOTSTRAP]
     wrapper = _namespaces() if isolation == "namespaces" else _without_root()
     return subprocess.Popen(
         [*wrapper, *worker],
@@ -179,6 +228,17 @@ def _python() -> str:
 
 
 @functools.cache
+def _packages() -> dict[str, Path]:
+    """Return the packages that programs may import, with the directories that hold them."""
+    packages = {}
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            packages[name] = Path(spec.origin).parents[1]
+    return packages
+
+
+@functools.cache
 def _interpreter_directories() -> tuple[str, ...]:
     """Return the directories that an interpreter reads: its files and the system's libraries."""
     python = {
@@ -189,6 +249,62 @@ def _interpreter_directories() -> tuple[str, ...]:
     # Of merged systems /bin and /lib are links, which are copied as links.
     system = [path for path in ("/usr", "/lib", "/lib64", "/bin") if Path(path).is_dir()]
     return (*system, *sorted(path for path in python if not path.startswith("/usr")))
+
+
+@functools.cache
+def _modules() -> dict[str, str]:
+    """Return the modules of a worker, each after those that it imports, as compiled code."""
+    modules = {}
+    for part in ("values", "proxies", "objects", "rpc", "worker"):
+        name = f"{__package__}.sandbox_{part}"
+        source = Path(__file__).with_name(f"sandbox_{part}.py").read_text()
+        # Not their files: the new root has no directory of this package. The interpreter is the
+        # one of this process, so it reads the same code.
+        code = marshal.dumps(compile(source, name, "exec"))
+        modules[name] = code.hex()
+    return modules
+
+
+def free_names(source: str) -> set[str]:
+    """Return the global names that a source reads and does not bind; none where it has errors.
+
+    Example:
+        >>> sorted(free_names("import math\\nassert all(f(x) == math.pi for x in y)"))
+        ['all', 'f', 'y']
+    """
+    try:
+        top = symtable.symtable(source, "<source>", "exec")
+    except (SyntaxError, ValueError, RecursionError):
+        return set()
+    tables, reads, binds = [top], set[str](), set[str]()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            is_global = table is top or symbol.is_global()
+            if is_global and symbol.is_referenced():
+                reads.add(symbol.get_name())
+            if is_global and (symbol.is_assigned() or symbol.is_imported()):
+                binds.add(symbol.get_name())
+    return reads - binds
+
+
+def _statements(source: str) -> list[ast.stmt]:
+    """Return the statements at the top level of a source; none where it has errors."""
+    try:
+        return ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+
+
+def _imports(source: str) -> str:
+    statements = _statements(source)
+    imports = [node for node in statements if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return "\n".join(map(ast.unparse, imports))
+
+
+def _classes(source: str) -> list[str]:
+    return [node.name for node in _statements(source) if isinstance(node, ast.ClassDef)]
 
 
 def _without_root() -> list[str]:
@@ -202,6 +318,20 @@ def _without_root() -> list[str]:
     return list(_ROOT_DROPS) if trial.returncode == 0 else []
 
 
+# Makes the modules of a worker from what is on its standard input.
+_BOOTSTRAP = """
+# Of the two interpreters of a sandbox, which share nothing but a socket.
+import json, marshal, sys, types
+data = json.load(sys.stdin)
+for name, code in data["modules"].items():
+    parts = name.split(".")
+    for package in [".".join(parts[:count]) for count in range(1, len(parts))]:
+        sys.modules.setdefault(package, types.ModuleType(package)).__path__ = []
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(marshal.loads(bytes.fromhex(code)), vars(module))
+module.main(data["inputs"])
+"""
+
 # The kernel exempts root from the limit on processes, so root becomes nobody at the end.
 _DROPS = ("setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
 _ROOT_DROPS = (*_DROPS, "--reuid=65534", "--regid=65534", "--clear-groups")
@@ -212,12 +342,20 @@ _ENTER = """
 set -e
 mount --make-rprivate /
 mount -t tmpfs -o size=1m,mode=755 tmpfs /mnt
+IFS='
+'
 for path in $NEEDED; do
   if [ -L "$path" ]; then ln -s "$(readlink "$path")" "/mnt$path"; continue; fi
   mkdir -p "/mnt$path"
   mount --bind "$path" "/mnt$path"
   mount -o remount,bind,ro "/mnt$path"
 done
+for path in $PACKAGES; do
+  mkdir -p "/mnt/packages/${path##*/}"
+  mount --bind "$path" "/mnt/packages/${path##*/}"
+  mount -o remount,bind,ro "/mnt/packages/${path##*/}"
+done
+unset IFS
 mkdir -p /mnt/dev /mnt/proc /mnt/tmp /mnt/old
 for name in null zero random urandom; do
   : > "/mnt/dev/$name"
@@ -241,5 +379,15 @@ def _namespaces() -> list[str]:
     command = ["unshare", *(() if is_root else ("--user", "--map-root-user"))]
     # --kill-child: when unshare is killed, the namespace of processes ends with it
     command += ["--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child"]
-    command += ["env", "-i", f"PATH={path}", f"NEEDED={' '.join(_interpreter_directories())}"]
+    # A wheel keeps its libraries in NAME.libs beside the package.
+    packages = [
+        str(entry)
+        for name, directory in _packages().items()
+        for entry in (directory / name, directory / f"{name}.libs")
+        if entry.is_dir()
+    ]
+    # Separated by line feeds, which `_ENTER` reads: paths may have spaces.
+    needed = "\n".join(_interpreter_directories())
+    command += ["env", "-i", f"PATH={path}", f"NEEDED={needed}"]
+    command += ["PACKAGES=" + "\n".join(packages)]
     return [*command, "sh", "-c", _ENTER, "sh", *(_ROOT_DROPS if is_root else _DROPS)]

@@ -1,105 +1,28 @@
 """The processes inside of a sandbox.
 
-The text of this file is passed to `python -I -S -c` (see `sandbox.py`), so it imports the standard
-library alone.
+The texts of this file and of the three that it imports are sent to `python -I -S` (see
+`sandbox.py`), so they import the standard library alone.
 
 There are two processes that share nothing but a socket: one runs the program, the other its tests.
-The tests call functions of the program by name; arguments and results are sent as plain data. So
-whatever the program does, it can only answer calls.
+To the tests it looks as if they ran in the program's namespace, as in the published evaluations.
+But all that the program can do is answer calls, and what it answers is compared over here.
 """
 
-import json
+import importlib.machinery
 import os
 import resource
 import socket
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-Value = Any  # of plain Python types
+from jax_ordermerge.evaluate.sandbox_proxies import ProxyType
+from jax_ordermerge.evaluate.sandbox_rpc import Connection, ConnectionLost
+
+Value = Any  # any Python object
 Json = Any
-MAX_MESSAGE = 1 << 24  # bytes
 MAX_DETAIL = 500  # characters of an error
-COLLECTIONS: dict[str, type[Value]] = {
-    "list": list,
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-}
-
-
-def encode(value: Value) -> Json:
-    """Return a value as JSON that `decode` turns back: floats keep their bits, tuples their type.
-
-    A subclass becomes its plain type: the methods of a program must not reach the tests, where
-    an `__eq__` that is always true would pass them.
-
-    Raises:
-        TypeError: the value is no plain data.
-
-    Example:
-        >>> decode(encode({1: [(2.5, float("inf")), {"a"}]}))
-        {1: [(2.5, inf), {'a'}]}
-    """
-    if isinstance(value, (str, type(None))) or type(value) is bool:
-        return value
-    if isinstance(value, int):
-        return int(value)
-    # repr of a float is read back to the same bits; JSON has neither infinities nor NaN.
-    if isinstance(value, (float, complex)):
-        return [type(value).__name__ if type(value) in (float, complex) else "float", repr(value)]
-    # As pairs: keys of JSON objects are strings.
-    if isinstance(value, dict):
-        return ["dict", [[encode(key), encode(item)] for key, item in value.items()]]
-    if isinstance(value, (bytes, bytearray)):
-        return ["bytes", value.hex()]
-    for name, kind in COLLECTIONS.items():
-        if isinstance(value, kind):
-            return [name, [encode(item) for item in value]]
-    raise TypeError(f"{type(value).__name__} is not plain data")
-
-
-def decode(data: Json) -> Value:
-    """Return the value that `encode` got."""
-    if not isinstance(data, list):
-        return data
-    name, inner = data
-    if name in COLLECTIONS:
-        return COLLECTIONS[name](decode(item) for item in inner)
-    if name == "dict":
-        return {decode(key): decode(item) for key, item in inner}
-    if name == "bytes":
-        return bytes.fromhex(inner)
-    return {"float": float, "complex": complex}[name](inner)
-
-
-def send(channel: socket.socket, data: Json) -> None:
-    """Write one message."""
-    text = json.dumps(data).encode()
-    channel.sendall(len(text).to_bytes(8, "big") + text)
-
-
-def receive(channel: socket.socket) -> Json:
-    """Read one message.
-
-    Raises:
-        EOFError: the other process has ended, or sends too much.
-    """
-
-    def read(count: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < count:
-            part = channel.recv(min(count - len(parts), 1 << 20))
-            if not part:
-                raise EOFError("the program ended before it answered")
-            parts += part
-        return bytes(parts)
-
-    # A hostile program may announce any size.
-    size = int.from_bytes(read(8), "big")
-    if size > MAX_MESSAGE:
-        raise EOFError(f"the program answered {size} bytes")
-    return json.loads(read(size))
 
 
 def limit(memory: int, seconds: int) -> None:
@@ -126,78 +49,146 @@ def limit(memory: int, seconds: int) -> None:
         resource.setrlimit(kind, (maximum, maximum))
 
 
-def run_program(channel: socket.socket, source: str) -> None:
-    """Run the program, then its functions as the tests call them."""
-    # as a script, so that a guarded main part runs as it does for its author
-    space: dict[str, Value] = {"__name__": "__main__"}
+class PackageFinder:
+    """Finds a few packages and nothing else of the directories that hold them."""
+
+    def __init__(self, directories: Mapping[str, str]) -> None:
+        self._directories = directories
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the spec of one of the packages; their modules are found by their own path."""
+        if name not in self._directories:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, [self._directories[name]], target)
+
+
+def run_program(
+    channel: socket.socket,
+    source: str,
+    *,
+    imports: str,
+    reads: Sequence[str],
+    packages: Sequence[str],
+) -> None:
+    """Run a program, then answer what the tests ask of it.
+
+    Args:
+        channel: to the tests.
+        source: of the program.
+        imports: of the tests, which share their namespace with the program.
+        reads, packages: see `Connection`.
+    """
+    # Without a name, as in the published evaluations: `__name__` is then "builtins", and a guarded
+    # main part does not run.
+    space: dict[str, Value] = {}
+    connection = Connection(channel, space, guarded=False, reads=reads, packages=packages)
+    sys.argv = ["program"]
+
+    def start() -> None:
+        exec(compile(source, "<program>", "exec", dont_inherit=True), space)
+        _run_each(imports, space)
+
+    # The tests have ended, and nobody is left to answer.
     try:
-        exec(compile(source, "<program>", "exec"), space)
-        # The tests wait for it: errors of the program itself are reported before any call.
-        send(channel, ["ready", None])
-        while True:
-            name, args, kwargs = receive(channel)
-            result = space[name](*decode(args), **decode(kwargs))
-            send(channel, ["value", encode(result)])
-    # the tests have ended, and nobody is left to answer
-    except EOFError:
+        connection.answer(start)
+        connection.wait()
+    except (ConnectionLost, OSError):
         return
-    except BaseException as error:  # also SystemExit, which a program may raise
-        send(channel, ["error", f"{type(error).__name__}: {error}"[:MAX_DETAIL]])
 
 
-def run_tests(channel: socket.socket, setup: str, tests: str, names: list[str]) -> str:
-    """Run tests against the functions of the program; return "passed" or the error."""
+def run_tests(
+    channel: socket.socket,
+    setup: str,
+    tests: str,
+    *,
+    names: Sequence[str],
+    reads: Sequence[str],
+    imports: str,
+    classes: Sequence[str],
+    packages: Sequence[str],
+) -> str:
+    """Run tests against a program; return "passed" or the error.
 
-    def remote(name: str) -> Callable[..., Value]:
-        def call(*args: Value, **kwargs: Value) -> Value:
-            # Each call is a round trip; the program keeps its state between calls.
-            send(channel, [name, encode(args), encode(kwargs)])
-            kind, value = receive(channel)
-            if kind != "value":
-                raise RuntimeError(value)
-            return decode(value)
-
-        return call
-
+    Args:
+        channel: to the program.
+        setup, tests: source texts.
+        names: what the program has to define, even where Python or the setup have it too.
+        imports: of a right program. They are made here, and not taken from the program.
+        classes: those of a right program; see `Connection.operable`.
+        reads, packages: see `Connection`.
+    """
+    space: dict[str, Value] = {}
+    connection = Connection(channel, space, guarded=True, reads=reads, packages=packages)
+    connection.expects_stop = "StopIteration" in tests or "StopAsyncIteration" in tests
     try:
-        kind, value = receive(channel)
-        if kind != "ready":
-            return f"failed: {value}"
-        space: dict[str, Value] = {"__name__": "tests"}
-        exec(compile(setup, "<setup>", "exec"), space)
-        # After the setup, which for HumanEval defines the same names as stubs.
-        space |= {name: remote(name) for name in names}
-        exec(compile(tests, "<tests>", "exec"), space)
+        # An error of the program itself is raised here.
+        connection.wait()
+        imported: dict[str, Value] = {}
+        _run_each(imports, imported)
+        space |= {name: imported[name] for name in connection.names.keys() & imported.keys()}
+        connection.operable = tuple(
+            space[name] for name in classes if isinstance(space.get(name), ProxyType)
+        )
+        # The setup may build objects of classes of the program.
+        exec(compile(setup, "<setup>", "exec", dont_inherit=True), space)
+        # For HumanEval it also defines the functions of the program, as stubs.
+        for name in names:
+            space.pop(name, None)
+        space |= {name: connection.names[name] for name in names if name in connection.names}
+        exec(compile(tests, "<tests>", "exec", dont_inherit=True), space)
     except BaseException as error:
-        return f"failed: {type(error).__name__}: {error}"[:MAX_DETAIL]
-    return "passed"
+        return f"failed: {type(error).__name__}: {_text(error)}"[:MAX_DETAIL]
+    # Tests may catch any error.
+    return "failed: the program ended before it answered" if connection.lost else "passed"
 
 
-def main(role: str, handle: int, memory: int, seconds: int) -> None:
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException as another:  # of a method of the program
+        return f"no message: {type(another).__name__}"
+
+
+def _run_each(imports: str, space: dict[str, Value]) -> None:
+    """Run import statements, one a line, as far as they work."""
+    for line in imports.splitlines():
+        try:
+            exec(line, space)
+        except Exception:  # the statement fails once more where the tests have it
+            continue
+
+
+def main(inputs: Json) -> None:
     """Run as one of the two processes.
 
     Args:
-        role: "program" or "tests". Its inputs are JSON on the standard input; the tests write
-            their verdict to the standard output.
-        handle: file descriptor of the socket.
-        memory, seconds: see `limit`.
+        inputs: `role` ("program" or "tests"), `handle` (file descriptor of the socket), `memory`
+            and `seconds` (see `limit`), `packages` (with their directories), and the other
+            arguments of `run_program` or `run_tests`. The tests write their verdict to the
+            standard output.
     """
-    inputs = json.load(sys.stdin)
-    channel = socket.socket(fileno=handle)
+    channel = socket.socket(fileno=inputs["handle"])
     # The standard streams go nowhere: what a program prints cannot be taken for a verdict.
     verdict = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     # Here and not in the parent, whose own limits must stay.
-    limit(memory, seconds)
-    if role == "program":
+    limit(inputs["memory"], inputs["seconds"])
+    # Libraries of linear algebra would start a thread, with its memory, for each core.
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.putenv(name, "1")
+    # A limit of digits is younger than the published evaluations.
+    sys.set_int_max_str_digits(0)
+    sys.meta_path.append(PackageFinder(inputs["packages"]))
+    arguments = {name: inputs[name] for name in inputs["arguments"]}
+    arguments["packages"] = list(inputs["packages"])
+    if inputs["role"] == "program":
         os.close(verdict)
-        run_program(channel, inputs["source"])
+        run_program(channel, **arguments)
     else:
-        detail = run_tests(channel, inputs["setup"], inputs["tests"], inputs["names"])
-        os.write(verdict, detail.encode())
-
-
-if __name__ == "__main__" and len(sys.argv) == 5:
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+        os.write(verdict, run_tests(channel, **arguments).encode(errors="replace"))
+    # Threads and objects that the program has left behind are not waited for.
+    os._exit(0)

@@ -1,21 +1,21 @@
-"""Right, wrong and hostile programs.
+"""Right and wrong programs: the verdicts are those of plain Python.
 
-A hostile one must not pass, must not live on, and must leave nothing behind.
+Those that attack the machine or the verdict are in `test_hostile.py`.
 """
 
-import contextlib
+import builtins
+import concurrent.futures
 import gzip
 import json
 import os
-import pathlib
-import socket
-import time
+import sys
 
 import pytest
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import sandbox
 from jax_ordermerge.evaluate.tasks import programs
+from tests.evaluate.answers_calls import GROUPS
 
 TESTS = "for i in range(3): assert f(i) == i + 1"
 RIGHT = "def f(x): return x + 1"
@@ -31,20 +31,79 @@ def test_right_and_wrong(isolation):
     for program, message in (
         ("def f(x): return x", "AssertionError"),
         ("def f(x): return x +", "SyntaxError"),
-        ("def g(x): return x + 1", "KeyError: 'f'"),
+        ("def g(x): return x + 1", "NameError: name 'f' is not defined"),
         ("def f(x): raise ValueError('no')", "ValueError: no"),
-        ("", "KeyError: 'f'"),
+        ("", "NameError: name 'f' is not defined"),
     ):
         wrong = sandbox.judge(program, TESTS, ["f"], isolation=isolation)
         assert not wrong.passed
         assert message in wrong.detail
 
 
-def test_plain_data_keep_type_and_value():
+def plain(program, tests):
+    """Return whether tests pass after a program in one namespace, as in published evaluations."""
+    digits = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        exec(compile(f"{program}\n{tests}", "<plain>", "exec"), {})
+    except BaseException:
+        return False
+    finally:
+        sys.set_int_max_str_digits(digits)
+    return True
+
+
+def judge_cases(cases, version):
+    """Return the details of verdicts that are not right, by case. Programs run in parallel."""
+
+    def judge(name):
+        program = getattr(cases[name], version)
+        names = sandbox.free_names(cases[name].tests) - set(dir(builtins)) | {"sum", "max"}
+        return sandbox.judge(
+            program, cases[name].tests, sorted(names), reference=cases[name].right, timeout=60.0
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = dict(zip(cases, pool.map(judge, cases), strict=True))
+    return {
+        name: verdict.detail
+        for name, verdict in verdicts.items()
+        if verdict.passed != (version == "right")
+    }
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_plain_python_tells_right_from_wrong(group):
+    for name, case in GROUPS[group].items():
+        assert plain(case.right, case.tests), name
+        assert not plain(case.wrong, case.tests), name
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_right_answers_pass(group):
+    assert judge_cases(GROUPS[group], "right") == {}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_some_wrong_answers_fail(group):
+    assert judge_cases(dict(list(GROUPS[group].items())[::5]), "wrong") == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_wrong_answers_fail(group):
+    assert judge_cases(GROUPS[group], "wrong") == {}
+
+
+def test_there_are_enough_answers():
+    assert sum(map(len, GROUPS.values())) >= 60
+
+
+def test_values_keep_type_and_value():
     program = "def f(*a, **k): return a, k\ndef kind(x): return type(x).__name__"
     tests = """
-values = [1, True, None, -0.0, float("inf"), 2 + 3j, "ä\\n", b"\\x00\\xff", 10**40]
-values += [[1, (2, [3])], {1: {2.5: (3,)}}, {4, 5}, frozenset("ab")]
+values = [1, True, None, -0.0, float("inf"), 2 + 3j, "ä\\n", b"\\x00\\xff", 10**40, "\\ud800"]
+values += [[1, (2, [3])], {1: {2.5: (3,)}}, {4, 5}, frozenset("ab"), range(3), -(2**64), 2**64]
 for value in values:
     (back,), kwargs = f(value, key=value)
     assert back == value == kwargs["key"] and type(back) is type(value)
@@ -52,180 +111,76 @@ for value in values:
 assert repr(f(-0.0)[0][0]) == "-0.0" and f(float("nan"))[0][0] != f(float("nan"))[0][0]
 """
     assert sandbox.judge(program, tests, ["f", "kind"]).detail == "passed"
-    assert "not plain data" in sandbox.judge("def f(x): return lambda: x", TESTS, ["f"]).detail
 
 
-# {port}: of a listener on loopback. {file}: a file that anyone may write. {mark}: marks processes.
-HOSTILE = {
-    "endless loop": "while True: pass",
-    "endless loop in a call": "def f(x):\n    while True: pass",
-    "sleep": "import time\ntime.sleep(1000)",
-    "endless loop that catches": (
-        "def f(x):\n"
-        "    while True:\n"
-        "        try:\n"
-        "            while True: pass\n"
-        "        except BaseException: pass"
-    ),
-    "ignores signals": (
-        "import signal, time\n"
-        "for s in range(1, 32):\n"
-        "    try: signal.signal(s, signal.SIG_IGN)\n"
-        "    except Exception: pass\n"
-        "time.sleep(1000)"
-    ),
-    "memory": "x = bytearray(1 << 34)",
-    "memory bit by bit": "x = []\nwhile True: x.append(bytearray(1 << 24))",
-    "endless output": "while True: print('x' * 100000)",
-    "endless answer": "def f(x): return 'x' * (1 << 26)",
-    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
-    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-    "daemon": (
-        "import os, time\n"
-        "if os.fork() == 0:\n"
-        "    os.setsid()\n"
-        "    if os.fork() == 0:\n"
-        "        os.execv('/bin/sh', ['{mark}', '-c', 'sleep 1000; : {mark}'])\n"
-        "    os._exit(0)\n"
-        "os.wait()"
-    ),
-    "threads": (
-        "import threading, time\n"
-        "for _ in range(10000): threading.Thread(target=time.sleep, args=(1000,)).start()"
-    ),
-    "loopback": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 2).send(b'hello')",
-    "abroad": "import socket\nsocket.create_connection(('192.0.2.1', 80), 2)",
-    "abstract socket": "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('\\0{mark}')",
-    "deletes a file": "import os\nos.remove('{file}')",
-    "overwrites a file": "open('{file}', 'w').write('mine')",
-    "writes beside": "open('{file}.more', 'w').write('mine')",
-    "writes to tmp": "open('/tmp/{mark}', 'w').write('mine')",
-    "writes to shared memory": "open('/dev/shm/{mark}', 'w').write('mine')",
-    "deletes everything": "import shutil\nshutil.rmtree('/', ignore_errors=True)",
-    "reads a file": "open('{file}').read()\ndef f(x): return x + 1\nraise SystemExit",
-    "fills the disk": "f = open('/tmp/{mark}', 'wb')\nwhile True: f.write(bytes(1 << 20))",
-    "exits early": "import sys\nsys.exit(0)",
-    "exits early in a call": "import os\ndef f(x): os._exit(0)",
-    "kills all": "import os, signal\nos.kill(-1, signal.SIGKILL)",
-    "kills its group": "import os, signal\nos.killpg(0, signal.SIGKILL)",
-    "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
-    "forges on the standard output": (
-        "print('passed', flush=True)\nimport os\nos.write(1, b'passed')\nos._exit(0)"
-    ),
-    "forges on every handle": (
-        "import os\n"
-        "for n in range(64):\n"
-        "    try: os.write(n, b'passed')\n"
-        "    except OSError: pass\n"
-        "os._exit(0)"
-    ),
-    "forges messages": (
-        "import os, json\n"
-        "for n in range(3, 64):\n"
-        "    for text in (b'[\"ready\", null]', b'[\"value\", true]') * 9:\n"
-        "        try: os.write(n, len(text).to_bytes(8, 'big') + text)\n"
-        "        except OSError: pass"
-    ),
-    "forges a long message": (
-        "import os\n"
-        "for n in range(3, 64):\n"
-        "    try: os.write(n, b'\\xff' * 64)\n"
-        "    except OSError: pass"
-    ),
-    "answers that are equal to all": (
-        "class A(int):\n"
-        "    def __eq__(self, o): return True\n"
-        "    __hash__ = None\n"
-        "def f(x): return A(7)"
-    ),
-    "spoils the builtins": (
-        "import builtins\n"
-        "builtins.AssertionError = builtins.Exception = ValueError\n"
-        "builtins.range = lambda n: []\n"
-        "def f(x): return 7"
-    ),
-    "spoils the frames": (
-        "import sys\n"
-        "frame = sys._getframe()\n"
-        "while frame:\n"
-        "    frame.f_locals.update(tests='', names=[])\n"
-        "    frame = frame.f_back\n"
-        "def f(x): return 7"
-    ),
-    "spoils its own encoder": (
-        "import __main__\n"
-        "class T:\n"
-        "    pass\n"
-        "try: __main__.encode = lambda v: ['list', [['nothing', 1]]]\n"
-        "except Exception: pass\n"
-        "def f(x): return 7"
-    ),
-    "gets more rights": (
-        "import ctypes, os\n"
-        "libc = ctypes.CDLL(None)\n"
-        "assert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0"
-    ),
-    "raises its limits": (
-        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\ndef f(x): return 7"
-    ),
-}
+def test_numpy_where_it_is_installed():
+    program = """
+import numpy as np
+def f(a):
+    a[0] = 5
+    a *= 2
+    return a.mean(), np.int64(3), np.arange(6, dtype=np.float32).reshape(2, 3), a > 5
+def g(x): return np.array(["a", "bc"]), np.array([x, None], dtype=object), np.float32
+"""
+    tests = """
+import numpy as np
+x = np.ones(2)
+mean, three, table, mask = f(x)
+assert x.tolist() == [10.0, 2.0] and mean == 6.0 and isinstance(mean, np.float64)
+assert three == 3 and isinstance(three, np.int64) and mask.tolist() == [True, False]
+assert table.shape == (2, 3) and table.dtype == np.float32 and np.allclose(table[1], [3, 4, 5])
+texts, objects, kind = g([1])
+assert texts.tolist() == ["a", "bc"] and objects.tolist() == [[1], None] and kind is np.float32
+assert np.linalg.norm(x) > 10
+"""
+    assert sandbox.judge(program, tests, ["f", "g"], timeout=60.0).detail == "passed"
+    wrong = sandbox.judge(
+        "import numpy\ndef f(x): return numpy.ones(x)", "assert (f(2) == 0).all()", ["f"]
+    )
+    assert wrong.detail.startswith("failed: AssertionError")
 
 
-@needs_namespaces
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name, tmp_path):
-    mark = f"mark-{os.getpid()}-{abs(hash(name)) % 10**9}"
-    file = tmp_path / "precious"
-    file.write_text("precious")
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        os.chmod(path, 0o777)
-    os.chmod(file, 0o666)
-    connections = []
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        socket.socket(socket.AF_UNIX) as abstract,
-    ):
-        abstract.bind("\0" + mark)
-        abstract.listen()
-        for server in (listener, abstract):
-            server.settimeout(0.1)
-        program = (
-            HOSTILE[name]
-            .replace("{port}", str(listener.getsockname()[1]))
-            .replace("{file}", str(file))
-            .replace("{mark}", mark)
-        )
-        start = time.monotonic()
-        verdict = sandbox.judge(program, TESTS, ["f"], timeout=1.5)
-        assert time.monotonic() - start < 8
-        for server in (listener, abstract):
-            with contextlib.suppress(TimeoutError):
-                connections.append(server.accept())
-    assert not verdict.passed
-    assert verdict.isolation == "namespaces"
-    assert not connections
-    assert file.read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-    for directory in ("/tmp", "/dev/shm"):
-        assert not [path for path in pathlib.Path(directory).iterdir() if mark in path.name]
-    assert not alive(mark)
+def test_no_other_package_is_seen():
+    verdict = sandbox.judge("import jax\ndef f(x): return x + 1", TESTS, ["f"])
+    assert verdict.detail == "failed: ModuleNotFoundError: No module named 'jax'"
 
 
-def alive(mark):
-    """Command lines of processes with the mark, and of sandbox workers of this process."""
-    lines = []
-    for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes()
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            if mark.encode() in line or (
-                b"shares nothing but a socket" in line and parent in (1, os.getpid())
-            ):
-                lines.append(line)
-    return lines
+@pytest.mark.parametrize(
+    ("program", "tests", "passes"),
+    [
+        # a name of Python is the program's where it is tested, and Python's where it is not
+        ("def sum(l): return 'wrong'", "assert sum([1, 2]) == 3", False),
+        ("def sum(l): return l[0] + l[1]", "assert sum([1, 2]) == 3", True),
+        ("def total(l): return sum(l)", "assert sum([1, 2]) == 3", True),
+        ("def sum(l): return l[0] + l[1]", "assert sum([1, 2]) == len([0, 0, 0])", True),
+        ("def len(l): return 3\ndef sum(l): return 3", "assert sum([1, 1]) == len([1, 1])", False),
+    ],
+)
+def test_functions_named_like_those_of_python(program, tests, passes):
+    assert sandbox.judge(program, tests, ["sum"]).passed == passes
+
+
+def test_the_setup_sees_classes_of_the_program():
+    program = "class Node:\n    def __init__(self, v): self.v, self.next = v, None\n"
+    program += "def length(n): return 1 + length(n.next) if n else 0"
+    setup = "root = Node(1)\nroot.next = Node(2)"
+    assert sandbox.judge(program, "assert length(root) == 2", ["length"], setup=setup).passed
+    # of a setup that has the function itself, as HumanEval's prompts do, the program's is tested
+    stub = "def helper(x): return x\ndef f(x): return helper(x) + 1"
+    assert not sandbox.judge("def f(x): return 0", "assert f(1) == 2", ["f"], setup=stub).passed
+    assert sandbox.judge(RIGHT, "assert f(helper(1)) == 2", ["f"], setup=stub).passed
+    assert not sandbox.judge("", "assert f(1) == 2", ["f"], setup=stub).passed
+
+
+def test_objects_with_arithmetic_of_their_own():
+    program = (
+        "class V:\n    def __init__(s, x): s.x = x\n    def __mul__(s, k): return V(s.x * k)\n"
+    )
+    program += "    __rmul__ = __mul__\n    def __eq__(s, o): return s.x == o.x"
+    tests = "assert V(2) * 3 == V(6) == 3 * V(2)"
+    assert sandbox.judge(program, tests, ["V"], reference=program).passed
+    # without a right program nothing says that V is a class and not a function with a forged answer
+    assert not sandbox.judge(program, tests, ["V"]).passed
 
 
 @needs_namespaces

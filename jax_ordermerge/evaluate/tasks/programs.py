@@ -134,8 +134,6 @@ def humaneval(rows: Sequence[Row]) -> list[Problem]:
 def mbpp(rows: Sequence[Row]) -> list[Problem]:
     """Return the problems of MBPP, each after the problems 2, 3 and 4, which are not asked.
 
-    Tests that build objects of classes of the answer cannot be run beside it, and fail.
-
     Raises:
         UserError: a column is missing.
 
@@ -172,7 +170,7 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
                 # the end mark that the shots show
                 stops=("[DONE]",),
                 tests=tests,
-                names=_called_names(tests, setup),
+                names=_checked_names(tests, setup, row["code"]),
                 setup=setup,
                 reference=_column(row, "code", "mbpp"),
             )
@@ -190,19 +188,34 @@ def _mbpp_prompt(row: Row) -> str:
     )
 
 
-def _called_names(tests: str, setup: str) -> tuple[str, ...]:
-    """Return the names that tests read and that neither they, their setup nor Python define."""
-    nodes = list(ast.walk(ast.parse(f"{setup}\n{tests}")))
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    defined = {
-        alias.asname or alias.name
-        for node in nodes
-        for alias in getattr(node, "names", ())
-        if isinstance(alias, ast.alias)
+def _checked_names(tests: str, setup: str, reference: str) -> tuple[str, ...]:
+    """Return the names of functions and classes that tests check.
+
+    These are the global names that the tests read and that neither they nor Python define, beside
+    what a right program imports. A function may also be named like one of Python. That it is meant
+    is seen from the reference, and from an assertion that calls nothing else.
+    """
+    try:
+        statements = ast.parse(tests).body
+        right = ast.parse(reference).body
+    except (SyntaxError, ValueError):
+        statements, right = [], []  # errors are those of the tests when they run
+    defines = {node.name for node in right if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    imports = {
+        alias.asname or alias.name.partition(".")[0]
+        for node in right
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
     }
-    defined |= {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
-    read = {name.id for name in names if isinstance(name.ctx, ast.Load)}
-    return tuple(sorted(read - defined))
+    python = set(dir(builtins))
+    free = sandbox.free_names(f"{setup}\n{tests}")
+    for statement in statements:
+        if isinstance(statement, ast.Assert) and not (
+            sandbox.free_names(ast.unparse(statement)) & free - python
+        ):
+            calls = (node.func for node in ast.walk(statement) if isinstance(node, ast.Call))
+            defines |= {function.id for function in calls if isinstance(function, ast.Name)}
+    return tuple(sorted(free & (defines | (free - python - imports))))
 
 
 def _column(row: Row, name: str, kind: str) -> Any:
