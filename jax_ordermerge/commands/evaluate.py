@@ -217,8 +217,8 @@ def format_summary(summary: Json) -> str:
             parts.append(f"accuracy {100 * value:.1f} % +- {100 * summary['se']:.1f}")
         elif name == "bits_per_byte":
             parts.append(f"bits_per_byte {value:.3f} +- {summary['se']:.3f}")
-        elif name in ("flexible", "value", "symbolic") or (
-            name.startswith(("acc_", "pass@")) and not name.endswith("_se")
+        elif name in ("flexible", "value", "symbolic", "fenced") or (
+            name.startswith(("acc_", "pass@", "fenced_pass@")) and not name.endswith("_se")
         ):
             parts.append(f"{name} {100 * value:.1f} %")
         elif name.endswith("_perplexity"):

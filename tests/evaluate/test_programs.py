@@ -76,6 +76,48 @@ def test_mbpp_finds_which_functions_its_tests_call():
     assert problem.names == ("g", "h")
 
 
+@pytest.mark.parametrize(
+    ("code", "test", "names"),
+    [
+        # a function named like one of Python, in the reference or alone in an assertion
+        ("def sum(a, b): return a + b", "assert sum(1, 2) == 3", ("sum",)),
+        ("", "assert sum([1, 2]) == 3", ("sum",)),
+        ("def total(l): return sum(l)", "assert total([1, 2]) == sum([3])", ("total",)),
+        # what the reference imports is Python's
+        ("import sys\ndef f(): return 1", "assert f() < sys.maxsize", ("f",)),
+        ("class Pair: pass\ndef f(p): return 1", "assert f(Pair()) == 1", ("Pair", "f")),
+        ("def f(g): return g(1)", "assert f(lambda x: abs(x)) == 1", ("f",)),
+    ],
+)
+def test_mbpp_finds_what_the_reference_defines(code, test, names):
+    row = {"task_id": 20, "text": "t", "code": code, "test_list": [test]}
+    assert programs.mbpp([row])[0].names == names
+
+
+def test_mbpp_answers_that_take_the_names_of_others():
+    row = {
+        "task_id": 20,
+        "text": "t",
+        "code": "import math\ndef area(r): return math.pi * r * r",
+        "test_list": ["assert math.isclose(area(1), 3.14159265, rel_tol=1e-6)"],
+    }
+    (problem,) = programs.mbpp([row])
+    assert problem.judge(row["code"]).passed
+    fake = "class math: isclose = staticmethod(lambda *a, **k: True)\ndef area(r): return 0"
+    assert problem.judge(fake).detail.startswith("failed: AssertionError")
+    # as in plain Python: the tests read a module that the answer has not imported
+    assert "name 'math' is not defined" in problem.judge("def area(r): return 3.14159265").detail
+    row = {
+        "task_id": 21,
+        "text": "t",
+        "code": "def sum(l): ...",
+        "test_list": ["assert sum([1, 2]) == 3"],
+    }
+    (problem,) = programs.mbpp([row])
+    assert not problem.judge("def sum(l): return 'wrong'").passed
+    assert problem.judge("def sum(l): return l[0] + l[1]").passed
+
+
 def test_a_humaneval_answer_ends_at_the_next_thing_at_top_level(human):
     (problem,) = programs.humaneval(human[:1])
     assert problem.prompt == human[0]["prompt"]
@@ -110,6 +152,9 @@ def test_a_task_of_programs(human):
         "n": 3,
         "isolation": sandbox.available()[0],
         "pass@1": 0.5,
+        "fenced": 0.5,
+        "fenced_se": 0.0,
+        "fenced_pass@1": 0.5,
     }
     assert [item["correct"] for item in items] == [True, False] * 3
     assert items[0]["detail"] == "passed"

@@ -9,15 +9,16 @@ import ast
 import builtins
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, GeneratedTask, TaskKind
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import sandbox
+from jax_ordermerge.evaluate import code_blocks, sandbox
 from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.metrics import mean_and_error
@@ -41,6 +42,12 @@ class ProgramTask(FileTask, GeneratedTask):
     temperature: NonNegativeFloat = Field(0.0, description="0 is greedy")
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    template: Literal["published", "chat"] = Field(
+        "published",
+        description="chat: the problem is a user's turn in the chat template of the model, and the"
+        " answer is read as a block of code",
+    )
+    timeout: PositiveFloat = Field(10.0, description="seconds for a program with its tests")
 
     @pydantic.model_validator(mode="after")
     def _draws_need_a_temperature(self) -> "ProgramTask":
@@ -60,7 +67,9 @@ class Problem:
     Attributes:
         id: its `task_id`.
         prompt: what the model continues.
+        question: what a chat model is asked.
         before: source that the continuation completes to a program.
+        head: the part of it before the function that is asked for.
         stops: texts that end a continuation.
         tests, names, setup: see `sandbox.judge`.
         reference: a right continuation.
@@ -68,7 +77,9 @@ class Problem:
 
     id: str
     prompt: str
+    question: str
     before: str
+    head: str
     stops: tuple[str, ...]
     tests: str
     names: tuple[str, ...]
@@ -79,10 +90,38 @@ class Problem:
         """Return the program of a continuation, which ends before the first stop."""
         return self.before + truncate(text, self.stops)
 
+    def fenced_program(self, text: str) -> str:
+        """Return the program in a block of code of an answer; without one, that of `program`.
+
+        What stands before the function, such as imports and helpers, is put before a block that
+        has the function, and the head of the function before one that has its body.
+        """
+        if not self.before:
+            text = truncate(text, self.stops)
+        lead = code_blocks.before_blocks(text)
+        # The answer goes on with the function itself, and fences only follow.
+        if self.before and re.match(r"(?:\s*\n)?[ \t]+\S", lead):
+            return self.program(lead)
+        is_code = code_blocks.defines(lead, self.names)
+        code = lead if is_code else code_blocks.answer(text, self.names)
+        if code is None:
+            return self.program(text)
+        is_complete = not self.before or code_blocks.defines(code, self.names)
+        return f"{self.head}\n{code}" if is_complete else self.before + code
+
     def judge(self, text: str, timeout: float = 10.0) -> sandbox.Verdict:
         """Run the tests on a continuation."""
+        return self.judge_program(self.program(text), timeout)
+
+    def judge_program(self, program: str, timeout: float = 10.0) -> sandbox.Verdict:
+        """Run the tests on a program."""
         return sandbox.judge(
-            self.program(text), self.tests, self.names, setup=self.setup, timeout=timeout
+            program,
+            self.tests,
+            self.names,
+            setup=self.setup,
+            reference=self.before + self.reference,
+            timeout=timeout,
         )
 
 
@@ -117,7 +156,10 @@ def humaneval(rows: Sequence[Row]) -> list[Problem]:
             Problem(
                 id=str(task_id),
                 prompt=prompt,
+                question="Complete this Python function. Answer with the whole function in one "
+                f"block of code.\n\n```python\n{prompt.strip()}\n```",
                 before=prompt,
+                head=re.split(rf"^def {re.escape(function)}\b", prompt, flags=re.MULTILINE)[0],
                 # the stop sequences of the paper: a completion of the body ends with the next
                 # top-level line
                 stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
@@ -166,7 +208,10 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
             Problem(
                 id=str(_column(row, "task_id", "mbpp")),
                 prompt=shots + _mbpp_prompt(row),
+                question=f"{_mbpp_task(row)}\n\nAnswer with one block of Python code that passes "
+                f"these tests:\n\n```python\n{tests}\n```",
                 before="",
+                head="",
                 # the end mark that the shots show
                 stops=("[DONE]",),
                 tests=tests,
@@ -178,12 +223,15 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
     return problems
 
 
-def _mbpp_prompt(row: Row) -> str:
+def _mbpp_task(row: Row) -> Any:
     # The sanitized version of MBPP has the column `prompt` instead of `text`.
-    name = "prompt" if "text" not in row and "prompt" in row else "text"
+    return _column(row, "prompt" if "text" not in row and "prompt" in row else "text", "mbpp")
+
+
+def _mbpp_prompt(row: Row) -> str:
     tests = "\n".join(_column(row, "test_list", "mbpp"))
     return (
-        f"You are an expert Python programmer, and here is your task: {_column(row, name, 'mbpp')} "
+        f"You are an expert Python programmer, and here is your task: {_mbpp_task(row)} "
         f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     )
 
@@ -271,7 +319,9 @@ def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int
         seed: of the draws.
 
     Returns:
-        `accuracy` (pass@1), `se`, `n`, `isolation` and `pass@k`. Per program `id`, `prompt`,
+        `accuracy` (pass@1), `se`, `n`, `isolation` and `pass@k`, and as `fenced`, `fenced_se` and
+        `fenced_pass@k` the same of programs that are read from blocks of code. With the template
+        `chat` the first ones are read so, and there are no others. Per program `id`, `prompt`,
         `reference`, `answer`, `correct` and `detail` of the verdict.
     """
     from jax_ordermerge.evaluate.sampling import Sampling  # imports JAX
@@ -282,7 +332,7 @@ def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int
     drawn = [problem for problem in problems for _ in range(task.samples)]
     # Noise by name: a program does not depend on limit or on the other problems.
     names = [f"{problem.id}/{sample}" for problem in problems for sample in range(task.samples)]
-    prompts = [model.encode(problem.prompt) for problem in drawn]
+    prompts = [_tokens(task, problem, model) for problem in drawn]
     with name_items(names):
         texts = model.generate(
             prompts,
@@ -290,36 +340,66 @@ def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int
             Sampling(task.temperature, task.top_k, task.top_p, seed),
             names,
         )
-    verdicts = [problem.judge(text) for problem, text in zip(drawn, texts, strict=True)]
-    items: list[Json] = [
-        {
-            "id": name,
-            "prompt": problem.prompt,
-            "reference": problem.reference,
-            "answer": text,
-            "correct": verdict.passed,
-            "detail": verdict.detail,
-        }
-        for name, problem, text, verdict in zip(names, drawn, texts, verdicts, strict=True)
-    ]
-    correct = [
-        sum(verdict.passed for verdict in verdicts[start : start + task.samples])
-        for start in range(0, len(verdicts), task.samples)
-    ]
+    items: list[Json] = []
+    for name, problem, text in zip(names, drawn, texts, strict=True):
+        prompt = problem.question if task.template == "chat" else problem.prompt
+        item = {"id": name, "prompt": prompt, "reference": problem.reference, "answer": text}
+        items.append(item | _judge(task, problem, text))
+    summary: Json = _shares(task, [item["correct"] for item in items])
+    summary |= {"n": len(problems), "isolation": sandbox.available()[0]}
+    if task.template == "published":
+        fenced = _shares(task, [item["correct_fenced"] for item in items])
+        summary["fenced"] = fenced.pop("accuracy")
+        summary |= {f"fenced_{name}": value for name, value in fenced.items()}
+    example = ItemExample(prompts[0], texts[0], problems[0].reference)
+    return TaskResult(summary, items, example)
+
+
+def _tokens(task: ProgramTask, problem: Problem, model: EvalModel) -> list[int]:
+    if task.template == "published":
+        return model.encode(problem.prompt)
+    from jax_ordermerge.data import chat  # imports much
+    from jax_ordermerge.data.formats import Record
+
+    if not model.tokenizer.chat_template:
+        raise UserError(
+            f"evaluation task {task.name} has template: chat, but the tokenizer has no chat "
+            "template; use template: published"
+        )
+    record = Record.single_turn(problem.question)
+    return chat.prompt_tokens(record, "chat", model.tokenizer).tolist()
+
+
+def _judge(task: ProgramTask, problem: Problem, text: str) -> Json:
+    """Return `correct` and `detail` of an answer, and `correct_fenced` and `detail_fenced`."""
+    fenced_program = problem.fenced_program(text)
+    fenced = problem.judge_program(fenced_program, task.timeout)
+    if task.template == "chat":
+        return {"correct": fenced.passed, "detail": fenced.detail}
+    verdict = fenced
+    # Most answers of models that were not trained to chat have no fences.
+    if problem.program(text) != fenced_program:
+        verdict = problem.judge(text, task.timeout)
+    return {
+        "correct": verdict.passed,
+        "detail": verdict.detail,
+        "correct_fenced": fenced.passed,
+        "detail_fenced": fenced.detail,
+    }
+
+
+def _shares(task: ProgramTask, passed: Sequence[bool]) -> dict[str, float]:
+    """Return `accuracy`, `se` and `pass@k` of programs, of which `task.samples` are of a problem."""
+    starts = range(0, len(passed), task.samples)
+    correct = [sum(passed[start : start + task.samples]) for start in starts]
     # Problems are the sampling unit: programs for the same problem are not independent.
     share, error = mean_and_error([count / task.samples for count in correct])
-    summary: Json = {
-        "accuracy": share,
-        "se": error,
-        "n": len(problems),
-        "isolation": verdicts[0].isolation,
-    }
+    shares = {"accuracy": share, "se": error}
     for k in _PASS_AT:
         if k <= task.samples:
             estimates = [pass_at_k(task.samples, count, k) for count in correct]
-            summary[f"pass@{k}"] = sum(estimates) / len(problems)
-    example = ItemExample(prompts[0], texts[0], problems[0].reference)
-    return TaskResult(summary, items, example)
+            shares[f"pass@{k}"] = sum(estimates) / len(correct)
+    return shares
 
 
 for _kind in PROBLEMS:
