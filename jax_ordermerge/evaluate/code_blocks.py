@@ -51,8 +51,8 @@ def before_blocks(text: str) -> str:
     """Return what stands before the first fence: all, where there is none.
 
     Example:
-        >>> before_blocks("    return x\n```\nThat is all.")
-        '    return x\n'
+        >>> before_blocks("    return x\\n```\\nThat is all.")
+        '    return x\\n'
     """
     opening = _OPENING.search(f"{text}\n")
     return text[: opening.start("fence")] if opening else text

@@ -78,8 +78,8 @@ class Objects:
         name = values.type_name(kind)
         if name is not None and values.codec(name).fill is None:
             return [name, self._encode_all(values.codec(name).parts(value))]
-        if values.is_exception(kind):
-            return [f"builtins.{kind.__name__}", self._encode_all(value.args)]
+        if values.is_exception(kind) and not vars(value):
+            return [f"builtins.{kind.__name__}", *self._encode_exception(value)]
         key = self._key(value)
         return ["@", key, *self._opaque[key]] if key in self._opaque else ["#", key]
 
@@ -117,6 +117,9 @@ class Objects:
         ):
             return list(parts)
         return [self.encode(part) for part in parts]
+
+    def _encode_exception(self, error: BaseException) -> Json:
+        return [self._encode_all(error.args), self.encode(error.__cause__)]
 
     def _key(self, value: Value) -> int:
         handle = proxies.handle_of(value)
@@ -158,7 +161,7 @@ class Objects:
         if base is object:
             return None, ["opaque", key, _hash(value)]
         if values.is_exception(base):
-            return None, ["instance", key, self._encode_all(value.args)]
+            return None, ["instance", key, *self._encode_exception(value)]
         name = values.type_name(base)
         assert name is not None
         codec = values.codec(name)
@@ -246,7 +249,9 @@ class Objects:
             return int(inner, 16)
         parts = [self.decode(part) for part in inner]
         if name not in values.CODECS:
-            return values.find_type(name)(*parts)
+            error = values.find_type(name)(*parts)
+            error.__cause__ = self.decode(data[2])
+            return error
         codec = values.codec(name)
         if codec.fill is not None:
             raise ValueError(f"a {name} without a key")
@@ -278,14 +283,15 @@ class Objects:
         codec = self._shared[key] = values.codec(name)
         return codec.make(values.find_type(name), [self.decode(part) for part in fixed])
 
-    def _instance(self, key: int, class_key: int, encoded: Json) -> Value:
-        """Return an object with content that is also a proxy."""
+    def _instance(self, key: int, class_key: int, encoded: Json, cause: Json = None) -> Value:
+        """Return an object with content that is also a proxy; `cause` is that of an exception."""
         cls: Value = self._class(class_key)
         base = values.base_type(cls)
         parts = [self.decode(part) for part in encoded]
         name = values.type_name(base)
         if name is None:
             value = cls.__new__(cls, *parts)
+            value.__cause__ = self.decode(cause)
         else:
             codec = values.codec(name)
             value = codec.make(cls, parts)

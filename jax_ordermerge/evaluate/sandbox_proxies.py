@@ -39,7 +39,7 @@ QUESTIONS = tuple(
 _READABLE = (
     *("__name__", "__qualname__", "__doc__", "__module__", "__wrapped__", "__annotations__"),
     *("__defaults__", "__kwdefaults__", "__code__", "__self__", "__func__", "__members__"),
-    *("__dataclass_fields__", "__match_args__", "__version__"),
+    *("__dataclass_fields__", "__match_args__", "__version__", "__notes__"),
 )
 SPECIAL_METHODS = frozenset(COMPARISONS + ARITHMETIC + QUESTIONS)
 
@@ -87,6 +87,10 @@ class ProxyType(abc.ABCMeta):
 
     def __delattr__(cls, name: str) -> None:
         _connection(cls).request("delattr", cls, name)
+
+    @property
+    def __doc__(cls) -> Value:  # type: ignore[override]
+        return _attribute(cls, "__doc__")
 
     # Without it the length would be asked.
     def __bool__(cls) -> bool:
@@ -239,7 +243,8 @@ def make_class(
     special = {
         method: _special_method(method, base) for method in {*description.methods, *in_python}
     }
-    namespace: dict[str, Value] = {"__module__": "program", **redefined, **special}
+    text = property(lambda self: _attribute(self, "__doc__"))
+    namespace: dict[str, Value] = {"__module__": "program", "__doc__": text, **redefined, **special}
     hashes = {"base": base.__hash__, "own": _own_hash, "none": None, "identity": object.__hash__}
     namespace["__hash__"] = hashes[description.hashing]
     if appearance is not None:

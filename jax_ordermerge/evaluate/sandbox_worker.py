@@ -8,6 +8,8 @@ To the tests it looks as if they ran in the program's namespace, as in the publi
 But all that the program can do is answer calls, and what it answers is compared over here.
 """
 
+import _sitebuiltins
+import builtins
 import importlib.machinery
 import os
 import resource
@@ -18,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_ordermerge.evaluate.sandbox_proxies import ProxyType
-from jax_ordermerge.evaluate.sandbox_rpc import Connection, ConnectionLost
+from jax_ordermerge.evaluate.sandbox_rpc import QUIET, Connection, ConnectionLost
 
 Value = Any  # any Python object
 Json = Any
@@ -85,6 +87,8 @@ def run_program(
     space: dict[str, Value] = {}
     connection = Connection(channel, space, guarded=False, reads=reads, packages=packages)
     sys.argv = ["program"]
+    # Two builtins that `-S` leaves out.
+    vars(builtins).update({name: _sitebuiltins.Quitter(name, "") for name in ("exit", "quit")})
 
     def start() -> None:
         exec(compile(source, "<program>", "exec", dont_inherit=True), space)
@@ -121,7 +125,9 @@ def run_tests(
     """
     space: dict[str, Value] = {}
     connection = Connection(channel, space, guarded=True, reads=reads, packages=packages)
-    connection.expects_stop = "StopIteration" in tests or "StopAsyncIteration" in tests
+    connection.expected = frozenset(name for name in QUIET if name in tests)
+    if "asyncio" in tests:
+        connection.expected |= {"StopIteration"}  # the end of a coroutine
     try:
         # An error of the program itself is raised here.
         connection.wait()

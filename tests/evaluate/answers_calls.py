@@ -273,4 +273,98 @@ NAMES = {
         "assert fine() == [1]",
     ),
 }
-GROUPS = {"results": RESULTS, "arguments": ARGUMENTS, "exceptions": EXCEPTIONS, "names": NAMES}
+OBJECTS = {
+    "attributes and causes of exceptions": case(
+        "def fail():\n    try: return {}['k']\n    except KeyError as cause:\n"
+        "        error = ValueError('bad')\n        error.code = $\n        raise error from cause",
+        *("5", "6"),
+        "try: fail()\nexcept ValueError as e:\n"
+        "    assert e.code == 5 and str(e) == 'bad' and e.__cause__.args == ('k',)\n"
+        "else: assert False",
+    ),
+    "copies": case(
+        "class Box:\n    def __init__(self): self.items = [$]",
+        *("1", "2"),
+        "import copy\na = Box()\nb, c = copy.copy(a), copy.deepcopy(a)\na.items.append(3)\n"
+        "assert b.items == [1, 3] and c.items == [1] and b is not a",
+    ),
+    "abstract classes": case(
+        "import abc\nclass Shape(abc.ABC):\n    @abc.abstractmethod\n    def area(self): ...\n"
+        "class Square(Shape):\n    def __init__(self, x): self.x = x\n"
+        "    def area(self): return self.x ** $",
+        *("2", "3"),
+        "assert Square(3).area() == 9 and isinstance(Square(1), Shape)\n"
+        "assert issubclass(Square, Shape)\ntry: Shape()\nexcept TypeError: pass\nelse: assert False",
+    ),
+    "subclass of a list": case(
+        "class Pile(list):\n    def push(self, x): self.append(x)\n    def peek(self): return self[$]",
+        *("-1", "0"),
+        "p = Pile()\np.push(1)\np.push(2)\nassert p == [1, 2] and p.peek() == 2 and len(p) == 2\n"
+        "assert p.pop() == 2 and p == [1]\np.append(9)\nassert p.peek() == 9",
+    ),
+    "properties": case(
+        "class Warm:\n    def __init__(self): self._t = 0\n    @property\n"
+        "    def t(self): return self._t\n    @t.setter\n    def t(self, v):\n"
+        "        if v < $: raise ValueError(v)\n        self._t = v",
+        *("0", "-9"),
+        "w = Warm()\nw.t = 5\nassert w.t == 5\ntry: w.t = -1\nexcept ValueError: pass\n"
+        "else: assert False",
+    ),
+    "containers": case(
+        "class Table:\n    def __init__(self): self.d = {}\n"
+        "    def __getitem__(self, k): return self.d[k]\n"
+        "    def __setitem__(self, k, v): self.d[k] = v\n    def __delitem__(self, k): del self.d[k]\n"
+        "    def __iter__(self): return iter(self.d)\n    def __len__(self): return len(self.d) $",
+        *("", "+ 1"),
+        "t = Table()\nt['a'] = [1]\nt['a'].append(2)\nassert t['a'] == [1, 2] and 'a' in t\n"
+        "assert len(t) == 1 and list(t) == ['a']\ndel t['a']\nassert 'a' not in t",
+    ),
+    "coroutines": case(
+        "async def plus(x): return x + $\nasync def later(x): return await plus(x) * 2",
+        *("1", "2"),
+        "import asyncio\nassert asyncio.run(later(2)) == 6",
+    ),
+    "signatures": case(
+        "def noted(a, b=$, *c, d: int = 3, **e) -> str:\n    'says'\n    return 'x'",
+        *("2", "3"),
+        "import inspect\n"
+        "assert str(inspect.signature(noted)) == '(a, b=2, *c, d: int = 3, **e) -> str'\n"
+        "assert noted.__doc__ == 'says' and noted.__name__ == 'noted'\n"
+        "assert inspect.isfunction(noted) and noted.__defaults__ == (2,)",
+    ),
+    "texts and files": case(
+        "import io\ndef text(s): return io.StringIO(s)\ndef length(f): return sum(map(len, f)) $",
+        *("", "+ 1"),
+        "import io\nassert text('a\\nb').read() == 'a\\nb' and list(text('a\\nb')) == ['a\\n', 'b']\n"
+        "assert length(io.StringIO('a\\nbc\\n')) == 5",
+    ),
+    "unittest": case(
+        "def next_of(x): return x + $",
+        *("1", "2"),
+        "import unittest\nclass T(unittest.TestCase):\n"
+        "    def test_value(self): self.assertEqual(next_of(1), 2)\n"
+        "    def test_error(self):\n        with self.assertRaises(TypeError): next_of('a')\n"
+        "tests = unittest.defaultTestLoader.loadTestsFromTestCase(T)\n"
+        "import io\nassert unittest.TextTestRunner(io.StringIO()).run(tests).wasSuccessful()",
+    ),
+    "heaps": case(
+        "import heapq\ndef put(h, x): heapq.heappush(h, $)",
+        *("x", "-x"),
+        "h = []\nfor x in (3, 1, 2): put(h, x)\nassert h[0] == 1 and sorted(h) == [1, 2, 3]",
+    ),
+    "retries": case(
+        "def retry(f, n):\n    for _ in range(n):\n        try: return f()\n"
+        "        except $: pass\n    raise RuntimeError('gave up')",
+        *("ValueError", "KeyError"),
+        "runs = [0]\ndef flaky():\n    runs[0] += 1\n    if runs[0] < 3: raise ValueError\n"
+        "    return 'ok'\nassert retry(flaky, 5) == 'ok' and runs == [3]\n"
+        "try: retry(lambda: int('x'), 2)\nexcept RuntimeError as e: assert str(e) == 'gave up'",
+    ),
+}
+GROUPS = {
+    "results": RESULTS,
+    "arguments": ARGUMENTS,
+    "exceptions": EXCEPTIONS,
+    "names": NAMES,
+    "objects": OBJECTS,
+}

@@ -124,6 +124,17 @@ FORGERIES = {
         "def f(x): raise StopIteration",
         "assert all(map(lambda case: f(case[0]) == case[1], [(1, 2), (2, 3)]))",
     ),
+    "skips the test": (
+        "import unittest\ndef f(x): raise unittest.SkipTest('no')",
+        "import unittest\nclass T(unittest.TestCase):\n"
+        "    def test_f(self): self.assertEqual(f(1), 2)\n"
+        "tests = unittest.defaultTestLoader.loadTestsFromTestCase(T)\n"
+        "assert unittest.TextTestRunner().run(tests).wasSuccessful()",
+    ),
+    "almost equal for unittest": (
+        universal(),
+        "import unittest\ncase = unittest.TestCase()\ncase.assertAlmostEqual(f(1), 2.5)",
+    ),
     "ends in an expected exception": (
         "import os\ndef f(x): os._exit(0)",
         "try: f(-1)\nexcept Exception: pass",
