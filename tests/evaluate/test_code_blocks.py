@@ -102,7 +102,8 @@ def write(task, rows, texts, chat_template="{{ messages[0]['content'] }}|"):
         return texts
 
     task = make_task(name="code", data="x", **task)
-    return *programs.write(task, rows, EvalModel(tokenizer, generate, None, 999), seed=0), prompts
+    result = programs.write(task, rows, EvalModel(tokenizer, generate, None, 999), seed=0)
+    return result.summary, result.items, prompts
 
 
 def test_fenced_answers_are_counted_beside_the_published_way():
