@@ -167,7 +167,7 @@ def test_scores_do_not_depend_on_batch_and_mesh(folder, tasks):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{base}"], "no tasks to evaluate on"),
+        (["{base}"], "no tasks to evaluate it on"),
         (["{base}", "--shots", "2"], "--shots goes with --harness"),
         (["{config}", "--harness", "arc_easy"], "--harness goes with a model"),
         (["{base}", "--config", "nowhere.yaml"], "config file nowhere.yaml not found"),
