@@ -29,6 +29,8 @@ T = TypeVar("T")
 #   6.orbax-checkpoint-tmp.../  a save in progress, or one that was cut off
 _STATE, _COMPLETE = "state", "_CHECKPOINT_METADATA"
 _PARTIAL = ".orbax-checkpoint-tmp"
+# Orbax takes these for parts of URLs and patterns.
+_NOT_IN_PATHS = "#?%[]\\|*"
 # bytes of decompressed chunks per open array
 _CACHE_BYTES = 100_000_000
 
@@ -64,6 +66,7 @@ class Checkpoints:
                 raises what it raises.
         """
         _silence_orbax()
+        check_path(directory)
         self.directory = Path(directory).absolute()
         # before Orbax lists the directory
         if jax.process_index() == 0:
@@ -296,7 +299,33 @@ def _steps(directory: Path) -> list[int]:
     ]
 
 
+def check_path(directory: str | Path) -> None:
+    """Refuse a path that Orbax would read as something else.
+
+    It makes file URLs and patterns of paths: a checkpoint in `run#1` would be written to `run`.
+
+    Raises:
+        UserError: the path has such a character.
+
+    Example:
+        >>> check_path("run 1"), check_path("run+1")
+        (None, None)
+        >>> check_path("run#1")
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: the path ...run#1 has the character #, ...
+    """
+    path = Path(directory).absolute()
+    for character in _NOT_IN_PATHS:
+        if character in str(path):
+            raise UserError(
+                f"the path {path} has the character {character}, which the files of checkpoints"
+                " cannot have; give another directory, or rename it"
+            )
+
+
 def _checkpoint_path(directory: str | Path, step: int) -> Path:
+    check_path(directory)
     path = Path(directory).absolute() / str(step)
     if not (path / _COMPLETE).is_file():
         present = ", ".join(map(str, sorted(_steps(Path(directory)))))

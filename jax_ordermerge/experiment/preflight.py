@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.evaluation import ShotsTask
@@ -25,12 +25,13 @@ from jax_ordermerge.search import search
 
 
 def check_config(config: Config) -> None:
-    """Check what the schema cannot: the merge methods, their parameters and weights.
+    """Check what the schema cannot: the output, the merge methods, their parameters and weights.
 
     Raises:
-        UserError: a method is unknown, does not take these parameters, weights or number of
+        UserError: checkpoints cannot be written to the output; a method is unknown, does not take these parameters, weights or number of
             members, or needs data that are absent.
     """
+    orbax.check_path(config.directory)
     members = config.population.members
     for spec in config.merge.methods:
         parameters = table.check_parameters(spec.method, spec.parameters)

@@ -221,3 +221,22 @@ def test_nothing_is_printed(saved, capfd):
     directory, tree = saved
     orbax.restore(directory, 4, abstract(tree))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a[b]", "a*b", "a|b", "a\\b"])
+def test_a_path_that_orbax_misreads_is_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(UserError, match="has the character"):
+        orbax.save(tmp_path / name, 0, {"w": jnp.zeros(2)})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="has the character"):
+        orbax.restore(tmp_path / name, 0, {"w": jax.ShapeDtypeStruct((2,), "float32")})
+
+
+@pytest.mark.parametrize("name", ["a b", "a+b", "a{b}", "é", "a:b", "a&b=c", "a'b", "$HOME", "~"])
+def test_other_awkward_paths_work(tmp_path, name):
+    orbax.save(tmp_path / name, 0, {"params": {"w": jnp.arange(2.0)}}, {"x": 1})
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    wanted = {"params": {"w": jax.ShapeDtypeStruct((2,), "float32")}}
+    assert orbax.restore(tmp_path / name, 0, wanted)["params"]["w"].tolist() == [0, 1]
+    array = orbax.open_member(tmp_path / name, 0, None, {"params/w": (2,)})["params/w"]
+    assert array.read(slice(0, 2)).tolist() == [0, 1]
