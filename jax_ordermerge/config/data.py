@@ -2,7 +2,7 @@
 
 import datetime as dt
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -48,6 +48,11 @@ class DataSource(Section):
     columns: dict[str, str] | None = None
     ignore_columns: tuple[str, ...] | None = None
     limit: PositiveInt | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _write_what_is_set(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is left out follows the section, so a null would be noise in config.yaml.
+        return {name: value for name, value in write(self).items() if value is not None}
 
     @property
     def label(self) -> str:

@@ -60,12 +60,12 @@ def read(path: str, split: str = "train", *, limit: int | None = None) -> Table:
 
         name, _, named_split = path.removeprefix(GENERATED).partition("@")
         rows: list[JsonRow] = [dict(row) for row in synthetic.generated(name, named_split or split)]
-        files = [DataFile(path, len(rows[:limit]))]
+        files = [DataFile(_with_split(path, split), len(rows[:limit]))]
     elif (listing := list_files(path)) is not None:
         rows, files, passed_over = *_read_files(listing.files, limit), listing.passed_over
     elif match := HUB_NAME.fullmatch(path):
         rows = _read_hub(match["name"], match["config"], match["split"] or split, limit)
-        files = [DataFile(path, len(rows))]
+        files = [DataFile(_with_split(path, split), len(rows))]
     else:
         raise UserError(
             f"data {path} not found; expected a file ({EXPECTED}), a directory, a glob, a hub"
@@ -202,12 +202,16 @@ def identify(path: str, split: str | None) -> list[str]:
     """
     listing = None if path.startswith(GENERATED) else list_files(path)
     if listing is None:
-        return [path if "@" in path else f"{path}@{split or 'train'}"]
+        return [_with_split(path, split or "train")]
     if split is not None:
         raise UserError(
             f"data {path}: split = {split} is of hub datasets, files have none; remove it"
         )
     return [str(local.resolve()) for _, local in listing.files]
+
+
+def _with_split(path: str, split: str) -> str:
+    return path if "@" in path else f"{path}@{split}"
 
 
 def digest(path: Path) -> str:

@@ -116,7 +116,10 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
     # by a mask, so that both parts keep the order of the file
     selected = np.zeros(len(examples), bool)
     selected[order[:count]] = True
-    return examples.take(np.flatnonzero(~selected)), examples.take(np.flatnonzero(selected))
+    rest, held_out = (examples.take(np.flatnonzero(part)) for part in (~selected, selected))
+    # weights are of training
+    sources = tuple(dataclasses.replace(source, weight=1.0) for source in held_out.sources)
+    return rest, dataclasses.replace(held_out, sources=sources)
 
 
 def apply_weights(examples: Examples, seed: int) -> Examples:

@@ -91,6 +91,14 @@ class TaskInputs:
         # may differ in the tokens around the borders of the template.
         if formatter is None and not task.shots:
             examples = self._examples(task)
+            rows = range(min(task.limit or len(examples), len(examples)))
+            numbers = examples.source_numbers
+            texts = [row for row in rows if examples.sources[numbers[row]].format == "text"]
+            if texts:
+                raise UserError(
+                    f"evaluation task {task.name}: its data have texts ({examples.place(texts[0])}),"
+                    " which ask nothing; give the task its own data"
+                )
             return [
                 Prompt(
                     int(examples.ids[row]),
@@ -98,7 +106,7 @@ class TaskInputs:
                     examples.prompt(row).tolist(),
                     examples.responses[row],
                 )
-                for row in range(min(task.limit or len(examples), len(examples)))
+                for row in rows
             ]
         return [
             Prompt(question.id, question.prompt, self._tokens(question.context), question.reference)

@@ -92,7 +92,9 @@ def read_prompts(
         tokens = [chat.prompt_tokens(record, template, tokenizer).tolist() for record in records]
         prompts = Prompts(list(settings.prompts), tokens)
     elif held_out is not None and held_out.prompts:
-        rows = range(min(settings.count, len(held_out)))
+        # windows of texts, beside other sources, have no prompts
+        with_prompt = [row for row in range(len(held_out)) if held_out.prompt(row).size]
+        rows = with_prompt[: settings.count]
         prompts = Prompts(
             [held_out.prompts[row] for row in rows],
             [held_out.prompt(row).tolist() for row in rows],

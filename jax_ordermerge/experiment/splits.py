@@ -146,9 +146,8 @@ def source_lines(sources: Sequence[Json]) -> list[str]:
     lines = []
     for source in sources:
         if len(sources) > 1 or source["weight"] != 1:
-            lines.append(
-                f"{source['name']}: {source['examples']} examples, weight {source['weight']:g}"
-            )
+            weight = f", weight {source['weight']:g}" if source["weight"] != 1 else ""
+            lines.append(f"{source['name']}: {source['examples']} examples{weight}")
         if source["passed_over"]:
             lines.append(f"{source['name']}: passed over {', '.join(source['passed_over'])}")
     return lines

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from jax_ordermerge.data.files import load
+from jax_ordermerge.data.files import load, read
 from jax_ordermerge.errors import UserError
 from tests.data.rows import ROWS, write
 
@@ -46,6 +46,10 @@ def test_hub_names_reach_datasets(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load("openai/gsm8k:main@train[:50%]", limit=2) == ROWS[:2]
     assert load("tatsu-lab/alpaca", "test") == ROWS
+    assert [file.path for file in read("tatsu-lab/alpaca", "test").files] == [
+        "tatsu-lab/alpaca@test"
+    ]
+    del asked[2]
     assert asked == [("openai/gsm8k", "main", "train[:50%]"), ("tatsu-lab/alpaca", None, "test")]
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jax_ordermerge.config.experiment import make_config
+from jax_ordermerge.config.experiment import make_config, to_dict
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.mixture import set_aside
 from jax_ordermerge.data.order import permutation
@@ -279,3 +279,10 @@ def test_conversations_are_set_aside_in_the_order_of_the_permutation():
             rest, selected = set_aside(examples, count, seed, "test")
             assert selected.ids.tolist() == sorted(chosen)
             assert sorted([*rest.ids, *selected.ids]) == list(range(9))
+
+
+def test_a_resolved_config_says_what_was_set():
+    train = ["a.jsonl", {"path": "b", "weight": 2, "columns": {"question": "problem"}}]
+    config = make_config({"data": {"train": train}})
+    assert to_dict(config)["data"]["train"] == train
+    assert make_config(to_dict(config)) == config

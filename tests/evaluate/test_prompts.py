@@ -106,6 +106,17 @@ def test_test_data_of_several_sources(files, tokenizer, tmp_path):
     assert len(make_prompts(given, renamed, tokenizer)[1]) == 3
 
 
+def test_texts_ask_nothing(files, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("Once upon a time.")
+    task = make_task(name="t", kind="gsm8k")
+    for test in (f"{tmp_path}/a.txt", [files["test"], f"{tmp_path}/a.txt"]):
+        data = make_config({"data": {"train": files["train"], "test": test}}).data
+        with pytest.raises(UserError, match=r"task t: its data have texts .*, which ask nothing"):
+            make_prompts(task, data, tokenizer)
+    limited = task.model_copy(update={"limit": 4})
+    assert len(make_prompts(limited, data, tokenizer)[1]) == 4
+
+
 def test_templates_of_the_task(files, tokenizer):
     task = make_task(
         name="t",

@@ -80,6 +80,7 @@ def test_data_json_describes_each_source(run, sources):
         (f"{sources}/b/2.jsonl", 12),
     ]
     assert [source["first_id"] for source in (a, b, c)] == [0, 16, 32]
+    assert [source["weight"] for source in data["validation"]["sources"]] == [1, 1, 1]
     assert b["passed_over"] == [f"{sources}/b/README.md"]
     assert f"    {sources}/b: passed over {sources}/b/README.md" in log
     assert data["train"]["examples"] == sum(source["examples"] for source in (a, b, c))
@@ -136,6 +137,8 @@ def test_losses_and_effects_by_source(run, sources):
 
 def test_the_report_has_tables_by_source(run, sources):
     report = (run[0] / "report.md").read_text()
+    c = read_json(run[0] / "data.json")["train"]["sources"][2]
+    assert f"c: {c['examples']} examples, {c['tokens']} tokens, weight 2.25" in report
     assert report.count("### By source") == 2
     assert f"| model | x (8) | {sources}/y.jsonl (8) |" in report
     assert "| source | samples | base | mean member | average | selection | slope by epoch |" in (

@@ -60,6 +60,11 @@ def _data(run: Run) -> Iterator[list[str]]:
                 ", ".join(f"{split[key]} {key}" for key in ("examples", "tokens") if key in split),
                 ", ".join(f"{key} {value}" for key, value in (split.get("counts") or {}).items()),
             ]
+            sources = split.get("sources") or []
+            for source in sources if len(sources) > 1 else ():
+                parts = [f"{source[key]} {key}" for key in ("examples", "tokens")]
+                weight = [f"weight {source['weight']:g}"] if source["weight"] != 1 else []
+                lines.append(f"{source['name']}: {', '.join([*parts, *weight])}")
             yield [f"data: {name}", "\n".join(line for line in lines if line)]
 
 
