@@ -23,8 +23,10 @@ messages = [{"role": "user", "content": "How many legs do three horses have?"}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
-output = model.generate(**inputs, max_new_tokens=256)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+# by name: tokenizers of transformers 4 return token_type_ids too, which these models refuse
+ids, mask = inputs["input_ids"], inputs["attention_mask"]
+output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=256)
+print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 """
 
 
