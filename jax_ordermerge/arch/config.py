@@ -20,6 +20,7 @@ _SIZES: Final = (
 )
 _OPTIONAL_SIZES: Final = ("num_key_value_heads", "head_dim")
 _NUMBERS: Final = ("rms_norm_eps", "initializer_range")
+_FLAGS: Final = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 _TOKEN_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FULL, _SLIDING = "full_attention", "sliding_attention"  # as `layer_types` spells them
 
@@ -286,6 +287,10 @@ def _check_values(values: Mapping[str, Any], path: str) -> None:
     for key in _NUMBERS:
         if type(values[key]) not in (int, float) or not values[key] >= 0:
             raise UserError(f"{path}: {key} = {values[key]!r}; expected a number")
+    for key in _FLAGS:
+        # the text "false" is true in Python
+        if not isinstance(values[key], bool | None):
+            raise UserError(f"{path}: {key} = {values[key]!r}; expected true or false")
     for key in _TOKEN_IDS:
         if any(type(value) is not int for value in _ids(values[key])):
             raise UserError(f"{path}: {key} = {values[key]!r}; expected a token id, or null")
@@ -316,8 +321,13 @@ def _windows(
     by_layer = family.window == "by_layer"
     if family.window == "none" or (by_layer and not values["use_sliding_window"]):
         window = None
-    if window is not None and (type(window) is not int or window < 1):
-        raise UserError(f"{path}: sliding_window = {window!r}; expected a positive integer or null")
+    # positions are int32
+    if window is not None and not (type(window) is int and 0 < window < 2**31):
+        raise UserError(
+            f"{path}: sliding_window = {window!r}; expected a positive integer below 2^31, or null"
+        )
+    if types is not None and not isinstance(types, list | tuple):
+        raise UserError(f"{path}: layer_types = {types!r}; expected a list")
     if types is not None:
         unsupported = sorted({str(kind) for kind in types} - {_FULL, _SLIDING})
         if unsupported:

@@ -169,6 +169,8 @@ def _parse(
         raise UserError(
             f"{where}: rope type '{kind}' is not supported (supported: {', '.join(_REQUIRED)})"
         )
+    if kind == "yarn" and theta <= 1:
+        raise UserError(f"{where}: rope_theta = {theta:g}; expected more than 1 for type 'yarn'")
     required, optional = _REQUIRED[kind], _OPTIONAL.get(kind, ())
     # null is what transformers writes for a parameter that was not given
     values = {key: value for key, value in form.items() if value is not None or key == "truncate"}
@@ -192,6 +194,8 @@ def _parse(
     read = {name: values[name] for name in (*required, *optional) if name in values}
     for name, value in read.items():
         if name == "truncate":
+            if not isinstance(value, bool | None):
+                raise UserError(f"{where}: truncate = {value!r}; expected true or false")
             read[name] = bool(value)  # null is false, as in transformers
         elif name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") and not value:
             read[name] = getattr(Rope(), name)  # 0 is the default, as in transformers

@@ -78,7 +78,7 @@ def refuse_options(context: typer.Context, mode: str, allowed: Collection[str] =
 
 def split_keys(texts: list[str] | None) -> tuple[str, ...]:
     """Return the keys of `--ignore-config-keys`, which may be repeated."""
-    return tuple(key for text in texts or () for key in text.split(",") if key)
+    return tuple(key.strip() for text in texts or () for key in text.split(",") if key.strip())
 
 
 def run_through(stage: str, target: Path, overrides: list[str] | None) -> None:

@@ -58,7 +58,7 @@ def test_unknown_keys_are_refused_and_passed_over_on_request(directory, name):
     with pytest.raises(UserError, match=r"unknown key other.note = 'x'"):
         call(*COMMANDS[name], "--ignore-config-keys", "my_note")
     # in one text or in two
-    assert call(*COMMANDS[name], "--ignore-config-keys", "my_note,other.note").exit_code == 0
+    assert call(*COMMANDS[name], "--ignore-config-keys", "my_note, other.note").exit_code == 0
     shutil.rmtree("out", ignore_errors=True)
     keys = "--ignore-config-keys", "my_note", "--ignore-config-keys", "other.note"
     assert call(*COMMANDS[name], *keys).exit_code == 0
@@ -96,7 +96,7 @@ def test_models_with_adapters_are_listed_and_compared(directory, command, monkey
         return Directory(directory / "noted", ignore=ignore)
 
     monkeypatch.setattr(references, "open_model", open_model)
-    assert call(*command, "--ignore-config-keys", "my_note,other.note").exit_code == 0
+    assert call(*command, "--ignore-config-keys", "my_note, other.note").exit_code == 0
     assert set(seen) == {("noted+a", ("my_note", "other.note"))}
 
 

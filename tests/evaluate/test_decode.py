@@ -264,7 +264,7 @@ def transformers_greedy(model, prompts, new, torch):
     return [rows[i] for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("name", ["mistral_window", "qwen3"])
+@pytest.mark.parametrize("name", ["mistral_window", "qwen3", "qwen3_window"])
 def test_equals_transformers(name):
     torch = pytest.importorskip("torch")
     import make_model_goldens

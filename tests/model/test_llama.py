@@ -202,20 +202,25 @@ def test_remat_changes_no_gradient(name):
         chex.assert_trees_all_close(recomputed_grads, grads, atol=1e-6)
 
 
-def test_meshes_change_no_logit():
-    params, tokens = families.weights(SMALL), families.tokens(SMALL)
-    unsharded = logits_of(SMALL, params, tokens)
-    for sizes in ((1, 2, 4), (1, 8, 1)):
-        grid = mesh.make_mesh(*sizes)
+@pytest.mark.parametrize("name", ["llama_gqa_bias", "qwen3_window"])
+def test_meshes_change_no_logit(name):
+    config = families.FAMILIES[name]
+    params, tokens = families.weights(config), families.tokens(config)
+    unsharded = logits_of(config, params, tokens)
+    for grid in (
+        mesh.make_mesh(1, 2, 4),
+        mesh.make_mesh(1, 8, 1),
+        mesh.make_mesh(1, 2, 1, sequence=4),
+    ):
         placed = tree.unflatten(
             {
                 s.path: jax.device_put(x, mesh.sharding(s.axes, s.shape, grid))
-                for s, x in zip(tensor_table(SMALL), tree.flatten(params).values(), strict=True)
+                for s, x in zip(tensor_table(config), tree.flatten(params).values(), strict=True)
             }
         )
         with jax.set_mesh(grid):
             np.testing.assert_allclose(
-                logits_of(SMALL, placed, tokens), unsharded, atol=1e-5, rtol=0
+                logits_of(config, placed, tokens), unsharded, atol=1e-5, rtol=0
             )
 
 
