@@ -54,6 +54,15 @@ def test_a_report_without_test_data_has_no_empty_columns(folder, tmp_path, valid
     assert "Paired differences" not in report
 
 
+def test_a_run_without_merges_is_complete(folder, tmp_path):
+    changes = [f"output={tmp_path / 'run'}", "merge.methods=[]", "training.epochs=1"]
+    config, messages = load_config(folder / "tiny.yaml", changes), []
+    directory = pipeline.run(config, log=lambda line: None)
+    assert json.loads((directory / "merge.json").read_text())["merges"] == []
+    pipeline.run(config, log=messages.append)
+    assert messages == [f"everything is done: {directory / 'report.html'}"]
+
+
 def test_a_task_without_data_is_refused_before_the_training(folder, tmp_path):
     changes = [f"output={tmp_path / 'run'}", "data.test=null"]
     with pytest.raises(UserError, match=r"evaluation task swap has no data; set data\.test"):

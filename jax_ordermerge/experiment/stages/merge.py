@@ -25,8 +25,12 @@ def run(ctx: RunContext) -> None:
             "parameters": parameters,
             "diagnostics": diagnostics,
         }
+        write()
+
+    def write() -> None:
         write_json(run.merges, {"dtype": config.merge.dtype, "merges": list(rows.values())})
 
+    write()  # a run without merges is complete, too
     for spec in config.merge.methods:
         name = merge_name(spec)
         if name in rows and run.is_merged(name):
