@@ -208,7 +208,9 @@ def _generate(
 ) -> list[list[list[int] | None]]:
     """Return the continuations of each member; `members` is 0 for parameters without that axis."""
     config = options.config
-    _check(config, prompts, options.max_new_tokens, batch)
+    if batch < 1:
+        raise UserError(f"batch = {batch} must be at least 1")
+    check_prompts(config, prompts, options.max_new_tokens)
     if names is not None and len(names) != len(prompts):
         raise UserError(f"{len(names)} names for {len(prompts)} prompts; give each prompt one")
     results: list[list[list[int] | None]] = [[[] for _ in prompts] for _ in range(members or 1)]
@@ -238,11 +240,16 @@ def _generate(
     return results
 
 
-def _check(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch: int
+def check_prompts(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    if max_new_tokens < 1 or batch < 1:
-        raise UserError(f"max_new_tokens = {max_new_tokens} and batch = {batch} must be at least 1")
+    """Check that a model can continue prompts.
+
+    Raises:
+        UserError: a prompt is empty, has an id outside the vocabulary, or is too long.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {max_new_tokens} must be at least 1")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(

@@ -1,12 +1,64 @@
 """The evaluation of a model on a task. What a task does is up to its kind, see `tasks/`."""
 
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Data
 from jax_ordermerge.config.evaluation import TASK_KINDS, Task
 from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.evaluate import decode
 from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, NotFiniteError, TaskResult
 from jax_ordermerge.evaluate.inputs import TaskInputs
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _LONGEST_TEXT = 2000  # characters of an example that are shown
+
+
+class _Reached(Exception):
+    """A task has read and checked its data, and asks the model."""
+
+
+def check(
+    task: Task,
+    config: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: Data,
+    *,
+    test: Examples | None = None,
+    seed: int = 0,
+) -> None:
+    """Check the data of a task, up to the first question to a model, which need not exist yet.
+
+    Args:
+        task: of any kind.
+        config: of the model.
+        tokenizer: of the model.
+        data, test, seed: see `run`.
+
+    Raises:
+        UserError: the data of the task are absent, or do not fit it.
+    """
+
+    def reach(
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: object = None,
+        names: object = None,
+    ) -> list[str]:
+        decode.check_prompts(config, prompts, max_new_tokens)
+        raise _Reached
+
+    def score(_: object) -> NoReturn:
+        raise _Reached
+
+    # No hook of the kinds: what a task reads and refuses is known to its own `run` alone.
+    with contextlib.suppress(_Reached):
+        model = EvalModel(tokenizer, reach, score, config.context_length)
+        run(task, model, data, test=test, seed=seed)
 
 
 def run(

@@ -74,6 +74,8 @@ def parse(reply: str, *, cut: bool = False) -> float | None:
         0.0
     """
     text = _THOUGHTS.sub("", reply).strip()
+    if re.fullmatch(r"\W*[ab]\W*", text):
+        text = text.upper()
     statements = [
         (match.end(), 1.0 if match["letter"] == "A" else 0.0)
         for pattern in _STATEMENTS

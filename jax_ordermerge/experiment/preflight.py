@@ -16,9 +16,12 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.config.evaluation import ShotsTask
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.data.listing import HUB_NAME
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import sample_generations
 from jax_ordermerge.experiment.splits import check_splits, find_overlaps, refuse_overlaps
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.model import lora
 from jax_ordermerge.search import search
@@ -85,10 +88,35 @@ def check_data(
             raise UserError(
                 f"evaluation task {task.name} has no data; set data.test or the task's own data"
             )
+    # Once: later stages find out by themselves, and no training depends on them any more.
+    if not RunLayout(config.directory).training_state.is_file():
+        check_tasks(config, model, tokenizer, splits)
     if config.samples.every is not None:
         sample_generations.read_prompts(config, model, tokenizer, splits)
     if config.merge.auto is not None:
         check_search(config, model, splits, config.merge.auto)
+
+
+def check_tasks(
+    config: Config, model: ModelConfig, tokenizer: Any, splits: Mapping[str, Examples]
+) -> None:
+    """Check the data of the evaluation tasks, before members are trained that they measure.
+
+    Raises:
+        UserError: a row or a reference does not fit its task, or a prompt is too long.
+    """
+    for task in config.evaluation.tasks:
+        paths = (task.data, task.shots_from if isinstance(task, ShotsTask) else None)
+        # A machine that trains need not reach the hub.
+        if any(path and HUB_NAME.fullmatch(path) and not Path(path).exists() for path in paths):
+            continue
+        try:
+            harness.check(
+                task, model, tokenizer, config.data, test=splits.get("test"), seed=config.seed
+            )
+        except UserError as error:
+            named = task.name in str(error)
+            raise error if named else UserError(f"evaluation task {task.name}: {error}") from error
 
 
 def check_search(

@@ -14,6 +14,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
+from jax_ordermerge.evaluate.eval_model import NotFiniteError
 from jax_ordermerge.layout import Json
 from jax_ordermerge.model import lora
 from jax_ordermerge.tree import Tree
@@ -64,10 +65,15 @@ def sampler(
             dtype=config.model.compute_dtype,
             mesh=mesh,
         )
-        texts = [
-            [text.strip() for text in generate(prompts.tokens, settings.max_new_tokens)]
-            for generate in generators
-        ]
+        texts = []
+        for number, generate in enumerate(generators):
+            try:
+                answers = generate(prompts.tokens, settings.max_new_tokens)
+            except NotFiniteError as error:
+                raise error.named(
+                    model=f"samples.every: the training diverged, model {number} of its wave"
+                ) from error
+            texts.append([text.strip() for text in answers])
         return {"prompts": prompts.texts, "texts": texts}
 
     return sample

@@ -7,6 +7,8 @@ import pytest
 from jax_ordermerge.evaluate.verdict import parse
 
 REPLIES = [
+    ("a", 1),
+    ("(b).", 0),
     ("A", 1),
     ("B", 0),
     ("**A**", 1),
