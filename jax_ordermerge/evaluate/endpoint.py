@@ -123,12 +123,14 @@ class Endpoint:
             Interrupted: `sleep` returned true.
         """
         wait: float | None
-        for tries, pause in enumerate((*_PAUSES, None), 1):
+        empty_replies = 0
+        for pause in (*_PAUSES, None):
             try:
                 return self._try(text)
             except _Empty:
                 # What the model wants to say. A second try may differ, many would only cost.
-                if tries > _EMPTY_TRIES or pause is None:
+                empty_replies += 1
+                if empty_replies > _EMPTY_TRIES or pause is None:
                     return None
                 wait = pause
             except _Transient as error:

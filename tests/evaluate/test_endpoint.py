@@ -95,6 +95,10 @@ def test_a_reply_without_text_is_asked_for_twice_more():
     with serve(lambda _, n: Message(None) if n <= 2 else "B") as (endpoint, _):
         assert endpoint.ask("?", sleep=pauses.append) == Reply("B", False)
     assert pauses == [1, 2]
+    # other faults before do not count
+    faults = [Fault(503), Fault(503), Message(None), Fault(503), Message(None)]
+    with serve(lambda _, n: faults[n - 1] if n <= 5 else "A") as (endpoint, _):
+        assert endpoint.ask("?", sleep=lambda _: None) == Reply("A", False)
     with serve(lambda *_: Message("  ")) as (endpoint, requests):
         assert endpoint.ask("?", sleep=pauses.append) is None
     assert len(requests) == 3
