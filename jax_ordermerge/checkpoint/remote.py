@@ -271,8 +271,8 @@ class Mirror:
     def save(self) -> None:
         """Copy what has changed to the bucket. Until the end the bucket holds what it held before.
 
-        Unfinished files (of `atomic`, of Orbax) and locks are left out. No file may be removed meanwhile;
-        appending is allowed.
+        Unfinished files (of `atomic`, of Orbax) and locks are left out. No file may be removed
+        meanwhile; appending is allowed.
 
         Raises:
             UserError: the bucket cannot be written, or another process has written to it.

@@ -1,4 +1,4 @@
-"""What a config would train on. Without devices: neither this module nor what it imports uses jax."""
+"""What a config would train on, without devices: nothing that this module imports uses jax."""
 
 import dataclasses
 import json

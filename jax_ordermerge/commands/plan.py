@@ -20,8 +20,8 @@ def plan_experiment(config: Config, *, as_json: bool, **options: Any) -> str:
         UserError: the config, the topology or an option is wrong.
     """
     # Refuse what a run would refuse: a plan of an impossible experiment would help nobody.
-    # What an option gives in place of the config need not be named there, and without the base there
-    # is no tokenizer to read examples with.
+    # What an option gives in place of the config need not be named there, and without the base
+    # there is no tokenizer to read examples with.
     if options.get("architecture") is None:
         data = ["data.train"] if options.get("examples") is None else []
         check_inputs(config, ["model.base", *data])

@@ -277,8 +277,8 @@ def _merge_conflicts(config: Config) -> Iterator[str]:
             )
 
 
-# What a config has to name although the schema has a default. The defaults are a toy, and nobody who
-# forgot the base of an experiment wants to see results of the toy.
+# What a config has to name although the schema has a default. The defaults are a toy, and nobody
+# who forgot the base of an experiment wants to see results of the toy.
 _NAMED = {
     "model.base": "a Hugging Face directory, a hub name, or embedded:quickstart, the toy of this"
     " package",
@@ -378,8 +378,8 @@ def _read_yaml(file: Path, what: str, expected: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{what} file {file} not found")
     try:
-        # The safe loader: a config may come from others, and the full loader would build any object that
-        # it names. An empty file is None, and a valid config of defaults.
+        # The safe loader: a config may come from others, and the full loader would build any object
+        # that it names. An empty file is None, and a valid config of defaults.
         raw = load_yaml(file.read_text(), str(file)) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error

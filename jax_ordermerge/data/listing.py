@@ -1,4 +1,4 @@
-"""The data files that a path stands for: a file, a directory or a glob, on a disk or in a bucket."""
+"""The data files that a path stands for: a file, a directory or a glob, also in a bucket."""
 
 import glob
 import re

@@ -275,7 +275,8 @@ def _jinja(parts: _Parts, glue: str | None) -> str:
     lines += [
         "{%- if messages[1:] -%}",
         f"    {{%- set text = text + {separator}messages[1]['content'] -%}}",
-        "    {%- if not text.endswith(eos_token) -%}{%- set text = text + eos_token -%}{%- endif -%}",
+        "    {%- if not text.endswith(eos_token) -%}"
+        "{%- set text = text + eos_token -%}{%- endif -%}",
         "{%- endif -%}",
     ]
     if glue is not None:

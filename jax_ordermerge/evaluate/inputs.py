@@ -96,8 +96,8 @@ class TaskInputs:
             texts = [row for row in rows if examples.sources[numbers[row]].format == "text"]
             if texts:
                 raise UserError(
-                    f"evaluation task {task.name}: its data have texts ({examples.place(texts[0])}),"
-                    " which ask nothing; give the task its own data"
+                    f"evaluation task {task.name}: its data have texts"
+                    f" ({examples.place(texts[0])}), which ask nothing; give the task its own data"
                 )
             return [
                 Prompt(

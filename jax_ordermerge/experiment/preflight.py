@@ -31,8 +31,8 @@ def check_config(config: Config) -> None:
     """Check what the schema cannot: the output, the merge methods, their parameters and weights.
 
     Raises:
-        UserError: checkpoints cannot be written to the output; a method is unknown, does not take these parameters, weights or number of
-            members, or needs data that are absent.
+        UserError: checkpoints cannot be written to the output; a method is unknown, does not take
+            these parameters, weights or number of members, or needs data that are absent.
     """
     orbax.check_path(config.directory)
     members = config.population.members

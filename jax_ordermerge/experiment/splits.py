@@ -95,8 +95,8 @@ def check_splits(config: Config, splits: Mapping[str, Examples]) -> None:
     """
     if splits["train"].rejected is not None and config.objective.kind != "dpo":
         raise UserError(
-            f"data.train: {splits['train'].sources[0].name} holds preference pairs, objective.kind ="
-            " sft learns responses; set it to dpo"
+            f"data.train: {splits['train'].sources[0].name} holds preference pairs,"
+            " objective.kind = sft learns responses; set it to dpo"
         )
     if splits["train"].rejected is None and config.objective.kind == "dpo":
         raise UserError(

@@ -36,7 +36,8 @@ class Moments(NamedTuple):
 class Summary(TypedDict):
     """Diagnostics of a tensor or a model, as they are written to JSON.
 
-    A ratio is None where it is 0 / 0, and any number where it is not finite. Fractions are of all elements.
+    A ratio is None where it is 0 / 0, and any number where it is not finite. Fractions are of all
+    elements.
 
     Attributes:
         elements: their number.

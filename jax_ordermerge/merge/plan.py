@@ -20,8 +20,8 @@ from jax_ordermerge.merge.sources.storage import Source
 DTYPES: tuple[str, ...] = get_args(Dtype)
 # fields that a fine-tune may change; the merged model has those of the first model
 _MAY_DIFFER = {"bos_token_id", "eos_token_ids", "pad_token_id", "initializer_range"}
-# How the tensors are computed with: the merged model has those of the base, with a note. Versions of
-# one model differ in them (a longer context, another window), and their weights still belong
+# How the tensors are computed with: the merged model has those of the base, with a note. Versions
+# of one model differ in them (a longer context, another window), and their weights still belong
 # together.
 _OF_BASE = (
     "rope",

@@ -188,7 +188,8 @@ class FileTensor:
                 )
         # finite in the files, and beyond the range of the dtype that is merged
         raise UserError(
-            f"{self._output.name} has elements that overflow {self._plan.dtype.name}; choose float32"
+            f"{self._output.name} has elements that overflow {self._plan.dtype.name};"
+            " choose float32"
         )
 
     def part(self, start: int, shape: tuple[int, ...], with_base: bool = True) -> parts.Part:

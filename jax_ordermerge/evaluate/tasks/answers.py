@@ -42,7 +42,8 @@ class AnswerTask(GeneratedTask, ShotsTask):
     """A task that a model answers in words.
 
     exact: the whole answer; gsm8k: the number after ####; gsm8k_cot: after "The answer is";
-    gsm8k_flexible: the last number; number: the last numbers, or words; math: the last boxed answer.
+    gsm8k_flexible: the last number; number: the last numbers, or words; math: the last boxed
+    answer.
     """
 
     prompt: str | None = Field(
@@ -96,8 +97,8 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
 
     Returns:
         `accuracy`, `se` and `n`, and per item `id`, `prompt`, `reference`, `answer` and `correct`.
-        Kinds with a further match have its share, error and `correct_...`, too: `flexible`, `value`,
-        `symbolic`. `..._undecided` counts answers that took too long to compare; they are not
+        Kinds with a further match have its share, error and `correct_...`, too: `flexible`,
+        `value`, `symbolic`. `..._undecided` counts answers that took too long to compare; they are not
         right. `note` says what could not be measured.
 
     Raises:

@@ -389,7 +389,7 @@ def _judge(task: ProgramTask, problem: Problem, text: str) -> Json:
 
 
 def _shares(task: ProgramTask, passed: Sequence[bool]) -> dict[str, float]:
-    """Return `accuracy`, `se` and `pass@k` of programs, of which `task.samples` are of a problem."""
+    """Return `accuracy`, `se` and `pass@k` of programs: `task.samples` of each problem."""
     starts = range(0, len(passed), task.samples)
     correct = [sum(passed[start : start + task.samples]) for start in starts]
     # Problems are the sampling unit: programs for the same problem are not independent.
