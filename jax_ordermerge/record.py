@@ -262,7 +262,7 @@ class Record:
             for key in READS[stage].items:
                 old, new = _items(before, key), _items(config, key)
                 for name in [name for name in old if name in new]:
-                    pair = _basis(before, old[name]), _basis(config, new[name])
+                    pair = _basis(stage, before, old[name]), _basis(stage, config, new[name])
                     items |= dict.fromkeys(difference(*({name: item} for item in pair)))
         return list(fixed), list(items)
 
@@ -328,8 +328,10 @@ def _items(config: Config, key: str) -> dict[str, Any]:
     return {key: value} if value else {}
 
 
-def _basis(config: Config, item: Any) -> Any:
-    """Return an item with the settings outside of it that its results rest on."""
-    if isinstance(item, dict) and item.get("method") == "fisher":
+def _basis(stage: str, config: Config, item: Any) -> Any:
+    """Return an item with the settings outside of it that its results in a stage rest on."""
+    # Only the stage that reads a setting has a record of it; to the others it has its default.
+    reads = "merge.fisher_examples" in READS[stage].repeated
+    if reads and isinstance(item, dict) and item.get("method") == "fisher":
         return item | {"fisher_examples": config.merge.fisher_examples}
     return item
