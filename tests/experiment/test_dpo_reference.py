@@ -192,6 +192,6 @@ def test_a_run_interrupted_and_called_again(tmp_path, monkeypatch, loss):
     tiny.make_base(tmp_path / "base", seed=1)
     (directory / "analysis.json").unlink()
     with pytest.raises(
-        UserError, match=r"train\.npz was measured on other pairs or with another base"
+        UserError, match=r"the base \S+ changed since the training of \S+ began; restore its files"
     ):
         pipeline.run(load_config(file), **QUIET)
