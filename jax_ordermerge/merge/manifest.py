@@ -82,7 +82,8 @@ def _not_finite_notes(plan: Plan, records: Sequence[TensorRecord]) -> list[str]:
                 tensors_of.setdefault(view.source, []).append((count, view.name))
     return [
         f"{plan.sources[source].label} has {sum(count for count, _ in tensors)} elements that are"
-        f" NaN or infinite, in {len(tensors)} tensors ({', '.join(name for _, name in tensors[:3])})"
+        f" NaN or infinite, in {len(tensors)} tensors"
+        f" ({', '.join(name for _, name in tensors[:3])})"
         for source, tensors in sorted(tensors_of.items())
     ]
 

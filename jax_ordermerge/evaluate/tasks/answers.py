@@ -98,8 +98,8 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
     Returns:
         `accuracy`, `se` and `n`, and per item `id`, `prompt`, `reference`, `answer` and `correct`.
         Kinds with a further match have its share, error and `correct_...`, too: `flexible`,
-        `value`, `symbolic`. `..._undecided` counts answers that took too long to compare; they are not
-        right. `note` says what could not be measured.
+        `value`, `symbolic`. `..._undecided` counts answers that took too long to compare; they are
+        not right. `note` says what could not be measured.
 
     Raises:
         UserError: a reference is of another form than the kind compares.
