@@ -272,12 +272,11 @@ def test_preempted_twice_resumed_finished_deleted(slices, cloud):
             in text
         )
         assert text.endswith("ordermerge: exit 0\n") == (last in name)
-    steps = [
-        int(text.partition("from step ")[2].split()[0])
-        for name, text in logs.items()
-        if name.endswith("/0.log")
-    ]
-    assert steps[0] == 0
+    starts = {name: int(text.partition("from step ")[2].split()[0]) for name, text in logs.items()}
+    # On a busy machine one worker begins late, and finds the checkpoint of the other.
+    first = min(name.split("/")[2] for name in logs)
+    assert min(start for name, start in starts.items() if first in name) == 0
+    steps = [start for name, start in starts.items() if name.endswith("/0.log")]
     assert steps == sorted(steps)
     assert steps[-1] > 0
 
