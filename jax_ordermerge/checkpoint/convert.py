@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jax_ordermerge import arch, processes, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, TensorSpec
-from jax_ordermerge.checkpoint import atomic, placement, safetensors, sidecar_files
+from jax_ordermerge.checkpoint import atomic, json_files, placement, safetensors, sidecar_files
 from jax_ordermerge.checkpoint.resolve import resolve as resolve
 from jax_ordermerge.errors import UserError
 
@@ -43,7 +43,7 @@ def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfi
         UserError: the file is absent, malformed or not supported; the message names the key.
     """
     path = Path(directory) / "config.json"
-    raw = safetensors.read_json(path)
+    raw = json_files.read_json(path)
     try:
         config = ModelConfig.from_hf(raw, ignore, str(path))
     # from_hf checks keys and ranges; a value of another JSON type fails wherever it is first used

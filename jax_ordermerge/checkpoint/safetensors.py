@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import atomic, shards, sidecar_files
+from jax_ordermerge.checkpoint import atomic, json_files, shards, sidecar_files
+from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.checkpoint.shards import DTYPES, INDEX, SHARD_BYTES, SINGLE
 from jax_ordermerge.errors import UserError
 
@@ -106,9 +107,9 @@ class Reader:
         return tuple(self._entries)
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The parsed `config.json` beside the tensors."""
-        return read_json(self.directory / "config.json")
+        return json_files.read_json(self.directory / "config.json")
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype and shape of a tensor without reading it."""
@@ -175,25 +176,6 @@ class Reader:
         return self._entries[name]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: the file is absent, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); give a complete Hugging Face directory"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _open_directory(directory: Path) -> dict[str, _Entry]:
     single, index = directory / SINGLE, directory / INDEX
     if not index.is_file():
@@ -202,7 +184,7 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
         raise _printable_error(
             f"{directory} has neither {SINGLE} nor {INDEX}: {_describe_weights(directory)}"
         )
-    weight_map = read_json(index).get("weight_map")
+    weight_map = json_files.read_json(index).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map

@@ -1,17 +1,15 @@
 """Files beside the tensors of a Hugging Face directory: configs, tokenizer files, model card."""
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.checkpoint import atomic, json_files
+from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.errors import UserError
-
-Json = dict[str, Any]
 
 GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -52,7 +50,7 @@ def write(
         recipe: text of `merge_config.yaml`.
     """
     # written from the config, not copied: keys of the source that are not understood would lie
-    _write_json(directory / "config.json", config.to_hf(dtype))
+    json_files.write_json(directory / "config.json", config.to_hf(dtype))
     write_generation_config(directory, config)
     if tokenizer_from is not None:
         copy_tokenizer(Path(tokenizer_from), directory, chat_template)
@@ -69,7 +67,7 @@ def write_generation_config(directory: Path, config: ModelConfig) -> None:
         for key, value in config.to_hf("float32").items()
         if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None
     }
-    _write_json(directory / GENERATION, tokens)
+    json_files.write_json(directory / GENERATION, tokens)
 
 
 def generation_stops(directory: str | Path) -> tuple[int, ...]:
@@ -83,7 +81,7 @@ def generation_stops(directory: str | Path) -> tuple[int, ...]:
         ()
     """
     path = Path(directory) / GENERATION
-    eos = _read_object(path).get("eos_token_id") if path.is_file() else None
+    eos = json_files.read_json(path).get("eos_token_id") if path.is_file() else None
     # one id is written as an int, several as a list
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
@@ -117,13 +115,13 @@ def copy_tokenizer(source: Path, directory: Path, chat_template: str | None = No
     }
     if (source / TOKENIZER_CONFIG).is_file():
         content = (source / TOKENIZER_CONFIG).read_bytes()
-        config = _read_object(source / TOKENIZER_CONFIG)
+        config = json_files.read_json(source / TOKENIZER_CONFIG)
         served = _served_tokenizer_config(config, templates)
         # unchanged files keep their bytes, order and spaces included
         if served == config:
             atomic.write_bytes(directory / TOKENIZER_CONFIG, content)
         else:
-            _write_json(directory / TOKENIZER_CONFIG, served)
+            json_files.write_json(directory / TOKENIZER_CONFIG, served)
     _write_template_files(directory, templates)
     if chat_template is not None:
         write_chat_template(directory, chat_template)
@@ -158,19 +156,21 @@ def add_tokens(directory: Path, entries: Sequence[Json]) -> None:
         entries: as in `added_tokens` of `tokenizer.json`, with `id` and `content`.
     """
     path = directory / TOKENIZER
-    tokenizer = _read_object(path)
-    _write_json(
+    tokenizer = json_files.read_json(path)
+    json_files.write_json(
         path, {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or ()), *entries]}
     )
     path = directory / "added_tokens.json"
     if path.is_file():
-        _write_json(path, _read_object(path) | {entry["content"]: entry["id"] for entry in entries})
+        json_files.write_json(
+            path, json_files.read_json(path) | {entry["content"]: entry["id"] for entry in entries}
+        )
     special = [entry["content"] for entry in entries if entry.get("special")]
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
         path = directory / name
         if not path.is_file():
             continue
-        content = _read_object(path)
+        content = json_files.read_json(path)
         if "added_tokens_decoder" in content:
             content["added_tokens_decoder"] |= {
                 str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
@@ -180,7 +180,7 @@ def add_tokens(directory: Path, entries: Sequence[Json]) -> None:
         for key in ("additional_special_tokens", "extra_special_tokens"):
             if isinstance(content.get(key), list):
                 content[key] = [*content[key], *special]
-        _write_json(path, content)
+        json_files.write_json(path, content)
 
 
 def read_chat_templates(directory: Path) -> dict[str, str]:
@@ -200,7 +200,7 @@ def read_chat_templates(directory: Path) -> dict[str, str]:
     path = directory / TOKENIZER_CONFIG
     if templates or not path.is_file():
         return templates
-    entry = _read_object(path).get("chat_template")
+    entry = json_files.read_json(path).get("chat_template")
     if isinstance(entry, list):
         with contextlib.suppress(KeyError, TypeError):
             entry = {part["name"]: part["template"] for part in entry}
@@ -224,7 +224,7 @@ def write_chat_template(directory: Path, template: str) -> None:
     _write_template_files(directory, templates)
     path = directory / TOKENIZER_CONFIG
     if path.is_file():
-        _write_json(path, _served_tokenizer_config(_read_object(path), templates))
+        json_files.write_json(path, _served_tokenizer_config(json_files.read_json(path), templates))
 
 
 def _write_template_files(directory: Path, templates: Mapping[str, str]) -> None:
@@ -318,17 +318,3 @@ def _served_tokenizer_config(config: Json, templates: Mapping[str, str]) -> Json
             {"name": name, "template": text} for name, text in templates.items()
         ]
     return served
-
-
-def _read_object(path: Path) -> Json:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _write_json(path: Path, value: Json) -> None:
-    atomic.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

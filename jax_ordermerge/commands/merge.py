@@ -58,10 +58,10 @@ def kind_of(sources: Sequence[Path]) -> Kind:
                 f"{first} is no recipe (it has none of {', '.join(schema.KEYS)}), and the config of"
                 f" an experiment takes no other argument; what is {sources[1]}?"
             )
-    for other in sources[1:]:
-        if other.suffix in (".yml", ".yaml") and other.is_file():
+    for path in sources[1:]:
+        if path.suffix in (".yml", ".yaml") and path.is_file():
             raise UserError(
-                f"{other} is a YAML file and stands behind {first}; a recipe comes first, as in"
+                f"{path} is a YAML file and stands behind {first}; a recipe comes first, as in"
                 " ordermerge merge recipe.yml MERGED"
             )
     return "run" if len(sources) == 1 and not _is_model(first) else "models"

@@ -77,13 +77,22 @@ class Report(TypedDict):
     tensors: dict[str, Summary]
 
 
-def checksums(
-    models: Sequence[jax.Array], offset: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Return sum_j a_j x_j mod 2^32 of the bit patterns of each model, a_j odd: uint32[K].
+class Scan(NamedTuple):
+    """What one pass over the elements of K models finds.
 
-    Also returns how many elements of each are not finite, uint32[K]: the models are read once for
-    both. The factors a_j are hashes of the index j, so the checksums of parts add up to that of the
+    Attributes:
+        checksums: uint32[K], sum_j a_j x_j mod 2^32 of the bit patterns, a_j odd.
+        not_finite: uint32[K], numbers of elements that are NaN or infinite.
+    """
+
+    checksums: jax.Array
+    not_finite: jax.Array
+
+
+def scan(models: Sequence[jax.Array], offset: jax.Array | None = None) -> Scan:
+    """Return checksums of models, and how many of their elements are not finite.
+
+    The factors a_j are hashes of the index j, so the checksums of parts add up to that of the
     tensor in any order. A change of one element always changes the checksum, other accidents pass
     with a probability of 2^-32. It does not protect against intent.
 
@@ -93,9 +102,8 @@ def checksums(
 
     Example:
         >>> x, reverse = jnp.arange(4.0), jnp.arange(4.0)[::-1]
-        >>> sums, not_finite = checksums([x, x, reverse])
-        >>> sums.tolist(), not_finite.tolist()
-        ([3602907136, 3602907136, 4290772992], [0, 0, 0])
+        >>> [counts.tolist() for counts in scan([x, x, reverse])]
+        [[3602907136, 3602907136, 4290772992], [0, 0, 0]]
 
     Source: multilinear hashing, Carter and Wegman 1979, with the multipliers of `hash_rng.mix`.
     """
@@ -103,15 +111,15 @@ def checksums(
     # An odd factor is invertible modulo 2^32, so a change of one element always shows.
     factor = mix(index.lo ^ mix(index.hi)) | 1
     # By bits: NaN and infinity are the values whose exponent is all ones.
+    exponents = [to_bits(jnp.array(jnp.inf, x.dtype)) for x in models]
     not_finite = [
-        (to_bits(x) & to_bits(jnp.array(jnp.inf, x.dtype))) == to_bits(jnp.array(jnp.inf, x.dtype))
-        for x in models
+        (to_bits(x) & exponent) == exponent for x, exponent in zip(models, exponents, strict=True)
     ]
     sums = sum_each(
         [to_bits(x).astype(jnp.uint32) * factor for x in models]
         + [mask.astype(jnp.uint32) for mask in not_finite]
     )
-    return jnp.stack(sums[: len(models)]), jnp.stack(sums[len(models) :])
+    return Scan(jnp.stack(sums[: len(models)]), jnp.stack(sums[len(models) :]))
 
 
 def moments(

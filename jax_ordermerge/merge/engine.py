@@ -365,7 +365,7 @@ def _merge_slab(
         part, arrays, rounding, method=method, static=static, dtype=dtype, out=out
     )
     models = part.members if part.base is None else (*part.members, part.base)
-    checksums, not_finite = diagnostics.checksums(models, part.offset)
+    checksums, not_finite = diagnostics.scan(models, part.offset)
     if base is None:
         return _SlabResult(merged, checksums, not_finite, None)
     # Rows of at most 256 elements: float32 sums of rows are exact enough, float64 adds up the rows.

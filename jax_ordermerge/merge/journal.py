@@ -21,7 +21,7 @@ class TensorRecord(NamedTuple):
     Attributes:
         name: Hugging Face name.
         crc32: of its bytes, hexadecimal.
-        checksums: of members and base in the dtype that was merged, see `diagnostics.checksums`;
+        checksums: of members and base in the dtype that was merged, see `diagnostics.scan`;
             None for a base that was not read as a whole.
         moments: of the task vectors; None without a base.
         elements: number of elements in the moments.

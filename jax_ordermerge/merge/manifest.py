@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ import yaml
 
 import jax_ordermerge
 from jax_ordermerge.checkpoint import atomic, sidecar_files
+from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.merge import diagnostics
 from jax_ordermerge.merge.journal import TensorRecord
@@ -40,7 +41,7 @@ class Report(TypedDict):
         diagnostics: of the task vectors; None without a base.
     """
 
-    recipe: dict[str, Any]
+    recipe: Json
     models: list[ModelDigest]
     seed: int
     versions: dict[str, str]

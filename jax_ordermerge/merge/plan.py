@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.arch import ModelConfig, Rope
+from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError, did_you_mean
@@ -110,7 +111,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     chat_template: str | None = None
     prompt_format: PromptFormat = dataclasses.field(default_factory=PromptFormat)
-    added_tokens: tuple[dict[str, Any], ...] = ()
+    added_tokens: tuple[Json, ...] = ()
 
     @property
     def input_bytes(self) -> int:

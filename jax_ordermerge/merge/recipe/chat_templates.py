@@ -80,9 +80,9 @@ def choose(
     if "{" in setting:
         return setting
     if setting in CHAT_TEMPLATES:
-        known = vocabulary.tokens_of(donor.directory) | set(added_tokens)
+        tokens = vocabulary.tokens_of(donor.directory) | set(added_tokens)
         template = CHAT_TEMPLATES[setting]
-        if missing := [token for token in template.tokens if token not in known]:
+        if missing := [token for token in template.tokens if token not in tokens]:
             notes.append(
                 f"chat_template {setting} writes {', '.join(missing)}, which the tokenizer has not"
             )
@@ -104,11 +104,11 @@ def _trained_template(members: Sequence[Source], donor: Source, notes: list[str]
     """Return the template that all members were trained with, where the tokenizer has it not."""
     templates = {_template_of(member) for member in members}
     common = templates.pop() if len(templates) == 1 else None
-    own = _template_in(donor.directory)
-    if common is None or common == own:
+    of_tokenizer = _template_in(donor.directory)
+    if common is None or common == of_tokenizer:
         return None
     is_run = any(member.prompt_format.chat_template for member in members)
-    if own is not None and not is_run:
+    if of_tokenizer is not None and not is_run:
         notes.append(
             f"the chat template is that of {donor.label}, all models that are merged have another;"
             " chat_template: auto takes the most frequent"

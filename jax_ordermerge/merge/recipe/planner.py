@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import convert, sidecar_files
+from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.plan import (
@@ -51,7 +52,7 @@ class _Models(NamedTuple):
     indices: Mapping[Reference, int]
     base: int | None
     donor: int
-    added_tokens: tuple[dict[str, Any], ...]
+    added_tokens: tuple[Json, ...]
     notes: tuple[str, ...]
 
 

@@ -9,6 +9,7 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 
+from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.config.section import DuplicateKeyError, Section, UniqueKeyLoader
 from jax_ordermerge.errors import UserError, did_you_mean
@@ -224,7 +225,7 @@ def is_recipe(path: str | Path) -> bool:
     )
 
 
-def load(source: str | Path) -> list[dict[str, Any]]:
+def load(source: str | Path) -> list[Json]:
     """Load the recipes of a file, or of a text with more than one line: mostly one.
 
     A file of several YAML documents merges in stages: each but the last has a `name`, by which

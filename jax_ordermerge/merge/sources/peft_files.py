@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 
 from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import atomic, safetensors, shards, sidecar_files
+from jax_ordermerge.checkpoint import atomic, json_files, safetensors, shards, sidecar_files
 from jax_ordermerge.config import Lora
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.data.prompt_format import PromptFormat
@@ -118,7 +118,7 @@ def open_adapter(
         UserError: the adapter changes what cannot be read, or does not fit the base.
     """
     directory = Path(adapter)
-    settings = safetensors.read_json(directory / CONFIG)
+    settings = json_files.read_json(directory / CONFIG)
     _check_settings(directory, settings)
     path = directory / WEIGHTS
     file = _AdapterFile(base, path, safetensors.Reader(path), settings)

@@ -12,13 +12,14 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import safetensors
+from jax_ordermerge.checkpoint import json_files
+from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.sources.storage import Source
@@ -52,7 +53,7 @@ class Aligned(NamedTuple):
     """
 
     sources: tuple[Source, ...]
-    added_tokens: tuple[dict[str, Any], ...]
+    added_tokens: tuple[Json, ...]
     notes: tuple[str, ...]
 
 
@@ -271,7 +272,7 @@ class _Tokenizer(NamedTuple):
     """
 
     ids: dict[str, int]
-    added: dict[str, dict[str, Any]]
+    added: dict[str, Json]
     next_id: int
 
 
@@ -287,7 +288,7 @@ def _read_tokenizer(directory: Path | None) -> _Tokenizer | None:
     """Return the tokenizer of a directory, None if it has no `tokenizer.json`."""
     if directory is None or not (directory / TOKENIZER).is_file():
         return None
-    content = safetensors.read_json(directory / TOKENIZER)
+    content = json_files.read_json(directory / TOKENIZER)
     try:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # of a Unigram model: [token, score]
@@ -339,7 +340,7 @@ def _added_by_recipe(
     tokenizers: Sequence[_Tokenizer | None],
     donor: int,
     known: set[Key],
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Json]:
     """Return the entries of tokens that the recipe names and the vocabulary lacks."""
     entries = {}
     for token, (source, _, _) in token_sources.items():
@@ -358,10 +359,10 @@ def _added_by_others(
     tokenizers: Sequence[_Tokenizer | None],
     donor: int,
     order: Sequence[int],
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Json]:
     """Return the entries of added tokens that the donor lacks, by token."""
     label, tokenizer = sources[donor].label, tokenizers[donor]
-    new: dict[str, dict[str, Any]] = {}
+    new: dict[str, Json] = {}
     if tokenizer is None:
         return new  # `_extend` refuses it
     for index in order:
@@ -384,9 +385,9 @@ def _extend(
     sources: Sequence[Source],
     tokenizers: Sequence[_Tokenizer | None],
     donor: int,
-    new: Mapping[str, dict[str, Any]],
+    new: Mapping[str, Json],
     target: list[Key],
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Add new tokens to `target`; return their entries with ids."""
     tokenizer = tokenizers[donor]
     if tokenizer is None:
