@@ -434,8 +434,7 @@ def test_damaged_indexes(sharded, flips, cut, inserted):
     check(sharded)
 
 
-# ---------------------------------------------------------------- one by one
-
+# Extremes, one by one.
 HUGE = {
     "a shape of terabytes": {
         "a": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
