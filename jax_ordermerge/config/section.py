@@ -12,6 +12,14 @@ Path = tuple[str | int, ...]
 # Marks a field that may change when a run continues: `Annotated[int, FREE_TO_CHANGE]`. It decides
 # where and when something is computed or written, never what.
 FREE_TO_CHANGE: Final = "free to change"
+# By the types of pydantic's errors. Its own texts name Python's types and our classes, which are
+# no words of YAML.
+_EXPECTED: Final = {
+    "model_type": "a mapping of settings",
+    "model_attributes_type": "a mapping of settings",
+    "dict_type": "a mapping, e.g. {key: value}",
+    "tuple_type": "a list, e.g. [a, b]",
+}
 
 
 class Section(pydantic.BaseModel):
@@ -235,15 +243,23 @@ def _one_line(
     # pydantic says "Field required", which names no key
     if first["type"] == "missing":
         return f"{_dotted(path)} is missing"
-    return f"{_dotted(path)} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    setting = f"{_dotted(path)} = {first['input']!r}"
+    if first["type"] not in _EXPECTED:
+        return f"{setting}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    expected = _EXPECTED[first["type"]]
+    if first["type"] == "model_type":
+        # the required keys alone, since a section has up to forty; a choice has a default kind
+        required = {*_field_names(section, first["loc"], required=True)} - {"kind"}
+        expected += f" with {', '.join(sorted(required))}" if required else ""
+    return f"{setting}: expected {expected}"
 
 
 def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def _field_names(section: type[Section], path: Path) -> list[str]:
-    """Return the keys of the section at a path below another one."""
+def _field_names(section: type[Section], path: Path, *, required: bool = False) -> list[str]:
+    """Return all keys, or the required ones, of the section at a path below another one."""
     node: Any = section
     for part in path:
         # a number is the place in a list, whose elements have one schema
@@ -253,7 +269,10 @@ def _field_names(section: type[Section], path: Path) -> list[str]:
         # `Lora | None` and `tuple[Task, ...]` hold the section among their arguments
         arguments = getattr(node, "__args__", ())
         node = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), node)
-    return list(node.model_fields) if isinstance(node, type) and issubclass(node, Section) else []
+    if not (isinstance(node, type) and issubclass(node, Section)):
+        return []
+    fields = node.model_fields.items()
+    return [name for name, field in fields if field.is_required() or not required]
 
 
 def override(raw: dict[str, Any], item: str) -> None:

@@ -118,7 +118,14 @@ CONFIGS = sorted(
             {"objective": {"kind": "dpo"}, "evaluation": {"tasks": [{"name": "preferences"}]}},
             "the name preferences is taken",
         ),
-        ({"training": 3}, "training = 3: input should be a valid dictionary"),
+        ({"training": 3}, "training = 3: expected a mapping of settings"),
+        ({"training": {"optimizer": 3}}, "training.optimizer = 3: expected a mapping of settings"),
+        (
+            {"merge": {"methods": ["average"]}},
+            "merge.methods.0 = 'average': expected a mapping of settings with method",
+        ),
+        ({"merge": {"methods": "ties"}}, "merge.methods = 'ties': expected a list, e.g. [a, b]"),
+        ({"data": {"columns": 3}}, "data.columns = 3: expected a mapping, e.g. {key: value}"),
     ],
 )
 def test_bad_values_are_one_line(raw, message):
