@@ -13,9 +13,9 @@ from typing import Literal
 import rich.console
 import rich.progress
 import rich.table
-import yaml
 
 from jax_ordermerge.checkpoint import atomic, convert, remote
+from jax_ordermerge.config.section import read_value
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json
 from jax_ordermerge.merge import engine, plan
@@ -202,7 +202,7 @@ def read_parameters(items: Sequence[str]) -> Json:
     """Return the parameters of `--param KEY=VALUE`, values read as YAML.
 
     Raises:
-        UserError: an item has another form.
+        UserError: an item has another form, or its value is not YAML.
 
     Example:
         >>> read_parameters(["resample=exhaustive", "density=0.5"])
@@ -213,7 +213,7 @@ def read_parameters(items: Sequence[str]) -> Json:
         name, sign, value = item.partition("=")
         if not (name and sign):
             raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
-        parameters[name] = yaml.safe_load(value)  # the types that a recipe has: 0.5, true, [1, 2]
+        parameters[name] = read_value(value, f"--param {item}")
     return parameters
 
 

@@ -22,6 +22,7 @@ from jax_ordermerge.config.experiment import (
     load_config,
     make_config,
     read_search,
+    read_yaml,
     to_dict,
 )
 from jax_ordermerge.config.section import fixed_settings
@@ -74,5 +75,6 @@ __all__ = [
     "make_config",
     "make_task",
     "read_search",
+    "read_yaml",
     "to_dict",
 ]

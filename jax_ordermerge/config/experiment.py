@@ -319,7 +319,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: one line that names the key, what was given and what was expected.
     """
-    raw = {} if path is None else _read_yaml(Path(path), "config", "training:")
+    raw = {} if path is None else read_yaml(Path(path))
     # Before validation: a file may be complete only with its overrides, and conflicts are those of
     # the final values.
     for item in overrides:
@@ -359,7 +359,7 @@ def read_search(file: Path | None, configured: Search | None, changes: Mapping[s
     raw = {} if configured is None else configured.model_dump(mode="json")
     # a file replaces the settings of the config; it does not extend them
     if file is not None:
-        raw = _read_yaml(file, "space", "methods:")
+        raw = read_yaml(file, "space", "methods:")
     return parse(Search, raw | dict(changes), "search" if file is None else str(file))
 
 
@@ -374,7 +374,17 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _read_yaml(file: Path, what: str, expected: str) -> dict[str, Any]:
+def read_yaml(file: Path, what: str = "config", expected: str = "training:") -> dict[str, Any]:
+    """Return the sections of a YAML file as plain data, not validated; an empty file has none.
+
+    Args:
+        file: its path.
+        what: what it is, for error messages.
+        expected: the start of a section, for error messages.
+
+    Raises:
+        UserError: the file is absent, not valid YAML, or holds something else than sections.
+    """
     if not file.is_file():
         raise UserError(f"{what} file {file} not found")
     try:

@@ -83,6 +83,26 @@ def load_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
+def read_value(text: str, option: str) -> Any:
+    """Return the value of an option KEY=VALUE, which has the types of a file: 0.5, true, [1, 2].
+
+    Args:
+        text: the value.
+        option: with its key and value, for error messages.
+
+    Raises:
+        UserError: the value is not YAML, or has two equal keys.
+
+    Example:
+        >>> read_value("[1, 2]", "--set training.betas=[1, 2]")
+        [1, 2]
+    """
+    try:
+        return load_yaml(text, option)
+    except yaml.YAMLError as error:
+        raise UserError(f"{option}: the value is not valid YAML: {text}") from error
+
+
 def fixed_settings(section: Section) -> dict[str, Any]:
     """Return the settings that must stay the same when a run continues, as plain data.
 
@@ -299,11 +319,8 @@ def override(raw: dict[str, Any], item: str) -> None:
         raise UserError(
             f"--set {item}: expected section.key=value, e.g. --set training.learning_rate=1e-5"
         )
-    try:
-        # The same types as in a file. So `null` and `true` are values, and a list needs brackets.
-        value = load_yaml(text, f"--set {item}")
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {item}: the value is not valid YAML: {text}") from error
+    # The same types as in a file. So `null` and `true` are values, and a list needs brackets.
+    value = read_value(text, f"--set {item}")
     *parents, last = path.strip().split(".")
     node = raw
     for name in parents:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import yaml
-
+from jax_ordermerge.config import read_yaml
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json, RunLayout, is_cut_off, read_json, read_jsonl
 from jax_ordermerge.record import refuse_edited_config
@@ -131,7 +130,7 @@ def read_run(directory: str | Path) -> Run:
         layout=layout,
         # As plain data, not by the schema: a page needs few keys, and reads a part of a config,
         # too.
-        config=yaml.safe_load(layout.config.read_text()) or {},
+        config=read_yaml(layout.config),
         data=read_json(layout.data),
         digests=read_json(layout.order_digests),
         training_log=read_jsonl(layout.training_log),

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import yaml
 from jax.typing import DTypeLike
 
 from jax_ordermerge import record
 from jax_ordermerge.checkpoint import convert, orbax, remote
-from jax_ordermerge.config import Lora, Model
+from jax_ordermerge.config import Lora, Model, read_yaml
 from jax_ordermerge.config.section import parse
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
@@ -119,7 +118,7 @@ def _open_member(layout: RunLayout, number: int, label: str, ignore: Collection[
     index = final.members.index(number)
     # Only these two sections say how to read a member. The rest of the config is of no concern
     # here, and may be of another version.
-    sections = yaml.safe_load(layout.config.read_text()) or {}
+    sections = read_yaml(layout.config)
     model = parse(Model, sections.get("model") or {}, f"{layout.config}: model")
     base, ignore = convert.resolve(model.base), {*model.ignore_config_keys, *ignore}
     record.refuse_other_base(layout, model, record.base_digest(model, base))
