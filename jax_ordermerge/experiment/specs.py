@@ -51,7 +51,7 @@ def plan_spec(config: Config) -> PlanSpec:
         >>> plan_spec(Config()).mesh.fsdp
         -1
     """
-    training = training_spec(config)
+    training = dataclasses.replace(training_spec(config), data=data_settings(config))
     return PlanSpec(
         **{field.name: getattr(training, field.name) for field in dataclasses.fields(training)},
         mesh=config.mesh,

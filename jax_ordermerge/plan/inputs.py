@@ -125,10 +125,8 @@ def _read_architecture(name: str, spec: PlanSpec) -> ModelConfig:
 
 
 def _read_examples(spec: PlanSpec, base: Path) -> tuple[Examples, Examples | None]:
-    # `auto` under dpo means pairs, as in a run
-    data = spec.data.model_copy(update={"format": "preference"}) if spec.has_pairs else spec.data
     # the splits of a run, by its seed: lengths are those of the very examples that are trained on
-    splits = source.load_splits(data, tokenizers.load_tokenizer(base), seed=spec.seed)
+    splits = source.load_splits(spec.data, tokenizers.load_tokenizer(base), seed=spec.seed)
     train = splits["train"]
     if spec.has_pairs:
         # a run measures the log-probabilities of the base; only their values depend on it
