@@ -306,12 +306,12 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Json]) -> None:
     """Write one line of JSON per row; see `write_bytes`."""
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
-def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+def append_jsonl(path: Path, row: Json) -> None:
     """Append one line of JSON. A killed process may leave half a line; see `read_jsonl`."""
     import jax
 
@@ -323,7 +323,7 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[Json]:
     """Return the rows of a file, [] where it is absent. A last line without its end is left out.
 
     Raises:

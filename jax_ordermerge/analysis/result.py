@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 CONFIDENCE = 0.95  # of every interval and band
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
@@ -36,7 +37,7 @@ class Estimate:
     high: float
 
 
-def or_missing(statistic: Callable[..., T], *args: Any) -> T | Missing:
+def or_missing(statistic: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Missing:
     """Return `statistic(*args)`, or `Missing` with the reason where it is undetermined.
 
     Example:
@@ -46,7 +47,7 @@ def or_missing(statistic: Callable[..., T], *args: Any) -> T | Missing:
         Missing(reason='one member only')
     """
     try:
-        return statistic(*args)
+        return statistic(*args, **kwargs)
     except Undetermined as error:
         return Missing(str(error))
 

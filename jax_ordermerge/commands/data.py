@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from jax_ordermerge.data import dates, preview, source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.preview import Marks
 from jax_ordermerge.data.prompt_format import PromptFormat
+from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import specs, splits
 from jax_ordermerge.layout import Json, RunLayout, read_json
@@ -44,7 +44,7 @@ class Loaded:
 
     config: Config
     splits: Mapping[str, Examples]
-    tokenizer: Any
+    tokenizer: Tokenizer
 
 
 def load(config: Config) -> Loaded:

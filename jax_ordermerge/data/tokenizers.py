@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from jax_ordermerge.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# For packages that may not import transformers. As text, since that import takes seconds.
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import datetime as dt
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -21,6 +21,7 @@ from jax_ordermerge.config import Config, check_inputs
 from jax_ordermerge.data import dates, prompt_format, source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.prompt_format import PromptFormat
+from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import data_settings, training_spec
@@ -55,7 +56,7 @@ class RunContext:
     mesh: Mesh
     base_dir: Path
     model: ModelConfig
-    tokenizer: Any
+    tokenizer: Tokenizer
     date: dt.date | None
     splits: dict[str, Examples]
     log: Log

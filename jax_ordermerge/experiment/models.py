@@ -1,7 +1,6 @@
 """The models of a run as parameters on its mesh: base, members, merges, the population."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -9,6 +8,7 @@ from jax.sharding import Mesh
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
+from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.evaluate import generation, scoring
 from jax_ordermerge.evaluate.eval_model import EvalModel, Pair, TextGenerator
 from jax_ordermerge.experiment import waves
@@ -62,7 +62,7 @@ def make_eval_model(
     config: Config,
     model: ModelConfig,
     params: Tree,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     mesh: Mesh,
     *,
     name: str,

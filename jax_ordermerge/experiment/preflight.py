@@ -7,7 +7,6 @@ well, are methods of the section: `Population.check_groups`, `Data.check_length`
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax
@@ -17,6 +16,7 @@ from jax_ordermerge.config.evaluation import ShotsTask
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.listing import HUB_NAME
+from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import sample_generations
@@ -68,7 +68,7 @@ def check_model(config: Config, base_dir: Path, model: ModelConfig) -> None:
 
 
 def check_data(
-    config: Config, model: ModelConfig, tokenizer: Any, splits: Mapping[str, Examples]
+    config: Config, model: ModelConfig, tokenizer: Tokenizer, splits: Mapping[str, Examples]
 ) -> None:
     """Check the examples against each other, the objective, the model, prompts and search.
 
@@ -98,7 +98,7 @@ def check_data(
 
 
 def check_tasks(
-    config: Config, model: ModelConfig, tokenizer: Any, splits: Mapping[str, Examples]
+    config: Config, model: ModelConfig, tokenizer: Tokenizer, splits: Mapping[str, Examples]
 ) -> None:
     """Check the data of the evaluation tasks, before members are trained that they measure.
 

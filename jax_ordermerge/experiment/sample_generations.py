@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -12,6 +12,7 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data import chat, prompt_format
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.formats import Record
+from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
 from jax_ordermerge.evaluate.eval_model import NotFiniteError
@@ -30,7 +31,7 @@ class Prompts(NamedTuple):
 def sampler(
     config: Config,
     model: ModelConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     mesh: Mesh,
     splits: Mapping[str, Examples],
 ) -> Callable[[Tree, Tree], Json] | None:
@@ -80,7 +81,7 @@ def sampler(
 
 
 def read_prompts(
-    config: Config, model: ModelConfig, tokenizer: Any, splits: Mapping[str, Examples]
+    config: Config, model: ModelConfig, tokenizer: Tokenizer, splits: Mapping[str, Examples]
 ) -> Prompts:
     """Return the prompts of a run: those of the config, else the first held-out ones.
 

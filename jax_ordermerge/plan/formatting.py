@@ -4,12 +4,12 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jax_ordermerge.layout import Json
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.collectives import Collectives
 from jax_ordermerge.plan.results import OptionPlan, Plan, ProgramPlan, Settings
@@ -20,8 +20,6 @@ _MEMORY_KINDS = ("parameters", "optimizer", "base", "batch", "temporaries", "tot
 # The keys of the JSON document are its interface: they stay when fields of a plan are renamed.
 _TIME_KEYS = {"matmuls": "products", "memory": "memory", "collectives": "exchanges"}
 _TIMED_KEYS = ("tokens_per_second", "mfu", "training_hours", "population_step_seconds")
-
-Json = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------- JSON

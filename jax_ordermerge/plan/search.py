@@ -7,11 +7,11 @@ members learn, so the search may change them without asking.
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.hardware import Topology
+from jax_ordermerge.layout import Json
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.analytic import Workload
 from jax_ordermerge.plan.results import OptionPlan, list_changes
@@ -68,7 +68,7 @@ def _rank(option: OptionPlan) -> tuple[float | str, ...]:
 
 def _enumerate_changes(
     spec: PlanSpec, model: ModelConfig, topology: Topology
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Json]]:
     """Yield changes of sections that are valid together, `{section: {setting: value}}`."""
     members, batch = spec.population.members, spec.training.batch
     fixed = spec.mesh.data * spec.mesh.sequence

@@ -2,9 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 import jax
 from rich.console import Console
@@ -16,6 +16,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from jax_ordermerge.layout import Json
 
 _PAUSE = 10.0  # seconds between plain lines
 # Metrics that are shown: label and number of digits. All others are in the log; a terminal has one
@@ -33,7 +35,7 @@ class Watcher(Protocol):
     def log(self, text: str) -> None:
         """Take a message of one line."""
 
-    def metrics(self, row: Mapping[str, Any]) -> None:
+    def metrics(self, row: Json) -> None:
         """Take a row of the training log."""
 
 
@@ -94,7 +96,7 @@ class Display:
         """Print a message."""
         self._console.print(text, markup=False)
 
-    def metrics(self, row: Mapping[str, Any]) -> None:
+    def metrics(self, row: Json) -> None:
         """Show a row of metrics."""
         parts = [
             f"{label} {' '.join(f'{value:.{digits}f}' for value in row[name])}"
@@ -114,7 +116,7 @@ class Display:
             self._last_line = now
             self.log(f"step {row['step']}/{self._steps}  {text}  {self._time_left(row)} left")
 
-    def _time_left(self, row: Mapping[str, Any]) -> str:
+    def _time_left(self, row: Json) -> str:
         # a resumed training counts from its first row: the pace of another machine says nothing
         first_step, first_seconds = self._first or (0, 0.0)
         pace = (row["seconds"] - first_seconds) / max(row["step"] - first_step, 1)

@@ -1,11 +1,10 @@
 """What a training needs of the settings of an experiment, and nothing else of them."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
 
 from jax_ordermerge import config
+from jax_ordermerge.layout import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class TrackingSpec:
 
     name: str = "experiment"
     settings: config.Tracking = field(default_factory=config.Tracking)
-    resolved_config: Mapping[str, Any] = field(default_factory=dict)
+    resolved_config: Json = field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ class TrainingSpec:
     training: config.Training = field(default_factory=config.Training)
     lora: config.Lora | None = None
     sample_every: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
 
     @property

@@ -5,22 +5,22 @@ Only process 0 has trackers.
 
 import importlib.util
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 
 from jax_ordermerge import config
 from jax_ordermerge import layout as layouts
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import RunLayout, member_name
+from jax_ordermerge.layout import Json, RunLayout, member_name
 from jax_ordermerge.train.spec import TrackingSpec
 
 
 class Tracker(Protocol):
     """A destination of the metrics."""
 
-    def metrics(self, row: Mapping[str, Any]) -> None:
+    def metrics(self, row: Json) -> None:
         """Take a row of the training log."""
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ def open_trackers(
     return trackers
 
 
-def scalars(row: Mapping[str, Any], position: int) -> dict[str, float]:
+def scalars(row: Json, position: int) -> dict[str, float]:
     """Return the values of a row that belong to the member at a position of its lists.
 
     Example:
@@ -108,7 +108,7 @@ class TensorBoard:
             for m in members
         ]
 
-    def metrics(self, row: Mapping[str, Any]) -> None:
+    def metrics(self, row: Json) -> None:
         """See `Tracker.metrics`."""
         for position, writer in enumerate(self._writers):
             for name, value in scalars(row, position).items():
@@ -149,7 +149,7 @@ class Wandb:
             for m in members
         ]
 
-    def metrics(self, row: Mapping[str, Any]) -> None:
+    def metrics(self, row: Json) -> None:
         """See `Tracker.metrics`."""
         # W&B refuses steps that go back. A row that it has already has the same bits.
         for position, run in enumerate(self._runs):
