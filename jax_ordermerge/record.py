@@ -54,7 +54,7 @@ def settings(stage: str, config: Config) -> Json:
         >>> settings("analyze", Config())["analysis"]
         {'bins': 10, 'bootstrap': 1000, 'permutations': 1000}
     """
-    plain, part = schema.fixed_settings(config), dict[str, Any]()
+    plain, part = schema.fixed_settings(config), Json()
     for keys in READS[stage]:
         for key in keys:
             *sections, name = key.split(".")
@@ -240,17 +240,17 @@ class Record:
             UserError: the config contradicts results of the run.
         """
         self.refuse_changes(config)
-        raw, kept = schema.to_dict(config), list[str]()
+        raw, unlisted = schema.to_dict(config), list[str]()
         for key in _RESULTS:
-            listed, items = _items(config, key), dict[str, Any]()
+            listed, items = _items(config, key), Json()
             for stage in self._stages:
                 items |= _items(self._recorded(stage), key) if key in READS[stage].items else {}
-            if unlisted := [name for name in items if name not in listed]:
-                kept += unlisted
+            if added := [name for name in items if name not in listed]:
+                unlisted += added
                 section, name = key.split(".")
                 values = [*(items | listed).values()]
                 raw[section][name] = values if isinstance(raw[section][name], list) else values[0]
-        return (schema.make_config(raw, str(self._run.config)) if kept else config), kept
+        return (schema.make_config(raw, str(self._run.config)) if unlisted else config), unlisted
 
     def _changes(self, config: Config) -> tuple[list[str], list[str]]:
         """Return what contradicts the record: fixed settings, and items under the same name."""
@@ -315,7 +315,7 @@ def _difference(key: str, old: Config, new: Config) -> list[str]:
     return difference(*({key: _get(schema.fixed_settings(config), key)} for config in (old, new)))
 
 
-def _items(config: Config, key: str) -> dict[str, Any]:
+def _items(config: Config, key: str) -> Json:
     """Return the items under a key that holds a list, or one item that may be absent, by name."""
     value = _get(schema.fixed_settings(config), key)
     names = {

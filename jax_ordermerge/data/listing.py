@@ -87,14 +87,14 @@ def _select(path: str, files: list[tuple[str, Path]]) -> Listing:
     """Sort files and take the data among them."""
     files = sorted(files, key=lambda item: item[0].split("/"))
     data = tuple(item for item in files if item[0].lower().endswith(SUFFIXES))
-    others = tuple(name for name, _ in files if not name.lower().endswith(SUFFIXES))
+    passed_over = tuple(name for name, _ in files if not name.lower().endswith(SUFFIXES))
     if not data:
-        named = f"only {', '.join(others[:5])}" if others else "nothing"
+        named = f"only {', '.join(passed_over[:5])}" if passed_over else "nothing"
         raise UserError(f"data {path} matches no data file, {named}; expected {EXPECTED}")
     for name, local in data:
         if not local.is_file():  # reading a pipe would wait for its writer
             raise UserError(f"data file {name} is a broken link, or no regular file; remove it")
-    return Listing(data, others)
+    return Listing(data, passed_over)
 
 
 def _walk(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Path]]:

@@ -76,7 +76,9 @@ def _texts(texts: Sequence[Sequence[str]], parts: Sequence[Examples]) -> list[st
     if not any(texts):
         return []
     return [
-        text for part, given in zip(parts, texts, strict=True) for text in given or [""] * len(part)
+        text
+        for part, part_texts in zip(parts, texts, strict=True)
+        for text in part_texts or [""] * len(part)
     ]
 
 

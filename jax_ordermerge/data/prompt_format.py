@@ -85,12 +85,14 @@ def describe(
     template = served_template(examples)
     if template is None:
         return PromptFormat(tuple(stops), date=date)
-    own, notes = tokenizer.chat_template, []
-    others = {source.template for source in examples.sources if _has_prompts(source)} - {template}
-    if others:
+    base_template, notes = tokenizer.chat_template, []
+    other_templates = {source.template for source in examples.sources if _has_prompts(source)} - {
+        template
+    }
+    if other_templates:
         notes.append(
             f"Prompts are those of template {template}; some examples were in template"
-            f" {' and '.join(sorted(others))}."
+            f" {' and '.join(sorted(other_templates))}."
         )
     if template == "alpaca":
         notes.append(
@@ -103,9 +105,9 @@ def describe(
         if chat_template is None:
             notes.append(
                 f"No chat template renders the prompts of template {template} with this tokenizer,"
-                f" so the exports have {'that of the base' if own else 'none'}."
+                f" so the exports have {'that of the base' if base_template else 'none'}."
             )
-        elif own:
+        elif base_template:
             notes.append(
                 f"The chat template is that of the training (template {template}), in place of the"
                 " one of the base."
@@ -115,7 +117,7 @@ def describe(
             f"In training the chat template printed {date} as today's date; a server prints that of"
             " its day."
         )
-    text = _example(chat_template, tokenizer) if chat_template or own else ""
+    text = _example(chat_template, tokenizer) if chat_template or base_template else ""
     return PromptFormat(tuple(stops), chat_template, date, text, tuple(notes))
 
 

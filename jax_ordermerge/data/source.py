@@ -121,9 +121,9 @@ def _refuse_same_content(sources: Sequence[DataSource], parts: Sequence[Examples
     readers: dict[str, tuple[str, DataSource]] = {}
     for source, part in zip(sources, parts, strict=False):
         for file in part.sources[0].files:
-            path, other = readers.setdefault(file.sha256, (file.path, source))
+            path, reader = readers.setdefault(file.sha256, (file.path, source))
             is_copy = path != file.path and file.sha256 and file.rows
-            if is_copy and (other is source or not (other.name and source.name)):
+            if is_copy and (reader is source or not (reader.name and source.name)):
                 raise UserError(
                     f"data: {file.path} is a copy of {path}; remove one of them, or give a name to"
                     " each of their sources"
@@ -135,10 +135,10 @@ def _refuse_same_files(sources: Sequence[DataSource]) -> None:
     readers: dict[str, DataSource] = {}
     for source in sources:
         for file in files.identify(source.path, source.split):
-            other = readers.get(file)
-            if other and (other is source or not (other.name and source.name)):
+            reader = readers.get(file)
+            if reader and (reader is source or not (reader.name and source.name)):
                 raise UserError(
-                    f"data: {file} is read twice, by {other.label} and {source.label}; give"
+                    f"data: {file} is read twice, by {reader.label} and {source.label}; give"
                     " weight: 2 to use its rows twice, or a name to each source"
                 )
             readers[file] = source

@@ -100,7 +100,7 @@ def _remarks(columns: Collection[str]) -> list[str]:
 
 
 def _synonym(name: str, columns: Collection[str]) -> str | None:
-    return next((other for other in _SYNONYMS.get(name, ()) if other in columns), None)
+    return next((synonym for synonym in _SYNONYMS.get(name, ()) if synonym in columns), None)
 
 
 def _shown(aliases: Mapping[str, str | None]) -> str:

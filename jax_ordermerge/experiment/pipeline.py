@@ -65,8 +65,8 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
             location = f"{location}/{layout.report_html.name}"
         # decided before anything is loaded, so that a complete run costs a look at some files
         todo = _plan(local, stages)
-        if todo.kept:
-            log(f"the run keeps what this config does not list: {', '.join(todo.kept)}")
+        if todo.unlisted:
+            log(f"the run keeps what this config does not list: {', '.join(todo.unlisted)}")
         if not todo.stages and not todo.config_changes:
             log(f"everything is done: {location}")
             return layout.root
@@ -95,13 +95,13 @@ class _Todo(NamedTuple):
         config: that was given, and what the run has already.
         stages: names of the stages that are not complete with it.
         config_changes: how it differs from the config of the run.
-        kept: merges, tasks and controls that the run has and the given config does not list.
+        unlisted: merges, tasks and controls that the run has and the given config does not list.
     """
 
     config: Config
     stages: list[str]
     config_changes: list[str]
-    kept: list[str]
+    unlisted: list[str]
 
 
 def _plan(config: Config, stages: Sequence[Stage]) -> _Todo:
@@ -112,14 +112,14 @@ def _plan(config: Config, stages: Sequence[Stage]) -> _Todo:
     """
     layout = RunLayout(config.directory)
     record, stored = Record(layout), stored_config(layout)
-    extended, kept = record.extended(config)
+    extended, unlisted = record.extended(config)
     missing = [
         stage.name
         for stage in stages
         if not (record.is_current(stage.name, extended) and stage.is_complete(extended))
     ]
     changes = [] if stored is None else difference(*map(schema.fixed_settings, (stored, extended)))
-    return _Todo(extended, missing, changes, kept)
+    return _Todo(extended, missing, changes, unlisted)
 
 
 def _check_unlocked(config: Config, log: Log) -> None:

@@ -95,7 +95,7 @@ def hold(run: RunLayout, log: Log) -> Iterator[None]:
 
 
 def _acquire(run: RunLayout, log: Log) -> Holder:
-    own = Holder(
+    claim = Holder(
         host=socket.gethostname(),
         pid=os.getpid(),
         since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
@@ -107,8 +107,8 @@ def _acquire(run: RunLayout, log: Log) -> Holder:
         run.root.mkdir(parents=True, exist_ok=True)
         # exclusive creation is atomic over NFS as well
         with run.lock.open("x") as file:
-            file.write(json.dumps(dataclasses.asdict(own)))
-        return own
+            file.write(json.dumps(dataclasses.asdict(claim)))
+        return claim
     except FileExistsError:
         pass
     except OSError as error:
@@ -120,12 +120,12 @@ def _acquire(run: RunLayout, log: Log) -> Holder:
         return _acquire(run, log)  # it was released just now
     _refuse_living(run, holder, log)
     log(f"{run.root}: {holder} has ended without releasing the run; going on in its place")
-    _write(run.lock, own)
+    _write(run.lock, claim)
     # of several processes that found the same stale lock, the last writer has it
     time.sleep(_SETTLE)
-    if not _is_held_by(run.lock, own):
+    if not _is_held_by(run.lock, claim):
         raise _refusal(run, _read(run.lock) or Holder())
-    return own
+    return claim
 
 
 def _refuse_living(run: RunLayout, holder: Holder, log: Log) -> None:

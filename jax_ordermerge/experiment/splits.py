@@ -16,15 +16,15 @@ class Overlap(NamedTuple):
     """Examples of a split that are examples of another split, too.
 
     Attributes:
-        split, other: names.
-        examples: number of the examples of `split` that are in `other`.
+        split, other_split: names.
+        examples: number of the examples of `split` that are in `other_split`.
         total: number of the examples of `split`.
         first_ids: of the first three of them.
         first_places: their rows.
     """
 
     split: str
-    other: str
+    other_split: str
     examples: int
     total: int
     first_ids: list[int]
@@ -32,7 +32,7 @@ class Overlap(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.examples} of {self.total} {self.split} examples are {self.other} examples too"
+            f"{self.examples} of {self.total} {self.split} examples are {self.other_split} examples too"
             f" (the first: {', '.join(self.first_places)})"
         )
 
@@ -60,13 +60,13 @@ def find_overlaps(splits: Mapping[str, Examples]) -> list[Overlap]:
     distinct = {name: set(split_rows) for name, split_rows in rows.items()}
     overlaps = []
     for split in (name for name in splits if name != "train"):
-        for other in (name for name in splits if name != split):
-            shared = [n for n, row in enumerate(rows[split]) if row in distinct[other]]
+        for other_split in (name for name in splits if name != split):
+            shared = [n for n, row in enumerate(rows[split]) if row in distinct[other_split]]
             if shared:
                 first_ids = splits[split].ids[shared[:3]].tolist()
                 places = [splits[split].place(number) for number in shared[:3]]
                 overlaps.append(
-                    Overlap(split, other, len(shared), len(rows[split]), first_ids, places)
+                    Overlap(split, other_split, len(shared), len(rows[split]), first_ids, places)
                 )
     return overlaps
 
@@ -82,7 +82,7 @@ def refuse_overlaps(overlaps: Iterable[Overlap], remedy: str) -> None:
         UserError: one line with every pair of splits, counts and first rows.
     """
     # validation and test are in the list both ways
-    pairs = {frozenset((overlap.split, overlap.other)): str(overlap) for overlap in overlaps}
+    pairs = {frozenset((overlap.split, overlap.other_split)): str(overlap) for overlap in overlaps}
     if pairs:
         raise UserError(f"{'; '.join(pairs.values())}: {remedy}")
 
@@ -128,7 +128,7 @@ def describe(splits: Mapping[str, Examples]) -> dict[str, Json]:
     }
     for overlap in find_overlaps(splits):
         record = {"examples": overlap.examples, "first_ids": overlap.first_ids}
-        descriptions[overlap.split].setdefault("overlaps", {})[overlap.other] = record
+        descriptions[overlap.split].setdefault("overlaps", {})[overlap.other_split] = record
     return descriptions
 
 

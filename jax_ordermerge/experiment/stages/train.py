@@ -34,10 +34,10 @@ def run(ctx: RunContext) -> None:
         ctx.log(f"  {name}: {description['source']}, {counts}")
         for line in splits.source_lines(description["sources"]):
             ctx.log(f"    {line}")
-        for other, overlap in description.get("overlaps", {}).items():
+        for other_split, overlap in description.get("overlaps", {}).items():
             ctx.log(
                 f"  {name}: overlapping, not held out: {overlap['examples']} of"
-                f" {description['examples']} examples are {other} examples too"
+                f" {description['examples']} examples are {other_split} examples too"
             )
         if "packing" in description:
             ctx.log(

@@ -117,8 +117,10 @@ def _mean_cells(models: Sequence[Json], tasks: Sequence[str]) -> list[str]:
 def _result_caption(run: Run) -> str:
     # all models share the split, so its sizes are read from any of them
     caption = f"On the {(run.evaluations or {}).get('split', 'test')} split"
-    for other, overlap in run.test_overlaps.items():
-        caption += f" (overlapping: {overlap['examples']} of its examples are {other} examples too)"
+    for other_split, overlap in run.test_overlaps.items():
+        caption += (
+            f" (overlapping: {overlap['examples']} of its examples are {other_split} examples too)"
+        )
     if run.models and run.models[0].get("tokens"):
         caption += f"; {run.models[0]['tokens']} answer tokens"
     for task in run.tasks:
