@@ -192,7 +192,11 @@ def _download(root: str, name: str, file: File, target: Path) -> None:
     It lies under its name, or in the staging directory if a copy to the bucket was cut off.
     """
     # the size first: hashing gigabytes takes seconds
-    if target.is_file() and target.stat().st_size == file.size and _digest(target) == file.digest:
+    if (
+        target.is_file()
+        and target.stat().st_size == file.size
+        and file_digest(target) == file.digest
+    ):
         return
     for origin in (f"{root}/{name}", f"{root}/{object_store.STAGING}/{file.digest}"):
         with contextlib.suppress(FileNotFoundError):
@@ -215,7 +219,7 @@ def _get(store: Any, origin: str, target: Path, digest: str | None = None) -> No
     try:
         store.get_file(origin, str(partial))
         # an object under its name may be of a newer save, while the staged one is the listed one
-        if digest is not None and _digest(partial) != digest:
+        if digest is not None and file_digest(partial) != digest:
             raise FileNotFoundError(origin)
         os.replace(partial, target)
     finally:
@@ -311,7 +315,7 @@ class Mirror:
             content = path.read_bytes()
             file = File(hashlib.sha256(content).hexdigest(), len(content))
         else:
-            file = File(_digest(path), size)
+            file = File(file_digest(path), size)
         # A new name is invisible until the list names it. A listed name must keep its content until
         # then, so its new content waits in staging.
         if listed.get(name) != file:
@@ -427,7 +431,8 @@ def _remove_all_but(names: set[str], directory: Path) -> None:
             path.unlink()
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of the bytes of a file, as hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -110,7 +110,7 @@ def locate(
     if folder is None or tokenizer is None or is_hub:
         return None
     try:
-        digests = {name: files.digest(path) for name, path in listing.files} if listing else {}
+        digests = {name: remote.file_digest(path) for name, path in listing.files} if listing else {}
     except OSError:  # the reader says what is wrong with the file
         return None
     inputs = (
@@ -191,7 +191,7 @@ def _remove_oldest(folder: Path) -> None:
 def _code_digest() -> str:
     package = Path(__file__).parents[1]
     modules = [*sorted((package / "data").glob("*.py")), package / "rng.py"]
-    return _digest([(path.name, files.digest(path)) for path in modules])
+    return _digest([(path.name, remote.file_digest(path)) for path in modules])
 
 
 def _digest(value: object) -> str:

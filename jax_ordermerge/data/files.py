@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import zlib
@@ -10,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from jax_ordermerge.checkpoint.remote import file_digest
 from jax_ordermerge.data import values
 from jax_ordermerge.data.listing import EXPECTED, HUB_NAME, list_files
 from jax_ordermerge.data.provenance import DataFile
@@ -87,7 +87,7 @@ def _read_files(
         if left == 0:
             break
         part = _read_file(path, name)[:left]
-        files.append(DataFile(name, len(part), digest(path)))
+        files.append(DataFile(name, len(part), file_digest(path)))
         rows += part
     return rows, files
 
@@ -212,12 +212,6 @@ def identify(path: str, split: str | None) -> list[str]:
 
 def _with_split(path: str, split: str) -> str:
     return path if "@" in path else f"{path}@{split}"
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of the bytes of a file, as hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_hub(name: str, subset: str | None, split: str, limit: int | None) -> list[JsonRow]:

@@ -311,7 +311,7 @@ def test_a_user_without_a_home_and_a_file_that_cannot_be_opened(
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(source.files, "digest", refuse)
+    monkeypatch.setattr(example_cache.remote, "file_digest", refuse)
     monkeypatch.setattr(source.files, "_read_bytes", refuse)
     with pytest.raises(UserError, match=r"a\.jsonl cannot be read: .*Permission denied"):
         source.tokenize(path, Data(), byte_tokenizer())
