@@ -155,8 +155,8 @@ def _find(loaded: Loaded, number: int, split: str | None) -> tuple[str, int]:
     counts = loaded.splits[split or "train"].counts
     dropped = ", ".join(_dropped(counts)) or "none were dropped"
     raise UserError(
-        f"--row {number}: no example of {where} has this id; ids are the numbers that are shown"
-        f" beside each example, and of the rows that were read {dropped}"
+        f"--row {number}: no example of {where} has this id, which is shown beside each"
+        f" example; of the rows that were read: {dropped}"
     )
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 LIMIT_BYTES: Final = 20 * 2**30
 LIBRARIES: Final = ("transformers", "tokenizers", "jinja2", "pyarrow")
 # Settings that change no example of a source. Any other setting changes the name of the file.
-OTHER_SETTINGS: Final = frozenset(
+IRRELEVANT_SETTINGS: Final = frozenset(
     {"train", "test", "validation_examples", "test_examples", "allow_overlap", "packing", "buckets"}
 )
 # Classes whose fields are stored one by one: a new field is stored, or its type refused.
@@ -110,12 +110,14 @@ def locate(
     if folder is None or tokenizer is None or is_hub:
         return None
     try:
-        digests = {name: remote.file_digest(path) for name, path in listing.files} if listing else {}
+        digests = (
+            {name: remote.file_digest(path) for name, path in listing.files} if listing else {}
+        )
     except OSError:  # the reader says what is wrong with the file
         return None
     inputs = (
         source.model_dump(mode="json", exclude={"name", "weight"}),
-        settings.model_dump(mode="json", exclude=set(OTHER_SETTINGS)),
+        settings.model_dump(mode="json", exclude=set(IRRELEVANT_SETTINGS)),
         split,
         list(digests.items()),
         listing.passed_over if listing else (),

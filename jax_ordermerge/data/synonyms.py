@@ -23,7 +23,7 @@ _SYNONYMS: Final = {
 _UNPAIRED: Final = "unpaired preferences are not trained: make pairs, or use the good rows alone"
 _MEDIA: Final = "only text is trained"
 _TOKENS: Final = "files of tokens are not read: give the texts"
-_EXACT: Final = {
+_REMARKS: Final = {
     "label": _UNPAIRED,
     "kto_tag": _UNPAIRED,
     "image": _MEDIA,
@@ -96,7 +96,7 @@ def advise(unread: Sequence[str], readable: Collection[str]) -> str:
 
 
 def _remarks(columns: Collection[str]) -> list[str]:
-    return list(dict.fromkeys(remark for name, remark in _EXACT.items() if name in columns))
+    return list(dict.fromkeys(remark for name, remark in _REMARKS.items() if name in columns))
 
 
 def _synonym(name: str, columns: Collection[str]) -> str | None:

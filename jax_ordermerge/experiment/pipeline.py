@@ -63,7 +63,7 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
         location = _location(config)
         if through == "report":
             location = f"{location}/{layout.report_html.name}"
-        # decided before anything is loaded, so that a complete run costs a look at some files
+        # decided before anything is loaded, so that a complete run reads a few files and no more
         todo = _plan(local, stages)
         if todo.unlisted:
             log(f"the run keeps what this config does not list: {', '.join(todo.unlisted)}")

@@ -1,8 +1,8 @@
 """The lock of a run directory: one run at a time writes it, of one process or of several.
 
-The holder writes a file with its name and counts beats in it. On the same machine a lock is stale
-when the process has ended. From another machine nothing tells a dead process from a silent one but
-the beats, so there a run waits for the next ones before it takes a lock over.
+The holder writes a file with its name and counts heartbeats in it. On the same machine a lock is
+stale when the process has ended. From another machine nothing but the heartbeats tells a dead
+process from a silent one, so there a run waits for the next one before it takes a lock over.
 """
 
 import contextlib
@@ -29,8 +29,9 @@ from jax_ordermerge.layout import RunLayout
 
 # Not `flock`: over NFS it is local to a machine or absent on some mounts, and on others outlives a
 # lost client. A file that is created exclusively and compared works on all of them.
-BEAT = 10.0  # seconds from one beat to the next
-PATIENCE = 60.0  # seconds without a beat after which a process of another machine counts as dead
+BEAT = 10.0  # seconds from one heartbeat to the next
+# Seconds without a heartbeat after which a process of another machine counts as dead.
+PATIENCE = 60.0
 _SETTLE = 1.0  # seconds in which two processes that take over the same lock see each other
 
 

@@ -32,8 +32,8 @@ class Overlap(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.examples} of {self.total} {self.split} examples are {self.other_split} examples too"
-            f" (the first: {', '.join(self.first_places)})"
+            f"{self.examples} of {self.total} {self.split} examples are {self.other_split} examples"
+            f" too (the first: {', '.join(self.first_places)})"
         )
 
 
