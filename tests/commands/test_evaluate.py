@@ -2,28 +2,19 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import yaml
 
-from jax_ordermerge import cli
 from jax_ordermerge.commands import evaluate
 from jax_ordermerge.config import load_config, make_task
 from jax_ordermerge.evaluate import harness, judge
 from jax_ordermerge.experiment import pipeline
+from tests.commands.test_cli import call
 from tests.experiment import tiny
 
 LETTERS = "abcdefgh"
-
-
-def call(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ordermerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return ended.value.code
 
 
 def write(path, rows):

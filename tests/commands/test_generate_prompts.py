@@ -1,22 +1,13 @@
 """Prompts of `ordermerge generate` from a file, stop texts, and completions as JSON Lines."""
 
 import json
-import sys
 
 import pytest
 
-from jax_ordermerge import cli
 from jax_ordermerge.commands import generate
+from tests.commands.test_cli import call
 
 ROWS = [{"id": 7, "prompt": "a plus b is ?"}, {"id": 8, "prompt": "h\u2028plus"}]
-
-
-def call(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ordermerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return ended.value.code
 
 
 @pytest.fixture

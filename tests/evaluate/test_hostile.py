@@ -19,6 +19,8 @@ needs_namespaces = pytest.mark.skipif(
     "namespaces" not in sandbox.available(), reason="this kernel or user may not make namespaces"
 )
 
+# Where an attack leaves no trace, a right `f` follows it: were the attack not refused, the program
+# would pass.
 # {port}: of a listener on loopback. {file}: a file that anyone may write. {mark}: marks processes.
 HOSTILE = {
     "endless loop": "while True: pass",
@@ -38,7 +40,7 @@ HOSTILE = {
         "    except Exception: pass\n"
         "time.sleep(1000)"
     ),
-    "memory": "x = bytearray(1 << 34)",
+    "memory": "x = bytearray(1 << 34)\ndef f(x): return x + 1",
     "memory bit by bit": "x = []\nwhile True: x.append(bytearray(1 << 24))",
     "endless output": "while True: print('x' * 100000)",
     "endless answer": "def f(x): return 'x' * (1 << 26)",
@@ -58,7 +60,14 @@ HOSTILE = {
         "for _ in range(10000): threading.Thread(target=time.sleep, args=(1000,)).start()"
     ),
     "loopback": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 2).send(b'hello')",
-    "abroad": "import socket\nsocket.create_connection(('192.0.2.1', 80), 2)",
+    # Nobody has this address: a timeout would say that packets leave the machine.
+    "abroad": (
+        "import errno, socket\n"
+        "try: socket.create_connection(('192.0.2.1', 80), 0.5)\n"
+        "except OSError as error:\n"
+        "    if error.errno == errno.ENETUNREACH: raise\n"
+        "def f(x): return x + 1"
+    ),
     "abstract socket": "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('\\0{mark}')",
     "deletes a file": "import os\nos.remove('{file}')",
     "overwrites a file": "open('{file}', 'w').write('mine')",
@@ -66,7 +75,7 @@ HOSTILE = {
     "writes to tmp": "open('/tmp/{mark}', 'w').write('mine')",
     "writes to shared memory": "open('/dev/shm/{mark}', 'w').write('mine')",
     "deletes everything": "import shutil\nshutil.rmtree('/', ignore_errors=True)",
-    "reads a file": "open('{file}').read()\ndef f(x): return x + 1\nraise SystemExit",
+    "reads a file": "open('{file}').read()\ndef f(x): return x + 1",
     "fills the disk": "f = open('/tmp/{mark}', 'wb')\nwhile True: f.write(bytes(1 << 20))",
     "exits early": "import sys\nsys.exit(0)",
     "exits early in a call": "import os\ndef f(x): os._exit(0)",
@@ -127,10 +136,11 @@ HOSTILE = {
     "gets more rights": (
         "import ctypes, os\n"
         "libc = ctypes.CDLL(None)\n"
-        "assert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0"
+        "assert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0\n"
+        "def f(x): return x + 1"
     ),
     "raises its limits": (
-        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\ndef f(x): return 7"
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\ndef f(x): return x + 1"
     ),
 }
 
