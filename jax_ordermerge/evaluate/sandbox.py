@@ -1,7 +1,15 @@
 """Tests of generated programs, isolated from the machine. Texts in, verdicts out.
 
-A program runs in one interpreter and its tests in another; see `sandbox_worker.py`. Both are
-isolated by the stronger of
+A program runs in one interpreter and its tests in another, so that it cannot reach the tests or the
+verdict. It can only answer calls over a socket. From the bottom up:
+
+- `sandbox_values`: types whose values cross the socket by content, and how.
+- `sandbox_proxies`: stand-ins for all other objects, such as functions and instances.
+- `sandbox_objects`: the keys of objects that both sides know, and the JSON of values and proxies.
+- `sandbox_rpc`: requests and answers, and what the side of the tests refuses.
+- `sandbox_worker`: the main function of both interpreters.
+
+Both are isolated by the stronger of
 
 - `namespaces` of processes, network, mounts and, unless root starts it, users (unshare, mount,
   pivot_root and setpriv of util-linux). There is no network and no other process. The only files
@@ -32,15 +40,14 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.layout import Json
 
 ISOLATIONS = ("namespaces", "rlimits-only")
 # Enough for the tests of HumanEval and MBPP. Programs run one after another.
 MEMORY = 1 << 30  # bytes per process
 PACKAGES = ("numpy",)  # which programs and tests may import where they are installed
-Json = Any
 
 
 @dataclasses.dataclass(frozen=True)

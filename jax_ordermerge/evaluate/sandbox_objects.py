@@ -18,13 +18,11 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 from jax_ordermerge.evaluate import sandbox_proxies as proxies
 from jax_ordermerge.evaluate import sandbox_values as values
+from jax_ordermerge.evaluate.sandbox_values import JsonValue, Value
 
-Value = Any  # any Python object
-Json = Any
 _UNNAMED_TYPES = {kind.__name__: kind for kind in vars(types).values() if isinstance(kind, type)}
 _WORKER = tuple(
     f"{__name__.removesuffix('objects')}{part}" for part in ("proxies", "objects", "rpc")
@@ -45,17 +43,17 @@ class Objects:
         # Key 0 is an object without other references; see `_release`.
         self._objects: dict[int, Value] = {0: []}
         self._keys: dict[int, int] = {}  # by id, which `_objects` keeps valid
-        self._opaque: dict[int, tuple[int, int | None]] = {}  # own: key of the class, hash
+        self._opaque: dict[int, tuple[int, int | None]] = {}  # of this side: key of the class, hash
         # Shared values, and the parts of them that both sides know.
         self._shared: dict[int, values.Codec] = {}
         self._snapshots: dict[int, values.Parts] = {}
         # Of the other side: proxies of opaque objects, descriptions of classes, classes of proxies.
         self._proxies: weakref.WeakValueDictionary[int, Value] = weakref.WeakValueDictionary()
         self._dropped: set[int] = set()
-        self._descriptions: dict[int, Json] = {}
+        self._descriptions: dict[int, JsonValue] = {}
         self._classes: dict[int, proxies.ProxyType] = {}
         # What the message that is being written introduces.
-        self._entries: list[Json] = []
+        self._entries: list[JsonValue] = []
         self._unsent: deque[int] = deque()
         self._count = 0
 
@@ -67,7 +65,7 @@ class Objects:
 
     # Writing ------------------------------------------------------------------------------------
 
-    def encode(self, value: Value) -> Json:
+    def encode(self, value: Value) -> JsonValue:
         """Return a value as JSON, of which `changes` may have to introduce parts."""
         kind = type(value)
         if kind in values.SCALARS:
@@ -83,7 +81,7 @@ class Objects:
         key = self._key(value)
         return ["@", key, *self._opaque[key]] if key in self._opaque else ["#", key]
 
-    def changes(self) -> Json:
+    def changes(self) -> JsonValue:
         """Return what the other side must know before it can decode what was encoded.
 
         These are descriptions of new objects, contents of shared values that are new or have
@@ -92,7 +90,7 @@ class Objects:
         for key, snapshot in self._snapshots.items():
             if not _same(self._shared[key].parts(self._objects[key]), snapshot):
                 self._unsent.append(key)
-        contents: list[Json] = []
+        contents: list[JsonValue] = []
         # A queue and no recursion: lists may be nested deeply.
         while self._unsent:
             key = self._unsent.popleft()
@@ -109,7 +107,7 @@ class Objects:
         dropped, self._dropped = sorted(self._dropped), set()
         return [entries, contents, released, dropped]
 
-    def _encode_all(self, parts: values.Parts) -> Json:
+    def _encode_all(self, parts: values.Parts) -> JsonValue:
         kinds = set(map(type, parts))
         # Most lists hold nothing but strings or small numbers, which JSON has.
         if kinds <= {str, float, bool, type(None)} or (
@@ -118,7 +116,7 @@ class Objects:
             return list(parts)
         return [self.encode(part) for part in parts]
 
-    def _encode_exception(self, error: BaseException) -> Json:
+    def _encode_exception(self, error: BaseException) -> JsonValue:
         return [self._encode_all(error.args), self.encode(error.__cause__)]
 
     def _key(self, value: Value) -> int:
@@ -154,7 +152,7 @@ class Objects:
             self._unsent.append(key)
         return key
 
-    def _describe_instance(self, value: Value) -> tuple[str | None, Json]:
+    def _describe_instance(self, value: Value) -> tuple[str | None, JsonValue]:
         """Return the name of the codec of an object, if it has one, and its description."""
         kind = type(value)
         base, key = values.base_type(kind), self._key(kind)
@@ -169,7 +167,7 @@ class Objects:
         parts = codec.parts(value) if codec.fill is None else codec.fixed(value)
         return name, ["instance", key, self._encode_all(parts)]
 
-    def _describe_class(self, kind: type) -> Json:
+    def _describe_class(self, kind: type) -> JsonValue:
         bases = [self._key(cls) for cls in kind.__bases__ if cls is not object]
         return ["class", self.origin(kind), bases, *proxies.describe(kind)]
 
@@ -187,12 +185,12 @@ class Objects:
         From then on they belong to the tests alone. Without it the cost of a call would grow with
         the arguments of all calls before.
         """
-        alone = self._references(0)
+        unshared = self._references(0)
         released = []
         for key in list(self._shared):
             # A proxy needs its object.
             is_plain = values.type_name(type(self._objects[key])) is not None
-            if is_plain and self._references(key) <= alone:
+            if is_plain and self._references(key) <= unshared:
                 released.append(key)
                 self._forget(key)
         return released
@@ -212,7 +210,7 @@ class Objects:
 
     # Reading ------------------------------------------------------------------------------------
 
-    def apply(self, changes: Json) -> None:
+    def apply(self, changes: JsonValue) -> None:
         """Make what `changes` of the other side introduces.
 
         Raises:
@@ -227,7 +225,7 @@ class Objects:
             fill(self._objects[key], [self.decode(part) for part in parts])
         self._take_snapshots([key for key, _ in contents])
 
-    def forget(self, changes: Json) -> None:
+    def forget(self, changes: JsonValue) -> None:
         """Forget what `changes` says, after all of its message is decoded."""
         _, _, released, dropped = changes
         for key in released:
@@ -236,7 +234,7 @@ class Objects:
             if key in self._opaque:
                 self._forget(key)
 
-    def decode(self, data: Json) -> Value:
+    def decode(self, data: JsonValue) -> Value:
         """Return the value that was encoded."""
         if not isinstance(data, list):
             return data
@@ -257,15 +255,15 @@ class Objects:
             raise ValueError(f"a {name} without a key")
         return codec.make(values.find_type(name), parts)
 
-    def _add(self, key: int, kind: str, description: Json) -> None:
+    def _add(self, key: int, kind: str, description: JsonValue) -> None:
         value: Value
         if key in self._objects or (key > 0) == self._connection.guarded:
             raise ValueError(f"{key} is not a new key of the other side")
         if kind == "class":
             self._descriptions[key] = description
-            own = self._own_class(key)
-            usable = own is not None and (not self._connection.guarded or _is_data(own))
-            value = own if usable else self._class(key)
+            cls = self._python_class(key)
+            usable = cls is not None and (not self._connection.guarded or _is_data(cls))
+            value = cls if usable else self._class(key)
         elif kind == "instance":
             value = self._instance(key, *description)
         elif kind == "shared":
@@ -279,11 +277,13 @@ class Objects:
         self._objects[key] = value
         self._keys[id(value)] = key
 
-    def _share(self, key: int, name: str, fixed: Json) -> Value:
+    def _share(self, key: int, name: str, fixed: JsonValue) -> Value:
         codec = self._shared[key] = values.codec(name)
         return codec.make(values.find_type(name), [self.decode(part) for part in fixed])
 
-    def _instance(self, key: int, class_key: int, encoded: Json, cause: Json = None) -> Value:
+    def _instance(
+        self, key: int, class_key: int, encoded: JsonValue, cause: JsonValue = None
+    ) -> Value:
         """Return an object with content that is also a proxy; `cause` is that of an exception."""
         cls: Value = self._class(class_key)
         base = values.base_type(cls)
@@ -316,27 +316,27 @@ class Objects:
         """Return the class of the proxies of a class."""
         if key not in self._classes:
             _, base_keys, *description = self._description(key)
-            own = self._own_class(key)
+            appearance = self._python_class(key)
             bases = [self._base(base_key) for base_key in base_keys]
-            if own is not None and _has_content(own):
-                bases, own = [own], None
+            if appearance is not None and _has_content(appearance):
+                bases, appearance = [appearance], None
             handle = proxies.Handle(self._connection, key)
             self._classes[key] = proxies.make_class(
-                proxies.Description(*description), bases, handle, own
+                proxies.Description(*description), bases, handle, appearance
             )
         return self._classes[key]
 
     def _base(self, key: int) -> type:
-        own = self._own_class(key)
-        return own if own is not None and _has_content(own) else self._class(key)
+        cls = self._python_class(key)
+        return cls if cls is not None and _has_content(cls) else self._class(key)
 
-    def _description(self, key: int) -> Json:
+    def _description(self, key: int) -> JsonValue:
         if key not in self._descriptions:
             # A class that this side has introduced itself: functions, for example, have one class.
             self._descriptions[key] = self._describe_class(self._objects[key])[1:]
         return self._descriptions[key]
 
-    def _own_class(self, key: int) -> type | None:
+    def _python_class(self, key: int) -> type | None:
         """Return the class of Python that a class of the other side is, or None."""
         origin = self._description(key)[0]
         cls = origin and self._find(*origin, imports=not self._connection.guarded)

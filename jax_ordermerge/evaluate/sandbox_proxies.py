@@ -10,11 +10,11 @@ imports the standard library alone; see `sandbox_worker.py`.
 import abc
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from jax_ordermerge.evaluate import sandbox_values as values
+from jax_ordermerge.evaluate.sandbox_values import Value
 
-Value = Any  # any Python object
 # The keys under which a proxy keeps what it stands for. No attribute can have such a name.
 HANDLE, HASH = "<handle>", "<hash>"
 
@@ -174,7 +174,7 @@ class Description(NamedTuple):
         methods: the special methods that it has beyond those of its base; see
             `sandbox_values.base_type`.
         overrides: the other names of its base that it redefines.
-        hashing: "identity", "base", "none", or "own" where each proxy brings its hash.
+        hashing: "identity", "base", "none", or "sent" where each proxy comes with its hash.
     """
 
     name: str
@@ -212,7 +212,7 @@ def describe(kind: type) -> Description:
     if base is not object:
         hashing = "base"
     elif "__hash__" in attributes:
-        hashing = "none" if attributes["__hash__"] is None else "own"
+        hashing = "none" if attributes["__hash__"] is None else "sent"
     else:
         hashing = "identity"
     return Description(kind.__name__, methods, overrides, hashing)
@@ -245,7 +245,7 @@ def make_class(
     }
     text = property(lambda self: _attribute(self, "__doc__"))
     namespace: dict[str, Value] = {"__module__": "program", "__doc__": text, **redefined, **special}
-    hashes = {"base": base.__hash__, "own": _own_hash, "none": None, "identity": object.__hash__}
+    hashes = {"base": base.__hash__, "sent": _sent_hash, "none": None, "identity": object.__hash__}
     namespace["__hash__"] = hashes[description.hashing]
     if appearance is not None:
         namespace["__class__"] = property(lambda self: appearance)
@@ -313,7 +313,7 @@ def _redefined(name: str) -> property:
     )
 
 
-def _own_hash(self: Value) -> int:
+def _sent_hash(self: Value) -> int:
     number = vars(self)[HASH]
     if number is None:
         raise TypeError(f"unhashable type: '{type(self).__name__}'")

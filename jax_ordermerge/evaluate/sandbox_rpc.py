@@ -16,13 +16,12 @@ import socket
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jax_ordermerge.evaluate import sandbox_proxies as proxies
 from jax_ordermerge.evaluate.sandbox_objects import Objects
+from jax_ordermerge.evaluate.sandbox_values import JsonValue, Value
 
-Value = Any  # any Python object
-Json = Any
 MAX_MESSAGE = 1 << 26  # bytes
 _ABSENT = object()
 _FUNCTIONS: dict[str, Callable[..., Value]] = {
@@ -107,7 +106,7 @@ class Connection:
             return self.wait(operation)
 
     def wait(self, operation: str = "") -> Value:
-        """Answer requests until the answer to the own one comes, and return it."""
+        """Answer requests until the answer to the request of this side comes, and return it."""
         while True:
             kind, operands, asked, keywords = self._receive()
             if kind == "value":
@@ -223,7 +222,7 @@ class Connection:
             parts += part
         return bytes(parts)
 
-    def _updates(self) -> Json:
+    def _updates(self) -> JsonValue:
         """Return the names that the program has bound since the last message."""
         names = {name: self.space[name] for name in self._reads & self.space.keys()}
         changed = [name for name in names if names[name] is not self.names.get(name, _ABSENT)]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Value = Any  # any Python object
+JsonValue = Any  # what `json` reads and writes: a list, an object or a scalar
 Parts = Sequence[Value]
 SCALARS = (str, float, bool, type(None))  # JSON has these; `json` writes NaN and infinities too
 
@@ -331,8 +332,8 @@ def type_name(kind: type) -> str | None:
         pass
     name = _numpy_name(kind) or f"{kind.__module__}.{kind.__qualname__}"
     # By identity: a program may have a class of the same name.
-    known = name in CODECS and (name == "numpy.generic" or find_type(name) is kind)
-    _names[kind] = name if known else None
+    has_codec = name in CODECS and (name == "numpy.generic" or find_type(name) is kind)
+    _names[kind] = name if has_codec else None
     return _names[kind]
 
 

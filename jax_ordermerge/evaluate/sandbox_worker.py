@@ -1,11 +1,12 @@
 """The processes inside of a sandbox.
 
-The texts of this file and of the three that it imports are sent to `python -I -S` (see
-`sandbox.py`), so they import the standard library alone.
+This module and the other `sandbox_*` modules are compiled in the parent and sent to `python -I -S`
+(`sandbox._modules`), which sees no installed package. So they import the standard library alone.
 
 There are two processes that share nothing but a socket: one runs the program, the other its tests.
 To the tests it looks as if they ran in the program's namespace, as in the published evaluations.
-But all that the program can do is answer calls, and what it answers is compared over here.
+But all that the program can do is answer calls, and what it answers is compared in the process of
+the tests.
 """
 
 import _sitebuiltins
@@ -17,13 +18,11 @@ import socket
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jax_ordermerge.evaluate.sandbox_proxies import ProxyType
 from jax_ordermerge.evaluate.sandbox_rpc import QUIET, Connection, ConnectionLost
+from jax_ordermerge.evaluate.sandbox_values import JsonValue, Value
 
-Value = Any  # any Python object
-Json = Any
 MAX_DETAIL = 500  # characters of an error
 
 
@@ -158,7 +157,7 @@ def _text(error: BaseException) -> str:
 
 
 def _run_each(imports: str, space: dict[str, Value]) -> None:
-    """Run import statements, one a line, as far as they work."""
+    """Run import statements, one per line, as far as they work."""
     for line in imports.splitlines():
         try:
             exec(line, space)
@@ -166,7 +165,7 @@ def _run_each(imports: str, space: dict[str, Value]) -> None:
             continue
 
 
-def main(inputs: Json) -> None:
+def main(inputs: Mapping[str, JsonValue]) -> None:
     """Run as one of the two processes.
 
     Args:

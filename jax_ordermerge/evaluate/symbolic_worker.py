@@ -7,11 +7,13 @@ import json
 import os
 import resource
 import sys
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 MEMORY = 2 << 30  # bytes; powers of powers would take all there is
 # Decimals that count. math-verify's own 6 would take 3.141593 for pi.
 _DECIMALS = 12
+Expression: TypeAlias = Any  # an expression or a matrix of sympy, which is optional
 
 
 def main() -> None:
@@ -28,7 +30,7 @@ def main() -> None:
             verdicts.write(json.dumps(equal(math_verify, answer, reference)) + "\n")
 
 
-def equal(library: Any, answer: str, reference: str) -> bool:
+def equal(library: ModuleType, answer: str, reference: str) -> bool:
     """Return whether two formulas in LaTeX have the same value, as far as the library can tell."""
     try:
         expected, parsed = (parse(library, text) for text in (reference, answer))
@@ -41,7 +43,7 @@ def equal(library: Any, answer: str, reference: str) -> bool:
         return False
 
 
-def parse(library: Any, text: str) -> list[Any]:
+def parse(library: ModuleType, text: str) -> list[Expression | str]:
     """Return what a formula may mean: sympy expressions, and its text."""
     # Formulas alone: the library's other parser hands its text to eval.
     meanings = library.parse(
@@ -52,7 +54,7 @@ def parse(library: Any, text: str) -> list[Any]:
     return [meaning if isinstance(meaning, str) else with_unit(meaning) for meaning in meanings]
 
 
-def with_unit(meaning: Any) -> Any:
+def with_unit(meaning: Expression) -> Expression:
     """Return an expression or a matrix in which the symbol i is the imaginary unit, as in MATH."""
     import sympy
 
