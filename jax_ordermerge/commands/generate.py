@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jax_ordermerge.data import chat, dates, files, tokenizers, turns
 from jax_ordermerge.data.formats import Record
@@ -15,6 +15,9 @@ from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.sampling import Sampling
 from jax_ordermerge.layout import Json
 from jax_ordermerge.merge.sources import references, storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BATCH = 8  # prompts per program; a caller with thousands uses `ordermerge evaluate`
 
@@ -31,8 +34,8 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[Json]:
         UserError: there are none, there are both, or a row has no prompt.
     """
     if bool(prompts) == (path is not None):
-        given = "both are given" if prompts else "neither is given"
-        raise UserError(f"prompts come from --prompt TEXT or from --prompts FILE: {given}")
+        mistake = "both are given" if prompts else "neither is given"
+        raise UserError(f"prompts come from --prompt TEXT or from --prompts FILE: {mistake}")
     if path is None:
         return [{"prompt": text} for text in prompts]
     if path.suffix == ".txt":
@@ -93,7 +96,7 @@ class Asking:
 
     raw: bool = False
     system: str | None = None
-    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variables: Json = dataclasses.field(default_factory=dict)
 
 
 def complete(
@@ -146,7 +149,7 @@ def complete(
         raise error.named(model=model) from error
 
 
-def read_variables(items: Sequence[str]) -> dict[str, Any]:
+def read_variables(items: Sequence[str]) -> Json:
     """Return the variables of `--variable KEY=VALUE`. A value that is not JSON is a text.
 
     Raises:
@@ -156,7 +159,7 @@ def read_variables(items: Sequence[str]) -> dict[str, Any]:
         >>> read_variables(["enable_thinking=false", "date_string=1 May 2020"])
         {'enable_thinking': False, 'date_string': '1 May 2020'}
     """
-    variables: dict[str, Any] = {}
+    variables: Json = {}
     for item in items:
         name, sign, text = item.partition("=")
         if not (name and sign):
@@ -172,7 +175,7 @@ def read_variables(items: Sequence[str]) -> dict[str, Any]:
 def _tokens(
     prompts: Sequence[str],
     asking: Asking,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     log: Callable[[str], None],
 ) -> list[list[int]]:
     """Return the tokens of prompts, in the chat template of the model unless it has none."""
@@ -199,10 +202,12 @@ def _tokens(
     return [chat.prompt_tokens(record, "chat", tokenizer).tolist() for record in records]
 
 
-def _check_read(records: Sequence[Record], asking: Asking, tokenizer: Any) -> None:
+def _check_read(
+    records: Sequence[Record], asking: Asking, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
     """Refuse a system message or a variable that changes no prompt: templates ignore others."""
 
-    def texts(variables: Mapping[str, Any]) -> list[str]:
+    def render_prompts(variables: Json) -> list[str]:
         return [
             turns.render_chat(
                 tokenizer,
@@ -213,10 +218,10 @@ def _check_read(records: Sequence[Record], asking: Asking, tokenizer: Any) -> No
             for record in records
         ]
 
-    asked = texts(asking.variables)
+    prompts = render_prompts(asking.variables)
     for name in asking.variables:
-        others = {key: value for key, value in asking.variables.items() if key != name}
-        if texts(others) == asked:
+        without = {key: value for key, value in asking.variables.items() if key != name}
+        if render_prompts(without) == prompts:
             raise UserError(f"--variable {name}: the chat template of the model does not read it")
-    if asking.system is not None and any(asking.system.strip() not in text for text in asked):
+    if asking.system is not None and any(asking.system.strip() not in prompt for prompt in prompts):
         raise UserError("--system: the chat template of the model leaves it out")

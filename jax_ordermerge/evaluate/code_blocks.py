@@ -16,7 +16,7 @@ def blocks(text: str) -> list[str]:
         >>> blocks("So:\\n```python\\nx = 1\\n```\\nor ~~~\\ny = 2\\n")
         ['x = 1\\n', 'y = 2\\n']
     """
-    found = []
+    codes = []
     position = 0
     while opening := _OPENING.search(text, position):
         fence = re.escape(opening["fence"])
@@ -27,9 +27,9 @@ def blocks(text: str) -> list[str]:
         end = closing.start() if closing else len(text)
         # The blocks of a list are indented with its items.
         code = text[opening.end() : end]
-        found.append(textwrap.dedent(code) if opening["indent"] else code)
+        codes.append(textwrap.dedent(code) if opening["indent"] else code)
         position = closing.end() if closing else end
-    return found
+    return codes
 
 
 def defines(code: str, names: Sequence[str]) -> bool:

@@ -114,7 +114,8 @@ def generate_members(
     Models on different groups of the mesh axis `order` generate at the same time, those of one
     group one after another. Models that generate at the same time stop when the rows of all of
     them have ended. Rows with the same name draw the same noise in all models. A row with a logit
-    that is NaN or infinite is None, and no error: it is one of one model; see `require_finite`.
+    that is NaN or infinite is None and no error, which would stop the other models, too; see
+    `require_finite`.
 
     Args:
         population: parameters with a leading member axis; the mesh axis `order` divides it.

@@ -12,8 +12,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple, TypeAlias
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import Json
@@ -24,8 +24,10 @@ _PAUSES: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _LONGEST_WAIT: Final = 600.0  # of a Retry-After; after a longer one the user comes back
 _BUSY: Final = (408, 409, 425, 429)  # status codes beside those from 500 on
 _EMPTY_TRIES: Final = 2  # further tries after a reply without text
-_TOLD: Final = 4.0  # seconds of a pause that is worth a line
+_REPORTED_WAIT: Final = 4.0  # seconds from which a pause is worth a line
 _SHOWN: Final = 300  # characters of a reply that is an error
+# Waits so many seconds before the next try; true ends the tries.
+Sleep: TypeAlias = Callable[[float], bool | None]
 
 
 class Reply(NamedTuple):
@@ -77,7 +79,7 @@ class Endpoint:
     key: str | None = dataclasses.field(default=None, repr=False)
     max_tokens: int = 1024
     temperature: float = 0.0
-    request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    request: Json = dataclasses.field(default_factory=dict)
     timeout: float = 120.0
     now: Callable[[], float] = dataclasses.field(default=time.time, repr=False)
     # Whether an answer came, ever: a name that cannot be reached is then no typing error.
@@ -108,7 +110,7 @@ class Endpoint:
     def ask(
         self,
         text: str,
-        sleep: Callable[[float], Any] = time.sleep,
+        sleep: Sleep = time.sleep,
         on_retry: Callable[[str], None] | None = None,
     ) -> Reply | None:
         """Return the reply to a message, or None where it stays without text.
@@ -139,7 +141,7 @@ class Endpoint:
                     raise UserError(
                         f"judge {self._address} {error}; start the same command again later"
                     ) from error
-                if on_retry is not None and wait >= _TOLD:
+                if on_retry is not None and wait >= _REPORTED_WAIT:
                     on_retry(f"judge {error}; trying again in {wait:.0f} s")
             if sleep(wait):
                 raise Interrupted

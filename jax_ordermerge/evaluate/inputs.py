@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class TaskInputs:
     test: Examples | None = None
     seed: int = 0
 
-    def rows(self, task: Task) -> list[dict[str, Any]]:
+    def rows(self, task: Task) -> list[files.JsonRow]:
         """Return all rows of the file of a task, its limit not yet applied."""
         # all rows: the shots of MBPP are among them, and a limit could cut them off
         return [
@@ -181,7 +181,7 @@ class TaskInputs:
             lambda row: record(row).response,
         )
 
-    def _shot_pool(self, task: ShotsTask) -> list[dict[str, Any]]:
+    def _shot_pool(self, task: ShotsTask) -> list[files.JsonRow]:
         if not task.shots:
             return []
         # the default of data.train is a toy

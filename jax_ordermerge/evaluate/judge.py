@@ -7,17 +7,19 @@ Sources: Dubois et al., "AlpacaFarm", 2023, https://arxiv.org/abs/2305.14387 (fo
 Zheng et al., "Judging LLM-as-a-judge", 2023, https://arxiv.org/abs/2306.05685 (both orders).
 """
 
+import functools
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.evaluate import verdict
-from jax_ordermerge.evaluate.endpoint import Endpoint, Reply
+from jax_ordermerge.evaluate.endpoint import Endpoint, Reply, Sleep
 from jax_ordermerge.evaluate.metrics import mean_and_error
 from jax_ordermerge.layout import Json
 
@@ -34,21 +36,21 @@ helpful, correct and to the point?
 {second}
 
 Reply with one letter, A or B."""
-Output: TypeAlias = Mapping[str, Any]  # `instruction`, `output`, and what AlpacaEval adds
+Output: TypeAlias = Json  # `instruction`, `output`, and what AlpacaEval adds
 
 
 class ReplyFile:
     """The replies of a judge on a disk: JSON Lines, each written when it came.
 
-    A reply is found again by the digest of its request. So a run that was broken off continues, and
-    asks anew where the judge, its settings or an answer are others.
+    The key of a reply is the digest of its request. So a run that was broken off continues, and
+    asks anew where the judge, its settings or an answer have changed.
     """
 
     def __init__(self, path: Path) -> None:
         """Read the replies of earlier runs.
 
         Raises:
-            UserError: the file cannot be read or written, or holds something else.
+            UserError: the file cannot be read or written, or holds a line that is no reply.
         """
         self.path, self._lock = path, threading.Lock()
         self._replies: dict[str, Reply] = {}
@@ -84,7 +86,7 @@ class ReplyFile:
         """Return the reply to a request, None where there is none yet."""
         return self._replies.get(digest)
 
-    def add(self, digest: str, reply: Reply, **about: Any) -> None:
+    def add(self, digest: str, reply: Reply, **about: str) -> None:
         """Write a reply, with what a reader wants to know about it."""
         row = {"digest": digest, "reply": reply.text, "cut": reply.cut, **about}
         with self._lock:
@@ -104,7 +106,8 @@ def prefers(
     second: str,
     *,
     replies: ReplyFile | None = None,
-    **options: Any,
+    sleep: Sleep = time.sleep,
+    on_retry: Callable[[str], None] | None = None,
 ) -> tuple[float | None, Reply | None]:
     """Ask which of two answers a judge prefers.
 
@@ -112,7 +115,7 @@ def prefers(
         endpoint: the judge.
         instruction, first, second: what it is shown.
         replies: keeps the reply, or has it already.
-        options: of `Endpoint.ask`.
+        sleep, on_retry: see `Endpoint.ask`.
 
     Returns:
         1 for the first answer, 0 for the second, 1/2 for a stated tie, and None where no verdict
@@ -125,7 +128,7 @@ def prefers(
     digest = endpoint.digest(question)
     reply = None if replies is None else replies.get(digest)
     if reply is None:
-        reply = endpoint.ask(question, **options)
+        reply = endpoint.ask(question, sleep, on_retry)
         # A reply without text is not kept: another run may get one.
         if reply is not None and replies is not None:
             replies.add(digest, reply, judge=endpoint.model, instruction=instruction)
@@ -139,7 +142,7 @@ def compare(
     *,
     workers: int = 4,
     replies: ReplyFile | None = None,
-    sleep: Callable[[float], Any] | None = None,
+    sleep: Sleep | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_retry: Callable[[str], None] | None = None,
 ) -> tuple[Json, list[Json]]:
@@ -176,9 +179,11 @@ def compare(
 
     def judge_both_orders(our_row: Output, their_row: Output) -> Json:
         instruction, ours, theirs = our_row["instruction"], our_row["output"], their_row["output"]
-        options: Any = {"replies": replies, "sleep": wait, "on_retry": on_retry}
-        first, first_reply = prefers(endpoint, instruction, ours, theirs, **options)
-        turned, second_reply = prefers(endpoint, instruction, theirs, ours, **options)
+        ask = functools.partial(
+            prefers, endpoint, instruction, replies=replies, sleep=wait, on_retry=on_retry
+        )
+        first, first_reply = ask(ours, theirs)
+        turned, second_reply = ask(theirs, ours)
         second = None if turned is None else 1.0 - turned
         item: Json = {"instruction": instruction, "first": first, "second": second, "win": None}
         if first is None or second is None:
@@ -289,8 +294,8 @@ def compare_files(
             on_retry=log,
         )
     except UserError as error:
-        kept = f"; {len(store)} replies are kept in {store.path}" if len(store) else ""
-        raise UserError(f"{error}{kept}") from error
+        kept_replies = f"; {len(store)} replies are kept in {store.path}" if len(store) else ""
+        raise UserError(f"{error}{kept_replies}") from error
     finally:
         store.close()
     if out is not None:

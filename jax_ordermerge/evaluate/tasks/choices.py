@@ -113,7 +113,7 @@ def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) ->
         (0.0, 1.0, 'no')
     """
     choices_of = [read_choices(task, question.row) for question in questions]
-    pairs, owners = [], []
+    pairs, item_ids = [], []
     for question, (choices, _) in zip(questions, choices_of, strict=True):
         # for mypy: the formatter of choices is never a chat
         assert isinstance(question.context, str)
@@ -121,9 +121,9 @@ def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) ->
             continuation = f"{task.delimiter}{choice}"
             pair = make_pair(model.encode, question.context, continuation, model.start)
             pairs.append(truncate_pair(*pair, model.positions))
-            owners.append(question.id)
+            item_ids.append(question.id)
     # One call for all pairs, so that batches are full.
-    with name_items(owners):
+    with name_items(item_ids):
         logprobs, greedy = map(iter, model.score(pairs))
     items: list[Json] = []
     for question, (choices, right) in zip(questions, choices_of, strict=True):
