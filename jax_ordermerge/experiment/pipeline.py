@@ -77,6 +77,9 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
         with run_lock.hold(layout, log):
             # again: another run may have had the lock until now
             todo = _plan(local, stages)
+            # that run may also have been broken off, and left stages to do where there were none
+            if ctx is None and todo.stages:
+                ctx = open_run(todo.config, log, copy.try_save)
             # The config is the first file, because it makes the directory a run. It names the
             # bucket, not the local copy, so that the run continues on another machine.
             write_config(todo.config.model_copy(update={"output": config.output}), layout)
