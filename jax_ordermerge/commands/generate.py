@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jax_ordermerge.data import chat, dates, files, tokenizers, turns
 from jax_ordermerge.data.formats import Record
@@ -15,9 +14,6 @@ from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.sampling import Sampling
 from jax_ordermerge.layout import Json
 from jax_ordermerge.merge.sources import references, storage
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _BATCH = 8  # prompts per program; a caller with thousands uses `ordermerge evaluate`
 
@@ -175,7 +171,7 @@ def read_variables(items: Sequence[str]) -> Json:
 def _tokens(
     prompts: Sequence[str],
     asking: Asking,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: tokenizers.Tokenizer,
     log: Callable[[str], None],
 ) -> list[list[int]]:
     """Return the tokens of prompts, in the chat template of the model unless it has none."""
@@ -202,9 +198,7 @@ def _tokens(
     return [chat.prompt_tokens(record, "chat", tokenizer).tolist() for record in records]
 
 
-def _check_read(
-    records: Sequence[Record], asking: Asking, tokenizer: "PreTrainedTokenizerBase"
-) -> None:
+def _check_read(records: Sequence[Record], asking: Asking, tokenizer: tokenizers.Tokenizer) -> None:
     """Refuse a system message or a variable that changes no prompt: templates ignore others."""
 
     def render_prompts(variables: Json) -> list[str]:
