@@ -174,6 +174,10 @@ def _read(path: Path) -> Holder | None:
         return Holder(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise UserError(
+            f"{path.parent} is no directory; choose another one with --set output=DIRECTORY"
+        ) from error
     except (ValueError, TypeError):
         # it was created this moment, or a machine lost power while it was written
         return Holder()

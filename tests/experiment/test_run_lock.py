@@ -215,3 +215,13 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         run_lock.hold(RunLayout(tmp_path / "file" / "run"), ignore),
     ):
         pass
+
+
+def test_a_file_in_place_of_the_run_is_refused(tmp_path):
+    run = RunLayout(tmp_path / "notes.txt")
+    run.root.write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt is no directory; choose another one"):
+        run_lock.check_free(run, print)
+    with pytest.raises(UserError, match="is no directory"), run_lock.hold(run, print):
+        pass
+    assert run.root.read_text() == "mine"
