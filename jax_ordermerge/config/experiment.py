@@ -390,7 +390,9 @@ def read_yaml(file: Path, what: str = "config", expected: str = "training:") -> 
     try:
         # The safe loader: a config may come from others, and the full loader would build any object
         # that it names. An empty file is None, and a valid config of defaults.
-        raw = load_yaml(file.read_text(), str(file)) or {}
+        raw = load_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}; expected a text file of YAML") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):

@@ -27,7 +27,10 @@ class Section(pydantic.BaseModel):
 
     # Unknown keys are refused because an ignored setting would change an experiment silently. Types
     # are not pydantic's strict ones: YAML has no tuples, and it reads 1e-5 without a dot as text.
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=False)
+    # YAML writes infinity as .inf, and text such as 1e999 becomes it; no setting means anything then.
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=False, allow_inf_nan=False
+    )
 
 
 # Frozen, because sections are shared by all stages, and some are keys of caches.
@@ -83,24 +86,36 @@ def load_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
-def read_value(text: str, option: str) -> Any:
-    """Return the value of an option KEY=VALUE, which has the types of a file: 0.5, true, [1, 2].
+def read_value(text: str, where: str) -> Any:
+    """Return the YAML value of one `KEY=VALUE` of the command line.
+
+    A comment is refused: what follows ` #` is part of the value that the user meant.
 
     Args:
-        text: the value.
-        option: with its key and value, for error messages.
+        text: the value as written.
+        where: the option, for the error message, e.g. `"--set seed=1"`.
 
     Raises:
-        UserError: the value is not YAML, or has two equal keys.
+        UserError: the text is not YAML, or a part of it would be ignored as a comment.
 
     Example:
-        >>> read_value("[1, 2]", "--set training.betas=[1, 2]")
-        [1, 2]
+        >>> load_value("[1, 0.5, 'run #2']", "--set a=...")
+        [1, 0.5, 'run #2']
     """
     try:
-        return load_yaml(text, option)
+        node = yaml.compose(text, UniqueKeyLoader)
+        rest = text if node is None else text[node.end_mark.index :]
+        if "#" in rest:
+            ignored = rest.strip()
+            raise UserError(
+                f"{where}: YAML ignores '{ignored}' as a comment; put the value between quotes, as"
+                f""" in '"{text}"'"""
+            )
+        return load_yaml(text, where)
+    except DuplicateKeyError as error:
+        raise UserError(f"{where}: {error}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{option}: the value is not valid YAML: {text}") from error
+        raise UserError(f"{where}: the value is not valid YAML: {text}") from error
 
 
 def fixed_settings(section: Section) -> dict[str, Any]:

@@ -126,6 +126,10 @@ CONFIGS = sorted(
         ),
         ({"merge": {"methods": "ties"}}, "merge.methods = 'ties': expected a list, e.g. [a, b]"),
         ({"data": {"columns": 3}}, "data.columns = 3: expected a mapping, e.g. {key: value}"),
+        (
+            {"training": {"learning_rate": float("inf")}},
+            "training.learning_rate = inf: input should be a finite number",
+        ),
     ],
 )
 def test_bad_values_are_one_line(raw, message):
@@ -142,6 +146,9 @@ def test_bad_values_are_one_line(raw, message):
         (["training.epochs=[1"], "the value is not valid YAML"),
         (["seed.epochs=1"], "seed"),
         (["training.epoch=1"], "unknown key training.epoch (did you mean 'epochs'?)"),
+        (["output=run #2"], "YAML ignores '#2' as a comment; put the value between quotes"),
+        (["output=#2"], "YAML ignores '#2' as a comment"),
+        (["data.buckets=[32, 64] # short"], "YAML ignores '# short' as a comment"),
     ],
 )
 def test_bad_overrides(tmp_path, overrides, message):
@@ -164,6 +171,21 @@ def test_overrides_win_and_merge_into_sections(tmp_path):
         1e-5,
     )
     assert config.data.buckets == (32, 64)
+
+
+def test_a_number_sign_that_is_no_comment_belongs_to_the_value(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1\n")
+    config = load_config(file, ['output="run #2"', "name=run#2", "data.columns={prompt: 'a # b'}"])
+    assert (config.output, config.name) == ("run #2", "run#2")
+    assert config.data.columns == {"prompt": "a # b"}
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"c\.yaml cannot be read: .*; expected a text file"):
+        load_config(file)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
