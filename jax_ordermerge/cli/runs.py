@@ -33,6 +33,7 @@ def run(config: RunArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def data(
+    context: typer.Context,
     config: RunArgument,
     *,
     rows: Annotated[int, Option(min=0, help="Examples of each source to show.")] = 2,
@@ -53,6 +54,9 @@ def data(
     from jax_ordermerge.commands import data as command
     from jax_ordermerge.data import preview, tokenizers
 
+    if row is not None and order is None:
+        others = {parameter.name for parameter in context.command.params} - {"rows"}
+        refuse_options(context, "--row shows one example", others)
     selection = command.Selection(rows, row, split, order)
     with tokenizers.without_torch():
         loaded = command.load(read_config(config, overrides))
@@ -67,6 +71,7 @@ def data(
 
 @app.command()
 def plan(
+    context: typer.Context,
     config: RunArgument,
     *,
     topology: Annotated[
@@ -94,6 +99,9 @@ def plan(
     """
     from jax_ordermerge.commands import plan as command
 
+    if topology is None:
+        others = {parameter.name for parameter in context.command.params} - {"slices"}
+        refuse_options(context, "it goes with --topology of TPUs, as in v5p:4x4x2", others)
     text = command.plan_experiment(
         read_config(config, overrides),
         topology=topology,
@@ -303,6 +311,8 @@ def launch(
 
     if list_options:
         refuse_options(context, "--options only lists", ["list_options", "target"])
+        if options:
+            raise UserError(f"{options[0]} would be ignored: --options only lists; leave it out")
         for name, default, meaning in render.describe(target):
             typer.echo(f"{name:16} {default:12} {meaning}".rstrip())
         return

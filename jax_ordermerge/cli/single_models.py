@@ -81,7 +81,7 @@ def merge(
             "a merge needs a directory to write: --out DIRECTORY, or one behind the recipe"
         )
     target = None if dry_run else target
-    shard_bytes = int(shard_gb * 1e9)
+    shard_bytes = command.read_shard_size(shard_gb)
     write = functools.partial(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
     )

@@ -39,6 +39,8 @@ def render_script(config: Config, target: str, options: Sequence[str]) -> str:
         name, sign, value = item.partition("=")
         if not (name and sign):
             raise UserError(f"{item}: expected OPTION=VALUE, e.g. nodes=4")
+        if name in pairs:
+            raise UserError(f"{item}: {name} is given twice; give it once")
         # text: the schema of the target turns it into numbers and lists
         pairs[name] = value
     return render.render(make_job(config), target, pairs)
@@ -48,12 +50,18 @@ def deliver(text: str, target: str, out: Path | None, *, submit: bool, log: Log)
     """Write a script to `out`, submit it, or both, and return the exit code of the submission.
 
     Raises:
-        UserError: the program that submits is not installed.
+        UserError: the program that submits is not installed, or `out` cannot be written.
     """
     # without --out the file is needed only until the submission has read it
     with tempfile.TemporaryDirectory() as scratch:
         path = out or Path(scratch) / "launch"
-        path.write_text(text)
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise UserError(
+                f"--out {path} cannot be written ({error.strerror}); give a file in a directory that"
+                " exists"
+            ) from error
         if out:
             log(f"wrote {out}")
         return submit_file(target, path) if submit else 0

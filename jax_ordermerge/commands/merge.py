@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import shutil
 import sys
 import tempfile
@@ -202,7 +203,7 @@ def read_parameters(items: Sequence[str]) -> Json:
     """Return the parameters of `--param KEY=VALUE`, values read as YAML.
 
     Raises:
-        UserError: an item has another form, or its value is not YAML.
+        UserError: an item has another form, its value is not YAML, or a key is given twice.
 
     Example:
         >>> read_parameters(["resample=exhaustive", "density=0.5"])
@@ -213,8 +214,26 @@ def read_parameters(items: Sequence[str]) -> Json:
         name, sign, value = item.partition("=")
         if not (name and sign):
             raise UserError(f"--param {item}: expected KEY=VALUE, e.g. --param resample=exhaustive")
+        if name in parameters:
+            raise UserError(f"--param {name} is given twice; give it once")
+        # the types that a recipe has: 0.5, true, [1, 2]
         parameters[name] = read_value(value, f"--param {item}")
     return parameters
+
+
+def read_shard_size(gigabytes: float) -> int:
+    """Return the bytes of `--shard-gb`.
+
+    Raises:
+        UserError: it is no size.
+
+    Example:
+        >>> read_shard_size(0.5)
+        500000000
+    """
+    if not (math.isfinite(gigabytes) and gigabytes * 1e9 >= 1):
+        raise UserError(f"--shard-gb {gigabytes:g}: expected a size above 0, e.g. --shard-gb 5")
+    return int(gigabytes * 1e9)
 
 
 def read_weights(text: str) -> tuple[float, ...]:

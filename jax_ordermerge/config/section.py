@@ -99,7 +99,7 @@ def read_value(text: str, where: str) -> Any:
         UserError: the text is not YAML, or a part of it would be ignored as a comment.
 
     Example:
-        >>> load_value("[1, 0.5, 'run #2']", "--set a=...")
+        >>> read_value("[1, 0.5, 'run #2']", "--set a=...")
         [1, 0.5, 'run #2']
     """
     try:

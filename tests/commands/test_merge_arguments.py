@@ -17,6 +17,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "recipe.yml").write_text(RECIPE)
     (tmp_path / "broken.yml").write_text(RECIPE.replace("1}", "1"))
     (tmp_path / "config.yaml").write_text("training: {epochs: 1}\n")
+    (tmp_path / "complete.yaml").write_text(
+        "model: {base: base}\ndata: {train: generated:quickstart}\n"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -45,6 +48,16 @@ REFUSED = {
     "doctor config.yaml --versions": "config.yaml would be ignored",
     "doctor --versions --set seed=1": "--set would be ignored",
     "launch config.yaml --target slurm --options --submit": "--submit would be ignored",
+    "launch config.yaml --target slurm --options nodes=2": "nodes=2 would be ignored",
+    "launch complete.yaml --target slurm nodes=2 nodes=3": "nodes is given twice",
+    "launch complete.yaml --target slurm --out a": "--out a cannot be written (Is a directory)",
+    "plan complete.yaml --slices 4": "--slices would be ignored",
+    "data complete.yaml --row 3 --rows 5": "--rows would be ignored",
+    "merge a b --out out --param density=1 --param density=0.5": "--param density is given twice",
+    "merge a b --out out --param density=[": "--param density=[: the value is not valid YAML",
+    "merge a b --out out --shard-gb nan": "--shard-gb nan: expected a size above 0",
+    "merge a b --out out --shard-gb 0": "--shard-gb 0: expected a size above 0",
+    "merge a b --out out --shard-gb inf": "--shard-gb inf: expected a size above 0",
 }
 
 
