@@ -160,6 +160,7 @@ def convert(
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Annotated[
         str,
         Argument(
@@ -208,6 +209,9 @@ def generate(
     from jax_ordermerge.commands import generate as command
     from jax_ordermerge.evaluate.sampling import Sampling
 
+    if temperature == 0:
+        others = {parameter.name or "" for parameter in context.command.params} - {"seed"}
+        refuse_options(context, "without --temperature above 0 nothing is drawn", others)
     sampling = Sampling(temperature, top_k, top_p, seed)
     asking = command.Asking(raw, system, command.read_variables(variables or ()))
     stops = command.check_stops(stop or ())

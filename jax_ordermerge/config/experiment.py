@@ -100,6 +100,16 @@ class Distributed(Section):
         " ends them at once",
     )
 
+    @pydantic.model_validator(mode="after")
+    def _started(self) -> "Distributed":
+        given = [key for key in ("processes", "index") if getattr(self, key) is not None]
+        if given and self.coordinator is None:
+            raise ValueError(
+                f"{given[0]} would be ignored: without coordinator one process runs alone; give"
+                " coordinator: HOST:PORT, or auto"
+            )
+        return self
+
 
 class Analysis(Section):
     """Statistics of the position effect."""

@@ -51,6 +51,7 @@ REFUSED = {
     "launch config.yaml --target slurm --options nodes=2": "nodes=2 would be ignored",
     "launch complete.yaml --target slurm nodes=2 nodes=3": "nodes is given twice",
     "launch complete.yaml --target slurm --out a": "--out a cannot be written (Is a directory)",
+    "generate base --prompt x --seed 3": "--seed would be ignored",
     "plan complete.yaml --slices 4": "--slices would be ignored",
     "data complete.yaml --row 3 --rows 5": "--rows would be ignored",
     "merge a b --out out --param density=1 --param density=0.5": "--param density is given twice",

@@ -130,6 +130,8 @@ CONFIGS = sorted(
             {"training": {"learning_rate": float("inf")}},
             "training.learning_rate = inf: input should be a finite number",
         ),
+        ({"distributed": {"index": 3}}, "index would be ignored: without coordinator"),
+        ({"distributed": {"processes": 2}}, "processes would be ignored: without coordinator"),
     ],
 )
 def test_bad_values_are_one_line(raw, message):
