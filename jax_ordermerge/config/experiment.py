@@ -102,10 +102,12 @@ class Distributed(Section):
 
     @pydantic.model_validator(mode="after")
     def _started(self) -> "Distributed":
-        given = [key for key in ("processes", "index") if getattr(self, key) is not None]
-        if given and self.coordinator is None:
+        # `processes: 1` and `index: 0` only state what happens without a coordinator.
+        alone = {"processes": 1, "index": 0}
+        ignored = [key for key, value in alone.items() if getattr(self, key) not in (None, value)]
+        if ignored and self.coordinator is None:
             raise ValueError(
-                f"{given[0]} would be ignored: without coordinator one process runs alone; give"
+                f"{ignored[0]} would be ignored: without coordinator one process runs alone; give"
                 " coordinator: HOST:PORT, or auto"
             )
         return self

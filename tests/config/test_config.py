@@ -141,6 +141,11 @@ def test_bad_values_are_one_line(raw, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_only_process_may_state_its_number():
+    distributed = make_config({"distributed": {"processes": 1, "index": 0}}).distributed
+    assert (distributed.processes, distributed.index) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
