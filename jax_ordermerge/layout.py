@@ -17,8 +17,7 @@ import numpy as np
 
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
-
-Json = dict[str, Any]  # a JSON object
+from jax_ordermerge.json_types import Json
 
 CONFIG = "config.yaml"  # what makes a directory a run directory
 _MEMBER = re.compile(r"member_(\d+)")

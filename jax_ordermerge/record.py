@@ -17,7 +17,8 @@ from jax_ordermerge.checkpoint.model_digest import model_digest
 from jax_ordermerge.config import Config, Model
 from jax_ordermerge.config.merge import merge_name
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json, RunLayout
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout
 
 
 class Reads(NamedTuple):

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jax_ordermerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down this list. Packages on one line do not import each other.
 LAYERS = [
-    ("errors", "tree"),
+    ("errors", "tree", "json_types"),
     ("registry",),
     ("rng", "hardware", "arch"),
     ("hash_rng", "mesh", "processes"),

@@ -2,12 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
-
-Json = dict[str, Any]
+from jax_ordermerge.json_types import Json
 
 
 def read_json(path: Path) -> Json:

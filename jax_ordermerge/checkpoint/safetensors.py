@@ -19,9 +19,9 @@ from numpy.typing import DTypeLike
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import atomic, json_files, shards, sidecar_files
-from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.checkpoint.shards import DTYPES, INDEX, SHARD_BYTES, SINGLE
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json
 
 _MAX_HEADER = 100_000_000  # bytes, a rule of the format
 

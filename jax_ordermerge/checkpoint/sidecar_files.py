@@ -8,8 +8,8 @@ from typing import Literal
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import atomic, json_files
-from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json
 
 GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"

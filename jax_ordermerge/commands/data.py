@@ -15,7 +15,8 @@ from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import specs, splits
-from jax_ordermerge.layout import Json, RunLayout, read_json
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout, read_json
 from jax_ordermerge.train import orders
 
 _STEPS = 3  # first steps of a member that are listed

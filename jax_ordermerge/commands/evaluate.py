@@ -16,7 +16,8 @@ from jax_ordermerge.evaluate import harness
 from jax_ordermerge.evaluate.eval_model import EvalModel, NotFiniteError
 from jax_ordermerge.experiment import models
 from jax_ordermerge.experiment.context import Log, start_devices
-from jax_ordermerge.layout import Json, RunLayout, write_json
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout, write_json
 from jax_ordermerge.record import refuse_model_of_edited_run
 
 

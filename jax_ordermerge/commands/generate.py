@@ -12,7 +12,7 @@ from jax_ordermerge.evaluate import generation
 from jax_ordermerge.evaluate.eval_model import NotFiniteError, encode
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.sampling import Sampling
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.sources import references, storage
 
 _BATCH = 8  # prompts per program; a caller with thousands uses `ordermerge evaluate`

@@ -10,7 +10,7 @@ from rich.table import Table
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import compare, convert, safetensors
 from jax_ordermerge.commands import tables
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.sources import references
 from jax_ordermerge.merge.sources.storage import Source
 from jax_ordermerge.record import refuse_model_of_edited_run

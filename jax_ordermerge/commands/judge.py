@@ -9,7 +9,7 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import judge
 from jax_ordermerge.evaluate.endpoint import Endpoint
 from jax_ordermerge.experiment.context import Log
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 
 class JudgeOptions(NamedTuple):

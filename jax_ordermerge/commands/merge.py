@@ -18,7 +18,7 @@ import rich.table
 from jax_ordermerge.checkpoint import atomic, convert, remote
 from jax_ordermerge.config.section import read_value
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.recipe import planner, schema
 from jax_ordermerge.merge.sources import references

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jax_ordermerge.checkpoint.compare import Difference, Inventory, Numbers, Stats
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 _MAX_WIDTH = 10_000  # characters; tensor names are long, and a file has no edge to wrap at
 

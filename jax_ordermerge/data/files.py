@@ -14,8 +14,8 @@ from jax_ordermerge.data import values
 from jax_ordermerge.data.listing import EXPECTED, HUB_NAME, list_files
 from jax_ordermerge.data.provenance import DataFile
 from jax_ordermerge.errors import UserError, first_line
+from jax_ordermerge.json_types import Json
 
-JsonRow = dict[str, Any]
 GENERATED: Final = "generated:"
 # Quotes in .tsv files are those of .csv files, as pandas and spreadsheets write and read them.
 DELIMITERS: Final = {"csv": ",", "tsv": "\t"}
@@ -26,12 +26,12 @@ TEXT_END: Final = "<|endoftext|>"
 class Table(NamedTuple):
     """The rows of a data source, and the files that they were read from, in the same order."""
 
-    rows: list[JsonRow]
+    rows: list[Json]
     files: tuple[DataFile, ...]
     passed_over: tuple[str, ...] = ()
 
 
-def load(path: str, split: str = "train", *, limit: int | None = None) -> list[JsonRow]:
+def load(path: str, split: str = "train", *, limit: int | None = None) -> list[Json]:
     """Return the rows of a data source, see `read`."""
     return read(path, split, limit=limit).rows
 
@@ -59,7 +59,7 @@ def read(path: str, split: str = "train", *, limit: int | None = None) -> Table:
         from jax_ordermerge.data import synthetic  # only this branch needs it
 
         name, _, named_split = path.removeprefix(GENERATED).partition("@")
-        rows: list[JsonRow] = [dict(row) for row in synthetic.generated(name, named_split or split)]
+        rows: list[Json] = [dict(row) for row in synthetic.generated(name, named_split or split)]
         files = [DataFile(_with_split(path, split), len(rows[:limit]))]
     elif (listing := list_files(path)) is not None:
         rows, files, passed_over = *_read_files(listing.files, limit), listing.passed_over
@@ -78,9 +78,9 @@ def read(path: str, split: str = "train", *, limit: int | None = None) -> Table:
 
 def _read_files(
     paths: Iterable[tuple[str, Path]], limit: int | None
-) -> tuple[list[JsonRow], list[DataFile]]:
+) -> tuple[list[Json], list[DataFile]]:
     """Read files one after another, until there are `limit` rows."""
-    rows: list[JsonRow] = []
+    rows: list[Json] = []
     files = []
     for name, path in paths:
         left = None if limit is None else limit - len(rows)
@@ -92,7 +92,7 @@ def _read_files(
     return rows, files
 
 
-def _read_file(path: Path, name: str) -> list[JsonRow]:
+def _read_file(path: Path, name: str) -> list[Json]:
     try:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet
@@ -125,7 +125,7 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _parse(text: str, name: str, kind: str = "") -> list[JsonRow]:
+def _parse(text: str, name: str, kind: str = "") -> list[Json]:
     plain_name = name.lower().removesuffix(".gz").removesuffix(".zst")
     kind = kind or plain_name.rsplit(".", 1)[-1]
     if "\0" in text:
@@ -214,7 +214,7 @@ def _with_split(path: str, split: str) -> str:
     return path if "@" in path else f"{path}@{split}"
 
 
-def _read_hub(name: str, subset: str | None, split: str, limit: int | None) -> list[JsonRow]:
+def _read_hub(name: str, subset: str | None, split: str, limit: int | None) -> list[Json]:
     import datasets  # slow to import
 
     try:

@@ -17,8 +17,7 @@ from jax_ordermerge.data.messages import (
 )
 from jax_ordermerge.data.synonyms import suggest_columns
 from jax_ordermerge.errors import UserError, did_you_mean
-
-Row = Mapping[str, Any]
+from jax_ordermerge.json_types import JsonRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ def is_filled(value: Any) -> bool:
     return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
 
 
-def _value(row: Row, column: str) -> Any:
+def _value(row: JsonRow, column: str) -> Any:
     if column not in row:
         raise MissingColumn(column)
     if row[column] is None:
@@ -131,7 +130,7 @@ def _value(row: Row, column: str) -> Any:
     return row[column]
 
 
-def _string(row: Row, column: str) -> str:
+def _string(row: JsonRow, column: str) -> str:
     value = _value(row, column)
     # numbers are answers too (`"answer": 5`); bool is a subclass of int and no text
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -141,14 +140,14 @@ def _string(row: Row, column: str) -> str:
     return str(value)
 
 
-def _prompt(row: Row, column: str) -> str:
+def _prompt(row: JsonRow, column: str) -> str:
     # An empty cell of CSV is an absent value, which is refused in every other kind of file.
     if not (prompt := _string(row, column)):
         raise UserError(f"column '{column}' is empty; a text without a prompt has format text")
     return prompt
 
 
-def optional_string(row: Row, column: str) -> str:
+def optional_string(row: JsonRow, column: str) -> str:
     """Return the text of a column that may be absent, null or empty: then it is "".
 
     Raises:
@@ -157,7 +156,7 @@ def optional_string(row: Row, column: str) -> str:
     return _string(row, column) if is_filled(row.get(column)) else ""
 
 
-def _response(row: Row, column: str) -> str:
+def _response(row: JsonRow, column: str) -> str:
     # A null response is a row without an answer; an absent column is a wrong format.
     if column in row and row[column] is None:
         raise NoResponse(f"column '{column}' is null")
@@ -198,11 +197,11 @@ def _conversation(messages: Sequence[Message], column: str, context: int = 0) ->
     return dataclasses.replace(record, messages=tuple(bare[:end]), unanswered=len(bare) - end)
 
 
-def _read_conversation(column: str) -> Callable[[Row], Record]:
+def _read_conversation(column: str) -> Callable[[JsonRow], Record]:
     return lambda row: _conversation(read_messages(_value(row, column), column), column)
 
 
-def _from_prompt_completion(row: Row) -> Record:
+def _from_prompt_completion(row: JsonRow) -> Record:
     prompt = parse_messages(_value(row, "prompt"))
     completion = parse_messages(row.get("completion"))
     if not isinstance(prompt, list) and not isinstance(completion, list):
@@ -214,7 +213,7 @@ def _from_prompt_completion(row: Row) -> Record:
     return _conversation([*context, *answers], "completion", len(context))
 
 
-def _from_alpaca(row: Row) -> Record:
+def _from_alpaca(row: JsonRow) -> Record:
     instruction, alpaca_input = optional_string(row, "instruction"), optional_string(row, "input")
     if not instruction and "instruction" in row:
         # a few sets have the whole task in the input
@@ -236,15 +235,15 @@ def _from_alpaca(row: Row) -> Record:
     return dataclasses.replace(record, messages=(*history, *record.messages))
 
 
-def _from_question_answer(row: Row) -> Record:
+def _from_question_answer(row: JsonRow) -> Record:
     return Record.single_turn(_prompt(row, "question"), _response(row, "answer"))
 
 
-def _from_text(row: Row) -> Record:
+def _from_text(row: JsonRow) -> Record:
     return Record(text=_response(row, "text"))
 
 
-def _from_preference(row: Row) -> Record:
+def _from_preference(row: JsonRow) -> Record:
     """Read a pair whose prompt is a column of its own, or the common start of both responses."""
     columns = ("chosen", "rejected")
     responses = [parse_messages(row.get(column)) for column in columns]
@@ -283,7 +282,7 @@ def _from_preference(row: Row) -> Record:
     return dataclasses.replace(pair[0], rejected=pair[1])
 
 
-def _pair_prompt(row: Row) -> str | None:
+def _pair_prompt(row: JsonRow) -> str | None:
     """Return the column with the prompt of a pair; None where both responses begin with it."""
     prompts = [name for name in _PAIR_PROMPTS if is_filled(row.get(name))]
     if len(prompts) > 1:
@@ -334,7 +333,7 @@ def _common_prefix(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     return length - 1 if length and chosen[length - 1] == " " else length
 
 
-def _json_value(row: Row, column: str, kind: type, default: Any) -> Any:
+def _json_value(row: JsonRow, column: str, kind: type, default: Any) -> Any:
     # CSV has only strings, and some JSON files hold JSON in strings.
     value = row.get(column)
     if value is None or value == "":
@@ -345,7 +344,7 @@ def _json_value(row: Row, column: str, kind: type, default: Any) -> Any:
     return value
 
 
-def _add_shared_columns(record: Record, row: Row) -> Record:
+def _add_shared_columns(record: Record, row: JsonRow) -> Record:
     """Put the columns that any conversation may have where they belong: `SHARED_COLUMNS`."""
     changes: dict[str, Any] = {}
     if system := optional_string(row, "system"):
@@ -368,7 +367,7 @@ def _add_shared_columns(record: Record, row: Row) -> Record:
 class Format(NamedTuple):
     """The reader of a format, the columns that identify it, and those that it reads where given."""
 
-    read: Callable[[Row], Record]
+    read: Callable[[JsonRow], Record]
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
@@ -388,7 +387,7 @@ FORMATS: Final = {
 }
 
 
-def detect(rows: Sequence[Row], where: str) -> str:
+def detect(rows: Sequence[JsonRow], where: str) -> str:
     """Return the format whose columns the rows have.
 
     Raises:
@@ -419,7 +418,7 @@ def detect(rows: Sequence[Row], where: str) -> str:
     )
 
 
-def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
+def normalize(rows: Sequence[JsonRow], form: str, where: str) -> list[Record]:
     """Turn rows of one format into records.
 
     Args:
@@ -449,7 +448,7 @@ def normalize(rows: Sequence[Row], form: str, where: str) -> list[Record]:
     return list(records.values())
 
 
-def read_rows(rows: Sequence[Row], form: str) -> tuple[dict[int, Record], dict[int, str]]:
+def read_rows(rows: Sequence[JsonRow], form: str) -> tuple[dict[int, Record], dict[int, str]]:
     """Turn rows of one format into records by row number, and say what is wrong with the others.
 
     Returns:
@@ -492,5 +491,5 @@ def bad_rows_error(bad: Mapping[int, str], locate: Callable[[int], tuple[str, in
     return UserError(f"{path}: row {row}{reason}{further}{remedy}")
 
 
-def _column_names(row: Row) -> str:
+def _column_names(row: JsonRow) -> str:
     return ", ".join(f"'{column}'" for column in row if row[column] is not None) or "none"

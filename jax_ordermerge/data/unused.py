@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from jax_ordermerge.data import turns
-from jax_ordermerge.data.formats import FORMATS, SHARED_COLUMNS, Record, Row, is_filled
+from jax_ordermerge.data.formats import FORMATS, SHARED_COLUMNS, Record, is_filled
 from jax_ordermerge.data.synonyms import advise
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import JsonRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +70,7 @@ def read_columns(
 
 
 def check_unused(
-    rows: Sequence[Row],
+    rows: Sequence[JsonRow],
     records: Sequence[Record],
     form: str,
     template: str,

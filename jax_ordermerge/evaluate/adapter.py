@@ -17,7 +17,7 @@ from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.evaluate import likelihood
 from jax_ordermerge.evaluate.eval_model import EvalModel, name_items
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

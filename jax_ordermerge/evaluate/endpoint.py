@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 # Seconds before further tries. Together two minutes: limits are often per minute, and a server
 # that loads a model again needs about as long.

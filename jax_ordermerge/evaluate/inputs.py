@@ -15,7 +15,8 @@ from jax_ordermerge.data.formats import Record
 from jax_ordermerge.data.messages import Message
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate.eval_model import encode
-from jax_ordermerge.evaluate.prompts import Formatter, Prompt, Question, Row, make_question
+from jax_ordermerge.evaluate.prompts import Formatter, Prompt, Question, make_question
+from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.rng import stream_key_bits
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class TaskInputs:
     test: Examples | None = None
     seed: int = 0
 
-    def rows(self, task: Task) -> list[files.JsonRow]:
+    def rows(self, task: Task) -> list[Json]:
         """Return all rows of the file of a task, its limit not yet applied."""
         # all rows: the shots of MBPP are among them, and a limit could cut them off
         return [
@@ -113,7 +114,7 @@ class TaskInputs:
             for question in self.questions(task, formatter)
         ]
 
-    def instruction_tokens(self, row: Row) -> list[int]:
+    def instruction_tokens(self, row: JsonRow) -> list[int]:
         """Return the tokens of an instruction in the template of the config.
 
         Args:
@@ -159,12 +160,12 @@ class TaskInputs:
         record = Record(messages=(*context, {"role": "assistant", "content": ""}))
         return chat.prompt_tokens(record, "chat", self.tokenizer).tolist()
 
-    def _training_formatter(self, rows: Sequence[Row], settings: Data, path: str) -> Formatter:
+    def _training_formatter(self, rows: Sequence[JsonRow], settings: Data, path: str) -> Formatter:
         # One format and template for all rows of a source, from the first: rows that differ in
         # their columns are an error.
         form = formats.detect(rows, path) if settings.format == "auto" else settings.format
 
-        def record(row: Row) -> Record:
+        def record(row: JsonRow) -> Record:
             return formats.normalize([row], form, path)[0]
 
         template = chat.resolve_template(settings.template, form, [record(rows[0])], self.tokenizer)
@@ -181,7 +182,7 @@ class TaskInputs:
             lambda row: record(row).response,
         )
 
-    def _shot_pool(self, task: ShotsTask) -> list[files.JsonRow]:
+    def _shot_pool(self, task: ShotsTask) -> list[Json]:
         if not task.shots:
             return []
         # the default of data.train is a toy
@@ -210,7 +211,9 @@ class TaskInputs:
             )
         return rows
 
-    def _shots(self, task: ShotsTask, pool: Sequence[Row], row: Row, number: int) -> Sequence[Row]:
+    def _shots(
+        self, task: ShotsTask, pool: Sequence[JsonRow], row: JsonRow, number: int
+    ) -> Sequence[JsonRow]:
         # Items and shots may be of one file. A row among its own shots would give its answer away.
         shots = [shot for shot in pool if shot != row]
         if len(shots) < task.shots:

@@ -21,7 +21,7 @@ from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.evaluate import verdict
 from jax_ordermerge.evaluate.endpoint import Endpoint, Reply, Sleep
 from jax_ordermerge.evaluate.metrics import mean_and_error
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 QUESTION = """Which of two answers to an instruction would people prefer: the one that is more \
 helpful, correct and to the point?

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import jinja2
 import jinja2.sandbox
@@ -11,8 +11,8 @@ import jinja2.sandbox
 from jax_ordermerge.config.evaluation import ShotsTask
 from jax_ordermerge.data.messages import Message
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import JsonRow
 
-Row: TypeAlias = Mapping[str, Any]
 # Templates come from configs that others may have written: they cannot run code, and a column
 # that is absent is an error instead of an empty text.
 _JINJA: Final = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -22,7 +22,7 @@ _SINGLE_EXPRESSION: Final = re.compile(r"\s*\{\{((?:(?!\}\}).)*)\}\}\s*", re.DOT
 _ERRORS: Final = (jinja2.TemplateError, TypeError, ValueError, LookupError)
 
 
-def render(template: str, row: Row) -> str:
+def render(template: str, row: JsonRow) -> str:
     """Return a Jinja template filled with the columns of a row.
 
     Raises:
@@ -42,7 +42,7 @@ def render(template: str, row: Row) -> str:
         raise _template_error(template, str(error), row) from error
 
 
-def render_value(template: str, row: Row) -> Any:
+def render_value(template: str, row: JsonRow) -> Any:
     """Return the value of a template that is one expression; of any other template, its text.
 
     Example:
@@ -67,7 +67,7 @@ def render_value(template: str, row: Row) -> Any:
     return value
 
 
-def _template_error(template: str, reason: str, row: Row) -> UserError:
+def _template_error(template: str, reason: str, row: JsonRow) -> UserError:
     # names and not values: a row of a test set does not belong into a log
     columns = ", ".join(map(str, row))
     return UserError(f"template {template!r}: {reason}; the columns are {columns}")
@@ -84,9 +84,9 @@ class Formatter:
         chat: whether question and response are turns of a chat instead of one text.
     """
 
-    prompt: Callable[[Row], str]
-    response: Callable[[Row], str]
-    reference: Callable[[Row], str]
+    prompt: Callable[[JsonRow], str]
+    response: Callable[[JsonRow], str]
+    reference: Callable[[JsonRow], str]
     chat: bool = False
 
 
@@ -103,7 +103,7 @@ class Question:
     """
 
     id: int
-    row: Row
+    row: JsonRow
     prompt: str
     context: str | Sequence[Message]
     reference: str
@@ -127,7 +127,7 @@ class Prompt:
 
 
 def make_question(
-    task: ShotsTask, formatter: Formatter, row: Row, shots: Sequence[Row], number: int
+    task: ShotsTask, formatter: Formatter, row: JsonRow, shots: Sequence[JsonRow], number: int
 ) -> Question:
     """Return an item with the description of its task and its shots before it."""
     prompt = formatter.prompt(row)

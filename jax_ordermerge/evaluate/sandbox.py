@@ -42,7 +42,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 ISOLATIONS = ("namespaces", "rlimits-only")
 # Enough for the tests of HumanEval and MBPP. Programs run one after another.

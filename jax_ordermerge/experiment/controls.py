@@ -11,7 +11,8 @@ from jax_ordermerge.config.merge import merge_name
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import losses, models, waves
 from jax_ordermerge.experiment.context import RunContext
-from jax_ordermerge.layout import Json, RunLayout, read_json, read_npz, write_json, write_npz
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout, read_json, read_npz, write_json, write_npz
 from jax_ordermerge.search import controls
 from jax_ordermerge.search.candidates import Candidate, Population
 from jax_ordermerge.train import members

@@ -10,7 +10,7 @@ from jax_ordermerge.data import pack
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import waves
 from jax_ordermerge.experiment.context import RunContext
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge import population
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.registry import Registry

@@ -15,7 +15,8 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import metrics
 from jax_ordermerge.experiment import losses, models
 from jax_ordermerge.experiment.context import Log, RunContext
-from jax_ordermerge.layout import Json, read_npz, write_npz
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import read_npz, write_npz
 from jax_ordermerge.model import preference
 
 _PAUSE = 10.0  # seconds between messages

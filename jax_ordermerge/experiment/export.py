@@ -8,7 +8,8 @@ import jax_ordermerge
 from jax_ordermerge.checkpoint import convert, sidecar_files
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.experiment.context import RunContext
-from jax_ordermerge.layout import Json, member_name
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import member_name
 from jax_ordermerge.tree import Tree
 
 

@@ -13,7 +13,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import scoring
 from jax_ordermerge.experiment.context import RunContext
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.model import kernels, preference
 from jax_ordermerge.tree import Tree
 

@@ -16,7 +16,7 @@ from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
 from jax_ordermerge.evaluate.eval_model import NotFiniteError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.model import lora
 from jax_ordermerge.tree import Tree
 

@@ -13,7 +13,8 @@ from jax_ordermerge.config.merge import AUTO, Search
 from jax_ordermerge.data import source
 from jax_ordermerge.experiment import export, losses, models
 from jax_ordermerge.experiment.context import RunContext
-from jax_ordermerge.layout import Json, SearchLayout, write_json
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import SearchLayout, write_json
 from jax_ordermerge.report import findings
 from jax_ordermerge.search import search
 from jax_ordermerge.search.candidates import MEMBER, Candidate, Population

@@ -9,7 +9,8 @@ import numpy as np
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json, RunLayout, read_json
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout, read_json
 
 
 class Overlap(NamedTuple):

@@ -20,7 +20,8 @@ from jax_ordermerge import processes
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.hardware import MEMORY_FRACTION
-from jax_ordermerge.layout import Json, RunLayout
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.plan import compiled
 from jax_ordermerge.train import batches, benchmark, loop, members
 from jax_ordermerge.train.benchmark import StepTiming

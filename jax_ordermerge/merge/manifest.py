@@ -12,8 +12,8 @@ import yaml
 
 import jax_ordermerge
 from jax_ordermerge.checkpoint import atomic, sidecar_files
-from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.data.prompt_card import prompt_section
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge import diagnostics
 from jax_ordermerge.merge.journal import TensorRecord
 from jax_ordermerge.merge.methods import table

@@ -11,10 +11,10 @@ import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.arch import ModelConfig, Rope
-from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.sources.storage import Source
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.collectives import Collectives
 from jax_ordermerge.plan.results import OptionPlan, Plan, ProgramPlan, Settings

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.hardware import Topology
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.analytic import Workload
 from jax_ordermerge.plan.results import OptionPlan, list_changes

@@ -8,7 +8,7 @@ from statistics import fmean
 from scipy import stats
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import document, formatting
 from jax_ordermerge.report.differences import MEAN_MEMBER, MergeComparison
 from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Picture, Table

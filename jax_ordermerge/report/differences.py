@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.paired import Difference, McNemar
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 # `average` is also the name of the merge that the others are compared with.
 MEAN_MEMBER, BEST_MEMBER, AVERAGE = "mean_member", "best_member", "average"

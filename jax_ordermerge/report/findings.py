@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Measure, seed_groups
 from jax_ordermerge.report.formatting import (
     bounds,

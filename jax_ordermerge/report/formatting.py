@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_ordermerge.analysis.paired import CLEAR, WEAK, Difference
 from jax_ordermerge.analysis.result import Estimate
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 # one constant, because pages count and compare verdicts by their text
 INDISTINGUISHABLE = "not distinguishable"

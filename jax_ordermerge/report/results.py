@@ -7,7 +7,7 @@ from statistics import fmean
 
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import document, findings, formatting
 from jax_ordermerge.report.chapters import models
 from jax_ordermerge.report.differences import (

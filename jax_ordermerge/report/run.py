@@ -7,7 +7,8 @@ from pathlib import Path
 
 from jax_ordermerge.config import read_yaml
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json, RunLayout, is_cut_off, read_json, read_jsonl
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout, is_cut_off, read_json, read_jsonl
 from jax_ordermerge.record import refuse_edited_config
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import Comparison, compare

@@ -18,7 +18,7 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge import population
 from jax_ordermerge.merge.methods import table
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.rng import stream_key_bits
 from jax_ordermerge.search.candidates import BASE, Candidate, Population, baselines
 from jax_ordermerge.tree import Tree

@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_ordermerge import processes
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 
 class LossCache:

@@ -11,7 +11,8 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.order import permutation
-from jax_ordermerge.layout import Json, SearchLayout
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import SearchLayout
 from jax_ordermerge.search import sampling
 from jax_ordermerge.search.candidates import (
     MEMBER,

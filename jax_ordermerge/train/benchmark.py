@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.train import batches, loop
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.programs import LoadBase, Programs

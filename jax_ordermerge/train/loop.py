@@ -20,7 +20,8 @@ from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.checkpoint.orbax import Checkpoints
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
-from jax_ordermerge.layout import Json, RunLayout
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.train import batches, recorder, resume, trackers, validation
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.programs import LoadBase, Programs

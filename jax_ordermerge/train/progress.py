@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 _PAUSE = 10.0  # seconds between plain lines
 # Metrics that are shown: label and number of digits. All others are in the log; a terminal has one

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jax_ordermerge import layout as layouts
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json, RunLayout
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.train import flops
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.step import Metrics

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax_ordermerge.checkpoint.orbax import Checkpoints
 from jax_ordermerge.config import fixed_settings
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.train import validation
 from jax_ordermerge.train.programs import Programs
 from jax_ordermerge.train.recorder import Recorder

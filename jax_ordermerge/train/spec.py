@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import field
 
 from jax_ordermerge import config
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 
 @dataclasses.dataclass(frozen=True)

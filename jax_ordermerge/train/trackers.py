@@ -13,7 +13,8 @@ import jax
 from jax_ordermerge import config
 from jax_ordermerge import layout as layouts
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import Json, RunLayout, member_name
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout, member_name
 from jax_ordermerge.train.spec import TrackingSpec
 
 

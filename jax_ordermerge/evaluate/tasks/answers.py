@@ -12,7 +12,7 @@ from jax_ordermerge.evaluate import matching, symbolic
 from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.metrics import accuracy
 from jax_ordermerge.evaluate.prompts import Formatter, Prompt, render
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 
 if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs

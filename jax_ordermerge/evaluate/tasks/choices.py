@@ -11,8 +11,8 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.likelihood import make_pair, truncate_pair
 from jax_ordermerge.evaluate.metrics import accuracy
-from jax_ordermerge.evaluate.prompts import Formatter, Question, Row, render, render_value
-from jax_ordermerge.layout import Json
+from jax_ordermerge.evaluate.prompts import Formatter, Question, render, render_value
+from jax_ordermerge.json_types import Json, JsonRow
 
 if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs
@@ -34,7 +34,7 @@ class ChoiceTask(FileTask, ShotsTask):
     def formatter(self) -> Formatter:
         """The formatter of the task's templates."""
 
-        def right_choice(row: Row) -> str:
+        def right_choice(row: JsonRow) -> str:
             choices, number = read_choices(self, row)
             return choices[number]
 
@@ -45,7 +45,7 @@ class ChoiceTask(FileTask, ShotsTask):
         )
 
 
-def read_choices(task: ChoiceTask, row: Row) -> tuple[list[str], int]:
+def read_choices(task: ChoiceTask, row: JsonRow) -> tuple[list[str], int]:
     """Return the choices of a row and the number of the right one.
 
     Raises:

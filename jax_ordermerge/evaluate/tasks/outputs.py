@@ -8,8 +8,7 @@ from pydantic import Field
 from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, GeneratedTask, TaskKind
 from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.matching import truncate
-from jax_ordermerge.evaluate.prompts import Row
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json, JsonRow
 
 if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs
@@ -29,7 +28,7 @@ def run(task: OutputTask, model: EvalModel, inputs: "TaskInputs") -> TaskResult:
 
 
 def follow(
-    task: OutputTask, rows: Sequence[Row], prompts: Sequence[Sequence[int]], model: EvalModel
+    task: OutputTask, rows: Sequence[JsonRow], prompts: Sequence[Sequence[int]], model: EvalModel
 ) -> TaskResult:
     """Let a model follow instructions. Nothing is scored here; see `judge.py`.
 

@@ -22,8 +22,7 @@ from jax_ordermerge.evaluate import code_blocks, sandbox
 from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.metrics import mean_and_error
-from jax_ordermerge.evaluate.prompts import Row
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json, JsonRow
 
 if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs
@@ -125,7 +124,7 @@ class Problem:
         )
 
 
-def humaneval(rows: Sequence[Row]) -> list[Problem]:
+def humaneval(rows: Sequence[JsonRow]) -> list[Problem]:
     """Return the problems of HumanEval: the model completes a function from its head.
 
     A continuation ends at the next statement at top level.
@@ -173,7 +172,7 @@ def humaneval(rows: Sequence[Row]) -> list[Problem]:
     return problems
 
 
-def mbpp(rows: Sequence[Row]) -> list[Problem]:
+def mbpp(rows: Sequence[JsonRow]) -> list[Problem]:
     """Return the problems of MBPP, each after the problems 2, 3 and 4, which are not asked.
 
     Raises:
@@ -223,12 +222,12 @@ def mbpp(rows: Sequence[Row]) -> list[Problem]:
     return problems
 
 
-def _mbpp_task(row: Row) -> Any:
+def _mbpp_task(row: JsonRow) -> Any:
     # The sanitized version of MBPP has the column `prompt` instead of `text`.
     return _column(row, "prompt" if "text" not in row and "prompt" in row else "text", "mbpp")
 
 
-def _mbpp_prompt(row: Row) -> str:
+def _mbpp_prompt(row: JsonRow) -> str:
     tests = "\n".join(_column(row, "test_list", "mbpp"))
     return (
         f"You are an expert Python programmer, and here is your task: {_mbpp_task(row)} "
@@ -266,7 +265,7 @@ def _checked_names(tests: str, setup: str, reference: str) -> tuple[str, ...]:
     return tuple(sorted(free & (defines | (free - python - imports))))
 
 
-def _column(row: Row, name: str, kind: str) -> Any:
+def _column(row: JsonRow, name: str, kind: str) -> Any:
     if name not in row:
         raise UserError(
             f"a task of kind {kind} reads the column {name}, its data has {', '.join(row)}; give "
@@ -275,7 +274,7 @@ def _column(row: Row, name: str, kind: str) -> Any:
     return row[name]
 
 
-PROBLEMS: dict[str, Callable[[Sequence[Row]], list[Problem]]] = {
+PROBLEMS: dict[str, Callable[[Sequence[JsonRow]], list[Problem]]] = {
     "humaneval": humaneval,
     "mbpp": mbpp,
 }
@@ -309,7 +308,7 @@ def run(task: ProgramTask, model: EvalModel, inputs: "TaskInputs") -> TaskResult
     return write(task, inputs.rows(task), model, seed=inputs.seed)
 
 
-def write(task: ProgramTask, rows: Sequence[Row], model: EvalModel, *, seed: int) -> TaskResult:
+def write(task: ProgramTask, rows: Sequence[JsonRow], model: EvalModel, *, seed: int) -> TaskResult:
     """Let a model write programs, and run their tests in the sandbox.
 
     Args:

@@ -12,8 +12,8 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
 from jax_ordermerge.evaluate.likelihood import rolling_logprobs
 from jax_ordermerge.evaluate.metrics import ratio_and_error
-from jax_ordermerge.evaluate.prompts import Row, render
-from jax_ordermerge.layout import Json
+from jax_ordermerge.evaluate.prompts import render
+from jax_ordermerge.json_types import Json, JsonRow
 
 if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs
@@ -32,7 +32,7 @@ def run(task: TextTask, model: EvalModel, inputs: "TaskInputs") -> TaskResult:
     return measure(task, inputs.rows(task)[: task.limit], model)
 
 
-def measure(task: TextTask, rows: Sequence[Row], model: EvalModel) -> TaskResult:
+def measure(task: TextTask, rows: Sequence[JsonRow], model: EvalModel) -> TaskResult:
     """Measure the perplexity of a model on texts of any length, each by itself.
 
     Returns:

@@ -11,7 +11,8 @@ from jax_ordermerge.evaluate.eval_model import TextGenerator
 from jax_ordermerge.experiment import controls, dpo_reference, losses, models, stack_models
 from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.experiment.run_config import model_names
-from jax_ordermerge.layout import Json, RunLayout, read_json, write_json
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout, read_json, write_json
 from jax_ordermerge.tree import Tree
 
 _LARGEST_LOG = 700.0  # exp of more overflows float64

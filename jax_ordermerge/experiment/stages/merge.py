@@ -4,7 +4,8 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import AUTO, merge_name
 from jax_ordermerge.experiment import data_dependent, export, losses, models, search
 from jax_ordermerge.experiment.context import RunContext, Stage
-from jax_ordermerge.layout import Json, RunLayout, read_json, write_json
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import RunLayout, read_json, write_json
 from jax_ordermerge.merge import population as merging
 from jax_ordermerge.search.candidates import Population
 from jax_ordermerge.tree import Tree

@@ -14,9 +14,9 @@ import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import convert, sidecar_files
-from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.plan import (
     Plan,
     check_same,

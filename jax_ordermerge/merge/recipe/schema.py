@@ -9,10 +9,10 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 
-from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.config.section import DuplicateKeyError, Section, UniqueKeyLoader
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.recipe.settings import Settings, parse_settings
 
 # Keys of which a recipe has at least one, and the config of an experiment has none.

@@ -19,9 +19,9 @@ import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import json_files
-from jax_ordermerge.checkpoint.json_files import Json
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.sources.storage import Source
 
 TOKENIZER = "tokenizer.json"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
 from jax_ordermerge.report.plots import imbalance as plots

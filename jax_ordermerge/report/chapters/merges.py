@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from jax_ordermerge.analysis.paired import Difference
 from jax_ordermerge.config.merge import AUTO
-from jax_ordermerge.layout import Json, member_name
+from jax_ordermerge.json_types import Json
+from jax_ordermerge.layout import member_name
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import AVERAGE, BEST_MEMBER, MEAN_MEMBER, RIVALS
 from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table

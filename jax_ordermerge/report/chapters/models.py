@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jax_ordermerge.analysis import paired
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Comparison, Measure
 from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table

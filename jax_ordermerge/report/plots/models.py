@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from jax_ordermerge.layout import Json
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.report.plots.figure import DASHED, INK, KIND, MARKS, WIDTH, draw, names_down
 from jax_ordermerge.report.run import percentages
 
