@@ -11,13 +11,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonValue
 
 CONFIG = "config.yaml"  # what makes a directory a run directory
 _MEMBER = re.compile(r"member_(\d+)")
@@ -276,7 +275,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON; see `write_bytes`. NaN and infinities are refused: JSON has no sign for them.
 
     Example:
@@ -289,7 +288,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> JsonValue:
     """Return the parsed file, or None where it is absent.
 
     Raises:

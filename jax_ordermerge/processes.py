@@ -26,7 +26,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GRACE = 60
 
 
-def check_alike(inputs: Mapping[str, Any]) -> None:
+def check_alike(inputs: Mapping[str, object]) -> None:
     """Refuse inputs that differ between processes. All processes call it at the same point.
 
     Args:
@@ -158,7 +158,7 @@ def end(code: int, patience: float) -> None:
     sys.exit(code)
 
 
-def within(work: Callable[[], Any], seconds: float) -> bool:
+def within(work: Callable[[], object], seconds: float) -> bool:
     """Run `work` in a thread, and return whether it ended in time. Its exceptions are raised.
 
     A thread that did not end is a daemon: it does not keep the process alive.

@@ -9,7 +9,7 @@ import functools
 import operator
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax_ordermerge import config as schema
 from jax_ordermerge import layout as layouts
@@ -17,7 +17,7 @@ from jax_ordermerge.checkpoint.model_digest import model_digest
 from jax_ordermerge.config import Config, Model
 from jax_ordermerge.config.merge import merge_name
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonValue
 from jax_ordermerge.layout import RunLayout
 
 
@@ -74,7 +74,7 @@ def difference(old: Json, new: Json) -> list[str]:
         ['model.init: random -> None', 'seed: 0 -> 1']
     """
 
-    def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    def leaves(node: JsonValue, prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
         if isinstance(node, dict):
             for key, value in node.items():
                 yield from leaves(value, f"{prefix}.{key}" if prefix else key)
@@ -308,7 +308,7 @@ class Record:
         layouts.write_json(self._run.stages, stages)
 
 
-def _get(node: Any, key: str) -> Any:
+def _get(node: JsonValue, key: str) -> JsonValue:
     return functools.reduce(operator.getitem, key.split("."), node)
 
 
@@ -329,7 +329,7 @@ def _items(config: Config, key: str) -> Json:
     return {key: value} if value else {}
 
 
-def _basis(stage: str, config: Config, item: Any) -> Any:
+def _basis(stage: str, config: Config, item: JsonValue) -> JsonValue:
     """Return an item with the settings outside of it that its results in a stage rest on."""
     # Only the stage that reads a setting has a record of it; to the others it has its default.
     reads = "merge.fisher_examples" in READS[stage].repeated

@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
+
+from jax_ordermerge.json_types import Json, JsonValue
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -52,7 +54,7 @@ def or_missing(statistic: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         return Missing(str(error))
 
 
-def asdict(result: Any) -> Any:
+def asdict(result: object) -> JsonValue:
     """Return results of this package as plain data for JSON. Fields that are None are left out.
 
     Example:
@@ -66,7 +68,7 @@ def asdict(result: Any) -> Any:
     """
     if dataclasses.is_dataclass(result):
         # by hand: `dataclasses.asdict` keeps None, nests everything and copies the arrays
-        document: dict[str, Any] = {}
+        document: Json = {}
         for field in dataclasses.fields(result):
             value = asdict(getattr(result, field.name))
             if field.metadata.get("inline"):

@@ -1,14 +1,15 @@
 """`ModelConfig`: the shape and mathematics of a model, from and to a Hugging Face config."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
 from jax_ordermerge.arch import rope as ropes
 from jax_ordermerge.arch.families import DEFAULTS, FAMILIES, Family
 from jax_ordermerge.arch.hf_keys import check_keys
 from jax_ordermerge.arch.rope import Rope
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 
 _SIZES: Final = (
     "vocab_size",
@@ -115,7 +116,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(
-        cls, config: Mapping[str, Any], ignore: Iterable[str] = (), path: str = "config.json"
+        cls, config: JsonRow, ignore: Iterable[str] = (), path: str = "config.json"
     ) -> "ModelConfig":
         """Read the dict of a `config.json`. A key that it lacks means what transformers takes.
 
@@ -199,7 +200,7 @@ class ModelConfig:
             self, eos_token_ids=tuple(dict.fromkeys((*ends, *self.eos_token_ids)))
         )
 
-    def to_hf(self, dtype: str) -> dict[str, Any]:
+    def to_hf(self, dtype: str) -> Json:
         """Return a `config.json` that transformers 4 and 5, vLLM, SGLang and llama.cpp read alike.
 
         Args:
@@ -215,7 +216,7 @@ class ModelConfig:
         family = FAMILIES[self.family]
         rope, eos = self.rope.to_hf(), self.eos_token_ids
         # Keys that a family of transformers does not know are left out of its file.
-        optional: dict[str, Any] = {}
+        optional: Json = {}
         if family.attention_bias:
             optional["attention_bias"] = self.output_bias
         if family.mlp_bias:
@@ -254,7 +255,7 @@ class ModelConfig:
             **self._windows_to_hf(family),
         }
 
-    def _windows_to_hf(self, family: Family) -> dict[str, Any]:
+    def _windows_to_hf(self, family: Family) -> Json:
         window, windows = self.sliding_window, self.windows
         if family.window == "none":
             return {}
@@ -271,12 +272,12 @@ class ModelConfig:
         }
 
 
-def _ids(value: Any) -> tuple[Any, ...]:
+def _ids(value: JsonValue) -> tuple[JsonValue, ...]:
     # Hugging Face writes one id as an int and several as a list.
     return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _check_values(values: Mapping[str, Any], path: str) -> None:
+def _check_values(values: JsonRow, path: str) -> None:
     """Refuse values of another JSON type, which would fail far from the file."""
     for key in (*_SIZES, *_OPTIONAL_SIZES):
         value = values[key]
@@ -296,7 +297,7 @@ def _check_values(values: Mapping[str, Any], path: str) -> None:
             raise UserError(f"{path}: {key} = {values[key]!r}; expected a token id, or null")
 
 
-def _check_flags(values: Mapping[str, Any], family: Family, path: str) -> None:
+def _check_flags(values: JsonRow, family: Family, path: str) -> None:
     """Refuse options that are set but not read by a family."""
     unread = {
         # the fixed biases of Qwen2 are what `attention_bias` asks for
@@ -311,9 +312,7 @@ def _check_flags(values: Mapping[str, Any], family: Family, path: str) -> None:
             )
 
 
-def _windows(
-    values: Mapping[str, Any], family: Family, path: str
-) -> tuple[int | None, tuple[int, ...]]:
+def _windows(values: JsonRow, family: Family, path: str) -> tuple[int | None, tuple[int, ...]]:
     """Return the window, and the layers that see all earlier tokens in spite of it."""
     layers, window, types = (
         values[key] for key in ("num_hidden_layers", "sliding_window", "layer_types")

@@ -1,14 +1,14 @@
 """Model families: one row for each, with the flags in which it differs from Llama."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
+from jax_ordermerge.json_types import JsonRow
 from jax_ordermerge.registry import Registry
 
 # What the config classes of transformers take where a file leaves a key out. A file of transformers
 # may lack any key, and then means these: a window that is read as absent is another model.
-DEFAULTS: Final[Mapping[str, Any]] = {
+DEFAULTS: Final[JsonRow] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -47,7 +47,7 @@ class Family:
     """
 
     architecture: str
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: JsonRow = dataclasses.field(default_factory=dict)
     qkv_bias: bool = False
     qk_norm: bool = False
     window: Literal["none", "all", "by_layer"] = "none"

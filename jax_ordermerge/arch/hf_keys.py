@@ -1,9 +1,9 @@
 """Keys of a Hugging Face `config.json`: which are read, refused or ignored."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import JsonRow, JsonValue
 
 # How to pass over keys, for messages.
 IGNORE_HINT: Final = (
@@ -11,7 +11,7 @@ IGNORE_HINT: Final = (
     " with --ignore-config-keys"
 )
 # Keys that change the model in ways that are not implemented, and the values without effect.
-_MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
+_MUST_BE: Final[dict[str, tuple[JsonValue, ...]]] = {
     # two names of the same function
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1, None),
@@ -142,7 +142,7 @@ _NEUTRAL: Final = frozenset(
 )
 
 
-def check_keys(config: Mapping[str, Any], ignore: frozenset[str], path: str) -> None:
+def check_keys(config: JsonRow, ignore: frozenset[str], path: str) -> None:
     """Refuse keys that are unknown or change the model in a way that is not implemented.
 
     Args:

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json, JsonRow
 
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 # The parameters that each type of rope needs, besides theta.
@@ -89,7 +90,7 @@ class Rope:
             return max(positions, int(self.original_max_position_embeddings * self.factor))
         return positions
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> Json:
         """Return the parameters of this type of rope, without theta.
 
         Example:
@@ -106,9 +107,7 @@ class Rope:
         return {"rope_type": self.kind, **values}
 
 
-def from_hf(
-    config: Mapping[str, Any], positions: int, *, path: str, ignore: Collection[str] = ()
-) -> Rope:
+def from_hf(config: JsonRow, positions: int, *, path: str, ignore: Collection[str] = ()) -> Rope:
     """Read the rope of a `config.json`, in the form of transformers 4 or 5.
 
     Args:
@@ -159,7 +158,7 @@ def from_hf(
 
 
 def _parse(
-    form: Mapping[str, Any], theta: float, positions: int, where: str, ignore: Collection[str]
+    form: JsonRow, theta: float, positions: int, where: str, ignore: Collection[str]
 ) -> Rope:
     kinds = {form[key] for key in ("rope_type", "type") if key in form} or {"default"}
     kind = kinds.pop()
@@ -204,7 +203,7 @@ def _parse(
     return Rope(theta=theta, kind=kind, **read)
 
 
-def _number(value: Any, name: str, where: str) -> float:
+def _number(value: object, name: str, where: str) -> float:
     # true is 1 in Python, but no one means a number by it
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{where}: {name} = {value!r}; expected a number")

@@ -126,7 +126,7 @@ def check_tensors(reader: safetensors.Reader, config: ModelConfig) -> None:
 
 
 def export(
-    params: Mapping[str, Any],
+    params: Mapping[str, object],
     config: ModelConfig,
     directory: str | Path,
     *,
@@ -285,7 +285,7 @@ def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
-def _check_params(flat: Mapping[str, Any], config: ModelConfig, member: int | None) -> None:
+def _check_params(flat: Mapping[str, jax.Array], config: ModelConfig, member: int | None) -> None:
     expected = {spec.path: spec.shape for spec in arch.tensor_table(config)}
     # sorted, so that the error is the same every time
     for path in sorted(expected.keys() ^ flat.keys()):
@@ -304,7 +304,7 @@ def _check_params(flat: Mapping[str, Any], config: ModelConfig, member: int | No
 
 
 def _hf_tensors(
-    flat: Mapping[str, Any], config: ModelConfig, member: int | None
+    flat: Mapping[str, jax.Array], config: ModelConfig, member: int | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name, spec, layer in arch.hf_tensors(config):
         # bound to no name: while the next tensor is gathered, this one is already freed

@@ -19,7 +19,8 @@ import numpy as np
 
 from jax_ordermerge.checkpoint import placement
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.tree import unflatten
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
+from jax_ordermerge.tree import PyTree, unflatten
 
 T = TypeVar("T")
 # checkpoints/
@@ -81,7 +82,7 @@ class Checkpoints:
         self._on_saved, self._thread = on_saved, ThreadPoolExecutor(1)
         self._notification: Future[None] | None = None
 
-    def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
+    def save(self, step: int, tree: PyTree, metadata: JsonRow | None = None) -> None:
         """Wait for the save in progress, start this one, and return when arrays may change again.
 
         Args:
@@ -123,7 +124,7 @@ class Checkpoints:
         self.wait()
         return restore(self.directory, step, abstract_tree)
 
-    def metadata(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> Json:
         """See `metadata`."""
         self.wait()
         return metadata(self.directory, step)
@@ -150,9 +151,7 @@ class Checkpoints:
             self.close()
 
 
-def save(
-    directory: str | Path, step: int, tree: Any, metadata: Mapping[str, Any] | None = None
-) -> None:
+def save(directory: str | Path, step: int, tree: PyTree, metadata: JsonRow | None = None) -> None:
     """Save one checkpoint and wait for it; see `Checkpoints.save`."""
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(step, tree, metadata)
@@ -168,7 +167,7 @@ def latest(directory: str | Path) -> int | None:
     return max(_steps(Path(directory)), default=None)
 
 
-def metadata(directory: str | Path, step: int) -> dict[str, Any]:
+def metadata(directory: str | Path, step: int) -> Json:
     """Return the JSON data saved with a step.
 
     Raises:
@@ -225,7 +224,7 @@ def restore_member(directory: str | Path, step: int, member: int, abstract_tree:
     # Orbax restores whole arrays only. tensorstore, which it writes with, reads any part.
     checkpoint = _checkpoint_path(directory, step)
 
-    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def load(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         store = _open_store(checkpoint, ".".join(_leaf_name(path)))
         return placement.place(leaf, lambda index: store[member][index].read().result())
 
@@ -335,7 +334,7 @@ def _checkpoint_path(directory: str | Path, step: int) -> Path:
     return path
 
 
-def _read_metadata(directory: str | Path, step: int) -> Any:
+def _read_metadata(directory: str | Path, step: int) -> JsonValue:
     """Return Orbax's metadata of a checkpoint: names and shapes of the arrays, custom metadata."""
     _silence_orbax()
     path = _checkpoint_path(directory, step)
@@ -361,7 +360,7 @@ def _damage_as_user_error(path: Path) -> Iterator[None]:
 
 
 def _check_arrays(
-    directory: str | Path, step: int, abstract_tree: Any, member: int | None = None
+    directory: str | Path, step: int, abstract_tree: PyTree, member: int | None = None
 ) -> None:
     """Compare names and shapes. Orbax itself returns a placeholder for an absent array."""
     stored = {
@@ -391,7 +390,7 @@ def _check_arrays(
             raise UserError(f"{checkpoint} has members 0 to {shape[0] - 1}, not {member}")
 
 
-def _leaf_name(path: tuple[Any, ...]) -> tuple[str, ...]:
+def _leaf_name(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
     """Return the name of a leaf as Orbax stores it: dict keys, field names, or positions."""
     return tuple(
         str(next(getattr(part, a) for a in ("key", "idx", "name") if hasattr(part, a)))

@@ -21,7 +21,7 @@ from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import atomic, json_files, shards, sidecar_files
 from jax_ordermerge.checkpoint.shards import DTYPES, INDEX, SHARD_BYTES, SINGLE
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonValue
 
 _MAX_HEADER = 100_000_000  # bytes, a rule of the format
 
@@ -279,8 +279,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     }
 
 
-def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
+def _refuse_duplicates(pairs: Sequence[tuple[str, JsonValue]]) -> Json:
+    entries: Json = {}
     for key, value in pairs:
         key.encode()  # a ValueError for half a surrogate pair, which cannot be printed
         if key in entries:
@@ -290,7 +290,7 @@ def _refuse_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_entry(
-    path: Path, name: str, raw: Any
+    path: Path, name: str, raw: object
 ) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     """Return dtype, shape, begin and end of a tensor from its entry in a header."""
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
@@ -329,7 +329,7 @@ def _printable_error(message: str) -> UserError:
     return UserError("".join(c if c.isprintable() else "?" for c in line)[:500])
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < 2**63 for item in value
     )

@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike
 
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # the default of transformers
@@ -119,7 +120,7 @@ class ShardFiles:
         self._unflushed = 0
 
     def _header(self, tensors: list[str], sizes: Mapping[str, int]) -> bytes:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: Json = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in tensors:
             offsets = [end, end := end + sizes[name]]

@@ -56,13 +56,20 @@ def read_config(target: Path, overrides: list[str] | None) -> "Config":
     return run_config.read_config(target, overrides or ())
 
 
-def refuse_options(context: typer.Context, mode: str, allowed: Collection[str] = ()) -> None:
+def refuse_options(
+    context: typer.Context,
+    mode: str,
+    allowed: Collection[str] = (),
+    *,
+    ignored: Collection[str] = (),
+) -> None:
     """Refuse options that were given although this mode of a command does not read them.
 
     Args:
         context: of the command.
         mode: what the command does here, for the message.
         allowed: names of the parameters that this mode reads.
+        ignored: names of those that it does not read; by default all but the allowed ones.
 
     Raises:
         UserError: an option would be ignored.
@@ -70,8 +77,10 @@ def refuse_options(context: typer.Context, mode: str, allowed: Collection[str] =
     for parameter in context.command.params:
         name = parameter.name or ""
         is_option = parameter.param_type_name == "option"
+        is_read = name not in ignored if ignored else name in allowed
         source = context.get_parameter_source(name)
-        if not is_option or name in allowed or source is None or source.name != "COMMANDLINE":
+        # defaults and environment variables are not what the user asked for here
+        if not is_option or is_read or source is None or source.name != "COMMANDLINE":
             continue
         raise UserError(f"{parameter.opts[0]} would be ignored: {mode}; leave it out")
 

@@ -55,8 +55,7 @@ def data(
     from jax_ordermerge.data import preview, tokenizers
 
     if row is not None and order is None:
-        others = {parameter.name for parameter in context.command.params} - {"rows"}
-        refuse_options(context, "--row shows one example", others)
+        refuse_options(context, "--row shows one example", ignored=["rows"])
     selection = command.Selection(rows, row, split, order)
     with tokenizers.without_torch():
         loaded = command.load(read_config(config, overrides))
@@ -100,8 +99,8 @@ def plan(
     from jax_ordermerge.commands import plan as command
 
     if topology is None:
-        others = {parameter.name for parameter in context.command.params} - {"slices"}
-        refuse_options(context, "it goes with --topology of TPUs, as in v5p:4x4x2", others)
+        mode = "it goes with --topology of TPUs, as in v5p:4x4x2"
+        refuse_options(context, mode, ignored=["slices"])
     text = command.plan_experiment(
         read_config(config, overrides),
         topology=topology,

@@ -210,8 +210,8 @@ def generate(
     from jax_ordermerge.evaluate.sampling import Sampling
 
     if temperature == 0:
-        others = {parameter.name or "" for parameter in context.command.params} - {"seed"}
-        refuse_options(context, "without --temperature above 0 nothing is drawn", others)
+        mode = "without --temperature above 0 nothing is drawn"
+        refuse_options(context, mode, ignored=["seed"])
     sampling = Sampling(temperature, top_k, top_p, seed)
     asking = command.Asking(raw, system, command.read_variables(variables or ()))
     stops = command.check_stops(stop or ())

@@ -59,8 +59,8 @@ def deliver(text: str, target: str, out: Path | None, *, submit: bool, log: Log)
             path.write_text(text)
         except OSError as error:
             raise UserError(
-                f"--out {path} cannot be written ({error.strerror}); give a file in a directory that"
-                " exists"
+                f"--out {path} cannot be written ({error.strerror}); give a file in a directory"
+                " that exists"
             ) from error
         if out:
             log(f"wrote {out}")

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO
 
 from rich import box
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jax_ordermerge.checkpoint.compare import Difference, Inventory, Numbers, Stats
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonValue
 
 _MAX_WIDTH = 10_000  # characters; tensor names are long, and a file has no edge to wrap at
 
@@ -146,7 +146,7 @@ def show(table: Table, file: IO[str] | None = None) -> None:
     console.print(table)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> JsonValue:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)

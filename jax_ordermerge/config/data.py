@@ -2,13 +2,14 @@
 
 import datetime as dt
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from jax_ordermerge.config.section import Section, parse
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json
 
 FormatName = Literal[
     "auto",
@@ -50,7 +51,7 @@ class DataSource(Section):
     limit: PositiveInt | None = None
 
     @pydantic.model_serializer(mode="wrap")
-    def _write_what_is_set(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _write_what_is_set(self, write: pydantic.SerializerFunctionWrapHandler) -> Json:
         # What is left out follows the section, so a null would be noise in config.yaml.
         return {name: value for name, value in write(self).items() if value is not None}
 

@@ -12,6 +12,7 @@ import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
 from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, parse, registered
+from jax_ordermerge.json_types import JsonValue
 from jax_ordermerge.registry import Registry
 
 PREFERENCES: Final = "preferences"  # the name under which held-out pairs are evaluated
@@ -116,7 +117,7 @@ class _OneTask(Section):
     task: AnyTask
 
 
-def make_task(**settings: Any) -> Task:
+def make_task(**settings: JsonValue) -> Task:
     """Return a task of the kind that its settings name.
 
     Raises:

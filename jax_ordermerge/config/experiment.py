@@ -1,8 +1,8 @@
 """The schema of an experiment, and how it is read from YAML and `--set` overrides."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 import yaml
@@ -22,6 +22,7 @@ from jax_ordermerge.config.training import (
     Training,
 )
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json, JsonRow
 
 AxisSize = Annotated[int, Field(ge=-1)]
 
@@ -103,8 +104,10 @@ class Distributed(Section):
     @pydantic.model_validator(mode="after")
     def _started(self) -> "Distributed":
         # `processes: 1` and `index: 0` only state what happens without a coordinator.
-        alone = {"processes": 1, "index": 0}
-        ignored = [key for key, value in alone.items() if getattr(self, key) not in (None, value)]
+        defaults = {"processes": 1, "index": 0}
+        ignored = [
+            key for key, value in defaults.items() if getattr(self, key) not in (None, value)
+        ]
         if ignored and self.coordinator is None:
             raise ValueError(
                 f"{ignored[0]} would be ignored: without coordinator one process runs alone; give"
@@ -339,7 +342,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return make_config(raw, str(path or "config"))
 
 
-def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
+def make_config(raw: JsonRow, where: str = "config") -> Config:
     """Validate a nested dict of differences from the defaults.
 
     Example:
@@ -353,7 +356,7 @@ def make_config(raw: Mapping[str, Any], where: str = "config") -> Config:
     return parse(Config, raw, where)
 
 
-def read_search(file: Path | None, configured: Search | None, changes: Mapping[str, Any]) -> Search:
+def read_search(file: Path | None, configured: Search | None, changes: JsonRow) -> Search:
     """Return the settings of a search.
 
     Args:
@@ -375,7 +378,7 @@ def read_search(file: Path | None, configured: Search | None, changes: Mapping[s
     return parse(Search, raw | dict(changes), "search" if file is None else str(file))
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> Json:
     """Return the resolved config as plain YAML-able data, every default written out.
 
     Example:
@@ -386,7 +389,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def read_yaml(file: Path, what: str = "config", expected: str = "training:") -> dict[str, Any]:
+def read_yaml(file: Path, what: str = "config", expected: str = "training:") -> Json:
     """Return the sections of a YAML file as plain data, not validated; an empty file has none.
 
     Args:

@@ -7,6 +7,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from jax_ordermerge.config.section import Section, parse
+from jax_ordermerge.json_types import Json
 
 AUTO = "auto"  # name of the merge that a search selects
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -80,7 +81,7 @@ class Range(Section):
         return float(f"{math.exp(value) if self.log else value:.9g}")
 
 
-def _search_value(value: Any) -> Any:
+def _search_value(value: object) -> object:
     if isinstance(value, dict):
         return parse(Range, value, "a range")
     # a tuple, as all sequences of a frozen section: a list in it could still be changed
@@ -170,7 +171,7 @@ class MergeSpec(Section):
     weights: tuple[NonNegativeFloat, ...] | None = Field(
         None, description="one weight per member; by default equal"
     )
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Json = Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
     def _seed_or_seeds(self) -> "MergeSpec":
@@ -225,7 +226,7 @@ class Merge(Section):
     # "before", because the type of the field would refuse a name in place of a section.
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _expand_names(cls, value: Any) -> Any:
+    def _expand_names(cls, value: object) -> object:
         """Expand `auto` for the whole section, and `default` and `none` for the controls."""
         if isinstance(value, str):
             if value != AUTO:

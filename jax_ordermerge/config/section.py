@@ -7,6 +7,7 @@ import pydantic
 import yaml
 
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 
 Path = tuple[str | int, ...]
 # Marks a field that may change when a run continues: `Annotated[int, FREE_TO_CHANGE]`. It decides
@@ -27,7 +28,8 @@ class Section(pydantic.BaseModel):
 
     # Unknown keys are refused because an ignored setting would change an experiment silently. Types
     # are not pydantic's strict ones: YAML has no tuples, and it reads 1e-5 without a dot as text.
-    # YAML writes infinity as .inf, and text such as 1e999 becomes it; no setting means anything then.
+    # YAML writes infinity as .inf, and text such as 1e999 becomes it; no setting means anything
+    # then.
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, strict=False, allow_inf_nan=False
     )
@@ -40,7 +42,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 class UniqueKeyLoader(yaml.SafeLoader):
     """The safe loader, which also refuses a mapping with two equal keys."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: dict[str, yaml.Node]) -> yaml.MappingNode:
         # the nodes as written: a key merged by `<<` may be written again, to replace its value
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
@@ -59,7 +61,7 @@ class DuplicateKeyError(ValueError):
     """The text of an error about two equal keys."""
 
 
-def load_yaml(text: str, where: str) -> Any:
+def load_yaml(text: str, where: str) -> JsonValue:
     """Return what a YAML text holds; two equal keys in one mapping are an error.
 
     The YAML standard forbids them, but PyYAML lets the last one win. A setting above it would then
@@ -86,7 +88,7 @@ def load_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
-def read_value(text: str, where: str) -> Any:
+def read_value(text: str, where: str) -> JsonValue:
     """Return the YAML value of one `KEY=VALUE` of the command line.
 
     A comment is refused: what follows ` #` is part of the value that the user meant.
@@ -118,7 +120,7 @@ def read_value(text: str, where: str) -> Any:
         raise UserError(f"{where}: the value is not valid YAML: {text}") from error
 
 
-def fixed_settings(section: Section) -> dict[str, Any]:
+def fixed_settings(section: Section) -> Json:
     """Return the settings that must stay the same when a run continues, as plain data.
 
     Example:
@@ -148,7 +150,7 @@ class HasSettings(Protocol):
         """The section with the settings of the kind."""
 
 
-def parse(section: type[SectionType], raw: Mapping[str, Any], where: str) -> SectionType:
+def parse(section: type[SectionType], raw: JsonRow, where: str) -> SectionType:
     """Validate the values of a section.
 
     Args:
@@ -310,7 +312,7 @@ def _field_names(section: type[Section], path: Path, *, required: bool = False) 
     return [name for name, field in fields if field.is_required() or not required]
 
 
-def override(raw: dict[str, Any], item: str) -> None:
+def override(raw: Json, item: str) -> None:
     """Change a nested dict as one `--set` says.
 
     Args:

@@ -6,7 +6,7 @@ each. They bring their settings with them.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 from pydantic import (
@@ -341,7 +341,7 @@ class Lora(Section):
     # "before": pydantic takes no string for a tuple
     @pydantic.field_validator("targets", mode="before")
     @classmethod
-    def _one_name_is_a_list(cls, value: Any) -> Any:
+    def _one_name_is_a_list(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
 

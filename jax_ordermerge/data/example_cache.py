@@ -31,6 +31,7 @@ from jax_ordermerge.data import dates, files
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.data.listing import list_files
 from jax_ordermerge.data.provenance import DataFile, SourceInfo
+from jax_ordermerge.json_types import JsonValue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,7 +202,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _pack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+def _pack(value: Any, arrays: dict[str, np.ndarray]) -> JsonValue:
     """Return a value as JSON that names its arrays.
 
     Example:
@@ -227,7 +228,7 @@ def _pack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     raise TypeError(f"examples with a {kind.__name__} cannot be stored; add it to {__name__}")
 
 
-def _unpack(tree: Any, arrays: Any) -> Any:
+def _unpack(tree: JsonValue, arrays: dict[str, np.ndarray]) -> Any:
     if not isinstance(tree, list):
         return tree
     kind, content = tree

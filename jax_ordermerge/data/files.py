@@ -7,14 +7,14 @@ import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from jax_ordermerge.checkpoint.remote import file_digest
 from jax_ordermerge.data import values
 from jax_ordermerge.data.listing import EXPECTED, HUB_NAME, list_files
 from jax_ordermerge.data.provenance import DataFile
 from jax_ordermerge.errors import UserError, first_line
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonValue
 
 GENERATED: Final = "generated:"
 # Quotes in .tsv files are those of .csv files, as pandas and spreadsheets write and read them.
@@ -136,7 +136,7 @@ def _parse(text: str, name: str, kind: str = "") -> list[Json]:
         texts = (part.strip("\n") for part in text.split(TEXT_END))
         return [{"text": part} for part in texts if part.strip()]
     if kind in DELIMITERS:
-        rows: Any = _parse_csv(text, name, DELIMITERS[kind])
+        rows: JsonValue = _parse_csv(text, name, DELIMITERS[kind])
     elif kind == "json":
         try:
             document = values.parse_json(text)
@@ -175,7 +175,7 @@ def _parse(text: str, name: str, kind: str = "") -> list[Json]:
     return rows
 
 
-def _parse_csv(text: str, name: str, delimiter: str) -> list[dict[Any, Any]]:
+def _parse_csv(text: str, name: str, delimiter: str) -> list[Json]:
     csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
     # Not strict, a quote that is never closed would take in the rest of the file as one cell.
     lines = io.StringIO(text.lstrip("\r\n"), newline="")

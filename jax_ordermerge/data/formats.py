@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from jax_ordermerge.data.messages import (
     Message,
@@ -17,7 +17,7 @@ from jax_ordermerge.data.messages import (
 )
 from jax_ordermerge.data.synonyms import suggest_columns
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.json_types import JsonRow
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Record:
     is_instruction: bool = False
     unanswered: int = 0
     tools: tuple[Tool, ...] = ()
-    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template_kwargs: JsonRow = dataclasses.field(default_factory=dict)
     text: str | None = None
     rejected: "Record | None" = None
 
@@ -117,12 +117,12 @@ class MissingColumn(Exception):
     """A row lacks a column; the message is its name."""
 
 
-def is_filled(value: Any) -> bool:
+def is_filled(value: object) -> bool:
     """Return whether a cell says something; 0 and False do. Arrow and CSV have all columns."""
     return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
 
 
-def _value(row: JsonRow, column: str) -> Any:
+def _value(row: JsonRow, column: str) -> JsonValue:
     if column not in row:
         raise MissingColumn(column)
     if row[column] is None:
@@ -321,7 +321,7 @@ def _split_pair(
     return context, [messages[length:] for messages in turns]
 
 
-def _common_prefix(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+def _common_prefix(chosen: Sequence[object], rejected: Sequence[object]) -> int:
     """Return the length of the common start of two responses, in characters or messages.
 
     At least the last element is left to each. So is a space before the difference, as in TRL:
@@ -333,7 +333,7 @@ def _common_prefix(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     return length - 1 if length and chosen[length - 1] == " " else length
 
 
-def _json_value(row: JsonRow, column: str, kind: type, default: Any) -> Any:
+def _json_value(row: JsonRow, column: str, kind: type, default: JsonValue) -> JsonValue:
     # CSV has only strings, and some JSON files hold JSON in strings.
     value = row.get(column)
     if value is None or value == "":
@@ -346,7 +346,7 @@ def _json_value(row: JsonRow, column: str, kind: type, default: Any) -> Any:
 
 def _add_shared_columns(record: Record, row: JsonRow) -> Record:
     """Put the columns that any conversation may have where they belong: `SHARED_COLUMNS`."""
-    changes: dict[str, Any] = {}
+    changes: Json = {}
     if system := optional_string(row, "system"):
         first = record.messages[0]
         if first["role"] != "system":

@@ -3,13 +3,14 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from jax_ordermerge.data import values
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 
-Message = Mapping[str, Any]
-Tool = dict[str, Any]
+Message = JsonRow
+Tool = Json
 # Roles and ShareGPT's speakers in small letters, and their roles in chat templates.
 ROLES: Final = {
     "human": "user",
@@ -33,7 +34,7 @@ ROLES: Final = {
 MAX_DEPTH: Final = 64
 
 
-def without_nulls(value: Any, depth: int = 0) -> Any:
+def without_nulls(value: object, depth: int = 0) -> JsonValue:
     """Remove keys whose value is null from mappings, however deep they lie.
 
     Arrow gives every struct all keys that any row has and fills them with null. Only without them
@@ -63,7 +64,7 @@ def without_nulls(value: Any, depth: int = 0) -> Any:
     return value
 
 
-def read_messages(value: Any, column: str) -> list[Message]:
+def read_messages(value: object, column: str) -> list[Message]:
     """Return messages with the keys `role` and `content`; further keys stay.
 
     Messages may have the keys `from` and `value` instead, as ShareGPT's have, whose speakers
@@ -91,7 +92,7 @@ def read_messages(value: Any, column: str) -> list[Message]:
     return [_read_message(item, column) for item in value]
 
 
-def parse_messages(value: Any) -> Any:
+def parse_messages(value: object) -> JsonValue:
     """Return the messages in a JSON string, or the value itself if it is none.
 
     A text that only looks like it stays a text: a prompt may ask about JSON.
@@ -155,7 +156,7 @@ def take_weight(
     return bare, all(weights.values()) if weights else None
 
 
-def read_tools(value: Any) -> tuple[Tool, ...]:
+def read_tools(value: object) -> tuple[Tool, ...]:
     """Return the tools of a row as `{"type": "function", "function": {...}}`.
 
     Args:
@@ -182,7 +183,7 @@ def read_tools(value: Any) -> tuple[Tool, ...]:
     return tuple(functions)
 
 
-def parse_json(text: str, column: str) -> Any:
+def parse_json(text: str, column: str) -> JsonValue:
     """Return the value of a JSON string in a column.
 
     Raises:
@@ -194,7 +195,7 @@ def parse_json(text: str, column: str) -> Any:
         raise UserError(f"column '{column}': not JSON ({error}): {text[:60]}") from error
 
 
-def _read_message(item: Any, column: str) -> Message:
+def _read_message(item: object, column: str) -> Message:
     message = without_nulls(item) if isinstance(item, Mapping) else {}
     is_sharegpt = "role" not in message and "from" in message
     speaker = message.pop("from" if is_sharegpt else "role", None)
@@ -235,7 +236,7 @@ def _read_role(speaker: str, column: str, is_sharegpt: bool) -> str:
     return speaker
 
 
-def _join_parts(parts: Sequence[Any], message: dict[str, Any], column: str) -> str:
+def _join_parts(parts: Sequence[object], message: Json, column: str) -> str:
     """Join the text parts of a content; their further keys become keys of the message."""
     texts = []
     for part in parts:
@@ -256,14 +257,14 @@ def _join_parts(parts: Sequence[Any], message: dict[str, Any], column: str) -> s
     return "".join(texts)
 
 
-def _read_calls(message: dict[str, Any], column: str) -> list[dict[str, Any]]:
+def _read_calls(message: Json, column: str) -> list[Json]:
     """Take the calls out of a message."""
     calls = _call_list(message.pop("tool_calls", []), column)
     # OpenAI's old key for the only call of a message
     return calls + _call_list(message.pop("function_call", []), column)
 
 
-def _call_list(calls: Any, column: str) -> list[dict[str, Any]]:
+def _call_list(calls: JsonValue, column: str) -> list[Json]:
     # Arrow has one type per column, so files on the hub often hold calls as JSON strings.
     calls = parse_json(calls, column) if isinstance(calls, str) and calls else calls
     if calls in ("", [], {}):
@@ -271,7 +272,7 @@ def _call_list(calls: Any, column: str) -> list[dict[str, Any]]:
     return [_read_call(call, column) for call in (calls if isinstance(calls, list) else [calls])]
 
 
-def _read_call(call: Any, column: str) -> dict[str, Any]:
+def _read_call(call: object, column: str) -> Json:
     """Return a tool call whose arguments are an object, not the JSON string of one.
 
     Templates print arguments as JSON. A string would be encoded twice.
@@ -294,5 +295,5 @@ def _read_call(call: Any, column: str) -> dict[str, Any]:
     return outer | {"function": function} if "function" in call else _wrapped(function)
 
 
-def _wrapped(function: dict[str, Any]) -> dict[str, Any]:
+def _wrapped(function: Json) -> Json:
     return {"type": "function", "function": function}

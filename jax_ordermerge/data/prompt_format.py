@@ -5,14 +5,15 @@ import datetime as dt
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jax_ordermerge.data import chat, turns
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.data.provenance import SourceInfo
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json, JsonRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ class PromptFormat:
     example: str = ""
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return the format as data.json has it.
 
         Example:
@@ -50,7 +51,7 @@ class PromptFormat:
         return dataclasses.asdict(self) | {"date": date}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "PromptFormat":
+    def from_json(cls, record: JsonRow) -> "PromptFormat":
         """Read what `to_json` returned; an empty record gives the defaults.
 
         Example:

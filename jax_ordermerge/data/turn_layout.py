@@ -12,10 +12,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.data.messages import Message
+from jax_ordermerge.json_types import JsonValue
 
 # Numbers, because JSON and text print them alike. Nine digits are the length of the ids of calls
 # that Mistral's templates check. The last one stands for the tools.
@@ -86,7 +87,7 @@ def _message(message: Message, mark: int) -> Message:
     }
 
 
-def _placeholder(value: Any, mark: int) -> Any:
+def _placeholder(value: JsonValue, mark: int) -> JsonValue:
     if isinstance(value, str):
         return "".join(
             str(mark) if part.strip() and not REASONING_TAG.fullmatch(part) else part
@@ -99,7 +100,7 @@ def _placeholder(value: Any, mark: int) -> Any:
     return value
 
 
-def _argument(key: str, value: Any, mark: int) -> Any:
+def _argument(key: str, value: JsonValue, mark: int) -> JsonValue:
     if key == "type":
         return value
     # The names of arguments differ from call to call. That they end in braces does not.

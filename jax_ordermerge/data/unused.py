@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from jax_ordermerge.data import turns
 from jax_ordermerge.data.formats import FORMATS, SHARED_COLUMNS, Record, is_filled
 from jax_ordermerge.data.synonyms import advise
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.json_types import JsonRow
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,8 +44,8 @@ class Place(NamedTuple):
 
 
 def read_columns(
-    rows: Sequence[dict[str, Any]], aliases: Mapping[str, str], ignore: Sequence[str]
-) -> list[dict[str, Any]]:
+    rows: Sequence[Json], aliases: Mapping[str, str], ignore: Sequence[str]
+) -> list[Json]:
     """Return rows without the columns to ignore, and with those of other names under both.
 
     Args:
@@ -200,7 +200,7 @@ def _places(record: Record) -> Iterator[Place]:
     yield from _nested(record.template_kwargs, Place(("chat_template_kwargs",)))
 
 
-def _nested(value: Any, place: Place) -> Iterator[Place]:
+def _nested(value: object, place: Place) -> Iterator[Place]:
     """Yield the places of all values in a mapping, and in those in it."""
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(item, Mapping):
@@ -233,7 +233,7 @@ def _texts(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, s
     )
 
 
-def _alter(value: Any) -> Any:
+def _alter(value: object) -> object:
     """Return another value of the same type; what holds others is removed."""
     if isinstance(value, bool):
         return not value
@@ -242,12 +242,12 @@ def _alter(value: Any) -> Any:
     return value + "x" if isinstance(value, str) else _REMOVED
 
 
-def _remove(value: Any) -> Any:
+def _remove(value: object) -> object:
     # A text that matters only by being there is not read.
     return value if isinstance(value, str) else _REMOVED
 
 
-def _edited(record: Record, place: Place, change: Callable[[Any], Any]) -> Record:
+def _edited(record: Record, place: Place, change: Callable[[JsonValue], object]) -> Record:
     outer, *path = place.path
     if outer == "messages":
         messages = tuple(
@@ -264,7 +264,9 @@ def _edited(record: Record, place: Place, change: Callable[[Any], Any]) -> Recor
     )
 
 
-def _edit(value: Any, path: Sequence[str], change: Callable[[Any], Any]) -> Any:
+def _edit(
+    value: JsonValue, path: Sequence[str], change: Callable[[JsonValue], object]
+) -> JsonValue:
     """Return a value with what stands at a path changed or removed, in all elements of lists."""
     if isinstance(value, (list, tuple)):
         return [_edit(item, path, change) for item in value]

@@ -3,13 +3,15 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
+
+from jax_ordermerge.json_types import Json, JsonValue
 
 # Beyond it a float has no fraction that could be lost, and integers have digits that floats lack.
 _EXACT: Final = 2**53
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str) -> JsonValue:
     """Return the value of a JSON text. NaN is null, and 3.0 is 3: see `plain`.
 
     Raises:
@@ -34,7 +36,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> JsonValue:
     """Return a value of Arrow as JSON would have it.
 
     NaN is null: pandas writes it for an empty cell, and a template would print the text "nan".
@@ -58,7 +60,7 @@ def _whole(value: float) -> float | int:
     return int(value) if abs(value) < _EXACT and value.is_integer() else value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, JsonValue]]) -> Json:
     # The parser of Python keeps the last of two values, and other parsers the first.
     unique = dict(pairs)
     if len(unique) < len(pairs):

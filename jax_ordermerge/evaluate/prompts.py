@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import jinja2
 import jinja2.sandbox
@@ -11,7 +11,7 @@ import jinja2.sandbox
 from jax_ordermerge.config.evaluation import ShotsTask
 from jax_ordermerge.data.messages import Message
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.json_types import JsonRow
+from jax_ordermerge.json_types import JsonRow, JsonValue
 
 # Templates come from configs that others may have written: they cannot run code, and a column
 # that is absent is an error instead of an empty text.
@@ -42,7 +42,7 @@ def render(template: str, row: JsonRow) -> str:
         raise _template_error(template, str(error), row) from error
 
 
-def render_value(template: str, row: JsonRow) -> Any:
+def render_value(template: str, row: JsonRow) -> JsonValue:
     """Return the value of a template that is one expression; of any other template, its text.
 
     Example:

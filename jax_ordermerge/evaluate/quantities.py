@@ -140,10 +140,10 @@ def _quantity(match: re.Match[str]) -> Quantity:
     if match["whole"]:
         upper, lower = match["mixed"].split("/")
         fraction = _divide(_value(upper), _value(lower))
-        whole = _value(match["whole"])
-        if isinstance(fraction, str) or isinstance(whole, str):
+        integer = _value(match["whole"])
+        if isinstance(fraction, str) or isinstance(integer, str):
             return Quantity("", (f"{'-' * (sign < 0)}{match[0]}",), half)
-        return Quantity("", (sign * (whole + fraction),), half)
+        return Quantity("", (sign * (integer + fraction),), half)
     joints = _JOINT.findall(match["others"])
     parts = [_value(match["first"]), *(_value(number) for _, number in joints)]
     separator = "".join(sorted({joint for joint, _ in joints}))

@@ -2,17 +2,17 @@
 
 import json
 import shlex
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import yaml
 
 from jax_ordermerge.config import section
+from jax_ordermerge.json_types import JsonRow
 from jax_ordermerge.launch.target import TARGETS, Job
 
 
-def render(job: Job, target_name: str, options: Mapping[str, Any]) -> str:
+def render(job: Job, target_name: str, options: JsonRow) -> str:
     """Return the script or manifest that runs an experiment on a target.
 
     The config is part of the text, so that a restarted job continues with the same settings.

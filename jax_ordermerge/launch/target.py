@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from jax_ordermerge.config.section import Section
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.registry import Registry
 
 # A value that is safe between double quotes of a shell, and unquoted.
@@ -30,7 +31,7 @@ class Job:
     """
 
     name: str
-    settings: Mapping[str, Any]
+    settings: JsonRow
     mesh: Mapping[str, int]
     output: str
 
@@ -72,7 +73,7 @@ class Target(Section):
         # found by the module of the class, so that a target outside of this package has its own
         return Path(inspect.getfile(cls)).with_name(cls.template).read_text()
 
-    def distributed(self, job: Job) -> dict[str, Any]:
+    def distributed(self, job: Job) -> Json:
         """Return the section `distributed` of the config there: how the processes find each other.
 
         By default jax detects it: on TPU pods and SLURM the machines know their peers.

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from jax_ordermerge.arch import ModelConfig, Rope
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.sources.storage import Source
 
@@ -64,7 +64,7 @@ class Output:
     members: tuple[View, ...]
     base: View | None
     method: str
-    parameters: Mapping[str, Any]
+    parameters: JsonRow
     weights: np.ndarray | None
 
     @property
@@ -105,7 +105,7 @@ class Plan:
     seed: int
     dtype: np.dtype
     out_dtype: np.dtype
-    recipe: Mapping[str, Any]
+    recipe: JsonRow
     stochastic: bool = False
     tokenizer_from: Path | None = None
     notes: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ def uniform(
     method: str,
     seed: int = 0,
     weights: Sequence[float] | None = None,
-    parameters: Mapping[str, Any] | None = None,
+    parameters: JsonRow | None = None,
     dtype: str | None = None,
     tokenizer_from: Path | None = None,
 ) -> Plan:
@@ -207,7 +207,7 @@ def uniform(
 
 
 def _check_sources(
-    members: Sequence[Source], base: Source | None, method: str, parameters: Mapping[str, Any]
+    members: Sequence[Source], base: Source | None, method: str, parameters: JsonRow
 ) -> None:
     if not members:
         raise UserError("nothing to merge: give the directories of the members")
@@ -278,11 +278,11 @@ def config_notes(
     notes = []
     for source in sources:
         for name in _OF_BASE:
-            value, taken = getattr(source.config, name), getattr(lead.config, name)
-            if value != taken and name not in skip:
-                pairs = [(name, value, taken)]
+            value, merged = getattr(source.config, name), getattr(lead.config, name)
+            if value != merged and name not in skip:
+                pairs = [(name, value, merged)]
                 if name == "rope":
-                    pairs = _rope_differences(value, taken)
+                    pairs = _rope_differences(value, merged)
                 listed = ", ".join(f"{key} {a!r} and {b!r}" for key, a, b in pairs)
                 notes.append(
                     f"{source.label} and {lead.label} differ: {listed}; the merged model has the"
@@ -291,7 +291,7 @@ def config_notes(
     return tuple(notes)
 
 
-def _rope_differences(a: Rope, b: Rope) -> list[tuple[str, Any, Any]]:
+def _rope_differences(a: Rope, b: Rope) -> list[tuple[str, object, object]]:
     form_a, form_b = ({"rope_theta": rope.theta, **rope.to_hf()} for rope in (a, b))
     pairs = [(key, form_a.get(key), form_b.get(key)) for key in {**form_a, **form_b}]
     return [(key, value_a, value_b) for key, value_a, value_b in pairs if value_a != value_b]

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.tree import PyTree
 
 Kernel = Literal["xla", "splash", "splash_interpreted", "cudnn"]
 # Name of the output of attention for rematerialization policies. Without it the scores would be
@@ -131,7 +132,7 @@ def splash(
     head_parts = meshes.extent("heads") if spec_q[1] else 1
     kernel = _splash_kernel(N, size, window, parts, head_parts, interpret)
 
-    def attention(kernel: Any, *operands: jax.Array) -> jax.Array:
+    def attention(kernel: PyTree, *operands: jax.Array) -> jax.Array:
         return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=_segment_ids(*ids)))(
             *operands
         )

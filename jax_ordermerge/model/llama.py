@@ -13,7 +13,7 @@ https://arxiv.org/abs/2310.06825.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,7 @@ from jax_ordermerge.model import initial
 from jax_ordermerge.model.attention import Tokens, attend
 from jax_ordermerge.model.kernels import MIXED, Kernel
 from jax_ordermerge.model.rope import rope_frequencies, rope_scale, rotate
+from jax_ordermerge.tree import PyTree
 
 Remat = Literal["none", "full", "dots"]
 _ADAPTED = "adapted"
@@ -287,7 +288,7 @@ class Llama(nn.Module):
         return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD)
 
 
-def unstack(config: ModelConfig, layers: Any) -> tuple[tree.Tree, ...]:
+def unstack(config: ModelConfig, layers: PyTree) -> tuple[tree.Tree, ...]:
     """Return the parameters of each layer from the stacked ones. A tuple is returned unchanged.
 
     Example:

@@ -4,12 +4,12 @@ Axis letters as in `llama.py`, and `N` chunk, `C` position inside a chunk, `R` a
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_ordermerge import mesh as meshes
+from jax_ordermerge.tree import PyTree
 
 # Rows of logits at a time on each device: enough that a product with the head is bound by
 # arithmetic on an accelerator, few enough that logits stay small beside the model. 256 to 1024 took
@@ -82,7 +82,7 @@ def linear_scores(
     head = head_VD.astype(x_BTD.dtype)
 
     def body(
-        carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]
+        carry: tuple[jax.Array, jax.Array], chunk: tuple[PyTree, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x_BCD, targets_BC, weights_BC = chunk
         logits_BCV, _, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
@@ -121,7 +121,7 @@ def _sums(
 ) -> tuple[jax.Array, jax.Array]:
     head = head_VD.astype(x_BTD.dtype)
 
-    def body(sums: jax.Array, chunk: tuple[Any, ...]) -> tuple[jax.Array, None]:
+    def body(sums: jax.Array, chunk: tuple[PyTree, ...]) -> tuple[jax.Array, None]:
         _, _, losses_BC = _chunk_losses(head, *chunk[:3])
         return sums + by_example(losses_BC, chunk[3], count), None
 
@@ -140,7 +140,7 @@ def _sums_forward(
     head = head_VD.astype(x_BTD.dtype)
 
     def body(
-        carry: tuple[jax.Array, jax.Array], chunk: tuple[Any, ...]
+        carry: tuple[jax.Array, jax.Array], chunk: tuple[PyTree, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         sums, grad_VD = carry
         x_BCD, targets_BC, weights_BC, segments_BC = chunk
@@ -176,7 +176,7 @@ def _sums_backward(
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _chunks(x_BTD: jax.Array, *labels: jax.Array | None) -> tuple[Any, ...]:
+def _chunks(x_BTD: jax.Array, *labels: jax.Array | None) -> tuple[PyTree, ...]:
     """Cut arrays [B, T, ...] into [N, B, C, ...] with about `_ROWS` rows per device and chunk.
 
     The last chunk is padded with rows of weight 0. Where devices divide the positions, each chunk

@@ -24,6 +24,7 @@ from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train import flops
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.optimizer import make_optimizer
+from jax_ordermerge.tree import PyTree
 
 # Fractions of the data sheet that programs reach in practice, and the fraction of the shorter of
 # overlapping times that still shows in the time of a step.
@@ -247,7 +248,7 @@ def _state_bytes(
     }
 
 
-def bytes_per_device(abstract: Any) -> int:
+def bytes_per_device(abstract: PyTree) -> int:
     """Return the bytes per device of a pytree of `jax.ShapeDtypeStruct` with shardings."""
     return sum(
         # shard_shape and not size / devices: an axis that does not divide is replicated

@@ -186,7 +186,7 @@ def _merge_programs(
 ) -> Iterator[Callable[[], jax.stages.Compiled]]:
     """Yield functions that compile the merges, one per different program: seeds do not matter."""
     # a list and no set: parameters are dicts, which cannot be hashed
-    seen: list[tuple[Any, ...]] = []
+    seen: list[tuple[object, ...]] = []
     for entry in spec.merge.methods:
         method, weights, parameters = entry.method, entry.weights, entry.parameters
         if (method, weights, parameters) in seen:

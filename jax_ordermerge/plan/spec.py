@@ -1,12 +1,11 @@
 """What a plan is made from: the sections of a config that decide memory and time."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
 
 from jax_ordermerge import config
 from jax_ordermerge.config.merge import Merge
+from jax_ordermerge.json_types import JsonRow
 from jax_ordermerge.train.spec import TrainingSpec
 
 # small enough for any device that holds the frozen base; a user chooses rank and alpha later
@@ -56,7 +55,7 @@ class PlanSpec(TrainingSpec):
         """Whether the members learn from preference pairs."""
         return self.objective.kind == "dpo"
 
-    def change(self, **sections: Mapping[str, Any]) -> "PlanSpec":
+    def change(self, **sections: JsonRow) -> "PlanSpec":
         """Return a spec with other values for some settings, `{section: {setting: value}}`.
 
         The values are not validated: the search proposes only values that a config accepts.

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.merge import population
 from jax_ordermerge.merge.methods import table
 
@@ -44,7 +43,7 @@ class Candidate:
     """
 
     method: str
-    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parameters: JsonRow = dataclasses.field(default_factory=dict)
     weights: tuple[float, ...] | None = None
     seed: int = 0
     scale: float = 1.0

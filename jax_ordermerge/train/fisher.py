@@ -5,7 +5,6 @@ It says how much each parameter matters to what the member has learned.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.rng import stream
 from jax_ordermerge.train.objective import Microbatch, Objective
-from jax_ordermerge.tree import Tree
+from jax_ordermerge.tree import PyTree, Tree
 
 
 def diagonal(
@@ -67,7 +66,7 @@ def diagonal(
     return jax.tree.map(lambda x: x / n, total)
 
 
-def _compile_add_squares(objective: Objective, mesh: Mesh) -> Callable[[Tree, Tree, Any], Tree]:
+def _compile_add_squares(objective: Objective, mesh: Mesh) -> Callable[[Tree, Tree, PyTree], Tree]:
     def add(member: tuple[Tree, Tree], batch: Microbatch) -> Tree:
         params, total = member
         gradient = jax.grad(lambda p: objective(p, batch)[0])(params)

@@ -6,7 +6,7 @@ field of a NamedTuple is a counter or a constant.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ def in_bfloat16(
     # undoes every time: `nu` never falls, and it grows only where the squared gradient is some 3
     # to 5 times larger. Stochastic rounding preserves the mean.
 
-    def round_moment(path: tuple[Any, ...], moment: jax.Array, step: jax.Array) -> jax.Array:
+    def round_moment(path: jax.tree_util.KeyPath, moment: jax.Array, step: jax.Array) -> jax.Array:
         if not stochastic:
             return moment.astype(jnp.bfloat16)
         # The bits depend on parameter and step alone, so they are the same on every mesh and for
@@ -176,7 +176,7 @@ def in_bfloat16(
 
 
 def _map_moments(
-    fn: Callable[[tuple[Any, ...], jax.Array], jax.Array], state: optax.OptState
+    fn: Callable[[jax.tree_util.KeyPath, jax.Array], jax.Array], state: optax.OptState
 ) -> optax.OptState:
     return jax.tree.map_with_path(
         lambda path, x: fn(path, x) if isinstance(path[-1], jax.tree_util.DictKey) else x, state

@@ -18,7 +18,7 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
 from jax_ordermerge.data.pack import SEQUENCES
 from jax_ordermerge.train.objective import ExampleSums, Objective
-from jax_ordermerge.tree import Tree
+from jax_ordermerge.tree import PyTree, Tree
 
 T = TypeVar("T")
 Batch = dict[str, jax.Array]
@@ -38,8 +38,8 @@ class TrainState(NamedTuple):
     """
 
     params: Tree
-    opt_state: Any
-    step: Any
+    opt_state: PyTree
+    step: Any  # or its shape
 
 
 class Metrics(NamedTuple):
@@ -131,7 +131,7 @@ def shorten(microbatch: Mapping[str, jax.Array], length: int) -> Batch:
     return {**microbatch, **{name: microbatch[name][..., :length] for name in SEQUENCES}}
 
 
-def switch(bucket: jax.Array, branches: Sequence[Callable[..., T]], *operands: Any) -> T:
+def switch(bucket: jax.Array, branches: Sequence[Callable[..., T]], *operands: PyTree) -> T:
     """Return `branches[bucket](*operands)`; of a single branch no choice is compiled."""
     if len(branches) == 1:
         return branches[0](*operands)
@@ -262,6 +262,6 @@ def place(arrays: Tree, abstract: Tree) -> Tree:
     return cast(arrays)
 
 
-def shardings(abstract: Any) -> Any:
+def shardings(abstract: PyTree) -> PyTree:
     """Return the sharding of every leaf."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)

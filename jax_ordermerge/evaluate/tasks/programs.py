@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -22,7 +22,7 @@ from jax_ordermerge.evaluate import code_blocks, sandbox
 from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
 from jax_ordermerge.evaluate.matching import truncate
 from jax_ordermerge.evaluate.metrics import mean_and_error
-from jax_ordermerge.json_types import Json, JsonRow
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 
 if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs
@@ -222,7 +222,7 @@ def mbpp(rows: Sequence[JsonRow]) -> list[Problem]:
     return problems
 
 
-def _mbpp_task(row: JsonRow) -> Any:
+def _mbpp_task(row: JsonRow) -> JsonValue:
     # The sanitized version of MBPP has the column `prompt` instead of `text`.
     return _column(row, "prompt" if "text" not in row and "prompt" in row else "text", "mbpp")
 
@@ -265,7 +265,7 @@ def _checked_names(tests: str, setup: str, reference: str) -> tuple[str, ...]:
     return tuple(sorted(free & (defines | (free - python - imports))))
 
 
-def _column(row: JsonRow, name: str, kind: str) -> Any:
+def _column(row: JsonRow, name: str, kind: str) -> JsonValue:
     if name not in row:
         raise UserError(
             f"a task of kind {kind} reads the column {name}, its data has {', '.join(row)}; give "

@@ -1,11 +1,12 @@
 """Google Kubernetes Engine, by a JobSet."""
 
 import math
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Annotated, ClassVar, Final, Self
 
 import pydantic
 from pydantic import Field, PositiveInt
 
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.launch.target import (
     TARGETS,
     Job,
@@ -100,7 +101,7 @@ class Gke(Target):
         """Accelerators per pod."""
         return min(self.chips, self.slice_chips) if self.tpu else self.gpus
 
-    def distributed(self, job: Job) -> dict[str, Any]:
+    def distributed(self, job: Job) -> Json:
         """Return the address of the first pod: GPU pods do not know their peers."""
         if self.tpu:
             return super().distributed(job)

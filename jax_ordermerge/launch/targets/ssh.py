@@ -1,10 +1,11 @@
 """Hosts that ssh reaches without a password."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pydantic
 from pydantic import Field, PositiveInt
 
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.launch.target import TARGETS, Job, Target, Word
 
 
@@ -33,7 +34,7 @@ class Ssh(Target):
     def _split(cls, hosts: object) -> object:
         return tuple(hosts.split(",")) if isinstance(hosts, str) else hosts
 
-    def distributed(self, job: Job) -> dict[str, Any]:
+    def distributed(self, job: Job) -> Json:
         """Return the address of the first host."""
         # USER@ is for ssh; the other hosts connect to the address alone
         host = self.hosts[0].rpartition("@")[2]

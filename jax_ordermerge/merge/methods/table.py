@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.hash_rng import random_bits, round_stochastically
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.merge.methods.parameters import quantize
 from jax_ordermerge.merge.methods.parts import (
     InMemoryTensor,
@@ -33,7 +34,7 @@ from jax_ordermerge.merge.methods.parts import (
 )
 from jax_ordermerge.registry import Registry
 
-Parameters = Mapping[str, Any]
+Parameters = JsonRow
 Unit = Literal["element", "row", "tensor"]
 
 
@@ -101,7 +102,7 @@ METHODS = Registry[Method]("merge method", "jax_ordermerge.merge.methods")
 # ----------------------------------------------------------------------------------------- checks
 
 
-def check_parameters(name: str, parameters: Parameters | None = None) -> dict[str, Any]:
+def check_parameters(name: str, parameters: Parameters | None = None) -> Json:
     """Return the parameters of a method with every default filled in.
 
     Raises:
@@ -325,7 +326,7 @@ def merge_tensor(
     weights: Sequence[float] | None = None,
     key_bits: np.ndarray | None = None,
     dtype: DTypeLike = jnp.float32,
-    **parameters: Any,
+    **parameters: JsonValue,
 ) -> jax.Array:
     """Merge one Hugging Face tensor that lies in memory.
 

@@ -1,10 +1,11 @@
 """Parameters of a recipe for one tensor: scopes, filters and gradients become numbers."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.json_types import JsonRow, JsonValue
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.plan import Output, View
 from jax_ordermerge.merge.recipe import rules
@@ -182,7 +183,7 @@ class Evaluator:
 
     def _value(
         self, key: str, parameter: Parameter, tensor: MergedTensor, index: int | None = None
-    ) -> Any:
+    ) -> JsonValue:
         """Return the value of a parameter: of one input, or shared if `index` is None."""
         scopes, name = tensor.layers.scopes, tensor.name
         if index is not None:
@@ -204,9 +205,7 @@ class Evaluator:
             raise UserError(f"{key} = {value!r}: {error}") from error
 
 
-def _first_value(
-    key: str, scopes: Sequence[Mapping[str, Any]], name: str, position: float
-) -> Scalar | None:
+def _first_value(key: str, scopes: Sequence[JsonRow], name: str, position: float) -> Scalar | None:
     """Return the value of the nearest scope that has one for a tensor."""
     values = (scope[key].at(name, position) for scope in scopes if key in scope)
     return next((value for value in values if value is not None), None)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import convert, sidecar_files
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.merge.plan import (
     Plan,
     check_same,
@@ -56,7 +56,7 @@ class _Models(NamedTuple):
     notes: tuple[str, ...]
 
 
-def check_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
+def check_recipe(raw: JsonRow, where: str) -> Recipe:
     """Validate a recipe without opening its models.
 
     Args:
@@ -72,7 +72,7 @@ def check_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
 
 
 def plan_recipe(
-    recipe: str | Path | Mapping[str, Any],
+    recipe: str | Path | JsonRow,
     *,
     where: str | None = None,
     resolve: Resolve = convert.resolve,
@@ -101,9 +101,9 @@ def plan_recipe(
     """
     if not isinstance(recipe, Mapping):
         where = where or ("recipe" if "\n" in str(recipe) else str(recipe))
-        recipe, *others = schema.load(recipe)
-        if others:
-            raise UserError(f"{where} has {1 + len(others)} recipes; they are planned one by one")
+        recipe, *further = schema.load(recipe)
+        if further:
+            raise UserError(f"{where} has {1 + len(further)} recipes; they are planned one by one")
     raw, where = recipe, where or "recipe"
     settings = check_recipe(raw, where)
     rule = rules.find_rule(settings.merge_method)
@@ -418,7 +418,7 @@ def _prompts(
     return template, formats.pop() if is_known else PromptFormat()
 
 
-def _shorten_paths(raw: Any, recipe: Recipe) -> Any:
+def _shorten_paths(raw: JsonValue, recipe: Recipe) -> JsonValue:
     """Return the recipe as it was written, with the last part of each path instead of the path.
 
     The recipe is published with the merge, and paths of this machine say nothing to others.
@@ -433,7 +433,7 @@ def _shorten_paths(raw: Any, recipe: Recipe) -> Any:
             short[reference.adapter] = adapter
 
     # names may occur anywhere: in lists, as base_model, in tokenizer sources
-    def replace(node: Any) -> Any:
+    def replace(node: JsonValue) -> JsonValue:
         if isinstance(node, Mapping):
             return {key: replace(value) for key, value in node.items()}
         if isinstance(node, list):

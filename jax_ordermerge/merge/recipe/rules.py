@@ -9,9 +9,10 @@ Source: mergekit 0.1.5, https://github.com/arcee-ai/mergekit.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.merge.methods import table
 
 
@@ -26,7 +27,7 @@ class Parameter(NamedTuple):
     """
 
     kind: Literal["number", "integer", "switch", "rescaling"]
-    default: Any = None
+    default: JsonValue = None
     required: bool = False
     ignored: bool = False
 
@@ -40,8 +41,8 @@ class Values(NamedTuple):
         has_base: whether there is a base.
     """
 
-    per_member: Mapping[str, list[Any]]
-    shared: Mapping[str, Any]
+    per_member: Mapping[str, list[JsonValue]]
+    shared: JsonRow
     has_base: bool
 
     @property
@@ -53,7 +54,7 @@ class Values(NamedTuple):
 class Call(NamedTuple):
     """What our method is called with."""
 
-    parameters: dict[str, Any]
+    parameters: Json
     weights: list[float] | None = None
 
 
@@ -141,7 +142,7 @@ def _sparsify_rule(
     normalize: bool = False,
     rescale: bool = False,
     per_member: Mapping[str, float] | None = None,
-    **fixed: Any,
+    **fixed: JsonValue,
 ) -> Rule:
     """Return the rule of a method that sparsifies task vectors, and elects signs if `consensus`.
 
@@ -353,7 +354,7 @@ _SWITCH_VALUES = {
 }
 
 
-def convert(parameter: Parameter, value: bool | int | float | str) -> Any:
+def convert(parameter: Parameter, value: bool | int | float | str) -> bool | int | float | str:
     """Convert a value to the kind of its parameter.
 
     Raises:

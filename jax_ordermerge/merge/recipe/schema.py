@@ -1,9 +1,9 @@
 """The schema of a merge recipe: the YAML of mergekit, and ours. Unknown keys are errors."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import pydantic
 import yaml
@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.config.section import DuplicateKeyError, Section, UniqueKeyLoader
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.json_types import Json
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.merge.recipe.settings import Settings, parse_settings
 
 # Keys of which a recipe has at least one, and the config of an experiment has none.
@@ -42,7 +42,7 @@ class Reference(NamedTuple):
         return self.name if self.adapter is None else f"{self.name}+{self.adapter}"
 
 
-def _parse_reference(raw: Any) -> Reference:
+def _parse_reference(raw: object) -> Reference:
     # from code and not from a file, as in `Tokenizer(source=Reference(...))`
     if isinstance(raw, Reference):
         return raw
@@ -62,7 +62,7 @@ def _parse_reference(raw: Any) -> Reference:
     return Reference(_parse_path(raw["model"]), None if adapter is None else _parse_path(adapter))
 
 
-def _parse_path(raw: Any) -> str:
+def _parse_path(raw: object) -> str:
     if isinstance(raw, str) and raw:
         return raw
     if not isinstance(raw, dict) or not isinstance(raw.get("path"), str):
@@ -128,9 +128,9 @@ class TokenRow(Section):
         return self
 
 
-def _parse_row(raw: Any) -> Reference | ZeroRow | TokenRow:
+def _parse_row(raw: object) -> Reference | ZeroRow | TokenRow:
     if isinstance(raw, dict) and "kind" in raw:
-        kinds: dict[Any, type[ZeroRow | TokenRow]] = {"zero": ZeroRow, "model_token": TokenRow}
+        kinds: dict[object, type[ZeroRow | TokenRow]] = {"zero": ZeroRow, "model_token": TokenRow}
         if raw["kind"] not in kinds:
             raise ValueError(f"kind {raw['kind']!r}: expected zero or model_token")
         return kinds[raw["kind"]].model_validate(raw)
@@ -257,7 +257,7 @@ def load(source: str | Path) -> list[Json]:
     return documents
 
 
-def _read_documents(source: str | Path) -> list[Any]:
+def _read_documents(source: str | Path) -> list[JsonValue]:
     """Return the YAML documents of a file or text, without keys that only hold anchors."""
     is_text = isinstance(source, str) and "\n" in source
     where = "recipe" if is_text else str(source)
@@ -288,8 +288,8 @@ def _anchor_keys(document: yaml.MappingNode) -> list[str]:
     return [
         key.value
         for key, value in document.value
-        for other, nodes in nodes_of.items()
-        if other != key.value
+        for referring, nodes in nodes_of.items()
+        if referring != key.value
         # an alias is the node that it refers to, and stands where that node stands
         and any(
             key.start_mark.index <= node.start_mark.index < value.end_mark.index
@@ -311,7 +311,7 @@ def _nodes_by_id(node: yaml.Node) -> Iterator[tuple[int, yaml.Node]]:
         yield from _nodes_by_id(child)
 
 
-def parse(raw: Mapping[str, Any], where: str, parameters: Sequence[str] = ()) -> Recipe:
+def parse(raw: JsonRow, where: str, parameters: Sequence[str] = ()) -> Recipe:
     """Validate a recipe.
 
     Args:
@@ -361,7 +361,7 @@ def _valid_keys(location: Sequence[str | int]) -> list[str]:
     return list(section.model_fields) if section is not None else []
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
+def _section_in(annotation: object) -> type[Section] | None:
     """Return the section within an annotation such as `list[Slice] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation

@@ -1,10 +1,11 @@
 """Values of parameters in a recipe: constants, gradients over layers, filters by tensor name."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from jax_ordermerge.errors import did_you_mean
+from jax_ordermerge.json_types import JsonRow
 
 Scalar = bool | int | float | str
 _MATCH_ALL = ("", "*")  # filters
@@ -56,7 +57,7 @@ def _interpolate(values: Sequence[Scalar], position: float) -> Scalar | None:
     return int(value) if are_integers and value.is_integer() else value
 
 
-def parse_setting(raw: Any) -> Setting:
+def parse_setting(raw: object) -> Setting:
     """Parse the value of a parameter.
 
     Raises:
@@ -74,7 +75,7 @@ def parse_setting(raw: Any) -> Setting:
     return Setting(tuple(map(_parse_entry, raw)))
 
 
-def _parse_entry(raw: Mapping[str, Any]) -> tuple[str, tuple[Scalar, ...]]:
+def _parse_entry(raw: JsonRow) -> tuple[str, tuple[Scalar, ...]]:
     for key in raw:
         if key not in ("filter", "value"):
             raise ValueError(f"unknown key {key}{did_you_mean(str(key), ('filter', 'value'))}")
@@ -87,7 +88,7 @@ def _parse_entry(raw: Mapping[str, Any]) -> tuple[str, tuple[Scalar, ...]]:
     return pattern or "", tuple(map(_parse_scalar, values))
 
 
-def _parse_scalar(raw: Any) -> Scalar:
+def _parse_scalar(raw: object) -> Scalar:
     if not isinstance(raw, bool | int | float | str):
         raise ValueError(f"{raw!r} is no number, text, true or false")
     if isinstance(raw, str):
@@ -101,7 +102,7 @@ def _parse_scalar(raw: Any) -> Scalar:
     return raw
 
 
-def parse_settings(raw: Any) -> Settings:
+def parse_settings(raw: object) -> Settings:
     """Parse a section `parameters`.
 
     Raises:

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from jax_ordermerge.config import Lora
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import JsonRow, JsonValue
 from jax_ordermerge.merge.sources.lora import LoRA, Product, TrainedRows
 from jax_ordermerge.merge.sources.storage import Source, Untied, vocabulary_tensors
 from jax_ordermerge.model.lora import PREFIX, A, B, table, targets
@@ -42,13 +43,13 @@ _PARTS = {
 _ORIGINAL = ".original_module"
 # Keys of adapter_config.json that change W + s B A, and the values with which they do not. All
 # other values of `init_lora_weights` (pissa, olora, corda, loftq) change the base, too.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+_REQUIRED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", "lora_only", "all", None),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 # Values with which any other key is as good as absent.
-_ABSENT: tuple[Any, ...] = (False, None, "", [], {})
+_ABSENT: tuple[object, ...] = (False, None, "", [], {})
 _READ = {
     "r",
     "lora_alpha",
@@ -157,7 +158,7 @@ class _AdapterFile(NamedTuple):
     base: Source
     path: Path
     reader: safetensors.Reader
-    settings: Mapping[str, Any]
+    settings: JsonRow
 
     def tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
         """Return the tensors of the file by the Hugging Face name of the matrix that they change.
@@ -221,9 +222,9 @@ class _AdapterFile(NamedTuple):
             # The module that is not trained keeps the weights of the base. They are in the file
             # where the vocabulary grew, under the name of either.
             grown = {"embed_tokens": embedding, "lm_head": head}
-            whole = [name for module, name in grown.items() if module not in modules]
-            in_file = [saved[name] for name in whole if name in saved] + [*originals.values()]
-            for name in whole:
+            untrained = [name for module, name in grown.items() if module not in modules]
+            in_file = [saved[name] for name in untrained if name in saved] + [*originals.values()]
+            for name in untrained:
                 if in_file:
                     saved.setdefault(name, in_file[0])
             return Untied(self.base)
@@ -242,14 +243,14 @@ class _AdapterFile(NamedTuple):
 
     def trained_rows(self, target: str, name: str, rows: int) -> TrainedRows:
         """Return the rows of `trainable_token_indices` of one matrix."""
-        given = self.settings.get("trainable_token_indices")
+        listed = self.settings.get("trainable_token_indices")
         module = target.removesuffix(".weight")
-        if isinstance(given, Mapping):
-            given = _match_pattern(
-                {re.escape(key): value for key, value in given.items()}, module, None
+        if isinstance(listed, Mapping):
+            listed = _match_pattern(
+                {re.escape(key): value for key, value in listed.items()}, module, None
             )
         values = self.reader.read(name).astype(np.float32)
-        numbers = np.asarray(given if given is not None else [], np.int64)
+        numbers = np.asarray(listed if listed is not None else [], np.int64)
         width = self.base.info(target).shape[1]
         if values.shape != (len(numbers), width) or not len(numbers):
             raise UserError(
@@ -355,7 +356,7 @@ class _AdapterFile(NamedTuple):
         return rows.pop()
 
 
-def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+def _check_settings(directory: Path, settings: JsonRow) -> None:
     # Unknown keys are errors: releases of PEFT add variants, and a merge that ignored one would be
     # wrong without a sign of it.
     for key, value in settings.items() if "peft_type" in settings else [("peft_type", None)]:
@@ -378,7 +379,7 @@ def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{directory} has no {WEIGHTS}{hint}")
 
 
-def _match_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _match_pattern(patterns: JsonRow | None, module: str, default: JsonValue) -> JsonValue:
     """Return the value of the first pattern that matches the end of a module's name, as PEFT."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -339,12 +339,12 @@ def _added_by_recipe(
     token_sources: Mapping[str, TokenSource],
     tokenizers: Sequence[_Tokenizer | None],
     donor: int,
-    known: set[Key],
+    vocabulary: set[Key],
 ) -> dict[str, Json]:
     """Return the entries of tokens that the recipe names and the vocabulary lacks."""
     entries = {}
     for token, (source, _, _) in token_sources.items():
-        if token in known:
+        if token in vocabulary:
             continue
         tokenizer = tokenizers[donor if source is None else source]
         plain = {"content": token, "special": False, "normalized": False}
