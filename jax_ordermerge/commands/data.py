@@ -1,6 +1,7 @@
 """What a config would train on, without devices: nothing that this module imports uses jax."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -15,6 +16,7 @@ from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import specs, splits
+from jax_ordermerge.experiment.splits import Overlap, find_overlaps
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, read_json
 from jax_ordermerge.train import orders
@@ -47,6 +49,11 @@ class Loaded:
     splits: Mapping[str, Examples]
     tokenizer: Tokenizer
 
+    @functools.cached_property
+    def overlaps(self) -> list[Overlap]:
+        """What the splits share."""
+        return find_overlaps(self.splits)
+
 
 def load(config: Config) -> Loaded:
     """Tokenize the data of a config as a run does.
@@ -70,7 +77,7 @@ def check(loaded: Loaded) -> None:
     Raises:
         UserError: see `splits.check_splits` and `splits.check_same_data`.
     """
-    splits.check_splits(loaded.config, loaded.splits)
+    splits.check_splits(loaded.config, loaded.splits, loaded.overlaps)
     splits.check_same_data(RunLayout(loaded.config.directory), loaded.splits)
 
 
@@ -87,7 +94,7 @@ def describe(loaded: Loaded, selection: Selection, marks: Marks) -> str:
 def describe_json(loaded: Loaded, selection: Selection) -> str:
     """Return what `describe` shows as JSON; segments of text say whether they are learned."""
     chosen = _choose(loaded, selection)
-    records = splits.describe(loaded.splits)
+    records = splits.describe(loaded.splits, loaded.overlaps)
     described: Json = {
         "name": loaded.config.name,
         "base": loaded.config.model.base,
@@ -170,7 +177,7 @@ def _lines(
         for name in [selection.split] if selection.split else loaded.splits:
             yield ""
             yield from _split_lines(name, loaded.splits[name])
-        for overlap in splits.find_overlaps(loaded.splits):
+        for overlap in loaded.overlaps:
             yield f"note: {overlap}"
         yield ""
         yield from _training_lines(loaded)

@@ -207,8 +207,8 @@ def format_summary(summary: Json) -> str:
     """Return the result of a task on one line.
 
     Example:
-        >>> format_summary({"accuracy": 0.5, "se": 0.25, "n": 4, "acc_norm": 0.75})
-        'accuracy 50.0 % +- 25.0, acc_norm 75.0 %, n 4'
+        >>> format_summary({"accuracy": 0.5, "se": 0.25, "n": 4, "acc": 0.75, "acc_se": 0.2})
+        'accuracy 50.0 % +- 25.0, acc 75.0 %, n 4'
         >>> format_summary({"word_perplexity": 12.345678, "bits_per_byte": 1.5, "se": 0.1, "n": 2})
         'word_perplexity 12.346, bits_per_byte 1.500 +- 0.100, n 2'
     """
@@ -218,9 +218,8 @@ def format_summary(summary: Json) -> str:
             parts.append(f"accuracy {100 * value:.1f} % +- {100 * summary['se']:.1f}")
         elif name == "bits_per_byte":
             parts.append(f"bits_per_byte {value:.3f} +- {summary['se']:.3f}")
-        elif name in ("flexible", "value", "symbolic", "fenced") or (
-            name.startswith(("acc_", "pass@", "fenced_pass@")) and not name.endswith("_se")
-        ):
+        # A share has its error beside it, which pass@k, an estimate over samples, has not.
+        elif f"{name}_se" in summary or "pass@" in name:
             parts.append(f"{name} {100 * value:.1f} %")
         elif name.endswith("_perplexity"):
             parts.append(f"{name} {value:.3f}")

@@ -102,10 +102,10 @@ def _template_of(record: Record, form: str) -> str:
     return "alpaca" if record.is_instruction else BY_FORMAT[form]
 
 
-def count_surprises(
+def count_irregularities(
     records: Sequence[Record], template: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, int]:
-    """Count what a user may not expect in the rows of a source, by name; nothing is no count.
+    """Count the irregularities in the rows of a source, by name; those that occur.
 
     `messages_after_last_response` are left out: nothing that follows a response is in its context.
     `rows_with_special_tokens` have the text of a special token in a message of a conversation.

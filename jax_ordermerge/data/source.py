@@ -13,6 +13,7 @@ from jax_ordermerge.data.mixture import apply_weights, concatenate, set_aside
 from jax_ordermerge.data.provenance import SourceInfo, summarize_bad_rows
 from jax_ordermerge.data.unused import check_unused, read_columns, without_keys
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,8 +160,8 @@ def settings_of(source: DataSource, data: schema.Data, split: str) -> schema.Dat
     return data.model_copy(update={"limit": limit} | settings)
 
 
-def read_table(source: DataSource, data: schema.Data, split: str) -> files.Table:
-    """Read a source and name its columns as its format does.
+def read_table(source: DataSource, data: schema.Data, split: str) -> tuple[files.Table, list[Json]]:
+    """Read a source: its table as in the files, and its rows with the columns of its format.
 
     Args:
         source: what to read.
@@ -171,14 +172,13 @@ def read_table(source: DataSource, data: schema.Data, split: str) -> files.Table
         UserError: see `files.read`.
     """
     table = files.read(source.path, source.split or split, limit=data.limit)
-    return table._replace(rows=read_columns(table.rows, data.columns, data.ignore_columns))
+    return table, read_columns(table.rows, data.columns, data.ignore_columns)
 
 
 def _tokenize_source(
     source: DataSource, data: schema.Data, tokenizer: "PreTrainedTokenizerBase", split: str
 ) -> Examples:
-    table = files.read(source.path, source.split or split, limit=data.limit)
-    rows = read_columns(table.rows, data.columns, data.ignore_columns)
+    table, rows = read_table(source, data, split)
     present = {column for row in table.rows for column in row}
     columns = {name: alias for name, alias in data.columns.items() if alias in present}
     for name, alias in (source.columns or {}).items():
@@ -224,7 +224,7 @@ def _tokenize_source(
     if bad:
         counts["dropped_bad_rows"] = len(bad)
     used = [record for row, record in records.items() if row not in bad]
-    counts |= chat.count_surprises(used, template, tokenizer)
+    counts |= chat.count_irregularities(used, template, tokenizer)
     if not builder.ids:
         reasons = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
         raise UserError(

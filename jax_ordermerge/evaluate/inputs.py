@@ -70,7 +70,7 @@ class TaskInputs:
                 # The limit is passed on: of a hub dataset no more rows are downloaded.
                 left = task.limit - len(questions)
                 settings = settings.model_copy(update={"limit": min(settings.limit or left, left)})
-            rows = source.read_table(item, settings, "test").rows
+            _, rows = source.read_table(item, settings, "test")
             format_rows = formatter or self._training_formatter(rows, settings, item.path)
             for row in rows:
                 number = len(questions)
@@ -203,7 +203,7 @@ class TaskInputs:
         # One more than needed, because a row is never its own shot.
         limit = task.shots + 1 if task.shots_order == "first" else None
         settings = source.settings_of(item, self.data, "train").model_copy(update={"limit": limit})
-        rows = source.read_table(item, settings, "train").rows
+        _, rows = source.read_table(item, settings, "train")
         if len(rows) < task.shots:
             raise UserError(
                 f"evaluation task {task.name}: {item.path} has {len(rows)} rows, fewer than shots ="

@@ -6,7 +6,7 @@
 import dataclasses
 import datetime as dt
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import data_settings, training_spec
-from jax_ordermerge.experiment.splits import check_same_data
+from jax_ordermerge.experiment.splits import Overlap, check_same_data, find_overlaps
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.sources.references import read_prompt_format
 from jax_ordermerge.train import trackers
@@ -48,6 +48,8 @@ class RunContext:
         date: what the chat template prints as today's, None where it prints none.
         splits: tokenized examples under `train` and, where the config asks for them, `validation`
             and `test`.
+        overlaps: what the splits share.
+        base_digest: of the base model, see `record.base_digest`.
         log: receives one-line messages.
         on_checkpoint: called when a checkpoint is complete, e.g. to copy it to a bucket.
     """
@@ -59,6 +61,8 @@ class RunContext:
     tokenizer: Tokenizer
     date: dt.date | None
     splits: dict[str, Examples]
+    overlaps: Sequence[Overlap]
+    base_digest: str
     log: Log
     on_checkpoint: Callable[[], None] | None = None
 
@@ -83,11 +87,6 @@ class RunContext:
             stops=self.model.eos_token_ids,
             date=self.date,
         )
-
-    @functools.cached_property
-    def base_digest(self) -> str:
-        """Digest of the base model."""
-        return record.base_digest(self.config.model, self.base_dir)
 
 
 class Stage(NamedTuple):
@@ -173,15 +172,28 @@ def load_context(
     # before anything is tokenized: the date is part of the tokens
     date = dates.pin_date(tokenizer, config.data.date, recorded_date)
     splits = source.load_splits(data_settings(config), tokenizer, seed=config.seed)
-    preflight.check_data(config, model, tokenizer, splits)
+    overlaps = find_overlaps(splits)
+    preflight.check_data(config, model, tokenizer, splits, overlaps)
     # a file may differ between hosts under the same path: compare what was read
     digests = {f"data.{name}": examples.digest for name, examples in splits.items()}
     # The members are to stop where they have learned to, and where their base does.
     base_ends = model.eos_token_ids or (tokenizer.eos_token_id,)
     model = model.with_ends((*splits["train"].ends, *base_ends))
-    ctx = RunContext(config, mesh, base_dir, model, tokenizer, date, splits, log, on_checkpoint)
-    processes.check_alike({**digests, "model.base": ctx.base_digest})
-    return ctx
+    base_digest = record.base_digest(config.model, base_dir)
+    processes.check_alike({**digests, "model.base": base_digest})
+    return RunContext(
+        config,
+        mesh,
+        base_dir,
+        model,
+        tokenizer,
+        date,
+        splits,
+        overlaps,
+        base_digest,
+        log,
+        on_checkpoint,
+    )
 
 
 def start_devices(config: Config) -> None:

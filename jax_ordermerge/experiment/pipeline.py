@@ -82,7 +82,7 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
                 ctx = open_run(todo.config, log, copy.try_save)
             # The config is the first file, because it makes the directory a run. It names the
             # bucket, not the local copy, so that the run continues on another machine.
-            write_config(todo.config.model_copy(update={"output": config.output}), layout)
+            write_config(todo.config, layout, output=config.output)
             if ctx is not None:
                 ctx = dataclasses.replace(ctx, config=todo.config)
                 _run_stages(ctx, stages, todo.stages, copy)
@@ -191,12 +191,12 @@ def search(
         if validation is not None:
             ctx = searching.with_validation_file(ctx, validation)
         # before a training of hours; open_run has checked only the search of the config
-        preflight.check_search(ctx.config, ctx.model, ctx.splits, space)
+        preflight.check_search(ctx.config, ctx.model, ctx.splits, ctx.overlaps, space)
         with run_lock.hold(ctx.layout, log):
             todo = _plan(local, [train.STAGE])
             if todo.stages:
                 # a trained run has its config already; a search adds to it and leaves it unchanged
-                write_config(todo.config.model_copy(update={"output": config.output}), ctx.layout)
+                write_config(todo.config, ctx.layout, output=config.output)
             ctx = add_reference_logprobs(ctx)
             if todo.stages:
                 log(train.STAGE.name)

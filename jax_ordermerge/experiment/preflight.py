@@ -5,14 +5,14 @@ need devices, weights or data. Checks of one section against a number, which the
 well, are methods of the section: `Population.check_groups`, `Data.check_length`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
-from jax_ordermerge.config import Config
-from jax_ordermerge.config.evaluation import ShotsTask
+from jax_ordermerge.config import Config, load_config
+from jax_ordermerge.config.evaluation import ShotsTask, Task
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.listing import HUB_NAME
@@ -20,7 +20,7 @@ from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import sample_generations
-from jax_ordermerge.experiment.splits import check_splits, find_overlaps, refuse_overlaps
+from jax_ordermerge.experiment.splits import Overlap, check_splits, refuse_overlaps
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.model import lora
@@ -68,14 +68,18 @@ def check_model(config: Config, base_dir: Path, model: ModelConfig) -> None:
 
 
 def check_data(
-    config: Config, model: ModelConfig, tokenizer: Tokenizer, splits: Mapping[str, Examples]
+    config: Config,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    splits: Mapping[str, Examples],
+    overlaps: Sequence[Overlap],
 ) -> None:
     """Check the examples against each other, the objective, the model, prompts and search.
 
     Raises:
         UserError: the first of these that does not fit.
     """
-    check_splits(config, splits)
+    check_splits(config, splits, overlaps)
     # a token beyond the table would read the row of another token: gathers clamp on devices
     if len(tokenizer) > model.vocab_size:
         raise UserError(
@@ -88,24 +92,32 @@ def check_data(
             raise UserError(
                 f"evaluation task {task.name} has no data; set data.test or the task's own data"
             )
-    # Once: later stages find out by themselves, and no training depends on them any more.
-    if not RunLayout(config.directory).training_state.is_file():
-        check_tasks(config, model, tokenizer, splits)
+    check_tasks(config, model, tokenizer, splits)
     if config.samples.every is not None:
         sample_generations.read_prompts(config, model, tokenizer, splits)
     if config.merge.auto is not None:
-        check_search(config, model, splits, config.merge.auto)
+        check_search(config, model, splits, overlaps, config.merge.auto)
 
 
 def check_tasks(
     config: Config, model: ModelConfig, tokenizer: Tokenizer, splits: Mapping[str, Examples]
 ) -> None:
-    """Check the data of the evaluation tasks, before members are trained that they measure.
+    """Check the data of the evaluation tasks that no earlier start of the run has checked.
+
+    Before members are trained that they measure, or merged: a trained run may get further tasks.
 
     Raises:
         UserError: a row or a reference does not fit its task, or a prompt is too long.
     """
+    run = RunLayout(config.directory)
+    # A config is written after its tasks were checked. They are checked again while the training
+    # goes on, which is the expensive part; later their own stage finds out what has changed.
+    checked: Sequence[Task] = ()
+    if run.is_run and run.training_state.is_file():
+        checked = load_config(run.config).evaluation.tasks
     for task in config.evaluation.tasks:
+        if task in checked:
+            continue
         paths = (task.data, task.shots_from if isinstance(task, ShotsTask) else None)
         # A machine that trains need not reach the hub.
         if any(path and HUB_NAME.fullmatch(path) and not Path(path).exists() for path in paths):
@@ -120,7 +132,11 @@ def check_tasks(
 
 
 def check_search(
-    config: Config, model: ModelConfig, splits: Mapping[str, Examples], space: Search
+    config: Config,
+    model: ModelConfig,
+    splits: Mapping[str, Examples],
+    overlaps: Sequence[Overlap],
+    space: Search,
 ) -> None:
     """Check a search for a merge, before members are trained for it.
 
@@ -142,7 +158,7 @@ def check_search(
     # A member has learned the training examples, and the claim rests on the test examples: on
     # either of them the choice would be biased. data.allow_overlap does not change that.
     refuse_overlaps(
-        [overlap for overlap in find_overlaps(splits) if overlap.split == "validation"],
+        [overlap for overlap in overlaps if overlap.split == "validation"],
         "a merge is chosen on examples that are in no other split; remove them",
     )
     seed = config.seed if space.seed is None else space.seed

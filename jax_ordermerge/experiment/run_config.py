@@ -56,6 +56,13 @@ def model_names(config: Config) -> dict[str, str]:
     )
 
 
-def write_config(config: Config, run: RunLayout) -> None:
-    """Write the resolved config, which makes a directory a run directory."""
+def write_config(config: Config, run: RunLayout, *, output: str) -> None:
+    """Write the resolved config, which makes a directory a run directory.
+
+    Args:
+        config: of the run; its `output` is a directory on this machine.
+        run: layout of that directory.
+        output: where the user reaches the run, which may be a bucket.
+    """
+    config = config.model_copy(update={"output": output})
     layout.write_text(run.config, yaml.safe_dump(schema.to_dict(config), sort_keys=False))

@@ -13,6 +13,7 @@ from jax_ordermerge.config.merge import AUTO, Search
 from jax_ordermerge.data import source
 from jax_ordermerge.experiment import export, losses, models
 from jax_ordermerge.experiment.context import RunContext
+from jax_ordermerge.experiment.splits import find_overlaps
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import SearchLayout, write_json
 from jax_ordermerge.report import findings
@@ -86,7 +87,8 @@ def with_validation_file(ctx: RunContext, path: Path) -> RunContext:
     data = ctx.config.data.model_copy(update={"test": str(path), "test_limit": None})
     examples = source.load_examples(data, ctx.tokenizer, "test", seed=ctx.config.seed)
     assert examples is not None
-    return dataclasses.replace(ctx, splits=ctx.splits | {"validation": examples})
+    splits = ctx.splits | {"validation": examples}
+    return dataclasses.replace(ctx, splits=splits, overlaps=find_overlaps(splits))
 
 
 def _compare_on_test(ctx: RunContext, population: Population, result: search.SearchResult) -> Json:

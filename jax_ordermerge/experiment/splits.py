@@ -88,8 +88,15 @@ def refuse_overlaps(overlaps: Iterable[Overlap], remedy: str) -> None:
         raise UserError(f"{'; '.join(pairs.values())}: {remedy}")
 
 
-def check_splits(config: Config, splits: Mapping[str, Examples]) -> None:
+def check_splits(
+    config: Config, splits: Mapping[str, Examples], overlaps: Iterable[Overlap]
+) -> None:
     """Check the examples against the objective and against each other.
+
+    Args:
+        config: of the run.
+        splits: its examples.
+        overlaps: what `find_overlaps` found in them.
 
     Raises:
         UserError: pairs or no pairs for the wrong objective, or splits that share examples.
@@ -107,13 +114,13 @@ def check_splits(config: Config, splits: Mapping[str, Examples]) -> None:
         )
     if not config.data.allow_overlap:
         refuse_overlaps(
-            find_overlaps(splits),
+            overlaps,
             "a loss on learned examples is not held out; remove them from one of the files, or"
             " set data.allow_overlap to true to count and report them",
         )
 
 
-def describe(splits: Mapping[str, Examples]) -> dict[str, Json]:
+def describe(splits: Mapping[str, Examples], overlaps: Iterable[Overlap]) -> dict[str, Json]:
     """Return what data.json records, by split."""
     descriptions: dict[str, Json] = {
         name: {
@@ -127,7 +134,7 @@ def describe(splits: Mapping[str, Examples]) -> dict[str, Json]:
         }
         for name, examples in splits.items()
     }
-    for overlap in find_overlaps(splits):
+    for overlap in overlaps:
         record = {"examples": overlap.examples, "first_ids": overlap.first_ids}
         descriptions[overlap.split].setdefault("overlaps", {})[overlap.other_split] = record
     return descriptions

@@ -17,6 +17,7 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import controls, losses, models, pipeline, preflight
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.experiment.splits import find_overlaps
 from jax_ordermerge.search.candidates import Candidate, Population
 
 METHODS = [
@@ -232,17 +233,21 @@ def test_examples_of_two_splits_are_refused(run):
     ctx = open_run(config, lambda line: None)
     splits, space = ctx.splits, read_search(None, None, {})
     few = splits["validation"].take(np.arange(2))
+
+    def check(splits):
+        preflight.check_search(config, ctx.model, splits, find_overlaps(splits), space)
+
     for validation, message in (
         ({"validation": splits["train"]}, r"\d+ of \d+ validation examples are train examples too"),
         ({"validation": splits["test"]}, r"are test examples too \(the first: row "),
         ({"validation": few}, "2 validation examples are too few"),
     ):
         with pytest.raises(UserError, match=message):
-            preflight.check_search(config, ctx.model, splits | validation, space)
+            check(splits | validation)
     with pytest.raises(
         UserError, match=r"chosen on validation examples: set data\.validation_examples"
     ):
-        preflight.check_search(config, ctx.model, {"train": splits["train"]}, space)
+        check({"train": splits["train"]})
 
 
 def test_a_wrong_space_is_refused_before_anything_is_trained(folder, tmp_path):

@@ -23,7 +23,7 @@ def run(ctx: RunContext) -> None:
     """Describe the data, then fine-tune the members, each in its own order."""
     config = ctx.config
     # written before the training, so that a run that is stopped early still says what it read
-    descriptions = splits.describe(ctx.splits)
+    descriptions = splits.describe(ctx.splits, ctx.overlaps)
     descriptions["train"] |= ctx.prompt_format.to_json()
     if config.data.packing != "none":
         plan = batches.make_plan(ctx.training, ctx.splits["train"])
