@@ -12,6 +12,7 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import dpo_reference, losses, pipeline
 from jax_ordermerge.train import loop
 from tests.experiment import tiny
+from tests.experiment.run_directory import interrupted
 
 QUIET = {"log": lambda line: None}
 
@@ -158,18 +159,8 @@ def test_a_run_interrupted_and_called_again(tmp_path, monkeypatch, loss):
 
     shutil.copytree(directory, tmp_path / "first")
     shutil.rmtree(directory)
-    original, calls = loop.Display.metrics, []
-
-    def fails(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Display, "metrics", fails)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.run(load_config(file), **QUIET)
+    with interrupted(loop.Display, "metrics", 4):
+        pipeline.run(load_config(file), **QUIET)
     with monkeypatch.context() as patch:
         measure = losses.sequence_losses
         patch.setattr(

@@ -1,6 +1,5 @@
 """A finished run is asked for more: what is there stays, and the rest is as if asked at the start."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ from jax_ordermerge.merge.sources import references
 from jax_ordermerge.report import run_report
 from jax_ordermerge.train import loop
 from tests.experiment import tiny
+from tests.experiment.run_directory import digests, interrupted
 
 AVERAGE, SELECTION = "{method: average}", "{method: selection, seed: 3}"
 TIES = "{method: ties, parameters: {density: 0.5}}"
@@ -34,14 +34,6 @@ MORE = [
 
 def ignore(line):
     """Take the place of the log."""
-
-
-def digests(directory):
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +95,9 @@ def test_a_grown_run_is_the_run_that_was_asked_for_all_at_its_start(run, large, 
     monkeypatch.setattr(harness, "run", count)
     pipeline.run(read_config(run, MORE), log=ignore)
     assert_same_results(run, large)
-    # base, two members and the average answer the new task alone, two merges answer both
-    assert sorted(tasks) == ["first"] * 6 + ["swap"] * 2
+    # its data are checked first; base, two members and the average answer the new task alone, two
+    # merges answer both
+    assert sorted(tasks) == ["first"] * 7 + ["swap"] * 2
     after = digests(run)
     rewritten = {name for name in before if before[name] != after[name]}
     assert not [name for name in rewritten if name.startswith(("checkpoints", "orders", "merged"))]
@@ -123,24 +116,14 @@ def test_a_grown_run_is_the_run_that_was_asked_for_all_at_its_start(run, large, 
 
 
 @pytest.mark.parametrize("stage", ["merge", "analyze", "evaluate"])
-def test_growth_that_is_interrupted_goes_on(run, large, monkeypatch, stage):
+def test_growth_that_is_interrupted_goes_on(run, large, stage):
     module, name, after = {
         "merge": (convert, "export", 2),
         "analyze": (losses, "sequence_losses", 2),
         "evaluate": (harness, "run", 4),
     }[stage]
-    original, calls = getattr(module, name), []
-
-    def fails(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == after:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, fails)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.run(read_config(run, MORE), log=ignore)
+    with interrupted(module, name, after):
+        pipeline.run(read_config(run, MORE), log=ignore)
     # by its directory alone: what was asked for is in its config
     pipeline.run(read_config(run), log=ignore)
     assert_same_results(run, large)
@@ -192,6 +175,16 @@ def test_what_results_rest_on_cannot_change(run, change, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         pipeline.run(read_config(run, [change]), log=ignore)
     assert "\n" not in str(error.value)
+    assert digests(run) == before
+
+
+def test_a_task_that_cannot_be_evaluated_is_refused_before_the_merges(run, tmp_path):
+    (tmp_path / "pages.jsonl").write_text('{"page": "a"}\n')
+    pages = f"{{name: pages, kind: perplexity, data: {tmp_path / 'pages.jsonl'}}}"
+    changes = [MORE[0], f"evaluation.tasks=[{SWAP}, {pages}]"]
+    before = digests(run)
+    with pytest.raises(UserError, match=r"task pages: template .* 'text' is undefined"):
+        pipeline.run(read_config(run, changes), log=ignore)
     assert digests(run) == before
 
 

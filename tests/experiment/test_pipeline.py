@@ -1,9 +1,7 @@
 """A run on a tiny model: complete, repeated, interrupted, refused."""
 
 import dataclasses
-import hashlib
 import json
-import pathlib
 import shutil
 
 import numpy as np
@@ -20,14 +18,7 @@ from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.merge.methods.table import METHODS, Choice
 from jax_ordermerge.train import loop
-
-
-def digests(directory: pathlib.Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
+from tests.experiment.run_directory import digests, interrupted
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +131,7 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("stage", ["train", "merge", "analyze", "evaluate"])
-def test_interrupted_and_called_again_ends_with_the_same_bytes(
-    run, folder, tmp_path, monkeypatch, stage
-):
+def test_interrupted_and_called_again_ends_with_the_same_bytes(run, folder, tmp_path, stage):
     directory, _ = run
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
     module, name, after = {
@@ -151,18 +140,8 @@ def test_interrupted_and_called_again_ends_with_the_same_bytes(
         "analyze": (losses, "sequence_losses", 3),
         "evaluate": (harness, "run", 3),
     }[stage]
-    original, calls = getattr(module, name), []
-
-    def fails(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == after:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, fails)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.run(config, log=lambda line: None)
+    with interrupted(module, name, after):
+        pipeline.run(config, log=lambda line: None)
     assert not pipeline.find_stage(stage).is_complete(config)
     pipeline.run(config, log=lambda line: None)
     for part in (

@@ -19,6 +19,7 @@ from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.experiment.splits import find_overlaps
 from jax_ordermerge.search.candidates import Candidate, Population
+from tests.experiment.run_directory import interrupted
 
 METHODS = [
     {"method": "task_arithmetic", "parameters": {"scale": {"low": 0.5, "high": 2.0, "steps": 4}}},
@@ -161,22 +162,12 @@ def test_a_search_measures_the_base_once(run, tmp_path, monkeypatch):
     assert len(measured) == len(set(measured)) > 0
 
 
-def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path, monkeypatch):
+def test_a_search_continues_and_ends_with_the_same_results(run, folder, tmp_path):
     config = read_config(run)
     space = read_search(None, config.merge.auto, {})
     uninterrupted = results(run / "search")
-    original, calls = losses.example_losses, []
-
-    def fails(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 14:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(losses, "example_losses", fails)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.search(config, space, out=tmp_path / "out", log=lambda line: None)
+    with interrupted(losses, "example_losses", 14):
+        pipeline.search(config, space, out=tmp_path / "out", log=lambda line: None)
     with (tmp_path / "out" / "journal.jsonl").open("a") as journal:
         journal.write('{"candidate": {"meth')  # as a killed process leaves it
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl"}

@@ -1,7 +1,6 @@
 """Data that change under a run are refused, and so are splits that share examples."""
 
 import functools
-import hashlib
 import json
 import re
 import shutil
@@ -16,19 +15,11 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.experiment.splits import find_overlaps, refuse_overlaps
+from tests.experiment.run_directory import digests
 
 
 def ignore(line):
     """Take the place of the log."""
-
-
-def digests(directory):
-    """Return the SHA-256 of every file below a directory."""
-    return {
-        path.relative_to(directory): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
