@@ -36,6 +36,8 @@ class Reads(NamedTuple):
     items: tuple[str, ...] = ()
 
 
+# Every stage that measures or shows merges lists them: a merge that is added to a finished run is
+# then measured by all of these stages, and what they have measured stays.
 _MERGES = ("merge.methods", "merge.auto")
 _RESULTS = (*_MERGES, "merge.controls", "evaluation.tasks", "evaluation.loss")
 # What is free to change (`FREE_TO_CHANGE`) is left out of these sections.
@@ -55,6 +57,7 @@ def settings(stage: str, config: Config) -> Json:
         >>> settings("analyze", Config())["analysis"]
         {'bins': 10, 'bootstrap': 1000, 'permutations': 1000}
     """
+    # Nested as the config is: the record can be read through the schema again, see `_recorded`.
     plain, part = schema.fixed_settings(config), Json()
     for keys in READS[stage]:
         for key in keys:
@@ -99,6 +102,8 @@ def training_changes(stored: Json, config: Config) -> list[str]:
     """
     if not stored:
         return []
+    # Through the schema: a checkpoint of an earlier version has no value for a setting that came
+    # later, which then was at its default.
     before = schema.make_config(stored, "the settings of the checkpoint")
     return [text for key in READS["train"].fixed for text in _difference(key, before, config)]
 
@@ -119,6 +124,7 @@ def refuse_other_base(run: RunLayout, model: Model, digest: str) -> None:
     Raises:
         UserError: it differs.
     """
+    # Runs of an earlier version have no digest of their base. They cannot be checked, and are read.
     if run.stages.is_file() and Record(run).base_digest not in (None, digest):
         raise UserError(
             f"the base {model.base} changed since the training of {run.root} began;"
@@ -249,6 +255,8 @@ class Record:
             if added := [name for name in items if name not in listed]:
                 unlisted += added
                 section, name = key.split(".")
+                # `items` first keeps the order of before. Values are of now; by `refuse_changes`
+                # they are equal.
                 values = [*(items | listed).values()]
                 raw[section][name] = values if isinstance(raw[section][name], list) else values[0]
         return (schema.make_config(raw, str(self._run.config)) if unlisted else config), unlisted
@@ -262,6 +270,7 @@ class Record:
                 fixed |= dict.fromkeys(_difference(key, before, config))
             for key in READS[stage].items:
                 old, new = _items(before, key), _items(config, key)
+                # An item on one side only contradicts nothing: it was added, or is kept unlisted.
                 for name in [name for name in old if name in new]:
                     pair = _basis(stage, before, old[name]), _basis(stage, config, new[name])
                     items |= dict.fromkeys(difference(*({name: item} for item in pair)))
@@ -320,12 +329,14 @@ def _items(config: Config, key: str) -> Json:
     """Return the items under a key that holds a list, or one item that may be absent, by name."""
     value = _get(schema.fixed_settings(config), key)
     names = {
+        # Items are known by the names that results have in files and reports, not by their places.
         "merge.methods": [merge_name(spec) for spec in config.merge.methods],
         "merge.controls": config.merge.controls,
         "evaluation.tasks": [task.name for task in config.evaluation.tasks],
     }
     if key in names:
         return {f"{key}.{name}": item for name, item in zip(names[key], value, strict=True)}
+    # `merge.auto` and `evaluation.loss` are one item; null or false is its absence.
     return {key: value} if value else {}
 
 

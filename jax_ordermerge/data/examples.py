@@ -44,6 +44,7 @@ class Ragged(Sequence[np.ndarray]):
             >>> Ragged.concatenate([rows, rows]).offsets.tolist()
             [0, 2, 3, 5, 6]
         """
+        # Offsets of a part count from its own start.
         starts = np.cumsum([0, *(len(part.flat) for part in parts)])
         offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
         return cls(
@@ -122,6 +123,7 @@ class Examples:
     def lengths(self) -> np.ndarray:
         """Tokens per example, int64[n]; for a pair, those of its longer sequence."""
         lengths = self.tokens.lengths
+        # The batch of a pair has one length for both sequences.
         if self.rejected is None:
             return lengths
         return np.maximum(lengths, self.rejected.tokens.lengths)
@@ -148,6 +150,7 @@ class Examples:
         """
         if self.rejected is not None:
             return np.ones(len(self))
+        # float64: their sum over a corpus may pass 2^24, where float32 stops counting.
         return np.array([mask[1:].sum() for mask in self.answers], np.float64)
 
     @property
@@ -225,6 +228,8 @@ class Examples:
             >>> Examples(tokens, answers, np.arange(1)).prompt(0).tolist()
             [1, 7]
         """
+        # After the last token that is not learned: an earlier answer of a conversation is in the
+        # prompt.
         context = np.flatnonzero(~self.answers[row])
         return self.tokens[row][: context[-1] + 1 if context.size else 0]
 

@@ -37,8 +37,10 @@ def tokenize_texts(
     Special tokens are those of the text alone: templates write their own, and BOS would stand
     twice.
     """
+    # transformers fails on an empty batch.
     if not texts:
         return [], []
+    # One call for all texts: fast tokenizers tokenize a batch on all cores.
     batch = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -154,6 +156,7 @@ def _mark_answers(
             if common == len(tokens) or tokens[common] != token:
                 break
             common += 1
+        # Negative where a border lies before the one already marked, which adds nothing.
         answers += [piece.learned] * (common - len(answers))
     answers += [pieces[-1].learned] * (len(tokens) - len(answers))
     return Encoded(tokens, answers)

@@ -59,6 +59,7 @@ class PromptFormat:
             PromptFormat(stops=(2,), chat_template=None, date=datetime.date(2026, 12, 1), \
 example='', notes=())
         """
+        # data.json has further keys beside these, of the split.
         names = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in record.items() if name in names}
         # JSON has neither tuples nor dates
@@ -87,6 +88,7 @@ def describe(
     if template is None:
         return PromptFormat(tuple(stops), date=date)
     base_template, notes = tokenizer.chat_template, []
+    # A server has one template. Examples in another were learned, but cannot be asked for by it.
     other_templates = {source.template for source in examples.sources if _has_prompts(source)} - {
         template
     }
@@ -101,6 +103,8 @@ def describe(
             " variables of the template (`chat_template_kwargs`)."
         )
     chat_template = None
+    # The tokenizer's own template needs no replacement; neither do prompts that a user has rendered
+    # with it before the training.
     if template != "chat" and not (template == "plain" and _are_rendered(examples, tokenizer)):
         chat_template = to_jinja(template, tokenizer)
         if chat_template is None:
@@ -153,6 +157,8 @@ def _are_rendered(examples: Examples, tokenizer: "PreTrainedTokenizerBase") -> b
         asked = turns.render_chat(tokenizer, question, -1, generation=True)
     except UserError:  # the template does not take a lone question
         return False
+    # What a generation prompt adds, such as `<|im_start|>assistant`. A template without it marks no
+    # answer, so nothing can be said about the prompts.
     header = asked.removeprefix(text).strip()
     plain = [source.template == "plain" and _has_prompts(source) for source in examples.sources]
     prompts = (
@@ -208,6 +214,7 @@ def _expression(text: str) -> str:
 
 def _alpaca_parts() -> _Parts:
     header = "### Response:"
+    # The texts of training themselves, so that the two cannot drift apart.
     with_input, without_input = (
         _expression(text.removesuffix(header).format(instruction="{prompt}", input="{extra}"))
         for text in (chat.ALPACA_WITH_INPUT, chat.ALPACA_WITHOUT_INPUT)
@@ -293,6 +300,8 @@ def _jinja(parts: _Parts, glue: str | None) -> str:
 
 def _renders(text: str, template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Return whether a Jinja template gives the tokens of a template of ours."""
+    # Starts and ends that tokenizers treat in different ways: a digit, a space, nothing, line
+    # feeds, the mark of SentencePiece for a space, and BOS written by the user.
     probes = ("2 + 3?", " a", "", "A\n\n", "\né ", "▁x", f"{tokenizer.bos_token or ''}a")
     for probe, alpaca_input in itertools.product(probes, ("", "2\n")):
         record = Record.single_turn(probe, alpaca_input=alpaca_input)

@@ -74,6 +74,7 @@ def _load_splits(
 ) -> dict[str, Examples]:
     train = tokenize(data.train, data, tokenizer, "train")
     held_out: dict[str, Examples] = {}
+    # In this order: the test examples are the same with and without validation examples.
     sizes = {"test": data.test_examples, "validation": data.validation_examples}
     for split, count in sizes.items():
         if count:
@@ -102,6 +103,7 @@ def tokenize(
     """
     listed = list_sources(sources)
     _refuse_same_files(listed)
+    # Once for all sources: it hashes the whole tokenizer.
     fingerprint = example_cache.fingerprint(tokenizer)
     parts = []
     for source in listed:
@@ -113,6 +115,7 @@ def tokenize(
             if entry is not None:
                 example_cache.write(entry, examples)
         parts.append(examples)
+        # After each source and not at the end: the next one may take an hour.
         _refuse_same_content(listed, parts)
     return concatenate(parts)
 
@@ -123,6 +126,7 @@ def _refuse_same_content(sources: Sequence[DataSource], parts: Sequence[Examples
     for source, part in zip(sources, parts, strict=False):
         for file in part.sources[0].files:
             path, reader = readers.setdefault(file.sha256, (file.path, source))
+            # An empty file is a copy of every other one, and hub data have no digest.
             is_copy = path != file.path and file.sha256 and file.rows
             if is_copy and (reader is source or not (reader.name and source.name)):
                 raise UserError(
@@ -179,6 +183,8 @@ def _tokenize_source(
     source: DataSource, data: schema.Data, tokenizer: "PreTrainedTokenizerBase", split: str
 ) -> Examples:
     table, rows = read_table(source, data, split)
+    # Columns of any row: JSON Lines may leave out a key where it is empty. An alias of `data` that
+    # this source lacks may be of another source; one of its own is a mistake.
     present = {column for row in table.rows for column in row}
     columns = {name: alias for name, alias in data.columns.items() if alias in present}
     for name, alias in (source.columns or {}).items():
@@ -196,6 +202,8 @@ def _tokenize_source(
     )
     form = formats.detect(rows, source.path) if data.format == "auto" else data.format
     records, bad = formats.read_rows(rows, form)
+    # `detect` and the template need records, so bad rows are refused in two steps: here those of
+    # the format, below those of the template.
     if bad and (data.bad_rows == "refuse" or not records):
         raise formats.bad_rows_error(bad, info.locate)
     if data.learn == "last" and form != "text":
@@ -223,6 +231,7 @@ def _tokenize_source(
     counts = {"read": len(rows), **builder.counts, "used": len(builder.ids)}
     if bad:
         counts["dropped_bad_rows"] = len(bad)
+    # of the rows that are trained on: what a dropped row holds changes nothing
     used = [record for row, record in records.items() if row not in bad]
     counts |= chat.count_irregularities(used, template, tokenizer)
     if not builder.ids:
@@ -231,6 +240,7 @@ def _tokenize_source(
             f"data {source.path}: no example is left with data.max_length = {data.max_length}"
             f" ({reasons}); raise it"
         )
+    # one side, or of pairs two
     chosen, *rejected = builder.build()
     info = dataclasses.replace(
         info,

@@ -101,6 +101,7 @@ def _placeholder(value: JsonValue, mark: int) -> JsonValue:
 
 
 def _argument(key: str, value: JsonValue, mark: int) -> JsonValue:
+    # Templates compare it, of tools and of their parameters.
     if key == "type":
         return value
     # The names of arguments differ from call to call. That they end in braces does not.
@@ -139,6 +140,8 @@ class TurnLayout:
             if mark != TOOLS_MARK and mark - FIRST_MARK >= len(placeholders.messages):
                 return None  # a number of the template
             if gaps and gaps[-1].mark == mark:
+                # Parts of one message beside each other, such as its reasoning and its answer, are
+                # one gap. Its text is then not the content alone.
                 gaps[-1] = gaps[-1]._replace(is_content=False)
             elif any(gap.mark == mark for gap in gaps):
                 return None
@@ -148,6 +151,7 @@ class TurnLayout:
                 ] == str(mark)
                 gaps.append(_Gap(text[position : match.start()], mark, is_content))
                 starts.append(match.end())
+            # Also where a gap has grown: the next literal begins behind its last mark.
             starts[-1] = position = match.end()
         last = text[position:]
         literals = [*(gap.literal for gap in gaps), last]
@@ -174,6 +178,7 @@ class TurnLayout:
                 return None
             starts.append(end)
             position = end + len(literal)
+        # What the template writes after the last literal is not in the layout.
         if position != len(text):
             return None
         return [

@@ -114,6 +114,7 @@ def _plan(config: Config, stages: Sequence[Stage]) -> _Todo:
         UserError: they contradict each other.
     """
     layout = RunLayout(config.directory)
+    # The record says what results rest on; config.yaml also has settings for stages to come.
     record, stored = Record(layout), stored_config(layout)
     extended, unlisted = record.extended(config)
     missing = [
@@ -138,6 +139,7 @@ def _run_stages(
     record = Record(ctx.layout)
     ctx = add_reference_logprobs(ctx)
     for number, stage in enumerate(stages, start=1):
+        # Numbered by their place among all stages, also where earlier ones are skipped.
         if stage.name in missing:
             ctx.log(f"[{number}/{len(STAGES)}] {stage.name}")
             if stage is not train.STAGE:
@@ -148,6 +150,8 @@ def _run_stages(
 
 
 def _run_stage(ctx: RunContext, stage: Stage, record: Record) -> None:
+    # Begun before it writes and ended when it is complete: of a stage that is broken off, the
+    # record has the settings of what lies there.
     record.begin(stage.name, ctx.config, base=ctx.base_digest)
     stage.run(ctx)
     record.end(stage.name)

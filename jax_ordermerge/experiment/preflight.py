@@ -128,6 +128,7 @@ def check_tasks(
             )
         except UserError as error:
             named = task.name in str(error)
+            # Errors that name their task are passed on; those of a row or a file get the name here.
             raise error if named else UserError(f"evaluation task {task.name}: {error}") from error
 
 
@@ -150,6 +151,7 @@ def check_search(
             " or give ordermerge search --validation FILE"
         )
     validation = splits["validation"]
+    # Fewer have no standard error that a choice could rest on.
     if len(validation) < search.MIN_EXAMPLES:
         raise UserError(
             f"{len(validation)} validation examples are too few to choose a merge on;"

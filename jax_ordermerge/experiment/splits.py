@@ -64,6 +64,7 @@ def find_overlaps(splits: Mapping[str, Examples]) -> list[Overlap]:
         for other_split in (name for name in splits if name != split):
             shared = [n for n, row in enumerate(rows[split]) if row in distinct[other_split]]
             if shared:
+                # Three are enough to find the mistake; the count says how large it is.
                 first_ids = splits[split].ids[shared[:3]].tolist()
                 places = [splits[split].place(number) for number in shared[:3]]
                 overlaps.append(
@@ -178,11 +179,13 @@ def check_same_data(run: RunLayout, splits: Mapping[str, Examples]) -> None:
     if not recorded:
         return
     changes = []
+    # Both names: a split that came or went changes what is trained on, or what is held out, too.
     for name in dict.fromkeys([*recorded, *splits]):
         before = recorded.get(name)
         examples = splits.get(name)
         if before is None or examples is None:
             changes.append(f"{name} {'was absent' if before is None else 'is absent'}")
+        # The digest is of tokens, so a file that was moved or compressed is the same data.
         elif before["digest"] != examples.digest:
             changes.append(f"{name} ({_change(before, examples)})")
     if changes:
@@ -193,6 +196,7 @@ def check_same_data(run: RunLayout, splits: Mapping[str, Examples]) -> None:
 
 
 def _describe_sources(examples: Examples) -> list[Json]:
+    # of a pair both sequences: they are what is read in training
     lengths = np.sum([part.lengths for part in examples.parts], 0)
     numbers = examples.source_numbers
     return [
@@ -218,6 +222,7 @@ def _change(before: Json, examples: Examples) -> str:
     # The examples are of tokens, so they may differ while the bytes of their files are the same.
     digests = [file.sha256 for source in examples.sources for file in source.files]
     recorded = [file["sha256"] for source in before["sources"] for file in source["files"]]
+    # Hub and generated data have no file, and the digest "".
     if "" not in digests and digests == recorded:
         return f"{names}: same content, other tokens; the template or the tokenizer changed"
     return f"{names}: other content, {len(examples)} examples as before"
