@@ -143,6 +143,7 @@ class RunLayout:
 
     def wave_checkpoints(self) -> list[Path]:
         """Checkpoint directories of all waves that have one."""
+        # sorted as text: the order only decides which error comes first
         return sorted((self.root / "waves").glob("*/checkpoints"))
 
     # ------------------------------------------------------------------ losses, merges, evaluation
@@ -266,6 +267,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file beside `path` and rename it when complete. Only process 0 writes."""
     import jax  # a reader of run directories does not need it
 
+    # All processes hold the same content; two writers of one file would race.
     if jax.process_index() == 0:
         atomic.replace(path, content)
 

@@ -168,6 +168,7 @@ def _response(row: JsonRow, column: str) -> str:
 
 def _conversation(messages: Sequence[Message], column: str, context: int = 0) -> Record:
     """Make a record of messages, the first `context` of which are not learned."""
+    # The keys that say what is learned are taken out: no template should print them.
     bare, weights = [], []
     for number, message in enumerate(messages):
         message, weight = take_weight(message, column, is_context=number < context)
@@ -377,6 +378,8 @@ SHARED_COLUMNS: Final = ("system", "tools", "chat_template_kwargs")
 # Columns in which the prompt of a preference pair may stand.
 _PAIR_PROMPTS: Final = ("prompt", "conversations", "instruction")
 FORMATS: Final = {
+    # Order decides in `detect`: the first whose columns are there. Conversations stand before the
+    # columns of single prompts, which such files often have beside them.
     "messages": Format(_read_conversation("messages"), ("messages",)),
     "sharegpt": Format(_read_conversation("conversations"), ("conversations",)),
     "prompt_completion": Format(_from_prompt_completion, ("prompt", "completion")),
@@ -454,6 +457,7 @@ def read_rows(rows: Sequence[JsonRow], form: str) -> tuple[dict[int, Record], di
     Returns:
         The records, and a reason for each row that is none.
     """
+    # All bad rows and not the first: see `bad_rows_error`.
     records, bad = {}, {}
     for number, row in enumerate(rows):
         try:
@@ -484,6 +488,7 @@ def bad_rows_error(bad: Mapping[int, str], locate: Callable[[int], tuple[str, in
     reason = bad[first]
     places = [
         f"{number}" if file == path else f"{file} row {number}"
+        # more would fill a terminal; their number is in the message
         for file, number in map(locate, rest[:20])
     ]
     further = f"; {len(rest)} more rows too: {', '.join(places)}" if rest else ""

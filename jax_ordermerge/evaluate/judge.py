@@ -88,6 +88,7 @@ class ReplyFile:
 
     def add(self, digest: str, reply: Reply, **about: str) -> None:
         """Write a reply, with what a reader wants to know about it."""
+        # Locked, as workers end at the same time; flushed, since each reply was paid for.
         row = {"digest": digest, "reply": reply.text, "cut": reply.cut, **about}
         with self._lock:
             self._replies[digest] = reply
@@ -184,6 +185,7 @@ def compare(
         )
         first, first_reply = ask(ours, theirs)
         turned, second_reply = ask(theirs, ours)
+        # of the second question too, how much *ours* is preferred
         second = None if turned is None else 1.0 - turned
         item: Json = {"instruction": instruction, "first": first, "second": second, "win": None}
         if first is None or second is None:
@@ -198,10 +200,13 @@ def compare(
         pairs = [pool.submit(judge_both_orders, *rows) for rows in zip(ours, theirs, strict=True)]
         try:
             for count, done in enumerate(futures.as_completed(pairs), 1):
+                # Raises what a worker raised: one failure ends all, because a judge that is
+                # unreachable for one question is so for the others.
                 done.result()
                 if on_progress is not None:
                     on_progress(count)
         except BaseException:
+            # Workers that wait for a retry end at once, and questions not begun are dropped.
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -235,6 +240,7 @@ def _summarize(items: Sequence[Json]) -> Json:
             f"no verdict of {len(items)} pairs can be read: the judge writes {sample}; a judge that"
             " thinks needs a larger --max-tokens"
         )
+    # Instructions are the sampling unit: the two orders of a pair are not independent.
     mean, error = mean_and_error([item["win"] for item in read_items])
     return {
         "win_rate": mean,
@@ -269,6 +275,7 @@ def compare_files(
     Raises:
         UserError: see `compare`; it says how many replies are kept.
     """
+    # Everything that can fail without the judge comes first.
     our_rows, their_rows = read(ours), read(theirs)
     _check_pairs(our_rows, their_rows)
     if out is not None and out.is_dir():

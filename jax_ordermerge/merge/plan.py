@@ -20,6 +20,8 @@ from jax_ordermerge.merge.sources.storage import Source
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 # fields that a fine-tune may change; the merged model has those of the first model
+# None of these enters a forward pass: special tokens end generation, the initializer is of a
+# training that is over.
 _MAY_DIFFER = {"bos_token_id", "eos_token_ids", "pad_token_id", "initializer_range"}
 # How the tensors are computed with: the merged model has those of the base, with a note. Versions
 # of one model differ in them (a longer context, another window), and their weights still belong
@@ -159,6 +161,7 @@ def uniform(
     checked = table.check_parameters(method, parameters)
     table.refuse_data_dependent(method)
     _check_sources(members, base, method, checked)
+    # After the sources: without members the number of weights would be reported, not their absence.
     checked_weights = table.check_weights(method, weights, len(members), checked)
     # The base is also there for methods that do not need it: diagnostics measure from it.
     sources = (*members, *([] if base is None else [base]))
@@ -211,6 +214,7 @@ def _check_sources(
 ) -> None:
     if not members:
         raise UserError("nothing to merge: give the directories of the members")
+    # With its parameters: `selection` needs a base for some ways to resample only.
     if table.METHODS[method].needs_base(parameters) and base is None:
         condition = "with resample " if method == "selection" else ""
         raise UserError(
@@ -256,6 +260,8 @@ def check_same(first: Source, second: Source, may_differ: Collection[str] = ()) 
     Raises:
         UserError: the architectures differ; the message names the first difference.
     """
+    # All fields but those that are listed: a field that is new in `ModelConfig` must be equal until
+    # somebody decides otherwise.
     for field in dataclasses.fields(ModelConfig):
         a, b = getattr(first.config, field.name), getattr(second.config, field.name)
         if a != b and field.name not in {*_MAY_DIFFER, *_OF_BASE, *may_differ}:
@@ -293,6 +299,7 @@ def config_notes(
 
 def _rope_differences(a: Rope, b: Rope) -> list[tuple[str, object, object]]:
     form_a, form_b = ({"rope_theta": rope.theta, **rope.to_hf()} for rope in (a, b))
+    # By key of config.json: two whole rope sections on one line would hide what differs.
     pairs = [(key, form_a.get(key), form_b.get(key)) for key in {**form_a, **form_b}]
     return [(key, value_a, value_b) for key, value_a, value_b in pairs if value_a != value_b]
 
@@ -307,6 +314,7 @@ def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype:
         if dtype not in DTYPES:
             raise UserError(f"dtype '{dtype}' is not offered{did_you_mean(dtype, DTYPES)}")
         return np.dtype(jax.numpy.dtype(dtype))
+    # Of all tensors, since a file may store its norms in float32 and the rest in bfloat16.
     dtypes = {
         member.info(name).dtype
         for member in members

@@ -60,6 +60,7 @@ def targets(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
         for spec in tensor_table(config)
         if spec.kind in ("attention", "mlp") and len(spec.hf_shape) == 2
     ]
+    # our short name and that of Hugging Face: configs of PEFT can be copied
     names = {spec: (spec.path.split("/")[-2], spec.hf_name.split(".")[-2]) for spec in matrices}
     valid = [name for pair in names.values() for name in pair] + [ALL]
     for name in settings.targets:
@@ -92,6 +93,8 @@ def table(config: ModelConfig, settings: Lora) -> tuple[TensorSpec, ...]:
     """
     specs, rank = [], settings.rank
     for spec in targets(config, settings):
+        # A has the input axis of the weight and B its output axis, so both are sharded as the
+        # weight is, and the axis of the rank is on every device.
         (layers, rows, columns), (_, row_axis, column_axis) = spec.shape, spec.axes
         path, name = spec.path.removesuffix("weight"), PREFIX + spec.hf_name.removesuffix(".weight")
         a, a_axes = (layers, rank, columns), ("layer", "rank", column_axis)
@@ -174,6 +177,8 @@ def dense(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
     params, factors = tree.flatten(base), tree.flatten(adapter)
     for path in [path for path in factors if path.endswith("lora_a")]:
         target = path.removesuffix("lora_a") + "weight"
+        # [L, out, rank] @ [L, rank, in]: all layers at once
         change = jax.numpy.matmul(factors[path.removesuffix("a") + "b"], factors[path])
+        # float32 before the addition: in bfloat16 a small change would be lost to rounding.
         params[target] = params[target].astype("float32") + scale * change
     return tree.unflatten(params)

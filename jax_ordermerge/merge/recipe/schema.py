@@ -18,6 +18,7 @@ from jax_ordermerge.merge.recipe.settings import Settings, parse_settings
 # Keys of which a recipe has at least one, and the config of an experiment has none.
 KEYS = ("merge_method", "slices", "models")
 # Keys of mergekit, of its other commands and of its command line, each with a reason or a remedy.
+# Refused by name and not as unknown keys: who brings a recipe of mergekit learns what to do.
 _NOT_OFFERED = {
     "experts": "mixtures of experts are not made here",
     "gate_mode": "mixtures of experts are not made here",
@@ -147,6 +148,7 @@ class Token(Section):
 class Tokenizer(Section):
     """The vocabulary of the merged model: `union`, `base`, or a model."""
 
+    # The default of mergekit where a recipe has a section `tokenizer` at all.
     source: ModelName = Reference("union")
     tokens: dict[str, Token] = Field(default_factory=dict)
     pad_to_multiple_of: PositiveInt = 1
@@ -168,6 +170,7 @@ class Recipe(Module):
     chat_template: str | None = None
     seed: int = 0
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    # Read and ignored: a merge writes its version into the recipe beside it.
     jax_ordermerge: str | None = Field(
         None,
         description="version that wrote the file, so that the recipe beside a merge is valid again",
@@ -221,6 +224,7 @@ def is_recipe(path: str | Path) -> bool:
     documents = _read_documents(path)
     return (
         any(isinstance(raw, dict) and not raw.keys().isdisjoint(KEYS) for raw in documents)
+        # a config of an experiment is one document
         or len(documents) > 1
     )
 
@@ -252,6 +256,7 @@ def load(source: str | Path) -> list[Json]:
                 f"{where}: recipe {number} of {len(names)} has no name, so no later one could refer"
                 " to its result; give it a key name"
             )
+        # Later names only: each pair is compared once, and the last recipe may have a name, too.
         if name in names[number:]:
             raise UserError(f"{where}: two recipes have the name {name}")
     return documents
