@@ -143,7 +143,7 @@ class RunLayout:
 
     def wave_checkpoints(self) -> list[Path]:
         """Checkpoint directories of all waves that have one."""
-        # sorted as text: the order only decides which error comes first
+        # A member is in one wave, so the order decides nothing but which error comes first.
         return sorted((self.root / "waves").glob("*/checkpoints"))
 
     # ------------------------------------------------------------------ losses, merges, evaluation

@@ -34,6 +34,7 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[Json]:
         raise UserError(f"prompts come from --prompt TEXT or from --prompts FILE: {mistake}")
     if path is None:
         return [{"prompt": text} for text in prompts]
+    # A line is a prompt here, where a text file of training data is one text.
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -50,6 +51,7 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[Json]:
                 f"--prompts {path}: row {number} has no text in the column prompt, its columns are "
                 f"{', '.join(map(str, row))}"
             )
+        # The answer would overwrite the column that the user may want to compare it with.
         if "completion" in row:
             raise UserError(
                 f"--prompts {path}: row {number} has a column completion already; rename it"
@@ -127,6 +129,7 @@ def complete(
     if source.directory is None:
         raise UserError(f"{model} has no tokenizer files; convert it to a directory that has them")
     tokenizer = tokenizers.load_tokenizer(source.directory)
+    # A member is asked as it was trained, which the tokenizer files of its base do not know.
     if source.prompt_format.chat_template is not None:
         tokenizer.chat_template = source.prompt_format.chat_template
     # a member reads the date that it was trained with; any other model reads today's
@@ -188,6 +191,7 @@ def _tokens(
             messages=(
                 *system,
                 {"role": "user", "content": prompt},
+                # a record ends in a response; its prompt is what comes before
                 {"role": "assistant", "content": ""},
             ),
             template_kwargs=asking.variables,
@@ -212,9 +216,11 @@ def _check_read(records: Sequence[Record], asking: Asking, tokenizer: tokenizers
             for record in records
         ]
 
+    # Rendered with and without: what a template reads cannot be seen from its text.
     prompts = render_prompts(asking.variables)
     for name in asking.variables:
         without = {key: value for key, value in asking.variables.items() if key != name}
+        # Over all prompts: a template may read a variable in some of them only.
         if render_prompts(without) == prompts:
             raise UserError(f"--variable {name}: the chat template of the model does not read it")
     if asking.system is not None and any(asking.system.strip() not in prompt for prompt in prompts):

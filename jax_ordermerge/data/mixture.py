@@ -36,11 +36,14 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     """
     if len(parts) == 1:
         return parts[0]
+    # By `id_count` and not by the examples: ids do not shift when rows of an earlier source are
+    # dropped.
     first_ids = np.cumsum([0, *(part.sources[0].id_count for part in parts)])
     sources = tuple(
         dataclasses.replace(part.sources[0], first_id=int(first))
         for part, first in zip(parts, first_ids, strict=False)
     )
+    # one source of each kind, for the message
     kinds = {part.rejected is not None: part.sources[0].name for part in parts}
     if len(kinds) > 1:
         raise UserError(
@@ -98,6 +101,8 @@ def set_aside(examples: Examples, count: int, seed: int, split: str) -> tuple[Ex
         >>> train.ids.tolist(), validation.ids.tolist()
         ([2, 3, 4], [0, 1])
     """
+    # Drawn over all examples and cut: with a larger count the smaller choice is a part of the
+    # larger.
     order = permutation(len(examples), seed, split)
     if examples.rows is not None:
         # Answers of one conversation stay on one side: each is in the prompt of the next. A
@@ -146,6 +151,8 @@ def apply_weights(examples: Examples, seed: int) -> Examples:
     if all(source.weight == 1 for source in examples.sources):
         return examples
     group, first = _groups(examples)
+    # Weights are of rows and not of examples: a conversation counts once, however many answers it
+    # has.
     group_source = examples.source_numbers[first]
     copies = np.zeros(len(first), np.int64)  # of each row
     sizes = np.bincount(group)
@@ -154,6 +161,7 @@ def apply_weights(examples: Examples, seed: int) -> Examples:
         rows = np.flatnonzero(group_source == number)
         complete = int(source.weight)
         further = round((source.weight - complete) * len(rows))
+        # A source that would silently vanish is a mistake of the config.
         if len(rows) and not complete and not further:
             raise UserError(
                 f"data.train: weight {source.weight:g} leaves none of the {len(rows)} rows of"

@@ -107,6 +107,7 @@ def order_indices(
     # The stream names are part of the format: a checkpoint is continued with the same orders.
     if level == "batch":
         sequence = permutation(examples, seed, "order", "composition")
+        # The last, short batch is no part of the permutation: see the docstring.
         full = examples - examples % batch
         batches = permutation(full // batch, seed, "order", "batches", member, epoch)
         permuted = sequence[:full].reshape(-1, batch)[batches].reshape(-1)
@@ -121,6 +122,7 @@ def order_indices(
             sequence = np.roll(sequence, -(member * examples // members))
         elif level == "reverse" and member % 2:
             sequence = sequence[::-1]
+    # Cut into steps last, so that all levels are padded in the same place.
     return np.pad(sequence, (0, -examples % batch), constant_values=PADDING).reshape(-1, batch)
 
 

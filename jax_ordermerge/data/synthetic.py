@@ -75,6 +75,8 @@ class Draws:
 
 def _change(draws: Draws, amount: int) -> tuple[str, str, int]:
     """Return (verb phrase, step of the solution, new amount) of one gain or loss."""
+    # Within the range whatever is drawn: nothing below 1 and nothing above `LARGEST`, so every
+    # number is one token and no problem has to be thrown away.
     if amount < 4 or (amount <= LARGEST - 2 and draws.below(2)):
         by = draws.between(2, min(30, LARGEST - amount))
         return f"{draws.pick(GAINS)} {by} more", f"{amount} + {by} = {amount + by}", amount + by
@@ -99,6 +101,7 @@ def _bystander(draws: Draws) -> Record:
     facts = [f"{name} has {start} {items}.", f"{bystander} has {draws.between(2, 40)} {items}."]
     first, step, amount = _change(draws, start)
     second, last, amount = _change(draws, amount)
+    # In random order: else the first number of a problem would always be the one that counts.
     story = " ".join(draws.sample(facts, 2))
     question = f"{story} {name} {first} and {second}. How many {items} does {name} have?"
     return {"question": question, "answer": f"{step}, {last}. #### {amount}"}
@@ -106,6 +109,7 @@ def _bystander(draws: Draws) -> Record:
 
 def _two_people(draws: Draws) -> Record:
     first, second = draws.sample(NAMES, 2)
+    # At most 28: then two more than `a` still leave the sum within `LARGEST`.
     items, a = draws.pick(THINGS), draws.between(4, 28)
     if draws.below(2):
         by = draws.between(2, min(20, LARGEST - 2 * a))
@@ -147,6 +151,7 @@ def _problem(draws: Draws, split: str) -> Record:
 def _equation(draws: Draws) -> str:
     if draws.below(2):
         a = draws.between(1, LARGEST - 1)
+        # One operand is at most 30, as in the steps of the problems.
         b = draws.between(1, min(30, LARGEST - a))
         if draws.below(2) and b > 1:
             a, b = b, a
@@ -218,6 +223,7 @@ def _preference(draws: Draws, split: str) -> Record:
     steps, amount = problem["answer"].split(". #### ")
     result = int(amount)
     wrong = draws.pick(
+        # Close to the right one: only by computing it can a model prefer the right answer.
         [n for n in range(max(1, result - 3), min(LARGEST, result + 3) + 1) if n != result]
     )
     rejected = f"{steps.removesuffix(amount)}{wrong}. #### {wrong}"
@@ -269,6 +275,7 @@ def generated(name: str, split: str = "train") -> list[Record]:
     make, sizes = DATASETS[name]
     if split not in sizes:
         raise UserError(f"generated:{name} has no split '{split}'{did_you_mean(split, sizes)}")
+    # Seed 0 and not that of the run: a data set is a file that is not stored.
     draws = Draws(0, "synthetic", name, split)
     records: dict[tuple[str, ...], Record] = {}
     # Duplicates are dropped by their key, in the order of their first draw.

@@ -52,6 +52,7 @@ class NotFiniteError(UserError):
 
     def named(self, **names: str) -> "NotFiniteError":
         """Return the error with the name of its `model` or `item`."""
+        # A new error instead of a changed one: the message is built when it is made.
         merged = self._names | names
         return NotFiniteError(
             self.problem, self.number, merged["model"] or "the model", merged["item"]
@@ -64,6 +65,7 @@ def name_items(items: Sequence[object]) -> Iterator[None]:
     try:
         yield
     except NotFiniteError as error:
+        # The number is of the call, whose inputs are in the order of `items`.
         raise error.named(item=str(items[error.number])) from error
 
 
@@ -134,6 +136,7 @@ class EvalModel:
             UserError: the tokenizer has neither.
         """
         token = self.tokenizer.bos_token_id
+        # As in lm-evaluation-harness: models without BOS were trained on texts that EOS separates.
         if token is None:
             token = self.tokenizer.eos_token_id
         if token is None:

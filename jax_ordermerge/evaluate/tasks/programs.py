@@ -101,6 +101,8 @@ class Problem:
         # The answer goes on with the function itself, and fences only follow.
         if self.before and re.match(r"(?:\s*\n)?[ \t]+\S", lead):
             return self.program(lead)
+        # Code before the first fence: an answer that begins with the function and explains it
+        # below.
         is_code = code_blocks.defines(lead, self.names)
         code = lead if is_code else code_blocks.answer(text, self.names)
         if code is None:
@@ -162,6 +164,7 @@ def humaneval(rows: Sequence[JsonRow]) -> list[Problem]:
                 # the stop sequences of the paper: a completion of the body ends with the next
                 # top-level line
                 stops=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+                # the file defines `check` and leaves the call to whoever runs it
                 tests=f"{test}\ncheck({function})",
                 names=(function,),
                 # Tests may call helpers that the prompt defines beside the function.
@@ -254,7 +257,10 @@ def _checked_names(tests: str, setup: str, reference: str) -> tuple[str, ...]:
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
+    # A name of Python among them means Python's, unless the reference defines it or an assertion
+    # calls nothing else.
     python = set(dir(builtins))
+    # Names and no calls: tests also pass functions to others, as in `map(f, ...)`.
     free = sandbox.free_names(f"{setup}\n{tests}")
     for statement in statements:
         if isinstance(statement, ast.Assert) and not (

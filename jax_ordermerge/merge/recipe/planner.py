@@ -246,6 +246,7 @@ def _token_source(token: str, rule: schema.Token, models: _Models) -> vocabulary
 def _index_of(reference: Reference, what: str, models: _Models) -> int:
     if reference not in models.indices:
         # spelled in another way than among the models
+        # Only what lies on this disk is opened for the comparison; a hub name would be downloaded.
         local = Path(reference.name).expanduser().exists()
         opened = models.open_source(reference.name, reference.adapter) if local else None
         identity = None if opened is None else opened.identity()
@@ -328,6 +329,7 @@ def _layer_range(
     sources = [entry.source for entry in inputs]
     labels = [models.sources[source].label for source in sources]
     for i, (source, label, length) in enumerate(zip(sources, labels, lengths, strict=True)):
+        # By index and not by name: other spellings of a model have its index already.
         if source in sources[:i]:
             raise UserError(
                 f"model {label} is given twice; give each once, with the sum of the weights"
@@ -411,6 +413,8 @@ def _prompts(
     trained = [i for i in merged if i != models.base] or merged
     members = [models.sources[i] for i in trained]
     formats = {member.prompt_format for member in members}
+    # Members of one run agree. Where models were asked in different ways, none of them is that of
+    # the merge.
     is_known = setting is None and len(formats) == 1
     donor = models.sources[models.donor]
     added = [entry["content"] for entry in models.added_tokens]
@@ -445,6 +449,7 @@ def _shorten_paths(raw: JsonValue, recipe: Recipe) -> JsonValue:
 
 def _last_part(name: str) -> str:
     """Return the last part of a path, or of each path in `MODEL+ADAPTER`; hub names stay."""
+    # A name of the hub has a slash, too; what looks like a path or exists here is one.
     is_path = [part.startswith(("/", ".", "~")) or Path(part).exists() for part in name.split("+")]
     return "+".join(
         Path(part).name if local else part

@@ -126,6 +126,7 @@ class LoRA:
             name in changes for changes in (self._products, self._trained_rows, self._biases)
         )
         reader, stored_name = self._saved.get(name, (self._base, name))
+        # Most tensors: straight from the file into the caller's array.
         if not is_changed and reader.info(stored_name).dtype == out.dtype:
             reader.read_into(stored_name, start, out)
             return
@@ -185,6 +186,8 @@ class LoRA:
         if name not in self._column_scales:
             assert product.magnitude is not None
             rows, width = self.info(name).shape
+            # In float64 over the blocks in their order: the same bits whichever part is asked for
+            # first.
             squares = np.zeros(width)
             for first in range(0, rows, _ROWS):
                 count = min(_ROWS, rows - first)

@@ -48,6 +48,7 @@ def open_model(
     """
     if adapter is None and "+" in name and not Path(name).expanduser().exists():
         name, _, adapter = name.partition("+")
+        # Adapters on adapters would need an order and a rounding between them.
         if not name or not adapter or "+" in adapter:
             raise UserError(
                 f"model {name}+{adapter}: expected MODEL or MODEL+ADAPTER, with one adapter"
@@ -88,6 +89,7 @@ def _open_base(name: str, resolve: Resolve, ignore: Collection[str]) -> Source:
         raise UserError(
             f"model {name}: a revision (@) is not offered; download it and give the directory"
         )
+    # From here on it is a directory on this machine, whatever was named.
     path = path if in_bucket else resolve(name)
     record.refuse_model_of_edited_run(path)
     layout = RunLayout(path)
@@ -120,6 +122,7 @@ def _open_member(layout: RunLayout, number: int, label: str, ignore: Collection[
     # here, and may be of another version.
     sections = read_yaml(layout.config)
     model = parse(Model, sections.get("model") or {}, f"{layout.config}: model")
+    # Not by `resolve` of the caller, which maps names of a recipe; the base is named by the run.
     base, ignore = convert.resolve(model.base), {*model.ignore_config_keys, *ignore}
     record.refuse_other_base(layout, model, record.base_digest(model, base))
     form = read_prompt_format(layout)

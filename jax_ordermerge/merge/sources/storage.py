@@ -127,6 +127,7 @@ class Checkpoint:
         label: str,
         branch: str = "params",
     ) -> None:
+        # Fixed on opening, so that all tensors are of one step.
         step = latest_step(checkpoints)
         self.prompt_format = prompt_format or PromptFormat()
         self.config = config.with_ends(self.prompt_format.stops)
@@ -168,6 +169,7 @@ def open_orbax(directory: str | Path, label: str) -> Checkpoint:
     """
     step = orbax.latest(directory)
     metadata = {} if step is None else orbax.metadata(directory, step)
+    # A training writes checkpoints without a config; its members are opened through their run.
     if "config" not in metadata:
         raise UserError(
             f"{label} is not an Orbax directory made by `ordermerge convert`; "
@@ -279,6 +281,7 @@ run the training first
             f"{prefix}the training in {checkpoints} stands at step {step} of {steps}; "
             "run it again to continue"
         )
+    # absent where the last weights are the result, neither averages nor the best
     return FinalCheckpoint(step, tuple(members), metadata.get("weights", "params"))
 
 
@@ -310,6 +313,7 @@ def load(
 
     def read_shard(spec: TensorSpec, index: tuple[slice, ...]) -> np.ndarray:
         """Return the part [(M), (L), *rows] of an entry that one device holds."""
+        # What a device holds may be some members, some layers and some rows of these.
         chosen, names = members, spec.hf_names()
         if is_population:
             chosen, index = members[index[0]], index[1:]

@@ -78,7 +78,10 @@ class RemappedVocabulary:
         self.config = dataclasses.replace(inner.config, vocab_size=len(row))
         self._owners, self._owner, self._row = owners, owner, row
         self._remapped = {
-            spec.hf_name for spec in arch.tensor_table(inner.config) if spec.axes[0] == "vocab"
+            # embedding and head by their axis: a tied model has no head
+            spec.hf_name
+            for spec in arch.tensor_table(inner.config)
+            if spec.axes[0] == "vocab"
         }
         self._read_from = [owners[index] for index in np.unique(owner[owner >= 0])]
 
@@ -105,6 +108,7 @@ class RemappedVocabulary:
         breaks = np.flatnonzero((np.diff(owner) != 0) | (np.diff(row) != 1)) + 1
         for begin, end in zip([0, *breaks], [*breaks, last - first], strict=True):
             run_start = (first + begin) * width
+            # The first and the last row may be asked for in part.
             here, there = max(run_start, start), min((first + end) * width, stop)
             part = flat[here - start : there - start]
             if owner[begin] < 0:
@@ -234,6 +238,8 @@ def compare(sources: Sequence[Source], donor: int) -> tuple[bool, tuple[str, ...
             token for token in shared if tokenizer.ids[token] != reference.ids[token]
         )
         label = sources[donor].label
+        # One moved token is enough: merged row by row, its row would be mixed with that of another
+        # token.
         if different:
             moved = True
             notes.append(
