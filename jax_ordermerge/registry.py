@@ -59,6 +59,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
                 importlib.import_module(f"{package}.{info.name}")
 
     def __getitem__(self, name: str) -> Entry:
+        # An unknown name is an error as late as this: all modules have registered their entries.
         self._load()
         if name not in self._entries:
             raise UserError(f"unknown {self._noun} '{name}'{did_you_mean(name, self._entries)}")

@@ -233,8 +233,8 @@ def difference(
     """
     left, right = _open(a), _open(b)
     reference = None if base is None else _open(base)
-    names_a, names_b = dict.fromkeys(left.names), dict.fromkeys(right.names)
     # dicts as ordered sets: results are in the order of the first checkpoint
+    names_a, names_b = dict.fromkeys(left.names), dict.fromkeys(right.names)
     common = [name for name in names_a if name in names_b]
     base_shapes = (
         {name: reference.info(name).shape for name in reference.names} if reference else {}
@@ -314,6 +314,8 @@ def _measure(
                 results.append(measure_slab(scratch[:, : len(arrays[0])], *arrays))
         return results
 
+    # Pieces and not tensors: one embedding may have half of all elements, and would be read by one
+    # thread while the others wait.
     pieces = []
     for name, readers in tensors.items():
         elements = math.prod(readers[0].info(name).shape)
@@ -389,6 +391,7 @@ def _combine_moments(slabs: list[_Moments]) -> Stats:
     zeros = sum(slab.zeros for slab in slabs)
     if not finite:
         return Stats(None, None, None, None, nans, infs, zeros)
+    # Weighted means: a sum of the values themselves may overflow.
     mean = sum(slab.finite / finite * slab.mean for slab in slabs)
     squares = sum(
         slab.squares + slab.finite * (slab.mean - mean) * (slab.mean - mean) for slab in slabs
@@ -411,7 +414,7 @@ class _Products(NamedTuple):
     ab: float
     zeros_a: int
     zeros_b: int
-    based: int  # elements that the base has too
+    in_base: int  # elements that the base has too
     kept_a: int
     kept_b: int
     task_aa: float  # inner products of a - base and b - base
@@ -481,8 +484,8 @@ def _combine_products(slabs: list[_Products]) -> Numbers | None:
         task_cosine=_cosine(total.task_aa, total.task_bb, total.task_ab),
         zeros_a=total.zeros_a / total.elements,
         zeros_b=total.zeros_b / total.elements,
-        kept_a=total.kept_a / total.based if total.based else None,
-        kept_b=total.kept_b / total.based if total.based else None,
+        kept_a=total.kept_a / total.in_base if total.in_base else None,
+        kept_b=total.kept_b / total.in_base if total.in_base else None,
     )
 
 
@@ -492,4 +495,5 @@ def _cosine(xx: float, yy: float, xy: float) -> float | None:
     length = math.sqrt(xx * yy)
     if not 0 < length < math.inf:
         length = math.sqrt(xx) * math.sqrt(yy)
+    # Rounding may lead a little beyond 1, where nobody expects a cosine.
     return max(-1.0, min(1.0, xy / length)) if 0 < length < math.inf else None

@@ -194,6 +194,7 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
     indexed: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         indexed.setdefault(file, set()).add(name)
+    # A directory that was written twice, say. Either choice could be the wrong model.
     if single.is_file() and list(indexed) != [SINGLE]:
         raise UserError(
             f"{directory} has both {SINGLE} and an index with shards; engines read it differently,"
@@ -216,6 +217,7 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
         for name in sorted(indexed[file] ^ shard.keys()):
             where = "is not in it" if name in indexed[file] else "is not placed there by the index"
             raise _printable_error(f"{index} and {file} disagree: {name} {where}")
+        # Sorted by shard, so that a reader of all tensors goes through each file once.
         entries |= shard
     return entries
 

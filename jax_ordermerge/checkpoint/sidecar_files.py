@@ -171,6 +171,8 @@ def add_tokens(directory: Path, entries: Sequence[Json]) -> None:
         if not path.is_file():
             continue
         content = json_files.read_json(path)
+        # Only where the file has the list: one that lacks it takes added tokens from
+        # `tokenizer.json`.
         if "added_tokens_decoder" in content:
             content["added_tokens_decoder"] |= {
                 str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
@@ -212,6 +214,7 @@ def read_chat_templates(directory: Path) -> dict[str, str]:
         raise UserError(
             f"{path}: chat_template is neither a text nor a list of objects with name and template"
         )
+    # It becomes the name of a file: `../x` must not lead out of the directory.
     if odd := [name for name in entry if not re.fullmatch(r"[\w.-]+", name)]:
         raise UserError(f"{path}: {odd[0]!r} names a chat template and cannot name a file")
     return dict(sorted(entry.items(), key=lambda item: item[0] != "default"))
@@ -220,6 +223,7 @@ def read_chat_templates(directory: Path) -> dict[str, str]:
 def write_chat_template(directory: Path, template: str) -> None:
     """Write a chat template in place of the default one that a directory has, if any."""
     templates = {"default": inference_template(template)}
+    # Twice: first for its place, since `default` comes first, and last for its text.
     templates = templates | read_chat_templates(directory) | templates
     _write_template_files(directory, templates)
     path = directory / TOKENIZER_CONFIG

@@ -111,6 +111,7 @@ def plan(
         analytic_only=analytic,
         find_better=search,
         as_json=as_json,
+        # the plan on stdout may be JSON for a program
         log=lambda message: typer.echo(message, err=True),
     )
     typer.echo(text, nl=False)
@@ -127,6 +128,7 @@ def train(
 ) -> None:
     """Fine-tune the members, each in its own order. Resume from the last checkpoint."""
     if steps is None:
+        # `--profile` alone would train without a trace.
         refuse_options(context, "it goes with --steps, as in --steps 20", ["overrides"])
         run_through("train", config, overrides)
         return
@@ -249,6 +251,7 @@ def search(
 
     resolved = read_config(config, overrides)
     options = {"budget": budget, "sampler": sampler, "seed": seed}
+    # Options that are not given leave what the file says.
     changes = {key: value for key, value in options.items() if value is not None}
     page = pipeline.search(
         resolved,
@@ -320,5 +323,6 @@ def launch(
     text = command.render_script(read_config(config, overrides), target, options or ())
     if not (out or submit):
         typer.echo(text, nl=False)
+    # The exit code of sbatch or kubectl, so that a script around this command can stop.
     elif code := command.deliver(text, target, out, submit=submit, log=typer.echo):
         raise typer.Exit(code)

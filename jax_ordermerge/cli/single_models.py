@@ -70,6 +70,7 @@ def merge(
     """
     from jax_ordermerge.commands import merge as command
 
+    # One command for all: what is merged says which options there are.
     kind = command.kind_of(sources)
     refuse_options(context, *command.MODES[kind])
     if kind == "run":
@@ -82,6 +83,7 @@ def merge(
         )
     target = None if dry_run else target
     shard_bytes = command.read_shard_size(shard_gb)
+    # A file of several recipes writes several models, all with these options.
     write = functools.partial(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
     )

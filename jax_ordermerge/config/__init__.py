@@ -43,6 +43,7 @@ from jax_ordermerge.config.training import (
     Wash,
 )
 
+# What other packages use. A setting that only its own section reads stays in its module.
 __all__ = [
     "OPTIMIZERS",
     "PREFERENCES",

@@ -106,7 +106,7 @@ _CURRENCY: Final = r"(?:[$€£¥₹]\s?)?"
 _SIGN: Final = r"(?:(?<![\w)\]}%.,^])-|(?:\A|(?<=[=(])|(?<=[=(]\s))-\s)"
 _QUANTITY: Final = re.compile(
     rf"{_CURRENCY}(?P<sign>{_SIGN})?{_CURRENCY}(?<![A-Za-z_^])(?:(?<![0-9.])|(?<![0-9])(?=[0-9]))"
-    rf"(?:(?P<whole>[0-9]+)(?:[ ]+|-|[ ]+and[ ]+)(?P<mixed>[0-9]+/[0-9]+)(?![0-9]*\s?/)"
+    rf"(?:(?P<integer>[0-9]+)(?:[ ]+|-|[ ]+and[ ]+)(?P<fraction>[0-9]+/[0-9]+)(?![0-9]*\s?/)"
     rf"|(?P<first>{_NUMBER})(?P<others>(?:(?:[:/^-]|\s:\s|\s/\s){_NUMBER})*))"
     r"(?:\s?\(?(?P<half>[aApP])\.?\s?[mM]\b\.?\)?)?"
 )
@@ -127,20 +127,23 @@ def read(text: str) -> list[Quantity]:
         >>> read("3:30 p.m.")
         [Quantity(separator=':', parts=(Fraction(3, 1), Fraction(30, 1)), half='p')]
     """
-    return [_quantity(match) for match in _find(text)]
+    return [_quantity(match) for match in _QUANTITY.finditer(_normalize(text))]
 
 
-def _find(text: str) -> list[re.Match[str]]:
-    return list(_QUANTITY.finditer(_UNIT.sub("", _plain(text)).strip()))
+def _normalize(text: str) -> str:
+    """Return a text with numbers in ASCII and without units in brackets."""
+    # characters first, because some brackets become ASCII ones there
+    return _UNIT.sub("", _plain(text)).strip()
 
 
 def _quantity(match: re.Match[str]) -> Quantity:
     sign = -1 if match["sign"] else 1
     half = (match["half"] or "").lower()
-    if match["whole"]:
-        upper, lower = match["mixed"].split("/")
+    if match["integer"]:
+        upper, lower = match["fraction"].split("/")
         fraction = _divide(_value(upper), _value(lower))
-        integer = _value(match["whole"])
+        integer = _value(match["integer"])
+        # Too long a number, or a division by zero: compared as it is written.
         if isinstance(fraction, str) or isinstance(integer, str):
             return Quantity("", (f"{'-' * (sign < 0)}{match[0]}",), half)
         return Quantity("", (sign * (integer + fraction),), half)
@@ -151,6 +154,8 @@ def _quantity(match: re.Match[str]) -> Quantity:
         parts, separator = [_divide(*parts)], ""
     elif separator == "^" and len(parts) == 2:
         parts, separator = [_power(*parts)], ""
+    # Minutes and seconds have two digits below 60, so 3:4 is a ratio. 3:45 may be either, and is
+    # compared as it is written.
     elif separator == ":" and not all(re.fullmatch("[0-5][0-9]", part) for _, part in joints):
         separator = "to"
     first = parts[0]
@@ -211,12 +216,14 @@ def _close(first: Value, second: Value) -> bool:
 
 def _clock(quantity: Quantity) -> set[tuple[Value, ...]]:
     """Return the hours, minutes and seconds that a quantity may be."""
+    # without a separator it is a full hour: 3 p.m.
     if quantity.separator not in ("", ":") or len(quantity.parts) > 3:
         return set()
     hour, *rest = quantity.parts
     rest += [Fraction(0)] * (3 - len(quantity.parts))
     times = {(hour, *rest)}
     if quantity.half and isinstance(hour, Fraction):
+        # Both readings: 15:30 p.m. is written, too. 12 a.m. is 0, and 12 p.m. is 12.
         times |= {(hour % 12 + 12 * (quantity.half == "p"), *rest)}
     return times
 
@@ -246,12 +253,13 @@ def numeric(reference: str) -> list[Quantity]:
         >>> len(numeric("9; 11 (cm)")), numeric("Vendor 2"), len(numeric("The 60th caller."))
         (2, [], 1)
     """
+    # All of them in turn: several may stand before one number, as in `x = about $5`.
     for pattern in _ANNOUNCEMENTS:
         reference = pattern.sub("", reference.strip())
     reference = re.sub(r"^([0-9.]+)\s+to\s+([0-9.]+)$", r"\1:\2", reference)
-    matches = _find(reference)
-    start = _UNIT.sub("", _plain(reference)).strip()
-    if not matches or start[: matches[0].start()].strip("(+ "):
+    text = _normalize(reference)
+    matches = list(_QUANTITY.finditer(text))
+    if not matches or text[: matches[0].start()].strip("(+ "):
         return []
     return [_quantity(match) for match in matches]
 
@@ -267,7 +275,7 @@ def ends_with(answer: str, expected: list[Quantity]) -> bool:
         >>> ends_with("Ana is 17 and Jack is 12.", numeric("17 (years old); 12 (years old)"))
         True
     """
-    text = _UNIT.sub("", _plain(answer)).strip()
+    text = _normalize(answer)
     # "3 to 4" is a ratio where a ratio is asked for
     if len(expected) == 1 and expected[0].separator in ("to", ":"):
         text = re.sub(r"(?<=[0-9])\s+to\s+(?=[0-9])", ":", text)
@@ -298,6 +306,7 @@ def same_words(answer: str, reference: str) -> bool:
     lines = answer.strip().splitlines() or [""]
     announced = re.split(r"(?i)\banswer\s+is\b|####|:\s|\\boxed\{", answer)[-1]
     expected = _words(reference)
+    # The least is cut first: a reference may hold a colon, or several lines.
     for text in (answer, lines[-1], announced):
         words = _words(text)
         if words == expected or (expected in (["yes"], ["no"]) and words[:1] == expected):

@@ -77,11 +77,9 @@ class RemappedVocabulary:
         self.prompt_format = inner.prompt_format
         self.config = dataclasses.replace(inner.config, vocab_size=len(row))
         self._owners, self._owner, self._row = owners, owner, row
+        # Embedding and head by their axis: the table of a tied model has no head.
         self._remapped = {
-            # embedding and head by their axis: a tied model has no head
-            spec.hf_name
-            for spec in arch.tensor_table(inner.config)
-            if spec.axes[0] == "vocab"
+            spec.hf_name for spec in arch.tensor_table(inner.config) if spec.axes[0] == "vocab"
         }
         self._read_from = [owners[index] for index in np.unique(owner[owner >= 0])]
 
