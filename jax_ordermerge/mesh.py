@@ -308,6 +308,7 @@ def update_members(
             )
             return states, outputs
 
+        # of this device group: the members are divided over `order` already
         count = jax.tree.leaves(states)[0].shape[0]
         return jax.lax.scan(body, states, (jax.numpy.arange(count), inputs))
 

@@ -47,6 +47,7 @@ def check_alike(inputs: Mapping[str, object]) -> None:
         [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts]
     )
     message = differences(list(inputs), multihost_utils.process_allgather(digests))
+    # On every process, since all of them have all digests: none is left waiting.
     if message:
         raise UserError(
             f"{message}; start every process with the same config, files and directories"
@@ -207,6 +208,7 @@ def barrier(action: str) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
+    # It is the barrier, too: it returns when all processes have come to it.
     failed = multihost_utils.process_allgather(np.int32(error is not None))
     if error is not None:
         raise error
@@ -223,6 +225,7 @@ def broadcast(value: int) -> int:
     """
     if jax.process_count() == 1:
         return value
+    # int32: jax has no 64-bit integers by default
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -265,6 +268,7 @@ def start_distributed(
     process = "this process" if index is None else f"process {index} of {processes}"
     hint = "check that every process runs and that the port is reachable"
     try:
+        # Our thread and not the timeout of jax, see `_GRACE`.
         joined = within(join, timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(

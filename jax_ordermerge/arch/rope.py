@@ -102,6 +102,7 @@ class Rope:
         values = {name: getattr(self, name) for name in _REQUIRED[self.kind]}
         for name in _OPTIONAL.get(self.kind, ()):
             value = getattr(self, name)
+            # Defaults are left out, so that a file that was read is written as it was.
             if value != getattr(defaults, name):
                 values[name] = value
         return {"rope_type": self.kind, **values}
@@ -129,6 +130,7 @@ def from_hf(config: JsonRow, positions: int, *, path: str, ignore: Collection[st
     for key, form in forms.items():
         if not isinstance(form, Mapping):
             raise UserError(f"{path}: {key} = {form!r}; expected an object such as rope_type: yarn")
+    # In any of three places: transformers 5 writes it among the rope's parameters.
     thetas = [source.get("rope_theta") for source in (*forms.values(), config)]
     distinct = {theta for theta in thetas if theta is not None}
     if len(distinct) > 1:
@@ -185,6 +187,7 @@ def _parse(
                 f"{where}: rope parameter {key} is not supported for type '{kind}'; if it changes"
                 " nothing, remove it or name it in the keys to ignore"
             )
+    # transformers takes `max_position_embeddings` where a rope does not say how long it was.
     if _ORIGINAL in required:
         values.setdefault(_ORIGINAL, positions)
     absent = [name for name in required if name not in values]

@@ -158,6 +158,8 @@ def hf_tensors(config: ModelConfig) -> Iterator[tuple[str, TensorSpec, int | Non
         ['model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight']
     """
     table = tensor_table(config)
+    # Embedding, layers, norm, head: the order in which Hugging Face writes them, and a forward pass
+    # reads them.
     first_stacked = next(index for index, spec in enumerate(table) if spec.stacked)
     yield from ((spec.hf_name, spec, None) for spec in table[:first_stacked])
     stacked = [spec for spec in table if spec.stacked]

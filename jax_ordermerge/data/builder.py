@@ -42,6 +42,7 @@ class ExampleBuilder:
             self._append([text], start, len(self.ids))
 
     def add(self, sequences: Sequence[chat.TrainingSequence], row: int) -> None:
+        # Also for those that are dropped: ids do not depend on `max_length`.
         self.number += 1
         encoded = [sequence.encoded for sequence in sequences]
         visible = [sequence.tokens[: self.length] for sequence in encoded]
@@ -70,6 +71,7 @@ class ExampleBuilder:
             self.tokens[side].append(np.asarray(encoded.tokens[start:end], np.int32))
             self.answers[side].append(np.asarray(encoded.answers[start:end], np.bool_))
             self.records[side].append(record)
+        # Of a pair the chosen response; the rejected one is not what a model shall end like.
         self._add_ends(sequences[0].encoded, start, end)
         self.ids.append(number)
 
@@ -89,6 +91,7 @@ class ExampleBuilder:
         rows = None if has_rows or not self.rows else np.asarray(self.rows, np.int64)
         examples = []
         for tokens, answers, records in zip(self.tokens, self.answers, self.records, strict=True):
+            # Texts have neither prompt nor response.
             used = [record for record in records if record.text is None]
             examples.append(
                 Examples(

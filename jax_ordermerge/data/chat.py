@@ -99,6 +99,7 @@ def resolve_template(
 def _template_of(record: Record, form: str) -> str:
     if form in ("messages", "sharegpt") or record.context > 0:
         return "chat"
+    # A pair says by its columns whether its prompt is an instruction; other formats by themselves.
     return "alpaca" if record.is_instruction else BY_FORMAT[form]
 
 
@@ -190,6 +191,7 @@ def encode_rows(
     )
     # The template `chat` says nothing about texts.
     is_chat = template == "chat" and not any(record.text is not None for record in records.values())
+    # A chat template writes BOS itself, or wants none.
     finish = _end_turn if is_chat else _add_bos_and_eos
     return {
         number: [TrainingSequence(part, finish(next(encoded), special)) for part in parts[number]]
@@ -251,6 +253,7 @@ def render(record: Record, template: str) -> tuple[str, str]:
             f"template {template} takes one user and one assistant message,"
             f" an example has {', '.join(roles)}; use chat"
         )
+    # Dropped in silence, the model would call tools of which its prompt does not speak.
     if record.tools or record.template_kwargs:
         raise UserError(
             f"template {template} has no place for tools and chat_template_kwargs; use chat"

@@ -138,6 +138,7 @@ def read(entry: Entry, source: DataSource) -> Examples | None:
     with contextlib.suppress(OSError):  # a cache that others write may be read only
         os.utime(entry.path)
     digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    # Examples that are silently others would be the worst outcome of a cache.
     if hashlib.sha256(payload).digest() != digest:
         return None
     with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
@@ -183,6 +184,7 @@ def write(entry: Entry, examples: Examples) -> None:
 def _remove_oldest(folder: Path) -> None:
     entries = [(path.stat(), path) for path in folder.glob("*.examples")]
     total = sum(stat.st_size for stat, _ in entries)
+    # By use and not by age: `read` sets the time of a file.
     for stat, path in sorted(entries, key=lambda pair: pair[0].st_mtime):
         if total <= LIMIT_BYTES:
             break
@@ -193,6 +195,7 @@ def _remove_oldest(folder: Path) -> None:
 @functools.cache
 def _code_digest() -> str:
     package = Path(__file__).parents[1]
+    # Any change of the code that makes examples, and of the random streams that it draws from.
     modules = [*sorted((package / "data").glob("*.py")), package / "rng.py"]
     return _digest([(path.name, remote.file_digest(path)) for path in modules])
 

@@ -60,6 +60,7 @@ def list_files(path: str) -> Listing | None:
         files = [(f"{path.rstrip('/')}/{name}", file) for name, file in _walk(local)]
         return _select(path, files)
     if not local.exists():
+        # It may be a name of the hub; with a suffix of ours it was meant as a file.
         if not path.lower().endswith(SUFFIXES):
             return None
         raise UserError(f"data file {path} not found")
@@ -103,6 +104,7 @@ def _walk(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, 
     if resolved in above:
         raise UserError(f"data {directory} is a link to a directory above it; remove it")
     for entry in directory.iterdir():
+        # Such as .ipynb_checkpoints, whose files are copies of others.
         if entry.name.startswith("."):
             continue
         if entry.is_dir():

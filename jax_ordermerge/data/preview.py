@@ -61,6 +61,7 @@ def segments(
     # the first token of a sequence has nothing to be predicted from
     learned = np.array(answers, bool)
     learned[:1] = False
+    # four kinds of tokens; a segment ends where the kind changes
     kinds = 2 * learned + special
     ends = [*(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(tokens)]
     parts: list[Segment] = []
@@ -146,6 +147,7 @@ def length_bins(lengths: np.ndarray) -> list[Bin]:
     if not len(lengths):
         return []
     low, high = int(lengths.min()), int(lengths.max())
+    # an integer: a bin of 3.5 tokens would mean nothing
     width = -(-(high - low + 1) // BINS)
     counts = np.bincount((lengths - low) // width).tolist()
     return [

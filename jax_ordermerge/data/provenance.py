@@ -93,8 +93,10 @@ def summarize_bad_rows(bad: Mapping[int, str], files: tuple[DataFile, ...]) -> t
     """
     rows: dict[str, list[int]] = {}
     for row, reason in sorted(bad.items()):
+        # By reason: a file with one mistake in every row gives one line.
         rows.setdefault(reason.removeprefix(":").strip(), []).append(row)
     reasons = []
+    # data.json stays readable where every row has a mistake of its own.
     for reason, numbers in list(rows.items())[:_REASONS]:
         places = [locate(files, row) for row in numbers[:_ROWS]]
         named = (f"{file} row {row}" if len(files) > 1 else f"{row}" for file, row in places)

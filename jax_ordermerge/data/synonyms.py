@@ -67,7 +67,9 @@ def suggest_columns(
     remarks = "".join(f"; {remark}" for remark in _remarks(columns))
     if not candidates:
         return remarks or "; name them with data.columns"
+    # The format that needs the fewest other names is the likeliest.
     form, aliases = min(candidates, key=lambda candidate: len(candidate[1]))
+    # A column stands for one name; what a required one took is no longer free.
     free = set(columns) - {*aliases.values(), *required[form]}
     aliases |= {
         name: alias
@@ -96,6 +98,7 @@ def advise(unread: Sequence[str], readable: Collection[str]) -> str:
 
 
 def _remarks(columns: Collection[str]) -> list[str]:
+    # each remark once: a set of images may have two such columns
     return list(dict.fromkeys(remark for name, remark in _REMARKS.items() if name in columns))
 
 

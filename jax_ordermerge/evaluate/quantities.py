@@ -132,7 +132,7 @@ def read(text: str) -> list[Quantity]:
 
 def _normalize(text: str) -> str:
     """Return a text with numbers in ASCII and without units in brackets."""
-    # characters first, because some brackets become ASCII ones there
+    # Characters first: the pattern of units knows ASCII alone.
     return _UNIT.sub("", _plain(text)).strip()
 
 

@@ -76,6 +76,7 @@ class Objects:
         name = values.type_name(kind)
         if name is not None and values.codec(name).fill is None:
             return [name, self._encode_all(values.codec(name).parts(value))]
+        # With attributes of its own it crosses as a proxy: they may be anything.
         if values.is_exception(kind) and not vars(value):
             return [f"builtins.{kind.__name__}", *self._encode_exception(value)]
         key = self._key(value)

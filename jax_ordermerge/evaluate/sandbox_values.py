@@ -156,6 +156,7 @@ def _ndarray(kind: Value) -> Codec:
         return list(value.flat) if value.dtype.hasobject else [value.tobytes()]
 
     def fill(value: Value, parts: Parts) -> None:
+        # objects have no bytes that mean anything elsewhere
         if value.dtype.hasobject:
             value.flat = parts
         else:
@@ -180,6 +181,7 @@ def _state(kind: Value) -> Codec:
     slots = [name for cls in kind.__mro__ for name in getattr(cls, "__slots__", ())]
 
     def parts(value: Value) -> Parts:
+        # a slot that was never set has no value
         state = {name: getattr(value, name) for name in slots if hasattr(value, name)}
         state |= getattr(value, "__dict__", {})
         # not what Python or a proxy keeps there
@@ -206,11 +208,13 @@ def _views(name: str) -> dict[str, Factory]:
 
 def _exact(kind: Value) -> Codec:
     """Return the codec of subclasses of scalars, whose content is a scalar."""
+    # of the type itself: `__str__` of a subclass may say anything
     convert = {str: str.__str__, int: int.__int__, float: float.__float__}[kind]
     return Codec(lambda value: [convert(value)], lambda cls, parts: kind.__new__(cls, *parts))
 
 
 CODECS: dict[str, Factory] = {
+    # Only the content of subclasses comes here: plain ones are scalars of JSON.
     "builtins.str": _exact,
     "builtins.int": _exact,
     "builtins.float": _exact,
@@ -247,6 +251,7 @@ CODECS: dict[str, Factory] = {
     ),
     "pathlib.PurePosixPath": _constructor(lambda value: [str(value)]),
     "pathlib.PosixPath": _constructor(lambda value: [str(value)]),
+    # By dtype and bytes: exact also for float16 and for NaN with a payload.
     "numpy.generic": _function(lambda value: [value.dtype.str, value.tobytes()], _numpy_scalar),
     "builtins.list": _list,
     "builtins.dict": _dict,

@@ -26,6 +26,7 @@ def base_params(ctx: RunContext, dtype: str) -> Tree:
         # drawn in float32 and rounded: the same model in every dtype, up to rounding
         params = llama.init_params(ctx.model, ctx.config.seed, ctx.mesh)
         return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
+    # Read anew for each use, and not held: the base is as large as a member, and mostly not needed.
     ignore = ctx.config.model.ignore_config_keys
     return convert.load_params(ctx.base_dir, ctx.mesh, dtype=dtype, ignore=ignore)[1]
 
@@ -41,6 +42,7 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
         if name == "base":
             params = base_params(ctx, dtype)
         elif member is not None:
+            # Where the population was trained in waves, each wave has checkpoints of its own.
             layout = waves.member_layout(ctx.layout, member)
             params = members.restore_member(
                 ctx.training, ctx.model, ctx.mesh, layout, member, dtype=dtype
@@ -88,6 +90,8 @@ def make_eval_model(
         )
         return scores.logps[0].tolist(), scores.greedy[0].tolist()
 
+    # A generator compiled for this model alone; of several models on the devices, the caller brings
+    # one.
     generate = generate or generation.make_generator(
         model, params, tokenizer, batch=batch, dtype=dtype
     )

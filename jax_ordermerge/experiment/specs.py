@@ -39,6 +39,7 @@ def training_spec(config: Config) -> TrainingSpec:
         training=config.training,
         lora=config.lora,
         sample_every=config.samples.every,
+        # checkpoints carry them, so that a training is not continued with others
         settings=record.settings("train", config),
         tracking=TrackingSpec(config.name, config.tracking, schema.to_dict(config)),
     )

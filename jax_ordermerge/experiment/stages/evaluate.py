@@ -42,6 +42,7 @@ def run(ctx: RunContext) -> None:
     groups: dict[Missing, list[str]] = {}
     for name, result in results.items():
         missing = _find_missing(ctx, result)
+        # A model without tasks and losses still has a file: the report lists every model.
         if missing.losses or missing.tasks or not run.evaluation(name).is_file():
             groups.setdefault(missing, []).append(name)
     for missing, names in groups.items():
@@ -85,6 +86,7 @@ def _find_missing(ctx: RunContext, result: Json) -> Missing:
     summary, evaluation = result["summary"], ctx.config.evaluation
     test = "test" in ctx.splits and evaluation.loss and summary["loss"] is None
     validation = "validation" in ctx.splits and summary["validation_loss"] is None
+    # Outputs for a judge have no metrics, so their files say that they are done.
     done = {*summary["tasks"], *summary["texts"]}
     return Missing(
         test or validation,
@@ -122,6 +124,7 @@ def _load_with_generators(
             mesh=ctx.mesh,
         )
         for index, name in enumerate(batch):
+            # from the stack, which is on the devices already
             params = stack_models.take(stacked, index, ctx.model, ctx.mesh, dtype)
             yield name, params, generators[index]
 
@@ -186,6 +189,7 @@ def _run_tasks(
             signed = [{**item, "generator": f"{config.name}/{summary['name']}"} for item in items]
             write_json(ctx.layout.outputs(task.name, summary["name"]), signed)
         else:
+            # Apart, because tables compare accuracies with each other and not with perplexities.
             group = "texts" if result_kind == "perplexity" else "tasks"
             summary[group][task.name], result[group][task.name] = task_summary, items
 

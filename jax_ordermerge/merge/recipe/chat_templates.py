@@ -77,6 +77,7 @@ def choose(
     """
     if setting is None:
         return _trained_template(members, donor, notes)
+    # no name has a brace, and no template is without one
     if "{" in setting:
         return setting
     if setting in CHAT_TEMPLATES:
@@ -102,11 +103,14 @@ def choose(
 
 def _trained_template(members: Sequence[Source], donor: Source, notes: list[str]) -> str | None:
     """Return the template that all members were trained with, where the tokenizer has it not."""
+    # None counts as a template: where one member has none, they do not agree.
     templates = {_template_of(member) for member in members}
     common = templates.pop() if len(templates) == 1 else None
     of_tokenizer = _template_in(donor.directory)
     if common is None or common == of_tokenizer:
         return None
+    # A run says how it asked. Of other models only the files are known, which may be those of their
+    # base.
     is_run = any(member.prompt_format.chat_template for member in members)
     if of_tokenizer is not None and not is_run:
         notes.append(

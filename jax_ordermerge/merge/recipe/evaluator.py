@@ -97,6 +97,7 @@ class Evaluator:
                 if index == layers.base and rule.base in ("start", "first"):
                     notes.append(f"{name} of {label} is not used: it is the base")
         for name in (name for scope in layers.scopes for name in scope):
+            # A parameter of each model may stand in an outer scope: it then is the same for all.
             self._check_name(name, [*rule.per_member, *shared])
         present = set().union(*layers.scopes, *(entry.settings for entry in layers.inputs))
         for name, parameter in {**rule.per_member, **rule.shared}.items():
@@ -187,6 +188,7 @@ class Evaluator:
         """Return the value of a parameter: of one input, or shared if `index` is None."""
         scopes, name = tensor.layers.scopes, tensor.name
         if index is not None:
+            # The value of the model goes before those of slice, module and recipe, as in mergekit.
             scopes = (tensor.layers.inputs[index].settings, *scopes)
             # in stacked slices a filter on layer numbers means those of the input model
             name = tensor.input_names[index]

@@ -158,6 +158,7 @@ def _sparsify_rule(
 
     def translate(values: Values) -> Call:
         density, rescale = values.per_member["density"], values.shared["rescale"]
+        # mergekit divides by the density, or keeps nothing without a word.
         if min(density) <= 0:
             raise UserError(
                 f"density {min(density):g} keeps nothing of a model; "

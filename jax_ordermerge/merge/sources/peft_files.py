@@ -125,6 +125,7 @@ def open_adapter(
     file = _AdapterFile(base, path, safetensors.Reader(path), settings)
     parts, saved, originals = file.tensors()
     base = file.untie(parts, saved, originals)
+    # From here on the base that the merge reads: untied, it also has a head to compare with.
     file = file._replace(base=base)
     products = {
         target: file.product(target, names, saved.get(target))
@@ -175,6 +176,7 @@ class _AdapterFile(NamedTuple):
         matrices = {name for name, _, _ in arch.hf_tensors(self.base.config)}
         matrices.update(vocabulary_tensors(self.base.config))
         for name in self.reader.names:
+            # No suffix is the end of another, so the first that fits is the only one.
             suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
             target = name.removesuffix(suffix or "").removeprefix(PREFIX)
             if _ORIGINAL in target:
@@ -262,6 +264,7 @@ class _AdapterFile(NamedTuple):
                 f"{self.path}: trainable_token_indices of {CONFIG} names row {numbers.max()};"
                 f" {self.base.label} has {rows} rows, and each may be named once"
             )
+        # Sorted, as `TrainedRows` promises; PEFT writes them in the order of the setting.
         order = np.argsort(numbers)
         return TrainedRows(numbers[order], values[order])
 
@@ -278,6 +281,8 @@ class _AdapterFile(NamedTuple):
                     f"{self.path} adds a bias to {target} (lora_bias), and {self.base.label} has"
                     f" none there; a model with {bias} is not offered"
                 )
+            # The scale of the matrix belongs to its bias, too: PEFT scales the output of the layer
+            # B.
             scale = self.product(target, tensors, None).scale
             changes[bias] = np.float32(scale) * self.reader.read(tensors["bias"]).astype(np.float32)
         return changes
@@ -306,6 +311,8 @@ class _AdapterFile(NamedTuple):
                 f"{self.path}: matrices of {a} and {b} do not fit {target} of {expected}"
             )
         module = target.removesuffix(".weight")
+        # The shape knows the rank; the setting is compared with it, because alpha is divided by
+        # what the setting says.
         rank = _match_pattern(self.settings.get("rank_pattern"), module, self.settings["r"])
         if rank != a[0]:
             raise UserError(
@@ -420,6 +427,7 @@ def write_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": settings.rank,
+        # PEFT declares it an integer, and takes a float
         "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
         "use_rslora": settings.rslora,
         "target_modules": sorted(modules),
