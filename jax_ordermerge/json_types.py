@@ -7,7 +7,6 @@ whoever reads a key of it checks the value there.
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-JsonScalar: TypeAlias = str | int | float | bool | None
 # Not the union of scalars, lists and objects: each use would need a cast where a check stands.
 JsonValue: TypeAlias = Any
 Json: TypeAlias = dict[str, JsonValue]  # an object

@@ -84,9 +84,11 @@ def merge(
     target = None if dry_run else target
     shard_bytes = command.read_shard_size(shard_gb)
     # A file of several recipes writes several models, all with these options.
-    write = functools.partial(
+    write: command.Write = functools.partial(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
     )
+    if dry_run:
+        write = functools.partial(command.print_plan, workers=workers)
     ignore = split_keys(ignore_config_keys)
     if kind == "recipe":
         command.merge_recipe(sources[0], target, write, ignore)

@@ -25,7 +25,8 @@ from jax_ordermerge.merge.sources import references
 
 _WIDTH = 120  # characters of the table of a plan
 
-Write = Callable[[plan.Plan, Path], None]
+# Of a plan and the directory to write, which is None where the plan is only shown.
+Write = Callable[[plan.Plan, Path | None], None]
 Kind = Literal["run", "recipe", "models"]
 _WRITING = ("out", "to", "workers", "shard_gb", "dry_run", "ignore_config_keys", "allow_nan")
 # What a merge is made from -> why its options are refused, and the options that it reads.
@@ -65,11 +66,8 @@ def kind_of(sources: Sequence[Path]) -> Kind:
                 f"{path} is a YAML file and stands behind {first}; a recipe comes first, as in"
                 " ordermerge merge recipe.yml MERGED"
             )
-    return "run" if len(sources) == 1 and not _is_model(first) else "models"
-
-
-def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file()
+    is_model = (first / "config.json").is_file()
+    return "run" if len(sources) == 1 and not is_model else "models"
 
 
 def find_target(sources: Sequence[Path], out: Path | None, kind: Kind) -> Path | None:
@@ -98,8 +96,8 @@ def merge_recipe(
 
     Args:
         recipe: YAML file.
-        out: directory to write; None prints the plan.
-        write: carries out a plan.
+        out: directory to write; None where `write` only shows a plan.
+        write: `merge_models` or `print_plan`.
         ignore: unknown keys of `config.json` to ignore.
 
     Raises:
@@ -145,13 +143,11 @@ def merge_recipe(
 
 
 def carry_out(merge_plan: plan.Plan, out: Path | None, write: Write) -> None:
-    """Print the notes of a plan, and write the merge or print the plan."""
+    """Print the notes of a plan, and write the merge or show the plan."""
     for note in merge_plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    if out is None:
-        print(describe_plan(merge_plan), end="")
-    else:
-        write(merge_plan, out)
+    write(merge_plan, out)
+    if out is not None:
         print(f"wrote {remote.address(out) or out}")
 
 
@@ -255,12 +251,17 @@ def read_weights(text: str) -> tuple[float, ...]:
         ) from error
 
 
-def describe_plan(merge_plan: plan.Plan) -> str:
-    """Return a table of a plan: models, tensors, bytes, memory and time.
+def print_plan(merge_plan: plan.Plan, out: None = None, *, workers: int | None = None) -> None:
+    """Print a table of a plan: models, tensors, bytes, memory and time.
 
     Memory and time are extrapolated from the merge of one tensor.
+
+    Args:
+        merge_plan: the plan.
+        out: nothing is written.
+        workers: number of threads; one per core by default.
     """
-    memory, seconds = engine.estimate(merge_plan)
+    memory, seconds = engine.estimate(merge_plan, workers)
     table = rich.table.Table(show_header=False, box=None)
     # a recipe may name another method for each tensor
     methods = sorted({output.method for output in merge_plan.outputs})
@@ -273,9 +274,9 @@ def describe_plan(merge_plan: plan.Plan) -> str:
     table.add_row("memory about", f"{memory / 1e9:.2f} GB")
     table.add_row("time about", f"{seconds:.1f} s, plus the time of the disk beyond that")
     text = io.StringIO()
-    # A fixed width, so that the text depends neither on the terminal nor on a pipe.
+    # Into a text and of a fixed width, so that it depends neither on the terminal nor on a pipe.
     rich.console.Console(file=text, width=_WIDTH).print(table)
-    return text.getvalue()
+    print(text.getvalue(), end="")
 
 
 def merge_models(

@@ -466,7 +466,8 @@ def read_rows(rows: Sequence[JsonRow], form: str) -> tuple[dict[int, Record], di
         except NoResponse as error:
             bad[number] = f" has no response ({error})"
         except MissingColumn as error:
-            bad[number] = f" has no column '{error}' (format {form}); it has {_column_names(row)}"
+            present = ", ".join(f"'{name}'" for name in row if row[name] is not None) or "none"
+            bad[number] = f" has no column '{error}' (format {form}); it has {present}"
         except UserError as error:
             bad[number] = f": {error}"
     return records, bad
@@ -494,7 +495,3 @@ def bad_rows_error(bad: Mapping[int, str], locate: Callable[[int], tuple[str, in
     further = f"; {len(rest)} more rows too: {', '.join(places)}" if rest else ""
     remedy = "; remove rows without a response" if reason.startswith(" has no response") else ""
     return UserError(f"{path}: row {row}{reason}{further}{remedy}")
-
-
-def _column_names(row: JsonRow) -> str:
-    return ", ".join(f"'{column}'" for column in row if row[column] is not None) or "none"

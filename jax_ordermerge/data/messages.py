@@ -205,7 +205,9 @@ def _read_message(item: object, column: str) -> Message:
     role = _read_role(speaker, column, is_sharegpt)
     if isinstance(text, list):
         text = _join_parts(text, message, column)
-    calls = _read_calls(message, column)
+    # the second is OpenAI's old key for the only call of a message
+    keys = ("tool_calls", "function_call")
+    calls = [call for key in keys for call in _call_list(message.pop(key, []), column)]
     if speaker.lower() == "function_call" and isinstance(text, str):
         calls, text = calls + _call_list(parse_json(text, column), column), ""
     # A call of a tool has no content. An empty string and not null: templates that print contents
@@ -255,13 +257,6 @@ def _join_parts(parts: Sequence[object], message: Json, column: str) -> str:
         further = {name: value for name, value in part.items() if name not in ("type", "text")}
         message |= {f"content.{name}": value for name, value in further.items()}
     return "".join(texts)
-
-
-def _read_calls(message: Json, column: str) -> list[Json]:
-    """Take the calls out of a message."""
-    calls = _call_list(message.pop("tool_calls", []), column)
-    # OpenAI's old key for the only call of a message
-    return calls + _call_list(message.pop("function_call", []), column)
 
 
 def _call_list(calls: JsonValue, column: str) -> list[Json]:

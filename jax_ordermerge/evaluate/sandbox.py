@@ -156,7 +156,9 @@ def _run(
             "names": names,
             "reads": reads,
             "imports": _imports(reference),
-            "classes": _classes(reference),
+            "classes": [
+                node.name for node in _statements(reference) if isinstance(node, ast.ClassDef)
+            ],
         },
     }
     # one deadline for start, program and tests: a program cannot gain time by starting slowly
@@ -308,10 +310,6 @@ def _imports(source: str) -> str:
     statements = _statements(source)
     imports = [node for node in statements if isinstance(node, (ast.Import, ast.ImportFrom))]
     return "\n".join(map(ast.unparse, imports))
-
-
-def _classes(source: str) -> list[str]:
-    return [node.name for node in _statements(source) if isinstance(node, ast.ClassDef)]
 
 
 def _without_root() -> list[str]:

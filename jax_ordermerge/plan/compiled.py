@@ -172,13 +172,13 @@ def merge_requirements(spec: PlanSpec, model: ModelConfig, mesh: Mesh) -> Requir
         arguments=population_bytes + model_bytes,
         # the merged model grows while members and base are still there
         temporaries=model_bytes + max((needs.temporaries for needs in merges), default=0),
-        collectives=max((needs.collectives for needs in merges), key=_total_bytes, default={}),
+        collectives=max(
+            (needs.collectives for needs in merges),
+            key=lambda collectives: sum(size for _, size in collectives.values()),
+            default={},
+        ),
         seconds=sum(needs.seconds for needs in merges),
     )
-
-
-def _total_bytes(collectives: Collectives) -> float:
-    return sum(size for _, size in collectives.values())
 
 
 def _merge_programs(

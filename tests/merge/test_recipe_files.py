@@ -118,7 +118,7 @@ def test_several_recipes_in_one_file_are_merged_in_their_order(folder, capsys):
 
 def test_a_dry_run_plans_the_first_recipe(folder, capsys):
     (folder / "stages.yml").write_text(STAGES)
-    command.merge_recipe(folder / "stages.yml", None, write)
+    command.merge_recipe(folder / "stages.yml", None, command.print_plan)
     printed = capsys.readouterr().out
     assert "half, the first of 3 recipes" in printed
     assert not (folder / "out").exists()
