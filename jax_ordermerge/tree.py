@@ -36,6 +36,7 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     """
     tree: Tree = {}
     for path, value in flat.items():
+        # Names hold no slash: they are the fields of the tensor table.
         *parents, last = path.split("/")
         node = tree
         for name in parents:
@@ -71,4 +72,5 @@ def size(population: PyTree) -> int:
         >>> size({"w": jnp.zeros((4, 3))})
         4
     """
+    # every leaf has the axis, so the first one tells
     return int(jax.tree.leaves(population)[0].shape[0])

@@ -62,6 +62,8 @@ def effects_by_source(
             members=Level.of(losses[:, rows].mean(axis=0)),
             base=None if base is None else Level.of(base[rows]),
             merged={merge: Level.of(values[rows]) for merge, values in merged.items()},
+            # of a source with too few samples there is no estimate, and the reason stands in its
+            # place
             fixed_effects=or_missing(
                 position_effects.joint_effect, losses[:, rows], positions[:, :, rows]
             ),

@@ -84,6 +84,8 @@ class TurnSplitter:
         if key not in self._layouts:
             self._layouts[key] = self._find_layout(placeholders)
         layout = self._layouts[key]
+        # The checks of `_check_learned` and the end of a turn, on the text that was found: where
+        # they do not hold, the slow way decides, and says what is wrong.
         turns = None if layout is None else layout.find(text, record)
         if turns is None or any(
             # The end of the turn may then be that of the content.
@@ -101,6 +103,7 @@ class TurnSplitter:
         try:
             text = render_chat(self.tokenizer, placeholders)
             turns = self._find_turns(placeholders, text, self.tokenizer, self.special)
+        # A template may refuse numbers as contents. Each record is then split by itself.
         except UserError:
             return None
         return TurnLayout.of(text, turns, placeholders)
@@ -240,6 +243,7 @@ def _content_of(message: Message) -> Iterator[str]:
     for call in message.get("tool_calls", ()):
         function = call.get("function", call)
         yield str(function["name"])
+        # names of arguments too: an argument without its name is another call
         yield from _leaves(function.get("arguments", {}))
 
 

@@ -63,6 +63,7 @@ def read_columns(
     """
     if not aliases and not ignore:
         return list(rows)
+    # The columns to ignore go first: an alias may then take the name of one of them.
     bare = [{name: value for name, value in row.items() if name not in ignore} for row in rows]
     return [
         row | {name: row[alias] for name, alias in aliases.items() if alias in row} for row in bare
@@ -105,6 +106,7 @@ def check_unused(
         if name != alias and any(is_filled(row.get(name)) and alias in row for row in rows)
     }
     used = readable - hidden | {alias for name, alias in aliases.items() if name in readable}
+    # Empty cells say nothing that could be lost: Arrow and CSV have every column in every row.
     columns = {name for row in rows for name, value in row.items() if is_filled(value)}
     unused = {name: name for name in columns - (used - set(ignore))}
     unused |= unused_keys(records, template, tokenizer, ignore)
@@ -144,6 +146,7 @@ def unused_keys(
     """
     holders: dict[Place, list[Record]] = {}
     for record in records:
+        # Of a pair both sides: a key may stand in rejected responses only.
         for side in (record, record.rejected):
             if side is not None:
                 for place in set(_places(side)):
@@ -183,6 +186,7 @@ def without_keys(record: Record, names: Sequence[str]) -> Record:
             continue
         if name in ("messages.role", "messages.content", "messages.tool_calls"):
             raise UserError(f"data.ignore_columns: {name} is what is trained; change the rows")
+        # a place has a role, and a name to ignore means it in all of them
         for role in {message["role"] for message in record.messages}:
             record = _edited(record, Place(path, role), lambda value: _REMOVED)
         if record.rejected is not None:

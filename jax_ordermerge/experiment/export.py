@@ -51,6 +51,8 @@ def export(
 
 def _complete_recipe(ctx: RunContext, recipe: Json) -> Json:
     config, training = ctx.config, ctx.config.training
+    # The recipe says how the members came about, too: without the orders nobody could make the
+    # merge again.
     complete = recipe | {
         "base_model": _public_base(ctx) or "base",
         "models": [member_name(member) for member in range(config.population.members)],

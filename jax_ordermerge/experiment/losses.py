@@ -37,6 +37,7 @@ class Losses(NamedTuple):
     @property
     def mean(self) -> float:
         """Loss per token over all examples, as training has it: long examples weigh more."""
+        # a ratio of sums, and no mean of means
         return float(self.sums.sum() / self.counts.sum())
 
     def by_source(self, examples: Examples) -> Json | None:

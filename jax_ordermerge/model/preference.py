@@ -46,6 +46,7 @@ def pair_losses(
         # would depend on the length of the response.
         ratios_BC = ratios_BC / jnp.maximum(tokens_BC, 1)
         return jnp.square(ratios_BC[:, 0] - ratios_BC[:, 1] - 1 / (2 * settings.beta))
+    # log_sigmoid and not log(sigmoid): it does not underflow where a pair is far from learned.
     gaps_B = settings.beta * (ratios_BC[:, 0] - ratios_BC[:, 1])
     smoothing = settings.label_smoothing
     return -(1 - smoothing) * jax.nn.log_sigmoid(gaps_B) - smoothing * jax.nn.log_sigmoid(-gaps_B)
@@ -73,6 +74,7 @@ def scores(logps_BC: jax.Array, reference_BC: jax.Array, *, beta: float) -> dict
     return {
         "rewards/chosen": rewards_BC[:, 0],
         "rewards/rejected": rewards_BC[:, 1],
+        # a tie is not right: at the start all margins are 0
         "rewards/accuracies": (margins_B > 0).astype(jnp.float32),
         "rewards/margins": margins_B,
         "logps/chosen": logps_BC[:, 0],

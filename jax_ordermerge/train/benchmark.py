@@ -77,6 +77,7 @@ def measure_steps(
             " training"
         )
     programs = Programs(model, plan, mesh)
+    # The recorder of a training, so that the time of the host is that of a training.
     record = Recorder(plan, model, mesh)
     start = time.monotonic()
     compiled_step, mix = programs.compile_step(), programs.compile_mixing()

@@ -42,6 +42,7 @@ def restore_members(
         return storage.load(sources, mesh, dtype=dtype)
     members = len(final.members)
     abstract = convert.abstract_params(model, mesh, members=members, dtype=dtype)
+    # Only the branch of the members: the moments of the optimizer take twice their memory.
     checkpoint = orbax.restore(layout.checkpoints, final.step, unflatten({final.branch: abstract}))
     return _branch(checkpoint, final)
 

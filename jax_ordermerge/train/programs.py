@@ -42,10 +42,12 @@ class Programs:
         self, model: ModelConfig, plan: Plan, mesh: Mesh, held_out: Examples | None = None
     ) -> None:
         self.model, self.plan, self.spec, self.mesh = model, plan, plan.spec, mesh
+        # Validation examples may be there for a search alone.
         self.held_out = held_out if self.spec.training.validates else None
         self.trainable = make_trainable(self.spec, model, mesh)
         trained, frozen = self.trainable.trained, self.trainable.frozen
         members = len(plan.members)
+        # For what is trained: with adapters the base has no moments.
         self.tx = optimizer.make_optimizer(self.spec.training, plan.steps, trained)
         params = convert.abstract_tensors(trained, mesh, members=members)
         self.state = steps.abstract_state(params, self.tx, mesh)

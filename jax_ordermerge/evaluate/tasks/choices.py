@@ -74,6 +74,7 @@ def read_choices(task: ChoiceTask, row: JsonRow) -> tuple[list[str], int]:
     if isinstance(answer, str) and answer in choices:
         return choices, choices.index(answer)
     try:
+        # 0 where the answer is False: a column of true and false chooses between two texts
         number = int(answer)
     except (TypeError, ValueError):
         number = -1
@@ -120,6 +121,7 @@ def choose(task: ChoiceTask, questions: Sequence[Question], model: EvalModel) ->
         for choice in choices:
             continuation = f"{task.delimiter}{choice}"
             pair = make_pair(model.encode, question.context, continuation, model.start)
+            # From its start where a pair is too long: the choice itself stays whole.
             pairs.append(truncate_pair(*pair, model.positions))
             item_ids.append(question.id)
     # One call for all pairs, so that batches are full.

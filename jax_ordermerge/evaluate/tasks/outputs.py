@@ -60,6 +60,7 @@ def follow(
             {
                 "instruction": instruction,
                 "output": truncate(text, task.stop),
+                # AlpacaEval reports by it
                 "dataset": row.get("dataset", task.name),
             }
         )

@@ -26,6 +26,7 @@ def run(ctx: RunContext) -> None:
     descriptions = splits.describe(ctx.splits, ctx.overlaps)
     descriptions["train"] |= ctx.prompt_format.to_json()
     if config.data.packing != "none":
+        # made again by the training: packing is a function of the same inputs
         plan = batches.make_plan(ctx.training, ctx.splits["train"])
         descriptions["train"]["packing"] = plan.packing
     write_json(ctx.layout.data, descriptions)

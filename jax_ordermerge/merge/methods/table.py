@@ -119,6 +119,7 @@ def check_parameters(name: str, parameters: Parameters | None = None) -> Json:
 (did you mean 'density'?)
     """
     schema = _schema(METHODS[name].prepare)
+    # Before pydantic, whose message would not name the nearest.
     for key in parameters or {}:
         if key not in schema.model_fields:
             names = parameter_names(name)
@@ -145,6 +146,7 @@ def parameter_names(name: str) -> list[str]:
 @functools.cache
 def _schema(prepare: Callable[..., Prepared]) -> type[pydantic.BaseModel]:
     # cached, since a recipe checks the parameters of every tensor, and the model is slow to build
+    # `functools.partial` makes several methods of one function; what it binds is no parameter.
     function, bound = prepare, {}
     if isinstance(prepare, functools.partial):
         function, bound = prepare.func, prepare.keywords
@@ -220,6 +222,7 @@ def check_weights(
     if weights is None:
         return None
     values = [float(weight) for weight in weights]
+    # not cut or repeated: which member a weight belongs to would be a guess
     if len(values) != members:
         raise UserError(
             f"merge method {name}: {len(values)} weights for {members} members; give one per member"
