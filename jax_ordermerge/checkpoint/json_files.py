@@ -15,6 +15,7 @@ def read_json(path: Path) -> Json:
         UserError: the file is absent, not JSON, or not an object.
     """
     try:
+        # Bytes, since `json` knows UTF-16 and a byte order mark of UTF-8 by them.
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
@@ -37,4 +38,5 @@ def write_json(path: Path, value: Json) -> None:
         >>> read_json(file)
         {'vocab_size': 3}
     """
+    # indented as in transformers, but not escaped: tokens stay readable
     atomic.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -62,6 +62,7 @@ def load(config: Config) -> Loaded:
         UserError: base, data or template do not fit, as in a run.
     """
     check_inputs(config)
+    # Without weights: what is trained on can be looked at where the base was not downloaded.
     tokenizer = tokenizers.load_tokenizer(resolve(config.model.base, weights=False))
     # a run that was started on another day has that day in its prompts
     record = read_json(RunLayout(config.directory).data) or {}
@@ -78,6 +79,7 @@ def check(loaded: Loaded) -> None:
         UserError: see `splits.check_splits` and `splits.check_same_data`.
     """
     splits.check_splits(loaded.config, loaded.splits, loaded.overlaps)
+    # As a run does at its start: `ordermerge data` says beforehand what it would refuse.
     splits.check_same_data(RunLayout(loaded.config.directory), loaded.splits)
 
 
@@ -146,6 +148,7 @@ def _choose(loaded: Loaded, selection: Selection) -> list[tuple[str, int]]:
         return [("train", int(row)) for row in first[: selection.rows]]
     if selection.row is not None:
         return [_find(loaded, selection.row, selection.split)]
+    # Without a split the training examples: they are what is learned.
     names = [selection.split] if selection.split else ["train"]
     return [
         (name, row)
@@ -156,6 +159,8 @@ def _choose(loaded: Loaded, selection: Selection) -> list[tuple[str, int]]:
 
 def _find(loaded: Loaded, number: int, split: str | None) -> tuple[str, int]:
     for name in [split] if split else loaded.splits:
+        # By id and not by place: an id stays when other rows are dropped, and logs and results name
+        # it.
         rows = np.flatnonzero(loaded.splits[name].ids == number)
         if rows.size:
             return name, int(rows[0])
@@ -195,6 +200,7 @@ def _lines(
             f"-- {name}, id {place['id']}: {place['what']} {place['row']} of {place['file']},"
             f" {place['tokens']:,} tokens, {place['learned']:,} learned"
         )
+        # an example that was asked for by its id is shown to its end
         yield preview.show_example(
             examples, row, loaded.tokenizer, marks, shorten=selection.row is None
         )
@@ -228,6 +234,7 @@ def _split_lines(name: str, examples: Examples) -> Iterator[str]:
         if info.ignored:
             yield f"    columns that nothing reads: {', '.join(info.ignored)}"
     lengths = examples.lengths
+    # The 95th percentile beside the longest: one long document says little of the others.
     low, middle, high = np.percentile(lengths, (0, 50, 95)).astype(int).tolist()
     yield (
         f"  tokens per example: {low:,} to {examples.longest:,}, median {middle:,}, 95 % up to"
@@ -283,6 +290,7 @@ def _first_steps(loaded: Loaded, member: int) -> list[np.ndarray]:
         raise UserError(f"--order {member}: members are 0 to {members - 1}")
     spec = specs.training_spec(loaded.config)
     drawn = orders.draw_orders(spec, loaded.splits["train"].lengths, (member,))
+    # epoch 0; padding is -1, and packed rows are flattened by the mask
     return [rows[rows >= 0] for rows in drawn[0, 0, :_STEPS]]
 
 

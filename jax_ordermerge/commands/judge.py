@@ -77,6 +77,7 @@ def _request_fields(text: str) -> Json:
         fields = json.loads(text)
     except ValueError:
         fields = None
+    # Messages are the question itself, and a stream of parts is not read.
     if not isinstance(fields, dict) or "messages" in fields or "stream" in fields:
         raise UserError(
             f"--request {text}: expected a JSON object of fields of a request, such as "

@@ -174,6 +174,7 @@ def _conversation(messages: Sequence[Message], column: str, context: int = 0) ->
         message, weight = take_weight(message, column, is_context=number < context)
         bare.append(message)
         weights.append(weight)
+    # Learned without a context it would be text from nowhere.
     if weights[:1] == [True]:
         raise UserError(f"column '{column}': the first message has weight 1 and nothing to answer")
     # A greeting before the first question answers nothing, so it is context unless it has a weight.
@@ -264,6 +265,7 @@ def _from_preference(row: JsonRow) -> Record:
             prompt = _string(row, column)
         alpaca_input = optional_string(row, "input")
         pair = [Record.single_turn(prompt, text, alpaca_input) for text in (chosen, rejected)]
+        # Only the columns tell: the text of an instruction is that of any prompt.
         pair = [dataclasses.replace(side, is_instruction=column == "instruction") for side in pair]
     else:
         turns = []
@@ -273,8 +275,11 @@ def _from_preference(row: JsonRow) -> Record:
             # LLaMA-Factory has one turn instead of a list
             response = [response] if isinstance(response, Mapping) else response
             turns.append(read_messages(response, name))
+        # A prompt that is a text beside responses that are messages is one message; see
+        # `_split_pair`.
         if column and (column == "conversations" or isinstance(prompt, (list, Mapping))):
             prompt = read_messages(prompt, column)
+        # From here on prompt and responses are messages, however the row had them.
         context, turns = _split_pair(prompt, turns)
         pair = [
             _conversation([*context, *messages], name, len(context))

@@ -254,6 +254,7 @@ def _join_parts(parts: Sequence[object], message: Json, column: str) -> str:
                 " only text is trained"
             )
         texts.append(part["text"])
+        # They stay visible to `unused`, under a name that says where they stood.
         further = {name: value for name, value in part.items() if name not in ("type", "text")}
         message |= {f"content.{name}": value for name, value in further.items()}
     return "".join(texts)
@@ -286,6 +287,7 @@ def _read_call(call: object, column: str) -> Json:
             value = None
         arguments = value if isinstance(value, dict) else arguments
     function = function | {"arguments": arguments}
+    # `id` and `type`, which templates of Mistral print
     outer = {name: part for name, part in call.items() if name != "function"}
     return outer | {"function": function} if "function" in call else _wrapped(function)
 

@@ -56,6 +56,7 @@ def prompt_section(form: PromptFormat, *, adapter: bool = False) -> str:
             "This is the chat template of the tokenizer:",
             f"```python\n{load}{_ASK}```",
         ]
+        # Engines serve adapters under other names, each in its own way.
         if not adapter:
             parts.append(
                 "`vllm serve MODEL` asks in the same way under `/v1/chat/completions`; other"

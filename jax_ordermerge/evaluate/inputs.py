@@ -75,6 +75,7 @@ class TaskInputs:
             for row in rows:
                 number = len(questions)
                 shots = self._shots(task, pool, row, number)
+                # Numbered through all sources, as the items of a task are.
                 questions.append(make_question(task, format_rows, row, shots, number))
             if len(questions) == task.limit:
                 break

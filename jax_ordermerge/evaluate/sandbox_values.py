@@ -338,6 +338,7 @@ def type_name(kind: type) -> str | None:
     name = _numpy_name(kind) or f"{kind.__module__}.{kind.__qualname__}"
     # By identity: a program may have a class of the same name.
     has_codec = name in CODECS and (name == "numpy.generic" or find_type(name) is kind)
+    # Kept by the class itself: a program may rename one.
     _names[kind] = name if has_codec else None
     return _names[kind]
 
@@ -360,6 +361,7 @@ def base_type(kind: type) -> type:
         >>> base_type(Point), base_type(KeyError), base_type(type(print))
         (<class 'tuple'>, <class 'KeyError'>, <class 'object'>)
     """
+    # In the order of the MRO: of a named tuple it is `tuple`, of an enumeration of integers `int`.
     for cls in kind.__mro__:
         if type_name(cls) or is_exception(cls):
             return cls

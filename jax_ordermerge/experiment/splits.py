@@ -85,6 +85,7 @@ def refuse_overlaps(overlaps: Iterable[Overlap], remedy: str) -> None:
     """
     # validation and test are in the list both ways
     pairs = {frozenset((overlap.split, overlap.other_split)): str(overlap) for overlap in overlaps}
+    # one line for all pairs: whoever mends the files does it once
     if pairs:
         raise UserError(f"{'; '.join(pairs.values())}: {remedy}")
 
@@ -102,6 +103,7 @@ def check_splits(
     Raises:
         UserError: pairs or no pairs for the wrong objective, or splits that share examples.
     """
+    # Learned as responses, the chosen ones would train, and the rejected ones be lost in silence.
     if splits["train"].rejected is not None and config.objective.kind != "dpo":
         raise UserError(
             f"data.train: {splits['train'].sources[0].name} holds preference pairs,"

@@ -249,6 +249,7 @@ def load(source: str | Path) -> list[Json]:
             raise UserError(
                 f"{where}: expected keys such as merge_method and models, got {type(raw).__name__}"
             )
+    # YAML reads `name: 1` as a number. References are texts, so such a name is refused below.
     names = [raw.get("name") for raw in documents]
     for number, name in enumerate(names[:-1], 1):
         if not isinstance(name, str) or not name:

@@ -90,6 +90,7 @@ class Directory:
         self.config = convert.load_config(directory, ignore).with_ends(self.prompt_format.stops)
         # now, and not in the middle of a merge that has run for an hour
         convert.check_tensors(self._reader, self.config)
+        # Nothing between: a directory is the reader of its files.
         self.info, self.read_into = self._reader.info, self._reader.read_into
 
     def identity(self) -> str:
@@ -152,6 +153,8 @@ class Checkpoint:
         # the store reads boxes of indices, so whole rows are read and their ends dropped
         width = math.prod(spec.hf_shape[1:])
         first, last = start // width, -(-(start + out.size) // width)
+        # An array of the checkpoint is an entry of the table, with all layers; a tensor is one of
+        # them.
         index = (slice(first, last),) if layer is None else (layer, slice(first, last))
         rows = self._arrays[spec.path].read(*index)
         out.reshape(-1)[:] = rows.reshape(-1)[start - first * width :][: out.size]
@@ -303,12 +306,14 @@ def load(
         >>> load([model, model], dtype="float32")["norm"]["weight"].shape
         (2, 128)
     """
+    # A sequence of one model is a population of one: its arrays have the axis `M`.
     is_population = isinstance(models, Sequence)
     members = models if isinstance(models, Sequence) else (models,)
     config = members[0].config
     abstract = convert.abstract_params(
         config, mesh, members=len(members) if is_population else None, dtype=dtype
     )
+    # What each device is to hold; nothing is read yet.
     flat = tree.flatten(abstract)
 
     def read_shard(spec: TensorSpec, index: tuple[slice, ...]) -> np.ndarray:
