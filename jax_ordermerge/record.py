@@ -272,7 +272,10 @@ class Record:
                 old, new = _items(before, key), _items(config, key)
                 # An item on one side only contradicts nothing: it was added, or is kept unlisted.
                 for name in [name for name in old if name in new]:
-                    pair = _basis(stage, before, old[name]), _basis(stage, config, new[name])
+                    pair = (
+                        _with_outer_settings(stage, before, old[name]),
+                        _with_outer_settings(stage, config, new[name]),
+                    )
                     items |= dict.fromkeys(difference(*({name: item} for item in pair)))
         return list(fixed), list(items)
 
@@ -340,7 +343,7 @@ def _items(config: Config, key: str) -> Json:
     return {key: value} if value else {}
 
 
-def _basis(stage: str, config: Config, item: JsonValue) -> JsonValue:
+def _with_outer_settings(stage: str, config: Config, item: JsonValue) -> JsonValue:
     """Return an item with the settings outside of it that its results in a stage rest on."""
     # Only the stage that reads a setting has a record of it; to the others it has its default.
     reads = "merge.fisher_examples" in READS[stage].repeated

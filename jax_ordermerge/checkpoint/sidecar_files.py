@@ -215,16 +215,16 @@ def read_chat_templates(directory: Path) -> dict[str, str]:
             f"{path}: chat_template is neither a text nor a list of objects with name and template"
         )
     # It becomes the name of a file: `../x` must not lead out of the directory.
-    if odd := [name for name in entry if not re.fullmatch(r"[\w.-]+", name)]:
-        raise UserError(f"{path}: {odd[0]!r} names a chat template and cannot name a file")
+    if unusable := [name for name in entry if not re.fullmatch(r"[\w.-]+", name)]:
+        raise UserError(f"{path}: {unusable[0]!r} names a chat template and cannot name a file")
     return dict(sorted(entry.items(), key=lambda item: item[0] != "default"))
 
 
 def write_chat_template(directory: Path, template: str) -> None:
     """Write a chat template in place of the default one that a directory has, if any."""
-    templates = {"default": inference_template(template)}
+    default = {"default": inference_template(template)}
     # Twice: first for its place, since `default` comes first, and last for its text.
-    templates = templates | read_chat_templates(directory) | templates
+    templates = default | read_chat_templates(directory) | default
     _write_template_files(directory, templates)
     path = directory / TOKENIZER_CONFIG
     if path.is_file():

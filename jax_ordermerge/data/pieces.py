@@ -70,12 +70,15 @@ def encode_pieces(
         )
     ]
     tails = _tokenize_once([prefix.tail for group in prefixes for prefix in group], tokenizer)
-    # A token across the last border would change the prompt: the last piece is tokenized apart.
-    apart = {
-        number: group[-1]
-        for number, group in enumerate(prefixes)
-        if group and not _begins(token_lists[number], group[-1].start, tails[group[-1].tail])
-    }
+    # A token across the last border would change the prompt: the last piece is tokenized apart
+    # wherever the tokens of the text do not go on with those of the last prefix.
+    apart: dict[int, _Prefix] = {}
+    for number, group in enumerate(prefixes):
+        if group:
+            prompt_end = tails[group[-1].tail]
+            start = group[-1].start
+            if token_lists[number][start : start + len(prompt_end)] != prompt_end:
+                apart[number] = group[-1]
     last_pieces = _tokenize_once([examples[number][-1].text for number in apart], tokenizer)
     for number, prefix in apart.items():
         token_lists[number] = [
@@ -135,10 +138,6 @@ def _tokenize_once(
     # most tails are the same few words of the template
     unique = list(dict.fromkeys(texts))
     return dict(zip(unique, tokenize_texts(unique, tokenizer)[0], strict=True))
-
-
-def _begins(tokens: Sequence[int], start: int, part: Sequence[int]) -> bool:
-    return list(tokens[start : start + len(part)]) == list(part)
 
 
 def _mark_answers(

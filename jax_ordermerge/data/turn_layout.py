@@ -134,6 +134,7 @@ class TurnLayout:
         None where one message is written in several places, or a border is not beside it.
         """
         gaps: list[_Gap] = []
+        # starts[n] is where literal n begins: behind the last mark of the gap before it.
         starts, position = [0], 0
         for match in MARK.finditer(text):
             mark = int(match[0])

@@ -127,7 +127,7 @@ def describe(splits: Mapping[str, Examples], overlaps: Iterable[Overlap]) -> dic
     """Return what data.json records, by split."""
     descriptions: dict[str, Json] = {
         name: {
-            "source": _names(examples),
+            "source": _source_names(examples),
             "sources": _describe_sources(examples),
             "digest": examples.digest,
             "examples": len(examples),
@@ -189,7 +189,7 @@ def check_same_data(run: RunLayout, splits: Mapping[str, Examples]) -> None:
             changes.append(f"{name} {'was absent' if before is None else 'is absent'}")
         # The digest is of tokens, so a file that was moved or compressed is the same data.
         elif before["digest"] != examples.digest:
-            changes.append(f"{name} ({_change(before, examples)})")
+            changes.append(f"{name} ({_describe_change(before, examples)})")
     if changes:
         raise UserError(
             f"the data of {run.root} changed since its training began: {', '.join(changes)};"
@@ -212,13 +212,13 @@ def _describe_sources(examples: Examples) -> list[Json]:
     ]
 
 
-def _names(examples: Examples) -> str:
+def _source_names(examples: Examples) -> str:
     return ", ".join(source.name for source in examples.sources)
 
 
-def _change(before: Json, examples: Examples) -> str:
+def _describe_change(before: Json, examples: Examples) -> str:
     """Return the sources of a split, and how they differ from their record."""
-    names = _names(examples)
+    names = _source_names(examples)
     if before["examples"] != len(examples):
         return f"{names}: {before['examples']} examples -> {len(examples)}"
     # The examples are of tokens, so they may differ while the bytes of their files are the same.

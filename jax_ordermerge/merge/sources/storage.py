@@ -328,8 +328,8 @@ def load(
         shard = np.stack(
             [[_read_part(model, name, spec.hf_shape, index) for name in names] for model in chosen]
         )
-        absent = ([] if is_population else [0]) + ([] if spec.stacked else [1])
-        return shard.squeeze(tuple(absent))
+        missing_axes = ([] if is_population else [0]) + ([] if spec.stacked else [1])
+        return shard.squeeze(tuple(missing_axes))
 
     return tree.unflatten(
         {
