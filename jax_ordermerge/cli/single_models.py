@@ -70,7 +70,6 @@ def merge(
     """
     from jax_ordermerge.commands import merge as command
 
-    # One command for all: what is merged says which options there are.
     kind = command.kind_of(sources)
     refuse_options(context, *command.MODES[kind])
     if kind == "run":
@@ -81,14 +80,13 @@ def merge(
         raise UserError(
             "a merge needs a directory to write: --out DIRECTORY, or one behind the recipe"
         )
-    target = None if dry_run else target
-    shard_bytes = command.read_shard_size(shard_gb)
     # A file of several recipes writes several models, all with these options.
-    write: command.Write = functools.partial(
+    shard_bytes = command.read_shard_size(shard_gb)
+    write = functools.partial(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
     )
     if dry_run:
-        write = functools.partial(command.print_plan, workers=workers)
+        target, write = None, functools.partial(command.print_plan, workers=workers)
     ignore = split_keys(ignore_config_keys)
     if kind == "recipe":
         command.merge_recipe(sources[0], target, write, ignore)

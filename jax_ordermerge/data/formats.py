@@ -265,7 +265,6 @@ def _from_preference(row: JsonRow) -> Record:
             prompt = _string(row, column)
         alpaca_input = optional_string(row, "input")
         pair = [Record.single_turn(prompt, text, alpaca_input) for text in (chosen, rejected)]
-        # Only the columns tell: the text of an instruction is that of any prompt.
         pair = [dataclasses.replace(side, is_instruction=column == "instruction") for side in pair]
     else:
         turns = []
@@ -462,7 +461,6 @@ def read_rows(rows: Sequence[JsonRow], form: str) -> tuple[dict[int, Record], di
     Returns:
         The records, and a reason for each row that is none.
     """
-    # All bad rows and not the first: see `bad_rows_error`.
     records, bad = {}, {}
     for number, row in enumerate(rows):
         try:
@@ -494,7 +492,6 @@ def bad_rows_error(bad: Mapping[int, str], locate: Callable[[int], tuple[str, in
     reason = bad[first]
     places = [
         f"{number}" if file == path else f"{file} row {number}"
-        # more would fill a terminal; their number is in the message
         for file, number in map(locate, rest[:20])
     ]
     further = f"; {len(rest)} more rows too: {', '.join(places)}" if rest else ""

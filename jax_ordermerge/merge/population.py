@@ -75,7 +75,6 @@ def merge(
         >>> merged["norm"]["weight"].tolist()
         [0.75, 0.75]
     """
-    # Once for all tensors, and before the first program is compiled.
     checked = table.check_parameters(method, parameters)
     if (table.METHODS[method].needs_base(checked) or scales is not None) and base is None:
         raise UserError(f"merge method {method} with {checked} needs the base; give it")
@@ -87,7 +86,6 @@ def merge(
             flat[spec.path], base_leaf, names, spec.stacked, method, seed, weights, checked, dtype
         )
         if scales is None:
-            # Entry by entry and not in one program: the temporaries are those of one entry.
             merged[spec.path] = leaf.merge()
         else:  # leaf by leaf, so that there is never a whole model in float32
             lambdas = np.asarray([scales[name] for name in names], np.float32)
@@ -183,7 +181,6 @@ def member_shardings(leaf: Array) -> MemberShardings | None:
         True
     """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    # an array on one device, with the sharding that jax gives by default
     if not isinstance(sharding, NamedSharding):
         return None
     mesh = sharding.mesh
@@ -195,8 +192,7 @@ def member_shardings(leaf: Array) -> MemberShardings | None:
         return MemberShardings(out, out)
     # from the last axis on: the first may be the layer axis, which `_measure_leaf` indexes
     for axis in reversed(range(len(inner))):
-        # The axis may be divided already, by fsdp or tensor parallelism; the members' axis comes
-        # last, so that what a device has stays within the block that it had.
+        # The members' axis comes last: what a device has stays within its block of the others.
         entry = inner[axis]
         names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
         names = (*names, member_axis)
@@ -312,7 +308,6 @@ class _LeafTensor:
         measure = functools.partial(
             _measure_leaf,
             function=function,
-            # a tuple, because static arguments of jit are hashed
             static=tuple(static.items()),
             dtype=jnp.dtype(leaf.dtype),
             stacked=leaf.stacked,
@@ -325,8 +320,6 @@ class _LeafTensor:
             result = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
         else:
             result = measure(*arguments)
-        # Through `Sums` although there is one part: it adds runs of elements in float64 on the
-        # host, as the merge of files does, which gives both the same bits.
         sums = parts.Sums(reduce)
         sums.add(result)
         return sums.result()
@@ -495,7 +488,6 @@ def measure_diagnostics(
                 arrays, static = tensors[layer].prepare()
                 redrawn = tensors[layer].total(count_redrawn, arrays["weights"], **dict(static))
                 moments = moments._replace(redrawn=redrawn)
-            # in any order here; the report below has that of the file
             results[name] = diagnostics.total(moments), math.prod(spec.hf_shape)
     return diagnostics.report((name, *results[name]) for name, _, _ in arch.hf_tensors(config))
 
