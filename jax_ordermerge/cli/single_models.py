@@ -80,7 +80,6 @@ def merge(
         raise UserError(
             "a merge needs a directory to write: --out DIRECTORY, or one behind the recipe"
         )
-    # A file of several recipes writes several models, all with these options.
     shard_bytes = command.read_shard_size(shard_gb)
     write = functools.partial(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
