@@ -54,6 +54,7 @@ class RunLayout:
     @property
     def is_run(self) -> bool:
         """Whether the directory was written by a run."""
+        # It is the first file that a run writes, and every later command starts from it.
         return self.config.is_file()
 
     # ------------------------------------------------------------------ inputs and training

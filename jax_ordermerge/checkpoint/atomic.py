@@ -173,6 +173,7 @@ def replace(path: Path, content: bytes) -> None:
         ('content', 1)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # hidden, so that no glob takes it for a file of its kind
     partial = path.with_name(f".{path.name}.partial")
     # no fsync: this protects from killed processes, not from a loss of power, and is called often
     partial.write_bytes(content)

@@ -110,6 +110,7 @@ def check_tensors(reader: safetensors.Reader, config: ModelConfig) -> None:
             raise UserError(
                 f"{directory}: {name} has shape {info.shape}, config.json asks for {spec.hf_shape}"
             )
+        # Integers are quantized weights, whose scales are other tensors.
         if info.dtype.name not in _READABLE:
             raise UserError(
                 f"{directory}: {name} has dtype {info.dtype.name}; supported are"

@@ -54,6 +54,7 @@ def data(
     from jax_ordermerge.commands import data as command
     from jax_ordermerge.data import preview, tokenizers
 
+    # With --order the command itself refuses --row.
     if row is not None and order is None:
         refuse_options(context, "--row shows one example", ignored=["rows"])
     selection = command.Selection(rows, row, split, order)
@@ -177,6 +178,7 @@ def evaluate(
 
     harness_options = command.HarnessOptions(harness_include, shots, limit, chat)
     ignore = split_keys(ignore_config_keys)
+    # Not by `refuse_options`: which options there are depends on two of them, MODEL and --harness.
     command.check_options(target, config, harness, harness_options, out, ignore)
     if not command.is_model(target):
         run_through("evaluate", target, overrides)
@@ -206,6 +208,7 @@ def compare(
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.report import comparison
 
+    # pages and pictures, which appear together
     with remote.new_directory(out) as directory:
         page = comparison.write([remote.fetch(path) for path in runs], directory)
     typer.echo(f"wrote {remote.address(out) or out}/{page.name}")
@@ -287,6 +290,7 @@ def doctor(
         raise UserError(f"{config} would be ignored: with --versions only versions are checked")
     settings = read_config(config, overrides) if config else None
     if not doctor.diagnose(settings, only_versions=only_versions, log=typer.echo):
+        # what would fail is printed already
         raise typer.Exit(1)
 
 

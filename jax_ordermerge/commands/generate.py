@@ -123,6 +123,7 @@ def complete(
     Raises:
         UserError: bad input, or options that the chat template does not take.
     """
+    # Before the model is opened, which may be a download.
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
     source = references.open_model(model, ignore=ignore)

@@ -85,6 +85,7 @@ def difference_table(difference: Difference) -> Table:
             rows.append((pair.name, ", ".join(changes), *_numbers_cells(pair.numbers, based)))
     # rows of one table need the same number of cells
     blank = _numbers_cells(None, based)
+    # after the pairs, each side in its own order
     rows += [(name, "only in a", *blank) for name in difference.only_a]
     rows += [(name, "only in b", *blank) for name in difference.only_b]
     equal = sum(pair.equal for pair in difference.pairs)

@@ -159,6 +159,7 @@ class Data(Section):
         " example each where the chat template changes earlier turns; weight: 0 on a message"
         " leaves it out",
     )
+    # Refused by default: many bad rows are one format that was read as another.
     bad_rows: Literal["refuse", "drop"] = Field(
         "refuse",
         description="rows without a response, of another form, or that the template refuses or"

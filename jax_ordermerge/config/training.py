@@ -79,6 +79,7 @@ class Dpo(Section):
     """Direct preference optimization: the loss of preference pairs, with the base as reference."""
 
     kind: Literal["dpo"] = "dpo"
+    # the default of TRL
     beta: PositiveFloat = Field(
         0.1, description="strength of the pull towards the base; tau in the paper on ipo"
     )

@@ -181,6 +181,7 @@ class Examples:
             'row 7'
         """
         row = int(self.row_numbers[index])
+        # With one file its name is in the message already.
         files = [file for source in self.sources for file in source.files]
         if len(files) < 2:
             return f"row {row}"
@@ -215,6 +216,7 @@ class Examples:
             rows = [row for pair in zip(chosen, rejected, strict=True) for row in pair]
             return Ragged.of(rows, dtype)
 
+        # In turn, so that a reshape of their losses to [n, 2] has a pair in each row.
         tokens = interleave(self.tokens, self.rejected.tokens, np.int32)
         answers = interleave(self.answers, self.rejected.answers, np.bool_)
         return Examples(tokens, answers, np.arange(2 * len(self)))
@@ -254,6 +256,7 @@ class Examples:
             rows=None if self.rows is None else self.rows[rows],
             prompts=[self.prompts[row] for row in rows] if self.prompts else (),
             responses=[self.responses[row] for row in rows] if self.responses else (),
+            # what was read, whatever is taken of it
             counts=dict(self.counts),
             sources=self.sources,
             rejected=None if self.rejected is None else self.rejected.take(rows),

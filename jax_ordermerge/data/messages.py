@@ -285,6 +285,7 @@ def _read_call(call: object, column: str) -> Json:
             value = values.parse_json(arguments)
         except ValueError:
             value = None
+        # A string that is no object stays one: what it is must not be guessed.
         arguments = value if isinstance(value, dict) else arguments
     function = function | {"arguments": arguments}
     # `id` and `type`, which templates of Mistral print

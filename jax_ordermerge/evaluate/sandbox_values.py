@@ -108,6 +108,8 @@ def _defaultdict(kind: Value) -> Codec:
     plain = _dict(kind)
 
     def fill(value: Value, parts: Parts) -> None:
+        # A program may change the factory, so it is content. Set by the descriptor of the type,
+        # past an attribute of this name in a subclass.
         kind.default_factory.__set__(value, parts[0])
         assert plain.fill is not None
         plain.fill(value, parts[1:])
@@ -118,6 +120,7 @@ def _defaultdict(kind: Value) -> Codec:
 def _deque(kind: Value) -> Codec:
     def make(cls: type, fixed: Parts) -> Value:
         value = kind.__new__(cls)
+        # `maxlen` cannot be changed later, so it is no content.
         kind.__init__(value, (), *fixed)
         return value
 
@@ -191,6 +194,7 @@ def _state(kind: Value) -> Codec:
     def fill(value: Value, parts: Parts) -> None:
         for name, item in zip(parts[::2], parts[1::2], strict=True):
             if name.startswith(("<", "__")):
+                # a program could write the handle of a proxy, or the class of an object
                 raise ValueError(f"{name} is no attribute of a {kind.__name__}")
             object.__setattr__(value, name, item)
 

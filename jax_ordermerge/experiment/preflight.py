@@ -34,6 +34,7 @@ def check_config(config: Config) -> None:
         UserError: checkpoints cannot be written to the output; a method is unknown, does not take
             these parameters, weights or number of members, or needs data that are absent.
     """
+    # Orbax would find out at the first checkpoint, after hours.
     orbax.check_path(config.directory)
     members = config.population.members
     for spec in config.merge.methods:

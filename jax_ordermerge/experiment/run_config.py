@@ -64,5 +64,6 @@ def write_config(config: Config, run: RunLayout, *, output: str) -> None:
         run: layout of that directory.
         output: where the user reaches the run, which may be a bucket.
     """
+    # Of a bucket, so that the run continues on a machine that has no copy yet.
     config = config.model_copy(update={"output": output})
     layout.write_text(run.config, yaml.safe_dump(schema.to_dict(config), sort_keys=False))

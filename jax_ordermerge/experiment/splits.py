@@ -178,6 +178,7 @@ def check_same_data(run: RunLayout, splits: Mapping[str, Examples]) -> None:
         UserError: one line that names each split that differs, its file and what changed.
     """
     recorded: Json = read_json(run.data) or {}
+    # They are recorded when the training begins; before that nothing can contradict them.
     if not recorded:
         return
     changes = []

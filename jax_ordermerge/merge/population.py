@@ -192,7 +192,6 @@ def member_shardings(leaf: Array) -> MemberShardings | None:
         return MemberShardings(out, out)
     # from the last axis on: the first may be the layer axis, which `_measure_leaf` indexes
     for axis in reversed(range(len(inner))):
-        # The members' axis comes last: what a device has stays within its block of the others.
         entry = inner[axis]
         names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
         names = (*names, member_axis)

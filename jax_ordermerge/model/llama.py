@@ -231,7 +231,6 @@ class Block(nn.Module):
         x_BTD = meshes.constrain(x_BTD, "batch", "length", None)
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
         change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
-        # The layout of the input again: the carry of a scan has one.
         return meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv
 
 

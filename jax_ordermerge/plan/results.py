@@ -77,12 +77,14 @@ class OptionPlan:
     @property
     def members(self) -> int:
         """Members that are trained together."""
+        # One program trains a wave; the other waves follow with the same program.
         return len(self.spec.first_wave)
 
     @property
     def memory_limit(self) -> float | None:
         """Bytes per device that may be used; None without a data sheet."""
         device = self.topology.device
+        # The rest is for what no plan sees: the runtime, and gaps between buffers.
         return None if device is None else MEMORY_FRACTION * device.memory
 
     @property
@@ -95,6 +97,7 @@ class OptionPlan:
     @property
     def model_flops(self) -> float:
         """FLOPs of the model per step over all devices, without padding and recomputation."""
+        # of the members that are trained together, as the seconds of a step are
         return self.members * self.work.flops
 
     @property

@@ -142,6 +142,7 @@ class Token(Section):
     """Where the row of one token comes from: a model, the row of another token, or zeros."""
 
     source: Annotated[Reference | ZeroRow | TokenRow, PlainValidator(_parse_row)]
+    # also in models that have a row of their own for the token
     force: bool = False
 
 
@@ -165,6 +166,7 @@ class Recipe(Module):
     modules: dict[str, Module] | None = None
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
+    # mergekit's older form of `tokenizer: {source: ...}`
     tokenizer_source: ModelName | None = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None

@@ -220,6 +220,7 @@ def vocabulary_tensors(config: ModelConfig) -> tuple[str, str]:
     """
     # untied, since the table of a tied model has no head
     table = arch.tensor_table(dataclasses.replace(config, tie_embeddings=False))
+    # Of other kinds there are many; of these two there is one tensor each.
     names = {spec.kind: spec.hf_name for spec in table}
     return names["embedding"], names["head"]
 
@@ -344,6 +345,7 @@ def _read_part(
 ) -> np.ndarray:
     """Return part of a tensor. Rows are consecutive in the file, so all their columns are read."""
     first, last, _ = index[0].indices(shape[0])
+    # In the dtype of the file; the array of the device has its own, and is rounded once.
     out = np.empty((last - first, *shape[1:]), source.info(name).dtype)
     source.read_into(name, first * math.prod(shape[1:]), out)
     return out[(slice(None), *index[1:])]
