@@ -38,6 +38,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, (squares / max(count - 1, 1) / count) ** 0.5
 
 
+def perplexity(nats: float) -> float:
+    """Return exp of a mean loss in nats, at most that of 700.
+
+    Example:
+        >>> perplexity(0.0), perplexity(1e9) == perplexity(700.0)
+        (1.0, True)
+    """
+    # exp of more than 709 overflows float64 on a broken model, and JSON has no infinity
+    return math.exp(min(nats, 700.0))
+
+
 def ratio_and_error(numerators: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
     """Return the ratio of two sums over items and its standard error.
 

@@ -11,14 +11,12 @@ from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, TaskKind
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate.eval_model import EvalModel, TaskResult
 from jax_ordermerge.evaluate.likelihood import rolling_logprobs
-from jax_ordermerge.evaluate.metrics import ratio_and_error
+from jax_ordermerge.evaluate.metrics import perplexity, ratio_and_error
 from jax_ordermerge.evaluate.prompts import render
 from jax_ordermerge.json_types import Json, JsonRow
 
 if TYPE_CHECKING:
     from jax_ordermerge.evaluate.inputs import TaskInputs
-
-MAX_LOG_PERPLEXITY = 700.0  # exp of more is no float64
 
 
 class TextTask(FileTask):
@@ -77,9 +75,7 @@ def measure(task: TextTask, rows: Sequence[JsonRow], model: EvalModel) -> TaskRe
         raise UserError(f"evaluation task {task.name} has no text, check its data and limit")
     total = math.fsum(logprobs)
     summary: Json = {
-        # clipped: exp would overflow on a broken model, and inf is no JSON
-        f"{name[:-1]}_perplexity": math.exp(min(-total / count, MAX_LOG_PERPLEXITY))
-        for name, count in counts.items()
+        f"{name[:-1]}_perplexity": perplexity(-total / count) for name, count in counts.items()
     }
     # Bits per byte, not per token, is what models with other tokenizers can be compared by.
     nats, error = ratio_and_error([-x for x in logprobs], [item["bytes"] for item in items])

@@ -1,6 +1,5 @@
 """The stage that measures every model on held-out data, and the controls beside them."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,14 +7,13 @@ from jax_ordermerge.config import PREFERENCES, Config, Task
 from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.evaluate import generation, harness
 from jax_ordermerge.evaluate.eval_model import TextGenerator
+from jax_ordermerge.evaluate.metrics import perplexity
 from jax_ordermerge.experiment import controls, dpo_reference, losses, models, stack_models
 from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.experiment.run_config import model_names
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, read_json, write_json
 from jax_ordermerge.tree import Tree
-
-_LARGEST_LOG = 700.0  # exp of more overflows float64
 
 
 class Missing(NamedTuple):
@@ -143,7 +141,7 @@ def _measure_losses(ctx: RunContext, result: Json, params: Tree) -> None:
         if by_source := measured.by_source(test):
             summary["sources"] = by_source
         if test.rejected is None:
-            summary["perplexity"] = math.exp(min(measured.mean, _LARGEST_LOG))
+            summary["perplexity"] = perplexity(measured.mean)
             summary["tokens"] = int(measured.counts.sum())
         elif summary["kind"] != "base":
             # the base is the reference of the rewards: under it they are all 0
