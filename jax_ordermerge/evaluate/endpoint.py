@@ -101,10 +101,13 @@ class Endpoint:
             "max_tokens": self.max_tokens,
             **self.request,
         }
+        # `request` may rename a field, as newer models do with `max_completion_tokens`: null leaves
+        # the old one out.
         return {name: value for name, value in fields.items() if value is not None}
 
     def digest(self, text: str) -> str:
         """Return a digest of a question, the model and its settings. The address does not count."""
+        # sorted: the same settings in another order are the same question
         return hashlib.sha256(json.dumps(self.body(text), sort_keys=True).encode()).hexdigest()
 
     def ask(

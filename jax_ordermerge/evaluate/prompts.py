@@ -131,6 +131,7 @@ def make_question(
 ) -> Question:
     """Return an item with the description of its task and its shots before it."""
     prompt = formatter.prompt(row)
+    # Shots by the formatter of the item: a model sees one form, solved and unsolved.
     solved = [(formatter.prompt(shot), formatter.response(shot)) for shot in shots]
     context: str | list[Message]
     if formatter.chat:

@@ -82,6 +82,7 @@ def losses(
         mesh=mesh,
         on_progress=on_progress,
     )
+    # Sums of ones in float32, which are the same for every member.
     return sums, counts[0].round().astype(np.int32)
 
 
@@ -186,6 +187,7 @@ def _run_batches(
     rows, pending = [], []
     # By row and not by the ids of the file: those may have gaps, and results are put back by row.
     numbered = dataclasses.replace(examples, ids=np.arange(len(examples)))
+    # A multiple of the device groups, which divide a batch of one model.
     for batch_arrays in pack.length_batches(numbered, -(-batch // groups) * groups, lengths):
         rows.append(batch_arrays["ids"])
         # Results stay on the devices until all batches are dispatched: fetching one would wait

@@ -47,6 +47,7 @@ def add_reference_logprobs(ctx: RunContext) -> RunContext:
         losses.require_finite(sequences, examples, "base")
         return -sequences.sums.astype(np.float32)  # a loss is a negative log-probability
 
+    # Of all splits: the validation loss and the evaluation are of pairs, too.
     splits = {
         name: with_reference(
             examples, ctx.layout.reference_logprobs(name), key, functools.partial(measure, name)
@@ -112,6 +113,7 @@ def choices(examples: Examples, sums: np.ndarray) -> tuple[Json, list[Json]]:
         for row, chosen in enumerate(correct)
     ]
     mean, error = metrics.accuracy(correct)
+    # in the form of a task, so that reports and comparisons need no case for it
     return {"accuracy": mean, "se": error, "n": len(correct)}, items
 
 

@@ -117,6 +117,7 @@ class Plan:
         """How rows are packed."""
         _, _, steps, rows, width = self.orders.shape
         length = self.lengths[-1]
+        # over an epoch, in which every example is once
         filled = float(self.examples.lengths.sum() / (steps * rows * length))
         return Packing(
             kind=self.spec.data.packing,

@@ -197,6 +197,7 @@ def adapted(objective: Objective, scale: float) -> Objective:
     def over_adapters(
         params: Tree, batch: Microbatch, frozen: Tree | None = None
     ) -> tuple[jax.Array, ExampleSums]:
+        # The base is an input and no constant of the program: all members share one copy of it.
         return objective(lora.join(frozen or {}, params, scale), batch, frozen)
 
     return over_adapters

@@ -180,6 +180,8 @@ class Recorder:
         self.recent.append(row["loss"])
         lengths = self._plan.sequence_lengths(step)
         self.totals.tokens += int(lengths.sum())
+        # Of real tokens: padding and recomputation would make a training look faster than it
+        # learns.
         self.totals.flops += flops.training_flops(self._model, lengths, self._plan.spec.lora)
 
     def record_validation(
@@ -234,6 +236,7 @@ class Recorder:
         ids = metrics.ids[position]
         sums, weights = (x[position] for x in metrics.examples[:2])
         means = (sums / np.maximum(weights, 1))[ids >= 0]
+        # Several samples share a step, and the loss of the step does not say which of them it is.
         worst_first = ids[ids >= 0][np.argsort(-means, kind="stable")]
         raise UserError(
             f"loss spike at step {step + 1}: member {self._plan.members[position]} has loss"

@@ -140,6 +140,7 @@ def answer(task: AnswerTask, prompts: Sequence[Prompt], model: EvalModel) -> Tas
         for item in items:
             item[f"correct_{name}"] = match(item["answer"], item["reference"])
         correct = [item[f"correct_{name}"] for item in items]
+        # undecided is not right: a model must not gain by answers that take long to compare
         summary[name], summary[f"{name}_se"] = accuracy([verdict is True for verdict in correct])
         if None in correct:
             summary[f"{name}_undecided"] = correct.count(None)

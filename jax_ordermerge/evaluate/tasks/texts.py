@@ -57,6 +57,7 @@ def measure(task: TextTask, rows: Sequence[JsonRow], model: EvalModel) -> TaskRe
     """
     # Perplexities are of all texts together: a mean over texts would give short ones more weight.
     texts = [render(task.text, row) for row in rows]
+    # Each text by itself: joined, the first words of one would be predicted from another.
     tokens = [model.encode(text) for text in texts]
     logprobs = rolling_logprobs(model.score, tokens, model.start, model.positions)
     items: list[Json] = [

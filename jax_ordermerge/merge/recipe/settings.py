@@ -33,6 +33,7 @@ class Setting(NamedTuple):
             >>> setting.at("layers.1.mlp.up_proj", 0.25), setting.at("norm", 0.25)
             (0.25, 0.5)
         """
+        # As in mergekit: the first filter that fits, in the order of the file.
         for pattern, values in self.entries:
             if pattern in _MATCH_ALL or pattern in name:
                 return _interpolate(values, position)
@@ -48,6 +49,7 @@ def _interpolate(values: Sequence[Scalar], position: float) -> Scalar | None:
     # position is a quotient, e.g. 5 / 6: rounding makes a layer that is on a value get exactly it
     index = round(position * (len(values) - 1), 9)
     low = int(index)
+    # There is nothing between two texts or switches: the one before the place holds.
     if len(values) == 1 or any(isinstance(value, bool | str) for value in values):
         return values[low]
     share, high = index - low, values[min(low + 1, len(values) - 1)]
@@ -63,6 +65,7 @@ def parse_setting(raw: object) -> Setting:
     Raises:
         ValueError: the value is not a scalar, a gradient, or a list of filters.
     """
+    # one entry {filter, value} need not stand in a list
     if isinstance(raw, dict):
         raw = [raw]
     if not isinstance(raw, list):
@@ -85,6 +88,7 @@ def _parse_entry(raw: JsonRow) -> tuple[str, tuple[Scalar, ...]]:
     if not isinstance(pattern, str | None):
         raise ValueError(f"filter {pattern!r} must be text, a part of a tensor's name")
     values = value if isinstance(value, list) else [value]
+    # mergekit writes null for the filter that fits all tensors
     return pattern or "", tuple(map(_parse_scalar, values))
 
 
