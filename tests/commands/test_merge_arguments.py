@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jax_ordermerge.merge import engine
 from tests.commands.test_cli import call
 from tests.merge.recipe_models import make
 
@@ -85,3 +86,17 @@ def test_an_argument_that_would_be_ignored_is_refused(folder, capsys, line):
 def test_options_of_the_mode_are_read(folder, line):
     assert call(*line.split()) == 0
     assert json.loads((folder / "out" / "merge.json").read_text())["recipe"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("models", [["recipe.yml"], ["a", "b", "--method", "average"]])
+def test_a_dry_run_estimates_for_the_threads_that_were_asked_for(
+    models, folder, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(
+        engine, "estimate", lambda plan, workers=None: asked.append(workers) or (1e9, 2.0)
+    )
+    assert call("merge", *models, "--dry-run", "--workers", "3") == 0
+    assert call("merge", *models, "--dry-run") == 0
+    assert asked == [3, None]
+    assert "2.0 s" in capsys.readouterr().out
