@@ -1,8 +1,9 @@
 """A page of headings, paragraphs, tables and pictures, rendered as HTML and as Markdown."""
 
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
@@ -10,10 +11,13 @@ from markupsafe import Markup
 
 from jax_ordermerge.checkpoint import atomic
 
+EMPTY = ("", "–")  # cells that hold nothing
+_LONGEST_LABEL = 28  # characters; a column with a longer cell may break between words
+
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading; level 2 opens a chapter."""
+    """A heading. Inside a chapter its level is one deeper than stated."""
 
     text: str
     level: int = 2
@@ -44,6 +48,34 @@ class Table:
     text: Sequence[int] = (0,)
     strong: Sequence[int] = ()
 
+    def filled(self) -> "Table":
+        """Return the table without the columns that no row fills; the first one stays.
+
+        Example:
+            >>> Table(["model", "loss", "p"], [["a", "1.0", "–"]]).filled().header
+            ['model', 'loss']
+        """
+        columns = [
+            column
+            for column in range(len(self.header))
+            if column == 0 or any(row[column] not in EMPTY for row in self.rows) or not self.rows
+        ]
+        return replace(
+            self,
+            header=[self.header[column] for column in columns],
+            rows=[[row[column] for column in columns] for row in self.rows],
+            text=[at for at, column in enumerate(columns) if column in self.text],
+        )
+
+    @property
+    def prose(self) -> list[int]:
+        """Columns of sentences. All others are as wide as their longest cell."""
+        return [
+            column
+            for column in self.text
+            if any(len(row[column]) > _LONGEST_LABEL for row in self.rows)
+        ]
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -52,6 +84,11 @@ class Picture:
     name: str
     svg: str
     caption: str = ""
+
+    @property
+    def alternative(self) -> str:
+        """The text for readers who cannot see the picture; the SVG text has a longer one."""
+        return self.caption or self.name
 
 
 @dataclass(frozen=True)
@@ -63,9 +100,34 @@ class Fold:
     text: str = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Chapter:
+    """Blocks that an HTML page folds away, with a line in its table of contents.
+
+    The chapters of a page stand behind all of its other blocks.
+    """
+
+    title: str
+    blocks: Sequence["Block"]
+
+    @property
+    def anchor(self) -> str:
+        """Target of links; pictures have ids too, hence the prefix."""
+        return "chapter-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
 # A closed union: each kind has a branch in both templates, so HTML and Markdown cannot differ in
 # content.
-Block = Heading | Paragraph | Bullets | Table | Picture | Fold
+Block = Heading | Paragraph | Bullets | Table | Picture | Fold | Chapter
+
+
+def pictures_of(blocks: Sequence[Block]) -> Iterator[Picture]:
+    """Return the pictures among blocks and in their chapters."""
+    for block in blocks:
+        if isinstance(block, Chapter):
+            yield from pictures_of(block.blocks)
+        elif isinstance(block, Picture):
+            yield block
 
 
 def render_html(title: str, blocks: Sequence[Block]) -> str:
@@ -105,10 +167,9 @@ def publish(page: Path, title: str, blocks: Sequence[Block], *, pictures: str) -
         pictures: directory of the pictures, relative to the page.
     """
     # pictures first: a page never refers to a file that is not there
-    for block in blocks:
-        if isinstance(block, Picture):
-            file = page.parent / pictures / f"{block.name}.svg"
-            atomic.replace(file, f"{block.svg}\n".encode())
+    for picture in pictures_of(blocks):
+        file = page.parent / pictures / f"{picture.name}.svg"
+        atomic.replace(file, f"{picture.svg}\n".encode())
     markdown = render_markdown(title, blocks, pictures=pictures)
     atomic.replace(page.with_suffix(".md"), markdown.encode())
     # last: the report stage is complete where the HTML exists
@@ -152,7 +213,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"plain": _plain, "cell": _cell, "fenced": _fenced}
-    for kind in (Heading, Paragraph, Bullets, Table, Picture, Fold):
+    for kind in (Heading, Paragraph, Bullets, Table, Picture, Fold, Chapter):
         # `{% if block is table %}`
         # `kind=kind` binds the class of this round: a closure would see the last one
         environment.tests[kind.__name__.lower()] = lambda block, kind=kind: isinstance(block, kind)

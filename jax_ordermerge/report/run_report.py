@@ -1,11 +1,12 @@
 """The report of one run: report.html, a file that needs no other, and report.md."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax_ordermerge.layout import SearchLayout, read_json
 from jax_ordermerge.report import document, findings
 from jax_ordermerge.report.chapters import imbalance, merges, models, provenance
-from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph
+from jax_ordermerge.report.document import Block, Bullets, Chapter, Heading, Paragraph
 from jax_ordermerge.report.run import Run, read_run
 
 
@@ -43,21 +44,27 @@ def write_search(run_directory: Path, directory: Path) -> Path:
 def build(run: Run) -> list[Block]:
     """Return the blocks of the report."""
     # from the findings down to what they rest on; what only reproduces the run comes last
+    chapters = [
+        ("Training", imbalance.training(run)),
+        ("Position in the order", [*imbalance.imbalance(run), *imbalance.mitigation(run)]),
+        ("Models and merges", [*models.results(run), *models.texts(run), *merges.merges(run)]),
+        ("Search", merges.search(run.search, run.loss_unit)),
+        ("Controls", merges.controls(run)),
+        ("Items", models.answers(run)),
+        ("Provenance", provenance.provenance(run)),
+    ]
     return [
         Paragraph(_introduction(run)),
         Heading("What was found"),
         _summary(run),
-        *models.results(run),
-        *models.texts(run),
-        *merges.search(run.search, run.loss_unit),
-        *merges.controls(run),
-        *imbalance.training(run),
-        *imbalance.imbalance(run),
-        *imbalance.mitigation(run),
-        *merges.merges(run),
-        *models.answers(run),
-        *provenance.provenance(run),
+        *(Chapter(title, _below(title, blocks)) for title, blocks in chapters if blocks),
     ]
+
+
+def _below(title: str, blocks: Sequence[Block]) -> Sequence[Block]:
+    """Return the blocks of a chapter without a first heading that repeats its title."""
+    first = blocks[0]
+    return blocks[1:] if isinstance(first, Heading) and first.text == title else blocks
 
 
 def _introduction(run: Run) -> str:

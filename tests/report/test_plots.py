@@ -116,6 +116,40 @@ def words(svg):
     return [" ".join(node.itertext()).strip() for node in ET.fromstring(svg).iter(f"{SVG}text")]
 
 
+def description(svg):
+    """Return the text for readers who cannot see the picture, which the picture names."""
+    root = ET.fromstring(svg)
+    title, text = (root.find(f"{SVG}{tag}") for tag in ("title", "desc"))
+    assert root.get("role") == "img"
+    assert root.get("aria-labelledby").split() == [title.get("id"), text.get("id")]
+    assert title.text
+    return text.text
+
+
+@pytest.mark.parametrize("name", list(DRAWN))
+def test_every_picture_has_a_text(name):
+    assert len(description(DRAWN[name]())) > 20
+
+
+def test_the_text_of_a_picture_has_its_numbers():
+    assert "base 0; member_0 41.2; member_1 45.5; ties 50." in description(DRAWN["accuracies"]())
+    assert "member_1 +1.86 [+1.85, +1.87]; ties +1.9 [" in description(DRAWN["losses"]())
+    text = description(DRAWN["training"]())
+    assert "member 1: from 4 at 1 to 0.5 at 8, lowest 0.5 at 8" in text
+    row = analysis()["fixed_effects"]["coefficients"][0]
+    numbers = f"{row['estimate']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}]"
+    assert f"epoch 1 {numbers}" in description(DRAWN["effects"]())
+    assert "0 and 1 -0.25" in description(DRAWN["cosines"]())
+
+
+def test_pictures_have_colours_for_the_dark():
+    svg = DRAWN["losses"]()
+    assert "@media screen and (prefers-color-scheme: dark)" in svg
+    # whatever is drawn in ink would vanish there
+    assert 'svg [style*="fill: #222222"] { fill: #dcdcdc' in svg
+    assert "fill: #222222" in svg.partition("</style>")[2]
+
+
 def test_ids_of_two_pictures_differ():
     pictures = [DRAWN[name]() for name in ("training", "losses", "accuracies", "cosines")]
     ids = [name for text in pictures for name in set(re.findall(r'id="([^"]+)"', text))]
@@ -132,7 +166,7 @@ def test_numbers_are_written_on_the_marks():
 def test_a_base_far_away_does_not_squeeze_the_others():
     shown = words(DRAWN["losses"]())
     assert "base" not in shown
-    assert any("the base, at 5.250, lies outside" in text for text in shown)
+    assert "the base, at 5.250, lies outside" in description(DRAWN["losses"]())
     assert "base" in words(models.losses([MODELS[0] | {"loss": 1.84}, *MODELS[1:]], UNIT))
 
 
@@ -147,8 +181,6 @@ def test_what_was_not_determined_is_not_drawn():
 
 def test_a_base_far_outside_the_lambda_line_is_named_and_not_drawn():
     far = [LINE[0] | {"loss": 9.5}, *LINE[1:]]
-    assert any(
-        "the base, at 9.500, lies outside" in word
-        for word in words(controls.lambda_line(far, "test", UNIT))
-    )
+    text = description(controls.lambda_line(far, "test", UNIT))
+    assert "the base, at 9.500, lies outside" in text
     assert not any("outside" in word for word in words(DRAWN["lambda line"]()))

@@ -1,7 +1,9 @@
 """One style for all pictures, and their way to SVG text: no dates, no links to other files."""
 
+import html
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,15 +14,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jax_ordermerge.json_types import Json
+from jax_ordermerge.report.plots.description import describe
 
+INK, FAINT, SHADE, GRID = "#222222", "#9a9a9a", "#efe9dc", "#e8e8e8"
 # Okabe and Ito's palette, distinguishable with any colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", INK)
 KIND = {"base": "#777777", "member": "#0072B2", "merge": "#D55E00"}
-INK, FAINT, SHADE = "#222222", "#9a9a9a", "#efe9dc"
+# Colours on a dark ground. The others are readable on both.
+_DARK = {
+    INK: "#dcdcdc",
+    FAINT: "#767c83",
+    SHADE: "#2f2c25",
+    GRID: "#2c3137",
+    "#0072B2": "#4aa3df",
+    "#D55E00": "#f07f2e",
+    "#8C6D00": "#bfa04a",
+    "#777777": "#a0a0a0",
+}
 DASHED = (0, (4, 3))
 MARKS: dict[str, Any] = {"fmt": "o", "capsize": 3, "elinewidth": 1.2}  # of an error bar
 WIDTH = 7.6  # inches
 _MOST_NAMES = 8  # a longer legend would hide the curves
+_POINTS_PER_LETTER = 5.2  # on average, of a label of 9 points
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
@@ -40,7 +55,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.grid": True,
-    "grid.color": "#e8e8e8",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
@@ -67,6 +82,8 @@ def draw(name: str, height: float, width: float = WIDTH) -> Iterator[SvgFigure]:
     with mpl.rc_context(_STYLE):
         figure = SvgFigure(figsize=(width, height), layout="constrained")
         yield figure
+        description = describe(figure)
+        _wrap_labels(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     # The text goes into HTML. Several pictures share its ids, and a prolog, a date or a link to
     # a schema have no place there.
@@ -76,15 +93,42 @@ def draw(name: str, height: float, width: float = WIDTH) -> Iterator[SvgFigure]:
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    figure.svg = svg.replace("<svg ", f'<svg role="img" aria-label="{prefix}" ', 1)
+    # a page in the dark, and no paper: the rules hold for all pictures of a page
+    rules = "".join(
+        f'svg [style*="{part}: {light.lower()}"] {{ {part}: {dark} !important; }}'
+        for light, dark in _DARK.items()
+        for part in ("fill", "stroke")
+    )
+    texts = (
+        f'<title id="{prefix}-title">{html.escape(name.replace("-", " "))}</title>'
+        f'<desc id="{prefix}-desc">{html.escape(description)}</desc>'
+        f"<style>@media screen and (prefers-color-scheme: dark) {{ {rules} }}</style>"
+    )
+    head, _, body = svg.partition(">")
+    names = f'role="img" aria-labelledby="{prefix}-title {prefix}-desc"'
+    figure.svg = f"{head} {names}>{texts}{body}"
+
+
+def _wrap_labels(figure: Figure) -> None:
+    """Break labels that are longer than the figure; what reaches beyond it would be cut off."""
+    width, height = (72 * inches / _POINTS_PER_LETTER for inches in figure.get_size_inches())
+    shared = getattr(figure, "_supxlabel", None)
+    # a colour bar has no place in the grid
+    grids = [spec.get_gridspec() for axes in figure.axes if (spec := axes.get_subplotspec())]
+    columns = max((grid.ncols for grid in grids), default=1)
+    labels = [(axes.xaxis.label, 0.9 * width / columns) for axes in figure.axes]
+    labels += [(axes.yaxis.label, 0.8 * height) for axes in figure.axes]
+    labels += [(shared, 0.9 * width)] if shared is not None else []
+    for label, letters in labels:
+        label.set_text(textwrap.fill(label.get_text(), max(12, int(letters))))
 
 
 def colours(count: int) -> list[Any]:
     """Return colours for curves: the palette, or shades of one map where it is too short."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
-    # cividis is readable with any colour vision; its last shades are too pale for a line
-    return [mpl.colormaps["cividis"](x) for x in np.linspace(0, 0.92, count)]
+    # cividis is readable with any colour vision; its ends are too pale or too dark for a line
+    return [mpl.colormaps["cividis"](x) for x in np.linspace(0.2, 0.9, count)]
 
 
 def legend(axes: Axes, count: int) -> None:

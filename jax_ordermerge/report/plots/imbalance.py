@@ -12,6 +12,7 @@ from jax_ordermerge.report.plots.figure import (
     INK,
     KIND,
     MARKS,
+    SHADE,
     colours,
     draw,
     interval,
@@ -84,7 +85,7 @@ def positions(analysis: Json, unit: str) -> str | None:
         for axes in panels:
             axes.set_xlim(0, 1)
             if 0 < window < 1:
-                axes.axvspan(0, window, color="#f3efe6", zorder=0, linewidth=0)
+                axes.axvspan(0, window, color=SHADE, zorder=0, linewidth=0)
     return figure.svg
 
 
@@ -133,7 +134,7 @@ def slopes(runs: Mapping[str, Sequence[Json]], unit: str) -> str:
 
     with draw("slopes", 3.0) as figure:
         axes = figure.subplots()
-        axes.axhline(0, color="#888", linewidth=0.8)
+        axes.axhline(0, color=FAINT, linewidth=1)
         for index, ((name, rows), colour) in enumerate(
             zip(runs.items(), colours(len(runs)), strict=True)
         ):
