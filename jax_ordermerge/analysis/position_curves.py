@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from jax_ordermerge.analysis import regression, resample
 from jax_ordermerge.analysis.resample import Band, Curve, Job
@@ -19,16 +20,34 @@ class EpochGap(Estimate):
     """Loss of the half of the samples that a member saw early less the late half."""
 
     epoch: int
+    kept: float  # the part of a gap that a plain average of these orders keeps
+    expected: Estimate  # the gap that is left in a plain average
+
+
+@dataclass(frozen=True)
+class Excess(Estimate):
+    """What a merge's gap is above that of a plain average; p by Student's t over the samples."""
+
+    p: float
 
 
 @dataclass(frozen=True)
 class MergedGap:
-    """The gap between early and late half before and after merging, and its difference."""
+    """The gap between early and late half before and after merging.
+
+    Attributes:
+        difference: merged less members. Every average closes a part of the gap, so this is no
+            evidence for a method.
+        expected: of the plain average of the members' losses.
+        excess: merged less expected: what the method did beyond averaging.
+    """
 
     epoch: int
     members: Estimate
     merged: Estimate
     difference: Estimate
+    expected: Estimate
+    excess: Excess
 
 
 @dataclass(frozen=True)
@@ -96,10 +115,14 @@ def curves(
         # the sharper curve, where there is one
         return by_key.get(("within halves", e), by_key["raw halves", e])
 
+    # With orders that do not vary within samples an average keeps the gap, as the share of 0 says.
+    kept = [1 - within_share(positions[:, e]) for e in range(epochs)]
+
     def member_gap(e: int) -> EpochGap | Missing:
         if not by_key:
             return Missing(reason)
-        return EpochGap(**vars(resample.gap(member_halves(e))), epoch=e + 1)
+        gap = resample.gap(member_halves(e))
+        return EpochGap(**vars(gap), epoch=e + 1, kept=kept[e], expected=gap.scaled(kept[e]))
 
     def merged_gap(name: str, e: int) -> MergedGap | Missing:
         if not by_key:
@@ -109,11 +132,17 @@ def curves(
         # one: of one model, the difficulty of samples cannot be taken out.
         before = member_halves(e)
         after = resample.shifted(before, by_key["merge halves", name, e], by_key["raw halves", e])
+        gap = resample.gap(before)
+        # Not gap / M: for the plain average of the losses, `after` is exactly `before` times
+        # (1 - share), in any design. Balanced and reversed orders cancel far more than 1 / M.
+        excess = resample.gap(after, before, factor=kept[e])
         return MergedGap(
             epoch=e + 1,
-            members=resample.gap(before),
+            members=gap,
             merged=resample.gap(after),
             difference=resample.gap(after, before),
+            expected=gap.scaled(kept[e]),
+            excess=Excess(**vars(excess), p=_p(excess, gap, losses.shape[1])),
         )
 
     return Curves(
@@ -163,6 +192,30 @@ def _jobs(
     return jobs
 
 
+def _p(excess: Estimate, gap: Estimate, samples: int) -> float:
+    # the plain average itself differs by rounding errors only, which are no evidence
+    if abs(excess.estimate) <= 1e-9 * abs(gap.estimate) or not excess.se > 0:
+        return 1.0
+    return float(2 * stats.t.sf(abs(excess.estimate / excess.se), samples - 1))
+
+
+def within_share(position: np.ndarray) -> float:
+    """Return the share of the variance of positions [M, n] that lies within samples.
+
+    An average over the members takes this share of a position effect away. It is 1 - 1 / M in
+    expectation for M independent orders, 1 for reversed pairs, 1 - 1 / M**2 for balanced orders,
+    and 0 where all members have one order.
+
+    Example:
+        >>> round(within_share(np.array([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])), 6)
+        1.0
+    """
+    residual = regression.within(position)
+    spread = float(((position - position.mean(axis=1, keepdims=True)) ** 2).sum())
+    share = float((residual**2).sum()) / spread if spread > 1e-9 else 0.0
+    return share if share > 1e-6 else 0.0
+
+
 def within_sample(losses: np.ndarray, position: np.ndarray) -> np.ndarray | None:
     """Return losses [M, n] without the levels of samples and members, on the scale of the effect.
 
@@ -174,11 +227,6 @@ def within_sample(losses: np.ndarray, position: np.ndarray) -> np.ndarray | None
     Returns:
         None where the position does not vary within samples.
     """
-    # The share is 1 with reversed pairs, where the within-sample position is the position less
-    # its middle. With M independent orders the sample's mean takes 1 / M away: it is 1 - 1 / M.
-    # Dividing by it puts all designs on the scale of the effect.
-    residual = regression.within(position)
-    centred = position - position.mean(axis=1, keepdims=True)
-    spread = float((centred**2).sum())
-    share = float((residual**2).sum()) / spread if spread > 1e-9 else 0.0
-    return regression.within(losses) / share + losses.mean() if share > 1e-6 else None
+    # Dividing by the share puts all designs on the scale of the effect.
+    share = within_share(position)
+    return regression.within(losses) / share + losses.mean() if share else None

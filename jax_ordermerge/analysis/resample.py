@@ -161,13 +161,14 @@ def shifted(curve: Curve, plus: Curve, minus: Curve) -> Curve:
     return curve._replace(mean=curve.mean + plus.mean - minus.mean, replicates=replicates)
 
 
-def gap(curve: Curve, reference: Curve | None = None) -> Estimate:
-    """Return the first bin's mean less the last bin's, less the same gap of `reference`."""
+def gap(curve: Curve, reference: Curve | None = None, factor: float = 1.0) -> Estimate:
+    """Return the first bin's mean less the last bin's, less `factor` times that of `reference`."""
     estimate = curve.mean[0] - curve.mean[-1]
     replicates = curve.replicates[:, 0] - curve.replicates[:, -1]
     if reference is not None:
-        estimate = estimate - (reference.mean[0] - reference.mean[-1])
-        replicates = replicates - (reference.replicates[:, 0] - reference.replicates[:, -1])
+        estimate = estimate - factor * (reference.mean[0] - reference.mean[-1])
+        of_reference = reference.replicates[:, 0] - reference.replicates[:, -1]
+        replicates = replicates - factor * of_reference
     low, high = band(replicates)
     return Estimate(float(estimate), float(np.nanstd(replicates)), float(low), float(high))
 

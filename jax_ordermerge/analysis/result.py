@@ -38,6 +38,12 @@ class Estimate:
     low: float
     high: float
 
+    def scaled(self, factor: float) -> "Estimate":
+        """Return the estimate times a constant of at least 0."""
+        return Estimate(
+            *(factor * value for value in (self.estimate, self.se, self.low, self.high))
+        )
+
 
 def or_missing(statistic: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Missing:
     """Return `statistic(*args)`, or `Missing` with the reason where it is undetermined.

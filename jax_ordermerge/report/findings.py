@@ -1,13 +1,17 @@
 """The findings of a run in sentences, which claim no more than the numbers support."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
+from jax_ordermerge.analysis.paired import holm
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Measure, seed_groups
 from jax_ordermerge.report.formatting import (
+    INDISTINGUISHABLE,
     bounds,
+    detectable_text,
     epochs,
     p_text,
     p_texts,
@@ -130,26 +134,63 @@ def _mitigation(analysis: Json, merge: Json | None) -> list[str]:
             "After merging: the members show no gap between early and late samples that a merge "
             "could close."
         ]
-    parts = []
-    for group, names in seed_groups(merges, merge).items():
-        seeds = [merges[name][epoch] for name in names]
-        estimate, error = (
-            float(np.mean([row["merged"][key] for row in seeds])) for key in ("estimate", "se")
-        )
-        note = f" (mean of {len(seeds)} merge seeds)" if len(seeds) > 1 else ""
-        if any(row["difference"]["low"] <= 0 <= row["difference"]["high"] for row in seeds):
-            note += " (not distinguishable from the members)"
-        parts.append(f"{group} {signed(estimate, error)}{note}")
-    # With unrelated orders a sample's positions are independent: a mean of M losses keeps 1 / M
-    # of the effect of each. Only a merge below that has done more than average.
-    members = len(analysis["members"])
-    return [
+    # The plain average keeps a part of the gap that the orders decide. A merge is tested against
+    # that value: against the members' gap, any average would look like a success.
+    groups = seed_groups(merges, merge)
+    rows = {group: _seed_mean([merges[name][epoch] for name in groups[group]]) for group in groups}
+    parts = [
+        f"{group} {signed(*row['merged'])}"
+        + (f" (mean of {len(groups[group])} merge seeds)" if len(groups[group]) > 1 else "")
+        for group, row in rows.items()
+    ]
+    sentences = [
         f"After merging: the gap is largest in epoch {epoch + 1}, where the early half of a "
         "member's samples differs from its late half by "
         f"{signed(before['estimate'], before['se'])}. In the merges, by the same orders: "
-        f"{'; '.join(parts)}. An average of {members} members with unrelated orders would be "
-        f"expected at about {before['estimate'] / members:+.4f}."
+        f"{'; '.join(parts)}."
     ]
+    # analyses of earlier versions have no expected gap
+    if "expected" in before:
+        sentences[0] += (
+            " A plain average of the losses of these members keeps "
+            f"{100 * before['kept']:.1f} % of it: {before['expected']['estimate']:+.4f} is expected."
+        )
+        sentences.append(_beyond_averaging(rows, before, analysis["design"]["samples"]))
+    return sentences
+
+
+def _seed_mean(rows: Sequence[Json]) -> dict[str, tuple[float, float]]:
+    # the seeds share the samples, so the mean of their errors is the upper bound of its error
+    return {
+        key: (
+            float(np.mean([row[key]["estimate"] for row in rows])),
+            float(np.mean([row[key]["se"] for row in rows])),
+        )
+        for key in ("merged", "excess")
+        if key in rows[0]
+    }
+
+
+def _beyond_averaging(
+    rows: Mapping[str, Mapping[str, tuple[float, float]]], before: Json, samples: int
+) -> str:
+    """Compare the gap of each merge with that of a plain average."""
+    p_values = []
+    for row in rows.values():
+        estimate, se = row["excess"]
+        # the average itself may differ from the expected value by rounding errors only
+        zero = abs(estimate) <= 1e-9 * abs(before["estimate"]) or not se > 0
+        p_values.append(1.0 if zero else float(2 * stats.t.sf(abs(estimate / se), samples - 1)))
+    clauses = []
+    for (group, row), p in zip(rows.items(), holm(p_values), strict=True):
+        estimate, se = row["excess"]
+        outcome = f"{INDISTINGUISHABLE} from it, {detectable_text(se, samples - 1)}"
+        if word := strength(p):
+            size = "smaller" if estimate * before["estimate"] < 0 else "larger"
+            outcome = f"{word} {size}"
+        clauses.append(f"{group} {outcome} ({signed(estimate, se)}, {p_text(p)})")
+    correction = ", p by Holm over the merges" if len(rows) > 1 else ""
+    return f"Against the gap that is expected of a plain average{correction}: {'; '.join(clauses)}."
 
 
 def _task_vectors(merge: Json) -> list[str]:

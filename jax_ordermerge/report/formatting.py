@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jax_ordermerge.analysis.equivalence import detectable
 from jax_ordermerge.analysis.paired import CLEAR, WEAK, Difference
 from jax_ordermerge.analysis.result import Estimate
 from jax_ordermerge.json_types import Json
@@ -65,6 +66,16 @@ def versus(verdict: str, size: str, rival: str) -> str:
         'clearly better (-0.1) than the average'
     """
     return f"{verdict} ({size}) {'from' if verdict == INDISTINGUISHABLE else 'than'} {rival}"
+
+
+def detectable_text(se: float, freedom: float, digits: int = 4) -> str:
+    """Return what a comparison could have found, to stand beside one that found nothing.
+
+    Example:
+        >>> detectable_text(0.001, 399)
+        'detectable from 0.0028'
+    """
+    return f"detectable from {detectable(se, freedom):.{digits}f}"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -165,7 +176,11 @@ def gap_or_reason(gap: Json) -> str:
         >>> gap_or_reason({"reason": "one member only"})
         '– (one member only)'
     """
-    return f"– ({gap['reason']})" if "reason" in gap else interval(Estimate(**gap))
+    if "reason" in gap:
+        return f"– ({gap['reason']})"
+    p = f", {p_text(gap['p'])}" if "p" in gap else ""
+    bare = Estimate(*(gap[key] for key in ("estimate", "se", "low", "high")))
+    return interval(bare) + p
 
 
 def epochs(row: Json) -> str:

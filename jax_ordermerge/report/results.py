@@ -301,6 +301,8 @@ def _position_table(run: Run) -> Table:
     slopes, gaps = run.coefficients, run.analysis["pooled"]["early_late"]
     merged = run.analysis["merged"]
     rows = [["members", *(_mean_estimate([row]) for row in (*gaps, *slopes))]]
+    expected = (_mean_estimate([gap.get("expected", {})]) for gap in gaps)
+    rows.append(["expected of a plain average", *expected, *("–" for _ in slopes)])
     for name, merge in run.comparison.merges.items():
         seeds = [merged[seed] for seed in merge.names if seed in merged]
         if not seeds:
@@ -319,7 +321,7 @@ def _position_table(run: Run) -> Table:
         f"Position effects on the training samples in {run.loss_unit}. Gap: the half that "
         "a member saw early less the half that it saw late, mean over the members' orders. Slope: "
         "from the first place to the last; of a merge by a sample's mean position in all members. "
-        "Averaging over orders by itself divides the gap by the number of members and leaves the "
+        "A plain average leaves the expected gap, the part that the orders do not cancel, and the "
         "slope. Of several merge seeds mean estimate ± mean error."
     )
     return Table(header, rows, caption)

@@ -246,23 +246,35 @@ def test_position_sentences(estimate, p, words):
     assert f"{100 * abs(estimate) / 0.4:.1f} %" in scale
 
 
-def test_a_closed_gap_stands_beside_what_averaging_alone_would_do():
+@pytest.mark.parametrize(
+    ("excess", "words"),
+    [
+        (0.0001, "ties not distinguishable from it, detectable from 0.0028 (+0.0001 ± 0.0010"),
+        (-0.004, "ties clearly smaller (-0.0040 ± 0.0010"),
+        (0.004, "ties clearly larger (+0.0040 ± 0.0010"),
+    ],
+)
+def test_a_closed_gap_is_tested_against_what_averaging_alone_leaves(excess, words):
     gap = {"estimate": 0.02, "se": 0.001, "low": 0.018, "high": 0.022}
+    expected = {key: value / 16 for key, value in gap.items()}
     row = {
-        "merged": gap | {"estimate": 0.005},
-        "difference": {"estimate": -0.015, "se": 0.001, "low": -0.017, "high": -0.013},
+        "merged": gap | {"estimate": 0.00125 + excess},
+        "excess": {"estimate": excess, "se": 0.001, "low": 0.0, "high": 0.0, "p": 0.5},
     }
     analysis = {
+        "design": {"samples": 400},
         "fixed_effects": {"reason": "because"},
         "members": [{"sd_loss": 0.4}] * 4,
-        "pooled": {"early_late": [gap]},
+        "pooled": {"early_late": [gap | {"kept": 1 / 16, "expected": expected}]},
         "merged": {"ties": {"early_late": [row]}},
     }
-    reason, text = findings.sentences(make_run(analysis=analysis))
+    reason, text, test = findings.sentences(make_run(analysis=analysis))
     assert reason == "No fixed-effects estimate of the position effect: because."
-    assert "ties +0.0050" in text
-    assert "about +0.0050" in text
-    analysis["pooled"]["early_late"] = [gap | {"low": -0.01}]
+    assert f"ties {0.00125 + excess:+.4f}" in text
+    # of balanced orders a sixteenth, where a quarter was expected of any four orders
+    assert "keeps 6.2 % of it: +0.0013 is expected" in text
+    assert words in test
+    analysis["pooled"]["early_late"][0]["low"] = -0.01
     assert "no gap between early and late" in findings.sentences(make_run(analysis=analysis))[1]
 
 

@@ -9,6 +9,7 @@ from jax_ordermerge.report.plots import imbalance as plots
 from jax_ordermerge.report.run import Run, missing
 
 STEPS_SHOWN = 8  # of the answers while training
+_UNMEASURED = {"reason": "the analysis was made by an earlier version"}
 
 
 def training(run: Run) -> list[Block]:
@@ -178,14 +179,18 @@ def mitigation(run: Run) -> list[Block]:
         return [heading, Paragraph("The analysis holds no merges.")]
     blocks: list[Block] = [heading]
     if picture := plots.merging(analysis, run.loss_unit):
-        caption = "Samples that a member saw early less those it saw late, with 95 % intervals."
+        caption = (
+            "Samples that a member saw early less those it saw late, with 95 % intervals. Dotted: "
+            "expected of a plain average."
+        )
         blocks.append(Picture("merging", picture, caption))
     rows = []
     for name, merge in analysis["merged"].items():
         for epoch, gap in enumerate(merge["early_late"], start=1):
-            # a reason stands for all three gaps
+            # a reason stands for all gaps
             gaps = (
-                gap if "reason" in gap else gap[key] for key in ("members", "merged", "difference")
+                gap if "reason" in gap else gap.get(key, _UNMEASURED)
+                for key in ("members", "merged", "expected", "excess")
             )
             # from the sharpest estimate to the plain one
             slopes = (merge[key] for key in ("after", "change", "mean_position"))
@@ -196,14 +201,15 @@ def mitigation(run: Run) -> list[Block]:
                     *(_slope(fit, epoch) for fit in slopes),
                 ]
             )
-    header = ["merge", "gap in members", "gap in merge", "difference"]
+    header = ["merge", "gap in members", "gap in merge", "expected", "excess"]
     header += ["slope left", "change of slope", "plain slope"]
     caption = (
         "Gap: loss of the half of the samples that a member saw early less the half it saw late, "
-        "mean over the members' orders. Slopes are by a sample's mean position in all members: "
+        "mean over the members' orders. Expected: of a plain average of the members' losses, the gap "
+        "times the share of it that these orders do not cancel; excess: gap in the merge less "
+        "that. Slopes are by a sample's mean position in all members: "
         "the slope that is left, its change against the members, and the plain regression of the "
-        "merge's losses, with the base's loss as a covariate where it was measured. Averaging "
-        "over orders closes a part of the gap by itself."
+        "merge's losses, with the base's loss as a covariate where it was measured."
     )
     return [*blocks, Table(header, rows, caption)]
 

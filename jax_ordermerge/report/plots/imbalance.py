@@ -171,6 +171,8 @@ def merging(analysis: Json, unit: str) -> str | None:
             for index, rows in enumerate(merged.values(), start=1):
                 interval(axes, index, rows[epoch]["merged"], KIND["merge"])
             axes.axvline(0, color=FAINT, linewidth=1)
+            if expected := analysis["pooled"]["early_late"][epoch].get("expected"):
+                axes.axvline(expected["estimate"], color=INK, linewidth=1, linestyle=":")
             axes.set(title=f"epoch {epoch + 1}")
             names_down(axes, names, above=0.5)
             axes.locator_params(axis="x", nbins=4)
