@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_ordermerge.analysis import position_effects
+from jax_ordermerge.analysis import clusters, position_effects
 from jax_ordermerge.analysis.position_effects import JointEffect, Level
 from jax_ordermerge.analysis.result import Missing, or_missing
 
@@ -31,6 +31,7 @@ def effects_by_source(
     merged: Mapping[str, np.ndarray],
     base: np.ndarray | None,
     sources: Mapping[str, np.ndarray],
+    units: np.ndarray | None = None,
 ) -> list[SourceEffect]:
     """Return the statistics of each source; none where all samples are of one.
 
@@ -42,6 +43,7 @@ def effects_by_source(
         merged: for each merge, [n].
         base: [n], of the base, or None.
         sources: for each source, the numbers of its samples.
+        units: int[n], the batches or packs that were put in order; None: the samples.
 
     Example:
         >>> losses = np.array([[3.0, 2.0, 1.0, 4.0], [2.0, 3.0, 2.0, 3.5]])
@@ -65,7 +67,10 @@ def effects_by_source(
             # of a source with too few samples there is no estimate, and the reason stands in its
             # place
             fixed_effects=or_missing(
-                position_effects.joint_effect, losses[:, rows], positions[:, :, rows]
+                position_effects.joint_effect,
+                losses[:, rows],
+                positions[:, :, rows],
+                units=clusters.renumber(units, rows),
             ),
         )
         for name, rows in sources.items()

@@ -6,11 +6,12 @@ letters here: `M` member, `E` epoch, `n` sample.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jax_ordermerge.analysis import position_curves, position_effects, resample
+from jax_ordermerge.analysis import clusters, position_curves, position_effects, resample, shape
 from jax_ordermerge.analysis.by_source import SourceEffect, effects_by_source
 from jax_ordermerge.analysis.position_curves import MergedCurves, Pooled
 from jax_ordermerge.analysis.position_effects import (
@@ -22,6 +23,7 @@ from jax_ordermerge.analysis.position_effects import (
 )
 from jax_ordermerge.analysis.resample import Band
 from jax_ordermerge.analysis.result import CONFIDENCE, INLINE, Estimate, Missing, or_missing
+from jax_ordermerge.analysis.shape import Explained, QuartileEffect, ShapeTest
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_key_bits
 
@@ -39,6 +41,8 @@ class Design:
     bootstrap: int  # number of resamples
     permutations: int
     seed: int
+    unit: str  # that was put in order: "sample", "batch" or "pack"
+    units: int  # their number
     confidence: float = CONFIDENCE
 
 
@@ -47,8 +51,10 @@ class EpochEffect:
     """One model's losses by the positions of one member in one epoch."""
 
     epoch: int
-    # of Pearson's r; assumes nothing about the distribution of losses, which are skewed
+    # of Pearson's r; assumes nothing about the distribution of losses, which are skewed. Units are
+    # permuted, and beside it all samples of a step together, where samples are the units.
     permutation_p: float
+    permutation_p_steps: float | None
     marginal: Marginal | Missing = field(metadata=INLINE)
 
 
@@ -89,7 +95,10 @@ class Imbalance:
     pooled: Pooled
     fixed_effects: JointEffect | Missing
     fixed_effects_warmup: JointEffect | Missing  # epoch 1 with a slope of its own for the warm-up
+    omnibus: list[ShapeTest] | Missing  # of any shape, by epoch
+    explained: Explained | Missing
     merged: dict[str, MergeEffect]
+    by_base_loss: list[QuartileEffect] | None = None  # where the base was measured
     sources: list[SourceEffect] | None = None  # where there are several
 
 
@@ -100,6 +109,8 @@ def analyze(
     *,
     base_losses: ArrayLike | None = None,
     sources: Mapping[str, np.ndarray] | None = None,
+    unit: Literal["sample", "batch", "pack"] = "sample",
+    units: np.ndarray | None = None,
     warmup_fraction: float = 0.0,
     bins: int = 10,
     bootstrap: int = 1000,
@@ -116,6 +127,8 @@ def analyze(
         base_losses: [n] under the base. No position can have affected them, so as a covariate
             they sharpen the regressions of the merges.
         sources: for each source, the numbers of its samples.
+        unit, units: what the orders moved, and the number of each sample's, int[n] from 0: fixed
+            batches at level `batch`, packs. Errors, resamples and permutations are of these.
         warmup_fraction: warm-up steps over all steps.
         bins: bins of the position curves (10: deciles).
         bootstrap: resamples of the samples.
@@ -131,62 +144,115 @@ def analyze(
     )
     members, epochs, samples = places.shape
     window = min(1.0, warmup_fraction * epochs)  # as a position in epoch 1
+    joint_effect = position_effects.joint_effect
+    joint = or_missing(joint_effect, losses, places, units=units)
+    correlations = [] if isinstance(joint, Missing) else joint.step_correlation
     curves = position_curves.curves(
-        losses, places, merged, bins=bins, resamples=bootstrap, seed=seed
+        losses,
+        places,
+        merged,
+        bins=bins,
+        resamples=bootstrap,
+        seed=seed,
+        units=units,
+        correlations=correlations,
     )
-    # [models, M, E]: every model is tested against the positions of every member
-    p_values = resample.permutation_p(
-        np.concatenate([losses, *(values[None] for values in merged.values())]),
-        places.reshape(members * epochs, samples),
-        permutations=permutations,
-        generator=np.random.default_rng(stream_key_bits(seed, "analysis", "permutation")),
-    ).reshape(-1, members, epochs)
+    p_values = _permutation_tests(losses, places, merged, permutations, seed, units)
     return Imbalance(
         design=Design(
-            samples=samples,
-            members=members,
-            epochs=epochs,
-            warmup_fraction=warmup_fraction,
-            warmup_window=window,
-            bins=bins,
-            bootstrap=bootstrap,
-            permutations=permutations,
+            *(samples, members, epochs, warmup_fraction, window, bins, bootstrap, permutations),
             seed=seed,
+            unit=unit,
+            units=samples if units is None else int(units.max()) + 1,
         ),
         members=[
-            _member_effect(m, losses[m], places[m], p_values[m, m], curves.members[m], window)
+            _member_effect(losses, places, m, p_values[m, m], curves.members[m], window, units)
             for m in range(members)
         ],
         pooled=curves.pooled,
-        # The estimate that counts. Each sample is compared with itself in the other members, so
-        # the difficulty of samples, far larger than any effect of position, cancels.
-        fixed_effects=or_missing(position_effects.joint_effect, losses, places),
-        fixed_effects_warmup=or_missing(position_effects.joint_effect, losses, places, window),
+        fixed_effects=joint,
+        fixed_effects_warmup=or_missing(joint_effect, losses, places, window, units),
+        omnibus=or_missing(shape.omnibus, losses, places, bins, permutations, seed),
+        explained=or_missing(shape.explained, losses, places, bins=bins),
+        by_base_loss=None if base is None else shape.by_base_loss(losses, places, base, units),
         merged={
-            name: MergeEffect(
-                level=Level.of(values),
-                by_member=list(map(_epoch_effects, [values] * members, places, p)),
-                effect=position_effects.merged_effect(values, losses, places, base),
-                curves=curves.merged[name],
-            )
+            name: _merge_effect(values, losses, places, base, units, p, curves.merged[name])
             for (name, values), p in zip(merged.items(), p_values[members:], strict=True)
         },
-        sources=effects_by_source(losses, places, merged, base, sources or {}) or None,
+        sources=effects_by_source(losses, places, merged, base, sources or {}, units) or None,
     )
 
 
-def _member_effect(
-    member: int,
+def _merge_effect(
+    values: np.ndarray,
     losses: np.ndarray,
     positions: np.ndarray,
+    base: np.ndarray | None,
+    units: np.ndarray | None,
+    p_values: np.ndarray,
+    curves: MergedCurves,
+) -> MergeEffect:
+    """Return the statistics of a merge with losses [n]; p_values [M, E, 2]."""
+    return MergeEffect(
+        level=Level.of(values),
+        by_member=[
+            _epoch_effects(values, x, row, units)
+            for x, row in zip(positions, p_values, strict=True)
+        ],
+        effect=position_effects.merged_effect(values, losses, positions, base, units),
+        curves=curves,
+    )
+
+
+def _permutation_tests(
+    losses: np.ndarray,
+    positions: np.ndarray,
+    merged: Mapping[str, np.ndarray],
+    permutations: int,
+    seed: int,
+    units: np.ndarray | None,
+) -> np.ndarray:
+    """Return p by permutation of units and of steps, [models, M, E, 2]; NaN where not tested."""
+    # every model is tested against the positions of every member
+    values = np.concatenate([losses, *(row[None] for row in merged.values())])
+    members, epochs, samples = positions.shape
+    rows = positions.reshape(members * epochs, samples)
+
+    def generator(*names: str) -> np.random.Generator:
+        return np.random.default_rng(stream_key_bits(seed, "analysis", "permutation", *names))
+
+    def by_group(groups: np.ndarray, name: str) -> np.ndarray:
+        return clusters.permutation_p(
+            values, rows, groups, permutations=permutations, generator=generator(name)
+        )
+
+    of_steps = np.full((len(values), len(rows)), np.nan)
+    if units is not None:
+        of_units = by_group(np.broadcast_to(units, rows.shape), "units")
+    else:
+        of_units = resample.permutation_p(
+            values, rows, permutations=permutations, generator=generator()
+        )
+        steps = clusters.step_numbers(rows)
+        if steps.max() + 1 < samples:  # steps of one sample are samples
+            of_steps = by_group(steps, "steps")
+    return np.stack([of_units, of_steps], axis=-1).reshape(-1, members, epochs, 2)
+
+
+def _member_effect(
+    losses: np.ndarray,
+    positions: np.ndarray,
+    member: int,
     p_values: np.ndarray,
     curves: Sequence[Band | Missing],
     window: float,
+    units: np.ndarray | None,
 ) -> MemberEffect:
-    """Return the statistics of one member, from losses [n] and positions [E, n]."""
+    """Return the statistics of one member of losses [M, n] and positions [M, E, n]."""
+    values, places = losses[member], positions[member]
     return MemberEffect(
         member=member,
-        level=Level.of(losses),
+        level=Level.of(values),
         epochs=[
             MemberEpoch(
                 **vars(effect),
@@ -194,20 +260,27 @@ def _member_effect(
                 decile_gap=curve if isinstance(curve, Missing) else curve.gap,
             )
             for effect, curve in zip(
-                _epoch_effects(losses, positions, p_values), curves, strict=True
+                _epoch_effects(values, places, p_values, units), curves, strict=True
             )
         ],
-        warmup=or_missing(position_effects.split_at, losses, positions[0], window),
+        warmup=or_missing(position_effects.split_at, values, places[0], window, units),
     )
 
 
 def _epoch_effects(
-    losses: np.ndarray, positions: np.ndarray, p_values: np.ndarray
+    losses: np.ndarray, positions: np.ndarray, p_values: np.ndarray, units: np.ndarray | None
 ) -> list[EpochEffect]:
-    """Return the effect of positions [E, n] on the losses [n] of one model."""
+    """Return the effect of positions [E, n] on the losses [n] of one model; p_values [E, 2]."""
     return [
-        EpochEffect(e, float(p), or_missing(position_effects.marginal, losses, position))
-        for e, (position, p) in enumerate(zip(positions, p_values, strict=True), start=1)
+        EpochEffect(
+            e,
+            float(of_units),
+            None if np.isnan(of_steps) else float(of_steps),
+            or_missing(position_effects.marginal, losses, position, units),
+        )
+        for e, (position, (of_units, of_steps)) in enumerate(
+            zip(positions, p_values, strict=True), start=1
+        )
     ]
 
 

@@ -3,16 +3,20 @@
 Axis letters here: `M` member, `E` epoch, `n` sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from jax_ordermerge.analysis import regression, resample
+from jax_ordermerge.analysis.clusters import StepCorrelation
 from jax_ordermerge.analysis.resample import Band, Curve, Job
-from jax_ordermerge.analysis.result import Estimate, Missing, Undetermined
+from jax_ordermerge.analysis.result import CONFIDENCE, TAILS, Estimate, Missing, Undetermined
 from jax_ordermerge.rng import stream_key_bits
+
+Key = tuple[str | int, ...]  # kind of curve, then member or merge, then epoch
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,27 @@ class MergedGap:
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """What the step in which a sample was seen changes in its final loss, over all epochs, [E U].
+
+    `low` and `high` hold for all points together: a curve that leaves the band somewhere does so
+    by chance in one of twenty analyses.
+    """
+
+    epochs: np.ndarray  # 0 to E: epochs before it plus the position
+    effect: np.ndarray  # loss less the mean loss
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
 class Pooled:
     """Curves of all members together, one per epoch: raw, and with difficulty taken out."""
 
     raw: list[Band | Missing]
     within: list[Band | Missing]
     early_late: list[EpochGap | Missing]
+    trajectory: Trajectory | Missing
 
 
 @dataclass(frozen=True)
@@ -84,8 +103,10 @@ def curves(
     bins: int,
     resamples: int,
     seed: int,
+    units: np.ndarray | None = None,
+    correlations: Sequence[StepCorrelation] = (),
 ) -> Curves:
-    """Return all curves, on shared resamples of the samples.
+    """Return all curves, on shared resamples of the samples (gaps: of the units).
 
     Args:
         losses: [M, n].
@@ -94,81 +115,164 @@ def curves(
         bins: number of bins of position.
         resamples: of the bootstrap.
         seed: of the run.
+        units: int[n], the batches or packs that were put in order; None: the samples.
+        correlations: of the errors of one step, by epoch; the bands are widened by them.
     """
     members, epochs, _ = positions.shape
     jobs = _jobs(losses, positions, merged, bins)
     reason = "every sample has the same positions in all members: nothing varies within a sample"
     if members == 1:
         reason = "one member only: the difficulty of samples cannot be taken out"
-    generator = np.random.default_rng(stream_key_bits(seed, "analysis", "bootstrap"))
     try:
-        results = resample.curves(list(jobs.values()), resamples=resamples, generator=generator)
-        by_key = dict(zip(jobs, results, strict=True))
+        by_key = _resampled(jobs, resamples, seed, units)
+        factors = _spread_factors(positions, correlations, units)
+        for key, curve in by_key.items():
+            if of_epochs := factors.get(str(key[0])):
+                by_key[key] = resample.widened(curve, of_epochs[int(key[-1])])
     except Undetermined as error:
         # one reason for all of them, also for the halves: fewer bins would determine the rest
         by_key, reason = {}, str(error)
 
-    def band(*key: str | int) -> Band | Missing:
-        return resample.summarize(by_key[key]) if key in by_key else Missing(reason)
-
-    def member_halves(e: int) -> Curve:
-        # the sharper curve, where there is one
-        return by_key.get(("within halves", e), by_key["raw halves", e])
-
+    count = losses.shape[1] if units is None else int(units.max()) + 1
     # With orders that do not vary within samples an average keeps the gap, as the share of 0 says.
     kept = [1 - within_share(positions[:, e]) for e in range(epochs)]
-
-    def member_gap(e: int) -> EpochGap | Missing:
-        if not by_key:
-            return Missing(reason)
-        gap = resample.gap(member_halves(e))
-        return EpochGap(**vars(gap), epoch=e + 1, kept=kept[e], expected=gap.scaled(kept[e]))
-
-    def merged_gap(name: str, e: int) -> MergedGap | Missing:
-        if not by_key:
-            return Missing(reason)
-        # The difference of merge and members, both raw, has no difficulty in it. Added to the
-        # members' sharp curve it stays sharp. The merge's own curve would be as noisy as a raw
-        # one: of one model, the difficulty of samples cannot be taken out.
-        before = member_halves(e)
-        after = resample.shifted(before, by_key["merge halves", name, e], by_key["raw halves", e])
-        gap = resample.gap(before)
-        # Not gap / M: for the plain average of the losses, `after` is exactly `before` times
-        # (1 - share), in any design. Balanced and reversed orders cancel far more than 1 / M.
-        excess = resample.gap(after, before, factor=kept[e])
-        return MergedGap(
-            epoch=e + 1,
-            members=gap,
-            merged=resample.gap(after),
-            difference=resample.gap(after, before),
-            expected=gap.scaled(kept[e]),
-            excess=Excess(**vars(excess), p=_p(excess, gap, losses.shape[1])),
-        )
-
+    table = _Resampled(by_key, reason, kept, count)
     return Curves(
-        members=[[band("member", m, e) for e in range(epochs)] for m in range(members)],
+        members=[[table.band("member", m, e) for e in range(epochs)] for m in range(members)],
         pooled=Pooled(
-            raw=[band("raw", e) for e in range(epochs)],
-            within=[band("within", e) for e in range(epochs)],
-            early_late=[member_gap(e) for e in range(epochs)],
+            raw=[table.band("raw", e) for e in range(epochs)],
+            within=[table.band("within", e) for e in range(epochs)],
+            early_late=[table.member_gap(e) for e in range(epochs)],
+            trajectory=_trajectory([by_key.get(("within", e)) for e in range(epochs)], reason),
         ),
         merged={
             name: MergedCurves(
-                curves=[band("merge", name, e) for e in range(epochs)],
-                early_late=[merged_gap(name, e) for e in range(epochs)],
+                curves=[table.band("merge", name, e) for e in range(epochs)],
+                early_late=[table.merged_gap(name, e) for e in range(epochs)],
             )
             for name in merged
         },
     )
 
 
+class _Resampled(NamedTuple):
+    """Curves by kind and epoch, and what their summaries need.
+
+    Attributes:
+        by_key: empty where the data determine none.
+        reason: why a curve is absent.
+        kept: by epoch, the part of a gap that a plain average keeps.
+        resampled: number of units, which are resampled.
+    """
+
+    by_key: dict[Key, Curve]
+    reason: str
+    kept: list[float]
+    resampled: int
+
+    def band(self, *key: str | int) -> Band | Missing:
+        curve = self.by_key.get(key)
+        return Missing(self.reason) if curve is None else resample.summarize(curve)
+
+    def member_halves(self, e: int) -> Curve:
+        # the sharper curve, where there is one
+        return self.by_key.get(("within halves", e), self.by_key["raw halves", e])
+
+    def member_gap(self, e: int) -> EpochGap | Missing:
+        if not self.by_key:
+            return Missing(self.reason)
+        gap, kept = resample.gap(self.member_halves(e)), self.kept[e]
+        return EpochGap(**vars(gap), epoch=e + 1, kept=kept, expected=gap.scaled(kept))
+
+    def merged_gap(self, name: str, e: int) -> MergedGap | Missing:
+        if not self.by_key:
+            return Missing(self.reason)
+        # The difference of merge and members, both raw, has no difficulty in it. Added to the
+        # members' sharp curve it stays sharp. The merge's own curve would be as noisy as a raw
+        # one: of one model, the difficulty of samples cannot be taken out.
+        before = self.member_halves(e)
+        merge, raw = self.by_key["merge halves", name, e], self.by_key["raw halves", e]
+        after = resample.shifted(before, merge, raw)
+        gap = resample.gap(before)
+        # Not gap / M: for the plain average of the losses, `after` is exactly `before` times
+        # (1 - share), in any design. Balanced and reversed orders cancel far more than 1 / M.
+        excess = resample.gap(after, before, factor=self.kept[e])
+        return MergedGap(
+            epoch=e + 1,
+            members=gap,
+            merged=resample.gap(after),
+            difference=resample.gap(after, before),
+            expected=gap.scaled(self.kept[e]),
+            excess=Excess(**vars(excess), p=_p(excess, gap, self.resampled)),
+        )
+
+
+def _trajectory(curves: Sequence[Curve | None], reason: str) -> Trajectory | Missing:
+    """Join the curves of the epochs; the band is simultaneous over all of their points."""
+    present = [curve for curve in curves if curve is not None]
+    if len(present) < len(curves):
+        return Missing(reason)
+    # the levels are the same in every epoch: only differences within an epoch are known
+    effect = np.concatenate(
+        [curve.mean - np.average(curve.mean, weights=curve.samples) for curve in present]
+    )
+    spread = np.concatenate([curve.replicates - curve.mean for curve in present], axis=1)
+    se = np.nanstd(spread, axis=0)
+    if not (se > 0).all():
+        return Missing("no residual variation: a band cannot be estimated")
+    # sup-t: the quantile of the largest deviation, in errors of its own point
+    factor = float(np.nanquantile(np.nanmax(np.abs(spread) / se, axis=1), CONFIDENCE))
+    positions = [e + curve.position for e, curve in enumerate(present)]
+    return Trajectory(np.concatenate(positions), effect, effect - factor * se, effect + factor * se)
+
+
+_HALVES = ("raw halves", "within halves", "merge halves")
+
+
+def _resampled(
+    jobs: Mapping[Key, Job], resamples: int, seed: int, units: np.ndarray | None
+) -> dict[Key, Curve]:
+    def run(keys: Sequence[Key], units: np.ndarray | None, *names: str) -> Any:
+        generator = np.random.default_rng(stream_key_bits(seed, "analysis", "bootstrap", *names))
+        of_keys = [jobs[key] for key in keys]
+        results = resample.curves(of_keys, resamples=resamples, generator=generator, units=units)
+        return dict(zip(keys, results, strict=True))
+
+    if units is None:
+        return run(list(jobs), None)
+    # A decile may hold a single batch of a member, and resampling one batch shows no spread: the
+    # curves resample samples, and `_spread_factors` adds what a step has in common. Halves hold
+    # many batches.
+    halves = [key for key in jobs if key[0] in _HALVES]
+    return run([key for key in jobs if key not in halves], None) | run(halves, units, "units")
+
+
+def _spread_factors(
+    positions: np.ndarray, correlations: Sequence[StepCorrelation], units: np.ndarray | None
+) -> dict[str, list[float]]:
+    """Return by how much the replicates of each kind of curve are widened, in each epoch."""
+    epochs, samples = positions.shape[1:]
+    # the design effect of Kish: samples of one step share a part of their errors
+    effects = [1.0] * epochs
+    for row in correlations:
+        size = samples / len(np.unique(positions[0, row.epoch - 1]))
+        effects[row.epoch - 1] = float(np.sqrt(1 + (size - 1) * max(row.icc, 0.0)))
+    if units is None:
+        return dict.fromkeys(("within", *_HALVES), effects)
+    # resampled units carry their steps' errors already; few of them are as uncertain as t is
+    count = int(units.max()) + 1
+    of_few = float(stats.t.ppf(TAILS[1], count - 1) / stats.norm.ppf(TAILS[1]))
+    few = [of_few * float(np.sqrt(count / (count - 1)))] * epochs if count > 1 else effects
+    return {"within": effects} | dict.fromkeys(_HALVES, few)
+
+
 def _jobs(
     losses: np.ndarray, positions: np.ndarray, merged: Mapping[str, np.ndarray], bins: int
-) -> dict[tuple[str | int, ...], Job]:
+) -> dict[Key, Job]:
     """Return every curve to compute, by kind and epoch (and member or merge)."""
     # The order of the jobs is part of the result: it is the order of columns in one matrix
     # product with the resampling weights, and so decides the last bits of the sums.
-    jobs: dict[tuple[str | int, ...], Job] = {}
+    jobs: dict[Key, Job] = {}
     members, epochs, _ = positions.shape
     at = [positions[:, e] for e in range(epochs)]
     within = [within_sample(losses, position) for position in at]
@@ -180,8 +284,10 @@ def _jobs(
     for e, values in enumerate(within):
         if values is not None:
             jobs["within", e] = Job(values, at[e], bins)
+    # The levels of the members do not matter to a gap, and a resample would mix them into it.
+    level = losses - losses.mean(axis=1, keepdims=True) + losses.mean()
     for e, values in enumerate(within):
-        jobs["raw halves", e] = Job(losses, at[e], 2)
+        jobs["raw halves", e] = Job(level, at[e], 2)
         if values is not None:
             jobs["within halves", e] = Job(values, at[e], 2)
     for name, row in merged.items():
@@ -192,11 +298,11 @@ def _jobs(
     return jobs
 
 
-def _p(excess: Estimate, gap: Estimate, samples: int) -> float:
+def _p(excess: Estimate, gap: Estimate, count: int) -> float:
     # the plain average itself differs by rounding errors only, which are no evidence
     if abs(excess.estimate) <= 1e-9 * abs(gap.estimate) or not excess.se > 0:
         return 1.0
-    return float(2 * stats.t.sf(abs(excess.estimate / excess.se), samples - 1))
+    return float(2 * stats.t.sf(abs(excess.estimate / excess.se), count - 1))
 
 
 def within_share(position: np.ndarray) -> float:

@@ -80,7 +80,13 @@ def bin_numbers(position: np.ndarray, bins: int) -> np.ndarray:
     return np.unique(quantiles, return_inverse=True)[1]  # without the numbers of empty bins
 
 
-def curves(jobs: Sequence[Job], *, resamples: int, generator: np.random.Generator) -> list[Curve]:
+def curves(
+    jobs: Sequence[Job],
+    *,
+    resamples: int,
+    generator: np.random.Generator,
+    units: np.ndarray | None = None,
+) -> list[Curve]:
     """Bin the values of every job by position and bootstrap the bin means.
 
     Samples are resampled, not rows: a job with several members keeps the members of a sample
@@ -89,6 +95,7 @@ def curves(jobs: Sequence[Job], *, resamples: int, generator: np.random.Generato
 
     Args:
         jobs: with the same number of samples n.
+        units: int[n], from 0: batches or packs that are resampled in place of samples.
 
     Raises:
         Undetermined: fewer than two samples per bin.
@@ -103,12 +110,17 @@ def curves(jobs: Sequence[Job], *, resamples: int, generator: np.random.Generato
     samples = jobs[0].values.shape[1]
     totals = np.zeros((resamples, edges[-1]))
     step = max(1, BLOCK // max(resamples, 1))
+    of_units = None if units is None else generator.poisson(1.0, (resamples, units.max() + 1))
     for start in range(0, samples, step):
         block = slice(start, min(start + step, samples))
         # Multinomial weights (the plain bootstrap) would depend on each other over all samples.
         # Poisson weights are independent, so a block of samples can be drawn and forgotten.
-        weights = generator.poisson(1.0, (resamples, block.stop - block.start)).astype(np.float64)
-        totals += weights @ _columns(jobs, binned, edges, block)
+        weights = (
+            generator.poisson(1.0, (resamples, block.stop - block.start))
+            if units is None or of_units is None
+            else of_units[:, units[block]]
+        )
+        totals += weights.astype(np.float64) @ _columns(jobs, binned, edges, block)
     results = []
     parts = np.split(totals, edges[:-1], axis=1)
     for job, numbers, sums, counts in zip(jobs, binned, parts[::2], parts[1::2], strict=True):
@@ -159,6 +171,13 @@ def shifted(curve: Curve, plus: Curve, minus: Curve) -> Curve:
     # the resamples are shared: their covariance stays in the result
     replicates = curve.replicates + plus.replicates - minus.replicates
     return curve._replace(mean=curve.mean + plus.mean - minus.mean, replicates=replicates)
+
+
+def widened(curve: Curve, factor: float) -> Curve:
+    """Return a curve whose replicates lie `factor` times as far from its means."""
+    if factor == 1:
+        return curve
+    return curve._replace(replicates=curve.mean + factor * (curve.replicates - curve.mean))
 
 
 def gap(curve: Curve, reference: Curve | None = None, factor: float = 1.0) -> Estimate:

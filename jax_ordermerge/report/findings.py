@@ -108,8 +108,10 @@ def _position(analysis: Json, unit: str) -> list[str]:
         sentences.append(
             f"Position in epoch {epochs(row)}: {outcome} (slope "
             f"{signed(row['estimate'], row['se'])} {unit} from first to last, z {row['z']:.1f}, "
-            f"{p_text(row['p'])})."
+            f"{p_text(row['p'])}"
+            + (f", {row['percent']:+.2f} % of the mean loss)." if "percent" in row else ").")
         )
+    sentences += _any_shape(analysis)
     # A significant slope may still be small: samples differ far more from each other.
     sd = np.mean([row["sd_loss"] for row in analysis["members"]])
     largest = max(abs(row["estimate"]) for row in effects["coefficients"])
@@ -117,6 +119,29 @@ def _position(analysis: Json, unit: str) -> list[str]:
         f"For scale: the largest of these slopes is {100 * largest / sd:.1f} % of the standard "
         f"deviation of the loss between samples ({sd:.3f})."
     )
+    return sentences
+
+
+def _any_shape(analysis: Json) -> list[str]:
+    """Return what the omnibus tests say, and how much of the order's effect position explains."""
+    tests, share = analysis.get("omnibus", []), analysis.get("explained", {})
+    sentences = []
+    if isinstance(tests, list) and tests:
+        clauses = "; ".join(
+            f"epoch {epochs(test)} {strength(test['holm']) or INDISTINGUISHABLE + ' from none'} "
+            f"({p_text(test['holm'])})"
+            for test in tests
+        )
+        sentences.append(
+            "Position effect of any shape, straight line or not (p by Holm over the epochs): "
+            f"{clauses}."
+        )
+    if "lines" in share:
+        sentences.append(
+            f"Of what the order changes in a sample's loss (standard deviation {share['sd']:.4f}), "
+            f"position explains {100 * share['lines']:.1f} % of the variance by slopes and "
+            f"{100 * share['bins']:.1f} % by the means of bins."
+        )
     return sentences
 
 

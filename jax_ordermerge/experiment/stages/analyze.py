@@ -1,6 +1,7 @@
 """The stage that relates the final loss of every training sample to when it was seen."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -41,12 +42,15 @@ def run(ctx: RunContext) -> None:
     # the orders are a pure function of the config, so they are drawn again instead of read
     orders = draw_orders(ctx.training, train.lengths, range(config.population.members))
     positions = [[order.positions(epoch, len(train)) for epoch in epochs] for epochs in orders]
+    unit, units = _units(config, orders, len(train))
     analysis = imbalance.analyze(
         np.stack([measured[name] for name, kind in kinds.items() if kind == "member"]),
         np.stack(positions),
         {name: measured[name] for name, kind in kinds.items() if kind == "merge"},
         base_losses=measured["base"],
         sources=train.rows_by_source,
+        unit=unit,
+        units=units,
         warmup_fraction=_warmup_fraction(config, steps=orders.shape[1] * orders.shape[2]),
         bins=config.analysis.bins,
         bootstrap=config.analysis.bootstrap,
@@ -69,6 +73,20 @@ def _read_losses(path: Path, examples: Examples) -> dict[str, np.ndarray]:
     if not np.array_equal(arrays["ids"], examples.ids):
         raise UserError(f"{path} was measured on other samples; remove it to measure again")
     return dict(zip(arrays["names"].tolist(), arrays["losses"], strict=True))
+
+
+def _units(
+    config: Config, orders: np.ndarray, samples: int
+) -> tuple[Literal["sample", "batch", "pack"], np.ndarray | None]:
+    """Return what the orders moved, and the number of each sample's; None for single samples."""
+    # The composition of these is the same in all members and epochs, so any order shows it.
+    coordinates = order.locate(orders[0, 0], samples)
+    if config.population.level == "batch":
+        return "batch", np.unique(coordinates[:, 0], return_inverse=True)[1]
+    if config.data.packing == "packs":
+        rows = np.unique(coordinates[:, :2], axis=0, return_inverse=True)[1]
+        return "pack", rows.reshape(-1)
+    return "sample", None
 
 
 def _warmup_fraction(config: Config, steps: int) -> float:

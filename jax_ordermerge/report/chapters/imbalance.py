@@ -70,7 +70,7 @@ def imbalance(run: Run) -> list[Block]:
     }
     # one of the fits may be undetermined, as without a warm-up
     if rows := [row for fit in fits.values() for row in fit.get("coefficients", [])]:
-        blocks.append(_coefficient_table(rows))
+        blocks.append(_coefficient_table(rows, _clusters(analysis)))
     blocks += [
         Paragraph(f"{name}: not determined, {fit['reason']}.")
         for name, fit in fits.items()
@@ -80,9 +80,70 @@ def imbalance(run: Run) -> list[Block]:
     if picture := plots.effects(analysis, run.training_log, run.loss_unit):
         caption = "Slope of the final loss by position in each epoch, with 95 % intervals."
         blocks.append(Picture("effects", picture, caption))
+    if picture := plots.trajectory(analysis, run.training_log, run.loss_unit):
+        caption = (
+            "What the step in which a sample was seen changes in its final loss, beside the "
+            "learning rate. The band holds for all points together, with 95 % confidence."
+        )
+        blocks.append(Picture("trajectory", picture, caption))
+    blocks += _shape(analysis)
     if sources := analysis.get("sources"):
         blocks += _by_source(sources, run)
     return [*blocks, Heading("One member at a time", 3), _member_table(analysis)]
+
+
+def _shape(analysis: Json) -> list[Block]:
+    """Return the omnibus tests, and the sizes of the slopes by the base's loss."""
+    blocks: list[Block] = []
+    tests = analysis.get("omnibus", [])
+    if isinstance(tests, list) and tests:
+        rows = [
+            [
+                formatting.epochs(test),
+                f"{test['statistic']:.1f}",
+                f"{test['freedom']:.1f}",
+                formatting.p_text(test["p"]),
+                formatting.p_text(test["holm"]),
+            ]
+            for test in tests
+        ]
+        caption = (
+            "Does the position matter in any way, straight line or not? Means of the bins, tested "
+            "by permuting whole steps, as chi-squared with its degrees of freedom."
+        )
+        share = analysis.get("explained", {})
+        if "lines" in share:
+            caption += (
+                f" Of the variance that the order causes in a sample's loss (sd {share['sd']:.4f}) "
+                f"position explains {100 * share['lines']:.1f} % by a slope per epoch and "
+                f"{100 * share['bins']:.1f} % by the means of the bins (adjusted)."
+            )
+        blocks.append(
+            Table(["epoch", "chi-squared", "degrees", "p", "p, Holm over epochs"], rows, caption)
+        )
+    if quartiles := analysis.get("by_base_loss"):
+        rows = [
+            [
+                str(row["quartile"]),
+                f"{row['base_loss']:.4f}",
+                f"{row['mean_loss']:.4f}",
+                *(
+                    f"{formatting.signed(slope['estimate'], slope['se'])} "
+                    f"({slope['percent']:+.1f} %)"
+                    for slope in row["coefficients"]
+                ),
+            ]
+            for row in quartiles
+        ]
+        labels = [formatting.epochs(row) for row in quartiles[0]["coefficients"]]
+        header = ["quarter", "base loss", "loss of the members"]
+        header += [f"slope, epoch {label}" for label in labels]
+        caption = (
+            "Slopes on each quarter of the samples by their loss under the base, and in per cent "
+            "of the members' loss there."
+        )
+        blocks.append(Table(header, rows, caption))
+    return blocks
 
 
 def _by_source(sources: Sequence[Json], run: Run) -> list[Block]:
@@ -121,7 +182,21 @@ def _by_source(sources: Sequence[Json], run: Run) -> list[Block]:
     return blocks
 
 
-def _coefficient_table(rows: Sequence[Json]) -> Table:
+def _clusters(analysis: Json) -> str:
+    """Return what the errors are clustered by, and how much the losses of one step share."""
+    unit = analysis["design"].get("unit", "sample")
+    text = "sample and by optimizer step, whichever is larger"
+    if unit != "sample":
+        text = f"{unit} ({analysis['design']['units']})"
+    shared = analysis["fixed_effects"].get("step_correlation", [])
+    rows = ", ".join(
+        f"{row['icc']:.3f} in epoch {row['epoch']} ({formatting.p_text(row['p'])})"
+        for row in shared
+    )
+    return f"{text}. Intra-class correlation of the residuals of a step: {rows}" if rows else text
+
+
+def _coefficient_table(rows: Sequence[Json], unit: str) -> Table:
     cells = [
         [
             formatting.epochs(row) + (f", {row['part']}" if "part" in row else ""),
@@ -130,15 +205,17 @@ def _coefficient_table(rows: Sequence[Json]) -> Table:
             f"{row['z']:.1f}",
             formatting.p_text(row["p"]),
             formatting.bounds(row["low"], row["high"]),
+            f"{row['percent']:+.2f} %" if "percent" in row else "–",
         ]
         for row in rows
     ]
     caption = (
         "loss[i, s] = a_s + c_i + sum over epochs of b_e position[i, s, e]; errors clustered by "
-        "sample. Below 0: samples seen early end with the higher loss. The rows with a warm-up "
+        f"{unit}. Below 0: samples seen early end with the higher loss. The rows with a warm-up "
         "are a second fit, in which the line of epoch 1 may bend where the warm-up ends."
     )
-    return Table(["epoch", "slope", "se", "z", "p", "95 %"], cells, caption)
+    header = ["epoch", "slope", "se", "z", "p", "95 %", "of the mean loss"]
+    return Table(header, cells, caption)
 
 
 def _member_table(analysis: Json) -> Table:
@@ -151,7 +228,7 @@ def _member_table(analysis: Json) -> Table:
             label = f"{member['member']}, epoch {row['epoch']}"
             # constant losses, say: the other cells are undetermined with it
             if "reason" in row:
-                cells.append([label, row["reason"], "", "", "", ""])
+                cells.append([label, row["reason"], *[""] * 5])
                 continue
             cells.append(
                 [
@@ -161,10 +238,13 @@ def _member_table(analysis: Json) -> Table:
                     formatting.signed(row["slope"]["estimate"], row["slope"]["se"]),
                     formatting.gap_or_reason(row["decile_gap"]),
                     formatting.p_text(row["permutation_p"]),
+                    formatting.p_text(row["permutation_p_steps"])
+                    if "permutation_p_steps" in row
+                    else "–",
                 ]
             )
     header = ["member", "Spearman rho", "Pearson r", "slope ± se"]
-    header += ["first less last bin", "permutation p"]
+    header += ["first less last bin", "permutation p", "permutation of steps, p"]
     caption = "The difficulty of the samples is noise here, so a single member often shows nothing."
     return Table(header, cells, caption)
 

@@ -123,6 +123,38 @@ def effects(analysis: Json, log: Sequence[Json], unit: str) -> str | None:
     return figure.svg
 
 
+def trajectory(analysis: Json, log: Sequence[Json], unit: str) -> str | None:
+    """Draw what each step changes in the final loss of its samples, over the learning rate.
+
+    Returns:
+        SVG, or None where the data determined no curve.
+    """
+    curve = analysis["pooled"].get("trajectory", {})
+    if "effect" not in curve:
+        return None
+    epochs = analysis["design"]["epochs"]
+
+    with draw("trajectory", 3.0) as figure:
+        axes = figure.subplots()
+        if log:
+            last = max(line["step"] for line in log)
+            learning_rate(axes, [line["step"] / last * epochs for line in log], log)
+        axes.axhline(0, color=FAINT, linewidth=1)
+        # an epoch at a time: a level is known within an epoch only, so nothing joins two of them
+        numbers = np.minimum(np.floor(curve["epochs"]), epochs - 1)
+        for epoch in range(epochs):
+            at, low, high, effect = (
+                np.asarray(curve[key])[numbers == epoch]
+                for key in ("epochs", "low", "high", "effect")
+            )
+            axes.fill_between(at, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
+            axes.plot(at, effect, color=COLOURS[0], linewidth=2.2)
+        axes.set(
+            xlim=(0, epochs), xlabel="epochs of training", ylabel=f"change of final loss ({unit})"
+        )
+    return figure.svg
+
+
 def slopes(runs: Mapping[str, Sequence[Json]], unit: str) -> str:
     """Draw the fixed-effects slopes of several runs side by side.
 

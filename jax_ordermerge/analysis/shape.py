@@ -1,0 +1,225 @@
+"""Position effects of any shape: a test per epoch, shares of variance, and sizes by base loss.
+
+A straight line misses what falls and rises again. Axis letters here: `M` member, `E` epoch, `n`
+sample, `U` bin, `G` group of samples that a permutation moves together, `P` permutation.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from jax_ordermerge.analysis import clusters, position_effects, regression, resample
+from jax_ordermerge.analysis.paired import holm
+from jax_ordermerge.analysis.position_effects import Coefficient
+from jax_ordermerge.analysis.result import Missing, Undetermined, or_missing
+from jax_ordermerge.rng import stream_key_bits
+
+_COUNTED = 10  # permutations as extreme, from which on p is their share
+
+
+@dataclass(frozen=True)
+class ShapeTest:
+    """Omnibus test of the bins of one epoch; `holm` is p corrected for the number of epochs."""
+
+    epochs: list[int]
+    statistic: float  # as chi-squared with `freedom`
+    freedom: float
+    p: float
+    holm: float
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Shares of the order-caused variance that position explains, adjusted for their parameters.
+
+    Order-caused is what differs between the members in the losses of one sample, less the levels
+    of the members.
+    """
+
+    sd: float  # of a sample's loss between members
+    lines: float  # by a slope per epoch
+    bins: float  # by the means of the bins of all epochs
+
+
+@dataclass(frozen=True)
+class QuartileEffect:
+    """The fixed-effects slopes on a quarter of the samples, by their loss under the base."""
+
+    quartile: int  # 1: the lowest base losses
+    samples: int
+    base_loss: float
+    mean_loss: float  # of the members
+    coefficients: list[Coefficient]
+
+
+def omnibus(
+    losses: np.ndarray,
+    positions: np.ndarray,
+    bins: int,
+    permutations: int,
+    seed: int,
+) -> list[ShapeTest]:
+    """Test in each epoch whether losses depend on position in any way.
+
+    The statistic is the sum over the bins of their squared summed losses over their sizes, with
+    the levels of samples and members taken out. Its distribution comes from permuting whole steps
+    as they were assigned, so errors that a step shares do not make it reject. Beyond the number
+    of permutations p is the tail of the chi-squared distribution with their mean and variance.
+
+    Args:
+        losses: [M, n].
+        positions: [M, E, n].
+        bins: of position.
+        permutations: of the steps.
+        seed: of the run.
+
+    Raises:
+        Undetermined: one member, no variation within samples, too few samples or steps.
+    """
+    if len(losses) < 2:
+        raise Undetermined("one member only: the difficulty of samples cannot be taken out")
+    values, tests = regression.within(losses), []
+    for regressor in position_effects.distinct_positions(positions):
+        if np.abs(regression.within(regressor.position)).max() < 1e-9:
+            raise Undetermined("every sample has the same positions in all members")
+        numbers = np.stack([resample.bin_numbers(row, bins) for row in regressor.position])
+        generator = np.random.default_rng(
+            stream_key_bits(seed, "analysis", "omnibus", regressor.epochs[0])
+        )
+        sizes = np.bincount(numbers.ravel())
+        sums = np.bincount(numbers.ravel(), values.ravel())
+        observed = float((sums**2 / sizes).sum())
+        simulated = np.concatenate(
+            list(_permuted(values, regressor.position, numbers, permutations, generator))
+        )
+        mean, variance = float(simulated.mean()), float(simulated.var())
+        if not variance > 0:
+            raise Undetermined("the losses do not vary, or one step has all samples")
+        scale = variance / (2 * mean)
+        statistic, freedom = observed / scale, mean / scale
+        extreme = int((simulated >= observed * (1 - 1e-9)).sum())
+        p = float(stats.chi2.sf(statistic, freedom))
+        if extreme >= _COUNTED:
+            p = (1 + extreme) / (1 + permutations)
+        tests.append((regressor.epochs, statistic, freedom, p))
+    corrected = holm([p for *_, p in tests])
+    return [ShapeTest(*test, holm=p) for test, p in zip(tests, corrected, strict=True)]
+
+
+def _permuted(
+    values: np.ndarray,
+    position: np.ndarray,
+    numbers: np.ndarray,
+    permutations: int,
+    generator: np.random.Generator,
+) -> Iterator[np.ndarray]:
+    """Yield the statistic under permutations, blocks of [P]; arrays are [M, n]."""
+    members, samples = values.shape
+    steps = clusters.step_numbers(position)
+    same = all(clusters.same_partition(steps[0], row) for row in steps[1:])
+    # Balanced and reversed orders depend on each other. Dealing each by itself would break that,
+    # and the statistic has another distribution then: the places of a group move together.
+    share = float((regression.within(position) ** 2).sum())
+    share /= float(((position - position.mean(axis=1, keepdims=True)) ** 2).sum())
+    dependent = share - (1 - 1 / members) > (members - 1) / members**2 / 2
+    if same or dependent:
+        groups = np.broadcast_to(steps[0] if same else np.arange(samples), steps.shape)
+    else:
+        groups = steps
+    sums = [clusters.group_sums(row, group) for row, group in zip(values, groups, strict=True)]
+    bins = [_first(number, group) for number, group in zip(numbers, groups, strict=True)]
+    sizes = np.bincount(numbers.ravel())
+    block = max(1, resample.BLOCK // sums[0].size)
+    for start in range(0, permutations, block):
+        count = min(block, permutations - start)
+        totals = np.zeros((count, sizes.size))
+        deals = None
+        for total, number, group in zip(sums, bins, groups, strict=True):
+            if deals is None or not (same or dependent):
+                deals, _ = clusters.permute_groups(group, count, generator)
+            dealt = number[deals]
+            for u in range(sizes.size):
+                totals[:, u] += (dealt == u) @ total
+        yield (totals**2 / sizes).sum(axis=1)
+
+
+def _first(numbers: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    return numbers[np.unique(groups, return_index=True)[1]]
+
+
+def explained(losses: np.ndarray, positions: np.ndarray, *, bins: int) -> Explained:
+    """Return the shares of the order-caused variance that position explains.
+
+    Args:
+        losses: [M, n].
+        positions: [M, E, n].
+        bins: of position.
+
+    Raises:
+        Undetermined: one member, no variation, too few samples.
+    """
+    if len(losses) < 2:
+        raise Undetermined("one member only: nothing is known of what the order causes")
+    members, samples = losses.shape
+    values, freedom = regression.within(losses), (members - 1) * (samples - 1)
+    lines, dummies = [], []
+    for regressor in position_effects.distinct_positions(positions):
+        lines.append(regressor.position)
+        numbers = np.stack([resample.bin_numbers(row, bins) for row in regressor.position])
+        dummies += [(numbers == u).astype(np.float64) for u in range(1, int(numbers.max()) + 1)]
+    total = float((values**2).sum())
+    if not total > 1e-20:
+        raise Undetermined("the losses do not vary between members")
+
+    def share(columns: list[np.ndarray]) -> float:
+        design = np.stack([regression.within(column) for column in columns]).reshape(
+            len(columns), -1
+        )
+        gram = design @ design.T
+        # columns that the design makes dependent explain nothing twice
+        rank = int(np.linalg.matrix_rank(gram, hermitian=True))
+        score = design @ values.ravel()
+        fitted = float(score @ np.linalg.pinv(gram, hermitian=True) @ score)
+        if freedom - rank < 1:
+            raise Undetermined(f"{samples} samples are too few for {rank} parameters")
+        return 1 - (total - fitted) / (freedom - rank) / (total / freedom)
+
+    return Explained(float(np.sqrt(total / freedom)), share(lines), share(dummies))
+
+
+def by_base_loss(
+    losses: np.ndarray, positions: np.ndarray, base: np.ndarray, units: np.ndarray | None = None
+) -> list[QuartileEffect]:
+    """Return the slopes on each quarter of the samples by their loss under the base.
+
+    By the base and not by the members: the members' losses contain the effect itself.
+
+    Args:
+        losses: [M, n].
+        positions: [M, E, n].
+        base: [n].
+        units: int[n], the batches or packs that were put in order; None: the samples.
+
+    Returns:
+        Quarters on which the slopes are undetermined are left out.
+    """
+    rank = np.argsort(np.argsort(base, kind="stable"), kind="stable")
+    effects = []
+    for quartile in range(4):
+        rows = rank * 4 // base.size == quartile
+        if np.count_nonzero(rows) < 2:
+            continue
+        joint = or_missing(
+            position_effects.joint_effect,
+            losses[:, rows],
+            positions[:, :, rows],
+            units=clusters.renumber(units, rows),
+        )
+        if not isinstance(joint, Missing):
+            means = float(base[rows].mean()), float(losses[:, rows].mean())
+            effects.append(
+                QuartileEffect(quartile + 1, int(rows.sum()), *means, joint.coefficients)
+            )
+    return effects

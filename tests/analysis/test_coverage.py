@@ -1,0 +1,163 @@
+"""Simulated coverage of the 95 % intervals, and size of the tests, by the designs of experiments.
+
+A few draws of some designs by default, many of all with --slow. With D draws a coverage of 0.95 has
+the Monte Carlo error sqrt(0.95 * 0.05 / D): 0.018 with 150, 0.007 with 1,000.
+"""
+
+import numpy as np
+import pytest
+
+from jax_ordermerge.analysis import clusters, position_curves, position_effects
+from jax_ordermerge.analysis.result import Missing
+from tests.analysis.simulated import SLOPE, Design, simulate
+
+FAST, SLOW = 150, 1000
+# level, members, samples, batch, correlation of steps, skewed losses
+GRID = [
+    ("batch", 4, 320, 16, 0.1, False),
+    ("sample", 2, 320, 16, 0.1, False),
+    ("sample", 4, 320, 32, 0.3, True),
+    ("batch", 2, 160, 16, 0.0, False),
+    ("batch", 8, 160, 32, 0.3, False),
+    ("batch", 4, 512, 32, 0.3, True),
+    ("batch", 8, 512, 16, 0.1, True),
+    ("sample", 4, 320, 16, 0.0, True),
+    ("sample", 8, 160, 16, 0.1, False),
+    ("sample", 8, 512, 32, 0.3, False),
+    ("sample", 2, 512, 16, 0.3, True),
+]
+
+
+def grid(fast):
+    """Return the first designs with few draws, and all with many as slow tests."""
+    return [(*row, FAST) for row in GRID[:fast]] + [
+        pytest.param(*row, SLOW, marks=pytest.mark.slow) for row in GRID
+    ]
+
+
+def allowed(draws):
+    # 0.93 to 0.97, and what chance adds to each of several such numbers in one test
+    return 0.02 + 2.5 * np.sqrt(0.05 * 0.95 / draws)
+
+
+@pytest.mark.parametrize(
+    ("level", "members", "samples", "batch", "icc", "skewed", "draws"), grid(3)
+)
+def test_slopes_cover_and_their_tests_keep_their_size(
+    level, members, samples, batch, icc, skewed, draws
+):
+    truth, covered, rejected = np.array([SLOPE, 0.0]), np.zeros((draws, 2)), np.zeros(draws)
+    for seed in range(draws):
+        losses, x, units = simulate(
+            Design(level, members),
+            samples=samples,
+            batch=batch,
+            icc=icc,
+            seed=seed,
+            skewed=skewed,
+        )
+        rows = position_effects.joint_effect(losses, x, units=units).coefficients
+        covered[seed] = [row.low <= b <= row.high for row, b in zip(rows, truth, strict=True)]
+        rejected[seed] = rows[1].p < 0.05
+    # each epoch by itself: the errors of the last one's steps are correlated
+    assert np.abs(covered.mean(axis=0) - 0.95).max() <= allowed(draws)
+    assert rejected.mean() <= 0.06 + 2.5 * np.sqrt(0.05 * 0.95 / draws)
+
+
+@pytest.mark.parametrize(
+    ("level", "members", "samples", "batch", "icc", "skewed", "draws"), grid(2)
+)
+def test_slopes_after_merging_cover(level, members, samples, batch, icc, skewed, draws):
+    covered = np.full((draws, 2, 2), np.nan)
+    for seed in range(draws):
+        losses, x, units = simulate(
+            Design(level, members),
+            samples=samples,
+            batch=batch,
+            icc=icc,
+            seed=seed,
+            skewed=skewed,
+        )
+        # a merge that halves the slope, with the errors of its members and some of its own
+        error = np.random.default_rng(seed + 10**6).normal(0, 0.05, samples)
+        merged = losses.mean(axis=0) - 0.5 * SLOPE * x[:, 0].mean(axis=0) + error
+        effect = position_effects.merged_effect(merged, losses, x, None, units)
+        for kind, (fit, first) in enumerate(((effect.change, -0.5), (effect.after, 0.5))):
+            for epoch, value in enumerate((first * SLOPE, 0.0)):
+                # of five batches, the mean positions of two epochs may be one line by chance
+                if isinstance(fit, Missing):
+                    continue
+                row = fit.coefficients[epoch]
+                covered[seed, kind, epoch] = row.low <= value <= row.high
+    assert np.isnan(covered).mean() < 0.01
+    assert np.abs(np.nanmean(covered, axis=0) - 0.95).max() <= allowed(draws)
+
+
+@pytest.mark.parametrize(
+    ("level", "members", "samples", "batch", "icc", "skewed", "draws"), grid(2)
+)
+def test_gaps_of_early_and_late_samples_cover(level, members, samples, batch, icc, skewed, draws):
+    draws = min(draws, 400)
+    covered, excess = np.zeros((draws, 2)), np.zeros((draws, 2))
+    for seed in range(draws):
+        losses, x, units = simulate(
+            Design(level, members),
+            samples=samples,
+            batch=batch,
+            icc=icc,
+            seed=seed,
+            skewed=skewed,
+        )
+        joint = position_effects.joint_effect(losses, x, units=units)
+        error = np.random.default_rng(seed + 10**6).normal(0, 0.05, samples)
+        settings = {"bins": 10, "seed": seed, "units": units}
+        result = position_curves.curves(
+            losses,
+            x,
+            {"merge": losses.mean(axis=0) + error},
+            resamples=199,
+            correlations=joint.step_correlation,
+            **settings,
+        )
+        # the truth of these orders: the same gap of the effect alone
+        truth = position_curves.curves(SLOPE * x[:, 0], x, {}, resamples=2, **settings)
+        for epoch in range(2):
+            gap, merged = (
+                result.pooled.early_late[epoch],
+                result.merged["merge"].early_late[epoch].excess,
+            )
+            # another epoch's effect is noise in this one
+            value = truth.pooled.early_late[0].estimate if epoch == 0 else 0.0
+            covered[seed, epoch] = gap.low <= value <= gap.high
+            excess[seed, epoch] = merged.p < 0.05
+    assert np.abs(covered.mean(axis=0) - 0.95).max() <= allowed(draws)
+    assert excess.mean(axis=0).max() <= 0.06 + 2.5 * np.sqrt(0.05 * 0.95 / draws)
+
+
+@pytest.mark.parametrize(
+    ("level", "icc", "draws"),
+    [
+        ("sample", 0.1, FAST),
+        *(
+            pytest.param(level, icc, SLOW, marks=pytest.mark.slow)
+            for level in ("sample", "batch")
+            for icc in (0.0, 0.1, 0.3)
+        ),
+    ],
+)
+def test_permutation_of_steps_or_batches_keeps_its_size(level, icc, draws):
+    rejected = 0
+    for seed in range(draws):
+        losses, x, units = simulate(
+            Design(level, 1), samples=320, batch=16, icc=icc, seed=seed, slope=0.0, noise=0.5
+        )
+        steps = clusters.step_numbers(x[0, 1:]) if units is None else units[None]
+        (p,) = clusters.permutation_p(
+            losses,
+            x[0, 1:],
+            steps,
+            permutations=199,
+            generator=np.random.default_rng(seed),
+        )[0]
+        rejected += p < 0.05
+    assert rejected / draws <= 0.06 + 2 * np.sqrt(0.05 * 0.95 / draws)
