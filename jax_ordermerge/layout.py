@@ -142,6 +142,10 @@ class RunLayout:
         # The same layout as a run, so that training, resuming and restoring need no case for waves.
         return RunLayout(self.root / "waves" / str(number))
 
+    def population(self, number: int) -> "RunLayout":
+        """Layout of the results of one population; those of population 0 are those of the run."""
+        return RunLayout(self.root / "populations" / str(number)) if number else self
+
     def wave_checkpoints(self) -> list[Path]:
         """Checkpoint directories of all waves that have one."""
         # A member is in one wave, so the order decides nothing but which error comes first.
@@ -212,6 +216,11 @@ class RunLayout:
         return SearchLayout(self.root / "search")
 
     # ------------------------------------------------------------------ report
+
+    @property
+    def contrasts(self) -> Path:
+        """Differences of the merges to their rivals, of each population and over populations."""
+        return self.root / "contrasts.csv"
 
     @property
     def report_html(self) -> Path:

@@ -167,8 +167,9 @@ def refuse_model_of_edited_run(model: str | Path) -> None:
     Raises:
         UserError: see `refuse_edited_config`.
     """
-    # of other names, as those of a hub, the parents hold no run
-    for directory in list(Path(model).absolute().parents)[:2]:
+    # Of other names, as those of a hub, the parents hold no run. A merge of a further population is
+    # RUN/populations/1/merged/NAME.
+    for directory in list(Path(model).absolute().parents)[:4]:
         if RunLayout(directory).is_run:
             refuse_edited_config(RunLayout(directory))
 

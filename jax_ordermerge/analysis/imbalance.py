@@ -24,6 +24,7 @@ from jax_ordermerge.analysis.position_effects import (
 from jax_ordermerge.analysis.resample import Band
 from jax_ordermerge.analysis.result import CONFIDENCE, INLINE, Estimate, Missing, or_missing
 from jax_ordermerge.analysis.shape import Explained, QuartileEffect, ShapeTest
+from jax_ordermerge.analysis.spread import Spread, spread
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_key_bits
 
@@ -98,6 +99,7 @@ class Imbalance:
     omnibus: list[ShapeTest] | Missing  # of any shape, by epoch
     explained: Explained | Missing
     merged: dict[str, MergeEffect]
+    spread: Spread | Missing  # of the members' losses
     by_base_loss: list[QuartileEffect] | None = None  # where the base was measured
     sources: list[SourceEffect] | None = None  # where there are several
 
@@ -179,6 +181,7 @@ def analyze(
             name: _merge_effect(values, losses, places, base, units, p, curves.merged[name])
             for (name, values), p in zip(merged.items(), p_values[members:], strict=True)
         },
+        spread=or_missing(spread, losses),
         sources=effects_by_source(losses, places, merged, base, sources or {}, units) or None,
     )
 

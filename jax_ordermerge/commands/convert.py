@@ -177,7 +177,7 @@ def _open_member(
 ) -> tuple[Config, int, Path, ModelConfig, PromptFormat]:
     """Return the config of a run, the member, and the base: directory, architecture, prompts."""
     run = read_config(run_dir)
-    count = run.population.members
+    count = run.population.total
     # No default: member 0 in place of a forgotten option would look like a result.
     if member is None:
         raise UserError(f"{run_dir} is a run of {count} members; choose one with --member")

@@ -264,7 +264,7 @@ def _training(loaded: Loaded) -> Json:
     # every member has the same number of steps
     steps = orders.draw_orders(spec, loaded.splits["train"].lengths, (0,)).shape[2]
     return {
-        "members": config.population.members,
+        "members": config.population.total,
         "epochs": config.training.epochs,
         "steps_per_epoch": steps,
         "steps": steps * config.training.epochs,
@@ -285,7 +285,7 @@ def _training_lines(loaded: Loaded) -> Iterator[str]:
 
 def _first_steps(loaded: Loaded, member: int) -> list[np.ndarray]:
     """Return the rows of the examples of the first steps of a member."""
-    members = loaded.config.population.members
+    members = loaded.config.population.total
     if not 0 <= member < members:
         raise UserError(f"--order {member}: members are 0 to {members - 1}")
     spec = specs.training_spec(loaded.config)

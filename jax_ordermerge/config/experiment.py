@@ -195,9 +195,10 @@ class Config(Section):
 def _training_conflicts(config: Config) -> Iterator[str]:
     population, training = config.population, config.training
     # -1 depends on the number of devices; `Population.check_groups` decides when it is known.
-    if config.mesh.order > 0 and population.members % config.mesh.order:
+    if config.mesh.order > 0 and population.total % config.mesh.order:
+        times = f" times replicates = {population.replicates}" if population.replicates > 1 else ""
         yield (
-            f"population.members = {population.members} is not a multiple of mesh.order ="
+            f"population.members = {population.members}{times} is not a multiple of mesh.order ="
             f" {config.mesh.order}; change one of them"
         )
     if training.microbatch and training.batch % training.microbatch:
@@ -212,6 +213,27 @@ def _training_conflicts(config: Config) -> Iterator[str]:
             "training.mixing needs two or more members, all trained at once; population has"
             f" members = {population.members}, wave = {population.wave}: change them or remove"
             " mixing"
+        )
+    if training.mixing and population.replicates > 1:
+        yield (
+            "training.mixing lets all members act on each other, and populations are independent"
+            f" (population.replicates = {population.replicates}); set replicates to 1, or remove"
+            " mixing"
+        )
+    if population.vary != "order" and config.lora is None:
+        yield (
+            f"population.vary = {population.vary}: without lora members start from the base, and"
+            " nothing is drawn; set lora, or vary to order"
+        )
+    if population.vary == "all" and population.level == "same":
+        yield (
+            "population.level = same gives all members one order, population.vary = all orders of"
+            " their own; set vary to init, or another level"
+        )
+    if population.vary == "init" and population.level in ("balanced", "reverse"):
+        yield (
+            f"population.level = {population.level} relates the orders of members, and with"
+            " population.vary = init they have one order; set the level to sample"
         )
     if training.validates and not config.data.validation_examples:
         yield (
@@ -244,6 +266,14 @@ def _data_conflicts(config: Config) -> Iterator[str]:
         yield (
             "population.level = batch permutes fixed batches, data.packing = bins composes new"
             " ones; give packs"
+        )
+    # The number of steps follows from the orders of all members that one program trains, so the
+    # members of a population would depend on the others.
+    if data.packing == "bins" and config.population.replicates > 1:
+        yield (
+            "data.packing = bins packs each order by itself, and all members take as many steps as"
+            " the longest: populations would depend on each other (population.replicates ="
+            f" {config.population.replicates}); give packs"
         )
     # jax gives cudnn one length per row and no segments: documents would attend to each other
     if data.packing != "none" and config.model.attention == "cudnn":

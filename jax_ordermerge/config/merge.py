@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from jax_ordermerge.config.section import Section, parse
+from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, parse
 from jax_ordermerge.json_types import Json
 
 AUTO = "auto"  # name of the merge that a search selects
@@ -22,6 +22,7 @@ Control = Literal[
     "seeds",
     "children",
     "barrier",
+    "subsets",
     "plane",
     "ensemble",
     "single",
@@ -35,6 +36,7 @@ DEFAULT_CONTROLS: tuple[Control, ...] = (
     "seeds",
     "children",
     "barrier",
+    "subsets",
 )
 
 
@@ -210,6 +212,13 @@ class Merge(Section):
         None,
         description="search for the best merge on validation data, exported as `auto`;"
         " `merge: auto` is short for it",
+    )
+    # The other populations are there for their differences, which need no files: all merges of six
+    # populations of a 7B model are a terabyte.
+    export: Annotated[Literal["first", "all"], FREE_TO_CHANGE] = Field(
+        "first",
+        description="with population.replicates: whose merges are written as models, those of the"
+        " first population or of all; the others are merged in memory and evaluated",
     )
     controls: tuple[Control, ...] = Field(
         DEFAULT_CONTROLS,

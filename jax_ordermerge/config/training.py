@@ -31,7 +31,16 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Population(Section):
     """The members and the orders in which they see the data."""
 
-    members: PositiveInt = Field(4, description="how many times the base is fine-tuned")
+    members: PositiveInt = Field(
+        4, description="members of a population: how many times the base is fine-tuned"
+    )
+    # A difference between two merges of one population is an accident of its orders in part. Only
+    # further populations say how large a part.
+    replicates: PositiveInt = Field(
+        1,
+        description="independent populations of so many members; each has orders of its own and is"
+        " merged by itself, and differences get an error over populations",
+    )
     wave: PositiveInt | None = Field(
         None,
         description="members trained at the same time; by default as many as fit in memory",
@@ -43,6 +52,28 @@ class Population(Section):
         "sample", description="what the orders permute"
     )
     reshuffle: Literal["each_epoch", "never"] = "each_epoch"
+    # Without dropout, because there is none in training: a member's batch decides its update.
+    vary: Literal["order", "init", "all"] = Field(
+        "order",
+        description="what differs between members: their order; with lora the initialization of"
+        " their adapters (init), all in the order of the first member; or all of these",
+    )
+
+    # "before": the type would only list what is allowed
+    @pydantic.field_validator("vary", mode="before")
+    @classmethod
+    def _no_dropout(cls, value: object) -> object:
+        if value == "dropout":
+            raise ValueError(
+                "population.vary = dropout: there is no dropout in training, so it cannot differ;"
+                " give order, init or all"
+            )
+        return value
+
+    @property
+    def total(self) -> int:
+        """Members of all populations. They are numbered on, and trained as one population."""
+        return self.members * self.replicates
 
     # A method and no validator: `mesh.order` may be -1, which only the devices resolve.
     def check_groups(self, groups: int) -> None:
@@ -58,7 +89,11 @@ class Population(Section):
             >>> Population(members=4).check_groups(2)
         """
         # Each group trains the same number of members: a group that waits is paid for as well.
-        for key, members in (("members", self.members), ("wave", self.wave or groups)):
+        sizes = {"members": self.members, "wave": self.wave or groups}
+        if self.replicates > 1:
+            sizes = {"members x replicates": self.total, **sizes}
+            del sizes["members"]
+        for key, members in sizes.items():
             if members % groups:
                 raise UserError(
                     f"population.{key} = {members} is not a multiple of the order axis"
@@ -321,8 +356,8 @@ class Training(Section):
 class Lora(Section):
     """Low-rank adapters instead of full fine-tuning: W + alpha / rank B A.
 
-    W is frozen, and one copy serves all members. There is no dropout: the order of the data must
-    be all that differs between members.
+    W is frozen, and one copy serves all members. There is no dropout: the order of the data, or
+    with `population.vary` the initialization of A, is all that differs between members.
     """
 
     rank: PositiveInt = 8

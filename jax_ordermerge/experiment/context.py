@@ -52,6 +52,7 @@ class RunContext:
         base_digest: of the base model, see `record.base_digest`.
         log: receives one-line messages.
         on_checkpoint: called when a checkpoint is complete, e.g. to copy it to a bucket.
+        population: number of the population that a stage works on.
     """
 
     config: Config
@@ -65,13 +66,25 @@ class RunContext:
     base_digest: str
     log: Log
     on_checkpoint: Callable[[], None] | None = None
+    population: int = 0
 
     # Derived from the config, not a field of its own: a context with another `output` (a scratch
     # directory, a local copy of a bucket) then can never write into the old directory.
     @property
     def layout(self) -> RunLayout:
-        """Paths of the run directory."""
+        """Paths of the results: of the run directory, or of another population in it."""
+        return self.training_layout.population(self.population)
+
+    @property
+    def training_layout(self) -> RunLayout:
+        """Paths of the training, which is one of all populations."""
         return RunLayout(self.config.directory)
+
+    @property
+    def members(self) -> range:
+        """Numbers of the members of the population, counted over all populations."""
+        first = self.population * self.config.population.members
+        return range(first, first + self.config.population.members)
 
     @functools.cached_property
     def training(self) -> TrainingSpec:
@@ -96,11 +109,13 @@ class Stage(NamedTuple):
         name: as in `ordermerge NAME`.
         run: writes the output of the stage; called again, it continues.
         is_complete: whether that output is complete. It looks at files only.
+        by_population: whether it is called for each population by itself.
     """
 
     name: str
     run: Callable[[RunContext], None]
     is_complete: Callable[[Config], bool]
+    by_population: bool = False
 
 
 def open_run(
@@ -164,7 +179,7 @@ def load_context(
         del shared[key]
     processes.check_alike(shared)
     mesh = meshes.make_mesh(**config.mesh.model_dump())
-    config.population.check_groups(mesh.shape["order"])
+    preflight.check_groups(config, mesh.shape["order"])
     base_dir = convert.resolve(config.model.base)
     model = convert.load_config(base_dir, config.model.ignore_config_keys)
     preflight.check_model(config, base_dir, model)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import merge_name
 from jax_ordermerge.data.examples import Examples
@@ -13,7 +14,7 @@ from jax_ordermerge.experiment import losses, models, waves
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, read_json, read_npz, write_json, write_npz
-from jax_ordermerge.search import controls
+from jax_ordermerge.search import controls, subsets
 from jax_ordermerge.search.candidates import Candidate, Population
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import Tree
@@ -42,9 +43,14 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         return
     # not before it is needed: the evaluation needs the memory for other models
     population = functools.cache(lambda: models.load_population(ctx))
+    selections = _selections(config)
     listed = controls.make_controls(
-        config.merge.controls, config.population.members, _selections(config), config.seed
+        config.merge.controls, config.population.members, selections, config.seed
     )
+    if subsets.GROUP in config.merge.controls and config.population.members > 1:
+        # the first selection, or a plain one
+        drawn = next(iter(selections.values()), Candidate("selection", seed=config.seed))
+        listed += subsets.make_controls(config.population.members, drawn, config.seed)
 
     def measure(loss_function: LossFunction) -> controls.ControlLosses:
         means = loss_function(examples).means
@@ -76,6 +82,9 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     compared = controls.compare(
         listed, measured, tokens, resamples=config.evaluation.bootstrap, seed=config.seed
     )
+    curves = subsets.curves(
+        listed, measured, tokens, resamples=config.evaluation.bootstrap, seed=config.seed
+    )
     arrays = {
         "names": np.array(list(measured)),
         "ids": examples.ids,
@@ -84,7 +93,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     }
     # json last: its existence says that the controls are complete
     write_npz(ctx.layout.control_losses, arrays)
-    write_json(ctx.layout.controls, {"split": split, **compared})
+    write_json(ctx.layout.controls, {"split": split, **compared, "subsets": asdict(curves)})
 
 
 def _measured_before(layout: RunLayout, split: str) -> dict[str, controls.ControlLosses]:
@@ -161,14 +170,17 @@ def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]
 def _train_single(ctx: RunContext) -> Tree:
     """Return a model trained at the cost of the whole population: k times the epochs in one run."""
     # It tells whether k orders and a merge are better spent compute than training on.
-    config = _single_config(ctx.config, groups=ctx.mesh.shape["order"])
-    ctx = dataclasses.replace(ctx, config=config, on_checkpoint=None)
+    groups = ctx.mesh.shape["order"]
+    # one such run for each population, in the orders of its first member, trained together
+    member = ctx.population * groups
+    config = _single_config(ctx.config, groups)
+    ctx = dataclasses.replace(ctx, config=config, on_checkpoint=None, population=0)
     if not ctx.layout.training_state.is_file():
         ctx.log(f"  training of one run of {config.training.epochs} epochs")
         waves.train(ctx, functools.partial(models.base_params, ctx, config.base_dtype))
-    layout = waves.member_layout(ctx.layout, 0)
+    layout = waves.member_layout(ctx.layout, member)
     return members.restore_member(
-        ctx.training, ctx.model, ctx.mesh, layout, 0, dtype=config.merge.dtype
+        ctx.training, ctx.model, ctx.mesh, layout, member, dtype=config.merge.dtype
     )
 
 

@@ -55,7 +55,7 @@ def _complete_recipe(ctx: RunContext, recipe: Json) -> Json:
     # merge again.
     complete = recipe | {
         "base_model": _public_base(ctx) or "base",
-        "models": [member_name(member) for member in range(config.population.members)],
+        "models": [member_name(member) for member in ctx.members],
         "dtype": config.merge.dtype,
         "orders": {
             "level": config.population.level,
@@ -63,7 +63,11 @@ def _complete_recipe(ctx: RunContext, recipe: Json) -> Json:
             "epochs": training.epochs,
         },
     }
+    if config.population.replicates > 1:
+        complete["population"] = ctx.population
     # named only where they differ from plain training: most recipes are then without them
+    if config.population.vary != "order":
+        complete["vary"] = config.population.vary
     if training.ema is not None:
         complete["averages"] = {"ema": training.ema}
     if training.checkpoint != "last":
@@ -77,19 +81,28 @@ def _public_base(ctx: RunContext) -> str | None:
     return None if Path(base).exists() or ":" in base else base
 
 
+def _of_population(ctx: RunContext) -> str:
+    replicates = ctx.config.population.replicates
+    return f", population {ctx.population} of 0 to {replicates - 1}" if replicates > 1 else ""
+
+
 def _card(ctx: RunContext, name: str, recipe: Json, origin: str) -> str:
     population, epochs = ctx.config.population, ctx.config.training.epochs
     count = population.members
+    difference = {
+        "order": f"in {count} different orders",
+        "init": f"in one order, from {count} initializations of the adapters",
+        "all": f"in {count} different orders, from {count} initializations of the adapters",
+    }[population.vary]
     text = (
-        f"One base model was fine-tuned {count} times on the same data in {count} different"
-        f" orders (level `{population.level}`, {epochs} epochs), and the {count} models were"
+        f"One base model was fine-tuned {count} times on the same data {difference} (level `{population.level}`, {epochs} epochs), and the {count} models were"
         f" merged by `{recipe['merge_method']}`.\n\n"
         + (f"{origin}\n\n" if origin else "")
         + f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n"
         + prompt_section(ctx.prompt_format)
     )
     return sidecar_files.model_card(
-        f"{ctx.config.name}: {name}",
+        f"{ctx.config.name}: {name}{_of_population(ctx)}",
         text,
         base_model=_public_base(ctx),
         relation="merge",

@@ -1,5 +1,6 @@
 """The models of a run as parameters on its mesh: base, members, merges, the population."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -11,7 +12,7 @@ from jax_ordermerge.config import Config
 from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.evaluate import generation, scoring
 from jax_ordermerge.evaluate.eval_model import EvalModel, Pair, TextGenerator
-from jax_ordermerge.experiment import waves
+from jax_ordermerge.experiment import build_merges, waves
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.layout import member_number
 from jax_ordermerge.model import kernels, llama
@@ -37,16 +38,20 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
     The models are loaded one at a time, when the caller asks for the next.
     """
     dtype = ctx.config.merge.dtype
+    population = functools.cache(lambda: load_population(ctx))
     for name in names:
-        member = member_number(name)
+        number = member_number(name)
         if name == "base":
             params = base_params(ctx, dtype)
-        elif member is not None:
+        elif number is not None:
+            member = ctx.members[number]
             # Where the population was trained in waves, each wave has checkpoints of its own.
-            layout = waves.member_layout(ctx.layout, member)
+            layout = waves.member_layout(ctx.training_layout, member)
             params = members.restore_member(
                 ctx.training, ctx.model, ctx.mesh, layout, member, dtype=dtype
             )
+        elif not build_merges.exports(ctx.config, ctx.population):
+            params = build_merges.rebuild(ctx, population(), name)
         else:
             # from the exported files, so that every later number is about what users load
             params = convert.load_params(ctx.layout.merged(name), ctx.mesh, dtype=dtype)[1]

@@ -153,7 +153,11 @@ def _run_stage(ctx: RunContext, stage: Stage, record: Record) -> None:
     # Begun before it writes and ended when it is complete: of a stage that is broken off, the
     # record has the settings of what lies there.
     record.begin(stage.name, ctx.config, base=ctx.base_digest)
-    stage.run(ctx)
+    replicates = ctx.config.population.replicates if stage.by_population else 1
+    for number in range(replicates):
+        if replicates > 1:
+            ctx.log(f"  population {number} of 0 to {replicates - 1}")
+        stage.run(dataclasses.replace(ctx, population=number))
     record.end(stage.name)
 
 
@@ -196,6 +200,8 @@ def search(
             ctx = searching.with_validation_file(ctx, validation)
         # before a training of hours; open_run has checked only the search of the config
         preflight.check_search(ctx.config, ctx.model, ctx.splits, ctx.overlaps, space)
+        if (replicates := ctx.config.population.replicates) > 1:
+            log(f"the members are those of population 0 of 0 to {replicates - 1}")
         with run_lock.hold(ctx.layout, log):
             todo = _plan(local, [train.STAGE])
             if todo.stages:

@@ -53,6 +53,29 @@ def check_config(config: Config) -> None:
             )
 
 
+def check_groups(config: Config, groups: int) -> None:
+    """Check that the device groups share the members, of all populations and where it is needed of one.
+
+    Args:
+        config: of the run.
+        groups: size of the mesh axis `order`.
+
+    Raises:
+        UserError: they do not.
+    """
+    population = config.population
+    population.check_groups(groups)
+    # these run the members of one population beside each other, and all else takes any number
+    uses = [str(control) for control in config.merge.controls if control == "ensemble"]
+    uses += [spec.method for spec in config.merge.methods if spec.method == "fisher"]
+    if uses and population.members % groups:
+        raise UserError(
+            f"{uses[0]} divides the members of a population over the device groups;"
+            f" population.members = {population.members} is not a multiple of mesh.order ="
+            f" {groups}: change one of them, or leave out {uses[0]}"
+        )
+
+
 def check_model(config: Config, base_dir: Path, model: ModelConfig) -> None:
     """Check the base model: adapters, tensors and context length.
 

@@ -56,6 +56,17 @@ def model_names(config: Config) -> dict[str, str]:
     )
 
 
+def result_layouts(config: Config) -> list[RunLayout]:
+    """Return the layout of the results of every population.
+
+    Example:
+        >>> [str(run.root) for run in result_layouts(Config(population={"replicates": 2}))]
+        ['runs/experiment', 'runs/experiment/populations/1']
+    """
+    run = RunLayout(config.directory)
+    return [run.population(number) for number in range(config.population.replicates)]
+
+
 def write_config(config: Config, run: RunLayout, *, output: str) -> None:
     """Write the resolved config, which makes a directory a run directory.
 

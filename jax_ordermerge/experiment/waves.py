@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_ordermerge import layout as layouts
 from jax_ordermerge import processes
+from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.hardware import MEMORY_FRACTION
@@ -72,19 +73,26 @@ def measure_steps(
 
 
 def restore(ctx: RunContext, *, dtype: str = "float32") -> Tree:
-    """Return the trained population [M, ...]; see `members.restore_members`."""
-    waves = [ctx.layout.wave(number) for number in range(len(_stored_waves(ctx.layout)))]
-    populations = [
+    """Return the trained members [M, ...] of the population; see `members.restore_members`."""
+    run = ctx.training_layout
+    waves = [run.wave(number) for number in range(len(_stored_waves(run)))]
+    parts = [
         members.restore_members(ctx.training, ctx.model, ctx.mesh, layout, dtype=dtype)
-        for layout in waves or [ctx.layout]
+        for layout in waves or [run]
     ]
-    if not waves:  # all members were trained at once
-        return populations[0]
-    concatenate = jax.jit(
-        lambda parts: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts),
-        out_shardings=jax.tree.map(lambda x: x.sharding, populations[0]),
+    replicates = ctx.config.population.replicates
+    if len(parts) == 1 and replicates == 1:
+        return parts[0]
+    chosen = slice(ctx.members.start, ctx.members.stop)
+
+    def join(parts: list[Tree]) -> Tree:
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[chosen], *parts)
+
+    abstract = convert.abstract_params(ctx.model, ctx.mesh, members=len(ctx.members), dtype=dtype)
+    params: Tree = jax.jit(join, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(
+        parts
     )
-    return concatenate(populations)
+    return params
 
 
 def member_layout(layout: RunLayout, member: int) -> RunLayout:
@@ -137,7 +145,7 @@ def _divide(ctx: RunContext) -> list[list[int]]:
     if stored:
         return stored
     population, undivided = ctx.training.population, ctx.layout.checkpoints.is_dir()
-    members, size = population.members, population.wave or population.members
+    members, size = population.total, population.wave or population.total
     # CPUs have no limit; and a training that was begun undivided did fit
     limit = (ctx.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     if population.wave is None and limit and not undivided:
@@ -175,7 +183,7 @@ def _requirements(ctx: RunContext) -> compiled.Requirements:
                 " mesh.tensor), lower training.microbatch, or set model.remat = full"
                 f" ({str(error).splitlines()[0][:200]})"
             ) from error
-        states = (needs.arguments - needs.shared) * (spec.population.members // groups)
+        states = (needs.arguments - needs.shared) * (spec.population.total // groups)
         return dataclasses.replace(needs, arguments=needs.shared + states)
 
 

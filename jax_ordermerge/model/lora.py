@@ -16,7 +16,7 @@ import math
 
 import jax
 
-from jax_ordermerge import tree
+from jax_ordermerge import rng, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec, tensor_table
 from jax_ordermerge.config import Lora
 from jax_ordermerge.errors import UserError, did_you_mean
@@ -127,6 +127,16 @@ def init_params(
         ((2, 4, 8), True, 0.0)
     """
     return initial.draw(table(config, settings), seed, "lora", mesh)
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Return the seed of a member that has an initialization of its own: of member 0 that of all.
+
+    Example:
+        >>> member_seed(3, 0), member_seed(3, 1) != member_seed(3, 2)
+        (3, True)
+    """
+    return int(rng.stream_key_bits(seed, "lora", "member", member)[0]) if member else seed
 
 
 def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:

@@ -127,7 +127,7 @@ class OptionPlan:
         # infinity compares as slower than anything, so options without times are never recommended
         if seconds is None:
             return float("inf")
-        return seconds * self.spec.population.members / self.members
+        return seconds * self.spec.population.total / self.members
 
     @property
     def training_hours(self) -> float | None:

@@ -58,7 +58,7 @@ def _rank(option: OptionPlan) -> tuple[float | str, ...]:
         # Whole powers of the ratio, so that times that are nearly equal compare as equal, and the
         # order stays transitive.
         round(math.log(option.population_step_seconds, _EQUAL_RATIO)),
-        math.ceil(spec.population.members / option.members),
+        math.ceil(spec.population.total / option.members),
         spec.training.batch // spec.microbatch,
         len(option.changes),
         option.step.memory.total,
@@ -70,7 +70,7 @@ def _enumerate_changes(
     spec: PlanSpec, model: ModelConfig, topology: Topology
 ) -> Iterator[dict[str, Json]]:
     """Yield changes of sections that are valid together, `{section: {setting: value}}`."""
-    members, batch = spec.population.members, spec.training.batch
+    members, batch = spec.population.total, spec.training.batch
     fixed = spec.mesh.data * spec.mesh.sequence
     # -1, or sizes of other hardware: the axes that stay cannot be kept here
     if fixed < 1 or topology.size % fixed:

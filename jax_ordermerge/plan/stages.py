@@ -23,8 +23,9 @@ def plan_stages(
         topology: devices.
         training_hours: those of the training, None if they are not known.
     """
-    merges, model = len(spec.merge.methods), inputs.model
-    models = 1 + spec.population.members + merges  # the base, the members, the merges
+    model, replicates = inputs.model, spec.population.replicates
+    merges = len(spec.merge.methods) * replicates
+    models = 1 + spec.population.total + merges  # the base, the members, the merges
     # without tasks and test examples there is no evaluation, which takes no time anywhere
     evaluates = bool(spec.data.test is not None or spec.evaluation.tasks)
     # None is "not known", which is not the same as no time: a total needs all of them
@@ -41,12 +42,13 @@ def plan_stages(
         evaluation = times.evaluation() if evaluates else 0.0
         if evaluation is not None:
             hours["evaluation"] = models * evaluation / 3600
+    exported = merges if spec.merge.export == "all" else len(spec.merge.methods)
     return ExperimentPlan(
         hours=hours,
         models=models,
         checkpoint_bytes=_checkpoint_bytes(spec, model),
         checkpoints_kept=spec.training.keep_checkpoints,
-        merged_bytes=merges * spec.merge_bytes * parameter_count(model),
+        merged_bytes=exported * spec.merge_bytes * parameter_count(model),
     )
 
 

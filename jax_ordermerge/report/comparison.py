@@ -9,7 +9,8 @@ from scipy import stats
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.report import document, formatting
+from jax_ordermerge.report import contrasts, document, formatting
+from jax_ordermerge.report.chapters import spread
 from jax_ordermerge.report.differences import MEAN_MEMBER, MergeComparison
 from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Picture, Table
 from jax_ordermerge.report.plots import imbalance as plots
@@ -63,6 +64,10 @@ def build(runs: Sequence[Run]) -> list[Block]:
         blocks += [Heading("Imbalance: slope of the final loss by position"), *_imbalance(analyzed)]
     if evaluated := [run for run in runs if run.evaluations]:
         blocks += [Heading("Members and merges"), _models(evaluated)]
+        if spreads := spread.table(evaluated):
+            blocks.append(spreads)
+    if len(evaluated) > 1:
+        blocks += contrasts.over_runs(evaluated)
     return blocks
 
 

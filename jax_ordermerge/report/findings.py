@@ -7,6 +7,7 @@ from scipy import stats
 
 from jax_ordermerge.analysis.paired import holm
 from jax_ordermerge.json_types import Json
+from jax_ordermerge.report import contrasts
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Measure, seed_groups
 from jax_ordermerge.report.formatting import (
     INDISTINGUISHABLE,
@@ -30,7 +31,7 @@ def sentences(run: Run) -> list[str]:
     "Clearly" means p < 0.01, "weakly" p < 0.05, both corrected over the merges. Otherwise two
     models are not distinguishable; they are never called equal.
     """
-    sentences = []
+    sentences = contrasts.sentences(run)
     if run.analysis is not None:
         sentences += _position(run.analysis, run.loss_unit)
         sentences += _mitigation(run.analysis, run.merge)

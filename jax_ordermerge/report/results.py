@@ -1,6 +1,5 @@
 """Several runs on one page of Markdown: the findings of each, and those of all together."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -8,27 +7,12 @@ from statistics import fmean
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.report import document, findings, formatting
+from jax_ordermerge.report import contrasts, document, findings, formatting
 from jax_ordermerge.report.chapters import models
-from jax_ordermerge.report.differences import (
-    AVERAGE,
-    BEST_MEMBER,
-    MEAN_MEMBER,
-    RIVALS,
-)
+from jax_ordermerge.report.differences import MEAN_MEMBER
 from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Table
 from jax_ordermerge.report.formatting import INDISTINGUISHABLE
 from jax_ordermerge.report.run import Run, loss_name, read_runs
-
-# over several runs "the best member" is a different one in each
-_RIVALS = RIVALS | {BEST_MEMBER: "the member chosen on validation"}
-_VERDICTS = (
-    "clearly better",
-    "weakly better",
-    INDISTINGUISHABLE,
-    "weakly worse",
-    "clearly worse",
-)
 
 
 def write(directories: Sequence[str | Path], out: str | Path) -> Path:
@@ -70,9 +54,9 @@ def build(runs: Sequence[Run]) -> list[Block]:
         ),
         Heading("All runs"),
         _overview(runs),
-        _verdict_table(runs),
+        *(contrasts.over_runs(runs) if len(runs) > 1 else []),
         Heading("What is shown, and what is not"),
-        Bullets([*_position_effects(runs), *_consistent_merges(runs), *_limits(runs)]),
+        Bullets([*_position_effects(runs), *_merge_effects(runs), *_limits(runs)]),
     ]
     for run in runs:
         blocks += [
@@ -143,19 +127,6 @@ def _best_merge(run: Run) -> str | None:
     return min(means, key=lambda name: means[name], default=None)
 
 
-def _verdict_table(runs: Sequence[Run]) -> Table:
-    rows = [
-        [name, *(_counts(_verdicts(runs, name, rival)) for rival in _RIVALS)]
-        for name in _merge_names(runs)
-    ]
-    caption = (
-        f"{loss_name(runs).capitalize()}: in how many of {len(runs)} runs a merge is "
-        "clearly or weakly better or worse, after Holm's correction in each run."
-    )
-    header = ["merge", *(f"against {text}" for text in _RIVALS.values())]
-    return Table(header, rows, caption, text=range(len(header)))
-
-
 def _merge_names(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.comparison.merges))
 
@@ -170,17 +141,6 @@ def _verdicts(runs: Sequence[Run], name: str, rival: str) -> list[str]:
         for measure in measures
         if rival in measure.gaps
     ]
-
-
-def _counts(verdicts: Sequence[str]) -> str:
-    """Return how often each verdict occurs.
-
-    Example:
-        >>> _counts(["clearly worse", "not distinguishable", "clearly worse"])
-        'not distinguishable 1, clearly worse 2'
-    """
-    counts = Counter(verdicts)  # shown from better to worse, not by number
-    return ", ".join(f"{name} {counts[name]}" for name in _VERDICTS if counts[name]) or "–"
 
 
 def _position_effects(runs: Sequence[Run]) -> list[str]:
@@ -202,27 +162,9 @@ def _position_effects(runs: Sequence[Run]) -> list[str]:
     return sentences
 
 
-def _consistent_merges(runs: Sequence[Run]) -> list[str]:
-    sentences = []
-    for name in _merge_names(runs):
-        # not against the best member, which is another one in each run
-        for rival in (MEAN_MEMBER, AVERAGE):
-            verdicts = _verdicts(runs, name, rival)
-            better, worse = (
-                sum(word in verdict for verdict in verdicts) for word in ("better", "worse")
-            )
-            # a sentence only where all runs agree, or where they contradict each other
-            count, text = len(verdicts), _RIVALS[rival]
-            if better == count > 0:
-                sentences.append(f"{name} is better than {text} in all {count} runs.")
-            elif worse == count > 0:
-                sentences.append(f"{name} is worse than {text} in all {count} runs.")
-            elif better and worse:
-                sentences.append(
-                    f"{name} is better than {text} in {better} and worse in {worse} of {count} "
-                    "runs: it depends on the data."
-                )
-    return sentences
+def _merge_effects(runs: Sequence[Run]) -> list[str]:
+    """Return the random-effects mean of each merge, in place of a count of verdicts."""
+    return contrasts.run_sentences(runs) if len(runs) > 1 else []
 
 
 def _limits(runs: Sequence[Run]) -> list[str]:

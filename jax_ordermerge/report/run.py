@@ -33,6 +33,7 @@ class Run:
     items: Mapping[str, Json] = field(default_factory=dict)  # results by item of each model
     controls: Json | None = None
     search: Json | None = None
+    populations: Sequence["Run"] = ()  # results of the populations after the first
 
     @property
     def name(self) -> str:
@@ -122,29 +123,39 @@ def read_run(directory: str | Path) -> Run:
             f"{layout.training_log} ends within a line; ordermerge train {layout.root} writes it"
             " again from the checkpoint"
         )
-    evaluations = read_json(layout.evaluations)
-    # The summary names the models. Other files in the directory are of an evaluation that did
-    # not end.
-    names = [model["name"] for model in evaluations["models"]] if evaluations else []
-    items = {name: read_json(layout.evaluation(name)) for name in names}
+    # As plain data, not by the schema: a page needs few keys, and reads a part of a config, too.
+    config = read_yaml(layout.config)
+    replicates = config.get("population", {}).get("replicates", 1)
+    further = [layout.population(number) for number in range(1, replicates)]
     return Run(
         layout=layout,
-        # As plain data, not by the schema: a page needs few keys, and reads a part of a config,
-        # too.
-        config=read_yaml(layout.config),
+        config=config,
         data=read_json(layout.data),
         digests=read_json(layout.order_digests),
         training_log=read_jsonl(layout.training_log),
         generated_samples=read_jsonl(layout.generated_samples),
         state=state,
-        analysis=read_json(layout.analysis),
-        merge=read_json(layout.merges),
-        evaluations=evaluations,
-        # a model without its items is shown, but not compared
-        items={name: results for name, results in items.items() if results},
-        controls=read_json(layout.controls),
-        search=read_json(layout.search.results),
+        populations=[Run(part, config, **_read_results(part)) for part in further],
+        **_read_results(layout),
     )
+
+
+def _read_results(layout: RunLayout) -> Json:
+    """Return what the stages after the training have written about one population."""
+    evaluations = read_json(layout.evaluations)
+    # The summary names the models. Other files in the directory are of an evaluation that did
+    # not end.
+    names = [model["name"] for model in evaluations["models"]] if evaluations else []
+    items = {name: read_json(layout.evaluation(name)) for name in names}
+    return {
+        "analysis": read_json(layout.analysis),
+        "merge": read_json(layout.merges),
+        "evaluations": evaluations,
+        # a model without its items is shown, but not compared
+        "items": {name: results for name, results in items.items() if results},
+        "controls": read_json(layout.controls),
+        "search": read_json(layout.search.results),
+    }
 
 
 def read_runs(directories: Sequence[str | Path]) -> list[Run]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_ordermerge.layout import SearchLayout, read_json
-from jax_ordermerge.report import document, findings
+from jax_ordermerge.report import contrasts, document, findings
 from jax_ordermerge.report.chapters import imbalance, merges, models, provenance
 from jax_ordermerge.report.document import Block, Bullets, Chapter, Heading, Paragraph
 from jax_ordermerge.report.run import Run, read_run
@@ -20,6 +20,7 @@ def write(run_directory: str | Path) -> Path:
     """
     run = read_run(run_directory)
     title = f"Order merging report: {run.name}"
+    contrasts.write(run)
     document.publish(run.layout.report_html, title, build(run), pictures="report")
     return run.layout.report_html
 
@@ -45,6 +46,7 @@ def build(run: Run) -> list[Block]:
     """Return the blocks of the report."""
     # from the findings down to what they rest on; what only reproduces the run comes last
     chapters = [
+        ("Over populations", contrasts.chapter(run)),
         ("Training", imbalance.training(run)),
         ("Position in the order", [*imbalance.imbalance(run), *imbalance.mitigation(run)]),
         ("Models and merges", [*models.results(run), *models.texts(run), *merges.merges(run)]),
@@ -67,15 +69,30 @@ def _below(title: str, blocks: Sequence[Block]) -> Sequence[Block]:
     return blocks[1:] if isinstance(first, Heading) and first.text == title else blocks
 
 
+_DIFFERENCES = {
+    "order": "in another order",
+    "init": "in the same order, from another initialization of the adapters",
+    "all": "in another order and from another initialization of the adapters",
+}
+
+
 def _introduction(run: Run) -> str:
     model, population, training = (
         run.config.get(key, {}) for key in ("model", "population", "training")
     )
     merges = f" {len(run.merge['merges'])} merges of them were made." if run.merge else ""
+    difference = _DIFFERENCES[population.get("vary", "order")]
+    count = population.get("replicates", 1)
+    replicates = (
+        f" So were {count} populations of so many members; this page shows the first of them, and "
+        "the differences over all."
+        if count > 1
+        else ""
+    )
     return (
         f"The base {model.get('base')} was fine-tuned {population.get('members')} times for "
-        f"{training.get('epochs')} epochs on the same data, each time in another order (level "
-        f"{population.get('level')}, reshuffle {population.get('reshuffle')}).{merges} "
+        f"{training.get('epochs')} epochs on the same data, each time {difference} (level "
+        f"{population.get('level')}, reshuffle {population.get('reshuffle')}).{replicates}{merges} "
         "The error after ± is one standard error unless a table says otherwise."
     )
 

@@ -172,7 +172,7 @@ def make_plan(
         mesh: the mesh to train on. Where a member spans several of its devices, a microbatch is
             padded to the longest of all members of the population, trained here or not.
     """
-    population = range(spec.population.members)
+    population = range(spec.population.total)
     members = tuple(population if members is None else members)
     lengths = row_lengths(spec, examples.longest)
     # The padded length selects a branch of the compiled step. Device groups that train different

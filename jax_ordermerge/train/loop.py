@@ -103,7 +103,7 @@ def train(
 
 def _check(plan: Plan, mesh: Mesh, held_out: Examples | None) -> None:
     """Refuse what cannot be trained."""
-    training, population = plan.spec.training, plan.spec.population.members
+    training, population = plan.spec.training, plan.spec.population.total
     if training.validates and held_out is None:
         raise UserError(
             "training.checkpoint = best and training.validate_every need validation examples"

@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_ordermerge.data import order, pack
 from jax_ordermerge.errors import UserError
+from jax_ordermerge.rng import stream_key_bits
 from jax_ordermerge.train.spec import TrainingSpec
 
 
@@ -19,23 +20,38 @@ def epoch_order(spec: TrainingSpec, examples: int, member: int, epoch: int) -> n
     Args:
         spec: settings of the training.
         examples: number of examples (or packs).
-        member: number of the member.
+        member: number of the member, counted over all populations.
         epoch: from 0.
 
     See `order.order_indices`.
     """
     # A pure function of its arguments: no state of an iterator is stored in a checkpoint, and a
     # member trained alone draws what it draws in the population.
+    population, number = divmod(member, spec.population.members)
+    if spec.population.vary == "init":
+        number = 0  # members of a population differ in something else
     return order.order_indices(
         level=spec.population.level,
         examples=examples,
         batch=spec.training.batch,
-        seed=spec.seed,
-        member=member,
+        seed=population_seed(spec.seed, population),
+        member=number,
         members=spec.population.members,
         epoch=epoch,
         reshuffle=spec.population.reshuffle,
     )
+
+
+def population_seed(seed: int, population: int) -> int:
+    """Return the seed of the orders of a population; that of population 0 is the seed of the run.
+
+    Example:
+        >>> population_seed(3, 0), population_seed(3, 1) != population_seed(3, 2)
+        (3, True)
+    """
+    # A seed of its own and not higher member numbers: `balanced` and `reverse` relate the orders of
+    # all members, and `batch` composes the batches once for all of them.
+    return int(stream_key_bits(seed, "population", population)[0]) if population else seed
 
 
 def draw_orders(spec: TrainingSpec, sizes: np.ndarray, members: Sequence[int]) -> np.ndarray:
@@ -81,7 +97,7 @@ def draw_orders(spec: TrainingSpec, sizes: np.ndarray, members: Sequence[int]) -
     # take the same number of steps. It must not depend on who is trained here either: a member
     # alone is the member of the population. So the orders of all members are packed, whoever asks.
     packed = []
-    for epochs in draw(len(sizes), range(spec.population.members)):
+    for epochs in draw(len(sizes), range(spec.population.total)):
         sequences = [indices[indices >= 0] for indices in epochs]
         packed.append([_take_rows(s, pack.pack_in_order(sizes[s], length)) for s in sequences])
     row_counts = [len(rows) for epochs in packed for rows in epochs]

@@ -72,7 +72,8 @@ class Programs:
 
     def initial_state(self, load_base: LoadBase) -> TrainState:
         """Return the state before the first step."""
-        return steps.initial_state(self.trainable.start(load_base), self.tx, self.state)
+        starts = self.trainable.starts(load_base, self.plan.members)
+        return steps.initial_state(starts, self.tx, self.state)
 
     def load_frozen(self, load_base: LoadBase) -> Tree:
         """Return what all members share unchanged; `{}` if nothing."""

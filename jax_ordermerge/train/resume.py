@@ -44,11 +44,14 @@ def identity(programs: Programs) -> Json:
     if spec.lora is not None:
         deciding |= {"lora": spec.lora.model_dump(mode="json"), "base_dtype": spec.base_dtype}
         lora = spec.lora.model_dump(mode="json", include=_LORA_SHAPE)
+    # only where it differs from before, so that a training that was begun before it can continue
+    if spec.population.vary != "order":
+        deciding["vary"] = spec.population.vary
     if programs.held_out:
         deciding["validation"] = programs.held_out.digest
     return {
         "members": list(plan.members),
-        "population": spec.population.members,
+        "population": spec.population.total,
         "seed": spec.seed,
         "level": spec.population.level,
         "orders": plan.digests,

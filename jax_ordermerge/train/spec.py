@@ -61,5 +61,5 @@ class TrainingSpec:
     @property
     def first_wave(self) -> tuple[int, ...]:
         """Members that are trained together first: all, or as many as `population.wave` says."""
-        members = self.population.members
+        members = self.population.total
         return tuple(range(min(self.population.wave or members, members)))

@@ -198,23 +198,28 @@ def abstract_state(
 
 
 def initial_state(
-    start: Tree, tx: optax.GradientTransformation, abstract: TrainState
+    starts: Sequence[Tree], tx: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """Return a population whose members all start alike.
+    """Return a population before its first step.
 
     Args:
-        start: parameters of one member, float32.
+        starts: parameters, float32, of one member, from which all start, or of each.
         tx: the optimizer.
         abstract: from `abstract_state`.
     """
     members = abstract.step.shape[0]
 
     # under jit, so that no device ever holds more than its shards of the population
-    def build(start: Tree) -> TrainState:
-        params = jax.tree.map(lambda x: jnp.broadcast_to(x, (members, *x.shape)), start)
+    def build(starts: Sequence[Tree]) -> TrainState:
+        def of_members(*leaves: jax.Array) -> jax.Array:
+            if len(leaves) == 1:
+                return jnp.broadcast_to(leaves[0], (members, *leaves[0].shape))
+            return jnp.stack(leaves)
+
+        params = jax.tree.map(of_members, *starts)
         return TrainState(params, jax.vmap(tx.init)(params), jnp.zeros(members, jnp.int32))
 
-    return jax.jit(build, out_shardings=shardings(abstract))(start)
+    return jax.jit(build, out_shardings=shardings(abstract))(starts)
 
 
 def compile_step(

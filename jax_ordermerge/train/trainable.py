@@ -1,6 +1,6 @@
 """Which tensors of a model are trained, and which all members share unchanged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -20,13 +20,14 @@ class Trainable(NamedTuple):
         trained: tensors that each member has for itself, with moments and checkpoints.
         frozen: tensors that are in memory once for all members; empty in full fine-tuning.
         objective: of both.
-        start: `(load) -> params`, what a member starts from, float32; `load` loads the base.
+        starts: `(load, members) -> [params]`, what members of these numbers start from, float32: one
+            for all of them, or one for each. `load` loads the base.
     """
 
     trained: tuple[TensorSpec, ...]
     frozen: tuple[TensorSpec, ...]
     objective: Objective
-    start: Callable[[Callable[[], Tree]], Tree]
+    starts: Callable[[Callable[[], Tree], Sequence[int]], list[Tree]]
 
 
 def make_trainable(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> Trainable:
@@ -57,12 +58,20 @@ def make_trainable(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> Traina
     dense, table = objective.build(spec, model, kernel), tensor_table(model)
     settings = spec.lora
     if settings is None:
-        return Trainable(table, (), dense, lambda load: load())
+        return Trainable(table, (), dense, lambda load, members: [load()])
+
     # An adapter starts at B = 0, so the member starts as the base, which is not loaded here: it is
-    # loaded once, as the frozen tree. All members draw the same A, by the seed of the experiment.
+    # loaded once, as the frozen tree. All members draw the same A, by the seed of the experiment,
+    # unless it is what differs between them.
+    def starts(load: Callable[[], Tree], members: Sequence[int]) -> list[Tree]:
+        seeds = [spec.seed]
+        if spec.population.vary != "order":
+            seeds = [lora.member_seed(spec.seed, member) for member in members]
+        return [lora.init_params(model, settings, seed) for seed in seeds]
+
     return Trainable(
         trained=lora.table(model, settings),
         frozen=table,
         objective=objective.adapted(dense, lora.scale(settings)),
-        start=lambda load: lora.init_params(model, settings, spec.seed),
+        starts=starts,
     )

@@ -99,6 +99,39 @@ CONFIGS = sorted(
             "data.packing = bins composes new ones; give packs",
         ),
         (
+            {"data": {"packing": "bins"}, "population": {"replicates": 2}},
+            "populations would depend on each other (population.replicates = 2); give packs",
+        ),
+        (
+            {"population": {"members": 2, "replicates": 3}, "mesh": {"order": 4}},
+            "population.members = 2 times replicates = 3 is not a multiple of mesh.order = 4",
+        ),
+        (
+            {"population": {"replicates": 2}, "training": {"mixing": "papa"}},
+            "set replicates to 1, or remove mixing",
+        ),
+        (
+            {"merge": {"methods": [{"method": "ties", "weights": [1] * 8}]}}
+            | {"population": {"replicates": 2}},
+            "ties has 8 weights for population.members = 4",
+        ),
+        (
+            {"population": {"vary": "dropout"}},
+            "population.vary = dropout: there is no dropout in training",
+        ),
+        (
+            {"population": {"vary": "init"}},
+            "population.vary = init: without lora members start from the base",
+        ),
+        (
+            {"population": {"vary": "all", "level": "same"}, "lora": {}},
+            "population.level = same gives all members one order",
+        ),
+        (
+            {"population": {"vary": "init", "level": "balanced"}, "lora": {}},
+            "population.level = balanced relates the orders of members",
+        ),
+        (
             {"data": {"packing": "packs"}, "model": {"attention": "cudnn"}},
             "model.attention = cudnn mixes packed documents",
         ),

@@ -13,7 +13,7 @@ from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
-from jax_ordermerge.search import controls
+from jax_ordermerge.search import controls, subsets
 from jax_ordermerge.search.candidates import Candidate, Population, baselines, check
 
 CONFIG = arch.ModelConfig(
@@ -71,6 +71,7 @@ CONTROLS = controls.make_controls(
     {"selection": SELECTION},
     0,
 )
+SUBSETS = [control for control in subsets.make_controls(3, SELECTION, 0) if control.at == (0, 2)]
 
 
 def control_per_group():
@@ -84,6 +85,34 @@ def test_a_control_is_the_same_merge_of_files(stored, tmp_path, candidate):
     population, root = stored
     convert.export(population.build(candidate), CONFIG, tmp_path / "memory", dtype="bfloat16")
     assert tensors(from_files(root, tmp_path / "files", candidate)) == tensors(tmp_path / "memory")
+
+
+def test_the_average_of_a_subset_is_the_merge_of_these_files(stored, tmp_path):
+    population, root = stored
+    control = next(control for control in SUBSETS if control.candidate.method == "average")
+    convert.export(
+        population.build(control.candidate), CONFIG, tmp_path / "memory", dtype="bfloat16"
+    )
+    files = [Directory(root / f"member_{member}") for member in control.at]
+    merge_plan = plan.uniform(files, Directory(root / "base"), method="average", dtype="bfloat16")
+    engine.merge_plan(merge_plan, tmp_path / "files")
+    assert tensors(tmp_path / "files") == tensors(tmp_path / "memory")
+
+
+def test_a_selection_of_a_subset_draws_from_it_alone(stored):
+    population, _ = stored
+    control = next(control for control in SUBSETS if control.candidate.method == "selection")
+    built, members = (
+        tree.flatten(x) for x in (population.build(control.candidate), population.members)
+    )
+    for path, merged in built.items():
+        first, _, third = np.asarray(members[path], np.float32)
+        merged = np.asarray(merged, np.float32)
+        assert ((merged == first) | (merged == third)).all()
+        # of many elements that differ, some come from either
+        if (first != third).sum() > 50:
+            assert (merged != first).any()
+            assert (merged != third).any()
 
 
 def test_lambda_of_any_merge_is_task_arithmetic_of_it(stored, tmp_path):

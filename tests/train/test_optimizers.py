@@ -108,7 +108,7 @@ def run(settings, model, base, members, shape):
         objective, tx, optimizer.make_schedule(settings, STEPS), lengths=[LENGTH]
     )
     program = steps.compile_step(step, mesh, abstract, kinds, {})
-    state, rates = steps.initial_state(base, tx, abstract), []
+    state, rates = steps.initial_state([base], tx, abstract), []
     for number in range(STEPS):
         state, metrics = program(state, jax.device_put(batch_of(number, members), place), {})
         rates.append(np.asarray(metrics.learning_rate)[0].astype(np.float64))

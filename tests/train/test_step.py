@@ -123,7 +123,7 @@ def test_optimizer_state_is_sharded_like_its_parameters(tiny_model, tiny_base):
     mesh = make_mesh(2, 2, 2)
     tx = optimizer.make_optimizer(Training(), 10, tensor_table(tiny_model))
     abstract = steps.abstract_state(convert.abstract_params(tiny_model, mesh, members=4), tx, mesh)
-    state = steps.initial_state(tiny_base, tx, abstract)
+    state = steps.initial_state([tiny_base], tx, abstract)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     path = "layers/mlp/gate/weight"  # [M, L, F, D]
     adam = next(

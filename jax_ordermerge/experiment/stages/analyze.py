@@ -13,8 +13,8 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import losses, models
 from jax_ordermerge.experiment.context import RunContext, Stage
-from jax_ordermerge.experiment.run_config import model_names
-from jax_ordermerge.layout import RunLayout, read_npz, write_json, write_npz
+from jax_ordermerge.experiment.run_config import model_names, result_layouts
+from jax_ordermerge.layout import read_npz, write_json, write_npz
 from jax_ordermerge.report import formatting
 from jax_ordermerge.train.orders import draw_orders
 
@@ -24,6 +24,9 @@ def run(ctx: RunContext) -> None:
     config, train, path = ctx.config, ctx.splits["train"], ctx.layout.final_losses
     kinds = model_names(config)
     measured = _read_losses(path, train)
+    if "base" not in measured:  # it is the same in all populations
+        first = _read_losses(ctx.training_layout.final_losses, train)
+        measured |= {name: losses for name, losses in first.items() if name == "base"}
     unit = formatting.loss_unit(config.objective.model_dump())
     # one pass over the training samples per model, on all of them under the final weights: losses
     # from the training log were measured at different times and do not compare
@@ -40,7 +43,7 @@ def run(ctx: RunContext) -> None:
         }
         write_npz(path, arrays)  # after each model, so that an interrupted stage continues
     # the orders are a pure function of the config, so they are drawn again instead of read
-    orders = draw_orders(ctx.training, train.lengths, range(config.population.members))
+    orders = draw_orders(ctx.training, train.lengths, ctx.members)
     positions = [[order.positions(epoch, len(train)) for epoch in epochs] for epochs in orders]
     unit, units = _units(config, orders, len(train))
     analysis = imbalance.analyze(
@@ -62,7 +65,7 @@ def run(ctx: RunContext) -> None:
 
 def is_complete(config: Config) -> bool:
     """Whether the statistics are written."""
-    return RunLayout(config.directory).analysis.is_file()
+    return all(run.analysis.is_file() for run in result_layouts(config))
 
 
 def _read_losses(path: Path, examples: Examples) -> dict[str, np.ndarray]:
@@ -95,4 +98,4 @@ def _warmup_fraction(config: Config, steps: int) -> float:
     return warmup if warmup < 1 else min(1.0, warmup / steps)
 
 
-STAGE = Stage("analyze", run, is_complete)
+STAGE = Stage("analyze", run, is_complete, by_population=True)

@@ -10,7 +10,7 @@ from jax_ordermerge.evaluate.eval_model import TextGenerator
 from jax_ordermerge.evaluate.metrics import perplexity
 from jax_ordermerge.experiment import controls, dpo_reference, losses, models, stack_models
 from jax_ordermerge.experiment.context import RunContext, Stage
-from jax_ordermerge.experiment.run_config import model_names
+from jax_ordermerge.experiment.run_config import model_names, result_layouts
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, read_json, write_json
 from jax_ordermerge.tree import Tree
@@ -36,6 +36,8 @@ def run(ctx: RunContext) -> None:
         name: read_json(run.evaluation(name)) or _no_results(name, kind)
         for name, kind in kinds.items()
     }
+    if ctx.population:  # the base is the same in all of them
+        results["base"] = read_json(ctx.training_layout.evaluation("base"))
     # models with the same missing tasks generate in one program
     groups: dict[Missing, list[str]] = {}
     for name, result in results.items():
@@ -61,8 +63,12 @@ def run(ctx: RunContext) -> None:
 
 def is_complete(config: Config) -> bool:
     """Whether the summary holds every model of the config."""
-    evaluations = read_json(RunLayout(config.directory).evaluations) or {"models": []}
-    return [model["name"] for model in evaluations["models"]] == list(model_names(config))
+
+    def evaluated(run: RunLayout) -> list[str]:
+        return [model["name"] for model in (read_json(run.evaluations) or {"models": []})["models"]]
+
+    names = list(model_names(config))
+    return all(evaluated(run) == names for run in result_layouts(config))
 
 
 def _no_results(name: str, kind: str) -> Json:
@@ -184,7 +190,9 @@ def _run_tasks(
         result_kind = TASK_KINDS[task.kind].result
         if result_kind == "outputs":
             # AlpacaEval's files name the model that wrote each answer
-            signed = [{**item, "generator": f"{config.name}/{summary['name']}"} for item in items]
+            population = f"/population {ctx.population}" if ctx.population else ""
+            author = f"{config.name}{population}/{summary['name']}"
+            signed = [{**item, "generator": author} for item in items]
             write_json(ctx.layout.outputs(task.name, summary["name"]), signed)
         else:
             # Apart, because tables compare accuracies with each other and not with perplexities.
@@ -201,4 +209,4 @@ def _log_summary(ctx: RunContext, summary: Json) -> None:
     ctx.log(f"  {summary['name']}: {', '.join([*loss, *tasks])}")
 
 
-STAGE = Stage("evaluate", run, is_complete)
+STAGE = Stage("evaluate", run, is_complete, by_population=True)

@@ -2,10 +2,11 @@
 
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import AUTO, merge_name
-from jax_ordermerge.experiment import data_dependent, export, losses, models, search
+from jax_ordermerge.experiment import build_merges, export, models, search
 from jax_ordermerge.experiment.context import RunContext, Stage
+from jax_ordermerge.experiment.run_config import result_layouts
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.layout import RunLayout, read_json, write_json
+from jax_ordermerge.layout import read_json, write_json
 from jax_ordermerge.merge import population as merging
 from jax_ordermerge.search.candidates import Population
 from jax_ordermerge.tree import Tree
@@ -14,6 +15,7 @@ from jax_ordermerge.tree import Tree
 def run(ctx: RunContext) -> None:
     """Merge the population in device memory, export each merge, and record its diagnostics."""
     config, run = ctx.config, ctx.layout
+    exports = build_merges.exports(config, ctx.population)
     population = models.load_population(ctx)
     # what an earlier, interrupted call has recorded; rewritten after each merge
     rows = {row["name"]: row for row in (read_json(run.merges) or {"merges": []})["merges"]}
@@ -34,45 +36,39 @@ def run(ctx: RunContext) -> None:
     write()  # a run without merges is complete, too
     for spec in config.merge.methods:
         name = merge_name(spec)
-        if name in rows and run.is_merged(name):
+        if name in rows and (run.is_merged(name) or not exports):
             continue
-        settings: Json = {
-            "method": spec.method,
-            "seed": config.seed if spec.seed is None else spec.seed,
-            "weights": spec.weights,
-            "parameters": spec.parameters,
-        }
-        merged, recorded = data_dependent.merge_with_data(
-            ctx,
-            settings,
-            population.members,
-            population.base,
-            lambda params: losses.example_losses(ctx, params, ctx.splits["validation"]).mean,
-        )
+        settings = build_merges.settings(ctx, spec)
+        merged, recorded = build_merges.build(ctx, population, spec)
         recipe = {
             "merge_method": spec.method,
             "weights": None if spec.weights is None else list(spec.weights),
             "parameters": dict(spec.parameters),
             "seed": settings["seed"],
         }
-        export.export(ctx, name, merged, recipe)
+        if exports:
+            export.export(ctx, name, merged, recipe)
         record(name, settings, merged, recorded)
         del merged  # the next merge needs its memory
-    if config.merge.auto is not None and not (AUTO in rows and run.is_merged(AUTO)):
-        chosen = search.choose_merge(
-            ctx, config.merge.auto, run.search, population, target=run.merged(AUTO)
-        )
+    if config.merge.auto is not None and not (
+        AUTO in rows and (run.is_merged(AUTO) or not exports)
+    ):
+        target = run.merged(AUTO) if exports else None
+        chosen = search.choose_merge(ctx, config.merge.auto, run.search, population, target=target)
         record(AUTO, chosen.settings, chosen.params, chosen.settings["parameters"])
 
 
 def is_complete(config: Config) -> bool:
     """Whether every merge of the config is exported and recorded."""
-    run = RunLayout(config.directory)
-    recorded = {row["name"] for row in (read_json(run.merges) or {"merges": []})["merges"]}
-    # a merge is exported before its diagnostics are measured: an export alone is not complete
-    return run.merges.is_file() and all(
-        name in recorded and run.is_merged(name) for name in config.merge_names
-    )
+    for number, run in enumerate(result_layouts(config)):
+        recorded = {row["name"] for row in (read_json(run.merges) or {"merges": []})["merges"]}
+        exports = build_merges.exports(config, number)
+        # a merge is exported before its diagnostics are measured: an export alone is not complete
+        if not run.merges.is_file() or not all(
+            name in recorded and (run.is_merged(name) or not exports) for name in config.merge_names
+        ):
+            return False
+    return True
 
 
 def _measure_diagnostics(
@@ -88,10 +84,13 @@ def _measure_diagnostics(
     total = diagnostics["total"]
     assert total is not None  # all tensors are of the same members
     values = {key: total[key] for key in ("norm_ratio", "lambda_eff")}
+    written = (
+        f" -> {ctx.layout.merged(name)}" if build_merges.exports(ctx.config, ctx.population) else ""
+    )
     # both are None where no member has left the base
     ratios = [f"{key} {value:.3f}" for key, value in values.items() if value is not None]
-    ctx.log(f"  {name}: {', '.join(ratios) or 'equal to the base'} -> {ctx.layout.merged(name)}")
+    ctx.log(f"  {name}: {', '.join(ratios) or 'equal to the base'}{written}")
     return dict(diagnostics)
 
 
-STAGE = Stage("merge", run, is_complete)
+STAGE = Stage("merge", run, is_complete, by_population=True)

@@ -137,8 +137,8 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
         unit: of losses.
         chosen: summary of the merge that a search chose, for the picture of both splits.
     """
-    # the plane has 49 models: it is a picture only
-    rows = [row for row in controls["rows"] if row["group"] != "plane"]
+    # the plane has 49 models: it is a picture only; subsets have a table of their own
+    rows = [row for row in controls["rows"] if row["group"] not in ("plane", "subsets")]
     split = controls["split"]
     cells = [_cells(row, controls["best_member"]) for row in rows]
     # the mean is no model, and has no paired differences here
@@ -157,7 +157,57 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
         "controls were made in device memory; none was written."
     )
     table = Table(header, cells, caption, strong=[after_members])
-    return [Heading("Controls"), table, *_pictures(controls["rows"], split, unit, chosen)]
+    return [
+        Heading("Controls"),
+        table,
+        *_subset_blocks(controls, unit),
+        *_pictures(controls["rows"], split, unit, chosen),
+    ]
+
+
+def _subset_blocks(controls: Json, unit: str) -> list[Block]:
+    """Return table and picture of the loss by number of members; empty where it is not measured."""
+    # absent in files of an earlier version
+    curves = controls.get("subsets")
+    if not curves:
+        return []
+    rows, strong = [], []
+    for method, curve in curves.items():
+        for point in curve["points"]:
+            gain = "gain" in point
+            cells = [formatting.interval(Difference(**point["gain"]))] if gain else [""]
+            loss = formatting.number(point["loss"], 4)
+            rows.append([method, str(point["size"]), str(point["subsets"]), loss, *cells])
+        doubled = curve["doubled"]
+        if "reason" in doubled:
+            continue
+        strong.append(len(rows))
+        gap = {key: value for key, value in doubled.items() if key not in ("size", "loss")}
+        loss = formatting.number(doubled["loss"], 4)
+        cells = [f"{doubled['size']} (extrapolated)", "", loss]
+        rows.append([method, *cells, formatting.interval(Difference(**gap))])
+    fits = "; ".join(
+        f"{method} {curve['a']:.4f} {curve['b']:+.4f} / members, at most {curve['misfit']:.4f} off"
+        for method, curve in curves.items()
+    )
+    reasons = {curve["doubled"].get("reason") for curve in curves.values()} - {None}
+    caption = (
+        f"Merges of subsets of the members on {controls['examples']} {controls['split']} examples: "
+        "mean over subsets. Difference to the mean member; of the extrapolated row to all members. "
+        "95 % intervals and p over items and, where there are three members or more, over members "
+        f"(jackknife, conservative). Fits: {fits}."
+        + "".join(f" No extrapolation: {reason}." for reason in sorted(reasons))
+    )
+    header = ["merge", "members", "subsets", f"loss ({unit})", "difference"]
+    return [
+        Heading("How many members are worth it?", 3),
+        Table(header, rows, caption, strong=strong),
+        Picture(
+            "subsets",
+            plots.subsets(curves, controls["split"], unit),
+            "Loss by number of merged members; dashed: the fit up to twice as many.",
+        ),
+    ]
 
 
 def _cells(row: Json, best: Json) -> list[str]:
@@ -195,7 +245,11 @@ def _pictures(rows: Sequence[Json], split: str, unit: str, chosen: Json | None) 
     if plane := [row for row in rows if row["group"] == "plane"]:
         picture = plots.plane(plane, split, unit)
         pictures.append(Picture("plane", picture, "The plane of the base and two members."))
-    both = [row for row in rows if row["validation_loss"] is not None and row["group"] != "plane"]
+    both = [
+        row
+        for row in rows
+        if row["validation_loss"] is not None and row["group"] not in ("plane", "subsets")
+    ]
     # with validation on both axes the picture would be a diagonal
     if split == "test" and both:
         picture = plots.splits(both, chosen, unit)

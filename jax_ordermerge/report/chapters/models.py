@@ -9,6 +9,7 @@ import numpy as np
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import formatting
+from jax_ordermerge.report.chapters import spread
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Comparison, Measure
 from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
 from jax_ordermerge.report.formatting import shortened
@@ -24,6 +25,8 @@ def results(run: Run) -> list[Block]:
     if not run.evaluations:
         return [*blocks, missing(run, "evaluate", run.layout.evaluations)]
     blocks.append(result_table(run))
+    if spreads := spread.table([run]):
+        blocks += [Heading("Spread between models", 3), spreads]
     if any("sources" in model for model in run.models):
         blocks += [Heading("By source", 3), _source_table(run)]
     if with_loss := [model for model in run.models if model.get("loss") is not None]:

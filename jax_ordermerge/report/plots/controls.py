@@ -1,12 +1,22 @@
 """Pictures of controls and of the candidates of a search."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.report.plots.figure import COLOURS, DASHED, FAINT, INK, KIND, draw, names_down
+from jax_ordermerge.report.plots.figure import (
+    COLOURS,
+    DASHED,
+    FAINT,
+    INK,
+    KIND,
+    colours,
+    draw,
+    interval,
+    names_down,
+)
 
 
 def lambda_line(rows: Sequence[Json], split: str, unit: str) -> str:
@@ -86,6 +96,37 @@ def plane(rows: Sequence[Json], split: str, unit: str) -> str:
         axes.grid(visible=False)
         bar = figure.colorbar(filled, ax=axes, shrink=0.85, label=f"{split} loss ({unit})")
         bar.outline.set_visible(False)
+    return figure.svg
+
+
+def subsets(curves: Mapping[str, Json], split: str, unit: str) -> str:
+    """Draw the loss of merges by their number of members, and the fit up to twice as many.
+
+    Args:
+        curves: by method, of `search.subsets.curves` as JSON.
+        split: that the loss was measured on.
+        unit: of losses.
+    """
+    with draw("subsets", 3.0) as figure:
+        axes = figure.subplots()
+        for (method, curve), colour in zip(curves.items(), colours(len(curves)), strict=True):
+            points = curve["points"]
+            axes.plot([], [], "o", color=colour, label=method, markersize=4)
+            first = points[0]["loss"]
+            for point in points:
+                # the interval of the difference to the mean member, around the loss
+                gain = point.get("gain", {"low": 0.0, "high": 0.0})
+                row = {
+                    "estimate": point["loss"],
+                    "low": first + gain["low"],
+                    "high": first + gain["high"],
+                }
+                interval(axes, point["size"], row, colour, vertical=True, markersize=4)
+            sizes = np.linspace(1, 2 * points[-1]["size"], 100)
+            fit = curve["a"] + curve["b"] / sizes
+            axes.plot(sizes, fit, color=colour, linewidth=1, linestyle=DASHED)
+        axes.set(xlabel="members of the merge", ylabel=f"{split} loss ({unit})")
+        axes.legend()
     return figure.svg
 
 
