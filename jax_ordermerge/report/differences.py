@@ -24,8 +24,8 @@ class Measure:
 
     Attributes:
         gaps: merge less rival, by rival.
-        mcnemar: exact tests of correct answers, by rival; of single models only.
-        holm: p values corrected over the merges, by rival.
+        mcnemar: mid-p tests of correct answers, by rival; of single models only.
+        holm: p values corrected over all comparisons of the run, by rival.
     """
 
     gaps: dict[str, Difference] = field(default_factory=dict)
@@ -222,14 +222,14 @@ def _items(model: Json, task: str | None) -> tuple[Sequence[object], Sequence[fl
 
 
 def _correct(merges: Mapping[str, MergeComparison]) -> None:
-    """Correct p values over the merges, apart for each measure and rival: fill `Measure.holm`."""
-    # A family is what a reader scans for the best merge: one column of the table of differences.
-    families: dict[tuple[str | None, str], list[Measure]] = {}
-    for comparison in merges.values():
-        for task, measure in comparison.measures.items():
-            for rival in measure.gaps:
-                families.setdefault((task, rival), []).append(measure)
-    for (_, rival), measures in families.items():
-        corrected = paired.holm([measure.p(rival) for measure in measures])
-        for measure, p in zip(measures, corrected, strict=True):
-            measure.holm[rival] = p
+    """Correct p values over all merges, measures and rivals: fill `Measure.holm`."""
+    # One family: a reader looks for the best verdict of the page, in whichever column it stands.
+    tests = [
+        (measure, rival)
+        for comparison in merges.values()
+        for measure in comparison.measures.values()
+        for rival in measure.gaps
+    ]
+    corrected = paired.holm([measure.p(rival) for measure, rival in tests])
+    for (measure, rival), p in zip(tests, corrected, strict=True):
+        measure.holm[rival] = p

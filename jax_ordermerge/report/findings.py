@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from jax_ordermerge.analysis.paired import holm
+from jax_ordermerge.analysis.paired import FEW_ITEMS, holm
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import contrasts
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Measure, seed_groups
@@ -19,6 +19,7 @@ from jax_ordermerge.report.formatting import (
     signed,
     spread,
     strength,
+    undetected,
     verdict,
     versus,
 )
@@ -28,8 +29,9 @@ from jax_ordermerge.report.run import Run, pair_cosines, percentages
 def sentences(run: Run) -> list[str]:
     """Return the summary of a run.
 
-    "Clearly" means p < 0.01, "weakly" p < 0.05, both corrected over the merges. Otherwise two
-    models are not distinguishable; they are never called equal.
+    "Clearly" means p < 0.01, "weakly" p < 0.05, both corrected over all comparisons of the run.
+    Otherwise two models are not distinguishable, and the smallest difference that this comparison
+    finds four times in five stands beside; they are never called equal.
     """
     sentences = contrasts.sentences(run)
     if run.analysis is not None:
@@ -48,8 +50,8 @@ def sentences(run: Run) -> list[str]:
         if tests > 2:
             sentences.append(
                 f"These are {tests} comparisons. The verdicts follow p values corrected by Holm's "
-                "method over the merges, separately for each measure and each rival; nothing is "
-                "corrected over measures and rivals. The errors are over test items, for these "
+                "method over all of them. Detectable: the smallest true difference that a single "
+                "such test finds in 80 of 100 repetitions. The errors are over test items, for these "
                 "trained models. Another training seed adds the spread that the members show "
                 "among themselves. Where a merge has several seeds, their spread is in its errors."
             )
@@ -81,14 +83,18 @@ def search_sentence(search: Json) -> str:
         versus(
             verdict(gap["estimate"], gap["holm"]),
             f"{signed(gap['estimate'], gap['se'])} {bounds(gap['low'], gap['high'])}, "
-            f"by Holm {p_text(gap['holm'])}",
+            f"by Holm {p_text(gap['holm'])}" + undetected(gap["holm"], gap["se"], gap["n"] - 1),
             RIVALS[rival],
         )
         for rival, gap in claims.items()
     ]
-    # A rival with the same losses is not tested. It is the same model as far as anyone can tell,
-    # as where the search chose the average itself.
-    clauses += [f"the same as {name}" for rival, name in RIVALS.items() if rival not in claims]
+    # A rival with equal losses on every example is not tested, as where the search chose the average
+    # itself.
+    clauses += [
+        f"identical in every loss to {name}"
+        for rival, name in RIVALS.items()
+        if rival not in claims
+    ]
     return (
         f"{text} On the {search['claim']['examples']} test examples, which had no part in the "
         f"choice, it is {'; '.join(clauses)}."
@@ -264,6 +270,20 @@ def _members(run: Run) -> list[str]:
     return sentences
 
 
+def _few_items(measure: Measure, rivals: Mapping[str, str]) -> str:
+    """Warn where a mean difference in loss is that of a few items."""
+    clauses = [
+        f"{100 * gap.top_share:.0f} % of the variance against {rivals[rival]} "
+        f"(median {gap.median:+.4f}, Wilcoxon {p_text(gap.wilcoxon_p)})"
+        for rival, gap in measure.gaps.items()
+        if gap.top_share is not None
+        and gap.top_share > FEW_ITEMS
+        and gap.median is not None
+        and gap.wilcoxon_p is not None
+    ]
+    return f" Caution: five items hold {'; '.join(clauses)}." if clauses else ""
+
+
 def _merge(run: Run, name: str) -> list[str]:
     assert run.comparison.best is not None  # there are members, else no merge is compared
     best, split = run.comparison.best.name, run.comparison.best.chosen_on
@@ -278,7 +298,8 @@ def _merge(run: Run, name: str) -> list[str]:
             versus(
                 verdict(gap.estimate, measure.holm[rival], lower_is_better=scale == 1),
                 f"{signed(scale * gap.estimate, scale * gap.se, digits)}, "
-                f"{p_texts(measure.p(rival), measure.holm[rival])}",
+                f"{p_texts(measure.p(rival), measure.holm[rival])}"
+                + undetected(measure.holm[rival], scale * gap.se, gap.n - 1, digits),
                 rivals[rival],
             )
             for rival, gap in measure.gaps.items()
@@ -293,9 +314,10 @@ def _merge(run: Run, name: str) -> list[str]:
     for task, measure in merge.measures.items():
         if task is None:
             loss = level([model["loss"] for model in seeds], 4)
-            sentences.append(f"{name}, {run.loss_name} {loss}: {clauses(measure, 1, 4)}.")
+            text = f"{name}, {run.loss_name} {loss}: {clauses(measure, 1, 4)}."
+            sentences.append(text + _few_items(measure, rivals))
         else:
             share = level(percentages(seeds, task), 1, " %")
-            exact = ", by McNemar's test against single models" if measure.mcnemar else ""
+            exact = ", by McNemar's mid-p against single models" if measure.mcnemar else ""
             sentences.append(f"{name}, {task} {share}: {clauses(measure, 100, 1)}{exact}.")
     return sentences

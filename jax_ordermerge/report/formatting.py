@@ -78,6 +78,18 @@ def detectable_text(se: float, freedom: float, digits: int = 4) -> str:
     return f"detectable from {detectable(se, freedom):.{digits}f}"
 
 
+def undetected(corrected: float, se: float, freedom: float, digits: int = 4) -> str:
+    """Return `detectable_text` after a comma where a test found nothing, else nothing.
+
+    Example:
+        >>> undetected(0.5, 0.001, 399), undetected(0.001, 0.001, 399)
+        (', detectable from 0.0028', '')
+    """
+    if strength(corrected) or not se > 0:
+        return ""
+    return f", {detectable_text(se, freedom, digits)}"
+
+
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Return mean and standard deviation, None for one value.
 

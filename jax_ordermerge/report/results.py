@@ -50,7 +50,8 @@ def build(runs: Sequence[Run]) -> list[Block]:
         Paragraph(
             "Written by ordermerge results from the run directories: every number and every "
             "verdict is computed, none is typed. The error after ± is one standard error. "
-            "Clearly: p < 0.01 after Holm's correction over the merges of a run; weakly: p < 0.05."
+            "Clearly: p < 0.01 after Holm's correction over all comparisons of a run; weakly: "
+            "p < 0.05."
         ),
         Heading("All runs"),
         _overview(runs),
@@ -103,7 +104,7 @@ def _overview(runs: Sequence[Run]) -> Table:
     caption = (
         f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. "
         "Best: of the lowest validation loss, reported on test examples; of several merge "
-        "seeds the mean. The difference with its 95 % paired bootstrap interval. Cosine: mean "
+        "seeds the mean. The difference with its 95 % studentized bootstrap interval. Cosine: mean "
         "over pairs of the members' task vectors."
     )
     return Table(header, rows, caption, text=(0, 3, 4))

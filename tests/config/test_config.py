@@ -460,3 +460,10 @@ def test_a_config_has_to_name_its_base_and_its_examples(raw, message):
 def test_a_resolved_config_names_everything():
     check_inputs(make_config({"model": {"base": "x"}, "data": {"train": "generated:quickstart"}}))
     check_inputs(make_config(to_dict(make_config({}))))
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "paper").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_configs_of_the_paper_choose_nothing_on_test(file):
+    data = load_config(str(file)).data
+    assert data.test is not None
+    assert data.validation_examples > 0

@@ -90,7 +90,12 @@ def test_the_numbers_of_both_runs_and_their_difference(tmp_path):
     assert "seed" not in rows
     assert rows["free, epoch 1"][:3] == ["-0.0100 ± 0.0030", "p = 0.01", ""]
     # two errors of 0.003 in quadrature; 0.012 / 0.00424 is 2.83 of them
-    assert rows["fixed, epoch 1"][2] == "-0.0120 ± 0.0042, p = 0.0047"
+    # margin: half of 0.010; the upper test has (0.012 - 0.005) / 0.00424 = 1.65 against it
+    assert rows["fixed, epoch 1"][2] == (
+        "-0.0120 ± 0.0042, p = 0.0047; not shown to be equivalent within 0.0050 (p = 0.95)"
+    )
+    # 0 against a slope of 0 has no margin; two errors of 0.004 detect 2.8 times 0.0057
+    assert rows["fixed, epoch 2"][2] == "+0.0000 ± 0.0057, p = 1, detectable from 0.0158"
     assert rows["free: average"][1].startswith("-0.0500 ± 0.0000")
     assert rows["fixed: average"][1].startswith("-0.0200 ± 0.0000")
     assert [rows[f"{name}: mean member (sd)"][2] for name in ("free", "fixed")] == [

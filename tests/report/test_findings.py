@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_ordermerge.analysis import paired
+from jax_ordermerge.analysis import equivalence, paired
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.report import differences, findings
 from jax_ordermerge.report.run import Run
@@ -92,12 +92,16 @@ def test_merges_are_compared_with_the_average_and_p_values_corrected_over_the_me
     assert bad.measures["sums"].mcnemar["average"] == paired.mcnemar(
         correct["bad"], correct["good"]
     )
-    for rival in ("mean_member", "best_member"):
-        p_values = [merge.loss.gaps[rival].p for merge in merges.values()]
-        assert [merge.loss.holm[rival] for merge in merges.values()] == paired.holm(p_values)
-    exact = [merge.measures["sums"].mcnemar["best_member"].p for merge in merges.values()]
-    corrected = [merge.measures["sums"].holm["best_member"] for merge in merges.values()]
-    assert corrected == paired.holm(exact)
+    # one family: both measures, all rivals, McNemar's p where single models are compared
+    tests = [
+        (measure, rival)
+        for merge in merges.values()
+        for measure in merge.measures.values()
+        for rival in measure.gaps
+    ]
+    p_values = [(measure.mcnemar.get(rival) or measure.gaps[rival]).p for measure, rival in tests]
+    assert len(p_values) == 10
+    assert [measure.holm[rival] for measure, rival in tests] == paired.holm(p_values)
     sentences = findings.sentences(run)
     worse = [
         text
@@ -151,10 +155,16 @@ def test_merges_of_several_seeds_are_one_comparison_of_their_mean(planted):
         gap = merges["drawn"].measures[task].gaps["best_member"]
         assert gap == paired.over_seeds(of_mean, (values - rival).mean(axis=1))
         assert gap.se > of_mean.se
-        # one test per method, not one per seed
-        measures = [merge.measures[task] for merge in merges.values()]
-        p_values = [measure.p("best_member") for measure in measures]
-        assert [measure.holm["best_member"] for measure in measures] == paired.holm(p_values)
+    # one test per method, not one per seed
+    tests = [
+        (measure, rival)
+        for merge in merges.values()
+        for measure in merge.measures.values()
+        for rival in measure.gaps
+    ]
+    corrected = paired.holm([measure.p(rival) for measure, rival in tests])
+    assert len(tests) == 3 * 2 * 2
+    assert [measure.holm[rival] for measure, rival in tests] == corrected
     assert merges["drawn"].measures["sums"].mcnemar == {}
     sentences = [
         text
@@ -222,6 +232,23 @@ def test_noise_is_not_distinguishable():
     sentences = findings.sentences(make_run(models, items, resamples=200))
     text = next(text for text in sentences if text.startswith("x,"))
     assert text.count("not distinguishable") == 2
+    # beside each stands what this comparison could have found
+    gaps = make_run(models, items, resamples=200).comparison.merges["x"].loss.gaps.values()
+    for gap in gaps:
+        smallest = equivalence.detectable(gap.se, 59)
+        assert f"detectable from {smallest:.4f}) from" in text
+
+
+def test_a_mean_that_five_items_decide_is_said_to_be_one(planted):
+    models, items, losses, _ = planted
+    few = losses["m1"] + 0.001
+    few[:5] -= 4.0
+    models.append(make_model("few", "merge", loss=few.mean()))
+    items["few"] = make_items(few)
+    sentences = findings.sentences(make_run(models, items))
+    (text,) = [text for text in sentences if text.startswith("few, held-out")]
+    assert "Caution: five items hold" in text
+    assert "the best member (m1, chosen on validation) (median +0.0010, Wilcoxon p" in text
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_the_report_of_a_search_says_what_was_chosen_and_what_may_be_claimed():
     )
     assert "clearly better (-0.0969 ± 0.0026" in text
     assert "than the best member; not distinguishable (" in text
-    assert "the same as the average" in text
+    assert "identical in every loss to the average" in text
     assert "| ties | 16 | – | – | – | 1 |" in text
     assert "There is no test split, so nothing is claimed" in search_sentence(search(claim=False))
     assert merges.search(None, "nats per token") == []

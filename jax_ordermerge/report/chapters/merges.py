@@ -1,9 +1,9 @@
 """Chapters: diagnostics of the merges, the search for one, and the controls to compare with."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from jax_ordermerge.analysis.paired import Difference
+from jax_ordermerge.analysis.paired import Difference, holm
 from jax_ordermerge.config.merge import AUTO
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import member_name
@@ -140,7 +140,9 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
     # the plane has 49 models: it is a picture only; subsets have a table of their own
     rows = [row for row in controls["rows"] if row["group"] not in ("plane", "subsets")]
     split = controls["split"]
-    cells = [_cells(row, controls["best_member"]) for row in rows]
+    p_values = [gap["p"] for row in rows for gap in row["against"].values()]
+    corrected = iter(holm(p_values))
+    cells = [_cells(row, controls["best_member"], corrected) for row in rows]
     # the mean is no model, and has no paired differences here
     members = [index for index, row in enumerate(rows) if row["kind"] == "member"]
     means = [
@@ -152,8 +154,9 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
     header = ["model", f"{split} loss ({unit})", "validation loss"]
     header += [f"less {RIVALS[rival]}" for rival in _CONTROL_RIVALS]
     caption = (
-        f"On {controls['examples']} {split} examples. Difference ± standard error [95 % paired "
-        "bootstrap interval], p of the paired t-test, not corrected for their number. All "
+        f"On {controls['examples']} {split} examples. Difference ± standard error [95 % "
+        "bootstrap interval], p of the paired t-test, and p by Holm's method over all comparisons "
+        "of this table. All "
         "controls were made in device memory; none was written."
     )
     table = Table(header, cells, caption, strong=[after_members])
@@ -210,14 +213,21 @@ def _subset_blocks(controls: Json, unit: str) -> list[Block]:
     ]
 
 
-def _cells(row: Json, best: Json) -> list[str]:
+def _cells(row: Json, best: Json, corrected: Iterator[float]) -> list[str]:
     mark = f" (best on {best['chosen_on']})" if row["name"] == best["name"] else ""
-    gaps = (row["against"].get(rival) for rival in _CONTROL_RIVALS)
+    # in the order of the p values that were corrected
+    holm_p = {rival: next(corrected) for rival in row["against"]}
+    gaps = ((row["against"].get(rival), holm_p.get(rival)) for rival in _CONTROL_RIVALS)
     return [
         row["name"] + mark,
         formatting.number(row["loss"], 4),
         formatting.number(row["validation_loss"], 4),
-        *("" if gap is None else formatting.interval(Difference(**gap)) for gap in gaps),
+        *(
+            ""
+            if gap is None or p is None
+            else f"{formatting.interval(Difference(**gap))}, by Holm {p:.2g}"
+            for gap, p in gaps
+        ),
     ]
 
 

@@ -7,10 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jax_ordermerge.analysis import paired
+from jax_ordermerge.analysis.paired import Difference
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.chapters import spread
-from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Comparison, Measure
+from jax_ordermerge.report.differences import (
+    BEST_MEMBER,
+    MEAN_MEMBER,
+    RIVALS,
+    Comparison,
+    Measure,
+)
 from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
 from jax_ordermerge.report.formatting import shortened
 from jax_ordermerge.report.plots import models as plots
@@ -144,20 +151,34 @@ def difference_table(comparison: Comparison) -> Table:
             gaps = [_difference(measure, rival, scale, digits) for rival in RIVALS]
             test = measure.mcnemar.get(BEST_MEMBER)
             counts = f"{test.only_first} : {test.only_second}, " if test else ""
-            rows.append([label, title, *gaps, counts + formatting.p_text(test.p) if test else ""])
+            rank = _median(measure.gaps.get(MEAN_MEMBER), scale, digits)
+            mcnemar = counts + formatting.p_text(test.p) if test else ""
+            rows.append([label, title, *gaps, rank, mcnemar])
     header = ["merge", "measure", *(f"against {text}" for text in RIVALS.values())]
+    header.append("median, Wilcoxon, mean member")
     caption = (
-        "Difference ± standard error [95 % paired bootstrap interval], p of the paired t-test. "
-        "Where it differs, also p corrected by Holm's method over the merges (for answers of "
-        "single models, of McNemar's test). Losses weigh tokens where their numbers are stored, "
+        "Difference ± standard error [95 % studentized bootstrap interval], p of the paired t-test. "
+        "Where it differs, also p corrected by Holm's method over all comparisons of this table "
+        "(for answers of single models, of McNemar's mid-p test). Losses weigh tokens where their numbers are stored, "
         "else examples equally. Of several merge seeds the mean over them is compared on each "
-        "item, and their spread is in error, interval and p. Less loss and more points are better."
+        "item, and their spread is in error, interval and p. Median: of the differences to the mean "
+        "member, items counting equally; five items hold: a share of the variance above a quarter. "
+        "Less loss and more points are better."
     )
     # only tasks with answers have the test; pages on losses alone go without its column
     if any(row[-1] for row in rows):
         header.append("McNemar, best member")
         caption += " McNemar: items that only the merge : only the member answers correctly."
     return Table(header, [row[: len(header)] for row in rows], caption, text=(0, 1))
+
+
+def _median(gap: Difference | None, scale: int, digits: int) -> str:
+    """Return what most items say, beside the mean, which a few may decide."""
+    if gap is None or gap.median is None or gap.wilcoxon_p is None:
+        return ""
+    text = f"{scale * gap.median:+.{digits}f}, {formatting.p_text(gap.wilcoxon_p)}"
+    few = gap.top_share is not None and gap.top_share > paired.FEW_ITEMS and scale == 1
+    return f"{text}; five items hold {100 * (gap.top_share or 0):.0f} %" if few else text
 
 
 def _difference(measure: Measure, rival: str, scale: int, digits: int) -> str:
@@ -194,16 +215,21 @@ def texts(run: Run) -> list[Block]:
         Heading("Perplexity of texts"),
         Table(header, rows, f"Number of texts: {counts}.", text=(0, 1)),
     ]
-    if gaps := list(_text_differences(models, run)):
+    if differences := list(_text_differences(models, run)):
+        corrected = paired.holm([gap.p for *_, gap in differences])
+        gaps = [
+            [task, name, f"{formatting.interval(gap)}, by Holm {p:.2g}"]
+            for (task, name, gap), p in zip(differences, corrected, strict=True)
+        ]
         caption = (
-            "Bits per byte, merge less the mean member; ± standard error [95 % paired bootstrap "
-            "interval] over texts, p not corrected."
+            "Bits per byte, merge less the mean member; ± standard error [95 % studentized bootstrap "
+            "interval] over texts, and p by Holm over this table."
         )
         blocks.append(Table(["texts", "merge", "against the mean member"], gaps, caption, (0, 1)))
     return blocks
 
 
-def _text_differences(models: Sequence[Json], run: Run) -> Iterator[list[str]]:
+def _text_differences(models: Sequence[Json], run: Run) -> Iterator[tuple[str, str, Difference]]:
     members = [model["name"] for model in models if model["kind"] == "member"]
     for model in models:
         names = [model["name"], *members]
@@ -224,7 +250,7 @@ def _text_differences(models: Sequence[Json], run: Run) -> Iterator[list[str]]:
             # weighted by bytes: a ratio of total bits to total bytes, as in the table above
             mean = np.mean(of_members, axis=0)
             gap = paired.difference(merge, mean, weights=sizes, **run.resampling)
-            yield [task, model["name"], formatting.interval(gap)]
+            yield task, model["name"], gap
 
 
 def answers(run: Run) -> list[Block]:
