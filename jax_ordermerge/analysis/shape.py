@@ -166,6 +166,8 @@ def explained(losses: np.ndarray, positions: np.ndarray, *, bins: int) -> Explai
     values, freedom = regression.within(losses), (members - 1) * (samples - 1)
     lines, dummies = [], []
     for regressor in position_effects.distinct_positions(positions):
+        if np.abs(regression.within(regressor.position)).max() < 1e-9:
+            raise Undetermined("every sample has the same positions in all members")
         lines.append(regressor.position)
         numbers = np.stack([resample.bin_numbers(row, bins) for row in regressor.position])
         dummies += [(numbers == u).astype(np.float64) for u in range(1, int(numbers.max()) + 1)]

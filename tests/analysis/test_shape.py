@@ -1,5 +1,7 @@
 """Position effects of any shape: tests, shares of variance, sizes, and the simultaneous band."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -29,6 +31,26 @@ def test_a_bent_effect_without_a_slope_is_found():
     same = np.broadcast_to(x[:1], x.shape)
     with pytest.raises(Undetermined, match="same positions"):
         shape.omnibus(losses, same, bins=10, permutations=9, seed=0)
+
+
+@pytest.mark.parametrize("members", [1, 2, 4])
+def test_one_step_per_epoch_determines_nothing(members):
+    losses = np.random.default_rng(0).normal(2, 0.5, (members, 40))
+    document = asdict(
+        imbalance.analyze(
+            losses,
+            np.zeros((members, 2, 40)),
+            {"average": losses.mean(axis=0)},
+            base_losses=losses[0] + 1,
+            unit="batch",
+            units=np.zeros(40, int),
+            bootstrap=20,
+            permutations=9,
+        )
+    )
+    for key in ("fixed_effects", "omnibus", "explained"):
+        assert "same positions" in document[key]["reason"] or members == 1
+    json.dumps(document, allow_nan=False)
 
 
 def levels(level, members, samples, batch, seed):
