@@ -24,7 +24,7 @@ class EpochGap(Estimate):
     """Loss of the half of the samples that a member saw early less the late half."""
 
     epoch: int
-    kept: float  # the part of a gap that a plain average of these orders keeps
+    share_left: float  # the part of a gap that a plain average of these orders keeps
     expected: Estimate  # the gap that is left in a plain average
 
 
@@ -135,8 +135,8 @@ def curves(
 
     count = losses.shape[1] if units is None else int(units.max()) + 1
     # With orders that do not vary within samples an average keeps the gap, as the share of 0 says.
-    kept = [1 - within_share(positions[:, e]) for e in range(epochs)]
-    table = _Resampled(by_key, reason, kept, count)
+    share_left = [1 - within_share(positions[:, e]) for e in range(epochs)]
+    table = _Resampled(by_key, reason, share_left, count)
     return Curves(
         members=[[table.band("member", m, e) for e in range(epochs)] for m in range(members)],
         pooled=Pooled(
@@ -161,13 +161,13 @@ class _Resampled(NamedTuple):
     Attributes:
         by_key: empty where the data determine none.
         reason: why a curve is absent.
-        kept: by epoch, the part of a gap that a plain average keeps.
+        share_left: by epoch, the part of a gap that a plain average keeps.
         resampled: number of units, which are resampled.
     """
 
     by_key: dict[Key, Curve]
     reason: str
-    kept: list[float]
+    share_left: list[float]
     resampled: int
 
     def band(self, *key: str | int) -> Band | Missing:
@@ -181,8 +181,10 @@ class _Resampled(NamedTuple):
     def member_gap(self, e: int) -> EpochGap | Missing:
         if not self.by_key:
             return Missing(self.reason)
-        gap, kept = resample.gap(self.member_halves(e)), self.kept[e]
-        return EpochGap(**vars(gap), epoch=e + 1, kept=kept, expected=gap.scaled(kept))
+        gap, share_left = resample.gap(self.member_halves(e)), self.share_left[e]
+        return EpochGap(
+            **vars(gap), epoch=e + 1, share_left=share_left, expected=gap.scaled(share_left)
+        )
 
     def merged_gap(self, name: str, e: int) -> MergedGap | Missing:
         if not self.by_key:
@@ -196,13 +198,13 @@ class _Resampled(NamedTuple):
         gap = resample.gap(before)
         # Not gap / M: for the plain average of the losses, `after` is exactly `before` times
         # (1 - share), in any design. Balanced and reversed orders cancel far more than 1 / M.
-        excess = resample.gap(after, before, factor=self.kept[e])
+        excess = resample.gap(after, before, factor=self.share_left[e])
         return MergedGap(
             epoch=e + 1,
             members=gap,
             merged=resample.gap(after),
             difference=resample.gap(after, before),
-            expected=gap.scaled(self.kept[e]),
+            expected=gap.scaled(self.share_left[e]),
             excess=Excess(**vars(excess), p=_p(excess, gap, self.resampled)),
         )
 

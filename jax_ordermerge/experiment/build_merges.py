@@ -17,7 +17,7 @@ def exports(config: Config, population: int) -> bool:
 
 def settings(ctx: RunContext, spec: MergeSpec) -> Json:
     """Return method, seed, weights and parameters of a merge, as merge.json has them."""
-    # The seed is the same in all populations: which member an element is drawn from says nothing
+    # The seed is the same in all populations: the member of which an element is drawn says nothing
     # about a member, so the merges of two populations are as independent as their members are.
     return {
         "method": spec.method,

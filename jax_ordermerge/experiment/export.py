@@ -95,8 +95,9 @@ def _card(ctx: RunContext, name: str, recipe: Json, origin: str) -> str:
         "all": f"in {count} different orders, from {count} initializations of the adapters",
     }[population.vary]
     text = (
-        f"One base model was fine-tuned {count} times on the same data {difference} (level `{population.level}`, {epochs} epochs), and the {count} models were"
-        f" merged by `{recipe['merge_method']}`.\n\n"
+        f"One base model was fine-tuned {count} times on the same data {difference} (level"
+        f" `{population.level}`, {epochs} epochs), and the {count} models were merged by"
+        f" `{recipe['merge_method']}`.\n\n"
         + (f"{origin}\n\n" if origin else "")
         + f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n"
         + prompt_section(ctx.prompt_format)

@@ -54,7 +54,7 @@ def check_config(config: Config) -> None:
 
 
 def check_groups(config: Config, groups: int) -> None:
-    """Check that the device groups share the members, of all populations and where it is needed of one.
+    """Check that the device groups share the members: of all populations, or if needed of one.
 
     Args:
         config: of the run.

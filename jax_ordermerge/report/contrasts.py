@@ -77,7 +77,7 @@ class Contrast:
 def contrasts(run: Run) -> list[Contrast]:
     """Return every contrast of a run: of merges, controls and slopes."""
     runs = [run, *run.populations]
-    by_population = [_of_population(one) for one in runs]
+    by_population = [_of_population(population) for population in runs]
     result = []
     for key in dict.fromkeys(key for rows in by_population for key in rows):
         rows = {number: part[key] for number, part in enumerate(by_population) if key in part}

@@ -185,7 +185,8 @@ def _mitigation(analysis: Json, merge: Json | None) -> list[str]:
     if "expected" in before:
         sentences[0] += (
             " A plain average of the losses of these members keeps "
-            f"{100 * before['kept']:.1f} % of it: {before['expected']['estimate']:+.4f} is expected."
+            f"{100 * before['share_left']:.1f} % of it: {before['expected']['estimate']:+.4f} is"
+            " expected."
         )
         sentences.append(_beyond_averaging(rows, before, analysis["design"]["samples"]))
     return sentences

@@ -16,7 +16,7 @@ SAMPLED = 8  # subsets of each size, of more members
 
 
 def choose_subsets(members: int, seed: int) -> list[tuple[int, ...]]:
-    """Return subsets of the members by size: all, or of more than six members a sample.
+    """Return subsets of the members by size: all, or of more than six members some.
 
     The sampled sizes are powers of two; all single members and the set of all are always there.
 

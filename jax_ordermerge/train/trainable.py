@@ -20,8 +20,8 @@ class Trainable(NamedTuple):
         trained: tensors that each member has for itself, with moments and checkpoints.
         frozen: tensors that are in memory once for all members; empty in full fine-tuning.
         objective: of both.
-        starts: `(load, members) -> [params]`, what members of these numbers start from, float32: one
-            for all of them, or one for each. `load` loads the base.
+        starts: `(load, members) -> [params]`, what members of these numbers start from, float32:
+            one for all of them, or one for each. `load` loads the base.
     """
 
     trained: tuple[TensorSpec, ...]

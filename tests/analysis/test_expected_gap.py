@@ -59,7 +59,9 @@ def test_a_plain_average_has_the_expected_gap_at_every_level(level, members, sam
             assert other["excess"]["estimate"] == pytest.approx(np.mean(gaps))
         pooled = document["pooled"]["early_late"][epoch]
         assert pooled["expected"] == average["expected"]
-        assert pooled["expected"]["estimate"] == pytest.approx(pooled["kept"] * pooled["estimate"])
+        assert pooled["expected"]["estimate"] == pytest.approx(
+            pooled["share_left"] * pooled["estimate"]
+        )
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def test_a_closed_gap_is_tested_against_what_averaging_alone_leaves(excess, word
         "design": {"samples": 400},
         "fixed_effects": {"reason": "because"},
         "members": [{"sd_loss": 0.4}] * 4,
-        "pooled": {"early_late": [gap | {"kept": 1 / 16, "expected": expected}]},
+        "pooled": {"early_late": [gap | {"share_left": 1 / 16, "expected": expected}]},
         "merged": {"ties": {"early_late": [row]}},
     }
     reason, text, test = findings.sentences(make_run(analysis=analysis))

@@ -285,8 +285,8 @@ def mitigation(run: Run) -> list[Block]:
     header += ["slope left", "change of slope", "plain slope"]
     caption = (
         "Gap: loss of the half of the samples that a member saw early less the half it saw late, "
-        "mean over the members' orders. Expected: of a plain average of the members' losses, the gap "
-        "times the share of it that these orders do not cancel; excess: gap in the merge less "
+        "mean over the members' orders. Expected: of a plain average of the members' losses, the "
+        "gap times the share of it that these orders do not cancel; excess: gap in the merge less "
         "that. Slopes are by a sample's mean position in all members: "
         "the slope that is left, its change against the members, and the plain regression of the "
         "merge's losses, with the base's loss as a covariate where it was measured."

@@ -66,7 +66,7 @@ def _losses(run: Run, names: Sequence[str]) -> list[str]:
 def _answers(run: Run, names: Sequence[str], task: str) -> str:
     rows = [run.items[name].get("tasks", {}).get(task, []) for name in names]
     ids = [[row["id"] for row in of_model] for of_model in rows]
-    if any(other != ids[0] for other in ids):
+    if any(model_ids != ids[0] for model_ids in ids):
         return "–"
     result = or_missing(agreement, np.array([[row["correct"] for row in part] for part in rows]))
     if isinstance(result, Missing):
