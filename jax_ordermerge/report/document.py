@@ -84,6 +84,7 @@ class Picture:
     name: str
     svg: str
     caption: str = ""
+    narrow: bool = False  # it fits a phone; all others scroll there
 
     @property
     def alternative(self) -> str:

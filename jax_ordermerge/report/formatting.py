@@ -11,6 +11,7 @@ from jax_ordermerge.json_types import Json
 
 # one constant, because pages count and compare verdicts by their text
 INDISTINGUISHABLE = "not distinguishable"
+NORMAL = 1.96  # standard errors on each side of a 95 % interval
 LONGEST_ANSWER = 700  # characters; more would hide the other rows of a table
 
 
@@ -23,6 +24,16 @@ def p_text(p: float) -> str:
     """
     # below that the approximations behind the p value are worse than its digits
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+
+
+def p_value(p: float) -> str:
+    """Return a p value for a column of its own.
+
+    Example:
+        >>> p_value(0.0312), p_value(1e-9)
+        ('0.031', '< 0.0001')
+    """
+    return p_text(p).removeprefix("p ").removeprefix("= ")
 
 
 def p_texts(p: float, holm: float) -> str:
@@ -166,6 +177,16 @@ def bounds(low: float, high: float, digits: int = 4) -> str:
         '[-0.1, +0.2]'
     """
     return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def normal_bounds(estimate: float, error: float, digits: int = 4) -> str:
+    """Return the 95 % interval of an estimate from its standard error.
+
+    Example:
+        >>> normal_bounds(0.1, 0.05, 3)
+        '[+0.002, +0.198]'
+    """
+    return bounds(estimate - NORMAL * error, estimate + NORMAL * error, digits)
 
 
 def interval(gap: Estimate, scale: float = 1, digits: int = 4) -> str:

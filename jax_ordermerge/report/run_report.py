@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jax_ordermerge.layout import SearchLayout, read_json
 from jax_ordermerge.report import contrasts, document, findings
-from jax_ordermerge.report.chapters import imbalance, merges, models, provenance
+from jax_ordermerge.report.chapters import imbalance, merges, models, provenance, summary
 from jax_ordermerge.report.document import Block, Bullets, Chapter, Heading, Paragraph
 from jax_ordermerge.report.run import Run, read_run
 
@@ -46,6 +46,7 @@ def build(run: Run) -> list[Block]:
     """Return the blocks of the report."""
     # from the findings down to what they rest on; what only reproduces the run comes last
     chapters = [
+        ("Findings in full", _findings(run)),
         ("Over populations", contrasts.chapter(run)),
         ("Training", imbalance.training(run)),
         ("Position in the order", [*imbalance.imbalance(run), *imbalance.mitigation(run)]),
@@ -57,8 +58,7 @@ def build(run: Run) -> list[Block]:
     ]
     return [
         Paragraph(_introduction(run)),
-        Heading("What was found"),
-        _summary(run),
+        *summary.summary(run),
         *(Chapter(title, _below(title, blocks)) for title, blocks in chapters if blocks),
     ]
 
@@ -97,10 +97,8 @@ def _introduction(run: Run) -> str:
     )
 
 
-def _summary(run: Run) -> Block:
+def _findings(run: Run) -> list[Block]:
     sentences = findings.sentences(run)
     if run.search:
         sentences.append(findings.search_sentence(run.search))
-    if not sentences:
-        return Paragraph("Nothing yet: neither the analysis nor the evaluation has been run.")
-    return Bullets(sentences)
+    return [Bullets(sentences)] if sentences else []

@@ -180,7 +180,7 @@ def run(tmp_path_factory):
 
 
 def test_the_page_is_one_whole_file(run):
-    _, text, _, _, _ = run
+    directory, text, _, _, _ = run
     page = Page()
     page.feed(text)
     page.close()
@@ -196,7 +196,7 @@ def test_the_page_is_one_whole_file(run):
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == len(list((directory / "report").glob("*.svg"))) > 7
 
 
 def test_the_page_says_what_the_numbers_say(run):
@@ -245,7 +245,7 @@ def test_the_verdicts_follow_the_planted_differences(run):
 def test_the_markdown_shows_the_same_pictures(run):
     directory, text, markdown, _, _ = run
     files = re.findall(r"\]\((report/[\w.-]+\.svg)\)", markdown)
-    assert len(files) == 8
+    assert len(files) == len(set(files)) == text.count("<svg")
     for file in files:
         svg = (directory / file).read_text()
         assert ET.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
