@@ -195,18 +195,15 @@ def sentences(run: Run) -> list[str]:
     if not run.populations:
         return []
     by_model: dict[tuple[str, str], list[tuple[str, PopulationContrast, float]]] = {}
-    families: dict[tuple[str, str], list[Contrast]] = {}
-    for contrast in contrasts(run):
-        key = contrast.key
-        if not (key.control or key.is_slope or isinstance(contrast.over, Missing)):
-            families.setdefault((key.measure, key.rival), []).append(contrast)
-    # corrected over the merges, apart for each measure and rival, as the differences over items
-    for family in families.values():
-        overs = [row.over for row in family if not isinstance(row.over, Missing)]
-        corrected = paired.holm([over.p for over in overs])
-        for row, over, p in zip(family, overs, corrected, strict=True):
-            key = row.key
-            by_model.setdefault((key.model, key.measure), []).append((key.rival, over, p))
+    rows_with_error = [
+        (row.key, row.over)
+        for row in contrasts(run)
+        if not (row.key.control or row.key.is_slope or isinstance(row.over, Missing))
+    ]
+    # corrected over all merges, measures and rivals, as the differences over items are
+    corrected = paired.holm([over.p for _, over in rows_with_error])
+    for (key, over), p in zip(rows_with_error, corrected, strict=True):
+        by_model.setdefault((key.model, key.measure), []).append((key.rival, over, p))
     count = 1 + len(run.populations)
     texts = []
     for (model, measure), rows in by_model.items():
@@ -216,7 +213,8 @@ def sentences(run: Run) -> list[str]:
                 formatting.verdict(over.estimate, holm, lower_is_better=scale == 1),
                 f"{scale * over.estimate:+.{digits}f} "
                 f"{formatting.bounds(scale * over.low, scale * over.high, digits)}, "
-                f"{formatting.p_texts(over.p, holm)}",
+                f"{formatting.p_texts(over.p, holm)}"
+                + formatting.undetected(holm, scale * over.se, over.populations - 1, digits),
                 RIVALS[rival],
             )
             for rival, over, holm in rows
@@ -308,7 +306,9 @@ def run_sentences(runs: Sequence[Run]) -> list[str]:
         size = f"{mean.estimate:+.4f} {formatting.bounds(mean.low, mean.high)}, "
         clause = formatting.versus(
             formatting.verdict(mean.estimate, p),
-            size + formatting.p_texts(mean.p, p),
+            size
+            + formatting.p_texts(mean.p, p)
+            + formatting.undetected(p, mean.se, mean.data_sets - 1),
             RIVALS[key.rival],
         )
         differ = "differ" if mean.q_p < paired.WEAK else "are not shown to differ"

@@ -108,6 +108,7 @@ def _position(analysis: Json, unit: str) -> list[str]:
     sentences = []
     for row in effects["coefficients"]:
         outcome = "no effect on the final loss is distinguishable from zero"
+        outcome += undetected(row["p"], row["se"], effects.get("clusters", np.inf) - 1)
         if word := strength(row["p"]):
             # position 0 is the first step: a negative slope is a higher loss of early samples
             end = "early" if row["estimate"] < 0 else "late"

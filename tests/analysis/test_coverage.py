@@ -161,3 +161,50 @@ def test_permutation_of_steps_or_batches_keeps_its_size(level, icc, draws):
         )[0]
         rejected += p < 0.05
     assert rejected / draws <= 0.06 + 2 * np.sqrt(0.05 * 0.95 / draws)
+
+
+@pytest.mark.parametrize(
+    ("level", "members", "samples", "batch", "icc", "skewed", "draws"), grid(2)
+)
+def test_bands_of_the_curves_cover(level, members, samples, batch, icc, skewed, draws):
+    """Each bin by itself, and the mean over the bins: the bands are pointwise."""
+    draws, bins = min(draws, 200), 5
+    covered = np.zeros((draws, 2, bins))
+    for seed in range(draws):
+        losses, x, units = simulate(
+            Design(level, members),
+            samples=samples,
+            batch=batch,
+            icc=icc,
+            seed=seed,
+            skewed=skewed,
+        )
+        joint = position_effects.joint_effect(losses, x, units=units)
+        settings = {"bins": bins, "seed": seed, "units": units}
+        curves = position_curves.curves(
+            losses, x, {}, resamples=199, correlations=joint.step_correlation, **settings
+        )
+        truth = position_curves.curves(SLOPE * x[:, 0], x, {}, resamples=2, **settings)
+        for epoch, band in enumerate(curves.pooled.within):
+            effect = truth.pooled.within[0].mean if epoch == 0 else np.zeros(len(band.mean))
+            expected = losses.mean() + effect - np.average(effect, weights=band.samples)
+            inside = (band.low <= expected) & (expected <= band.high)
+            covered[seed, epoch] = inside.mean()
+    # bins are not independent, and each holds few steps
+    assert covered.mean() == pytest.approx(0.95, abs=allowed(draws))
+
+
+@pytest.mark.parametrize("level", ["sample", "batch"])
+@pytest.mark.parametrize(
+    ("icc", "draws"), [(0.3, FAST), pytest.param(0.0, SLOW, marks=pytest.mark.slow)]
+)
+def test_slopes_of_one_member_cover(level, icc, draws):
+    """Large errors of steps: the difficulty of samples would hide any others of one member."""
+    covered = np.zeros(draws)
+    for seed in range(draws):
+        losses, x, units = simulate(
+            Design(level, 1), samples=400, batch=20, icc=icc, seed=seed, slope=0.0, noise=1.0
+        )
+        slope = position_effects.marginal(losses[0], x[0, 1], units).slope
+        covered[seed] = slope.low <= 0 <= slope.high
+    assert covered.mean() == pytest.approx(0.95, abs=allowed(draws))
