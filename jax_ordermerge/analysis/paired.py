@@ -15,6 +15,7 @@ from jax_ordermerge.rng import stream_key_bits
 # p values below which a difference is called clear, or weak; above, it is not called one.
 CLEAR, WEAK = 0.01, 0.05
 FEW_ITEMS = 0.25  # of the variance in five items: what is said of the mean is said of these
+_FEWEST = 8  # items; with fewer, intervals are Student's
 _SMALLEST_P = 1e-25  # lower end of the search for a p value; far below any level
 
 
@@ -111,8 +112,12 @@ def difference(
     # the mean and its error rise together. A resample without variation says nothing.
     deviations = np.concatenate(blocks)
     deviations = deviations[np.isfinite(deviations)]
-    high, low = np.quantile(deviations, TAILS) if deviations.size else (0.0, 0.0)
-    low, high = estimate - low * error, estimate - high * error
+    left, right = np.quantile(deviations, TAILS) if deviations.size else (0.0, 0.0)
+    if count < _FEWEST:
+        # resamples of a handful of items repeat a few values: of two, the interval had no width
+        left, right = (float(stats.t.ppf(tail, count - 1)) for tail in TAILS)
+    # the right tail of the deviations bounds the mean from below
+    low, high = estimate - right * error, estimate - left * error
     if error > 0:
         p = float(2 * stats.t.sf(abs(estimate / error), count - 1))
     else:

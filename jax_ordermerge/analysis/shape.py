@@ -139,9 +139,8 @@ def _permuted(
         for total, number, group in zip(sums, bins, groups, strict=True):
             if deals is None or not (same or dependent):
                 deals, _ = clusters.permute_groups(group, count, generator)
-            dealt = number[deals]
-            for u in range(sizes.size):
-                totals[:, u] += (dealt == u) @ total
+            # the sums are dealt and the bins stay: one matrix product instead of one per bin
+            totals += total[deals] @ (number[:, None] == np.arange(sizes.size))
         yield (totals**2 / sizes).sum(axis=1)
 
 

@@ -125,6 +125,14 @@ def test_intervals_cover_skewed_losses(items, draws):
     assert by_percentile < covered
 
 
+@pytest.mark.parametrize("items", [2, 3, 7])
+def test_intervals_of_a_handful_of_items_are_students(items):
+    gaps = np.random.default_rng(items).normal(1, 1, items)
+    result = paired.difference(gaps, np.zeros(items))
+    expected = stats.ttest_1samp(gaps, 0).confidence_interval()
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high))
+
+
 def test_median_wilcoxon_and_the_items_that_decide():
     rng = np.random.default_rng(1)
     gaps = np.concatenate([rng.normal(0.01, 0.005, 95), [-3.0, -2.0, -1.0, -1.0, -1.0]])
