@@ -21,8 +21,9 @@ from jax_ordermerge.data import pack
 from jax_ordermerge.evaluate import scoring
 from jax_ordermerge.experiment import models, run_config
 from jax_ordermerge.experiment.context import open_run
-from jax_ordermerge.layout import RunLayout, read_json
+from jax_ordermerge.layout import RunLayout, read_json, read_search
 from jax_ordermerge.report.formatting import interval
+from jax_ordermerge.report.search_findings import worse_measures
 from jax_ordermerge.search.candidates import Candidate
 
 LAMBDAS = np.arange(8, 41) / 20
@@ -40,14 +41,22 @@ REGIMES = (
 CHOICES = (
     "run",
     "chosen",
-    "its validation loss",
-    "of the best member",
     "its test loss",
-    "best member",
     "mean member",
     "average",
+    "best member by loss",
+    "the same at its own lambda",
     "chosen less best member, test",
+    "chosen less that at its own lambda",
+    "what helps",
+    "worse on test",
 )
+HELPS = {
+    (True, True): "merging, length",
+    (True, False): "merging",
+    (False, True): "length",
+    (False, False): "neither is shown",
+}
 
 
 def sweep(run: pathlib.Path) -> tuple[float, float]:
@@ -89,19 +98,29 @@ def regime_row(run: pathlib.Path) -> list[str]:
 
 def choice_row(run: pathlib.Path) -> list[str]:
     """Return the cells of a search."""
-    search = read_json(RunLayout(run).search.results)
-    candidates, claim = search["candidates"], search["claim"]
+    search = read_search(RunLayout(run).search)
+    assert search is not None
+    candidates, claim, guard = search["candidates"], search["claim"], search["guard"]
     loss, against = claim["loss"], claim["against"]
-    # a rival with the winner's losses is the winner, and was not tested
-    best = loss["best_member" if "best_member" in against else "winner"]
+
+    def gap(rival: str) -> str:
+        # a rival with the winner's losses is the winner, and was not tested
+        return interval(Claim(**against[rival])) if rival in against else "the same model"
+
+    chosen = candidates[search["winner"]]["name"]
+    if guard["worse"]:
+        refused = candidates[guard["leader"]]["name"]
+        chosen += f" (refused: {refused}, worse in {', '.join(guard['worse'])})"
+    scaled = candidates[search["scaled_member"]]["name"]
     return [
         run.name,
-        candidates[search["winner"]]["name"],
-        *(f"{candidates[search[name]]['loss']:.4f}" for name in ("winner", "best_member")),
-        f"{loss['winner']:.4f}",
-        f"{best:.4f}",
-        *(f"{loss[name]:.4f}" if name in loss else "chosen" for name in ("mean_member", "average")),
-        interval(Claim(**against["best_member"])) if "best_member" in against else "the same model",
+        chosen,
+        *(f"{loss[part]:.4f}" for part in ("winner", "mean_member", "average", "best_member")),
+        f"{loss['scaled_member']:.4f} ({scaled})",
+        gap("best_member"),
+        gap("scaled_member"),
+        HELPS[claim["merging_helps"], claim["length_helps"]],
+        ", ".join(worse_measures(search)) or "–",
     ]
 
 

@@ -19,6 +19,9 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonValue
 
 CONFIG = "config.yaml"  # what makes a directory a run directory
+# Of results of a search. Those before 2 have no members at other lambdas: what such a search calls
+# better may be longer, and no merge.
+SEARCH_VERSION = 2
 _MEMBER = re.compile(r"member_(\d+)")
 
 
@@ -314,6 +317,23 @@ def read_json(path: Path) -> JsonValue:
         raise UserError(
             f"{path} is not valid JSON ({error}); restore it, or remove it and run its stage again"
         ) from error
+
+
+def read_search(search: SearchLayout) -> Json | None:
+    """Return the results of a search, or None where there are none.
+
+    Raises:
+        UserError: they are not valid JSON, or of another version.
+    """
+    results: Json | None = read_json(search.results)
+    if results is not None and results.get("version") != SEARCH_VERSION:
+        raise UserError(
+            f"{search.results} is of a search of version {results.get('version', 1)}, which this"
+            f" one ({SEARCH_VERSION}) does not continue: its merges had no rival of another length;"
+            " search again into another directory with ordermerge search RUN --out DIRECTORY, or"
+            " make the run again with --set output=DIRECTORY"
+        )
+    return results
 
 
 def write_jsonl(path: Path, rows: Iterable[Json]) -> None:

@@ -1,7 +1,8 @@
 """Two models on the same items: paired bootstrap, tests, corrections, and claims."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,6 +12,8 @@ from jax_ordermerge.analysis.resample import BLOCK
 from jax_ordermerge.analysis.result import TAILS, Estimate
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.rng import stream_key_bits
+
+Name = TypeVar("Name", bound=Hashable)
 
 # p values below which a difference is called clear, or weak; above, it is not called one.
 CLEAR, WEAK = 0.01, 0.05
@@ -255,40 +258,39 @@ def holm(p_values: ArrayLike) -> list[float]:
     return corrected.tolist()
 
 
-def claim(
-    winner: ArrayLike,
-    rivals: Mapping[str, ArrayLike],
+def claims(
+    pairs: Mapping[Name, tuple[ArrayLike, ArrayLike]],
     weights: ArrayLike | None = None,
     *,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Claim]:
-    """Compare the winner of a search with its rivals on items that had no part in the choice.
+) -> dict[Name, Claim]:
+    """Compare pairs of models on items that had no part in choosing them.
 
-    One candidate is tested here, however many were tried, so the search needs no correction. The
-    rivals are several, so p values are corrected for their number.
+    However many candidates were tried, the search needs no correction here. The comparisons are
+    several, so p values are corrected for their number.
 
     Args:
-        winner: [n], losses of the winner on test items.
-        rivals: by name, [n] on the same items.
+        pairs: losses [n] of a model and of its rival on the same items, by name.
         weights: [n], for example tokens per item.
         resamples, seed: of the bootstrap.
 
     Returns:
-        Winner less rival by the rival's name. A rival with the same losses is left out.
+        Model less rival by the name of the pair. A pair with the same losses is left out.
 
     Example:
-        >>> claims = claim(
-        ...     [1.0, 2.0, 3.0, 4.0],
-        ...     {"best_member": [1.5, 2.4, 3.5, 4.4], "average": [1.0, 2.0, 3.0, 4.0]},
+        >>> winner = [1.0, 2.0, 3.0, 4.0]
+        >>> made = claims(
+        ...     {"best_member": (winner, [1.5, 2.4, 3.5, 4.4]), "average": (winner, winner)}
         ... )
-        >>> list(claims), round(claims["best_member"].estimate, 2), claims["best_member"].is_better
+        >>> list(made), round(made["best_member"].estimate, 2), made["best_member"].is_better
         (['best_member'], -0.45, True)
     """
     gaps = {
-        name: difference(winner, losses, weights=weights, resamples=resamples, seed=seed)
-        for name, losses in rivals.items()
-        if not np.array_equal(winner, losses)  # the winner may be one of its rivals
+        name: difference(model, rival, weights=weights, resamples=resamples, seed=seed)
+        for name, (model, rival) in pairs.items()
+        # the same model: a test of zero differences has no meaning
+        if not np.array_equal(model, rival)
     }
     corrected = holm([gap.p for gap in gaps.values()])
     return {

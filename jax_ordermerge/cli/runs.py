@@ -235,6 +235,9 @@ def search(
         int | None, Option(help="Largest number of candidates besides base, members and average.")
     ] = None,
     sampler: Annotated[str | None, Option(help="grid, random, tpe or cma-es.")] = None,
+    measure: Annotated[
+        list[str] | None, Option(help="loss or a task, what is minimized; repeat for several.")
+    ] = None,
     validation: Annotated[
         Path | None, Option(help="Examples to choose on; by default data.validation_examples.")
     ] = None,
@@ -245,7 +248,8 @@ def search(
 ) -> None:
     """Choose the merge to ship among many, on validation examples.
 
-    Candidates are built in device memory; only the winner is written.
+    Candidates are built in device memory; only the winner is written. The members compete at every
+    lambda. A winner that makes the loss or a task worse than the best member is not shipped.
 
     ordermerge search runs/quickstart --budget 200 --sampler random
     """
@@ -253,7 +257,7 @@ def search(
     from jax_ordermerge.experiment import pipeline
 
     resolved = read_config(config, overrides)
-    options = {"budget": budget, "sampler": sampler, "seed": seed}
+    options = {"budget": budget, "sampler": sampler, "measure": measure or None, "seed": seed}
     # Options that are not given leave what the file says.
     changes = {key: value for key, value in options.items() if value is not None}
     page = pipeline.search(

@@ -10,13 +10,16 @@ from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, parse
 from jax_ordermerge.json_types import Json
 
 AUTO = "auto"  # name of the merge that a search selects
+LOSS = "loss"  # the measure of a search that is no task
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["grid", "random", "tpe", "cma-es"]
 # Why controls: in expectation selection is the average plus noise of mean zero, and resampling
-# lengthens the task vector. A gain counts only beside models that have the same length, or the same
-# noise.
+# lengthens the task vector; the average shortens it. A gain counts only beside models that have the
+# same length, or the same noise, and beside members that may choose their length, too.
 Control = Literal[
     "lambda_line",
+    "lambda_members",
+    "lambda_selections",
     "norm_matched",
     "lambda_matched",
     "seeds",
@@ -31,6 +34,8 @@ Control = Literal[
 # ensemble, which cost further forward passes.
 DEFAULT_CONTROLS: tuple[Control, ...] = (
     "lambda_line",
+    "lambda_members",
+    "lambda_selections",
     "norm_matched",
     "lambda_matched",
     "seeds",
@@ -141,12 +146,33 @@ def _default_entries() -> tuple[Entry, ...]:
 class Search(Section):
     """How a merge is selected on validation examples, and from which candidates.
 
-    The base, the members and their average are always candidates.
+    The base, the members and their average are always candidates, and the members and the average
+    also at other lambdas: a merge has to beat the best member at that member's own best lambda.
     """
 
     # A factory: the entries are validated when they are needed, not at import.
     methods: tuple[Entry, ...] = Field(default_factory=_default_entries)
-    budget: PositiveInt = Field(200, description="largest number of other candidates")
+    lambdas: Range = Field(
+        # A factory, as above. As wide as the line of the average among the methods, in steps of 0.1.
+        default_factory=lambda: Range(low=0.5, high=2.0, steps=16),
+        description="lambdas at which every member and the average are candidates, besides 1",
+    )
+    measure: tuple[str, ...] = Field(
+        (LOSS,),
+        description="what is minimized: loss; a task of `evaluation` (its share of wrong answers);"
+        " or a list: the mean of these, each divided by that of the mean member",
+    )
+    loss_margin: NonNegativeFloat = Field(
+        0.005,
+        description="a winner whose validation loss is higher than that of the best member by more"
+        " than this is not shipped",
+    )
+    task_margin: NonNegativeFloat = Field(
+        0.01,
+        description="the same for the share of wrong answers of every task that can be measured on"
+        " validation examples",
+    )
+    budget: PositiveInt = Field(200, description="largest number of candidates from `methods`")
     # The grid needs no optional package, and its candidates do not depend on a seed.
     sampler: Sampler = Field("grid", description="grid, random; tpe, cma-es (extra: search)")
     smallest: PositiveInt = Field(
@@ -156,6 +182,20 @@ class Search(Section):
     seed: int | None = Field(
         None, description="seed of draws and subsets; by default the seed of the run"
     )
+
+    @pydantic.field_validator("measure", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @pydantic.field_validator("measure", mode="after")
+    @classmethod
+    def _distinct(cls, measure: tuple[str, ...]) -> tuple[str, ...]:
+        if not measure or len({*measure}) < len(measure):
+            raise ValueError(
+                f"measure = {list(measure)}: give loss, a task, or several of them, each once"
+            )
+        return measure
 
 
 class MergeSpec(Section):
@@ -195,6 +235,22 @@ class MergeSpec(Section):
         )
 
 
+def _expand_controls(controls: Any) -> Any:
+    """Replace `none`, `default` and a `default` in a list by the names that they stand for."""
+    if controls in ("none", None):
+        return ()
+    listed = (controls,) if controls == "default" else controls
+    if isinstance(listed, str):
+        raise ValueError(
+            f"merge.controls = {controls!r}: expected default, none, or a list such as"
+            " [default, single] or [lambda_line, seeds]"
+        )
+    if not isinstance(listed, (list, tuple)):
+        return controls  # pydantic says what is expected
+    names = [x for name in listed for x in (DEFAULT_CONTROLS if name == "default" else (name,))]
+    return tuple(name for i, name in enumerate(names) if name not in names[:i])
+
+
 class Merge(Section):
     """Which merges are exported, and what the report compares them with."""
 
@@ -223,7 +279,7 @@ class Merge(Section):
     controls: tuple[Control, ...] = Field(
         DEFAULT_CONTROLS,
         description="models whose losses the report shows beside the merges; they are not"
-        " exported: default, none, or a list",
+        " exported: default, none, or a list, which may hold default",
     )
 
     # "after": the specs are parsed by then. Everything downstream sees one merge per seed.
@@ -247,16 +303,8 @@ class Merge(Section):
         if section.get("auto") is not None:
             # Who asks for a search gets its winner alone, unless methods are named, too.
             section.setdefault("methods", ())
-        controls = section.get("controls", ())
-        if controls in ("none", None):
-            section["controls"] = ()
-        elif controls == "default":
-            section["controls"] = DEFAULT_CONTROLS
-        elif isinstance(controls, str):
-            raise ValueError(
-                f"merge.controls = {controls!r}: expected default, none, or a list such as"
-                " [lambda_line, seeds]"
-            )
+        if "controls" in section:
+            section["controls"] = _expand_controls(section["controls"])
         return section
 
 

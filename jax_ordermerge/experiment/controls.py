@@ -80,7 +80,12 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         mean = float((measured[name].losses * tokens).sum() / tokens.sum())
         ctx.log(f"  {name}: {mean:.4f}")
     compared = controls.compare(
-        listed, measured, tokens, resamples=config.evaluation.bootstrap, seed=config.seed
+        listed,
+        measured,
+        tokens,
+        resamples=config.evaluation.bootstrap,
+        seed=config.seed,
+        choose=use_test,
     )
     curves = subsets.curves(
         listed, measured, tokens, resamples=config.evaluation.bootstrap, seed=config.seed
@@ -128,8 +133,9 @@ def _evaluated_controls(
 ) -> dict[str, controls.ControlLosses]:
     """Return the losses of the controls that the evaluation has measured.
 
-    These are the base, the members, and the average where it is among the merges of the config:
-    with equal weights, under whatever name it was exported. Its files have the bits of the control.
+    These are the base, the members, the selections at lambda 1, and the average where it is among
+    the merges of the config: with equal weights, under whatever name it was exported. Its files
+    have the bits of the control.
     """
     averages = [
         merge_name(spec)
@@ -138,8 +144,14 @@ def _evaluated_controls(
     ]
     measured = {}
     for control in listed:
-        if control.candidate.kind != "merge":
+        if control.group == "anchor" and control.candidate.kind != "merge":
             name = control.name  # base and members have the same names everywhere
+        elif (
+            control.group == "lambda_selections"
+            and control.line
+            and not control.candidate.is_scaled
+        ):
+            name = control.line
         elif control.name == "average" and averages:
             name = averages[0]
         else:

@@ -199,7 +199,9 @@ def search(
         if validation is not None:
             ctx = searching.with_validation_file(ctx, validation)
         # before a training of hours; open_run has checked only the search of the config
-        preflight.check_search(ctx.config, ctx.model, ctx.splits, ctx.overlaps, space)
+        preflight.check_search(
+            ctx.config, ctx.model, ctx.tokenizer, ctx.splits, ctx.overlaps, space
+        )
         if (replicates := ctx.config.population.replicates) > 1:
             log(f"the members are those of population 0 of 0 to {replicates - 1}")
         with run_lock.hold(ctx.layout, log):

@@ -12,12 +12,12 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config, load_config
-from jax_ordermerge.config.evaluation import ShotsTask, Task
-from jax_ordermerge.config.merge import Search
+from jax_ordermerge.config.evaluation import TASK_KINDS, ShotsTask, Task
+from jax_ordermerge.config.merge import LOSS, Search
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.listing import HUB_NAME
 from jax_ordermerge.data.tokenizers import Tokenizer
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import sample_generations
 from jax_ordermerge.experiment.splits import Overlap, check_splits, refuse_overlaps
@@ -120,7 +120,7 @@ def check_data(
     if config.samples.every is not None:
         sample_generations.read_prompts(config, model, tokenizer, splits)
     if config.merge.auto is not None:
-        check_search(config, model, splits, overlaps, config.merge.auto)
+        check_search(config, model, tokenizer, splits, overlaps, config.merge.auto)
 
 
 def check_tasks(
@@ -156,9 +156,38 @@ def check_tasks(
             raise error if named else UserError(f"evaluation task {task.name}: {error}") from error
 
 
+def reason_against(
+    config: Config, model: ModelConfig, tokenizer: Tokenizer, validation: Examples, task: Task
+) -> str:
+    """Return why a search cannot measure a task on validation examples; empty where it can.
+
+    It can where the items of the task are the examples of the test split, asked as they were
+    learned. Nothing is chosen on items on which a run reports.
+    """
+    if TASK_KINDS[task.kind].result != "accuracy":
+        return f"its kind, {task.kind}, has no right answers"
+    if not isinstance(task, ShotsTask) or task.data is not None:
+        return "it has data of its own, on which the run reports it"
+    # Without `data.test` a task that would read its rows from the file of the test split fails.
+    data = config.data.model_copy(update={"test": None})
+    try:
+        harness.check(
+            of_all_examples(task), model, tokenizer, data, test=validation, seed=config.seed
+        )
+    except UserError:
+        return "with shots, a prompt or a description it reads the rows of data.test"
+    return ""
+
+
+def of_all_examples(task: Task) -> Task:
+    """Return a task without its limit, which is of the reported items."""
+    return task.model_copy(update={"limit": None})
+
+
 def check_search(
     config: Config,
     model: ModelConfig,
+    tokenizer: Tokenizer,
     splits: Mapping[str, Examples],
     overlaps: Sequence[Overlap],
     space: Search,
@@ -166,8 +195,8 @@ def check_search(
     """Check a search for a merge, before members are trained for it.
 
     Raises:
-        UserError: there are no validation examples, some of them are also in another split, or the
-            space is wrong.
+        UserError: there are no validation examples, some of them are also in another split, the
+            measure cannot be measured on them, or the space is wrong.
     """
     if "validation" not in splits:
         raise UserError(
@@ -187,5 +216,21 @@ def check_search(
         [overlap for overlap in overlaps if overlap.split == "validation"],
         "a merge is chosen on examples that are in no other split; remove them",
     )
+    tasks = {task.name: task for task in config.evaluation.tasks}
+    if LOSS in tasks:
+        raise UserError(f"evaluation task {LOSS} has the name of a measure; give it another name")
+    for name in space.measure:
+        if name == LOSS:
+            continue
+        if name not in tasks:
+            hint = did_you_mean(name, [LOSS, *tasks])
+            raise UserError(
+                f"measure {name} of a search{hint}: expected loss or a task of evaluation.tasks"
+            )
+        if reason := reason_against(config, model, tokenizer, validation, tasks[name]):
+            raise UserError(
+                f"measure {name} of a search: {reason}; choose by loss, or by a task of which the"
+                " items are those of data.test, asked as they are trained"
+            )
     seed = config.seed if space.seed is None else space.seed
     search.check_space(space, config.population.members, model, seed)

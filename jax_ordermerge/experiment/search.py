@@ -2,23 +2,26 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jax_ordermerge import layout as layouts
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.result import asdict
-from jax_ordermerge.config.merge import AUTO, Search
+from jax_ordermerge.config.merge import AUTO, LOSS, Search
 from jax_ordermerge.data import source
-from jax_ordermerge.experiment import export, losses, models
+from jax_ordermerge.experiment import export, models, search_measures
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.experiment.splits import find_overlaps
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import SearchLayout, write_json
-from jax_ordermerge.report import findings
-from jax_ordermerge.search import search
-from jax_ordermerge.search.candidates import MEMBER, Candidate, Population
+from jax_ordermerge.report import search_findings
+from jax_ordermerge.search import claim, search
+from jax_ordermerge.search.candidates import SCALED_MEMBER, Candidate, Population, members_at
+from jax_ordermerge.search.measures import Measure
 from jax_ordermerge.tree import Tree
 
 
@@ -50,12 +53,17 @@ def choose_merge(
         population: read from the checkpoints by default.
         target: directory of the exported model; None exports nothing.
     """
+    layouts.read_search(layout)  # refuses what another version has written
     population = population or models.load_population(ctx)
+    measured, unmeasured = search_measures.make_measures(ctx)
+    for name, reason in unmeasured.items():
+        ctx.log(f"  {name} guards nothing: {reason}")
     result = search.run_search(
         population,
         space,
         ctx.splits["validation"],
-        functools.partial(losses.example_losses, ctx),
+        measured,
+        unmeasured,
         seed=ctx.config.seed if space.seed is None else space.seed,
         layout=layout,
         provenance={
@@ -63,17 +71,20 @@ def choose_merge(
             "train": ctx.splits["train"].digest,
             "run": ctx.config.name,
             "run_seed": ctx.config.seed,
+            "tasks": search_measures.task_settings(ctx, measured),
         },
         log=ctx.log,
     )
     # Only now, for one winner and few rivals: a test split that took part in the choice among many
     # candidates would make the winner look better than it is.
     if len(ctx.splits.get("test") or ()) > 1:
-        result = dataclasses.replace(result, claim=_compare_on_test(ctx, population, result))
+        claim = _compare_on_test(ctx, population, result, measured)
+        result = dataclasses.replace(result, claim=claim)
     # written before the export: the export reads nothing from it, and a reader can see the choice
     # while a large model is still being written
     write_json(layout.results, result.to_dict())
-    ctx.log(f"  {findings.search_sentence(result.to_dict())}")
+    for sentence in search_findings.sentences(result.to_dict()):
+        ctx.log(f"  {sentence}")
     # built again: the search frees each candidate after its measurement
     merged = population.build(result.winning_candidate)
     if target is not None:
@@ -91,39 +102,68 @@ def with_validation_file(ctx: RunContext, path: Path) -> RunContext:
     return dataclasses.replace(ctx, splits=splits, overlaps=find_overlaps(splits))
 
 
-def _compare_on_test(ctx: RunContext, population: Population, result: search.SearchResult) -> Json:
+def _compare_on_test(
+    ctx: RunContext,
+    population: Population,
+    result: search.SearchResult,
+    measured: Mapping[str, Measure],
+) -> Json:
     """Compare the winner with its rivals on the test examples, which had no part in the choice."""
     test = ctx.splits["test"]
 
-    def measure(candidate: Candidate) -> losses.Losses:
-        return losses.example_losses(ctx, population.build(candidate), test)
+    # By candidate, since the winner may be one of its rivals; one model at a time in memory beside
+    # the population: the losses are kept, not the parameters.
+    @functools.cache
+    def sums(key: str, name: str) -> np.ndarray:
+        with population.build_temporarily(candidates[key]) as params:
+            return measured[name].sums(params, test)
 
-    # one model at a time in memory beside the population: the losses are kept, not the parameters
-    members = [measure(Candidate(MEMBER, {"number": m})) for m in range(population.count)]
-    tokens = members[0].counts
-    winner = measure(result.winning_candidate).means
-    rivals = {
-        "best_member": members[result.best_member_number].means,
-        # by example, so that the difference to the winner is paired as the others are
-        "mean_member": np.mean([member.means for member in members], axis=0),
-        "average": measure(Candidate("average")).means,
+    chosen = {
+        claim.WINNER: result.winning_candidate,
+        claim.WINNER_AT_ONE: result.winning_candidate.at_one(),
+        claim.BEST_MEMBER: result.candidates[result.best_member].candidate,
+        claim.SCALED_MEMBER: result.candidates[result.scaled_member].candidate,
+        claim.AVERAGE: Candidate("average", seed=result.seed),
+        claim.SCALED_AVERAGE: result.candidates[result.scaled_average].candidate,
     }
-    evaluation = ctx.config.evaluation
-    against = paired.claim(
-        winner, rivals, tokens, resamples=evaluation.bootstrap, seed=ctx.config.seed
+    members = members_at(population.count, 1.0)
+    candidates = {candidate.key: candidate for candidate in (*chosen.values(), *members)}
+    tokens = measured[LOSS].counts(test)
+    means = {part: sums(candidate.key, LOSS) / tokens for part, candidate in chosen.items()}
+    # by example, so that the difference to the winner is paired as the others are
+    means[claim.MEAN_MEMBER] = np.mean([sums(x.key, LOSS) / tokens for x in members], axis=0)
+    bootstrap = {"resamples": ctx.config.evaluation.bootstrap, "seed": ctx.config.seed}
+    made = claim.make_claim(
+        means, tokens, is_merge=result.winning_candidate.kind == "merge", **bootstrap
     )
-    loss = {
-        name: float((means * tokens).sum() / tokens.sum())
-        for name, means in {"winner": winner, **rivals}.items()
-    }
-    return {"examples": len(test), "loss": loss, "against": asdict(against)}
+    tasks = {}
+    for name in [name for name in measured if name != LOSS]:
+        winner, best = (
+            1 - sums(chosen[part].key, name) for part in (claim.WINNER, claim.BEST_MEMBER)
+        )
+        tasks[name] = {
+            "accuracy": [float(winner.mean()), float(best.mean())],
+            # None where they are the same model: a test of zero differences has no meaning
+            "difference": None
+            if result.winner == result.best_member
+            else asdict(paired.difference(winner, best, **bootstrap)),
+            "mcnemar": asdict(paired.mcnemar(winner > 0.5, best > 0.5)),
+        }
+    return {"examples": len(test), **asdict(made), "tasks": tasks}
 
 
 def _origin(result: search.SearchResult) -> str:
     """Return what the model card says about the choice."""
-    kinds = {"base": "It is the base itself.", "member": "It is one of the members itself."}
-    kind = kinds.get(result.winning_candidate.kind, "")
-    return f"{findings.search_sentence(result.to_dict())} {kind}".strip()
+    winner = result.winning_candidate
+    kinds = {
+        "base": "It is the base itself.",
+        "member": "It is one of the members itself.",
+        SCALED_MEMBER: "It is one member with a longer or shorter task vector, no merge: base +"
+        " lambda (member - base).",
+    }
+    return " ".join(
+        [*search_findings.sentences(result.to_dict()), kinds.get(winner.kind, "")]
+    ).strip()
 
 
 def _settings(winner: Candidate) -> Json:

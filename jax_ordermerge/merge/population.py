@@ -17,8 +17,8 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import diagnostics
-from jax_ordermerge.merge.methods import parts, reductions, selection, table
+from jax_ordermerge.merge import diagnostics, rescale
+from jax_ordermerge.merge.methods import parts, selection, table
 
 # `merge` takes arrays, `compile_merge` their descriptions.
 Array = jax.Array | jax.ShapeDtypeStruct
@@ -89,7 +89,7 @@ def merge(
             merged[spec.path] = leaf.merge()
         else:  # leaf by leaf, so that there is never a whole model in float32
             lambdas = np.asarray([scales[name] for name in names], np.float32)
-            merged[spec.path] = _rescale(
+            merged[spec.path] = rescale.rescale(
                 leaf.merge(jnp.float32),
                 base_leaf,
                 lambdas,
@@ -97,21 +97,6 @@ def merge(
                 dtype=jnp.dtype(dtype),
             )
     return tree.unflatten(merged)
-
-
-@functools.partial(jax.jit, static_argnames=("stacked", "dtype"))
-def _rescale(
-    merged: jax.Array, base: jax.Array, scales: jax.Array, *, stacked: bool, dtype: DTypeLike
-) -> jax.Array:
-    """Return theta_0 + lambda (theta - theta_0) in `dtype`.
-
-    These are the bits of method task_arithmetic with theta as its only member.
-    """
-    base = parts.round_to(base, dtype).astype(jnp.float32)
-    # `rounded` keeps XLA from contracting products with the additions, as in the method
-    lambdas = scales.reshape(-1, *(1,) * (merged.ndim - 1)) if stacked else scales[0]
-    task_vector = reductions.rounded(merged - base)
-    return parts.round_to(base + reductions.rounded(lambdas * task_vector), dtype)
 
 
 def compile_merge(

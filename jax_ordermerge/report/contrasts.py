@@ -99,13 +99,18 @@ def _of_population(run: Run) -> dict[Key, Difference]:
                 rows[Key(LOSS if task is None else task, name, rival)] = gap
     for row in (run.controls or {"rows": []})["rows"]:
         # the members of two populations have nothing in common but their numbers
-        if row["kind"] == "member" or row["group"] == "subsets":
+        if row["kind"] in ("member", "scaled member") or row["group"] == "subsets":
             continue
         for rival, gap in row["against"].items():
             if Key(LOSS, row["name"], rival) not in rows:
                 names = [field.name for field in fields(Difference)]
                 values = {name: gap[name] for name in names if name in gap}
                 rows[Key(LOSS, row["name"], rival, control=True)] = Difference(**values)
+    for row in ((run.controls or {}).get("lambdas") or {"rows": []})["rows"]:
+        # a model less itself at lambda 1 has no rival of the tables
+        if row["own"] and row["rival"] != row["model"]:
+            key = Key(LOSS, f"{row['model']}, both at their own lambda", row["rival"], control=True)
+            rows[key] = Difference(**row["own"])
     for method, curve in (run.controls or {}).get("subsets", {}).items():
         for point in curve["points"][1:]:  # the first is the mean member itself
             key = Key(LOSS, f"{method} of {point['size']} members", MEAN_MEMBER, control=True)

@@ -11,9 +11,11 @@ from jax_ordermerge.json_types import Json
 
 # `average` is also the name of the merge that the others are compared with.
 MEAN_MEMBER, BEST_MEMBER, AVERAGE = "mean_member", "best_member", "average"
+SCALED_MEMBER = "scaled_member"
 RIVALS = {
     MEAN_MEMBER: "the mean member",
-    BEST_MEMBER: "the best member",
+    BEST_MEMBER: "the best member by loss",
+    SCALED_MEMBER: "the best member at its own lambda",
     AVERAGE: "the average",
 }
 
@@ -79,6 +81,7 @@ def compare(
     resamples: int,
     seed: int,
     merge: Json | None = None,
+    scaled_member: Json | None = None,
 ) -> Comparison:
     """Compare every merge with the mean member, the best one and the average, item by item.
 
@@ -92,6 +95,8 @@ def compare(
         resamples: bootstrap resamples of the items.
         seed: of the run.
         merge: merge.json, which names the seeds; None compares every merge by itself.
+        scaled_member: `losses`, `ids` and `tokens` of the member at the lambda that validation
+            prefers, which is among the controls; None where it was not measured.
     """
     members = [model for model in models if model["kind"] == "member"]
     if not members:
@@ -111,6 +116,9 @@ def compare(
             # the plain average is the merge that every other one has to beat
             if name != AVERAGE and AVERAGE in merges:
                 rivals[AVERAGE] = [items[AVERAGE]]
+            # a merge has to gain more than one member gains by another length
+            if scaled_member is not None:
+                rivals[SCALED_MEMBER] = [scaled_member]
             of_seeds = [items[seed_name] for seed_name in seeds]
             comparisons[name] = MergeComparison(seeds, {})
             for task in (None, *of_seeds[0].get("tasks", ())):
@@ -176,13 +184,13 @@ def _measure(
 
     Returns:
         None where the models have no results, or results on different items. An average on other
-        items is only left out.
+        items, and a member at its own lambda, which has no answers to tasks, are only left out.
     """
     ids, _ = _items(seeds[0], task)
     rivals = {
         name: models
         for name, models in rivals.items()
-        if name != AVERAGE or _items(models[0], task)[0] == ids
+        if name not in (AVERAGE, SCALED_MEMBER) or _items(models[0], task)[0] == ids
     }
     # Item by item means by position: another order of the same items is refused, too.
     for model in (model for models in (seeds, *rivals.values()) for model in models):

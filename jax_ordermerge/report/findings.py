@@ -11,7 +11,6 @@ from jax_ordermerge.report import contrasts
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Measure, seed_groups
 from jax_ordermerge.report.formatting import (
     INDISTINGUISHABLE,
-    bounds,
     detectable_text,
     epochs,
     p_text,
@@ -56,49 +55,6 @@ def sentences(run: Run) -> list[str]:
                 "among themselves. Where a merge has several seeds, their spread is in its errors."
             )
     return sentences
-
-
-def search_sentence(search: Json) -> str:
-    """Return what a search chose and what may be claimed of it.
-
-    Args:
-        search: results.json of a search.
-    """
-    winner, best = (search["candidates"][search[key]] for key in ("winner", "best_member"))
-    text = (
-        f"The search chose {winner['name']} among {search['tried']} candidates on "
-        f"{search['examples']} validation examples (loss {winner['loss']:.4f}; the best member, "
-        f"{best['name']}, {best['loss']:.4f})."
-    )
-    if search.get("edges"):
-        text += (
-            f" These settings lie at the edge of the search space: {', '.join(search['edges'])}; "
-            "the best value may lie beyond."
-        )
-    # the validation loss of a winner is too good, so without a test split nothing is claimed
-    if not search.get("claim"):
-        return f"{text} There is no test split, so nothing is claimed."
-    claims = search["claim"]["against"]
-    clauses = [
-        versus(
-            verdict(gap["estimate"], gap["holm"]),
-            f"{signed(gap['estimate'], gap['se'])} {bounds(gap['low'], gap['high'])}, "
-            f"by Holm {p_text(gap['holm'])}" + undetected(gap["holm"], gap["se"], gap["n"] - 1),
-            RIVALS[rival],
-        )
-        for rival, gap in claims.items()
-    ]
-    # A rival with equal losses on every example is not tested, as where the search chose the average
-    # itself.
-    clauses += [
-        f"identical in every loss to {name}"
-        for rival, name in RIVALS.items()
-        if rival not in claims
-    ]
-    return (
-        f"{text} On the {search['claim']['examples']} test examples, which had no part in the "
-        f"choice, it is {'; '.join(clauses)}."
-    )
 
 
 def _position(analysis: Json, unit: str) -> list[str]:
@@ -291,7 +247,9 @@ def _merge(run: Run, name: str) -> list[str]:
     best, split = run.comparison.best.name, run.comparison.best.chosen_on
     optimism = "" if split == "validation" else ": optimistic"
     # the best of several on the test split is lucky in part, which the sentence has to say
-    rivals = RIVALS | {BEST_MEMBER: f"the best member ({best}, chosen on {split}{optimism})"}
+    rivals = RIVALS | {
+        BEST_MEMBER: f"the best member by loss ({best}, chosen on {split}{optimism})"
+    }
     merge = run.comparison.merges[name]
     seeds = [model for model in run.models if model["name"] in merge.names]
 

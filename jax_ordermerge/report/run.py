@@ -8,7 +8,14 @@ from pathlib import Path
 from jax_ordermerge.config import read_yaml
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.layout import RunLayout, is_cut_off, read_json, read_jsonl
+from jax_ordermerge.layout import (
+    RunLayout,
+    is_cut_off,
+    read_json,
+    read_jsonl,
+    read_npz,
+    read_search,
+)
 from jax_ordermerge.record import refuse_edited_config
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import Comparison, compare
@@ -32,7 +39,6 @@ class Run:
     # by item and not only summaries: differences are paired, and pairs need the same items
     items: Mapping[str, Json] = field(default_factory=dict)  # results by item of each model
     controls: Json | None = None
-    search: Json | None = None
     populations: Sequence["Run"] = ()  # results of the populations after the first
 
     @property
@@ -64,7 +70,37 @@ class Run:
     @cached_property
     def comparison(self) -> Comparison:
         """Paired comparisons of the merges; computed once, for all pages and chapters."""
-        return compare(self.models, self.items, merge=self.merge, **self.resampling)
+        return compare(
+            self.models,
+            self.items,
+            merge=self.merge,
+            scaled_member=self.scaled_member,
+            **self.resampling,
+        )
+
+    @property
+    def scaled_member(self) -> Json | None:
+        """Losses by item of the best member at its own lambda; None where none was chosen."""
+        lambdas = (self.controls or {}).get("lambdas")
+        if lambdas is None:
+            return None
+        arrays = read_npz(self.layout.control_losses)
+        row = arrays["names"].tolist().index(lambdas["best_member"]["control"])
+        return {
+            "ids": arrays["ids"].tolist(),
+            "losses": arrays["losses"][row].tolist(),
+            "tokens": arrays["tokens"].tolist(),
+        }
+
+    @cached_property
+    def search(self) -> Json | None:
+        """Results of the search for a merge.
+
+        Raises:
+            UserError: see `read_search`. Not before they are shown: a search into another directory
+                may go on beside results of another version.
+        """
+        return read_search(self.layout.search)
 
     @property
     def resampling(self) -> dict[str, int]:
@@ -154,7 +190,6 @@ def _read_results(layout: RunLayout) -> Json:
         # a model without its items is shown, but not compared
         "items": {name: results for name, results in items.items() if results},
         "controls": read_json(layout.controls),
-        "search": read_json(layout.search.results),
     }
 
 

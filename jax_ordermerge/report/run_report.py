@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_ordermerge.layout import SearchLayout, read_json
-from jax_ordermerge.report import contrasts, document, findings
+from jax_ordermerge.layout import SearchLayout, read_search
+from jax_ordermerge.report import contrasts, document, findings, search_findings
 from jax_ordermerge.report.chapters import imbalance, merges, models, provenance, summary
 from jax_ordermerge.report.document import Block, Bullets, Chapter, Heading, Paragraph
 from jax_ordermerge.report.run import Run, read_run
@@ -37,7 +37,7 @@ def write_search(run_directory: Path, directory: Path) -> Path:
     """
     run, layout = read_run(run_directory), SearchLayout(directory)
     # the same chapter as in the report, for a search that was started by itself
-    blocks = merges.search(read_json(layout.results), run.loss_unit)
+    blocks = merges.search(read_search(layout), run.loss_unit)
     document.publish(layout.page, f"Search for a merge: {run.name}", blocks, pictures=".")
     return layout.page
 
@@ -100,5 +100,5 @@ def _introduction(run: Run) -> str:
 def _findings(run: Run) -> list[Block]:
     sentences = findings.sentences(run)
     if run.search:
-        sentences.append(findings.search_sentence(run.search))
+        sentences += search_findings.sentences(run.search)
     return [Bullets(sentences)] if sentences else []

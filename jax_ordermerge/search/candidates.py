@@ -18,10 +18,14 @@ from jax_ordermerge.arch import ModelConfig, TensorSpec
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import Json, JsonRow
-from jax_ordermerge.merge import population
+from jax_ordermerge.layout import member_name
+from jax_ordermerge.merge import population, rescale
 from jax_ordermerge.merge.methods import table
 
 BASE, MEMBER = "base", "member"  # candidates that are no merges
+# A member whose task vector is longer or shorter. Not "member": it is no model of the training, and
+# the best member, the mean member and the spread between members are about those.
+SCALED_MEMBER = "scaled member"
 # Groups of tensors; the kinds of the tensor table.
 KINDS = ("embedding", "attention", "mlp", "norm", "head")
 _LAYERS = re.compile(r"layers:(\d+)-(\d+)")
@@ -38,7 +42,7 @@ class Candidate:
         parameters: hyperparameters of the method; of `member`, its `number`.
         weights: one per member, None for the method's default.
         seed: of the methods that draw random numbers.
-        scale: lambda, a factor on the merged task vector.
+        scale: lambda, a factor on the task vector of the merge or the member.
         groups: lambda of some tensors, on top of `scale`; see `check_group`.
     """
 
@@ -51,8 +55,40 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """`base`, `member` or `merge`."""
+        """`base`, `member`, `scaled member` or `merge`."""
+        if self.method == MEMBER and self.is_scaled:
+            return SCALED_MEMBER
         return self.method if self.method in (BASE, MEMBER) else "merge"
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a lambda on top of the method is not 1."""
+        return self.scale != 1 or any(value != 1 for value in self.groups.values())
+
+    @property
+    def length(self) -> float:
+        """Lambda of all tensors: `scale` times the parameter `scale` of the method.
+
+        Example:
+            >>> Candidate("task_arithmetic", {"scale": 1.2}).length
+            1.2
+        """
+        scale = self.parameters.get("scale", 1.0)
+        return self.scale * (float(scale) if isinstance(scale, (int, float)) else 1.0)
+
+    def at_one(self) -> "Candidate":
+        """Return the candidate with every lambda at 1: what its method does without length.
+
+        Example:
+            >>> Candidate("ties", {"density": 0.5, "scale": 2.0}, groups={"mlp": 0.7}).at_one().name
+            'ties density=0.5 scale=1'
+        """
+        # the same model up to rounding, which must not pass for a difference
+        if self.method == "task_arithmetic" and self.weights is None:
+            return Candidate("average", seed=self.seed)
+        length = {"scale": 1.0} if "scale" in self.parameters else {}
+        parameters = {**self.parameters, **length}
+        return dataclasses.replace(self, parameters=parameters, scale=1.0, groups={})
 
     @property
     def name(self) -> str:
@@ -61,13 +97,16 @@ class Candidate:
         Example:
             >>> Candidate("member", {"number": 2}).name
             'member_2'
+            >>> Candidate("member", {"number": 2}, scale=1.1).name
+            'member_2 lambda=1.1'
             >>> Candidate("ties", {"density": 0.5}, scale=1.2, groups={"mlp": 0.9}).name
             'ties density=0.5 lambda=1.2 lambda(mlp)=0.9'
         """
         if self.method == MEMBER:
-            return f"member_{self.parameters['number']}"
-        parts = [self.method]
-        parts += [f"{key}={_short(value)}" for key, value in self.parameters.items()]
+            parts = [member_name(self.parameters["number"])]
+        else:
+            parts = [self.method]
+            parts += [f"{key}={_short(value)}" for key, value in self.parameters.items()]
         if self.weights is not None:
             parts.append("weights=" + "/".join(map(_short, self.weights)))
         if self.method in table.METHODS and table.METHODS[self.method].draws:
@@ -134,7 +173,12 @@ class Population:
         if candidate.method == BASE:
             return self.base
         if candidate.method == MEMBER:
-            return _member(self.members, candidate.parameters["number"])
+            number, scales = candidate.parameters["number"], self._scales(candidate)
+            if scales is None:
+                return rescale.take_member(self.members, number)
+            return rescale.rescale_member(
+                self.members, self.base, self.model, number, scales=scales, dtype=self.dtype
+            )
         check(candidate, self.count, self.model)
         return population.merge(
             self.members,
@@ -160,7 +204,7 @@ class Population:
 
     def _scales(self, candidate: Candidate) -> dict[str, float] | None:
         # None and not factors of 1: in float32 theta_0 + 1 (theta - theta_0) may differ from theta.
-        if candidate.scale == 1 and all(value == 1 for value in candidate.groups.values()):
+        if not candidate.is_scaled:
             return None
         # One factor per tensor, so that groups may overlap: their factors are multiplied.
         scales = {}
@@ -171,20 +215,23 @@ class Population:
         return scales
 
 
-@jax.jit
-def _member(members: tree.Tree, number: int) -> tree.Tree:
-    # The number is traced, so one program serves all members.
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), members
-    )
-
-
 def check(candidate: Candidate, members: int, model: ModelConfig) -> None:
     """Refuse a candidate that cannot be built from a population.
 
     Raises:
         UserError: a method, parameter, number of weights or group of tensors is wrong.
     """
+    for group in candidate.groups:
+        check_group(group, model)
+    # a float passes for an int in `range`, and a bool is one
+    number = candidate.parameters.get("number")
+    if candidate.method == MEMBER and not (
+        len(candidate.parameters) == 1 and type(number) is int and 0 <= number < members
+    ):
+        raise UserError(
+            f"candidate member with parameters {dict(candidate.parameters)}: expected number, 0 to"
+            f" {members - 1}"
+        )
     if candidate.kind != "merge":
         return
     if table.METHODS[candidate.method].needs is not None:
@@ -194,8 +241,6 @@ def check(candidate: Candidate, members: int, model: ModelConfig) -> None:
         )
     checked = table.check_parameters(candidate.method, candidate.parameters)
     table.check_weights(candidate.method, candidate.weights, members, checked)
-    for group in candidate.groups:
-        check_group(group, model)
 
 
 def check_group(group: str, model: ModelConfig) -> None:
@@ -246,5 +291,19 @@ def baselines(members: int, seed: int) -> list[Candidate]:
         ['average', 'member_0', 'member_1', 'base']
     """
     # The average first: of equal losses the first wins, and it is the simplest merge.
-    single = [Candidate(MEMBER, {"number": number}) for number in range(members)]
-    return [Candidate("average", seed=seed), *single, Candidate(BASE)]
+    return [Candidate("average", seed=seed), *members_at(members, 1.0), Candidate(BASE)]
+
+
+def members_at(
+    members: int, scale: float, groups: Mapping[str, float] | None = None
+) -> list[Candidate]:
+    """Return every member with its task vector times lambda.
+
+    Example:
+        >>> [candidate.name for candidate in members_at(2, 1.1)]
+        ['member_0 lambda=1.1', 'member_1 lambda=1.1']
+    """
+    return [
+        Candidate(MEMBER, {"number": number}, scale=scale, groups=groups or {})
+        for number in range(members)
+    ]

@@ -1,5 +1,6 @@
 """Controls: models that a merge is compared with. Which models they are, and their comparison."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,16 @@ from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.rng import stream_key_bits
-from jax_ordermerge.search.candidates import BASE, Candidate, Population, baselines
+from jax_ordermerge.search import lambdas
+from jax_ordermerge.search.candidates import (
+    BASE,
+    MEMBER,
+    Candidate,
+    Population,
+    baselines,
+    members_at,
+)
+from jax_ordermerge.search.lambdas import Point
 from jax_ordermerge.tree import Tree
 
 # Besides 0, the base, and 1, the average. Merges differ in the length of their task vectors as well
@@ -28,13 +38,15 @@ class Control(NamedTuple):
         name: name in tables.
         group: a `config.merge.Control`, or `anchor` for average, members and base.
         candidate: the model.
-        at: position on the line or plane of its group.
+        at: position on the line or plane of its group: of a model at several lambdas, lambda.
+        line: name of the model at lambda 1, of a model at several lambdas.
     """
 
     name: str
     group: str
     candidate: Candidate
     at: tuple[float, ...] = ()
+    line: str | None = None
 
 
 class ControlLosses(NamedTuple):
@@ -67,22 +79,34 @@ def make_controls(
         >>> [control.name for control in controls][:4]
         ['average', 'member_0', 'base', 'average, lambda 0.5']
     """
-    positions = {"average": (1.0,), BASE: (0.0,)}  # on the lambda line
     controls = [
-        Control(candidate.name, "anchor", candidate, positions.get(candidate.method, ()))
-        for candidate in baselines(members, seed)
+        Control(x.name, "anchor", x, (0.0,) if x.method == BASE else (1.0,), x.name)
+        for x in baselines(members, seed)
     ]
 
-    def add(name: str, group: str, candidate: Candidate, *at: float) -> None:
+    def add(
+        name: str, group: str, candidate: Candidate, *at: float, line: str | None = None
+    ) -> None:
         if group in groups:
-            controls.append(Control(name, group, candidate, at))
+            controls.append(Control(name, group, candidate, at, line))
 
     for x in LAMBDAS:
         candidate = Candidate("task_arithmetic", {"scale": x}, seed=seed)
-        add(f"average, lambda {x:g}", "lambda_line", candidate, x)
+        add(f"average, lambda {x:g}", "lambda_line", candidate, x, line="average")
+        for member in members_at(members, x):
+            line = member.at_one().name
+            add(f"{line}, lambda {x:g}", "lambda_members", member, x, line=line)
     add("average as long as the members", "norm_matched", Candidate("norm_matched", seed=seed))
     for name, selection in selections.items():
         controls += _selection_controls(groups, name, selection)
+    # One line for the seeds of a selection: they differ by noise, and each costs eight models.
+    lines: dict[str, str] = {}
+    for name, selection in selections.items():
+        lines.setdefault(dataclasses.replace(selection, seed=0).key, name)
+    for name in lines.values():
+        for x in sorted((1.0, *LAMBDAS)):
+            scaled = dataclasses.replace(selections[name], scale=x)
+            add(f"{name}, lambda {x:g}", "lambda_selections", scaled, x, line=name)
     if members == 1:
         return controls
     if selections:
@@ -161,6 +185,7 @@ def compare(
     *,
     resamples: int,
     seed: int,
+    choose: bool = True,
 ) -> Json:
     """Compare every control with the mean member, the best member and the average, item by item.
 
@@ -169,11 +194,14 @@ def compare(
         losses: by name, of the controls and of models that are no merges.
         tokens: [n], token count of each item.
         resamples, seed: of the bootstrap.
+        choose: whether the validation examples are others than the items, so that a lambda that was
+            chosen on them can be compared on the items.
 
     Returns:
         JSON for the report: `best_member` (`name`, `chosen_on`), `examples`, and `rows` with
         `name`, `group`, `at`, `candidate` (None of what is no merge), `loss`, `validation_loss`
-        and `against` (`paired.difference` by name of the rival).
+        and `against` (`paired.difference` by name of the rival); `lambdas`, see `lambdas.compare`,
+        or None where nothing can choose a lambda.
     """
     members = [control.name for control in controls if control.candidate.kind == "member"]
     validated = all(losses[name].validation is not None for name in members)
@@ -210,6 +238,7 @@ def compare(
                 "name": name,
                 "group": control.group if control else name,
                 "at": list(control.at) if control else [],
+                "line": control.line if control else None,
                 "candidate": control.candidate.to_dict() if control else None,
                 "kind": control.candidate.kind if control else "other",
                 "loss": mean_loss(name),
@@ -221,4 +250,33 @@ def compare(
         "best_member": {"name": best, "chosen_on": "validation" if validated else "test"},
         "examples": len(tokens),
         "rows": rows,
+        "lambdas": _compare_lambdas(controls, losses, tokens, resamples, seed)
+        if validated and choose
+        else None,
     }
+
+
+def _compare_lambdas(
+    controls: Sequence[Control],
+    losses: Mapping[str, ControlLosses],
+    tokens: np.ndarray,
+    resamples: int,
+    seed: int,
+) -> Json | None:
+    """Compare members, average and selections, each at its own lambda.
+
+    None where members or average were measured at 1 alone: the other side would have chosen its
+    length, and only one of them.
+    """
+    members, merges = dict[str, list[Point]](), dict[str, list[Point]]()
+    for control in controls:
+        if control.line is None or control.candidate.method == BASE:
+            continue
+        values = losses[control.name]
+        assert values.validation is not None  # all models have it, or none
+        lines = members if control.candidate.method == MEMBER else merges
+        point = Point(control.at[0], control.name, values.losses, values.validation)
+        lines.setdefault(control.line, []).append(point)
+    if any(len(line) == 1 for line in (*members.values(), *merges.values())):
+        return None
+    return lambdas.compare(members, merges, tokens, resamples=resamples, seed=seed)

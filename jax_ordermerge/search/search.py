@@ -1,9 +1,10 @@
 """The search for a merge: successive halving over a space of candidates, on validation examples."""
 
-import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,95 +14,22 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.order import permutation
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import SearchLayout
-from jax_ordermerge.search import sampling
+from jax_ordermerge.search import measures, sampling
 from jax_ordermerge.search.candidates import (
     MEMBER,
     Candidate,
-    LossFn,
     Population,
     baselines,
     check,
+    members_at,
 )
 from jax_ordermerge.search.loss_cache import LossCache
+from jax_ordermerge.search.measures import Measure
+from jax_ordermerge.search.results import CandidateResult, Guard, SearchResult, range_edges
 from jax_ordermerge.search.successive_halving import Gap, SuccessiveHalving, subset_sizes
 
 MIN_EXAMPLES = 8  # with fewer validation examples a paired difference says nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class CandidateResult:
-    """Result of one candidate.
-
-    Attributes:
-        number: position in the order of proposals.
-        name, kind: of the candidate.
-        candidate: the candidate.
-        loss: mean loss on the examples seen, None where it is not finite.
-        examples: number of examples seen.
-        dropped: round that it was dropped after, None where it reached the last.
-        to_winner: its loss less that of the winner, None where it is not finite.
-        to_best_member: its loss less that of the best member.
-    """
-
-    number: int
-    name: str
-    kind: str
-    candidate: Candidate
-    loss: float | None
-    examples: int
-    dropped: int | None
-    to_winner: Gap | None
-    to_best_member: Gap | None
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchResult:
-    """Result of a search.
-
-    Attributes:
-        seed: of draws and subsets.
-        settings: everything that decides the result, as JSON.
-        examples: number of validation examples.
-        tried: number of candidates.
-        measured_fully: number of candidates that were measured on all examples.
-        stopped_early: whether the last rounds were skipped because the leader could not change.
-        winner: number of the candidate with the lowest loss on all examples.
-        best_member: number of the member with the lowest loss.
-        edges: see `range_edges`.
-        candidates: all candidates, by number.
-        seconds: wall time.
-        cache_hits: number of measurements that were read from the cache.
-        claim: comparison of the winner with its rivals on examples that had no part in the choice,
-            as JSON; None until it is made.
-    """
-
-    seed: int
-    settings: Json
-    examples: int
-    tried: int
-    measured_fully: int
-    stopped_early: bool
-    winner: int
-    best_member: int
-    edges: Sequence[str]
-    candidates: Sequence[CandidateResult]
-    seconds: float
-    cache_hits: int
-    claim: Json | None = None
-
-    @property
-    def winning_candidate(self) -> Candidate:
-        """The winner."""
-        return self.candidates[self.winner].candidate
-
-    @property
-    def best_member_number(self) -> int:
-        """Number of the best member in the population."""
-        return int(self.candidates[self.best_member].candidate.parameters["number"])
-
-    def to_dict(self) -> Json:
-        """Return the result as JSON."""
-        return dataclasses.asdict(self)
+_ALL = -1  # in the cache, in place of the number of a subset
 
 
 def check_space(space: Search, members: int, model: ModelConfig, seed: int) -> None:
@@ -116,11 +44,65 @@ def check_space(space: Search, members: int, model: ModelConfig, seed: int) -> N
     sampling.make_sampler(space, members, seed)
 
 
+def _make_guard(
+    loop: "SearchLoop",
+    best: "BestCandidates",
+    space: Search,
+    measured: Mapping[str, Measure],
+    sums: "_Sums",
+    validation: Examples,
+    unmeasured: Mapping[str, str],
+) -> Guard:
+    """Compare the best candidate with the best member in every measure, on all examples."""
+    others = [name for name in measured if name not in space.measure]
+
+    def values(number: int) -> dict[str, float]:
+        candidate, rest = loop.candidates[number], dict[str, float]()
+        if others:
+            totals = sums(candidate, others, validation, _ALL).sum(axis=1)
+            counts = [measured[name].counts(validation).sum() for name in others]
+            rest = dict(zip(others, (totals / counts).tolist(), strict=True))
+        return loop.measures(space.measure, number) | rest
+
+    if best.leader == best.member:
+        return Guard(best.leader, {}, unmeasured)
+    guarded = measures.guard_measures(values(best.leader), values(best.member), space)
+    return Guard(best.leader, guarded, unmeasured)
+
+
+class _Sums:
+    """The sums of measures of candidates, read from the cache or measured.
+
+    Args:
+        population: the members and their base.
+        measured: all measures by name.
+        cache: sums that were measured before.
+    """
+
+    def __init__(
+        self, population: Population, measured: Mapping[str, Measure], cache: LossCache
+    ) -> None:
+        self._population, self._measured, self._cache = population, measured, cache
+
+    def __call__(
+        self, candidate: Candidate, names: Sequence[str], examples: Examples, subset: int
+    ) -> np.ndarray:
+        """Return the sums of the measures `names`, float64[J, n]; `subset` names the examples."""
+
+        def measure() -> np.ndarray:
+            with self._population.build_temporarily(candidate) as params:
+                return np.stack([self._measured[name].sums(params, examples) for name in names])
+
+        # Not built at all where the cache has the sums.
+        return self._cache.get_or_measure(candidate.key, subset, measure)
+
+
 def run_search(
     population: Population,
     space: Search,
     validation: Examples,
-    measure: LossFn,
+    measured: Mapping[str, Measure],
+    unmeasured: Mapping[str, str],
     *,
     seed: int,
     layout: SearchLayout,
@@ -129,8 +111,8 @@ def run_search(
 ) -> SearchResult:
     """Choose among the base, the members, their average and the candidates of a space.
 
-    All losses are measured on the same examples, so differences are paired. The base, the members
-    and the average see all examples. The candidates run on growing subsets and at most half of
+    All candidates are measured on the same examples, so differences are paired. The base, the
+    members and the average see all examples. The others run on growing subsets and at most half of
     them go on each time, so most see few examples. The same settings give the same result, also
     where a search was interrupted and continues.
 
@@ -138,7 +120,9 @@ def run_search(
         population: the members and their base.
         space: what to try, and how.
         validation: examples that are in no other split.
-        measure: losses of a model on examples.
+        measured: all measures by name: those of `space.measure`, and what the winner must not make
+            worse.
+        unmeasured: why a task is not among them, by its name.
         seed: of draws and subsets.
         layout: directory of the search. Only the cache in it is written.
         provenance: what else decides the losses (run, dtype), as JSON.
@@ -151,10 +135,11 @@ def run_search(
     sampler = sampling.make_sampler(space, population.count, seed)
     # Shuffled, because files are often sorted: the first subset would not be like all of it. By
     # seed, so that a search that continues has the same subsets.
-    rows = permutation(len(validation), seed, "search", "items")
-    sizes = subset_sizes(len(rows), space.smallest)
+    validation = validation.take(permutation(len(validation), seed, "search", "items"))
+    sizes = subset_sizes(len(validation), space.smallest)
     subsets = [
-        validation.take(rows[first:end]) for first, end in zip([0, *sizes], sizes, strict=False)
+        validation.take(np.arange(first, end))
+        for first, end in zip([0, *sizes], sizes, strict=False)
     ]
     # A cache of other settings would give losses of other models or examples.
     settings = {
@@ -164,14 +149,20 @@ def run_search(
         "validation": validation.digest,
     }
     with LossCache(layout.cache, settings) as cache:
-        loop = SearchLoop(population, subsets, measure, cache, log)
-        loop.measure_baselines(baselines(population.count, seed))
-        stopped_early = loop.run(sampler)
-    winner = loop.halving.leader()
-    # Members have seen all examples, so their losses can be compared directly.
-    members = [i for i, candidate in enumerate(loop.candidates) if candidate.method == MEMBER]
-    best_member = min(members, key=loop.halving.loss)
-    results = [loop.result(number, winner, best_member) for number in range(len(loop.candidates))]
+        sums = _Sums(population, measured, cache)
+        loop = SearchLoop(
+            population.count,
+            np.stack([measured[name].counts(validation) for name in space.measure]),
+            sizes,
+            lambda candidate, subset: sums(candidate, space.measure, subsets[subset], subset),
+            functools.partial(check, members=population.count, model=population.model),
+            log,
+        )
+        stopped_early = loop.run(sampler, space, seed)
+        best = loop.best()
+        guard = _make_guard(loop, best, space, measured, sums, validation, unmeasured)
+    winner = best.member if guard.worse else best.leader
+    results = [loop.result(number, winner, best.member) for number in range(len(loop.candidates))]
     return SearchResult(
         seed=seed,
         settings={**settings, "sizes": sizes},
@@ -180,7 +171,10 @@ def run_search(
         measured_fully=sum(result.examples == len(validation) for result in results),
         stopped_early=stopped_early,
         winner=winner,
-        best_member=best_member,
+        best_member=best.member,
+        scaled_member=best.scaled_member,
+        scaled_average=best.scaled_average,
+        guard=guard,
         edges=range_edges(loop.candidates[winner], loop.candidates),
         candidates=results,
         seconds=time.perf_counter() - start,
@@ -188,102 +182,137 @@ def run_search(
     )
 
 
-def range_edges(winner: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Return the numbers of a winner that are the lowest or highest tried: the best may lie beyond.
+class BestCandidates(NamedTuple):
+    """Numbers of the best candidate of all, and of those that it has to beat."""
 
-    Example:
-        >>> tried = [Candidate("task_arithmetic", {"scale": x}) for x in (1.0, 1.5, 2.0)]
-        >>> range_edges(tried[2], tried), range_edges(tried[1], tried)
-        (['scale = 2'], [])
-    """
-    if winner.kind != "merge":
-        return []
-    edges = []
-    same_method = [_numbers(x) for x in candidates if x.method == winner.method]
-    for name, value in _numbers(winner).items():
-        tried = {numbers[name] for numbers in same_method if name in numbers}
-        # Of two values each is an edge: that says nothing about the range.
-        if len(tried) > 2 and value in (min(tried), max(tried)):
-            edges.append(f"{name} = {value:.4g}")
-    return edges
-
-
-def _numbers(candidate: Candidate) -> dict[str, float]:
-    parameters = {
-        name: float(value)
-        for name, value in candidate.parameters.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    groups = {f"lambda({group})": scale for group, scale in candidate.groups.items()}
-    return parameters | {"lambda": candidate.scale} | groups
+    leader: int
+    member: int
+    scaled_member: int
+    scaled_average: int
 
 
 class SearchLoop:
     """The candidates in the order of their proposal, and their successive halving.
 
+    Models are known to it by their measures alone.
+
     Args:
-        population: the members and their base.
-        subsets: examples that each subset adds to the one before.
-        measure: losses of a model on examples.
-        cache: losses that were measured before.
+        members: number of members.
+        counts: float64[J, n], what the sums of each of J measures are divided by.
+        sizes: of the nested subsets of items.
+        sums: of a candidate on what a subset adds to the one before, float64[J, r].
+        check: refuses a candidate that cannot be built.
         log: takes messages of one line.
     """
 
     def __init__(
         self,
-        population: Population,
-        subsets: Sequence[Examples],
-        measure: LossFn,
-        cache: LossCache,
+        members: int,
+        counts: np.ndarray,
+        sizes: Sequence[int],
+        sums: Callable[[Candidate, int], np.ndarray],
+        check: Callable[[Candidate], None],
         log: Callable[[str], None],
     ) -> None:
-        self._population, self._subsets = population, subsets
-        self._measure, self._cache, self._log = measure, cache, log
+        self._members, self._counts, self._sizes = members, counts, sizes
+        self._check, self._log = check, log
+        self._measure, self._measured = sums, dict[tuple[str, int], np.ndarray]()
         self.candidates: list[Candidate] = []
-        # the same for all models, so none has to run for them
-        counts = np.concatenate([subset.loss_counts for subset in subsets])
-        self._sizes = [int(size) for size in np.cumsum([len(subset) for subset in subsets])]
-        self.halving = SuccessiveHalving(counts, self._sizes, self._sum_losses)
+        self._criterion = measures.make_criterion(counts, self._member_sums)
+        self.halving = SuccessiveHalving(self._criterion.weights, sizes, self._values)
 
-    def measure_baselines(self, candidates: Sequence[Candidate]) -> None:
-        """Measure the candidates of every search on all examples."""
-        self.candidates = list(candidates)
-        # The winner is then never worse on validation than the best member.
-        for number in range(len(candidates)):
-            self.halving.measure_fully(number)
-        rounds = ", ".join(map(str, self._sizes))
-        self._log(f"  {self._sizes[-1]} validation examples, rounds of {rounds}")
-        for number, candidate in enumerate(candidates):
-            self._log(f"  {candidate.name}: {self.halving.loss(number):.4f}")
-
-    def run(self, sampler: sampling.Sampler) -> bool:
-        """Run all batches of a sampler.
+    def run(self, sampler: sampling.Sampler, space: Search, seed: int) -> bool:
+        """Run the baselines, members and average at every lambda, and all batches of a sampler.
 
         Returns:
             Whether the last batch ended early because the leader could no longer change.
         """
+        self._measure_baselines(baselines(self._members, seed))
+        lambdas = [x for x in space.lambdas.values() if x != 1]
+        # Each line by itself: of a kind that loses the best is needed as well, as a rival.
+        self._run_line([x for scale in lambdas for x in members_at(self._members, scale)])
+        self._run_line(
+            [Candidate("task_arithmetic", {"scale": scale}, seed=seed) for scale in lambdas]
+        )
         stopped_early = False
         while batch := sampler.ask():
-            for candidate in batch:
-                check(candidate, self._population.count, self._population.model)
-            numbers = {candidate.key: number for number, candidate in enumerate(self.candidates)}
-            # A sampler may propose a candidate again, and a batch may hold it twice.
-            fresh = list({x.key: x for x in batch if x.key not in numbers}.values())
-            first = len(self.candidates)
-            self.candidates += fresh
-            numbers |= {candidate.key: first + i for i, candidate in enumerate(fresh)}
-            stopped_early = bool(fresh) and self.halving.run(
-                range(first, len(self.candidates)), self._log_round
-            )
-            leader = self.halving.leader()
-            self._log(
-                f"  best of {len(self.candidates)}: {self.candidates[leader].name}, "
-                f"{self.halving.loss(leader):.4f}"
-            )
+            numbers, fresh = self._add(batch)
+            stopped_early = bool(fresh) and self.halving.run(fresh, self._log_round)
+            self._log_leader()
             # Estimates on all examples, not means over those seen: an optimizer compares candidates
             # that were dropped after different rounds.
-            sampler.tell([self.halving.value(numbers[candidate.key]) for candidate in batch])
+            sampler.tell([self.halving.value(number) for number in numbers])
+        # Members at the lambdas of the leader, too, by groups of tensors where it has such: its
+        # lambdas are then no advantage of merging.
+        leader = self.candidates[self.halving.leader()]
+        if leader.kind == "merge" and (leader.is_scaled or leader.length != 1):
+            self._run_line(members_at(self._members, leader.length, leader.groups))
+            self._log_leader()
         return stopped_early
+
+    def best(self) -> BestCandidates:
+        """Return the best candidate, and the best of those that are no merge or the average."""
+        plain = [i for i, candidate in enumerate(self.candidates) if candidate.kind == MEMBER]
+        return BestCandidates(
+            self.halving.leader(),
+            self.halving.leader(plain),
+            self.halving.leader(self._line(self.candidates[plain[0]])),
+            self.halving.leader(self._line(Candidate("average"))),
+        )
+
+    def measures(self, names: Sequence[str], number: int) -> dict[str, float]:
+        """Return the measures of a candidate on all items."""
+        candidate = self.candidates[number]
+        sums = [self._sums(candidate, subset) for subset in range(len(self._sizes))]
+        means = np.concatenate(sums, axis=1).sum(axis=1) / self._counts.sum(axis=1)
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _measure_baselines(self, candidates: Sequence[Candidate]) -> None:
+        """Measure the candidates of every search on all examples."""
+        numbers, _ = self._add(candidates)
+        # The winner is then never worse on validation than the best member.
+        for number in numbers:
+            self.halving.measure_fully(number)
+        rounds = ", ".join(map(str, self._sizes))
+        self._log(f"  {self._sizes[-1]} validation examples, rounds of {rounds}")
+        for number, candidate in zip(numbers, candidates, strict=True):
+            self._log(f"  {candidate.name}: {self.halving.loss(number):.4f}")
+
+    def _run_line(self, candidates: Sequence[Candidate]) -> None:
+        """Run one kind of models at several lambdas among themselves, to find the best of them."""
+        _, fresh = self._add(candidates)
+        if fresh:
+            self.halving.run(fresh, lambda *_: None, among=self._line(candidates[0]))
+
+    def _line(self, candidate: Candidate) -> list[int]:
+        """Return the numbers of members at all lambdas, or of the average at all lambdas."""
+
+        def is_in(other: Candidate) -> bool:
+            if candidate.method == MEMBER:
+                return other.method == MEMBER
+            plain = other.weights is None and not other.groups
+            return plain and (
+                (other.method == "average" and not other.parameters)
+                or (other.method == "task_arithmetic" and other.parameters.keys() == {"scale"})
+            )
+
+        return [number for number, other in enumerate(self.candidates) if is_in(other)]
+
+    def _add(self, batch: Sequence[Candidate]) -> tuple[list[int], list[int]]:
+        """Return the numbers of a batch of candidates, and those of them that are new."""
+        for candidate in batch:
+            self._check(candidate)
+        numbers = {candidate.key: number for number, candidate in enumerate(self.candidates)}
+        first = len(self.candidates)
+        for candidate in batch:
+            # A sampler may propose a candidate again, and a batch may hold it twice.
+            if candidate.key not in numbers:
+                numbers[candidate.key] = len(self.candidates)
+                self.candidates.append(candidate)
+        return (
+            [numbers[candidate.key] for candidate in batch],
+            list(range(first, len(self.candidates))),
+        )
 
     def result(self, number: int, winner: int, best_member: int) -> CandidateResult:
         """Return the result of a candidate, with its gaps to the winner and the best member."""
@@ -309,14 +338,28 @@ class SearchLoop:
     def _log_round(self, number: int, ran: Sequence[int], onward: Sequence[int]) -> None:
         self._log(f"  round {number}: {len(ran)} candidates, {len(onward)} go on")
 
-    def _sum_losses(self, number: int, subset: int) -> np.ndarray:
-        candidate = self.candidates[number]
+    def _log_leader(self) -> None:
+        leader = self.halving.leader()
+        self._log(
+            f"  best of {len(self.candidates)}: {self.candidates[leader].name}, "
+            f"{self.halving.loss(leader):.4f}"
+        )
 
-        # Not built at all where the cache has the losses.
-        def measure() -> np.ndarray:
-            with self._population.build_temporarily(candidate) as params:
-                sums, _ = self._measure(params, self._subsets[subset])
-            # NaN compares false with everything; infinity ranks last.
-            return np.where(np.isnan(sums), np.inf, sums)
+    def _values(self, number: int, subset: int) -> np.ndarray:
+        return self._criterion.values(self._sums(self.candidates[number], subset))
 
-        return self._cache.get_or_measure(candidate.key, subset, measure)
+    def _sums(self, candidate: Candidate, subset: int) -> np.ndarray:
+        if (candidate.key, subset) not in self._measured:
+            sums = self._measure(candidate, subset)
+            # NaN compares false with everything; infinity ranks last
+            sums = np.where(np.isnan(sums), np.inf, sums)
+            self._measured[candidate.key, subset] = sums
+        return self._measured[candidate.key, subset]
+
+    def _member_sums(self) -> list[np.ndarray]:
+        return [
+            np.concatenate(
+                [self._sums(member, subset) for subset in range(len(self._sizes))], axis=1
+            )
+            for member in members_at(self._members, 1.0)
+        ]

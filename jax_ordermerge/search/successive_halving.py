@@ -1,7 +1,7 @@
 """Successive halving of candidates on growing subsets of the same items. Numpy alone."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from scipy import stats
@@ -113,16 +113,22 @@ class SuccessiveHalving:
         """Return the mean loss on the items seen."""
         return self._mean(number, len(self.standings[number].losses))
 
-    def leader(self) -> int:
-        """Return the candidate with the lowest loss on all items, of equal ones the first."""
+    def leader(self, among: Collection[int] | None = None) -> int:
+        """Return the candidate with the lowest loss on all items, of equal ones the first.
+
+        Args:
+            among: candidates to choose from, all by default.
+        """
         complete = [
             number
             for number, standing in self.standings.items()
-            if len(standing.losses) == self._sizes[-1]
+            if len(standing.losses) == self._sizes[-1] and (among is None or number in among)
         ]
         return min(complete, key=self.loss)
 
-    def run(self, numbers: Sequence[int], on_round: OnRound) -> bool:
+    def run(
+        self, numbers: Sequence[int], on_round: OnRound, among: Collection[int] | None = None
+    ) -> bool:
         """Run new candidates against each other and against the leader.
 
         After each round the better half goes on, less those that are significantly worse than the
@@ -131,11 +137,13 @@ class SuccessiveHalving:
         Args:
             numbers: candidates that have seen no item yet.
             on_round: called after each round but the last.
+            among: candidates of which the leader is one, all by default. Those outside of it give
+                nobody up: the best of a kind is then found also where another kind is better.
 
         Returns:
             Whether it ended before the last round because the leader could no longer change.
         """
-        leader = self.leader()
+        leader = self.leader(among)
         running = list(numbers)
         tests = len(numbers) + 1  # per round: each candidate, and the leader
         for subset, size in enumerate(self._sizes):

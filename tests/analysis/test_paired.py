@@ -245,7 +245,8 @@ def test_a_claim_is_the_paired_difference_corrected_for_its_rivals():
         "average": losses(-0.1, seed=3),
     }
     tokens = np.random.default_rng(4).integers(1, 50, 100)
-    claims = paired.claim(winner, rivals, tokens)
+    pairs = {name: (winner, row) for name, row in rivals.items()}
+    claims = paired.claims(pairs, tokens)
     gaps = {name: paired.difference(winner, row, weights=tokens) for name, row in rivals.items()}
     corrected = paired.holm([gap.p for gap in gaps.values()])
     for (name, gap), p in zip(gaps.items(), corrected, strict=True):
@@ -257,8 +258,8 @@ def test_a_claim_is_the_paired_difference_corrected_for_its_rivals():
 
 def test_a_winner_that_is_its_rival_claims_nothing_against_it():
     winner = losses(0)
-    rivals = {"best_member": winner, "average": losses(0.1, seed=1)}
-    assert list(paired.claim(winner, rivals)) == ["average"]
+    pairs = {"best_member": (winner, winner), "average": (winner, losses(0.1, seed=1))}
+    assert list(paired.claims(pairs)) == ["average"]
 
 
 @pytest.mark.parametrize(("estimate", "holm"), [(-0.1, 0.2), (0.1, 0.001)])

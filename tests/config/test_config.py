@@ -7,7 +7,13 @@ import sys
 import pytest
 import yaml
 
-from jax_ordermerge.config import check_inputs, fixed_settings, load_config, make_config, to_dict
+from jax_ordermerge.config import (
+    check_inputs,
+    fixed_settings,
+    load_config,
+    make_config,
+    to_dict,
+)
 from jax_ordermerge.config.section import load_yaml
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.methods import table

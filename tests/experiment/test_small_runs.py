@@ -49,8 +49,8 @@ def test_a_report_without_test_data_has_no_empty_columns(folder, tmp_path, valid
     report = (directory / "report.md").read_text()
     expected = "| model | validation loss |" if validation else "| model |"
     assert expected in report
-    assert "best on test" not in report
-    assert ("best on validation" in report) == bool(validation)
+    assert "best by loss on test" not in report
+    assert ("best by loss on validation" in report) == bool(validation)
     assert "Paired differences" not in report
 
 

@@ -52,6 +52,14 @@ def control(name, group, at, loss, kind="merge"):
 
 
 LINE = [control(f"lambda {x}", "lambda_line", [x], 1 + abs(x - 1.2)) for x in (0.0, 0.5, 1.0, 1.5)]
+LINES_BY_LAMBDA = {
+    "average": LINE[1:],
+    **{
+        f"member_{m}": [row | {"kind": "member", "loss": row["loss"] + 0.1} for row in LINE[1:]]
+        for m in (0, 1)
+    },
+    "selection": [row | {"loss": row["loss"] + 0.05} for row in LINE[1:]],
+}
 GRID = [
     control("", "plane", [a, b], 1 + (a - 0.5) ** 2 + (b - 0.5) ** 2)
     for a in (0.0, 0.5, 1.0)
@@ -72,7 +80,7 @@ TRIED = [
 ]
 
 DRAWN = {
-    "lambda line": lambda: controls.lambda_line(LINE, "test", UNIT),
+    "lambda line": lambda: controls.lambda_line(LINES_BY_LAMBDA, LINE[0], "test", UNIT),
     "barrier": lambda: controls.barrier(LINE, "validation", UNIT),
     "plane": lambda: controls.plane(GRID, "test", UNIT),
     "splits": lambda: controls.splits(
@@ -181,6 +189,6 @@ def test_what_was_not_determined_is_not_drawn():
 
 def test_a_base_far_outside_the_lambda_line_is_named_and_not_drawn():
     far = [LINE[0] | {"loss": 9.5}, *LINE[1:]]
-    text = description(controls.lambda_line(far, "test", UNIT))
+    text = description(controls.lambda_line({"average": far[1:]}, far[0], "test", UNIT))
     assert "the base, at 9.500, lies outside" in text
     assert not any("outside" in word for word in words(DRAWN["lambda line"]()))

@@ -173,7 +173,7 @@ def test_the_best_are_chosen_on_validation_and_reported_on_test(page):
     row = cells(text, "first")[0]
     assert row[2] == f"{losses['member_2']:.4f} (member_2, by validation)"
     assert row[3] == f"{losses['plain']:.4f} (plain, by validation)"
-    assert "(best on validation)" in text
+    assert "(best by loss on validation)" in text
 
 
 def test_seeds_are_summed_up_and_tested_once_with_holm_over_the_methods(page):

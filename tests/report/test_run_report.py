@@ -209,7 +209,7 @@ def test_the_page_says_what_the_numbers_say(run):
             assert f"{100 * model['tasks']['sums']['accuracy']:.1f} ± 4.5" in page
         assert f"{slope['estimate']:+.4f}" in page
         assert "samples seen early end with the higher loss, clearly" in page
-        assert "member_1 (best on validation)" in page
+        assert "member_1 (best by loss on validation)" in page
         for detail in (
             "31.0 32.0 33.0",
             "12.3",
@@ -232,7 +232,7 @@ def test_the_verdicts_follow_the_planted_differences(run):
         line for line in markdown.splitlines() if line.startswith("- average, held-out loss")
     ]
     assert f"clearly better ({models[4]['loss'] - mean:+.4f}" in line
-    assert "the best member (member_1, chosen on validation)" in line
+    assert "the best member by loss (member_1, chosen on validation)" in line
     (line,) = [line for line in markdown.splitlines() if line.startswith("- average, sums")]
     assert line.count("clearly better") == 2
     (line,) = [
@@ -352,7 +352,7 @@ def test_one_member_without_validation_or_items(tmp_path):
     )
     text = run_report.write(tmp_path).read_text()
     assert "one member only" in text
-    assert "member_0 (best on test)" in text
+    assert "member_0 (best by loss on test)" in text
     assert not re.search(
         r"\b(nan|inf|None)\b", text.partition("What was found")[2].partition("Provenance")[0]
     )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import arch, tree
 from jax_ordermerge.checkpoint import convert
@@ -13,6 +15,7 @@ from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
+from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.search import controls, subsets
 from jax_ordermerge.search.candidates import Candidate, Population, baselines, check
 
@@ -135,6 +138,61 @@ def test_lambda_of_any_merge_is_task_arithmetic_of_it(stored, tmp_path):
     assert tensors(tmp_path / "files") == tensors(tmp_path / "memory")
 
 
+def test_lambda_of_a_member_is_task_arithmetic_of_its_files(stored, tmp_path):
+    population, root = stored
+    candidate = Candidate("member", {"number": 1}, scale=1.3)
+    convert.export(population.build(candidate), CONFIG, tmp_path / "memory", dtype="bfloat16")
+    scaled = plan.uniform(
+        [Directory(root / "member_1")],
+        Directory(root / "base"),
+        method="task_arithmetic",
+        parameters={"scale": 1.3},
+        dtype="bfloat16",
+    )
+    engine.merge_plan(scaled, tmp_path / "files")
+    assert tensors(tmp_path / "files") == tensors(tmp_path / "memory")
+
+
+def test_lambda_of_a_member_is_the_formula_also_by_group(stored):
+    population, _ = stored
+    candidate = Candidate("member", {"number": 2}, scale=1.5, groups={"mlp": 0.5, "layers:0-0": 2})
+    built, base = tree.flatten(population.build(candidate)), tree.flatten(population.base)
+    members = tree.flatten(population.members)
+    for spec in arch.tensor_table(CONFIG):
+        start = np.asarray(base[spec.path], np.float64)
+        task_vector = np.asarray(members[spec.path][2], np.float64) - start
+        factor = 1.5 * (0.5 if spec.kind == "mlp" else 1.0)
+        if spec.stacked:
+            layers = np.array([2.0, 1.0]).reshape(2, *[1] * (start.ndim - 1))
+            factor = factor * layers
+        # Half a unit in the last place of bfloat16 is at most 2**-8 of the number.
+        np.testing.assert_allclose(
+            np.asarray(built[spec.path], np.float64),
+            start + factor * task_vector,
+            rtol=2**-8,
+            atol=1e-5,
+        )
+
+
+def test_a_member_at_another_lambda_has_the_same_bits_on_a_mesh(stored):
+    population, _ = stored
+    mesh = make_mesh(order=2, fsdp=2, tensor=2)
+    specs = {spec.path: spec for spec in arch.tensor_table(CONFIG)}
+    sharded = {
+        path: jax.device_put(
+            jnp.concatenate([leaf, leaf[:1]]),
+            NamedSharding(mesh, P("order", *[None] * len(specs[path].shape))),
+        )
+        for path, leaf in tree.flatten(population.members).items()
+    }
+    base = jax.device_put(population.base, NamedSharding(mesh, P()))
+    spread = Population(CONFIG, tree.unflatten(sharded), base, "bfloat16")
+    candidate = Candidate("member", {"number": 1}, scale=0.7)
+    expected = tree.flatten(population.build(candidate))
+    for path, leaf in tree.flatten(spread.build(candidate)).items():
+        assert np.array_equal(leaf, expected[path]), path
+
+
 def test_lambda_by_group_touches_that_group_alone(stored):
     population, _ = stored
     grouped = tree.flatten(
@@ -179,6 +237,7 @@ def test_other_hyperparameters_do_not_compile_again(stored):
             Candidate("average", groups={"mlp": x}, scale=x),
             Candidate("selection", {"resample": "exhaustive"}, seed=int(100 * x)),
             Candidate("member", {"number": int(3 * x)}),
+            Candidate("member", {"number": int(3 * x)}, scale=x, groups={"mlp": 1 + x}),
         ]
 
     for candidate in family(0.3):
@@ -217,6 +276,16 @@ def test_other_hyperparameters_do_not_compile_again(stored):
             "unknown group of tensors norms (did you mean 'norm'?)",
         ),
         (Candidate("slerp"), "merge method slerp takes 2 models, 3 were given"),
+        (
+            Candidate("member", {"number": 3}),
+            "candidate member with parameters {'number': 3}: expected number, 0 to 2",
+        ),
+        (Candidate("member", {"number": 1.0}), "expected number, 0 to 2"),
+        (Candidate("member"), "expected number, 0 to 2"),
+        (
+            Candidate("member", {"number": 0}, groups={"layers:0-9": 2.0}),
+            "group of tensors layers:0-9: expected layers:FIRST-LAST within 0 to 1",
+        ),
     ],
 )
 def test_a_candidate_that_cannot_be_built_is_refused(candidate, message):

@@ -122,14 +122,12 @@ def test_equal_candidates_are_called_better_at_the_nominal_rate():
         halving.run(range(members, count), lambda *_: None)
         winner, best = halving.leader(), min(range(members), key=halving.loss)
         fresh = generator.normal(2, 0.5, test) + generator.normal(0, 0.1, (count, test))
-        rivals = {"best_member": fresh[best]}
-        claim = paired.claim(fresh[winner], rivals, resamples=1)
+        pairs = {"best_member": (fresh[winner], fresh[best])}
+        claim = paired.claims(pairs, resamples=1)
         claimed += any(rival.is_better for rival in claim.values())
-        claims = paired.claim(
-            fresh[winner],
-            rivals | {"mean_member": fresh[:members].mean(0), "average": fresh[members]},
-            resamples=1,
-        )
+        pairs["mean_member"] = fresh[winner], fresh[:members].mean(0)
+        pairs["average"] = fresh[winner], fresh[members]
+        claims = paired.claims(pairs, resamples=1)
         against_any += any(rival.is_better for rival in claims.values())
         if winner != members:
             gap = paired.difference(losses[winner], losses[members], resamples=1)

@@ -6,7 +6,7 @@ from jax_ordermerge.experiment import build_merges, export, models, search
 from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.experiment.run_config import result_layouts
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.layout import read_json, write_json
+from jax_ordermerge.layout import read_json, read_search, write_json
 from jax_ordermerge.merge import population as merging
 from jax_ordermerge.search.candidates import Population
 from jax_ordermerge.tree import Tree
@@ -61,6 +61,8 @@ def run(ctx: RunContext) -> None:
 def is_complete(config: Config) -> bool:
     """Whether every merge of the config is exported and recorded."""
     for number, run in enumerate(result_layouts(config)):
+        if config.merge.auto is not None:
+            read_search(run.search)  # refuses what another version has chosen
         recorded = {row["name"] for row in (read_json(run.merges) or {"merges": []})["merges"]}
         exports = build_merges.exports(config, number)
         # a merge is exported before its diagnostics are measured: an export alone is not complete

@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 from jax_ordermerge.analysis.paired import Difference, holm
-from jax_ordermerge.config.merge import AUTO
+from jax_ordermerge.config.merge import AUTO, LOSS
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import member_name
-from jax_ordermerge.report import formatting
+from jax_ordermerge.report import formatting, search_findings
 from jax_ordermerge.report.differences import AVERAGE, BEST_MEMBER, MEAN_MEMBER, RIVALS
-from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
-from jax_ordermerge.report.findings import search_sentence
+from jax_ordermerge.report.document import Block, Bullets, Heading, Picture, Table
 from jax_ordermerge.report.plots import controls as plots
 from jax_ordermerge.report.plots.models import cosines as cosine_map
 from jax_ordermerge.report.run import Run, missing
@@ -70,6 +69,10 @@ def search(results: Json | None, unit: str) -> list[Block]:
     """
     if not results:
         return []
+    # The unit is that of the loss; other measures are shares.
+    measure = results["settings"]["space"]["measure"]
+    name = search_findings.criterion(measure)
+    unit = f"validation {name} ({unit})" if measure == [LOSS] else f"{name}, on validation"
     # Losses are comparable on the same examples only, so those measured on most come first. A
     # candidate that was dropped has no loss on all of them.
     rows = sorted(
@@ -96,7 +99,7 @@ def search(results: Json | None, unit: str) -> list[Block]:
     header = [
         "candidate",
         "examples",
-        f"validation loss ({unit})",
+        unit,
         "less the winner's",
         "less the best member's",
         "dropped",
@@ -104,13 +107,13 @@ def search(results: Json | None, unit: str) -> list[Block]:
     strong = [index for index, row in enumerate(rows) if row["number"] == results["winner"]]
     return [
         Heading("The chosen merge"),
-        Paragraph(search_sentence(results)),
+        Bullets(search_findings.sentences(results)),
         Table(header, cells, caption, strong=strong),
         Picture(
             "search",
             plots.candidates(results["candidates"], results["winner"], unit),
-            "Candidates by their loss on all validation examples. Where a candidate saw only part "
-            "of them, its loss is estimated.",
+            f"Candidates by their {name} on all validation examples. Where a candidate saw only "
+            "part of them, it is estimated.",
         ),
     ]
 
@@ -160,8 +163,12 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
         "controls were made in device memory; none was written."
     )
     table = Table(header, cells, caption, strong=[after_members])
+    blocks: list[Block] = [Heading("Controls")]
+    # Before the long table: whether merging or length is what helps.
+    if lambdas := controls.get("lambdas"):
+        blocks.append(_lambda_table(lambdas))
     return [
-        Heading("Controls"),
+        *blocks,
         table,
         *_subset_blocks(controls, unit),
         *_pictures(controls["rows"], split, unit, chosen),
@@ -213,8 +220,56 @@ def _subset_blocks(controls: Json, unit: str) -> list[Block]:
     ]
 
 
+def _lambda_table(lambdas: Json) -> Table:
+    """Return the comparisons at lambda 1 and with each side at its own lambda."""
+    own = lambdas["own"]
+    best = lambdas["best_member"]
+
+    def label(name: str) -> str:
+        return {**RIVALS, AVERAGE: AVERAGE}.get(name, name)
+
+    def scale(name: str) -> str:
+        if name == MEAN_MEMBER:
+            return "each its own"
+        row = best if name == BEST_MEMBER else own[name]
+        line = f" ({row['line']})" if name == BEST_MEMBER else ""
+        return f"{row['lambda']:g}{' (edge)' if row['edge'] else ''}{line}"
+
+    gaps = [row[side] for row in lambdas["rows"] for side in ("at_one", "own") if row[side]]
+    corrected = iter(holm([gap["p"] for gap in gaps]))
+
+    def text(gap: Json | None) -> str:
+        if gap is None:
+            return ""
+        return f"{formatting.interval(Difference(**gap))}, by Holm {next(corrected):.2g}"
+
+    rows = []
+    for row in lambdas["rows"]:
+        is_same = row["rival"] == row["model"]
+        rows.append(
+            [
+                label(row["model"]),
+                "itself at lambda 1" if is_same else label(row["rival"]),
+                text(row["at_one"]),
+                scale(row["model"]),
+                "1" if is_same else scale(row["rival"]),
+                text(row["own"]) or "the same model",
+            ]
+        )
+    header = ["model", "less", "at lambda 1", "its lambda", "lambda of the other"]
+    header.append("each at its own lambda")
+    caption = (
+        "base + lambda (model - base). A lambda is chosen on validation among those of the controls, "
+        "by loss; (edge): the lowest or highest of them. At its own lambda the best member is the "
+        "one that is best then. What a merge gains on it is merging; what a model gains on itself at "
+        "lambda 1 is length. Difference ± standard error [95 % bootstrap interval], p of the paired "
+        "t-test, and p by Holm's method over all comparisons of this table."
+    )
+    return Table(header, rows, caption, text=(0, 1))
+
+
 def _cells(row: Json, best: Json, corrected: Iterator[float]) -> list[str]:
-    mark = f" (best on {best['chosen_on']})" if row["name"] == best["name"] else ""
+    mark = f" (best by loss on {best['chosen_on']})" if row["name"] == best["name"] else ""
     # in the order of the p values that were corrected
     holm_p = {rival: next(corrected) for rival in row["against"]}
     gaps = ((row["against"].get(rival), holm_p.get(rival)) for rival in _CONTROL_RIVALS)
@@ -231,6 +286,22 @@ def _cells(row: Json, best: Json, corrected: Iterator[float]) -> list[str]:
     ]
 
 
+def _lines(rows: Sequence[Json]) -> dict[str, list[Json]]:
+    """Return the rows of every model that was measured at several lambdas, ascending."""
+    lines: dict[str, list[Json]] = {}
+    for row in rows:
+        # of an earlier version only the average has a line, which has no name there
+        line = row.get("line") or (AVERAGE if row["group"] == "lambda_line" else None)
+        line = AVERAGE if row["name"] == AVERAGE else line
+        if line is not None and row["name"] != "base":
+            lines.setdefault(line, []).append(row)
+    return {
+        name: sorted(line, key=lambda row: float(row["at"][0]))
+        for name, line in lines.items()
+        if len(line) > 1
+    }
+
+
 def _pictures(rows: Sequence[Json], split: str, unit: str, chosen: Json | None) -> list[Block]:
     def at(row: Json) -> float:
         return float(row["at"][0])
@@ -238,13 +309,11 @@ def _pictures(rows: Sequence[Json], split: str, unit: str, chosen: Json | None) 
     # each picture only where its group of controls was asked for
     by_name = {row["name"]: row for row in rows}
     pictures: list[Block] = []
-    line = [
-        row for row in rows if row["group"] == "lambda_line" or row["name"] in ("base", AVERAGE)
-    ]
+    lines = _lines(rows)
     # base and average are always among the controls: alone they are no line
-    if len(line) > 2:
-        picture = plots.lambda_line(sorted(line, key=at), split, unit)
-        caption = "From the base (0) to the average (1) and beyond."
+    if lines:
+        picture = plots.lambda_line(lines, by_name["base"], split, unit)
+        caption = "From the base (0) to the model (1) and beyond: members, average and selections."
         pictures.append(Picture("lambda-line", picture, caption))
     if between := [row for row in rows if row["group"] == "barrier"]:
         # the members themselves are the ends of the line, and were measured under their names

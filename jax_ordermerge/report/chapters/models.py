@@ -65,7 +65,7 @@ def result_table(run: Run) -> Table:
     if best and best.chosen_on == "test" and not with_loss:
         best = None  # without a loss on test examples nothing was chosen on them
     for model in run.models:
-        mark = f" (best on {best.chosen_on})" if best and best.name == model["name"] else ""
+        mark = f" (best by loss on {best.chosen_on})" if best and best.name == model["name"] else ""
         cells = [
             model["name"] + mark,
             formatting.plus_minus(model.get("loss"), model.get("loss_se"), 4),
@@ -142,19 +142,22 @@ def _result_caption(run: Run) -> str:
 def difference_table(comparison: Comparison) -> Table:
     """Return a row per merge (or group of seeds) and measure, with differences to the rivals."""
     rows = []
+    measures = [m for merge in comparison.merges.values() for m in merge.measures.values()]
+    # a rival that no merge of the run has is no column
+    rivals = [rival for rival in RIVALS if any(rival in measure.gaps for measure in measures)]
     for name, merge in comparison.merges.items():
         count = len(merge.names)
         label = f"{name} (mean of {count} seeds)" if count > 1 else name
         for task, measure in merge.measures.items():
             # losses as they are, accuracies as percentage points
             title, scale, digits = (f"{task}, points", 100, 1) if task else ("loss", 1, 4)
-            gaps = [_difference(measure, rival, scale, digits) for rival in RIVALS]
+            gaps = [_difference(measure, rival, scale, digits) for rival in rivals]
             test = measure.mcnemar.get(BEST_MEMBER)
             counts = f"{test.only_first} : {test.only_second}, " if test else ""
             rank = _median(measure.gaps.get(MEAN_MEMBER), scale, digits)
             mcnemar = counts + formatting.p_text(test.p) if test else ""
             rows.append([label, title, *gaps, rank, mcnemar])
-    header = ["merge", "measure", *(f"against {text}" for text in RIVALS.values())]
+    header = ["merge", "measure", *(f"against {RIVALS[rival]}" for rival in rivals)]
     header.append("median, Wilcoxon, mean member")
     caption = (
         "Difference ± standard error [95 % studentized bootstrap interval], p of the paired t-test. "

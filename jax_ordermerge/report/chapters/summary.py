@@ -225,6 +225,8 @@ def _scaled(run: Run) -> Json | None:
         for row in (run.controls or {"rows": []})["rows"]
         if row["group"].startswith(_LAMBDA) and row["against"].get(BEST_MEMBER)
     ]
+    # an average at another lambda is also a merge: what length does alone, a member shows
+    rows = [row for row in rows if row["kind"] == "scaled member"] or rows
     validated = all(row["validation_loss"] is not None for row in rows)
     key = "validation_loss" if validated else "loss"
     return min(rows, key=lambda row: float(row[key]), default=None)

@@ -19,28 +19,41 @@ from jax_ordermerge.report.plots.figure import (
 )
 
 
-def lambda_line(rows: Sequence[Json], split: str, unit: str) -> str:
-    """Draw the loss along base (0), average (1) and beyond.
+def lambda_line(lines: Mapping[str, Sequence[Json]], base: Json, split: str, unit: str) -> str:
+    """Draw the loss of models along base (0), model (1) and beyond.
 
-    A base far above the others is named below, not drawn: it would flatten the line.
+    A base far above the others is named below, not drawn: it would flatten the lines.
 
     Args:
-        rows: with `at` = [lambda], `loss` and `validation_loss`, ascending.
+        lines: rows by name of the model, with `at` = [lambda], `kind` and `loss`, ascending.
+        base: the row of the base.
         split: that `loss` was measured on.
         unit: of losses.
     """
-    trained = [row["loss"] for row in rows if row["at"][0] > 0]
+    trained = [row["loss"] for line in lines.values() for row in line]
     # a random base is far worse than any merge, a pretrained one may be near
-    limit = max(trained) + 2 * (max(trained) - min(trained))
-    outside = [row for row in rows if row["at"][0] == 0 and row["loss"] > limit]
+    is_near = base["loss"] <= max(trained) + 2 * (max(trained) - min(trained))
+    members = [name for name, line in lines.items() if line[0]["kind"] != "merge"]
+    merges = [name for name in lines if name not in members]
+    colour = dict(zip(merges, colours(len(merges) + 1)[1:], strict=True))
 
-    with draw("lambda-line", 3.0) as figure:
+    with draw("lambda-line", 3.4) as figure:
         axes = figure.subplots()
-        _line(axes, [row for row in rows if row not in outside], split)
+        for name, line in lines.items():
+            rows = [base, *line] if is_near else line
+            x, y = [row["at"][0] for row in rows], [row["loss"] for row in rows]
+            if name in members:
+                # one name for all of them: which member it is says nothing here
+                label = f"members ({len(members)})" if name == members[0] else None
+                axes.plot(x, y, "-", color=KIND["member"], label=label, linewidth=0.9, alpha=0.7)
+            else:
+                axes.plot(x, y, "o-", color=colour[name], label=name, markersize=4)
         axes.axvline(1, color=FAINT, linewidth=1, linestyle=DASHED)
-        note = "".join(f"; the base, at {row['loss']:.3f}, lies outside" for row in outside)
-        label = f"lambda: base + lambda × mean task vector; dashed: the average{note}"
-        axes.set(xlabel=label, ylabel=f"loss ({unit})")
+        note = "" if is_near else f"; the base, at {base['loss']:.3f}, lies outside"
+        axes.set(
+            xlabel=f"lambda: base + lambda × task vector; dashed: the model itself{note}",
+            ylabel=f"{split} loss ({unit})",
+        )
         axes.legend()
     return figure.svg
 
@@ -154,7 +167,7 @@ def splits(rows: Sequence[Json], chosen: Json | None, unit: str) -> str:
     return figure.svg
 
 
-def candidates(rows: Sequence[Json], winner: int, unit: str) -> str:
+def candidates(rows: Sequence[Json], winner: int, label: str) -> str:
     """Draw the losses of the candidates of a search, by method.
 
     The loss of a candidate that was dropped early is estimated from its difference to the winner
@@ -163,7 +176,7 @@ def candidates(rows: Sequence[Json], winner: int, unit: str) -> str:
     Args:
         rows: of results.json, with `kind`, `candidate`, `to_winner`, `dropped` and `number`.
         winner: its number.
-        unit: of losses.
+        label: what was minimized, and its unit.
     """
     best = next(row["loss"] for row in rows if row["number"] == winner)
     compared = [row for row in rows if row["to_winner"] is not None and row["kind"] != "base"]
@@ -172,7 +185,7 @@ def candidates(rows: Sequence[Json], winner: int, unit: str) -> str:
     with draw("search", 0.9 + 0.3 * max(3, len(methods))) as figure:
         axes = figure.subplots()
         for row in compared:
-            colour = KIND["member" if row["kind"] == "member" else "merge"]
+            colour = KIND["merge" if row["kind"] == "merge" else "member"]
             # hollow: estimated, not measured on all examples
             fill = colour if row["dropped"] is None else "none"
             x, y = best + row["to_winner"]["estimate"], methods.index(row["candidate"]["method"])
@@ -180,8 +193,7 @@ def candidates(rows: Sequence[Json], winner: int, unit: str) -> str:
         axes.axvline(best, color=INK, linewidth=1, linestyle=DASHED)
         names_down(axes, methods)
         axes.set_xlabel(
-            f"validation loss ({unit}); dashed: the winner; "
-            "hollow: estimated from a part of the examples"
+            f"{label}; dashed: the winner; hollow: estimated from a part of the examples"
         )
     return figure.svg
 
