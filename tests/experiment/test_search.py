@@ -18,6 +18,7 @@ from jax_ordermerge.experiment import controls, losses, models, pipeline, prefli
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.experiment.splits import find_overlaps
+from jax_ordermerge.report.run import read_run
 from jax_ordermerge.search.candidates import Candidate, Population
 from tests.experiment.run_directory import interrupted
 
@@ -33,7 +34,7 @@ def configured(folder, output, *changes):
     raw["data"]["validation_examples"] = 10
     raw["merge"] |= {
         "auto": {"methods": METHODS, "smallest": 4},
-        "controls": ["lambda_line", "lambda_matched", "children", "ensemble"],
+        "controls": ["lambda_line", "lambda_members", "lambda_matched", "children", "ensemble"],
     }
     raw["evaluation"] = {"batch": 8, "bootstrap": 50}
     file = output.parent / "auto.yaml"
@@ -89,6 +90,7 @@ def test_a_control_is_what_is_measured_from_the_exported_files(run):
     assert {row["group"] for row in summary["rows"]} == {
         "anchor",
         "lambda_line",
+        "lambda_members",
         "lambda_matched",
         "children",
         "logit ensemble of the members",
@@ -98,6 +100,24 @@ def test_a_control_is_what_is_measured_from_the_exported_files(run):
         assert saved["losses"].shape == (len(summary["rows"]), 20)
         mean = (saved["losses"] * saved["tokens"]).sum(1) / saved["tokens"].sum()
     np.testing.assert_allclose(mean, [row["loss"] for row in summary["rows"]], rtol=1e-6)
+
+
+def test_the_best_member_at_its_own_lambda_is_a_rival_of_every_merge(run):
+    summary = json.loads((run / "controls.json").read_text())
+    members = [row for row in summary["rows"] if row["candidate"] and row["line"] != "average"]
+    members = [row for row in members if row["kind"] in ("member", "scaled member")]
+    assert len(members) == 2 * 8
+    best = min(members, key=lambda row: row["validation_loss"])
+    assert summary["lambdas"]["best_member"]["control"] == best["name"]
+    page = read_run(run)
+    (rival,) = (row for row in summary["rows"] if row["name"] == best["name"])
+    gap = page.comparison.merges["average"].loss.gaps["scaled_member"]
+    average = json.loads((run / "evaluations" / "average.json").read_text())["summary"]
+    assert gap.estimate == pytest.approx(average["loss"] - rival["loss"], abs=1e-6)
+    text = (run / "report.md").read_text()
+    assert "than the best member at its own lambda" in text or (
+        "from the best member at its own lambda" in text
+    )
 
 
 def test_what_the_evaluation_measured_is_not_measured_again(run, tmp_path, monkeypatch):
