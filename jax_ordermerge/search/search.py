@@ -97,6 +97,20 @@ class _Sums:
         return self._cache.get_or_measure(candidate.key, subset, measure)
 
 
+def _shuffle_and_cut(
+    validation: Examples, smallest: int, seed: int
+) -> tuple[Examples, list[Examples]]:
+    """Return the examples in another order, and what each nested subset of them adds."""
+    # Shuffled, because files are often sorted: the first subset would not be like all of it. By
+    # seed, so that a search that continues has the same subsets.
+    validation = validation.take(permutation(len(validation), seed, "search", "items"))
+    sizes = subset_sizes(len(validation), smallest)
+    return validation, [
+        validation.take(np.arange(first, end))
+        for first, end in zip([0, *sizes], sizes, strict=False)
+    ]
+
+
 def run_search(
     population: Population,
     space: Search,
@@ -133,14 +147,8 @@ def run_search(
     """
     start = time.perf_counter()
     sampler = sampling.make_sampler(space, population.count, seed)
-    # Shuffled, because files are often sorted: the first subset would not be like all of it. By
-    # seed, so that a search that continues has the same subsets.
-    validation = validation.take(permutation(len(validation), seed, "search", "items"))
-    sizes = subset_sizes(len(validation), space.smallest)
-    subsets = [
-        validation.take(np.arange(first, end))
-        for first, end in zip([0, *sizes], sizes, strict=False)
-    ]
+    validation, subsets = _shuffle_and_cut(validation, space.smallest, seed)
+    sizes = np.cumsum([len(subset) for subset in subsets]).tolist()
     # A cache of other settings would give losses of other models or examples.
     settings = {
         **provenance,
