@@ -248,7 +248,7 @@ def test_a_mean_that_five_items_decide_is_said_to_be_one(planted):
     sentences = findings.sentences(make_run(models, items))
     (text,) = [text for text in sentences if text.startswith("few, held-out")]
     assert "Caution: five items hold" in text
-    assert "the best member (m1, chosen on validation) (median +0.0010, Wilcoxon p" in text
+    assert "the best member by loss (m1, chosen on validation) (median +0.0010, Wilcoxon p" in text
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_four_sentences_a_table_and_a_picture():
         "in epoch 2. p is corrected over the epochs by Holm's method."
     )
     assert "clearly better" in average
-    assert "the best member (m0, chosen on test: optimistic)" in average
+    assert "the best member by loss (m0, chosen on test: optimistic)" in average
     assert selection.startswith("Selection (selection): held-out loss not distinguishable (")
     assert ship == (
         "What to ship: average, which needs no choice: it is better than the mean member in loss "
@@ -85,7 +85,7 @@ def test_four_sentences_a_table_and_a_picture():
 @pytest.mark.parametrize(
     ("shift", "right", "shipped", "reason"),
     [
-        (-0.1, 0.5, "ties", "better than the best member in loss and worse in no measure"),
+        (-0.1, 0.5, "ties", "better in loss than the best member by loss, and worse in no measure"),
         (-0.1, 0.2, "m1", "is worse in sums on test"),
         (0.0, 0.5, "m1", "is not distinguishable in any measure on test"),
         (0.1, 0.5, "m1", "is worse in loss on test"),

@@ -146,7 +146,7 @@ def shipped(run: Run) -> tuple[str, str]:
         chosen = "the merge that the search chose on validation"
     if better and not worse:
         return candidate, (
-            f"{chosen}: it is better than {RIVALS[rival]} in {' and '.join(better)} and worse in "
+            f"{chosen}: it is better in {' and '.join(better)} than {RIVALS[rival]}, and worse in "
             "no measure"
         )
     reason = f"worse in {' and '.join(worse)}" if worse else "not distinguishable in any measure"
