@@ -59,7 +59,7 @@ def test_four_sentences_a_table_and_a_picture():
     assert "the best member by loss (m0, chosen on test: optimistic)" in average
     assert selection.startswith("Selection (selection): held-out loss not distinguishable (")
     assert ship == (
-        "What to ship: average, which needs no choice: it is better than the mean member in loss "
+        "What to ship: average, which needs no choice: it is better in loss than the mean member, "
         "and worse in no measure."
     )
     assert isinstance(table, Table)
