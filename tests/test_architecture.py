@@ -34,6 +34,7 @@ LIBRARIES = {
     "flax": ("model/",),
     "orbax": ("checkpoint/",),
     "matplotlib": ("report/",),
+    "torch": ("checkpoint/torch_files.py",),
     "transformers": ("data/", "evaluate/"),
     "datasets": ("data/", "evaluate/"),
     "tensorboardX": ("train/trackers.py",),

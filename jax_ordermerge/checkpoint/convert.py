@@ -91,7 +91,7 @@ def load_params(
     return config, tree.unflatten(flat)
 
 
-def check_tensors(reader: safetensors.Reader, config: ModelConfig) -> None:
+def check_tensors(reader: safetensors.StoredTensors, config: ModelConfig) -> None:
     """Require exactly the tensors of a model, in the right shapes and floating point.
 
     Rotary buffers are ignored, and so is an output head that equals the tied embedding.
@@ -261,7 +261,7 @@ def _read_part(
     return array
 
 
-def _is_tied_copy(reader: safetensors.Reader, config: ModelConfig, name: str) -> bool:
+def _is_tied_copy(reader: safetensors.StoredTensors, config: ModelConfig, name: str) -> bool:
     if not config.tie_embeddings:
         return False
     # the head is not in the table of a tied model, so its name comes from the untied one

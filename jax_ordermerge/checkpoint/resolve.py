@@ -17,9 +17,11 @@ _HUB_FILES = (
     "vocab.txt",
     "README.md",
 )
+# of PyTorch, where there are no safetensors
+_BIN_FILES = ("pytorch_model*.bin", "adapter_model.bin")
 
 
-def resolve(base: str, *, weights: bool = True) -> Path:
+def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path:
     """Return the local directory of a base model.
 
     Args:
@@ -27,6 +29,7 @@ def resolve(base: str, *, weights: bool = True) -> Path:
             s3://) of a directory, which is copied here, or a hub name such as
             `meta-llama/Llama-2-7b-hf`, which is downloaded once.
         weights: False leaves out safetensors: config and tokenizer only.
+        allow_bin: download `.bin` files of PyTorch where a hub model has no safetensors.
 
     Raises:
         UserError: there is no such model, or it cannot be downloaded.
@@ -51,7 +54,21 @@ def resolve(base: str, *, weights: bool = True) -> Path:
             f"base model directory {base} not found; give an existing directory, a hub name or"
             " embedded:NAME"
         )
-    return _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
+    directory = _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
+    if allow_bin and not any(directory.glob("*.safetensors")):
+        directory = _download(base, (*_HUB_FILES, *_BIN_FILES))
+    return directory
+
+
+def is_on_hub(base: str) -> bool:
+    """Return whether `resolve` would download a model from the hub.
+
+    Example:
+        >>> is_on_hub("meta-llama/Llama-2-7b-hf"), is_on_hub("embedded:quickstart"), is_on_hub("..")
+        (True, False, False)
+    """
+    is_local = base.startswith((".", "/", "~", "embedded:")) or base.count("/") > 1
+    return not is_local and remote.address(base) is None and not Path(base).expanduser().is_dir()
 
 
 def _embedded(name: str) -> Path:

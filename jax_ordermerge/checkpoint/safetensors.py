@@ -58,6 +58,19 @@ class Tensors(Protocol):
         """Return where a tensor lies."""
 
 
+class StoredTensors(Tensors, Protocol):
+    """A model in files: a `Reader`, or a `torch_files.BinReader`.
+
+    Attributes:
+        directory: of the files.
+    """
+
+    directory: Path
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor as a whole; it may be a read-only view of a file."""
+
+
 class Reader:
     """The tensors of a safetensors file, or of a Hugging Face directory, sharded or not.
 
@@ -227,7 +240,13 @@ def _describe_weights(directory: Path) -> str:
     suffixes = (".safetensors", ".bin", ".pth", ".gguf")
     names = sorted(path.name for path in directory.iterdir() if path.suffix in suffixes)
     if not names:
-        return "it has no weights"
+        # a model on the hub is downloaded without its .bin files
+        return "it has no safetensors; if its weights are .bin files, see --allow-bin"
+    if all(name.endswith(".bin") for name in names):
+        return (
+            f"it has {', '.join(names[:3])}; ordermerge convert MODEL OUT --allow-bin makes"
+            " safetensors of them"
+        )
     return f"it has {', '.join(names[:3])}; convert to safetensors, or restore the index"
 
 

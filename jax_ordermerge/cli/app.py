@@ -44,8 +44,19 @@ IgnoreKeys = Annotated[
         help="Unknown keys of config.json that the model does not depend on.",
     ),
 ]
+AllowBin = Annotated[
+    bool,
+    Option("--allow-bin", help="Read .bin weights of PyTorch (tensors only; needs torch)."),
+]
 Runs = Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")]
-Model = Annotated[str, Argument(metavar="MODEL", help="HF directory, hub name or embedded:NAME.")]
+Model = Annotated[
+    str,
+    Argument(
+        metavar="MODEL",
+        help="HF or Orbax directory, hub name, embedded:NAME, RUN/member_0, RUN/average (a merge)"
+        " or MODEL+ADAPTER.",
+    ),
+]
 
 
 # Commands import what they need when they run. Typer calls one of them per process, so imports at

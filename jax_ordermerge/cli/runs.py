@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from jax_ordermerge.cli.app import (
+    AllowBin,
     AsJson,
     IgnoreKeys,
     Overrides,
@@ -147,10 +148,11 @@ def analyze(config: RunArgument, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(
     target: Annotated[
-        Path,
+        str,
         Argument(
             metavar="CONFIG|RUN|MODEL",
-            help="A config or run; or a model: HF directory, hub name or embedded:NAME.",
+            help="A config or run; or a model: HF or Orbax directory, hub name, embedded:NAME,"
+            " RUN/member_0, RUN/average (a merge) or MODEL+ADAPTER.",
         ),
     ],
     overrides: Overrides = None,
@@ -165,6 +167,7 @@ def evaluate(
     chat: Annotated[bool, Option("--chat", help="With --harness: use the chat template.")] = False,
     out: Annotated[Path | None, Option(help="With MODEL: directory of results and items.")] = None,
     ignore_config_keys: IgnoreKeys = None,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Evaluate base, members and merges of a run on held-out data and tasks; or one model on tasks.
 
@@ -178,16 +181,21 @@ def evaluate(
 
     harness_options = command.HarnessOptions(harness_include, shots, limit, chat)
     ignore = split_keys(ignore_config_keys)
+    path = Path(target)
     # Not by `refuse_options`: which options there are depends on two of them, MODEL and --harness.
-    command.check_options(target, config, harness, harness_options, out, ignore)
-    if not command.is_model(target):
-        run_through("evaluate", target, overrides)
+    command.check_options(
+        path, config, harness, harness_options, out, ignore=ignore, allow_bin=allow_bin
+    )
+    if not command.is_model(path):
+        run_through("evaluate", path, overrides)
         return
-    settings = command.model_config(str(target), config, overrides or (), ignore)
+    settings = command.model_config(target, config, overrides or (), ignore)
     if harness is None:
-        command.evaluate_tasks(settings, out, typer.echo, limit)
+        command.evaluate_tasks(settings, out, typer.echo, limit, allow_bin=allow_bin)
     else:
-        command.evaluate_harness(settings, harness, out, typer.echo, harness_options)
+        command.evaluate_harness(
+            settings, harness, out, typer.echo, harness_options, allow_bin=allow_bin
+        )
 
 
 @app.command()

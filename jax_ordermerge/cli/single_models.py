@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from jax_ordermerge.cli.app import (
+    AllowBin,
     AsJson,
     IgnoreKeys,
     Model,
@@ -17,14 +18,13 @@ from jax_ordermerge.cli.app import (
     run_through,
     split_keys,
 )
-from jax_ordermerge.errors import UserError
 
 
 @app.command()
 def merge(
     context: typer.Context,
     sources: Annotated[
-        list[Path],
+        list[str],
         Argument(
             metavar="CONFIG|RUN|RECIPE|MODEL...",
             help="A config or run; a recipe and the directory to write; or models.",
@@ -55,6 +55,7 @@ def merge(
         bool, Option("--allow-nan", help="Merge NaN and infinities, and count them.")
     ] = False,
     ignore_config_keys: IgnoreKeys = None,
+    allow_bin: AllowBin = False,
     overrides: Overrides = None,
 ) -> None:
     """Merge the members of a run as its config says, or any checkpoints of one architecture.
@@ -65,21 +66,19 @@ def merge(
 
     ordermerge merge --method selection --base BASE --out MERGED MODEL_A MODEL_B MODEL_C
 
-    A recipe is YAML of ours or of mergekit. A MODEL is an HF directory, a hub name, MODEL+ADAPTER
-    (a LoRA), or RUN/member_0.
+    A recipe is YAML of ours or of mergekit. A MODEL is an HF or Orbax directory, a hub name,
+    MODEL+ADAPTER (a LoRA), RUN/member_0, or RUN/average (a merge of a run).
     """
     from jax_ordermerge.commands import merge as command
 
-    kind = command.kind_of(sources)
+    paths = [Path(source) for source in sources]
+    kind = command.kind_of(paths)
     refuse_options(context, *command.MODES[kind])
     if kind == "run":
-        run_through("merge", sources[0], overrides)
+        run_through("merge", paths[0], overrides)
         return
-    target = command.find_target(sources, out, kind)
-    if target is None and not dry_run:
-        raise UserError(
-            "a merge needs a directory to write: --out DIRECTORY, or one behind the recipe"
-        )
+    target = command.find_target(paths, out, kind)
+    command.check_output(target, to, is_written=not dry_run)
     shard_bytes = command.read_shard_size(shard_gb)
     write = functools.partial(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
@@ -88,7 +87,7 @@ def merge(
         target, write = None, functools.partial(command.print_plan, workers=workers)
     ignore = split_keys(ignore_config_keys)
     if kind == "recipe":
-        command.merge_recipe(sources[0], target, write, ignore)
+        command.merge_recipe(paths[0], target, write, ignore, allow_bin=allow_bin)
         return
     merge_plan = command.plan_models(
         sources,
@@ -99,6 +98,7 @@ def merge(
         seed=seed,
         dtype=dtype,
         ignore=ignore,
+        allow_bin=allow_bin,
     )
     command.carry_out(merge_plan, target, write)
 
@@ -109,15 +109,15 @@ def inspect(
     stats: Annotated[bool, Option("--stats", help="Add range, mean, zeros and NaN.")] = False,
     as_json: AsJson = False,
     ignore_config_keys: IgnoreKeys = None,
+    allow_bin: AllowBin = False,
 ) -> None:
-    """Print the table of a checkpoint's tensors.
-
-    MODEL is any name that merge takes, also MODEL+ADAPTER and RUN/member_0; or a safetensors file.
-    """
+    """Print the table of a checkpoint's tensors. MODEL may also be a safetensors file."""
     from jax_ordermerge.commands import inspect as command
 
     ignore = split_keys(ignore_config_keys)
-    text = command.inspect_model(model, stats=stats, as_json=as_json, ignore=ignore)
+    text = command.inspect_model(
+        model, stats=stats, as_json=as_json, ignore=ignore, allow_bin=allow_bin
+    )
     typer.echo(text, nl=False)
 
 
@@ -128,12 +128,15 @@ def diff(
     base: Annotated[str | None, Option(help="Compare task vectors from it, too.")] = None,
     as_json: AsJson = False,
     ignore_config_keys: IgnoreKeys = None,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor. Exit code 0 if all bytes are equal, else 1."""
     from jax_ordermerge.commands import inspect as command
 
     ignore = split_keys(ignore_config_keys)
-    text, equal = command.compare_models(a, b, base=base, as_json=as_json, ignore=ignore)
+    text, equal = command.compare_models(
+        a, b, base=base, as_json=as_json, ignore=ignore, allow_bin=allow_bin
+    )
     typer.echo(text, nl=False)
     raise typer.Exit(0 if equal else 1)  # as diff(1) does, for scripts
 
@@ -141,20 +144,33 @@ def diff(
 @app.command()
 def convert(
     source: Annotated[
-        Path, Argument(help="HF directory, run directory, or Orbax directory of this command.")
+        str,
+        Argument(help="A model by any name that merge takes; or a run, with --member."),
     ],
     out: Annotated[Path, Argument(help="Directory to write. It must not exist.")],
     to: Annotated[str, Option(help="hf, orbax, or peft (adapter of a member).")] = "hf",
     member: Annotated[int | None, Option(help="Number of a member of a run, from 0.")] = None,
     dtype: Annotated[str | None, Option(help="That of the source by default.")] = None,
     ignore_config_keys: IgnoreKeys = None,
+    allow_bin: AllowBin = False,
 ) -> None:
-    """Convert between Hugging Face directories and Orbax checkpoints, or export one member."""
+    """Write a model as a Hugging Face directory, an Orbax checkpoint, or a PEFT adapter.
+
+    ordermerge convert BASE+ADAPTER MERGED
+
+    ordermerge convert RUN/member_0 MEMBER --to orbax
+    """
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.commands import convert as command
 
     command.convert_checkpoint(
-        source, out, to=to, member=member, dtype=dtype, ignore=split_keys(ignore_config_keys)
+        source,
+        out,
+        to=to,
+        member=member,
+        dtype=dtype,
+        ignore=split_keys(ignore_config_keys),
+        allow_bin=allow_bin,
     )
     typer.echo(f"wrote {remote.address(out) or out}")
 
@@ -162,13 +178,7 @@ def convert(
 @app.command()
 def generate(
     context: typer.Context,
-    model: Annotated[
-        str,
-        Argument(
-            metavar="MODEL",
-            help="HF directory, hub name, embedded:NAME, RUN/member_0 or MODEL+ADAPTER.",
-        ),
-    ],
+    model: Model,
     *,
     prompt: Annotated[list[str] | None, Option(help="A prompt. May be repeated.")] = None,
     prompts: Annotated[
@@ -199,6 +209,7 @@ def generate(
     top_p: Annotated[float | None, Option(help="Draw within this probability.")] = None,
     seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
     ignore_config_keys: IgnoreKeys = None,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Answer prompts with a model: greedily, or drawn by seed and number of the prompt.
 
@@ -224,6 +235,7 @@ def generate(
         dtype=dtype,
         sampling=sampling,
         ignore=split_keys(ignore_config_keys),
+        allow_bin=allow_bin,
         asking=asking,
         # stdout is the answers alone
         log=lambda message: typer.echo(message, err=True),

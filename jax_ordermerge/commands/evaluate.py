@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.checkpoint.resolve import is_on_hub
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.data import dates, tokenizers
@@ -16,9 +17,10 @@ from jax_ordermerge.evaluate import harness
 from jax_ordermerge.evaluate.eval_model import EvalModel, NotFiniteError
 from jax_ordermerge.experiment import models
 from jax_ordermerge.experiment.context import Log, start_devices
+from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, write_json
-from jax_ordermerge.record import refuse_model_of_edited_run
+from jax_ordermerge.merge.sources import references, storage
 
 
 class HarnessOptions(NamedTuple):
@@ -43,7 +45,9 @@ def check_options(
     harness_tasks: str | None,
     harness_options: HarnessOptions,
     out: Path | None,
+    *,
     ignore: Collection[str] = (),
+    allow_bin: bool = False,
 ) -> None:
     """Check that the options of `ordermerge evaluate` go with its target and with each other.
 
@@ -59,6 +63,7 @@ def check_options(
         "--out": out,
         "--limit": limit,
         "--ignore-config-keys": ignore or None,
+        "--allow-bin": allow_bin or None,
         **harness_only,
     }
     # `is not None`, because 0 and False are given values; a flag that is off is made None above
@@ -111,7 +116,14 @@ def model_config(
     return schema.load_config(path, [*overrides, f"model.ignore_config_keys={keys}"])
 
 
-def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None = None) -> Json:
+def evaluate_tasks(
+    config: Config,
+    out: Path | None,
+    log: Log,
+    limit: int | None = None,
+    *,
+    allow_bin: bool = False,
+) -> Json:
     """Evaluate the model `model.base` on the tasks of the config.
 
     Args:
@@ -119,6 +131,7 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None
         out: directory for `results.json` and a file of items per task; answers for a judge need it.
         log: receives one line per task.
         limit: of the items of each task, where its own is not lower.
+        allow_bin: read `.bin` files of PyTorch where there are no safetensors.
 
     Returns:
         the content of `results.json`: `model`, `dtype`, `limit` where there is one, and under
@@ -140,7 +153,9 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None
         raise UserError(
             f"a task of kind {judged[0]} writes a file for a judge; say where with --out DIRECTORY"
         )
-    model = load_model(config, log)
+    if is_on_hub(config.model.base):
+        _check_tasks(config)
+    model = load_model(config, log, allow_bin=allow_bin)
     summaries: Json = {}
     # The dtype belongs to the result: the same model in float32 and bfloat16 gives other answers.
     results: Json = {"model": config.model.base, "dtype": config.model.compute_dtype}
@@ -170,7 +185,13 @@ def evaluate_tasks(config: Config, out: Path | None, log: Log, limit: int | None
 
 
 def evaluate_harness(
-    config: Config, tasks: str, out: Path | None, log: Log, options: HarnessOptions
+    config: Config,
+    tasks: str,
+    out: Path | None,
+    log: Log,
+    options: HarnessOptions,
+    *,
+    allow_bin: bool = False,
 ) -> Json:
     """Evaluate the model `model.base` on tasks of lm-evaluation-harness.
 
@@ -180,6 +201,7 @@ def evaluate_harness(
         out: directory for `results.json` and the items of each task.
         log: receives the table of results.
         options: of the harness.
+        allow_bin: read `.bin` files of PyTorch where there are no safetensors.
 
     Raises:
         UserError: lm-evaluation-harness is not installed, or refuses a task.
@@ -188,7 +210,7 @@ def evaluate_harness(
 
     adapter.check()  # the package is optional: say so before a model is loaded
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    model = load_model(config, log)
+    model = load_model(config, log, allow_bin=allow_bin)
     try:
         results, table = adapter.run(model, names, seed=config.seed, **options._asdict())
     except NotFiniteError as error:
@@ -230,20 +252,40 @@ def format_summary(summary: Json) -> str:
     return ", ".join([*parts, f"n {summary['n']}"])
 
 
-def load_model(config: Config, log: Log = print) -> EvalModel:
+def _check_tasks(config: Config) -> None:
+    """Check tasks and their data before the weights of a model are downloaded."""
+    directory = convert.resolve(config.model.base, weights=False)
+    model = convert.load_config(directory, config.model.ignore_config_keys)
+    tokenizer = tokenizers.load_tokenizer(directory)
+    for task in config.evaluation.tasks:
+        harness.check(task, model, tokenizer, config.data, seed=config.seed)
+
+
+def load_model(config: Config, log: Log = print, *, allow_bin: bool = False) -> EvalModel:
     """Start the processes, build the mesh and load the model `model.base` onto it.
+
+    The model has any name that `references.open_model` takes. A member of a run is rounded to the
+    dtype of its export, as in the evaluation of the run.
 
     A chat template that prints today's date prints `data.date`, or that of this moment all along.
     """
     start_devices(config)  # sets the number of CPU devices: nothing may use jax before
     mesh = meshes.make_mesh(**config.mesh.model_dump())
-    refuse_model_of_edited_run(config.model.base)
-    directory = convert.resolve(config.model.base)
-    tokenizer = tokenizers.load_tokenizer(directory)
-    date = dates.pin_date(tokenizer, config.data.date)
+    name = config.model.base
+    source = references.open_model(
+        name, ignore=config.model.ignore_config_keys, allow_bin=allow_bin
+    )
+    if source.directory is None:
+        raise UserError(f"{name} has no tokenizer files; convert it to a directory that has them")
+    tokenizer = tokenizers.load_tokenizer(source.directory)
+    form = source.prompt_format
+    if form.chat_template is not None:
+        tokenizer.chat_template = form.chat_template
+    # a member reads the date that it was trained with
+    date = dates.pin_date(tokenizer, config.data.date, recorded=form.date)
     if date is not None:
         log(f"the chat template prints {date} as today's date (data.date)")
-    model, params = convert.load_params(
-        directory, mesh, dtype=config.model.compute_dtype, ignore=config.model.ignore_config_keys
-    )
-    return models.make_eval_model(config, model, params, tokenizer, mesh, name=config.model.base)
+    run = references.find_member(name)
+    dtype = config.model.compute_dtype if run is None else read_config(run[0].root).merge.dtype
+    params = storage.load(source, mesh, dtype=dtype)
+    return models.make_eval_model(config, source.config, params, tokenizer, mesh, name=name)

@@ -105,18 +105,20 @@ def complete(
     dtype: str,
     sampling: Sampling,
     ignore: Collection[str] = (),
+    allow_bin: bool = False,
     asking: Asking | None = None,
     log: Callable[[str], None] = print,
 ) -> list[str]:
     """Return one completion per prompt.
 
     Args:
-        model: directory, hub name, `embedded:NAME`, `RUN/member_0` or `MODEL+ADAPTER`.
+        model: any name that `references.open_model` takes.
         prompts: user messages for the chat template of the model; texts where it has none.
         max_new_tokens: largest number of tokens per completion.
         dtype: of the products, float32 or bfloat16.
         sampling: how tokens are chosen. Draws depend on the number of the prompt, not on the batch.
         ignore: unknown keys of `config.json` to ignore.
+        allow_bin: read `.bin` files of PyTorch where there are no safetensors.
         asking: how prompts are put to the model.
         log: receives one-line messages.
 
@@ -126,7 +128,7 @@ def complete(
     # Before the model is opened, which may be a download.
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected float32 or bfloat16")
-    source = references.open_model(model, ignore=ignore)
+    source = references.open_model(model, ignore=ignore, allow_bin=allow_bin)
     if source.directory is None:
         raise UserError(f"{model} has no tokenizer files; convert it to a directory that has them")
     tokenizer = tokenizers.load_tokenizer(source.directory)

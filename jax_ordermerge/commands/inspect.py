@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import compare, convert, safetensors
+from jax_ordermerge.checkpoint import compare, convert, safetensors, torch_files
 from jax_ordermerge.commands import tables
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.sources import references
@@ -16,9 +16,16 @@ from jax_ordermerge.merge.sources.storage import Source
 from jax_ordermerge.record import refuse_model_of_edited_run
 
 
-def inspect_model(model: str, *, stats: bool, as_json: bool, ignore: Collection[str] = ()) -> str:
+def inspect_model(
+    model: str,
+    *,
+    stats: bool,
+    as_json: bool,
+    ignore: Collection[str] = (),
+    allow_bin: bool = False,
+) -> str:
     """Return the tensors of a checkpoint as a table or JSON; see `checkpoint.compare.inspect`."""
-    inventory = compare.inspect(_open(model, ignore), stats=stats)
+    inventory = compare.inspect(_open(model, ignore, allow_bin), stats=stats)
     if as_json:
         # the exact numbers; the table rounds them
         return _json_text(tables.inspect_json(inventory))
@@ -26,7 +33,13 @@ def inspect_model(model: str, *, stats: bool, as_json: bool, ignore: Collection[
 
 
 def compare_models(
-    a: str, b: str, *, base: str | None, as_json: bool, ignore: Collection[str] = ()
+    a: str,
+    b: str,
+    *,
+    base: str | None,
+    as_json: bool,
+    ignore: Collection[str] = (),
+    allow_bin: bool = False,
 ) -> tuple[str, bool]:
     """Return the differences of two checkpoints as text, and whether all bytes are equal.
 
@@ -35,9 +48,14 @@ def compare_models(
         base: with it, task vectors are compared, too.
         as_json: return JSON in place of a table.
         ignore: unknown keys of `config.json` to ignore.
+        allow_bin: read `.bin` files of PyTorch.
     """
-    base_tensors = None if base is None else _open(base, ignore)
-    difference = compare.difference(_open(a, ignore), _open(b, ignore), base_tensors)
+    names = [a, b] if base is None else [a, b, base]
+    # those on this machine first: a mistake in one of them costs no download
+    opened = {
+        name: _open(name, ignore, allow_bin) for name in sorted(names, key=references.is_downloaded)
+    }
+    difference = compare.difference(*(opened[name] for name in names))
     if as_json:
         text = _json_text(tables.difference_json(difference))
     else:
@@ -58,16 +76,18 @@ class _Model:
         return Path(self._label)
 
 
-def _open(name: str, ignore: Collection[str]) -> safetensors.Tensors:
+def _open(name: str, ignore: Collection[str], allow_bin: bool) -> safetensors.Tensors:
     """Open a model by any name that `merge` takes, or a safetensors file."""
     path = Path(name).expanduser()
     refuse_model_of_edited_run(path)
     # Read as files where there are any: tensors that no architecture has are listed, too.
-    if path.is_file() or any(path.glob("*.safetensors")):
-        return safetensors.Reader(path)
+    stored = ("*.safetensors", "pytorch_model*.bin")
+    if path.is_file() or any(any(path.glob(pattern)) for pattern in stored):
+        return torch_files.open_tensors(path, allow_bin=allow_bin)
     if path.is_dir() or references.is_composed(name):
-        return _Model(references.open_model(name, ignore=ignore))
-    return safetensors.Reader(convert.resolve(name))
+        return _Model(references.open_model(name, ignore=ignore, allow_bin=allow_bin))
+    directory = convert.resolve(name, allow_bin=allow_bin)
+    return torch_files.open_tensors(directory, allow_bin=allow_bin)
 
 
 def _json_text(value: Json) -> str:

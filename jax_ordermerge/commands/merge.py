@@ -16,6 +16,7 @@ import rich.progress
 import rich.table
 
 from jax_ordermerge.checkpoint import atomic, convert, remote
+from jax_ordermerge.config.merge import canonical_method
 from jax_ordermerge.config.section import read_value
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
@@ -28,7 +29,16 @@ _WIDTH = 120  # characters of the table of a plan
 # Of a plan and the directory to write, which is None where the plan is only shown.
 Write = Callable[[plan.Plan, Path | None], None]
 Kind = Literal["run", "recipe", "models"]
-_WRITING = ("out", "to", "workers", "shard_gb", "dry_run", "ignore_config_keys", "allow_nan")
+_WRITING = (
+    "out",
+    "to",
+    "workers",
+    "shard_gb",
+    "dry_run",
+    "ignore_config_keys",
+    "allow_nan",
+    "allow_bin",
+)
 # What a merge is made from -> why its options are refused, and the options that it reads.
 MODES: dict[Kind, tuple[str, tuple[str, ...]]] = {
     "run": ("the config of the run says how its members are merged, see --set", ("overrides",)),
@@ -66,8 +76,10 @@ def kind_of(sources: Sequence[Path]) -> Kind:
                 f"{path} is a YAML file and stands behind {first}; a recipe comes first, as in"
                 " ordermerge merge recipe.yml MERGED"
             )
-    is_model = (first / "config.json").is_file()
-    return "run" if len(sources) == 1 and not is_model else "models"
+    is_run = len(sources) == 1 and not (
+        (first / "config.json").is_file() or references.is_composed(str(first))
+    )
+    return "run" if is_run else "models"
 
 
 def find_target(sources: Sequence[Path], out: Path | None, kind: Kind) -> Path | None:
@@ -87,8 +99,34 @@ def find_target(sources: Sequence[Path], out: Path | None, kind: Kind) -> Path |
     return sources[1] if len(sources) > 1 else out
 
 
+def check_output(out: Path | None, to: str, *, is_written: bool = True) -> None:
+    """Check format and directory of an output, before models are opened.
+
+    Args:
+        out: directory; None where none was given.
+        to: format.
+        is_written: False of a dry run, which needs no directory.
+
+    Raises:
+        UserError: the format is not offered, or there is no directory, or it is not empty.
+    """
+    if out is None and is_written:
+        raise UserError(
+            "a merge needs a directory to write: --out DIRECTORY, or one behind the recipe"
+        )
+    if to not in ("hf", "orbax"):
+        raise UserError(f"--to {to}: expected hf or orbax")
+    if out is not None and is_written and remote.address(out) is None:
+        atomic.check_vacant(out)
+
+
 def merge_recipe(
-    recipe: Path, out: Path | None, write: Write, ignore: Collection[str] = ()
+    recipe: Path,
+    out: Path | None,
+    write: Write,
+    ignore: Collection[str] = (),
+    *,
+    allow_bin: bool = False,
 ) -> None:
     """Merge by a recipe, or by several that stand in one file and refer to each other.
 
@@ -99,12 +137,13 @@ def merge_recipe(
         out: directory to write; None where `write` only shows a plan.
         write: `merge_models` or `print_plan`.
         ignore: unknown keys of `config.json` to ignore.
+        allow_bin: read `.bin` files of PyTorch where a model has no safetensors.
 
     Raises:
         UserError: bad input; nothing is left at `out` then.
     """
     *stages, last = schema.load(remote.fetch(recipe))
-    plan_recipe = functools.partial(planner.plan_recipe, ignore=ignore)
+    plan_recipe = functools.partial(planner.plan_recipe, ignore=ignore, allow_bin=allow_bin)
     if not stages:
         carry_out(plan_recipe(last, where=str(recipe)), out, write)
         return
@@ -130,7 +169,7 @@ def merge_recipe(
     def resolve(name: str) -> Path:
         # a stage goes before a directory of the same name: the recipe is what names it
         is_stage = name in names and (directory / name).is_dir()
-        return directory / name if is_stage else convert.resolve(name)
+        return directory / name if is_stage else convert.resolve(name, allow_bin=allow_bin)
 
     try:
         for name, stage in zip(names, stages, strict=True):
@@ -152,7 +191,7 @@ def carry_out(merge_plan: plan.Plan, out: Path | None, write: Write) -> None:
 
 
 def plan_models(
-    models: Sequence[Path],
+    models: Sequence[str],
     *,
     base: str | None,
     method: str,
@@ -161,11 +200,12 @@ def plan_models(
     seed: int,
     dtype: str | None,
     ignore: Collection[str] = (),
+    allow_bin: bool = False,
 ) -> plan.Plan:
     """Plan a merge of models of one architecture by one method.
 
     Args:
-        models: HF directories, hub names, addresses, or `MODEL+ADAPTER`.
+        models: any names that `references.open_model` takes.
         base: the same, of the base; None where the method needs none.
         method: a name of the table of methods.
         parameters: `KEY=VALUE` each; see `read_parameters`.
@@ -173,6 +213,7 @@ def plan_models(
         seed: of the methods that draw.
         dtype: of the result; that of the models by default.
         ignore: unknown keys of `config.json` to ignore.
+        allow_bin: read `.bin` files of PyTorch where a model has no safetensors.
 
     Raises:
         UserError: bad input.
@@ -182,11 +223,19 @@ def plan_models(
     # before the models are opened: a model in a bucket or on a hub is fetched first
     method_parameters = read_parameters(parameters)
     method_weights = None if weights is None else read_weights(weights)
-    open_model = functools.partial(references.open_model, dtype=dtype, ignore=ignore)
-    members = [open_model(remote.address(model) or str(model)) for model in models]
+    method = canonical_method(method)
+    plan.check_settings(
+        method, method_parameters, method_weights, len(models), has_base=base is not None
+    )
+    names = [*models, *([] if base is None else [base])]
+    # those on this machine first: a mistake in one of them costs no download
+    opened = {
+        name: references.open_model(name, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
+        for name in sorted(names, key=references.is_downloaded)
+    }
     return plan.uniform(
-        members,
-        None if base is None else open_model(base),
+        [opened[name] for name in models],
+        None if base is None else opened[base],
         method=method,
         seed=seed,
         weights=method_weights,
@@ -301,8 +350,6 @@ def merge_models(
     Raises:
         UserError: bad input; nothing is left at `out` then.
     """
-    if to not in ("hf", "orbax"):
-        raise UserError(f"--to {to}: expected hf or orbax")
     with remote.new_directory(out) as target:
         # the engine writes safetensors only: an Orbax checkpoint is made of a finished HF directory
         hf_dir = target
@@ -326,7 +373,7 @@ def merge_models(
             # imports training and evaluation, which a merge of files does not need
             from jax_ordermerge.commands.convert import convert_checkpoint
 
-            convert_checkpoint(hf_dir, target, to="orbax", member=None, dtype=None)
+            convert_checkpoint(str(hf_dir), target, to="orbax")
             shutil.rmtree(hf_dir)
 
 

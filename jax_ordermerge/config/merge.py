@@ -45,6 +45,23 @@ DEFAULT_CONTROLS: tuple[Control, ...] = (
 )
 
 
+# Names of mergekit for methods that have another name here.
+METHOD_ALIASES = {"linear": "average", "parameter_selection": "selection"}
+
+
+def canonical_method(name: str) -> str:
+    """Return the name of a merge method by its name or that of mergekit.
+
+    Example:
+        >>> canonical_method("linear"), canonical_method("ties")
+        ('average', 'ties')
+    """
+    return METHOD_ALIASES.get(name, name)
+
+
+MethodName = Annotated[str, pydantic.AfterValidator(canonical_method)]
+
+
 class Range(Section):
     """A range of numbers. Samplers draw from all of it, a grid takes `steps` spaced values."""
 
@@ -102,7 +119,7 @@ SearchValue = Annotated[Any, pydantic.BeforeValidator(_search_value)]
 class Entry(Section):
     """A family of candidates: a merge method, and a value, choices or a range for each setting."""
 
-    method: str
+    method: MethodName
     parameters: dict[str, SearchValue] = Field(default_factory=dict)
     scale: SearchValue = Field(1.0, description="lambda, a factor of the merged task vector")
     groups: dict[str, SearchValue] = Field(
@@ -202,7 +219,9 @@ class MergeSpec(Section):
     """One merge: a method of the table and its parameters."""
 
     name: str | None = Field(None, description="directory name, by default method and seed")
-    method: str = Field(description="a merge method; greedy_soup needs data.validation_examples")
+    method: MethodName = Field(
+        description="a merge method; greedy_soup needs data.validation_examples"
+    )
     seed: int | None = Field(None, description="by default the seed of the run")
     # Excluded from dumps: a resolved config lists the single merges that this stands for.
     seeds: tuple[int, ...] = Field(

@@ -158,11 +158,10 @@ def uniform(
     Raises:
         UserError: bad input, or the architectures differ (the message names the difference).
     """
-    checked = table.check_parameters(method, parameters)
-    table.refuse_data_dependent(method)
-    _check_sources(members, base, method, checked)
-    # After the sources: without members the number of weights would be reported, not their absence.
-    checked_weights = table.check_weights(method, weights, len(members), checked)
+    checked, checked_weights = check_settings(
+        method, parameters, weights, len(members), has_base=base is not None
+    )
+    _check_sources(members, base)
     # The base is also there for methods that do not need it: diagnostics measure from it.
     sources = (*members, *([] if base is None else [base]))
     lead = members[0] if base is None else base
@@ -209,17 +208,41 @@ def uniform(
     )
 
 
-def _check_sources(
-    members: Sequence[Source], base: Source | None, method: str, parameters: JsonRow
-) -> None:
+def check_settings(
+    method: str,
+    parameters: JsonRow | None,
+    weights: Sequence[float] | None,
+    members: int,
+    *,
+    has_base: bool,
+) -> tuple[Json, np.ndarray | None]:
+    """Check the settings of a merge of models alone, before the models are opened.
+
+    Args:
+        method, parameters, weights: see `uniform`.
+        members: number of models without the base.
+        has_base: whether there is a base.
+
+    Returns:
+        Parameters and weights; see `table.check_parameters` and `table.check_weights`.
+
+    Raises:
+        UserError: method, parameters, weights, or the number of models are not right.
+    """
+    checked = table.check_parameters(method, parameters)
+    table.refuse_data_dependent(method)
     if not members:
         raise UserError("nothing to merge: give the directories of the members")
     # With its parameters: `selection` needs a base for some ways to resample only.
-    if table.METHODS[method].needs_base(parameters) and base is None:
+    if table.METHODS[method].needs_base(checked) and not has_base:
         condition = "with resample " if method == "selection" else ""
         raise UserError(
             f"merge method {method} {condition}needs the base model; give it with --base"
         )
+    return checked, table.check_weights(method, weights, members, checked)
+
+
+def _check_sources(members: Sequence[Source], base: Source | None) -> None:
     for source in (*members[1:], *([] if base is None else [base])):
         check_same(members[0], source)
     _check_distinct(members, base)

@@ -68,7 +68,9 @@ def test_an_evaluation_passes_them_over_besides_those_of_its_config(directory, m
     from jax_ordermerge.commands import evaluate
 
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate_tasks", lambda config, *_: seen.append(config.model))
+    monkeypatch.setattr(
+        evaluate, "evaluate_tasks", lambda config, *_, **__: seen.append(config.model)
+    )
     (directory / "tasks.yaml").write_text("model: {ignore_config_keys: [my_note]}\n")
     call("evaluate", "noted", "--config", "tasks.yaml", "--ignore-config-keys", "other.note")
     call("evaluate", "noted", "--config", "tasks.yaml")
@@ -91,7 +93,7 @@ def test_a_completion_passes_them_over(tmp_path):
 def test_models_with_adapters_are_listed_and_compared(directory, command, monkeypatch):
     seen = []
 
-    def open_model(name, *, ignore):
+    def open_model(name, *, ignore, allow_bin):
         seen.append((name, ignore))
         return Directory(directory / "noted", ignore=ignore)
 

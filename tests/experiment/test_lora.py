@@ -144,9 +144,11 @@ def test_an_exported_adapter_is_described_as_peft_does(run, folder, tmp_path):
     [
         (
             ["BASE", "OUT", "--to", "peft", "--member", 0],
-            "--to peft goes with a run directory and --member",
+            "--member goes with a run directory",
         ),
-        (["RUN", "OUT", "--to", "peft"], "is a run of 4 members; choose one with --member"),
+        (["BASE", "OUT", "--to", "peft"], "--to peft goes with a member of a run, RUN/member_0"),
+        (["RUN", "OUT", "--to", "peft"], "--to peft goes with a member of a run, RUN/member_0"),
+        (["RUN", "OUT"], "is a run; name one of its members"),
         (["RUN", "OUT", "--to", "peft", "--member", 4], "--member 4: the run has members 0 to 3"),
         (["RUN", "OUT", "--to", "lora", "--member", 0], "--to lora: expected hf, orbax or peft"),
     ],

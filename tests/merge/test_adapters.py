@@ -158,10 +158,35 @@ def test_biases_of_a_base_that_has_them(tmp_path, settings):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_bias_that_the_base_has_not(tmp_path):
-    base = make_base(tmp_path / "base", tied=False)
-    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True)
-    with pytest.raises(UserError, match=r"adds a bias to model\.layers\.0\.self_attn\.q_proj"):
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("modules", "flags"),
+    [
+        (["q_proj"], (True, False)),
+        (["down_proj"], (False, True)),
+        (["o_proj", "gate_proj"], (True, True)),
+    ],
+)
+def test_biases_of_a_llama_without_any(tmp_path, modules, flags, tied):
+    """Those that the adapter does not train are zero, and config.json says that they are there."""
+    base = make_base(tmp_path / "base", tied=tied)
+    expected = make_adapter(base, tmp_path / "adapter", target_modules=modules, lora_bias=True)
+    name = f"{tmp_path}/base+{tmp_path}/adapter"
+    np.testing.assert_allclose(logits_of(open_model(name)), expected, rtol=0, atol=1e-4)
+    assert call("convert", name, tmp_path / "out") == 0
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.attention_bias, model.config.mlp_bias) == flags
+    np.testing.assert_allclose(model(TOKENS).logits.detach().numpy(), expected, atol=1e-4)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "base")(TOKENS).logits.detach().numpy()
+    assert np.abs(plain - expected).max() > 0.01  # the biases change what is computed
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", ["lm_head", "o_proj", "down_proj"])
+def test_a_bias_that_the_family_has_not(tmp_path, module):
+    base = make_base(tmp_path / "base", tied=False, family="qwen2")
+    make_adapter(base, tmp_path / "adapter", target_modules=[module], lora_bias=True)
+    with pytest.raises(UserError, match=rf"adds \S*{module}\.bias \(lora_bias\).* cannot have"):
         open_model(f"{tmp_path}/base+{tmp_path}/adapter")
 
 
@@ -255,3 +280,44 @@ def test_inspect_and_diff_take_every_name_that_merge_takes(tmp_path, capsys):
     assert [row["name"] for row in listed] == [
         row[0] for row in arch.hf_tensors(open_model(name).config)
     ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["plain", "dora", "saved", "grown"])
+def test_an_adapter_becomes_a_model_in_one_line(tmp_path, case):
+    """Of a tied base: the directory is what transformers loads, with the logits of PEFT."""
+    settings, tied = CASES[case]
+    base = make_base(tmp_path / "base", tied=True)
+    expected = make_adapter(base, tmp_path / "adapter", **settings)
+    name = f"{tmp_path}/base+{tmp_path}/adapter"
+    assert call("convert", name, tmp_path / "out") == 0
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.tie_word_embeddings == tied
+    np.testing.assert_allclose(model(TOKENS).logits.detach().numpy(), expected, atol=1e-4)
+    # by way of Orbax it has the same bits
+    assert call("convert", name, tmp_path / "orbax", "--to", "orbax") == 0
+    assert call("convert", tmp_path / "orbax", tmp_path / "back") == 0
+    assert call("diff", tmp_path / "out", tmp_path / "back") == 0
+    # rounded once, and not to the dtype of the base first
+    assert call("convert", name, tmp_path / "half", "--dtype", "bfloat16") == 0
+    exact, half = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "half"))
+    for tensor, values in exact.items():
+        assert half[tensor].tobytes() == values.astype(ml_dtypes.bfloat16).tobytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["plain", "saved"])
+def test_an_adapter_in_a_file_of_pytorch(tmp_path, case, capsys):
+    settings, _ = CASES[case]
+    base = make_base(tmp_path / "base", tied=False)
+    expected = make_adapter(base, tmp_path / "adapter", **settings)
+    path = tmp_path / "adapter" / peft_files.WEIGHTS
+    tensors = {name: torch.from_numpy(values) for name, values in load_file(path).items()}
+    torch.save(tensors, path.with_suffix(".bin"))
+    path.unlink()
+    name = f"{tmp_path}/base+{tmp_path}/adapter"
+    assert call("convert", name, tmp_path / "out") == 2
+    assert "--allow-bin" in capsys.readouterr().err
+    assert call("convert", name, tmp_path / "out", "--allow-bin") == 0
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(model(TOKENS).logits.detach().numpy(), expected, atol=1e-4)

@@ -130,7 +130,10 @@ def test_a_dry_run_plans_the_first_recipe(folder, capsys):
         (("name: half\n", ""), "recipe 1 of 3 has no name"),
         (("name: far", "name: half"), "two recipes have the name half"),
         (
-            ("{model: a, parameters: {weight: 1}}, {model: b", "{model: far}, {model: b"),
+            (
+                "{model: a, parameters: {weight: 1}}, {model: b",
+                "{model: far, parameters: {weight: 1}}, {model: b",
+            ),
             "takes far",
         ),
         (("base_model: base\nmodels: [{model: half", "models: [{modle: half"), "unknown key"),

@@ -160,11 +160,11 @@ REFUSED = [
     ),
     (
         "merge_method: ties\nbase_model: base\nmodels: [{model: a}]",
-        "needs the parameter weight of every model; model.embed_tokens.weight has none",
+        "needs the parameter weight of every model; it is given nowhere",
     ),
     (
         "merge_method: slerp\nbase_model: base\nmodels: [{model: a}]",
-        "merge_method slerp needs the parameter t; model.embed_tokens.weight has none",
+        "merge_method slerp needs the parameter t; it is given nowhere",
     ),
     (
         TIES + "parameters: {density: [{filter: mlp, valu: 1}]}",
@@ -192,8 +192,7 @@ REFUSED = [
     ),
     (
         TIES + "parameters: {density: 0}",
-        "density 0 keeps nothing of a model; give a positive one, or weight: 0 (first for "
-        "model.embed_tokens",
+        "density 0 keeps nothing of a model; give a positive one, or weight: 0",
     ),
     (
         TIES + "parameters: {normalize: 0.5}",
@@ -215,7 +214,7 @@ REFUSED = [
         "merge_method: linear\n"
         "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: [-1, "
         "1]}}]",
-        "must have a positive sum (first for model.embed_tokens.weight)",
+        "must have a positive sum",
     ),
     (
         "merge_method: selection\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]",
@@ -279,7 +278,7 @@ REFUSED = [
         "slices[0] lacks its base_model base among the sources",
     ),
     (
-        "merge_method: linear\nmodels: [{model: ./nowhere}]",
+        "merge_method: linear\nmodels: [{model: ./nowhere, parameters: {weight: 1}}]",
         "nowhere not found",
     ),
 ]

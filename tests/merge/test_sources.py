@@ -117,7 +117,7 @@ def test_a_member_that_is_not_there_is_refused(run, tmp_path, name, metadata, me
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_orbax_directory_is_the_directory_it_was_made_from(tiny, models, tmp_path, dtype):
     convert.export(models[1], tiny, tmp_path / "hf", dtype=dtype)
-    convert_checkpoint(tmp_path / "hf", tmp_path / "orbax", to="orbax", member=None, dtype=None)
+    convert_checkpoint(str(tmp_path / "hf"), tmp_path / "orbax", to="orbax")
     source, directory = open_model(str(tmp_path / "orbax")), open_model(str(tmp_path / "hf"))
     assert isinstance(source, storage.Checkpoint)
     for name, _, _ in arch.hf_tensors(tiny):
@@ -307,16 +307,14 @@ def test_adapters_that_are_not_whole_are_refused(checkpoints, tmp_path):
     with pytest.raises(UserError, match="has a lora_magnitude_vector"):
         open_model(f"{directory}+{adapter}")
     (adapter / peft_files.WEIGHTS).rename(adapter / "adapter_model.bin")
-    with pytest.raises(
-        UserError, match=r"has no adapter_model.safetensors but adapter_model.bin; convert it"
-    ):
+    with pytest.raises(UserError, match=r"adapter_model.bin is a pickle of PyTorch.*--allow-bin"):
         open_model(f"{directory}+{adapter}")
 
 
 def test_a_tokenizer_travels_inside_an_orbax_directory(tiny, models, tmp_path, capsys):
     source = tmp_path / "hf"
     convert.export(models[1], tiny, source, dtype="float32")
-    convert_checkpoint(source, tmp_path / "bare", to="orbax", member=None, dtype=None)
+    convert_checkpoint(str(source), tmp_path / "bare", to="orbax")
     assert "has no tokenizer files, so" in capsys.readouterr().out
     texts = {
         "tokenizer.json": "{}",
@@ -325,11 +323,11 @@ def test_a_tokenizer_travels_inside_an_orbax_directory(tiny, models, tmp_path, c
     }
     for name, text in texts.items():
         (source / name).write_text(text)
-    convert_checkpoint(source, tmp_path / "orbax", to="orbax", member=None, dtype=None)
+    convert_checkpoint(str(source), tmp_path / "orbax", to="orbax")
     # moved, and what it was made from removed
     (tmp_path / "orbax").rename(tmp_path / "moved")
     source.rename(tmp_path / "gone")
-    convert_checkpoint(tmp_path / "moved", tmp_path / "back", to="hf", member=None, dtype=None)
+    convert_checkpoint(str(tmp_path / "moved"), tmp_path / "back", to="hf")
     assert {name: (tmp_path / "back" / name).read_text() for name in texts} == texts | {
         "tokenizer_config.json": '{\n  "a": 1,\n  "chat_template": "x"\n}\n'
     }

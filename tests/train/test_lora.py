@@ -13,7 +13,7 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Lora, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.specs import training_spec
-from jax_ordermerge.merge.sources import peft_files
+from jax_ordermerge.merge.sources import peft_export
 from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import llama, lora
@@ -221,7 +221,7 @@ def test_an_exported_adapter_is_the_member_in_peft(trained, tiny_model, base_dir
     from transformers import AutoModelForCausalLM
 
     adapter = members.restore_adapter(trained.spec, tiny_model, trained.layout, 1)
-    peft_files.write_adapter(
+    peft_export.write_adapter(
         tmp_path / "adapter", adapter, tiny_model, trained.spec.lora, base=str(base_directory)
     )
     twin = peft.PeftModel.from_pretrained(
@@ -365,7 +365,7 @@ def test_a_member_has_the_same_bits_in_files_and_in_memory(
         expected = flat[spec.path] if layer is None else flat[spec.path][layer]
         assert out.astype(dtype).tobytes() == expected.tobytes(), name
     adapter = members.restore_adapter(trained.spec, tiny_model, trained.layout, 1)
-    peft_files.write_adapter(
+    peft_export.write_adapter(
         tmp_path / "adapter", adapter, tiny_model, trained.spec.lora, base=trained.spec.model.base
     )
     read = open_model(f"{trained.spec.model.base}+{tmp_path / 'adapter'}")

@@ -39,6 +39,7 @@ def _turns(head: str, foot: str, *, content: str, start: str = "") -> NamedTempl
     return NamedTemplate(text, tuple(dict.fromkeys(re.findall(r"<\|[^|]+\|>", head + foot))))
 
 
+AUTO = "auto"  # the most frequent template of the models
 # As in mergekit.
 CHAT_TEMPLATES: Final = {
     "chatml": _turns("<|im_start|>ROLE\n", "<|im_end|>\n", content="message['content']"),
@@ -49,6 +50,20 @@ CHAT_TEMPLATES: Final = {
         start="{{ bos_token }}",
     ),
 }
+
+
+def check(setting: str | None) -> None:
+    """Refuse a `chat_template` that is neither auto, nor a name, nor the text of a template.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if setting is None or "{" in setting or setting in (AUTO, *CHAT_TEMPLATES):
+        return
+    raise UserError(
+        f"chat_template '{setting}' is not offered; give {AUTO}, {', '.join(CHAT_TEMPLATES)}, or"
+        " the text of a Jinja template"
+    )
 
 
 def choose(
@@ -65,15 +80,12 @@ def choose(
     template are asked by it where the tokenizer has none, or where they are members of a run.
 
     Args:
-        setting: `chat_template` of the recipe.
+        setting: `chat_template` of the recipe, see `check`.
         sources: all models of the recipe.
         members: those that are merged, without the base.
         donor: the model that the tokenizer is from.
         added_tokens: which the tokenizer of the donor lacks.
         notes: may get a note for the user.
-
-    Raises:
-        UserError: the setting is not offered.
     """
     if setting is None:
         return _trained_template(members, donor, notes)
@@ -88,11 +100,6 @@ def choose(
                 f"chat_template {setting} writes {', '.join(missing)}, which the tokenizer has not"
             )
         return template.text
-    if setting != "auto":
-        raise UserError(
-            f"chat_template '{setting}' is not offered; give auto, {', '.join(CHAT_TEMPLATES)}, or"
-            " the text of a Jinja template"
-        )
     counts = collections.Counter(filter(None, map(_template_of, sources)))
     if not counts:
         notes.append("no model has a chat template")

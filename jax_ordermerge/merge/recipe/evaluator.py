@@ -11,7 +11,6 @@ from jax_ordermerge.merge.plan import Output, View
 from jax_ordermerge.merge.recipe import rules
 from jax_ordermerge.merge.recipe.rules import Parameter, Rule, Values
 from jax_ordermerge.merge.recipe.settings import Scalar, Settings
-from jax_ordermerge.merge.sources.storage import Source
 
 
 class Input(NamedTuple):
@@ -76,8 +75,12 @@ class Evaluator:
     method: str
     rule: Rule
 
-    def check_names(self, layers: LayerRange, sources: Sequence[Source]) -> list[str]:
+    def check_names(self, layers: LayerRange, labels: Sequence[str]) -> list[str]:
         """Return notes on parameters without an effect.
+
+        Args:
+            layers: what is merged.
+            labels: what the user called each model.
 
         Raises:
             UserError: the method has no such parameter, or not in that place.
@@ -86,7 +89,7 @@ class Evaluator:
         # an error below a model, where mergekit ignores it without a word
         shared = [*rule.shared, *rules.extra_parameters(rule)]
         for index, entry in enumerate(layers.inputs):
-            label = sources[entry.source].label
+            label = labels[entry.source]
             for name in entry.settings:
                 if name in shared:
                     raise UserError(
@@ -112,6 +115,69 @@ class Evaluator:
             hint = did_you_mean(name, names) if names else "; it takes none"
             raise UserError(f"merge_method {self.method} has no parameter '{name}'{hint}")
 
+    def check_values(self, layers: LayerRange) -> None:
+        """Check each value of the recipe, for whatever tensors it is, without knowing the tensors.
+
+        Raises:
+            UserError: a value is of the wrong type or out of range, or the number of models is; or
+                a parameter that must be given is nowhere.
+        """
+        rule, members = self.rule, self.members(layers)
+        table.check_weights(rule.method, None, len(members))
+        scopes_of = [(layers.inputs[i].settings, *layers.scopes) for i in members]
+        for name, parameter in {**rule.per_member, **rule.shared}.items():
+            is_own = name in rule.per_member
+            places = scopes_of if is_own else [layers.scopes]
+            if parameter.required and not all(_values(name, scopes) for scopes in places):
+                whose = " of every model" if is_own else ""
+                raise UserError(
+                    f"merge_method {self.method} needs the parameter {name}{whose}; "
+                    "it is given nowhere"
+                )
+        scopes = [*(entry.settings for entry in layers.inputs), *layers.scopes]
+        values = {name: _values(name, scopes) for scope in scopes for name in scope}
+        # each value beside the first of every other parameter
+        first = {name: options[0] for name, options in values.items() if options}
+        for name, options in values.items():
+            for value in options:
+                beside = {**first, name: value}
+                self._check_call(beside, [beside.get("weight")] * len(members))
+        weights = [_constant("weight", scopes) for scopes in scopes_of]
+        if None not in weights:
+            self._check_call(first, weights, check_weights=True)
+
+    def _check_call(
+        self,
+        values: dict[str, Scalar],
+        weights: Sequence[Scalar | None],
+        *,
+        check_weights: bool = False,
+    ) -> None:
+        """Check the parameters of a merge of members that differ in their weights alone."""
+        rule, count = self.rule, len(weights)
+
+        def convert(name: str, parameter: Parameter, value: Scalar | None) -> object:
+            if value is None:
+                return parameter.default
+            try:
+                return rules.convert(parameter, value)
+            except ValueError as error:
+                raise UserError(f"{name} = {value!r}: {error}") from error
+
+        per_member = {
+            name: [convert(name, parameter, values.get(name))] * count
+            for name, parameter in rule.per_member.items()
+        }
+        if "weight" in rule.per_member:
+            parameter = rule.per_member["weight"]
+            per_member["weight"] = [convert("weight", parameter, weight) for weight in weights]
+        shared = {name: convert(name, x, values.get(name)) for name, x in rule.shared.items()}
+        call = rule.translate(Values(per_member, shared, has_base=rule.needs_base))
+        own = {name: values[name] for name in rules.extra_parameters(rule) if name in values}
+        parameters = table.check_parameters(rule.method, {**call.parameters, **own})
+        if check_weights:
+            table.check_weights(rule.method, call.weights, count, parameters)
+
     def output(self, tensor: MergedTensor) -> Output:
         """Return the plan of one tensor.
 
@@ -120,7 +186,7 @@ class Evaluator:
                 the tensor.
         """
         rule, layers = self.rule, tensor.layers
-        members = self._members(layers)
+        members = self.members(layers)
         # a base among the members is merged as one of them, so no task vectors start from it
         base = None if layers.base in members else layers.base
         try:
@@ -167,7 +233,7 @@ class Evaluator:
             weights,
         )
 
-    def _members(self, layers: LayerRange) -> list[int]:
+    def members(self, layers: LayerRange) -> list[int]:
         """Return the indices of the inputs that are merged, in order."""
         base, role = layers.base, self.rule.base
         without_base = [i for i in range(len(layers.inputs)) if i != base]
@@ -211,3 +277,14 @@ def _first_value(key: str, scopes: Sequence[JsonRow], name: str, position: float
     """Return the value of the nearest scope that has one for a tensor."""
     values = (scope[key].at(name, position) for scope in scopes if key in scope)
     return next((value for value in values if value is not None), None)
+
+
+def _values(name: str, scopes: Sequence[Settings]) -> list[Scalar]:
+    """Return every value that some scopes have of a parameter, whatever its filter."""
+    return [value for scope in scopes if name in scope for value in scope[name].values()]
+
+
+def _constant(name: str, scopes: Sequence[Settings]) -> Scalar | None:
+    """Return the value of the nearest scope if all tensors have it."""
+    setting = next((scope[name] for scope in scopes if name in scope), None)
+    return None if setting is None else setting.constant

@@ -10,10 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import convert, sidecar_files
+from jax_ordermerge.checkpoint import sidecar_files
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
@@ -24,12 +22,12 @@ from jax_ordermerge.merge.plan import (
     resolve_dtype,
     with_stops_of,
 )
-from jax_ordermerge.merge.recipe import chat_templates, rules, schema
-from jax_ordermerge.merge.recipe.evaluator import Evaluator, Input, LayerRange, MergedTensor
+from jax_ordermerge.merge.recipe import chat_templates, precheck, rules, schema
+from jax_ordermerge.merge.recipe.evaluator import Evaluator, LayerRange, MergedTensor
+from jax_ordermerge.merge.recipe.layers import Inputs, full_attention_layers, layer_ranges
 from jax_ordermerge.merge.recipe.schema import Recipe, Reference
-from jax_ordermerge.merge.recipe.settings import Settings
 from jax_ordermerge.merge.sources import vocabulary
-from jax_ordermerge.merge.sources.references import Resolve, open_model
+from jax_ordermerge.merge.sources.references import Resolve, is_downloaded, open_model
 from jax_ordermerge.merge.sources.storage import Checkpoint, Source, Untied
 from jax_ordermerge.merge.sources.vocabulary import RemappedVocabulary
 
@@ -57,17 +55,17 @@ class _Models(NamedTuple):
 
 
 def check_recipe(raw: JsonRow, where: str) -> Recipe:
-    """Validate a recipe without opening its models.
+    """Validate a recipe without opening its models, which may have to be downloaded.
 
     Args:
         raw: one of the recipes that `schema.load` returns.
         where: names the recipe in an error.
 
     Raises:
-        UserError: one line with the first thing that is unknown or of another form.
+        UserError: one line with the first thing that is unknown, contradictory or not offered.
     """
     recipe = schema.parse(raw, where, rules.parameter_names())
-    rules.find_rule(recipe.merge_method)
+    precheck.check(recipe, where)
     return recipe
 
 
@@ -75,8 +73,9 @@ def plan_recipe(
     recipe: str | Path | JsonRow,
     *,
     where: str | None = None,
-    resolve: Resolve = convert.resolve,
+    resolve: Resolve | None = None,
     ignore: Collection[str] = (),
+    allow_bin: bool = False,
 ) -> Plan:
     """Read a recipe and plan the merge.
 
@@ -84,8 +83,9 @@ def plan_recipe(
         recipe: a YAML file, a text with more than one line, or one of the recipes that
             `schema.load` returns.
         where: names the recipe in an error; by default the file.
-        resolve: maps the name of a model to a directory.
+        resolve: maps the name of a model to a directory; by default `convert.resolve`.
         ignore: unknown keys of `config.json` to ignore.
+        allow_bin: read `.bin` files of PyTorch where a model has no safetensors.
 
     Raises:
         UserError: one line with the first thing that is unknown, contradictory or not offered.
@@ -108,14 +108,14 @@ def plan_recipe(
     settings = check_recipe(raw, where)
     rule = rules.find_rule(settings.merge_method)
     evaluator = Evaluator(settings.merge_method, rule)
-    models = _open_models(settings, functools.partial(open_model, resolve=resolve, ignore=ignore))
-    layers = _layer_ranges(settings, models)
-    if rule.needs_base and any(part.base is None for part in layers):
-        raise UserError(f"{where}: merge_method {settings.merge_method} needs base_model")
+    open_source = functools.partial(open_model, resolve=resolve, ignore=ignore, allow_bin=allow_bin)
+    models = _open_models(settings, open_source)
+    labels = [source.label for source in models.sources]
+    counts = [source.config.num_layers for source in models.sources]
+    layers = layer_ranges(settings, Inputs(models.indices, models.base, labels, counts))
     notes = [*models.notes]
-    # names before values: a misspelt parameter is reported as such, not as one that is missing
     for part in layers:
-        notes += evaluator.check_names(part, models.sources)
+        notes += evaluator.check_names(part, labels)
 
     # of slices, each brings its layers with or without a window
     skip = ["full_attention_layers"] if settings.module.slices else []
@@ -127,7 +127,8 @@ def plan_recipe(
     members = [models.sources[i] for i in merged]
     # The dtype of the members decides. A base in another dtype is rounded to it, with a note.
     dtype = resolve_dtype(settings.dtype, members)
-    out_dtype, is_stochastic = _output_dtype(settings, dtype, where)
+    out_dtype = resolve_dtype(settings.out_dtype or dtype.name, [])
+    precheck.check_rounding(settings, out_dtype.name, where)
     notes += _source_notes(settings, models.sources, merged, dtype.name)
     chat_template, prompt_format = _prompts(settings.chat_template, models, merged, notes)
     resolved = {"seed": settings.seed, "dtype": dtype.name, "out_dtype": out_dtype.name}
@@ -140,25 +141,13 @@ def plan_recipe(
         dtype,
         out_dtype,
         {**_shorten_paths(raw, settings), **resolved},
-        stochastic=is_stochastic,
+        stochastic=settings.rounding == "stochastic",
         tokenizer_from=models.sources[models.donor].directory,
         notes=tuple(dict.fromkeys(notes)),  # slices repeat them
         chat_template=chat_template,
         prompt_format=prompt_format,
         added_tokens=models.added_tokens,
     )
-
-
-def _output_dtype(recipe: Recipe, dtype: np.dtype, where: str) -> tuple[np.dtype, bool]:
-    """Return the dtype of the tensors that are written, and whether they are rounded at random."""
-    out_dtype = resolve_dtype(recipe.out_dtype or dtype.name, [])
-    is_stochastic = recipe.rounding == "stochastic"
-    if is_stochastic and out_dtype.name != "bfloat16":
-        raise UserError(
-            f"{where}: rounding: stochastic is for bfloat16, the output is {out_dtype.name}; "
-            "leave it out"
-        )
-    return out_dtype, is_stochastic
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -168,9 +157,11 @@ def _open_models(recipe: Recipe, open_source: Callable[..., Source]) -> _Models:
     references = recipe.references()
     # Known before the models are opened, so that an adapter on its base is rounded to it once.
     dtype = None if recipe.dtype is None else resolve_dtype(recipe.dtype, [])
-    opened = [
-        open_source(reference.name, reference.adapter, dtype=dtype) for reference in references
-    ]
+    by_reference: dict[Reference, Source] = {}
+    # those on this machine first: a mistake in one of them costs no download
+    for reference in sorted(references, key=lambda reference: is_downloaded(*reference)):
+        by_reference[reference] = open_source(reference.name, reference.adapter, dtype=dtype)
+    opened = [by_reference[reference] for reference in references]
     # One model may be spelled in several ways (`a`, `./a`, a link, MODEL+ADAPTER): taken for two,
     # it would count twice, or a base would count as a member.
     identities = list(dict.fromkeys(source.identity() for source in opened))
@@ -260,88 +251,7 @@ def _index_of(reference: Reference, what: str, models: _Models) -> int:
     return models.indices[reference]
 
 
-# ---------------------------------------------------------------------------------------- layers
-
-
-def _layer_ranges(recipe: Recipe, models: _Models) -> list[LayerRange]:
-    module = recipe.module
-    outer = (module.parameters, recipe.parameters)
-    if module.models is not None:
-        inputs = [
-            Input(models.indices[entry.model], 0, entry.parameters) for entry in module.models
-        ]
-        if models.base is not None and models.base not in {entry.source for entry in inputs}:
-            # an unlisted base has no parameters of its own; see `Rule.base` for what it is
-            inputs.append(Input(models.base, 0, {}, listed=False))
-        lengths = [models.sources[entry.source].config.num_layers for entry in inputs]
-        return [_layer_range(inputs, models.base, lengths, outer, models)]
-    layers = []
-    for number, part in enumerate(module.slices or ()):
-        inputs, lengths = [], []
-        for entry in part.sources:
-            start, end = entry.layer_range
-            source = models.indices[entry.model]
-            count = models.sources[source].config.num_layers
-            if not start < end <= count:
-                raise UserError(
-                    f"slices[{number}]: layer_range [{start}, {end}] of {entry.model}, "
-                    f"which has {count} layers"
-                )
-            inputs.append(Input(source, start, entry.parameters))
-            lengths.append(end - start)
-        base_model = recipe.base_model if part.base_model is None else part.base_model
-        used = {models.indices[entry.model] for entry in part.sources}
-        if base_model is not None and models.indices[base_model] not in used:
-            raise UserError(
-                f"slices[{number}] lacks its base_model {base_model} among the sources; "
-                "add it with its layer_range"
-            )
-        base = None if base_model is None else models.indices[base_model]
-        layers.append(_layer_range(inputs, base, lengths, (part.parameters, *outer), models))
-    return layers
-
-
-def _full_attention_layers(
-    layers: Sequence[LayerRange], sources: Sequence[Source]
-) -> tuple[int, ...]:
-    """Return the layers of the merged model without a window: those made of such layers."""
-    # of the base of a slice, or of its first model
-    leads = (
-        (sources[entry.source].config, entry.start + index)
-        for part in layers
-        for entry in [part.inputs[part.base or 0]]
-        for index in range(part.length)
-    )
-    return tuple(
-        layer
-        for layer, (config, number) in enumerate(leads)
-        if number in config.full_attention_layers
-    )
-
-
-def _layer_range(
-    inputs: Sequence[Input],
-    base: int | None,
-    lengths: Sequence[int],
-    scopes: tuple[Settings, ...],
-    models: _Models,
-) -> LayerRange:
-    sources = [entry.source for entry in inputs]
-    labels = [models.sources[source].label for source in sources]
-    for i, (source, label, length) in enumerate(zip(sources, labels, lengths, strict=True)):
-        # By index and not by name: other spellings of a model have its index already.
-        if source in sources[:i]:
-            raise UserError(
-                f"model {label} is given twice; give each once, with the sum of the weights"
-            )
-        if length != lengths[0]:
-            raise UserError(
-                f"{label} gives {length} layers and {labels[0]} {lengths[0]};"
-                " layers are merged one with one"
-            )
-    return LayerRange(
-        tuple(inputs), None if base is None else sources.index(base), lengths[0], scopes
-    )
+# --------------------------------------------------------------------------------------- tensors
 
 
 def _merged_config(models: _Models, layers: Sequence[LayerRange]) -> arch.ModelConfig:
@@ -350,7 +260,7 @@ def _merged_config(models: _Models, layers: Sequence[LayerRange]) -> arch.ModelC
         # the base, or the first model where there is none; mergekit then takes a random one
         models.sources[models.base or 0].config,
         num_layers=sum(part.length for part in layers),
-        full_attention_layers=_full_attention_layers(layers, models.sources),
+        full_attention_layers=full_attention_layers(layers, models.sources),
         # special tokens belong to the tokenizer
         bos_token_id=donor.bos_token_id,
         eos_token_ids=donor.eos_token_ids,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from jax_ordermerge.config.merge import METHOD_ALIASES, canonical_method
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.merge.methods import table
@@ -306,7 +307,6 @@ MERGEKIT: dict[str, Rule] = {
         base="member",
     ),
 }
-_ALIASES = {"parameter_selection": "selection"}
 # parameters of our methods that each model may have its own value of, besides its weight
 _PER_MEMBER = {"consensus": ("threshold",)}
 
@@ -323,9 +323,9 @@ def find_rule(name: str) -> Rule:
     """
     if name in MERGEKIT:
         return MERGEKIT[name]
-    method = _ALIASES.get(name, name)
+    method = canonical_method(name)
     if method not in table.METHODS:
-        hint = did_you_mean(name, [*MERGEKIT, *_ALIASES, *table.METHODS])
+        hint = did_you_mean(name, [*MERGEKIT, *METHOD_ALIASES, *table.METHODS])
         raise UserError(f"unknown merge_method '{name}'{hint}")
     # not required: without a weight our method has its own default
     per_member = {name: _number() for name in ("weight", *_PER_MEMBER.get(method, ()))}

@@ -39,6 +39,26 @@ class Setting(NamedTuple):
                 return _interpolate(values, position)
         return None
 
+    @property
+    def constant(self) -> Scalar | None:
+        """The value, if it is the same for all tensors; else None.
+
+        Example:
+            >>> parse_setting(0.5).constant, parse_setting([0, 1]).constant
+            (0.5, None)
+        """
+        pattern, values = self.entries[0] if self.entries else ("", ())
+        return values[0] if len(values) == 1 and pattern in _MATCH_ALL else None
+
+    def values(self) -> list[Scalar]:
+        """Return every value in the order of the file, whatever its filter.
+
+        Example:
+            >>> parse_setting([{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]).values()
+            [0, 1, 0.5]
+        """
+        return [value for _, values in self.entries for value in values]
+
 
 Settings = dict[str, Setting]
 

@@ -95,7 +95,7 @@ class LoRA:
         label: str,
         identity: str,
         dtype: np.dtype | None = None,
-        saved: Mapping[str, tuple[safetensors.Reader, str]] | None = None,
+        saved: Mapping[str, tuple[safetensors.StoredTensors, str]] | None = None,
         rows: int | None = None,
         trained_rows: Mapping[str, TrainedRows] | None = None,
         biases: Mapping[str, np.ndarray] | None = None,

@@ -1,13 +1,11 @@
-"""Directories of LoRA adapters in the format of PEFT: reading, and writing those of a run.
+"""Directories of LoRA adapters in the format of PEFT, read as dense models.
 
 Source: PEFT 0.21, https://github.com/huggingface/peft.
 """
 
 import functools
-import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,19 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jax_ordermerge import arch, tree
-from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import atomic, json_files, safetensors, shards, sidecar_files
-from jax_ordermerge.config import Lora
-from jax_ordermerge.data.prompt_card import prompt_section
-from jax_ordermerge.data.prompt_format import PromptFormat
+from jax_ordermerge import arch
+from jax_ordermerge.checkpoint import (
+    json_files,
+    safetensors,
+    sidecar_files,
+    torch_files,
+)
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import JsonRow, JsonValue
 from jax_ordermerge.merge.sources.lora import LoRA, Product, TrainedRows
-from jax_ordermerge.merge.sources.storage import Source, Untied, vocabulary_tensors
-from jax_ordermerge.model.lora import PREFIX, A, B, table, targets
+from jax_ordermerge.merge.sources.storage import Source, Untied, ZeroBiases, vocabulary_tensors
+from jax_ordermerge.model.lora import PREFIX, A, B
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_BIN_WEIGHTS = "adapter_model.bin"
 # Ends of the names in the weights file -> the part of the adapter.
 _PARTS = {
     A: "A",
@@ -95,7 +95,12 @@ def is_adapter(directory: Path) -> bool:
 
 
 def open_adapter(
-    base: Source, adapter: str | Path, label: str, *, dtype: DTypeLike | None = None
+    base: Source,
+    adapter: str | Path,
+    label: str,
+    *,
+    dtype: DTypeLike | None = None,
+    allow_bin: bool = False,
 ) -> LoRA:
     """Open a base with a PEFT adapter on it, as the dense model that PEFT's forward computes.
 
@@ -114,6 +119,7 @@ def open_adapter(
         label: what the user called both.
         dtype: of the result, to which the float32 sum is rounded once; None is the dtype of each
             tensor of the base.
+        allow_bin: read `adapter_model.bin` where there are no safetensors.
 
     Raises:
         UserError: the adapter changes what cannot be read, or does not fit the base.
@@ -122,9 +128,15 @@ def open_adapter(
     settings = json_files.read_json(directory / CONFIG)
     _check_settings(directory, settings)
     path = directory / WEIGHTS
-    file = _AdapterFile(base, path, safetensors.Reader(path), settings)
+    if not path.is_file() and (directory / _BIN_WEIGHTS).is_file():
+        path = directory / _BIN_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{directory} has no {WEIGHTS}")
+    reader = torch_files.open_tensors(path, allow_bin=allow_bin)
+    file = _AdapterFile(base, path, reader, settings)
     parts, saved, originals = file.tensors()
     base = file.untie(parts, saved, originals)
+    base = file._replace(base=base).add_biases(parts)
     # From here on the base that the merge reads: untied, it also has a head to compare with.
     file = file._replace(base=base)
     products = {
@@ -158,7 +170,7 @@ class _AdapterFile(NamedTuple):
 
     base: Source
     path: Path
-    reader: safetensors.Reader
+    reader: safetensors.StoredTensors
     settings: JsonRow
 
     def tensors(self) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
@@ -268,23 +280,44 @@ class _AdapterFile(NamedTuple):
         order = np.argsort(numbers)
         return TrainedRows(numbers[order], values[order])
 
+    def add_biases(self, parts: Mapping[str, Mapping[str, str]]) -> Source:
+        """Return the base, with biases of zero where the adapter adds one and the base has none.
+
+        Raises:
+            UserError: a model of this family cannot have the bias.
+        """
+        names = {name for name, _, _ in arch.hf_tensors(self.base.config)}
+        biases = [_bias_of(target) for target, tensors in parts.items() if "bias" in tensors]
+        absent = [bias for bias in biases if bias not in names]
+        for bias in absent:
+            if ".layers." not in bias:
+                raise UserError(
+                    f"{self.path} adds {bias} (lora_bias), which a model of the family of"
+                    f" {self.base.label} cannot have"
+                )
+        if not absent:
+            return self.base
+        try:
+            return ZeroBiases(
+                self.base,
+                attention=any(".self_attn." in bias for bias in absent),
+                mlp=any(".mlp." in bias for bias in absent),
+            )
+        except UserError as error:
+            raise UserError(f"{self.path} adds {absent[0]} (lora_bias): {error}") from error
+
     def biases(self, parts: Mapping[str, Mapping[str, str]]) -> dict[str, np.ndarray]:
         """Return the changes of biases (`lora_bias`): name -> float32[out]."""
         changes = {}
-        names = {name for name, _, _ in arch.hf_tensors(self.base.config)}
         for target, tensors in parts.items():
             if "bias" not in tensors:
                 continue
-            bias = target.removesuffix(".weight") + ".bias"
-            if bias not in names:
-                raise UserError(
-                    f"{self.path} adds a bias to {target} (lora_bias), and {self.base.label} has"
-                    f" none there; a model with {bias} is not offered"
-                )
             # The scale of the matrix belongs to its bias, too: PEFT scales the output of the layer
             # B.
             scale = self.product(target, tensors, None).scale
-            changes[bias] = np.float32(scale) * self.reader.read(tensors["bias"]).astype(np.float32)
+            changes[_bias_of(target)] = np.float32(scale) * self.reader.read(
+                tensors["bias"]
+            ).astype(np.float32)
         return changes
 
     def product(self, target: str, names: Mapping[str, str], saved: str | None) -> Product:
@@ -363,6 +396,11 @@ class _AdapterFile(NamedTuple):
         return rows.pop()
 
 
+def _bias_of(target: str) -> str:
+    """Return the name of the bias beside a matrix."""
+    return f"{target.removesuffix('.weight')}.bias"
+
+
 def _check_settings(directory: Path, settings: JsonRow) -> None:
     # Unknown keys are errors: releases of PEFT add variants, and a merge that ignored one would be
     # wrong without a sign of it.
@@ -380,10 +418,6 @@ def _check_settings(directory: Path, settings: JsonRow) -> None:
         value = settings.get(key)
         if not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{directory / CONFIG}: {key} = {value!r}, expected a positive number")
-    if not (directory / WEIGHTS).is_file():
-        files = sorted(path.name for path in directory.glob("adapter_model.*"))
-        hint = f" but {files[0]}; convert it to safetensors" if files else ""
-        raise UserError(f"{directory} has no {WEIGHTS}{hint}")
 
 
 def _match_pattern(patterns: JsonRow | None, module: str, default: JsonValue) -> JsonValue:
@@ -392,74 +426,3 @@ def _match_pattern(patterns: JsonRow | None, module: str, default: JsonValue) ->
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def write_adapter(
-    directory: str | Path,
-    adapter: tree.Tree,
-    config: ModelConfig,
-    settings: Lora,
-    *,
-    base: str,
-    dtype: DTypeLike = np.float32,
-    tokenizer_from: Path | None = None,
-    prompt_format: PromptFormat | None = None,
-) -> None:
-    """Write an adapter as PEFT does, with a model card.
-
-    Args:
-        directory: target; it must not exist or be empty.
-        adapter: the dict of `model.lora.table`.
-        config: of the base model.
-        settings: rank, alpha and targets.
-        base: name or directory of the base model.
-        dtype: of the tensors.
-        tokenizer_from: directory whose tokenizer files are copied, if any.
-        prompt_format: how the model was asked in training.
-
-    Raises:
-        UserError: the target is not empty.
-    """
-    specs, arrays = table(config, settings), tree.flatten(adapter)
-    modules = {spec.hf_name.split(".")[-2] for spec in targets(config, settings)}
-    content = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": settings.rank,
-        # PEFT declares it an integer, and takes a float
-        "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
-        "use_rslora": settings.rslora,
-        "target_modules": sorted(modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    form = prompt_format or PromptFormat()
-    card = sidecar_files.model_card(
-        Path(directory).name,
-        prompt_section(form, adapter=True),
-        # a path of this machine says nothing to a reader of the card
-        base_model=None if Path(base).exists() else base,
-        relation="adapter",
-    )
-    with atomic.new_directory(directory) as partial:
-        atomic.write_text(partial / CONFIG, json.dumps(content, indent=2) + "\n")
-        atomic.write_text(partial / "README.md", card)
-        # An adapter has no config.json, which would make it a model. Who loads it reads here where
-        # its responses end, and how it is asked.
-        sidecar_files.write_generation_config(partial, config)
-        if tokenizer_from is not None:
-            sidecar_files.copy_tokenizer(tokenizer_from, partial, form.chat_template)
-        shapes = {name: spec.hf_shape for spec in specs for name in spec.hf_names()}
-        # PEFT reads a single file, whatever its size
-        with shards.ShardFiles(partial, shapes, dtype, sys.maxsize) as files:
-            files.create()
-            for spec in specs:
-                # the dict stacks the layers, PEFT has a tensor for each
-                layers = np.asarray(arrays[spec.path])
-                for name, values in zip(spec.hf_names(), layers, strict=True):
-                    files.write(name, 0, safetensors.cast(values, dtype, name))
-        (partial / shards.SINGLE).rename(partial / WEIGHTS)

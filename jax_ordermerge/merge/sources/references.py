@@ -1,5 +1,10 @@
-"""Names of models: a directory, hub name, `RUN/member_3`, Orbax directory, or `MODEL+ADAPTER`."""
+"""Names of models, which every command that takes a model opens by `open_model`.
 
+A name is a directory, a hub name, `RUN/member_3`, `RUN/average` (a merge of a run), an Orbax
+directory, or one of these with an adapter, `MODEL+ADAPTER`.
+"""
+
+import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -7,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jax_ordermerge import record
 from jax_ordermerge.checkpoint import convert, orbax, remote
+from jax_ordermerge.checkpoint.resolve import is_on_hub
 from jax_ordermerge.config import Lora, Model, read_yaml
 from jax_ordermerge.config.section import parse
 from jax_ordermerge.data.prompt_format import PromptFormat
@@ -22,22 +28,25 @@ def open_model(
     name: str,
     adapter: str | None = None,
     *,
-    resolve: Resolve = convert.resolve,
+    resolve: Resolve | None = None,
     dtype: DTypeLike | None = None,
     ignore: Collection[str] = (),
+    allow_bin: bool = False,
 ) -> Source:
     """Open a model by name. Headers and shapes are checked, tensors are not read.
 
     Args:
-        name: a Hugging Face directory or hub name; `RUN/member_3`, a member of a run; an Orbax
-            directory made by `ordermerge convert --to orbax`; or one of these with an adapter,
-            `MODEL+ADAPTER`. The name of an existing directory is never split or parsed.
+        name: a Hugging Face directory or hub name; `RUN/member_3`, a member of a run;
+            `RUN/average`, a merge of it; an Orbax directory made by `ordermerge convert --to
+            orbax`; or one of these with an adapter, `MODEL+ADAPTER`. The name of an existing
+            directory is never split or parsed.
         adapter: directory or hub name of a LoRA adapter, if it is not part of the name.
-        resolve: maps a name to a directory.
+        resolve: maps a name to a directory; by default `convert.resolve`.
         dtype: that the caller reads tensors in. A model with an adapter is rounded to it once;
             None is the dtype of its base.
         ignore: unknown keys of `config.json` to ignore. Of a member of a run, those of its config
             are ignored, too.
+        allow_bin: read `.bin` files of PyTorch where a model or adapter has no safetensors.
 
     Raises:
         UserError: there is no such model, or it is not complete.
@@ -46,6 +55,24 @@ def open_model(
         >>> open_model("embedded:quickstart").config.num_layers
         3
     """
+    name, adapter = split_name(name, adapter)
+    resolve = resolve or functools.partial(convert.resolve, allow_bin=allow_bin)
+    if adapter is None:
+        return _open_base(name, resolve, ignore, allow_bin)
+    base, label = _open_base(name, resolve, ignore, allow_bin), f"{name}+{adapter}"
+    return peft_files.open_adapter(base, resolve(adapter), label, dtype=dtype, allow_bin=allow_bin)
+
+
+def split_name(name: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """Return the parts of `MODEL+ADAPTER`; a name that has one part, or is split already, stays.
+
+    Raises:
+        UserError: a part is empty or has a revision, or there are several adapters.
+
+    Example:
+        >>> split_name("base+adapter"), split_name("base", "adapter"), split_name("base")
+        (('base', 'adapter'), ('base', 'adapter'), ('base', None))
+    """
     if adapter is None and "+" in name and not Path(name).expanduser().exists():
         name, _, adapter = name.partition("+")
         # Adapters on adapters would need an order and a rounding between them.
@@ -53,16 +80,18 @@ def open_model(
             raise UserError(
                 f"model {name}+{adapter}: expected MODEL or MODEL+ADAPTER, with one adapter"
             )
-    if adapter is None:
-        return _open_base(name, resolve, ignore)
-    base, label = _open_base(name, resolve, ignore), f"{name}+{adapter}"
-    return peft_files.open_adapter(base, resolve(adapter), label, dtype=dtype)
+    for part in filter(None, (name, adapter)):
+        if "@" in part and not Path(part).expanduser().exists():
+            raise UserError(
+                f"model {part}: a revision (@) is not offered; download it and give the directory"
+            )
+    return name, adapter
 
 
 def is_composed(name: str) -> bool:
     """Return whether a name stands for more than a Hugging Face directory or hub name.
 
-    That is a model with an adapter, a member of a run, or an Orbax directory.
+    That is a model with an adapter, a member or merge of a run, or an Orbax directory.
 
     Example:
         >>> is_composed("base+adapter"), is_composed("embedded:quickstart")
@@ -72,28 +101,50 @@ def is_composed(name: str) -> bool:
     if path.exists():
         # RUN/member_0 may be a directory of its own: the export
         return not (path / "config.json").is_file() and orbax.latest(path) is not None
-    return "+" in name or member_number(path.name) is not None
+    return "+" in name or member_number(path.name) is not None or _find_merge(name) is not None
 
 
-def _open_base(name: str, resolve: Resolve, ignore: Collection[str]) -> Source:
+def is_downloaded(name: str, adapter: str | None = None) -> bool:
+    """Return whether opening a model may download it from a hub.
+
+    Example:
+        >>> is_downloaded("meta-llama/Llama-2-7b-hf"), is_downloaded("embedded:quickstart")
+        (True, False)
+    """
+    parts = filter(None, split_name(name, adapter))
+    return any(is_on_hub(part) and not RunLayout(Path(part).parent).is_run for part in parts)
+
+
+def find_member(name: str) -> tuple[RunLayout, int] | None:
+    """Return the run and the number of a member by its name, `RUN/member_3`; None for other names.
+
+    Example:
+        >>> find_member("embedded:quickstart") is None
+        True
+    """
     path = Path(name).expanduser()
     number = member_number(path.name)
-    in_bucket = remote.address(name) is not None
-    if in_bucket:
-        # a bucket holds the run but nothing of the name RUN/member_3: fetch the run
-        path = remote.fetch(path) if number is None else remote.fetch(path.parent) / path.name
+    if number is None:
+        return None
+    # a bucket holds the run but nothing of the name RUN/member_3: fetch the run
+    layout = RunLayout(remote.fetch(path.parent))
     # a directory of that name, the export of the member, goes before its checkpoint
-    if number is not None and not path.exists() and RunLayout(path.parent).is_run:
-        return _open_member(RunLayout(path.parent), number, name, ignore)
-    if "@" in name and not path.exists():
-        raise UserError(
-            f"model {name}: a revision (@) is not offered; download it and give the directory"
-        )
-    # From here on it is a directory on this machine, whatever was named.
-    path = path if in_bucket else resolve(name)
+    is_member = layout.is_run and not (layout.root / path.name).exists()
+    return (layout, number) if is_member else None
+
+
+def _open_base(name: str, resolve: Resolve, ignore: Collection[str], allow_bin: bool) -> Source:
+    member = find_member(name)
+    if member is not None:
+        return open_member(*member, name, ignore)
+    path = _find_merge(name)
+    if path is None:
+        path = remote.fetch(name) if remote.address(name) is not None else resolve(name)
     record.refuse_model_of_edited_run(path)
     layout = RunLayout(path)
-    if layout.is_run and layout.checkpoints.is_dir():
+    # also a run that is not trained yet, or in waves; models may have a config.yaml of their own
+    is_model = (path / "config.json").is_file() or peft_files.is_adapter(path)
+    if layout.is_run and not is_model:
         raise UserError(
             f"{name} is a run; name one of its members, as in {name}/member_0, or the directory of"
             f" a merge below {layout.merged('').relative_to(path)}"
@@ -105,11 +156,39 @@ def _open_base(name: str, resolve: Resolve, ignore: Collection[str]) -> Source:
     # `config.json` makes a Hugging Face directory, also where checkpoints lie in it
     if not (path / "config.json").is_file() and orbax.latest(path) is not None:
         return storage.open_orbax(path, name)
-    return storage.Directory(path, name, ignore)
+    return storage.Directory(path, name, ignore, allow_bin=allow_bin)
 
 
-def _open_member(layout: RunLayout, number: int, label: str, ignore: Collection[str]) -> Source:
-    """Open a member of a run whose training is complete."""
+def _find_merge(name: str) -> Path | None:
+    """Return the directory of a merge by its name, `RUN/average`; None for other names."""
+    path = Path(name).expanduser()
+    layout = RunLayout(path.parent)
+    if path.exists() or not layout.is_run:
+        return None
+    if layout.is_merged(path.name):
+        return layout.merged(path.name)
+    if "/" not in name:
+        return None  # in the directory of a run, a hub name is still one
+    merges = [path.name for path in layout.merged("").glob("*") if layout.is_merged(path.name)]
+    listed = f"the merges {', '.join(sorted(merges))}" if merges else "no merges yet"
+    raise UserError(
+        f"model {name} does not exist; the run has {listed}, and members such as"
+        f" {layout.root}/member_0"
+    )
+
+
+def open_member(layout: RunLayout, number: int, label: str, ignore: Collection[str] = ()) -> Source:
+    """Open a member of a run whose training is complete. Its tensors are float32.
+
+    Args:
+        layout: of the run.
+        number: of the member.
+        label: what the user called it.
+        ignore: unknown keys of `config.json` of the base to ignore, besides those of the run.
+
+    Raises:
+        UserError: there is no such member, its training is not complete, or the run was edited.
+    """
     record.refuse_edited_config(layout)
     checkpoints = _member_checkpoints(layout, number)
     final = storage.final_checkpoint(checkpoints, label)

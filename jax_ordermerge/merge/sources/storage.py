@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec
-from jax_ordermerge.checkpoint import convert, orbax, placement, safetensors, sidecar_files
+from jax_ordermerge.checkpoint import convert, orbax, placement, sidecar_files, torch_files
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
@@ -68,6 +68,7 @@ class Directory:
         label: what the user called it.
         ignore: unknown keys of `config.json` to ignore.
         prompt_format: see `Source`; of a base, that of its run.
+        allow_bin: read `.bin` files of PyTorch where there are no safetensors.
 
     Example:
         >>> model = Directory(convert.resolve("embedded:quickstart"))
@@ -82,8 +83,9 @@ class Directory:
         ignore: Iterable[str] = (),
         *,
         prompt_format: PromptFormat | None = None,
+        allow_bin: bool = False,
     ) -> None:
-        self._reader = safetensors.Reader(directory)
+        self._reader = torch_files.open_tensors(Path(directory), allow_bin=allow_bin)
         self.label = str(directory) if label is None else label
         self.directory = Path(directory)
         self.prompt_format = prompt_format or PromptFormat()
@@ -96,7 +98,8 @@ class Directory:
     def identity(self) -> str:
         """See `Source.identity`."""
         # symbolic links are resolved: a hub's cache points them at another blob for a new revision
-        files = sorted({path.resolve() for path in self.directory.glob("*.safetensors")})
+        stored = {self._reader.file(name) for name in self._reader.names}
+        files = sorted({path.resolve() for path in stored})
         return " ".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
 
 
@@ -211,6 +214,56 @@ class Untied:
         return self.inner.identity()
 
 
+class ZeroBiases:
+    """A model without biases, seen as one of the same family whose biases are zero.
+
+    Args:
+        inner: the model.
+        attention, mlp: whether these matrices of all layers get biases.
+
+    Raises:
+        UserError: the family has no such biases.
+    """
+
+    def __init__(self, inner: Source, *, attention: bool, mlp: bool) -> None:
+        family = arch.FAMILIES[inner.config.family]
+        if (attention and not family.attention_bias) or (mlp and not family.mlp_bias):
+            matrices = "attention" if attention and not family.attention_bias else "mlp"
+            raise UserError(
+                f"{inner.label} has no biases of {matrices}, and a model of its family"
+                f" ({inner.config.family}) cannot have them"
+            )
+        self.inner, self.label, self.directory = inner, inner.label, inner.directory
+        self.prompt_format = inner.prompt_format
+        has_qkv, has_output = inner.config.qkv_bias, inner.config.output_bias
+        self.config = dataclasses.replace(
+            inner.config,
+            qkv_bias=attention or has_qkv,
+            output_bias=attention or has_output,
+            mlp_bias=mlp or inner.config.mlp_bias,
+        )
+        present = {name for name, _, _ in arch.hf_tensors(inner.config)}
+        self._added = {name for name, _, _ in arch.hf_tensors(self.config)} - present
+
+    def info(self, name: str) -> TensorInfo:
+        """See `Source.info`."""
+        if name not in self._added:
+            return self.inner.info(name)
+        dtype, shape = self.inner.info(name.removesuffix("bias") + "weight")
+        return TensorInfo(dtype, shape[:1])
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """See `Source.read_into`."""
+        if name in self._added:
+            out[...] = 0
+        else:
+            self.inner.read_into(name, start, out)
+
+    def identity(self) -> str:
+        """See `Source.identity`."""
+        return self.inner.identity()
+
+
 def vocabulary_tensors(config: ModelConfig) -> tuple[str, str]:
     """Return the names of the embedding and of the output head, also where the two are tied.
 
@@ -287,6 +340,23 @@ run the training first
         )
     # absent where the last weights are the result, neither averages nor the best
     return FinalCheckpoint(step, tuple(members), metadata.get("weights", "params"))
+
+
+def read(model: Source, name: str) -> np.ndarray:
+    """Return a tensor of a model, in its dtype.
+
+    Raises:
+        UserError: the model has no such tensor.
+
+    Example:
+        >>> model = Directory(convert.resolve("embedded:quickstart"))
+        >>> read(model, "model.norm.weight").shape
+        (128,)
+    """
+    dtype, shape = model.info(name)
+    out = np.empty(shape, dtype)
+    model.read_into(name, 0, out)
+    return out
 
 
 def load(
