@@ -6,6 +6,7 @@ sample, `U` bin, `G` group of samples that a permutation moves together, `P` per
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -88,12 +89,11 @@ def omnibus(
         generator = np.random.default_rng(
             stream_key_bits(seed, "analysis", "omnibus", regressor.epochs[0])
         )
-        sizes = np.bincount(numbers.ravel())
-        sums = np.bincount(numbers.ravel(), values.ravel())
+        families = _families(values, regressor.position, numbers)
+        sizes = sum(np.bincount(f.groups) @ f.places.sum(axis=0) for f in families)
+        sums = sum(np.einsum("kg,kgu->u", f.totals, f.places) for f in families)
         observed = float((sums**2 / sizes).sum())
-        simulated = np.concatenate(
-            list(_permuted(values, regressor.position, numbers, permutations, generator))
-        )
+        simulated = np.concatenate(list(_permuted(families, sizes, permutations, generator)))
         mean, variance = float(simulated.mean()), float(simulated.var())
         if not variance > 0:
             raise Undetermined("the losses do not vary, or one step has all samples")
@@ -108,44 +108,69 @@ def omnibus(
     return [ShapeTest(*test, holm=p) for test, p in zip(tests, corrected, strict=True)]
 
 
-def _permuted(
-    values: np.ndarray,
-    position: np.ndarray,
-    numbers: np.ndarray,
-    permutations: int,
-    generator: np.random.Generator,
-) -> Iterator[np.ndarray]:
-    """Yield the statistic under permutations, blocks of [P]; arrays are [M, n]."""
-    members, samples = values.shape
+class _Family(NamedTuple):
+    """Members whose orders move the same samples together: they are dealt together.
+
+    Attributes:
+        groups: int[n], the steps of the first of them.
+        totals: float64[K, G], summed losses of each group in each of K members.
+        places: float64[K, G, U], 1 in the bin of the group in that member.
+    """
+
+    groups: np.ndarray
+    totals: np.ndarray
+    places: np.ndarray
+
+
+def _families(values: np.ndarray, position: np.ndarray, numbers: np.ndarray) -> list[_Family]:
+    """Return the members by what their orders share; arrays are [M, n].
+
+    A reversed order has the steps of its partner, balanced and fixed batches those of all members.
+    To deal such orders apart would break their dependence, and give the statistic another
+    distribution than it has.
+    """
     steps = clusters.step_numbers(position)
-    same = all(clusters.same_partition(steps[0], row) for row in steps[1:])
-    # Balanced and reversed orders depend on each other. Dealing each by itself would break that,
-    # and the statistic has another distribution then: the places of a group move together.
-    share = float((regression.within(position) ** 2).sum())
-    share /= float(((position - position.mean(axis=1, keepdims=True)) ** 2).sum())
-    dependent = share - (1 - 1 / members) > (members - 1) / members**2 / 2
-    if same or dependent:
-        groups = np.broadcast_to(steps[0] if same else np.arange(samples), steps.shape)
-    else:
-        groups = steps
-    sums = [clusters.group_sums(row, group) for row, group in zip(values, groups, strict=True)]
-    bins = [_first(number, group) for number, group in zip(numbers, groups, strict=True)]
-    sizes = np.bincount(numbers.ravel())
-    block = max(1, resample.BLOCK // sums[0].size)
+    families: list[list[int]] = []
+    for m, row in enumerate(steps):
+        family = next((f for f in families if _share_steps(steps[f[0]], row)), None)
+        if family is None:
+            families.append([m])
+        else:
+            family.append(m)
+    results = []
+    for family in families:
+        groups = steps[family[0]]
+        count = np.bincount(groups)
+        totals = np.stack([clusters.group_sums(values[m], groups) for m in family])
+        # Where batches do not divide the samples, a group lies in two steps of the reversed order.
+        bins = [np.rint(clusters.group_sums(numbers[m] * 1.0, groups) / count) for m in family]
+        places = np.stack(bins)[:, :, None] == np.arange(numbers.max() + 1)
+        results.append(_Family(groups, totals, places.astype(np.float64)))
+    return results
+
+
+def _share_steps(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two orders move the same samples together, except at the borders of steps."""
+    pairs = np.unique(np.stack([first, second]), axis=1).shape[1]
+    steps = int(first.max()) + 1
+    # independent orders have nearly as many pairs as there are samples, or as are possible
+    return pairs == steps or (pairs <= 2.2 * steps and pairs < 0.8 * min(first.size, steps**2))
+
+
+def _permuted(
+    families: list[_Family], sizes: np.ndarray, permutations: int, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Yield the statistic under permutations, blocks of [P]."""
+    block = max(1, resample.BLOCK // families[0].totals.shape[1])
     for start in range(0, permutations, block):
         count = min(block, permutations - start)
-        totals = np.zeros((count, sizes.size))
-        deals = None
-        for total, number, group in zip(sums, bins, groups, strict=True):
-            if deals is None or not (same or dependent):
-                deals, _ = clusters.permute_groups(group, count, generator)
+        sums = np.zeros((count, sizes.size))
+        for family in families:
+            deals, _ = clusters.permute_groups(family.groups, count, generator)
             # the sums are dealt and the bins stay: one matrix product instead of one per bin
-            totals += total[deals] @ (number[:, None] == np.arange(sizes.size))
-        yield (totals**2 / sizes).sum(axis=1)
-
-
-def _first(numbers: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    return numbers[np.unique(groups, return_index=True)[1]]
+            for total, place in zip(family.totals, family.places, strict=True):
+                sums += total[deals] @ place
+        yield (sums**2 / sizes).sum(axis=1)
 
 
 def explained(losses: np.ndarray, positions: np.ndarray, *, bins: int) -> Explained:

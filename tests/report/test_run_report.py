@@ -317,6 +317,29 @@ def test_absent_stages_are_named(tmp_path):
     assert "Nothing yet" in text
 
 
+def test_an_analysis_of_an_earlier_version_makes_a_page(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: earlier\n")
+    document = analysis(tmp_path)
+    for key in ("omnibus", "explained", "by_base_loss"):
+        document.pop(key, None)
+    del document["design"]["unit"], document["design"]["units"]
+    del document["pooled"]["trajectory"]
+    for gap in document["pooled"]["early_late"]:
+        del gap["share_left"], gap["expected"]
+    for fit in (document["fixed_effects"], document["fixed_effects_warmup"]):
+        del fit["step_correlation"]
+        for row in fit["coefficients"]:
+            del row["percent"]
+    for merge in document["merged"].values():
+        for gap in merge["early_late"]:
+            del gap["expected"], gap["excess"]
+    dump(tmp_path / "analysis.json", document)
+    markdown = run_report.write(tmp_path).with_suffix(".md").read_text()
+    assert "– (the analysis was made by an earlier version)" in markdown
+    assert "After merging: the gap is largest in epoch 1" in markdown
+    assert "plain average of the losses" not in markdown
+
+
 @pytest.mark.parametrize("stage", [training, analysis, merges, evaluation])
 def test_each_stage_alone_makes_a_page(tmp_path, stage):
     (tmp_path / "config.yaml").write_text("name: part\n")
