@@ -52,25 +52,28 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         drawn = next(iter(selections.values()), Candidate("selection", seed=config.seed))
         listed += subsets.make_controls(config.population.members, drawn, config.seed)
 
-    def measure(loss_function: LossFunction) -> controls.ControlLosses:
+    def measure(loss_function: LossFunction, validate: bool = True) -> controls.ControlLosses:
         means = loss_function(examples).means
         return controls.ControlLosses(
-            means, None if validation is None else loss_function(validation).mean
+            means, loss_function(validation).mean if validate and validation is not None else None
         )
+
+    def measure_params(params: Tree, validate: bool) -> controls.ControlLosses:
+        return measure(functools.partial(losses.example_losses, ctx, params), validate)
 
     tokens = examples.loss_counts
     before = _measured_before(ctx.layout, split)
     reused = before | (_evaluated_controls(config, evaluated, listed) if use_test else {})
-    if all(control.name in reused for control in listed):
-        measured = {control.name: reused[control.name] for control in listed}
-    else:
-        measured = controls.measure(
-            population(),
-            listed,
-            reused,
-            lambda params: measure(functools.partial(losses.example_losses, ctx, params)),
-            ctx.log,
-        )
+    measured: dict[str, controls.ControlLosses] = {}
+    # Nothing is chosen among subsets, and they are as many as all other controls: no validation.
+    of_subsets = [control for control in listed if control.group == subsets.GROUP]
+    others = [control for control in listed if control.group != subsets.GROUP]
+    for part, validate in ((others, True), (of_subsets, False)):
+        if all(control.name in reused for control in part):
+            measured |= {control.name: reused[control.name] for control in part}
+        else:
+            of_params = functools.partial(measure_params, validate=validate)
+            measured |= controls.measure(population(), part, reused, of_params, ctx.log)
     # last, since a single run is trained for as long as the whole population
     for name, make in _unmerged(ctx).items():
         if name in before:

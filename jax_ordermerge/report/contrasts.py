@@ -19,8 +19,9 @@ from jax_ordermerge.analysis.populations import (
 )
 from jax_ordermerge.analysis.result import Missing, or_missing
 from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import formatting
-from jax_ordermerge.report.differences import MEAN_MEMBER, RIVALS
+from jax_ordermerge.report.differences import MEAN_MEMBER, RIVALS, of_populations
 from jax_ordermerge.report.document import Block, Heading, Table
 from jax_ordermerge.report.run import Run
 
@@ -115,11 +116,49 @@ def _of_population(run: Run) -> dict[Key, Difference]:
         for point in curve["points"][1:]:  # the first is the mean member itself
             key = Key(LOSS, f"{method} of {point['size']} members", MEAN_MEMBER, control=True)
             rows[key] = Difference(**point["gain"])
-    samples = (run.analysis or {}).get("design", {}).get("samples", 0)
-    for row in run.coefficients:
-        key = Key(f"{SLOPE}, epoch {formatting.epochs(row)}", "members", "")
-        rows[key] = Difference(**{name: row[name] for name in _NUMBERS}, n=samples)
+    for label, gap in _slopes(run):
+        rows[Key(f"{SLOPE}, {label}", "members", "")] = gap
     return rows
+
+
+def _slopes(run: Run) -> list[tuple[str, Difference]]:
+    samples = (run.analysis or {}).get("design", {}).get("samples", 0)
+    return [
+        (
+            f"epoch {formatting.epochs(row)}",
+            Difference(**{name: row[name] for name in _NUMBERS}, n=samples),
+        )
+        for row in run.coefficients
+    ]
+
+
+def slopes(run: Run) -> list[tuple[str, Difference]]:
+    """Return the slopes of a run by epoch: over populations where there are several."""
+    if not run.populations:
+        return _slopes(run)
+    return [
+        (row.key.measure.removeprefix(f"{SLOPE}, "), of_populations(row.over))
+        for row in contrasts(run)
+        if row.key.is_slope and not isinstance(row.over, Missing)
+    ]
+
+
+def against(run: Run, row: Json) -> dict[str, Difference]:
+    """Return the differences of a control to its rivals: over populations where there are several.
+
+    Args:
+        run: the run.
+        row: of its controls.json.
+    """
+    if not run.populations:
+        return {rival: Difference(**gap) for rival, gap in row["against"].items()}
+    return {
+        contrast.key.rival: of_populations(contrast.over)
+        for contrast in contrasts(run)
+        if contrast.key.measure == LOSS
+        and contrast.key.model == row["name"]
+        and not isinstance(contrast.over, Missing)
+    }
 
 
 # ---------------------------------------------------------------------------------- as a file
@@ -199,33 +238,26 @@ def sentences(run: Run) -> list[str]:
     """Return what the populations say about each merge; empty where there is one population."""
     if not run.populations:
         return []
-    by_model: dict[tuple[str, str], list[tuple[str, PopulationContrast, float]]] = {}
-    rows_with_error = [
-        (row.key, row.over)
-        for row in contrasts(run)
-        if not (row.key.control or row.key.is_slope or isinstance(row.over, Missing))
-    ]
-    # corrected over all merges, measures and rivals, as the differences over items are
-    corrected = paired.holm([over.p for _, over in rows_with_error])
-    for (key, over), p in zip(rows_with_error, corrected, strict=True):
-        by_model.setdefault((key.model, key.measure), []).append((key.rival, over, p))
     count = 1 + len(run.populations)
     texts = []
-    for (model, measure), rows in by_model.items():
-        scale, digits = (100, 1) if measure in run.tasks else (1, 4)
-        clauses = [
-            formatting.versus(
-                formatting.verdict(over.estimate, holm, lower_is_better=scale == 1),
-                f"{scale * over.estimate:+.{digits}f} "
-                f"{formatting.bounds(scale * over.low, scale * over.high, digits)}, "
-                f"{formatting.p_texts(over.p, holm)}"
-                + formatting.undetected(holm, scale * over.se, over.populations - 1, digits),
-                RIVALS[rival],
-            )
-            for rival, over, holm in rows
-        ]
-        name = run.loss_name if measure == LOSS else measure
-        texts.append(f"Over {count} populations, {model}, {name}: {'; '.join(clauses)}.")
+    for model, merge in run.claims.merges.items():
+        for task, measure in merge.measures.items():
+            scale, digits = (1, 4) if task is None else (100, 1)
+            clauses = [
+                formatting.versus(
+                    formatting.verdict(
+                        gap.estimate, measure.holm[rival], lower_is_better=task is None
+                    ),
+                    f"{scale * gap.estimate:+.{digits}f} "
+                    f"{formatting.bounds(scale * gap.low, scale * gap.high, digits)}, "
+                    f"{formatting.p_texts(gap.p, measure.holm[rival])}"
+                    + formatting.undetected(measure.holm[rival], scale * gap.se, gap.n - 1, digits),
+                    RIVALS[rival],
+                )
+                for rival, gap in measure.gaps.items()
+            ]
+            name = run.loss_name if task is None else task
+            texts.append(f"Over {count} populations, {model}, {name}: {'; '.join(clauses)}.")
     if texts:
         texts.append(
             f"The sentences that follow are about the models of population 0 of 0 to {count - 1}."

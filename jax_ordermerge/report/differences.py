@@ -7,6 +7,8 @@ import numpy as np
 
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.paired import Difference, McNemar
+from jax_ordermerge.analysis.populations import PopulationContrast, population_contrast
+from jax_ordermerge.analysis.result import Missing, or_missing
 from jax_ordermerge.json_types import Json
 
 # `average` is also the name of the merge that the others are compared with.
@@ -126,6 +128,37 @@ def compare(
                     comparisons[name].measures[task] = measure
     _correct(comparisons)
     return Comparison(best, comparisons)
+
+
+def over_populations(comparisons: Sequence[Comparison]) -> Comparison:
+    """Return the means of the differences of several populations, with t intervals over them.
+
+    Args:
+        comparisons: of two populations or more. A difference that one of them lacks, or that has
+            no error over populations, is left out; the best member is that of the first.
+    """
+    merges: dict[str, MergeComparison] = {}
+    for name, merge in comparisons[0].merges.items():
+        same = [part.merges[name] for part in comparisons if name in part.merges]
+        merges[name] = MergeComparison(merge.names, {})
+        for task in merge.measures:
+            measures = [part.measures[task] for part in same if task in part.measures]
+            pooled = Measure()
+            for rival in merge.measures[task].gaps:
+                gaps = [measure.gaps[rival] for measure in measures if rival in measure.gaps]
+                if len(gaps) == len(comparisons):
+                    over = or_missing(population_contrast, [gap.estimate for gap in gaps])
+                    if not isinstance(over, Missing):
+                        pooled.gaps[rival] = of_populations(over)
+            if pooled.gaps:
+                merges[name].measures[task] = pooled
+    _correct(merges)
+    return Comparison(comparisons[0].best, merges)
+
+
+def of_populations(over: PopulationContrast) -> Difference:
+    """Return a contrast over populations as a difference whose `n` counts populations."""
+    return Difference(over.estimate, over.se, over.low, over.high, over.p, over.populations)
 
 
 def seed_groups(names: Collection[str], merge: Json | None) -> dict[str, list[str]]:

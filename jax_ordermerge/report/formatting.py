@@ -11,7 +11,6 @@ from jax_ordermerge.json_types import Json
 
 # one constant, because pages count and compare verdicts by their text
 INDISTINGUISHABLE = "not distinguishable"
-NORMAL = 1.96  # standard errors on each side of a 95 % interval
 LONGEST_ANSWER = 700  # characters; more would hide the other rows of a table
 
 
@@ -177,16 +176,6 @@ def bounds(low: float, high: float, digits: int = 4) -> str:
         '[-0.1, +0.2]'
     """
     return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def normal_bounds(estimate: float, error: float, digits: int = 4) -> str:
-    """Return the 95 % interval of an estimate from its standard error.
-
-    Example:
-        >>> normal_bounds(0.1, 0.05, 3)
-        '[+0.002, +0.198]'
-    """
-    return bounds(estimate - NORMAL * error, estimate + NORMAL * error, digits)
 
 
 def interval(gap: Estimate, scale: float = 1, digits: int = 4) -> str:

@@ -18,7 +18,7 @@ from jax_ordermerge.layout import (
 )
 from jax_ordermerge.record import refuse_edited_config
 from jax_ordermerge.report import formatting
-from jax_ordermerge.report.differences import Comparison, compare
+from jax_ordermerge.report.differences import Comparison, compare, over_populations
 from jax_ordermerge.report.document import Paragraph
 
 
@@ -101,6 +101,13 @@ class Run:
                 may go on beside results of another version.
         """
         return read_search(self.layout.search)
+
+    @cached_property
+    def claims(self) -> Comparison:
+        """What is claimed of the merges: the comparison, or over populations where there are."""
+        if not self.populations:
+            return self.comparison
+        return over_populations([run.comparison for run in (self, *self.populations)])
 
     @property
     def resampling(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
 from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.experiment.context import open_run
@@ -169,3 +170,38 @@ def test_targets_are_checked_before_anything_is_written(folder, tmp_path, capsys
     assert call("run", config) == 2
     assert "lora.targets: qkv is not a matrix of this model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_members_that_differ_in_their_initialization(folder, tmp_path):
+    config = read_config(
+        tiny.make_config(
+            tmp_path,
+            model={"base": str(folder / "base"), "compute_dtype": "float32"},
+            training={"learning_rate": 3e-2, "epochs": 1},
+            population={"members": 2, "wave": 1, "vary": "init"},
+            lora=LORA,
+            merge={"methods": [{"method": "average"}], "controls": "none"},
+            evaluation={"batch": 8, "tasks": []},
+        )
+    )
+    directory = pipeline.run(config, log=lambda text: None)
+    orders = [(directory / "orders" / f"member_{m}.npz").read_bytes() for m in range(2)]
+    assert orders[0] == orders[1]
+    with np.load(directory / "losses" / "final.npz") as final:
+        losses = dict(zip(final["names"], final["losses"], strict=True))
+    members = [losses[f"member_{m}"].astype(float) for m in range(2)]
+    assert members[0].tolist() != members[1].tolist()
+    spread = json.loads((directory / "analysis.json").read_text())["spread"]
+    np.testing.assert_allclose(spread["sd"], np.std([m.mean() for m in members], ddof=1))
+    variances = [np.var([a, b], ddof=1) for a, b in zip(*members, strict=True)]
+    np.testing.assert_allclose(spread["item_sd"], np.sqrt(np.mean(variances)))
+    report = (directory / "report.md").read_text()
+    assert "members (differ in initialization)" in report
+    assert "in the same order, from another initialization" in report
+    # another value is another training
+    with pytest.raises(UserError, match=r"population\.vary: init -> all"):
+        pipeline.run(
+            config.model_copy(
+                update={"population": config.population.model_copy(update={"vary": "all"})}
+            )
+        )

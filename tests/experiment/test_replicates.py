@@ -116,6 +116,10 @@ def test_a_claim_is_the_mean_of_paired_contrasts_of_populations(runs):
     np.testing.assert_allclose(over, [np.mean(gaps), low, high, test.pvalue], rtol=1e-6)
     report = (runs[1] / "report.md").read_text()
     assert "Over 3 populations" in report
+    # the first screen claims it, too
+    opening = report.replace("\\", "").partition("## ")[2].partition("## ")[0]
+    assert f"{np.mean(gaps):+.4f} [{low:+.4f}, {high:+.4f}]" in opening
+    assert "the best member by loss of each population, chosen on validation" in opening
     assert {row["measure"] for row in rows} >= {"slope, epoch 1", "slope, epoch 2", "swap"}
     assert any(row["model"] == "average, lambda 0.9" for row in rows)
     # without replicates there are no rows over populations
@@ -155,3 +159,25 @@ def test_device_groups_may_share_all_populations_and_not_each(runs, folder, tmp_
     with pytest.raises(UserError, match="ensemble divides the members of a population"):
         pipeline.run(config.model_copy(update={"output": str(tmp_path / "other")}))
     assert not (tmp_path / "other").exists()
+
+
+def test_each_population_has_a_search_of_its_own_also_in_waves_across_populations(folder, tmp_path):
+    raw = yaml.safe_load((folder / "tiny.yaml").read_text())
+    raw["output"] = str(tmp_path / "run")
+    raw["data"]["validation_examples"] = 10
+    raw["population"] = {"members": 2, "replicates": 2, "wave": 3}
+    methods = [{"method": "average", "scale": [0.5, 0.8, 1.2, 1.5, 2.0]}]
+    raw["merge"] = {"auto": {"methods": methods, "smallest": 4}, "controls": "none"}
+    raw["evaluation"] = {"batch": 8}
+    (tmp_path / "auto.yaml").write_text(yaml.safe_dump(raw))
+    directory = pipeline.run(load_config(tmp_path / "auto.yaml"), log=lambda text: None)
+    for number in range(2):
+        run = RunLayout(directory).population(number)
+        found = json.loads(run.search.results.read_text())
+        # the winner, from files or built again, is what was chosen
+        chosen = found["candidates"][found["winner"]]["loss"]
+        auto = json.loads(run.evaluation("auto").read_text())["summary"]
+        assert auto["validation_loss"] == pytest.approx(chosen, rel=1e-6)
+        assert run.is_merged("auto") == (number == 0)
+    orders = [(directory / "orders" / f"member_{m}.npz").read_bytes() for m in range(4)]
+    assert len(set(orders)) == 4

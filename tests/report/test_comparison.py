@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
 from jax_ordermerge.config import make_config, to_dict
 from jax_ordermerge.errors import UserError
@@ -104,6 +105,15 @@ def test_the_numbers_of_both_runs_and_their_difference(tmp_path):
     ]
     assert (tmp_path / "out" / "slopes.svg").read_text().lstrip().startswith("<svg")
     assert page.read_text().count("<svg") == 1
+    # random effects over the two runs, of equal weight: the t-test of -0.05 and -0.02 over runs
+    low, high = stats.ttest_1samp([-0.05, -0.02], 0).confidence_interval(0.95)
+    mean = rows["loss: average less the mean member"]
+    assert mean[:2] == ["-0.0350", rf"\[{low:+.4f}, {high:+.4f}\]"]
+    assert mean[-2] == "-0.0500, -0.0200"
+    assert "free, fixed trained one population: the error of such a run is over items" in text
+    # members of one population, who differ by 1e-6 in every item
+    assert rows["free: members (differ in order)"][0] == "2"
+    assert rows["free: members (differ in order)"][2] == "0.0000"
 
 
 def test_incomplete_runs_name_what_is_missing(tmp_path):

@@ -13,7 +13,7 @@ from jax_ordermerge.report import search_findings
 from jax_ordermerge.report.chapters import merges
 from jax_ordermerge.report.document import Picture, Table, render_markdown
 from jax_ordermerge.search import claim as claims
-from jax_ordermerge.search import controls
+from jax_ordermerge.search import controls, subsets
 from jax_ordermerge.search.candidates import Candidate
 
 
@@ -273,3 +273,32 @@ def test_one_line_stands_for_the_seeds_of_a_selection():
     names = [c.name for c in controls.make_controls(["lambda_selections"], 2, seeds, 0)]
     assert len(names) == 4 + 8
     assert "pick-seed0, lambda 1.2" in names
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_controls_show_how_many_members_are_worth_it(members):
+    listed = controls.make_controls([], members, {}, 0)
+    listed += subsets.make_controls(members, Candidate("selection"), 0)
+    tokens = np.ones(100)
+    by_name = {
+        control.name: controls.ControlLosses(losses(0.0, 0.1, seed=number), 2.0)
+        for number, control in enumerate(listed)
+    }
+    compared = controls.compare(listed, by_name, tokens, resamples=20, seed=0)
+    curves = asdict(subsets.curves(listed, by_name, tokens, resamples=20, seed=0))
+    content = {"split": "test", **compared, "subsets": curves}
+    before = json.dumps(content)
+    text = render_markdown(
+        "controls", merges.control_blocks(content, "nats per token"), pictures="."
+    )
+    assert json.dumps(content) == before
+    # in a table of their own
+    assert "average of members" not in text
+    point = curves["selection"]["points"][1]
+    gain = point["gain"]
+    assert (
+        f"| selection | 2 | {point['subsets']} | {point['loss']:.4f} | {gain['estimate']:+.4f} ± "
+        in text
+    )
+    assert ("(extrapolated)" in text) == (members > 2)
+    assert ("No extrapolation: fewer than three members" in text) == (members == 2)

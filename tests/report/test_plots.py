@@ -1,5 +1,6 @@
 """Pictures: well-formed, the same bytes twice, unique ids, the right marks for the numbers."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 
@@ -8,6 +9,7 @@ import pytest
 
 from jax_ordermerge.analysis.imbalance import analyze
 from jax_ordermerge.analysis.result import asdict
+from jax_ordermerge.analysis.subset_curve import subset_curve
 from jax_ordermerge.report.plots import controls, imbalance, models
 
 UNIT = "nats per token"
@@ -51,6 +53,17 @@ def control(name, group, at, loss, kind="merge"):
     }
 
 
+def subset_curves(members=3):
+    rng = np.random.default_rng(1)
+    items, parameters = 2 + rng.random(40), rng.normal(0, 1, (members, 40))
+    losses = {
+        subset: items + parameters[list(subset)].mean(axis=0) ** 2
+        for size in range(1, members + 1)
+        for subset in itertools.combinations(range(members), size)
+    }
+    return {"average": asdict(subset_curve(losses, np.ones(40), resamples=20))}
+
+
 LINE = [control(f"lambda {x}", "lambda_line", [x], 1 + abs(x - 1.2)) for x in (0.0, 0.5, 1.0, 1.5)]
 LINES_BY_LAMBDA = {
     "average": LINE[1:],
@@ -88,6 +101,7 @@ DRAWN = {
         MODELS[1] | {"validation_loss": 1.9},
         UNIT,
     ),
+    "subsets": lambda: controls.subsets(subset_curves(), "test", UNIT),
     "splits without a choice": lambda: controls.splits(LINE, None, UNIT),
     "candidates": lambda: controls.candidates(TRIED, 0, UNIT),
     "training": lambda: imbalance.training(LINES, UNIT),

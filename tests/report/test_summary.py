@@ -41,6 +41,7 @@ def test_four_sentences_a_table_and_a_picture():
     slopes = [(-0.04, 1e-9), (0.03, 0.4), (0.02, 0.01)]
     coefficients = [
         {"epochs": [epoch], "estimate": b, "se": 0.01, "p": p}
+        | {"low": b - 0.0196, "high": b + 0.0196}
         for epoch, (b, p) in enumerate(slopes, start=1)
     ]
     run = run_of(

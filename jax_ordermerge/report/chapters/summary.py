@@ -7,7 +7,7 @@ from statistics import fmean
 from jax_ordermerge.analysis.paired import Difference, holm
 from jax_ordermerge.config.merge import AUTO
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.report import formatting
+from jax_ordermerge.report import contrasts, formatting
 from jax_ordermerge.report.differences import (
     AVERAGE,
     BEST_MEMBER,
@@ -58,19 +58,19 @@ def _position(run: Run) -> Iterator[str]:
     if "reason" in run.analysis["fixed_effects"]:
         yield f"Position: not determined, {run.analysis['fixed_effects']['reason']}."
         return
-    rows = run.coefficients
-    corrected = holm([row["p"] for row in rows])
+    rows = contrasts.slopes(run)
+    corrected = holm([gap.p for _, gap in rows])
     # position 0 is the first step: a negative slope is a higher loss of early samples
     ends: dict[str, list[str]] = {"early": [], "late": [], "": []}
-    for row, p in zip(rows, corrected, strict=True):
-        size = f"epoch {formatting.epochs(row)}"
+    for (label, gap), p in zip(rows, corrected, strict=True):
+        size = label
         strength = formatting.strength(p)
         if strength:
             size += (
-                f" ({strength}: slope {row['estimate']:+.4f} "
-                f"{formatting.normal_bounds(row['estimate'], row['se'])}, {formatting.p_text(p)})"
+                f" ({strength}: slope {gap.estimate:+.4f} "
+                f"{formatting.bounds(gap.low, gap.high)}, {formatting.p_text(p)})"
             )
-        end = "early" if row["estimate"] < 0 else "late"
+        end = "early" if gap.estimate < 0 else "late"
         ends[end if strength else ""].append(size)
     clauses = [
         f"samples seen {end} end with the higher loss in {', '.join(ends[end])}"
@@ -85,7 +85,7 @@ def _position(run: Run) -> Iterator[str]:
 
 
 def _average(run: Run) -> Iterator[str]:
-    if merge := run.comparison.merges.get(AVERAGE):
+    if merge := run.claims.merges.get(AVERAGE):
         yield f"Average: {_against(run, merge, (MEAN_MEMBER, BEST_MEMBER))}."
 
 
@@ -93,7 +93,7 @@ def _selection(run: Run) -> Iterator[str]:
     methods = {row["name"]: row.get("method") for row in (run.merge or {"merges": []})["merges"]}
     names = [
         name
-        for name, merge in run.comparison.merges.items()
+        for name, merge in run.claims.merges.items()
         if methods.get(merge.names[0], name) == "selection"
     ]
     if not names:
@@ -101,23 +101,23 @@ def _selection(run: Run) -> Iterator[str]:
     # of several variants the first in the config: the best of them would be a choice by the test
     name = _lowest(run, names) or names[0]
     others = f", of {len(names)} variants" if len(names) > 1 else ""
-    merge = run.comparison.merges[name]
+    merge = run.claims.merges[name]
     yield f"Selection ({name}{others}): {_against(run, merge, (AVERAGE, BEST_MEMBER))}."
 
 
 def _ship(run: Run) -> Iterator[str]:
-    best = run.comparison.best
-    if best is None or not run.comparison.merges:
+    best = run.claims.best
+    if best is None or not run.claims.merges:
         return
     name, why = shipped(run)
     text = f"What to ship: {name}, {why}."
     if row := _scaled(run):
-        gap = row["against"][BEST_MEMBER]
-        word = verdict(gap["estimate"], gap["p"])
-        if word.endswith("better"):
+        gap = contrasts.against(run, row).get(BEST_MEMBER)
+        word = INDISTINGUISHABLE if gap is None else verdict(gap.estimate, gap.p)
+        if gap is not None and word.endswith("better"):
             text += (
                 f" But length helps by itself: {row['name']} has loss {row['loss']:.4f}, {word} "
-                f"({gap['estimate']:+.4f} {formatting.bounds(gap['low'], gap['high'])}) than the "
+                f"({gap.estimate:+.4f} {formatting.bounds(gap.low, gap.high)}) than the "
                 "best member; see Controls."
             )
     yield text
@@ -129,9 +129,9 @@ def shipped(run: Run) -> tuple[str, str]:
     It is a merge only where the choice did not need the test examples, and where those say that it
     is better than what it replaces and worse in no measure.
     """
-    best = run.comparison.best
+    best = run.claims.best
     assert best is not None
-    merges = run.comparison.merges
+    merges = run.claims.merges
     validated = best.chosen_on == "validation"
     # a search has chosen on validation examples; else the lowest loss there; else no choice at all
     candidate = AUTO if AUTO in merges else _lowest(run, list(merges)) if validated else AVERAGE
@@ -183,9 +183,11 @@ def _against(run: Run, merge: MergeComparison, rivals: Sequence[str]) -> str:
 
 
 def _rival_name(run: Run, rival: str) -> str:
-    best = run.comparison.best
+    best = run.claims.best
     if rival != BEST_MEMBER or best is None:
         return RIVALS[rival]
+    if run.populations:
+        return f"{RIVALS[rival]} of each population, chosen on {best.chosen_on}"
     # the luckiest of several on the very examples that judge it
     optimistic = ": optimistic" if best.chosen_on == "test" else ""
     return f"{RIVALS[rival]} ({best.name}, chosen on {best.chosen_on}{optimistic})"
@@ -208,7 +210,7 @@ def _lowest(run: Run, names: Sequence[str]) -> str | None:
         for model in run.models
         if model.get("validation_loss") is not None
     }
-    seeds = {name: run.comparison.merges[name].names for name in names}
+    seeds = {name: run.claims.merges[name].names for name in names}
     # a merge of which only some seeds were measured has no mean
     means = {
         name: fmean(models[seed] for seed in of_name)
@@ -250,13 +252,13 @@ class _Row:
 def _rows(run: Run) -> list[_Row]:
     if not run.members:
         return []
-    best, base = run.comparison.best, [model for model in run.models if model["kind"] == "base"]
+    best, base = run.claims.best, [model for model in run.models if model["kind"] == "base"]
     rows = [_Row(model["name"], model.get("loss"), [model]) for model in base]
     rows.append(_Row(f"mean of {len(run.members)} members", _mean_loss(run.members), run.members))
     if best is not None:
         models = [model for model in run.models if model["name"] == best.name]
         rows.append(_Row(f"best member on {best.chosen_on}", _mean_loss(models), models))
-    merges = [_merge_row(run, name, merge) for name, merge in run.comparison.merges.items()]
+    merges = [_merge_row(run, name, merge) for name, merge in run.claims.merges.items()]
     scaled = _scaled(run)
     places = ROWS - len(rows) - (scaled is not None)
     if len(merges) > places:
@@ -267,10 +269,11 @@ def _rows(run: Run) -> list[_Row]:
     rows += merges
     if scaled is not None:
         gaps = {
-            rival: Difference(**gap) for rival, gap in scaled["against"].items() if rival in RIVALS
+            rival: gap for rival, gap in contrasts.against(run, scaled).items() if rival in RIVALS
         }
         label = f"{scaled['name']} (control)"
-        rows.append(_Row(label, scaled["loss"], gaps=gaps, p=gaps[BEST_MEMBER].p))
+        p = gaps[BEST_MEMBER].p if BEST_MEMBER in gaps else None
+        rows.append(_Row(label, scaled["loss"], gaps=gaps, p=p))
     return rows
 
 
@@ -305,18 +308,23 @@ def _table(run: Run, rows: Sequence[_Row]) -> Table:
                 "–" if row.p is None or gap is None else verdict(gap.estimate, row.p),
             ]
         )
-    name = shipped(run)[0] if run.comparison.best else None
+    name = shipped(run)[0] if run.claims.best else None
     strong = [at for at, row in enumerate(rows) if name is not None and row.merge == name]
-    if run.comparison.best and name == run.comparison.best.name:
+    if run.claims.best and name == run.claims.best.name:
         strong = [at for at, row in enumerate(rows) if row.label.startswith("best member")]
     header = ["model", "loss", *(f"{task}, %" for task in tasks)]
     header += ["less the best member", "95 %", "p", "verdict"]
-    hidden = len(run.comparison.merges) - sum(row.merge is not None for row in rows)
+    hidden = len(run.claims.merges) - sum(row.merge is not None for row in rows)
     caption = (
         f"{run.loss_name.capitalize()} in {run.loss_unit}. p: corrected by Holm's method over the "
         f"merges; of a control, which was not chosen in advance, not corrected. Above 0.05 two "
         f"models are {INDISTINGUISHABLE}, never equal."
     )
+    if run.populations:
+        caption += (
+            f" The losses are those of population 0, the differences means over"
+            f" {1 + len(run.populations)} populations with t intervals over them."
+        )
     if hidden:
         caption += f" {hidden} more merges stand in Models and merges."
     return Table(header, cells, caption, text=(0, len(header) - 1), strong=strong)
