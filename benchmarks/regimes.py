@@ -87,12 +87,12 @@ def regime_row(run: pathlib.Path) -> list[str]:
     return [
         f"{config.name}, seed {config.seed}",
         *(f"{row['estimate']:+.4f} (z {row['z']:.1f})" for row in (first, last)),
-        interval(Difference(**average["against"]["mean_member"])),
+        str(interval(Difference(**average["against"]["mean_member"]))),
         search["candidates"][search["winner"]]["name"],
         f"{loss:.4f}",
         f"{lowest:.4f} at {scale:.2f}",
         f"{loss - lowest:+.4f}",
-        interval(Claim(**against["best_member"])) if "best_member" in against else "the same",
+        str(interval(Claim(**against["best_member"]))) if "best_member" in against else "the same",
     ]
 
 
@@ -105,7 +105,7 @@ def choice_row(run: pathlib.Path) -> list[str]:
 
     def gap(rival: str) -> str:
         # a rival with the winner's losses is the winner, and was not tested
-        return interval(Claim(**against[rival])) if rival in against else "the same model"
+        return str(interval(Claim(**against[rival]))) if rival in against else "the same model"
 
     chosen = candidates[search["winner"]]["name"]
     if guard["worse"]:

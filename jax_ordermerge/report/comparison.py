@@ -13,7 +13,16 @@ from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import contrasts, document, formatting
 from jax_ordermerge.report.chapters import spread
 from jax_ordermerge.report.differences import MEAN_MEMBER, MergeComparison
-from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Picture, Table
+from jax_ordermerge.report.document import (
+    Block,
+    Bullets,
+    Cell,
+    Heading,
+    Interval,
+    Paragraph,
+    Picture,
+    Table,
+)
 from jax_ordermerge.report.plots import imbalance as plots
 from jax_ordermerge.report.run import Run, loss_name, percentages, read_runs
 
@@ -111,8 +120,7 @@ def _imbalance(runs: Sequence[Run]) -> list[Block]:
             rows.append(
                 [
                     f"{run.name}, epoch {formatting.epochs(row)}",
-                    formatting.signed(row["estimate"], row["se"]),
-                    formatting.p_text(row["p"]),
+                    formatting.gap_or_reason(row),
                     "" if reference is None else _difference(row, reference),
                 ]
             )
@@ -127,27 +135,27 @@ def _imbalance(runs: Sequence[Run]) -> list[Block]:
     )
     return [
         Picture("slopes", picture, "Slopes of every run by epoch, with 95 % intervals."),
-        Table(["run, epoch", "slope ± se", "p", "difference"], rows, caption),
+        Table(["run, epoch", "slope", "difference"], rows, caption),
     ]
 
 
-def _difference(row: Json, reference: Json) -> str:
+def _difference(row: Json, reference: Json) -> Cell:
     # Taken as independent: the runs may share their samples, but the fixed effects have taken
     # the difficulty of samples out.
     gap, se = row["estimate"] - reference["estimate"], math.hypot(row["se"], reference["se"])
     p = float(2 * stats.norm.sf(abs(gap) / se)) if se > 0 else 1.0
-    text = f"{formatting.signed(gap, se)}, {formatting.p_text(p)}"
-    text += formatting.undetected(p, se, math.inf)
+    text = formatting.undetected(p, se, math.inf).removeprefix(", ")
     if se > 0 and (margin := abs(reference["estimate"]) / 2) > 0:
         # a difference that is not distinguishable is no equality: that has a test of its own
         test = equivalence(gap, se, math.inf, margin=margin)
         outcome = "equivalent" if test.holds else "not shown to be equivalent"
-        text += f"; {outcome} within {margin:.4f} ({formatting.p_text(test.p)})"
-    return text
+        text += f"{'; ' if text else ''}{outcome} within {margin:.4f} ({formatting.p_text(test.p)})"
+    bounds = formatting.normal_bounds(gap, se)
+    return Interval(f"{gap:+.4f}", bounds, formatting.p_value(p), note=text)
 
 
 def _models(runs: Sequence[Run]) -> Table:
-    rows: list[list[str]] = []
+    rows: list[list[Cell]] = []
     strong = []
     for run in runs:
         strong.append(len(rows))
@@ -169,21 +177,20 @@ def _models(runs: Sequence[Run]) -> Table:
     header = ["model", "loss", "against the mean member", "cosine of members", "tasks"]
     caption = (
         f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. "
-        "Difference: merge less the mean member of its own run, ± standard error "
-        "[95 % studentized bootstrap interval]; of several merge seeds their "
+        "Difference: merge less the mean member of its own run, 95 % by a "
+        "studentized bootstrap; of several merge seeds their "
         "mean (sd). Cosine: mean over pairs of the members' task vectors; the closer to 1, the "
         "more alike the members."
     )
     return Table(header, rows, caption, text=(0, 4), strong=strong)
 
 
-def _merge_cells(run: Run, merge: MergeComparison) -> list[str]:
+def _merge_cells(run: Run, merge: MergeComparison) -> list[Cell]:
     seeds = [model for model in run.models if model["name"] in merge.names]
+    loss = formatting.plus_minus(seeds[0].get("loss"), seeds[0].get("loss_se"), 4)
     if len(seeds) > 1:
         loss = formatting.mean_sd([model.get("loss") for model in seeds], 4)
-    else:
-        loss = formatting.plus_minus(seeds[0].get("loss"), seeds[0].get("loss_se"), 4)
-    gap = "" if merge.loss is None else formatting.interval(merge.loss.gaps[MEAN_MEMBER])
+    gap: Cell = "" if merge.loss is None else formatting.interval(merge.loss.gaps[MEAN_MEMBER])
     shares = {task: percentages(seeds, task) for task in run.tasks}
     means = (f"{task} {fmean(values):.1f} %" for task, values in shares.items() if values)
     return [loss, gap, "", "; ".join(means)]

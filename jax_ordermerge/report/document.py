@@ -38,34 +38,65 @@ class Bullets:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A cell with an estimate; its table gives interval and p values columns of their own."""
+
+    estimate: str
+    bounds: str = ""
+    p: str = ""
+    holm: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        """Return the cell as it stands in a sentence."""
+        parts = [f"{self.estimate} {self.bounds}".strip()]
+        parts += [f"p {self.p}" if self.p.startswith("<") else f"p = {self.p}"] if self.p else []
+        parts += [f"by Holm {self.holm}"] if self.holm else []
+        return ", ".join(parts + ([self.note] if self.note else []))
+
+
+Cell = str | Interval
+# headers of the columns behind that of the estimate
+_PARTS = {"bounds": "95 %", "p": "p", "holm": "p by Holm", "note": "note"}
+
+
+@dataclass(frozen=True)
 class Table:
     """Cells of text. Columns numbered in `text` are aligned left, rows in `strong` stand out."""
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Cell]]
     caption: str = ""
     # numbers are aligned right, so that digits stand below each other
     text: Sequence[int] = (0,)
     strong: Sequence[int] = ()
 
     def filled(self) -> "Table":
-        """Return the table without the columns that no row fills; the first one stays.
+        """Return the table of texts, without the columns that no row fills; the first one stays.
 
         Example:
             >>> Table(["model", "loss", "p"], [["a", "1.0", "–"]]).filled().header
             ['model', 'loss']
+            >>> Table(["a", "gap"], [["x", Interval("+1", "[0, 2]", "0.05")]]).filled().header
+            ['a', 'gap', '95 %', 'p']
         """
-        columns = [
-            column
-            for column in range(len(self.header))
-            if column == 0 or any(row[column] not in EMPTY for row in self.rows) or not self.rows
-        ]
-        return replace(
-            self,
-            header=[self.header[column] for column in columns],
-            rows=[[row[column] for column in columns] for row in self.rows],
-            text=[at for at, column in enumerate(columns) if column in self.text],
-        )
+        header: list[str] = []
+        text: list[int] = []
+        rows: list[list[Cell]] = [[] for _ in self.rows]
+        for column, name in enumerate(self.header):
+            cells = [row[column] for row in self.rows]
+            # a part that no cell of the column has makes no column
+            for part, title in {"estimate": name, **_PARTS}.items():
+                values = [_part(cell, part) for cell in cells]
+                first = part == "estimate" and (column == 0 or not cells)
+                if not first and all(value in EMPTY for value in values):
+                    continue
+                if column in self.text or part == "note":
+                    text.append(len(header))
+                header.append(title)
+                for row, value in zip(rows, values, strict=True):
+                    row.append(value)
+        return replace(self, header=header, rows=rows, text=text)
 
     @property
     def prose(self) -> list[int]:
@@ -73,7 +104,7 @@ class Table:
         return [
             column
             for column in self.text
-            if any(len(row[column]) > _LONGEST_LABEL for row in self.rows)
+            if any(len(str(row[column])) > _LONGEST_LABEL for row in self.rows)
         ]
 
 
@@ -120,6 +151,12 @@ class Chapter:
 # A closed union: each kind has a branch in both templates, so HTML and Markdown cannot differ in
 # content.
 Block = Heading | Paragraph | Bullets | Table | Picture | Fold | Chapter
+
+
+def _part(cell: Cell, part: str) -> str:
+    if isinstance(cell, Interval):
+        return str(getattr(cell, part))
+    return cell if part == "estimate" else ""
 
 
 def pictures_of(blocks: Sequence[Block]) -> Iterator[Picture]:

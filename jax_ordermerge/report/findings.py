@@ -13,9 +13,11 @@ from jax_ordermerge.report.formatting import (
     INDISTINGUISHABLE,
     detectable_text,
     epochs,
+    late_less_early,
     p_text,
     p_texts,
     signed,
+    signed_interval,
     spread,
     strength,
     undetected,
@@ -110,8 +112,8 @@ def _any_shape(analysis: Json) -> list[str]:
 
 
 def _mitigation(analysis: Json, merge: Json | None) -> list[str]:
-    gaps = analysis["pooled"]["early_late"]
-    merges = {name: row["early_late"] for name, row in analysis["merged"].items()}
+    gaps = late_less_early(analysis["pooled"]["early_late"])
+    merges = {name: late_less_early(row["early_late"]) for name, row in analysis["merged"].items()}
     if not merges or any("reason" in gap for gap in gaps):
         return []
     # one epoch, chosen by the members alone: the merges had no part in the choice
@@ -133,8 +135,8 @@ def _mitigation(analysis: Json, merge: Json | None) -> list[str]:
         for group, row in rows.items()
     ]
     sentences = [
-        f"After merging: the gap is largest in epoch {epoch + 1}, where the early half of a "
-        "member's samples differs from its late half by "
+        f"After merging: the gap is largest in epoch {epoch + 1}, where the late half of a "
+        "member's samples differs from its early half by "
         f"{signed(before['estimate'], before['se'])}. In the merges, by the same orders: "
         f"{'; '.join(parts)}."
     ]
@@ -257,7 +259,7 @@ def _merge(run: Run, name: str) -> list[str]:
         return "; ".join(
             versus(
                 verdict(gap.estimate, measure.holm[rival], lower_is_better=scale == 1),
-                f"{signed(scale * gap.estimate, scale * gap.se, digits)}, "
+                f"{signed_interval(gap, scale, digits)}, "
                 f"{p_texts(measure.p(rival), measure.holm[rival])}"
                 + undetected(measure.holm[rival], scale * gap.se, gap.n - 1, digits),
                 rivals[rival],

@@ -1,6 +1,7 @@
 """Numbers as text: p values, errors, intervals, and the words that a p value allows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,9 +9,11 @@ from jax_ordermerge.analysis.equivalence import detectable
 from jax_ordermerge.analysis.paired import CLEAR, WEAK, Difference
 from jax_ordermerge.analysis.result import Estimate
 from jax_ordermerge.json_types import Json
+from jax_ordermerge.report.document import Cell, Interval
 
 # one constant, because pages count and compare verdicts by their text
 INDISTINGUISHABLE = "not distinguishable"
+NORMAL = 1.96  # standard errors on each side of a 95 % interval
 LONGEST_ANSWER = 700  # characters; more would hide the other rows of a table
 
 
@@ -131,26 +134,38 @@ def percents(shares: Sequence[float] | None) -> str:
     return " ".join(f"{100 * share:.1f}" for share in shares or ()) or "–"
 
 
-def plus_minus(value: float | None, error: float | None, digits: int) -> str:
-    """Return value and standard error.
+def plus_minus(value: float | None, error: float | None, digits: int) -> Cell:
+    """Return a value and its 95 % interval, from the standard error.
 
     Example:
-        >>> plus_minus(1.5, 0.25, 2)
-        '1.50 ± 0.25'
+        >>> str(plus_minus(1.5, 0.25, 2))
+        '1.50 [1.01, 1.99]'
     """
-    return number(value, digits) + (
-        f" ± {error:.{digits}f}" if value is not None and error is not None else ""
-    )
+    if value is None or error is None:
+        return number(value, digits)
+    low, high = value - NORMAL * error, value + NORMAL * error
+    return Interval(number(value, digits), f"[{low:.{digits}f}, {high:.{digits}f}]")
 
 
 def signed(estimate: float, error: float, digits: int = 4) -> str:
-    """Return a difference or slope with its standard error.
+    """Return a difference or slope and its 95 % interval, from the standard error.
 
     Example:
         >>> signed(0.1, 0.02)
-        '+0.1000 ± 0.0200'
+        '+0.1000 [+0.0608, +0.1392]'
     """
-    return f"{estimate:+.{digits}f} ± {error:.{digits}f}"
+    return f"{estimate:+.{digits}f} {normal_bounds(estimate, error, digits)}"
+
+
+def signed_interval(gap: Estimate, scale: float = 1, digits: int = 4) -> str:
+    """Return a difference and its 95 % interval.
+
+    Example:
+        >>> signed_interval(Estimate(0.1, 0.02, 0.06, 0.14), 100, 1)
+        '+10.0 [+6.0, +14.0]'
+    """
+    size = f"{scale * gap.estimate:+.{digits}f}"
+    return f"{size} {bounds(scale * gap.low, scale * gap.high, digits)}"
 
 
 def mean_sd(values: Sequence[float | None], digits: int) -> str:
@@ -178,31 +193,68 @@ def bounds(low: float, high: float, digits: int = 4) -> str:
     return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def interval(gap: Estimate, scale: float = 1, digits: int = 4) -> str:
-    """Return estimate, standard error, interval and, of a paired difference, its p value.
+def normal_bounds(estimate: float, error: float, digits: int = 4) -> str:
+    """Return the 95 % interval of an estimate from its standard error.
 
     Example:
-        >>> interval(Difference(0.1, 0.02, 0.06, 0.14, 0.002, 50), 100, 1)
-        '+10.0 ± 2.0 [+6.0, +14.0], p = 0.002'
+        >>> normal_bounds(0.1, 0.05, 3)
+        '[+0.002, +0.198]'
     """
-    # a bootstrap gap has an interval, but no test
-    p = f", {p_text(gap.p)}" if isinstance(gap, Difference) else ""
-    size = signed(scale * gap.estimate, scale * gap.se, digits)
-    return f"{size} {bounds(scale * gap.low, scale * gap.high, digits)}{p}"
+    return bounds(estimate - NORMAL * error, estimate + NORMAL * error, digits)
 
 
-def gap_or_reason(gap: Json) -> str:
-    """Return a gap of analysis.json, or the reason why it is undetermined.
+def interval(
+    gap: Estimate, scale: float = 1, digits: int = 4, holm: float | None = None
+) -> Interval:
+    """Return a cell with estimate, interval and, of a paired difference, its p values.
+
+    Example:
+        >>> gap = Difference(0.1, 0.02, 0.06, 0.14, 0.002, 50)
+        >>> str(interval(gap, 100, 1, holm=0.004))
+        '+10.0 [+6.0, +14.0], p = 0.002, by Holm 0.004'
+    """
+    return Interval(
+        f"{scale * gap.estimate:+.{digits}f}",
+        bounds(scale * gap.low, scale * gap.high, digits),
+        # a bootstrap gap has an interval, but no test
+        p_value(gap.p) if isinstance(gap, Difference) else "",
+        "" if holm is None else p_value(holm),
+    )
+
+
+def gap_or_reason(gap: Json) -> Cell:
+    """Return a gap or slope of analysis.json, or the reason why it is undetermined.
 
     Example:
         >>> gap_or_reason({"reason": "one member only"})
         '– (one member only)'
+        >>> str(gap_or_reason({"estimate": 0.1, "low": 0.0, "high": 0.2, "p": 0.05}))
+        '+0.1000 [+0.0000, +0.2000], p = 0.05'
     """
     if "reason" in gap:
         return f"– ({gap['reason']})"
-    p = f", {p_text(gap['p'])}" if "p" in gap else ""
-    bare = Estimate(*(gap[key] for key in ("estimate", "se", "low", "high")))
-    return interval(bare) + p
+    p = p_value(gap["p"]) if "p" in gap else ""
+    return Interval(f"{gap['estimate']:+.4f}", bounds(gap["low"], gap["high"]), p)
+
+
+def late_less_early(gaps: Any) -> Any:
+    """Return gaps of analysis.json, early less late there, with the sign that slopes have.
+
+    Args:
+        gaps: an estimate, or lists and objects of estimates.
+
+    Example:
+        >>> late_less_early([{"members": {"estimate": 0.1, "low": 0.0, "high": 0.3}, "epoch": 1}])
+        [{'members': {'estimate': -0.1, 'low': -0.3, 'high': -0.0}, 'epoch': 1}]
+    """
+    if isinstance(gaps, list):
+        return [late_less_early(gap) for gap in gaps]
+    if not isinstance(gaps, dict):
+        return gaps
+    turned = {key: late_less_early(value) for key, value in gaps.items()}
+    if "estimate" in gaps:
+        turned |= {"estimate": -gaps["estimate"], "low": -gaps["high"], "high": -gaps["low"]}
+    return turned
 
 
 def epochs(row: Json) -> str:

@@ -10,7 +10,7 @@ from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import contrasts, document, findings, formatting
 from jax_ordermerge.report.chapters import models
 from jax_ordermerge.report.differences import MEAN_MEMBER
-from jax_ordermerge.report.document import Block, Bullets, Heading, Paragraph, Table
+from jax_ordermerge.report.document import Block, Bullets, Cell, Heading, Paragraph, Table
 from jax_ordermerge.report.formatting import INDISTINGUISHABLE
 from jax_ordermerge.report.run import Run, loss_name, read_runs
 
@@ -49,7 +49,7 @@ def build(runs: Sequence[Run]) -> list[Block]:
     blocks: list[Block] = [
         Paragraph(
             "Written by ordermerge results from the run directories: every number and every "
-            "verdict is computed, none is typed. The error after ± is one standard error. "
+            "verdict is computed, none is typed. Brackets hold 95 % intervals. "
             "Clearly: p < 0.01 after Holm's correction over all comparisons of a run; weakly: "
             "p < 0.05."
         ),
@@ -75,10 +75,11 @@ def build(runs: Sequence[Run]) -> list[Block]:
 
 
 def _overview(runs: Sequence[Run]) -> Table:
-    rows = []
+    rows: list[list[Cell]] = []
     for run in runs:
         best, merge = run.comparison.best, _best_merge(run)
-        member_cell = merge_cell = gap = "–"
+        member_cell = merge_cell = "–"
+        gap: Cell = "–"
         if best:
             loss = formatting.mean_sd(_values(run, [best.name], "loss"), 4)
             member_cell = f"{loss} ({best.name}, by {best.chosen_on})"
@@ -241,7 +242,10 @@ def _position_table(run: Run) -> Table:
     """Return the gaps of early and late samples and the slopes, in members and merges."""
     assert run.analysis is not None
     # both measures of the effect: halves assume no shape, slopes use all samples
-    slopes, gaps = run.coefficients, run.analysis["pooled"]["early_late"]
+    slopes, gaps = (
+        run.coefficients,
+        formatting.late_less_early(run.analysis["pooled"]["early_late"]),
+    )
     merged = run.analysis["merged"]
     rows = [["members", *(_mean_estimate([row]) for row in (*gaps, *slopes))]]
     expected = (_mean_estimate([gap.get("expected", {})]) for gap in gaps)
@@ -252,7 +256,8 @@ def _position_table(run: Run) -> Table:
             continue
         # in the place of a gap that is undetermined stands its reason, without an estimate
         halves = (
-            [seed["early_late"][e].get("merged", {}) for seed in seeds] for e in range(len(gaps))
+            [formatting.late_less_early(seed["early_late"][e]).get("merged", {}) for seed in seeds]
+            for e in range(len(gaps))
         )
         # the slope that is left after merging; a fit may be undetermined, or have fewer epochs
         left = [seed["after"].get("coefficients", []) for seed in seeds]
@@ -262,10 +267,10 @@ def _position_table(run: Run) -> Table:
     header += [f"slope, epoch {formatting.epochs(row)}" for row in slopes]
     caption = (
         f"Position effects on the training samples in {run.loss_unit}. Gap: the half that "
-        "a member saw early less the half that it saw late, mean over the members' orders. Slope: "
+        "a member saw late less the half that it saw early, mean over the members' orders. Slope: "
         "from the first place to the last; of a merge by a sample's mean position in all members. "
         "A plain average leaves the expected gap, the part that the orders do not cancel, and the "
-        "slope. Of several merge seeds mean estimate ± mean error."
+        "slope. Of several merge seeds mean estimate, and an interval by the mean error."
     )
     return Table(header, rows, caption)
 

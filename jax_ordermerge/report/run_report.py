@@ -92,8 +92,7 @@ def _introduction(run: Run) -> str:
     return (
         f"The base {model.get('base')} was fine-tuned {population.get('members')} times for "
         f"{training.get('epochs')} epochs on the same data, each time {difference} (level "
-        f"{population.get('level')}, reshuffle {population.get('reshuffle')}).{replicates}{merges} "
-        "The error after ± is one standard error unless a table says otherwise."
+        f"{population.get('level')}, reshuffle {population.get('reshuffle')}).{replicates}{merges} Brackets hold 95 % intervals."
     )
 
 

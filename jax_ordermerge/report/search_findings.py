@@ -131,7 +131,7 @@ def _clauses(gaps: Mapping[str, Json], rivals: Mapping[str, str]) -> list[str]:
     return [
         versus(
             verdict(gap["estimate"], gap["holm"]),
-            f"{signed(gap['estimate'], gap['se'])} {bounds(gap['low'], gap['high'])}, "
+            f"{gap['estimate']:+.4f} {bounds(gap['low'], gap['high'])}, "
             f"by Holm {p_text(gap['holm'])}" + undetected(gap["holm"], gap["se"], gap["n"] - 1),
             rivals[rival],
         )

@@ -269,16 +269,20 @@ def test_position_sentences(estimate, p, words):
     }
     first, scale = findings.sentences(make_run(analysis=analysis))
     assert words in first
-    assert "0.0100 nats per token" in first
+    low, high = estimate - 0.0196, estimate + 0.0196
+    assert f"[{low:+.4f}, {high:+.4f}] nats per token" in first
     assert f"{100 * abs(estimate) / 0.4:.1f} %" in scale
 
 
 @pytest.mark.parametrize(
     ("excess", "words"),
     [
-        (0.0001, "ties not distinguishable from it, detectable from 0.0028 (+0.0001 ± 0.0010"),
-        (-0.004, "ties clearly smaller (-0.0040 ± 0.0010"),
-        (0.004, "ties clearly larger (+0.0040 ± 0.0010"),
+        (
+            0.0001,
+            "ties not distinguishable from it, detectable from 0.0028 (-0.0001 [-0.0021, +0.0019]",
+        ),
+        (-0.004, "ties clearly smaller (+0.0040 [+0.0020, +0.0060]"),
+        (0.004, "ties clearly larger (-0.0040 [-0.0060, -0.0020]"),
     ],
 )
 def test_a_closed_gap_is_tested_against_what_averaging_alone_leaves(excess, words):
@@ -297,9 +301,10 @@ def test_a_closed_gap_is_tested_against_what_averaging_alone_leaves(excess, word
     }
     reason, text, test = findings.sentences(make_run(analysis=analysis))
     assert reason == "No fixed-effects estimate of the position effect: because."
-    assert f"ties {0.00125 + excess:+.4f}" in text
+    # late less early, as slopes are; the file has the opposite sign
+    assert f"ties {-0.00125 - excess:+.4f}" in text
     # of balanced orders a sixteenth, where a quarter was expected of any four orders
-    assert "keeps 6.2 % of it: +0.0013 is expected" in text
+    assert "keeps 6.2 % of it: -0.0013 is expected" in text
     assert words in test
     analysis["pooled"]["early_late"][0]["low"] = -0.01
     assert "no gap between early and late" in findings.sentences(make_run(analysis=analysis))[1]

@@ -95,20 +95,22 @@ def search(claim=True):
 
 def test_the_report_of_a_search_says_what_was_chosen_and_what_may_be_claimed():
     text = render_markdown("search", merges.search(search(), "nats per token"), pictures=".")
+    text = text.replace("\\", "")  # escapes of marks
     assert (
         "The search chose average among 3 candidates on 64 validation examples (loss 1.2500; "
         "the best member by loss, member_0, 1.5000)" in text
     )
-    assert "clearly better (-0.0969 ± 0.0026" in text
+    assert "clearly better (-0.0969 [" in text
     assert "than the best member by loss; not distinguishable (" in text
     assert "identical in every loss to the average" in text
     assert "Merging helps; that another length of the task vector helps by itself" in text
     # by hand: 30 of 100 answers are right under the member alone
     assert (
-        "sums: 60.0 % right, 90.0 % of the best member: clearly worse (-30.0 ± 4.6 points" in text
+        "sums: 60.0 % right, 90.0 % of the best member: clearly worse (-30.0 [-39.0, -21.0] points"
+        in text
     )
     assert "On test these measures got worse: sums." in text
-    assert "| ties | 16 | – | – | – | 1 |" in text
+    assert "| ties | 16 | – | – |  | – |  | 1 |" in text
     sentences = search_findings.sentences(search(claim=False))
     assert "There is no test split, so nothing is claimed." in sentences
     assert merges.search(None, "nats per token") == []
@@ -246,7 +248,7 @@ def test_every_side_is_compared_at_one_and_at_the_lambda_that_validation_prefers
     assert rows["average", "mean_member"]["own"] == asdict(expected)
     blocks = merges.control_blocks({"split": "test", **compared}, "nats per token")
     first, _ = [block for block in blocks if isinstance(block, Table)]
-    text = [" | ".join(row) for row in first.rows]
+    text = [" | ".join(map(str, row)) for row in first.rows]
     assert any("1.4 (edge) | 1.2 (member_0)" in row for row in text)
     assert any("itself at lambda 1" in row for row in text)
 
@@ -297,7 +299,7 @@ def test_controls_show_how_many_members_are_worth_it(members):
     point = curves["selection"]["points"][1]
     gain = point["gain"]
     assert (
-        f"| selection | 2 | {point['subsets']} | {point['loss']:.4f} | {gain['estimate']:+.4f} ± "
+        f"| selection | 2 | {point['subsets']} | {point['loss']:.4f} | {gain['estimate']:+.4f} | "
         in text
     )
     assert ("(extrapolated)" in text) == (members > 2)

@@ -155,7 +155,7 @@ def test_every_picture_has_a_text(name):
 
 def test_the_text_of_a_picture_has_its_numbers():
     assert "base 0; member_0 41.2; member_1 45.5; ties 50." in description(DRAWN["accuracies"]())
-    assert "member_1 +1.86 [+1.85, +1.87]; ties +1.9 [" in description(DRAWN["losses"]())
+    assert "member_1 +1.86 [+1.84, +1.88]; ties +1.9 [" in description(DRAWN["losses"]())
     text = description(DRAWN["training"]())
     assert "member 1: from 4 at 1 to 0.5 at 8, lowest 0.5 at 8" in text
     row = analysis()["fixed_effects"]["coefficients"][0]

@@ -11,7 +11,7 @@ from jax_ordermerge.analysis import imbalance, paired
 from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import make_config, to_dict
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.report import results
+from jax_ordermerge.report import formatting, results
 
 SEEDS = ["drawn-seed0", "drawn-seed1", "drawn-seed2"]
 
@@ -192,7 +192,7 @@ def test_seeds_are_summed_up_and_tested_once_with_holm_over_the_methods(page):
     ]
     gap = paired.difference(np.mean(seeds, axis=0), np.mean(members, axis=0), resamples=200, seed=0)
     gap = paired.over_seeds(gap, np.mean(seeds, axis=1) - np.mean(members))
-    assert f"{gap.estimate:+.4f} ± {gap.se:.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" in text
+    assert f"| {gap.estimate:+.4f} | [{gap.low:+.4f}, {gap.high:+.4f}] |" in text
     raw = []
     for model in ("average", "plain"):
         rows = json.loads((folder / "first" / "evaluations" / f"{model}.json").read_text())[
@@ -200,16 +200,18 @@ def test_seeds_are_summed_up_and_tested_once_with_holm_over_the_methods(page):
         ]
         raw.append(paired.difference(rows, np.mean(members, axis=0), resamples=200, seed=0).p)
     corrected = paired.holm([raw[0], gap.p, raw[1]])[2]
-    assert f"p = {corrected:.2g}" in cells(text, "plain")[1][1]
+    (row,) = [row for row in cells(text, "plain") if row[:2] == ["loss", "the mean member"]][:1]
+    assert row[5] == f"{corrected:.2g}"
 
 
 def test_position_effects_stand_before_and_after_merging(page):
     folder, text = page
     analysis = json.loads((folder / "first" / "analysis.json").read_text())
     slope = analysis["fixed_effects"]["coefficients"][0]
-    assert cells(text, "members")[0][2] == f"{slope['estimate']:+.4f} ± {slope['se']:.4f}"
+    assert cells(text, "members")[0][2] == formatting.signed(slope["estimate"], slope["se"])
     left = [analysis["merged"][model]["early_late"][0]["merged"]["estimate"] for model in SEEDS]
-    assert any(row[0].startswith(f"{np.mean(left):+.4f} ± ") for row in cells(text, "drawn"))
+    # late less early, as slopes are; the file has the opposite sign
+    assert any(row[0].startswith(f"{-np.mean(left):+.4f} [") for row in cells(text, "drawn"))
 
 
 def test_no_path_of_the_machine_is_on_the_page(page):

@@ -206,7 +206,7 @@ def test_the_page_says_what_the_numbers_say(run):
     for page in (text, markdown):
         for model in models:
             assert f"{model['loss']:.4f}" in page
-            assert f"{100 * model['tasks']['sums']['accuracy']:.1f} ± 4.5" in page
+            assert f"{100 * model['tasks']['sums']['accuracy']:.1f}" in page
         assert f"{slope['estimate']:+.4f}" in page
         assert "samples seen early end with the higher loss, clearly" in page
         assert "member_1 (best by loss on validation)" in page
@@ -260,7 +260,7 @@ def test_what_models_wrote_is_text_and_not_markup(run):
     assert "average says \\*" in markdown
 
 
-def test_items_on_which_the_models_differ_come_first(run):
+def test_items_on_which_members_and_merges_differ_come_first(run):
     directory, _, markdown, _, _ = run
     shown = [int(key) for key in re.findall(r"### sums, item (\d+)", markdown)]
     assert len(shown) == chapter.ITEMS_SHOWN
@@ -273,7 +273,9 @@ def test_items_on_which_the_models_differ_come_first(run):
         ]
         for n in NAMES
     ]
-    assert all(len({row[key] for row in right}) == 2 for key in shown)
+    # of three members and two merges; the base, which is always wrong, counts for nothing
+    apart = np.abs(np.mean(right[1:4], axis=0) - np.mean(right[4:], axis=0))
+    assert shown == np.argsort(-apart, kind="stable")[: len(shown)].tolist()
 
 
 def test_diagnostics_of_a_merge_are_read(tmp_path):

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.report.chapters import models
@@ -60,12 +61,15 @@ def test_merges_against_the_mean_member_by_bytes():
     assert [row[1] for row in values.rows] == ["base", "member_0", "member_1", "average"]
     expected = (19 + 60 + 37 - (42 + 124 + 78) / 2) / sum(SIZES) / math.log(2)
     assert gaps.rows[0][:2] == ["pages", "average"]
-    assert gaps.rows[0][2].startswith(f"{expected:+.4f} ± ")
+    cell = gaps.rows[0][2]
+    assert cell.estimate == f"{expected:+.4f}"
     left = (np.array([19, 60, 37]) - np.array([21, 62, 39])) / math.log(2) - expected * np.array(
         SIZES
     )
     error = math.sqrt((left**2).sum() / 2 / 3) / np.mean(SIZES)
-    assert f"± {error:.4f} [" in gaps.rows[0][2]
+    # three texts: the t-test has two degrees of freedom
+    p = 2 * stats.t.sf(abs(expected) / error, 2)
+    assert cell.p == f"{p:.2g}"
 
 
 def test_nothing_to_compare_with():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import formatting
-from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
+from jax_ordermerge.report.document import Block, Cell, Heading, Interval, Paragraph, Picture, Table
 from jax_ordermerge.report.plots import imbalance as plots
 from jax_ordermerge.report.run import Run, missing
 
@@ -102,8 +102,8 @@ def _shape(analysis: Json) -> list[Block]:
                 formatting.epochs(test),
                 f"{test['statistic']:.1f}",
                 f"{test['freedom']:.1f}",
-                formatting.p_text(test["p"]),
-                formatting.p_text(test["holm"]),
+                formatting.p_value(test["p"]),
+                formatting.p_value(test["holm"]),
             ]
             for test in tests
         ]
@@ -122,46 +122,54 @@ def _shape(analysis: Json) -> list[Block]:
             Table(["epoch", "chi-squared", "degrees", "p", "p, Holm over epochs"], rows, caption)
         )
     if quartiles := analysis.get("by_base_loss"):
-        rows = [
+        cells: list[list[Cell]] = [
             [
                 str(row["quartile"]),
                 f"{row['base_loss']:.4f}",
                 f"{row['mean_loss']:.4f}",
                 *(
-                    f"{formatting.signed(slope['estimate'], slope['se'])} "
-                    f"({slope['percent']:+.1f} %)"
+                    cell
                     for slope in row["coefficients"]
+                    for cell in (formatting.gap_or_reason(slope), f"{slope['percent']:+.1f}")
                 ),
             ]
             for row in quartiles
         ]
         labels = [formatting.epochs(row) for row in quartiles[0]["coefficients"]]
         header = ["quarter", "base loss", "loss of the members"]
-        header += [f"slope, epoch {label}" for label in labels]
+        header += [text for label in labels for text in (f"slope, epoch {label}", "% of loss")]
         caption = (
             "Slopes on each quarter of the samples by their loss under the base, and in per cent "
             "of the members' loss there."
         )
-        blocks.append(Table(header, rows, caption))
+        blocks.append(Table(header, cells, caption))
     return blocks
 
 
 def _by_source(sources: Sequence[Json], run: Run) -> list[Block]:
     """Return losses and slopes of each source of the training samples."""
     merges = list(sources[0]["merged"])
-    rows = []
+    rows: list[list[Cell]] = []
+    slopes: dict[str, list[Cell]] = {}
+    names: list[str] = []
     for source in sources:
         levels = [source.get("base", {}), source["members"], *source["merged"].values()]
         means = [formatting.number(level.get("mean_loss"), 4) for level in levels]
         fit = source["fixed_effects"]
-        slopes = [
-            f"{formatting.epochs(row)}: {formatting.signed(row['estimate'], row['se'])}"
-            f" ({formatting.p_text(row['p'])})"
+        cells = [formatting.gap_or_reason(row) for row in fit.get("coefficients", [])]
+        slopes[source["name"]] = cells or [formatting.gap_or_reason(fit)]
+        names += [
+            label
             for row in fit.get("coefficients", [])
+            if (label := formatting.epochs(row)) not in names
         ]
-        text = "; ".join(slopes) or f"– ({fit['reason']})"
-        rows.append([source["name"], str(source["samples"]), *means, text])
-    header = ["source", "samples", "base", "mean member", *merges, "slope by epoch"]
+        rows.append([source["name"], str(source["samples"]), *means])
+    # a source with one reason for all slopes has it in the first column
+    rows = [[*row, *slopes[str(row[0])]] for row in rows]
+    width = len(merges) + 4 + max(1, len(names))
+    rows = [[*row, *[""] * (width - len(row))] for row in rows]
+    header = ["source", "samples", "base", "mean member", *merges]
+    header += [f"slope, epoch {name}" for name in names] or ["slope"]
     caption = (
         f"Mean loss of the training samples of each source ({run.loss_unit}), and the fixed "
         "effects on these samples alone, by their positions in the whole epoch. p is not corrected "
@@ -169,7 +177,7 @@ def _by_source(sources: Sequence[Json], run: Run) -> list[Block]:
     )
     blocks: list[Block] = [
         Heading("By source", 3),
-        Table(header, rows, caption, text=(0, len(header) - 1)),
+        Table(header, rows, caption),
     ]
     coefficients = {
         source["name"]: source["fixed_effects"]["coefficients"]
@@ -200,11 +208,8 @@ def _coefficient_table(rows: Sequence[Json], unit: str) -> Table:
     cells = [
         [
             formatting.epochs(row) + (f", {row['part']}" if "part" in row else ""),
-            f"{row['estimate']:+.4f}",
-            f"{row['se']:.4f}",
+            formatting.gap_or_reason(row),
             f"{row['z']:.1f}",
-            formatting.p_text(row["p"]),
-            formatting.bounds(row["low"], row["high"]),
             f"{row['percent']:+.2f} %" if "percent" in row else "–",
         ]
         for row in rows
@@ -214,15 +219,15 @@ def _coefficient_table(rows: Sequence[Json], unit: str) -> Table:
         f"{unit}. Below 0: samples seen early end with the higher loss. The rows with a warm-up "
         "are a second fit, in which the line of epoch 1 may bend where the warm-up ends."
     )
-    header = ["epoch", "slope", "se", "z", "p", "95 %", "of the mean loss"]
+    header = ["epoch", "slope", "z", "of the mean loss"]
     return Table(header, cells, caption)
 
 
 def _member_table(analysis: Json) -> Table:
-    def correlation(row: Json, name: str, symbol: str) -> str:
-        return f"{row[name][symbol]:+.3f} ({formatting.p_text(row[name]['p'])})"
+    def correlation(row: Json, name: str, symbol: str) -> Cell:
+        return Interval(f"{row[name][symbol]:+.3f}", p=formatting.p_value(row[name]["p"]))
 
-    cells = []
+    cells: list[list[Cell]] = []
     for member in analysis["members"]:
         for row in member["epochs"]:
             label = f"{member['member']}, epoch {row['epoch']}"
@@ -235,16 +240,16 @@ def _member_table(analysis: Json) -> Table:
                     label,
                     correlation(row, "spearman", "rho"),
                     correlation(row, "pearson", "r"),
-                    formatting.signed(row["slope"]["estimate"], row["slope"]["se"]),
-                    formatting.gap_or_reason(row["decile_gap"]),
-                    formatting.p_text(row["permutation_p"]),
-                    formatting.p_text(row["permutation_p_steps"])
+                    formatting.gap_or_reason(row["slope"]),
+                    formatting.gap_or_reason(formatting.late_less_early(row["decile_gap"])),
+                    formatting.p_value(row["permutation_p"]),
+                    formatting.p_value(row["permutation_p_steps"])
                     if "permutation_p_steps" in row
                     else "–",
                 ]
             )
-    header = ["member", "Spearman rho", "Pearson r", "slope ± se"]
-    header += ["first less last bin", "permutation p", "permutation of steps, p"]
+    header = ["member", "Spearman rho", "Pearson r", "slope"]
+    header += ["last less first bin", "p, permutation", "p, permutation of steps"]
     caption = "The difficulty of the samples is noise here, so a single member often shows nothing."
     return Table(header, cells, caption)
 
@@ -260,13 +265,13 @@ def mitigation(run: Run) -> list[Block]:
     blocks: list[Block] = [heading]
     if picture := plots.merging(analysis, run.loss_unit):
         caption = (
-            "Samples that a member saw early less those it saw late, with 95 % intervals. Dotted: "
-            "expected of a plain average."
+            "Samples that a member saw late less those it saw early, with 95 % intervals. Dotted: "
+            "expected of a plain average. Below 0, as for slopes: early samples end higher."
         )
         blocks.append(Picture("merging", picture, caption))
     rows = []
     for name, merge in analysis["merged"].items():
-        for epoch, gap in enumerate(merge["early_late"], start=1):
+        for epoch, gap in enumerate(formatting.late_less_early(merge["early_late"]), start=1):
             # a reason stands for all gaps
             gaps = (
                 gap if "reason" in gap else gap.get(key, _UNMEASURED)
@@ -284,7 +289,7 @@ def mitigation(run: Run) -> list[Block]:
     header = ["merge", "gap in members", "gap in merge", "expected", "excess"]
     header += ["slope left", "change of slope", "plain slope"]
     caption = (
-        "Gap: loss of the half of the samples that a member saw early less the half it saw late, "
+        "Gap: loss of the half of the samples that a member saw late less the half it saw early, "
         "mean over the members' orders. Expected: of a plain average of the members' losses, the "
         "gap times the share of it that these orders do not cancel; excess: gap in the merge less "
         "that. Slopes are by a sample's mean position in all members: "
@@ -294,9 +299,9 @@ def mitigation(run: Run) -> list[Block]:
     return [*blocks, Table(header, rows, caption)]
 
 
-def _slope(fit: Json, epoch: int) -> str:
+def _slope(fit: Json, epoch: int) -> Cell:
     if "reason" in fit:
-        return f"– ({fit['reason']})"
+        return formatting.gap_or_reason(fit)
     # epochs in which no order changed share one slope
     row = next(row for row in fit["coefficients"] if epoch in row["epochs"])
-    return f"{formatting.signed(row['estimate'], row['se'])} ({formatting.p_text(row['p'])})"
+    return formatting.gap_or_reason(row)

@@ -9,7 +9,15 @@ from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import member_name
 from jax_ordermerge.report import formatting, search_findings
 from jax_ordermerge.report.differences import AVERAGE, BEST_MEMBER, MEAN_MEMBER, RIVALS
-from jax_ordermerge.report.document import Block, Bullets, Heading, Picture, Table
+from jax_ordermerge.report.document import (
+    Block,
+    Bullets,
+    Cell,
+    Heading,
+    Interval,
+    Picture,
+    Table,
+)
 from jax_ordermerge.report.plots import controls as plots
 from jax_ordermerge.report.plots.models import cosines as cosine_map
 from jax_ordermerge.report.run import Run, missing
@@ -92,8 +100,8 @@ def search(results: Json | None, unit: str) -> list[Block]:
     caption = (
         f"{results['tried']} candidates, of which {results['measured_fully']} were measured on all "
         f"{results['examples']} validation examples; the table shows the best {len(rows)} of those "
-        "that came furthest. Differences are paired, on the examples that both saw, ± standard "
-        "error. They are measured on the data that chose, so they flatter the winner. Dropped: "
+        "that came furthest. Differences are paired, on the examples that both saw, with 95 % "
+        "intervals. They are measured on the data that chose, so they flatter the winner. Dropped: "
         "the round after which a candidate was given up."
     )
     header = [
@@ -118,9 +126,11 @@ def search(results: Json | None, unit: str) -> list[Block]:
     ]
 
 
-def _gap(gap: Json | None) -> str:
+def _gap(gap: Json | None) -> Cell:
     # None: the loss of the candidate is not finite
-    return "–" if gap is None else formatting.signed(gap["estimate"], gap["se"])
+    if gap is None:
+        return "–"
+    return Interval(f"{gap['estimate']:+.4f}", formatting.normal_bounds(gap["estimate"], gap["se"]))
 
 
 def controls(run: Run) -> list[Block]:
@@ -145,7 +155,7 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
     split = controls["split"]
     p_values = [gap["p"] for row in rows for gap in row["against"].values()]
     corrected = iter(holm(p_values))
-    cells = [_cells(row, controls["best_member"], corrected) for row in rows]
+    cells: list[list[Cell]] = [_cells(row, controls["best_member"], corrected) for row in rows]
     # the mean is no model, and has no paired differences here
     members = [index for index, row in enumerate(rows) if row["kind"] == "member"]
     means = [
@@ -157,8 +167,8 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
     header = ["model", f"{split} loss ({unit})", "validation loss"]
     header += [f"less {RIVALS[rival]}" for rival in _CONTROL_RIVALS]
     caption = (
-        f"On {controls['examples']} {split} examples. Difference ± standard error [95 % "
-        "bootstrap interval], p of the paired t-test, and p by Holm's method over all comparisons "
+        f"On {controls['examples']} {split} examples. 95 %: "
+        "bootstrap, p of the paired t-test, and p by Holm's method over all comparisons "
         "of this table. All "
         "controls were made in device memory; none was written."
     )
@@ -181,13 +191,14 @@ def _subset_blocks(controls: Json, unit: str) -> list[Block]:
     curves = controls.get("subsets")
     if not curves:
         return []
-    rows, strong = [], []
+    rows: list[list[Cell]] = []
+    strong = []
     for method, curve in curves.items():
         for point in curve["points"]:
             gain = "gain" in point
-            cells = [formatting.interval(Difference(**point["gain"]))] if gain else [""]
+            cell = formatting.interval(Difference(**point["gain"])) if gain else ""
             loss = formatting.number(point["loss"], 4)
-            rows.append([method, str(point["size"]), str(point["subsets"]), loss, *cells])
+            rows.append([method, str(point["size"]), str(point["subsets"]), loss, cell])
         doubled = curve["doubled"]
         if "reason" in doubled:
             continue
@@ -238,22 +249,22 @@ def _lambda_table(lambdas: Json) -> Table:
     gaps = [row[side] for row in lambdas["rows"] for side in ("at_one", "own") if row[side]]
     corrected = iter(holm([gap["p"] for gap in gaps]))
 
-    def text(gap: Json | None) -> str:
+    def cell(gap: Json | None) -> Cell:
         if gap is None:
             return ""
-        return f"{formatting.interval(Difference(**gap))}, by Holm {next(corrected):.2g}"
+        return formatting.interval(Difference(**gap), holm=next(corrected))
 
-    rows = []
+    rows: list[list[Cell]] = []
     for row in lambdas["rows"]:
         is_same = row["rival"] == row["model"]
         rows.append(
             [
                 label(row["model"]),
                 "itself at lambda 1" if is_same else label(row["rival"]),
-                text(row["at_one"]),
+                cell(row["at_one"]),
                 scale(row["model"]),
                 "1" if is_same else scale(row["rival"]),
-                text(row["own"]) or "the same model",
+                cell(row["own"]) or "the same model",
             ]
         )
     header = ["model", "less", "at lambda 1", "its lambda", "lambda of the other"]
@@ -262,13 +273,12 @@ def _lambda_table(lambdas: Json) -> Table:
         "base + lambda (model - base). A lambda is chosen on validation among those of the controls, "
         "by loss; (edge): the lowest or highest of them. At its own lambda the best member is the "
         "one that is best then. What a merge gains on it is merging; what a model gains on itself at "
-        "lambda 1 is length. Difference ± standard error [95 % bootstrap interval], p of the paired "
-        "t-test, and p by Holm's method over all comparisons of this table."
+        "lambda 1 is length. 95 %: bootstrap, p of the paired t-test, and p by Holm's method over all comparisons of this table."
     )
     return Table(header, rows, caption, text=(0, 1))
 
 
-def _cells(row: Json, best: Json, corrected: Iterator[float]) -> list[str]:
+def _cells(row: Json, best: Json, corrected: Iterator[float]) -> list[Cell]:
     mark = f" (best by loss on {best['chosen_on']})" if row["name"] == best["name"] else ""
     # in the order of the p values that were corrected
     holm_p = {rival: next(corrected) for rival in row["against"]}
@@ -278,9 +288,7 @@ def _cells(row: Json, best: Json, corrected: Iterator[float]) -> list[str]:
         formatting.number(row["loss"], 4),
         formatting.number(row["validation_loss"], 4),
         *(
-            ""
-            if gap is None or p is None
-            else f"{formatting.interval(Difference(**gap))}, by Holm {p:.2g}"
+            "" if gap is None or p is None else formatting.interval(Difference(**gap), holm=p)
             for gap, p in gaps
         ),
     ]

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -12,13 +13,10 @@ from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.chapters import spread
 from jax_ordermerge.report.differences import (
-    BEST_MEMBER,
-    MEAN_MEMBER,
     RIVALS,
     Comparison,
-    Measure,
 )
-from jax_ordermerge.report.document import Block, Heading, Paragraph, Picture, Table
+from jax_ordermerge.report.document import Block, Cell, Heading, Paragraph, Picture, Table
 from jax_ordermerge.report.formatting import shortened
 from jax_ordermerge.report.plots import models as plots
 from jax_ordermerge.report.run import Run, missing, percentages
@@ -61,12 +59,13 @@ def result_table(run: Run) -> Table:
                 model for model in run.models if model["name"] in merge.names
             ]
     with_loss = any(model.get("loss") is not None for model in run.models)
-    best, rows, strong = run.comparison.best, [], []
+    best, strong = run.comparison.best, []
+    rows: list[list[Cell]] = []
     if best and best.chosen_on == "test" and not with_loss:
         best = None  # without a loss on test examples nothing was chosen on them
     for model in run.models:
         mark = f" (best by loss on {best.chosen_on})" if best and best.name == model["name"] else ""
-        cells = [
+        cells: list[Cell] = [
             model["name"] + mark,
             formatting.plus_minus(model.get("loss"), model.get("loss_se"), 4),
             formatting.number(model.get("perplexity"), 3),
@@ -81,16 +80,8 @@ def result_table(run: Run) -> Table:
             if models and models[-1] is model:
                 strong.append(len(rows))
                 rows.append([name, *_mean_cells(models, run.tasks)])
-    header = ["model", "loss ± se", "perplexity", "validation loss"]
-    header += [f"{task}, % ± se" for task in run.tasks]
-    if not with_loss:
-        # a run without test data: columns that no model fills would look like a failure
-        filled = [
-            i
-            for i in range(len(header))
-            if any(row[i] != formatting.number(None, 0) for row in rows)
-        ]
-        header, rows = [header[i] for i in filled], [[row[i] for i in filled] for row in rows]
+    header = ["model", "loss", "perplexity", "validation loss"]
+    header += [f"{task}, %" for task in run.tasks]
     return Table(header, rows, _result_caption(run), strong=strong)
 
 
@@ -110,7 +101,7 @@ def _source_table(run: Run) -> Table:
     ]
     header = ["model", *(f"{name} ({part['examples']})" for name, part in sources.items())]
     caption = (
-        f"Loss ± se in {run.loss_unit} on each source of the"
+        f"Loss and its 95 % interval in {run.loss_unit} on each source of the"
         f" {(run.evaluations or {}).get('split', 'test')} split, with its number of examples."
     )
     return Table(header, rows, caption)
@@ -140,62 +131,50 @@ def _result_caption(run: Run) -> str:
 
 
 def difference_table(comparison: Comparison) -> Table:
-    """Return a row per merge (or group of seeds) and measure, with differences to the rivals."""
-    rows = []
-    measures = [m for merge in comparison.merges.values() for m in merge.measures.values()]
-    # a rival that no merge of the run has is no column
-    rivals = [rival for rival in RIVALS if any(rival in measure.gaps for measure in measures)]
+    """Return a row per merge (or group of seeds), measure and rival."""
+    rows: list[list[Cell]] = []
     for name, merge in comparison.merges.items():
         count = len(merge.names)
         label = f"{name} (mean of {count} seeds)" if count > 1 else name
         for task, measure in merge.measures.items():
             # losses as they are, accuracies as percentage points
             title, scale, digits = (f"{task}, points", 100, 1) if task else ("loss", 1, 4)
-            gaps = [_difference(measure, rival, scale, digits) for rival in rivals]
-            test = measure.mcnemar.get(BEST_MEMBER)
-            counts = f"{test.only_first} : {test.only_second}, " if test else ""
-            rank = _median(measure.gaps.get(MEAN_MEMBER), scale, digits)
-            mcnemar = counts + formatting.p_text(test.p) if test else ""
-            rows.append([label, title, *gaps, rank, mcnemar])
-    header = ["merge", "measure", *(f"against {RIVALS[rival]}" for rival in rivals)]
-    header.append("median, Wilcoxon, mean member")
+            for rival, gap in measure.gaps.items():
+                test = measure.mcnemar.get(rival)
+                rows.append(
+                    [
+                        label,
+                        title,
+                        RIVALS[rival],
+                        formatting.interval(gap, scale, digits, holm=measure.holm[rival]),
+                        *_median(gap, scale, digits),
+                        f"{test.only_first} : {test.only_second}" if test else "",
+                        formatting.p_value(test.p) if test else "",
+                    ]
+                )
+    header = ["merge", "measure", "against", "difference", "median", "p, Wilcoxon"]
+    header += ["five items hold", "only it : only rival right", "p, McNemar"]
     caption = (
-        "Difference ± standard error [95 % studentized bootstrap interval], p of the paired t-test. "
-        "Where it differs, also p corrected by Holm's method over all comparisons of this table "
-        "(for answers of single models, of McNemar's mid-p test). Losses weigh tokens where their numbers are stored, "
+        "Merge less rival; less loss and more points are better. 95 %: studentized bootstrap. p: of "
+        "the paired t-test; by Holm: corrected over all comparisons of this table, for answers of "
+        "single models McNemar's mid-p test. Losses weigh tokens where their numbers are stored, "
         "else examples equally. Of several merge seeds the mean over them is compared on each "
-        "item, and their spread is in error, interval and p. Median: of the differences to the mean "
-        "member, items counting equally; five items hold: a share of the variance above a quarter. "
-        "Less loss and more points are better."
+        "item, and their spread is in interval and p. Median: items counting equally. Five items "
+        "hold: their share of the variance, where it is above a quarter."
     )
-    # only tasks with answers have the test; pages on losses alone go without its column
-    if any(row[-1] for row in rows):
-        header.append("McNemar, best member")
-        caption += " McNemar: items that only the merge : only the member answers correctly."
-    return Table(header, [row[: len(header)] for row in rows], caption, text=(0, 1))
+    return Table(header, rows, caption, text=(0, 1, 2))
 
 
-def _median(gap: Difference | None, scale: int, digits: int) -> str:
+def _median(gap: Difference, scale: int, digits: int) -> list[Cell]:
     """Return what most items say, beside the mean, which a few may decide."""
-    if gap is None or gap.median is None or gap.wilcoxon_p is None:
-        return ""
-    text = f"{scale * gap.median:+.{digits}f}, {formatting.p_text(gap.wilcoxon_p)}"
+    if gap.median is None or gap.wilcoxon_p is None:
+        return ["", "", ""]
     few = gap.top_share is not None and gap.top_share > paired.FEW_ITEMS and scale == 1
-    return f"{text}; five items hold {100 * (gap.top_share or 0):.0f} %" if few else text
-
-
-def _difference(measure: Measure, rival: str, scale: int, digits: int) -> str:
-    gap = measure.gaps.get(rival)
-    if gap is None:
-        return ""
-    text, corrected = (
-        formatting.interval(gap, scale, digits),
-        formatting.p_text(measure.holm[rival]),
-    )
-    # as printed: p values that round to the same text need no second one
-    if corrected == formatting.p_text(gap.p):
-        return text
-    return f"{text}, by Holm {corrected.removeprefix('p ')}"
+    return [
+        f"{scale * gap.median:+.{digits}f}",
+        formatting.p_value(gap.wilcoxon_p),
+        f"{100 * (gap.top_share or 0):.0f} %" if few else "",
+    ]
 
 
 def texts(run: Run) -> list[Block]:
@@ -212,7 +191,7 @@ def texts(run: Run) -> list[Block]:
             bits = formatting.plus_minus(text["bits_per_byte"], text["se"], 4)
             perplexities = (formatting.number(text[f"{unit}_perplexity"], 3) for unit in units)
             rows.append([task, model["name"], bits, *perplexities])
-    header = ["texts", "model", "bits per byte ± se", *(f"perplexity per {unit}" for unit in units)]
+    header = ["texts", "model", "bits per byte", *(f"perplexity per {unit}" for unit in units)]
     counts = ", ".join(f"{task} {text['n']}" for task, text in models[0]["texts"].items())
     blocks: list[Block] = [
         Heading("Perplexity of texts"),
@@ -220,13 +199,13 @@ def texts(run: Run) -> list[Block]:
     ]
     if differences := list(_text_differences(models, run)):
         corrected = paired.holm([gap.p for *_, gap in differences])
-        gaps = [
-            [task, name, f"{formatting.interval(gap)}, by Holm {p:.2g}"]
+        gaps: list[list[Cell]] = [
+            [task, name, formatting.interval(gap, holm=p)]
             for (task, name, gap), p in zip(differences, corrected, strict=True)
         ]
         caption = (
-            "Bits per byte, merge less the mean member; ± standard error [95 % studentized bootstrap "
-            "interval] over texts, and p by Holm over this table."
+            "Bits per byte, merge less the mean member; 95 % studentized bootstrap "
+            "intervals over texts, and p by Holm over this table."
         )
         blocks.append(Table(["texts", "merge", "against the mean member"], gaps, caption, (0, 1)))
     return blocks
@@ -259,6 +238,7 @@ def _text_differences(models: Sequence[Json], run: Run) -> Iterator[tuple[str, s
 def answers(run: Run) -> list[Block]:
     """Return the answers to a few items of each task; empty where no task kept its answers."""
     tasks = dict.fromkeys(task for items in run.items.values() for task in items.get("tasks", {}))
+    kinds = {model["name"]: model["kind"] for model in run.models}
     blocks: list[Block] = []
     for task in tasks:
         # by id: a model may have been evaluated on a part of the items
@@ -267,7 +247,7 @@ def answers(run: Run) -> list[Block]:
             for name, items in run.items.items()
             if task in items.get("tasks", {})
         }
-        for key in _most_telling(by_model):
+        for key in _most_telling(by_model, kinds):
             items = {name: items[key] for name, items in by_model.items()}
             question = next(iter(items.values()))
             parts = [[part, shortened(question[part])] for part in ("prompt", "reference")]
@@ -282,17 +262,33 @@ def answers(run: Run) -> list[Block]:
             ]
     if not blocks:
         return []
-    note = Paragraph("The first items on which the models differ come first.")
+    note = Paragraph("Items on which members and merges differ most come first.")
     return [Heading("Answers side by side"), note, *blocks]
 
 
-def _most_telling(by_model: Mapping[str, Mapping[str, Json]]) -> list[str]:
-    """Return ids of items that all models answered; those on which they differ come first."""
+def _most_telling(
+    by_model: Mapping[str, Mapping[str, Json]], kinds: Mapping[str, str]
+) -> list[str]:
+    """Return ids of items that all models answered, those first on which members and merges differ.
 
-    def agree(key: str) -> bool:
-        return len({bool(items[key]["correct"]) for items in by_model.values()}) == 1
+    Args:
+        by_model: answers by item id of each model.
+        kinds: of the models. The base counts for nothing: it is wrong where all others are right.
+    """
+
+    def right(key: str, kind: str) -> list[bool]:
+        return [
+            bool(items[key]["correct"])
+            for name, items in by_model.items()
+            if kinds.get(name) == kind
+        ]
+
+    def agreement(key: str) -> tuple[float, bool]:
+        members, merges = right(key, "member"), right(key, "merge")
+        apart = abs(fmean(members) - fmean(merges)) if members and merges else 0.0
+        return -apart, len({*members, *merges}) < 2
 
     first, *rest = by_model.values()
     common = [key for key in first if all(key in items for items in rest)]
     # the sort is stable: among equals the order of the data set stays
-    return sorted(common, key=agree)[:ITEMS_SHOWN]
+    return sorted(common, key=agreement)[:ITEMS_SHOWN]

@@ -35,7 +35,7 @@ DASHED = (0, (4, 3))
 MARKS: dict[str, Any] = {"fmt": "o", "capsize": 3, "elinewidth": 1.2}  # of an error bar
 WIDTH = 7.6  # inches
 _MOST_NAMES = 8  # a longer legend would hide the curves
-_POINTS_PER_LETTER = 5.2  # on average, of a label of 9 points
+_POINTS_PER_LETTER = 4.9  # on average, of a label of 9 points
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
@@ -117,7 +117,7 @@ def _wrap_labels(figure: Figure) -> None:
     grids = [spec.get_gridspec() for axes in figure.axes if (spec := axes.get_subplotspec())]
     columns = max((grid.ncols for grid in grids), default=1)
     labels = [(axes.xaxis.label, 0.9 * width / columns) for axes in figure.axes]
-    labels += [(axes.yaxis.label, 0.8 * height) for axes in figure.axes]
+    labels += [(axes.yaxis.label, 0.9 * height) for axes in figure.axes]
     labels += [(shared, 0.9 * width)] if shared is not None else []
     for label, letters in labels:
         label.set_text(textwrap.fill(label.get_text(), max(12, int(letters))))

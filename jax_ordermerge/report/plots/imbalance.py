@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jax_ordermerge.json_types import Json
+from jax_ordermerge.report.formatting import late_less_early
 from jax_ordermerge.report.plots.figure import (
     COLOURS,
     FAINT,
@@ -184,12 +185,17 @@ def slopes(runs: Mapping[str, Sequence[Json]], unit: str) -> str:
 
 
 def merging(analysis: Json, unit: str) -> str | None:
-    """Draw the loss of early less late samples in the members and in every merge, by epoch.
+    """Draw the loss of late less early samples in the members and in every merge, by epoch.
 
     Returns:
         SVG, or None where there are no merges or no gaps.
     """
-    merged = {name: row["early_late"] for name, row in analysis["merged"].items()}
+    merged, of_members = late_less_early(
+        [
+            {name: row["early_late"] for name, row in analysis["merged"].items()},
+            analysis["pooled"]["early_late"],
+        ]
+    )
     if not merged or any("reason" in row for rows in merged.values() for row in rows):
         return None
     names = ["members", *merged]
@@ -199,14 +205,14 @@ def merging(analysis: Json, unit: str) -> str | None:
         # shared axes: the epochs are to be compared
         panels = figure.subplots(1, epochs, sharex=True, sharey=True, squeeze=False)[0]
         for epoch, axes in enumerate(panels):
-            interval(axes, 0, analysis["pooled"]["early_late"][epoch], KIND["member"])
+            interval(axes, 0, of_members[epoch], KIND["member"])
             for index, rows in enumerate(merged.values(), start=1):
                 interval(axes, index, rows[epoch]["merged"], KIND["merge"])
             axes.axvline(0, color=FAINT, linewidth=1)
-            if expected := analysis["pooled"]["early_late"][epoch].get("expected"):
+            if expected := of_members[epoch].get("expected"):
                 axes.axvline(expected["estimate"], color=INK, linewidth=1, linestyle=":")
             axes.set(title=f"epoch {epoch + 1}")
             names_down(axes, names, above=0.5)
             axes.locator_params(axis="x", nbins=4)
-        figure.supxlabel(f"loss of the early half minus the late half ({unit})", fontsize=9)
+        figure.supxlabel(f"loss of the late half less the early half ({unit})", fontsize=9)
     return figure.svg

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jax_ordermerge.json_types import Json
+from jax_ordermerge.report.formatting import NORMAL
 from jax_ordermerge.report.plots.figure import DASHED, INK, KIND, MARKS, WIDTH, draw, names_down
 from jax_ordermerge.report.run import percentages
 
@@ -13,7 +14,7 @@ _MOST_NUMBERS = 16  # members whose cosines are written into the cells
 
 
 def losses(models: Sequence[Json], unit: str, name: str = "held-out loss") -> str:
-    """Draw the loss of every model on the test split with one standard error.
+    """Draw the loss of every model on the test split with its 95 % interval.
 
     A base far above the others is named below, not drawn: it would squeeze them together.
     """
@@ -27,25 +28,27 @@ def losses(models: Sequence[Json], unit: str, name: str = "held-out loss") -> st
         axes = figure.subplots()
         for index, model in enumerate(shown):
             colour = KIND[model["kind"]]
-            axes.errorbar(model["loss"], index, xerr=model["loss_se"], color=colour, **MARKS)
+            axes.errorbar(
+                model["loss"], index, xerr=NORMAL * model["loss_se"], color=colour, **MARKS
+            )
         _models(axes, shown, [model["loss"] for model in shown])
         note = "".join(
             f"; the {model['name']}, at {model['loss']:.3f}, lies outside" for model in outside
         )
-        axes.set_xlabel(f"{name} ({unit}) ± one standard error; dashed: mean member{note}")
+        axes.set_xlabel(f"{name} ({unit}), 95 %; dashed: mean member{note}")
         axes.margins(x=0.08)
     return figure.svg
 
 
 def accuracies(models: Sequence[Json], task: str) -> str:
-    """Draw the accuracy of every model on one task, a bar each with one standard error.
+    """Draw the accuracy of every model on one task, a bar each with its 95 % interval.
 
     Args:
         models: of evaluations.json that have the task.
         task: its name.
     """
     shares = percentages(models, task)
-    errors = [100 * model["tasks"][task]["se"] for model in models]
+    errors = [100 * NORMAL * model["tasks"][task]["se"] for model in models]
     # room to the right of the longest bar, for the numbers
     end = max(share + error for share, error in zip(shares, errors, strict=True))
 
@@ -64,7 +67,7 @@ def accuracies(models: Sequence[Json], task: str) -> str:
             at = share + error + 0.015 * end
             axes.text(at, index, f"{share:.1f}", va="center", fontsize=8.5)
         _models(axes, models, shares)
-        label = f"{task}: correct answers (%) ± one standard error; dashed: mean member"
+        label = f"{task}: correct answers (%), 95 %; dashed: mean member"
         axes.set(xlim=(0, max(1.0, 1.1 * end)), xlabel=label)
     return figure.svg
 
