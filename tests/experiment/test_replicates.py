@@ -167,7 +167,11 @@ def test_each_population_has_a_search_of_its_own_also_in_waves_across_population
     raw["data"]["validation_examples"] = 10
     raw["population"] = {"members": 2, "replicates": 2, "wave": 3}
     methods = [{"method": "average", "scale": [0.5, 0.8, 1.2, 1.5, 2.0]}]
-    raw["merge"] = {"auto": {"methods": methods, "smallest": 4}, "controls": "none"}
+    raw["merge"] = {
+        "auto": {"methods": methods, "smallest": 4},
+        "methods": [{"method": "fisher"}, {"method": "greedy_soup"}],
+        "controls": ["single"],
+    }
     raw["evaluation"] = {"batch": 8}
     (tmp_path / "auto.yaml").write_text(yaml.safe_dump(raw))
     directory = pipeline.run(load_config(tmp_path / "auto.yaml"), log=lambda text: None)
@@ -179,5 +183,23 @@ def test_each_population_has_a_search_of_its_own_also_in_waves_across_population
         auto = json.loads(run.evaluation("auto").read_text())["summary"]
         assert auto["validation_loss"] == pytest.approx(chosen, rel=1e-6)
         assert run.is_merged("auto") == (number == 0)
+        # methods that look at data see the members of their population alone
+        recorded = {row["name"]: row for row in json.loads(run.merges.read_text())["merges"]}
+        soup = recorded["greedy_soup"]["parameters"]
+        members = [
+            json.loads(run.evaluation(f"member_{m}").read_text())["summary"] for m in range(2)
+        ]
+        expected = [member["validation_loss"] for member in members]
+        assert soup["validation_losses"] == pytest.approx(expected, rel=1e-6)
+        assert recorded["fisher"]["diagnostics"]["total"]["norm_ratio"] > 0
     orders = [(directory / "orders" / f"member_{m}.npz").read_bytes() for m in range(4)]
     assert len(set(orders)) == 4
+    # one compute-matched run for each population, in the orders of its first member
+    single = RunLayout(directory).single
+    seeds = [spec.read_bytes() for spec in single.member_orders()]
+    assert len(seeds) == len(set(seeds)) == 2
+    losses = [
+        npz(RunLayout(directory).population(number).control_losses)["losses"][-1]
+        for number in range(2)
+    ]
+    assert losses[0].tolist() != losses[1].tolist()
