@@ -120,6 +120,10 @@ def _write_hf(model: Source, target: Path, dtype: str) -> None:
 
 def _write_orbax(model: Source, target: Path, dtype: str) -> None:
     """Write an Orbax checkpoint, from which the way back needs nothing else, wherever it lies."""
+    if dtype == "float16":
+        # refuses what overflows; arrays would hold infinities without a word
+        for name, _, _ in arch.hf_tensors(model.config):
+            safetensors.cast(storage.read(model, name), dtype, f"{model.label}: {name}")
     metadata = {"config": model.config.to_hf(dtype), "dtype": dtype}
     params = storage.load(model, dtype=dtype)
     # the arrays last: a step that is complete has its tokenizer

@@ -165,3 +165,14 @@ def test_a_dtype_that_is_not_written_is_refused(directory):
     store(directory / "plain", lambda name: np.float64)
     with pytest.raises(UserError, match="plain is stored in float64"):
         call("convert", "plain", "out")
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_values_that_overflow_are_refused(directory, to):
+    reader = Reader(directory / "plain")
+    arrays = {name: np.array(reader.read(name)) for name in reader.names}
+    arrays["model.norm.weight"][1] = 1e5
+    save_file(arrays, directory / "plain" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight has values that overflow float16"):
+        call("convert", "plain", "out", "--to", to, "--dtype", "float16")
+    assert not (directory / "out").exists()

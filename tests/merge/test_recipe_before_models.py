@@ -3,6 +3,7 @@
 import huggingface_hub
 import pytest
 
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.recipe import planner
 from tests.commands.test_cli import call
 from tests.merge.recipe_models import make
@@ -52,6 +53,8 @@ RECIPES = {
     " {model: org/b, parameters: {weight: -1}}]\n": "must have a positive sum",
     "merge_method: average\nmodels: [{model: org/a, parameters: {weight: heavy}},"
     " {model: org/b, parameters: {weight: 1}}]\n": "weight = 'heavy': expected a number",
+    "merge_method: selection\nbase_model: org/a\nmodels: [{model: org/b}, {model: org/c}]\n"
+    "parameters: {resample: 1, granularity: layer}\n": "resample with granularity layer",
     "merge_method: greedy_soup\nmodels: [{model: org/b}, {model: org/c}]\n": (
         "greedy_soup needs validation data"
     ),
@@ -138,6 +141,26 @@ def test_what_is_on_this_machine_is_opened_first(folder, capsys):
     (folder / "local" / "model.safetensors").write_bytes(b"")
     (folder / "recipe.yml").write_text(TIES.replace("org/base", "./local"))
     assert_refused(capsys, "local/model.safetensors", "merge", "recipe.yml", "out")
+
+
+def test_values_of_different_tensors_need_not_go_together(folder):
+    """Resampling goes with no granularity `layer`; here they are of different tensors."""
+    make(folder / "other", 2, 2)
+    make(folder / "base", 2, 3)
+    text = """
+    merge_method: selection
+    base_model: ./base
+    models: [{model: local}, {model: other}]
+    parameters:
+      resample: [{filter: mlp, value: exhaustive}, {value: 0}]
+      granularity: [{filter: mlp, value: element}, {value: layer}]
+    """
+    plan = planner.plan_recipe(text)
+    seen = {(out.parameters["resample"], out.parameters["granularity"]) for out in plan.outputs}
+    assert seen == {("exhaustive", "element"), (0, "layer")}
+    together = text.replace("[{filter: mlp, value: exhaustive}, {value: 0}]", "exhaustive")
+    with pytest.raises(UserError, match="resample with granularity layer"):
+        planner.plan_recipe(together)
 
 
 def test_two_spellings_of_one_model_are_one(folder):

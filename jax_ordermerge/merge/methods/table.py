@@ -102,8 +102,15 @@ METHODS = Registry[Method]("merge method", "jax_ordermerge.merge.methods")
 # ----------------------------------------------------------------------------------------- checks
 
 
-def check_parameters(name: str, parameters: Parameters | None = None) -> Json:
+def check_parameters(
+    name: str, parameters: Parameters | None = None, *, jointly: bool = True
+) -> Json:
     """Return the parameters of a method with every default filled in.
+
+    Args:
+        name: of the method.
+        parameters: by name.
+        jointly: check also that they go together. False where they are not yet those of a tensor.
 
     Raises:
         UserError: the method or a parameter is unknown (the message names the nearest), or a value
@@ -129,7 +136,8 @@ def check_parameters(name: str, parameters: Parameters | None = None) -> Json:
         checked = schema.model_validate(dict(parameters or {})).model_dump()
     except pydantic.ValidationError as error:
         raise UserError(f"merge method {name}: {_describe(error)}") from error
-    METHODS[name].check(checked)  # last: it may assume that each value alone is right
+    if jointly:
+        METHODS[name].check(checked)  # last: it may assume that each value alone is right
     return checked
 
 

@@ -142,16 +142,22 @@ class Evaluator:
             for value in options:
                 beside = {**first, name: value}
                 self._check_call(beside, [beside.get("weight")] * len(members))
+        # Together only where every tensor has the same values: by filters, values that do not go
+        # together may be of different tensors.
         weights = [_constant("weight", scopes) for scopes in scopes_of]
-        if None not in weights:
-            self._check_call(first, weights, check_weights=True)
+        are_constant = all(
+            weight is not None or not _values("weight", scopes)
+            for weight, scopes in zip(weights, scopes_of, strict=True)
+        ) and all(len({*options}) == 1 for name, options in values.items() if name != "weight")
+        if are_constant:
+            self._check_call(first, weights, jointly=True)
 
     def _check_call(
         self,
         values: dict[str, Scalar],
         weights: Sequence[Scalar | None],
         *,
-        check_weights: bool = False,
+        jointly: bool = False,
     ) -> None:
         """Check the parameters of a merge of members that differ in their weights alone."""
         rule, count = self.rule, len(weights)
@@ -174,8 +180,9 @@ class Evaluator:
         shared = {name: convert(name, x, values.get(name)) for name, x in rule.shared.items()}
         call = rule.translate(Values(per_member, shared, has_base=rule.needs_base))
         own = {name: values[name] for name in rules.extra_parameters(rule) if name in values}
-        parameters = table.check_parameters(rule.method, {**call.parameters, **own})
-        if check_weights:
+        every = {**call.parameters, **own}
+        parameters = table.check_parameters(rule.method, every, jointly=jointly)
+        if jointly:
             table.check_weights(rule.method, call.weights, count, parameters)
 
     def output(self, tensor: MergedTensor) -> Output:
