@@ -10,11 +10,12 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, file_error, is_utf8
 
 _FINGERPRINT = "fingerprint"  # file that says which work a partial directory holds
 
@@ -30,6 +31,49 @@ def check_vacant(target: str | Path) -> None:
         raise UserError(f"{target} is not empty; give a new directory, or remove it")
     if path.exists() and not path.is_dir():
         raise UserError(f"{target} is a file; give a new directory")
+
+
+def check_writable(target: str | Path, *, is_file: bool = False) -> None:
+    """Refuse a path that cannot be written, before the work whose result it is to hold.
+
+    Nothing is created. A disk may still become full.
+
+    Args:
+        target: directory, which need not exist or be empty.
+        is_file: whether it is a file.
+
+    Raises:
+        UserError: it is of the other kind, a part of it is a file or too long, or it or the nearest
+            directory that exists may not be written.
+
+    Example:
+        >>> check_writable("/proc/version/results")
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: /proc/version/results cannot be written: /proc/version is
+            a file; give another path
+    """
+    path = Path(target).absolute()
+    if not is_utf8(str(path)):
+        raise UserError(f"{str(target)!r} is not UTF-8; give another path")
+    for place in (path, *path.parents):
+        try:
+            is_directory = stat.S_ISDIR(place.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise UserError(f"{target} cannot be written: {file_error(error)}") from error
+        if is_directory and is_file and place == path:
+            raise UserError(f"{target} is a directory; give a file")
+        if not is_directory and not (is_file and place == path):
+            raise UserError(f"{target} cannot be written: {place} is a file; give another path")
+        # of a file that is replaced, its directory must be writable
+        directory = place if is_directory else place.parent
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{target} cannot be written: {directory} may not be written; give another path"
+            )
+        return
 
 
 @contextlib.contextmanager
@@ -175,9 +219,21 @@ def replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # hidden, so that no glob takes it for a file of its kind
     partial = path.with_name(f".{path.name}.partial")
-    # no fsync: this protects from killed processes, not from a loss of power, and is called often
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with _named(path):
+        # no fsync: this protects from killed processes, not from a loss of power, and is called
+        # often
+        partial.write_bytes(content)
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in errors: those of a full disk come without a name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -187,7 +243,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file through to the disk, for use inside `new_directory`: it is not atomic itself."""
-    with path.open("wb") as file:
+    with _named(path), path.open("wb") as file:
         file.write(content)
         sync(file)
 

@@ -5,8 +5,10 @@ name and renames it, so one that was cut off is never taken for the latest.
 """
 
 import contextlib
+import errno
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +19,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jax_ordermerge.checkpoint import placement
+from jax_ordermerge.checkpoint import alias, placement
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.tree import PyTree, unflatten
@@ -30,8 +32,10 @@ T = TypeVar("T")
 #   6.orbax-checkpoint-tmp.../  a save in progress, or one that was cut off
 _STATE, _COMPLETE = "state", "_CHECKPOINT_METADATA"
 _PARTIAL = ".orbax-checkpoint-tmp"
-# Orbax takes these for parts of URLs and patterns.
-_NOT_IN_PATHS = "#?%[]\\|*"
+# Failures of a file system in the errors of tensorstore. Its number of an absent file is 2.
+_OUT_OF_REACH = re.compile(
+    r"PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|OS error (?!2:)"
+)
 # bytes of decompressed chunks per open array
 _CACHE_BYTES = 100_000_000
 
@@ -67,15 +71,16 @@ class Checkpoints:
                 raises what it raises.
         """
         _silence_orbax()
-        check_path(directory)
         self.directory = Path(directory).absolute()
         # before Orbax lists the directory
         if jax.process_index() == 0:
             _remove_partial(self.directory)
         ocp = _import_orbax()
         policies = ocp.training.preservation_policies
+        # Orbax cannot make a directory through a link to it
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
+            alias.plain_path(self.directory),
             preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
         )
         # one thread: notifications keep the order of the saves
@@ -204,8 +209,8 @@ def restore(directory: str | Path, step: int, abstract_tree: T) -> T:
     # branches that are not in the abstract tree, such as the optimizer state, are not read
     context.pytree.loading.partial_load = True
     path = _checkpoint_path(directory, step)
-    with context, _damage_as_user_error(path):
-        return ocp.load(path, placed, checkpointable_name=_STATE)
+    with context, _failure_as_user_error(path):
+        return ocp.load(alias.plain_path(path), placed, checkpointable_name=_STATE)
 
 
 def restore_member(directory: str | Path, step: int, member: int, abstract_tree: T) -> T:
@@ -228,7 +233,7 @@ def restore_member(directory: str | Path, step: int, member: int, abstract_tree:
         store = _open_store(checkpoint, ".".join(_leaf_name(path)))
         return placement.place(leaf, lambda index: store[member][index].read().result())
 
-    with _damage_as_user_error(checkpoint):
+    with _failure_as_user_error(checkpoint):
         return jax.tree_util.tree_map_with_path(load, abstract_tree)
 
 
@@ -242,7 +247,7 @@ class MemberArray:
 
     def read(self, *index: int | slice) -> np.ndarray:
         """Return the part of the (member's) array at an index."""
-        with _damage_as_user_error(self._checkpoint):
+        with _failure_as_user_error(self._checkpoint):
             return np.asarray(self._store[(*self._member, *index)].read().result())
 
 
@@ -266,7 +271,7 @@ def open_member(
     # now, and not at the first read in the middle of a merge
     _check_arrays(directory, step, abstract, member)
     checkpoint = _checkpoint_path(directory, step)
-    with _damage_as_user_error(checkpoint):
+    with _failure_as_user_error(checkpoint):
         return {
             name: MemberArray(_open_store(checkpoint, name.replace("/", ".")), member, checkpoint)
             for name in shapes
@@ -277,8 +282,7 @@ def _open_store(path: Path, name: str) -> Any:
     import tensorstore
 
     # the layout of Orbax: one zarr3 array per leaf, all in one OCDBT database
-    # a path and no URL: directories may have names with %, ? and #
-    base = {"driver": "file", "path": f"{path / _STATE}/"}
+    base = {"driver": "file", "path": f"{alias.plain_path(path) / _STATE}/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     # consecutive rows are read one by one, and many lie in one chunk
     context = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
@@ -298,33 +302,7 @@ def _steps(directory: Path) -> list[int]:
     ]
 
 
-def check_path(directory: str | Path) -> None:
-    """Refuse a path that Orbax would read as something else.
-
-    It makes file URLs and patterns of paths: a checkpoint in `run#1` would be written to `run`.
-
-    Raises:
-        UserError: the path has such a character.
-
-    Example:
-        >>> check_path("run 1"), check_path("run+1")
-        (None, None)
-        >>> check_path("run#1")
-        Traceback (most recent call last):
-        ...
-        jax_ordermerge.errors.UserError: the path ...run#1 has the character #, ...
-    """
-    path = Path(directory).absolute()
-    for character in _NOT_IN_PATHS:
-        if character in str(path):
-            raise UserError(
-                f"the path {path} has the character {character}, which the files of checkpoints"
-                " cannot have; give another directory, or rename it"
-            )
-
-
 def _checkpoint_path(directory: str | Path, step: int) -> Path:
-    check_path(directory)
     path = Path(directory).absolute() / str(step)
     if not (path / _COMPLETE).is_file():
         present = ", ".join(map(str, sorted(_steps(Path(directory)))))
@@ -338,25 +316,42 @@ def _read_metadata(directory: str | Path, step: int) -> JsonValue:
     """Return Orbax's metadata of a checkpoint: names and shapes of the arrays, custom metadata."""
     _silence_orbax()
     path = _checkpoint_path(directory, step)
-    with _damage_as_user_error(path):
+    with _failure_as_user_error(path):
         # Orbax only logs what it cannot read, and continues without it
         json.loads((path / _COMPLETE).read_text())
-        stored = _import_orbax().metadata(path, checkpointable_name=_STATE)
+        stored = _import_orbax().metadata(alias.plain_path(path), checkpointable_name=_STATE)
         if stored.metadata is None:
             raise ValueError("its list of arrays cannot be read")
     return stored
 
 
 @contextlib.contextmanager
-def _damage_as_user_error(path: Path) -> Iterator[None]:
-    """Report errors as damage: names and shapes were checked, so the files are what is wrong."""
+def _failure_as_user_error(path: Path) -> Iterator[None]:
+    """Report errors as damage: names and shapes were checked, so the files are what is wrong.
+
+    A file system that fails is no damage: the same files may be read in a minute.
+    """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"checkpoint {path} is damaged ({reason[:300]}); remove it to go back to the one before"
-        ) from error
+        # messages name the path that Orbax was given
+        reason = reason.replace(str(alias.plain_path(path)), str(path))[:300]
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in (None, errno.ENOENT) or _OUT_OF_REACH.search(str(error)):
+            raise UserError(
+                f"checkpoint {path} cannot be read ({reason}); its files are not damaged, mend the"
+                " cause and give the same command again"
+            ) from error
+        before = max((step for step in _steps(path.parent) if step < int(path.name)), default=None)
+        remedy = (
+            "restore its files, no checkpoint is before it"
+            if before is None
+            else f"remove it to go back to step {before}"
+        )
+        raise UserError(f"checkpoint {path} is damaged ({reason}); {remedy}") from error
 
 
 def _check_arrays(
@@ -418,5 +413,5 @@ def _import_orbax() -> Any:
 
 
 def _silence_orbax() -> None:
-    # Orbax logs every save and restore at levels that the user would see
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs every save and restore, and with a traceback the errors that it raises as well
+    logging.getLogger("absl").setLevel(logging.CRITICAL)

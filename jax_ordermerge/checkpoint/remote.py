@@ -58,6 +58,8 @@ def address(path: str | Path) -> str | None:
         return None
     scheme = match[1]
     if scheme not in object_store.PACKAGES:
+        if os.path.lexists(path):
+            return None  # a directory may be called `a:`
         supported = " and ".join(f"{name}://" for name in object_store.PACKAGES)
         raise UserError(f"{path}: {scheme}:// is not supported, only {supported}")
     # an address becomes a path of the local cache, which must stay inside of it
@@ -65,6 +67,17 @@ def address(path: str | Path) -> str | None:
     if {"", ".", ".."} & set(parts):
         raise UserError(f"{path}: expected {scheme}://BUCKET/PATH without empty parts, . and ..")
     return f"{scheme}://{'/'.join(parts)}"
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with `~` expanded, unless it exists as it is written.
+
+    Example:
+        >>> expand("~/data") == Path.home() / "data", expand("~no-user/data").as_posix()
+        (True, '~no-user/data')
+    """
+    # os.path and not pathlib, which fails where there is no such user or a name is too long
+    return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
 
 
 def cache() -> Path:
@@ -100,7 +113,7 @@ def fetch(path: str | Path, *, without: str | None = None) -> Path:
     """
     url = address(path)
     if url is None:
-        return Path(path).expanduser()
+        return expand(path)
     with object_store.one_line_errors(url, "read"):
         # a directory of this package is read by its list: a reader never mixes two saves; parents
         # are searched, too, since the address may be that of a file or a member inside

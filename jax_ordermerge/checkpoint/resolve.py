@@ -45,7 +45,7 @@ def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path
     if remote.address(base) is not None:
         return remote.fetch(base, without=None if weights else "*.safetensors")
     # a directory wins over a hub name that is spelled the same
-    path = Path(base).expanduser()
+    path = remote.expand(base)
     if path.is_dir():
         return path
     # a hub name has at most one slash, so this can only be a path
@@ -68,7 +68,7 @@ def is_on_hub(base: str) -> bool:
         (True, False, False)
     """
     is_local = base.startswith((".", "/", "~", "embedded:")) or base.count("/") > 1
-    return not is_local and remote.address(base) is None and not Path(base).expanduser().is_dir()
+    return not is_local and remote.address(base) is None and not remote.expand(base).is_dir()
 
 
 def _embedded(name: str) -> Path:

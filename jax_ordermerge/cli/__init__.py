@@ -3,15 +3,32 @@
 Nothing heavy is imported before a command runs, so `--help` takes milliseconds.
 """
 
+import itertools
 import sys
 import traceback
 from typing import NoReturn
 
 from jax_ordermerge.cli import runs, single_models  # noqa: F401  (they register their commands)
 from jax_ordermerge.cli.app import app
-from jax_ordermerge.errors import PeerLost, Stopped, UserError
+from jax_ordermerge.errors import PeerLost, Stopped, UserError, file_error, is_utf8
 
 _PATIENCE = 5.0  # seconds that a failing process waits for its peers
+
+
+def _print_error(text: str) -> None:
+    # a path in it may hold the end of a line
+    line = text.replace("\n", "\\n")
+    print(f"error: {line}", file=sys.stderr)
+
+
+def _check_arguments() -> None:
+    for previous, argument in itertools.pairwise(sys.argv):
+        # it would fail in every message and file that names it
+        if not is_utf8(argument):
+            raise UserError(f"{argument!r} is not UTF-8; rename the file or directory")
+        # An empty path is the current directory, which nobody means who wrote "$RUN".
+        if not argument and (previous == "--" or not previous.startswith("-")):
+            raise UserError("an argument is empty: is a variable of the shell unset? give a path")
 
 
 def main() -> NoReturn:
@@ -25,25 +42,29 @@ def main() -> NoReturn:
     # peers, which may be failing for the same reason; one that ends as all others do need not.
     code, patience = 0, None
     try:
+        _check_arguments()
         app(standalone_mode=True)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         code, patience = 2, _PATIENCE
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         # no patience: all processes stopped at the same step, so none is waited for
         code = stopped.code
     except PeerLost as lost:
-        print(f"error: {lost}", file=sys.stderr)
+        _print_error(str(lost))
         code, patience = 1, 0.0  # there is no peer left to wait for
     except KeyboardInterrupt:
         print("interrupted; the same command continues at the last checkpoint", file=sys.stderr)
         code, patience = 130, _PATIENCE
-    except Exception:
-        traceback.print_exc()
-        code, patience = 1, _PATIENCE
+    except Exception as error:
+        if (line := file_error(error)) is not None:
+            _print_error(line)
+        else:
+            traceback.print_exc()
+        code, patience = 1 if line is None else 2, _PATIENCE
     # jax at work means that there may be peers; importing it here would start it for nothing
     if patience is not None and "jax" in sys.modules:
         from jax_ordermerge import processes

@@ -96,6 +96,22 @@ def refuse_options(
         raise UserError(f"{parameter.opts[0]} would be ignored: {mode}; leave it out")
 
 
+def check_outputs(*outputs: Path | None, are_files: bool = False) -> None:
+    """Refuse results that could not be written, before the work that they are of.
+
+    Raises:
+        UserError: a path is in a bucket or cannot be written.
+    """
+    from jax_ordermerge.checkpoint import atomic, remote
+
+    for output in outputs:
+        if output is None:
+            continue
+        if remote.address(output) is not None:
+            raise UserError(f"{remote.address(output)}: give a path on a disk for these results")
+        atomic.check_writable(output, is_file=are_files)
+
+
 def split_keys(texts: list[str] | None) -> tuple[str, ...]:
     """Return the keys of `--ignore-config-keys`, which may be repeated."""
     return tuple(key.strip() for text in texts or () for key in text.split(",") if key.strip())

@@ -15,6 +15,7 @@ from jax_ordermerge.cli.app import (
     RunArgument,
     Runs,
     app,
+    check_outputs,
     read_config,
     refuse_options,
     run_through,
@@ -136,6 +137,7 @@ def train(
         return
     from jax_ordermerge.experiment import pipeline
 
+    check_outputs(profile)
     pipeline.benchmark(read_config(config, overrides), steps=steps, profile=profile, log=typer.echo)
 
 
@@ -186,6 +188,7 @@ def evaluate(
     command.check_options(
         path, config, harness, harness_options, out, ignore=ignore, allow_bin=allow_bin
     )
+    check_outputs(out)
     if not command.is_model(path):
         run_through("evaluate", path, overrides)
         return
@@ -216,6 +219,8 @@ def compare(
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.report import comparison
 
+    if remote.address(out) is None:
+        check_outputs(out)
     # pages and pictures, which appear together
     with remote.new_directory(out) as directory:
         page = comparison.write([remote.fetch(path) for path in runs], directory)
@@ -231,6 +236,7 @@ def results(
     """Write one page about several runs: their tables, and what they show and do not show."""
     from jax_ordermerge.report import results
 
+    check_outputs(out, are_files=True)
     typer.echo(f"wrote {results.write(runs, out)}")
 
 
@@ -264,6 +270,7 @@ def search(
     from jax_ordermerge.config import read_search
     from jax_ordermerge.experiment import pipeline
 
+    check_outputs(out)
     resolved = read_config(config, overrides)
     options = {"budget": budget, "sampler": sampler, "measure": measure or None, "seed": seed}
     # Options that are not given leave what the file says.

@@ -14,6 +14,7 @@ from jax_ordermerge.cli.app import (
     Model,
     Overrides,
     app,
+    check_outputs,
     refuse_options,
     run_through,
     split_keys,
@@ -219,9 +220,10 @@ def generate(
     import json
 
     from jax_ordermerge.commands import generate as command
+    from jax_ordermerge.config.evaluation import SMALLEST_TEMPERATURE
     from jax_ordermerge.evaluate.sampling import Sampling
 
-    if temperature == 0:
+    if 0 <= temperature < SMALLEST_TEMPERATURE:
         mode = "without --temperature above 0 nothing is drawn"
         refuse_options(context, mode, ignored=["seed"])
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -271,6 +273,7 @@ def judge(
     """
     from jax_ordermerge.commands import judge as command
 
+    check_outputs(out, replies, are_files=True)
     options = command.JudgeOptions(
         endpoint, model, key_variable, max_tokens, temperature, request, workers
     )

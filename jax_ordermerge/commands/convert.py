@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import convert, orbax, remote, safetensors, sidecar_files
+from jax_ordermerge.checkpoint import atomic, convert, orbax, remote, safetensors, sidecar_files
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import waves
@@ -93,7 +93,7 @@ def _open(
     ignore: Collection[str],
     allow_bin: bool,
 ) -> Source:
-    path = Path(source).expanduser()
+    path = remote.expand(source)
     if ignore and (run is not None or (path.is_dir() and orbax.latest(path) is not None)):
         raise UserError(
             f"--ignore-config-keys goes with an HF directory, and {source} is none; a run has"
@@ -126,13 +126,14 @@ def _write_orbax(model: Source, target: Path, dtype: str) -> None:
             safetensors.cast(storage.read(model, name), dtype, f"{model.label}: {name}")
     metadata = {"config": model.config.to_hf(dtype), "dtype": dtype}
     params = storage.load(model, dtype=dtype)
-    # the arrays last: a step that is complete has its tokenizer
-    if model.directory is not None:
-        inside = target / sidecar_files.CHECKPOINT_TOKENIZER
-        inside.mkdir(parents=True)
-        template = model.prompt_format.chat_template
-        sidecar_files.copy_tokenizer(model.directory, inside, template)
-    orbax.save(target, 0, {"params": params}, metadata)
+    # renamed when it is complete: a full disk leaves nothing that the next try would refuse
+    with atomic.new_directory(target) as partial:
+        if model.directory is not None:
+            inside = partial / sidecar_files.CHECKPOINT_TOKENIZER
+            inside.mkdir()
+            template = model.prompt_format.chat_template
+            sidecar_files.copy_tokenizer(model.directory, inside, template)
+        orbax.save(partial, 0, {"params": params}, metadata)
 
 
 def _stored_dtype(model: Source) -> str:

@@ -1,6 +1,5 @@
 """Evaluation of one model outside a run: on the tasks of a config, or of lm-evaluation-harness."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +9,12 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.checkpoint.resolve import is_on_hub
 from jax_ordermerge.config import Config
-from jax_ordermerge.config.evaluation import TASK_KINDS
+from jax_ordermerge.config.evaluation import RESULTS, TASK_KINDS
 from jax_ordermerge.data import dates, tokenizers
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.evaluate.eval_model import EvalModel, NotFiniteError
+from jax_ordermerge.evaluate.metrics import percent_and_error
 from jax_ordermerge.experiment import models
 from jax_ordermerge.experiment.context import Log, start_devices
 from jax_ordermerge.experiment.run_config import read_config
@@ -88,7 +88,8 @@ def is_model(target: Path) -> bool:
         (False, True)
     """
     # A hub name or embedded:NAME is no file, so a model is what is neither config nor run.
-    return target.suffix not in (".yaml", ".yml") and not RunLayout(target).is_run
+    is_config = target.suffix in (".yaml", ".yml") and not target.is_dir()
+    return not is_config and not RunLayout(target).is_run
 
 
 def model_config(
@@ -102,18 +103,25 @@ def model_config(
         overrides: `KEY=VALUE` each.
         ignore: unknown keys of `config.json` to ignore, besides those of the file.
 
+    Raises:
+        UserError: the config is not valid, or an override names another model.
+
     Example:
         >>> model_config("embedded:quickstart", None, ["evaluation.batch=8"]).evaluation.batch
         8
     """
-    # The last override wins: the model of the command line is the base, whatever the file says. As
-    # JSON, because the value of an override is YAML, where a name could be read as a number.
-    overrides = [*overrides, f"model.base={json.dumps(model)}"]
-    config = schema.load_config(path, overrides)
+    for item in overrides:
+        if item.partition("=")[0].strip() == "model.base":
+            raise UserError(
+                f"--set {item} would be ignored: the model is {model}; give one of them"
+            )
+    # the model of the command line is the base, whatever the file says
+    config = schema.load_config(path, overrides, {"model.base": model})
     if not ignore:
         return config
-    keys = json.dumps([*config.model.ignore_config_keys, *ignore])
-    return schema.load_config(path, [*overrides, f"model.ignore_config_keys={keys}"])
+    keys = [*config.model.ignore_config_keys, *ignore]
+    values = {"model.base": model, "model.ignore_config_keys": keys}
+    return schema.load_config(path, overrides, values)
 
 
 def evaluate_tasks(
@@ -180,7 +188,7 @@ def evaluate_tasks(
                 items = [{**item, "generator": generator} for item in items]
             write_json(out / f"{task.name}.json", items)
     if out is not None:
-        write_json(out / "results.json", results)
+        write_json(out / f"{RESULTS}.json", results)
     return results
 
 
@@ -218,9 +226,12 @@ def evaluate_harness(
     if out is not None:
         # items are large: they have files of their own, and results.json stays readable
         for name, items in results.pop("samples").items():
-            write_json(out / f"{name}.json", items)
+            # names of the harness are free, and may hold a slash
+            stem = name.replace("/", "_")
+            stem += "_items" if stem.casefold() == RESULTS else ""
+            write_json(out / f"{stem}.json", items)
         origin = {"model": config.model.base, "dtype": config.model.compute_dtype}
-        write_json(out / "results.json", {**origin, **results})
+        write_json(out / f"{RESULTS}.json", {**origin, **results})
     log(table)
     return results
 
@@ -237,9 +248,10 @@ def format_summary(summary: Json) -> str:
     parts = []
     for name, value in summary.items():
         if name == "accuracy":
-            parts.append(f"accuracy {100 * value:.1f} % +- {100 * summary['se']:.1f}")
+            parts.append(f"accuracy {percent_and_error(value, summary['se'])}")
         elif name == "bits_per_byte":
-            parts.append(f"bits_per_byte {value:.3f} +- {summary['se']:.3f}")
+            error = "undefined" if summary["se"] is None else f"{summary['se']:.3f}"
+            parts.append(f"bits_per_byte {value:.3f} +- {error}")
         # A share has its error beside it, which pass@k, an estimate over samples, has not.
         elif f"{name}_se" in summary or "pass@" in name:
             parts.append(f"{name} {100 * value:.1f} %")

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import compare, convert, safetensors, torch_files
+from jax_ordermerge.checkpoint import compare, convert, remote, safetensors, torch_files
 from jax_ordermerge.commands import tables
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.sources import references
@@ -78,7 +78,7 @@ class _Model:
 
 def _open(name: str, ignore: Collection[str], allow_bin: bool) -> safetensors.Tensors:
     """Open a model by any name that `merge` takes, or a safetensors file."""
-    path = Path(name).expanduser()
+    path = remote.expand(name)
     refuse_model_of_edited_run(path)
     # Read as files where there are any: tensors that no architecture has are listed, too.
     stored = ("*.safetensors", "pytorch_model*.bin")

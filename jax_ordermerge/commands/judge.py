@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import judge
 from jax_ordermerge.evaluate.endpoint import Endpoint
+from jax_ordermerge.evaluate.metrics import percent_and_error
 from jax_ordermerge.experiment.context import Log
 from jax_ordermerge.json_types import Json
 
@@ -66,7 +67,7 @@ def judge_files(
     )
     unread = summary["unread"]
     return (
-        f"preferred in {100 * summary['win_rate']:.1f} % ± {100 * summary['se']:.1f} of"
+        f"preferred in {percent_and_error(summary['win_rate'], summary['se'], '±')} of"
         f" {summary['n']} instructions; {summary['turned']} verdicts turned with the order"
         + (f"; {unread} more could not be read and are left out" if unread else "")
     )

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax_ordermerge.checkpoint import alias
 from jax_ordermerge.config import Config, check_inputs
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
@@ -32,6 +33,7 @@ def render_script(config: Config, target: str, options: Sequence[str]) -> str:
         UserError: the config or an option is wrong.
     """
     check_inputs(config)
+    alias.check_path(config.directory)  # a job has several processes as a rule
     preflight.check_config(config)  # here, not after hours in the queue of a cluster
     pairs = {}
     for item in options:

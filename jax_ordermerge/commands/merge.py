@@ -160,7 +160,7 @@ def merge_recipe(
         print(f"{names[0]}, the first of {len(names) + 1} recipes; the others start from results:")
         carry_out(first, None, write)
         return
-    directory = out.with_name(f"{out.name}.stages")
+    directory = out.absolute().with_name(f"{out.absolute().name}.stages")
     if remote.address(out) is not None:
         directory = Path(tempfile.mkdtemp(prefix="ordermerge-stages-"))
     # of an earlier try, which may have had another recipe
@@ -356,7 +356,7 @@ def merge_models(
         if to == "orbax":
             atomic.check_vacant(target)
             # beside the target, so on the same disk, which must hold both for a moment
-            hf_dir = target.with_name(f"{target.name}.hf")
+            hf_dir = target.absolute().with_name(f"{target.absolute().name}.hf")
         with _progress_bar() as progress:
             report = engine.merge_plan(
                 merge_plan,

@@ -11,11 +11,16 @@ from typing import Annotated, Any, Final, Literal
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
+from jax_ordermerge.config.names import FileName
 from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, parse, registered
 from jax_ordermerge.json_types import JsonValue
 from jax_ordermerge.registry import Registry
 
+RESULTS: Final = "results"  # the name of the file of summaries of an evaluation outside a run
 PREFERENCES: Final = "preferences"  # the name under which held-out pairs are evaluated
+# A temperature below it is greedy, as 0 is: float32 has few bits left for it or none, and logits
+# divided by it would be infinite or NaN.
+SMALLEST_TEMPERATURE: Final = 1e-37
 
 
 class Task(Section):
@@ -25,7 +30,7 @@ class Task(Section):
     `"Question: {{question}}\\nAnswer:"`.
     """
 
-    name: str
+    name: FileName
     # No literal: kinds are the keys of a registry, to which other packages may add.
     kind: str
     data: str | None = Field(
@@ -138,3 +143,19 @@ class Evaluation(Section):
     loss: bool = Field(True, description="held-out loss and perplexity on data.test")
     tasks: tuple[AnyTask, ...] = ()
     bootstrap: PositiveInt = 1000
+
+    @pydantic.model_validator(mode="after")
+    def _names_differ(self) -> "Evaluation":
+        names = [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"evaluation.tasks: the name {name} is used twice; give each a different name"
+                )
+            # the file of items is NAME.json beside the summary
+            if name.casefold() == RESULTS:
+                raise ValueError(
+                    f"evaluation.tasks: the name {name} is that of the summary, {RESULTS}.json;"
+                    " choose another"
+                )
+        return self

@@ -1,6 +1,7 @@
 """The schema of an experiment, and how it is read from YAML and `--set` overrides."""
 
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,15 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from jax_ordermerge.config.data import Data
 from jax_ordermerge.config.evaluation import PREFERENCES, Evaluation
 from jax_ordermerge.config.merge import AUTO, Merge, Search, merge_name
-from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, load_yaml, override, parse
+from jax_ordermerge.config.names import name_problem
+from jax_ordermerge.config.section import (
+    FREE_TO_CHANGE,
+    Section,
+    load_yaml,
+    override,
+    parse,
+    set_value,
+)
 from jax_ordermerge.config.training import (
     Lora,
     Objective,
@@ -163,7 +172,8 @@ class Config(Section):
     def location(self) -> str:
         """The run directory as the config names it: a path, or an address in a bucket."""
         # `replace` and not `format`: other braces in a path stay as they are
-        return self.output.replace("{name}", self.name)
+        text = self.output.replace("{name}", self.name)
+        return os.path.expanduser(text) if text.startswith("~/") else text
 
     @property
     def directory(self) -> Path:
@@ -306,11 +316,11 @@ def _merge_conflicts(config: Config) -> Iterator[str]:
     # merges, members and the base are directories and columns side by side, so names must differ
     names = config.merge_names
     for name in names:
-        if name == "base" or name.startswith("member_") or "/" in name:
-            yield (
-                f"merge.methods: the name {name} is taken by a model or holds a slash; choose"
-                " another"
-            )
+        problem = name_problem(name)
+        if problem is None and (name == "base" or name.startswith("member_")):
+            problem = "is taken by a model"
+        if problem:
+            yield f"merge.methods: the name {name} {problem}; choose another"
     for name in sorted(names):
         if names.count(name) > 1:
             yield f"merge.methods: the name {name} is used twice; give each a different name"
@@ -354,12 +364,18 @@ def check_inputs(config: Config, keys: Collection[str] = tuple(_NAMED)) -> None:
             raise UserError(f"{key} is missing; give {_NAMED[key]}")
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, object] | None = None,
+) -> Config:
     """Read a YAML file of differences from the defaults and apply `--set` overrides.
 
     Args:
         path: the YAML file; None is the defaults.
         overrides: `"section.key=value"` with a YAML value, applied in order.
+        values: by dotted key, applied last. They are no YAML: a path of the command line is taken
+            as it is written.
 
     Raises:
         UserError: one line that names the key, what was given and what was expected.
@@ -369,6 +385,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     # the final values.
     for item in overrides:
         override(raw, item)
+    for key, value in (values or {}).items():
+        set_value(raw, key, value, key)
     return make_config(raw, str(path or "config"))
 
 

@@ -218,7 +218,9 @@ class Search(Section):
 class MergeSpec(Section):
     """One merge: a method of the table and its parameters."""
 
-    name: str | None = Field(None, description="directory name, by default method and seed")
+    name: str | None = Field(
+        None, min_length=1, description="directory name, by default method and seed"
+    )
     method: MethodName = Field(
         description="a merge method; greedy_soup needs data.validation_examples"
     )

@@ -13,6 +13,18 @@ Path = tuple[str | int, ...]
 # Marks a field that may change when a run continues: `Annotated[int, FREE_TO_CHANGE]`. It decides
 # where and when something is computed or written, never what.
 FREE_TO_CHANGE: Final = "free to change"
+# Keys that hold a path or a name, in configs and recipes. A directory may be called 007, yes or
+# 2026-11-29, which YAML would make a number, a boolean and a date of. Those of the second set hold
+# a list or a section in other places.
+_TEXTS: Final = frozenset(
+    ("output", "name", "base", "path", "shots_from", "compilation_cache", "wandb", "base_model")
+)
+TEXT_KEYS: Final = _TEXTS | {"train", "test", "data", "model", "lora"}
+_NULLS: Final = ("", "~", "null", "Null", "NULL")
+# What YAML makes of a text without quotes.
+_IMPLICIT: Final = tuple(
+    f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "merge", "timestamp", "value")
+)
 # By the types of pydantic's errors. Its own texts name Python's types and our classes, which are
 # no words of YAML.
 _EXPECTED: Final = {
@@ -40,13 +52,15 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, which also refuses a mapping with two equal keys."""
+    """The safe loader, which refuses a mapping with two equal keys and reads `TEXT_KEYS` as texts."""
 
     def compose_mapping_node(self, anchor: dict[str, yaml.Node]) -> yaml.MappingNode:
         # the nodes as written: a key merged by `<<` may be written again, to replace its value
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
-        for key, _ in node.value:
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in TEXT_KEYS:
+                _read_as_text(value)
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
                 raise DuplicateKeyError(
@@ -55,6 +69,13 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 )
             lines[str(key.value)] = line
         return node
+
+
+def _read_as_text(node: yaml.Node) -> None:
+    """Make a text of a scalar, or of each scalar of a list; null stays null."""
+    for scalar in node.value if isinstance(node, yaml.SequenceNode) else (node,):
+        if isinstance(scalar, yaml.ScalarNode) and scalar.tag in _IMPLICIT:
+            scalar.tag = "tag:yaml.org,2002:str"
 
 
 class DuplicateKeyError(ValueError):
@@ -177,6 +198,8 @@ def parse(section: type[SectionType], raw: JsonRow, where: str) -> SectionType:
         return section.model_validate(dict(raw))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_one_line(error, section)}") from error
+    except UnicodeEncodeError as error:  # a name of a file may hold bytes that are no text
+        raise UserError(f"{where}: {error.object!r} is not UTF-8; rename it") from error
 
 
 def one_of(
@@ -317,18 +340,20 @@ def override(raw: Json, item: str) -> None:
 
     Args:
         raw: is changed in place; sections that it lacks are added.
-        item: `"section.key=value"` with a YAML value. Where a bare name stands for a choice, a
-            setting of the choice may follow: `"training.optimizer.beta1=0.8"`.
+        item: `"section.key=value"` with a YAML value. A path or name (`TEXT_KEYS`) is taken as it
+            is written, but for quotes, null, and lists and mappings where the key takes them. Where
+            a bare name stands for a choice, a setting of the choice may follow:
+            `"training.optimizer.beta1=0.8"`.
 
     Raises:
         UserError: the item is not of that form, or goes through a value that is no section.
 
     Example:
         >>> raw = {"training": {"epochs": 3, "optimizer": "lion"}}
-        >>> override(raw, "training.batch=8")
-        >>> override(raw, "training.optimizer.beta1=0.8")
-        >>> raw["training"]
-        {'epochs': 3, 'optimizer': {'kind': 'lion', 'beta1': 0.8}, 'batch': 8}
+        >>> for item in ("training.batch=8", "training.optimizer.beta1=0.8", "output=run #2"):
+        ...     override(raw, item)
+        >>> raw["training"], raw["output"]
+        ({'epochs': 3, 'optimizer': {'kind': 'lion', 'beta1': 0.8}, 'batch': 8}, 'run #2')
     """
     # at the first "=": a value may hold others, as addresses do
     path, sign, text = item.partition("=")
@@ -336,9 +361,30 @@ def override(raw: Json, item: str) -> None:
         raise UserError(
             f"--set {item}: expected section.key=value, e.g. --set training.learning_rate=1e-5"
         )
+    name = path.strip().rpartition(".")[2]
+    is_yaml = text in _NULLS or text.startswith(("'", '"'))
+    if name not in _TEXTS:
+        is_yaml |= name not in TEXT_KEYS or text.startswith(("[", "{"))
+    if not is_yaml:
+        set_value(raw, path.strip(), text, f"--set {item}")
+        return
     # The same types as in a file. So `null` and `true` are values, and a list needs brackets.
-    value = read_value(text, f"--set {item}")
-    *parents, last = path.strip().split(".")
+    set_value(raw, path.strip(), read_value(text, f"--set {item}"), f"--set {item}")
+
+
+def set_value(raw: Json, key: str, value: object, where: str) -> None:
+    """Set one key of a nested dict; see `override`.
+
+    Args:
+        raw: is changed in place.
+        key: its dotted path.
+        value: its value.
+        where: what asks for it, for the error message.
+
+    Raises:
+        UserError: the path goes through a value that is no section.
+    """
+    *parents, last = key.split(".")
     node = raw
     for name in parents:
         child = node.get(name)
@@ -346,7 +392,7 @@ def override(raw: Json, item: str) -> None:
             # the bare name of a choice; where it is none, validation refuses the key `kind`
             child = {"kind": child}
         if child is not None and not isinstance(child, dict):
-            raise UserError(f"--set {item}: {name} is not a section")
+            raise UserError(f"{where}: {name} is not a section")
         # a copy, because the caller may hold the inner dicts
         node[name] = dict(child or {})
         node = node[name]

@@ -97,8 +97,10 @@ def _read_file(path: Path, name: str) -> list[Json]:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet
 
+            # An absolute path, since a relative one such as `s3:x/a.parquet` is read as a URI.
+            table = pyarrow.parquet.read_table(path.absolute())
             # Without the option a map is a list of pairs, which templates print as one.
-            rows = pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
+            rows = table.to_pylist(maps_as_pydicts="strict")
             return [values.plain(row) for row in rows]
         # `utf-8-sig` drops a byte order mark, which spreadsheets write before the first column
         return _parse(_read_bytes(path).decode("utf-8-sig"), name)

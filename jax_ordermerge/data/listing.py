@@ -1,6 +1,7 @@
 """The data files that a path stands for: a file, a directory or a glob, also in a bucket."""
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def list_files(path: str) -> Listing | None:
     """
     url = remote.address(path)
     # A name with brackets may be that of a file, or the split of a hub dataset.
-    is_name = url is None and (Path(path).expanduser().exists() or HUB_NAME.fullmatch(path))
+    is_name = url is None and (os.path.lexists(remote.expand(path)) or HUB_NAME.fullmatch(path))
     if glob.has_magic(path) and not is_name:
         return _list_glob(path, url)
     local = remote.fetch(path)
@@ -71,9 +72,7 @@ def list_files(path: str) -> Listing | None:
 
 def _list_glob(path: str, url: str | None) -> Listing:
     if url is None:
-        matches = [
-            (name, Path(name)) for name in glob.glob(str(Path(path).expanduser()), recursive=True)
-        ]
+        matches = [(name, Path(name)) for name in glob.glob(_escape_existing(path), recursive=True)]
     else:
         matches = [(name, remote.fetch(name)) for name in object_store.match(url)]
     # A dict, since `**` matches a directory and what is in it.
@@ -82,6 +81,16 @@ def _list_glob(path: str, url: str | None) -> Listing:
         below = _walk(local) if local.is_dir() else [("", local)]
         files |= {f"{name.rstrip('/')}/{inner}".rstrip("/"): file for inner, file in below}
     return _select(path, list(files.items()))
+
+
+def _escape_existing(path: str) -> str:
+    """Return a glob in which directories that exist as they are written stand for themselves."""
+    parts = remote.expand(path).parts
+    for end in range(len(parts), 0, -1):
+        directory = Path(*parts[:end])
+        if os.path.lexists(directory):
+            return str(Path(glob.escape(str(directory)), *parts[end:]))
+    return str(Path(*parts))
 
 
 def _select(path: str, files: list[tuple[str, Path]]) -> Listing:

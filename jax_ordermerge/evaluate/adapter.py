@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from jax_ordermerge.config.evaluation import SMALLEST_TEMPERATURE
 from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.evaluate import likelihood
 from jax_ordermerge.evaluate.eval_model import EvalModel, name_items
@@ -207,7 +208,7 @@ def _sampling(settings: Mapping[str, Untyped], task: str, seed: int) -> Sampling
         )
     temperature = float(settings.get("temperature") or 0.0)
     # Tasks often set a temperature beside do_sample: false, which wins in transformers.
-    if not temperature or not settings.get("do_sample", True):
+    if 0 <= temperature < SMALLEST_TEMPERATURE or not settings.get("do_sample", True):
         return GREEDY
     top_k, top_p = settings.get("top_k"), settings.get("top_p")
     return Sampling(

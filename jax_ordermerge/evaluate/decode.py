@@ -371,7 +371,7 @@ def _decode_member(
         )
         logits_BV = mesh.constrain(logits_VB, "vocab", "batch").T
         # top_p sorts the vocabulary, and XLA's partitioner crashes on sorting a sharded axis.
-        if sampling.temperature:
+        if not sampling.is_greedy:
             logits_BV = mesh.constrain(logits_BV, "batch", None)
         key_bits_B2, eos_ids = jnp.asarray(prompts.key_bits_B2), jnp.asarray(prompts.eos_ids)
         token_B = next_token(logits_BV, key_bits_B2, state.step, sampling)

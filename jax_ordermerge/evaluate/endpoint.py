@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias
 
+from jax_ordermerge.config.evaluation import SMALLEST_TEMPERATURE
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
 
@@ -97,7 +98,8 @@ class Endpoint:
         fields = {
             "model": self.model,
             "messages": [{"role": "user", "content": text}],
-            "temperature": self.temperature,
+            # as in generation: a server may divide by it in float32
+            "temperature": 0.0 if self.temperature < SMALLEST_TEMPERATURE else self.temperature,
             "max_tokens": self.max_tokens,
             **self.request,
         }

@@ -2,13 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_ordermerge import rng
+from jax_ordermerge.config.evaluation import SMALLEST_TEMPERATURE
 from jax_ordermerge.errors import UserError
+
+_OVERFLOWS: Final = 1e-30  # logits divided by less may be beyond float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +20,8 @@ class Sampling:
     """Settings of the choice of tokens. The default is greedy.
 
     Attributes:
-        temperature: logits are divided by it; 0 is greedy.
+        temperature: logits are divided by it; 0, and what is below `SMALLEST_TEMPERATURE`, is
+            greedy.
         top_k: draw among so many of the most likely tokens; None is all.
         top_p: then among the fewest most likely tokens whose probabilities reach this sum; None
             is all.
@@ -54,11 +59,16 @@ class Sampling:
             )
         # Ignoring them would look like a draw that happens to be greedy.
         for name in ("top_k", "top_p"):
-            if self.temperature == 0 and getattr(self, name) is not None:
+            if self.is_greedy and getattr(self, name) is not None:
                 raise UserError(
-                    f"{name} = {getattr(self, name)} chooses among drawn tokens, temperature = 0 "
-                    "draws none; give a temperature above 0"
+                    f"{name} = {getattr(self, name)} chooses among drawn tokens, temperature ="
+                    f" {self.temperature:g} draws none; give a temperature above 0"
                 )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature < SMALLEST_TEMPERATURE
 
 
 GREEDY = Sampling()
@@ -102,8 +112,11 @@ def next_token(
     https://arxiv.org/abs/1904.09751 (top_p).
     """
     # Static, so that a greedy program draws no noise.
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return _argmax(logits_BV)
+    if sampling.temperature < _OVERFLOWS:
+        # the largest becomes 0, and the others at most -inf; else several would become inf
+        logits_BV -= logits_BV.max(-1, keepdims=True)
     scaled_BV = logits_BV / jnp.float32(sampling.temperature)
     masked_BV = mask_unlikely(scaled_BV, sampling.top_k, sampling.top_p)
 

@@ -170,7 +170,8 @@ def load_context(
     # may the devices be touched, and from there on all processes take the same path.
     check_inputs(config)
     preflight.check_config(config)
-    trackers.check(config.tracking)  # only the machine that trains needs their packages
+    # only the machine that trains needs their packages
+    trackers.check(config.tracking, several=config.distributed.coordinator is not None)
     start_devices(config)
     shared = schema.to_dict(config)
     # addresses and cache directories belong to a machine; everything else must agree, or the

@@ -55,14 +55,19 @@ class Losses(NamedTuple):
         }
 
     @property
-    def standard_error(self) -> float:
-        """Standard error of `mean` as a ratio estimator with whole examples as sampling unit."""
+    def standard_error(self) -> float | None:
+        """Standard error of `mean` as a ratio estimator with whole examples as sampling unit.
+
+        None, undefined, for one example.
+        """
         # Tokens of one example are not independent draws, examples are. The variance is that of
         # the residuals s_i - m c_i, with n / (n - 1) because m is estimated from the same examples.
         n, total = len(self.sums), self.counts.sum()
+        if n < 2:
+            return None
         mean = self.sums.sum() / total
         residuals = self.sums - mean * self.counts
-        return float(math.sqrt((residuals**2).sum() * n / max(n - 1, 1)) / total)
+        return float(math.sqrt((residuals**2).sum() * n / (n - 1)) / total)
 
 
 def require_finite(losses: Losses, examples: Examples, model: str) -> Losses:

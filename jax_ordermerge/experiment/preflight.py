@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jax_ordermerge.arch import ModelConfig
-from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.checkpoint import alias, convert
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Config, load_config
 from jax_ordermerge.config.evaluation import TASK_KINDS, ShotsTask, Task
@@ -31,11 +31,13 @@ def check_config(config: Config) -> None:
     """Check what the schema cannot: the output, the merge methods, their parameters and weights.
 
     Raises:
-        UserError: checkpoints cannot be written to the output; a method is unknown, does not take
-            these parameters, weights or number of members, or needs data that are absent.
+        UserError: several processes cannot write checkpoints to the output; a method is unknown,
+            does not take these parameters, weights or number of members, or needs data that are
+            absent.
     """
     # Orbax would find out at the first checkpoint, after hours.
-    orbax.check_path(config.directory)
+    if config.distributed.coordinator is not None:
+        alias.check_path(config.directory)
     members = config.population.members
     for spec in config.merge.methods:
         parameters = table.check_parameters(spec.method, spec.parameters)

@@ -19,14 +19,15 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         UserError: the file is absent or not valid, the directory is not a run directory, or its
-            config was edited and contradicts its results.
+            config was edited and contradicts its results, or an override would be ignored.
     """
     # A run keeps the name that it is reached by: the stored config may name the directory or bucket
     # where it was first written, and the run may have been moved or copied since.
     url = remote.address(target)
     if url is not None and not url.endswith((".yaml", ".yml")):
+        _refuse_output(url, overrides)
         path = remote.fetch(f"{url}/{layout.CONFIG}")
-        return schema.load_config(path, [*overrides, f"output={url}"])
+        return schema.load_config(path, overrides, {"output": url})
     path = remote.fetch(target)
     if not path.is_dir():
         return schema.load_config(path, overrides)
@@ -36,8 +37,24 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"{path} is not a run directory (it has no {layout.CONFIG});"
             " give a config file or a run directory"
         )
+    _refuse_output(path, overrides)
     stored_config(run)
-    return schema.load_config(run.config, [*overrides, f"output={path}"])
+    # absolute where the config would read its ~ as the home directory
+    output = path.absolute() if str(path).startswith("~") else path
+    return schema.load_config(run.config, overrides, {"output": str(output)})
+
+
+def _refuse_output(run: str | Path, overrides: Sequence[str]) -> None:
+    """Refuse another output for a run directory, and a directory that the config cannot name."""
+    if any(item.partition("=")[0].strip() == "output" for item in overrides):
+        raise UserError(
+            f"--set output would be ignored: {run} is a run directory, which keeps its results; to"
+            f" train in another one give its config, {run}/{layout.CONFIG}"
+        )
+    if "{name}" in str(run):
+        raise UserError(
+            f"{run}: {{name}} stands for the name of the experiment in output; rename the directory"
+        )
 
 
 def model_names(config: Config) -> dict[str, str]:

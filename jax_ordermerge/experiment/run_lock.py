@@ -63,7 +63,11 @@ class Holder:
 
 
 def check_free(run: RunLayout, log: Log) -> None:
-    """Refuse a run directory that another process is writing; see `hold`. Nothing is written."""
+    """Refuse a run directory that cannot be written, or that another process is writing.
+
+    Nothing is written; see `hold`.
+    """
+    atomic.check_writable(run.root)
     if (holder := _read(run.lock)) is not None:
         _refuse_living(run, holder, log)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_ordermerge.arch import ARCHITECTURES, ModelConfig, architecture_of
-from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.checkpoint import convert, remote
 from jax_ordermerge.data import pack, source, tokenizers
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
@@ -112,7 +112,7 @@ def _read_architecture(name: str, spec: PlanSpec) -> ModelConfig:
     published = architecture_of(name)
     if published is not None:
         return published
-    path = Path(name).expanduser()
+    path = remote.expand(name)
     # the reader takes directories; a user may have the file alone
     if path.name == "config.json" and path.is_file():
         path = path.parent

@@ -137,12 +137,16 @@ def percents(shares: Sequence[float] | None) -> str:
 def plus_minus(value: float | None, error: float | None, digits: int) -> Cell:
     """Return a value and its 95 % interval, from the standard error.
 
+    Of one item both are undefined.
+
     Example:
-        >>> str(plus_minus(1.5, 0.25, 2))
-        '1.50 [1.01, 1.99]'
+        >>> str(plus_minus(1.5, 0.25, 2)), str(plus_minus(1.5, None, 2))
+        ('1.50 [1.01, 1.99]', '1.50 undefined')
     """
-    if value is None or error is None:
+    if value is None:
         return number(value, digits)
+    if error is None:
+        return Interval(number(value, digits), "undefined")
     low, high = value - NORMAL * error, value + NORMAL * error
     return Interval(number(value, digits), f"[{low:.{digits}f}, {high:.{digits}f}]")
 

@@ -4,15 +4,18 @@ Only process 0 has trackers.
 """
 
 import importlib.util
+import os
 import secrets
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import jax
 
 from jax_ordermerge import config
 from jax_ordermerge import layout as layouts
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, member_name
 from jax_ordermerge.train.spec import TrackingSpec
@@ -28,11 +31,15 @@ class Tracker(Protocol):
         """Write what is still in memory."""
 
 
-def check(tracking: config.Tracking) -> None:
-    """Refuse a tracker whose package is not installed.
+def check(tracking: config.Tracking, *, several: bool = False) -> None:
+    """Refuse a tracker whose package is not installed, and W&B without a key.
+
+    Args:
+        tracking: settings.
+        several: whether there are several processes, of which only the first needs the key.
 
     Raises:
-        UserError: the extra to install is named.
+        UserError: the extra to install is named, or how to give a key.
 
     Example:
         >>> check(config.Tracking())
@@ -48,6 +55,34 @@ def check(tracking: config.Tracking) -> None:
                 f"tracking.{extra} needs the package {package}, which is not installed:"
                 f" pip install 'jax_ordermerge[{extra}]'"
             )
+    if tracking.wandb is not None and not several and not _has_wandb_key():
+        raise UserError(
+            f"tracking.wandb = {tracking.wandb} needs a key of W&B: run wandb login, set"
+            " WANDB_API_KEY, or set WANDB_MODE=offline to keep the metrics on this machine"
+        )
+
+
+def _has_wandb_key() -> bool:
+    """Return whether W&B has a key or needs none, as far as that can be told without its package.
+
+    On a terminal it asks for one.
+    """
+    variables = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_ANONYMOUS")
+    if sys.stdin.isatty() or any(os.environ.get(name) for name in variables):
+        return True
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return True
+    # files of settings may say any of these, too
+    settings = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb") / "settings"
+    if any(path.expanduser().is_file() for path in (settings, Path("wandb/settings"))):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2]
+    files = [Path(os.environ.get("NETRC") or "~/.netrc"), Path("~/_netrc")]
+    return any(
+        host.split("/")[0] in path.expanduser().read_text(errors="replace")
+        for path in files
+        if path.expanduser().is_file()
+    )
 
 
 def open_trackers(
@@ -136,19 +171,25 @@ class Wandb:
             }
             layouts.write_json(layout.wandb_runs, identity)
         identity = layouts.read_json(layout.wandb_runs)
-        self._runs = [
-            wandb.init(
-                project=tracking.settings.wandb,
-                group=identity["group"],
-                name=f"{tracking.name}/{member_name(m)}",
-                id=identity["ids"][str(m)],
-                config=dict(tracking.resolved_config),
-                dir=str(layout.tracking),
-                resume="allow",
-                reinit="create_new",  # several runs are open in one process
-            )
-            for m in members
-        ]
+        try:
+            self._runs = [
+                wandb.init(
+                    project=tracking.settings.wandb,
+                    group=identity["group"],
+                    name=f"{tracking.name}/{member_name(m)}",
+                    id=identity["ids"][str(m)],
+                    config=dict(tracking.resolved_config),
+                    dir=str(layout.tracking),
+                    resume="allow",
+                    reinit="create_new",  # several runs are open in one process
+                )
+                for m in members
+            ]
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"tracking.wandb = {tracking.settings.wandb}: W&B does not start"
+                f" ({first_line(error)}); run wandb login, or set WANDB_MODE=offline"
+            ) from error
 
     def metrics(self, row: Json) -> None:
         """See `Tracker.metrics`."""

@@ -192,8 +192,8 @@ def test_the_only_process_may_state_its_number():
         (["training.epochs=[1"], "the value is not valid YAML"),
         (["seed.epochs=1"], "seed"),
         (["training.epoch=1"], "unknown key training.epoch (did you mean 'epochs'?)"),
-        (["output=run #2"], "YAML ignores '#2' as a comment; put the value between quotes"),
-        (["output=#2"], "YAML ignores '#2' as a comment"),
+        (["data.format=auto #2"], "YAML ignores '#2' as a comment; put the value between quotes"),
+        (["data.format=#2"], "YAML ignores '#2' as a comment"),
         (["data.buckets=[32, 64] # short"], "YAML ignores '# short' as a comment"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_pair_that_cannot_be_read_is_counted_apart():
     with serve(answer) as (endpoint, _):
         summary, items = judge.compare(endpoint, rows("ours", "ours"), rows("b", "b"))
     # One of two is read, and won: a half for the other would have given 0.75.
-    assert summary == {"win_rate": 1.0, "se": 0.0, "n": 1, "turned": 0, "unread": 1}
+    assert summary == {"win_rate": 1.0, "se": None, "n": 1, "turned": 0, "unread": 1}
     assert items[1] == {
         "instruction": "Task 1.",
         "first": None,

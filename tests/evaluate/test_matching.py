@@ -1,6 +1,7 @@
 """Comparisons of answers with references, on strings met in practice."""
 
 import json
+import statistics
 
 import numpy as np
 import pytest
@@ -152,3 +153,14 @@ def test_accuracy_and_its_standard_error():
     assert error == pytest.approx(simulated.std(), rel=0.03)
     with pytest.raises(UserError, match="no answers"):
         metrics.accuracy([])
+
+
+def test_the_error_of_one_item_is_undefined():
+    # statistics.stdev of one value is an error as well
+    assert metrics.accuracy([True]) == (1.0, None)
+    assert metrics.mean_and_error([0.25]) == (0.25, None)
+    assert metrics.ratio_and_error([3.0], [2]) == (1.5, None)
+    values = [1.0, 4.0, 2.5]
+    mean, error = metrics.mean_and_error(values)
+    assert (mean, error) == (2.5, pytest.approx(statistics.stdev(values) / 3**0.5))
+    assert metrics.percent_and_error(1.0, None) == "100.0 % +- undefined"

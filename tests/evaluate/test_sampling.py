@@ -98,3 +98,24 @@ def test_a_draw_is_a_pinned_function_of_seed_name_and_step():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-40, 5e-324, 0.0])
+def test_a_temperature_that_float32_cannot_hold_is_greedy(temperature):
+    settings, logits = Sampling(temperature), jnp.array([[1.0, 60.0, 59.0], [-80.0, -90.0, -70.0]])
+    assert settings.is_greedy
+    bits = sampling.row_key_bits(0, range(2))
+    assert sampling.next_token(logits, bits, 0, settings).tolist() == [1, 2]
+    with pytest.raises(UserError, match="give a temperature above 0"):
+        Sampling(temperature, top_k=2)
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-36, 1e-33, 1e-31, 1e-20])
+@pytest.mark.parametrize("restriction", [{}, {"top_k": 2}, {"top_p": 0.9}])
+def test_a_tiny_temperature_draws_the_most_likely_token(temperature, restriction):
+    # divided by 1e-36 both 500 and 600 are beyond float32
+    logits = jnp.array([[500.0, 600.0, -600.0], [600.0, 500.0, 1.0], [-3.0, -2.0, -1.0]])
+    bits = sampling.row_key_bits(0, range(3))
+    settings = Sampling(temperature, **restriction)
+    for step in range(3):
+        assert sampling.next_token(logits, bits, step, settings).tolist() == [1, 0, 2]

@@ -220,7 +220,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 def test_a_file_in_place_of_the_run_is_refused(tmp_path):
     run = RunLayout(tmp_path / "notes.txt")
     run.root.write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt is no directory; choose another one"):
+    with pytest.raises(UserError, match=r"notes\.txt is a file; give another path"):
         run_lock.check_free(run, print)
     with pytest.raises(UserError, match="is no directory"), run_lock.hold(run, print):
         pass

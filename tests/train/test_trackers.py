@@ -96,3 +96,46 @@ def test_a_missing_package_is_named(monkeypatch):
         match=r"tracking.wandb needs the package wandb, .* pip install 'jax_ordermerge\[wandb\]'",
     ):
         trackers.check(config.Tracking(wandb="orders"))
+
+
+@pytest.fixture
+def no_key(tmp_path, monkeypatch):
+    """A machine with the package of W&B, and nothing that says who its user is."""
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_wandb_without_a_key_is_refused_before_the_training(no_key, monkeypatch):
+    tracking = config.Tracking(wandb="orders")
+    with pytest.raises(UserError, match="wandb = orders needs a key of W&B: run wandb login"):
+        trackers.check(tracking)
+    trackers.check(tracking, several=True)  # only the first process needs one
+    trackers.check(config.Tracking())
+    for name, value in (("WANDB_API_KEY", "x"), ("WANDB_MODE", "offline")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            trackers.check(tracking)
+    (no_key / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    trackers.check(tracking)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.here:8080/x")
+    with pytest.raises(UserError, match="needs a key"):
+        trackers.check(tracking)
+
+
+def test_wandb_that_does_not_start_is_one_line(tmp_path, monkeypatch):
+    class UsageError(Exception):
+        pass
+
+    def init(**settings):
+        raise UsageError("api_key not configured (no-tty).\nsecond line")
+
+    errors = types.SimpleNamespace(Error=UsageError)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, errors=errors))
+    with pytest.raises(UserError, match=r"does not start \(api_key not .*\); run wandb login"):
+        trackers.Wandb(
+            TrackingSpec("tiny", config.Tracking(wandb="orders"), {}), RunLayout(tmp_path), (0,)
+        )

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from jax_ordermerge.config.evaluation import TASK_KINDS, FileTask, GeneratedTask, TaskKind
+from jax_ordermerge.config.evaluation import (
+    SMALLEST_TEMPERATURE,
+    TASK_KINDS,
+    FileTask,
+    GeneratedTask,
+    TaskKind,
+)
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import code_blocks, sandbox
 from jax_ordermerge.evaluate.eval_model import EvalModel, ItemExample, TaskResult, name_items
@@ -52,7 +58,7 @@ class ProgramTask(FileTask, GeneratedTask):
     def _draws_need_a_temperature(self) -> "ProgramTask":
         for name in ("samples", "top_k", "top_p"):
             default = ProgramTask.model_fields[name].default
-            if getattr(self, name) != default and not self.temperature:
+            if getattr(self, name) != default and self.temperature < SMALLEST_TEMPERATURE:
                 raise ValueError(
                     f"{name} needs programs that are drawn; give a temperature above 0"
                 )
@@ -393,13 +399,13 @@ def _judge(task: ProgramTask, problem: Problem, text: str) -> Json:
     }
 
 
-def _shares(task: ProgramTask, passed: Sequence[bool]) -> dict[str, float]:
+def _shares(task: ProgramTask, passed: Sequence[bool]) -> Json:
     """Return `accuracy`, `se` and `pass@k` of programs: `task.samples` of each problem."""
     starts = range(0, len(passed), task.samples)
     correct = [sum(passed[start : start + task.samples]) for start in starts]
     # Problems are the sampling unit: programs for the same problem are not independent.
     share, error = mean_and_error([count / task.samples for count in correct])
-    shares = {"accuracy": share, "se": error}
+    shares: Json = {"accuracy": share, "se": error}
     for k in _PASS_AT:
         if k <= task.samples:
             estimates = [pass_at_k(task.samples, count, k) for count in correct]

@@ -36,7 +36,7 @@ def measure(task: TextTask, rows: Sequence[JsonRow], model: EvalModel) -> TaskRe
     Returns:
         `word_perplexity`, `byte_perplexity` and `token_perplexity`: exp of the negative
         log-probability per word, byte or token over all texts. `bits_per_byte` with `se`, where
-        texts are the sampling unit; `words`, `bytes`, `tokens` and `n`. Per text `id`, `logp`,
+        texts are the sampling unit (None for one text); `words`, `bytes`, `tokens` and `n`. Per text `id`, `logp`,
         `words`, `bytes` and `tokens`. White space separates words; tokens are the predicted ones.
 
     Raises:
@@ -80,7 +80,8 @@ def measure(task: TextTask, rows: Sequence[JsonRow], model: EvalModel) -> TaskRe
     }
     # Bits per byte, not per token, is what models with other tokenizers can be compared by.
     nats, error = ratio_and_error([-x for x in logprobs], [item["bytes"] for item in items])
-    summary |= {"bits_per_byte": nats / math.log(2), "se": error / math.log(2)}
+    bits = None if error is None else error / math.log(2)
+    summary |= {"bits_per_byte": nats / math.log(2), "se": bits}
     return TaskResult(summary | counts | {"n": len(items)}, items)
 
 

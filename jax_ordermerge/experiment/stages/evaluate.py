@@ -7,7 +7,7 @@ from jax_ordermerge.config import PREFERENCES, Config, Task
 from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.evaluate import generation, harness
 from jax_ordermerge.evaluate.eval_model import TextGenerator
-from jax_ordermerge.evaluate.metrics import perplexity
+from jax_ordermerge.evaluate.metrics import percent_and_error, perplexity
 from jax_ordermerge.experiment import controls, dpo_reference, losses, models, stack_models
 from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.experiment.run_config import model_names, result_layouts
@@ -203,7 +203,7 @@ def _run_tasks(
 def _log_summary(ctx: RunContext, summary: Json) -> None:
     loss = [] if summary["loss"] is None else [f"loss {summary['loss']:.4f}"]
     tasks = [
-        f"{task} {100 * row['accuracy']:.1f} % +- {100 * row['se']:.1f}"
+        f"{task} {percent_and_error(row['accuracy'], row['se'])}"
         for task, row in summary["tasks"].items()
     ]
     ctx.log(f"  {summary['name']}: {', '.join([*loss, *tasks])}")

@@ -6,12 +6,13 @@ first one given by the model, its slice, the module, the recipe, or the method. 
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import sidecar_files
+from jax_ordermerge.checkpoint import remote, sidecar_files
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
@@ -27,7 +28,12 @@ from jax_ordermerge.merge.recipe.evaluator import Evaluator, LayerRange, MergedT
 from jax_ordermerge.merge.recipe.layers import Inputs, full_attention_layers, layer_ranges
 from jax_ordermerge.merge.recipe.schema import Recipe, Reference
 from jax_ordermerge.merge.sources import vocabulary
-from jax_ordermerge.merge.sources.references import Resolve, is_downloaded, open_model
+from jax_ordermerge.merge.sources.references import (
+    Resolve,
+    is_downloaded,
+    open_model,
+    split_name,
+)
 from jax_ordermerge.merge.sources.storage import Checkpoint, Source, Untied
 from jax_ordermerge.merge.sources.vocabulary import RemappedVocabulary
 
@@ -238,7 +244,7 @@ def _index_of(reference: Reference, what: str, models: _Models) -> int:
     if reference not in models.indices:
         # spelled in another way than among the models
         # Only what lies on this disk is opened for the comparison; a hub name would be downloaded.
-        local = Path(reference.name).expanduser().exists()
+        local = os.path.lexists(remote.expand(reference.name))
         opened = models.open_source(reference.name, reference.adapter) if local else None
         identity = None if opened is None else opened.identity()
         for index, source in enumerate(models.sources):
@@ -360,8 +366,8 @@ def _shorten_paths(raw: JsonValue, recipe: Recipe) -> JsonValue:
 def _last_part(name: str) -> str:
     """Return the last part of a path, or of each path in `MODEL+ADAPTER`; hub names stay."""
     # A name of the hub has a slash, too; what looks like a path or exists here is one.
-    is_path = [part.startswith(("/", ".", "~")) or Path(part).exists() for part in name.split("+")]
     return "+".join(
-        Path(part).name if local else part
-        for part, local in zip(name.split("+"), is_path, strict=True)
+        Path(part).name if part.startswith(("/", ".", "~")) or os.path.lexists(part) else part
+        for part in split_name(name)
+        if part is not None
     )

@@ -4,8 +4,9 @@ Models on a hub or in a bucket are downloaded when they are opened: a mistake in
 cost that. Names and parameters are checked here, and again where the tensors are known.
 """
 
-from pathlib import Path
+import os
 
+from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.recipe import chat_templates, rules, schema
@@ -71,9 +72,9 @@ def check_rounding(recipe: Recipe, out_dtype: str, where: str) -> None:
 def _identify(reference: Reference) -> tuple[str, ...]:
     """Return what is equal for two spellings of one model, as far as names tell."""
     parts = [part for part in split_name(*reference) if part is not None]
-    paths = [Path(part).expanduser() for part in parts]
+    paths = [remote.expand(part) for part in parts]
     return tuple(
-        str(path.resolve()) if path.exists() else part.rstrip("/")
+        str(path.resolve()) if os.path.lexists(path) else part.rstrip("/")
         for path, part in zip(paths, parts, strict=True)
     )
 

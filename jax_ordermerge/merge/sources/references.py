@@ -5,6 +5,7 @@ directory, or one of these with an adapter, `MODEL+ADAPTER`.
 """
 
 import functools
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -73,19 +74,37 @@ def split_name(name: str, adapter: str | None = None) -> tuple[str, str | None]:
         >>> split_name("base+adapter"), split_name("base", "adapter"), split_name("base")
         (('base', 'adapter'), ('base', 'adapter'), ('base', None))
     """
-    if adapter is None and "+" in name and not Path(name).expanduser().exists():
-        name, _, adapter = name.partition("+")
-        # Adapters on adapters would need an order and a rounding between them.
-        if not name or not adapter or "+" in adapter:
-            raise UserError(
-                f"model {name}+{adapter}: expected MODEL or MODEL+ADAPTER, with one adapter"
-            )
+    if adapter is None and "+" in name and not _exists(name):
+        name, adapter = _split(name)
     for part in filter(None, (name, adapter)):
-        if "@" in part and not Path(part).expanduser().exists():
+        if "@" in part and not _exists(part):
             raise UserError(
                 f"model {part}: a revision (@) is not offered; download it and give the directory"
             )
     return name, adapter
+
+
+def _split(name: str) -> tuple[str, str]:
+    splits = [
+        (name[:place], name[place + 1 :]) for place, letter in enumerate(name) if letter == "+"
+    ]
+    if len(splits) > 1:
+        # A `+` may stand in paths, too: the one that has an existing path on both sides, or else on
+        # one of them. Adapters on adapters would need an order and a rounding between them.
+        splits = [split for split in splits if all(map(_exists, split))] or [
+            split for split in splits if any(map(_exists, split))
+        ]
+    if len(splits) != 1 or "" in splits[0]:
+        raise UserError(f"model {name}: expected MODEL or MODEL+ADAPTER, with one adapter")
+    return splits[0]
+
+
+def _exists(name: str) -> bool:
+    """Return whether a name is that of a path, or of a member or merge of a run on this disk."""
+    path = remote.expand(name)
+    layout = RunLayout(path.parent)
+    is_of_run = member_number(path.name) is not None or layout.is_merged(path.name)
+    return os.path.lexists(path) or (layout.is_run and is_of_run)
 
 
 def is_composed(name: str) -> bool:
@@ -97,7 +116,7 @@ def is_composed(name: str) -> bool:
         >>> is_composed("base+adapter"), is_composed("embedded:quickstart")
         (True, False)
     """
-    path = Path(name).expanduser()
+    path = remote.expand(name)
     if path.exists():
         # RUN/member_0 may be a directory of its own: the export
         return not (path / "config.json").is_file() and orbax.latest(path) is not None
@@ -122,7 +141,7 @@ def find_member(name: str) -> tuple[RunLayout, int] | None:
         >>> find_member("embedded:quickstart") is None
         True
     """
-    path = Path(name).expanduser()
+    path = remote.expand(name)
     number = member_number(path.name)
     if number is None:
         return None
@@ -161,7 +180,7 @@ def _open_base(name: str, resolve: Resolve, ignore: Collection[str], allow_bin: 
 
 def _find_merge(name: str) -> Path | None:
     """Return the directory of a merge by its name, `RUN/average`; None for other names."""
-    path = Path(name).expanduser()
+    path = remote.expand(name)
     layout = RunLayout(path.parent)
     if path.exists() or not layout.is_run:
         return None

@@ -40,6 +40,7 @@ _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
     "font.size": 9,
+    "text.parse_math": False,  # names may hold dollar signs
     "svg.fonttype": "none",  # text stays text: it can be searched and selected
     # without a salt matplotlib draws its ids at random
     "svg.hashsalt": "ordermerge",

@@ -28,9 +28,9 @@ def losses(models: Sequence[Json], unit: str, name: str = "held-out loss") -> st
         axes = figure.subplots()
         for index, model in enumerate(shown):
             colour = KIND[model["kind"]]
-            axes.errorbar(
-                model["loss"], index, xerr=NORMAL * model["loss_se"], color=colour, **MARKS
-            )
+            # the error of one example is undefined
+            error = NORMAL * (model["loss_se"] or 0.0)
+            axes.errorbar(model["loss"], index, xerr=error, color=colour, **MARKS)
         _models(axes, shown, [model["loss"] for model in shown])
         note = "".join(
             f"; the {model['name']}, at {model['loss']:.3f}, lies outside" for model in outside
@@ -48,7 +48,8 @@ def accuracies(models: Sequence[Json], task: str) -> str:
         task: its name.
     """
     shares = percentages(models, task)
-    errors = [100 * NORMAL * model["tasks"][task]["se"] for model in models]
+    # the error of one item is undefined, and no bar is drawn for it
+    errors = [100 * NORMAL * (model["tasks"][task]["se"] or 0.0) for model in models]
     # room to the right of the longest bar, for the numbers
     end = max(share + error for share, error in zip(shares, errors, strict=True))
 
