@@ -72,12 +72,16 @@ def address(path: str | Path) -> str | None:
 def expand(path: str | Path) -> Path:
     """Return a path with `~` expanded, unless it exists as it is written.
 
+    In a directory called `~` that may also be a path that is to be written, or RUN/member_0.
+
     Example:
         >>> expand("~/data") == Path.home() / "data", expand("~no-user/data").as_posix()
         (True, '~no-user/data')
     """
     # os.path and not pathlib, which fails where there is no such user or a name is too long
-    return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
+    text, home = str(path), os.path.expanduser(path)
+    is_below = os.path.lexists(text.partition("/")[0]) and not os.path.lexists(home)
+    return Path(text if os.path.lexists(text) or is_below else home)
 
 
 def cache() -> Path:
