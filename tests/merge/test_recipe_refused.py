@@ -80,8 +80,8 @@ REFUSED = [
         "a revision (@) is not offered",
     ),
     (
-        "merge_method: linear\nmodels: [{model: 3}]",
-        "models[0].model: 3 is no model",
+        "merge_method: linear\nmodels: [{model: [3]}]",
+        "models[0].model: ['3'] is no model",
     ),
     (
         "merge_method: linear",
