@@ -30,7 +30,7 @@ class EpochGap(Estimate):
 
 @dataclass(frozen=True)
 class Excess(Estimate):
-    """What a merge's gap is above that of a plain average; p by Student's t over the samples."""
+    """What a merge's gap is above that of a plain average; p by a normal test, as the interval."""
 
     p: float
 
@@ -133,10 +133,9 @@ def curves(
         # one reason for all of them, also for the halves: fewer bins would determine the rest
         by_key, reason = {}, str(error)
 
-    count = losses.shape[1] if units is None else int(units.max()) + 1
     # With orders that do not vary within samples an average keeps the gap, as the share of 0 says.
     share_left = [1 - within_share(positions[:, e]) for e in range(epochs)]
-    table = _Resampled(by_key, reason, share_left, count)
+    table = _Resampled(by_key, reason, share_left)
     return Curves(
         members=[[table.band("member", m, e) for e in range(epochs)] for m in range(members)],
         pooled=Pooled(
@@ -162,13 +161,11 @@ class _Resampled(NamedTuple):
         by_key: empty where the data determine none.
         reason: why a curve is absent.
         share_left: by epoch, the part of a gap that a plain average keeps.
-        resampled: number of units, which are resampled.
     """
 
     by_key: dict[Key, Curve]
     reason: str
     share_left: list[float]
-    resampled: int
 
     def band(self, *key: str | int) -> Band | Missing:
         curve = self.by_key.get(key)
@@ -205,7 +202,7 @@ class _Resampled(NamedTuple):
             merged=resample.gap(after),
             difference=resample.gap(after, before),
             expected=gap.scaled(self.share_left[e]),
-            excess=Excess(**vars(excess), p=_p(excess, gap, self.resampled)),
+            excess=Excess(**vars(excess), p=_p(excess, gap)),
         )
 
 
@@ -300,11 +297,12 @@ def _jobs(
     return jobs
 
 
-def _p(excess: Estimate, gap: Estimate, count: int) -> float:
+def _p(excess: Estimate, gap: Estimate) -> float:
     # the plain average itself differs by rounding errors only, which are no evidence
     if abs(excess.estimate) <= 1e-9 * abs(gap.estimate) or not excess.se > 0:
         return 1.0
-    return float(2 * stats.t.sf(abs(excess.estimate / excess.se), count - 1))
+    # normal, as the interval: `_spread_factors` widened the error where few batches were resampled
+    return float(2 * stats.norm.sf(abs(excess.estimate / excess.se)))
 
 
 def within_share(position: np.ndarray) -> float:
