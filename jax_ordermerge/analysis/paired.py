@@ -142,8 +142,8 @@ def difference(
 
 def _studentized(deviations: np.ndarray, share: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return the mean of each resample over its own error, [P], from rows [P, n]."""
-    # Sums of powers instead of residuals: one pass, and no array [P, n] of residuals. The deviations
-    # are centred, so nothing large cancels.
+    # Sums of powers instead of residuals: one pass, and no array [P, n] of residuals. The
+    # deviations are centred, so nothing large cancels.
     total = share[rows].sum(axis=1)
     mean = (share * deviations)[rows].sum(axis=1) / total
     squares = ((share * deviations) ** 2)[rows].sum(axis=1)

@@ -143,13 +143,13 @@ def _load(path: Path) -> dict[str, "torch.Tensor"]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} takes PyTorch to read, which is not installed: pip install 'jax_ordermerge[bin]',"
-            " or torch"
+            f"{path} takes PyTorch to read, which is not installed: pip install"
+            " 'jax_ordermerge[bin]', or torch"
         ) from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _MIN_TORCH:
         raise UserError(
-            f"{path} is not read with PyTorch {torch.__version__}, whose weights_only can be made to"
-            f" run code; install {'.'.join(map(str, _MIN_TORCH))} or later"
+            f"{path} is not read with PyTorch {torch.__version__}, whose weights_only can be made"
+            f" to run code; install {'.'.join(map(str, _MIN_TORCH))} or later"
         )
     try:
         tensors = torch.load(
@@ -170,7 +170,8 @@ def _load(path: Path) -> dict[str, "torch.Tensor"]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
     ):
         raise UserError(
-            f"{path} is no mapping of names to tensors, as {SINGLE} is; it may be a file of a trainer"
+            f"{path} is no mapping of names to tensors, as {SINGLE} is; it may be a file of a"
+            " trainer"
         )
     return dict(tensors)
 

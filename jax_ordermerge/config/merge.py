@@ -170,7 +170,8 @@ class Search(Section):
     # A factory: the entries are validated when they are needed, not at import.
     methods: tuple[Entry, ...] = Field(default_factory=_default_entries)
     lambdas: Range = Field(
-        # A factory, as above. As wide as the line of the average among the methods, in steps of 0.1.
+        # A factory, as above. As wide as the line of the average among the methods, in steps of
+        # 0.1.
         default_factory=lambda: Range(low=0.5, high=2.0, steps=16),
         description="lambdas at which every member and the average are candidates, besides 1",
     )

@@ -67,8 +67,8 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     measured: dict[str, controls.ControlLosses] = {}
     # Nothing is chosen among subsets, and they are as many as all other controls: no validation.
     of_subsets = [control for control in listed if control.group == subsets.GROUP]
-    others = [control for control in listed if control.group != subsets.GROUP]
-    for part, validate in ((others, True), (of_subsets, False)):
+    candidates = [control for control in listed if control.group != subsets.GROUP]
+    for part, validate in ((candidates, True), (of_subsets, False)):
         if all(control.name in reused for control in part):
             measured |= {control.name: reused[control.name] for control in part}
         else:

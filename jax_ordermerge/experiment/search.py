@@ -133,7 +133,7 @@ def _compare_on_test(
     # by example, so that the difference to the winner is paired as the others are
     means[claim.MEAN_MEMBER] = np.mean([sums(x.key, LOSS) / tokens for x in members], axis=0)
     bootstrap = {"resamples": ctx.config.evaluation.bootstrap, "seed": ctx.config.seed}
-    made = claim.make_claim(
+    claimed = claim.make_claim(
         means, tokens, is_merge=result.winning_candidate.kind == "merge", **bootstrap
     )
     tasks = {}
@@ -149,7 +149,7 @@ def _compare_on_test(
             else asdict(paired.difference(winner, best, **bootstrap)),
             "mcnemar": asdict(paired.mcnemar(winner > 0.5, best > 0.5)),
         }
-    return {"examples": len(test), **asdict(made), "tasks": tasks}
+    return {"examples": len(test), **asdict(claimed), "tasks": tasks}
 
 
 def _origin(result: search.SearchResult) -> str:

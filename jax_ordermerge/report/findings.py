@@ -52,8 +52,8 @@ def sentences(run: Run) -> list[str]:
             sentences.append(
                 f"These are {tests} comparisons. The verdicts follow p values corrected by Holm's "
                 "method over all of them. Detectable: the smallest true difference that a single "
-                "such test finds in 80 of 100 repetitions. The errors are over test items, for these "
-                "trained models. Another training seed adds the spread that the members show "
+                "such test finds in 80 of 100 repetitions. The errors are over test items, for "
+                "these trained models. Another training seed adds the spread that the members show "
                 "among themselves. Where a merge has several seeds, their spread is in its errors."
             )
     return sentences

@@ -92,7 +92,8 @@ def _introduction(run: Run) -> str:
     return (
         f"The base {model.get('base')} was fine-tuned {population.get('members')} times for "
         f"{training.get('epochs')} epochs on the same data, each time {difference} (level "
-        f"{population.get('level')}, reshuffle {population.get('reshuffle')}).{replicates}{merges} Brackets hold 95 % intervals."
+        f"{population.get('level')}, reshuffle {population.get('reshuffle')})."
+        f"{replicates}{merges} Brackets hold 95 % intervals."
     )
 
 

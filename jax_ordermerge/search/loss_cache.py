@@ -61,7 +61,7 @@ class LossCache:
     def get_or_measure(
         self, key: str, subset: int, measure: Callable[[], np.ndarray]
     ) -> np.ndarray:
-        """Return the losses of a candidate on a subset, float64[..., items], measured if need be."""
+        """Return the losses of a candidate on a subset, float64[..., items]; measure new ones."""
         losses = self._losses.get((key, subset))
         if losses is not None:
             self.hits += 1

@@ -54,14 +54,14 @@ def _make_guard(
     unmeasured: Mapping[str, str],
 ) -> Guard:
     """Compare the best candidate with the best member in every measure, on all examples."""
-    others = [name for name in measured if name not in space.measure]
+    unchosen = [name for name in measured if name not in space.measure]
 
     def values(number: int) -> dict[str, float]:
         candidate, rest = loop.candidates[number], dict[str, float]()
-        if others:
-            totals = sums(candidate, others, validation, _ALL).sum(axis=1)
-            counts = [measured[name].counts(validation).sum() for name in others]
-            rest = dict(zip(others, (totals / counts).tolist(), strict=True))
+        if unchosen:
+            totals = sums(candidate, unchosen, validation, _ALL).sum(axis=1)
+            counts = [measured[name].counts(validation).sum() for name in unchosen]
+            rest = dict(zip(unchosen, (totals / counts).tolist(), strict=True))
         return loop.measures(space.measure, number) | rest
 
     if best.leader == best.member:
@@ -295,16 +295,16 @@ class SearchLoop:
     def _line(self, candidate: Candidate) -> list[int]:
         """Return the numbers of members at all lambdas, or of the average at all lambdas."""
 
-        def is_in(other: Candidate) -> bool:
+        def is_in(rival: Candidate) -> bool:
             if candidate.method == MEMBER:
-                return other.method == MEMBER
-            plain = other.weights is None and not other.groups
+                return rival.method == MEMBER
+            plain = rival.weights is None and not rival.groups
             return plain and (
-                (other.method == "average" and not other.parameters)
-                or (other.method == "task_arithmetic" and other.parameters.keys() == {"scale"})
+                (rival.method == "average" and not rival.parameters)
+                or (rival.method == "task_arithmetic" and rival.parameters.keys() == {"scale"})
             )
 
-        return [number for number, other in enumerate(self.candidates) if is_in(other)]
+        return [number for number, rival in enumerate(self.candidates) if is_in(rival)]
 
     def _add(self, batch: Sequence[Candidate]) -> tuple[list[int], list[int]]:
         """Return the numbers of a batch of candidates, and those of them that are new."""

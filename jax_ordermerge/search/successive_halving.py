@@ -7,8 +7,8 @@ import numpy as np
 from scipy import stats
 
 # Of the paired tests of one round together: the probability that they drop the candidate of the
-# lowest true loss although it belongs to the better half. It bounds neither the halving itself, which
-# ranks means on few items and may well drop that candidate, nor all rounds together. What is
+# lowest true loss although it belongs to the better half. It bounds neither the halving itself,
+# which ranks means on few items and may well drop that candidate, nor all rounds together. What is
 # guaranteed is that the winner is not worse than base, members and average on the validation items,
 # because these are always measured on all of them.
 LEVEL = 0.05

@@ -179,8 +179,8 @@ class Evaluator:
             per_member["weight"] = [convert("weight", parameter, weight) for weight in weights]
         shared = {name: convert(name, x, values.get(name)) for name, x in rule.shared.items()}
         call = rule.translate(Values(per_member, shared, has_base=rule.needs_base))
-        own = {name: values[name] for name in rules.extra_parameters(rule) if name in values}
-        every = {**call.parameters, **own}
+        extra = {name: values[name] for name in rules.extra_parameters(rule) if name in values}
+        every = {**call.parameters, **extra}
         parameters = table.check_parameters(rule.method, every, jointly=jointly)
         if jointly:
             table.check_weights(rule.method, call.weights, count, parameters)

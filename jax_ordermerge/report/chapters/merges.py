@@ -233,7 +233,7 @@ def _subset_blocks(controls: Json, unit: str) -> list[Block]:
 
 def _lambda_table(lambdas: Json) -> Table:
     """Return the comparisons at lambda 1 and with each side at its own lambda."""
-    own = lambdas["own"]
+    own_rows = lambdas["own"]
     best = lambdas["best_member"]
 
     def label(name: str) -> str:
@@ -242,7 +242,7 @@ def _lambda_table(lambdas: Json) -> Table:
     def scale(name: str) -> str:
         if name == MEAN_MEMBER:
             return "each its own"
-        row = best if name == BEST_MEMBER else own[name]
+        row = best if name == BEST_MEMBER else own_rows[name]
         line = f" ({row['line']})" if name == BEST_MEMBER else ""
         return f"{row['lambda']:g}{' (edge)' if row['edge'] else ''}{line}"
 
@@ -270,10 +270,11 @@ def _lambda_table(lambdas: Json) -> Table:
     header = ["model", "less", "at lambda 1", "its lambda", "lambda of the other"]
     header.append("each at its own lambda")
     caption = (
-        "base + lambda (model - base). A lambda is chosen on validation among those of the controls, "
-        "by loss; (edge): the lowest or highest of them. At its own lambda the best member is the "
-        "one that is best then. What a merge gains on it is merging; what a model gains on itself at "
-        "lambda 1 is length. 95 %: bootstrap, p of the paired t-test, and p by Holm's method over all comparisons of this table."
+        "base + lambda (model - base). A lambda is chosen on validation among those of the "
+        "controls, by loss; (edge): the lowest or highest of them. At its own lambda the best "
+        "member is the one that is best then. What a merge gains on it is merging; what a model "
+        "gains on itself at lambda 1 is length. 95 %: bootstrap, p of the paired t-test, and p by "
+        "Holm's method over all comparisons of this table."
     )
     return Table(header, rows, caption, text=(0, 1))
 

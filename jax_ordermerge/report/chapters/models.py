@@ -156,8 +156,9 @@ def difference_table(comparison: Comparison) -> Table:
     header = ["merge", "measure", "against", "difference", "median", "p, Wilcoxon"]
     header += ["five items hold", "only it : only rival right", "p, McNemar"]
     caption = (
-        "Merge less rival; less loss and more points are better. 95 %: studentized bootstrap. p: of "
-        "the paired t-test; by Holm: corrected over all comparisons of this table, for answers of "
+        "Merge less rival; less loss and more points are better. 95 %: studentized bootstrap. p: "
+        "of the paired t-test; by Holm: corrected over all comparisons of this table, for answers "
+        "of "
         "single models McNemar's mid-p test. Losses weigh tokens where their numbers are stored, "
         "else examples equally. Of several merge seeds the mean over them is compared on each "
         "item, and their spread is in interval and p. Median: items counting equally. Five items "

@@ -100,9 +100,9 @@ def _selection(run: Run) -> Iterator[str]:
         return
     # of several variants the first in the config: the best of them would be a choice by the test
     name = _lowest(run, names) or names[0]
-    others = f", of {len(names)} variants" if len(names) > 1 else ""
+    variants = f", of {len(names)} variants" if len(names) > 1 else ""
     merge = run.claims.merges[name]
-    yield f"Selection ({name}{others}): {_against(run, merge, (AVERAGE, BEST_MEMBER))}."
+    yield f"Selection ({name}{variants}): {_against(run, merge, (AVERAGE, BEST_MEMBER))}."
 
 
 def _ship(run: Run) -> Iterator[str]:
