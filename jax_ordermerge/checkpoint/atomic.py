@@ -24,9 +24,12 @@ def check_vacant(target: str | Path) -> None:
     """Refuse a target whose content would be lost.
 
     Raises:
-        UserError: the target is a file or a directory that is not empty.
+        UserError: the target is a file, lies below one, or is a directory that is not empty.
     """
     path = Path(target)
+    for parent in path.parents:
+        if parent.is_file():
+            raise UserError(f"{target} lies below {parent}, which is a file; give a new directory")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{target} is not empty; give a new directory, or remove it")
     if path.exists() and not path.is_dir():

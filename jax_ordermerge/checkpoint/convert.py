@@ -25,7 +25,8 @@ from jax_ordermerge.checkpoint import atomic, json_files, placement, safetensors
 from jax_ordermerge.checkpoint.resolve import resolve as resolve
 from jax_ordermerge.errors import UserError
 
-_READABLE = ("float64", "float32", "float16", "bfloat16")
+WRITABLE = ("float32", "bfloat16", "float16")
+_READABLE = ("float64", *WRITABLE)
 _ROTARY_BUFFER = "rotary_emb.inv_freq"  # old libraries write it, every library recomputes it
 
 
@@ -89,6 +90,20 @@ def load_params(
             abstract[spec.path], functools.partial(_read_part, reader, spec, target, members)
         )
     return config, tree.unflatten(flat)
+
+
+def named_dtype(directory: str | Path) -> str:
+    """Return the dtype that config.json of a model names; float32 where it names none.
+
+    Example:
+        >>> from jax_ordermerge.checkpoint.resolve import resolve
+        >>> named_dtype(resolve("embedded:quickstart"))
+        'bfloat16'
+    """
+    raw = json_files.read_json(Path(directory) / "config.json")
+    # transformers 5 writes `dtype`, earlier versions `torch_dtype`
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    return named if named in WRITABLE else "float32"
 
 
 def check_tensors(reader: safetensors.StoredTensors, config: ModelConfig) -> None:

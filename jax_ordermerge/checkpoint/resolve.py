@@ -1,5 +1,6 @@
 """The local directory of a base model, wherever it comes from. It takes no jax to find it."""
 
+import difflib
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,11 +49,13 @@ def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path
     path = remote.expand(base)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise UserError(f"{base} is a file; a model is a directory, a hub name or embedded:NAME")
     # a hub name has at most one slash, so this can only be a path
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError(
-            f"base model directory {base} not found; give an existing directory, a hub name or"
-            " embedded:NAME"
+            f"base model directory {base} not found{_similar(path)}; give an existing directory, a"
+            " hub name or embedded:NAME"
         )
     directory = _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
     if allow_bin and not any(directory.glob("*.safetensors")):
@@ -69,6 +72,13 @@ def is_on_hub(base: str) -> bool:
     """
     is_local = base.startswith((".", "/", "~", "embedded:")) or base.count("/") > 1
     return not is_local and remote.address(base) is None and not remote.expand(base).is_dir()
+
+
+def _similar(path: Path) -> str:
+    """Return a hint at the directory beside a missing one whose name is nearest to it, if any."""
+    siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
+    return f" (did you mean '{path.parent / nearest[0]}'?)" if nearest else ""
 
 
 def _embedded(name: str) -> Path:
@@ -108,6 +118,7 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
     except (OSError, errors.HTTPError) as error:  # all network failures of the hub are one of these
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"base model {name} is no directory and could not be downloaded: {reason}"
+            f"base model {name} is no directory{_similar(Path(name))} and could not be downloaded:"
+            f" {reason}"
         ) from error
     return Path(directory)

@@ -258,8 +258,8 @@ def model_card(
     title: str = "Model",
     text: str = "",
     *,
-    base_model: str | None = None,
-    relation: Literal["merge", "finetune", "adapter"] = "finetune",
+    base_model: str | Sequence[str] | None = None,
+    relation: Literal["merge", "finetune", "adapter"] | None = "finetune",
     tags: Sequence[str] = (),
 ) -> str:
     """Return the text of a model card with the metadata that hubs read.
@@ -267,8 +267,9 @@ def model_card(
     Args:
         title: the heading.
         text: Markdown below it.
-        base_model: hub name of the base; a local path would not help a reader.
-        relation: relation of the model to its base.
+        base_model: name of the base, or names of the models that were merged. Paths of this
+            machine do not belong here, see `merge.sources.public_names`.
+        relation: relation of the model to its base, None where it is only another format.
         tags: tags besides `jax_ordermerge`.
 
     Example:
@@ -291,9 +292,10 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     # ModelCardData takes keys that it does not know, and writes them last
-    relations = {"base_model_relation": relation} if base_model else {}
+    relations = {"base_model_relation": relation} if base_model and relation else {}
+    base = base_model if isinstance(base_model, str) else list(base_model or ())
     data = ModelCardData(
-        base_model=base_model,
+        base_model=base or None,
         library_name="peft" if relation == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=[*tags, "jax_ordermerge"],

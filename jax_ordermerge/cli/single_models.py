@@ -34,7 +34,7 @@ def merge(
     *,
     out: Annotated[Path | None, Option(help="Directory to write. It must not exist.")] = None,
     base: Annotated[str | None, Option(help="With MODEL...: their base model.")] = None,
-    method: Annotated[str, Option(help="Merge method, e.g. average.")] = "selection",
+    method: Annotated[str | None, Option(help="Merge method; average by default.")] = None,
     parameters: Annotated[
         list[str] | None,
         Option(
@@ -50,7 +50,7 @@ def merge(
     ] = None,
     to: Annotated[str, Option(help="Format to write: hf or orbax.")] = "hf",
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan; write nothing.")] = False,
-    workers: Annotated[int | None, Option(help="Threads; one per core by default.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Threads; one per core by default.")] = None,
     shard_gb: Annotated[float, Option(help="Largest output file, in 10^9 bytes.")] = 5.0,
     allow_nan: Annotated[
         bool, Option("--allow-nan", help="Merge NaN and infinities, and count them.")

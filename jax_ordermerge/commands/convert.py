@@ -9,18 +9,24 @@ from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import atomic, convert, orbax, remote, safetensors, sidecar_files
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import waves
+from jax_ordermerge.experiment import cards, waves
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import CONFIG, RunLayout, member_name
-from jax_ordermerge.merge.sources import peft_export, references, storage
+from jax_ordermerge.merge.sources import (
+    peft_export,
+    peft_files,
+    public_names,
+    references,
+    storage,
+)
 from jax_ordermerge.merge.sources.references import read_prompt_format
 from jax_ordermerge.merge.sources.storage import Source
 from jax_ordermerge.record import base_digest, refuse_other_base
 from jax_ordermerge.train import members
 
 TARGETS = ("hf", "orbax", "peft")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = convert.WRITABLE
 
 
 def convert_checkpoint(
@@ -60,16 +66,18 @@ def convert_checkpoint(
             raise UserError(f"{target} exists already; give a new directory")
         run = _find_member(source, member)
         if to == "peft":
-            _export_adapter(source, run, target, dtype)
+            _export_adapter(source, run, target, dtype, log)
             return
         model = _open(source, run, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
         if dtype is None:
             # of a member that of the export, so that the bytes are those of the exported member
-            dtype = _stored_dtype(model) if run is None else read_config(run[0].root).merge.dtype
+            dtype = model.export_dtype or storage.stored_dtype(model, "--dtype")
         if model.directory is None or not sidecar_files.has_tokenizer(model.directory):
             log(f"note: {source} has no tokenizer files, so {out} has none")
-        write = _write_hf if to == "hf" else _write_orbax
-        write(model, target, dtype)
+        if to == "hf":
+            _write_hf(model, target, dtype, _card(source, run, model, dtype))
+        else:
+            _write_orbax(model, target, dtype)
 
 
 def _find_member(source: str, number: int | None) -> tuple[RunLayout, int] | None:
@@ -105,7 +113,7 @@ def _open(
     return references.open_model(source, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
 
 
-def _write_hf(model: Source, target: Path, dtype: str) -> None:
+def _write_hf(model: Source, target: Path, dtype: str, card: str) -> None:
     """Write a Hugging Face directory, one tensor in memory at a time."""
     safetensors.write(
         target,
@@ -114,7 +122,7 @@ def _write_hf(model: Source, target: Path, dtype: str) -> None:
         dtype=np.dtype(dtype),
         tokenizer_from=model.directory,
         chat_template=model.prompt_format.chat_template,
-        card=sidecar_files.model_card(target.name, prompt_section(model.prompt_format)),
+        card=card,
     )
 
 
@@ -136,22 +144,32 @@ def _write_orbax(model: Source, target: Path, dtype: str) -> None:
         orbax.save(partial, 0, {"params": params}, metadata)
 
 
-def _stored_dtype(model: Source) -> str:
-    """Return the dtype of all tensors of a model, which config.json need not have."""
-    dtypes: dict[str, str] = {}
-    for name, _, _ in arch.hf_tensors(model.config):
-        dtypes.setdefault(model.info(name).dtype.name, name)
-    # One of them for all would round some tensors, or widen them, without a word.
-    if len(dtypes) > 1 or not dtypes.keys() <= set(DTYPES):
-        listed = " and ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
-        raise UserError(
-            f"{model.label} is stored in {listed}; choose one of {', '.join(DTYPES)} with --dtype"
-        )
-    return next(iter(dtypes))
+def _card(source: str, run: tuple[RunLayout, int] | None, model: Source, dtype: str) -> str:
+    """Return the text of the model card of a member, or of a model that changes its format."""
+    form = model.prompt_format
+    if run is not None:
+        layout, number = run
+        config = read_config(layout.root)
+        return cards.member_card(config, layout.root, number, form, dtype, adapter=False)
+    base, *adapters = public_names.split_adapter(source)
+    name, short = public_names.public_name(base), public_names.short_names([source])[source]
+    text = f"`{short}` in another format, as `ordermerge convert` wrote it. {name.origin}"
+    if adapters:
+        text = f"The adapter of `{short}` and its base in one model. The base: {name.origin}"
+    return sidecar_files.model_card(
+        short,
+        f"{text}.\n\n{prompt_section(form)}",
+        base_model=name.card_id,
+        relation="finetune" if adapters else None,
+    )
 
 
 def _export_adapter(
-    source: str, run: tuple[RunLayout, int] | None, out: Path, dtype: str | None
+    source: str,
+    run: tuple[RunLayout, int] | None,
+    out: Path,
+    dtype: str | None,
+    log: Callable[[str], None],
 ) -> None:
     if run is None:
         raise UserError(f"--to peft goes with a member of a run, RUN/member_0, not with {source}")
@@ -165,9 +183,14 @@ def _export_adapter(
     adapter = members.restore_adapter(training_spec(config), model, wave, number)
     assert config.lora is not None  # restore_adapter refuses a run without it
     # The adapter names its base, which PEFT loads by that name: a hub name works anywhere.
-    base = config.model.base
-    if base.startswith("embedded:") or Path(base).exists():
+    name = public_names.public_name(config.model.base)
+    base = name.text  # also of a directory in the cache of the hub
+    if name.kind != "hub":
         base = str(base_dir.absolute())  # PEFT loads it from any working directory
+        log(
+            f"note: {peft_files.CONFIG} names the base by its directory here, {base}; to publish"
+            " the adapter, give base_model_name_or_path the name of the base on the hub"
+        )
     peft_export.write_adapter(
         out,
         adapter,
@@ -177,4 +200,5 @@ def _export_adapter(
         dtype=dtype or "float32",
         tokenizer_from=base_dir,
         prompt_format=form,
+        card=cards.member_card(config, layout.root, number, form, dtype or "float32", adapter=True),
     )

@@ -17,9 +17,8 @@ from jax_ordermerge.evaluate.eval_model import EvalModel, NotFiniteError
 from jax_ordermerge.evaluate.metrics import percent_and_error
 from jax_ordermerge.experiment import models
 from jax_ordermerge.experiment.context import Log, start_devices
-from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.layout import RunLayout, write_json
+from jax_ordermerge.layout import CONFIG, RunLayout, write_json
 from jax_ordermerge.merge.sources import references, storage
 
 
@@ -92,6 +91,22 @@ def is_model(target: Path) -> bool:
     return not is_config and not RunLayout(target).is_run
 
 
+def check_model(model: str) -> None:
+    """Refuse what is on this disk and is no model, before tasks are asked for.
+
+    Raises:
+        UserError: a file, or a directory without config.json.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise UserError(f"{model} is a file, and no YAML by its name; give a config, run or model")
+    is_model = (path / "config.json").is_file() or references.is_composed(model)
+    if path.is_dir() and not is_model:
+        raise UserError(
+            f"{model} is neither a run (it has no {CONFIG}) nor a model (it has no config.json)"
+        )
+
+
 def model_config(
     model: str, path: Path | None, overrides: Sequence[str] = (), ignore: Collection[str] = ()
 ) -> Config:
@@ -110,6 +125,7 @@ def model_config(
         >>> model_config("embedded:quickstart", None, ["evaluation.batch=8"]).evaluation.batch
         8
     """
+    check_model(model)
     for item in overrides:
         if item.partition("=")[0].strip() == "model.base":
             raise UserError(
@@ -152,8 +168,8 @@ def evaluate_tasks(
     tasks = config.evaluation.tasks
     if not tasks:
         raise UserError(
-            f"{config.model.base} is no config or run, so it is taken for a model, and there are no"
-            " tasks to evaluate it on: give --config FILE with evaluation.tasks,"
+            f"{config.model.base} is no config or run here, so it is taken for a model, and there"
+            " are no tasks to evaluate it on: give --config FILE with evaluation.tasks,"
             " or --harness TASK,..."
         )
     judged = [task.kind for task in tasks if TASK_KINDS[task.kind].result == "outputs"]
@@ -297,7 +313,6 @@ def load_model(config: Config, log: Log = print, *, allow_bin: bool = False) -> 
     date = dates.pin_date(tokenizer, config.data.date, recorded=form.date)
     if date is not None:
         log(f"the chat template prints {date} as today's date (data.date)")
-    run = references.find_member(name)
-    dtype = config.model.compute_dtype if run is None else read_config(run[0].root).merge.dtype
+    dtype = source.export_dtype or config.model.compute_dtype
     params = storage.load(source, mesh, dtype=dtype)
     return models.make_eval_model(config, source.config, params, tokenizer, mesh, name=name)

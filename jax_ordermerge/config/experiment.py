@@ -191,6 +191,13 @@ class Config(Section):
         """The dtype of the base in training: float32 where members start as copies of it."""
         return "float32" if self.lora is None else self.lora.base_dtype or self.model.compute_dtype
 
+    def with_export_dtype(self, dtype: str | None) -> "Config":
+        """Return this config with a dtype for members and merges, unless it names one."""
+        if self.merge.dtype is not None:
+            return self
+        merge = self.merge.model_copy(update={"dtype": dtype})
+        return self.model_copy(update={"merge": merge})
+
     # What involves several sections is checked here: a section does not know the others.
     # "after": the sections are valid by then, so conflicts may compute with their values.
     @pydantic.model_validator(mode="after")

@@ -278,7 +278,9 @@ class Merge(Section):
 
     # The dtype is part of the experiment: it decides how many elements of a member equal the base,
     # and so what resampling draws again.
-    dtype: Dtype = Field("bfloat16", description="dtype of exported members and merges")
+    dtype: Dtype | None = Field(
+        None, description="dtype of exported members and merges; null is that of the base"
+    )
     fisher_examples: PositiveInt = Field(
         256, description="training examples on which method fisher estimates the information"
     )

@@ -294,7 +294,12 @@ def _one_line(
         if kind and len(first["loc"]) == 1:
             settings = ", ".join(name for name in names if name != "kind") or "no settings"
             return f"unknown key {_dotted(path)} (kind {kind} has: {settings})"
-        return f"unknown key {_dotted(path)}{did_you_mean(str(path[-1]), names)}"
+        near = did_you_mean(str(path[-1]), names)
+        # Without sections, as settings of other trainers are: `lr` is training.learning_rate here.
+        elsewhere = _paths_of(section, str(path[-1]))
+        if len(elsewhere) == 1 and (len(path) == 1 or near.startswith(" (known")):
+            near = f" (did you mean '{elsewhere[0]}'?)"
+        return f"unknown key {_dotted(path)}{near}"
     if first["type"] == "value_error":
         cause = first["ctx"]["error"]
         if isinstance(cause, _KindError):
@@ -318,18 +323,34 @@ def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
+def _paths_of(section: type[Section], name: str, prefix: str = "") -> list[str]:
+    """Return the dotted paths of all settings of a name or with its initials, in a section."""
+    paths = []
+    for field in section.model_fields:
+        initials = "".join(part[:1] for part in field.split("_")) if "_" in field else field
+        if name in (field, initials):
+            paths.append(f"{prefix}{field}")
+        if (inner := _inner_section(section, field)) is not None:
+            paths += _paths_of(inner, name, f"{prefix}{field}.")
+    return paths
+
+
+def _inner_section(section: type[Section], field: str) -> type[Section] | None:
+    """Return the section that a field holds, as one of several alternatives or one of a list."""
+    annotation: Any = section.model_fields[field].annotation
+    # `Lora | None` and `tuple[Task, ...]` hold the section among their arguments
+    options = (annotation, *getattr(annotation, "__args__", ()))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+
+
 def _field_names(section: type[Section], path: Path, *, required: bool = False) -> list[str]:
     """Return all keys, or the required ones, of the section at a path below another one."""
-    node: Any = section
+    node: type[Section] | None = section
     for part in path:
         # a number is the place in a list, whose elements have one schema
-        if isinstance(part, int):
-            continue
-        node = node.model_fields[part].annotation
-        # `Lora | None` and `tuple[Task, ...]` hold the section among their arguments
-        arguments = getattr(node, "__args__", ())
-        node = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), node)
-    if not (isinstance(node, type) and issubclass(node, Section)):
+        if node is not None and not isinstance(part, int):
+            node = _inner_section(node, part)
+    if node is None:
         return []
     fields = node.model_fields.items()
     return [name for name, field in fields if field.is_required() or not required]

@@ -27,7 +27,7 @@ from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import data_settings, training_spec
 from jax_ordermerge.experiment.splits import Overlap, check_same_data, find_overlaps
 from jax_ordermerge.layout import RunLayout
-from jax_ordermerge.merge.sources.references import read_prompt_format
+from jax_ordermerge.merge.sources.references import base_dtype, read_prompt_format
 from jax_ordermerge.train import trackers
 from jax_ordermerge.train.spec import TrainingSpec
 
@@ -85,6 +85,12 @@ class RunContext:
         """Numbers of the members of the population, counted over all populations."""
         first = self.population * self.config.population.members
         return range(first, first + self.config.population.members)
+
+    @property
+    def export_dtype(self) -> str:
+        """Dtype of the members and merges that are measured and written."""
+        assert self.config.merge.dtype is not None  # `load_context` replaces it
+        return self.config.merge.dtype
 
     @functools.cached_property
     def training(self) -> TrainingSpec:
@@ -184,6 +190,7 @@ def load_context(
     base_dir = convert.resolve(config.model.base)
     model = convert.load_config(base_dir, config.model.ignore_config_keys)
     preflight.check_model(config, base_dir, model)
+    config = _choose_export_dtype(config, base_dir, log)
     tokenizer = tokenizers.load_tokenizer(base_dir)
     # before anything is tokenized: the date is part of the tokens
     date = dates.pin_date(tokenizer, config.data.date, recorded_date)
@@ -210,6 +217,19 @@ def load_context(
         log,
         on_checkpoint,
     )
+
+
+def _choose_export_dtype(config: Config, base_dir: Path, log: Log) -> Config:
+    """Return the config with the dtype of the base for members and merges, where it names none."""
+    if config.merge.dtype is not None:
+        return config
+    dtype = base_dtype(config.model, base_dir)
+    if dtype != "float32":
+        log(
+            f"members are trained in float32 and exported in {dtype}, the dtype of the base; set"
+            " merge.dtype for another one"
+        )
+    return config.with_export_dtype(dtype)
 
 
 def start_devices(config: Config) -> None:

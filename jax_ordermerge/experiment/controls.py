@@ -195,7 +195,7 @@ def _train_single(ctx: RunContext) -> Tree:
         waves.train(ctx, functools.partial(models.base_params, ctx, config.base_dtype))
     layout = waves.member_layout(ctx.layout, member)
     return members.restore_member(
-        ctx.training, ctx.model, ctx.mesh, layout, member, dtype=config.merge.dtype
+        ctx.training, ctx.model, ctx.mesh, layout, member, dtype=ctx.export_dtype
     )
 
 

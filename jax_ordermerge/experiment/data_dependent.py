@@ -48,7 +48,7 @@ def merge_with_data(
 
 
 def _merge(ctx: RunContext, settings: Json, members: Tree, base: Tree | None) -> Tree:
-    return population.merge(members, base, ctx.model, dtype=ctx.config.merge.dtype, **settings)
+    return population.merge(members, base, ctx.model, dtype=ctx.export_dtype, **settings)
 
 
 def _merge_with_fisher(

@@ -7,9 +7,11 @@ import yaml
 import jax_ordermerge
 from jax_ordermerge.checkpoint import convert, sidecar_files
 from jax_ordermerge.data.prompt_card import prompt_section
+from jax_ordermerge.experiment import cards
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import member_name
+from jax_ordermerge.merge.sources.public_names import public_name
 from jax_ordermerge.tree import Tree
 
 
@@ -41,7 +43,7 @@ def export(
         merged,
         ctx.model,
         target,
-        dtype=ctx.config.merge.dtype,
+        dtype=ctx.export_dtype,
         source=ctx.base_dir,
         chat_template=ctx.prompt_format.chat_template,
         card=_card(ctx, name, recipe, origin),
@@ -53,10 +55,11 @@ def _complete_recipe(ctx: RunContext, recipe: Json) -> Json:
     config, training = ctx.config, ctx.config.training
     # The recipe says how the members came about, too: without the orders nobody could make the
     # merge again.
+    run = ctx.training_layout.root.resolve().name
     complete = recipe | {
-        "base_model": _public_base(ctx) or "base",
-        "models": [member_name(member) for member in ctx.members],
-        "dtype": config.merge.dtype,
+        "base_model": public_name(config.model.base).text,
+        "models": [f"{run}/{member_name(member)}" for member in ctx.members],
+        "dtype": ctx.export_dtype,
         "orders": {
             "level": config.population.level,
             "seed": config.seed,
@@ -75,29 +78,16 @@ def _complete_recipe(ctx: RunContext, recipe: Json) -> Json:
     return complete | {"jax_ordermerge": jax_ordermerge.__version__}
 
 
-def _public_base(ctx: RunContext) -> str | None:
-    # a path on the machine that trained, or a name embedded in this package, means nothing on a hub
-    base = ctx.config.model.base
-    return None if Path(base).exists() or ":" in base else base
-
-
 def _of_population(ctx: RunContext) -> str:
     replicates = ctx.config.population.replicates
     return f", population {ctx.population} of 0 to {replicates - 1}" if replicates > 1 else ""
 
 
 def _card(ctx: RunContext, name: str, recipe: Json, origin: str) -> str:
-    population, epochs = ctx.config.population, ctx.config.training.epochs
-    count = population.members
-    difference = {
-        "order": f"in {count} different orders",
-        "init": f"in one order, from {count} initializations of the adapters",
-        "all": f"in {count} different orders, from {count} initializations of the adapters",
-    }[population.vary]
+    count = ctx.config.population.members
     text = (
-        f"One base model was fine-tuned {count} times on the same data {difference} (level"
-        f" `{population.level}`, {epochs} epochs), and the {count} models were merged by"
-        f" `{recipe['merge_method']}`.\n\n"
+        f"{cards.describe_training(ctx.config, ctx.export_dtype)} The {count} models were merged"
+        f" by `{recipe['merge_method']}`.\n\n"
         + (f"{origin}\n\n" if origin else "")
         + f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n"
         + prompt_section(ctx.prompt_format)
@@ -105,7 +95,7 @@ def _card(ctx: RunContext, name: str, recipe: Json, origin: str) -> str:
     return sidecar_files.model_card(
         f"{ctx.config.name}: {name}{_of_population(ctx)}",
         text,
-        base_model=_public_base(ctx),
+        base_model=public_name(ctx.config.model.base).card_id,
         relation="merge",
         tags=["merge", "parameter-selection"],
     )

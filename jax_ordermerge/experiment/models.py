@@ -37,7 +37,7 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
 
     The models are loaded one at a time, when the caller asks for the next.
     """
-    dtype = ctx.config.merge.dtype
+    dtype = ctx.export_dtype
     population = functools.cache(lambda: load_population(ctx))
     for name in names:
         number = member_number(name)
@@ -60,7 +60,7 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
 
 def load_population(ctx: RunContext) -> Population:
     """Return the trained members and their base in the dtype that is merged and served."""
-    dtype = ctx.config.merge.dtype
+    dtype = ctx.export_dtype
     trained = waves.restore(ctx, dtype=dtype)
     return Population(ctx.model, trained, base_params(ctx, dtype), dtype)
 

@@ -82,9 +82,12 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
                 ctx = open_run(todo.config, log, copy.try_save)
             # The config is the first file, because it makes the directory a run. It names the
             # bucket, not the local copy, so that the run continues on another machine.
-            write_config(todo.config, layout, output=config.output)
+            resolved = todo.config
             if ctx is not None:
-                ctx = dataclasses.replace(ctx, config=todo.config)
+                resolved = resolved.with_export_dtype(ctx.export_dtype)
+                ctx = dataclasses.replace(ctx, config=resolved)
+            write_config(resolved, layout, output=config.output)
+            if ctx is not None:
                 _run_stages(ctx, stages, todo.stages, copy)
             copy.save()
         log(f"done: {location}")
@@ -116,6 +119,7 @@ def _plan(config: Config, stages: Sequence[Stage]) -> _Todo:
     layout = RunLayout(config.directory)
     # The record says what results rest on; config.yaml also has settings for stages to come.
     record, stored = Record(layout), stored_config(layout)
+    config = _with_stored_dtype(config, stored)
     extended, unlisted = record.extended(config)
     missing = [
         stage.name
@@ -124,6 +128,12 @@ def _plan(config: Config, stages: Sequence[Stage]) -> _Todo:
     ]
     changes = [] if stored is None else difference(*map(schema.fixed_settings, (stored, extended)))
     return _Todo(extended, missing, changes, unlisted)
+
+
+def _with_stored_dtype(config: Config, stored: Config | None) -> Config:
+    # Where the user names none, a run goes on in the dtype that it began with: the base, which
+    # decided it, is not read to compare configs.
+    return config if stored is None else config.with_export_dtype(stored.merge.dtype)
 
 
 def _check_unlocked(config: Config, log: Log) -> None:
@@ -208,7 +218,8 @@ def search(
             todo = _plan(local, [train.STAGE])
             if todo.stages:
                 # a trained run has its config already; a search adds to it and leaves it unchanged
-                write_config(todo.config, ctx.layout, output=config.output)
+                resolved = todo.config.with_export_dtype(ctx.export_dtype)
+                write_config(resolved, ctx.layout, output=config.output)
             ctx = add_reference_logprobs(ctx)
             if todo.stages:
                 log(train.STAGE.name)
@@ -236,7 +247,7 @@ def benchmark(config: Config, *, steps: int, profile: Path | None = None, log: L
     # each has a scratch directory of its own
     ctx = load_context(config, log)
     with tempfile.TemporaryDirectory(prefix="ordermerge-") as scratch:
-        ctx = dataclasses.replace(ctx, config=config.model_copy(update={"output": scratch}))
+        ctx = dataclasses.replace(ctx, config=ctx.config.model_copy(update={"output": scratch}))
         train.benchmark(add_reference_logprobs(ctx), steps, profile)
 
 
@@ -248,6 +259,7 @@ def write_report(config: Config) -> str:
     """
     with local_run(config, lambda message: None) as (local, copy):
         stored = stored_config(RunLayout(local.directory))
+        local = _with_stored_dtype(local, stored)
         changes = [] if stored is None else difference(*map(schema.fixed_settings, (stored, local)))
         if changes:
             raise UserError(

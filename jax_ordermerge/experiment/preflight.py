@@ -38,6 +38,12 @@ def check_config(config: Config) -> None:
     # Orbax would find out at the first checkpoint, after hours.
     if config.distributed.coordinator is not None:
         alias.check_path(config.directory)
+    # the files of a run among those of a model could not be told apart any more
+    if (config.directory / "config.json").is_file():
+        raise UserError(
+            f"output {config.directory} is a model (it has config.json); choose another directory"
+            " with --set output=DIRECTORY"
+        )
     members = config.population.members
     for spec in config.merge.methods:
         parameters = table.check_parameters(spec.method, spec.parameters)

@@ -11,6 +11,7 @@ from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import RunLayout, member_name
+from jax_ordermerge.merge.recipe import schema as recipes
 from jax_ordermerge.record import stored_config
 
 
@@ -29,13 +30,21 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
         path = remote.fetch(f"{url}/{layout.CONFIG}")
         return schema.load_config(path, overrides, {"output": url})
     path = remote.fetch(target)
-    if not path.is_dir():
+    if path.is_file():
+        if recipes.is_recipe(path):
+            raise UserError(
+                f"{path} is the recipe of a merge, and no config of an experiment; give it to"
+                f" ordermerge merge {path} MERGED"
+            )
         return schema.load_config(path, overrides)
     run = RunLayout(path)
+    if not path.is_dir():
+        raise UserError(f"config file {path} not found; give a config file or a run directory")
     if not run.is_run:
+        is_model = (path / "config.json").is_file()
         raise UserError(
-            f"{path} is not a run directory (it has no {layout.CONFIG});"
-            " give a config file or a run directory"
+            f"{path} is {'a model, and ' if is_model else ''}not a run directory (it has no"
+            f" {layout.CONFIG}); give a config file or a run directory"
         )
     _refuse_output(path, overrides)
     stored_config(run)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,6 +19,7 @@ from jax_ordermerge.merge import diagnostics
 from jax_ordermerge.merge.journal import TensorRecord
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.plan import Plan
+from jax_ordermerge.merge.sources.public_names import public_name, short_names, split_adapter
 
 REPORT, MANIFEST = "merge.json", "manifest.json"
 
@@ -56,11 +58,13 @@ def report(plan: Plan, records: Sequence[TensorRecord]) -> Report:
         for record in records
         if record.moments is not None
     ]
+    # as the recipe has them: these files are published with the tensors
+    names = short_names(source.label for source in plan.sources)
     return {
         # the version is a key of the schema, so that the recipe beside a merge can be run again
         "recipe": {**plan.recipe, "jax_ordermerge": jax_ordermerge.__version__},
         "models": [
-            {"label": source.label, "digest": _digest(plan, records, i)}
+            {"label": names[source.label], "digest": _digest(plan, records, i)}
             for i, source in enumerate(plan.sources)
         ],
         "seed": plan.seed,
@@ -69,9 +73,18 @@ def report(plan: Plan, records: Sequence[TensorRecord]) -> Report:
             "jax": jax.__version__,
             "numpy": np.__version__,
         },
-        "notes": [*plan.notes, *_not_finite_notes(plan, records)],
+        "notes": [
+            _with_names(note, names) for note in (*plan.notes, *_not_finite_notes(plan, records))
+        ],
         "diagnostics": diagnostics.report(moments) if moments else None,
     }
+
+
+def _with_names(note: str, names: Mapping[str, str]) -> str:
+    """Return a note with the public names of models in place of what the user called them."""
+    # the longest first: one label may begin another
+    labels = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w/.-])(?:{labels})(?![\w/-])", lambda match: names[match[0]], note)
 
 
 def _not_finite_notes(plan: Plan, records: Sequence[TensorRecord]) -> list[str]:
@@ -150,7 +163,24 @@ def _card(plan: Plan, content: Report) -> str:
     if section := prompt_section(plan.prompt_format):
         text += f"\n\n{section}"
     title = f"Merge of {models} models by {recipe['merge_method']}"
-    return sidecar_files.model_card(title, text, relation="merge", tags=["merge"])
+    return sidecar_files.model_card(
+        title, text, base_model=_parents(plan), relation="merge", tags=["merge"]
+    )
+
+
+def _parents(plan: Plan) -> list[str]:
+    """Return the names of the models that a hub shows as those that were merged."""
+    parents = dict[str, None]()
+    for source in plan.sources:
+        model, *adapters = split_adapter(source.label)
+        name = public_name(model)
+        # Of a member that a run keeps, the directory is that of its base. An earlier recipe of the
+        # same file has a name that only looks like one on a hub.
+        is_here = Path(model).exists() or adapters or source.directory is None
+        if name.kind in ("run", "hub") and not is_here:
+            name = public_name(str(source.directory))
+        parents[name.card_id] = None
+    return [name for name in parents if name]
 
 
 def _diagnostics_table(total: diagnostics.Summary) -> str:

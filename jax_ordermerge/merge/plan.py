@@ -16,6 +16,7 @@ from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.merge.methods import table
+from jax_ordermerge.merge.sources.public_names import short_names
 from jax_ordermerge.merge.sources.storage import Source
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -183,11 +184,12 @@ def uniform(
         )
         for name, spec, layer in arch.hf_tensors(config)
     )
-    # the last part of each path only: the recipe is published
+    # not the paths of this machine: the recipe is published
+    names = short_names(source.label for source in sources)
     recipe = {
         "merge_method": method,
-        "models": [Path(member.label).name for member in members],
-        "base_model": None if base is None else Path(base.label).name,
+        "models": [names[member.label] for member in members],
+        "base_model": None if base is None else names[base.label],
         # plain floats: `yaml.safe_dump` refuses those of numpy
         "weights": None if weights is None else [float(weight) for weight in weights],
         "parameters": checked,
@@ -203,7 +205,7 @@ def uniform(
         resolved_dtype,
         recipe,
         tokenizer_from=tokenizer_from or members[0].directory,
-        notes=config_notes(lead, sources),
+        notes=config_notes(lead, sources) + member_dtype_notes(dtype, resolved_dtype, members),
         prompt_format=members[0].prompt_format,
     )
 
@@ -327,8 +329,29 @@ def _rope_differences(a: Rope, b: Rope) -> list[tuple[str, object, object]]:
     return [(key, value_a, value_b) for key, value_a, value_b in pairs if value_a != value_b]
 
 
+def member_dtype_notes(
+    setting: str | None, dtype: np.dtype, members: Sequence[Source]
+) -> tuple[str, ...]:
+    """Return a note where members of a run are rounded although nobody chose a dtype.
+
+    Args:
+        setting: what the user chose, if anything.
+        dtype: of the merge.
+        members: the models.
+    """
+    rounded = [member.label for member in members if member.export_dtype not in (None, "float32")]
+    if setting is not None or not rounded or dtype == np.float32:
+        return ()
+    return (
+        f"{', '.join(rounded)}: kept in float32 and merged in {dtype.name}, in which the run"
+        " exports them; dtype float32 merges them as they are",
+    )
+
+
 def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype:
     """Return the given dtype, or the one in which all members are stored.
+
+    Members of a run are kept in float32. Here they count as what the run exports.
 
     Raises:
         UserError: the dtype is not offered, or the members differ.
@@ -339,7 +362,7 @@ def resolve_dtype(dtype: str | None, members: Sequence[Source]) -> np.dtype:
         return np.dtype(jax.numpy.dtype(dtype))
     # Of all tensors, since a file may store its norms in float32 and the rest in bfloat16.
     dtypes = {
-        member.info(name).dtype
+        np.dtype(jax.numpy.dtype(member.export_dtype or member.info(name).dtype))
         for member in members
         for name, _, _ in arch.hf_tensors(member.config)
     }

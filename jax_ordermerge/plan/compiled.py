@@ -125,7 +125,7 @@ def losses_requirements(
         mesh,
         batch=spec.analysis.batch,
         length=length,
-        params_dtype=spec.merge.dtype,
+        params_dtype=spec.merge_dtype,
         dtype=dtype,
         kernel=kernels.choose(spec.model.attention, model, mesh, dtype=dtype),
     )
@@ -143,7 +143,7 @@ def generation_requirements(
         batch=spec.evaluation.batch,
         prompt=prompt,
         max_new_tokens=new,
-        params_dtype=spec.merge.dtype,
+        params_dtype=spec.merge_dtype,
         dtype=spec.model.compute_dtype,
     )
     # The loop of generation ends when all rows have ended, so its trip count is not in the text; at
@@ -159,7 +159,7 @@ def merge_requirements(spec: PlanSpec, model: ModelConfig, mesh: Mesh) -> Requir
     method that sends most.
     """
     # compiled on shapes: no member exists yet
-    dtype, members = spec.merge.dtype, spec.population.members
+    dtype, members = spec.merge_dtype, spec.population.members
     merges = [_compile(program, mesh) for program in _merge_programs(spec, model, mesh)]
     population_bytes, model_bytes = (
         bytes_per_device(params)
@@ -204,7 +204,7 @@ def _merge_programs(
             method=method,
             weights=weights,
             parameters=parameters,
-            dtype=spec.merge.dtype,
+            dtype=spec.merge_dtype,
         )
 
 

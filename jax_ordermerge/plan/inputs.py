@@ -30,6 +30,7 @@ class Inputs:
         train_count: number of training examples; None if it is not known.
         test_count: number of test examples; None if it is not known.
         notes: what could not be read, and what is used in its place.
+        base_dtype: that config.json of the base names; None if the base cannot be read.
     """
 
     model: ModelConfig
@@ -39,6 +40,7 @@ class Inputs:
     train_count: int | None
     test_count: int | None
     notes: tuple[str, ...]
+    base_dtype: str | None = None
 
     def prompt_length(self, spec: PlanSpec) -> int:
         """Return the tokens of the longest test prompt, or a guess without test examples."""
@@ -105,7 +107,11 @@ def read_inputs(
         # as a run does: held-out examples are taken from the training file
         train_count = max(examples - spec.data.validation_examples - spec.data.test_examples, 1)
     test_count = len(test) if test is not None else tests or spec.data.test_examples or None
-    return Inputs(model, name, train, test, train_count, test_count, tuple(notes))
+    # weights are not read, and a config.json without a dtype is rare
+    dtype = None
+    if base is not None:
+        dtype = convert.named_dtype(base)
+    return Inputs(model, name, train, test, train_count, test_count, tuple(notes), dtype)
 
 
 def _read_architecture(name: str, spec: PlanSpec) -> ModelConfig:

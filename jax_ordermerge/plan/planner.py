@@ -60,6 +60,8 @@ def plan_experiment(
         # the devices are only compiled for: without this jax would look for others, and take them
         jax.config.update("jax_platforms", "cpu")
     inputs = read_inputs(spec, architecture, examples, tests)
+    if spec.merge.dtype is None and inputs.base_dtype is not None:
+        spec = spec.change(merge={"dtype": inputs.base_dtype})
     # what a run would refuse on these devices
     spec.data.check_length(inputs.model.context_length, inputs.model_name)
     spec.population.check_groups(meshes.axis_sizes(spec.mesh.sizes, target.size)["order"])

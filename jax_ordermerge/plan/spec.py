@@ -43,7 +43,12 @@ class PlanSpec(TrainingSpec):
     @property
     def merge_bytes(self) -> int:
         """Bytes per element of a merged model."""
-        return 4 if self.merge.dtype == "float32" else 2
+        return 4 if self.merge_dtype == "float32" else 2
+
+    @property
+    def merge_dtype(self) -> str:
+        """Dtype of merged models; bfloat16, as most bases have, where the base is not known."""
+        return self.merge.dtype or "bfloat16"
 
     @property
     def microbatch(self) -> int:

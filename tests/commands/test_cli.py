@@ -224,6 +224,8 @@ def test_merging_files_equals_the_merge_of_the_run(folder, tmp_path):
         folder / "base",
         "--out",
         tmp_path / "merged",
+        "--method",
+        "selection",
         "--param",
         "resample=exhaustive",
     ]

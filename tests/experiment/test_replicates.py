@@ -82,7 +82,7 @@ def test_merges_of_further_populations_are_those_of_their_members(folder, runs):
     merged = Reader(third.merged("average")).read(TENSOR)
     assert merged.view(np.uint16).tolist() == expected.view(np.uint16).tolist()
     recipe = yaml.safe_load((third.merged("average") / "merge_config.yaml").read_text())
-    assert recipe["models"] == ["member_4", "member_5"]
+    assert recipe["models"] == ["run/member_4", "run/member_5"]
     assert recipe["population"] == 2
     # evaluated from files or from memory: the same losses
     third.evaluation("average").unlink()

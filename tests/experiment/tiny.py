@@ -83,6 +83,8 @@ def make_config(folder: pathlib.Path, **sections) -> pathlib.Path:
         },
         "analysis": {"bootstrap": 50, "permutations": 50, "batch": 16},
         "merge": {
+            # not that of the base, which is float32
+            "dtype": "bfloat16",
             "methods": [
                 {"method": "average"},
                 {"method": "selection", "parameters": {"resample": "exhaustive"}},

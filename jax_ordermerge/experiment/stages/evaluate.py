@@ -110,7 +110,7 @@ def _load_with_generators(
 
     As many models as fit the devices are stacked, so that one program generates for all of them.
     """
-    config, dtype = ctx.config, ctx.config.merge.dtype
+    config, dtype = ctx.config, ctx.export_dtype
     if not any(task.new_tokens for task in tasks):
         yield from ((name, params, None) for name, params in models.load_models(ctx, names))
         return

@@ -31,7 +31,7 @@ def run(ctx: RunContext) -> None:
         write()
 
     def write() -> None:
-        write_json(run.merges, {"dtype": config.merge.dtype, "merges": list(rows.values())})
+        write_json(run.merges, {"dtype": ctx.export_dtype, "merges": list(rows.values())})
 
     write()  # a run without merges is complete, too
     for spec in config.merge.methods:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import remote, sidecar_files
 from jax_ordermerge.data.prompt_format import PromptFormat
@@ -20,6 +22,7 @@ from jax_ordermerge.merge.plan import (
     Plan,
     check_same,
     config_notes,
+    member_dtype_notes,
     resolve_dtype,
     with_stops_of,
 )
@@ -28,13 +31,9 @@ from jax_ordermerge.merge.recipe.evaluator import Evaluator, LayerRange, MergedT
 from jax_ordermerge.merge.recipe.layers import Inputs, full_attention_layers, layer_ranges
 from jax_ordermerge.merge.recipe.schema import Recipe, Reference
 from jax_ordermerge.merge.sources import vocabulary
-from jax_ordermerge.merge.sources.references import (
-    Resolve,
-    is_downloaded,
-    open_model,
-    split_name,
-)
-from jax_ordermerge.merge.sources.storage import Checkpoint, Source, Untied
+from jax_ordermerge.merge.sources.public_names import short_names
+from jax_ordermerge.merge.sources.references import Resolve, is_downloaded, open_model
+from jax_ordermerge.merge.sources.storage import Source, Untied
 from jax_ordermerge.merge.sources.vocabulary import RemappedVocabulary
 
 
@@ -135,7 +134,7 @@ def plan_recipe(
     dtype = resolve_dtype(settings.dtype, members)
     out_dtype = resolve_dtype(settings.out_dtype or dtype.name, [])
     precheck.check_rounding(settings, out_dtype.name, where)
-    notes += _source_notes(settings, models.sources, merged, dtype.name)
+    notes += _source_notes(settings, models.sources, merged, dtype)
     chat_template, prompt_format = _prompts(settings.chat_template, models, merged, notes)
     resolved = {"seed": settings.seed, "dtype": dtype.name, "out_dtype": out_dtype.name}
     return Plan(
@@ -297,24 +296,14 @@ def _merged_tensors(config: arch.ModelConfig, layers: Sequence[LayerRange]) -> l
 
 
 def _source_notes(
-    recipe: Recipe, sources: Sequence[Source], merged: Sequence[int], dtype: str
+    recipe: Recipe, sources: Sequence[Source], merged: Sequence[int], dtype: np.dtype
 ) -> list[str]:
-    notes = []
-    has_member = any(
-        isinstance(source, Checkpoint) and source.member is not None
-        for source in (sources[i] for i in merged)
-    )
-    if recipe.dtype is None and has_member:
-        notes.append(
-            f"members of a run are kept in {dtype} and merged in it; "
-            "dtype: bfloat16 merges what the run exports"
-        )
+    notes = [*member_dtype_notes(recipe.dtype, dtype, [sources[i] for i in merged])]
     for index, source in enumerate(sources):
         dtypes = {source.info(name).dtype.name for name, _, _ in arch.hf_tensors(source.config)}
-        if index not in merged and dtypes != {dtype}:
-            notes.append(
-                f"{source.label} is stored in {' and '.join(sorted(dtypes))} and rounded to {dtype}"
-            )
+        if index not in merged and dtypes != {dtype.name}:
+            listed = " and ".join(sorted(dtypes))
+            notes.append(f"{source.label} is stored in {listed} and rounded to {dtype.name}")
         directory = source.directory
         if directory is None or not sidecar_files.has_tokenizer(directory):
             notes.append(f"{source.label} has no tokenizer files")
@@ -339,18 +328,18 @@ def _prompts(
 
 
 def _shorten_paths(raw: JsonValue, recipe: Recipe) -> JsonValue:
-    """Return the recipe as it was written, with the last part of each path instead of the path.
+    """Return the recipe as it was written, with public names of its models instead of paths.
 
     The recipe is published with the merge, and paths of this machine say nothing to others.
     """
-    short: dict[str, str] = {}
-    for reference in recipe.references():
-        name = _last_part(reference.name)
-        adapter = None if reference.adapter is None else _last_part(reference.adapter)
-        # a text may name the model alone, the adapter alone, or both as MODEL+ADAPTER
-        short |= {str(reference): str(Reference(name, adapter)), reference.name: name}
-        if reference.adapter is not None and adapter is not None:
-            short[reference.adapter] = adapter
+    # a text may name the model alone, the adapter alone, or both as MODEL+ADAPTER
+    models = dict.fromkeys(
+        name
+        for reference in recipe.references()
+        for name in (reference.name, reference.adapter, str(reference))
+        if name is not None
+    )
+    short = short_names(models)
 
     # names may occur anywhere: in lists, as base_model, in tokenizer sources
     def replace(node: JsonValue) -> JsonValue:
@@ -361,13 +350,3 @@ def _shorten_paths(raw: JsonValue, recipe: Recipe) -> JsonValue:
         return short.get(node, node) if isinstance(node, str) else node
 
     return replace(raw)
-
-
-def _last_part(name: str) -> str:
-    """Return the last part of a path, or of each path in `MODEL+ADAPTER`; hub names stay."""
-    # A name of the hub has a slash, too; what looks like a path or exists here is one.
-    return "+".join(
-        Path(part).name if part.startswith(("/", ".", "~")) or os.path.lexists(part) else part
-        for part in split_name(name)
-        if part is not None
-    )

@@ -85,6 +85,7 @@ class LoRA:
         biases: name -> float32 array that is added to the bias of the base.
         directory: where the tokenizer files may be; None is the directory of the base.
         stops: end-of-sequence tokens before those of the base.
+        export_dtype: see `Source`.
     """
 
     def __init__(
@@ -101,11 +102,12 @@ class LoRA:
         biases: Mapping[str, np.ndarray] | None = None,
         directory: Path | None = None,
         stops: Iterable[int] = (),
+        export_dtype: str | None = None,
     ) -> None:
         self._base, self._products, self._saved = base, products, saved or {}
         self._trained_rows, self._biases = trained_rows or {}, biases or {}
         self._column_scales: dict[str, np.ndarray] = {}
-        self._identity, self._dtype = identity, dtype
+        self._identity, self._dtype, self.export_dtype = identity, dtype, export_dtype
         self.label, self.directory = label, directory or base.directory
         # an adapter with a tokenizer of its own may have been trained with another template
         self.prompt_format = PromptFormat() if directory else base.prompt_format
@@ -210,6 +212,7 @@ def open_member(
     *,
     label: str,
     branch: str = "params",
+    export_dtype: str | None = None,
 ) -> LoRA:
     """Open a member of a run with `lora`: the base of the run and one adapter of its checkpoint.
 
@@ -222,6 +225,7 @@ def open_member(
         settings: section `lora` of the run.
         label: what the user called it.
         branch: branch of the checkpoint with the adapters.
+        export_dtype: see `Source`.
 
     Raises:
         UserError: the checkpoint is not of such a training.
@@ -245,4 +249,6 @@ def open_member(
     path = checkpoints / str(step)
     identity = f"{path.resolve()}:{path.stat().st_mtime_ns}:{index}"
     dtype = np.dtype(np.float32)
-    return LoRA(base, products, label=label, identity=identity, dtype=dtype)
+    return LoRA(
+        base, products, label=label, identity=identity, dtype=dtype, export_dtype=export_dtype
+    )

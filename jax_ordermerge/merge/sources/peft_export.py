@@ -17,6 +17,7 @@ from jax_ordermerge.config import Lora
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.merge.sources.peft_files import CONFIG, WEIGHTS
+from jax_ordermerge.merge.sources.public_names import public_name
 from jax_ordermerge.model.lora import table, targets
 
 
@@ -30,6 +31,7 @@ def write_adapter(
     dtype: DTypeLike = np.float32,
     tokenizer_from: Path | None = None,
     prompt_format: PromptFormat | None = None,
+    card: str | None = None,
 ) -> None:
     """Write an adapter as PEFT does, with a model card.
 
@@ -42,6 +44,7 @@ def write_adapter(
         dtype: of the tensors.
         tokenizer_from: directory whose tokenizer files are copied, if any.
         prompt_format: how the model was asked in training.
+        card: text of `README.md`; by default one that names the base.
 
     Raises:
         UserError: the target is not empty.
@@ -64,11 +67,10 @@ def write_adapter(
         "inference_mode": True,
     }
     form = prompt_format or PromptFormat()
-    card = sidecar_files.model_card(
+    card = card or sidecar_files.model_card(
         Path(directory).name,
         prompt_section(form, adapter=True),
-        # a path of this machine says nothing to a reader of the card
-        base_model=None if Path(base).exists() else base,
+        base_model=public_name(base).card_id,
         relation="adapter",
     )
     with atomic.new_directory(directory) as partial:

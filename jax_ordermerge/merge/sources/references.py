@@ -60,8 +60,14 @@ def open_model(
     resolve = resolve or functools.partial(convert.resolve, allow_bin=allow_bin)
     if adapter is None:
         return _open_base(name, resolve, ignore, allow_bin)
+    directory = resolve(adapter)
+    if not peft_files.is_adapter(directory):
+        raise UserError(
+            f"{adapter} in {name}+{adapter} is no adapter (it has no {peft_files.CONFIG}, or also a"
+            " config.json); give MODEL+ADAPTER"
+        )
     base, label = _open_base(name, resolve, ignore, allow_bin), f"{name}+{adapter}"
-    return peft_files.open_adapter(base, resolve(adapter), label, dtype=dtype, allow_bin=allow_bin)
+    return peft_files.open_adapter(base, directory, label, dtype=dtype, allow_bin=allow_bin)
 
 
 def split_name(name: str, adapter: str | None = None) -> tuple[str, str | None]:
@@ -224,11 +230,18 @@ def open_member(layout: RunLayout, number: int, label: str, ignore: Collection[s
     base, ignore = convert.resolve(model.base), {*model.ignore_config_keys, *ignore}
     record.refuse_other_base(layout, model, record.base_digest(model, base))
     form = read_prompt_format(layout)
+    export_dtype = (sections.get("merge") or {}).get("dtype") or base_dtype(model, base)
     if sections.get("lora") is not None:
         settings = parse(Lora, sections["lora"], f"{layout.config}: lora")
         base_model = storage.Directory(base, ignore=ignore, prompt_format=form)
         return lora.open_member(
-            base_model, checkpoints, index, settings, label=label, branch=final.branch
+            base_model,
+            checkpoints,
+            index,
+            settings,
+            label=label,
+            branch=final.branch,
+            export_dtype=export_dtype,
         )
     config = convert.load_config(base, ignore)
     return storage.Checkpoint(
@@ -239,12 +252,29 @@ def open_member(layout: RunLayout, number: int, label: str, ignore: Collection[s
         prompt_format=form,
         label=label,
         branch=final.branch,
+        export_dtype=export_dtype,
     )
 
 
 def read_prompt_format(layout: RunLayout) -> PromptFormat:
     """Return how the members of a run are asked; defaults where the run does not record it."""
     return PromptFormat.from_json((read_json(layout.data) or {}).get("train", {}))
+
+
+def base_dtype(model: Model, base_dir: Path) -> str:
+    """Return the dtype of a base, in which members and merges of a run are written by default.
+
+    Args:
+        model: section `model` of the run.
+        base_dir: directory of its base.
+
+    Raises:
+        UserError: the base is stored in several dtypes, or in one that is not written.
+    """
+    if model.init == "random":
+        return convert.named_dtype(base_dir)  # the tensors, if there are any, are not read
+    base = storage.Directory(base_dir, ignore=model.ignore_config_keys)
+    return storage.stored_dtype(base, "merge.dtype")
 
 
 def _member_checkpoints(layout: RunLayout, number: int) -> Path:

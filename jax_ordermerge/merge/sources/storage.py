@@ -32,6 +32,8 @@ class Source(Protocol):
         config: its architecture.
         directory: where its tokenizer files may be, if anywhere.
         prompt_format: how it was asked in training, where a run says so.
+        export_dtype: dtype in which the run writes a member that is kept in float32; None where
+            the tensors are in the dtype of the model.
     """
 
     @property
@@ -45,6 +47,9 @@ class Source(Protocol):
 
     @property
     def prompt_format(self) -> PromptFormat: ...
+
+    @property
+    def export_dtype(self) -> str | None: ...
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype and shape of a tensor.
@@ -75,6 +80,8 @@ class Directory:
         >>> model.info("model.norm.weight").shape
         (128,)
     """
+
+    export_dtype = None
 
     def __init__(
         self,
@@ -115,6 +122,7 @@ class Checkpoint:
         prompt_format: see `Source`.
         label: what the user called it.
         branch: branch of the checkpoint with the entries of the tensor table.
+        export_dtype: see `Source`.
 
     Raises:
         UserError: there is no complete checkpoint, or it has other arrays.
@@ -130,9 +138,11 @@ class Checkpoint:
         prompt_format: PromptFormat | None = None,
         label: str,
         branch: str = "params",
+        export_dtype: str | None = None,
     ) -> None:
         # Fixed on opening, so that all tensors are of one step.
         step = latest_step(checkpoints)
+        self.export_dtype = export_dtype
         self.prompt_format = prompt_format or PromptFormat()
         self.config = config.with_ends(self.prompt_format.stops)
         self.member, self.label, self.directory = member, label, tokenizer
@@ -175,8 +185,9 @@ def open_orbax(directory: str | Path, label: str) -> Checkpoint:
     """
     step = orbax.latest(directory)
     metadata = {} if step is None else orbax.metadata(directory, step)
-    # A training writes checkpoints without a config; its members are opened through their run.
-    if "config" not in metadata:
+    # A training writes checkpoints with a digest under this key; its members are opened through
+    # their run.
+    if not isinstance(metadata.get("config"), dict):
         raise UserError(
             f"{label} is not an Orbax directory made by `ordermerge convert`; "
             "convert it to Hugging Face's format"
@@ -190,12 +201,39 @@ def open_orbax(directory: str | Path, label: str) -> Checkpoint:
     )
 
 
+def stored_dtype(source: Source, setting: str) -> str:
+    """Return the dtype of all tensors of a model, which config.json need not have.
+
+    Args:
+        source: the model.
+        setting: where the user may choose another dtype, for the error.
+
+    Raises:
+        UserError: the tensors are of several dtypes, or of one that is not written.
+
+    Example:
+        >>> stored_dtype(Directory(convert.resolve("embedded:quickstart")), "--dtype")
+        'bfloat16'
+    """
+    dtypes: dict[str, str] = {}
+    for name, _, _ in arch.hf_tensors(source.config):
+        dtypes.setdefault(source.info(name).dtype.name, name)
+    # One of them for all would round some tensors, or widen them, without a word.
+    if len(dtypes) > 1 or not dtypes.keys() <= set(convert.WRITABLE):
+        listed = " and ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
+        raise UserError(
+            f"{source.label} is stored in {listed}; choose one of {', '.join(convert.WRITABLE)}"
+            f" with {setting}"
+        )
+    return next(iter(dtypes))
+
+
 class Untied:
     """A model with tied embeddings, seen as one whose output head is a copy of its embedding."""
 
     def __init__(self, inner: Source) -> None:
         self.inner, self.label, self.directory = inner, inner.label, inner.directory
-        self.prompt_format = inner.prompt_format
+        self.prompt_format, self.export_dtype = inner.prompt_format, inner.export_dtype
         self.config = dataclasses.replace(inner.config, tie_embeddings=False)
         embedding, head = vocabulary_tensors(inner.config)
         # nothing is copied: the head is read from where the embedding is
@@ -234,7 +272,7 @@ class ZeroBiases:
                 f" ({inner.config.family}) cannot have them"
             )
         self.inner, self.label, self.directory = inner, inner.label, inner.directory
-        self.prompt_format = inner.prompt_format
+        self.prompt_format, self.export_dtype = inner.prompt_format, inner.export_dtype
         has_qkv, has_output = inner.config.qkv_bias, inner.config.output_bias
         self.config = dataclasses.replace(
             inner.config,

@@ -74,7 +74,7 @@ class RemappedVocabulary:
         self, inner: Source, owners: Sequence[Source], owner: np.ndarray, row: np.ndarray
     ) -> None:
         self.inner, self.label, self.directory = inner, inner.label, inner.directory
-        self.prompt_format = inner.prompt_format
+        self.prompt_format, self.export_dtype = inner.prompt_format, inner.export_dtype
         self.config = dataclasses.replace(inner.config, vocab_size=len(row))
         self._owners, self._owner, self._row = owners, owner, row
         # Embedding and head by their axis: the table of a tied model has no head.
