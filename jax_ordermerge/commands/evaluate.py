@@ -177,7 +177,8 @@ def evaluate_tasks(
         raise UserError(
             f"a task of kind {judged[0]} writes a file for a judge; say where with --out DIRECTORY"
         )
-    if is_on_hub(config.model.base):
+    name = config.model.base
+    if is_on_hub(name) and not references.is_composed(name):
         _check_tasks(config)
     model = load_model(config, log, allow_bin=allow_bin)
     summaries: Json = {}

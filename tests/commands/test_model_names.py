@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jax_ordermerge.config import load_config
 from jax_ordermerge.experiment import pipeline
@@ -143,3 +145,61 @@ def test_a_hub_name_in_the_directory_of_a_run_is_one(folder, monkeypatch, capsys
     assert asked == ["gpt2"]
     assert call("diff", "member_0", f"{folder}/run/member_0") == 0
     assert call("diff", "average", "merged/average") == 0
+
+
+@pytest.mark.parametrize("name", ["run/member_1", "run/average", "base+adapter"])
+def test_relative_names_are_not_those_of_a_hub(folder, tmp_path, monkeypatch, name):
+    import huggingface_hub
+
+    def download(name, **options):
+        raise AssertionError(f"{name} was downloaded")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(folder)
+    write_adapter(folder)
+    for command in (["inspect", name], ["convert", name, tmp_path / "out"]):
+        assert call(*command) == 0
+    assert call("evaluate", name, "--config", "tasks.yaml", "--out", tmp_path / "named") == 0
+    options = ["--config", "tasks.yaml", "--out", tmp_path / "converted"]
+    assert call("evaluate", tmp_path / "out", *options) == 0
+    for task in ("swap", "texts"):
+        path = f"{task}.json"
+        assert read(tmp_path / "named" / path) == read(tmp_path / "converted" / path)
+
+
+def test_data_of_tasks_are_checked_before_weights_are_downloaded(
+    folder, tmp_path, monkeypatch, capsys
+):
+    import huggingface_hub
+
+    patterns = []
+
+    def download(name, allow_patterns, **options):
+        patterns.extend(allow_patterns)
+        return str(folder / "base")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    task = {**TEXTS, "data": str(tmp_path / "absent.jsonl")}
+    (tmp_path / "tasks.yaml").write_text(json.dumps({"evaluation": {"tasks": [task]}}))
+    assert call("evaluate", "org/model", "--config", tmp_path / "tasks.yaml") == 2
+    assert "absent.jsonl" in capsys.readouterr().err
+    assert patterns
+    assert "*.safetensors" not in patterns
+
+
+def write_adapter(folder):
+    """Write a LoRA adapter of one matrix of the base in the format of PEFT."""
+    directory = folder / "adapter"
+    if directory.exists():
+        return
+    directory.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["o_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    generator = np.random.default_rng(0)
+    name = "base_model.model.model.layers.1.self_attn.o_proj.lora_{}.weight"
+    shapes = {"A": (2, 16), "B": (16, 2)}
+    tensors = {
+        name.format(part): generator.normal(size=shape).astype(np.float32)
+        for part, shape in shapes.items()
+    }
+    save_file(tensors, directory / "adapter_model.safetensors")
