@@ -151,6 +151,24 @@ def plus_minus(value: float | None, error: float | None, digits: int) -> Cell:
     return Interval(number(value, digits), f"[{low:.{digits}f}, {high:.{digits}f}]")
 
 
+def share(part: float, error: float | None, count: int) -> Cell:
+    """Return a share of right answers in per cent, and its 95 % interval.
+
+    Example:
+        >>> str(share(0.5, 0.05, 100)), str(share(0.0, 0.0, 400))
+        ('50.0 [40.2, 59.8]', '0.0 [0.0, 1.0]')
+    """
+    if error is None:  # of one item
+        return number(100 * part, 1)
+    if error > 0:
+        return plus_minus(100 * part, 100 * error, 1)
+    # Where all answers are right, or none, the standard error is 0 but the share is not certain:
+    # Wilson's interval.
+    reach = NORMAL**2 / (count + NORMAL**2)
+    low, high = (0.0, reach) if part < 0.5 else (1 - reach, 1.0)
+    return Interval(f"{100 * part:.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]")
+
+
 def signed(estimate: float, error: float, digits: int = 4) -> str:
     """Return a difference or slope and its 95 % interval, from the standard error.
 

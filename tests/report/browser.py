@@ -61,6 +61,14 @@ def screenshot(page, file, width, scheme="light", *, height=1600, opened=False):
     _chromium(document, f"--screenshot={file}", f"--window-size={max(width, 500)},{height}")
 
 
+def printed_pages(page):
+    """Return the number of pages on paper."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "page.pdf"
+        _chromium(page, f"--print-to-pdf={file}", "--no-pdf-header-footer")
+        return len(re.findall(rb"/Type\s*/Page\b", file.read_bytes()))
+
+
 def _frame(page, width, scheme, attributes, height=1000):
     return (
         f'<iframe srcdoc="{html.escape(page)}" {attributes} style="width: {width}px; '

@@ -2,8 +2,9 @@
 
 import pytest
 
-from jax_ordermerge.report import run_report
+from jax_ordermerge.report import comparison, run_report
 from tests.report import browser
+from tests.report import test_comparison as comparison_example
 from tests.report import test_run_report as example
 
 pytestmark = pytest.mark.skipif(
@@ -55,6 +56,23 @@ def test_screenshots(report, width, tmp_path):
     assert content.startswith(b"\x89PNG")
     # an empty page of this size compresses to less
     assert len(content) > 20_000
+
+
+def test_paper_shows_what_a_screen_folds_away(report):
+    shown = report.replace("<details", "<details open")
+    assert browser.printed_pages(report) == browser.printed_pages(shown) > 3
+
+
+def test_other_pages_fit_too(tmp_path):
+    runs = [
+        comparison_example.make(tmp_path / name, name, level, slope, 0.05)
+        for name, level, slope in (("free", "sample", -0.01), ("fixed", "batch", -0.02))
+    ]
+    page = comparison.write(runs, tmp_path / "out").read_text()
+    for (width, _), measured in browser.measure(page).items():
+        assert measured["scrollWidth"] <= width
+        wrong = ("overflows", "cutOff", "brokenWords", "faint")
+        assert [measured[name] for name in wrong] == [[]] * 4
 
 
 def test_what_is_wrong_is_seen():

@@ -72,9 +72,8 @@ def result_table(run: Run) -> Table:
             formatting.number(model.get("validation_loss"), 4),
         ]
         for score in (model.get("tasks", {}).get(task) for task in run.tasks):
-            share, se = (score[key] if score else None for key in ("accuracy", "se"))
-            share, se = (None if x is None else 100 * x for x in (share, se))
-            cells.append(formatting.plus_minus(share, se, 1))
+            keys = ("accuracy", "se", "n")
+            cells.append(formatting.share(*(score[key] for key in keys)) if score else "–")
         rows.append(cells)
         # a mean follows the last of its models
         for name, models in means.items():

@@ -165,7 +165,7 @@ def _against(run: Run, merge: MergeComparison, rivals: Sequence[str]) -> str:
     task = None if merge.loss else next(iter(merge.measures), None)
     measure = merge.measures.get(task)
     if measure is None:
-        return "not compared, the models were evaluated on different items"
+        return "not compared, there are no results on the same test examples"
     scale, digits = (1, 4) if task is None else (100, 1)
     clauses = []
     for rival in rivals:
