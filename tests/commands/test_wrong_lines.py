@@ -79,7 +79,7 @@ WRONG = {
     "run tiny.yaml --set lr=1": "unknown key lr (did you mean 'training.learning_rate'?)",
     "run tiny.yaml --set max_length=9": "(did you mean 'data.max_length'?)",
     "run tiny.yaml --set output=a": "output a is a model (it has config.json)",
-    "run tiny.yaml --set output=notes.txt/run": "notes.txt/run is no directory",
+    "run tiny.yaml --set output=notes.txt/run": "notes.txt is a file; give another path",
     "train a --steps 2": "a is a model, and not a run directory",
     "data a": "a is a model, and not a run directory",
     "plan a": "a is a model, and not a run directory",
@@ -101,7 +101,7 @@ WRONG = {
     "generate run --prompt x": "run is a run; name one of its members",
     "generate tiny.yaml --prompt x": "tiny.yaml is a file; a model is a directory",
     "compare run a": "a is not a run directory (it has no config.yaml)",
-    "results run --out empty": "--out empty: expected a file that ends in .md",
+    "results run --out empty": "empty is a directory; give a file",
     "judge a b --endpoint http://localhost:1/v1 --model m": "a is no file of outputs",
 }
 
