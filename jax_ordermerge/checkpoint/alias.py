@@ -1,4 +1,4 @@
-"""Paths for libraries that read `#`, `?`, `%` or brackets in a path as parts of a URL or pattern."""
+"""Paths for libraries that read `#`, `?`, `%` or brackets as parts of a URL or pattern."""
 
 import atexit
 import functools

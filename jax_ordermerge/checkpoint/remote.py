@@ -79,9 +79,9 @@ def expand(path: str | Path) -> Path:
         (True, '~no-user/data')
     """
     # os.path and not pathlib, which fails where there is no such user or a name is too long
-    text, home = str(path), os.path.expanduser(path)
-    is_below = os.path.lexists(text.partition("/")[0]) and not os.path.lexists(home)
-    return Path(text if os.path.lexists(text) or is_below else home)
+    text, expanded = str(path), os.path.expanduser(path)
+    is_below = os.path.lexists(text.partition("/")[0]) and not os.path.lexists(expanded)
+    return Path(text if os.path.lexists(text) or is_below else expanded)
 
 
 def cache() -> Path:

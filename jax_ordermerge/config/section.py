@@ -52,7 +52,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, which refuses a mapping with two equal keys and reads `TEXT_KEYS` as texts."""
+    """The safe loader, which refuses two equal keys and reads `TEXT_KEYS` as texts."""
 
     def compose_mapping_node(self, anchor: dict[str, yaml.Node]) -> yaml.MappingNode:
         # the nodes as written: a key merged by `<<` may be written again, to replace its value

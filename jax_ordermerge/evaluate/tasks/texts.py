@@ -36,8 +36,9 @@ def measure(task: TextTask, rows: Sequence[JsonRow], model: EvalModel) -> TaskRe
     Returns:
         `word_perplexity`, `byte_perplexity` and `token_perplexity`: exp of the negative
         log-probability per word, byte or token over all texts. `bits_per_byte` with `se`, where
-        texts are the sampling unit (None for one text); `words`, `bytes`, `tokens` and `n`. Per text `id`, `logp`,
-        `words`, `bytes` and `tokens`. White space separates words; tokens are the predicted ones.
+        texts are the sampling unit (None for one text); `words`, `bytes`, `tokens` and `n`. Per
+        text `id`, `logp`, `words`, `bytes` and `tokens`. White space separates words; tokens are
+        the predicted ones.
 
     Raises:
         UserError: no text has a token.
