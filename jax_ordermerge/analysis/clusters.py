@@ -4,6 +4,7 @@ Samples of one step see the same update, so what the step did by chance is commo
 letters here: `M` member, `E` epoch, `n` sample, `G` group, `P` permutation, `Q` model.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,8 @@ def step_numbers(positions: np.ndarray) -> np.ndarray:
         >>> step_numbers(np.array([[0.0, 1.0, 0.5, 0.0]])).tolist()
         [[0, 2, 1, 0]]
     """
-    rows = positions.reshape(-1, positions.shape[-1])
+    # by its length: of no samples -1 would have no value
+    rows = positions.reshape(math.prod(positions.shape[:-1]), positions.shape[-1])
     return np.stack([np.unique(row, return_inverse=True)[1] for row in rows]).reshape(
         positions.shape
     )
