@@ -140,7 +140,7 @@ def test_the_report_has_tables_by_source(run, sources):
     c = read_json(run[0] / "data.json")["train"]["sources"][2]
     assert f"c: {c['examples']} examples, {c['tokens']} tokens, weight 2.25" in report
     assert report.count("### By source") == 2
-    assert f"| model | x (8) | {sources}/y.jsonl (8) |" in report
+    assert f"| model | x (8) | 95 % | {sources}/y.jsonl (8) | 95 % |" in report
     header = "| source | samples | base | mean member | average | selection | slope, epoch 1 |"
     assert header in report
 
