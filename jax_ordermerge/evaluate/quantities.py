@@ -4,6 +4,7 @@ References of word problems look like `9 (apples)`, `3:4`, `12:30`, `1/6`, `-(1/
 `17 (years old); 12 (years old)`, `6th`, and also `Yes` or `Mrs. Hilt`.
 """
 
+import math
 import re
 import unicodedata
 from fractions import Fraction
@@ -21,7 +22,8 @@ class Quantity(NamedTuple):
 
     Attributes:
         separator: `:` of what may be a time, `to` of a ratio that is none (`3:4`), `/` of dates,
-            `-` of ranges, and empty of one number. A fraction or a power is one number.
+            `-` of ranges, `×` of sizes and products (`2x3`), and empty of one number. A fraction or
+            a power is one number.
         parts: the numbers.
         half: `a` or `p` of a time with a.m. or p.m., else empty.
     """
@@ -35,24 +37,39 @@ class Quantity(NamedTuple):
 
 _CHARACTERS: Final = str.maketrans(
     dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-")  # minus signs and hyphens
-    | dict.fromkeys("\u2044\u2215\uff0f", "/")
+    | dict.fromkeys("\u2044\u2215\uff0f\u00f7", "/")
     | dict.fromkeys("\u2236\uff1a", ":")
     | dict.fromkeys("\uff0c\u066c", ",")
     | dict.fromkeys("\uff0e\u066b", ".")
-    | {"\uff1b": ";", "\uff05": "%"}
-    # what separates thousands is made a comma, of which the pattern of numbers then decides
-    | dict.fromkeys("\u2009\u202f\u00a0", "\u00a0")
+    | {"\uff1b": ";", "\uff05": "%", "\uff01": "!"}
+    | dict.fromkeys("\u2019\u02bc\uff07", "'")
+    | dict.fromkeys("\u22c5\u00b7\u2219\u2715\u2a2f", "×")
+    | dict.fromkeys("\u2007\u2009\u202f\u00a0", "\u00a0")
 )
-_SUPERSCRIPTS: Final = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+_SUPERSCRIPTS: Final = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_CURRENCY: Final = r"(?:[$€£¥₹]\s?)?"
+_OPERAND: Final = r"√?[0-9][0-9.,]*!?"
 _LATEX: Final = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r" \1/\2"),
-        (r"\\[dtc]?frac\s*([0-9])\s*([0-9])", r" \1/\2"),
         (r"\{,\}|,\\!", ","),
+        (r"\\!", ""),
+        (r"\\[,;: ]", "\u00a0"),
         (r"\\times|\\cdot", "×"),
-        (r"\\[!,;:]", ""),
-        (r"([\^_])\{(-?[0-9]+)\}", r"\1\2"),
+        (r"\\div\b", "/"),
+        (r"(?i)\\sqrt\s*\[3\]|\bcube root of\s|\bcbrt\b", "∛"),
+        (r"(?i)\\sqrt(?!\s*\[)|\bsquare root of\s|\bsqrt\b", "√"),
+        (r"([√∛∜])\s*(?:\{\s*([0-9.,]+)\s*\}|\(\s*([0-9.,]+)\s*\)|(?=[0-9]))", r"\1\2\3"),
+        # two signs cancel: -\frac{-1}{2}
+        (r"-\s*(\\[dtc]?frac\s*\{\s*)-(?=[0-9])", r"+\1"),
+        (rf"\\[dtc]?frac\s*\{{\s*(-?{_OPERAND})\s*\}}\s*\{{\s*(-?{_OPERAND})\s*\}}", r" \1/\2"),
+        (r"\\[dtc]?frac\s*([0-9])\s*([0-9])", r" \1/\2"),
+        (r"(?<![\w)])\((-?[0-9][0-9.,]*)\)(?=\s?/)", r"\1"),
+        (r"(?<=[0-9])\s?/\s?\((-?[0-9][0-9.,]*)\)", r"/\1"),
+        (r"(?<=[0-9])(?:\*\*|[ ]\*\*[ ])(?=-?[0-9])", "^"),
+        (r"([\^_])(?:\{([-+]?[0-9]+)\}|\(([-+]?[0-9]+)\))", r"\1\2\3"),
+        (rf"(?<=[0-9!])[ ]?[×*xX][ ]?{_CURRENCY}(?=[0-9√∛∜])", "×"),
+        (r"(?<=[0-9])[ ]?(?=[√∛∜])", "×"),
         (r"\\([$%#])", r"\1"),
         (r"-\s+(?=[0-9]+/[0-9])(?<=[=({:$]-\s)|(?<![\w)\]} ])-\s+(?=[0-9]+/[0-9])", "-"),
     )
@@ -67,13 +84,17 @@ def _plain(text: str) -> str:
         '-1 1/2 or 5 m^2'
     """
     text = re.sub(
-        f"[{_SUPERSCRIPTS}]+",
-        lambda match: "^" + "".join(str(_SUPERSCRIPTS.index(digit)) for digit in match[0]),
+        "[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+",
+        lambda match: "^" + match[0].translate(_SUPERSCRIPTS),
         text.translate(_CHARACTERS),
     )
+    # Patterns with several spaces take quadratic time where a model repeats them.
+    text = re.sub("[ ]{2,}", " ", text)
     text = "".join(map(_plain_character, text)) if not text.isascii() else text
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
+    text = _GROUPED.sub(lambda match: match[0].replace(match["separator"], ","), text)
+    text = _SPACED.sub(_join_thousands, text.replace("\u00a0", " "))
     # -(1/3) is written with brackets, and "negative 3" is a sign
     text = re.sub(r"-\s?\(\s*([0-9][0-9./,]*)\s*\)", r"-\1", text)
     return re.sub(r"(?i)\bnegative\s+(?=[$0-9.])", "-", text)
@@ -92,28 +113,79 @@ def _plain_character(character: str) -> str:
     return character
 
 
+# -------------------------------------------------------------- thousands
+
+# What separates thousands is made a comma, of which the pattern of numbers then decides.
+_GROUPED: Final = re.compile(
+    r"(?<![\w.,'])[1-9][0-9]{0,2}(?P<separator>['_\u00a0])[0-9]{3}(?:(?P=separator)[0-9]{3})*"
+    r"(?!(?P=separator)?[0-9])"
+)
+_SPACED: Final = re.compile(
+    r"(?<![\w.,'^/])(?<![0-9][ ])([1-9][0-9]{0,2})((?:[ ][0-9]{3})+)(?![0-9]|[ ]?[/:]?[ ]?[0-9])"
+)
+_BEFORE_A_NUMBER: Final = re.compile(
+    r"(?:^|[^\w\s,]|\b(?:is|are|was|were|equals|has|have|had|costs?|makes?|of|about|total))\s*\Z",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def _join_thousands(match: re.Match[str]) -> str:
+    # No number of a list begins with 0. Without one, "100 200" is a list and "day 1 200 people"
+    # two numbers.
+    head, groups = match[1], match[2]
+    before = match.string[max(0, match.start() - 20) : match.start()]
+    if " 0" in groups or (len(head) < 3 and _BEFORE_A_NUMBER.search(before)):
+        return head + groups.replace(" ", ",")
+    return match[0]
+
+
 # -------------------------------------------------------------- the pattern
 
 # Thousands first: of 1,234 the digits alone would be 1 and 234. "2,3" is no number but two.
-_DIGITS: Final = r"(?:[1-9][0-9]{0,2}(?:[,\u00a0][0-9]{3})+(?![,\u00a0]?[0-9])|[0-9]+)"
+_DIGITS: Final = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])|[0-9]+)"
 _NUMBER: Final = (
     rf"(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][-+]?[0-9]{1,3}(?![\w.])|\s*[×x*]\s*10\s?\^\s?[-+]?[0-9]{1,3})?"
 )
-_CURRENCY: Final = r"(?:[$€£¥₹]\s?)?"
+_TERM: Final = rf"[√∛∜]?{_NUMBER}(?:!+(?!=))?"
+_SCALES: Final = {
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "lakh": 10**5,
+    "million": 10**6,
+    "crore": 10**7,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_SUFFIXES: Final = {"k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
+# 5k is 5,000. 5M may be 5 m, and $5M is five million.
+_SCALE: Final = (
+    r"(?:(?P<scale>(?:(?:[ -]|\\(?:text|mbox|mathrm)\{\s?)?"
+    rf"(?i:{'|'.join(_SCALES)})s?\b\}}?){{1,3}})"
+    r"|(?P<suffix>[kK]\b|(?(price)(?:[MB]|[mb]n)\b|(?!))))?"
+)
 # A minus after a number or a word subtracts or joins. One with a space behind it is a sign only
 # where nothing can be subtracted from.
 _SIGN: Final = r"(?:(?<![\w)\]}%.,^])-|(?:\A|(?<=[=(])|(?<=[=(]\s))-\s)"
 _QUANTITY: Final = re.compile(
-    rf"{_CURRENCY}(?P<sign>{_SIGN})?{_CURRENCY}(?<![A-Za-z_^])(?:(?<![0-9.])|(?<![0-9])(?=[0-9]))"
+    rf"(?P<price>[$€£¥₹]\s?)?(?P<sign>{_SIGN})?{_CURRENCY}(?<![A-Za-z_^√∛∜])(?<!\^[-+])"
+    r"(?:(?<![0-9.])|(?<![0-9])(?=[0-9]))"
     rf"(?:(?P<integer>[0-9]+)(?:[ ]+|-|[ ]+and[ ]+)(?P<fraction>[0-9]+/[0-9]+)(?![0-9]*\s?/)"
-    rf"|(?P<first>{_NUMBER})(?P<others>(?:(?:[:/^-]|\s:\s|\s/\s){_NUMBER})*))"
+    rf"|(?P<first>{_TERM})(?P<others>(?:(?:[:×-]|[/^][-+]?|\s:\s|\s/\s){_TERM})*)){_SCALE}"
     r"(?:\s?\(?(?P<half>[aApP])\.?\s?[mM]\b\.?\)?)?"
 )
-_JOINT: Final = re.compile(rf"\s?([:/^-])\s?({_NUMBER})")
+_JOINT: Final = re.compile(rf"\s?([:/^×-])\s?([-+]?{_TERM})")
 # A bracket with a word behind a number, but not (a.m.).
 _UNIT: Final = re.compile(
     r"(?<=[0-9])\s*\((?=[^()]*[A-Za-z])(?!\s*[ap]\.?\s?m\.?\s*\))[^()]*\)", re.IGNORECASE
+)
+# The working behind a number: 7 (5 + 2). With another value it may be a factor.
+_OPERATED: Final = rf"{_CURRENCY}[0-9]{{1,15}}(?:\.[0-9]{{1,15}})?"
+_EXPRESSION: Final = rf"\(({_OPERATED}(?:\s?[-+×/]\s?{_OPERATED}){{1,9}})\)"
+_WORKING: Final = re.compile(rf"(?<![\w.,/^])([0-9][0-9,.]{{0,20}})[ ]{_EXPRESSION}")
+# "The answer is 5!" is no factorial, but 5! and = 5! are.
+_EXCLAMATION: Final = re.compile(
+    r"((?:[A-Za-z][ ]+\**[-$€£¥₹]*|[$€£¥₹]\s?)[0-9][0-9.,]*)!+(?=\s|\Z|\*)"
 )
 _LISTED: Final = re.compile(r"\s*(?:[;,&]|,?\s*\band\b)\s*")
 
@@ -131,12 +203,57 @@ def read(text: str) -> list[Quantity]:
 
 
 def _normalize(text: str) -> str:
-    """Return a text with numbers in ASCII and without units in brackets."""
+    """Return a text with numbers in ASCII, without units and working in brackets."""
     # Characters first: the pattern of units knows ASCII alone.
-    return _UNIT.sub("", _plain(text)).strip()
+    text = _UNIT.sub("", _plain(text)).strip()
+    text = re.sub(f"√{_EXPRESSION}", _root_of_sum, text)
+    return _WORKING.sub(_without_working, _EXCLAMATION.sub(r"\1", text))
+
+
+def _root_of_sum(match: re.Match[str]) -> str:
+    # √25/2 would be the half of √25
+    value = _evaluate(match[1])
+    return match[0] if isinstance(value, str) or value.denominator > 1 else f"√{value}"
+
+
+def _without_working(match: re.Match[str]) -> str:
+    number = _value(match[1].rstrip(".,"))
+    return match[1] if number == _evaluate(match[2]) else match[0]
+
+
+def _evaluate(text: str) -> Value:
+    """Return the value of a sum of products, or the text of a division by zero.
+
+    Example:
+        >>> _evaluate("$5 + 2×3 - 4/2")
+        Fraction(9, 1)
+    """
+    total = Fraction(0)
+    for sign, product in re.findall(r"([-+]?)([^-+]+)", re.sub(r"[\s$€£¥₹]", "", text)):
+        value = Fraction(1)
+        for operator, number in re.findall(r"([×/]?)([^×/]+)", product):
+            if operator == "/" and not Fraction(number):
+                return text
+            value *= Fraction(number) ** (-1 if operator == "/" else 1)
+        total += -value if sign == "-" else value
+    return total
 
 
 def _quantity(match: re.Match[str]) -> Quantity:
+    quantity = _unscaled(match)
+    names = re.findall("|".join(_SCALES), (match["scale"] or "").lower())
+    factor = math.prod(_SCALES[name] for name in names)
+    if match["suffix"]:
+        names, factor = [match["suffix"]], _SUFFIXES[match["suffix"].lower()]
+    # What stays text is compared as it is written.
+    parts = tuple(
+        part * factor if isinstance(part, Fraction) else " ".join([part, *names])
+        for part in quantity.parts
+    )
+    return quantity._replace(parts=parts)
+
+
+def _unscaled(match: re.Match[str]) -> Quantity:
     sign = -1 if match["sign"] else 1
     half = (match["half"] or "").lower()
     if match["integer"]:
@@ -164,9 +281,22 @@ def _quantity(match: re.Match[str]) -> Quantity:
 
 
 def _value(text: str) -> Value:
-    text = re.sub(r"[,\u00a0\s{}]", "", text)
+    text = re.sub(r"[,\s{}]", "", text)
     text = re.sub(r"[×x*]10\^", "e", text)
-    return Fraction(text) if len(text) <= _LONGEST else text
+    if len(text) > _LONGEST:
+        return text
+    value = Fraction(text.strip("√∛∜!+-")) * (-1 if text.startswith("-") else 1)
+    root, factorials = re.search("[√∛∜]", text), text.count("!")
+    if factorials:
+        # Bounded as powers are. √ of a factorial and n!! stay text.
+        if root or factorials > 1 or value not in range(101):
+            return text
+        return Fraction(math.factorial(int(value)))
+    if root:
+        sign, value = (-1 if value < 0 else 1), abs(value)
+        square_root = Fraction(math.isqrt(value.numerator), math.isqrt(value.denominator))
+        return sign * square_root if root[0] == "√" and square_root**2 == value else text
+    return value
 
 
 def _divide(upper: Value, lower: Value) -> Value:
@@ -177,7 +307,9 @@ def _divide(upper: Value, lower: Value) -> Value:
 
 def _power(base: Value, exponent: Value) -> Value:
     # bounded: a power of a few characters can have more digits than there is memory
-    if isinstance(base, str) or isinstance(exponent, str) or exponent not in range(100):
+    if isinstance(base, str) or isinstance(exponent, str) or exponent not in range(-99, 100):
+        return f"{base}^{exponent}"
+    if not base and exponent < 0:
         return f"{base}^{exponent}"
     return Fraction(base ** int(exponent))
 
