@@ -23,6 +23,29 @@ _START: Final = 120.0  # seconds until sympy is imported, on a machine that is b
 _LONGEST: Final = 1000  # characters of an answer, whose parsing takes more than linear time
 # math-verify drops the base of 12_8 and the dots of 0.3\ldots: by writing alone.
 _BY_WRITING: Final = re.compile(r"[0-9]\s*_|\\[lc]?dots")
+# Forms that math-verify does not read, or reads otherwise: 45^\circ as 45 also within a tangent.
+_DEGREES: Final = r"([0-9]+(?:\.[0-9]+)?)\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°)"
+_OF_ANGLES: Final = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])(?!\s*\^\s*\{?\s*-)")
+_REPEATING: Final = re.compile(
+    r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
+    r"(?![0-9]|\\(?:overline|bar|dot))"
+)
+_REWRITES: Final = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\\$", ""),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"√\s*([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"°", r"^\\circ "),
+        # behind a fraction math-verify reads no percent
+        (r"(?:(?<=\})|(?<=frac[0-9][0-9]))\s*\\?%", ""),
+    )
+]
+# a number with its unit in one text: \text{6 hours}
+_MEASURE: Final = re.compile(
+    r"\\(?:text|mbox|mathrm)\s*\{\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s+"
+    r"(?!.*\b(?:and|or|to)\b)([A-Za-z][A-Za-z .]*)\}"
+)
 _SPACES: Final = re.compile(r"(?<=[0-9])\s*(?:\\[!,;: ]|\s)\s*(?=[0-9])|\\!")
 
 
@@ -43,12 +66,45 @@ def equal(answer: str, reference: str) -> bool | None:
     expected, boxed_answer = matching.boxed(reference), matching.open_boxed(answer)
     if boxed_answer is None or expected is None:
         return matching.math(answer, reference)
-    texts = [_SPACES.sub("", text.strip().rstrip(".")) for text in (boxed_answer, expected)]
     if matching.same_formula(boxed_answer, expected):
         return True
-    if any(len(text) > _LONGEST or not text or _BY_WRITING.search(text) for text in texts):
+    if max(len(boxed_answer), len(expected)) > _LONGEST:
+        return False
+    texts = _without_unit([_rewrite(text) for text in (boxed_answer, expected)])
+    if any(not text or _BY_WRITING.search(text) for text in texts):
         return False
     return _WORKER.ask(texts)
+
+
+def _rewrite(text: str) -> str:
+    r"""Return a formula in the forms that math-verify reads.
+
+    Example:
+        >>> _rewrite(r"\tan 45^\circ"), _rewrite(r"0.1\overline{6}"), _rewrite(r"\$5.00")
+        ('\\tan {\\frac{45\\pi}{180}}', '\\frac{15}{90}', '5.00')
+    """
+    text = text.strip().rstrip(".")
+    if _OF_ANGLES.search(text):
+        text = re.sub(_DEGREES, r"{\\frac{\1\\pi}{180}}", text)
+    text = _REPEATING.sub(_fraction, text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return _SPACES.sub("", text).strip()
+
+
+def _fraction(match: re.Match[str]) -> str:
+    # 0.1666... is (16 - 1) / 90
+    digits, period = match[1] + match[2], match[3] or match[4]
+    upper = int(digits + period) - int(digits or "0")
+    return rf"\frac{{{upper}}}{{{'9' * len(period)}{'0' * len(match[2])}}}"
+
+
+def _without_unit(texts: list[str]) -> list[str]:
+    """Return a pair without the unit in `\\text{6 hours}`, unless both have one that differs."""
+    matches = [_MEASURE.fullmatch(text) for text in texts]
+    if len({match[2].strip(" .") for match in matches if match}) > 1:
+        return texts
+    return [match[1] if match else text for match, text in zip(matches, texts, strict=True)]
 
 
 class _Worker:

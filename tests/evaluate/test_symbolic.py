@@ -139,6 +139,50 @@ PAIRS = [
     (r"x^2=4", r"x=2", False, False),
     (r"\sqrt{-1}", r"i", False, True),
     (r"5\text{cm}", r"5", False, True),
+    (r"0.\overline{3}", r"\frac13", False, True),
+    (r"0.1\bar{6}", r"\frac16", False, True),
+    (r"0.\dot3", r"\frac{1}{3}", False, True),
+    (r".\overline{142857}", r"\frac17", False, True),
+    (r"-2.\overline{45}", r"-\frac{27}{11}", False, True),
+    (r"33.\overline{3}\%", r"\frac{100}{3}\%", False, True),
+    (r"33\frac13\%", r"33.\overline{3}", False, True),
+    (r"\frac{100}{3}\%", r"\frac{100}{7}\%", False, False),
+    (r"0.\overline{3}", r"0.3", False, False),
+    (r"0.\overline{3}", r"0.\overline{6}", False, False),
+    (r"0.\overline{12}", r"0.\overline{1}", False, False),
+    (r"\overline{AB}", r"AC", False, False),
+    (r"\tan 45^\circ", r"1", False, True),
+    (r"\sin(30^{\circ})", r"\frac12", False, True),
+    (r"\cos\left(120^\circ\right)", r"-0.5", False, True),
+    (r"2\sin^2 45°", r"1", False, True),
+    (r"\tan 45^\circ", r"45", False, False),
+    (r"\tan 45", r"1", False, False),
+    (r"\tan 4.5^\circ", r"1", False, False),
+    (r"\$5.00", r"5", False, True),
+    (r"-\$5", r"-5.0", False, True),
+    (r"\$1,250.50", r"1250.5", False, True),
+    (r"\$5.00", r"\$5.10", False, False),
+    (r"\text{6 hours}", r"6", False, True),
+    (r"\mbox{2.5 m}", r"\frac52", False, True),
+    (r"\text{2,500 people}", r"2500", False, True),
+    (r"\text{6 hours}", r"6\text{ hours}", False, True),
+    (r"\text{6 hours}", r"7", False, False),
+    (r"\text{6 hours}", r"\text{6 minutes}", False, False),
+    (r"\text{2 or 3}", r"2", False, False),
+    (r"\text{2 and up}", r"2", False, False),
+    (r"\text{-6 degrees}", r"-6", False, True),
+    (r"\emptyset", r"\varnothing", False, True),
+    (r"\varnothing", r"\{\}", False, True),
+    (r"∅", r"\varnothing", False, True),
+    (r"\varnothing", r"0", False, False),
+    (r"\varnothing", r"\{0\}", False, False),
+    (r"\emptyset", r"\{\emptyset\}", False, False),
+    (r"100\%", r"1", False, True),
+    (r"5\%", r"0.05", False, True),
+    (r"100\%", r"100", True, True),
+    (r"100\%", r"10", False, False),
+    (r"2√3", r"\sqrt{12}", False, True),
+    (r"√2", r"2", False, False),
 ]
 needs_library = pytest.mark.skipif(
     not symbolic.is_available(), reason="needs math-verify: pip install 'jax_ordermerge[math]'"
@@ -186,6 +230,10 @@ def test_every_answer_agrees_with_itself(text):
 )
 def test_a_box_that_is_not_closed(text, content):
     assert matching.open_boxed(text) == content
+
+
+def test_an_answer_too_long_to_be_parsed_is_wrong():
+    assert symbolic.equal(box(r"0.\overline{" + "3" * 20_000 + "}"), box(r"\frac13")) is False
 
 
 @needs_library
