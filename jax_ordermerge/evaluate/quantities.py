@@ -22,8 +22,8 @@ class Quantity(NamedTuple):
 
     Attributes:
         separator: `:` of what may be a time, `to` of a ratio that is none (`3:4`), `/` of dates,
-            `-` of ranges, `×` of sizes and products (`2x3`), and empty of one number. A fraction or
-            a power is one number.
+            `-` of ranges, `×` of products and sizes (`2x3`), empty of one number. A fraction or a
+            power is one number.
         parts: the numbers.
         half: `a` or `p` of a time with a.m. or p.m., else empty.
     """
@@ -158,11 +158,11 @@ _SCALES: Final = {
     "trillion": 10**12,
 }
 _SUFFIXES: Final = {"k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
-# 5k is 5,000. 5M may be 5 m, and $5M is five million.
+# 5k is 5,000. 5M may be 5 m and 300K a temperature, but $5M is five million.
 _SCALE: Final = (
     r"(?:(?P<scale>(?:(?:[ -]|\\(?:text|mbox|mathrm)\{\s?)?"
     rf"(?i:{'|'.join(_SCALES)})s?\b\}}?){{1,3}})"
-    r"|(?P<suffix>[kK]\b|(?(price)(?:[MB]|[mb]n)\b|(?!))))?"
+    r"|(?P<suffix>k\b|(?(price)(?:[KMB]|[mb]n)\b|(?!))))?"
 )
 # A minus after a number or a word subtracts or joins. One with a space behind it is a sign only
 # where nothing can be subtracted from.
@@ -183,9 +183,10 @@ _UNIT: Final = re.compile(
 _OPERATED: Final = rf"{_CURRENCY}[0-9]{{1,15}}(?:\.[0-9]{{1,15}})?"
 _EXPRESSION: Final = rf"\(({_OPERATED}(?:\s?[-+×/]\s?{_OPERATED}){{1,9}})\)"
 _WORKING: Final = re.compile(rf"(?<![\w.,/^])([0-9][0-9,.]{{0,20}})[ ]{_EXPRESSION}")
-# "The answer is 5!" is no factorial, but 5! and = 5! are.
+# "The answer is 5!" and "5! Well done" are no factorials, but 5! and = 5! are.
 _EXCLAMATION: Final = re.compile(
-    r"((?:[A-Za-z][ ]+\**[-$€£¥₹]*|[$€£¥₹]\s?)[0-9][0-9.,]*)!+(?=\s|\Z|\*)"
+    r"((?:[A-Za-z.:!?][ ]\**[-$€£¥₹]*|[$€£¥₹]\s?)[0-9][0-9.,]*)!+(?=\s|\Z|\*)"
+    r"|([0-9])!+(?=\s+[A-Z])"
 )
 _LISTED: Final = re.compile(r"\s*(?:[;,&]|,?\s*\band\b)\s*")
 
@@ -207,7 +208,7 @@ def _normalize(text: str) -> str:
     # Characters first: the pattern of units knows ASCII alone.
     text = _UNIT.sub("", _plain(text)).strip()
     text = re.sub(f"√{_EXPRESSION}", _root_of_sum, text)
-    return _WORKING.sub(_without_working, _EXCLAMATION.sub(r"\1", text))
+    return _WORKING.sub(_without_working, _EXCLAMATION.sub(r"\1\2", text))
 
 
 def _root_of_sum(match: re.Match[str]) -> str:
