@@ -24,9 +24,13 @@ def check_vacant(target: str | Path) -> None:
     """Refuse a target whose content would be lost.
 
     Raises:
-        UserError: the target is a file, lies below one, or is a directory that is not empty.
+        UserError: the target is a file, lies below one, ends in `..`, or is a directory that is not
+            empty.
     """
     path = Path(target)
+    # it is written beside its name, and `..` is no name to write beside
+    if path.name == "..":
+        raise UserError(f"{target} ends in ..; give the directory by its name")
     for parent in path.parents:
         if parent.is_file():
             raise UserError(f"{target} lies below {parent}, which is a file; give a new directory")

@@ -181,34 +181,46 @@ def merge_recipe(
         print(f"{names[0]}, the first of {len(names) + 1} recipes; the others start from results:")
         carry_out(first, None, write)
         return
-    directory = out.absolute().with_name(f"{out.absolute().name}.stages")
-    if remote.address(out) is not None:
-        directory = Path(tempfile.mkdtemp(prefix="ordermerge-stages-"))
-    # of an earlier try, which may have had another recipe
-    shutil.rmtree(directory, ignore_errors=True)
+    beside = None if remote.address(out) is not None else out.absolute()
+    if beside is not None:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own: nothing that others wrote may be removed with it
+    with tempfile.TemporaryDirectory(
+        prefix="ordermerge-stages-" if beside is None else f"{beside.name}.stages-",
+        dir=None if beside is None else beside.parent,
+    ) as directory:
+        results: dict[str, Path] = {}
 
-    def resolve(name: str) -> Path:
-        # a stage goes before a directory of the same name: the recipe is what names it
-        is_stage = name in names and (directory / name).is_dir()
-        return directory / name if is_stage else convert.resolve(name, allow_bin=allow_bin)
+        def resolve(name: str) -> Path:
+            # a stage goes before a directory of the same name: the recipe is what names it
+            return results.get(name) or convert.resolve(name, allow_bin=allow_bin)
 
-    try:
-        for name, stage in zip(names, stages, strict=True):
+        for number, (name, stage) in enumerate(zip(names, stages, strict=True)):
             stage_plan = plan_recipe(stage, where=f"{recipe}: {name}", resolve=resolve)
-            carry_out(stage_plan, directory / name, write)
+            # by number: a name may be a path, also one that leads out of the directory
+            stage_out = Path(directory, str(number))
+            carry_out(stage_plan, stage_out, write, label=name)
+            results[name] = stage_out
         where = f"{recipe}: the last recipe"
         carry_out(plan_recipe(last, where=where, resolve=resolve), out, write)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
-def carry_out(merge_plan: plan.Plan, out: Path | None, write: Write) -> None:
-    """Print the notes of a plan, and write the merge or show the plan."""
+def carry_out(
+    merge_plan: plan.Plan, out: Path | None, write: Write, *, label: str | None = None
+) -> None:
+    """Print the notes of a plan, and write the merge or show the plan.
+
+    Args:
+        merge_plan: the plan.
+        out: directory to write; None where `write` only shows the plan.
+        write: `merge_models` or `print_plan`.
+        label: of the result in the last line; by default the directory.
+    """
     for note in merge_plan.notes:
         print(f"note: {note}", file=sys.stderr)
     write(merge_plan, out)
     if out is not None:
-        print(f"wrote {remote.address(out) or out}")
+        print(f"wrote {label or remote.address(out) or out}")
 
 
 def plan_models(

@@ -112,8 +112,21 @@ def test_several_recipes_in_one_file_are_merged_in_their_order(folder, capsys):
     half = (read("a") + read("b")) / 2
     far = read("base") + 2 * (half - read("base"))
     np.testing.assert_allclose(read("out"), (3 * far + read("a")) / 4, rtol=0, atol=1e-6)
-    assert not (folder / "out.stages").exists()
-    assert "wrote" in capsys.readouterr().out
+    assert not list(folder.glob("out.*"))
+    assert capsys.readouterr().out.splitlines()[:2] == ["wrote half", "wrote far"]
+
+
+@pytest.mark.parametrize("name", ["half", "../outside", "{folder}/outside", "a/b"])
+def test_results_of_stages_touch_nothing_of_others(folder, name):
+    name = name.format(folder=folder)
+    (folder / "stages.yml").write_text(STAGES.replace("half", name))
+    notes = folder / "out.stages" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("of another program")
+    before = {*folder.iterdir(), *folder.parent.iterdir()}
+    command.merge_recipe(folder / "stages.yml", folder / "out", write)
+    assert {*folder.iterdir(), *folder.parent.iterdir()} == before | {folder / "out"}
+    assert notes.read_text() == "of another program"
 
 
 def test_a_dry_run_plans_the_first_recipe(folder, capsys):
@@ -129,6 +142,7 @@ def test_a_dry_run_plans_the_first_recipe(folder, capsys):
     [
         (("name: half\n", ""), "recipe 1 of 3 has no name"),
         (("name: far", "name: half"), "two recipes have the name half"),
+        (("name: half", "name: half+far"), "the name half\\+far has a \\+"),
         (
             (
                 "{model: a, parameters: {weight: 1}}, {model: b",
@@ -150,8 +164,7 @@ def test_every_recipe_of_a_file_is_checked_before_the_first_is_merged(folder, ch
     (folder / "stages.yml").write_text(STAGES.replace(*change))
     with pytest.raises(UserError, match=message):
         command.merge_recipe(folder / "stages.yml", folder / "out", write)
-    assert not (folder / "out").exists()
-    assert not (folder / "out.stages").exists()
+    assert not list(folder.glob("out*"))
 
 
 # -------------------------------------------------------------------------------------- spellings

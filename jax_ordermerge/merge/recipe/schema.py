@@ -259,6 +259,12 @@ def load(source: str | Path) -> list[Json]:
                 f"{where}: recipe {number} of {len(names)} has no name, so no later one could refer"
                 " to its result; give it a key name"
             )
+        # before the first stage is merged: later ones would look for a model and an adapter
+        if sign := next((sign for sign in "+@" if sign in name), None):
+            raise UserError(
+                f"{where}: the name {name} has a {sign}, by which no later recipe could refer to"
+                " it; leave it out"
+            )
         # Later names only: each pair is compared once, and the last recipe may have a name, too.
         if name in names[number:]:
             raise UserError(f"{where}: two recipes have the name {name}")
