@@ -11,7 +11,7 @@ from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import compare, convert, remote, safetensors, torch_files
 from jax_ordermerge.commands import tables
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.merge.sources import references
+from jax_ordermerge.merge.sources import peft_files, references
 from jax_ordermerge.merge.sources.storage import Source
 from jax_ordermerge.record import refuse_model_of_edited_run
 
@@ -80,6 +80,8 @@ def _open(name: str, ignore: Collection[str], allow_bin: bool) -> safetensors.Te
     """Open a model by any name that `merge` takes, or a safetensors file."""
     path = remote.expand(name)
     refuse_model_of_edited_run(path)
+    if peft_files.is_adapter(path):
+        references.open_model(name)  # says that a base belongs to it
     # Read as files where there are any: tensors that no architecture has are listed, too.
     stored = ("*.safetensors", "pytorch_model*.bin")
     if path.is_file() or any(any(path.glob(pattern)) for pattern in stored):
