@@ -6,6 +6,7 @@ never sees half of one. With several processes all of them call a writer and pro
 """
 
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -303,16 +304,59 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False))
 
 
+# Results whose keys change between versions -> the stage that writes them. Totals of the training
+# are not among them: their readers take any keys, since a training is not done again for a page.
+_WRITTEN_BY = {
+    "analysis.json": "analyze",
+    "merge.json": "merge",
+    "evaluations.json": "evaluate",
+    "controls.json": "evaluate",
+}
+
+
+class _Result(dict[str, JsonValue]):
+    """An object in the result of a stage: a key that is missing is an error of one line."""
+
+    def __init__(self, content: Json, path: Path) -> None:
+        super().__init__(content)
+        self._path = path
+
+    def __missing__(self, key: str) -> JsonValue:
+        stage = _WRITTEN_BY.get(self._path.name, "evaluate")
+        # the summary is what says that the stage is complete
+        summary = "evaluations.json"
+        is_part = stage == "evaluate" and self._path.name != summary
+        raise UserError(
+            f"{self._path} has no {key}: another version wrote it, or it was edited; remove it"
+            f"{f' and {summary} of the run' if is_part else ''}, and ordermerge {stage} RUN"
+            " writes it again"
+        )
+
+
 def read_json(path: Path) -> JsonValue:
     """Return the parsed file, or None where it is absent.
 
+    In the result of a stage, reading a key that is missing is a `UserError` that names the stage.
+
     Raises:
         UserError: it is not valid JSON.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "analysis.json"
+        >>> write_json(file, {"design": {}})
+        >>> read_json(file)["design"]["epochs"]
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: .../analysis.json has no epochs: another version wrote it,
+        or it was edited; remove it, and ordermerge analyze RUN writes it again
     """
     if not path.is_file():
         return None
+    is_result = path.name in _WRITTEN_BY or path.parent.name == "evaluations"
+    hook = functools.partial(_Result, path=path) if is_result else None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_hook=hook)
     except ValueError as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); restore it, or remove it and run its stage again"

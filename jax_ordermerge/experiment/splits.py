@@ -224,7 +224,9 @@ def _describe_change(before: Json, examples: Examples) -> str:
         return f"{names}: {before['examples']} examples -> {len(examples)}"
     # The examples are of tokens, so they may differ while the bytes of their files are the same.
     digests = [file.sha256 for source in examples.sources for file in source.files]
-    recorded = [file["sha256"] for source in before["sources"] for file in source["files"]]
+    # one mapping without files, and no list, in runs of before there were mixtures
+    sources = before["sources"] if isinstance(before["sources"], list) else []
+    recorded = [file["sha256"] for source in sources for file in source["files"]]
     # Hub and generated data have no file, and the digest "".
     if "" not in digests and digests == recorded:
         return f"{names}: same content, other tokens; the template or the tokenizer changed"

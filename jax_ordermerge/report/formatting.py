@@ -1,5 +1,6 @@
 """Numbers as text: p values, errors, intervals, and the words that a p value allows."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -273,7 +274,9 @@ def late_less_early(gaps: Any) -> Any:
         return [late_less_early(gap) for gap in gaps]
     if not isinstance(gaps, dict):
         return gaps
-    turned = {key: late_less_early(value) for key, value in gaps.items()}
+    # a copy knows of which file it is a part, for the error where a key is missing
+    turned = copy.copy(gaps)
+    turned.update({key: late_less_early(value) for key, value in gaps.items()})
     if "estimate" in gaps:
         turned |= {"estimate": -gaps["estimate"], "low": -gaps["high"], "high": -gaps["low"]}
     return turned

@@ -1,7 +1,9 @@
 """A run directory becomes a page that parses, loads nothing, and says what the numbers say."""
 
+import functools
 import html.parser
 import json
+import operator
 import re
 import xml.etree.ElementTree as ET
 
@@ -340,6 +342,42 @@ def test_an_analysis_of_an_earlier_version_makes_a_page(tmp_path):
     assert "– (the analysis was made by an earlier version)" in markdown
     assert "After merging: the gap is largest in epoch 1" in markdown
     assert "plain average of the losses" not in markdown
+
+
+def test_data_of_before_there_were_mixtures_make_a_page(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: earlier\n")
+    source = {"data": "a.jsonl", "format": "question_answer", "template": "gsm8k"}
+    data = {"source": "a.jsonl", "sources": source, "digest": "edbb", "examples": 200}
+    dump(tmp_path / "data.json", {"train": data})
+    assert "200 examples" in run_report.write(tmp_path).with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "keys", "remedy"),
+    [
+        (analysis, "analysis.json", ("design",), "remove it, and ordermerge analyze RUN"),
+        (analysis, "analysis.json", ("pooled", "early_late"), "ordermerge analyze RUN"),
+        (analysis, "analysis.json", ("pooled", "early_late", 0, "estimate"), "ordermerge analyze"),
+        (merges, "merge.json", ("merges",), "remove it, and ordermerge merge RUN"),
+        (evaluation, "evaluations.json", ("models",), "remove it, and ordermerge evaluate RUN"),
+        (
+            evaluation,
+            "evaluations/average.json",
+            ("ids",),
+            "remove it and evaluations.json of the run, and ordermerge evaluate RUN",
+        ),
+    ],
+)
+def test_a_result_without_a_key_names_the_stage_to_do_again(tmp_path, stage, file, keys, remedy):
+    (tmp_path / "config.yaml").write_text("name: earlier\n")
+    stage(tmp_path)
+    document = json.loads((tmp_path / file).read_text())
+    *outer, key = keys
+    del functools.reduce(operator.getitem, outer, document)[key]
+    dump(tmp_path / file, document)
+    with pytest.raises(UserError, match=re.escape(f"{file} has no {key}")) as error:
+        run_report.write(tmp_path)
+    assert remedy in str(error.value)
 
 
 @pytest.mark.parametrize("stage", [training, analysis, merges, evaluation])

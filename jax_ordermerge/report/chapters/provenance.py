@@ -60,7 +60,8 @@ def _data(run: Run) -> Iterator[list[str]]:
                 ", ".join(f"{split[key]} {key}" for key in ("examples", "tokens") if key in split),
                 ", ".join(f"{key} {value}" for key, value in (split.get("counts") or {}).items()),
             ]
-            sources = split.get("sources") or []
+            # one mapping, and no list, in runs of before there were mixtures
+            sources = [] if isinstance(split.get("sources"), Mapping) else split.get("sources", [])
             for source in sources if len(sources) > 1 else ():
                 parts = [f"{source[key]} {key}" for key in ("examples", "tokens")]
                 weight = [f"weight {source['weight']:g}"] if source["weight"] != 1 else []
