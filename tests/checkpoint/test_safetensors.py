@@ -220,10 +220,10 @@ def check_read_or_refused(path: pathlib.Path) -> None:
 def test_missing_paths(tmp_path):
     with pytest.raises(UserError, match="nowhere not found"):
         Reader(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"neither model\.safetensors nor .*it has no weights"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor .*it has no safetensors"):
         Reader(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin; convert to safetensors"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin; ordermerge convert .* --allow-bin"):
         Reader(tmp_path)
 
 

@@ -39,7 +39,9 @@ def test_a_run_directory_is_the_one_that_was_given(place, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_is_the_one_that_was_given(name):
+def test_a_model_is_the_one_that_was_given(place, name):
+    (place / name).mkdir(parents=True)
+    (place / name / "config.json").touch()  # `~` would be the home directory, which is no model
     assert model_config(name, None, ["evaluation.batch=8"], ["key"]).model.base == name
 
 

@@ -12,6 +12,7 @@ from jax_ordermerge.evaluate import generation
 from jax_ordermerge.experiment import pipeline, sample_generations
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.report import run_report
+from jax_ordermerge.report.document import Chapter
 from jax_ordermerge.report.run import read_run
 from jax_ordermerge.train import members
 from jax_ordermerge.tree import member
@@ -90,7 +91,9 @@ def test_the_report_shows_them(both):
     blocks = run_report.build(read_run(sampled))
     table = next(
         block
-        for block in blocks
+        for chapter in blocks
+        if isinstance(chapter, Chapter)
+        for block in chapter.blocks
         if getattr(block, "caption", "").startswith("Answers while training")
     )
     assert table.rows == [

@@ -71,7 +71,7 @@ def public_name(model: str) -> PublicName:
         return PublicName(model.removeprefix(_EMBEDDED), "embedded")
     if (address := remote.address(model)) is not None:
         return PublicName(Path(address).name, "bucket")
-    path = Path(model).expanduser()
+    path = remote.expand(model)
     real = path.resolve()
     if (run := _run_of(real)) is not None:
         return PublicName(str(real.relative_to(run.parent)), "run")
@@ -91,7 +91,7 @@ def split_adapter(model: str) -> list[str]:
         (['base', 'adapter'], ['base'])
     """
     # a directory may have a plus in its name
-    return [model] if Path(model).expanduser().exists() else model.split("+")
+    return [model] if remote.expand(model).exists() else model.split("+")
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
@@ -112,9 +112,7 @@ def short_names(models: Iterable[str]) -> dict[str, str]:
     for name in set(names.values()):
         # one model may be spelled in several ways
         paths = {
-            model: Path(model).expanduser().resolve().parts
-            for model in names
-            if names[model] == name
+            model: remote.expand(model).resolve().parts for model in names if names[model] == name
         }
         if len(set(paths.values())) > 1:
             names |= _longer_names(paths)
