@@ -13,12 +13,10 @@ from tests.experiment import tiny
 # what a URL, a pattern, YAML, a shell, a command line, HTML or this package reads as something else
 SAMPLE = ["run #2", "a+b", "2026-11-29", "[x]"]
 NAMES = [
-    *("a b", "a?b", "a%20b", "*", "{a}", "a|b", "a\\b", "%s", "a:b"),
-    *("007", "1.10", "yes", "null", "nan", "!x", "@x", "1e5", "a=b", "a,b", "`x`"),
-    *("~", "$HOME", "it's", 'say "x"', "a;b", "a&b", "<b>x", "a\nb", "a\tb"),
-    *("-x", "--help", ".hidden", "...", "end.", "end ", " start", "x" * 230),
-    *("caf\u00e9", "cafe\u0301", "日本語", "😀", "\u202egnp"),
-    *("a.yaml", "member_0", "base", "a@b", "a+b+c"),
+    *("a b", "a?b", "a%20b", "*", "{a}", "a|b", "a\\b", "a:b"),
+    *("007", "1.10", "yes", "null", "@x", "a=b", "a,b"),
+    *("~", "$HOME", 'say "x"', "<b>x", "a\nb"),
+    *("-x", "--help", ".hidden", "end ", "x" * 230, "cafe\u0301", "😀"),
 ]
 TASKS = {"evaluation": {"batch": 8, "tasks": [{"name": "swap", "max_new_tokens": 4}]}}
 
