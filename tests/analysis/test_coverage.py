@@ -1,7 +1,7 @@
 """Simulated coverage of the 95 % intervals, and size of the tests, by the designs of experiments.
 
 A few draws of some designs by default, many of all with --slow. With D draws a coverage of 0.95 has
-the Monte Carlo error sqrt(0.95 * 0.05 / D): 0.018 with 150, 0.009 with 600.
+the Monte Carlo error sqrt(0.95 * 0.05 / D): 0.018 with 150, 0.011 with 400.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from jax_ordermerge.analysis import clusters, position_curves, position_effects
 from jax_ordermerge.analysis.result import Missing
 from tests.analysis.simulated import SLOPE, Design, simulate
 
-FAST, SLOW = 150, 600
+FAST, SLOW = 150, 400
 # level, members, samples, batch, correlation of steps, skewed losses
 GRID = [
     ("batch", 4, 320, 16, 0.1, False),
