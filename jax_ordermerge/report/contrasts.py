@@ -19,7 +19,6 @@ from jax_ordermerge.analysis.populations import (
 )
 from jax_ordermerge.analysis.result import Missing, or_missing
 from jax_ordermerge.checkpoint import atomic
-from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import MEAN_MEMBER, RIVALS, of_populations
 from jax_ordermerge.report.document import Block, Heading, Table
@@ -27,6 +26,7 @@ from jax_ordermerge.report.run import Run
 
 LOSS = "loss"  # the measure beside the tasks and the slopes
 SLOPE = "slope"
+OUTSIDE_THE_TABLE = ("plane", "subsets")  # groups of controls with a picture or table of their own
 _COLUMNS = ("measure", "model", "rival", "population", "errors_over", "n")
 _NUMBERS = ("estimate", "se", "low", "high", "p")
 
@@ -143,22 +143,28 @@ def slopes(run: Run) -> list[tuple[str, Difference]]:
     ]
 
 
-def against(run: Run, row: Json) -> dict[str, Difference]:
-    """Return the differences of a control to its rivals: over populations where there are several.
+def of_controls(run: Run) -> dict[str, dict[str, Difference]]:
+    """Return the differences of the controls to their rivals, by name and rival.
 
-    Args:
-        run: the run.
-        row: of its controls.json.
+    They are those over populations where there are several. Models that are made for a picture or
+    for the loss by number of members are left out, as in the table of the controls.
     """
+    rows = [
+        row
+        for row in (run.controls or {"rows": []})["rows"]
+        if row["group"] not in OUTSIDE_THE_TABLE
+    ]
     if not run.populations:
-        return {rival: Difference(**gap) for rival, gap in row["against"].items()}
-    return {
-        contrast.key.rival: of_populations(contrast.over)
-        for contrast in contrasts(run)
-        if contrast.key.measure == LOSS
-        and contrast.key.model == row["name"]
-        and not isinstance(contrast.over, Missing)
-    }
+        return {
+            row["name"]: {rival: Difference(**gap) for rival, gap in row["against"].items()}
+            for row in rows
+        }
+    gaps: dict[str, dict[str, Difference]] = {row["name"]: {} for row in rows}
+    for contrast in contrasts(run):
+        key = contrast.key
+        if key.measure == LOSS and key.model in gaps and not isinstance(contrast.over, Missing):
+            gaps[key.model][key.rival] = of_populations(contrast.over)
+    return gaps
 
 
 # ---------------------------------------------------------------------------------- as a file

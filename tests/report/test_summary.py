@@ -114,25 +114,47 @@ def test_the_choice_of_a_search_is_what_ships():
     assert "the search chose on validation" in why
 
 
-def control(at, shift):
+def control(at, shift, validation=None):
     losses = LOSSES + shift + np.random.default_rng(3).normal(0, 0.01, 120)
     against = {
         "best_member": asdict(paired.difference(losses, LOSSES)),
         "mean_member": asdict(paired.difference(losses, LOSSES)),
     }
     name = f"average, lambda {at}"
-    values = {"loss": float(losses.mean()), "validation_loss": None, "at": [at]}
+    values = {"loss": float(losses.mean()), "validation_loss": validation, "at": [at]}
     return {"name": name, "group": "lambda_line", "kind": "merge", "against": against, **values}
 
 
 def test_a_lambda_that_beats_the_best_member_is_on_the_first_screen():
     controls = {"rows": [control(0.5, 0.3), control(1.1, -0.2)]}
     sentences, (table, _) = parts(run_of({"m0": 0, "m1": 0, "average": 0}, controls=controls))
-    assert "length helps by itself: average, lambda 1.1 has loss" in sentences[-1]
+    assert "task vector helps by itself: average, lambda 1.1 has loss" in sentences[-1]
+    assert "chosen on test: optimistic" in sentences[-1]
     assert table.rows[-1][0] == "average, lambda 1.1 (control)"
     controls = {"rows": [control(0.5, 0.3)]}
     sentences, _ = parts(run_of({"m0": 0, "m1": 0, "average": 0}, controls=controls))
-    assert "length" not in sentences[-1]
+    assert "task vector" not in sentences[-1]
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_lambda_that_the_test_examples_chose_pays_for_all_controls(validated):
+    # the gain is real to one test of its own, and nothing among some 40
+    controls = [control(0.5 + at / 100, 0.3, 2.3 if validated else None) for at in range(20)]
+    for row in controls:
+        for gap in row["against"].values():
+            gap["p"] = 0.5
+    controls.append(control(1.1, -0.2, 1.8 if validated else None))
+    controls[-1]["against"]["best_member"]["p"] = 0.004
+    controls[-1]["against"]["mean_member"]["p"] = 0.5
+    run = run_of({"m0": 0, "m1": 0, "average": 0}, controls={"rows": controls})
+    sentences, (table, _) = parts(run)
+    assert ("task vector helps by itself" in sentences[-1]) == validated
+    # by hand: 42 comparisons, of which this has the smallest p
+    p, word = ("0.004", "clearly better") if validated else ("0.17", "not distinguishable")
+    assert table.rows[-1][-2:] == [p, word]
+    assert "optimistic" not in sentences[-1]
+    chosen = "validation chose, not corrected" if validated else "test chose, over all comparisons"
+    assert chosen in table.caption
 
 
 def test_the_table_has_at_most_eight_rows_and_says_what_it_leaves_out():
@@ -140,7 +162,13 @@ def test_the_table_has_at_most_eight_rows_and_says_what_it_leaves_out():
     _, (table, picture) = parts(run_of(shifts, controls={"rows": [control(1.1, 0.1)]}))
     assert len(table.rows) == summary.ROWS
     names = [row[0] for row in table.rows]
-    assert names[3:] == ["x0", "x1", "x2", "average", "average, lambda 1.1 (control)"]
+    assert names[3:] == [
+        "x0",
+        "x1",
+        "x2",
+        "average",
+        "average, lambda 1.1 (control)",
+    ]
     assert "6 more merges stand in Models and merges" in table.caption
     # one far beyond the others is named at the edge and does not squeeze them
     assert "+0." in picture.svg

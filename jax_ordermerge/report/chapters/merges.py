@@ -8,6 +8,7 @@ from jax_ordermerge.config.merge import AUTO, LOSS
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import member_name
 from jax_ordermerge.report import formatting, search_findings
+from jax_ordermerge.report.contrasts import OUTSIDE_THE_TABLE
 from jax_ordermerge.report.differences import AVERAGE, BEST_MEMBER, MEAN_MEMBER, RIVALS
 from jax_ordermerge.report.document import (
     Block,
@@ -151,7 +152,7 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
         chosen: summary of the merge that a search chose, for the picture of both splits.
     """
     # the plane has 49 models: it is a picture only; subsets have a table of their own
-    rows = [row for row in controls["rows"] if row["group"] not in ("plane", "subsets")]
+    rows = [row for row in controls["rows"] if row["group"] not in OUTSIDE_THE_TABLE]
     split = controls["split"]
     p_values = [gap["p"] for row in rows for gap in row["against"].values()]
     corrected = iter(holm(p_values))
@@ -336,7 +337,7 @@ def _pictures(rows: Sequence[Json], split: str, unit: str, chosen: Json | None) 
     both = [
         row
         for row in rows
-        if row["validation_loss"] is not None and row["group"] not in ("plane", "subsets")
+        if row["validation_loss"] is not None and row["group"] not in OUTSIDE_THE_TABLE
     ]
     # with validation on both axes the picture would be a diagonal
     if split == "test" and both:

@@ -25,9 +25,28 @@ _TASKS = 2  # with a column in it
 _LAMBDA = "lambda_"  # prefix of the groups of controls that are models at other lambdas
 
 
+@dataclass(frozen=True)
+class _Control:
+    """The control at another lambda that stands on the first screen.
+
+    Attributes:
+        name, loss: of the model.
+        validated: whether validation chose the lambda, else the test examples did.
+        gaps: to the rivals.
+        p: against the best member; None where the two were not compared.
+    """
+
+    name: str
+    loss: float
+    validated: bool
+    gaps: dict[str, Difference]
+    p: float | None
+
+
 def summary(run: Run) -> list[Block]:
     """Return what a reader needs who reads no further."""
-    sentences = [*_position(run), *_average(run), *_selection(run), *_ship(run)]
+    control = _scaled(run)
+    sentences = [*_position(run), *_average(run), *_selection(run), *_ship(run, control)]
     heading = Heading("What was found")
     if not sentences:
         return [
@@ -35,9 +54,9 @@ def summary(run: Run) -> list[Block]:
             Paragraph("Nothing yet: neither the analysis nor the evaluation has been run."),
         ]
     blocks: list[Block] = [heading, Bullets(sentences)]
-    rows = _rows(run)
+    rows = _rows(run, control)
     if any(row.merge for row in rows):
-        blocks.append(_table(run, rows))
+        blocks.append(_table(run, rows, control))
     gaps = {row.label: row.gaps for row in rows if row.gaps}
     if gaps:
         caption = (
@@ -105,20 +124,23 @@ def _selection(run: Run) -> Iterator[str]:
     yield f"Selection ({name}{variants}): {_against(run, merge, (AVERAGE, BEST_MEMBER))}."
 
 
-def _ship(run: Run) -> Iterator[str]:
+def _ship(run: Run, control: _Control | None) -> Iterator[str]:
     best = run.claims.best
     if best is None or not run.claims.merges:
         return
     name, why = shipped(run)
     text = f"What to ship: {name}, {why}."
-    if row := _scaled(run):
-        gap = contrasts.against(run, row).get(BEST_MEMBER)
-        word = INDISTINGUISHABLE if gap is None else verdict(gap.estimate, gap.p)
-        if gap is not None and word.endswith("better"):
+    if control and control.p is not None:
+        gap = control.gaps[BEST_MEMBER]
+        word = verdict(gap.estimate, control.p)
+        if word.endswith("better"):
+            optimistic = "; chosen on test: optimistic"
             text += (
-                f" But length helps by itself: {row['name']} has loss {row['loss']:.4f}, {word} "
-                f"({gap.estimate:+.4f} {formatting.bounds(gap.low, gap.high)}) than the "
-                "best member; see Controls."
+                f" But another length of the task vector helps by itself: {control.name} has loss "
+                f"{control.loss:.4f}, {word} "
+                f"({gap.estimate:+.4f} {formatting.bounds(gap.low, gap.high)}, "
+                f"{formatting.p_text(control.p)}{'' if control.validated else optimistic}) than "
+                "the best member; see Controls."
             )
     yield text
 
@@ -220,7 +242,7 @@ def _lowest(run: Run, names: Sequence[str]) -> str | None:
     return min(means, key=lambda name: means[name], default=None)
 
 
-def _scaled(run: Run) -> Json | None:
+def _scaled(run: Run) -> _Control | None:
     """Return the control of another lambda with the lowest loss, on validation where measured."""
     rows = [
         row
@@ -229,9 +251,24 @@ def _scaled(run: Run) -> Json | None:
     ]
     # an average at another lambda is also a merge: what length does alone, a member shows
     rows = [row for row in rows if row["kind"] == "scaled member"] or rows
+    if not rows:
+        return None
     validated = all(row["validation_loss"] is not None for row in rows)
     key = "validation_loss" if validated else "loss"
-    return min(rows, key=lambda row: float(row[key]), default=None)
+    row = min(rows, key=lambda row: float(row[key]))
+    against = contrasts.of_controls(run)
+    gaps = {rival: gap for rival, gap in against[row["name"]].items() if rival in RIVALS}
+    p = gaps[BEST_MEMBER].p if BEST_MEMBER in gaps else None
+    if p is not None and not validated:
+        # chosen by the test examples, so it pays for all comparisons of the table of controls
+        tests = {
+            (name, rival): gap.p
+            for name, of_name in against.items()
+            for rival, gap in of_name.items()
+        }
+        corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+        p = corrected[row["name"], BEST_MEMBER]
+    return _Control(row["name"], float(row["loss"]), validated, gaps, p)
 
 
 # ---------------------------------------------------------------------- table
@@ -249,7 +286,7 @@ class _Row:
     merge: str | None = None
 
 
-def _rows(run: Run) -> list[_Row]:
+def _rows(run: Run, control: _Control | None) -> list[_Row]:
     if not run.members:
         return []
     best, base = run.claims.best, [model for model in run.models if model["kind"] == "base"]
@@ -259,21 +296,16 @@ def _rows(run: Run) -> list[_Row]:
         models = [model for model in run.models if model["name"] == best.name]
         rows.append(_Row(f"best member on {best.chosen_on}", _mean_loss(models), models))
     merges = [_merge_row(run, name, merge) for name, merge in run.claims.merges.items()]
-    scaled = _scaled(run)
-    places = ROWS - len(rows) - (scaled is not None)
+    places = ROWS - len(rows) - (control is not None)
     if len(merges) > places:
         # those that matter: the plain average, what would be shipped, and then by loss
         first = {AVERAGE, AUTO, shipped(run)[0]}
         order = sorted(merges, key=lambda row: (row.merge not in first, row.loss or 0.0))
         merges = [row for row in merges if row in order[:places]]
     rows += merges
-    if scaled is not None:
-        gaps = {
-            rival: gap for rival, gap in contrasts.against(run, scaled).items() if rival in RIVALS
-        }
-        label = f"{scaled['name']} (control)"
-        p = gaps[BEST_MEMBER].p if BEST_MEMBER in gaps else None
-        rows.append(_Row(label, scaled["loss"], gaps=gaps, p=p))
+    if control is not None:
+        label = f"{control.name} (control)"
+        rows.append(_Row(label, control.loss, gaps=control.gaps, p=control.p))
     return rows
 
 
@@ -291,7 +323,15 @@ def _mean_loss(models: Sequence[Json]) -> float | None:
     return fmean(losses) if losses and len(losses) == len(models) else None
 
 
-def _table(run: Run, rows: Sequence[_Row]) -> Table:
+def _correction(control: _Control | None) -> str:
+    if control is None or control.p is None:
+        return ""
+    if control.validated:
+        return "; of the control, which validation chose, not corrected"
+    return "; of the control, which test chose, over all comparisons in Controls"
+
+
+def _table(run: Run, rows: Sequence[_Row], control: _Control | None) -> Table:
     tasks = run.tasks[:_TASKS]
     cells = []
     for row in rows:
@@ -316,9 +356,9 @@ def _table(run: Run, rows: Sequence[_Row]) -> Table:
     header += ["less the best member", "95 %", "p", "verdict"]
     hidden = len(run.claims.merges) - sum(row.merge is not None for row in rows)
     caption = (
-        f"{run.loss_name.capitalize()} in {run.loss_unit}. p: corrected by Holm's method over the "
-        f"merges; of a control, which was not chosen in advance, not corrected. Above 0.05 two "
-        f"models are {INDISTINGUISHABLE}, never equal."
+        f"{run.loss_name.capitalize()} in {run.loss_unit}. p: corrected by Holm's method over all "
+        f"comparisons of the merges{_correction(control)}. Above 0.05 two models are "
+        f"{INDISTINGUISHABLE}, never equal."
     )
     if run.populations:
         caption += (
