@@ -202,7 +202,7 @@ class _Resampled(NamedTuple):
             merged=resample.gap(after),
             difference=resample.gap(after, before),
             expected=gap.scaled(self.share_left[e]),
-            excess=Excess(**vars(excess), p=_p(excess, gap)),
+            excess=Excess(**vars(excess), p=excess_p(excess.estimate, excess.se, gap.estimate)),
         )
 
 
@@ -297,12 +297,22 @@ def _jobs(
     return jobs
 
 
-def _p(excess: Estimate, gap: Estimate) -> float:
+def excess_p(excess: float, se: float, gap: float) -> float:
+    """Return the p value of a merge's gap less that of a plain average.
+
+    Args:
+        excess, se: estimate and standard error.
+        gap: of the members.
+
+    Example:
+        >>> round(excess_p(0.002, 0.001, 0.02), 4), excess_p(1e-12, 1e-13, 0.02)
+        (0.0455, 1.0)
+    """
     # the plain average itself differs by rounding errors only, which are no evidence
-    if abs(excess.estimate) <= 1e-9 * abs(gap.estimate) or not excess.se > 0:
+    if abs(excess) <= 1e-9 * abs(gap) or not se > 0:
         return 1.0
     # normal, as the interval: `_spread_factors` widened the error where few batches were resampled
-    return float(2 * stats.norm.sf(abs(excess.estimate / excess.se)))
+    return float(2 * stats.norm.sf(abs(excess / se)))
 
 
 def within_share(position: np.ndarray) -> float:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 from jax_ordermerge.analysis.paired import FEW_ITEMS, holm
+from jax_ordermerge.analysis.position_curves import excess_p
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.report import contrasts
 from jax_ordermerge.report.differences import BEST_MEMBER, RIVALS, Measure, seed_groups
@@ -14,6 +14,7 @@ from jax_ordermerge.report.formatting import (
     detectable_text,
     epochs,
     late_less_early,
+    mean_row,
     p_text,
     p_texts,
     signed,
@@ -73,7 +74,7 @@ def _position(analysis: Json, unit: str) -> list[str]:
             outcome = f"samples seen {end} end with the higher loss, {word}"
         sentences.append(
             f"Position in epoch {epochs(row)}: {outcome} (slope "
-            f"{signed(row['estimate'], row['se'])} {unit} from first to last, z {row['z']:.1f}, "
+            f"{signed(row)} {unit} from first to last, z {row['z']:.1f}, "
             f"{p_text(row['p'])}"
             + (f", {row['percent']:+.2f} % of the mean loss)." if "percent" in row else ").")
         )
@@ -128,16 +129,22 @@ def _mitigation(analysis: Json, merge: Json | None) -> list[str]:
     # The plain average keeps a part of the gap that the orders decide. A merge is tested against
     # that value: against the members' gap, any average would look like a success.
     groups = seed_groups(merges, merge)
-    rows = {group: _seed_mean([merges[name][epoch] for name in groups[group]]) for group in groups}
+
+    def of_groups(key: str) -> dict[str, Json]:
+        return {
+            group: mean_row([merges[name][epoch][key] for name in names])
+            for group, names in groups.items()
+        }
+
     parts = [
-        f"{group} {signed(*row['merged'])}"
+        f"{group} {signed(row)}"
         + (f" (mean of {len(groups[group])} merge seeds)" if len(groups[group]) > 1 else "")
-        for group, row in rows.items()
+        for group, row in of_groups("merged").items()
     ]
     sentences = [
         f"After merging: the gap is largest in epoch {epoch + 1}, where the late half of a "
         "member's samples differs from its early half by "
-        f"{signed(before['estimate'], before['se'])}. In the merges, by the same orders: "
+        f"{signed(before)}. In the merges, by the same orders: "
         f"{'; '.join(parts)}."
     ]
     # analyses of earlier versions have no expected gap
@@ -147,39 +154,25 @@ def _mitigation(analysis: Json, merge: Json | None) -> list[str]:
             f"{100 * before['share_left']:.1f} % of it: {before['expected']['estimate']:+.4f} is"
             " expected."
         )
-        sentences.append(_beyond_averaging(rows, before))
+        sentences.append(_beyond_averaging(of_groups("excess"), before))
     return sentences
 
 
-def _seed_mean(rows: Sequence[Json]) -> dict[str, tuple[float, float]]:
-    # the seeds share the samples, so the mean of their errors is the upper bound of its error
-    return {
-        key: (
-            float(np.mean([row[key]["estimate"] for row in rows])),
-            float(np.mean([row[key]["se"] for row in rows])),
-        )
-        for key in ("merged", "excess")
-        if key in rows[0]
-    }
+def _beyond_averaging(rows: Mapping[str, Json], before: Json) -> str:
+    """Compare the gap of each merge with that of a plain average.
 
-
-def _beyond_averaging(rows: Mapping[str, Mapping[str, tuple[float, float]]], before: Json) -> str:
-    """Compare the gap of each merge with that of a plain average."""
-    p_values = []
-    for row in rows.values():
-        estimate, se = row["excess"]
-        # Normal: where few batches were resampled, the errors are widened to Student's t already.
-        # The average itself may differ from the expected value by rounding errors only
-        zero = abs(estimate) <= 1e-9 * abs(before["estimate"]) or not se > 0
-        p_values.append(1.0 if zero else float(2 * stats.norm.sf(abs(estimate / se))))
+    Args:
+        rows: gap less the expected one, by merge or group of seeds.
+        before: gap of the members.
+    """
+    p_values = [excess_p(row["estimate"], row["se"], before["estimate"]) for row in rows.values()]
     clauses = []
     for (group, row), p in zip(rows.items(), holm(p_values), strict=True):
-        estimate, se = row["excess"]
-        outcome = f"{INDISTINGUISHABLE} from it, {detectable_text(se, np.inf)}"
+        outcome = f"{INDISTINGUISHABLE} from it, {detectable_text(row['se'], np.inf)}"
         if word := strength(p):
-            size = "smaller" if estimate * before["estimate"] < 0 else "larger"
+            size = "smaller" if row["estimate"] * before["estimate"] < 0 else "larger"
             outcome = f"{word} {size}"
-        clauses.append(f"{group} {outcome} ({signed(estimate, se)}, {p_text(p)})")
+        clauses.append(f"{group} {outcome} ({signed(row)}, {p_text(p)})")
     correction = ", p by Holm over the merges" if len(rows) > 1 else ""
     return f"Against the gap that is expected of a plain average{correction}: {'; '.join(clauses)}."
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -170,14 +171,33 @@ def share(part: float, error: float | None, count: int) -> Cell:
     return Interval(f"{100 * part:.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]")
 
 
-def signed(estimate: float, error: float, digits: int = 4) -> str:
-    """Return a difference or slope and its 95 % interval, from the standard error.
+def signed(row: Json, scale: float = 1, digits: int = 4) -> str:
+    """Return a difference or slope of a file and its 95 % interval.
 
     Example:
-        >>> signed(0.1, 0.02)
-        '+0.1000 [+0.0608, +0.1392]'
+        >>> signed({"estimate": 0.1, "low": 0.0, "high": 0.3})
+        '+0.1000 [+0.0000, +0.3000]'
     """
-    return f"{estimate:+.{digits}f} {normal_bounds(estimate, error, digits)}"
+    # the interval of the file, so that sentences and tables have the same one
+    size = f"{scale * row['estimate']:+.{digits}f}"
+    return f"{size} {bounds(scale * row['low'], scale * row['high'], digits)}"
+
+
+def mean_row(rows: Sequence[Json]) -> Json:
+    """Return the means of estimates, errors and bounds.
+
+    Of merges that differ in their seed the mean error is an upper bound of the error of the mean,
+    because they share the samples.
+
+    Example:
+        >>> rows = [
+        ...     {"estimate": 1.0, "se": 1.0, "low": -1.0, "high": 3.0},
+        ...     {"estimate": 2.0, "se": 2.0, "low": -2.0, "high": 6.0},
+        ... ]
+        >>> mean_row(rows)
+        {'estimate': 1.5, 'se': 1.5, 'low': -1.5, 'high': 4.5}
+    """
+    return {key: fmean(row[key] for row in rows) for key in ("estimate", "se", "low", "high")}
 
 
 def signed_interval(gap: Estimate, scale: float = 1, digits: int = 4) -> str:

@@ -270,7 +270,7 @@ def _position_table(run: Run) -> Table:
         "a member saw late less the half that it saw early, mean over the members' orders. Slope: "
         "from the first place to the last; of a merge by a sample's mean position in all members. "
         "A plain average leaves the expected gap, the part that the orders do not cancel, and the "
-        "slope. Of several merge seeds mean estimate, and an interval by the mean error."
+        "slope. Of several merge seeds the means of estimates and bounds."
     )
     return Table(header, rows, caption)
 
@@ -279,5 +279,4 @@ def _mean_estimate(rows: Sequence[Json]) -> str:
     # a mean over some of the seeds would not be comparable with that of another row
     if not rows or any("estimate" not in row for row in rows):
         return "–"
-    estimate, error = (fmean(row[key] for row in rows) for key in ("estimate", "se"))
-    return formatting.signed(estimate, error)
+    return formatting.signed(formatting.mean_row(rows))

@@ -154,7 +154,7 @@ def _effects(search: Json) -> str:
     text = texts[claim["merging_helps"], claim["length_helps"]]
     if length := claim.get("length"):
         scaled = search["candidates"][search["scaled_member"]]["name"]
-        size = f"{signed(length['estimate'], length['se'])}, by Holm {p_text(length['holm'])}"
+        size = f"{signed(length)}, by Holm {p_text(length['holm'])}"
         text += f" Length alone: {scaled} less the best member {size}."
     return text
 
@@ -165,10 +165,10 @@ def _tasks(search: Json) -> list[str]:
     for name, row in (claim["tasks"] if claim else {}).items():
         if row["difference"]:
             winner, best = (100 * share for share in row["accuracy"])
-            size = 100 * row["difference"]["estimate"], 100 * row["difference"]["se"]
             p = row["mcnemar"]["p"]
-            word = verdict(size[0], p, lower_is_better=False)
-            clause = versus(word, f"{signed(*size, 1)} points, {p_text(p)}", RIVALS["best_member"])
+            word = verdict(row["difference"]["estimate"], p, lower_is_better=False)
+            size = f"{signed(row['difference'], 100, 1)} points, {p_text(p)}"
+            clause = versus(word, size, RIVALS["best_member"])
             lines.append(
                 f"{name}: {winner:.1f} % right, {best:.1f} % of the best member: {clause}."
             )
