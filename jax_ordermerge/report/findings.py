@@ -65,17 +65,18 @@ def _position(analysis: Json, unit: str) -> list[str]:
     if "reason" in effects:
         return [f"No fixed-effects estimate of the position effect: {effects['reason']}."]
     sentences = []
-    for row in effects["coefficients"]:
+    corrected = holm([row["p"] for row in effects["coefficients"]])
+    for row, p in zip(effects["coefficients"], corrected, strict=True):
         outcome = "no effect on the final loss is distinguishable from zero"
-        outcome += undetected(row["p"], row["se"], effects.get("clusters", np.inf) - 1)
-        if word := strength(row["p"]):
+        outcome += undetected(p, row["se"], effects.get("clusters", np.inf) - 1)
+        if word := strength(p):
             # position 0 is the first step: a negative slope is a higher loss of early samples
             end = "early" if row["estimate"] < 0 else "late"
             outcome = f"samples seen {end} end with the higher loss, {word}"
         sentences.append(
             f"Position in epoch {epochs(row)}: {outcome} (slope "
             f"{signed(row)} {unit} from first to last, z {row['z']:.1f}, "
-            f"{p_text(row['p'])}"
+            f"{p_texts(row['p'], p)}"
             + (f", {row['percent']:+.2f} % of the mean loss)." if "percent" in row else ").")
         )
     sentences += _any_shape(analysis)

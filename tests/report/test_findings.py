@@ -275,6 +275,23 @@ def test_position_sentences(estimate, p, words):
     assert f"{100 * abs(estimate) / 0.4:.1f} %" in scale
 
 
+def test_position_verdicts_are_corrected_over_the_epochs():
+    row = {"se": 0.01, "z": 2.0, "low": 0.01, "high": 0.05, "estimate": 0.03}
+    rows = [row | {"epochs": [epoch], "p": p} for epoch, p in ((1, 0.03), (2, 0.008))]
+    analysis = {
+        "fixed_effects": {"coefficients": rows},
+        "members": [{"sd_loss": 0.4}],
+        "pooled": {"early_late": []},
+        "merged": {},
+    }
+    first, second, _ = findings.sentences(make_run(analysis=analysis))
+    # by hand: the smaller p counts twice, as in the first sentence of the page
+    assert "the higher loss, weakly (" in first
+    assert "p = 0.03)" in first
+    assert "the higher loss, weakly (" in second
+    assert "p = 0.008, by Holm = 0.016)" in second
+
+
 @pytest.mark.parametrize(
     ("excess", "words"),
     [
