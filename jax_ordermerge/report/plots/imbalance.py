@@ -90,6 +90,13 @@ def positions(analysis: Json, unit: str) -> str | None:
     return figure.svg
 
 
+def _learning_rate_by_epoch(axes: Axes, log: Sequence[Json], epochs: int) -> None:
+    """Draw the learning rate, where there is a log, over epochs as the effects are."""
+    if log:
+        last = max(line["step"] for line in log)
+        learning_rate(axes, [line["step"] / last * epochs for line in log], log)
+
+
 def effects(analysis: Json, log: Sequence[Json], unit: str) -> str | None:
     """Draw the fixed-effects slope of each epoch, over the learning rate of the run.
 
@@ -103,10 +110,7 @@ def effects(analysis: Json, log: Sequence[Json], unit: str) -> str | None:
 
     with draw("effects", 3.0) as figure:
         axes = figure.subplots()
-        if log:
-            last = max(line["step"] for line in log)
-            # in epochs, as the slopes are
-            learning_rate(axes, [line["step"] / last * epochs for line in log], log)
+        _learning_rate_by_epoch(axes, log, epochs)
         axes.axhline(0, color=FAINT, linewidth=1)
         for row in coefficients:
             # epochs that share a slope share a point, in their middle
@@ -137,9 +141,7 @@ def trajectory(analysis: Json, log: Sequence[Json], unit: str) -> str | None:
 
     with draw("trajectory", 3.0) as figure:
         axes = figure.subplots()
-        if log:
-            last = max(line["step"] for line in log)
-            learning_rate(axes, [line["step"] / last * epochs for line in log], log)
+        _learning_rate_by_epoch(axes, log, epochs)
         axes.axhline(0, color=FAINT, linewidth=1)
         # an epoch at a time: a level is known within an epoch only, so nothing joins two of them
         numbers = np.minimum(np.floor(curve["epochs"]), epochs - 1)
