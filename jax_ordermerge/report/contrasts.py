@@ -20,7 +20,7 @@ from jax_ordermerge.analysis.populations import (
 from jax_ordermerge.analysis.result import Missing, or_missing
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.report import formatting
-from jax_ordermerge.report.differences import MEAN_MEMBER, RIVALS, of_populations
+from jax_ordermerge.report.differences import MEAN_MEMBER, RIVALS, Measure, of_populations
 from jax_ordermerge.report.document import Block, Heading, Table
 from jax_ordermerge.report.run import Run
 
@@ -240,6 +240,27 @@ def _cells(contrast: Contrast, scale: float, digits: int) -> list[str]:
     ]
 
 
+def verdicts(measure: Measure, task: str | None, rivals: Mapping[str, str]) -> str:
+    """Return what one measure of a merge says about it and each rival.
+
+    Args:
+        measure: differences in the loss, or in the answers of a task.
+        task: its name; None for the loss.
+        rivals: their names in sentences.
+    """
+    scale, digits = (1, 4) if task is None else (100, 1)
+    return "; ".join(
+        formatting.versus(
+            formatting.verdict(gap.estimate, measure.holm[rival], lower_is_better=task is None),
+            f"{formatting.signed_interval(gap, scale, digits)}, "
+            f"{formatting.p_texts(measure.p(rival), measure.holm[rival])}"
+            + formatting.undetected(measure.holm[rival], scale * gap.se, gap.n - 1, digits),
+            rivals[rival],
+        )
+        for rival, gap in measure.gaps.items()
+    )
+
+
 def sentences(run: Run) -> list[str]:
     """Return what the populations say about each merge; empty where there is one population."""
     if not run.populations:
@@ -248,22 +269,9 @@ def sentences(run: Run) -> list[str]:
     texts = []
     for model, merge in run.claims.merges.items():
         for task, measure in merge.measures.items():
-            scale, digits = (1, 4) if task is None else (100, 1)
-            clauses = [
-                formatting.versus(
-                    formatting.verdict(
-                        gap.estimate, measure.holm[rival], lower_is_better=task is None
-                    ),
-                    f"{scale * gap.estimate:+.{digits}f} "
-                    f"{formatting.bounds(scale * gap.low, scale * gap.high, digits)}, "
-                    f"{formatting.p_texts(gap.p, measure.holm[rival])}"
-                    + formatting.undetected(measure.holm[rival], scale * gap.se, gap.n - 1, digits),
-                    RIVALS[rival],
-                )
-                for rival, gap in measure.gaps.items()
-            ]
             name = run.loss_name if task is None else task
-            texts.append(f"Over {count} populations, {model}, {name}: {'; '.join(clauses)}.")
+            clauses = verdicts(measure, task, RIVALS)
+            texts.append(f"Over {count} populations, {model}, {name}: {clauses}.")
     if texts:
         texts.append(
             f"The sentences that follow are about the models of population 0 of 0 to {count - 1}."

@@ -18,12 +18,9 @@ from jax_ordermerge.report.formatting import (
     p_text,
     p_texts,
     signed,
-    signed_interval,
     spread,
     strength,
     undetected,
-    verdict,
-    versus,
 )
 from jax_ordermerge.report.run import Run, pair_cosines, percentages
 
@@ -223,10 +220,10 @@ def _members(run: Run) -> list[str]:
     return sentences
 
 
-def _few_items(measure: Measure, rivals: Mapping[str, str]) -> str:
+def _few_items(measure: Measure) -> str:
     """Warn where a mean difference in loss is that of a few items."""
     clauses = [
-        f"{100 * gap.top_share:.0f} % of the variance against {rivals[rival]} "
+        f"{100 * gap.top_share:.0f} % of the variance of the difference from {RIVALS[rival]} "
         f"(median {gap.median:+.4f}, Wilcoxon {p_text(gap.wilcoxon_p)})"
         for rival, gap in measure.gaps.items()
         if gap.top_share is not None
@@ -234,7 +231,7 @@ def _few_items(measure: Measure, rivals: Mapping[str, str]) -> str:
         and gap.median is not None
         and gap.wilcoxon_p is not None
     ]
-    return f" Caution: five items hold {'; '.join(clauses)}." if clauses else ""
+    return f" Caution: five items make up {'; '.join(clauses)}." if clauses else ""
 
 
 def _merge(run: Run, name: str) -> list[str]:
@@ -248,18 +245,6 @@ def _merge(run: Run, name: str) -> list[str]:
     merge = run.comparison.merges[name]
     seeds = [model for model in run.models if model["name"] in merge.names]
 
-    def clauses(measure: Measure, scale: int, digits: int) -> str:
-        return "; ".join(
-            versus(
-                verdict(gap.estimate, measure.holm[rival], lower_is_better=scale == 1),
-                f"{signed_interval(gap, scale, digits)}, "
-                f"{p_texts(measure.p(rival), measure.holm[rival])}"
-                + undetected(measure.holm[rival], scale * gap.se, gap.n - 1, digits),
-                rivals[rival],
-            )
-            for rival, gap in measure.gaps.items()
-        )
-
     def level(values: Sequence[float], digits: int, unit: str = "") -> str:
         mean, sd = spread(values)
         note = "" if sd is None else f" (mean of {len(values)} merge seeds, sd {sd:.{digits}f})"
@@ -267,12 +252,12 @@ def _merge(run: Run, name: str) -> list[str]:
 
     sentences = []
     for task, measure in merge.measures.items():
+        clauses = contrasts.verdicts(measure, task, rivals)
         if task is None:
             loss = level([model["loss"] for model in seeds], 4)
-            text = f"{name}, {run.loss_name} {loss}: {clauses(measure, 1, 4)}."
-            sentences.append(text + _few_items(measure, rivals))
+            sentences.append(f"{name}, {run.loss_name} {loss}: {clauses}.{_few_items(measure)}")
         else:
             share = level(percentages(seeds, task), 1, " %")
             exact = ", by McNemar's mid-p against single models" if measure.mcnemar else ""
-            sentences.append(f"{name}, {task} {share}: {clauses(measure, 100, 1)}{exact}.")
+            sentences.append(f"{name}, {task} {share}: {clauses}{exact}.")
     return sentences

@@ -247,8 +247,9 @@ def test_a_mean_that_five_items_decide_is_said_to_be_one(planted):
     items["few"] = make_items(few)
     sentences = findings.sentences(make_run(models, items))
     (text,) = [text for text in sentences if text.startswith("few, held-out")]
-    assert "Caution: five items hold" in text
-    assert "the best member by loss (m1, chosen on validation) (median +0.0010, Wilcoxon p" in text
+    assert "Caution: five items make up" in text
+    words = "% of the variance of the difference from the best member by loss (median +0.0010, "
+    assert words + "Wilcoxon p" in text
 
 
 @pytest.mark.parametrize(
