@@ -191,11 +191,13 @@ def _limits(runs: Sequence[Run]) -> list[str]:
             f"Not shown: larger models. These have {' and '.join(f'{size:,}' for size in sizes)} "
             f"parameters and {examples[0]} to {examples[-1]} training examples per run."
         )
-    limits.append(
-        "Not shown: another population. Each run is one set of orders, and the errors are over "
-        "test items for these trained models. Only the spread of the members shows what another "
-        "training would add. Holm's correction is within a run, not over the runs."
-    )
+    if single := [run.name for run in runs if not run.populations]:
+        each = "Each run" if len(single) == len(runs) else f"Each of {', '.join(single)}"
+        limits.append(
+            f"Not shown: another population. {each} is one set of orders, and the errors are over "
+            "test items for these trained models. Only the spread of the members shows what "
+            "another training would add. Holm's correction is within a run, not over the runs."
+        )
     if not any(run.tasks for run in runs):
         limits.append(
             f"Not shown: correct answers. Only the {loss_name(runs)} was measured, and a lower "
@@ -222,11 +224,13 @@ def _setup(run: Run) -> str:
             f" ({dropped} of {read['read']} read for training were above "
             f"{config['data']['max_length']} tokens)"
         )
+    count = 1 + len(run.populations)
+    of_populations = f" in each of {count} populations" if count > 1 else ""
     duration = f" Trained in {state['seconds']:.0f} s." if "seconds" in state else ""
     return (
         f"{_last_part(config['model']['base'])} ({state.get('parameters', 0):,} parameters) on "
-        f"{_last_part(config['data']['train'])}: {counts}; {population['members']} orders of "
-        f"level {population['level']}, {training['epochs']} epochs, batch {training['batch']}, "
+        f"{_last_part(config['data']['train'])}: {counts}; {population['members']} orders"
+        f"{of_populations} of level {population['level']}, {training['epochs']} epochs, batch {training['batch']}, "
         f"{training['optimizer']['kind']}, learning rate {training['learning_rate']:g} "
         f"({training['schedule']['kind']}), seed {config['seed']}, merged in "
         f"{config['merge']['dtype']}.{duration}"

@@ -84,8 +84,8 @@ def _introduction(run: Run) -> str:
     difference = _DIFFERENCES[population.get("vary", "order")]
     count = population.get("replicates", 1)
     replicates = (
-        f" So were {count} populations of so many members; this page shows the first of them, and "
-        "the differences over all."
+        f" That was done {count} times, with independent members: {count} populations. The claims "
+        "are over all populations; what else stands here is about population 0."
         if count > 1
         else ""
     )

@@ -1,6 +1,7 @@
 """Runs with planted effects become a page that names the effects, and shows no paths."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from jax_ordermerge.analysis import imbalance, paired
 from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import make_config, to_dict
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.report import formatting, results
+from jax_ordermerge.report import document, formatting, results
+from jax_ordermerge.report.run import read_runs
 
 SEEDS = ["drawn-seed0", "drawn-seed1", "drawn-seed2"]
 
@@ -160,6 +162,17 @@ def test_what_is_shown_and_what_is_not(page):
     assert "- Not shown: any difference of plain to the mean member." in text
     assert "Position in epoch 1: samples seen early end with the higher loss in 2 of 2 runs" in text
     assert "Not shown: correct answers." in text
+
+
+def test_runs_of_several_populations_are_no_single_set_of_orders(page):
+    folder, _ = page
+    first, second = read_runs([folder / "first", folder / "second"])
+    several = replace(first, populations=[second])
+    text = document.render_markdown("Results", results.build([several, second]), pictures=".")
+    assert "Each of second is one set of orders" in text
+    assert "4 orders in each of 2 populations of level sample" in text
+    text = document.render_markdown("Results", results.build([several]), pictures=".")
+    assert "one set of orders" not in text
 
 
 def test_the_best_are_chosen_on_validation_and_reported_on_test(page):
