@@ -153,6 +153,23 @@ def plus_minus(value: float | None, error: float | None, digits: int) -> Cell:
     return Interval(number(value, digits), f"[{low:.{digits}f}, {high:.{digits}f}]")
 
 
+def share_bounds(part: float, error: float | None, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of right answers.
+
+    Example:
+        >>> share_bounds(0.0, 0.0, 96)[0], round(share_bounds(0.0, 0.0, 96)[1], 3)
+        (0.0, 0.038)
+    """
+    if error is None:  # of one item, where it is undefined
+        return part, part
+    if error > 0:
+        return part - NORMAL * error, part + NORMAL * error
+    # Where all answers are right, or none, the standard error is 0 but the share is not certain:
+    # Wilson's interval.
+    reach = NORMAL**2 / (count + NORMAL**2)
+    return (0.0, reach) if part < 0.5 else (1 - reach, 1.0)
+
+
 def share(part: float, error: float | None, count: int) -> Cell:
     """Return a share of right answers in per cent, and its 95 % interval.
 
@@ -162,12 +179,7 @@ def share(part: float, error: float | None, count: int) -> Cell:
     """
     if error is None:  # of one item
         return number(100 * part, 1)
-    if error > 0:
-        return plus_minus(100 * part, 100 * error, 1)
-    # Where all answers are right, or none, the standard error is 0 but the share is not certain:
-    # Wilson's interval.
-    reach = NORMAL**2 / (count + NORMAL**2)
-    low, high = (0.0, reach) if part < 0.5 else (1 - reach, 1.0)
+    low, high = share_bounds(part, error, count)
     return Interval(f"{100 * part:.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]")
 
 

@@ -118,7 +118,7 @@ def test_the_numbers_of_both_runs_and_their_difference(tmp_path):
     assert "free, fixed trained one population: the error of such a run is over items" in text
     # members of one population, who differ by 1e-6 in every item
     assert rows["free: members (differ in order)"][0] == "2"
-    assert rows["free: members (differ in order)"][2] == "0.0000"
+    assert rows["free: members (differ in order)"][2:4] == ["[0.0000, 0.0000]", "0.0000"]
 
 
 def test_incomplete_runs_name_what_is_missing(tmp_path):

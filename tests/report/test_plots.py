@@ -154,7 +154,9 @@ def test_every_picture_has_a_text(name):
 
 
 def test_the_text_of_a_picture_has_its_numbers():
-    assert "base 0; member_0 41.2; member_1 45.5; ties 50." in description(DRAWN["accuracies"]())
+    bars = description(DRAWN["accuracies"]())
+    # 1.96 errors of 3 points
+    assert "member_0 41.2 [35.32, 47.08]; member_1 45.5 [39.62, 51.38]; ties 50 [44.1" in bars
     assert "member_1 +1.86 [+1.84, +1.88]; ties +1.9 [" in description(DRAWN["losses"]())
     text = description(DRAWN["training"]())
     assert "member 1: from 4 at 1 to 0.5 at 8, lowest 0.5 at 8" in text
@@ -206,3 +208,15 @@ def test_a_base_far_outside_the_lambda_line_is_named_and_not_drawn():
     text = description(controls.lambda_line({"average": far[1:]}, far[0], "test", UNIT))
     assert "the base, at 9.500, lies outside" in text
     assert not any("outside" in word for word in words(DRAWN["lambda line"]()))
+
+
+def test_bars_have_the_intervals_of_the_table():
+    shares = [("base", "base", 0.0, 0.0, 96), ("one", "merge", 1.0, None, 1)]
+    shares += [("ties", "merge", 0.5, 0.03, 278)]
+    rows = [
+        {"name": name, "kind": kind, "tasks": {"sums": {"accuracy": share, "se": se, "n": n}}}
+        for name, kind, share, se, n in shares
+    ]
+    text = description(models.accuracies(rows, "sums"))
+    # none of 96 is right: Wilson's interval ends at 1.96^2 / (96 + 1.96^2)
+    assert "base 0 [0, 3.848]; one 100; ties 50 [44.12, 55.88]" in text

@@ -7,7 +7,7 @@ import numpy as np
 from jax_ordermerge.analysis.result import Missing, or_missing
 from jax_ordermerge.analysis.spread import agreement, spread
 from jax_ordermerge.report import formatting
-from jax_ordermerge.report.document import Table
+from jax_ordermerge.report.document import Cell, Interval, Table
 from jax_ordermerge.report.run import Run
 
 # what `population.vary` lets members differ in, as a table says it
@@ -21,7 +21,7 @@ def table(runs: Sequence[Run]) -> Table | None:
     that from another.
     """
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    rows = []
+    rows: list[list[Cell]] = []
     for run in runs:
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         vary = run.config.get("population", {}).get("vary", "order")
@@ -34,7 +34,7 @@ def table(runs: Sequence[Run]) -> Table | None:
                 rows[-1] += [_answers(run, names, task) for task in tasks]
     if not rows:
         return None
-    header = ["models", "number", f"sd of the loss ({runs[0].loss_unit}) [95 %]"]
+    header = ["models", "number", f"sd of the loss ({runs[0].loss_unit})"]
     header += ["sd of an item's loss", "sd between items"]
     header += [f"{task}: agreement, % (kappa)" for task in tasks]
     caption = (
@@ -45,9 +45,9 @@ def table(runs: Sequence[Run]) -> Table | None:
     return Table(header, rows, caption)
 
 
-def _losses(run: Run, names: Sequence[str]) -> list[str]:
+def _losses(run: Run, names: Sequence[str]) -> list[Cell]:
     items = [run.items[name] for name in names]
-    empty = ["–", "–", "–"]
+    empty: list[Cell] = ["–", "–", "–"]
     if not items[0].get("losses") or any(item["ids"] != items[0]["ids"] for item in items):
         return empty
     values = np.array([item["losses"] for item in items], np.float64)
@@ -57,7 +57,7 @@ def _losses(run: Run, names: Sequence[str]) -> list[str]:
     if isinstance(result, Missing):
         return empty
     return [
-        f"{result.sd:.4f} [{result.low:.4f}, {result.high:.4f}]",
+        Interval(f"{result.sd:.4f}", f"[{result.low:.4f}, {result.high:.4f}]"),
         formatting.number(result.item_sd, 4),
         formatting.number(result.difficulty_sd, 4),
     ]

@@ -66,8 +66,14 @@ def _axes_sentences(axes: Axes) -> list[str]:
 def _marks(axes: Axes, container: object) -> Iterator[str]:
     """Return the estimates with their intervals, or the lengths of bars, of one container."""
     if isinstance(container, BarContainer):
-        for number, bar in enumerate(container):
-            yield f"{_name(axes, number)} {bar.get_width():.4g}"
+        reaches = container.errorbar
+        ends = (
+            reaches.lines[2][0].get_segments() if reaches else [np.zeros((2, 2))] * len(container)
+        )
+        for number, (bar, (low, high)) in enumerate(zip(container, ends, strict=True)):
+            # without a length where the error is undefined
+            reach = f" [{low[0]:.4g}, {high[0]:.4g}]" if high[0] > low[0] else ""
+            yield f"{_name(axes, number)} {bar.get_width():.4g}{reach}"
     if not isinstance(container, ErrorbarContainer) or container.lines[0] is None:
         return
     data, _, bars = container.lines

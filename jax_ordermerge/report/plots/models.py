@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.report.formatting import NORMAL
+from jax_ordermerge.report.formatting import NORMAL, share_bounds
 from jax_ordermerge.report.plots.figure import DASHED, INK, KIND, MARKS, WIDTH, draw, names_down
 from jax_ordermerge.report.run import percentages
 
@@ -48,10 +48,12 @@ def accuracies(models: Sequence[Json], task: str) -> str:
         task: its name.
     """
     shares = percentages(models, task)
-    # the error of one item is undefined, and no bar is drawn for it
-    errors = [100 * NORMAL * (model["tasks"][task]["se"] or 0.0) for model in models]
+    scores = [model["tasks"][task] for model in models]
+    bounds = 100 * np.array(
+        [share_bounds(*(score[key] for key in ("accuracy", "se", "n"))) for score in scores]
+    )
     # room to the right of the longest bar, for the numbers
-    end = max(share + error for share, error in zip(shares, errors, strict=True))
+    end = max(high for _, high in bounds)
 
     with draw(f"accuracy-{task}", 0.9 + 0.27 * len(models)) as figure:
         axes = figure.subplots()
@@ -59,13 +61,13 @@ def accuracies(models: Sequence[Json], task: str) -> str:
         axes.barh(
             range(len(models)),
             shares,
-            xerr=errors,
+            xerr=np.abs(bounds.T - shares),
             color=[KIND[model["kind"]] for model in models],
             height=0.62,
             error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1},
         )
-        for index, (share, error) in enumerate(zip(shares, errors, strict=True)):
-            at = share + error + 0.015 * end
+        for index, (share, (_, high)) in enumerate(zip(shares, bounds, strict=True)):
+            at = high + 0.015 * end
             axes.text(at, index, f"{share:.1f}", va="center", fontsize=8.5)
         _models(axes, models, shares)
         label = f"{task}: correct answers (%), 95 %; dashed: mean member"
