@@ -322,15 +322,20 @@ class _Result(dict[str, JsonValue]):
         self._path = path
 
     def __missing__(self, key: str) -> JsonValue:
-        stage = _WRITTEN_BY.get(self._path.name, "evaluate")
-        # the summary is what says that the stage is complete
-        summary = "evaluations.json"
-        is_part = stage == "evaluate" and self._path.name != summary
-        raise UserError(
-            f"{self._path} has no {key}: another version wrote it, or it was edited; remove it"
-            f"{f' and {summary} of the run' if is_part else ''}, and ordermerge {stage} RUN"
-            " writes it again"
-        )
+        raise _unreadable(self._path, f"has no {key}")
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    """Return the error about the result of a stage that this version cannot read."""
+    stage = _WRITTEN_BY.get(path.name, "evaluate")
+    # the summary is what says that the stage is complete
+    summary = "evaluations.json"
+    is_part = stage == "evaluate" and path.name != summary
+    return UserError(
+        f"{path} {reason}: another version wrote it, or it was edited; remove it"
+        f"{f' and {summary} of the run' if is_part else ''}, and ordermerge {stage} RUN"
+        " writes it again"
+    )
 
 
 def read_json(path: Path) -> JsonValue:
@@ -339,7 +344,7 @@ def read_json(path: Path) -> JsonValue:
     In the result of a stage, reading a key that is missing is a `UserError` that names the stage.
 
     Raises:
-        UserError: it is not valid JSON.
+        UserError: it is not valid JSON, or the result of a stage is no object.
 
     Example:
         >>> import tempfile
@@ -356,11 +361,15 @@ def read_json(path: Path) -> JsonValue:
     is_result = path.name in _WRITTEN_BY or path.parent.name == "evaluations"
     hook = functools.partial(_Result, path=path) if is_result else None
     try:
-        return json.loads(path.read_text(), object_hook=hook)
+        content = json.loads(path.read_text(), object_hook=hook)
     except ValueError as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); restore it, or remove it and run its stage again"
         ) from error
+    # the hook sees objects only: a list in place of one has no keys to miss
+    if is_result and not isinstance(content, dict):
+        raise _unreadable(path, "holds no JSON object")
+    return content
 
 
 def read_search(search: SearchLayout) -> Json | None:

@@ -441,4 +441,11 @@ def test_no_run_and_broken_files_are_one_clear_line(tmp_path):
     (tmp_path / "analysis.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"analysis\.json is not valid JSON"):
         run_report.write(tmp_path)
+    (tmp_path / "analysis.json").unlink()
+    for name, stage in (("analysis", "analyze"), ("merge", "merge"), ("evaluations", "evaluate")):
+        (tmp_path / f"{name}.json").write_text("[]")
+        expected = rf"{name}\.json holds no JSON object: .* ordermerge {stage} RUN writes it again"
+        with pytest.raises(UserError, match=expected):
+            run_report.write(tmp_path)
+        (tmp_path / f"{name}.json").unlink()
     assert not (tmp_path / "report.html").exists()
