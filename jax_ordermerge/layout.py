@@ -10,6 +10,8 @@ import functools
 import io
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -462,8 +464,18 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file by name."""
-    # `dict` reads the arrays: those of an open npz are loaded lazily, from a file that is closed
-    # here.
-    with np.load(path) as arrays:
-        return dict(arrays)
+    """Return the arrays of an npz file by name.
+
+    Raises:
+        UserError: it is damaged, or holds something else than numbers.
+    """
+    try:
+        # `dict` reads the arrays: those of an open npz are loaded lazily, from a file that is
+        # closed here.
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)
+    # EOFError is of an empty file; a file cut in its middle is no zip, or one of a wrong checksum
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); restore it, or remove it and run its stage again"
+        ) from error

@@ -107,7 +107,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
 def _measured_before(layout: RunLayout, split: str) -> dict[str, controls.ControlLosses]:
     """Return the losses on a split that an earlier evaluation has measured, by name."""
     before = read_json(layout.controls)
-    if before is None or before["split"] != split:
+    if before is None or before["split"] != split or not layout.control_losses.is_file():
         return {}
     arrays = read_npz(layout.control_losses)
     by_name = dict(zip(arrays["names"].tolist(), arrays["losses"], strict=True))

@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline
 from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.layout import read_npz, write_npz
 from jax_ordermerge.report import run_report
 from jax_ordermerge.train import loop
 
@@ -96,3 +98,22 @@ def test_a_damaged_line_is_named_and_the_others_stay(trained, tmp_path):
         UserError, match=r"train.jsonl: line 2 is not valid JSON \(.*\); remove this"
     ):
         run_report.write(run)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+def test_damaged_arrays_are_one_clear_line(tmp_path, damage):
+    file = tmp_path / "final.npz"
+    write_npz(file, {"losses": np.arange(1000.0)})
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(
+        {
+            "cut": content[:middle],
+            "empty": b"",
+            "flipped": content[:middle] + bytes(64) + content[middle + 64 :],
+            "text": b"no arrays",
+        }[damage]
+    )
+    with pytest.raises(UserError, match=r"final\.npz is damaged \(.+\); restore it, or") as error:
+        read_npz(file)
+    assert "\n" not in str(error.value)
