@@ -10,8 +10,6 @@ import functools
 import io
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -469,13 +467,15 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: it is damaged, or holds something else than numbers.
     """
-    try:
-        # `dict` reads the arrays: those of an open npz are loaded lazily, from a file that is
-        # closed here.
-        with path.open("rb") as file, np.load(file) as arrays:
-            return dict(arrays)
-    # EOFError is of an empty file; a file cut in its middle is no zip, or one of a wrong checksum
-    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); restore it, or remove it and run its stage again"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            # `dict` reads the arrays: those of an open npz are loaded lazily, from a file that is
+            # closed here.
+            with np.load(file) as arrays:
+                return dict(arrays)
+        # a wrong byte may ask for a cipher, a shape or a place beyond the end of the file: what is
+        # raised then has no common type
+        except Exception as error:
+            raise UserError(
+                f"{path} is damaged ({error}); restore it, or remove it and run its stage again"
+            ) from error

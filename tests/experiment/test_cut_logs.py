@@ -1,5 +1,6 @@
 """A log whose last line was cut off is repaired from the checkpoint; no row of metrics is lost."""
 
+import io
 import json
 import shutil
 
@@ -100,17 +101,21 @@ def test_a_damaged_line_is_named_and_the_others_stay(trained, tmp_path):
         run_report.write(run)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "encrypted", "flipped", "no zip", "text"])
 def test_damaged_arrays_are_one_clear_line(tmp_path, damage):
     file = tmp_path / "final.npz"
     write_npz(file, {"losses": np.arange(1000.0)})
     content = file.read_bytes()
-    middle = len(content) // 2
+    middle, directory = len(content) // 2, content.index(b"PK\1\2") + 8
+    np.save(array := io.BytesIO(), np.arange(4))
     file.write_bytes(
         {
             "cut": content[:middle],
             "empty": b"",
+            # the bit of the first flag in the directory at the end of the file
+            "encrypted": content[:directory] + b"\1" + content[directory + 1 :],
             "flipped": content[:middle] + bytes(64) + content[middle + 64 :],
+            "no zip": array.getvalue(),
             "text": b"no arrays",
         }[damage]
     )
