@@ -211,7 +211,8 @@ class Record:
         if fixed:
             raise UserError(
                 f"{self._run.root} was made with another config ({'; '.join(fixed)});"
-                " restore it, or choose another directory with --set output=DIRECTORY"
+                f" restore it, or give a config file, such as {self._run.config}, with"
+                " --set output=DIRECTORY"
             )
         if items:
             raise UserError(

@@ -175,6 +175,13 @@ def test_what_results_rest_on_cannot_change(run, change, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         pipeline.run(read_config(run, [change]), log=ignore)
     assert "\n" not in str(error.value)
+    if "another config" in message:
+        # a run itself takes no other output: what the line says to do is what is accepted
+        assert f"give a config file, such as {run}/config.yaml, with --set output=" in str(
+            error.value
+        )
+        other = read_config(run / "config.yaml", [change, f"output={run}-other"])
+        assert other.directory == run.with_name(f"{run.name}-other")
     assert digests(run) == before
 
 
