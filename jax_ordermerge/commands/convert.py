@@ -151,16 +151,16 @@ def _card(source: str, run: tuple[RunLayout, int] | None, model: Source, dtype: 
         layout, number = run
         config = read_config(layout.root)
         return cards.member_card(config, layout.root, number, form, dtype, adapter=False)
-    base, *adapters = public_names.split_adapter(source)
+    base, adapter = references.split_name(source)
     name, short = public_names.public_name(base), public_names.short_names([source])[source]
     text = f"`{short}` in another format, as `ordermerge convert` wrote it. {name.origin}"
-    if adapters:
+    if adapter is not None:
         text = f"The adapter of `{short}` and its base in one model. The base: {name.origin}"
     return sidecar_files.model_card(
         short,
         f"{text}.\n\n{prompt_section(form)}",
         base_model=name.card_id,
-        relation="finetune" if adapters else None,
+        relation=None if adapter is None else "finetune",
     )
 
 

@@ -19,7 +19,7 @@ from jax_ordermerge.merge import diagnostics
 from jax_ordermerge.merge.journal import TensorRecord
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.plan import Plan
-from jax_ordermerge.merge.sources.public_names import public_name, short_names, split_adapter
+from jax_ordermerge.merge.sources.public_names import public_name, short_names, split_label
 
 REPORT, MANIFEST = "merge.json", "manifest.json"
 
@@ -172,11 +172,11 @@ def _parents(plan: Plan) -> list[str]:
     """Return the names of the models that a hub shows as those that were merged."""
     parents = dict[str, None]()
     for source in plan.sources:
-        model, *adapters = split_adapter(source.label)
+        model, adapter = split_label(source.label)
         name = public_name(model)
         # Of a member that a run keeps, the directory is that of its base. An earlier recipe of the
         # same file has a name that only looks like one on a hub.
-        is_here = Path(model).exists() or adapters or source.directory is None
+        is_here = Path(model).exists() or adapter is not None or source.directory is None
         if name.kind in ("run", "hub") and not is_here:
             name = public_name(str(source.directory))
         parents[name.card_id] = None

@@ -18,6 +18,8 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "runs/first/config.yaml").write_text("")
     (tmp_path / "runs/first/merged/average").mkdir(parents=True)
     (tmp_path / "odd+name").mkdir()
+    (tmp_path / "runs+1/second").mkdir(parents=True)
+    (tmp_path / "runs+1/second/config.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -54,13 +56,20 @@ def test_names_of_a_recipe_are_distinct_and_say_no_more_than_that_takes(home):
     for name in ("one/final", "two/final", "two/other"):
         (home / name).mkdir(parents=True)
     models = [str(home / "one/final"), "two/final", "two/other", "org/b+two/other", "odd+name"]
+    # split where opening a model splits it
+    models += ["runs+1/second/member_2", "runs+1/second/member_2+two/other"]
     assert short_names(models) == {
         models[0]: "one/final",
         "two/final": "two/final",
         "two/other": "other",
         "org/b+two/other": "org/b+other",
         "odd+name": "odd+name",
+        "runs+1/second/member_2": "second/member_2",
+        "runs+1/second/member_2+two/other": "second/member_2+other",
     }
+    # model and adapter of a recipe, which were never one text
+    (home / "data+1").mkdir()
+    assert short_names(["data+1+org/z"]) == {"data+1+org/z": "data+1+org/z"}
     # one model under two spellings has one name
     assert set(short_names(["base", "data/SmolLM2-135M"]).values()) == {"SmolLM2-135M"}
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import RunLayout, member_number
+from jax_ordermerge.merge.sources.references import split_name
 
 _EMBEDDED = "embedded:"
 _HUB_CACHE = "models--"  # huggingface_hub keeps ORG/NAME in models--ORG--NAME/snapshots/REVISION
@@ -83,15 +85,18 @@ def public_name(model: str) -> PublicName:
     return PublicName(real.name, "directory")
 
 
-def split_adapter(model: str) -> list[str]:
-    """Return the parts of `MODEL+ADAPTER`, or the one of any other name.
+def split_label(label: str) -> tuple[str, str | None]:
+    """Return model and adapter of an opened model; see `split_name`.
 
     Example:
-        >>> split_adapter("base+adapter"), split_adapter("base")
-        (['base', 'adapter'], ['base'])
+        >>> split_label("base+adapter"), split_label("base")
+        (('base', 'adapter'), ('base', None))
     """
-    # a directory may have a plus in its name
-    return [model] if remote.expand(model).exists() else model.split("+")
+    try:
+        return split_name(label)
+    except UserError:
+        # A recipe may give model and adapter apart, each with a plus in its name.
+        return label, None
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
@@ -108,7 +113,8 @@ def short_names(models: Iterable[str]) -> dict[str, str]:
     """
     names = dict.fromkeys(models, "")
     for model in names:
-        names[model] = "+".join(public_name(part).text for part in split_adapter(model))
+        parts = filter(None, split_label(model))
+        names[model] = "+".join(public_name(part).text for part in parts)
     for name in set(names.values()):
         # one model may be spelled in several ways
         paths = {
