@@ -17,6 +17,8 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "base").symlink_to(tmp_path / "data/SmolLM2-135M")
     (tmp_path / "runs/first/config.yaml").write_text("")
     (tmp_path / "runs/first/merged/average").mkdir(parents=True)
+    (tmp_path / "runs/first/merged/average/config.json").write_text("{}")
+    (tmp_path / "latest").symlink_to(tmp_path / "runs/first")
     (tmp_path / "odd+name").mkdir()
     (tmp_path / "runs+1/second").mkdir(parents=True)
     (tmp_path / "runs+1/second/config.yaml").write_text("")
@@ -36,6 +38,8 @@ NAMES = {
     "hub/models--gpt2/snapshots/9f": ("gpt2", "hub", "gpt2"),
     "runs/first/member_2": ("first/member_2", "run", "first-member_2"),
     "runs/first/merged/average": ("first/merged/average", "run", "first-merged-average"),
+    "latest/average": ("first/merged/average", "run", "first-merged-average"),
+    "latest/member_0": ("first/member_0", "run", "first-member_0"),
     "gs://bucket/models/tuned": ("tuned", "bucket", "tuned"),
     "/nowhere/my model (v2)": ("my model (v2)", "directory", "my-model-v2"),
     "/nowhere/a--b..c": ("a--b..c", "directory", "a-b.c"),

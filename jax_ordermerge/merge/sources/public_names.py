@@ -61,7 +61,7 @@ def public_name(model: str) -> PublicName:
     """Return the public name of a model, without an adapter.
 
     Args:
-        model: a directory, hub name, address, `embedded:NAME` or `RUN/member_3`.
+        model: a directory, hub name, address, `embedded:NAME`, `RUN/member_3` or `RUN/average`.
 
     Example:
         >>> public_name("meta-llama/Llama-2-7b-hf").text, public_name("gs://mine/tuned/").text
@@ -75,6 +75,10 @@ def public_name(model: str) -> PublicName:
         return PublicName(Path(address).name, "bucket")
     path = remote.expand(model)
     real = path.resolve()
+    run_layout = RunLayout(real.parent)
+    # RUN/average is no path, and looks like a name on a hub
+    if run_layout.is_run and run_layout.is_merged(real.name) and not real.exists():
+        real = run_layout.merged(real.name)
     if (run := _run_of(real)) is not None:
         return PublicName(str(real.relative_to(run.parent)), "run")
     if not (path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1):
