@@ -1,6 +1,6 @@
 """Conversion of checkpoints: Hugging Face directories, Orbax checkpoints, and members of a run."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,6 @@ def convert_checkpoint(
     dtype: str | None = None,
     ignore: Collection[str] = (),
     allow_bin: bool = False,
-    log: Callable[[str], None] = print,
 ) -> None:
     """Write a checkpoint in another format.
 
@@ -50,7 +49,6 @@ def convert_checkpoint(
         dtype: of the tensors; that of the source by default.
         ignore: unknown keys of the `config.json` of an HF directory to ignore.
         allow_bin: read `.bin` files of PyTorch where there are no safetensors.
-        log: receives one-line messages.
 
     Raises:
         UserError: an unknown target or dtype, a source of another kind or of several dtypes, or a
@@ -66,14 +64,14 @@ def convert_checkpoint(
             raise UserError(f"{target} exists already; give a new directory")
         run = _find_member(source, member)
         if to == "peft":
-            _export_adapter(source, run, target, dtype, log)
+            _export_adapter(source, run, target, dtype)
             return
         model = _open(source, run, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
         if dtype is None:
             # of a member that of the export, so that the bytes are those of the exported member
             dtype = model.export_dtype or storage.stored_dtype(model, "--dtype")
         if model.directory is None or not sidecar_files.has_tokenizer(model.directory):
-            log(f"note: {source} has no tokenizer files, so {out} has none")
+            print(f"note: {source} has no tokenizer files, so {out} has none")
         if to == "hf":
             _write_hf(model, target, dtype, _card(source, run, model, dtype))
         else:
@@ -169,7 +167,6 @@ def _export_adapter(
     run: tuple[RunLayout, int] | None,
     out: Path,
     dtype: str | None,
-    log: Callable[[str], None],
 ) -> None:
     if run is None:
         raise UserError(f"--to peft goes with a member of a run, RUN/member_0, not with {source}")
@@ -187,7 +184,7 @@ def _export_adapter(
     base = name.text  # also of a directory in the cache of the hub
     if name.kind != "hub":
         base = str(base_dir.absolute())  # PEFT loads it from any working directory
-        log(
+        print(
             f"note: {peft_files.CONFIG} names the base by its directory here, {base}; to publish"
             " the adapter, give base_model_name_or_path the name of the base on the hub"
         )
