@@ -21,16 +21,19 @@ _FINGERPRINT = "fingerprint"  # file that says which work a partial directory ho
 
 
 def check_vacant(target: str | Path) -> None:
-    """Refuse a target whose content would be lost.
+    """Refuse a target whose content would be lost, or that cannot be written.
 
     Raises:
-        UserError: the target is a file, lies below one, ends in `..`, or is a directory that is not
-            empty.
+        UserError: the target is a file, lies below one, ends in `..`, has too long a name, or is a
+            directory that is not empty; or the directory above may not be written.
     """
     path = Path(target)
     # it is written beside its name, and `..` is no name to write beside
     if path.name == "..":
         raise UserError(f"{target} ends in ..; give the directory by its name")
+    # the longest name beside it
+    with _writable(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _partial_path(path).lstat()
     for parent in path.parents:
         if parent.is_file():
             raise UserError(f"{target} lies below {parent}, which is a file; give a new directory")
@@ -38,6 +41,7 @@ def check_vacant(target: str | Path) -> None:
         raise UserError(f"{target} is not empty; give a new directory, or remove it")
     if path.exists() and not path.is_dir():
         raise UserError(f"{target} is a file; give a new directory")
+    check_writable(path.absolute().parent)
 
 
 def check_writable(target: str | Path, *, is_file: bool = False) -> None:
@@ -103,7 +107,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     """
     path = Path(target).absolute()
     check_vacant(path)
-    partial = path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
+    partial = _partial_path(path)
     with _writable(target):
         path.parent.mkdir(parents=True, exist_ok=True)
         # a killed process could not remove its directory; the random suffix tells them from others
@@ -173,6 +177,10 @@ def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[
         # the fingerprint is bookkeeping and no part of the result
         mark.unlink()
         _rename(partial, path)
+
+
+def _partial_path(path: Path) -> Path:
+    return path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
 
 
 def partial_path(target: str | Path) -> Path:

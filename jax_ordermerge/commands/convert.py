@@ -62,6 +62,7 @@ def convert_checkpoint(
     with remote.new_directory(out) as target:
         if target.exists():
             raise UserError(f"{target} exists already; give a new directory")
+        atomic.check_vacant(target)
         run = _find_member(source, member)
         if to == "peft":
             _export_adapter(source, run, target, dtype)

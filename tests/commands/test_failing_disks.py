@@ -50,6 +50,8 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
     monkeypatch.setattr(os, "access", lambda place, mode: False)
     with pytest.raises(UserError, match="directory may not be written; give another path"):
         atomic.check_writable(tmp_path / "directory" / "new")
+    with pytest.raises(UserError, match="directory may not be written; give another path"):
+        atomic.check_vacant(tmp_path / "directory" / "new")
 
 
 @pytest.mark.parametrize(
