@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -197,6 +197,25 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
         raise _printable_error(
             f"{directory} has neither {SINGLE} nor {INDEX}: {_describe_weights(directory)}"
         )
+    entries: dict[str, _Entry] = {}
+    # Sorted by shard, so that a reader of all tensors goes through each file once.
+    for file, names in read_index(single, index).items():
+        shard = _read_header(directory / file)
+        check_shard(index, file, names, shard)
+        entries |= shard
+    return entries
+
+
+def read_index(single: Path, index: Path) -> dict[str, set[str]]:
+    """Return the names of tensors that an index places in each file, sorted by file.
+
+    Args:
+        single: the file of a model that has no shards, which must be absent.
+        index: JSON file beside the shards.
+
+    Raises:
+        UserError: the index is not valid, contradicts `single`, or names a file that is absent.
+    """
     weight_map = json_files.read_json(index).get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -208,10 +227,10 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
     for name, file in weight_map.items():
         indexed.setdefault(file, set()).add(name)
     # A directory that was written twice, say. Either choice could be the wrong model.
-    if single.is_file() and list(indexed) != [SINGLE]:
+    if single.is_file() and list(indexed) != [single.name]:
         raise UserError(
-            f"{directory} has both {SINGLE} and an index with shards; engines read it differently,"
-            " remove one of them"
+            f"{index.parent} has both {single.name} and an index with shards; engines read it"
+            " differently, remove one of them"
         )
     # an index from elsewhere must not make this process read outside of the directory
     for file in sorted(indexed):
@@ -220,19 +239,22 @@ def _open_directory(directory: Path) -> dict[str, _Entry]:
                 f"{index}: '{file}' is not the plain name of a file beside the index"
             )
         # unlike Path.is_file, this is False, not an error, for names that no file can have
-        if not os.path.isfile(directory / file):
+        if not os.path.isfile(index.parent / file):
             raise _printable_error(
                 f"{index} names the shard {file}, which is absent; download or copy it again"
             )
-    entries: dict[str, _Entry] = {}
-    for file in sorted(indexed):
-        shard = _read_header(directory / file)
-        for name in sorted(indexed[file] ^ shard.keys()):
-            where = "is not in it" if name in indexed[file] else "is not placed there by the index"
-            raise _printable_error(f"{index} and {file} disagree: {name} {where}")
-        # Sorted by shard, so that a reader of all tensors goes through each file once.
-        entries |= shard
-    return entries
+    return dict(sorted(indexed.items()))
+
+
+def check_shard(index: Path, file: str, indexed: set[str], stored: Collection[str]) -> None:
+    """Refuse a shard whose tensors are not those that the index places there.
+
+    Raises:
+        UserError: they differ; the message names the first that does.
+    """
+    for name in sorted(indexed.symmetric_difference(stored)):
+        where = "is not in it" if name in indexed else "is not placed there by the index"
+        raise _printable_error(f"{index} and {file} disagree: {name} {where}")
 
 
 def _describe_weights(directory: Path) -> str:

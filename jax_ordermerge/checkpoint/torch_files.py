@@ -5,7 +5,6 @@ A `.bin` file is a pickle, which may run any code when it is loaded. PyTorch rea
 is imported when such a file is read.
 """
 
-import os
 import pickle
 import re
 import zipfile
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jax_ordermerge.checkpoint import json_files, safetensors
+from jax_ordermerge.checkpoint import safetensors
 from jax_ordermerge.checkpoint.safetensors import StoredTensors, TensorInfo
 from jax_ordermerge.errors import UserError
 
@@ -70,11 +69,8 @@ class BinReader:
         self._tensors: dict[str, torch.Tensor] = {}
         for file, names in _files_of(path).items():
             tensors = _load(file)
-            for name in sorted(tensors.keys() ^ names if names is not None else ()):
-                where = "is not in it" if name not in tensors else "is not placed there by it"
-                raise UserError(
-                    f"{self.directory / INDEX} and {file.name} disagree: {name} {where}"
-                )
+            if names is not None:
+                safetensors.check_shard(self.directory / INDEX, file.name, names, tensors)
             self._tensors |= tensors
             self._files |= dict.fromkeys(tensors, file)
         self._infos = {name: _info(self.file(name), name, x) for name, x in self._tensors.items()}
@@ -119,22 +115,7 @@ def _files_of(path: Path) -> Mapping[Path, set[str] | None]:
     single, index = path / SINGLE, path / INDEX
     if not index.is_file():
         return {single: None}
-    weight_map = json_files.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map must name the file of each tensor")
-    if single.is_file() and {*weight_map.values()} != {SINGLE}:
-        raise UserError(f"{path} has both {SINGLE} and an index with shards; remove one of them")
-    files: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        # an index from elsewhere must not make this process read outside of the directory
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index}: {file!r} is not the plain name of a file beside the index")
-        if not os.path.isfile(path / file):
-            raise UserError(
-                f"{index} names the shard {file}, which is absent; download or copy it again"
-            )
-        files.setdefault(path / file, set()).add(name)
-    return dict(sorted(files.items()))
+    return {path / file: names for file, names in safetensors.read_index(single, index).items()}
 
 
 def _load(path: Path) -> dict[str, "torch.Tensor"]:

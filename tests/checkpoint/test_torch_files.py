@@ -179,12 +179,13 @@ def test_shards_are_one_model(model):
     [
         (lambda index, names: index.update(weight_map={}), "weight_map must name the file"),
         (lambda index, names: index["weight_map"].update(x="../a.bin"), "is not the plain name"),
-        (lambda index, names: index["weight_map"].update(x=3), "is not the plain name"),
+        (lambda index, names: index["weight_map"].update(x=3), "weight_map must name the file"),
+        (lambda index, names: index["weight_map"].update(x=[3]), "weight_map must name the file"),
         (lambda index, names: index["weight_map"].update(x="a.bin"), "names the shard a.bin"),
-        (lambda index, names: index["weight_map"].pop(names[0]), "is not placed there by it"),
+        (lambda index, names: index["weight_map"].pop(names[0]), "is not placed there by"),
         (lambda index, names: index["weight_map"].update(x=index["weight_map"][names[0]]), "x is"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_an_index_that_contradicts_its_files(model, change, message):
     index = shard(model)
