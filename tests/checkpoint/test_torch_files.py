@@ -79,8 +79,27 @@ class Hostile:
         return exec, (f"open({str(self.path)!r}, 'w')",)
 
 
+def write_tasks(folder):
+    (folder / "rows.jsonl").write_text('{"page": "a b"}\n')
+    config = folder / "tasks.yaml"
+    task = {"name": "p", "kind": "perplexity", "data": str(folder / "rows.jsonl")}
+    config.write_text(json.dumps({"evaluation": {"tasks": [{**task, "text": "{{page}}"}]}}))
+    return config
+
+
+COMMANDS = {
+    # commands that read a model -> their arguments for `bin` in a folder
+    "inspect": lambda folder: [folder / "bin"],
+    "diff": lambda folder: [folder / "model", folder / "bin"],
+    "convert": lambda folder: [folder / "bin", folder / "out"],
+    "merge": lambda folder: [folder / "bin", folder / "model", "--out", folder / "out"],
+    "generate": lambda folder: [folder / "bin", "--prompt", "a"],
+    "evaluate": lambda folder: [folder / "bin", "--config", write_tasks(folder)],
+}
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-@pytest.mark.parametrize("command", ["inspect", "diff", "convert", "merge", "generate", "evaluate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_code_in_a_file_does_not_run(model, capsys, command, form):
     mark = model / "it ran"
     content = {"model.norm.weight": torch.ones(2), "other": Hostile(mark)}
@@ -89,15 +108,7 @@ def test_code_in_a_file_does_not_run(model, capsys, command, form):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    arguments = {
-        "inspect": [model / "bin"],
-        "diff": [model / "bin", model / "model"],
-        "convert": [model / "bin", model / "out"],
-        "merge": [model / "bin", model / "model", "--method", "average", "--out", model / "out"],
-        "generate": [model / "bin", "--prompt", "a"],
-        "evaluate": [model / "bin", "--config", write_tasks(model)],
-    }[command]
-    assert call(command, *arguments, "--allow-bin") == 2
+    assert call(command, *COMMANDS[command](model), "--allow-bin") == 2
     error = capsys.readouterr().err.strip()
     assert "is not read: it holds" in error or (
         form == "pickle" and "is damaged or no file" in error
@@ -107,25 +118,9 @@ def test_code_in_a_file_does_not_run(model, capsys, command, form):
     assert not (model / "out").exists()
 
 
-def write_tasks(folder):
-    (folder / "rows.jsonl").write_text('{"page": "a b"}\n')
-    config = folder / "tasks.yaml"
-    task = {"name": "p", "kind": "perplexity", "data": str(folder / "rows.jsonl")}
-    config.write_text(json.dumps({"evaluation": {"tasks": [{**task, "text": "{{page}}"}]}}))
-    return config
-
-
-@pytest.mark.parametrize("command", ["inspect", "diff", "convert", "merge", "generate", "evaluate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_names_the_option(model, capsys, command):
-    arguments = {
-        "inspect": [model / "bin"],
-        "diff": [model / "model", model / "bin"],
-        "convert": [model / "bin", model / "out"],
-        "merge": [model / "model", model / "bin", "--method", "average", "--out", model / "out"],
-        "generate": [model / "bin", "--prompt", "a"],
-        "evaluate": [model / "bin", "--config", write_tasks(model)],
-    }[command]
-    assert call(command, *arguments) == 2
+    assert call(command, *COMMANDS[command](model)) == 2
     error = capsys.readouterr().err.strip()
     assert "pytorch_model.bin is a pickle of PyTorch" in error
     assert "--allow-bin" in error
