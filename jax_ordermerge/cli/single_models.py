@@ -79,7 +79,7 @@ def merge(
         run_through("merge", paths[0], overrides)
         return
     target = command.find_target(paths, out, kind)
-    command.check_output(target, to, is_written=not dry_run)
+    command.check_output(target, to, kind, is_written=not dry_run)
     shard_bytes = command.read_shard_size(shard_gb)
     write = functools.partial(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan

@@ -120,21 +120,21 @@ def find_target(sources: Sequence[Path], out: Path | None, kind: Kind) -> Path |
     return sources[1] if len(sources) > 1 else out
 
 
-def check_output(out: Path | None, to: str, *, is_written: bool = True) -> None:
+def check_output(out: Path | None, to: str, kind: Kind, *, is_written: bool = True) -> None:
     """Check format and directory of an output, before models are opened.
 
     Args:
         out: directory; None where none was given.
         to: format.
+        kind: what is merged.
         is_written: False of a dry run, which needs no directory.
 
     Raises:
         UserError: the format is not offered, or there is no directory, or it is not empty.
     """
     if out is None and is_written:
-        raise UserError(
-            "a merge needs a directory to write: --out DIRECTORY, or one behind the recipe"
-        )
+        place = ", or one behind the recipe" if kind == "recipe" else ""
+        raise UserError(f"a merge needs a directory to write: --out DIRECTORY{place}")
     if to not in ("hf", "orbax"):
         raise UserError(f"--to {to}: expected hf or orbax")
     if out is not None and is_written and remote.address(out) is None:
