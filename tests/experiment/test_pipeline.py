@@ -130,6 +130,18 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
         assert [item["answer"] for item in items] == answers
 
 
+def test_results_of_a_model_that_were_removed_are_measured_again(run, folder, tmp_path):
+    directory, _ = run
+    shutil.copytree(directory, tmp_path / "run")
+    removed = "evaluations/member_1.json"
+    (tmp_path / "run" / removed).unlink()
+    messages = []
+    pipeline.run(read_config(tmp_path / "run"), log=messages.append)
+    assert not any(message.startswith("everything is done") for message in messages)
+    for path in (removed, "evaluations.json"):
+        assert (tmp_path / "run" / path).read_bytes() == (directory / path).read_bytes()
+
+
 @pytest.mark.parametrize("stage", ["train", "merge", "analyze", "evaluate"])
 def test_interrupted_and_called_again_ends_with_the_same_bytes(run, folder, tmp_path, stage):
     directory, _ = run

@@ -62,13 +62,19 @@ def run(ctx: RunContext) -> None:
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the summary holds every model of the config."""
+    """Whether the summary holds every model of the config, and its files by item are there."""
+    names, tasks = list(model_names(config)), config.evaluation.tasks
+    answered = [task.name for task in tasks if TASK_KINDS[task.kind].result == "outputs"]
 
-    def evaluated(run: RunLayout) -> list[str]:
-        return [model["name"] for model in (read_json(run.evaluations) or {"models": []})["models"]]
+    def is_evaluated(run: RunLayout) -> bool:
+        summaries = (read_json(run.evaluations) or {"models": []})["models"]
+        files = [run.evaluation(name) for name in names]
+        files += [run.outputs(task, name) for task in answered for name in names]
+        return [model["name"] for model in summaries] == names and all(
+            file.is_file() for file in files
+        )
 
-    names = list(model_names(config))
-    return all(evaluated(run) == names for run in result_layouts(config))
+    return all(map(is_evaluated, result_layouts(config)))
 
 
 def _no_results(name: str, kind: str) -> Json:
