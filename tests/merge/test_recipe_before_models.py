@@ -29,6 +29,7 @@ RECIPES = {
     TIES + "dtype: bfloat61\n": "dtype",
     TIES + "rounding: stochastic\ndtype: float32\n": "rounding: stochastic is for bfloat16",
     TIES + "chat_template: chatlm\n": "chat_template 'chatlm' is not offered",
+    TIES + "chat_template: '{% for m in messages %}{{ m.content }}'\n": "line 1: Unexpected end",
     TIES + "tokenizer_source: org/bse\n": "the tokenizer's source is org/bse, which is none of",
     TIES + "tokenizer: {source: org/bse}\n": "the tokenizer's source is org/bse",
     TIES + "tokenizer: {source: union, tokens: {x: {source: org/c}}}\n": "the source of token 'x'",

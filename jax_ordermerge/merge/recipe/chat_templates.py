@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import jinja2
+
 from jax_ordermerge.checkpoint import sidecar_files
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.sources import vocabulary
@@ -56,9 +58,19 @@ def check(setting: str | None) -> None:
     """Refuse a `chat_template` that is neither auto, nor a name, nor the text of a template.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is none of them, or the template is not valid.
     """
-    if setting is None or "{" in setting or setting in (AUTO, *CHAT_TEMPLATES):
+    if setting is None or setting in (AUTO, *CHAT_TEMPLATES):
+        return
+    if "{" in setting:
+        # as transformers reads it; filters and functions are looked up where it is rendered
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        try:
+            environment.parse(sidecar_files.inference_template(setting))
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"chat_template is no valid Jinja template: line {error.lineno}: {error.message}"
+            ) from error
         return
     raise UserError(
         f"chat_template '{setting}' is not offered; give {AUTO}, {', '.join(CHAT_TEMPLATES)}, or"
