@@ -64,6 +64,8 @@ def convert_checkpoint(
             raise UserError(f"{target} exists already; give a new directory")
         atomic.check_vacant(target)
         run = _find_member(source, member)
+        if ignore:
+            _check_ignore(source, run)
         if to == "peft":
             _export_adapter(source, run, target, dtype)
             return
@@ -92,6 +94,16 @@ def _find_member(source: str, number: int | None) -> tuple[RunLayout, int] | Non
     return layout, number
 
 
+def _check_ignore(source: str, run: tuple[RunLayout, int] | None) -> None:
+    """Refuse `--ignore-config-keys` of what has no `config.json` of its own."""
+    path = remote.expand(source)
+    if run is not None or (path.is_dir() and orbax.latest(path) is not None):
+        raise UserError(
+            f"--ignore-config-keys goes with an HF directory, and {source} is none; a run has"
+            " model.ignore_config_keys"
+        )
+
+
 def _open(
     source: str,
     run: tuple[RunLayout, int] | None,
@@ -100,12 +112,6 @@ def _open(
     ignore: Collection[str],
     allow_bin: bool,
 ) -> Source:
-    path = remote.expand(source)
-    if ignore and (run is not None or (path.is_dir() and orbax.latest(path) is not None)):
-        raise UserError(
-            f"--ignore-config-keys goes with an HF directory, and {source} is none; a run has"
-            " model.ignore_config_keys"
-        )
     if run is not None:
         layout, number = run
         return references.open_member(layout, number, f"{layout.root}/{member_name(number)}")

@@ -151,6 +151,10 @@ def test_an_exported_adapter_is_described_as_peft_does(run, folder, tmp_path):
         (["RUN", "OUT", "--to", "peft"], "--to peft goes with a member of a run, RUN/member_0"),
         (["RUN", "OUT"], "is a run; name one of its members"),
         (["RUN", "OUT", "--to", "peft", "--member", 4], "--member 4: the run has members 0 to 3"),
+        (
+            ["RUN", "OUT", "--to", "peft", "--member", 0, "--ignore-config-keys", "x"],
+            "--ignore-config-keys goes with an HF directory",
+        ),
         (["RUN", "OUT", "--to", "lora", "--member", 0], "--to lora: expected hf, orbax or peft"),
     ],
 )
