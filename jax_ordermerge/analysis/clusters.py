@@ -49,9 +49,10 @@ def group_sums(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
         >>> group_sums(np.array([1.0, 2.0, 4.0]), np.array([1, 0, 1])).tolist()
         [2.0, 5.0]
     """
-    sums = np.zeros((int(groups.max()) + 1, *values.shape[1:]))
-    np.add.at(sums, groups, values)
-    return sums
+    # column by column: `np.add.at` makes the same additions, several times slower on two axes
+    columns = values.reshape(len(values), -1).T
+    sums = np.stack([np.bincount(groups, column) for column in columns], axis=-1)
+    return sums.reshape(-1, *values.shape[1:])
 
 
 def step_correlation(
@@ -108,8 +109,18 @@ def same_partition(first: np.ndarray, second: np.ndarray) -> bool:
         >>> same_partition(np.array([0, 0, 1]), np.array([5, 5, 2]))
         True
     """
-    pairs = np.unique(np.stack([first, second]), axis=1).shape[1]
-    return pairs == np.unique(first).size == np.unique(second).size
+    return count_pairs(first, second) == np.unique(first).size == np.unique(second).size
+
+
+def count_pairs(first: np.ndarray, second: np.ndarray) -> int:
+    """Return how many pairs of numbers two numberings int[n], from 0, have among the samples.
+
+    Example:
+        >>> count_pairs(np.array([0, 0, 1]), np.array([0, 2, 2]))
+        3
+    """
+    # one number per pair: sorting rows of two, as `unique` does by axis, takes seven times as long
+    return np.unique(first * (int(second.max(initial=0)) + 1) + second).size
 
 
 def permute_groups(

@@ -103,7 +103,14 @@ def curves(
     Source: Hanley and MacGibbon, "Creating non-parametric bootstrap samples using Poisson
         frequencies", 2006.
     """
-    binned = [np.stack([bin_numbers(row, job.bins) for row in job.positions]) for job in jobs]
+    # Kinds of curves share their positions, which are ranked once. By identity, which is that of an
+    # array as long as the jobs hold it.
+    ranked = {(id(job.positions), job.bins): job for job in jobs}
+    numbers_of = {
+        key: np.stack([bin_numbers(row, job.bins) for row in job.positions])
+        for key, job in ranked.items()
+    }
+    binned = [numbers_of[id(job.positions), job.bins] for job in jobs]
     # Fewer distinct positions than bins leave a job with fewer bins than it asked for.
     widths = [int(numbers.max()) + 1 for numbers in binned]
     edges = np.cumsum(np.repeat(widths, 2))  # of sums and counts of each job, among all columns
@@ -155,8 +162,10 @@ def _columns(
 
 def band(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the 95 % percentile bounds of bootstrap replicates [P, ...]; NaN are left out."""
+    # `nanquantile` sorts column by column in Python; few curves have an empty bin in any resample
+    quantile = np.nanquantile if np.isnan(replicates).any() else np.quantile
     # percentiles, not a normal interval: bin means of losses are skewed
-    low, high = np.nanquantile(replicates, TAILS, axis=0)
+    low, high = quantile(replicates, TAILS, axis=0)
     return low, high
 
 

@@ -151,8 +151,7 @@ def _families(values: np.ndarray, position: np.ndarray, numbers: np.ndarray) -> 
 
 def _share_steps(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two orders move the same samples together, except at the borders of steps."""
-    pairs = np.unique(np.stack([first, second]), axis=1).shape[1]
-    steps = int(first.max()) + 1
+    pairs, steps = clusters.count_pairs(first, second), int(first.max()) + 1
     # independent orders have nearly as many pairs as there are samples, or as are possible
     return pairs == steps or (pairs <= 2.2 * steps and pairs < 0.8 * min(first.size, steps**2))
 
