@@ -4,6 +4,8 @@ A few draws of some designs by default, many of all with --slow. With D draws a 
 the Monte Carlo error sqrt(0.95 * 0.05 / D): 0.018 with 150, 0.011 with 400.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -12,27 +14,54 @@ from jax_ordermerge.analysis.result import Missing
 from tests.analysis.simulated import SLOPE, Design, simulate
 
 FAST, SLOW = 150, 400
-# level, members, samples, batch, correlation of steps, skewed losses
+
+
+class Case(NamedTuple):
+    """A design of two epochs, and how its losses are drawn."""
+
+    level: str
+    members: int
+    samples: int
+    batch: int
+    icc: float  # correlation of the errors of one step
+    skewed: bool
+
+    def draw(self, seed):
+        """Return losses, positions and units, as `simulate`."""
+        return simulate(
+            Design(self.level, self.members),
+            samples=self.samples,
+            batch=self.batch,
+            icc=self.icc,
+            seed=seed,
+            skewed=self.skewed,
+        )
+
+
 GRID = [
-    ("batch", 4, 320, 16, 0.1, False),
-    ("sample", 2, 320, 16, 0.1, False),
-    ("sample", 4, 320, 32, 0.3, True),
-    ("batch", 2, 160, 16, 0.0, False),
-    ("batch", 8, 160, 32, 0.3, False),
-    ("batch", 4, 512, 32, 0.3, True),
-    ("batch", 8, 512, 16, 0.1, True),
-    ("sample", 4, 320, 16, 0.0, True),
-    ("sample", 8, 160, 16, 0.1, False),
-    ("sample", 8, 512, 32, 0.3, False),
-    ("sample", 2, 512, 16, 0.3, True),
+    Case("batch", 4, 320, 16, 0.1, False),
+    Case("sample", 2, 320, 16, 0.1, False),
+    Case("sample", 4, 320, 32, 0.3, True),
+    Case("batch", 2, 160, 16, 0.0, False),
+    Case("batch", 8, 160, 32, 0.3, False),
+    Case("batch", 4, 512, 32, 0.3, True),
+    Case("batch", 8, 512, 16, 0.1, True),
+    Case("sample", 4, 320, 16, 0.0, True),
+    Case("sample", 8, 160, 16, 0.1, False),
+    Case("sample", 8, 512, 32, 0.3, False),
+    Case("sample", 2, 512, 16, 0.3, True),
 ]
 
 
 def grid(fast):
     """Return the first designs with few draws, and all with many as slow tests."""
-    return [(*row, FAST) for row in GRID[:fast]] + [
-        pytest.param(*row, SLOW, marks=pytest.mark.slow) for row in GRID
+    return [(case, FAST) for case in GRID[:fast]] + [
+        pytest.param(case, SLOW, marks=pytest.mark.slow) for case in GRID
     ]
+
+
+def name(value):
+    return "-".join(map(str, value)) if isinstance(value, Case) else str(value)
 
 
 def allowed(draws):
@@ -40,22 +69,11 @@ def allowed(draws):
     return 0.02 + 2.5 * np.sqrt(0.05 * 0.95 / draws)
 
 
-@pytest.mark.parametrize(
-    ("level", "members", "samples", "batch", "icc", "skewed", "draws"), grid(3)
-)
-def test_slopes_cover_and_their_tests_keep_their_size(
-    level, members, samples, batch, icc, skewed, draws
-):
+@pytest.mark.parametrize(("case", "draws"), grid(3), ids=name)
+def test_slopes_cover_and_their_tests_keep_their_size(case, draws):
     truth, covered, rejected = np.array([SLOPE, 0.0]), np.zeros((draws, 2)), np.zeros(draws)
     for seed in range(draws):
-        losses, x, units = simulate(
-            Design(level, members),
-            samples=samples,
-            batch=batch,
-            icc=icc,
-            seed=seed,
-            skewed=skewed,
-        )
+        losses, x, units = case.draw(seed)
         rows = position_effects.joint_effect(losses, x, units=units).coefficients
         covered[seed] = [row.low <= b <= row.high for row, b in zip(rows, truth, strict=True)]
         rejected[seed] = rows[1].p < 0.05
@@ -64,22 +82,13 @@ def test_slopes_cover_and_their_tests_keep_their_size(
     assert rejected.mean() <= 0.06 + 2.5 * np.sqrt(0.05 * 0.95 / draws)
 
 
-@pytest.mark.parametrize(
-    ("level", "members", "samples", "batch", "icc", "skewed", "draws"), grid(2)
-)
-def test_slopes_after_merging_cover(level, members, samples, batch, icc, skewed, draws):
+@pytest.mark.parametrize(("case", "draws"), grid(2), ids=name)
+def test_slopes_after_merging_cover(case, draws):
     covered = np.full((draws, 2, 2), np.nan)
     for seed in range(draws):
-        losses, x, units = simulate(
-            Design(level, members),
-            samples=samples,
-            batch=batch,
-            icc=icc,
-            seed=seed,
-            skewed=skewed,
-        )
+        losses, x, units = case.draw(seed)
         # a merge that halves the slope, with the errors of its members and some of its own
-        error = np.random.default_rng(seed + 10**6).normal(0, 0.05, samples)
+        error = np.random.default_rng(seed + 10**6).normal(0, 0.05, case.samples)
         merged = losses.mean(axis=0) - 0.5 * SLOPE * x[:, 0].mean(axis=0) + error
         effect = position_effects.merged_effect(merged, losses, x, None, units)
         for kind, (fit, first) in enumerate(((effect.change, -0.5), (effect.after, 0.5))):
@@ -93,23 +102,13 @@ def test_slopes_after_merging_cover(level, members, samples, batch, icc, skewed,
     assert np.abs(np.nanmean(covered, axis=0) - 0.95).max() <= allowed(draws)
 
 
-@pytest.mark.parametrize(
-    ("level", "members", "samples", "batch", "icc", "skewed", "draws"), grid(2)
-)
-def test_gaps_of_early_and_late_samples_cover(level, members, samples, batch, icc, skewed, draws):
-    draws = min(draws, 400)
+@pytest.mark.parametrize(("case", "draws"), grid(2), ids=name)
+def test_gaps_of_early_and_late_samples_cover(case, draws):
     covered, excess = np.zeros((draws, 2)), np.zeros((draws, 2))
     for seed in range(draws):
-        losses, x, units = simulate(
-            Design(level, members),
-            samples=samples,
-            batch=batch,
-            icc=icc,
-            seed=seed,
-            skewed=skewed,
-        )
+        losses, x, units = case.draw(seed)
         joint = position_effects.joint_effect(losses, x, units=units)
-        error = np.random.default_rng(seed + 10**6).normal(0, 0.05, samples)
+        error = np.random.default_rng(seed + 10**6).normal(0, 0.05, case.samples)
         settings = {"bins": 10, "seed": seed, "units": units}
         result = position_curves.curves(
             losses,
@@ -163,22 +162,13 @@ def test_permutation_of_steps_or_batches_keeps_its_size(level, icc, draws):
     assert rejected / draws <= 0.06 + 2 * np.sqrt(0.05 * 0.95 / draws)
 
 
-@pytest.mark.parametrize(
-    ("level", "members", "samples", "batch", "icc", "skewed", "draws"), grid(2)
-)
-def test_bands_of_the_curves_cover(level, members, samples, batch, icc, skewed, draws):
-    """Each bin by itself, and the mean over the bins: the bands are pointwise."""
+@pytest.mark.parametrize(("case", "draws"), grid(2), ids=name)
+def test_bands_of_the_curves_cover(case, draws):
+    """The mean over the bins: the bands are pointwise."""
     draws, bins = min(draws, 200), 5
-    covered = np.zeros((draws, 2, bins))
+    covered = np.zeros((draws, 2))
     for seed in range(draws):
-        losses, x, units = simulate(
-            Design(level, members),
-            samples=samples,
-            batch=batch,
-            icc=icc,
-            seed=seed,
-            skewed=skewed,
-        )
+        losses, x, units = case.draw(seed)
         joint = position_effects.joint_effect(losses, x, units=units)
         settings = {"bins": bins, "seed": seed, "units": units}
         curves = position_curves.curves(
