@@ -1,12 +1,14 @@
 """The stage that merges the members by every method of the config and by the search."""
 
+from collections.abc import Collection
+
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import AUTO, merge_name
 from jax_ordermerge.experiment import build_merges, export, models, search
 from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.experiment.run_config import result_layouts
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.layout import read_json, read_search, write_json
+from jax_ordermerge.layout import RunLayout, read_json, read_search, write_json
 from jax_ordermerge.merge import population as merging
 from jax_ordermerge.search.candidates import Population
 from jax_ordermerge.tree import Tree
@@ -18,7 +20,7 @@ def run(ctx: RunContext) -> None:
     exports = build_merges.exports(config, ctx.population)
     population = models.load_population(ctx)
     # what an earlier, interrupted call has recorded; rewritten after each merge
-    rows = {row["name"]: row for row in (read_json(run.merges) or {"merges": []})["merges"]}
+    rows = _read_rows(run)
 
     def record(name: str, settings: Json, merged: Tree, parameters: Json) -> None:
         diagnostics = _measure_diagnostics(ctx, name, population, merged, settings)
@@ -36,7 +38,7 @@ def run(ctx: RunContext) -> None:
     write()  # a run without merges is complete, too
     for spec in config.merge.methods:
         name = merge_name(spec)
-        if name in rows and (run.is_merged(name) or not exports):
+        if _is_done(name, rows, run, exports):
             continue
         settings = build_merges.settings(ctx, spec)
         merged, recorded = build_merges.build(ctx, population, spec)
@@ -50,9 +52,7 @@ def run(ctx: RunContext) -> None:
             export.export(ctx, name, merged, recipe)
         record(name, settings, merged, recorded)
         del merged  # the next merge needs its memory
-    if config.merge.auto is not None and not (
-        AUTO in rows and (run.is_merged(AUTO) or not exports)
-    ):
+    if config.merge.auto is not None and not _is_done(AUTO, rows, run, exports):
         target = run.merged(AUTO) if exports else None
         chosen = search.choose_merge(ctx, config.merge.auto, run.search, population, target=target)
         record(AUTO, chosen.settings, chosen.params, chosen.settings["parameters"])
@@ -63,14 +63,22 @@ def is_complete(config: Config) -> bool:
     for number, run in enumerate(result_layouts(config)):
         if config.merge.auto is not None:
             read_search(run.search)  # refuses what another version has chosen
-        recorded = {row["name"] for row in (read_json(run.merges) or {"merges": []})["merges"]}
-        exports = build_merges.exports(config, number)
-        # a merge is exported before its diagnostics are measured: an export alone is not complete
+        rows, exports = _read_rows(run), build_merges.exports(config, number)
         if not run.merges.is_file() or not all(
-            name in recorded and (run.is_merged(name) or not exports) for name in config.merge_names
+            _is_done(name, rows, run, exports) for name in config.merge_names
         ):
             return False
     return True
+
+
+def _read_rows(run: RunLayout) -> dict[str, Json]:
+    """Return what is recorded of each merge, by name."""
+    return {row["name"]: row for row in (read_json(run.merges) or {"merges": []})["merges"]}
+
+
+def _is_done(name: str, rows: Collection[str], run: RunLayout, exports: bool) -> bool:
+    # a merge is exported before its diagnostics are measured: an export alone is not complete
+    return name in rows and (run.is_merged(name) or not exports)
 
 
 def _measure_diagnostics(
