@@ -89,11 +89,8 @@ class Population(Section):
             >>> Population(members=4).check_groups(2)
         """
         # Each group trains the same number of members: a group that waits is paid for as well.
-        sizes = {"members": self.members, "wave": self.wave or groups}
-        if self.replicates > 1:
-            sizes = {"members x replicates": self.total, **sizes}
-            del sizes["members"]
-        for key, members in sizes.items():
+        total = "members x replicates" if self.replicates > 1 else "members"
+        for key, members in ((total, self.total), ("wave", self.wave or groups)):
             if members % groups:
                 raise UserError(
                     f"population.{key} = {members} is not a multiple of the order axis"

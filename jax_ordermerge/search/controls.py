@@ -20,6 +20,7 @@ from jax_ordermerge.search.candidates import (
     baselines,
     members_at,
 )
+from jax_ordermerge.search.claim import AVERAGE, BEST_MEMBER, MEAN_MEMBER
 from jax_ordermerge.search.lambdas import Point
 from jax_ordermerge.tree import Tree
 
@@ -217,9 +218,9 @@ def compare(
     best = min(members, key=criterion)
     # The mean member is what a user gets who trains one model and does not choose.
     rivals = {
-        "mean_member": np.mean([losses[name].losses for name in members], axis=0),
-        "best_member": losses[best].losses,
-        "average": losses["average"].losses,
+        MEAN_MEMBER: np.mean([losses[name].losses for name in members], axis=0),
+        BEST_MEMBER: losses[best].losses,
+        AVERAGE: losses["average"].losses,
     }
     by_name = {control.name: control for control in controls}
     rows = []

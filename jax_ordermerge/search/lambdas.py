@@ -12,8 +12,7 @@ import numpy as np
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.json_types import Json
-
-AVERAGE, MEAN_MEMBER, BEST_MEMBER = "average", "mean_member", "best_member"
+from jax_ordermerge.search.claim import AVERAGE, BEST_MEMBER, MEAN_MEMBER
 
 
 class Point(NamedTuple):
@@ -70,7 +69,7 @@ def compare(
     at_one = {name: next(x for x in line if x.scale == 1) for name, line in lines.items()}
     best_at_one = min(members, key=lambda name: at_one[name].validation)
     best_own = min(members, key=lambda name: chosen[name].validation)
-    first, second = (
+    losses_at_one, losses_at_own = (
         {name: points[name].losses for name in merges}
         | {
             BEST_MEMBER: points[best].losses,
@@ -93,13 +92,18 @@ def compare(
         {
             "model": model,
             "rival": rival,
-            "at_one": difference(first[model], first[rival]),
-            "own": difference(second[model], second[rival]),
+            "at_one": difference(losses_at_one[model], losses_at_one[rival]),
+            "own": difference(losses_at_own[model], losses_at_own[rival]),
         }
         for model, rival in pairs
     ]
     rows += [
-        {"model": name, "rival": name, "at_one": None, "own": difference(second[name], first[name])}
+        {
+            "model": name,
+            "rival": name,
+            "at_one": None,
+            "own": difference(losses_at_own[name], losses_at_one[name]),
+        }
         for name in (BEST_MEMBER, MEAN_MEMBER, *merges)
     ]
 

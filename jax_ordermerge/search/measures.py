@@ -107,8 +107,9 @@ def guard_measures(
         >>> [name for name, row in rows.items() if row.is_worse]
         ['sums']
     """
-    margins = {LOSS: space.loss_margin}
     return {
-        name: GuardedMeasure(value, best_member[name], margins.get(name, space.task_margin))
+        name: GuardedMeasure(
+            value, best_member[name], space.loss_margin if name == LOSS else space.task_margin
+        )
         for name, value in candidate.items()
     }

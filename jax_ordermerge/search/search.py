@@ -54,6 +54,8 @@ def _make_guard(
     unmeasured: Mapping[str, str],
 ) -> Guard:
     """Compare the best candidate with the best member in every measure, on all examples."""
+    if best.leader == best.member:
+        return Guard(best.leader, {}, unmeasured)
     unchosen = [name for name in measured if name not in space.measure]
 
     def values(number: int) -> dict[str, float]:
@@ -64,8 +66,6 @@ def _make_guard(
             rest = dict(zip(unchosen, (totals / counts).tolist(), strict=True))
         return loop.measures(space.measure, number) | rest
 
-    if best.leader == best.member:
-        return Guard(best.leader, {}, unmeasured)
     guarded = measures.guard_measures(values(best.leader), values(best.member), space)
     return Guard(best.leader, guarded, unmeasured)
 
