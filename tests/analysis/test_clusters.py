@@ -111,8 +111,8 @@ def test_the_correlation_of_steps_is_the_planted_one(level, members):
             effect = position_effects.joint_effect(losses, x, units=units)
             rows.append(effect.step_correlation[-1])
         assert np.mean([row.icc for row in rows]) == pytest.approx(planted, abs=0.03)
-        found = np.mean([row.p < 0.05 for row in rows])
-        assert found <= 0.15 if planted == 0 else found > 0.6
+        rejected = np.mean([row.p < 0.05 for row in rows])
+        assert rejected <= 0.15 if planted == 0 else rejected > 0.6
 
 
 def test_permutation_of_groups_equals_a_loop():

@@ -42,6 +42,6 @@ def test_a_detectable_difference_is_found_four_times_in_five(freedom):
     # Student's t by its definition: a normal estimate over an independent error
     normal = rng.normal(shift, se, 40_000)
     scale = 1 if freedom > 1e6 else np.sqrt(rng.chisquare(freedom, 40_000) / freedom)
-    found = np.mean(normal / (se * scale) > stats.t.ppf(0.975, freedom))
-    assert found == pytest.approx(0.8, abs=0.01)
+    power = np.mean(normal / (se * scale) > stats.t.ppf(0.975, freedom))
+    assert power == pytest.approx(0.8, abs=0.01)
     assert detectable(0.0, 10) == 0

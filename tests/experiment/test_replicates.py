@@ -17,7 +17,7 @@ from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.sources.references import open_model
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
-WHOLE = ["merge.controls=[lambda_line]"]
+CONTROLS = ["merge.controls=[lambda_line]"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def runs(folder, tmp_path_factory):
     messages, directories = [], []
     for replicates in (1, 3):
         directory = tmp_path_factory.mktemp("replicates") / "run"
-        settings = [f"output={directory}", f"population.replicates={replicates}", *WHOLE]
+        settings = [f"output={directory}", f"population.replicates={replicates}", *CONTROLS]
         config = load_config(folder / "tiny.yaml", settings)
         directories.append(pipeline.run(config, log=messages.append))
     return *directories, messages
@@ -132,12 +132,13 @@ def test_a_complete_run_is_complete(runs):
     config = load_config(runs[1] / "config.yaml", [f"output={runs[1]}"])
     pipeline.run(config, log=messages.append)
     assert messages[-1].startswith("everything is done")
-    for name, stage in (("populations/1/analysis.json", "analyze"),):
-        content = (runs[1] / name).read_bytes()
-        (runs[1] / name).unlink()
-        assert not pipeline.find_stage(stage).is_complete(config)
-        (runs[1] / name).write_bytes(content)
-        assert pipeline.find_stage(stage).is_complete(config)
+    # the results of every population count
+    analysis, stage = RunLayout(runs[1]).population(1).analysis, pipeline.find_stage("analyze")
+    content = analysis.read_bytes()
+    analysis.unlink()
+    assert not stage.is_complete(config)
+    analysis.write_bytes(content)
+    assert stage.is_complete(config)
 
 
 def test_device_groups_may_share_all_populations_and_not_each(runs, folder, tmp_path):
@@ -177,9 +178,9 @@ def test_each_population_has_a_search_of_its_own_also_in_waves_across_population
     directory = pipeline.run(load_config(tmp_path / "auto.yaml"), log=lambda text: None)
     for number in range(2):
         run = RunLayout(directory).population(number)
-        found = json.loads(run.search.results.read_text())
+        results = json.loads(run.search.results.read_text())
         # the winner, from files or built again, is what was chosen
-        chosen = found["candidates"][found["winner"]]["loss"]
+        chosen = results["candidates"][results["winner"]]["loss"]
         auto = json.loads(run.evaluation("auto").read_text())["summary"]
         assert auto["validation_loss"] == pytest.approx(chosen, rel=1e-6)
         assert run.is_merged("auto") == (number == 0)

@@ -55,5 +55,5 @@ def test_curves_read_single_members_and_the_average_from_the_anchors():
         assert [point.subsets for point in curve.points] == [3, 3, 1]
         singles = [losses[f"member_{m}"].losses.mean() for m in range(3)]
         assert curve.points[0].loss == pytest.approx(np.mean(singles))
-        whole = "average" if method == "average" else "selection of members 0, 1, 2"
-        assert curve.points[2].loss == pytest.approx(losses[whole].losses.mean())
+        of_all = "average" if method == "average" else "selection of members 0, 1, 2"
+        assert curve.points[2].loss == pytest.approx(losses[of_all].losses.mean())
