@@ -25,6 +25,8 @@ os.environ.update(
     # tests that change the code by monkeypatch would read what other code has tokenized
     ORDERMERGE_EXAMPLE_CACHE="off",
     MPLBACKEND="agg",
+    # each worker has one core; threads that wait for each other tripled the time of simulations
+    OPENBLAS_NUM_THREADS="1",
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 

@@ -57,7 +57,7 @@ class Band:
 
 
 def bin_numbers(position: np.ndarray, bins: int) -> np.ndarray:
-    """Return the quantile bin of each sample, int[n] from 0.
+    """Return the quantile bin of each sample of each row [..., n], int[..., n] from 0.
 
     Samples of one optimizer step stay in one bin. Bins without samples do not exist: with fewer
     distinct positions than bins, each position is a bin.
@@ -68,16 +68,19 @@ def bin_numbers(position: np.ndarray, bins: int) -> np.ndarray:
     Example:
         >>> bin_numbers(np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), 3).tolist()
         [0, 0, 1, 1, 2, 2]
-        >>> bin_numbers(np.array([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]), 3).tolist()
-        [0, 0, 0, 1, 1, 1]
+        >>> bin_numbers(np.array([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]), 3).tolist()
+        [[0, 0, 0, 1, 1, 1]]
     """
-    if position.size < 2 * bins:
-        raise Undetermined(f"{position.size} samples are too few for {bins} bins")
+    samples = position.shape[-1]
+    if samples < 2 * bins:
+        raise Undetermined(f"{samples} samples are too few for {bins} bins")
     # Samples of one step have one average rank, and so one bin. The half centres ranks on
     # [0, n]: the bins then have equal sizes where all positions differ.
-    rank = stats.rankdata(position, "average") - 0.5
-    quantiles = np.minimum((rank * bins / position.size).astype(np.int64), bins - 1)
-    return np.unique(quantiles, return_inverse=True)[1]  # without the numbers of empty bins
+    rank = stats.rankdata(position, "average", axis=-1) - 0.5
+    quantiles = np.minimum((rank * bins / samples).astype(np.int64), bins - 1)
+    # numbered without the empty bins
+    filled = (quantiles[..., None, :] == np.arange(bins)[:, None]).any(axis=-1)
+    return np.take_along_axis(np.cumsum(filled, axis=-1) - 1, quantiles, axis=-1)
 
 
 def curves(
@@ -106,10 +109,7 @@ def curves(
     # Kinds of curves share their positions, which are ranked once. By identity, which is that of an
     # array as long as the jobs hold it.
     ranked = {(id(job.positions), job.bins): job for job in jobs}
-    numbers_of = {
-        key: np.stack([bin_numbers(row, job.bins) for row in job.positions])
-        for key, job in ranked.items()
-    }
+    numbers_of = {key: bin_numbers(job.positions, job.bins) for key, job in ranked.items()}
     binned = [numbers_of[id(job.positions), job.bins] for job in jobs]
     # Fewer distinct positions than bins leave a job with fewer bins than it asked for.
     widths = [int(numbers.max()) + 1 for numbers in binned]

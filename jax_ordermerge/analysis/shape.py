@@ -85,7 +85,7 @@ def omnibus(
     for regressor in position_effects.distinct_positions(positions):
         if np.abs(regression.within(regressor.position)).max() < 1e-9:
             raise Undetermined("every sample has the same positions in all members")
-        numbers = np.stack([resample.bin_numbers(row, bins) for row in regressor.position])
+        numbers = resample.bin_numbers(regressor.position, bins)
         generator = np.random.default_rng(
             stream_key_bits(seed, "analysis", "omnibus", regressor.epochs[0])
         )
@@ -192,7 +192,7 @@ def explained(losses: np.ndarray, positions: np.ndarray, *, bins: int) -> Explai
         if np.abs(regression.within(regressor.position)).max() < 1e-9:
             raise Undetermined("every sample has the same positions in all members")
         lines.append(regressor.position)
-        numbers = np.stack([resample.bin_numbers(row, bins) for row in regressor.position])
+        numbers = resample.bin_numbers(regressor.position, bins)
         dummies += [(numbers == u).astype(np.float64) for u in range(1, int(numbers.max()) + 1)]
     total = float((values**2).sum())
     if not total > 1e-20:
