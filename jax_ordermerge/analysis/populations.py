@@ -27,6 +27,14 @@ class PopulationContrast(Estimate):
 
 
 @dataclass(frozen=True)
+class UnpairedContrast(Estimate):
+    """A mean over populations less that over others; interval and p by Welch's t, two-sided."""
+
+    p: float
+    freedom: float
+
+
+@dataclass(frozen=True)
 class RandomEffects(Estimate):
     """A mean over data sets, and how much the data sets differ; p is two-sided."""
 
@@ -70,12 +78,54 @@ def population_contrast(
         raise Undetermined("the contrast is the same in all populations: it has no error")
     estimate, se, freedom = float(values.mean()), sd / float(np.sqrt(values.size)), values.size - 1
     low, high = _bounds(estimate, se, freedom)
-    tails = {"two-sided": 2 * stats.t.sf(abs(estimate / se), freedom)}
-    tails |= {"less": stats.t.cdf(estimate / se, freedom)}
-    tails |= {"greater": stats.t.sf(estimate / se, freedom)}
-    return PopulationContrast(
-        estimate, se, low, high, p=float(tails[alternative]), populations=values.size, sd=sd
-    )
+    p = t_test(estimate, se, freedom, alternative)
+    return PopulationContrast(estimate, se, low, high, p=p, populations=values.size, sd=sd)
+
+
+def t_test(estimate: float, se: float, freedom: float, alternative: Alternative) -> float:
+    """Return the p value of Student's t for an estimate that is 0 by hypothesis.
+
+    Example:
+        >>> round(t_test(-2.0, 1.0, 5, "less"), 3), round(t_test(-2.0, 1.0, 5, "two-sided"), 3)
+        (0.051, 0.102)
+    """
+    t = estimate / se
+    if alternative == "two-sided":
+        return float(2 * stats.t.sf(abs(t), freedom))
+    return float(stats.t.cdf(t, freedom) if alternative == "less" else stats.t.sf(t, freedom))
+
+
+def unpaired_contrast(first: ArrayLike, second: ArrayLike) -> UnpairedContrast:
+    """Return the mean of one list of populations less that of another, by Welch's t.
+
+    Args:
+        first, second: [P] and [Q], a number of each population; the two need not be as many.
+
+    Raises:
+        Undetermined: a list of fewer than two, or two lists without a spread.
+        UserError: lists with numbers that are not finite.
+
+    Example:
+        >>> contrast = unpaired_contrast([1.0, 1.2, 1.1], [0.7, 0.9, 0.8, 0.8])
+        >>> round(contrast.estimate, 2), round(contrast.p, 4), round(contrast.freedom, 1)
+        (0.3, 0.0143, 3.9)
+
+    Source: Welch, "The generalization of Student's problem when several different population
+        variances are involved", 1947.
+    """
+    lists = (_vector(first, "the first populations"), _vector(second, "the second populations"))
+    if min(values.size for values in lists) < 2:
+        raise Undetermined("one population: the spread between populations is not known")
+    squares = [float(values.var(ddof=1)) / values.size for values in lists]
+    variance = sum(squares)
+    if not variance > 0:
+        raise Undetermined("the populations do not differ: the contrast has no error")
+    shares = (square**2 / (values.size - 1) for square, values in zip(squares, lists, strict=True))
+    freedom = variance**2 / sum(shares)
+    estimate, se = float(lists[0].mean() - lists[1].mean()), float(np.sqrt(variance))
+    low, high = _bounds(estimate, se, freedom)
+    p = t_test(estimate, se, freedom, "two-sided")
+    return UnpairedContrast(estimate, se, low, high, p=p, freedom=freedom)
 
 
 def random_effects(
@@ -155,7 +205,7 @@ def random_effects(
     )
 
 
-def _bounds(estimate: float, se: float, freedom: int) -> tuple[float, float]:
+def _bounds(estimate: float, se: float, freedom: float) -> tuple[float, float]:
     half_width = float(stats.t.ppf(TAILS[1], freedom)) * se
     return estimate - half_width, estimate + half_width
 

@@ -232,12 +232,21 @@ def results(
     runs: Runs,
     *,
     out: Annotated[Path, Option(help="Markdown file to write.")] = Path("results.md"),
+    hypotheses: Annotated[
+        Path | None,
+        Option(help="YAML of hypotheses about these runs, written down before them."),
+    ] = None,
 ) -> None:
-    """Write one page about several runs: their tables, and what they show and do not show."""
+    """Write one page about several runs: their tables, and what they show and do not show.
+
+    With --hypotheses it begins with what became of them; their estimates are in a CSV beside it.
+
+    ordermerge results runs/alpaca runs/dolly --hypotheses hypotheses.yaml --out results.md
+    """
     from jax_ordermerge.report import results
 
     check_outputs(out, are_files=True)
-    typer.echo(f"wrote {results.write(runs, out)}")
+    typer.echo(f"wrote {results.write(runs, out, hypotheses)}")
 
 
 @app.command()

@@ -5,9 +5,17 @@ from pathlib import Path
 from statistics import fmean
 
 from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.config.hypotheses import read_hypotheses
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.report import contrasts, document, findings, formatting
+from jax_ordermerge.report import (
+    contrasts,
+    document,
+    findings,
+    formatting,
+    hypotheses,
+    results_tables,
+)
 from jax_ordermerge.report.chapters import models
 from jax_ordermerge.report.differences import MEAN_MEMBER
 from jax_ordermerge.report.document import Block, Bullets, Cell, Heading, Paragraph, Table
@@ -15,8 +23,13 @@ from jax_ordermerge.report.formatting import INDISTINGUISHABLE
 from jax_ordermerge.report.run import Run, loss_name, read_runs
 
 
-def write(directories: Sequence[str | Path], out: str | Path) -> Path:
+def write(
+    directories: Sequence[str | Path], out: str | Path, hypotheses_file: str | Path | None = None
+) -> Path:
     """Write one page about several runs.
+
+    With hypotheses the page says first what became of them, and beside it are written their
+    picture, `{stem}_hypotheses.svg`, and every estimate, `{stem}.csv`.
 
     The page does not depend on where the runs or their data lie: of paths only the last part is
     shown.
@@ -24,9 +37,10 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
     Args:
         directories: run directories that are evaluated.
         out: the file, which ends in `.md`.
+        hypotheses_file: YAML of `config.hypotheses`, about exactly these runs.
 
     Raises:
-        UserError: no run directory, one that was not evaluated, two of one name, or losses of
+        UserError: hypotheses that are not valid or about other runs, no run directory, one that was not evaluated, two of one name, or losses of
             different kinds.
     """
     page = Path(out)
@@ -39,13 +53,33 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
                 f"the run {run.name} was not analyzed and evaluated; "
                 "let ordermerge run finish it first"
             )
-    # no pictures: one file, to be kept under version control (docs/results.md is such a page)
-    atomic.replace(page, document.render_markdown("Results", build(runs), pictures=".").encode())
+    blocks = build(runs)
+    if hypotheses_file is not None:
+        plan = read_hypotheses(hypotheses_file)
+        tested = hypotheses.evaluate(plan.hypotheses, runs)
+        picture = f"{page.stem}_hypotheses"
+        blocks = [
+            Heading(plan.hypotheses.title),
+            *hypotheses.build(plan, tested, runs, picture),
+            *results_tables.lambda_table(runs),
+            *results_tables.members_table(runs),
+            *build(runs, details=False),
+        ]
+        atomic.replace(page.with_suffix(".csv"), hypotheses.to_csv(tested).encode())
+    # pictures first: a page never refers to a file that is not there
+    for drawn in document.pictures_of(blocks):
+        atomic.replace(page.parent / f"{drawn.name}.svg", f"{drawn.svg}\n".encode())
+    atomic.replace(page, document.render_markdown("Results", blocks, pictures=".").encode())
     return page
 
 
-def build(runs: Sequence[Run]) -> list[Block]:
-    """Return the blocks of the page, for runs that are analyzed and evaluated."""
+def build(runs: Sequence[Run], *, details: bool = True) -> list[Block]:
+    """Return the blocks of the page, for runs that are analyzed and evaluated.
+
+    Args:
+        runs: the runs.
+        details: whether each run has all sentences and tables, or its set-up and losses alone.
+    """
     blocks: list[Block] = [
         Paragraph(
             "Written by ordermerge results from the run directories: every number and every "
@@ -63,11 +97,11 @@ def build(runs: Sequence[Run]) -> list[Block]:
         blocks += [
             Heading(run.name),
             Paragraph(_setup(run)),
-            Bullets(findings.sentences(run)),
+            *([Bullets(findings.sentences(run))] if details else []),
             models.result_table(run),
-            models.difference_table(run.comparison),
-            _position_table(run),
         ]
+        if details:
+            blocks += [models.difference_table(run.comparison), _position_table(run)]
     return blocks
 
 

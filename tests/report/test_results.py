@@ -1,5 +1,6 @@
 """Runs with planted effects become a page that names the effects, and shows no paths."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -248,3 +249,32 @@ def test_what_cannot_be_put_on_a_page_is_refused(tmp_path):
     with pytest.raises(UserError, match="the run one was not analyzed and evaluated"):
         results.write([run], tmp_path / "page.md")
     assert not (tmp_path / "page.md").exists()
+
+
+def test_a_page_begins_with_the_hypotheses(tmp_path):
+    runs = [make(tmp_path, name, average=0.05, seed=seed) for seed, name in enumerate("ab")]
+    plan = tmp_path / "plan.yaml"
+    part = {"model": "average", "rival": "mean_member", "test": "less"}
+    hypothesis = {"name": "H1", "claim": "better", "runs": ["a", "b"], "decide": "mean"}
+    plan.write_text(
+        yaml.safe_dump(
+            {
+                "title": "Two runs",
+                "runs": {"a": {}, "b": {}},
+                "hypotheses": [hypothesis | {"parts": [part]}],
+            }
+        )
+    )
+    page = results.write(runs, tmp_path / "out" / "page.md", plan)
+    text = page.read_text()
+    assert text.index("Two runs") < text.index("All runs")
+    # one population has no spread over populations
+    assert "| H1 | better | not determined |" in text
+    assert "1 population: the spread between populations is not known" in text
+    assert hashlib.sha256(plan.read_bytes()).hexdigest() in text
+    assert str(tmp_path) not in text
+    assert (page.parent / "page_hypotheses.svg").read_text().startswith("<svg")
+    assert (page.parent / "page.csv").read_text().startswith("hypothesis,quantity,run")
+    with pytest.raises(UserError, match="about the runs a, b; given a"):
+        results.write(runs[:1], tmp_path / "out" / "one.md", plan)
+    assert not (tmp_path / "out" / "one.md").exists()
