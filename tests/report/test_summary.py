@@ -125,50 +125,56 @@ def control(at, shift, validation=None):
     return {"name": name, "group": "lambda_line", "kind": "merge", "against": against, **values}
 
 
+def controls_of(*rows, split="test"):
+    return {"split": split, "rows": list(rows)}
+
+
 def test_a_lambda_that_beats_the_best_member_is_on_the_first_screen():
-    controls = {"rows": [control(0.5, 0.3), control(1.1, -0.2)]}
-    sentences, (table, _) = parts(run_of({"m0": 0, "m1": 0, "average": 0}, controls=controls))
+    # validation prefers 1.1, and the test examples 1.2
+    rows = [control(0.5, 0.3, 2.3), control(1.1, -0.2, 1.8), control(1.2, -0.3, 1.9)]
+    run = run_of({"m0": 0, "m1": 0, "average": 0}, controls=controls_of(*rows))
+    sentences, (table, _) = parts(run)
     assert "task vector helps by itself: average, lambda 1.1 has loss" in sentences[-1]
-    assert "chosen on test: optimistic" in sentences[-1]
     assert table.rows[-1][0] == "average, lambda 1.1 (control)"
-    controls = {"rows": [control(0.5, 0.3)]}
-    sentences, _ = parts(run_of({"m0": 0, "m1": 0, "average": 0}, controls=controls))
+    assert "of the control, which validation chose, not corrected" in table.caption
+    run = run_of({"m0": 0, "m1": 0, "average": 0}, controls=controls_of(rows[0]))
+    sentences, _ = parts(run)
     assert "task vector" not in sentences[-1]
 
 
-@pytest.mark.parametrize("validated", [False, True])
-def test_a_lambda_that_the_test_examples_chose_pays_for_all_controls(validated):
-    # the gain is real to one test of its own, and nothing among some 40
-    controls = [control(0.5 + at / 100, 0.3, 2.3 if validated else None) for at in range(20)]
-    for row in controls:
+@pytest.mark.parametrize(("split", "validation"), [("test", None), ("validation", 1.8)])
+def test_no_lambda_is_chosen_by_the_examples_that_judge_it(split, validation):
+    rows = [control(0.5, 0.3, validation), control(1.1, -0.2, validation)]
+    rows.append(control(1.2, -0.3, validation))
+    run = run_of({"m0": 0, "m1": 0, "average": 0}, controls=controls_of(*rows, split=split))
+    sentences, (table, picture) = parts(run)
+    assert "2 of the 3 models at other lambdas are better than the best member" in sentences[-1]
+    assert "None of them is chosen: that takes validation examples" in sentences[-1]
+    assert all("lambda" not in row[0] for row in table.rows)
+    assert "lambda" not in picture.svg
+    assert "control" not in table.caption
+
+
+@pytest.mark.parametrize(("p", "better"), [(0.004, False), (0.0001, True)])
+def test_a_lambda_that_nothing_chose_pays_for_all_controls(p, better):
+    # the gain is real to one test of its own, and nothing among 42
+    rows = [control(0.5 + at / 100, 0.3) for at in range(20)] + [control(1.1, -0.2)]
+    for row in rows:
         for gap in row["against"].values():
             gap["p"] = 0.5
-    controls.append(control(1.1, -0.2, 1.8 if validated else None))
-    controls[-1]["against"]["best_member"]["p"] = 0.004
-    controls[-1]["against"]["mean_member"]["p"] = 0.5
-    run = run_of({"m0": 0, "m1": 0, "average": 0}, controls={"rows": controls})
-    sentences, (table, _) = parts(run)
-    assert ("task vector helps by itself" in sentences[-1]) == validated
-    # by hand: 42 comparisons, of which this has the smallest p
-    p, word = ("0.004", "clearly better") if validated else ("0.17", "not distinguishable")
-    assert table.rows[-1][-2:] == [p, word]
-    assert "optimistic" not in sentences[-1]
-    chosen = "validation chose, not corrected" if validated else "test chose, over all comparisons"
-    assert chosen in table.caption
+    rows[-1]["against"]["best_member"]["p"] = p
+    run = run_of({"m0": 0, "m1": 0, "average": 0}, controls=controls_of(*rows))
+    sentences, _ = parts(run)
+    # by hand: 42 p = 0.17 and 0.0042
+    assert ("1 of the 21 models at other lambdas" in sentences[-1]) == better
 
 
 def test_the_table_has_at_most_eight_rows_and_says_what_it_leaves_out():
     shifts = {"base": 3, "m0": 0, "m1": 0} | {f"x{i}": 0.1 * i for i in range(9)} | {"average": 0.5}
-    _, (table, picture) = parts(run_of(shifts, controls={"rows": [control(1.1, 0.1)]}))
+    _, (table, picture) = parts(run_of(shifts, controls=controls_of(control(1.1, 0.1, 2.0))))
     assert len(table.rows) == summary.ROWS
     names = [row[0] for row in table.rows]
-    assert names[3:] == [
-        "x0",
-        "x1",
-        "x2",
-        "average",
-        "average, lambda 1.1 (control)",
-    ]
+    assert names[3:] == ["x0", "x1", "x2", "average", "average, lambda 1.1 (control)"]
     assert "6 more merges stand in Models and merges" in table.caption
     # one far beyond the others is named at the edge and does not squeeze them
     assert "+0." in picture.svg

@@ -27,18 +27,16 @@ _LAMBDA = "lambda_"  # prefix of the groups of controls that are models at other
 
 @dataclass(frozen=True)
 class _Control:
-    """The control at another lambda that stands on the first screen.
+    """The control at another lambda that validation chose.
 
     Attributes:
         name, loss: of the model.
-        validated: whether validation chose the lambda, else the test examples did.
         gaps: to the rivals.
-        p: against the best member; None where the two were not compared.
+        p: against the best member, not corrected; None where the two were not compared.
     """
 
     name: str
     loss: float
-    validated: bool
     gaps: dict[str, Difference]
     p: float | None
 
@@ -134,14 +132,14 @@ def _ship(run: Run, control: _Control | None) -> Iterator[str]:
         gap = control.gaps[BEST_MEMBER]
         word = verdict(gap.estimate, control.p)
         if word.endswith("better"):
-            optimistic = "; chosen on test: optimistic"
             text += (
                 f" But another length of the task vector helps by itself: {control.name} has loss "
                 f"{control.loss:.4f}, {word} "
                 f"({gap.estimate:+.4f} {formatting.bounds(gap.low, gap.high)}, "
-                f"{formatting.p_text(control.p)}{'' if control.validated else optimistic}) than "
-                "the best member; see Controls."
+                f"{formatting.p_text(control.p)}) than the best member; see Controls."
             )
+    elif not control:
+        text += _without_choice(run)
     yield text
 
 
@@ -242,33 +240,55 @@ def _lowest(run: Run, names: Sequence[str]) -> str | None:
     return min(means, key=lambda name: means[name], default=None)
 
 
-def _scaled(run: Run) -> _Control | None:
-    """Return the control of another lambda with the lowest loss, on validation where measured."""
+def _lambda_controls(run: Run) -> list[Json]:
+    """Return the controls of models at other lambdas, which have the best member as a rival."""
     rows = [
         row
         for row in (run.controls or {"rows": []})["rows"]
         if row["group"].startswith(_LAMBDA) and row["against"].get(BEST_MEMBER)
     ]
     # an average at another lambda is also a merge: what length does alone, a member shows
-    rows = [row for row in rows if row["kind"] == "scaled member"] or rows
-    if not rows:
+    return [row for row in rows if row["kind"] == "scaled member"] or rows
+
+
+def _scaled(run: Run) -> _Control | None:
+    """Return the control of another lambda with the lowest validation loss.
+
+    None where the examples that would choose are those that are reported: the lowest of many losses
+    is low by chance.
+    """
+    rows = _lambda_controls(run)
+    unmeasured = any(row["validation_loss"] is None for row in rows)
+    if not run.controls or run.controls["split"] == "validation" or not rows or unmeasured:
         return None
-    validated = all(row["validation_loss"] is not None for row in rows)
-    key = "validation_loss" if validated else "loss"
-    row = min(rows, key=lambda row: float(row[key]))
-    against = contrasts.of_controls(run)
-    gaps = {rival: gap for rival, gap in against[row["name"]].items() if rival in RIVALS}
+    row = min(rows, key=lambda row: float(row["validation_loss"]))
+    against = contrasts.of_controls(run)[row["name"]]
+    gaps = {rival: gap for rival, gap in against.items() if rival in RIVALS}
     p = gaps[BEST_MEMBER].p if BEST_MEMBER in gaps else None
-    if p is not None and not validated:
-        # chosen by the test examples, so it pays for all comparisons of the table of controls
-        tests = {
-            (name, rival): gap.p
-            for name, of_name in against.items()
-            for rival, gap in of_name.items()
-        }
-        corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
-        p = corrected[row["name"], BEST_MEMBER]
-    return _Control(row["name"], float(row["loss"]), validated, gaps, p)
+    return _Control(row["name"], float(row["loss"]), gaps, p)
+
+
+def _without_choice(run: Run) -> str:
+    """Return how many models at other lambdas are better, where validation could choose none."""
+    against = contrasts.of_controls(run)
+    tests = {
+        (name, rival): gap for name, of_name in against.items() for rival, gap in of_name.items()
+    }
+    # the reader will pick the best of them, so each pays for all comparisons of the controls
+    corrected = dict(zip(tests, holm([gap.p for gap in tests.values()]), strict=True))
+    keys = [(row["name"], BEST_MEMBER) for row in _lambda_controls(run)]
+    compared = [key for key in keys if key in tests]
+    better = sum(
+        verdict(tests[key].estimate, corrected[key]).endswith("better") for key in compared
+    )
+    if not better:
+        return ""
+    return (
+        f" But another length of the task vector helps by itself: {better} of the {len(compared)} "
+        "models at other lambdas are better than the best member, by Holm's method over all "
+        "comparisons of the controls. None of them is chosen: that takes validation examples "
+        "beside the reported ones; see Controls."
+    )
 
 
 # ---------------------------------------------------------------------- table
@@ -323,14 +343,6 @@ def _mean_loss(models: Sequence[Json]) -> float | None:
     return fmean(losses) if losses and len(losses) == len(models) else None
 
 
-def _correction(control: _Control | None) -> str:
-    if control is None or control.p is None:
-        return ""
-    if control.validated:
-        return "; of the control, which validation chose, not corrected"
-    return "; of the control, which test chose, over all comparisons in Controls"
-
-
 def _table(run: Run, rows: Sequence[_Row], control: _Control | None) -> Table:
     tasks = run.tasks[:_TASKS]
     cells = []
@@ -355,10 +367,12 @@ def _table(run: Run, rows: Sequence[_Row], control: _Control | None) -> Table:
     header = ["model", "loss", *(f"{task}, %" for task in tasks)]
     header += ["less the best member", "95 %", "p", "verdict"]
     hidden = len(run.claims.merges) - sum(row.merge is not None for row in rows)
+    compared = control is not None and control.p is not None
+    of_control = "; of the control, which validation chose, not corrected" if compared else ""
     caption = (
         f"{run.loss_name.capitalize()} in {run.loss_unit}. p: corrected by Holm's method over all "
-        f"comparisons of the merges{_correction(control)}. Above 0.05 two models are "
-        f"{INDISTINGUISHABLE}, never equal."
+        f"comparisons of the merges{of_control}. Above 0.05 two models are {INDISTINGUISHABLE}, "
+        "never equal."
     )
     if run.populations:
         caption += (
