@@ -235,7 +235,7 @@ def _cells(contrast: Contrast, scale: float, digits: int) -> list[str]:
     return [
         f"{scale * over.estimate:+.{digits}f}",
         formatting.bounds(scale * over.low, scale * over.high, digits),
-        formatting.p_text(over.p),
+        formatting.p_value(over.p),
         formatting.number(scale * over.sd, digits),
     ]
 
@@ -319,10 +319,10 @@ def over_runs(runs: Sequence[Run]) -> list[Block]:
             cells = [
                 f"{scale * mean.estimate:+.{digits}f}",
                 formatting.bounds(scale * mean.low, scale * mean.high, digits),
-                formatting.p_text(mean.p),
+                formatting.p_value(mean.p),
                 formatting.number(scale * mean.tau2**0.5, digits),
                 f"{100 * mean.i2:.0f}",
-                formatting.p_text(mean.q_p),
+                formatting.p_value(mean.q_p),
             ]
         rows.append([row.key.label, *cells, each])
     if not rows:

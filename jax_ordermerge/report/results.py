@@ -18,7 +18,15 @@ from jax_ordermerge.report import (
 )
 from jax_ordermerge.report.chapters import models
 from jax_ordermerge.report.differences import MEAN_MEMBER
-from jax_ordermerge.report.document import Block, Bullets, Cell, Heading, Paragraph, Table
+from jax_ordermerge.report.document import (
+    Block,
+    Bullets,
+    Cell,
+    Heading,
+    Interval,
+    Paragraph,
+    Table,
+)
 from jax_ordermerge.report.formatting import INDISTINGUISHABLE
 from jax_ordermerge.report.run import Run, loss_name, read_runs
 
@@ -112,7 +120,7 @@ def _overview(runs: Sequence[Run]) -> Table:
     rows: list[list[Cell]] = []
     for run in runs:
         best, merge = run.comparison.best, _best_merge(run)
-        member_cell = merge_cell = "–"
+        member_cell, merge_cell = "–", "not chosen: no validation losses"
         gap: Cell = "–"
         if best:
             loss = formatting.mean_sd(_values(run, [best.name], "loss"), 4)
@@ -120,7 +128,7 @@ def _overview(runs: Sequence[Run]) -> Table:
         if best and merge:
             comparison = run.comparison.merges[merge]
             loss = formatting.mean_sd(_values(run, comparison.names, "loss"), 4)
-            merge_cell = f"{loss} ({merge}, by {best.chosen_on})"
+            merge_cell = f"{loss} ({merge}, by validation)"
             if comparison.loss:
                 gap = formatting.interval(comparison.loss.gaps[MEAN_MEMBER])
         rows.append(
@@ -151,13 +159,14 @@ def _values(run: Run, names: Sequence[str], key: str) -> list[float | None]:
 
 
 def _best_merge(run: Run) -> str | None:
-    """Return the merge of the lowest mean loss over its seeds, on the split that chose a member."""
-    # chosen on the split that chose the best member, else the two columns were not comparable
-    best, means = run.comparison.best, {}
-    key = "validation_loss" if best and best.chosen_on == "validation" else "loss"
+    """Return the merge of the lowest mean validation loss over its seeds.
+
+    None without validation losses: the lowest of several test losses is low by chance.
+    """
+    means = {}
     for name, merge in run.comparison.merges.items():
         # several seeds are one method: the luckiest seed must not stand for it
-        losses = [loss for loss in _values(run, merge.names, key) if loss is not None]
+        losses = [loss for loss in _values(run, merge.names, "validation_loss") if loss is not None]
         if len(losses) == len(merge.names):
             means[name] = fmean(losses)
     return min(means, key=lambda name: means[name], default=None)
@@ -264,10 +273,10 @@ def _setup(run: Run) -> str:
     return (
         f"{_last_part(config['model']['base'])} ({state.get('parameters', 0):,} parameters) on "
         f"{_last_part(config['data']['train'])}: {counts}; {population['members']} orders"
-        f"{of_populations} of level {population['level']}, {training['epochs']} epochs, batch {training['batch']}, "
-        f"{training['optimizer']['kind']}, learning rate {training['learning_rate']:g} "
-        f"({training['schedule']['kind']}), seed {config['seed']}, merged in "
-        f"{config['merge']['dtype']}.{duration}"
+        f"{of_populations} of level {population['level']}, {training['epochs']} epochs, "
+        f"batch {training['batch']}, {training['optimizer']['kind']}, "
+        f"learning rate {training['learning_rate']:g} ({training['schedule']['kind']}), "
+        f"seed {config['seed']}, merged in {config['merge']['dtype']}.{duration}"
     )
 
 
@@ -285,7 +294,7 @@ def _position_table(run: Run) -> Table:
         formatting.late_less_early(run.analysis["pooled"]["early_late"]),
     )
     merged = run.analysis["merged"]
-    rows = [["members", *(_mean_estimate([row]) for row in (*gaps, *slopes))]]
+    rows: list[list[Cell]] = [["members", *(_mean_estimate([row]) for row in (*gaps, *slopes))]]
     expected = (_mean_estimate([gap.get("expected", {})]) for gap in gaps)
     rows.append(["expected of a plain average", *expected, *("–" for _ in slopes)])
     for name, merge in run.comparison.merges.items():
@@ -313,8 +322,9 @@ def _position_table(run: Run) -> Table:
     return Table(header, rows, caption)
 
 
-def _mean_estimate(rows: Sequence[Json]) -> str:
+def _mean_estimate(rows: Sequence[Json]) -> Cell:
     # a mean over some of the seeds would not be comparable with that of another row
     if not rows or any("estimate" not in row for row in rows):
         return "–"
-    return formatting.signed(formatting.mean_row(rows))
+    mean = formatting.mean_row(rows)
+    return Interval(f"{mean['estimate']:+.4f}", formatting.bounds(mean["low"], mean["high"]))

@@ -13,7 +13,7 @@ from jax_ordermerge.analysis import imbalance, paired
 from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import make_config, to_dict
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.report import document, formatting, results
+from jax_ordermerge.report import document, results
 from jax_ordermerge.report.run import read_runs
 
 SEEDS = ["drawn-seed0", "drawn-seed1", "drawn-seed2"]
@@ -150,7 +150,7 @@ def test_runs_are_the_units_of_the_means_over_them(page):
         row = cells(text, f"loss: {merge} less the mean member")[0]
         assert row[0] == f"{np.mean(gaps):+.4f}"
         assert row[1] == f"[{low:+.4f}, {high:+.4f}]"
-        assert row[2] == f"p = {test.pvalue:.2g}"
+        assert row[2] == f"{test.pvalue:.2g}"
         assert row[-1] == f"{gaps[0]:+.4f}, {gaps[1]:+.4f}"
     assert "- average: not distinguishable (" in text
     # planted: +0.05 and -0.05, with errors of 0.002
@@ -190,6 +190,17 @@ def test_the_best_are_chosen_on_validation_and_reported_on_test(page):
     assert "(best by loss on validation)" in text
 
 
+def test_no_merge_is_chosen_by_the_test_examples(page):
+    folder, _ = page
+    (run,) = read_runs([folder / "first"])
+    for model in run.models:
+        model["validation_loss"] = None
+    text = document.render_markdown("Results", results.build([run]), pictures=".")
+    row = cells(text, "first")[0]
+    assert row[3] == "not chosen: no validation losses"
+    assert "drawn" not in " ".join(row)
+
+
 def test_seeds_are_summed_up_and_tested_once_with_holm_over_the_methods(page):
     folder, text = page
     seeds = [
@@ -222,10 +233,12 @@ def test_position_effects_stand_before_and_after_merging(page):
     folder, text = page
     analysis = json.loads((folder / "first" / "analysis.json").read_text())
     slope = analysis["fixed_effects"]["coefficients"][0]
-    assert cells(text, "members")[0][2] == formatting.signed(slope)
+    # behind the gaps of both epochs, each with a column for its interval
+    interval = f"[{slope['low']:+.4f}, {slope['high']:+.4f}]"
+    assert cells(text, "members")[0][4:6] == [f"{slope['estimate']:+.4f}", interval]
     left = [analysis["merged"][model]["early_late"][0]["merged"]["estimate"] for model in SEEDS]
     # late less early, as slopes are; the file has the opposite sign
-    assert any(row[0].startswith(f"{-np.mean(left):+.4f} [") for row in cells(text, "drawn"))
+    assert any(row[0] == f"{-np.mean(left):+.4f}" for row in cells(text, "drawn"))
 
 
 def test_no_path_of_the_machine_is_on_the_page(page):
