@@ -84,6 +84,7 @@ def test_quickstart_killed_and_called_again(tmp_path):
     accuracy = {name: model["tasks"]["problems"]["accuracy"] for name, model in models.items()}
     assert accuracy["base"] < 0.05
     assert all(0.2 < accuracy[f"member_{m}"] < 0.95 for m in range(4))
+    assert (tmp_path / "whole" / "report.html").stat().st_size < 400_000
 
     with subprocess.Popen(command("killed", "train"), cwd=ROOT, env=environment) as process:
         log = tmp_path / "killed" / "metrics" / "train.jsonl"

@@ -22,7 +22,6 @@ from jax_ordermerge.report.chapters import models as chapter
 
 MEMBERS = ["member_0", "member_1", "member_2"]
 NAMES = ["base", *MEMBERS, "average", "selection"]
-KINDS = dict.fromkeys(NAMES, "merge") | dict.fromkeys(MEMBERS, "member") | {"base": "base"}
 VOID = {"meta", "br", "link", "img", "hr"}
 
 
@@ -57,15 +56,16 @@ def dump(path, value):
     path.write_text(json.dumps(value, allow_nan=False))
 
 
-def evaluation(directory):
+def evaluation(directory, names=NAMES, count=120):
     """Write items: the average is better than the members by 0.05, selection is like a member."""
     rng = np.random.default_rng(0)
-    difficulty = rng.normal(2, 0.5, 120)
+    difficulty = rng.normal(2, 0.5, count)
     models = []
-    for number, name in enumerate(NAMES):
+    for number, name in enumerate(names):
+        kind = "base" if name == "base" else "member" if name.startswith("member") else "merge"
         shift = {"base": 3.0, "average": -0.05}.get(name, 0.0)
-        losses = difficulty + shift + rng.normal(0, 0.02, 120)
-        correct = rng.random(120) < {"base": 0.0, "average": 0.9}.get(name, 0.45)
+        losses = difficulty + shift + rng.normal(0, 0.02, count)
+        correct = rng.random(count) < {"base": 0.0, "average": 0.9}.get(name, 0.45)
         items = [
             {
                 "id": i,
@@ -78,27 +78,27 @@ def evaluation(directory):
         ]
         dump(
             directory / "evaluations" / f"{name}.json",
-            {"losses": losses.tolist(), "ids": list(range(120)), "tasks": {"sums": items}},
+            {"losses": losses.tolist(), "ids": list(range(count)), "tasks": {"sums": items}},
         )
         models.append(
             {
                 "name": name,
-                "kind": KINDS[name],
+                "kind": kind,
                 "loss": losses.mean(),
                 "loss_se": losses.std() / 11,
                 "perplexity": np.exp(losses.mean()),
-                "validation_loss": 2.0 - 0.1 * (number == 2) if KINDS[name] == "member" else None,
+                "validation_loss": 2.0 - 0.1 * (number == 2) if kind == "member" else None,
                 "tokens": 4321,
-                "tasks": {"sums": {"accuracy": correct.mean(), "se": 0.045, "n": 120}},
+                "tasks": {"sums": {"accuracy": correct.mean(), "se": 0.045, "n": count}},
             }
         )
     dump(directory / "evaluations.json", {"models": models, "split": "test"})
     return models
 
 
-def training(directory):
+def training(directory, members=3):
     config = Config.model_validate(
-        {"name": "trial", "population": {"members": 3}, "evaluation": {"bootstrap": 200}}
+        {"name": "trial", "population": {"members": members}, "evaluation": {"bootstrap": 200}}
     )
     (directory / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     dump(
@@ -111,8 +111,8 @@ def training(directory):
             "step": s,
             "epoch": s / 10,
             "learning_rate": 1e-3 * (1 - s / 30),
-            "loss": [2 / s, 2.1 / s, 2.2 / s],
-            "grad_norm": [1, 1, 1],
+            "loss": [(2 + 0.1 * member) / s for member in range(members)],
+            "grad_norm": [1] * members,
             "tokens_per_second": 5.0,
             "seconds": s,
         }
@@ -134,13 +134,15 @@ def training(directory):
     dump(directory / "metrics" / "state.json", state)
 
 
-def analysis(directory, members=3):
+def analysis(directory, members=3, names=NAMES[4:], count=200, epochs=2):
     rng = np.random.default_rng(1)
-    x = np.stack([[rng.permutation(200) / 199 for _ in range(2)] for _ in range(members)])
-    losses = rng.normal(2, 0.4, 200) - 0.2 * x[:, 0] + rng.normal(0, 0.05, (members, 200))
+    x = np.stack(
+        [[rng.permutation(count) / (count - 1) for _ in range(epochs)] for _ in range(members)]
+    )
+    losses = rng.normal(2, 0.4, count) - 0.2 * x[:, 0] + rng.normal(0, 0.05, (members, count))
     merged = {
-        "average": losses.mean(axis=0) + rng.normal(0, 0.01, 200),
-        "selection": losses.mean(axis=0) + rng.normal(0, 0.02, 200),
+        name: losses.mean(axis=0) + rng.normal(0, 0.01 * number, count)
+        for number, name in enumerate(names, start=1)
     }
     document = asdict(
         imbalance.analyze(losses, x, merged, warmup_fraction=0.03, bootstrap=50, permutations=49)
@@ -149,10 +151,12 @@ def analysis(directory, members=3):
     return document
 
 
-def merges(directory):
+def merges(directory, names=NAMES[4:], members=3):
     total = {
-        "cosines": [[1, 0.9, 0.8], [0.9, 1, 0.7], [0.8, 0.7, 1]],
-        "unchanged": [0.31, 0.32, 0.33],
+        "cosines": [
+            [1 if i == j else 1 - 0.1 * (i + j) for j in range(members)] for i in range(members)
+        ],
+        "unchanged": [0.31 + 0.01 * member for member in range(members)],
         "unchanged_by_all": 0.123,
         "norm_ratio": 0.876,
         "lambda_eff": 1.234,
@@ -166,7 +170,7 @@ def merges(directory):
             "parameters": {"resample": 2},
             "diagnostics": {"total": total, "tensors": {}},
         }
-        for n in NAMES[4:]
+        for n in names
     ]
     dump(directory / "merge.json", {"merges": rows, "dtype": "bfloat16"})
 
