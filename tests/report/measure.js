@@ -48,6 +48,16 @@ function brokenWords(doc) {
   return broken;
 }
 
+// Pictures without a text for those who cannot see them: a title and a description, by their ids.
+function withoutText(doc) {
+  const texts = (svg) => (svg.getAttribute("aria-labelledby") || "").split(/\s+/)
+    .map((id) => id && doc.getElementById(id)?.textContent.trim());
+  return [...doc.querySelectorAll("svg")]
+    .filter((svg) => svg.getAttribute("role") !== "img" || texts(svg).length < 2
+      || !texts(svg).every(Boolean))
+    .map(describe);
+}
+
 function luminance(colour) {
   const parts = colour.match(/[\d.]+/g).slice(0, 3).map((part) => {
     const share = part / 255;
@@ -91,6 +101,7 @@ function measure(frame) {
     cutOff: cutOff(doc),
     brokenWords: brokenWords(doc),
     faint: faint(doc, view),
+    withoutText: withoutText(doc),
   };
 }
 
