@@ -175,7 +175,7 @@ def test_the_table_has_at_most_eight_rows_and_says_what_it_leaves_out():
     assert len(table.rows) == summary.ROWS
     names = [row[0] for row in table.rows]
     assert names[3:] == ["x0", "x1", "x2", "average", "average, lambda 1.1 (control)"]
-    assert "6 more merges stand in Models and merges" in table.caption
+    assert "More merges, 6 of them, stand in Models and merges" in table.caption
     # one far beyond the others is named at the edge and does not squeeze them
     assert "+0." in picture.svg
 

@@ -380,5 +380,5 @@ def _table(run: Run, rows: Sequence[_Row], control: _Control | None) -> Table:
             f" {1 + len(run.populations)} populations with t intervals over them."
         )
     if hidden:
-        caption += f" {hidden} more merges stand in Models and merges."
+        caption += f" More merges, {hidden} of them, stand in Models and merges."
     return Table(header, cells, caption, text=(0, len(header) - 1), strong=strong)
