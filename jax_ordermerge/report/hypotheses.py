@@ -368,15 +368,7 @@ def _deviations(plan: Hypotheses, runs: Sequence[Run]) -> list[str]:
     """Return where the runs differ from what was written down."""
     texts = []
     for run in runs:
-        expected = plan.settings | plan.runs[run.name]
-        for key, value in expected.items():
-            actual: JsonValue = run.config
-            for name in key.split("."):
-                actual = actual.get(name) if isinstance(actual, dict) else None
-            if actual != value:
-                texts.append(
-                    f"Deviation: {run.name} has {key} = {actual}, written down was {value}."
-                )
+        texts += [f"Deviation: {run.name} has {text}." for text in other_settings(plan, run)]
         missing = [
             str(number)
             for number, population in enumerate([run, *run.populations])
@@ -387,3 +379,15 @@ def _deviations(plan: Hypotheses, runs: Sequence[Run]) -> list[str]:
                 f"Deviation: {run.name} has no results of population {', '.join(missing)}."
             )
     return texts or ["All runs have the settings that were written down, and all populations."]
+
+
+def other_settings(plan: Hypotheses, run: Run) -> list[str]:
+    """Return the settings of a run that differ from those that were written down."""
+    texts = []
+    for key, value in (plan.settings | plan.runs[run.name]).items():
+        actual: JsonValue = run.config
+        for name in key.split("."):
+            actual = actual.get(name) if isinstance(actual, dict) else None
+        if actual != value:
+            texts.append(f"{key} = {actual}, written down was {value}")
+    return texts

@@ -3,12 +3,14 @@
 import csv
 import dataclasses
 import io
+import pathlib
 
 import numpy as np
 import pytest
 import yaml
 from scipy import stats
 
+from jax_ordermerge.config import load_config, to_dict
 from jax_ordermerge.config.hypotheses import Hypotheses, Plan, read_hypotheses
 from jax_ordermerge.config.section import parse
 from jax_ordermerge.errors import UserError
@@ -265,3 +267,17 @@ def test_a_file_that_says_something_else_is_one_line(tmp_path, change, message):
         read_hypotheses(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((CONFIGS / "hypotheses").glob("*.yaml")), ids=lambda x: x.stem
+)
+def test_published_hypotheses_are_about_published_configs(file):
+    written = read_hypotheses(file).hypotheses
+    for name in written.runs:
+        config = to_dict(load_config(CONFIGS / file.stem / f"{name}.yaml"))
+        assert config["name"] == name
+        assert not hypotheses.other_settings(written, Run(RunLayout(CONFIGS), config))
