@@ -6,6 +6,7 @@ positions of long inputs; `tensor` divides heads and the mlp. This module knows 
 axes only, never a model.
 """
 
+import collections
 import contextlib
 import math
 import os
@@ -17,10 +18,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.mesh_shape import AXES, mesh_shape
 from jax_ordermerge.tree import PyTree
-
-AXES: Final = ("order", "data", "fsdp", "sequence", "tensor")
 
 # Logical axis -> mesh axes. Other logical axes are replicated.
 RULES: Final[dict[str, tuple[str, ...]]] = {
@@ -49,14 +48,12 @@ def make_mesh(
 ) -> Mesh:
     """Return a mesh with the axes `AXES`; one size may be -1 for all remaining devices.
 
-    Devices of one TPU slice stay together on the inner parts of the axes, because the network
-    between slices is slower.
+    Devices of one TPU slice, or of one node of GPUs, stay together on the inner parts of the axes,
+    because the network between them is slower.
 
     Args:
         order, fsdp, tensor, data, sequence: axis sizes.
-        dcn: number of slices that an axis is divided over, e.g. `{"order": 2}`; one may be -1. By
-            default `order` is divided over all slices, because nothing crosses it in training.
-            Ignored if all devices are in one slice.
+        dcn: number of slices that an axis is divided over, e.g. `{"order": 2}`; see `mesh_shape`.
         devices: the devices; by default as many of `jax.devices()` as the sizes need.
 
     Raises:
@@ -70,75 +67,33 @@ def make_mesh(
     # plan compiles for the mesh that a run would build.
     present = list(jax.devices() if devices is None else devices)
     requested = {"order": order, "data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
-    sizes = axis_sizes(requested, len(present))
-    used = present[: math.prod(sizes.values())]
-    slices = len({getattr(device, "slice_index", 0) for device in used})
-    # Auto axes: the compiler inserts the collectives of `data`, `fsdp`, `sequence` and `tensor`
-    types = (AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        # An axis may take part of a physical axis of the torus: 8 x 8 x 8 chips are also 2 x 256.
-        grid = mesh_utils.create_device_mesh(
-            tuple(sizes.values()), used, allow_split_physical_axes=True
+    shape = mesh_shape(requested, slice_sizes(present), dcn)
+    used = present[: math.prod(shape.sizes.values())]
+    # Outer part of each axis: across slices; inner part: within a slice. With one slice all is
+    # inner. An axis may take part of a physical axis of the torus: 8 x 8 x 8 chips are also 2 x 256
+    # (`allow_split_physical_axes`).
+    inner = [shape.sizes[name] // shape.across[name] for name in AXES]
+    if max(shape.across.values()) == 1:
+        grid = mesh_utils.create_device_mesh(inner, used, allow_split_physical_axes=True)
+    else:
+        across = [shape.across[name] for name in AXES]
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, across, used, allow_split_physical_axes=True
         )
-        return Mesh(grid, AXES, axis_types=types)
-    # Several slices: the outer part of each axis lies across slices, the inner part within one.
-    outer = _fill(
-        {**dict.fromkeys(AXES, 1), **(dcn or {"order": slices})},
-        slices,
-        label=f"mesh.dcn {dict(dcn or {})}",
-        noun="slices",
-    )
-    for name, factor in outer.items():
-        if sizes[name] % factor:
-            raise UserError(
-                f"{_describe(requested)}: {name} = {sizes[name]} cannot be divided over {factor}"
-                " slices; change it, or name another axis in mesh.dcn"
-            )
-    inner = [sizes[name] // outer[name] for name in AXES]
-    across = [outer[name] for name in AXES]
-    grid = mesh_utils.create_hybrid_device_mesh(inner, across, used, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=types)
+    # Auto axes: the compiler inserts the collectives of `data`, `fsdp`, `sequence` and `tensor`
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def axis_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """Return the sizes of the mesh axes with -1 replaced by all remaining devices.
-
-    Raises:
-        UserError: the sizes do not fit the devices.
+def slice_sizes(devices: Sequence[jax.Device]) -> list[int]:
+    """Return the number of devices of each slice of TPUs, or node of GPUs.
 
     Example:
-        >>> axis_sizes({"order": 2, "fsdp": -1}, 8)
-        {'order': 2, 'fsdp': 4}
+        >>> slice_sizes(jax.devices()[:4])
+        [4]
     """
-    return _fill(dict(sizes), devices, label=_describe(sizes), noun="devices")
-
-
-def _describe(sizes: Mapping[str, int]) -> str:
-    return "mesh " + ", ".join(
-        f"{name}={size}" for name, size in sizes.items() if size != 1 or name == "order"
-    )
-
-
-def _fill(sizes: dict[str, int], present: int, *, label: str, noun: str) -> dict[str, int]:
-    """Return the sizes with -1 replaced by all remaining devices (or slices)."""
-    # A product smaller than `present` is allowed: tests and small runs use some of the devices.
-    open_axes = [name for name, size in sizes.items() if size == -1]
-    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(
-            f"{label}: sizes are positive, and at most one is -1 (all remaining {noun})"
-        )
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if open_axes:
-        if present % fixed:
-            raise UserError(
-                f"{label}: {present} {noun} cannot be divided by {fixed}; change the sizes"
-            )
-        return {**sizes, open_axes[0]: present // fixed}
-    if fixed > present:
-        raise UserError(
-            f"{label} needs {fixed} {noun}, {present} are present; make an axis smaller or give -1"
-        )
-    return sizes
+    # CPUs have no slices, also those of several processes
+    indices = [getattr(device, "slice_index", 0) for device in devices]
+    return list(collections.Counter(indices).values())
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:

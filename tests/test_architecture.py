@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ("errors", "tree", "json_types"),
     ("registry",),
-    ("rng", "hardware", "arch"),
+    ("rng", "hardware", "arch", "mesh_shape"),
     ("hash_rng", "mesh", "processes"),
     ("config",),
     ("analysis", "checkpoint", "model"),
@@ -44,7 +44,7 @@ LIBRARIES = {
     "math_verify": ("evaluate/symbolic_worker.py",),
     "sympy": ("evaluate/symbolic_worker.py",),
 }
-WITHOUT_JAX = ("errors", "config", "arch", "hardware", "report", "launch")
+WITHOUT_JAX = ("errors", "config", "arch", "hardware", "mesh_shape", "report", "launch")
 # A string that spells a path inside a run directory.
 RUN_PATHS = re.compile(
     r"(metrics|waves|orders|losses|merged|evaluations|outputs|reference|tracking|checkpoints)/?"

@@ -18,7 +18,7 @@ def make_job(config: Config) -> Job:
     """Return an experiment as launch targets see it: with what the user wrote, not the defaults."""
     # A default is that of the version installed there; what a user wrote is shown as written.
     settings = config.model_dump(mode="json", exclude_unset=True)
-    return Job(config.name, settings, config.mesh.sizes, config.output)
+    return Job(config.name, settings, config.mesh.sizes, config.output, config.mesh.dcn)
 
 
 def render_script(config: Config, target: str, options: Sequence[str]) -> str:

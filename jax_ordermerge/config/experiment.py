@@ -84,8 +84,8 @@ class Mesh(Section):
     # Nothing crosses `order` while members train, so it is the axis for the slow network.
     dcn: dict[Literal["order", "data", "fsdp", "sequence", "tensor"], AxisSize] = Field(
         default_factory=dict,
-        description="how axes are divided over TPU slices, e.g. {order: 2}; by default order takes"
-        " all slices",
+        description="how axes are divided over TPU slices or GPU nodes, e.g. {order: 2}; by default"
+        " order takes them, then data, then fsdp",
     )
 
     @property

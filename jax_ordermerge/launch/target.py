@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from jax_ordermerge.config.section import Section
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonRow
+from jax_ordermerge.mesh_shape import mesh_shape
 from jax_ordermerge.registry import Registry
 
 # A value that is safe between double quotes of a shell, and unquoted.
@@ -28,12 +29,14 @@ class Job:
         settings: the config as the user wrote it, without defaults.
         mesh: sizes of the mesh axes; -1 is all remaining devices.
         output: address or path of the run directory.
+        dcn: `mesh.dcn`, how axes are divided over slices or nodes.
     """
 
     name: str
     settings: JsonRow
     mesh: Mapping[str, int]
     output: str
+    dcn: Mapping[Any, int] = dataclasses.field(default_factory=dict)
 
     @property
     def slug(self) -> str:
@@ -121,26 +124,28 @@ def check_output(output: str, mount: str, *, separate_disks: bool = False) -> No
         )
 
 
-def check_mesh(sizes: Mapping[str, int], devices: int) -> None:
-    """Refuse a mesh that does not use all devices.
+def check_mesh(job: Job, devices: int, slices: int = 1) -> None:
+    """Refuse a mesh that a run would refuse, or that does not use all devices.
 
     Args:
-        sizes: sizes of the mesh axes; -1 is all remaining devices.
-        devices: number of devices.
+        job: the experiment.
+        devices: number of devices in all.
+        slices: number of TPU slices, or of GPU nodes.
 
     Raises:
-        UserError: devices would be idle or are lacking.
+        UserError: devices would be idle or are lacking, or the axes do not fit the slices.
 
     Example:
-        >>> check_mesh({"order": 4, "fsdp": -1}, 32)
+        >>> check_mesh(Job("one", {}, {"order": 4, "fsdp": -1}, "runs/one"), 32, slices=2)
     """
     # Here, because the job would start, wait in a queue, and fail at its mesh. -1 takes what is
     # left: the other sizes must divide the devices, and without it fill them.
-    fixed = math.prod(size for size in sizes.values() if size > 0)
-    if devices % fixed or (fixed != devices and -1 not in sizes.values()):
+    fixed = math.prod(size for size in job.mesh.values() if size > 0)
+    if devices % fixed or (fixed != devices and -1 not in job.mesh.values()):
         # axes of size 1 are the defaults; the user did not write them
-        shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        shown = ", ".join(f"{name}={size}" for name, size in job.mesh.items() if size != 1)
         raise UserError(
             f"mesh {shown or 'of one device'} does not use all of the {devices} devices;"
             " change it with --set mesh.fsdp=-1"
         )
+    mesh_shape(job.mesh, [devices // slices] * slices, job.dcn)

@@ -9,16 +9,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, TensorSpec, parameter_count, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Training
 from jax_ordermerge.hardware import Topology
+from jax_ordermerge.mesh_shape import MeshShape, mesh_shape
 from jax_ordermerge.model import lora
 from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train import flops
@@ -121,12 +120,22 @@ def abstract_mesh(spec: PlanSpec, topology: Topology) -> AbstractMesh:
     """Return the mesh of a spec over a topology, without devices.
 
     Raises:
-        UserError: the sizes do not fit the number of devices.
+        UserError: the sizes do not fit the devices.
     """
-    sizes = meshes.axis_sizes(spec.mesh.sizes, topology.size)
+    sizes = mesh_layout(spec, topology).sizes
     # Auto, as in the mesh of a training: the compiler decides the shardings in between.
     types = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
+def mesh_layout(spec: PlanSpec, topology: Topology) -> MeshShape:
+    """Return the sizes of the mesh axes, and how they lie over slices or nodes.
+
+    Raises:
+        UserError: the sizes do not fit, by the function that a run asks.
+    """
+    slices = [topology.size // topology.slices] * topology.slices
+    return mesh_shape(spec.mesh.sizes, slices, spec.mesh.dcn)
 
 
 def attention_kernel(spec: PlanSpec, topology: Topology) -> str:
@@ -158,12 +167,11 @@ def link_speed(axes: str, spec: PlanSpec, topology: Topology) -> float:
     """
     assert topology.device is not None
     names = axes.split()
-    across: Mapping[Any, int] = spec.mesh.dcn or {"order": topology.slices}
+    shape = mesh_layout(spec, topology)
     # one axis over the network is enough: the slowest link sets the time of a collective
-    if topology.slices > 1 and any(across.get(name, 1) != 1 for name in names):
+    if any(shape.across[name] > 1 for name in names):
         return topology.device.network
-    sizes = meshes.axis_sizes(spec.mesh.sizes, topology.size)
-    return topology.speed(math.prod(sizes[name] for name in names))
+    return topology.speed(math.prod(shape.sizes[name] for name in names))
 
 
 # ------------------------------------------------------------------------------------------- step
@@ -212,10 +220,11 @@ def state_bytes(spec: PlanSpec, model: ModelConfig, mesh: AbstractMesh) -> dict[
     """Return the exact bytes per device of parameters, optimizer and frozen base.
 
     Example:
+        >>> from jax_ordermerge.mesh_shape import AXES
         >>> model = ModelConfig(
         ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2
         ... )
-        >>> mesh = AbstractMesh((2, 1, 2, 1, 1), meshes.AXES)
+        >>> mesh = AbstractMesh((2, 1, 2, 1, 1), AXES)
         >>> state_bytes(PlanSpec(), model, mesh)["parameters"]  # 2 members, all but norms halved
         7488
     """

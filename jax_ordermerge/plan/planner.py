@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import parameter_count
 from jax_ordermerge.hardware import MEMORY_FRACTION, Topology, find, parse
+from jax_ordermerge.mesh_shape import mesh_shape
 from jax_ordermerge.plan import analytic, compiled, devices, search
 from jax_ordermerge.plan.analytic import Workload
 from jax_ordermerge.plan.compiled import Requirements
@@ -64,7 +65,7 @@ def plan_experiment(
         spec = spec.change(merge={"dtype": inputs.base_dtype})
     # what a run would refuse on these devices
     spec.data.check_length(inputs.model.context_length, inputs.model_name)
-    spec.population.check_groups(meshes.axis_sizes(spec.mesh.sizes, target.size)["order"])
+    spec.population.check_groups(analytic.mesh_layout(spec, target).sizes["order"])
     notes = list(inputs.notes)
     compiles = not analytic_only and devices.has_compiler(target)
     if not compiles and not analytic_only:
@@ -105,9 +106,11 @@ def _present_topology(spec: PlanSpec) -> Topology:
     """Return the devices of this process that the mesh takes."""
     meshes.provide_cpu_devices(spec.mesh.sizes.values())
     present = jax.devices()
-    sizes = meshes.axis_sizes(spec.mesh.sizes, len(present))
+    slices = meshes.slice_sizes(present)
+    sizes = mesh_shape(spec.mesh.sizes, slices, spec.mesh.dcn).sizes
     device = find(present[0].device_kind)
-    return Topology(device, (math.prod(sizes.values()),), present=device is not None)
+    used = math.prod(sizes.values())
+    return Topology(device, (used // len(slices),), len(slices), present=device is not None)
 
 
 # compiles a program for settings and a mesh

@@ -43,7 +43,7 @@ def search(
         changed = spec.change(**sections)
         try:
             step = analytic.estimate_step(changed, model, topology, work)
-        except UserError:  # the sizes of the mesh do not fit the devices
+        except UserError:  # the sizes of the mesh do not fit the devices or the slices
             continue
         changes = list_changes(spec, changed, topology)
         option = OptionPlan(changed, changes, topology, work, step)
@@ -92,32 +92,12 @@ def _enumerate_changes(
         # a microbatch that the batch axes do not divide would be replicated, which only costs time
         if rest or (microbatch % (spec.mesh.data * fsdp) and microbatch != batch):
             continue
-        dcn = divide_over_slices(order, fsdp, topology.slices)
-        if dcn is None:
-            continue
         # members that mix their weights must all be trained at the same time
         smallest = members if spec.training.mixing else order
         for wave in range(smallest, members + 1, order):
             yield {
-                "mesh": {"order": order, "fsdp": fsdp, "tensor": tensor, "dcn": dcn},
+                "mesh": {"order": order, "fsdp": fsdp, "tensor": tensor, "dcn": {}},
                 "training": {"microbatch": None if microbatch == batch else microbatch},
                 "model": {"remat": remat},
                 "population": {"wave": None if wave == members else wave},
             }
-
-
-def divide_over_slices(order: int, fsdp: int, slices: int) -> dict[str, int] | None:
-    """Return `mesh.dcn`: members go to different slices as far as possible, then parameters.
-
-    Nothing crosses `order` while training, so it is the axis to put on the slow network. The result
-    is None if the axes cannot be divided over the slices.
-
-    Example:
-        >>> divide_over_slices(order=1, fsdp=8, slices=2)
-        {'order': 1, 'fsdp': 2}
-    """
-    if slices == 1 or order % slices == 0:
-        return {}
-    by_order = math.gcd(order, slices)
-    by_fsdp = slices // by_order
-    return {"order": by_order, "fsdp": by_fsdp} if fsdp % by_fsdp == 0 else None

@@ -2,9 +2,9 @@
 
 import math
 
-from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.hardware import Device, Topology, parse
+from jax_ordermerge.mesh_shape import AXES
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.inputs import Inputs, padded_tokens
 from jax_ordermerge.plan.results import ExperimentPlan
@@ -55,7 +55,7 @@ def plan_stages(
 def _checkpoint_bytes(spec: PlanSpec, model: ModelConfig) -> int:
     """Return the bytes of parameters and optimizer of all members, those of all waves together."""
     # on a single device nothing is replicated: bytes per device are bytes in all
-    sizes = dict.fromkeys(meshes.AXES, 1)
+    sizes = dict.fromkeys(AXES, 1)
     spec = spec.change(mesh={**sizes, "dcn": {}}, population={"wave": None})
     state = analytic.state_bytes(spec, model, analytic.abstract_mesh(spec, parse("cpu:1")))
     # the frozen base of adapters is not saved: it is read again from its files
@@ -67,7 +67,7 @@ class _StageTimes:
 
     def __init__(self, spec: PlanSpec, inputs: Inputs, topology: Topology, device: Device) -> None:
         self.spec, self.inputs, self.model, self.topology = spec, inputs, inputs.model, topology
-        self.sizes = meshes.axis_sizes(spec.mesh.sizes, topology.size)
+        self.sizes = analytic.mesh_layout(spec, topology).sizes
         self.shards = self.sizes["fsdp"] * self.sizes["tensor"]
         self.parameters = parameter_count(inputs.model)
         self.bandwidth = analytic.MEMORY_EFFICIENCY * device.bandwidth

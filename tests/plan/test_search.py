@@ -1,7 +1,5 @@
 """The search for better settings, by the estimate."""
 
-import pytest
-
 from jax_ordermerge.arch import ARCHITECTURES
 from jax_ordermerge.config import make_config
 from jax_ordermerge.experiment.specs import plan_spec
@@ -80,14 +78,6 @@ def test_a_changed_spec_is_the_spec_of_the_changed_config():
     adapters = SPEC.with_adapters()
     expected = plan_spec(make_config(SECTIONS | {"lora": lora}))
     assert (adapters.lora, adapters.base_dtype) == (expected.lora, expected.base_dtype)
-
-
-@pytest.mark.parametrize(
-    ("order", "fsdp", "slices", "dcn"),
-    [(4, 8, 2, {}), (1, 8, 2, {"order": 1, "fsdp": 2}), (1, 3, 2, None)],
-)
-def test_members_lie_on_different_slices_as_far_as_possible(order, fsdp, slices, dcn):
-    assert search.divide_over_slices(order, fsdp, slices) == dcn
 
 
 def test_options_are_compared_by_the_time_of_all_members():

@@ -114,7 +114,8 @@ class Gke(Target):
         # without a common volume each pod has a disk of its own
         separate = self.volume is None and self.slices * self.pods > 1
         check_output(job.output, self.mount, separate_disks=separate)
-        check_mesh(job.mesh, self.slices * self.pods * self.pod_devices)
+        slices = self.slices if self.tpu else self.nodes
+        check_mesh(job, self.slices * self.pods * self.pod_devices, slices)
 
 
 TARGETS.register("gke", Gke)

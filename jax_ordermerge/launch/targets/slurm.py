@@ -68,7 +68,8 @@ class Slurm(Target):
     def check(self, job: Job) -> None:
         """Refuse a mesh of another size. On CPU each process has one device."""
         # No check of the output: nodes are not deleted with the job, unlike VMs and pods.
-        check_mesh(job.mesh, self.nodes * (self.gpus or self.processes))
+        # to jax a node of GPUs is a slice; nodes of CPUs are not
+        check_mesh(job, self.nodes * (self.gpus or self.processes), self.nodes if self.gpus else 1)
 
 
 TARGETS.register("slurm", Slurm)
