@@ -159,8 +159,7 @@ def over_seeds(gap: Difference, estimates: ArrayLike) -> Difference:
     """Add the spread between random seeds to the error, interval and p of a mean over seeds.
 
     The variance is the sum of the variance over items and the variance between seeds divided by
-    their number. Its quantiles are the mean of Student's for items and for seeds, weighted by the
-    two variances (Cochran's approximation), which is conservative.
+    their number.
 
     Args:
         gap: the mean over the seeds on each item, compared with another model.
@@ -170,20 +169,34 @@ def over_seeds(gap: Difference, estimates: ArrayLike) -> Difference:
         >>> gap = difference([1.0, 2.0, 4.0, 3.0], [1.5, 2.0, 4.5, 4.0])
         >>> round(over_seeds(gap, [-0.4, -0.6]).se, 3), round(over_seeds(gap, [-0.5, -0.5]).se, 3)
         (0.227, 0.204)
+    """
+    by_seed = np.asarray(estimates, np.float64)
+    return add_variance(gap, float(by_seed.var(ddof=1)) / by_seed.size, by_seed.size - 1)
+
+
+def add_variance(gap: Difference, variance: float, freedom: int) -> Difference:
+    """Add a variance of another source, estimated with `freedom` degrees, to that over items.
+
+    Quantiles are the mean of Student's for items and for the other source, weighted by the two
+    variances (Cochran's approximation), which is conservative.
+
+    Example:
+        >>> gap = difference([1.0, 2.0, 4.0, 3.0], [1.5, 2.0, 4.5, 4.0])
+        >>> add_variance(gap, 0.0, 2) == gap, round(add_variance(gap, 0.01, 2).se, 3)
+        (True, 0.227)
 
     Source: Cochran and Cox, "Experimental designs", 2nd edition 1957, section 4.14.
     """
-    by_seed = np.asarray(estimates, np.float64)
-    items, seeds = gap.se**2, float(by_seed.var(ddof=1)) / by_seed.size
-    if seeds == 0:
-        return gap  # identical seeds, as of a method that draws nothing
-    error = float(np.sqrt(items + seeds))
+    if variance == 0:
+        return gap  # as of seeds of a method that draws nothing
+    items = gap.se**2
+    error = float(np.sqrt(items + variance))
 
     def quantile(level: float) -> float:
-        of_items, of_seeds = (
-            float(stats.t.isf(level / 2, freedom)) for freedom in (gap.n - 1, by_seed.size - 1)
+        of_items, of_other = (
+            float(stats.t.isf(level / 2, degrees)) for degrees in (gap.n - 1, freedom)
         )
-        return (items * of_items + seeds * of_seeds) / (items + seeds)
+        return (items * of_items + variance * of_other) / (items + variance)
 
     half_width, observed = error * quantile(2 * TAILS[0]), abs(gap.estimate) / error
     p = _SMALLEST_P

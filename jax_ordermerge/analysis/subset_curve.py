@@ -1,11 +1,17 @@
 """How many members are worth it: the loss of merges of subsets of the members by their number.
 
 Where the loss is quadratic around its minimum, the expected loss of an average of s members is
-a + b / s, and so is that of a selection: both are a fixed part and a variance. Two sources of
-error count, items and members. The error over members is the jackknife's, which leaves out one
-member at a time; subsets overlap, so their spread is none.
+a + b / s, and so is that of a selection: both are a fixed part and a variance.
 
-Source: Efron, "Bootstrap methods: another look at the jackknife", 1979 (pseudo-values).
+Items and members are two crossed samples. By Hoeffding's decomposition the variance of a mean over
+both has three parts: of items, of members, and of how members differ from item to item. The error
+over items has the first and the third part in it, since the members stay the same from item to
+item. The jackknife, which leaves out one member at a time, has the second and the third; subsets
+overlap, so their own spread is no error. What is added to the error over items is therefore the
+jackknife's variance less the part of it that items make.
+
+Source: Efron and Stein, "The jackknife estimate of variance", 1981; Cameron, Gelbach and Miller,
+    "Robust inference with multiway clustering", 2011 (the part that both have counts once).
 """
 
 from collections.abc import Mapping
@@ -98,33 +104,28 @@ def subset_curve(
         return float((values * tokens).sum() / tokens.sum())
 
     # what is left without each member, the basis of the jackknife
-    without = [
-        {size: mean(values) for size, values in _by_size(_without(losses, member)).items()}
-        for member in range(members)
-    ]
+    without = [_by_size(_without(losses, member)) for member in range(members)]
+    merges_are_left = all(len(row) > 1 for row in without)  # of two members none is
     points = []
     for size, values in by_size.items():
         count = sum(len(subset) == size for subset in losses)
         gain = None
         if size > 1:
             gain = difference(values, by_size[1])
-            # without a member no subset is of all of them: the next size stands for it
-            left = [row.get(size, row[max(row)]) - row[1] for row in without if len(row) > 1]
-            gain = _over_members(gain, left, members)
+            if merges_are_left:
+                gain = _over_members(gain, [_gain(row, size) for row in without], tokens)
         points.append(SubsetPoint(size, count, mean(values), gain))
     a, b = _fit({point.size: point.loss for point in points})
     fitted = [a + b / size for size in sizes]
     misfit = max(abs(point.loss - value) for point, value in zip(points, fitted, strict=True))
 
     def doubled() -> Doubling:
-        slopes = [_fit(row)[1] for row in without if len(row) > 1]
-        if len(slopes) < members:
+        if not merges_are_left:
             raise Undetermined("fewer than three members: no error over members is known")
         # b is linear in the losses of every item, so the gain has an error over items as well
-        shares = _slope_shares(sizes)
-        slope = sum(share * by_size[size] for share, size in zip(shares, sizes, strict=True))
-        gain = difference(-slope / (2 * members), np.zeros(len(tokens)))
-        gain = _over_members(gain, [-b / (2 * members) for b in slopes], members)
+        gain = difference(-_slope(by_size) / (2 * members), np.zeros(len(tokens)))
+        left = [-_slope(row) / (2 * members) for row in without]
+        gain = _over_members(gain, left, tokens)
         return Doubling(2 * members, points[-1].loss + gain.estimate, gain)
 
     return SubsetCurve(points, a, b, misfit, or_missing(doubled))
@@ -150,6 +151,13 @@ def _slope_shares(sizes: list[int]) -> np.ndarray:
     return centred / (centred**2).sum()
 
 
+def _slope(by_size: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Return b of the fit to the losses of each item, [n]."""
+    shares = _slope_shares(list(by_size))
+    rows = [share * row for share, row in zip(shares, by_size.values(), strict=True)]
+    return np.sum(rows, axis=0)
+
+
 def _fit(losses: Mapping[int, float]) -> tuple[float, float]:
     sizes, values = list(losses), np.array(list(losses.values()))
     if len(sizes) < 2:
@@ -158,10 +166,28 @@ def _fit(losses: Mapping[int, float]) -> tuple[float, float]:
     return float(values.mean() - b * (1 / np.array(sizes, np.float64)).mean()), b
 
 
-def _over_members(gap: Difference, left_out: list[float], members: int) -> Difference:
-    """Add the jackknife's error over members to an error over items."""
-    if len(left_out) < members:  # two members: without one there is no merge
-        return gap
-    # Pseudo-values have the variance of independent observations, one for each member; only their
-    # spread is used, and (k - 1) times the left-out estimates has the same.
-    return paired.over_seeds(gap, (members - 1) * np.array(left_out))
+def _gain(by_size: Mapping[int, np.ndarray], size: int) -> np.ndarray:
+    """Return the gain of merges of a size over single members, [n]."""
+    # Without a member no subset is of all of them. The largest size that there is stands for it,
+    # and its gain is extrapolated by the fit.
+    nearest = size if size in by_size else max(by_size)
+    gain = by_size[nearest] - by_size[1]
+    return gain if nearest == size else gain * (1 - 1 / size) / (1 - 1 / nearest)
+
+
+def _over_members(gap: Difference, left_out: list[np.ndarray], tokens: np.ndarray) -> Difference:
+    """Add to an error over items the jackknife's error over members, less what both have in common.
+
+    Args:
+        gap: the estimate of all members.
+        left_out: of each member, [n], the estimate without it on each item.
+        tokens: [n], weights of the items.
+    """
+    members, items = len(left_out), len(tokens)
+    share = tokens / tokens.mean()
+    deviations = np.stack(left_out) - np.mean(left_out, axis=0)
+    means = (share * deviations).mean(axis=1)
+    # a squared mean is too large by its error over items, which is the part in common
+    errors = (share * (deviations - means[:, None])).var(axis=1, ddof=1) / items
+    variance = (members - 1) / members * float((means**2 - errors).sum())
+    return paired.add_variance(gap, max(variance, 0.0), members - 1)
