@@ -59,19 +59,36 @@ def make_sampler(space: Search, members: int, seed: int) -> Sampler:
     return _OptunaSampler(space, members, seed)
 
 
-def first_candidates(space: Search, members: int, seed: int) -> list[Candidate]:
-    """Return one candidate per entry of a space: the lowest numbers and the first choices.
+def extreme_candidates(space: Search, members: int, seed: int) -> list[Candidate]:
+    """Return candidates that have every choice and both ends of every range of a space.
+
+    Each of these values stands beside the first ones of the same entry.
 
     Example:
-        >>> space = Search(methods=({"method": "ties", "parameters": {"density": [0.2, 0.5]}},))
-        >>> [candidate.name for candidate in first_candidates(space, members=2, seed=0)]
-        ['ties density=0.2']
+        >>> parameters = {"density": {"low": 0.2, "high": 0.5}, "normalize": [True, False]}
+        >>> space = Search(methods=({"method": "ties", "parameters": parameters},))
+        >>> for candidate in extreme_candidates(space, members=2, seed=0):
+        ...     print(candidate.name)
+        ties density=0.2 normalize=True
+        ties density=0.5 normalize=True
+        ties density=0.2 normalize=False
     """
-
-    def choose(_: str, domain: Domain) -> Value:
-        return domain.low if isinstance(domain, Range) else domain[0]
-
-    return [_candidate(entry, choose, members, seed) for entry in space.methods]
+    candidates = []
+    for entry in space.methods:
+        values = {
+            name: (domain.low, domain.high) if isinstance(domain, Range) else domain
+            for name, domain in _domains(entry, members).items()
+        }
+        first = {name: options[0] for name, options in values.items()}
+        points = [first]
+        for name, options in values.items():
+            # weights on the simplex are right wherever they lie
+            if not name.startswith("weight "):
+                points += [{**first, name: option} for option in options[1:]]
+        for point in points:
+            choose = functools.partial(_read, point)
+            candidates.append(_candidate(entry, choose, members, seed))
+    return candidates
 
 
 class _SingleBatch:

@@ -38,10 +38,10 @@ def check_space(space: Search, members: int, model: ModelConfig, seed: int) -> N
     Raises:
         UserError: a method, parameter, group of tensors, the grid or the sampler is wrong.
     """
-    # Methods check types and names, so one candidate per entry is enough.
-    for candidate in sampling.first_candidates(space, members, seed):
+    # Also what a sampler proposes first: on a grid, values may not go together.
+    proposed = sampling.make_sampler(space, members, seed).ask()
+    for candidate in [*sampling.extreme_candidates(space, members, seed), *proposed]:
         check(candidate, members, model)
-    sampling.make_sampler(space, members, seed)
 
 
 def _make_guard(

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge.recipe import planner
+from jax_ordermerge.merge.recipe import planner, rules
 from tests.commands.test_cli import call
 from tests.merge.recipe_models import make
 
@@ -21,7 +21,11 @@ RECIPES = {
     TIES.replace("ties", "tise"): "unknown merge_method 'tise' (did you mean 'ties'?)",
     TIES.replace("density", "densty"): "no parameter 'densty' (did you mean 'density'?)",
     TIES.replace("0.5", "half"): "density = 'half': expected a number",
-    TIES.replace("0.5", "-1"): "density -1 keeps nothing",
+    TIES.replace("0.5", "-1"): "density = -1.0: input should be greater than 0",
+    # percent, say; mergekit takes it as 1
+    TIES.replace("0.5", "20"): "density = 20.0: input should be less than or equal to 1",
+    TIES.replace("0.5", "[{filter: mlp, value: [0.5, 1.1]}, {value: 1}]"): "density = 1.1: input",
+    TIES.replace("{weight: 1}", "{density: 1.5}"): "density = 1.5: input should be less than",
     TIES.replace("0.5", "[0.5, {value: 1}]"): "not both",
     TIES.replace("0.5", "[{filter: mlp, value: [0.5, wide]}]"): "density = 'wide'",
     TIES.replace("base_model: org/base\n", ""): "merge_method ties needs base_model",
@@ -66,6 +70,33 @@ RECIPES = {
     SLICES.replace("[0, 2]}]", "[0, 3]}]"): "org/b gives 3 layers and org/a 2",
     SLICES.replace("base_model: org/a", "base_model: org/c"): "lacks its base_model org/c",
     SLICES.replace("t: 0.5", "t: {value: high}"): "t = 'high': expected a number",
+    SLICES.replace("0.5", "5"): "t = 5.0: input should be less than or equal to 1",
+    SLICES.replace("0.5", "[0, 0.5, -0.1]"): "t = -0.1: input should be greater than or equal to 0",
+}
+# method -> parameters of a recipe, and part of the error
+PARAMETERS = {
+    "breadcrumbs": ("gamma: 1", "gamma = 1.0: input should be less than 1"),
+    "breadcrumbs_ties": ("gamma: -0.1", "gamma = -0.1: input should be greater than or equal to 0"),
+    "dare_linear": ("density: 0", "density = 0.0: input should be greater than 0"),
+    "dare_ties": ("density: 1.01", "density = 1.01: input should be less than or equal to 1"),
+    # mergekit: density - epsilon and density + epsilon lie within (0, 1)
+    "della": ("density: 0.9", "density = 0.9 and epsilon = 0.15 give probabilities from 0.75 to"),
+    "della_linear": ("density: 0.5, epsilon: 0.5", "choose epsilon below 0.5"),
+    "sce": ("select_topk: 2", "select_topk = 2.0: input should be less than or equal to 1"),
+    "ram": ("epsilon: -1", "epsilon = -1.0: input should be greater than or equal to 0"),
+    "ramplus_tl": ("alpha: -1", "alpha = -1.0: input should be greater than or equal to 0"),
+    "karcher": ("max_iter: -1", "max_iter = -1: input should be greater than or equal to 0"),
+    "multislerp": ("eps: -1", "eps = -1.0: input should be greater than or equal to 0"),
+    "nuslerp": ("lerp_above: 2", "lerp_above = 2: input should be less than or equal to 1"),
+    "model_stock": ("norm_floor: -1", "norm_floor = -1: input should be greater than or equal"),
+    "consensus": ("k: 3", "k = 3 of 2 members keeps nothing"),
+    "selection": ("child: 2", "child = 2, but 2 members have the children 0 to 1"),
+}
+RECIPES |= {
+    f"merge_method: {method}\nbase_model: org/base\nmodels: [{{model: org/a}}, {{model: org/b}}]\n"
+    f"parameters: {{{'weight: 1, ' if 'weight' in rules.find_rule(method).per_member else ''}"
+    f"{parameters}}}\n": message
+    for method, (parameters, message) in PARAMETERS.items()
 }
 
 
@@ -106,6 +137,13 @@ COMMANDS = {
     "merge org/a org/b --out out --method ties": "ties needs the base model",
     "merge org/a org/b --out out --method slerp --param t=high": "t = 'high'",
     "merge org/a org/b --out out --method average --param normalise=true": "'normalise'",
+    "merge org/a org/b --out out --method slerp --param t=1.5": "t = 1.5: input should be less",
+    "merge org/a org/b --out out --method ties --base org/c --param density=[0.5,2]": (
+        "density = 2: input should be less than or equal to 1"
+    ),
+    "merge org/a org/b --out out --method ties --base org/c --param density=[0.5,0.5,1]": (
+        "density = [0.5, 0.5, 1.0]: give one number for all of the 2 members, or one per member"
+    ),
     "merge org/a org/b --out out --method average --weights 1": "1 weights for 2 members",
     "merge org/a org/b --out out --method average --weights 1,-1": "must have a positive sum",
     "merge org/a org/b org/c --out out --method nearswap --base org/a --param t=1": "takes 1 models",

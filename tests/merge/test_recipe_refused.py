@@ -192,7 +192,7 @@ REFUSED = [
     ),
     (
         TIES + "parameters: {density: 0}",
-        "density 0 keeps nothing of a model; give a positive one, or weight: 0",
+        "density = 0.0: input should be greater than 0",
     ),
     (
         TIES + "parameters: {normalize: 0.5}",

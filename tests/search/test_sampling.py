@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.search import sampling
+from jax_ordermerge.search.search import check_space
 
 LENGTH = {
     "method": "task_arithmetic",
@@ -17,6 +19,7 @@ TIES = {
     "scale": {"low": 1, "high": 2, "steps": 2},
     "groups": {"mlp": {"low": 0.5, "high": 2, "log": True, "steps": 2}},
 }
+MODEL = ModelConfig(vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1)
 MIXED = {"method": "average", "weights": "simplex", "scale": {"low": 0.8, "high": 1.6}}
 
 
@@ -115,3 +118,40 @@ def test_a_space_that_a_sampler_does_not_support_is_refused(space, message):
     with pytest.raises(UserError) as caught:
         sampling.make_sampler(space, 3, 0)
     assert message in str(caught.value)
+
+
+def entry(method, **parameters):
+    return {"method": method, "parameters": parameters}
+
+
+# a space of three members, of which only a later candidate is wrong, and what is wrong with it
+WRONG_LATER = {
+    "end of a range": (
+        search(entry("ties", density={"low": 0.5, "high": 1.5}), sampler="random", budget=1),
+        "merge method ties: density = 1.5: input should be less than or equal to 1",
+    ),
+    "choice": (search(entry("sce", select_topk=[0.5, 5.0])), "select_topk = 5.0: input should be"),
+    "choice of weights": (
+        search({"method": "average", "weights": [[1, 1, 1], [1, 2]]}),
+        "2 weights for 3 members",
+    ),
+    "two values together": (
+        search(entry("selection", resample=[0, 1], granularity=["element", "layer"])),
+        "resample with granularity layer is not offered",
+    ),
+    "number of members": (search(entry("selection", child=[0, 3])), "children 0 to 2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LATER)
+def test_every_value_of_a_space_is_checked_before_the_search(name):
+    space, message = WRONG_LATER[name]
+    check_space(search(LENGTH, TIES), 3, MODEL, 0)
+    with pytest.raises(UserError) as caught:
+        check_space(space, 3, MODEL, 0)
+    assert message in str(caught.value)
+
+
+def test_weights_on_the_simplex_are_no_mistake():
+    space = search({"method": "average", "weights": "simplex"}, sampler="random")
+    check_space(space, 3, MODEL, 0)

@@ -29,8 +29,8 @@ def band(tensor: Tensor, density: Densities, gamma: Fractions, at_least: int) ->
         The arguments of `apply_band`; an empty dict where everything is kept.
     """
     size = math.prod(tensor.shape)
-    densities = per_member(tensor, "density", density)
-    gammas = per_member(tensor, "gamma", gamma)
+    densities = per_member(density, tensor.count)
+    gammas = per_member(gamma, tensor.count)
     # Exact numbers and no quantiles: in bfloat16 many magnitudes tie, see `ties.trim`. What is kept
     # goes before what is dropped at the top, so that a small tensor is not emptied by gamma.
     keep = np.minimum(np.maximum(np.floor(densities * size), at_least), size).astype(np.int64)

@@ -21,7 +21,7 @@ from jax_ordermerge.merge.methods.parameters import (
 )
 from jax_ordermerge.merge.methods.parts import Part, Prepared, Tensor
 from jax_ordermerge.merge.methods.reductions import rounded
-from jax_ordermerge.merge.methods.table import METHODS, Method
+from jax_ordermerge.merge.methods.table import METHODS, Method, Parameters
 
 
 def prepare(
@@ -45,20 +45,12 @@ def prepare(
         k: how many members must use an element. 1 drops elements that no member uses, 2 also those
             that only one uses.
         scale: 1 gives the average where c is 1. The paper's coefficient of the sum is scale / M.
-
-    Raises:
-        UserError: there are fewer than k members.
     """
-    if k > tensor.count:
-        raise UserError(
-            f"merge method consensus: k = {k} of {tensor.count} members keeps nothing; "
-            f"give a k up to {tensor.count}"
-        )
     # k is an array, not a Python int: another k would compile another program
     return {
         "weights": np.float32(weights_or_mean(tensor) * tensor.count),
         "scale": np.float32(scale / tensor.count),
-        "threshold": np.float32(per_member(tensor, "threshold", threshold)),
+        "threshold": np.float32(per_member(threshold, tensor.count)),
         "k": np.int32(k),
     }
 
@@ -79,4 +71,13 @@ def apply(
     return part.base_float() + rounded(scale * jnp.where(users >= k, multi_task, 0.0))
 
 
-METHODS.register("consensus", Method(prepare, apply, "arXiv 2405.07813"))
+def _check(parameters: Parameters, members: int, weights: np.ndarray | None) -> None:
+    k = parameters["k"]
+    if k > members:
+        raise UserError(
+            f"merge method consensus: k = {k} of {members} members keeps nothing; "
+            f"give a k up to {members}"
+        )
+
+
+METHODS.register("consensus", Method(prepare, apply, "arXiv 2405.07813", check=_check))

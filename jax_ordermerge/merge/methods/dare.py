@@ -25,7 +25,7 @@ def last_kept(probability: np.ndarray) -> np.ndarray:
 
 def drop(tensor: Tensor, density: Densities) -> Prepared:
     """Return the thresholds below which `apply_drop` keeps an element; an empty dict keeps all."""
-    densities = per_member(tensor, "density", density)
+    densities = per_member(density, tensor.count)
     # nothing to drop: the dense program is a sum, without a hash per element
     return {} if (densities == 1).all() else {"last": last_kept(densities).astype(np.uint32)}
 

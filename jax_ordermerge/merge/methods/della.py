@@ -17,10 +17,30 @@ from jax_ordermerge.merge.methods.dare import last_kept
 from jax_ordermerge.merge.methods.parameters import Densities, Finite, Fractions, per_member
 from jax_ordermerge.merge.methods.parts import Part, Prepared, Tensor
 from jax_ordermerge.merge.methods.row_ranks import row_ranks
-from jax_ordermerge.merge.methods.table import METHODS, Method
+from jax_ordermerge.merge.methods.table import METHODS, Method, Parameters
 from jax_ordermerge.merge.methods.top_k import magnitudes
 
 Rescaling = Literal["probability", "norm", "none"]
+
+
+def _middle_and_half(
+    density: Densities, epsilon: Fractions, members: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and half the range of the probabilities of each member, float64[M] each."""
+    middle = per_member(density, members)
+    # a density of 1 keeps all, whatever epsilon
+    return middle, np.where(middle == 1, 0, per_member(epsilon, members))
+
+
+def _check(parameters: Parameters, members: int, weights: np.ndarray | None) -> None:
+    """Refuse probabilities outside of (0, 1]."""
+    middle, half = _middle_and_half(parameters["density"], parameters["epsilon"], members)
+    for d, e in zip(middle.tolist(), half.tolist(), strict=True):
+        if d - e <= 0 or d + e > 1:
+            raise UserError(
+                f"density = {d} and epsilon = {e} give probabilities from {d - e:.4g} to "
+                f"{d + e:.4g}; choose epsilon below {min(d, 1 - d):.4g}"
+            )
 
 
 def sample(tensor: Tensor, density: Densities, epsilon: Fractions) -> Prepared:
@@ -29,19 +49,8 @@ def sample(tensor: Tensor, density: Densities, epsilon: Fractions) -> Prepared:
     An element whose magnitude has the rank r = 0 .. n-1 in its row of n is kept with probability
     p = density - epsilon + 2 epsilon r / (n - 1), in steps of 2^-32; density where n = 1. The
     paper's drop rate is 1 - p.
-
-    Raises:
-        UserError: a probability would not lie in (0, 1].
     """
-    # a density of 1 keeps all, whatever epsilon
-    middle = per_member(tensor, "density", density)
-    half = np.where(middle == 1, 0, per_member(tensor, "epsilon", epsilon))
-    for d, e in zip(middle.tolist(), half.tolist(), strict=True):
-        if d - e <= 0 or d + e > 1:
-            raise UserError(
-                f"density = {d} and epsilon = {e} give probabilities from {d - e:.4g} to "
-                f"{d + e:.4g}; choose epsilon below {min(d, 1 - d):.4g}"
-            )
+    middle, half = _middle_and_half(density, epsilon, tensor.count)
     if (middle == 1).all():
         return {}
     # rows as in mergekit: what one index of the first axis holds
@@ -153,6 +162,7 @@ METHODS.register(
         "arXiv 2406.11617",
         draws="drop",
         unit=lambda parameters: "row",
+        check=_check,
     ),
 )
 METHODS.register(
@@ -163,5 +173,6 @@ METHODS.register(
         "arXiv 2406.11617 without election",
         draws="drop",
         unit=lambda parameters: "row",
+        check=_check,
     ),
 )

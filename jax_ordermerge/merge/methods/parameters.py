@@ -15,6 +15,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # a density of 0 would keep nothing, and 1 / density is a factor
 Density = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# a place between two models, both included
+Position = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 # one number for all members, or one per member
 Densities = Density | list[Density]
@@ -28,18 +30,9 @@ Of = Literal["members", "task_vectors"]
 PROBABILITY_UNITS = 1 << 16  # probabilities are multiples of 2^-16
 
 
-def per_member(tensor: Tensor, name: str, value: float | list[float]) -> np.ndarray:
-    """Return a parameter as float64[M].
-
-    Raises:
-        UserError: the length of a list is not the number of members.
-    """
-    if isinstance(value, list) and len(value) != tensor.count:
-        raise UserError(
-            f"{name} = {value}: give one number for all of the {tensor.count} members, "
-            "or one per member"
-        )
-    return np.broadcast_to(np.asarray(value, np.float64), tensor.count)
+def per_member(value: float | list[float], members: int) -> np.ndarray:
+    """Return a parameter as float64[M]. `table.check_weights` refuses lists of another length."""
+    return np.broadcast_to(np.asarray(value, np.float64), members)
 
 
 def weights_or_ones(tensor: Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ def prepare(tensor: Tensor, *, scale: Finites | None = None) -> Prepared:
     """
     # A recipe gives a list, one number per member; there is one member. `per_member` also refuses a
     # longer list.
-    return {} if scale is None else {"scale": np.float32(per_member(tensor, "scale", scale)[0])}
+    return {} if scale is None else {"scale": np.float32(per_member(scale, tensor.count)[0])}
 
 
 def apply(part: Part, *, scale: jax.Array | None = None) -> jax.Array:

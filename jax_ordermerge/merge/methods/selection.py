@@ -131,26 +131,10 @@ def prepare(
             member pi_j(c), with one random permutation pi_j of the members per unit. Every member's
             value is thus in exactly one child, each child alone is a selection with equal
             probabilities, and the mean of the children is exactly the average. None: no child.
-
-    Raises:
-        UserError: there is no such child, or resampling or unequal weights come with it. Then no
-            permutation fits.
     """
     # exact probabilities also with children, where they are equal and not used
-    p = quantize(weights_or_ones(tensor))
-    if child is not None and child >= tensor.count:
-        raise UserError(
-            f"merge method selection: child = {child}, but {tensor.count} members have the "
-            f"children 0 to {tensor.count - 1}"
-        )
-    equal = tensor.weights is None or np.ptp(tensor.weights) == 0
-    if child is not None and (resample != 0 or not equal):
-        raise UserError(
-            "merge method selection: the children are permutations of the members, "
-            "so child goes with resample: 0 and equal weights"
-        )
     return {
-        "weights": p,
+        "weights": quantize(weights_or_ones(tensor)),
         "resample": resample,
         "resample_from": resample_from,
         "granularity": granularity,
@@ -380,11 +364,25 @@ def _any(flags: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.bitwise_or, flags)
 
 
-def _check(parameters: Parameters) -> None:
-    if parameters["granularity"] == "layer" and parameters["resample"] != 0:
+def _check(parameters: Parameters, members: int, weights: np.ndarray | None) -> None:
+    resample, child = parameters["resample"], parameters["child"]
+    if parameters["granularity"] == "layer" and resample != 0:
         raise UserError(
             "merge method selection: resample with granularity layer is not offered, since a layer "
             "is never left at the base as a unit; give resample: 0 or granularity: tensor"
+        )
+    if child is None:
+        return
+    if child >= members:
+        raise UserError(
+            f"merge method selection: child = {child}, but {members} members have the "
+            f"children 0 to {members - 1}"
+        )
+    # no permutation fits otherwise
+    if resample != 0 or (weights is not None and np.ptp(weights) != 0):
+        raise UserError(
+            "merge method selection: the children are permutations of the members, "
+            "so child goes with resample: 0 and equal weights"
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from jax_ordermerge.merge.methods.linear import apply_linear, gram_matrix
-from jax_ordermerge.merge.methods.parameters import Finite, Of, weights_or_ones
+from jax_ordermerge.merge.methods.parameters import Of, Position, weights_or_ones
 from jax_ordermerge.merge.methods.parts import Part, Prepared, Tensor
 from jax_ordermerge.merge.methods.reductions import rounded, sum_along
 from jax_ordermerge.merge.methods.table import METHODS, Method, Parameters, Unit
@@ -30,7 +30,7 @@ STRAIGHT = 1 - 2.0**-22
 
 
 def prepare_slerp(
-    tensor: Tensor, *, t: Finite = 0.5, lerp_above: Cosine | None = None, zero: Zero = "line"
+    tensor: Tensor, *, t: Position = 0.5, lerp_above: Cosine | None = None, zero: Zero = "line"
 ) -> Prepared:
     """Interpolate: theta = (sin((1-t) Omega) theta_1 + sin(t Omega) theta_2) / sin Omega.
 

@@ -54,7 +54,7 @@ def prepare(
         elect: whether signs are elected.
         normalize: divide by the sum of the weights: with election, of the members that agree.
     """
-    densities = per_member(tensor, "density", density)
+    densities = per_member(density, tensor.count)
     factors = np.ones(tensor.count)
     if arrays and rescale == "density":
         # unbiased: the expectation of a random m_i tau_i is density tau_i

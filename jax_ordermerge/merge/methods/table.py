@@ -73,7 +73,7 @@ class Method:
             validation data.
         choose: `(losses, loss_of) -> Choice`, for "validation": the loss of each member, and a
             function from numbers of members to the loss of their merge.
-        check: raises `UserError` for parameters that do not go together.
+        check: `(parameters, members, weights)`: raises `UserError` for what does not go together.
         count_redrawn: for diagnostics: a function of `(part, weights, **parameters)` that counts
             the elements drawn again, or None where the parameters redraw none.
     """
@@ -89,7 +89,7 @@ class Method:
     exact: bool = False
     needs: str | None = None
     choose: Callable[[Sequence[float], Callable[[Sequence[int]], float]], Choice] | None = None
-    check: Callable[[Parameters], None] = lambda parameters: None
+    check: Callable[[Parameters, int, np.ndarray | None], None] = lambda *checked: None
     count_redrawn: Callable[[Parameters], Callable[..., jax.Array] | None] = lambda parameters: None
 
 
@@ -102,15 +102,14 @@ METHODS = Registry[Method]("merge method", "jax_ordermerge.merge.methods")
 # ----------------------------------------------------------------------------------------- checks
 
 
-def check_parameters(
-    name: str, parameters: Parameters | None = None, *, jointly: bool = True
-) -> Json:
+def check_parameters(name: str, parameters: Parameters | None = None) -> Json:
     """Return the parameters of a method with every default filled in.
+
+    Each is checked alone; `check_weights` checks that they go together.
 
     Args:
         name: of the method.
         parameters: by name.
-        jointly: check also that they go together. False where they are not yet those of a tensor.
 
     Raises:
         UserError: the method or a parameter is unknown (the message names the nearest), or a value
@@ -133,12 +132,9 @@ def check_parameters(
             hint = did_you_mean(str(key), names) if names else "; it takes none"
             raise UserError(f"merge method {name} has no parameter '{key}'{hint}")
     try:
-        checked = schema.model_validate(dict(parameters or {})).model_dump()
+        return schema.model_validate(dict(parameters or {})).model_dump()
     except pydantic.ValidationError as error:
         raise UserError(f"merge method {name}: {_describe(error)}") from error
-    if jointly:
-        METHODS[name].check(checked)  # last: it may assume that each value alone is right
-    return checked
 
 
 def parameter_names(name: str) -> list[str]:
@@ -175,11 +171,14 @@ def _describe(error: pydantic.ValidationError) -> str:
     first = problems[0]
     if first["type"] == "missing":
         return f"the parameter {first['loc'][0]} must be given"
-    # a parameter of several types has one problem for each of them
+    # A parameter of several types has one problem for each of them. In a list, only what is wrong
+    # with its first wrong number counts: that a list is no number helps nobody.
+    problems = [problem for problem in problems if problem["loc"][0] == first["loc"][0]]
+    first = max(problems, key=lambda problem: len(problem["loc"]))
     expected = [
         problem["msg"][0].lower() + problem["msg"][1:]
         for problem in problems
-        if problem["loc"][0] == first["loc"][0]
+        if problem["loc"][2:] == first["loc"][2:]
     ]
     return f"{first['loc'][0]} = {first['input']!r}: {' or '.join(expected)}"
 
@@ -206,11 +205,13 @@ def check_weights(
         name: of the method.
         weights: one per member, or None.
         members: the number of members.
-        parameters: `normalize: false` among them allows any sum.
+        parameters: from `check_parameters`. They are checked to go with each other, with the
+            weights and with the number of members. `normalize: false` allows any sum of weights.
 
     Raises:
         UserError: there are too few or too many members; or the method takes no weights, their
-            number is not that of the members, or a value is not allowed.
+            number is not that of the members, or a value is not allowed; or parameters do not go
+            together.
 
     Example:
         >>> check_weights("average", (1, 3), 2).tolist()
@@ -227,9 +228,23 @@ def check_weights(
         raise UserError(f"merge method {name} takes {expected} models, {members} were given")
     refuse_weights(name, weights)
     # None and no list of ones: the defaults differ, 1 or 1/M by method
-    if weights is None:
-        return None
-    values = [float(weight) for weight in weights]
+    checked = None if weights is None else _read_weights(name, weights, members, parameters)
+    for key, value in (parameters or {}).items():
+        if isinstance(value, list) and len(value) != members:
+            raise UserError(
+                f"merge method {name}: {key} = {value}: give one number for all of the {members}"
+                " members, or one per member"
+            )
+    if parameters is not None:
+        # last: it may assume that each value alone is right
+        method.check(parameters, members, checked)
+    return checked
+
+
+def _read_weights(
+    name: str, weights: Sequence[float], members: int, parameters: Parameters | None
+) -> np.ndarray:
+    method, values = METHODS[name], [float(weight) for weight in weights]
     # not cut or repeated: which member a weight belongs to would be a guess
     if len(values) != members:
         raise UserError(

@@ -24,7 +24,7 @@ def trim(tensor: Tensor, density: Densities) -> Prepared:
     """
     # at least one, so that a tensor of few elements does not lose all
     size = math.prod(tensor.shape)
-    keep = [max(1, math.floor(d * size)) for d in per_member(tensor, "density", density).tolist()]
+    keep = [max(1, math.floor(d * size)) for d in per_member(density, tensor.count).tolist()]
     # Why an exact number: a quantile as a threshold keeps all of the many bfloat16 values that tie.
     # A bfloat16 task vector of 11.5 M elements had 1,126 distinct magnitudes, and 217,990 elements
     # tied at the cut.

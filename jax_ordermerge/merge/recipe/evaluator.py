@@ -180,8 +180,7 @@ class Evaluator:
         shared = {name: convert(name, x, values.get(name)) for name, x in rule.shared.items()}
         call = rule.translate(Values(per_member, shared, has_base=rule.needs_base))
         extra = {name: values[name] for name in rules.extra_parameters(rule) if name in values}
-        every = {**call.parameters, **extra}
-        parameters = table.check_parameters(rule.method, every, jointly=jointly)
+        parameters = table.check_parameters(rule.method, {**call.parameters, **extra})
         if jointly:
             table.check_weights(rule.method, call.weights, count, parameters)
 

@@ -158,16 +158,9 @@ def _sparsify_rule(
     extra = per_member or {}
 
     def translate(values: Values) -> Call:
-        density, rescale = values.per_member["density"], values.shared["rescale"]
-        # mergekit divides by the density, or keeps nothing without a word.
-        if min(density) <= 0:
-            raise UserError(
-                f"density {min(density):g} keeps nothing of a model; "
-                "give a positive one, or weight: 0"
-            )
+        rescale = values.shared["rescale"]
         parameters = {
-            # mergekit takes a density above 1 as 1
-            "density": [min(value, 1.0) for value in density],
+            "density": values.per_member["density"],
             "scale": values.shared["lambda"],
             # with consensus every element has its own divisor; a zero sum of all weights is no
             # obstacle
@@ -203,9 +196,7 @@ def _model_stock(values: Values) -> Call:
 
 def _sce(values: Values) -> Call:
     # as mergekit: any number of elements may be selected, and energies have a floor of 1e-6
-    return Call(
-        {"select_topk": min(values.shared["select_topk"], 1.0), "at_least": 0, "floor": 1e-6}
-    )
+    return Call({"select_topk": values.shared["select_topk"], "at_least": 0, "floor": 1e-6})
 
 
 def _same_parameters(values: Values) -> Call:

@@ -125,7 +125,7 @@ def naive_model_stock(members, base, along="tensor", clamp=1e-6, least=-np.inf):
 
 
 @shapes
-@pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 1.2])
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.9, 1.0])
 def test_slerp(shape, t):
     members, _ = draw(shape, 2)
     close(merge_tensor("slerp", members, t=t), naive_arcs(members, t), members)

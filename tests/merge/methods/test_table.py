@@ -367,6 +367,13 @@ def test_members_are_rounded_to_the_dtype_before_they_are_merged():
         ("ties", {"densty": 0.1}, "ties has no parameter 'densty' .did you mean 'density'"),
         ("ties", {"density": 0.0}, "density = 0.0: input should be greater than 0"),
         ("ties", {"density": 1.5}, "density = 1.5: input should be less than or equal to 1"),
+        (
+            "ties",
+            {"density": [0.5, 1.5]},
+            "density = 1.5: input should be less than or equal to 1$",
+        ),
+        ("ties", {"density": [0.5]}, "one number for all of the 2 members, or one per member"),
+        ("slerp", {"t": -0.1}, "t = -0.1: input should be greater than or equal to 0"),
         ("ties", {"density": "0.5"}, "density = '0.5': input should be a valid number"),
         ("ties", {"normalize": "false"}, "normalize = 'false': input should be a valid boolean"),
         (
@@ -407,7 +414,7 @@ def test_members_are_rounded_to_the_dtype_before_they_are_merged():
 )
 def test_wrong_parameters_are_refused_in_one_line(name, parameters, message):
     with pytest.raises(UserError, match=message) as caught:
-        check_parameters(name, parameters)
+        check_weights(name, None, 2, check_parameters(name, parameters))
     assert "\n" not in str(caught.value)
 
 
