@@ -1,6 +1,7 @@
 """Parameters of a recipe for one tensor: scopes, filters and gradients become numbers."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.plan import Output, View
 from jax_ordermerge.merge.recipe import rules
 from jax_ordermerge.merge.recipe.rules import Parameter, Rule, Values
-from jax_ordermerge.merge.recipe.settings import Scalar, Settings
+from jax_ordermerge.merge.recipe.settings import Scalar, Setting, Settings
 
 
 class Input(NamedTuple):
@@ -277,6 +278,46 @@ class Evaluator:
             return rules.convert(parameter, value)
         except ValueError as error:
             raise UserError(f"{key} = {value!r}: {error}") from error
+
+
+def filter_notes(tensors: Sequence[MergedTensor], labels: Sequence[str]) -> list[str]:
+    """Return notes on filters that no tensor has a value from; mergekit passes over them.
+
+    Notes and no errors: a recipe may be written for several architectures.
+
+    Args:
+        tensors: all tensors of the merged model.
+        labels: what the user called each model.
+    """
+    # A recipe's setting is seen by all slices, and that of a model by all its layers. Those of a
+    # model see its names, the others these and the names of the result.
+    names_of: dict[tuple[str, str, Setting], set[str]] = {}
+    for tensor in tensors:
+        places = [("", scope, (tensor.name, *tensor.input_names)) for scope in tensor.layers.scopes]
+        for entry, name in zip(tensor.layers.inputs, tensor.input_names, strict=True):
+            places.append((f" of {labels[entry.source]}", entry.settings, (name,)))
+        for whose, settings, seen in places:
+            for parameter, setting in settings.items():
+                names_of.setdefault((whose, parameter, setting), set()).update(seen)
+    notes = []
+    for (whose, parameter, setting), names in names_of.items():
+        for pattern in setting.unused_filters(names):
+            reason = "an earlier filter fits all of its tensors"
+            if not any(pattern in name for name in names):
+                reason = f"it is part of no tensor's name{_near_parts(pattern, names)}"
+            notes.append(f"filter '{pattern}' of {parameter}{whose} is not used: {reason}")
+    return notes
+
+
+def _near_parts(pattern: str, names: Iterable[str]) -> str:
+    """Return the hint of `did_you_mean` among parts of names that are as long as a filter."""
+    split = [name.split(".") for name in names]
+    length = len(pattern.strip(".").split("."))
+    runs = {".".join(parts[i : i + length]) for parts in split for i in range(len(parts))}
+    near = difflib.get_close_matches(pattern, sorted(runs), n=1)
+    # not all runs, of which there are as many as layers
+    words = sorted({part for parts in split for part in parts if not part.isdigit()})
+    return did_you_mean(pattern, near or words)
 
 
 def _first_value(key: str, scopes: Sequence[JsonRow], name: str, position: float) -> Scalar | None:

@@ -27,7 +27,7 @@ from jax_ordermerge.merge.plan import (
     with_stops_of,
 )
 from jax_ordermerge.merge.recipe import chat_templates, precheck, rules, schema
-from jax_ordermerge.merge.recipe.evaluator import Evaluator, LayerRange, MergedTensor
+from jax_ordermerge.merge.recipe.evaluator import Evaluator, LayerRange, MergedTensor, filter_notes
 from jax_ordermerge.merge.recipe.layers import Inputs, full_attention_layers, layer_ranges
 from jax_ordermerge.merge.recipe.schema import Recipe, Reference
 from jax_ordermerge.merge.sources import vocabulary
@@ -119,14 +119,15 @@ def plan_recipe(
     counts = [source.config.num_layers for source in models.sources]
     layers = layer_ranges(settings, Inputs(models.indices, models.base, labels, counts))
     notes = [*models.notes]
-    for part in layers:
-        notes += evaluator.check_names(part, labels)
+    notes += (note for part in layers for note in evaluator.check_names(part, labels))
 
     # of slices, each brings its layers with or without a window
     skip = ["full_attention_layers"] if settings.module.slices else []
     notes += config_notes(models.sources[models.base or 0], models.sources, skip)
     config = _merged_config(models, layers)
-    outputs = tuple(evaluator.output(tensor) for tensor in _merged_tensors(config, layers))
+    tensors = _merged_tensors(config, layers)
+    outputs = tuple(map(evaluator.output, tensors))
+    notes += filter_notes(tensors, labels)
 
     merged = sorted({view.source for out in outputs for view in out.members})
     members = [models.sources[i] for i in merged]

@@ -1,7 +1,7 @@
 """Values of parameters in a recipe: constants, gradients over layers, filters by tensor name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from jax_ordermerge.errors import did_you_mean
@@ -33,11 +33,40 @@ class Setting(NamedTuple):
             >>> setting.at("layers.1.mlp.up_proj", 0.25), setting.at("norm", 0.25)
             (0.25, 0.5)
         """
+        entry = self.entry_for(name)
+        return None if entry is None else _interpolate(self.entries[entry][1], position)
+
+    def entry_for(self, name: str) -> int | None:
+        """Return the number of the entry that a tensor has its value from, None if no filter fits.
+
+        Example:
+            >>> parse_setting([{"filter": "mlp", "value": 0}, {"value": 1}]).entry_for("norm")
+            1
+        """
         # As in mergekit: the first filter that fits, in the order of the file.
-        for pattern, values in self.entries:
+        for number, (pattern, _) in enumerate(self.entries):
             if pattern in _MATCH_ALL or pattern in name:
-                return _interpolate(values, position)
+                return number
         return None
+
+    def unused_filters(self, names: Collection[str]) -> list[str]:
+        """Return the filters that no tensor has its value from.
+
+        Args:
+            names: of all tensors.
+
+        Example:
+            >>> entries = [{"filter": name, "value": 1} for name in ("mlp", "mlp.up", "atn")]
+            >>> parse_setting(entries).unused_filters(["mlp.up.weight", "norm.weight"])
+            ['mlp.up', 'atn']
+        """
+        used = {self.entry_for(name) for name in names}
+        # an entry for all other tensors may be there for models that have them
+        return [
+            pattern
+            for number, (pattern, _) in enumerate(self.entries)
+            if number not in used and pattern not in _MATCH_ALL
+        ]
 
     @property
     def constant(self) -> Scalar | None:
