@@ -21,6 +21,8 @@ RECIPES = {
     TIES.replace("ties", "tise"): "unknown merge_method 'tise' (did you mean 'ties'?)",
     TIES.replace("density", "densty"): "no parameter 'densty' (did you mean 'density'?)",
     TIES.replace("0.5", "half"): "density = 'half': expected a number",
+    TIES.replace("0.5", "true"): "density = True: expected a number",
+    TIES.replace("weight: 1, ", "weight: 1e39, "): "must be finite numbers in float32",
     TIES.replace("0.5", "-1"): "density = -1.0: input should be greater than 0",
     # percent, say; mergekit takes it as 1
     TIES.replace("0.5", "20"): "density = 20.0: input should be less than or equal to 1",

@@ -9,9 +9,11 @@ from pydantic import Field
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.methods.parts import Tensor
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# merges are computed in float32, where larger numbers are infinite
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+Finite = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=False)]
+NonNegative = Annotated[Finite, Field(ge=0)]
+Positive = Annotated[Finite, Field(gt=0)]
 # a density of 0 would keep nothing, and 1 / density is a factor
 Density = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -22,7 +22,7 @@ from jax_ordermerge import rng
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.hash_rng import random_bits, round_stochastically
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
-from jax_ordermerge.merge.methods.parameters import quantize
+from jax_ordermerge.merge.methods.parameters import FLOAT32_MAX, quantize
 from jax_ordermerge.merge.methods.parts import (
     InMemoryTensor,
     Part,
@@ -250,8 +250,8 @@ def _read_weights(
         raise UserError(
             f"merge method {name}: {len(values)} weights for {members} members; give one per member"
         )
-    if not all(math.isfinite(value) for value in values):
-        raise UserError(f"merge method {name}: weights {values} must be finite numbers")
+    if not all(abs(value) <= FLOAT32_MAX for value in values):
+        raise UserError(f"merge method {name}: weights {values} must be finite numbers in float32")
     if method.weights == "probabilities":
         quantize(values)  # raises where they are none
     divided = method.weights == "mean" and (parameters or {}).get("normalize", True)

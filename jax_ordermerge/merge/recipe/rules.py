@@ -363,7 +363,7 @@ def convert(parameter: Parameter, value: bool | int | float | str) -> bool | int
         if parameter.kind == "rescaling" and isinstance(value, str):
             return value
         raise ValueError("expected true or false")
-    if isinstance(value, str):
+    if isinstance(value, bool | str):
         raise ValueError("expected a number")
     if parameter.kind == "integer" and not float(value).is_integer():
         raise ValueError("expected a whole number")

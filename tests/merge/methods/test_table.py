@@ -382,6 +382,14 @@ def test_members_are_rounded_to_the_dtype_before_they_are_merged():
             "scale = nan: input should be a finite number",
         ),
         ("task_arithmetic", {"scale": True}, "scale = True: input should be a valid number"),
+        # infinite in float32
+        (
+            "task_arithmetic",
+            {"scale": 3.5e38},
+            "scale = 3.5e.38: input should be less than or equal",
+        ),
+        ("nearswap", {"t": 1e39}, "t = 1e.39: input should be less than or equal to 340282346638"),
+        ("karcher", {"tol": -1.0}, "tol = -1.0: input should be greater than 0$"),
         (
             "selection",
             {"resample": -1},
