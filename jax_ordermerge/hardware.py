@@ -5,6 +5,7 @@ This is the only table of devices. The MFU of a training and plans for absent ha
 
 import dataclasses
 import math
+import os
 import re
 from typing import Final
 
@@ -64,6 +65,47 @@ DEVICES: Final = (
 # Share of a device's memory that a program may use. The rest is left for fragmentation and for
 # what other programs hold.
 MEMORY_FRACTION: Final = 0.92
+# Where jax reads the share of a GPU's memory that it takes at its start; the second is the older name.
+_FRACTION_VARIABLES: Final = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def set_memory_fraction() -> None:
+    """Let jax take `MEMORY_FRACTION` of a GPU, unless the environment says another share.
+
+    Call it before jax starts. Its own share is three quarters, so that a run had much less memory
+    than its plan.
+
+    Example:
+        >>> set_memory_fraction()
+    """
+    # jax refuses both names at once
+    if not any(os.environ.get(name) for name in _FRACTION_VARIABLES):
+        os.environ[_FRACTION_VARIABLES[0]] = str(MEMORY_FRACTION)
+
+
+def memory_limit(device: Device | None, offered: float | None = None) -> float | None:
+    """Return the bytes per device that a program may use; None if nothing is known.
+
+    Plans and runs ask this function, so that they have one limit.
+
+    Args:
+        device: with its data sheet; None for devices that the table lacks.
+        offered: bytes that the runtime of a device that is present offers (`bytes_limit`).
+
+    Example:
+        >>> v5e = next(device for device in DEVICES if device.name == "v5e")
+        >>> [
+        ...     round(memory_limit(v5e, offered) / 2**30, 2)
+        ...     for offered in (None, 15.75 * 2**30, 2**30)
+        ... ]
+        [14.72, 14.72, 1.0]
+    """
+    limits = [] if device is None else [MEMORY_FRACTION * device.memory]
+    if offered is not None:
+        # Of a GPU it is the share that jax has taken already, for example of a part of one (MIG), so
+        # that no further share is taken. Without a data sheet nothing tells whether it is all.
+        limits.append(offered if limits else MEMORY_FRACTION * offered)
+    return min(limits, default=None)
 
 
 def find(device_kind: str) -> Device | None:
@@ -88,12 +130,19 @@ class Topology:
         shape: sides of a TPU slice, or the number of GPUs per node.
         slices: number of slices, or nodes, which a slower network connects.
         present: whether these are the devices of this process.
+        offered: bytes per device that the runtime offers, of devices that are present.
     """
 
     device: Device | None
     shape: tuple[int, ...]
     slices: int = 1
     present: bool = False
+    offered: float | None = None
+
+    @property
+    def memory_limit(self) -> float | None:
+        """Bytes per device that a program may use; None without a data sheet."""
+        return None if self.device is None else memory_limit(self.device, self.offered)
 
     @property
     def size(self) -> int:

@@ -96,6 +96,18 @@ def slice_sizes(devices: Sequence[jax.Device]) -> list[int]:
     return list(collections.Counter(indices).values())
 
 
+def offered_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Return the bytes per device that the runtime offers to this process; None on CPUs.
+
+    Example:
+        >>> offered_memory(jax.devices()) is None
+        True
+    """
+    # of a device of this process: the others do not tell
+    local = next(device for device in devices if device.process_index == jax.process_index())
+    return (local.memory_stats() or {}).get("bytes_limit")
+
+
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """Return the PartitionSpec of an array with these logical axes.
 

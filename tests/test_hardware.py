@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from jax_ordermerge.errors import UserError
@@ -71,3 +75,29 @@ def test_links_of_a_group_are_those_along_the_sides_it_needs():
     assert [
         torus.speed(size) / torus.device.link for size in (1, 8, 9, 32, 33, 64)
     ] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
+
+
+def test_the_command_line_lets_jax_take_what_a_plan_counts_with():
+    """Before jax starts; a share that the user chose stays. jax itself reads it."""
+    code = """
+import sys
+from jax_ordermerge import cli
+sys.argv = ["ordermerge", "--version"]
+try:
+    cli.main()
+except SystemExit:
+    assert "jax" not in sys.modules
+from jaxlib import xla_client
+print(xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"])
+"""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    bare = {key: value for key, value in os.environ.items() if key not in names}
+    for chosen, expected in (({}, 0.92), *(({name: "0.4"}, 0.4) for name in names)):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=bare | chosen,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert float(done.stdout.split()[-1]) == expected

@@ -11,6 +11,7 @@ from typing import NoReturn
 from jax_ordermerge.cli import runs, single_models  # noqa: F401  (they register their commands)
 from jax_ordermerge.cli.app import app
 from jax_ordermerge.errors import PeerLost, Stopped, UserError, file_error, is_utf8
+from jax_ordermerge.hardware import set_memory_fraction
 
 _PATIENCE = 5.0  # seconds that a failing process waits for its peers
 
@@ -41,6 +42,7 @@ def main() -> NoReturn:
     # about the input, not about this program. A process that fails waits some seconds for its
     # peers, which may be failing for the same reason; one that ends as all others do need not.
     code, patience = 0, None
+    set_memory_fraction()  # no command has imported jax yet
     try:
         _check_arguments()
         app(standalone_mode=True)

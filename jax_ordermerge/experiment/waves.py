@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ordermerge import hardware, processes
 from jax_ordermerge import layout as layouts
-from jax_ordermerge import processes
+from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import RunContext
-from jax_ordermerge.hardware import MEMORY_FRACTION
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.plan import compiled
@@ -106,14 +106,14 @@ def member_layout(layout: RunLayout, member: int) -> RunLayout:
 # ---------------------------------------------------------------------------------- dividing
 
 
-def wave_size(members: int, groups: int, needs: compiled.Requirements, limit: int) -> int:
+def wave_size(members: int, groups: int, needs: compiled.Requirements, limit: float) -> int:
     """Return how many members are trained at once, a multiple of the device groups.
 
     Args:
         members: members of the population.
         groups: size of the mesh axis `order`.
         needs: memory for training all of them at once.
-        limit: bytes of memory per device.
+        limit: bytes per device that may be used (`hardware.memory_limit`).
 
     Raises:
         UserError: not even one member per group fits.
@@ -126,7 +126,7 @@ def wave_size(members: int, groups: int, needs: compiled.Requirements, limit: in
     # Members of a group are trained one after another: only their states grow with their number.
     fixed = needs.temporaries + needs.shared
     per_member = (needs.arguments - needs.shared) / (members // groups)
-    fitting = math.floor((MEMORY_FRACTION * limit - fixed) / per_member)
+    fitting = math.floor((limit - fixed) / per_member)
     if fitting < 1:
         raise UserError(
             f"one member needs {(per_member + fixed) / GIB:.1f} GiB per device, there are"
@@ -147,7 +147,10 @@ def _divide(ctx: RunContext) -> list[list[int]]:
     population, undivided = ctx.training.population, ctx.layout.checkpoints.is_dir()
     members, size = population.total, population.wave or population.total
     # CPUs have no limit; and a training that was begun undivided did fit
-    limit = (ctx.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    device = ctx.mesh.local_devices[0]
+    limit = hardware.memory_limit(
+        hardware.find(device.device_kind), meshes.offered_memory([device])
+    )
     if population.wave is None and limit and not undivided:
         size = wave_size(members, ctx.mesh.shape["order"], _requirements(ctx), limit)
     waves = [list(range(start, min(start + size, members))) for start in range(0, members, size)]

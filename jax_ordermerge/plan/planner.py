@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import parameter_count
-from jax_ordermerge.hardware import MEMORY_FRACTION, Topology, find, parse
+from jax_ordermerge.hardware import Topology, find, parse
 from jax_ordermerge.mesh_shape import mesh_shape
 from jax_ordermerge.plan import analytic, compiled, devices, search
 from jax_ordermerge.plan.analytic import Workload
@@ -110,7 +110,13 @@ def _present_topology(spec: PlanSpec) -> Topology:
     sizes = mesh_shape(spec.mesh.sizes, slices, spec.mesh.dcn).sizes
     device = find(present[0].device_kind)
     used = math.prod(sizes.values())
-    return Topology(device, (used // len(slices),), len(slices), present=device is not None)
+    return Topology(
+        device,
+        (used // len(slices),),
+        len(slices),
+        present=device is not None,
+        offered=meshes.offered_memory(present),
+    )
 
 
 # compiles a program for settings and a mesh
@@ -273,11 +279,11 @@ class _Planner:
         return program
 
     def _compile(self, compile_program: _Compile, spec: PlanSpec) -> ProgramPlan:
-        device = self.topology.device
+        limit = self.topology.memory_limit
         try:
             needs = compile_program(self.compilable(spec), self.mesh(spec))
         except compiled.TooLarge as error:
             return ProgramPlan(error.bytes, fits=False)
         # no limit is known for CPUs: the answer is None and not True
-        fits = None if device is None else needs.bytes <= MEMORY_FRACTION * device.memory
+        fits = None if limit is None else needs.bytes <= limit
         return ProgramPlan(needs.bytes, fits, needs)

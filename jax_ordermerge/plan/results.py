@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jax_ordermerge.hardware import MEMORY_FRACTION, Topology
+from jax_ordermerge.hardware import Topology
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.analytic import StepEstimate, Workload
 from jax_ordermerge.plan.collectives import Collectives
@@ -83,9 +83,8 @@ class OptionPlan:
     @property
     def memory_limit(self) -> float | None:
         """Bytes per device that may be used; None without a data sheet."""
-        device = self.topology.device
-        # The rest is for what no plan sees: the runtime, and gaps between buffers.
-        return None if device is None else MEMORY_FRACTION * device.memory
+        # less than the memory: the rest is for what no plan sees, the runtime and gaps between buffers
+        return self.topology.memory_limit
 
     @property
     def fits(self) -> bool | None:

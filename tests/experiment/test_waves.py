@@ -1,15 +1,20 @@
 """A population trained in waves is the population trained at once."""
 
 import json
+import pathlib
+import types
 
+import jax
 import numpy as np
 import pytest
 
-from jax_ordermerge.config import load_config
+from jax_ordermerge.config import Population, load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.merge.sources.references import open_model
+from jax_ordermerge.plan import planner
 from jax_ordermerge.plan.compiled import Requirements
+from jax_ordermerge.plan.spec import PlanSpec
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +110,45 @@ def test_sizes_of_waves_follow_from_memory():
     needs = Requirements(
         arguments=400, temporaries=100, collectives={}, seconds=0
     )  # 8 members in 2 groups: 100 bytes each
-    sizes = {limit: waves.wave_size(8, 2, needs, limit) for limit in (600, 520, 400, 300, 220)}
-    assert sizes == {600: 8, 520: 4, 400: 4, 300: 2, 220: 2}
+    sizes = {limit: waves.wave_size(8, 2, needs, limit) for limit in (552, 478, 368, 276, 202)}
+    assert sizes == {552: 8, 478: 4, 368: 4, 276: 2, 202: 2}
     with pytest.raises(UserError, match=r"one member needs .* GiB per device"):
-        waves.wave_size(8, 2, needs, 200)
+        waves.wave_size(8, 2, needs, 184)
+
+
+@pytest.mark.parametrize(
+    ("kind", "offered", "limit"),
+    [
+        # jax was let take 0.92 of the 85e9 bytes that the driver sees: the data sheet is less
+        ("NVIDIA H100 80GB HBM3", 0.92 * 85e9, 0.92 * 80e9),
+        # a share that the user chose, and a part of a GPU
+        ("NVIDIA H100 80GB HBM3", 0.5 * 85e9, 0.5 * 85e9),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9e9, 9e9),
+        ("TPU v5 lite", 15.75 * 2**30, 0.92 * 16 * 2**30),
+        ("TPU of a later year", 100e9, 92e9),
+    ],
+)
+def test_plan_and_run_have_one_memory_limit(kind, offered, limit, monkeypatch):
+    device = types.SimpleNamespace(
+        device_kind=kind,
+        platform="tpu",
+        process_index=0,
+        memory_stats=lambda: {"bytes_limit": offered},
+    )
+    ctx = types.SimpleNamespace(
+        mesh=types.SimpleNamespace(local_devices=[device], shape={"order": 1}),
+        layout=types.SimpleNamespace(
+            waves=pathlib.Path("absent"), checkpoints=pathlib.Path("absent")
+        ),
+        training=types.SimpleNamespace(population=Population(members=2)),
+    )
+    limits = []
+    monkeypatch.setattr(waves, "_requirements", lambda ctx: None)
+    monkeypatch.setattr(
+        waves, "wave_size", lambda members, groups, needs, limit: limits.append(limit) or members
+    )
+    assert waves._divide(ctx) == [[0, 1]]
+    assert limits == [pytest.approx(limit)]
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    planned = planner._present_topology(PlanSpec()).memory_limit
+    assert planned == (None if kind.startswith("TPU of") else pytest.approx(limit))
