@@ -146,8 +146,8 @@ def _overview(runs: Sequence[Run]) -> Table:
     header += ["best merge less mean member", "cosine"]
     caption = (
         f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. "
-        "Best: of the lowest validation loss, reported on test examples; of several merge "
-        "seeds the mean. The difference with its 95 % studentized bootstrap interval. Cosine: mean "
+        "Best: of the lowest loss on the split that the cell names, reported on test examples; of "
+        "several merge seeds the mean. The difference with its 95 % studentized bootstrap interval. Cosine: mean "
         "over pairs of the members' task vectors."
     )
     return Table(header, rows, caption, text=(0, 3, 4))
