@@ -68,3 +68,23 @@ def test_a_task_without_data_is_refused_before_the_training(folder, tmp_path):
     with pytest.raises(UserError, match=r"evaluation task swap has no data; set data\.test"):
         pipeline.run(load_config(folder / "tiny.yaml", changes), log=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("{method: ties, parameters: {density: 20}}", "density = 20: input should be less than or"),
+        (
+            "{method: ties, parameters: {density: [0.5, 0.5]}}",
+            "one number for all of the 4 members",
+        ),
+        ("{method: della, parameters: {density: 0.9}}", "choose epsilon below 0.1"),
+        ("{method: consensus, parameters: {k: 5}}", "k = 5 of 4 members keeps nothing"),
+        ("{method: selection, parameters: {child: 4}}", "4 members have the children 0 to 3"),
+    ],
+)
+def test_parameters_out_of_range_are_refused_before_the_training(folder, tmp_path, method, message):
+    changes = [f"output={tmp_path / 'run'}", "population.members=4", f"merge.methods=[{method}]"]
+    with pytest.raises(UserError, match=message):
+        pipeline.run(load_config(folder / "tiny.yaml", changes), log=lambda line: None)
+    assert not (tmp_path / "run").exists()
