@@ -26,6 +26,7 @@ class Device:
         network: bytes/s that it receives over the network between slices or nodes: its share of
             the network of its host.
         sides: dimensions of the torus of its links; 0 where a switch connects all devices.
+        cores: devices per chip. Topologies count chips.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Device:
     link: float
     network: float
     sides: int = 0
+    cores: int = 1
 
 
 # A device_kind is looked up in this order, so specific kinds stand before general ones.
@@ -43,6 +45,9 @@ DEVICES: Final = (
     # Sources: cloud.google.com/tpu/docs/v6e, v5e, v5p, v4. Memory in GiB. Links in one direction:
     # half of the bidirectional rates of the pages. Network per chip: v6e has four cards of 200
     # Gbit/s per host of eight chips; for v4 the page has no figure, that of v5p is used.
+    # TPU7x (Ironwood) by cloud.google.com/tpu/docs/tpu7x: a chip is two devices, each with half of it
+    # (libtpu describes tpu7x:4x4x4 as 128 devices).
+    Device("tpu7x", ("TPU7x",), 1153.5e12, 96 * 2**30, 3690e9, 300e9, 6.25e9, sides=3, cores=2),
     Device("v6e", ("TPU v6",), 918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, sides=2),
     Device("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, sides=2),
     Device("v5p", ("TPU v5",), 459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, sides=3),
@@ -127,7 +132,7 @@ class Topology:
 
     Attributes:
         device: None for devices that the table lacks, such as CPUs.
-        shape: sides of a TPU slice, or the number of GPUs per node.
+        shape: sides of a TPU slice in chips, or the number of GPUs per node.
         slices: number of slices, or nodes, which a slower network connects.
         present: whether these are the devices of this process.
         offered: bytes per device that the runtime offers, of devices that are present.
@@ -147,7 +152,13 @@ class Topology:
     @property
     def size(self) -> int:
         """Total number of devices."""
-        return math.prod(self.shape) * self.slices
+        return math.prod(self.shape) * self.cores * self.slices
+
+    @property
+    def cores(self) -> int:
+        """Devices per chip."""
+        # devices that are present are counted as devices: a mesh may take one of a chip
+        return self.device.cores if self.device and not self.present else 1
 
     @property
     def tpu(self) -> bool:
@@ -177,7 +188,8 @@ class Topology:
         if not self.device.sides:
             return self.device.link  # a switch gives every group the full rate
         # on a torus a group uses the links along the sides that it covers, the longest side first
-        covered, sides = 1, 0
+        # devices of one chip have no links between chips to use
+        covered, sides = self.cores, 0
         for side in sorted(self.shape, reverse=True):
             if covered >= size:
                 break

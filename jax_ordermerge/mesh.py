@@ -361,6 +361,36 @@ def provide_cpu_devices(sizes: Iterable[int]) -> None:
             jax.config.update("jax_num_cpu_devices", wanted)
 
 
+def check_accelerator() -> None:
+    """Refuse to run on the CPU where `JAX_PLATFORMS` names an accelerator first.
+
+    Raises:
+        UserError: the accelerator is not there, or does not start.
+
+    Example:
+        >>> check_accelerator()
+    """
+    # `JAX_PLATFORMS=cuda,cpu` alone is no check: jax passes over cuda without a word where it sees
+    # no NVIDIA device, and the run would go on, some hundred times slower.
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    wanted = platforms.split(",")[0]
+    if wanted in ("", "cpu"):
+        return
+    try:
+        present = jax.devices()[0].platform
+    except RuntimeError as error:  # of the start of the accelerator; no class of its own
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: {str(error).splitlines()[0]}; check the driver, that no"
+            " other program holds the devices, and the extra (tpu, cuda, cuda12)"
+        ) from error
+    if present == "cpu":
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} asks for {wanted}, but jax finds the CPU only; check the"
+            " driver (nvidia-smi), that the container sees it and the extra (tpu, cuda, cuda12), or"
+            " set JAX_PLATFORMS=cpu"
+        )
+
+
 def cache_programs(directory: str) -> None:
     """Cache compiled programs in a directory, for later starts with equal versions and devices.
 

@@ -9,7 +9,13 @@
 #   --runtime VERSION  software of the TPU VMs: v2-alpha-tpuv5 (v5p), v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv6e (v6e)
 #   --slices N         slices joined by the data-center network; 1 by default
 #   --spot             may be taken away at any time, for less money
-#   --reserved         from the project's reservation; neither of the two: on demand
+#   --reserved         from the project's reservation
+#   --reservation NAME from this one: its name, or projects/PROJECT/reservations/NAME
+#   --flex-start       waits in the queue of flex-start, and runs for --max-duration at most; v5e and v6e
+#   --max-duration T   with --flex-start, such as 24h
+#                      none of these: on demand
+#   --labels K=V,...   of the slices
+#   --internal-ips     no external addresses: ssh goes through IAP, and the network needs Cloud NAT for downloads
 #   --network NAME, --subnetwork NAME, --service-account EMAIL
 #                      by default those of the project
 #   --timeout SECONDS  how long to wait for it; 86400 by default
@@ -21,21 +27,32 @@
 
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-type='' runtime='' spot='' reserved='' network='' subnetwork='' service_account='' timeout=86400 interval=30
-parse 'type runtime network subnetwork service-account timeout interval' 'spot reserved' "$@"
+type='' runtime='' spot='' reserved='' reservation='' flex_start='' max_duration='' labels=''
+network='' subnetwork='' service_account='' timeout=86400 interval=30
+parse 'type runtime reservation max-duration labels network subnetwork service-account timeout interval' 'spot reserved flex-start' "$@"
 need type runtime
-[[ -z $spot || -z $reserved ]] || die "--spot and --reserved exclude each other"
+chosen=0
+for kind in "$spot" "$reserved" "$reservation" "$flex_start"; do [[ -z $kind ]] || chosen=$((chosen + 1)); done
+((chosen < 2)) || die "--spot, --reserved, --reservation and --flex-start exclude each other"
+[[ -z $flex_start || -n $max_duration ]] || die "--flex-start needs --max-duration, such as 24h (7 days at most)"
+[[ -z $max_duration || -n $flex_start ]] || die "--max-duration is of --flex-start"
 
-call=(queued-resources create "$name" "--accelerator-type=$type" "--runtime-version=$runtime")
+create_track='' call=(queued-resources create "$name" "--accelerator-type=$type" "--runtime-version=$runtime")
 if ((slices == 1)); then call+=("--node-id=$name"); else call+=("--node-count=$slices" "--node-prefix=$name"); fi
 [[ -z $spot ]] || call+=(--spot)
 [[ -z $reserved ]] || call+=(--reserved)
+[[ -z $reservation ]] || call+=("--reservation=$reservation") create_track=alpha
+[[ -z $flex_start ]] || call+=(--provisioning-model=flex-start "--max-run-duration=$max_duration") create_track=alpha
+[[ -z $labels ]] || call+=("--labels=$labels")
+[[ -z $internal_ips ]] || call+=(--internal-ips)
 [[ -z $network ]] || call+=("--network=$network")
 [[ -z $subnetwork ]] || call+=("--subnetwork=$subnetwork")
 [[ -z $service_account ]] || call+=("--service-account=$service_account")
 
 if [[ -n $dry_run ]]; then
+  track=$create_track
   tpus "${call[@]}"
+  track=''
   tpus queued-resources describe "$name" '--format=value(state.state)'
   exit 0
 fi
@@ -55,10 +72,12 @@ trap give_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+track=$create_track
 tpus "${call[@]}" || {
   say "gcloud did not create $name"
   exit 1
 }
+track=''
 deadline=$((SECONDS + timeout)) before=''
 while :; do
   state=$(resource_state)

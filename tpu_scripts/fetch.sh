@@ -7,6 +7,7 @@
 #   --slices N         as given to create.sh; 1 by default
 #   --from PATH        file or directory on the worker, such as RUN/merged/average
 #   --to DIRECTORY     results/NAME by default
+#   --internal-ips     as given to create.sh
 #   --project, --zone  by default those of `gcloud config`
 #   --dry-run          print the gcloud commands only
 

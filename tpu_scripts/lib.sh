@@ -4,7 +4,7 @@ set -euo pipefail
 
 # shellcheck disable=SC2034  # used by those that source this
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-name='' project='' zone='' slices=1 dry_run='' rest=()
+name='' project='' zone='' slices=1 dry_run='' internal_ips='' track='' rest=()
 
 # The help of a script is the comment at its top.
 show_help() {
@@ -20,7 +20,7 @@ die() {
 
 # parse "OPTIONS WITH A VALUE" "FLAGS" "$@": sets a variable for each option (a dash becomes _), and rest=() to what follows --.
 parse() {
-  local valued=" name project zone slices $1 " flags=" dry-run $2 " option value
+  local valued=" name project zone slices $1 " flags=" dry-run internal-ips $2 " option value
   shift 2
   while (($#)); do
     case $1 in
@@ -65,9 +65,21 @@ need() {
   done
 }
 
+# A file of secrets: NAME=VALUE a line, such as HF_TOKEN=... Nobody else may read it.
+check_env_file() {
+  [[ -f $1 ]] || die "env-file $1 not found"
+  # by ls, because the options of stat differ between Linux and macOS
+  # shellcheck disable=SC2012
+  [[ $(ls -ld "$1" | cut -c 5-10) == ------ ]] || die "env-file $1 can be read by others: chmod 600 $1"
+}
+
 # tpus COMMAND...: gcloud compute tpus, in the project and zone given, else in those of `gcloud config`. --dry-run prints it.
 tpus() {
-  local call=(gcloud compute tpus "$@")
+  local call=(gcloud)
+  # gcloud has flex-start, named reservations and ssh through IAP in its alpha commands only
+  if [[ -n $track || ($1 == tpu-vm && $2 != describe && -n $internal_ips) ]]; then call+=(alpha); fi
+  call+=(compute tpus "$@")
+  if [[ $1 == tpu-vm && $2 != describe && -n $internal_ips ]]; then call+=(--tunnel-through-iap); fi
   [[ -z $project ]] || call+=("--project=$project")
   [[ -z $zone ]] || call+=("--zone=$zone")
   if [[ -n $dry_run ]]; then

@@ -8,6 +8,7 @@
 #   --config FILE      config of this machine; it is copied to the workers
 #   --logs DIRECTORY   gets TIME/SLICE/WORKER.log; logs/NAME by default
 #   --interval SECONDS between two looks; 30 by default
+#   --internal-ips     as given to create.sh
 #   --project, --zone  by default those of `gcloud config`
 #   --dry-run          print the gcloud commands only
 #   -- ...             more arguments of `ordermerge run`
@@ -29,7 +30,7 @@ arguments=$(printf '%q ' run config.yaml --set distributed.coordinator=auto ${re
 start="cd ~/ordermerge
 if [ -f pid ] && kill -0 \$(cat pid) 2>/dev/null; then echo runs already; exit 0; fi
 rm -f exit_code
-setsid bash -c $(printf '%q' "[ ! -f environment ] || . ./environment; venv/bin/ordermerge $arguments; echo \$? > exit_code") > run.log 2>&1 < /dev/null &
+setsid bash -c $(printf '%q' "if { [ ! -f environment ] || . ./environment; } && { [ ! -f private/env ] || { set -a; . private/env; set +a; }; }; then venv/bin/ordermerge $arguments; echo \$? > exit_code; else echo 2 > exit_code; fi") > run.log 2>&1 < /dev/null &
 echo \$! > pid"
 # shellcheck disable=SC2016  # expanded on the worker
 look='cd ~/ordermerge; cat run.log; echo

@@ -226,7 +226,9 @@ def _check_devices(config: Config | None) -> Iterator[Finding]:
         import jax  # after the number of CPU devices is set
 
         # in a thread, because a TPU that another process holds blocks for ever
-        if not processes.within(jax.devices, _PATIENCE):
+        if not processes.within(mesh.check_accelerator, _PATIENCE) or not processes.within(
+            jax.devices, _PATIENCE
+        ):
             detail = (
                 f"no answer within {_PATIENCE:.0f} s; does another program hold them,"
                 " or is a worker not started?"
@@ -253,8 +255,11 @@ def _check_devices(config: Config | None) -> Iterator[Finding]:
     # jax falls back to the CPU with a warning only, and a run would be slow for no visible reason
     unused = [name for name in _ACCELERATORS if _version(name)]
     if devices[0].platform == "cpu" and unused and not os.environ.get("JAX_PLATFORMS"):
-        detail = f"{', '.join(unused)} is installed, but only CPU devices are found"
-        yield Finding("devices", "note", detail)
+        detail = (
+            f"{', '.join(unused)} is installed, but only CPU devices are found; check the driver,"
+            " or set JAX_PLATFORMS=cpu if the CPU is meant"
+        )
+        yield Finding("devices", "error", detail)
     if config:
         try:
             # by the function that a run uses, so that both refuse the same

@@ -321,6 +321,12 @@ class Training(Section):
     checkpoint_every: Annotated[PositiveInt | None, FREE_TO_CHANGE] = Field(
         None, description="steps; null saves at the end of each epoch"
     )
+    # In minutes, because that is what a machine that is taken away costs.
+    checkpoint_minutes: Annotated[PositiveFloat | None, FREE_TO_CHANGE] = Field(
+        None,
+        description="saves also where the last checkpoint is older, at the next step that is"
+        " logged; for machines that may be taken away. null does not",
+    )
     keep_checkpoints: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
         2, description="how many of the latest checkpoints are kept"
     )

@@ -240,3 +240,4 @@ def start_devices(config: Config) -> None:
     if config.distributed.coordinator is None:
         meshes.provide_cpu_devices(config.mesh.sizes.values())
     processes.start_distributed(**config.distributed.model_dump())
+    meshes.check_accelerator()

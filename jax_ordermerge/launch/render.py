@@ -53,6 +53,7 @@ def render(job: Job, target_name: str, options: JsonRow) -> str:
     return environment.from_string(target.template_text()).render(
         name=job.slug,
         target=target,
+        notes=target.notes(job),
         # keys in the order in which the user wrote them
         config=yaml.safe_dump(config, sort_keys=False, width=120),
         # as `Config.location` does
@@ -75,7 +76,7 @@ def describe(target_name: str) -> list[OptionHelp]:
         UserError: the target is unknown.
 
     Example:
-        >>> describe("ssh")[2]
+        >>> describe("ssh")[3]
         OptionHelp(name='port', default='8476', description='port of the first host')
     """
     options = []

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from jax_ordermerge.config.section import Section
 from jax_ordermerge.errors import UserError
@@ -18,6 +18,23 @@ from jax_ordermerge.registry import Registry
 
 # A value that is safe between double quotes of a shell, and unquoted.
 Word = Annotated[str, Field(pattern=r"^[^\s'\"`$\\]+$")]
+
+
+def _split_labels(value: object) -> object:
+    """Return `a=1,b=2` as pairs."""
+    if not isinstance(value, str):
+        return value
+    pairs = [tuple(item.split("=", 1)) for item in value.split(",")]
+    if any(len(pair) != 2 for pair in pairs) or len(dict(pairs)) < len(pairs):  # type: ignore[arg-type]
+        raise ValueError(
+            f"labels = {value}: expected KEY=VALUE, separated by commas, each key once"
+        )
+    return tuple(pairs)
+
+
+# The form that both Google Cloud and Kubernetes accept.
+_LabelWord = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?$")]
+Labels = Annotated[tuple[tuple[_LabelWord, _LabelWord], ...], BeforeValidator(_split_labels)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +107,57 @@ class Target(Section):
             UserError: the mesh or the output does not fit the machines.
         """
 
+    def notes(self, job: Job) -> list[str]:
+        """Return what the reader of the script should know, a line each."""
+        return []
+
 
 TARGETS = Registry[type[Target]]("launch target", "jax_ordermerge.launch.targets")
 
 
-def check_output(output: str, mount: str, *, separate_disks: bool = False) -> None:
+def exclusive(target: Target, *names: str) -> None:
+    """Refuse more than one of some options.
+
+    Raises:
+        ValueError: in the way of validators of pydantic.
+    """
+    chosen = [name for name in names if getattr(target, name)]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other; give one")
+
+
+def saves_by_time(job: Job) -> list[str]:
+    """Return a note on machines that may be taken away, unless checkpoints are saved by time.
+
+    Example:
+        >>> saves_by_time(Job("one", {"training": {"checkpoint_minutes": 10}}, {}, "runs/one"))
+        []
+    """
+    training = job.settings.get("training")
+    if isinstance(training, dict) and training.get("checkpoint_minutes"):
+        return []
+    return [
+        "These machines may be taken away with some seconds of notice, too few for a checkpoint of"
+        " a large model:",
+        "what was trained since the last periodic one is lost then. Save often enough with"
+        " --set training.checkpoint_minutes=10.",
+    ]
+
+
+def check_output(
+    output: str,
+    mount: str | None,
+    *,
+    separate_disks: bool = False,
+    remedy: str = "volume=NAME",
+) -> None:
     """Refuse an output that would be lost with the machine that wrote it.
 
     Args:
         output: the output of the config.
-        mount: where the storage that outlives the machines is mounted.
+        mount: where the storage that outlives the machines is mounted; None: nothing is mounted.
         separate_disks: whether there are several hosts without a common disk.
+        remedy: option that gives them one.
 
     Raises:
         UserError: the output is neither below `mount` nor in a bucket, or it is in a bucket and
@@ -114,8 +171,15 @@ def check_output(output: str, mount: str, *, separate_disks: bool = False) -> No
     if separate_disks and output.startswith(("gs://", "s3://")):
         raise UserError(
             f"output = {output}: several hosts need a common disk for the local copy of a bucket;"
-            " give volume=NAME"
+            f" give {remedy}"
         )
+    if mount is None:
+        if not output.startswith(("gs://", "s3://")):
+            raise UserError(
+                f"output = {output} is on a disk that is deleted with its machine, and nothing is"
+                f" mounted there; give {remedy}, or on one host --set output=gs://BUCKET/runs/{{name}}"
+            )
+        return
     # With a slash, so that /mnt/shared2 does not count as below /mnt/shared.
     if not output.startswith((mount.rstrip("/") + "/", "gs://", "s3://")):
         raise UserError(

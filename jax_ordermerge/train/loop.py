@@ -144,6 +144,7 @@ class Training:
         self.programs, self.layout, self.watch, self.sample = programs, layout, watch, sample
         self.spec, self.plan = programs.spec, programs.plan
         self.recorder = Recorder(programs.plan, programs.model, programs.mesh)
+        self.saved = time.monotonic()  # when the last checkpoint was begun
 
     def run(self, load_base: LoadBase, on_checkpoint: Callable[[], None] | None = None) -> Json:
         """Start or continue, take the steps that are left, and write what follows from them."""
@@ -261,6 +262,7 @@ class Training:
                 # last, so that the recorder in the checkpoint knows of the row above
                 if due.save or stops:
                     resume.save(checkpoints, done, programs, record, state, best)
+                    self.saved = time.monotonic()
                 if stops:
                     message = f"stopped by {stop.name} after step {done} of {plan.steps}, with a"
                     message += f" checkpoint; the same command continues ({self.layout.root})"
@@ -274,12 +276,22 @@ class Training:
         def every(steps: int) -> bool:
             return done == self.plan.steps or done % steps == 0
 
+        log = every(training.log_every)
         return Due(
-            log=every(training.log_every),
-            save=every(training.checkpoint_every or epoch),
+            log=log,
+            save=every(training.checkpoint_every or epoch) or (log and self._is_save_overdue()),
             validate=self.programs.held_out is not None and every(training.validate_every or epoch),
             sample=self.spec.sample_every is not None and every(self.spec.sample_every),
         )
+
+    def _is_save_overdue(self) -> bool:
+        """Return whether the last checkpoint is older than `training.checkpoint_minutes`."""
+        minutes = self.spec.training.checkpoint_minutes
+        if minutes is None:
+            return False
+        # Clocks differ between processes, which save together: that of the first counts. Asked at
+        # logged steps only, because the answer takes a message between the processes.
+        return bool(processes.broadcast(time.monotonic() - self.saved >= 60 * minutes))
 
     def _describe_members(self) -> None:
         """Log where a member is not simply the last weights of a training of its own."""

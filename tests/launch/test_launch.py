@@ -51,10 +51,11 @@ OPTIONS = {
         "type": "v5p-64",
         "runtime": "v2-alpha-tpuv5",
         "package": "jax_ordermerge[tpu] @ git+https://example.org/it's",
+        "nfs": "10.0.0.2:/share",
     },
     "gke": GPU,
     "slurm": {"nodes": "4", "gpus": "8"},
-    "ssh": {"hosts": "me@one,two"},
+    "ssh": {"hosts": "me@one,two", "gpus": "8"},
 }
 
 
@@ -152,6 +153,7 @@ def test_a_run_in_a_bucket_has_a_place_for_its_copy_and_fetches_nothing():
     (replicated,) = manifests["JobSet"]["spec"]["replicatedJobs"]
     (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
     assert {"name": "ORDERMERGE_CACHE", "value": "/mnt/shared/copies"} in container["env"]
+    # workers that mount a share have a place for the copy, too
     assert "--fetch" not in render.render(job, "tpu-vm", OPTIONS["tpu-vm"])
 
 
@@ -180,8 +182,7 @@ def test_the_config_is_in_the_text(target, tmp_path):
         ("tpu-vm", OPTIONS["tpu-vm"]),
         (
             "tpu-vm",
-            OPTIONS["tpu-vm"]
-            | {"slices": "2", "spot": "true", "nfs": "h:/s", "project": "p", "zone": "z"},
+            OPTIONS["tpu-vm"] | {"slices": "2", "spot": "true", "project": "p", "zone": "z"},
         ),
         ("slurm", OPTIONS["slurm"]),
         (
@@ -364,6 +365,7 @@ def test_ssh_runs_on_all_hosts(tmp_path):
     run = f"env XLA_FLAGS= {sys.executable} -m jax_ordermerge"
     options = [
         "hosts=127.0.0.1,localhost",
+        "gpus=0",
         f"directory={tmp_path}/work",
         "port=18476",
         f"command={run}",

@@ -178,6 +178,17 @@ def test_killed_and_resumed_is_uninterrupted(trained, tmp_path, tiny_train, tiny
     assert state["compilations"] == 2  # one per session
 
 
+def test_checkpoints_by_time(trained, tmp_path, tiny_train, tiny_model, same_bits):
+    changes = {"checkpoint_every": STEPS, "log_every": 1, "checkpoint_minutes": 1e-9}
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(tmp_path, make_mesh(), stop_at=3, training=changes)
+    assert orbax.latest(tmp_path / "checkpoints") == 2  # none without checkpoint_minutes
+    resumed = tiny_train(tmp_path, make_mesh(), training=changes | {"checkpoint_minutes": 1000})
+    assert same_bits(
+        everything(resumed, tiny_model, make_mesh()), everything(trained, tiny_model, make_mesh())
+    )
+
+
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory, tiny_train):
     """Both members with averages of their weights and bfloat16 moments; a checkpoint per step."""

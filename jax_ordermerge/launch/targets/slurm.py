@@ -1,5 +1,6 @@
 """SLURM clusters."""
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
 import pydantic
@@ -37,7 +38,18 @@ class Slurm(Target):
     )
     # A limit, because a job that is requeued without progress would do so for ever.
     requeues: PositiveInt = Field(100, description="how often the job may start again")
-    image: Word | None = Field(None, description="container image; none by default")
+    # 134: a process lost another one. 137: a process was killed, often for want of memory.
+    crashes: Annotated[int, Field(ge=0)] = Field(
+        3, description="how often the job starts again after a crash (exit code 134 or 137)"
+    )
+    env_file: Word | None = Field(
+        None,
+        description="file that the nodes see with lines NAME=VALUE, such as HF_TOKEN=... for gated"
+        " models; mode 600",
+    )
+    image: Word | None = Field(
+        None, description="container image: REGISTRY/IMAGE:TAG, or a file; none by default"
+    )
     container: Literal["pyxis", "apptainer"] = Field("pyxis", description="what starts the image")
     mounts: Word | None = Field(
         None, description="directories of the container, HOST:CONTAINER, separated by commas"
@@ -56,6 +68,8 @@ class Slurm(Target):
                 f"tasks = {self.processes} for {self.gpus} GPUs per node: give 1 (all GPUs) or"
                 f" {self.gpus} (one each)"
             )
+        if self.image and self.container == "apptainer" and "#" in self.image:
+            raise ValueError(f"image = {self.image}: REGISTRY#IMAGE is the form of pyxis; give /")
         if self.mounts and not self.image:
             raise ValueError("mounts are of a container; give image too")
         return self
@@ -64,6 +78,28 @@ class Slurm(Target):
     def processes(self) -> int:
         """Processes per node."""
         return self.tasks or self.gpus or 1
+
+    @property
+    def container_image(self) -> str:
+        """The image in the form of what starts it.
+
+        Example:
+            >>> Slurm(image="ghcr.io/me/ordermerge:1").container_image
+            'ghcr.io#me/ordermerge:1'
+            >>> Slurm(image="ghcr.io/me/ordermerge:1", container="apptainer").container_image
+            'docker://ghcr.io/me/ordermerge:1'
+            >>> Slurm(image="./ordermerge.sqsh").container_image
+            './ordermerge.sqsh'
+        """
+        image = self.image or ""
+        if "://" in image or image.startswith(("/", ".")) or image.endswith((".sqsh", ".sif")):
+            return image
+        if self.container == "apptainer":
+            return f"docker://{image}"
+        # enroot takes what stands before the first slash for a part of a name on Docker Hub: the
+        # registry ends with #. Docker's own rule says which first part is a registry.
+        registry = re.match(r"(localhost|[^/#]*[.:][^/#]*)/(.+)", image)
+        return f"{registry[1]}#{registry[2]}" if registry else image
 
     def check(self, job: Job) -> None:
         """Refuse a mesh of another size. On CPU each process has one device."""

@@ -28,6 +28,28 @@ cat > "$config" <<'CONFIG'
 {{ config -}}
 CONFIG
 
+{% if target.env_file %}
+# secrets: in the environment of the processes, in no script and no log
+secrets={{ target.env_file if target.env_file.startswith(("/", "~")) else "$PWD/" ~ target.env_file }}
+if [[ ! -f $secrets || $(stat -c %a "$secrets") != 600 ]]; then
+  echo "error: env_file $secrets must exist with mode 600: chmod 600 $secrets" >&2
+  exit 2
+fi
+set -a
+# shellcheck disable=SC1090
+. "$secrets"
+set +a
+{% endif %}
+# {{ "a GPU that is not found is an error, and no slow run on the CPU" if target.gpus else "these nodes are meant to have no accelerator" }}
+export JAX_PLATFORMS={{ "cuda,cpu" if target.gpus else "cpu" }}
+{% if "://" in run %}
+# where a run in a bucket keeps its local copy: all nodes see this directory
+export ORDERMERGE_CACHE=${ORDERMERGE_CACHE:-$PWD/copies}
+{% endif %}
+{% if target.cpus %}
+# since 22.05 srun does not take over what sbatch was asked for, and gives a process one core
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+{% endif %}
 {% if target.setup %}
 {{ target.setup }}
 {% endif %}
@@ -41,11 +63,11 @@ trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 # a process that leaves first must not take the others with it: they may be saving
 srun --kill-on-bad-exit=0 \
 {% if target.image and target.container == "pyxis" %}
-  --container-image={{ target.image }} --container-workdir="$PWD" \
+  --container-image={{ target.container_image }} --container-workdir="$PWD" \
   --container-mounts="$PWD:$PWD{{ "," ~ target.mounts if target.mounts else "" }}" \
 {% endif %}
 {% if target.image and target.container == "apptainer" %}
-  apptainer exec{{ " --nv" if target.gpus else "" }} --bind "$PWD{{ "," ~ target.mounts if target.mounts else "" }}" --pwd "$PWD" {{ target.image }} \
+  apptainer exec{{ " --nv" if target.gpus else "" }} --bind "$PWD{{ "," ~ target.mounts if target.mounts else "" }}" --pwd "$PWD" {{ target.container_image }} \
 {% endif %}
   {{ target.command }} run "$config" &
 step=$!
@@ -57,7 +79,16 @@ while kill -0 "$step" 2>/dev/null; do
   code=$?
 done
 echo "ordermerge ended with exit code $code"
-if ((code == 143 && ${SLURM_RESTART_COUNT:-0} < {{ target.requeues }})); then
+again=$((code == 143))
+{% if target.crashes %}
+# a process was lost (134) or killed (137): the count of crashes outlives the job's restarts in a file
+crashes=$PWD/{{ name }}-$SLURM_JOB_ID.crashes
+if ((code == 134 || code == 137)); then
+  echo "$code" >> "$crashes"
+  again=$(($(wc -l < "$crashes") <= {{ target.crashes }}))
+fi
+{% endif %}
+if ((again && ${SLURM_RESTART_COUNT:-0} < {{ target.requeues }})); then
   # SLURM ends this script when it takes the job back; one that ends first is taken for a job that failed
   trap - TERM
   scontrol requeue "$SLURM_JOB_ID" && sleep 300

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # {{ name }} on {{ target.slices }} x {{ target.type }}: created, run through preemptions to its end, deleted.
+{% for note in notes %}
+# {{ note }}
+{% endfor %}
 set -euo pipefail
 
 config=$(mktemp)
@@ -13,18 +16,22 @@ CONFIG
   --type {{ target.type }} \
   --runtime {{ target.runtime }} \
   --slices {{ target.slices }} \
-{% if target.spot %}
-  --spot \
-{% elif target.reserved %}
-  --reserved \
+{% for key in ("spot", "reserved", "flex_start", "internal_ips") if target[key] %}
+  --{{ key | replace("_", "-") }} \
+{% endfor %}
+{% for key in ("reservation", "max_duration", "project", "zone", "network", "subnetwork", "service_account", "secret") if target[key] %}
+  --{{ key | replace("_", "-") }} {{ target[key] }} \
+{% endfor %}
+{% if target.labels %}
+  --labels {{ target.labels | map("join", "=") | join(",") }} \
 {% endif %}
-{% if target.project %}
-  --project {{ target.project }} \
-{% endif %}
-{% if target.zone %}
-  --zone {{ target.zone }} \
+{% if target.env_file %}
+  --env-file {{ target.env_file | quote }} \
 {% endif %}
   --package {{ target.package | quote }} \
+{% if target.constraints != "none" %}
+  --constraints {{ target.constraints | quote }} \
+{% endif %}
 {% if target.nfs %}
   --nfs {{ target.nfs }} \
   --mount {{ target.mount }} \
