@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.mesh_shape import AXES, mesh_shape
 from jax_ordermerge.tree import PyTree
 

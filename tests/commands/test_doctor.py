@@ -10,6 +10,8 @@ import pytest
 
 from jax_ordermerge.commands import doctor
 from jax_ordermerge.config import make_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment.context import start_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -73,6 +75,20 @@ def test_a_mesh_that_does_not_fit(tmp_path):
     finding = by_subject(doctor.examine(config))["mesh"]
     assert finding.verdict == "error"
     assert "8 devices cannot be divided by 3" in finding.detail
+
+
+@pytest.mark.parametrize("platforms", ["cuda,cpu", "tpu,cpu"])
+def test_the_cpu_where_an_accelerator_was_meant(platforms, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)  # as launch scripts set it
+    config = make_config({"output": str(tmp_path), "mesh": {"fsdp": 1}})
+    findings = by_subject(doctor.examine(config))
+    wanted = platforms.split(",")[0]
+    assert findings["devices"].verdict == "error"
+    assert f"asks for {wanted}, but jax finds the CPU only" in findings["devices"].detail
+    with pytest.raises(UserError, match=f"asks for {wanted}"):
+        start_devices(config)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    start_devices(config)
 
 
 def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
