@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,10 @@ _PARTIAL = ".orbax-checkpoint-tmp"
 _OUT_OF_REACH = re.compile(
     r"PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|OS error (?!2:)"
 )
+# Seconds after which Orbax gives up a save, at least: its own default.
+_TIMEOUT = 1200
+# A save may take this multiple of what the stated bandwidth allows: storage is shared.
+_PATIENCE = 3
 # bytes of decompressed chunks per open array
 _CACHE_BYTES = 100_000_000
 
@@ -61,6 +66,7 @@ class Checkpoints:
         directory: str | Path,
         keep: int | None = None,
         on_saved: Callable[[], None] | None = None,
+        timeout: int = _TIMEOUT,
     ) -> None:
         """Open or create a directory of checkpoints and remove what an interrupted save left.
 
@@ -69,6 +75,7 @@ class Checkpoints:
             keep: number of latest checkpoints to keep; None keeps all.
             on_saved: called in a thread of its own when a save is complete on the disk. `wait`
                 raises what it raises.
+            timeout: seconds after which a save counts as failed; see `save_timeout`.
         """
         _silence_orbax()
         self.directory = Path(directory).absolute()
@@ -79,8 +86,11 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         # Orbax cannot make a directory through a link to it
         self.directory.mkdir(parents=True, exist_ok=True)
+        context = ocp.Context()
+        context.asynchronous.timeout_secs = timeout
         self._checkpointer = ocp.training.Checkpointer(
             alias.plain_path(self.directory),
+            context=context,
             preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
         )
         # one thread: notifications keep the order of the saves
@@ -154,6 +164,16 @@ class Checkpoints:
         # after the loss of a process the save in progress would wait for it forever
         if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
             self.close()
+
+
+def save_timeout(size: int, bandwidth: float) -> int:
+    """Return the seconds to allow for a save of `size` bytes to storage of `bandwidth` bytes/s.
+
+    Example:
+        >>> save_timeout(10**6, 200e6), save_timeout(324 * 10**9, 200e6)
+        (1200, 4860)
+    """
+    return max(_TIMEOUT, math.ceil(_PATIENCE * size / bandwidth))
 
 
 def save(directory: str | Path, step: int, tree: PyTree, metadata: JsonRow | None = None) -> None:

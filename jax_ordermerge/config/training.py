@@ -330,6 +330,13 @@ class Training(Section):
     keep_checkpoints: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
         2, description="how many of the latest checkpoints are kept"
     )
+    # Of a network share of a few TiB. A local disk is faster, and then nothing depends on it.
+    checkpoint_bandwidth: Annotated[PositiveFloat, FREE_TO_CHANGE] = Field(
+        200,
+        description="MB per second, of all processes together, at which the storage takes a"
+        " checkpoint: plans count with it, and a save that takes three times as long has failed"
+        " (20 minutes at least)",
+    )
     # Not free to change: it decides which weights are merged.
     checkpoint: Literal["last", "best"] = Field(
         "last",
@@ -349,6 +356,11 @@ class Training(Section):
         description="stop where a member's loss exceeds its median of the last 50 steps by this"
         " factor; null does not",
     )
+
+    @property
+    def checkpoint_bytes_per_second(self) -> float:
+        """`checkpoint_bandwidth` in bytes."""
+        return 1e6 * self.checkpoint_bandwidth
 
     @property
     def validates(self) -> bool:

@@ -12,7 +12,7 @@ from rich.table import Table
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.collectives import Collectives
-from jax_ordermerge.plan.results import OptionPlan, Plan, ProgramPlan, Settings
+from jax_ordermerge.plan.results import ExperimentPlan, OptionPlan, Plan, ProgramPlan, Settings
 
 # wide enough for both options side by side; docs/planning.md shows the text as it is
 _WIDTH = 130
@@ -169,6 +169,17 @@ def describe_verdict(
     return "\n".join(sentences)
 
 
+def describe_saves(experiment: ExperimentPlan) -> str:
+    """Return what to do where saving a checkpoint takes longer than training until the next."""
+    assert experiment.checkpoint_interval is not None
+    seconds, interval = experiment.checkpoint_seconds, experiment.checkpoint_interval
+    return (
+        f"a checkpoint takes {seconds:,.0f} s to save and the next follows after {interval:,.0f} s,"
+        " so that the devices wait: save less often (training.checkpoint_every), or on faster"
+        " storage (then raise training.checkpoint_bandwidth)"
+    )
+
+
 def format_changes(changes: Settings) -> str:
     """Return changes of settings as options of the command line.
 
@@ -268,6 +279,9 @@ def _experiment_table(plan: Plan) -> Table:
         ("merged models in GB", experiment.merged_bytes),
     ):
         table.add_row(name, f"{size / 1e9:,.1f}")
+    interval = experiment.checkpoint_interval
+    table.add_row("hours to save a checkpoint", _hours(experiment.checkpoint_seconds / 3600))
+    table.add_row("hours between checkpoints", _hours(interval and interval / 3600))
     return table
 
 

@@ -14,7 +14,7 @@ from jax_ordermerge.mesh_shape import mesh_shape
 from jax_ordermerge.plan import analytic, compiled, devices, search
 from jax_ordermerge.plan.analytic import Workload
 from jax_ordermerge.plan.compiled import Requirements
-from jax_ordermerge.plan.formatting import format_changes
+from jax_ordermerge.plan.formatting import describe_saves, format_changes
 from jax_ordermerge.plan.inputs import Inputs, measure_workload, read_inputs
 from jax_ordermerge.plan.results import OptionPlan, Plan, ProgramPlan, Settings, list_changes
 from jax_ordermerge.plan.spec import PlanSpec
@@ -86,6 +86,9 @@ def plan_experiment(
     recommended = planner.recommend(configured, candidates)
     # hours and programs of settings that do not fit would help nobody
     best = recommended or configured
+    experiment = plan_stages(best.spec, inputs, target, best)
+    if experiment.saves_too_often:
+        notes.append(describe_saves(experiment))
     return Plan(
         topology=target,
         model_name=inputs.model_name,
@@ -96,7 +99,7 @@ def plan_experiment(
         # by the estimate, even if one of them was compiled: figures of one list must compare
         candidates=tuple(candidates[:_LISTED]),
         programs=planner.plan_programs(best.spec) if compiles else {},
-        experiment=plan_stages(best.spec, inputs, target, best.training_hours),
+        experiment=experiment,
         assumptions=analytic.ASSUMPTIONS,
         notes=tuple(notes),
     )

@@ -167,6 +167,9 @@ class ExperimentPlan:
         models: models that are analyzed and evaluated: base, members, merges.
         checkpoint_bytes: parameters and optimizer of all members.
         checkpoints_kept: checkpoints that stay on the disk.
+        checkpoint_seconds: time to save one, of the members that are trained together, at
+            `training.checkpoint_bandwidth`.
+        checkpoint_interval: seconds of training between two; None if they are not known.
         merged_bytes: all merged models.
     """
 
@@ -174,7 +177,15 @@ class ExperimentPlan:
     models: int
     checkpoint_bytes: int
     checkpoints_kept: int
+    checkpoint_seconds: float
+    checkpoint_interval: float | None
     merged_bytes: int
+
+    @property
+    def saves_too_often(self) -> bool:
+        """Whether saving one checkpoint takes longer than training until the next."""
+        interval = self.checkpoint_interval
+        return interval is not None and self.checkpoint_seconds > interval
 
     @property
     def total_hours(self) -> float | None:

@@ -7,13 +7,13 @@ from jax_ordermerge.hardware import Device, Topology, parse
 from jax_ordermerge.mesh_shape import AXES
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.inputs import Inputs, padded_tokens
-from jax_ordermerge.plan.results import ExperimentPlan
+from jax_ordermerge.plan.results import ExperimentPlan, OptionPlan
 from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train import flops
 
 
 def plan_stages(
-    spec: PlanSpec, inputs: Inputs, topology: Topology, training_hours: float | None
+    spec: PlanSpec, inputs: Inputs, topology: Topology, training: OptionPlan
 ) -> ExperimentPlan:
     """Plan the stages of an experiment.
 
@@ -21,7 +21,7 @@ def plan_stages(
         spec: settings.
         inputs: model and data.
         topology: devices.
-        training_hours: those of the training, None if they are not known.
+        training: the plan of the training step.
     """
     model, replicates = inputs.model, spec.population.replicates
     merges = len(spec.merge.methods) * replicates
@@ -29,7 +29,7 @@ def plan_stages(
     # without tasks and test examples there is no evaluation, which takes no time anywhere
     evaluates = bool(spec.data.test is not None or spec.evaluation.tasks)
     # None is "not known", which is not the same as no time: a total needs all of them
-    hours = {"training": training_hours, "merges": None, "analysis": None}
+    hours = {"training": training.training_hours, "merges": None, "analysis": None}
     hours["evaluation"] = None if evaluates else 0.0
     if topology.device is not None:
         times = _StageTimes(spec, inputs, topology, topology.device)
@@ -42,12 +42,18 @@ def plan_stages(
         evaluation = times.evaluation() if evaluates else 0.0
         if evaluation is not None:
             hours["evaluation"] = models * evaluation / 3600
+    saved = _checkpoint_bytes(spec, model)
     exported = merges if spec.merge.export == "all" else len(spec.merge.methods)
     return ExperimentPlan(
         hours=hours,
         models=models,
-        checkpoint_bytes=_checkpoint_bytes(spec, model),
+        checkpoint_bytes=saved,
         checkpoints_kept=spec.training.keep_checkpoints,
+        # a wave saves its own members
+        checkpoint_seconds=saved
+        * (training.members / spec.population.total)
+        / spec.training.checkpoint_bytes_per_second,
+        checkpoint_interval=_checkpoint_interval(spec, training),
         merged_bytes=exported * spec.merge_bytes * parameter_count(model),
     )
 
@@ -60,6 +66,17 @@ def _checkpoint_bytes(spec: PlanSpec, model: ModelConfig) -> int:
     state = analytic.state_bytes(spec, model, analytic.abstract_mesh(spec, parse("cpu:1")))
     # the frozen base of adapters is not saved: it is read again from its files
     return state["parameters"] + state["optimizer"]
+
+
+def _checkpoint_interval(spec: PlanSpec, training: OptionPlan) -> float | None:
+    """Return the seconds of training between two checkpoints."""
+    steps = spec.training.checkpoint_every
+    if steps is None and training.work.steps is not None:
+        # as a training does without the setting: at the end of each epoch
+        steps = math.ceil(training.work.steps / spec.training.epochs)
+    if steps is None or training.step.seconds is None:
+        return None
+    return steps * training.step.seconds
 
 
 class _StageTimes:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax_ordermerge import layout as layouts
 from jax_ordermerge import processes
 from jax_ordermerge.arch import ModelConfig, parameter_count
-from jax_ordermerge.checkpoint.orbax import Checkpoints
+from jax_ordermerge.checkpoint.orbax import Checkpoints, save_timeout
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
 from jax_ordermerge.json_types import Json
@@ -149,8 +149,15 @@ class Training:
     def run(self, load_base: LoadBase, on_checkpoint: Callable[[], None] | None = None) -> Json:
         """Start or continue, take the steps that are left, and write what follows from them."""
         programs, plan, layout = self.programs, self.plan, self.layout
-        keep = self.spec.training.keep_checkpoints
-        with Checkpoints(layout.checkpoints, keep, on_checkpoint) as checkpoints:
+        training = self.spec.training
+        with Checkpoints(
+            layout.checkpoints,
+            training.keep_checkpoints,
+            on_checkpoint,
+            timeout=save_timeout(
+                resume.checkpoint_bytes(programs), training.checkpoint_bytes_per_second
+            ),
+        ) as checkpoints:
             # ---------------------------------------------------------------- start or continue
             # Processes that disagree on data, orders or checkpoint would wait in different
             # collectives or train on mixed batches; so they are compared before the first step.

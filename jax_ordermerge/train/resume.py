@@ -6,6 +6,7 @@ validation losses are measured. Its metadata identify the training.
 
 import hashlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,13 @@ def check_same(checkpoints: Checkpoints, done: int, programs: Programs) -> None:
                 f"checkpoint {done} in {checkpoints.directory.parent} is of another training"
                 f" ({name} differs); choose another output directory"
             )
+
+
+def checkpoint_bytes(programs: Programs) -> int:
+    """Return the bytes of a checkpoint, of all members and processes together."""
+    # the losses by sample are small beside the arrays of the members
+    leaves = jax.tree.leaves((programs.state, programs.best if programs.held_out else ()))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def save(

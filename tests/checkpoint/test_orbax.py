@@ -264,3 +264,17 @@ def test_what_cannot_be_read_is_not_called_damaged(saved, tmp_path):
         ):
             orbax.restore_member(tmp_path / "c", 4, 0, member)
     orbax.restore_member(tmp_path / "c", 4, 0, member)
+
+
+def test_a_save_is_given_the_time_that_its_bytes_take(tmp_path):
+    # Llama-2-7B, four members, on a file share of 2 TiB at 88 MiB/s per TiB: 29 minutes, of which
+    # Orbax allows 20
+    seconds = 324e9 / (2 * 88 * 2**20)
+    timeout = orbax.save_timeout(324 * 10**9, 2 * 88 * 2**20)
+    assert 1200 < seconds < timeout
+    with orbax.Checkpoints(tmp_path, timeout=timeout) as checkpoints:
+        # what Orbax waits by
+        manager = checkpoints._checkpointer._manager._checkpointer._async_manager
+        assert manager._timeout_secs == timeout
+    # small ones keep its own time
+    assert orbax.save_timeout(10**9, 200e6) == 1200

@@ -106,6 +106,32 @@ def test_settings_that_fit_and_settings_that_do_not():
     assert nothing.experiment.hours["training"] is None
 
 
+def test_saves_that_take_longer_than_what_lies_between_them():
+    sections = {
+        "population": {"members": 4},
+        "training": {"batch": 128, "checkpoint_every": 2},
+        "mesh": {"order": 4, "fsdp": -1},
+    }
+
+    def planned(**training):
+        changed = sections | {"training": sections["training"] | training}
+        done = plan(changed, "v5p:4x4x2", examples=7473, find_better=False)
+        return done.experiment, [note for note in done.notes if "to save" in note]
+
+    often, notes = planned()
+    # 12 bytes per parameter and member, at 200 MB per second
+    assert often.checkpoint_seconds == pytest.approx(often.checkpoint_bytes / 200e6)
+    assert often.checkpoint_seconds == pytest.approx(4 * 12 * 6.738e9 / 200e6, rel=1e-3)
+    assert often.saves_too_often
+    assert "a checkpoint takes 1,617 s to save" in notes[0]
+    fast, notes = planned(checkpoint_bandwidth=1e6)
+    assert (fast.saves_too_often, notes) == (False, [])
+    assert fast.checkpoint_interval == often.checkpoint_interval
+    # by default at the end of each epoch, of 59 steps
+    epochs, _ = planned(checkpoint_every=None)
+    assert epochs.checkpoint_interval == pytest.approx(59 / 2 * often.checkpoint_interval)
+
+
 def test_adapters_are_not_proposed_for_a_random_base():
     sections = {"population": {"members": 4}, "model": {"init": "random"}}
     nothing = plan(sections, "a100:1")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge import tree
-from jax_ordermerge.arch import tensor_table
+from jax_ordermerge.arch import parameter_count, tensor_table
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.data import order
 from jax_ordermerge.errors import Stopped, UserError
@@ -498,3 +498,20 @@ def test_a_second_interrupt_ends_at_once(interruptible, tmp_path, tiny_train, mo
         tiny_train(tmp_path, make_mesh(), on_line=twice)
     assert orbax.latest(tmp_path / "checkpoints") is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_timeout_of_a_save_follows_from_its_bytes(
+    tmp_path, tiny_train, tiny_model, monkeypatch
+):
+    class Asked(Exception):
+        pass
+
+    def open_checkpoints(directory, keep, on_saved, timeout):
+        raise Asked(timeout)
+
+    monkeypatch.setattr(loop, "Checkpoints", open_checkpoints)
+    with pytest.raises(Asked) as asked:
+        tiny_train(tmp_path, make_mesh(), training={"checkpoint_bandwidth": 1e-4})
+    # two members of parameters and two moments in float32, at 100 bytes per second, three times
+    size = 2 * 3 * 4 * parameter_count(tiny_model)
+    assert asked.value.args[0] == pytest.approx(3 * size / 100, rel=1e-3)
