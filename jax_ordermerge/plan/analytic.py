@@ -2,7 +2,7 @@
 
 It needs neither a device nor a compiler. Bytes that stay between steps (parameters, optimizer,
 base, batch) are exact, because shapes and shardings are those of the training itself. Temporaries,
-traffic and times are a model: `ASSUMPTIONS` and the comments below state it.
+traffic and times are a model: `assumptions` and the comments below state it.
 """
 
 import dataclasses
@@ -19,24 +19,29 @@ from jax_ordermerge.config import Training
 from jax_ordermerge.hardware import Topology
 from jax_ordermerge.mesh_shape import MeshShape, mesh_shape
 from jax_ordermerge.model import lora
+from jax_ordermerge.plan import calibration
 from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train import flops
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.optimizer import make_optimizer
 from jax_ordermerge.tree import PyTree
 
-# Fractions of the data sheet that programs reach in practice, and the fraction of the shorter of
-# overlapping times that still shows in the time of a step.
-MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.65, 0.8, 0.8
+# Fractions of the data sheet that programs reach in practice (of matmuls, see `calibration`), and
+# the fraction of the shorter of overlapping times that still shows in the time of a step.
+MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.8, 0.8
 _EXPOSED = 0.2
-ASSUMPTIONS = (
-    f"matmuls reach {MATMUL_EFFICIENCY:.0%} of the peak, memory {MEMORY_EFFICIENCY:.0%} and links"
-    f" {LINK_EFFICIENCY:.0%} of the data sheet",
-    "matmuls, memory and collectives overlap: a step takes the longest of them and"
-    f" {_EXPOSED:.0%} of the others",
-    "members of a device group run one after another",
-    "reading data, saving checkpoints, compilation and the network's latency take no time",
-)
+
+
+def assumptions(topology: Topology) -> tuple[str, ...]:
+    """Return what the estimate of times rests on, one sentence each."""
+    return (
+        calibration.describe(topology.device),
+        f"memory reaches {MEMORY_EFFICIENCY:.0%} and links {LINK_EFFICIENCY:.0%} of the data sheet",
+        "matmuls, memory and collectives overlap: a step takes the longest of them and"
+        f" {_EXPOSED:.0%} of the others",
+        "members of a device group run one after another",
+        "reading data, saving checkpoints, compilation and the network's latency take no time",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +165,12 @@ def peak_flops(spec: PlanSpec, topology: Topology) -> float:
     return topology.device.flops / (2 if half else 1)
 
 
+def matmul_flops(spec: PlanSpec, topology: Topology) -> float:
+    """Return the FLOP/s per device that matmuls of the compute dtype reach."""
+    assert topology.device is not None
+    return calibration.matmul_efficiency(topology.device) * peak_flops(spec, topology)
+
+
 def link_speed(axes: str, spec: PlanSpec, topology: Topology) -> float:
     """Return the bytes/s per device of collectives over mesh axes, such as `"fsdp tensor"`.
 
@@ -203,7 +214,7 @@ def with_times(estimate: StepEstimate, spec: PlanSpec, topology: Topology) -> St
     if device is None:
         return estimate
     times = {
-        "matmuls": estimate.flops / (MATMUL_EFFICIENCY * peak_flops(spec, topology)),
+        "matmuls": estimate.flops / matmul_flops(spec, topology),
         "memory": estimate.moved / (MEMORY_EFFICIENCY * device.bandwidth),
         "collectives": sum(
             size / (LINK_EFFICIENCY * link_speed(axes, spec, topology))

@@ -100,7 +100,7 @@ def plan_experiment(
         candidates=tuple(candidates[:_LISTED]),
         programs=planner.plan_programs(best.spec) if compiles else {},
         experiment=experiment,
-        assumptions=analytic.ASSUMPTIONS,
+        assumptions=analytic.assumptions(target),
         notes=tuple(notes),
     )
 

@@ -88,7 +88,7 @@ class _StageTimes:
         self.shards = self.sizes["fsdp"] * self.sizes["tensor"]
         self.parameters = parameter_count(inputs.model)
         self.bandwidth = analytic.MEMORY_EFFICIENCY * device.bandwidth
-        self.peak = analytic.peak_flops(spec, topology)
+        self.matmul_flops = analytic.matmul_flops(spec, topology)
 
     def merge(self) -> float:
         """Return the seconds of one merge in device memory.
@@ -107,7 +107,7 @@ class _StageTimes:
     def forward(self, tokens: int, length: int) -> float:
         """Return the seconds of a forward pass over `tokens` tokens in rows of `length`."""
         # examples are independent, so all devices work on them; the head and padding are included
-        speed = self.topology.size * analytic.MATMUL_EFFICIENCY * self.peak
+        speed = self.topology.size * self.matmul_flops
         return flops.forward_flops(self.model, tokens, length) / speed
 
     def token(self, positions: int) -> float:
@@ -121,7 +121,7 @@ class _StageTimes:
         read = item * self.parameters / self.shards + cached * item / self.sizes["tensor"]
         matmuls = 2 * self.parameters * rows / self.shards
         # the slower of memory and matmuls: small batches wait for memory, large ones for matmuls
-        return max(read / self.bandwidth, matmuls / (analytic.MATMUL_EFFICIENCY * self.peak))
+        return max(read / self.bandwidth, matmuls / self.matmul_flops)
 
     def evaluation(self) -> float | None:
         """Return the seconds of the losses and of all tasks; None without the number of examples.
