@@ -19,16 +19,22 @@ Collectives = dict[tuple[str, Axes], tuple[float, float]]
 
 # Examples of the lines that the patterns below find, in this order:
 #   %r = f32[8,4]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+#   %s = ((f32[8]{0}), f32[4]{0}) reduce-scatter-start(%x), ...    begins: operands, result
 #   replica_groups={{0,1},{2,3}}            groups listed
 #   replica_groups=[4,2]<=[2,2,2]T(0,2,1)   4 groups of 2: an iota, reshaped and transposed
 #   replica_groups=mesh['a'=2,'b'=8] {'b'}  axes of a mesh
 #   source_target_pairs={{0,1},{1,0}}       pairs of a permutation
 _COLLECTIVE = re.compile(
     r"= (?P<shape>\S.*?)"
-    r" (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r" (?P<kind>all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all"
+    r"|collective-permute|collective-broadcast)"
     r"(?P<start>-start)?\("
 )
-_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\w+)?)\[([\d,]*)\]")
+# The end of an operation that has begun elsewhere. Some versions of XLA repeat `calls=` there.
+_ENDING = re.compile(r" async-(?:update|done)\(")
+# TPUs reduce and scatter in a fusion, whose computation is an all-reduce and the slice of a device.
+_SCATTERED = "all-reduce-scatter"
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
@@ -139,14 +145,18 @@ def _parse(program: str, mesh: Mesh) -> tuple[dict[str, _Computation], str]:
             computation.calls.append((loop[2], int(trips[1]) if trips else loop[1]))
         elif branches := _BRANCHES.search(line):
             computation.calls.append((branches[1].split(",")[-1].strip().lstrip("%"), 1))
-        else:
+        elif not _ENDING.search(line):
             computation.calls += [(callee, 1) for callee in _CALLED.findall(line)]
         if collective := _COLLECTIVE.search(line):
             # a group of one device sends nothing and crosses no axis
             axes = _crossed_axes(_device_groups(line, mesh.size), mesh)
             if axes:
-                size = _received_bytes(collective, math.prod(mesh.shape[axis] for axis in axes))
-                computation.collectives.append((collective["kind"], axes, size))
+                size = _result_bytes(collective)
+                kind, group = collective["kind"], math.prod(mesh.shape[axis] for axis in axes)
+                if kind == "all-reduce" and name.startswith(_SCATTERED):
+                    # each device keeps a slice of the sum
+                    kind, size = "reduce-scatter", size / group
+                computation.collectives.append((kind, axes, size * _received(kind, group)))
     return dict(computations), entry
 
 
@@ -180,35 +190,61 @@ def _iterations(condition: _Computation, body: _Computation) -> int | None:
     return -(-condition.constants[limit] // stride)
 
 
-def _received_bytes(collective: re.Match[str], group: int) -> float:
-    """Return the bytes that each device of a group of this size receives."""
-    kind, arrays = collective["kind"], _array_bytes(collective["shape"])
-    size = sum(arrays)
-    # The result of an asynchronous start is a tuple of operands, results and, for a permutation,
-    # two numbers: only the results are received.
-    if collective["start"] and kind == "collective-permute":
-        size = arrays[1]
-    elif collective["start"] and kind == "all-gather":
-        size = sum(arrays[len(arrays) // 2 :])
+def _result_bytes(collective: re.Match[str]) -> float:
+    """Return the bytes of the results of a collective on each device."""
+    shape = collective["shape"]
+    if collective["start"]:
+        # What begins returns a tuple: operands, results, and for some kinds numbers. An all-reduce
+        # returns its results alone, unless its operands are a tuple of their own.
+        parts = _tuple_elements(shape)
+        if len(parts) > 1 and (collective["kind"] != "all-reduce" or parts[0].startswith("(")):
+            shape = parts[1]
+    return _array_bytes(shape)
+
+
+def _received(kind: str, group: int) -> float:
+    """Return the bytes that each device of a group receives, per byte of its result."""
     factors = {
         "all-reduce": 2 * (group - 1) / group,
         "reduce-scatter": group - 1,
         "collective-permute": 1,
+        "collective-broadcast": 1,
     }
-    return size * factors.get(kind, (group - 1) / group)
+    return factors.get(kind, (group - 1) / group)
+
+
+def _tuple_elements(shape: str) -> list[str]:
+    """Return the outer elements of a shape such as `((f32[4]{0}), f32[2]{0:T(256)})`.
+
+    Example:
+        >>> _tuple_elements("((f32[4]{0}, f32[8]), f32[2]{0:T(256)})")
+        ['(f32[4]{0}, f32[8])', 'f32[2]{0:T(256)}']
+    """
+    if not shape.startswith("("):
+        return [shape]
+    elements, depth, start = [], 0, 1
+    for position, character in enumerate(shape):
+        depth += (character in "([{") - (character in ")]}")
+        # a comma of the outer tuple, or its end
+        if (depth == 1 and character == ",") or (depth == 0 and position > start):
+            elements.append(shape[start:position].strip())
+            start = position + 1
+    return elements
 
 
 def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
 
-def _array_bytes(shape: str) -> list[int]:
-    """Return the bytes of each array of a shape such as `(f32[2]{0}, pred[3]{0})`."""
-    return [
+def _array_bytes(shape: str) -> float:
+    """Return the bytes of all arrays of a shape such as `(f32[2]{0}, pred[3]{0})`."""
+    # a pred takes a byte, an s4 half of one; of f8e4m3 the first number counts the bits
+    return sum(
         math.prod(_integers(extents))
-        * (1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8)
+        * (8 if dtype == "pred" else int(re.sub(r"\D+(\d+).*", r"\1", dtype)))
+        / 8
         for dtype, extents in _ARRAY.findall(shape)
-    ]
+    )
 
 
 def _device_groups(line: str, devices: int) -> Iterator[Sequence[int]]:

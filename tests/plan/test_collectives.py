@@ -62,6 +62,48 @@ from jax_ordermerge.plan.collectives import read_collectives
             " source_target_pairs={{0,1},{1,0}}",
             ("collective-permute", ("tensor",), 12),
         ),
+        # the forms in which XLA writes what begins, from its own tests and from compiled programs:
+        # operands, results, and numbers. Operands are not received.
+        (
+            "%a = ((f32[20]{0}), f32[10]{0}) reduce-scatter-start(%x), replica_groups=[4,2]<=[8],"
+            " dimensions={0}, to_apply=%add",
+            ("reduce-scatter", ("tensor",), 40),
+        ),
+        (
+            "%a = ((f32[16,64]{1,0:T(8,128)}, /*index=1*/bf16[16]{0}), (f32[2,64]{1,0:T(8,128)},"
+            " bf16[2]{0})) reduce-scatter-start(%x, %y), replica_groups=[1,8]<=[8]",
+            ("reduce-scatter", ("order", "fsdp", "tensor"), 7 * (512 + 4)),
+        ),
+        (
+            "%a = ((f32[1]{0}, bf16[4]{0}), (f32[2]{0}, bf16[8]{0})) all-gather-start(%x, %y),"
+            " replica_groups=[4,2]<=[8], dimensions={0}",
+            ("all-gather", ("tensor",), (8 + 16) / 2),
+        ),
+        (
+            "%a = ((f32[8]{0}), f32[8]{0}) all-to-all-start(%x), replica_groups=[4,2]<=[8]",
+            ("all-to-all", ("tensor",), 16),
+        ),
+        (
+            "%a = (f32[8]{0}, f32[2]{0}) all-reduce-start(%x, %y), replica_groups=[4,2]<=[8]",
+            ("all-reduce", ("tensor",), 40),
+        ),
+        (
+            "%a = ((f32[8]{0}), f32[8]{0}, u32[]) all-reduce-start(%x), replica_groups=[4,2]<=[8]",
+            ("all-reduce", ("tensor",), 32),
+        ),
+        (
+            "%a = ((f32[3]{0}, s8[2]{0}), (f32[3]{0}, s8[2]{0}), u32[], u32[])"
+            " collective-permute-start(%x, %y), source_target_pairs={{0,1},{1,0}}",
+            ("collective-permute", ("tensor",), 14),
+        ),
+        (
+            "%a = f8e4m3fn[16]{0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}",
+            ("all-gather", ("tensor",), 8),
+        ),
+        (
+            "%a = s4[16]{0} ragged-all-to-all(%x, %y), replica_groups=[4,2]<=[8]",
+            ("ragged-all-to-all", ("tensor",), 4),
+        ),
     ],
 )
 def test_received_bytes_by_kind_and_axes(line, expected):
@@ -76,6 +118,46 @@ def test_other_lines_are_no_read_collectives():
         "%c = f32[2] add(%all-reduce.1, %b)"
     )
     assert read_collectives(text, make_mesh(2, 2, 2)) == {}
+
+
+SCATTERED = """
+%all-reduce-scatter.3 (p: bf16[32,64]) -> bf16[16,64] {
+  %p = bf16[32,64]{1,0} parameter(0)
+  %r = bf16[32,64]{1,0} all-reduce(%p), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %s = bf16[16,64]{1,0} dynamic-slice(%r, %i, %zero), dynamic_slice_sizes={16,64}
+}
+
+ENTRY %main (x: bf16[32,64]) -> bf16[16,64] {
+  %x = bf16[32,64]{1,0} parameter(0)
+  ROOT %f = bf16[16,64]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+
+
+def test_a_fusion_that_reduces_and_scatters_is_no_all_reduce():
+    """A TPU receives the other half of its slice, as in a reduce-scatter of the result."""
+    collectives = read_collectives(SCATTERED, make_mesh(2, 2, 2))
+    assert collectives == {("reduce-scatter", ("tensor",)): (1, 16 * 64 * 2)}
+
+
+ASYNC = """
+%begun (x: f32[8]) -> f32[4] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %r = f32[4]{0} reduce-scatter(%x), replica_groups=[4,2]<=[8], to_apply=%add
+}
+
+ENTRY %main (x: f32[8]) -> f32[4] {
+  %x = f32[8]{0} parameter(0)
+  %start = ((f32[8]{0}), f32[4]{0}, u32[]) async-start(%x), calls=%begun
+  %update = ((f32[8]{0}), f32[4]{0}, u32[]) async-update(%start), calls=%begun
+  ROOT %done = f32[4]{0} async-done(%update), calls=%begun
+}
+"""
+
+
+def test_what_begins_and_ends_elsewhere_counts_once():
+    collectives = read_collectives(ASYNC, make_mesh(2, 2, 2))
+    assert collectives == {("reduce-scatter", ("tensor",)): (1, 16)}
 
 
 LOOP = """
