@@ -139,4 +139,3 @@ def test_equal_candidates_are_called_better_at_the_nominal_rate():
     # On the examples that chose it the winner looks better than the average far too often. That
     # is why a claim needs another split.
     assert naive / simulations > 0.08
-    print(claimed, against_any, naive)
