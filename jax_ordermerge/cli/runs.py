@@ -331,7 +331,7 @@ def launch(
         Argument(metavar="[OPTION=VALUE]...", help="Options of the target; see --options."),
     ] = None,
     *,
-    target: Annotated[str, Option(help="tpu-vm, gke, slurm or ssh.")],
+    target: Annotated[str, Option(help="tpu-vm, gke, slurm, ssh or skypilot.")],
     out: Annotated[Path | None, Option(help="File to write; printed by default.")] = None,
     submit: Annotated[bool, Option("--submit", help="Run it: sbatch, kubectl, bash.")] = False,
     list_options: Annotated[bool, Option("--options", help="List the options.")] = False,

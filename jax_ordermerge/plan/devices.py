@@ -35,6 +35,10 @@ _GPUS = {
 }
 
 
+# the extras cuda and cuda12
+_CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
+
 def has_compiler(topology: Topology) -> bool:
     """Return whether what is installed can compile programs for a topology."""
     # the devices of this process bring their compiler, and jaxlib always has that of CPUs
@@ -44,7 +48,7 @@ def has_compiler(topology: Topology) -> bool:
         return _is_installed("libtpu")
     # The data sheets of `hardware` lack what XLA asks for: a GPU that is not described here can
     # only be estimated.
-    return topology.device.name in _GPUS and _is_installed("jax_plugins.xla_cuda13")
+    return topology.device.name in _GPUS and any(map(_is_installed, _CUDA_PLUGINS))
 
 
 def _is_installed(module: str) -> bool:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import parameter_count
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.hardware import Topology, find, parse
 from jax_ordermerge.mesh_shape import mesh_shape
 from jax_ordermerge.plan import analytic, compiled, devices, search
@@ -67,17 +68,7 @@ def plan_experiment(
     spec.data.check_length(inputs.model.context_length, inputs.model_name)
     spec.population.check_groups(analytic.mesh_layout(spec, target).sizes["order"])
     notes = list(inputs.notes)
-    compiles = not analytic_only and devices.has_compiler(target)
-    if not compiles and not analytic_only:
-        notes.append(
-            f"no compiler for {target.name} is installed (pip install"
-            f' "jax_ordermerge[{devices.compiler_extra(target)}]"): all figures are estimates'
-        )
-    if compiles and not target.present and target.device and not target.tpu:
-        notes.append(
-            "attention is compiled as plain XLA; cuDNN, which `run` uses where possible, needs less"
-            " memory"
-        )
+    compiles = not analytic_only and _can_compile(target, notes)
     # the workload does not depend on the settings that the search changes
     planner = _Planner(target, inputs, measure_workload(spec, inputs), compiles, log)
     configured = planner.plan_step(spec, {})
@@ -103,6 +94,29 @@ def plan_experiment(
         assumptions=analytic.assumptions(target),
         notes=tuple(notes),
     )
+
+
+def _can_compile(target: Topology, notes: list[str]) -> bool:
+    """Return whether there is a compiler for a topology, and note why not, or what it differs in."""
+    if not devices.has_compiler(target):
+        notes.append(
+            f"no compiler for {target.name} is installed (pip install"
+            f' "jax_ordermerge[{devices.compiler_extra(target)}]"): all figures are estimates'
+        )
+        return False
+    if target.device is None or target.present or target.tpu:
+        return True
+    try:
+        devices.topology_devices(target)
+    except UserError as error:
+        # any number of GPUs exists, so it is the installation that is at fault
+        notes.append(f"{error}: all figures are estimates")
+        return False
+    notes.append(
+        "attention is compiled as plain XLA; cuDNN, which `run` uses where possible, needs less"
+        " memory"
+    )
+    return True
 
 
 def _present_topology(spec: PlanSpec) -> Topology:

@@ -55,6 +55,7 @@ OPTIONS = {
     },
     "gke": GPU,
     "slurm": {"nodes": "4", "gpus": "8"},
+    "skypilot": {"accelerators": "H100:8", "nodes": "4", "package": "x", "volume": "runs"},
     "ssh": {"hosts": "me@one,two", "gpus": "8"},
 }
 
@@ -144,6 +145,8 @@ def written_config(target, text):
             if document["kind"] == "ConfigMap"
         ]
         return data["config.yaml"]
+    if target == "skypilot":
+        text = yaml.safe_load(text)["run"]
     return re.search(r"<<'CONFIG'\n(.*?)^CONFIG$", text, re.DOTALL | re.MULTILINE).group(1)
 
 

@@ -16,7 +16,7 @@ from jax_ordermerge.data.tokenizers import load_tokenizer
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline
 from jax_ordermerge.experiment.specs import plan_spec
-from jax_ordermerge.plan import planner
+from jax_ordermerge.plan import devices, planner
 from jax_ordermerge.plan.formatting import as_json, describe_verdict
 from jax_ordermerge.plan.inputs import read_inputs
 from jax_ordermerge.plan.results import ProgramPlan
@@ -25,9 +25,8 @@ from jax_ordermerge.train import step as steps
 
 def plan(sections, topology, **options):
     spec = plan_spec(make_config(sections))
-    return planner.plan_experiment(
-        spec, topology, architecture="llama-2-7b", analytic_only=True, **options
-    )
+    options = {"analytic_only": True} | options
+    return planner.plan_experiment(spec, topology, architecture="llama-2-7b", **options)
 
 
 @pytest.mark.slow
@@ -104,6 +103,29 @@ def test_settings_that_fit_and_settings_that_do_not():
     assert all("lora.rank" in option.changes for option in nothing.candidates)
     assert any("another training" in note for note in nothing.notes)
     assert nothing.experiment.hours["training"] is None
+
+
+def test_a_compiler_for_gpus_that_does_not_start_is_one_note(monkeypatch):
+    def broken(*_arguments, **_description):
+        raise RuntimeError("Unable to load CUDA.\n  a traceback\n  of many lines")
+
+    monkeypatch.setattr(devices, "has_compiler", lambda topology: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", broken)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    settings = {"examples": 7473, "find_better": False, "analytic_only": False}
+    done = plan({"training": {"batch": 128}}, "h100:8", **settings)
+    assert done.configured.source == "analytic"
+    (note,) = [note for note in done.notes if "CUDA" in note]
+    assert "\n" not in note
+    assert note.startswith("cannot compile for h100:8: Unable to load CUDA.; install")
+    assert note.endswith(": all figures are estimates")
+
+
+def test_ironwood_is_planned_by_devices_of_half_a_chip():
+    done = plan({"training": {"batch": 128}}, "tpu7x:2x2x1", examples=7473, find_better=False)
+    assert done.topology.size == 8
+    # half of the 192 GiB of a chip, by Google's page
+    assert done.topology.device.memory == 96 * 2**30
 
 
 def test_saves_that_take_longer_than_what_lies_between_them():

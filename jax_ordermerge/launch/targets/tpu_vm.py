@@ -1,6 +1,5 @@
 """TPU VMs, created and watched by the scripts of tpu_scripts/."""
 
-import re
 from typing import ClassVar, Self
 
 import pydantic
@@ -17,12 +16,7 @@ from jax_ordermerge.launch.target import (
     exclusive,
     saves_by_time,
 )
-
-# By the pages of Cloud TPU: the number of a type counts cores (two per chip) for v4 and v5p, chips
-# for v5e and v6e. Chips per host: four, and for v5e and v6e eight on a host that is alone.
-_CORES_PER_CHIP = {"v4": 2, "v5p": 2, "v5litepod": 1, "v6e": 1}
-_HOST_CHIPS = 4
-_LONE_HOST_CHIPS = {"v4": 4, "v5p": 4, "v5litepod": 8, "v6e": 8}
+from jax_ordermerge.launch.tpu_types import TpuType, parse_type
 
 
 class TpuVm(Target):
@@ -76,16 +70,7 @@ class TpuVm(Target):
     @pydantic.field_validator("type")
     @classmethod
     def _known_type(cls, value: str) -> str:
-        family, _, number = value.partition("-")
-        if family == "tpu7x":
-            raise ValueError("Cloud TPU has no TPU7x as VMs; use --target gke accelerator=tpu7x")
-        if family not in _CORES_PER_CHIP or not re.fullmatch("[1-9][0-9]*", number):
-            known = ", ".join(f"{name}-N" for name in _CORES_PER_CHIP)
-            raise ValueError(f"type = {value}: expected {known}, such as v5p-64")
-        if int(number) % _CORES_PER_CHIP[family]:
-            raise ValueError(
-                f"type = {value}: the number of {family} counts cores, two per chip; give an even one"
-            )
+        parse_type(value)
         return value
 
     @pydantic.model_validator(mode="after")
@@ -93,41 +78,26 @@ class TpuVm(Target):
         exclusive(self, "spot", "reserved", "reservation", "flex_start")
         if self.flex_start != bool(self.max_duration):
             raise ValueError("flex_start and max_duration belong together; give both, or neither")
-        if self.flex_start and self._family not in ("v5litepod", "v6e"):
+        if self.flex_start and self.slice_type.family not in ("v5litepod", "v6e"):
             raise ValueError(f"flex_start is offered for v5e and v6e, not for {self.type}")
         return self
 
     @property
-    def _family(self) -> str:
-        return self.type.partition("-")[0]
-
-    @property
-    def slice_chips(self) -> int:
-        """Chips per slice; a chip is a jax device in all of these generations."""
-        return int(self.type.partition("-")[2]) // _CORES_PER_CHIP[self._family]
-
-    @property
-    def hosts(self) -> int:
-        """Hosts of all slices."""
-        alone = self.slice_chips <= _LONE_HOST_CHIPS[self._family]
-        return self.slices * (1 if alone else self.slice_chips // _HOST_CHIPS)
-
-    @property
-    def interruptible(self) -> bool:
-        """Whether the slices may be taken away."""
-        return self.spot
+    def slice_type(self) -> TpuType:
+        """What a slice consists of."""
+        return parse_type(self.type)
 
     def check(self, job: Job) -> None:
         """Refuse an output on the disk of a VM, and a mesh of another size."""
         # the disk of a VM goes with the slice, which is deleted at the end and at preemptions
-        separate = self.nfs is None and self.hosts > 1
+        separate = self.nfs is None and self.slices * self.slice_type.hosts > 1
         mount = self.mount if self.nfs else None
         check_output(job.output, mount, separate_disks=separate, remedy="nfs=HOST:/SHARE")
-        check_mesh(job, self.slices * self.slice_chips, self.slices)
+        check_mesh(job, self.slices * self.slice_type.chips, self.slices)
 
     def notes(self, job: Job) -> list[str]:
         """Return what the reader of the script should know."""
-        return saves_by_time(job) if self.interruptible else []
+        return saves_by_time(job) if self.spot else []
 
 
 TARGETS.register("tpu-vm", TpuVm)
