@@ -81,7 +81,7 @@ def describe(target_name: str) -> list[OptionHelp]:
     """
     options = []
     for name, field in TARGETS[target_name].model_fields.items():
-        default = "" if field.default is None else str(field.default)
+        default = "" if field.default in (None, ()) else str(field.default)
         # without a default `field.default` is a marker of pydantic, which must not be shown
         default = "required" if field.is_required() else default
         options.append(OptionHelp(name, default, field.description or ""))

@@ -132,7 +132,13 @@ def test_gcloud_parses_every_line(tmp_path):
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 def test_kubectl_parses_every_line(tmp_path):
-    (tmp_path / "config").write_text("apiVersion: v1\nkind: Config\n")
+    # a cluster that is not there, on a port that nothing listens on
+    cluster = "{name: a, cluster: {server: 'http://127.0.0.1:9'}}"
+    context = "{name: a, context: {cluster: a}}"
+    (tmp_path / "config").write_text(
+        f"apiVersion: v1\nkind: Config\nclusters: [{cluster}]\ncontexts: [{context}]\n"
+        "current-context: a\n"
+    )
     (tmp_path / "jobset.yaml").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n")
     (tmp_path / "token").write_text("not a token")
     environment = os.environ | {"KUBECONFIG": str(tmp_path / "config")}
@@ -144,7 +150,7 @@ def test_kubectl_parses_every_line(tmp_path):
             ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         # a cluster is all that is missing
-        assert done.returncode == 0 or "localhost:8080" in done.stderr, done.stderr
+        assert done.returncode == 0 or "127.0.0.1:9" in done.stderr, done.stderr
         assert "unknown flag" not in done.stderr
 
 
