@@ -28,7 +28,7 @@ from jax_ordermerge.experiment.specs import data_settings, training_spec
 from jax_ordermerge.experiment.splits import Overlap, check_same_data, find_overlaps
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.sources.references import base_dtype, read_prompt_format
-from jax_ordermerge.train import trackers
+from jax_ordermerge.train import compiler_options, trackers
 from jax_ordermerge.train.spec import TrainingSpec
 
 Log = Callable[[str], None]
@@ -187,6 +187,7 @@ def load_context(
     processes.check_alike(shared)
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     preflight.check_groups(config, mesh.shape["order"])
+    compiler_options.check(config.model, mesh)
     base_dir = convert.resolve(config.model.base)
     model = convert.load_config(base_dir, config.model.ignore_config_keys)
     preflight.check_model(config, base_dir, model)

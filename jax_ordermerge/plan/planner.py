@@ -20,6 +20,7 @@ from jax_ordermerge.plan.inputs import Inputs, measure_workload, read_inputs
 from jax_ordermerge.plan.results import OptionPlan, Plan, ProgramPlan, Settings, list_changes
 from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.plan.stages import plan_stages
+from jax_ordermerge.train import compiler_options
 
 _WORTHWHILE = 0.9  # fraction of the time below which other settings are recommended
 _COMPILED = 3  # candidates to compile, at most: each takes up to minutes
@@ -71,6 +72,10 @@ def plan_experiment(
     compiles = not analytic_only and _can_compile(target, notes)
     # the workload does not depend on the settings that the search changes
     planner = _Planner(target, inputs, measure_workload(spec, inputs), compiles, log)
+    if compiles:
+        compiler_options.check(spec.model, planner.mesh(spec))
+    elif spec.model.compiler_preset or spec.model.compiler_options:
+        notes.append("compiler options are not checked, since nothing is compiled")
     configured = planner.plan_step(spec, {})
     # options are ranked by time, which takes a data sheet
     candidates = planner.search(spec, notes) if find_better and target.device else []

@@ -25,6 +25,7 @@ from jax_ordermerge.merge.methods import selection
 from jax_ordermerge.merge.methods.linear import combine
 from jax_ordermerge.merge.methods.reductions import rounded
 from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.compiler_options import EXACT
 from jax_ordermerge.tree import Tree
 
 _MAX_COLUMNS = 32  # of a tile: few, so that tiles lie within the shards of a divided axis
@@ -70,7 +71,7 @@ def compile_mixing(
     program = jax.jit(
         mix, in_shardings=(shardings, replicated), out_shardings=shardings, donate_argnums=0
     )
-    compiled = program.lower(params, step).compile(steps.EXACT)
+    compiled = program.lower(params, step).compile(EXACT)
 
     def mix_state(state: steps.TrainState, done: int) -> steps.TrainState:
         if done % settings.every:

@@ -13,7 +13,7 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
-from jax_ordermerge.train import batches, mixing, optimizer, validation
+from jax_ordermerge.train import batches, compiler_options, mixing, optimizer, validation
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.step import TrainState
@@ -93,7 +93,8 @@ class Programs:
             lengths=self.plan.lengths,
             specs=unflatten(specs),
         )
-        return steps.compile_step(step, self.mesh, self.state, self.batch, self.frozen)
+        options = compiler_options.resolve(self.spec.model, self.mesh)
+        return steps.compile_step(step, self.mesh, self.state, self.batch, self.frozen, options)
 
     def compile_mixing(self) -> Callable[[TrainState, int], TrainState]:
         """Return `(state, steps done) -> state`, the mixing after a step; by default nothing."""

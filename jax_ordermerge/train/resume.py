@@ -48,6 +48,9 @@ def identity(programs: Programs) -> Json:
     # only where it differs from before, so that a training that was begun before it can continue
     if spec.population.vary != "order":
         deciding["vary"] = spec.population.vary
+    # they may change the order of additions
+    options = {"compiler_preset", "compiler_options"}
+    deciding["model"] |= spec.model.model_dump(mode="json", include=options, exclude_defaults=True)
     if programs.held_out:
         deciding["validation"] = programs.held_out.digest
     return {

@@ -17,15 +17,13 @@ from jax.sharding import PartitionSpec as P
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
 from jax_ordermerge.data.pack import SEQUENCES
+from jax_ordermerge.train.compiler_options import EXACT, Options
 from jax_ordermerge.train.objective import ExampleSums, Objective
 from jax_ordermerge.tree import PyTree, Tree
 
 T = TypeVar("T")
 Batch = dict[str, jax.Array]
 Step = Callable[["TrainState", Batch, Tree], tuple["TrainState", "Metrics"]]
-# By default XLA may compute in float32 where the program says bfloat16. Where it does so depends on
-# the mesh, and a member would no longer be the same alone and in a population.
-EXACT: dict[str, str | bool] = {"xla_allow_excess_precision": False}
 
 
 class TrainState(NamedTuple):
@@ -228,6 +226,7 @@ def compile_step(
     state: TrainState,
     batch: Mapping[str, jax.ShapeDtypeStruct],
     frozen: Tree,
+    options: Options = EXACT,
 ) -> Step:
     """Compile a step of one member over the population.
 
@@ -240,6 +239,7 @@ def compile_step(
         state: from `abstract_state`; it is donated.
         batch: abstract, with a leading `M` and shardings.
         frozen: abstract, with shardings and without `M`: one copy for all members.
+        options: of the compiler, see `compiler_options.resolve`.
     """
     # Why not `jax.vmap` over members: it turns their matmuls into batched ones, which sum in
     # another order, so a member would not have the bits that it has alone. It also needs the
@@ -254,7 +254,7 @@ def compile_step(
         # would be in memory.
         donate_argnums=0,
     )
-    return population.lower(state, batch, frozen).compile(EXACT)
+    return population.lower(state, batch, frozen).compile(options)
 
 
 def place(arrays: Tree, abstract: Tree) -> Tree:

@@ -22,6 +22,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.order import PADDING
 from jax_ordermerge.train import batches
 from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.compiler_options import EXACT
 from jax_ordermerge.train.objective import ExampleSums, Objective
 from jax_ordermerge.tree import Tree
 
@@ -172,7 +173,7 @@ def compile_measure(
         out_shardings=(steps.shardings(best), NamedSharding(mesh, P("order"))),
         donate_argnums=0,
     )
-    compiled = population.lower(best, weights, shared).compile(steps.EXACT)
+    compiled = population.lower(best, weights, shared).compile(EXACT)
 
     def call(best: Best, weights: Tree, done: int, frozen: Tree) -> tuple[Best, jax.Array]:
         return compiled(

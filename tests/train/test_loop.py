@@ -379,7 +379,7 @@ def test_members_of_no_training(tiny_spec, tiny_model, tmp_path):
 def diverging(at, place, bad=np.nan):
     """A step that is no model but reports a bad loss, by default one that is not finite."""
 
-    def compile_step(step, mesh, state, batch, frozen):
+    def compile_step(step, mesh, state, batch, frozen, options):
         def fake(state, batch, frozen):
             sums = np.ones(batch["ids"].shape, np.float32)
             loss, counted = np.ones(2, np.float32), int(fake.calls)
