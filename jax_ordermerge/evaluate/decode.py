@@ -225,8 +225,10 @@ def _generate(
     # Longest first: rows of similar length share a bucket, and a batch that does not fit the memory
     # fails at once.
     queue = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(queue), batch):
-        rows = queue[first : first + batch]
+    # Equal batches: a smaller last one would be a bucket, hence a compilation, of its own.
+    size = -(-len(prompts) // -(-len(prompts) // batch))
+    for first in range(0, len(queue), size):
+        rows = queue[first : first + size]
         tokens_BT, lengths_B = _left_pad([prompts[i] for i in rows], batch)
         # Keys go with the rows, wherever the sorting has put them.
         key_bits_B2 = np.zeros((len(lengths_B), 2), np.uint32)

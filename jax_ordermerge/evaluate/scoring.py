@@ -313,17 +313,21 @@ def _ensemble(config: ModelConfig, dtype: str) -> _Program:
 
 def _place(batch: pack.Batch, mesh: Mesh, population: bool) -> dict[str, jax.Array]:
     """Put a batch on the mesh: [B, T] for a population, [order, B / order, T] for one model."""
-
-    def put(array: np.ndarray) -> jax.Array:
-        if population:
-            sharding = meshes.sharding(("batch", None), array.shape, mesh)
-        else:
-            array = array.reshape(mesh.shape["order"], -1, *array.shape[1:])
-            sharding = _row_sharding(mesh, array.shape)
-        # Every process has the whole batch and places its shards of it.
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    return {name: put(batch[name]) for name in pack.SEQUENCES}
+    arrays = {name: batch[name] for name in pack.SEQUENCES}
+    if not population:
+        groups = mesh.shape["order"]
+        arrays = {name: x.reshape(groups, -1, *x.shape[1:]) for name, x in arrays.items()}
+    shape = arrays["tokens"].shape
+    sharding = (
+        meshes.sharding(("batch", None), shape, mesh) if population else _row_sharding(mesh, shape)
+    )
+    if jax.process_count() == 1:  # one call, since each takes longer than the copy
+        return jax.device_put(arrays, sharding)
+    # Every process has the whole batch and places its shards of it.
+    return {
+        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        for name, x in arrays.items()
+    }
 
 
 def _row_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

@@ -49,9 +49,11 @@ def task_settings(ctx: RunContext, measures: Mapping[str, Measure]) -> list[Json
 
 
 def _loss(ctx: RunContext) -> Measure:
+    sequences = 1 if ctx.splits["validation"].rejected is None else 2  # of an example
     return Measure(
         lambda params, examples: losses.example_losses(ctx, params, examples).sums,
         lambda examples: examples.loss_counts,
+        batch=ctx.config.analysis.batch // sequences,
     )
 
 

@@ -5,6 +5,7 @@ Nothing is written to disk. A candidate has the same bits as the merge of the sa
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.layout import member_name
-from jax_ordermerge.merge import population, rescale
+from jax_ordermerge.merge import blocks, population, rescale
 from jax_ordermerge.merge.methods import table
 
 BASE, MEMBER = "base", "member"  # candidates that are no merges
@@ -161,25 +162,47 @@ class Population:
         """Number of members M."""
         return tree.size(self.members)
 
+    @functools.cached_property
+    def blocks(self) -> blocks.Blocks | None:
+        """The population as runs of elements, None where it is too large for that."""
+        if not blocks.fits(self.members):
+            return None
+        return blocks.Blocks(self.members, self.base, self.model, self.dtype)
+
     def build(self, candidate: Candidate) -> tree.Tree:
         """Return the parameters of a candidate, in `dtype`.
 
         The bits equal those of the same merge of files. Numeric hyperparameters are traced, so
-        another value of one does not compile again.
+        another value of one does not compile again. Of a small model, `blocks` has one program for
+        all shapes.
 
         Raises:
             UserError: see `check`.
         """
         if candidate.method == BASE:
             return self.base
+        scales = self._scales(candidate)
         if candidate.method == MEMBER:
-            number, scales = candidate.parameters["number"], self._scales(candidate)
+            number = candidate.parameters["number"]
             if scales is None:
                 return rescale.take_member(self.members, number)
+            if self.blocks is not None:
+                return self.blocks.rescale_member(number, scales)
             return rescale.rescale_member(
                 self.members, self.base, self.model, number, scales=scales, dtype=self.dtype
             )
         check(candidate, self.count, self.model)
+        merged = None
+        if self.blocks is not None:
+            merged = self.blocks.merge(
+                method=candidate.method,
+                seed=candidate.seed,
+                weights=candidate.weights,
+                parameters=candidate.parameters,
+                scales=scales,
+            )
+        if merged is not None:
+            return merged
         return population.merge(
             self.members,
             self.base,
@@ -188,7 +211,7 @@ class Population:
             seed=candidate.seed,
             weights=candidate.weights,
             parameters=candidate.parameters,
-            scales=self._scales(candidate),
+            scales=scales,
             dtype=self.dtype,
         )
 

@@ -17,10 +17,12 @@ class Measure(NamedTuple):
     Attributes:
         sums: of a model on examples, float64[n]: the summed loss of each, or 1 for a wrong answer.
         counts: what they are divided by, float64[n]: tokens, or 1.
+        batch: examples of one forward pass; fewer take as long, since it is padded.
     """
 
     sums: Callable[[Tree, Examples], np.ndarray]
     counts: Callable[[Examples], np.ndarray]
+    batch: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,27 +88,73 @@ class _Sums:
         self, candidate: Candidate, names: Sequence[str], examples: Examples, subset: int
     ) -> np.ndarray:
         """Return the sums of the measures `names`, float64[J, n]; `subset` names the examples."""
-
-        def measure() -> np.ndarray:
-            with self._population.build_temporarily(candidate) as params:
-                return np.stack([self._measured[name].sums(params, examples) for name in names])
-
         # Not built at all where the cache has the sums.
-        return self._cache.get_or_measure(candidate.key, subset, measure)
+        return self._cache.get_or_measure(
+            candidate.key, subset, lambda: self._measure(candidate, names, examples)
+        )
+
+    def on_subsets(
+        self, names: Sequence[str], examples: Examples, sizes: Sequence[int]
+    ) -> Callable[[Candidate, int], np.ndarray]:
+        """Return the function from a candidate and a subset to the sums on what the subset adds.
+
+        Args:
+            names: of the measures.
+            examples: in the order of the subsets.
+            sizes: of the nested subsets.
+        """
+        passes = subsets_by_pass(sizes, min(self._measured[name].batch for name in names))
+        starts = [0, *sizes]
+        taken = {
+            part: examples.take(np.arange(starts[part.start], starts[part.stop]))
+            for part in {*passes}
+        }
+        ahead: dict[tuple[str, int], np.ndarray] = {}
+
+        def measure(candidate: Candidate, subset: int) -> np.ndarray:
+            key, part = candidate.key, passes[subset]
+            if (key, subset) not in ahead:
+                # Always all subsets of the pass: a search that continues has the same bits.
+                sums = self._measure(candidate, names, taken[part])
+                ends = [starts[number] - starts[part.start] for number in part[1:]]
+                for number, split in zip(part, np.split(sums, ends, axis=1), strict=True):
+                    ahead[key, number] = split
+            return ahead.pop((key, subset))
+
+        return lambda candidate, subset: self._cache.get_or_measure(
+            candidate.key, subset, lambda: measure(candidate, subset)
+        )
+
+    def _measure(
+        self, candidate: Candidate, names: Sequence[str], examples: Examples
+    ) -> np.ndarray:
+        with self._population.build_temporarily(candidate) as params:
+            return np.stack([self._measured[name].sums(params, examples) for name in names])
 
 
-def _shuffle_and_cut(
-    validation: Examples, smallest: int, seed: int
-) -> tuple[Examples, list[Examples]]:
-    """Return the examples in another order, and what each nested subset of them adds."""
-    # Shuffled, because files are often sorted: the first subset would not be like all of it. By
-    # seed, so that a search that continues has the same subsets.
-    validation = validation.take(permutation(len(validation), seed, "search", "items"))
-    sizes = subset_sizes(len(validation), smallest)
-    return validation, [
-        validation.take(np.arange(first, end))
-        for first, end in zip([0, *sizes], sizes, strict=False)
-    ]
+def subsets_by_pass(sizes: Sequence[int], batch: int) -> list[range]:
+    """Return with which subsets each of the nested subsets is measured: those of one forward pass.
+
+    Most candidates see the first subset alone, which fills a part of a pass. The next ones fill the
+    rest of it at no cost.
+
+    Args:
+        sizes: of the subsets, ascending.
+        batch: examples of one pass.
+
+    Example:
+        >>> subsets_by_pass([16, 32, 64, 128], 64)
+        [range(0, 3), range(0, 3), range(0, 3), range(3, 4)]
+    """
+    passes, first = list[range](), 0
+    while first < len(sizes):
+        start = sizes[first - 1] if first else 0
+        end = first + 1
+        while end < len(sizes) and sizes[end] - start <= batch:
+            end += 1
+        passes += [range(first, end)] * (end - first)
+        first = end
+    return passes
 
 
 def run_search(
@@ -147,8 +193,10 @@ def run_search(
     """
     start = time.perf_counter()
     sampler = sampling.make_sampler(space, population.count, seed)
-    validation, subsets = _shuffle_and_cut(validation, space.smallest, seed)
-    sizes = np.cumsum([len(subset) for subset in subsets]).tolist()
+    # Shuffled, because files are often sorted: the first subset would not be like all of it. By
+    # seed, so that a search that continues has the same subsets.
+    validation = validation.take(permutation(len(validation), seed, "search", "items"))
+    sizes = subset_sizes(len(validation), space.smallest)
     # A cache of other settings would give losses of other models or examples.
     settings = {
         **provenance,
@@ -162,7 +210,7 @@ def run_search(
             population.count,
             np.stack([measured[name].counts(validation) for name in space.measure]),
             sizes,
-            lambda candidate, subset: sums(candidate, space.measure, subsets[subset], subset),
+            sums.on_subsets(space.measure, validation, sizes),
             functools.partial(check, members=population.count, model=population.model),
             log,
         )

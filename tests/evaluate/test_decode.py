@@ -141,6 +141,15 @@ def test_one_compilation_per_bucket():
     assert decode._decode._cache_size() == 2
 
 
+def test_batches_of_a_task_share_a_program():
+    """Nine prompts in batches of up to four: three each, in a bucket of four."""
+    decode._decode.clear_cache()
+    prompts = [[5, 1 + number] for number in range(9)]
+    rows = generate(prompts, batch=4)
+    assert decode._decode._cache_size() == 1
+    assert rows == [generate([prompt], batch=4)[0] for prompt in prompts]
+
+
 def test_buckets_waste_at_most_half():
     for size in range(1, 2000):
         assert size <= decode.bucket(size) <= max(2 * size - 1, 1)

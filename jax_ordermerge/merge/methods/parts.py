@@ -167,26 +167,37 @@ class Sums:
 
     def add(self, result: ArrayTree) -> None:
         """Add the result of the next part."""
-        # on the device: 32 partial sums per block become one before they are copied to the host
-        if any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(result)):
-            result = _fold_floats(result)
-        self._results.append(jax.device_get(result))
+        self._results.append(fetch(result))
 
     def result(self) -> Any:
         """Return the totals."""
-        return jax.tree.map(self._combine, *self._results)
+        return jax.tree.map(lambda *results: combine(results, self._reduce), *self._results)
 
-    def _combine(self, *results: np.ndarray) -> np.ndarray:
-        if np.issubdtype(results[0].dtype, np.integer):
-            # a part has fewer than 2^32 elements, so its counts fit into uint32; a tensor may have
-            # more
-            integers = [result.astype(np.int64) for result in results]
-            if self._reduce == "join":
-                return np.concatenate(integers, axis=-1)
-            return np.sum(integers, axis=0)
-        # One float64 sum over all blocks in order. Adding up part by part would round at the
-        # boundaries of parts, and the bits would depend on where these lie.
-        return np.concatenate(results, axis=-1).astype(np.float64).sum(axis=-1)
+
+def fetch(result: ArrayTree) -> ArrayTree:
+    """Copy what a function returned to the host, with each 32 partial sums added up."""
+    # on the device: 32 partial sums per block become one before they are copied
+    if any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(result)):
+        result = _fold_floats(result)
+    return jax.device_get(result)
+
+
+def combine(results: Sequence[np.ndarray], reduce: Reduce) -> np.ndarray:
+    """Return the total of what `fetch` returned for the parts of a tensor, in order.
+
+    Example:
+        >>> combine([np.array([1, 2]), np.array([3, 4])], "join").tolist()
+        [1, 2, 3, 4]
+    """
+    if np.issubdtype(results[0].dtype, np.integer):
+        # a part has fewer than 2^32 elements, so its counts fit into uint32; a tensor may have more
+        integers = [result.astype(np.int64) for result in results]
+        if reduce == "join":
+            return np.concatenate(integers, axis=-1)
+        return np.sum(integers, axis=0)
+    # One float64 sum over all blocks in order. Adding up part by part would round at the
+    # boundaries of parts, and the bits would depend on where these lie.
+    return np.concatenate(results, axis=-1).astype(np.float64).sum(axis=-1)
 
 
 @jax.jit

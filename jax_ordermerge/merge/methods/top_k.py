@@ -8,7 +8,7 @@ is exact because counts are integers. Ties are broken in a defined way everywher
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from jax_ordermerge.merge.methods.reductions import BLOCK, count_true
 
 _GUESS = 1  # which of the first thresholds is the expected cut, see `_thresholds_from_sample`
 Values = Callable[..., Sequence[jax.Array]]
+# Elements of a tensor whose values are copied to the host and ranked there: one program and one
+# pass, where counting takes four programs and some ten passes, each of which the host waits for.
+_ON_HOST = 1 << 18
 
 
 def magnitudes(part: Part) -> list[jax.Array]:
@@ -85,41 +88,107 @@ def find_largest(
     keep = np.asarray(keep, np.int64)
     size = math.prod(tensor.shape)
     # the search needs 1 .. n; kinds that keep nothing or everything are set right at the end
-    cut = cut_of_largest(tensor, np.clip(keep, 1, size), values, *arrays)
+    counts: _Counts = (_OnHost if size <= _ON_HOST else _OnDevices)(tensor, values, arrays)
+    cut, above = counts.cut(np.clip(keep, 1, size))
     nothing, everything = keep <= 0, keep >= size
-    ties = np.where(nothing | everything, 0, keep - cut.above)  # how many equal values are kept
+    ties = np.where(nothing | everything, 0, keep - above)  # how many equal values are kept
     block, within = np.zeros(len(keep), np.int64), np.zeros(len(keep), np.int64)
     if ties.any():
-        equal = cut.equal
-        # the first pass of the search counted the blocks at its guess; one more where that was
-        # wrong
-        if not (cut.value == cut.guess)[ties > 0].all():
-            equal = tensor.total(_equal_by_block, cut.value, *arrays, of=values, reduce="join")
+        equal = counts.equal_by_block(cut, ties > 0)
         # the block in which the last kept value lies, and how many values of it are kept
         ranks, order = _block_ranks(equal.shape[1])
         cumulative = np.cumsum(equal[:, order], axis=1)
         nth = (cumulative[:, :-1] < ties[:, None]).sum(axis=1)
         last, kind = order[nth], np.arange(len(keep))
         missing = ties - (cumulative[kind, nth] - equal[kind, last])
-        bits = tensor.total(
-            _equal_in_block,
-            cut.value,
-            last.astype(np.uint32),
-            *arrays,
-            of=values,
-            among=BLOCK * last,
-        )
-        # little endian on every host: bit b of word w is element 32 w + b of the block
-        flags = np.unpackbits(bits.astype("<u4").view(np.uint8), axis=1, bitorder="little")
+        flags = counts.equal_in_block(cut, last)
         position = (np.cumsum(flags[:, :-1], axis=1) < missing[:, None]).sum(axis=1) + 1
         block, within = np.where(ties > 0, ranks[last], 0), np.where(ties > 0, position, 0)
-    least = np.where(everything, 0, cut.value.astype(np.int64) + 1)
+    least = np.where(everything, 0, cut.astype(np.int64) + 1)
     return {
         # values are below 2^32 - 1, so this least keeps none
         "least": np.where(nothing, 0xFFFFFFFF, least).astype(np.uint32),
         "block": block.astype(np.uint32),
         "within": within.astype(np.uint32),
     }
+
+
+class _Counts(Protocol):
+    """What `find_largest` asks of a tensor, of K kinds of values."""
+
+    def cut(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the `keep` largest values end, uint32[K], and how many are greater."""
+
+    def equal_by_block(self, cut: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+        """Count the values equal to the cut, int64[K, blocks], right where bool[K] `kinds` is."""
+
+    def equal_in_block(self, cut: np.ndarray, block: np.ndarray) -> np.ndarray:
+        """Return which values of one block are equal to the cut, bool[K, 256]."""
+
+
+class _OnDevices:
+    """Counts by passes over the tensor."""
+
+    def __init__(self, tensor: Tensor, values: Values, arrays: Sequence[ArrayTree]) -> None:
+        self._tensor, self._values, self._arrays = tensor, values, arrays
+
+    def cut(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self._cut = cut_of_largest(self._tensor, keep, self._values, *self._arrays)
+        return self._cut.value, self._cut.above
+
+    def equal_by_block(self, cut: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+        # the first pass of the search counted the blocks at its guess; one more where that was
+        # wrong
+        if (cut == self._cut.guess)[kinds].all():
+            return self._cut.equal
+        counts: np.ndarray = self._tensor.total(
+            _equal_by_block, cut, *self._arrays, of=self._values, reduce="join"
+        )
+        return counts
+
+    def equal_in_block(self, cut: np.ndarray, block: np.ndarray) -> np.ndarray:
+        bits = self._tensor.total(
+            _equal_in_block,
+            cut,
+            block.astype(np.uint32),
+            *self._arrays,
+            of=self._values,
+            among=(BLOCK * block).tolist(),
+        )
+        # little endian on every host: bit b of word w is element 32 w + b of the block
+        return np.unpackbits(bits.astype("<u4").view(np.uint8), axis=1, bitorder="little") > 0
+
+
+class _OnHost:
+    """Counts of the values of a small tensor, which are read once."""
+
+    def __init__(self, tensor: Tensor, values: Values, arrays: Sequence[ArrayTree]) -> None:
+        joined = tensor.total(_all_values, *arrays, values=values, reduce="join")
+        self._values = joined.astype(np.uint32)
+
+    def cut(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        size = self._values.shape[1]
+        cut = np.array(
+            [np.partition(x, size - k)[size - k] for x, k in zip(self._values, keep, strict=True)]
+        )
+        return cut, (self._values > cut[:, None]).sum(axis=1)
+
+    def equal_by_block(self, cut: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+        return self._equal(cut).sum(axis=2)
+
+    def equal_in_block(self, cut: np.ndarray, block: np.ndarray) -> np.ndarray:
+        return self._equal(cut)[np.arange(len(cut)), block]
+
+    def _equal(self, cut: np.ndarray) -> np.ndarray:
+        """Return which values are equal to the cut, bool[K, blocks, 256]."""
+        equal = self._values == cut[:, None]
+        padded = np.pad(equal, ((0, 0), (0, -equal.shape[1] % BLOCK)))
+        return padded.reshape(len(cut), -1, BLOCK)
+
+
+def _all_values(part: Part, *arrays: ArrayTree, values: Values) -> jax.Array:
+    """Return the values of a part, uint32[K, n]."""
+    return jnp.stack([x.ravel() for x in values(part, *arrays)])
 
 
 def is_largest(value: jax.Array, place: Place, largest: Prepared, i: int) -> jax.Array:
