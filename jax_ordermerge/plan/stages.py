@@ -76,7 +76,11 @@ def _checkpoint_interval(spec: PlanSpec, training: OptionPlan) -> float | None:
         steps = math.ceil(training.work.steps / spec.training.epochs)
     if steps is None or training.step.seconds is None:
         return None
-    return steps * training.step.seconds
+    interval = steps * training.step.seconds
+    if spec.training.checkpoint_minutes is None:
+        return interval
+    # at the next step that is logged, which is close to it for all but the shortest times
+    return min(interval, 60 * spec.training.checkpoint_minutes)
 
 
 class _StageTimes:

@@ -152,6 +152,10 @@ def test_saves_that_take_longer_than_what_lies_between_them():
     # by default at the end of each epoch, of 59 steps
     epochs, _ = planned(checkpoint_every=None)
     assert epochs.checkpoint_interval == pytest.approx(59 / 2 * often.checkpoint_interval)
+    # by time, where that is more often
+    minutely, notes = planned(checkpoint_every=1000, checkpoint_minutes=1)
+    assert (minutely.checkpoint_interval, len(notes)) == (60, 1)
+    assert planned(checkpoint_minutes=1000)[0].checkpoint_interval == often.checkpoint_interval
 
 
 def test_adapters_are_not_proposed_for_a_random_base():
