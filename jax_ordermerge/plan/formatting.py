@@ -175,8 +175,9 @@ def describe_saves(experiment: ExperimentPlan) -> str:
     seconds, interval = experiment.checkpoint_seconds, experiment.checkpoint_interval
     return (
         f"a checkpoint takes {seconds:,.0f} s to save and the next follows after {interval:,.0f} s,"
-        " so that the devices wait: save less often (training.checkpoint_every), or on faster"
-        " storage (then raise training.checkpoint_bandwidth)"
+        " so that the devices wait: save less often (training.checkpoint_every,"
+        " training.checkpoint_minutes), or on faster storage (then raise"
+        " training.checkpoint_bandwidth)"
     )
 
 

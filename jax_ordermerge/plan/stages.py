@@ -70,17 +70,18 @@ def _checkpoint_bytes(spec: PlanSpec, model: ModelConfig) -> int:
 
 def _checkpoint_interval(spec: PlanSpec, training: OptionPlan) -> float | None:
     """Return the seconds of training between two checkpoints."""
-    steps = spec.training.checkpoint_every
+    steps, minutes = spec.training.checkpoint_every, spec.training.checkpoint_minutes
     if steps is None and training.work.steps is not None:
         # as a training does without the setting: at the end of each epoch
         steps = math.ceil(training.work.steps / spec.training.epochs)
-    if steps is None or training.step.seconds is None:
+    seconds = training.step.seconds
+    if seconds is None:
         return None
-    interval = steps * training.step.seconds
-    if spec.training.checkpoint_minutes is None:
-        return interval
-    # at the next step that is logged, which is close to it for all but the shortest times
-    return min(interval, 60 * spec.training.checkpoint_minutes)
+    intervals = [] if steps is None else [steps * seconds]
+    if minutes is not None:
+        # at the next step that is logged, and not within the interval of logging
+        intervals.append(max(60 * minutes, spec.training.log_every * seconds))
+    return min(intervals, default=None)
 
 
 class _StageTimes:

@@ -149,6 +149,9 @@ def test_saves_that_take_longer_than_what_lies_between_them():
     fast, notes = planned(checkpoint_bandwidth=1e6)
     assert (fast.saves_too_often, notes) == (False, [])
     assert fast.checkpoint_interval == often.checkpoint_interval
+    # by time only at steps that are logged, which may be further apart
+    timed, _ = planned(checkpoint_every=1000, checkpoint_minutes=0.01, log_every=10)
+    assert timed.checkpoint_interval == pytest.approx(10 / 2 * often.checkpoint_interval)
     # by default at the end of each epoch, of 59 steps
     epochs, _ = planned(checkpoint_every=None)
     assert epochs.checkpoint_interval == pytest.approx(59 / 2 * often.checkpoint_interval)
