@@ -45,6 +45,19 @@ DEFAULT_CONTROLS: tuple[Control, ...] = (
 )
 
 
+def unmerged_controls(members: int) -> dict[str, str]:
+    """Return the names in tables of the controls that are no merges, by their names in configs.
+
+    Example:
+        >>> unmerged_controls(4)["single"]
+        'one run of 4 times the epochs'
+    """
+    return {
+        "ensemble": "logit ensemble of the members",
+        "single": f"one run of {members} times the epochs",
+    }
+
+
 # Names of mergekit for methods that have another name here.
 METHOD_ALIASES = {"linear": "average", "parameter_selection": "selection"}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import Config
-from jax_ordermerge.config.merge import merge_name
+from jax_ordermerge.config.merge import merge_name, unmerged_controls
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.experiment import losses, models, waves
 from jax_ordermerge.experiment.context import RunContext
@@ -175,11 +175,9 @@ def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]
     def single(population: Population) -> LossFunction:
         return functools.partial(losses.example_losses, ctx, _train_single(ctx))
 
-    groups = {
-        "ensemble": ("logit ensemble of the members", ensemble),
-        "single": (f"one run of {ctx.config.population.members} times the epochs", single),
-    }
-    return dict(groups[group] for group in ctx.config.merge.controls if group in groups)
+    makers = {"ensemble": ensemble, "single": single}
+    names = unmerged_controls(ctx.config.population.members)
+    return {names[x]: makers[x] for x in ctx.config.merge.controls if x in makers}
 
 
 def _train_single(ctx: RunContext) -> Tree:

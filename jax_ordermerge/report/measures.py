@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from jax_ordermerge.analysis.result import Undetermined
+from jax_ordermerge.config.merge import unmerged_controls
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.report.differences import BEST_MEMBER, MEAN_MEMBER, seed_groups
 from jax_ordermerge.report.run import Run
@@ -35,8 +36,9 @@ def measured(run: Run, name: str, measure: str) -> float:
     if names:
         return fmean(_number(models[name], measure) for name in names)
     rows = {row["name"]: row for row in (run.controls or {"rows": []})["rows"]}
-    if measure == LOSS and name in rows:
-        return _number(rows[name], LOSS)
+    control = unmerged_controls(run.config["population"]["members"]).get(name, name)
+    if measure == LOSS and control in rows:
+        return _number(rows[control], LOSS)
     raise Undetermined(f"no {measure} of {name}")
 
 

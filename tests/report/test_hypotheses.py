@@ -86,11 +86,11 @@ def population(folder, rng, *, slope, gain):
     rows = [{"name": name, "loss": float(loss)} for name, loss in losses.items()]
     # each line has a second point, which is better by 0.1 on validation and on test
     rows += [{"name": f"{name}, lambda 1.1", "loss": float(x) - 0.1} for name, x in losses.items()]
-    rows.append({"name": "single", "loss": float(1.5 + rng.normal(0, 0.01))})
+    rows.append({"name": "one run of 2 times the epochs", "loss": float(1.5 + rng.normal(0, 0.01))})
     own = {name: {"lambda": 1.1, "control": f"{name}, lambda 1.1"} for name in losses}
     return Run(
         layout=RunLayout(folder),
-        config={},
+        config={"population": {"members": 2}},
         analysis={"fixed_effects": {"coefficients": [{"epochs": [1], "estimate": slope}]}},
         evaluations={"models": models},
         merge={
