@@ -45,8 +45,8 @@ DEVICES: Final = (
     # Sources: cloud.google.com/tpu/docs/v6e, v5e, v5p, v4. Memory in GiB. Links in one direction:
     # half of the bidirectional rates of the pages. Network per chip: v6e has four cards of 200
     # Gbit/s per host of eight chips; for v4 the page has no figure, that of v5p is used.
-    # TPU7x (Ironwood) by cloud.google.com/tpu/docs/tpu7x: a chip is two devices, each with half of it
-    # (libtpu describes tpu7x:4x4x4 as 128 devices).
+    # TPU7x (Ironwood) by cloud.google.com/tpu/docs/tpu7x: a chip is two devices, each with half of
+    # it (libtpu describes tpu7x:4x4x4 as 128 devices).
     Device("tpu7x", ("TPU7x",), 1153.5e12, 96 * 2**30, 3690e9, 300e9, 6.25e9, sides=3, cores=2),
     Device("v6e", ("TPU v6",), 918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, sides=2),
     Device("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, sides=2),
@@ -70,7 +70,7 @@ DEVICES: Final = (
 # Share of a device's memory that a program may use. The rest is left for fragmentation and for
 # what other programs hold.
 MEMORY_FRACTION: Final = 0.92
-# Where jax reads the share of a GPU's memory that it takes at its start; the second is the older name.
+# Where jax reads the share of a GPU's memory that it takes at its start; the second is older.
 _FRACTION_VARIABLES: Final = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
@@ -107,7 +107,7 @@ def memory_limit(device: Device | None, offered: float | None = None) -> float |
     """
     limits = [] if device is None else [MEMORY_FRACTION * device.memory]
     if offered is not None:
-        # Of a GPU it is the share that jax has taken already, for example of a part of one (MIG), so
+        # Of a GPU it is the share that jax has taken already, for example of a part (MIG), so
         # that no further share is taken. Without a data sheet nothing tells whether it is all.
         limits.append(offered if limits else MEMORY_FRACTION * offered)
     return min(limits, default=None)

@@ -65,13 +65,14 @@ class Model(Section):
     # The options themselves are in `train.compiler_options`, with their sources.
     compiler_preset: Literal["async_collectives", "no_windowed_einsum"] | None = Field(
         None,
-        description="compiler options for a kind of devices. async_collectives: members in one group"
-        " on GPU; no_windowed_einsum: TPU",
+        description="compiler options for a kind of devices. async_collectives: members in one"
+        " group on GPU; no_windowed_einsum: TPU",
     )
     compiler_options: dict[str, bool | int | float | str] = Field(
         default_factory=dict,
         description="options of XLA for the training step, e.g."
-        " {xla_gpu_memory_limit_slop_factor: 200}; one that the compiler does not accept is refused",
+        " {xla_gpu_memory_limit_slop_factor: 200}; one that the compiler does not accept is"
+        " refused",
     )
     # A list and no switch: an unknown key may change the mathematics, so each is a decision.
     ignore_config_keys: tuple[str, ...] = Field(

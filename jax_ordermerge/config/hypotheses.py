@@ -1,4 +1,4 @@
-"""Hypotheses about runs, written down before them: what is compared, by which test, in which order."""
+"""Hypotheses about runs, written down before them: what is compared, how, in which order."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Test = Literal["less", "greater", "two-sided", "equivalent"]
 
 
 class Part(Section):
-    """A quantity and its test: a slope by position, or a measure of a model, less that of a rival."""
+    """A quantity and its test: a slope by position, or a measure of a model less its rival's."""
 
     slope: PositiveInt | None = Field(
         None, description="epoch of the slope of the final loss by position"
@@ -74,18 +74,20 @@ class Hypothesis(Section):
         description="mean: the mean over the runs decides; each: every run; told: nothing does"
     )
     parts: tuple[Part, ...] = Field((), description="all of them must hold")
-    told: tuple[Part, ...] = Field((), description="shown beside, without a decision")
+    secondary: tuple[Part, ...] = Field(
+        (), alias="told", description="shown beside, without a decision"
+    )
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "Hypothesis":
         if (self.decide == "told") == bool(self.parts):
             raise ValueError(
-                f"{self.name}: expected parts to decide by, or decide: told with parts that are told"
+                f"{self.name}: expected parts to decide by, or decide: told with parts under told"
             )
         pairs = {isinstance(run, tuple) for run in self.runs}
         if len(pairs) > 1:
             raise ValueError(f"{self.name}: runs: expected names, or pairs of names, and not both")
-        for part in (*self.parts, *self.told):
+        for part in (*self.parts, *self.secondary):
             if part.margin == "half" and pairs == {False}:
                 raise ValueError(f"{self.name}: margin = half: expected pairs of runs")
         return self

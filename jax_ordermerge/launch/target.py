@@ -24,12 +24,13 @@ def _split_labels(value: object) -> object:
     """Return `a=1,b=2` as pairs."""
     if not isinstance(value, str):
         return value
-    pairs = [tuple(item.split("=", 1)) for item in value.split(",")]
-    if any(len(pair) != 2 for pair in pairs) or len(dict(pairs)) < len(pairs):  # type: ignore[arg-type]
+    pairs = [item.partition("=") for item in value.split(",")]
+    keys = {key for key, _, _ in pairs}
+    if not all(equals for _, equals, _ in pairs) or len(keys) < len(pairs):
         raise ValueError(
             f"labels = {value}: expected KEY=VALUE, separated by commas, each key once"
         )
-    return tuple(pairs)
+    return tuple((key, word) for key, _, word in pairs)
 
 
 # The form that both Google Cloud and Kubernetes accept.
@@ -177,7 +178,8 @@ def check_output(
         if not output.startswith(("gs://", "s3://")):
             raise UserError(
                 f"output = {output} is on a disk that is deleted with its machine, and nothing is"
-                f" mounted there; give {remedy}, or on one host --set output=gs://BUCKET/runs/{{name}}"
+                f" mounted there; give {remedy}, or on one host"
+                " --set output=gs://BUCKET/runs/{name}"
             )
         return
     # With a slash, so that /mnt/shared2 does not count as below /mnt/shared.

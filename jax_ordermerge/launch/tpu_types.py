@@ -32,12 +32,12 @@ def parse_type(text: str) -> TpuType:
     if family == "tpu7x":
         raise ValueError("Cloud TPU has no TPU7x as VMs; use --target gke accelerator=tpu7x")
     if family not in _CORES_PER_CHIP or not re.fullmatch("[1-9][0-9]*", number):
-        known = ", ".join(f"{name}-N" for name in _CORES_PER_CHIP)
-        raise ValueError(f"type = {text}: expected {known}, such as v5p-64")
+        names = ", ".join(f"{name}-N" for name in _CORES_PER_CHIP)
+        raise ValueError(f"type = {text}: expected {names}, such as v5p-64")
     chips, rest = divmod(int(number), _CORES_PER_CHIP[family])
     if rest:
         raise ValueError(
             f"type = {text}: the number of {family} counts cores, two per chip; give an even one"
         )
-    alone = chips <= _LONE_HOST_CHIPS[family]
-    return TpuType(family, chips, 1 if alone else -(-chips // _HOST_CHIPS))
+    on_one_host = chips <= _LONE_HOST_CHIPS[family]
+    return TpuType(family, chips, 1 if on_one_host else -(-chips // _HOST_CHIPS))

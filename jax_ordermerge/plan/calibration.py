@@ -69,7 +69,7 @@ RUNS: Final = (
         source=f"{_MAXTEXT}/blob/main/docs/reference/models/tiering.md",
         remark="recomputes a third of the MLP",
     ),
-    # Published as 492 TFLOP/s per device, of 46.1 GFLOP per token: 6 N, and attention to all tokens.
+    # Published: 492 TFLOP/s per device, of 46.1 GFLOP per token (6 N, and attention to all tokens).
     PublishedRun(
         "h100:8",
         "llama-2-7b",

@@ -102,7 +102,7 @@ def plan_experiment(
 
 
 def _can_compile(target: Topology, notes: list[str]) -> bool:
-    """Return whether there is a compiler for a topology, and note why not, or what it differs in."""
+    """Return whether there is a compiler for a topology; note why not, or what it differs in."""
     if not devices.has_compiler(target):
         notes.append(
             f"no compiler for {target.name} is installed (pip install"

@@ -83,7 +83,7 @@ class OptionPlan:
     @property
     def memory_limit(self) -> float | None:
         """Bytes per device that may be used; None without a data sheet."""
-        # less than the memory: the rest is for what no plan sees, the runtime and gaps between buffers
+        # less than the memory: the rest is for what no plan sees, runtime and gaps between buffers
         return self.topology.memory_limit
 
     @property

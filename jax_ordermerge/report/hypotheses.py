@@ -76,7 +76,7 @@ class HypothesisResult:
 
     hypothesis: Hypothesis
     parts: Sequence[PartResult]
-    told: Sequence[PartResult]
+    secondary: Sequence[PartResult]
     outcome: Outcome | None  # None: nothing decides
     blocked_by: str | None = None
 
@@ -96,12 +96,12 @@ def evaluate(plan: Hypotheses, runs: Sequence[Run]) -> list[HypothesisResult]:
     results: list[HypothesisResult] = []
     failed: str | None = None
     for hypothesis in plan.hypotheses:
-        parts, told = (
+        parts, secondary = (
             [_test_part(part, hypothesis, by_name, plan.level) for part in listed]
-            for listed in (hypothesis.parts, hypothesis.told)
+            for listed in (hypothesis.parts, hypothesis.secondary)
         )
         outcome = _decide(hypothesis, parts)
-        results.append(HypothesisResult(hypothesis, parts, told, outcome, failed))
+        results.append(HypothesisResult(hypothesis, parts, secondary, outcome, failed))
         if failed is None and outcome not in (None, "supported"):
             failed = hypothesis.name
     return results
@@ -150,9 +150,9 @@ def _of_run(part: Part, run: Run, level: float) -> Tested:
 
 
 def _of_pair(part: Part, first: Run, second: Run, level: float) -> Tested:
-    values, others = _values(part, first), _values(part, second)
-    size = unpaired_contrast(values, others)
-    margin = abs(fmean(others)) / 2 if part.margin == "half" else part.margin
+    values, baseline = _values(part, first), _values(part, second)
+    size = unpaired_contrast(values, baseline)
+    margin = abs(fmean(baseline)) / 2 if part.margin == "half" else part.margin
     return _test(part, size, size.freedom, margin, values, level)
 
 
@@ -242,7 +242,7 @@ def to_csv(results: Sequence[HypothesisResult]) -> str:
     header = ["hypothesis", "quantity", "run", "population", "estimate", "low", "high", "p"]
     writer.writerow([*header, "margin", "p_equivalent", "decides"])
     for result in results:
-        for part in (*result.parts, *result.told):
+        for part in (*result.parts, *result.secondary):
             decides = "yes" if part in result.parts else "no"
             for run, test in [*part.runs.items(), ("all runs", part.mean)]:
                 if isinstance(test, Missing):
@@ -302,7 +302,7 @@ def forest(results: Sequence[HypothesisResult], name: str) -> str:
     panels = {}
     for result in results:
         # of a hypothesis that decides nothing, what is told
-        for part in result.parts or result.told[:1]:
+        for part in result.parts or result.secondary[:1]:
             rows = [
                 Row(run, test.size, test.populations, test.margin)
                 for run, test in part.runs.items()
@@ -330,7 +330,7 @@ def _outcomes(results: Sequence[HypothesisResult]) -> Table:
 
 def _details(result: HypothesisResult, unit: str) -> Table:
     rows: list[list[str | Interval]] = []
-    for part, told in [(x, False) for x in result.parts] + [(x, True) for x in result.told]:
+    for part, decides in [(x, True) for x in result.parts] + [(x, False) for x in result.secondary]:
         mean = [("mean over runs", part.mean)] if len(part.runs) > 1 else []
         for name, test in [*part.runs.items(), *mean]:
             if isinstance(test, Missing):
@@ -351,12 +351,12 @@ def _details(result: HypothesisResult, unit: str) -> Table:
                     ),
                     equal,
                     f"{detectable(size.se, test.freedom):.4f}",
-                    "told" if told else test.outcome,
+                    test.outcome if decides else "told",
                     ", ".join(f"{value:+.4f}" for value in test.populations),
                 ]
             )
     header = ["quantity", "run", "estimate", "equivalent, p", "detectable", "outcome"]
-    tests = {f"{x.part.label}: {x.part.test}" for x in (*result.parts, *result.told)}
+    tests = {f"{x.part.label}: {x.part.test}" for x in (*result.parts, *result.secondary)}
     caption = (
         f"In {unit}. Tests: {'; '.join(sorted(tests))}. Detectable: the smallest difference that a "
         "two-sided 5 % test finds four times in five. Last column: each population, or each run."

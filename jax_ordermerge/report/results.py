@@ -48,8 +48,8 @@ def write(
         hypotheses_file: YAML of `config.hypotheses`, about exactly these runs.
 
     Raises:
-        UserError: hypotheses that are not valid or about other runs, no run directory, one that was not evaluated, two of one name, or losses of
-            different kinds.
+        UserError: hypotheses that are not valid or about other runs, no run directory, one that was
+            not evaluated, two of one name, or losses of different kinds.
     """
     page = Path(out)
     if page.suffix != ".md":
@@ -147,8 +147,8 @@ def _overview(runs: Sequence[Run]) -> Table:
     caption = (
         f"{loss_name(runs).capitalize()} in {runs[0].loss_unit}. "
         "Best: of the lowest loss on the split that the cell names, reported on test examples; of "
-        "several merge seeds the mean. The difference with its 95 % studentized bootstrap interval. Cosine: mean "
-        "over pairs of the members' task vectors."
+        "several merge seeds the mean. The difference with its 95 % studentized bootstrap "
+        "interval. Cosine: mean over pairs of the members' task vectors."
     )
     return Table(header, rows, caption, text=(0, 3, 4))
 

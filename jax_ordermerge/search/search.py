@@ -105,7 +105,7 @@ class _Sums:
         """
         passes = subsets_by_pass(sizes, min(self._measured[name].batch for name in names))
         starts = [0, *sizes]
-        taken = {
+        by_pass = {
             part: examples.take(np.arange(starts[part.start], starts[part.stop]))
             for part in {*passes}
         }
@@ -115,7 +115,7 @@ class _Sums:
             key, part = candidate.key, passes[subset]
             if (key, subset) not in ahead:
                 # Always all subsets of the pass: a search that continues has the same bits.
-                sums = self._measure(candidate, names, taken[part])
+                sums = self._measure(candidate, names, by_pass[part])
                 ends = [starts[number] - starts[part.start] for number in part[1:]]
                 for number, split in zip(part, np.split(sums, ends, axis=1), strict=True):
                     ahead[key, number] = split

@@ -32,8 +32,8 @@ class Preset(NamedTuple):
 # MaxText's shipped recipes are no presets: libtpu 0.0.48 refuses some of their options.
 PRESETS: Final = {
     # XLA counts state that is donated twice, takes the memory for full and makes collectives
-    # synchronous. Compiled for h100:8 with members in one group: 24 of 25 were, one with the option,
-    # with the same temporaries.
+    # synchronous. Compiled for h100:8 with members in one group: 24 of 25 were, one with the
+    # option, with the same temporaries.
     "async_collectives": Preset(
         ("gpu", "cuda"),
         {"xla_gpu_memory_limit_slop_factor": "200"},

@@ -147,7 +147,7 @@ def test_estimates_and_p_values_are_those_of_scipy(runs):
     assert first.parts[0].mean.p == pytest.approx(expected.pvalue)
     assert first.outcome == second.outcome == "supported"
     for name, gains in GAINS.items():
-        for part in (second.parts[0], second.told[0]):
+        for part in (second.parts[0], second.secondary[0]):
             assert part.runs[name].populations == pytest.approx([-gain for gain in gains])
     pair = third.parts[0].runs["a less b"]
     expected = stats.ttest_ind([-x for x in GAINS["a"]], [-x for x in GAINS["b"]], equal_var=False)

@@ -97,9 +97,9 @@ class Gke(Target):
     @classmethod
     def _known_label(cls, value: str) -> str:
         if value not in _TPUS and not value.startswith("nvidia-"):
-            known = ", ".join(_TPUS)
+            labels = ", ".join(_TPUS)
             raise ValueError(
-                f"accelerator = {value}: expected {known}, or a label that begins with nvidia-"
+                f"accelerator = {value}: expected {labels}, or a label that begins with nvidia-"
             )
         return value
 
