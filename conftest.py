@@ -5,6 +5,7 @@ highest precision.
 """
 
 import contextlib
+import gc
 import os
 import pathlib
 import secrets
@@ -38,6 +39,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 collect_ignore_glob = ["tests/golden/make_*.py"]  # they make goldens and are run by hand
 
+MOST_MAPS = 10_000  # the module with the most adds 38,000
 SHARED = pathlib.Path(__file__).resolve().parents[1] / "shared" / "data"
 
 
@@ -62,6 +64,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs() -> Iterator[None]:
+    """Free the compiled programs of a module, before a worker has too many of them.
+
+    Each takes some maps of memory. Linux allows a process 65,530 of them, and beyond that LLVM ends
+    it with a segmentation fault, in whichever test comes next.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
