@@ -54,6 +54,11 @@ class Part(Section):
         return self
 
     @property
+    def stated_margin(self) -> float | None:
+        """The margin as a number; None where there is none, or where a pair of runs gives it."""
+        return None if self.margin == "half" else self.margin
+
+    @property
     def label(self) -> str:
         """Name of the quantity in tables."""
         if self.slope is not None:

@@ -10,7 +10,7 @@ from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, parse
 from jax_ordermerge.json_types import Json
 
 AUTO = "auto"  # name of the merge that a search selects
-LOSS = "loss"  # the measure of a search that is no task
+LOSS = "loss"  # the measure that is no task
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["grid", "random", "tpe", "cma-es"]
 # Why controls: in expectation selection is the average plus noise of mean zero, and resampling

@@ -19,12 +19,12 @@ from jax_ordermerge.analysis.populations import (
 )
 from jax_ordermerge.analysis.result import Missing, or_missing
 from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.config.merge import LOSS
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import MEAN_MEMBER, RIVALS, Measure, of_populations
 from jax_ordermerge.report.document import Block, Heading, Table
 from jax_ordermerge.report.run import Run
 
-LOSS = "loss"  # the measure beside the tasks and the slopes
 SLOPE = "slope"
 OUTSIDE_THE_TABLE = ("plane", "subsets")  # groups of controls with a picture or table of their own
 _COLUMNS = ("measure", "model", "rival", "population", "errors_over", "n")

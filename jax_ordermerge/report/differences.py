@@ -103,7 +103,7 @@ def compare(
     members = [model for model in models if model["kind"] == "member"]
     if not members:
         return Comparison()
-    best = _best_member(members)
+    best = best_member(members)
     merges = [
         model["name"] for model in models if model["kind"] == "merge" and model["name"] in items
     ]
@@ -197,7 +197,8 @@ def seed_groups(names: Collection[str], merge: Json | None) -> dict[str, list[st
     return groups
 
 
-def _best_member(members: Sequence[Json]) -> BestMember:
+def best_member(members: Sequence[Json]) -> BestMember:
+    """Return the best of the summaries of members, by validation loss where all have one."""
     # A member chosen on the test split looks better on it than it is; the pages then say so.
     validated = all(model.get("validation_loss") is not None for model in members)
     key = "validation_loss" if validated else "loss"

@@ -19,7 +19,8 @@ from jax_ordermerge.analysis.populations import (
 )
 from jax_ordermerge.analysis.result import Estimate, Missing, Undetermined, or_missing
 from jax_ordermerge.config.hypotheses import Hypotheses, Hypothesis, Part, Plan
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.config.merge import LOSS
+from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import JsonValue
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.document import (
@@ -31,7 +32,7 @@ from jax_ordermerge.report.document import (
     Picture,
     Table,
 )
-from jax_ordermerge.report.measures import loss_at_own_lambda, measured
+from jax_ordermerge.report.measures import loss_at_own_lambda, measured, names_of
 from jax_ordermerge.report.plots.forest import Row, draw_forest
 from jax_ordermerge.report.run import Run
 
@@ -85,7 +86,8 @@ def evaluate(plan: Hypotheses, runs: Sequence[Run]) -> list[HypothesisResult]:
     """Test the hypotheses in their order on runs.
 
     Raises:
-        UserError: runs other than those that the hypotheses name, or a quantity that no run has.
+        UserError: runs other than those that the hypotheses name, or a model, task or epoch that
+            none of them has.
     """
     by_name = {run.name: run for run in runs}
     if set(by_name) != set(plan.runs):
@@ -93,6 +95,10 @@ def evaluate(plan: Hypotheses, runs: Sequence[Run]) -> list[HypothesisResult]:
             f"the hypotheses are about the runs {', '.join(plan.runs)}; given "
             f"{', '.join(by_name)}; give these runs and no others"
         )
+    for hypothesis in plan.hypotheses:
+        names = [x for run in hypothesis.runs for x in ([run] if isinstance(run, str) else run)]
+        for part in (*hypothesis.parts, *hypothesis.secondary):
+            _check_exists(part, hypothesis.name, [by_name[name] for name in names])
     results: list[HypothesisResult] = []
     failed: str | None = None
     for hypothesis in plan.hypotheses:
@@ -105,6 +111,23 @@ def evaluate(plan: Hypotheses, runs: Sequence[Run]) -> list[HypothesisResult]:
         if failed is None and outcome not in (None, "supported"):
             failed = hypothesis.name
     return results
+
+
+def _check_exists(part: Part, where: str, runs: Sequence[Run]) -> None:
+    """Refuse a name that no run has: a misspelt one would never be determined."""
+    epochs = max(run.config["training"]["epochs"] for run in runs)
+    if part.slope is not None and part.slope > epochs:
+        raise UserError(f"{where}: slope = {part.slope}; the runs have {epochs} epochs")
+    models = list(dict.fromkeys(name for run in runs for name in names_of(run)))
+    for key, name in (("model", part.model), ("rival", part.rival)):
+        if name is not None and name not in models:
+            raise UserError(f"{where}: {key} = {name}: no run has it{did_you_mean(name, models)}")
+    measures = [LOSS, *dict.fromkeys(task for run in runs for task in run.tasks)]
+    if part.measure not in measures:
+        raise UserError(
+            f"{where}: measure = {part.measure}: no run has it"
+            f"{did_you_mean(part.measure, measures)}"
+        )
 
 
 def _decide(hypothesis: Hypothesis, parts: Sequence[PartResult]) -> Outcome | None:
@@ -146,33 +169,31 @@ def _test_part(
 def _of_run(part: Part, run: Run, level: float) -> Tested:
     values = _values(part, run)
     size = population_contrast(values)
-    return _test(part, size, size.populations - 1, part.margin, values, level)
+    return _test(part, size, size.populations - 1, part.stated_margin, values, level)
 
 
 def _of_pair(part: Part, first: Run, second: Run, level: float) -> Tested:
     values, baseline = _values(part, first), _values(part, second)
     size = unpaired_contrast(values, baseline)
-    margin = abs(fmean(baseline)) / 2 if part.margin == "half" else part.margin
+    margin = abs(fmean(baseline)) / 2 if part.margin == "half" else part.stated_margin
     return _test(part, size, size.freedom, margin, values, level)
 
 
 def _over_runs(part: Part, tests: Sequence[Tested], level: float) -> Tested:
     size = random_effects([test.size.estimate for test in tests], [test.size.se for test in tests])
     # margins that are shares of something differ between runs, and their mean is no margin
-    margin = part.margin if part.margin != "half" else None
     estimates = [test.size.estimate for test in tests]
-    return _test(part, size, size.data_sets - 1, margin, estimates, level)
+    return _test(part, size, size.data_sets - 1, part.stated_margin, estimates, level)
 
 
 def _test(
     part: Part,
     size: Estimate,
     freedom: float,
-    margin: float | str | None,
+    margin: float | None,
     populations: Sequence[float],
     level: float,
 ) -> Tested:
-    assert not isinstance(margin, str)
     alternative = "two-sided" if part.test == "equivalent" else part.test
     p = t_test(size.estimate, size.se, freedom, alternative)
     equal = None
@@ -224,7 +245,7 @@ def _value(part: Part, run: Run) -> float:
             if formatting.epochs(row) == str(part.slope):
                 return float(row["estimate"])
         raise Undetermined(f"no slope of epoch {part.slope}")
-    assert part.model is not None
+    assert part.model is not None  # the schema asks for a slope or a model
     of = loss_at_own_lambda if part.at == "own" else partial(measured, measure=part.measure)
     return of(run, part.model) - (of(run, part.rival) if part.rival else 0.0)
 
@@ -277,7 +298,7 @@ def build(
             f"The hypotheses, their tests and sizes were written down in {plan.file} (SHA-256 "
             f"{plan.digest}). They are tested in their order, each at "
             f"{100 * plan.hypotheses.level:g} %; after the first that is not supported the others "
-            "are told and not tested. An estimate of a run is the mean over its populations, with "
+            "are reported and not tested. An estimate of a run is the mean over its populations, with "
             "Student's t; over runs it is the mean of random effects."
         ),
         _outcomes(results),
@@ -301,7 +322,7 @@ def forest(results: Sequence[HypothesisResult], name: str) -> str:
     """Draw the parts that decide as SVG text, one panel each."""
     panels = {}
     for result in results:
-        # of a hypothesis that decides nothing, what is told
+        # of a hypothesis that decides nothing, its first secondary part
         for part in result.parts or result.secondary[:1]:
             rows = [
                 Row(run, test.size, test.populations, test.margin)
@@ -319,7 +340,7 @@ def _outcomes(results: Sequence[HypothesisResult]) -> Table:
     rows = []
     for result in results:
         if result.outcome is None:
-            verdict = "told"
+            verdict = "reported"
         elif result.blocked_by:
             verdict = f"not tested, since {result.blocked_by} failed (by itself {result.outcome})"
         else:
@@ -351,7 +372,7 @@ def _details(result: HypothesisResult, unit: str) -> Table:
                     ),
                     equal,
                     f"{detectable(size.se, test.freedom):.4f}",
-                    test.outcome if decides else "told",
+                    test.outcome if decides else "reported",
                     ", ".join(f"{value:+.4f}" for value in test.populations),
                 ]
             )

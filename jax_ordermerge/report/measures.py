@@ -1,15 +1,12 @@
 """One number of a model in one population: a measure at lambda 1, or the loss at its own lambda."""
 
-from collections.abc import Sequence
 from statistics import fmean
 
 from jax_ordermerge.analysis.result import Undetermined
-from jax_ordermerge.config.merge import unmerged_controls
+from jax_ordermerge.config.merge import LOSS, unmerged_controls
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.report.differences import BEST_MEMBER, MEAN_MEMBER, seed_groups
+from jax_ordermerge.report.differences import BEST_MEMBER, MEAN_MEMBER, best_member, seed_groups
 from jax_ordermerge.report.run import Run
-
-LOSS = "loss"  # the measure beside the tasks
 
 
 def measured(run: Run, name: str, measure: str) -> float:
@@ -30,7 +27,10 @@ def measured(run: Run, name: str, measure: str) -> float:
     if name == MEAN_MEMBER:
         names = members
     elif name == BEST_MEMBER:
-        names = [_best_member(run.members)]
+        best = best_member(run.members)
+        if best.chosen_on != "validation":
+            raise Undetermined("no validation loss: the best member would be chosen on test")
+        names = [best.name]
     else:
         names = groups.get(name, [name] if name in models else [])
     if names:
@@ -42,6 +42,16 @@ def measured(run: Run, name: str, measure: str) -> float:
     raise Undetermined(f"no {measure} of {name}")
 
 
+def names_of(run: Run) -> list[str]:
+    """Return the names that `measured` may find in a run."""
+    merges = [model["name"] for model in run.models if model["kind"] == "merge"]
+    controls = (row["name"] for row in (run.controls or {"rows": []})["rows"])
+    names = [MEAN_MEMBER, BEST_MEMBER, *seed_groups(merges, run.merge)]
+    names += [model["name"] for model in run.models]
+    names += [*unmerged_controls(run.config["population"]["members"]), *controls]
+    return list(dict.fromkeys(names))
+
+
 def _number(row: Json, measure: str) -> float:
     value = row.get("loss")
     if measure != LOSS:
@@ -49,12 +59,6 @@ def _number(row: Json, measure: str) -> float:
     if value is None:  # JSON has no numbers that are not finite
         raise Undetermined(f"no finite {measure} of {row['name']}")
     return float(value)
-
-
-def _best_member(members: Sequence[Json]) -> str:
-    if any(member.get("validation_loss") is None for member in members):
-        raise Undetermined("no validation loss: the best member would be chosen on test")
-    return str(min(members, key=lambda member: float(member["validation_loss"]))["name"])
 
 
 def loss_at_own_lambda(run: Run, name: str) -> float:

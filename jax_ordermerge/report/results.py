@@ -37,7 +37,7 @@ def write(
     """Write one page about several runs.
 
     With hypotheses the page says first what became of them, and beside it are written their
-    picture, `{stem}_hypotheses.svg`, and every estimate, `{stem}.csv`.
+    picture, `{stem}_hypotheses.svg`, and every estimate, `{stem}_hypotheses.csv`.
 
     The page does not depend on where the runs or their data lie: of paths only the last part is
     shown.
@@ -73,7 +73,8 @@ def write(
             *results_tables.members_table(runs),
             *build(runs, details=False),
         ]
-        atomic.replace(page.with_suffix(".csv"), hypotheses.to_csv(tested).encode())
+        table = page.with_name(f"{picture}.csv")  # not {stem}.csv, which may be the user's data
+        atomic.replace(table, hypotheses.to_csv(tested).encode())
     # pictures first: a page never refers to a file that is not there
     for drawn in document.pictures_of(blocks):
         atomic.replace(page.parent / f"{drawn.name}.svg", f"{drawn.svg}\n".encode())

@@ -6,10 +6,11 @@ from statistics import fmean
 
 from jax_ordermerge.analysis.populations import population_contrast
 from jax_ordermerge.analysis.result import Missing, or_missing
+from jax_ordermerge.config.merge import LOSS
 from jax_ordermerge.report import formatting
 from jax_ordermerge.report.differences import BEST_MEMBER, MEAN_MEMBER, seed_groups
 from jax_ordermerge.report.document import Block, Cell, Heading, Interval, Table
-from jax_ordermerge.report.measures import LOSS, loss_at_own_lambda, measured
+from jax_ordermerge.report.measures import loss_at_own_lambda, measured
 from jax_ordermerge.report.run import Run
 
 _LAMBDA_HEADER = ("run", "model", "at lambda 1", "at its own lambda")

@@ -188,7 +188,7 @@ def test_after_the_first_that_fails_nothing_is_tested(runs):
         ({"test": "equivalent", "margin": 0.01}, [0.2, 0.21, 0.22], "contradicted"),
         ({"test": "equivalent", "margin": 0.01}, [-0.2, 0.3, 0.0], "not determined"),
         ({"test": "less"}, [0.1, np.nan, 0.15], "not determined"),
-        ({"test": "less", "slope": 2}, [0.1, 0.1, 0.15], "not determined"),
+        ({"test": "less", "slope": 2}, [0.1, 0.1, 0.15], "not determined"),  # its fit failed
     ],
 )
 def test_outcomes_of_one_run(tmp_path, part, slopes, outcome):
@@ -226,6 +226,21 @@ def test_a_population_without_results_is_named(runs):
     blocks = hypotheses.build(Plan(plan(), "", "p"), tested, runs, "forest")
     page = document.render_markdown("R", blocks, pictures=".")
     assert "Deviation: a has no results of population 2." in page
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"model": "avrage"}, r"H1: model = avrage: no run has it \(did you mean 'average'\?\)"),
+        ({"model": "average", "rival": "singel"}, r"rival = singel: .*mean 'single'"),
+        ({"model": "average", "measure": "sum"}, r"measure = sum: .*mean 'sums'"),
+        ({"slope": 4}, "H1: slope = 4; the runs have 3 epochs"),
+    ],
+)
+def test_names_that_no_run_has_are_refused(runs, part, message):
+    hypothesis = PLAN["hypotheses"][0] | {"parts": [part | {"test": "less"}]}
+    with pytest.raises(UserError, match=message):
+        hypotheses.evaluate(plan(hypotheses=[hypothesis]), runs)
 
 
 def test_every_estimate_is_in_the_csv(runs):

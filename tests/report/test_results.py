@@ -287,7 +287,7 @@ def test_a_page_begins_with_the_hypotheses(tmp_path):
     assert hashlib.sha256(plan.read_bytes()).hexdigest() in text
     assert str(tmp_path) not in text
     assert (page.parent / "page_hypotheses.svg").read_text().startswith("<svg")
-    assert (page.parent / "page.csv").read_text().startswith("hypothesis,quantity,run")
+    assert (page.parent / "page_hypotheses.csv").read_text().startswith("hypothesis,quantity,run")
     with pytest.raises(UserError, match="about the runs a, b; given a"):
         results.write(runs[:1], tmp_path / "out" / "one.md", plan)
     assert not (tmp_path / "out" / "one.md").exists()
