@@ -49,7 +49,8 @@ class Tested:
         p: of the stated test; two-sided where the part asks for that and for equivalence.
         margin: of equivalence; None where the part has none.
         p_equivalent: of equivalence within the margin.
-        populations: the estimate of each population; of a pair those of its first run.
+        populations: the estimate of each population; of a pair those of its first run less the mean of
+            its second.
         outcome: at the level of the hypotheses.
     """
 
@@ -176,7 +177,9 @@ def _of_pair(part: Part, first: Run, second: Run, level: float) -> Tested:
     values, baseline = _values(part, first), _values(part, second)
     size = unpaired_contrast(values, baseline)
     margin = abs(fmean(baseline)) / 2 if part.margin == "half" else part.stated_margin
-    return _test(part, size, size.freedom, margin, values, level)
+    # so that their mean is the estimate
+    differences = [value - fmean(baseline) for value in values]
+    return _test(part, size, size.freedom, margin, differences, level)
 
 
 def _over_runs(part: Part, tests: Sequence[Tested], level: float) -> Tested:
@@ -380,7 +383,8 @@ def _details(result: HypothesisResult, unit: str) -> Table:
     tests = {f"{x.part.label}: {x.part.test}" for x in (*result.parts, *result.secondary)}
     caption = (
         f"In {unit}. Tests: {'; '.join(sorted(tests))}. Detectable: the smallest difference that a "
-        "two-sided 5 % test finds four times in five. Last column: each population, or each run."
+        "two-sided 5 % test finds four times in five. Last column: each population (of a pair "
+        "of runs those of the first less the mean of the second), or each run."
     )
     return Table([*header, "populations"], rows, caption, text=(0, 1, 5, 6))
 

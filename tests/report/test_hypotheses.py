@@ -154,6 +154,7 @@ def test_estimates_and_p_values_are_those_of_scipy(runs):
     assert pair.p == pytest.approx(expected.pvalue)
     assert (pair.size.low, pair.size.high) == pytest.approx(tuple(expected.confidence_interval()))
     assert pair.margin == pytest.approx(np.mean(GAINS["b"]) / 2)
+    assert np.mean(pair.populations) == pytest.approx(pair.size.estimate)
     # two one-sided tests at the margin, written out
     beyond = stats.t.sf((pair.size.estimate + pair.margin) / pair.size.se, expected.df)
     above = stats.t.cdf((pair.size.estimate - pair.margin) / pair.size.se, expected.df)

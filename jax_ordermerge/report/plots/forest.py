@@ -38,10 +38,11 @@ def draw_forest(panels: Mapping[str, Sequence[Row]], name: str) -> str:
         panels: rows of each panel.
         name: of the picture.
     """
-    most = max((len(rows) for rows in panels.values()), default=1)
-    lines = max(1, -(-len(panels) // 2))
-    with draw(name, lines * (0.9 + 0.26 * most)) as figure:
-        grid = figure.subplots(lines, min(2, max(1, len(panels))), squeeze=False).ravel()
+    # one column: names of runs and titles need its width. Limits of a panel reach half a row beyond.
+    heights = [len(rows) + 0.2 for rows in panels.values()] or [1.0]
+    with draw(name, 0.62 * len(heights) + 0.22 * sum(heights)) as figure:
+        ratios = {"height_ratios": heights}
+        grid = figure.subplots(len(heights), squeeze=False, gridspec_kw=ratios).ravel()
         for axes, (title, rows) in zip(grid, panels.items(), strict=False):
             axes.axvline(0, color=FAINT, linewidth=1.2)
             for at, row in enumerate(rows):
@@ -54,8 +55,6 @@ def draw_forest(panels: Mapping[str, Sequence[Row]], name: str) -> str:
                 axes.scatter(row.dots, [at + 0.22] * len(row.dots), s=7, color=FAINT, zorder=2)
                 interval(axes, at, vars(row.size), colour, markersize=4)
             names_down(axes, [row.name for row in rows])
-            axes.set_title(title, fontsize=8)
-            axes.locator_params(axis="x", nbins=4)
-        for axes in grid[len(panels) :]:
-            axes.set_visible(False)
+            axes.set_title(title)
+            axes.locator_params(axis="x", nbins=6)
     return figure.svg
