@@ -166,6 +166,11 @@ class Topology:
         return self.device is not None and self.device.sides > 0
 
     @property
+    def platform(self) -> str:
+        """Name of the platform in jax."""
+        return "tpu" if self.tpu else "gpu" if self.device else "cpu"
+
+    @property
     def name(self) -> str:
         """The name, e.g. `v5p:4x4x2`, `2 x v5e:8x8` or `h200:8x4`."""
         kind = self.device.name if self.device else "cpu"

@@ -337,7 +337,9 @@ def launch(
     list_options: Annotated[bool, Option("--options", help="List the options.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Write the script or manifest that runs an experiment on TPU VMs, GKE, SLURM or ssh hosts.
+    """Write the script or manifest that runs an experiment on TPUs or GPUs.
+
+    Targets are TPU VMs, GKE, SLURM, ssh hosts, and whatever SkyPilot finds.
 
     ordermerge launch CONFIG --target slurm nodes=4 gpus=8 partition=h100 time=12:00:00
     """

@@ -68,6 +68,7 @@ def plan_experiment(
     # what a run would refuse on these devices
     spec.data.check_length(inputs.model.context_length, inputs.model_name)
     spec.population.check_groups(analytic.mesh_layout(spec, target).sizes["order"])
+    compiler_options.check_preset(spec.model, target.platform)
     notes = list(inputs.notes)
     compiles = not analytic_only and _can_compile(target, notes)
     # the workload does not depend on the settings that the search changes

@@ -68,15 +68,10 @@ def resolve(model: config.Model, mesh: Mesh) -> Options:
         ... )
         {'xla_llvm_disable_expensive_passes': True, 'xla_allow_excess_precision': False}
     """
+    check_preset(model, mesh.devices.flat[0].platform)
     options: Options = {}
     if model.compiler_preset is not None:
-        preset, platform = PRESETS[model.compiler_preset], mesh.devices.flat[0].platform
-        if platform not in preset.platforms:
-            raise UserError(
-                f"model.compiler_preset = {model.compiler_preset} is for {preset.platforms[0]}, the"
-                f" devices are {platform}; leave it out"
-            )
-        options |= preset.options
+        options |= PRESETS[model.compiler_preset].options
     fixed = sorted(model.compiler_options.keys() & EXACT)
     if fixed:
         raise UserError(
@@ -89,6 +84,22 @@ def resolve(model: config.Model, mesh: Mesh) -> Options:
         for name, value in model.compiler_options.items()
     }
     return options | texts | EXACT
+
+
+def check_preset(model: config.Model, platform: str) -> None:
+    """Refuse a preset that is for devices of another platform of jax.
+
+    Example:
+        >>> check_preset(config.Model(compiler_preset="async_collectives"), "gpu")
+    """
+    if model.compiler_preset is None:
+        return
+    preset = PRESETS[model.compiler_preset]
+    if platform not in preset.platforms:
+        raise UserError(
+            f"model.compiler_preset = {model.compiler_preset} is for {preset.platforms[0]}, the"
+            f" devices are {platform}; leave it out"
+        )
 
 
 def check(model: config.Model, mesh: Mesh) -> None:

@@ -79,3 +79,15 @@ def test_a_plan_refuses_them_where_it_compiles():
     )
     assert plan.topology == parse("h100:8")
     assert "compiler options are not checked, since nothing is compiled" in plan.notes
+
+
+@pytest.mark.parametrize(
+    ("topology", "preset", "platform"),
+    [("h100:8", "no_windowed_einsum", "gpu"), ("v5p:2x2x1", "async_collectives", "tpu")],
+)
+def test_a_plan_refuses_a_preset_of_other_devices_without_a_compiler(topology, preset, platform):
+    spec = PlanSpec(model=Model(compiler_preset=preset))
+    with pytest.raises(UserError, match=f"{preset} is for .*, the devices are {platform}"):
+        planner.plan_experiment(
+            spec, topology, architecture="llama-2-7b", find_better=False, analytic_only=True
+        )
