@@ -33,7 +33,7 @@ def check_vacant(target: str | Path) -> None:
         raise UserError(f"{target} ends in ..; give the directory by its name")
     # the longest name beside it
     with _writable(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        _partial_path(path).lstat()
+        _scratch_path(path).lstat()
     for parent in path.parents:
         if parent.is_file():
             raise UserError(f"{target} lies below {parent}, which is a file; give a new directory")
@@ -107,7 +107,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     """
     path = Path(target).absolute()
     check_vacant(path)
-    partial = _partial_path(path)
+    partial = _scratch_path(path)
     with _writable(target):
         path.parent.mkdir(parents=True, exist_ok=True)
         # a killed process could not remove its directory; the random suffix tells them from others
@@ -179,7 +179,8 @@ def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[
         _rename(partial, path)
 
 
-def _partial_path(path: Path) -> Path:
+def _scratch_path(path: Path) -> Path:
+    """Return where one call of `new_directory` works: a name of its own, never resumed."""
     return path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
 
 

@@ -116,7 +116,8 @@ def _candidate(entry: Entry, choose: Choose, members: int, seed: int) -> Candida
         {name: value(name, setting) for name, setting in entry.parameters.items()},
         None if entry.weights == "equal" else _weights(entry, choose, members),
         seed if entry_seed is None else int(entry_seed),
-        float(value("scale", entry.scale)),
+        # a method may have a parameter of this name, which is another range
+        float(value("lambda" if "scale" in entry.parameters else "scale", entry.scale)),
         {group: float(value(f"lambda({group})", scale)) for group, scale in entry.groups.items()},
     )
 

@@ -47,6 +47,14 @@ def test_the_grid_is_every_combination_once():
     }
 
 
+def test_a_parameter_of_the_name_scale_and_the_scale_of_the_entry_are_two_ranges():
+    both = LENGTH | {"scale": {"low": 1, "high": 2, "steps": 2}}
+    candidates = sample_all(search(both), lambda _: 0.0)
+    assert [(x.parameters["scale"], x.scale) for x in candidates] == [
+        (parameter, scale) for parameter in (0.5, 1.0, 1.5) for scale in (1.0, 2.0)
+    ]
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_draws_stay_in_their_ranges_and_repeat_with_the_seed(sampler):
     if sampler == "tpe":
