@@ -209,6 +209,11 @@ class RunLayout:
         return self.root / "controls.json"
 
     @property
+    def subset_answers(self) -> Path:
+        """Which items the merges of subsets of the members answer rightly, by task and merge."""
+        return self.root / "evaluations" / "subsets" / "answers.json"
+
+    @property
     def single(self) -> "RunLayout":
         """Layout of the single run among the controls, which costs as much as the population."""
         # A run directory of its own: the control is trained and restored by the code of any run.

@@ -26,12 +26,13 @@ Control = Literal[
     "children",
     "barrier",
     "subsets",
+    "subset_scores",
     "plane",
     "ensemble",
     "single",
 ]
-# Without `single`, which trains for as long as the whole population, and without the plane and the
-# ensemble, which cost further forward passes.
+# Without `single`, which trains for as long as the whole population, and without the plane, the
+# ensemble and the subsets' answers to tasks, which cost further forward passes.
 DEFAULT_CONTROLS: tuple[Control, ...] = (
     "lambda_line",
     "lambda_members",

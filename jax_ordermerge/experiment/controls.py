@@ -10,7 +10,7 @@ from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import merge_name, unmerged_controls
 from jax_ordermerge.data.examples import Examples
-from jax_ordermerge.experiment import losses, models, waves
+from jax_ordermerge.experiment import losses, models, subset_scores, waves
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, read_json, read_npz, write_json, write_npz
@@ -47,10 +47,13 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     listed = controls.make_controls(
         config.merge.controls, config.population.members, selections, config.seed
     )
-    if subsets.GROUP in config.merge.controls and config.population.members > 1:
+    of_subsets = []
+    if config.population.members > 1:
         # the first selection, or a plain one
         drawn = next(iter(selections.values()), Candidate("selection", seed=config.seed))
-        listed += subsets.make_controls(config.population.members, drawn, config.seed)
+        of_subsets = subsets.make_controls(config.population.members, drawn, config.seed)
+    if subsets.GROUP in config.merge.controls:
+        listed += of_subsets
 
     def measure(loss_function: LossFunction, validate: bool = True) -> controls.ControlLosses:
         means = loss_function(examples).means
@@ -66,9 +69,8 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     reused = before | (_evaluated_controls(config, evaluated, listed) if use_test else {})
     measured: dict[str, controls.ControlLosses] = {}
     # Nothing is chosen among subsets, and they are as many as all other controls: no validation.
-    of_subsets = [control for control in listed if control.group == subsets.GROUP]
     candidates = [control for control in listed if control.group != subsets.GROUP]
-    for part, validate in ((candidates, True), (of_subsets, False)):
+    for part, validate in ((candidates, True), (listed[len(candidates) :], False)):
         if all(control.name in reused for control in part):
             measured |= {control.name: reused[control.name] for control in part}
         else:
@@ -82,17 +84,15 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         measured[name] = measure(make(population()))
         mean = float((measured[name].losses * tokens).sum() / tokens.sum())
         ctx.log(f"  {name}: {mean:.4f}")
-    compared = controls.compare(
-        listed,
-        measured,
-        tokens,
-        resamples=config.evaluation.bootstrap,
-        seed=config.seed,
-        choose=use_test,
-    )
-    curves = subsets.curves(
-        listed, measured, tokens, resamples=config.evaluation.bootstrap, seed=config.seed
-    )
+    means = {name: control.losses for name, control in measured.items()}
+    bootstrap = {"resamples": config.evaluation.bootstrap, "seed": config.seed}
+    compared = controls.compare(listed, measured, tokens, choose=use_test, **bootstrap)
+    curves = subsets.curves(listed, means, tokens, **bootstrap)
+    scores = {}
+    if subsets.SCORES in config.merge.controls and of_subsets:
+        asked = [control for control in listed if control.group == "anchor"] + of_subsets
+        answers = subset_scores.measure(ctx, population, asked, evaluated)
+        scores = subset_scores.curves(config, asked, answers)
     arrays = {
         "names": np.array(list(measured)),
         "ids": examples.ids,
@@ -101,7 +101,8 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     }
     # json last: its existence says that the controls are complete
     write_npz(ctx.layout.control_losses, arrays)
-    write_json(ctx.layout.controls, {"split": split, **compared, "subsets": asdict(curves)})
+    by_size = {subsets.GROUP: asdict(curves), subsets.SCORES: asdict(scores)}
+    write_json(ctx.layout.controls, {"split": split, **compared, **by_size})
 
 
 def _measured_before(layout: RunLayout, split: str) -> dict[str, controls.ControlLosses]:
@@ -140,11 +141,7 @@ def _evaluated_controls(
     the merges of the config: with equal weights, under whatever name it was exported. Its files
     have the bits of the control.
     """
-    averages = [
-        merge_name(spec)
-        for spec in config.merge.methods
-        if spec.method == "average" and spec.weights is None and not spec.parameters
-    ]
+    average = subset_scores.plain_average(config)
     measured = {}
     for control in listed:
         if control.group == "anchor" and control.candidate.kind != "merge":
@@ -155,8 +152,8 @@ def _evaluated_controls(
             and not control.candidate.is_scaled
         ):
             name = control.line
-        elif control.name == "average" and averages:
-            name = averages[0]
+        elif control.name == "average" and average:
+            name = average
         else:
             continue
         result = evaluated[name]

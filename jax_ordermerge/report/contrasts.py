@@ -116,6 +116,11 @@ def _of_population(run: Run) -> dict[Key, Difference]:
         for point in curve["points"][1:]:  # the first is the mean member itself
             key = Key(LOSS, f"{method} of {point['size']} members", MEAN_MEMBER, control=True)
             rows[key] = Difference(**point["gain"])
+    for task, by_method in (run.controls or {}).get("subset_scores", {}).items():
+        for method, curve in by_method.items():
+            for point in curve["points"][1:]:
+                key = Key(task, f"{method} of {point['size']} members", MEAN_MEMBER, control=True)
+                rows[key] = Difference(**point["gain"])
     for label, gap in _slopes(run):
         rows[Key(f"{SLOPE}, {label}", "members", "")] = gap
     return rows

@@ -8,9 +8,10 @@ import numpy as np
 from jax_ordermerge.analysis.subset_curve import SubsetCurve, subset_curve
 from jax_ordermerge.rng import stream_key_bits
 from jax_ordermerge.search.candidates import Candidate
-from jax_ordermerge.search.controls import Control, ControlLosses
+from jax_ordermerge.search.controls import Control
 
 GROUP = "subsets"
+SCORES = "subset_scores"
 ALL_UP_TO = 6  # members; 6 have 63 subsets
 SAMPLED = 8  # subsets of each size, of more members
 
@@ -72,34 +73,37 @@ def _name(method: str, subset: Sequence[int]) -> str:
 
 def curves(
     controls: Sequence[Control],
-    losses: Mapping[str, ControlLosses],
-    tokens: np.ndarray,
+    values: Mapping[str, np.ndarray],
+    weights: np.ndarray,
     *,
     resamples: int,
     seed: int,
 ) -> dict[str, SubsetCurve]:
-    """Return the loss by number of members of each method.
+    """Return the loss, or the share of right answers, by number of members of each method.
 
     Args:
         controls: of `make_controls`, among others.
-        losses: by name.
-        tokens: [n], token count of each item.
+        values: float64[n] by name: loss of each item, or 1 where it is answered rightly.
+        weights: [n], of the items: their token counts, or 1.
         resamples, seed: of the bootstrap.
     """
     of_group = [control for control in controls if control.group == GROUP]
     singles = {
-        (control.candidate.parameters["number"],): losses[control.name].losses
+        (control.candidate.parameters["number"],): values[control.name]
         for control in controls
         if control.candidate.kind == "member"
     }
+    if not of_group:
+        return {}
     result = {}
-    for method in dict.fromkeys(control.candidate.method for control in of_group):
+    # the average of two members is an anchor, and no control of the group
+    for method in dict.fromkeys(["average", *(control.candidate.method for control in of_group)]):
         merged = {
-            tuple(int(member) for member in control.at): losses[control.name].losses
+            tuple(int(member) for member in control.at): values[control.name]
             for control in of_group
             if control.candidate.method == method
         }
         if method == "average":
-            merged[tuple(range(len(singles)))] = losses["average"].losses
-        result[method] = subset_curve(singles | merged, tokens, resamples=resamples, seed=seed)
+            merged[tuple(range(len(singles)))] = values["average"]
+        result[method] = subset_curve(singles | merged, weights, resamples=resamples, seed=seed)
     return result

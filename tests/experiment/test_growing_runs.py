@@ -28,7 +28,7 @@ MORE = [
     f"merge.methods=[{AVERAGE}, {SELECTION}, {TIES}]",
     f"evaluation.tasks=[{SWAP}, {FIRST}]",
     "analysis.bins=4",
-    "merge.controls=[lambda_line, seeds, ensemble]",
+    "merge.controls=[lambda_line, seeds, subset_scores, ensemble]",
 ]
 
 
@@ -70,7 +70,7 @@ def run(small, tmp_path):
 
 def assert_same_results(run, other):
     names = ["analysis.json", "merge.json", "evaluations.json", "controls.json"]
-    names += [f"evaluations/{path.name}" for path in (other / "evaluations").iterdir()]
+    names += [str(path.relative_to(other)) for path in (other / "evaluations").rglob("*.json")]
     names += [
         str(path.relative_to(other)) for path in (other / "merged").glob("*/model.safetensors")
     ]
@@ -96,8 +96,16 @@ def test_a_grown_run_is_the_run_that_was_asked_for_all_at_its_start(run, large, 
     pipeline.run(read_config(run, MORE), log=ignore)
     assert_same_results(run, large)
     # its data are checked first; base, two members and the average answer the new task alone, two
-    # merges answer both
-    assert sorted(tasks) == ["first"] * 7 + ["swap"] * 2
+    # merges and the selection among the controls answer both
+    assert sorted(tasks) == ["first"] * 8 + ["swap"] * 3
+    scores = json.loads((run / "controls.json").read_text())["subset_scores"]
+    summaries = json.loads((run / "evaluations.json").read_text())["models"]
+    accuracy = {model["name"]: model["tasks"]["swap"]["accuracy"] for model in summaries}
+    ((one, both), (_, drawn)) = (scores["swap"][x]["points"] for x in ("average", "selection"))
+    assert one["loss"] == np.mean([accuracy["member_0"], accuracy["member_1"]])
+    assert both["loss"] == accuracy["average"]
+    # the seed and the parameters are those of the first selection of the config
+    assert drawn["loss"] == accuracy["selection-seed3"]
     after = digests(run)
     rewritten = {name for name in before if before[name] != after[name]}
     assert not [name for name in rewritten if name.startswith(("checkpoints", "orders", "merged"))]

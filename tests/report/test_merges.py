@@ -287,9 +287,12 @@ def test_controls_show_how_many_members_are_worth_it(members):
         control.name: controls.ControlLosses(losses(0.0, 0.1, seed=number), 2.0)
         for number, control in enumerate(listed)
     }
+    means = {name: control.losses for name, control in by_name.items()}
     compared = controls.compare(listed, by_name, tokens, resamples=20, seed=0)
-    curves = asdict(subsets.curves(listed, by_name, tokens, resamples=20, seed=0))
-    content = {"split": "test", **compared, "subsets": curves}
+    curves = asdict(subsets.curves(listed, means, tokens, resamples=20, seed=0))
+    right = {name: (values < 2.2).astype(float) for name, values in means.items()}
+    scores = asdict(subsets.curves(listed, right, tokens, resamples=20, seed=0))
+    content = {"split": "test", **compared, "subsets": curves, "subset_scores": {"sums": scores}}
     before = json.dumps(content)
     text = render_markdown(
         "controls", merges.control_blocks(content, "nats per token"), pictures="."
@@ -303,5 +306,11 @@ def test_controls_show_how_many_members_are_worth_it(members):
         f"| selection | 2 | {point['subsets']} | {point['loss']:.4f} | {gain['estimate']:+.4f} | "
         in text
     )
-    assert ("(extrapolated)" in text) == (members > 2)
+    point = scores["average"]["points"][1]
+    singles = [100 * right[f"member_{member}"].mean() for member in range(members)]
+    assert "How many members are worth it, by sums?" in text
+    assert f"| average | 1 | {members} | {np.mean(singles):.1f} |" in text
+    gap = 100 * point["loss"] - np.mean(singles)
+    assert f"| average | 2 | {point['subsets']} | {100 * point['loss']:.1f} | {gap:+.1f} | " in text
+    assert text.count("(extrapolated)") == (2 if members > 2 else 0)  # of losses alone
     assert ("No extrapolation: fewer than three members" in text) == (members == 2)

@@ -101,7 +101,7 @@ DRAWN = {
         MODELS[1] | {"validation_loss": 1.9},
         UNIT,
     ),
-    "subsets": lambda: controls.subsets(subset_curves(), "test", UNIT),
+    "subsets": lambda: controls.subsets(subset_curves(), "test loss"),
     "splits without a choice": lambda: controls.splits(LINE, None, UNIT),
     "candidates": lambda: controls.candidates(TRIED, 0, UNIT),
     "training": lambda: imbalance.training(LINES, UNIT),

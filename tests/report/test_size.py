@@ -35,7 +35,8 @@ def measure_controls(layout, members, selections):
     }
     write_npz(layout.control_losses, arrays)
     compared = controls.compare(listed, measured, tokens, resamples=20, seed=0)
-    curves = subsets.curves(listed, measured, tokens, resamples=20, seed=0)
+    means = {name: control.losses for name, control in measured.items()}
+    curves = subsets.curves(listed, means, tokens, resamples=20, seed=0)
     write_json(layout.controls, {"split": "test", **compared, "subsets": asdict(curves)})
 
 

@@ -48,12 +48,12 @@ def test_each_model_once():
 def test_curves_read_single_members_and_the_average_from_the_anchors():
     listed = controls.make_controls([], 3, {}, 0) + subsets.make_controls(3, SELECTION, 0)
     rng = np.random.default_rng(0)
-    losses = {c.name: controls.ControlLosses(rng.exponential(1.0, 20), None) for c in listed}
+    losses = {c.name: rng.exponential(1.0, 20) for c in listed}
     curves = subsets.curves(listed, losses, np.ones(20), resamples=10, seed=0)
     assert list(curves) == ["average", "selection"]
     for method, curve in curves.items():
         assert [point.subsets for point in curve.points] == [3, 3, 1]
-        singles = [losses[f"member_{m}"].losses.mean() for m in range(3)]
+        singles = [losses[f"member_{m}"].mean() for m in range(3)]
         assert curve.points[0].loss == pytest.approx(np.mean(singles))
         of_all = "average" if method == "average" else "selection of members 0, 1, 2"
-        assert curve.points[2].loss == pytest.approx(losses[of_all].losses.mean())
+        assert curve.points[2].loss == pytest.approx(losses[of_all].mean())

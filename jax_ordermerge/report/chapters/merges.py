@@ -182,6 +182,7 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
         *blocks,
         table,
         *_subset_blocks(controls, unit),
+        *_subset_score_blocks(controls),
         *_pictures(controls["rows"], split, unit, chosen),
     ]
 
@@ -226,10 +227,40 @@ def _subset_blocks(controls: Json, unit: str) -> list[Block]:
         Table(header, rows, caption, strong=strong),
         Picture(
             "subsets",
-            plots.subsets(curves, controls["split"], unit),
+            plots.subsets(curves, f"{controls['split']} loss ({unit})"),
             "Loss by number of merged members; dashed: the fit up to twice as many.",
         ),
     ]
+
+
+def _subset_score_blocks(controls: Json) -> list[Block]:
+    """Return tables and pictures of the share of right answers by number of members."""
+    blocks: list[Block] = []
+    for task, curves in (controls.get("subset_scores") or {}).items():
+        rows: list[list[Cell]] = [
+            [
+                method,
+                str(point["size"]),
+                str(point["subsets"]),
+                formatting.number(100 * point["loss"], 1),
+                formatting.interval(Difference(**point["gain"]), 100, 1) if "gain" in point else "",
+            ]
+            for method, curve in curves.items()
+            for point in curve["points"]
+        ]
+        caption = (
+            f"Right answers to {task}: mean over the subsets of one size. Difference to the mean "
+            "member, in points. 95 % intervals and p over items and, where there are "
+            "three members or more, over members (jackknife, conservative)."
+        )
+        header = ["merge", "members", "subsets", "right (%)", "difference"]
+        picture = plots.subsets(curves, f"right answers to {task}", fit=False)
+        blocks += [
+            Heading(f"How many members are worth it, by {task}?", 3),
+            Table(header, rows, caption),
+            Picture(f"subsets-{task}", picture, "Share of right answers by number of members."),
+        ]
+    return blocks
 
 
 def _lambda_table(lambdas: Json) -> Table:

@@ -54,7 +54,7 @@ def lambda_line(lines: Mapping[str, Sequence[Json]], base: Json, split: str, uni
             xlabel=f"lambda: base + lambda × task vector; dashed: the model itself{note}",
             ylabel=f"{split} loss ({unit})",
         )
-        axes.legend()
+        axes.legend(loc="best")
     return figure.svg
 
 
@@ -71,7 +71,7 @@ def barrier(rows: Sequence[Json], split: str, unit: str) -> str:
         axes = figure.subplots()
         _line(axes, rows, split)
         axes.set(xlabel="from member 0 (0) to member 1 (1)", ylabel=f"loss ({unit})")
-        axes.legend()
+        axes.legend(loc="best")
     return figure.svg
 
 
@@ -112,13 +112,13 @@ def plane(rows: Sequence[Json], split: str, unit: str) -> str:
     return figure.svg
 
 
-def subsets(curves: Mapping[str, Json], split: str, unit: str) -> str:
-    """Draw the loss of merges by their number of members, and the fit up to twice as many.
+def subsets(curves: Mapping[str, Json], label: str, *, fit: bool = True) -> str:
+    """Draw a measure of merges by their number of members.
 
     Args:
         curves: by method, of `search.subsets.curves` as JSON.
-        split: that the loss was measured on.
-        unit: of losses.
+        label: what was measured.
+        fit: whether to draw the fit up to twice as many members; the theory is of losses.
     """
     with draw("subsets", 3.0) as figure:
         axes = figure.subplots()
@@ -135,11 +135,12 @@ def subsets(curves: Mapping[str, Json], split: str, unit: str) -> str:
                     "high": first + gain["high"],
                 }
                 interval(axes, point["size"], row, colour, vertical=True, markersize=4)
-            sizes = np.linspace(1, 2 * points[-1]["size"], 100)
-            fit = curve["a"] + curve["b"] / sizes
-            axes.plot(sizes, fit, color=colour, linewidth=1, linestyle=DASHED)
-        axes.set(xlabel="members of the merge", ylabel=f"{split} loss ({unit})")
-        axes.legend()
+            if fit:
+                sizes = np.linspace(1, 2 * points[-1]["size"], 100)
+                values = curve["a"] + curve["b"] / sizes
+                axes.plot(sizes, values, color=colour, linewidth=1, linestyle=DASHED)
+        axes.set(xlabel="members of the merge", ylabel=label)
+        axes.legend(loc="best")
     return figure.svg
 
 
@@ -163,7 +164,7 @@ def splits(rows: Sequence[Json], chosen: Json | None, unit: str) -> str:
             x, y = chosen["validation_loss"], chosen["loss"]
             axes.plot(x, y, "*", color=INK, label="chosen", markersize=12)
         axes.set(xlabel=f"validation loss ({unit})", ylabel=f"test loss ({unit})")
-        axes.legend()
+        axes.legend(loc="best")
     return figure.svg
 
 

@@ -142,7 +142,8 @@ def colours(count: int) -> list[Any]:
 def legend(axes: Axes, count: int) -> None:
     """Draw a legend, unless it would have too many names."""
     if count <= _MOST_NAMES:
-        axes.legend(ncols=2 if count > 4 else 1)
+        # named: on a slow machine matplotlib warns of its default, which is the same
+        axes.legend(loc="best", ncols=2 if count > 4 else 1)
 
 
 def interval(

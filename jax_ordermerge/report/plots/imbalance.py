@@ -74,13 +74,13 @@ def positions(analysis: Json, unit: str) -> str | None:
             xlabel="position in epoch 1",
             ylabel=f"final loss ({unit})",
         )
-        panels[0].legend()
+        panels[0].legend(loc="best")
         # with one member there is only the raw panel
         for axes in panels[1:]:
             for epoch, curve in enumerate(within):
                 band(axes, curve, COLOURS[epoch % len(COLOURS)], f"epoch {epoch + 1}")
             axes.set(title="Difficulty of samples taken out", xlabel="position in that epoch")
-            axes.legend()
+            axes.legend(loc="best")
         # shaded, since a small learning rate there is another cause of the same effect
         window = analysis["design"]["warmup_window"]
         for axes in panels:
