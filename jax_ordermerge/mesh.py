@@ -34,6 +34,8 @@ RULES: Final[dict[str, tuple[str, ...]]] = {
     "mlp": ("tensor",),
     # An embedding table whose rows are gathered. Its vocabulary stays whole, see model/llama.py.
     "looked_up": ("tensor",),
+    # rows of a batch that the devices of `fsdp` see together
+    "replica": ("data",),
 }
 
 
@@ -234,6 +236,30 @@ def per_device(fn: Callable[..., Any], arguments: PyTree, result: PyTree) -> Cal
     # inside the map over members `order` is manual already and must not be named again
     mesh = jax.sharding.get_abstract_mesh()
     names = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(
+        fn, in_specs=arguments, out_specs=result, axis_names=names, check_vma=False
+    )
+
+
+def divide_batch(fn: Callable[..., Any], arguments: PyTree, result: PyTree) -> Callable[..., Any]:
+    """Return `fn` mapped over the devices that divide batches; the other axes stay automatic.
+
+    Call it under `jax.set_mesh`.
+
+    Args:
+        fn: a function of the shards of a device, which may use collectives over `data` and `fsdp`.
+        arguments, result: PartitionSpecs of these axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = P(RULES["batch"])
+        >>> with jax.set_mesh(make_mesh(1, 2)):
+        ...     jax.jit(divide_batch(lambda x: x.sum(keepdims=True), (rows,), rows))(
+        ...         jnp.arange(4)
+        ...     ).tolist()
+        [1, 5]
+    """
+    names = set(RULES["batch"])
     return jax.shard_map(
         fn, in_specs=arguments, out_specs=result, axis_names=names, check_vma=False
     )

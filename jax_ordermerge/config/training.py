@@ -194,12 +194,15 @@ class Optimizer:
             dtype of the moments are added to it.
         decoupled_decay: whether weight decay is added to the update (as in AdamW). Otherwise it
             is added to the gradient, as the gradient of a penalty.
+        elementwise: whether the update of an element reads no other element of its tensor. Then
+            tensors may be reshaped for it.
     """
 
     settings: type[OptimizerSettings]
     # A string, since importing optax imports jax, which a reader of configs does not need.
     direction: Callable[..., "optax.GradientTransformation"]
     decoupled_decay: bool = True
+    elementwise: bool = False
 
 
 OPTIMIZERS = Registry[Optimizer]("optimizer", "jax_ordermerge.train.optimizers")

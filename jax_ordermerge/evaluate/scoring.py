@@ -22,7 +22,7 @@ from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples, Ragged
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate.eval_model import NotFiniteError
-from jax_ordermerge.model import llama, loss
+from jax_ordermerge.model import layers, llama, loss
 from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.tree import Tree, flatten
 
@@ -268,15 +268,17 @@ def _program(
     It is cached because jit compiles anew for another function object, even of the same code.
     """
 
+    form = layers.choose_form(mesh)
+
     def sums(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         where = batch["tokens"], batch["positions"], batch["segments"]
-        x, _ = llama.hidden(config, params, *where, dtype=dtype, kernel=kernel)
+        x, _ = llama.hidden(config, params, *where, dtype=dtype, kernel=kernel, form=form)
         if scores:
             return loss.linear_scores(
                 x, llama.head(config, params), batch["targets"], batch["weights"]
             )
         _, losses = loss.linear_losses(
-            x, llama.head(config, params), batch["targets"], batch["weights"]
+            x, llama.head(config, params), batch["targets"], batch["weights"], form=form
         )
         return losses, batch["weights"].sum(-1)
 

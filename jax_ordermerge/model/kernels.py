@@ -130,7 +130,8 @@ def splash(
     if not mesh.empty:
         spec_q = meshes.partition(("batch", "heads", "length", None), q.shape, mesh)
     head_parts = meshes.extent("heads") if spec_q[1] else 1
-    kernel = _splash_kernel(N, size, window, parts, head_parts, interpret)
+    head_bytes = H * q.dtype.itemsize
+    kernel = _splash_kernel(N, size, window, parts, head_parts, head_bytes, interpret)
 
     def attention(kernel: PyTree, *operands: jax.Array) -> jax.Array:
         return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=_segment_ids(*ids)))(
@@ -156,8 +157,33 @@ def _repeat_kv_heads(x_BTKH: jax.Array, heads: int) -> jax.Array:
     return x_BTKH if heads % parts else jnp.repeat(x_BTKH, math.lcm(K, parts) // K, axis=2)
 
 
+def splash_block(extent: int, head_bytes: int) -> int:
+    """Return how many queries, or keys, splash attention loads at a time.
+
+    Args:
+        extent: positions, a multiple of 128.
+        head_bytes: bytes of one head of one query.
+
+    Example:
+        >>> splash_block(2048, 256), splash_block(640, 256)
+        (1024, 128)
+    """
+    # Large blocks amortize the loads of keys and values, and the recipes of MaxText for v5p and v6e
+    # have 1024. They must divide the positions, and fit the vector memory of 16 MiB beside the
+    # scores: in bfloat16 with heads of 128 they do.
+    largest = 1024 if head_bytes <= 256 else 512
+    sizes = (1024, 512, 256, _LANES)
+    return next(size for size in sizes if size <= largest and extent % size == 0)
+
+
 def _splash_kernel(
-    heads: int, size: int, window: int | None, parts: int, head_parts: int, interpret: bool
+    heads: int,
+    size: int,
+    window: int | None,
+    parts: int,
+    head_parts: int,
+    head_bytes: int,
+    interpret: bool,
 ) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
@@ -167,19 +193,18 @@ def _splash_kernel(
         if window is None
         else kernels.LocalMask((size, size), (window - 1, 0), 0)
     )
-    q, kv = (
-        next(block for block in (512, 256, _LANES) if extent % block == 0)
-        for extent in (size // parts, size)
-    )
-    # Large blocks amortize the loads of keys and values; they must divide the sizes exactly.
+    q, kv = (splash_block(extent, head_bytes) for extent in (size // parts, size))
+    # float32 scores of a block are 2 MiB: the gradient holds four such arrays
+    compute = min(kv, 512)
     blocks = kernels.BlockSizes(
         block_q=q,
         block_kv=kv,
+        block_kv_compute=compute,
         block_q_dkv=q,
         block_kv_dkv=kv,
-        block_kv_dkv_compute=kv,
+        block_kv_dkv_compute=compute,
         block_q_dq=q,
-        block_kv_dq=kv,
+        block_kv_dq=compute,
     )
     return kernels.make_splash_mha(
         mask=kernels.MultiHeadMask([mask] * heads),

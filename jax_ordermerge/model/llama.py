@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
@@ -27,18 +26,18 @@ from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.model import initial
 from jax_ordermerge.model.attention import Tokens, attend
 from jax_ordermerge.model.kernels import MIXED, Kernel
+from jax_ordermerge.model.layers import ADAPTED, Embedding, Form, Linear, Norm, project
 from jax_ordermerge.model.rope import rope_frequencies, rope_scale, rotate
 from jax_ordermerge.tree import PyTree
 
 Remat = Literal["none", "full", "dots"]
-_ADAPTED = "adapted"
 _REMAT_POLICIES = {
     "full": None,
     # A product is saved after its adapter's change was added: with the policy for products alone
     # both summands would be saved.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(MIXED, _ADAPTED),
+        jax.checkpoint_policies.save_only_these_names(MIXED, ADAPTED),
     ),
 }
 
@@ -73,55 +72,6 @@ class _LayerInputs(NamedTuple):
     start: jax.Array
 
 
-class Norm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
-
-    epsilon: float
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
-        # bfloat16 has 8 significant bits: a mean of squares over D would be off in the third digit
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        # broadcast by name: the tests raise on implicit rank promotion, which hides wrong axes
-        return (x * jnp.broadcast_to(weight, x.shape)).astype(self.dtype)
-
-
-def _project(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Array:
-    # Why not "BTI,OI->BTO"? With two contracted axes in the gradient of the weight, XLA on CPU
-    # copies the whole transposed gradient of the output.
-    x_RI = x_BTI.reshape(-1, x_BTI.shape[-1])
-    y_RO = jnp.einsum("RI,OI->RO", x_RI, weight_OI, preferred_element_type=dtype)
-    return y_RO.reshape(*x_BTI.shape[:-1], weight_OI.shape[0])
-
-
-class Linear(nn.Module):
-    """x weight^T (+ bias) with weight `[out, in]`, and + (x lora_a^T) lora_b^T with an adapter.
-
-    An adapter is two more entries of the parameter dict, `lora_a` and `lora_b`, beside the weight.
-    """
-
-    features: int
-    bias: bool
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.zeros, (self.features, x.shape[-1]))
-        y = _project(x, weight.astype(self.dtype), self.dtype)
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype)[None, None]
-        if self.has_variable("params", "lora_a"):
-            a = self.get_variable("params", "lora_a").astype(self.dtype)
-            b = self.get_variable("params", "lora_b").astype(self.dtype)
-            change = _project(_project(x, a, self.dtype), b, self.dtype)
-            y = checkpoint_name(y + change, _ADAPTED)
-        return y
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions, over the cache where there is one.
 
@@ -134,6 +84,7 @@ class Attention(nn.Module):
     window: int | None
     kernel: Kernel = "xla"
     last_only: bool = False
+    form: Form = "flat"
 
     @nn.compact
     def __call__(
@@ -143,15 +94,15 @@ class Attention(nn.Module):
         shared: _LayerInputs,
         has_window: jax.Array | None,
     ) -> tuple[jax.Array, _KeysValues]:
-        c, (B, T, D) = self.config, x_BTD.shape
+        c, D = self.config, x_BTD.shape[-1]
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
         query_inputs = x_BTD, shared.queries, shared.cos_BTH, shared.sin_BTH
         if self.last_only:
             query_inputs = jax.tree.map(_last, query_inputs)
         x_q_BTD, queries, cos_BTH, sin_BTH = query_inputs
-        q = Linear(N * H, c.qkv_bias, self.dtype, name="q")(x_q_BTD).reshape(B, -1, N, H)
-        k = Linear(K * H, c.qkv_bias, self.dtype, name="k")(x_BTD).reshape(B, T, K, H)
-        v = Linear(K * H, c.qkv_bias, self.dtype, name="v")(x_BTD).reshape(B, T, K, H)
+        q = Linear((N, H), c.qkv_bias, self.dtype, self.form, name="q")(x_q_BTD)
+        k = Linear((K, H), c.qkv_bias, self.dtype, self.form, name="k")(x_BTD)
+        v = Linear((K, H), c.qkv_bias, self.dtype, self.form, name="v")(x_BTD)
         if c.qk_norm:  # Qwen3: per head, before the rotation
             q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
@@ -177,7 +128,7 @@ class Attention(nn.Module):
             # one that is known leaves out the blocks before it.
             full = functools.partial(attend, window=None, kernel=kernel)
             mixed = jax.lax.cond(has_window, attention, full, *inputs)
-        return Linear(D, c.output_bias, self.dtype, name="o")(mixed.reshape(B, -1, N * H)), kv
+        return Linear((D,), c.output_bias, self.dtype, self.form, name="o")(mixed), kv
 
 
 def _last(x_BT: jax.Array) -> jax.Array:
@@ -194,14 +145,16 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike
+    form: Form
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c = self.config
-        gate_BTF = Linear(c.intermediate_size, c.mlp_bias, self.dtype, name="gate")(x_BTD)
-        up_BTF = Linear(c.intermediate_size, c.mlp_bias, self.dtype, name="up")(x_BTD)
+        c, inner = self.config, (self.config.intermediate_size,)
+        gate_BTF = Linear(inner, c.mlp_bias, self.dtype, self.form, name="gate")(x_BTD)
+        up_BTF = Linear(inner, c.mlp_bias, self.dtype, self.form, name="up")(x_BTD)
         hidden_BTF = meshes.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
-        return Linear(c.hidden_size, c.mlp_bias, self.dtype, name="down")(hidden_BTF)
+        outer = (c.hidden_size,)
+        return Linear(outer, c.mlp_bias, self.dtype, self.form, name="down")(hidden_BTF)
 
 
 class Block(nn.Module):
@@ -212,6 +165,7 @@ class Block(nn.Module):
     window: int | None
     kernel: Kernel = "xla"
     last_only: bool = False
+    form: Form = "flat"
 
     @nn.compact
     def __call__(
@@ -223,33 +177,15 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, _KeysValues]:
         c = self.config
         attention = Attention(
-            c, self.dtype, self.window, self.kernel, self.last_only, name="attention"
+            c, self.dtype, self.window, self.kernel, self.last_only, self.form, name="attention"
         )
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
         change_BTD, kv = attention(normed_BTD, kv, shared, has_window)
         x_BTD = (_last(x_BTD) if self.last_only else x_BTD) + change_BTD
         x_BTD = meshes.constrain(x_BTD, "batch", "length", None)
         normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
-        change_BTD = MLP(c, self.dtype, name="mlp")(normed_BTD)
+        change_BTD = MLP(c, self.dtype, self.form, name="mlp")(normed_BTD)
         return meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv
-
-
-class Embedding(nn.Module):
-    """A `[V, D]` table."""
-
-    config: ModelConfig
-    dtype: DTypeLike
-
-    def setup(self) -> None:
-        self.weight = self.param(
-            "weight", nn.initializers.zeros, (self.config.vocab_size, self.config.hidden_size)
-        )
-
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        # The whole vocabulary on every device: XLA's partitioner crashes on a lookup in a table
-        # that `order`, `fsdp` and `tensor` all divide.
-        table_VD = meshes.constrain(self.weight.astype(self.dtype), None, "looked_up")
-        return meshes.constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", "length", None)
 
 
 class Llama(nn.Module):
@@ -259,11 +195,12 @@ class Llama(nn.Module):
     dtype: DTypeLike
     remat: Remat = "none"
     kernel: Kernel = "xla"
+    form: Form = "flat"
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, shared: _LayerInputs) -> jax.Array:
         c = self.config
-        embed = Embedding(c, self.dtype, name="embed")
+        embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.form, name="embed")
         block = Block
         if self.remat != "none":
             # inside a scan the compiler cannot merge the recomputation with the forward pass, so
@@ -283,7 +220,7 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
-        )(c, self.dtype, window, self.kernel, name="layers")
+        )(c, self.dtype, window, self.kernel, form=self.form, name="layers")
         x_BTD, _ = layers(embed(tokens_BT), None, shared, has_window)
         return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD)
 
@@ -317,7 +254,8 @@ def _with_cache(
 
     Why not the scan of `Llama`? It would copy the keys and values of each layer at every token.
     """
-    x_BTD = Embedding(config, dtype).apply({"params": params["embed"]}, tokens_BT)
+    embed = Embedding(config.vocab_size, config.hidden_size, dtype, "flat")
+    x_BTD = embed.apply({"params": params["embed"]}, tokens_BT)
     ks, vs = [], []
     layers = zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)
     for number, (layer, *kv) in enumerate(layers):
@@ -354,6 +292,7 @@ def hidden(
     dtype: DTypeLike,
     remat: Remat = "none",
     kernel: Kernel = "xla",
+    form: Form = "flat",
     last_only: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """Return the hidden states after the last norm, [B, T, D] in `dtype`, and the updated cache.
@@ -373,6 +312,7 @@ def hidden(
             but products with weights and the output of attention (`dots`; also faster than `none`
             where memory is slow).
         kernel: attention kernel without a cache, from `kernels.choose`.
+        form: of the program without a cache, from `layers.choose_form`.
         last_only: return the last token alone, [B, 1, D]. With a cache the last layer then computes
             no other.
 
@@ -397,7 +337,9 @@ def hidden(
     queries = Tokens(positions_BT, segments_BT)
     if cache is None:
         shared = _LayerInputs(queries, queries, cos, sin, jnp.zeros((), jnp.int32))
-        x_BTD = Llama(config, dtype, remat, kernel).apply({"params": params}, tokens_BT, shared)
+        x_BTD = Llama(config, dtype, remat, kernel, form).apply(
+            {"params": params}, tokens_BT, shared
+        )
         return _last(x_BTD) if last_only else x_BTD, None
     slots = cache.positions.shape[1]
     if slots < T:
@@ -451,7 +393,7 @@ def forward(
     inputs = tokens_BT, positions_BT, segments_BT, cache
     x_BTD, cache = hidden(config, params, *inputs, dtype=dtype, last_only=last_only)
     # float32 logits from products in `dtype`: bfloat16 logits would make ties of close tokens
-    logits = _project(x_BTD, head(config, params).astype(dtype), jnp.float32)
+    logits = project(x_BTD, head(config, params).astype(dtype), jnp.float32)
     return meshes.constrain(logits, "batch", "length", "vocab"), cache
 
 

@@ -7,8 +7,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import mesh as meshes
+from jax_ordermerge.model.layers import Form
 from jax_ordermerge.tree import PyTree
 
 # Rows of logits at a time on each device: enough that a product with the head is bound by
@@ -25,6 +27,7 @@ def linear_losses(
     *,
     segments_BT: jax.Array | None = None,
     count: int = 0,
+    form: Form = "flat",
 ) -> tuple[jax.Array, jax.Array]:
     """Return the weighted sum of -log softmax(x head^T)[target], in total and per example.
 
@@ -40,6 +43,8 @@ def linear_losses(
         weights_BT: float32, 1 where the target is learned and 0 elsewhere.
         segments_BT: int32 segments of packed rows. Each segment then is an example.
         count: largest number of segments per row, with `segments_BT`.
+        form: of the program, from `layers.choose_form`. `by_head` gathers the head once and
+            reduces its gradient once, in the dtype of the products as that of other weights.
 
     Returns:
         `(total, sums)`, float32 scalar and float32[B], or [B, count] of packed rows.
@@ -54,7 +59,7 @@ def linear_losses(
         >>> round(total.item(), 4), sums.shape  # 2 log 4
         (2.7726, (1,))
     """
-    total, sums = _sums(count, x_BTD, head_VD, (targets_BT, weights_BT, segments_BT))
+    total, sums = _sums(count, form, x_BTD, head_VD, (targets_BT, weights_BT, segments_BT))
     # `_sums_backward` ignores the cotangent of the sums; without this a gradient would be wrong
     # instead of zero
     return total, jax.lax.stop_gradient(sums)
@@ -115,11 +120,14 @@ def _zero_sums(count: int, x_BTD: jax.Array, labels: _Labels) -> jax.Array:
     return jnp.zeros(x_BTD.shape[:1] if labels[2] is None else (x_BTD.shape[0], count), jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(
-    count: int, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
+    count: int, form: Form, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
 ) -> tuple[jax.Array, jax.Array]:
     head = head_VD.astype(x_BTD.dtype)
+    if form == "by_head":
+        # before the loop, which would gather it for every chunk
+        head = meshes.constrain(head, "vocab", None)
 
     def body(sums: jax.Array, chunk: tuple[PyTree, ...]) -> tuple[jax.Array, None]:
         _, _, losses_BC = _chunk_losses(head, *chunk[:3])
@@ -129,11 +137,36 @@ def _sums(
     return sums.sum(), sums
 
 
-# The three functions below are the custom gradient of `_sums`. Why not let jax differentiate the
+# The functions below are the custom gradient of `_sums`. Why not let jax differentiate the
 # scan? It would store the logits of every chunk, or compute them twice.
 
 
 def _sums_forward(
+    count: int, form: Form, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    rows, columns = meshes.extent("batch"), meshes.extent("embed")
+    if form == "flat" or rows == 1 or x_BTD.shape[0] % rows or x_BTD.shape[2] % columns:
+        return _sums_and_gradients(count, x_BTD, head_VD, labels)
+
+    # Each device has its own rows and all of the head: a loop over chunks of rows that several
+    # devices share would gather the head, and reduce its gradient in float32, for every chunk.
+    def local(
+        x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        head_VD = jax.lax.all_gather(head_VD.astype(x_BTD.dtype), "fsdp", axis=1, tiled=True)
+        (_, sums), (grad_BTD, grad_VD) = _sums_and_gradients(count, x_BTD, head_VD, labels)
+        grad_VD = grad_VD.astype(x_BTD.dtype)
+        grad_VD = jax.lax.psum_scatter(grad_VD, "fsdp", scatter_dimension=1, tiled=True)
+        grad_VD = jax.lax.psum(grad_VD, "data").astype(jnp.float32)
+        return sums, (grad_BTD, grad_VD)
+
+    row, column = P(meshes.RULES["batch"]), P(None, meshes.RULES["embed"])
+    divided = meshes.divide_batch(local, (row, column, row), (row, (row, column)))
+    sums, grads = divided(x_BTD, head_VD, labels)
+    return (sums.sum(), sums), grads
+
+
+def _sums_and_gradients(
     count: int, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     (_, T, D), V = x_BTD.shape, head_VD.shape[0]
@@ -164,7 +197,10 @@ def _sums_forward(
 
 
 def _sums_backward(
-    count: int, grads: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+    count: int,
+    form: Form,
+    grads: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None]:
     grad_BTD, grad_VD = grads
     # The loss is divided by a number of tokens outside, so the cotangent is one scalar and the

@@ -3,6 +3,7 @@
 It is a sum over examples, so that any cut of a batch into microbatches has the same gradient.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.data.pack import SEQUENCES
 from jax_ordermerge.model import llama, lora, loss, preference
 from jax_ordermerge.model.kernels import Kernel
+from jax_ordermerge.model.layers import Form
 from jax_ordermerge.train.spec import TrainingSpec
 from jax_ordermerge.tree import Tree
 
@@ -52,7 +54,12 @@ class Objective(Protocol):
 
 
 def sft(
-    model: ModelConfig, *, dtype: DTypeLike, remat: llama.Remat = "dots", kernel: Kernel = "xla"
+    model: ModelConfig,
+    *,
+    dtype: DTypeLike,
+    remat: llama.Remat = "dots",
+    kernel: Kernel = "xla",
+    form: Form = "flat",
 ) -> Objective:
     """Return the supervised objective: the loss of the response tokens, summed over a microbatch.
 
@@ -61,6 +68,7 @@ def sft(
         dtype: dtype of the matmuls.
         remat: what is recomputed in the backward pass.
         kernel: attention kernel.
+        form: of the program, from `layers.choose_form`.
 
     Returns:
         An objective of the parameters of a model. A microbatch holds `tokens, targets, positions,
@@ -86,11 +94,15 @@ def sft(
         (8.3178, [3.0, 3.0])
     """
 
+    hidden = functools.partial(
+        llama.hidden, model, dtype=dtype, remat=remat, kernel=kernel, form=form
+    )
+
     def objective(
         params: Tree, batch: Microbatch, frozen: Tree | None = None
     ) -> tuple[jax.Array, ExampleSums]:
         inputs = batch["tokens"], batch["positions"], batch["segments"]
-        x, _ = llama.hidden(model, params, *inputs, dtype=dtype, remat=remat, kernel=kernel)
+        x, _ = hidden(params, *inputs)
         # From the last hidden states and the head, in blocks: the logits of a batch [B, T, V] would
         # be the largest array of the step.
         targets, weights = batch["targets"], batch["weights"]
@@ -98,7 +110,13 @@ def sft(
         packed = "ids" in batch and batch["ids"].ndim > 1
         segments, count = (batch["segments"], batch["ids"].shape[1]) if packed else (None, 0)
         total, sums = loss.linear_losses(
-            x, llama.head(model, params), targets, weights, segments_BT=segments, count=count
+            x,
+            llama.head(model, params),
+            targets,
+            weights,
+            segments_BT=segments,
+            count=count,
+            form=form,
         )
         return total, ExampleSums(sums, loss.by_example(weights, segments, count))
 
@@ -112,13 +130,14 @@ def dpo(
     dtype: DTypeLike,
     remat: llama.Remat = "dots",
     kernel: Kernel = "xla",
+    form: Form = "flat",
 ) -> Objective:
     """Return the objective of direct preference optimization: losses of pairs, summed.
 
     Args:
         model: the architecture.
         settings: see `preference.pair_losses`.
-        dtype, remat, kernel: as in `sft`.
+        dtype, remat, kernel, form: as in `sft`.
 
     Returns:
         `(params, microbatch) -> (sum of losses, sums per pair)`, with the `scores` of
@@ -152,6 +171,11 @@ def dpo(
         [0.0]
     """
 
+    hidden = functools.partial(
+        llama.hidden, model, dtype=dtype, remat=remat, kernel=kernel, form=form
+    )
+    sum_losses = functools.partial(loss.linear_losses, form=form)
+
     def objective(
         params: Tree, batch: Microbatch, frozen: Tree | None = None
     ) -> tuple[jax.Array, ExampleSums]:
@@ -163,9 +187,9 @@ def dpo(
         # both responses.
         flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in SEQUENCES}
         inputs = flat["tokens"], flat["positions"], flat["segments"]
-        x, _ = llama.hidden(model, params, *inputs, dtype=dtype, remat=remat, kernel=kernel)
+        x, _ = hidden(params, *inputs)
         head, weights, reference = llama.head(model, params), flat["weights"], batch["reference"]
-        _, sums = loss.linear_losses(*jax.lax.stop_gradient((x, head)), flat["targets"], weights)
+        _, sums = sum_losses(*jax.lax.stop_gradient((x, head)), flat["targets"], weights)
         logps, tokens = -sums.reshape(-1, 2), weights.sum(-1).reshape(-1, 2)
         real = (tokens.sum(-1) > 0).astype(sums.dtype)  # 0 for a pair of padding
 
@@ -174,7 +198,7 @@ def dpo(
             return losses.sum(), losses
 
         slopes, losses = jax.grad(pairs, has_aux=True)(logps)
-        total, _ = loss.linear_losses(x, head, flat["targets"], weights * -slopes.reshape(-1, 1))
+        total, _ = sum_losses(x, head, flat["targets"], weights * -slopes.reshape(-1, 1))
         scores = preference.scores(logps, reference, beta=settings.beta)
         # `total` has the gradient of the loss, but another value; the constant gives it its value
         value = total + jax.lax.stop_gradient(losses.sum() - total)
@@ -203,9 +227,11 @@ def adapted(objective: Objective, scale: float) -> Objective:
     return over_adapters
 
 
-def build(spec: TrainingSpec, model: ModelConfig, kernel: Kernel = "xla") -> Objective:
+def build(
+    spec: TrainingSpec, model: ModelConfig, kernel: Kernel = "xla", form: Form = "flat"
+) -> Objective:
     """Return the objective of a training, its attention by a kernel."""
     dtype, remat = spec.model.compute_dtype, spec.model.remat
     if spec.objective.kind == "dpo":
-        return dpo(model, spec.objective, dtype=dtype, remat=remat, kernel=kernel)
-    return sft(model, dtype=dtype, remat=remat, kernel=kernel)
+        return dpo(model, spec.objective, dtype=dtype, remat=remat, kernel=kernel, form=form)
+    return sft(model, dtype=dtype, remat=remat, kernel=kernel, form=form)

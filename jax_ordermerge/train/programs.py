@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.config import OPTIMIZERS
 from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
+from jax_ordermerge.model import layers
 from jax_ordermerge.train import batches, compiler_options, mixing, optimizer, validation
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
@@ -86,9 +88,13 @@ class Programs:
         # accumulated gradients are divided over the devices as the parameters are
         trained = self.trainable.trained
         specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in trained}
+        tx = self.tx
+        elementwise = OPTIMIZERS[self.spec.training.optimizer.kind].elementwise
+        if elementwise and layers.choose_form(self.mesh) == "by_head":
+            tx = optimizer.with_distinct_shapes(tx, trained, self.mesh)
         step = steps.train_step(
             self.trainable.objective,
-            self.tx,
+            tx,
             optimizer.make_schedule(self.spec.training, self.plan.steps),
             lengths=self.plan.lengths,
             specs=unflatten(specs),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from jax_ordermerge.arch import ModelConfig, TensorSpec, tensor_table
-from jax_ordermerge.model import kernels, lora
+from jax_ordermerge.model import kernels, layers, lora
 from jax_ordermerge.train import objective
 from jax_ordermerge.train.objective import Objective
 from jax_ordermerge.train.spec import TrainingSpec
@@ -55,7 +55,8 @@ def make_trainable(spec: TrainingSpec, model: ModelConfig, mesh: Mesh) -> Traina
         dtype=spec.model.compute_dtype,
         packed=spec.data.packing != "none",
     )
-    dense, table = objective.build(spec, model, kernel), tensor_table(model)
+    dense = objective.build(spec, model, kernel, layers.choose_form(mesh))
+    table = tensor_table(model)
     settings = spec.lora
     if settings is None:
         return Trainable(table, (), dense, lambda load, members: [load()])

@@ -30,4 +30,4 @@ def direction(settings: AdamW, table: Sequence[TensorSpec]) -> "optax.GradientTr
     return optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon)
 
 
-OPTIMIZERS.register("adamw", Optimizer(AdamW, direction))
+OPTIMIZERS.register("adamw", Optimizer(AdamW, direction, elementwise=True))

@@ -27,4 +27,4 @@ def direction(settings: Lion, table: Sequence[TensorSpec]) -> "optax.GradientTra
     return optax.scale_by_lion(settings.beta1, settings.beta2)
 
 
-OPTIMIZERS.register("lion", Optimizer(Lion, direction))
+OPTIMIZERS.register("lion", Optimizer(Lion, direction, elementwise=True))

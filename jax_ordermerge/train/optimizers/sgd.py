@@ -26,4 +26,4 @@ def direction(settings: Sgd, table: Sequence[TensorSpec]) -> "optax.GradientTran
     return optax.trace(settings.momentum, settings.nesterov)
 
 
-OPTIMIZERS.register("sgd", Optimizer(Sgd, direction, decoupled_decay=False))
+OPTIMIZERS.register("sgd", Optimizer(Sgd, direction, decoupled_decay=False, elementwise=True))

@@ -1,0 +1,144 @@
+"""Norm, linear layer and embedding of the Llama family, in two forms of the same program.
+
+Axis letters as in `llama.py`, and `O` output, `I` input of a linear layer, `R` a row of `[B, T]`.
+"""
+
+import math
+from typing import Final, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jax_ordermerge import mesh as meshes
+
+# How a program is written. Both forms compute the same, and differ in the order of sums.
+#
+# `flat`: products over rows [B T, I]. With two contracted axes in the gradient of the weight, XLA
+# on CPU copies the whole transposed gradient of the output.
+# `by_head`: products [B, T, I] to [B, T, N, H]. The kernels of accelerators take heads, and XLA
+# would turn the flat output for them in memory: for a 7B model on v5p four times the copies.
+# There, too, what devices exchange costs time: tables are divided, and gathered once per step.
+Form = Literal["flat", "by_head"]
+# Name of an adapted output for rematerialization policies.
+ADAPTED: Final = "adapted"
+
+
+def choose_form(mesh: Mesh) -> Form:
+    """Return the form of a program for the devices of a mesh, which may be described only.
+
+    Example:
+        >>> choose_form(meshes.make_mesh())
+        'flat'
+    """
+    return "flat" if mesh.devices.flat[0].platform == "cpu" else "by_head"
+
+
+class Norm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
+
+    epsilon: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        # bfloat16 has 8 significant bits: a mean of squares over D would be off in the third digit
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        # broadcast by name: the tests raise on implicit rank promotion, which hides wrong axes
+        return (x * jnp.broadcast_to(weight, x.shape)).astype(self.dtype)
+
+
+def project(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return x weight^T over flat rows, with one output axis.
+
+    Example:
+        >>> project(jnp.ones((1, 3, 2)), jnp.ones((4, 2)), "float32").shape
+        (1, 3, 4)
+    """
+    x_RI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    y_RO = jnp.einsum("RI,OI->RO", x_RI, weight_OI, preferred_element_type=dtype)
+    return y_RO.reshape(*x_BTI.shape[:-1], weight_OI.shape[0])
+
+
+def _project_by_head(
+    x: jax.Array, weight_OI: jax.Array, dtype: DTypeLike, outputs: tuple[int, ...]
+) -> jax.Array:
+    """Contract all axes of x [B, T, ...] but two; the outputs get axes of their own."""
+    weight = weight_OI.reshape(*outputs, *x.shape[2:])
+    contracted = tuple(range(2, x.ndim)), tuple(range(len(outputs), weight.ndim))
+    return jax.lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=dtype)
+
+
+class Linear(nn.Module):
+    """x weight^T (+ bias) with weight `[out, in]`, and + (x lora_a^T) lora_b^T with an adapter.
+
+    x is [B, T, ...] and the result [B, T, *outputs]: the axes behind `T` are the factors of `in`
+    and `out`, such as heads and head dim. An adapter is two more entries of the parameter dict,
+    `lora_a` and `lora_b`, beside the weight.
+    """
+
+    outputs: tuple[int, ...]
+    bias: bool
+    dtype: DTypeLike
+    form: Form
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, T = x.shape[:2]
+        features = math.prod(self.outputs)
+        outputs = self.outputs
+        if self.form == "flat":
+            x, outputs = x.reshape(B, T, -1), (features,)
+        shape = features, math.prod(x.shape[2:])
+        weight = self.param("weight", nn.initializers.zeros, shape)
+        y = self._product(x, weight, outputs)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (features,))
+            y = y + bias.astype(self.dtype).reshape(1, 1, *outputs)
+        if self.has_variable("params", "lora_a"):
+            a = self.get_variable("params", "lora_a")
+            b = self.get_variable("params", "lora_b")
+            change = self._product(self._product(x, a, a.shape[:1]), b, outputs)
+            y = checkpoint_name(y + change, ADAPTED)
+        return y.reshape(B, T, *self.outputs)
+
+    def _product(self, x: jax.Array, weight_OI: jax.Array, outputs: tuple[int, ...]) -> jax.Array:
+        weight_OI = weight_OI.astype(self.dtype)
+        if self.form == "flat":
+            return project(x, weight_OI, self.dtype)
+        return _project_by_head(x, weight_OI, self.dtype, outputs)
+
+
+class Embedding(nn.Module):
+    """A `[V, D]` table."""
+
+    vocab_size: int
+    hidden_size: int
+    dtype: DTypeLike
+    form: Form
+
+    def setup(self) -> None:
+        self.weight = self.param(
+            "weight", nn.initializers.zeros, (self.vocab_size, self.hidden_size)
+        )
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        # The whole vocabulary on every device: XLA's partitioner crashes on a lookup in a table
+        # that `order`, `fsdp` and `tensor` all divide.
+        if self.form == "flat":
+            table_VD = meshes.constrain(self.weight.astype(self.dtype), None, "looked_up")
+            x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        else:
+            # Each device looks up its columns for the tokens of all, and the devices exchange
+            # them. A table that is gathered instead has a gradient that is scattered from all
+            # tokens of the global batch on every device: 16 GiB for 7B on 256 chips.
+            table_VD = meshes.constrain(self.weight.astype(self.dtype), None, "embed")
+            tokens_BT = meshes.constrain(tokens_BT, "replica", "length")
+            x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+            x_BTD = meshes.constrain(x_BTD, "replica", "length", "embed")
+        return meshes.constrain(x_BTD, "batch", "length", None)
