@@ -96,19 +96,18 @@ class Linear(nn.Module):
             x, outputs = x.reshape(B, T, -1), (features,)
         shape = features, math.prod(x.shape[2:])
         weight = self.param("weight", nn.initializers.zeros, shape)
-        y = self._product(x, weight, outputs)
+        y = self._product(x, weight.astype(self.dtype), outputs)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (features,))
-            y = y + bias.astype(self.dtype).reshape(1, 1, *outputs)
+            y = y + bias.astype(self.dtype).reshape(outputs)[None, None]
         if self.has_variable("params", "lora_a"):
-            a = self.get_variable("params", "lora_a")
-            b = self.get_variable("params", "lora_b")
+            a = self.get_variable("params", "lora_a").astype(self.dtype)
+            b = self.get_variable("params", "lora_b").astype(self.dtype)
             change = self._product(self._product(x, a, a.shape[:1]), b, outputs)
             y = checkpoint_name(y + change, ADAPTED)
         return y.reshape(B, T, *self.outputs)
 
     def _product(self, x: jax.Array, weight_OI: jax.Array, outputs: tuple[int, ...]) -> jax.Array:
-        weight_OI = weight_OI.astype(self.dtype)
         if self.form == "flat":
             return project(x, weight_OI, self.dtype)
         return _project_by_head(x, weight_OI, self.dtype, outputs)

@@ -5,6 +5,7 @@ optimizer's state that lies in a dict is shaped like a parameter (a moment), and
 field of a NamedTuple is a counter or a constant.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -238,18 +239,46 @@ def averaged(tx: optax.GradientTransformation, decay: float) -> optax.GradientTr
     return optax.GradientTransformation(init, update)
 
 
-def with_distinct_shapes(
-    tx: optax.GradientTransformation, table: Sequence[TensorSpec], mesh: Mesh
-) -> optax.GradientTransformation:
-    """Let an optimizer see no two tensors of one shape that are divided differently.
+@dataclasses.dataclass(frozen=True)
+class DistinctShapes:
+    """Shapes in which no two tensors are equal in shape and divided differently.
 
     The second of two gets a further axis of size 1. That changes no value where the optimizer works
     element by element (`Optimizer.elementwise`).
 
-    Args:
-        tx: the optimizer.
-        table: declares every trainable parameter.
-        mesh: divides them.
+    Attributes:
+        widened: paths of the parameters that get the axis.
+
+    Example:
+        >>> shapes = DistinctShapes(frozenset({"o"}))
+        >>> wide = shapes.widen({"q": jnp.ones((2, 2)), "o": jnp.ones((2, 2))})
+        >>> wide["q"].shape, wide["o"].shape
+        ((2, 2), (1, 2, 2))
+        >>> shapes.narrow(wide)["o"].shape
+        (2, 2)
+    """
+
+    widened: frozenset[str] = frozenset()
+
+    def widen(self, values: PyTree) -> PyTree:
+        """Return parameters, gradients or a state of the optimizer with the further axes."""
+        return self._map(lambda x: x[None], values)
+
+    def narrow(self, values: PyTree) -> PyTree:
+        """Invert `widen`."""
+        return self._map(lambda x: x[0], values)
+
+    def _map(self, reshape: Callable[[jax.Array], jax.Array], values: PyTree) -> PyTree:
+        def leaf(path: jax.tree_util.KeyPath, x: jax.Array) -> jax.Array:
+            # a moment lies in its state as the parameter lies in the dict of parameters
+            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+            return reshape(x) if "/".join(names) in self.widened else x
+
+        return jax.tree.map_with_path(leaf, values) if self.widened else values
+
+
+def distinct_shapes(table: Sequence[TensorSpec], mesh: Mesh) -> DistinctShapes:
+    """Return the shapes in which the parameters of a table are updated on a mesh.
 
     Example:
         >>> from jax_ordermerge.mesh import make_mesh
@@ -257,39 +286,18 @@ def with_distinct_shapes(
         ...     TensorSpec("q", (2, 2), ("heads", "embed"), "normal", "q", "attention"),
         ...     TensorSpec("o", (2, 2), ("embed", "heads"), "normal", "o", "attention"),
         ... ]
-        >>> shapes = []
-        >>> inner = optax.stateless(
-        ...     lambda grads, _: shapes.append(jax.tree.map(jnp.shape, grads)) or grads
-        ... )
-        >>> tx = with_distinct_shapes(inner, table, make_mesh(1, 2))
-        >>> _ = tx.update({"q": jnp.ones((2, 2)), "o": jnp.ones((2, 2))}, optax.EmptyState())
-        >>> shapes
-        [{'o': (1, 2, 2), 'q': (2, 2)}]
+        >>> distinct_shapes(table, make_mesh(1, 2)).widened
+        frozenset({'o'})
+        >>> distinct_shapes(table, make_mesh()).widened
+        frozenset()
     """
     # XLA merges equal scalars that are broadcast to equal shapes before it divides the program, and
     # gives what meets there one sharding. So it moved gradient and moments of the output projection
-    # to the sharding of the queries' and back: 8 all-to-alls a step, and memory for 4 copies.
+    # to the sharding of the queries' and back: 8 all-to-alls a step, and memory for the copies.
     first: dict[tuple[int, ...], PartitionSpec] = {}
-    moved = set()
+    widened = set()
     for spec in table:
         divided = meshes.partition(spec.axes, spec.shape, mesh)
         if first.setdefault(spec.shape, divided) != divided:
-            moved.add(spec.path)
-
-    def reshape(values: PyTree, widen: bool) -> PyTree:
-        def leaf(path: jax.tree_util.KeyPath, x: jax.Array) -> jax.Array:
-            # a moment lies in its state as the parameter lies in the dict of parameters
-            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-            if "/".join(names) not in moved:
-                return x
-            return x[None] if widen else x[0]
-
-        return jax.tree.map_with_path(leaf, values)
-
-    def update(
-        grads: Tree, state: optax.OptState, params: Tree | None = None
-    ) -> tuple[Tree, optax.OptState]:
-        updates, state = tx.update(*(reshape(values, True) for values in (grads, state, params)))
-        return reshape(updates, False), reshape(state, False)
-
-    return optax.GradientTransformation(tx.init, update)
+            widened.add(spec.path)
+    return DistinctShapes(frozenset(widened))

@@ -88,16 +88,17 @@ class Programs:
         # accumulated gradients are divided over the devices as the parameters are
         trained = self.trainable.trained
         specs = {s.path: meshes.partition(s.axes, s.shape, self.mesh) for s in trained}
-        tx = self.tx
+        shapes = optimizer.DistinctShapes()
         elementwise = OPTIMIZERS[self.spec.training.optimizer.kind].elementwise
         if elementwise and layers.choose_form(self.mesh) == "by_head":
-            tx = optimizer.with_distinct_shapes(tx, trained, self.mesh)
+            shapes = optimizer.distinct_shapes(trained, self.mesh)
         step = steps.train_step(
             self.trainable.objective,
-            tx,
+            self.tx,
             optimizer.make_schedule(self.spec.training, self.plan.steps),
             lengths=self.plan.lengths,
             specs=unflatten(specs),
+            shapes=shapes,
         )
         options = compiler_options.resolve(self.spec.model, self.mesh)
         return steps.compile_step(step, self.mesh, self.state, self.batch, self.frozen, options)

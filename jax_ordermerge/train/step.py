@@ -19,6 +19,7 @@ from jax_ordermerge import tree
 from jax_ordermerge.data.pack import SEQUENCES
 from jax_ordermerge.train.compiler_options import EXACT, Options
 from jax_ordermerge.train.objective import ExampleSums, Objective
+from jax_ordermerge.train.optimizer import DistinctShapes
 from jax_ordermerge.tree import PyTree, Tree
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ def train_step(
     *,
     lengths: Sequence[int],
     specs: Tree | None = None,
+    shapes: DistinctShapes | None = None,
 ) -> Step:
     """Return the step of one member.
 
@@ -82,12 +84,16 @@ def train_step(
         lengths: padded lengths of a microbatch; `batch["bucket"]`, int32[A], is an index of them.
         specs: a PartitionSpec for every parameter, which accumulated gradients keep; None leaves
             them to the compiler.
+        shapes: in which parameters are updated, from `optimizer.distinct_shapes`; None is as they
+            are.
 
     Returns:
         `(state, batch, frozen) -> (state, metrics)`. The batch holds `SEQUENCES` as [A, B, ..., T]
         with T the longest length, `ids`, `bucket` and whatever else the objective reads. `frozen`
         is what the objective reads but does not train, `{}` if nothing.
     """
+
+    update_shapes = shapes or DistinctShapes()
 
     def gradients(
         length: int, params: Tree, microbatch: Batch, frozen: Tree
@@ -112,13 +118,14 @@ def train_step(
         # mean of their means would weigh the tokens of a short one more.
         summed, examples = _accumulate(microbatch_gradients, batch, state.params)
         weight = jnp.maximum(examples.weights.sum(), 1.0)  # 1 where all of the batch is padding
-        mean = jax.tree.map(lambda g: g / weight, summed)
-        updates, opt_state = tx.update(mean, state.opt_state, state.params)
+        mean = jax.tree.map(lambda g: g / weight, update_shapes.widen(summed))
+        old = update_shapes.widen(state.params)
+        updates, opt_state = tx.update(mean, update_shapes.widen(state.opt_state), old)
         loss = examples.losses.sum() / weight
         learning_rate = jnp.asarray(rate(state.step), jnp.float32)
         norm = optax.tree.norm(mean)
         metrics = Metrics(loss, norm, learning_rate, batch["ids"], examples)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = update_shapes.narrow((optax.apply_updates(old, updates), opt_state))
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
