@@ -180,11 +180,9 @@ def dpo(
         params: Tree, batch: Microbatch, frozen: Tree | None = None
     ) -> tuple[jax.Array, ExampleSums]:
         # The loss of a pair is a function f(s_chosen, s_rejected) of two sums over tokens. Its
-        # gradient is that of these sums with the constant factors df/ds. So the sums are computed
-        # first, and the factors at them are the weights with which the token losses are then
-        # differentiated. As in `sft`, the logits of all tokens never exist at once. The price is
-        # one more matmul with the head; `jax.grad` of the plain formula would keep the logits of
-        # both responses.
+        # gradient is that of these sums with the constant factors df/ds, the weights with which the
+        # token losses are then differentiated. The price is one more matmul with the head;
+        # `jax.grad` of the plain formula would keep the logits of both responses.
         flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in SEQUENCES}
         inputs = flat["tokens"], flat["positions"], flat["segments"]
         x, _ = hidden(params, *inputs)
