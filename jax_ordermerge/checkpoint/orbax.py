@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -53,8 +54,8 @@ class Checkpoints:
     Example:
         >>> import tempfile, jax.numpy as jnp
         >>> with Checkpoints(tempfile.mkdtemp(), keep=1) as checkpoints:
-        ...     checkpoints.save(1, {"w": jnp.zeros(3)}, {"members": 2})
-        ...     checkpoints.save(2, {"w": jnp.ones(3)}, {"members": 2})
+        ...     _ = checkpoints.save(1, {"w": jnp.zeros(3)}, {"members": 2})
+        ...     _ = checkpoints.save(2, {"w": jnp.ones(3)}, {"members": 2})
         ...     checkpoints.wait()
         ...     restored = checkpoints.restore(2, {"w": jax.ShapeDtypeStruct((3,), "float32")})
         >>> checkpoints.latest(), checkpoints.metadata(2), restored["w"].tolist()
@@ -97,15 +98,20 @@ class Checkpoints:
         self._on_saved, self._thread = on_saved, ThreadPoolExecutor(1)
         self._notification: Future[None] | None = None
 
-    def save(self, step: int, tree: PyTree, metadata: JsonRow | None = None) -> None:
+    def save(self, step: int, tree: PyTree, metadata: JsonRow | None = None) -> float:
         """Wait for the save in progress, start this one, and return when arrays may change again.
 
         Args:
             step: number of the checkpoint; one of the same number is replaced.
             tree: pytree of jax arrays, such as `{"params": ..., "optimizer": ...}`.
             metadata: JSON data stored with it.
+
+        Returns:
+            The seconds that it waited for the save in progress.
         """
+        start = time.monotonic()
         self.wait()
+        waited = time.monotonic() - start
         # without `force` Orbax skips saves that follow each other too fast, and does not say so
         self._checkpointer.save_async(
             step,
@@ -117,6 +123,7 @@ class Checkpoints:
         )
         if self._on_saved is not None:
             self._notification = self._thread.submit(self._notify, self._on_saved)
+        return waited
 
     def _notify(self, on_saved: Callable[[], None]) -> None:
         self._checkpointer.wait()

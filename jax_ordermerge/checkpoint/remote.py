@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -408,6 +409,23 @@ def check_writable(url: str) -> None:
         store.rm_file(name)
     if read != content:
         raise UserError(f"{url}: an object that was written there has other content when read")
+
+
+def measure_upload(url: str, size: int) -> float:
+    """Write an object of `size` bytes below an address, remove it, and return the seconds.
+
+    Raises:
+        UserError: the bucket cannot be written.
+    """
+    store = object_store.open_store(url)
+    name = f"{url}/{object_store.BOOKKEEPING}/try-{secrets.token_hex(8)}"
+    content = secrets.token_bytes(size)
+    with object_store.one_line_errors(url, "written"):
+        start = time.monotonic()
+        store.pipe_file(name, content)
+        seconds = time.monotonic() - start
+        store.rm_file(name)
+    return seconds
 
 
 def _finish_staging(url: str, listing: Listing) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterable
 
 from rich import box
@@ -173,11 +174,12 @@ def describe_saves(experiment: ExperimentPlan) -> str:
     """Return what to do where saving a checkpoint takes longer than training until the next."""
     assert experiment.checkpoint_interval is not None
     seconds, interval = experiment.checkpoint_seconds, experiment.checkpoint_interval
+    enough = math.ceil(experiment.save_bytes / interval / 1e6)
     return (
         f"a checkpoint takes {seconds:,.0f} s to save and the next follows after {interval:,.0f} s,"
         " so that the devices wait: save less often (training.checkpoint_every,"
-        " training.checkpoint_minutes), or on faster storage (then raise"
-        " training.checkpoint_bandwidth)"
+        f" training.checkpoint_minutes), or on storage that takes {enough:,} MB per second (then"
+        f" state it: --set training.checkpoint_bandwidth={enough})"
     )
 
 

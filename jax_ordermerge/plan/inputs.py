@@ -31,6 +31,7 @@ class Inputs:
         test_count: number of test examples; None if it is not known.
         notes: what could not be read, and what is used in its place.
         base_dtype: that config.json of the base names; None if the base cannot be read.
+        unread: why the examples cannot be read; None where they are read, or not looked for.
     """
 
     model: ModelConfig
@@ -41,6 +42,7 @@ class Inputs:
     test_count: int | None
     notes: tuple[str, ...]
     base_dtype: str | None = None
+    unread: str | None = None
 
     def prompt_length(self, spec: PlanSpec) -> int:
         """Return the tokens of the longest test prompt, or a guess without test examples."""
@@ -87,13 +89,14 @@ def read_inputs(
                 ) from error
             model, name = published, f"{spec.model.base} by its name"
             notes.append(f"{spec.model.base} cannot be read: its published shape is used")
-    train = test = None
+    train = test = unread = None
     # without the base there is no tokenizer, so lengths cannot be measured
     if base is not None and examples is None:
         try:
             train, test = _read_examples(spec, base)
         except UserError as error:
-            notes.append(f"data not read: {error}")
+            unread = str(error)
+            notes.append(f"data not read: {unread}")
     if train is None:
         notes.append(
             f"every example counts as {spec.data.max_length} tokens long (data.max_length)"
@@ -111,7 +114,7 @@ def read_inputs(
     dtype = None
     if base is not None:
         dtype = convert.named_dtype(base)
-    return Inputs(model, name, train, test, train_count, test_count, tuple(notes), dtype)
+    return Inputs(model, name, train, test, train_count, test_count, tuple(notes), dtype, unread)
 
 
 def _read_architecture(name: str, spec: PlanSpec) -> ModelConfig:

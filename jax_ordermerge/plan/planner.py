@@ -17,7 +17,14 @@ from jax_ordermerge.plan.analytic import Workload
 from jax_ordermerge.plan.compiled import Requirements
 from jax_ordermerge.plan.formatting import describe_saves, format_changes
 from jax_ordermerge.plan.inputs import Inputs, measure_workload, read_inputs
-from jax_ordermerge.plan.results import OptionPlan, Plan, ProgramPlan, Settings, list_changes
+from jax_ordermerge.plan.results import (
+    ExperimentPlan,
+    OptionPlan,
+    Plan,
+    ProgramPlan,
+    Settings,
+    list_changes,
+)
 from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.plan.stages import plan_stages
 from jax_ordermerge.train import compiler_options
@@ -58,13 +65,12 @@ def plan_experiment(
     Raises:
         UserError: the topology, the architecture or the settings are not valid.
     """
-    target = _present_topology(spec) if topology is None else parse(topology, slices)
+    target = present_topology(spec) if topology is None else parse(topology, slices)
     if not target.present and target.device is not None:
         # the devices are only compiled for: without this jax would look for others, and take them
         jax.config.update("jax_platforms", "cpu")
     inputs = read_inputs(spec, architecture, examples, tests)
-    if spec.merge.dtype is None and inputs.base_dtype is not None:
-        spec = spec.change(merge={"dtype": inputs.base_dtype})
+    spec = _with_base_dtype(spec, inputs)
     # what a run would refuse on these devices
     spec.data.check_length(inputs.model.context_length, inputs.model_name)
     spec.population.check_groups(analytic.mesh_layout(spec, target).sizes["order"])
@@ -102,6 +108,13 @@ def plan_experiment(
     )
 
 
+def _with_base_dtype(spec: PlanSpec, inputs: Inputs) -> PlanSpec:
+    """Return settings that export in the dtype of the base, as a run does where none is named."""
+    if spec.merge.dtype is not None or inputs.base_dtype is None:
+        return spec
+    return spec.change(merge={"dtype": inputs.base_dtype})
+
+
 def _can_compile(target: Topology, notes: list[str]) -> bool:
     """Return whether there is a compiler for a topology; note why not, or what it differs in."""
     if not devices.has_compiler(target):
@@ -125,8 +138,25 @@ def _can_compile(target: Topology, notes: list[str]) -> bool:
     return True
 
 
-def _present_topology(spec: PlanSpec) -> Topology:
-    """Return the devices of this process that the mesh takes."""
+def estimate(
+    spec: PlanSpec, inputs: Inputs, topology: Topology
+) -> tuple[OptionPlan, ExperimentPlan]:
+    """Estimate the training step and the stages of an experiment as configured, by formulas alone.
+
+    Raises:
+        UserError: the mesh does not fit the devices, or the members do not fit the mesh.
+    """
+    spec = _with_base_dtype(spec, inputs)
+    spec.population.check_groups(analytic.mesh_layout(spec, topology).sizes["order"])
+    planner = _Planner(
+        topology, inputs, measure_workload(spec, inputs), compiles=False, log=lambda message: None
+    )
+    option = planner.plan_step(spec, {})
+    return option, plan_stages(spec, inputs, topology, option)
+
+
+def present_topology(spec: PlanSpec) -> Topology:
+    """Return the devices of all processes that the mesh takes."""
     meshes.provide_cpu_devices(spec.mesh.sizes.values())
     present = jax.devices()
     slices = meshes.slice_sizes(present)

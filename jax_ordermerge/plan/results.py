@@ -167,8 +167,8 @@ class ExperimentPlan:
         models: models that are analyzed and evaluated: base, members, merges.
         checkpoint_bytes: parameters and optimizer of all members.
         checkpoints_kept: checkpoints that stay on the disk.
-        checkpoint_seconds: time to save one, of the members that are trained together, at
-            `training.checkpoint_bandwidth`.
+        save_bytes: of the checkpoint of the members that are trained together: one save.
+        checkpoint_seconds: time of one save at `training.checkpoint_bandwidth`.
         checkpoint_interval: seconds of training between two; None if they are not known.
         merged_bytes: all merged models.
     """
@@ -177,6 +177,7 @@ class ExperimentPlan:
     models: int
     checkpoint_bytes: int
     checkpoints_kept: int
+    save_bytes: int
     checkpoint_seconds: float
     checkpoint_interval: float | None
     merged_bytes: int

@@ -43,16 +43,16 @@ def plan_stages(
         if evaluation is not None:
             hours["evaluation"] = models * evaluation / 3600
     saved = _checkpoint_bytes(spec, model)
+    # a wave saves its own members
+    together = round(saved * training.members / spec.population.total)
     exported = merges if spec.merge.export == "all" else len(spec.merge.methods)
     return ExperimentPlan(
         hours=hours,
         models=models,
         checkpoint_bytes=saved,
         checkpoints_kept=spec.training.keep_checkpoints,
-        # a wave saves its own members
-        checkpoint_seconds=saved
-        * (training.members / spec.population.total)
-        / spec.training.checkpoint_bytes_per_second,
+        save_bytes=together,
+        checkpoint_seconds=together / spec.training.checkpoint_bytes_per_second,
         checkpoint_interval=_checkpoint_interval(spec, training),
         merged_bytes=exported * spec.merge_bytes * parameter_count(model),
     )

@@ -39,6 +39,9 @@ Sample = Callable[[Tree, Tree], Json]
 # little ahead, the devices never wait for the host; not far ahead, a request to stop is answered
 # soon and few batches are in memory.
 _AHEAD = 2
+# Waiting for a save is worth a warning from this share of the time between two saves on, and from
+# these seconds on: the steps of a small model are shorter than any save.
+_NOTICED_SHARE, _NOTICED_SECONDS = 0.1, 10.0
 
 
 def train(
@@ -145,6 +148,7 @@ class Training:
         self.spec, self.plan = programs.spec, programs.plan
         self.recorder = Recorder(programs.plan, programs.model, programs.mesh)
         self.saved = time.monotonic()  # when the last checkpoint was begun
+        self.warned = False  # that saves take too long
 
     def run(self, load_base: LoadBase, on_checkpoint: Callable[[], None] | None = None) -> Json:
         """Start or continue, take the steps that are left, and write what follows from them."""
@@ -268,7 +272,8 @@ class Training:
                         watcher.metrics(row)
                 # last, so that the recorder in the checkpoint knows of the row above
                 if due.save or stops:
-                    resume.save(checkpoints, done, programs, record, state, best)
+                    waited = resume.save(checkpoints, done, programs, record, state, best)
+                    self._warn_of_waiting(waited)
                     self.saved = time.monotonic()
                 if stops:
                     message = f"stopped by {stop.name} after step {done} of {plan.steps}, with a"
@@ -299,6 +304,13 @@ class Training:
         # Clocks differ between processes, which save together: that of the first counts. Asked at
         # logged steps only, because the answer takes a message between the processes.
         return bool(processes.broadcast(time.monotonic() - self.saved >= 60 * minutes))
+
+    def _warn_of_waiting(self, waited: float) -> None:
+        """Log once that the training waits for its checkpoints."""
+        warning = describe_waiting(waited, time.monotonic() - self.saved)
+        if warning and not self.warned:
+            self.watch.log(warning)
+            self.warned = True
 
     def _describe_members(self) -> None:
         """Log where a member is not simply the last weights of a training of its own."""
@@ -339,6 +351,28 @@ class Training:
             state["best_validation_losses"] = best_losses.tolist()
         layouts.write_json(self.layout.training_state, state)
         return state
+
+
+def describe_waiting(waited: float, between: float) -> str | None:
+    """Return what to do where the training waits for a checkpoint; None where it hardly does.
+
+    Args:
+        waited: seconds that the training waited for the previous save to end.
+        between: seconds since that save began, with those of `waited`.
+
+    Example:
+        >>> describe_waiting(1.0, 60.0) is None
+        True
+        >>> describe_waiting(45.0, 60.0)
+        'training waited 45 s for a checkpoint, 75 % of the 60 s since it was begun: ...'
+    """
+    if waited < max(_NOTICED_SHARE * between, _NOTICED_SECONDS):
+        return None
+    return (
+        f"training waited {waited:,.0f} s for a checkpoint, {100 * waited / between:.0f} % of"
+        f" the {between:,.0f} s since it was begun: saves take longer than the steps between them; save"
+        " less often (training.checkpoint_every, training.checkpoint_minutes) or on faster storage"
+    )
 
 
 # ---------------------------------------------------------------------------------- transfers

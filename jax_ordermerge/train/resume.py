@@ -94,8 +94,8 @@ def save(
     recorder: Recorder,
     state: TrainState,
     best: Best,
-) -> None:
-    """Start saving a checkpoint after `done` steps."""
+) -> float:
+    """Start saving a checkpoint after `done` steps; return the seconds waited for the last one."""
     # a copy: the checkpoint is written while the next steps fill in their losses
     losses = jax.make_array_from_callback(
         recorder.losses.shape,
@@ -118,7 +118,7 @@ def save(
         "mesh": dict(programs.mesh.shape),  # for the reader alone
         "recorder": recorder.to_metadata(),
     }
-    checkpoints.save(done, tree, metadata)
+    return checkpoints.save(done, tree, metadata)
 
 
 def restore(

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import time
 from unittest import mock
 
 import chex
@@ -278,3 +279,10 @@ def test_a_save_is_given_the_time_that_its_bytes_take(tmp_path):
         assert manager._timeout_secs == timeout
     # small ones keep its own time
     assert orbax.save_timeout(10**9, 200e6) == 1200
+
+
+def test_a_save_says_how_long_it_waited_for_the_one_before(tmp_path):
+    tree = {"w": jnp.zeros(2)}
+    with orbax.Checkpoints(tmp_path, on_saved=lambda: time.sleep(0.5)) as checkpoints:
+        assert checkpoints.save(1, tree) < 0.5
+        assert checkpoints.save(2, tree) >= 0.5

@@ -150,5 +150,5 @@ def test_plan_and_run_have_one_memory_limit(kind, offered, limit, monkeypatch):
     assert waves._divide(ctx) == [[0, 1]]
     assert limits == [pytest.approx(limit)]
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    planned = planner._present_topology(PlanSpec()).memory_limit
+    planned = planner.present_topology(PlanSpec()).memory_limit
     assert planned == (None if kind.startswith("TPU of") else pytest.approx(limit))

@@ -146,6 +146,10 @@ def test_saves_that_take_longer_than_what_lies_between_them():
     assert often.checkpoint_seconds == pytest.approx(4 * 12 * 6.738e9 / 200e6, rel=1e-3)
     assert often.saves_too_often
     assert "a checkpoint takes 1,617 s to save" in notes[0]
+    enough = 4 * 12 * 6_738_415_616 / often.checkpoint_interval / 1e6
+    stated = int(notes[0].rsplit("training.checkpoint_bandwidth=", 1)[1].rstrip(")"))
+    assert enough <= stated < enough + 1
+    assert not planned(checkpoint_bandwidth=stated)[0].saves_too_often
     fast, notes = planned(checkpoint_bandwidth=1e6)
     assert (fast.saves_too_often, notes) == (False, [])
     assert fast.checkpoint_interval == often.checkpoint_interval

@@ -177,12 +177,25 @@ def test_killed_and_resumed_is_uninterrupted(trained, tmp_path, tiny_train, tiny
     assert state["compilations"] == 2  # one per session
 
 
-def test_checkpoints_by_time(trained, tmp_path, tiny_train, tiny_model, same_bits):
+def test_checkpoints_by_time(trained, tmp_path, tiny_train, tiny_model, same_bits, monkeypatch):
     changes = {"checkpoint_every": STEPS, "log_every": 1, "checkpoint_minutes": 1e-9}
     with pytest.raises(KeyboardInterrupt):
         tiny_train(tmp_path, make_mesh(), stop_at=3, training=changes)
     assert orbax.latest(tmp_path / "checkpoints") == 2  # none without checkpoint_minutes
-    resumed = tiny_train(tmp_path, make_mesh(), training=changes | {"checkpoint_minutes": 1000})
+
+    save = orbax.Checkpoints.save
+
+    def save_slowly(*arguments):
+        save(*arguments)
+        return 60.0
+
+    monkeypatch.setattr(orbax.Checkpoints, "save", save_slowly)
+    changes |= {"checkpoint_minutes": 1000, "checkpoint_every": 2}
+    resumed = tiny_train(tmp_path, make_mesh(), training=changes)
+    # of two saves that it waited for, one is reported
+    (warning,) = [text for text in resumed.watch.messages if "waited" in text]
+    assert warning.startswith("training waited 60 s for a checkpoint")
+    assert "training.checkpoint_every" in warning
     assert same_bits(
         everything(resumed, tiny_model, make_mesh()), everything(trained, tiny_model, make_mesh())
     )

@@ -1,0 +1,94 @@
+"""Checks of a machine before a run.
+
+Versions, devices, the links between processes, base and data, memory and storage.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+import rich
+from rich.table import Table
+from rich.text import Text
+
+from jax_ordermerge.commands.doctor import devices, inputs, storage
+from jax_ordermerge.commands.doctor.finding import Finding
+from jax_ordermerge.commands.doctor.versions import check_versions, installed
+from jax_ordermerge.config import Config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment.context import Log
+
+__all__ = ["Finding", "check_versions", "diagnose", "examine", "installed"]
+
+_COLORS = {"ok": "green", "note": "yellow", "error": "red"}
+
+
+def diagnose(config: Config | None, *, only_versions: bool, log: Log) -> bool:
+    """Print the findings about a machine, and return whether a run can start on it.
+
+    Args:
+        config: see `examine`.
+        only_versions: print versions and errors about them; start no devices.
+        log: receives one-line messages.
+    """
+    if only_versions:
+        # the header of a bug report: plain lines that can be pasted
+        for name, version in installed():
+            log(f"{name} {version}")
+        findings = [finding for finding in check_versions() if finding.verdict == "error"]
+    else:
+        findings = list(examine(config))
+    if findings:
+        table = Table(box=None, show_header=False)
+        for subject, verdict, detail in findings:
+            table.add_row(Text(verdict, _COLORS[verdict]), subject, Text(detail, overflow="fold"))
+        rich.print(table)
+    errors = [finding.subject for finding in findings if finding.verdict == "error"]
+    if errors:
+        # the names in the last line: the table of a pod's workers is long
+        names = ", ".join(dict.fromkeys(errors))
+        print(
+            f"not fit: {len(errors)} of {len(findings)} findings would make a run fail ({names})",
+            file=sys.stderr,
+        )
+    elif not only_versions:
+        log("fit to run")
+    return not errors
+
+
+def examine(config: Config | None) -> Iterator[Finding]:
+    """Check versions, devices, inputs, memory and storage in the processes of the config.
+
+    Args:
+        config: of an experiment; None checks this process alone and the current directory.
+
+    Yields:
+        findings as they are made, because the start of processes may take long. Several processes
+        exchange messages between them, so each of them must take all.
+    """
+    yield from check_versions()
+    findings = list(devices.check_devices(config))
+    yield from findings
+    # without devices, peers or links no later check can exchange a message
+    connected = not _has_error(findings, "devices")
+    if config and connected:
+        exchange = list(devices.check_exchange())
+        yield from exchange
+        connected = not exchange or exchange[0].verdict != "error"
+    if config is None or not connected:
+        yield from storage.check_output(config.location if config else os.curdir)
+        return
+    base, read = inputs.check_inputs(config)
+    yield from read
+    needs = None
+    if base is not None:
+        try:
+            needs = inputs.plan_needs(config, base, has_mesh=not _has_error(findings, "mesh"))
+            yield from inputs.check_needs(needs)
+        except UserError as error:
+            yield Finding("plan", "error", str(error))
+    yield from storage.check_storage(config, needs)
+
+
+def _has_error(findings: Iterable[Finding], subject: str) -> bool:
+    return any(f.subject == subject and f.verdict == "error" for f in findings)
