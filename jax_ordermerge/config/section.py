@@ -1,7 +1,7 @@
 """Sections of YAML: strict validation, choices by `kind`, and error messages of one line."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -45,6 +45,28 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, strict=False, allow_inf_nan=False
     )
+
+    # not of fields: a field that decides between alternatives takes no validator of this kind
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, values: object) -> object:
+        """Refuse true and false, which YAML makes of yes and no, too, where numbers are expected."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            given = value if isinstance(value, list | tuple) else (value,)
+            if name in cls.model_fields and any(isinstance(x, bool) for x in given):
+                types = _leaf_types(cls.model_fields[name].annotation)
+                # pydantic would take them as 1 and 0
+                if types & {int, float} and bool not in types:
+                    raise _expected_number(name, value)
+        return values
+
+
+def _leaf_types(annotation: object) -> set[object]:
+    """Return the types that an annotation is made of, those in unions, lists and dicts among them."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return {type(part) for part in parts}
+    return set().union(*map(_leaf_types, parts)) if parts else {annotation}
 
 
 # Frozen, because sections are shared by all stages, and some are keys of caches.
@@ -257,12 +279,12 @@ def _by_kind(
         # optimizer.
         kind = raw.get("kind", default)
         if kind is None:
-            raise _KindError(lambda path: f"{_dotted(path)}.kind is missing: {' or '.join(kinds)}")
+            raise _PathError(lambda path: f"{_dotted(path)}.kind is missing: {' or '.join(kinds)}")
         names = list(kinds)
         if kind not in names:
             key = "" if isinstance(value, str) else ".kind"
             near = did_you_mean(str(kind), names)
-            raise _KindError(lambda path: f"{_dotted(path)}{key} = {kind!r}: unknown {noun}{near}")
+            raise _PathError(lambda path: f"{_dotted(path)}{key} = {kind!r}: unknown {noun}{near}")
         try:
             # `kind` is written into the section, too: a resolved config must not depend on the
             # default.
@@ -270,17 +292,21 @@ def _by_kind(
         except pydantic.ValidationError as error:
             # `error` is unbound after the block, and the lambda is called later
             cause = error
-            raise _KindError(lambda path: _one_line(cause, settings(kind), path, kind)) from error
+            raise _PathError(lambda path: _one_line(cause, settings(kind), path, kind)) from error
 
     return pydantic.BeforeValidator(validate)
 
 
-class _KindError(ValueError):
-    """An error in a choice. Its text needs the path of the choice in the whole config."""
+class _PathError(ValueError):
+    """An error in a choice or a section. Its text needs the path in the whole config."""
 
     def __init__(self, text: Callable[[Path], str]) -> None:
         super().__init__(text(()))
         self.text = text
+
+
+def _expected_number(name: str, value: object) -> _PathError:
+    return _PathError(lambda path: f"{_dotted((*path, name))} = {value!r}: expected a number")
 
 
 def _one_line(
@@ -302,7 +328,7 @@ def _one_line(
         return f"unknown key {_dotted(path)}{near}"
     if first["type"] == "value_error":
         cause = first["ctx"]["error"]
-        if isinstance(cause, _KindError):
+        if isinstance(cause, _PathError):
             return cause.text(path)
         return f"{_dotted(path)}: {cause}" if kind and path else str(cause)
     # pydantic says "Field required", which names no key

@@ -27,6 +27,12 @@ CONFIGS = sorted(
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
+        # pydantic takes True as 1
+        ({"seed": True}, "seed = True: expected a number"),
+        ({"training": {"epochs": True}}, "training.epochs = True: expected a number"),
+        ({"data": {"buckets": [True, 64]}}, "data.buckets = [True, 64]: expected a number"),
+        ({"training": {"optimizer": {"beta1": False}}}, "optimizer.beta1 = False: expected"),
+        ({"merge": {"methods": [{"seed": False}]}}, "merge.methods.0.seed = False: expected"),
         ({"trainig": {}}, "unknown key trainig (did you mean 'training'?)"),
         (
             {"training": {"learning_rat": 1}},
