@@ -216,6 +216,18 @@ def barrier(action: str) -> Iterator[None]:
         raise UserError(f"process {int(failed.argmax())} could not {action}; see its message")
 
 
+def on_all(flag: bool) -> bool:
+    """Return whether a flag is true on all processes.
+
+    Example:
+        >>> on_all(True), on_all(False)
+        (True, False)
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.int32(flag)).all())
+
+
 def broadcast(value: int) -> int:
     """Return the value of process 0: a flag, or a number below 2^31.
 

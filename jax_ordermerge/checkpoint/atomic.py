@@ -33,7 +33,7 @@ def check_vacant(target: str | Path) -> None:
         raise UserError(f"{target} ends in ..; give the directory by its name")
     # the longest name beside it
     with _writable(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        _scratch_path(path).lstat()
+        scratch_path(path).lstat()
     for parent in path.parents:
         if parent.is_file():
             raise UserError(f"{target} lies below {parent}, which is a file; give a new directory")
@@ -88,11 +88,15 @@ def check_writable(target: str | Path, *, is_file: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(target: str | Path) -> Iterator[Path]:
+def new_directory(target: str | Path, number: int | None = None) -> Iterator[Path]:
     """Yield a directory beside the target and rename it when the block ends.
 
     After an error it is removed. So is what an earlier, killed write of the target left. Modes
     follow the umask.
+
+    Args:
+        target: final name; it must not exist or be empty.
+        number: below 2^32, of `scratch_path`; by default drawn at random.
 
     Raises:
         UserError: the target is not empty, or cannot be created.
@@ -107,7 +111,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     """
     path = Path(target).absolute()
     check_vacant(path)
-    partial = _scratch_path(path)
+    partial = scratch_path(path, number)
     with _writable(target):
         path.parent.mkdir(parents=True, exist_ok=True)
         # a killed process could not remove its directory; the random suffix tells them from others
@@ -179,9 +183,15 @@ def resumable_directory(target: str | Path, fingerprint: str) -> Iterator[tuple[
         _rename(partial, path)
 
 
-def _scratch_path(path: Path) -> Path:
-    """Return where one call of `new_directory` works: a name of its own, never resumed."""
-    return path.parent / f"{path.name}.partial-{secrets.token_hex(4)}"
+def scratch_path(path: Path, number: int | None = None) -> Path:
+    """Return where one call of `new_directory` works: a name of its own, never resumed.
+
+    Example:
+        >>> scratch_path(Path("out"), 255).name
+        'out.partial-000000ff'
+    """
+    number = secrets.randbits(32) if number is None else number
+    return path.parent / f"{path.name}.partial-{number:08x}"
 
 
 def partial_path(target: str | Path) -> Path:

@@ -1,27 +1,38 @@
 """Conversion between Hugging Face directories and parameters: rename, stack layers, cast.
 
-There is no arithmetic and no transpose. Loading reads on each process only the slices of its own
-devices. Exporting gathers one Hugging Face tensor at a time; with several processes all of them
-take part in the gathering, and process 0 writes.
+There is no arithmetic and no transpose. Of several processes each reads a share of the rows of a
+directory, and the devices exchange what they need. Exporting gathers one Hugging Face tensor at a
+time. All processes take part in the gathering, and each writes its share of the tensors.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_ordermerge import arch, processes, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig, TensorSpec
-from jax_ordermerge.checkpoint import atomic, json_files, placement, safetensors, sidecar_files
+from jax_ordermerge.checkpoint import (
+    atomic,
+    exchange,
+    json_files,
+    placement,
+    safetensors,
+    shards,
+    sidecar_files,
+)
 from jax_ordermerge.checkpoint.resolve import resolve as resolve
 from jax_ordermerge.errors import UserError
 
@@ -79,17 +90,44 @@ def load_params(
         UserError: a tensor is missing, unknown or has another shape (see `check_tensors`).
     """
     config = load_config(directory, ignore)
-    reader = safetensors.Reader(directory)
+    # One process reads what is in front of it and maps the files; of several each reads its rows.
+    together = mesh is not None and jax.process_count() > 1
+    reader = safetensors.Reader(directory, read_ahead=not together)
     check_tensors(reader, config)
     target = np.dtype(dtype)
     # shardings decide which slices each process reads
     abstract = tree.flatten(abstract_params(config, mesh, members=members, dtype=target))
     flat = {}
     for spec in arch.tensor_table(config):
-        flat[spec.path] = placement.place(
-            abstract[spec.path], functools.partial(_read_part, reader, spec, target, members)
-        )
+        if together:
+            flat[spec.path] = read_by_rows(reader, spec, abstract[spec.path])
+        else:
+            flat[spec.path] = placement.place(
+                abstract[spec.path], functools.partial(_read_part, reader, spec, target, members)
+            )
     return config, tree.unflatten(flat)
+
+
+def read_by_rows(
+    reader: safetensors.Tensors, spec: TensorSpec, abstract: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """Return an entry of the tensor table, each row of which one process reads; see `exchange`.
+
+    Args:
+        reader: of the model.
+        spec: the entry.
+        abstract: its array, on a mesh, with or without a leading member axis.
+    """
+    names = spec.hf_names()
+    row = math.prod(spec.hf_shape[1:])
+
+    def read(number: int, first: int, last: int) -> np.ndarray:
+        # in the dtype of the file; it is rounded once, to that of the array
+        out = np.empty((last - first, *spec.hf_shape[1:]), reader.info(names[number]).dtype)
+        reader.read_into(names[number], first * row, out)
+        return out
+
+    return exchange.load(abstract, spec.hf_shape, read, len(names) if spec.stacked else None)
 
 
 def named_dtype(directory: str | Path) -> str:
@@ -174,30 +212,33 @@ def export(
     """
     flat = tree.flatten(params)
     _check_params(flat, config, member)
-    # all processes must fail together, or the others would wait for process 0 in the gathering
-    with processes.barrier(f"export to {directory}"):
-        if jax.process_index() == 0:
-            atomic.check_vacant(directory)
-    # a generator: each tensor is gathered when the writer asks for it
-    tensors = _hf_tensors(flat, config, member)
-    if jax.process_index() == 0:
-        safetensors.write(
-            directory,
-            tensors,
-            config=config,
-            dtype=np.dtype(dtype),
-            tokenizer_from=source,
-            chat_template=chat_template,
-            card=card,
-            recipe=recipe,
-            shard_bytes=shard_bytes,
-        )
-    else:
-        for _ in tensors:  # gathering is collective: process 0 would wait for this one
-            pass
-    # no process may read the directory before process 0 has renamed it
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"export {directory}")
+    is_first = jax.process_index() == 0
+    number = processes.broadcast(secrets.randbits(31))
+    partial = atomic.scratch_path(Path(directory).absolute(), number)
+    shapes = {name: spec.hf_shape for name, spec, _ in arch.hf_tensors(config)}
+    files = shards.ShardFiles(partial, shapes, np.dtype(dtype), shard_bytes)
+    with contextlib.ExitStack() as stack:
+        # All processes must fail together, or the others would wait in the gathering.
+        with processes.barrier(f"export to {directory}"):
+            if is_first:
+                stack.enter_context(atomic.new_directory(directory, number))
+                sidecar_files.write(
+                    partial,
+                    config,
+                    np.dtype(dtype).name,
+                    tokenizer_from=source,
+                    chat_template=chat_template,
+                    card=card,
+                    recipe=recipe,
+                )
+                files.create()
+        # where another host does not see the directory, process 0 writes all
+        writers = jax.process_count() if processes.on_all(files.exist()) else 1
+        with processes.barrier(f"write {directory}"), files:
+            _write_tensors(files, flat, config, np.dtype(dtype), member, writers)
+        # no process may read the directory before process 0 has renamed it
+        with processes.barrier(f"complete {directory}"):
+            stack.close()
 
 
 def abstract_params(
@@ -319,18 +360,53 @@ def _check_params(flat: Mapping[str, jax.Array], config: ModelConfig, member: in
             )
 
 
-def _hf_tensors(
-    flat: Mapping[str, jax.Array], config: ModelConfig, member: int | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    for name, spec, layer in arch.hf_tensors(config):
-        # bound to no name: while the next tensor is gathered, this one is already freed
-        yield name, _gather(_select(flat[spec.path], layer, member))
+def _write_tensors(
+    files: shards.ShardFiles,
+    flat: Mapping[str, jax.Array],
+    config: ModelConfig,
+    dtype: np.dtype[Any],
+    member: int | None,
+    writers: int,
+) -> None:
+    """Gather all tensors, and write those of this process: tensor i by process i mod `writers`.
+
+    All processes gather all tensors. One tensor at a time is in host memory; it is written while
+    the next ones are gathered for the other processes.
+    """
+    tensors = list(arch.hf_tensors(config))
+    if writers > 1:
+        # By size, so that all have as much to write and neighbours take as long. In the order of
+        # the file one of two processes would get all matrices where each has a bias.
+        tensors.sort(key=lambda tensor: -math.prod(tensor[1].hf_shape))
+
+    def write(name: str, values: np.ndarray) -> None:
+        files.write(name, 0, safetensors.cast(values, dtype, name))
+
+    with futures.ThreadPoolExecutor(1) as thread:
+        pending: futures.Future[None] = thread.submit(lambda: None)
+        for i, (name, spec, layer) in enumerate(tensors):
+            array = _gather(_select(flat[spec.path], layer, member))
+            # An error waits for the last tensor: the other processes gather until then.
+            if i % writers == jax.process_index() and pending.exception() is None:
+                pending = thread.submit(write, name, np.asarray(array))
+            else:
+                # gathered one after another: no queue of tensors in device memory
+                array.block_until_ready()
+        pending.result()
 
 
-def _gather(array: jax.Array) -> np.ndarray:
-    return np.asarray(
-        array if jax.process_count() == 1 else multihost_utils.process_allgather(array, tiled=True)
-    )
+def _gather(array: jax.Array) -> jax.Array:
+    """Return an array whose values this process can read."""
+    if array.is_fully_addressable:
+        return array
+    assert isinstance(array.sharding, NamedSharding)
+    replicated = array.sharding.update(spec=PartitionSpec())
+    return _replicate(replicated)(array)
+
+
+@functools.cache
+def _replicate(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=sharding)
 
 
 # one program per shape, whatever the layer and the member: both are traced

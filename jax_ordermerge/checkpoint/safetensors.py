@@ -77,6 +77,10 @@ class Reader:
     Opening reads and verifies all headers, but no tensor. `read` returns views of the memory-mapped
     file: pages are loaded when they are used, and the system may drop them again.
 
+    Args:
+        path: the file or the directory.
+        read_ahead: whether the system may read on behind what `read_into` asks for.
+
     Attributes:
         directory: directory of the files.
         names: names of all tensors, in file order.
@@ -99,8 +103,9 @@ class Reader:
         [1.0, 1.0]
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, read_ahead: bool = True) -> None:
         source = Path(path)
+        self._read_ahead = read_ahead
         self.directory = source if source.is_dir() else source.parent
         if not source.exists():
             raise UserError(
@@ -162,7 +167,9 @@ class Reader:
         # many threads read, each file is opened once
         with self._lock:
             if entry.file not in self._handles:
-                self._handles[entry.file] = os.open(entry.file, os.O_RDONLY)
+                handle = self._handles[entry.file] = os.open(entry.file, os.O_RDONLY)
+                if not self._read_ahead and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
         view = out.reshape(-1).view(np.uint8).data
         # a byte view, since preadv knows no bfloat16
         position = entry.start + start * entry.dtype.itemsize

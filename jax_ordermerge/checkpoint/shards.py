@@ -158,6 +158,10 @@ class ShardFiles:
             index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
             atomic.write_text(self._directory / INDEX, json.dumps(index, indent=2) + "\n")
 
+    def exist(self) -> bool:
+        """Return whether this process sees all files, which another one may have created."""
+        return all((self._directory / name).is_file() for name in self._shards)
+
     def write(self, name: str, start: int, data: np.ndarray) -> None:
         """Write part of a tensor, from any thread.
 
