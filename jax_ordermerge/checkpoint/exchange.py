@@ -133,8 +133,12 @@ def load(
         return part.view(bits)
 
     total = (staging.padded * mesh.size, *shape[1:])
-    make, insert = _programs(abstract, staging, layers is not None)
-    array = make()
+    insert = _insert_program(abstract, staging, layers is not None)
+    local = sharding.shard_shape(abstract.shape)
+    # zeros of the host, because a program for them would be compiled for every shape
+    array: jax.Array = jax.make_array_from_callback(
+        abstract.shape, sharding, lambda index: np.zeros(local, dtype), dtype=dtype
+    )
     for layer in range(layers or 1):
         part = jax.make_array_from_callback(
             total, rows, functools.partial(read_rows, layer), dtype=bits
@@ -144,10 +148,10 @@ def load(
 
 
 @functools.cache
-def _programs(
+def _insert_program(
     abstract: jax.ShapeDtypeStruct, staging: Staging, stacked: bool
-) -> tuple[Callable[[], jax.Array], Callable[[jax.Array, jax.Array, int], jax.Array]]:
-    """Return programs that make an empty array, and that insert a tensor which was read by rows."""
+) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """Return the program that inserts a tensor, which was read by rows, into its array."""
     sharding = abstract.sharding
     assert isinstance(sharding, NamedSharding)
     shape, (_, replicas, *columns) = staging.shape, staging.axes
@@ -177,9 +181,5 @@ def _programs(
         out_specs=sharding.spec,
         check_vma=False,
     )
-    make = functools.partial(jnp.zeros, abstract.shape, abstract.dtype)
-    return (
-        jax.jit(make, out_shardings=sharding),
-        # donated: the array is filled in place
-        jax.jit(insert, donate_argnums=0, out_shardings=sharding),
-    )
+    # donated: the array is filled in place
+    return jax.jit(insert, donate_argnums=0, out_shardings=sharding)

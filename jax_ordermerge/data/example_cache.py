@@ -131,22 +131,30 @@ def locate(
 
 def read(entry: Entry, source: DataSource) -> Examples | None:
     """Return the examples of a source in a file, None where it is absent or damaged."""
+    examples = load(entry.path)
+    if examples is None:
+        return None
+    # Name and weight change no example, so they are those of the config and not of the file.
+    (info,) = examples.sources
+    info = dataclasses.replace(info, name=source.label, weight=source.weight)
+    result: Examples = dataclasses.replace(examples, sources=(info,))
+    return result
+
+
+def load(path: Path) -> Any:
+    """Return what `store` wrote to a file, None where it is absent or damaged."""
     try:
-        content = entry.path.read_bytes()
+        content = path.read_bytes()
     except OSError:
         return None
     with contextlib.suppress(OSError):  # a cache that others write may be read only
-        os.utime(entry.path)
+        os.utime(path)
     digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     # Examples that are silently others would be the worst outcome of a cache.
     if hashlib.sha256(payload).digest() != digest:
         return None
     with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
-        examples: Examples = _unpack(json.loads(arrays["tree"].tobytes()), arrays)
-    # Name and weight change no example, so they are those of the config and not of the file.
-    (info,) = examples.sources
-    info = dataclasses.replace(info, name=source.label, weight=source.weight)
-    return dataclasses.replace(examples, sources=(info,))
+        return _unpack(json.loads(arrays["tree"].tobytes()), arrays)
 
 
 def write(entry: Entry, examples: Examples) -> None:
@@ -155,13 +163,21 @@ def write(entry: Entry, examples: Examples) -> None:
     Raises:
         TypeError: a field of the examples has a type that is not stored.
     """
-    path = entry.path
     # A data file that changed while it was read would be stored under the digest of before.
     read_files = [file for source in examples.sources for file in source.files]
     if any(file.sha256 != entry.digests.get(file.path, "") for file in read_files):
         return
+    store(entry.path, examples)
+
+
+def store(path: Path, value: Any) -> None:
+    """Write a value of arrays and plain data to a file, which appears when it is complete.
+
+    Raises:
+        TypeError: a part of it has a type that is not stored.
+    """
     arrays: dict[str, np.ndarray] = {}
-    tree = _pack(examples, arrays)
+    tree = _pack(value, arrays)
     buffer = io.BytesIO()
     text = json.dumps(tree).encode()
     np.savez(buffer, allow_pickle=False, tree=np.frombuffer(text, np.uint8), **arrays)

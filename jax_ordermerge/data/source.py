@@ -11,6 +11,7 @@ from jax_ordermerge.data.builder import ExampleBuilder
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.mixture import apply_weights, concatenate, set_aside
 from jax_ordermerge.data.provenance import SourceInfo, summarize_bad_rows
+from jax_ordermerge.data.shares import Chunk, Shares, agree, encode
 from jax_ordermerge.data.unused import check_unused, read_columns, without_keys
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
@@ -50,17 +51,23 @@ def load_examples(
 
 
 def load_splits(
-    data: schema.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int
+    data: schema.Data, tokenizer: "PreTrainedTokenizerBase", *, seed: int, shared: bool = False
 ) -> dict[str, Examples]:
     """Return all splits of the config, see `load_examples`. Each source is tokenized once.
 
     Weights apply to what is left to train on, so that held-out examples depend on no weight and no
     copy of them is trained on.
 
+    Args:
+        data: the section of the config.
+        tokenizer: tokenizer of the base model, see `load_tokenizer`.
+        seed: seed of the run.
+        shared: whether all processes call it, so that each may tokenize a share.
+
     Raises:
         UserError: see `load_examples`; no source has a column of `data.columns`.
     """
-    splits = _load_splits(data, tokenizer, seed)
+    splits = _load_splits(data, tokenizer, seed, shared)
     # A misspelt name would leave the column that a file has under the right name.
     read = {name for part in splits.values() for info in part.sources for name in info.columns}
     unread = [f"{name}: {alias}" for name, alias in data.columns.items() if name not in read]
@@ -70,9 +77,9 @@ def load_splits(
 
 
 def _load_splits(
-    data: schema.Data, tokenizer: "PreTrainedTokenizerBase", seed: int
+    data: schema.Data, tokenizer: "PreTrainedTokenizerBase", seed: int, shared: bool = False
 ) -> dict[str, Examples]:
-    train = tokenize(data.train, data, tokenizer, "train")
+    train = tokenize(data.train, data, tokenizer, "train", shared=shared)
     held_out: dict[str, Examples] = {}
     # In this order: the test examples are the same with and without validation examples.
     sizes = {"test": data.test_examples, "validation": data.validation_examples}
@@ -80,7 +87,7 @@ def _load_splits(
         if count:
             train, held_out[split] = set_aside(train, count, seed, split)
     if data.test is not None:
-        held_out["test"] = tokenize(data.test, data, tokenizer, "test")
+        held_out["test"] = tokenize(data.test, data, tokenizer, "test", shared=shared)
     return {"train": apply_weights(train, seed), **held_out}
 
 
@@ -89,6 +96,8 @@ def tokenize(
     data: schema.Data,
     tokenizer: "PreTrainedTokenizerBase",
     split: Literal["train", "test"] = "train",
+    *,
+    shared: bool = False,
 ) -> Examples:
     """Load sources and tokenize each with its format and template, and the length of the config.
 
@@ -96,7 +105,8 @@ def tokenize(
     without a learned token are dropped. A text is cut into windows that overlap by one token, so
     that each token is a target once. A preference pair is one example: it is dropped where either
     of its sequences would be, and where both have the same tokens, because then there is no
-    preference to learn. What was tokenized before is read from the `example_cache`.
+    preference to learn. What was tokenized before is read from the `example_cache`. Of several
+    processes that share the work each tokenizes a share of the rows, see `shares`.
 
     Raises:
         UserError: see `load_examples`.
@@ -110,9 +120,10 @@ def tokenize(
         settings = settings_of(source, data, split)
         entry = example_cache.locate(source, settings, split, fingerprint)
         examples = None if entry is None else example_cache.read(entry, source)
+        team = agree(entry, examples is not None) if shared else None
         if examples is None:
-            examples = _tokenize_source(source, settings, tokenizer, split)
-            if entry is not None:
+            examples = _tokenize_source(source, settings, tokenizer, split, team)
+            if entry is not None and (team is None or team.process == 0):
                 example_cache.write(entry, examples)
         parts.append(examples)
         # After each source and not at the end: the next one may take an hour.
@@ -180,7 +191,11 @@ def read_table(source: DataSource, data: schema.Data, split: str) -> tuple[files
 
 
 def _tokenize_source(
-    source: DataSource, data: schema.Data, tokenizer: "PreTrainedTokenizerBase", split: str
+    source: DataSource,
+    data: schema.Data,
+    tokenizer: "PreTrainedTokenizerBase",
+    split: str,
+    shares: Shares | None = None,
 ) -> Examples:
     table, rows = read_table(source, data, split)
     # Columns of any row: JSON Lines may leave out a key where it is empty. An alias of `data` that
@@ -222,7 +237,7 @@ def _tokenize_source(
         where=source.path,
     )
     records = {row: without_keys(record, data.ignore_columns) for row, record in records.items()}
-    builder, template_bad = _encode_all(records, form, template, data, tokenizer)
+    builder, template_bad = _encode_all(records, form, template, data, tokenizer, shares)
     bad |= template_bad
     if bad and (data.bad_rows == "refuse" or len(bad) == len(rows)):
         raise formats.bad_rows_error(dict(sorted(bad.items())), info.locate)
@@ -263,6 +278,7 @@ def _encode_all(
     template: str,
     data: schema.Data,
     tokenizer: "PreTrainedTokenizerBase",
+    shares: Shares | None,
 ) -> tuple[ExampleBuilder, dict[int, str]]:
     """Tokenize the records of a source, and say what is wrong with those that are refused."""
     # A pair has two sequences. They are tokenized side by side, so that both are used or dropped.
@@ -274,15 +290,24 @@ def _encode_all(
     builder = ExampleBuilder(data.max_length, data.too_long, len(sides), special)
     bad: dict[int, str] = {}
     numbers = list(records)
-    for start in range(0, len(numbers), CHUNK):
-        chunk = numbers[start : start + CHUNK]
+    # at least one chunk for each process
+    size = CHUNK if shares is None else max(1, min(CHUNK, -(-len(numbers) // shares.processes)))
+    chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def encode_chunk(rows: Sequence[int]) -> Chunk:
         encoded = []
+        reasons: dict[int, str] = {}
         for side in sides:
-            sequences, reasons = chat.encode_rows(
-                {row: side[row] for row in chunk}, template, tokenizer, by_answer=len(sides) == 1
+            sequences, bad_rows = chat.encode_rows(
+                {row: side[row] for row in rows}, template, tokenizer, by_answer=len(sides) == 1
             )
             encoded.append(sequences)
-            bad |= reasons
+            reasons |= bad_rows
+        return Chunk(encoded, reasons)
+
+    all_encoded = encode(chunks, sides, encode_chunk, shares)
+    for chunk, (encoded, reasons) in zip(chunks, all_encoded, strict=True):
+        bad |= reasons
         for row in chunk:
             if row in bad:
                 continue

@@ -195,7 +195,7 @@ def load_context(
     tokenizer = tokenizers.load_tokenizer(base_dir)
     # before anything is tokenized: the date is part of the tokens
     date = dates.pin_date(tokenizer, config.data.date, recorded_date)
-    splits = source.load_splits(data_settings(config), tokenizer, seed=config.seed)
+    splits = source.load_splits(data_settings(config), tokenizer, seed=config.seed, shared=True)
     overlaps = find_overlaps(splits)
     preflight.check_data(config, model, tokenizer, splits, overlaps)
     # a file may differ between hosts under the same path: compare what was read

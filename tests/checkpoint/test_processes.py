@@ -21,7 +21,9 @@ import time
 import jax
 from jax_ordermerge import mesh, processes
 from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.data import example_cache, shares
 from jax_ordermerge.errors import UserError
+from pathlib import Path
 
 port, index, source, out = sys.argv[1:]
 processes.start_distributed(f"127.0.0.1:{port}", 2, int(index), 60)
@@ -69,6 +71,15 @@ try:
     convert.export(member["params"], config, out + "/overflow", dtype="float16")
 except UserError as error:
     print("overflow on", index, error)
+entry, other = (example_cache.Entry(Path(name), {}) for name in ("a.examples", f"{index}.examples"))
+agreed = [
+    shares.agree(entry, False),  # all have the same to do
+    shares.agree(entry, True),  # all have it
+    shares.agree(entry, index == "0"),  # cache directories of two machines
+    shares.agree(other, False),  # other data, or code
+    shares.agree(None if index == "0" else entry, False),  # no cache on one
+]
+assert agreed == [(Path("a.examples"), int(index), 2), None, None, None, None], agreed
 print(json.dumps(counts))
 """
 RATE = 4_000  # bytes per second and process of the slow disk

@@ -189,12 +189,17 @@ def test_what_two_processes_began_one_ends_and_the_other_way_round(
 
 
 @pytest.mark.slow
-def test_two_processes_take_a_look_as_one(folder, tmp_path):
+def test_two_processes_take_a_look_as_one(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ORDERMERGE_EXAMPLE_CACHE", str(tmp_path / "cache"))
     with training([folder, folder], tmp_path / "run", flags=["--steps", "3"]) as both:
         for process in both:
             code, stderr = ended(process, 120)
             assert code == 0, stderr[-3000:]
     assert not (tmp_path / "run").exists()
+    # the examples stay, the shares that each has tokenized do not
+    cached = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert cached
+    assert not [name for name in cached if "-of-" in name]
 
 
 @pytest.mark.slow
