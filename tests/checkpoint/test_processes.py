@@ -82,7 +82,7 @@ agreed = [
 assert agreed == [(Path("a.examples"), int(index), 2), None, None, None, None], agreed
 print(json.dumps(counts))
 """
-RATE = 4_000  # bytes per second and process of the slow disk
+RATE = 2_400  # bytes per second and process of the slow disk
 
 
 @pytest.mark.slow
