@@ -300,13 +300,16 @@ def doctor(
     context: typer.Context,
     config: Annotated[
         Path | None,
-        Argument(metavar="[CONFIG|RUN]", help="Check its processes, mesh and output, too."),
+        Argument(metavar="[CONFIG|RUN]", help="Check what this experiment needs, too."),
     ] = None,
     *,
     only_versions: Annotated[bool, Option("--versions", help="Check versions only.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Check versions, devices, processes, disk and output. Exit code 1 where a run would fail."""
+    """Check whether this machine is fit for a run. Exit code 1 where the run would fail.
+
+    Versions, drivers, devices and their links, base, data, memory, disk and its speed.
+    """
     from jax_ordermerge.commands import doctor
 
     if config is None or only_versions:
