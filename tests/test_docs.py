@@ -1,5 +1,6 @@
 """YAML on the pages: every block and every inline section parses in the schema of today."""
 
+import csv
 import pathlib
 import re
 import textwrap
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from jax_ordermerge.config import Config, make_config, read_search
+from jax_ordermerge.config.hypotheses import read_hypotheses
 from jax_ordermerge.merge.recipe import schema
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -83,3 +85,25 @@ def test_the_recipe_of_its_page_is_valid():
     recipe = schema.parse(yaml.safe_load(text), "recipes.md")
     assert recipe.merge_method == "parameter_selection"
     assert len(recipe.models) == 3
+
+
+@pytest.mark.parametrize(("page", "count"), [("paper.md", 20), ("which_merge.md", 6)])
+def test_estimates_on_pages_are_those_of_the_runs(page, count):
+    """What is written by hand about the study is in the table that was computed from its runs."""
+    number = r"[-+]\d\.\d{4}"
+    text = " ".join((ROOT / "docs" / page).read_text().split()).partition("<details>")[0]
+    text = re.sub(r"^.*?## What the runs say|## Merging or length.*$", "", text)
+    with (ROOT / "docs" / "results_hypotheses.csv").open(newline="") as table:
+        rows = [row for row in csv.DictReader(table) if row["population"] == "all"]
+    computed = {
+        "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(float(row[x]) for x in ("estimate", "low", "high")))
+        for row in rows
+    }
+    written = re.findall(rf"{number} \[{number}, {number}\]", text)
+    assert len(written) >= count
+    assert not [estimate for estimate in written if estimate not in computed]
+
+
+def test_the_results_are_of_the_plan_that_is_committed():
+    plan = read_hypotheses(ROOT / "configs" / "hypotheses" / "small.yaml")
+    assert f"SHA-256 {plan.digest}" in (ROOT / "docs" / "results.md").read_text()

@@ -25,9 +25,8 @@ from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.recipe import planner, schema
 from jax_ordermerge.merge.sources import references
 
-# Of models named on the command line. In docs/results.md `selection` is worse than the average in
-# three of five runs and better in none, `ties` is worse in all; `norm_matched` is better in three
-# and worse in one, and needs a base. A length that is better takes validation data to choose.
+# Of models named on the command line. In docs/results.md `selection` is worse than the average on
+# all five data sets. Another length may be better, but takes validation data to choose.
 DEFAULT_METHOD = "average"
 _WIDTH = 120  # characters of the table of a plan
 

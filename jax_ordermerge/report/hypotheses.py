@@ -52,6 +52,8 @@ class Tested:
         populations: the estimate of each population; of a pair those of its first run less the mean of
             its second.
         outcome: at the level of the hypotheses.
+        finding: which of several results that support the claim was found: lower, higher, equivalent;
+            empty where the claim has one direction.
     """
 
     size: Estimate
@@ -61,6 +63,12 @@ class Tested:
     p_equivalent: float | None
     populations: Sequence[float]
     outcome: Outcome
+    finding: str
+
+    @property
+    def verdict(self) -> str:
+        """The outcome, with what was found."""
+        return f"{self.outcome} ({self.finding})" if self.finding else self.outcome
 
 
 @dataclass(frozen=True)
@@ -134,20 +142,19 @@ def _check_exists(part: Part, where: str, runs: Sequence[Run]) -> None:
 def _decide(hypothesis: Hypothesis, parts: Sequence[PartResult]) -> Outcome | None:
     if hypothesis.decide == "told":
         return None
-    tests = [
-        test
-        for part in parts
-        for test in (
-            # one run has no mean over runs: it decides itself
-            [part.mean]
-            if hypothesis.decide == "mean" and len(part.runs) > 1
-            else part.runs.values()
-        )
-    ]
+    tests = [test for part in parts for test in _deciding(hypothesis, part).values()]
     outcomes = {"not determined" if isinstance(x, Missing) else x.outcome for x in tests}
     if "contradicted" in outcomes:
         return "contradicted"
     return "supported" if outcomes == {"supported"} else "not determined"
+
+
+def _deciding(hypothesis: Hypothesis, part: PartResult) -> Mapping[str, Tested | Missing]:
+    """Return the tests that decide, by run; that of the mean over runs has no name."""
+    # one run has no mean over runs: it decides itself
+    if hypothesis.decide == "mean" and len(part.runs) > 1:
+        return {"": part.mean}
+    return part.runs
 
 
 def _test_part(
@@ -204,7 +211,19 @@ def _test(
         equal = equivalence(size.estimate, size.se, freedom, margin=margin).p
     plain = Estimate(size.estimate, size.se, size.low, size.high)
     outcome = _outcome(part, plain, freedom, p, equal, margin, level)
-    return Tested(plain, freedom, p, margin, equal, populations, outcome)
+    finding = _finding(part, plain, p, equal, level)
+    return Tested(plain, freedom, p, margin, equal, populations, outcome, finding)
+
+
+def _finding(part: Part, size: Estimate, p: float, equal: float | None, level: float) -> str:
+    if part.test in ("less", "greater"):
+        return ""
+    findings = []
+    if part.test == "two-sided" and p < level:
+        findings.append("lower" if size.estimate < 0 else "higher")
+    if equal is not None and equal < level:
+        findings.append("equivalent")
+    return ", ".join(findings)
 
 
 def _outcome(
@@ -342,21 +361,35 @@ def forest(results: Sequence[HypothesisResult], name: str) -> str:
 def _outcomes(results: Sequence[HypothesisResult]) -> Table:
     rows = []
     for result in results:
-        if result.outcome is None:
-            verdict = "reported"
-        elif result.blocked_by:
-            verdict = f"not tested, since {result.blocked_by} failed (by itself {result.outcome})"
-        else:
-            verdict = result.outcome
+        verdict: str = "reported" if result.outcome is None else result.outcome
+        if findings := _findings(result):
+            verdict += f" ({findings})"
+        if result.outcome is not None and result.blocked_by:
+            verdict = f"not tested, since {result.blocked_by} failed; by itself {verdict}"
         rows.append([result.hypothesis.name, result.hypothesis.claim, verdict])
     return Table(["hypothesis", "claim", "outcome"], rows, text=(0, 1, 2))
+
+
+def _findings(result: HypothesisResult) -> str:
+    """Return what the parts that decide found, where a claim has more than one direction."""
+    labels: dict[str, list[str]] = {}
+    for part in result.parts:
+        for run, test in _deciding(result.hypothesis, part).items():
+            if not isinstance(test, Missing) and part.part.test not in ("less", "greater"):
+                label = ", ".join(filter(None, (part.part.label, run)))
+                labels.setdefault(test.finding or test.outcome, []).append(label)
+    count = sum(map(len, labels.values()))
+    return "; ".join(
+        f"{len(those)} of {count}: {finding}" if len(those) > 1 else f"{those[0]}: {finding}"
+        for finding, those in labels.items()
+    )
 
 
 def _details(result: HypothesisResult, unit: str) -> Table:
     rows: list[list[str | Interval]] = []
     for part, decides in [(x, True) for x in result.parts] + [(x, False) for x in result.secondary]:
-        mean = [("mean over runs", part.mean)] if len(part.runs) > 1 else []
-        for name, test in [*part.runs.items(), *mean]:
+        mean = {"mean over runs": part.mean} if len(part.runs) > 1 else {}
+        for name, test in (*part.runs.items(), *mean.items()):
             if isinstance(test, Missing):
                 rows.append([part.part.label, name, f"– ({test.reason})", "", "", "", ""])
                 continue
@@ -375,7 +408,10 @@ def _details(result: HypothesisResult, unit: str) -> Table:
                     ),
                     equal,
                     f"{detectable(size.se, test.freedom):.4f}",
-                    test.outcome if decides else "reported",
+                    # by data set the outcome is shown where the mean decides, but not the reverse
+                    test.verdict
+                    if decides and (name in part.runs or result.hypothesis.decide == "mean")
+                    else "reported",
                     ", ".join(f"{value:+.4f}" for value in test.populations),
                 ]
             )

@@ -30,6 +30,11 @@ from jax_ordermerge.report.document import (
 from jax_ordermerge.report.formatting import INDISTINGUISHABLE
 from jax_ordermerge.report.run import Run, loss_name, read_runs
 
+_WRITTEN = (
+    "Written by ordermerge results from the run directories: every number and every verdict is "
+    "computed, none is typed. Brackets hold 95 % intervals."
+)
+
 
 def write(
     directories: Sequence[str | Path], out: str | Path, hypotheses_file: str | Path | None = None
@@ -71,7 +76,7 @@ def write(
             *hypotheses.build(plan, tested, runs, picture),
             *results_tables.lambda_table(runs),
             *results_tables.members_table(runs),
-            *build(runs, details=False),
+            *_provenance(runs),
         ]
         table = page.with_name(f"{picture}.csv")  # not {stem}.csv, which may be the user's data
         atomic.replace(table, hypotheses.to_csv(tested).encode())
@@ -82,35 +87,41 @@ def write(
     return page
 
 
-def build(runs: Sequence[Run], *, details: bool = True) -> list[Block]:
-    """Return the blocks of the page, for runs that are analyzed and evaluated.
+def _provenance(runs: Sequence[Run]) -> list[Block]:
+    """Return what stands below hypotheses: no further test, since a page may test each thing once."""
+    return [
+        Heading("The runs"),
+        Paragraph(_WRITTEN),
+        Bullets([f"{run.name}: {_setup(run)}" for run in runs]),
+        Heading("What is not shown"),
+        Bullets(_limits(runs)),
+    ]
 
-    Args:
-        runs: the runs.
-        details: whether each run has all sentences and tables, or its set-up and losses alone.
-    """
+
+def build(runs: Sequence[Run]) -> list[Block]:
+    """Return the blocks of the page, for runs that are analyzed and evaluated."""
     blocks: list[Block] = [
         Paragraph(
-            "Written by ordermerge results from the run directories: every number and every "
-            "verdict is computed, none is typed. Brackets hold 95 % intervals. "
-            "Clearly: p < 0.01 after Holm's correction over all comparisons of a run; weakly: "
-            "p < 0.05."
+            f"{_WRITTEN} Clearly: p < 0.01 after Holm's correction over all comparisons of a run; "
+            "weakly: p < 0.05."
         ),
         Heading("All runs"),
         _overview(runs),
         *(contrasts.over_runs(runs) if len(runs) > 1 else []),
         Heading("What is shown, and what is not"),
-        Bullets([*_position_effects(runs), *_merge_effects(runs), *_limits(runs)]),
+        Bullets(
+            [*_position_effects(runs), *_merge_effects(runs), *_undecided(runs), *_limits(runs)]
+        ),
     ]
     for run in runs:
         blocks += [
             Heading(run.name),
             Paragraph(_setup(run)),
-            *([Bullets(findings.sentences(run))] if details else []),
+            Bullets(findings.sentences(run)),
             models.result_table(run),
+            models.difference_table(run.comparison),
+            _position_table(run),
         ]
-        if details:
-            blocks += [models.difference_table(run.comparison), _position_table(run)]
     return blocks
 
 
@@ -213,19 +224,23 @@ def _merge_effects(runs: Sequence[Run]) -> list[str]:
     return contrasts.run_sentences(runs) if len(runs) > 1 else []
 
 
-def _limits(runs: Sequence[Run]) -> list[str]:
-    limits = []
+def _undecided(runs: Sequence[Run]) -> list[str]:
     # absence of evidence is listed, since a reader takes silence for equality
     undecided = [
         name
         for name in _merge_names(runs)
         if set(_verdicts(runs, name, MEAN_MEMBER)) <= {INDISTINGUISHABLE}
     ]
-    if undecided:
-        limits.append(
-            f"Not shown: any difference of {', '.join(undecided)} to the mean member. That is not "
-            "equality: see the intervals of each run."
-        )
+    if not undecided:
+        return []
+    return [
+        f"Not shown: any difference of {', '.join(undecided)} to the mean member. That is not "
+        "equality: see the intervals of each run."
+    ]
+
+
+def _limits(runs: Sequence[Run]) -> list[str]:
+    limits = []
     states = [run.state for run in runs if run.state]
     sizes = sorted({int(state["parameters"]) for state in states if "parameters" in state})
     examples = sorted(int(run.data["train"]["examples"]) for run in runs if run.data)
@@ -233,7 +248,8 @@ def _limits(runs: Sequence[Run]) -> list[str]:
     if sizes and examples:
         limits.append(
             f"Not shown: larger models. These have {' and '.join(f'{size:,}' for size in sizes)} "
-            f"parameters and {examples[0]} to {examples[-1]} training examples per run."
+            f"parameters and {' to '.join(dict.fromkeys(map(str, (examples[0], examples[-1]))))} "
+            "training examples per run."
         )
     if single := [run.name for run in runs if not run.populations]:
         each = "Each run" if len(single) == len(runs) else f"Each of {', '.join(single)}"

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
+from jax_ordermerge.analysis.result import Missing
 from jax_ordermerge.config import load_config, to_dict
 from jax_ordermerge.config.hypotheses import Hypotheses, Plan, read_hypotheses
 from jax_ordermerge.config.section import parse
@@ -177,26 +178,39 @@ def test_after_the_first_that_fails_nothing_is_tested(runs):
 
 
 @pytest.mark.parametrize(
-    ("part", "slopes", "outcome"),
+    ("part", "slopes", "verdict"),
     [
         ({"test": "less"}, [0.2, 0.1, 0.15], "contradicted"),
         ({"test": "greater"}, [0.2, 0.1, 0.15], "supported"),
         ({"test": "less"}, [-0.2, 0.3, 0.0], "not determined"),
         ({"test": "two-sided"}, [-0.2, 0.3, 0.0], "not determined"),
-        ({"test": "two-sided"}, [0.2, 0.1, 0.15], "supported"),
-        ({"test": "two-sided", "margin": 2.0}, [-0.2, 0.3, 0.0], "supported"),
-        ({"test": "equivalent", "margin": 2.0}, [-0.2, 0.3, 0.0], "supported"),
+        ({"test": "two-sided"}, [0.2, 0.1, 0.15], "supported (higher)"),
+        ({"test": "two-sided"}, [-0.2, -0.1, -0.15], "supported (lower)"),
+        ({"test": "two-sided", "margin": 2.0}, [0.2, 0.1, 0.15], "supported (higher, equivalent)"),
+        ({"test": "two-sided", "margin": 2.0}, [-0.2, 0.3, 0.0], "supported (equivalent)"),
+        ({"test": "equivalent", "margin": 2.0}, [-0.2, 0.3, 0.0], "supported (equivalent)"),
         ({"test": "equivalent", "margin": 0.01}, [0.2, 0.21, 0.22], "contradicted"),
         ({"test": "equivalent", "margin": 0.01}, [-0.2, 0.3, 0.0], "not determined"),
         ({"test": "less"}, [0.1, np.nan, 0.15], "not determined"),
         ({"test": "less", "slope": 2}, [0.1, 0.1, 0.15], "not determined"),  # its fit failed
     ],
 )
-def test_outcomes_of_one_run(tmp_path, part, slopes, outcome):
+def test_outcomes_of_one_run(tmp_path, part, slopes, verdict):
     hypothesis = PLAN["hypotheses"][0] | {"runs": ["a"], "parts": [{"slope": 1} | part]}
     small = plan(runs={"a": {}}, hypotheses=[hypothesis])
     run = make(tmp_path, "a", slopes, [0.1] * 3)
-    assert [x.outcome for x in hypotheses.evaluate(small, [run])] == [outcome]
+    [result] = hypotheses.evaluate(small, [run])
+    outcome, _, finding = verdict.partition(" (")
+    assert result.outcome == outcome
+    test = result.parts[0].runs["a"]
+    assert isinstance(test, Missing) or test.verdict == verdict
+    # what was found stands beside the outcome, also on top of the page
+    page = document.render_markdown(
+        "R", hypotheses.build(Plan(small, "", "p"), [result], [run], "forest"), pictures="."
+    )
+    label = "slope by position, epoch 1, a"
+    row = f"| H1 | early is worse | {outcome}"
+    assert f"{row} ({label}: {finding} |" in page if finding else row in page
 
 
 def test_the_page_names_digest_outcomes_and_deviations(runs):
@@ -207,7 +221,7 @@ def test_the_page_names_digest_outcomes_and_deviations(runs):
     page = document.render_markdown("Results", blocks, pictures=".")
     assert "plan.yaml (SHA-256 abc123)" in page
     assert "| H1 | early is worse | supported |" in page
-    assert "not tested, since H3 failed (by itself supported)" in page
+    assert "not tested, since H3 failed; by itself supported" in page
     assert "Deviation: a has population.members = 2, written down was 4." in page
     assert "Deviation: b has no results" not in page
     [picture] = document.pictures_of(blocks)

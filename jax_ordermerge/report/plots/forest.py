@@ -1,5 +1,6 @@
 """The forest plot: one panel per quantity, one row per run, a dot per population."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from jax_ordermerge.report.plots.figure import (
     interval,
     names_down,
 )
+
+_TITLE_WIDTH = 60  # letters above a panel
 
 
 class Row(NamedTuple):
@@ -55,6 +58,6 @@ def draw_forest(panels: Mapping[str, Sequence[Row]], name: str) -> str:
                 axes.scatter(row.dots, [at + 0.22] * len(row.dots), s=7, color=FAINT, zorder=2)
                 interval(axes, at, vars(row.size), colour, markersize=4)
             names_down(axes, [row.name for row in rows])
-            axes.set_title(title)
+            axes.set_title(textwrap.fill(title, _TITLE_WIDTH))
             axes.locator_params(axis="x", nbins=6)
     return figure.svg
