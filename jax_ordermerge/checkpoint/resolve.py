@@ -54,7 +54,7 @@ def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path
     # a hub name has at most one slash, so this can only be a path
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError(
-            f"base model directory {base} not found{_similar(path)}; give an existing directory, a"
+            f"model directory {base} not found{_similar(path)}; give an existing directory, a"
             " hub name or embedded:NAME"
         )
     directory = _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
@@ -103,22 +103,21 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
         )
     except errors.HFValidationError as error:
         raise UserError(
-            f"base model {name} is neither an existing directory nor a valid hub name"
+            f"model {name} is neither an existing directory nor a valid hub name"
         ) from error
     except errors.GatedRepoError as error:
         raise UserError(
-            f"base model {name} is gated: accept its licence on the hub, then log in with `hf auth"
+            f"model {name} is gated: accept its licence on the hub, then log in with `hf auth"
             " login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"base model {name} is not on the hub (or private), and no directory of that name"
-            " exists"
+            f"model {name} is not on the hub (or private), and no directory of that name exists"
         ) from error
     except (OSError, errors.HTTPError) as error:  # all network failures of the hub are one of these
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"base model {name} is no directory{_similar(Path(name))} and could not be downloaded:"
+            f"model {name} is no directory{_similar(Path(name))} and could not be downloaded:"
             f" {reason}"
         ) from error
     return Path(directory)

@@ -298,7 +298,7 @@ def test_existing_directories_resolve_to_themselves(tmp_path):
 
 @pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_paths_that_do_not_exist(base):
-    with pytest.raises(UserError, match=f"base model directory {base} not found"):
+    with pytest.raises(UserError, match=f"model directory {base} not found"):
         convert.resolve(base)
 
 
@@ -330,7 +330,7 @@ def test_offline_hub_is_one_line():
     with pytest.raises(UserError) as caught:
         convert.resolve("nobody/such-a-model")
     assert str(caught.value).startswith(
-        "base model nobody/such-a-model is no directory and could not be downloaded: "
+        "model nobody/such-a-model is no directory and could not be downloaded: "
     )
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="neither an existing directory nor a valid hub name"):

@@ -57,7 +57,7 @@ def write_rows(copy, *rows):
 BAD = {
     "config file absent": (lambda c: (c / "tiny.yaml").unlink(), [], "tiny.yaml not found"),
     "data file absent": (None, ["data.train=nowhere.jsonl"], "nowhere.jsonl not found"),
-    "base absent": (None, ["model.base=./nowhere"], "base model directory ./nowhere not found"),
+    "base absent": (None, ["model.base=./nowhere"], "model directory ./nowhere not found"),
     "unknown key": (
         None,
         ["training.learning_rat=1"],

@@ -229,7 +229,7 @@ def test_errors_are_one_line(config, tmp_path):
     config()
     path = tmp_path / "config.yaml"
     for options, message in (
-        (["--set", "model.base=./nowhere"], "base model directory ./nowhere not found"),
+        (["--set", "model.base=./nowhere"], "model directory ./nowhere not found"),
         (["--set", f"model.base={tmp_path}"], "has no tokenizer (tokenizer.json"),
         (["--row", "77"], "--row 77: no example"),
         (["--set", "data.train=nowhere.jsonl"], "nowhere.jsonl not found"),

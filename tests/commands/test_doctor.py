@@ -170,7 +170,7 @@ def test_a_mesh_that_does_not_fit_hides_no_other_reason(tmp_path, monkeypatch):
 def test_what_is_absent_is_named(tmp_path):
     run = tmp_path / "run"
     findings = by_subject(doctor.examine(quickstart(run, f"model.base={tmp_path / 'none'}")))
-    assert findings["base"].detail.startswith(f"base model directory {tmp_path / 'none'} not found")
+    assert findings["base"].detail.startswith(f"model directory {tmp_path / 'none'} not found")
     assert "memory" not in findings  # not even the shape is known
     findings = by_subject(doctor.examine(quickstart(run, f"data.train={tmp_path / 'none.jsonl'}")))
     assert findings["data"].verdict == "error"

@@ -168,7 +168,7 @@ def test_scores_do_not_depend_on_batch_and_mesh(folder, tasks):
                 "--set",
                 "evaluation.tasks=[{name: a, kind: perplexity, data: x.jsonl}]",
             ],
-            "base model directory nowhere/at/all",
+            "model directory nowhere/at/all",
         ),
         (
             [
