@@ -25,9 +25,11 @@ from jax_ordermerge.report.document import (
     Heading,
     Interval,
     Paragraph,
+    Picture,
     Table,
 )
 from jax_ordermerge.report.formatting import INDISTINGUISHABLE
+from jax_ordermerge.report.plots import imbalance
 from jax_ordermerge.report.run import Run, loss_name, read_runs
 
 _WRITTEN = (
@@ -42,7 +44,8 @@ def write(
     """Write one page about several runs.
 
     With hypotheses the page says first what became of them, and beside it are written their
-    picture, `{stem}_hypotheses.svg`, and every estimate, `{stem}_hypotheses.csv`.
+    picture, `{stem}_hypotheses.svg`, that of positions, `{stem}_positions.svg`, and every
+    estimate, `{stem}_hypotheses.csv`.
 
     The page does not depend on where the runs or their data lie: of paths only the last part is
     shown.
@@ -74,6 +77,7 @@ def write(
         blocks = [
             Heading(plan.hypotheses.title),
             *hypotheses.build(plan, tested, runs, picture),
+            *_trajectories(runs, f"{page.stem}_positions"),
             *results_tables.lambda_table(runs),
             *results_tables.members_table(runs),
             *_provenance(runs),
@@ -85,6 +89,21 @@ def write(
         atomic.replace(page.parent / f"{drawn.name}.svg", f"{drawn.svg}\n".encode())
     atomic.replace(page, document.render_markdown("Results", blocks, pictures=".").encode())
     return page
+
+
+def _trajectories(runs: Sequence[Run], name: str) -> list[Block]:
+    """Return the picture of the effect of position over the steps of each run."""
+    analyses = {
+        run.name: [x.analysis for x in (run, *run.populations) if x.analysis] for run in runs
+    }
+    picture = imbalance.trajectories(analyses, name, runs[0].loss_unit)
+    if picture is None:
+        return []
+    caption = (
+        "What the step in which a sample was seen changes in its final loss: each population, and "
+        "their mean. Levels are known within an epoch only."
+    )
+    return [Heading("Position over the steps"), Picture(name, picture, caption)]
 
 
 def _provenance(runs: Sequence[Run]) -> list[Block]:

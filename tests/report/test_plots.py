@@ -109,6 +109,9 @@ DRAWN = {
         [line | {"loss": [line["loss"][0]] * 12} for line in LINES], UNIT
     ),
     "positions": lambda: imbalance.positions(analysis(), UNIT),
+    "trajectories": lambda: imbalance.trajectories(
+        {"a": [analysis(), analysis()], "b": [analysis()]}, "positions", UNIT
+    ),
     "effects": lambda: imbalance.effects(analysis(), LINES, UNIT),
     "effects without a log": lambda: imbalance.effects(analysis(), [], UNIT),
     "merging": lambda: imbalance.merging(analysis(), UNIT),

@@ -158,6 +158,48 @@ def trajectory(analysis: Json, log: Sequence[Json], unit: str) -> str | None:
     return figure.svg
 
 
+def trajectories(runs: Mapping[str, Sequence[Json]], name: str, unit: str) -> str | None:
+    """Draw what each step changes in the final loss of its samples, a panel per run.
+
+    Args:
+        runs: by name the analyses of their populations.
+        name: of the picture.
+        unit: of losses.
+
+    Returns:
+        SVG, or None where the data determined no curve.
+    """
+    curves = {
+        run: [x["pooled"]["trajectory"] for x in analyses if "effect" in x["pooled"]["trajectory"]]
+        for run, analyses in runs.items()
+    }
+    curves = {run: of_run for run, of_run in curves.items() if of_run}
+    if not curves:
+        return None
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    with draw(name, 0.4 + 1.5 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.ravel()[len(curves) :]:
+            axes.set_visible(False)
+        for axes, (run, of_run) in zip(grid.ravel(), curves.items(), strict=False):
+            axes.axhline(0, color=FAINT, linewidth=1)
+            # populations of one run have the same steps
+            at = np.asarray(of_run[0]["epochs"])
+            effects = np.array([curve["effect"] for curve in of_run])
+            epochs = int(np.ceil(at.max()))
+            numbers = np.minimum(np.floor(at), epochs - 1)
+            # an epoch at a time: a level is known within an epoch only
+            for part in (numbers == epoch for epoch in range(epochs)):
+                axes.plot(at[part], effects[:, part].T, color=FAINT, linewidth=0.7)
+                axes.plot(at[part], effects[:, part].mean(axis=0), color=COLOURS[0], linewidth=2)
+            axes.set(xlim=(0, epochs), xticks=range(epochs + 1))
+            axes.set_title(run)
+        figure.supxlabel("epochs of training", fontsize=9)
+        figure.supylabel(f"change of final loss ({unit})", fontsize=9)
+    return figure.svg
+
+
 def slopes(runs: Mapping[str, Sequence[Json]], unit: str) -> str:
     """Draw the fixed-effects slopes of several runs side by side.
 
