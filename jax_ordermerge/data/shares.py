@@ -5,15 +5,13 @@ see the share of another one, as in a directory of its own machine, it tokenizes
 """
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from jax_ordermerge import processes
 from jax_ordermerge.data import example_cache
 from jax_ordermerge.data.chat import TrainingSequence
 from jax_ordermerge.data.examples import Ragged
@@ -66,6 +64,12 @@ def agree(entry: example_cache.Entry | None, is_cached: bool) -> Shares | None:
         >>> agree(None, False) is None
         True
     """
+    # what does not train is one process, and does not wait for jax: `ordermerge data`
+    if "jax" not in sys.modules:
+        return None
+    import jax
+    from jax.experimental import multihost_utils
+
     # first whether there are others: the number of processes starts the devices
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return None
@@ -93,6 +97,8 @@ def encode(
     """
     packed: dict[int, Any] = {}
     if shares is not None:
+        from jax_ordermerge import processes  # imports jax
+
         own = range(shares.process, len(chunks), shares.processes)
         with processes.barrier("tokenize its share of the data"):
             packed = {number: _pack(encode_chunk(chunks[number])) for number in own}

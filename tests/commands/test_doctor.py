@@ -119,6 +119,7 @@ def test_a_7b_model_on_a_small_machine_is_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "measure_speed", lambda directory, size: 184.5e6)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(devices, "ACCELERATORS", ())
+    monkeypatch.setattr(devices, "measure_flops", lambda: 1e10)  # a laptop's
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     arguments = [str(SEVEN_B), "--set", "mesh.fsdp=1", "--set", f"output={tmp_path / 'run'}"]
     result = typer.testing.CliRunner().invoke(app, ["doctor", *arguments])

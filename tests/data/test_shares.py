@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from jax_ordermerge import processes
 from jax_ordermerge.config import Data
 from jax_ordermerge.data import chat, example_cache, shares, source
 from jax_ordermerge.errors import UserError
@@ -54,7 +55,7 @@ def tokenize_by_two(tmp_path, monkeypatch):
             running = [pool.submit(run, index, path, data, make_tokenizer) for index in (0, 1)]
         return [future.result() for future in running], encoded
 
-    monkeypatch.setattr(shares.processes, "barrier", barrier)
+    monkeypatch.setattr(processes, "barrier", barrier)
     monkeypatch.setattr(source, "agree", agree)
     monkeypatch.setattr(chat, "encode_rows", counted)
     return by_two
