@@ -136,8 +136,10 @@ class Embedding(nn.Module):
             # Each device looks up its columns for the tokens of all, and the devices exchange
             # them. A table that is gathered instead has a gradient that is scattered from all
             # tokens of the global batch on every device: 16 GiB for 7B on 256 chips.
-            table_VD = meshes.constrain(self.weight.astype(self.dtype), None, "embed")
+            # In float32, as the gradient of the lookup adds up the rows of equal tokens one by one:
+            # in bfloat16 the sum would stay where a row is below its last digit, of ones at 256.
+            table_VD = meshes.constrain(self.weight, None, "embed")
             tokens_BT = meshes.constrain(tokens_BT, "replica", "length")
-            x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+            x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
             x_BTD = meshes.constrain(x_BTD, "replica", "length", "embed")
         return meshes.constrain(x_BTD, "batch", "length", None)

@@ -337,6 +337,8 @@ class _StepCosts:
         # weights in the compute dtype: XLA casts all of them ahead of the loop over layers
         casts = item < 4 and (not adapters or self.spec.base_dtype == "float32")
         cast = item * (self.frozen or self.trained) / fsdp / tensor if casts else 0
+        # the program of accelerators, see `layers.Embedding` and `loss._sums_forward`
+        by_head = self.topology.device is not None and self.batch_shards > 1 and not adapters
         # FSDP gathers the whole vocabulary, for the lookup and for the head, not at the same time
         embedding = item * V * D / tensor * (1 if adapters else 2) if fsdp > 1 else 0
         # the gathered weights of the current layer, those of the next one, the layer's gradients
@@ -368,8 +370,18 @@ class _StepCosts:
             + 4 * V * D / fsdp / tensor
             + (0 if embedding else item * V * D / tensor)
         )
-        # The layer at work and the head are never in memory together, so the larger of them counts.
-        return gradients + cast + embedding + gathered + activations + max(working + scores, logits)
+        lookup = 0.0
+        if by_head:
+            # Nothing is gathered for the lookup, whose columns `tensor` does not divide: the table
+            # and later its gradient, in float32.
+            embedding, lookup = 0, 4 * V * D / fsdp if tensor > 1 else 0
+            # The gradient of the head is whole on each device, in float32: beside the gathered
+            # head, and then beside its cast, which the devices reduce.
+            logits = 2 * 4 * min(512, tokens) * V / tensor + (4 + item) * V * D / tensor
+        # The layer at work, the head and the lookup are never in memory together, so the largest
+        # of them counts.
+        largest = max(working + scores, logits, lookup)
+        return gradients + cast + embedding + gathered + activations + largest
 
     def flops(self) -> float:
         """Return the FLOPs that are executed."""

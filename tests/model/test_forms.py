@@ -74,7 +74,13 @@ def test_by_head_is_flat_with_biases_and_adapters(params, batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "sequence": 2}]
+    "sizes",
+    [
+        {"data": 2, "fsdp": 2},
+        {"fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "sequence": 2},
+        {"tensor": 4},  # which does not divide the two kv heads
+    ],
 )
 def test_by_head_on_a_mesh(params, batch, sizes):
     mesh = meshes.make_mesh(2, **sizes)
@@ -112,6 +118,28 @@ def test_the_loss_on_a_mesh(B, monkeypatch):
         # three chunks; the head is gathered once: 3/4 would be 1/2 of it per chunk
         received = read_collectives(program.as_text(), mesh)
         assert received["all-gather", ("fsdp",)] == (1.0, 32 * 8 * 4 / 2)
+
+
+def test_the_gradient_of_an_embedding_adds_up_in_float32():
+    # bfloat16 has 8 bits: a sum of ones in it stays at 256
+    table = layers.Embedding(4, 2, "bfloat16", "by_head")
+    tokens = jnp.full((1, 4096), 3)
+    params = {"params": {"weight": jnp.ones((4, 2))}}
+    gradient = jax.grad(lambda x: table.apply(x, tokens).astype("float32").sum())(params)
+    expected = np.array([[0, 0], [0, 0], [0, 0], [4096, 4096]])
+    np.testing.assert_array_equal(gradient["params"]["weight"], expected)
+
+
+def test_the_gradient_of_the_head_adds_up_in_float32(monkeypatch):
+    monkeypatch.setattr(loss, "_ROWS", 8)
+    # 512 chunks of 8 rows; softmax - target is 1/2 for token 1, so that each chunk adds 4
+    x, targets = jnp.ones((8, 512, 2), "bfloat16"), jnp.zeros((8, 512), int)
+
+    def total(head):
+        return loss.linear_losses(x, head, targets, jnp.ones((8, 512)), form="by_head")[0]
+
+    gradient = jax.jit(jax.grad(total))(jnp.zeros((2, 2)))
+    np.testing.assert_array_equal(gradient, [[-2048, -2048], [2048, 2048]])
 
 
 def test_the_form_is_that_of_the_devices():

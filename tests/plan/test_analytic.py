@@ -1,5 +1,7 @@
 """The analytic estimate against numbers counted by hand for a tiny model."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,39 @@ def test_adapters_hold_the_base_once():
     # of 2 layers A [2, 8], divided over fsdp, and B [8, 2], which has no axis that is divided
     assert memory.parameters == 2 * 4 * 2 * (2 * 8 / 4 + 8 * 2)
     assert memory.base == 2 * (MATRICES / 4 + NORMS)  # bfloat16, once
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "dtype", "head"),
+    [
+        # the gathered head, 2 or 4 bytes, and the whole gradient in float32
+        ("v5e:2x2", {"fsdp": 4}, "bfloat16", 6),
+        ("v5e:2x2", {"fsdp": 4}, "float32", 8),
+        ("v5e:2x2", {"fsdp": 2, "tensor": 2}, "bfloat16", 6 / 2),
+        ("v5e:2x2", {"fsdp": 1, "data": 4}, "bfloat16", 6),
+        # the table of the lookup, whose columns `tensor` does not divide: more than 6 / 8
+        ("v5e:4x4", {"fsdp": 2, "tensor": 8}, "bfloat16", 4 / 2),
+        # on CPU gathered tables and their gradients, and a gradient of the head that is divided
+        ("cpu:4", {"fsdp": 4}, "float32", 2 * 4 + 4 / 4),
+    ],
+)
+def test_the_gradient_of_the_head_is_whole_until_it_is_reduced(topology, mesh, dtype, head):
+    spec = make_spec(mesh={"order": 1, **mesh}, model={"remat": "full", "compute_dtype": dtype})
+    small, large = (
+        analytic.estimate_step(
+            spec,
+            dataclasses.replace(MODEL, vocab_size=size),
+            parse(topology),
+            dataclasses.replace(WORK, length=1),
+        ).memory.temporaries
+        for size in (1024, 2048)
+    )
+    tensor, devices = mesh.get("tensor", 1), mesh["fsdp"] * mesh.get("tensor", 1)
+    # of embedding and head: float32 gradients and bfloat16 copies
+    states = 2 * (6 if dtype == "bfloat16" else 4) / devices
+    rows = 8 / (mesh["fsdp"] * mesh.get("data", 1))
+    logits = 0 if tensor == 8 else 2 * 4 * rows / tensor
+    assert large - small == 1024 * (8 * (states + head) + logits)
 
 
 def test_a_wave_holds_its_members_only():
