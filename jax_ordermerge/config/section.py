@@ -52,13 +52,26 @@ class Section(pydantic.BaseModel):
     def _refuse_truth_values(cls, values: object) -> object:
         """Refuse true and false, which YAML makes of yes and no, too, where numbers are expected."""
         for name, value in values.items() if isinstance(values, dict) else ():
-            given = value if isinstance(value, list | tuple) else (value,)
-            if name in cls.model_fields and any(isinstance(x, bool) for x in given):
-                types = _leaf_types(cls.model_fields[name].annotation)
+            if name not in cls.model_fields:
+                continue
+            annotation = cls.model_fields[name].annotation
+            types = _leaf_types(annotation)
+            if not types & {int, float} or bool in types:
+                continue
+            entries = {name: value}
+            if isinstance(value, dict) and _is_dict(annotation):  # else a section, which looks
+                entries = {f"{name}.{key}": item for key, item in value.items()}
+            for path, entry in entries.items():
+                given = entry if isinstance(entry, list | tuple) else (entry,)
                 # pydantic would take them as 1 and 0
-                if types & {int, float} and bool not in types:
-                    raise _expected_number(name, value)
+                if any(isinstance(x, bool) for x in given):
+                    raise _expected_number(path, entry)
         return values
+
+
+def _is_dict(annotation: object) -> bool:
+    """Return whether an annotation is a dict, or a dict or None."""
+    return any(get_origin(x) is dict for x in (annotation, *get_args(annotation)))
 
 
 def _leaf_types(annotation: object) -> set[object]:

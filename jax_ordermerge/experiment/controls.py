@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -65,7 +66,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         return measure(functools.partial(losses.example_losses, ctx, params), validate)
 
     tokens = examples.loss_counts
-    before = _measured_before(ctx.layout, split)
+    before = _measured_before(ctx.layout, split, listed)
     reused = before | (_evaluated_controls(config, evaluated, listed) if use_test else {})
     measured: dict[str, controls.ControlLosses] = {}
     # Nothing is chosen among subsets, and they are as many as all other controls: no validation.
@@ -105,16 +106,25 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     write_json(ctx.layout.controls, {"split": split, **compared, **by_size})
 
 
-def _measured_before(layout: RunLayout, split: str) -> dict[str, controls.ControlLosses]:
-    """Return the losses on a split that an earlier evaluation has measured, by name."""
+def _measured_before(
+    layout: RunLayout, split: str, listed: Sequence[controls.Control]
+) -> dict[str, controls.ControlLosses]:
+    """Return the losses on a split that an earlier evaluation has measured, by name.
+
+    A control of another candidate than before is left out: merges of subsets are named by their
+    members, and have the seed and the parameters of the first selection of the config.
+    """
     before = read_json(layout.controls)
     if before is None or before["split"] != split or not layout.control_losses.is_file():
         return {}
     arrays = read_npz(layout.control_losses)
     by_name = dict(zip(arrays["names"].tolist(), arrays["losses"], strict=True))
+    # as JSON, which has no tuples; what is no merge has no candidate
+    candidates = {control.name: json.loads(control.candidate.key) for control in listed}
     return {
         row["name"]: controls.ControlLosses(by_name[row["name"]], row["validation_loss"])
         for row in before["rows"]
+        if row["candidate"] == candidates.get(row["name"])
     }
 
 

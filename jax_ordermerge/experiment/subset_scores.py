@@ -40,7 +40,10 @@ def measure(
 ) -> Answers:
     """Return which items members, average and merges of subsets answer rightly; write them.
 
-    What an earlier evaluation has measured is read, and so is what the run evaluates anyway.
+    What an earlier evaluation has measured is read, and so is what the run evaluates anyway. The
+    file has answers by candidate: a name says nothing of the seed and the parameters of a
+    selection, which differ once the run grows by another. Tasks that the config does not list keep
+    theirs.
 
     Args:
         ctx: of the run.
@@ -49,10 +52,10 @@ def measure(
         evaluated: the results of the evaluation by name of the model.
     """
     config, file = ctx.config, ctx.layout.subset_answers
-    stored = read_json(file) or {}
+    stored = read_json(file) or {}  # by task and key of the candidate
     # perplexities and answers for a judge say of no item whether it is right
     tasks = [x for x in config.evaluation.tasks if TASK_KINDS[x.kind].result == "accuracy"]
-    answers: Answers = {task.name: dict(stored.get(task.name, {})) for task in tasks}
+    answers: Answers = {task.name: {} for task in tasks}
     for control in controls:
         if control.candidate.kind == "base":
             continue
@@ -63,11 +66,13 @@ def measure(
             result = evaluated.get(name or "")
         missing = []
         for task in tasks:
-            of_task = answers[task.name]
+            before = stored.get(task.name, {}).get(control.candidate.key)
             if result is not None:
-                of_task[control.name] = [item["correct"] for item in result["tasks"][task.name]]
-            elif control.name not in of_task:
+                before = [item["correct"] for item in result["tasks"][task.name]]
+            if before is None:
                 missing.append(task)
+            else:
+                answers[task.name][control.name] = before
         if not missing:
             continue
         with population().build_temporarily(control.candidate) as params:
@@ -78,12 +83,14 @@ def measure(
                 items = harness.run(
                     task, model, config.data, test=ctx.splits.get("test"), seed=config.seed
                 ).items
-                answers[task.name][control.name] = [item["correct"] for item in items]
+                correct = [item["correct"] for item in items]
+                answers[task.name][control.name] = correct
+                stored.setdefault(task.name, {})[control.candidate.key] = correct
         shares = [
             f"{task.name} {np.mean(answers[task.name][control.name]):.1%}" for task in missing
         ]
         ctx.log(f"  {control.name}: {', '.join(shares)}")
-        write_json(file, answers)  # by model: what is broken off repeats one of them at most
+        write_json(file, stored)  # by model: what is broken off repeats one of them at most
     return answers
 
 

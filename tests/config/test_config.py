@@ -31,6 +31,7 @@ CONFIGS = sorted(
         ({"seed": True}, "seed = True: expected a number"),
         ({"training": {"epochs": True}}, "training.epochs = True: expected a number"),
         ({"data": {"buckets": [True, 64]}}, "data.buckets = [True, 64]: expected a number"),
+        ({"mesh": {"dcn": {"data": True}}}, "mesh.dcn.data = True: expected a number"),
         ({"training": {"optimizer": {"beta1": False}}}, "optimizer.beta1 = False: expected"),
         ({"merge": {"methods": [{"seed": False}]}}, "merge.methods.0.seed = False: expected"),
         ({"trainig": {}}, "unknown key trainig (did you mean 'training'?)"),
