@@ -216,7 +216,8 @@ def export(
     number = processes.broadcast(secrets.randbits(31))
     partial = atomic.scratch_path(Path(directory).absolute(), number)
     shapes = {name: spec.hf_shape for name, spec, _ in arch.hf_tensors(config)}
-    files = shards.ShardFiles(partial, shapes, np.dtype(dtype), shard_bytes)
+    is_shared = jax.process_count() > 1
+    files = shards.ShardFiles(partial, shapes, np.dtype(dtype), shard_bytes, shared=is_shared)
     with contextlib.ExitStack() as stack:
         # All processes must fail together, or the others would wait in the gathering.
         with processes.barrier(f"export to {directory}"):
@@ -385,8 +386,11 @@ def _write_tensors(
     with futures.ThreadPoolExecutor(1) as thread:
         pending: futures.Future[None] = thread.submit(lambda: None)
         for i, (name, spec, layer) in enumerate(tensors):
+            # alone it need not wait: the rest of a large model may take minutes
+            if jax.process_count() == 1 and pending.done():
+                pending.result()
             array = _gather(_select(flat[spec.path], layer, member))
-            # An error waits for the last tensor: the other processes gather until then.
+            # An error of several waits for the last tensor: the others gather until then.
             if i % writers == jax.process_index() and pending.exception() is None:
                 pending = thread.submit(write, name, np.asarray(array))
             else:

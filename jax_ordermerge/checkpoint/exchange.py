@@ -9,7 +9,7 @@ them. For a tensor [R, C] on mesh axes `a` over R, `b` over C, and `r` over neit
     all-to-all   [R / (a r), C / b]  over b
     all-gather   [R / a, C / b]      over r
 
-Nothing larger than one tensor's share is in memory beside the array itself.
+Beside the array itself the shares of a few tensors are in memory.
 """
 
 import functools
@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+_WAIT_EVERY = 4  # tensors that are in flight: reading goes on while earlier ones are exchanged
 
 
 class Staging(NamedTuple):
@@ -144,6 +146,8 @@ def load(
             total, rows, functools.partial(read_rows, layer), dtype=bits
         )
         array = insert(array, part, layer)
+        if layer % _WAIT_EVERY == _WAIT_EVERY - 1:
+            array.block_until_ready()  # the parts that were read wait in memory until then
     return array
 
 

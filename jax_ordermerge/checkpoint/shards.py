@@ -6,6 +6,7 @@ written first, and the space of the tensors is reserved; the tensors then come i
 """
 
 import contextlib
+import ctypes
 import errno
 import json
 import math
@@ -80,6 +81,8 @@ class ShardFiles:
         table: Mapping[str, tuple[int, ...]],
         dtype: DTypeLike,
         shard_bytes: int = SHARD_BYTES,
+        *,
+        shared: bool = False,
     ) -> None:
         """Plan the files; nothing is written yet.
 
@@ -89,7 +92,11 @@ class ShardFiles:
             dtype: dtype of all tensors.
             shard_bytes: largest size of the tensors of a file. A single file is named
                 `model.safetensors` and has no index.
+            shared: whether several processes write to the files at the same time.
         """
+        # NFS extends a write to whole pages of its cache, and so writes stale bytes of neighbours
+        # that another host has written. It does not for files that are opened with O_DSYNC.
+        self._flags = os.O_RDWR | (os.O_DSYNC if shared else 0)
         self._directory, self._dtype, self._table = directory, np.dtype(dtype), dict(table)
         sizes = {name: math.prod(shape) * self._dtype.itemsize for name, shape in table.items()}
         shards: list[list[str]] = [[]]
@@ -213,7 +220,7 @@ class ShardFiles:
     def _handle(self, file: str) -> int:
         with self._lock:
             if file not in self._handles:
-                self._handles[file] = os.open(self._directory / file, os.O_RDWR)
+                self._handles[file] = os.open(self._directory / file, self._flags)
             return self._handles[file]
 
     def __enter__(self) -> "ShardFiles":
@@ -237,11 +244,26 @@ def _reserve(handle: int, size: int, path: Path) -> None:
     # a full disk is an error now, not after hours of writing
     with no_space(path):
         try:
-            os.posix_fallocate(handle, 0, size)
+            _allocate(handle, size)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
-            os.ftruncate(handle, size)  # this file system cannot reserve space
+            # this file system cannot reserve space
+            usage = os.fstatvfs(handle)
+            if usage.f_bavail * usage.f_frsize < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            os.ftruncate(handle, size)
+
+
+def _allocate(handle: int, size: int) -> None:
+    """Reserve the space of a file, or raise `OSError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "fallocate"):  # macOS
+        os.posix_fallocate(handle, 0, size)
+    # Not `posix_fallocate`: where a file system cannot reserve (NFS before 4.2), glibc writes a
+    # byte to every page, and the system sends all of the model as zeros.
+    elif libc.fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ The shares lie in the directory of the `example_cache` while they are read. Wher
 see the share of another one, as in a directory of its own machine, it tokenizes these rows itself.
 """
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,13 +104,13 @@ def encode(
         with processes.barrier("tokenize its share of the data"):
             packed = {number: _pack(encode_chunk(chunks[number])) for number in own}
             example_cache.store(shares.file(shares.process), packed)
-        for process in range(shares.processes):
-            if process != shares.process:
-                packed |= example_cache.load(shares.file(process)) or {}
-        # when all have read it
         with processes.barrier("read the tokenized data"):
-            pass
-        shares.file(shares.process).unlink(missing_ok=True)
+            for process in range(shares.processes):
+                if process != shares.process:
+                    packed |= example_cache.load(shares.file(process)) or {}
+        # when all have read it; a cache that others write may be read only
+        with contextlib.suppress(OSError):
+            shares.file(shares.process).unlink(missing_ok=True)
     for number, rows in enumerate(chunks):
         # one chunk at a time: lists of integers take ten times the memory of arrays
         yield _unpack(packed[number], sides) if number in packed else encode_chunk(rows)

@@ -123,7 +123,9 @@ def tokenize(
         team = agree(entry, examples is not None) if shared else None
         if examples is None:
             examples = _tokenize_source(source, settings, tokenizer, split, team)
-            if entry is not None and (team is None or team.process == 0):
+            # process 0 for all that share the directory; in another one the file is absent
+            is_writer = team is None or team.process == 0
+            if entry is not None and (is_writer or not entry.path.exists()):
                 example_cache.write(entry, examples)
         parts.append(examples)
         # After each source and not at the end: the next one may take an hour.

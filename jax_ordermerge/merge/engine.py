@@ -83,7 +83,8 @@ def merge_plan(
     shapes = {output.name: output.shape for output in plan.outputs}
     process, process_count = jax.process_index(), jax.process_count()
     with _open_workspace(out, _fingerprint(plan, shard_bytes)) as (directory, is_resumed):
-        with ShardFiles(directory, shapes, plan.out_dtype, shard_bytes) as files:
+        is_shared = process_count > 1
+        with ShardFiles(directory, shapes, plan.out_dtype, shard_bytes, shared=is_shared) as files:
             finished = journal.read(directory, shapes) if is_resumed else {}
             with processes.barrier(f"create {out}"):
                 # headers and layout follow from the plan: an interrupted merge has the same files

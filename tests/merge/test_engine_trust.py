@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import safetensors
+from jax_ordermerge.checkpoint import safetensors, shards
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
@@ -139,9 +139,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(models, tmp_path, monkeypatc
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("posix_fallocate", "pwrite"):
+    for module, name in ((shards, "_allocate"), (os, "pwrite")):
         with monkeypatch.context() as patch:
-            patch.setattr(os, name, full)
+            patch.setattr(module, name, full)
             with pytest.raises(UserError, match="the disk is full; free some space"):
                 engine.merge_plan(planned(models), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []

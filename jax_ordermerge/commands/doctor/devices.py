@@ -54,7 +54,11 @@ def check_devices(config: Config | None) -> Iterator[Finding]:
     count = jax.process_count()
     detail = f"{count}, this is number {jax.process_index()}" if count > 1 else "1"
     yield Finding("processes", "ok", detail)
-    yield _check_sums()
+    try:
+        yield _check_sums()
+    except RuntimeError as error:  # of XLA: a device that is listed fails at its first program
+        yield Finding("devices", "error", str(error).splitlines()[0])
+        return
     platform = jax.devices()[0].platform
     if platform == "cpu":
         yield from _check_cpu_is_meant(config)

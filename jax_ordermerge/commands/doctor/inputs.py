@@ -195,10 +195,12 @@ def judge_memory(needed: float, limit: float | None) -> Finding:
 
 def _check_cpu_time(option: OptionPlan) -> Iterator[Finding]:
     """Yield how long the training takes on CPUs, where that is too long to be meant."""
+    import jax
+
     # without the number of examples an epoch has one step at least
     steps = option.work.steps or option.spec.training.epochs
     flops = option.work.flops * option.spec.population.total * steps
-    days = flops / devices.measure_flops() / 86400
+    days = flops / devices.measure_flops() / jax.process_count() / 86400
     if days < _CPU_DAYS:
         return
     least = "about" if option.work.steps else "at least"

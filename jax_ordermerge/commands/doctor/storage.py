@@ -53,7 +53,7 @@ def check_storage(config: Config, needs: Needs | None) -> Iterator[Finding]:
     speed = measure_speed(parent if writable else None, size)
     if speed is not None:
         yield judge_saves(speed, needs.save_bytes, needs.interval, needs.bandwidth)
-    if is_bucket and writable:
+    if is_bucket and writable and _is_first():
         yield _check_upload(config.location, size)
 
 
@@ -71,7 +71,10 @@ def check_output(output: str, needed: int | None = None, run: str | None = None)
     """
     if "://" in output:
         # a run in a bucket works on a local copy, so both places must be writable
-        disk, copy = check_output(str(remote.cache()), needed)
+        # an address that is refused, below, has no copy
+        is_valid = output.startswith(("gs://", "s3://"))
+        local = str(remote.Mirror(output).local) if is_valid else None
+        disk, copy = check_output(str(remote.cache()), needed, local)
         return [disk, copy._replace(subject="copy"), _check_bucket(output)]
     # nothing is created: the run directory is checked at its nearest existing parent
     parent = _nearest_parent(output)
@@ -128,7 +131,13 @@ def _nearest_parent(output: str) -> Path:
 
 
 def _written_bytes(run: Path) -> int:
-    return sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    size = 0
+    for directory, _, names in os.walk(run):
+        for name in names:
+            # another process may remove its file meanwhile
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(directory, name)).st_size
+    return size
 
 
 def _check_bucket(output: str) -> Finding:
@@ -148,6 +157,12 @@ def _process_count() -> int:
     import jax
 
     return jax.process_count()
+
+
+def _is_first() -> bool:
+    import jax
+
+    return jax.process_index() == 0
 
 
 def _gather(value: float) -> np.ndarray:
@@ -182,15 +197,19 @@ def check_shared(directory: Path | None) -> Iterator[Finding]:
     _gather(0)  # all have written
     unseen = list(range(count))
     deadline = time.monotonic() + _SHOW_UP
-    while scratch is not None and unseen and time.monotonic() < deadline:
+    while scratch is not None:
         unseen = unread_tokens(scratch, tokens)
-        if unseen:
-            time.sleep(0.5)
+        if not unseen or time.monotonic() >= deadline:
+            break
+        time.sleep(0.5)
     failed = _gather(len(unseen))  # all have read
     if scratch is not None:
-        (scratch / str(index)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (scratch / str(index)).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the last one removes it
             scratch.rmdir()
+    if directory is None:
+        return  # that it cannot write is a finding of its own
     if unseen:
         numbers = ", ".join(map(str, unseen))
         detail = (
@@ -274,7 +293,7 @@ def _write(directory: Path, size: int) -> float:
 
 
 def _check_upload(output: str, size: int) -> Finding:
-    """Return the speed to a bucket, from process 0, which alone copies to it."""
+    """Return the speed to a bucket. A run copies to it from process 0 only."""
     url = remote.address(output)
     assert url is not None
     try:
