@@ -50,7 +50,7 @@ class Section(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _refuse_truth_values(cls, values: object) -> object:
-        """Refuse true and false, which YAML makes of yes and no, too, where numbers are expected."""
+        """Refuse true and false, which YAML makes of yes and no, where numbers are expected."""
         for name, value in values.items() if isinstance(values, dict) else ():
             if name not in cls.model_fields:
                 continue
@@ -62,9 +62,9 @@ class Section(pydantic.BaseModel):
             if isinstance(value, dict) and _is_dict(annotation):  # else a section, which looks
                 entries = {f"{name}.{key}": item for key, item in value.items()}
             for path, entry in entries.items():
-                given = entry if isinstance(entry, list | tuple) else (entry,)
+                scalars = entry if isinstance(entry, list | tuple) else (entry,)
                 # pydantic would take them as 1 and 0
-                if any(isinstance(x, bool) for x in given):
+                if any(isinstance(x, bool) for x in scalars):
                     raise _expected_number(path, entry)
         return values
 
@@ -75,7 +75,7 @@ def _is_dict(annotation: object) -> bool:
 
 
 def _leaf_types(annotation: object) -> set[object]:
-    """Return the types that an annotation is made of, those in unions, lists and dicts among them."""
+    """Return the types in an annotation, those of unions, lists and dicts among them."""
     parts = get_args(annotation)
     if get_origin(annotation) is Literal:
         return {type(part) for part in parts}

@@ -100,9 +100,9 @@ def encode(
     if shares is not None:
         from jax_ordermerge import processes  # imports jax
 
-        own = range(shares.process, len(chunks), shares.processes)
+        share = range(shares.process, len(chunks), shares.processes)
         with processes.barrier("tokenize its share of the data"):
-            packed = {number: _pack(encode_chunk(chunks[number])) for number in own}
+            packed = {number: _pack(encode_chunk(chunks[number])) for number in share}
             example_cache.store(shares.file(shares.process), packed)
         with processes.barrier("read the tokenized data"):
             for process in range(shares.processes):
@@ -139,9 +139,9 @@ def _unpack(packed: Sequence[Any], sides: Sequence[Mapping[int, Record]]) -> Chu
             {
                 row: [
                     TrainingSequence(*pair)
-                    for pair in zip(_parts(records[row], len(found)), found, strict=True)
+                    for pair in zip(_parts(records[row], len(parts)), parts, strict=True)
                 ]
-                for row, found in encoded.items()
+                for row, parts in encoded.items()
             }
         )
     return Chunk(result, bad)

@@ -49,11 +49,11 @@ class Tested:
         p: of the stated test; two-sided where the part asks for that and for equivalence.
         margin: of equivalence; None where the part has none.
         p_equivalent: of equivalence within the margin.
-        populations: the estimate of each population; of a pair those of its first run less the mean of
-            its second.
+        populations: the estimate of each population; of a pair those of its first run less the
+            mean of its second.
         outcome: at the level of the hypotheses.
-        finding: which of several results that support the claim was found: lower, higher, equivalent;
-            empty where the claim has one direction.
+        finding: which of several results that support the claim was found: lower, higher,
+            equivalent; empty where the claim has one direction.
     """
 
     size: Estimate
@@ -320,8 +320,8 @@ def build(
             f"The hypotheses, their tests and sizes were written down in {plan.file} (SHA-256 "
             f"{plan.digest}). They are tested in their order, each at "
             f"{100 * plan.hypotheses.level:g} %; after the first that is not supported the others "
-            "are reported and not tested. An estimate of a run is the mean over its populations, with "
-            "Student's t; over runs it is the mean of random effects."
+            "are reported and not tested. An estimate of a run is the mean over its populations, "
+            "with Student's t; over runs it is the mean of random effects."
         ),
         _outcomes(results),
         Bullets(_deviations(plan.hypotheses, runs)),

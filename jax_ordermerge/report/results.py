@@ -107,7 +107,7 @@ def _trajectories(runs: Sequence[Run], name: str) -> list[Block]:
 
 
 def _provenance(runs: Sequence[Run]) -> list[Block]:
-    """Return what stands below hypotheses: no further test, since a page may test each thing once."""
+    """Return what stands below hypotheses: no further test, since each may be made once."""
     return [
         Heading("The runs"),
         Paragraph(_WRITTEN),

@@ -370,8 +370,9 @@ def describe_waiting(waited: float, between: float) -> str | None:
         return None
     return (
         f"training waited {waited:,.0f} s for a checkpoint, {100 * waited / between:.0f} % of"
-        f" the {between:,.0f} s since it was begun: saves take longer than the steps between them; save"
-        " less often (training.checkpoint_every, training.checkpoint_minutes) or on faster storage"
+        f" the {between:,.0f} s since it was begun: saves take longer than the steps between them;"
+        " save less often (training.checkpoint_every, training.checkpoint_minutes) or on faster"
+        " storage"
     )
 
 

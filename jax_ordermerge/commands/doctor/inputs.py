@@ -146,8 +146,8 @@ def plan_needs(config: Config, inputs: Inputs, *, has_mesh: bool) -> Needs:
         option, experiment = planner.estimate(spec, inputs, planner.present_topology(spec))
     else:
         # the bytes of a checkpoint do not depend on the mesh
-        alone = spec.change(mesh={**dict.fromkeys(AXES, 1), "dcn": {}})
-        _, experiment = planner.estimate(alone, inputs, parse("cpu:1"))
+        on_one_device = spec.change(mesh={**dict.fromkeys(AXES, 1), "dcn": {}})
+        _, experiment = planner.estimate(on_one_device, inputs, parse("cpu:1"))
     return Needs(option, experiment, spec.training.checkpoint_bytes_per_second)
 
 
@@ -197,7 +197,7 @@ def _check_cpu_time(option: OptionPlan) -> Iterator[Finding]:
     """Yield how long the training takes on CPUs, where that is too long to be meant."""
     import jax
 
-    # without the number of examples an epoch has one step at least
+    # where the number of examples is not known, at least one step per epoch
     steps = option.work.steps or option.spec.training.epochs
     flops = option.work.flops * option.spec.population.total * steps
     days = flops / devices.measure_flops() / jax.process_count() / 86400

@@ -41,7 +41,7 @@ def draw_forest(panels: Mapping[str, Sequence[Row]], name: str) -> str:
         panels: rows of each panel.
         name: of the picture.
     """
-    # one column: names of runs and titles need its width. Limits of a panel reach half a row beyond.
+    # one column: names of runs and titles need its width. Limits reach half a row beyond.
     heights = [len(rows) + 0.2 for rows in panels.values()] or [1.0]
     with draw(name, 0.62 * len(heights) + 0.22 * sum(heights)) as figure:
         ratios = {"height_ratios": heights}
