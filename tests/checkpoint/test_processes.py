@@ -17,7 +17,6 @@ import json
 import mmap
 import os
 import sys
-import time
 import jax
 from jax_ordermerge import mesh, processes
 from jax_ordermerge.checkpoint import convert, orbax
@@ -36,8 +35,7 @@ def counted_read(handle, buffers, offset):
     counts["read"] += count
     return count
 
-def slow_write(handle, data, offset):
-    time.sleep(len(data) / RATE)
+def counted_write(handle, data, offset):
     counts["written"] += len(data)
     return pwrite(handle, data, offset)
 
@@ -55,11 +53,8 @@ with orbax.Checkpoints(out + "/orbax", keep=1) as checkpoints:
 abstract = {"params": convert.abstract_params(config, grid)}
 member = orbax.restore_member(out + "/orbax", 2, 1, abstract)
 convert.export(population, config, out + "/direct", dtype="float32", member=1)
-for name, write in (("fast", pwrite), ("slow", slow_write)):
-    os.pwrite = write
-    began = time.monotonic()
-    convert.export(population, config, out + "/" + name, dtype="float32", member=1)
-    counts[name] = time.monotonic() - began
+os.pwrite = counted_write
+convert.export(population, config, out + "/counted", dtype="float32", member=1)
 os.pwrite = pwrite
 convert.export(restored["params"], config, out + "/restored", dtype="float32", member=0)
 convert.export(member["params"], config, out + "/member", dtype="float32")
@@ -82,7 +77,6 @@ agreed = [
 assert agreed == [(Path("a.examples"), int(index), 2), None, None, None, None], agreed
 print(json.dumps(counts))
 """
-RATE = 2_400  # bytes per second and process of the slow disk
 
 
 @pytest.mark.slow
@@ -103,7 +97,7 @@ def test_two_processes(make_directory, tmp_path):
             [
                 sys.executable,
                 "-c",
-                PROGRAM.replace("RATE", str(RATE)),
+                PROGRAM,
                 port,
                 str(index),
                 str(directory),
@@ -132,16 +126,14 @@ def test_two_processes(make_directory, tmp_path):
     assert sum(count["read"] for count in counts) == size
     assert abs(counts[0]["read"] - size / 2) < size / 20
     assert sum(count["written"] for count in counts) == size
-    # The slow disk costs one process `size / RATE` seconds. Gathering is not of the disk: 17
-    # collectives of eight simulated devices on a busy machine take seconds.
-    cost = max(count["slow"] - count["fast"] for count in counts)
-    assert cost < size / RATE / 1.6, counts
+    # so that an export bound by the disks of its hosts takes 1 / 1.9 of the time that one host takes
+    assert abs(counts[0]["written"] - size / 2) < size / 20
     assert not (tmp_path / "out" / "overflow").exists()
     assert not list((tmp_path / "out").glob("*.partial-*"))
     _, params = convert.load_params(directory)
     convert.export(params, config, tmp_path / "one", dtype="float32")
     files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
-    for name in ("direct", "fast", "slow"):
+    for name in ("direct", "counted"):
         written = (tmp_path / "out" / name).iterdir()
         assert {path.name: path.read_bytes() for path in written} == files
     for name in ("direct", "restored", "member"):

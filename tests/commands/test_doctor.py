@@ -295,7 +295,7 @@ from jax_ordermerge.commands.doctor import devices, storage
 
 port, index, shared, apart = sys.argv[1:]
 processes.start_distributed(f"127.0.0.1:{port}", 2, int(index), 60)
-storage._SHOW_UP = 1.0
+storage._SHOW_UP = 8.0
 for finding in devices.check_exchange():
     print(finding.detail)
 for directory in (shared, apart):
