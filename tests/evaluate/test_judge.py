@@ -1,5 +1,6 @@
 """The judge of two models, with an endpoint on loopback that can fail."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -105,19 +106,32 @@ FAULTS = [
 ]
 
 
-def faulty(question, number):
-    """Every second answer is a fault; the others are prose, or have thoughts before them."""
-    if number % 2:
-        return FAULTS[number // 2 % len(FAULTS)]
-    letter = longer(question, number)
-    if letter == "neither":
-        return letter
-    other = "B" if letter == "A" else "A"
-    return [
-        letter,
-        f"<think>{other} is better. Verdict: {other}</think>\n**{letter}**",
-        f"Answer {other} is not bad, but the better answer is {letter}.",
-    ][number // 2 % 3]
+def faulty():
+    """Return a server whose every second answer is a fault.
+
+    The others are prose, or have thoughts before them. No question gets an empty reply more often
+    than a judge asks again, however its workers take turns.
+    """
+    empty = collections.Counter()
+
+    def answer(question, number):
+        if number % 2:
+            fault = FAULTS[number // 2 % len(FAULTS)]
+            if isinstance(fault, Message):
+                empty[question] += 1
+                return fault if empty[question] < 3 else FAULTS[-1]
+            return fault
+        letter = longer(question, number)
+        if letter == "neither":
+            return letter
+        other = "B" if letter == "A" else "A"
+        return [
+            letter,
+            f"<think>{other} is better. Verdict: {other}</think>\n**{letter}**",
+            f"Answer {other} is not bad, but the better answer is {letter}.",
+        ][number // 2 % 3]
+
+    return answer
 
 
 def test_faults_lose_no_verdict_and_change_no_number(tmp_path):
@@ -126,7 +140,7 @@ def test_faults_lose_no_verdict_and_change_no_number(tmp_path):
     with serve(longer) as (endpoint, _):
         expected = judge.compare(endpoint, judge.read(ours), judge.read(theirs))
     pauses = []
-    with serve(faulty) as (endpoint, requests):
+    with serve(faulty()) as (endpoint, requests):
         found = judge.compare(
             endpoint, judge.read(ours), judge.read(theirs), sleep=pauses.append, workers=3
         )
