@@ -90,7 +90,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
     compared = controls.compare(listed, measured, tokens, choose=use_test, **bootstrap)
     curves = subsets.curves(listed, means, tokens, **bootstrap)
     scores = {}
-    if subsets.SCORES in config.merge.controls and of_subsets:
+    if subsets.SCORES in config.merge.controls:
         asked = [control for control in listed if control.group == "anchor"] + of_subsets
         answers = subset_scores.measure(ctx, population, asked, evaluated)
         scores = subset_scores.curves(config, asked, answers)

@@ -17,9 +17,8 @@ from jax_ordermerge.search import subsets
 from jax_ordermerge.search.candidates import Population
 from jax_ordermerge.search.controls import Control
 
-Answers = dict[
-    str, dict[str, list[bool]]
-]  # by task and name: whether each item is answered rightly
+# by task and name of the model: whether each item is answered rightly
+Answers = dict[str, dict[str, list[bool]]]
 
 
 def plain_average(config: Config) -> str | None:
@@ -55,6 +54,12 @@ def measure(
     stored = read_json(file) or {}  # by task and key of the candidate
     # perplexities and answers for a judge say of no item whether it is right
     tasks = [x for x in config.evaluation.tasks if TASK_KINDS[x.kind].result == "accuracy"]
+    if not tasks or all(control.group != subsets.GROUP for control in controls):
+        ctx.log(
+            f"  {subsets.SCORES} are not measured: they need two members and a task whose answers"
+            " are right or wrong"
+        )
+        return {}
     answers: Answers = {task.name: {} for task in tasks}
     for control in controls:
         if control.candidate.kind == "base":

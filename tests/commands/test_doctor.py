@@ -182,15 +182,16 @@ def test_what_is_absent_is_named(tmp_path):
     assert not run.exists()
 
 
-def test_what_a_run_has_written_counts_as_free(tmp_path):
+def test_what_a_run_has_written_counts_as_free(tmp_path, monkeypatch):
+    run = str(tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint").write_bytes(bytes(3 * 2**20))
-    disk, _ = storage.check_output(str(tmp_path / "run"), 2**20, str(tmp_path / "run"))
-    free = shutil.disk_usage(tmp_path).free
-    assert disk.verdict == "ok"
-    disk, _ = storage.check_output(str(tmp_path / "run"), free + 2**36, str(tmp_path / "run"))
-    assert disk.verdict == "error"
-    assert storage._written_bytes(tmp_path / "run") == 3 * 2**20
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 2 * 2**20))
+    needed = 4 * 2**20
+    assert storage.check_output(run, needed, run)[0].verdict == "ok"
+    assert storage.check_output(run, needed)[0].verdict == "error"
+    assert storage.check_output(run, 6 * 2**20, run)[0].verdict == "error"
 
 
 def test_drivers_are_asked_by_their_c_interfaces(monkeypatch):
@@ -324,7 +325,11 @@ def test_two_processes_see_one_directory_or_not(tmp_path):
                 stderr=subprocess.PIPE,
             )
         )
-    outputs = [process.communicate(timeout=240) for process in running]
+    try:
+        outputs = [process.communicate(timeout=240) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     speeds = set()
     for index, (stdout, stderr) in enumerate(outputs):
         assert running[index].returncode == 0, stderr[-3000:]

@@ -73,6 +73,18 @@ def test_answers_of_another_seed_are_measured_again(context, measured):
     assert read_json(context.layout.subset_answers)["earlier"] == {"any key": [True]}
 
 
+def test_scores_without_a_task_or_members_are_named_as_absent(context, measured):
+    built, population = measured
+    lines = []
+    context.log = lines.append
+    assert subset_scores.measure(context, population, [], {}) == {}
+    context.config = make_config({})
+    assert subset_scores.measure(context, population, merges(1), {}) == {}
+    assert built == []
+    assert len(lines) == 2
+    assert all("subset_scores are not measured" in line for line in lines)
+
+
 def test_losses_of_another_seed_are_measured_again(tmp_path):
     layout = RunLayout(tmp_path)
     listed = merges(1)

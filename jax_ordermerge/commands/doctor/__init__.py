@@ -74,7 +74,7 @@ def examine(config: Config | None) -> Iterator[Finding]:
     if config and connected:
         exchange = list(devices.check_exchange())
         yield from exchange
-        connected = not exchange or exchange[0].verdict != "error"
+        connected = devices.all_agree(not _has_error(exchange, "exchange"))
     if config is None or not connected:
         yield from storage.check_output(config.location if config else os.curdir)
         return

@@ -280,6 +280,23 @@ def check_exchange() -> Iterator[Finding]:
     yield judge_links(len(devices), speed, _expected_speed())
 
 
+def all_agree(flag: bool) -> bool:
+    """Return whether a flag is true on all processes, and false where one does not answer in time.
+
+    One process may see what the others do not, and they would wait for it in the checks that follow.
+
+    Example:
+        >>> all_agree(True), all_agree(False)
+        (True, False)
+    """
+    from jax_ordermerge import processes
+
+    answers: list[bool] = []
+    # the sum of the others ends up to so many seconds after that of this one
+    ended = processes.within(lambda: answers.append(processes.on_all(flag)), 2 * _PATIENCE)
+    return ended and answers == [True]
+
+
 def judge_links(count: int, speed: float, expected: float | None) -> Finding:
     """Return the finding about a sum over devices.
 

@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from jax_ordermerge import processes
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.checkpoint.orbax import save_timeout
 from jax_ordermerge.commands.doctor.finding import Finding
@@ -46,7 +47,7 @@ def check_storage(config: Config, needs: Needs | None) -> Iterator[Finding]:
     # processes that cannot write take part all the same: the others wait for them
     yield from check_shared(parent if writable else None)
     # a process that could not read the base has no sizes, and the others would wait for it
-    planned = bool(_gather(needs is not None).all())
+    planned = processes.on_all(needs is not None)
     if needs is None or not planned:
         return
     size = max(min(_WRITTEN_BYTES, needs.save_bytes // _process_count()), _BLOCK)
