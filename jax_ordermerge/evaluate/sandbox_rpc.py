@@ -177,7 +177,11 @@ class Connection:
         operation: str = "",
         keywords: dict[str, Value] | None = None,
     ) -> None:
-        """Write a message, and empty the list of operands."""
+        """Write a message, and empty the list of operands.
+
+        Raises:
+            ConnectionLost: nobody reads it.
+        """
         encode = self._objects.encode
         encoded = []
         while operands:
@@ -187,7 +191,11 @@ class Connection:
         # Last, because it introduces what was encoded.
         changes = self._objects.changes()
         text = json.dumps([kind, changes, updates, encoded, operation, named]).encode()
-        self._channel.sendall(len(text).to_bytes(8, "big") + text)
+        try:
+            self._channel.sendall(len(text).to_bytes(8, "big") + text)
+        except OSError as error:  # an `Exception`, which the tests may expect
+            self.lost = True
+            raise ConnectionLost(f"{error}") from error
 
     def _receive(self) -> tuple[str, list[Value], str, dict[str, Value]]:
         """Read a message: its kind, operands, operation and keywords.

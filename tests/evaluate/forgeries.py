@@ -143,6 +143,11 @@ FORGERIES = {
         "import os\ndef f(x): os._exit(0)",
         "try: f(-1)\nexcept: pass",
     ),
+    "ends before an expected exception": (
+        "import os, threading, time\nreal = os._exit\n"
+        "def f(x): threading.Thread(target=lambda: (time.sleep(0.2), real(0))).start()",
+        "import time\nf(1)\ntime.sleep(1)\ntry: f(-1)\nexcept: pass",
+    ),
     "closes the channel in an expected exception": (
         "import os\ndef f(x): os.closerange(3, 64)",
         "try: f(-1)\nexcept: pass",

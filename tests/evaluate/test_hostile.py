@@ -202,6 +202,15 @@ def alive(mark):
     return lines
 
 
+def test_channel_has_a_low_number():
+    # more files than the limit of a worker: attacks by number reach the channel all the same
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(open(os.devnull))
+        program, tests = FORGERIES["closes the channel in an expected exception"]
+        assert not sandbox.judge(program, tests, ["f"], timeout=30.0).passed
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forgeries(name):
     program, tests = FORGERIES[name]
