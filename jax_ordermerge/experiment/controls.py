@@ -180,14 +180,14 @@ def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]
         return functools.partial(losses.example_losses, ctx, population.members, members="ensemble")
 
     def single(population: Population) -> LossFunction:
-        return functools.partial(losses.example_losses, ctx, _train_single(ctx))
+        return functools.partial(losses.example_losses, ctx, train_single(ctx))
 
     makers = {"ensemble": ensemble, "single": single}
     names = unmerged_controls(ctx.config.population.members)
     return {names[x]: makers[x] for x in ctx.config.merge.controls if x in makers}
 
 
-def _train_single(ctx: RunContext) -> Tree:
+def train_single(ctx: RunContext) -> Tree:
     """Return a model trained at the cost of the whole population: k times the epochs in one run."""
     # It tells whether k orders and a merge are better spent compute than training on.
     groups = ctx.mesh.shape["order"]
