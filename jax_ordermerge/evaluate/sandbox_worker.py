@@ -173,7 +173,7 @@ def main(inputs: Mapping[str, JsonValue]) -> None:
             arguments of `run_program` or `run_tests`. The tests write their verdict to the
             standard output.
     """
-    # The lowest free number: what a program can do must not depend on how many files the parent has.
+    # The lowest free number: a program must not have other chances where the parent has more files.
     channel = socket.socket(fileno=os.dup(inputs["handle"]))
     os.close(inputs["handle"])
     # The standard streams go nowhere: what a program prints cannot be taken for a verdict.

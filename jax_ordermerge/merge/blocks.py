@@ -138,10 +138,12 @@ class Blocks:
         Raises:
             UserError: a parameter or the weights are wrong.
         """
+        # by row or by matrix a tensor cannot be cut into runs
         checked = table.check_parameters(method, parameters)
         if table.METHODS[method].unit(checked) != "element":
             return None
         checked_weights = table.check_weights(method, weights, self.count, checked)
+        # one stream of random bits per tensor, as for files
         key_bits = np.stack(
             [
                 table.key_bits(method, checked, seed, name, layer if spec.stacked else None)
@@ -158,6 +160,7 @@ class Blocks:
         ]
         static = prepared[0][1]
         shapes = [{name: x.shape for name, x in arrays.items()} for arrays, _ in prepared]
+        # one program has one form: tensors that are prepared in two ways need two
         if any(s != shapes[0] for s in shapes) or any(s != static for _, s in prepared):
             return None
         arrays = {name: np.stack([x[name] for x, _ in prepared]) for name in prepared[0][0]}
@@ -193,10 +196,12 @@ class Blocks:
         static: parts.Static,
     ) -> list[Any]:
         """Return what `parts.Tensor.total` returns, of each of the U tensors."""
+        # the arguments by value: candidates make new arrays with the same numbers
         leaves, structure = jax.tree.flatten((arrays, key_bits))
         values = tuple((np.asarray(x).tobytes(), np.shape(x), np.dtype(x.dtype)) for x in leaves)
         call = function, reduce, static, structure, values
         if call not in self._kept:
+            # the oldest goes: candidates of one method follow each other
             if len(self._kept) == _KEPT:
                 del self._kept[next(iter(self._kept))]
             totals = dict[int, Any]()

@@ -80,6 +80,7 @@ def contrasts(run: Run) -> list[Contrast]:
     runs = [run, *run.populations]
     by_population = [_of_population(population) for population in runs]
     result = []
+    # in the order of the first population that has them
     for key in dict.fromkeys(key for rows in by_population for key in rows):
         rows = {number: part[key] for number, part in enumerate(by_population) if key in part}
         over: PopulationContrast | Missing
@@ -103,6 +104,7 @@ def _of_population(run: Run) -> dict[Key, Difference]:
         if row["kind"] in ("member", "scaled member") or row["group"] == "subsets":
             continue
         for rival, gap in row["against"].items():
+            # a merge of the config may be measured again as a control: once is enough
             if Key(LOSS, row["name"], rival) not in rows:
                 names = [field.name for field in fields(Difference)]
                 values = {name: gap[name] for name in names if name in gap}
@@ -139,6 +141,7 @@ def _slopes(run: Run) -> list[tuple[str, Difference]]:
 
 def slopes(run: Run) -> list[tuple[str, Difference]]:
     """Return the slopes of a run by epoch: over populations where there are several."""
+    # one population: errors over samples, the only ones that there are
     if not run.populations:
         return _slopes(run)
     return [
@@ -305,6 +308,7 @@ def run_means(runs: Sequence[Run]) -> list[RunMean]:
             continue
         estimates, errors = zip(*(_summary(rows[key]) for rows in by_run), strict=True)
         mean: RandomEffects | Missing = Missing("in one run it has no error")
+        # one population without items that differ: no weight can be given to it
         if all(error > 0 for error in errors):
             mean = or_missing(random_effects, estimates, errors)
         means.append(RunMean(key, estimates, mean))

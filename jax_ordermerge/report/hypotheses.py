@@ -99,6 +99,7 @@ def evaluate(plan: Hypotheses, runs: Sequence[Run]) -> list[HypothesisResult]:
             none of them has.
     """
     by_name = {run.name: run for run in runs}
+    # fewer would be a choice made after the results were there; more would change the mean
     if set(by_name) != set(plan.runs):
         raise UserError(
             f"the hypotheses are about the runs {', '.join(plan.runs)}; given "
@@ -117,6 +118,7 @@ def evaluate(plan: Hypotheses, runs: Sequence[Run]) -> list[HypothesisResult]:
         )
         outcome = _decide(hypothesis, parts)
         results.append(HypothesisResult(hypothesis, parts, secondary, outcome, failed))
+        # a fixed order needs no correction of p, as long as it stops at the first failure
         if failed is None and outcome not in (None, "supported"):
             failed = hypothesis.name
     return results
@@ -143,6 +145,7 @@ def _decide(hypothesis: Hypothesis, parts: Sequence[PartResult]) -> Outcome | No
     if hypothesis.decide == "told":
         return None
     tests = [test for part in parts for test in _deciding(hypothesis, part).values()]
+    # what a run lacks cannot support a claim: a hypothesis asks for all of its runs
     outcomes = {"not determined" if isinstance(x, Missing) else x.outcome for x in tests}
     if "contradicted" in outcomes:
         return "contradicted"
@@ -168,6 +171,7 @@ def _test_part(
             first, second = (runs[name] for name in item)
             tested[" less ".join(item)] = or_missing(_of_pair, part, first, second, level)
     missing = [name for name, test in tested.items() if isinstance(test, Missing)]
+    # a mean over the runs that happen to have it would be another quantity
     if missing:
         return PartResult(part, tested, Missing(f"{', '.join(missing)} lack it"))
     present = [test for test in tested.values() if not isinstance(test, Missing)]
@@ -204,6 +208,7 @@ def _test(
     populations: Sequence[float],
     level: float,
 ) -> Tested:
+    # equivalence is tested by its own p below; beside it stands that of a difference
     alternative = "two-sided" if part.test == "equivalent" else part.test
     p = t_test(size.estimate, size.se, freedom, alternative)
     equal = None
@@ -216,6 +221,7 @@ def _test(
 
 
 def _finding(part: Part, size: Estimate, p: float, equal: float | None, level: float) -> str:
+    # a claim with one direction says itself what was found
     if part.test in ("less", "greater"):
         return ""
     findings = []
@@ -238,6 +244,7 @@ def _outcome(
     if part.test in ("less", "greater"):
         # the test in the other direction
         return "supported" if p < level else "contradicted" if 1 - p < level else "not determined"
+    # before the difference: a small one that is shown to exist is equivalent all the same
     if equal is not None and equal < level:
         return "supported"
     if part.test == "two-sided":
@@ -255,6 +262,7 @@ def _values(part: Part, run: Run) -> list[float]:
             value = _value(part, population)
         except Undetermined as error:
             raise Undetermined(f"population {number}: {error}") from None
+        # left out it would be a choice of populations by their results
         if not np.isfinite(value):
             raise Undetermined(f"population {number}: {value} (diverged)")
         values.append(value)
@@ -291,6 +299,7 @@ def to_csv(results: Sequence[HypothesisResult]) -> str:
                 if isinstance(test, Missing):
                     continue
                 key = [result.hypothesis.name, part.part.label, run]
+                # the estimates of a mean over runs stand in the lines of the runs
                 if run != "all runs":
                     for number, value in enumerate(test.populations):
                         writer.writerow([*key, number, f"{value:.9g}", *[""] * 5, decides])
@@ -388,6 +397,7 @@ def _findings(result: HypothesisResult) -> str:
 def _details(result: HypothesisResult, unit: str) -> Table:
     rows: list[list[str | Interval]] = []
     for part, decides in [(x, True) for x in result.parts] + [(x, False) for x in result.secondary]:
+        # of one run the mean is the run itself
         mean = {"mean over runs": part.mean} if len(part.runs) > 1 else {}
         for name, test in (*part.runs.items(), *mean.items()):
             if isinstance(test, Missing):

@@ -124,8 +124,10 @@ def range_edges(winner: Candidate, candidates: Sequence[Candidate]) -> list[str]
         >>> range_edges(tried[2], tried), range_edges(tried[1], tried)
         (['scale = 2'], [])
     """
+    # base and members have no number that could be at an edge
     if winner.kind not in ("merge", SCALED_MEMBER):
         return []
+    # of other methods a parameter of the same name may mean something else
     edges = []
     same_method = [_numbers(x) for x in candidates if x.method == winner.method]
     for name, value in _numbers(winner).items():

@@ -283,7 +283,7 @@ def check_exchange() -> Iterator[Finding]:
 def all_agree(flag: bool) -> bool:
     """Return whether a flag is true on all processes, and false where one does not answer in time.
 
-    One process may see what the others do not, and they would wait for it in the checks that follow.
+    One process may see what the others do not; they would wait for it in the checks that follow.
 
     Example:
         >>> all_agree(True), all_agree(False)
