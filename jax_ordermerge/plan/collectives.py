@@ -5,13 +5,15 @@ decides how. XLA's cost analysis does not tell collectives apart and counts loop
 """
 
 import collections
-import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
+
+from jax_ordermerge.plan import hlo
 
 Axes = tuple[str, ...]
 # (kind, mesh axes crossed) -> (operations, bytes per device received)
@@ -31,8 +33,6 @@ _COLLECTIVE = re.compile(
     r"(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\w+)?)\[([\d,]*)\]")
-# The end of an operation that has begun elsewhere. Some versions of XLA repeat `calls=` there.
-_ENDING = re.compile(r" async-(?:update|done)\(")
 # TPUs reduce and scatter in a fusion, whose computation is an all-reduce and the slice of a device.
 _SCATTERED = "all-reduce-scatter"
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
@@ -40,48 +40,33 @@ _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
-# Which computation calls which:
-#   %body (p: (u32[], f32[2])) -> (u32[], f32[2]) {
-#   %w = (...) while(%a), condition=%condition, body=%body
-#   %c = f32[2] conditional(%i, %x, %x), branch_computations={%short, %long}
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=\{?%?([\w.-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
-# How often a loop runs: `known_trip_count` where XLA writes it, else `counter < constant` in the
-# condition and `counter + constant` in the body.
-_TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
-_CONSTANT = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
-_ELEMENT = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* get-tuple-element\(.*index=(\d+)")
-_SUM = re.compile(r"%?([\w.-]+) = [su]\d+\[\]\S* add\(%?([\w.-]+), %?([\w.-]+)\)")
-_COMPARISON = re.compile(r"ROOT .* compare\(%?([\w.-]+), %?([\w.-]+)\), direction=LT")
-_RESULTS = re.compile(r"ROOT .* tuple\((.*?)\)(?:,|$)")
+# An instruction that only begins what its computation does.
+_BEGUN = re.compile(r" async-start\(|^\s+(?:ROOT )?%?[\w.-]*async[\w.-]* = .* fusion\(")
+# What XLA has made synchronous although it is written as begun.
+_SYNCHRONOUS = '"is_sync":true'
 
 
-@dataclasses.dataclass
-class _Computation:
-    """One computation of a program.
+class Exchange(NamedTuple):
+    """A collective of a compiled program.
 
     Attributes:
-        collectives: kind, axes crossed, bytes per device received.
-        calls: callee and how often: a number, or the name of the condition of a loop.
-        constants: scalar integer constants by name.
-        elements: indices of scalar integer elements of the parameter by name.
-        sums: the two terms of scalar integer sums by name.
-        comparison: both sides of the `<` that a condition returns.
-        results: names of the elements of the tuple that is returned.
+        kind: as XLA names it, without `-start`.
+        axes: mesh axes crossed.
+        shape: shape of the results, as in the text.
+        executions: how often it runs in one execution of the program.
+        received: bytes per device and execution.
+        is_synchronous: whether nothing else runs meanwhile.
     """
 
-    collectives: list[tuple[str, Axes, float]] = dataclasses.field(default_factory=list)
-    calls: list[tuple[str, str | int]] = dataclasses.field(default_factory=list)
-    constants: dict[str, int] = dataclasses.field(default_factory=dict)
-    elements: dict[str, int] = dataclasses.field(default_factory=dict)
-    sums: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    comparison: tuple[str, str] | None = None
-    results: list[str] = dataclasses.field(default_factory=list)
+    kind: str
+    axes: Axes
+    shape: str
+    executions: float
+    received: float
+    is_synchronous: bool
 
 
-def read_collectives(program: str, mesh: Mesh, *, rounds: int = 1) -> Collectives:
+def read_collectives(program: str, mesh: Mesh | AbstractMesh, *, rounds: int = 1) -> Collectives:
     """Return the collectives of one execution of a compiled program.
 
     Collectives in a loop count once per iteration. Of a conditional the last branch counts, which
@@ -103,95 +88,50 @@ def read_collectives(program: str, mesh: Mesh, *, rounds: int = 1) -> Collective
         >>> read_collectives(line, mesh)
         {('all-reduce', ('fsdp',)): (1.0, 128.0)}
     """
-    computations, entry = _parse(program, mesh)
-    # A computation may be called from several places, and a loop within a loop multiplies: so walk
-    # the calls from the entry and add up how often each computation is executed.
-    executions: dict[str, float] = collections.defaultdict(float)
-
-    def execute(name: str, times: float) -> None:
-        executions[name] += times
-        for callee, count in computations[name].calls:
-            if isinstance(count, str):
-                count = _iterations(computations[count], computations[callee]) or rounds
-            # reducers such as %add of a collective are computations of their own, some are left out
-            if callee in computations:
-                execute(callee, times * count)
-
-    execute(entry, 1.0)
     totals: Collectives = collections.defaultdict(lambda: (0.0, 0.0))
-    for name, times in executions.items():
-        for kind, axes, size in computations[name].collectives:
-            count, total = totals[kind, axes]
-            totals[kind, axes] = count + times, total + times * size
+    for exchange in list_exchanges(program, mesh, rounds=rounds):
+        count, total = totals[exchange.kind, exchange.axes]
+        times = exchange.executions
+        totals[exchange.kind, exchange.axes] = count + times, total + times * exchange.received
     return dict(sorted(totals.items()))
 
 
-def _parse(program: str, mesh: Mesh) -> tuple[dict[str, _Computation], str]:
-    """Return the computations by name, and the name of the entry computation."""
-    name = entry = ""
-    computations: dict[str, _Computation] = collections.defaultdict(_Computation)
-    computations[name] = _Computation()  # of lines outside any computation
-    for line in program.splitlines():
-        if header := _HEADER.match(line):
-            name = header[2]
-            computations[name] = _Computation()
-            entry = name if header[1] else entry
-            continue
-        computation = computations[name]
-        _read_integers(computation, line)
-        # the condition of a loop runs as often as the body but has no collectives
-        if loop := _LOOP.search(line):
-            trips = _TRIPS.search(line)
-            computation.calls.append((loop[2], int(trips[1]) if trips else loop[1]))
-        elif branches := _BRANCHES.search(line):
-            computation.calls.append((branches[1].split(",")[-1].strip().lstrip("%"), 1))
-        elif not _ENDING.search(line):
-            computation.calls += [(callee, 1) for callee in _CALLED.findall(line)]
-        if collective := _COLLECTIVE.search(line):
+def list_exchanges(program: str, mesh: Mesh | AbstractMesh, *, rounds: int = 1) -> list[Exchange]:
+    """Return the collectives of a compiled program one by one.
+
+    Args:
+        program, mesh, rounds: see `read_collectives`.
+
+    Example:
+        >>> line = "  %r = f32[4] all-gather(f32[2] %x), replica_groups={{0,1}}, dimensions={0}"
+        >>> list_exchanges(line, AbstractMesh((2,), ("fsdp",)))[0][2:]
+        ('f32[4]', 1.0, 8.0, True)
+    """
+    exchanges = []
+    for computation in hlo.read_computations(program, rounds=rounds):
+        # XLA on TPU begins collectives in fusions called async-collective-start and the like
+        begun = any(_BEGUN.search(line) for line in computation.callers)
+        for line in computation.lines:
+            collective = _COLLECTIVE.search(line)
             # a group of one device sends nothing and crosses no axis
-            axes = _crossed_axes(_device_groups(line, mesh.size), mesh)
-            if axes:
-                size = _result_bytes(collective)
-                kind, group = collective["kind"], math.prod(mesh.shape[axis] for axis in axes)
-                if kind == "all-reduce" and name.startswith(_SCATTERED):
-                    # each device keeps a slice of the sum
-                    kind, size = "reduce-scatter", size / group
-                computation.collectives.append((kind, axes, size * _received(kind, group)))
-    return dict(computations), entry
+            if not collective or not (axes := _crossed_axes(_device_groups(line, mesh.size), mesh)):
+                continue
+            shape = _result_shape(collective)
+            kind, group = collective["kind"], math.prod(mesh.shape[axis] for axis in axes)
+            size = array_bytes(shape)
+            if kind == "all-reduce" and computation.name.startswith(_SCATTERED):
+                # each device keeps a slice of the sum
+                kind, size = "reduce-scatter", size / group
+            started = begun or (collective["start"] and _SYNCHRONOUS not in line)
+            received = size * _received(kind, group)
+            exchanges.append(
+                Exchange(kind, axes, shape, computation.executions, received, not started)
+            )
+    return exchanges
 
 
-def _read_integers(computation: _Computation, line: str) -> None:
-    """Note what a line contributes to the number of iterations of a loop."""
-    if match := _CONSTANT.search(line):
-        computation.constants[match[1]] = int(match[2])
-    if match := _ELEMENT.search(line):
-        computation.elements[match[1]] = int(match[2])
-    if match := _SUM.search(line):
-        computation.sums[match[1]] = (match[2], match[3])
-    if match := _COMPARISON.search(line):
-        computation.comparison = (match[1], match[2])
-    if match := _RESULTS.search(line):
-        # an element may be written `f32[2]{0} /*index=1*/%name`
-        computation.results = [
-            element.split()[-1].split("*/")[-1].lstrip("%") for element in match[1].split(", ")
-        ]
-
-
-def _iterations(condition: _Computation, body: _Computation) -> int | None:
-    """Return the iterations of a loop that counts from 0; None if the text does not say."""
-    if condition.comparison is None:
-        return None
-    counter, limit = condition.comparison
-    index = condition.elements.get(counter)
-    if index is None or limit not in condition.constants:
-        return None
-    terms = body.sums.get(body.results[index], ()) if index < len(body.results) else ()
-    stride = next((body.constants[term] for term in terms if term in body.constants), 1)
-    return -(-condition.constants[limit] // stride)
-
-
-def _result_bytes(collective: re.Match[str]) -> float:
-    """Return the bytes of the results of a collective on each device."""
+def _result_shape(collective: re.Match[str]) -> str:
+    """Return the shape of the results of a collective on each device."""
     shape = collective["shape"]
     if collective["start"]:
         # What begins returns a tuple: operands, results, and for some kinds numbers. An all-reduce
@@ -199,7 +139,7 @@ def _result_bytes(collective: re.Match[str]) -> float:
         parts = _tuple_elements(shape)
         if len(parts) > 1 and (collective["kind"] != "all-reduce" or parts[0].startswith("(")):
             shape = parts[1]
-    return _array_bytes(shape)
+    return shape
 
 
 def _received(kind: str, group: int) -> float:
@@ -236,8 +176,13 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
 
-def _array_bytes(shape: str) -> float:
-    """Return the bytes of all arrays of a shape such as `(f32[2]{0}, pred[3]{0})`."""
+def array_bytes(shape: str) -> float:
+    """Return the bytes of all arrays of a shape in the text.
+
+    Example:
+        >>> array_bytes("(f32[2]{0}, pred[3]{0})")
+        11.0
+    """
     # a pred takes a byte, an s4 half of one; of f8e4m3 the first number counts the bits
     return sum(
         math.prod(_integers(extents))
@@ -286,10 +231,11 @@ def _groups_of_axes(mesh: str, axes: str) -> list[list[int]]:
     return devices.reshape(-1, math.prod(shape[axis] for axis in grouped)).tolist()
 
 
-def _crossed_axes(groups: Iterator[Sequence[int]], mesh: Mesh) -> Axes:
+def _crossed_axes(groups: Iterator[Sequence[int]], mesh: Mesh | AbstractMesh) -> Axes:
     """Return the mesh axes along which the devices of some group differ."""
     crossed = np.zeros(len(mesh.axis_names), bool)
+    sizes = tuple(mesh.shape.values())
     for group in groups:
-        coordinates = np.stack(np.unravel_index(np.asarray(group), mesh.devices.shape))
+        coordinates = np.stack(np.unravel_index(np.asarray(group), sizes))
         crossed |= (coordinates != coordinates[:, :1]).any(axis=1)
     return tuple(name for name, differs in zip(mesh.axis_names, crossed, strict=True) if differs)
