@@ -304,12 +304,6 @@ def _data_conflicts(config: Config) -> Iterator[str]:
             " the longest: populations would depend on each other (population.replicates ="
             f" {config.population.replicates}); give packs"
         )
-    # jax gives cudnn one length per row and no segments: documents would attend to each other
-    if data.packing != "none" and config.model.attention == "cudnn":
-        yield (
-            "model.attention = cudnn mixes packed documents (data.packing ="
-            f" {data.packing}); give auto or xla"
-        )
     if config.objective.kind == "dpo":
         if data.format not in ("auto", "preference"):
             yield (

@@ -86,8 +86,9 @@ def attend(
     if kernel in ("splash", "splash_interpreted"):
         interpret = kernel == "splash_interpreted"
         return kernels.splash(*qkv, queries.segments, window=window, interpret=interpret)
-    if kernel == "cudnn":
-        mixed = kernels.cudnn(*qkv, queries.segments, window=window)
+    if kernel in ("cudnn", "cudnn_packed"):
+        fused = kernels.cudnn if kernel == "cudnn" else kernels.cudnn_packed
+        mixed = fused(*qkv, queries.segments, window=window)
         return checkpoint_name(mixed, MIXED)
     attention: Callable[..., jax.Array] = functools.partial(_attend, window=window)
     T, S, parts = q_BTNH.shape[1], k_BSKH.shape[1], meshes.extent("length")

@@ -152,9 +152,8 @@ def attention_kernel(spec: PlanSpec, topology: Topology) -> str:
         return "xla"
     if topology.tpu:
         return "splash"
-    # cuDNN computes in bfloat16, and cannot keep packed documents apart
-    fused = spec.model.compute_dtype == "bfloat16" and spec.data.packing == "none"
-    return "cudnn" if fused else "xla"
+    # cuDNN computes in bfloat16
+    return "cudnn" if spec.model.compute_dtype == "bfloat16" else "xla"
 
 
 def peak_flops(spec: PlanSpec, topology: Topology) -> float:

@@ -145,10 +145,6 @@ CONFIGS = sorted(
             "population.level = balanced relates the orders of members",
         ),
         (
-            {"data": {"packing": "packs"}, "model": {"attention": "cudnn"}},
-            "model.attention = cudnn mixes packed documents",
-        ),
-        (
             {"objective": {"kind": "dpo"}, "data": {"format": "messages"}},
             "dpo learns from preference pairs, not data.format = messages",
         ),
