@@ -67,6 +67,7 @@ class _Tensor:
     number: int
     shape: tuple[int, ...]
     weights: np.ndarray | None
+    in_layer: bool
     key_bits: np.ndarray  # uint32[U, 2], of all tensors
     blocks: "Blocks"
 
@@ -153,7 +154,8 @@ class Blocks:
         prepared = [
             parts.split_static(
                 table.METHODS[method].prepare(
-                    _Tensor(number, spec.hf_shape, checked_weights, key_bits, self), **checked
+                    _Tensor(number, spec.hf_shape, checked_weights, spec.stacked, key_bits, self),
+                    **checked,
                 )
             )
             for number, (spec, _, _) in enumerate(self._tensors())

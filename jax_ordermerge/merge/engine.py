@@ -139,6 +139,11 @@ def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
     if merger.pool.was_used:
         # the pool holds whole tensors, at some time the largest
         memory += largest.size * element_bytes
+    # of one tensor: methods that need much of it merge one at a time
+    memory += max(
+        output.size * table.METHODS[output.method].workspace(len(output.members))
+        for output in outputs
+    )
     return memory, seconds
 
 

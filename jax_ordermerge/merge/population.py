@@ -264,6 +264,10 @@ class _LeafTensor:
         return int(self.leaf.members.shape[0])
 
     @property
+    def in_layer(self) -> bool:
+        return self.leaf.stacked
+
+    @property
     def key_bits(self) -> np.ndarray:
         """The random key, uint32[2]."""
         # a tensor outside the layers has no number, hence a stream of its own with granularity

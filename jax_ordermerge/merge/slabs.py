@@ -83,6 +83,7 @@ class FileTensor:
     ) -> None:
         self._allow_nan = allow_nan
         self.shape, self.count, self.weights = output.shape, len(output.members), output.weights
+        self.in_layer = output.layer is not None
         self._plan, self._output, self._slab, self._pool = plan, output, slab_elements, pool
         self._unit = table.METHODS[output.method].unit(output.parameters)
         self._memory: np.ndarray | None = None
@@ -132,6 +133,9 @@ class FileTensor:
             for start in range(0, self._output.size, self._slab):
                 yield start, (min(self._slab, self._output.size - start),)
         elif self._unit == "tensor" or len(self.shape) < 2:
+            # in the memory of the pool, which bounds how many workers hold a whole tensor
+            if not self._loaded:
+                self._load()
             yield 0, self.shape
         else:
             yield from self._row_slabs()

@@ -144,7 +144,7 @@ def test_sums_are_those_of_each_tensor(small):
         if spec.stacked:
             member, base = member[:, layer], base[layer]
         alone = parts.InMemoryTensor(list(member), base)
-        tensor = blocks._Tensor(number, spec.hf_shape, None, key_bits, built)
+        tensor = blocks._Tensor(number, spec.hf_shape, None, True, key_bits, built)
         expected = gram_matrix(alone, "task_vectors")
         assert np.array_equal(gram_matrix(tensor, "task_vectors"), expected), spec.path
 

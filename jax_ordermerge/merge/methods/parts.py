@@ -81,6 +81,7 @@ class Tensor(Protocol):
         shape: the shape of the tensor.
         count: number of members M.
         weights: float64[M] as given by the user, None for the default.
+        in_layer: whether it is part of a numbered layer, as embeddings and the head are not.
     """
 
     @property
@@ -91,6 +92,9 @@ class Tensor(Protocol):
 
     @property
     def weights(self) -> np.ndarray | None: ...
+
+    @property
+    def in_layer(self) -> bool: ...
 
     def total(
         self,
@@ -128,11 +132,13 @@ class InMemoryTensor:
         *,
         weights: np.ndarray | None = None,
         key_bits: np.ndarray | None = None,
+        in_layer: bool = True,
     ) -> None:
         key_bits = np.zeros(2, np.uint32) if key_bits is None else key_bits
         # a key also for methods that draw none: one signature for all programs
         self.part = Part(tuple(members), base, jnp.asarray(key_bits))
         self.shape, self.count, self.weights = tuple(members[0].shape), len(members), weights
+        self.in_layer = in_layer
 
     def total(
         self,

@@ -65,6 +65,8 @@ class Method:
         members: the least and the largest number of members.
         unit: what a part may be, given the parameters: any run of elements, a run of rows, or only
             the tensor as a whole.
+        workspace: bytes of host memory per element of a tensor that `apply` needs beside the
+            models, given their number.
         draws: name of the stream of random numbers, "" for a method that draws none.
         exact: the result consists of bits of the inputs, without any arithmetic on them.
         needs: the kind of data that the method needs beside the models, supplied by
@@ -85,6 +87,7 @@ class Method:
     weights: Literal["none", "sum", "mean", "probabilities"] = "sum"
     members: tuple[int, float] = (1, math.inf)
     unit: Callable[[Parameters], Unit] = lambda parameters: "element"
+    workspace: Callable[[int], int] = lambda members: 0
     draws: str = ""
     exact: bool = False
     needs: str | None = None

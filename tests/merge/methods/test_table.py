@@ -139,6 +139,8 @@ class Abstract(parts.InMemoryTensor):
 @pytest.mark.parametrize("shape", [(9, 7), (1, 1), (3,)])
 def test_identical_members_give_the_member(name, parameters, shape):
     """Whatever thins the task vectors is switched off: then nothing may be lost or added."""
+    if name == "iso_c" and shape == (9, 7):
+        pytest.skip("makes the singular values of any task vector equal")
     if "scale" in parameters:
         parameters = {**parameters, "scale": 1.0}
     member, base = population_of(shape, 1, "bfloat16")

@@ -1,0 +1,88 @@
+"""KnOTS-TIES: TIES in a basis that the task vectors share.
+
+Source: Stoica et al., "Model merging with SVD to tie the Knots", https://arxiv.org/abs/2410.19735,
+section 4.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_ordermerge.merge.methods import spectral
+from jax_ordermerge.merge.methods.parameters import Density, Finite
+from jax_ordermerge.merge.methods.parts import AnyArray, Part, Prepared, Tensor
+from jax_ordermerge.merge.methods.table import METHODS, Method
+
+
+def prepare(tensor: Tensor, *, density: Density = 0.2, scale: Finite = 1.0) -> Prepared:
+    """KnOTS-TIES: theta = theta_0 + alpha U ties(C_1 .. C_M), with [tau_1 .. tau_M] = U S V^T.
+
+    C_i = S V_i^T are the coordinates of tau_i in the basis U. `ties` keeps the largest magnitudes
+    of each C_i, elects a sign per element, and averages the members that have it.
+
+    Tensors that are no matrices of a layer have theta = theta_0 + alpha mean_i tau_i.
+
+    Args:
+        tensor: takes no weights.
+        density: share of the coordinates of each member that is kept, at least one.
+        scale: alpha.
+    """
+    # per matrix, as our `ties`; the paper ranks the coordinates of all matrices together
+    weights = np.full(tensor.count, 1 / tensor.count, np.float32)
+    return spectral.prepare(
+        tensor, weights=weights, scale=np.float32(scale), density=np.float32(density)
+    )
+
+
+def merge(xp: ModuleType, task_vectors: Sequence[AnyArray], density: AnyArray) -> AnyArray:
+    """Return U ties(C_1 .. C_M), [m, n].
+
+    Args:
+        xp: numpy or jax.numpy.
+        task_vectors: M matrices [m, n].
+        density: float32.
+    """
+    u, s = spectral.left_vectors(xp, task_vectors)
+    rows, columns = task_vectors[0].shape
+    is_kept = spectral.significant(xp, s, (rows, columns * len(task_vectors)))
+    # U^T tau_i = S V_i^T, so V is not needed
+    basis = u * is_kept[None]
+    # a part of what the basis spans: rows of zeros beyond the rank are no coordinates
+    count = xp.maximum(xp.round(density * (is_kept.sum() * columns)), 1).astype(int)
+    kept = [_trim(xp, basis.T @ task_vector, count) for task_vector in task_vectors]
+    sign = xp.sign(sum(kept))
+    total, agreeing = xp.zeros_like(sign), xp.zeros_like(sign)
+    for coordinates in kept:
+        agrees = (xp.sign(coordinates) == sign) & (sign != 0)
+        total = total + xp.where(agrees, coordinates, 0)
+        agreeing = agreeing + agrees
+    return basis @ (total / xp.maximum(agreeing, 1))
+
+
+def _trim(xp: ModuleType, coordinates: AnyArray, count: AnyArray) -> AnyArray:
+    """Return coordinates with all but the largest magnitudes set to zero."""
+    magnitudes = xp.abs(coordinates)
+    ascending = xp.sort(magnitudes.ravel())
+    # coordinates are results of arithmetic: ties at the cut are rare, and are kept
+    return xp.where(magnitudes >= ascending[ascending.size - count], coordinates, 0)
+
+
+def apply(part: Part, *, density: jax.Array, **prepared: Any) -> jax.Array:
+    """Merge the whole tensor."""
+    return spectral.apply(part, merge, [density], **prepared)
+
+
+METHODS.register(
+    "knots",
+    Method(
+        prepare,
+        apply,
+        "arXiv 2410.19735, section 4",
+        weights="none",
+        unit=spectral.unit,
+        workspace=lambda members: 64 + 24 * members,
+    ),
+)
