@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +66,8 @@ class Checkpoints:
         self,
         directory: str | Path,
         keep: int | None = None,
+        *,
+        steps: Sequence[int] = (),
         on_saved: Callable[[], None] | None = None,
         timeout: int = _TIMEOUT,
     ) -> None:
@@ -74,6 +76,7 @@ class Checkpoints:
         Args:
             directory: created if absent.
             keep: number of latest checkpoints to keep; None keeps all.
+            steps: of checkpoints that are kept besides the latest.
             on_saved: called in a thread of its own when a save is complete on the disk. `wait`
                 raises what it raises.
             timeout: seconds after which a save counts as failed; see `save_timeout`.
@@ -92,7 +95,11 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             alias.plain_path(self.directory),
             context=context,
-            preservation_policy=policies.PreserveAll() if keep is None else policies.LatestN(keep),
+            preservation_policy=policies.PreserveAll()
+            if keep is None
+            else policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), policies.CustomSteps(list(steps))]
+            ),
         )
         # one thread: notifications keep the order of the saves
         self._on_saved, self._thread = on_saved, ThreadPoolExecutor(1)
@@ -189,6 +196,24 @@ def save(directory: str | Path, step: int, tree: PyTree, metadata: JsonRow | Non
         checkpoints.save(step, tree, metadata)
 
 
+def steps(directory: str | Path) -> list[int]:
+    """Return the complete steps in a directory, ascending.
+
+    Example:
+        >>> steps("nowhere")
+        []
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        return []
+    return sorted(
+        int(path.name)
+        for path in root.iterdir()
+        # Orbax writes this file last
+        if path.name.isdecimal() and (path / _COMPLETE).is_file()
+    )
+
+
 def latest(directory: str | Path) -> int | None:
     """Return the last complete step in a directory, None if there is none.
 
@@ -196,7 +221,7 @@ def latest(directory: str | Path) -> int | None:
         >>> latest("nowhere") is None
         True
     """
-    return max(_steps(Path(directory)), default=None)
+    return max(steps(directory), default=None)
 
 
 def metadata(directory: str | Path, step: int) -> Json:
@@ -318,21 +343,10 @@ def _open_store(path: Path, name: str) -> Any:
     ).result()
 
 
-def _steps(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return [
-        int(path.name)
-        for path in directory.iterdir()
-        # Orbax writes this file last
-        if path.name.isdecimal() and (path / _COMPLETE).is_file()
-    ]
-
-
 def _checkpoint_path(directory: str | Path, step: int) -> Path:
     path = Path(directory).absolute() / str(step)
     if not (path / _COMPLETE).is_file():
-        present = ", ".join(map(str, sorted(_steps(Path(directory)))))
+        present = ", ".join(map(str, steps(directory)))
         raise UserError(
             f"no checkpoint of step {step} in {directory} (present: {present or 'none'})"
         )
@@ -372,7 +386,7 @@ def _failure_as_user_error(path: Path) -> Iterator[None]:
                 f"checkpoint {path} cannot be read ({reason}); its files are not damaged, mend the"
                 " cause and give the same command again"
             ) from error
-        before = max((step for step in _steps(path.parent) if step < int(path.name)), default=None)
+        before = max((step for step in steps(path.parent) if step < int(path.name)), default=None)
         remedy = (
             "restore its files, no checkpoint is before it"
             if before is None

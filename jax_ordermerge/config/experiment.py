@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from jax_ordermerge.config.data import Data
 from jax_ordermerge.config.evaluation import PREFERENCES, Evaluation
-from jax_ordermerge.config.merge import AUTO, Merge, Search, merge_name
+from jax_ordermerge.config.merge import AUTO, Merge, Search, checkpoints_merged, merge_name
 from jax_ordermerge.config.names import name_problem
 from jax_ordermerge.config.section import (
     FREE_TO_CHANGE,
@@ -337,6 +337,18 @@ def _merge_conflicts(config: Config) -> Iterator[str]:
     for name in sorted(names):
         if names.count(name) > 1:
             yield f"merge.methods: the name {name} is used twice; give each a different name"
+    averaged = [x for x in config.merge.methods if x.checkpoints is not None]
+    for spec in averaged:
+        if spec.method == "fisher":
+            yield (
+                "merge.methods: fisher measures the information of the last weights; an average of"
+                " checkpoints has none: leave checkpoints out"
+            )
+    if checkpoints_merged(config.merge) > 1 and config.training.checkpoint == "best":
+        yield (
+            "training.checkpoint = best keeps one checkpoint of each member, and merge averages the"
+            " last ones (checkpoints); set it to last"
+        )
     for spec in config.merge.methods:
         if spec.weights is not None and len(spec.weights) != config.population.members:
             yield (

@@ -13,6 +13,7 @@ AUTO = "auto"  # name of the merge that a search selects
 LOSS = "loss"  # the measure that is no task
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sampler = Literal["grid", "random", "tpe", "cma-es"]
+CheckpointWeights = Literal["equal", "linear", "wsm"]
 # Why controls: in expectation selection is the average plus noise of mean zero, and resampling
 # lengthens the task vector; the average shortens it. A gain counts only beside models that have the
 # same length, or the same noise, and beside members that may choose their length, too.
@@ -130,6 +131,19 @@ def _search_value(value: object) -> object:
 SearchValue = Annotated[Any, pydantic.BeforeValidator(_search_value)]
 
 
+class Trajectory(Section):
+    """Which checkpoints of a member are averaged before the members are merged."""
+
+    last: Annotated[int, Field(ge=2)] = Field(
+        description="how many of the last checkpoints that training.checkpoint_every saves"
+    )
+    weights: CheckpointWeights = Field(
+        "equal",
+        description="equal; linear: in proportion to 1, 2, ... from the oldest; wsm: what a decay by"
+        " 1 - sqrt of the learning rate would have done, most for the oldest",
+    )
+
+
 class Entry(Section):
     """A family of candidates: a merge method, and a value, choices or a range for each setting."""
 
@@ -149,6 +163,15 @@ class Entry(Section):
     seed: SearchValue = Field(
         None, description="seed of methods that draw; by default the seed of the run"
     )
+    checkpoints: Trajectory | None = Field(
+        None, description="merge averages of each member's last checkpoints; null merges the last"
+    )
+
+    # A search that an earlier version began has losses of the same candidates, and goes on.
+    @pydantic.model_serializer(mode="wrap")
+    def _without_null_checkpoints(self, serialize: pydantic.SerializerFunctionWrapHandler) -> Json:
+        plain: Json = serialize(self)
+        return {key: value for key, value in plain.items() if (key, value) != ("checkpoints", None)}
 
 
 def _default_entries() -> tuple[Entry, ...]:
@@ -250,6 +273,9 @@ class MergeSpec(Section):
         None, description="one weight per member; by default equal"
     )
     parameters: Json = Field(default_factory=dict)
+    checkpoints: Trajectory | None = Field(
+        None, description="merge averages of each member's last checkpoints; null merges the last"
+    )
 
     @pydantic.model_validator(mode="after")
     def _seed_or_seeds(self) -> "MergeSpec":
@@ -264,7 +290,7 @@ class MergeSpec(Section):
         """Return one merge for each of `seeds`, or this one if there are none."""
         if not self.seeds:
             return (self,)
-        prefix = self.name or self.method
+        prefix = self.name or merge_name(self)
         return tuple(
             self.model_copy(update={"name": f"{prefix}-seed{seed}", "seed": seed, "seeds": ()})
             for seed in self.seeds
@@ -347,7 +373,7 @@ class Merge(Section):
 
 
 def merge_name(spec: MergeSpec) -> str:
-    """Return the directory name of a merge: its `name`, else `METHOD` or `METHOD-seedS`.
+    """Return the directory name of a merge: its `name`, else `METHOD` and what it differs by.
 
     A merge that takes the seed of the run is named by its method alone, so that a run with
     another seed has the same names.
@@ -357,7 +383,27 @@ def merge_name(spec: MergeSpec) -> str:
         'average'
         >>> merge_name(MergeSpec(method="selection", seed=3))
         'selection-seed3'
+        >>> merge_name(MergeSpec(method="average", checkpoints={"last": 4, "weights": "wsm"}))
+        'average-last4-wsm'
     """
     if spec.name:
         return spec.name
-    return spec.method if spec.seed is None else f"{spec.method}-seed{spec.seed}"
+    parts = [spec.method]
+    if spec.checkpoints is not None:
+        parts.append(f"last{spec.checkpoints.last}")
+        parts += [spec.checkpoints.weights] if spec.checkpoints.weights != "equal" else []
+    if spec.seed is not None:
+        parts.append(f"seed{spec.seed}")
+    return "-".join(parts)
+
+
+def checkpoints_merged(merge: Merge) -> int:
+    """Return how many of the last checkpoints merges and search average, at most.
+
+    Example:
+        >>> checkpoints_merged(Merge(methods=({"method": "ties", "checkpoints": {"last": 3}},)))
+        3
+    """
+    averages = [spec.checkpoints for spec in merge.methods]
+    averages += [entry.checkpoints for entry in merge.auto.methods] if merge.auto else []
+    return max([1, *(settings.last for settings in averages if settings is not None)])

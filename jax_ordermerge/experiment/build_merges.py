@@ -1,11 +1,12 @@
 """Merges of the config, built from the population in device memory."""
 
 from jax_ordermerge.config import Config
-from jax_ordermerge.config.merge import AUTO, MergeSpec, merge_name
-from jax_ordermerge.experiment import data_dependent, losses
+from jax_ordermerge.config.merge import AUTO, MergeSpec, Trajectory, merge_name
+from jax_ordermerge.experiment import data_dependent, losses, waves
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import read_json
+from jax_ordermerge.merge import trajectory
 from jax_ordermerge.search.candidates import Candidate, Population
 from jax_ordermerge.tree import Tree
 
@@ -27,13 +28,32 @@ def settings(ctx: RunContext, spec: MergeSpec) -> Json:
     }
 
 
+def averaged_checkpoints(ctx: RunContext, settings: Trajectory | None) -> Json:
+    """Return which checkpoints a merge averages, as merge.json and recipes have them; or nothing.
+
+    Steps and weights, the oldest first: with them the merge can be made again.
+    """
+    if settings is None:
+        return {}
+    shares = trajectory.weights(settings.weights, settings.last)
+    steps = waves.merged_steps(ctx, settings)
+    return {"checkpoints": {"steps": steps, "weights": shares.tolist()}}
+
+
+def of_checkpoints(population: Population, spec: MergeSpec) -> Population:
+    """Return the population that a merge is made of: the members, or averages of checkpoints."""
+    plain = None if spec.checkpoints is None else spec.checkpoints.model_dump()
+    return population.of_checkpoints(plain)
+
+
 def build(ctx: RunContext, population: Population, spec: MergeSpec) -> data_dependent.Result:
     """Return a merge and its parameters for the record; see `data_dependent.merge_with_data`."""
+    ingredients = of_checkpoints(population, spec)
     return data_dependent.merge_with_data(
         ctx,
         settings(ctx, spec),
-        population.members,
-        population.base,
+        ingredients.members,
+        ingredients.base,
         lambda params: losses.example_losses(ctx, params, ctx.splits["validation"]).mean,
     )
 

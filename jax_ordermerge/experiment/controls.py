@@ -138,7 +138,7 @@ def _selections(config: Config) -> dict[str, Candidate]:
             config.seed if spec.seed is None else spec.seed,
         )
         for spec in config.merge.methods
-        if spec.method == "selection"
+        if spec.method == "selection" and spec.checkpoints is None
     }
 
 

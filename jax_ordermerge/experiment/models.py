@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import Config
+from jax_ordermerge.config.merge import CheckpointWeights, Trajectory
 from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.evaluate import generation, scoring
 from jax_ordermerge.evaluate.eval_model import EvalModel, Pair, TextGenerator
@@ -61,8 +62,16 @@ def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tr
 def load_population(ctx: RunContext) -> Population:
     """Return the trained members and their base in the dtype that is merged and served."""
     dtype = ctx.export_dtype
-    trained = waves.restore(ctx, dtype=dtype)
-    return Population(ctx.model, trained, base_params(ctx, dtype), dtype)
+    trained, base = waves.restore(ctx, dtype=dtype), base_params(ctx, dtype)
+
+    # the last one asked for stays in memory: merges of the same checkpoints follow each other
+    @functools.lru_cache(maxsize=1)
+    def averaged(last: int, weights: CheckpointWeights) -> Population:
+        settings = Trajectory(last=last, weights=weights)
+        members = waves.restore_average(ctx, settings, dtype=dtype)
+        return Population(ctx.model, members, base, dtype)
+
+    return Population(ctx.model, trained, base, dtype, averaged)
 
 
 def make_eval_model(

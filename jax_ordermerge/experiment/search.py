@@ -11,9 +11,9 @@ import numpy as np
 from jax_ordermerge import layout as layouts
 from jax_ordermerge.analysis import paired
 from jax_ordermerge.analysis.result import asdict
-from jax_ordermerge.config.merge import AUTO, LOSS, Search
+from jax_ordermerge.config.merge import AUTO, LOSS, Search, Trajectory
 from jax_ordermerge.data import source
-from jax_ordermerge.experiment import export, models, search_measures
+from jax_ordermerge.experiment import build_merges, export, models, search_measures
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.experiment.splits import find_overlaps
 from jax_ordermerge.json_types import Json
@@ -31,10 +31,12 @@ class ChosenMerge(NamedTuple):
     Attributes:
         settings: method, seed, weights and parameters, as merge.json records them.
         params: its parameters.
+        checkpoints: see `build_merges.averaged_checkpoints`.
     """
 
     settings: Json
     params: Tree
+    checkpoints: Json
 
 
 def choose_merge(
@@ -86,10 +88,14 @@ def choose_merge(
     for sentence in search_findings.sentences(result.to_dict()):
         ctx.log(f"  {sentence}")
     # built again: the search frees each candidate after its measurement
-    merged = population.build(result.winning_candidate)
+    winner = result.winning_candidate
+    merged = population.build(winner)
+    averaged = None if winner.checkpoints is None else Trajectory(**winner.checkpoints)
+    checkpoints = build_merges.averaged_checkpoints(ctx, averaged)
     if target is not None:
-        export.export(ctx, AUTO, merged, _recipe(result), _origin(result), target)
-    return ChosenMerge(_settings(result.winning_candidate), merged)
+        recipe = _recipe(result) | checkpoints
+        export.export(ctx, AUTO, merged, recipe, _origin(result), target)
+    return ChosenMerge(_settings(winner), merged, checkpoints)
 
 
 def with_validation_file(ctx: RunContext, path: Path) -> RunContext:

@@ -5,6 +5,7 @@ import dataclasses
 from jax_ordermerge import config as schema
 from jax_ordermerge import record
 from jax_ordermerge.config import Config
+from jax_ordermerge.config.merge import checkpoints_merged
 from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train.spec import TrackingSpec, TrainingSpec
 
@@ -39,6 +40,7 @@ def training_spec(config: Config) -> TrainingSpec:
         training=config.training,
         lora=config.lora,
         sample_every=config.samples.every,
+        checkpoints_merged=checkpoints_merged(config.merge),
         # checkpoints carry them, so that a training is not continued with others
         settings=record.settings("train", config),
         tracking=TrackingSpec(config.name, config.tracking, schema.to_dict(config)),

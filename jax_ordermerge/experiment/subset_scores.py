@@ -26,7 +26,10 @@ def plain_average(config: Config) -> str | None:
     averages = [
         merge_name(spec)
         for spec in config.merge.methods
-        if spec.method == "average" and spec.weights is None and not spec.parameters
+        if spec.method == "average"
+        and spec.weights is None
+        and not spec.parameters
+        and spec.checkpoints is None
     ]
     return averages[0] if averages else None
 

@@ -19,10 +19,13 @@ from jax_ordermerge import hardware, processes
 from jax_ordermerge import layout as layouts
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
+from jax_ordermerge.config.merge import Trajectory
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.merge import trajectory
+from jax_ordermerge.merge.sources import storage
 from jax_ordermerge.plan import compiled
 from jax_ordermerge.train import batches, benchmark, loop, members
 from jax_ordermerge.train.benchmark import StepTiming
@@ -72,13 +75,11 @@ def measure_steps(
     )
 
 
-def restore(ctx: RunContext, *, dtype: str = "float32") -> Tree:
+def restore(ctx: RunContext, *, dtype: str = "float32", step: int | None = None) -> Tree:
     """Return the trained members [M, ...] of the population; see `members.restore_members`."""
-    run = ctx.training_layout
-    waves = [run.wave(number) for number in range(len(_stored_waves(run)))]
     parts = [
-        members.restore_members(ctx.training, ctx.model, ctx.mesh, layout, dtype=dtype)
-        for layout in waves or [run]
+        members.restore_members(ctx.training, ctx.model, ctx.mesh, layout, dtype=dtype, step=step)
+        for layout in _training_layouts(ctx)
     ]
     replicates = ctx.config.population.replicates
     if len(parts) == 1 and replicates == 1:
@@ -93,6 +94,39 @@ def restore(ctx: RunContext, *, dtype: str = "float32") -> Tree:
         parts
     )
     return params
+
+
+def restore_average(ctx: RunContext, settings: Trajectory, *, dtype: str) -> Tree:
+    """Return the members [M, ...], each the weighted mean of its last checkpoints.
+
+    One checkpoint at a time is in memory beside the sum, both in float32.
+
+    Args:
+        ctx: of a run with a complete training.
+        settings: which checkpoints, and how they are weighted.
+        dtype: of the result.
+
+    Raises:
+        UserError: the training has fewer checkpoints, or did not keep them.
+    """
+    steps = merged_steps(ctx, settings)
+    shares = trajectory.weights(settings.weights, settings.last)
+    return trajectory.average((restore(ctx, step=step) for step in steps), shares, dtype)
+
+
+def merged_steps(ctx: RunContext, settings: Trajectory) -> list[int]:
+    """Return the steps of the checkpoints that are averaged, the oldest first."""
+    # of a complete training the last checkpoint is that of the last step
+    steps = storage.final_checkpoint(_training_layouts(ctx)[0].checkpoints).step
+    training = ctx.config.training
+    every = training.checkpoint_every or steps // training.epochs
+    return trajectory.planned_steps(steps, every, settings.last)
+
+
+def _training_layouts(ctx: RunContext) -> list[RunLayout]:
+    """Return the layouts of the waves, or that of the run where there are none."""
+    run = ctx.training_layout
+    return [run.wave(number) for number in range(len(_stored_waves(run)))] or [run]
 
 
 def member_layout(layout: RunLayout, member: int) -> RunLayout:

@@ -50,7 +50,7 @@ def plan_stages(
         hours=hours,
         models=models,
         checkpoint_bytes=saved,
-        checkpoints_kept=spec.training.keep_checkpoints,
+        checkpoints_kept=max(spec.training.keep_checkpoints, spec.checkpoints_merged),
         save_bytes=together,
         checkpoint_seconds=together / spec.training.checkpoint_bytes_per_second,
         checkpoint_interval=_checkpoint_interval(spec, training),

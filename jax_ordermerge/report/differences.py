@@ -166,8 +166,8 @@ def seed_groups(names: Collection[str], merge: Json | None) -> dict[str, list[st
 
     Args:
         names: of the merges to group.
-        merge: merge.json. Names that end in `-seedS` form a group where method, weights and
-            parameters are the same. None groups nothing.
+        merge: merge.json. Names that end in `-seedS` form a group where method, weights,
+            parameters and checkpoints are the same. None groups nothing.
 
     Returns:
         Names of merges by group; a merge without a group keeps its name.
@@ -186,7 +186,7 @@ def seed_groups(names: Collection[str], merge: Json | None) -> dict[str, list[st
         row = rows.get(name, {})
         stem = name.removesuffix(f"-seed{row.get('seed')}")
         # as text: weights and parameters are lists and dicts, which cannot be keys
-        settings = (str(row.get(key)) for key in ("method", "weights", "parameters"))
+        settings = (str(row.get(key)) for key in ("method", "weights", "parameters", "checkpoints"))
         by_settings.setdefault((stem, *settings), []).append(name)
     groups, used = {}, set(names)
     for (stem, *_), members in by_settings.items():

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec
+from jax_ordermerge.config.merge import CheckpointWeights
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import Json, JsonRow
@@ -45,6 +46,8 @@ class Candidate:
         seed: of the methods that draw random numbers.
         scale: lambda, a factor on the task vector of the merge or the member.
         groups: lambda of some tensors, on top of `scale`; see `check_group`.
+        checkpoints: which checkpoints of each member are averaged before, as `config.Trajectory`
+            has it; None merges the last ones.
     """
 
     method: str
@@ -53,6 +56,7 @@ class Candidate:
     seed: int = 0
     scale: float = 1.0
     groups: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    checkpoints: Json | None = None
 
     @property
     def kind(self) -> str:
@@ -86,7 +90,7 @@ class Candidate:
         """
         # the same model up to rounding, which must not pass for a difference
         if self.method == "task_arithmetic" and self.weights is None:
-            return Candidate("average", seed=self.seed)
+            return Candidate("average", seed=self.seed, checkpoints=self.checkpoints)
         length = {"scale": 1.0} if "scale" in self.parameters else {}
         parameters = {**self.parameters, **length}
         return dataclasses.replace(self, parameters=parameters, scale=1.0, groups={})
@@ -108,6 +112,8 @@ class Candidate:
         else:
             parts = [self.method]
             parts += [f"{key}={_short(value)}" for key, value in self.parameters.items()]
+        if self.checkpoints is not None:
+            parts.append("checkpoints={last}/{weights}".format(**self.checkpoints))
         if self.weights is not None:
             parts.append("weights=" + "/".join(map(_short, self.weights)))
         if self.method in table.METHODS and table.METHODS[self.method].draws:
@@ -134,7 +140,9 @@ class Candidate:
             >>> Candidate("average", scale=1.2).to_dict()["scale"]
             1.2
         """
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        # the key that a candidate had before there was this setting
+        return {key: value for key, value in plain.items() if (key, value) != ("checkpoints", None)}
 
 
 def _short(value: object) -> str:
@@ -150,12 +158,15 @@ class Population:
         members: parameter dict with a leading axis `M`, in the dtype of the merges.
         base: parameter dict.
         dtype: of both, and of the candidates.
+        averaged: loads the population of averages of checkpoints, by their number and the kind of
+            their weights; None where there is no training to read them from.
     """
 
     model: ModelConfig
     members: tree.Tree
     base: tree.Tree
     dtype: DTypeLike
+    averaged: Callable[[int, CheckpointWeights], "Population"] | None = None
 
     @property
     def count(self) -> int:
@@ -169,6 +180,21 @@ class Population:
             return None
         return blocks.Blocks(self.members, self.base, self.model, self.dtype)
 
+    def of_checkpoints(self, settings: Json | None) -> "Population":
+        """Return the population of averages of checkpoints; itself for None.
+
+        Args:
+            settings: `last` and `weights`, see `config.Trajectory`.
+
+        Raises:
+            UserError: the training did not keep them.
+        """
+        if settings is None:
+            return self
+        if self.averaged is None:
+            raise UserError("averages of checkpoints need the training of the members")
+        return self.averaged(settings["last"], settings["weights"])
+
     def build(self, candidate: Candidate) -> tree.Tree:
         """Return the parameters of a candidate, in `dtype`.
 
@@ -179,6 +205,9 @@ class Population:
         Raises:
             UserError: see `check`.
         """
+        if candidate.checkpoints is not None:
+            last = dataclasses.replace(candidate, checkpoints=None)
+            return self.of_checkpoints(candidate.checkpoints).build(last)
         if candidate.method == BASE:
             return self.base
         scales = self._scales(candidate)

@@ -119,6 +119,7 @@ def _candidate(entry: Entry, choose: Choose, members: int, seed: int) -> Candida
         # a method may have a parameter of this name, which is another range
         float(value("lambda" if "scale" in entry.parameters else "scale", entry.scale)),
         {group: float(value(f"lambda({group})", scale)) for group, scale in entry.groups.items()},
+        None if entry.checkpoints is None else entry.checkpoints.model_dump(),
     )
 
 

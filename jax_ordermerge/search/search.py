@@ -346,7 +346,7 @@ class SearchLoop:
         def is_in(rival: Candidate) -> bool:
             if candidate.method == MEMBER:
                 return rival.method == MEMBER
-            plain = rival.weights is None and not rival.groups
+            plain = rival.weights is None and not rival.groups and rival.checkpoints is None
             return plain and (
                 (rival.method == "average" and not rival.parameters)
                 or (rival.method == "task_arithmetic" and rival.parameters.keys() == {"scale"})

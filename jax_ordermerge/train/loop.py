@@ -22,6 +22,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import PeerLost, Stopped, UserError
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.merge import trajectory
 from jax_ordermerge.train import batches, recorder, resume, trackers, validation
 from jax_ordermerge.train.batches import Plan
 from jax_ordermerge.train.programs import LoadBase, Programs
@@ -104,8 +105,22 @@ def train(
         ) from error
 
 
+def merged_steps(plan: Plan) -> list[int]:
+    """Return the steps whose checkpoints merges average; empty where they take the last weights.
+
+    Raises:
+        UserError: the training saves fewer checkpoints than are averaged.
+    """
+    last = plan.spec.checkpoints_merged
+    if last == 1:
+        return []
+    every = plan.spec.training.checkpoint_every or plan.epoch_steps
+    return trajectory.planned_steps(plan.steps, every, last)
+
+
 def _check(plan: Plan, mesh: Mesh, held_out: Examples | None) -> None:
     """Refuse what cannot be trained."""
+    merged_steps(plan)
     training, population = plan.spec.training, plan.spec.population.total
     if training.validates and held_out is None:
         raise UserError(
@@ -157,7 +172,8 @@ class Training:
         with Checkpoints(
             layout.checkpoints,
             training.keep_checkpoints,
-            on_checkpoint,
+            steps=merged_steps(plan),
+            on_saved=on_checkpoint,
             timeout=save_timeout(
                 resume.checkpoint_bytes(programs), training.checkpoint_bytes_per_second
             ),

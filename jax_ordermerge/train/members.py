@@ -26,15 +26,22 @@ def restore_members(
     layout: RunLayout,
     *,
     dtype: str = "float32",
+    step: int | None = None,
 ) -> Tree:
     """Return the trained population [M, ...] of a run, cast to `dtype`.
 
     A member with adapters is base + s B A, with the base read from its files.
 
+    Args:
+        spec, model, mesh, layout: of the run.
+        dtype: of the population.
+        step: of an earlier checkpoint of the complete training; None is the last.
+
     Raises:
-        UserError: there is no checkpoint, or the training has not come to its end.
+        UserError: there is no checkpoint, the training has not come to its end, or the earlier
+            checkpoint was not kept.
     """
-    final = storage.final_checkpoint(layout.checkpoints)
+    final = storage.final_checkpoint(layout.checkpoints, step=step)
     # Through the same reader as a merge of files: base and adapter are added on the host in float32
     # and rounded once, so a member has the same bits in memory and in files.
     if spec.lora is not None:
@@ -105,7 +112,13 @@ def _adapted(
     label = f"{layout.root}/{member_name(member)}"
     index = _index(final, member, layout)
     return lora.open_member(
-        base, layout.checkpoints, index, settings, label=label, branch=final.branch
+        base,
+        layout.checkpoints,
+        index,
+        settings,
+        label=label,
+        branch=final.branch,
+        step=final.step,
     )
 
 

@@ -36,6 +36,8 @@ class TrainingSpec:
         training: optimizer, schedule, logging, checkpoints.
         lora: settings of the adapters; None trains all parameters.
         sample_every: steps between answers to fixed prompts; None asks for none.
+        checkpoints_merged: how many of the last planned checkpoints are kept because merges average
+            them; 1 where none does.
         settings: all settings that the training rests on, as plain data for its checkpoints.
         tracking: trackers.
 
@@ -55,6 +57,7 @@ class TrainingSpec:
     training: config.Training = field(default_factory=config.Training)
     lora: config.Lora | None = None
     sample_every: int | None = None
+    checkpoints_merged: int = 1
     settings: Json = field(default_factory=dict)
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
 

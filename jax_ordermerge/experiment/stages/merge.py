@@ -22,11 +22,19 @@ def run(ctx: RunContext) -> None:
     # what an earlier, interrupted call has recorded; rewritten after each merge
     rows = _read_rows(run)
 
-    def record(name: str, settings: Json, merged: Tree, parameters: Json) -> None:
-        diagnostics = _measure_diagnostics(ctx, name, population, merged, settings)
+    def record(
+        name: str,
+        settings: Json,
+        merged: Tree,
+        parameters: Json,
+        ingredients: Population,
+        checkpoints: Json,
+    ) -> None:
+        diagnostics = _measure_diagnostics(ctx, name, ingredients, merged, settings)
         rows[name] = {
             "name": name,
             **settings,
+            **checkpoints,
             "parameters": parameters,
             "diagnostics": diagnostics,
         }
@@ -48,14 +56,17 @@ def run(ctx: RunContext) -> None:
             "parameters": dict(spec.parameters),
             "seed": settings["seed"],
         }
+        checkpoints = build_merges.averaged_checkpoints(ctx, spec.checkpoints)
         if exports:
-            export.export(ctx, name, merged, recipe)
-        record(name, settings, merged, recorded)
+            export.export(ctx, name, merged, recipe | checkpoints)
+        ingredients = build_merges.of_checkpoints(population, spec)
+        record(name, settings, merged, recorded, ingredients, checkpoints)
         del merged  # the next merge needs its memory
     if config.merge.auto is not None and not _is_done(AUTO, rows, run, exports):
         target = run.merged(AUTO) if exports else None
         chosen = search.choose_merge(ctx, config.merge.auto, run.search, population, target=target)
-        record(AUTO, chosen.settings, chosen.params, chosen.settings["parameters"])
+        parameters = chosen.settings["parameters"]
+        record(AUTO, chosen.settings, chosen.params, parameters, population, chosen.checkpoints)
 
 
 def is_complete(config: Config) -> bool:

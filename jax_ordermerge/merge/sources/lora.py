@@ -212,6 +212,7 @@ def open_member(
     *,
     label: str,
     branch: str = "params",
+    step: int | None = None,
     export_dtype: str | None = None,
 ) -> LoRA:
     """Open a member of a run with `lora`: the base of the run and one adapter of its checkpoint.
@@ -225,12 +226,13 @@ def open_member(
         settings: section `lora` of the run.
         label: what the user called it.
         branch: branch of the checkpoint with the adapters.
+        step: of the checkpoint; None is the last.
         export_dtype: see `Source`.
 
     Raises:
         UserError: the checkpoint is not of such a training.
     """
-    step = latest_step(checkpoints)
+    step = latest_step(checkpoints) if step is None else step
     specs = table(base.config, settings)
     shapes = {f"{branch}/{spec.path}": spec.shape for spec in specs}
     arrays = orbax.open_member(checkpoints, step, index, shapes)

@@ -343,15 +343,19 @@ def latest_step(checkpoints: str | Path) -> int:
     return step
 
 
-def final_checkpoint(checkpoints: Path, label: str = "") -> FinalCheckpoint:
-    """Describe the last checkpoint of a complete training, from its metadata.
+def final_checkpoint(
+    checkpoints: Path, label: str = "", *, step: int | None = None
+) -> FinalCheckpoint:
+    """Describe the last checkpoint of a complete training, or an earlier one, from its metadata.
 
     Args:
         checkpoints: checkpoint directory of a training.
         label: what the user called it, for the error message.
+        step: of an earlier checkpoint; None is the last.
 
     Raises:
-        UserError: there is no checkpoint, it is not of a training, or the training is not complete.
+        UserError: there is no checkpoint, it is not of a training, the training is not complete, or
+            the earlier checkpoint was not kept.
 
     Example:
         >>> final_checkpoint(Path("nowhere/checkpoints"), "nowhere/member_0")
@@ -361,23 +365,30 @@ def final_checkpoint(checkpoints: Path, label: str = "") -> FinalCheckpoint:
 run the training first
     """
     prefix = f"{label}: " if label else ""
-    step = orbax.latest(checkpoints)
-    if step is None:
+    latest = orbax.latest(checkpoints)
+    if latest is None:
         raise UserError(f"{prefix}no checkpoint in {checkpoints}; run the training first")
-    metadata = orbax.metadata(checkpoints, step)
+    metadata = orbax.metadata(checkpoints, latest)
     steps, members = metadata.get("steps"), metadata.get("members")
     # a model that `convert` wrote is a checkpoint as well, with other metadata
     if not isinstance(steps, int) or not isinstance(members, list):
         raise UserError(
-            f"{prefix}the checkpoint of step {step} in {checkpoints} is not that of a training"
+            f"{prefix}the checkpoint of step {latest} in {checkpoints} is not that of a training"
         )
-    if step < steps:  # a merge of half-trained members would look like any other
+    if latest < steps:  # a merge of half-trained members would look like any other
         raise UserError(
-            f"{prefix}the training in {checkpoints} stands at step {step} of {steps}; "
+            f"{prefix}the training in {checkpoints} stands at step {latest} of {steps}; "
             "run it again to continue"
         )
+    kept = orbax.steps(checkpoints)
+    if step is not None and step not in kept:
+        raise UserError(
+            f"{prefix}the checkpoint of step {step} in {checkpoints} was not kept (there are"
+            f" {', '.join(map(str, kept))}); a training keeps those that the merges of its config"
+            " average"
+        )
     # absent where the last weights are the result, neither averages nor the best
-    return FinalCheckpoint(step, tuple(members), metadata.get("weights", "params"))
+    return FinalCheckpoint(step or latest, tuple(members), metadata.get("weights", "params"))
 
 
 def read(model: Source, name: str) -> np.ndarray:

@@ -35,9 +35,12 @@ def merges(run: Run) -> list[Block]:
     rows, cosines = [], None
     for merge in run.merge["merges"]:
         total = merge.get("diagnostics", {}).get("total", {})
-        cosines = cosines or total.get("cosines")  # of the members: the same in every merge
+        # of the members: the same in every merge that is made of them, and not of averages
+        if "checkpoints" not in merge:
+            cosines = cosines or total.get("cosines")
         settings = {"weights": merge["weights"]} if merge.get("weights") else {}
         settings |= merge.get("parameters") or {}
+        settings |= {f"checkpoints {k}": v for k, v in merge.get("checkpoints", {}).items()}
         # where no member moved, no method can change anything
         shared = total.get("unchanged_by_all")
         rows.append(

@@ -1,0 +1,141 @@
+"""Runs whose merges are of averages of each member's last checkpoints."""
+
+import numpy as np
+import pytest
+import yaml
+
+from jax_ordermerge import tree
+from jax_ordermerge.checkpoint import convert, orbax
+from jax_ordermerge.config import load_config
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import models, pipeline
+from jax_ordermerge.experiment.context import open_run
+from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.layout import RunLayout, read_json
+from jax_ordermerge.search.candidates import Candidate
+from jax_ordermerge.train import members
+from tests.experiment import tiny
+
+LAST3 = {"last": 3, "weights": "wsm"}
+METHODS = [
+    {"method": "average"},
+    {"method": "average", "checkpoints": {"last": 2}},
+    {"method": "ties", "checkpoints": LAST3},
+    # one member alone
+    {"method": "average", "weights": [0, 1], "name": "alone", "checkpoints": {"last": 2}},
+]
+
+
+def config(folder, **sections):
+    tiny.make_base(folder / "base")
+    merge = {"methods": METHODS, "dtype": "float32"} | sections.pop("merge", {})
+    training = {"checkpoint_every": 4, "keep_checkpoints": 1} | sections.pop("training", {})
+    return tiny.make_config(folder, merge=merge, training=training, **sections)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = config(tmp_path_factory.mktemp("run"), population={"members": 2, "wave": 1})
+    return pipeline.run(load_config(path), through="merge", log=lambda text: None)
+
+
+def flat(params):
+    return {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+
+
+def stored(run, step):
+    """The two members at a step, float32, each from the checkpoints of its wave."""
+    ctx = open_run(read_config(run), lambda text: None)
+    parts = [
+        flat(
+            members.restore_members(
+                ctx.training, ctx.model, ctx.mesh, RunLayout(run).wave(wave), step=step
+            )
+        )
+        for wave in range(2)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def exported(run, name):
+    ctx = open_run(read_config(run), lambda text: None)
+    return flat(convert.load_params(run / "merged" / name, ctx.mesh, dtype="float32")[1])
+
+
+def test_checkpoints_that_are_merged_are_kept(run):
+    # ten steps; of the latest checkpoints one is kept
+    assert orbax.steps(RunLayout(run).wave(0).checkpoints) == [4, 8, 10]
+
+
+def test_merges_are_of_averages_of_checkpoints(run):
+    before, last = (stored(run, step) for step in (8, 10))
+    merged, alone, plain = (exported(run, x) for x in ("average-last2", "alone", "average"))
+    for name in last:
+        mean = (before[name].astype(np.float64) + last[name]) / 2
+        assert np.allclose(merged[name], mean.mean(axis=0), rtol=0, atol=1e-6), name
+        assert np.allclose(alone[name], mean[1], rtol=0, atol=1e-6), name
+        assert np.allclose(plain[name], last[name].mean(axis=0), rtol=0, atol=1e-6), name
+        assert np.abs(merged[name] - plain[name]).max() > 1e-5, name
+
+
+def test_the_record_says_which_checkpoints(run):
+    rows = {row["name"]: row for row in read_json(RunLayout(run).merges)["merges"]}
+    assert "checkpoints" not in rows["average"]
+    assert rows["average-last2"]["checkpoints"] == {"steps": [8, 10], "weights": [0.5, 0.5]}
+    recipe = yaml.safe_load((run / "merged" / "ties-last3-wsm" / "merge_config.yaml").read_text())
+    assert recipe["checkpoints"]["steps"] == [4, 8, 10]
+    assert recipe["checkpoints"]["weights"] == pytest.approx([0.5774, 0.2391, 0.1835], abs=1e-4)
+
+
+def test_a_search_has_them_as_candidates(run):
+    ctx = open_run(read_config(run), lambda text: None)
+    population = models.load_population(ctx)
+    candidate = Candidate("average", checkpoints={"last": 2, "weights": "equal"})
+    assert candidate.name == "average checkpoints=2/equal"
+    for built, name in ((candidate, "average-last2"), (Candidate("average"), "average")):
+        with population.build_temporarily(built) as params:
+            leaves = flat(params)
+        for path, leaf in exported(run, name).items():
+            assert np.array_equal(leaf, leaves[path]), (name, path)
+
+
+def test_what_was_not_kept_is_named(run):
+    method = "{method: average, name: more, checkpoints: {last: 4}}"
+    changed = read_config(run, [f"merge.methods=[{method}]", "training.checkpoint_every=2"])
+    with pytest.raises(UserError, match=r"step 6 in .* was not kept \(there are 4, 8, 10\)"):
+        pipeline.run(changed, through="merge", log=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"checkpoint_every": 1000}}, r"checkpoints.last = 3: .* has 1 checkpoints"),
+        (
+            {"merge": {"methods": [{"method": "fisher", "checkpoints": LAST3}]}},
+            "fisher measures the information of the last weights",
+        ),
+        (
+            {"training": {"checkpoint": "best"}, "data": {"validation_examples": 8}},
+            "training.checkpoint = best keeps one checkpoint of each member",
+        ),
+        (
+            {"merge": {"methods": [{"method": "average", "checkpoints": {"last": 1}}]}},
+            "last",
+        ),
+    ],
+)
+def test_refused_before_anything_is_trained(tmp_path, sections, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.run(load_config(config(tmp_path, **sections)), log=lambda text: None)
+    assert not list(tmp_path.glob("**/checkpoints"))
+
+
+def test_a_search_chooses_among_them(tmp_path):
+    entry = {"method": "average", "checkpoints": {"last": 2}, "scale": [0.9, 1.0]}
+    auto = {"methods": [entry], "lambdas": {"low": 0.9, "high": 1.1, "steps": 2}, "smallest": 8}
+    path = config(tmp_path, merge={"methods": [], "auto": auto}, data={"validation_examples": 8})
+    run = pipeline.run(load_config(path), through="merge", log=lambda text: None)
+    names = [row["name"] for row in read_json(RunLayout(run).search.results)["candidates"]]
+    assert "average checkpoints=2/equal" in names
+    assert "average checkpoints=2/equal lambda=0.9" in names
+    assert orbax.steps(RunLayout(run).checkpoints) == [8, 10]
