@@ -307,7 +307,8 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 )
 def test_published_hypotheses_are_about_published_configs(file):
     written = read_hypotheses(file).hypotheses
+    configs = [to_dict(load_config(path)) for path in (CONFIGS / file.stem).glob("*.yaml")]
+    by_name = {config["name"]: config for config in configs}
     for name in written.runs:
-        config = to_dict(load_config(CONFIGS / file.stem / f"{name}.yaml"))
-        assert config["name"] == name
+        config = by_name[name]
         assert not hypotheses.other_settings(written, Run(RunLayout(CONFIGS), config))
