@@ -149,17 +149,28 @@ def convert(
         Argument(help="A model by any name that merge takes; or a run, with --member."),
     ],
     out: Annotated[Path, Argument(help="Directory to write. It must not exist.")],
-    to: Annotated[str, Option(help="hf, orbax, or peft (adapter of a member).")] = "hf",
+    *,
+    to: Annotated[str, Option(help="hf, orbax, or peft (an adapter).")] = "hf",
     member: Annotated[int | None, Option(help="Number of a member of a run, from 0.")] = None,
     dtype: Annotated[str | None, Option(help="That of the source by default.")] = None,
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
+    base: Annotated[
+        str | None, Option(help="With --rank: the model that the adapter is for.")
+    ] = None,
+    rank: Annotated[
+        int | None, Option(help="Rank of an adapter of any model, nearest to its change.")
+    ] = None,
 ) -> None:
     """Write a model as a Hugging Face directory, an Orbax checkpoint, or a PEFT adapter.
 
     ordermerge convert BASE+ADAPTER MERGED
 
     ordermerge convert RUN/member_0 MEMBER --to orbax
+
+    ordermerge convert MERGED ADAPTER --to peft --base BASE --rank 64
+
+    ordermerge convert RUN/average ADAPTER --to peft   # of adapters, exact
     """
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.commands import convert as command
@@ -172,6 +183,8 @@ def convert(
         dtype=dtype,
         ignore=split_keys(ignore_config_keys),
         allow_bin=allow_bin,
+        base=base,
+        rank=rank,
     )
     typer.echo(f"wrote {remote.address(out) or out}")
 

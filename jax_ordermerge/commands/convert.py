@@ -7,23 +7,18 @@ import numpy as np
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import atomic, convert, orbax, remote, safetensors, sidecar_files
+from jax_ordermerge.commands import adapters
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import cards, waves
+from jax_ordermerge.experiment import cards
 from jax_ordermerge.experiment.run_config import read_config
-from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import CONFIG, RunLayout, member_name
 from jax_ordermerge.merge.sources import (
-    peft_export,
-    peft_files,
     public_names,
     references,
     storage,
 )
-from jax_ordermerge.merge.sources.references import read_prompt_format
 from jax_ordermerge.merge.sources.storage import Source
-from jax_ordermerge.record import base_digest, refuse_other_base
-from jax_ordermerge.train import members
 
 TARGETS = ("hf", "orbax", "peft")
 DTYPES = convert.WRITABLE
@@ -38,26 +33,37 @@ def convert_checkpoint(
     dtype: str | None = None,
     ignore: Collection[str] = (),
     allow_bin: bool = False,
+    base: str | None = None,
+    rank: int | None = None,
 ) -> None:
     """Write a checkpoint in another format.
 
     Args:
         source: a model by any name that `references.open_model` takes; or a run, with `member`.
         out: directory to write, or its address in a bucket.
-        to: "hf", "orbax", or "peft" for the adapter of a member that was trained with `lora`.
+        to: "hf", "orbax", or "peft": the adapter of a member that was trained with `lora`; of a
+            weighted sum of adapters, RUN/average or a recipe; or with `rank` that of any model.
         member: number of a member, where the source is a run.
         dtype: of the tensors; that of the source by default.
         ignore: unknown keys of the `config.json` of an HF directory to ignore.
         allow_bin: read `.bin` files of PyTorch where there are no safetensors.
+        base: with `rank`, the model that the adapter is for.
+        rank: of the adapter that approximates the change from the base.
 
     Raises:
-        UserError: an unknown target or dtype, a source of another kind or of several dtypes, or a
+        UserError: an unknown target or dtype, options that do not go together, a source of another kind or of several dtypes, or a
             member that does not exist.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to}: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if (base is None) != (rank is None):
+        raise UserError("--base and --rank go together: the rank of an adapter, and what it is for")
+    if base is not None and rank is not None:
+        if to != "peft":
+            raise UserError(f"--base and --rank go with --to peft, not with --to {to}")
+        adapters.check_low_rank(base, rank)
     # names are checked before a bucket is read: fetching a model to refuse a typo wastes hours
     with remote.new_directory(out) as target:
         if target.exists():
@@ -67,7 +73,13 @@ def convert_checkpoint(
         if ignore:
             _check_ignore(source, run)
         if to == "peft":
-            _export_adapter(source, run, target, dtype)
+            if base is not None and rank is not None:
+                model = _open(source, run, dtype=None, ignore=ignore, allow_bin=allow_bin)
+                adapters.export_low_rank(model, source, target, base=base, rank=rank, dtype=dtype)
+            elif run is not None:
+                adapters.export_member(*run, target, dtype)
+            else:
+                adapters.export_average(source, target, dtype, ignore=ignore, allow_bin=allow_bin)
             return
         model = _open(source, run, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
         if dtype is None:
@@ -166,43 +178,4 @@ def _card(source: str, run: tuple[RunLayout, int] | None, model: Source, dtype: 
         f"{text}.\n\n{prompt_section(form)}",
         base_model=name.card_id,
         relation=None if adapter is None else "finetune",
-    )
-
-
-def _export_adapter(
-    source: str,
-    run: tuple[RunLayout, int] | None,
-    out: Path,
-    dtype: str | None,
-) -> None:
-    if run is None:
-        raise UserError(f"--to peft goes with a member of a run, RUN/member_0, not with {source}")
-    layout, number = run
-    config = read_config(layout.root)
-    base_dir = convert.resolve(config.model.base)
-    refuse_other_base(layout, config.model, base_digest(config.model, base_dir))
-    form = read_prompt_format(layout)
-    model = convert.load_config(base_dir, config.model.ignore_config_keys).with_ends(form.stops)
-    wave = waves.member_layout(layout, number)
-    adapter = members.restore_adapter(training_spec(config), model, wave, number)
-    assert config.lora is not None  # restore_adapter refuses a run without it
-    # The adapter names its base, which PEFT loads by that name: a hub name works anywhere.
-    name = public_names.public_name(config.model.base)
-    base = name.text  # also of a directory in the cache of the hub
-    if name.kind != "hub":
-        base = str(base_dir.absolute())  # PEFT loads it from any working directory
-        print(
-            f"note: {peft_files.CONFIG} names the base by its directory here, {base}; to publish"
-            " the adapter, give base_model_name_or_path the name of the base on the hub"
-        )
-    peft_export.write_adapter(
-        out,
-        adapter,
-        model,
-        config.lora,
-        base=base,
-        dtype=dtype or "float32",
-        tokenizer_from=base_dir,
-        prompt_format=form,
-        card=cards.member_card(config, layout.root, number, form, dtype or "float32", adapter=True),
     )

@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 
+from jax_ordermerge import arch
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
 from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.merge.sources.references import open_model
+from jax_ordermerge.merge.sources.storage import read
 from jax_ordermerge.train import members
 from tests.commands.test_cli import call
 from tests.experiment import tiny
@@ -140,6 +143,22 @@ def test_an_exported_adapter_is_described_as_peft_does(run, folder, tmp_path):
     )  # it is there
 
 
+def test_the_average_of_the_run_as_one_adapter(run, folder, tmp_path, capsys):
+    """Four members of rank 3: rank 12, with the numbers of the average of dense members."""
+    directory, _ = run
+    assert call("convert", f"{directory}/average", tmp_path / "joined", "--to", "peft") == 0
+    assert "rank 12 is not a --max-lora-rank of vLLM; start it with --max-lora-rank 16" in (
+        capsys.readouterr().out
+    )
+    joined = open_model(f"{folder / 'base'}+{tmp_path}/joined", dtype="float32")
+    dense = [open_model(f"{directory}/member_{m}") for m in range(4)]
+    for name, _, _ in arch.hf_tensors(joined.config):
+        expected = np.mean([read(member, name).astype(np.float64) for member in dense], axis=0)
+        np.testing.assert_allclose(read(joined, name), expected, rtol=1e-6, atol=1e-7)
+    assert call("convert", f"{directory}/selection", tmp_path / "no", "--to", "peft") == 2
+    assert "selection is no weighted sum of the adapters" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -154,6 +173,11 @@ def test_an_exported_adapter_is_described_as_peft_does(run, folder, tmp_path):
         (
             ["RUN", "OUT", "--to", "peft", "--member", 0, "--ignore-config-keys", "x"],
             "--ignore-config-keys goes with an HF directory",
+        ),
+        (["RUN/member_0", "OUT", "--to", "peft", "--rank", 4], "--base and --rank go together"),
+        (
+            ["BASE", "OUT", "--to", "hf", "--base", "BASE", "--rank", 4],
+            "--base and --rank go with --to peft",
         ),
         (["RUN", "OUT", "--to", "lora", "--member", 0], "--to lora: expected hf, orbax or peft"),
     ],

@@ -114,6 +114,21 @@ class LoRA:
         config = dataclasses.replace(base.config, vocab_size=rows or base.config.vocab_size)
         self.config = config.with_ends(stops)
 
+    @property
+    def base(self) -> Source:
+        """The model that the adapters were trained on."""
+        return self._base
+
+    @property
+    def products(self) -> Mapping[str, Product]:
+        """Hugging Face name of each adapted matrix -> its change."""
+        return self._products
+
+    @property
+    def replaced(self) -> set[str]:
+        """Names of tensors that change by other means than a product."""
+        return {*self._saved, *self._trained_rows, *self._biases}
+
     def info(self, name: str) -> TensorInfo:
         """See `Source.info`."""
         dtype, shape = self._base.info(name)

@@ -1,0 +1,373 @@
+"""PEFT adapters: of a member, of an average of adapters, and of any model on its base."""
+
+import dataclasses
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import rich.console
+import rich.progress
+
+from jax_ordermerge import arch
+from jax_ordermerge.checkpoint import convert, remote, sidecar_files
+from jax_ordermerge.data.prompt_card import prompt_section
+from jax_ordermerge.data.prompt_format import PromptFormat
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.experiment import cards, waves
+from jax_ordermerge.experiment.run_config import read_config
+from jax_ordermerge.experiment.specs import training_spec
+from jax_ordermerge.json_types import JsonRow
+from jax_ordermerge.layout import RunLayout, member_name, read_json
+from jax_ordermerge.merge import low_rank, plan
+from jax_ordermerge.merge.methods import table
+from jax_ordermerge.merge.recipe import planner
+from jax_ordermerge.merge.sources import (
+    lora,
+    peft_export,
+    peft_files,
+    public_names,
+    references,
+)
+from jax_ordermerge.merge.sources.references import read_prompt_format
+from jax_ordermerge.merge.sources.storage import Source
+from jax_ordermerge.record import base_digest, refuse_other_base
+from jax_ordermerge.train import members
+
+# What vLLM takes for --max-lora-rank; an adapter may have less.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_LISTED = 3  # tensors named in a note; the card of the adapter names all
+
+
+def export_member(layout: RunLayout, number: int, out: Path, dtype: str | None) -> None:
+    """Write the adapter of a member of a run with `lora`.
+
+    Raises:
+        UserError: the run has no adapters, or its base is another one now.
+    """
+    config = read_config(layout.root)
+    base_dir = convert.resolve(config.model.base)
+    refuse_other_base(layout, config.model, base_digest(config.model, base_dir))
+    form = read_prompt_format(layout)
+    model = convert.load_config(base_dir, config.model.ignore_config_keys).with_ends(form.stops)
+    wave = waves.member_layout(layout, number)
+    adapter = members.restore_adapter(training_spec(config), model, wave, number)
+    assert config.lora is not None  # restore_adapter refuses a run without it
+    peft_export.write_adapter(
+        out,
+        adapter,
+        model,
+        config.lora,
+        base=_base_name(config.model.base),
+        dtype=dtype or "float32",
+        tokenizer_from=base_dir,
+        prompt_format=form,
+        card=cards.member_card(config, layout.root, number, form, dtype or "float32", adapter=True),
+    )
+
+
+def _base_name(base: str) -> str:
+    """Return the name by which PEFT loads a base; with a note where it is a path."""
+    # The adapter names its base, which PEFT loads by that name: a hub name works anywhere.
+    name = public_names.public_name(base)
+    if name.kind == "hub":
+        return name.text  # also of a directory in the cache of the hub
+    path = str(convert.resolve(base).absolute())  # PEFT loads it from any working directory
+    print(
+        f"note: {peft_files.CONFIG} names the base by its directory here, {path}; to publish"
+        " the adapter, give base_model_name_or_path the name of the base on the hub"
+    )
+    return path
+
+
+# ------------------------------------------------------------------------- averages of adapters
+
+
+def export_average(
+    source: str,
+    out: Path,
+    dtype: str | None,
+    *,
+    ignore: Collection[str] = (),
+    allow_bin: bool = False,
+) -> None:
+    """Write a linear merge of adapters as one adapter of their summed rank.
+
+    Args:
+        source: RUN/NAME, a merge of a run with `lora`; or a recipe of models with adapters.
+        out: directory to write.
+        dtype: of the factors, float32 by default.
+        ignore: unknown keys of `config.json` of the models of a recipe to ignore.
+        allow_bin: read `.bin` files of PyTorch for a recipe.
+
+    Raises:
+        UserError: the source is something else, or the merge is no sum of the adapters.
+    """
+    if source.endswith((".yml", ".yaml")):
+        merged = _open_recipe(source, ignore, allow_bin)
+    else:
+        merged = _open_merge(source)
+        if ignore:
+            raise UserError(
+                "--ignore-config-keys goes with an HF directory or a recipe; a run has"
+                " model.ignore_config_keys"
+            )
+    settings, adapter = low_rank.concatenate(merged.adapters, merged.coefficients)
+    _note_rank(settings.rank)
+    text = (
+        f"The merge `{Path(source).name}` of {len(merged.adapters)} adapters, as one adapter: their"
+        " factors side by side, with weights and scales in B. No rank was cut.\n\n"
+        f"{prompt_section(merged.form, adapter=True)}"
+    )
+    peft_export.write_adapter(
+        out,
+        adapter,
+        merged.config,
+        settings,
+        base=_base_name(merged.base),
+        dtype=dtype or "float32",
+        tokenizer_from=merged.tokenizer_from,
+        prompt_format=merged.form,
+        card=_card(out, text, merged.base),
+    )
+
+
+class _Sum(NamedTuple):
+    """A weighted sum of adapters.
+
+    Attributes:
+        adapters: the models.
+        coefficients: Hugging Face name -> one number per adapter.
+        base: name of their base.
+        config: of the merge.
+        form: how it is asked.
+        tokenizer_from: directory of its tokenizer files, if any.
+    """
+
+    adapters: list[lora.LoRA]
+    coefficients: Mapping[str, Sequence[float]]
+    base: str
+    config: arch.ModelConfig
+    form: PromptFormat
+    tokenizer_from: Path | None
+
+
+def _open_merge(source: str) -> _Sum:
+    """Open the members of RUN/NAME, with their coefficients in that merge."""
+    path = remote.expand(source)
+    parent = remote.fetch(path.parent) if remote.address(source) is not None else path.parent
+    layout = RunLayout(parent)
+    rows = (read_json(layout.merges) or {}).get("merges", []) if layout.is_run else []
+    row = next((row for row in rows if row["name"] == path.name), None)
+    if row is None:
+        raise UserError(
+            "--to peft goes with a member of a run, RUN/member_0; a merge of its adapters,"
+            " RUN/average; a recipe of adapters; or with --base and --rank any model; not with"
+            f" {source} alone"
+        )
+    config = read_config(layout.root)
+    if config.lora is None:
+        raise UserError(
+            f"{layout.root} has no adapters: it was trained with lora: null; give --base and --rank"
+        )
+    refuse_other_base(
+        layout, config.model, base_digest(config.model, convert.resolve(config.model.base))
+    )
+    numbers = range(config.population.members)
+    opened = [
+        references.open_member(layout, number, f"{layout.root}/{member_name(number)}")
+        for number in numbers
+    ]
+    adapters = [_as_adapter(member) for member in opened]
+    coefficients = _coefficients(source, row["method"], row["weights"], row["parameters"], adapters)
+    names = [name for name, _, _ in arch.hf_tensors(adapters[0].config)]
+    first = adapters[0]
+    return _Sum(
+        adapters,
+        dict.fromkeys(names, coefficients),
+        config.model.base,
+        first.config,
+        first.prompt_format,
+        first.directory,
+    )
+
+
+def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Sum:
+    """Open the models of a recipe, with their coefficients in every tensor."""
+    merge_plan = planner.plan_recipe(remote.fetch(source), ignore=ignore, allow_bin=allow_bin)
+    for note in merge_plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if merge_plan.added_tokens:
+        raise UserError(f"{source} adds tokens, which an adapter of linear layers cannot hold")
+    used = sorted({view.source for output in merge_plan.outputs for view in output.members})
+    adapters = [_as_adapter(merge_plan.sources[number]) for number in used]
+    if len({adapter.base.identity() for adapter in adapters}) > 1:
+        raise UserError(f"{source}: the adapters have several bases; one adapter has one")
+    coefficients = {}
+    for output in merge_plan.outputs:
+        if any(view.name != output.name for view in output.members):
+            raise UserError(f"{source} moves layers, which an adapter on the base cannot")
+        by_member = _coefficients(
+            source,
+            output.method,
+            None if output.weights is None else output.weights.tolist(),
+            output.parameters,
+            output.members,
+        )
+        terms = dict.fromkeys(used, 0.0)
+        for view, value in zip(output.members, by_member, strict=True):
+            terms[view.source] += value
+        coefficients[output.name] = list(terms.values())
+    form = merge_plan.prompt_format
+    if merge_plan.chat_template is not None:
+        form = dataclasses.replace(form, chat_template=merge_plan.chat_template)
+    return _Sum(
+        adapters,
+        coefficients,
+        references.split_name(adapters[0].label)[0],
+        merge_plan.config,
+        form,
+        merge_plan.tokenizer_from,
+    )
+
+
+def _as_adapter(model: Source) -> lora.LoRA:
+    if not isinstance(model, lora.LoRA):
+        raise UserError(
+            f"{model.label} is no adapter: only a merge of adapters alone is one; give --base and"
+            " --rank for an approximation"
+        )
+    return model
+
+
+def _coefficients(
+    source: str,
+    method: str,
+    weights: Sequence[float] | None,
+    parameters: JsonRow,
+    members: Sequence[object],
+) -> list[float]:
+    checked = table.check_parameters(method, parameters)
+    coefficients = low_rank.linear_coefficients(method, weights, checked, len(members))
+    if coefficients is None:
+        raise UserError(
+            f"{source}: {method} is no weighted sum of the adapters, which alone is an adapter"
+            " again; give --base and --rank for an approximation"
+        )
+    return coefficients
+
+
+# ------------------------------------------------------------------------------- approximations
+
+
+def check_low_rank(base: str, rank: int) -> None:
+    """Check the options of `export_low_rank`, before a model is opened.
+
+    Raises:
+        UserError: the rank is not positive, or the base is nothing that PEFT loads.
+    """
+    if rank < 1:
+        raise UserError(f"--rank {rank} must be positive")
+    if references.is_composed(base):
+        raise UserError(
+            f"--base {base}: PEFT loads the base by this name, so it must be a Hugging Face"
+            " directory or hub name"
+        )
+
+
+def export_low_rank(
+    model: Source, source: str, out: Path, *, base: str, rank: int, dtype: str | None
+) -> None:
+    """Write the change of a model as an adapter of a rank, and say what it leaves out.
+
+    Args:
+        model: the model.
+        source: its name.
+        out: directory to write.
+        base: name of the base, which PEFT loads: a Hugging Face directory or hub name.
+        rank: of every matrix.
+        dtype: of the factors, float32 by default.
+
+    Raises:
+        UserError: the base is no directory or of another architecture, or nothing changed.
+    """
+    opened = references.open_model(base)
+    plan.check_same(opened, model)
+    specs = arch.tensor_table(model.config)
+    result = low_rank.approximate(model, opened, rank, dtype or "float32", _with_progress(specs))
+    _note_rank(rank)
+    for line in _describe(result):
+        print(line)
+    text = (
+        f"The change of `{public_names.short_names([source])[source]}` from its base, as an adapter"
+        f" of rank {rank}.\n\n{_error_table(result)}\n\n"
+        f"{prompt_section(model.prompt_format, adapter=True)}"
+    )
+    peft_export.write_adapter(
+        out,
+        result.adapter,
+        model.config,
+        result.settings,
+        base=_base_name(base),
+        dtype=dtype or "float32",
+        tokenizer_from=model.directory,
+        prompt_format=model.prompt_format,
+        card=_card(out, text, base),
+    )
+
+
+def _with_progress(specs: Sequence[arch.TensorSpec]) -> Iterator[arch.TensorSpec]:
+    # on stderr, so that stdout can be piped; silent where it is no terminal
+    console = rich.console.Console(stderr=True)
+    yield from rich.progress.track(
+        specs, "decomposing", console=console, disable=not sys.stderr.isatty()
+    )
+
+
+def _describe(result: low_rank.LowRank) -> Iterator[str]:
+    """Yield lines on what the adapter leaves out."""
+    worst = max(result.matrices, key=lambda change: change.error)
+    yield (
+        f"rank {result.settings.rank}: relative error {result.error:.4g} in all, largest"
+        f" {worst.error:.4g} in {worst.name}"
+    )
+    if result.others:
+        ordered = sorted(result.others, key=lambda change: -change.norm)
+        listed = ", ".join(
+            f"{change.name} (by {change.norm:.4g}, {_relative(change)} of its length)"
+            for change in ordered[:_LISTED]
+        )
+        more = len(ordered) - _LISTED
+        rest = f" and {more} more, listed in README.md" if more > 0 else ""
+        yield (
+            f"note: {len(ordered)} tensors changed that an adapter of linear layers cannot hold;"
+            f" they stay as in the base: {listed}{rest}"
+        )
+
+
+def _relative(change: low_rank.Change) -> str:
+    return f"{change.norm / change.base_norm:.2g}" if change.base_norm else "all"
+
+
+def _error_table(result: low_rank.LowRank) -> str:
+    """Return Markdown: what the adapter leaves out, in all and per tensor."""
+    total = f"It leaves out {result.error:.4g} of the change (Frobenius norms, all tensors)."
+    rows = [
+        f"| `{change.name}` | {change.norm:.4g} | {change.error:.4g} |"
+        for change in (*result.matrices, *result.others)
+    ]
+    header = ["| tensor | norm of the change | relative error |", "|---|---|---|"]
+    others = "\n\nWhat has the error 1 stays as in the base." if result.others else ""
+    return f"{total}{others}\n\n" + "\n".join([*header, *rows])
+
+
+def _card(out: Path, text: str, base: str) -> str:
+    name = public_names.public_name(base).card_id
+    return sidecar_files.model_card(out.name, text, base_model=name, relation="adapter")
+
+
+def _note_rank(rank: int) -> None:
+    if rank not in VLLM_RANKS:
+        larger = next((x for x in VLLM_RANKS if x > rank), None)
+        hint = f"start it with --max-lora-rank {larger}" if larger else "it takes at most 512"
+        print(f"note: rank {rank} is not a --max-lora-rank of vLLM; {hint}")

@@ -1,0 +1,251 @@
+"""A merged model as a low-rank adapter on its base.
+
+Of any model, by the truncated SVD of its change; of an average of adapters exactly, since
+sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 .. w_k s_k B_k] [A_1; ..; A_k], of rank k r.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from jax_ordermerge import tree
+from jax_ordermerge.arch import TensorSpec
+from jax_ordermerge.checkpoint import safetensors
+from jax_ordermerge.config import Lora
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.json_types import JsonRow
+from jax_ordermerge.merge.methods import spectral
+from jax_ordermerge.merge.sources import storage
+from jax_ordermerge.merge.sources.lora import LoRA
+from jax_ordermerge.merge.sources.storage import Source
+from jax_ordermerge.model import lora
+
+
+class Change(NamedTuple):
+    """How far a tensor of a model is from that of its base.
+
+    Attributes:
+        name: Hugging Face name.
+        norm: ||theta - theta_0||.
+        residual: ||theta - theta_0 - B A||, with the factors as they are written. The whole norm
+            where the adapter cannot hold the change.
+        base_norm: ||theta_0||.
+    """
+
+    name: str
+    norm: float
+    residual: float
+    base_norm: float
+
+    @property
+    def error(self) -> float:
+        """The residual per norm, 0 of a tensor that did not change."""
+        return self.residual / self.norm if self.norm else 0.0
+
+
+class LowRank(NamedTuple):
+    """An adapter, and what it leaves out.
+
+    Attributes:
+        settings: rank and targets. alpha equals the rank, so that the factors are the change.
+        adapter: the dict of `model.lora.table`, float32.
+        matrices: of the targets.
+        others: tensors that changed and that an adapter of linear layers cannot hold.
+    """
+
+    settings: Lora
+    adapter: tree.Tree
+    matrices: tuple[Change, ...]
+    others: tuple[Change, ...]
+
+    @property
+    def error(self) -> float:
+        """What the adapter leaves out of the change of all tensors, per norm of that change."""
+        changes = (*self.matrices, *self.others)
+        # every tensor has its share in both sums, also those that the adapter cannot hold
+        residual, norm = (
+            math.hypot(*(getattr(change, part) for change in changes))
+            for part in ("residual", "norm")
+        )
+        return residual / norm
+
+
+def approximate(
+    model: Source, base: Source, rank: int, dtype: DTypeLike, layers: Iterable[TensorSpec]
+) -> LowRank:
+    """Return the adapter of a rank that is nearest to the change of each matrix.
+
+    Args:
+        model: of the architecture of the base.
+        base: the base.
+        rank: of every matrix; a matrix of fewer rows or columns has zeros beyond.
+        dtype: the factors are rounded to it.
+        layers: the entries of the tensor table, in any wrapper that shows progress.
+
+    Raises:
+        UserError: the rank is above that of every matrix, no linear layer changed, or a change is
+            not finite.
+    """
+    targets = lora.targets(model.config, Lora())
+    linear, largest = {spec.path for spec in targets}, max(min(spec.hf_shape) for spec in targets)
+    if rank > largest:
+        raise UserError(f"--rank {rank}: no matrix of {model.label} has a rank above {largest}")
+    adapter, matrices, others = dict[str, np.ndarray](), list[Change](), list[Change]()
+    modules = []
+    for spec in layers:
+        names = spec.hf_names()
+        if spec.path not in linear:
+            others += [change for change, _ in _changes(model, base, names) if change.norm]
+            continue
+        left, right, changes = [], [], list[Change]()
+        for change, values in _changes(model, base, names):
+            b, a = factor(values, rank, dtype)
+            residual = float(np.linalg.norm(values - b.astype(np.float64) @ a))
+            changes.append(change._replace(residual=residual))
+            left.append(b)
+            right.append(a)
+        if any(change.norm for change in changes):
+            path = spec.path.removesuffix("weight")
+            adapter[f"{path}lora_a"], adapter[f"{path}lora_b"] = np.stack(right), np.stack(left)
+            matrices += changes
+            modules.append(spec.hf_name.split(".")[-2])
+    if not modules:
+        raise UserError(
+            f"{model.label} and {base.label} have the same linear layers: there is nothing for an"
+            " adapter to hold"
+        )
+    settings = Lora(rank=rank, alpha=rank, targets=tuple(modules))
+    return LowRank(settings, tree.unflatten(adapter), tuple(matrices), tuple(others))
+
+
+def _changes(
+    model: Source, base: Source, names: Sequence[str]
+) -> Iterator[tuple[Change, np.ndarray]]:
+    """Yield the change of each tensor with its values, float64[*s]."""
+    for name in names:
+        start = storage.read(base, name).astype(np.float64)
+        values = storage.read(model, name).astype(np.float64) - start
+        norm = float(np.linalg.norm(values))
+        if not math.isfinite(norm):
+            raise UserError(
+                f"{model.label} or {base.label} has elements of {name} that are NaN or infinite"
+            )
+        yield Change(name, norm, norm, float(np.linalg.norm(start))), values
+
+
+def factor(change: np.ndarray, rank: int, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return B [m, rank] and A [rank, n], float32, of the nearest matrix B A.
+
+    Both have the roots of the singular values, so that neither overflows or vanishes in bfloat16.
+
+    Args:
+        change: float64[m, n].
+        rank: of the factors. Beyond that of the matrix they are zero.
+        dtype: the factors are rounded to it.
+
+    Example:
+        >>> b, a = factor(np.diag([4.0, 1.0]), 1, "float32")
+        >>> (abs(b) @ abs(a)).tolist()
+        [[4.0, 0.0], [0.0, 0.0]]
+    """
+    u, s, vt = spectral.svd(np, change)
+    count = min(rank, len(s))
+    roots = np.sqrt(s[:count])
+    b, a = np.zeros((change.shape[0], rank)), np.zeros((rank, change.shape[1]))
+    b[:, :count], a[:count] = u[:, :count] * roots[None], roots[:, None] * vt[:count]
+    rounded = (safetensors.cast(x, np.dtype(dtype), "a factor") for x in (b, a))
+    left, right = (x.astype(np.float32) for x in rounded)
+    return left, right
+
+
+def concatenate(
+    members: Sequence[LoRA], coefficients: Mapping[str, Sequence[float]]
+) -> tuple[Lora, tree.Tree]:
+    """Return the adapter of sum_i c_i s_i B_i A_i, with its settings.
+
+    Its rank is the sum of the ranks. A matrix that not every adapter has gets zeros, so that all
+    matrices have one rank, as servers want it.
+
+    Args:
+        members: adapters on one base. One whose coefficient is 0 everywhere takes no rank.
+        coefficients: Hugging Face name of each matrix -> c, one per member.
+
+    Raises:
+        UserError: an adapter changes more than s B A of linear layers.
+    """
+    for member in members:
+        _refuse_beyond_factors(member)
+    factors = {
+        name: [
+            (np.float32(c * product.scale), *product.read_factors())
+            for member, c in zip(members, coefficients[name], strict=True)
+            if c and (product := member.products.get(name)) is not None
+        ]
+        for spec in lora.targets(members[0].config, Lora())
+        for name in spec.hf_names()
+    }
+    rank = max(sum(a.shape[0] for _, _, a in terms) for terms in factors.values())
+    if not rank:
+        raise UserError("every adapter has weight 0: the merge is its base")
+    adapter, modules = dict[str, np.ndarray](), []
+    for spec in lora.targets(members[0].config, Lora()):
+        layers, rows, columns = spec.shape
+        if not any(factors[name] for name in spec.hf_names()):
+            continue
+        left = np.zeros((layers, rows, rank), np.float32)
+        right = np.zeros((layers, rank, columns), np.float32)
+        for layer, name in enumerate(spec.hf_names()):
+            start = 0
+            for c, b, a in factors[name]:
+                # c and s in B alone: one rounding, and A keeps the bits of the training
+                left[layer, :, start : start + len(a)] = c * b
+                right[layer, start : start + len(a)] = a
+                start += len(a)
+        path = spec.path.removesuffix("weight")
+        adapter[f"{path}lora_a"], adapter[f"{path}lora_b"] = right, left
+        modules.append(spec.hf_name.split(".")[-2])
+    settings = Lora(rank=rank, alpha=rank, targets=tuple(modules))
+    return settings, tree.unflatten(adapter)
+
+
+def _refuse_beyond_factors(member: LoRA) -> None:
+    linear = {name for spec in lora.targets(member.config, Lora()) for name in spec.hf_names()}
+    scaled = {name for name, product in member.products.items() if product.magnitude is not None}
+    beyond = sorted(scaled | ({*member.products} - linear) | member.replaced)
+    if beyond:
+        raise UserError(
+            f"{member.label} changes {beyond[0]} by more than s B A of a linear layer; give --base"
+            " and --rank for an approximation"
+        )
+
+
+def linear_coefficients(
+    method: str, weights: Sequence[float] | None, parameters: JsonRow, count: int
+) -> list[float] | None:
+    """Return c of theta = theta_0 + sum_i c_i tau_i, or None of a merge that is no such sum.
+
+    Args:
+        method: name of the merge method.
+        weights: of the members, or None.
+        parameters: of the method, with every default.
+        count: number of members.
+
+    Example:
+        >>> linear_coefficients("average", (1, 3), {"normalize": True}, 2)
+        [0.25, 0.75]
+        >>> linear_coefficients("ties", None, {}, 2) is None
+        True
+    """
+    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if method == "average":
+        # without the division the base would have another factor than 1
+        divided = parameters["normalize"] or math.isclose(sum(given), 1)
+        return [weight / sum(given) for weight in given] if divided else None
+    if method == "task_arithmetic":
+        scale = float(str(parameters["scale"]))
+        divisor = sum(given) if weights is None or parameters["normalize"] else 1.0
+        return [scale * weight / divisor for weight in given]
+    return None
