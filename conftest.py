@@ -39,7 +39,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 collect_ignore_glob = ["tests/golden/make_*.py"]  # they make goldens and are run by hand
 
-MOST_MAPS = 10_000  # the module with the most adds 38,000
+MOST_MAPS = {"module": 10_000, "slow test": 30_000}  # the module with the most adds 38,000
 SHARED = pathlib.Path(__file__).resolve().parents[1] / "shared" / "data"
 
 
@@ -66,18 +66,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _free_programs() -> Iterator[None]:
-    """Free the compiled programs of a module, before a worker has too many of them.
+def _free_programs(most: int) -> None:
+    """Free all compiled programs, if this process has more than so many maps of memory.
 
-    Each takes some maps of memory. Linux allows a process 65,530 of them, and beyond that LLVM ends
-    it with a segmentation fault, in whichever test comes next.
+    Each program takes some. Linux allows a process 65,530 of them, and beyond that LLVM ends it
+    with a segmentation fault, in whichever test comes next.
     """
-    yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+    if maps.exists() and maps.read_bytes().count(b"\n") > most:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs_of_a_module() -> Iterator[None]:
+    yield
+    _free_programs(MOST_MAPS["module"])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Free programs also within a module, after slow tests only: to count maps takes a while."""
+    if "slow" in item.keywords:
+        _free_programs(MOST_MAPS["slow test"])
 
 
 @pytest.fixture(scope="session")

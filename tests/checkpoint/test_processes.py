@@ -2,15 +2,13 @@
 
 import json
 import os
-import pathlib
 import socket
-import subprocess
-import sys
 
 import pytest
 
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.checkpoint.safetensors import Reader
+from tests import preloaded
 
 PROGRAM = """
 import json
@@ -86,29 +84,13 @@ def test_two_processes(make_directory, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    root = pathlib.Path(__file__).parents[2]
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
     }
     running = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                PROGRAM,
-                port,
-                str(index),
-                str(directory),
-                str(tmp_path / "out"),
-            ],
-            env=environment,
-            cwd=root,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        preloaded.Command([port, index, directory, tmp_path / "out"], code=PROGRAM, env=environment)
         for index in range(2)
     ]
     counts = []

@@ -7,8 +7,6 @@ import os
 import pathlib
 import shutil
 import socket
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
@@ -20,6 +18,7 @@ from jax_ordermerge.commands.doctor import devices, storage
 from jax_ordermerge.config import load_config, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import start_devices
+from tests import preloaded
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -265,13 +264,7 @@ def call(*arguments, cwd):
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
     }
-    return subprocess.run(
-        [sys.executable, "-m", "jax_ordermerge", "doctor", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    return preloaded.run(["doctor", *arguments], cwd=cwd, env=environment)
 
 
 def test_exit_codes(tmp_path):
@@ -317,13 +310,7 @@ def test_two_processes_see_one_directory_or_not(tmp_path):
     for index in "01":
         arguments = [port, index, str(tmp_path / "shared"), str(tmp_path / index)]
         running.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *arguments],
-                env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
+            preloaded.Command(arguments, code=PROGRAM, env={**os.environ, "XLA_FLAGS": ""})
         )
     try:
         outputs = [process.communicate(timeout=240) for process in running]

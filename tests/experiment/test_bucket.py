@@ -6,8 +6,6 @@ import os
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import fsspec
@@ -22,8 +20,8 @@ from jax_ordermerge.config import load_config, to_dict
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline, remote_run
 from jax_ordermerge.experiment.run_config import read_config
+from tests import preloaded
 
-ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = ["training.epochs=4", "training.checkpoint_every=2", "evaluation.tasks=[]", "name=tiny"]
 
 
@@ -53,15 +51,8 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_bits(
         f"output={bucket}/runs/{{name}}",
     ]
 
-    command = [
-        sys.executable,
-        "-m",
-        "jax_ordermerge",
-        "train",
-        str(folder / "tiny.yaml"),
-        *options(settings),
-    ]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+    command = ["train", folder / "tiny.yaml", *options(settings)]
+    with preloaded.Command(command) as process:
         until = time.monotonic() + 120
         while not any(name.startswith("checkpoints/") for name in bucket_files(run)):
             assert process.poll() is None
@@ -180,24 +171,17 @@ def together(folder, run, caches):
         "distributed.processes=2",
     ]
     running = [
-        subprocess.Popen(
+        preloaded.Command(
             [
-                sys.executable,
-                "-m",
-                "jax_ordermerge",
                 "merge",
-                str(folder / "tiny.yaml"),
+                folder / "tiny.yaml",
                 *options([*settings, f"distributed.index={index}"]),
             ],
             env={
                 **os.environ,
-                "PYTHONPATH": str(ROOT),
                 "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
                 "ORDERMERGE_CACHE": str(cache),
             },
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
         )
         for index, cache in enumerate(caches)
     ]

@@ -7,8 +7,6 @@ import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -21,6 +19,7 @@ from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import RunLayout, read_npz
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.train import members
+from tests import preloaded
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEARTBEAT = 10
@@ -63,8 +62,8 @@ def training(
             *settings,
         ]
     running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "jax_ordermerge", "train", "tiny.yaml", *flags]
+        preloaded.Command(
+            ["train", "tiny.yaml", *flags]
             + [
                 part
                 for override in [
@@ -76,9 +75,6 @@ def training(
             ],
             env=environment,
             cwd=folders[index],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
         )
         for index in (range(len(folders)) if indices is None else indices)
     ]
@@ -87,7 +83,7 @@ def training(
     finally:
         for process in running:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 def ended(process, seconds):

@@ -150,7 +150,9 @@ import sys
 from jax_ordermerge.config import load_config
 from jax_ordermerge.data import source, tokenizers
 config = load_config(sys.argv[1], sys.argv[3:])
-splits = source.load_splits(config.data, tokenizers.load_tokenizer(sys.argv[2]), seed=config.seed)
+with tokenizers.without_torch():
+    tokenizer = tokenizers.load_tokenizer(sys.argv[2])
+splits = source.load_splits(config.data, tokenizer, seed=config.seed)
 print({name: examples.digest for name, examples in splits.items()})
 """
 

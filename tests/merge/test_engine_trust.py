@@ -4,10 +4,8 @@ import errno
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,6 +16,7 @@ from jax_ordermerge.checkpoint import safetensors, shards
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
+from tests import preloaded
 
 CONFIG = arch.ModelConfig(
     vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4
@@ -177,7 +176,6 @@ def test_two_writers_of_one_directory(models, tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[4])
 from jax_ordermerge.merge import engine, plan
 from jax_ordermerge.merge.sources.storage import Directory
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -196,16 +194,16 @@ print("done", flush=True)
 def test_killed_at_twenty_random_moments(models, expected, tmp_path):
     """SIGKILL: the output is absent or complete, and a resumed merge ends with the same bytes."""
     draw, out = random.Random(0), tmp_path / "out"
-    root = str(engine.Path(__file__).resolve().parents[2])
     killed = 0
     for _ in range(60):
-        command = [sys.executable, "-c", SCRIPT, str(models), str(out), "0.05", root]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
+        with preloaded.Command([models, out, "0.05"], code=SCRIPT) as process:
+            while not process.stdout:
+                assert process.poll() is None, process.stderr
+                time.sleep(0.005)
             time.sleep(draw.uniform(0, 1.2))
-            process.send_signal(signal.SIGKILL)
-            finished = process.stdout.read() == "done\n"
+            process.kill()
+            process.wait()
+            finished = process.stdout == "ready\ndone\n"
         if finished:
             assert contents(out) == expected
             for path in out.iterdir():
@@ -225,8 +223,7 @@ def test_killed_at_twenty_random_moments(models, expected, tmp_path):
 TWO = """
 import sys
 from pathlib import Path
-port, index, root, out, source = sys.argv[1:]
-sys.path.insert(0, source)
+port, index, root, out = sys.argv[1:]
 from jax_ordermerge import processes
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import engine, plan
@@ -252,17 +249,7 @@ def test_two_processes_share_a_merge(models, expected, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    root = str(engine.Path(__file__).resolve().parents[2])
-    command = [str(models), str(tmp_path / "out"), root]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, port, str(i), *command],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]
+    running = [preloaded.Command([port, i, models, tmp_path / "out"], code=TWO) for i in range(2)]
     shares = []
     for process in running:
         stdout, stderr = process.communicate(timeout=120)
