@@ -1,4 +1,4 @@
-"""PEFT adapters: of a member, of an average of adapters, and of any model on its base."""
+"""PEFT adapters: of a member, of a merge of adapters, and of any model on its base."""
 
 import dataclasses
 import sys
@@ -80,10 +80,10 @@ def _base_name(base: str) -> str:
     return path
 
 
-# ------------------------------------------------------------------------- averages of adapters
+# --------------------------------------------------------------------------- merges of adapters
 
 
-def export_average(
+def export_merge(
     source: str,
     out: Path,
     dtype: str | None,
@@ -91,7 +91,7 @@ def export_average(
     ignore: Collection[str] = (),
     allow_bin: bool = False,
 ) -> None:
-    """Write a linear merge of adapters as one adapter of their summed rank.
+    """Write a merge of adapters as one adapter of their summed rank, without loss.
 
     Args:
         source: RUN/NAME, a merge of a run with `lora`; or a recipe of models with adapters.
@@ -101,7 +101,7 @@ def export_average(
         allow_bin: read `.bin` files of PyTorch for a recipe.
 
     Raises:
-        UserError: the source is something else, or the merge is no sum of the adapters.
+        UserError: the source is something else, or the merge has no low rank.
     """
     if source.endswith((".yml", ".yaml")):
         merged = _open_recipe(source, ignore, allow_bin)
@@ -112,11 +112,11 @@ def export_average(
                 "--ignore-config-keys goes with an HF directory or a recipe; a run has"
                 " model.ignore_config_keys"
             )
-    settings, adapter = low_rank.concatenate(merged.adapters, merged.coefficients)
+    settings, adapter = low_rank.join(merged.adapters, merged.merges)
     _note_rank(settings.rank)
     text = (
-        f"The merge `{Path(source).name}` of {len(merged.adapters)} adapters, as one adapter: their"
-        " factors side by side, with weights and scales in B. No rank was cut.\n\n"
+        f"The merge `{Path(source).name}` of {len(merged.adapters)} adapters as one adapter, of the"
+        " rank that they span together. Nothing was left out.\n\n"
         f"{prompt_section(merged.form, adapter=True)}"
     )
     peft_export.write_adapter(
@@ -132,12 +132,12 @@ def export_average(
     )
 
 
-class _Sum(NamedTuple):
-    """A weighted sum of adapters.
+class _Merge(NamedTuple):
+    """A merge of adapters that is one again.
 
     Attributes:
         adapters: the models.
-        coefficients: Hugging Face name -> one number per adapter.
+        merges: Hugging Face name -> how the tensor is merged, and the numbers of the adapters.
         base: name of their base.
         config: of the merge.
         form: how it is asked.
@@ -145,15 +145,15 @@ class _Sum(NamedTuple):
     """
 
     adapters: list[lora.LoRA]
-    coefficients: Mapping[str, Sequence[float]]
+    merges: Mapping[str, tuple[low_rank.Combine, Sequence[int]]]
     base: str
     config: arch.ModelConfig
     form: PromptFormat
     tokenizer_from: Path | None
 
 
-def _open_merge(source: str) -> _Sum:
-    """Open the members of RUN/NAME, with their coefficients in that merge."""
+def _open_merge(source: str) -> _Merge:
+    """Open the members of RUN/NAME, with how they were merged."""
     path = remote.expand(source)
     parent = remote.fetch(path.parent) if remote.address(source) is not None else path.parent
     layout = RunLayout(parent)
@@ -179,12 +179,12 @@ def _open_merge(source: str) -> _Sum:
         for number in numbers
     ]
     adapters = [_as_adapter(member) for member in opened]
-    coefficients = _coefficients(source, row["method"], row["weights"], row["parameters"], adapters)
+    combine = _combination(source, row["method"], row["weights"], row["parameters"], len(numbers))
     names = [name for name, _, _ in arch.hf_tensors(adapters[0].config)]
     first = adapters[0]
-    return _Sum(
+    return _Merge(
         adapters,
-        dict.fromkeys(names, coefficients),
+        dict.fromkeys(names, (combine, numbers)),
         config.model.base,
         first.config,
         first.prompt_format,
@@ -192,8 +192,8 @@ def _open_merge(source: str) -> _Sum:
     )
 
 
-def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Sum:
-    """Open the models of a recipe, with their coefficients in every tensor."""
+def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Merge:
+    """Open the models of a recipe, with how each tensor is merged."""
     merge_plan = planner.plan_recipe(remote.fetch(source), ignore=ignore, allow_bin=allow_bin)
     for note in merge_plan.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -203,27 +203,21 @@ def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Sum:
     adapters = [_as_adapter(merge_plan.sources[number]) for number in used]
     if len({adapter.base.identity() for adapter in adapters}) > 1:
         raise UserError(f"{source}: the adapters have several bases; one adapter has one")
-    coefficients = {}
+    merges = {}
     for output in merge_plan.outputs:
         if any(view.name != output.name for view in output.members):
             raise UserError(f"{source} moves layers, which an adapter on the base cannot")
-        by_member = _coefficients(
-            source,
-            output.method,
-            None if output.weights is None else output.weights.tolist(),
-            output.parameters,
-            output.members,
+        weights = None if output.weights is None else output.weights.tolist()
+        combine = _combination(
+            source, output.method, weights, output.parameters, len(output.members)
         )
-        terms = dict.fromkeys(used, 0.0)
-        for view, value in zip(output.members, by_member, strict=True):
-            terms[view.source] += value
-        coefficients[output.name] = list(terms.values())
+        merges[output.name] = combine, [used.index(view.source) for view in output.members]
     form = merge_plan.prompt_format
     if merge_plan.chat_template is not None:
         form = dataclasses.replace(form, chat_template=merge_plan.chat_template)
-    return _Sum(
+    return _Merge(
         adapters,
-        coefficients,
+        merges,
         references.split_name(adapters[0].label)[0],
         merge_plan.config,
         form,
@@ -240,21 +234,21 @@ def _as_adapter(model: Source) -> lora.LoRA:
     return model
 
 
-def _coefficients(
+def _combination(
     source: str,
     method: str,
     weights: Sequence[float] | None,
     parameters: JsonRow,
-    members: Sequence[object],
-) -> list[float]:
+    count: int,
+) -> low_rank.Combine:
     checked = table.check_parameters(method, parameters)
-    coefficients = low_rank.linear_coefficients(method, weights, checked, len(members))
-    if coefficients is None:
+    combine = low_rank.combination(method, weights, checked, count)
+    if combine is None:
         raise UserError(
             f"{source}: {method} is no weighted sum of the adapters, which alone is an adapter"
-            " again; give --base and --rank for an approximation"
+            " again (as knots is); give --base and --rank for an approximation"
         )
-    return coefficients
+    return combine
 
 
 # ------------------------------------------------------------------------------- approximations

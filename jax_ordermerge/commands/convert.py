@@ -79,7 +79,7 @@ def convert_checkpoint(
             elif run is not None:
                 adapters.export_member(*run, target, dtype)
             else:
-                adapters.export_average(source, target, dtype, ignore=ignore, allow_bin=allow_bin)
+                adapters.export_merge(source, target, dtype, ignore=ignore, allow_bin=allow_bin)
             return
         model = _open(source, run, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
         if dtype is None:

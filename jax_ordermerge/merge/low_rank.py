@@ -1,11 +1,13 @@
 """A merged model as a low-rank adapter on its base.
 
-Of any model, by the truncated SVD of its change; of an average of adapters exactly, since
-sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 .. w_k s_k B_k] [A_1; ..; A_k], of rank k r.
+Of any model, by the truncated SVD of its change. Of k adapters of rank r without loss, where the
+merge has rank k r: sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 .. w_k s_k B_k] [A_1; ..; A_k], and KnOTS,
+whose basis the factors B span.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from jax_ordermerge.checkpoint import safetensors
 from jax_ordermerge.config import Lora
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import JsonRow
-from jax_ordermerge.merge.methods import spectral
+from jax_ordermerge.merge.methods import knots, spectral
 from jax_ordermerge.merge.sources import storage
 from jax_ordermerge.merge.sources.lora import LoRA
 from jax_ordermerge.merge.sources.storage import Source
@@ -161,54 +163,67 @@ def factor(change: np.ndarray, rank: int, dtype: DTypeLike) -> tuple[np.ndarray,
     return left, right
 
 
-def concatenate(
-    members: Sequence[LoRA], coefficients: Mapping[str, Sequence[float]]
-) -> tuple[Lora, tree.Tree]:
-    """Return the adapter of sum_i c_i s_i B_i A_i, with its settings.
+class Term(NamedTuple):
+    """The change s B A that an adapter makes to one matrix: s, B [m, r] and A [r, n]."""
 
-    Its rank is the sum of the ranks. A matrix that not every adapter has gets zeros, so that all
-    matrices have one rank, as servers want it.
+    scale: float
+    b: np.ndarray
+    a: np.ndarray
+
+
+# Of the terms of all members, None of one that leaves the matrix as it is: B and A of the merge.
+Combine = Callable[[Sequence[Term | None]], tuple[np.ndarray, np.ndarray] | None]
+
+
+def join(
+    members: Sequence[LoRA], merges: Mapping[str, tuple[Combine, Sequence[int]]]
+) -> tuple[Lora, tree.Tree]:
+    """Return a merge of adapters as one adapter, with its settings.
+
+    Its rank is the largest of a matrix, mostly the sum of the ranks. Other matrices get zeros
+    beyond theirs: servers want one rank for all.
 
     Args:
-        members: adapters on one base. One whose coefficient is 0 everywhere takes no rank.
-        coefficients: Hugging Face name of each matrix -> c, one per member.
+        members: adapters on one base.
+        merges: Hugging Face name of each matrix -> how it is merged, and the numbers of the
+            members.
 
     Raises:
-        UserError: an adapter changes more than s B A of linear layers.
+        UserError: an adapter changes more than s B A of linear layers, or nothing is left.
     """
     for member in members:
         _refuse_beyond_factors(member)
+    targets = lora.targets(members[0].config, Lora())
     factors = {
-        name: [
-            (np.float32(c * product.scale), *product.read_factors())
-            for member, c in zip(members, coefficients[name], strict=True)
-            if c and (product := member.products.get(name)) is not None
-        ]
-        for spec in lora.targets(members[0].config, Lora())
+        name: merges[name][0]([_term(members[number], name) for number in merges[name][1]])
+        for spec in targets
         for name in spec.hf_names()
     }
-    rank = max(sum(a.shape[0] for _, _, a in terms) for terms in factors.values())
+    rank = max((pair[0].shape[1] for pair in factors.values() if pair is not None), default=0)
     if not rank:
-        raise UserError("every adapter has weight 0: the merge is its base")
+        raise UserError("the adapters, or their weights, are zero: the merge is its base")
     adapter, modules = dict[str, np.ndarray](), []
-    for spec in lora.targets(members[0].config, Lora()):
-        layers, rows, columns = spec.shape
-        if not any(factors[name] for name in spec.hf_names()):
+    for spec in targets:
+        pairs = [factors[name] for name in spec.hf_names()]
+        if not any(pairs):
             continue
+        layers, rows, columns = spec.shape
         left = np.zeros((layers, rows, rank), np.float32)
         right = np.zeros((layers, rank, columns), np.float32)
-        for layer, name in enumerate(spec.hf_names()):
-            start = 0
-            for c, b, a in factors[name]:
-                # c and s in B alone: one rounding, and A keeps the bits of the training
-                left[layer, :, start : start + len(a)] = c * b
-                right[layer, start : start + len(a)] = a
-                start += len(a)
+        for layer, pair in enumerate(pairs):
+            if pair is not None:
+                b, a = pair
+                left[layer, :, : len(a)], right[layer, : len(a)] = b, a
         path = spec.path.removesuffix("weight")
         adapter[f"{path}lora_a"], adapter[f"{path}lora_b"] = right, left
         modules.append(spec.hf_name.split(".")[-2])
     settings = Lora(rank=rank, alpha=rank, targets=tuple(modules))
     return settings, tree.unflatten(adapter)
+
+
+def _term(member: LoRA, name: str) -> Term | None:
+    product = member.products.get(name)
+    return None if product is None else Term(product.scale, *product.read_factors())
 
 
 def _refuse_beyond_factors(member: LoRA) -> None:
@@ -222,10 +237,10 @@ def _refuse_beyond_factors(member: LoRA) -> None:
         )
 
 
-def linear_coefficients(
+def combination(
     method: str, weights: Sequence[float] | None, parameters: JsonRow, count: int
-) -> list[float] | None:
-    """Return c of theta = theta_0 + sum_i c_i tau_i, or None of a merge that is no such sum.
+) -> Combine | None:
+    """Return how a merge method combines factors; None where its result has no low rank.
 
     Args:
         method: name of the merge method.
@@ -234,18 +249,49 @@ def linear_coefficients(
         count: number of members.
 
     Example:
-        >>> linear_coefficients("average", (1, 3), {"normalize": True}, 2)
-        [0.25, 0.75]
-        >>> linear_coefficients("ties", None, {}, 2) is None
+        >>> combine = combination("average", (1, 3), {"normalize": True}, 2)
+        >>> b, a = np.ones((2, 1)), np.ones((1, 3))
+        >>> combine([Term(2.0, b, a), None])[0].tolist()
+        [[0.5], [0.5]]
+        >>> combination("ties", None, {}, 2) is None
         True
     """
     given = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if method == "average":
-        # without the division the base would have another factor than 1
-        divided = parameters["normalize"] or math.isclose(sum(given), 1)
-        return [weight / sum(given) for weight in given] if divided else None
+    # without the division the base would have another factor than 1
+    if method == "average" and (parameters["normalize"] or math.isclose(sum(given), 1)):
+        return partial(_weighted_sum, [weight / sum(given) for weight in given])
     if method == "task_arithmetic":
-        scale = float(str(parameters["scale"]))
         divisor = sum(given) if weights is None or parameters["normalize"] else 1.0
-        return [scale * weight / divisor for weight in given]
+        return partial(_weighted_sum, [parameters["scale"] * weight / divisor for weight in given])
+    if method == "knots":
+        return partial(_knots, parameters["density"], parameters["scale"])
     return None
+
+
+def _weighted_sum(
+    coefficients: Sequence[float], terms: Sequence[Term | None]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    present = [
+        # coefficient and scale in B alone: one rounding, and A keeps the bits of the training
+        (np.float32(c * term.scale) * term.b, term.a)
+        for c, term in zip(coefficients, terms, strict=True)
+        if c and term is not None
+    ]
+    if not present:
+        return None
+    return np.hstack([b for b, _ in present]), np.vstack([a for _, a in present])
+
+
+def _knots(
+    density: float, scale: float, terms: Sequence[Term | None]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    # members that leave the matrix as it is have no sign, so they do not take part
+    present = [
+        (term.scale * term.b.astype(np.float64), term.a.astype(np.float64))
+        for term in terms
+        if term is not None
+    ]
+    if not present:
+        return None
+    b, a = knots.merge_factors(present, density)
+    return (scale * b).astype(np.float32), a.astype(np.float32)

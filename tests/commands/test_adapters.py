@@ -127,15 +127,24 @@ def test_a_recipe_of_adapters_is_one_adapter_without_loss(folder, tmp_path, caps
     recipe.write_text(json.dumps(ties))
     assert call("convert", recipe, tmp_path / "joined", "--to", "peft") == 2
     assert "ties is no weighted sum of the adapters" in capsys.readouterr().err
-    recipe.write_text(json.dumps({"merge_method": "linear", "models": models, "dtype": "float32"}))
-    assert call("convert", recipe, tmp_path / "joined", "--to", "peft") == 0
-    assert call("merge", recipe, tmp_path / "dense") == 0
-    joined = open_model(f"{folder}/base+{tmp_path}/joined")
-    dense = open_model(str(tmp_path / "dense"))
-    for name, _, _ in arch.hf_tensors(dense.config):
-        np.testing.assert_allclose(read(joined, name), read(dense, name), atol=1e-6)
-    expected = logits(LlamaForCausalLM.from_pretrained(tmp_path / "dense"))
-    adapted = with_adapter(folder, tmp_path / "joined")
+    linear = {"merge_method": "linear", "models": models, "dtype": "float32"}
+    plain = [{"model": model["model"]} for model in models]
+    knots = {
+        "merge_method": "knots",
+        "models": plain,
+        "parameters": {"density": 0.4, "scale": 0.9},
+        "base_model": f"{folder}/base",
+    }
+    for name, content in (("linear", linear), ("knots", knots)):
+        recipe.write_text(json.dumps(content))
+        assert call("convert", recipe, tmp_path / name, "--to", "peft") == 0
+        assert call("merge", recipe, tmp_path / f"{name}-dense") == 0
+        joined = open_model(f"{folder}/base+{tmp_path}/{name}")
+        dense = open_model(str(tmp_path / f"{name}-dense"))
+        for tensor, _, _ in arch.hf_tensors(dense.config):
+            np.testing.assert_allclose(read(joined, tensor), read(dense, tensor), atol=1e-6)
+    expected = logits(LlamaForCausalLM.from_pretrained(tmp_path / "linear-dense"))
+    adapted = with_adapter(folder, tmp_path / "linear")
     np.testing.assert_allclose(logits(adapted), expected, atol=1e-5)
     assert adapted.peft_config["default"].r == 7
 

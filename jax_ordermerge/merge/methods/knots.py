@@ -50,16 +50,58 @@ def merge(xp: ModuleType, task_vectors: Sequence[AnyArray], density: AnyArray) -
     is_kept = spectral.significant(xp, s, (rows, columns * len(task_vectors)))
     # U^T tau_i = S V_i^T, so V is not needed
     basis = u * is_kept[None]
-    # a part of what the basis spans: rows of zeros beyond the rank are no coordinates
-    count = xp.maximum(xp.round(density * (is_kept.sum() * columns)), 1).astype(int)
-    kept = [_trim(xp, basis.T @ task_vector, count) for task_vector in task_vectors]
+    coordinates = [basis.T @ task_vector for task_vector in task_vectors]
+    return basis @ _elect(xp, coordinates, density * (is_kept.sum() * columns))
+
+
+def merge_factors(
+    factors: Sequence[tuple[np.ndarray, np.ndarray]], density: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `merge` returns of the matrices B_i A_i, as factors B [m, R] and A [R, n].
+
+    R is the sum of the ranks, or m if that is less. No matrix [m, n] is decomposed, or formed.
+
+    Args:
+        factors: B_i [m, r_i] and A_i [r_i, n], float64.
+        density: as in `merge`.
+
+    Example:
+        >>> b, a = np.array([[1.0], [0.0]]), np.array([[2.0, 0.0, 1.0]])
+        >>> left, right = merge_factors([(b, a), (3 * b, a)], 1.0)
+        >>> (left @ right).round(6).tolist()
+        [[4.0, 0.0, 2.0], [0.0, 0.0, 0.0]]
+    """
+    # B_i = Q R_i, so the singular vectors of B_i A_i side by side are Q times those of R_i A_i
+    q, triangle = np.linalg.qr(np.hstack([b for b, _ in factors]))
+    ends = np.cumsum([b.shape[1] for b, _ in factors])[:-1]
+    pieces = np.split(triangle, ends, axis=1)
+    reduced = [piece @ a for piece, (_, a) in zip(pieces, factors, strict=True)]
+    u, s = spectral.left_vectors(np, reduced)
+    columns = reduced[0].shape[1]
+    is_kept = spectral.significant(np, s, (len(q), columns * len(factors)))
+    basis = u * is_kept[None]
+    coordinates = [basis.T @ task_vector for task_vector in reduced]
+    return q @ basis, _elect(np, coordinates, density * (is_kept.sum() * columns))
+
+
+def _elect(xp: ModuleType, coordinates: Sequence[AnyArray], count: AnyArray) -> AnyArray:
+    """Return the mean of the members that have the elected sign, of their largest coordinates.
+
+    Args:
+        xp: numpy or jax.numpy.
+        coordinates: M matrices [r, n].
+        count: how many are kept of each member, to be rounded. It is a part of what the basis
+            spans: rows of zeros beyond the rank are no coordinates.
+    """
+    number = xp.maximum(xp.round(count), 1).astype(int)
+    kept = [_trim(xp, values, number) for values in coordinates]
     sign = xp.sign(sum(kept))
     total, agreeing = xp.zeros_like(sign), xp.zeros_like(sign)
-    for coordinates in kept:
-        agrees = (xp.sign(coordinates) == sign) & (sign != 0)
-        total = total + xp.where(agrees, coordinates, 0)
+    for values in kept:
+        agrees = (xp.sign(values) == sign) & (sign != 0)
+        total = total + xp.where(agrees, values, 0)
         agreeing = agreeing + agrees
-    return basis @ (total / xp.maximum(agreeing, 1))
+    return total / xp.maximum(agreeing, 1)
 
 
 def _trim(xp: ModuleType, coordinates: AnyArray, count: AnyArray) -> AnyArray:

@@ -98,6 +98,21 @@ def test_knots_of_adapters_uses_the_rank_that_they_span():
     np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [20, 4])
+def test_knots_of_factors_is_that_of_their_products(rows):
+    """Ranks 2 and 3, the same column twice among them; also more of them than there are rows."""
+    generator = np.random.default_rng(0)
+    factors = [
+        (generator.normal(size=(rows, rank)), generator.normal(size=(rank, 9))) for rank in (2, 3)
+    ]
+    factors[1][0][:, 0] = factors[0][0][:, 0]
+    left, right = knots.merge_factors(factors, 0.4)
+    assert left.shape[1] == min(rows, 5)
+    rank = min(rows, 4)
+    expected = naive_knots([b @ a for b, a in factors], 0.4, rank)
+    np.testing.assert_allclose(left @ right, expected, atol=1e-9)
+
+
 def test_isotropic_adapters_keep_rank_and_nuclear_norm():
     members, base = population_of((20, 30), count=2, rank=2)
     merged = np.asarray(merge_tensor("iso_c", jnp.asarray(members), base=base), np.float64) - base
