@@ -200,6 +200,7 @@ def work(row: Row, program: str, path: pathlib.Path) -> None:
     """Compile one program and write its text and its memory."""
     # described devices need no other platform, which may be there
     jax.config.update("jax_platforms", "cpu")
+    digest = identity(row, program)  # before the code may change on the disk
     start, cpu = time.monotonic(), time.process_time()
     compiled = compile_maxtext(row) if program == MAXTEXT else compile_ours(row, program)
     memory = compiled.memory_analysis()
@@ -213,7 +214,7 @@ def work(row: Row, program: str, path: pathlib.Path) -> None:
         "cpu_seconds": time.process_time() - cpu,
         "date": dt.date.today().isoformat(),
         "versions": versions(),
-        "of": identity(row, program),
+        "of": digest,
     }
     # after the text: a file of facts says that the text is complete
     path.write_text(json.dumps(facts, indent=1))
@@ -397,14 +398,16 @@ def table(results: dict[tuple[Row, str], Result]) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def compile_all(rows: list[Row], out: pathlib.Path, maxtext: str | None) -> None:
+def compile_all(
+    rows: list[Row], programs: list[str], out: pathlib.Path, maxtext: str | None
+) -> None:
     """Compile what is missing in `out`, one program at a time."""
     out.mkdir(parents=True, exist_ok=True)
     for row in rows:
         for program in (MAXTEXT, *row.programs):
             python = maxtext if program == MAXTEXT else sys.executable
             path = path_of(out, row, program)
-            if python is None or is_complete(path, row, program):
+            if program not in programs or python is None or is_complete(path, row, program):
                 continue
             print(f"{row.name}: {program} ...", file=sys.stderr, flush=True)
             path.unlink(missing_ok=True)
@@ -440,6 +443,10 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", choices=[row.name for row in ROWS], help="by default all"
     )
+    programs = [MAXTEXT, *PROGRAMS]
+    parser.add_argument(
+        "--programs", nargs="+", choices=programs, default=programs, help="by default all"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     by_name = {row.name: row for row in ROWS}
@@ -448,7 +455,7 @@ def main() -> None:
         work(by_name[row], program, options.out)
         return
     rows = [by_name[name] for name in options.rows or by_name]
-    compile_all(rows, options.out, options.maxtext)
+    compile_all(rows, options.programs, options.out, options.maxtext)
     results = load(options.out)
     compilers = sorted({result.compiler for result in results.values()})
     page = "\n\n".join(["; ".join(compilers), table(results)]) + "\n"

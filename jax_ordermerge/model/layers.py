@@ -3,6 +3,7 @@
 Axis letters as in `llama.py`, and `O` output, `I` input of a linear layer, `R` a row of `[B, T]`.
 """
 
+import functools
 import math
 from typing import Final, Literal
 
@@ -74,15 +75,58 @@ def _project_by_head(
     return jax.lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=dtype)
 
 
+# The gradient of a weight contracts the rows of two arrays, and XLA on TPU writes the first of them
+# again in another layout. Where jax differentiates, that is the gradient of the output: of q, k, v,
+# gate and up. Here it is x, which these share.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _project_embed(
+    x_BTD: jax.Array, weight_OD: jax.Array, dtype: DTypeLike, outputs: tuple[int, ...], axis: str
+) -> jax.Array:
+    """Return `_project_by_head` of x [B, T, D], where `axis` is the logical axis of the outputs."""
+    return _project_by_head(x_BTD, weight_OD, dtype, outputs)
+
+
+def _project_embed_forward(
+    x_BTD: jax.Array, weight_OD: jax.Array, dtype: DTypeLike, outputs: tuple[int, ...], axis: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _project_by_head(x_BTD, weight_OD, dtype, outputs), (x_BTD, weight_OD)
+
+
+def _project_embed_backward(
+    dtype: DTypeLike,
+    outputs: tuple[int, ...],
+    axis: str,
+    saved: tuple[jax.Array, jax.Array],
+    grad: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    x_BTD, weight_OD = saved
+    weight = weight_OD.reshape(*outputs, -1)
+    contracted = tuple(range(2, grad.ndim)), tuple(range(len(outputs)))
+    grad_BTD = jax.lax.dot_general(
+        grad, weight, (contracted, ((), ())), preferred_element_type=dtype
+    )
+    rows = (0, 1), (0, 1)
+    grad_DO = jax.lax.dot_general(x_BTD, grad, (rows, ((), ())), preferred_element_type=dtype)
+    grad_DO = meshes.constrain(grad_DO.reshape(x_BTD.shape[2], -1), "embed", axis)
+    # without the barrier XLA joins product and transposition
+    return grad_BTD, jax.lax.optimization_barrier(grad_DO).T
+
+
+_project_embed.defvjp(_project_embed_forward, _project_embed_backward)
+
+
 class Linear(nn.Module):
     """x weight^T (+ bias) with weight `[out, in]`, and + (x lora_a^T) lora_b^T with an adapter.
 
     x is [B, T, ...] and the result [B, T, *outputs]: the axes behind `T` are the factors of `in`
     and `out`, such as heads and head dim. An adapter is two more entries of the parameter dict,
     `lora_a` and `lora_b`, beside the weight.
+
+    `axes` are the logical axes of the weight in the tensor table.
     """
 
     outputs: tuple[int, ...]
+    axes: tuple[str, str]
     bias: bool
     dtype: DTypeLike
     form: Form
@@ -96,7 +140,7 @@ class Linear(nn.Module):
             x, outputs = x.reshape(B, T, -1), (features,)
         shape = features, math.prod(x.shape[2:])
         weight = self.param("weight", nn.initializers.zeros, shape)
-        y = self._product(x, weight.astype(self.dtype), outputs)
+        y = self._product(x, weight.astype(self.dtype), outputs, self.axes)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (features,))
             y = y + bias.astype(self.dtype).reshape(outputs)[None, None]
@@ -107,9 +151,20 @@ class Linear(nn.Module):
             y = checkpoint_name(y + change, ADAPTED)
         return y.reshape(B, T, *self.outputs)
 
-    def _product(self, x: jax.Array, weight_OI: jax.Array, outputs: tuple[int, ...]) -> jax.Array:
+    def _product(
+        self,
+        x: jax.Array,
+        weight_OI: jax.Array,
+        outputs: tuple[int, ...],
+        axes: tuple[str, str] | None = None,
+    ) -> jax.Array:
         if self.form == "flat":
             return project(x, weight_OI, self.dtype)
+        if axes is not None and axes[1] == "embed":
+            return _project_embed(x, weight_OI, self.dtype, outputs, axes[0])
+        if axes is not None:
+            # and its gradient, which XLA divided otherwise in the loop and moved behind it
+            weight_OI = meshes.constrain(weight_OI, *axes)
         return _project_by_head(x, weight_OI, self.dtype, outputs)
 
 

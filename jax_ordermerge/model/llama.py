@@ -100,9 +100,10 @@ class Attention(nn.Module):
         if self.last_only:
             query_inputs = jax.tree.map(_last, query_inputs)
         x_q_BTD, queries, cos_BTH, sin_BTH = query_inputs
-        q = Linear((N, H), c.qkv_bias, self.dtype, self.form, name="q")(x_q_BTD)
-        k = Linear((K, H), c.qkv_bias, self.dtype, self.form, name="k")(x_BTD)
-        v = Linear((K, H), c.qkv_bias, self.dtype, self.form, name="v")(x_BTD)
+        settings = c.qkv_bias, self.dtype, self.form
+        q = Linear((N, H), ("heads", "embed"), *settings, name="q")(x_q_BTD)
+        k = Linear((K, H), ("kv_heads", "embed"), *settings, name="k")(x_BTD)
+        v = Linear((K, H), ("kv_heads", "embed"), *settings, name="v")(x_BTD)
         if c.qk_norm:  # Qwen3: per head, before the rotation
             q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
@@ -128,7 +129,8 @@ class Attention(nn.Module):
             # one that is known leaves out the blocks before it.
             full = functools.partial(attend, window=None, kernel=kernel)
             mixed = jax.lax.cond(has_window, attention, full, *inputs)
-        return Linear((D,), c.output_bias, self.dtype, self.form, name="o")(mixed), kv
+        settings = c.output_bias, self.dtype, self.form
+        return Linear((D,), ("embed", "heads"), *settings, name="o")(mixed), kv
 
 
 def _last(x_BT: jax.Array) -> jax.Array:
@@ -149,12 +151,14 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c, inner = self.config, (self.config.intermediate_size,)
-        gate_BTF = Linear(inner, c.mlp_bias, self.dtype, self.form, name="gate")(x_BTD)
-        up_BTF = Linear(inner, c.mlp_bias, self.dtype, self.form, name="up")(x_BTD)
+        c = self.config
+        settings = c.mlp_bias, self.dtype, self.form
+        inner = (c.intermediate_size,), ("mlp", "embed")
+        gate_BTF = Linear(*inner, *settings, name="gate")(x_BTD)
+        up_BTF = Linear(*inner, *settings, name="up")(x_BTD)
         hidden_BTF = meshes.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
-        outer = (c.hidden_size,)
-        return Linear(outer, c.mlp_bias, self.dtype, self.form, name="down")(hidden_BTF)
+        outer = (c.hidden_size,), ("embed", "mlp")
+        return Linear(*outer, *settings, name="down")(hidden_BTF)
 
 
 class Block(nn.Module):

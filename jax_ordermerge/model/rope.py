@@ -92,7 +92,8 @@ def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Arr
         [0.0, 1.0]
     """
     # Dimension i pairs with i + H/2, as in Hugging Face checkpoints. In the paper neighbours pair.
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    # Halves first, then float32: XLA on TPU would write all of x in float32.
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x_BTNH, 2, axis=-1))
     cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
