@@ -10,7 +10,7 @@ import pytest
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import Lora
-from jax_ordermerge.model import kernels, layers, llama, lora, loss
+from jax_ordermerge.model import kernels, layers, llama, lora, loss, rope
 from jax_ordermerge.plan.collectives import read_collectives
 from jax_ordermerge.train import objective
 
@@ -140,6 +140,35 @@ def test_the_gradient_of_the_head_adds_up_in_float32(monkeypatch):
 
     gradient = jax.jit(jax.grad(total))(jnp.zeros((2, 2)))
     np.testing.assert_array_equal(gradient, [[-2048, -2048], [2048, 2048]])
+
+
+def test_the_gradient_of_a_weight_contracts_the_input_first():
+    """XLA on TPU writes the first array again: x once, and not each gradient of what reads x."""
+    layer = layers.Linear((5,), ("mlp", "embed"), False, "float32", "by_head")
+
+    def loss(weight, x):
+        return jnp.sin(layer.apply({"params": {"weight": weight}}, x)).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(jnp.ones((5, 4)), jnp.ones((2, 3, 4))).as_text()
+    assert "(tensor<2x3x4xf32>, tensor<2x3x5xf32>) -> tensor<4x5xf32>" in text
+
+
+def test_rotations_of_bfloat16_are_those_of_float32_rounded():
+    random = np.random.default_rng(0)
+    x, ct = (jnp.asarray(random.normal(size=(2, 5, 3, 8)), "bfloat16") for _ in range(2))
+    angles = random.random((2, 5, 4)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+
+    def rotated(x):
+        first, second = np.split(np.asarray(x, np.float32), 2, axis=-1)
+        c, s = cos[:, :, None], sin[:, :, None]
+        return np.concatenate([first * c - second * s, second * c + first * s], -1)
+
+    out, vjp = jax.vjp(lambda x: rope.rotate(x, cos, sin), x)
+    np.testing.assert_array_equal(out, jnp.asarray(rotated(x), "bfloat16"))
+    # the transpose of a rotation is the rotation back
+    sin = -sin
+    np.testing.assert_array_equal(vjp(ct)[0], jnp.asarray(rotated(ct), "bfloat16"))
 
 
 def test_the_form_is_that_of_the_devices():
