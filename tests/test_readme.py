@@ -57,7 +57,7 @@ def test_ci_runs_the_test_command_that_it_prints():
     assert printed == 'pip install -e ".[test]" && pytest'
     ci = (ROOT / ".ci" / "run").read_text()
     assert 'pip install --quiet -e ".[test]"' in ci
-    assert "\npytest --slow\n" in ci  # with the slow ones
+    assert "\nexport PYTEST_ADDOPTS=--slow\npytest\n" in ci
 
 
 @pytest.mark.slow
