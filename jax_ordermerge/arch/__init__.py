@@ -4,6 +4,7 @@ from jax_ordermerge.arch.config import ARCHITECTURES, ModelConfig, architecture_
 from jax_ordermerge.arch.families import FAMILIES, Family
 from jax_ordermerge.arch.rope import Rope
 from jax_ordermerge.arch.table import TensorSpec, hf_tensors, parameter_count, tensor_table
+from jax_ordermerge.arch.unlisted import UnlistedConfig
 
 __all__ = [
     "ARCHITECTURES",
@@ -12,6 +13,7 @@ __all__ = [
     "ModelConfig",
     "Rope",
     "TensorSpec",
+    "UnlistedConfig",
     "architecture_of",
     "hf_tensors",
     "parameter_count",

@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import atomic, json_files, shards, sidecar_files
-from jax_ordermerge.checkpoint.shards import DTYPES, INDEX, SHARD_BYTES, SINGLE
+from jax_ordermerge.checkpoint.shards import DTYPES, SHARD_BYTES
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonValue
 
@@ -197,12 +197,14 @@ class Reader:
 
 
 def _open_directory(directory: Path) -> dict[str, _Entry]:
-    single, index = directory / SINGLE, directory / INDEX
+    single = directory / f"{shards.find_stem(directory)}.safetensors"
+    index = directory / f"{single.name}.index.json"
     if not index.is_file():
         if single.is_file():
             return _read_header(single)
         raise _printable_error(
-            f"{directory} has neither {SINGLE} nor {INDEX}: {_describe_weights(directory)}"
+            f"{directory} has neither {single.name} nor {index.name}:"
+            f" {_describe_weights(directory)}"
         )
     entries: dict[str, _Entry] = {}
     # Sorted by shard, so that a reader of all tensors goes through each file once.

@@ -26,6 +26,8 @@ from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
 
+# How the names of the files begin: of models, of diffusers, of adapters of PEFT.
+STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # the default of transformers
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -82,7 +84,9 @@ class ShardFiles:
         dtype: DTypeLike,
         shard_bytes: int = SHARD_BYTES,
         *,
+        dtypes: Mapping[str, np.dtype[Any]] | None = None,
         shared: bool = False,
+        stem: str = STEMS[0],
     ) -> None:
         """Plan the files; nothing is written yet.
 
@@ -92,13 +96,18 @@ class ShardFiles:
             dtype: dtype of all tensors.
             shard_bytes: largest size of the tensors of a file. A single file is named
                 `model.safetensors` and has no index.
+            dtypes: of single tensors, in place of `dtype`.
             shared: whether several processes write to the files at the same time.
+            stem: what stands in place of `model` in the names of the files.
         """
         # NFS extends a write to whole pages of its cache, and so writes stale bytes of neighbours
         # that another host has written. It does not for files that are opened with O_DSYNC.
         self._flags = os.O_RDWR | (os.O_DSYNC if shared else 0)
-        self._directory, self._dtype, self._table = directory, np.dtype(dtype), dict(table)
-        sizes = {name: math.prod(shape) * self._dtype.itemsize for name, shape in table.items()}
+        self._directory, self._table, self._stem = directory, dict(table), stem
+        self._dtypes = {**dict.fromkeys(table, np.dtype(dtype)), **(dtypes or {})}
+        sizes = {
+            name: math.prod(shape) * self._dtypes[name].itemsize for name, shape in table.items()
+        }
         shards: list[list[str]] = [[]]
         filled = 0
         for name, size in sizes.items():
@@ -109,8 +118,10 @@ class ShardFiles:
             shards[-1].append(name)
             filled += size
         count = len(shards)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        self._shards = dict(zip([SINGLE] if count == 1 else names, shards, strict=True))
+        names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        self._shards = dict(
+            zip([f"{stem}.safetensors"] if count == 1 else names, shards, strict=True)
+        )
         self._headers: dict[str, bytes] = {}
         self._locations: dict[str, _Location] = {}
         for file, tensors in self._shards.items():
@@ -132,7 +143,7 @@ class ShardFiles:
         for name in tensors:
             offsets = [end, end := end + sizes[name]]
             header[name] = {
-                "dtype": _NAMES[self._dtype],
+                "dtype": _NAMES[self._dtypes[name]],
                 "shape": list(self._table[name]),
                 "data_offsets": offsets,
             }
@@ -163,7 +174,8 @@ class ShardFiles:
         if len(self._shards) > 1:
             weight_map = {name: self._locations[name].file for name in self._table}
             index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
-            atomic.write_text(self._directory / INDEX, json.dumps(index, indent=2) + "\n")
+            path = self._directory / f"{self._stem}.safetensors.index.json"
+            atomic.write_text(path, json.dumps(index, indent=2) + "\n")
 
     def exist(self) -> bool:
         """Return whether this process sees all files, which another one may have created."""
@@ -238,6 +250,20 @@ class ShardFiles:
                     os.fsync(handle)
                 os.close(handle)
             self._handles.clear()
+
+
+def find_stem(directory: Path) -> str:
+    """Return how the names of the weight files of a directory begin.
+
+    Example:
+        >>> find_stem(Path("nowhere"))
+        'model'
+    """
+    # The first that is there: beside a model an adapter may lie, which its loader does not read.
+    for stem in STEMS:
+        if any((directory / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json")):
+            return stem
+    return STEMS[0]
 
 
 def _reserve(handle: int, size: int, path: Path) -> None:

@@ -261,6 +261,8 @@ def model_card(
     base_model: str | Sequence[str] | None = None,
     relation: Literal["merge", "finetune", "adapter"] | None = "finetune",
     tags: Sequence[str] = (),
+    library: str = "transformers",
+    task: str | None = "text-generation",
 ) -> str:
     """Return the text of a model card with the metadata that hubs read.
 
@@ -271,6 +273,8 @@ def model_card(
             machine do not belong here, see `merge.sources.public_names`.
         relation: relation of the model to its base, None where it is only another format.
         tags: tags besides `jax_ordermerge`.
+        library: that reads a model which is no adapter.
+        task: what the model does, in the words of the hub.
 
     Example:
         >>> base = "meta-llama/Llama-2-7b-hf"
@@ -296,8 +300,8 @@ def model_card(
     base = base_model if isinstance(base_model, str) else list(base_model or ())
     data = ModelCardData(
         base_model=base or None,
-        library_name="peft" if relation == "adapter" else "transformers",
-        pipeline_tag="text-generation",
+        library_name="peft" if relation == "adapter" else library,
+        pipeline_tag=task,
         tags=[*tags, "jax_ordermerge"],
         **relations,  # type: ignore[arg-type]
     )

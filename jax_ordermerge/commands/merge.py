@@ -9,21 +9,23 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import rich.console
 import rich.progress
 import rich.table
 
+from jax_ordermerge.arch import UnlistedConfig
 from jax_ordermerge.checkpoint import atomic, convert, remote
 from jax_ordermerge.config.merge import canonical_method
 from jax_ordermerge.config.section import read_value
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import CONFIG, RunLayout
-from jax_ordermerge.merge import engine, plan
+from jax_ordermerge.merge import engine, plan, unlisted
 from jax_ordermerge.merge.recipe import planner, schema
 from jax_ordermerge.merge.sources import references
+from jax_ordermerge.merge.sources.storage import Source
 
 # Of models named on the command line. In docs/results.md `selection` is worse than the average on
 # all five data sets. Another length may be better, but takes validation data to choose.
@@ -262,18 +264,23 @@ def plan_models(
     names = [*models, *([] if base is None else [base])]
     # those on this machine first: a mistake in one of them costs no download
     opened = {
-        name: references.open_model(name, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
+        name: references.open_any(name, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
         for name in sorted(names, key=references.is_downloaded)
     }
-    merge_plan = plan.uniform(
-        [opened[name] for name in models],
-        None if base is None else opened[base],
-        method=chosen,
-        seed=seed,
-        weights=method_weights,
-        parameters=method_parameters,
-        dtype=dtype,
-    )
+    members = [opened[name] for name in models]
+    base_model = None if base is None else opened[base]
+    options: Json = {
+        "method": chosen,
+        "seed": seed,
+        "weights": method_weights,
+        "parameters": method_parameters,
+        "dtype": dtype,
+    }
+    if any(map(unlisted.is_unlisted, opened.values())):
+        merge_plan = unlisted.uniform(members, base_model, **options, allow_bin=allow_bin)
+    else:
+        listed = [cast(Source, member) for member in members]
+        merge_plan = plan.uniform(listed, cast(Source | None, base_model), **options)
     if method is None:
         print(f"note: merging by {DEFAULT_METHOD}; choose another with --method", file=sys.stderr)
     return merge_plan
@@ -352,7 +359,8 @@ def print_plan(merge_plan: plan.Plan, out: None = None, *, workers: int | None =
     table.add_row("methods", ", ".join(methods))
     for source in merge_plan.sources:
         table.add_row("model", source.label)
-    table.add_row("tensors", f"{len(merge_plan.outputs)}, {merge_plan.out_dtype.name}")
+    dtypes = sorted({merge_plan.out_dtype_of(output).name for output in merge_plan.outputs})
+    table.add_row("tensors", f"{len(merge_plan.outputs)}, {' and '.join(dtypes)}")
     table.add_row("read at least", f"{merge_plan.input_bytes / 1e9:.3f} GB")
     table.add_row("write", f"{merge_plan.output_bytes / 1e9:.3f} GB")
     table.add_row("memory about", f"{memory / 1e9:.2f} GB")
@@ -385,6 +393,11 @@ def merge_models(
     Raises:
         UserError: bad input; nothing is left at `out` then.
     """
+    if to != "hf" and isinstance(merge_plan.config, UnlistedConfig):
+        raise UserError(
+            f"--to {to} is for architectures in the table; {merge_plan.config.kind} is written as"
+            " it was read: leave --to out"
+        )
     with remote.new_directory(out) as target:
         # the engine writes safetensors only: an Orbax checkpoint is made of a finished HF directory
         hf_dir = target

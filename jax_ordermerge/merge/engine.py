@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import sys
 import threading
 import time
 import zlib
@@ -26,8 +27,9 @@ import numpy as np
 
 import jax_ordermerge
 from jax_ordermerge import processes, rng
+from jax_ordermerge.arch import UnlistedConfig
 from jax_ordermerge.checkpoint import atomic
-from jax_ordermerge.checkpoint.shards import SHARD_BYTES, ShardFiles
+from jax_ordermerge.checkpoint.shards import SHARD_BYTES, STEMS, ShardFiles
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge import diagnostics, journal, manifest
 from jax_ordermerge.merge.journal import TensorRecord
@@ -81,10 +83,22 @@ def merge_plan(
     if slab_elements < 1:
         raise UserError(f"slab_elements = {slab_elements} must be positive")
     shapes = {output.name: output.shape for output in plan.outputs}
+    stem = STEMS[0]
+    if isinstance(plan.config, UnlistedConfig):
+        stem = plan.config.stem
+        # PEFT reads a single file, whatever its size
+        shard_bytes = sys.maxsize if plan.config.is_adapter else shard_bytes
     process, process_count = jax.process_index(), jax.process_count()
     with _open_workspace(out, _fingerprint(plan, shard_bytes)) as (directory, is_resumed):
-        is_shared = process_count > 1
-        with ShardFiles(directory, shapes, plan.out_dtype, shard_bytes, shared=is_shared) as files:
+        with ShardFiles(
+            directory,
+            shapes,
+            plan.out_dtype,
+            shard_bytes,
+            dtypes={output.name: plan.out_dtype_of(output) for output in plan.outputs},
+            shared=process_count > 1,
+            stem=stem,
+        ) as files:
             finished = journal.read(directory, shapes) if is_resumed else {}
             with processes.barrier(f"create {out}"):
                 # headers and layout follow from the plan: an interrupted merge has the same files
@@ -123,7 +137,8 @@ def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
         Bytes of memory, including what this process has now, and seconds without writing.
     """
     workers = workers or _default_workers()
-    outputs = sorted(plan.outputs, key=lambda output: output.size)
+    merged = [output for output in plan.outputs if not output.copied]
+    outputs = sorted(merged, key=lambda output: output.size)
     # larger than most tensors, which are norms and biases, and quicker than an embedding
     sample, largest = outputs[-len(outputs) // 3], outputs[-1]
     merger = _Merger(plan, None, SLAB_ELEMENTS, with_diagnostics=True)
@@ -133,7 +148,8 @@ def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
     seconds_per_element = (time.perf_counter() - start) / sample.size
     seconds = seconds_per_element * sum(output.size for output in outputs) / workers
 
-    element_bytes = (len(sample.members) + 2) * plan.dtype.itemsize  # of members, base and result
+    # of members, base and result
+    element_bytes = (len(sample.members) + 2) * plan.dtype_of(sample).itemsize
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory += workers * SLAB_ELEMENTS * element_bytes
     if merger.pool.was_used:
@@ -165,7 +181,10 @@ def _fingerprint(plan: Plan, shard_bytes: int) -> str:
         plan.out_dtype.name,
         [[source.label, source.identity()] for source in plan.sources],
         [
-            [output.name, output.method, output.parameters, np.array(output.weights).tolist()]
+            [
+                *(output.name, output.method, output.parameters),
+                *(np.array(output.weights).tolist(), plan.out_dtype_of(output).name),
+            ]
             for output in plan.outputs
         ],
         shard_bytes,
@@ -280,6 +299,8 @@ class _Merger:
 
     def merge(self, output: Output) -> TensorRecord:
         """Merge one tensor and write it."""
+        if output.copied:
+            return self._copy(output)
         with (
             FileTensor(
                 self.plan, output, self.slab_elements, self.pool, allow_nan=self.allow_nan
@@ -289,6 +310,20 @@ class _Merger:
         ):
             # a function of its own: its local variables refer to memory that is then released
             return self._merge_slabs(tensor, output)
+
+    def _copy(self, output: Output) -> TensorRecord:
+        """Write a tensor that all models share as it is."""
+        view, dtype = output.members[0], self.plan.out_dtype_of(output)
+        crc = 0
+        for start in range(0, output.size, self.slab_elements):
+            part = np.empty(min(self.slab_elements, output.size - start), dtype)
+            self.plan.sources[view.source].read_into(view.name, start, part)
+            if self.files is not None:
+                self.files.write(output.name, start * dtype.itemsize, part)
+            crc = zlib.crc32(part.view(np.uint8).data, crc)
+        # one checksum for all: the plan has compared them
+        count = len(output.views)
+        return TensorRecord(output.name, f"{crc:08x}", [crc] * count, None, 0, [0] * count)
 
     def _merge_slabs(self, tensor: FileTensor, output: Output) -> TensorRecord:
         plan, method = self.plan, table.METHODS[output.method]
@@ -300,8 +335,8 @@ class _Merger:
         program = {
             "method": output.method,
             "static": static,
-            "dtype": plan.dtype,
-            "out": plan.out_dtype,
+            "dtype": plan.dtype_of(output),
+            "out": plan.out_dtype_of(output),
         }
         crc, elements, checksums, moments = 0, 0, [], []
         not_finite = np.zeros(len(output.members) + (needs_base and output.base is not None), int)

@@ -12,7 +12,9 @@ import numpy as np
 import yaml
 
 import jax_ordermerge
-from jax_ordermerge.checkpoint import atomic, sidecar_files
+from jax_ordermerge.arch import UnlistedConfig
+from jax_ordermerge.checkpoint import atomic, json_files, other_files, sidecar_files
+from jax_ordermerge.checkpoint.shards import STEMS
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge import diagnostics
@@ -22,6 +24,8 @@ from jax_ordermerge.merge.plan import Plan
 from jax_ordermerge.merge.sources.public_names import public_name, short_names, split_label
 
 REPORT, MANIFEST = "merge.json", "manifest.json"
+# How the names of weight files begin -> the library that reads them.
+_LIBRARIES = dict(zip(STEMS, ("transformers", "diffusers", "peft"), strict=True))
 
 
 class ModelDigest(TypedDict):
@@ -105,14 +109,18 @@ def _not_finite_notes(plan: Plan, records: Sequence[TensorRecord]) -> list[str]:
 def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
     """Write every file but the tensors into the directory of a merge."""
     content = report(plan, records)
-    sidecar_files.write(
-        directory,
-        plan.config,
-        plan.out_dtype.name,
-        tokenizer_from=plan.tokenizer_from,
-        card=_card(plan, content),
-        recipe=yaml.safe_dump(content["recipe"], sort_keys=False),
-    )
+    card, recipe = _card(plan, content), yaml.safe_dump(content["recipe"], sort_keys=False)
+    if isinstance(plan.config, UnlistedConfig):
+        _write_unlisted(directory, plan, plan.config, card, recipe)
+    else:
+        sidecar_files.write(
+            directory,
+            plan.config,
+            plan.out_dtype.name,
+            tokenizer_from=plan.tokenizer_from,
+            card=card,
+            recipe=recipe,
+        )
     # after the tokenizer was copied, since these change its files
     if plan.added_tokens:
         sidecar_files.add_tokens(directory, plan.added_tokens)
@@ -122,11 +130,25 @@ def write(directory: Path, plan: Plan, records: Sequence[TensorRecord]) -> None:
     # CRC-32 finds damaged bytes and costs little: it was computed while the slabs were written
     manifest = {
         "algorithm": "crc32",
-        "dtype": plan.out_dtype.name,
+        "dtype": " and ".join(sorted({plan.out_dtype_of(x).name for x in plan.outputs})),
         "tensors": {record.name: record.crc32 for record in records},
     }
     for name, document in ((REPORT, content), (MANIFEST, manifest)):
         atomic.write_text(directory / name, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def _write_unlisted(
+    directory: Path, plan: Plan, config: UnlistedConfig, card: str, recipe: str
+) -> None:
+    """Copy what lies beside the weights of the base, with the config that belongs to the merge."""
+    if plan.files_from is not None:
+        other_files.copy(plan.files_from, directory, without=[config.file])
+    if config.content:
+        json_files.write_json(directory / config.file, dict(config.content))
+    if plan.tokenizer_from not in (None, plan.files_from):
+        sidecar_files.copy_tokenizer(plan.tokenizer_from, directory)
+    atomic.write_text(directory / "README.md", card)
+    atomic.write_text(directory / "merge_config.yaml", recipe)
 
 
 def _digest(plan: Plan, records: Sequence[TensorRecord], source: int) -> str | None:
@@ -140,7 +162,7 @@ def _digest(plan: Plan, records: Sequence[TensorRecord], source: int) -> str | N
                 continue
             if checksum is None:
                 return None
-            entry = [view.name, list(output.shape), plan.dtype.name, checksum]
+            entry = [view.name, list(output.shape), plan.dtype_of(output).name, checksum]
             digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 
@@ -163,8 +185,18 @@ def _card(plan: Plan, content: Report) -> str:
     if section := prompt_section(plan.prompt_format):
         text += f"\n\n{section}"
     title = f"Merge of {models} models by {recipe['merge_method']}"
+    config = plan.config
+    # what an unlisted model does is not known; a hub shows it by the config
+    kind: Json = {}
+    if isinstance(config, UnlistedConfig):
+        kind = {"library": _LIBRARIES[config.stem], "task": None}
     return sidecar_files.model_card(
-        title, text, base_model=_parents(plan), relation="merge", tags=["merge"]
+        title,
+        text,
+        base_model=_parents(plan),
+        relation="merge",
+        tags=["merge"],
+        **kind,
     )
 
 

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 
 from jax_ordermerge import arch
-from jax_ordermerge.arch import ModelConfig, Rope
+from jax_ordermerge.arch import ModelConfig, Rope, UnlistedConfig
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.sources.public_names import short_names
-from jax_ordermerge.merge.sources.storage import Source
+from jax_ordermerge.merge.sources.storage import AnySource, Source
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 # fields that a fine-tune may change; the merged model has those of the first model
@@ -59,6 +59,9 @@ class Output:
         method: name of the method.
         parameters: from `table.check_parameters`.
         weights: from `table.check_weights`.
+        dtype, out_dtype: of this tensor, where they differ from those of the plan.
+        copied: whether the bytes of the first member are the result, which all models share: of
+            integers and truth values, and of tensors without elements.
     """
 
     name: str
@@ -69,6 +72,9 @@ class Output:
     method: str
     parameters: JsonRow
     weights: np.ndarray | None
+    dtype: np.dtype | None = None
+    out_dtype: np.dtype | None = None
+    copied: bool = False
 
     @property
     def size(self) -> int:
@@ -90,8 +96,8 @@ class Plan:
         sources: the models, each once.
         outputs: every tensor of `config`, in file order.
         seed: of the methods that draw random numbers.
-        dtype: models are rounded to it before merging.
-        out_dtype: of the tensors written.
+        dtype: models are rounded to it before merging; see also `Output.dtype`.
+        out_dtype: of the tensors written; see also `Output.out_dtype`.
         recipe: is written beside the output; it has no paths of this machine.
         stochastic: round to bfloat16 at random instead of to nearest even.
         tokenizer_from: directory of the tokenizer files, if any.
@@ -100,10 +106,11 @@ class Plan:
         prompt_format: how the models were asked, for the model card; its chat template replaces
             that of the tokenizer, too.
         added_tokens: entries as in `tokenizer.json`, added to the tokenizer of `tokenizer_from`.
+        files_from: directory of all files but the weights, of a model that is not in the table.
     """
 
-    config: ModelConfig
-    sources: tuple[Source, ...]
+    config: ModelConfig | UnlistedConfig
+    sources: tuple[AnySource, ...]
     outputs: tuple[Output, ...]
     seed: int
     dtype: np.dtype
@@ -115,6 +122,15 @@ class Plan:
     chat_template: str | None = None
     prompt_format: PromptFormat = dataclasses.field(default_factory=PromptFormat)
     added_tokens: tuple[Json, ...] = ()
+    files_from: Path | None = None
+
+    def dtype_of(self, output: Output) -> np.dtype:
+        """Return the dtype that the models are rounded to in one tensor."""
+        return self.dtype if output.dtype is None else output.dtype
+
+    def out_dtype_of(self, output: Output) -> np.dtype:
+        """Return the dtype in which one tensor is written."""
+        return self.out_dtype if output.out_dtype is None else output.out_dtype
 
     @property
     def input_bytes(self) -> int:
@@ -127,7 +143,7 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of the tensors that are written."""
-        return sum(output.size for output in self.outputs) * self.out_dtype.itemsize
+        return sum(output.size * self.out_dtype_of(output).itemsize for output in self.outputs)
 
 
 def uniform(
@@ -247,10 +263,15 @@ def check_settings(
 def _check_sources(members: Sequence[Source], base: Source | None) -> None:
     for source in (*members[1:], *([] if base is None else [base])):
         check_same(members[0], source)
-    _check_distinct(members, base)
+    check_distinct(members, base)
 
 
-def _check_distinct(members: Sequence[Source], base: Source | None) -> None:
+def check_distinct(members: Sequence[AnySource], base: AnySource | None) -> None:
+    """Refuse a model that is given twice, or a member that is the base.
+
+    Raises:
+        UserError: with both names.
+    """
     # also under another spelling: a model would count twice, or the base as a member
     identities = [member.identity() for member in members]
     for index, member in enumerate(members):

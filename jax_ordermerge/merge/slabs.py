@@ -82,8 +82,11 @@ class FileTensor:
         allow_nan: bool = False,
     ) -> None:
         self._allow_nan = allow_nan
-        self.shape, self.count, self.weights = output.shape, len(output.members), output.weights
+        # one element of no axis is merged as one of one axis
+        self.shape = output.shape or (1,)
+        self.count, self.weights = len(output.members), output.weights
         self.in_layer = output.layer is not None
+        self._dtype = plan.dtype_of(output)
         self._plan, self._output, self._slab, self._pool = plan, output, slab_elements, pool
         self._unit = table.METHODS[output.method].unit(output.parameters)
         self._memory: np.ndarray | None = None
@@ -120,9 +123,7 @@ class FileTensor:
         sums, choices = parts.Sums(reduce), tuple(static.items())
         for part in self._parts if among is None else self._blocks(among):
             sums.add(
-                parts.measure(
-                    part, *arrays, function=function, static=choices, dtype=self._plan.dtype
-                )
+                parts.measure(part, *arrays, function=function, static=choices, dtype=self._dtype)
             )
         return sums.result()
 
@@ -149,7 +150,7 @@ class FileTensor:
             yield first * width, (min(rows, self.shape[0] - first), *self.shape[1:])
 
     def _load(self) -> None:
-        dtype, size, views = self._plan.dtype, self._output.size, self._output.views
+        dtype, size, views = self._dtype, self._output.size, self._output.views
         stride = -(-size * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         # one allocation for all models: tensors of one shape, of which a model has many, reuse it
         self._memory = self._pool.acquire(len(views) * stride)
@@ -192,8 +193,7 @@ class FileTensor:
                 )
         # finite in the files, and beyond the range of the dtype that is merged
         raise UserError(
-            f"{self._output.name} has elements that overflow {self._plan.dtype.name};"
-            " choose float32"
+            f"{self._output.name} has elements that overflow {self._dtype.name}; choose float32"
         )
 
     def part(self, start: int, shape: tuple[int, ...], with_base: bool = True) -> parts.Part:
@@ -231,7 +231,7 @@ class FileTensor:
         """
         if view in self._loaded:
             return self._loaded[view][start : start + size]
-        return self._read_into(view, start, _thread_buffer(size, self._plan.dtype, slot))
+        return self._read_into(view, start, _thread_buffer(size, self._dtype, slot))
 
     def _read_into(self, view: View, start: int, out: np.ndarray) -> np.ndarray:
         source = self._plan.sources[view.source]

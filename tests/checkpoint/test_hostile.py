@@ -18,7 +18,8 @@ import safetensors
 import safetensors.numpy
 from hypothesis import strategies as st
 
-from jax_ordermerge.checkpoint.safetensors import INDEX, SINGLE, Reader
+from jax_ordermerge.checkpoint.safetensors import Reader
+from jax_ordermerge.checkpoint.shards import INDEX, SINGLE
 from jax_ordermerge.errors import UserError
 
 MANY = hypothesis.settings(

@@ -12,7 +12,7 @@ import jinja2
 from jax_ordermerge.checkpoint import sidecar_files
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.sources import vocabulary
-from jax_ordermerge.merge.sources.storage import Source
+from jax_ordermerge.merge.sources.storage import AnySource
 
 
 class NamedTemplate(NamedTuple):
@@ -80,9 +80,9 @@ def check(setting: str | None) -> None:
 
 def choose(
     setting: str | None,
-    sources: Sequence[Source],
-    members: Sequence[Source],
-    donor: Source,
+    sources: Sequence[AnySource],
+    members: Sequence[AnySource],
+    donor: AnySource,
     added_tokens: Collection[str],
     notes: list[str],
 ) -> str | None:
@@ -120,7 +120,9 @@ def choose(
     return max(counts, key=counts.__getitem__)
 
 
-def _trained_template(members: Sequence[Source], donor: Source, notes: list[str]) -> str | None:
+def _trained_template(
+    members: Sequence[AnySource], donor: AnySource, notes: list[str]
+) -> str | None:
     """Return the template that all members were trained with, where the tokenizer has it not."""
     # None counts as a template: where one member has none, they do not agree.
     templates = {_template_of(member) for member in members}
@@ -141,7 +143,7 @@ def _trained_template(members: Sequence[Source], donor: Source, notes: list[str]
     return common
 
 
-def _template_of(source: Source) -> str | None:
+def _template_of(source: AnySource) -> str | None:
     """Return the chat template by which a model is asked."""
     return source.prompt_format.chat_template or _template_in(source.directory)
 

@@ -6,57 +6,33 @@ first one given by the model, its slice, the module, the recipe, or the method. 
 
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import remote, sidecar_files
+from jax_ordermerge.checkpoint import sidecar_files
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.json_types import Json, JsonRow, JsonValue
+from jax_ordermerge.json_types import JsonRow, JsonValue
+from jax_ordermerge.merge import unlisted
 from jax_ordermerge.merge.plan import (
     Plan,
-    check_same,
     config_notes,
     member_dtype_notes,
     resolve_dtype,
     with_stops_of,
 )
-from jax_ordermerge.merge.recipe import chat_templates, precheck, rules, schema
+from jax_ordermerge.merge.recipe import chat_templates, precheck, rules, schema, unlisted_planner
 from jax_ordermerge.merge.recipe.evaluator import Evaluator, LayerRange, MergedTensor, filter_notes
 from jax_ordermerge.merge.recipe.layers import Inputs, full_attention_layers, layer_ranges
-from jax_ordermerge.merge.recipe.schema import Recipe, Reference
-from jax_ordermerge.merge.sources import vocabulary
+from jax_ordermerge.merge.recipe.models import Models, check_listed, open_models
+from jax_ordermerge.merge.recipe.schema import Recipe
 from jax_ordermerge.merge.sources.public_names import short_names
-from jax_ordermerge.merge.sources.references import Resolve, is_downloaded, open_model
-from jax_ordermerge.merge.sources.storage import Source, Untied
+from jax_ordermerge.merge.sources.references import Resolve, open_any
+from jax_ordermerge.merge.sources.storage import Source
 from jax_ordermerge.merge.sources.vocabulary import RemappedVocabulary
-
-
-class _Models(NamedTuple):
-    """The models of a recipe.
-
-    Attributes:
-        open_source: opens a model by name and adapter.
-        sources: the models, with one vocabulary.
-        indices: name in the recipe -> index.
-        base: index of the base.
-        donor: index of the model that the tokenizer is from.
-        added_tokens: entries of tokens that the tokenizer of the donor lacks.
-        notes: for the user.
-    """
-
-    open_source: Callable[..., Source]
-    sources: tuple[Source, ...]
-    indices: Mapping[Reference, int]
-    base: int | None
-    donor: int
-    added_tokens: tuple[Json, ...]
-    notes: tuple[str, ...]
 
 
 def check_recipe(raw: JsonRow, where: str) -> Recipe:
@@ -113,8 +89,17 @@ def plan_recipe(
     settings = check_recipe(raw, where)
     rule = rules.find_rule(settings.merge_method)
     evaluator = Evaluator(settings.merge_method, rule)
-    open_source = functools.partial(open_model, resolve=resolve, ignore=ignore, allow_bin=allow_bin)
-    models = _open_models(settings, open_source)
+    open_source = functools.partial(open_any, resolve=resolve, ignore=ignore, allow_bin=allow_bin)
+    opened = open_models(settings, open_source)
+    if any(map(unlisted.is_unlisted, opened.sources)):
+        plan = unlisted_planner.plan_unlisted(settings, opened, evaluator, allow_bin=allow_bin)
+        return dataclasses.replace(plan, recipe={**_shorten_paths(raw, settings), **plan.recipe})
+    if settings.embedding is not None or settings.layers is not None:
+        raise UserError(
+            f"{where}: embedding and layers are for architectures that are not in the table;"
+            " leave them out"
+        )
+    models = check_listed(settings, opened)
     labels = [source.label for source in models.sources]
     counts = [source.config.num_layers for source in models.sources]
     layers = layer_ranges(settings, Inputs(models.indices, models.base, labels, counts))
@@ -156,111 +141,10 @@ def plan_recipe(
     )
 
 
-# ---------------------------------------------------------------------------------------- models
-
-
-def _open_models(recipe: Recipe, open_source: Callable[..., Source]) -> _Models:
-    references = recipe.references()
-    # Known before the models are opened, so that an adapter on its base is rounded to it once.
-    dtype = None if recipe.dtype is None else resolve_dtype(recipe.dtype, [])
-    by_reference: dict[Reference, Source] = {}
-    # those on this machine first: a mistake in one of them costs no download
-    for reference in sorted(references, key=lambda reference: is_downloaded(*reference)):
-        by_reference[reference] = open_source(reference.name, reference.adapter, dtype=dtype)
-    opened = [by_reference[reference] for reference in references]
-    # One model may be spelled in several ways (`a`, `./a`, a link, MODEL+ADAPTER): taken for two,
-    # it would count twice, or a base would count as a member.
-    identities = list(dict.fromkeys(source.identity() for source in opened))
-    indices = {
-        reference: identities.index(source.identity())
-        for reference, source in zip(references, opened, strict=True)
-    }
-    sources: list[Source] = [
-        next(source for source in opened if source.identity() == identity)
-        for identity in identities
-    ]
-    notes = []
-    # a tied head can be made a copy of the embedding, an untied one cannot be tied again
-    tied = [source for source in sources if source.config.tie_embeddings]
-    if 0 < len(tied) < len(sources):
-        sources = [Untied(source) if source in tied else source for source in sources]
-        notes = [
-            f"{source.label} ties its output head to its embedding: the head is the embedding there"
-            for source in tied
-        ]
-    # vocabularies are aligned below; slices say which layers they take
-    may_differ = {"vocab_size", *(["num_layers"] if recipe.module.slices else [])}
-    for source in sources[1:]:
-        check_same(sources[0], source, may_differ)
-    base = None if recipe.base_model is None else indices[recipe.base_model]
-    models = _Models(open_source, tuple(sources), indices, base, base or 0, (), tuple(notes))
-    return _unite_vocabularies(recipe, models)
-
-
-def _unite_vocabularies(recipe: Recipe, models: _Models) -> _Models:
-    """Give the models one vocabulary, if the recipe says so or if they differ in size."""
-    is_default = recipe.tokenizer is None and recipe.tokenizer_source is None
-    if is_default and len({source.config.vocab_size for source in models.sources}) == 1:
-        moved, notes = vocabulary.compare(models.sources, models.donor)
-        models = models._replace(notes=(*models.notes, *notes))
-        if not moved:
-            return models
-    tokenizer = recipe.tokenizer or schema.Tokenizer(
-        source=recipe.tokenizer_source or Reference("base")
-    )
-    donor = models.donor
-    if str(tokenizer.source) not in ("union", "base"):
-        donor = _index_of(tokenizer.source, "the tokenizer's source", models)
-    token_sources = {
-        token: _token_source(token, rule, models) for token, rule in tokenizer.tokens.items()
-    }
-    aligned = vocabulary.align(
-        models.sources,
-        first=models.donor,
-        donor=donor,
-        union=str(tokenizer.source) == "union",
-        token_sources=token_sources,
-        multiple=tokenizer.pad_to_multiple_of,
-    )
-    notes = (*models.notes, *aligned.notes)
-    return models._replace(
-        sources=aligned.sources, donor=donor, added_tokens=aligned.added_tokens, notes=notes
-    )
-
-
-def _token_source(token: str, rule: schema.Token, models: _Models) -> vocabulary.TokenSource:
-    what = f"the source of token {token!r}"
-    match rule.source:
-        case schema.ZeroRow():
-            return vocabulary.TokenSource(None, rule.force)
-        case schema.TokenRow(model=model, token=other, token_id=number):
-            index = _index_of(model, what, models)
-            return vocabulary.TokenSource(index, rule.force, number if other is None else other)
-        case reference:
-            return vocabulary.TokenSource(_index_of(reference, what, models), rule.force)
-
-
-def _index_of(reference: Reference, what: str, models: _Models) -> int:
-    if reference not in models.indices:
-        # spelled in another way than among the models
-        # Only what lies on this disk is opened for the comparison; a hub name would be downloaded.
-        local = os.path.lexists(remote.expand(reference.name))
-        opened = models.open_source(reference.name, reference.adapter) if local else None
-        identity = None if opened is None else opened.identity()
-        for index, source in enumerate(models.sources):
-            if source.identity() == identity:
-                return index
-        listed = ", ".join(map(str, models.indices))
-        raise UserError(
-            f"{what} is {reference}, which is none of the models of the recipe ({listed})"
-        )
-    return models.indices[reference]
-
-
 # --------------------------------------------------------------------------------------- tensors
 
 
-def _merged_config(models: _Models, layers: Sequence[LayerRange]) -> arch.ModelConfig:
+def _merged_config(models: Models[Source], layers: Sequence[LayerRange]) -> arch.ModelConfig:
     donor = models.sources[models.donor].config
     return dataclasses.replace(
         # the base, or the first model where there is none; mergekit then takes a random one
@@ -312,7 +196,7 @@ def _source_notes(
 
 
 def _prompts(
-    setting: str | None, models: _Models, merged: Sequence[int], notes: list[str]
+    setting: str | None, models: Models[Source], merged: Sequence[int], notes: list[str]
 ) -> tuple[str | None, PromptFormat]:
     """Return the text of the chat template, and how the models were asked where they agree."""
     # a base may be merged, too; what it was not trained on says nothing against the others

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 
 import pydantic
 import yaml
-from pydantic import Field, NonNegativeInt, PlainValidator, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PlainValidator, PositiveInt
 
 from jax_ordermerge.config.merge import Dtype
 from jax_ordermerge.config.section import DuplicateKeyError, Section, UniqueKeyLoader
@@ -76,6 +76,10 @@ def _parse_path(raw: object) -> str:
 
 # plain: the two forms, text and a mapping, are parsed in one place, with errors in our words
 ModelName = Annotated[Reference, PlainValidator(_parse_reference)]
+# one name need not stand in a list
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda raw: [raw] if isinstance(raw, str) else raw)
+]
 Parameters = Annotated[Settings, PlainValidator(parse_settings)]
 
 
@@ -170,6 +174,13 @@ class Recipe(Module):
     tokenizer_source: ModelName | None = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
+    # of architectures that are not in the table
+    embedding: Names | None = Field(
+        None, description="the tensors with one row per token: embedding and head"
+    )
+    layers: str | None = Field(
+        None, description="the stack of layers that slices are of, as `inspect` names it"
+    )
     seed: int = 0
     rounding: Literal["nearest", "stochastic"] = "nearest"
     # Read and ignored: a merge writes its version into the recipe beside it.

@@ -16,7 +16,7 @@ from jax_ordermerge.checkpoint import atomic, safetensors, shards, sidecar_files
 from jax_ordermerge.config import Lora
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.data.prompt_format import PromptFormat
-from jax_ordermerge.merge.sources.peft_files import CONFIG, WEIGHTS
+from jax_ordermerge.merge.sources.peft_files import CONFIG, STEM
 from jax_ordermerge.merge.sources.public_names import public_name
 from jax_ordermerge.model.lora import table, targets
 
@@ -83,11 +83,10 @@ def write_adapter(
             sidecar_files.copy_tokenizer(tokenizer_from, partial, form.chat_template)
         shapes = {name: spec.hf_shape for spec in specs for name in spec.hf_names()}
         # PEFT reads a single file, whatever its size
-        with shards.ShardFiles(partial, shapes, dtype, sys.maxsize) as files:
+        with shards.ShardFiles(partial, shapes, dtype, sys.maxsize, stem=STEM) as files:
             files.create()
             for spec in specs:
                 # the dict stacks the layers, PEFT has a tensor for each
                 layers = np.asarray(arrays[spec.path])
                 for name, values in zip(spec.hf_names(), layers, strict=True):
                     files.write(name, 0, safetensors.cast(values, dtype, name))
-        (partial / shards.SINGLE).rename(partial / WEIGHTS)

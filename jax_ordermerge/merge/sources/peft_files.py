@@ -27,8 +27,8 @@ from jax_ordermerge.merge.sources.lora import LoRA, Product, TrainedRows
 from jax_ordermerge.merge.sources.storage import Source, Untied, ZeroBiases, vocabulary_tensors
 from jax_ordermerge.model.lora import PREFIX, A, B
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_BIN_WEIGHTS = "adapter_model.bin"
+CONFIG, STEM = "adapter_config.json", "adapter_model"
+_WEIGHTS, _BIN_WEIGHTS = f"{STEM}.safetensors", f"{STEM}.bin"
 # Ends of the names in the weights file -> the part of the adapter.
 _PARTS = {
     A: "A",
@@ -43,13 +43,14 @@ _PARTS = {
 _ORIGINAL = ".original_module"
 # Keys of adapter_config.json that change W + s B A, and the values with which they do not. All
 # other values of `init_lora_weights` (pissa, olora, corda, loftq) change the base, too.
+NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _REQUIRED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", "lora_only", "all", None),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "init_lora_weights": NEUTRAL_INITS,
 }
 # Values with which any other key is as good as absent.
-_ABSENT: tuple[object, ...] = (False, None, "", [], {})
+ABSENT: tuple[object, ...] = (False, None, "", [], {})
 _READ = {
     "r",
     "lora_alpha",
@@ -127,11 +128,11 @@ def open_adapter(
     directory = Path(adapter)
     settings = json_files.read_json(directory / CONFIG)
     _check_settings(directory, settings)
-    path = directory / WEIGHTS
+    path = directory / _WEIGHTS
     if not path.is_file() and (directory / _BIN_WEIGHTS).is_file():
         path = directory / _BIN_WEIGHTS
     if not path.is_file():
-        raise UserError(f"{directory} has no {WEIGHTS}")
+        raise UserError(f"{directory} has no {_WEIGHTS}")
     reader = torch_files.open_tensors(path, allow_bin=allow_bin)
     file = _AdapterFile(base, path, reader, settings)
     parts, saved, originals = file.tensors()
@@ -405,7 +406,7 @@ def _check_settings(directory: Path, settings: JsonRow) -> None:
     # Unknown keys are errors: releases of PEFT add variants, and a merge that ignored one would be
     # wrong without a sign of it.
     for key, value in settings.items() if "peft_type" in settings else [("peft_type", None)]:
-        allowed = _REQUIRED.get(key, _ABSENT)
+        allowed = _REQUIRED.get(key, ABSENT)
         # types count: 1 equals True, and is not what PEFT writes
         is_allowed = any(type(value) is type(x) and value == x for x in allowed)
         if key not in _READ | _IGNORED and not is_allowed:

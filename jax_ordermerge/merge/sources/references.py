@@ -19,8 +19,8 @@ from jax_ordermerge.config.section import parse
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import RunLayout, member_number, read_json
-from jax_ordermerge.merge.sources import lora, peft_files, storage
-from jax_ordermerge.merge.sources.storage import Source
+from jax_ordermerge.merge.sources import lora, peft_files, storage, unlisted
+from jax_ordermerge.merge.sources.storage import AnySource, Source
 
 Resolve = Callable[[str], Path]
 
@@ -59,15 +59,49 @@ def open_model(
     name, adapter = split_name(name, adapter)
     resolve = resolve or functools.partial(convert.resolve, allow_bin=allow_bin)
     if adapter is None:
-        return _open_base(name, resolve, ignore, allow_bin)
+        path = _find_directory(name, resolve, ignore)
+        return _open_listed(path, name, ignore, allow_bin) if isinstance(path, Path) else path
     directory = resolve(adapter)
     if not peft_files.is_adapter(directory):
         raise UserError(
             f"{adapter} in {name}+{adapter} is no adapter (it has no {peft_files.CONFIG}, or also a"
             " config.json); give MODEL+ADAPTER"
         )
-    base, label = _open_base(name, resolve, ignore, allow_bin), f"{name}+{adapter}"
+    path, label = _find_directory(name, resolve, ignore), f"{name}+{adapter}"
+    base = _open_listed(path, name, ignore, allow_bin) if isinstance(path, Path) else path
     return peft_files.open_adapter(base, directory, label, dtype=dtype, allow_bin=allow_bin)
+
+
+def open_any(
+    name: str,
+    adapter: str | None = None,
+    *,
+    resolve: Resolve | None = None,
+    dtype: DTypeLike | None = None,
+    ignore: Collection[str] = (),
+    allow_bin: bool = False,
+) -> AnySource:
+    """Open a model of any architecture, or an adapter by itself, to merge it tensor by tensor.
+
+    A model of an architecture in the tensor table is opened as by `open_model`, with its checks.
+
+    Args:
+        name, adapter, resolve, dtype, ignore, allow_bin: see `open_model`.
+
+    Raises:
+        UserError: there is no such model, or it is not complete; or an adapter belongs to a model
+            that is not in the table.
+    """
+    if split_name(name, adapter)[1] is None:
+        resolve = resolve or functools.partial(convert.resolve, allow_bin=allow_bin)
+        path = _find_directory(name, resolve, ignore)
+        if not isinstance(path, Path):
+            return path
+        if not _is_orbax(path):
+            return unlisted.open_directory(path, name, ignore, allow_bin=allow_bin)
+    return open_model(
+        name, adapter, resolve=resolve, dtype=dtype, ignore=ignore, allow_bin=allow_bin
+    )
 
 
 def split_name(name: str, adapter: str | None = None) -> tuple[str, str | None]:
@@ -158,7 +192,8 @@ def find_member(name: str) -> tuple[RunLayout, int] | None:
     return (layout, number) if is_member else None
 
 
-def _open_base(name: str, resolve: Resolve, ignore: Collection[str], allow_bin: bool) -> Source:
+def _find_directory(name: str, resolve: Resolve, ignore: Collection[str]) -> Path | Source:
+    """Return the directory of a model without an adapter; a member of a run is opened."""
     member = find_member(name)
     if member is not None:
         return open_member(*member, name, ignore)
@@ -174,14 +209,28 @@ def _open_base(name: str, resolve: Resolve, ignore: Collection[str], allow_bin: 
             f"{name} is a run; name one of its members, as in {name}/member_0, or the directory of"
             f" a merge below {layout.merged('').relative_to(path)}"
         )
+    return path
+
+
+def _open_listed(path: Path, name: str, ignore: Collection[str], allow_bin: bool) -> Source:
+    """Open a directory of an architecture in the tensor table."""
     if peft_files.is_adapter(path):
-        raise UserError(
-            f"{name} is an adapter; give the model that it belongs to as well, BASE+{name}"
-        )
+        raise lone_adapter(name)
     # `config.json` makes a Hugging Face directory, also where checkpoints lie in it
-    if not (path / "config.json").is_file() and orbax.latest(path) is not None:
+    if _is_orbax(path):
         return storage.open_orbax(path, name)
     return storage.Directory(path, name, ignore, allow_bin=allow_bin)
+
+
+def _is_orbax(path: Path) -> bool:
+    return not (path / "config.json").is_file() and orbax.latest(path) is not None
+
+
+def lone_adapter(name: str) -> UserError:
+    """Return the error about an adapter in the place of a model."""
+    return UserError(
+        f"{name} is an adapter; give the model that it belongs to as well, BASE+{name}"
+    )
 
 
 def _find_merge(name: str) -> Path | None:

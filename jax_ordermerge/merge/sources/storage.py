@@ -17,19 +17,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jax_ordermerge import arch, tree
-from jax_ordermerge.arch import ModelConfig, TensorSpec
+from jax_ordermerge.arch import ModelConfig, TensorSpec, UnlistedConfig
 from jax_ordermerge.checkpoint import convert, orbax, placement, sidecar_files, torch_files
-from jax_ordermerge.checkpoint.safetensors import TensorInfo
+from jax_ordermerge.checkpoint.safetensors import TensorInfo, Tensors
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
 
 
-class Source(Protocol):
-    """A model that can be read in parts.
+class AnySource(Protocol):
+    """A model that can be read in parts, of an architecture in the tensor table or not.
 
     Attributes:
         label: what the user called it.
-        config: its architecture.
+        config: its architecture, or what is known of one that is not in the table.
         directory: where its tokenizer files may be, if anywhere.
         prompt_format: how it was asked in training, where a run says so.
         export_dtype: dtype in which the run writes a member that is kept in float32; None where
@@ -40,7 +40,7 @@ class Source(Protocol):
     def label(self) -> str: ...
 
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> ModelConfig | UnlistedConfig: ...
 
     @property
     def directory(self) -> Path | None: ...
@@ -63,6 +63,13 @@ class Source(Protocol):
 
     def identity(self) -> str:
         """Return text that changes when the files change. A resumed merge compares it."""
+
+
+class Source(AnySource, Protocol):
+    """A model whose architecture is in the tensor table."""
+
+    @property
+    def config(self) -> ModelConfig: ...
 
 
 class Directory:
@@ -104,10 +111,14 @@ class Directory:
 
     def identity(self) -> str:
         """See `Source.identity`."""
-        # symbolic links are resolved: a hub's cache points them at another blob for a new revision
-        stored = {self._reader.file(name) for name in self._reader.names}
-        files = sorted({path.resolve() for path in stored})
-        return " ".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
+        return files_identity(self._reader)
+
+
+def files_identity(tensors: Tensors) -> str:
+    """Return text that changes when the files of a model change."""
+    # symbolic links are resolved: a hub's cache points them at another blob for a new revision
+    files = sorted({tensors.file(name).resolve() for name in tensors.names})
+    return " ".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
 
 
 class Checkpoint:

@@ -12,20 +12,22 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from jax_ordermerge import arch
+from jax_ordermerge.arch import UnlistedConfig
 from jax_ordermerge.checkpoint import json_files
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
-from jax_ordermerge.merge.sources.storage import Source
+from jax_ordermerge.merge.sources.storage import AnySource
 
 TOKENIZER = "tokenizer.json"
 _ROWS_IN_NOTE = 3
+S = TypeVar("S", bound=AnySource)
 Key = str | int  # what identifies a row: its token, or its number
 
 
@@ -43,7 +45,7 @@ class TokenSource(NamedTuple):
     key: Key | None = None
 
 
-class Aligned(NamedTuple):
+class Aligned(NamedTuple, Generic[S]):
     """Models with one vocabulary.
 
     Attributes:
@@ -52,7 +54,7 @@ class Aligned(NamedTuple):
         notes: what was done, for the user.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[S, ...]
     added_tokens: tuple[Json, ...]
     notes: tuple[str, ...]
 
@@ -71,16 +73,18 @@ class RemappedVocabulary:
     """
 
     def __init__(
-        self, inner: Source, owners: Sequence[Source], owner: np.ndarray, row: np.ndarray
+        self, inner: AnySource, owners: Sequence[AnySource], owner: np.ndarray, row: np.ndarray
     ) -> None:
         self.inner, self.label, self.directory = inner, inner.label, inner.directory
         self.prompt_format, self.export_dtype = inner.prompt_format, inner.export_dtype
         self.config = dataclasses.replace(inner.config, vocab_size=len(row))
         self._owners, self._owner, self._row = owners, owner, row
-        # Embedding and head by their axis: the table of a tied model has no head.
-        self._remapped = {
-            spec.hf_name for spec in arch.tensor_table(inner.config) if spec.axes[0] == "vocab"
-        }
+        if isinstance(inner.config, UnlistedConfig):
+            self._remapped = {*inner.config.vocabulary}
+        else:
+            # Embedding and head by their axis: the table of a tied model has no head.
+            table = arch.tensor_table(inner.config)
+            self._remapped = {spec.hf_name for spec in table if spec.axes[0] == "vocab"}
         self._read_from = [owners[index] for index in np.unique(owner[owner >= 0])]
 
     def info(self, name: str) -> TensorInfo:
@@ -127,14 +131,14 @@ class RemappedVocabulary:
 
 
 def align(
-    sources: Sequence[Source],
+    sources: Sequence[S],
     *,
     first: int,
     donor: int,
     union: bool = False,
     token_sources: Mapping[str, TokenSource] | None = None,
     multiple: int = 1,
-) -> Aligned:
+) -> Aligned[S]:
     """Give models one vocabulary, by the rules on top of this file.
 
     Args:
@@ -186,7 +190,8 @@ def align(
             and (row == np.arange(len(row))).all()
         )
         remapped = RemappedVocabulary(model.source, sources, owner, row)
-        aligned.append(model.source if is_unchanged else remapped)
+        # what a model is does not change with its vocabulary
+        aligned.append(sources[index] if is_unchanged else cast(S, remapped))
     notes = _notes(models, target, donor)
     if named := [token for token in token_sources if token in new]:
         notes.append(f"added to the vocabulary: {_list_rows(named)}")
@@ -207,7 +212,7 @@ def tokens_of(directory: Path | None) -> set[str]:
     return set() if tokenizer is None else {*tokenizer.ids}
 
 
-def compare(sources: Sequence[Source], donor: int) -> tuple[bool, tuple[str, ...]]:
+def compare(sources: Sequence[AnySource], donor: int) -> tuple[bool, tuple[str, ...]]:
     """Compare the vocabularies of models whose embeddings have the same number of rows.
 
     A row that has a token in one model and another token in the other is not a moved token where
@@ -283,7 +288,7 @@ class _Tokenizer(NamedTuple):
 class _Rows(NamedTuple):
     """A model, its tokenizer, and its rows by key."""
 
-    source: Source
+    source: AnySource
     tokenizer: _Tokenizer | None
     rows: dict[Key, int]
 
@@ -359,7 +364,7 @@ def _added_by_recipe(
 
 
 def _added_by_others(
-    sources: Sequence[Source],
+    sources: Sequence[AnySource],
     tokenizers: Sequence[_Tokenizer | None],
     donor: int,
     order: Sequence[int],
@@ -386,7 +391,7 @@ def _added_by_others(
 
 
 def _extend(
-    sources: Sequence[Source],
+    sources: Sequence[AnySource],
     tokenizers: Sequence[_Tokenizer | None],
     donor: int,
     new: Mapping[str, Json],

@@ -1,0 +1,239 @@
+"""Checkpoints of architectures that no row of the tensor table describes.
+
+What the table says of a listed model is read here from the names of the tensors: a stack of layers
+is a run of modules with the numbers 0 to n - 1 in one place of their names, as in
+`model.layers.0.mlp.up_proj.weight`. A model may have several, say of vision and of text.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+from jax_ordermerge.arch.families import FAMILIES
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
+
+# Modules with one row per token, as transformers and the published checkpoints name them.
+_VOCABULARY_MODULES = (
+    "embed_tokens|embed_in|embed_out|wte|shared|word_embeddings|tok_embeddings|embeddings|embedding"
+    "|lm_head|proj_out|output|decoder|predictions"
+)
+_VOCABULARY = re.compile(rf"(?:^|\.)(?:{_VOCABULARY_MODULES})\.(?:weight|bias)$")
+# Modules whose one matrix holds several projections.
+_FUSED = re.compile(
+    r"(?:^|\.)(qkv|qkv_proj|Wqkv|c_attn|query_key_value|kv_proj|W_pack|in_proj|in_proj_weight"
+    r"|gate_up_proj|kv_a_proj_with_mqa|wi_gate_up)(?:\.|$)"
+)
+# Keys of config.json, or of a section of it, that hold a number of layers.
+LAYER_KEYS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnlistedConfig:
+    """The config of a checkpoint that is merged tensor by tensor, by name.
+
+    Attributes:
+        file: its name: `config.json`, or `adapter_config.json` of an adapter.
+        content: the parsed file; empty where there is none.
+        stem: of the names of the weight files, e.g. `model` of `model.safetensors`.
+        vocab_size: rows of the tensors in `vocabulary`; 0 where none are known.
+        vocabulary: names of the tensors with one row per token.
+    """
+
+    file: str
+    content: JsonRow
+    stem: str
+    vocab_size: int = 0
+    vocabulary: tuple[str, ...] = ()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the checkpoint is an adapter of PEFT."""
+        return self.stem == "adapter_model"
+
+    @property
+    def kind(self) -> str:
+        """The type of the model, as its config names it.
+
+        Example:
+            >>> UnlistedConfig("config.json", {"model_type": "mamba"}, "model").kind
+            'mamba'
+        """
+        keys = ("peft_type",) if self.is_adapter else ("model_type", "_class_name", "architecture")
+        return str(next((self.content[key] for key in keys if self.content.get(key)), "unknown"))
+
+
+class Place(NamedTuple):
+    """Where a tensor stands in a stack of layers.
+
+    Attributes:
+        stack: the name up to the number of the layer, e.g. `model.layers`.
+        layer: the number.
+        rest: the name behind it, e.g. `mlp.up_proj.weight`.
+    """
+
+    stack: str
+    layer: int
+    rest: str
+
+
+def is_listed(config: JsonRow) -> bool:
+    """Return whether the tensor table describes the model of a `config.json`.
+
+    A class of a listed family with other tensors, e.g. `LlamaForSequenceClassification`, is not.
+
+    Example:
+        >>> is_listed({"model_type": "llama"}), is_listed({"model_type": "mixtral"})
+        (True, False)
+        >>> is_listed({"model_type": "qwen2", "architectures": ["Qwen2ForTokenClassification"]})
+        False
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        return False
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return True
+    listed = FAMILIES[name].architecture
+    stem = listed.removesuffix("ForCausalLM")
+    # Not every other name: fine-tunes rename the class and keep the tensors.
+    return re.fullmatch(rf"{stem}(Model|For(?!CausalLM)\w+)", str(architectures[0])) is None
+
+
+def find_stacks(names: Iterable[str]) -> dict[str, int]:
+    """Return the stacks of layers among the names of tensors, with their numbers of layers.
+
+    Numbers that are no layers are left out: those with gaps, as in `classifier.0`, `classifier.2`;
+    of modules without parts of their own, as in `bias.0.weight`; experts and blocks within a layer.
+
+    Example:
+        >>> names = ["h.0.mlp.w", "h.1.mlp.w", "h.1.experts.0.up.w", "conv1.w", "head.0.w"]
+        >>> find_stacks(names)
+        {'h': 2}
+    """
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        # behind the number a module and its parameter: a number of a leaf is no layer
+        for index in range(1, len(parts) - 2):
+            if parts[index].isdecimal():
+                numbers.setdefault(".".join(parts[:index]), set()).add(int(parts[index]))
+    stacks = {
+        prefix: len(layers)
+        for prefix, layers in numbers.items()
+        if layers == set(range(len(layers)))
+    }
+    # The outermost of nested stacks. One of a single layer may only wrap the real one, as
+    # `mid_block.attentions.0` wraps its transformer blocks.
+    outer: dict[str, int] = {}
+    for prefix in sorted(stacks, key=len):
+        inside = [other for other in stacks if other.startswith(f"{prefix}.") and stacks[other] > 1]
+        is_wrapper = stacks[prefix] == 1 and bool(inside)
+        if not is_wrapper and not any(prefix.startswith(f"{other}.") for other in outer):
+            outer[prefix] = stacks[prefix]
+    return {prefix: outer[prefix] for prefix in numbers if prefix in outer}
+
+
+def find_place(name: str, stacks: Collection[str]) -> Place | None:
+    """Return where a tensor stands in one of some stacks, None for one outside of them.
+
+    Example:
+        >>> find_place("model.layers.3.mlp.weight", ["model.layers"])
+        Place(stack='model.layers', layer=3, rest='mlp.weight')
+    """
+    parts = name.split(".")
+    for index in range(1, len(parts) - 1):
+        prefix = ".".join(parts[:index])
+        if parts[index].isdecimal() and prefix in stacks:
+            return Place(prefix, int(parts[index]), ".".join(parts[index + 1 :]))
+    return None
+
+
+def find_vocabulary(
+    shapes: Mapping[str, tuple[int, ...]], config: JsonRow, stacks: Collection[str]
+) -> tuple[str, ...]:
+    """Return the tensors with one row per token, by names in use and the size of the vocabulary.
+
+    Args:
+        shapes: of all tensors.
+        config: the parsed `config.json`, whose sections may hold the size.
+        stacks: the stacks of layers, which hold no such tensor.
+
+    Example:
+        >>> shapes = {"wte.weight": (50, 8), "lm_head.weight": (50, 8), "wpe.weight": (32, 8)}
+        >>> find_vocabulary(shapes, {"vocab_size": 50}, [])
+        ('wte.weight', 'lm_head.weight')
+    """
+    sizes = {value for key, value in _entries(config) if key.split(".")[-1] == "vocab_size"}
+    return tuple(
+        name
+        for name, shape in shapes.items()
+        if shape
+        and shape[0] in sizes
+        # also `predictions.bias`, which has one number per token
+        and (_VOCABULARY.search(name) and find_place(name, stacks) is None)
+    )
+
+
+def fused_modules(names: Iterable[str]) -> list[str]:
+    """Return the modules whose matrices hold several projections, by names in use.
+
+    Example:
+        >>> fused_modules(["h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight", "h.0.mlp.up.weight"])
+        ['c_attn']
+    """
+    return sorted({match[1] for match in map(_FUSED.search, names) if match})
+
+
+def config_differences(a: JsonRow, b: JsonRow) -> list[tuple[str, JsonValue, JsonValue]]:
+    """Return the keys of two configs that have other values, sections spelled with a point.
+
+    Example:
+        >>> config_differences({"text": {"heads": 2}}, {"text": {"heads": 4}})
+        [('text.heads', 2, 4)]
+    """
+    first, second = dict(_entries(a)), dict(_entries(b))
+    return [
+        (key, first.get(key), second.get(key))
+        for key in {**first, **second}
+        if first.get(key) != second.get(key) and not _is_of_file(key)
+    ]
+
+
+def with_values(config: JsonRow, old: JsonValue, new: JsonValue, keys: Collection[str]) -> Json:
+    """Return a config in which some keys have a new value wherever they have the old one.
+
+    Example:
+        >>> with_values({"vocab_size": 9, "text": {"vocab_size": 9}}, 9, 10, ["vocab_size"])
+        {'vocab_size': 10, 'text': {'vocab_size': 10}}
+    """
+    return {
+        key: with_values(value, old, new, keys)
+        if isinstance(value, Mapping)
+        else (new if key in keys and value == old and type(value) is type(old) else value)
+        for key, value in config.items()
+    }
+
+
+def _entries(config: JsonRow, prefix: str = "") -> Iterable[tuple[str, JsonValue]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_of_file(key: str) -> bool:
+    """Whether a key is of the file and not of the model."""
+    # the dtype is compared tensor by tensor
+    names = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_diffusers_version")
+    return key.split(".")[-1] in names

@@ -1,0 +1,60 @@
+"""What lies beside the weights of a model whose files are not understood: copied byte by byte."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from jax_ordermerge.checkpoint import atomic
+
+# Weights, of this model or of other forms of it. An index belongs to its weights.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+_INDEX = (".safetensors.index.json", ".bin.index.json")
+# What a merge writes itself, or what belongs to a repository or a training.
+_NOT_OF_MODEL = (
+    "README.md",
+    "merge.json",
+    "manifest.json",
+    "merge_config.yaml",
+    "training_args.bin",
+    "trainer_state.json",
+)
+
+
+def list_files(directory: Path) -> tuple[list[Path], list[str]]:
+    """Return the files that belong to a model besides its weights, and what is left out.
+
+    Directories with files but no weights belong to the model, as `1_Pooling` of an embedding
+    model does. Names with a point in front are of a repository.
+
+    Returns:
+        Paths relative to the directory, and names of directories with weights of their own.
+    """
+    files, left_out = [], []
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".") or path.name in _NOT_OF_MODEL:
+            continue
+        if path.is_file() and not _is_weights(path):
+            files.append(path.relative_to(directory))
+        elif path.is_dir():
+            inner = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            if any(map(_is_weights, inner)):
+                left_out.append(path.name)
+            else:
+                files += [file.relative_to(directory) for file in inner]
+    return files, left_out
+
+
+def copy(source: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Copy the files of `list_files`, but some names, through to the disk."""
+    for file in list_files(source)[0]:
+        if str(file) not in without:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_bytes(target / file, (source / file).read_bytes())
+
+
+def code_files(directory: Path) -> list[str]:
+    """Return the files of code that lie beside a model: copied, and never run."""
+    return [str(file) for file in list_files(directory)[0] if file.suffix == ".py"]
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in _WEIGHTS or path.name.endswith(_INDEX)

@@ -1,0 +1,291 @@
+"""A recipe of models that are not in the tensor table becomes a plan; see `merge.unlisted`.
+
+Scopes, filters and gradients are those of `planner`. The layers of a gradient are those of the
+stack that a tensor is in; slices are of one stack, and the other tensors are merged one with one.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jax_ordermerge.arch import UnlistedConfig
+from jax_ordermerge.arch import unlisted as names_of
+from jax_ordermerge.errors import UserError, did_you_mean
+from jax_ordermerge.json_types import Json, JsonRow
+from jax_ordermerge.merge import unlisted
+from jax_ordermerge.merge.plan import Plan
+from jax_ordermerge.merge.recipe import chat_templates, precheck
+from jax_ordermerge.merge.recipe.evaluator import Evaluator, LayerRange, MergedTensor, filter_notes
+from jax_ordermerge.merge.recipe.layers import Inputs, layer_ranges
+from jax_ordermerge.merge.recipe.models import Models, unite_vocabularies
+from jax_ordermerge.merge.recipe.schema import Recipe
+from jax_ordermerge.merge.sources.storage import AnySource
+from jax_ordermerge.merge.sources.unlisted import NamedVocabulary, Unlisted
+
+# Words of a stack's name and of keys of a config that mean one part of a model.
+_PARTS = (
+    {"vision", "visual", "image"},
+    {"audio", "speech"},
+    {"decoder", "text", "language"},
+    {"encoder"},
+)
+
+
+def plan_unlisted(
+    recipe: Recipe,
+    opened: Models[AnySource],
+    evaluator: Evaluator,
+    *,
+    allow_bin: bool = False,
+) -> Plan:
+    """Plan a recipe of which one model at least is not in the tensor table.
+
+    Args:
+        recipe: checked.
+        opened: its models.
+        evaluator: of the parameters of its method.
+        allow_bin: read `.bin` files of PyTorch where a model has no safetensors.
+
+    Returns:
+        The plan. Its recipe has only what was resolved: seed and dtypes.
+
+    Raises:
+        UserError: one line with the first thing that does not go together.
+    """
+    alike = unlisted.open_alike(opened.sources, allow_bin=allow_bin)
+    lead = alike[opened.base or 0]
+    stack = None
+    if recipe.module.slices is not None:
+        stack = _sliced_stack(recipe, lead)
+    elif recipe.layers is not None:
+        raise UserError("layers names the stack that slices are of; the recipe has none")
+    models = _with_vocabulary(recipe, opened, alike)
+    for source in alike:
+        if source is not lead:
+            rows = recipe.embedding or (*lead.config.vocabulary, *source.config.vocabulary)
+            unlisted.check_same(lead, source, stack, any_rows=rows)
+    labels = [source.label for source in models.sources]
+    counts = [_count_layers(source, stack) for source in alike]
+    layers = layer_ranges(recipe, Inputs(models.indices, models.base, labels, counts))
+    notes = [*models.notes]
+    notes += (note for part in layers for note in evaluator.check_names(part, labels))
+    tensors = list(
+        _merged_tensors(lead, layers, models.sources)
+        if stack is None
+        else _sliced_tensors(lead, layers, models.sources, alike, stack)
+    )
+    notes += filter_notes(tensors, labels)
+    outputs = unlisted.finish_outputs(
+        map(evaluator.output, tensors),
+        models.sources,
+        dtype=recipe.dtype,
+        out_dtype=recipe.out_dtype,
+    )
+    notes += unlisted.merge_notes(alike, lead, outputs, recipe.dtype)
+    plan = unlisted.make_plan(
+        lead, models.sources, outputs, {"seed": recipe.seed}, recipe.seed, notes
+    )
+    precheck.check_rounding(recipe, plan.out_dtype.name, "recipe")
+    content = dict(plan.config.content) if isinstance(plan.config, UnlistedConfig) else {}
+    if stack is not None:
+        content = _sliced_content(content, stack, lead.stacks[stack], _leads(layers))
+    return _with_tokenizer(plan, recipe, models, lead, content)
+
+
+def _count_layers(source: Unlisted, stack: str | None) -> int:
+    # any number will do where whole models are merged: names were compared
+    return 1 if stack is None else source.stacks.get(stack, 0)
+
+
+def _sliced_stack(recipe: Recipe, lead: Unlisted) -> str:
+    """Return the stack of layers that the slices of a recipe are of."""
+    listed = ", ".join(f"{prefix} ({count} layers)" for prefix, count in lead.stacks.items())
+    if recipe.layers is not None:
+        if recipe.layers not in lead.stacks:
+            raise UserError(
+                f"layers: {lead.label} has no stack {recipe.layers}"
+                f"{did_you_mean(recipe.layers, lead.stacks)} (it has {listed or 'none'})"
+            )
+        return recipe.layers
+    if len(lead.stacks) != 1:
+        raise UserError(
+            f"slices: {lead.label} has {len(lead.stacks)} stacks of layers"
+            f"{f': {listed}; name one with layers: NAME' if lead.stacks else ''}"
+        )
+    return next(iter(lead.stacks))
+
+
+def _with_vocabulary(
+    recipe: Recipe, opened: Models[AnySource], alike: Sequence[Unlisted]
+) -> Models[AnySource]:
+    """Return the models with one vocabulary, where their embeddings are known."""
+    sources: Sequence[AnySource] = alike
+    if recipe.embedding is not None:
+        sources = [NamedVocabulary(source, recipe.embedding) for source in alike]
+    models = opened._replace(sources=tuple(sources))
+    names = {getattr(source.config, "vocabulary", ()) for source in sources}
+    if len(names) == 1 and all(names):
+        return unite_vocabularies(recipe, models)
+    if recipe.tokenizer is not None or recipe.tokenizer_source is not None:
+        raise UserError(
+            "tokenizer: which tensors have one row per token is not known; name embedding and head"
+            " with embedding: [NAME, NAME]"
+        )
+    return models
+
+
+def _merged_tensors(
+    lead: Unlisted, layers: Sequence[LayerRange], sources: Sequence[AnySource]
+) -> Sequence[MergedTensor]:
+    """Return every tensor of whole models, each merged with those of its name."""
+    (part,) = layers
+    tensors = []
+    for name in lead.names:
+        place = names_of.find_place(name, lead.stacks)
+        shape = sources[part.inputs[0].source].info(name).shape
+        layer = None if place is None else place.layer
+        last = 0 if place is None else lead.stacks[place.stack] - 1
+        position = 0.0 if layer is None else layer / last if last else 1.0
+        names = [name] * len(part.inputs)
+        tensors.append(MergedTensor(name, shape, layer, part, names, position))
+    return tensors
+
+
+def _sliced_tensors(
+    lead: Unlisted,
+    layers: Sequence[LayerRange],
+    sources: Sequence[AnySource],
+    alike: Sequence[Unlisted],
+    stack: str,
+) -> Sequence[MergedTensor]:
+    """Return every tensor of a model with the layers of slices in one stack."""
+    tensors: list[MergedTensor] = []
+    vocabulary = lead.config.vocabulary
+    for name in lead.names:
+        place = names_of.find_place(name, lead.stacks)
+        if place is not None and place.stack == stack:
+            continue
+        # as in `planner`: the embedding as in the first slice, all others as in the last
+        part = layers[0] if name in vocabulary[:1] else layers[-1]
+        last = 0 if place is None else lead.stacks[place.stack] - 1
+        position = 0.0 if place is None else place.layer / last if last else 1.0
+        shape = sources[part.inputs[0].source].info(name).shape
+        names = [name] * len(part.inputs)
+        layer = None if place is None else place.layer
+        tensors.append(MergedTensor(name, shape, layer, part, names, position))
+    number = 0
+    for part in layers:
+        for index in range(part.length):
+            position = index / (part.length - 1) if part.length > 1 else 1.0
+            for rest in _layer_parts(part, index, alike, stack):
+                names = [f"{stack}.{entry.start + index}.{rest}" for entry in part.inputs]
+                shape = sources[part.inputs[0].source].info(names[0]).shape
+                name = f"{stack}.{number}.{rest}"
+                tensors.append(MergedTensor(name, shape, number, part, names, position))
+            number += 1
+    return tensors
+
+
+def _layer_parts(part: LayerRange, index: int, alike: Sequence[Unlisted], stack: str) -> list[str]:
+    """Return the names of the tensors in a layer, which all inputs must have."""
+    parts_of = []
+    for entry in part.inputs:
+        source, layer = alike[entry.source], entry.start + index
+        places = (names_of.find_place(name, [stack]) for name in source.names)
+        parts_of.append([place.rest for place in places if place and place.layer == layer])
+    for entry, parts in zip(part.inputs, parts_of, strict=True):
+        if different := sorted({*parts} ^ {*parts_of[0]}):
+            labels = alike[part.inputs[0].source].label, alike[entry.source].label
+            layers = part.inputs[0].start + index, entry.start + index
+            raise UserError(
+                f"layer {layers[0]} of {labels[0]} and layer {layers[1]} of {labels[1]} in {stack}"
+                f" have other tensors: {different[0]} is in one of them"
+            )
+    return parts_of[0]
+
+
+def _leads(layers: Sequence[LayerRange]) -> list[int]:
+    """Return the layer that each merged layer has its place in a config from."""
+    return [
+        part.inputs[part.base or 0].start + index for part in layers for index in range(part.length)
+    ]
+
+
+# ------------------------------------------------------------------------------------------ config
+
+
+def _sliced_content(content: JsonRow, stack: str, count: int, leads: Sequence[int]) -> Json:
+    """Return a config with the number of layers of slices, and its lists with an entry per layer.
+
+    Args:
+        content: the parsed `config.json`.
+        stack: the stack of layers.
+        count: its number of layers before.
+        leads: the layers that those of the result are from.
+
+    Raises:
+        UserError: no key, or more than one, may be the number of layers.
+    """
+    sections: list[tuple[str, ...]] = [()]
+    sections += [(key,) for key, value in content.items() if isinstance(value, Mapping)]
+    keys = [
+        (*section, key)
+        for section in sections
+        for key, value in _section(content, section).items()
+        if key in names_of.LAYER_KEYS and value == count
+    ]
+    words = {*stack.replace("_", ".").split(".")}
+    part = next((part for part in _PARTS if words & part), None)
+    if len(keys) > 1:
+        # of several parts: the key that names the part, else the one that names none
+        named = [key for key in keys if part and _words(key) & part]
+        keys = named or [key for key in keys if not any(_words(key) & other for other in _PARTS)]
+    if len(keys) != 1:
+        if len(leads) == count:
+            return dict(content)
+        listed = " and ".join(".".join(key) for key in keys) or "none"
+        raise UserError(
+            f"slices: {stack} would have {len(leads)} layers in place of {count}, and config.json"
+            f" has no one key of it (candidates: {listed}); take as many layers as before"
+        )
+    *section, key = keys[0]
+    values = {
+        name: [value[layer] for layer in leads]
+        if isinstance(value, list) and len(value) == count and "layer" in name
+        else value
+        for name, value in _section(content, tuple(section)).items()
+    }
+    values[key] = len(leads)
+    return {**content, section[0]: values} if section else values
+
+
+def _section(content: JsonRow, section: tuple[str, ...]) -> JsonRow:
+    return content[section[0]] if section else content
+
+
+def _words(key: Sequence[str]) -> set[str]:
+    return {*"_".join(key).split("_")}
+
+
+def _with_tokenizer(
+    plan: Plan, recipe: Recipe, models: Models[AnySource], lead: Unlisted, content: Json
+) -> Plan:
+    """Return a plan with the tokenizer of the donor and the chat template of the recipe."""
+    donor, notes = models.sources[models.donor], [*plan.notes]
+    config = models.sources[models.base or 0].config
+    if isinstance(config, UnlistedConfig) and config.vocabulary:
+        rows = lead.info(config.vocabulary[0]).shape[0]
+        content = names_of.with_values(content, rows, config.vocab_size, ["vocab_size"])
+    template = None
+    if recipe.chat_template is not None:
+        added = [entry["content"] for entry in models.added_tokens]
+        template = chat_templates.choose(
+            recipe.chat_template, models.sources, models.sources, donor, added, notes
+        )
+    return dataclasses.replace(
+        plan,
+        config=dataclasses.replace(lead.config, content=content),
+        tokenizer_from=donor.directory,
+        chat_template=template,
+        added_tokens=models.added_tokens,
+        notes=tuple(dict.fromkeys(notes)),
+    )
