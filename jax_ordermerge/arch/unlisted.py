@@ -112,8 +112,8 @@ def is_listed(config: JsonRow) -> bool:
 def find_stacks(names: Iterable[str]) -> dict[str, int]:
     """Return the stacks of layers among the names of tensors, with their numbers of layers.
 
-    Numbers that are no layers are left out: those with gaps, as in `classifier.0`, `classifier.2`;
-    of modules without parts of their own, as in `bias.0.weight`; experts and blocks within a layer.
+    Numbers that are no layers are left out: a single one; those with gaps, as in `classifier.0`,
+    `classifier.2`; of modules without parts, as in `norms.0.weight`; and those within a layer.
 
     Example:
         >>> names = ["h.0.mlp.w", "h.1.mlp.w", "h.1.experts.0.up.w", "conv1.w", "head.0.w"]
@@ -130,17 +130,15 @@ def find_stacks(names: Iterable[str]) -> dict[str, int]:
     stacks = {
         prefix: len(layers)
         for prefix, layers in numbers.items()
-        if layers == set(range(len(layers)))
+        # one module with a number may be a layer, or the only part of a wrapper
+        if len(layers) > 1 and layers == set(range(len(layers)))
     }
-    # The outermost of nested stacks. One of a single layer may only wrap the real one, as
-    # `mid_block.attentions.0` wraps its transformer blocks.
-    outer: dict[str, int] = {}
-    for prefix in sorted(stacks, key=len):
-        inside = [other for other in stacks if other.startswith(f"{prefix}.") and stacks[other] > 1]
-        is_wrapper = stacks[prefix] == 1 and bool(inside)
-        if not is_wrapper and not any(prefix.startswith(f"{other}.") for other in outer):
-            outer[prefix] = stacks[prefix]
-    return {prefix: outer[prefix] for prefix in numbers if prefix in outer}
+    return {
+        prefix: count
+        for prefix, count in stacks.items()
+        # experts are within a layer
+        if not any(prefix.startswith(f"{other}.") for other in stacks)
+    }
 
 
 def find_place(name: str, stacks: Collection[str]) -> Place | None:

@@ -51,6 +51,10 @@ def compare_models(
         allow_bin: read `.bin` files of PyTorch.
     """
     names = [a, b] if base is None else [a, b, base]
+    adapters = [name for name in names if peft_files.is_adapter(remote.expand(name))]
+    # two adapters have tensors of the same names; a model has others
+    if adapters and len(adapters) < len(names):
+        raise references.lone_adapter(adapters[0])
     # those on this machine first: a mistake in one of them costs no download
     opened = {
         name: _open(name, ignore, allow_bin) for name in sorted(names, key=references.is_downloaded)
@@ -80,8 +84,6 @@ def _open(name: str, ignore: Collection[str], allow_bin: bool) -> safetensors.Te
     """Open a model by any name that `merge` takes, or a safetensors file."""
     path = remote.expand(name)
     refuse_model_of_edited_run(path)
-    if peft_files.is_adapter(path):
-        references.open_model(name)  # says that a base belongs to it
     # Read as files where there are any: tensors that no architecture has are listed, too.
     stored = ("*.safetensors", "pytorch_model*.bin")
     if path.is_file() or any(any(path.glob(pattern)) for pattern in stored):

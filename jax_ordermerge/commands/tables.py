@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jax_ordermerge.arch.unlisted import find_stacks
 from jax_ordermerge.checkpoint.compare import Difference, Inventory, Numbers, Stats
 from jax_ordermerge.json_types import Json, JsonValue
 
@@ -54,7 +55,14 @@ def inspect_table(inventory: Inventory) -> Table:
     heads = ["tensor", "dtype", "shape", "elements", "bytes", "file"]
     if inventory.stats is not None:
         heads += ["min", "max", "mean", "std", "NaN", "inf", "zeros"]
-    return _table(heads, rows, total, left=("tensor", "dtype", "shape", "file"))
+    table = _table(heads, rows, total, left=("tensor", "dtype", "shape", "file"))
+    # what `slices` and gradients of a recipe take for layers
+    stacks = find_stacks(row.name for row in inventory.tensors)
+    text = "; ".join(
+        f"layers: {prefix}.0 to {prefix}.{count - 1}" for prefix, count in stacks.items()
+    )
+    table.caption = _text(text) if text else None
+    return table
 
 
 def difference_table(difference: Difference) -> Table:
@@ -113,13 +121,16 @@ def difference_table(difference: Difference) -> Table:
 
 
 def inspect_json(inventory: Inventory) -> Json:
-    """Return an inventory as JSON; NaN and infinities become None.
+    """Return an inventory as JSON, with the number of layers of each stack that names show.
+
+    NaN and infinities become None.
 
     Example:
         >>> inspect_json(Inventory((), 0, 0, 0, None))
-        {'tensors': [], 'elements': 0, 'bytes': 0, 'files': 0, 'stats': None}
+        {'tensors': [], 'elements': 0, 'bytes': 0, 'files': 0, 'stats': None, 'layers': {}}
     """
-    return _plain(inventory)
+    layers = find_stacks(row.name for row in inventory.tensors)
+    return {**_plain(inventory), "layers": layers}
 
 
 def difference_json(difference: Difference) -> Json:

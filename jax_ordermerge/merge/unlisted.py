@@ -121,9 +121,12 @@ def check_pair(a: View, b: View, sources: Sequence[AnySource], *, any_rows: bool
     labels = sources[a.source].label, sources[b.source].label
     start = 1 if any_rows else 0
     if first.shape[start:] != second.shape[start:] or len(first.shape) != len(second.shape):
+        hint = "only tensors of one shape are merged"
+        if len(first.shape) > 1 and first.shape[1:] == second.shape[1:]:
+            hint = "if its rows are those of tokens, name it in a recipe with embedding: NAME"
         raise UserError(
             f"{a.name} is {list(first.shape)} in {labels[0]} and {list(second.shape)} in"
-            f" {labels[1]}; only tensors of one shape are merged"
+            f" {labels[1]}; {hint}"
         )
     if is_float(first) != is_float(second) or not (is_float(first) or first.dtype == second.dtype):
         raise UserError(
@@ -144,7 +147,7 @@ def _check_adapters(first: Unlisted, second: Unlisted) -> None:
         }
         # how A and B began, unless it changed the base, too
         if content.get("init_lora_weights") in peft_files.NEUTRAL_INITS:
-            del content["init_lora_weights"]
+            content.pop("init_lora_weights", None)
         return content
 
     for key, a, b in names_of.config_differences(read(first), read(second)):
@@ -183,12 +186,14 @@ def finish_outputs(
         for view in output.views[1:]:
             check_pair(lead, view, sources)
         info = sources[lead.source].info(lead.name)
-        if not is_float(info) or not output.size:
+        if not is_float(info):
             _check_equal(output, sources)
             finished.append(dataclasses.replace(output, copied=True, out_dtype=info.dtype))
             continue
         merged = _stored_dtype(output, sources) if chosen is None else chosen
-        finished.append(dataclasses.replace(output, dtype=merged, out_dtype=written or merged))
+        dtypes: Json = {"dtype": merged, "out_dtype": merged if written is None else written}
+        # without elements there is nothing to merge
+        finished.append(dataclasses.replace(output, **dtypes, copied=not output.size))
     return tuple(finished)
 
 
@@ -227,7 +232,7 @@ def _stored_dtype(output: Output, sources: Sequence[AnySource]) -> np.dtype:
 def _merged(outputs: Iterable[Output]) -> Iterator[tuple[Output, np.dtype, np.dtype]]:
     """Yield the tensors that are not copied, with their dtypes before and after merging."""
     for output in outputs:
-        if output.dtype is not None and output.out_dtype is not None:
+        if output.dtype is not None and output.out_dtype is not None and not output.copied:
             yield output, output.dtype, output.out_dtype
 
 

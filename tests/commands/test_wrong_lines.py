@@ -30,7 +30,8 @@ def place(tmp_path_factory):
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     # not by its tensors is it told from a model
-    (folder / "adapter/adapter_model.safetensors").write_bytes(b"")
+    empty = (2).to_bytes(8, "little") + b"{}"
+    (folder / "adapter/adapter_model.safetensors").write_bytes(empty)
     for name, text in {
         "notes.txt": "hello\n",
         "data.json": "{}",
@@ -99,7 +100,6 @@ WRONG = {
     "convert a notes.txt/out": "notes.txt, which is a file; give a new directory",
     "inspect run": "run is a run; name one of its members",
     "diff a adapter": "adapter is an adapter; give the model that it belongs to",
-    "inspect adapter": "adapter is an adapter; give the model that it belongs to",
     "diff a run": "run is a run; name one of its members",
     "generate run --prompt x": "run is a run; name one of its members",
     "generate tiny.yaml --prompt x": "tiny.yaml is a file; a model is a directory",

@@ -71,7 +71,12 @@ CLASSES = {
                 **TEXT,
                 "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
             },
-            "vision_config": {**_VISION, "fullatt_block_indexes": [1]},
+            "vision_config": {
+                **_VISION,
+                "fullatt_block_indexes": [1],
+                "temporal_patch_size": 1,
+                "spatial_merge_size": 1,
+            },
         },
     ),
     "gemma3": (
@@ -123,16 +128,6 @@ CLASSES = {
             "expand": 2,
             "time_step_rank": 4,
             "use_mambapy": False,
-        },
-    ),
-    "resnet": (
-        "ResNetForImageClassification",
-        {
-            "embedding_size": 16,
-            "hidden_sizes": [16, 32],
-            "depths": [2, 2],
-            "layer_type": "basic",
-            "num_labels": 2,
         },
     ),
 }

@@ -99,7 +99,13 @@ def plan_recipe(
             f"{where}: embedding and layers are for architectures that are not in the table;"
             " leave them out"
         )
-    models = check_listed(settings, opened)
+    return _plan_listed(raw, settings, where, check_listed(settings, opened), evaluator)
+
+
+def _plan_listed(
+    raw: JsonRow, settings: Recipe, where: str, models: Models[Source], evaluator: Evaluator
+) -> Plan:
+    """Plan a merge of models in the tensor table."""
     labels = [source.label for source in models.sources]
     counts = [source.config.num_layers for source in models.sources]
     layers = layer_ranges(settings, Inputs(models.indices, models.base, labels, counts))

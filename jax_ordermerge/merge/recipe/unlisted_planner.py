@@ -84,7 +84,9 @@ def plan_unlisted(
     plan = unlisted.make_plan(
         lead, models.sources, outputs, {"seed": recipe.seed}, recipe.seed, notes
     )
-    precheck.check_rounding(recipe, plan.out_dtype.name, "recipe")
+    for output in outputs:
+        if not output.copied:
+            precheck.check_rounding(recipe, plan.out_dtype_of(output).name, output.name)
     content = dict(plan.config.content) if isinstance(plan.config, UnlistedConfig) else {}
     if stack is not None:
         content = _sliced_content(content, stack, lead.stacks[stack], _leads(layers))
@@ -284,6 +286,7 @@ def _with_tokenizer(
     return dataclasses.replace(
         plan,
         config=dataclasses.replace(lead.config, content=content),
+        stochastic=recipe.rounding == "stochastic",
         tokenizer_from=donor.directory,
         chat_template=template,
         added_tokens=models.added_tokens,

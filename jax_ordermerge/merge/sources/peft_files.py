@@ -28,7 +28,7 @@ from jax_ordermerge.merge.sources.storage import Source, Untied, ZeroBiases, voc
 from jax_ordermerge.model.lora import PREFIX, A, B
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
-_WEIGHTS, _BIN_WEIGHTS = f"{STEM}.safetensors", f"{STEM}.bin"
+WEIGHTS, _BIN_WEIGHTS = f"{STEM}.safetensors", f"{STEM}.bin"
 # Ends of the names in the weights file -> the part of the adapter.
 _PARTS = {
     A: "A",
@@ -128,11 +128,11 @@ def open_adapter(
     directory = Path(adapter)
     settings = json_files.read_json(directory / CONFIG)
     _check_settings(directory, settings)
-    path = directory / _WEIGHTS
+    path = directory / WEIGHTS
     if not path.is_file() and (directory / _BIN_WEIGHTS).is_file():
         path = directory / _BIN_WEIGHTS
     if not path.is_file():
-        raise UserError(f"{directory} has no {_WEIGHTS}")
+        raise UserError(f"{directory} has no {WEIGHTS}")
     reader = torch_files.open_tensors(path, allow_bin=allow_bin)
     file = _AdapterFile(base, path, reader, settings)
     parts, saved, originals = file.tensors()

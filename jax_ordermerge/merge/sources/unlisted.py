@@ -54,12 +54,6 @@ class Unlisted:
     export_dtype = None
 
     def __init__(self, directory: Path, label: str, *, allow_bin: bool = False) -> None:
-        if (directory / "model_index.json").is_file():
-            parts = sorted(path.parent.name for path in directory.glob("*/config.json"))
-            raise UserError(
-                f"{label} is a pipeline of several models; merge each by itself, e.g."
-                f" {label}/{parts[0] if parts else 'unet'}"
-            )
         self._tensors = torch_files.open_tensors(directory, allow_bin=allow_bin)
         self.label, self.directory = label, directory
         self.prompt_format = PromptFormat()
@@ -121,6 +115,12 @@ def open_directory(
     Raises:
         UserError: see `storage.Directory` and `Unlisted`.
     """
+    if (directory / "model_index.json").is_file():
+        parts = sorted(path.parent.name for path in directory.glob("*/config.json"))
+        raise UserError(
+            f"{label} is a pipeline of several models; merge each by itself, e.g."
+            f" {label}/{parts[0] if parts else 'unet'}"
+        )
     path = directory / _CONFIG
     if path.is_file() and unlisted.is_listed(json_files.read_json(path)):
         return storage.Directory(directory, label, ignore, allow_bin=allow_bin)
