@@ -278,7 +278,9 @@ def _describe_weights(directory: Path) -> str:
             f"it has {', '.join(names[:3])}; ordermerge convert MODEL OUT --allow-bin makes"
             " safetensors of them"
         )
-    return f"it has {', '.join(names[:3])}; convert to safetensors, or restore the index"
+    is_one = len(names) == 1 and names[0].endswith(suffixes[0])
+    remedy = "rename it" if is_one else "convert to safetensors, or restore the index"
+    return f"it has {', '.join(names[:3])}; {remedy}"
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:

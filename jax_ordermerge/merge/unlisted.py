@@ -89,13 +89,13 @@ def check_same(
     """
     labels = f"{first.label} and {second.label}"
     kinds = first.config.kind, second.config.kind
-    if kinds[0] != kinds[1]:
+    if kinds[0] != kinds[1] and "unknown" not in kinds:
         raise UserError(f"{labels} are of different architectures: {kinds[0]} and {kinds[1]}")
     if first.config.is_adapter:
         _check_adapters(first, second)
     for model, other in ((first, second), (second, first)):
-        lacking = [name for name in model.names if name not in set(other.names)]
-        lacking = [name for name in lacking if not _is_in(name, stack)]
+        names = set(other.names)
+        lacking = [name for name in model.names if name not in names and not _is_in(name, stack)]
         if lacking:
             rest = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
             tied = lacking[0] in model.config.vocabulary

@@ -326,6 +326,7 @@ def test_vocabularies_are_aligned_where_the_embedding_is_known_or_named(pair, tm
     named, _ = merge(linear(*pair, embedding="lookup.table"), tmp_path / "named")
     np.testing.assert_allclose(named["lookup.table"], expected, rtol=1e-6)
     refused(linear(*pair, embedding="lookup"), "has no tensor lookup")
+    refused(linear(*pair, embedding=[]), "embedding")
 
 
 def test_keys_of_unlisted_models_are_refused_for_listed_ones():
@@ -360,7 +361,7 @@ def test_files_of_the_base_come_along(pair, tmp_path):
     text = " ".join(plan.notes)
     assert "modeling_own.py: code of the model is copied, and was not run" in text
     assert "2_Dense: has weights of its own" in text
-    assert "consolidated.safetensors is not read; model.safetensors is" in text
+    assert "base: not read beside model.safetensors: consolidated.safetensors" in text
 
 
 def test_configs_that_differ_are_named(pair):

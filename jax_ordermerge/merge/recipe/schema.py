@@ -176,7 +176,7 @@ class Recipe(Module):
     chat_template: str | None = None
     # of architectures that are not in the table
     embedding: Names | None = Field(
-        None, description="the tensors with one row per token: embedding and head"
+        None, min_length=1, description="the tensors with one row per token: embedding and head"
     )
     layers: str | None = Field(
         None, description="the stack of layers that slices are of, as `inspect` names it"

@@ -68,11 +68,10 @@ def plan_unlisted(
     layers = layer_ranges(recipe, Inputs(models.indices, models.base, labels, counts))
     notes = [*models.notes]
     notes += (note for part in layers for note in evaluator.check_names(part, labels))
-    tensors = list(
-        _merged_tensors(lead, layers, models.sources)
-        if stack is None
-        else _sliced_tensors(lead, layers, models.sources, alike, stack)
-    )
+    if stack is None:
+        tensors = [_merged_tensor(name, lead, layers[0], models.sources) for name in lead.names]
+    else:
+        tensors = _sliced_tensors(lead, layers, models.sources, alike, stack)
     notes += filter_notes(tensors, labels)
     outputs = unlisted.finish_outputs(
         map(evaluator.output, tensors),
@@ -135,21 +134,17 @@ def _with_vocabulary(
     return models
 
 
-def _merged_tensors(
-    lead: Unlisted, layers: Sequence[LayerRange], sources: Sequence[AnySource]
-) -> Sequence[MergedTensor]:
-    """Return every tensor of whole models, each merged with those of its name."""
-    (part,) = layers
-    tensors = []
-    for name in lead.names:
-        place = names_of.find_place(name, lead.stacks)
-        shape = sources[part.inputs[0].source].info(name).shape
-        layer = None if place is None else place.layer
-        last = 0 if place is None else lead.stacks[place.stack] - 1
-        position = 0.0 if layer is None else layer / last if last else 1.0
-        names = [name] * len(part.inputs)
-        tensors.append(MergedTensor(name, shape, layer, part, names, position))
-    return tensors
+def _merged_tensor(
+    name: str, lead: Unlisted, part: LayerRange, sources: Sequence[AnySource]
+) -> MergedTensor:
+    """Return a tensor that is merged with those of its name."""
+    place = names_of.find_place(name, lead.stacks)
+    shape = sources[part.inputs[0].source].info(name).shape
+    names = [name] * len(part.inputs)
+    if place is None:
+        return MergedTensor(name, shape, None, part, names, 0.0)
+    position = place.layer / (lead.stacks[place.stack] - 1)
+    return MergedTensor(name, shape, place.layer, part, names, position)
 
 
 def _sliced_tensors(
@@ -158,27 +153,20 @@ def _sliced_tensors(
     sources: Sequence[AnySource],
     alike: Sequence[Unlisted],
     stack: str,
-) -> Sequence[MergedTensor]:
+) -> list[MergedTensor]:
     """Return every tensor of a model with the layers of slices in one stack."""
-    tensors: list[MergedTensor] = []
-    vocabulary = lead.config.vocabulary
-    for name in lead.names:
-        place = names_of.find_place(name, lead.stacks)
-        if place is not None and place.stack == stack:
-            continue
-        # as in `planner`: the embedding as in the first slice, all others as in the last
-        part = layers[0] if name in vocabulary[:1] else layers[-1]
-        last = 0 if place is None else lead.stacks[place.stack] - 1
-        position = 0.0 if place is None else place.layer / last if last else 1.0
-        shape = sources[part.inputs[0].source].info(name).shape
-        names = [name] * len(part.inputs)
-        layer = None if place is None else place.layer
-        tensors.append(MergedTensor(name, shape, layer, part, names, position))
+    # as in `planner`: the embedding as in the first slice, all others as in the last
+    tensors = [
+        _merged_tensor(name, lead, layers[0 if name in lead.config.vocabulary[:1] else -1], sources)
+        for name in lead.names
+        if names_of.find_place(name, [stack]) is None
+    ]
+    parts_of = [_parts_by_layer(source, stack) for source in alike]
     number = 0
     for part in layers:
         for index in range(part.length):
             position = index / (part.length - 1) if part.length > 1 else 1.0
-            for rest in _layer_parts(part, index, alike, stack):
+            for rest in _layer_parts(part, index, alike, parts_of):
                 names = [f"{stack}.{entry.start + index}.{rest}" for entry in part.inputs]
                 shape = sources[part.inputs[0].source].info(names[0]).shape
                 name = f"{stack}.{number}.{rest}"
@@ -187,22 +175,33 @@ def _sliced_tensors(
     return tensors
 
 
-def _layer_parts(part: LayerRange, index: int, alike: Sequence[Unlisted], stack: str) -> list[str]:
+def _parts_by_layer(source: Unlisted, stack: str) -> dict[int, list[str]]:
+    """Return the names in each layer of a stack, behind the number of the layer."""
+    parts: dict[int, list[str]] = {}
+    for name in source.names:
+        place = names_of.find_place(name, [stack])
+        if place is not None:
+            parts.setdefault(place.layer, []).append(place.rest)
+    return parts
+
+
+def _layer_parts(
+    part: LayerRange,
+    index: int,
+    alike: Sequence[Unlisted],
+    parts_of: Sequence[Mapping[int, list[str]]],
+) -> list[str]:
     """Return the names of the tensors in a layer, which all inputs must have."""
-    parts_of = []
-    for entry in part.inputs:
-        source, layer = alike[entry.source], entry.start + index
-        places = (names_of.find_place(name, [stack]) for name in source.names)
-        parts_of.append([place.rest for place in places if place and place.layer == layer])
-    for entry, parts in zip(part.inputs, parts_of, strict=True):
-        if different := sorted({*parts} ^ {*parts_of[0]}):
-            labels = alike[part.inputs[0].source].label, alike[entry.source].label
-            layers = part.inputs[0].start + index, entry.start + index
+    first, *others = part.inputs
+    parts = parts_of[first.source][first.start + index]
+    for entry in others:
+        if different := sorted({*parts_of[entry.source][entry.start + index]} ^ {*parts}):
             raise UserError(
-                f"layer {layers[0]} of {labels[0]} and layer {layers[1]} of {labels[1]} in {stack}"
-                f" have other tensors: {different[0]} is in one of them"
+                f"layer {first.start + index} of {alike[first.source].label} and layer"
+                f" {entry.start + index} of {alike[entry.source].label} have other tensors:"
+                f" {different[0]} is in one of them"
             )
-    return parts_of[0]
+    return parts
 
 
 def _leads(layers: Sequence[LayerRange]) -> list[int]:

@@ -80,7 +80,7 @@ class Unlisted:
         unread = [name for name in unread if name != "training_args.bin"]
         if not unread:
             return []
-        return [f"{self.label}: {', '.join(unread[:3])} is not read; {sorted(read)[0]} is"]
+        return [f"{self.label}: not read beside {sorted(read)[0]}: {', '.join(unread[:3])}"]
 
 
 class NamedVocabulary:
