@@ -30,7 +30,7 @@ from jax_ordermerge.merge.sources import (
     references,
 )
 from jax_ordermerge.merge.sources.references import read_prompt_format
-from jax_ordermerge.merge.sources.storage import Source
+from jax_ordermerge.merge.sources.storage import AnySource, Source
 from jax_ordermerge.record import base_digest, refuse_other_base
 from jax_ordermerge.train import members
 
@@ -197,6 +197,12 @@ def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Merg
     merge_plan = planner.plan_recipe(remote.fetch(source), ignore=ignore, allow_bin=allow_bin)
     for note in merge_plan.notes:
         print(f"note: {note}", file=sys.stderr)
+    config = merge_plan.config
+    if isinstance(config, arch.UnlistedConfig):
+        raise UserError(
+            f"{source} is of models that are not in the table of architectures, or of adapters"
+            " without their base, which ordermerge merge writes as an adapter"
+        )
     if merge_plan.added_tokens:
         raise UserError(f"{source} adds tokens, which an adapter of linear layers cannot hold")
     used = sorted({view.source for output in merge_plan.outputs for view in output.members})
@@ -219,13 +225,13 @@ def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Merg
         adapters,
         merges,
         references.split_name(adapters[0].label)[0],
-        merge_plan.config,
+        config,
         form,
         merge_plan.tokenizer_from,
     )
 
 
-def _as_adapter(model: Source) -> lora.LoRA:
+def _as_adapter(model: AnySource) -> lora.LoRA:
     if not isinstance(model, lora.LoRA):
         raise UserError(
             f"{model.label} is no adapter: only a merge of adapters alone is one; give --base and"
