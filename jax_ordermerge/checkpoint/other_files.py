@@ -1,9 +1,10 @@
 """What lies beside the weights of a model whose files are not understood: copied byte by byte."""
 
+import filecmp
 from collections.abc import Collection
 from pathlib import Path
 
-from jax_ordermerge.checkpoint import atomic
+from jax_ordermerge.checkpoint import atomic, sidecar_files
 
 # Weights, of this model or of other forms of it. An index belongs to its weights.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -43,17 +44,48 @@ def list_files(directory: Path) -> tuple[list[Path], list[str]]:
     return files, left_out
 
 
-def copy(source: Path, target: Path, without: Collection[str] = ()) -> None:
-    """Copy the files of `list_files`, but some names, through to the disk."""
-    for file in list_files(source)[0]:
+def copy(
+    source: Path, target: Path, *, tokenizer_from: Path | None, without: Collection[str] = ()
+) -> None:
+    """Copy the files of `list_files`, but some names, through to the disk.
+
+    Args:
+        source: directory of the model.
+        target: an existing directory.
+        tokenizer_from: directory of the model whose tokenizer files are copied instead.
+        without: names to leave out.
+    """
+    donor = source if tokenizer_from is None else tokenizer_from
+    # files of two tokenizers beside each other would be read as one
+    files = [(donor, file) for file in list_files(donor)[0] if _is_tokenizer(file)]
+    files += [(source, file) for file in list_files(source)[0] if not _is_tokenizer(file)]
+    for directory, file in files:
         if str(file) not in without:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_bytes(target / file, (source / file).read_bytes())
+            atomic.write_bytes(target / file, (directory / file).read_bytes())
+
+
+def different_files(a: Path, b: Path, without: Collection[str] = ()) -> list[str]:
+    """Return the files besides the weights that two models have not alike."""
+    first, second = ({str(file) for file in list_files(x)[0]} - {*without} for x in (a, b))
+    return sorted(
+        name
+        for name in first | second
+        if name not in first & second or not filecmp.cmp(a / name, b / name, shallow=False)
+    )
 
 
 def code_files(directory: Path) -> list[str]:
     """Return the files of code that lie beside a model: copied, and never run."""
     return [str(file) for file in list_files(directory)[0] if file.suffix == ".py"]
+
+
+def _is_tokenizer(file: Path) -> bool:
+    names = (*sidecar_files.TOKENIZER_FILES, sidecar_files.TOKENIZER_CONFIG)
+    templates = (sidecar_files.CHAT_TEMPLATE, sidecar_files.MORE_TEMPLATES)
+    # of SentencePiece, under names that models choose
+    is_model = file.suffix in (".model", ".spm", ".tiktoken")
+    return file.parts[0] in (*names, *templates) or is_model
 
 
 def _is_weights(path: Path) -> bool:

@@ -13,7 +13,9 @@ _HUB_FILES = (
     "*.safetensors",
     "*.json",
     "*.jinja",  # chat templates
-    "tokenizer.model",
+    "*.model",  # SentencePiece
+    "*.spm",
+    "*.py",  # copied beside a merge, never run
     "merges.txt",
     "vocab.txt",
     "README.md",

@@ -142,11 +142,14 @@ def _write_unlisted(
 ) -> None:
     """Copy what lies beside the weights of the base, with the config that belongs to the merge."""
     if plan.files_from is not None:
-        other_files.copy(plan.files_from, directory, without=[config.file])
+        other_files.copy(
+            plan.files_from,
+            directory,
+            tokenizer_from=plan.tokenizer_from,
+            without=[config.file],
+        )
     if config.content:
         json_files.write_json(directory / config.file, dict(config.content))
-    if plan.tokenizer_from not in (None, plan.files_from):
-        sidecar_files.copy_tokenizer(plan.tokenizer_from, directory)
     atomic.write_text(directory / "README.md", card)
     atomic.write_text(directory / "merge_config.yaml", recipe)
 

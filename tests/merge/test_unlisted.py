@@ -302,7 +302,8 @@ def tokenizer(tokens):
 
 
 def test_vocabularies_are_aligned_where_the_embedding_is_known_or_named(pair, tmp_path):
-    save(pair[0], two_towers(0), files={"tokenizer.json": tokenizer("abcdef")})
+    files = {"tokenizer.json": tokenizer("abcdef"), "spiece.model": "of a", "processor.json": "{}"}
+    save(pair[0], two_towers(0), files=files)
     tensors = two_towers(1)
     tensors["model.embed_tokens.weight"] = np.arange(28, dtype=np.float32).reshape(7, 4)
     config = {**CONFIG, "text_config": {**CONFIG["text_config"], "vocab_size": 7}}
@@ -317,6 +318,8 @@ def test_vocabularies_are_aligned_where_the_embedding_is_known_or_named(pair, tm
     text = json.loads((tmp_path / "wide/config.json").read_text())["text_config"]
     assert text["vocab_size"] == 7
     assert (tmp_path / "wide/tokenizer.json").read_text() == tokenizer("gabcdef")
+    assert (tmp_path / "wide/processor.json").is_file()
+    assert not (tmp_path / "wide/spiece.model").exists()  # it is of the other tokenizer
     # under a name that nobody knows
     for model in pair:
         stored = safetensors.numpy.load_file(model / "model.safetensors")
@@ -359,6 +362,8 @@ def test_files_of_the_base_come_along(pair, tmp_path):
     assert "2 models of one architecture" in card
     assert not (tmp_path / "out/2_Dense").exists()
     text = " ".join(plan.notes)
+    assert "/a and " in text
+    assert "have not the same 1_Pooling/config.json, generation_config.json" in text
     assert "modeling_own.py: code of the model is copied, and was not run" in text
     assert "2_Dense: has weights of its own" in text
     assert "base: not read beside model.safetensors: consolidated.safetensors" in text
