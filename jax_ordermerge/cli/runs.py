@@ -276,8 +276,10 @@ def search(
 
     ordermerge search runs/quickstart --budget 200 --sampler random
     """
+    from jax_ordermerge.commands import serving
     from jax_ordermerge.config import read_search
     from jax_ordermerge.experiment import pipeline
+    from jax_ordermerge.layout import SearchLayout
 
     check_outputs(out)
     resolved = read_config(config, overrides)
@@ -293,6 +295,8 @@ def search(
         log=typer.echo,
     )
     typer.echo(f"wrote {page}")
+    if export:
+        serving.print_commands(SearchLayout(page.parent).winner)
 
 
 @app.command()

@@ -174,6 +174,7 @@ def convert(
     """
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.commands import convert as command
+    from jax_ordermerge.commands import serving
 
     command.convert_checkpoint(
         source,
@@ -187,6 +188,8 @@ def convert(
         rank=rank,
     )
     typer.echo(f"wrote {remote.address(out) or out}")
+    if to == "hf" and remote.address(out) is None:
+        serving.print_commands(out)
 
 
 @app.command()

@@ -17,6 +17,7 @@ import rich.table
 
 from jax_ordermerge.arch import UnlistedConfig
 from jax_ordermerge.checkpoint import atomic, convert, remote
+from jax_ordermerge.commands import serving
 from jax_ordermerge.config.merge import canonical_method
 from jax_ordermerge.config.section import read_value
 from jax_ordermerge.errors import UserError
@@ -222,6 +223,9 @@ def carry_out(
     write(merge_plan, out)
     if out is not None:
         print(f"wrote {label or remote.address(out) or out}")
+    # of the last of several recipes; the others are gone at the end
+    if out is not None and label is None and remote.address(out) is None:
+        serving.print_commands(out)
 
 
 def plan_models(

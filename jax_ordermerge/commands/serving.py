@@ -1,0 +1,93 @@
+"""How an exported model is served by the engines that people use: the commands, and what it lacks.
+
+None of them is run here. An engine that cannot load a directory says so after minutes; what it
+looks for is looked for before.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from jax_ordermerge.json_types import Json
+
+# Files of which one is enough for an engine to turn text into tokens.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def print_commands(out: Path) -> None:
+    """Print `serving_lines` of an export on the standard error, beside what a script reads."""
+    for line in serving_lines(out):
+        print(line, file=sys.stderr)
+
+
+def serving_lines(directory: Path) -> list[str]:
+    """Return the commands that serve a model, or why no engine can; empty for what writes no text.
+
+    Args:
+        directory: where something was exported: a Hugging Face directory of a decoder, or what it
+            may be besides (an adapter, an Orbax checkpoint, an encoder, a diffusion model).
+
+    Example:
+        >>> serving_lines(Path("nowhere"))
+        []
+    """
+    if not _writes_text(directory):
+        return []
+    lacking = _lacking(directory)
+    if lacking:
+        return [f"no engine can serve {directory}: {', '.join(lacking)}"]
+    path, name = shlex.quote(str(directory)), directory.resolve().name
+    gguf, modelfile = shlex.quote(f"{name}.gguf"), shlex.quote(f"{name}.Modelfile")
+    base = shlex.quote(f"FROM {directory.absolute()}")
+    lines = [
+        "To serve it, one of:",
+        f"  vllm serve {path}",
+        f"  python -m sglang.launch_server --model-path {path}",
+        f"  transformers serve {path}",
+        # a script of its repository, not of a package
+        f"  python llama.cpp/convert_hf_to_gguf.py {path} --outfile {gguf} && llama-server -m {gguf}",
+        f"  echo {base} > {modelfile} && ollama create {shlex.quote(name.lower())} -f {modelfile}",
+    ]
+    if not has_chat_template(directory):
+        lines.append(
+            "It has no chat template: ask under /v1/completions, not /v1/chat/completions."
+        )
+    return lines
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Return whether the tokenizer of a directory has a chat template.
+
+    Example:
+        >>> has_chat_template(Path("nowhere"))
+        False
+    """
+    if (directory / "chat_template.jinja").is_file():
+        return True
+    settings = directory / "tokenizer_config.json"
+    return settings.is_file() and bool(_read(settings).get("chat_template"))
+
+
+def _writes_text(directory: Path) -> bool:
+    config = directory / "config.json"
+    if not config.is_file():
+        return False
+    return any("ForCausalLM" in name for name in _read(config).get("architectures") or ())
+
+
+def _read(file: Path) -> Json:
+    return dict(json.loads(file.read_text()))
+
+
+def _lacking(directory: Path) -> list[str]:
+    lacking = []
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({*_read(index)["weight_map"].values()})
+        lacking += [f"no {file}" for file in files if not (directory / file).is_file()]
+    elif not any(directory.glob("*.safetensors")):
+        lacking.append("no *.safetensors")
+    if not any((directory / file).is_file() for file in _TOKENIZERS):
+        lacking.append("no tokenizer (tokenizer.json or tokenizer.model)")
+    return lacking

@@ -1,0 +1,76 @@
+"""What is printed after an export: how engines serve it, and what they would not find."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from jax_ordermerge.commands.serving import serving_lines
+from tests.commands.test_cli import call
+from tests.experiment import tiny
+
+
+@pytest.fixture
+def model(tmp_path):
+    return tiny.make_base(tmp_path / "my model")
+
+
+def test_commands_name_the_directory(model):
+    first, *commands = serving_lines(model)
+    assert first == "To serve it, one of:"
+    words = [shlex.split(command) for command in commands[:5]]
+    assert words[0] == ["vllm", "serve", str(model)]
+    assert words[1] == ["python", "-m", "sglang.launch_server", "--model-path", str(model)]
+    assert words[2] == ["transformers", "serve", str(model)]
+    assert words[3][1:5] == [
+        "llama.cpp/convert_hf_to_gguf.py",
+        str(model),
+        "--outfile",
+        "my model.gguf",
+    ]
+    assert words[3][-3:] == ["llama-server", "-m", "my model.gguf"]
+    # the shell writes a Modelfile that names the model by its whole path
+    line = commands[4].partition(" && ")[0].strip()
+    subprocess.run(["sh", "-c", line], check=True, cwd=model)
+    assert (model / "my model.Modelfile").read_text() == f"FROM {model}\n"
+
+
+def test_a_model_without_a_template_is_asked_for_completions(model):
+    assert serving_lines(model)[-1].startswith("It has no chat template: ask under /v1/completions")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert len(serving_lines(model)) == 6
+
+
+def test_what_no_engine_would_find_is_named(model):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (line,) = serving_lines(model)
+    assert line == (
+        f"no engine can serve {model}: no model-1.safetensors, no model-2.safetensors, no tokenizer"
+        " (tokenizer.json or tokenizer.model)"
+    )
+
+
+def test_what_writes_no_text_has_no_commands(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    assert serving_lines(model) == []
+
+
+@pytest.mark.slow
+def test_transformers_takes_the_directory_as_written():
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "[FORCE_MODEL]" in printed
+
+
+def test_a_merge_ends_with_them(model, capsys):
+    out, other = model.with_name("merged"), tiny.make_base(model.with_name("other"), seed=1)
+    assert call("merge", "--method", "linear", "--out", out, model, other) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"wrote {out}"
+    assert f"  vllm serve {out}" in printed.err.splitlines()
