@@ -1,5 +1,7 @@
 """Runs whose merges are of averages of each member's last checkpoints."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import yaml
@@ -139,3 +141,31 @@ def test_a_search_chooses_among_them(tmp_path):
     assert "average checkpoints=2/equal" in names
     assert "average checkpoints=2/equal lambda=0.9" in names
     assert orbax.steps(RunLayout(run).checkpoints) == [8, 10]
+
+
+@pytest.mark.slow
+def test_of_adapters_and_in_every_population(tmp_path):
+    """Averages of models with adapters, also of a population whose merges are not exported."""
+    methods = [{"method": "average", "checkpoints": {"last": 2}}]
+    path = config(
+        tmp_path,
+        population={"members": 2, "replicates": 2},
+        merge={"methods": methods},
+        lora={"rank": 2, "alpha": 4},
+        evaluation={"tasks": []},
+    )
+    run = pipeline.run(load_config(path), log=lambda text: None)
+    ctx = open_run(read_config(run), lambda text: None)
+    at = [
+        flat(members.restore_members(ctx.training, ctx.model, ctx.mesh, RunLayout(run), step=step))
+        for step in (8, 10)
+    ]
+    for number in range(2):
+        ctx = dataclasses.replace(ctx, population=number)
+        merged = flat(next(models.load_models(ctx, ["average-last2"]))[1])
+        mine = slice(2 * number, 2 * number + 2)
+        for name, leaf in merged.items():
+            expected = np.mean([part[name][mine].astype(np.float64) for part in at], axis=(0, 1))
+            assert np.allclose(leaf, expected, rtol=0, atol=1e-6), name
+        rows = {row["name"] for row in read_json(ctx.layout.evaluations)["models"]}
+        assert "average-last2" in rows
