@@ -78,38 +78,34 @@ def _project_by_head(
 # The gradient of a weight contracts the rows of two arrays, and XLA on TPU writes the first of them
 # again in another layout. Where jax differentiates, that is the gradient of the output: of q, k, v,
 # gate and up. Here it is x, which these share.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _project_embed(
-    x_BTD: jax.Array, weight_OD: jax.Array, dtype: DTypeLike, outputs: tuple[int, ...], axis: str
-) -> jax.Array:
-    """Return `_project_by_head` of x [B, T, D], where `axis` is the logical axis of the outputs."""
-    return _project_by_head(x_BTD, weight_OD, dtype, outputs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project_embed(x_BTD: jax.Array, weight: jax.Array, dtype: DTypeLike, axis: str) -> jax.Array:
+    """Contract `D` of x and of a weight [..., D], whose other axes together are the logical `axis`.
+
+    The weight has its axes before it comes here. XLA does not merge two collectives: if forward
+    and backward pass split it each for themselves, it would be gathered for each.
+    """
+    contracted = (2,), (weight.ndim - 1,)
+    return jax.lax.dot_general(x_BTD, weight, (contracted, ((), ())), preferred_element_type=dtype)
 
 
 def _project_embed_forward(
-    x_BTD: jax.Array, weight_OD: jax.Array, dtype: DTypeLike, outputs: tuple[int, ...], axis: str
+    x_BTD: jax.Array, weight: jax.Array, dtype: DTypeLike, axis: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _project_by_head(x_BTD, weight_OD, dtype, outputs), (x_BTD, weight_OD)
+    return _project_embed(x_BTD, weight, dtype, axis), (x_BTD, weight)
 
 
 def _project_embed_backward(
-    dtype: DTypeLike,
-    outputs: tuple[int, ...],
-    axis: str,
-    saved: tuple[jax.Array, jax.Array],
-    grad: jax.Array,
+    dtype: DTypeLike, axis: str, saved: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x_BTD, weight_OD = saved
-    weight = weight_OD.reshape(*outputs, -1)
-    contracted = tuple(range(2, grad.ndim)), tuple(range(len(outputs)))
-    grad_BTD = jax.lax.dot_general(
-        grad, weight, (contracted, ((), ())), preferred_element_type=dtype
-    )
+    x_BTD, weight = saved
+    outputs = tuple(range(2, grad.ndim)), tuple(range(weight.ndim - 1))
+    grad_BTD = jax.lax.dot_general(grad, weight, (outputs, ((), ())), preferred_element_type=dtype)
     rows = (0, 1), (0, 1)
     grad_DO = jax.lax.dot_general(x_BTD, grad, (rows, ((), ())), preferred_element_type=dtype)
     grad_DO = meshes.constrain(grad_DO.reshape(x_BTD.shape[2], -1), "embed", axis)
     # without the barrier XLA joins product and transposition
-    return grad_BTD, jax.lax.optimization_barrier(grad_DO).T
+    return grad_BTD, jax.lax.optimization_barrier(grad_DO).T.reshape(weight.shape)
 
 
 _project_embed.defvjp(_project_embed_forward, _project_embed_backward)
@@ -161,7 +157,8 @@ class Linear(nn.Module):
         if self.form == "flat":
             return project(x, weight_OI, self.dtype)
         if axes is not None and axes[1] == "embed":
-            return _project_embed(x, weight_OI, self.dtype, outputs, axes[0])
+            weight = weight_OI.reshape(*outputs, x.shape[2])
+            return _project_embed(x, weight, self.dtype, axes[0])
         if axes is not None:
             # and its gradient, which XLA divided otherwise in the loop and moved behind it
             weight_OI = meshes.constrain(weight_OI, *axes)
