@@ -33,6 +33,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -400,9 +401,10 @@ def table(results: dict[tuple[Row, str], Result]) -> str:
 
 def compile_all(
     rows: list[Row], programs: list[str], out: pathlib.Path, maxtext: str | None
-) -> None:
-    """Compile what is missing in `out`, one program at a time."""
+) -> int:
+    """Compile what is missing in `out`, one program at a time; return how many failed."""
     out.mkdir(parents=True, exist_ok=True)
+    failed = 0
     for row in rows:
         for program in (MAXTEXT, *row.programs):
             python = maxtext if program == MAXTEXT else sys.executable
@@ -420,6 +422,8 @@ def compile_all(
                 )
             if process.returncode:
                 print(f"  failed, see {log}", file=sys.stderr, flush=True)
+                failed += 1
+    return failed
 
 
 def path_of(out: pathlib.Path, row: Row, program: str) -> pathlib.Path:
@@ -455,12 +459,16 @@ def main() -> None:
         work(by_name[row], program, options.out)
         return
     rows = [by_name[name] for name in options.rows or by_name]
-    compile_all(rows, options.programs, options.out, options.maxtext)
+    if options.maxtext and not shutil.which(options.maxtext):
+        parser.error(f"--maxtext {options.maxtext}: no such program; give the Python of MaxText")
+    failed = compile_all(rows, options.programs, options.out, options.maxtext)
     results = load(options.out)
     compilers = sorted({result.compiler for result in results.values()})
     page = "\n\n".join(["; ".join(compilers), table(results)]) + "\n"
     (options.out / "table.md").write_text(page)
     print(page)
+    if failed:
+        raise SystemExit(1)
 
 
 def load(out: pathlib.Path) -> dict[tuple[Row, str], Result]:
