@@ -31,6 +31,7 @@ from jax_ordermerge.merge.sources.storage import Source
 # Of models named on the command line. In docs/results.md `selection` is worse than the average on
 # all five data sets. Another length may be better, but takes validation data to choose.
 DEFAULT_METHOD = "average"
+_WEIGHTS = ".safetensors"
 _WIDTH = 120  # characters of the table of a plan
 
 # Of a plan and the directory to write, which is None where the plan is only shown.
@@ -86,10 +87,10 @@ def kind_of(sources: Sequence[Path]) -> Kind:
                 " ordermerge merge recipe.yml MERGED"
             )
     for path in sources:
-        if path.is_file():
+        if path.is_file() and path.suffix != _WEIGHTS:
             raise UserError(
-                f"{path} is a file, and no YAML by its name; give models (directories, hub names),"
-                " or a recipe or config that ends in .yml or .yaml"
+                f"{path} is a file, and no YAML by its name; give models (directories, hub names,"
+                f" {_WEIGHTS} files), or a recipe or config that ends in .yml or .yaml"
             )
     if len(sources) > 1 or _is_model(first):
         return "models"
@@ -102,7 +103,8 @@ def kind_of(sources: Sequence[Path]) -> Kind:
 
 
 def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() or references.is_composed(str(path))
+    is_file = path.is_file() and path.suffix == _WEIGHTS
+    return is_file or (path / "config.json").is_file() or references.is_composed(str(path))
 
 
 def find_target(sources: Sequence[Path], out: Path | None, kind: Kind) -> Path | None:

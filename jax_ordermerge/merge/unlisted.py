@@ -284,14 +284,18 @@ def merge_notes(
         notes += source.file_notes()
         if source is not lead:
             notes += _config_notes(source, lead)
-            if files := other_files.different_files(
-                source.directory, lead.directory, without=[lead.config.file]
-            ):
+            files = []
+            if source.directory is not None and lead.directory is not None:
+                files = other_files.different_files(
+                    source.directory, lead.directory, without=[lead.config.file]
+                )
+            if files:
                 notes.append(
                     f"{source.label} and {lead.label} have not the same {_listed(files)}: the"
                     f" merge has those of {lead.label}, or the tokenizer that the recipe names"
                 )
-    notes += _file_notes(lead.directory)
+    if lead.directory is not None:
+        notes += _file_notes(lead.directory)
     notes += _rounding_notes(outputs, sources, dtype)
     if copied := [output.name for output in outputs if output.copied and output.size]:
         notes.append(f"copied, since they are no real numbers: {_listed(copied)}")

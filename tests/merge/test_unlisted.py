@@ -1,7 +1,7 @@
 """Checkpoints of architectures that are not in the tensor table: names, layers, dtypes, files."""
 
 import json
-import shutil
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +15,7 @@ from jax_ordermerge.merge.recipe import planner
 from tests.commands.test_cli import call
 
 BF16 = ml_dtypes.bfloat16
+EMBEDDING = "model.embed_tokens.weight"
 CONFIG = {
     "model_type": "two_towers",
     "torch_dtype": "float32",
@@ -27,7 +28,7 @@ def two_towers(seed, layers=3):
     """A text stack and a vision stack, with experts, a convolution, a scalar and buffers."""
     generator = np.random.default_rng(seed)
     shapes = {
-        "model.embed_tokens.weight": (6, 4),
+        EMBEDDING: (6, 4),
         "visual.conv1.weight": (2, 3, 2, 2),
         "logit_scale": (),
         "nothing.weight": (0, 4),
@@ -157,7 +158,7 @@ def without(name):
     [
         (without("logit_scale"), ["/a has logit_scale, ", "/b has not"]),
         (change("extra.weight", np.ones(2, np.float32)), ["/b has extra.weight", "/a has not"]),
-        (without("model.embed_tokens.weight"), ["may tie it to another tensor"]),
+        (without(EMBEDDING), ["may tie it to another tensor"]),
         (change("model.layers.1.scale", np.ones(5, np.float32)),
          ["model.layers.1.scale is [4] in", "and [5] in"]),
         (change("position_ids", np.arange(1, 6)), ["differ in position_ids, which holds int64"]),
@@ -261,8 +262,7 @@ def test_slices_are_of_one_stack(pair, tmp_path):
             expected = tensors[f"model.layers.{number}.{rest}"]
             np.testing.assert_array_equal(merged[f"model.layers.{layer}.{rest}"], expected)
     # the embedding as in the first slice, what is outside of the layers as in the last
-    embedding = "model.embed_tokens.weight"
-    np.testing.assert_array_equal(merged[embedding], first[embedding])
+    np.testing.assert_array_equal(merged[EMBEDDING], first[EMBEDDING])
     np.testing.assert_array_equal(merged["classifier.0.weight"], second["classifier.0.weight"])
     text = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
     assert text["num_hidden_layers"] == 4
@@ -305,16 +305,16 @@ def test_vocabularies_are_aligned_where_the_embedding_is_known_or_named(pair, tm
     files = {"tokenizer.json": tokenizer("abcdef"), "spiece.model": "of a", "processor.json": "{}"}
     save(pair[0], two_towers(0), files=files)
     tensors = two_towers(1)
-    tensors["model.embed_tokens.weight"] = np.arange(28, dtype=np.float32).reshape(7, 4)
+    tensors[EMBEDDING] = np.arange(28, dtype=np.float32).reshape(7, 4)
     config = {**CONFIG, "text_config": {**CONFIG["text_config"], "vocab_size": 7}}
     save(pair[1], tensors, config=config, files={"tokenizer.json": tokenizer("gabcdef")})
     merged, plan = merge(linear(*pair), tmp_path / "out")
-    rows = two_towers(0)["model.embed_tokens.weight"]
-    expected = (rows + tensors["model.embed_tokens.weight"][1:].astype(np.float64)) / 2
-    np.testing.assert_allclose(merged["model.embed_tokens.weight"], expected, rtol=1e-6)
+    rows = two_towers(0)[EMBEDDING]
+    expected = (rows + tensors[EMBEDDING][1:].astype(np.float64)) / 2
+    np.testing.assert_allclose(merged[EMBEDDING], expected, rtol=1e-6)
     assert any("which the merged vocabulary has not" in note for note in plan.notes)
     merged, _ = merge(linear(*pair, tokenizer_source=str(pair[1])), tmp_path / "wide")
-    assert len(merged["model.embed_tokens.weight"]) == 7
+    assert len(merged[EMBEDDING]) == 7
     text = json.loads((tmp_path / "wide/config.json").read_text())["text_config"]
     assert text["vocab_size"] == 7
     assert (tmp_path / "wide/tokenizer.json").read_text() == tokenizer("gabcdef")
@@ -323,7 +323,7 @@ def test_vocabularies_are_aligned_where_the_embedding_is_known_or_named(pair, tm
     # under a name that nobody knows
     for model in pair:
         stored = safetensors.numpy.load_file(model / "model.safetensors")
-        stored["lookup.table"] = stored.pop("model.embed_tokens.weight")
+        stored["lookup.table"] = stored.pop(EMBEDDING)
         save(model, stored, config={**CONFIG, "model_type": "x"})
     refused(linear(*pair), "lookup.table is [6, 4] in", "embedding: NAME")
     named, _ = merge(linear(*pair, embedding="lookup.table"), tmp_path / "named")
@@ -367,6 +367,16 @@ def test_files_of_the_base_come_along(pair, tmp_path):
     assert "modeling_own.py: code of the model is copied, and was not run" in text
     assert "2_Dense: has weights of its own" in text
     assert "base: not read beside model.safetensors: consolidated.safetensors" in text
+
+
+def test_single_files_are_merged(pair, tmp_path):
+    files = [model / "model.safetensors" for model in pair]
+    out = tmp_path / "out"
+    assert call("merge", *files, "--out", out) == 0
+    expected = (two_towers(0)["logit_scale"] + two_towers(1)["logit_scale"]) / 2
+    merged = safetensors.numpy.load_file(out / "model.safetensors")
+    np.testing.assert_allclose(merged["logit_scale"], expected, rtol=1e-6)
+    assert not (out / "config.json").exists()
 
 
 def test_configs_that_differ_are_named(pair):
@@ -446,7 +456,7 @@ def test_an_adapter_beside_a_model_is_refused(pair, tmp_path):
 # --------------------------------------------------------------------------------- command line
 
 
-def test_the_command_line(pair, tmp_path, capsys):
+def test_the_command_line(pair, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert call("merge", *pair, "--out", out, "--method", "average") == 0
     assert "two_towers is not in the table of architectures" in capsys.readouterr().err
@@ -461,8 +471,11 @@ def test_the_command_line(pair, tmp_path, capsys):
     assert "--to orbax is for architectures in the table" in capsys.readouterr().err
     assert not (tmp_path / "orbax").exists()
     # the recipe beside the result gives it again
-    shutil.copytree(pair[0], tmp_path / "c")
-    (tmp_path / "recipe.yml").write_text(json.dumps(linear(pair[0], tmp_path / "c" / "..", "c")))
-    assert call("merge", tmp_path / "recipe.yml", "--dry-run") == 2
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("recipe.yml").write_text(json.dumps(linear("a", "b", embedding=EMBEDDING)))
+    assert call("merge", "recipe.yml", "first") == 0
+    assert call("merge", "first/merge_config.yaml", "second") == 0
+    stored = [pathlib.Path(name, "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert stored[0] == stored[1]
     assert call("inspect", adapter(tmp_path / "lora", 0)) == 0
     assert "lora_A.weight" in capsys.readouterr().out

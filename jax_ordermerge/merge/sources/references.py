@@ -83,7 +83,7 @@ def open_any(
 ) -> AnySource:
     """Open a model of any architecture, or an adapter by itself, to merge it tensor by tensor.
 
-    A model of an architecture in the tensor table is opened as by `open_model`, with its checks.
+    A name may also be that of a safetensors file. A model of an architecture in the tensor table is opened as by `open_model`, with its checks.
 
     Args:
         name, adapter, resolve, dtype, ignore, allow_bin: see `open_model`.
@@ -93,6 +93,9 @@ def open_any(
             that is not in the table.
     """
     if split_name(name, adapter)[1] is None:
+        file = remote.expand(name)
+        if file.suffix == ".safetensors" and file.is_file():
+            return unlisted.Unlisted(file, name)
         resolve = resolve or functools.partial(convert.resolve, allow_bin=allow_bin)
         path = _find_directory(name, resolve, ignore)
         if not isinstance(path, Path):

@@ -117,7 +117,8 @@ class Directory:
 def files_identity(tensors: Tensors) -> str:
     """Return text that changes when the files of a model change."""
     # symbolic links are resolved: a hub's cache points them at another blob for a new revision
-    files = sorted({tensors.file(name).resolve() for name in tensors.names})
+    stored = {tensors.file(name) for name in tensors.names}
+    files = sorted({path.resolve() for path in stored})
     return " ".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
 
 

@@ -36,10 +36,10 @@ _UNQUANTIZED = (
 
 
 class Unlisted:
-    """A directory with weights of any architecture. Opening it checks all headers.
+    """Weights of any architecture. Opening them checks all headers.
 
     Args:
-        directory: the directory.
+        path: a directory, or a single safetensors file, of which nothing else is known.
         label: what the user called it.
         allow_bin: read `.bin` files of PyTorch where there are no safetensors.
 
@@ -53,14 +53,14 @@ class Unlisted:
 
     export_dtype = None
 
-    def __init__(self, directory: Path, label: str, *, allow_bin: bool = False) -> None:
-        self._tensors = torch_files.open_tensors(directory, allow_bin=allow_bin)
-        self.label, self.directory = label, directory
+    def __init__(self, path: Path, label: str, *, allow_bin: bool = False) -> None:
+        self._tensors = torch_files.open_tensors(path, allow_bin=allow_bin)
+        self.label, self.directory = label, path if path.is_dir() else None
         self.prompt_format = PromptFormat()
         self.names = tuple(self._tensors.names)
         shapes = {name: self._tensors.info(name).shape for name in self.names}
         self.stacks = unlisted.find_stacks(self.names)
-        self.config = _read_config(directory, shapes, self.stacks)
+        self.config = _read_config(self.directory, shapes, self.stacks)
         self.info, self.read_into = self._tensors.info, self._tensors.read_into
         _refuse_quantized(self)
 
@@ -70,6 +70,8 @@ class Unlisted:
 
     def file_notes(self) -> list[str]:
         """Return a note on weight files that are not read: a loader would not read them either."""
+        if self.directory is None:
+            return [f"{self.label}: metadata in its header, if any, is not carried over"]
         read = {self._tensors.file(name).name for name in self.names}
         unread = sorted(
             path.name
@@ -132,12 +134,12 @@ def open_directory(
 
 
 def _read_config(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], stacks: Mapping[str, int]
+    directory: Path | None, shapes: Mapping[str, tuple[int, ...]], stacks: Mapping[str, int]
 ) -> UnlistedConfig:
-    stem = shards.find_stem(directory)
+    stem = shards.STEMS[0] if directory is None else shards.find_stem(directory)
     file = _ADAPTER_CONFIG if stem == "adapter_model" else _CONFIG
     content: Json = {}
-    if (directory / file).is_file():
+    if directory is not None and (directory / file).is_file():
         content = json_files.read_json(directory / file)
     vocabulary = unlisted.find_vocabulary(shapes, content, stacks)
     # several sections may have a vocabulary: the rows of the first tensor, which is the embedding
