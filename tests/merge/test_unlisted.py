@@ -19,7 +19,12 @@ EMBEDDING = "model.embed_tokens.weight"
 CONFIG = {
     "model_type": "two_towers",
     "torch_dtype": "float32",
-    "text_config": {"vocab_size": 6, "num_hidden_layers": 3, "layer_types": ["a", "b", "c"]},
+    "text_config": {
+        "vocab_size": 6,
+        "num_hidden_layers": 3,
+        "layer_types": ["a", "b", "c"],
+        "first_k_dense_replace": 1,
+    },
     "vision_config": {"depth": 2},
 }
 
@@ -255,7 +260,8 @@ def slices(*ranges, **keys):
 
 def test_slices_are_of_one_stack(pair, tmp_path):
     recipe = slices((pair[0], (0, 2)), (pair[1], (1, 3)), layers="model.layers")
-    merged, _ = merge(recipe, tmp_path / "out")
+    merged, plan = merge(recipe, tmp_path / "out")
+    assert any("first_k_dense_replace are left as they were" in note for note in plan.notes)
     first, second = map(two_towers, (0, 1))
     for layer, (tensors, number) in enumerate([(first, 0), (first, 1), (second, 1), (second, 2)]):
         for rest in ("attn.q.weight", "experts.0.up.weight", "scale"):
@@ -291,7 +297,9 @@ def test_slices_that_are_not_clear_are_refused(pair):
     ]
     refused(recipe, "layer 1 of", "have other tensors: gate.weight is in one of them")
     save(pair[0], two_towers(0), config={"model_type": "two_towers"})
-    refused(slices(*ranges, layers="model.layers"), "config.json has no one key of it")
+    refused(
+        slices(*ranges, layers="model.layers"), "config.json has no one key with their number, 3"
+    )
 
 
 # ---------------------------------------------------------------------------------- vocabularies

@@ -22,12 +22,8 @@ from jax_ordermerge.merge.sources.storage import AnySource
 from jax_ordermerge.merge.sources.unlisted import NamedVocabulary, Unlisted
 
 # Words of a stack's name and of keys of a config that mean one part of a model.
-_PARTS = (
-    {"vision", "visual", "image"},
-    {"audio", "speech"},
-    {"decoder", "text", "language"},
-    {"encoder"},
-)
+_TEXT = {"decoder", "text", "language"}
+_PARTS = ({"vision", "visual", "image"}, {"audio", "speech"}, _TEXT, {"encoder"})
 
 
 def plan_unlisted(
@@ -88,7 +84,8 @@ def plan_unlisted(
             precheck.check_rounding(recipe, plan.out_dtype_of(output).name, output.name)
     content = dict(plan.config.content) if isinstance(plan.config, UnlistedConfig) else {}
     if stack is not None:
-        content = _sliced_content(content, stack, lead.stacks[stack], _leads(layers))
+        content = _sliced_content(content, stack, lead.stacks[stack], _leads(layers), notes)
+    plan = dataclasses.replace(plan, notes=tuple(dict.fromkeys(notes)))
     return _with_tokenizer(plan, recipe, models, lead, content)
 
 
@@ -214,7 +211,9 @@ def _leads(layers: Sequence[LayerRange]) -> list[int]:
 # ------------------------------------------------------------------------------------------ config
 
 
-def _sliced_content(content: JsonRow, stack: str, count: int, leads: Sequence[int]) -> Json:
+def _sliced_content(
+    content: JsonRow, stack: str, count: int, leads: Sequence[int], notes: list[str]
+) -> Json:
     """Return a config with the number of layers of slices, and its lists with an entry per layer.
 
     Args:
@@ -222,10 +221,43 @@ def _sliced_content(content: JsonRow, stack: str, count: int, leads: Sequence[in
         stack: the stack of layers.
         count: its number of layers before.
         leads: the layers that those of the result are from.
+        notes: may get a note on keys that count layers and are left as they are.
 
     Raises:
         UserError: no key, or more than one, may be the number of layers.
     """
+    if list(leads) == list(range(count)):
+        return dict(content)
+    keys = _layer_keys(content, stack, count)
+    if len(keys) != 1:
+        listed = " and ".join(".".join(key) for key in keys) or "none"
+        raise UserError(
+            f"slices: {stack} would have other layers than before, and config.json has no one key"
+            f" with their number, {count} (candidates: {listed})"
+        )
+    *section, key = keys[0]
+    before = _section(content, tuple(section))
+    per_layer = {
+        name: [value[layer] for layer in leads]
+        for name, value in before.items()
+        if isinstance(value, list) and len(value) == count and "layer" in name
+    }
+    values = {**before, **per_layer, key: len(leads)}
+    # they name single layers, and which of these are where is not known
+    unchanged = [
+        name
+        for name, value in before.items()
+        if any(word in name for word in ("layer", "block", "first_k"))
+        and name not in (*per_layer, *names_of.LAYER_KEYS)
+        and ((type(value) is int and value > 0) or (isinstance(value, list) and value))
+    ]
+    if unchanged:
+        notes.append(f"of config.json, {', '.join(unchanged)} are left as they were before slicing")
+    return {**content, section[0]: values} if section else values
+
+
+def _layer_keys(content: JsonRow, stack: str, count: int) -> list[tuple[str, ...]]:
+    """Return the keys of a config that may be the number of layers of a stack, as paths."""
     sections: list[tuple[str, ...]] = [()]
     sections += [(key,) for key, value in content.items() if isinstance(value, Mapping)]
     keys = [
@@ -236,27 +268,11 @@ def _sliced_content(content: JsonRow, stack: str, count: int, leads: Sequence[in
     ]
     words = {*stack.replace("_", ".").split(".")}
     part = next((part for part in _PARTS if words & part), None)
-    if len(keys) > 1:
-        # of several parts: the key that names the part, else the one that names none
-        named = [key for key in keys if part and _words(key) & part]
-        keys = named or [key for key in keys if not any(_words(key) & other for other in _PARTS)]
-    if len(keys) != 1:
-        if len(leads) == count:
-            return dict(content)
-        listed = " and ".join(".".join(key) for key in keys) or "none"
-        raise UserError(
-            f"slices: {stack} would have {len(leads)} layers in place of {count}, and config.json"
-            f" has no one key of it (candidates: {listed}); take as many layers as before"
-        )
-    *section, key = keys[0]
-    values = {
-        name: [value[layer] for layer in leads]
-        if isinstance(value, list) and len(value) == count and "layer" in name
-        else value
-        for name, value in _section(content, tuple(section)).items()
-    }
-    values[key] = len(leads)
-    return {**content, section[0]: values} if section else values
+    # the key that names the part of the model, else the one that names none, else the text's:
+    # `model.layers` of a vision-language model
+    named = [key for key in keys if part and _words(key) & part]
+    plain = [key for key in keys if not any(_words(key) & other for other in _PARTS)]
+    return named or plain or [key for key in keys if not part and _words(key) & _TEXT]
 
 
 def _section(content: JsonRow, section: tuple[str, ...]) -> JsonRow:
