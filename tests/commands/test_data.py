@@ -14,6 +14,7 @@ from jax_ordermerge.config import load_config
 from jax_ordermerge.data.order import order_indices
 from jax_ordermerge.data.preview import BRACKETS
 from jax_ordermerge.errors import UserError
+from tests import preloaded
 from tests.data.conftest import byte_tokenizer, chatml  # noqa: F401  (fixtures)
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -234,7 +235,7 @@ def test_errors_are_one_line(config, tmp_path):
         (["--row", "77"], "--row 77: no example"),
         (["--set", "data.train=nowhere.jsonl"], "nowhere.jsonl not found"),
     ):
-        done = run("-m", "jax_ordermerge", "data", path, *options)
+        done = preloaded.run(["data", path, *options], cwd=ROOT)
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ")
         assert message in done.stderr

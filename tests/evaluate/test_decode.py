@@ -210,6 +210,7 @@ def drawn():
     return generate(PROMPTS, sampling=DRAW, names="abcde")
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_name_and_not_the_position(drawn, reference):
     assert drawn != reference
     for batch in (1, 2):

@@ -141,6 +141,7 @@ def test_a_complete_run_is_complete(runs):
     assert stage.is_complete(config)
 
 
+@pytest.mark.slow
 def test_device_groups_may_share_all_populations_and_not_each(runs, folder, tmp_path):
     settings = [
         f"output={tmp_path / 'run'}",
@@ -162,6 +163,7 @@ def test_device_groups_may_share_all_populations_and_not_each(runs, folder, tmp_
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_each_population_has_a_search_of_its_own_also_in_waves_across_populations(folder, tmp_path):
     raw = yaml.safe_load((folder / "tiny.yaml").read_text())
     raw["output"] = str(tmp_path / "run")

@@ -11,16 +11,21 @@ from jax_ordermerge.experiment import pipeline
 NO_VALIDATION = "data.validation_examples=0"
 
 
+SLOW = [
+    ["training.epochs=1"],
+    ["training.batch=64", "training.epochs=1"],  # one step
+    ["data.limit=1", NO_VALIDATION],
+    ["data.test_limit=1"],
+    ["data.validation_examples=1"],
+    ["data.limit=30", NO_VALIDATION, "training.warmup=0.5"],  # it covers epoch 1
+]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        *(pytest.param(changes, marks=pytest.mark.slow) for changes in SLOW),
         ["population.members=1"],
-        ["training.epochs=1"],
-        ["training.batch=64", "training.epochs=1"],  # one step
-        ["data.limit=1", NO_VALIDATION],
-        ["data.test_limit=1"],
-        ["data.validation_examples=1"],
-        ["data.limit=30", NO_VALIDATION, "training.warmup=0.5"],  # it covers epoch 1
         [
             "data.limit=1",
             "data.test_limit=1",

@@ -157,6 +157,7 @@ print({name: examples.digest for name, examples in splits.items()})
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_examples(folder, sources, tmp_path):
     digests = []
     for hash_seed in ("1", "2"):

@@ -191,7 +191,7 @@ def test_gradients_equal_those_of_torch(name):
             )
 
 
-@pytest.mark.parametrize("name", ["llama2", "qwen2_window"])
+@pytest.mark.parametrize("name", ["llama2", pytest.param("qwen2_window", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(name):
     config = families.FAMILIES[name]
     params, tokens = families.weights(config), families.tokens(config)

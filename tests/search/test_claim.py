@@ -107,8 +107,8 @@ def neither(candidate):
     ("effect", "expected"),
     [
         (merging, (True, False)),
-        (length, (False, True)),
-        (both, (True, True)),
+        pytest.param(length, (False, True), marks=pytest.mark.slow),
+        pytest.param(both, (True, True), marks=pytest.mark.slow),
         (neither, (False, False)),
     ],
 )

@@ -130,6 +130,7 @@ def test_training_does_not_see_it(best, tmp_path, tiny_train, tiny_model, same_b
     np.testing.assert_array_equal(without.losses(), best.losses())
 
 
+@pytest.mark.slow
 def test_a_member_alone_is_best_with_the_same_bits(
     best, tmp_path, tiny_train, tiny_model, held_out, same_bits
 ):
