@@ -1,8 +1,8 @@
-"""Checkpoints of architectures that no row of the tensor table describes.
+"""Checkpoints of unlisted architectures: those that no row of the tensor table describes.
 
-What the table says of a listed model is read here from the names of the tensors: a stack of layers
-is a run of modules with the numbers 0 to n - 1 in one place of their names, as in
-`model.layers.0.mlp.up_proj.weight`. A model may have several, say of vision and of text.
+What the table says of a listed model is read here from the names of the tensors. A *stack of
+layers* is a run of modules with the numbers 0 to n - 1 in one place of their names, as `model.layers`
+is of `model.layers.0.mlp.up_proj.weight`. A model may have several, say of vision and of text.
 """
 
 import dataclasses
@@ -13,13 +13,18 @@ from typing import NamedTuple
 from jax_ordermerge.arch.families import FAMILIES
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 
-# Modules with one row per token, as transformers and the published checkpoints name them.
-_VOCABULARY_MODULES = (
-    "embed_tokens|embed_in|embed_out|wte|shared|word_embeddings|tok_embeddings|embeddings|embedding"
-    "|lm_head|proj_out|output|decoder|predictions"
-)
-_VOCABULARY = re.compile(rf"(?:^|\.)(?:{_VOCABULARY_MODULES})\.(?:weight|bias)$")
-# Modules whose one matrix holds several projections.
+# Modules with one row per token, as transformers and the published checkpoints name them: those of
+# the output, and those of the input.
+_HEADS = "lm_head|embed_out|proj_out|output|decoder|predictions"
+_EMBEDDINGS = "embed_tokens|embed_in|wte|shared|word_embeddings|tok_embeddings|embeddings|embedding"
+_HEAD = re.compile(rf"(?:^|\.)(?:{_HEADS})\.(?:weight|bias)$")
+# `predictions.bias` has one number per token
+_VOCABULARY = re.compile(rf"(?:^|\.)(?:{_EMBEDDINGS}|{_HEADS})\.(?:weight|bias)$")
+# What stands before the layers: also positions, and norms of embeddings. LFM2 has a norm behind its
+# last layer that is named for the embedding.
+_INPUT = re.compile(r"(?:^|\.)(?:wte|wpe|shared|(?!embedding_norm\.)\w*embed\w*)(?:\.|$)")
+# Modules whose one matrix holds several projections. A method that acts on the singular vectors, or
+# on the length, of a matrix sees all of them at once.
 _FUSED = re.compile(
     r"(?:^|\.)(qkv|qkv_proj|Wqkv|c_attn|query_key_value|kv_proj|W_pack|in_proj|in_proj_weight"
     r"|gate_up_proj|kv_a_proj_with_mqa|wi_gate_up)(?:\.|$)"
@@ -69,6 +74,7 @@ class UnlistedConfig:
             'mamba'
         """
         keys = ("peft_type",) if self.is_adapter else ("model_type", "_class_name", "architecture")
+        # a single file has no config, so nothing says what it is
         return str(next((self.content[key] for key in keys if self.content.get(key)), "unknown"))
 
 
@@ -137,7 +143,7 @@ def find_stacks(names: Iterable[str]) -> dict[str, int]:
         prefix: count
         for prefix, count in stacks.items()
         # experts are within a layer
-        if not any(prefix.startswith(f"{other}.") for other in stacks)
+        if not any(prefix.startswith(f"{outer}.") for outer in stacks)
     }
 
 
@@ -161,25 +167,43 @@ def find_vocabulary(
 ) -> tuple[str, ...]:
     """Return the tensors with one row per token, by names in use and the size of the vocabulary.
 
+    Those of the input come first, by name: files of two models may have other orders, and
+    safetensors stores `lm_head` before `model.embed_tokens`.
+
     Args:
         shapes: of all tensors.
         config: the parsed `config.json`, whose sections may hold the size.
         stacks: the stacks of layers, which hold no such tensor.
 
     Example:
-        >>> shapes = {"wte.weight": (50, 8), "lm_head.weight": (50, 8), "wpe.weight": (32, 8)}
+        >>> shapes = {"lm_head.weight": (50, 8), "wte.weight": (50, 8), "wpe.weight": (32, 8)}
         >>> find_vocabulary(shapes, {"vocab_size": 50}, [])
         ('wte.weight', 'lm_head.weight')
     """
-    sizes = {value for key, value in _entries(config) if key.split(".")[-1] == "vocab_size"}
-    return tuple(
+    sizes = [value for key, value in _entries(config) if key.split(".")[-1] == "vocab_size"]
+    names = (
         name
         for name, shape in shapes.items()
         if shape
+        # alone, the names would find a `decoder.weight` of anything
         and shape[0] in sizes
-        # also `predictions.bias`, which has one number per token
         and (_VOCABULARY.search(name) and find_place(name, stacks) is None)
     )
+    return tuple(sorted(names, key=lambda name: (not is_input(name), name)))
+
+
+def is_input(name: str) -> bool:
+    """Return whether a tensor stands before the layers, by names in use.
+
+    Example:
+        >>> (
+        ...     is_input("model.embed_tokens.weight"),
+        ...     is_input("wpe.weight"),
+        ...     is_input("lm_head.weight"),
+        ... )
+        (True, True, False)
+    """
+    return _INPUT.search(name) is not None and _HEAD.search(name) is None
 
 
 def fused_modules(names: Iterable[str]) -> list[str]:
@@ -202,6 +226,7 @@ def config_differences(a: JsonRow, b: JsonRow) -> list[tuple[str, JsonValue, Jso
     first, second = dict(_entries(a)), dict(_entries(b))
     return [
         (key, first.get(key), second.get(key))
+        # not a set: messages name the first difference, on every machine the same
         for key in {**first, **second}
         if first.get(key) != second.get(key) and not _is_of_file(key)
     ]
@@ -224,6 +249,7 @@ def with_values(config: JsonRow, old: JsonValue, new: JsonValue, keys: Collectio
 
 def _entries(config: JsonRow, prefix: str = "") -> Iterable[tuple[str, JsonValue]]:
     for key, value in config.items():
+        # a config of several parts has one section per part, as `text_config`
         if isinstance(value, Mapping):
             yield from _entries(value, f"{prefix}{key}.")
         else:

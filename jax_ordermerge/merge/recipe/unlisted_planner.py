@@ -1,16 +1,18 @@
 """A recipe of models that are not in the tensor table becomes a plan; see `merge.unlisted`.
 
 Scopes, filters and gradients are those of `planner`. The layers of a gradient are those of the
-stack that a tensor is in; slices are of one stack, and the other tensors are merged one with one.
+stack that a tensor is in (`arch.unlisted` says what a stack of layers is). Slices are of one stack,
+and tensors outside of it are merged one with one.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jax_ordermerge.arch import UnlistedConfig
 from jax_ordermerge.arch import unlisted as names_of
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.json_types import Json, JsonRow
+from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.merge import unlisted
 from jax_ordermerge.merge.plan import Plan
 from jax_ordermerge.merge.recipe import chat_templates, precheck
@@ -67,7 +69,8 @@ def plan_unlisted(
     if stack is None:
         tensors = [_merged_tensor(name, lead, layers[0], models.sources) for name in lead.names]
     else:
-        tensors = _sliced_tensors(lead, layers, models.sources, alike, stack)
+        embedding = None if recipe.embedding is None else recipe.embedding[0]
+        tensors = _sliced_tensors(lead, layers, models.sources, alike, stack, embedding)
     notes += filter_notes(tensors, labels)
     outputs = unlisted.finish_outputs(
         map(evaluator.output, tensors),
@@ -84,7 +87,7 @@ def plan_unlisted(
             precheck.check_rounding(recipe, plan.out_dtype_of(output).name, output.name)
     content = dict(plan.config.content) if isinstance(plan.config, UnlistedConfig) else {}
     if stack is not None:
-        content = _sliced_content(content, stack, lead.stacks[stack], _leads(layers), notes)
+        content = _sliced_content(content, stack, lead, _leads(layers, alike), notes)
     plan = dataclasses.replace(plan, notes=tuple(dict.fromkeys(notes)))
     return _with_tokenizer(plan, recipe, models, lead, content)
 
@@ -150,11 +153,23 @@ def _sliced_tensors(
     sources: Sequence[AnySource],
     alike: Sequence[Unlisted],
     stack: str,
+    embedding: str | None,
 ) -> list[MergedTensor]:
-    """Return every tensor of a model with the layers of slices in one stack."""
-    # as in `planner`: the embedding as in the first slice, all others as in the last
+    """Return every tensor of a model with the layers of slices in one stack.
+
+    Args:
+        lead: the model whose tensors outside of the stack name those of the result.
+        layers: those of the result.
+        sources: the models, with one vocabulary.
+        alike: the models as they are stored, in the same order.
+        stack: of the layers.
+        embedding: named by the user, where its own name says nothing.
+    """
+    # as in `planner`: what is before the layers as in the first slice, all else as in the last
     tensors = [
-        _merged_tensor(name, lead, layers[0 if name in lead.config.vocabulary[:1] else -1], sources)
+        _merged_tensor(
+            name, lead, layers[0 if name == embedding or names_of.is_input(name) else -1], sources
+        )
         for name in lead.names
         if names_of.find_place(name, [stack]) is None
     ]
@@ -189,9 +204,9 @@ def _layer_parts(
     parts_of: Sequence[Mapping[int, list[str]]],
 ) -> list[str]:
     """Return the names of the tensors in a layer, which all inputs must have."""
-    first, *others = part.inputs
+    first, *rest = part.inputs
     parts = parts_of[first.source][first.start + index]
-    for entry in others:
+    for entry in rest:
         if different := sorted({*parts_of[entry.source][entry.start + index]} ^ {*parts}):
             raise UserError(
                 f"layer {first.start + index} of {alike[first.source].label} and layer"
@@ -201,10 +216,20 @@ def _layer_parts(
     return parts
 
 
-def _leads(layers: Sequence[LayerRange]) -> list[int]:
-    """Return the layer that each merged layer has its place in a config from."""
+class _Lead(NamedTuple):
+    """The layer that a merged layer has its entries in a config from: of the base, or the first."""
+
+    model: Unlisted
+    layer: int
+
+
+def _leads(layers: Sequence[LayerRange], alike: Sequence[Unlisted]) -> list[_Lead]:
+    """Return the lead of each merged layer."""
     return [
-        part.inputs[part.base or 0].start + index for part in layers for index in range(part.length)
+        _Lead(alike[entry.source], entry.start + index)
+        for part in layers
+        for entry in [part.inputs[part.base or 0]]
+        for index in range(part.length)
     ]
 
 
@@ -212,21 +237,23 @@ def _leads(layers: Sequence[LayerRange]) -> list[int]:
 
 
 def _sliced_content(
-    content: JsonRow, stack: str, count: int, leads: Sequence[int], notes: list[str]
+    content: JsonRow, stack: str, lead: Unlisted, leads: Sequence[_Lead], notes: list[str]
 ) -> Json:
     """Return a config with the number of layers of slices, and its lists with an entry per layer.
 
     Args:
-        content: the parsed `config.json`.
+        content: the parsed `config.json` of `lead`.
         stack: the stack of layers.
-        count: its number of layers before.
+        lead: the model whose config and other files the result has.
         leads: the layers that those of the result are from.
         notes: may get a note on keys that count layers and are left as they are.
 
     Raises:
-        UserError: no key, or more than one, may be the number of layers.
+        UserError: no key, or more than one, may be the number of layers; or a model lacks a list
+            with an entry per layer that the config has.
     """
-    if list(leads) == list(range(count)):
+    count = lead.stacks[stack]
+    if list(leads) == [(lead, layer) for layer in range(count)]:
         return dict(content)
     keys = _layer_keys(content, stack, count)
     if len(keys) != 1:
@@ -238,7 +265,7 @@ def _sliced_content(
     *section, key = keys[0]
     before = _section(content, tuple(section))
     per_layer = {
-        name: [value[layer] for layer in leads]
+        name: [_layer_entry(entry, stack, tuple(section), name) for entry in leads]
         for name, value in before.items()
         if isinstance(value, list) and len(value) == count and "layer" in name
     }
@@ -256,6 +283,19 @@ def _sliced_content(
     return {**content, section[0]: values} if section else values
 
 
+def _layer_entry(lead: _Lead, stack: str, section: tuple[str, ...], name: str) -> JsonValue:
+    """Return the entry of a layer in a list of the config of its own model."""
+    # the model may have more layers than that whose config the result has, and other kinds of them
+    values = _section(lead.model.config.content, section).get(name)
+    if not isinstance(values, list) or len(values) != lead.model.stacks[stack]:
+        path = ".".join([*section, name])
+        raise UserError(
+            f"slices: config.json of {lead.model.label} has no {path} with an entry for each of its"
+            f" {lead.model.stacks[stack]} layers, which the merged model needs"
+        )
+    return values[lead.layer]
+
+
 def _layer_keys(content: JsonRow, stack: str, count: int) -> list[tuple[str, ...]]:
     """Return the keys of a config that may be the number of layers of a stack, as paths."""
     sections: list[tuple[str, ...]] = [()]
@@ -266,17 +306,17 @@ def _layer_keys(content: JsonRow, stack: str, count: int) -> list[tuple[str, ...
         for key, value in _section(content, section).items()
         if key in names_of.LAYER_KEYS and value == count
     ]
-    words = {*stack.replace("_", ".").split(".")}
-    part = next((part for part in _PARTS if words & part), None)
+    stack_words = {*stack.replace("_", ".").split(".")}
+    part = next((part for part in _PARTS if stack_words & part), None)
     # the key that names the part of the model, else the one that names none, else the text's:
     # `model.layers` of a vision-language model
     named = [key for key in keys if part and _words(key) & part]
-    plain = [key for key in keys if not any(_words(key) & other for other in _PARTS)]
+    plain = [key for key in keys if not any(_words(key) & words for words in _PARTS)]
     return named or plain or [key for key in keys if not part and _words(key) & _TEXT]
 
 
 def _section(content: JsonRow, section: tuple[str, ...]) -> JsonRow:
-    return content[section[0]] if section else content
+    return (content.get(section[0]) or {}) if section else content
 
 
 def _words(key: Sequence[str]) -> set[str]:
@@ -291,7 +331,14 @@ def _with_tokenizer(
     config = models.sources[models.base or 0].config
     if isinstance(config, UnlistedConfig) and config.vocabulary:
         rows = lead.info(config.vocabulary[0]).shape[0]
+        before = content
         content = names_of.with_values(content, rows, config.vocab_size, ["vocab_size"])
+        # a section may leave out what is the default of its class, and embeddings may be padded
+        if config.vocab_size != rows and content == before:
+            notes.append(
+                f"{config.vocabulary[0]} has {config.vocab_size} rows in place of {rows}, and"
+                f" {config.file} has no vocab_size of {rows} to change: set it where it belongs"
+            )
     template = None
     if recipe.chat_template is not None:
         added = [entry["content"] for entry in models.added_tokens]
