@@ -165,6 +165,12 @@ def _open_merge(source: str) -> _Merge:
             " RUN/average; a recipe of adapters; or with --base and --rank any model; not with"
             f" {source} alone"
         )
+    # joined adapters are of the last step, and would be another model
+    if "checkpoints" in row:
+        raise UserError(
+            f"{source} averages checkpoints, of which convert joins no adapters; give --base and"
+            " --rank for an approximation"
+        )
     config = read_config(layout.root)
     if config.lora is None:
         raise UserError(
@@ -276,7 +282,14 @@ def check_low_rank(base: str, rank: int) -> None:
 
 
 def export_low_rank(
-    model: Source, source: str, out: Path, *, base: str, rank: int, dtype: str | None
+    model: Source,
+    source: str,
+    out: Path,
+    *,
+    base: Source,
+    base_name: str,
+    rank: int,
+    dtype: str | None,
 ) -> None:
     """Write the change of a model as an adapter of a rank, and say what it leaves out.
 
@@ -284,17 +297,17 @@ def export_low_rank(
         model: the model.
         source: its name.
         out: directory to write.
-        base: name of the base, which PEFT loads: a Hugging Face directory or hub name.
+        base: the model that it began from.
+        base_name: by which PEFT loads the base: a Hugging Face directory or hub name.
         rank: of every matrix.
         dtype: of the factors, float32 by default.
 
     Raises:
-        UserError: the base is no directory or of another architecture, or nothing changed.
+        UserError: the base is of another architecture, or nothing changed.
     """
-    opened = references.open_model(base)
-    plan.check_same(opened, model)
+    plan.check_same(base, model)
     specs = arch.tensor_table(model.config)
-    result = low_rank.approximate(model, opened, rank, dtype or "float32", _with_progress(specs))
+    result = low_rank.approximate(model, base, rank, dtype or "float32", _with_progress(specs))
     _note_rank(rank)
     for line in _describe(result):
         print(line)
@@ -308,11 +321,11 @@ def export_low_rank(
         result.adapter,
         model.config,
         result.settings,
-        base=_base_name(base),
+        base=_base_name(base_name),
         dtype=dtype or "float32",
         tokenizer_from=model.directory,
         prompt_format=model.prompt_format,
-        card=_card(out, text, base),
+        card=_card(out, text, base_name),
     )
 
 
@@ -331,14 +344,14 @@ def _describe(result: low_rank.LowRank) -> Iterator[str]:
         f"rank {result.settings.rank}: relative error {result.error:.4g} in all, largest"
         f" {worst.error:.4g} in {worst.name}"
     )
-    if result.others:
-        ordered = sorted(result.others, key=lambda change: -change.norm)
+    if result.left_out:
+        ordered = sorted(result.left_out, key=lambda change: -change.norm)
         listed = ", ".join(
             f"{change.name} (by {change.norm:.4g}, {_relative(change)} of its length)"
             for change in ordered[:_LISTED]
         )
-        more = len(ordered) - _LISTED
-        rest = f" and {more} more, listed in README.md" if more > 0 else ""
+        unnamed = len(ordered) - _LISTED
+        rest = f" and {unnamed} more, listed in README.md" if unnamed > 0 else ""
         yield (
             f"note: {len(ordered)} tensors changed that an adapter of linear layers cannot hold;"
             f" they stay as in the base: {listed}{rest}"
@@ -354,11 +367,11 @@ def _error_table(result: low_rank.LowRank) -> str:
     total = f"It leaves out {result.error:.4g} of the change (Frobenius norms, all tensors)."
     rows = [
         f"| `{change.name}` | {change.norm:.4g} | {change.error:.4g} |"
-        for change in (*result.matrices, *result.others)
+        for change in (*result.matrices, *result.left_out)
     ]
     header = ["| tensor | norm of the change | relative error |", "|---|---|---|"]
-    others = "\n\nWhat has the error 1 stays as in the base." if result.others else ""
-    return f"{total}{others}\n\n" + "\n".join([*header, *rows])
+    remark = "\n\nWhat has the error 1 stays as in the base." if result.left_out else ""
+    return f"{total}{remark}\n\n" + "\n".join([*header, *rows])
 
 
 def _card(out: Path, text: str, base: str) -> str:

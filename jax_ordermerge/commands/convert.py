@@ -51,8 +51,8 @@ def convert_checkpoint(
         rank: of the adapter that approximates the change from the base.
 
     Raises:
-        UserError: an unknown target or dtype, options that do not go together, a source of another kind or of several dtypes, or a
-            member that does not exist.
+        UserError: an unknown target or dtype, options that do not go together, a source of another
+            kind or of several dtypes, or a member that does not exist.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to}: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
@@ -75,7 +75,18 @@ def convert_checkpoint(
         if to == "peft":
             if base is not None and rank is not None:
                 model = _open(source, run, dtype=None, ignore=ignore, allow_bin=allow_bin)
-                adapters.export_low_rank(model, source, target, base=base, rank=rank, dtype=dtype)
+                # a key that a model has, and nothing here reads, mostly is its base's, too
+                keys = ignore if run is None else read_config(run[0].root).model.ignore_config_keys
+                base_model = references.open_model(base, ignore=keys, allow_bin=allow_bin)
+                adapters.export_low_rank(
+                    model,
+                    source,
+                    target,
+                    base=base_model,
+                    base_name=base,
+                    rank=rank,
+                    dtype=dtype,
+                )
             elif run is not None:
                 adapters.export_member(*run, target, dtype)
             else:

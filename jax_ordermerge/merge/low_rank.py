@@ -55,18 +55,18 @@ class LowRank(NamedTuple):
         settings: rank and targets. alpha equals the rank, so that the factors are the change.
         adapter: the dict of `model.lora.table`, float32.
         matrices: of the targets.
-        others: tensors that changed and that an adapter of linear layers cannot hold.
+        left_out: tensors that changed and that an adapter of linear layers cannot hold.
     """
 
     settings: Lora
     adapter: tree.Tree
     matrices: tuple[Change, ...]
-    others: tuple[Change, ...]
+    left_out: tuple[Change, ...]
 
     @property
     def error(self) -> float:
         """What the adapter leaves out of the change of all tensors, per norm of that change."""
-        changes = (*self.matrices, *self.others)
+        changes = (*self.matrices, *self.left_out)
         # every tensor has its share in both sums, also those that the adapter cannot hold
         residual, norm = (
             math.hypot(*(getattr(change, part) for change in changes))
@@ -95,12 +95,12 @@ def approximate(
     linear, largest = {spec.path for spec in targets}, max(min(spec.hf_shape) for spec in targets)
     if rank > largest:
         raise UserError(f"--rank {rank}: no matrix of {model.label} has a rank above {largest}")
-    adapter, matrices, others = dict[str, np.ndarray](), list[Change](), list[Change]()
+    adapter, matrices, left_out = dict[str, np.ndarray](), list[Change](), list[Change]()
     modules = []
     for spec in layers:
         names = spec.hf_names()
         if spec.path not in linear:
-            others += [change for change, _ in _changes(model, base, names) if change.norm]
+            left_out += [change for change, _ in _changes(model, base, names) if change.norm]
             continue
         left, right, changes = [], [], list[Change]()
         for change, values in _changes(model, base, names):
@@ -120,7 +120,7 @@ def approximate(
             " adapter to hold"
         )
     settings = Lora(rank=rank, alpha=rank, targets=tuple(modules))
-    return LowRank(settings, tree.unflatten(adapter), tuple(matrices), tuple(others))
+    return LowRank(settings, tree.unflatten(adapter), tuple(matrices), tuple(left_out))
 
 
 def _changes(
@@ -256,13 +256,14 @@ def combination(
         >>> combination("ties", None, {}, 2) is None
         True
     """
-    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
     # without the division the base would have another factor than 1
-    if method == "average" and (parameters["normalize"] or math.isclose(sum(given), 1)):
-        return partial(_weighted_sum, [weight / sum(given) for weight in given])
+    if method == "average" and (parameters["normalize"] or math.isclose(sum(factors), 1)):
+        return partial(_weighted_sum, [factor / sum(factors) for factor in factors])
     if method == "task_arithmetic":
-        divisor = sum(given) if weights is None or parameters["normalize"] else 1.0
-        return partial(_weighted_sum, [parameters["scale"] * weight / divisor for weight in given])
+        divisor = sum(factors) if weights is None or parameters["normalize"] else 1.0
+        scale = parameters["scale"]
+        return partial(_weighted_sum, [scale * factor / divisor for factor in factors])
     if method == "knots":
         return partial(_knots, parameters["density"], parameters["scale"])
     return None

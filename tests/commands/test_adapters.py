@@ -1,6 +1,7 @@
 """`convert --to peft` of merged models: PEFT computes what the dense model does."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jax_ordermerge import arch
+from jax_ordermerge.layout import RunLayout, write_json
 from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.merge.sources.storage import read
 from tests.commands.test_cli import call
@@ -55,10 +57,10 @@ def with_adapter(folder, adapter):
     return PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), adapter)
 
 
-def to_peft(folder, model, out, rank, *more):
+def to_peft(folder, model, out, rank, *options):
     source = folder / model
     return call(
-        *("convert", source, out, "--to", "peft", "--base", folder / "base", "--rank", rank), *more
+        *("convert", source, out, "--to", "peft", "--base", folder / "base", "--rank", rank), *options
     )
 
 
@@ -147,6 +149,27 @@ def test_a_recipe_of_adapters_is_one_adapter_without_loss(folder, tmp_path, caps
     adapted = with_adapter(folder, tmp_path / "linear")
     np.testing.assert_allclose(logits(adapted), expected, atol=1e-5)
     assert adapted.peft_config["default"].r == 7
+
+
+def test_an_average_of_checkpoints_is_not_the_merge_of_the_last_adapters(tmp_path, capsys):
+    layout = RunLayout(tmp_path / "run")
+    layout.root.mkdir()
+    layout.config.write_text("{}")
+    row = {"name": "average-last2", "method": "average", "weights": None, "parameters": {}}
+    row["checkpoints"] = {"steps": [8, 10], "weights": [0.5, 0.5]}
+    write_json(layout.merges, {"merges": [row]})
+    source = layout.root / "average-last2"
+    assert call("convert", source, tmp_path / "out", "--to", "peft") == 2
+    assert "average-last2 averages checkpoints" in capsys.readouterr().err
+
+
+def test_keys_that_are_ignored_of_the_model_are_ignored_of_its_base(folder, tmp_path):
+    for name in ("base", "merged"):
+        shutil.copytree(folder / name, tmp_path / name)
+        config = tmp_path / name / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "custom_scale": 3.0}))
+    keys = ["--ignore-config-keys", "custom_scale"]
+    assert to_peft(tmp_path, "merged", tmp_path / "out", 4, *keys) == 0
 
 
 @pytest.mark.parametrize(
