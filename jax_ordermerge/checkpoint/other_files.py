@@ -6,17 +6,26 @@ from pathlib import Path
 
 from jax_ordermerge.checkpoint import atomic, sidecar_files
 
-# Weights, of this model or of other forms of it. An index belongs to its weights.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+# Weights, of this model or of other forms of it, which would still be those of one member beside the
+# merge. An index belongs to its weights.
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5"),
+    *(".msgpack", ".ot", ".tflite", ".mlmodel", ".pdparams"),
+)
 _INDEX = (".safetensors.index.json", ".bin.index.json")
-# What a merge writes itself, or what belongs to a repository or a training.
+# What a merge writes itself, or what belongs to a repository, a training, or an earlier merge.
 _NOT_OF_MODEL = (
     "README.md",
     "merge.json",
     "manifest.json",
     "merge_config.yaml",
+    "mergekit_config.yml",
     "training_args.bin",
     "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "runs",
 )
 
 
@@ -33,11 +42,11 @@ def list_files(directory: Path) -> tuple[list[Path], list[str]]:
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.name in _NOT_OF_MODEL:
             continue
-        if path.is_file() and not _is_weights(path):
+        if path.is_file() and not is_weights(path):
             files.append(path.relative_to(directory))
         elif path.is_dir():
             inner = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            if any(map(_is_weights, inner)):
+            if any(map(is_weights, inner)):
                 left_out.append(path.name)
             else:
                 files += [file.relative_to(directory) for file in inner]
@@ -62,6 +71,7 @@ def copy(
     for directory, file in files:
         if str(file) not in without:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
+            # through a temporary file: a crash leaves no half of a file that would be taken for one
             atomic.write_bytes(target / file, (directory / file).read_bytes())
 
 
@@ -71,6 +81,7 @@ def different_files(a: Path, b: Path, without: Collection[str] = ()) -> list[str
     return sorted(
         name
         for name in first | second
+        # their bytes: sizes and times of a copy may agree where its content was edited
         if name not in first & second or not filecmp.cmp(a / name, b / name, shallow=False)
     )
 
@@ -88,5 +99,11 @@ def _is_tokenizer(file: Path) -> bool:
     return file.parts[0] in (*names, *templates) or is_model
 
 
-def _is_weights(path: Path) -> bool:
+def is_weights(path: Path) -> bool:
+    """Return whether a file holds weights, or says which of several files do.
+
+    Example:
+        >>> is_weights(Path("tf_model.h5")), is_weights(Path("tokenizer.model"))
+        (True, False)
+    """
     return path.suffix in _WEIGHTS or path.name.endswith(_INDEX)

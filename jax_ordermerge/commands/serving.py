@@ -5,6 +5,7 @@ looks for is looked for before.
 """
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def serving_lines(directory: Path) -> list[str]:
         return [f"no engine can serve {directory}: {', '.join(lacking)}"]
     path, name = shlex.quote(str(directory)), directory.resolve().name
     gguf, modelfile = shlex.quote(f"{name}.gguf"), shlex.quote(f"{name}.Modelfile")
+    # ollama takes no other characters in the name of a model
+    tag = re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-.") or "merged"
     base = shlex.quote(f"FROM {directory.absolute()}")
     lines = [
         "To serve it, one of:",
@@ -46,8 +49,9 @@ def serving_lines(directory: Path) -> list[str]:
         f"  python -m sglang.launch_server --model-path {path}",
         f"  transformers serve {path}",
         # a script of its repository, not of a package
-        f"  python llama.cpp/convert_hf_to_gguf.py {path} --outfile {gguf} && llama-server -m {gguf}",
-        f"  echo {base} > {modelfile} && ollama create {shlex.quote(name.lower())} -f {modelfile}",
+        f"  python llama.cpp/convert_hf_to_gguf.py {path} --outfile {gguf}"
+        f" && llama-server -m {gguf}",
+        f"  echo {base} > {modelfile} && ollama create {tag} -f {modelfile}",
     ]
     if not has_chat_template(directory):
         lines.append(

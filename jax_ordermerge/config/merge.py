@@ -139,8 +139,8 @@ class Trajectory(Section):
     )
     weights: CheckpointWeights = Field(
         "equal",
-        description="equal; linear: in proportion to 1, 2, ... from the oldest; wsm: what a decay by"
-        " 1 - sqrt of the learning rate would have done, most for the oldest",
+        description="equal; linear: in proportion to 1, 2, ... from the oldest; wsm: what a decay"
+        " by 1 - sqrt of the learning rate would have done, most for the oldest",
     )
 
 

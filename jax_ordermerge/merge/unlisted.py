@@ -17,6 +17,7 @@ from jax_ordermerge.checkpoint import other_files
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.merge import plan
+from jax_ordermerge.merge.methods import spectral, table
 from jax_ordermerge.merge.plan import Output, Plan, View
 from jax_ordermerge.merge.sources import peft_files, references, storage
 from jax_ordermerge.merge.sources.public_names import short_names
@@ -93,14 +94,17 @@ def check_same(
         raise UserError(f"{labels} are of different architectures: {kinds[0]} and {kinds[1]}")
     if first.config.is_adapter:
         _check_adapters(first, second)
-    for model, other in ((first, second), (second, first)):
-        names = set(other.names)
+    # both ways: what only one of them has would be dropped, or could not be merged
+    for model, partner in ((first, second), (second, first)):
+        names = set(partner.names)
         lacking = [name for name in model.names if name not in names and not _is_in(name, stack)]
         if lacking:
             rest = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
             tied = lacking[0] in model.config.vocabulary
             reason = "; one may tie it to another tensor: store both alike" if tied else ""
-            raise UserError(f"{model.label} has {lacking[0]}{rest}, {other.label} has not{reason}")
+            raise UserError(
+                f"{model.label} has {lacking[0]}{rest}, {partner.label} has not{reason}"
+            )
     for name in first.names:
         if not _is_in(name, stack):
             check_pair(View(0, name), View(1, name), [first, second], any_rows=name in any_rows)
@@ -141,7 +145,8 @@ def _is_in(name: str, stack: str | None) -> bool:
 def _check_adapters(first: Unlisted, second: Unlisted) -> None:
     def read(model: Unlisted) -> Json:
         content = {
-            key: sorted(value) if isinstance(value, list) else value
+            # PEFT writes sets, in another order each time
+            key: sorted(value, key=str) if isinstance(value, list) else value
             for key, value in model.config.content.items()
             if key not in _OF_TRAINING and value not in peft_files.ABSENT
         }
@@ -272,8 +277,8 @@ def merge_notes(
     ]
     if lead.config.is_adapter:
         notes[0] = (
-            f"adapters are merged as adapters, A with A and B with B; layers: {stacks or 'none'}. An"
-            " average of A and of B is not the average of the products B A: BASE+ADAPTER merges"
+            f"adapters are merged as adapters, A with A and B with B; layers: {stacks or 'none'}."
+            " An average of A and of B is not the average of the products B A: BASE+ADAPTER merges"
             " these"
         )
     if fused := names_of.fused_modules(lead.names):
@@ -297,6 +302,10 @@ def merge_notes(
     if lead.directory is not None:
         notes += _file_notes(lead.directory)
     notes += _rounding_notes(outputs, sources, dtype)
+    # the experts of one layer in one tensor, mostly: a large part of a model
+    spectral_outputs = (x for x in outputs if table.METHODS[x.method].unit is spectral.unit)
+    if averaged := [x.name for x in spectral_outputs if len(x.shape) > 2 and not x.copied]:
+        notes.append(f"averaged, since they are no matrices: {_listed(averaged)}")
     if copied := [output.name for output in outputs if output.copied and output.size]:
         notes.append(f"copied, since they are no real numbers: {_listed(copied)}")
     return notes

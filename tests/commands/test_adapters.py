@@ -60,7 +60,8 @@ def with_adapter(folder, adapter):
 def to_peft(folder, model, out, rank, *options):
     source = folder / model
     return call(
-        *("convert", source, out, "--to", "peft", "--base", folder / "base", "--rank", rank), *options
+        *("convert", source, out, "--to", "peft", "--base", folder / "base", "--rank", rank),
+        *options,
     )
 
 

@@ -35,6 +35,8 @@ def test_commands_name_the_directory(model):
     line = commands[4].partition(" && ")[0].strip()
     subprocess.run(["sh", "-c", line], check=True, cwd=model)
     assert (model / "my model.Modelfile").read_text() == f"FROM {model}\n"
+    # ollama refuses a name with a space
+    assert commands[4].endswith("&& ollama create my-model -f 'my model.Modelfile'")
 
 
 def test_a_model_without_a_template_is_asked_for_completions(model):

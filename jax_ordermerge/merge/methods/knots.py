@@ -94,10 +94,10 @@ def _elect(xp: ModuleType, coordinates: Sequence[AnyArray], count: AnyArray) -> 
             spans: rows of zeros beyond the rank are no coordinates.
     """
     number = xp.maximum(xp.round(count), 1).astype(int)
-    kept = [_trim(xp, values, number) for values in coordinates]
-    sign = xp.sign(sum(kept))
+    trimmed = [_trim(xp, values, number) for values in coordinates]
+    sign = xp.sign(sum(trimmed))
     total, agreeing = xp.zeros_like(sign), xp.zeros_like(sign)
-    for values in kept:
+    for values in trimmed:
         agrees = (xp.sign(values) == sign) & (sign != 0)
         total = total + xp.where(agrees, values, 0)
         agreeing = agreeing + agrees

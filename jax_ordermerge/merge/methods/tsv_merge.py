@@ -33,28 +33,28 @@ def prepare(tensor: Tensor, *, density: Density | None = None, scale: Finite = 1
     """
     rank = min(tensor.shape) if spectral.is_spectral(tensor) else 1
     # 1/M by a division of integers: 6 * (1 / 3) may round below 2
-    kept = rank // tensor.count if density is None else int(density * rank)
+    top_k = rank // tensor.count if density is None else int(density * rank)
     weights = np.full(tensor.count, 1 / tensor.count, np.float32)
-    return spectral.prepare(tensor, weights=weights, scale=np.float32(scale), kept=max(1, kept))
+    return spectral.prepare(tensor, weights=weights, scale=np.float32(scale), top_k=max(1, top_k))
 
 
-def merge(xp: ModuleType, task_vectors: Sequence[AnyArray], *, kept: int) -> AnyArray:
+def merge(xp: ModuleType, task_vectors: Sequence[AnyArray], *, top_k: int) -> AnyArray:
     """Return U' S V'^T, [m, n].
 
     Args:
         xp: numpy or jax.numpy.
         task_vectors: M matrices [m, n].
-        kept: k.
+        top_k: k.
     """
     left, values, right = [], [], []
     for task_vector in task_vectors:
         u, s, vt = spectral.svd(xp, task_vector)
         # vectors of values that are rounding are noise of length one: beside vectors of other
         # members they would count in full
-        is_kept = spectral.significant(xp, s, task_vector.shape)[:kept]
-        left.append(u[:, :kept] * is_kept[None])
-        values.append(s[:kept] * is_kept)
-        right.append(vt[:kept].T * is_kept[None])
+        is_kept = spectral.significant(xp, s, task_vector.shape)[:top_k]
+        left.append(u[:, :top_k] * is_kept[None])
+        values.append(s[:top_k] * is_kept)
+        right.append(vt[:top_k].T * is_kept[None])
     u, v = (spectral.polar(xp, xp.concatenate(side, axis=1)) for side in (left, right))
     return (u * xp.concatenate(values)[None]) @ v.T
 
@@ -62,7 +62,7 @@ def merge(xp: ModuleType, task_vectors: Sequence[AnyArray], *, kept: int) -> Any
 def apply(part: Part, **prepared: Any) -> jax.Array:
     """Merge the whole tensor."""
     if not prepared["spectral"]:
-        del prepared["kept"]
+        del prepared["top_k"]
     return spectral.apply(part, merge, **prepared)
 
 

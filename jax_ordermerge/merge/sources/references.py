@@ -83,7 +83,8 @@ def open_any(
 ) -> AnySource:
     """Open a model of any architecture, or an adapter by itself, to merge it tensor by tensor.
 
-    A name may also be that of a safetensors file. A model of an architecture in the tensor table is opened as by `open_model`, with its checks.
+    A name may also be that of a safetensors file. A model of an architecture in the tensor table is
+    opened as by `open_model`, with its checks.
 
     Args:
         name, adapter, resolve, dtype, ignore, allow_bin: see `open_model`.

@@ -392,11 +392,11 @@ run the training first
             f"{prefix}the training in {checkpoints} stands at step {latest} of {steps}; "
             "run it again to continue"
         )
-    kept = orbax.steps(checkpoints)
-    if step is not None and step not in kept:
+    saved = orbax.steps(checkpoints)
+    if step is not None and step not in saved:
         raise UserError(
             f"{prefix}the checkpoint of step {step} in {checkpoints} was not kept (there are"
-            f" {', '.join(map(str, kept))}); a training keeps those that the merges of its config"
+            f" {', '.join(map(str, saved))}); a training keeps those that the merges of its config"
             " average"
         )
     # absent where the last weights are the result, neither averages nor the best

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_ordermerge.arch import UnlistedConfig, unlisted
-from jax_ordermerge.checkpoint import json_files, shards, torch_files
+from jax_ordermerge.checkpoint import json_files, other_files, shards, torch_files
 from jax_ordermerge.checkpoint.safetensors import TensorInfo
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
@@ -76,13 +76,16 @@ class Unlisted:
         unread = sorted(
             path.name
             for path in self.directory.iterdir()
-            if path.suffix in (".safetensors", ".bin", ".pth", ".gguf") and path.name not in read
+            if path.is_file() and other_files.is_weights(path) and path.name not in read
         )
-        # written by trainers; no weights
-        unread = [name for name in unread if name != "training_args.bin"]
+        # written by trainers, and no weights; an index has none of its own
+        unread = [
+            name for name in unread if name != "training_args.bin" and not name.endswith(".json")
+        ]
         if not unread:
             return []
-        return [f"{self.label}: not read beside {sorted(read)[0]}: {', '.join(unread[:3])}"]
+        rest = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        return [f"{self.label}: not read beside {min(read)}: {', '.join(unread[:3])}{rest}"]
 
 
 class NamedVocabulary:

@@ -32,13 +32,13 @@ def nearest_orthogonal(matrix):
 
 
 def naive_tsv(task_vectors, share):
-    kept = int(share * min(task_vectors[0].shape))
+    top_k = int(share * min(task_vectors[0].shape))
     left, right, middle = [], [], []
     for task_vector in task_vectors:
         u, s, vt = np.linalg.svd(task_vector, full_matrices=False)
-        left.append(u[:, :kept])
-        middle.extend(s[:kept])
-        right.append(vt[:kept])
+        left.append(u[:, :top_k])
+        middle.extend(s[:top_k])
+        right.append(vt[:top_k])
     u, vt = nearest_orthogonal(np.hstack(left)), nearest_orthogonal(np.vstack(right))
     return u @ np.diag(middle) @ vt
 
@@ -55,8 +55,8 @@ def naive_knots(task_vectors, density, rank):
     pieces = np.split(np.diag(s) @ vt, len(task_vectors), axis=1)
     trimmed = []
     for piece in pieces:
-        kept = round(density * piece.size)
-        places = np.argsort(-abs(piece), axis=None)[:kept]
+        top_k = round(density * piece.size)
+        places = np.argsort(-abs(piece), axis=None)[:top_k]
         thin = np.zeros(piece.size)
         thin[places] = piece.ravel()[places]
         trimmed.append(thin.reshape(piece.shape))
@@ -165,7 +165,7 @@ def test_a_matrix_that_no_member_changed_stays_at_the_base(name):
 @pytest.mark.parametrize(
     ("formula", "numbers"),
     [
-        (lambda xp, taus: tsv_merge.merge(xp, taus, kept=2), []),
+        (lambda xp, taus: tsv_merge.merge(xp, taus, top_k=2), []),
         (iso_c.merge, [np.full(3, 1 / 3, np.float32)]),
         (knots.merge, [np.float32(0.3)]),
     ],

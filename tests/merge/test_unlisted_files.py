@@ -1,0 +1,37 @@
+"""Files beside the weights of unlisted architectures, and notes on what a merge leaves out."""
+
+import pytest
+
+from jax_ordermerge.merge.recipe import planner
+from tests.merge.test_unlisted import adapter, linear, merge, save, two_towers
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return [save(tmp_path / name, two_towers(seed)) for seed, name in enumerate("mn")]
+
+
+def test_weights_in_other_forms_are_named_and_not_copied(pair, tmp_path):
+    stale = ["tf_model.h5", "rust_model.ot", "flax_model.msgpack", "model.onnx"]
+    records = ["mergekit_config.yml", "eval_results.json", "runs/events.out.tfevents.1"]
+    save(pair[0], two_towers(0), files=dict.fromkeys([*stale, *records, "vocab.txt"], "x"))
+    _, plan = merge(linear(*pair), tmp_path / "out")
+    note = "not read beside model.safetensors: flax_model.msgpack, model.onnx, rust_model.ot and 1"
+    assert any(note in text for text in plan.notes)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "vocab.txt" in names
+    assert not names & {*stale, "mergekit_config.yml", "eval_results.json", "runs"}
+
+
+def test_tensors_that_a_spectral_method_only_averages_are_named(pair):
+    recipe = linear(*pair, merge_method="iso_c", base_model=str(pair[0]))
+    plan = planner.plan_recipe(recipe)
+    assert "averaged, since they are no matrices: visual.conv1.weight" in plan.notes
+    assert not any("no matrices" in note for note in planner.plan_recipe(linear(*pair)).notes)
+
+
+def test_lists_of_adapters_may_hold_anything(tmp_path):
+    entries = [{"pattern": "q"}, {"pattern": "k"}, 3]
+    first = adapter(tmp_path / "a", 0, target_parameters=entries)
+    second = adapter(tmp_path / "b", 1, target_parameters=entries[::-1])
+    assert planner.plan_recipe(linear(first, second)).outputs
