@@ -217,6 +217,13 @@ def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Merg
         raise UserError(f"{source}: the adapters have several bases; one adapter has one")
     merges = {}
     for output in merge_plan.outputs:
+        # task vectors from another model than that of the adapters are no products of theirs
+        start = None if output.base is None else merge_plan.sources[output.base.source]
+        if start is not None and start.identity() != adapters[0].base.identity():
+            raise UserError(
+                f"{source}: base_model is {start.label}, and the adapters are of"
+                f" {adapters[0].base.label}; give that one"
+            )
         if any(view.name != output.name for view in output.members):
             raise UserError(f"{source} moves layers, which an adapter on the base cannot")
         weights = None if output.weights is None else output.weights.tolist()

@@ -67,6 +67,8 @@ def load_population(ctx: RunContext) -> Population:
     # the last one asked for stays in memory: merges of the same checkpoints follow each other
     @functools.lru_cache(maxsize=1)
     def averaged(last: int, weights: CheckpointWeights) -> Population:
+        # before the new one is made: two beside the trained members may not fit
+        averaged.cache_clear()
         settings = Trajectory(last=last, weights=weights)
         members = waves.restore_average(ctx, settings, dtype=dtype)
         return Population(ctx.model, members, base, dtype)

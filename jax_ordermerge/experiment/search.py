@@ -32,11 +32,13 @@ class ChosenMerge(NamedTuple):
         settings: method, seed, weights and parameters, as merge.json records them.
         params: its parameters.
         checkpoints: see `build_merges.averaged_checkpoints`.
+        ingredients: what it was made of: the members, or averages of their checkpoints.
     """
 
     settings: Json
     params: Tree
     checkpoints: Json
+    ingredients: Population
 
 
 def choose_merge(
@@ -95,7 +97,8 @@ def choose_merge(
     if target is not None:
         recipe = _recipe(result) | checkpoints
         export.export(ctx, AUTO, merged, recipe, _origin(result), target)
-    return ChosenMerge(_settings(winner), merged, checkpoints)
+    ingredients = population.of_checkpoints(winner.checkpoints)
+    return ChosenMerge(_settings(winner), merged, checkpoints, ingredients)
 
 
 def with_validation_file(ctx: RunContext, path: Path) -> RunContext:

@@ -164,6 +164,24 @@ def test_an_average_of_checkpoints_is_not_the_merge_of_the_last_adapters(tmp_pat
     assert "average-last2 averages checkpoints" in capsys.readouterr().err
 
 
+def test_task_vectors_from_another_base_are_refused(folder, tmp_path, capsys):
+    assert to_peft(folder, "merged", tmp_path / "a", 4) == 0
+    recipe = tmp_path / "recipe.yaml"
+    content = {
+        "merge_method": "task_arithmetic",
+        "models": [{"model": f"{folder}/base+{tmp_path}/a", "parameters": {"weight": 0.5}}],
+        "base_model": f"{folder}/normed",
+        "parameters": {"normalize": False},
+    }
+    recipe.write_text(json.dumps(content))
+    assert call("convert", recipe, tmp_path / "out", "--to", "peft") == 2
+    message = f"base_model is {folder}/normed, and the adapters are of {folder}/base;"
+    assert message in capsys.readouterr().err
+    content["base_model"] = f"{folder}/base"
+    recipe.write_text(json.dumps(content))
+    assert call("convert", recipe, tmp_path / "out", "--to", "peft") == 0
+
+
 def test_keys_that_are_ignored_of_the_model_are_ignored_of_its_base(folder, tmp_path):
     for name in ("base", "merged"):
         shutil.copytree(folder / name, tmp_path / name)

@@ -1,6 +1,7 @@
 """Runs whose merges are of averages of each member's last checkpoints."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import yaml
 from jax_ordermerge import tree
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import load_config
+from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import models, pipeline
+from jax_ordermerge.experiment import models, pipeline, search
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.layout import RunLayout, read_json
@@ -99,6 +101,23 @@ def test_a_search_has_them_as_candidates(run):
             leaves = flat(params)
         for path, leaf in exported(run, name).items():
             assert np.array_equal(leaf, leaves[path]), (name, path)
+
+
+def test_a_choice_names_what_it_was_made_of(run, monkeypatch):
+    """Its diagnostics are measured against that, and not against the last weights."""
+    ctx = open_run(read_config(run), lambda text: None)
+    ctx.splits.pop("test", None)
+    population = models.load_population(ctx)
+    winner = Candidate("average", checkpoints={"last": 2, "weights": "equal"})
+    result = types.SimpleNamespace(winning_candidate=winner, to_dict=dict)
+    monkeypatch.setattr(search.search, "run_search", lambda *args, **options: result)
+    monkeypatch.setattr(search.search_findings, "sentences", lambda written: [])
+    monkeypatch.setattr(search.search_measures, "make_measures", lambda ctx: ({}, {}))
+    monkeypatch.setattr(search, "write_json", lambda path, content: None)
+    chosen = search.choose_merge(ctx, Search(), RunLayout(run).search, population)
+    mean = (stored(run, 8)["norm/weight"] + stored(run, 10)["norm/weight"]) / 2
+    ingredients = flat(chosen.ingredients.members)["norm/weight"]
+    assert np.allclose(ingredients, mean, rtol=0, atol=1e-6)
 
 
 def test_what_was_not_kept_is_named(run):

@@ -61,12 +61,19 @@ def run(ctx: RunContext) -> None:
             export.export(ctx, name, merged, recipe | checkpoints)
         ingredients = build_merges.of_checkpoints(population, spec)
         record(name, settings, merged, recorded, ingredients, checkpoints)
-        del merged  # the next merge needs its memory
+        del merged, ingredients  # the next merge needs their memory
     if config.merge.auto is not None and not _is_done(AUTO, rows, run, exports):
         target = run.merged(AUTO) if exports else None
         chosen = search.choose_merge(ctx, config.merge.auto, run.search, population, target=target)
         parameters = chosen.settings["parameters"]
-        record(AUTO, chosen.settings, chosen.params, parameters, population, chosen.checkpoints)
+        record(
+            AUTO,
+            chosen.settings,
+            chosen.params,
+            parameters,
+            chosen.ingredients,
+            chosen.checkpoints,
+        )
 
 
 def is_complete(config: Config) -> bool:
