@@ -1,8 +1,9 @@
 """Checkpoints of unlisted architectures: those that no row of the tensor table describes.
 
 What the table says of a listed model is read here from the names of the tensors. A *stack of
-layers* is a run of modules with the numbers 0 to n - 1 in one place of their names, as `model.layers`
-is of `model.layers.0.mlp.up_proj.weight`. A model may have several, say of vision and of text.
+layers* is a run of modules with the numbers 0 to n - 1 in one place of their names, as
+`model.layers` of `model.layers.0.mlp.up_proj.weight`. A model may have several, say of vision and
+of text.
 """
 
 import dataclasses
@@ -112,6 +113,7 @@ def is_listed(config: JsonRow) -> bool:
     listed = FAMILIES[name].architecture
     stem = listed.removesuffix("ForCausalLM")
     # Not every other name: fine-tunes rename the class and keep the tensors.
+    # `Model` has no head, and stores its tensors without the prefix `model.`.
     return re.fullmatch(rf"{stem}(Model|For(?!CausalLM)\w+)", str(architectures[0])) is None
 
 
@@ -155,6 +157,7 @@ def find_place(name: str, stacks: Collection[str]) -> Place | None:
         Place(stack='model.layers', layer=3, rest='mlp.weight')
     """
     parts = name.split(".")
+    # from the left: the number of an expert stands behind that of its layer
     for index in range(1, len(parts) - 1):
         prefix = ".".join(parts[:index])
         if parts[index].isdecimal() and prefix in stacks:
@@ -242,6 +245,7 @@ def with_values(config: JsonRow, old: JsonValue, new: JsonValue, keys: Collectio
     return {
         key: with_values(value, old, new, keys)
         if isinstance(value, Mapping)
+        # types count: True equals 1
         else (new if key in keys and value == old and type(value) is type(old) else value)
         for key, value in config.items()
     }

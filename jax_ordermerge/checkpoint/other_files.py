@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jax_ordermerge.checkpoint import atomic, sidecar_files
 
-# Weights, of this model or of other forms of it, which would still be those of one member beside the
-# merge. An index belongs to its weights.
+# Weights, of this model or of other forms of it: beside a merge they would still be those of one
+# member. An index belongs to its weights.
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5"),
     *(".msgpack", ".ot", ".tflite", ".mlmodel", ".pdparams"),
@@ -39,6 +39,7 @@ def list_files(directory: Path) -> tuple[list[Path], list[str]]:
         Paths relative to the directory, and names of directories with weights of their own.
     """
     files, left_out = [], []
+    # sorted: notes name the same files on every file system
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.name in _NOT_OF_MODEL:
             continue
@@ -46,6 +47,7 @@ def list_files(directory: Path) -> tuple[list[Path], list[str]]:
             files.append(path.relative_to(directory))
         elif path.is_dir():
             inner = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            # all or nothing: a module without its weights, or with those of one member, is none
             if any(map(is_weights, inner)):
                 left_out.append(path.name)
             else:
@@ -96,6 +98,7 @@ def _is_tokenizer(file: Path) -> bool:
     templates = (sidecar_files.CHAT_TEMPLATE, sidecar_files.MORE_TEMPLATES)
     # of SentencePiece, under names that models choose
     is_model = file.suffix in (".model", ".spm", ".tiktoken")
+    # the first part: templates may lie in a directory of their own
     return file.parts[0] in (*names, *templates) or is_model
 
 

@@ -119,8 +119,11 @@ class ShardFiles:
             filled += size
         count = len(shards)
         names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        # Wide numbers first, as safetensors writes them: each tensor begins at a multiple of its
+        # item size, which readers of mapped memory rely on.
+        aligned = [sorted(shard, key=lambda name: -self._dtypes[name].itemsize) for shard in shards]
         self._shards = dict(
-            zip([f"{stem}.safetensors"] if count == 1 else names, shards, strict=True)
+            zip([f"{stem}.safetensors"] if count == 1 else names, aligned, strict=True)
         )
         self._headers: dict[str, bytes] = {}
         self._locations: dict[str, _Location] = {}

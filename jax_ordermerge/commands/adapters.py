@@ -46,6 +46,7 @@ def export_member(layout: RunLayout, number: int, out: Path, dtype: str | None) 
         UserError: the run has no adapters, or its base is another one now.
     """
     config = read_config(layout.root)
+    # the name may be that of another model by now, and the adapter is of the one in training
     base_dir = convert.resolve(config.model.base)
     refuse_other_base(layout, config.model, base_digest(config.model, base_dir))
     form = read_prompt_format(layout)
@@ -59,6 +60,7 @@ def export_member(layout: RunLayout, number: int, out: Path, dtype: str | None) 
         model,
         config.lora,
         base=_base_name(config.model.base),
+        # as it was trained: factors are small, and bfloat16 would round them before their product
         dtype=dtype or "float32",
         tokenizer_from=base_dir,
         prompt_format=form,
@@ -155,6 +157,7 @@ class _Merge(NamedTuple):
 def _open_merge(source: str) -> _Merge:
     """Open the members of RUN/NAME, with how they were merged."""
     path = remote.expand(source)
+    # a bucket holds the run, and in it nothing of the name RUN/NAME
     parent = remote.fetch(path.parent) if remote.address(source) is not None else path.parent
     layout = RunLayout(parent)
     rows = (read_json(layout.merges) or {}).get("merges", []) if layout.is_run else []
@@ -172,6 +175,7 @@ def _open_merge(source: str) -> _Merge:
             " --rank for an approximation"
         )
     config = read_config(layout.root)
+    # dense members have full rank: their average is no adapter of k r
     if config.lora is None:
         raise UserError(
             f"{layout.root} has no adapters: it was trained with lora: null; give --base and --rank"
@@ -209,10 +213,13 @@ def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Merg
             f"{source} is of models that are not in the table of architectures, or of adapters"
             " without their base, which ordermerge merge writes as an adapter"
         )
+    # new tokens are rows of the embedding
     if merge_plan.added_tokens:
         raise UserError(f"{source} adds tokens, which an adapter of linear layers cannot hold")
+    # not all models of the plan: the base of task vectors is one of them
     used = sorted({view.source for output in merge_plan.outputs for view in output.members})
     adapters = [_as_adapter(merge_plan.sources[number]) for number in used]
+    # by files and not by name, which may be spelled in two ways
     if len({adapter.base.identity() for adapter in adapters}) > 1:
         raise UserError(f"{source}: the adapters have several bases; one adapter has one")
     merges = {}
@@ -260,6 +267,7 @@ def _combination(
     parameters: JsonRow,
     count: int,
 ) -> low_rank.Combine:
+    # the record of a merge has only what its config gave
     checked = table.check_parameters(method, parameters)
     combine = low_rank.combination(method, weights, checked, count)
     if combine is None:
@@ -281,6 +289,7 @@ def check_low_rank(base: str, rank: int) -> None:
     """
     if rank < 1:
         raise UserError(f"--rank {rank} must be positive")
+    # what only this package opens, PEFT could not load the adapter on
     if references.is_composed(base):
         raise UserError(
             f"--base {base}: PEFT loads the base by this name, so it must be a Hugging Face"
@@ -346,6 +355,7 @@ def _with_progress(specs: Sequence[arch.TensorSpec]) -> Iterator[arch.TensorSpec
 
 def _describe(result: low_rank.LowRank) -> Iterator[str]:
     """Yield lines on what the adapter leaves out."""
+    # a small error in all may hide one matrix that lost most of its change
     worst = max(result.matrices, key=lambda change: change.error)
     yield (
         f"rank {result.settings.rank}: relative error {result.error:.4g} in all, largest"

@@ -73,6 +73,7 @@ def convert_checkpoint(
         if ignore:
             _check_ignore(source, run)
         if to == "peft":
+            # first, since it takes members too: of a dense one, or at a lower rank
             if base is not None and rank is not None:
                 model = _open(source, run, dtype=None, ignore=ignore, allow_bin=allow_bin)
                 # a key that a model has, and nothing here reads, mostly is its base's, too
@@ -111,6 +112,7 @@ def _find_member(source: str, number: int | None) -> tuple[RunLayout, int] | Non
     layout = RunLayout(remote.fetch(source))
     if not layout.is_run:
         raise UserError(f"--member goes with a run directory; {source} has no {CONFIG}")
+    # of all populations: replicates are numbered on
     count = read_config(layout.root).population.total
     if not 0 <= number < count:
         raise UserError(f"--member {number}: the run has members 0 to {count - 1}")

@@ -74,6 +74,7 @@ def has_chat_template(directory: Path) -> bool:
 
 
 def _writes_text(directory: Path) -> bool:
+    # by the class and not by the type: an encoder and a decoder may share the type
     config = directory / "config.json"
     if not config.is_file():
         return False
@@ -85,6 +86,7 @@ def _read(file: Path) -> Json:
 
 
 def _lacking(directory: Path) -> list[str]:
+    # an interrupted copy or upload has some of the files, and a config that says nothing of it
     lacking = []
     index = directory / "model.safetensors.index.json"
     if index.is_file():

@@ -35,6 +35,7 @@ def averaged_checkpoints(ctx: RunContext, settings: Trajectory | None) -> Json:
     """
     if settings is None:
         return {}
+    # not only their kind: the formula may change with a version, the numbers that were used do not
     shares = trajectory.weights(settings.weights, settings.last)
     steps = waves.merged_steps(ctx, settings)
     return {"checkpoints": {"steps": steps, "weights": shares.tolist()}}
@@ -42,6 +43,7 @@ def averaged_checkpoints(ctx: RunContext, settings: Trajectory | None) -> Json:
 
 def of_checkpoints(population: Population, spec: MergeSpec) -> Population:
     """Return the population that a merge is made of: the members, or averages of checkpoints."""
+    # as plain data, which candidates of a search have too: they are written and compared as JSON
     plain = None if spec.checkpoints is None else spec.checkpoints.model_dump()
     return population.of_checkpoints(plain)
 
@@ -69,6 +71,7 @@ def rebuild(ctx: RunContext, population: Population, name: str) -> Tree:
     if name == AUTO:
         results = read_json(ctx.layout.search.results)
         winner = results["candidates"][results["winner"]]["candidate"]
+        # JSON has no tuples, and candidates are compared by value
         if winner["weights"] is not None:
             winner["weights"] = tuple(winner["weights"])
         return population.build(Candidate(**winner))

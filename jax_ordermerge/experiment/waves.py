@@ -116,7 +116,8 @@ def restore_average(ctx: RunContext, settings: Trajectory, *, dtype: str) -> Tre
 
 def merged_steps(ctx: RunContext, settings: Trajectory) -> list[int]:
     """Return the steps of the checkpoints that are averaged, the oldest first."""
-    # of a complete training the last checkpoint is that of the last step
+    # Of a complete training the last checkpoint is that of the last step. All waves have as many
+    # steps: their members see the same examples.
     steps = storage.final_checkpoint(_training_layouts(ctx)[0].checkpoints).step
     training = ctx.config.training
     every = training.checkpoint_every or steps // training.epochs
@@ -125,6 +126,7 @@ def merged_steps(ctx: RunContext, settings: Trajectory) -> list[int]:
 
 def _training_layouts(ctx: RunContext) -> list[RunLayout]:
     """Return the layouts of the waves, or that of the run where there are none."""
+    # of all populations, which are trained as one
     run = ctx.training_layout
     return [run.wave(number) for number in range(len(_stored_waves(run)))] or [run]
 

@@ -91,6 +91,7 @@ def approximate(
         UserError: the rank is above that of every matrix, no linear layer changed, or a change is
             not finite.
     """
+    # only what PEFT and every server take as targets: the linear layers
     targets = lora.targets(model.config, Lora())
     linear, largest = {spec.path for spec in targets}, max(min(spec.hf_shape) for spec in targets)
     if rank > largest:
@@ -104,11 +105,13 @@ def approximate(
             continue
         left, right, changes = [], [], list[Change]()
         for change, values in _changes(model, base, names):
+            # the residual of the factors as they are rounded: what a server will compute with
             b, a = factor(values, rank, dtype)
             residual = float(np.linalg.norm(values - b.astype(np.float64) @ a))
             changes.append(change._replace(residual=residual))
             left.append(b)
             right.append(a)
+        # A module is adapted in all layers or in none: one list of targets serves all of them.
         if any(change.norm for change in changes):
             path = spec.path.removesuffix("weight")
             adapter[f"{path}lora_a"], adapter[f"{path}lora_b"] = np.stack(right), np.stack(left)
@@ -128,9 +131,11 @@ def _changes(
 ) -> Iterator[tuple[Change, np.ndarray]]:
     """Yield the change of each tensor with its values, float64[*s]."""
     for name in names:
+        # float64: the Gram matrix of `spectral.svd` has the squares of the singular values
         start = storage.read(base, name).astype(np.float64)
         values = storage.read(model, name).astype(np.float64) - start
         norm = float(np.linalg.norm(values))
+        # LAPACK does not come to an end, or raises without a name
         if not math.isfinite(norm):
             raise UserError(
                 f"{model.label} or {base.label} has elements of {name} that are NaN or infinite"
@@ -154,6 +159,7 @@ def factor(change: np.ndarray, rank: int, dtype: DTypeLike) -> tuple[np.ndarray,
         [[4.0, 0.0], [0.0, 0.0]]
     """
     u, s, vt = spectral.svd(np, change)
+    # a matrix may be smaller than the rank, which is one number for all
     count = min(rank, len(s))
     roots = np.sqrt(s[:count])
     b, a = np.zeros((change.shape[0], rank)), np.zeros((rank, change.shape[1]))
@@ -191,6 +197,7 @@ def join(
     Raises:
         UserError: an adapter changes more than s B A of linear layers, or nothing is left.
     """
+    # all members first: reading factors takes longer than to refuse them
     for member in members:
         _refuse_beyond_factors(member)
     targets = lora.targets(members[0].config, Lora())
@@ -199,6 +206,7 @@ def join(
         for spec in targets
         for name in spec.hf_names()
     }
+    # not the sum over members: they may adapt other modules
     rank = max((pair[0].shape[1] for pair in factors.values() if pair is not None), default=0)
     if not rank:
         raise UserError("the adapters, or their weights, are zero: the merge is its base")
@@ -217,6 +225,7 @@ def join(
         path = spec.path.removesuffix("weight")
         adapter[f"{path}lora_a"], adapter[f"{path}lora_b"] = right, left
         modules.append(spec.hf_name.split(".")[-2])
+    # alpha = rank is s = 1: the scales of the members are in B
     settings = Lora(rank=rank, alpha=rank, targets=tuple(modules))
     return settings, tree.unflatten(adapter)
 
@@ -228,6 +237,7 @@ def _term(member: LoRA, name: str) -> Term | None:
 
 def _refuse_beyond_factors(member: LoRA) -> None:
     linear = {name for spec in lora.targets(member.config, Lora()) for name in spec.hf_names()}
+    # DoRA normalizes each row, so its change is no product
     scaled = {name for name, product in member.products.items() if product.magnitude is not None}
     beyond = sorted(scaled | ({*member.products} - linear) | member.replaced)
     if beyond:
@@ -264,6 +274,7 @@ def combination(
         divisor = sum(factors) if weights is None or parameters["normalize"] else 1.0
         scale = parameters["scale"]
         return partial(_weighted_sum, [scale * factor / divisor for factor in factors])
+    # the one method here that is no sum: it stays in the space that the factors B span
     if method == "knots":
         return partial(_knots, parameters["density"], parameters["scale"])
     return None

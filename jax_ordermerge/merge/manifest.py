@@ -148,6 +148,7 @@ def _write_unlisted(
             tokenizer_from=plan.tokenizer_from,
             without=[config.file],
         )
+    # a single file has no config, and an empty one would be read as that of a model
     if config.content:
         json_files.write_json(directory / config.file, dict(config.content))
     atomic.write_text(directory / "README.md", card)

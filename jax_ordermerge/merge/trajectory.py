@@ -38,6 +38,7 @@ def weights(kind: CheckpointWeights, count: int) -> np.ndarray:
     if kind == "linear":
         return np.arange(1, count + 1) / (count * (count + 1) / 2)
     # how much each update counts, from w_0 = 1 of what was there before to w_count = 0
+    # by steps of equal length: what the decay would do between checkpoints is not seen
     shares = 1 - np.sqrt(np.arange(count + 1) / count)
     return shares[:-1] - shares[1:]
 
@@ -60,6 +61,7 @@ def planned_steps(steps: int, every: int, last: int) -> list[int]:
         >>> planned_steps(steps=50, every=20, last=3)
         [20, 40, 50]
     """
+    # the last step is saved whatever `every` is, and stands in no place twice
     planned = [*range(every, steps, every), steps]
     if len(planned) < last:
         raise UserError(
@@ -88,6 +90,7 @@ def average(models: Iterable[Tree], shares: np.ndarray, dtype: str) -> Tree:
         scaled = _scale(model, share)
         total = scaled if total is None else _add(total, scaled)
     assert total is not None
+    # once, at the end: in bfloat16 each sum would lose what one checkpoint has moved
     return _cast(total, dtype=dtype)
 
 

@@ -90,6 +90,7 @@ def check_same(
     """
     labels = f"{first.label} and {second.label}"
     kinds = first.config.kind, second.config.kind
+    # equal names and shapes are no proof: BERT and RoBERTa differ in how they number positions
     if kinds[0] != kinds[1] and "unknown" not in kinds:
         raise UserError(f"{labels} are of different architectures: {kinds[0]} and {kinds[1]}")
     if first.config.is_adapter:
@@ -100,6 +101,7 @@ def check_same(
         lacking = [name for name in model.names if name not in names and not _is_in(name, stack)]
         if lacking:
             rest = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+            # transformers stores a tied head once, under the name of the embedding
             tied = lacking[0] in model.config.vocabulary
             reason = "; one may tie it to another tensor: store both alike" if tied else ""
             raise UserError(
@@ -123,6 +125,7 @@ def check_pair(a: View, b: View, sources: Sequence[AnySource], *, any_rows: bool
     """
     first, second = (sources[view.source].info(view.name) for view in (a, b))
     labels = sources[a.source].label, sources[b.source].label
+    # vocabularies of other sizes are aligned later, so rows may differ before
     start = 1 if any_rows else 0
     if first.shape[start:] != second.shape[start:] or len(first.shape) != len(second.shape):
         hint = "only tensors of one shape are merged"
@@ -132,6 +135,7 @@ def check_pair(a: View, b: View, sources: Sequence[AnySource], *, any_rows: bool
             f"{a.name} is {list(first.shape)} in {labels[0]} and {list(second.shape)} in"
             f" {labels[1]}; {hint}"
         )
+    # floats of other dtypes are rounded to one; an integer has no dtype in between
     if is_float(first) != is_float(second) or not (is_float(first) or first.dtype == second.dtype):
         raise UserError(
             f"{a.name} is {first.dtype.name} in {labels[0]} and {second.dtype.name} in {labels[1]}"
@@ -155,6 +159,7 @@ def _check_adapters(first: Unlisted, second: Unlisted) -> None:
             content.pop("init_lora_weights", None)
         return content
 
+    # s = alpha / r is no tensor: with other settings the mean of A and B has no s
     for key, a, b in names_of.config_differences(read(first), read(second)):
         raise UserError(
             f"{first.label} and {second.label} are adapters that differ in {key}: {a!r} and {b!r};"
@@ -188,6 +193,7 @@ def finish_outputs(
     finished = []
     for output in outputs:
         lead = output.members[0]
+        # again, and of all pairs: slices merge layers that had other numbers
         for view in output.views[1:]:
             check_pair(lead, view, sources)
         info = sources[lead.source].info(lead.name)
@@ -204,6 +210,7 @@ def finish_outputs(
 
 def _check_equal(output: Output, sources: Sequence[AnySource]) -> None:
     lead = output.members[0]
+    # it differs between any two trainings
     if output.name.endswith(_COUNTER):
         return
     for view in output.views[1:]:
@@ -221,6 +228,7 @@ def _check_equal(output: Output, sources: Sequence[AnySource]) -> None:
 
 def _stored_dtype(output: Output, sources: Sequence[AnySource]) -> np.dtype:
     stored: dict[str, str] = {}
+    # not of the base: as for all models, it is rounded to what its members are
     for view in output.members:
         source = sources[view.source]
         stored.setdefault(source.info(view.name).dtype.name, source.label)
@@ -247,6 +255,7 @@ def main_dtypes(outputs: Sequence[Output]) -> tuple[np.dtype, np.dtype, bool]:
     Raises:
         UserError: no tensor is merged.
     """
+    # by elements: norms and routers in float32 are many tensors, and few numbers
     counts: collections.Counter[tuple[np.dtype, np.dtype]] = collections.Counter()
     for output, dtype, out_dtype in _merged(outputs):
         counts[dtype, out_dtype] += output.size
@@ -285,6 +294,7 @@ def merge_notes(
         notes.append(
             f"{', '.join(fused)}: several projections in one tensor, which are merged as one"
         )
+    # each with the lead alone: of k models this is k - 1 comparisons, and the lead's values stay
     for source in sources:
         notes += source.file_notes()
         if source is not lead:
@@ -313,6 +323,7 @@ def merge_notes(
 
 def _config_notes(source: Unlisted, lead: Unlisted) -> list[str]:
     if lead.config.is_adapter:
+        # a note and no error: one base has many names, on the hub and on disks
         keys = [source.config.content.get("base_model_name_or_path")]
         keys.append(lead.config.content.get("base_model_name_or_path"))
         if keys[0] == keys[1]:
@@ -390,6 +401,7 @@ def uniform(
     Raises:
         UserError: bad input, or names or shapes differ (the message names the tensor).
     """
+    # the settings first: opening the models again reads every header
     checked, checked_weights = plan.check_settings(
         method, parameters, weights, len(members), has_base=base is not None
     )
@@ -453,6 +465,7 @@ def make_plan(
     """
     dtype, out_dtype, is_one = main_dtypes(outputs)
     config = lead.config
+    # of several dtypes the recipe names none: given back as `dtype`, it would round the others
     if is_one:
         recipe = {**recipe, "dtype": dtype.name}
         if out_dtype != dtype:
@@ -477,6 +490,7 @@ def _with_dtype(config: JsonRow, dtype: str) -> Json:
     return {
         key: _with_dtype(value, dtype)
         if isinstance(value, Mapping)
+        # `auto`, or a dtype of a quantized form, is no dtype of the tensors
         else (dtype if key in ("dtype", "torch_dtype") and value in plan.DTYPES else value)
         for key, value in config.items()
     }

@@ -79,6 +79,7 @@ def choose(
         if requested == kernel and kernel in obstacles:
             raise UserError(f"model.attention = {kernel} {obstacles[kernel]}; give auto or xla")
         if requested in ("auto", kernel) and kernel not in obstacles:
+            # one kernel for the user: which form it takes follows from the data
             return "cudnn_packed" if kernel == "cudnn" and packed else kernel
     return "xla"
 
@@ -114,6 +115,7 @@ def splash(
     """
     T, N, H = q_BTNH.shape[1:]
     mesh = jax.sharding.get_abstract_mesh()
+    # blocks are of whole lanes, on each device that has a part of the sequence
     parts = meshes.extent("length")
     size = -(-T // (_LANES * parts)) * _LANES * parts
     # the kernel does not scale the scores
@@ -292,6 +294,7 @@ def _per_device(
     rows: jax.Array,
 ) -> jax.Array:
     """Call a kernel on the examples and heads of each device; `rows` is [B, ...]."""
+    # cuDNN takes grouped heads, but heads of keys may be fewer than the devices that divide heads
     N, mesh = q_BTNH.shape[2], jax.sharding.get_abstract_mesh()
     k_BTKH, v_BTKH = (_repeat_kv_heads(x, N) for x in (k_BTKH, v_BTKH))
     if not mesh.empty:

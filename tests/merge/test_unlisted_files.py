@@ -1,7 +1,11 @@
 """Files beside the weights of unlisted architectures, and notes on what a merge leaves out."""
 
+import json
+
+import numpy as np
 import pytest
 
+from jax_ordermerge.checkpoint.shards import ShardFiles
 from jax_ordermerge.merge.recipe import planner
 from tests.merge.test_unlisted import adapter, linear, merge, save, two_towers
 
@@ -21,6 +25,18 @@ def test_weights_in_other_forms_are_named_and_not_copied(pair, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "vocab.txt" in names
     assert not names & {*stale, "mergekit_config.yml", "eval_results.json", "runs"}
+
+
+def test_tensors_of_several_dtypes_are_aligned(tmp_path):
+    shapes = {"a": (3,), "b": (2,), "c": (1,), "d": (5,)}
+    dtypes = {"b": np.dtype("float32"), "c": np.dtype("int64")}
+    ShardFiles(tmp_path, shapes, "bfloat16", dtypes=dtypes).create()
+    data = (tmp_path / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__")
+    starts = {name: row["data_offsets"][0] for name, row in header.items()}
+    assert starts == {"c": 0, "b": 8, "a": 16, "d": 22}
 
 
 def test_tensors_that_a_spectral_method_only_averages_are_named(pair):

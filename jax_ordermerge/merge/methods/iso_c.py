@@ -43,11 +43,13 @@ def merge(xp: ModuleType, task_vectors: Sequence[AnyArray], weights: AnyArray) -
         task_vectors: M matrices [m, n].
         weights: float32[M].
     """
+    # one by one: numpy computes a task vector when it is read, and holds no list of them
     total = weights[0] * task_vectors[0]
     for index in range(1, len(task_vectors)):
         total = total + weights[index] * task_vectors[index]
     u, s, vt = spectral.svd(xp, total)
     is_significant = spectral.significant(xp, s, total.shape)
+    # no value is significant where no member changed the matrix
     mean = (s * is_significant).sum() / xp.maximum(is_significant.sum(), 1)
     return mean * ((u * is_significant[None]) @ vt)
 

@@ -94,6 +94,7 @@ def _elect(xp: ModuleType, coordinates: Sequence[AnyArray], count: AnyArray) -> 
             spans: rows of zeros beyond the rank are no coordinates.
     """
     number = xp.maximum(xp.round(count), 1).astype(int)
+    # the sign of the sum, as in TIES: large coordinates count for more than many small ones
     trimmed = [_trim(xp, values, number) for values in coordinates]
     sign = xp.sign(sum(trimmed))
     total, agreeing = xp.zeros_like(sign), xp.zeros_like(sign)
@@ -101,6 +102,7 @@ def _elect(xp: ModuleType, coordinates: Sequence[AnyArray], count: AnyArray) -> 
         agrees = (xp.sign(values) == sign) & (sign != 0)
         total = total + xp.where(agrees, values, 0)
         agreeing = agreeing + agrees
+    # the mean over those that agree: others would shrink it, which TIES is to avoid
     return total / xp.maximum(agreeing, 1)
 
 

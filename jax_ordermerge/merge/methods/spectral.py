@@ -182,10 +182,12 @@ def svd(xp: ModuleType, matrix: AnyArray) -> tuple[AnyArray, AnyArray, AnyArray]
     if xp is jnp:
         u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
         return u, s, vt
+    # the Gram matrix of the shorter side: its cost grows with the third power
     if matrix.shape[0] > matrix.shape[1]:
         v, s, ut = svd(xp, matrix.T)
         return ut.T, s, v.T
     u, s = left_vectors(xp, [matrix])
+    # V^T = S^-1 U^T M; where s is 0 the rows are 0, and not NaN
     return u, s, (u / np.where(s > 0, s, 1)[None]).T @ matrix
 
 
@@ -214,6 +216,7 @@ def polar(xp: ModuleType, matrix: AnyArray) -> AnyArray:
         [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
     """
     u, s, vt = svd(xp, matrix)
+    # masked in U alone: each term of the product has one vector of both sides
     return (u * significant(xp, s, matrix.shape)[None]) @ vt
 
 

@@ -31,6 +31,7 @@ def prepare(tensor: Tensor, *, density: Density | None = None, scale: Finite = 1
             is 1/M, as in the paper: the members together then fill the rank of the matrix.
         scale: alpha.
     """
+    # of no matrix the rank is not asked for, and a scalar has none
     rank = min(tensor.shape) if spectral.is_spectral(tensor) else 1
     # 1/M by a division of integers: 6 * (1 / 3) may round below 2
     top_k = rank // tensor.count if density is None else int(density * rank)
@@ -61,8 +62,6 @@ def merge(xp: ModuleType, task_vectors: Sequence[AnyArray], *, top_k: int) -> An
 
 def apply(part: Part, **prepared: Any) -> jax.Array:
     """Merge the whole tensor."""
-    if not prepared["spectral"]:
-        del prepared["top_k"]
     return spectral.apply(part, merge, **prepared)
 
 

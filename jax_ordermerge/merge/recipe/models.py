@@ -78,6 +78,7 @@ def check_listed(recipe: Recipe, models: Models[AnySource]) -> Models[Source]:
     Raises:
         UserError: the architectures differ, or a vocabulary cannot be read.
     """
+    # the caller has looked: none of them is unlisted
     sources = [cast(Source, source) for source in models.sources]
     notes = []
     # a tied head can be made a copy of the embedding, an untied one cannot be tied again
@@ -115,6 +116,7 @@ def unite_vocabularies(recipe: Recipe, models: Models[S]) -> Models[S]:
     tokenizer = recipe.tokenizer or schema.Tokenizer(
         source=recipe.tokenizer_source or Reference("base")
     )
+    # `union` begins with the tokens of the base, and `base` has no others
     donor = models.donor
     if str(tokenizer.source) not in ("union", "base"):
         donor = index_of(tokenizer.source, "the tokenizer's source", models)

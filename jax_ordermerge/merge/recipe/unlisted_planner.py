@@ -59,6 +59,7 @@ def plan_unlisted(
     models = _with_vocabulary(recipe, opened, alike)
     for source in alike:
         if source is not lead:
+            # alignment gives these one number of rows, in `models`; here they are as stored
             rows = recipe.embedding or (*lead.config.vocabulary, *source.config.vocabulary)
             unlisted.check_same(lead, source, stack, any_rows=rows)
     labels = [source.label for source in models.sources]
@@ -82,6 +83,7 @@ def plan_unlisted(
     plan = unlisted.make_plan(
         lead, models.sources, outputs, {"seed": recipe.seed}, recipe.seed, notes
     )
+    # of each tensor: a model in bfloat16 may have some in float32, and these cannot be rounded so
     for output in outputs:
         if not output.copied:
             precheck.check_rounding(recipe, plan.out_dtype_of(output).name, output.name)
@@ -107,6 +109,7 @@ def _sliced_stack(recipe: Recipe, lead: Unlisted) -> str:
                 f"{did_you_mean(recipe.layers, lead.stacks)} (it has {listed or 'none'})"
             )
         return recipe.layers
+    # not the longest of several: vision and text may have equally many layers
     if len(lead.stacks) != 1:
         raise UserError(
             f"slices: {lead.label} has {len(lead.stacks)} stacks of layers"
@@ -123,9 +126,11 @@ def _with_vocabulary(
     if recipe.embedding is not None:
         sources = [NamedVocabulary(source, recipe.embedding) for source in alike]
     models = opened._replace(sources=tuple(sources))
+    # rows are matched by token only where all models agree which tensors have them
     names = {getattr(source.config, "vocabulary", ()) for source in sources}
     if len(names) == 1 and all(names):
         return unite_vocabularies(recipe, models)
+    # without these keys whole embeddings are merged like any other tensor, if their shapes agree
     if recipe.tokenizer is not None or recipe.tokenizer_source is not None:
         raise UserError(
             "tokenizer: which tensors have one row per token is not known; name embedding and head"
@@ -142,6 +147,7 @@ def _merged_tensor(
     shape = sources[part.inputs[0].source].info(name).shape
     names = [name] * len(part.inputs)
     if place is None:
+        # as in `planner`: a gradient has its first value outside of the layers
         return MergedTensor(name, shape, None, part, names, 0.0)
     position = place.layer / (lead.stacks[place.stack] - 1)
     return MergedTensor(name, shape, place.layer, part, names, position)
@@ -174,6 +180,7 @@ def _sliced_tensors(
         if names_of.find_place(name, [stack]) is None
     ]
     parts_of = [_parts_by_layer(source, stack) for source in alike]
+    # layers are numbered anew, in the order of the slices
     number = 0
     for part in layers:
         for index in range(part.length):
@@ -204,6 +211,7 @@ def _layer_parts(
     parts_of: Sequence[Mapping[int, list[str]]],
 ) -> list[str]:
     """Return the names of the tensors in a layer, which all inputs must have."""
+    # by layer: in a mixture of experts some layers may be dense, and have other tensors
     first, *rest = part.inputs
     parts = parts_of[first.source][first.start + index]
     for entry in rest:
@@ -256,6 +264,7 @@ def _sliced_content(
     if list(leads) == [(lead, layer) for layer in range(count)]:
         return dict(content)
     keys = _layer_keys(content, stack, count)
+    # a guess would give a model that loads, with layers of random numbers
     if len(keys) != 1:
         listed = " and ".join(".".join(key) for key in keys) or "none"
         raise UserError(
@@ -276,6 +285,7 @@ def _sliced_content(
         for name, value in before.items()
         if any(word in name for word in ("layer", "block", "first_k"))
         and name not in (*per_layer, *names_of.LAYER_KEYS)
+        # 0 and [] name no layer
         and ((type(value) is int and value > 0) or (isinstance(value, list) and value))
     ]
     if unchanged:
@@ -328,6 +338,7 @@ def _with_tokenizer(
 ) -> Plan:
     """Return a plan with the tokenizer of the donor and the chat template of the recipe."""
     donor, notes = models.sources[models.donor], [*plan.notes]
+    # of the aligned model, whose number of rows may differ from that of the file
     config = models.sources[models.base or 0].config
     if isinstance(config, UnlistedConfig) and config.vocabulary:
         rows = lead.info(config.vocabulary[0]).shape[0]
@@ -340,6 +351,7 @@ def _with_tokenizer(
                 f" {config.file} has no vocab_size of {rows} to change: set it where it belongs"
             )
     template = None
+    # else the files of the tokenizer, which are copied, have their own
     if recipe.chat_template is not None:
         added = [entry["content"] for entry in models.added_tokens]
         template = chat_templates.choose(

@@ -62,6 +62,7 @@ def open_model(
         path = _find_directory(name, resolve, ignore)
         return _open_listed(path, name, ignore, allow_bin) if isinstance(path, Path) else path
     directory = resolve(adapter)
+    # before the base is opened, which may have to be downloaded
     if not peft_files.is_adapter(directory):
         raise UserError(
             f"{adapter} in {name}+{adapter} is no adapter (it has no {peft_files.CONFIG}, or also a"
@@ -93,6 +94,7 @@ def open_any(
         UserError: there is no such model, or it is not complete; or an adapter belongs to a model
             that is not in the table.
     """
+    # an adapter on a base needs the table, which says which tensor each of its factors changes
     if split_name(name, adapter)[1] is None:
         file = remote.expand(name)
         if file.suffix == ".safetensors" and file.is_file():
@@ -101,6 +103,7 @@ def open_any(
         path = _find_directory(name, resolve, ignore)
         if not isinstance(path, Path):
             return path
+        # Orbax holds the tree of a listed model, not tensors by their names in files
         if not _is_orbax(path):
             return unlisted.open_directory(path, name, ignore, allow_bin=allow_bin)
     return open_model(
@@ -118,6 +121,7 @@ def split_name(name: str, adapter: str | None = None) -> tuple[str, str | None]:
         >>> split_name("base+adapter"), split_name("base", "adapter"), split_name("base")
         (('base', 'adapter'), ('base', 'adapter'), ('base', None))
     """
+    # a path goes before the form MODEL+ADAPTER: directories may have any name
     if adapter is None and "+" in name and not _exists(name):
         name, adapter = _split(name)
     for part in filter(None, (name, adapter)):

@@ -54,8 +54,10 @@ class Unlisted:
     export_dtype = None
 
     def __init__(self, path: Path, label: str, *, allow_bin: bool = False) -> None:
+        # names, shapes and dtypes are in the headers: no tensor is read before the plan is checked
         self._tensors = torch_files.open_tensors(path, allow_bin=allow_bin)
         self.label, self.directory = label, path if path.is_dir() else None
+        # runs train models of the table alone, so none of these says how it was asked
         self.prompt_format = PromptFormat()
         self.names = tuple(self._tensors.names)
         shapes = {name: self._tensors.info(name).shape for name in self.names}
@@ -101,6 +103,7 @@ class NamedVocabulary:
 
     def __init__(self, inner: AnySource, names: Iterable[str]) -> None:
         names = tuple(names)
+        # a scalar has no rows, so 0: one mapping of rows must serve all of the tensors
         rows = {name: (*inner.info(name).shape, 0)[0] for name in names}
         if len(set(rows.values())) > 1 or not all(rows.values()):
             listed = ", ".join(f"{name} has {count}" for name, count in rows.items())
@@ -120,6 +123,7 @@ def open_directory(
     Raises:
         UserError: see `storage.Directory` and `Unlisted`.
     """
+    # its parts have files of the same name, which one directory cannot hold
     if (directory / "model_index.json").is_file():
         parts = sorted(path.parent.name for path in directory.glob("*/config.json"))
         raise UserError(
@@ -142,6 +146,7 @@ def _read_config(
     stem = shards.STEMS[0] if directory is None else shards.find_stem(directory)
     file = _ADAPTER_CONFIG if stem == "adapter_model" else _CONFIG
     content: Json = {}
+    # without a config too: weights alone can be averaged, and a loader may know what they are
     if directory is not None and (directory / file).is_file():
         content = json_files.read_json(directory / file)
     vocabulary = unlisted.find_vocabulary(shapes, content, stacks)
@@ -153,6 +158,7 @@ def _read_config(
 
 def _refuse_quantized(model: Unlisted) -> None:
     """Refuse weights that are codes and not numbers: arithmetic on codes has no meaning."""
+    # first by the config, which says more than names and dtypes: 4 bits may be packed in int32
     settings = model.config.content.get("quantization_config")
     if settings:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else None
