@@ -1,7 +1,9 @@
 """Merges of models that no row of the tensor table describes, tensor by tensor, by name.
 
 What the table knows of a listed model is taken from the files here, and compared: names, shapes,
-and whether a tensor holds numbers at all. What no file tells is notes in a note.
+and whether a tensor holds real numbers. What no file tells, a note says: which tensors a loader
+ties, for one. The model whose config and other files the result has is called its *lead*: the base,
+or the first member.
 """
 
 import collections
@@ -12,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_ordermerge.arch import unlisted as names_of
+from jax_ordermerge.arch import unlisted as tensor_names
 from jax_ordermerge.checkpoint import other_files
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
@@ -48,14 +50,14 @@ def is_unlisted(source: AnySource) -> bool:
     return isinstance(source, Unlisted)
 
 
-def open_alike(sources: Sequence[AnySource], *, allow_bin: bool = False) -> list[Unlisted]:
+def open_unlisted(sources: Sequence[AnySource], *, allow_bin: bool = False) -> list[Unlisted]:
     """Return models, of which one at least is not in the table, all as they are in their files.
 
     Raises:
         UserError: one of them has no files of its own, or only some are adapters.
     """
     first = next(source for source in sources if isinstance(source, Unlisted))
-    alike = []
+    opened = []
     for source in sources:
         if isinstance(source, storage.Directory):
             source = Unlisted(source.directory, source.label, allow_bin=allow_bin)
@@ -65,11 +67,11 @@ def open_alike(sources: Sequence[AnySource], *, allow_bin: bool = False) -> list
                 f" merged by names of tensors; {source.label} has no files of its own: write them"
                 f" with ordermerge convert {source.label} DIRECTORY"
             )
-        alike.append(source)
-    adapters = [source for source in alike if source.config.is_adapter]
-    if len(adapters) not in (0, len(alike)):
+        opened.append(source)
+    adapters = [source for source in opened if source.config.is_adapter]
+    if len(adapters) not in (0, len(opened)):
         raise references.lone_adapter(adapters[0].label)
-    return alike
+    return opened
 
 
 def check_same(
@@ -143,7 +145,7 @@ def check_pair(a: View, b: View, sources: Sequence[AnySource], *, any_rows: bool
 
 
 def _is_in(name: str, stack: str | None) -> bool:
-    return stack is not None and names_of.find_place(name, [stack]) is not None
+    return stack is not None and tensor_names.find_place(name, [stack]) is not None
 
 
 def _check_adapters(first: Unlisted, second: Unlisted) -> None:
@@ -160,7 +162,7 @@ def _check_adapters(first: Unlisted, second: Unlisted) -> None:
         return content
 
     # s = alpha / r is no tensor: with other settings the mean of A and B has no s
-    for key, a, b in names_of.config_differences(read(first), read(second)):
+    for key, a, b in tensor_names.config_differences(read(first), read(second)):
         raise UserError(
             f"{first.label} and {second.label} are adapters that differ in {key}: {a!r} and {b!r};"
             " only equal ones are merged as adapters, others as models: BASE+ADAPTER"
@@ -290,7 +292,7 @@ def merge_notes(
             " An average of A and of B is not the average of the products B A: BASE+ADAPTER merges"
             " these"
         )
-    if fused := names_of.fused_modules(lead.names):
+    if fused := tensor_names.fused_modules(lead.names):
         notes.append(
             f"{', '.join(fused)}: several projections in one tensor, which are merged as one"
         )
@@ -329,7 +331,7 @@ def _config_notes(source: Unlisted, lead: Unlisted) -> list[str]:
         if keys[0] == keys[1]:
             return []
         return [f"{source.label} is of the base {keys[0]}, {lead.label} of {keys[1]}"]
-    pairs = names_of.config_differences(source.config.content, lead.config.content)
+    pairs = tensor_names.config_differences(source.config.content, lead.config.content)
     if not pairs:
         return []
     text = _listed([f"{key} {_short(a)} and {_short(b)}" for key, a, b in pairs])
@@ -407,12 +409,12 @@ def uniform(
     )
     plan.check_distinct(members, base)
     models = [*members, *([] if base is None else [base])]
-    sources = open_alike(models, allow_bin=allow_bin)
+    sources = open_unlisted(models, allow_bin=allow_bin)
     lead = sources[0 if base is None else -1]
     for source in sources:
         if source is not lead:
             check_same(lead, source)
-    places = {name: names_of.find_place(name, lead.stacks) for name in lead.names}
+    places = {name: tensor_names.find_place(name, lead.stacks) for name in lead.names}
     outputs = finish_outputs(
         (
             Output(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jax_ordermerge.arch import UnlistedConfig
-from jax_ordermerge.arch import unlisted as names_of
+from jax_ordermerge.arch import unlisted as tensor_names
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import Json, JsonRow, JsonValue
 from jax_ordermerge.merge import unlisted
@@ -49,21 +49,21 @@ def plan_unlisted(
     Raises:
         UserError: one line with the first thing that does not go together.
     """
-    alike = unlisted.open_alike(opened.sources, allow_bin=allow_bin)
-    lead = alike[opened.base or 0]
+    stored = unlisted.open_unlisted(opened.sources, allow_bin=allow_bin)
+    lead = stored[opened.base or 0]
     stack = None
     if recipe.module.slices is not None:
         stack = _sliced_stack(recipe, lead)
     elif recipe.layers is not None:
         raise UserError("layers names the stack that slices are of; the recipe has none")
-    models = _with_vocabulary(recipe, opened, alike)
-    for source in alike:
+    models = _with_vocabulary(recipe, opened, stored)
+    for source in stored:
         if source is not lead:
             # alignment gives these one number of rows, in `models`; here they are as stored
             rows = recipe.embedding or (*lead.config.vocabulary, *source.config.vocabulary)
             unlisted.check_same(lead, source, stack, any_rows=rows)
     labels = [source.label for source in models.sources]
-    counts = [_count_layers(source, stack) for source in alike]
+    counts = [_count_layers(source, stack) for source in stored]
     layers = layer_ranges(recipe, Inputs(models.indices, models.base, labels, counts))
     notes = [*models.notes]
     notes += (note for part in layers for note in evaluator.check_names(part, labels))
@@ -71,7 +71,7 @@ def plan_unlisted(
         tensors = [_merged_tensor(name, lead, layers[0], models.sources) for name in lead.names]
     else:
         embedding = None if recipe.embedding is None else recipe.embedding[0]
-        tensors = _sliced_tensors(lead, layers, models.sources, alike, stack, embedding)
+        tensors = _sliced_tensors(lead, layers, models.sources, stored, stack, embedding)
     notes += filter_notes(tensors, labels)
     outputs = unlisted.finish_outputs(
         map(evaluator.output, tensors),
@@ -79,7 +79,7 @@ def plan_unlisted(
         dtype=recipe.dtype,
         out_dtype=recipe.out_dtype,
     )
-    notes += unlisted.merge_notes(alike, lead, outputs, recipe.dtype)
+    notes += unlisted.merge_notes(stored, lead, outputs, recipe.dtype)
     plan = unlisted.make_plan(
         lead, models.sources, outputs, {"seed": recipe.seed}, recipe.seed, notes
     )
@@ -89,7 +89,7 @@ def plan_unlisted(
             precheck.check_rounding(recipe, plan.out_dtype_of(output).name, output.name)
     content = dict(plan.config.content) if isinstance(plan.config, UnlistedConfig) else {}
     if stack is not None:
-        content = _sliced_content(content, stack, lead, _leads(layers, alike), notes)
+        content = _sliced_content(content, stack, lead, _leads(layers, stored), notes)
     plan = dataclasses.replace(plan, notes=tuple(dict.fromkeys(notes)))
     return _with_tokenizer(plan, recipe, models, lead, content)
 
@@ -119,12 +119,12 @@ def _sliced_stack(recipe: Recipe, lead: Unlisted) -> str:
 
 
 def _with_vocabulary(
-    recipe: Recipe, opened: Models[AnySource], alike: Sequence[Unlisted]
+    recipe: Recipe, opened: Models[AnySource], stored: Sequence[Unlisted]
 ) -> Models[AnySource]:
     """Return the models with one vocabulary, where their embeddings are known."""
-    sources: Sequence[AnySource] = alike
+    sources: Sequence[AnySource] = stored
     if recipe.embedding is not None:
-        sources = [NamedVocabulary(source, recipe.embedding) for source in alike]
+        sources = [NamedVocabulary(source, recipe.embedding) for source in stored]
     models = opened._replace(sources=tuple(sources))
     # rows are matched by token only where all models agree which tensors have them
     names = {getattr(source.config, "vocabulary", ()) for source in sources}
@@ -143,7 +143,7 @@ def _merged_tensor(
     name: str, lead: Unlisted, part: LayerRange, sources: Sequence[AnySource]
 ) -> MergedTensor:
     """Return a tensor that is merged with those of its name."""
-    place = names_of.find_place(name, lead.stacks)
+    place = tensor_names.find_place(name, lead.stacks)
     shape = sources[part.inputs[0].source].info(name).shape
     names = [name] * len(part.inputs)
     if place is None:
@@ -157,7 +157,7 @@ def _sliced_tensors(
     lead: Unlisted,
     layers: Sequence[LayerRange],
     sources: Sequence[AnySource],
-    alike: Sequence[Unlisted],
+    stored: Sequence[Unlisted],
     stack: str,
     embedding: str | None,
 ) -> list[MergedTensor]:
@@ -167,25 +167,28 @@ def _sliced_tensors(
         lead: the model whose tensors outside of the stack name those of the result.
         layers: those of the result.
         sources: the models, with one vocabulary.
-        alike: the models as they are stored, in the same order.
+        stored: the models as they are stored, in the same order.
         stack: of the layers.
         embedding: named by the user, where its own name says nothing.
     """
     # as in `planner`: what is before the layers as in the first slice, all else as in the last
     tensors = [
         _merged_tensor(
-            name, lead, layers[0 if name == embedding or names_of.is_input(name) else -1], sources
+            name,
+            lead,
+            layers[0 if name == embedding or tensor_names.is_input(name) else -1],
+            sources,
         )
         for name in lead.names
-        if names_of.find_place(name, [stack]) is None
+        if tensor_names.find_place(name, [stack]) is None
     ]
-    parts_of = [_parts_by_layer(source, stack) for source in alike]
+    parts_of = [_parts_by_layer(source, stack) for source in stored]
     # layers are numbered anew, in the order of the slices
     number = 0
     for part in layers:
         for index in range(part.length):
             position = index / (part.length - 1) if part.length > 1 else 1.0
-            for rest in _layer_parts(part, index, alike, parts_of):
+            for rest in _layer_parts(part, index, stored, parts_of):
                 names = [f"{stack}.{entry.start + index}.{rest}" for entry in part.inputs]
                 shape = sources[part.inputs[0].source].info(names[0]).shape
                 name = f"{stack}.{number}.{rest}"
@@ -198,7 +201,7 @@ def _parts_by_layer(source: Unlisted, stack: str) -> dict[int, list[str]]:
     """Return the names in each layer of a stack, behind the number of the layer."""
     parts: dict[int, list[str]] = {}
     for name in source.names:
-        place = names_of.find_place(name, [stack])
+        place = tensor_names.find_place(name, [stack])
         if place is not None:
             parts.setdefault(place.layer, []).append(place.rest)
     return parts
@@ -207,18 +210,18 @@ def _parts_by_layer(source: Unlisted, stack: str) -> dict[int, list[str]]:
 def _layer_parts(
     part: LayerRange,
     index: int,
-    alike: Sequence[Unlisted],
+    stored: Sequence[Unlisted],
     parts_of: Sequence[Mapping[int, list[str]]],
 ) -> list[str]:
     """Return the names of the tensors in a layer, which all inputs must have."""
     # by layer: in a mixture of experts some layers may be dense, and have other tensors
-    first, *rest = part.inputs
+    first, *partners = part.inputs
     parts = parts_of[first.source][first.start + index]
-    for entry in rest:
+    for entry in partners:
         if different := sorted({*parts_of[entry.source][entry.start + index]} ^ {*parts}):
             raise UserError(
-                f"layer {first.start + index} of {alike[first.source].label} and layer"
-                f" {entry.start + index} of {alike[entry.source].label} have other tensors:"
+                f"layer {first.start + index} of {stored[first.source].label} and layer"
+                f" {entry.start + index} of {stored[entry.source].label} have other tensors:"
                 f" {different[0]} is in one of them"
             )
     return parts
@@ -231,10 +234,10 @@ class _Lead(NamedTuple):
     layer: int
 
 
-def _leads(layers: Sequence[LayerRange], alike: Sequence[Unlisted]) -> list[_Lead]:
+def _leads(layers: Sequence[LayerRange], stored: Sequence[Unlisted]) -> list[_Lead]:
     """Return the lead of each merged layer."""
     return [
-        _Lead(alike[entry.source], entry.start + index)
+        _Lead(stored[entry.source], entry.start + index)
         for part in layers
         for entry in [part.inputs[part.base or 0]]
         for index in range(part.length)
@@ -284,7 +287,7 @@ def _sliced_content(
         name
         for name, value in before.items()
         if any(word in name for word in ("layer", "block", "first_k"))
-        and name not in (*per_layer, *names_of.LAYER_KEYS)
+        and name not in (*per_layer, *tensor_names.LAYER_KEYS)
         # 0 and [] name no layer
         and ((type(value) is int and value > 0) or (isinstance(value, list) and value))
     ]
@@ -314,7 +317,7 @@ def _layer_keys(content: JsonRow, stack: str, count: int) -> list[tuple[str, ...
         (*section, key)
         for section in sections
         for key, value in _section(content, section).items()
-        if key in names_of.LAYER_KEYS and value == count
+        if key in tensor_names.LAYER_KEYS and value == count
     ]
     stack_words = {*stack.replace("_", ".").split(".")}
     part = next((part for part in _PARTS if stack_words & part), None)
@@ -343,7 +346,7 @@ def _with_tokenizer(
     if isinstance(config, UnlistedConfig) and config.vocabulary:
         rows = lead.info(config.vocabulary[0]).shape[0]
         before = content
-        content = names_of.with_values(content, rows, config.vocab_size, ["vocab_size"])
+        content = tensor_names.with_values(content, rows, config.vocab_size, ["vocab_size"])
         # a section may leave out what is the default of its class, and embeddings may be padded
         if config.vocab_size != rows and content == before:
             notes.append(
