@@ -74,6 +74,7 @@ class UnlistedConfig:
             >>> UnlistedConfig("config.json", {"model_type": "mamba"}, "model").kind
             'mamba'
         """
+        # of transformers, of diffusers, and of timm
         keys = ("peft_type",) if self.is_adapter else ("model_type", "_class_name", "architecture")
         # a single file has no config, so nothing says what it is
         return str(next((self.content[key] for key in keys if self.content.get(key)), "unknown"))

@@ -266,7 +266,10 @@ def find_stem(directory: Path) -> str:
     for stem in STEMS:
         if any((directory / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json")):
             return stem
-    return STEMS[0]
+    # of PyTorch a model is named otherwise, `pytorch_model.bin`
+    is_model = any(directory.glob("pytorch_model*.bin*"))
+    pickled = (stem for stem in STEMS[1:] if (directory / f"{stem}.bin").is_file())
+    return STEMS[0] if is_model else next(pickled, STEMS[0])
 
 
 def _reserve(handle: int, size: int, path: Path) -> None:

@@ -122,6 +122,7 @@ def _find_member(source: str, number: int | None) -> tuple[RunLayout, int] | Non
 def _check_ignore(source: str, run: tuple[RunLayout, int] | None) -> None:
     """Refuse `--ignore-config-keys` of what has no `config.json` of its own."""
     path = remote.expand(source)
+    # an Orbax checkpoint has the config that `convert` has read, without what it ignored
     if run is not None or (path.is_dir() and orbax.latest(path) is not None):
         raise UserError(
             f"--ignore-config-keys goes with an HF directory, and {source} is none; a run has"
@@ -137,6 +138,7 @@ def _open(
     ignore: Collection[str],
     allow_bin: bool,
 ) -> Source:
+    # by number: a directory RUN/member_3 may be an export, in another dtype
     if run is not None:
         layout, number = run
         return references.open_member(layout, number, f"{layout.root}/{member_name(number)}")
@@ -190,5 +192,6 @@ def _card(source: str, run: tuple[RunLayout, int] | None, model: Source, dtype: 
         short,
         f"{text}.\n\n{prompt_section(form)}",
         base_model=name.card_id,
+        # in another format a model is no child of itself, as a hub would show it
         relation=None if adapter is None else "finetune",
     )

@@ -42,6 +42,7 @@ def serving_lines(directory: Path) -> list[str]:
     gguf, modelfile = shlex.quote(f"{name}.gguf"), shlex.quote(f"{name}.Modelfile")
     # ollama takes no other characters in the name of a model
     tag = re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-.") or "merged"
+    # absolute: Ollama reads it from the Modelfile, wherever that lies
     base = shlex.quote(f"FROM {directory.absolute()}")
     lines = [
         "To serve it, one of:",
@@ -67,6 +68,7 @@ def has_chat_template(directory: Path) -> bool:
         >>> has_chat_template(Path("nowhere"))
         False
     """
+    # newer versions of transformers write it to a file of its own
     if (directory / "chat_template.jinja").is_file():
         return True
     settings = directory / "tokenizer_config.json"

@@ -213,6 +213,7 @@ def join(
     adapter, modules = dict[str, np.ndarray](), []
     for spec in targets:
         pairs = [factors[name] for name in spec.hf_names()]
+        # as a target it would be zeros, for which a server keeps memory and computes products
         if not any(pairs):
             continue
         layers, rows, columns = spec.shape

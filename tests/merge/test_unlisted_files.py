@@ -4,8 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 from jax_ordermerge.checkpoint.shards import ShardFiles
+from jax_ordermerge.errors import UserError
+from jax_ordermerge.merge import engine
 from jax_ordermerge.merge.recipe import planner
 from tests.merge.test_unlisted import adapter, linear, merge, save, two_towers
 
@@ -44,6 +48,22 @@ def test_tensors_that_a_spectral_method_only_averages_are_named(pair):
     plan = planner.plan_recipe(recipe)
     assert "averaged, since they are no matrices: visual.conv1.weight" in plan.notes
     assert not any("no matrices" in note for note in planner.plan_recipe(linear(*pair)).notes)
+
+
+def test_an_adapter_that_pytorch_wrote_is_merged_where_pickles_are_allowed(tmp_path):
+    models = [adapter(tmp_path / name, seed) for seed, name in enumerate("mn")]
+    stored = [load_file(model / "adapter_model.safetensors") for model in models]
+    for model, tensors in zip(models, stored, strict=True):
+        (model / "adapter_model.safetensors").unlink()
+        pickled = {name: torch.tensor(values) for name, values in tensors.items()}
+        torch.save(pickled, model / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle of PyTorch"):
+        planner.plan_recipe(linear(*models))
+    plan = planner.plan_recipe(linear(*models), allow_bin=True)
+    engine.merge_plan(plan, tmp_path / "out")
+    merged = load_file(tmp_path / "out/adapter_model.safetensors")
+    for name, values in merged.items():
+        np.testing.assert_allclose(values, (stored[0][name] + stored[1][name]) / 2, rtol=1e-6)
 
 
 def test_lists_of_adapters_may_hold_anything(tmp_path):

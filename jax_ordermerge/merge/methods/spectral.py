@@ -42,6 +42,7 @@ class _TaskVectors(Sequence[np.ndarray]):
         return len(self._members)
 
     def __getitem__(self, index: Any) -> Any:
+        # not kept: in float64 the task vectors of all members are four times the models in bfloat16
         return self._members[index].astype(np.float64) - self._base
 
 

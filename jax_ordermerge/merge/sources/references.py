@@ -124,6 +124,7 @@ def split_name(name: str, adapter: str | None = None) -> tuple[str, str | None]:
     # a path goes before the form MODEL+ADAPTER: directories may have any name
     if adapter is None and "+" in name and not _exists(name):
         name, adapter = _split(name)
+    # taken for a part of the name, it would end in "no such model" and not say why
     for part in filter(None, (name, adapter)):
         if "@" in part and not _exists(part):
             raise UserError(

@@ -55,7 +55,8 @@ class Unlisted:
 
     def __init__(self, path: Path, label: str, *, allow_bin: bool = False) -> None:
         # names, shapes and dtypes are in the headers: no tensor is read before the plan is checked
-        self._tensors = torch_files.open_tensors(path, allow_bin=allow_bin)
+        file = _find_pickle(path) or path
+        self._tensors = torch_files.open_tensors(file, allow_bin=allow_bin)
         self.label, self.directory = label, path if path.is_dir() else None
         # runs train models of the table alone, so none of these says how it was asked
         self.prompt_format = PromptFormat()
@@ -135,9 +136,23 @@ def open_directory(
         return storage.Directory(directory, label, ignore, allow_bin=allow_bin)
     # What has neither a config nor weights is no model at all; `Directory` says what is missing.
     stem = shards.find_stem(directory)
-    if not path.is_file() and not any(directory.glob(f"{stem}*.safetensors*")):
+    has_weights = any(directory.glob(f"{stem}*.safetensors*")) or _find_pickle(directory)
+    if not path.is_file() and not has_weights:
         return storage.Directory(directory, label, ignore, allow_bin=allow_bin)
     return Unlisted(directory, label, allow_bin=allow_bin)
+
+
+def _find_pickle(directory: Path) -> Path | None:
+    """Return the `.bin` file of an adapter or a part of a diffusion model; None if it has another.
+
+    `torch_files` finds that of a model itself.
+    """
+    if not directory.is_dir() or any(directory.glob("*.safetensors*")):
+        return None
+    stem = shards.find_stem(directory)
+    file = directory / f"{stem}.bin"
+    # `model.bin` is of CTranslate2, and no pickle
+    return file if stem != shards.STEMS[0] and file.is_file() else None
 
 
 def _read_config(
@@ -184,6 +199,7 @@ def is_float(info: TensorInfo) -> bool:
         >>> is_float(TensorInfo(np.dtype(np.int64), (2,)))
         False
     """
+    # float8 is refused where a model is opened; complex numbers have no sign to elect
     return info.dtype.name in ("float64", "float32", "float16", "bfloat16")
 
 
