@@ -37,6 +37,9 @@ LAYER_KEYS = (
     "n_layer",
     "n_layers",
     "num_decoder_layers",
+    "num_encoder_layers",
+    # Flux has two stacks; the key of the first alone is called `num_layers`
+    "num_single_layers",
     "encoder_layers",
     "decoder_layers",
     "depth",

@@ -133,7 +133,9 @@ def _changes(
     for name in names:
         # float64: the Gram matrix of `spectral.svd` has the squares of the singular values
         start = storage.read(base, name).astype(np.float64)
-        values = storage.read(model, name).astype(np.float64) - start
+        values = storage.read(model, name).astype(np.float64)
+        # in place: of a model of 70 B one embedding is 8 GiB in float64
+        values -= start
         norm = float(np.linalg.norm(values))
         # LAPACK does not come to an end, or raises without a name
         if not math.isfinite(norm):

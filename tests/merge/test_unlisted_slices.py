@@ -53,6 +53,18 @@ def test_a_list_per_layer_that_a_model_lacks_is_named(untied):
     refused(recipe, "has no text_config.layer_types with an entry for each of its 4 layers")
 
 
+def test_stacks_with_equally_many_layers_do_not_take_the_key_of_each_other(tmp_path):
+    """As of Flux, where `num_layers` is of the first stack alone."""
+    names = [f"{stack}.{i}.w.b" for stack in ("blocks", "single_blocks") for i in range(2)]
+    tensors = {name: np.ones(2, np.float32) for name in names}
+    config = {"_class_name": "Flux", "num_layers": 2, "num_single_layers": 2}
+    model = save(tmp_path / "m", tensors, config=config)
+    recipe = slices((model, (0, 1)), layers="single_blocks")
+    refused(
+        recipe, "no one key with their number, 2 (candidates: num_layers and num_single_layers)"
+    )
+
+
 def test_a_named_embedding_is_of_the_first_slice(untied, tmp_path):
     for seed, model in enumerate(untied):
         tensors = {**two_towers(seed), "table": np.full((6, 4), seed, np.float32)}

@@ -48,9 +48,9 @@ def merge(xp: ModuleType, task_vectors: Sequence[AnyArray], density: AnyArray) -
     u, s = spectral.left_vectors(xp, task_vectors)
     rows, columns = task_vectors[0].shape
     is_kept = spectral.significant(xp, s, (rows, columns * len(task_vectors)))
-    # U^T tau_i = S V_i^T, so V is not needed
     # masked and not cut: where jax traces, shapes cannot depend on values
     basis = u * is_kept[None]
+    # U^T tau_i = S V_i^T, so V is not needed
     coordinates = [basis.T @ task_vector for task_vector in task_vectors]
     return basis @ _elect(xp, coordinates, density * (is_kept.sum() * columns))
 
