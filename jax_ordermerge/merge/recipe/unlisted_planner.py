@@ -25,7 +25,7 @@ from jax_ordermerge.merge.sources.unlisted import NamedVocabulary, Unlisted
 
 # Words of a stack's name and of keys of a config that mean one part of a model.
 _TEXT = {"decoder", "text", "language"}
-_PARTS = ({"vision", "visual", "image"}, {"audio", "speech"}, _TEXT, {"encoder"})
+_PARTS = ({"vision", "visual", "image"}, {"audio", "speech"}, _TEXT, {"encoder"}, {"single"})
 
 
 def plan_unlisted(
