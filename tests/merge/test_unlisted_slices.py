@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from jax_ordermerge.merge.recipe import planner
 from tests.merge.test_unlisted import (
     CONFIG,
     EMBEDDING,
@@ -59,10 +60,9 @@ def test_stacks_with_equally_many_layers_do_not_take_the_key_of_each_other(tmp_p
     tensors = {name: np.ones(2, np.float32) for name in names}
     config = {"_class_name": "Flux", "num_layers": 2, "num_single_layers": 2}
     model = save(tmp_path / "m", tensors, config=config)
-    recipe = slices((model, (0, 1)), layers="single_blocks")
-    refused(
-        recipe, "no one key with their number, 2 (candidates: num_layers and num_single_layers)"
-    )
+    for stack, numbers in {"single_blocks": (2, 1), "blocks": (1, 2)}.items():
+        content = planner.plan_recipe(slices((model, (0, 1)), layers=stack)).config.content
+        assert (content["num_layers"], content["num_single_layers"]) == numbers
 
 
 def test_a_named_embedding_is_of_the_first_slice(untied, tmp_path):
