@@ -71,3 +71,11 @@ def test_lists_of_adapters_may_hold_anything(tmp_path):
     first = adapter(tmp_path / "a", 0, target_parameters=entries)
     second = adapter(tmp_path / "b", 1, target_parameters=entries[::-1])
     assert planner.plan_recipe(linear(first, second)).outputs
+
+
+def test_keys_to_ignore_are_refused_where_no_key_is_checked(pair):
+    message = (
+        r"ignored keys my_note: .*/m is of an architecture whose config\.json is taken as it is"
+    )
+    with pytest.raises(UserError, match=message):
+        planner.plan_recipe(linear(*pair), ignore=["my_note"])

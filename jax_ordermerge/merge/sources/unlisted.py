@@ -139,6 +139,11 @@ def open_directory(
     has_weights = any(directory.glob(f"{stem}*.safetensors*")) or _find_pickle(directory)
     if not path.is_file() and not has_weights:
         return storage.Directory(directory, label, ignore, allow_bin=allow_bin)
+    if ignored := ", ".join(ignore):
+        raise UserError(
+            f"ignored keys {ignored}: {label} is of an architecture whose config.json is taken as it"
+            " is, unknown keys too; leave the option out"
+        )
     return Unlisted(directory, label, allow_bin=allow_bin)
 
 
