@@ -141,8 +141,8 @@ def open_directory(
         return storage.Directory(directory, label, ignore, allow_bin=allow_bin)
     if ignored := ", ".join(ignore):
         raise UserError(
-            f"ignored keys {ignored}: {label} is of an architecture whose config.json is taken as it"
-            " is, unknown keys too; leave the option out"
+            f"ignored keys {ignored}: {label} is of an architecture whose config.json is taken as"
+            " it is, unknown keys too; leave the option out"
         )
     return Unlisted(directory, label, allow_bin=allow_bin)
 
