@@ -115,7 +115,7 @@ def test_the_timeout_of_a_save_follows_from_its_bytes(
     class Asked(Exception):
         pass
 
-    def open_checkpoints(directory, keep, on_saved, timeout):
+    def open_checkpoints(directory, keep, *, steps, on_saved, timeout):
         raise Asked(timeout)
 
     monkeypatch.setattr(loop, "Checkpoints", open_checkpoints)
