@@ -397,6 +397,13 @@ def merge_name(spec: MergeSpec) -> str:
     return "-".join(parts)
 
 
+def checkpoint_averages(merge: Merge) -> list[Trajectory]:
+    """Return the averages of checkpoints that merges and search ask for."""
+    averages = [spec.checkpoints for spec in merge.methods]
+    averages += [entry.checkpoints for entry in merge.auto.methods] if merge.auto else []
+    return [settings for settings in averages if settings is not None]
+
+
 def checkpoints_merged(merge: Merge) -> int:
     """Return how many of the last checkpoints merges and search average, at most.
 
@@ -404,6 +411,4 @@ def checkpoints_merged(merge: Merge) -> int:
         >>> checkpoints_merged(Merge(methods=({"method": "ties", "checkpoints": {"last": 3}},)))
         3
     """
-    averages = [spec.checkpoints for spec in merge.methods]
-    averages += [entry.checkpoints for entry in merge.auto.methods] if merge.auto else []
-    return max([1, *(settings.last for settings in averages if settings is not None)])
+    return max([1, *(settings.last for settings in checkpoint_averages(merge))])

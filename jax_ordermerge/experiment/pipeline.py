@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment import preflight, run_lock
+from jax_ordermerge.experiment import preflight, run_lock, waves
 from jax_ordermerge.experiment import search as searching
 from jax_ordermerge.experiment.context import (
     Log,
@@ -72,14 +72,14 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
             return layout.root
         _check_unlocked(local, log)
         # Order matters: open_run may refuse, and must leave no trace then.
-        ctx = open_run(todo.config, log, copy.try_save) if todo.stages else None
+        ctx = _open_run(todo.config, log, copy.try_save) if todo.stages else None
         start_devices(local)  # the lock needs the processes to be connected
         with run_lock.hold(layout, log):
             # again: another run may have had the lock until now
             todo = _plan(local, stages)
             # that run may also have been broken off, and left stages to do where there were none
             if ctx is None and todo.stages:
-                ctx = open_run(todo.config, log, copy.try_save)
+                ctx = _open_run(todo.config, log, copy.try_save)
             # The config is the first file, because it makes the directory a run. It names the
             # bucket, not the local copy, so that the run continues on another machine.
             resolved = todo.config
@@ -134,6 +134,12 @@ def _with_stored_dtype(config: Config, stored: Config | None) -> Config:
     # Where the user names none, a run goes on in the dtype that it began with: the base, which
     # decided it, is not read to compare configs.
     return config if stored is None else config.with_export_dtype(stored.merge.dtype)
+
+
+def _open_run(config: Config, log: Log, on_checkpoint: Callable[[], None]) -> RunContext:
+    ctx = open_run(config, log, on_checkpoint)
+    waves.check_checkpoints(ctx)
+    return ctx
 
 
 def _check_unlocked(config: Config, log: Log) -> None:
@@ -205,7 +211,7 @@ def search(
     with local_run(config, log) as (local, copy):
         todo = _plan(local, [train.STAGE])
         _check_unlocked(local, log)
-        ctx = open_run(todo.config, log, copy.try_save)
+        ctx = _open_run(todo.config, log, copy.try_save)
         if validation is not None:
             ctx = searching.with_validation_file(ctx, validation)
         # before a training of hours; open_run has checked only the search of the config

@@ -19,7 +19,7 @@ from jax_ordermerge import hardware, processes
 from jax_ordermerge import layout as layouts
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.config.merge import Trajectory
+from jax_ordermerge.config.merge import Trajectory, checkpoint_averages
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.json_types import Json
@@ -112,6 +112,25 @@ def restore_average(ctx: RunContext, settings: Trajectory, *, dtype: str) -> Tre
     steps = merged_steps(ctx, settings)
     shares = trajectory.weights(settings.weights, settings.last)
     return trajectory.average((restore(ctx, step=step) for step in steps), shares, dtype)
+
+
+def check_checkpoints(ctx: RunContext) -> None:
+    """Refuse averages of checkpoints that the training will not save, or has not kept.
+
+    Raises:
+        UserError: before anything is trained or recorded, which would ask for them ever after.
+    """
+    averaged = checkpoint_averages(ctx.config.merge)
+    if averaged and not ctx.training_layout.training_state.is_file():
+        plan = batches.make_plan(
+            ctx.training, ctx.splits["train"], ctx.training.first_wave, mesh=ctx.mesh
+        )
+        loop.merged_steps(plan)
+        return
+    for settings in averaged:
+        for step in merged_steps(ctx, settings):
+            for layout in _training_layouts(ctx):
+                storage.final_checkpoint(layout.checkpoints, step=step)
 
 
 def merged_steps(ctx: RunContext, settings: Trajectory) -> list[int]:

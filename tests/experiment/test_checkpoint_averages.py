@@ -120,11 +120,14 @@ def test_a_choice_names_what_it_was_made_of(run, monkeypatch):
     assert np.allclose(ingredients, mean, rtol=0, atol=1e-6)
 
 
-def test_what_was_not_kept_is_named(run):
+def test_what_was_not_kept_is_named_and_not_asked_for_ever_after(run):
+    """A refused merge is no part of the run: the next call does not go on with it."""
+    before = (run / "config.yaml").read_bytes(), (run / "stages.json").read_bytes()
     method = "{method: average, name: more, checkpoints: {last: 4}}"
     changed = read_config(run, [f"merge.methods=[{method}]", "training.checkpoint_every=2"])
     with pytest.raises(UserError, match=r"step 6 in .* was not kept \(there are 4, 8, 10\)"):
         pipeline.run(changed, through="merge", log=lambda text: None)
+    assert before == ((run / "config.yaml").read_bytes(), (run / "stages.json").read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_what_was_not_kept_is_named(run):
 def test_refused_before_anything_is_trained(tmp_path, sections, message):
     with pytest.raises(UserError, match=message):
         pipeline.run(load_config(config(tmp_path, **sections)), log=lambda text: None)
-    assert not list(tmp_path.glob("**/checkpoints"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_search_chooses_among_them(tmp_path):
