@@ -10,7 +10,7 @@ from jax_ordermerge import config as schema
 from jax_ordermerge import processes
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config
-from jax_ordermerge.config.merge import Search
+from jax_ordermerge.config.merge import Merge, Search, checkpoint_averages
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight, run_lock, waves
 from jax_ordermerge.experiment import search as searching
@@ -138,7 +138,7 @@ def _with_stored_dtype(config: Config, stored: Config | None) -> Config:
 
 def _open_run(config: Config, log: Log, on_checkpoint: Callable[[], None]) -> RunContext:
     ctx = open_run(config, log, on_checkpoint)
-    waves.check_checkpoints(ctx)
+    waves.check_checkpoints(ctx, checkpoint_averages(config.merge))
     return ctx
 
 
@@ -218,6 +218,7 @@ def search(
         preflight.check_search(
             ctx.config, ctx.model, ctx.tokenizer, ctx.splits, ctx.overlaps, space
         )
+        waves.check_checkpoints(ctx, checkpoint_averages(Merge(methods=(), auto=space)))
         if (replicates := ctx.config.population.replicates) > 1:
             log(f"the members are those of population 0 of 0 to {replicates - 1}")
         with run_lock.hold(ctx.layout, log):

@@ -19,7 +19,7 @@ from jax_ordermerge import hardware, processes
 from jax_ordermerge import layout as layouts
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.config.merge import Trajectory, checkpoint_averages
+from jax_ordermerge.config.merge import Trajectory
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.json_types import Json
@@ -114,14 +114,23 @@ def restore_average(ctx: RunContext, settings: Trajectory, *, dtype: str) -> Tre
     return trajectory.average((restore(ctx, step=step) for step in steps), shares, dtype)
 
 
-def check_checkpoints(ctx: RunContext) -> None:
+def check_checkpoints(ctx: RunContext, averaged: Sequence[Trajectory]) -> None:
     """Refuse averages of checkpoints that the training will not save, or has not kept.
+
+    Args:
+        ctx: of the run.
+        averaged: what merges or a search ask for.
 
     Raises:
         UserError: before anything is trained or recorded, which would ask for them ever after.
     """
-    averaged = checkpoint_averages(ctx.config.merge)
     if averaged and not ctx.training_layout.training_state.is_file():
+        last = max(settings.last for settings in averaged)
+        if last > ctx.training.checkpoints_merged:
+            raise UserError(
+                f"checkpoints.last = {last}: the training would not keep them, since merge of the"
+                " config does not name them; put them into merge.auto or merge.methods"
+            )
         plan = batches.make_plan(
             ctx.training, ctx.splits["train"], ctx.training.first_wave, mesh=ctx.mesh
         )

@@ -37,8 +37,8 @@ def weights(kind: CheckpointWeights, count: int) -> np.ndarray:
         return np.full(count, 1 / count)
     if kind == "linear":
         return np.arange(1, count + 1) / (count * (count + 1) / 2)
-    # how much each update counts, from w_0 = 1 of what was there before to w_count = 0
-    # by steps of equal length: what the decay would do between checkpoints is not seen
+    # How much each update counts: from w_0 = 1, of what was there before, to w_count = 0. Within
+    # the steps between two checkpoints all updates count alike.
     shares = 1 - np.sqrt(np.arange(count + 1) / count)
     return shares[:-1] - shares[1:]
 

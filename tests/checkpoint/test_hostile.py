@@ -29,11 +29,8 @@ MANY = hypothesis.settings(
     derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-SLACK, TIMES, SECONDS = (
-    1 << 20,
-    12,
-    30.0,
-)  # memory: a MiB for Python itself, and so many times the files
+SLACK, TIMES = 1 << 20, 12  # memory: a MiB for Python itself, and so many times the files
+SECONDS = 30.0
 DATA = bytes(range(64))
 HEADER: dict[str, Any] = {
     "__metadata__": {"format": "pt"},

@@ -191,3 +191,12 @@ def test_of_adapters_and_in_every_population(tmp_path):
             assert np.allclose(leaf, expected, rtol=0, atol=1e-6), name
         rows = {row["name"] for row in read_json(ctx.layout.evaluations)["models"]}
         assert "average-last2" in rows
+
+
+def test_a_space_beside_the_config_is_refused_before_the_training(tmp_path):
+    """The training keeps what its config names, and a file of candidates is no part of it."""
+    space = Search(methods=({"method": "average", "checkpoints": {"last": 2}},), smallest=8)
+    path = config(tmp_path, merge={"methods": []}, data={"validation_examples": 8})
+    with pytest.raises(UserError, match=r"checkpoints\.last = 2: the training would not keep them"):
+        pipeline.search(load_config(path), space, log=lambda text: None)
+    assert not list(tmp_path.glob("run/**/checkpoints"))
