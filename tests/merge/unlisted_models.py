@@ -6,7 +6,6 @@ Sizes repeat (16, 32), so that most programs of a merge serve tensors of many mo
 import json
 import shutil
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -157,18 +156,19 @@ def save(directory, tensors, *, like=None, config=None, stem="model"):
     return directory
 
 
-def make(directory, kind):
-    """The base of an architecture, made by transformers."""
+def make(directory, kind, **changes):
+    """The base of an architecture, made by transformers; other values of its config by name."""
     name, values = CLASSES[kind]
     torch.manual_seed(0)
     model_class = getattr(transformers, name)
-    model = model_class(model_class.config_class(**values))
+    model = model_class(model_class.config_class(**values, **changes))
     model.save_pretrained(directory)
     return directory
 
 
 def is_float(array):
-    return array.dtype in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)
+    # by name: numpy alone has no bfloat16
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
 def perturb(tensors, seed):
