@@ -82,7 +82,9 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         if name in before:
             measured[name] = before[name]
             continue
-        measured[name] = measure(make(population()))
+        # the training of a single run needs the memory
+        population.cache_clear()
+        measured[name] = measure(make(population))
         mean = float((measured[name].losses * tokens).sum() / tokens.sum())
         ctx.log(f"  {name}: {mean:.4f}")
     means = {name: control.losses for name, control in measured.items()}
@@ -173,13 +175,13 @@ def _evaluated_controls(
     return measured
 
 
-def _unmerged(ctx: RunContext) -> dict[str, Callable[[Population], LossFunction]]:
+def _unmerged(ctx: RunContext) -> dict[str, Callable[[Callable[[], Population]], LossFunction]]:
     """Return the controls of the config that are not merges, by name."""
 
-    def ensemble(population: Population) -> LossFunction:
-        return functools.partial(losses.example_losses, ctx, population.members, members="ensemble")
+    def ensemble(load: Callable[[], Population]) -> LossFunction:
+        return functools.partial(losses.example_losses, ctx, load().members, members="ensemble")
 
-    def single(population: Population) -> LossFunction:
+    def single(load: Callable[[], Population]) -> LossFunction:
         return functools.partial(losses.example_losses, ctx, train_single(ctx))
 
     makers = {"ensemble": ensemble, "single": single}

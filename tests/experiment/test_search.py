@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -312,9 +313,27 @@ def test_a_run_without_validation_chooses_on_a_file_of_its_own(run, folder, tmp_
 
 
 @pytest.mark.slow
-def test_the_single_run_costs_as_much_as_the_population(folder, tmp_path):
-    config = configured(folder, tmp_path / "run", "merge.auto=null", "merge.controls=[single]")
+def test_the_single_run_costs_as_much_as_the_population(folder, tmp_path, monkeypatch):
+    loaded, alive = [], []
+    load, train = models.load_population, controls.train_single
+
+    def load_population(*args):
+        population = load(*args)
+        loaded.append(weakref.ref(jax.tree.leaves(population.members)[0]))
+        return population
+
+    def train_single(*args):
+        alive.extend(array for array in loaded if array() is not None)
+        return train(*args)
+
+    monkeypatch.setattr(models, "load_population", load_population)
+    monkeypatch.setattr(controls, "train_single", train_single)
+    settings = "merge.auto=null", "merge.controls=[ensemble, single]"
+    config = configured(folder, tmp_path / "run", *settings)
     directory = pipeline.run(config, log=lambda line: None)
+    # the members are not in memory beside the training of another model
+    assert loaded
+    assert not alive
     rows = {
         row["name"]: row for row in json.loads((directory / "controls.json").read_text())["rows"]
     }
