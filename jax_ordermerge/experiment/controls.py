@@ -210,7 +210,11 @@ def _single_config(config: Config, groups: int) -> Config:
     population = config.population
     # A mesh trains at least one member per device group, and the first of them is the control.
     # Mixing is off: it would make the others take part in it.
-    members = population.model_copy(update={"members": groups, "wave": None})
+    # Populations have one such run each. No more of them together than members of a wave.
+    wave = population.wave
+    if wave is not None and wave >= groups * population.replicates:
+        wave = None
+    members = population.model_copy(update={"members": groups, "wave": wave})
     training = config.training.model_copy(
         update={"epochs": population.members * config.training.epochs, "mixing": None}
     )

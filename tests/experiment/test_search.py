@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jax_ordermerge import tree
-from jax_ordermerge.config import load_config, read_search
+from jax_ordermerge.config import load_config, make_config, read_search
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import controls, losses, models, pipeline, preflight
@@ -310,6 +310,17 @@ def test_a_run_without_validation_chooses_on_a_file_of_its_own(run, folder, tmp_
     assert results(page.parent)["examples"] == 15
     assert not (tmp_path / "out" / "winner").exists()
     assert page.is_file()
+
+
+@pytest.mark.parametrize(
+    ("groups", "replicates", "wave", "expected"),
+    [(1, 3, 2, 2), (1, 1, 2, None), (2, 1, 2, None), (2, 3, 4, 4), (1, 2, 2, None)],
+)
+def test_single_runs_are_trained_no_more_at_once_than_members(groups, replicates, wave, expected):
+    population = {"members": 4, "replicates": replicates, "wave": wave}
+    config = make_config({"population": population, "mesh": {"order": groups}})
+    single = controls._single_config(config, groups).population
+    assert (single.members, single.replicates, single.wave) == (groups, replicates, expected)
 
 
 @pytest.mark.slow
