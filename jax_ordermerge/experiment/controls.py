@@ -49,8 +49,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         config.merge.controls, config.population.members, selections, config.seed
     )
     of_subsets = []
-    if config.population.members > 1:
-        # the first selection, or a plain one
+    if config.population.members > 1:  # of the first selection, or of a plain one
         drawn = next(iter(selections.values()), Candidate("selection", seed=config.seed))
         of_subsets = subsets.make_controls(config.population.members, drawn, config.seed)
     if subsets.GROUP in config.merge.controls:
@@ -82,8 +81,7 @@ def measure_controls(ctx: RunContext, evaluated: Mapping[str, Json]) -> None:
         if name in before:
             measured[name] = before[name]
             continue
-        # the training of a single run needs the memory
-        population.cache_clear()
+        population.cache_clear()  # the training of a single run needs the memory
         measured[name] = measure(make(population))
         mean = float((measured[name].losses * tokens).sum() / tokens.sum())
         ctx.log(f"  {name}: {mean:.4f}")
