@@ -192,7 +192,7 @@ def toy_family():
             "ToyForCausalLM",
             defaults={"num_key_value_heads": 1},
             qkv_bias=True,
-            qk_norm=True,
+            qk_norm="per_head",
             window="all",
         ),
     )
@@ -202,7 +202,7 @@ def toy_family():
 
 def test_a_registered_family_is_initialized_exported_and_read_back(toy_family, tmp_path):
     config = ModelConfig.from_hf({"model_type": toy_family, **TINY, "sliding_window": 4})
-    assert (config.num_kv_heads, config.qkv_bias, config.qk_norm) == (1, True, True)
+    assert (config.num_kv_heads, config.qkv_bias, config.qk_norm) == (1, True, "per_head")
     raw = config.to_hf("float32")
     assert (raw["architectures"], raw["sliding_window"]) == (["ToyForCausalLM"], 4)
     assert ModelConfig.from_hf(raw) == config

@@ -41,6 +41,21 @@ OWN = {
         "sliding_window": 77,
         "max_window_layers": 11,
     },
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "embedding_multiplier": 12,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0078125,
+        "logits_scaling": 16.0,
+    },
+    "smollm3": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "no_rope_layers": [0, 1, 1, 1, 1, 1] * 6,
+        "no_rope_layer_interval": 7,
+    },
+    "olmo2": {"attention_bias": True},
 }
 # What goes with the default of a size: 32 heads, and groups of equal size.
 BESIDE = {
@@ -56,13 +71,16 @@ def theirs(raw):
     config = transformers.AutoConfig.for_model(**json.loads(json.dumps(raw)))
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
     types = getattr(config, "layer_types", None)
-    if config.model_type == "llama":
+    if config.model_type in ("llama", "granite", "olmo2"):
         windows = [None] * config.num_hidden_layers
     elif types is None:
         windows = [config.sliding_window] * config.num_hidden_layers
     else:
         windows = [config.sliding_window if "sliding" in kind else None for kind in types]
-    head_dim = getattr(config, "head_dim", None)
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    has_rope = getattr(config, "no_rope_layers", ())[: config.num_hidden_layers]
     eos = config.eos_token_id
     return {
         "vocab_size": config.vocab_size,
@@ -71,7 +89,7 @@ def theirs(raw):
         "num_layers": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
-        "head_dim": head_dim or config.hidden_size // config.num_attention_heads,
+        "head_dim": head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "theta": rope["rope_theta"],
@@ -84,6 +102,11 @@ def theirs(raw):
         "eos_token_ids": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         "pad_token_id": config.pad_token_id,
         "initializer_range": config.initializer_range,
+        "no_rope_layers": tuple(layer for layer, rope in enumerate(has_rope) if not rope),
+        "embedding_scale": getattr(config, "embedding_multiplier", 1),
+        "residual_scale": getattr(config, "residual_multiplier", 1),
+        "attention_scale": getattr(config, "attention_multiplier", None),
+        "logit_divisor": getattr(config, "logits_scaling", 1),
     }
 
 

@@ -1,11 +1,12 @@
 """`ModelConfig`: the shape and mathematics of a model, from and to a Hugging Face config."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Final
 
 from jax_ordermerge.arch import rope as ropes
-from jax_ordermerge.arch.families import DEFAULTS, FAMILIES, Family
+from jax_ordermerge.arch.families import DEFAULTS, FAMILIES, Family, NormPlacement, QkNorm
 from jax_ordermerge.arch.hf_keys import check_keys
 from jax_ordermerge.arch.rope import Rope
 from jax_ordermerge.errors import UserError
@@ -59,7 +60,15 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QkNorm = "none"
+    norm_placement: NormPlacement = "before"
+    no_rope_layers: tuple[int, ...] = ()
+    # Factors of the embeddings, of what a block adds to the residual stream, and of the scores of
+    # attention (None: 1 / sqrt(head_dim)); the divisor of the logits.
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_divisor: float = 1.0
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     # A tuple, because a list would make the config unhashable; chat models have several.
@@ -86,6 +95,10 @@ class ModelConfig:
         full = () if window is None else set(range(self.num_layers)) - windowed
         object.__setattr__(self, "sliding_window", window)
         object.__setattr__(self, "full_attention_layers", tuple(sorted(full)))
+        without_rope = set(self.no_rope_layers) & set(range(self.num_layers))
+        object.__setattr__(self, "no_rope_layers", tuple(sorted(without_rope)))
+        if self.attention_scale == self.head_dim**-0.5:
+            object.__setattr__(self, "attention_scale", None)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -108,6 +121,12 @@ class ModelConfig:
         return tuple(
             None if layer in full else self.sliding_window for layer in range(self.num_layers)
         )
+
+    @property
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """The rope of each layer; None is none."""
+        without = self.no_rope_layers
+        return tuple(None if layer in without else self.rope for layer in range(self.num_layers))
 
     @property
     def context_length(self) -> int:
@@ -142,9 +161,9 @@ class ModelConfig:
             )
         family, ignore = FAMILIES[name], frozenset(ignore)
         # Before any value is read: an unsupported option must not be hidden by a missing key.
-        check_keys(config, ignore, path)
+        check_keys(config, ignore, path, family.keys)
         values = {**DEFAULTS, **family.defaults, **config}
-        _check_values(values, path)
+        _check_values(values, family, path)
         _check_flags(values, family, path)
         window, full_attention_layers = _windows(values, family, path)
         bias = bool(values["attention_bias"]) and family.attention_bias
@@ -159,7 +178,13 @@ class ModelConfig:
             head_dim=values["head_dim"] or 0,
             max_position_embeddings=values["max_position_embeddings"],
             rms_norm_eps=values["rms_norm_eps"],
-            rope=ropes.from_hf(config, values["max_position_embeddings"], path=path, ignore=ignore),
+            rope=ropes.from_hf(
+                config,
+                values["max_position_embeddings"],
+                path=path,
+                theta=family.rope_theta,
+                ignore=ignore,
+            ),
             sliding_window=window,
             full_attention_layers=full_attention_layers,
             qkv_bias=bias or family.qkv_bias,
@@ -168,6 +193,9 @@ class ModelConfig:
             output_bias=bias,
             mlp_bias=bool(values["mlp_bias"]),
             qk_norm=family.qk_norm,
+            norm_placement=family.norm_placement,
+            no_rope_layers=_no_rope_layers(values, path) if family.no_rope_layers else (),
+            **{field: values[key] for key, field in family.numbers.items()},
             tie_embeddings=bool(values["tie_word_embeddings"]),
             bos_token_id=values["bos_token_id"],
             eos_token_ids=_ids(values["eos_token_id"]),
@@ -221,6 +249,13 @@ class ModelConfig:
             optional["attention_bias"] = self.output_bias
         if family.mlp_bias:
             optional["mlp_bias"] = self.mlp_bias
+        if family.no_rope_layers:
+            # transformers marks the layers that have a rope
+            optional["no_rope_layers"] = [int(rope is not None) for rope in self.layer_ropes]
+        for key, field in family.numbers.items():
+            optional[key] = getattr(self, field)
+            if field == "attention_scale" and self.attention_scale is None:
+                optional[key] = self.head_dim**-0.5
         return {
             "architectures": [family.architecture],
             "model_type": self.family,
@@ -261,6 +296,11 @@ class ModelConfig:
             return {}
         if family.window == "all":
             return {"sliding_window": window}
+        types = [_FULL if window is None else _SLIDING for window in windows]
+        if family.window == "by_type":
+            # transformers reads the window also where no layer has it
+            window = DEFAULTS["sliding_window"] if window is None else window
+            return {"sliding_window": window, "layer_types": types}
         if window is None:
             return {"use_sliding_window": False}
         return {
@@ -268,7 +308,7 @@ class ModelConfig:
             "sliding_window": window,
             # the form of transformers before 4.53, which has no `layer_types`
             "max_window_layers": windows.index(window),
-            "layer_types": [_FULL if window is None else _SLIDING for window in windows],
+            "layer_types": types,
         }
 
 
@@ -277,7 +317,7 @@ def _ids(value: JsonValue) -> tuple[JsonValue, ...]:
     return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _check_values(values: JsonRow, path: str) -> None:
+def _check_values(values: JsonRow, family: Family, path: str) -> None:
     """Refuse values of another JSON type, which would fail far from the file."""
     for key in (*_SIZES, *_OPTIONAL_SIZES):
         value = values[key]
@@ -288,6 +328,9 @@ def _check_values(values: JsonRow, path: str) -> None:
     for key in _NUMBERS:
         if type(values[key]) not in (int, float) or not values[key] >= 0:
             raise UserError(f"{path}: {key} = {values[key]!r}; expected a number")
+    for key in family.numbers:
+        if type(values[key]) not in (int, float) or not 0 < values[key] < math.inf:
+            raise UserError(f"{path}: {key} = {values[key]!r}; expected a positive number")
     for key in _FLAGS:
         # the text "false" is true in Python
         if not isinstance(values[key], bool | None):
@@ -295,6 +338,26 @@ def _check_values(values: JsonRow, path: str) -> None:
     for key in _TOKEN_IDS:
         if any(type(value) is not int for value in _ids(values[key])):
             raise UserError(f"{path}: {key} = {values[key]!r}; expected a token id, or null")
+
+
+def _no_rope_layers(values: JsonRow, path: str) -> tuple[int, ...]:
+    """Return the layers without rope: those with a 0 in `no_rope_layers`."""
+    layers: int = values["num_hidden_layers"]
+    has_rope, interval = values.get("no_rope_layers"), values.get("no_rope_layer_interval")
+    if has_rope is None:
+        interval = 4 if interval is None else interval
+        if type(interval) is not int or interval < 1:
+            raise UserError(
+                f"{path}: no_rope_layer_interval = {interval!r}; expected a positive integer"
+            )
+        return tuple(range(interval - 1, layers, interval))
+    flags = isinstance(has_rope, list | tuple) and all(flag in (0, 1) for flag in has_rope)
+    if not flags or len(has_rope) < layers:
+        raise UserError(
+            f"{path}: no_rope_layers = {has_rope!r}; expected a list of {layers} flags, one per"
+            " layer: 1 with a rope, 0 without"
+        )
+    return tuple(layer for layer in range(layers) if not has_rope[layer])
 
 
 def _check_flags(values: JsonRow, family: Family, path: str) -> None:
@@ -317,7 +380,7 @@ def _windows(values: JsonRow, family: Family, path: str) -> tuple[int | None, tu
     layers, window, types = (
         values[key] for key in ("num_hidden_layers", "sliding_window", "layer_types")
     )
-    by_layer = family.window == "by_layer"
+    by_layer, by_type = family.window == "by_layer", family.window == "by_type"
     if family.window == "none" or (by_layer and not values["use_sliding_window"]):
         window = None
     # positions are int32
@@ -333,8 +396,11 @@ def _windows(values: JsonRow, family: Family, path: str) -> tuple[int | None, tu
             raise UserError(f"{path}: layer_types with {unsupported} is not supported")
         if len(types) != layers:
             raise UserError(f"{path}: layer_types has {len(types)} entries for {layers} layers")
+    if by_type and types is None:
+        every = family.full_attention_interval
+        types = [_SLIDING if (layer + 1) % every else _FULL for layer in range(layers)]
     # what the other keys say; `layer_types` decides only in families that read it
-    if types is None or not by_layer or window is None:
+    if types is None or not (by_layer or by_type) or window is None:
         first = values["max_window_layers"] if by_layer and window is not None else 0
         if type(first) is not int:
             raise UserError(f"{path}: max_window_layers = {first!r}; expected an integer")

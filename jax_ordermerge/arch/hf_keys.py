@@ -1,5 +1,6 @@
 """Keys of a Hugging Face `config.json`: which are read, refused or ignored."""
 
+from collections.abc import Collection
 from typing import Final
 
 from jax_ordermerge.errors import UserError
@@ -142,19 +143,23 @@ _NEUTRAL: Final = frozenset(
 )
 
 
-def check_keys(config: JsonRow, ignore: frozenset[str], path: str) -> None:
+def check_keys(
+    config: JsonRow, ignore: frozenset[str], path: str, family_keys: Collection[str] = ()
+) -> None:
     """Refuse keys that are unknown or change the model in a way that is not implemented.
 
     Args:
         config: the parsed file.
         ignore: keys that are not checked.
         path: of the file, for messages.
+        family_keys: keys that the family of the file reads and others do not.
 
     Raises:
         UserError: such keys are named, or a key of `ignore` that the model reads.
     """
     # A key that is read would be used in spite of the wish to ignore it.
-    if read := sorted(ignore & _READ & config.keys()):
+    readable = _READ | set(family_keys)
+    if read := sorted(ignore & readable & config.keys()):
         raise UserError(
             f"{path}: {', '.join(read)} cannot be ignored, because the model depends on it; change"
             " the file instead"
@@ -163,7 +168,7 @@ def check_keys(config: JsonRow, ignore: frozenset[str], path: str) -> None:
     # wrongly still gives plausible losses.
     unknown = {}
     for key, value in config.items():
-        if key in ignore:
+        if key in ignore or key in readable:
             continue
         if key in _MUST_BE:
             if value not in _MUST_BE[key]:
@@ -174,7 +179,7 @@ def check_keys(config: JsonRow, ignore: frozenset[str], path: str) -> None:
                 )
         # transformers writes defaults of options that a model does not have; null and false of an
         # unknown key are taken for such
-        elif key not in _READ and key not in _NEUTRAL and value not in (None, False):
+        elif key not in _NEUTRAL and value not in (None, False):
             unknown[key] = value
     if unknown:
         listed = ", ".join(f"{key} = {value!r}" for key, value in unknown.items())

@@ -108,7 +108,14 @@ class Rope:
         return {"rope_type": self.kind, **values}
 
 
-def from_hf(config: JsonRow, positions: int, *, path: str, ignore: Collection[str] = ()) -> Rope:
+def from_hf(
+    config: JsonRow,
+    positions: int,
+    *,
+    path: str,
+    theta: float = 10000.0,
+    ignore: Collection[str] = (),
+) -> Rope:
     """Read the rope of a `config.json`, in the form of transformers 4 or 5.
 
     Args:
@@ -116,6 +123,7 @@ def from_hf(config: JsonRow, positions: int, *, path: str, ignore: Collection[st
         positions: its `max_position_embeddings`, which stand for the original ones where the rope
             does not give these.
         path: of the file, for messages.
+        theta: of a file without one.
         ignore: parameters to ignore although the type of rope does not read them.
 
     Raises:
@@ -138,7 +146,8 @@ def from_hf(config: JsonRow, positions: int, *, path: str, ignore: Collection[st
             f"{path}: rope_theta is {' and '.join(map(repr, sorted(distinct)))}; transformers 4 and"
             " 5 would take different ones: keep one"
         )
-    theta = _number(distinct.pop(), "rope_theta", path) if distinct else Rope.theta
+    if distinct:
+        theta = _number(distinct.pop(), "rope_theta", path)
     ropes = [
         _parse(form, float(theta), positions, f"{path}: {key}", ignore)
         for key, form in forms.items()

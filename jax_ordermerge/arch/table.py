@@ -9,9 +9,10 @@ Axis letters: `L` layer, `D` embed, `F` mlp, `N` heads, `K` kv heads, `H` head d
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Final, Literal
 
 from jax_ordermerge.arch.config import ModelConfig
+from jax_ordermerge.arch.families import NormPlacement
 
 Init = Literal["normal", "ones", "zeros", "uniform"]
 Kind = Literal["embedding", "norm", "attention", "mlp", "head"]
@@ -67,6 +68,22 @@ class TensorSpec:
         return tuple(self.hf_name.format(layer) for layer in range(self.shape[0]))
 
 
+# Path and Hugging Face name of the norms of a layer: before attention, between attention and MLP,
+# after the MLP. `post_attention_layernorm` is the norm before the MLP in Llama, and that of the
+# output of attention elsewhere.
+_Norms = dict[str, str]
+_INPUT: Final = {"input_norm": "input_layernorm"}
+_OUTPUTS: Final = (
+    {"attention_output_norm": "post_attention_layernorm"},
+    {"mlp_output_norm": "post_feedforward_layernorm"},
+)
+_NORMS: Final[dict[NormPlacement, tuple[_Norms, _Norms, _Norms]]] = {
+    "before": (_INPUT, {"post_norm": "post_attention_layernorm"}, {}),
+    "after": ({}, *_OUTPUTS),
+    "both": (_INPUT, _OUTPUTS[0] | {"post_norm": "pre_feedforward_layernorm"}, _OUTPUTS[1]),
+}
+
+
 def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Return every tensor of a model, in the order of the forward pass.
 
@@ -84,26 +101,32 @@ def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
     heads = (config.num_heads * H, "heads")
     kv_heads = (config.num_kv_heads * H, "kv_heads")
     qkv_bias, output_bias, mlp_bias = config.qkv_bias, config.output_bias, config.mlp_bias
+    input_norms, norms_between, output_norms = (
+        [_norm(config, path, D, hf_name) for path, hf_name in names.items()]
+        for names in _NORMS[config.norm_placement]
+    )
     # q, k and v, and gate and up, are separate matrices: a merge treats each Hugging Face tensor on
     # its own, and in a fused matrix their norms and thresholds would mix.
     specs = [
         _single("embed", (V, D), ("vocab", "embed"), "normal", "model.embed_tokens", "embedding"),
-        _norm(config, "input_norm", D, "input_layernorm"),
+        *input_norms,
         *_linear(config, "attention/q", "self_attn.q_proj", heads, embed, bias=qkv_bias),
         *_linear(config, "attention/k", "self_attn.k_proj", kv_heads, embed, bias=qkv_bias),
         *_linear(config, "attention/v", "self_attn.v_proj", kv_heads, embed, bias=qkv_bias),
     ]
-    if config.qk_norm:
+    if config.qk_norm != "none":
+        q_width, k_width = (H, H) if config.qk_norm == "per_head" else (heads[0], kv_heads[0])
         specs += [
-            _norm(config, "attention/q_norm", H, "self_attn.q_norm"),
-            _norm(config, "attention/k_norm", H, "self_attn.k_norm"),
+            _norm(config, "attention/q_norm", q_width, "self_attn.q_norm"),
+            _norm(config, "attention/k_norm", k_width, "self_attn.k_norm"),
         ]
     specs += [
         *_linear(config, "attention/o", "self_attn.o_proj", embed, heads, bias=output_bias),
-        _norm(config, "post_norm", D, "post_attention_layernorm"),
+        *norms_between,
         *_linear(config, "mlp/gate", "mlp.gate_proj", mlp, embed, bias=mlp_bias),
         *_linear(config, "mlp/up", "mlp.up_proj", mlp, embed, bias=mlp_bias),
         *_linear(config, "mlp/down", "mlp.down_proj", embed, mlp, bias=mlp_bias),
+        *output_norms,
         _single("norm", (D,), ("norm",), "ones", "model.norm", "norm"),
     ]
     # a tied head is the embedding: it is no tensor of its own, in memory or in files

@@ -57,9 +57,10 @@ def attend(
     keys: Tokens,
     *,
     window: int | None = None,
+    scale: float | None = None,
     kernel: Kernel = "xla",
 ) -> jax.Array:
-    """Return softmax(q k^T / sqrt(H)) v over the visible keys; the softmax is float32.
+    """Return softmax(scale q k^T) v over the visible keys; the softmax is float32.
 
     Queries are taken in blocks. When T == S, query t must be the token of key t, and the tokens of
     a segment must be ordered by position: then a block reads no key after its last query, nor one
@@ -70,6 +71,7 @@ def attend(
         k_BSKH, v_BSKH: keys and values.
         queries, keys: positions and segments, int32[B, T] and int32[B, S].
         window: how many keys back a query sees, itself included; None is all.
+        scale: factor of the scores; None is 1 / sqrt(H).
         kernel: from `kernels.choose`; all but `xla` need queries and keys of the same tokens.
 
     Returns:
@@ -85,12 +87,14 @@ def attend(
     qkv = q_BTNH, k_BSKH, v_BSKH
     if kernel in ("splash", "splash_interpreted"):
         interpret = kernel == "splash_interpreted"
-        return kernels.splash(*qkv, queries.segments, window=window, interpret=interpret)
+        return kernels.splash(
+            *qkv, queries.segments, window=window, scale=scale, interpret=interpret
+        )
     if kernel in ("cudnn", "cudnn_packed"):
         fused = kernels.cudnn if kernel == "cudnn" else kernels.cudnn_packed
-        mixed = fused(*qkv, queries.segments, window=window)
+        mixed = fused(*qkv, queries.segments, window=window, scale=scale)
         return checkpoint_name(mixed, MIXED)
-    attention: Callable[..., jax.Array] = functools.partial(_attend, window=window)
+    attention: Callable[..., jax.Array] = functools.partial(_attend, window=window, scale=scale)
     T, S, parts = q_BTNH.shape[1], k_BSKH.shape[1], meshes.extent("length")
     if T == S and parts > 1 and T % parts == 0:
         # Context parallel: each device has its own queries and all keys. Gathering the keys is the
@@ -107,6 +111,7 @@ def _attend(
     keys: Tokens,
     *,
     window: int | None,
+    scale: float | None,
 ) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -124,20 +129,24 @@ def _attend(
         block_keys = Tokens(*(x[:, first:last] for x in keys))
         mask_BTS = visible(block_queries, block_keys, window)
         q, k, v = q_BKGTH[:, :, :, begin:end], k_BKSH[:, :, first:last], v_BKSH[:, :, first:last]
-        blocks.append(_block(q, k, v, mask_BTS))
+        blocks.append(_block(H**-0.5 if scale is None else scale, q, k, v, mask_BTS))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 # Layers are scanned, so the compiler cannot merge the forward computation with its repetition in
 # the backward pass and needs no barrier against it.
-@functools.partial(jax.checkpoint, prevent_cse=False)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
 def _block(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
+    scale: float,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask_BTS: jax.Array,
 ) -> jax.Array:
     # one bias for all heads: it is broadcast over K and G
     bias_BTS = jnp.where(mask_BTS, 0.0, _MASKED)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = scores * q_BKGTH.shape[-1] ** -0.5 + bias_BTS[:, None, None]
+    scores = scores * scale + bias_BTS[:, None, None]
     # The softmax is normalized after the product with v: H columns are divided instead of S.
     # The maximum cancels in the quotient, so its gradient is zero and need not be computed.
     powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))

@@ -91,6 +91,7 @@ def splash(
     segments_BT: jax.Array,
     *,
     window: int | None,
+    scale: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Return attention by the Pallas kernel of jax for TPU.
@@ -102,6 +103,7 @@ def splash(
         q_BTNH, k_BTKH, v_BTKH: queries, keys and values; any T and H.
         segments_BT: int32 document numbers, 0 on padding.
         window: how many keys back a query sees, itself included; None is all.
+        scale: factor of the scores; None is 1 / sqrt(H).
         interpret: run without a TPU, slowly.
 
     Returns:
@@ -119,7 +121,8 @@ def splash(
     parts = meshes.extent("length")
     size = -(-T // (_LANES * parts)) * _LANES * parts
     # the kernel does not scale the scores
-    q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+    scale = H**-0.5 if scale is None else scale
+    q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
     k_BTKH, v_BTKH = (_repeat_kv_heads(x, N) for x in (k_BTKH, v_BTKH))
     q, k, v = (
         jnp.pad(x, [(0, 0), (0, size - T), (0, 0), (0, 0)]).transpose(0, 2, 1, 3)
@@ -230,6 +233,7 @@ def cudnn(
     segments_BT: jax.Array,
     *,
     window: int | None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Return attention by the fused kernels of cuDNN, for rows of one right-padded document.
 
@@ -239,6 +243,7 @@ def cudnn(
         q_BTNH, k_BTKH, v_BTKH: queries, keys and values, bfloat16.
         segments_BT: int32, 1 on tokens and 0 on padding.
         window: how many keys back a query sees, itself included; None is all.
+        scale: factor of the scores; None is 1 / sqrt(H).
 
     Returns:
         [B, T, N, H]; 0 on padding.
@@ -250,7 +255,7 @@ def cudnn(
     is_single_B = (segments_BT == (jnp.arange(T)[None] < lengths_B[:, None])).all(-1)
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        return _cudnn(q, k, v, window=window, lengths_B=lengths_B)
+        return _cudnn(q, k, v, window=window, scale=scale, lengths_B=lengths_B)
 
     # a row of padding alone sees one token, so that its softmax is not empty
     out_BTNH = _per_device(attention, q_BTNH, k_BTKH, v_BTKH, jnp.maximum(lengths_B, 1))
@@ -265,6 +270,7 @@ def cudnn_packed(
     segments_BT: jax.Array,
     *,
     window: int | None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Return attention by the fused kernels of cuDNN, for rows of any documents.
 
@@ -272,6 +278,7 @@ def cudnn_packed(
         q_BTNH, k_BTKH, v_BTKH: queries, keys and values, bfloat16.
         segments_BT: int32 document numbers, 0 on padding.
         window: how many keys back a query sees, itself included; None is all.
+        scale: factor of the scores; None is 1 / sqrt(H).
 
     Returns:
         [B, T, N, H].
@@ -281,7 +288,7 @@ def cudnn_packed(
         # Causality and window stay arguments of cuDNN, which skips the blocks that they hide. jax
         # adds -0.7 of the largest number where the mask is False: the exponential of it is 0.
         mask_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-        return _cudnn(q, k, v, window=window, mask_BTS=mask_BTS)
+        return _cudnn(q, k, v, window=window, scale=scale, mask_BTS=mask_BTS)
 
     return _per_device(attention, q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
@@ -309,6 +316,7 @@ def _cudnn(
     v_BTKH: jax.Array,
     *,
     window: int | None,
+    scale: float | None,
     lengths_B: jax.Array | None = None,
     mask_BTS: jax.Array | None = None,
 ) -> jax.Array:
@@ -317,6 +325,7 @@ def _cudnn(
         k_BTKH,
         v_BTKH,
         mask=None if mask_BTS is None else mask_BTS[:, None],
+        scale=scale,
         is_causal=True,
         query_seq_lengths=lengths_B,
         key_value_seq_lengths=lengths_B,

@@ -39,19 +39,37 @@ def choose_form(mesh: Mesh) -> Form:
 
 
 class Norm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last `axes` axes, in float32.
+
+    The result is divided by `divisor` before it is rounded to `dtype`.
+    """
 
     epsilon: float
     dtype: DTypeLike
+    axes: int = 1
+    divisor: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        shape, axes = x.shape[-self.axes :], tuple(range(-self.axes, 0))
+        weight = self.param("weight", nn.initializers.ones, (math.prod(shape),)).reshape(shape)
         # bfloat16 has 8 significant bits: a mean of squares over D would be off in the third digit
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + self.epsilon)
         # broadcast by name: the tests raise on implicit rank promotion, which hides wrong axes
-        return (x * jnp.broadcast_to(weight, x.shape)).astype(self.dtype)
+        x = x * jnp.broadcast_to(weight, x.shape)
+        return (x if self.divisor == 1 else x / self.divisor).astype(self.dtype)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """Return x times a factor, rounded once; a factor of 1 adds no operation.
+
+    Example:
+        >>> scaled(jnp.ones(2, "bfloat16"), 0.5).tolist()
+        [0.5, 0.5]
+    """
+    # float32 first: in bfloat16 the factor would be rounded too, which torch does not do
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def project(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Array:

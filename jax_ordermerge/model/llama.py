@@ -4,15 +4,13 @@ Axis letters: `B` batch, `T` query position, `S` key position (cache slot), `N` 
 `H` head dim, `D` embed, `F` mlp, `L` layer, `V` vocab. Weights are `[out, in]`, as in Hugging Face
 checkpoints. Layers are stacked on `L` and scanned.
 
-Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ by flags of `ModelConfig` alone. Parameters are cast
+All families (`arch.FAMILIES`) differ by flags of `ModelConfig` alone. Parameters are cast
 to the compute dtype at each product. Norms, rotary positions, softmax and logits are float32.
 
 Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Jiang et al. 2023 (sliding window),
 https://arxiv.org/abs/2310.06825.
 """
 
-import functools
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -24,10 +22,18 @@ from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.model import initial
-from jax_ordermerge.model.attention import Tokens, attend
+from jax_ordermerge.model.attention import Tokens
+from jax_ordermerge.model.block import Block, LayerInputs, PerLayer, last
 from jax_ordermerge.model.kernels import MIXED, Kernel
-from jax_ordermerge.model.layers import ADAPTED, Embedding, Form, Linear, Norm, project
-from jax_ordermerge.model.rope import rope_frequencies, rope_scale, rotate
+from jax_ordermerge.model.layers import (
+    ADAPTED,
+    Embedding,
+    Form,
+    Norm,
+    project,
+    scaled,
+)
+from jax_ordermerge.model.rope import rotation
 from jax_ordermerge.tree import PyTree
 
 Remat = Literal["none", "full", "dots"]
@@ -59,137 +65,10 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-_KeysValues = Sequence[jax.Array] | None
-
-
-class _LayerInputs(NamedTuple):
-    """Inputs that all layers share: tokens, rotations of the queries, the cache slot to write."""
-
-    queries: Tokens
-    keys: Tokens
-    cos_BTH: jax.Array
-    sin_BTH: jax.Array
-    start: jax.Array
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions, over the cache where there is one.
-
-    `window` is that of this layer. Where scanned layers differ, `has_window` says which have it.
-    `last_only` computes the last query alone: in the last layer of a prompt no other is needed.
-    """
-
-    config: ModelConfig
-    dtype: DTypeLike
-    window: int | None
-    kernel: Kernel = "xla"
-    last_only: bool = False
-    form: Form = "flat"
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        kv: _KeysValues,
-        shared: _LayerInputs,
-        has_window: jax.Array | None,
-    ) -> tuple[jax.Array, _KeysValues]:
-        c, D = self.config, x_BTD.shape[-1]
-        N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-        query_inputs = x_BTD, shared.queries, shared.cos_BTH, shared.sin_BTH
-        if self.last_only:
-            query_inputs = jax.tree.map(_last, query_inputs)
-        x_q_BTD, queries, cos_BTH, sin_BTH = query_inputs
-        settings = c.qkv_bias, self.dtype, self.form
-        q = Linear((N, H), ("heads", "embed"), *settings, name="q")(x_q_BTD)
-        k = Linear((K, H), ("kv_heads", "embed"), *settings, name="k")(x_BTD)
-        v = Linear((K, H), ("kv_heads", "embed"), *settings, name="v")(x_BTD)
-        if c.qk_norm:  # Qwen3: per head, before the rotation
-            q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
-            k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
-        # Queries are divided over `length`, keys are not: each device attends from its own
-        # positions to all of them (context parallel).
-        q = meshes.constrain(rotate(q, cos_BTH, sin_BTH), "batch", "length", "heads", None)
-        k = meshes.constrain(
-            rotate(k, shared.cos_BTH, shared.sin_BTH), "batch", None, "kv_heads", None
-        )
-        v = meshes.constrain(v, "batch", None, "kv_heads", None)
-        if kv is not None:
-            kv = _update(kv[0], k, shared.start), _update(kv[1], v, shared.start)
-            # attention transposes them back, and the compiler drops both transposes
-            k, v = (x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv)
-        # the kernels of accelerators need queries and keys of the same tokens
-        kernel: Kernel = self.kernel if kv is None else "xla"
-        attention = functools.partial(attend, window=self.window, kernel=kernel)
-        inputs = q, k, v, queries, shared.keys
-        if has_window is None:
-            mixed = attention(*inputs)
-        else:
-            # Why not one mask with a traced window? The window is a constant of every kernel, and
-            # one that is known leaves out the blocks before it.
-            full = functools.partial(attend, window=None, kernel=kernel)
-            mixed = jax.lax.cond(has_window, attention, full, *inputs)
-        settings = c.output_bias, self.dtype, self.form
-        return Linear((D,), ("embed", "heads"), *settings, name="o")(mixed), kv
-
-
-def _last(x_BT: jax.Array) -> jax.Array:
-    return x_BT[:, -1:]
-
-
-def _update(cache_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax.Array:
-    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(cache_BKSH.dtype)
-    return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, start, 0))
-
-
-class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    config: ModelConfig
-    dtype: DTypeLike
-    form: Form
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c = self.config
-        settings = c.mlp_bias, self.dtype, self.form
-        inner = (c.intermediate_size,), ("mlp", "embed")
-        gate_BTF = Linear(*inner, *settings, name="gate")(x_BTD)
-        up_BTF = Linear(*inner, *settings, name="up")(x_BTD)
-        hidden_BTF = meshes.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
-        outer = (c.hidden_size,), ("embed", "mlp")
-        return Linear(*outer, *settings, name="down")(hidden_BTF)
-
-
-class Block(nn.Module):
-    """One layer: norm, attention, norm, MLP, each branch added to the residual stream."""
-
-    config: ModelConfig
-    dtype: DTypeLike
-    window: int | None
-    kernel: Kernel = "xla"
-    last_only: bool = False
-    form: Form = "flat"
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        kv: _KeysValues,
-        shared: _LayerInputs,
-        has_window: jax.Array | None = None,
-    ) -> tuple[jax.Array, _KeysValues]:
-        c = self.config
-        attention = Attention(
-            c, self.dtype, self.window, self.kernel, self.last_only, self.form, name="attention"
-        )
-        normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="input_norm")(x_BTD)
-        change_BTD, kv = attention(normed_BTD, kv, shared, has_window)
-        x_BTD = (_last(x_BTD) if self.last_only else x_BTD) + change_BTD
-        x_BTD = meshes.constrain(x_BTD, "batch", "length", None)
-        normed_BTD = Norm(c.rms_norm_eps, self.dtype, name="post_norm")(x_BTD)
-        change_BTD = MLP(c, self.dtype, self.form, name="mlp")(normed_BTD)
-        return meshes.constrain(x_BTD + change_BTD, "batch", "length", None), kv
+def _rotation_indices(config: ModelConfig) -> list[int]:
+    """Return the index of each layer's rope among the different ones, in the order of layers."""
+    ropes = list(dict.fromkeys(config.layer_ropes))
+    return [ropes.index(rope) for rope in config.layer_ropes]
 
 
 class Llama(nn.Module):
@@ -202,7 +81,7 @@ class Llama(nn.Module):
     form: Form = "flat"
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, shared: _LayerInputs) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, shared: LayerInputs) -> jax.Array:
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.form, name="embed")
         block = Block
@@ -218,6 +97,8 @@ class Llama(nn.Module):
             else:
                 window = None
         # One traced layer, whatever their number: compile time does not grow with depth.
+        indices = _rotation_indices(c)
+        layer = PerLayer(has_window, jnp.array(indices) if any(indices) else None)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -225,8 +106,14 @@ class Llama(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
         )(c, self.dtype, window, self.kernel, form=self.form, name="layers")
-        x_BTD, _ = layers(embed(tokens_BT), None, shared, has_window)
-        return Norm(c.rms_norm_eps, self.dtype, name="norm")(x_BTD)
+        x_BTD, _ = layers(scaled(embed(tokens_BT), c.embedding_scale), None, shared, layer)
+        return _last_norm(c, self.dtype, name="norm")(x_BTD)
+
+
+def _last_norm(config: ModelConfig, dtype: DTypeLike, name: str | None = None) -> Norm:
+    # Logits are divided here, once for all that compute them, and before the hidden states are
+    # rounded: there the division costs no digit.
+    return Norm(config.rms_norm_eps, dtype, divisor=config.logit_divisor, name=name)
 
 
 def unstack(config: ModelConfig, layers: PyTree) -> tuple[tree.Tree, ...]:
@@ -250,7 +137,7 @@ def _with_cache(
     params: tree.Tree,
     tokens_BT: jax.Array,
     cache: Cache,
-    shared: _LayerInputs,
+    shared: LayerInputs,
     dtype: DTypeLike,
     last_only: bool,
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
@@ -259,17 +146,20 @@ def _with_cache(
     Why not the scan of `Llama`? It would copy the keys and values of each layer at every token.
     """
     embed = Embedding(config.vocab_size, config.hidden_size, dtype, "flat")
-    x_BTD = embed.apply({"params": params["embed"]}, tokens_BT)
+    x_BTD = scaled(embed.apply({"params": params["embed"]}, tokens_BT), config.embedding_scale)
     ks, vs = [], []
+    indices = _rotation_indices(config)
     layers = zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)
     for number, (layer, *kv) in enumerate(layers):
         # below the last layer all tokens are needed for their keys and values
         is_last = number == config.num_layers - 1
         block = Block(config, dtype, config.windows[number], last_only=last_only and is_last)
-        x_BTD, (k, v) = block.apply({"params": layer}, x_BTD, kv, shared)
+        rotation = shared.rotations[indices[number]]
+        inputs = shared._replace(rotations=(rotation,)), PerLayer()
+        x_BTD, (k, v) = block.apply({"params": layer}, x_BTD, kv, *inputs)
         ks.append(k)
         vs.append(v)
-    return Norm(config.rms_norm_eps, dtype).apply({"params": params["norm"]}, x_BTD), ks, vs
+    return _last_norm(config, dtype).apply({"params": params["norm"]}, x_BTD), ks, vs
 
 
 def head(config: ModelConfig, params: tree.Tree) -> jax.Array:
@@ -299,7 +189,10 @@ def hidden(
     form: Form = "flat",
     last_only: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
-    """Return the hidden states after the last norm, [B, T, D] in `dtype`, and the updated cache.
+    """Return the last hidden states, [B, T, D] in `dtype`, and the updated cache.
+
+    They are those after the last norm, divided by `logit_divisor`: a product with `head` gives the
+    logits.
 
     Args:
         config: the model; static under `jax.jit`.
@@ -335,16 +228,16 @@ def hidden(
     """
     # Angles are computed once per call and not per layer; float32 is exact for positions to 2^24.
     T, positions = tokens_BT.shape[1], positions_BT.astype(jnp.float32)
-    angles = positions[:, :, None] * rope_frequencies(config.rope, config.head_dim)[None, None]
-    scale = rope_scale(config.rope)
-    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    rotations = tuple(
+        rotation(rope, config.head_dim, positions) for rope in dict.fromkeys(config.layer_ropes)
+    )
     queries = Tokens(positions_BT, segments_BT)
     if cache is None:
-        shared = _LayerInputs(queries, queries, cos, sin, jnp.zeros((), jnp.int32))
+        shared = LayerInputs(queries, queries, rotations, jnp.zeros((), jnp.int32))
         x_BTD = Llama(config, dtype, remat, kernel, form).apply(
             {"params": params}, tokens_BT, shared
         )
-        return _last(x_BTD) if last_only else x_BTD, None
+        return last(x_BTD) if last_only else x_BTD, None
     slots = cache.positions.shape[1]
     if slots < T:
         raise ValueError(f"the cache is too short: given {T} tokens, it has {slots} slots")
@@ -356,7 +249,7 @@ def hidden(
             for old, new in zip((cache.positions, cache.segments), queries, strict=True)
         )
     )
-    shared = _LayerInputs(queries, keys, cos, sin, cache.length)
+    shared = LayerInputs(queries, keys, rotations, cache.length)
     x_BTD, k, v = _with_cache(config, params, tokens_BT, cache, shared, dtype, last_only)
     return x_BTD, Cache(tuple(k), tuple(v), *keys, cache.length + T)
 

@@ -1,12 +1,36 @@
 """Rotary position embeddings: frequencies of the supported kinds, and the rotation."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_ordermerge.arch import Rope
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the angle of each pair of dimensions, float32[B, T, H / 2]."""
+
+    cos_BTH: jax.Array
+    sin_BTH: jax.Array
+
+
+def rotation(rope: Rope | None, head_dim: int, positions_BT: jax.Array) -> Rotation:
+    """Return the rotation of the tokens at these positions, float32; None turns none of them.
+
+    Example:
+        >>> rotation(None, 4, jnp.ones((1, 1))).sin_BTH.tolist()
+        [[[0.0, 0.0]]]
+    """
+    if rope is None:
+        # x * 1 - y * 0 is x, bit for bit: layers with and without a rope share a program
+        sin = jnp.zeros((*positions_BT.shape, head_dim // 2), jnp.float32)
+        return Rotation(jnp.ones_like(sin), sin)
+    angles = positions_BT[:, :, None] * rope_frequencies(rope, head_dim)[None, None]
+    scale = rope_scale(rope)
+    return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:

@@ -38,13 +38,13 @@ FAMILIES = {
     "qwen2": ModelConfig(
         family="qwen2", **_SMALL, num_kv_heads=2, qkv_bias=True, tie_embeddings=True
     ),
-    "qwen3": ModelConfig(family="qwen3", **_SMALL, num_kv_heads=2, head_dim=16, qk_norm=True),
+    "qwen3": ModelConfig(family="qwen3", **_SMALL, num_kv_heads=2, head_dim=16, qk_norm="per_head"),
     "qwen3_bias": ModelConfig(
         family="qwen3",
         **_SMALL,
         num_kv_heads=2,
         head_dim=16,
-        qk_norm=True,
+        qk_norm="per_head",
         qkv_bias=True,
         output_bias=True,
         tie_embeddings=True,
@@ -77,10 +77,30 @@ FAMILIES = {
         **_SMALL | {"num_layers": 4},
         num_kv_heads=2,
         head_dim=16,
-        qk_norm=True,
+        qk_norm="per_head",
         sliding_window=5,
         full_attention_layers=(1, 3),
         rope=YARN,
+    ),
+    "granite": ModelConfig(
+        family="granite",
+        **_SMALL,
+        num_kv_heads=2,
+        embedding_scale=3.0,
+        residual_scale=0.7,
+        attention_scale=0.2,
+        logit_divisor=2.5,
+        tie_embeddings=True,
+    ),
+    "smollm3": ModelConfig(
+        family="smollm3",
+        **_SMALL | {"num_layers": 3},
+        num_kv_heads=2,
+        no_rope_layers=(1,),
+        tie_embeddings=True,
+    ),
+    "olmo2": ModelConfig(
+        family="olmo2", **_SMALL, num_kv_heads=2, qk_norm="full", norm_placement="after"
     ),
 }
 LENGTH = 24

@@ -94,9 +94,12 @@ def test_what_tells_families_apart_is_seen_by_the_goldens():
 def test_the_module_declares_the_tensor_table(name):
     config = families.FAMILIES[name]
     tokens = jnp.zeros((1, 3), jnp.int32)
-    shared = llama._LayerInputs(
+    shared = llama.LayerInputs(
         *(llama.Tokens(tokens, tokens),) * 2,
-        *(jnp.zeros((1, 3, config.head_dim // 2)),) * 2,
+        tuple(
+            llama.rotation(rope, config.head_dim, tokens * 1.0)
+            for rope in dict.fromkeys(config.layer_ropes)
+        ),
         jnp.int32(0),
     )
     variables = jax.eval_shape(
@@ -202,7 +205,7 @@ def test_remat_changes_no_gradient(name):
         chex.assert_trees_all_close(recomputed_grads, grads, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa_bias", "qwen3_window"])
+@pytest.mark.parametrize("name", ["llama_gqa_bias", "qwen3_window", "olmo2"])
 def test_meshes_change_no_logit(name):
     config = families.FAMILIES[name]
     params, tokens = families.weights(config), families.tokens(config)

@@ -48,7 +48,7 @@ def counted(config, lengths):
         {"tie_embeddings": True},
         {"sliding_window": 4, "family": "mistral"},
         {"sliding_window": 4, "family": "qwen3", "full_attention_layers": (0, 2)},
-        {"qkv_bias": True, "qk_norm": True},
+        {"qkv_bias": True, "qk_norm": "per_head"},
     ],
 )
 def test_training_flops_are_those_counted_one_by_one(change):

@@ -118,7 +118,7 @@ def test_target_names():
         num_layers=2,
         num_heads=4,
         qkv_bias=True,
-        qk_norm=True,
+        qk_norm="per_head",
     )
     every = [spec.path for spec in lora.targets(model, Lora())]
     assert every == [
