@@ -24,6 +24,7 @@ CONFIG = "config.yaml"  # what makes a directory a run directory
 # better may be longer, and no merge.
 SEARCH_VERSION = 2
 _MEMBER = re.compile(r"member_(\d+)")
+_CHECKPOINT = re.compile(r"member_(\d+)@(\d+)")
 
 
 def member_name(member: int) -> str:
@@ -41,6 +42,17 @@ def member_number(name: str) -> int | None:
     # fullmatch: `member_3.npz` names an order, not a member
     match = _MEMBER.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def member_checkpoint(name: str) -> tuple[int, int] | None:
+    """Return member and step from the name of a checkpoint of a member, or None of another name.
+
+    Example:
+        >>> member_checkpoint("member_3@200"), member_checkpoint("member_3")
+        ((3, 200), None)
+    """
+    match = _CHECKPOINT.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ def merge(
     ordermerge merge --method selection --base BASE --out MERGED MODEL_A MODEL_B MODEL_C
 
     A recipe is YAML of ours or of mergekit. A MODEL is an HF or Orbax directory, a hub name,
-    MODEL+ADAPTER (a LoRA), RUN/member_0, or RUN/average (a merge of a run).
+    MODEL+ADAPTER (a LoRA), RUN/member_0, RUN/member_0@200 (at a step), or RUN/average (a merge).
     """
     from jax_ordermerge.commands import merge as command
 

@@ -39,12 +39,14 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _LISTED = 3  # tensors named in a note; the card of the adapter names all
 
 
-def export_member(layout: RunLayout, number: int, out: Path, dtype: str | None) -> None:
+def export_member(member: references.Member, out: Path, dtype: str | None) -> None:
     """Write the adapter of a member of a run with `lora`.
 
     Raises:
-        UserError: the run has no adapters, or its base is another one now.
+        UserError: the run has no adapters, its base is another one now, or the checkpoint was not
+            kept.
     """
+    layout, number, step = member
     config = read_config(layout.root)
     # the name may be that of another model by now, and the adapter is of the one in training
     base_dir = convert.resolve(config.model.base)
@@ -52,7 +54,7 @@ def export_member(layout: RunLayout, number: int, out: Path, dtype: str | None) 
     form = read_prompt_format(layout)
     model = convert.load_config(base_dir, config.model.ignore_config_keys).with_ends(form.stops)
     wave = waves.member_layout(layout, number)
-    adapter = members.restore_adapter(training_spec(config), model, wave, number)
+    adapter = members.restore_adapter(training_spec(config), model, wave, number, step=step)
     assert config.lora is not None  # restore_adapter refuses a run without it
     peft_export.write_adapter(
         out,
@@ -64,7 +66,7 @@ def export_member(layout: RunLayout, number: int, out: Path, dtype: str | None) 
         dtype=dtype or "float32",
         tokenizer_from=base_dir,
         prompt_format=form,
-        card=cards.member_card(config, layout.root, number, form, dtype or "float32", adapter=True),
+        card=cards.member_card(config, member, form, dtype or "float32", adapter=True),
     )
 
 

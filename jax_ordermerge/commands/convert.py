@@ -89,7 +89,7 @@ def convert_checkpoint(
                     dtype=dtype,
                 )
             elif run is not None:
-                adapters.export_member(*run, target, dtype)
+                adapters.export_member(run, target, dtype)
             else:
                 adapters.export_merge(source, target, dtype, ignore=ignore, allow_bin=allow_bin)
             return
@@ -105,8 +105,8 @@ def convert_checkpoint(
             _write_orbax(model, target, dtype)
 
 
-def _find_member(source: str, number: int | None) -> tuple[RunLayout, int] | None:
-    """Return run and number of a member, by its name or by `--member`; None for another model."""
+def _find_member(source: str, number: int | None) -> references.Member | None:
+    """Return a member of a run, by its name or by `--member`; None for another model."""
     if number is None:
         return references.find_member(source)
     layout = RunLayout(remote.fetch(source))
@@ -116,10 +116,10 @@ def _find_member(source: str, number: int | None) -> tuple[RunLayout, int] | Non
     count = read_config(layout.root).population.total
     if not 0 <= number < count:
         raise UserError(f"--member {number}: the run has members 0 to {count - 1}")
-    return layout, number
+    return references.Member(layout, number)
 
 
-def _check_ignore(source: str, run: tuple[RunLayout, int] | None) -> None:
+def _check_ignore(source: str, run: references.Member | None) -> None:
     """Refuse `--ignore-config-keys` of what has no `config.json` of its own."""
     path = remote.expand(source)
     # an Orbax checkpoint has the config that `convert` has read, without what it ignored
@@ -132,7 +132,7 @@ def _check_ignore(source: str, run: tuple[RunLayout, int] | None) -> None:
 
 def _open(
     source: str,
-    run: tuple[RunLayout, int] | None,
+    run: references.Member | None,
     *,
     dtype: str | None,
     ignore: Collection[str],
@@ -140,8 +140,9 @@ def _open(
 ) -> Source:
     # by number: a directory RUN/member_3 may be an export, in another dtype
     if run is not None:
-        layout, number = run
-        return references.open_member(layout, number, f"{layout.root}/{member_name(number)}")
+        layout, number, step = run
+        label = f"{layout.root}/{member_name(number)}"
+        return references.open_member(layout, number, label, step=step)
     return references.open_model(source, dtype=dtype, ignore=ignore, allow_bin=allow_bin)
 
 
@@ -176,13 +177,11 @@ def _write_orbax(model: Source, target: Path, dtype: str) -> None:
         orbax.save(partial, 0, {"params": params}, metadata)
 
 
-def _card(source: str, run: tuple[RunLayout, int] | None, model: Source, dtype: str) -> str:
+def _card(source: str, run: references.Member | None, model: Source, dtype: str) -> str:
     """Return the text of the model card of a member, or of a model that changes its format."""
     form = model.prompt_format
     if run is not None:
-        layout, number = run
-        config = read_config(layout.root)
-        return cards.member_card(config, layout.root, number, form, dtype, adapter=False)
+        return cards.member_card(read_config(run.layout.root), run, form, dtype, adapter=False)
     base, adapter = references.split_name(source)
     name, short = public_names.public_name(base), public_names.short_names([source])[source]
     text = f"`{short}` in another format, as `ordermerge convert` wrote it. {name.origin}"

@@ -1,13 +1,12 @@
 """What the model cards of a run say: from which base, on which data orders, in which dtype."""
 
-from pathlib import Path
-
 from jax_ordermerge.checkpoint import sidecar_files
 from jax_ordermerge.config import Config
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.layout import member_name
 from jax_ordermerge.merge.sources.public_names import public_name
+from jax_ordermerge.merge.sources.references import Member
 
 
 def describe_training(config: Config, dtype: str) -> str:
@@ -44,21 +43,21 @@ def describe_training(config: Config, dtype: str) -> str:
 
 
 def member_card(
-    config: Config, run_dir: Path, member: int, form: PromptFormat, dtype: str, *, adapter: bool
+    config: Config, member: Member, form: PromptFormat, dtype: str, *, adapter: bool
 ) -> str:
     """Return the text of the model card of a member.
 
     Args:
         config: of the run.
-        run_dir: its directory, of which the card has the last part.
-        member: number of the member.
+        member: of the run, of whose directory the card has the last part.
         form: how the member is asked.
         dtype: of the tensors.
         adapter: whether they are those of its adapter alone.
     """
-    name = f"{run_dir.resolve().name}/{member_name(member)}"
+    name = f"{member.layout.root.resolve().name}/{member_name(member.number)}"
+    step = "" if member.step is None else f" at step {member.step} of its training"
     text = (
-        f"{describe_training(config, dtype)} This is member {member}, `{name}`"
+        f"{describe_training(config, dtype)} This is member {member.number}{step}, `{name}`"
         + (": its adapter." if adapter else ".")
         + f"\n\n{prompt_section(form, adapter=adapter)}"
     )

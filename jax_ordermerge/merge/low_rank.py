@@ -6,7 +6,7 @@ whose basis the factors B span.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from jax_ordermerge.merge.sources import storage
 from jax_ordermerge.merge.sources.lora import LoRA
 from jax_ordermerge.merge.sources.storage import Source
 from jax_ordermerge.model import lora
+
+_BLOCK = 1 << 20  # elements of a tensor that are compared at a time
 
 
 class Change(NamedTuple):
@@ -101,10 +103,15 @@ def approximate(
     for spec in layers:
         names = spec.hf_names()
         if spec.path not in linear:
-            left_out += [change for change, _ in _changes(model, base, names) if change.norm]
+            changes = [_change(model, base, name) for name in names]
+            left_out += [change for change in changes if change.norm]
             continue
-        left, right, changes = [], [], list[Change]()
-        for change, values in _changes(model, base, names):
+        left, right, changes = [], [], []
+        for name in names:
+            change = _change(model, base, name)
+            # float64: the Gram matrix of `spectral.svd` has the squares of the singular values
+            values = storage.read(model, name).astype(np.float64)
+            values -= storage.read(base, name).astype(np.float64)
             # the residual of the factors as they are rounded: what a server will compute with
             b, a = factor(values, rank, dtype)
             residual = float(np.linalg.norm(values - b.astype(np.float64) @ a))
@@ -126,23 +133,28 @@ def approximate(
     return LowRank(settings, tree.unflatten(adapter), tuple(matrices), tuple(left_out))
 
 
-def _changes(
-    model: Source, base: Source, names: Sequence[str]
-) -> Iterator[tuple[Change, np.ndarray]]:
-    """Yield the change of each tensor with its values, float64[*s]."""
-    for name in names:
-        # float64: the Gram matrix of `spectral.svd` has the squares of the singular values
-        start = storage.read(base, name).astype(np.float64)
-        values = storage.read(model, name).astype(np.float64)
-        # in place: of a model of 70 B one embedding is 8 GiB in float64
-        values -= start
-        norm = float(np.linalg.norm(values))
-        # LAPACK does not come to an end, or raises without a name
-        if not math.isfinite(norm):
-            raise UserError(
-                f"{model.label} or {base.label} has elements of {name} that are NaN or infinite"
-            )
-        yield Change(name, norm, norm, float(np.linalg.norm(start))), values
+def _change(model: Source, base: Source, name: str) -> Change:
+    """Return the change of a tensor."""
+    # in blocks: of a model of 70 B one embedding is 8 GiB in float64
+    size = math.prod(base.info(name).shape)
+    squares = np.zeros(2)
+    for start in range(0, size, _BLOCK):
+        first, last = (_read(source, name, start, size) for source in (base, model))
+        squares += [np.square(last - first).sum(), np.square(first).sum()]
+    norm, base_norm = np.sqrt(squares).tolist()
+    # LAPACK does not come to an end, or raises without a name
+    if not math.isfinite(norm):
+        raise UserError(
+            f"{model.label} or {base.label} has elements of {name} that are NaN or infinite"
+        )
+    return Change(name, norm, norm, base_norm)
+
+
+def _read(source: Source, name: str, start: int, size: int) -> np.ndarray:
+    """Return a block of a tensor, float64[n]."""
+    block = np.empty(min(_BLOCK, size - start), source.info(name).dtype)
+    source.read_into(name, start, block)
+    return block.astype(np.float64)
 
 
 def factor(change: np.ndarray, rank: int, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:

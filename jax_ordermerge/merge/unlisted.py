@@ -216,15 +216,14 @@ def _check_equal(output: Output, sources: Sequence[AnySource]) -> None:
     if output.name.endswith(_COUNTER):
         return
     for view in output.views[1:]:
-        # one model may be several of the views: slices take layers twice
-        if view.name != lead.name:
-            continue
-        if bytes_differ(sources[lead.source], sources[view.source], lead.name):
-            dtype = sources[lead.source].info(lead.name).dtype.name
+        first, second = sources[lead.source], sources[view.source]
+        if bytes_differ(first, second, lead.name, view.name):
+            dtype = first.info(lead.name).dtype.name
+            # slices merge layers of other numbers
+            names = lead.name if lead.name == view.name else f"{lead.name} and {view.name}"
             raise UserError(
-                f"{sources[lead.source].label} and {sources[view.source].label} differ in"
-                f" {lead.name}, which holds {dtype}: only real numbers are merged; store the same"
-                " values in all models"
+                f"{first.label} and {second.label} differ in {names}, which holds {dtype}: only"
+                " real numbers are merged; store the same values in all models"
             )
 
 

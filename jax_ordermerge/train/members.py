@@ -75,23 +75,32 @@ def restore_member(
     return _read_member(layout, member, convert.abstract_params(model, mesh, dtype=dtype))
 
 
-def restore_adapter(spec: TrainingSpec, model: ModelConfig, layout: RunLayout, member: int) -> Tree:
+def restore_adapter(
+    spec: TrainingSpec,
+    model: ModelConfig,
+    layout: RunLayout,
+    member: int,
+    *,
+    step: int | None = None,
+) -> Tree:
     """Return the adapter of one member of a run with `lora`, float32 on the default device.
 
     Raises:
-        UserError: as `restore_member`, and if the run has no adapters.
+        UserError: as `restore_members`, if the member was not trained, and if the run has no
+            adapters.
     """
     if spec.lora is None:
         raise UserError(
             f"{layout.root} has no adapters: it was trained with lora: null;"
             " convert its members --to hf"
         )
-    return _read_member(layout, member, convert.abstract_tensors(lora.table(model, spec.lora)))
+    abstract = convert.abstract_tensors(lora.table(model, spec.lora))
+    return _read_member(layout, member, abstract, step)
 
 
-def _read_member(layout: RunLayout, member: int, abstract: Tree) -> Tree:
+def _read_member(layout: RunLayout, member: int, abstract: Tree, step: int | None = None) -> Tree:
     # A member is a row of every array of the checkpoint; Orbax reads the chunks of that row alone.
-    final = storage.final_checkpoint(layout.checkpoints)
+    final = storage.final_checkpoint(layout.checkpoints, step=step)
     checkpoint = orbax.restore_member(
         layout.checkpoints,
         final.step,

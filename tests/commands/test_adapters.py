@@ -2,18 +2,21 @@
 
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jax_ordermerge import arch
 from jax_ordermerge.layout import RunLayout, write_json
+from jax_ordermerge.merge import low_rank
 from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.merge.sources.storage import read
+from jax_ordermerge.merge.sources.unlisted import Unlisted
 from tests.commands.test_cli import call
 
 TOKENS = torch.arange(36)[None]
@@ -78,6 +81,24 @@ def test_at_full_rank_peft_computes_the_merged_model(folder, tmp_path, capsys):
     assert {x.shape["A" not in name] for name, x in tensors.items()} == {16}
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["use_rslora"]) == (16, 16, False)
+
+
+def test_the_change_of_a_large_tensor_is_not_held(tmp_path):
+    values = np.random.default_rng(0).normal(size=(3 << 20) + 5).astype(np.float32)
+    models = []
+    for name, array in (("base", values), ("tuned", values + np.float32(0.5))):
+        save_file({"w": array}, tmp_path / f"{name}.safetensors")
+        models.append(Unlisted(tmp_path / f"{name}.safetensors", name))
+    tracemalloc.start()
+    change = low_rank._change(models[1], models[0], "w")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    wide = values.astype(np.float64)
+    moved = (values + np.float32(0.5)).astype(np.float64) - wide
+    assert change.norm == pytest.approx(np.linalg.norm(moved), rel=1e-12)
+    assert change.base_norm == pytest.approx(np.linalg.norm(wide), rel=1e-12)
+    # blocks of 8 MiB in float64, whatever the size
+    assert peak < 64e6 < 3 * wide.nbytes
 
 
 @pytest.mark.filterwarnings("ignore")

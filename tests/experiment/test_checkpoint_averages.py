@@ -1,11 +1,13 @@
 """Runs whose merges are of averages of each member's last checkpoints."""
 
 import dataclasses
+import re
 import types
 
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from jax_ordermerge import tree
 from jax_ordermerge.checkpoint import convert, orbax
@@ -18,6 +20,7 @@ from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.layout import RunLayout, read_json
 from jax_ordermerge.search.candidates import Candidate
 from jax_ordermerge.train import members
+from tests.commands.test_cli import call
 from tests.experiment import tiny
 
 LAST3 = {"last": 3, "weights": "wsm"}
@@ -200,3 +203,43 @@ def test_a_space_beside_the_config_is_refused_before_the_training(tmp_path):
     with pytest.raises(UserError, match=r"checkpoints\.last = 2: the training would not keep them"):
         pipeline.search(load_config(path), space, log=lambda text: None)
     assert not list(tmp_path.glob("run/**/checkpoints"))
+
+
+def test_a_recipe_of_checkpoints_by_name_is_the_merge_of_the_run(run, tmp_path, capsys):
+    names = [f"{run}/member_{member}@{step}" for member in range(2) for step in (8, 10)]
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": name, "parameters": {"weight": 1}} for name in names],
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    assert call("merge", tmp_path / "recipe.yml", tmp_path / "merged") == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = load_file(run / "merged" / "average-last2" / "model.safetensors")
+    for name, values in expected.items():
+        assert np.allclose(merged[name], values, rtol=0, atol=1e-6), name
+    # without a word on where the run lies on this machine
+    listed = (tmp_path / "merged" / "merge_config.yaml").read_text()
+    assert f"{run.name}/member_1@8" in listed
+    assert str(run.parent) not in listed
+    assert call("diff", f"{run}/member_0@10", f"{run}/member_0") == 0
+    assert call("diff", f"{run}/member_0@8", f"{run}/member_0") == 1
+    assert call("convert", f"{run}/member_0@8", tmp_path / "early") == 0
+    assert (
+        "This is member 0 at step 8 of its training" in (tmp_path / "early/README.md").read_text()
+    )
+    early = load_file(tmp_path / "early" / "model.safetensors")
+    assert np.array_equal(early["model.norm.weight"], stored(run, 8)["norm/weight"][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("member_1@6", "step 6 in .* was not kept .there are 4, 8, 10."),
+        ("member_2@8", "the run has the members 0, 1"),
+        ("member_1@last", "members such as .*/member_0, or .*/member_0@200"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there(run, capsys, name, message):
+    assert call("inspect", f"{run}/{name}") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error.replace("\n", " ")), error

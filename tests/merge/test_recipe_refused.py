@@ -137,6 +137,10 @@ REFUSED = [
         "merge method greedy_soup needs validation data",
     ),
     (
+        "merge_method: fisher\nmodels: [{model: a}, {model: b}, {model: c}, {model: d}]",
+        "merge method fisher needs gradients of training examples",
+    ),
+    (
         "merge_method: tis\nmodels: [{model: a}]",
         "unknown merge_method 'tis' (did you mean 'ties'?)",
     ),

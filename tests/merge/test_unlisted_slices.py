@@ -65,6 +65,53 @@ def test_stacks_with_equally_many_layers_do_not_take_the_key_of_each_other(tmp_p
         assert (content["num_layers"], content["num_single_layers"]) == numbers
 
 
+@pytest.mark.parametrize(
+    ("layers", "keys", "stack", "expected", "noted"),
+    [
+        # as of Whisper and BART: in transformers `num_hidden_layers` is that of the encoder
+        ((3, 2), ("encoder_layers", "decoder_layers"), "encoder", (1, 2, 1), False),
+        ((3, 2), ("encoder_layers", "decoder_layers"), "decoder", (3, 1, 3), False),
+        ((2, 2), ("encoder_layers", "decoder_layers"), "encoder", (1, 2, 2), True),
+        # as of Mamba and Falcon: two names of one number
+        ((3, 0), ("n_layer",), "encoder", (1, 1), False),
+    ],
+)
+def test_every_key_with_the_number_of_layers_is_written(
+    tmp_path, layers, keys, stack, expected, noted
+):
+    tensors = {
+        f"{part}.layers.{i}.w.b": np.ones(2, np.float32)
+        for part, count in zip(("encoder", "decoder"), layers, strict=True)
+        for i in range(count)
+    }
+    config = dict(zip(keys, layers, strict=False)) | {"num_hidden_layers": layers[0]}
+    model = save(tmp_path / "m", tensors, config={"model_type": "x", **config})
+    plan = planner.plan_recipe(slices((model, (0, 1)), layers=f"{stack}.layers"))
+    assert tuple(plan.config.content[key] for key in config) == expected
+    note = "of config.json, num_hidden_layers are left as they were before slicing"
+    assert (note in plan.notes) == noted
+
+
+def test_integers_of_sliced_layers_are_compared(untied):
+    for model, layers in zip(untied, (3, 4), strict=True):
+        tensors = two_towers(0, layers)
+        for layer in range(layers):
+            tensors[f"model.layers.{layer}.attn.mask"] = np.array([1, 2, 3 + (layer == 3)])
+        save(model, tensors, config=json.loads((model / "config.json").read_text()))
+
+    def recipe(first, second):
+        sources = [
+            {"model": str(model), "layer_range": [layer, layer + 1]}
+            for model, layer in zip(untied, (first, second), strict=True)
+        ]
+        parts = {"slices": [{"sources": sources}], "layers": "model.layers"}
+        return {"merge_method": "linear", "parameters": {"weight": 1}, **parts}
+
+    planner.plan_recipe(recipe(1, 2))
+    names = "model.layers.1.attn.mask and model.layers.3.attn.mask"
+    refused(recipe(1, 3), f"differ in {names}, which holds int64")
+
+
 def test_a_named_embedding_is_of_the_first_slice(untied, tmp_path):
     for seed, model in enumerate(untied):
         tensors = {**two_towers(seed), "table": np.full((6, 4), seed, np.float32)}

@@ -146,14 +146,14 @@ def _write(formula: Formula, count: int, _: Any, out: Any, *inputs: Any) -> None
 
 
 def left_vectors(xp: ModuleType, matrices: Sequence[AnyArray]) -> tuple[AnyArray, AnyArray]:
-    """Return the left singular vectors [m, r] and values [r] of matrices side by side.
+    """Return the left singular vectors [m, r] and values [r] of M matrices side by side.
 
     Args:
         xp: numpy or jax.numpy.
         matrices: [m, n] each.
 
     Returns:
-        U and s, the largest value first. Of a zero value the vector is of no use.
+        U and s, the largest value first; r = min(m, M n). Of a zero value the vector is of no use.
 
     Example:
         >>> left_vectors(np, [np.diag([1.0, 2.0]), np.diag([0.0, 2.0])])[1].round(6).tolist()
@@ -162,6 +162,11 @@ def left_vectors(xp: ModuleType, matrices: Sequence[AnyArray]) -> tuple[AnyArray
     if xp is jnp:
         # the Gram matrix in float32 would lose values below 3e-4 of the largest
         u, s, _ = jnp.linalg.svd(jnp.concatenate([*matrices], axis=1), full_matrices=False)
+        return u, s
+    rows, columns = matrices[0].shape
+    if rows > columns * len(matrices):
+        # the Gram matrix of the shorter side: its cost grows with the third power
+        u, s, _ = svd(np, np.concatenate([*matrices], axis=1))
         return u, s
     # A fifth of the time of LAPACK's decomposition. In float64 values down to 1e-8 of the largest
     # survive the square, and `significant` drops more than these.
@@ -183,7 +188,6 @@ def svd(xp: ModuleType, matrix: AnyArray) -> tuple[AnyArray, AnyArray, AnyArray]
     if xp is jnp:
         u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
         return u, s, vt
-    # the Gram matrix of the shorter side: its cost grows with the third power
     if matrix.shape[0] > matrix.shape[1]:
         v, s, ut = svd(xp, matrix.T)
         return ut.T, s, v.T

@@ -268,13 +268,14 @@ def refuse_data_dependent(name: str) -> None:
     """Refuse a method that needs data, for a merge of models alone.
 
     Raises:
-        UserError: the method needs data. Fisher matrices are no obstacle: their diagonals may be
-            given as further models.
+        UserError: the method needs data.
     """
     needs = METHODS[name].needs
-    if needs not in (None, "fisher"):
+    if needs is not None:
+        # of models alone `fisher` would take half of them for the diagonals of the others
+        what = "gradients of training examples" if needs == "fisher" else f"{needs} data"
         raise UserError(
-            f"merge method {name} needs {needs} data, which a merge of models alone does not have: "
+            f"merge method {name} needs {what}, which a merge of models alone does not have: "
             "add it to merge.methods of an experiment, for `ordermerge run`"
         )
 

@@ -267,27 +267,42 @@ def _sliced_content(
     if list(leads) == [(lead, layer) for layer in range(count)]:
         return dict(content)
     keys = _layer_keys(content, stack, count)
+    # one model may count its layers under two names, as `n_layer` and `num_hidden_layers`
+    is_only_stack = [*lead.stacks.values()].count(count) == 1
+    sections = {key[:-1] for key in keys}
     # a guess would give a model that loads, with layers of random numbers
-    if len(keys) != 1:
+    if len(sections) != 1 or (len(keys) > 1 and not is_only_stack):
         listed = " and ".join(".".join(key) for key in keys) or "none"
         raise UserError(
             f"slices: {stack} would have other layers than before, and config.json has no one key"
             f" with their number, {count} (candidates: {listed})"
         )
-    *section, key = keys[0]
-    before = _section(content, tuple(section))
+    section = sections.pop()
+    before = _section(content, section)
+    counting = {key[-1] for key in keys}
+    # Of Whisper and BART `num_hidden_layers` is that of the encoder. With as many layers in the
+    # decoder no number says so.
+    unclear = {
+        name
+        for name, value in before.items()
+        if name in tensor_names.LAYER_KEYS
+        and (value == count and name not in counting)
+        and not any(_words((name,)) & words for words in _PARTS)
+    }
+    if is_only_stack:
+        counting |= unclear
     per_layer = {
-        name: [_layer_entry(entry, stack, tuple(section), name) for entry in leads]
+        name: [_layer_entry(entry, stack, section, name) for entry in leads]
         for name, value in before.items()
         if isinstance(value, list) and len(value) == count and "layer" in name
     }
-    values = {**before, **per_layer, key: len(leads)}
+    values = {**before, **per_layer, **dict.fromkeys(counting, len(leads))}
     # they name single layers, and which of these are where is not known
     unchanged = [
         name
         for name, value in before.items()
         if any(word in name for word in ("layer", "block", "first_k"))
-        and name not in (*per_layer, *tensor_names.LAYER_KEYS)
+        and name not in {*per_layer, *tensor_names.LAYER_KEYS} - (unclear - counting)
         # 0 and [] name no layer
         and ((type(value) is int and value > 0) or (isinstance(value, list) and value))
     ]

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import RunLayout, member_number
+from jax_ordermerge.layout import RunLayout, member_checkpoint, member_number
 from jax_ordermerge.merge.sources.references import split_name
 
 _EMBEDDED = "embedded:"
@@ -139,7 +139,8 @@ def _longer_names(paths: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
 
 def _run_of(path: Path) -> Path | None:
     """Return RUN of RUN/member_0 and of the directory of a merge in it; None of other paths."""
-    if member_number(path.name) is not None and RunLayout(path.parent).is_run:
+    is_member = member_number(path.name) is not None or member_checkpoint(path.name) is not None
+    if is_member and RunLayout(path.parent).is_run:
         return path.parent
     run = RunLayout(path.parent.parent)
     return run.root if run.is_run and run.merged(path.name) == path else None

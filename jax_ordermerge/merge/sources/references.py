@@ -1,13 +1,15 @@
 """Names of models, which every command that takes a model opens by `open_model`.
 
-A name is a directory, a hub name, `RUN/member_3`, `RUN/average` (a merge of a run), an Orbax
-directory, or one of these with an adapter, `MODEL+ADAPTER`.
+A name is a directory, a hub name, `RUN/member_3`, `RUN/member_3@200` (its checkpoint of step 200),
+`RUN/average` (a merge of a run), an Orbax directory, or one of these with an adapter,
+`MODEL+ADAPTER`.
 """
 
 import functools
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from jax.typing import DTypeLike
 
@@ -18,11 +20,25 @@ from jax_ordermerge.config import Lora, Model, read_yaml
 from jax_ordermerge.config.section import parse
 from jax_ordermerge.data.prompt_format import PromptFormat
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.layout import RunLayout, member_number, read_json
+from jax_ordermerge.layout import RunLayout, member_checkpoint, member_number, read_json
 from jax_ordermerge.merge.sources import lora, peft_files, storage, unlisted
 from jax_ordermerge.merge.sources.storage import AnySource, Source
 
 Resolve = Callable[[str], Path]
+
+
+class Member(NamedTuple):
+    """A member of a run.
+
+    Attributes:
+        layout: of the run.
+        number: of the member.
+        step: of an earlier checkpoint; None is the trained member.
+    """
+
+    layout: RunLayout
+    number: int
+    step: int | None = None
 
 
 def open_model(
@@ -37,8 +53,8 @@ def open_model(
     """Open a model by name. Headers and shapes are checked, tensors are not read.
 
     Args:
-        name: a Hugging Face directory or hub name; `RUN/member_3`, a member of a run;
-            `RUN/average`, a merge of it; an Orbax directory made by `ordermerge convert --to
+        name: a Hugging Face directory or hub name; `RUN/member_3`, a member of a run, or
+            `RUN/member_3@200`, at an earlier step that its training kept; `RUN/average`, a merge of it; an Orbax directory made by `ordermerge convert --to
             orbax`; or one of these with an adapter, `MODEL+ADAPTER`. The name of an existing
             directory is never split or parsed.
         adapter: directory or hub name of a LoRA adapter, if it is not part of the name.
@@ -128,7 +144,8 @@ def split_name(name: str, adapter: str | None = None) -> tuple[str, str | None]:
     for part in filter(None, (name, adapter)):
         if "@" in part and not _exists(part):
             raise UserError(
-                f"model {part}: a revision (@) is not offered; download it and give the directory"
+                f"model {part}: a revision (@) is not offered; download it and give the directory."
+                " (Of a run, RUN/member_0@200 is the checkpoint of step 200.)"
             )
     return name, adapter
 
@@ -152,7 +169,7 @@ def _exists(name: str) -> bool:
     """Return whether a name is that of a path, or of a member or merge of a run on this disk."""
     path = remote.expand(name)
     layout = RunLayout(path.parent)
-    is_of_run = member_number(path.name) is not None or layout.is_merged(path.name)
+    is_of_run = _parse_member(path.name) is not None or layout.is_merged(path.name)
     return os.path.lexists(path) or (layout.is_run and is_of_run)
 
 
@@ -169,7 +186,7 @@ def is_composed(name: str) -> bool:
     if path.exists():
         # RUN/member_0 may be a directory of its own: the export
         return not (path / "config.json").is_file() and orbax.latest(path) is not None
-    return "+" in name or member_number(path.name) is not None or _find_merge(name) is not None
+    return "+" in name or _parse_member(path.name) is not None or _find_merge(name) is not None
 
 
 def is_downloaded(name: str, adapter: str | None = None) -> bool:
@@ -183,29 +200,34 @@ def is_downloaded(name: str, adapter: str | None = None) -> bool:
     return any(is_on_hub(part) and not RunLayout(Path(part).parent).is_run for part in parts)
 
 
-def find_member(name: str) -> tuple[RunLayout, int] | None:
-    """Return the run and the number of a member by its name, `RUN/member_3`; None for other names.
+def find_member(name: str) -> Member | None:
+    """Return a member of a run by its name, `RUN/member_3` or `RUN/member_3@200`; None for others.
 
     Example:
         >>> find_member("embedded:quickstart") is None
         True
     """
     path = remote.expand(name)
-    number = member_number(path.name)
-    if number is None:
+    parsed = _parse_member(path.name)
+    if parsed is None:
         return None
     # a bucket holds the run but nothing of the name RUN/member_3: fetch the run
     layout = RunLayout(remote.fetch(path.parent))
     # a directory of that name, the export of the member, goes before its checkpoint
     is_member = layout.is_run and not (layout.root / path.name).exists()
-    return (layout, number) if is_member else None
+    return Member(layout, *parsed) if is_member else None
+
+
+def _parse_member(name: str) -> tuple[int, int | None] | None:
+    number = member_number(name)
+    return member_checkpoint(name) if number is None else (number, None)
 
 
 def _find_directory(name: str, resolve: Resolve, ignore: Collection[str]) -> Path | Source:
     """Return the directory of a model without an adapter; a member of a run is opened."""
     member = find_member(name)
     if member is not None:
-        return open_member(*member, name, ignore)
+        return open_member(member.layout, member.number, name, ignore, step=member.step)
     path = _find_merge(name)
     if path is None:
         path = remote.fetch(name) if remote.address(name) is not None else resolve(name)
@@ -256,11 +278,18 @@ def _find_merge(name: str) -> Path | None:
     listed = f"the merges {', '.join(sorted(merges))}" if merges else "no merges yet"
     raise UserError(
         f"model {name} does not exist; the run has {listed}, and members such as"
-        f" {layout.root}/member_0"
+        f" {layout.root}/member_0, or {layout.root}/member_0@200 at the step 200"
     )
 
 
-def open_member(layout: RunLayout, number: int, label: str, ignore: Collection[str] = ()) -> Source:
+def open_member(
+    layout: RunLayout,
+    number: int,
+    label: str,
+    ignore: Collection[str] = (),
+    *,
+    step: int | None = None,
+) -> Source:
     """Open a member of a run whose training is complete. Its tensors are float32.
 
     Args:
@@ -268,17 +297,15 @@ def open_member(layout: RunLayout, number: int, label: str, ignore: Collection[s
         number: of the member.
         label: what the user called it.
         ignore: unknown keys of `config.json` of the base to ignore, besides those of the run.
+        step: of an earlier checkpoint; None is the trained member.
 
     Raises:
-        UserError: there is no such member, its training is not complete, or the run was edited.
+        UserError: there is no such member, its training is not complete, the checkpoint was not
+            kept, or the run was edited.
     """
     record.refuse_edited_config(layout)
-    checkpoints = _member_checkpoints(layout, number)
-    final = storage.final_checkpoint(checkpoints, label)
-    if number not in final.members:
-        raise UserError(
-            f"{label} does not exist; the run has the members {', '.join(map(str, final.members))}"
-        )
+    checkpoints = _member_checkpoints(layout, number, label)
+    final = storage.final_checkpoint(checkpoints, label, step=step)
     index = final.members.index(number)
     # Only these two sections say how to read a member. The rest of the config is of no concern
     # here, and may be of another version.
@@ -299,6 +326,7 @@ def open_member(layout: RunLayout, number: int, label: str, ignore: Collection[s
             settings,
             label=label,
             branch=final.branch,
+            step=final.step,
             export_dtype=export_dtype,
         )
     config = convert.load_config(base, ignore)
@@ -310,6 +338,7 @@ def open_member(layout: RunLayout, number: int, label: str, ignore: Collection[s
         prompt_format=form,
         label=label,
         branch=final.branch,
+        step=final.step,
         export_dtype=export_dtype,
     )
 
@@ -335,10 +364,17 @@ def base_dtype(model: Model, base_dir: Path) -> str:
     return storage.stored_dtype(base, "merge.dtype")
 
 
-def _member_checkpoints(layout: RunLayout, number: int) -> Path:
+def _member_checkpoints(layout: RunLayout, number: int, label: str) -> Path:
     """Return the checkpoint directory of a member: that of its wave, if there were waves."""
-    for checkpoints in layout.wave_checkpoints():
+    trained: list[int] = []
+    for checkpoints in [*layout.wave_checkpoints(), layout.checkpoints]:
         step = orbax.latest(checkpoints)
-        if step is not None and number in orbax.metadata(checkpoints, step).get("members", ()):
+        members = [] if step is None else orbax.metadata(checkpoints, step).get("members", [])
+        if number in members:
             return checkpoints
+        trained += members
+    if trained:
+        raise UserError(
+            f"{label} does not exist; the run has the members {', '.join(map(str, trained))}"
+        )
     return layout.checkpoints

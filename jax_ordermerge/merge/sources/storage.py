@@ -123,7 +123,7 @@ def files_identity(tensors: Tensors) -> str:
 
 
 class Checkpoint:
-    """A model in the last step of an Orbax checkpoint directory.
+    """A model in a step of an Orbax checkpoint directory.
 
     Args:
         checkpoints: the directory.
@@ -134,6 +134,7 @@ class Checkpoint:
         prompt_format: see `Source`.
         label: what the user called it.
         branch: branch of the checkpoint with the entries of the tensor table.
+        step: of the checkpoint; None is the last.
         export_dtype: see `Source`.
 
     Raises:
@@ -150,10 +151,11 @@ class Checkpoint:
         prompt_format: PromptFormat | None = None,
         label: str,
         branch: str = "params",
+        step: int | None = None,
         export_dtype: str | None = None,
     ) -> None:
         # Fixed on opening, so that all tensors are of one step.
-        step = latest_step(checkpoints)
+        step = latest_step(checkpoints) if step is None else step
         self.export_dtype = export_dtype
         self.prompt_format = prompt_format or PromptFormat()
         self.config = config.with_ends(self.prompt_format.stops)

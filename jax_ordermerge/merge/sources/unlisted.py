@@ -1,6 +1,7 @@
 """Checkpoints of any architecture, and adapters: what is in them is read from their own headers."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -208,16 +209,21 @@ def is_float(info: TensorInfo) -> bool:
     return info.dtype.name in ("float64", "float32", "float16", "bfloat16")
 
 
-def bytes_differ(first: AnySource, second: AnySource, name: str) -> bool:
-    """Return whether the bytes of a tensor, which both have in one dtype and shape, differ."""
-    size = int(np.prod(first.info(name).shape, dtype=np.int64))
-    dtype = first.info(name).dtype
+def bytes_differ(first: AnySource, second: AnySource, name: str, other: str) -> bool:
+    """Return whether two tensors of one dtype and shape differ in their bytes.
+
+    Args:
+        first, second: the models.
+        name, other: of the tensors, in the first and in the second.
+    """
+    dtype, shape = first.info(name)
+    size = math.prod(shape)
     step = 1 << 20  # elements: a tensor may be larger than the memory
     for start in range(0, size, step):
         count = min(step, size - start)
         a, b = np.empty(count, dtype), np.empty(count, dtype)
         first.read_into(name, start, a)
-        second.read_into(name, start, b)
+        second.read_into(other, start, b)
         if a.tobytes() != b.tobytes():
             return True
     return False
