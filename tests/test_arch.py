@@ -10,10 +10,12 @@ import pytest
 
 from jax_ordermerge import tree
 from jax_ordermerge.arch import (
+    ARCHITECTURES,
     FAMILIES,
     Family,
     ModelConfig,
     Rope,
+    architecture_of,
     hf_tensors,
     parameter_count,
     tensor_table,
@@ -36,60 +38,73 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# published shapes of the real models
-LLAMA2_7B = {
-    **TINY,
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
+# Of the safetensors on the hub, as its pages print them; a tied head counts once.
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.3-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "granite-3.3-2b": 2_533_539_840,
+    "granite-3.3-8b": 8_170_864_640,
+    "smollm3-3b": 3_075_098_624,
+    "olmo-2-0425-1b": 1_484_916_736,
+    "olmo-2-1124-7b": 7_298_617_344,
+    "olmo-2-1124-13b": 13_716_198_400,
+    "olmo-2-0325-32b": 32_234_279_936,
 }
-MISTRAL_7B = {
-    **LLAMA2_7B,
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-}
-LLAMA31_8B = {
-    **MISTRAL_7B,
-    "vocab_size": 128256,
-    "rope_theta": 500000.0,
-    "rope_scaling": LLAMA3_ROPE,
-}
-QWEN2_05B = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-QWEN3_06B = {
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
+
+
+def test_published_parameter_counts():
+    counts = {name: parameter_count(config) for name, config in ARCHITECTURES.items()}
+    assert counts == PUBLISHED
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_of_transformers(name):
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    # depth only repeats a layer, and takes transformers a second per size
+    config = dataclasses.replace(ARCHITECTURES[name], num_layers=2)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config.to_hf("bfloat16"))
+        )
+    assert sum(p.numel() for p in theirs.parameters()) == parameter_count(config)
 
 
 @pytest.mark.parametrize(
-    ("family", "config", "count"),
+    ("name", "size"),
     [
-        ("llama", LLAMA2_7B, 6_738_415_616),
-        ("llama", {k: v for k, v in LLAMA31_8B.items() if k != "sliding_window"}, 8_030_261_248),
-        ("mistral", MISTRAL_7B, 7_241_732_096),
-        ("qwen2", QWEN2_05B, 494_032_768),
-        ("qwen3", QWEN3_06B, 596_049_920),
+        ("Qwen/Qwen3-8B-Base", "qwen3-8b"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama-3.3-70b"),
+        ("ibm-granite/granite-3.3-2b-instruct", "granite-3.3-2b"),
+        ("allenai/OLMo-2-1124-7B-Instruct", "olmo-2-1124-7b"),
     ],
 )
-def test_published_parameter_counts(family, config, count):
-    assert parameter_count(ModelConfig.from_hf({"model_type": family, **config})) == count
+def test_names_of_the_hub(name, size):
+    assert architecture_of(name) == ARCHITECTURES[size]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What a model is: its config, from and to Hugging Face, and the table of its tensors."""
 
-from jax_ordermerge.arch.config import ARCHITECTURES, ModelConfig, architecture_of
+from jax_ordermerge.arch.config import ModelConfig
 from jax_ordermerge.arch.families import FAMILIES, Family
 from jax_ordermerge.arch.rope import Rope
+from jax_ordermerge.arch.sizes import ARCHITECTURES, architecture_of
 from jax_ordermerge.arch.table import TensorSpec, hf_tensors, parameter_count, tensor_table
 from jax_ordermerge.arch.unlisted import UnlistedConfig
 

@@ -1,0 +1,201 @@
+"""Shapes of published models by name, for plans without their files."""
+
+from typing import Final
+
+from jax_ordermerge.arch.config import ModelConfig
+from jax_ordermerge.json_types import Json
+
+# The keys of `config.json` that differ between the sizes of a release.
+_COLUMNS: Final = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def _llama_3(factor: float) -> Json:
+    return {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+
+
+def _smollm2(theta: float) -> Json:
+    return {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "rope_theta": theta,
+        "tie_word_embeddings": True,
+    }
+
+
+def _mistral(vocab_size: int, theta: float, window: int | None) -> Json:
+    return {
+        "model_type": "mistral",
+        "vocab_size": vocab_size,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+        "rope_theta": theta,
+        "sliding_window": window,
+    }
+
+
+def _qwen25(vocab_size: int, positions: int, epsilon: float = 1e-6) -> Json:
+    return {
+        "model_type": "qwen2",
+        "vocab_size": vocab_size,
+        "rms_norm_eps": epsilon,
+        "max_position_embeddings": positions,
+        "rope_theta": 1e6,
+        # the smaller sizes, which have the smaller vocabulary, tie
+        "tie_word_embeddings": vocab_size == 151936,
+    }
+
+
+def _qwen3(*, tied: bool) -> Json:
+    return {
+        "model_type": "qwen3",
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _granite(head_dim: int, logits_scaling: float) -> Json:
+    return {
+        "model_type": "granite",
+        "vocab_size": 49159,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e7,
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 1 / head_dim,
+        "logits_scaling": logits_scaling,
+    }
+
+
+_LLAMA_2: Final[Json] = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}
+_SMOLLM_3: Final[Json] = {
+    "model_type": "smollm3",
+    "max_position_embeddings": 65536,
+    "rope_theta": 5e6,
+}
+_OLMO_2: Final[Json] = {
+    "model_type": "olmo2",
+    "vocab_size": 100352,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 500000.0,
+}
+# What the sizes of a release have in common, and the columns of each.
+_RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
+    (
+        _LLAMA_2,
+        {
+            "llama-2-7b": (4096, 11008, 32, 32, 32),
+            "llama-2-13b": (5120, 13824, 40, 40, 40),
+            "llama-2-70b": (8192, 28672, 80, 64, 8),
+        },
+    ),
+    (
+        _llama_3(8.0),
+        {
+            "llama-3.1-8b": (4096, 14336, 32, 32, 8),
+            "llama-3.1-70b": (8192, 28672, 80, 64, 8),
+            "llama-3.1-405b": (16384, 53248, 126, 128, 8),
+            "llama-3.3-70b": (8192, 28672, 80, 64, 8),
+        },
+    ),
+    (
+        _llama_3(32.0) | {"tie_word_embeddings": True},
+        {"llama-3.2-1b": (2048, 8192, 16, 32, 8), "llama-3.2-3b": (3072, 8192, 28, 24, 8)},
+    ),
+    (_mistral(32000, 1e4, 4096), {"mistral-7b-v0.1": (4096, 14336, 32, 32, 8)}),
+    (_mistral(32768, 1e6, None), {"mistral-7b-v0.3": (4096, 14336, 32, 32, 8)}),
+    (
+        _smollm2(1e5),
+        {"smollm2-135m": (576, 1536, 30, 9, 3), "smollm2-360m": (960, 2560, 32, 15, 5)},
+    ),
+    (_smollm2(1.3e5), {"smollm2-1.7b": (2048, 8192, 24, 32, 32)}),
+    (
+        _qwen25(151936, 32768),
+        {"qwen2.5-0.5b": (896, 4864, 24, 14, 2), "qwen2.5-3b": (2048, 11008, 36, 16, 2)},
+    ),
+    (_qwen25(151936, 131072), {"qwen2.5-1.5b": (1536, 8960, 28, 12, 2)}),
+    (_qwen25(152064, 131072), {"qwen2.5-7b": (3584, 18944, 28, 28, 4)}),
+    (
+        _qwen25(152064, 131072, 1e-5),
+        {
+            "qwen2.5-14b": (5120, 13824, 48, 40, 8),
+            "qwen2.5-32b": (5120, 27648, 64, 40, 8),
+            "qwen2.5-72b": (8192, 29568, 80, 64, 8),
+        },
+    ),
+    (
+        _qwen3(tied=True),
+        {
+            "qwen3-0.6b": (1024, 3072, 28, 16, 8),
+            "qwen3-1.7b": (2048, 6144, 28, 16, 8),
+            "qwen3-4b": (2560, 9728, 36, 32, 8),
+        },
+    ),
+    (
+        _qwen3(tied=False),
+        {
+            "qwen3-8b": (4096, 12288, 36, 32, 8),
+            "qwen3-14b": (5120, 17408, 40, 40, 8),
+            "qwen3-32b": (5120, 25600, 64, 64, 8),
+        },
+    ),
+    (_granite(64, 8.0), {"granite-3.3-2b": (2048, 8192, 40, 32, 8)}),
+    (_granite(128, 16.0), {"granite-3.3-8b": (4096, 12800, 40, 32, 8)}),
+    (_SMOLLM_3, {"smollm3-3b": (2048, 11008, 36, 16, 4)}),
+    (
+        _OLMO_2,
+        {
+            "olmo-2-0425-1b": (2048, 8192, 16, 16, 16),
+            "olmo-2-1124-7b": (4096, 11008, 32, 32, 32),
+            "olmo-2-1124-13b": (5120, 13824, 40, 40, 40),
+            "olmo-2-0325-32b": (5120, 27648, 64, 40, 8),
+        },
+    ),
+)
+ARCHITECTURES: Final = {
+    name: ModelConfig.from_hf(common | dict(zip(_COLUMNS, row, strict=True)), path=name)
+    for common, sizes in _RELEASES
+    for name, row in sizes.items()
+}
+
+
+def architecture_of(name: str) -> ModelConfig | None:
+    """Return the architecture of a published model by its name on the hub, or None.
+
+    Example:
+        >>> architecture_of("meta-llama/Llama-2-7b-hf").num_layers, architecture_of("my/own-7b")
+        (32, None)
+    """
+    # Fine-tuned variants of the publisher have the shape of their base.
+    short = name.split("/")[-1].lower()
+    for ending in ("-hf", "-instruct", "-chat", "-base"):
+        short = short.removesuffix(ending)
+    return ARCHITECTURES.get(short)
