@@ -10,14 +10,13 @@ from jax_ordermerge.layout import RunLayout
 from tests.commands.test_cli import call
 from tests.experiment import tiny
 
-# what a URL, a pattern, YAML, a shell, a command line, HTML or this package reads as something else
+# What a URL, a pattern, YAML, a shell, a command line, HTML or this package reads as something else.
+# What one of them reads in any place is in one name; a name of its own is for what counts alone.
 SAMPLE = ["run #2"]
 NAMES = [
-    *("a+b", "2026-11-29", "[x]"),
-    *("a b", "a?b", "a%20b", "*", "{a}", "a|b", "a\\b", "a:b"),
-    *("007", "1.10", "yes", "null", "@x", "a=b", "a,b"),
-    *("~", "$HOME", 'say "x"', "<b>x", "a\nb"),
-    *("-x", "--help", ".hidden", "end ", "x" * 230, "cafe\u0301", "😀"),
+    *("a+b c%20d", "[x]*a?b{a}", "a|b\\c,d=e", '$HOME "x"\n<b>'),
+    *("2026-11-29", "007", "1.10", "yes", "null"),
+    *("a:b", "@x", "~", "-x", "--help", ".hidden", "x" * 230, "cafe\u0301 😀 "),
 ]
 TASKS = {"evaluation": {"batch": 8, "tasks": [{"name": "swap", "max_new_tokens": 4}]}}
 
