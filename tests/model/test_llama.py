@@ -205,7 +205,7 @@ def test_remat_changes_no_gradient(name):
         chex.assert_trees_all_close(recomputed_grads, grads, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa_bias", "qwen3_window", "olmo2"])
+@pytest.mark.parametrize("name", ["llama_gqa_bias", "qwen3_window"])
 def test_meshes_change_no_logit(name):
     config = families.FAMILIES[name]
     params, tokens = families.weights(config), families.tokens(config)
