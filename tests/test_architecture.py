@@ -43,6 +43,7 @@ LIBRARIES = {
     "lm_eval": ("evaluate/",),
     "math_verify": ("evaluate/symbolic_worker.py",),
     "sympy": ("evaluate/symbolic_worker.py",),
+    "gguf": ("checkpoint/gguf_metadata.py",),
 }
 WITHOUT_JAX = ("errors", "config", "arch", "hardware", "mesh_shape", "report", "launch")
 # A string that spells a path inside a run directory.

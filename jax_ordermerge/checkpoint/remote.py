@@ -138,7 +138,7 @@ def fetch(path: str | Path, *, without: str | None = None) -> Path:
             }
         local = _local("copies", url)
         # two commands may fetch the same model at the same time
-        with _exclusive(local):
+        with exclusive(local):
             _update(local, files, complete=without is None)
     return local
 
@@ -270,7 +270,7 @@ class Mirror:
         Raises:
             UserError: the bucket cannot be read, or holds files of others.
         """
-        with object_store.one_line_errors(self.url, "read"), _exclusive(self.local):
+        with object_store.one_line_errors(self.url, "read"), exclusive(self.local):
             listing, record = object_store.read_listing(self.url), self.record
             if listing is not None and record is not None and listing.version == record.version:
                 return False
@@ -473,7 +473,7 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _exclusive(local: Path) -> Iterator[None]:
+def exclusive(local: Path) -> Iterator[None]:
     """Let one process of this machine at a time bring a copy up to date."""
     # a lock file beside the copy, since the copy itself may be removed
     local.parent.mkdir(parents=True, exist_ok=True)

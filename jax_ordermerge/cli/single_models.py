@@ -148,11 +148,13 @@ def convert(
         str,
         Argument(help="A model by any name that merge takes; or a run, with --member."),
     ],
-    out: Annotated[Path, Argument(help="Directory to write. It must not exist.")],
+    out: Annotated[Path, Argument(help="Directory or GGUF file to write. It must not exist.")],
     *,
-    to: Annotated[str, Option(help="hf, orbax, or peft (an adapter).")] = "hf",
+    to: Annotated[str, Option(help="hf, orbax, peft (an adapter), or gguf.")] = "hf",
     member: Annotated[int | None, Option(help="Number of a member of a run, from 0.")] = None,
-    dtype: Annotated[str | None, Option(help="That of the source by default.")] = None,
+    dtype: Annotated[
+        str | None, Option(help="That of the source by default; of gguf also q8_0.")
+    ] = None,
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
     base: Annotated[
@@ -162,7 +164,7 @@ def convert(
         int | None, Option(help="Rank of an adapter of any model, nearest to its change.")
     ] = None,
 ) -> None:
-    """Write a model as a Hugging Face directory, an Orbax checkpoint, or a PEFT adapter.
+    """Write a model as a Hugging Face directory, Orbax checkpoint, PEFT adapter, or GGUF file.
 
     ordermerge convert BASE+ADAPTER MERGED
 
@@ -171,6 +173,8 @@ def convert(
     ordermerge convert MERGED ADAPTER --to peft --base BASE --rank 64
 
     ordermerge convert RUN/average ADAPTER --to peft   # of adapters, exact
+
+    ordermerge convert RUN/average MODEL.gguf --to gguf --dtype q8_0   # for llama.cpp, Ollama
     """
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.commands import convert as command
@@ -188,7 +192,7 @@ def convert(
         rank=rank,
     )
     typer.echo(f"wrote {remote.address(out) or out}")
-    if to == "hf" and remote.address(out) is None:
+    if to in ("hf", "gguf") and remote.address(out) is None:
         serving.print_commands(out)
 
 

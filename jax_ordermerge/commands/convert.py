@@ -1,12 +1,22 @@
 """Conversion of checkpoints: Hugging Face directories, Orbax checkpoints, and members of a run."""
 
+import functools
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import atomic, convert, orbax, remote, safetensors, sidecar_files
+from jax_ordermerge.checkpoint import (
+    atomic,
+    convert,
+    gguf_files,
+    orbax,
+    remote,
+    safetensors,
+    sidecar_files,
+)
 from jax_ordermerge.commands import adapters
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.errors import UserError
@@ -20,7 +30,7 @@ from jax_ordermerge.merge.sources import (
 )
 from jax_ordermerge.merge.sources.storage import Source
 
-TARGETS = ("hf", "orbax", "peft")
+TARGETS = ("hf", "orbax", "peft", "gguf")
 DTYPES = convert.WRITABLE
 
 
@@ -40,11 +50,13 @@ def convert_checkpoint(
 
     Args:
         source: a model by any name that `references.open_model` takes; or a run, with `member`.
-        out: directory to write, or its address in a bucket.
+        out: directory to write, or its address in a bucket; of "gguf" a file.
         to: "hf", "orbax", or "peft": the adapter of a member that was trained with `lora`; of a
             weighted sum of adapters, RUN/average or a recipe; or with `rank` that of any model.
+            Or "gguf", a file of llama.cpp.
         member: number of a member, where the source is a run.
-        dtype: of the tensors; that of the source by default.
+        dtype: of the tensors; that of the source by default. Of "gguf" also one of
+            `gguf_files.TYPES`.
         ignore: unknown keys of the `config.json` of an HF directory to ignore.
         allow_bin: read `.bin` files of PyTorch where there are no safetensors.
         base: with `rank`, the model that the adapter is for.
@@ -56,37 +68,35 @@ def convert_checkpoint(
     """
     if to not in TARGETS:
         raise UserError(f"--to {to}: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    dtypes = (*gguf_files.TYPES,) if to == "gguf" else DTYPES
+    if dtype is not None and dtype not in dtypes:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}")
     if (base is None) != (rank is None):
         raise UserError("--base and --rank go together: the rank of an adapter, and what it is for")
     if base is not None and rank is not None:
         if to != "peft":
             raise UserError(f"--base and --rank go with --to peft, not with --to {to}")
         adapters.check_low_rank(base, rank)
+    if to == "gguf":
+        gguf_files.check_target(out)
+        run = _find_member(source, member, ignore)
+        _write_gguf(_open(source, run, dtype=None, ignore=ignore, allow_bin=allow_bin), out, dtype)
+        return
     # names are checked before a bucket is read: fetching a model to refuse a typo wastes hours
     with remote.new_directory(out) as target:
         if target.exists():
             raise UserError(f"{target} exists already; give a new directory")
         atomic.check_vacant(target)
-        run = _find_member(source, member)
-        if ignore:
-            _check_ignore(source, run)
+        run = _find_member(source, member, ignore)
         if to == "peft":
             # first, since it takes members too: of a dense one, or at a lower rank
             if base is not None and rank is not None:
                 model = _open(source, run, dtype=None, ignore=ignore, allow_bin=allow_bin)
                 # a key that a model has, and nothing here reads, mostly is its base's, too
                 keys = ignore if run is None else read_config(run[0].root).model.ignore_config_keys
-                base_model = references.open_model(base, ignore=keys, allow_bin=allow_bin)
+                of_base = references.open_model(base, ignore=keys, allow_bin=allow_bin)
                 adapters.export_low_rank(
-                    model,
-                    source,
-                    target,
-                    base=base_model,
-                    base_name=base,
-                    rank=rank,
-                    dtype=dtype,
+                    model, source, target, base=of_base, base_name=base, rank=rank, dtype=dtype
                 )
             elif run is not None:
                 adapters.export_member(run, target, dtype)
@@ -105,10 +115,17 @@ def convert_checkpoint(
             _write_orbax(model, target, dtype)
 
 
-def _find_member(source: str, number: int | None) -> references.Member | None:
-    """Return a member of a run, by its name or by `--member`; None for another model."""
-    if number is None:
-        return references.find_member(source)
+def _find_member(
+    source: str, number: int | None, ignore: Collection[str]
+) -> references.Member | None:
+    """Return run and number of a member, by its name or by `--member`; None for another model."""
+    run = references.find_member(source) if number is None else _member(source, number)
+    if ignore:
+        _check_ignore(source, run)
+    return run
+
+
+def _member(source: str, number: int) -> references.Member:
     layout = RunLayout(remote.fetch(source))
     if not layout.is_run:
         raise UserError(f"--member goes with a run directory; {source} has no {CONFIG}")
@@ -157,6 +174,23 @@ def _write_hf(model: Source, target: Path, dtype: str, card: str) -> None:
         chat_template=model.prompt_format.chat_template,
         card=card,
     )
+
+
+def _write_gguf(model: Source, out: Path, dtype: str | None) -> None:
+    """Write a GGUF file, one tensor in memory at a time."""
+    if dtype is None:
+        dtype = model.export_dtype or storage.stored_dtype(model, "--dtype")
+    notes = gguf_files.write(
+        out,
+        functools.partial(storage.read, model),
+        config=model.config,
+        dtype=dtype,
+        tokenizer_from=model.directory,
+        chat_template=model.prompt_format.chat_template,
+        name=out.stem,
+    )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _write_orbax(model: Source, target: Path, dtype: str) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge.checkpoint import convert, remote
+from jax_ordermerge.checkpoint import convert, gguf_files, remote
 from jax_ordermerge.checkpoint.resolve import is_on_hub
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.evaluation import RESULTS, TASK_KINDS
@@ -98,7 +98,7 @@ def check_model(model: str) -> None:
         UserError: a file, or a directory without config.json.
     """
     path = remote.expand(model)
-    if path.is_file():
+    if path.is_file() and path.suffix != gguf_files.SUFFIX:
         raise UserError(f"{model} is a file, and no YAML by its name; give a config, run or model")
     is_model = (path / "config.json").is_file() or references.is_composed(model)
     if path.is_dir() and not is_model:

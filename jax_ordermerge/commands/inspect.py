@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from jax_ordermerge import arch
-from jax_ordermerge.checkpoint import compare, convert, remote, safetensors, torch_files
+from jax_ordermerge.checkpoint import compare, convert, gguf_files, remote, safetensors, torch_files
 from jax_ordermerge.commands import tables
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.sources import peft_files, references
@@ -86,7 +86,8 @@ def _open(name: str, ignore: Collection[str], allow_bin: bool) -> safetensors.Te
     refuse_model_of_edited_run(path)
     # Read as files where there are any: tensors that no architecture has are listed, too.
     stored = ("*.safetensors", "pytorch_model*.bin")
-    if path.is_file() or any(any(path.glob(pattern)) for pattern in stored):
+    is_file = path.is_file() and path.suffix != gguf_files.SUFFIX
+    if is_file or any(any(path.glob(pattern)) for pattern in stored):
         return torch_files.open_tensors(path, allow_bin=allow_bin)
     if path.is_dir() or references.is_composed(name):
         return _Model(references.open_model(name, ignore=ignore, allow_bin=allow_bin))

@@ -31,7 +31,7 @@ from jax_ordermerge.merge.sources.storage import Source
 # Of models named on the command line. In docs/results.md `selection` is worse than the average on
 # all five data sets. Another length may be better, but takes validation data to choose.
 DEFAULT_METHOD = "average"
-_WEIGHTS = ".safetensors"
+_WEIGHTS = (".safetensors", ".gguf")
 _WIDTH = 120  # characters of the table of a plan
 
 # Of a plan and the directory to write, which is None where the plan is only shown.
@@ -87,10 +87,10 @@ def kind_of(sources: Sequence[Path]) -> Kind:
                 " ordermerge merge recipe.yml MERGED"
             )
     for path in sources:
-        if path.is_file() and path.suffix != _WEIGHTS:
+        if path.is_file() and path.suffix not in _WEIGHTS:
             raise UserError(
                 f"{path} is a file, and no YAML by its name; give models (directories, hub names,"
-                f" {_WEIGHTS} files), or a recipe or config that ends in .yml or .yaml"
+                f" {' and '.join(_WEIGHTS)} files), or a recipe or config that ends in .yml or .yaml"
             )
     if len(sources) > 1 or _is_model(first):
         return "models"
@@ -103,7 +103,7 @@ def kind_of(sources: Sequence[Path]) -> Kind:
 
 
 def _is_model(path: Path) -> bool:
-    is_file = path.is_file() and path.suffix == _WEIGHTS
+    is_file = path.is_file() and path.suffix in _WEIGHTS
     return is_file or (path / "config.json").is_file() or references.is_composed(str(path))
 
 

@@ -10,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from jax_ordermerge.checkpoint import gguf_files, gguf_metadata
 from jax_ordermerge.json_types import Json
 
 # Files of which one is enough for an engine to turn text into tokens.
@@ -27,38 +28,51 @@ def serving_lines(directory: Path) -> list[str]:
 
     Args:
         directory: where something was exported: a Hugging Face directory of a decoder, or what it
-            may be besides (an adapter, an Orbax checkpoint, an encoder, a diffusion model).
+            may be besides (an adapter, an Orbax checkpoint, an encoder, a diffusion model). Or a
+            GGUF file.
 
     Example:
         >>> serving_lines(Path("nowhere"))
         []
     """
+    if directory.suffix == gguf_files.SUFFIX and directory.is_file():
+        create = _ollama(directory, directory.stem)
+        return ["To serve it, one of:", f"  llama-server -m {shlex.quote(str(directory))}", create]
     if not _writes_text(directory):
         return []
     lacking = _lacking(directory)
     if lacking:
         return [f"no engine can serve {directory}: {', '.join(lacking)}"]
     path, name = shlex.quote(str(directory)), directory.resolve().name
-    gguf, modelfile = shlex.quote(f"{name}.gguf"), shlex.quote(f"{name}.Modelfile")
-    # ollama takes no other characters in the name of a model
-    tag = re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-.") or "merged"
-    # absolute: Ollama reads it from the Modelfile, wherever that lies
-    base = shlex.quote(f"FROM {directory.absolute()}")
+    gguf = shlex.quote(f"{name}.gguf")
+    if _read(directory / "config.json").get("model_type") in gguf_metadata.ARCHITECTURES:
+        convert = f"ordermerge convert {path} {gguf} --to gguf"
+    else:
+        # a script of its repository, not of a package
+        convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {gguf}"
     lines = [
         "To serve it, one of:",
         f"  vllm serve {path}",
         f"  python -m sglang.launch_server --model-path {path}",
         f"  transformers serve {path}",
-        # a script of its repository, not of a package
-        f"  python llama.cpp/convert_hf_to_gguf.py {path} --outfile {gguf}"
-        f" && llama-server -m {gguf}",
-        f"  echo {base} > {modelfile} && ollama create {tag} -f {modelfile}",
+        f"  {convert} && llama-server -m {gguf}",
+        _ollama(directory, name),
     ]
     if not has_chat_template(directory):
         lines.append(
             "It has no chat template: ask under /v1/completions, not /v1/chat/completions."
         )
     return lines
+
+
+def _ollama(path: Path, name: str) -> str:
+    """Return the command that makes a model of Ollama from a directory or GGUF file."""
+    modelfile = shlex.quote(f"{name}.Modelfile")
+    # ollama takes no other characters in the name of a model
+    tag = re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-.") or "merged"
+    # absolute: Ollama reads it from the Modelfile, wherever that lies
+    base = shlex.quote(f"FROM {path.absolute()}")
+    return f"  echo {base} > {modelfile} && ollama create {tag} -f {modelfile}"
 
 
 def has_chat_template(directory: Path) -> bool:

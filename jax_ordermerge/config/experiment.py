@@ -41,7 +41,7 @@ class Model(Section):
 
     base: str = Field(
         "embedded:quickstart",
-        description="HF directory (also gs:// and s3://), hub name, or embedded:NAME",
+        description="HF directory or GGUF file (also gs://, s3://), hub name, embedded:NAME",
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: take only config and tokenizer of the base"
@@ -360,8 +360,8 @@ def _merge_conflicts(config: Config) -> Iterator[str]:
 # What a config has to name although the schema has a default. The defaults are a toy, and nobody
 # who forgot the base of an experiment wants to see results of the toy.
 _NAMED = {
-    "model.base": "a Hugging Face directory, a hub name, or embedded:quickstart, the toy of this"
-    " package",
+    "model.base": "a Hugging Face directory, a GGUF file, a hub name, or embedded:quickstart, the"
+    " toy of this package",
     "data.train": "a file, a hub dataset, or generated:quickstart, the toy of this package",
 }
 
@@ -380,8 +380,8 @@ def check_inputs(config: Config, keys: Collection[str] = tuple(_NAMED)) -> None:
         >>> check_inputs(Config())
         Traceback (most recent call last):
         ...
-        jax_ordermerge.errors.UserError: model.base is missing; give a Hugging Face directory, a hub
-            name, or embedded:quickstart, the toy of this package
+        jax_ordermerge.errors.UserError: model.base is missing; give a Hugging Face directory, a
+            GGUF file, a hub name, or embedded:quickstart, the toy of this package
     """
     for key in keys:
         section, name = key.split(".")

@@ -151,7 +151,7 @@ def test_members_of_different_architectures(folder, tmp_path, capsys):
         (["merge", "A", "B", "--out", "O", "--param", "density"], "expected KEY=VALUE"),
         (["merge", "A", "B", "--out", "O", "--param", "density=[1"], "value is not valid YAML"),
         (["merge", "A", "B", "--out", "O", "--dtype", "int4"], "--dtype int4: expected one of"),
-        (["convert", "A", "B", "--to", "gguf"], "--to gguf: expected hf, orbax or peft"),
+        (["convert", "A", "B", "--to", "onnx"], "--to onnx: expected hf, orbax, peft or gguf"),
         (["report", "."], "is not a run directory"),
     ],
 )

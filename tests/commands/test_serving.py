@@ -24,12 +24,7 @@ def test_commands_name_the_directory(model):
     assert words[0] == ["vllm", "serve", str(model)]
     assert words[1] == ["python", "-m", "sglang.launch_server", "--model-path", str(model)]
     assert words[2] == ["transformers", "serve", str(model)]
-    assert words[3][1:5] == [
-        "llama.cpp/convert_hf_to_gguf.py",
-        str(model),
-        "--outfile",
-        "my model.gguf",
-    ]
+    assert words[3][:5] == ["ordermerge", "convert", str(model), "my model.gguf", "--to"]
     assert words[3][-3:] == ["llama-server", "-m", "my model.gguf"]
     # the shell writes a Modelfile that names the model by its whole path
     line = commands[4].partition(" && ")[0].strip()
@@ -43,6 +38,22 @@ def test_a_model_without_a_template_is_asked_for_completions(model):
     assert serving_lines(model)[-1].startswith("It has no chat template: ask under /v1/completions")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     assert len(serving_lines(model)) == 6
+
+
+def test_a_gguf_file_is_served_as_it_is(tmp_path):
+    file = tmp_path / "my model.gguf"
+    file.touch()
+    _, server, ollama = serving_lines(file)
+    assert shlex.split(server) == ["llama-server", "-m", str(file)]
+    subprocess.run(["sh", "-c", ollama.partition(" && ")[0]], check=True, cwd=tmp_path)
+    assert (tmp_path / "my model.Modelfile").read_text() == f"FROM {file}\n"
+
+
+def test_a_family_that_only_llama_cpp_converts_goes_through_its_script(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    (line,) = (line for line in serving_lines(model) if "llama-server" in line)
+    assert "llama.cpp/convert_hf_to_gguf.py" in line
 
 
 def test_what_no_engine_would_find_is_named(model):

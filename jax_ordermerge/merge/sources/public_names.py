@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jax_ordermerge.checkpoint import remote
+from jax_ordermerge.checkpoint.resolve import PACKAGED
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import RunLayout, member_checkpoint, member_number
 from jax_ordermerge.merge.sources.references import split_name
@@ -23,7 +24,7 @@ class PublicName(NamedTuple):
     """
 
     text: str
-    kind: Literal["hub", "embedded", "run", "bucket", "directory"]
+    kind: Literal["hub", "embedded", "run", "package", "bucket", "file", "directory"]
 
     @property
     def card_id(self) -> str:
@@ -50,8 +51,10 @@ class PublicName(NamedTuple):
             return f"[`{self.text}`](https://huggingface.co/{self.text})"
         places = {
             "embedded": "shipped with jax_ordermerge",
+            "package": "from another Python package",
             "run": "made by a run of jax_ordermerge",
             "bucket": "from a bucket",
+            "file": "a GGUF file, not from a hub",
             "directory": "a directory, not from a hub",
         }
         return f"`{self.text}` ({places[self.kind]})"
@@ -70,7 +73,8 @@ def public_name(model: str) -> PublicName:
         (PublicName(text='SmolLM2-135M', kind='directory'), 'quickstart')
     """
     if model.startswith(_EMBEDDED):
-        return PublicName(model.removeprefix(_EMBEDDED), "embedded")
+        name = model.removeprefix(_EMBEDDED)
+        return PublicName(name, "package" if name in PACKAGED else "embedded")
     if (address := remote.address(model)) is not None:
         return PublicName(Path(address).name, "bucket")
     path = remote.expand(model)
@@ -86,7 +90,7 @@ def public_name(model: str) -> PublicName:
     cache = real.parents[1].name if real.parent.name == "snapshots" else ""
     if cache.startswith(_HUB_CACHE):
         return PublicName(cache.removeprefix(_HUB_CACHE).replace("--", "/"), "hub")
-    return PublicName(real.name, "directory")
+    return PublicName(real.name, "file" if real.is_file() else "directory")
 
 
 def split_label(label: str) -> tuple[str, str | None]:

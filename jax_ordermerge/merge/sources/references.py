@@ -1,7 +1,7 @@
 """Names of models, which every command that takes a model opens by `open_model`.
 
-A name is a directory, a hub name, `RUN/member_3`, `RUN/member_3@200` (its checkpoint of step 200),
-`RUN/average` (a merge of a run), an Orbax directory, or one of these with an adapter,
+A name is a directory, a GGUF file, a hub name, `RUN/member_3`, `RUN/member_3@200` (its checkpoint of
+step 200), `RUN/average` (a merge of a run), an Orbax directory, or one of these with an adapter,
 `MODEL+ADAPTER`.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jax.typing import DTypeLike
 
 from jax_ordermerge import record
-from jax_ordermerge.checkpoint import convert, orbax, remote
+from jax_ordermerge.checkpoint import convert, gguf_files, orbax, remote
 from jax_ordermerge.checkpoint.resolve import is_on_hub
 from jax_ordermerge.config import Lora, Model, read_yaml
 from jax_ordermerge.config.section import parse
@@ -53,8 +53,9 @@ def open_model(
     """Open a model by name. Headers and shapes are checked, tensors are not read.
 
     Args:
-        name: a Hugging Face directory or hub name; `RUN/member_3`, a member of a run, or
-            `RUN/member_3@200`, at an earlier step that its training kept; `RUN/average`, a merge of it; an Orbax directory made by `ordermerge convert --to
+        name: a Hugging Face directory, GGUF file or hub name; `RUN/member_3`, a member of a run, or
+            `RUN/member_3@200`, at an earlier step that its training kept; `RUN/average`, a merge of
+            it; an Orbax directory made by `ordermerge convert --to
             orbax`; or one of these with an adapter, `MODEL+ADAPTER`. The name of an existing
             directory is never split or parsed.
         adapter: directory or hub name of a LoRA adapter, if it is not part of the name.
@@ -230,7 +231,8 @@ def _find_directory(name: str, resolve: Resolve, ignore: Collection[str]) -> Pat
         return open_member(member.layout, member.number, name, ignore, step=member.step)
     path = _find_merge(name)
     if path is None:
-        path = remote.fetch(name) if remote.address(name) is not None else resolve(name)
+        is_fetched = remote.address(name) is not None and not name.endswith(gguf_files.SUFFIX)
+        path = remote.fetch(name) if is_fetched else resolve(name)
     record.refuse_model_of_edited_run(path)
     layout = RunLayout(path)
     # also a run that is not trained yet, or in waves; models may have a config.yaml of their own

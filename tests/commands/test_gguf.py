@@ -1,0 +1,74 @@
+"""GGUF at the command line: a model is read wherever one is named, and written by `convert`."""
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from tokenizers import models, pre_tokenizers
+
+from jax_ordermerge.checkpoint import safetensors
+from jax_ordermerge.commands.evaluate import check_model
+from tests.commands.test_cli import call
+from tests.experiment import tiny
+
+pytest.importorskip("gguf", reason="needs the extra gguf")
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A model whose tokenizer has bytes, the tokens of `tiny` and nothing else."""
+    monkeypatch.setenv("ORDERMERGE_CACHE", str(tmp_path / "cache"))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    places = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    bpe = tokenizers.Tokenizer(models.BPE(places, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+    return tiny.make_base(tmp_path / "base", tokenizer=fast, vocab_size=len(places))
+
+
+def test_a_model_goes_out_and_comes_back(base, tmp_path, capsys):
+    file, back, merged = tmp_path / "model.gguf", tmp_path / "back", tmp_path / "merged"
+    assert call("convert", base, file, "--to", "gguf") == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"wrote {file}\n"
+    assert f"  llama-server -m {file}" in printed.err.splitlines()
+    assert call("convert", file, back) == 0
+    assert "model.gguf has 15 in F32; read as float32" not in capsys.readouterr().out
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (back / name).read_bytes() == (base / name).read_bytes(), name
+    assert call("inspect", file) == 0
+    assert "q_proj" in capsys.readouterr().out
+    assert call("diff", base, file) == 0
+    assert call("merge", "--method", "linear", "--out", merged, base, file) == 0
+    for name in (reader := safetensors.Reader(merged)).names:
+        np.testing.assert_array_equal(reader.read(name), safetensors.Reader(base).read(name))
+    check_model(str(file))
+    assert "model.gguf` (a GGUF file, not from a hub)" in (merged / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.bin", "--to", "gguf"], "expected a file that ends in .gguf"),
+        (["base.gguf", "--to", "gguf"], "base.gguf exists already"),
+        (["new.gguf", "--to", "gguf", "--dtype", "q4_0"], "--dtype q4_0: expected one of f32"),
+        (["s3://a/new.gguf", "--to", "gguf"], "a GGUF file is written to a disk"),
+        (["new.gguf", "--to", "hf", "--dtype", "q8_0"], "--dtype q8_0: expected one of float32"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_first(
+    base, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.gguf").touch()
+    assert call("convert", base, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_words_is_refused_and_nothing_is_left(tmp_path, capsys):
+    base = tiny.make_base(tmp_path / "base")
+    before = sorted(tmp_path.iterdir())
+    assert call("convert", base, tmp_path / "model.gguf", "--to", "gguf") == 2
+    assert "of type WordLevel, which cannot be written as GGUF" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
