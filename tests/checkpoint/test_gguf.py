@@ -32,7 +32,7 @@ CONFIGS = {
     "llama": ModelConfig(**SIZES, tie_embeddings=True, rope=Rope(theta=500000.0)),
     "biases": ModelConfig(**SIZES, qkv_bias=True, output_bias=True, mlp_bias=True),
     "qwen2": ModelConfig(**SIZES, family="qwen2", qkv_bias=True),
-    "qwen3": ModelConfig(**SIZES, family="qwen3", qk_norm=True, head_dim=16),
+    "qwen3": ModelConfig(**SIZES, family="qwen3", qk_norm="per_head", head_dim=16),
 }
 
 

@@ -34,7 +34,8 @@ def test_a_model_goes_out_and_comes_back(base, tmp_path, capsys):
     assert printed.out == f"wrote {file}\n"
     assert f"  llama-server -m {file}" in printed.err.splitlines()
     assert call("convert", file, back) == 0
-    assert "model.gguf has 15 in F32; read as float32" not in capsys.readouterr().out
+    assert "model.gguf has 20 in F32; read as float32" in capsys.readouterr().err
+    assert "`model.gguf` (a GGUF file, not from a hub)" in (back / "README.md").read_text()
     for name in ("model.safetensors", "config.json", "generation_config.json"):
         assert (back / name).read_bytes() == (base / name).read_bytes(), name
     assert call("inspect", file) == 0
@@ -44,7 +45,6 @@ def test_a_model_goes_out_and_comes_back(base, tmp_path, capsys):
     for name in (reader := safetensors.Reader(merged)).names:
         np.testing.assert_array_equal(reader.read(name), safetensors.Reader(base).read(name))
     check_model(str(file))
-    assert "model.gguf` (a GGUF file, not from a hub)" in (merged / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
