@@ -40,6 +40,7 @@ def test_every_command_that_it_names_has_help():
         "launch",
         "merge",
         "plan",
+        "push",
         "report",
         "results",
         "run",

@@ -13,12 +13,14 @@ _WEIGHTS = (
     *(".msgpack", ".ot", ".tflite", ".mlmodel", ".pdparams"),
 )
 _INDEX = (".safetensors.index.json", ".bin.index.json")
+# Of tokenizers, processors, modules and code.
+_SIDE_SUFFIXES = (".json", ".jinja", ".model", ".spm", ".tiktoken", ".py")
 # What a merge writes itself, or what belongs to a repository, a training, or an earlier merge.
 _NOT_OF_MODEL = (
-    "README.md",
+    sidecar_files.CARD,
     "merge.json",
     "manifest.json",
-    "merge_config.yaml",
+    sidecar_files.RECIPE,
     "mergekit_config.yml",
     "training_args.bin",
     "trainer_state.json",
@@ -53,6 +55,26 @@ def list_files(directory: Path) -> tuple[list[Path], list[str]]:
             else:
                 files += [file.relative_to(directory) for file in inner]
     return files, left_out
+
+
+def is_side_file(path: Path) -> bool:
+    """Return whether a file beside the weights of a model is one of those that a loader may read.
+
+    Others may be anything: notes, keys, results of a training.
+
+    Args:
+        path: relative to the directory of the model.
+
+    Example:
+        >>> is_side_file(Path("1_Pooling/config.json")), is_side_file(Path("trainer_state.json"))
+        (True, False)
+        >>> is_side_file(Path("vocab.txt")), is_side_file(Path(".git/config.json"))
+        (True, False)
+    """
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    if is_hidden or path.parts[0] in _NOT_OF_MODEL or is_weights(path):
+        return False
+    return path.name in sidecar_files.TOKENIZER_FILES or path.suffix in _SIDE_SUFFIXES
 
 
 def copy(

@@ -11,7 +11,7 @@ from jax_ordermerge.checkpoint import atomic, json_files
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
 
-GENERATION = "generation_config.json"
+GENERATION, CARD, RECIPE = "generation_config.json", "README.md", "merge_config.yaml"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # Inside a directory of Orbax checkpoints, beside the directories of the steps.
@@ -54,9 +54,9 @@ def write(
     write_generation_config(directory, config)
     if tokenizer_from is not None:
         copy_tokenizer(Path(tokenizer_from), directory, chat_template)
-    atomic.write_text(directory / "README.md", model_card() if card is None else card)
+    atomic.write_text(directory / CARD, model_card() if card is None else card)
     if recipe is not None:
-        atomic.write_text(directory / "merge_config.yaml", recipe)
+        atomic.write_text(directory / RECIPE, recipe)
 
 
 def write_generation_config(directory: Path, config: ModelConfig) -> None:

@@ -19,6 +19,7 @@ from jax_ordermerge.cli.app import (
     run_through,
     split_keys,
 )
+from jax_ordermerge.errors import UserError
 
 
 @app.command()
@@ -194,6 +195,57 @@ def convert(
     typer.echo(f"wrote {remote.address(out) or out}")
     if to in ("hf", "gguf") and remote.address(out) is None:
         serving.print_commands(out)
+
+
+@app.command()
+def push(
+    source: Annotated[
+        str,
+        Argument(
+            metavar="RUN|MODEL",
+            help="Directory of a model or adapter, RUN/average, or a run with one merge.",
+        ),
+    ],
+    repo_id: Annotated[str, Argument(metavar="REPO_ID", help="OWNER/NAME on the hub.")],
+    *,
+    private: Annotated[
+        bool, Option("--private", help="The new repository is seen by its owner alone.")
+    ] = False,
+    update: Annotated[
+        bool, Option("--update", help="Commit to a repository that exists; replace its weights.")
+    ] = False,
+    revision: Annotated[str, Option(help="Branch to commit to; it may be new.")] = "main",
+    message: Annotated[str, Option(help="Of the commit.")] = "Upload by ordermerge push",
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print files, sizes and card; needs no network.")
+    ] = False,
+) -> None:
+    """Upload an exported model to the Hugging Face hub, with its card, recipe and results.
+
+    ordermerge push RUN/average OWNER/NAME --dry-run
+
+    The token is that of HF_TOKEN or of `hf auth login`.
+    """
+    from jax_ordermerge.commands import push as command
+
+    if private and update:
+        raise UserError("--private is for a new repository; of one that exists it changes nothing")
+    upload = command.prepare(source)
+    if dry_run:
+        command.print_dry_run(upload, repo_id)
+        return
+    for line in command.describe(upload):
+        typer.echo(line, err=True)
+    url = command.push(
+        upload,
+        repo_id,
+        private=private,
+        update=update,
+        revision=revision,
+        message=message,
+        log=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(url)
 
 
 @app.command()

@@ -151,8 +151,8 @@ def _write_unlisted(
     # a single file has no config, and an empty one would be read as that of a model
     if config.content:
         json_files.write_json(directory / config.file, dict(config.content))
-    atomic.write_text(directory / "README.md", card)
-    atomic.write_text(directory / "merge_config.yaml", recipe)
+    atomic.write_text(directory / sidecar_files.CARD, card)
+    atomic.write_text(directory / sidecar_files.RECIPE, recipe)
 
 
 def _digest(plan: Plan, records: Sequence[TensorRecord], source: int) -> str | None:

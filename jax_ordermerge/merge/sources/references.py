@@ -187,7 +187,7 @@ def is_composed(name: str) -> bool:
     if path.exists():
         # RUN/member_0 may be a directory of its own: the export
         return not (path / "config.json").is_file() and orbax.latest(path) is not None
-    return "+" in name or _parse_member(path.name) is not None or _find_merge(name) is not None
+    return "+" in name or _parse_member(path.name) is not None or find_merge(name) is not None
 
 
 def is_downloaded(name: str, adapter: str | None = None) -> bool:
@@ -229,7 +229,7 @@ def _find_directory(name: str, resolve: Resolve, ignore: Collection[str]) -> Pat
     member = find_member(name)
     if member is not None:
         return open_member(member.layout, member.number, name, ignore, step=member.step)
-    path = _find_merge(name)
+    path = find_merge(name)
     if path is None:
         is_fetched = remote.address(name) is not None and not name.endswith(gguf_files.SUFFIX)
         path = remote.fetch(name) if is_fetched else resolve(name)
@@ -266,7 +266,7 @@ def lone_adapter(name: str) -> UserError:
     )
 
 
-def _find_merge(name: str) -> Path | None:
+def find_merge(name: str) -> Path | None:
     """Return the directory of a merge by its name, `RUN/average`; None for other names."""
     path = remote.expand(name)
     layout = RunLayout(path.parent)
