@@ -108,7 +108,8 @@ def _embedded(name: str) -> Path:
     if name not in shipped:
         raise UserError(
             f"embedded:{name} is not shipped with this package"
-            f" (there are: {', '.join(sorted([*shipped, *PACKAGED]))})"
+            f" (shipped: {', '.join(sorted(shipped)) or 'none'}) or with another"
+            f" ({', '.join(PACKAGED)})"
         )
     return Path(str(assets / name))
 
