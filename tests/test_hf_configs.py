@@ -56,11 +56,29 @@ OWN = {
         "no_rope_layer_interval": 7,
     },
     "olmo2": {"attention_bias": True},
+    "gemma2": {
+        "attention_bias": True,
+        "sliding_window": 77,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"] * 10,
+        "query_pre_attn_scalar": 144,
+        "attn_logit_softcapping": 40.0,
+        "final_logit_softcapping": 20.0,
+    },
+    "gemma3_text": {
+        "attention_bias": True,
+        "sliding_window": 77,
+        "sliding_window_pattern": 4,
+        "rope_local_base_freq": 300.0,
+        "query_pre_attn_scalar": 144,
+        "final_logit_softcapping": 20.0,
+    },
+    "phi3": {"sliding_window": 77, "partial_rotary_factor": 0.5},
 }
 # What goes with the default of a size: 32 heads, and groups of equal size.
 BESIDE = {
     "hidden_size": {"num_attention_heads": 64, "num_key_value_heads": 16},
-    "num_attention_heads": {"hidden_size": 4096, "num_key_value_heads": 16},
+    "num_attention_heads": {"hidden_size": 4096, "num_key_value_heads": 8},
+    "num_hidden_layers": {"layer_types": None},
     "num_key_value_heads": {"hidden_size": 4096, "num_attention_heads": 64},
 }
 ALTERNATING = ["full_attention", "sliding_attention"] * 15
@@ -70,6 +88,8 @@ def theirs(raw):
     """The config of transformers, in our words."""
     config = transformers.AutoConfig.for_model(**json.loads(json.dumps(raw)))
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
+    local = rope.get("sliding_attention", {}).get("rope_theta")
+    rope = rope.get("full_attention", rope)
     types = getattr(config, "layer_types", None)
     if config.model_type in ("llama", "granite", "olmo2"):
         windows = [None] * config.num_hidden_layers
@@ -81,6 +101,11 @@ def theirs(raw):
         config.hidden_size // config.num_attention_heads
     )
     has_rope = getattr(config, "no_rope_layers", ())[: config.num_hidden_layers]
+    scale, scalar = (
+        getattr(config, key, None) for key in ("attention_multiplier", "query_pre_attn_scalar")
+    )
+    if scalar not in (None, head_dim):
+        scale = scalar**-0.5
     eos = config.eos_token_id
     return {
         "vocab_size": config.vocab_size,
@@ -93,6 +118,8 @@ def theirs(raw):
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "theta": rope["rope_theta"],
+        "sliding_theta": local,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1),
         "windows": tuple(windows),
         "qkv_bias": config.model_type == "qwen2" or getattr(config, "attention_bias", False),
         "output_bias": getattr(config, "attention_bias", False),
@@ -103,18 +130,23 @@ def theirs(raw):
         "pad_token_id": config.pad_token_id,
         "initializer_range": config.initializer_range,
         "no_rope_layers": tuple(layer for layer, rope in enumerate(has_rope) if not rope),
-        "embedding_scale": getattr(config, "embedding_multiplier", 1),
+        "embedding_scale": None if scalar else getattr(config, "embedding_multiplier", 1),
         "residual_scale": getattr(config, "residual_multiplier", 1),
-        "attention_scale": getattr(config, "attention_multiplier", None),
+        "attention_scale": scale,
         "logit_divisor": getattr(config, "logits_scaling", 1),
+        "attention_softcap": getattr(config, "attn_logit_softcapping", None),
+        "logit_softcap": getattr(config, "final_logit_softcapping", None),
     }
 
 
 def ours(raw):
     config = ModelConfig.from_hf(raw)
-    return {name: getattr(config, name) for name in theirs(raw) if name != "theta"} | {
-        "theta": config.rope.theta
+    ropes = {
+        "theta": config.rope.theta,
+        "sliding_theta": config.sliding_rope and config.sliding_rope.theta,
+        "partial_rotary_factor": config.rope.partial_rotary_factor,
     }
+    return {name: getattr(config, name) for name in theirs(raw) if name not in ropes} | ropes
 
 
 def full(family):

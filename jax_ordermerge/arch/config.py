@@ -1,30 +1,33 @@
 """`ModelConfig`: the shape and mathematics of a model, from and to a Hugging Face config."""
 
 import dataclasses
-import math
 from collections.abc import Iterable
-from typing import Final
 
 from jax_ordermerge.arch import rope as ropes
-from jax_ordermerge.arch.families import DEFAULTS, FAMILIES, Family, NormPlacement, QkNorm
+from jax_ordermerge.arch.families import (
+    ACTIVATIONS,
+    DEFAULTS,
+    FAMILIES,
+    Activation,
+    Family,
+    NormPlacement,
+    QkNorm,
+)
 from jax_ordermerge.arch.hf_keys import check_keys
+from jax_ordermerge.arch.hf_values import (
+    FULL,
+    SLIDING,
+    SQUARED_DIVISOR,
+    check_flags,
+    check_values,
+    read_no_rope_layers,
+    read_ropes,
+    read_windows,
+    token_ids,
+)
 from jax_ordermerge.arch.rope import Rope
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.json_types import Json, JsonRow, JsonValue
-
-_SIZES: Final = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
-_OPTIONAL_SIZES: Final = ("num_key_value_heads", "head_dim")
-_NUMBERS: Final = ("rms_norm_eps", "initializer_range")
-_FLAGS: Final = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
-_TOKEN_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
-_FULL, _SLIDING = "full_attention", "sliding_attention"  # as `layer_types` spells them
+from jax_ordermerge.json_types import Json, JsonRow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope: Rope = dataclasses.field(default_factory=Rope)
+    sliding_rope: Rope | None = None  # of the layers with a window; None: `rope`
     sliding_window: int | None = None
     # Layers that see all earlier tokens although there is a window. Numbers and not a flag per
     # layer: a model of some other depth keeps them.
@@ -60,15 +64,23 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    # Whether q, k and v are one matrix, and gate and up are one.
+    fused_projections: bool = False
     qk_norm: QkNorm = "none"
     norm_placement: NormPlacement = "before"
     no_rope_layers: tuple[int, ...] = ()
-    # Factors of the embeddings, of what a block adds to the residual stream, and of the scores of
-    # attention (None: 1 / sqrt(head_dim)); the divisor of the logits.
-    embedding_scale: float = 1.0
+    norm_offset: float = 0.0  # what the weight of a norm counts from
+    activation: Activation = "silu"
+    # Factors of the embeddings (None: sqrt(hidden_size), rounded to the compute dtype), of what a
+    # block adds to the residual stream, and of the scores of attention (None: 1 / sqrt(head_dim));
+    # the divisor of the logits.
+    embedding_scale: float | None = 1.0
     residual_scale: float = 1.0
     attention_scale: float | None = None
     logit_divisor: float = 1.0
+    # Soft caps: x becomes cap tanh(x / cap).
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     # A tuple, because a list would make the config unhashable; chat models have several.
@@ -97,6 +109,15 @@ class ModelConfig:
         object.__setattr__(self, "full_attention_layers", tuple(sorted(full)))
         without_rope = set(self.no_rope_layers) & set(range(self.num_layers))
         object.__setattr__(self, "no_rope_layers", tuple(sorted(without_rope)))
+        if window is None or self.sliding_rope == self.rope:
+            object.__setattr__(self, "sliding_rope", None)
+        pairs = self.rope.turning(self.head_dim) / 2
+        for factors in (self.rope.short_factor, self.rope.long_factor):
+            if factors and len(factors) != pairs:
+                raise UserError(
+                    f"longrope has {len(factors)} factors for {pairs:g} pairs of dimensions that"
+                    " turn; it needs one per pair"
+                )
         if self.attention_scale == self.head_dim**-0.5:
             object.__setattr__(self, "attention_scale", None)
 
@@ -125,8 +146,10 @@ class ModelConfig:
     @property
     def layer_ropes(self) -> tuple[Rope | None, ...]:
         """The rope of each layer; None is none."""
+        sliding = self.sliding_rope or self.rope
+        ropes = (self.rope if window is None else sliding for window in self.windows)
         without = self.no_rope_layers
-        return tuple(None if layer in without else self.rope for layer in range(self.num_layers))
+        return tuple(None if layer in without else rope for layer, rope in enumerate(ropes))
 
     @property
     def context_length(self) -> int:
@@ -161,11 +184,12 @@ class ModelConfig:
             )
         family, ignore = FAMILIES[name], frozenset(ignore)
         # Before any value is read: an unsupported option must not be hidden by a missing key.
-        check_keys(config, ignore, path, family.keys)
+        check_keys(config, ignore, path, family.keys, family.must_be)
         values = {**DEFAULTS, **family.defaults, **config}
-        _check_values(values, family, path)
-        _check_flags(values, family, path)
-        window, full_attention_layers = _windows(values, family, path)
+        check_values(values, family, path)
+        check_flags(values, family, path)
+        window, full_attention_layers = read_windows(values, family, path)
+        rope, sliding_rope = read_ropes(config, values, family, path, ignore)
         bias = bool(values["attention_bias"]) and family.attention_bias
         return cls(
             family=name,
@@ -178,13 +202,8 @@ class ModelConfig:
             head_dim=values["head_dim"] or 0,
             max_position_embeddings=values["max_position_embeddings"],
             rms_norm_eps=values["rms_norm_eps"],
-            rope=ropes.from_hf(
-                config,
-                values["max_position_embeddings"],
-                path=path,
-                theta=family.rope_theta,
-                ignore=ignore,
-            ),
+            rope=rope,
+            sliding_rope=sliding_rope,
             sliding_window=window,
             full_attention_layers=full_attention_layers,
             qkv_bias=bias or family.qkv_bias,
@@ -194,11 +213,15 @@ class ModelConfig:
             mlp_bias=bool(values["mlp_bias"]),
             qk_norm=family.qk_norm,
             norm_placement=family.norm_placement,
-            no_rope_layers=_no_rope_layers(values, path) if family.no_rope_layers else (),
-            **{field: values[key] for key, field in family.numbers.items()},
+            no_rope_layers=read_no_rope_layers(values, path) if family.no_rope_layers else (),
+            **{
+                field: values[key] ** -0.5 if key == SQUARED_DIVISOR else values[key]
+                for key, field in family.numbers.items()
+            },
+            **family.fields,
             tie_embeddings=bool(values["tie_word_embeddings"]),
             bos_token_id=values["bos_token_id"],
-            eos_token_ids=_ids(values["eos_token_id"]),
+            eos_token_ids=token_ids(values["eos_token_id"]),
             pad_token_id=values["pad_token_id"],
             initializer_range=values["initializer_range"],
         )
@@ -242,7 +265,7 @@ class ModelConfig:
             True
         """
         family = FAMILIES[self.family]
-        rope, eos = self.rope.to_hf(), self.eos_token_ids
+        eos = self.eos_token_ids
         # Keys that a family of transformers does not know are left out of its file.
         optional: Json = {}
         if family.attention_bias:
@@ -254,8 +277,12 @@ class ModelConfig:
             optional["no_rope_layers"] = [int(rope is not None) for rope in self.layer_ropes]
         for key, field in family.numbers.items():
             optional[key] = getattr(self, field)
-            if field == "attention_scale" and self.attention_scale is None:
-                optional[key] = self.head_dim**-0.5
+            if field == "attention_scale":
+                scale = self.attention_scale or self.head_dim**-0.5
+                optional[key] = round(scale**-2) if key == SQUARED_DIVISOR else scale
+        sliding_rope = None
+        if family.sliding_rope is not None:
+            sliding_rope = self.sliding_rope or self.rope
         return {
             "architectures": [family.architecture],
             "model_type": self.family,
@@ -268,15 +295,11 @@ class ModelConfig:
             # Always written: where it is absent, readers assume hidden_size / heads, wrong for
             # Qwen3.
             "head_dim": self.head_dim,
-            # The only activation that `check_keys` lets through; `swish` is another name of it.
-            "hidden_act": "silu",
+            # `check_keys` lets no other activation of a family through.
+            family.activation_key: ACTIVATIONS[self.activation][0],
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
-            # Rope is written in both forms: transformers 4 silently misreads a file that has
-            # `rope_parameters` alone.
-            "rope_theta": self.rope.theta,
-            "rope_scaling": None if self.rope.kind == "default" else rope,
-            "rope_parameters": {**rope, "rope_theta": self.rope.theta},
+            **ropes.to_hf(self.rope, sliding_rope, family.rope, self.max_position_embeddings),
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.initializer_range,
             "bos_token_id": self.bos_token_id,
@@ -296,7 +319,7 @@ class ModelConfig:
             return {}
         if family.window == "all":
             return {"sliding_window": window}
-        types = [_FULL if window is None else _SLIDING for window in windows]
+        types = [FULL if window is None else SLIDING for window in windows]
         if family.window == "by_type":
             # transformers reads the window also where no layer has it
             window = DEFAULTS["sliding_window"] if window is None else window
@@ -312,105 +335,3 @@ class ModelConfig:
         }
 
 
-def _ids(value: JsonValue) -> tuple[JsonValue, ...]:
-    # Hugging Face writes one id as an int and several as a list.
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _check_values(values: JsonRow, family: Family, path: str) -> None:
-    """Refuse values of another JSON type, which would fail far from the file."""
-    for key in (*_SIZES, *_OPTIONAL_SIZES):
-        value = values[key]
-        # `type` and not `isinstance`: true is no size
-        is_size = type(value) is int and value > 0
-        if not is_size and not (key in _OPTIONAL_SIZES and value is None):
-            raise UserError(f"{path}: {key} = {value!r}; expected a positive integer")
-    for key in _NUMBERS:
-        if type(values[key]) not in (int, float) or not values[key] >= 0:
-            raise UserError(f"{path}: {key} = {values[key]!r}; expected a number")
-    for key in family.numbers:
-        if type(values[key]) not in (int, float) or not 0 < values[key] < math.inf:
-            raise UserError(f"{path}: {key} = {values[key]!r}; expected a positive number")
-    for key in _FLAGS:
-        # the text "false" is true in Python
-        if not isinstance(values[key], bool | None):
-            raise UserError(f"{path}: {key} = {values[key]!r}; expected true or false")
-    for key in _TOKEN_IDS:
-        if any(type(value) is not int for value in _ids(values[key])):
-            raise UserError(f"{path}: {key} = {values[key]!r}; expected a token id, or null")
-
-
-def _no_rope_layers(values: JsonRow, path: str) -> tuple[int, ...]:
-    """Return the layers without rope: those with a 0 in `no_rope_layers`."""
-    layers: int = values["num_hidden_layers"]
-    has_rope, interval = values.get("no_rope_layers"), values.get("no_rope_layer_interval")
-    if has_rope is None:
-        interval = 4 if interval is None else interval
-        if type(interval) is not int or interval < 1:
-            raise UserError(
-                f"{path}: no_rope_layer_interval = {interval!r}; expected a positive integer"
-            )
-        return tuple(range(interval - 1, layers, interval))
-    flags = isinstance(has_rope, list | tuple) and all(flag in (0, 1) for flag in has_rope)
-    if not flags or len(has_rope) < layers:
-        raise UserError(
-            f"{path}: no_rope_layers = {has_rope!r}; expected a list of {layers} flags, one per"
-            " layer: 1 with a rope, 0 without"
-        )
-    return tuple(layer for layer in range(layers) if not has_rope[layer])
-
-
-def _check_flags(values: JsonRow, family: Family, path: str) -> None:
-    """Refuse options that are set but not read by a family."""
-    unread = {
-        # the fixed biases of Qwen2 are what `attention_bias` asks for
-        "attention_bias": not (family.attention_bias or family.qkv_bias),
-        "mlp_bias": not family.mlp_bias,
-        "use_sliding_window": family.window != "by_layer",
-    }
-    for key, is_unread in unread.items():
-        if values[key] and is_unread:
-            raise UserError(
-                f"{path}: {key} = {values[key]!r} is not supported for {values['model_type']}"
-            )
-
-
-def _windows(values: JsonRow, family: Family, path: str) -> tuple[int | None, tuple[int, ...]]:
-    """Return the window, and the layers that see all earlier tokens in spite of it."""
-    layers, window, types = (
-        values[key] for key in ("num_hidden_layers", "sliding_window", "layer_types")
-    )
-    by_layer, by_type = family.window == "by_layer", family.window == "by_type"
-    if family.window == "none" or (by_layer and not values["use_sliding_window"]):
-        window = None
-    # positions are int32
-    if window is not None and not (type(window) is int and 0 < window < 2**31):
-        raise UserError(
-            f"{path}: sliding_window = {window!r}; expected a positive integer below 2^31, or null"
-        )
-    if types is not None and not isinstance(types, list | tuple):
-        raise UserError(f"{path}: layer_types = {types!r}; expected a list")
-    if types is not None:
-        unsupported = sorted({str(kind) for kind in types} - {_FULL, _SLIDING})
-        if unsupported:
-            raise UserError(f"{path}: layer_types with {unsupported} is not supported")
-        if len(types) != layers:
-            raise UserError(f"{path}: layer_types has {len(types)} entries for {layers} layers")
-    if by_type and types is None:
-        every = family.full_attention_interval
-        types = [_SLIDING if (layer + 1) % every else _FULL for layer in range(layers)]
-    # what the other keys say; `layer_types` decides only in families that read it
-    if types is None or not (by_layer or by_type) or window is None:
-        first = values["max_window_layers"] if by_layer and window is not None else 0
-        if type(first) is not int:
-            raise UserError(f"{path}: max_window_layers = {first!r}; expected an integer")
-        resolved = [
-            _FULL if window is None or layer < first else _SLIDING for layer in range(layers)
-        ]
-        if types is not None and list(types) != resolved:
-            raise UserError(
-                f"{path}: layer_types asks for {' and '.join(sorted(set(types)))}, but by the other"
-                f" keys every layer of this {values['model_type']} is {resolved[0]}"
-            )
-        types = resolved
-    return window, tuple(layer for layer, kind in enumerate(types) if kind == _FULL)

@@ -2,13 +2,21 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-from jax_ordermerge.json_types import JsonRow
+from jax_ordermerge.arch.rope import RopeKeys
+from jax_ordermerge.json_types import JsonRow, JsonValue
 from jax_ordermerge.registry import Registry
 
 QkNorm = Literal["none", "per_head", "full"]
 NormPlacement = Literal["before", "after", "both"]
+Activation = Literal["silu", "gelu_tanh"]
+
+# How files spell the activations; what is written comes first.
+ACTIVATIONS: Final[dict[Activation, tuple[str, ...]]] = {
+    "silu": ("silu", "swish"),
+    "gelu_tanh": ("gelu_pytorch_tanh",),
+}
 
 # What the config classes of transformers take where a file leaves a key out. A file of transformers
 # may lack any key, and then means these: a window that is read as absent is another model.
@@ -53,9 +61,15 @@ class Family:
             it divides, counted from 1, sees all earlier tokens.
         attention_bias, mlp_bias: whether the key of this name is read.
         no_rope_layers: whether keys say which layers have no rope.
-        rope_theta: theta of a file without one.
+        activation_key: the key of the activation.
+        rope: how its keys are read.
+        sliding_rope: how those of the layers with a window are, where they have a rope of their
+            own.
+        interval_key: the key of `full_attention_interval`, if there is one.
         numbers: keys of the file that hold a number, and the field of `ModelConfig` that each
             fills. `defaults` has their values in a file that lacks them.
+        fields: fields of `ModelConfig` that no key fills.
+        must_be: further keys of its files, and their values without effect.
     """
 
     architecture: str
@@ -65,17 +79,30 @@ class Family:
     norm_placement: NormPlacement = "before"
     window: Literal["none", "all", "by_layer", "by_type"] = "none"
     full_attention_interval: int = 1
+    interval_key: str = ""
     attention_bias: bool = False
     mlp_bias: bool = False
     no_rope_layers: bool = False
-    rope_theta: float = 10000.0
+    activation_key: str = "hidden_act"
+    rope: RopeKeys = dataclasses.field(default_factory=RopeKeys)
+    sliding_rope: RopeKeys | None = None
     numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    must_be: Mapping[str, tuple[JsonValue, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def keys(self) -> frozenset[str]:
         """The keys of `config.json` that this family reads and others do not."""
-        without_rope = {"no_rope_layers", "no_rope_layer_interval"}
-        return frozenset(self.numbers) | (without_rope if self.no_rope_layers else set())
+        keys = set(self.numbers)
+        if self.no_rope_layers:
+            keys |= {"no_rope_layers", "no_rope_layer_interval"}
+        if self.rope.partial:
+            keys.add("partial_rotary_factor")
+        if self.sliding_rope is not None:
+            keys.add("rope_local_base_freq")
+        if self.interval_key:
+            keys.add(self.interval_key)
+        return frozenset(keys)
 
 
 # Qwen2 has biases and Qwen3 has norms of q and k without any key in the file that says so.
@@ -157,7 +184,7 @@ FAMILIES.register(
         attention_bias=True,
         mlp_bias=True,
         no_rope_layers=True,
-        rope_theta=2000000.0,
+        rope=RopeKeys(theta=2000000.0),
     ),
 )
 _OLMO: Final = {
@@ -175,5 +202,110 @@ FAMILIES.register(
         qk_norm="full",
         norm_placement="after",
         attention_bias=True,
+    ),
+)
+_GEMMA: Final = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "query_pre_attn_scalar": 256,
+}
+# The scale of the embeddings is the root of their size, and the weights of norms count from 1.
+_GEMMA_FIELDS: Final = {"activation": "gelu_tanh", "embedding_scale": None, "norm_offset": 1.0}
+_GEMMA_MUST_BE: Final = {
+    # transformers reads the first alone
+    "hidden_activation": ("gelu_pytorch_tanh", None),
+    "hidden_act": ("gelu_pytorch_tanh", None),
+    "use_bidirectional_attention": (False, None),
+}
+FAMILIES.register(
+    "gemma2",
+    Family(
+        "Gemma2ForCausalLM",
+        defaults={
+            **_GEMMA,
+            "vocab_size": 256000,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        norm_placement="both",
+        window="by_type",
+        full_attention_interval=2,
+        attention_bias=True,
+        activation_key="hidden_activation",
+        numbers={
+            "query_pre_attn_scalar": "attention_scale",
+            "attn_logit_softcapping": "attention_softcap",
+            "final_logit_softcapping": "logit_softcap",
+        },
+        fields=_GEMMA_FIELDS,
+        must_be=_GEMMA_MUST_BE,
+    ),
+)
+FAMILIES.register(
+    "gemma3_text",
+    Family(
+        "Gemma3ForCausalLM",
+        defaults={
+            **_GEMMA,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "final_logit_softcapping": None,
+        },
+        qk_norm="per_head",
+        norm_placement="both",
+        window="by_type",
+        full_attention_interval=6,
+        interval_key="sliding_window_pattern",
+        attention_bias=True,
+        activation_key="hidden_activation",
+        rope=RopeKeys(theta=1000000.0),
+        # one key in transformers 4
+        sliding_rope=RopeKeys(kinds={"default": "default"}),
+        numbers={
+            "query_pre_attn_scalar": "attention_scale",
+            "final_logit_softcapping": "logit_softcap",
+        },
+        fields=_GEMMA_FIELDS,
+        must_be=_GEMMA_MUST_BE,
+    ),
+)
+FAMILIES.register(
+    "phi3",
+    Family(
+        "Phi3ForCausalLM",
+        defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+            "sliding_window": None,
+        },
+        window="all",
+        rope=RopeKeys(
+            # older files call LongRoPE so
+            kinds={
+                "default": "default",
+                "longrope": "longrope",
+                "su": "longrope",
+                "yarn": "longrope",
+            },
+            partial=True,
+            original=4096,
+        ),
+        fields={"fused_projections": True},
+        # of Phi-4-mini, whose own code reads them
+        must_be={"full_attn_mod": (1, None), "interpolate_factor": (1, None)},
     ),
 )

@@ -1,6 +1,7 @@
 """Keys of a Hugging Face `config.json`: which are read, refused or ignored."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from jax_ordermerge.errors import UserError
@@ -112,8 +113,12 @@ _NEUTRAL: Final = frozenset(
         "embd_pdrop",
         "_attn_implementation_autoset",
         "attn_implementation",
+        "cache_implementation",
         "use_bfloat16",
         "tf_legacy_loss",
+        # older names of keys of Gemma, which transformers does not read
+        "sliding_window_size",
+        "_sliding_window_pattern",
         "cross_attention_hidden_size",
         "tie_encoder_decoder",
         "remove_invalid_values",
@@ -144,7 +149,11 @@ _NEUTRAL: Final = frozenset(
 
 
 def check_keys(
-    config: JsonRow, ignore: frozenset[str], path: str, family_keys: Collection[str] = ()
+    config: JsonRow,
+    ignore: frozenset[str],
+    path: str,
+    family_keys: Collection[str] = (),
+    family_must_be: Mapping[str, tuple[JsonValue, ...]] = MappingProxyType({}),
 ) -> None:
     """Refuse keys that are unknown or change the model in a way that is not implemented.
 
@@ -153,6 +162,7 @@ def check_keys(
         ignore: keys that are not checked.
         path: of the file, for messages.
         family_keys: keys that the family of the file reads and others do not.
+        family_must_be: keys that the family knows, and their values without effect.
 
     Raises:
         UserError: such keys are named, or a key of `ignore` that the model reads.
@@ -166,13 +176,13 @@ def check_keys(
         )
     # An allow list: a key of tomorrow may change the mathematics, and a model that is computed
     # wrongly still gives plausible losses.
-    unknown = {}
+    unknown, must_be = {}, {**_MUST_BE, **family_must_be}
     for key, value in config.items():
         if key in ignore or key in readable:
             continue
-        if key in _MUST_BE:
-            if value not in _MUST_BE[key]:
-                supported = [repr(value) for value in _MUST_BE[key] if value is not None]
+        if key in must_be:
+            if value not in must_be[key]:
+                supported = [repr(value) for value in must_be[key] if value is not None]
                 raise UserError(
                     f"{path}: {key} = {value!r} is not supported"
                     f" (supported: {', '.join(supported) or 'absent'})"

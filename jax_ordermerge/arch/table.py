@@ -105,14 +105,29 @@ def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
         [_norm(config, path, D, hf_name) for path, hf_name in names.items()]
         for names in _NORMS[config.norm_placement]
     )
-    # q, k and v, and gate and up, are separate matrices: a merge treats each Hugging Face tensor on
-    # its own, and in a fused matrix their norms and thresholds would mix.
+    # q, k and v, and gate and up, are fused only where the files have them so: a merge treats each
+    # Hugging Face tensor on its own, and in a fused matrix their norms and thresholds mix.
+    if config.fused_projections:
+        # The rows of q, k and v are divided as one axis, which cuts across heads where `tensor`
+        # divides it; the compiler moves what a device lacks.
+        rows = (heads[0] + 2 * kv_heads[0], "heads")
+        qkv = [*_linear(config, "attention/qkv", "self_attn.qkv_proj", rows, embed, bias=qkv_bias)]
+        both = (2 * mlp[0], "mlp")
+        gate_up = [*_linear(config, "mlp/gate_up", "mlp.gate_up_proj", both, embed, bias=mlp_bias)]
+    else:
+        qkv = [
+            *_linear(config, "attention/q", "self_attn.q_proj", heads, embed, bias=qkv_bias),
+            *_linear(config, "attention/k", "self_attn.k_proj", kv_heads, embed, bias=qkv_bias),
+            *_linear(config, "attention/v", "self_attn.v_proj", kv_heads, embed, bias=qkv_bias),
+        ]
+        gate_up = [
+            *_linear(config, "mlp/gate", "mlp.gate_proj", mlp, embed, bias=mlp_bias),
+            *_linear(config, "mlp/up", "mlp.up_proj", mlp, embed, bias=mlp_bias),
+        ]
     specs = [
         _single("embed", (V, D), ("vocab", "embed"), "normal", "model.embed_tokens", "embedding"),
         *input_norms,
-        *_linear(config, "attention/q", "self_attn.q_proj", heads, embed, bias=qkv_bias),
-        *_linear(config, "attention/k", "self_attn.k_proj", kv_heads, embed, bias=qkv_bias),
-        *_linear(config, "attention/v", "self_attn.v_proj", kv_heads, embed, bias=qkv_bias),
+        *qkv,
     ]
     if config.qk_norm != "none":
         q_width, k_width = (H, H) if config.qk_norm == "per_head" else (heads[0], kv_heads[0])
@@ -123,11 +138,10 @@ def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
     specs += [
         *_linear(config, "attention/o", "self_attn.o_proj", embed, heads, bias=output_bias),
         *norms_between,
-        *_linear(config, "mlp/gate", "mlp.gate_proj", mlp, embed, bias=mlp_bias),
-        *_linear(config, "mlp/up", "mlp.up_proj", mlp, embed, bias=mlp_bias),
+        *gate_up,
         *_linear(config, "mlp/down", "mlp.down_proj", embed, mlp, bias=mlp_bias),
         *output_norms,
-        _single("norm", (D,), ("norm",), "ones", "model.norm", "norm"),
+        _single("norm", (D,), ("norm",), _norm_init(config), "model.norm", "norm"),
     ]
     # a tied head is the embedding: it is no tensor of its own, in memory or in files
     if not config.tie_embeddings:
@@ -144,7 +158,13 @@ def _single(
 def _norm(config: ModelConfig, path: str, width: int, hf: str) -> TensorSpec:
     # Norms are small and read by every device: the logical axis `norm` is never divided.
     shape, hf_name = (config.num_layers, width), f"model.layers.{{}}.{hf}.weight"
-    return TensorSpec(f"layers/{path}/weight", shape, ("layer", "norm"), "ones", hf_name, "norm")
+    axes, init = ("layer", "norm"), _norm_init(config)
+    return TensorSpec(f"layers/{path}/weight", shape, axes, init, hf_name, "norm")
+
+
+def _norm_init(config: ModelConfig) -> Init:
+    # a new norm multiplies by 1
+    return "zeros" if config.norm_offset == 1 else "ones"
 
 
 def _linear(

@@ -25,7 +25,7 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate.eval_model import NotFiniteError
 from jax_ordermerge.evaluate.sampling import GREEDY, Sampling, next_token, row_key_bits
-from jax_ordermerge.model import llama
+from jax_ordermerge.model import layers, llama
 
 _MIN_PROMPT = 16  # shorter prompts share this bucket
 # The cache grows for at least so many new tokens at a time. Each stretch between two sizes is a
@@ -270,6 +270,16 @@ def check_prompts(
                 f"context of {config.context_length}; shorten the prompt or lower "
                 "max_new_tokens"
             )
+        # Where a text crosses the original length, LongRoPE turns all of its tokens otherwise.
+        # transformers then reads the text anew; a cache of fixed shape cannot.
+        original = config.rope.original_max_position_embeddings
+        crosses = len(prompt) <= original < len(prompt) + max_new_tokens - 1
+        if config.rope.kind == "longrope" and crosses:
+            raise UserError(
+                f"prompt {number} of {len(prompt)} tokens and {max_new_tokens} new ones cross the"
+                f" length of {original}, at which the LongRoPE of this model takes other factors;"
+                f" lower max_new_tokens to {original - len(prompt) + 1}"
+            )
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -371,6 +381,7 @@ def _decode_member(
         logits_VB = jnp.einsum(
             "VD,BD->VB", table_VD, x_B1D[:, 0], preferred_element_type=jnp.float32
         )
+        logits_VB = layers.capped(logits_VB, config.logit_softcap)
         logits_BV = mesh.constrain(logits_VB, "vocab", "batch").T
         # top_p sorts the vocabulary, and XLA's partitioner crashes on sorting a sharded axis.
         if not sampling.is_greedy:

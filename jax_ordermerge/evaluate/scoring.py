@@ -273,13 +273,10 @@ def _program(
     def sums(params: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         where = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = llama.hidden(config, params, *where, dtype=dtype, kernel=kernel, form=form)
+        inputs = x, llama.head(config, params), batch["targets"], batch["weights"]
         if scores:
-            return loss.linear_scores(
-                x, llama.head(config, params), batch["targets"], batch["weights"]
-            )
-        _, losses = loss.linear_losses(
-            x, llama.head(config, params), batch["targets"], batch["weights"], form=form
-        )
+            return loss.linear_scores(*inputs, softcap=config.logit_softcap)
+        _, losses = loss.linear_losses(*inputs, softcap=config.logit_softcap, form=form)
         return losses, batch["weights"].sum(-1)
 
     # Of a population the members are mapped over the groups and share the batch; one model is

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.model import kernels
 from jax_ordermerge.model.kernels import MIXED, Kernel
+from jax_ordermerge.model.layers import capped
 
 # Added to a float32 score it replaces it, and exp(masked - visible score) is exactly 0. Infinity
 # would give NaN in a row where every key is masked.
@@ -58,9 +59,10 @@ def attend(
     *,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     kernel: Kernel = "xla",
 ) -> jax.Array:
-    """Return softmax(scale q k^T) v over the visible keys; the softmax is float32.
+    """Return softmax(cap(scale q k^T)) v over the visible keys; the softmax is float32.
 
     Queries are taken in blocks. When T == S, query t must be the token of key t, and the tokens of
     a segment must be ordered by position: then a block reads no key after its last query, nor one
@@ -72,6 +74,7 @@ def attend(
         queries, keys: positions and segments, int32[B, T] and int32[B, S].
         window: how many keys back a query sees, itself included; None is all.
         scale: factor of the scores; None is 1 / sqrt(H).
+        softcap: bound of the scores, see `layers.capped`; None is none.
         kernel: from `kernels.choose`; all but `xla` need queries and keys of the same tokens.
 
     Returns:
@@ -88,13 +91,20 @@ def attend(
     if kernel in ("splash", "splash_interpreted"):
         interpret = kernel == "splash_interpreted"
         return kernels.splash(
-            *qkv, queries.segments, window=window, scale=scale, interpret=interpret
+            *qkv,
+            queries.segments,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            interpret=interpret,
         )
     if kernel in ("cudnn", "cudnn_packed"):
         fused = kernels.cudnn if kernel == "cudnn" else kernels.cudnn_packed
         mixed = fused(*qkv, queries.segments, window=window, scale=scale)
         return checkpoint_name(mixed, MIXED)
-    attention: Callable[..., jax.Array] = functools.partial(_attend, window=window, scale=scale)
+    attention: Callable[..., jax.Array] = functools.partial(
+        _attend, window=window, scale=scale, softcap=softcap
+    )
     T, S, parts = q_BTNH.shape[1], k_BSKH.shape[1], meshes.extent("length")
     if T == S and parts > 1 and T % parts == 0:
         # Context parallel: each device has its own queries and all keys. Gathering the keys is the
@@ -112,6 +122,7 @@ def _attend(
     *,
     window: int | None,
     scale: float | None,
+    softcap: float | None,
 ) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -129,15 +140,16 @@ def _attend(
         block_keys = Tokens(*(x[:, first:last] for x in keys))
         mask_BTS = visible(block_queries, block_keys, window)
         q, k, v = q_BKGTH[:, :, :, begin:end], k_BKSH[:, :, first:last], v_BKSH[:, :, first:last]
-        blocks.append(_block(H**-0.5 if scale is None else scale, q, k, v, mask_BTS))
+        blocks.append(_block(H**-0.5 if scale is None else scale, softcap, q, k, v, mask_BTS))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 # Layers are scanned, so the compiler cannot merge the forward computation with its repetition in
 # the backward pass and needs no barrier against it.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1))
 def _block(
     scale: float,
+    softcap: float | None,
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
@@ -146,7 +158,7 @@ def _block(
     # one bias for all heads: it is broadcast over K and G
     bias_BTS = jnp.where(mask_BTS, 0.0, _MASKED)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = scores * scale + bias_BTS[:, None, None]
+    scores = capped(scores * scale, softcap) + bias_BTS[:, None, None]
     # The softmax is normalized after the product with v: H columns are divided instead of S.
     # The maximum cancels in the quotient, so its gradient is zero and need not be computed.
     powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))

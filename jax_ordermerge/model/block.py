@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
@@ -18,6 +19,7 @@ from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.model.layers import Form, Linear, Norm, scaled
 from jax_ordermerge.model.rope import Rotation, rotate
 
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 KeysValues = Sequence[jax.Array] | None
 
 
@@ -72,13 +74,18 @@ class Attention(nn.Module):
             query_inputs = jax.tree.map(last, query_inputs)
         x_q_BTD, queries, query_rotation = query_inputs
         settings = c.qkv_bias, self.dtype, self.form
-        q = Linear((N, H), ("heads", "embed"), *settings, name="q")(x_q_BTD)
-        k = Linear((K, H), ("kv_heads", "embed"), *settings, name="k")(x_BTD)
-        v = Linear((K, H), ("kv_heads", "embed"), *settings, name="v")(x_BTD)
+        if c.fused_projections:
+            qkv = Linear((N + 2 * K, H), ("heads", "embed"), *settings, name="qkv")(x_BTD)
+            q, k, v = jnp.split(qkv, [N, N + K], axis=2)
+            q = last(q) if self.last_only else q
+        else:
+            q = Linear((N, H), ("heads", "embed"), *settings, name="q")(x_q_BTD)
+            k = Linear((K, H), ("kv_heads", "embed"), *settings, name="k")(x_BTD)
+            v = Linear((K, H), ("kv_heads", "embed"), *settings, name="v")(x_BTD)
         if c.qk_norm != "none":  # before the rotation
             axes = 1 if c.qk_norm == "per_head" else 2
-            q = Norm(c.rms_norm_eps, self.dtype, axes, name="q_norm")(q)
-            k = Norm(c.rms_norm_eps, self.dtype, axes, name="k_norm")(k)
+            q = norm(c, self.dtype, name="q_norm", axes=axes)(q)
+            k = norm(c, self.dtype, name="k_norm", axes=axes)(k)
         # Queries are divided over `length`, keys are not: each device attends from its own
         # positions to all of them (context parallel).
         q = meshes.constrain(rotate(q, *query_rotation), "batch", "length", "heads", None)
@@ -90,7 +97,9 @@ class Attention(nn.Module):
             k, v = (x_BKSH.transpose(0, 2, 1, 3) for x_BKSH in kv)
         # the kernels of accelerators need queries and keys of the same tokens
         kernel: Kernel = self.kernel if kv is None else "xla"
-        attention = functools.partial(attend, scale=c.attention_scale, kernel=kernel)
+        attention = functools.partial(
+            attend, scale=c.attention_scale, softcap=c.attention_softcap, kernel=kernel
+        )
         windowed = functools.partial(attention, window=self.window)
         inputs = q, k, v, queries, shared.keys
         if layer.has_window is None:
@@ -101,6 +110,18 @@ class Attention(nn.Module):
             mixed = jax.lax.cond(layer.has_window, windowed, attention, *inputs)
         settings = c.output_bias, self.dtype, self.form
         return Linear((D,), ("embed", "heads"), *settings, name="o")(mixed), kv
+
+
+def norm(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    *,
+    name: str | None = None,
+    axes: int = 1,
+    divisor: float = 1.0,
+) -> Norm:
+    """Return a norm of the model; see `layers.Norm`."""
+    return Norm(config.rms_norm_eps, dtype, axes, config.norm_offset, divisor, name=name)
 
 
 def _select(rotations: Sequence[Rotation], index: jax.Array | None) -> Rotation:
@@ -121,7 +142,7 @@ def _update(cache_BKSH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(f(gate(x)) * up(x)) with the activation f."""
 
     config: ModelConfig
     dtype: DTypeLike
@@ -131,10 +152,15 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         settings = c.mlp_bias, self.dtype, self.form
-        inner = (c.intermediate_size,), ("mlp", "embed")
-        gate_BTF = Linear(*inner, *settings, name="gate")(x_BTD)
-        up_BTF = Linear(*inner, *settings, name="up")(x_BTD)
-        hidden_BTF = meshes.constrain(nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
+        F, axes = c.intermediate_size, ("mlp", "embed")
+        if c.fused_projections:
+            both_BTF = Linear((2 * F,), axes, *settings, name="gate_up")(x_BTD)
+            gate_BTF, up_BTF = jnp.split(both_BTF, 2, axis=-1)
+        else:
+            gate_BTF = Linear((F,), axes, *settings, name="gate")(x_BTD)
+            up_BTF = Linear((F,), axes, *settings, name="up")(x_BTD)
+        hidden_BTF = _ACTIVATIONS[c.activation](gate_BTF) * up_BTF
+        hidden_BTF = meshes.constrain(hidden_BTF, "batch", "length", "mlp")
         outer = (c.hidden_size,), ("embed", "mlp")
         return Linear(*outer, *settings, name="down")(hidden_BTF)
 
@@ -178,9 +204,9 @@ class Block(nn.Module):
     def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
         if self.config.norm_placement == "after":
             return x_BTD
-        return Norm(self.config.rms_norm_eps, self.dtype, name=name)(x_BTD)
+        return norm(self.config, self.dtype, name=name)(x_BTD)
 
     def _after(self, name: str, change_BTD: jax.Array) -> jax.Array:
         if self.config.norm_placement != "before":
-            change_BTD = Norm(self.config.rms_norm_eps, self.dtype, name=name)(change_BTD)
+            change_BTD = norm(self.config, self.dtype, name=name)(change_BTD)
         return scaled(change_BTD, self.config.residual_scale)

@@ -71,6 +71,8 @@ def choose(
         obstacles["cudnn"] = (
             f"takes heads of a multiple of 8 up to 128, this model has {config.head_dim}"
         )
+    elif config.attention_softcap is not None:
+        obstacles["cudnn"] = "has no soft cap of the scores, which this model has"
     elif mesh.shape.get("sequence", 1) > 1:
         obstacles["cudnn"] = "takes whole sequences, mesh.sequence divides them"
     # in the order of preference; `xla` has no obstacles
@@ -92,6 +94,7 @@ def splash(
     *,
     window: int | None,
     scale: float | None = None,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Return attention by the Pallas kernel of jax for TPU.
@@ -104,6 +107,7 @@ def splash(
         segments_BT: int32 document numbers, 0 on padding.
         window: how many keys back a query sees, itself included; None is all.
         scale: factor of the scores; None is 1 / sqrt(H).
+        softcap: bound of the scores, see `layers.capped`; None is none.
         interpret: run without a TPU, slowly.
 
     Returns:
@@ -135,7 +139,7 @@ def splash(
         spec_q = meshes.partition(("batch", "heads", "length", None), q.shape, mesh)
     head_parts = meshes.extent("heads") if spec_q[1] else 1
     head_bytes = H * q.dtype.itemsize
-    kernel = _splash_kernel(N, size, window, parts, head_parts, head_bytes, interpret)
+    kernel = _splash_kernel(N, size, window, softcap, parts, head_parts, head_bytes, interpret)
 
     def attention(kernel: PyTree, *operands: jax.Array) -> jax.Array:
         return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=_segment_ids(*ids)))(
@@ -184,6 +188,7 @@ def _splash_kernel(
     heads: int,
     size: int,
     window: int | None,
+    softcap: float | None,
     parts: int,
     head_parts: int,
     head_bytes: int,
@@ -216,6 +221,7 @@ def _splash_kernel(
         head_shards=head_parts,
         q_seq_shards=parts,
         residual_checkpoint_name=MIXED,
+        attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
 

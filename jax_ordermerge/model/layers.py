@@ -41,18 +41,21 @@ def choose_form(mesh: Mesh) -> Form:
 class Norm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last `axes` axes, in float32.
 
-    The result is divided by `divisor` before it is rounded to `dtype`.
+    The weight counts from `offset`, and the result is divided by `divisor` before it is rounded to
+    `dtype`.
     """
 
     epsilon: float
     dtype: DTypeLike
     axes: int = 1
+    offset: float = 0.0
     divisor: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape, axes = x.shape[-self.axes :], tuple(range(-self.axes, 0))
         weight = self.param("weight", nn.initializers.ones, (math.prod(shape),)).reshape(shape)
+        weight = weight if self.offset == 0 else weight.astype(jnp.float32) + self.offset
         # bfloat16 has 8 significant bits: a mean of squares over D would be off in the third digit
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + self.epsilon)
@@ -70,6 +73,16 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
     """
     # float32 first: in bfloat16 the factor would be rounded too, which torch does not do
     return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """Return cap tanh(x / cap): x where it is small, and never more than the cap; None is no cap.
+
+    Example:
+        >>> capped(jnp.array([0.1, 1000.0]), 50.0).round(4).tolist()
+        [0.10000000149011612, 50.0]
+    """
+    return x if cap is None else jnp.tanh(x / cap) * cap
 
 
 def project(x_BTI: jax.Array, weight_OI: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -20,20 +20,21 @@ from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge import tree
-from jax_ordermerge.arch import ModelConfig, tensor_table
+from jax_ordermerge.arch import ModelConfig, Rope, tensor_table
 from jax_ordermerge.model import initial
 from jax_ordermerge.model.attention import Tokens
-from jax_ordermerge.model.block import Block, LayerInputs, PerLayer, last
+from jax_ordermerge.model.block import Block, LayerInputs, PerLayer, last, norm
 from jax_ordermerge.model.kernels import MIXED, Kernel
 from jax_ordermerge.model.layers import (
     ADAPTED,
     Embedding,
     Form,
     Norm,
+    capped,
     project,
     scaled,
 )
-from jax_ordermerge.model.rope import rotation
+from jax_ordermerge.model.rope import Rotation, rotation
 from jax_ordermerge.tree import PyTree
 
 Remat = Literal["none", "full", "dots"]
@@ -106,14 +107,22 @@ class Llama(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
         )(c, self.dtype, window, self.kernel, form=self.form, name="layers")
-        x_BTD, _ = layers(scaled(embed(tokens_BT), c.embedding_scale), None, shared, layer)
+        x_BTD = scaled(embed(tokens_BT), _embedding_scale(c, self.dtype))
+        x_BTD, _ = layers(x_BTD, None, shared, layer)
         return _last_norm(c, self.dtype, name="norm")(x_BTD)
+
+
+def _embedding_scale(config: ModelConfig, dtype: DTypeLike) -> float:
+    if config.embedding_scale is not None:
+        return config.embedding_scale
+    # Gemma was trained with this root in the dtype of the embeddings.
+    return float(jnp.dtype(dtype).type(config.hidden_size**0.5))
 
 
 def _last_norm(config: ModelConfig, dtype: DTypeLike, name: str | None = None) -> Norm:
     # Logits are divided here, once for all that compute them, and before the hidden states are
     # rounded: there the division costs no digit.
-    return Norm(config.rms_norm_eps, dtype, divisor=config.logit_divisor, name=name)
+    return norm(config, dtype, name=name, divisor=config.logit_divisor)
 
 
 def unstack(config: ModelConfig, layers: PyTree) -> tuple[tree.Tree, ...]:
@@ -146,7 +155,8 @@ def _with_cache(
     Why not the scan of `Llama`? It would copy the keys and values of each layer at every token.
     """
     embed = Embedding(config.vocab_size, config.hidden_size, dtype, "flat")
-    x_BTD = scaled(embed.apply({"params": params["embed"]}, tokens_BT), config.embedding_scale)
+    x_BTD = embed.apply({"params": params["embed"]}, tokens_BT)
+    x_BTD = scaled(x_BTD, _embedding_scale(config, dtype))
     ks, vs = [], []
     indices = _rotation_indices(config)
     layers = zip(unstack(config, params["layers"]), cache.k, cache.v, strict=True)
@@ -192,7 +202,7 @@ def hidden(
     """Return the last hidden states, [B, T, D] in `dtype`, and the updated cache.
 
     They are those after the last norm, divided by `logit_divisor`: a product with `head` gives the
-    logits.
+    logits, before their soft cap.
 
     Args:
         config: the model; static under `jax.jit`.
@@ -228,12 +238,16 @@ def hidden(
     """
     # Angles are computed once per call and not per layer; float32 is exact for positions to 2^24.
     T, positions = tokens_BT.shape[1], positions_BT.astype(jnp.float32)
-    rotations = tuple(
-        rotation(rope, config.head_dim, positions) for rope in dict.fromkeys(config.layer_ropes)
-    )
     queries = Tokens(positions_BT, segments_BT)
+
+    def rotations(keys: Tokens) -> tuple[Rotation, ...]:
+        return tuple(
+            rotation(rope, config.head_dim, positions, _is_long(rope, queries, keys))
+            for rope in dict.fromkeys(config.layer_ropes)
+        )
+
     if cache is None:
-        shared = LayerInputs(queries, queries, rotations, jnp.zeros((), jnp.int32))
+        shared = LayerInputs(queries, queries, rotations(queries), jnp.zeros((), jnp.int32))
         x_BTD = Llama(config, dtype, remat, kernel, form).apply(
             {"params": params}, tokens_BT, shared
         )
@@ -249,9 +263,26 @@ def hidden(
             for old, new in zip((cache.positions, cache.segments), queries, strict=True)
         )
     )
-    shared = LayerInputs(queries, keys, rotations, cache.length)
+    shared = LayerInputs(queries, keys, rotations(keys), cache.length)
     x_BTD, k, v = _with_cache(config, params, tokens_BT, cache, shared, dtype, last_only)
     return x_BTD, Cache(tuple(k), tuple(v), *keys, cache.length + T)
+
+
+def _is_long(rope: Rope | None, queries: Tokens, keys: Tokens) -> jax.Array | None:
+    """Return bool[B, T]: whether the document of a query is long for longrope.
+
+    None where the rope is of another kind, or no row has room for a long document.
+    """
+    # Why per document? transformers decides for a batch by its longest row; a row would then depend
+    # on those beside it. Of a document alone this is its choice.
+    if rope is None or rope.kind != "longrope":
+        return None
+    original = rope.original_max_position_embeddings
+    if keys.positions.shape[1] <= original:
+        return None
+    beyond_BS = keys.positions >= original
+    own_BTS = queries.segments[:, :, None] == keys.segments[:, None, :]
+    return (own_BTS & beyond_BS[:, None, :]).any(-1)
 
 
 def forward(
@@ -291,6 +322,7 @@ def forward(
     x_BTD, cache = hidden(config, params, *inputs, dtype=dtype, last_only=last_only)
     # float32 logits from products in `dtype`: bfloat16 logits would make ties of close tokens
     logits = project(x_BTD, head(config, params).astype(dtype), jnp.float32)
+    logits = capped(logits, config.logit_softcap)
     return meshes.constrain(logits, "batch", "length", "vocab"), cache
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge.model.layers import Form
+from jax_ordermerge.model.layers import Form, capped
 from jax_ordermerge.tree import PyTree
 
 # Rows of logits at a time on each device: enough that a product with the head is bound by
@@ -27,6 +27,7 @@ def linear_losses(
     *,
     segments_BT: jax.Array | None = None,
     count: int = 0,
+    softcap: float | None = None,
     form: Form = "flat",
 ) -> tuple[jax.Array, jax.Array]:
     """Return the weighted sum of -log softmax(x head^T)[target], in total and per example.
@@ -43,6 +44,7 @@ def linear_losses(
         weights_BT: float32, 1 where the target is learned and 0 elsewhere.
         segments_BT: int32 segments of packed rows. Each segment then is an example.
         count: largest number of segments per row, with `segments_BT`.
+        softcap: bound of the logits, see `layers.capped`; None is none.
         form: of the program, from `layers.choose_form`. `by_head` gathers the head once and
             reduces its gradient once, in the dtype of the products as that of other weights.
 
@@ -59,21 +61,26 @@ def linear_losses(
         >>> round(total.item(), 4), sums.shape  # 2 log 4
         (2.7726, (1,))
     """
-    total, sums = _sums(count, form, x_BTD, head_VD, (targets_BT, weights_BT, segments_BT))
+    total, sums = _sums(count, softcap, form, x_BTD, head_VD, (targets_BT, weights_BT, segments_BT))
     # `_sums_backward` ignores the cotangent of the sums; without this a gradient would be wrong
     # instead of zero
     return total, jax.lax.stop_gradient(sums)
 
 
 def linear_scores(
-    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return summed losses per row and the number of weighted targets that greedy decoding misses.
 
     Both are float32[B]. A target that ties with another token is not missed. No gradients.
 
     Args:
-        x_BTD, head_VD, targets_BT, weights_BT: see `linear_losses`.
+        x_BTD, head_VD, targets_BT, weights_BT, softcap: see `linear_losses`.
 
     Example:
         >>> head = jnp.array([[1.0, 0.0], [0.0, 1.0]])
@@ -90,7 +97,7 @@ def linear_scores(
         carry: tuple[jax.Array, jax.Array], chunk: tuple[PyTree, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x_BCD, targets_BC, weights_BC = chunk
-        logits_BCV, _, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
+        logits_BCV, _, losses_BC = _chunk_losses(softcap, head, x_BCD, targets_BC, weights_BC)
         # strictly greater: a tie with the target is no miss
         missed_BC = (logits_BCV.max(-1) > _target_logits(logits_BCV, targets_BC)) * weights_BC
         return (carry[0] + losses_BC.sum(-1), carry[1] + missed_BC.sum(-1)), None
@@ -120,9 +127,14 @@ def _zero_sums(count: int, x_BTD: jax.Array, labels: _Labels) -> jax.Array:
     return jnp.zeros(x_BTD.shape[:1] if labels[2] is None else (x_BTD.shape[0], count), jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sums(
-    count: int, form: Form, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
+    count: int,
+    softcap: float | None,
+    form: Form,
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    labels: _Labels,
 ) -> tuple[jax.Array, jax.Array]:
     head = head_VD.astype(x_BTD.dtype)
     if form == "by_head":
@@ -130,7 +142,7 @@ def _sums(
         head = meshes.constrain(head, "vocab", None)
 
     def body(sums: jax.Array, chunk: tuple[PyTree, ...]) -> tuple[jax.Array, None]:
-        _, _, losses_BC = _chunk_losses(head, *chunk[:3])
+        _, _, losses_BC = _chunk_losses(softcap, head, *chunk[:3])
         return sums + by_example(losses_BC, chunk[3], count), None
 
     sums, _ = jax.lax.scan(body, _zero_sums(count, x_BTD, labels), _chunks(x_BTD, *labels))
@@ -142,11 +154,16 @@ def _sums(
 
 
 def _sums_forward(
-    count: int, form: Form, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
+    count: int,
+    softcap: float | None,
+    form: Form,
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    labels: _Labels,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     rows, columns = meshes.extent("batch"), meshes.extent("embed")
     if form == "flat" or rows == 1 or x_BTD.shape[0] % rows or x_BTD.shape[2] % columns:
-        return _sums_and_gradients(count, x_BTD, head_VD, labels)
+        return _sums_and_gradients(count, softcap, x_BTD, head_VD, labels)
 
     # Each device has its own rows and all of the head: a loop over chunks of rows that several
     # devices share would gather the head, and reduce its gradient in float32, for every chunk.
@@ -154,7 +171,8 @@ def _sums_forward(
         x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         head_VD = jax.lax.all_gather(head_VD.astype(x_BTD.dtype), "fsdp", axis=1, tiled=True)
-        (_, sums), (grad_BTD, grad_VD) = _sums_and_gradients(count, x_BTD, head_VD, labels)
+        (_, sums), grads = _sums_and_gradients(count, softcap, x_BTD, head_VD, labels)
+        grad_BTD, grad_VD = grads
         grad_VD = grad_VD.astype(x_BTD.dtype)
         grad_VD = jax.lax.psum_scatter(grad_VD, "fsdp", scatter_dimension=1, tiled=True)
         grad_VD = jax.lax.psum(grad_VD, "data").astype(jnp.float32)
@@ -167,7 +185,7 @@ def _sums_forward(
 
 
 def _sums_and_gradients(
-    count: int, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
+    count: int, softcap: float | None, x_BTD: jax.Array, head_VD: jax.Array, labels: _Labels
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     (_, T, D), V = x_BTD.shape, head_VD.shape[0]
     head = head_VD.astype(x_BTD.dtype)
@@ -177,10 +195,13 @@ def _sums_and_gradients(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         sums, grad_VD = carry
         x_BCD, targets_BC, weights_BC, segments_BC = chunk
-        logits_BCV, total_BC, losses_BC = _chunk_losses(head, x_BCD, targets_BC, weights_BC)
+        inputs = head, x_BCD, targets_BC, weights_BC
+        logits_BCV, total_BC, losses_BC = _chunk_losses(softcap, *inputs)
         # d loss / d logits = weight (softmax - one_hot(target)), in the dtype of the products
         softmax = jnp.exp(logits_BCV - total_BC[:, :, None])
         grad_BCV = (softmax - _is_target(logits_BCV, targets_BC)) * weights_BC[:, :, None]
+        if softcap is not None:
+            grad_BCV = grad_BCV * (1 - jnp.square(logits_BCV / softcap))  # tanh' = 1 - tanh^2
         grad_RV = grad_BCV.astype(head.dtype).reshape(-1, V)
         grad_RD = jnp.einsum("RV,VD->RD", grad_RV, head, preferred_element_type=head.dtype)
         x_RD = x_BCD.reshape(-1, D)
@@ -198,6 +219,7 @@ def _sums_and_gradients(
 
 def _sums_backward(
     count: int,
+    softcap: float | None,
     form: Form,
     grads: tuple[jax.Array, jax.Array],
     cotangents: tuple[jax.Array, jax.Array],
@@ -251,12 +273,17 @@ def _length_parts(T: int) -> int:
 
 
 def _chunk_losses(
-    head_VD: jax.Array, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
+    softcap: float | None,
+    head_VD: jax.Array,
+    x_BCD: jax.Array,
+    targets_BC: jax.Array,
+    weights_BC: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return logits float32[B, C, V], their logsumexp [B, C] and weighted losses [B, C]."""
     B, C, D = x_BCD.shape
     x_RD = x_BCD.reshape(-1, D)
     logits_RV = jnp.einsum("RD,VD->RV", x_RD, head_VD, preferred_element_type=jnp.float32)
+    logits_RV = capped(logits_RV, softcap)
     logits_BCV = meshes.constrain(logits_RV.reshape(B, C, -1), "batch", "length", "vocab")
     total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     return logits_BCV, total_BC, (total_BC - _target_logits(logits_BCV, targets_BC)) * weights_BC

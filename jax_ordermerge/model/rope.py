@@ -17,8 +17,19 @@ class Rotation(NamedTuple):
     sin_BTH: jax.Array
 
 
-def rotation(rope: Rope | None, head_dim: int, positions_BT: jax.Array) -> Rotation:
+def rotation(
+    rope: Rope | None,
+    head_dim: int,
+    positions_BT: jax.Array,
+    is_long_BT: jax.Array | None = None,
+) -> Rotation:
     """Return the rotation of the tokens at these positions, float32; None turns none of them.
+
+    Args:
+        rope: the parameters, or None.
+        head_dim: H.
+        positions_BT: float32.
+        is_long_BT: which tokens are of documents that are long for `longrope`; None is of none.
 
     Example:
         >>> rotation(None, 4, jnp.ones((1, 1))).sin_BTH.tolist()
@@ -28,27 +39,42 @@ def rotation(rope: Rope | None, head_dim: int, positions_BT: jax.Array) -> Rotat
         # x * 1 - y * 0 is x, bit for bit: layers with and without a rope share a program
         sin = jnp.zeros((*positions_BT.shape, head_dim // 2), jnp.float32)
         return Rotation(jnp.ones_like(sin), sin)
-    angles = positions_BT[:, :, None] * rope_frequencies(rope, head_dim)[None, None]
+    frequencies: np.ndarray | jax.Array = rope_frequencies(rope, head_dim)[None, None]
+    if is_long_BT is not None:
+        long = rope_frequencies(rope, head_dim, is_long=True)[None, None]
+        frequencies = jnp.where(is_long_BT[:, :, None], long, frequencies)
+    angles = positions_BT[:, :, None] * frequencies
     scale = rope_scale(rope)
     return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+def rope_frequencies(rope: Rope, head_dim: int, *, is_long: bool = False) -> np.ndarray:
     """Return the rotation of each pair of dimensions in radians per position, float32[H / 2].
 
     `default`: theta^(-2i/H). `linear`: divided by `factor`. `llama3` and `yarn`: low frequencies
     are divided by `factor`, high ones are unchanged, and those between are interpolated, linearly
-    in the frequency (`llama3`) or in the number of the dimension (`yarn`).
+    in the frequency (`llama3`) or in the number of the dimension (`yarn`). `longrope`: each is
+    divided by its entry of `short_factor`, or of `long_factor`.
+
+    Args:
+        rope: the parameters.
+        head_dim: H. With a `partial_rotary_factor` only so many dimensions count.
+        is_long: of a document longer than `original_max_position_embeddings`; `longrope` reads it.
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; Llama 3.1,
-    https://arxiv.org/abs/2407.21783; Peng et al. 2023 (YaRN), https://arxiv.org/abs/2309.00071.
+    https://arxiv.org/abs/2407.21783; Peng et al. 2023 (YaRN), https://arxiv.org/abs/2309.00071;
+    Ding et al. 2024 (LongRoPE), https://arxiv.org/abs/2402.13753.
 
     Example:
         >>> rope_frequencies(Rope(theta=100.0, kind="linear", factor=2.0), 4).round(3).tolist()
         [0.5, 0.05000000074505806]
     """
+    head_dim = rope.turning(head_dim)
     # float32 throughout, as transformers computes them: float64 gives other last bits
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    if rope.kind == "longrope":
+        factors = np.array(rope.long_factor if is_long else rope.short_factor, np.float32)
+        return 1.0 / (factors * rope.theta**exponents)
     frequencies = (1.0 / rope.theta**exponents).astype(np.float32)
     if rope.kind == "linear":
         return frequencies / np.float32(rope.factor)
@@ -84,19 +110,23 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rope_scale(rope: Rope) -> float:
-    """Return the factor of rotated queries and of rotated keys: 1 but for `yarn`.
+    """Return the factor of rotated queries and of rotated keys: 1 but for `yarn` and `longrope`.
 
-    YaRN sharpens the softmax by the square of 0.1 ln(factor) + 1.
+    YaRN sharpens the softmax by the square of 0.1 ln(factor) + 1, LongRoPE by
+    1 + ln(factor) / ln(original_max_position_embeddings), for short documents, too.
 
     Example:
         >>> rope = Rope(kind="yarn", factor=4.0)
         >>> round(rope_scale(rope), 4), rope_scale(Rope())
         (1.1386, 1.0)
     """
-    if rope.kind != "yarn":
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.kind == "longrope":
+        extended = math.log(max(rope.factor, 1))
+        return math.sqrt(1 + extended / math.log(rope.original_max_position_embeddings))
 
     def scale(mscale: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
@@ -110,6 +140,8 @@ def rope_scale(rope: Rope) -> float:
 def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
     """Rotate each pair of dimensions by its angle, in float32; [B, T, N, H] in the dtype of x.
 
+    Dimensions behind those that the angles are of are returned as they are.
+
     Example:
         >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
         >>> rotate(x, jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))).ravel().tolist()
@@ -117,8 +149,11 @@ def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Arr
     """
     # Dimension i pairs with i + H/2, as in Hugging Face checkpoints. In the paper neighbours pair.
     # Halves first, then float32: XLA on TPU would write all of x in float32.
-    first, second = (half.astype(jnp.float32) for half in jnp.split(x_BTNH, 2, axis=-1))
+    turning, H = 2 * cos_BTH.shape[-1], x_BTNH.shape[-1]
+    x, still = (x_BTNH, None) if turning == H else jnp.split(x_BTNH, [turning], axis=-1)
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    return jnp.concatenate(
+    rotated = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x_BTNH.dtype)
+    ).astype(x.dtype)
+    return rotated if still is None else jnp.concatenate([rotated, still], axis=-1)

@@ -116,6 +116,7 @@ def sft(
             weights,
             segments_BT=segments,
             count=count,
+            softcap=model.logit_softcap,
             form=form,
         )
         return total, ExampleSums(sums, loss.by_example(weights, segments, count))
@@ -174,7 +175,7 @@ def dpo(
     hidden = functools.partial(
         llama.hidden, model, dtype=dtype, remat=remat, kernel=kernel, form=form
     )
-    sum_losses = functools.partial(loss.linear_losses, form=form)
+    sum_losses = functools.partial(loss.linear_losses, softcap=model.logit_softcap, form=form)
 
     def objective(
         params: Tree, batch: Microbatch, frozen: Tree | None = None

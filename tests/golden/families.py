@@ -25,6 +25,16 @@ LLAMA3 = Rope(
 )
 # as Qwen publishes it: everything but these three is derived
 YARN = Rope(theta=500.0, kind="yarn", factor=4.0, original_max_position_embeddings=64)
+_GEMMA = {
+    **_SMALL,
+    "num_kv_heads": 2,
+    "head_dim": 12,
+    "norm_placement": "both",
+    "norm_offset": 1.0,
+    "activation": "gelu_tanh",
+    "embedding_scale": None,
+    "tie_embeddings": True,
+}
 FAMILIES = {
     "llama2": ModelConfig(**_SMALL),
     "llama2_tied": ModelConfig(**_SMALL, tie_embeddings=True),
@@ -101,6 +111,47 @@ FAMILIES = {
     ),
     "olmo2": ModelConfig(
         family="olmo2", **_SMALL, num_kv_heads=2, qk_norm="full", norm_placement="after"
+    ),
+    "gemma2": ModelConfig(
+        family="gemma2",
+        **_GEMMA,
+        attention_scale=20**-0.5,
+        sliding_window=7,
+        full_attention_layers=(1,),
+        attention_softcap=1.5,
+        logit_softcap=2.0,
+    ),
+    "gemma3": ModelConfig(
+        family="gemma3_text",
+        **_GEMMA | {"num_layers": 3},
+        qk_norm="per_head",
+        attention_scale=9**-0.5,
+        sliding_window=5,
+        full_attention_layers=(2,),
+        logit_softcap=3.0,
+        rope=Rope(theta=5000.0, kind="linear", factor=8.0),
+        sliding_rope=Rope(theta=300.0),
+    ),
+    "phi3": ModelConfig(
+        family="phi3", **_SMALL, num_kv_heads=2, fused_projections=True, sliding_window=11
+    ),
+    # Half of the rows are longer than the original length: see `LENGTH`.
+    "phi4_mini": ModelConfig(
+        family="phi3",
+        **_SMALL | {"hidden_size": 64},
+        num_kv_heads=1,
+        fused_projections=True,
+        max_position_embeddings=80,
+        tie_embeddings=True,
+        rope=Rope(
+            theta=500.0,
+            kind="longrope",
+            factor=4.0,
+            original_max_position_embeddings=20,
+            short_factor=(1.0, 1.1, 1.3, 1.6, 2.0, 2.5),
+            long_factor=(1.2, 1.9, 3.0, 4.5, 7.0, 11.0),
+            partial_rotary_factor=0.75,
+        ),
     ),
 }
 LENGTH = 24
