@@ -189,7 +189,9 @@ def from_hf(
     outer = config.get(_ORIGINAL, keys.original)
     read: Json = {"theta": float(theta)}
     if keys.partial:
-        read[_PARTIAL] = _agreed(_PARTIAL, sources, path) or Rope.partial_rotary_factor
+        partial = read[_PARTIAL] = _agreed(_PARTIAL, sources, path) or Rope.partial_rotary_factor
+        if partial > 1:
+            raise UserError(f"{path}: {_PARTIAL} = {partial!r}; expected at most 1")
     ropes = [
         Rope(**read, **_parse(form, read, (positions, outer), keys, f"{path}: {key}", ignore))
         for key, form in forms.items()

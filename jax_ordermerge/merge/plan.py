@@ -29,6 +29,7 @@ _MAY_DIFFER = {"bos_token_id", "eos_token_ids", "pad_token_id", "initializer_ran
 # together.
 _OF_BASE = (
     "rope",
+    "sliding_rope",
     "max_position_embeddings",
     "rms_norm_eps",
     "sliding_window",
@@ -333,8 +334,9 @@ def config_notes(
             value, merged = getattr(source.config, name), getattr(lead.config, name)
             if value != merged and name not in skip:
                 pairs = [(name, value, merged)]
-                if name == "rope":
-                    pairs = _rope_differences(value, merged)
+                if isinstance(value, Rope) and isinstance(merged, Rope):
+                    of = "" if name == "rope" else f"{name} "
+                    pairs = [(of + key, a, b) for key, a, b in _rope_differences(value, merged)]
                 listed = ", ".join(f"{key} {a!r} and {b!r}" for key, a, b in pairs)
                 notes.append(
                     f"{source.label} and {lead.label} differ: {listed}; the merged model has the"

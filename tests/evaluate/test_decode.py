@@ -275,7 +275,17 @@ def transformers_greedy(model, prompts, new, torch):
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral_window", "qwen3", "qwen3_window", "granite", "smollm3", "olmo2"]
+    "name",
+    [
+        "mistral_window",
+        "qwen3",
+        "qwen3_window",
+        "granite",
+        "smollm3",
+        "olmo2",
+        "gemma3",
+        pytest.param("gemma2", marks=pytest.mark.slow),
+    ],
 )
 def test_equals_transformers(name):
     torch = pytest.importorskip("torch")

@@ -171,7 +171,16 @@ def loss_and_grads(config, params, tokens, remat="none", dtype="float32"):
     return float(value), jax.device_get(grads)
 
 
-@pytest.mark.parametrize("name", ["qwen3_bias", "qwen3_window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_bias",
+        "qwen3_window",
+        "gemma2",
+        pytest.param("gemma3", marks=pytest.mark.slow),
+        "phi4_mini",
+    ],
+)
 def test_gradients_equal_those_of_torch(name):
     torch = pytest.importorskip("torch")
     import make_model_goldens
