@@ -333,5 +333,3 @@ class ModelConfig:
             "max_window_layers": windows.index(window),
             "layer_types": types,
         }
-
-

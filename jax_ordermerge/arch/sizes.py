@@ -90,6 +90,12 @@ def _granite(head_dim: int, logits_scaling: float) -> Json:
     }
 
 
+def _gemma_3(vocab_size: int, window: int, **change: object) -> Json:
+    # From 4B on the files hold images, too: these are the shapes of their text models.
+    common: Json = {"model_type": "gemma3_text", "head_dim": 256, "query_pre_attn_scalar": 256}
+    return {**common, "vocab_size": vocab_size, "sliding_window": window, **change}
+
+
 _LLAMA_2: Final[Json] = {
     "model_type": "llama",
     "rms_norm_eps": 1e-5,
@@ -106,6 +112,22 @@ _OLMO_2: Final[Json] = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 4096,
     "rope_theta": 500000.0,
+}
+_GEMMA_2: Final[Json] = {"model_type": "gemma2"}
+_LONG_GEMMA_3: Final = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+_PHI_3: Final[Json] = {
+    "model_type": "phi3",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "sliding_window": 2047,
+}
+_PHI_4: Final[Json] = {
+    "model_type": "phi3",
+    "vocab_size": 100352,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+    "rope_theta": 250000.0,
 }
 # What the sizes of a release have in common, and the columns of each.
 _RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
@@ -179,6 +201,28 @@ _RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
             "olmo-2-0325-32b": (5120, 27648, 64, 40, 8),
         },
     ),
+    (_GEMMA_2, {"gemma-2-2b": (2304, 9216, 26, 8, 4), "gemma-2-9b": (3584, 14336, 42, 16, 8)}),
+    (
+        _GEMMA_2 | {"head_dim": 128, "query_pre_attn_scalar": 144},
+        {"gemma-2-27b": (4608, 36864, 46, 32, 16)},
+    ),
+    (
+        _gemma_3(262144, 512, max_position_embeddings=32768),
+        {"gemma-3-270m": (640, 2048, 18, 4, 1), "gemma-3-1b": (1152, 6912, 26, 4, 1)},
+    ),
+    (
+        _gemma_3(262208, 1024, **_LONG_GEMMA_3),
+        {"gemma-3-4b": (2560, 10240, 34, 8, 4), "gemma-3-12b": (3840, 15360, 48, 16, 8)},
+    ),
+    (
+        _gemma_3(262208, 1024, head_dim=128, query_pre_attn_scalar=168, **_LONG_GEMMA_3),
+        {"gemma-3-27b": (5376, 21504, 62, 32, 16)},
+    ),
+    (
+        _PHI_3,
+        {"phi-3-mini-4k": (3072, 8192, 32, 32, 32), "phi-3-medium-4k": (5120, 17920, 40, 40, 10)},
+    ),
+    (_PHI_4, {"phi-4": (5120, 17920, 40, 40, 10)}),
 )
 ARCHITECTURES: Final = {
     name: ModelConfig.from_hf(common | dict(zip(_COLUMNS, row, strict=True)), path=name)
@@ -196,6 +240,6 @@ def architecture_of(name: str) -> ModelConfig | None:
     """
     # Fine-tuned variants of the publisher have the shape of their base.
     short = name.split("/")[-1].lower()
-    for ending in ("-hf", "-instruct", "-chat", "-base"):
+    for ending in ("-hf", "-instruct", "-chat", "-base", "-it", "-pt"):
         short = short.removesuffix(ending)
     return ARCHITECTURES.get(short)

@@ -143,7 +143,7 @@ def mesh_layout(spec: PlanSpec, topology: Topology) -> MeshShape:
     return mesh_shape(spec.mesh.sizes, slices, spec.mesh.dcn)
 
 
-def attention_kernel(spec: PlanSpec, topology: Topology) -> str:
+def attention_kernel(spec: PlanSpec, model: ModelConfig, topology: Topology) -> str:
     """Return the attention kernel that `kernels.choose` is likely to choose; it needs devices."""
     # not `kernels.choose`, which asks devices for their kind, and there are none
     if spec.model.attention != "auto":
@@ -152,8 +152,9 @@ def attention_kernel(spec: PlanSpec, topology: Topology) -> str:
         return "xla"
     if topology.tpu:
         return "splash"
-    # cuDNN computes in bfloat16
-    return "cudnn" if spec.model.compute_dtype == "bfloat16" else "xla"
+    # cuDNN computes in bfloat16, with heads of up to 128 dimensions and without a soft cap
+    fits = model.head_dim <= 128 and model.attention_softcap is None
+    return "cudnn" if spec.model.compute_dtype == "bfloat16" and fits else "xla"
 
 
 def peak_flops(spec: PlanSpec, topology: Topology) -> float:
@@ -305,7 +306,7 @@ class _StepCosts:
         self.batch_shards = batch_axes if spec.microbatch % batch_axes == 0 else 1
         self.rows = work.rows / self.microbatches / self.batch_shards  # per microbatch
         self.tokens = self.rows * work.length / self.sequence  # per microbatch
-        self.kernel = attention_kernel(spec, topology)
+        self.kernel = attention_kernel(spec, model, topology)
         self.item = spec.compute_bytes
         trained, frozen = _tables(spec, model)
         self.trained, self.frozen = _size(trained), _size(frozen)

@@ -163,7 +163,13 @@ def loss_and_grads(config, params, tokens, remat="none", dtype="float32"):
         )
         weights = np.ones(tokens[:, 1:].shape, np.float32)
         return (
-            loss.linear_losses(x[:, :-1], llama.head(config, p), tokens[:, 1:], weights)[0]
+            loss.linear_losses(
+                x[:, :-1],
+                llama.head(config, p),
+                tokens[:, 1:],
+                weights,
+                softcap=config.logit_softcap,
+            )[0]
             / weights.sum()
         )
 
