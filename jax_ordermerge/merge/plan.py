@@ -337,12 +337,19 @@ def config_notes(
                 if isinstance(value, Rope) and isinstance(merged, Rope):
                     of = "" if name == "rope" else f"{name} "
                     pairs = [(of + key, a, b) for key, a, b in _rope_differences(value, merged)]
-                listed = ", ".join(f"{key} {a!r} and {b!r}" for key, a, b in pairs)
+                listed = ", ".join(f"{key} {_short(a)} and {_short(b)}" for key, a, b in pairs)
                 notes.append(
                     f"{source.label} and {lead.label} differ: {listed}; the merged model has the"
                     f" value of {lead.label}"
                 )
     return tuple(notes)
+
+
+def _short(value: object) -> str:
+    # LongRoPE has a factor per frequency
+    if isinstance(value, list) and len(value) > 3:
+        return f"[{value[0]!r}, ..., {value[-1]!r}]"
+    return repr(value)
 
 
 def _rope_differences(a: Rope, b: Rope) -> list[tuple[str, object, object]]:
