@@ -79,8 +79,8 @@ def capped(x: jax.Array, cap: float | None) -> jax.Array:
     """Return cap tanh(x / cap): x where it is small, and never more than the cap; None is no cap.
 
     Example:
-        >>> capped(jnp.array([0.0, 50.0, 5000.0]), 50.0).round(2).tolist()
-        [0.0, 38.08000183105469, 50.0]
+        >>> capped(jnp.array([0.0, 5000.0]), 50.0).tolist()
+        [0.0, 50.0]
     """
     return x if cap is None else jnp.tanh(x / cap) * cap
 
