@@ -139,7 +139,9 @@ def splash(
         spec_q = meshes.partition(("batch", "heads", "length", None), q.shape, mesh)
     head_parts = meshes.extent("heads") if spec_q[1] else 1
     head_bytes = H * q.dtype.itemsize
-    kernel = _splash_kernel(N, size, window, softcap, parts, head_parts, head_bytes, interpret)
+    kernel = _splash_kernel(
+        *(N, size, window, softcap, parts, head_parts), head_bytes=head_bytes, interpret=interpret
+    )
 
     def attention(kernel: PyTree, *operands: jax.Array) -> jax.Array:
         return jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=_segment_ids(*ids)))(
@@ -191,6 +193,7 @@ def _splash_kernel(
     softcap: float | None,
     parts: int,
     head_parts: int,
+    *,
     head_bytes: int,
     interpret: bool,
 ) -> Any:

@@ -236,18 +236,10 @@ def hidden(
         >>> x.shape
         (1, 3, 8)
     """
-    # Angles are computed once per call and not per layer; float32 is exact for positions to 2^24.
-    T, positions = tokens_BT.shape[1], positions_BT.astype(jnp.float32)
-    queries = Tokens(positions_BT, segments_BT)
-
-    def rotations(keys: Tokens) -> tuple[Rotation, ...]:
-        return tuple(
-            rotation(rope, config.head_dim, positions, _is_long(rope, queries, keys))
-            for rope in dict.fromkeys(config.layer_ropes)
-        )
-
+    T, queries = tokens_BT.shape[1], Tokens(positions_BT, segments_BT)
     if cache is None:
-        shared = LayerInputs(queries, queries, rotations(queries), jnp.zeros((), jnp.int32))
+        rotations = _rotations(config, queries, queries)
+        shared = LayerInputs(queries, queries, rotations, jnp.zeros((), jnp.int32))
         x_BTD = Llama(config, dtype, remat, kernel, form).apply(
             {"params": params}, tokens_BT, shared
         )
@@ -263,9 +255,19 @@ def hidden(
             for old, new in zip((cache.positions, cache.segments), queries, strict=True)
         )
     )
-    shared = LayerInputs(queries, keys, rotations(keys), cache.length)
+    shared = LayerInputs(queries, keys, _rotations(config, queries, keys), cache.length)
     x_BTD, k, v = _with_cache(config, params, tokens_BT, cache, shared, dtype, last_only)
     return x_BTD, Cache(tuple(k), tuple(v), *keys, cache.length + T)
+
+
+def _rotations(config: ModelConfig, queries: Tokens, keys: Tokens) -> tuple[Rotation, ...]:
+    """Return the rotations of the queries by each rope of the model."""
+    # Angles are computed once per call and not per layer; float32 is exact for positions to 2^24.
+    positions = queries.positions.astype(jnp.float32)
+    return tuple(
+        rotation(rope, config.head_dim, positions, _is_long(rope, queries, keys))
+        for rope in dict.fromkeys(config.layer_ropes)
+    )
 
 
 def _is_long(rope: Rope | None, queries: Tokens, keys: Tokens) -> jax.Array | None:
