@@ -9,12 +9,14 @@ import shutil
 import socket
 
 import huggingface_hub
+import numpy as np
 import pytest
 import typer.testing
 
+from jax_ordermerge import processes
 from jax_ordermerge.cli import app
 from jax_ordermerge.commands import doctor
-from jax_ordermerge.commands.doctor import devices, storage
+from jax_ordermerge.commands.doctor import devices, inputs, storage
 from jax_ordermerge.config import load_config, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import start_devices
@@ -330,3 +332,36 @@ def test_two_processes_see_one_directory_or_not(tmp_path):
         speeds.add(float(speed))
     assert len(speeds) == 1  # both know the slowest
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["0", "1", "shared"]
+
+
+@pytest.mark.parametrize("check", ["check_inputs", "plan_needs", "check_output"])
+def test_peers_of_a_process_with_an_unexpected_error_end_too(check, monkeypatch, tmp_path):
+    """Both sides of the exchange in this process: of the one that fails, and of its peer."""
+    flags = []
+
+    def exchange(flag):  # the other process has failed, or this one
+        flags.append(int(flag))
+        return np.array([int(flag), peer_failed])
+
+    for name in ("check_devices", "check_exchange"):
+        monkeypatch.setattr(devices, name, lambda *arguments: [])
+    monkeypatch.setattr(devices, "all_agree", lambda flag: flag)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", exchange)
+    # without the links of two processes nothing may be asked of them
+    monkeypatch.setattr(storage, "check_shared", lambda directory: pytest.fail("waits"))
+    run, peer_failed = quickstart(tmp_path / "run"), 1
+    with pytest.raises(UserError, match="process 1 could not check base, data and plan; see"):
+        list(doctor.examine(run))
+    assert flags == [0]
+    peer_failed = 0
+
+    def fail(*arguments, **options):
+        raise RuntimeError("a defect")
+
+    module = storage if check == "check_output" else inputs
+    monkeypatch.setattr(module, check, fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        list(doctor.examine(run))
+    # it has told its peer before it ends
+    assert flags[-1] == 1

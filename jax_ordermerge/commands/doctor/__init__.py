@@ -11,6 +11,7 @@ import rich
 from rich.table import Table
 from rich.text import Text
 
+from jax_ordermerge import processes
 from jax_ordermerge.commands.doctor import devices, inputs, storage
 from jax_ordermerge.commands.doctor.finding import Finding
 from jax_ordermerge.commands.doctor.versions import check_versions, installed
@@ -78,16 +79,23 @@ def examine(config: Config | None) -> Iterator[Finding]:
     if config is None or not connected:
         yield from storage.check_output(config.location if config else os.curdir)
         return
-    base, read = inputs.check_inputs(config)
+    # exchanges nothing: peers of a process that fails would wait for it in the checks of storage
+    with processes.barrier("check base, data and plan"):
+        needs, read = _check_inputs(config, has_mesh=not _has_error(findings, "mesh"))
     yield from read
+    yield from storage.check_storage(config, needs)
+
+
+def _check_inputs(config: Config, *, has_mesh: bool) -> tuple[inputs.Needs | None, list[Finding]]:
+    base, findings = inputs.check_inputs(config)
     needs = None
     if base is not None:
         try:
-            needs = inputs.plan_needs(config, base, has_mesh=not _has_error(findings, "mesh"))
-            yield from inputs.check_needs(needs)
+            needs = inputs.plan_needs(config, base, has_mesh=has_mesh)
+            findings += inputs.check_needs(needs)
         except UserError as error:
-            yield Finding("plan", "error", str(error))
-    yield from storage.check_storage(config, needs)
+            findings.append(Finding("plan", "error", str(error)))
+    return needs, findings
 
 
 def _has_error(findings: Iterable[Finding], subject: str) -> bool:

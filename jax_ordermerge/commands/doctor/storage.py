@@ -39,7 +39,9 @@ def check_storage(config: Config, needs: Needs | None) -> Iterator[Finding]:
         config: of the run.
         needs: of its plan; None checks without sizes.
     """
-    findings = check_output(config.location, needs.disk_bytes if needs else None, config.location)
+    with processes.barrier("check the output"):
+        disk_bytes = needs.disk_bytes if needs else None
+        findings = check_output(config.location, disk_bytes, config.location)
     yield from findings
     writable = not any(f.verdict == "error" and f.subject in ("output", "copy") for f in findings)
     is_bucket = remote.address(config.location) is not None
