@@ -209,12 +209,12 @@ def is_float(info: TensorInfo) -> bool:
     return info.dtype.name in ("float64", "float32", "float16", "bfloat16")
 
 
-def bytes_differ(first: AnySource, second: AnySource, name: str, other: str) -> bool:
+def bytes_differ(first: AnySource, second: AnySource, name: str, partner_name: str) -> bool:
     """Return whether two tensors of one dtype and shape differ in their bytes.
 
     Args:
         first, second: the models.
-        name, other: of the tensors, in the first and in the second.
+        name, partner_name: of the tensors, in the first and in the second.
     """
     dtype, shape = first.info(name)
     size = math.prod(shape)
@@ -223,7 +223,7 @@ def bytes_differ(first: AnySource, second: AnySource, name: str, other: str) -> 
         count = min(step, size - start)
         a, b = np.empty(count, dtype), np.empty(count, dtype)
         first.read_into(name, start, a)
-        second.read_into(other, start, b)
+        second.read_into(partner_name, start, b)
         if a.tobytes() != b.tobytes():
             return True
     return False
