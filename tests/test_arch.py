@@ -74,6 +74,10 @@ PUBLISHED = {
     "olmo-2-1124-7b": 7_298_617_344,
     "olmo-2-1124-13b": 13_716_198_400,
     "olmo-2-0325-32b": 32_234_279_936,
+    "olmo-3-1025-7b": 7_298_011_136,
+    "olmo-3-7b": 7_298_011_136,
+    "olmo-3-1125-32b": 32_233_522_176,
+    "olmo-3-32b": 32_233_522_176,
     "gemma-2-2b": 2_614_341_888,
     "gemma-2-9b": 9_241_705_984,
     "gemma-2-27b": 27_227_128_320,
@@ -112,6 +116,7 @@ def test_parameter_counts_of_transformers(name):
         ("meta-llama/Llama-3.3-70B-Instruct", "llama-3.3-70b"),
         ("ibm-granite/granite-3.3-2b-instruct", "granite-3.3-2b"),
         ("allenai/OLMo-2-1124-7B-Instruct", "olmo-2-1124-7b"),
+        ("allenai/Olmo-3-32B-Think", "olmo-3-32b"),
     ],
 )
 def test_names_of_the_hub(name, size):

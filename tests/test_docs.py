@@ -11,6 +11,7 @@ import yaml
 from jax_ordermerge.config import Config, make_config, read_search
 from jax_ordermerge.config.hypotheses import read_hypotheses
 from jax_ordermerge.merge.recipe import schema
+from tests import make_models_page
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -120,3 +121,12 @@ def test_estimates_on_pages_are_those_of_the_runs(page, count):
 def test_the_results_are_of_the_plan_that_is_committed(plan, page):
     digest = read_hypotheses(ROOT / "configs" / "hypotheses" / plan).digest
     assert f"SHA-256 {digest}" in (ROOT / "docs" / page).read_text()
+
+
+def test_the_tables_of_models_are_those_of_the_code():
+    page = make_models_page.PAGE.read_text()
+    assert page.count("by tests/make_models_page.py") == page.count("<!-- end of ") == 2
+    assert make_models_page.with_tables(page) == page, "run: python tests/make_models_page.py"
+    # what the tables say of keys is found by trying, here by two that are known
+    assert "| `smollm3` | `SmolLM3ForCausalLM` |" in page
+    assert "| `mistral-7b-v0.1` 7.24, `mistral-7b-v0.3` 7.25 |" in page

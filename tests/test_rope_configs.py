@@ -1,4 +1,4 @@
-"""LongRoPE, and ropes by type of layer: a `config.json` means what it means to transformers."""
+"""Keys of newer families: a `config.json` means what it means to transformers, or is refused."""
 
 import json
 import math
@@ -116,9 +116,76 @@ def test_gemma_3_has_a_rope_per_type_of_layer(form):
     assert config.layer_ropes == (config.sliding_rope, config.sliding_rope, config.rope)
 
 
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+OLMO = {"model_type": "olmo3", **SIZES, "num_hidden_layers": 8, "sliding_window": 8}
+OLMO_ROPES = {
+    # as published; transformers 5 takes this base, whatever it is, for layers with a window
+    "old": {"rope_theta": 500000.0, "rope_scaling": YARN},
+    "new": {
+        "rope_parameters": {
+            "full_attention": {**YARN, "rope_theta": 900.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 900.0},
+        }
+    },
+    "plain": {},
+}
+
+
+@pytest.mark.parametrize("form", OLMO_ROPES)
+def test_yarn_of_olmo_3_is_of_the_layers_without_a_window(form):
+    raw = {**OLMO, **OLMO_ROPES[form]}
+    config = ModelConfig.from_hf(raw)
+    assert config.full_attention_layers == (3, 7)
+    sliding = config.sliding_rope or config.rope
+    assert config.layer_ropes == (sliding, sliding, sliding, config.rope) * 2
+    written = config.to_hf("float32")
+    assert ModelConfig.from_hf(written) == config
+    assert "rope_local_base_freq" not in written
+    for source in (raw, written):
+        parameters = theirs(source).rope_parameters
+        for kind, rope in (("full", config.rope), ("sliding", sliding)):
+            expected = parameters[f"{kind}_attention"]
+            assert rope.theta == expected["rope_theta"]
+            assert rope.kind == expected["rope_type"]
+            assert rope.attention_factor == expected.get("attention_factor")
+
+
+SMOLLM = {"model_type": "smollm3", **SIZES}
+GRANITE = {"model_type": "granite", **SIZES}
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
+        ({**SMOLLM, "no_rope_layers": [1, 0]}, "= [1, 0]; expected a list of 3 flags, one per"),
+        ({**SMOLLM, "no_rope_layers": [1, 0, 2]}, "expected a list of 3 flags, one per layer"),
+        ({**SMOLLM, "no_rope_layer_interval": 0}, "= 0; expected a positive integer"),
+        ({**SMOLLM, "use_sliding_window": True}, "use_sliding_window = True is not supported for"),
+        ({**GRANITE, "logits_scaling": 0}, "logits_scaling = 0; expected a positive number"),
+        ({**GRANITE, "residual_multiplier": None}, "= None; expected a positive number"),
+        ({**GRANITE, "num_local_experts": 8}, "num_local_experts = 8 is not supported"),
+        ({**GRANITE, "no_rope_layers": [1, 1, 1]}, "unknown key no_rope_layers = [1, 1, 1]"),
+        ({**OLMO, "clip_qkv": 8.0}, "unknown key clip_qkv = 8.0"),
+        ({**OLMO, "mlp_bias": True}, "mlp_bias = True is not supported for olmo3"),
+        (
+            {**OLMO, "sliding_window": None, "layer_types": ["sliding_attention"] * 8},
+            "layer_types asks for sliding_attention, but by the other keys every layer",
+        ),
+        (
+            {**OLMO, "rope_parameters": {"sliding_attention": {**YARN}}},
+            "rope type 'yarn' is not supported (supported: default)",
+        ),
+        (
+            {"model_type": "llama", **SIZES, "logits_scaling": 8.0},
+            "logits_scaling = 8.0 is not supported (supported: 1)",
+        ),
         (
             {**PHI, "rope_scaling": {"type": "longrope", **FACTORS, "long_factor": [1.0] * 5}},
             "longrope has 5 factors for 6 pairs of dimensions",

@@ -50,6 +50,7 @@ class Family:
 
     Attributes:
         architecture: class of transformers that loads it.
+        models: published models of this type, for docs/models.md.
         defaults: values of keys that a file lacks, where they differ from those of Llama.
         qkv_bias: whether q, k and v always have biases. Otherwise `attention_bias` says.
         qk_norm: whether q and k are normalized, per head or over all heads.
@@ -73,6 +74,7 @@ class Family:
     """
 
     architecture: str
+    models: str = ""
     defaults: JsonRow = dataclasses.field(default_factory=dict)
     qkv_bias: bool = False
     qk_norm: QkNorm = "none"
@@ -99,7 +101,7 @@ class Family:
         if self.rope.partial:
             keys.add("partial_rotary_factor")
         if self.sliding_rope is not None:
-            keys.add("rope_local_base_freq")
+            keys.add(self.sliding_rope.theta_key)
         if self.interval_key:
             keys.add(self.interval_key)
         return frozenset(keys)
@@ -108,11 +110,20 @@ class Family:
 # Qwen2 has biases and Qwen3 has norms of q and k without any key in the file that says so.
 FAMILIES = Registry[Family]("model family")
 
-FAMILIES.register("llama", Family("LlamaForCausalLM", attention_bias=True, mlp_bias=True))
+FAMILIES.register(
+    "llama",
+    Family(
+        "LlamaForCausalLM",
+        "Llama 2 to 3.3, SmolLM2, Yi, TinyLlama",
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+)
 FAMILIES.register(
     "mistral",
     Family(
         "MistralForCausalLM",
+        "Mistral 7B, Nemo",
         defaults={
             "intermediate_size": 14336,
             "num_key_value_heads": 8,
@@ -131,12 +142,20 @@ _QWEN: Final = {
     "eos_token_id": None,
 }
 FAMILIES.register(
-    "qwen2", Family("Qwen2ForCausalLM", defaults=_QWEN, qkv_bias=True, window="by_layer")
+    "qwen2",
+    Family(
+        "Qwen2ForCausalLM",
+        "Qwen 1.5 to 2.5, DeepSeek-R1-Distill-Qwen",
+        defaults=_QWEN,
+        qkv_bias=True,
+        window="by_layer",
+    ),
 )
 FAMILIES.register(
     "qwen3",
     Family(
         "Qwen3ForCausalLM",
+        "Qwen3, dense",
         # heads * 128 may differ from hidden_size
         defaults={**_QWEN, "head_dim": 128},
         qk_norm="per_head",
@@ -148,6 +167,7 @@ FAMILIES.register(
     "granite",
     Family(
         "GraniteForCausalLM",
+        "Granite 3.0 to 3.3 and 4.1, dense",
         # neutral numbers, but for the scores: 1 and not 1 / sqrt(head_dim)
         defaults={
             "embedding_multiplier": 1.0,
@@ -169,6 +189,7 @@ FAMILIES.register(
     "smollm3",
     Family(
         "SmolLM3ForCausalLM",
+        "SmolLM3",
         defaults={
             "vocab_size": 128256,
             "hidden_size": 2048,
@@ -198,10 +219,27 @@ FAMILIES.register(
     "olmo2",
     Family(
         "Olmo2ForCausalLM",
+        "OLMo 2",
         defaults=_OLMO,
         qk_norm="full",
         norm_placement="after",
         attention_bias=True,
+    ),
+)
+FAMILIES.register(
+    "olmo3",
+    Family(
+        "Olmo3ForCausalLM",
+        "OLMo 3",
+        defaults=_OLMO,
+        qk_norm="full",
+        norm_placement="after",
+        window="by_type",
+        full_attention_interval=4,
+        attention_bias=True,
+        rope=RopeKeys(theta=500000.0),
+        # YaRN is of the layers without a window alone; the base of the frequencies is shared
+        sliding_rope=RopeKeys(theta=500000.0, theta_key="rope_theta", kinds={"default": "default"}),
     ),
 )
 _GEMMA: Final = {
@@ -229,6 +267,7 @@ FAMILIES.register(
     "gemma2",
     Family(
         "Gemma2ForCausalLM",
+        "Gemma 2",
         defaults={
             **_GEMMA,
             "vocab_size": 256000,
@@ -254,6 +293,7 @@ FAMILIES.register(
     "gemma3_text",
     Family(
         "Gemma3ForCausalLM",
+        "Gemma 3 270M and 1B",
         defaults={
             **_GEMMA,
             "vocab_size": 262208,
@@ -269,7 +309,7 @@ FAMILIES.register(
         activation_key="hidden_activation",
         rope=RopeKeys(theta=1000000.0),
         # one key in transformers 4
-        sliding_rope=RopeKeys(kinds={"default": "default"}),
+        sliding_rope=RopeKeys(theta_key="rope_local_base_freq", kinds={"default": "default"}),
         numbers={
             "query_pre_attn_scalar": "attention_scale",
             "final_logit_softcapping": "logit_softcap",
@@ -282,6 +322,7 @@ FAMILIES.register(
     "phi3",
     Family(
         "Phi3ForCausalLM",
+        "Phi-3, Phi-4, Phi-4-mini",
         defaults={
             "vocab_size": 32064,
             "hidden_size": 3072,

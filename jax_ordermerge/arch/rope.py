@@ -50,6 +50,7 @@ class RopeKeys:
 
     Attributes:
         theta: base of the frequencies in a file that has none.
+        theta_key: the outer key of it.
         kinds: names of types of rope that the family reads beside the usual ones, or None, and the
             type that each stands for. Where there are some, it reads no others.
         partial: whether `partial_rotary_factor` is read.
@@ -57,6 +58,7 @@ class RopeKeys:
     """
 
     theta: float = 10000.0
+    theta_key: str = "rope_theta"
     kinds: Mapping[str, RopeType] = dataclasses.field(
         default_factory=lambda: {kind: kind for kind in _REQUIRED}
     )
@@ -223,7 +225,7 @@ def pair_from_hf(
     """Read the ropes of the layers without and with a window.
 
     transformers 5 has them under `rope_parameters` by type of layer. In transformers 4 the older
-    keys are of the layers without a window, and the others have `rope_local_base_freq`.
+    keys are of the layers without a window, and the others have a key for their base alone.
 
     Args:
         config, positions, path, keys, ignore: as in `from_hf`.
@@ -235,7 +237,11 @@ def pair_from_hf(
     Example:
         >>> config = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
         >>> ropes = pair_from_hf(
-        ...     config, 512, path="config.json", keys=RopeKeys(), sliding_keys=RopeKeys()
+        ...     config,
+        ...     512,
+        ...     path="config.json",
+        ...     keys=RopeKeys(),
+        ...     sliding_keys=RopeKeys(theta_key="rope_local_base_freq"),
         ... )
         >>> [rope.theta for rope in ropes]
         [1000000.0, 10000.0]
@@ -247,7 +253,7 @@ def pair_from_hf(
             f" {' and '.join(LAYER_TYPES)}"
         )
     full, sliding = (by_type.get(kind) for kind in LAYER_TYPES)
-    local = {"rope_theta": config.get("rope_local_base_freq"), "rope_parameters": sliding}
+    local = {"rope_theta": config.get(sliding_keys.theta_key), "rope_parameters": sliding}
     return (
         from_hf(
             {**config, "rope_parameters": full}, positions, path=path, keys=keys, ignore=ignore
@@ -256,7 +262,13 @@ def pair_from_hf(
     )
 
 
-def to_hf(rope: Rope, sliding_rope: Rope | None, keys: RopeKeys, positions: int) -> Json:
+def to_hf(
+    rope: Rope,
+    sliding_rope: Rope | None,
+    keys: RopeKeys,
+    positions: int,
+    sliding_keys: RopeKeys | None = None,
+) -> Json:
     """Return the keys of a `config.json` that describe ropes, in the forms of transformers 4 and 5.
 
     Both forms, because transformers 4 silently misreads a file that has `rope_parameters` alone.
@@ -266,6 +278,7 @@ def to_hf(rope: Rope, sliding_rope: Rope | None, keys: RopeKeys, positions: int)
         sliding_rope: those of layers with a window, in families that have them apart.
         keys: what the family reads.
         positions: `max_position_embeddings`.
+        sliding_keys: what the family reads of the layers with a window.
 
     Example:
         >>> to_hf(Rope(), None, RopeKeys(), 2048)["rope_parameters"]
@@ -275,7 +288,7 @@ def to_hf(rope: Rope, sliding_rope: Rope | None, keys: RopeKeys, positions: int)
     result: Json = {"rope_theta": rope.theta, "rope_scaling": None, "rope_parameters": parameters}
     if sliding_rope is not None:
         sliding = {**sliding_rope.to_hf(), "rope_theta": sliding_rope.theta}
-        result["rope_local_base_freq"] = sliding_rope.theta
+        result.setdefault((sliding_keys or keys).theta_key, sliding_rope.theta)
         result["rope_parameters"] = dict(zip(LAYER_TYPES, (parameters, sliding), strict=True))
     if keys.partial:
         result[_PARTIAL] = rope.partial_rotary_factor

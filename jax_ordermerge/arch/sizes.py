@@ -129,6 +129,19 @@ _PHI_4: Final[Json] = {
     "original_max_position_embeddings": 16384,
     "rope_theta": 250000.0,
 }
+_OLMO_3: Final[Json] = {
+    "model_type": "olmo3",
+    "vocab_size": 100278,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 65536,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "attention_factor": 1.2079441541679836,
+    },
+}
 # What the sizes of a release have in common, and the columns of each.
 _RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
     (
@@ -201,6 +214,15 @@ _RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
             "olmo-2-0325-32b": (5120, 27648, 64, 40, 8),
         },
     ),
+    (
+        _OLMO_3,
+        {
+            "olmo-3-1025-7b": (4096, 11008, 32, 32, 32),
+            "olmo-3-7b": (4096, 11008, 32, 32, 32),
+            "olmo-3-1125-32b": (5120, 27648, 64, 40, 8),
+            "olmo-3-32b": (5120, 27648, 64, 40, 8),
+        },
+    ),
     (_GEMMA_2, {"gemma-2-2b": (2304, 9216, 26, 8, 4), "gemma-2-9b": (3584, 14336, 42, 16, 8)}),
     (
         _GEMMA_2 | {"head_dim": 128, "query_pre_attn_scalar": 144},
@@ -240,6 +262,6 @@ def architecture_of(name: str) -> ModelConfig | None:
     """
     # Fine-tuned variants of the publisher have the shape of their base.
     short = name.split("/")[-1].lower()
-    for ending in ("-hf", "-instruct", "-chat", "-base", "-it", "-pt"):
+    for ending in ("-hf", "-instruct", "-chat", "-base", "-think", "-it", "-pt"):
         short = short.removesuffix(ending)
     return ARCHITECTURES.get(short)

@@ -283,6 +283,7 @@ def transformers_greedy(model, prompts, new, torch):
         "granite",
         "smollm3",
         "olmo2",
+        pytest.param("olmo3", marks=pytest.mark.slow),
         "gemma3",
         pytest.param("gemma2", marks=pytest.mark.slow),
     ],

@@ -112,6 +112,17 @@ FAMILIES = {
     "olmo2": ModelConfig(
         family="olmo2", **_SMALL, num_kv_heads=2, qk_norm="full", norm_placement="after"
     ),
+    "olmo3": ModelConfig(
+        family="olmo3",
+        **_SMALL | {"num_layers": 3},
+        num_kv_heads=2,
+        qk_norm="full",
+        norm_placement="after",
+        sliding_window=5,
+        full_attention_layers=(1,),
+        rope=YARN,
+        sliding_rope=Rope(theta=500.0),
+    ),
     "gemma2": ModelConfig(
         family="gemma2",
         **_GEMMA,

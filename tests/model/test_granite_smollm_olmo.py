@@ -20,7 +20,7 @@ from jax_ordermerge.train import objective
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "golden"))
 import families
 
-NAMES = ["granite", "smollm3", "olmo2"]
+NAMES = ["granite", "smollm3", "olmo2", "olmo3"]
 
 
 def gradients(config, params, tokens, form, mesh=None):
