@@ -1,6 +1,7 @@
 """What lies beside the weights of a model whose files are not understood: copied byte by byte."""
 
 import filecmp
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,8 +14,9 @@ _WEIGHTS = (
     *(".msgpack", ".ot", ".tflite", ".mlmodel", ".pdparams"),
 )
 _INDEX = (".safetensors.index.json", ".bin.index.json")
-# Of tokenizers, processors, modules and code.
-_SIDE_SUFFIXES = (".json", ".jinja", ".model", ".spm", ".tiktoken", ".py")
+# Of tokenizers, processors, modules and code. Other JSON may be anything, also credentials.
+_SIDE_SUFFIXES = (".jinja", ".model", ".spm", ".tiktoken", ".py")
+_SIDE_JSON = re.compile(r"(config|tokens|tokenizer|vocab|template|normalizer|modules)\w*\.json")
 # What a merge writes itself, or what belongs to a repository, a training, or an earlier merge.
 _NOT_OF_MODEL = (
     sidecar_files.CARD,
@@ -68,13 +70,15 @@ def is_side_file(path: Path) -> bool:
     Example:
         >>> is_side_file(Path("1_Pooling/config.json")), is_side_file(Path("trainer_state.json"))
         (True, False)
-        >>> is_side_file(Path("vocab.txt")), is_side_file(Path(".git/config.json"))
+        >>> is_side_file(Path("vocab.txt")), is_side_file(Path("service_account.json"))
         (True, False)
     """
     is_hidden = any(part.startswith(".") for part in path.parts)
     if is_hidden or path.parts[0] in _NOT_OF_MODEL or is_weights(path):
         return False
-    return path.name in sidecar_files.TOKENIZER_FILES or path.suffix in _SIDE_SUFFIXES
+    if path.name in sidecar_files.TOKENIZER_FILES or path.suffix in _SIDE_SUFFIXES:
+        return True
+    return _SIDE_JSON.search(path.name) is not None
 
 
 def copy(

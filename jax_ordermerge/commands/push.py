@@ -95,16 +95,20 @@ def _find_directory(source: str) -> Path:
 
 def _list_files(directory: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     files, left_out = list[Path](), list[str]()
+    # Trainers leave checkpoint-500 with a model of its own. Parts of one model are in modules.json.
+    models = {path.relative_to(directory).parts[0] for path in directory.glob("*/**/*.safetensors")}
+    if (directory / "modules.json").is_file():
+        models = set()
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
         if path.is_dir():
             continue
-        if _is_pushed(name):
+        if name.parts[0] not in models and _is_pushed(name):
             files.append(name)
         else:
             # of a directory that is left out as a whole, such as .git, the name alone
-            is_hidden = name.parts[0].startswith(".")
-            left_out.append(f"{name.parts[0]}/" if is_hidden and len(name.parts) > 1 else str(name))
+            is_part = name.parts[0] in models or name.parts[0].startswith(".")
+            left_out.append(f"{name.parts[0]}/" if is_part and len(name.parts) > 1 else str(name))
     return tuple(x for x in files if str(x) != CARD), tuple(dict.fromkeys(left_out))
 
 

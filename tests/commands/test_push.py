@@ -16,7 +16,10 @@ from tests.commands.test_cli import call
 # of httpx, about how huggingface_hub 2.4 passes a file to it
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 BASE = "org/base-7b"
-PRIVATE_FILES = ("training_args.bin", "optimizer.pt", "notes.txt", ".env", ".git/config")
+PRIVATE_FILES = (
+    *("training_args.bin", "optimizer.pt", "notes.txt", "account.json", ".env", ".git/config"),
+    *("checkpoint-5/model.safetensors", "checkpoint-5/config.json"),
+)
 MERGED_FILES = {
     "README.md",
     "config.json",
