@@ -299,8 +299,8 @@ def test_equals_transformers(name):
     assert rows == transformers_greedy(model, PROMPTS, NEW, torch)
 
 
-# Each costs ten seconds or more, and what families differ in knows no mesh but for the norm over all
-# heads, whose logits on meshes are compared elsewhere.
+# Each costs ten seconds or more, and what families differ in knows no mesh but for the norm over
+# all heads, whose gradients on meshes are compared elsewhere.
 ON_MESHES = [
     name
     for name, config in families.FAMILIES.items()

@@ -152,6 +152,31 @@ def test_slices_bring_their_layers_with_or_without_a_window(directory, slices, f
     assert set(windows) <= {None, 9}
 
 
+def test_slices_bring_their_layers_with_or_without_a_rope(directory):
+    flags = {"family": "smollm3", "tie_embeddings": True}
+    make(directory / "deep", 4, 21, **flags, no_rope_layers=(3,))
+    make(directory / "flat", 2, 22, **flags, no_rope_layers=(0,))
+    recipe = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": name, "layer_range": list(layers)}]}
+            for name, layers in (("deep", (2, 4)), ("flat", (0, 2)), ("deep", (0, 4)))
+        ],
+    }
+    merge_plan = planner.plan_recipe(json.dumps(recipe, indent=1), resolve=lambda n: directory / n)
+    assert merge_plan.config.no_rope_layers == (1, 2, 7)
+    assert merge_plan.config.to_hf("float32")["no_rope_layers"] == [1, 0, 0, 1, 1, 1, 1, 0]
+
+
+def test_factors_of_the_forward_pass_are_not_mixed(directory):
+    flags = {"family": "granite", "attention_scale": 0.1, "residual_scale": 0.22}
+    for name, divisor in (("eight", 8.0), ("sixteen", 16.0)):
+        make(directory / name, 4, 23, **flags, logit_divisor=divisor)
+    sources = [Directory(directory / name) for name in ("eight", "sixteen")]
+    with pytest.raises(UserError, match=r"logit_divisor is 8\.0 and 16\.0"):
+        plan.uniform(sources, None, method="average")
+
+
 def test_other_families_are_still_refused(directory):
     sources = [Directory(directory / "plain"), Directory(directory / "open")]
     with pytest.raises(UserError, match="family is 'llama' and 'mistral'"):

@@ -1,7 +1,7 @@
 """Which layers of which models a recipe merges."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.merge.recipe.evaluator import Input, LayerRange
@@ -74,10 +74,12 @@ def layer_ranges(recipe: Recipe, models: Inputs) -> list[LayerRange]:
     return layers
 
 
-def full_attention_layers(
-    layers: Sequence[LayerRange], sources: Sequence[Source]
+def numbered_layers(
+    field: Literal["full_attention_layers", "no_rope_layers"],
+    layers: Sequence[LayerRange],
+    sources: Sequence[Source],
 ) -> tuple[int, ...]:
-    """Return the layers of the merged model without a window: those made of such layers."""
+    """Return a field of the merged model that lists layers: those made of such layers."""
     # of the base of a slice, or of its first model
     leads = (
         (sources[entry.source].config, entry.start + index)
@@ -86,9 +88,7 @@ def full_attention_layers(
         for index in range(part.length)
     )
     return tuple(
-        layer
-        for layer, (config, number) in enumerate(leads)
-        if number in config.full_attention_layers
+        layer for layer, (config, number) in enumerate(leads) if number in getattr(config, field)
     )
 
 

@@ -89,8 +89,9 @@ def check_listed(recipe: Recipe, models: Models[AnySource]) -> Models[Source]:
             f"{source.label} ties its output head to its embedding: the head is the embedding there"
             for source in tied
         ]
-    # vocabularies are aligned below; slices say which layers they take
-    may_differ = {"vocab_size", *(["num_layers"] if recipe.module.slices else [])}
+    # vocabularies are aligned below; slices say which layers they take, and each keeps its rope
+    of_slices = ["num_layers", "no_rope_layers"] if recipe.module.slices else []
+    may_differ = {"vocab_size", *of_slices}
     for source in sources[1:]:
         check_same(sources[0], source, may_differ)
     listed = Models(

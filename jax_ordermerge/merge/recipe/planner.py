@@ -26,7 +26,7 @@ from jax_ordermerge.merge.plan import (
 )
 from jax_ordermerge.merge.recipe import chat_templates, precheck, rules, schema, unlisted_planner
 from jax_ordermerge.merge.recipe.evaluator import Evaluator, LayerRange, MergedTensor, filter_notes
-from jax_ordermerge.merge.recipe.layers import Inputs, full_attention_layers, layer_ranges
+from jax_ordermerge.merge.recipe.layers import Inputs, layer_ranges, numbered_layers
 from jax_ordermerge.merge.recipe.models import Models, check_listed, open_models
 from jax_ordermerge.merge.recipe.schema import Recipe
 from jax_ordermerge.merge.sources.public_names import short_names
@@ -156,7 +156,8 @@ def _merged_config(models: Models[Source], layers: Sequence[LayerRange]) -> arch
         # the base, or the first model where there is none; mergekit then takes a random one
         models.sources[models.base or 0].config,
         num_layers=sum(part.length for part in layers),
-        full_attention_layers=full_attention_layers(layers, models.sources),
+        full_attention_layers=numbered_layers("full_attention_layers", layers, models.sources),
+        no_rope_layers=numbered_layers("no_rope_layers", layers, models.sources),
         # special tokens belong to the tokenizer
         bos_token_id=donor.bos_token_id,
         eos_token_ids=donor.eos_token_ids,
