@@ -15,7 +15,9 @@ from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.config import Lora
 from jax_ordermerge.model import layers, llama, lora
+from jax_ordermerge.model.attention import attend
 from jax_ordermerge.train import objective
+from tests.model.test_attention import inputs, packed
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "golden"))
 import families
@@ -131,3 +133,15 @@ def test_a_divisor_of_the_logits_costs_no_digit():
         for dtype in ("float32", "bfloat16")
     )
     assert abs(rounded - exact).max() < 0.03 * abs(exact).max()
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash_interpreted"])
+def test_scores_take_the_factor_of_the_model(kernel):
+    q, k, v = inputs(130, 130, H=8)
+    tokens = packed(130, (50, 70))
+    real = np.asarray(tokens.segments > 0)
+    actual = attend(q, k, v, tokens, tokens, scale=0.1, kernel=kernel)
+    # the same scores by queries of another length
+    expected = attend(0.1 * np.sqrt(8) * q, k, v, tokens, tokens)
+    np.testing.assert_allclose(np.asarray(actual)[real], np.asarray(expected)[real], atol=1e-5)
+    assert abs(np.asarray(attend(q, k, v, tokens, tokens))[real] - actual[real]).max() > 0.1
