@@ -118,6 +118,9 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
     notes = list[str]()
     path = directory / sidecar_files.CARD
     card = _parse(path.read_text() if path.is_file() else sidecar_files.model_card(directory.name))
+    recipe = directory / sidecar_files.RECIPE
+    tags = card.data.get("tags") or ["jax_ordermerge"]
+    card.data["tags"] = tags if "merge" in tags or not recipe.is_file() else [*tags, "merge"]
     named = card.data.get("base_model") or []
     bases = [named] if isinstance(named, str) else list(named)
     public = [name for name in bases if name.count("/") == 1]
@@ -142,7 +145,6 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
             card.data["datasets"] = names
         if results := _results(run, config, directory.name):
             card.data["model_name"], card.data["eval_results"] = directory.name, results
-    recipe = directory / sidecar_files.RECIPE
     if recipe.is_file() and "merge_method:" not in card.text:
         card.text += f"\n## Recipe\n\n```yaml\n{recipe.read_text().strip()}\n```\n"
     return HubCard(str(card), public[0] if public else None, tuple(notes))

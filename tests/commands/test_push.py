@@ -163,6 +163,18 @@ def test_a_base_without_a_name_on_the_hub_is_left_out(tmp_path, capsys):
     assert "base_model" not in capsys.readouterr().out
 
 
+def test_a_card_of_another_program_gets_tags_and_recipe(tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    (model / "README.md").write_text("# Mine\n")
+    (model / "merge_config.yaml").write_text("merge_method: ties\n")
+    assert call("push", model, "org/merged", "--dry-run") == 0
+    out = capsys.readouterr().out
+    card = ModelCard(out[out.index("---") :])
+    assert card.data.to_dict() == {"tags": ["jax_ordermerge", "merge"]}
+    assert card.text.startswith("# Mine\n")
+    assert "```yaml\nmerge_method: ties\n```" in card.text
+
+
 def test_what_the_hub_refuses_is_one_line(hub, tmp_path, monkeypatch, capsys):
     model = write_model(tmp_path / "model")
     arguments = ["push", model, "org/model"]
