@@ -346,6 +346,10 @@ def test_peers_of_a_process_with_an_unexpected_error_end_too(check, monkeypatch,
     for name in ("check_devices", "check_exchange"):
         monkeypatch.setattr(devices, name, lambda *arguments: [])
     monkeypatch.setattr(devices, "all_agree", lambda flag: flag)
+    # compiling a plan takes seconds, and nothing of it is looked at
+    monkeypatch.setattr(inputs, "check_inputs", lambda config: (object(), []))
+    monkeypatch.setattr(inputs, "plan_needs", lambda *arguments, **options: None)
+    monkeypatch.setattr(inputs, "check_needs", lambda needs: [])
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", exchange)
     # without the links of two processes nothing may be asked of them
