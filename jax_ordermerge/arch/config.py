@@ -154,6 +154,8 @@ class ModelConfig:
     @property
     def context_length(self) -> int:
         """How many positions the model reads: those of its files, extended by its rope."""
+        if FAMILIES[self.family].rope.counts_extended:
+            return self.max_position_embeddings
         return self.rope.extend(self.max_position_embeddings)
 
     @classmethod

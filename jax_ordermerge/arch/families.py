@@ -307,7 +307,8 @@ FAMILIES.register(
         interval_key="sliding_window_pattern",
         attention_bias=True,
         activation_key="hidden_activation",
-        rope=RopeKeys(theta=1000000.0),
+        # the factor of 8 from 4B on is between 128K, which the files count, and 16K
+        rope=RopeKeys(theta=1000000.0, counts_extended=True),
         # one key in transformers 4
         sliding_rope=RopeKeys(theta_key="rope_local_base_freq", kinds={"default": "default"}),
         numbers={

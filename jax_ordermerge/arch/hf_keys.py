@@ -88,6 +88,7 @@ _NEUTRAL: Final = frozenset(
         "gradient_checkpointing",
         "keys_to_ignore_at_inference",
         "ignore_index",
+        "model_name",
         "unsloth_version",
         "unsloth_fixed",
         # splits matmuls to repeat the rounding of the pretraining; the function is the same
@@ -111,7 +112,9 @@ _NEUTRAL: Final = frozenset(
         "hidden_dropout_prob",
         "resid_pdrop",
         "embd_pdrop",
+        "_attn_implementation",
         "_attn_implementation_autoset",
+        "_attn_implementation_internal",
         "attn_implementation",
         "cache_implementation",
         "use_bfloat16",

@@ -51,10 +51,11 @@ class RopeKeys:
     Attributes:
         theta: base of the frequencies in a file that has none.
         theta_key: the outer key of it.
-        kinds: names of types of rope that the family reads beside the usual ones, or None, and the
-            type that each stands for. Where there are some, it reads no others.
+        kinds: names of the types of rope that the family reads, and the type that each stands for.
         partial: whether `partial_rotary_factor` is read.
         original: the outer `original_max_position_embeddings` of a file without it.
+        counts_extended: whether `max_position_embeddings` of a file counts the positions that its
+            rope extends the model to, whatever the type of the rope.
     """
 
     theta: float = 10000.0
@@ -64,6 +65,7 @@ class RopeKeys:
     )
     partial: bool = False
     original: int | None = None
+    counts_extended: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.data.formats import Record
 from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.evaluate import generation
+from jax_ordermerge.evaluate import decode, generation
 from jax_ordermerge.evaluate.eval_model import NotFiniteError
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.model import lora
@@ -112,11 +112,8 @@ def read_prompts(
             " or data with held-out prompts"
         )
     # refused here, since in the loop it would end a training at its first samples
-    longest = max(map(len, prompts.tokens))
-    if longest + settings.max_new_tokens > model.context_length:
-        raise UserError(
-            f"samples: a prompt of {longest} tokens and samples.max_new_tokens ="
-            f" {settings.max_new_tokens} exceed the context of {model.context_length};"
-            " shorten the prompt or lower samples.max_new_tokens"
-        )
+    try:
+        decode.check_prompts(model, prompts.tokens, settings.max_new_tokens)
+    except UserError as error:
+        raise UserError(f"samples.prompts, samples.max_new_tokens: {error}") from error
     return prompts

@@ -1,11 +1,13 @@
 """Samples while training: they are of the members at that step, and training is unchanged."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
 import pytest
 
+from jax_ordermerge.arch import Rope
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import generation
@@ -133,7 +135,10 @@ def test_prompts_of_ones_own_are_put_in_the_template(folder, tmp_path):
             ["data.test=null", "data.validation_examples=0", "evaluation.tasks=[]"],
             "there are no prompts: give samples.prompts",
         ),
-        (["samples.max_new_tokens=30"], "samples.max_new_tokens = 30 exceed the context of 32"),
+        (
+            ["samples.max_new_tokens=30"],
+            "samples.max_new_tokens: prompt 0 of .* and 30 new ones exceed the context of 32",
+        ),
     ],
 )
 def test_unusable_prompts_are_refused_before_anything_is_written(
@@ -142,3 +147,19 @@ def test_unusable_prompts_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         trained(folder, tmp_path / "run", *ASKS, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_samples_that_cross_the_length_of_longrope_are_refused_before_training(folder, tmp_path):
+    ctx = open_run(load_config(folder / "tiny.yaml", [f"output={tmp_path}", *ASKS]), print)
+    inputs = ctx.config, ctx.model, ctx.tokenizer, ctx.splits
+    longest = max(map(len, sample_generations.read_prompts(*inputs).tokens))
+    factors = (1.0,) * (ctx.model.head_dim // 2)
+    rope = Rope(
+        kind="longrope",
+        original_max_position_embeddings=longest,
+        short_factor=factors,
+        long_factor=factors,
+    )
+    inputs = ctx.config, dataclasses.replace(ctx.model, rope=rope), *inputs[2:]
+    with pytest.raises(UserError, match=r"max_new_tokens: prompt .* cross the length of"):
+        sample_generations.read_prompts(*inputs)
