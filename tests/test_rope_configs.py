@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jax_ordermerge.arch import ModelConfig
+from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.model.rope import rope_frequencies, rope_scale
 
@@ -262,3 +262,35 @@ def test_yarn_takes_its_factor_from_the_lengths():
     frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](theirs(raw))
     np.testing.assert_allclose(rope_frequencies(rope, 16), frequencies.numpy(), rtol=1e-6)
     assert rope_scale(rope) == pytest.approx(scale)
+
+
+def test_the_file_of_phi_4_mini_is_read():
+    """All keys that it has, but for the numbers of its factors."""
+    raw = {
+        **PHI,
+        "vocab_size": 200064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 48,
+            "long_factor": [2.0] * 48,
+        },
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+    config = ModelConfig.from_hf(raw)
+    assert parameter_count(config) == 3_836_021_760  # of its safetensors on the hub
+    assert (config.context_length, config.rope.factor) == (131072, 32.0)

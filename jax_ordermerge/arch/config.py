@@ -109,6 +109,7 @@ class ModelConfig:
         object.__setattr__(self, "full_attention_layers", tuple(sorted(full)))
         without_rope = set(self.no_rope_layers) & set(range(self.num_layers))
         object.__setattr__(self, "no_rope_layers", tuple(sorted(without_rope)))
+        # and no second rope where no layer would turn otherwise
         if window is None or self.sliding_rope == self.rope:
             object.__setattr__(self, "sliding_rope", None)
         pairs = self.rope.turning(self.head_dim) / 2
@@ -280,6 +281,7 @@ class ModelConfig:
         for key, field in family.numbers.items():
             optional[key] = getattr(self, field)
             if field == "attention_scale":
+                # a whole number again: the config class of transformers takes no other
                 scale = self.attention_scale or self.head_dim**-0.5
                 optional[key] = round(scale**-2) if key == SQUARED_DIVISOR else scale
         sliding_rope = None

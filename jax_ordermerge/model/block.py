@@ -76,6 +76,8 @@ class Attention(nn.Module):
         settings = c.qkv_bias, self.dtype, self.form
         if c.fused_projections:
             qkv = Linear((N + 2 * K, H), ("heads", "embed"), *settings, name="qkv")(x_BTD)
+            # Why not three products with slices of the weight? An adapter is of the whole, and
+            # devices that divide its rows would exchange weights in place of results.
             q, k, v = jnp.split(qkv, [N, N + K], axis=2)
             q = last(q) if self.last_only else q
         else:

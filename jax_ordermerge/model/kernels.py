@@ -224,6 +224,7 @@ def _splash_kernel(
         head_shards=head_parts,
         q_seq_shards=parts,
         residual_checkpoint_name=MIXED,
+        # of scores that are scaled already, by the queries
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )

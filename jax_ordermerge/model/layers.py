@@ -55,6 +55,7 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape, axes = x.shape[-self.axes :], tuple(range(-self.axes, 0))
         weight = self.param("weight", nn.initializers.ones, (math.prod(shape),)).reshape(shape)
+        # in float32: in bfloat16 a small weight would vanish beside the 1
         weight = weight if self.offset == 0 else weight.astype(jnp.float32) + self.offset
         # bfloat16 has 8 significant bits: a mean of squares over D would be off in the third digit
         x = x.astype(jnp.float32)

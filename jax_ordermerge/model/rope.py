@@ -73,6 +73,7 @@ def rope_frequencies(rope: Rope, head_dim: int, *, is_long: bool = False) -> np.
     # float32 throughout, as transformers computes them: float64 gives other last bits
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     if rope.kind == "longrope":
+        # multiplied before the division, as in transformers: elsewhere the last bits differ
         factors = np.array(rope.long_factor if is_long else rope.short_factor, np.float32)
         return 1.0 / (factors * rope.theta**exponents)
     frequencies = (1.0 / rope.theta**exponents).astype(np.float32)
