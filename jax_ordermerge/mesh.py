@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -265,6 +266,16 @@ def divide_batch(fn: Callable[..., Any], arguments: PyTree, result: PyTree) -> C
     )
 
 
+def platform(mesh: Mesh) -> str:
+    """Return the platform of the devices of a mesh, which may be described only.
+
+    Example:
+        >>> platform(make_mesh())
+        'cpu'
+    """
+    return str(mesh.devices.flat[0].platform)
+
+
 def update_members(
     fn: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh
 ) -> Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]:
@@ -297,6 +308,10 @@ def update_members(
                 lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), states
             )
             state, outputs = fn(state, member_inputs, shared)
+            if platform(mesh) in ("gpu", "cuda"):
+                # Gradients are products that lie transposed. XLA on GPU took their layout for the
+                # carry, and wrote all states anew before the first member and after the last.
+                state = jax.tree.map(_row_major, state)
             states = jax.tree.map(
                 lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), states, state
             )
@@ -317,6 +332,10 @@ def update_members(
         axis_names={"order"},
         check_vma=False,
     )
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def any_member(flag: jax.Array) -> jax.Array:

@@ -74,6 +74,24 @@ def test_constrain_is_nothing_without_a_mesh_and_shards_under_one():
     assert y.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P("fsdp", "tensor")), 2)
 
 
+@pytest.mark.parametrize(("platform", "pinned"), [("cpu", 0), ("tpu", 0), ("gpu", 2)])
+def test_the_layout_of_states_is_pinned_on_gpu_and_changes_no_bit(monkeypatch, platform, pinned):
+    def step(state, x, shared):
+        return {name: value.T @ (value * x) for name, value in state.items()}, x + shared
+
+    mesh = meshes.make_mesh(2, 2)
+    monkeypatch.setattr(meshes, "platform", lambda mesh: platform)
+    update = jax.jit(meshes.update_members(step, mesh))
+    state = {name: jnp.arange(36.0).reshape(4, 3, 3) / 7 for name in "ab"}
+    arguments = state, jnp.arange(4.0), jnp.float32(1)
+    assert update.lower(*arguments).as_text().count("@LayoutConstraint") == pinned
+    updated, outputs = update(*arguments)
+    one_by_one = [jax.jit(step)({"a": state["a"][m]}, jnp.float32(m), 1.0)[0] for m in range(4)]
+    for name in "ab":
+        assert updated[name].tolist() == [one["a"].tolist() for one in one_by_one]
+    assert outputs.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
 def test_trees():
     members = [{"a": {"w": np.full(2, m)}, "b": np.full((1, 2), m)} for m in range(3)]
     population = tree.stack(members)

@@ -59,7 +59,7 @@ def choose(
         jax_ordermerge.errors.UserError: model.attention = splash runs on TPU, the devices are ...
     """
     # Each entry completes the sentence "model.attention = KERNEL ...", for the error message.
-    platform = mesh.devices.flat[0].platform
+    platform = meshes.platform(mesh)
     obstacles: dict[Kernel, str] = {}
     if platform != "tpu":
         obstacles["splash"] = f"runs on TPU, the devices are {platform}"

@@ -35,7 +35,7 @@ def choose_form(mesh: Mesh) -> Form:
         >>> choose_form(meshes.make_mesh())
         'flat'
     """
-    return "flat" if mesh.devices.flat[0].platform == "cpu" else "by_head"
+    return "flat" if meshes.platform(mesh) == "cpu" else "by_head"
 
 
 class Norm(nn.Module):
