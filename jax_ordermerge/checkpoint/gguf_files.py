@@ -100,7 +100,10 @@ def _write_directory(path: Path, directory: Path) -> None:
             yield hf_name, gguf_metadata.unpermute(weight, heads) if heads else weight
 
     with atomic.new_directory(directory) as partial, tempfile.TemporaryDirectory() as tokenizer:
-        if "tokenizer.ggml.tokens" in metadata:
+        count = len(metadata.get("tokenizer.ggml.tokens", ()))
+        if count > config.vocab_size:
+            raise UserError(f"{path} has {count} tokens and {config.vocab_size} rows for them")
+        if count:
             gguf_tokenizer.read_tokenizer(
                 metadata, Path(tokenizer), config.max_position_embeddings, str(path)
             )

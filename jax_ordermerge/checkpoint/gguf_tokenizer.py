@@ -117,7 +117,8 @@ def read_tokenizer(metadata: Mapping[str, Any], directory: Path, positions: int,
     Raises:
         UserError: its kind, the name of its splits, or a key is not supported.
     """
-    tokens = metadata[f"{_GGML}tokens"]
+    # first, since it checks all that is read here
+    raw, tokens = tokenizer_json(metadata, path), metadata[f"{_GGML}tokens"]
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {role: metadata.get(f"{_GGML}{name}_token_id") for role, name in roles.items()}
     settings: Json = {
@@ -135,7 +136,7 @@ def read_tokenizer(metadata: Mapping[str, Any], directory: Path, positions: int,
         settings["chat_template"] = templates["default"]
     elif templates:
         settings["chat_template"] = [{"name": n, "template": t} for n, t in templates.items()]
-    json_files.write_json(directory / sidecar_files.TOKENIZER, tokenizer_json(metadata, path))
+    json_files.write_json(directory / sidecar_files.TOKENIZER, raw)
     json_files.write_json(directory / sidecar_files.TOKENIZER_CONFIG, settings)
 
 
@@ -147,8 +148,14 @@ def tokenizer_json(metadata: Mapping[str, Any], path: str) -> Json:
             if key in _NEUTRAL_VALUES and value == _NEUTRAL_VALUES[key]:
                 continue
             raise UserError(f"{path}: the key {_GGML}{key} = {str(value)[:60]} is not supported")
-    places = {token: number for number, token in enumerate(values["tokens"])}
-    for number, token in enumerate(values["tokens"]):
+    tokens = values["tokens"]
+    for key, value in values.items():
+        if key.endswith("_token_id") and not (type(value) is int and 0 <= value < len(tokens)):
+            raise UserError(f"{path}: {_GGML}{key} = {value!r}, but there are {len(tokens)} tokens")
+        if key in ("token_type", "scores") and len(value) != len(tokens):
+            raise UserError(f"{path}: {_GGML}{key} has {len(value)} values, one per token expected")
+    places = {token: number for number, token in enumerate(tokens)}
+    for number, token in enumerate(tokens):
         if places[token] != number:
             raise UserError(f"{path}: the tokens {number} and {places[token]} are both {token!r}")
     kind, name = values.get("model"), values.get("pre")
@@ -384,7 +391,7 @@ def _find_form(raw: Json, values: Json, settings: JsonRow, path: Path) -> Json:
     if len(ends) == 1 and all(flags.values()):
         flags["add_eos_token"] = False
     for form in _forms(values["model"]):
-        metadata = {f"{_GGML}{key}": value for key, value in (values | form).items()}
+        metadata = {f"{_GGML}{key}": x for key, x in (values | form).items() if x is not None}
         candidate = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(metadata, str(path))))
         if _split(original) == _split(candidate) and _tokens(original) == _tokens(candidate):
             return form | flags

@@ -218,11 +218,14 @@ def test_more_tokens_than_rows_are_refused(tmp_path):
         ("ggml.pre", "chatglm-bpe", r"tokenizer.ggml.pre = 'chatglm-bpe' is not supported"),
         ("ggml.model", "rwkv", r"tokenizer.ggml.model = 'rwkv' is not supported"),
         ("ggml.remove_extra_whitespaces", True, "remove_extra_whitespaces = True"),
-        ("ggml.tokens", ["a", "b", "a"], "tokens 0 and 2 are both 'a'"),
+        ("ggml.tokens", lambda tokens: [*tokens[:-1], tokens[0]], "tokens 0 and 387 are both"),
+        ("ggml.bos_token_id", 2**32 - 1, "bos_token_id = 4294967295, but there are"),
+        ("ggml.token_type", [1, 1], "token_type has 2 values, one per token expected"),
     ],
 )
 def test_what_changes_tokens_and_is_not_understood_is_refused(tmp_path, key, value, message):
     fast = byte_level("gpt-2")
     keys, _ = tokenizer_metadata(save(tmp_path / "hf", fast), config_of(fast))
+    value = value(keys[f"tokenizer.{key}"]) if callable(value) else value
     with pytest.raises(UserError, match=message):
         read_tokenizer(keys | {f"tokenizer.{key}": value}, tmp_path, 64, "model.gguf")

