@@ -116,6 +116,17 @@ def test_gemma_3_has_a_rope_per_type_of_layer(form):
     assert config.layer_ropes == (config.sliding_rope, config.sliding_rope, config.rope)
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+def test_a_file_of_a_model_without_windows_is_read_back(family):
+    """As slices of layers without one make it: the extended rope is not of layers with a window."""
+    types = {"layer_types": ["full_attention"] * 3}
+    config = ModelConfig.from_hf({**GEMMA, **types, "model_type": family, "rope_scaling": LINEAR})
+    assert config.layer_ropes == (config.rope,) * 3
+    written = config.to_hf("float32")
+    assert ModelConfig.from_hf(written) == config
+    assert theirs(written).rope_parameters["full_attention"]["rope_type"] == "linear"
+
+
 YARN = {
     "rope_type": "yarn",
     "factor": 8.0,

@@ -286,7 +286,9 @@ class ModelConfig:
                 optional[key] = round(scale**-2) if key == SQUARED_DIVISOR else scale
         sliding_rope = None
         if family.sliding_rope is not None:
-            sliding_rope = self.sliding_rope or self.rope
+            # No other rope than the default one is read there. The file has it also where no layer
+            # has a window.
+            sliding_rope = self.sliding_rope or Rope(theta=self.rope.theta)
         return {
             "architectures": [family.architecture],
             "model_type": self.family,
