@@ -187,7 +187,7 @@ GRANITE = {"model_type": "granite", **SIZES}
         ({**OLMO, "mlp_bias": True}, "mlp_bias = True is not supported for olmo3"),
         (
             {**OLMO, "sliding_window": None, "layer_types": ["sliding_attention"] * 8},
-            "layer_types asks for sliding_attention, but by the other keys every layer",
+            "sliding_window = None, but layers of this olmo3 have a window",
         ),
         (
             {**OLMO, "rope_parameters": {"sliding_attention": {**YARN}}},
@@ -229,6 +229,10 @@ GRANITE = {"model_type": "granite", **SIZES}
         ({**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not"),
         ({**GEMMA, "final_logit_softcapping": 0}, "= 0; expected a positive number, or null"),
         ({**GEMMA, "query_pre_attn_scalar": 2.5}, "scalar = 2.5; expected a whole number"),
+        (
+            {**GEMMA, "sliding_window": None},
+            "sliding_window = None, but layers of this gemma3_text",
+        ),
         ({**GEMMA, "sliding_window_pattern": 0.5}, "= 0.5; expected a positive integer"),
         ({**GEMMA, "hidden_activation": "gelu"}, "hidden_activation = 'gelu' is not supported"),
         (

@@ -137,6 +137,12 @@ def read_windows(values: JsonRow, family: Family, path: str) -> tuple[int | None
                 f"{path}: {family.interval_key} = {every!r}; expected a positive integer"
             )
         types = [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
+    if by_type and window is None and SLIDING in types:
+        # transformers takes no such file either
+        raise UserError(
+            f"{path}: sliding_window = None, but layers of this {values['model_type']} have a"
+            f" window; give its size, or layer_types with {FULL} alone"
+        )
     # what the other keys say; `layer_types` decides only in families that read it
     if types is None or not (by_layer or by_type) or window is None:
         first = values["max_window_layers"] if by_layer and window is not None else 0
