@@ -69,7 +69,7 @@ def read_directory(path: Path) -> Path:
 @functools.cache
 def _read_directory(path: Path, size: int, modified: int) -> Path:
     key = hashlib.sha256(f"{_VERSION} {path} {size} {modified}".encode()).hexdigest()[:16]
-    directory = remote.cache().absolute() / "gguf" / f"{path.stem}-{key}"
+    directory = remote.cache().absolute() / "gguf" / f"{path.stem[:100]}-{key}"
     # one process of this machine converts, the others wait and find the directory
     with remote.exclusive(directory):
         if not directory.is_dir():
@@ -127,9 +127,12 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             for key, field in reader.fields.items()
             if not key.startswith("GGUF.")
         }
-    # of a damaged file the library reads numbers anywhere, and fails with what they lead to
+    # Of a damaged file the library reads numbers anywhere, and fails with what they lead to.
     except Exception as error:
         raise UserError(f"{path} is not a complete GGUF file: {first_line(error)}") from error
+    # the library swaps the bytes of numbers, but not of blocks and of BF16
+    if reader.byte_order == "S":
+        raise UserError(f"{path} is big-endian, which is not supported; give a little-endian file")
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 

@@ -169,7 +169,7 @@ def read_config(
         )
     if (kind := metadata.get("general.type", "model")) != "model":
         raise UserError(f"{path}: general.type = {kind!r}; expected a model")
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise UserError(
             f"{path} is one of {metadata['split.count']} files of a model; join them with"
             " llama-gguf-split --merge"
@@ -182,12 +182,19 @@ def read_config(
             raise UserError(f"{path} has no {name}.{key}; it is not a complete model")
         raw[hf] = _short(values.get(key, _DEFAULTS.get(key)))
     raw["vocab_size"] = raw["vocab_size"] or shapes.get("token_embd.weight", (None,))[0]
-    sizes = {values[key] for key in _HEAD if key in values}
-    if len(sizes) > 1:
+    # before names of so many layers are made
+    layers = raw["num_hidden_layers"]
+    if isinstance(layers, int) and layers > len(shapes):
+        raise UserError(
+            f"{path}: {name}.block_count = {layers}, but it has {len(shapes)} tensors in all; it is"
+            " not a complete model"
+        )
+    sizes = [values[key] for key in _HEAD if key in values]
+    if any(size != sizes[0] for size in sizes):
         listed = ", ".join(f"{key} = {values[key]}" for key in _HEAD if key in values)
         raise UserError(f"{path}: {listed}; expected one size of the heads")
     # as JSON has it where it is absent: hidden_size / heads
-    raw["head_dim"] = sizes.pop() if sizes else None
+    raw["head_dim"] = sizes[0] if sizes else None
     raw["rope_scaling"] = _read_rope(values, raw, factors, path)
     raw["tie_word_embeddings"] = "output.weight" not in shapes
     raw["attention_bias"] = families[0] != "qwen2" and "blk.0.attn_q.bias" in shapes
@@ -201,12 +208,12 @@ def read_config(
 
 
 def _check_keys(metadata: Mapping[str, Any], prefix: str, path: str) -> None:
-    known = {*_SAME, *_HEAD, *_SCALING, _SCALING_TYPE}
+    supported = {*_SAME, *_HEAD, *_SCALING, _SCALING_TYPE}
     for key, value in metadata.items():
         if key.startswith((*_NOTES, "split.")):
             continue
         short = key.removeprefix(prefix)
-        if short == key or (short not in known and value not in _NEUTRAL.get(short, ())):
+        if short == key or (short not in supported and value not in _NEUTRAL.get(short, ())):
             raise UserError(f"{path}: the key {key} = {str(value)[:60]} is not supported")
 
 
@@ -229,11 +236,11 @@ def _read_rope(
         return _llama3_of(factors, raw, path)
     if kind == "none":
         return None
-    given = {hf: _short(values[key]) for key, hf in _SCALING.items() if key in values}
+    scaling = {hf: _short(values[key]) for key, hf in _SCALING.items() if key in values}
     if kind == "linear":
         # positions are divided, wherever they were before
-        given = {"factor": given.get("factor", 1.0)}
-    return {"rope_type": kind, **given}
+        scaling = {"factor": scaling.get("factor", 1.0)}
+    return {"rope_type": kind, **scaling}
 
 
 def _llama3_of(factors: np.ndarray, raw: JsonRow, path: str) -> Json | None:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import json_files, sidecar_files
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.json_types import Json, JsonRow
 
 _GGML: Final = "tokenizer.ggml."
@@ -91,6 +91,8 @@ _READ: Final = (
 )
 _NEUTRAL: Final = ("seperator", "mask", "cls", "prefix", "suffix", "middle", "fim_", "token_type_c")
 _NEUTRAL_VALUES: Final = {"remove_extra_whitespaces": False, "add_sep_token": False}
+# Settings of transformers, and keys of GGUF, on what is put around a text.
+_ADDED: Final = ("add_bos_token", "add_eos_token")
 # Text on which tokenizers are compared: words, digits, spaces, lines, scripts, punctuation.
 _PROBES: Final = (
     "Hello, I'm 12345 years old! It'S 3.14 or 1,000,000?",
@@ -136,6 +138,13 @@ def read_tokenizer(metadata: Mapping[str, Any], directory: Path, positions: int,
         settings["chat_template"] = templates["default"]
     elif templates:
         settings["chat_template"] = [{"name": n, "template": t} for n, t in templates.items()]
+    import tokenizers
+
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(raw))
+    # of merges of absent tokens, and others: the library has no class for what it refuses
+    except Exception as error:
+        raise UserError(f"{path} has a damaged tokenizer: {first_line(error)}") from error
     json_files.write_json(directory / sidecar_files.TOKENIZER, raw)
     json_files.write_json(directory / sidecar_files.TOKENIZER_CONFIG, settings)
 
@@ -315,14 +324,18 @@ def tokenizer_metadata(directory: Path, config: ModelConfig) -> tuple[Json, list
         values |= _as_sentencepiece(values, merges, model.get("unk_token"))
     else:
         values |= {"model": "gpt2", "merges": [" ".join(merge) for merge in merges]}
+    values = {key: value for key, value in values.items() if value is not None}
     values |= _find_form(raw, values, settings, path)
-    keys: Json = {f"{_GGML}{key}": value for key, value in values.items() if value is not None}
+    keys: Json = {f"{_GGML}{key}": value for key, value in values.items()}
     for name, text in sidecar_files.read_chat_templates(directory).items():
         keys[_TEMPLATE if name == "default" else f"{_TEMPLATE}.{name}"] = text
     stripped = [e["content"] for e in added if any(e.get(k) for k in ("lstrip", "rstrip"))]
     notes = []
     if stripped:
         notes.append(f"GGUF does not say that {', '.join(stripped[:5])} takes spaces around it")
+    if absent := [i for i in _config_ids(config) if i not in range(config.vocab_size)]:
+        notes.append(f"the config names tokens that the model does not have; left out: {absent}")
+    notes += _differences(raw, keys, settings, path)
     if len(config.eos_token_ids) > 3:
         notes.append(f"GGUF has three ends of three kinds; left out: {config.eos_token_ids[3:]}")
     return keys, notes
@@ -349,7 +362,7 @@ def _special_ids(settings: JsonRow, config: ModelConfig, ids: Mapping[str, int])
 
     ends = (*config.eos_token_ids, None, None, None)
     bos, pad = number("bos"), number("pad")
-    return {
+    numbers = {
         "bos_token_id": config.bos_token_id if bos is None else bos,
         "eos_token_id": number("eos") if ends[0] is None else ends[0],
         "eot_token_id": ends[1],
@@ -357,10 +370,37 @@ def _special_ids(settings: JsonRow, config: ModelConfig, ids: Mapping[str, int])
         "unknown_token_id": number("unk"),
         "padding_token_id": config.pad_token_id if pad is None else pad,
     }
+    # configs have -1, or a row that was never added, where a model has none
+    return {
+        key: i if i is not None and i in range(config.vocab_size) else None
+        for key, i in numbers.items()
+    }
+
+
+def _config_ids(config: ModelConfig) -> list[int]:
+    ids = (config.bos_token_id, *config.eos_token_ids, config.pad_token_id)
+    return [i for i in ids if i is not None]
+
+
+def _differences(raw: Json, keys: Json, settings: JsonRow, path: Path) -> Iterator[str]:
+    """Yield notes on what surrounds text: it differs where GGUF has no key for it."""
+    import tokenizers
+
+    original = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    stored = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(keys, str(path))))
+    expected, tokens = (tokenizer.encode("a").tokens for tokenizer in (original, stored))
+    # transformers applies its settings over the file
+    if expected != tokens and all(settings.get(key) is None for key in _ADDED):
+        yield f"GGUF cannot say that {path.name} makes {expected} of 'a'; the file makes {tokens}"
+    added = [e for e in raw.get("added_tokens") or [] if not (e.get("lstrip") or e.get("rstrip"))]
+    text = "".join(f"{entry['content']}a" for entry in added[:100])
+    expected, tokens = (x.encode(text, add_special_tokens=False).ids for x in (original, stored))
+    if expected != tokens:
+        yield f"around added tokens the file splits text otherwise than {path.name}"
 
 
 def _as_sentencepiece(values: Json, merges: Sequence[Sequence[str]], unknown: str | None) -> Json:
-    """Return the keys of a BPE with bytes as a fallback: llama.cpp merges by the score of tokens."""
+    """Return the keys of a BPE with bytes as a fallback, which llama.cpp merges by score."""
     scores = [0.0] * len(values["tokens"])
     place = {token: i for i, token in enumerate(values["tokens"])}
     for rank, (a, b) in reversed(list(enumerate(merges))):
@@ -381,17 +421,18 @@ def _find_form(raw: Json, values: Json, settings: JsonRow, path: Path) -> Json:
     import tokenizers
 
     original = tokenizers.Tokenizer.from_str(json.dumps(raw))
-    bos, eos = values["bos_token_id"], values["eos_token_id"]
+    bos, eos = values.get("bos_token_id"), values.get("eos_token_id")
     ends = original.encode("").ids
     flags = {
-        "add_bos_token": settings.get("add_bos_token", bos is not None and ends[:1] == [bos]),
-        "add_eos_token": settings.get("add_eos_token", eos is not None and ends[-1:] == [eos]),
+        "add_bos_token": bos is not None and ends[:1] == [bos],
+        "add_eos_token": eos is not None and ends[-1:] == [eos],
     }
+    flags |= {key: settings[key] for key in _ADDED if settings.get(key) is not None}
     # transformers applies its settings over the file; with BOS equal to EOS one of both is enough
     if len(ends) == 1 and all(flags.values()):
         flags["add_eos_token"] = False
     for form in _forms(values["model"]):
-        metadata = {f"{_GGML}{key}": x for key, x in (values | form).items() if x is not None}
+        metadata = {f"{_GGML}{key}": x for key, x in (values | form).items()}
         candidate = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(metadata, str(path))))
         if _split(original) == _split(candidate) and _tokens(original) == _tokens(candidate):
             return form | flags

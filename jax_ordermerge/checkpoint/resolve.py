@@ -63,9 +63,9 @@ def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path
             f"{base} is a file; a model is a directory, a .gguf file, a hub name or embedded:NAME"
         )
     # a hub name has at most one slash, so this can only be a path
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+    if base.startswith((".", "/", "~")) or base.count("/") > 1 or is_gguf:
         raise UserError(
-            f"model directory {base} not found{_similar(path)}; give an existing directory, a"
+            f"model {'file' if is_gguf else 'directory'} {base} not found{_similar(path)}; give an existing directory, a"
             " hub name or embedded:NAME"
         )
     directory = _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
@@ -81,7 +81,8 @@ def is_on_hub(base: str) -> bool:
         >>> is_on_hub("meta-llama/Llama-2-7b-hf"), is_on_hub("embedded:quickstart"), is_on_hub("..")
         (True, False, False)
     """
-    is_local = base.startswith((".", "/", "~", "embedded:")) or base.count("/") > 1
+    is_path = base.startswith((".", "/", "~")) or base.endswith(gguf_files.SUFFIX)
+    is_local = is_path or base.startswith("embedded:") or base.count("/") > 1
     return not is_local and remote.address(base) is None and not remote.expand(base).exists()
 
 

@@ -187,6 +187,10 @@ VECTOR = np.ones(3, np.float32)
         ({"keys": {"llama.expert_count": 8}}, "the key llama.expert_count = 8 is not supported"),
         ({"keys": {"llama.logit_scale": 2.0}}, "the key llama.logit_scale = 2.0"),
         ({"keys": {"llama.rope.dimension_count": 4}}, "expected one size of the heads"),
+        ({"keys": {"llama.attention.key_length": [8, 8]}}, "expected one size of the heads"),
+        ({"keys": {"llama.block_count": 10**9}}, "block_count = 1000000000, but it has 20 tensors"),
+        ({"keys": {"split.count": "3"}}, "is one of 3 files"),
+        ({"keys": {"tokenizer.ggml.tokens": ["a"] * 49}}, "has 49 tokens and 48 rows"),
         ({"keys": {"llama.rope.scaling.type": "longrope"}}, "'longrope' is not supported"),
         ({"tensors": {"blk.0.attn_sinks.weight": VECTOR}}, "blk.0.attn_sinks.weight is not known"),
         ({"tensors": {"rope_freqs.weight": VECTOR}}, "rope_freqs.weight are not those of"),
@@ -199,6 +203,35 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, changes, message):
     change(tmp_path / "model.gguf", **changes)
     with pytest.raises(UserError, match=message):
         resolve(str(tmp_path / "changed.gguf"))
+
+
+def test_special_tokens_that_no_row_has_are_not_written(tmp_path):
+    # -1 is what some configs have, where a model has no padding
+    write(tmp_path / "model.gguf", ModelConfig(**SIZES | {"pad_token_id": -1, "bos_token_id": 48}))
+    config = convert.load_config(resolve(str(tmp_path / "model.gguf")))
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (None, (2, 5), None)
+
+
+def test_files_of_the_other_byte_order_are_refused(tmp_path):
+    # the library swaps float32 and not bfloat16, which would be read as other numbers
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("output_norm.weight", VECTOR)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"big.gguf is big-endian"):
+        resolve(str(path))
+
+
+def test_names_of_any_length_are_read_and_absent_ones_are_not_asked_of_a_hub(tmp_path):
+    path = tmp_path / f"{'x' * 250}.gguf"
+    write(tmp_path / "model.gguf", CONFIGS["llama"])
+    (tmp_path / "model.gguf").rename(path)
+    assert convert.load_config(resolve(str(path))) == CONFIGS["llama"]
+    with pytest.raises(UserError, match=r"model file models/absent.gguf not found"):
+        resolve("models/absent.gguf")
 
 
 @pytest.mark.parametrize("size", [0, 10, 2000, -100])

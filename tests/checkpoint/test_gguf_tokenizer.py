@@ -175,6 +175,26 @@ def test_ends_have_keys_of_their_own_and_what_is_lost_is_named(tmp_path):
     assert any("<|tool|> takes spaces around it" in note for note in notes)
 
 
+def test_what_is_put_around_a_text_and_has_no_key_is_named(tmp_path):
+    fast = byte_level("llama-bpe")
+    special = [(token, fast.token_to_id(token)) for token in ("<|start|>", "<|end|>")]
+    fast.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=special)
+    # null is what a setting has that nobody gave
+    directory = save(tmp_path / "hf", fast, add_bos_token=None, add_eos_token=None)
+    _, notes = tokenizer_metadata(directory, config_of(fast))
+    assert notes == [
+        "GGUF cannot say that tokenizer.json makes ['<|end|>', 'a'] of 'a'; the file makes"
+        " ['a', '<|end|>']"
+    ]
+
+
+def test_added_tokens_that_are_found_in_other_places_are_named(tmp_path):
+    fast = byte_level("gpt-2")
+    fast.add_tokens([tokenizers.AddedToken("cat", single_word=True)])
+    _, notes = tokenizer_metadata(save(tmp_path / "hf", fast), config_of(fast))
+    assert notes == ["around added tokens the file splits text otherwise than tokenizer.json"]
+
+
 def test_chat_templates_keep_their_names(tmp_path):
     fast = byte_level("qwen2")
     templates = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
@@ -221,6 +241,7 @@ def test_more_tokens_than_rows_are_refused(tmp_path):
         ("ggml.tokens", lambda tokens: [*tokens[:-1], tokens[0]], "tokens 0 and 387 are both"),
         ("ggml.bos_token_id", 2**32 - 1, "bos_token_id = 4294967295, but there are"),
         ("ggml.token_type", [1, 1], "token_type has 2 values, one per token expected"),
+        ("ggml.merges", ["a zzz"], "model.gguf has a damaged tokenizer: "),
     ],
 )
 def test_what_changes_tokens_and_is_not_understood_is_refused(tmp_path, key, value, message):
