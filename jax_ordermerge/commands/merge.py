@@ -90,7 +90,8 @@ def kind_of(sources: Sequence[Path]) -> Kind:
         if path.is_file() and path.suffix not in _WEIGHTS:
             raise UserError(
                 f"{path} is a file, and no YAML by its name; give models (directories, hub names,"
-                f" {' and '.join(_WEIGHTS)} files), or a recipe or config that ends in .yml or .yaml"
+                f" {' and '.join(_WEIGHTS)} files), or a recipe or config that ends in .yml or"
+                " .yaml"
             )
     if len(sources) > 1 or _is_model(first):
         return "models"

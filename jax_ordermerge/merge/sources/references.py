@@ -1,8 +1,8 @@
 """Names of models, which every command that takes a model opens by `open_model`.
 
-A name is a directory, a GGUF file, a hub name, `RUN/member_3`, `RUN/member_3@200` (its checkpoint of
-step 200), `RUN/average` (a merge of a run), an Orbax directory, or one of these with an adapter,
-`MODEL+ADAPTER`.
+A name is a directory, a GGUF file, a hub name, `RUN/member_3`, `RUN/member_3@200` (its checkpoint
+of step 200), `RUN/average` (a merge of a run), an Orbax directory, or one of these with an
+adapter, `MODEL+ADAPTER`.
 """
 
 import functools
@@ -137,13 +137,15 @@ def split_name(name: str, adapter: str | None = None) -> tuple[str, str | None]:
     Example:
         >>> split_name("base+adapter"), split_name("base", "adapter"), split_name("base")
         (('base', 'adapter'), ('base', 'adapter'), ('base', None))
+        >>> split_name("gs://bucket/run/member_0@200")
+        ('gs://bucket/run/member_0@200', None)
     """
     # a path goes before the form MODEL+ADAPTER: directories may have any name
     if adapter is None and "+" in name and not _exists(name):
         name, adapter = _split(name)
     # taken for a part of the name, it would end in "no such model" and not say why
     for part in filter(None, (name, adapter)):
-        if "@" in part and not _exists(part):
+        if "@" in part and remote.address(part) is None and not _exists(part):
             raise UserError(
                 f"model {part}: a revision (@) is not offered; download it and give the directory."
                 " (Of a run, RUN/member_0@200 is the checkpoint of step 200.)"
